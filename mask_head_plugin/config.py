@@ -1,0 +1,142 @@
+"""The plugin's config keys, and config files read with errors that a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used, said in one line that names the key, the file and the fix."""
+
+
+def add_mask_head_config(cfg: CfgNode) -> None:
+    """Adds the plugin's keys, with their defaults, to detectron2's config.
+
+    Args:
+        cfg: a config from ``detectron2.config.get_cfg()``; changed in place.
+    """
+    # Terms of the mask loss: [name in MASK_LOSS_REGISTRY, weight]. The default is the paper's
+    # (Mask R-CNN section 3: average binary cross-entropy on the ground-truth class's mask).
+    cfg.MODEL.ROI_MASK_HEAD.LOSSES = [["binary_cross_entropy", 1.0]]
+
+    # The user's own data sets in COCO instances format: ["name", "annotations.json", "images/"].
+    # The names can then stand in DATASETS.TRAIN and DATASETS.TEST.
+    cfg.DATASETS.COCO_FILES = []
+
+
+def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
+    """Returns detectron2's and the plugin's defaults, overridden by a file and then by options.
+
+    Where MODEL.DEVICE asks for CUDA and there is none it becomes ``cpu``, with a log line.
+
+    Args:
+        config_file: a YAML file, with ``_BASE_`` if it likes. Unsafe YAML tags are refused.
+        opts: "KEY VALUE" pairs in one flat list, as after the flags of ``train_net.py``.
+
+    Returns:
+        A config that is not frozen.
+
+    Raises:
+        ConfigError: if the file does not exist or is not YAML, or a key does not exist or has the
+            wrong type; the nearest existing key is named.
+    """
+    cfg = get_cfg()
+    add_mask_head_config(cfg)
+    if config_file:
+        _merge_file(cfg, config_file)
+    _merge_opts(cfg, list(opts))
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("no CUDA device: MODEL.DEVICE is now cpu")
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def _merge_file(cfg: CfgNode, config_file: str) -> None:
+    if not Path(config_file).is_file():
+        raise ConfigError(f"config file {config_file} does not exist{_similar_file(config_file)}")
+    try:
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{config_file}: its _BASE_ {error.filename} does not exist") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{config_file} is not plain YAML: {_one_line(error)}") from error
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{config_file}: {_explain(cfg, error)}") from error
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{config_file} does not hold 'KEY: value' sections") from error
+
+
+def _merge_opts(cfg: CfgNode, opts: list[str]) -> None:
+    if len(opts) % 2:
+        raise ConfigError(f"options are pairs 'KEY VALUE', but {opts[-1]!r} has no partner")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, ValueError, AssertionError, AttributeError) as error:
+            raise ConfigError(f"option {key}: {_explain(cfg, error)}") from error
+
+
+def _explain(cfg: CfgNode, error: Exception) -> str:
+    """Rephrases an error of yacs."""
+    message = _one_line(error)
+    unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
+    if unknown:
+        key = unknown[1].rstrip("'\"")
+        nearest = nearest_name(key, list(_keys(cfg)))
+        return f"there is no config key {key}" + (f"; did you mean {nearest}?" if nearest else "")
+    mismatch = re.search(r"Type mismatch \((.*?) vs\. (.*?)\) with values .* for config key: (\S+)", message)
+    if mismatch:
+        expected, found = (re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", x) for x in mismatch.groups()[:2])
+        key = mismatch[3].rstrip("'\"")
+        full_keys = [k for k in _keys(cfg) if k == key or k.endswith("." + key)]
+        default = f" such as its default {_value(cfg, full_keys[0])!r}" if full_keys else ""
+        return f"{key} takes a value of type {expected}{default}, not of type {found}"
+    return message
+
+
+def nearest_name(name: str, choices: Sequence[str]) -> str | None:
+    """Returns the choice that ``name`` most likely meant, or None if none is near.
+
+    A dotted name whose last part exists elsewhere is matched by that part first.
+    """
+    leaf = name.rpartition(".")[2]
+    same_leaf = [choice for choice in choices if choice.rpartition(".")[2] == leaf]
+    for candidates, cutoff in ((same_leaf, 0.0), (choices, 0.6)):
+        matches = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
+        if matches:
+            return matches[0]
+    return None
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _similar_file(path: str) -> str:
+    folder = Path(path).parent
+    names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
+    nearest = nearest_name(Path(path).name, names)
+    return f"; did you mean {folder / nearest}?" if nearest else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())

@@ -1,0 +1,279 @@
+"""The embedded data set: outlines that boxes do not tell apart, made from integers on first use.
+
+Five classes with thin parts, holes and notches, overlapping each other on a textured background:
+ring (a hole), star (spikes), cross (thin arms), crescent (a concave side), arrow (a thin shaft).
+Occluded instances keep only their visible pixels, so masks may have several parts.
+
+Every byte is the same on every machine. Geometry, textures and rasterisation use integers only, the
+random stream is ``numpy.random.RandomState`` (frozen by NumPy's compatibility policy), masks are
+COCO RLE, and PNGs hold stored (uncompressed) blocks because compressors differ between zlib builds.
+
+Layout under ``$DETECTRON2_DATASETS`` (default ``datasets/``)::
+
+    shapes_v1/annotations/{train,val}.json      COCO instances format, RLE masks
+    shapes_v1/{train,val}/000001.png ...        128 x 96 RGB, 8 bit
+
+Shape alphabet: H, W image height and width in pixels; E polygon edges; S = 4 subsamples per side.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pycocotools.mask as mask_util
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from tqdm import tqdm
+
+IntArray = npt.NDArray[np.int64]
+ByteArray = npt.NDArray[np.uint8]
+
+FOLDER = "shapes_v1"
+IMAGE_HW = (96, 128)
+NUM_IMAGES = {"train": 1600, "val": 200}
+SPLIT_SEEDS = {"train": 1703, "val": 6870}
+CLASS_NAMES = ("ring", "star", "cross", "crescent", "arrow")
+
+S = 4
+UNIT = 1 << 12
+"""Outlines are given in a square of [-UNIT, UNIT]."""
+TURN = 720
+"""Directions in a full turn; half a degree each."""
+# Rounded sines of a table this coarse are the same on every libm: none lies near a rounding edge.
+SINE = np.array([round(UNIT * math.sin(2 * math.pi * k / TURN)) for k in range(TURN)], np.int64)
+
+MIN_VISIBLE_PIXELS = 60
+MIN_VISIBLE_PERCENT = 50
+
+
+def arc(radius: int, start: int, stop: int, step: int, centre_x: int = 0) -> IntArray:
+    """Returns points (n, 2) on a circle, ``start`` to ``stop`` inclusive, angles in units of TURN."""
+    angles = np.arange(start, stop + (1 if step > 0 else -1), step)
+    x = centre_x + radius * SINE[(angles + TURN // 4) % TURN] // UNIT
+    return np.stack([x, radius * SINE[angles % TURN] // UNIT], axis=1)
+
+
+def outline(name: str) -> list[IntArray]:
+    """Returns the contours of a class in [-UNIT, UNIT]; the even-odd rule makes holes."""
+    if name == "ring":
+        return [arc(UNIT, 0, TURN - 1, 15), arc(UNIT * 62 // 100, 0, TURN - 1, 15)]
+    if name == "star":
+        tips = arc(UNIT, 0, TURN - 1, TURN // 5)
+        notches = arc(UNIT * 40 // 100, TURN // 10, TURN + TURN // 10 - 1, TURN // 5)
+        return [np.stack([tips, notches], axis=1).reshape(-1, 2)]
+    if name == "cross":
+        w, e = UNIT * 20 // 100, UNIT
+        corners = [(e, -w), (e, w), (w, w), (w, e), (-w, e), (-w, w)]
+        return [np.array(corners + [(-x, -y) for x, y in corners])]
+    if name == "crescent":
+        # A disk of radius 1 without the disk of radius 0.8 centred at 0.45: the circles meet at
+        # 51.3 degrees on the outer one and 77.4 degrees on the inner one.
+        outer = arc(UNIT, 103, 617, 15)
+        inner = arc(UNIT * 80 // 100, 565, 155, -15, centre_x=UNIT * 45 // 100)
+        return [np.concatenate([outer, inner])]
+    if name == "arrow":
+        w, neck, head = UNIT * 14 // 100, UNIT * 15 // 100, UNIT * 62 // 100
+        half = [(-UNIT, w), (neck, w), (neck, head)]
+        return [np.array([*half, (UNIT, 0), *[(x, -y) for x, y in reversed(half)]])]
+    raise AssertionError(name)
+
+
+def place(contours: list[IntArray], radius: int, squash: int, angle: int, centre: IntArray) -> list[IntArray]:
+    """Scales, squashes along y (percent), turns and moves contours; 1/64 pixel units."""
+    sine, cosine = SINE[angle % TURN], SINE[(angle + TURN // 4) % TURN]
+    placed = []
+    for points in contours:
+        x = points[:, 0] * radius // UNIT
+        y = points[:, 1] * radius * squash // (UNIT * 100)
+        turned = np.stack([x * cosine - y * sine, x * sine + y * cosine], axis=1) // UNIT
+        placed.append(turned + centre)
+    return placed
+
+
+def rasterize(contours: list[IntArray], image_hw: tuple[int, int]) -> IntArray:
+    """Returns (H, W) coverage in [0, S*S]: how many of a pixel's S x S sample points lie inside.
+
+    Even-odd rule: each edge toggles its row from the first sample right of the crossing on.
+    Contours are in 1/64 pixel; sample k of an axis lies at (k + 1/2) * 64 / S.
+    """
+    height, width = image_hw[0] * S, image_hw[1] * S
+    pitch = 64 // S
+    toggles = np.zeros((height, width + 1), np.int64)
+    rows = np.arange(height)
+    y = rows * pitch + pitch // 2
+    for points in contours:
+        for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
+            if y0 == y1:
+                continue
+            crossed = (y >= min(y0, y1)) & (y < max(y0, y1))
+            x = x0 + (y[crossed] - y0) * (x1 - x0) // (y1 - y0)
+            columns = np.clip((x + pitch // 2) // pitch, 0, width)
+            np.add.at(toggles, (rows[crossed], columns), 1)
+    inside = np.cumsum(toggles, axis=1)[:, :width] & 1
+    return inside.reshape(image_hw[0], S, image_hw[1], S).sum(axis=(1, 3))
+
+
+def texture(rng: np.random.RandomState, image_hw: tuple[int, int], cell: int, swing: int) -> IntArray:
+    """Returns (H, W, 3) smooth noise in [-swing, swing]: a random lattice, bilinear in integers."""
+    height, width = image_hw
+    lattice = rng.randint(-swing, swing + 1, size=(height // cell + 2, width // cell + 2, 3))
+    y, x = np.divmod(np.arange(height), cell), np.divmod(np.arange(width), cell)
+    top = lattice[y[0]] * (cell - y[1])[:, None, None] + lattice[y[0] + 1] * y[1][:, None, None]
+    fx = x[1][None, :, None]
+    return (top[:, x[0]] * (cell - fx) + top[:, x[0] + 1] * fx) // (cell * cell)
+
+
+def draw_image(rng: np.random.RandomState) -> tuple[ByteArray, list[tuple[int, npt.NDArray[np.bool_]]]]:
+    """Returns an (H, W, 3) RGB image and its instances: (class index, (H, W) visible mask)."""
+    height, width = IMAGE_HW
+    background = rng.randint(40, 216, size=3)
+    image = background + texture(rng, IMAGE_HW, 16, 30) + texture(rng, IMAGE_HW, 4, 20)
+    owner = np.full(IMAGE_HW, -1)
+    classes: list[int] = []
+    full_areas: list[int] = []
+    for index in range(rng.randint(2, 7)):
+        class_index = rng.randint(len(CLASS_NAMES))
+        radius = rng.randint(12 * 64, 28 * 64)
+        centre = np.array([rng.randint(8 * 64, (width - 8) * 64), rng.randint(8 * 64, (height - 8) * 64)])
+        contours = outline(CLASS_NAMES[class_index])
+        contours = place(contours, radius, rng.randint(75, 101), rng.randint(TURN), centre)
+        coverage = rasterize(contours, IMAGE_HW)
+        colour = rng.randint(20, 236, size=3)
+        if np.abs(colour - background).sum() < 120:
+            colour = (background + 128) % 256
+        paint = colour + texture(rng, IMAGE_HW, 8, 25)
+        alpha = coverage[:, :, None]
+        image = (image * (S * S - alpha) + paint * alpha) // (S * S)
+        inside = coverage * 2 >= S * S
+        owner[inside] = index
+        classes.append(class_index)
+        full_areas.append(int(inside.sum()))
+    image = np.clip(image + rng.randint(-6, 7, size=image.shape), 0, 255).astype(np.uint8)
+    instances = []
+    for index, class_index in enumerate(classes):
+        visible = owner == index
+        area = int(visible.sum())
+        if area >= MIN_VISIBLE_PIXELS and area * 100 >= MIN_VISIBLE_PERCENT * full_areas[index]:
+            instances.append((class_index, visible))
+    return image, instances
+
+
+def encode_png(image: ByteArray) -> bytes:
+    """Encodes an (H, W, 3) RGB image as a PNG of stored blocks, so that no compressor is involved."""
+    height, width, _ = image.shape
+    raw = np.concatenate([np.zeros((height, 1), np.uint8), image.reshape(height, -1)], axis=1).tobytes()
+    blocks = [raw[start : start + 65535] for start in range(0, len(raw), 65535)]
+    stream = b"\x78\x01"  # zlib header of level 0; each stored block: last?, length, ~length, bytes
+    for number, block in enumerate(blocks):
+        last = number == len(blocks) - 1
+        stream += struct.pack("<BHH", last, len(block), len(block) ^ 0xFFFF) + block
+    stream += struct.pack(">I", zlib.adler32(raw))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", stream), (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        png += struct.pack(">I", len(content)) + kind + content + checksum
+    return png
+
+
+def coco_annotation(
+    annotation_id: int, image_id: int, class_index: int, mask: npt.NDArray[np.bool_]
+) -> dict[str, Any]:
+    """Returns the COCO record of one instance."""
+    rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x0, y0 = int(columns[0]), int(rows[0])
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": class_index + 1,
+        "iscrowd": 0,
+        "area": int(mask.sum()),
+        "bbox": [x0, y0, int(columns[-1]) + 1 - x0, int(rows[-1]) + 1 - y0],
+        "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode()},
+    }
+
+
+def write_split(folder: Path, split: str, num_images: int) -> None:
+    """Writes ``num_images`` images of a split and their annotations below ``folder``."""
+    rng = np.random.RandomState(SPLIT_SEEDS[split])
+    height, width = IMAGE_HW
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    (folder / split).mkdir(parents=True)
+    for image_id in tqdm(range(1, num_images + 1), f"making shapes_{split}", unit="image"):
+        image, instances = draw_image(rng)
+        name = f"{image_id:06d}.png"
+        (folder / split / name).write_bytes(encode_png(image))
+        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+        for class_index, mask in instances:
+            annotations.append(coco_annotation(len(annotations) + 1, image_id, class_index, mask))
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASS_NAMES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations").mkdir(exist_ok=True)
+    text = json.dumps(content, separators=(",", ":"))
+    (folder / "annotations" / f"{split}.json").write_text(text)
+
+
+def datasets_root() -> Path:
+    """Returns the folder where detectron2 looks for data sets."""
+    return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def ensure_shapes() -> Path:
+    """Makes the data set unless it is there, and returns its folder.
+
+    It is written beside its final place and renamed, so an interrupted run leaves nothing that
+    looks finished, and of several processes the first to finish wins.
+    """
+    folder = datasets_root() / FOLDER
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=FOLDER + ".", dir=folder.parent))
+    try:
+        for split, num_images in NUM_IMAGES.items():
+            write_split(unfinished, split, num_images)
+        unfinished.chmod(0o755)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    logging.getLogger(__name__).info("shapes data set is in %s", folder)
+    return folder
+
+
+def load_shapes(split: str) -> list[dict[str, Any]]:
+    """Returns a split in detectron2's standard format, making the data set on first use."""
+    folder = ensure_shapes()
+    annotations = str(folder / "annotations" / f"{split}.json")
+    records: list[dict[str, Any]] = load_coco_json(annotations, str(folder / split), f"shapes_{split}")
+    return records
+
+
+def register_shapes() -> None:
+    """Registers ``shapes_train`` and ``shapes_val`` in detectron2's catalogs."""
+    folder = datasets_root() / FOLDER
+    for split in NUM_IMAGES:
+        name = f"shapes_{split}"
+        DatasetCatalog.register(name, lambda split=split: load_shapes(split))
+        MetadataCatalog.get(name).set(
+            json_file=str(folder / "annotations" / f"{split}.json"),
+            image_root=str(folder / split),
+            evaluator_type="coco",
+            thing_classes=list(CLASS_NAMES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASS_NAMES))},
+        )

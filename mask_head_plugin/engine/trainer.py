@@ -1,0 +1,135 @@
+"""detectron2's DefaultTrainer with evaluators, test-time augmentation and a contact sheet."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, hooks
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+
+from ..evaluation import write_contact_sheet
+from .checkpoint import MaskHeadCheckpointer
+
+Results = OrderedDict[str, Any]
+
+COCO_MAX_DETECTIONS = 100
+"""Detections per image that the COCO metric looks at."""
+
+
+class Trainer(DefaultTrainer):  # type: ignore[misc]
+    """DefaultTrainer for every data set that detectron2 registers or DATASETS.COCO_FILES names."""
+
+    def build_hooks(self) -> list[hooks.HookBase]:
+        # DefaultTrainer has just made its checkpointer and its hooks are about to keep it.
+        self.checkpointer = MaskHeadCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        result: list[hooks.HookBase] = super().build_hooks()
+        # Before the writers, so that what it logs is written.
+        result.insert(-1, hooks.EvalHook(0, self._after_training))
+        return result
+
+    def _after_training(self) -> Results:
+        results: Results = OrderedDict()
+        if self.cfg.TEST.AUG.ENABLED:
+            results = self.test_with_tta(self.cfg, self.model)
+        if comm.is_main_process():
+            self.draw_contact_sheets(self.cfg, self.model)
+        return results
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """Returns the evaluator that the data set's ``evaluator_type`` asks for.
+
+        Args:
+            cfg: gives the output folder and the detections per image.
+            dataset_name: a registered data set.
+            output_folder: where results go; ``OUTPUT_DIR/inference`` if None.
+
+        Raises:
+            ValueError: if the type is unknown.
+        """
+        folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        evaluators: dict[str, list[Any]] = {
+            "coco": [_coco_evaluator],
+            "coco_panoptic_seg": [_coco_evaluator, SemSegEvaluator, COCOPanopticEvaluator],
+            "sem_seg": [SemSegEvaluator],
+            "lvis": [LVISEvaluator],
+            "cityscapes_instance": [CityscapesInstanceEvaluator],
+            "cityscapes_sem_seg": [CityscapesSemSegEvaluator],
+            "pascal_voc": [PascalVOCDetectionEvaluator],
+        }
+        if kind not in evaluators:
+            raise ValueError(
+                f"data set {dataset_name!r} has evaluator_type {kind!r}; set it in its metadata to "
+                f"one of {sorted(evaluators)}"
+            )
+        built = []
+        for make in evaluators[kind]:
+            if make is _coco_evaluator:
+                built.append(make(cfg, dataset_name, folder))
+            elif kind.startswith(("cityscapes", "pascal")):
+                built.append(make(dataset_name))
+            else:
+                built.append(make(dataset_name, output_dir=folder))
+        return built[0] if len(built) == 1 else DatasetEvaluators(built)
+
+    @classmethod
+    def evaluate(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
+        """Evaluates a model on DATASETS.TEST, with augmentation too if TEST.AUG.ENABLED."""
+        results: Results = cls.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(cls.test_with_tta(cfg, model))
+        if comm.is_main_process():
+            cls.draw_contact_sheets(cfg, model)
+        return results
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
+        """Evaluates with test-time augmentation (TEST.AUG); keys end in ``_TTA``."""
+        logging.getLogger(__name__).info("evaluating with test-time augmentation")
+        folder = str(Path(cfg.OUTPUT_DIR) / "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
+    @classmethod
+    def draw_contact_sheets(cls, cfg: CfgNode, model: torch.nn.Module) -> None:
+        """Writes ``OUTPUT_DIR/contact_sheet_<data set>.png`` for each instance data set of TEST."""
+        for name in cfg.DATASETS.TEST:
+            if MetadataCatalog.get(name).get("evaluator_type") in ("coco", "lvis"):
+                path = Path(cfg.OUTPUT_DIR) / f"contact_sheet_{name}.png"
+                write_contact_sheet(cfg, model, name, path)
+                logging.getLogger(__name__).info("ground truth and predictions: %s", path)
+
+
+def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> COCOEvaluator:
+    """COCOEvaluator that looks at all detections a model may return.
+
+    The COCO metric's limit of 100 would cap recall where images hold more objects.
+    """
+    per_image = cfg.TEST.DETECTIONS_PER_IMAGE
+    limit = per_image if per_image > COCO_MAX_DETECTIONS else None
+    return COCOEvaluator(dataset_name, output_dir=folder, max_dets_per_image=limit)

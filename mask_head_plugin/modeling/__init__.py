@@ -1,0 +1,14 @@
+"""Detectron2 modules of the mask branch. Importing this package registers them."""
+
+from .mask_head import FCNMaskHead
+from .mask_loss import MASK_LOSS_REGISTRY
+from .pooler import MultiLevelRoIPooler
+from .roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
+
+__all__ = [
+    "MASK_LOSS_REGISTRY",
+    "FCNMaskHead",
+    "MultiLevelRoIPooler",
+    "PerClassMaskROIHeads",
+    "PerClassMaskRes5ROIHeads",
+]

@@ -1,0 +1,67 @@
+"""detectron2's ROI heads with the plugin's pooler.
+
+The mask head is chosen apart from them, by MODEL.ROI_MASK_HEAD.NAME.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.modeling.roi_heads import Res5ROIHeads
+
+from .pooler import POOLER_TYPES, build_pooler
+
+
+@ROI_HEADS_REGISTRY.register()
+class PerClassMaskROIHeads(StandardROIHeads):  # type: ignore[misc]
+    """StandardROIHeads (FPN, DC5) whose box and mask features come from MultiLevelRoIPooler."""
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        arguments: dict[str, Any] = super()._init_box_head(_stock_poolers(cfg), input_shape)
+        arguments["box_pooler"] = build_pooler(
+            cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
+        )
+        return arguments
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        arguments: dict[str, Any] = super()._init_mask_head(_stock_poolers(cfg), input_shape)
+        if arguments.get("mask_pooler") is not None:
+            arguments["mask_pooler"] = build_pooler(
+                cfg.MODEL.ROI_MASK_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
+            )
+        return arguments
+
+
+@ROI_HEADS_REGISTRY.register()
+class PerClassMaskRes5ROIHeads(Res5ROIHeads):  # type: ignore[misc]
+    """Res5ROIHeads (C4: box and mask share res5) whose features come from MultiLevelRoIPooler.
+
+    Its pooler is configured by MODEL.ROI_BOX_HEAD alone, as in detectron2.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        arguments: dict[str, Any] = super().from_config(_stock_poolers(cfg), input_shape)
+        arguments["pooler"] = build_pooler(
+            cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
+        )
+        return arguments
+
+
+def _stock_poolers(cfg: CfgNode) -> CfgNode:
+    """Returns a config whose pooler types detectron2 knows.
+
+    Its constructors build a pooler in any case. It has no parameters and is replaced at once; what
+    matters is that they accept the type.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    for head_cfg in (cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
+        if head_cfg.POOLER_TYPE in POOLER_TYPES:
+            head_cfg.POOLER_TYPE = "ROIAlignV2"
+    return cfg

@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""Install detectron2 from a package index that does not carry it.
+
+detectron2 is not on PyPI. The wheel ``labgym==3.1.2``, which is, holds detectron2's Python sources
+in ``LabGym/detectron2/``. With the import prefix ``LabGym.`` removed they equal upstream commit
+e9f7e2ba15abd7badcb05ef6f5076f06b36a9c5b file by file. This script downloads that wheel (its hash is
+checked), repacks the folder as a wheel of its own under detectron2's licence, and installs it.
+
+The compiled module ``detectron2._C`` is not part of it. It serves rotated boxes and deformable
+convolution; mask_head_plugin needs neither.
+
+Nothing happens where ``import detectron2`` works already, so running this twice is harmless.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+SOURCE_PROJECT = "labgym"
+SOURCE_VERSION = "3.1.2"
+SOURCE_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
+SOURCE_PREFIX = "LabGym/"
+UPSTREAM_COMMIT = "e9f7e2ba15abd7badcb05ef6f5076f06b36a9c5b"
+VERSION = f"0.6+{UPSTREAM_COMMIT[:7]}"
+LICENSE_FILE = Path(__file__).resolve().parents[1] / "LICENSE"
+
+# What upstream's setup.py asks for at that commit.
+REQUIREMENTS = (
+    "Pillow>=7.1",
+    "matplotlib",
+    "pycocotools>=2.0.2",
+    "termcolor>=1.1",
+    "yacs>=0.1.8",
+    "tabulate",
+    "cloudpickle",
+    "tqdm>4.29.0",
+    "tensorboard",
+    "fvcore<0.1.6,>=0.1.5",
+    "iopath<0.1.10,>=0.1.7",
+    "omegaconf<2.4,>=2.1",
+    "hydra-core>=1.1",
+    "black",
+    "packaging",
+    # model_zoo imports pkg_resources, which setuptools 81 announced to drop and 82 dropped.
+    "setuptools<81",
+)
+
+NOTICE = f"""\
+detectron2, Copyright (c) Facebook, Inc. and its affiliates. Licensed under the Apache License,
+Version 2.0 (see LICENSE).
+
+These are the Python sources of https://github.com/facebookresearch/detectron2 at commit
+{UPSTREAM_COMMIT}, taken from the folder LabGym/detectron2 of the
+wheel {SOURCE_PROJECT} {SOURCE_VERSION}. The only change: the import prefix "LabGym." that the wheel had added
+was removed. No other file of that wheel is included.
+"""
+
+
+class InstallError(Exception):
+    """A step that failed, with what the user can do about it."""
+
+
+def describe_installed() -> str | None:
+    """Returns a line on the detectron2 that ``import`` finds, or None if there is none.
+
+    The import runs in a child process: a broken installation must not take this script down, and a
+    fresh process sees what was installed a moment ago.
+    """
+    probe = (
+        "import importlib.util, detectron2\n"
+        "compiled = importlib.util.find_spec('detectron2._C') is not None\n"
+        "print('detectron2', detectron2.__version__, 'in', detectron2.__path__[0],\n"
+        "      'with' if compiled else 'without', 'the compiled module detectron2._C')"
+    )
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    if result.returncode == 0:
+        return result.stdout.strip()
+    if importlib.util.find_spec("detectron2") is not None:
+        raise InstallError(
+            "a detectron2 is installed but does not import:\n"
+            f"{result.stderr.strip()}\n"
+            "Fix or remove it (pip uninstall detectron2), then run this script again."
+        )
+    return None
+
+
+def run_pip(*args: str) -> None:
+    """Runs pip of this interpreter; raises InstallError with a reading of its output."""
+    command = [sys.executable, "-m", "pip", *args]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode == 0:
+        return
+    output = (result.stdout + result.stderr).strip()
+    if "No module named pip" in output:
+        advice = f"this Python has no pip: run '{sys.executable} -m ensurepip' first"
+    elif "DO NOT MATCH THE HASHES" in output:
+        advice = (
+            f"the index serves a {SOURCE_PROJECT} {SOURCE_VERSION} whose SHA-256 is not "
+            f"{SOURCE_SHA256}; nothing was installed. Do not use that file: try another index"
+        )
+    elif "No matching distribution found for " + SOURCE_PROJECT in output:
+        advice = (
+            f"{SOURCE_PROJECT} {SOURCE_VERSION} could not be downloaded. Without network, fetch "
+            "that wheel elsewhere and pass it with --wheel, or install detectron2 yourself from "
+            "https://github.com/facebookresearch/detectron2"
+        )
+    else:
+        advice = "pip failed"
+    raise InstallError(f"{advice}.\n\n$ {' '.join(command)}\n{output}")
+
+
+def download_source_wheel(folder: Path) -> Path:
+    """Downloads the pinned wheel into ``folder``, hash-checked by pip, and returns its path."""
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{SOURCE_PROJECT}=={SOURCE_VERSION} --hash=sha256:{SOURCE_SHA256}\n")
+    # The wheel names an older Python and a GUI's dependencies; neither concerns these sources.
+    run_pip(
+        *("download", "--no-deps", "--ignore-requires-python", "--only-binary=:all:"),
+        *("--require-hashes", "--dest", str(folder), "--requirement", str(requirement)),
+    )
+    return next(folder.glob(f"{SOURCE_PROJECT}-*.whl"))
+
+
+def check_hash(wheel: Path) -> None:
+    """Raises InstallError unless ``wheel`` is the pinned file."""
+    if not wheel.is_file():
+        raise InstallError(f"{wheel} does not exist; pass the path of the downloaded wheel")
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != SOURCE_SHA256:
+        raise InstallError(
+            f"{wheel} has SHA-256 {found}, expected {SOURCE_SHA256}; nothing was installed. "
+            f"Download {SOURCE_PROJECT} {SOURCE_VERSION} again."
+        )
+
+
+def repack(source_wheel: Path, folder: Path) -> Path:
+    """Writes the wheel ``detectron2-<VERSION>`` into ``folder`` and returns its path.
+
+    The same input gives the same bytes: entries are sorted and carry a fixed date.
+    """
+    files: dict[str, bytes] = {}
+    with zipfile.ZipFile(source_wheel) as source:
+        for name in source.namelist():
+            if name.startswith(SOURCE_PREFIX + "detectron2/") and not name.endswith("/"):
+                content = source.read(name)
+                if name.endswith(".py"):
+                    content = re.sub(rb"\bLabGym\.(?=detectron2\b)", b"", content)
+                files[name.removeprefix(SOURCE_PREFIX)] = content
+    info = f"detectron2-{VERSION}.dist-info"
+    requires = "".join(f"Requires-Dist: {requirement}\n" for requirement in REQUIREMENTS)
+    files[f"{info}/METADATA"] = (
+        f"Metadata-Version: 2.1\nName: detectron2\nVersion: {VERSION}\n"
+        "Summary: Detectron2, repacked Python sources\nLicense: Apache-2.0\n"
+        f"Home-page: https://github.com/facebookresearch/detectron2\n{requires}"
+    ).encode()
+    files[f"{info}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: install_detectron2\n"
+        b"Root-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    files[f"{info}/licenses/LICENSE"] = LICENSE_FILE.read_bytes()
+    files[f"{info}/licenses/NOTICE"] = NOTICE.encode()
+    files[f"{info}/RECORD"] = record(files, f"{info}/RECORD").encode()
+
+    path = folder / f"detectron2-{VERSION}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for name in sorted(files):
+            wheel.writestr(zipfile.ZipInfo(name, date_time=(2016, 1, 1, 0, 0, 0)), files[name])
+    return path
+
+
+def record(files: dict[str, bytes], record_name: str) -> str:
+    """Returns the text of a wheel's RECORD: a line with name, hash and size for each file."""
+    lines = []
+    for name, content in sorted(files.items()):
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        lines.append(f"{name},sha256={digest},{len(content)}")
+    return "\n".join([*lines, f"{record_name},,\n"])
+
+
+def install(source_wheel: Path | None) -> None:
+    """Installs the repacked wheel, from ``source_wheel`` or downloaded."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if source_wheel is None:
+            print(f"downloading {SOURCE_PROJECT} {SOURCE_VERSION} (2 MB)", flush=True)
+            source_wheel = download_source_wheel(folder)
+        check_hash(source_wheel)
+        wheel = repack(source_wheel, folder)
+        print(f"installing {wheel.name}", flush=True)
+        run_pip("install", str(wheel))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only tell which detectron2 is in use and whether it has the compiled _C; "
+        "exit code 1 if there is none",
+    )
+    parser.add_argument(
+        "--wheel",
+        type=Path,
+        metavar="FILE",
+        help=f"use this downloaded {SOURCE_PROJECT}-{SOURCE_VERSION} wheel, e.g. without network",
+    )
+    args = parser.parse_args(argv)
+    try:
+        installed = describe_installed()
+        if args.check:
+            print(installed or "detectron2 is not installed")
+            return 0 if installed else 1
+        if installed:
+            print(f"nothing to do: {installed}")
+            return 0
+        install(args.wheel)
+        installed = describe_installed()
+        if installed is None:
+            raise InstallError("pip reported success but detectron2 does not import")
+        print(installed)
+    except InstallError as error:
+        print(f"install_detectron2: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
