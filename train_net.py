@@ -5,25 +5,51 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.data import check_datasets, register_coco_files
 from mask_head_plugin.engine import MaskHeadCheckpointer, Trainer
+
+EXAMPLES = """
+Examples:
+  Train on the embedded data set, on whatever device there is:
+    ./train_net.py --config-file configs/shapes/mask_rcnn_shapes.yaml
+  Train on COCO with 8 GPUs:
+    ./train_net.py --num-gpus 8 --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
+  Go on after an interruption:
+    ./train_net.py --resume --config-file ... OUTPUT_DIR output/run1
+  Evaluate weights (.pth, .pkl or .safetensors):
+    ./train_net.py --eval-only --config-file ... MODEL.WEIGHTS output/run1/model_final.pth
+  Change any config key behind the flags:
+    ./train_net.py --config-file ... SOLVER.BASE_LR 0.005 SOLVER.MAX_ITER 20000
+
+Results are in OUTPUT_DIR: log.txt, metrics.json, TensorBoard events, model_final.pth, inference/
+and contact_sheet_*.png (validation images, ground truth beside predictions).
+"""
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
+    if args.num_gpus > max(torch.cuda.device_count(), 1):
+        raise ConfigError(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()}")
     cfg = load_config(args.config_file, args.opts)
+    register_coco_files(cfg)
+    check_datasets(cfg)
     cfg.freeze()
-    default_setup(cfg, args)
     return cfg
 
 
-def main(args: argparse.Namespace) -> dict | None:
-    cfg = setup(args)
+def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask_head_plugin")
+    default_setup(cfg, args)
+    register_coco_files(cfg)  # a process that was launched for another GPU knows of no files yet
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = MaskHeadCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
@@ -38,5 +64,10 @@ def main(args: argparse.Namespace) -> dict | None:
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    args = default_argument_parser(EXAMPLES).parse_args()
+    try:
+        cfg = setup(args)
+    except ConfigError as error:
+        print(f"train_net.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (cfg, args))

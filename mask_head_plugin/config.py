@@ -93,9 +93,13 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
         key = unknown[1].rstrip("'\"")
         nearest = nearest_name(key, list(_keys(cfg)))
         return f"there is no config key {key}" + (f"; did you mean {nearest}?" if nearest else "")
-    mismatch = re.search(r"Type mismatch \((.*?) vs\. (.*?)\) with values .* for config key: (\S+)", message)
+    mismatch = re.search(
+        r"Type mismatch \((.*?) vs\. (.*?)\) with values .* for config key: (\S+)", message
+    )
     if mismatch:
-        expected, found = (re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", x) for x in mismatch.groups()[:2])
+        expected, found = (
+            re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", x) for x in mismatch.groups()[:2]
+        )
         key = mismatch[3].rstrip("'\"")
         full_keys = [k for k in _keys(cfg) if k == key or k.endswith("." + key)]
         default = f" such as its default {_value(cfg, full_keys[0])!r}" if full_keys else ""

@@ -59,9 +59,10 @@ detectron2, Copyright (c) Facebook, Inc. and its affiliates. Licensed under the 
 Version 2.0 (see LICENSE).
 
 These are the Python sources of https://github.com/facebookresearch/detectron2 at commit
-{UPSTREAM_COMMIT}, taken from the folder LabGym/detectron2 of the
-wheel {SOURCE_PROJECT} {SOURCE_VERSION}. The only change: the import prefix "LabGym." that the wheel had added
-was removed. No other file of that wheel is included.
+{UPSTREAM_COMMIT},
+taken from the folder LabGym/detectron2 of the wheel {SOURCE_PROJECT} {SOURCE_VERSION}.
+The only change: the import prefix "LabGym." that the wheel had added was removed. No other file of
+that wheel is included.
 """
 
 

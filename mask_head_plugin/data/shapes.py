@@ -58,7 +58,7 @@ MIN_VISIBLE_PERCENT = 50
 
 
 def arc(radius: int, start: int, stop: int, step: int, centre_x: int = 0) -> IntArray:
-    """Returns points (n, 2) on a circle, ``start`` to ``stop`` inclusive, angles in units of TURN."""
+    """Returns points (n, 2) on a circle, ``start`` to ``stop`` inclusive, in 1/TURN."""
     angles = np.arange(start, stop + (1 if step > 0 else -1), step)
     x = centre_x + radius * SINE[(angles + TURN // 4) % TURN] // UNIT
     return np.stack([x, radius * SINE[angles % TURN] // UNIT], axis=1)
@@ -67,13 +67,13 @@ def arc(radius: int, start: int, stop: int, step: int, centre_x: int = 0) -> Int
 def outline(name: str) -> list[IntArray]:
     """Returns the contours of a class in [-UNIT, UNIT]; the even-odd rule makes holes."""
     if name == "ring":
-        return [arc(UNIT, 0, TURN - 1, 15), arc(UNIT * 62 // 100, 0, TURN - 1, 15)]
+        return [arc(UNIT, 0, TURN - 1, 15), arc(UNIT * 56 // 100, 0, TURN - 1, 15)]
     if name == "star":
         tips = arc(UNIT, 0, TURN - 1, TURN // 5)
         notches = arc(UNIT * 40 // 100, TURN // 10, TURN + TURN // 10 - 1, TURN // 5)
         return [np.stack([tips, notches], axis=1).reshape(-1, 2)]
     if name == "cross":
-        w, e = UNIT * 20 // 100, UNIT
+        w, e = UNIT * 26 // 100, UNIT
         corners = [(e, -w), (e, w), (w, w), (w, e), (-w, e), (-w, w)]
         return [np.array(corners + [(-x, -y) for x, y in corners])]
     if name == "crescent":
@@ -83,13 +83,15 @@ def outline(name: str) -> list[IntArray]:
         inner = arc(UNIT * 80 // 100, 565, 155, -15, centre_x=UNIT * 45 // 100)
         return [np.concatenate([outer, inner])]
     if name == "arrow":
-        w, neck, head = UNIT * 14 // 100, UNIT * 15 // 100, UNIT * 62 // 100
+        w, neck, head = UNIT * 20 // 100, UNIT * 10 // 100, UNIT * 70 // 100
         half = [(-UNIT, w), (neck, w), (neck, head)]
         return [np.array([*half, (UNIT, 0), *[(x, -y) for x, y in reversed(half)]])]
     raise AssertionError(name)
 
 
-def place(contours: list[IntArray], radius: int, squash: int, angle: int, centre: IntArray) -> list[IntArray]:
+def place(
+    contours: list[IntArray], radius: int, squash: int, angle: int, centre: IntArray
+) -> list[IntArray]:
     """Scales, squashes along y (percent), turns and moves contours; 1/64 pixel units."""
     sine, cosine = SINE[angle % TURN], SINE[(angle + TURN // 4) % TURN]
     placed = []
@@ -124,7 +126,9 @@ def rasterize(contours: list[IntArray], image_hw: tuple[int, int]) -> IntArray:
     return inside.reshape(image_hw[0], S, image_hw[1], S).sum(axis=(1, 3))
 
 
-def texture(rng: np.random.RandomState, image_hw: tuple[int, int], cell: int, swing: int) -> IntArray:
+def texture(
+    rng: np.random.RandomState, image_hw: tuple[int, int], cell: int, swing: int
+) -> IntArray:
     """Returns (H, W, 3) smooth noise in [-swing, swing]: a random lattice, bilinear in integers."""
     height, width = image_hw
     lattice = rng.randint(-swing, swing + 1, size=(height // cell + 2, width // cell + 2, 3))
@@ -134,25 +138,29 @@ def texture(rng: np.random.RandomState, image_hw: tuple[int, int], cell: int, sw
     return (top[:, x[0]] * (cell - fx) + top[:, x[0] + 1] * fx) // (cell * cell)
 
 
-def draw_image(rng: np.random.RandomState) -> tuple[ByteArray, list[tuple[int, npt.NDArray[np.bool_]]]]:
+def draw_image(
+    rng: np.random.RandomState,
+) -> tuple[ByteArray, list[tuple[int, npt.NDArray[np.bool_]]]]:
     """Returns an (H, W, 3) RGB image and its instances: (class index, (H, W) visible mask)."""
     height, width = IMAGE_HW
     background = rng.randint(40, 216, size=3)
-    image = background + texture(rng, IMAGE_HW, 16, 30) + texture(rng, IMAGE_HW, 4, 20)
+    image = background + texture(rng, IMAGE_HW, 16, 24) + texture(rng, IMAGE_HW, 4, 14)
     owner = np.full(IMAGE_HW, -1)
     classes: list[int] = []
     full_areas: list[int] = []
-    for index in range(rng.randint(2, 7)):
+    for index in range(rng.randint(1, 6)):
         class_index = rng.randint(len(CLASS_NAMES))
-        radius = rng.randint(12 * 64, 28 * 64)
-        centre = np.array([rng.randint(8 * 64, (width - 8) * 64), rng.randint(8 * 64, (height - 8) * 64)])
+        radius = rng.randint(13 * 64, 29 * 64)
+        centre = np.array(
+            [rng.randint(8 * 64, (width - 8) * 64), rng.randint(8 * 64, (height - 8) * 64)]
+        )
         contours = outline(CLASS_NAMES[class_index])
         contours = place(contours, radius, rng.randint(75, 101), rng.randint(TURN), centre)
         coverage = rasterize(contours, IMAGE_HW)
         colour = rng.randint(20, 236, size=3)
-        if np.abs(colour - background).sum() < 120:
+        if np.abs(colour - background).sum() < 150:
             colour = (background + 128) % 256
-        paint = colour + texture(rng, IMAGE_HW, 8, 25)
+        paint = colour + texture(rng, IMAGE_HW, 8, 20)
         alpha = coverage[:, :, None]
         image = (image * (S * S - alpha) + paint * alpha) // (S * S)
         inside = coverage * 2 >= S * S
@@ -170,9 +178,11 @@ def draw_image(rng: np.random.RandomState) -> tuple[ByteArray, list[tuple[int, n
 
 
 def encode_png(image: ByteArray) -> bytes:
-    """Encodes an (H, W, 3) RGB image as a PNG of stored blocks, so that no compressor is involved."""
+    """Encodes an (H, W, 3) RGB image as a PNG of stored blocks: no compressor is involved."""
     height, width, _ = image.shape
-    raw = np.concatenate([np.zeros((height, 1), np.uint8), image.reshape(height, -1)], axis=1).tobytes()
+    raw = np.concatenate(
+        [np.zeros((height, 1), np.uint8), image.reshape(height, -1)], axis=1
+    ).tobytes()
     blocks = [raw[start : start + 65535] for start in range(0, len(raw), 65535)]
     stream = b"\x78\x01"  # zlib header of level 0; each stored block: last?, length, ~length, bytes
     for number, block in enumerate(blocks):
@@ -260,8 +270,7 @@ def load_shapes(split: str) -> list[dict[str, Any]]:
     """Returns a split in detectron2's standard format, making the data set on first use."""
     folder = ensure_shapes()
     annotations = str(folder / "annotations" / f"{split}.json")
-    records: list[dict[str, Any]] = load_coco_json(annotations, str(folder / split), f"shapes_{split}")
-    return records
+    return load_coco_json(annotations, str(folder / split), f"shapes_{split}")
 
 
 def register_shapes() -> None:

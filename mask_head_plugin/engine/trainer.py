@@ -35,7 +35,7 @@ COCO_MAX_DETECTIONS = 100
 """Detections per image that the COCO metric looks at."""
 
 
-class Trainer(DefaultTrainer):  # type: ignore[misc]
+class Trainer(DefaultTrainer):
     """DefaultTrainer for every data set that detectron2 registers or DATASETS.COCO_FILES names."""
 
     def build_hooks(self) -> list[hooks.HookBase]:
@@ -43,7 +43,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]
         self.checkpointer = MaskHeadCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        result: list[hooks.HookBase] = super().build_hooks()
+        result = super().build_hooks()
         # Before the writers, so that what it logs is written.
         result.insert(-1, hooks.EvalHook(0, self._after_training))
         return result
@@ -99,7 +99,7 @@ class Trainer(DefaultTrainer):  # type: ignore[misc]
     @classmethod
     def evaluate(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
         """Evaluates a model on DATASETS.TEST, with augmentation too if TEST.AUG.ENABLED."""
-        results: Results = cls.test(cfg, model)
+        results = cls.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(cls.test_with_tta(cfg, model))
         if comm.is_main_process():

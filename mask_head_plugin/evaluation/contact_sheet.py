@@ -78,11 +78,17 @@ def _arrange(tiles: list[ByteArray]) -> ByteArray:
     for start in range(0, len(tiles), columns):
         row = tiles[start : start + columns]
         row += [blank] * (columns - len(row))
-        rows.append(np.concatenate([np.pad(x, ((6, 6), (6, 6), (0, 0)), constant_values=255) for x in row], axis=1))
+        rows.append(
+            np.concatenate(
+                [np.pad(x, ((6, 6), (6, 6), (0, 0)), constant_values=255) for x in row], axis=1
+            )
+        )
     sheet = np.concatenate(rows)
     header = np.full((HEADER_HEIGHT, sheet.shape[1], 3), 255, np.uint8)
     for column in range(2 * columns):
         label = "ground truth" if column % 2 == 0 else "prediction"
         x = 12 + (column // 2) * (2 * TILE_HW[1] + 12) + (column % 2) * TILE_HW[1]
-        cv2.putText(header, label, (x, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+        cv2.putText(
+            header, label, (x, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA
+        )
     return np.concatenate([header, sheet])

@@ -47,7 +47,7 @@ def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor)
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class FCNMaskHead(MaskRCNNConvUpsampleHead):  # type: ignore[misc]
+class FCNMaskHead(MaskRCNNConvUpsampleHead):
     """Mask R-CNN figure 4: 3x3 convolutions, a 2x2 deconvolution, and one mask per class.
 
     Layers, initialisation and parameter names are those of detectron2's MaskRCNNConvUpsampleHead,
@@ -96,7 +96,7 @@ class FCNMaskHead(MaskRCNNConvUpsampleHead):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        arguments: dict[str, Any] = super().from_config(cfg, input_shape)
+        arguments = super().from_config(cfg, input_shape)
         arguments["losses"] = cfg.MODEL.ROI_MASK_HEAD.LOSSES
         return arguments
 

@@ -1,7 +1,7 @@
 """Mask losses, by name in MASK_LOSS_REGISTRY.
 
-A loss is a pure function ``(mask_logits, gt_masks) -> scalar`` of the logits of the one mask per RoI
-that counts (its class's) and its target. It neither selects classes nor logs; the head does.
+A loss is a pure function ``(mask_logits, gt_masks) -> scalar`` of the logits of the one mask per
+RoI that counts (its class's) and its target. It neither selects classes nor logs; the head does.
 
 Shape alphabet: R RoIs, M mask side.
 """
@@ -39,8 +39,7 @@ def binary_cross_entropy(mask_logits: Tensor, gt_masks: Tensor) -> Tensor:
     Returns:
         Scalar >= 0; 0 with a graph at R = 0.
     """
-    loss: Tensor = _mean_bce(mask_logits, gt_masks)
-    return loss
+    return _mean_bce(mask_logits, gt_masks)
 
 
 def weighted_mask_losses(

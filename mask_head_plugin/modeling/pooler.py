@@ -83,7 +83,9 @@ class MultiLevelRoIPooler(nn.Module):
         if len(features) != len(self.scales):
             raise ValueError(f"got {len(features)} feature maps for {len(self.scales)} scales")
         if len(box_lists) != features[0].shape[0]:
-            raise ValueError(f"got boxes of {len(box_lists)} images, maps of {features[0].shape[0]}")
+            raise ValueError(
+                f"got boxes of {len(box_lists)} images, maps of {features[0].shape[0]}"
+            )
         rois = convert_boxes_to_pooler_format(box_lists)
         if len(features) == 1:
             return self._pool(features[0], rois, self.scales[0])
@@ -101,11 +103,9 @@ class MultiLevelRoIPooler(nn.Module):
     def _pool(self, feature: Tensor, rois: Tensor, scale: float) -> Tensor:
         rois = rois.to(feature.dtype)
         if self.pooler_type == "ROIPool":
-            pooled: Tensor = roi_pool(feature, rois, self.output_size, scale)
-            return pooled
+            return roi_pool(feature, rois, self.output_size, scale)
         aligned = self.pooler_type == "ROIAlignV2"
-        pooled = roi_align(feature, rois, self.output_size, scale, self.sampling_ratio, aligned)
-        return pooled
+        return roi_align(feature, rois, self.output_size, scale, self.sampling_ratio, aligned)
 
     def extra_repr(self) -> str:
         return (
@@ -129,10 +129,9 @@ def build_pooler(
         (``ROIAlignRotated``).
     """
     pooler_class = MultiLevelRoIPooler if head_cfg.POOLER_TYPE in POOLER_TYPES else ROIPooler
-    pooler: nn.Module = pooler_class(
+    return pooler_class(
         output_size=head_cfg.POOLER_RESOLUTION,
         scales=tuple(1.0 / input_shape[name].stride for name in in_features),
         sampling_ratio=head_cfg.POOLER_SAMPLING_RATIO,
         pooler_type=head_cfg.POOLER_TYPE,
     )
-    return pooler

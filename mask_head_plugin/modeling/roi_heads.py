@@ -16,12 +16,12 @@ from .pooler import POOLER_TYPES, build_pooler
 
 
 @ROI_HEADS_REGISTRY.register()
-class PerClassMaskROIHeads(StandardROIHeads):  # type: ignore[misc]
+class PerClassMaskROIHeads(StandardROIHeads):
     """StandardROIHeads (FPN, DC5) whose box and mask features come from MultiLevelRoIPooler."""
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        arguments: dict[str, Any] = super()._init_box_head(_stock_poolers(cfg), input_shape)
+        arguments = super()._init_box_head(_stock_poolers(cfg), input_shape)
         arguments["box_pooler"] = build_pooler(
             cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
         )
@@ -29,7 +29,7 @@ class PerClassMaskROIHeads(StandardROIHeads):  # type: ignore[misc]
 
     @classmethod
     def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        arguments: dict[str, Any] = super()._init_mask_head(_stock_poolers(cfg), input_shape)
+        arguments = super()._init_mask_head(_stock_poolers(cfg), input_shape)
         if arguments.get("mask_pooler") is not None:
             arguments["mask_pooler"] = build_pooler(
                 cfg.MODEL.ROI_MASK_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
@@ -38,7 +38,7 @@ class PerClassMaskROIHeads(StandardROIHeads):  # type: ignore[misc]
 
 
 @ROI_HEADS_REGISTRY.register()
-class PerClassMaskRes5ROIHeads(Res5ROIHeads):  # type: ignore[misc]
+class PerClassMaskRes5ROIHeads(Res5ROIHeads):
     """Res5ROIHeads (C4: box and mask share res5) whose features come from MultiLevelRoIPooler.
 
     Its pooler is configured by MODEL.ROI_BOX_HEAD alone, as in detectron2.
@@ -46,7 +46,7 @@ class PerClassMaskRes5ROIHeads(Res5ROIHeads):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        arguments: dict[str, Any] = super().from_config(_stock_poolers(cfg), input_shape)
+        arguments = super().from_config(_stock_poolers(cfg), input_shape)
         arguments["pooler"] = build_pooler(
             cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
         )

@@ -1,0 +1,232 @@
+"""The user's own COCO-format files as data sets, by config: DATASETS.COCO_FILES.
+
+detectron2's ``load_coco_json`` numbers the classes of each file by itself, so a validation file
+that lacks a category shifts all classes behind it. Here one list of categories holds for all data
+sets of a config, the first training set's; files are matched to it by category id and name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+from ..config import ConfigError, nearest_name
+
+logger = logging.getLogger(__name__)
+
+Categories = dict[int, str]
+"""Class name by COCO category id, in ascending order of the id: the order of the class indices."""
+
+
+@dataclass(frozen=True)
+class CocoFile:
+    """What a config needs to know of a COCO instances file before anything is trained."""
+
+    json_file: str
+    image_root: str
+    categories: Categories
+    has_rle: bool
+    """Whether any instance that is not a crowd has a mask in run-length encoding."""
+
+
+def register_coco_files(cfg: CfgNode) -> None:
+    """Registers the data sets of DATASETS.COCO_FILES and fits the config to them.
+
+    Class names and numbers come from the files. INPUT.MASK_FORMAT becomes ``bitmask`` where the
+    files need it (run-length masks of single objects); that is logged.
+
+    Args:
+        cfg: a config that is not frozen. INPUT.MASK_FORMAT may change.
+
+    Raises:
+        ConfigError: if an entry is malformed, a file or folder is missing, the categories of two
+            data sets of the config disagree, or MODEL.ROI_HEADS.NUM_CLASSES does not fit.
+    """
+    files = {name: read_coco_file(*paths) for name, *paths in _entries(cfg)}
+    reference = _reference_categories(cfg, files)
+    for name, file in files.items():
+        _check_categories(name, file, reference)
+        _register(name, file, reference, Path(cfg.OUTPUT_DIR))
+    used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    with_rle = [file.json_file for name, file in files.items() if name in used and file.has_rle]
+    if with_rle and cfg.INPUT.MASK_FORMAT != "bitmask":
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+        logger.info("INPUT.MASK_FORMAT is now bitmask: run-length masks in %s", ", ".join(with_rle))
+
+
+def check_datasets(cfg: CfgNode) -> None:
+    """Checks that the data sets of a config exist and have as many classes as the model.
+
+    Raises:
+        ConfigError: if a data set is not registered (the nearest name is given), needs a package
+            that is missing (the extra is given), or NUM_CLASSES differs (both numbers are given).
+    """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if name not in DatasetCatalog.list():
+            nearest = nearest_name(name, DatasetCatalog.list())
+            raise ConfigError(
+                f"data set {name!r} is not registered"
+                + (f"; did you mean {nearest!r}? " if nearest else ". ")
+                + "Your own files go into DATASETS.COCO_FILES"
+            )
+        metadata = MetadataCatalog.get(name)
+        _require_package(name, metadata.get("evaluator_type", ""))
+        classes = metadata.get("thing_classes")
+        if classes is not None and len(classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            raise ConfigError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but data set "
+                f"{name!r} has {len(classes)} classes ({metadata.get('json_file', 'built in')}); "
+                f"set it to {len(classes)}"
+            )
+
+
+@functools.cache
+def read_coco_file(json_file: str, image_root: str) -> CocoFile:
+    """Reads what CocoFile holds.
+
+    Raises:
+        ConfigError: if the file or the folder is missing or the file is not COCO instances format.
+    """
+    if not Path(json_file).is_file():
+        raise ConfigError(f"DATASETS.COCO_FILES: annotation file {json_file} does not exist")
+    if not Path(image_root).is_dir():
+        raise ConfigError(f"DATASETS.COCO_FILES: image folder {image_root} does not exist")
+    try:
+        content = json.loads(Path(json_file).read_text())
+        categories = {c["id"]: c["name"] for c in content["categories"]}
+        masks = [a.get("segmentation") for a in content["annotations"] if not a.get("iscrowd")]
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{json_file} is not JSON: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{json_file} is not in COCO instances format: {error!r}") from error
+    if len(categories) != len(content["categories"]):
+        raise ConfigError(f"{json_file}: two categories share an id")
+    has_rle = any(isinstance(mask, dict) for mask in masks)
+    return CocoFile(json_file, image_root, dict(sorted(categories.items())), has_rle)
+
+
+def _entries(cfg: CfgNode) -> list[tuple[str, str, str]]:
+    entries = []
+    for entry in cfg.DATASETS.COCO_FILES:
+        if isinstance(entry, str) or len(entry) != 3 or not all(isinstance(x, str) for x in entry):
+            raise ConfigError(
+                f"DATASETS.COCO_FILES: {entry!r} is not [name, annotations.json, image folder]"
+            )
+        entries.append((entry[0], entry[1], entry[2]))
+    names = [name for name, _, _ in entries]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"DATASETS.COCO_FILES: a name stands twice in {names}")
+    return entries
+
+
+def _reference_categories(cfg: CfgNode, files: dict[str, CocoFile]) -> tuple[str, Categories]:
+    """Returns the data set whose categories number the classes, and these categories."""
+    for name in (*cfg.DATASETS.TRAIN, *files):
+        if name in files:
+            return name, files[name].categories
+        if name in DatasetCatalog.list():
+            metadata = MetadataCatalog.get(name)
+            ids = metadata.get("thing_dataset_id_to_contiguous_id")
+            if ids is not None:
+                return name, {i: metadata.thing_classes[index] for i, index in ids.items()}
+    return "", {}
+
+
+def _check_categories(name: str, file: CocoFile, reference: tuple[str, Categories]) -> None:
+    """Raises ConfigError unless each category of a file is one of the reference, id and name."""
+    reference_name, known = reference
+    ids_by_name = {category: i for i, category in known.items()}
+    for i, category in file.categories.items():
+        if known.get(i) == category:
+            continue
+        if i in known:
+            fault = f"id {i} is {category!r} here and {known[i]!r} there"
+        elif category in ids_by_name:
+            fault = f"{category!r} has id {i} here and {ids_by_name[category]} there"
+        else:
+            fault = f"{category!r} (id {i}) does not exist there"
+        raise ConfigError(
+            f"categories of data set {name!r} ({file.json_file}) disagree with those of "
+            f"{reference_name!r}: {fault}; make ids and names the same in both files"
+        )
+
+
+def _register(name: str, file: CocoFile, reference: tuple[str, Categories], output: Path) -> None:
+    """Puts a file into detectron2's catalogs, replacing an entry that an earlier config made."""
+    metadata = MetadataCatalog.get(name)
+    if name in DatasetCatalog.list():
+        if not metadata.get("from_coco_files", False):
+            raise ConfigError(f"DATASETS.COCO_FILES: {name!r} is a built-in data set; rename yours")
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+        metadata = MetadataCatalog.get(name)
+    categories = reference[1]
+    class_indices = {i: index for index, i in enumerate(categories)}
+    DatasetCatalog.register(name, _loader(file, class_indices))
+    metadata.set(
+        json_file=_with_all_categories(name, file, categories, output),
+        image_root=file.image_root,
+        evaluator_type="coco",
+        thing_classes=list(categories.values()),
+        thing_dataset_id_to_contiguous_id=class_indices,
+        from_coco_files=True,
+    )
+
+
+def _loader(file: CocoFile, class_indices: dict[int, int]) -> Callable[[], list[dict[str, Any]]]:
+    def load() -> list[dict[str, Any]]:
+        # Without a name it leaves the category ids alone.
+        records = load_coco_json(file.json_file, file.image_root)
+        for record in records:
+            for annotation in record["annotations"]:
+                annotation["category_id"] = class_indices[annotation["category_id"]]
+        return records
+
+    return load
+
+
+def _with_all_categories(name: str, file: CocoFile, categories: Categories, output: Path) -> str:
+    """Returns the annotation file for evaluation: one that lists all categories of the model.
+
+    COCOEvaluator stops where the file lists fewer classes than the model has, so a file that lacks
+    some gets a copy with the full list.
+    """
+    if len(file.categories) == len(categories):
+        return file.json_file
+    missing = [category for i, category in categories.items() if i not in file.categories]
+    content = json.loads(Path(file.json_file).read_text())
+    content["categories"] = [{"id": i, "name": category} for i, category in categories.items()]
+    text = json.dumps(content)
+    path = output / "coco_files" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+    logger.info("%s lacks the categories %s; evaluating with %s", file.json_file, missing, path)
+    return str(path)
+
+
+EXTRAS: dict[str, tuple[str, str]] = {
+    "lvis": ("lvis", "lvis"),
+    "cityscapes_instance": ("cityscapesscripts", "cityscapes"),
+    "cityscapes_sem_seg": ("cityscapesscripts", "cityscapes"),
+}
+"""Package and extra of setup.cfg that an evaluator_type needs."""
+
+
+def _require_package(dataset_name: str, evaluator_type: str) -> None:
+    package, extra = EXTRAS.get(evaluator_type, ("", ""))
+    if package and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"data set {dataset_name!r} needs the package {package!r}, which is not installed: "
+            f"pip install 'mask_head_plugin[{extra}]'"
+        )

@@ -1,0 +1,138 @@
+"""What several test modules build: small models, their stock twins, random inputs.
+
+Shape alphabet: N images, R RoIs, K classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+
+from mask_head_plugin import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+CHECKPOINT = ROOT / "checkpoints" / "mask_rcnn_shapes.safetensors"
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+STOCK_NAMES = {
+    "PerClassMaskROIHeads": "StandardROIHeads",
+    "PerClassMaskRes5ROIHeads": "Res5ROIHeads",
+    "FCNMaskHead": "MaskRCNNConvUpsampleHead",
+}
+
+SMALL_RESNET = [
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", "0"),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "4", "MODEL.RESNETS.NORM", "BN"),
+    *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "MODEL.ROI_HEADS.NUM_CLASSES", "5"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "32", "SOLVER.IMS_PER_BATCH", "2"),
+    *("DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"),
+    *("INPUT.MASK_FORMAT", "bitmask", "DATALOADER.NUM_WORKERS", "0"),
+    *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96"),
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _run_from_the_root() -> None:
+    """The embedded data set lies in datasets/ of the current folder."""
+    os.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def small_config(name: str, *opts: str) -> CfgNode:
+    """Returns a config of configs/ with a network that trains in a blink."""
+    return load_config(str(CONFIGS / name), [*SMALL_RESNET, *opts])
+
+
+def stock_config(cfg: CfgNode) -> CfgNode:
+    """Returns the same config with detectron2's modules in place of the plugin's."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_MASK_HEAD):
+        node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
+    return cfg
+
+
+def build_twins(cfg: CfgNode) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Returns the plugin's model and the stock model with equal weights, neither trained."""
+    torch.manual_seed(1)
+    plugin, stock = build_model(cfg), build_model(stock_config(cfg))
+    # detectron2 starts the predictors near zero; larger weights make masks and scores that differ.
+    with torch.no_grad():
+        for name, parameter in plugin.named_parameters():
+            if "predictor" in name:
+                parameter.normal_(std=0.1)
+    stock.load_state_dict(plugin.state_dict(), strict=True)
+    return plugin, stock
+
+
+def random_instances(
+    num_instances: int,
+    image_hw: tuple[int, int],
+    num_classes: int,
+    rng: np.random.Generator,
+    mask_format: str,
+    dtype: torch.dtype = torch.float32,
+) -> Instances:
+    """Returns ground truth: boxes at least 8 pixels wide with an octagon in each."""
+    height, width = image_hw
+    size = rng.uniform(8, min(image_hw) * 0.7, (num_instances, 2))
+    corner = rng.uniform(0, 1, (num_instances, 2)) * (np.array([width, height]) - size)
+    boxes = np.concatenate([corner, corner + size], axis=1)
+    angles = np.arange(8) * np.pi / 4 + 0.2
+    octagon = np.stack([np.cos(angles), np.sin(angles)], axis=1) * 0.5 + 0.5
+    polygons = [[(octagon * s + c).reshape(-1)] for s, c in zip(size, corner, strict=True)]
+    instances = Instances(image_hw)
+    instances.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=dtype))
+    instances.gt_classes = torch.as_tensor(rng.integers(0, num_classes, num_instances))
+    if mask_format == "polygon":
+        instances.gt_masks = PolygonMasks(polygons)
+    else:
+        instances.gt_masks = BitMasks.from_polygon_masks(polygons, height, width)
+    return instances
+
+
+def random_proposals(
+    targets: list[Instances], num_proposals: int, rng: np.random.Generator
+) -> list[Instances]:
+    """Returns proposals around the ground-truth boxes, some near and some far."""
+    proposals = []
+    for target in targets:
+        boxes = target.gt_boxes.tensor
+        if len(boxes) == 0:
+            boxes = boxes.new_tensor([[0.0, 0.0, 20.0, 20.0]])
+        chosen = boxes[torch.as_tensor(rng.integers(0, len(boxes), num_proposals))]
+        sides = (chosen[:, 2:] - chosen[:, :2]).repeat(1, 2)
+        spread = torch.as_tensor(rng.normal(0, 0.15, (num_proposals, 4)), dtype=boxes.dtype)
+        instances = Instances(target.image_size)
+        instances.proposal_boxes = Boxes(chosen + spread * sides)
+        instances.proposal_boxes.clip(target.image_size)
+        instances.objectness_logits = torch.zeros(num_proposals, dtype=boxes.dtype)
+        proposals.append(instances)
+    return proposals
+
+
+def copy_instances(instances: list[Instances]) -> list[Instances]:
+    """Returns deep copies: detectron2's heads change what they are given."""
+    return copy.deepcopy(instances)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the largest difference as a share of the largest expected value."""
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    difference = (actual - expected).abs().max().item() if expected.numel() else 0.0
+    return difference / max(scale, torch.finfo(expected.dtype).tiny)
