@@ -29,7 +29,8 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_HEAD.LOSSES = [["binary_cross_entropy", 1.0]]
 
     # The user's own data sets in COCO instances format: ["name", "annotations.json", "images/"].
-    # The names can then stand in DATASETS.TRAIN and DATASETS.TEST.
+    # Paths start at the current folder or, where nothing is there, at $DETECTRON2_DATASETS. The
+    # names can then stand in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FILES = []
 
 
@@ -78,10 +79,13 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
 def _merge_opts(cfg: CfgNode, opts: list[str]) -> None:
     if len(opts) % 2:
         raise ConfigError(f"options are pairs 'KEY VALUE', but {opts[-1]!r} has no partner")
+    keys = set(_keys(cfg))
     for key, value in zip(opts[::2], opts[1::2], strict=True):
+        if key not in keys:
+            raise ConfigError(f"option {key}: {_unknown(cfg, key)}")
         try:
             cfg.merge_from_list([key, value])
-        except (KeyError, ValueError, AssertionError, AttributeError) as error:
+        except ValueError as error:
             raise ConfigError(f"option {key}: {_explain(cfg, error)}") from error
 
 
@@ -90,9 +94,7 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
     message = _one_line(error)
     unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
     if unknown:
-        key = unknown[1].rstrip("'\"")
-        nearest = nearest_name(key, list(_keys(cfg)))
-        return f"there is no config key {key}" + (f"; did you mean {nearest}?" if nearest else "")
+        return _unknown(cfg, unknown[1].rstrip("'\""))
     mismatch = re.search(
         r"Type mismatch \((.*?) vs\. (.*?)\) with values .* for config key: (\S+)", message
     )
@@ -105,6 +107,11 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
         default = f" such as its default {_value(cfg, full_keys[0])!r}" if full_keys else ""
         return f"{key} takes a value of type {expected}{default}, not of type {found}"
     return message
+
+
+def _unknown(cfg: CfgNode, key: str) -> str:
+    nearest = nearest_name(key, list(_keys(cfg)))
+    return f"there is no config key {key!r}" + (f"; did you mean {nearest}?" if nearest else "")
 
 
 def nearest_name(name: str, choices: Sequence[str]) -> str | None:

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,10 @@ def register_coco_files(cfg: CfgNode) -> None:
         ConfigError: if an entry is malformed, a file or folder is missing, the categories of two
             data sets of the config disagree, or MODEL.ROI_HEADS.NUM_CLASSES does not fit.
     """
-    files = {name: read_coco_file(*paths) for name, *paths in _entries(cfg)}
+    files = {
+        name: read_coco_file(find_in_datasets(json_file), find_in_datasets(image_root))
+        for name, json_file, image_root in _entries(cfg)
+    }
     reference = _reference_categories(cfg, files)
     for name, file in files.items():
         _check_categories(name, file, reference)
@@ -90,6 +94,17 @@ def check_datasets(cfg: CfgNode) -> None:
             )
 
 
+def datasets_root() -> Path:
+    """Returns the folder where detectron2 looks for data sets."""
+    return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def find_in_datasets(path: str) -> str:
+    """Returns ``path``, or its place below ``$DETECTRON2_DATASETS`` where only that exists."""
+    below_root = datasets_root() / path
+    return str(below_root) if not Path(path).exists() and below_root.exists() else path
+
+
 @functools.cache
 def read_coco_file(json_file: str, image_root: str) -> CocoFile:
     """Reads what CocoFile holds.
@@ -97,10 +112,15 @@ def read_coco_file(json_file: str, image_root: str) -> CocoFile:
     Raises:
         ConfigError: if the file or the folder is missing or the file is not COCO instances format.
     """
-    if not Path(json_file).is_file():
-        raise ConfigError(f"DATASETS.COCO_FILES: annotation file {json_file} does not exist")
-    if not Path(image_root).is_dir():
-        raise ConfigError(f"DATASETS.COCO_FILES: image folder {image_root} does not exist")
+    for what, path, found in (
+        ("annotation file", json_file, Path(json_file).is_file()),
+        ("image folder", image_root, Path(image_root).is_dir()),
+    ):
+        if not found:
+            raise ConfigError(
+                f"DATASETS.COCO_FILES: {what} {path} does not exist, neither from {Path.cwd()} nor "
+                f"in $DETECTRON2_DATASETS ({datasets_root()})"
+            )
     try:
         content = json.loads(Path(json_file).read_text())
         categories = {c["id"]: c["name"] for c in content["categories"]}

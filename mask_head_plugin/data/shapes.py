@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 import struct
 import tempfile
@@ -35,6 +34,8 @@ import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from tqdm import tqdm
+
+from .coco_files import datasets_root
 
 IntArray = npt.NDArray[np.int64]
 ByteArray = npt.NDArray[np.uint8]
@@ -53,6 +54,8 @@ TURN = 720
 # Rounded sines of a table this coarse are the same on every libm: none lies near a rounding edge.
 SINE = np.array([round(UNIT * math.sin(2 * math.pi * k / TURN)) for k in range(TURN)], np.int64)
 
+MAX_TILT = 60
+"""Largest turn of a shape either way, in 1/TURN."""
 MIN_VISIBLE_PIXELS = 60
 MIN_VISIBLE_PERCENT = 50
 
@@ -111,19 +114,21 @@ def rasterize(contours: list[IntArray], image_hw: tuple[int, int]) -> IntArray:
     """
     height, width = image_hw[0] * S, image_hw[1] * S
     pitch = 64 // S
-    toggles = np.zeros((height, width + 1), np.int64)
+    toggles = np.zeros((height, width + 1), np.int8)
     rows = np.arange(height)
     y = rows * pitch + pitch // 2
     for points in contours:
         for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
-            if y0 == y1:
-                continue
-            crossed = (y >= min(y0, y1)) & (y < max(y0, y1))
-            x = x0 + (y[crossed] - y0) * (x1 - x0) // (y1 - y0)
-            columns = np.clip((x + pitch // 2) // pitch, 0, width)
-            np.add.at(toggles, (rows[crossed], columns), 1)
-    inside = np.cumsum(toggles, axis=1)[:, :width] & 1
-    return inside.reshape(image_hw[0], S, image_hw[1], S).sum(axis=(1, 3))
+            if y0 > y1:
+                x0, y0, x1, y1 = x1, y1, x0, y0
+            crossed = (y >= y0) & (y < y1)
+            # The first sample at or right of x0 + (y - y0) (x1 - x0) / (y1 - y0), exactly.
+            rise = pitch * (y1 - y0)
+            run = (x0 - pitch // 2) * (y1 - y0) + (y[crossed] - y0) * (x1 - x0)
+            columns = np.clip(-(-run // max(rise, 1)), 0, width)
+            toggles[rows[crossed], columns] ^= 1  # an edge crosses a row once
+    inside = np.bitwise_xor.accumulate(toggles, axis=1)[:, :width]
+    return inside.reshape(image_hw[0], S, image_hw[1], S).sum(axis=(1, 3), dtype=np.int64)
 
 
 def texture(
@@ -148,14 +153,15 @@ def draw_image(
     owner = np.full(IMAGE_HW, -1)
     classes: list[int] = []
     full_areas: list[int] = []
-    for index in range(rng.randint(1, 6)):
+    for index in range(rng.randint(1, 5)):
         class_index = rng.randint(len(CLASS_NAMES))
-        radius = rng.randint(13 * 64, 29 * 64)
+        radius = rng.randint(14 * 64, 30 * 64)
         centre = np.array(
             [rng.randint(8 * 64, (width - 8) * 64), rng.randint(8 * 64, (height - 8) * 64)]
         )
         contours = outline(CLASS_NAMES[class_index])
-        contours = place(contours, radius, rng.randint(75, 101), rng.randint(TURN), centre)
+        angle = rng.randint(-MAX_TILT, MAX_TILT + 1)
+        contours = place(contours, radius, rng.randint(75, 101), angle, centre)
         coverage = rasterize(contours, IMAGE_HW)
         colour = rng.randint(20, 236, size=3)
         if np.abs(colour - background).sum() < 150:
@@ -234,11 +240,6 @@ def write_split(folder: Path, split: str, num_images: int) -> None:
     (folder / "annotations").mkdir(exist_ok=True)
     text = json.dumps(content, separators=(",", ":"))
     (folder / "annotations" / f"{split}.json").write_text(text)
-
-
-def datasets_root() -> Path:
-    """Returns the folder where detectron2 looks for data sets."""
-    return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
 def ensure_shapes() -> Path:

@@ -1,7 +1,15 @@
-"""One picture to judge a model by: validation images, ground truth beside predictions."""
+"""One picture to judge a model by: validation images, ground truth beside predictions.
+
+Masks are drawn here and not by detectron2's Visualizer because that fills holes, which would hide
+the very outlines the picture is for.
+
+Shape alphabet: H, W image height and width in pixels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +19,30 @@ import numpy.typing as npt
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import annotations_to_instances, read_image
 from detectron2.evaluation.evaluator import inference_context
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.colormap import colormap
 from tqdm import tqdm
 
 ByteArray = npt.NDArray[np.uint8]
 
-TILE_HW = (300, 400)
 NUM_IMAGES = 12
 NUM_COLUMNS = 3
+TILE_HW = (300, 400)
+MARGIN = 6
 HEADER_HEIGHT = 28
+MASK_OPACITY = 0.45
+COLOURS = colormap(rgb=True)
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+
+@dataclass(frozen=True)
+class LabelledMask:
+    """One instance to draw: its (H, W) bool mask, its class and the text beside it."""
+
+    mask: npt.NDArray[np.bool_]
+    class_index: int
+    label: str
 
 
 def write_contact_sheet(
@@ -32,63 +53,102 @@ def write_contact_sheet(
     Args:
         cfg: gives the test-time transforms.
         model: a detectron2 model; its training mode is restored.
-        dataset_name: a registered data set with annotations in detectron2's standard format.
+        dataset_name: a registered data set with instances in detectron2's standard format.
         path: the PNG to write; its folder is made if missing.
         min_score: detections below are not drawn.
+
+    Raises:
+        OSError: if the picture cannot be written.
     """
     records = DatasetCatalog.get(dataset_name)
-    chosen = [records[i] for i in np.linspace(0, len(records) - 1, NUM_IMAGES, dtype=int)]
-    # Unlike at evaluation, the ground truth of an image is wanted beside its prediction.
-    unique = list({id(record): record for record in chosen}.values())
+    chosen = np.unique(np.linspace(0, len(records) - 1, NUM_IMAGES, dtype=int))
+    names = MetadataCatalog.get(dataset_name).thing_classes
+    # The mapper drops annotations, so that the model sees what it sees at evaluation.
     mapper = DatasetMapper(cfg, is_train=False)
-    metadata = MetadataCatalog.get(dataset_name)
-    tiles = []
+    pairs = []
     with inference_context(model), torch.no_grad():
-        for record in tqdm(unique, "drawing the contact sheet", unit="image"):
+        for index in tqdm(chosen, "drawing the contact sheet", unit="image"):
+            record = records[index]
             instances = model([mapper(record)])[0]["instances"].to("cpu")
-            tiles.append(_draw_pair(record, instances[instances.scores >= min_score], metadata))
+            image = read_image(record["file_name"], format="RGB")
+            truth = draw_masks(image, _true_masks(record, names))
+            found = draw_masks(image, _predicted_masks(instances, names, min_score))
+            pairs.append(np.concatenate([_on_tile(truth), _on_tile(found)], axis=1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), _arrange(tiles)[:, :, ::-1]):
+    if not cv2.imwrite(str(path), _arrange(pairs)[:, :, ::-1]):
         raise OSError(f"could not write {path}")
 
 
-def _draw_pair(record: dict[str, Any], instances: Any, metadata: Any) -> ByteArray:
-    """Returns a (tile height, 2 x tile width, 3) RGB picture: ground truth, prediction."""
-    image = read_image(record["file_name"], format="RGB")
+def draw_masks(image: ByteArray, masks: Sequence[LabelledMask]) -> ByteArray:
+    """Returns the (H, W, 3) RGB image, scaled to a tile, with masks tinted, outlined and named."""
     scale = min(TILE_HW[0] / image.shape[0], TILE_HW[1] / image.shape[1])
-    truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record)
-    prediction = Visualizer(image, metadata, scale=scale).draw_instance_predictions(instances)
-    return np.concatenate([_fit(x.get_image()) for x in (truth, prediction)], axis=1)
+    size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    canvas = cv2.resize(image, size, interpolation=interpolation)
+    for item in masks:
+        colour = COLOURS[item.class_index % len(COLOURS)]
+        mask = cv2.resize(item.mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        inside = mask > 0
+        tinted = canvas[inside] * (1 - MASK_OPACITY) + colour * MASK_OPACITY
+        canvas[inside] = tinted.astype(np.uint8)
+        contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(canvas, contours, -1, (255, 255, 255), 1, cv2.LINE_AA)
+    for item in masks:  # texts last, so that no mask covers one
+        _write_label(canvas, item, size)
+    return np.asarray(canvas, np.uint8)
 
 
-def _fit(picture: ByteArray) -> ByteArray:
+def _write_label(canvas: Any, item: LabelledMask, size: tuple[int, int]) -> None:
+    rows, columns = np.nonzero(item.mask)
+    if len(rows) == 0:
+        return
+    scale = size[0] / item.mask.shape[1]
+    x, y = int(columns.min() * scale), max(int(rows.min() * scale), 12)
+    for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+        cv2.putText(canvas, item.label, (x, y), FONT, 0.42, colour, thickness, cv2.LINE_AA)
+
+
+def _true_masks(record: dict[str, Any], names: Sequence[str]) -> list[LabelledMask]:
+    annotations = [a for a in record["annotations"] if "segmentation" in a]
+    if not annotations:
+        return []
+    image_hw = (record["height"], record["width"])
+    instances = annotations_to_instances(annotations, image_hw, mask_format="bitmask")
+    classes = instances.gt_classes.tolist()
+    masks = instances.gt_masks.tensor.numpy()
+    return [LabelledMask(m, k, names[k]) for m, k in zip(masks, classes, strict=True)]
+
+
+def _predicted_masks(instances: Any, names: Sequence[str], min_score: float) -> list[LabelledMask]:
+    kept = instances[instances.scores >= min_score]
+    return [
+        LabelledMask(np.asarray(kept.pred_masks[i]), k, f"{names[k]} {score:.2f}")
+        for i, (k, score) in enumerate(
+            zip(kept.pred_classes.tolist(), kept.scores.tolist(), strict=True)
+        )
+    ]
+
+
+def _on_tile(picture: ByteArray) -> ByteArray:
     """Centres a picture on a white tile."""
-    height, width = (min(a, b) for a, b in zip(picture.shape[:2], TILE_HW, strict=True))
+    height, width = picture.shape[:2]
     top, left = (TILE_HW[0] - height) // 2, (TILE_HW[1] - width) // 2
     tile = np.full((*TILE_HW, 3), 255, np.uint8)
-    tile[top : top + height, left : left + width] = picture[:height, :width]
+    tile[top : top + height, left : left + width] = picture
     return tile
 
 
-def _arrange(tiles: list[ByteArray]) -> ByteArray:
-    """Puts pairs into rows of NUM_COLUMNS under a header line."""
-    blank = np.full_like(tiles[0], 255)
-    columns = min(NUM_COLUMNS, len(tiles))
-    rows = []
-    for start in range(0, len(tiles), columns):
-        row = tiles[start : start + columns]
-        row += [blank] * (columns - len(row))
-        rows.append(
-            np.concatenate(
-                [np.pad(x, ((6, 6), (6, 6), (0, 0)), constant_values=255) for x in row], axis=1
-            )
-        )
-    sheet = np.concatenate(rows)
-    header = np.full((HEADER_HEIGHT, sheet.shape[1], 3), 255, np.uint8)
-    for column in range(2 * columns):
-        label = "ground truth" if column % 2 == 0 else "prediction"
-        x = 12 + (column // 2) * (2 * TILE_HW[1] + 12) + (column % 2) * TILE_HW[1]
-        cv2.putText(
-            header, label, (x, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA
-        )
-    return np.concatenate([header, sheet])
+def _arrange(pairs: list[ByteArray]) -> ByteArray:
+    """Puts pairs of tiles into rows of NUM_COLUMNS under a line that names the columns."""
+    columns = min(NUM_COLUMNS, len(pairs))
+    framed = [
+        np.pad(x, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=255) for x in pairs
+    ]
+    framed += [np.full_like(framed[0], 255)] * (-len(framed) % columns)
+    rows = [np.concatenate(framed[i : i + columns], axis=1) for i in range(0, len(framed), columns)]
+    header = np.full((HEADER_HEIGHT, rows[0].shape[1], 3), 255, np.uint8)
+    for column in range(columns):
+        for side, label in enumerate(("ground truth", "prediction")):
+            x = MARGIN + column * (2 * TILE_HW[1] + 2 * MARGIN) + side * TILE_HW[1]
+            cv2.putText(header, label, (x, 20), FONT, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate([header, *rows])

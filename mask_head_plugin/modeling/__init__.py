@@ -4,6 +4,7 @@ from .mask_head import FCNMaskHead
 from .mask_loss import MASK_LOSS_REGISTRY
 from .pooler import MultiLevelRoIPooler
 from .roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
+from .small_backbone import build_small_resnet_fpn_backbone
 
 __all__ = [
     "MASK_LOSS_REGISTRY",
@@ -11,4 +12,5 @@ __all__ = [
     "MultiLevelRoIPooler",
     "PerClassMaskROIHeads",
     "PerClassMaskRes5ROIHeads",
+    "build_small_resnet_fpn_backbone",
 ]

@@ -32,7 +32,7 @@ class MultiLevelRoIPooler(nn.Module):
 
     def __init__(
         self,
-        output_size: int,
+        output_size: int | Sequence[int],
         scales: Sequence[float],
         sampling_ratio: int,
         pooler_type: str,
@@ -41,7 +41,7 @@ class MultiLevelRoIPooler(nn.Module):
     ) -> None:
         """
         Args:
-            output_size: P, the side of the pooled square.
+            output_size: P, the side of the pooled square, or a pair (height, width).
             scales: for each feature map, finest first, its size relative to the image: 1 / stride.
                 Strides are powers of 2, each twice the one before.
             sampling_ratio: sample points per bin and axis of ROIAlign and ROIAlignV2;
@@ -60,7 +60,8 @@ class MultiLevelRoIPooler(nn.Module):
         levels = [-math.log2(scale) for scale in scales]
         if levels != [levels[0] + i for i in range(len(levels))] or not levels[0].is_integer():
             raise ValueError(f"scales {tuple(scales)} do not halve from one level to the next")
-        self.output_size = output_size
+        height, width = [output_size] * 2 if isinstance(output_size, int) else output_size
+        self.output_size = (height, width)
         self.scales = tuple(scales)
         self.sampling_ratio = sampling_ratio
         self.pooler_type = pooler_type
@@ -93,8 +94,7 @@ class MultiLevelRoIPooler(nn.Module):
         levels = assign_boxes_to_levels(
             box_lists, self.min_level, max_level, self.canonical_box_size, self.canonical_level
         )
-        shape = (len(rois), features[0].shape[1], self.output_size, self.output_size)
-        pooled = features[0].new_zeros(shape)
+        pooled = features[0].new_zeros(len(rois), features[0].shape[1], *self.output_size)
         for level, (feature, scale) in enumerate(zip(features, self.scales, strict=True)):
             (indices,) = torch.where(levels == level)
             pooled = pooled.index_put((indices,), self._pool(feature, rois[indices], scale))

@@ -1,0 +1,228 @@
+"""DATASETS.COCO_FILES: one numbering of classes, mask format by content, errors that name files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from conftest import SHARED_DATA, small_config
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from PIL import Image
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.data import check_datasets, register_coco_files
+
+HW = (40, 50)
+POLYGON = [[5.0, 5.0, 25.0, 5.0, 25.0, 25.0, 5.0, 25.0]]
+
+
+def rle() -> dict:
+    mask = np.zeros(HW, np.uint8, order="F")
+    mask[5:25, 5:25] = 1
+    encoded = mask_util.encode(mask)
+    return {"size": list(HW), "counts": encoded["counts"].decode()}
+
+
+def write_files(folder, name, categories, *, segmentation=POLYGON, crowd_rle=False, used=None):
+    """Writes one image per used category, each with one instance, and returns the config entry."""
+    images = folder / name
+    images.mkdir(parents=True)
+    content = {"images": [], "annotations": [], "categories": []}
+    for i, category in categories.items():
+        content["categories"].append({"id": i, "name": category})
+    for index, i in enumerate(used or categories):
+        Image.new("RGB", HW[::-1]).save(images / f"{index}.png")
+        size = {"height": HW[0], "width": HW[1]}
+        content["images"].append({"id": index + 1, "file_name": f"{index}.png", **size})
+        for crowd in (0, 1) if crowd_rle else (0,):
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": index + 1,
+                    "category_id": i,
+                    "bbox": [5, 5, 20, 20],
+                    "area": 400,
+                    "iscrowd": crowd,
+                    "segmentation": rle() if crowd else segmentation,
+                }
+            )
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(content))
+    return [f"test_{name}", str(path), str(images)]
+
+
+def configure(tmp_path, train, val, num_classes=3):
+    cfg = small_config("Base-MaskRCNN-FPN.yaml", "MODEL.ROI_HEADS.NUM_CLASSES", str(num_classes))
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    cfg.INPUT.MASK_FORMAT = "polygon"
+    cfg.DATASETS.COCO_FILES = [train, val]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train[0],), (val[0],)
+    register_coco_files(cfg)
+    check_datasets(cfg)
+    return cfg
+
+
+CATEGORIES = {3: "cat", 7: "dog", 9: "owl"}
+
+
+def test_classes_are_numbered_by_the_training_file_even_where_a_file_lacks_some(tmp_path):
+    train = write_files(tmp_path, "train", CATEGORIES)
+    val = write_files(tmp_path, "val", {9: "owl"})
+    configure(tmp_path, train, val)
+    assert MetadataCatalog.get("test_val").thing_classes == ["cat", "dog", "owl"]
+    classes = [r["annotations"][0]["category_id"] for r in DatasetCatalog.get("test_train")]
+    assert classes == [0, 1, 2]
+    assert DatasetCatalog.get("test_val")[0]["annotations"][0]["category_id"] == 2  # stock: 0
+
+
+def test_perfect_predictions_score_100_where_the_file_lacks_a_category(tmp_path):
+    train = write_files(tmp_path, "train", CATEGORIES)
+    val = write_files(tmp_path, "val", {7: "dog", 9: "owl"})
+    cfg = configure(tmp_path, train, val)
+    evaluator = COCOEvaluator("test_val", output_dir=str(tmp_path / "results"))
+    evaluator.reset()
+    evaluator._predictions = [
+        {
+            "image_id": record["image_id"],
+            "instances": [
+                {
+                    "image_id": record["image_id"],
+                    "category_id": annotation["category_id"],
+                    "bbox": annotation["bbox"],
+                    "score": 0.9,
+                    "segmentation": rle(),
+                }
+                for annotation in record["annotations"]
+            ],
+        }
+        for record in DatasetCatalog.get("test_val")
+    ]
+    results = evaluator.evaluate()
+    assert results["segm"]["AP"] == pytest.approx(100)
+    assert results["bbox"]["AP-owl"] == pytest.approx(100) and np.isnan(results["bbox"]["AP-cat"])
+    assert cfg.DATASETS.TEST == ("test_val",)
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        ({3: "cat", 7: "dog", 9: "emu"}, "id 9 is 'emu' here and 'owl' there"),
+        ({3: "cat", 8: "dog", 9: "owl"}, "'dog' has id 8 here and 7 there"),
+        ({3: "cat", 11: "emu"}, r"'emu' \(id 11\) does not exist there"),
+    ],
+)
+def test_disagreeing_categories_are_an_error_naming_both_data_sets(tmp_path, categories, message):
+    train = write_files(tmp_path, "train", CATEGORIES)
+    val = write_files(tmp_path, "val", categories)
+    with pytest.raises(ConfigError, match=message) as info:
+        configure(tmp_path, train, val)
+    assert "test_train" in str(info.value) and val[1] in str(info.value)
+
+
+def test_wrong_number_of_classes_names_both_numbers(tmp_path):
+    train = write_files(tmp_path, "train", CATEGORIES)
+    val = write_files(tmp_path, "val", CATEGORIES)
+    with pytest.raises(ConfigError, match=r"NUM_CLASSES is 80, but .*test_train.* has 3 classes"):
+        configure(tmp_path, train, val, num_classes=80)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "crowd_rle", "expected"),
+    [(POLYGON, False, "polygon"), (POLYGON, True, "polygon"), (rle(), False, "bitmask")],
+    ids=["polygons", "polygons and a run-length crowd", "run-length"],
+)
+def test_mask_format_follows_the_files_and_loads(tmp_path, segmentation, crowd_rle, expected):
+    options = {"segmentation": segmentation, "crowd_rle": crowd_rle}
+    train = write_files(tmp_path, "train", CATEGORIES, **options)
+    val = write_files(tmp_path, "val", CATEGORIES, **options)
+    cfg = configure(tmp_path, train, val)
+    assert cfg.INPUT.MASK_FORMAT == expected
+    mapped = DatasetMapper(cfg, is_train=True)(DatasetCatalog.get("test_train")[0])
+    assert len(mapped["instances"]) == 1
+    assert (
+        type(mapped["instances"].gt_masks).__name__
+        == {
+            "polygon": "PolygonMasks",
+            "bitmask": "BitMasks",
+        }[expected]
+    )
+
+
+def test_changing_the_mask_format_is_said(tmp_path, caplog):
+    train = write_files(tmp_path, "train", CATEGORIES, segmentation=rle())
+    val = write_files(tmp_path, "val", CATEGORIES)
+    with caplog.at_level("INFO"):
+        configure(tmp_path, train, val)
+    assert f"MASK_FORMAT is now bitmask: run-length masks in {train[1]}" in caplog.text
+
+
+def test_registering_again_replaces_and_built_in_names_are_kept(tmp_path):
+    train = write_files(tmp_path, "train", CATEGORIES)
+    val = write_files(tmp_path, "val", CATEGORIES)
+    configure(tmp_path, train, val)
+    configure(tmp_path, train, val)
+    with pytest.raises(ConfigError, match="built-in"):
+        configure(tmp_path, ["shapes_train", *train[1:]], val)
+    assert MetadataCatalog.get("shapes_train").thing_classes[0] == "ring"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (["a", "missing.json", "."], "annotation file missing.json does not exist"),
+        (["a", "{json}", "missing"], "image folder missing does not exist"),
+        (["a", "{broken}", "."], "broken.json is not JSON: .*line 1"),
+        (["a", "{other}", "."], "other.json is not in COCO instances format: .*categories"),
+        (["a", "b"], r"\['a', 'b'\] is not \[name"),
+        ("ab", "is not"),
+    ],
+)
+def test_unusable_entries_are_named(tmp_path, entry, message):
+    paths = {"json": write_files(tmp_path, "train", CATEGORIES)[1]}
+    for name, text in (("broken", "{"), ("other", '{"images": []}')):
+        (tmp_path / f"{name}.json").write_text(text)
+        paths[name] = str(tmp_path / f"{name}.json")
+    cfg = small_config("Base-MaskRCNN-FPN.yaml")
+    entry = entry if isinstance(entry, str) else [x.format(**paths) for x in entry]
+    cfg.DATASETS.COCO_FILES = [entry]
+    with pytest.raises(ConfigError, match=message):
+        register_coco_files(cfg)
+
+
+def test_unregistered_data_set_names_the_nearest():
+    cfg = small_config("Base-MaskRCNN-FPN.yaml", "DATASETS.TRAIN", "('shapes_trian',)")
+    with pytest.raises(
+        ConfigError, match="'shapes_trian' is not registered; did you mean 'shapes_train'"
+    ):
+        check_datasets(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("lvis_v1_train", "lvis"), ("cityscapes_fine_instance_seg_train", "cityscapes")],
+)
+def test_data_sets_that_need_a_package_name_the_extra(monkeypatch, name, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    cfg = small_config("Base-MaskRCNN-FPN.yaml", "DATASETS.TRAIN", f"('{name}',)")
+    with pytest.raises(ConfigError, match=rf"pip install 'mask_head_plugin\[{extra}\]'"):
+        check_datasets(cfg)
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes", "mask_format"), [("nuclei", 1, "bitmask"), ("coco_photos", 80, "polygon")]
+)
+def test_real_files_register_and_load(tmp_path, kind, classes, mask_format):
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real images are not at {SHARED_DATA}")
+    entries = []
+    for split in ("train", "val"):
+        folder = SHARED_DATA / f"{kind}_{split}"
+        files = (str(folder / "annotations.json"), str(folder / "images"))
+        entries.append([f"test_{kind}_{split}", *files])
+    cfg = configure(tmp_path, *entries, num_classes=classes)
+    assert cfg.INPUT.MASK_FORMAT == mask_format
+    mapped = DatasetMapper(cfg, is_train=True)(DatasetCatalog.get(f"test_{kind}_train")[0])
+    assert len(mapped["instances"]) > 0

@@ -1,0 +1,124 @@
+"""The embedded data set: the same bytes everywhere, and what its module promises of it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mask_head_plugin.data import shapes
+
+# SHA-256 over the first 8 images of val and their annotations, as first made.
+DIGEST = "PENDING"
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.write_split(folder, "val", 8)
+    return folder, json.loads((folder / "annotations" / "val.json").read_text())
+
+
+def test_every_byte_is_the_same_on_every_machine(split):
+    folder, _ = split
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    assert digest.hexdigest() == DIGEST
+
+
+def test_png_is_read_back_by_pillow(split):
+    rng = np.random.RandomState(0)
+    image = rng.randint(0, 256, (97, 301, 3)).astype(np.uint8)  # several stored blocks
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(shapes.encode_png(image)))), image)
+
+
+def test_annotations_agree_with_their_masks(split):
+    _, content = split
+    assert len(content["images"]) == 8 and len(content["annotations"]) > 8
+    for annotation in content["annotations"]:
+        mask = mask_util.decode(annotation["segmentation"])
+        assert mask.shape == shapes.IMAGE_HW
+        assert mask.sum() == annotation["area"] >= shapes.MIN_VISIBLE_PIXELS
+        assert mask_util.toBbox(annotation["segmentation"]).tolist() == annotation["bbox"]
+
+
+def test_instances_of_an_image_do_not_overlap():
+    rng = np.random.RandomState(5)
+    for _ in range(5):
+        _, instances = shapes.draw_image(rng)
+        assert (
+            sum((mask.astype(int) for _, mask in instances), np.zeros(shapes.IMAGE_HW)).max() <= 1
+        )
+
+
+def test_rings_have_holes_and_all_outlines_fill_their_square():
+    for name in shapes.CLASS_NAMES:
+        contours = shapes.place(shapes.outline(name), 40 * 64, 100, 0, np.array([48 * 64, 48 * 64]))
+        inside = shapes.rasterize(contours, (96, 96)) > 8
+        assert inside[48, 48] == (name != "ring") or name == "crescent"
+        columns = np.flatnonzero(inside.any(axis=0))
+        assert columns[0] <= 16 and columns[-1] >= (60 if name == "crescent" else 84), name
+
+
+def even_odd(x: int, y: int, contours) -> bool:
+    """The textbook test of one point, in exact integers."""
+    inside = False
+    for points in contours:
+        for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]], strict=True):
+            if (y0 <= y) != (y1 <= y):
+                side = (x - x0) * (y1 - y0) - (y - y0) * (x1 - x0)
+                inside ^= side >= 0 if y1 > y0 else side <= 0  # the point is on or right of the edge
+    return inside
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(-99, 600), st.integers(-99, 600)), min_size=3, max_size=7),
+        min_size=1,
+        max_size=2,
+    )
+)
+def test_rasterisation_equals_testing_each_sample_point(polygons):
+    coverage = shapes.rasterize([np.array(p) for p in polygons], (7, 8))
+    pitch = 64 // shapes.S
+    expected = np.zeros((7, 8), int)
+    for row in range(7 * shapes.S):
+        for column in range(8 * shapes.S):
+            point = (column * pitch + pitch // 2, row * pitch + pitch // 2)
+            expected[row // shapes.S, column // shapes.S] += even_odd(*point, polygons)
+    assert np.array_equal(coverage, expected)
+
+
+def test_all_classes_and_occlusion_occur():
+    rng = np.random.RandomState(1)
+    drawn = [shapes.draw_image(rng)[1] for _ in range(40)]
+    classes = {index for instances in drawn for index, _ in instances}
+    assert classes == set(range(len(shapes.CLASS_NAMES)))
+
+
+def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr(shapes, "NUM_IMAGES", {"val": 3})
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shapes, "coco_annotation", fail)
+        with pytest.raises(KeyboardInterrupt):
+            shapes.ensure_shapes()
+    assert list(tmp_path.iterdir()) == []
+    folder = shapes.ensure_shapes()
+    before = (folder / "annotations" / "val.json").stat().st_mtime_ns
+    assert shapes.ensure_shapes() == folder
+    assert (folder / "annotations" / "val.json").stat().st_mtime_ns == before
+    assert [p.name for p in tmp_path.iterdir()] == [shapes.FOLDER]

@@ -1,0 +1,166 @@
+"""Whole models: plugin against stock end to end, checkpoints both ways, other ROI heads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    CONFIGS,
+    build_twins,
+    copy_instances,
+    random_instances,
+    relative_error,
+    small_config,
+    stock_config,
+)
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from mask_head_plugin.modeling import FCNMaskHead, MultiLevelRoIPooler
+
+BASES = {"FPN": "Base-MaskRCNN-FPN.yaml", "C4": "Base-MaskRCNN-C4.yaml"}
+IMAGE_HW = (128, 160)
+
+
+def make_batch(counts=(4, 2), num_classes=5, mask_format="polygon", sem_seg_classes=0):
+    rng = np.random.default_rng(11)
+    batch = []
+    for count in counts:
+        image = torch.as_tensor(rng.integers(0, 256, (3, *IMAGE_HW)), dtype=torch.uint8)
+        instances = random_instances(count, IMAGE_HW, num_classes, rng, mask_format)
+        batch.append({"image": image, "instances": instances})
+        if sem_seg_classes:
+            sem_seg = rng.integers(0, sem_seg_classes, IMAGE_HW)
+            batch[-1]["sem_seg"] = torch.as_tensor(sem_seg, dtype=torch.int64)
+    return batch
+
+
+def losses_and_gradients(model, batch):
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(2)  # sampling of anchors and proposals
+    copies = [{**x, "instances": copy_instances([x["instances"]])[0]} for x in batch]
+    with EventStorage(0):
+        losses = model(copies)
+    sum(losses.values()).backward()
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_end_to_end_losses_and_gradients_equal_stock(base):
+    plugin, stock = build_twins(small_config(BASES[base]))
+    batch = make_batch()
+    losses, gradients = losses_and_gradients(plugin, batch)
+    stock_losses, stock_gradients = losses_and_gradients(stock, batch)
+    assert losses.keys() == stock_losses.keys() and "loss_mask" in losses
+    for name, expected in stock_losses.items():
+        assert relative_error(losses[name], expected) <= 1e-5, name
+    assert gradients.keys() == stock_gradients.keys()
+    for name, expected in stock_gradients.items():
+        if expected.abs().max() > 1e-7:  # a bias before a batch norm has the gradient 0 + rounding
+            assert relative_error(gradients[name], expected) <= 2e-3, name
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_checkpoints_fit_both_ways(base, tmp_path):
+    cfg = small_config(BASES[base])
+    for source, target in ((cfg, stock_config(cfg)), (stock_config(cfg), cfg)):
+        saved, loaded = build_model(source), build_model(target)
+        DetectionCheckpointer(saved, str(tmp_path)).save("model")
+        path = tmp_path / "model.pth"
+        state = torch.load(path, weights_only=True)["model"]
+        result = loaded.load_state_dict(state, strict=True)
+        assert not result.missing_keys and not result.unexpected_keys
+        DetectionCheckpointer(loaded).load(str(path))
+        assert all(torch.equal(x, saved.state_dict()[n]) for n, x in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (3, 0)], ids=["no object", "one image without"])
+@pytest.mark.parametrize("base", BASES)
+def test_images_without_objects_train_without_nan(base, counts):
+    plugin = build_model(small_config(BASES[base]))
+    losses, gradients = losses_and_gradients(plugin, make_batch(counts, mask_format="bitmask"))
+    assert all(torch.isfinite(x) for x in losses.values())
+    assert all(torch.isfinite(x).all() for x in gradients.values())
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_no_detections_are_a_normal_result(base):
+    plugin = build_model(
+        small_config(BASES[base], "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.1")
+    ).eval()
+    batch = [{**x, "height": 64, "width": 80} for x in make_batch()]
+    with torch.no_grad():
+        for output in plugin(batch):
+            assert len(output["instances"]) == 0
+            assert output["instances"].pred_masks.shape == (0, 64, 80)
+
+
+def train_a_few_iterations(model, batch, iterations=12):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model.train()
+    history = []
+    for i in range(iterations):
+        torch.manual_seed(3)
+        copies = [{**x, "instances": copy_instances([x["instances"]])[0]} for x in batch]
+        with EventStorage(i):
+            losses = model(copies)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        history.append({name: loss.item() for name, loss in losses.items()})
+    assert all(np.isfinite(list(losses.values())).all() for losses in history)
+    assert history[-1]["loss_mask"] < history[0]["loss_mask"]
+    model.eval()
+    with torch.no_grad():
+        return model([{**x, "height": 64, "width": 80} for x in batch])
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        ("coco/mask_rcnn_R_50_FPN_1x.yaml", "PerClassMaskROIHeads"),
+        ("coco/mask_rcnn_R_50_FPN_1x.yaml", "StandardROIHeads"),
+        ("coco/mask_rcnn_R_50_C4_1x.yaml", "PerClassMaskRes5ROIHeads"),
+        ("coco/mask_rcnn_R_50_DC5_1x.yaml", "PerClassMaskROIHeads"),
+        ("misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", "CascadeROIHeads"),
+        ("misc/mask_rcnn_R_50_FPN_1x_cls_agnostic.yaml", "PerClassMaskROIHeads"),
+    ],
+)
+def test_yaml_models_train(config, heads):
+    model = build_model(small_config(config, "MODEL.ROI_HEADS.NAME", heads))
+    assert type(model.roi_heads).__name__ == heads
+    assert isinstance(model.roi_heads.mask_head, FCNMaskHead)
+    outputs = train_a_few_iterations(model, make_batch())
+    for output in outputs:
+        assert output["instances"].pred_masks.shape[1:] == (64, 80)
+
+
+def test_panoptic_fpn_trains_from_yaml():
+    cfg = small_config(
+        "panoptic/panoptic_fpn_R_50_1x.yaml",
+        *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "4", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"),
+        *("MODEL.SEM_SEG_HEAD.NORM", ""),
+    )
+    model = build_model(cfg)
+    assert isinstance(model.roi_heads.mask_head, FCNMaskHead)
+    outputs = train_a_few_iterations(model, make_batch(sem_seg_classes=4))
+    assert {"instances", "sem_seg", "panoptic_seg"} <= set(outputs[0])
+
+
+def test_lazy_config_trains():
+    cfg = LazyConfig.load(str(CONFIGS / "coco" / "mask_rcnn_R_50_FPN_1x.py"))
+    # What detectron2's lazyconfig_train_net.py asks for.
+    assert {"model", "dataloader", "optimizer", "lr_multiplier", "train"} <= set(cfg)
+    cfg.model.backbone.bottom_up.freeze_at = 0
+    cfg.model.backbone.bottom_up.stem.norm = cfg.model.backbone.bottom_up.stages.norm = "BN"
+    cfg.model.roi_heads.num_classes = 5
+    cfg.model.roi_heads.batch_size_per_image = 32
+    model = instantiate(cfg.model)
+    assert isinstance(model.roi_heads.mask_head, FCNMaskHead)
+    assert isinstance(model.roi_heads.mask_pooler, MultiLevelRoIPooler)
+    train_a_few_iterations(model, make_batch(), iterations=3)

@@ -1,0 +1,117 @@
+"""Errors of load_config and train_net.py: one line with the nearest key, exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CONFIGS, ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.config import nearest_name
+
+
+def write(tmp_path, text, name="x.yaml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "MODEL:\n  ROI_HEAD:\n    NUM_CLASSES: 3\n",
+            "'MODEL.ROI_HEAD'; did you mean MODEL.ROI_HEADS",
+        ),
+        ("MODEL:\n  ROI_MASK_HEAD:\n    LOSES: []\n", "did you mean MODEL.ROI_MASK_HEAD.LOSSES?"),
+        (
+            "SOLVER:\n  MAX_ITER: many\n",
+            "SOLVER.MAX_ITER takes a value of type int.*40000.*not .*str",
+        ),
+        ("SOLVER:\n  BASE_LR: [1]\n", "SOLVER.BASE_LR takes a value of type float"),
+        ("SOLVER: 3\n", "SOLVER takes"),
+        ("a: [1\n", "not plain YAML"),
+        ("MODEL: !!python/object/apply:os.system ['true']\n", "not plain YAML"),
+        ("", "does not hold"),
+        ("- 1\n- 2\n", "does not hold"),
+        ("_BASE_: nowhere.yaml\n", "_BASE_ .*nowhere.yaml does not exist"),
+    ],
+)
+def test_broken_files_are_explained_in_one_line(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=message) as info:
+        load_config(path)
+    assert path in str(info.value) and "\n" not in str(info.value)
+
+
+def test_missing_file_names_the_nearest_one():
+    with pytest.raises(
+        ConfigError, match=r"does not exist; did you mean .*mask_rcnn_shapes.yaml\?"
+    ):
+        load_config(str(CONFIGS / "shapes" / "mask_rcnn_shape.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["SOLVER.BASE_RL", "1"], "option SOLVER.BASE_RL: .*did you mean SOLVER.BASE_LR?"),
+        (["NUM_CLASSES", "1"], "did you mean MODEL.*NUM_CLASSES"),
+        (["SOLVER.MAX_ITER", "1.5"], "type int"),
+        (["SOLVER.MAX_ITER"], "no partner"),
+        (["SOLVER", "1"], "SOLVER"),
+        (["SOLVER.MAX_ITER.X", "1"], "SOLVER.MAX_ITER.X"),
+    ],
+)
+def test_broken_options_are_explained(opts, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("", opts)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    key=st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=20),
+    value=st.text(max_size=10),
+)
+def test_any_option_either_works_or_is_a_config_error(key, value):
+    try:
+        load_config("", [key, value])
+    except ConfigError as error:
+        assert "\n" not in str(error)
+
+
+def test_nearest_name_prefers_the_same_leaf():
+    choices = ["SOLVER.STEPS", "MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"]
+    assert nearest_name("MODEL.ROI_HEAD.NUM_CLASSES", choices) == "MODEL.ROI_HEADS.NUM_CLASSES"
+    assert nearest_name("zzz", choices) is None
+
+
+def test_without_cuda_the_device_becomes_cpu_and_that_is_said(caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_config().MODEL.DEVICE == "cpu"
+    assert "MODEL.DEVICE is now cpu" in caplog.text
+
+
+def run_train_net(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "train_net.py", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_train_net_exits_with_2_and_one_line():
+    result = run_train_net("--config-file", "configs/shapes/nowhere.yaml")
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("train_net.py")]
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        "train_net.py: config file configs/shapes/nowhere.yaml does not exist"
+    )
+    assert "Traceback" not in result.stderr
+
+
+def test_more_gpus_than_there_are_is_an_error():
+    result = run_train_net("--num-gpus", "99")
+    assert result.returncode == 2 and "--num-gpus 99" in result.stderr
