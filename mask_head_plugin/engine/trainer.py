@@ -71,30 +71,30 @@ class Trainer(DefaultTrainer):
             ValueError: if the type is unknown.
         """
         folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        evaluators: dict[str, list[Any]] = {
-            "coco": [_coco_evaluator],
-            "coco_panoptic_seg": [_coco_evaluator, SemSegEvaluator, COCOPanopticEvaluator],
-            "sem_seg": [SemSegEvaluator],
-            "lvis": [LVISEvaluator],
-            "cityscapes_instance": [CityscapesInstanceEvaluator],
-            "cityscapes_sem_seg": [CityscapesSemSegEvaluator],
-            "pascal_voc": [PascalVOCDetectionEvaluator],
-        }
-        if kind not in evaluators:
-            raise ValueError(
-                f"data set {dataset_name!r} has evaluator_type {kind!r}; set it in its metadata to "
-                f"one of {sorted(evaluators)}"
-            )
-        built = []
-        for make in evaluators[kind]:
-            if make is _coco_evaluator:
-                built.append(make(cfg, dataset_name, folder))
-            elif kind.startswith(("cityscapes", "pascal")):
-                built.append(make(dataset_name))
-            else:
-                built.append(make(dataset_name, output_dir=folder))
-        return built[0] if len(built) == 1 else DatasetEvaluators(built)
+        match MetadataCatalog.get(dataset_name).get("evaluator_type"):
+            case "coco":
+                return _coco_evaluator(cfg, dataset_name, folder)
+            case "coco_panoptic_seg":
+                coco = _coco_evaluator(cfg, dataset_name, folder)
+                sem_seg = SemSegEvaluator(dataset_name, output_dir=folder)
+                return DatasetEvaluators(
+                    [coco, sem_seg, COCOPanopticEvaluator(dataset_name, folder)]
+                )
+            case "sem_seg":
+                return SemSegEvaluator(dataset_name, output_dir=folder)
+            case "lvis":
+                return LVISEvaluator(dataset_name, output_dir=folder)
+            case "cityscapes_instance":
+                return CityscapesInstanceEvaluator(dataset_name)
+            case "cityscapes_sem_seg":
+                return CityscapesSemSegEvaluator(dataset_name)
+            case "pascal_voc":
+                return PascalVOCDetectionEvaluator(dataset_name)
+            case kind:
+                raise ValueError(
+                    f"data set {dataset_name!r} has evaluator_type {kind!r}, for which there is no "
+                    "evaluator; set it in its metadata, e.g. to 'coco'"
+                )
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:

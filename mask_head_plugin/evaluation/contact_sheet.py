@@ -34,6 +34,7 @@ HEADER_HEIGHT = 28
 MASK_OPACITY = 0.45
 COLOURS = colormap(rgb=True)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
+FONT_SCALE = 0.45
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,12 @@ def _write_label(canvas: Any, item: LabelledMask, size: tuple[int, int]) -> None
     rows, columns = np.nonzero(item.mask)
     if len(rows) == 0:
         return
+    (width, height), _ = cv2.getTextSize(item.label, FONT, FONT_SCALE, 1)
     scale = size[0] / item.mask.shape[1]
-    x, y = int(columns.min() * scale), max(int(rows.min() * scale), 12)
-    for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-        cv2.putText(canvas, item.label, (x, y), FONT, 0.42, colour, thickness, cv2.LINE_AA)
+    x = min(int(columns.min() * scale), max(size[0] - width - 4, 0))
+    y = max(int(rows.min() * scale), height + 4)
+    cv2.rectangle(canvas, (x, y - height - 4), (x + width + 4, y + 3), (0, 0, 0), cv2.FILLED)
+    cv2.putText(canvas, item.label, (x + 2, y), FONT, FONT_SCALE, (255, 255, 255), 1, cv2.LINE_AA)
 
 
 def _true_masks(record: dict[str, Any], names: Sequence[str]) -> list[LabelledMask]:

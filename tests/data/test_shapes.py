@@ -75,7 +75,9 @@ def even_odd(x: int, y: int, contours) -> bool:
         for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]], strict=True):
             if (y0 <= y) != (y1 <= y):
                 side = (x - x0) * (y1 - y0) - (y - y0) * (x1 - x0)
-                inside ^= side >= 0 if y1 > y0 else side <= 0  # the point is on or right of the edge
+                inside ^= (
+                    side >= 0 if y1 > y0 else side <= 0
+                )  # the point is on or right of the edge
     return inside
 
 

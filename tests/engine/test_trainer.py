@@ -1,0 +1,32 @@
+"""Trainer: the evaluator that a data set asks for."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import small_config
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+
+from mask_head_plugin.engine import Trainer
+
+
+def test_coco_data_sets_get_the_coco_evaluator():
+    evaluator = Trainer.build_evaluator(small_config("Base-MaskRCNN-FPN.yaml"), "shapes_val")
+    assert isinstance(evaluator, COCOEvaluator)
+    assert evaluator._max_dets_per_image == [1, 10, 100]
+
+
+def test_all_detections_that_a_model_may_return_are_evaluated():
+    cfg = small_config("Base-MaskRCNN-FPN.yaml", "TEST.DETECTIONS_PER_IMAGE", "400")
+    assert Trainer.build_evaluator(cfg, "shapes_val")._max_dets_per_image == [1, 10, 400]
+
+
+def test_the_type_of_the_data_set_decides():
+    evaluator = Trainer.build_evaluator(small_config("Base-MaskRCNN-FPN.yaml"), "voc_2007_val")
+    assert isinstance(evaluator, PascalVOCDetectionEvaluator)
+
+
+def test_unknown_type_is_named():
+    MetadataCatalog.get("test_strange").evaluator_type = "strange"
+    with pytest.raises(ValueError, match="'test_strange' has evaluator_type 'strange'"):
+        Trainer.build_evaluator(small_config("Base-MaskRCNN-FPN.yaml"), "test_strange")
