@@ -54,7 +54,7 @@ TURN = 720
 # Rounded sines of a table this coarse are the same on every libm: none lies near a rounding edge.
 SINE = np.array([round(UNIT * math.sin(2 * math.pi * k / TURN)) for k in range(TURN)], np.int64)
 
-MAX_TILT = 60
+MAX_TILT = 40
 """Largest turn of a shape either way, in 1/TURN."""
 MIN_VISIBLE_PIXELS = 60
 MIN_VISIBLE_PERCENT = 50
@@ -149,13 +149,13 @@ def draw_image(
     """Returns an (H, W, 3) RGB image and its instances: (class index, (H, W) visible mask)."""
     height, width = IMAGE_HW
     background = rng.randint(40, 216, size=3)
-    image = background + texture(rng, IMAGE_HW, 16, 24) + texture(rng, IMAGE_HW, 4, 14)
+    image = background + texture(rng, IMAGE_HW, 16, 20) + texture(rng, IMAGE_HW, 4, 10)
     owner = np.full(IMAGE_HW, -1)
     classes: list[int] = []
     full_areas: list[int] = []
     for index in range(rng.randint(1, 5)):
         class_index = rng.randint(len(CLASS_NAMES))
-        radius = rng.randint(14 * 64, 30 * 64)
+        radius = rng.randint(16 * 64, 30 * 64)
         centre = np.array(
             [rng.randint(8 * 64, (width - 8) * 64), rng.randint(8 * 64, (height - 8) * 64)]
         )
@@ -164,7 +164,7 @@ def draw_image(
         contours = place(contours, radius, rng.randint(75, 101), angle, centre)
         coverage = rasterize(contours, IMAGE_HW)
         colour = rng.randint(20, 236, size=3)
-        if np.abs(colour - background).sum() < 150:
+        if np.abs(colour - background).sum() < 170:
             colour = (background + 128) % 256
         paint = colour + texture(rng, IMAGE_HW, 8, 20)
         alpha = coverage[:, :, None]

@@ -18,7 +18,10 @@ from detectron2.modeling.poolers import (
 )
 from detectron2.structures import Boxes
 from torch import Tensor, nn
-from torchvision.ops import roi_align, roi_pool
+from torchvision.ops import roi_align as torchvision_roi_align
+from torchvision.ops import roi_pool
+
+from ..ops import roi_align
 
 POOLER_TYPES = ("ROIPool", "ROIAlign", "ROIAlignV2")
 
@@ -28,6 +31,9 @@ class MultiLevelRoIPooler(nn.Module):
 
     A box goes to level ``floor(canonical_level + log2(sqrt(area) / canonical_box_size))``, clamped
     to the levels there are: equation 1 of the FPN paper (arXiv 1612.03144).
+
+    ROIAlign runs as separable products on the CPU (ops.roi_align; the result is channels_last) and
+    as torchvision's operator on CUDA; ROIPool, a maximum, is torchvision's on both.
     """
 
     def __init__(
@@ -94,18 +100,24 @@ class MultiLevelRoIPooler(nn.Module):
         levels = assign_boxes_to_levels(
             box_lists, self.min_level, max_level, self.canonical_box_size, self.canonical_level
         )
-        pooled = features[0].new_zeros(len(rois), features[0].shape[1], *self.output_size)
-        for level, (feature, scale) in enumerate(zip(features, self.scales, strict=True)):
-            (indices,) = torch.where(levels == level)
-            pooled = pooled.index_put((indices,), self._pool(feature, rois[indices], scale))
-        return pooled
+        by_level = [torch.where(levels == level)[0] for level in range(len(self.scales))]
+        pooled = torch.cat(
+            [
+                self._pool(feature, rois[indices], scale)
+                for feature, indices, scale in zip(features, by_level, self.scales, strict=True)
+            ]
+        )
+        # Back into the order of the boxes, row by row in the layout of the pooled features.
+        order = torch.cat(by_level).argsort()
+        return pooled.permute(0, 2, 3, 1)[order].permute(0, 3, 1, 2)
 
     def _pool(self, feature: Tensor, rois: Tensor, scale: float) -> Tensor:
         rois = rois.to(feature.dtype)
         if self.pooler_type == "ROIPool":
             return roi_pool(feature, rois, self.output_size, scale)
         aligned = self.pooler_type == "ROIAlignV2"
-        return roi_align(feature, rois, self.output_size, scale, self.sampling_ratio, aligned)
+        align = roi_align if feature.device.type == "cpu" else torchvision_roi_align
+        return align(feature, rois, self.output_size, scale, self.sampling_ratio, aligned)
 
     def extra_repr(self) -> str:
         return (
