@@ -155,7 +155,7 @@ def draw_image(
     full_areas: list[int] = []
     for index in range(rng.randint(1, 5)):
         class_index = rng.randint(len(CLASS_NAMES))
-        radius = rng.randint(16 * 64, 30 * 64)
+        radius = rng.randint(18 * 64, 32 * 64)
         centre = np.array(
             [rng.randint(8 * 64, (width - 8) * 64), rng.randint(8 * 64, (height - 8) * 64)]
         )

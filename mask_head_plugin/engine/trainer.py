@@ -44,8 +44,9 @@ class Trainer(DefaultTrainer):
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
         result = super().build_hooks()
-        # Before the writers, so that what it logs is written.
-        result.insert(-1, hooks.EvalHook(0, self._after_training))
+        # Right behind the evaluation on every rank: before the writers, which only one rank has.
+        kinds = [type(hook) for hook in result]
+        result.insert(kinds.index(hooks.EvalHook) + 1, hooks.EvalHook(0, self._after_training))
         return result
 
     def _after_training(self) -> Results:

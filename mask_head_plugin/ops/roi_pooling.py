@@ -116,8 +116,8 @@ def _products(
     """Yields views for ``row = wy patch`` of each RoI of a chunk that touches any cell.
 
     Yields:
-        wy (P, h); the RoI's cells in (N, H, W, C) ``maps`` as (h, w C); the first w C columns of its
-        (P, L C) part of ``rows``.
+        wy (P, h); the RoI's cells in (N, H, W, C) ``maps`` as (h, w C); the first w C columns of
+        its (P, L C) part of ``rows``.
     """
     _, height, width, channels = maps.shape
     _, pooled_height, stride = y.weights.shape
