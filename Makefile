@@ -1,9 +1,9 @@
 # make train   environment if missing, then Mask R-CNN on the embedded data set, on CPU or GPU
 # make test    environment if missing, then all tests
 # make lint    environment if missing, then ruff and mypy
-# make clean   removes environment, data set and results
+# make clean   removes the environment, caches and the embedded data set; results stay
 #
-# PYTHON=...   an interpreter of your own environment (with detectron2's dependencies) instead of .venv
+# PYTHON=...   an interpreter of your own environment, with detectron2, instead of .venv
 
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
@@ -12,9 +12,11 @@ CONFIG ?= configs/shapes/mask_rcnn_shapes.yaml
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/.complete
+else
+ENVIRONMENT := own-environment
 endif
 
-.PHONY: train test lint clean
+.PHONY: train test lint clean own-environment
 
 train: $(ENVIRONMENT)
 	$(PYTHON) train_net.py --config-file $(CONFIG)
@@ -36,5 +38,12 @@ $(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py
 	$(VENV)/bin/python -m pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
+own-environment:
+	@$(PYTHON) tools/install_detectron2.py --check || \
+		{ echo "Install it first: $(PYTHON) tools/install_detectron2.py" >&2; exit 1; }
+	@$(PYTHON) -c "import cv2, pycocotools, safetensors, torchvision, tqdm" || \
+		{ echo "Install the requirements first: $(PYTHON) -m pip install -e ." >&2; exit 1; }
+
 clean:
-	rm -rf $(VENV) datasets output build *.egg-info
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf datasets/shapes_v*

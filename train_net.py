@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from typing import Any
 
@@ -16,7 +17,7 @@ from detectron2.utils.logger import setup_logger
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.data import check_datasets, register_coco_files
-from mask_head_plugin.engine import MaskHeadCheckpointer, Trainer
+from mask_head_plugin.engine import MaskHeadCheckpointer, Trainer, check_config
 
 EXAMPLES = """
 Examples:
@@ -40,6 +41,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.num_gpus > max(torch.cuda.device_count(), 1):
         raise ConfigError(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()}")
     cfg = load_config(args.config_file, args.opts)
+    check_config(cfg, train=not args.eval_only)
+    setup_logger(cfg.OUTPUT_DIR, name="mask_head_plugin")
     register_coco_files(cfg)
     check_datasets(cfg)
     cfg.freeze()
@@ -47,9 +50,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask_head_plugin")
+    if comm.get_rank() > 0:
+        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
     default_setup(cfg, args)
     register_coco_files(cfg)  # a process that was launched for another GPU knows of no files yet
+    logging.getLogger("mask_head_plugin").info("running on %s", cfg.MODEL.DEVICE)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = MaskHeadCheckpointer(model, save_dir=cfg.OUTPUT_DIR)

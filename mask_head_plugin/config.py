@@ -81,6 +81,8 @@ def _merge_opts(cfg: CfgNode, opts: list[str]) -> None:
         raise ConfigError(f"options are pairs 'KEY VALUE', but {opts[-1]!r} has no partner")
     keys = set(_keys(cfg))
     for key, value in zip(opts[::2], opts[1::2], strict=True):
+        if key in set(_sections(cfg)):
+            raise ConfigError(f"option {key} is a section; set one of its keys")
         if key not in keys:
             raise ConfigError(f"option {key}: {_unknown(cfg, key)}")
         try:
@@ -110,7 +112,7 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
 
 
 def _unknown(cfg: CfgNode, key: str) -> str:
-    nearest = nearest_name(key, list(_keys(cfg)))
+    nearest = nearest_name(key, [*_sections(cfg), *_keys(cfg)])
     return f"there is no config key {key!r}" + (f"; did you mean {nearest}?" if nearest else "")
 
 
@@ -134,6 +136,13 @@ def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
         else:
             yield prefix + key
+
+
+def _sections(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield prefix + key
+            yield from _sections(value, f"{prefix}{key}.")
 
 
 def _value(cfg: CfgNode, key: str) -> Any:

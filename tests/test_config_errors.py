@@ -26,7 +26,7 @@ def write(tmp_path, text, name="x.yaml"):
     [
         (
             "MODEL:\n  ROI_HEAD:\n    NUM_CLASSES: 3\n",
-            "'MODEL.ROI_HEAD'; did you mean MODEL.ROI_HEADS",
+            r"'MODEL.ROI_HEAD'; did you mean MODEL.ROI_HEADS\?$",
         ),
         ("MODEL:\n  ROI_MASK_HEAD:\n    LOSES: []\n", "did you mean MODEL.ROI_MASK_HEAD.LOSSES?"),
         (
@@ -63,7 +63,7 @@ def test_missing_file_names_the_nearest_one():
         (["NUM_CLASSES", "1"], "did you mean MODEL.*NUM_CLASSES"),
         (["SOLVER.MAX_ITER", "1.5"], "type int"),
         (["SOLVER.MAX_ITER"], "no partner"),
-        (["SOLVER", "1"], "SOLVER"),
+        (["SOLVER", "1"], "option SOLVER is a section"),
         (["SOLVER.MAX_ITER.X", "1"], "SOLVER.MAX_ITER.X"),
     ],
 )

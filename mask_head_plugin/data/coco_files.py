@@ -60,9 +60,15 @@ def register_coco_files(cfg: CfgNode) -> None:
     reference = _reference_categories(cfg, files)
     for name, file in files.items():
         _check_categories(name, file, reference)
-        _register(name, file, reference, Path(cfg.OUTPUT_DIR))
-    used = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
-    with_rle = [file.json_file for name, file in files.items() if name in used and file.has_rle]
+        _register(
+            name, file, reference, Path(cfg.OUTPUT_DIR) if name in cfg.DATASETS.TEST else None
+        )
+    # At test time masks are not loaded.
+    with_rle = [
+        files[name].json_file
+        for name in cfg.DATASETS.TRAIN
+        if name in files and files[name].has_rle
+    ]
     if with_rle and cfg.INPUT.MASK_FORMAT != "bitmask":
         cfg.INPUT.MASK_FORMAT = "bitmask"
         logger.info("INPUT.MASK_FORMAT is now bitmask: run-length masks in %s", ", ".join(with_rle))
@@ -101,16 +107,17 @@ def datasets_root() -> Path:
 
 def find_in_datasets(path: str) -> str:
     """Returns ``path``, or its place below ``$DETECTRON2_DATASETS`` where only that exists."""
-    below_root = datasets_root() / path
-    return str(below_root) if not Path(path).exists() and below_root.exists() else path
+    given = Path(path).expanduser()
+    below_root = datasets_root() / given
+    return str(below_root if not given.exists() and below_root.exists() else given)
 
 
-@functools.cache
 def read_coco_file(json_file: str, image_root: str) -> CocoFile:
     """Reads what CocoFile holds.
 
     Raises:
-        ConfigError: if the file or the folder is missing or the file is not COCO instances format.
+        ConfigError: if the file or the folder is missing, or the file is not COCO instances format:
+            not JSON, keys missing, ids of categories repeated, annotations of unknown categories.
     """
     for what, path, found in (
         ("annotation file", json_file, Path(json_file).is_file()),
@@ -121,16 +128,36 @@ def read_coco_file(json_file: str, image_root: str) -> CocoFile:
                 f"DATASETS.COCO_FILES: {what} {path} does not exist, neither from {Path.cwd()} nor "
                 f"in $DETECTRON2_DATASETS ({datasets_root()})"
             )
+    # Read once per process and state of the file: COCO's own takes seconds.
+    return _read_coco_file(json_file, image_root, Path(json_file).stat().st_mtime_ns)
+
+
+@functools.cache
+def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
+    del mtime_ns  # only tells states of the file apart
     try:
-        content = json.loads(Path(json_file).read_text())
-        categories = {c["id"]: c["name"] for c in content["categories"]}
+        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+        categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
         masks = [a.get("segmentation") for a in content["annotations"] if not a.get("iscrowd")]
-    except json.JSONDecodeError as error:
+        unknown = [a for a in content["annotations"] if a["category_id"] not in categories]
+        images = {image["id"] for image in content["images"]}
+        homeless = [a for a in content["annotations"] if a["image_id"] not in images]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{json_file} is not JSON: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{json_file} is not in COCO instances format: {error!r}") from error
+    if not categories:
+        raise ConfigError(f"{json_file} lists no categories")
     if len(categories) != len(content["categories"]):
         raise ConfigError(f"{json_file}: two categories share an id")
+    if len(set(categories.values())) != len(categories):
+        raise ConfigError(f"{json_file}: two categories share a name")
+    for found, key in ((unknown, "category_id"), (homeless, "image_id")):
+        if found:
+            raise ConfigError(
+                f"{json_file}: annotation {found[0].get('id')} has {key} {found[0][key]}, which the "
+                f"file does not list ({len(found)} such annotations)"
+            )
     has_rle = any(isinstance(mask, dict) for mask in masks)
     return CocoFile(json_file, image_root, dict(sorted(categories.items())), has_rle)
 
@@ -181,12 +208,18 @@ def _check_categories(name: str, file: CocoFile, reference: tuple[str, Categorie
         )
 
 
-def _register(name: str, file: CocoFile, reference: tuple[str, Categories], output: Path) -> None:
-    """Puts a file into detectron2's catalogs, replacing an entry that an earlier config made."""
+def _register(
+    name: str, file: CocoFile, reference: tuple[str, Categories], output: Path | None
+) -> None:
+    """Puts a file into detectron2's catalogs, replacing an entry that an earlier config made.
+
+    Args:
+        output: OUTPUT_DIR for a data set of DATASETS.TEST, else None.
+    """
     metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog.list():
         if not metadata.get("from_coco_files", False):
-            raise ConfigError(f"DATASETS.COCO_FILES: {name!r} is a built-in data set; rename yours")
+            raise ConfigError(f"DATASETS.COCO_FILES: {name!r} is registered already; rename yours")
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
         metadata = MetadataCatalog.get(name)
@@ -194,7 +227,9 @@ def _register(name: str, file: CocoFile, reference: tuple[str, Categories], outp
     class_indices = {i: index for index, i in enumerate(categories)}
     DatasetCatalog.register(name, _loader(file, class_indices))
     metadata.set(
-        json_file=_with_all_categories(name, file, categories, output),
+        json_file=_with_all_categories(name, file, categories, output)
+        if output
+        else file.json_file,
         image_root=file.image_root,
         evaluator_type="coco",
         thing_classes=list(categories.values()),
@@ -224,13 +259,15 @@ def _with_all_categories(name: str, file: CocoFile, categories: Categories, outp
     if len(file.categories) == len(categories):
         return file.json_file
     missing = [category for i, category in categories.items() if i not in file.categories]
-    content = json.loads(Path(file.json_file).read_text())
+    content = json.loads(Path(file.json_file).read_text(encoding="utf-8"))
     content["categories"] = [{"id": i, "name": category} for i, category in categories.items()]
     text = json.dumps(content)
     path = output / "coco_files" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
+    # Written beside and renamed: another process may be reading it.
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
     logger.info("%s lacks the categories %s; evaluating with %s", file.json_file, missing, path)
     return str(path)
 

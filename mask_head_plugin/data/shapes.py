@@ -41,6 +41,7 @@ IntArray = npt.NDArray[np.int64]
 ByteArray = npt.NDArray[np.uint8]
 
 FOLDER = "shapes_v1"
+"""Named anew whenever a byte of the data changes: an existing folder is taken as it is."""
 IMAGE_HW = (96, 128)
 NUM_IMAGES = {"train": 1600, "val": 200}
 SPLIT_SEEDS = {"train": 1703, "val": 6870}
@@ -153,9 +154,9 @@ def draw_image(
     owner = np.full(IMAGE_HW, -1)
     classes: list[int] = []
     full_areas: list[int] = []
-    for index in range(rng.randint(1, 5)):
+    for index in range(rng.randint(1, 4)):
         class_index = rng.randint(len(CLASS_NAMES))
-        radius = rng.randint(18 * 64, 32 * 64)
+        radius = rng.randint(16 * 64, 30 * 64)
         centre = np.array(
             [rng.randint(8 * 64, (width - 8) * 64), rng.randint(8 * 64, (height - 8) * 64)]
         )
@@ -242,44 +243,48 @@ def write_split(folder: Path, split: str, num_images: int) -> None:
     (folder / "annotations" / f"{split}.json").write_text(text)
 
 
-def ensure_shapes() -> Path:
-    """Makes the data set unless it is there, and returns its folder.
+def ensure_shapes(folder: Path) -> None:
+    """Makes the data set in ``folder`` unless that exists.
 
     It is written beside its final place and renamed, so an interrupted run leaves nothing that
     looks finished, and of several processes the first to finish wins.
     """
-    folder = datasets_root() / FOLDER
     if folder.is_dir():
-        return folder
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=FOLDER + ".", dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
         for split, num_images in NUM_IMAGES.items():
             write_split(unfinished, split, num_images)
         unfinished.chmod(0o755)
         unfinished.rename(folder)
-    except OSError:
+    except OSError:  # another process was first; a rename onto its folder fails
         if not folder.is_dir():
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     logging.getLogger(__name__).info("shapes data set is in %s", folder)
-    return folder
 
 
-def load_shapes(split: str) -> list[dict[str, Any]]:
+def load_shapes(folder: Path, split: str) -> list[dict[str, Any]]:
     """Returns a split in detectron2's standard format, making the data set on first use."""
-    folder = ensure_shapes()
+    ensure_shapes(folder)
     annotations = str(folder / "annotations" / f"{split}.json")
     return load_coco_json(annotations, str(folder / split), f"shapes_{split}")
 
 
 def register_shapes() -> None:
-    """Registers ``shapes_train`` and ``shapes_val`` in detectron2's catalogs."""
+    """Registers ``shapes_train`` and ``shapes_val`` in detectron2's catalogs.
+
+    A data set of that name that is there already stays, with a warning.
+    """
     folder = datasets_root() / FOLDER
     for split in NUM_IMAGES:
         name = f"shapes_{split}"
-        DatasetCatalog.register(name, lambda split=split: load_shapes(split))
+        if name in DatasetCatalog.list():
+            logging.getLogger(__name__).warning("data set %s was registered before; kept", name)
+            continue
+        DatasetCatalog.register(name, lambda split=split: load_shapes(folder, split))
         MetadataCatalog.get(name).set(
             json_file=str(folder / "annotations" / f"{split}.json"),
             image_root=str(folder / split),

@@ -1,6 +1,7 @@
 """Training and evaluation runs."""
 
 from .checkpoint import MaskHeadCheckpointer, export_safetensors
+from .config_check import check_config
 from .trainer import Trainer
 
-__all__ = ["MaskHeadCheckpointer", "Trainer", "export_safetensors"]
+__all__ = ["MaskHeadCheckpointer", "Trainer", "check_config", "export_safetensors"]

@@ -1,28 +1,76 @@
-"""Checkpoints: detectron2's formats, and safetensors."""
+"""Checkpoints: detectron2's formats, and safetensors. No file gets to run code."""
 
 from __future__ import annotations
 
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+ARRAY_FUNCTIONS = ("_reconstruct", "scalar")
+# What the pickles of the model zoo name besides plain containers: NumPy arrays and their parts.
+ARRAY_GLOBALS = {
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ARRAY_FUNCTIONS),
+    *(("numpy", name) for name in ("ndarray", "dtype")),
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Refuses every global that is not in ARRAY_GLOBALS."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ARRAY_GLOBALS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of an array")
+        return super().find_class(module, name)
+
+
+def check_pickle(path: Path) -> None:
+    """Reads a pickle of arrays and plain containers, and nothing else.
+
+    Raises:
+        ValueError: if it is corrupt or names any other global; the file and the global are named.
+    """
+    try:
+        with path.open("rb") as file:
+            _ArrayUnpickler(file, encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} was not loaded: {error}") from error
 
 
 class MaskHeadCheckpointer(DetectionCheckpointer):
-    """DetectionCheckpointer that also reads ``.safetensors``, which hold tensors and no code.
+    """DetectionCheckpointer that also reads ``.safetensors`` and lets no file run code.
 
-    ``.pth`` files are read with ``weights_only=True``, whatever torch's default is.
+    Torch files are read with ``weights_only=True``, whatever torch's default is; pickles may hold
+    arrays only, as those of the model zoo do.
     """
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".safetensors"):
-            return {"model": load_file(filename)}
+            try:
+                return {"model": load_file(filename)}
+            except SafetensorError as error:
+                raise ValueError(f"{filename} was not loaded: {error}") from error
+        if filename.endswith(".pkl"):
+            check_pickle(Path(filename))
+        elif filename.endswith(".pyth"):
+            self._torch_load(filename)
         return super()._load_file(filename)
 
     def _torch_load(self, filename: str) -> dict[str, Any]:
-        return torch.load(filename, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(filename, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            # torch's own text advises to allow code.
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it names {named[1]}, which weights do not need" if named else "it is corrupt"
+            raise ValueError(f"{filename} was not loaded: {reason}") from error
 
 
 def export_safetensors(checkpoint: Path, output: Path, *, half: bool = False) -> None:

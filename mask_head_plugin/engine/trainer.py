@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections import OrderedDict
@@ -44,18 +45,15 @@ class Trainer(DefaultTrainer):
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
         result = super().build_hooks()
-        # Right behind the evaluation on every rank: before the writers, which only one rank has.
-        kinds = [type(hook) for hook in result]
-        result.insert(kinds.index(hooks.EvalHook) + 1, hooks.EvalHook(0, self._after_training))
-        return result
-
-    def _after_training(self) -> Results:
-        results: Results = OrderedDict()
         if self.cfg.TEST.AUG.ENABLED:
-            results = self.test_with_tta(self.cfg, self.model)
+            # Right behind the evaluation on every rank: before the writers, which one rank has.
+            position = [type(hook) for hook in result].index(hooks.EvalHook) + 1
+            evaluate = functools.partial(self.test_with_tta, self.cfg, self.model)
+            result.insert(position, hooks.EvalHook(0, evaluate))
         if comm.is_main_process():
-            self.draw_contact_sheets(self.cfg, self.model)
-        return results
+            # Behind the writers: what goes wrong here loses no metrics.
+            result.append(hooks.CallbackHook(after_train=_draw_contact_sheets))
+        return result
 
     @classmethod
     def build_evaluator(
@@ -118,12 +116,20 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def draw_contact_sheets(cls, cfg: CfgNode, model: torch.nn.Module) -> None:
-        """Writes ``OUTPUT_DIR/contact_sheet_<data set>.png`` for each instance data set of TEST."""
-        for name in cfg.DATASETS.TEST:
+        """Writes ``OUTPUT_DIR/contact_sheet_<data set>.png`` for each instance data set of TEST.
+
+        A model without masks gets none.
+        """
+        for name in cfg.DATASETS.TEST if cfg.MODEL.MASK_ON else ():
             if MetadataCatalog.get(name).get("evaluator_type") in ("coco", "lvis"):
                 path = Path(cfg.OUTPUT_DIR) / f"contact_sheet_{name}.png"
                 write_contact_sheet(cfg, model, name, path)
                 logging.getLogger(__name__).info("ground truth and predictions: %s", path)
+
+
+def _draw_contact_sheets(trainer: Trainer) -> None:
+    if trainer.iter + 1 >= trainer.max_iter:  # not after a failure
+        trainer.draw_contact_sheets(trainer.cfg, trainer.model)
 
 
 def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> COCOEvaluator:
@@ -133,4 +139,9 @@ def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> COCOEvaluat
     """
     per_image = cfg.TEST.DETECTIONS_PER_IMAGE
     limit = per_image if per_image > COCO_MAX_DETECTIONS else None
+    if limit is not None:
+        logging.getLogger(__name__).info(
+            "AP of %s looks at TEST.DETECTIONS_PER_IMAGE = %d detections an image, not COCO's %d",
+            *(dataset_name, limit, COCO_MAX_DETECTIONS),
+        )
     return COCOEvaluator(dataset_name, output_dir=folder, max_dets_per_image=limit)

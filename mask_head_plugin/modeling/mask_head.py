@@ -90,17 +90,24 @@ class FCNMaskHead(MaskRCNNConvUpsampleHead):
             vis_period=vis_period,
         )
         self.losses = [(name, weight * loss_weight) for name, weight in check_losses(losses)]
-        # Pixels: wrong, of ground truth 1, wrong among these, all. Not part of checkpoints.
-        counts = torch.zeros(4, dtype=torch.int64)
+        # Pixels that are wrong, of ground truth 1, and wrong among these, since the last log; how
+        # many there were; and where they are logged. Not part of checkpoints.
+        counts = torch.zeros(3, dtype=torch.int64)
         self.register_buffer("_pixel_counts", counts, persistent=False)
+        self._num_pixels = 0
+        self._storage_id = 0
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         arguments = super().from_config(cfg, input_shape)
+        if "LOSSES" not in cfg.MODEL.ROI_MASK_HEAD:
+            raise KeyError(
+                "MODEL.ROI_MASK_HEAD.LOSSES: call add_mask_head_config(cfg) on your config"
+            )
         arguments["losses"] = cfg.MODEL.ROI_MASK_HEAD.LOSSES
         return arguments
 
-    def layers(self, features: Tensor) -> Tensor:
+    def predictor_features(self, features: Tensor) -> Tensor:
         """Returns the (R, C, M, M) input of the predictor for (R, C, P, P) region features."""
         for layer in list(self)[:-1]:
             features = layer(features)
@@ -119,7 +126,7 @@ class FCNMaskHead(MaskRCNNConvUpsampleHead):
             In training the weighted loss terms; in inference the same instances with
             ``pred_masks`` (Ri, 1, M, M), probabilities of the predicted class's mask.
         """
-        features = self.layers(features)
+        features = self.predictor_features(features)
         field = "gt_classes" if self.training else "pred_classes"
         classes = cat([x.get(field) for x in instances])
         if self.predictor.out_channels == 1:  # class-agnostic, or a single class
@@ -132,20 +139,25 @@ class FCNMaskHead(MaskRCNNConvUpsampleHead):
                 instances_per_image.pred_masks = probs
             return instances
         gt_masks = crop_gt_masks(instances, mask_logits)
-        self._log(mask_logits.detach(), gt_masks)
+        # detectron2's masks crop to bool; a user's may crop to shares in [0, 1].
+        self._log(
+            mask_logits.detach(), gt_masks if gt_masks.dtype == torch.bool else gt_masks > 0.5
+        )
         return weighted_mask_losses(self.losses, mask_logits, gt_masks.to(mask_logits.dtype))
 
     @torch.no_grad()
     def _log(self, mask_logits: Tensor, gt_masks: Tensor) -> None:
         """Logs detectron2's mask statistics and, at vis_period, masks beside their targets."""
         storage = get_event_storage()
+        if id(storage) != self._storage_id:  # e.g. PreciseBN runs the model in a storage of its own
+            self._storage_id, self._num_pixels = id(storage), 0
+            self._pixel_counts.zero_()
         wrong = (mask_logits > 0) != gt_masks
-        positive = gt_masks.sum()
-        self._pixel_counts += torch.stack(
-            [wrong.sum(), positive, (wrong & gt_masks).sum(), positive.new_tensor(wrong.numel())]
-        )
+        self._pixel_counts += torch.stack([wrong.sum(), gt_masks.sum(), (wrong & gt_masks).sum()])
+        self._num_pixels += wrong.numel()
         if (storage.iter + 1) % STATISTICS_PERIOD == 0:
-            log_statistics(storage, *self._pixel_counts.tolist())
+            log_statistics(storage, self._num_pixels, *self._pixel_counts.tolist())
+            self._num_pixels = 0
             self._pixel_counts.zero_()
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
             pairs = torch.cat([mask_logits.sigmoid(), gt_masks.to(mask_logits.dtype)], dim=2)
@@ -155,7 +167,7 @@ class FCNMaskHead(MaskRCNNConvUpsampleHead):
 
 
 def log_statistics(
-    storage: EventStorage, num_wrong: int, num_positive: int, num_missed: int, num_pixels: int
+    storage: EventStorage, num_pixels: int, num_wrong: int, num_positive: int, num_missed: int
 ) -> None:
     """Puts accuracy, false positive and false negative rate of mask pixels, detectron2's names."""
     num_negative = num_pixels - num_positive
@@ -165,7 +177,7 @@ def log_statistics(
 
 
 def crop_gt_masks(instances: list[Instances], mask_logits: Tensor) -> Tensor:
-    """Returns the (R, M, M) bool targets: each RoI's part of its own ground-truth mask.
+    """Returns the (R, M, M) targets: each RoI's part of its own ground-truth mask.
 
     Args:
         instances: per image, R in all, with ``proposal_boxes`` and ``gt_masks``.
@@ -177,4 +189,4 @@ def crop_gt_masks(instances: list[Instances], mask_logits: Tensor) -> Tensor:
         for x in instances
         if len(x) > 0  # an image without objects has no gt_masks
     ]
-    return cat(targets).bool() if targets else torch.zeros_like(mask_logits, dtype=torch.bool)
+    return cat(targets) if targets else torch.zeros_like(mask_logits, dtype=torch.bool)

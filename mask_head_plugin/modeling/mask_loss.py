@@ -73,7 +73,8 @@ def check_losses(losses: Sequence[tuple[str, float]]) -> list[tuple[str, float]]
     where = f"MODEL.ROI_MASK_HEAD.LOSSES {list(losses)!r}"
     checked: list[tuple[str, float]] = []
     for entry in losses:
-        if isinstance(entry, str) or len(entry) != 2 or not isinstance(entry[1], int | float):
+        pair = isinstance(entry, list | tuple) and len(entry) == 2
+        if not pair or not isinstance(entry[1], int | float):
             raise ValueError(f"{where}: {entry!r} is not a pair [name, weight]")
         name, weight = entry
         if name not in choices:

@@ -18,6 +18,7 @@ from detectron2.modeling.poolers import (
 )
 from detectron2.structures import Boxes
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torchvision.ops import roi_align as torchvision_roi_align
 from torchvision.ops import roi_pool
 
@@ -33,7 +34,8 @@ class MultiLevelRoIPooler(nn.Module):
     to the levels there are: equation 1 of the FPN paper (arXiv 1612.03144).
 
     ROIAlign runs as separable products on the CPU (ops.roi_align; the result is channels_last) and
-    as torchvision's operator on CUDA; ROIPool, a maximum, is torchvision's on both.
+    as torchvision's operator on CUDA and in traces; ROIPool, a maximum, is torchvision's always. It
+    can be traced, not scripted.
     """
 
     def __init__(
@@ -112,12 +114,13 @@ class MultiLevelRoIPooler(nn.Module):
         return pooled.permute(0, 2, 3, 1)[order].permute(0, 3, 1, 2)
 
     def _pool(self, feature: Tensor, rois: Tensor, scale: float) -> Tensor:
-        rois = rois.to(feature.dtype)
         if self.pooler_type == "ROIPool":
-            return roi_pool(feature, rois, self.output_size, scale)
-        aligned = self.pooler_type == "ROIAlignV2"
-        align = roi_align if feature.device.type == "cpu" else torchvision_roi_align
-        return align(feature, rois, self.output_size, scale, self.sampling_ratio, aligned)
+            return roi_pool(feature, rois.to(feature.dtype), self.output_size, scale)
+        options = (self.output_size, scale, self.sampling_ratio, self.pooler_type == "ROIAlignV2")
+        # A trace must hold an operator, not the loop over the RoIs of its example.
+        if feature.device.type == "cpu" and not is_tracing():
+            return roi_align(feature, rois, *options)
+        return torchvision_roi_align(feature, rois.to(feature.dtype), *options)
 
     def extra_repr(self) -> str:
         return (

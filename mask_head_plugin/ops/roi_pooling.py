@@ -34,11 +34,13 @@ def roi_align(
 ) -> Tensor:
     """ROIAlign of Mask R-CNN section 3: the mean of bilinear samples in each bin, nothing rounded.
 
-    Equal to ``torchvision.ops.roi_align`` up to rounding, except that a RoI with end before start
-    does not crash.
+    Equal to ``torchvision.ops.roi_align`` up to rounding. Differs from it where a RoI ends before
+    it starts (no crash) and for RoIs longer than axis_weights.MAX_IMAGE_SIZES feature maps (the
+    adaptive grid, and with it memory, stops growing).
 
     Args:
-        features: (N, C, H, W), float32 or float64. A channels_last map is read without a copy.
+        features: (N, C, H, W) on the CPU. A channels_last map is read without a copy; float16 and
+            bfloat16 are computed in float32.
         rois: (R, 5): image index, x0, y0, x1, y1 in pixels of the network's input.
         output_size: P, or (height, width).
         spatial_scale: cells per pixel.
@@ -48,22 +50,38 @@ def roi_align(
             ROIAlign, which takes sides below one cell as one cell.
 
     Returns:
-        (R, C, P, P) in channels_last layout, with a gradient to ``features``.
+        (R, C, P, P) of the type of ``features`` in channels_last layout, with a gradient to them.
 
     Raises:
-        ValueError: if a box coordinate is NaN or infinite.
+        ValueError: if a shape is not as above, a coordinate is NaN or infinite, or an image index
+            is not in [0, N).
     """
-    bad = len(rois) - int(torch.isfinite(rois).all(dim=1).sum())
-    if bad:
-        raise ValueError(f"{bad} of {len(rois)} RoIs have NaN or infinite coordinates")
+    _check(features, rois)
     height, width = (output_size,) * 2 if isinstance(output_size, int) else output_size
     if len(rois) == 0:  # a view keeps the graph without reading the map
         return features[:0, :, :1, :1].expand(-1, -1, height, width)
-    image_index, x0, y0, x1, y1 = rois.to(features.dtype).unbind(1)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    image_index, x0, y0, x1, y1 = rois.detach().to(dtype).unbind(1)
     options = (spatial_scale, sampling_ratio, aligned)
     y_weights = roi_align_weights(y0, y1, height, features.shape[2], *options)
     x_weights = roi_align_weights(x0, x1, width, features.shape[3], *options)
-    return _SeparablePool.apply(features, image_index.int().tolist(), y_weights, x_weights)
+    images = image_index.int().tolist()
+    return _SeparablePool.apply(features.to(dtype), images, y_weights, x_weights).to(features.dtype)
+
+
+def _check(features: Tensor, rois: Tensor) -> None:
+    if features.dim() != 4 or not features.is_floating_point() or 0 in features.shape[2:]:
+        raise ValueError(
+            f"features must be a non-empty floating-point (N, C, H, W), not {features.dtype} "
+            f"{tuple(features.shape)}"
+        )
+    if rois.dim() != 2 or rois.shape[1] != 5:
+        raise ValueError(f"rois must be (R, 5): image, x0, y0, x1, y1; not {tuple(rois.shape)}")
+    bad = len(rois) - int(torch.isfinite(rois).all(dim=1).sum())
+    if bad:
+        raise ValueError(f"{bad} of {len(rois)} RoIs have NaN or infinite coordinates")
+    if len(rois) and not 0 <= int(rois[:, 0].min()) <= int(rois[:, 0].max()) < len(features):
+        raise ValueError(f"image indices of the RoIs are not all in [0, {len(features)})")
 
 
 class _SeparablePool(torch.autograd.Function):
@@ -121,10 +139,11 @@ def _products(
     """
     _, height, width, channels = maps.shape
     _, pooled_height, stride = y.weights.shape
+    offset = maps.storage_offset()  # a channels_last map may be a slice of a larger one
     for k, r in enumerate(chunk):
         h, w = y.count[r], x.count[r]
         if h and w:
-            start = ((images[r] * height + y.first[r]) * width + x.first[r]) * channels
+            start = ((images[r] * height + y.first[r]) * width + x.first[r]) * channels + offset
             yield (
                 y.weights.as_strided((pooled_height, h), (stride, 1), r * pooled_height * stride),
                 maps.as_strided((h, w * channels), (width * channels, 1), start),

@@ -164,7 +164,7 @@ def test_registering_again_replaces_and_built_in_names_are_kept(tmp_path):
     val = write_files(tmp_path, "val", CATEGORIES)
     configure(tmp_path, train, val)
     configure(tmp_path, train, val)
-    with pytest.raises(ConfigError, match="built-in"):
+    with pytest.raises(ConfigError, match="registered already"):
         configure(tmp_path, ["shapes_train", *train[1:]], val)
     assert MetadataCatalog.get("shapes_train").thing_classes[0] == "ring"
 

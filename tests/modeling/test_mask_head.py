@@ -94,7 +94,7 @@ def test_statistics_are_those_of_all_pixels_since_the_last_log():
             assert "mask_rcnn/accuracy" not in storage.latest()
             features = torch.randn(5, 4, 7, 7)
             head(features, [instances])
-            probs = head.predictor(head.layers(features))[torch.arange(5), instances.gt_classes]
+            probs = head.layers(features)[torch.arange(5), instances.gt_classes]
             gt = instances.gt_masks.crop_and_resize(instances.proposal_boxes.tensor, 14)
             predicted = probs > 0
             wrong += (predicted != gt).sum().item()
@@ -154,6 +154,7 @@ def test_single_loss_is_named_as_in_detectron2_and_several_by_term():
         ([["dise", 1.0]], "no loss 'dise'; choose from .*binary_cross_entropy"),
         (["binary_cross_entropy"], "not a pair"),
         ([["binary_cross_entropy", "1"]], "not a pair"),
+        ([5], "not a pair"),
         ([["binary_cross_entropy", 1.0], ["binary_cross_entropy", 2.0]], "twice"),
     ],
 )
@@ -203,3 +204,35 @@ def test_images_without_positives_among_others_are_skipped():
         alone = head(features, [make_positives(4)])["loss_mask"]
         beside = head(features, [empty, make_positives(4)])["loss_mask"]
     assert torch.equal(alone, beside)
+
+
+def test_statistics_of_another_storage_are_not_mixed_in():
+    head, instances = make_head(), make_positives(3)
+    with EventStorage(0):
+        head(torch.randn(3, 4, 7, 7), [instances])
+        with EventStorage(5):
+            head(torch.randn(3, 4, 7, 7), [instances])
+        assert head._num_pixels == 3 * 14 * 14
+
+
+def test_targets_that_are_shares_count_as_such_in_the_loss():
+    class Shares:
+        """Like BitMasks, but crops to the share of foreground."""
+
+        def crop_and_resize(self, boxes, size):
+            return torch.full((len(boxes), size, size), 0.25)
+
+    head, features, instances = make_head(), torch.randn(3, 4, 7, 7), make_positives(3)
+    instances._fields["gt_masks"] = Shares()
+    with EventStorage(0):
+        loss = head(features, [instances])["loss_mask"]
+    logits = head.layers(features)[torch.arange(3), instances.gt_classes]
+    expected = nn.functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, 0.25))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_config_without_the_plugins_keys_names_the_call():
+    from detectron2.config import get_cfg
+
+    with pytest.raises(KeyError, match="add_mask_head_config"):
+        FCNMaskHead(get_cfg(), ShapeSpec(channels=4, height=7, width=7))

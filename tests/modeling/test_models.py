@@ -16,6 +16,7 @@ from conftest import (
 )
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
@@ -124,7 +125,7 @@ def train_a_few_iterations(model, batch, iterations=12):
     ("config", "heads"),
     [
         ("coco/mask_rcnn_R_50_FPN_1x.yaml", "PerClassMaskROIHeads"),
-        ("coco/mask_rcnn_R_50_FPN_1x.yaml", "StandardROIHeads"),
+        ("misc/mask_rcnn_R_50_FPN_1x_stock_roi_heads.yaml", "StandardROIHeads"),
         ("coco/mask_rcnn_R_50_C4_1x.yaml", "PerClassMaskRes5ROIHeads"),
         ("coco/mask_rcnn_R_50_DC5_1x.yaml", "PerClassMaskROIHeads"),
         ("misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", "CascadeROIHeads"),
@@ -132,7 +133,7 @@ def train_a_few_iterations(model, batch, iterations=12):
     ],
 )
 def test_yaml_models_train(config, heads):
-    model = build_model(small_config(config, "MODEL.ROI_HEADS.NAME", heads))
+    model = build_model(small_config(config))
     assert type(model.roi_heads).__name__ == heads
     assert isinstance(model.roi_heads.mask_head, FCNMaskHead)
     outputs = train_a_few_iterations(model, make_batch())
@@ -152,15 +153,45 @@ def test_panoptic_fpn_trains_from_yaml():
     assert {"instances", "sem_seg", "panoptic_seg"} <= set(outputs[0])
 
 
-def test_lazy_config_trains():
-    cfg = LazyConfig.load(str(CONFIGS / "coco" / "mask_rcnn_R_50_FPN_1x.py"))
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("mask_rcnn_R_50_FPN_1x", "StandardROIHeads"),
+        ("cascade_mask_rcnn_R_50_FPN_1x", "CascadeROIHeads"),
+        ("panoptic_fpn_R_50_1x", "StandardROIHeads"),
+    ],
+)
+def test_lazy_configs_train(name, heads):
+    cfg = LazyConfig.load(str(CONFIGS / "lazy" / f"{name}.py"))
     # What detectron2's lazyconfig_train_net.py asks for.
     assert {"model", "dataloader", "optimizer", "lr_multiplier", "train"} <= set(cfg)
-    cfg.model.backbone.bottom_up.freeze_at = 0
-    cfg.model.backbone.bottom_up.stem.norm = cfg.model.backbone.bottom_up.stages.norm = "BN"
-    cfg.model.roi_heads.num_classes = 5
-    cfg.model.roi_heads.batch_size_per_image = 32
+    shrink(cfg.model)
     model = instantiate(cfg.model)
+    assert type(model.roi_heads).__name__ == heads
     assert isinstance(model.roi_heads.mask_head, FCNMaskHead)
-    assert isinstance(model.roi_heads.mask_pooler, MultiLevelRoIPooler)
-    train_a_few_iterations(model, make_batch(), iterations=3)
+    stock_pooler = name != "mask_rcnn_R_50_FPN_1x"
+    assert isinstance(model.roi_heads.mask_pooler, MultiLevelRoIPooler) != stock_pooler
+    panoptic = "sem_seg_head" in cfg.model
+    train_a_few_iterations(model, make_batch(sem_seg_classes=54 if panoptic else 0), iterations=4)
+
+
+def shrink(model):
+    """Makes a LazyConfig's full-size model fit for a test: narrow ResNet, FPN and heads."""
+    bottom_up = model.backbone.bottom_up
+    bottom_up.freeze_at = 0
+    bottom_up.stem.norm = bottom_up.stages.norm = "BN"
+    model.backbone.out_channels = 16
+    model.proposal_generator.head.in_channels = 16
+    heads = model.roi_heads
+    heads.num_classes, heads.batch_size_per_image = 5, 32
+    heads.mask_head.input_shape = ShapeSpec(channels=16, height=14, width=14)
+    heads.mask_head.conv_dims = [16] * 5
+    box_heads = heads.box_heads if "box_heads" in heads else [heads.box_head]
+    for box_head in box_heads:
+        box_head.input_shape = ShapeSpec(channels=16, height=7, width=7)
+        box_head.fc_dims = [32]
+    predictors = heads.box_predictors if "box_predictors" in heads else [heads.box_predictor]
+    for predictor in predictors:
+        predictor.input_shape = ShapeSpec(channels=32)
+    if "sem_seg_head" in model:
+        model.sem_seg_head.conv_dims = 32

@@ -73,3 +73,18 @@ def test_wrong_number_of_maps_or_images_is_refused():
         pooler(features[:2], boxes)
     with pytest.raises(ValueError, match="1 images, maps of 2"):
         pooler(features, boxes[:1])
+
+
+def test_a_trace_pools_other_boxes_than_its_example():
+    features, boxes = make_input(SCALES)
+    pooler = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2", 32, 3)
+
+    def pool(x0, x1, x2, first, second):
+        return pooler([x0, x1, x2], [Boxes(first), Boxes(second)])
+
+    example = (*features, *(b.tensor for b in boxes))
+    traced = torch.jit.trace(pool, example, check_trace=False)
+    _, others = make_input(SCALES)
+    others = [b.tensor[:4] * 0.9 for b in others]
+    expected = pooler(features, [Boxes(b) for b in others])
+    assert relative_error(traced(*features, *others), expected) <= 1e-5

@@ -168,3 +168,41 @@ def test_memory_does_not_grow_with_the_box():
 def test_result_is_channels_last():
     pooled = roi_align(torch.randn(1, 4, 8, 8), torch.tensor([[0.0, 0, 0, 8, 8]] * 2), 3)
     assert pooled.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_slice_of_a_channels_last_batch_is_read_where_it_is():
+    features = torch.randn(3, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    rois = torch.tensor([[0.0, 1, 1, 7, 6], [1.0, 0, 2, 5, 8]])
+    actual = roi_align(features[1:], rois, 3)
+    assert (
+        relative_error(
+            actual, torchvision_roi_align(features[1:].contiguous(), rois, 3, aligned=True)
+        )
+        <= 1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_are_pooled_in_float32(dtype):
+    features = torch.randn(2, 4, 200, 200).to(dtype)
+    rois = random_rois(20, (200, 200), torch.Generator().manual_seed(0)).float()
+    actual = roi_align(features, rois, 3)
+    assert actual.dtype == dtype
+    expected = torchvision_roi_align(features.float(), rois, 3, aligned=True)
+    assert relative_error(actual.float(), expected) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("features", "rois", "message"),
+    [
+        (torch.zeros(1, 4, 4), torch.zeros(1, 5), "features must be"),
+        (torch.zeros(1, 1, 4, 4, dtype=torch.int64), torch.zeros(1, 5), "features must be"),
+        (torch.zeros(1, 1, 0, 4), torch.zeros(1, 5), "features must be"),
+        (torch.zeros(1, 1, 4, 4), torch.zeros(1, 4), "rois must be"),
+        (torch.zeros(1, 1, 4, 4), torch.tensor([[1.0, 0, 0, 1, 1]]), r"not all in \[0, 1\)"),
+        (torch.zeros(1, 1, 4, 4), torch.tensor([[-1.0, 0, 0, 1, 1]]), r"not all in \[0, 1\)"),
+    ],
+)
+def test_wrong_shapes_and_image_indices_are_refused(features, rois, message):
+    with pytest.raises(ValueError, match=message):
+        roi_align(features, rois, 2)

@@ -1,0 +1,46 @@
+"""check_config: values that no model answers to are refused with the key and what it could be."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import CONFIGS
+
+from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.engine import check_config
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.META_ARCHITECTURE", "GeneralisedRCNN"], "did you mean 'GeneralizedRCNN'"),
+        (["MODEL.BACKBONE.NAME", "zzz"], "MODEL.BACKBONE.NAME 'zzz' is not registered; choose"),
+        (["MODEL.ROI_HEADS.NAME", "PerClassMaskRoIHeads"], "did you mean 'PerClassMaskROIHeads'"),
+        (["MODEL.ROI_MASK_HEAD.NAME", "FCNMaskHed"], "did you mean 'FCNMaskHead'"),
+        (
+            ["MODEL.ROI_MASK_HEAD.POOLER_TYPE", "RoIAlign"],
+            r"ROI_MASK_HEAD.POOLER_TYPE 'RoIAlign' is",
+        ),
+        (["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "max"], r"ROI_BOX_HEAD.POOLER_TYPE 'max' is none of"),
+        (["MODEL.ROI_MASK_HEAD.LOSSES", "[['dise', 1.0]]"], "LOSSES.*no loss 'dise'"),
+        (["MODEL.ROI_MASK_HEAD.LOSSES", "[5]"], "LOSSES.*not a pair"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "0"], "NUM_CLASSES is 0; it must be at least 1"),
+        (["SOLVER.MAX_ITER", "-5"], "SOLVER.MAX_ITER is -5"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+    ],
+)
+def test_impossible_values_are_refused(opts, message):
+    cfg = load_config(str(CONFIGS / "Base-MaskRCNN-FPN.yaml"), opts)
+    with pytest.raises(ConfigError, match=message):
+        check_config(cfg, train=True)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_passes(path):
+    cfg = load_config(str(path))
+    check_config(cfg, train=bool(cfg.DATASETS.TRAIN))
+
+
+def test_evaluation_needs_no_training_set():
+    cfg = load_config(str(CONFIGS / "Base-MaskRCNN-FPN.yaml"), ["DATASETS.TRAIN", "()"])
+    check_config(cfg, train=False)
