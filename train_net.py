@@ -25,13 +25,10 @@ Examples:
     ./train_net.py --config-file configs/shapes/mask_rcnn_shapes.yaml
   Train on COCO with 8 GPUs:
     ./train_net.py --num-gpus 8 --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
-  Go on after an interruption:
+  Go on after an interruption; evaluate weights (.pth, .pkl or .safetensors):
     ./train_net.py --resume --config-file ... OUTPUT_DIR output/run1
-  Evaluate weights (.pth, .pkl or .safetensors):
     ./train_net.py --eval-only --config-file ... MODEL.WEIGHTS output/run1/model_final.pth
-  Change any config key behind the flags:
-    ./train_net.py --config-file ... SOLVER.BASE_LR 0.005 SOLVER.MAX_ITER 20000
-
+Any config key may follow the flags: SOLVER.BASE_LR 0.005 SOLVER.MAX_ITER 20000
 Results are in OUTPUT_DIR: log.txt, metrics.json, TensorBoard events, model_final.pth, inference/
 and contact_sheet_*.png (validation images, ground truth beside predictions).
 """
@@ -42,6 +39,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise ConfigError(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()}")
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg, train=not args.eval_only)
+    if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
+        raise ConfigError(
+            "--eval-only needs MODEL.WEIGHTS FILE, or --resume for the last checkpoint"
+        )
     setup_logger(cfg.OUTPUT_DIR, name="mask_head_plugin")
     register_coco_files(cfg)
     check_datasets(cfg)
@@ -71,8 +72,8 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
 if __name__ == "__main__":
     args = default_argument_parser(EXAMPLES).parse_args()
     try:
-        cfg = setup(args)
+        job = (setup(args), args)
+        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, job)
     except ConfigError as error:
         print(f"train_net.py: {error}", file=sys.stderr)
         sys.exit(2)
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (cfg, args))

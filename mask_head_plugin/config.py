@@ -55,6 +55,14 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     if config_file:
         _merge_file(cfg, config_file)
     _merge_opts(cfg, list(opts))
+    defaults = get_cfg()
+    add_mask_head_config(defaults)
+    for key in _keys(cfg):
+        if _value(cfg, key) is None and _value(defaults, key) is not None:
+            default = _value(defaults, key)
+            raise ConfigError(
+                f"{config_file or 'options'}: {key} has no value; default {default!r}"
+            )
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("no CUDA device: MODEL.DEVICE is now cpu")
         cfg.MODEL.DEVICE = "cpu"
@@ -62,12 +70,20 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
 
 
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
-    if not Path(config_file).is_file():
-        raise ConfigError(f"config file {config_file} does not exist{_similar_file(config_file)}")
     try:
+        if not Path(config_file).is_file():
+            raise ConfigError(
+                f"config file {config_file} does not exist{_similar_file(config_file)}"
+            )
         cfg.merge_from_file(config_file, allow_unsafe=False)
+    except ConfigError:
+        raise
     except FileNotFoundError as error:
         raise ConfigError(f"{config_file}: its _BASE_ {error.filename} does not exist") from error
+    except OSError as error:
+        raise ConfigError(f"{config_file} or a _BASE_ of it: {_one_line(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{config_file} is its own _BASE_, or nested too deeply") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{config_file} is not plain YAML: {_one_line(error)}") from error
     except (KeyError, ValueError, AssertionError) as error:
@@ -87,7 +103,7 @@ def _merge_opts(cfg: CfgNode, opts: list[str]) -> None:
             raise ConfigError(f"option {key}: {_unknown(cfg, key)}")
         try:
             cfg.merge_from_list([key, value])
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"option {key}: {_explain(cfg, error)}") from error
 
 
@@ -106,7 +122,7 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
         )
         key = mismatch[3].rstrip("'\"")
         full_keys = [k for k in _keys(cfg) if k == key or k.endswith("." + key)]
-        default = f" such as its default {_value(cfg, full_keys[0])!r}" if full_keys else ""
+        default = f" such as {_value(cfg, full_keys[0])!r}" if full_keys else ""
         return f"{key} takes a value of type {expected}{default}, not of type {found}"
     return message
 

@@ -40,6 +40,9 @@ def write(tmp_path, text, name="x.yaml"):
         ("", "does not hold"),
         ("- 1\n- 2\n", "does not hold"),
         ("_BASE_: nowhere.yaml\n", "_BASE_ .*nowhere.yaml does not exist"),
+        ("_BASE_: x.yaml\n", "is its own _BASE_"),
+        ("_BASE_: .\n", "or a _BASE_ of it: .*directory"),
+        ("OUTPUT_DIR:\n", "OUTPUT_DIR has no value; default './output'"),
     ],
 )
 def test_broken_files_are_explained_in_one_line(tmp_path, text, message):

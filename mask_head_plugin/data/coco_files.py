@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from detectron2.data.datasets import load_coco_json
 from ..config import ConfigError, nearest_name
 
 logger = logging.getLogger(__name__)
+
+ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd")
 
 Categories = dict[int, str]
 """Class name by COCO category id, in ascending order of the id: the order of the class indices."""
@@ -78,8 +81,9 @@ def check_datasets(cfg: CfgNode) -> None:
     """Checks that the data sets of a config exist and have as many classes as the model.
 
     Raises:
-        ConfigError: if a data set is not registered (the nearest name is given), needs a package
-            that is missing (the extra is given), or NUM_CLASSES differs (both numbers are given).
+        ConfigError: if a data set is not registered (the nearest name is given) or not on this
+            machine (the path is given), needs a package that is missing (the extra is given), or
+            NUM_CLASSES differs (both numbers are given).
     """
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         if name not in DatasetCatalog.list():
@@ -91,6 +95,17 @@ def check_datasets(cfg: CfgNode) -> None:
             )
         metadata = MetadataCatalog.get(name)
         _require_package(name, metadata.get("evaluator_type", ""))
+        json_file = metadata.get("json_file", "")
+        if (
+            json_file
+            and "://" not in json_file
+            and not metadata.get("made_on_first_use", False)
+            and not Path(json_file).is_file()
+        ):
+            raise ConfigError(
+                f"data set {name!r} is not on this machine: {json_file} does not exist. Put it "
+                "there, or name the folder of your data sets in $DETECTRON2_DATASETS"
+            )
         classes = metadata.get("thing_classes")
         if classes is not None and len(classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
             raise ConfigError(
@@ -136,13 +151,16 @@ def read_coco_file(json_file: str, image_root: str) -> CocoFile:
 def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
     del mtime_ns  # only tells states of the file apart
     try:
-        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+        content = json.loads(Path(json_file).read_text(encoding="utf-8-sig"))
         categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
-        masks = [a.get("segmentation") for a in content["annotations"] if not a.get("iscrowd")]
+        _check_annotations(json_file, content["annotations"])
+        masks = [a["segmentation"] for a in content["annotations"] if not a["iscrowd"]]
         unknown = [a for a in content["annotations"] if a["category_id"] not in categories]
         images = {image["id"] for image in content["images"]}
         homeless = [a for a in content["annotations"] if a["image_id"] not in images]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise ConfigError(f"{json_file} is not JSON: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{json_file} is not in COCO instances format: {error!r}") from error
@@ -155,11 +173,25 @@ def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
     for found, key in ((unknown, "category_id"), (homeless, "image_id")):
         if found:
             raise ConfigError(
-                f"{json_file}: annotation {found[0].get('id')} has {key} {found[0][key]}, which the "
-                f"file does not list ({len(found)} such annotations)"
+                f"{json_file}: annotation {found[0].get('id')} has {key} {found[0][key]}, which "
+                f"the file does not list ({len(found)} such annotations)"
             )
     has_rle = any(isinstance(mask, dict) for mask in masks)
     return CocoFile(json_file, image_root, dict(sorted(categories.items())), has_rle)
+
+
+def _check_annotations(json_file: str, annotations: list[dict[str, Any]]) -> None:
+    """Raises ConfigError where an annotation lacks what evaluation asks for after training."""
+    for annotation in annotations:
+        missing = [key for key in ANNOTATION_KEYS if annotation.get(key) in (None, [], "")]
+        if missing:
+            name = annotation.get("id", "without an id")
+            raise ConfigError(f"{json_file}: annotation {name} has no {', '.join(missing)}")
+        if annotation["id"] == 0:
+            raise ConfigError(
+                f"{json_file}: annotation 0: the COCO metric takes id 0 for 'unmatched'; number "
+                "them from 1"
+            )
 
 
 def _entries(cfg: CfgNode) -> list[tuple[str, str, str]]:
@@ -171,6 +203,11 @@ def _entries(cfg: CfgNode) -> list[tuple[str, str, str]]:
             )
         entries.append((entry[0], entry[1], entry[2]))
     names = [name for name, _, _ in entries]
+    for name in names:
+        if not re.fullmatch(r"[\w.+-]+", name) or ".." in name:
+            raise ConfigError(
+                f"DATASETS.COCO_FILES: {name!r} is not a name: letters, digits and _ . + - only"
+            )
     if len(set(names)) < len(names):
         raise ConfigError(f"DATASETS.COCO_FILES: a name stands twice in {names}")
     return entries

@@ -289,6 +289,7 @@ def register_shapes() -> None:
             json_file=str(folder / "annotations" / f"{split}.json"),
             image_root=str(folder / split),
             evaluator_type="coco",
+            made_on_first_use=True,
             thing_classes=list(CLASS_NAMES),
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASS_NAMES))},
         )

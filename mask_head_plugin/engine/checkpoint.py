@@ -12,6 +12,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..config import ConfigError
+
 ARRAY_FUNCTIONS = ("_reconstruct", "scalar")
 # What the pickles of the model zoo name besides plain containers: NumPy arrays and their parts.
 ARRAY_GLOBALS = {
@@ -35,13 +37,13 @@ def check_pickle(path: Path) -> None:
     """Reads a pickle of arrays and plain containers, and nothing else.
 
     Raises:
-        ValueError: if it is corrupt or names any other global; the file and the global are named.
+        ConfigError: if it is corrupt or names any other global; the file and the global are named.
     """
     try:
         with path.open("rb") as file:
             _ArrayUnpickler(file, encoding="latin1").load()
     except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} was not loaded: {error}") from error
+        raise ConfigError(f"{path} was not loaded: {error}") from error
 
 
 class MaskHeadCheckpointer(DetectionCheckpointer):
@@ -56,7 +58,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             try:
                 return {"model": load_file(filename)}
             except SafetensorError as error:
-                raise ValueError(f"{filename} was not loaded: {error}") from error
+                raise ConfigError(f"{filename} was not loaded: {error}") from error
         if filename.endswith(".pkl"):
             check_pickle(Path(filename))
         elif filename.endswith(".pyth"):
@@ -70,7 +72,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             # torch's own text advises to allow code.
             named = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it names {named[1]}, which weights do not need" if named else "it is corrupt"
-            raise ValueError(f"{filename} was not loaded: {reason}") from error
+            raise ConfigError(f"{filename} was not loaded: {reason}") from error
 
 
 def export_safetensors(checkpoint: Path, output: Path, *, half: bool = False) -> None:
@@ -81,11 +83,25 @@ def export_safetensors(checkpoint: Path, output: Path, *, half: bool = False) ->
         output: the file to write; its folder is made if missing.
         half: store matrices and convolution kernels as float16, which halves the file. Vectors
             (biases, normalisation statistics) keep their type: their range matters.
+
+    Raises:
+        ConfigError: if the file is not such a checkpoint, or a weight does not fit float16.
+        OSError: if a file cannot be read or written.
     """
-    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
-    tensors = {
-        name: (weight.half() if half and weight.dim() > 1 else weight).contiguous()
-        for name, weight in weights.items()
-    }
+    try:
+        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
+        tensors = {name: _for_export(weight, half).contiguous() for name, weight in weights.items()}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{checkpoint} is not a checkpoint of a trainer ('model': weights)"
+        ) from error
     output.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, output)
+
+
+def _for_export(weight: torch.Tensor, half: bool) -> torch.Tensor:
+    if not half or weight.dim() < 2 or not weight.is_floating_point():
+        return weight
+    if not torch.isfinite(weight.half()).all():
+        raise ConfigError("a weight is too large for float16; export without half")
+    return weight.half()

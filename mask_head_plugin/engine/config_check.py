@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
@@ -20,7 +24,7 @@ DETECTRON2_POOLER_TYPES = ("ROIAlignRotated",)
 
 
 def check_config(cfg: CfgNode, *, train: bool) -> None:
-    """Checks names and numbers of a config.
+    """Checks names, numbers and files of a config, and makes OUTPUT_DIR.
 
     Args:
         cfg: a complete config.
@@ -29,6 +33,9 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
     Raises:
         ConfigError: naming the key, its value and what it could be.
     """
+    for split in ("TRAIN", "TEST"):
+        if not all(isinstance(name, str) for name in cfg.DATASETS[split]):
+            raise ConfigError(f"DATASETS.{split} {cfg.DATASETS[split]} is not a list of names")
     if train and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: give a --config-file, or name a data set")
     for key, value, registry in (
@@ -43,17 +50,43 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
         kind = cfg.MODEL[head].POOLER_TYPE
         if kind not in known:
             raise ConfigError(f"MODEL.{head}.POOLER_TYPE {kind!r} is none of {known}")
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not Path(weights).is_file():
+        raise ConfigError(f"MODEL.WEIGHTS: file {weights} does not exist")
     try:
         check_losses(cfg.MODEL.ROI_MASK_HEAD.LOSSES)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    for key, value in (
-        ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
-        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
-        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER),
+    for key, value, least in (
+        ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES, 1),
+        ("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION, 1),
+        ("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION, 1),
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
+        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
+        ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
+        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
     ):
-        if value < 1:
-            raise ConfigError(f"{key} is {value}; it must be at least 1")
+        if value < least:
+            raise ConfigError(f"{key} is {value}; it must be at least {least}")
+    if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
+        raise ConfigError(f"INPUT.MASK_FORMAT {cfg.INPUT.MASK_FORMAT!r} is not polygon or bitmask")
+    _check_device(cfg, train)
+    try:
+        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be written: {error}") from error
+
+
+def _check_device(cfg: CfgNode, train: bool) -> None:
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is not a device such as cpu"
+        ) from error
+    if train and cfg.SOLVER.AMP.ENABLED and device.type != "cuda":
+        raise ConfigError("SOLVER.AMP.ENABLED needs a CUDA device; set it to False")
 
 
 def _check_name(key: str, value: str, registry: Registry) -> None:

@@ -8,6 +8,7 @@ Shape alphabet: R RoIs, M mask side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from detectron2.layers.wrappers import empty_input_loss_func_wrapper
@@ -77,6 +78,8 @@ def check_losses(losses: Sequence[tuple[str, float]]) -> list[tuple[str, float]]
         if not pair or not isinstance(entry[1], int | float):
             raise ValueError(f"{where}: {entry!r} is not a pair [name, weight]")
         name, weight = entry
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"{where}: weight {weight} of {name!r} is not a finite number >= 0")
         if name not in choices:
             raise ValueError(f"{where}: no loss {name!r}; choose from {choices}")
         if name in dict(checked):

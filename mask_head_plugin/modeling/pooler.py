@@ -65,6 +65,11 @@ class MultiLevelRoIPooler(nn.Module):
         super().__init__()
         if pooler_type not in POOLER_TYPES:
             raise ValueError(f"unknown POOLER_TYPE {pooler_type!r}; choose from {POOLER_TYPES}")
+        if canonical_box_size <= 0 or not scales or min(scales) <= 0:
+            raise ValueError(
+                f"scales {tuple(scales)} must be positive, one or more, and canonical_box_size "
+                f"{canonical_box_size} above 0"
+            )
         levels = [-math.log2(scale) for scale in scales]
         if levels != [levels[0] + i for i in range(len(levels))] or not levels[0].is_integer():
             raise ValueError(f"scales {tuple(scales)} do not halve from one level to the next")
@@ -87,7 +92,8 @@ class MultiLevelRoIPooler(nn.Module):
             (R, C, P, P) in the order of the boxes.
 
         Raises:
-            ValueError: if the number of maps or of images does not fit.
+            ValueError: if the number of maps or of images does not fit or, on the CPU, a box
+                coordinate is NaN or infinite.
         """
         if len(features) != len(self.scales):
             raise ValueError(f"got {len(features)} feature maps for {len(self.scales)} scales")
@@ -95,7 +101,13 @@ class MultiLevelRoIPooler(nn.Module):
             raise ValueError(
                 f"got boxes of {len(box_lists)} images, maps of {features[0].shape[0]}"
             )
+        if not box_lists:
+            return features[0].new_zeros(0, features[0].shape[1], *self.output_size)
         rois = convert_boxes_to_pooler_format(box_lists)
+        # Such a box would belong to no level. On CUDA the test would wait for the device.
+        if rois.device.type == "cpu" and not is_tracing() and not torch.isfinite(rois).all():
+            bad = int((~torch.isfinite(rois)).any(dim=1).sum())
+            raise ValueError(f"{bad} of {len(rois)} boxes have NaN or infinite coordinates")
         if len(features) == 1:
             return self._pool(features[0], rois, self.scales[0])
         max_level = self.min_level + len(self.scales) - 1

@@ -36,7 +36,8 @@ def roi_align(
 
     Equal to ``torchvision.ops.roi_align`` up to rounding. Differs from it where a RoI ends before
     it starts (no crash) and for RoIs longer than axis_weights.MAX_IMAGE_SIZES feature maps (the
-    adaptive grid, and with it memory, stops growing).
+    adaptive grid, and with it memory, stops growing). A NaN or infinity among a RoI's cells may
+    reach all its bins: 0 x NaN is NaN.
 
     Args:
         features: (N, C, H, W) on the CPU. A channels_last map is read without a copy; float16 and
@@ -66,6 +67,7 @@ def roi_align(
     y_weights = roi_align_weights(y0, y1, height, features.shape[2], *options)
     x_weights = roi_align_weights(x0, x1, width, features.shape[3], *options)
     images = image_index.int().tolist()
+    # ROIAlign is computed in float32 or better, whatever autocast would make of its products.
     return _SeparablePool.apply(features.to(dtype), images, y_weights, x_weights).to(features.dtype)
 
 
@@ -75,6 +77,8 @@ def _check(features: Tensor, rois: Tensor) -> None:
             f"features must be a non-empty floating-point (N, C, H, W), not {features.dtype} "
             f"{tuple(features.shape)}"
         )
+    if features.shape[1] == 0:
+        raise ValueError("features have no channels")
     if rois.dim() != 2 or rois.shape[1] != 5:
         raise ValueError(f"rois must be (R, 5): image, x0, y0, x1, y1; not {tuple(rois.shape)}")
     bad = len(rois) - int(torch.isfinite(rois).all(dim=1).sum())
@@ -111,12 +115,14 @@ class _SeparablePool(torch.autograd.Function):
         grad = grad.permute(0, 2, 3, 1).contiguous()
         grad_maps = grad.new_zeros(ctx.shape)
         height, channels = grad.shape[1], grad.shape[3]
-        for chunk in _chunks(y, x, channels):
-            wx, part = x.weights[chunk.start : chunk.stop], grad[chunk.start : chunk.stop]
-            wx = wx[:, None].expand(-1, height, -1, -1).flatten(0, 1)
-            rows = torch.bmm(wx.transpose(1, 2), part.flatten(0, 1)).view(len(chunk), height, -1)
-            for wy, patch, row in _products(grad_maps, rows, chunk, ctx.images, y, x):
-                patch.addmm_(wy.t(), row)
+        with torch.autocast("cpu", enabled=False):
+            for chunk in _chunks(y, x, channels):
+                wx, part = x.weights[chunk.start : chunk.stop], grad[chunk.start : chunk.stop]
+                wx = wx[:, None].expand(-1, height, -1, -1).flatten(0, 1)
+                rows = torch.bmm(wx.transpose(1, 2), part.flatten(0, 1))
+                rows = rows.view(len(chunk), height, -1)
+                for wy, patch, row in _products(grad_maps, rows, chunk, ctx.images, y, x):
+                    patch.addmm_(wy.t(), row)
         return grad_maps.permute(0, 3, 1, 2), None, None, None
 
 

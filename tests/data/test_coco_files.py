@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -52,6 +53,11 @@ def write_files(folder, name, categories, *, segmentation=POLYGON, crowd_rle=Fal
     path = folder / f"{name}.json"
     path.write_text(json.dumps(content))
     return [f"test_{name}", str(path), str(images)]
+
+
+def coco(annotations, categories, *images) -> str:
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    return json.dumps(content)
 
 
 def configure(tmp_path, train, val, num_classes=3):
@@ -151,6 +157,21 @@ def test_mask_format_follows_the_files_and_loads(tmp_path, segmentation, crowd_r
     )
 
 
+def test_only_training_files_decide_the_mask_format(tmp_path):
+    train = write_files(tmp_path, "train", CATEGORIES)
+    val = write_files(tmp_path, "val", CATEGORIES, segmentation=rle())
+    assert configure(tmp_path, train, val).INPUT.MASK_FORMAT == "polygon"
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path):
+    train = write_files(tmp_path, "train", CATEGORIES)
+    val = write_files(tmp_path, "val", CATEGORIES)
+    configure(tmp_path, train, val)
+    shutil.rmtree(tmp_path / "train")
+    write_files(tmp_path, "train", {**CATEGORIES, 12: "yak"})
+    configure(tmp_path, train, val, num_classes=4)
+
+
 def test_changing_the_mask_format_is_said(tmp_path, caplog):
     train = write_files(tmp_path, "train", CATEGORIES, segmentation=rle())
     val = write_files(tmp_path, "val", CATEGORIES)
@@ -176,20 +197,61 @@ def test_registering_again_replaces_and_built_in_names_are_kept(tmp_path):
         (["a", "{json}", "missing"], "image folder missing does not exist"),
         (["a", "{broken}", "."], "broken.json is not JSON: .*line 1"),
         (["a", "{other}", "."], "other.json is not in COCO instances format: .*categories"),
+        (["a", "{utf16}", "."], "utf16.json is not JSON: .*utf-8"),
+        (["a", "{empty}", "."], "empty.json is not JSON"),
+        (["a", "{listed}", "."], "listed.json is not in COCO instances format"),
+        (["a", "{bare}", "."], "bare.json lists no categories"),
+        (["a", "{twice}", "."], "twice.json: two categories share an id"),
+        (["a", "{namesakes}", "."], "namesakes.json: two categories share a name"),
+        (
+            ["a", "{stray}", "."],
+            "stray.json: annotation 5 has category_id 9, which the file does not",
+        ),
+        (
+            ["a", "{homeless}", "."],
+            "homeless.json: annotation 6 has image_id 4, which the file does",
+        ),
         (["a", "b"], r"\['a', 'b'\] is not \[name"),
+        (["../a", "{json}", "."], r"'../a' is not a name"),
+        (["a", "{incomplete}", "."], "incomplete.json: annotation 7 has no segmentation, area"),
+        (["a", "{zero}", "."], "zero.json: annotation 0: .*from 1"),
         ("ab", "is not"),
     ],
 )
 def test_unusable_entries_are_named(tmp_path, entry, message):
     paths = {"json": write_files(tmp_path, "train", CATEGORIES)[1]}
-    for name, text in (("broken", "{"), ("other", '{"images": []}')):
-        (tmp_path / f"{name}.json").write_text(text)
-        paths[name] = str(tmp_path / f"{name}.json")
+    cat, image = {"id": 1, "name": "cat"}, {"id": 3}
+    whole = {"image_id": 3, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
+    whole["segmentation"] = POLYGON
+    contents = {
+        "broken": "{",
+        "other": '{"images": []}',
+        "utf16": "{}".encode("utf-16"),
+        "empty": "",
+        "listed": "[]",
+        "bare": coco([], []),
+        "twice": coco([], [cat, cat]),
+        "namesakes": coco([], [cat, {**cat, "id": 2}]),
+        "stray": coco([{**whole, "id": 5, "category_id": 9}], [cat], image),
+        "homeless": coco([{**whole, "id": 6, "image_id": 4}], [cat], image),
+        "zero": coco([{**whole, "id": 0}], [cat], image),
+        "incomplete": coco([{**whole, "id": 7, "segmentation": [], "area": None}], [cat], image),
+    }
+    for name, content in contents.items():
+        path = tmp_path / f"{name}.json"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        paths[name] = str(path)
     cfg = small_config("Base-MaskRCNN-FPN.yaml")
     entry = entry if isinstance(entry, str) else [x.format(**paths) for x in entry]
     cfg.DATASETS.COCO_FILES = [entry]
     with pytest.raises(ConfigError, match=message):
         register_coco_files(cfg)
+
+
+def test_a_built_in_data_set_that_is_not_there_names_its_path():
+    cfg = small_config("Base-MaskRCNN-FPN.yaml", "DATASETS.TRAIN", "('coco_2017_train',)")
+    with pytest.raises(ConfigError, match=r"'coco_2017_train' is not on this machine: .*train2017"):
+        check_datasets(cfg)
 
 
 def test_unregistered_data_set_names_the_nearest():

@@ -16,7 +16,7 @@ from PIL import Image
 from mask_head_plugin.data import shapes
 
 # SHA-256 over the first 8 images of val and their annotations, as first made.
-DIGEST = "89dfdc1e167c63876a5c6acd7f533d15bf6be153d04fafed73eed2d827ebbfef"
+DIGEST = "2b16a8e187b9cb010bb30e88105b3f1d711ce4fb5843465bf83b9fe21ef8f9ee"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mask_head_plugin.engine import MaskHeadCheckpointer
+from mask_head_plugin import ConfigError
+from mask_head_plugin.engine import MaskHeadCheckpointer, export_safetensors
 
 
 class Evil:
@@ -68,7 +69,7 @@ def test_files_with_code_are_refused_by_name_and_not_run(tmp_path, name):
         (tmp_path / name).write_bytes(pickle.dumps(content))
     else:
         torch.save(content, tmp_path / name)
-    with pytest.raises(ValueError, match=f"{name} was not loaded.*mkdir"):
+    with pytest.raises(ConfigError, match=f"{name} was not loaded.*mkdir"):
         load(tmp_path / name)
     assert not (tmp_path / "executed").exists()
 
@@ -77,5 +78,18 @@ def test_files_with_code_are_refused_by_name_and_not_run(tmp_path, name):
 @pytest.mark.parametrize("content", [b"", b"\x80\x04 nonsense"], ids=["empty", "nonsense"])
 def test_corrupt_files_are_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} was not loaded"):
+    with pytest.raises(ConfigError, match=f"{name} was not loaded"):
         load(tmp_path / name)
+
+
+def test_export_refuses_what_is_not_a_checkpoint_and_what_float16_cannot_hold(tmp_path):
+    (tmp_path / "text.pth").write_text("no")
+    torch.save({"weight": torch.ones(2, 2)}, tmp_path / "bare.pth")
+    torch.save({"model": {"weight": torch.full((2, 2), 1e6)}}, tmp_path / "large.pth")
+    for name in ("text.pth", "bare.pth"):
+        with pytest.raises(ConfigError, match=f"{name} is not a checkpoint"):
+            export_safetensors(tmp_path / name, tmp_path / "out.safetensors")
+    export_safetensors(tmp_path / "large.pth", tmp_path / "out.safetensors")
+    with pytest.raises(ConfigError, match="too large for float16"):
+        export_safetensors(tmp_path / "large.pth", tmp_path / "half.safetensors", half=True)
+    assert not (tmp_path / "half.safetensors").exists()

@@ -26,21 +26,30 @@ from mask_head_plugin.engine import check_config
         (["MODEL.ROI_HEADS.NUM_CLASSES", "0"], "NUM_CLASSES is 0; it must be at least 1"),
         (["SOLVER.MAX_ITER", "-5"], "SOLVER.MAX_ITER is -5"),
         (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0"),
+        (["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "0"], "POOLER_RESOLUTION is 0"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+        (["DATASETS.TEST", "(3,)"], r"DATASETS.TEST \(3,\) is not a list of names"),
+        (["INPUT.MASK_FORMAT", "rle"], "MASK_FORMAT 'rle' is not polygon or bitmask"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE 'gpu' is not a device"),
+        (["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", "True"], "AMP.ENABLED needs a CUDA device"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: file nowhere.pth does not exist"),
+        (["OUTPUT_DIR", "/dev/null/x"], "OUTPUT_DIR '/dev/null/x' cannot be written"),
     ],
 )
-def test_impossible_values_are_refused(opts, message):
+def test_impossible_values_are_refused(opts, message, tmp_path):
+    opts = ["OUTPUT_DIR", str(tmp_path), *opts]
     cfg = load_config(str(CONFIGS / "Base-MaskRCNN-FPN.yaml"), opts)
     with pytest.raises(ConfigError, match=message):
         check_config(cfg, train=True)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.name)
-def test_every_config_passes(path):
-    cfg = load_config(str(path))
+def test_every_config_passes(path, tmp_path):
+    cfg = load_config(str(path), ["OUTPUT_DIR", str(tmp_path)])
     check_config(cfg, train=bool(cfg.DATASETS.TRAIN))
 
 
-def test_evaluation_needs_no_training_set():
-    cfg = load_config(str(CONFIGS / "Base-MaskRCNN-FPN.yaml"), ["DATASETS.TRAIN", "()"])
+def test_evaluation_needs_no_training_set(tmp_path):
+    opts = ["DATASETS.TRAIN", "()", "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config(str(CONFIGS / "Base-MaskRCNN-FPN.yaml"), opts)
     check_config(cfg, train=False)

@@ -52,7 +52,8 @@ def losses_and_gradients(model, batch):
 
 @pytest.mark.parametrize("base", BASES)
 def test_end_to_end_losses_and_gradients_equal_stock(base):
-    plugin, stock = build_twins(small_config(BASES[base]))
+    # Normalised as the zoo's models are: statistics of so small a batch would magnify rounding.
+    plugin, stock = build_twins(small_config(BASES[base], "MODEL.RESNETS.NORM", "FrozenBN"))
     batch = make_batch()
     losses, gradients = losses_and_gradients(plugin, batch)
     stock_losses, stock_gradients = losses_and_gradients(stock, batch)
@@ -61,8 +62,7 @@ def test_end_to_end_losses_and_gradients_equal_stock(base):
         assert relative_error(losses[name], expected) <= 1e-5, name
     assert gradients.keys() == stock_gradients.keys()
     for name, expected in stock_gradients.items():
-        if expected.abs().max() > 1e-7:  # a bias before a batch norm has the gradient 0 + rounding
-            assert relative_error(gradients[name], expected) <= 2e-3, name
+        assert relative_error(gradients[name], expected) <= 2e-3, name
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -101,7 +101,7 @@ def test_no_detections_are_a_normal_result(base):
 
 
 def train_a_few_iterations(model, batch, iterations=12):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     model.train()
     history = []
     for i in range(iterations):
@@ -115,7 +115,7 @@ def train_a_few_iterations(model, batch, iterations=12):
         optimizer.step()
         history.append({name: loss.item() for name, loss in losses.items()})
     assert all(np.isfinite(list(losses.values())).all() for losses in history)
-    assert history[-1]["loss_mask"] < history[0]["loss_mask"]
+    assert history[-1]["loss_mask"] < history[0]["loss_mask"] - 0.01
     model.eval()
     with torch.no_grad():
         return model([{**x, "height": 64, "width": 80} for x in batch])

@@ -66,6 +66,24 @@ def test_unknown_type_and_broken_pyramid_are_refused_by_name():
         MultiLevelRoIPooler(7, (1 / 4, 1 / 16), 0, "ROIAlign")
 
 
+def test_boxes_that_are_not_finite_are_refused_and_not_dropped():
+    features, boxes = make_input(SCALES)
+    boxes[1].tensor[2, 0] = float("nan")
+    with pytest.raises(ValueError, match="1 of 18 boxes have NaN"):
+        MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2")(features, boxes)
+
+
+def test_no_images_give_an_empty_result():
+    features = [torch.zeros(0, 3, 8, 8), torch.zeros(0, 3, 4, 4)]
+    assert MultiLevelRoIPooler(7, SCALES[:2], 0, "ROIAlignV2")(features, []).shape == (0, 3, 7, 7)
+
+
+@pytest.mark.parametrize("scales", [[], [0.0], [-0.5]])
+def test_impossible_scales_are_refused(scales):
+    with pytest.raises(ValueError, match="scales"):
+        MultiLevelRoIPooler(7, scales, 0, "ROIAlignV2")
+
+
 def test_wrong_number_of_maps_or_images_is_refused():
     features, boxes = make_input(SCALES)
     pooler = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2")

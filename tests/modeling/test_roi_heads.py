@@ -73,7 +73,9 @@ def _stock_loss_in_the_type_of_its_logits(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_equal_stock(case, mask_format, dtype):
     rng = np.random.default_rng(3)
-    plugin, stock = build_twins(small_config(CASES[case][0]))
+    # Normalised as the zoo's models are: batch statistics in res5 would magnify rounding.
+    cfg = small_config(CASES[case][0], "MODEL.RESNETS.NORM", "FrozenBN")
+    plugin, stock = build_twins(cfg)
     targets = [random_instances(n, IMAGE_HW, 5, rng, mask_format, dtype) for n in (5, 3)]
     proposals = random_proposals(targets, 60, rng)
     features = make_features(case, dtype)

@@ -206,3 +206,14 @@ def test_half_precision_features_are_pooled_in_float32(dtype):
 def test_wrong_shapes_and_image_indices_are_refused(features, rois, message):
     with pytest.raises(ValueError, match=message):
         roi_align(features, rois, 2)
+
+
+def test_forward_and_backward_under_autocast_stay_in_float32():
+    features = torch.randn(2, 4, 20, 20, requires_grad=True)
+    rois = random_rois(9, (20, 20), torch.Generator().manual_seed(0)).float()
+    expected = roi_align(features, rois, 3)
+    (gradient,) = torch.autograd.grad(expected.sum(), features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = roi_align(features, rois, 3)
+        (autocast_gradient,) = torch.autograd.grad(actual.sum(), features)
+    assert torch.equal(actual, expected) and torch.equal(autocast_gradient, gradient)

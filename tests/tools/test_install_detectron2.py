@@ -95,7 +95,7 @@ def test_wrong_hash_is_refused(installer, source_wheel, monkeypatch, capsys):
 def test_missing_wheel_is_named(installer, monkeypatch, capsys):
     monkeypatch.setattr(installer, "describe_installed", lambda: None)
     assert installer.main(["--wheel", "nowhere.whl"]) == 1
-    assert "nowhere.whl does not exist" in capsys.readouterr().err
+    assert "nowhere.whl is not a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
