@@ -71,9 +71,10 @@ def roi_align_weights(
     Returns:
         AxisWeights of the dtype of ``start``. At R = 0 all parts are empty.
     """
-    low, high, fraction, share = _samples(
-        start, end, output_size, feature_size, spatial_scale, sampling_ratio, aligned
-    )
+    shift = 0.5 if aligned else 0.0
+    start, end = start * spatial_scale - shift, end * spatial_scale - shift
+    side = end - start if aligned else (end - start).clamp(min=1.0)
+    low, high, fraction, share = _samples(start, side, output_size, feature_size, sampling_ratio)
     inside = share > 0
     first = torch.where(inside, low, feature_size).flatten(1).amin(1)
     last = torch.where(inside, high, -1).flatten(1).amax(1)
@@ -88,24 +89,16 @@ def roi_align_weights(
 
 
 def _samples(
-    start: Tensor,
-    end: Tensor,
-    output_size: int,
-    feature_size: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    aligned: bool,
+    start: Tensor, side: Tensor, output_size: int, feature_size: int, sampling_ratio: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns, each (R, P, G): cell below, cell above, fraction between them, weight in the mean.
+    """Lays out the samples of RoIs given in cells, pixel centres at integers.
 
     Coordinates are computed in torchvision's order of operations: rounded otherwise, a sample next
     to -1 or to the map's size may fall on the other side of the jump to 0.
+
+    Returns:
+        Each (R, P, G): cell below, cell above, fraction between them, weight in the bin's mean.
     """
-    shift = 0.5 if aligned else 0.0
-    start, end = start * spatial_scale - shift, end * spatial_scale - shift
-    side = end - start
-    if not aligned:
-        side = side.clamp(min=1.0)
     bin_size = side / output_size
     if sampling_ratio > 0:
         grid = torch.full_like(side, sampling_ratio)
@@ -118,7 +111,8 @@ def _samples(
     bin_size, grid = bin_size[:, None, None], grid[:, None, None]
     t = start[:, None, None] + bins * bin_size + (samples + 0.5) * bin_size / grid.clamp(min=1)
     used = (samples < grid) & (t >= -1.0) & (t <= feature_size)
-    t = t.clamp(0, feature_size - 1)
+    # Off the map t does not matter, and may have overflowed.
+    t = torch.where(used, t.clamp(0, feature_size - 1), 0)
     low = t.floor()
     high = (low + 1).clamp(max=feature_size - 1)
     return low.long(), high.long(), t - low, used / grid.clamp(min=1)

@@ -165,6 +165,12 @@ def test_memory_does_not_grow_with_the_box():
     assert torch.isfinite(roi_align(torch.randn(1, 1, 10, 10), huge, 7)).all()
 
 
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_coordinates_that_overflow_give_finite_values(ratio):
+    rois = torch.tensor([[0, -3e38, -3e38, 3e38, 3e38], [0, 3e38, 0, -3e38, 5]])
+    assert torch.isfinite(roi_align(torch.randn(1, 1, 10, 10), rois, 7, 1.0, ratio)).all()
+
+
 def test_result_is_channels_last():
     pooled = roi_align(torch.randn(1, 4, 8, 8), torch.tensor([[0.0, 0, 0, 8, 8]] * 2), 3)
     assert pooled.is_contiguous(memory_format=torch.channels_last)
