@@ -63,9 +63,9 @@ def test_training_leaves_checkpoint_metrics_events_log_and_contact_sheet(run, tr
     names = {path.name for path in run.output.iterdir()}
     assert {"model_final.pth", "metrics.json", "log.txt", "config.yaml", "inference"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    last = metrics(run)[-1]
-    assert {"bbox/AP", "segm/AP", "segm/AP-ring", "loss_mask"} <= set(last)
-    assert any("mask_rcnn/accuracy" in line for line in metrics(run))
+    written = {key for line in metrics(run) for key in line}
+    wanted = {"bbox/AP", "segm/AP", "segm/AP-ring", "loss_mask", "mask_rcnn/accuracy"}
+    assert wanted <= written
     sheet = cv2.imread(str(run.output / "contact_sheet_six_val.png"))
     assert sheet.shape[1] == 3 * (2 * 400 + 12) and sheet.std() > 10
 
@@ -85,7 +85,7 @@ def test_resume_goes_on_from_the_last_checkpoint(run, trained):
     result = run("--resume", "SOLVER.MAX_ITER", "22", "SOLVER.WARMUP_ITERS", "1")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Starting training from iteration 20" in result.stdout
-    assert metrics(run)[-1]["iteration"] == 21
+    assert [x["iteration"] for x in metrics(run) if "loss_mask" in x][-1] == 21
 
 
 def test_evaluation_of_exported_weights_equals_that_of_the_checkpoint(run, trained, tmp_path):
