@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
@@ -137,6 +137,8 @@ def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> COCOEvaluat
 
     The COCO metric's limit of 100 would cap recall where images hold more objects.
     """
+    if MetadataCatalog.get(dataset_name).get("made_on_first_use", False):
+        DatasetCatalog.get(dataset_name)  # COCOEvaluator reads the annotation file at once
     per_image = cfg.TEST.DETECTIONS_PER_IMAGE
     limit = per_image if per_image > COCO_MAX_DETECTIONS else None
     if limit is not None:
