@@ -39,10 +39,10 @@ $(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py
 	@touch $@
 
 own-environment:
+	@$(PYTHON) -c "import cv2, fvcore, pycocotools, safetensors, torchvision, tqdm, yaml" || \
+		{ echo "First: $(PYTHON) -m pip install -r requirements.txt" >&2; exit 1; }
 	@$(PYTHON) tools/install_detectron2.py --check || \
-		{ echo "Install it first: $(PYTHON) tools/install_detectron2.py" >&2; exit 1; }
-	@$(PYTHON) -c "import cv2, pycocotools, safetensors, torchvision, tqdm" || \
-		{ echo "Install the requirements first: $(PYTHON) -m pip install -e ." >&2; exit 1; }
+		{ echo "To install detectron2: $(PYTHON) tools/install_detectron2.py" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

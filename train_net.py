@@ -22,12 +22,12 @@ from mask_head_plugin.engine import MaskHeadCheckpointer, Trainer, check_config
 EXAMPLES = """
 Examples:
   Train on the embedded data set, on whatever device there is:
-    ./train_net.py --config-file configs/shapes/mask_rcnn_shapes.yaml
+    python train_net.py --config-file configs/shapes/mask_rcnn_shapes.yaml
   Train on COCO with 8 GPUs:
-    ./train_net.py --num-gpus 8 --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
+    python train_net.py --num-gpus 8 --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
   Go on after an interruption; evaluate weights (.pth, .pkl or .safetensors):
-    ./train_net.py --resume --config-file ... OUTPUT_DIR output/run1
-    ./train_net.py --eval-only --config-file ... MODEL.WEIGHTS output/run1/model_final.pth
+    python train_net.py --resume --config-file ... OUTPUT_DIR output/run1
+    python train_net.py --eval-only --config-file ... MODEL.WEIGHTS output/run1/model_final.pth
 Any config key may follow the flags: SOLVER.BASE_LR 0.005 SOLVER.MAX_ITER 20000
 Results are in OUTPUT_DIR: log.txt, metrics.json, TensorBoard events, model_final.pth, inference/
 and contact_sheet_*.png (validation images, ground truth beside predictions).

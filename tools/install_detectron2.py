@@ -85,6 +85,12 @@ def describe_installed() -> str | None:
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     if result.returncode == 0:
         return result.stdout.strip()
+    missing = re.search(r"No module named '(?!detectron2)(\w+)'", result.stderr)
+    if missing:
+        raise InstallError(
+            f"detectron2 is there, but it needs {missing[1]!r}, which is not: "
+            f"{sys.executable} -m pip install -r requirements.txt"
+        )
     if importlib.util.find_spec("detectron2") is not None:
         raise InstallError(
             "a detectron2 is installed but does not import:\n"

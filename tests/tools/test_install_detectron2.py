@@ -115,6 +115,14 @@ def test_failures_of_pip_are_explained(installer, monkeypatch, output, message):
     assert output in str(info.value)
 
 
+def test_missing_requirement_is_named(installer, monkeypatch):
+    stderr = "ModuleNotFoundError: No module named 'torch'"
+    result = subprocess.CompletedProcess([], 1, stdout="", stderr=stderr)
+    monkeypatch.setattr(installer.subprocess, "run", lambda *args, **kwargs: result)
+    with pytest.raises(installer.InstallError, match=r"needs 'torch'.*requirements.txt"):
+        installer.describe_installed()
+
+
 def test_broken_installation_is_not_overwritten(installer, monkeypatch):
     result = subprocess.CompletedProcess([], 1, stdout="", stderr="ImportError: libx")
     monkeypatch.setattr(installer.subprocess, "run", lambda *args, **kwargs: result)
