@@ -51,10 +51,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
-    if comm.get_rank() > 0:
+    if comm.get_world_size() > 1:  # a launched process: it has no logger and knows of no files
         setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
+        register_coco_files(cfg)
     default_setup(cfg, args)
-    register_coco_files(cfg)  # a process that was launched for another GPU knows of no files yet
     logging.getLogger("mask_head_plugin").info("running on %s", cfg.MODEL.DEVICE)
     if args.eval_only:
         model = Trainer.build_model(cfg)

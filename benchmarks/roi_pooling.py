@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import detectron2
@@ -93,14 +94,14 @@ def compare(size: int, ratio: int, threads: int, repeats: int) -> list[dict[str,
             (
                 "roi_align",
                 single,
-                lambda: torchvision.ops.roi_align(single[0], *options),  # noqa: B023
-                lambda: roi_align(single[0], *options),  # noqa: B023
+                partial(torchvision.ops.roi_align, single[0], *options),
+                partial(roi_align, single[0], *options),
             ),
             (
                 "pooler",
                 pyramid,
-                lambda: stock(pyramid, box_lists),  # noqa: B023
-                lambda: ours(pyramid, box_lists),  # noqa: B023
+                partial(stock, pyramid, box_lists),
+                partial(ours, pyramid, box_lists),
             ),
         ):
             stock_ms, our_ms = (time_call(call, maps, repeats) for call in (stock_call, our_call))

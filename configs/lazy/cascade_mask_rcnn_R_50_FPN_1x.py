@@ -7,6 +7,7 @@ from detectron2.model_zoo import get_config
 
 from mask_head_plugin.modeling import FCNMaskHead
 
+# Imported to be part of this config: LazyConfig takes the names of the module.
 from .mask_rcnn_R_50_FPN_1x import dataloader, lr_multiplier, optimizer, train  # noqa: F401
 
 model = get_config("common/models/cascade_rcnn.py").model

@@ -53,8 +53,8 @@ def register_coco_files(cfg: CfgNode) -> None:
         cfg: a config that is not frozen. INPUT.MASK_FORMAT may change.
 
     Raises:
-        ConfigError: if an entry is malformed, a file or folder is missing, the categories of two
-            data sets of the config disagree, or MODEL.ROI_HEADS.NUM_CLASSES does not fit.
+        ConfigError: if an entry is malformed, a file or folder is missing, or the categories of two
+            data sets of the config disagree.
     """
     files = {
         name: read_coco_file(find_in_datasets(json_file), find_in_datasets(image_root))
@@ -151,8 +151,9 @@ def read_coco_file(json_file: str, image_root: str) -> CocoFile:
 def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
     del mtime_ns  # only tells states of the file apart
     try:
-        content = json.loads(Path(json_file).read_text(encoding="utf-8-sig"))
-        categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
+        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+        categories = {c["id"]: c["name"] for c in content["categories"]}
+        _check_categories_have_types(json_file, categories)
         _check_annotations(json_file, content["annotations"])
         masks = [a["segmentation"] for a in content["annotations"] if not a["iscrowd"]]
         unknown = [a for a in content["annotations"] if a["category_id"] not in categories]
@@ -180,6 +181,14 @@ def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
     return CocoFile(json_file, image_root, dict(sorted(categories.items())), has_rle)
 
 
+def _check_categories_have_types(json_file: str, categories: dict[Any, Any]) -> None:
+    for i, name in categories.items():
+        if not isinstance(i, int) or not isinstance(name, str):
+            raise ConfigError(
+                f"{json_file}: category {i!r} named {name!r}: an id is a whole number, a name text"
+            )
+
+
 def _check_annotations(json_file: str, annotations: list[dict[str, Any]]) -> None:
     """Raises ConfigError where an annotation lacks what evaluation asks for after training."""
     for annotation in annotations:
@@ -197,7 +206,8 @@ def _check_annotations(json_file: str, annotations: list[dict[str, Any]]) -> Non
 def _entries(cfg: CfgNode) -> list[tuple[str, str, str]]:
     entries = []
     for entry in cfg.DATASETS.COCO_FILES:
-        if isinstance(entry, str) or len(entry) != 3 or not all(isinstance(x, str) for x in entry):
+        triple = isinstance(entry, list | tuple) and len(entry) == 3
+        if not triple or not all(isinstance(x, str) for x in entry):
             raise ConfigError(
                 f"DATASETS.COCO_FILES: {entry!r} is not [name, annotations.json, image folder]"
             )
@@ -322,5 +332,5 @@ def _require_package(dataset_name: str, evaluator_type: str) -> None:
     if package and importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"data set {dataset_name!r} needs the package {package!r}, which is not installed: "
-            f"pip install 'mask_head_plugin[{extra}]'"
+            f"pip install -e '.[{extra}]' in the folder of mask_head_plugin"
         )

@@ -24,6 +24,13 @@ ARRAY_GLOBALS = {
 }
 
 
+UNPICKLING_ERRORS = (
+    *(pickle.UnpicklingError, EOFError, ImportError, AttributeError),
+    *(IndexError, KeyError, TypeError, ValueError, RuntimeError),
+)
+"""What reading a file that is no pickle may raise: its bytes are taken for any instruction."""
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Refuses every global that is not in ARRAY_GLOBALS."""
 
@@ -42,7 +49,7 @@ def check_pickle(path: Path) -> None:
     try:
         with path.open("rb") as file:
             _ArrayUnpickler(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError) as error:
+    except UNPICKLING_ERRORS as error:
         raise ConfigError(f"{path} was not loaded: {error}") from error
 
 
@@ -59,6 +66,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
                 return {"model": load_file(filename)}
             except SafetensorError as error:
                 raise ConfigError(f"{filename} was not loaded: {error}") from error
+        # These two are read twice: what passed the first time is safe to detectron2's own reading.
         if filename.endswith(".pkl"):
             check_pickle(Path(filename))
         elif filename.endswith(".pyth"):
@@ -68,7 +76,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
     def _torch_load(self, filename: str) -> dict[str, Any]:
         try:
             return torch.load(filename, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except UNPICKLING_ERRORS as error:
             # torch's own text advises to allow code.
             named = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it names {named[1]}, which weights do not need" if named else "it is corrupt"
@@ -90,18 +98,20 @@ def export_safetensors(checkpoint: Path, output: Path, *, half: bool = False) ->
     """
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
-        tensors = {name: _for_export(weight, half).contiguous() for name, weight in weights.items()}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        tensors = {name: weight.contiguous() for name, weight in weights.items()}
+    except UNPICKLING_ERRORS as error:
         raise ConfigError(
             f"{checkpoint} is not a checkpoint of a trainer ('model': weights)"
         ) from error
+    if half:
+        tensors = {name: _half(checkpoint, name, weight) for name, weight in tensors.items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, output)
 
 
-def _for_export(weight: torch.Tensor, half: bool) -> torch.Tensor:
-    if not half or weight.dim() < 2 or not weight.is_floating_point():
+def _half(checkpoint: Path, name: str, weight: torch.Tensor) -> torch.Tensor:
+    if weight.dim() < 2 or not weight.is_floating_point():
         return weight
     if not torch.isfinite(weight.half()).all():
-        raise ConfigError("a weight is too large for float16; export without half")
+        raise ConfigError(f"{checkpoint}: {name} does not fit float16; export without half")
     return weight.half()

@@ -50,7 +50,7 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
         kind = cfg.MODEL[head].POOLER_TYPE
         if kind not in known:
             raise ConfigError(f"MODEL.{head}.POOLER_TYPE {kind!r} is none of {known}")
-    weights = cfg.MODEL.WEIGHTS
+    weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # detectron2 takes options behind a ?
     if weights and "://" not in weights and not Path(weights).is_file():
         raise ConfigError(f"MODEL.WEIGHTS: file {weights} does not exist")
     try:

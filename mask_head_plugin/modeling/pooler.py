@@ -18,7 +18,7 @@ from detectron2.modeling.poolers import (
 )
 from detectron2.structures import Boxes
 from torch import Tensor, nn
-from torch.jit import is_tracing  # type: ignore[attr-defined]
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 from torchvision.ops import roi_align as torchvision_roi_align
 from torchvision.ops import roi_pool
 

@@ -67,7 +67,6 @@ def roi_align(
     y_weights = roi_align_weights(y0, y1, height, features.shape[2], *options)
     x_weights = roi_align_weights(x0, x1, width, features.shape[3], *options)
     images = image_index.int().tolist()
-    # ROIAlign is computed in float32 or better, whatever autocast would make of its products.
     return _SeparablePool.apply(features.to(dtype), images, y_weights, x_weights).to(features.dtype)
 
 
@@ -102,9 +101,9 @@ class _SeparablePool(torch.autograd.Function):
             rows = maps.new_zeros(len(chunk), height, x.weights.shape[2] * maps.shape[3])
             for wy, patch, row in _products(maps, rows, chunk, images, y, x):
                 torch.mm(wy, patch, out=row)
-            wx, part = x.weights[chunk.start : chunk.stop], pooled[chunk.start : chunk.stop]
-            wx = wx[:, None].expand(-1, height, -1, -1).flatten(0, 1)
-            torch.bmm(wx, rows.view(len(wx), wx.shape[2], -1), out=part.flatten(0, 1))
+            wx = _for_each_row(x, chunk, height)
+            part = pooled[chunk.start : chunk.stop].flatten(0, 1)
+            torch.bmm(wx, rows.view(len(wx), wx.shape[2], -1), out=part)
         ctx.shape, ctx.images, ctx.y, ctx.x = maps.shape, images, y, x
         return pooled.permute(0, 3, 1, 2)
 
@@ -115,11 +114,11 @@ class _SeparablePool(torch.autograd.Function):
         grad = grad.permute(0, 2, 3, 1).contiguous()
         grad_maps = grad.new_zeros(ctx.shape)
         height, channels = grad.shape[1], grad.shape[3]
+        # Products into a given output are left alone by autocast, this one would not be.
         with torch.autocast("cpu", enabled=False):
             for chunk in _chunks(y, x, channels):
-                wx, part = x.weights[chunk.start : chunk.stop], grad[chunk.start : chunk.stop]
-                wx = wx[:, None].expand(-1, height, -1, -1).flatten(0, 1)
-                rows = torch.bmm(wx.transpose(1, 2), part.flatten(0, 1))
+                wx = _for_each_row(x, chunk, height).transpose(1, 2)
+                rows = torch.bmm(wx, grad[chunk.start : chunk.stop].flatten(0, 1))
                 rows = rows.view(len(chunk), height, -1)
                 for wy, patch, row in _products(grad_maps, rows, chunk, ctx.images, y, x):
                     patch.addmm_(wy.t(), row)
@@ -132,6 +131,11 @@ def _chunks(y: AxisWeights, x: AxisWeights, channels: int) -> Iterator[range]:
     step = max(CHUNK_ELEMENTS // (height * x.weights.shape[2] * channels), 1)
     for start in range(0, num_rois, step):
         yield range(start, min(start + step, num_rois))
+
+
+def _for_each_row(x: AxisWeights, chunk: range, height: int) -> Tensor:
+    """Returns the x weights of a chunk once per pooled row: (n height, P, L)."""
+    return x.weights[chunk.start : chunk.stop].repeat_interleave(height, dim=0)
 
 
 def _products(

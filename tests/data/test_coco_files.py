@@ -216,6 +216,14 @@ def test_registering_again_replaces_and_built_in_names_are_kept(tmp_path):
         (["a", "{incomplete}", "."], "incomplete.json: annotation 7 has no segmentation, area"),
         (["a", "{zero}", "."], "zero.json: annotation 0: .*from 1"),
         ("ab", "is not"),
+        (3, r"3 is not \[name"),
+        ({"a": 1, "b": 2, "c": 3}, "is not"),
+        (["a", "{bom}", "."], "bom.json is not JSON: .*BOM"),
+        (
+            ["a", "{text_id}", "."],
+            "text_id.json: category '1' named 'cat': an id is a whole number",
+        ),
+        (["a", "{no_name}", "."], "no_name.json: category 1 named None: .*a name text"),
     ],
 )
 def test_unusable_entries_are_named(tmp_path, entry, message):
@@ -230,6 +238,9 @@ def test_unusable_entries_are_named(tmp_path, entry, message):
         "empty": "",
         "listed": "[]",
         "bare": coco([], []),
+        "bom": coco([], [cat]).encode("utf-8-sig"),
+        "text_id": coco([], [{"id": "1", "name": "cat"}]),
+        "no_name": coco([], [{"id": 1, "name": None}]),
         "twice": coco([], [cat, cat]),
         "namesakes": coco([], [cat, {**cat, "id": 2}]),
         "stray": coco([{**whole, "id": 5, "category_id": 9}], [cat], image),
@@ -242,7 +253,7 @@ def test_unusable_entries_are_named(tmp_path, entry, message):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         paths[name] = str(path)
     cfg = small_config("Base-MaskRCNN-FPN.yaml")
-    entry = entry if isinstance(entry, str) else [x.format(**paths) for x in entry]
+    entry = [x.format(**paths) for x in entry] if isinstance(entry, list) else entry
     cfg.DATASETS.COCO_FILES = [entry]
     with pytest.raises(ConfigError, match=message):
         register_coco_files(cfg)
@@ -269,7 +280,7 @@ def test_unregistered_data_set_names_the_nearest():
 def test_data_sets_that_need_a_package_name_the_extra(monkeypatch, name, extra):
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     cfg = small_config("Base-MaskRCNN-FPN.yaml", "DATASETS.TRAIN", f"('{name}',)")
-    with pytest.raises(ConfigError, match=rf"pip install 'mask_head_plugin\[{extra}\]'"):
+    with pytest.raises(ConfigError, match=rf"pip install -e '\.\[{extra}\]'"):
         check_datasets(cfg)
 
 

@@ -49,6 +49,13 @@ def test_every_config_passes(path, tmp_path):
     check_config(cfg, train=bool(cfg.DATASETS.TRAIN))
 
 
+def test_weights_with_options_behind_them_are_found(tmp_path):
+    (tmp_path / "x.pth").touch()
+    weights = f"{tmp_path / 'x.pth'}?matching_heuristics=True"
+    opts = ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", weights]
+    check_config(load_config(str(CONFIGS / "Base-MaskRCNN-FPN.yaml"), opts), train=True)
+
+
 def test_evaluation_needs_no_training_set(tmp_path):
     opts = ["DATASETS.TRAIN", "()", "OUTPUT_DIR", str(tmp_path)]
     cfg = load_config(str(CONFIGS / "Base-MaskRCNN-FPN.yaml"), opts)
