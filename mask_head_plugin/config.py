@@ -24,6 +24,10 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     Args:
         cfg: a config from ``detectron2.config.get_cfg()``; changed in place.
     """
+    # What a bin makes of its samples: "mean" (the paper's) or "max" (Mask R-CNN Table 2c).
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_REDUCTION = "mean"
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_REDUCTION = "mean"
+
     # Terms of the mask loss: [name in MASK_LOSS_REGISTRY, weight]. The default is the paper's
     # (Mask R-CNN section 3: average binary cross-entropy on the ground-truth class's mask).
     cfg.MODEL.ROI_MASK_HEAD.LOSSES = [["binary_cross_entropy", 1.0]]

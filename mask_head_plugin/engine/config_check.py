@@ -13,11 +13,13 @@ from detectron2.modeling import (
     ROI_HEADS_REGISTRY,
     ROI_MASK_HEAD_REGISTRY,
 )
+from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.utils.registry import Registry
 
 from ..config import ConfigError, nearest_name
 from ..modeling.mask_loss import check_losses
-from ..modeling.pooler import POOLER_TYPES
+from ..modeling.pooler import POOLER_TYPES, check_pooler
+from ..modeling.roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
 
 DETECTRON2_POOLER_TYPES = ("ROIAlignRotated",)
 """Types of detectron2's ROIPooler that MultiLevelRoIPooler leaves to it."""
@@ -45,11 +47,8 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
         ("MODEL.ROI_MASK_HEAD.NAME", cfg.MODEL.ROI_MASK_HEAD.NAME, ROI_MASK_HEAD_REGISTRY),
     ):
         _check_name(key, value, registry)
-    known = (*POOLER_TYPES, *DETECTRON2_POOLER_TYPES, "")  # "" pools nothing, for PointRend
     for head in ("ROI_BOX_HEAD", "ROI_MASK_HEAD"):
-        kind = cfg.MODEL[head].POOLER_TYPE
-        if kind not in known:
-            raise ConfigError(f"MODEL.{head}.POOLER_TYPE {kind!r} is none of {known}")
+        _check_pooler(cfg, head)
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # detectron2 takes options behind a ?
     if weights and "://" not in weights and not Path(weights).is_file():
         raise ConfigError(f"MODEL.WEIGHTS: file {weights} does not exist")
@@ -76,6 +75,35 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
         tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
     except OSError as error:
         raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be written: {error}") from error
+
+
+def _check_pooler(cfg: CfgNode, head: str) -> None:
+    kind, reduction = cfg.MODEL[head].POOLER_TYPE, cfg.MODEL[head].POOLER_REDUCTION
+    known = (*POOLER_TYPES, *DETECTRON2_POOLER_TYPES, "")  # "" pools nothing, for PointRend
+    if kind not in known:
+        raise ConfigError(f"MODEL.{head}.POOLER_TYPE {kind!r} is none of {known}")
+    try:
+        check_pooler(kind if kind in POOLER_TYPES else "ROIAlignV2", reduction)
+    except ValueError as error:
+        raise ConfigError(f"MODEL.{head}: {error}") from error
+    heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
+    plugin = issubclass(heads, PerClassMaskROIHeads | PerClassMaskRes5ROIHeads)
+    if not plugin and (kind in ("ROIWarp", "PrROIPool") or reduction != "mean"):
+        raise ConfigError(
+            f"MODEL.{head}: {kind} with {reduction} needs MODEL.ROI_HEADS.NAME "
+            "PerClassMaskROIHeads or PerClassMaskRes5ROIHeads; "
+            f"{heads.__name__} has detectron2's pooler"
+        )
+    if issubclass(heads, Res5ROIHeads) and head == "ROI_MASK_HEAD":
+        box = cfg.MODEL.ROI_BOX_HEAD
+        if (kind, reduction) not in (
+            ("ROIAlignV2", "mean"),
+            (box.POOLER_TYPE, box.POOLER_REDUCTION),
+        ):
+            raise ConfigError(
+                f"MODEL.ROI_MASK_HEAD: {kind} with {reduction} has no effect, since "
+                f"{heads.__name__} pools once; set it in MODEL.ROI_BOX_HEAD"
+            )
 
 
 def _check_device(cfg: CfgNode, train: bool) -> None:

@@ -5,8 +5,11 @@ Shape alphabet: N images, R RoIs, C channels, P pooled side, Hi and Wi sides of 
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -20,11 +23,14 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 from torchvision.ops import roi_align as torchvision_roi_align
-from torchvision.ops import roi_pool
+from torchvision.ops import roi_pool as torchvision_roi_pool
 
-from ..ops import roi_align
+from ..ops import precise_roi_pool, roi_align, roi_pool, roi_warp
+from ..ops.axis_weights import round_to_cells
 
-POOLER_TYPES = ("ROIPool", "ROIAlign", "ROIAlignV2")
+POOLER_TYPES = ("ROIPool", "ROIWarp", "ROIAlign", "ROIAlignV2", "PrROIPool")
+
+REDUCTIONS = ("mean", "max")
 
 
 class MultiLevelRoIPooler(nn.Module):
@@ -33,9 +39,20 @@ class MultiLevelRoIPooler(nn.Module):
     A box goes to level ``floor(canonical_level + log2(sqrt(area) / canonical_box_size))``, clamped
     to the levels there are: equation 1 of the FPN paper (arXiv 1612.03144).
 
-    ROIAlign runs as separable products on the CPU (ops.roi_align; the result is channels_last) and
-    as torchvision's operator on CUDA and in traces; ROIPool, a maximum, is torchvision's always. It
-    can be traced, not scripted.
+    ======================== =============================== =======================================
+    what                     on the CPU, or deterministic    on CUDA
+    ======================== =============================== =======================================
+    ROIAlign, ROIWarp, mean  ops.roi_align, ops.roi_warp     one Triton kernel for all levels
+    ROIPool                  ops.roi_pool                    torchvision's operator, level by level
+    PrROIPool, maxima        ops.precise_roi_pool, ...       the same
+    ======================== =============================== =======================================
+
+    "Deterministic" is torch.use_deterministic_algorithms. Where Triton is missing or does not
+    compile, a log line says so once and torchvision's operator takes its place. Traces hold
+    torchvision's operators too (a loop over groups of RoIs would hold those of its example), so
+    PrROIPool and maxima of samples cannot be traced; nothing can be scripted.
+
+    Results are channels_last, except those of torchvision's operators.
     """
 
     def __init__(
@@ -46,25 +63,29 @@ class MultiLevelRoIPooler(nn.Module):
         pooler_type: str,
         canonical_box_size: int = 224,
         canonical_level: int = 4,
+        reduction: str = "mean",
     ) -> None:
         """
         Args:
             output_size: P, the side of the pooled square, or a pair (height, width).
             scales: for each feature map, finest first, its size relative to the image: 1 / stride.
                 Strides are powers of 2, each twice the one before.
-            sampling_ratio: sample points per bin and axis of ROIAlign and ROIAlignV2;
-                0 takes ``ceil(RoI side / P)``. ROIPool ignores it.
-            pooler_type: ``ROIPool`` (max over a quantized box), ``ROIAlign`` (no half-pixel shift,
-                detectron's) or ``ROIAlignV2`` (the paper's, pixel centres at +0.5).
+            sampling_ratio: sample points per bin and axis of ROIWarp, ROIAlign and ROIAlignV2;
+                0 takes ``ceil(RoI side / P)``. The others ignore it.
+            pooler_type: ``ROIPool`` (max over a quantized box), ``ROIWarp`` (samples in a quantized
+                box), ``ROIAlign`` (no half-pixel shift, detectron's), ``ROIAlignV2`` (the paper's,
+                pixel centres at +0.5) or ``PrROIPool`` (integral over the bin).
             canonical_box_size: side in pixels of a box that belongs to ``canonical_level``.
             canonical_level: log2 of the stride of that level.
+            reduction: ``mean`` or ``max`` of the samples of a bin (Table 2c). ROIPool is a maximum
+                either way; PrROIPool has no samples and takes ``mean`` only.
 
         Raises:
-            ValueError: if ``pooler_type`` is unknown or ``scales`` do not form a pyramid.
+            ValueError: if ``pooler_type`` or ``reduction`` is unknown, they do not go together, or
+                ``scales`` do not form a pyramid.
         """
         super().__init__()
-        if pooler_type not in POOLER_TYPES:
-            raise ValueError(f"unknown POOLER_TYPE {pooler_type!r}; choose from {POOLER_TYPES}")
+        check_pooler(pooler_type, reduction)
         if canonical_box_size <= 0 or not scales or min(scales) <= 0:
             raise ValueError(
                 f"scales {tuple(scales)} must be positive, one or more, and canonical_box_size "
@@ -78,6 +99,7 @@ class MultiLevelRoIPooler(nn.Module):
         self.scales = tuple(scales)
         self.sampling_ratio = sampling_ratio
         self.pooler_type = pooler_type
+        self.reduction = reduction
         self.canonical_box_size = canonical_box_size
         self.canonical_level = canonical_level
         self.min_level = int(levels[0])
@@ -93,7 +115,8 @@ class MultiLevelRoIPooler(nn.Module):
 
         Raises:
             ValueError: if the number of maps or of images does not fit or, on the CPU, a box
-                coordinate is NaN or infinite.
+                coordinate is NaN or infinite. On CUDA that fails an assertion on the device, which
+                shows at the next synchronisation.
         """
         if len(features) != len(self.scales):
             raise ValueError(f"got {len(features)} feature maps for {len(self.scales)} scales")
@@ -104,41 +127,137 @@ class MultiLevelRoIPooler(nn.Module):
         if not box_lists:
             return features[0].new_zeros(0, features[0].shape[1], *self.output_size)
         rois = convert_boxes_to_pooler_format(box_lists)
-        # Such a box would belong to no level. On CUDA the test would wait for the device.
-        if rois.device.type == "cpu" and not is_tracing() and not torch.isfinite(rois).all():
-            bad = int((~torch.isfinite(rois)).any(dim=1).sum())
-            raise ValueError(f"{bad} of {len(rois)} boxes have NaN or infinite coordinates")
-        if len(features) == 1:
-            return self._pool(features[0], rois, self.scales[0])
-        max_level = self.min_level + len(self.scales) - 1
-        levels = assign_boxes_to_levels(
-            box_lists, self.min_level, max_level, self.canonical_box_size, self.canonical_level
-        )
-        by_level = [torch.where(levels == level)[0] for level in range(len(self.scales))]
-        pooled = torch.cat(
-            [
-                self._pool(feature, rois[indices], scale)
-                for feature, indices, scale in zip(features, by_level, self.scales, strict=True)
-            ]
-        )
-        # Back into the order of the boxes, row by row in the layout of the pooled features.
-        order = torch.cat(by_level).argsort()
-        return pooled.permute(0, 2, 3, 1)[order].permute(0, 3, 1, 2)
+        if not is_tracing():
+            check_finite(rois)
+        levels = self._assign_levels(box_lists)
+        sampled = self.pooler_type in ("ROIWarp", "ROIAlign", "ROIAlignV2")
+        averaged = sampled and self.reduction == "mean"
+        if is_tracing():
+            if not averaged and self.pooler_type != "ROIPool":
+                raise ValueError(f"{self.pooler_type} with {self.reduction} cannot be traced")
+            return self._pool_by_level(features, rois, levels)
+        if rois.is_cuda and not torch.are_deterministic_algorithms_enabled():
+            if averaged and features[0].dtype != torch.float64:
+                return self._pool_at_once(features, rois, levels)
+            if self.pooler_type == "ROIPool":
+                return self._pool_by_level(features, rois, levels)
+        return self._operator()(features, rois, self.output_size, self.scales, levels=levels)
 
-    def _pool(self, feature: Tensor, rois: Tensor, scale: float) -> Tensor:
+    def _assign_levels(self, box_lists: list[Boxes]) -> Tensor:
+        """Returns the index in ``scales`` of each box, on its device and without waiting for it."""
+        return assign_boxes_to_levels(
+            box_lists,
+            self.min_level,
+            self.min_level + len(self.scales) - 1,
+            self.canonical_box_size,
+            self.canonical_level,
+        )
+
+    def _operator(self) -> Callable[..., Tensor]:
         if self.pooler_type == "ROIPool":
-            return roi_pool(feature, rois.to(feature.dtype), self.output_size, scale)
-        options = (self.output_size, scale, self.sampling_ratio, self.pooler_type == "ROIAlignV2")
-        # A trace must hold an operator, not the loop over the RoIs of its example.
-        if feature.device.type == "cpu" and not is_tracing():
-            return roi_align(feature, rois, *options)
-        return torchvision_roi_align(feature, rois.to(feature.dtype), *options)
+            return roi_pool
+        if self.pooler_type == "PrROIPool":
+            return precise_roi_pool
+        options: dict[str, Any] = {
+            "sampling_ratio": self.sampling_ratio,
+            "reduction": self.reduction,
+        }
+        if self.pooler_type == "ROIWarp":
+            return functools.partial(roi_warp, **options)
+        return functools.partial(roi_align, aligned=self._aligned, **options)
+
+    @property
+    def _aligned(self) -> bool:
+        return self.pooler_type != "ROIAlign"
+
+    def _pool_at_once(self, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+        fused = fused_roi_align(rois.device)
+        if fused is None:
+            return self._pool_by_level(features, rois, levels)
+        rois, scales = self._quantize(rois, levels)
+        options = (self.output_size, scales, self.sampling_ratio, self._aligned)
+        return fused(features, rois, levels, *options)
+
+    def _pool_by_level(self, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+        """Pools with torchvision's operators, then puts the result into the order of the boxes."""
+        rois, scales = self._quantize(rois.to(features[0].dtype), levels)
+        by_level = [torch.where(levels == level)[0] for level in range(len(scales))]
+        pooled = []
+        for feature, scale, indices in zip(features, scales, by_level, strict=True):
+            arguments = (feature, rois[indices], self.output_size, scale)
+            if self.pooler_type == "ROIPool":
+                pooled.append(torchvision_roi_pool(*arguments))
+            else:
+                options = (self.sampling_ratio, self._aligned)
+                pooled.append(torchvision_roi_align(*arguments, *options))
+        return torch.cat(pooled)[torch.cat(by_level).argsort()]
+
+    def _quantize(self, rois: Tensor, levels: Tensor) -> tuple[Tensor, tuple[float, ...]]:
+        """Returns RoIs and scales with which ROIAlign computes what is asked for.
+
+        ROIWarp is ROIAlign (aligned) on RoIs rounded to cells of their level.
+        """
+        if self.pooler_type != "ROIWarp":
+            return rois, self.scales
+        scale = torch.full_like(levels, self.scales[0], dtype=rois.dtype)
+        scale = (scale / 2**levels)[:, None]  # scales halve from level to level
+        start, end = round_to_cells(rois[:, 1:3] * scale, rois[:, 3:] * scale)
+        return torch.cat([rois[:, :1], start, end], dim=1), (1.0,) * len(self.scales)
 
     def extra_repr(self) -> str:
         return (
             f"{self.pooler_type}, output_size={self.output_size}, scales={self.scales}, "
-            f"sampling_ratio={self.sampling_ratio}"
+            f"sampling_ratio={self.sampling_ratio}, reduction={self.reduction}"
         )
+
+
+def check_pooler(pooler_type: str, reduction: str) -> None:
+    """Raises a ValueError if MultiLevelRoIPooler cannot pool so."""
+    if pooler_type not in POOLER_TYPES:
+        raise ValueError(f"unknown POOLER_TYPE {pooler_type!r}; choose from {POOLER_TYPES}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown POOLER_REDUCTION {reduction!r}; choose from {REDUCTIONS}")
+    if pooler_type == "PrROIPool" and reduction == "max":
+        raise ValueError("PrROIPool integrates over a bin; it has no samples to take the max of")
+
+
+def check_finite(rois: Tensor) -> None:
+    """Refuses NaN and infinite coordinates, which would belong to no level.
+
+    Args:
+        rois: (R, 5).
+
+    Raises:
+        ValueError: on the CPU, with their number. On CUDA an assertion fails on the device, without
+            waiting for it.
+    """
+    finite = torch.isfinite(rois)
+    if rois.is_cuda:
+        torch._assert_async(finite.all(), "boxes with NaN or infinite coordinates")
+    elif not finite.all():
+        bad = len(rois) - int(finite.all(dim=1).sum())
+        raise ValueError(f"{bad} of {len(rois)} boxes have NaN or infinite coordinates")
+
+
+@functools.cache
+def fused_roi_align(device: torch.device) -> Callable[..., Tensor] | None:
+    """Returns ops.roi_pooling_triton.multilevel_roi_align if it works on a device.
+
+    It is tried once, forward and backward; what goes wrong is logged.
+    """
+    try:
+        from ..ops.roi_pooling_triton import multilevel_roi_align  # needs Triton
+
+        feature = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
+        rois = torch.zeros(1, 5, device=device)
+        multilevel_roi_align([feature], rois, rois[:, 0], (1, 1), [1.0], 0, True).sum().backward()
+    except Exception as error:  # whatever a compiler for another machine may raise
+        logging.getLogger(__name__).warning(
+            "RoI pooling in one kernel is not available, torchvision's operator takes its place: "
+            f"{type(error).__name__}: {error}"
+        )
+        return None
+    return multilevel_roi_align
 
 
 def build_pooler(
@@ -155,10 +274,25 @@ def build_pooler(
         A MultiLevelRoIPooler, or detectron2's ROIPooler for a type that only it knows
         (``ROIAlignRotated``).
     """
-    pooler_class = MultiLevelRoIPooler if head_cfg.POOLER_TYPE in POOLER_TYPES else ROIPooler
-    return pooler_class(
-        output_size=head_cfg.POOLER_RESOLUTION,
-        scales=tuple(1.0 / input_shape[name].stride for name in in_features),
-        sampling_ratio=head_cfg.POOLER_SAMPLING_RATIO,
-        pooler_type=head_cfg.POOLER_TYPE,
-    )
+    arguments = {
+        "output_size": head_cfg.POOLER_RESOLUTION,
+        "scales": tuple(1.0 / input_shape[name].stride for name in in_features),
+        "sampling_ratio": head_cfg.POOLER_SAMPLING_RATIO,
+        "pooler_type": head_cfg.POOLER_TYPE,
+    }
+    if head_cfg.POOLER_TYPE not in POOLER_TYPES:
+        return ROIPooler(**arguments)
+    return MultiLevelRoIPooler(**arguments, reduction=head_cfg.POOLER_REDUCTION)
+
+
+def with_stock_pooler_types(cfg: CfgNode) -> CfgNode:
+    """Returns a copy of the config from which detectron2's heads can build poolers of their own.
+
+    They build one before a subclass can exchange it, and refuse types that they do not know.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    for head in (cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
+        if head.POOLER_TYPE in POOLER_TYPES:
+            head.POOLER_TYPE = "ROIAlignV2"
+    return cfg

@@ -12,7 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.roi_heads import Res5ROIHeads
 
-from .pooler import build_pooler
+from .pooler import build_pooler, with_stock_pooler_types
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -21,7 +21,7 @@ class PerClassMaskROIHeads(StandardROIHeads):
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        arguments = super()._init_box_head(cfg, input_shape)
+        arguments = super()._init_box_head(with_stock_pooler_types(cfg), input_shape)
         arguments["box_pooler"] = build_pooler(
             cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
         )
@@ -29,7 +29,7 @@ class PerClassMaskROIHeads(StandardROIHeads):
 
     @classmethod
     def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        arguments = super()._init_mask_head(cfg, input_shape)
+        arguments = super()._init_mask_head(with_stock_pooler_types(cfg), input_shape)
         if arguments.get("mask_pooler") is not None:
             arguments["mask_pooler"] = build_pooler(
                 cfg.MODEL.ROI_MASK_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
@@ -46,7 +46,7 @@ class PerClassMaskRes5ROIHeads(Res5ROIHeads):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        arguments = super().from_config(cfg, input_shape)
+        arguments = super().from_config(with_stock_pooler_types(cfg), input_shape)
         arguments["pooler"] = build_pooler(
             cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
         )

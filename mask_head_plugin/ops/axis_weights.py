@@ -1,21 +1,28 @@
-"""RoI sampling along one axis, as small weight matrices.
+"""RoI sampling along one axis: which cells a bin reads, with which weights.
 
-ROIAlign averages bilinear samples on a regular grid in each bin. A bilinear sample at (y, x) is
-``sum_i sum_j hat(y - i) hat(x - j) F[i, j]`` with ``hat(t) = max(0, 1 - |t|)``: a product of a
-factor in y and a factor in x. The samples of a bin are all pairs of its y and x coordinates, so
-their mean is a product too, and a whole RoI is ``Wy F Wx^T`` with
+A bilinear sample of a map F at (y, x) is ``sum_i sum_j hat(y - i) hat(x - j) F[i, j]`` with
+``hat(t) = max(0, 1 - |t|)``: a factor in y times a factor in x. The samples of a bin are all pairs
+of its y and x coordinates, so their mean is such a product too, and so is the integral over the
+bin. A whole RoI is ``Wy F Wx^T``, where each row of W holds the weights of one bin:
 
-    W[p, i] = mean over the samples t of bin p of hat(t - i).
+    ROIAlign    W[p, i] = mean of hat(t - i) over the samples t of bin p
+    ROIWarp     the same, on edges rounded to cells
+    PrROIPool   W[p, i] = integral of hat(t - i) over bin p, divided by its length
 
-By hand: P = 1, a RoI from 1.0 to 3.0, two samples, pixel centres at integers (the shift of 0.5 is
-done): samples at 1.5 and 2.5, hats (1/2, 1/2) on cells 1, 2 and on cells 2, 3, so W is
-(1/4, 1/2, 1/4) on cells 1, 2, 3.
+Edges are given in cells: 0 is the outer edge of the first cell, so its centre is at 0.5. The
+functions below shift by 0.5 (or not, see ``aligned``) to count from centre to centre.
 
-Border rule of torchvision and detectron2: a sample below -1 or above the size contributes 0;
-otherwise it is clamped into [0, size - 1].
+By hand, after the shift: one bin from 1.0 to 3.0. ROIAlign with two samples puts them at 1.5 and
+2.5; their hats are (1/2, 1/2) on cells 1, 2 and on cells 2, 3, so W is (1/4, 1/2, 1/4) on cells 1,
+2, 3. PrROIPool: the hats of cells 1 and 3 lie half in the bin (area 1/2), that of cell 2 wholly
+(area 1); divided by the length 2, W is (1/4, 1/2, 1/4) again. From 1.0 to 2.0 it is (1/2, 1/2).
 
-Shape alphabet: R RoIs, P pooled side, G samples per bin (of the RoI with most), L cells (of the RoI
-that touches most).
+Border rule of torchvision and detectron2: a sample below -1 or above the number of cells L counts
+as 0; otherwise it is clamped into [0, L - 1]. For PrROIPool this makes the map continue with its
+border value from 0 to -1 and from L - 1 to L, and with 0 beyond.
+
+Shape alphabet: R RoIs, P bins, G samples per bin (of the RoI with most), V cells per
+sample, K cells per bin (of the RoI with most), L cells of the map along this axis.
 """
 
 from __future__ import annotations
@@ -25,94 +32,205 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_IMAGE_SIZES = 8
+MAX_MAP_SIZES = 8
 """The adaptive sampling grid stops growing for RoIs longer than this many feature maps."""
+
+MAX_CELL = 1 << 22
+"""Edges that are rounded to cells are first clamped to this distance from the map's origin."""
 
 
 @dataclass(frozen=True)
 class AxisWeights:
-    """Weights of R RoIs along one axis, over only the cells that each touches.
+    """The cells that the bins of R RoIs read along one axis, and their weights.
 
     Attributes:
-        weights: (R, P, L); row r holds cells ``first[r]`` to ``first[r] + count[r] - 1``, zeros
-            behind.
-        first: the first cell that each RoI touches.
-        count: how many it touches; 0 where no sample lies on the map.
+        cell: (R, P, K) int32 in [0, L). Slots behind a bin's last cell repeat one of its cells.
+        weight: (R, P, K), 0 in the slots behind.
+        count: (R,) slots that the bins of a RoI use at most; 0 if it has nothing on the map.
     """
 
-    weights: Tensor
-    first: list[int]
-    count: list[int]
+    cell: Tensor
+    weight: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class AxisSamples:
+    """The samples of the bins of R RoIs along one axis, each a mean of V cells.
+
+    Attributes:
+        cell: (R, P, G, V) int32 in [0, L): the cells below and above a sample (V = 2), or the one
+            cell that is the sample (V = 1).
+        weight: (R, P, G, V) of the type of the edges; their sum over V is 1.
+        inside: (R, P, G) whether there is such a sample and it counts (border rule).
+        count: (R,) samples per bin of each RoI; 0 if it has none on the map.
+    """
+
+    cell: Tensor
+    weight: Tensor
+    inside: Tensor
+    count: Tensor
+
+
+def roi_align_samples(
+    start: Tensor,
+    end: Tensor,
+    num_bins: int,
+    num_cells: int,
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+) -> AxisSamples:
+    """Lays out the samples of ROIAlign along one axis (Mask R-CNN section 3).
+
+    Coordinates are computed in torchvision's order of operations: rounded otherwise, a sample next
+    to -1 or to L may fall on the other side of the jump to 0.
+
+    Args:
+        start: (R,) lower edges, in cells.
+        end: (R,) upper edges. Below ``start``: no samples with an adaptive grid, otherwise mirrored
+            ones.
+        num_bins: P.
+        num_cells: L, at least 1.
+        sampling_ratio: G; 0 and below for ``ceil(RoI side / P)``, at most as much as a RoI of
+            MAX_MAP_SIZES feature maps has.
+        aligned: True shifts by half a cell (cell centres at +0.5); False does not, and takes sides
+            below one cell as one cell.
+    """
+    shift = 0.5 if aligned else 0.0
+    start, end = start - shift, end - shift
+    side = end - start if aligned else (end - start).clamp(min=1.0)
+    bin_size = side / num_bins
+    if sampling_ratio > 0:
+        grid = torch.full_like(side, sampling_ratio)
+    else:
+        grid = torch.ceil(bin_size).clamp(0, -(-MAX_MAP_SIZES * num_cells // num_bins))
+    num_samples = max(int(grid.max()), 1) if len(grid) else 1
+    bins = torch.arange(num_bins, dtype=side.dtype, device=side.device)[:, None]
+    samples = torch.arange(num_samples, dtype=side.dtype, device=side.device)
+    bin_size, steps = bin_size[:, None, None], grid.clamp(min=1)[:, None, None]
+    t = start[:, None, None] + bins * bin_size + (samples + 0.5) * bin_size / steps
+    inside = (samples < grid[:, None, None]) & (t >= -1.0) & (t <= num_cells)
+    # Off the map t does not matter, and may have overflowed.
+    t = torch.where(inside, t.clamp(0, num_cells - 1), 0)
+    low = t.floor()
+    count = torch.where(inside.flatten(1).any(dim=1), grid, 0).int()
+    fraction = t - low
+    cell = torch.stack([low, (low + 1).clamp(max=num_cells - 1)], dim=3).int()
+    return AxisSamples(cell, torch.stack([1 - fraction, fraction], dim=3), inside, count)
 
 
 def roi_align_weights(
     start: Tensor,
     end: Tensor,
-    output_size: int,
-    feature_size: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    aligned: bool,
+    num_bins: int,
+    num_cells: int,
+    sampling_ratio: int = 0,
+    aligned: bool = True,
 ) -> AxisWeights:
-    """Weights of ROIAlign along one axis (Mask R-CNN section 3).
+    """Weights of ROIAlign along one axis: the mean over its samples.
 
-    Args:
-        start: (R,) lower box edges, in pixels of the network's input.
-        end: (R,) upper box edges. Below ``start``: zeros with an adaptive grid, otherwise mirrored
-            samples.
-        output_size: P.
-        feature_size: cells of the feature map along this axis, at least 1.
-        spatial_scale: cells per pixel.
-        sampling_ratio: G; 0 and below for ``ceil(RoI side / P)``, at most as much as a RoI of
-            MAX_IMAGE_SIZES feature maps has.
-        aligned: True shifts by half a cell (pixel centres at +0.5); False does not, and takes sides
-            below one cell as one cell.
+    Args: see roi_align_samples.
+    """
+    samples = roi_align_samples(start, end, num_bins, num_cells, sampling_ratio, aligned)
+    cell, inside, grid = samples.cell, samples.inside[..., None], samples.count
+    first = torch.where(inside, cell, num_cells).flatten(2).amin(2)
+    last = torch.where(inside, cell, -1).flatten(2).amax(2)
+    window = (last - first + 1).clamp(min=0).amax(1)
+    # Samples less than a cell apart share cells: one slot for each cell from first to last. Samples
+    # far apart leave gaps: one slot for each cell of each sample.
+    dense = window <= 2 * grid
+    count = torch.where(dense, window, 2 * grid)
+    num_slots = max(int(count.max()), 1) if len(count) else 1
+    first = first.clamp(max=num_cells - 1)
+    cell = torch.where(inside, cell, first[:, :, None, None]).flatten(2)
+    own_slot = torch.arange(cell.shape[2], dtype=cell.dtype, device=cell.device)
+    slot = torch.where(dense[:, None, None], cell - first[:, :, None], own_slot).long()
+    share = samples.weight * inside / grid.clamp(min=1)[:, None, None, None]
+    cells = first[:, :, None].repeat(1, 1, num_slots).scatter_(2, slot, cell)
+    weights = share.new_zeros(cells.shape).scatter_add_(2, slot, share.flatten(2))
+    return AxisWeights(cells, weights, count)
 
-    Returns:
-        AxisWeights of the dtype of ``start``. At R = 0 all parts are empty.
+
+def precise_roi_pool_weights(
+    start: Tensor, end: Tensor, num_bins: int, num_cells: int, aligned: bool = True
+) -> AxisWeights:
+    """Weights of PrROIPool along one axis (arXiv 1807.11590), differentiable in the edges.
+
+    They are the limit of ROIAlign's for a growing fixed sampling ratio. In particular a RoI that
+    ends before it starts is mirrored, and a bin of length 0 reads the one point where it lies.
+    Computed in float64: the derivative divides by the length of a bin, which may be a small
+    difference of large coordinates.
+
+    Args: see roi_align_samples.
     """
     shift = 0.5 if aligned else 0.0
-    start, end = start * spatial_scale - shift, end * spatial_scale - shift
+    dtype, start, end = start.dtype, start.double() - shift, end.double() - shift
     side = end - start if aligned else (end - start).clamp(min=1.0)
-    low, high, fraction, share = _samples(start, side, output_size, feature_size, sampling_ratio)
-    inside = share > 0
-    first = torch.where(inside, low, feature_size).flatten(1).amin(1)
-    last = torch.where(inside, high, -1).flatten(1).amax(1)
-    count = (last - first + 1).clamp(min=0)
-    num_cells = max(int(count.max()), 1) if len(count) else 1
-    weights = start.new_zeros(len(start), output_size, num_cells)
-    offset = first[:, None, None]
-    for cell, part in ((low, (1 - fraction) * share), (high, fraction * share)):
-        # Samples off the map have weight 0; their cell only has to be valid.
-        weights.scatter_add_(2, (cell - offset).clamp(0, num_cells - 1), part)
-    return AxisWeights(weights, first.tolist(), count.tolist())
+    bins = torch.arange(num_bins + 1, dtype=side.dtype, device=side.device)
+    edges = start[:, None] + bins * (side / num_bins)[:, None]
+    low = torch.minimum(edges[:, :-1], edges[:, 1:])[:, :, None]
+    high = torch.maximum(edges[:, :-1], edges[:, 1:])[:, :, None]
+    length = high - low
+    inside = (high >= -1) & (low <= num_cells)
+    low, high = low.clamp(-1, num_cells), high.clamp(-1, num_cells)
+    first = low.detach().clamp(0, num_cells - 1).floor()
+    last = high.detach().clamp(0, num_cells - 1).ceil()
+    count = torch.where(inside, last - first + 1, 0).flatten(1).amax(1).int()
+    num_slots = max(int(count.max()), 1) if len(count) else 1
+    i = first + torch.arange(num_slots, dtype=first.dtype, device=first.device)
+    used = inside & (i <= last)
+    i = torch.minimum(i, last)
+    # The hat of cell i rises over [i - 1, i] and falls over [i, i + 1], but stays at 1 over the
+    # border. On each side it is linear: its integral is length times value in the middle.
+    rising = low.clamp(i - 1, i), high.clamp(i - 1, i)
+    falling = low.clamp(i, i + 1), high.clamp(i, i + 1)
+    rise = torch.where(i == 0, 1.0, (rising[0] + rising[1]) / 2 - (i - 1))
+    fall = torch.where(i == num_cells - 1, 1.0, (i + 1) - (falling[0] + falling[1]) / 2)
+    integral = (rising[1] - rising[0]) * rise + (falling[1] - falling[0]) * fall
+    mean = integral / torch.where(length > 0, length, 1.0)
+    weight = torch.where(length > 0, mean, rise * fall)
+    return AxisWeights(i.int(), torch.where(used, weight, 0.0).to(dtype), count)
 
 
-def _samples(
-    start: Tensor, side: Tensor, output_size: int, feature_size: int, sampling_ratio: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lays out the samples of RoIs given in cells, pixel centres at integers.
+def round_to_cells(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes RoIs as ROIPool does (Fast R-CNN, and torchvision's roi_pool).
 
-    Coordinates are computed in torchvision's order of operations: rounded otherwise, a sample next
-    to -1 or to the map's size may fall on the other side of the jump to 0.
+    Both edges are rounded half away from zero, and the cell of the upper one belongs to the RoI. A
+    RoI has at least one cell, also where it ends before it starts.
+
+    Args:
+        start: (R,) lower edges, in cells.
+        end: (R,) upper edges, in cells.
 
     Returns:
-        Each (R, P, G): cell below, cell above, fraction between them, weight in the bin's mean.
+        The outer edges of the first and of the last cell: whole numbers, at least 1 apart.
+        Edges beyond MAX_CELL are moved there.
     """
-    bin_size = side / output_size
-    if sampling_ratio > 0:
-        grid = torch.full_like(side, sampling_ratio)
-    else:
-        limit = -(-MAX_IMAGE_SIZES * feature_size // output_size)
-        grid = torch.ceil(bin_size).clamp(0, limit)
-    num_samples = max(int(grid.max()), 1) if len(grid) else 1
-    bins = torch.arange(output_size, dtype=side.dtype, device=side.device)[None, :, None]
-    samples = torch.arange(num_samples, dtype=side.dtype, device=side.device)[None, None, :]
-    bin_size, grid = bin_size[:, None, None], grid[:, None, None]
-    t = start[:, None, None] + bins * bin_size + (samples + 0.5) * bin_size / grid.clamp(min=1)
-    used = (samples < grid) & (t >= -1.0) & (t <= feature_size)
-    # Off the map t does not matter, and may have overflowed.
-    t = torch.where(used, t.clamp(0, feature_size - 1), 0)
-    low = t.floor()
-    high = (low + 1).clamp(max=feature_size - 1)
-    return low.long(), high.long(), t - low, used / grid.clamp(min=1)
+    start, end = (_round(edge.clamp(-MAX_CELL, MAX_CELL)) for edge in (start, end))
+    return start, torch.maximum(start, end) + 1
+
+
+def _round(x: Tensor) -> Tensor:
+    """Rounds half away from zero, as C does; torch.round takes the even neighbour."""
+    whole = x.trunc()
+    return torch.where((x - whole).abs() >= 0.5, whole + torch.sign(x), whole)
+
+
+def roi_pool_samples(start: Tensor, end: Tensor, num_bins: int, num_cells: int) -> AxisSamples:
+    """Lays out the cells of ROIPool's bins (Fast R-CNN section 2.1) as samples at their centres.
+
+    A bin is widened to whole cells, so neighbouring bins may share some.
+
+    Args: see roi_align_samples.
+    """
+    start, end = round_to_cells(start, end)
+    bin_size = ((end - start) / num_bins)[:, None]
+    bins = torch.arange(num_bins, dtype=bin_size.dtype, device=bin_size.device)
+    low = (torch.floor(bins * bin_size) + start[:, None]).clamp(0, num_cells).int()
+    high = (torch.ceil((bins + 1) * bin_size) + start[:, None]).clamp(0, num_cells).int()
+    count = (high - low).amax(1)
+    num_samples = max(int(count.max()), 1) if len(count) else 1
+    cell = low[:, :, None] + torch.arange(num_samples, dtype=low.dtype, device=low.device)
+    inside = cell < high[:, :, None]
+    cell = torch.where(inside, cell, low[:, :, None].clamp(max=num_cells - 1))[..., None]
+    return AxisSamples(cell, bin_size.new_ones(cell.shape), inside, count)

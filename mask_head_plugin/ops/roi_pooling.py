@@ -1,161 +1,584 @@
-"""RoI pooling as two small matrix products per RoI.
+"""RoI pooling as a sparse matrix product: every bin is a weighted sum of a few cells.
 
-Sampling on a RoI is separable (see axis_weights): ``out[c] = Wy F[c] Wx^T`` over only the cells
-that the RoI touches. On a channels-last map, a RoI's cells of one row lie side by side, so the
-first product is one matrix multiplication (P, h) x (h, w C) that reads the map where it is; the
-second is batched over RoIs. Backward adds the transposed products into the gradient in place.
+Sampling on a RoI is separable (see axis_weights): the weight of cell (y, x) in bin (p, q) is
+``Wy[p, y] Wx[q, x]``. Samples that share cells are merged along each axis before the map is read,
+so a bin of 4 x 4 cells reads each once, however many samples lie in it. The product runs in
+``embedding_bag``, with the channels-last map as the table and a bin as a bag: on x86 a vectorized
+kernel (FBGEMM) on all threads. Backward is the product with the transposed matrix, a cell as a bag,
+so it adds in a fixed order and writes each cell once. Measured beside it and left, being slower:
+two dense products per RoI, one RoI at a time or in batches; a sparse CSR matrix; embedding_bag's
+own backward.
 
-Shape alphabet: N images, C channels, H, W sides of the feature map, R RoIs, P pooled side, h and w
-the cells that one RoI touches.
+A maximum needs its samples one by one: ROIPool and ``reduction="max"`` compute them, group by
+group.
+
+All functions run on any device and are deterministic. Beside the result they hold lists of at most
+about LIST_ENTRIES cells and their weights, tables of TABLE_ELEMENTS (the map itself if it is
+channels-last), and intermediate results of GROUP_ELEMENTS, or those of one RoI if these are more.
+
+Shape alphabet: N images, C channels, H and W sides of a feature map, L feature maps, R RoIs (r of
+one map, n of one group), P and Q pooled height and width, K slots for the cells of a bin along one
+axis (Ky, Kx), c channels of one table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 
-from .axis_weights import AxisWeights, roi_align_weights
+from .axis_weights import (
+    AxisSamples,
+    AxisWeights,
+    precise_roi_pool_weights,
+    roi_align_samples,
+    roi_align_weights,
+    roi_pool_samples,
+    round_to_cells,
+)
 
-CHUNK_ELEMENTS = 1 << 20
-"""Elements of the intermediate products held at a time; 4 MB of float32."""
+LIST_ENTRIES = 1 << 22
+"""Entries of the sparse matrix held at a time: 32 MB."""
+
+GROUP_ELEMENTS = 1 << 20
+"""Elements of the intermediate result of one group of RoIs: 4 MB of float32."""
+
+TABLE_ELEMENTS = 1 << 21
+"""Elements of a table that is a copy, because its map is not channels-last: 8 MB of float32."""
+
+SLOTS = (0, 1, *(size << power for power in range(20) for size in (2, 3)))
+"""Slots per bin are rounded up to one of 0, 1, 2, 3, 4, 6, 8, 12, …, so that RoIs share groups."""
+
+Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
 
 
 def roi_align(
-    features: Tensor,
+    features: Tensor | Sequence[Tensor],
     rois: Tensor,
     output_size: int | tuple[int, int],
-    spatial_scale: float = 1.0,
+    spatial_scale: float | Sequence[float] = 1.0,
     sampling_ratio: int = 0,
     aligned: bool = True,
+    reduction: str = "mean",
+    *,
+    levels: Tensor | None = None,
 ) -> Tensor:
-    """ROIAlign of Mask R-CNN section 3: the mean of bilinear samples in each bin, nothing rounded.
+    """ROIAlign of Mask R-CNN section 3: bilinear samples in each bin, nothing rounded.
 
-    Equal to ``torchvision.ops.roi_align`` up to rounding. Differs from it where a RoI ends before
-    it starts (no crash) and for RoIs longer than axis_weights.MAX_IMAGE_SIZES feature maps (the
-    adaptive grid, and with it memory, stops growing). A NaN or infinity among a RoI's cells may
-    reach all its bins: 0 x NaN is NaN.
+    With ``reduction="mean"`` equal to ``torchvision.ops.roi_align`` up to rounding. Differs from it
+    where a RoI ends before it starts (no crash) and for RoIs longer than
+    axis_weights.MAX_MAP_SIZES feature maps (the adaptive grid, and with it memory, stops growing).
 
     Args:
-        features: (N, C, H, W) on the CPU. A channels_last map is read without a copy; float16 and
-            bfloat16 are computed in float32.
+        features: (N, C, H, W), or a list of L such maps that differ in H and W. A channels_last map
+            of float32 or float64 is read without a copy; float16 and bfloat16 are computed in
+            float32.
         rois: (R, 5): image index, x0, y0, x1, y1 in pixels of the network's input.
         output_size: P, or (height, width).
-        spatial_scale: cells per pixel.
+        spatial_scale: cells per pixel, for each map.
         sampling_ratio: samples per bin and axis; 0 and below for ``ceil(RoI side / P)``. 2 makes
             the paper's four points.
         aligned: True puts pixel centres at +0.5 (detectron2's ROIAlignV2); False is detectron's
             ROIAlign, which takes sides below one cell as one cell.
+        reduction: ``mean`` or ``max`` of the samples of a bin (Table 2c). Samples outside the map
+            count as 0 in the mean and do not enter the maximum; a bin without any is 0.
+        levels: (R,) integers in [0, L): the map that each RoI is pooled from; needed for L > 1.
 
     Returns:
         (R, C, P, P) of the type of ``features`` in channels_last layout, with a gradient to them.
 
     Raises:
-        ValueError: if a shape is not as above, a coordinate is NaN or infinite, or an image index
-            is not in [0, N).
+        ValueError: if a shape is not as above, a coordinate is NaN or infinite, an image index is
+            not in [0, N), a level not in [0, L), or ``reduction`` is neither name.
     """
-    _check(features, rois)
+    function, axis = _reducer(reduction)
+    axis = partial(axis, sampling_ratio=sampling_ratio, aligned=aligned)
+    return _pool(features, rois.detach(), output_size, spatial_scale, levels, function, axis)
+
+
+def roi_warp(
+    features: Tensor | Sequence[Tensor],
+    rois: Tensor,
+    output_size: int | tuple[int, int],
+    spatial_scale: float | Sequence[float] = 1.0,
+    sampling_ratio: int = 0,
+    reduction: str = "mean",
+    *,
+    levels: Tensor | None = None,
+) -> Tensor:
+    """ROIWarp as Mask R-CNN section 3 describes it: a quantized RoI, then bilinear samples.
+
+    The RoI is quantized as in ROIPool: edges rounded half away from zero, the cell of the upper
+    edge included, at least one cell (axis_weights.round_to_cells; Fast R-CNN). Within it samples
+    lie as in ``roi_align(aligned=True)``, cell centres at +0.5: a RoI of P cells a side with one
+    sample a bin gives just these cells, as ROIPool does.
+
+    Differs from the formula of its paper (Instance-aware Semantic Segmentation via Multi-task
+    Network Cascades, arXiv 1512.04412), which quantizes nothing. That paper's released code does
+    round, includes the upper cell in its backward pass only, and takes one sample, from a bin's
+    corner, with cell centres at whole numbers. As there, samples outside the map do not enter a
+    maximum.
+
+    Args and Returns: see roi_align.
+    """
+    function, align = _reducer(reduction)
+
+    def axis(start: Tensor, end: Tensor, bins: int, cells: int) -> AxisWeights | AxisSamples:
+        return align(*round_to_cells(start, end), bins, cells, sampling_ratio)
+
+    return _pool(features, rois.detach(), output_size, spatial_scale, levels, function, axis)
+
+
+def precise_roi_pool(
+    features: Tensor | Sequence[Tensor],
+    rois: Tensor,
+    output_size: int | tuple[int, int],
+    spatial_scale: float | Sequence[float] = 1.0,
+    aligned: bool = True,
+    *,
+    levels: Tensor | None = None,
+) -> Tensor:
+    """PrROIPool (arXiv 1807.11590): the mean of the bilinear surface over each bin, no samples.
+
+    The limit of ``roi_align`` for a growing fixed sampling ratio, with its border rule. Differs
+    from the original there (which takes the map as 0 beyond its border cells' centres plus one), in
+    ``aligned`` and for bins without area (0 in the original, the value at their place here).
+
+    Args: see roi_align.
+
+    Returns:
+        (R, C, P, P) of the type of ``features`` in channels_last layout, with gradients to them and
+        to the coordinates in ``rois``.
+    """
+    axis = partial(precise_roi_pool_weights, aligned=aligned)
+    return _pool(features, rois, output_size, spatial_scale, levels, _WeightedSum, axis)
+
+
+def roi_pool(
+    features: Tensor | Sequence[Tensor],
+    rois: Tensor,
+    output_size: int | tuple[int, int],
+    spatial_scale: float | Sequence[float] = 1.0,
+    *,
+    levels: Tensor | None = None,
+) -> Tensor:
+    """ROIPool (Fast R-CNN section 2.1): the maximum of the cells in each bin of a quantized RoI.
+
+    Equal to ``torchvision.ops.roi_pool``, the gradient to the first of equal maxima included.
+    Differs in NaN features, which it passes on, and in edges of over axis_weights.MAX_CELL cells.
+
+    Args and Returns: see roi_align.
+    """
+    axis = roi_pool_samples
+    return _pool(features, rois.detach(), output_size, spatial_scale, levels, _Maximum, axis)
+
+
+def _reducer(reduction: str) -> tuple[type[torch.autograd.Function], Callable[..., Any]]:
+    if reduction not in ("mean", "max"):
+        raise ValueError(f"reduction must be 'mean' or 'max', not {reduction!r}")
+    if reduction == "mean":
+        return _WeightedSum, roi_align_weights
+    return _Maximum, roi_align_samples
+
+
+class _Part(NamedTuple):
+    """The r RoIs that are pooled from one map."""
+
+    rows: Tensor  # (r,) their places among all RoIs
+    first_cell: Tensor  # (r,) int32, where the image of each begins in the table of N H W cells
+    y: Any  # AxisWeights or AxisSamples
+    x: Any
+
+
+class _Group(NamedTuple):
+    """n RoIs of a part whose bins have about the same number of cells."""
+
+    places: Tensor  # (n,) in the part
+    cells: Tensor  # (n, P, Q, Ky, Kx) int32, places in the table of cells
+    weights: Tensor  # (n, P, Q, Ky, Kx)
+
+
+def _pool(
+    features: Tensor | Sequence[Tensor],
+    rois: Tensor,
+    output_size: int | tuple[int, int],
+    spatial_scale: float | Sequence[float],
+    levels: Tensor | None,
+    function: Any,
+    axis: Axis,
+) -> Tensor:
+    maps = [features] if isinstance(features, Tensor) else list(features)
+    scales = [spatial_scale] if isinstance(spatial_scale, int | float) else list(spatial_scale)
+    levels = _check(maps, rois, scales, levels)
     height, width = (output_size,) * 2 if isinstance(output_size, int) else output_size
-    if len(rois) == 0:  # a view keeps the graph without reading the map
-        return features[:0, :, :1, :1].expand(-1, -1, height, width)
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    image_index, x0, y0, x1, y1 = rois.detach().to(dtype).unbind(1)
-    options = (spatial_scale, sampling_ratio, aligned)
-    y_weights = roi_align_weights(y0, y1, height, features.shape[2], *options)
-    x_weights = roi_align_weights(x0, x1, width, features.shape[3], *options)
-    images = image_index.int().tolist()
-    return _SeparablePool.apply(features.to(dtype), images, y_weights, x_weights).to(features.dtype)
+    if len(rois) == 0:  # views keep the graph without reading the maps
+        return torch.cat([x[:0, :, :1, :1].expand(-1, -1, height, width) for x in maps])
+    rois = rois.to(torch.promote_types(maps[0].dtype, torch.float32))
+    parts = []
+    for level, (feature, scale) in enumerate(zip(maps, scales, strict=True)):
+        rows = torch.nonzero(levels == level)[:, 0]
+        image, x0, y0, x1, y1 = rois[rows].unbind(1)
+        y = axis(y0 * scale, y1 * scale, height, feature.shape[2])
+        x = axis(x0 * scale, x1 * scale, width, feature.shape[3])
+        first_cell = image.int() * (feature.shape[2] * feature.shape[3])
+        parts.append(_Part(rows, first_cell, y, x))
+    # Weights are inputs of their own, for their gradient.
+    weights = [axis.weight for part in parts for axis in (part.y, part.x)]
+    pooled: Tensor = function.apply(parts, *maps, *weights)
+    return pooled.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-def _check(features: Tensor, rois: Tensor) -> None:
-    if features.dim() != 4 or not features.is_floating_point() or 0 in features.shape[2:]:
-        raise ValueError(
-            f"features must be a non-empty floating-point (N, C, H, W), not {features.dtype} "
-            f"{tuple(features.shape)}"
-        )
-    if features.shape[1] == 0:
-        raise ValueError("features have no channels")
+def _check(maps: list[Tensor], rois: Tensor, scales: list[float], levels: Tensor | None) -> Tensor:
+    """Raises ValueError for inputs that do not fit, and returns the levels."""
+    if len(maps) != len(scales) or not maps:
+        raise ValueError(f"got {len(scales)} spatial scales for {len(maps)} feature maps")
+    first = maps[0]
+    for x in maps:
+        if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
+            raise ValueError(
+                f"features must be non-empty floating-point (N, C, H, W), not {x.dtype} "
+                f"{tuple(x.shape)}"
+            )
+        if x.shape[:2] != first.shape[:2] or x.dtype != first.dtype:
+            raise ValueError(
+                f"feature maps differ in N, C or type: {first.dtype} {tuple(first.shape)}, "
+                f"{x.dtype} {tuple(x.shape)}"
+            )
     if rois.dim() != 2 or rois.shape[1] != 5:
         raise ValueError(f"rois must be (R, 5): image, x0, y0, x1, y1; not {tuple(rois.shape)}")
     bad = len(rois) - int(torch.isfinite(rois).all(dim=1).sum())
     if bad:
         raise ValueError(f"{bad} of {len(rois)} RoIs have NaN or infinite coordinates")
-    if len(rois) and not 0 <= int(rois[:, 0].min()) <= int(rois[:, 0].max()) < len(features):
-        raise ValueError(f"image indices of the RoIs are not all in [0, {len(features)})")
+    if len(rois) and not 0 <= int(rois[:, 0].min()) <= int(rois[:, 0].max()) < len(first):
+        raise ValueError(f"image indices of the RoIs are not all in [0, {len(first)})")
+    if levels is None and len(maps) == 1:
+        levels = torch.zeros(len(rois), dtype=torch.int32, device=rois.device)
+    if levels is None or levels.shape != rois.shape[:1]:
+        raise ValueError(
+            f"{len(maps)} feature maps need levels of shape ({len(rois)},), not "
+            f"{None if levels is None else tuple(levels.shape)}"
+        )
+    if len(rois) and not 0 <= int(levels.min()) <= int(levels.max()) < len(maps):
+        raise ValueError(f"levels are not all in [0, {len(maps)})")
+    return levels
 
 
-class _SeparablePool(torch.autograd.Function):
-    """``Wy F Wx^T`` for each RoI."""
+class _WeightedSum(torch.autograd.Function):
+    """Each bin is the sum of its cells times the products of their weights along the axes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, images: list[int], y: AxisWeights, x: AxisWeights
-    ) -> Tensor:
-        maps = features.detach().permute(0, 2, 3, 1).contiguous()
-        num_rois, height, _ = y.weights.shape
-        pooled = maps.new_empty(num_rois, height, x.weights.shape[1], maps.shape[3])
-        for chunk in _chunks(y, x, maps.shape[3]):
-            rows = maps.new_zeros(len(chunk), height, x.weights.shape[2] * maps.shape[3])
-            for wy, patch, row in _products(maps, rows, chunk, images, y, x):
-                torch.mm(wy, patch, out=row)
-            wx = _for_each_row(x, chunk, height)
-            part = pooled[chunk.start : chunk.stop].flatten(0, 1)
-            torch.bmm(wx, rows.view(len(wx), wx.shape[2], -1), out=part)
-        ctx.shape, ctx.images, ctx.y, ctx.x = maps.shape, images, y, x
-        return pooled.permute(0, 3, 1, 2)
+    def forward(ctx: Any, parts: list[_Part], *inputs: Tensor) -> Tensor:
+        maps = inputs[: len(parts)]
+        pooled = _new_result(parts, maps[0])
+        for part, feature in zip(parts, maps, strict=True):
+            for groups in _weight_lists(part, feature):
+                for channels in _channel_blocks(feature):
+                    table = _table(feature, channels)
+                    for group in groups:
+                        pooled[part.rows[group.places], :, channels] = _bags(table, group).to(
+                            pooled
+                        )
+        ctx.parts, ctx.maps = parts, [torch.empty_like(x, device="meta") for x in maps]
+        if any(ctx.needs_input_grad[1 + len(parts) :]):
+            ctx.save_for_backward(*maps)
+        return pooled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        y, x = ctx.y, ctx.x
-        grad = grad.permute(0, 2, 3, 1).contiguous()
-        grad_maps = grad.new_zeros(ctx.shape)
-        height, channels = grad.shape[1], grad.shape[3]
-        # Products into a given output are left alone by autocast, this one would not be.
-        with torch.autocast("cpu", enabled=False):
-            for chunk in _chunks(y, x, channels):
-                wx = _for_each_row(x, chunk, height).transpose(1, 2)
-                rows = torch.bmm(wx, grad[chunk.start : chunk.stop].flatten(0, 1))
-                rows = rows.view(len(chunk), height, -1)
-                for wy, patch, row in _products(grad_maps, rows, chunk, ctx.images, y, x):
-                    patch.addmm_(wy.t(), row)
-        return grad_maps.permute(0, 3, 1, 2), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        grads = [
+            _grad_of_map(part, feature, grad) if needs else None
+            for part, feature, needs in zip(ctx.parts, ctx.maps, needed, strict=False)
+        ]
+        for part, feature in zip(ctx.parts, ctx.saved_tensors, strict=False):
+            grads += _grad_of_weights(part, feature, grad)
+        return None, *grads, *[None] * (len(needed) - len(grads))
 
 
-def _chunks(y: AxisWeights, x: AxisWeights, channels: int) -> Iterator[range]:
-    """Cuts the RoIs into runs whose row products (P, w, C) together stay within the cache."""
-    num_rois, height, _ = y.weights.shape
-    step = max(CHUNK_ELEMENTS // (height * x.weights.shape[2] * channels), 1)
-    for start in range(0, num_rois, step):
-        yield range(start, min(start + step, num_rois))
+def _weight_lists(part: _Part, feature: Tensor) -> Iterator[list[_Group]]:
+    """Yields the matrix of a part, in lists of groups of at most about LIST_ENTRIES entries."""
+    y, x = part.y, part.x
+    bins, channels = y.cell.shape[1] * x.cell.shape[1], _block_size(feature)
+    row_start = part.first_cell[:, None, None] + y.cell * feature.shape[3]
+
+    def group(places: Tensor, ky: int, kx: int) -> _Group:
+        cells = _over_y(row_start[places, :, :ky]) + _over_x(x.cell[places, :, :kx])
+        weights = _over_y(y.weight[places, :, :ky]) * _over_x(x.weight[places, :, :kx])
+        return _Group(places, cells, weights)
+
+    def step(ky: int, kx: int) -> int:
+        return min(GROUP_ELEMENTS // (bins * channels), LIST_ENTRIES // (bins * ky * kx))
+
+    return _lists(y.count, x.count, step, group)
 
 
-def _for_each_row(x: AxisWeights, chunk: range, height: int) -> Tensor:
-    """Returns the x weights of a chunk once per pooled row: (n height, P, L)."""
-    return x.weights[chunk.start : chunk.stop].repeat_interleave(height, dim=0)
+def _over_y(x: Tensor) -> Tensor:
+    """(n, P, K, ...) -> (n, P, 1, K, 1, ...)"""
+    return x[:, :, None, :, None]
 
 
-def _products(
-    maps: Tensor, rows: Tensor, chunk: range, images: list[int], y: AxisWeights, x: AxisWeights
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields views for ``row = wy patch`` of each RoI of a chunk that touches any cell.
+def _over_x(x: Tensor) -> Tensor:
+    """(n, Q, K, ...) -> (n, 1, Q, 1, K, ...)"""
+    return x[:, None, :, None, :]
 
-    Yields:
-        wy (P, h); the RoI's cells in (N, H, W, C) ``maps`` as (h, w C); the first w C columns of
-        its (P, L C) part of ``rows``.
+
+def _bags(table: Tensor, group: _Group) -> Tensor:
+    """Returns the bins (n, P Q, c) of a group."""
+    cells, weights = (part.flatten(3).flatten(0, 2) for part in (group.cells, group.weights))
+    bags = embedding_bag(cells, table, mode="sum", per_sample_weights=weights)
+    return bags.view(len(group.places), -1, table.shape[1])
+
+
+def _grad_of_map(part: _Part, feature: Tensor, grad: Tensor) -> Tensor:
+    """Multiplies the gradient (R, P Q, C) with the transposed matrix: a cell is a bag of bins."""
+    grad_map = _MapGradient(feature, grad.device)
+    numbers = torch.arange(grad[:, :, 0].numel(), dtype=torch.int32, device=grad.device)
+    numbers = numbers.view(grad.shape[:2])[part.rows]
+    for groups in _weight_lists(part, feature):
+        cell = torch.cat([g.cells.flatten() for g in groups])
+        weight = torch.cat([g.weights.flatten() for g in groups])
+        bins = torch.cat(
+            [
+                numbers[g.places].flatten().repeat_interleave(g.cells[0, 0, 0].numel())
+                for g in groups
+            ]
+        )
+        used = torch.nonzero(weight)[:, 0]
+        cell, order = torch.sort(cell[used], stable=True)
+        order = used[order]
+        bins, weight = bins[order], weight[order]
+        count = torch.bincount(cell, minlength=grad_map.num_cells)
+        offsets = (count.cumsum(0) - count).to(bins.dtype)
+        for channels in _channel_blocks(feature):
+            rows = grad[:, :, channels].flatten(0, 1).to(weight.dtype)
+            table = embedding_bag(bins, rows, offsets, mode="sum", per_sample_weights=weight)
+            grad_map.add(channels, table)
+    return grad_map.total()
+
+
+def _grad_of_weights(part: _Part, feature: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradients to ``part.y.weight`` and ``part.x.weight``."""
+    y, x = part.y.weight, part.x.weight
+    grad_y, grad_x = torch.zeros_like(y), torch.zeros_like(x)
+    for groups in _weight_lists(part, feature):
+        for channels in _channel_blocks(feature):
+            table = _table(feature, channels)
+            for group in groups:
+                places, rows = group.places, grad[part.rows[group.places], :, channels]
+                weights = group.weights.detach().requires_grad_()
+                with torch.enable_grad():
+                    bags = _bags(table, group._replace(weights=weights))
+                (d_weights,) = torch.autograd.grad(bags, weights, rows.to(bags.dtype))
+                ky, kx = weights.shape[3:]
+                d_y = torch.einsum("npqyx,nqx->npy", d_weights, x[places, :, :kx])
+                d_x = torch.einsum("npqyx,npy->nqx", d_weights, y[places, :, :ky])
+                grad_y[places, :, :ky] += d_y
+                grad_x[places, :, :kx] += d_x
+    return grad_y, grad_x
+
+
+class _Maximum(torch.autograd.Function):
+    """Each bin is the maximum of its samples, a sample the weighted sum of one or of four cells."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: list[_Part], *inputs: Tensor) -> Tensor:
+        maps = inputs[: len(parts)]
+        pooled = _new_result(parts, maps[0])
+        needed = any(ctx.needs_input_grad)
+        winner = torch.empty_like(pooled, dtype=torch.int32) if needed else None
+        for part, feature in zip(parts, maps, strict=True):
+            for groups in _sample_lists(part, feature):
+                for channels in _channel_blocks(feature):
+                    table = _table(feature, channels)
+                    shape = pooled.shape[1], table.shape[1]
+                    for group in groups:
+                        rows = part.rows[group.places]
+                        samples, empty = _samples(table, group), group.outside.all(dim=1)
+                        if winner is None:
+                            best = samples.amax(dim=1)
+                        else:
+                            best, which = samples.max(dim=1)
+                            winner[rows, :, channels] = which.view(len(rows), *shape).int()
+                        best = best.masked_fill_(empty[:, None], 0)
+                        pooled[rows, :, channels] = best.view(len(rows), *shape).to(pooled)
+        ctx.parts, ctx.maps = parts, [torch.empty_like(x, device="meta") for x in maps]
+        ctx.winner = winner
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        grads = [
+            _grad_of_maximum(part, feature, grad, ctx.winner) if needs else None
+            for part, feature, needs in zip(ctx.parts, ctx.maps, needed, strict=False)
+        ]
+        return None, *grads, *[None] * (len(needed) - len(grads))
+
+
+class _SampleGroup(NamedTuple):
+    """n RoIs of a part whose bins have about the same number of samples, S a bin."""
+
+    places: Tensor  # (n,) in the part
+    cells: Tensor  # (n P Q, S, V) int32
+    weights: Tensor  # (n P Q, S, V)
+    outside: Tensor  # (n P Q, S) samples that do not count
+
+
+def _sample_lists(part: _Part, feature: Tensor) -> Iterator[list[_SampleGroup]]:
+    """Yields the samples of a part, in lists of groups of at most about LIST_ENTRIES cells."""
+    y, x = part.y, part.x
+    bins, corners = y.cell.shape[1] * x.cell.shape[1], y.cell.shape[3] * x.cell.shape[3]
+    channels = _block_size(feature)
+    row_start = part.first_cell[:, None, None, None] + y.cell * feature.shape[3]
+
+    def group(places: Tensor, gy: int, gx: int) -> _SampleGroup:
+        cells = _over_y(row_start[places, :, :gy])[..., None]
+        cells = cells + _over_x(x.cell[places, :, :gx])[..., None, :]
+        weights = _over_y(y.weight[places, :, :gy])[..., None]
+        weights = weights * _over_x(x.weight[places, :, :gx])[..., None, :]
+        inside = _over_y(y.inside[places, :, :gy]) & _over_x(x.inside[places, :, :gx])
+        shape = (len(places) * bins, -1, corners)
+        outside = ~inside.flatten(3).flatten(0, 2)
+        return _SampleGroup(places, cells.reshape(shape), weights.reshape(shape), outside)
+
+    def step(gy: int, gx: int) -> int:
+        return GROUP_ELEMENTS // (bins * gy * gx * max(channels, corners))
+
+    return _lists(y.count, x.count, step, group)
+
+
+def _samples(table: Tensor, group: _SampleGroup) -> Tensor:
+    """Returns the samples (n P Q, S, c) of a group, -inf where they do not count."""
+    cells, weights = group.cells.flatten(0, 1), group.weights.flatten(0, 1)
+    if cells.shape[1] == 1:  # the cell itself
+        values = table.index_select(0, cells[:, 0])
+    else:
+        values = embedding_bag(cells, table, mode="sum", per_sample_weights=weights)
+    values = values.view(*group.outside.shape, -1)
+    return values.masked_fill_(group.outside[:, :, None], float("-inf"))
+
+
+def _grad_of_maximum(part: _Part, feature: Tensor, grad: Tensor, winner: Tensor) -> Tensor:
+    """Hands the gradient (R, P Q, C) of each bin to the cells of its largest sample."""
+    grad_map = _MapGradient(feature, grad.device)
+    for groups in _sample_lists(part, feature):
+        for channels in _channel_blocks(feature):
+            num = channels.stop - channels.start
+            column = torch.arange(num, device=grad.device)
+            table = grad.new_zeros(grad_map.num_cells * num, dtype=_compute_type(feature))
+            for group in groups:
+                rows = part.rows[group.places]
+                which = winner[rows, :, channels].flatten(0, 1).long()
+                values = grad[rows, :, channels].flatten(0, 1).to(table.dtype)
+                values = values.masked_fill(group.outside.all(dim=1)[:, None], 0)
+                for corner in range(group.cells.shape[2]):
+                    cell = group.cells[:, :, corner].long().gather(1, which)
+                    weight = group.weights[:, :, corner].gather(1, which)
+                    place = (cell * num + column).flatten()
+                    table.scatter_add_(0, place, (values * weight).flatten())
+            grad_map.add(channels, table.view(grad_map.num_cells, -1))
+    return grad_map.total()
+
+
+def _lists(
+    y_count: Tensor, x_count: Tensor, step: Callable[[int, int], int], group: Callable[..., Any]
+) -> Iterator[list[Any]]:
+    """Sorts RoIs by slots per bin, cuts them into groups and the groups into lists.
+
+    Args:
+        y_count: (r,) slots per bin that each RoI uses along y; those with 0 are left out.
+        x_count: (r,) along x.
+        step: largest number of RoIs in a group, from the slots along y and x.
+        group: makes a group from (n,) places, slots along y and slots along x.
     """
-    _, height, width, channels = maps.shape
-    _, pooled_height, stride = y.weights.shape
-    offset = maps.storage_offset()  # a channels_last map may be a slice of a larger one
-    for k, r in enumerate(chunk):
-        h, w = y.count[r], x.count[r]
-        if h and w:
-            start = ((images[r] * height + y.first[r]) * width + x.first[r]) * channels + offset
-            yield (
-                y.weights.as_strided((pooled_height, h), (stride, 1), r * pooled_height * stride),
-                maps.as_strided((h, w * channels), (width * channels, 1), start),
-                rows[k, :, : w * channels],
-            )
+    sizes = torch.tensor(SLOTS, dtype=y_count.dtype, device=y_count.device)
+    key = torch.bucketize(y_count, sizes) * len(SLOTS) + torch.bucketize(x_count, sizes)
+    key, order = torch.where((y_count > 0) & (x_count > 0), key, 0).sort(stable=True)
+    keys, counts = torch.unique_consecutive(key, return_counts=True)
+    groups, entries = [], 0
+    for key, index in zip(keys.tolist(), order.split(counts.tolist()), strict=True):
+        ky, kx = divmod(key, len(SLOTS))
+        if key == 0:
+            continue
+        for piece in index.split(max(step(SLOTS[ky], SLOTS[kx]), 1)):
+            groups.append(group(piece, SLOTS[ky], SLOTS[kx]))
+            entries += groups[-1].cells.numel()
+            if entries >= LIST_ENTRIES:
+                yield groups
+                groups, entries = [], 0
+    if groups:
+        yield groups
+
+
+def _new_result(parts: list[_Part], feature: Tensor) -> Tensor:
+    """Allocates the bins (R, P Q, C); those of RoIs with nothing on the map are 0."""
+    num_rois = sum(len(part.rows) for part in parts)
+    bins = parts[0].y.cell.shape[1] * parts[0].x.cell.shape[1]
+    pooled = feature.new_empty(num_rois, bins, feature.shape[1])
+    for part in parts:
+        pooled[part.rows[(part.y.count == 0) | (part.x.count == 0)]] = 0
+    return pooled
+
+
+def _compute_type(feature: Tensor) -> torch.dtype:
+    return torch.promote_types(feature.dtype, torch.float32)
+
+
+def _block_size(feature: Tensor) -> int:
+    """Returns all channels of a map that can be read in place, else as many as are copied at once.
+
+    A copy is made in whole cache lines of 16 float32.
+    """
+    images, channels, height, width = feature.shape
+    if feature.dtype == _compute_type(feature) and feature.permute(0, 2, 3, 1).is_contiguous():
+        return channels
+    return min(channels, max(TABLE_ELEMENTS // (images * height * width) // 16 * 16, 16))
+
+
+def _channel_blocks(feature: Tensor) -> Iterator[slice]:
+    channels, step = feature.shape[1], _block_size(feature)
+    for start in range(0, channels, step):
+        yield slice(start, min(start + step, channels))
+
+
+def _table(feature: Tensor, channels: slice) -> Tensor:
+    """Returns some channels of a map as a table of cells, (N H W, c)."""
+    block = feature[:, channels].permute(0, 2, 3, 1).to(_compute_type(feature))
+    return block.reshape(-1, block.shape[3])
+
+
+class _MapGradient:
+    """The gradient to a map, put together from tables of some of its channels."""
+
+    def __init__(self, feature: Tensor, device: torch.device) -> None:
+        images, _, height, width = feature.shape
+        self.num_cells = images * height * width
+        self._like, self._device = feature, device
+        self._total: Tensor | None = None
+        self._written = 0
+
+    def add(self, channels: slice, table: Tensor) -> None:
+        images, num_channels, height, width = self._like.shape
+        block = table.view(images, height, width, -1).permute(0, 3, 1, 2).to(self._like.dtype)
+        if self._total is None and block.shape[1] == num_channels:
+            self._total = block  # channels-last, as the map is
+        else:
+            if self._total is None:
+                self._total = torch.empty_like(self._like, device=self._device)
+            if channels.start >= self._written:
+                self._total[:, channels] = block
+            else:
+                self._total[:, channels] += block
+        self._written = max(self._written, channels.stop)
+
+    def total(self) -> Tensor:
+        if self._total is None:
+            return torch.zeros_like(self._like, device=self._device)
+        return self._total

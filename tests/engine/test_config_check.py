@@ -8,6 +8,8 @@ from conftest import CONFIGS
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.engine import check_config
 
+MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
+
 
 @pytest.mark.parametrize(
     ("opts", "message"),
@@ -21,6 +23,22 @@ from mask_head_plugin.engine import check_config
             r"ROI_MASK_HEAD.POOLER_TYPE 'RoIAlign' is",
         ),
         (["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "max"], r"ROI_BOX_HEAD.POOLER_TYPE 'max' is none of"),
+        (
+            ["MODEL.ROI_BOX_HEAD.POOLER_REDUCTION", "median"],
+            r"ROI_BOX_HEAD: unknown POOLER_REDUCTION 'median'; choose from \('mean', 'max'\)",
+        ),
+        (
+            [*("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "PrROIPool"), *MAX_OF_MASK_HEAD],
+            "ROI_MASK_HEAD: PrROIPool integrates",
+        ),
+        (
+            [*("MODEL.ROI_HEADS.NAME", "StandardROIHeads"), *MAX_OF_MASK_HEAD],
+            "ROIAlignV2 with max needs .*PerClassMaskROIHeads.*StandardROIHeads has",
+        ),
+        (
+            [*("MODEL.ROI_HEADS.NAME", "PerClassMaskRes5ROIHeads"), *MAX_OF_MASK_HEAD],
+            "ROIAlignV2 with max has no effect.*set it in MODEL.ROI_BOX_HEAD",
+        ),
         (["MODEL.ROI_MASK_HEAD.LOSSES", "[['dise', 1.0]]"], "LOSSES.*no loss 'dise'"),
         (["MODEL.ROI_MASK_HEAD.LOSSES", "[5]"], "LOSSES.*not a pair"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "0"], "NUM_CLASSES is 0; it must be at least 1"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +14,21 @@ from conftest import random_instances, relative_error
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
-from mask_head_plugin.modeling import MultiLevelRoIPooler
-from mask_head_plugin.modeling.pooler import POOLER_TYPES
+from mask_head_plugin import ops
+from mask_head_plugin.modeling import MultiLevelRoIPooler, pooler
+
+STOCK_TYPES = ("ROIPool", "ROIAlign", "ROIAlignV2")
+
+OPERATORS = {
+    ("ROIPool", "mean"): ops.roi_pool,
+    ("ROIPool", "max"): ops.roi_pool,
+    ("ROIWarp", "mean"): functools.partial(ops.roi_warp, sampling_ratio=2),
+    ("ROIWarp", "max"): functools.partial(ops.roi_warp, sampling_ratio=2, reduction="max"),
+    ("ROIAlign", "mean"): functools.partial(ops.roi_align, sampling_ratio=2, aligned=False),
+    ("ROIAlignV2", "mean"): functools.partial(ops.roi_align, sampling_ratio=2),
+    ("ROIAlignV2", "max"): functools.partial(ops.roi_align, sampling_ratio=2, reduction="max"),
+    ("PrROIPool", "mean"): ops.precise_roi_pool,
+}
 
 IMAGE_HW = (128, 192)
 SCALES = (1 / 4, 1 / 8, 1 / 16)
@@ -30,7 +48,7 @@ def make_input(scales, num_images=2, dtype=torch.float32):
 
 @pytest.mark.parametrize("scales", [SCALES, SCALES[-1:]], ids=["FPN", "single level"])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-@pytest.mark.parametrize("pooler_type", POOLER_TYPES)
+@pytest.mark.parametrize("pooler_type", STOCK_TYPES)
 def test_equals_detectron2s_pooler(pooler_type, sampling_ratio, scales):
     # Boxes of 8 to 90 pixels; the canonical size spreads them over all levels.
     arguments = (7, scales, sampling_ratio, pooler_type, 32, 3)
@@ -49,6 +67,22 @@ def test_equals_detectron2s_pooler(pooler_type, sampling_ratio, scales):
         assert relative_error(x.grad, y.grad) <= 1e-6
 
 
+@pytest.mark.parametrize(("pooler_type", "reduction"), OPERATORS)
+def test_each_box_is_pooled_by_its_operator_from_the_level_of_equation_1(pooler_type, reduction):
+    features, boxes = make_input(SCALES)
+    arguments = (7, SCALES, 2, pooler_type, 32, 3, reduction)
+    actual = MultiLevelRoIPooler(*arguments)(features, boxes)
+    operator, seen = OPERATORS[pooler_type, reduction], set()
+    for r, (image, box) in enumerate((n, box) for n, b in enumerate(boxes) for box in b.tensor):
+        side = float((box[2:] - box[:2]).prod().sqrt())
+        level = min(max(math.floor(3 + math.log2(side / 32)), 2), 4) - 2
+        roi = torch.cat([torch.tensor([float(image)]), box])[None]
+        expected = operator(features[level], roi, 7, SCALES[level])
+        assert relative_error(actual[r : r + 1], expected) <= 1e-6
+        seen.add(level)
+    assert seen == {0, 1, 2}
+
+
 def test_no_boxes_give_an_empty_result_with_a_gradient():
     features, _ = make_input(SCALES)
     features = [x.requires_grad_() for x in features]
@@ -59,9 +93,13 @@ def test_no_boxes_give_an_empty_result_with_a_gradient():
     pooled.sum().backward()
 
 
-def test_unknown_type_and_broken_pyramid_are_refused_by_name():
+def test_unknown_type_reduction_and_broken_pyramid_are_refused_by_name():
     with pytest.raises(ValueError, match=r"POOLER_TYPE 'RoiAlign'.*ROIAlignV2"):
         MultiLevelRoIPooler(7, SCALES, 0, "RoiAlign")
+    with pytest.raises(ValueError, match=r"POOLER_REDUCTION 'sum'.*'mean', 'max'"):
+        MultiLevelRoIPooler(7, SCALES, 0, "ROIAlign", reduction="sum")
+    with pytest.raises(ValueError, match="PrROIPool integrates"):
+        MultiLevelRoIPooler(7, SCALES, 0, "PrROIPool", reduction="max")
     with pytest.raises(ValueError, match="do not halve"):
         MultiLevelRoIPooler(7, (1 / 4, 1 / 16), 0, "ROIAlign")
 
@@ -93,9 +131,10 @@ def test_wrong_number_of_maps_or_images_is_refused():
         pooler(features, boxes[:1])
 
 
-def test_a_trace_pools_other_boxes_than_its_example():
+@pytest.mark.parametrize("pooler_type", ["ROIPool", "ROIWarp", "ROIAlign", "ROIAlignV2"])
+def test_a_trace_pools_other_boxes_than_its_example(pooler_type):
     features, boxes = make_input(SCALES)
-    pooler = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2", 32, 3)
+    pooler = MultiLevelRoIPooler(7, SCALES, 0, pooler_type, 32, 3)
 
     def pool(x0, x1, x2, first, second):
         return pooler([x0, x1, x2], [Boxes(first), Boxes(second)])
@@ -106,3 +145,78 @@ def test_a_trace_pools_other_boxes_than_its_example():
     others = [b.tensor[:4] * 0.9 for b in others]
     expected = pooler(features, [Boxes(b) for b in others])
     assert relative_error(traced(*features, *others), expected) <= 1e-5
+
+
+def test_what_cannot_be_traced_says_so():
+    features, boxes = make_input(SCALES)
+    pooler = MultiLevelRoIPooler(7, SCALES, 0, "PrROIPool")
+    with pytest.raises(ValueError, match="PrROIPool with mean cannot be traced"):
+        torch.jit.trace(lambda *maps: pooler(list(maps), boxes), features, check_trace=False)
+
+
+@pytest.mark.parametrize("pooler_type", ["ROIWarp", "ROIAlign", "ROIAlignV2"])
+def test_the_kernel_for_all_levels_takes_what_it_is_given_on_cuda(pooler_type, monkeypatch):
+    """On CUDA only the first call below runs; here with the kernel interpreted."""
+    kernels = pytest.importorskip("triton") and importlib.import_module("test_roi_pooling_triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    interpreted = kernels.load_kernels("interpreted").multilevel_roi_align
+    monkeypatch.setattr(pooler, "fused_roi_align", lambda device: interpreted)
+    features, boxes = make_input(SCALES)
+    module = MultiLevelRoIPooler(2, SCALES, 1, pooler_type, 32, 3)
+    rois = pooler.convert_boxes_to_pooler_format(boxes)
+    actual = module._pool_at_once(features, rois, module._assign_levels(boxes))
+    assert relative_error(actual, module(features, boxes)) <= 1e-6
+
+
+def test_a_kernel_that_does_not_run_is_reported_once_and_replaced(caplog):
+    """There is no GPU that a kernel could run on, or the CPU is none."""
+    pooler.fused_roi_align.cache_clear()
+    features, boxes = make_input(SCALES)
+    module = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2", 32, 3)
+    rois, levels = pooler.convert_boxes_to_pooler_format(boxes), module._assign_levels(boxes)
+    with caplog.at_level(logging.WARNING, logger="mask_head_plugin"):
+        for _ in range(2):
+            actual = module._pool_at_once(features, rois, levels)
+    assert relative_error(actual, module(features, boxes)) <= 1e-6
+    assert [r.message[:40] for r in caplog.records] == ["RoI pooling in one kernel is not availab"]
+
+
+def test_half_precision_maps_keep_their_type():
+    features, boxes = make_input(SCALES, dtype=torch.bfloat16)
+    boxes = [Boxes(b.tensor.float()) for b in boxes]
+    assert MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2")(features, boxes).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("pooler_type", "reduction"), OPERATORS)
+def test_on_cuda_as_on_the_cpu(pooler_type, reduction, deterministic, monkeypatch):
+    module = MultiLevelRoIPooler(7, SCALES, 2, pooler_type, 32, 3, reduction)
+    features, boxes = make_input(SCALES)
+    results = []
+    for device in ("cpu", "cuda"):
+        inputs = [x.detach().to(device).requires_grad_() for x in features]
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            pooled = module(inputs, [Boxes(b.tensor.to(device)) for b in boxes])
+            pooled.square().sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append([pooled.cpu(), *(x.grad.cpu() for x in inputs)])
+    for expected, actual in zip(*results, strict=True):
+        assert relative_error(actual, expected) <= 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pooler_type", ["ROIWarp", "ROIAlignV2"])
+def test_the_kernel_for_all_levels_does_not_wait_for_the_device(pooler_type):
+    module = MultiLevelRoIPooler(7, SCALES, 2, pooler_type, 32, 3)
+    features, boxes = make_input(SCALES)
+    inputs = [x.cuda().requires_grad_() for x in features]
+    boxes = [Boxes(b.tensor.cuda()) for b in boxes]
+    module(inputs, boxes).sum().backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module(inputs, boxes).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -15,6 +15,7 @@ from conftest import (
     relative_error,
     small_config,
 )
+from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import mask_head as stock_mask_head
 from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
@@ -155,3 +156,18 @@ def test_rotated_pooler_of_detectron2_is_still_available():
     )
     plugin, _ = build_twins(cfg)
     assert type(plugin.roi_heads.box_pooler).__name__ == "ROIPooler"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("pooler_type", ["ROIWarp", "PrROIPool"])
+def test_both_poolers_come_from_the_config(pooler_type, case):
+    heads = ["ROI_BOX_HEAD", "ROI_MASK_HEAD"] if case != "C4" else ["ROI_BOX_HEAD"]
+    opts = [o for head in heads for o in (f"MODEL.{head}.POOLER_TYPE", pooler_type)]
+    if pooler_type == "ROIWarp":
+        opts += [o for head in heads for o in (f"MODEL.{head}.POOLER_REDUCTION", "max")]
+    plugin = build_model(small_config(CASES[case][0], *opts)).roi_heads
+    names = ["box_pooler", "mask_pooler"] if case != "C4" else ["pooler"]
+    for name in names:
+        pooler = getattr(plugin, name)
+        assert pooler.pooler_type == pooler_type
+        assert pooler.reduction == ("max" if pooler_type == "ROIWarp" else "mean")

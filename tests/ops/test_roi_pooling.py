@@ -1,18 +1,34 @@
-"""roi_align against torchvision, a slow reference, and by hand."""
+"""The RoI pooling operators against torchvision, a slow reference, and by hand."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from conftest import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_axis_weights import dense
 from torchvision.ops import roi_align as torchvision_roi_align
+from torchvision.ops import roi_pool as torchvision_roi_pool
 
-from mask_head_plugin.ops import roi_align
-from mask_head_plugin.ops.axis_weights import MAX_IMAGE_SIZES, roi_align_weights
+from mask_head_plugin.ops import precise_roi_pool, roi_align, roi_pool, roi_pooling, roi_warp
+from mask_head_plugin.ops.axis_weights import (
+    MAX_MAP_SIZES,
+    precise_roi_pool_weights,
+    roi_align_weights,
+)
+
+OPERATORS = {
+    "align": roi_align,
+    "align, max": partial(roi_align, reduction="max"),
+    "warp": roi_warp,
+    "warp, max": partial(roi_warp, reduction="max"),
+    "precise": precise_roi_pool,
+    "pool": roi_pool,
+}
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -31,27 +47,67 @@ def bilinear(feature, y: float, x: float) -> torch.Tensor:
     return upper * (1 - dy) + lower * dy
 
 
-def slow_roi_align(features, rois, size, scale, ratio, aligned) -> torch.Tensor:
+def slow_roi_align(features, rois, size, scale, ratio, aligned, reduction="mean", warp=False):
     """The definition, sample by sample; RoIs in any order, the adaptive grid capped."""
     shift = 0.5 if aligned else 0.0
+    height, width = features.shape[2:]
     pooled = features.new_zeros(len(rois), features.shape[1], size, size)
     for r, (n, *box) in enumerate(rois.tolist()):
-        x0, y0, x1, y1 = (v * scale - shift for v in box)
+        x0, y0, x1, y1 = (v * scale for v in box)
+        if warp:
+            (x0, x1), (y0, y1) = slow_cells(x0, x1), slow_cells(y0, y1)
+        x0, y0, x1, y1 = x0 - shift, y0 - shift, x1 - shift, y1 - shift
         sides = [y1 - y0, x1 - x0] if aligned else [max(y1 - y0, 1.0), max(x1 - x0, 1.0)]
         grids = []
-        for side, cells in zip(sides, features.shape[2:], strict=True):
-            limit = math.ceil(MAX_IMAGE_SIZES * cells / size)
+        for side, cells in zip(sides, (height, width), strict=True):
+            limit = math.ceil(MAX_MAP_SIZES * cells / size)
             grids.append(ratio if ratio > 0 else min(max(math.ceil(side / size), 0), limit))
-        if min(grids) == 0:
-            continue
         for i in range(size):
             for j in range(size):
-                for a in range(grids[0]):
-                    for b in range(grids[1]):
-                        y = y0 + i * (sides[0] / size) + (a + 0.5) * (sides[0] / size) / grids[0]
-                        x = x0 + j * (sides[1] / size) + (b + 0.5) * (sides[1] / size) / grids[1]
-                        pooled[r, :, i, j] += bilinear(features[int(n)], y, x)
-        pooled[r] /= grids[0] * grids[1]
+                points = [
+                    (
+                        y0 + i * (sides[0] / size) + (a + 0.5) * (sides[0] / size) / grids[0],
+                        x0 + j * (sides[1] / size) + (b + 0.5) * (sides[1] / size) / grids[1],
+                    )
+                    for a in range(grids[0])
+                    for b in range(grids[1])
+                ]
+                if reduction == "max":
+                    points = [p for p in points if -1 <= p[0] <= height and -1 <= p[1] <= width]
+                values = [bilinear(features[int(n)], y, x) for y, x in points]
+                if values:
+                    values = torch.stack(values)
+                    pooled[r, :, i, j] = values.amax(0) if reduction == "max" else values.mean(0)
+    return pooled
+
+
+def slow_cells(start, end):
+    """Edges rounded half away from zero, the upper cell included, at least one cell."""
+    start, end = (math.copysign(math.floor(abs(v) + 0.5), v) for v in (start, end))
+    return start, max(end, start) + 1
+
+
+def slow_roi_pool(features, rois, size, scale):
+    height, width = features.shape[2:]
+    pooled = features.new_zeros(len(rois), features.shape[1], size, size)
+    for r, (n, *box) in enumerate(rois.tolist()):
+        x0, y0, x1, y1 = (v * scale for v in box)
+        (x0, x1), (y0, y1) = slow_cells(x0, x1), slow_cells(y0, y1)
+        for i in range(size):
+            for j in range(size):
+                top, left = (
+                    math.floor(k * ((b - a) / size)) + int(a)
+                    for k, a, b in ((i, y0, y1), (j, x0, x1))
+                )
+                bottom, right = (
+                    math.ceil((k + 1) * ((b - a) / size)) + int(a)
+                    for k, a, b in ((i, y0, y1), (j, x0, x1))
+                )
+                top, bottom = max(top, 0), min(bottom, height)
+                left, right = max(left, 0), min(right, width)
+                if top < bottom and left < right:
+                    cells = features[int(n), :, top:bottom, left:right]
+                    pooled[r, :, i, j] = cells.flatten(1).amax(1)
     return pooled
 
 
@@ -114,11 +170,111 @@ def test_any_finite_box_equals_the_slow_reference(boxes, hw, size, ratio, aligne
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * float(features.abs().max()))
 
 
-def test_axis_weights_of_the_example_in_the_docstring():
-    start, end = torch.tensor([1.5]), torch.tensor([3.5])  # 1.0 and 3.0 after the half-pixel shift
-    result = roi_align_weights(start, end, 1, 10, 1.0, 2, True)
-    assert result.weights.tolist() == [[[0.25, 0.5, 0.25]]]
-    assert (result.first, result.count) == ([1], [3])
+@settings(deadline=None, max_examples=80)
+@given(
+    boxes=st.lists(st.tuples(*[coordinates] * 4), min_size=1, max_size=4),
+    hw=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    size=st.integers(1, 4),
+    ratio=st.integers(0, 3),
+    reduction=st.sampled_from(["mean", "max"]),
+    warp=st.booleans(),
+)
+def test_maxima_and_rounded_boxes_equal_the_slow_reference(boxes, hw, size, ratio, reduction, warp):
+    features = torch.randn(1, 2, *hw, dtype=torch.float64)
+    rois = torch.tensor([[0, *box] for box in boxes], dtype=torch.float64)
+    operator = roi_warp if warp else roi_align
+    actual = operator(features, rois, size, 0.25, ratio, reduction=reduction)
+    expected = slow_roi_align(features, rois, size, 0.25, ratio, True, reduction, warp)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * float(features.abs().max()))
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    boxes=st.lists(st.tuples(*[coordinates] * 4), min_size=1, max_size=4),
+    hw=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    size=st.integers(1, 4),
+)
+def test_roi_pool_of_any_finite_box_equals_the_slow_reference(boxes, hw, size):
+    features = torch.randn(1, 2, *hw, dtype=torch.float64)
+    rois = torch.tensor([[0, *box] for box in boxes], dtype=torch.float64)
+    actual = roi_pool(features, rois, size, 0.25)
+    assert torch.equal(actual, slow_roi_pool(features, rois, size, 0.25))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_roi_pool_equals_torchvision(spread, channels_last, dtype):
+    generator = torch.Generator().manual_seed(3)
+    # Few different values, so that maxima are tied: the gradient goes to the first.
+    features = torch.randint(0, 4, (2, 5, 19, 23), generator=generator).to(dtype)
+    if channels_last:
+        features = features.contiguous(memory_format=torch.channels_last)
+    rois = random_rois(60, (76, 92), generator, spread).to(dtype)
+    inputs = [features.clone(memory_format=torch.preserve_format).requires_grad_() for _ in "ab"]
+    actual = roi_pool(inputs[0], rois, (5, 7), 0.25)
+    expected = torchvision_roi_pool(inputs[1], rois, (5, 7), 0.25)
+    assert torch.equal(actual, expected)
+    weights = torch.randn(expected.shape, generator=generator, dtype=dtype)
+    gradients = [
+        torch.autograd.grad((o * weights).sum(), i)[0]
+        for o, i in ((actual, inputs[0]), (expected, inputs[1]))
+    ]
+    assert relative_error(*gradients) <= TOLERANCE[dtype]
+
+
+def test_roi_warp_of_as_many_cells_as_bins_gives_the_cells():
+    features = torch.randn(1, 3, 9, 9)
+    rois = torch.tensor([[0.0, 8.9, 17, 30, 36.2]])  # cells 2 to 7 and 4 to 9, of 4 pixels
+    expected = features[:, :, 4:9, 2:7]
+    rois[0, 3:] = torch.tensor([24.9, 32.2])  # cells 2 to 6 and 4 to 8
+    assert torch.equal(roi_warp(features, rois, 5, 0.25, 1), expected)
+    assert torch.equal(roi_pool(features, rois, 5, 0.25), expected)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_precise_roi_pool_is_the_product_of_its_weights(aligned):
+    """The weights are compared with exact integrals in test_axis_weights."""
+    features = torch.randn(2, 3, 9, 12, dtype=torch.float64)
+    rois = random_rois(40, (36, 48), torch.Generator().manual_seed(0), 2.0)
+    wy, wx = (
+        dense(
+            precise_roi_pool_weights(rois[:, a] / 4, rois[:, a + 2] / 4, p, cells, aligned), cells
+        )
+        for a, p, cells in ((2, 3, 9), (1, 5, 12))
+    )
+    expected = torch.einsum("rpy,rcyx,rqx->rcpq", wy, features[rois[:, 0].long()], wx)
+    actual = precise_roi_pool(features, rois, (3, 5), 0.25, aligned)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_precise_roi_pool_is_the_limit_of_roi_align(aligned):
+    features = torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    # In order, inverted, without area, and over the border.
+    rois = torch.tensor(
+        [[0, 3.0, 2, 25, 19], [1, 22, 20, 5, 1], [0, 9, 9, 9, 9], [1, -9, -30, 50, 13]],
+        dtype=torch.float64,
+    )
+    expected = precise_roi_pool(features, rois, 3, 0.25, aligned)
+    errors = [
+        float((roi_align(features, rois, 3, 0.25, ratio, aligned) - expected).abs().max())
+        for ratio in (16, 256)
+    ]
+    # First order: a sample next to the jump at the border counts or not.
+    assert errors[1] <= errors[0] / 8 and errors[1] <= 0.02
+
+
+def test_gradient_of_precise_roi_pool_to_boxes():
+    features = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    boxes = torch.tensor([[1.3, 2.1, 17.7, 15.2], [-4.4, 3.3, 30.2, 9.7]], dtype=torch.float64)
+    boxes.requires_grad_()
+
+    def pool(x, b):
+        rois = torch.cat([torch.tensor([[0.0], [1.0]], dtype=b.dtype), b], dim=1)
+        return precise_roi_pool(x, rois, 3, 0.25)
+
+    assert torch.autograd.gradcheck(pool, (features, boxes))
 
 
 def test_samples_next_to_the_jump_fall_on_torchvisions_side():
@@ -134,20 +290,102 @@ def test_samples_next_to_the_jump_fall_on_torchvisions_side():
         assert (actual - expected).abs().max() <= 1e-5 * 7
 
 
-def test_gradient():
-    features = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradient(name):
+    # Distinct values, well apart: a maximum stays where it is under gradcheck's steps.
+    features = torch.randperm(120, dtype=torch.float64).view(2, 2, 5, 6) / 30
     rois = torch.tensor(
         [[0, 1.0, 2, 17, 15], [1, -4, 3, 30, 9], [1, 2, 2, 2, 2]], dtype=torch.float64
     )
-    assert torch.autograd.gradcheck(lambda x: roi_align(x, rois, 3, 0.25), features)
+    operator = OPERATORS[name]
+    assert torch.autograd.gradcheck(lambda x: operator(x, rois, 3, 0.25), features.requires_grad_())
 
 
-def test_no_rois_give_an_empty_result_with_a_gradient():
-    features = torch.randn(2, 3, 5, 6, requires_grad=True)
-    pooled = roi_align(features, torch.zeros(0, 5), 7)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_no_rois_give_an_empty_result_with_a_gradient(name):
+    maps = [
+        torch.randn(2, 3, 5, 6, requires_grad=True),
+        torch.randn(2, 3, 2, 3, requires_grad=True),
+    ]
+    levels = torch.zeros(0, dtype=torch.int64)
+    pooled = OPERATORS[name](maps, torch.zeros(0, 5), 7, (1.0, 0.5), levels=levels)
     assert pooled.shape == (0, 3, 7, 7)
     pooled.sum().backward()
-    assert features.grad.abs().max() == 0
+    assert all(x.grad.abs().max() == 0 for x in maps)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_levels_choose_the_map(name, channels_last):
+    generator = torch.Generator().manual_seed(5)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    maps = [
+        torch.randn(2, 3, 16 >> k, 20 >> k, generator=generator).contiguous(memory_format=layout)
+        for k in range(3)
+    ]
+    rois = random_rois(30, (64, 80), generator).float()
+    levels = torch.randint(0, 3, (30,), generator=generator)
+    levels[levels == 1] = 2  # a map without RoIs
+    scales = [1 / 4, 1 / 8, 1 / 16]
+    inputs = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in maps]
+    actual = OPERATORS[name](inputs, rois, 4, scales, levels=levels)
+    for r, level in enumerate(levels):
+        one = OPERATORS[name](maps[level], rois[r : r + 1], 4, scales[level])
+        torch.testing.assert_close(actual[r : r + 1], one, rtol=0, atol=1e-6)
+    actual.sum().backward()
+    assert inputs[0].grad.abs().max() > 0 and inputs[1].grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_limits_of_memory_do_not_change_the_result(name, channels_last, monkeypatch):
+    generator = torch.Generator().manual_seed(6)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    features = torch.randn(2, 40, 19, 23, generator=generator).contiguous(memory_format=layout)
+    rois = random_rois(50, (19, 23), generator, 1.5).float().requires_grad_(name == "precise")
+
+    def run():
+        x = features.clone(memory_format=torch.preserve_format).requires_grad_()
+        pooled = OPERATORS[name](x, rois, 5)
+        inputs = (x, rois) if name == "precise" else (x,)
+        return [pooled.detach(), *torch.autograd.grad(pooled.square().sum(), inputs)]
+
+    expected = run()
+    assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True)), "deterministic"
+    monkeypatch.setattr(roi_pooling, "LIST_ENTRIES", 2000)
+    monkeypatch.setattr(roi_pooling, "GROUP_ELEMENTS", 5000)
+    monkeypatch.setattr(roi_pooling, "TABLE_ELEMENTS", 1)
+    for actual, whole in zip(run(), expected, strict=True):
+        assert relative_error(actual, whole) <= 1e-6
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_strange_boxes_give_finite_values(name):
+    boxes = [
+        [5.0, 5, 5, 5],
+        [9, 7, 3, 2],
+        [-80, -90, -70, -60],
+        [500, 5, 600, 9],
+        [-1e9, -1e9, 1e9, 1e9],
+        [-3e38, -3e38, 3e38, 3e38],
+        [3e38, 0, -3e38, 5],
+    ]
+    rois = torch.tensor([[0.0, *box] for box in boxes])
+    for hw in ((10, 12), (1, 1)):
+        features = torch.randn(1, 2, *hw, requires_grad=True)
+        pooled = OPERATORS[name](features, rois, 3)
+        pooled.sum().backward()
+        assert torch.isfinite(pooled).all() and torch.isfinite(features.grad).all()
+        assert pooled[2:4].abs().max() == 0, "off the map"
+
+
+def test_infinite_features_elsewhere_do_not_matter():
+    features = torch.zeros(1, 1, 20, 20)
+    features[0, 0, 0, 0] = float("inf")
+    features[0, 0, 15:] = float("nan")
+    rois = torch.tensor([[0.0, 3, 3, 9, 9], [0, 50, 50, 60, 60]])
+    for operator in OPERATORS.values():
+        assert (operator(features, rois, 4) == 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -159,16 +397,9 @@ def test_boxes_that_are_not_finite_are_counted_in_the_error(value):
 
 
 def test_memory_does_not_grow_with_the_box():
-    huge = torch.tensor([[0.0, -1e9, -1e9, 1e9, 1e9], [0, 0, 0, 8, 8]])
-    weights = roi_align_weights(huge[:, 1], huge[:, 3], 7, 10, 1.0, 0, True).weights
-    assert weights.numel() <= 2 * 7 * 10
-    assert torch.isfinite(roi_align(torch.randn(1, 1, 10, 10), huge, 7)).all()
-
-
-@pytest.mark.parametrize("ratio", [0, 2])
-def test_coordinates_that_overflow_give_finite_values(ratio):
-    rois = torch.tensor([[0, -3e38, -3e38, 3e38, 3e38], [0, 3e38, 0, -3e38, 5]])
-    assert torch.isfinite(roi_align(torch.randn(1, 1, 10, 10), rois, 7, 1.0, ratio)).all()
+    huge = torch.tensor([-1e9, 0.0]), torch.tensor([1e9, 8.0])
+    for axis in (roi_align_weights(*huge, 7, 10), precise_roi_pool_weights(*huge, 7, 10)):
+        assert axis.weight.numel() <= 2 * 7 * 10
 
 
 def test_result_is_channels_last():
@@ -188,14 +419,19 @@ def test_a_slice_of_a_channels_last_batch_is_read_where_it_is():
     )
 
 
+@pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_features_are_pooled_in_float32(dtype):
-    features = torch.randn(2, 4, 200, 200).to(dtype)
-    rois = random_rois(20, (200, 200), torch.Generator().manual_seed(0)).float()
-    actual = roi_align(features, rois, 3)
+def test_half_precision_features_are_pooled_in_float32(dtype, name):
+    features = torch.randn(2, 20, 100, 100).to(dtype)
+    rois = random_rois(20, (100, 100), torch.Generator().manual_seed(0)).float()
+    half, single = features.clone().requires_grad_(), features.float().requires_grad_()
+    actual, expected = (OPERATORS[name](x, rois, 3) for x in (half, single))
     assert actual.dtype == dtype
-    expected = torchvision_roi_align(features.float(), rois, 3, aligned=True)
     assert relative_error(actual.float(), expected) <= torch.finfo(dtype).eps
+    actual.sum().backward()
+    expected.sum().backward()
+    assert half.grad.dtype == dtype
+    assert relative_error(half.grad.float(), single.grad) <= torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize(
@@ -212,6 +448,20 @@ def test_half_precision_features_are_pooled_in_float32(dtype):
 def test_wrong_shapes_and_image_indices_are_refused(features, rois, message):
     with pytest.raises(ValueError, match=message):
         roi_align(features, rois, 2)
+
+
+def test_wrong_levels_scales_and_reductions_are_refused():
+    maps, rois = [torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 2, 2)], torch.zeros(3, 5)
+    with pytest.raises(ValueError, match=r"2 feature maps need levels of shape \(3,\), not None"):
+        roi_align(maps, rois, 2, (1.0, 0.5))
+    with pytest.raises(ValueError, match=r"levels are not all in \[0, 2\)"):
+        roi_align(maps, rois, 2, (1.0, 0.5), levels=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="1 spatial scales for 2 feature maps"):
+        roi_align(maps, rois, 2, levels=torch.zeros(3))
+    with pytest.raises(ValueError, match="differ in N, C or type"):
+        roi_align([maps[0], maps[1].double()], rois, 2, (1, 0.5), levels=torch.zeros(3))
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'max', not 'sum'"):
+        roi_align(maps[0], rois, 2, reduction="sum")
 
 
 def test_forward_and_backward_under_autocast_stay_in_float32():
