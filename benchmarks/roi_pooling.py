@@ -1,23 +1,30 @@
 #!/usr/bin/env python3
-"""RoI pooling on the CPU: this plugin beside torchvision's operator and detectron2's ROIPooler.
+"""RoI pooling: this plugin beside torchvision's operators and detectron2's ROIPooler.
 
-All run in one process on the same inputs: 512 RoIs over two images of 800 x 1333, C = 256. The
-operators see one map of stride 8, the poolers an FPN of strides 4 to 32. A figure is the median of
-several runs; ratios are stock time / our time. Results go to a JSON file with machine, versions and
-date.
+All run in one process on the same inputs: 256 RoIs an image of 800 x 1333, C = 256. The operators
+see one map of stride 8, the poolers an FPN of strides 4 to 32. PrROIPool has no peer on the CPU and
+is compared with this plugin's own roi_align.
+
+A time is the median of several runs; ratios are stock / ours. Memory is the peak of what PyTorch
+allocates during one forward and backward pass, beyond inputs and results: on the CPU by its
+profiler, on CUDA by its allocator.
+
+Writes a table, a JSON file with machine, versions and date, and a plot beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import detectron2
 import torch
@@ -25,23 +32,33 @@ import torchvision
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 from mask_head_plugin.modeling import MultiLevelRoIPooler
-from mask_head_plugin.ops import roi_align
+from mask_head_plugin.ops import precise_roi_pool, roi_align, roi_pool
 
 IMAGE_HW = (800, 1333)
-NUM_IMAGES = 2
 NUM_CHANNELS = 256
-NUM_ROIS = 512
+NUM_ROIS_PER_IMAGE = 256
 STRIDES = (4, 8, 16, 32)
 
 
-def make_boxes(generator: torch.Generator) -> list[Tensor]:
-    """Returns (R / N, 4) boxes per image, sides of 16 to 600 pixels, even in their logarithm."""
+class Comparison(NamedTuple):
+    """Two callables with the same inputs and result, and the maps that get gradients."""
+
+    what: str
+    stock: Callable[[], Tensor]
+    ours: Callable[[], Tensor]
+    maps: list[Tensor]
+
+
+def make_boxes(num_images: int, generator: torch.Generator) -> list[Tensor]:
+    """Returns boxes for each image, sides of 16 to 600 pixels, even in their logarithm."""
     height, width = IMAGE_HW
-    shape = (NUM_ROIS // NUM_IMAGES, 2)
+    shape = (NUM_ROIS_PER_IMAGE, 2)
     boxes = []
-    for _ in range(NUM_IMAGES):
+    for _ in range(num_images):
         sides = 16 * (600 / 16) ** torch.rand(shape, generator=generator)
         room = (torch.tensor([width, height]) - sides).clamp(min=0)
         corner = torch.rand(shape, generator=generator) * room
@@ -49,78 +66,95 @@ def make_boxes(generator: torch.Generator) -> list[Tensor]:
     return boxes
 
 
-def make_map(stride: int, generator: torch.Generator, channels_last: bool) -> Tensor:
+def make_map(num_images: int, stride: int, layout: str, device: str) -> Tensor:
     hw = (IMAGE_HW[0] // stride, IMAGE_HW[1] // stride)
-    features = torch.randn(NUM_IMAGES, NUM_CHANNELS, *hw, generator=generator)
-    if channels_last:
-        features = features.contiguous(memory_format=torch.channels_last)
-    return features.requires_grad_()
+    features = torch.randn(num_images, NUM_CHANNELS, *hw, device=device)
+    return features.contiguous(memory_format=getattr(torch, layout)).requires_grad_()
+
+
+def comparisons(
+    size: int, ratio: int, layout: str, num_images: int, device: str
+) -> Iterator[Comparison]:
+    """Yields what is compared for one output size, sampling ratio and layout of the maps."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = [b.to(device) for b in make_boxes(num_images, generator)]
+    index = torch.arange(num_images, device=device).repeat_interleave(NUM_ROIS_PER_IMAGE)
+    rois = torch.cat([index[:, None], torch.cat(boxes)], dim=1)
+    pyramid = [make_map(num_images, stride, layout, device) for stride in STRIDES]
+    box_lists = [Boxes(b) for b in boxes]
+    arguments = ((size, size), tuple(1 / s for s in STRIDES), ratio, "ROIAlignV2")
+    stock, ours = ROIPooler(*arguments), MultiLevelRoIPooler(*arguments)
+    yield Comparison(
+        "pooler", partial(stock, pyramid, box_lists), partial(ours, pyramid, box_lists), pyramid
+    )
+    if device != "cpu":  # there our operators are for what torchvision has not
+        return
+    single = [pyramid[1]]
+    arguments = (single[0], rois, size, 1 / 8)
+    our_align = partial(roi_align, *arguments, ratio)
+    stock_align = partial(torchvision.ops.roi_align, *arguments, ratio, True)
+    yield Comparison("roi_align", stock_align, our_align, single)
+    if ratio == 0:
+        precise = partial(precise_roi_pool, *arguments)
+        yield Comparison("precise_roi_pool", our_align, precise, single)
+        stock_pool = partial(torchvision.ops.roi_pool, *arguments)
+        yield Comparison("roi_pool", stock_pool, partial(roi_pool, *arguments), single)
 
 
 def time_call(pool: Callable[[], Tensor], maps: list[Tensor], repeats: int) -> tuple[float, float]:
     """Returns median milliseconds of forward and of forward + backward."""
     forward, both = [], []
     gradient = torch.ones_like(pool())
+    wait = torch.cuda.synchronize if maps[0].is_cuda else lambda: None
     for _ in range(repeats):
         for feature in maps:
             feature.grad = None
+        wait()
         start = time.perf_counter()
         pooled = pool()
+        wait()
         middle = time.perf_counter()
         pooled.backward(gradient)
+        wait()
         forward.append(middle - start)
         both.append(time.perf_counter() - start)
     return 1e3 * statistics.median(forward), 1e3 * statistics.median(both)
 
 
-def compare(size: int, ratio: int, threads: int, repeats: int) -> list[dict[str, object]]:
-    """Times operators and poolers for one output size, sampling ratio and number of threads."""
-    torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(0)
-    boxes = make_boxes(generator)
-    index = torch.arange(NUM_IMAGES).repeat_interleave(NUM_ROIS // NUM_IMAGES)[:, None]
-    rois = torch.cat([index, torch.cat(boxes)], dim=1)
-    box_lists = [Boxes(b) for b in boxes]
-    scales = tuple(1 / s for s in STRIDES)
-    arguments = ((size, size), scales, ratio, "ROIAlignV2")
-    rows = []
-    for layout in ("contiguous", "channels_last"):
-        last = layout == "channels_last"
-        single = [make_map(8, generator, last)]
-        pyramid = [make_map(s, generator, last) for s in STRIDES]
-        options = (rois, size, 1 / 8, ratio, True)
-        ours, stock = MultiLevelRoIPooler(*arguments), ROIPooler(*arguments)
-        for what, maps, stock_call, our_call in (
-            (
-                "roi_align",
-                single,
-                partial(torchvision.ops.roi_align, single[0], *options),
-                partial(roi_align, single[0], *options),
-            ),
-            (
-                "pooler",
-                pyramid,
-                partial(stock, pyramid, box_lists),
-                partial(ours, pyramid, box_lists),
-            ),
-        ):
-            stock_ms, our_ms = (time_call(call, maps, repeats) for call in (stock_call, our_call))
-            row: dict[str, object] = {
-                "what": what,
-                "layout": layout,
-                "output_size": size,
-                "sampling_ratio": ratio,
-                "threads": threads,
-            }
-            for part, a, b in zip(("forward", "forward_backward"), stock_ms, our_ms, strict=True):
-                row[f"{part}_stock_ms"] = round(a, 2)
-                row[f"{part}_ours_ms"] = round(b, 2)
-                row[f"{part}_ratio"] = round(a / b, 2)
-            rows.append(row)
-    return rows
+def peak_memory(pool: Callable[[], Tensor], maps: list[Tensor]) -> float:
+    """Returns the peak of one forward and backward pass beyond inputs and result, in MB."""
+    gradient = torch.ones_like(pool())
+    for feature in maps:
+        feature.grad = None
+    if maps[0].is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        pool().backward(gradient)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            pool().backward(gradient)
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda e: e.start_ns())
+        peak = max(itertools.accumulate(e.nbytes() for e in events))
+    results = gradient.nbytes + sum(x.nbytes for x in maps)  # pooled features and gradients
+    return (peak - results) / 1e6
 
 
-def machine() -> dict[str, object]:
+def measure(comparison: Comparison, repeats: int) -> dict[str, float]:
+    row: dict[str, float] = {}
+    calls = {"stock": comparison.stock, "ours": comparison.ours}
+    for who, call in calls.items():
+        forward, both = time_call(call, comparison.maps, repeats)
+        row[f"forward_{who}_ms"] = round(forward, 2)
+        row[f"forward_backward_{who}_ms"] = round(both, 2)
+        row[f"memory_{who}_mb"] = round(peak_memory(call, comparison.maps), 1)
+    for part in ("forward", "forward_backward"):
+        row[f"{part}_ratio"] = round(row[f"{part}_stock_ms"] / row[f"{part}_ours_ms"], 2)
+    return row
+
+
+def machine(device: str) -> dict[str, object]:
     """Returns what a reader needs to judge the figures."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
@@ -128,6 +162,7 @@ def machine() -> dict[str, object]:
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": names[0] if names else platform.processor(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "cores": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -136,36 +171,100 @@ def machine() -> dict[str, object]:
     }
 
 
+HEADER = (
+    f"{'':17}{'images':>7}{'layout':>15}{'size':>5}{'ratio':>6}{'threads':>8}"
+    f"{'forward ms: stock, ours, x':>32}{'with backward':>30}{'memory MB: stock, ours':>24}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    text = (
+        f"{row['what']:17}{row['images']:>7}{row['layout']:>15}{row['output_size']:>5}"
+        f"{row['sampling_ratio']:>6}{row['threads']:>8}"
+    )
+    for part, width in (("forward", 12), ("forward_backward", 10)):
+        text += f"{row[f'{part}_stock_ms']:>{width}}{row[f'{part}_ours_ms']:>10}"
+        text += f"{row[f'{part}_ratio']:>9}x"
+    return text + f"{row['memory_stock_mb']:>13}{row['memory_ours_mb']:>11}"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the ratios of forward + backward at the largest number of threads or images."""
+    from matplotlib.figure import Figure
+
+    most = max((row["threads"], row["images"]) for row in rows)
+    rows = [row for row in rows if (row["threads"], row["images"]) == most]
+    cases = sorted({(r["output_size"], r["sampling_ratio"], r["layout"]) for r in rows})
+    whats = list(dict.fromkeys(row["what"] for row in rows))
+    figure = Figure(figsize=(9, 1.2 + 1.1 * len(cases)), layout="constrained")
+    axes = figure.subplots()
+    thickness = 0.8 / len(whats)
+    for k, what in enumerate(whats):
+        found = {
+            (r["output_size"], r["sampling_ratio"], r["layout"]): r
+            for r in rows
+            if r["what"] == what
+        }
+        places = [n + k * thickness for n, case in enumerate(cases) if case in found]
+        ratios = [found[case]["forward_backward_ratio"] for case in cases if case in found]
+        bars = axes.barh(places, ratios, height=thickness, label=what)
+        axes.bar_label(bars, fmt="%.1fx", padding=3, fontsize=8)
+    axes.axvline(1, color="black", linewidth=1)
+    middle = 0.4 - thickness / 2
+    axes.set_yticks(
+        [n + middle for n in range(len(cases))],
+        [
+            f"{size} x {size}, ratio {ratio or 'adaptive'}\n{layout}"
+            for size, ratio, layout in cases
+        ],
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "times as fast as stock, forward + backward (precise_roi_pool: as this plugin's roi_align)"
+    )
+    axes.set_title(f"{most[1]} images, {most[0]} threads")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks/roi_pooling.json"))
-    parser.add_argument("--repeats", type=int, default=5, help="runs per figure, the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="runs per time, the median counts")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--images", type=int, nargs="+", default=[2])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[7, 14], help="output sizes")
     args = parser.parse_args()
-    results: dict[str, object] = {**machine(), "repeats": args.repeats}
-    header = f"{'':10}{'layout':>14}{'size':>6}{'ratio':>6}{'threads':>8}"
-    print(header + f"{'forward ms (stock, ours, x)':>34}{'with backward':>34}")
     rows = []
-    for threads in args.threads:
-        for size in (7, 14):
-            for ratio in (0, 2):
-                for row in compare(size, ratio, threads, args.repeats):
-                    rows.append(row)
-                    print(
-                        f"{row['what']:10}{row['layout']:>14}{size:>6}{ratio:>6}{threads:>8}"
-                        + "".join(
-                            f"{row[f'{p}_stock_ms']:>13}{row[f'{p}_ours_ms']:>12}"
-                            f"{row[f'{p}_ratio']:>8}x"
-                            for p in ("forward", "forward_backward")
-                        ),
-                        flush=True,
-                    )
-    results["rows"] = rows
+    settings = [
+        *itertools.product(
+            args.threads, args.images, args.sizes, (0, 2), ("contiguous_format", "channels_last")
+        )
+    ]
+    tqdm.write(HEADER)
+    for threads, images, size, ratio, layout in tqdm(settings, unit="setting"):
+        torch.set_num_threads(threads)
+        for comparison in comparisons(size, ratio, layout, images, args.device):
+            row = {
+                "what": comparison.what,
+                "images": images,
+                "layout": layout.removesuffix("_format"),
+                "output_size": size,
+                "sampling_ratio": ratio,
+                "threads": threads,
+                **measure(comparison, args.repeats),
+            }
+            rows.append(row)
+            tqdm.write(line(row))
+    results = {**machine(args.device), "repeats": args.repeats, "rows": rows}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written to {args.output}")
+    picture = args.output.with_suffix(".png")
+    plot(rows, picture)
+    print(f"written to {args.output} and {picture}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ Shape alphabet: N images, R RoIs, K classes.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +138,16 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     scale = expected.abs().max().item() if expected.numel() else 0.0
     difference = (actual - expected).abs().max().item() if expected.numel() else 0.0
     return difference / max(scale, torch.finfo(expected.dtype).tiny)
+
+
+def load_triton_kernels(name: str):
+    """Imports ops/roi_pooling_triton.py under a name of its own.
+
+    Its kernels are decorated anew: for Triton's interpreter where TRITON_INTERPRET is 1.
+    """
+    path = ROOT / "mask_head_plugin" / "ops" / "roi_pooling_triton.py"
+    spec = importlib.util.spec_from_file_location(f"mask_head_plugin.ops.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

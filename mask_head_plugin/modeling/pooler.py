@@ -14,11 +14,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.poolers import (
-    ROIPooler,
-    assign_boxes_to_levels,
-    convert_boxes_to_pooler_format,
-)
+from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
@@ -26,7 +22,7 @@ from torchvision.ops import roi_align as torchvision_roi_align
 from torchvision.ops import roi_pool as torchvision_roi_pool
 
 from ..ops import precise_roi_pool, roi_align, roi_pool, roi_warp
-from ..ops.axis_weights import round_to_cells
+from ..ops.axis_weights import MAX_CELL, round_to_cells
 
 POOLER_TYPES = ("ROIPool", "ROIWarp", "ROIAlign", "ROIAlignV2", "PrROIPool")
 
@@ -39,14 +35,19 @@ class MultiLevelRoIPooler(nn.Module):
     A box goes to level ``floor(canonical_level + log2(sqrt(area) / canonical_box_size))``, clamped
     to the levels there are: equation 1 of the FPN paper (arXiv 1612.03144).
 
-    ======================== =============================== =======================================
-    what                     on the CPU, or deterministic    on CUDA
-    ======================== =============================== =======================================
-    ROIAlign, ROIWarp, mean  ops.roi_align, ops.roi_warp     one Triton kernel for all levels
-    ROIPool                  ops.roi_pool                    torchvision's operator, level by level
-    PrROIPool, maxima        ops.precise_roi_pool, ...       the same
-    ======================== =============================== =======================================
+    =========================== ============================ =====================================
+    pooled                      on the CPU                   on CUDA
+    =========================== ============================ =====================================
+    ROIAlign and ROIWarp, mean  ops.roi_align, ops.roi_warp  one Triton kernel for all levels;
+                                                             deterministic and float64: as on CPU
+    ROIPool                     torchvision's operator;      torchvision's operator; deterministic:
+                                half precision: ops.roi_pool ops.roi_pool
+    PrROIPool                   ops.precise_roi_pool         as on CPU
+    ROIAlign and ROIWarp, max   ops.roi_align, ops.roi_warp  as on CPU
+    =========================== ============================ =====================================
 
+    torchvision's ROIPool stays because it is the faster one: on the CPU it takes half to nine
+    tenths of the time of ops.roi_pool (benchmarks/roi_pooling.py).
     "Deterministic" is torch.use_deterministic_algorithms. Where Triton is missing or does not
     compile, a log line says so once and torchvision's operator takes its place. Traces hold
     torchvision's operators too (a loop over groups of RoIs would hold those of its example), so
@@ -136,22 +137,23 @@ class MultiLevelRoIPooler(nn.Module):
             if not averaged and self.pooler_type != "ROIPool":
                 raise ValueError(f"{self.pooler_type} with {self.reduction} cannot be traced")
             return self._pool_by_level(features, rois, levels)
-        if rois.is_cuda and not torch.are_deterministic_algorithms_enabled():
-            if averaged and features[0].dtype != torch.float64:
-                return self._pool_at_once(features, rois, levels)
-            if self.pooler_type == "ROIPool":
-                return self._pool_by_level(features, rois, levels)
+        fast_cuda = rois.is_cuda and not torch.are_deterministic_algorithms_enabled()
+        wide = features[0].dtype in (torch.float32, torch.float64)
+        if averaged and fast_cuda and features[0].dtype != torch.float64:
+            return self._pool_at_once(features, rois, levels)
+        if self.pooler_type == "ROIPool" and (fast_cuda or (not rois.is_cuda and wide)):
+            return self._pool_by_level(features, rois, levels)
         return self._operator()(features, rois, self.output_size, self.scales, levels=levels)
 
     def _assign_levels(self, box_lists: list[Boxes]) -> Tensor:
         """Returns the index in ``scales`` of each box, on its device and without waiting for it."""
-        return assign_boxes_to_levels(
-            box_lists,
-            self.min_level,
-            self.min_level + len(self.scales) - 1,
-            self.canonical_box_size,
-            self.canonical_level,
-        )
+        area = torch.cat([boxes.area() for boxes in box_lists])
+        # Equation 1 of the FPN paper, rounded as detectron2 does. A box that ends before it starts
+        # along one axis has a negative area there, and no level.
+        relative_size = torch.sqrt(area.clamp(min=0)) / self.canonical_box_size
+        level = torch.floor(self.canonical_level + torch.log2(relative_size + 1e-8))
+        last = len(self.scales) - 1
+        return (level - self.min_level).clamp(0, last).to(torch.int64)
 
     def _operator(self) -> Callable[..., Tensor]:
         if self.pooler_type == "ROIPool":
@@ -181,6 +183,8 @@ class MultiLevelRoIPooler(nn.Module):
     def _pool_by_level(self, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
         """Pools with torchvision's operators, then puts the result into the order of the boxes."""
         rois, scales = self._quantize(rois.to(features[0].dtype), levels)
+        if self.pooler_type == "ROIPool":  # computes with 32-bit integers
+            rois = rois.clamp(-MAX_CELL, MAX_CELL)
         by_level = [torch.where(levels == level)[0] for level in range(len(scales))]
         pooled = []
         for feature, scale, indices in zip(features, scales, by_level, strict=True):
@@ -190,7 +194,7 @@ class MultiLevelRoIPooler(nn.Module):
             else:
                 options = (self.sampling_ratio, self._aligned)
                 pooled.append(torchvision_roi_align(*arguments, *options))
-        return torch.cat(pooled)[torch.cat(by_level).argsort()]
+        return torch.cat(pooled).index_select(0, torch.cat(by_level).argsort())
 
     def _quantize(self, rois: Tensor, levels: Tensor) -> tuple[Tensor, tuple[float, ...]]:
         """Returns RoIs and scales with which ROIAlign computes what is asked for.

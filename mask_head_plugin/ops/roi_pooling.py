@@ -48,8 +48,8 @@ LIST_ENTRIES = 1 << 22
 GROUP_ELEMENTS = 1 << 20
 """Elements of the intermediate result of one group of RoIs: 4 MB of float32."""
 
-TABLE_ELEMENTS = 1 << 21
-"""Elements of a table that is a copy, because its map is not channels-last: 8 MB of float32."""
+TABLE_ELEMENTS = 1 << 20
+"""Elements of a table that is a copy, because its map is not channels-last: 4 MB of float32."""
 
 SLOTS = (0, 1, *(size << power for power in range(20) for size in (2, 3)))
 """Slots per bin are rounded up to one of 0, 1, 2, 3, 4, 6, 8, 12, …, so that RoIs share groups."""
@@ -169,8 +169,10 @@ def roi_pool(
 ) -> Tensor:
     """ROIPool (Fast R-CNN section 2.1): the maximum of the cells in each bin of a quantized RoI.
 
-    Equal to ``torchvision.ops.roi_pool``, the gradient to the first of equal maxima included.
-    Differs in NaN features, which it passes on, and in edges of over axis_weights.MAX_CELL cells.
+    Equal to ``torchvision.ops.roi_pool``, the gradient to the first of equal maxima included, for
+    any type and strides, and with a deterministic gradient on CUDA; where torchvision's can be
+    used it is faster (see modeling.MultiLevelRoIPooler). Differs in NaN features, which it passes
+    on, and in edges of over axis_weights.MAX_CELL cells.
 
     Args and Returns: see roi_align.
     """
@@ -341,25 +343,36 @@ def _grad_of_map(part: _Part, feature: Tensor, grad: Tensor) -> Tensor:
     numbers = torch.arange(grad[:, :, 0].numel(), dtype=torch.int32, device=grad.device)
     numbers = numbers.view(grad.shape[:2])[part.rows]
     for groups in _weight_lists(part, feature):
-        cell = torch.cat([g.cells.flatten() for g in groups])
-        weight = torch.cat([g.weights.flatten() for g in groups])
-        bins = torch.cat(
-            [
-                numbers[g.places].flatten().repeat_interleave(g.cells[0, 0, 0].numel())
-                for g in groups
-            ]
-        )
-        used = torch.nonzero(weight)[:, 0]
-        cell, order = torch.sort(cell[used], stable=True)
-        order = used[order]
-        bins, weight = bins[order], weight[order]
-        count = torch.bincount(cell, minlength=grad_map.num_cells)
-        offsets = (count.cumsum(0) - count).to(bins.dtype)
-        for channels in _channel_blocks(feature):
-            rows = grad[:, :, channels].flatten(0, 1).to(weight.dtype)
-            table = embedding_bag(bins, rows, offsets, mode="sum", per_sample_weights=weight)
-            grad_map.add(channels, table)
+        bins, weights, offsets = _transposed(groups, numbers, grad_map.num_cells)
+        groups.clear()  # their memory is needed
+        for channels in _channel_blocks(feature, grad.shape[0] * grad.shape[1]):
+            rows = grad[:, :, channels].flatten(0, 1).to(weights.dtype)
+            sums = partial(embedding_bag, mode="sum", per_sample_weights=weights)
+            grad_map.add(channels, sums(bins, rows, offsets))
     return grad_map.total()
+
+
+def _transposed(
+    groups: list[_Group], numbers: Tensor, num_cells: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts entries of the matrix by cell.
+
+    Args:
+        groups: rows of the matrix.
+        numbers: (r, P Q) the number of each bin of the part.
+        num_cells: N H W.
+
+    Returns:
+        The bins and weights of all entries, and (N H W) where those of each cell begin.
+    """
+    cell = torch.cat([group.cells.flatten() for group in groups])
+    weights = torch.cat([group.weights.flatten() for group in groups])
+    bins = [numbers[g.places].flatten().repeat_interleave(g.cells[0, 0, 0].numel()) for g in groups]
+    used = torch.nonzero(weights)[:, 0]
+    cell, order = torch.sort(cell[used], stable=True)
+    count = torch.bincount(cell, minlength=num_cells)
+    order = used[order]
+    return torch.cat(bins)[order], weights[order], (count.cumsum(0) - count).to(numbers.dtype)
 
 
 def _grad_of_weights(part: _Part, feature: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -531,19 +544,23 @@ def _compute_type(feature: Tensor) -> torch.dtype:
     return torch.promote_types(feature.dtype, torch.float32)
 
 
-def _block_size(feature: Tensor) -> int:
+def _block_size(feature: Tensor, num_rows: int = 0) -> int:
     """Returns all channels of a map that can be read in place, else as many as are copied at once.
 
-    A copy is made in whole cache lines of 16 float32.
+    Args:
+        feature: the map.
+        num_rows: of another table that is copied, beside the one of N H W cells.
     """
     images, channels, height, width = feature.shape
     if feature.dtype == _compute_type(feature) and feature.permute(0, 2, 3, 1).is_contiguous():
         return channels
-    return min(channels, max(TABLE_ELEMENTS // (images * height * width) // 16 * 16, 16))
+    # Whole cache lines of 16 float32.
+    step = TABLE_ELEMENTS // max(images * height * width, num_rows) // 16 * 16
+    return min(channels, max(step, 16))
 
 
-def _channel_blocks(feature: Tensor) -> Iterator[slice]:
-    channels, step = feature.shape[1], _block_size(feature)
+def _channel_blocks(feature: Tensor, num_rows: int = 0) -> Iterator[slice]:
+    channels, step = feature.shape[1], _block_size(feature, num_rows)
     for start in range(0, channels, step):
         yield slice(start, min(start + step, channels))
 

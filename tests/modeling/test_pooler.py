@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_instances, relative_error
+from conftest import load_triton_kernels, random_instances, relative_error
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
 from mask_head_plugin import ops
 from mask_head_plugin.modeling import MultiLevelRoIPooler, pooler
+from mask_head_plugin.modeling.pooler import POOLER_TYPES
 
 STOCK_TYPES = ("ROIPool", "ROIAlign", "ROIAlignV2")
 
@@ -157,9 +157,9 @@ def test_what_cannot_be_traced_says_so():
 @pytest.mark.parametrize("pooler_type", ["ROIWarp", "ROIAlign", "ROIAlignV2"])
 def test_the_kernel_for_all_levels_takes_what_it_is_given_on_cuda(pooler_type, monkeypatch):
     """On CUDA only the first call below runs; here with the kernel interpreted."""
-    kernels = pytest.importorskip("triton") and importlib.import_module("test_roi_pooling_triton")
+    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    interpreted = kernels.load_kernels("interpreted").multilevel_roi_align
+    interpreted = load_triton_kernels("interpreted").multilevel_roi_align
     monkeypatch.setattr(pooler, "fused_roi_align", lambda device: interpreted)
     features, boxes = make_input(SCALES)
     module = MultiLevelRoIPooler(2, SCALES, 1, pooler_type, 32, 3)
@@ -181,10 +181,23 @@ def test_a_kernel_that_does_not_run_is_reported_once_and_replaced(caplog):
     assert [r.message[:40] for r in caplog.records] == ["RoI pooling in one kernel is not availab"]
 
 
-def test_half_precision_maps_keep_their_type():
-    features, boxes = make_input(SCALES, dtype=torch.bfloat16)
-    boxes = [Boxes(b.tensor.float()) for b in boxes]
-    assert MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2")(features, boxes).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pooler_type", POOLER_TYPES)
+def test_half_precision_maps_are_pooled_like_single_ones(pooler_type, dtype):
+    features, boxes = make_input(SCALES)
+    module = MultiLevelRoIPooler(7, SCALES, 0, pooler_type, 32, 3)
+    actual = module([x.to(dtype) for x in features], boxes)
+    assert actual.dtype == dtype
+    expected = module([x.to(dtype).float() for x in features], boxes)
+    assert relative_error(actual.float(), expected) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("pooler_type", POOLER_TYPES)
+def test_strange_boxes_are_pooled_to_finite_values(pooler_type):
+    features, _ = make_input(SCALES)
+    strange = torch.tensor([[9.0, 7, 3, 2], [5, 5, 5, 5], [-1e9, -1e9, 1e9, 1e9], [3e38, 0, 9, 9]])
+    boxes = [Boxes(strange), Boxes(torch.zeros(0, 4))]
+    assert torch.isfinite(MultiLevelRoIPooler(7, SCALES, 0, pooler_type)(features, boxes)).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

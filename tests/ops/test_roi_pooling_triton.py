@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import relative_error
+from conftest import load_triton_kernels, relative_error
 
 from mask_head_plugin import ops
 
 triton = pytest.importorskip("triton")
 
-SOURCE = Path(ops.__file__).with_name("roi_pooling_triton.py")
-
-
-def load_kernels(name: str):
-    """Imports the module under a name of its own, so that its kernels are decorated anew."""
-    spec = importlib.util.spec_from_file_location(f"mask_head_plugin.ops.{name}", SOURCE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture
 def interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return load_kernels("interpreted").multilevel_roi_align
+    return load_triton_kernels("interpreted").multilevel_roi_align
 
 
 def make_input(dtype=torch.float32, layout=torch.contiguous_format, channels=5):
@@ -106,7 +91,7 @@ def test_compiles_for_gpus_that_need_not_be_there(backward, dtype, capability, m
     from triton.compiler import ASTSource
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    module = load_kernels("compiled")
+    module = load_triton_kernels("compiled")
     kernel = module._roi_align_kernel
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     constants = {
