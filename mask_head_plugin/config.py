@@ -73,6 +73,25 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     return cfg
 
 
+def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> None:
+    """Merges nested values, such as ``{"MODEL": {"MASK_ON": False}}``, into a config.
+
+    Args:
+        cfg: changed in place.
+        overrides: what a section of a YAML file holds; None counts as empty.
+        source: where they come from, for errors.
+
+    Raises:
+        ConfigError: if a key does not exist or has the wrong type.
+    """
+    try:
+        cfg.merge_from_other_cfg(CfgNode(overrides or {}))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{source}: {_explain(cfg, error)}") from error
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{source} does not hold 'KEY: value' sections") from error
+
+
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
     try:
         if not Path(config_file).is_file():

@@ -22,6 +22,7 @@ from mask_head_plugin import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
+CONFIG_FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "ablations")
 CHECKPOINT = ROOT / "checkpoints" / "mask_rcnn_shapes.safetensors"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 

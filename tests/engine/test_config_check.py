@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import CONFIGS
+from conftest import CONFIG_FILES, CONFIGS
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.engine import check_config
@@ -61,7 +61,7 @@ def test_impossible_values_are_refused(opts, message, tmp_path):
         check_config(cfg, train=True)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.name)
 def test_every_config_passes(path, tmp_path):
     cfg = load_config(str(path), ["OUTPUT_DIR", str(tmp_path)])
     check_config(cfg, train=bool(cfg.DATASETS.TRAIN))

@@ -1,0 +1,126 @@
+"""Ablation files: one base config, and what each variant changes in it.
+
+TITLE: RoI pooling (Mask R-CNN Table 2c)
+METRIC: segm/AP                 # as in metrics.json
+SEEDS: [1, 2, 3]
+SIZES:                          # the same ablation on other data
+  shapes:
+    CONFIG: ../shapes/mask_rcnn_shapes.yaml     # beside the ablation file
+    OVERRIDES: {SOLVER: {MAX_ITER: 1000}}       # of every variant; may be left out
+BASELINE: ROIAlign              # the variant that the others are compared with
+VARIANTS:                       # name: config overrides
+  ROIPool: {MODEL: {ROI_BOX_HEAD: {POOLER_TYPE: ROIPool}}}
+  ROIAlign: {}
+PAPER:                          # published figures of variants, in percent; may be left out
+  ROIPool: {segm/AP: 26.9}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+
+from ..config import ConfigError, load_config, merge_overrides, nearest_name
+
+REQUIRED = {
+    "TITLE": str,
+    "METRIC": str,
+    "SEEDS": list,
+    "SIZES": dict,
+    "BASELINE": str,
+    "VARIANTS": dict,
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """An ablation in one of its sizes.
+
+    Attributes:
+        title: what is compared.
+        metric: its main result, such as ``segm/AP``.
+        seeds: of the trials of each variant.
+        baseline: name of the variant that the others are compared with.
+        configs: the complete config of each variant, in the order of the file.
+        paper: published figures by variant and metric, in percent.
+    """
+
+    title: str
+    metric: str
+    seeds: tuple[int, ...]
+    baseline: str
+    configs: dict[str, CfgNode]
+    paper: dict[str, dict[str, float]]
+
+
+def load_ablation(path: str | Path, size: str) -> Ablation:
+    """Reads an ablation file and builds the config of every variant.
+
+    Args:
+        path: a YAML file as above.
+        size: one of its SIZES.
+
+    Raises:
+        ConfigError: if the file does not have that form, a name in it does not exist, or a variant
+            does not fit its base config; names the file, the variant and the key.
+    """
+    path = Path(path)
+    content = _read(path)
+    sizes, variants = content["SIZES"], content["VARIANTS"]
+    if size not in sizes:
+        raise ConfigError(f"{path} has no size {size!r}; choose from {sorted(sizes)}")
+    for key, names in (("BASELINE", [content["BASELINE"]]), ("PAPER", content.get("PAPER", {}))):
+        for name in names:
+            if name not in variants:
+                hint = nearest_name(str(name), [str(v) for v in variants])
+                raise ConfigError(
+                    f"{path}: {key} names {name!r}, which is no variant"
+                    + (f"; did you mean {hint!r}?" if hint else "")
+                )
+    base = load_config(str(path.parent / sizes[size]["CONFIG"]))
+    merge_overrides(base, sizes[size].get("OVERRIDES", {}), f"{path}: size {size!r}")
+    configs = {}
+    for name, overrides in variants.items():
+        configs[name] = base.clone()
+        merge_overrides(configs[name], overrides, f"{path}: variant {name!r}")
+    return Ablation(
+        content["TITLE"],
+        content["METRIC"],
+        tuple(content["SEEDS"]),
+        content["BASELINE"],
+        configs,
+        content.get("PAPER", {}),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"ablation file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} does not hold 'KEY: value' lines")
+    unknown = sorted(set(content) - {*REQUIRED, "PAPER"})
+    if unknown:
+        raise ConfigError(
+            f"{path}: unknown keys {unknown}; an ablation has {list(REQUIRED)}, PAPER"
+        )
+    for key, kind in REQUIRED.items():
+        if not isinstance(content.get(key), kind) or not content[key]:
+            raise ConfigError(f"{path}: {key} must be a {kind.__name__} that is not empty")
+    if not all(type(seed) is int and seed >= 0 for seed in content["SEEDS"]):
+        raise ConfigError(f"{path}: SEEDS {content['SEEDS']} are not all whole numbers from 0")
+    for name, size in content["SIZES"].items():
+        if (
+            not isinstance(size, dict)
+            or "CONFIG" not in size
+            or set(size) - {"CONFIG", "OVERRIDES"}
+        ):
+            raise ConfigError(f"{path}: size {name!r} needs a CONFIG, and may have OVERRIDES")
+    return content
