@@ -219,6 +219,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         ],
     )
     axes.invert_yaxis()
+    axes.margins(x=0.08)
     axes.set_xlabel(
         "times as fast as stock, forward + backward (precise_roi_pool: as this plugin's roi_align)"
     )

@@ -158,13 +158,15 @@ def precise_roi_pool_weights(
 
     They are the limit of ROIAlign's for a growing fixed sampling ratio. In particular a RoI that
     ends before it starts is mirrored, and a bin of length 0 reads the one point where it lies.
-    Computed in float64: the derivative divides by the length of a bin, which may be a small
-    difference of large coordinates.
+    Where the edges need a gradient it is computed in float64, because it divides by the length of
+    a bin, which may be a small difference of large coordinates.
 
     Args: see roi_align_samples.
     """
-    shift = 0.5 if aligned else 0.0
-    dtype, start, end = start.dtype, start.double() - shift, end.double() - shift
+    shift, dtype = 0.5 if aligned else 0.0, start.dtype
+    if start.requires_grad or end.requires_grad:
+        start, end = start.double(), end.double()
+    start, end = start - shift, end - shift
     side = end - start if aligned else (end - start).clamp(min=1.0)
     bins = torch.arange(num_bins + 1, dtype=side.dtype, device=side.device)
     edges = start[:, None] + bins * (side / num_bins)[:, None]
