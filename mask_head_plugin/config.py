@@ -28,9 +28,22 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_BOX_HEAD.POOLER_REDUCTION = "mean"
     cfg.MODEL.ROI_MASK_HEAD.POOLER_REDUCTION = "mean"
 
-    # Terms of the mask loss: [name in MASK_LOSS_REGISTRY, weight]. The default is the paper's
-    # (Mask R-CNN section 3: average binary cross-entropy on the ground-truth class's mask).
+    # Terms of the mask loss: [name in MASK_LOSS_REGISTRY, weight], or [name, weight, iterations
+    # over which the weight grows from 0]. The default is the paper's (Mask R-CNN section 3: average
+    # binary cross-entropy on the ground-truth class's mask).
     cfg.MODEL.ROI_MASK_HEAD.LOSSES = [["binary_cross_entropy", 1.0]]
+
+    # Parameters of the losses, explained in modeling/mask_loss.py. Losses of your own may have
+    # sections here, too.
+    params = cfg.MODEL.ROI_MASK_HEAD.LOSS_PARAMS = CfgNode(new_allowed=True)
+    params.DICE = CfgNode({"EPS": 1.0})  # pixels, as the other EPS
+    params.FOCAL = CfgNode({"GAMMA": 2.0, "ALPHA": 0.25})  # arXiv 1708.02002
+    params.TVERSKY = CfgNode({"ALPHA": 0.3, "BETA": 0.7, "EPS": 1.0})  # arXiv 1706.05721
+    params.SOFT_IOU = CfgNode({"EPS": 1.0})
+
+    # Hidden layers of MLPMaskHead and their units (Table 2e has two or three of 1024).
+    cfg.MODEL.ROI_MASK_HEAD.NUM_FC = 2
+    cfg.MODEL.ROI_MASK_HEAD.FC_DIM = 1024
 
     # The user's own data sets in COCO instances format: ["name", "annotations.json", "images/"].
     # Paths start at the current folder or, where nothing is there, at $DETECTRON2_DATASETS. The

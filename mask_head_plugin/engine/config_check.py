@@ -17,7 +17,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.utils.registry import Registry
 
 from ..config import ConfigError, nearest_name
-from ..modeling.mask_loss import check_losses
+from ..modeling.mask_head import check_mask_losses
 from ..modeling.pooler import POOLER_TYPES, check_pooler
 from ..modeling.roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
 
@@ -53,7 +53,7 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
     if weights and "://" not in weights and not Path(weights).is_file():
         raise ConfigError(f"MODEL.WEIGHTS: file {weights} does not exist")
     try:
-        check_losses(cfg.MODEL.ROI_MASK_HEAD.LOSSES)
+        check_mask_losses(cfg.MODEL.ROI_MASK_HEAD)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for key, value, least in (

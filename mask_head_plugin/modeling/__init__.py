@@ -1,7 +1,7 @@
 """Detectron2 modules of the mask branch. Importing this package registers them."""
 
-from .mask_head import FCNMaskHead
-from .mask_loss import MASK_LOSS_REGISTRY
+from .mask_head import FCNMaskHead, MLPMaskHead
+from .mask_loss import MASK_LOSS_REGISTRY, couples_classes
 from .pooler import MultiLevelRoIPooler
 from .roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
 from .small_backbone import build_small_resnet_fpn_backbone
@@ -9,8 +9,10 @@ from .small_backbone import build_small_resnet_fpn_backbone
 __all__ = [
     "MASK_LOSS_REGISTRY",
     "FCNMaskHead",
+    "MLPMaskHead",
     "MultiLevelRoIPooler",
     "PerClassMaskROIHeads",
     "PerClassMaskRes5ROIHeads",
     "build_small_resnet_fpn_backbone",
+    "couples_classes",
 ]

@@ -1,31 +1,41 @@
 """The mask branch: region features in, the one mask per RoI that is used out.
 
 A per-class head has K output channels and uses one: the ground-truth class's in training, the
-predicted class's in inference. The last layer is a 1x1 convolution, so its rows are selected before
-it is applied, ``logits[r] = weight[class[r]] . features[r] + bias[class[r]]``: the same numbers and
-gradients as selecting from the (R, K, M, M) tensor, without that tensor.
+predicted class's in inference. The last layer is linear in each pixel (or in the whole mask), so
+its rows are selected before it is applied, ``logits[r] = weight[class[r]] . features[r] + bias``:
+the same numbers and gradients as selecting from the (R, K, M, M) tensor, without that tensor. Only
+a loss that couples the classes (Table 2b's softmax) needs them all.
 
-Shape alphabet: R RoIs, K classes, C channels, P pooled side, M mask side (2P).
+Shape alphabet: R RoIs, K classes, C channels, P pooled side, M mask side (2P), D hidden units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
-from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
+from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead, MaskRCNNConvUpsampleHead
 from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .mask_loss import check_losses, weighted_mask_losses
+from .mask_loss import parse_losses, weighted_mask_losses
 
 STATISTICS_PERIOD = 20
 """Iterations between two logs of mask accuracy: DefaultTrainer's write period."""
+
+Losses = Sequence[Sequence[Any]]
+LossParams = Mapping[str, Mapping[str, Any]]
+
+BINARY_CROSS_ENTROPY: Losses = (("binary_cross_entropy", 1.0),)
+NO_PARAMETERS: LossParams = {}
 
 
 def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor) -> Tensor:
@@ -46,72 +56,71 @@ def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor)
     return logits
 
 
-@ROI_MASK_HEAD_REGISTRY.register()
-class FCNMaskHead(MaskRCNNConvUpsampleHead):
-    """Mask R-CNN figure 4: 3x3 convolutions, a 2x2 deconvolution, and one mask per class.
+def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, side: int) -> Tensor:
+    """Applies, to each RoI, only its class's rows of a linear layer with a whole mask per class.
 
-    Layers, initialisation and parameter names are those of detectron2's MaskRCNNConvUpsampleHead,
-    so checkpoints fit both ways; it works in every ROIHeads that takes that head. Other than there,
-    only the logits in use are computed, the losses come from MASK_LOSS_REGISTRY, and accuracy
-    statistics are summed on the device and read once per STATISTICS_PERIOD.
+    RoIs of one class share a matrix product: gathering (M M, D) weights per RoI would cost more
+    than computing all classes. On CUDA all are computed, since grouping would wait for the device.
+
+    Args:
+        hidden: (R, D).
+        predictor: linear layer with K M M outputs.
+        classes: (R,) int64 in [0, K).
+        side: M.
+
+    Returns:
+        (R, M, M) logits, equal to ``predictor(hidden).view(R, K, M, M)[arange(R), classes]``.
+    """
+    if hidden.is_cuda:
+        logits = predictor(hidden).unflatten(1, (-1, side, side))
+        return logits[torch.arange(len(classes), device=classes.device), classes]
+    order = classes.argsort(stable=True)
+    present, counts = torch.unique_consecutive(classes[order], return_counts=True)
+    # unbind, so that backward fills one gradient of the whole layer and not one per class.
+    weights = predictor.weight.unflatten(0, (-1, side * side)).unbind()
+    biases = predictor.bias.unflatten(0, (-1, side * side)).unbind()
+    groups = hidden[order].split(counts.tolist())
+    logits = [
+        F.linear(rows, weights[k], biases[k])
+        for k, rows in zip(present.tolist(), groups, strict=True)
+    ]
+    if not logits:  # a zero gradient for each parameter, which DistributedDataParallel needs
+        return predictor(hidden)[:, : side * side].unflatten(1, (side, side))
+    return torch.cat(logits)[order.argsort()].unflatten(1, (side, side))
+
+
+class ClassSelection(nn.Module):
+    """What the plugin's mask heads share: losses, statistics and inference on the masks in use.
+
+    A mixin for subclasses of detectron2's BaseMaskRCNNHead that give ``selected_logits`` and
+    ``class_logits``.
     """
 
-    @configurable
-    def __init__(
-        self,
-        input_shape: ShapeSpec,
-        *,
-        num_classes: int,
-        conv_dims: Sequence[int],
-        conv_norm: str = "",
-        losses: Sequence[tuple[str, float]] = (("binary_cross_entropy", 1.0),),
-        loss_weight: float = 1.0,
-        vis_period: int = 0,
-    ) -> None:
-        """
-        Args:
-            input_shape: channels of the region features.
-            num_classes: K, foreground classes; 1 for class-agnostic masks.
-            conv_dims: output channels of the 3x3 convolutions and, last, of the deconvolution.
-            conv_norm: normalisation of the convolutions, see detectron2.layers.get_norm.
-            losses: (name in MASK_LOSS_REGISTRY, weight) of each term.
-            loss_weight: factor of all terms.
-            vis_period: iterations between images of masks and targets in TensorBoard; 0 for none.
+    vis_period: int
+    _pixel_counts: Tensor
 
-        Raises:
-            ValueError: if ``losses`` names an unknown loss.
-        """
-        super().__init__(
-            input_shape,
-            num_classes=num_classes,
-            conv_dims=conv_dims,
-            conv_norm=conv_norm,
-            loss_weight=loss_weight,
-            vis_period=vis_period,
-        )
-        self.losses = [(name, weight * loss_weight) for name, weight in check_losses(losses)]
+    def selected_logits(self, features: Tensor, classes: Tensor) -> Tensor:
+        """Returns the (R, M, M) logits of each RoI's class."""
+        raise NotImplementedError
+
+    def class_logits(self, features: Tensor) -> Tensor:
+        """Returns the (R, K, M, M) logits of all classes."""
+        raise NotImplementedError
+
+    def _init_selection(
+        self, num_classes: int, losses: Losses, loss_params: LossParams, loss_weight: float
+    ) -> None:
+        self.num_classes = num_classes
+        self.losses = [
+            dataclasses.replace(term, weight=term.weight * loss_weight)
+            for term in parse_losses(losses, loss_params)
+        ]
         # Pixels that are wrong, of ground truth 1, and wrong among these, since the last log; how
         # many there were; and where they are logged. Not part of checkpoints.
         counts = torch.zeros(3, dtype=torch.int64)
         self.register_buffer("_pixel_counts", counts, persistent=False)
         self._num_pixels = 0
         self._storage_id = 0
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        arguments = super().from_config(cfg, input_shape)
-        if "LOSSES" not in cfg.MODEL.ROI_MASK_HEAD:
-            raise KeyError(
-                "MODEL.ROI_MASK_HEAD.LOSSES: call add_mask_head_config(cfg) on your config"
-            )
-        arguments["losses"] = cfg.MODEL.ROI_MASK_HEAD.LOSSES
-        return arguments
-
-    def predictor_features(self, features: Tensor) -> Tensor:
-        """Returns the (R, C, M, M) input of the predictor for (R, C, P, P) region features."""
-        for layer in list(self)[:-1]:
-            features = layer(features)
-        return features
 
     def forward(
         self, features: Tensor, instances: list[Instances]
@@ -126,33 +135,36 @@ class FCNMaskHead(MaskRCNNConvUpsampleHead):
             In training the weighted loss terms; in inference the same instances with
             ``pred_masks`` (Ri, 1, M, M), probabilities of the predicted class's mask.
         """
-        features = self.predictor_features(features)
         field = "gt_classes" if self.training else "pred_classes"
         classes = cat([x.get(field) for x in instances])
-        if self.predictor.out_channels == 1:  # class-agnostic, or a single class
+        if self.num_classes == 1:  # class-agnostic, or a single class
             classes = torch.zeros_like(classes)
-        mask_logits = select_class_logits(features, self.predictor, classes)
+        activation = self.losses[0].activation
+        if activation is None:
+            mask_logits = self.selected_logits(features, classes)
+            mask_probs = mask_logits.detach().sigmoid()
+        else:
+            mask_logits = self.class_logits(features)
+            mask_probs = activation(mask_logits.detach(), classes)
         if not self.training:
-            counts = [len(x) for x in instances]
-            mask_probs = mask_logits.sigmoid()[:, None].split(counts)
-            for instances_per_image, probs in zip(instances, mask_probs, strict=True):
+            split = mask_probs[:, None].split([len(x) for x in instances])
+            for instances_per_image, probs in zip(instances, split, strict=True):
                 instances_per_image.pred_masks = probs
             return instances
-        gt_masks = crop_gt_masks(instances, mask_logits)
+        gt_masks = crop_gt_masks(instances, mask_probs)
         # detectron2's masks crop to bool; a user's may crop to shares in [0, 1].
-        self._log(
-            mask_logits.detach(), gt_masks if gt_masks.dtype == torch.bool else gt_masks > 0.5
-        )
-        return weighted_mask_losses(self.losses, mask_logits, gt_masks.to(mask_logits.dtype))
+        self._log(mask_probs, gt_masks if gt_masks.dtype == torch.bool else gt_masks > 0.5)
+        iteration = get_event_storage().iter
+        return weighted_mask_losses(self.losses, mask_logits, classes, gt_masks, iteration)
 
     @torch.no_grad()
-    def _log(self, mask_logits: Tensor, gt_masks: Tensor) -> None:
+    def _log(self, mask_probs: Tensor, gt_masks: Tensor) -> None:
         """Logs detectron2's mask statistics and, at vis_period, masks beside their targets."""
         storage = get_event_storage()
         if id(storage) != self._storage_id:  # e.g. PreciseBN runs the model in a storage of its own
             self._storage_id, self._num_pixels = id(storage), 0
             self._pixel_counts.zero_()
-        wrong = (mask_logits > 0) != gt_masks
+        wrong = (mask_probs > 0.5) != gt_masks
         self._pixel_counts += torch.stack([wrong.sum(), gt_masks.sum(), (wrong & gt_masks).sum()])
         self._num_pixels += wrong.numel()
         if (storage.iter + 1) % STATISTICS_PERIOD == 0:
@@ -160,10 +172,186 @@ class FCNMaskHead(MaskRCNNConvUpsampleHead):
             self._num_pixels = 0
             self._pixel_counts.zero_()
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
-            pairs = torch.cat([mask_logits.sigmoid(), gt_masks.to(mask_logits.dtype)], dim=2)
+            pairs = torch.cat([mask_probs, gt_masks.to(mask_probs.dtype)], dim=2)
             for index, pair in enumerate(pairs):
                 name = f"Left: mask prediction;   Right: mask GT ({index})"
                 storage.put_image(name, pair.float().expand(3, -1, -1))
+
+
+def selection_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Returns the arguments that all of the plugin's mask heads take from a config.
+
+    Raises:
+        KeyError: if the config lacks the plugin's keys.
+    """
+    head = cfg.MODEL.ROI_MASK_HEAD
+    if "LOSSES" not in head:
+        raise KeyError("MODEL.ROI_MASK_HEAD.LOSSES: call add_mask_head_config(cfg) on your config")
+    check_mask_losses(head)
+    return {
+        "losses": head.LOSSES,
+        "loss_params": head.LOSS_PARAMS,
+        "num_classes": 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        "vis_period": cfg.VIS_PERIOD,
+    }
+
+
+def check_mask_losses(head_cfg: CfgNode) -> None:
+    """Raises a ValueError if the losses in ``cfg.MODEL.ROI_MASK_HEAD`` cannot be used."""
+    terms = parse_losses(head_cfg.LOSSES, head_cfg.LOSS_PARAMS)
+    if head_cfg.CLS_AGNOSTIC_MASK and terms[0].activation is not None:
+        raise ValueError(
+            f"MODEL.ROI_MASK_HEAD.LOSSES: {terms[0].name!r} lets classes compete, and with "
+            "CLS_AGNOSTIC_MASK there is but one"
+        )
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
+    """Mask R-CNN figure 4: 3x3 convolutions, a 2x2 deconvolution, and one mask per class.
+
+    Layers, initialisation and parameter names are those of detectron2's MaskRCNNConvUpsampleHead,
+    so checkpoints fit both ways; it works in every ROIHeads that takes that head. Other than there,
+    only the logits in use are computed, the losses come from MASK_LOSS_REGISTRY, and accuracy
+    statistics are summed on the device and read once per STATISTICS_PERIOD.
+    """
+
+    predictor: nn.Conv2d
+    layers: Callable[[Tensor], Tensor]
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        num_classes: int,
+        conv_dims: Sequence[int],
+        conv_norm: str = "",
+        losses: Losses = BINARY_CROSS_ENTROPY,
+        loss_params: LossParams = NO_PARAMETERS,
+        loss_weight: float = 1.0,
+        vis_period: int = 0,
+    ) -> None:
+        """
+        Args:
+            input_shape: channels of the region features.
+            num_classes: K, foreground classes; 1 for class-agnostic masks.
+            conv_dims: output channels of the 3x3 convolutions and, last, of the deconvolution.
+            conv_norm: normalisation of the convolutions, see detectron2.layers.get_norm.
+            losses: (name in MASK_LOSS_REGISTRY, weight), or (name, weight, iterations over which
+                the weight is ramped up), of each term.
+            loss_params: parameters by loss; names as in MODEL.ROI_MASK_HEAD.LOSS_PARAMS.
+            loss_weight: factor of all terms.
+            vis_period: iterations between images of masks and targets in TensorBoard; 0 for none.
+
+        Raises:
+            ValueError: if ``losses`` or ``loss_params`` cannot be used.
+        """
+        super().__init__(
+            input_shape,
+            num_classes=num_classes,
+            conv_dims=conv_dims,
+            conv_norm=conv_norm,
+            loss_weight=loss_weight,
+            vis_period=vis_period,
+        )
+        self._init_selection(num_classes, losses, loss_params, loss_weight)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        return {**super().from_config(cfg, input_shape), **selection_arguments(cfg)}
+
+    def predictor_features(self, features: Tensor) -> Tensor:
+        """Returns the (R, C, M, M) input of the predictor for (R, C, P, P) region features."""
+        for layer in list(self.children())[:-1]:
+            features = layer(features)
+        return features
+
+    def selected_logits(self, features: Tensor, classes: Tensor) -> Tensor:
+        return select_class_logits(self.predictor_features(features), self.predictor, classes)
+
+    def class_logits(self, features: Tensor) -> Tensor:
+        return self.layers(features)
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
+    """The multi-layer perceptron of Mask R-CNN Table 2e, which FCNMaskHead is compared with.
+
+    Hidden layers (``fc1``, ``fc2``, ...; MODEL.ROI_MASK_HEAD.NUM_FC of FC_DIM units) and a
+    ``predictor`` of K (2P)^2 outputs, each class's mask in one piece.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        num_classes: int,
+        fc_dims: Sequence[int],
+        losses: Losses = BINARY_CROSS_ENTROPY,
+        loss_params: LossParams = NO_PARAMETERS,
+        loss_weight: float = 1.0,
+        vis_period: int = 0,
+    ) -> None:
+        """
+        Args:
+            input_shape: channels, height and width of the region features; a square.
+            num_classes: K, foreground classes; 1 for class-agnostic masks.
+            fc_dims: units of each hidden layer, one or more.
+            losses, loss_params, loss_weight, vis_period: see FCNMaskHead.
+
+        Raises:
+            ValueError: if there is no hidden layer, the shape is not a square, or ``losses`` or
+                ``loss_params`` cannot be used.
+        """
+        super().__init__(loss_weight=loss_weight, vis_period=vis_period)
+        if not fc_dims:
+            raise ValueError("MLPMaskHead needs a hidden layer: MODEL.ROI_MASK_HEAD.NUM_FC above 0")
+        if not input_shape.height or input_shape.height != input_shape.width:
+            raise ValueError(f"MLPMaskHead needs square region features, not {input_shape}")
+        self.mask_side = 2 * input_shape.height
+        width = input_shape.channels * input_shape.height * input_shape.width
+        self.hidden = []
+        for k, fc_dim in enumerate(fc_dims):
+            layer = nn.Linear(width, fc_dim)
+            weight_init.c2_xavier_fill(layer)
+            self.add_module(f"fc{k + 1}", layer)
+            self.hidden.append(layer)
+            width = fc_dim
+        self.predictor = nn.Linear(width, num_classes * self.mask_side**2)
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        nn.init.zeros_(self.predictor.bias)
+        self._init_selection(num_classes, losses, loss_params, loss_weight)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        head = cfg.MODEL.ROI_MASK_HEAD
+        if "Res5" in cfg.MODEL.ROI_HEADS.NAME:
+            raise ValueError(
+                "MODEL.ROI_MASK_HEAD.NAME MLPMaskHead needs features of POOLER_RESOLUTION; "
+                f"those of {cfg.MODEL.ROI_HEADS.NAME} are half as large"
+            )
+        return {
+            **selection_arguments(cfg),
+            "input_shape": input_shape,
+            "fc_dims": [head.FC_DIM] * head.NUM_FC,
+        }
+
+    def hidden_features(self, features: Tensor) -> Tensor:
+        """Returns the (R, D) input of the predictor for (R, C, P, P) region features."""
+        hidden = features.flatten(1)
+        for layer in self.hidden:
+            hidden = layer(hidden).relu()
+        return hidden
+
+    def selected_logits(self, features: Tensor, classes: Tensor) -> Tensor:
+        hidden = self.hidden_features(features)
+        return select_class_masks(hidden, self.predictor, classes, self.mask_side)
+
+    def class_logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.predictor(self.hidden_features(features))
+        return logits.unflatten(1, (self.num_classes, self.mask_side, self.mask_side))
 
 
 def log_statistics(

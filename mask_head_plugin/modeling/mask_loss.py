@@ -1,90 +1,441 @@
 """Mask losses, by name in MASK_LOSS_REGISTRY.
 
-A loss is a pure function ``(mask_logits, gt_masks) -> scalar`` of the logits of the one mask per
-RoI that counts (its class's) and its target. It neither selects classes nor logs; the head does.
+A loss is a pure function ``(mask_logits, gt_masks, weights=None, **parameters) -> scalar`` of the
+logits of the one mask per RoI that counts (its class's) and its target. It neither selects classes
+nor logs; the head does. Each loss has one value per RoI, given below, and returns their mean over
+the RoIs, weighted by ``weights``; 0 with a graph where there are none.
 
-Shape alphabet: R RoIs, M mask side.
+Losses marked with ``couples_classes`` get the logits of all classes instead,
+``(class_logits, classes, gt_masks, weights=None, **parameters) -> scalar``.
+
+Shape alphabet: R RoIs, K classes, M mask side. z are logits, p = sigmoid(z), g targets in [0, 1].
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from detectron2.layers.wrappers import empty_input_loss_func_wrapper
+import torch
 from detectron2.utils.registry import Registry
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
-MaskLoss = Callable[[Tensor, Tensor], Tensor]
+MaskLoss = Callable[..., Tensor]
+LossT = TypeVar("LossT", bound=MaskLoss)
 
 MASK_LOSS_REGISTRY = Registry("MASK_LOSS")
 MASK_LOSS_REGISTRY.__doc__ = """
-Functions ``(mask_logits (R, M, M), gt_masks (R, M, M) in {0, 1}) -> scalar loss``, named as in
-MODEL.ROI_MASK_HEAD.LOSSES.
+Mask losses, named as in MODEL.ROI_MASK_HEAD.LOSSES. Parameters are keyword-only, have numbers as
+defaults and are set by MODEL.ROI_MASK_HEAD.LOSS_PARAMS.<NAME>.<PARAMETER>.
 """
 
-_mean_bce = empty_input_loss_func_wrapper(F.binary_cross_entropy_with_logits)
+
+def couples_classes(activation: Callable[[Tensor, Tensor], Tensor]) -> Callable[[LossT], LossT]:
+    """Marks a loss that needs the logits of all classes.
+
+    Args:
+        activation: turns (R, K, M, M) class logits and (R,) classes into the (R, M, M)
+            probabilities of each RoI's mask, in place of the sigmoid.
+    """
+
+    def mark(loss: LossT) -> LossT:
+        loss.activation = activation  # type: ignore[attr-defined]  # functions take attributes
+        return loss
+
+    return mark
+
+
+def _mean_over_rois(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns the (weighted) mean of (R,) values; 0 with a graph where there are none."""
+    if weights is None:
+        return values.sum() / max(len(values), 1)
+    return (values * weights).sum() / weights.sum().clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def _overlaps(mask_logits: Tensor, gt_masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (R,) soft true positives, false positives and false negatives in pixels."""
+    probs, gt = mask_logits.sigmoid().flatten(1), gt_masks.flatten(1)
+    true_positive = (probs * gt).sum(1)
+    return true_positive, probs.sum(1) - true_positive, gt.sum(1) - true_positive
 
 
 @MASK_LOSS_REGISTRY.register()
-def binary_cross_entropy(mask_logits: Tensor, gt_masks: Tensor) -> Tensor:
-    """Mean over all pixels of all RoIs of ``-[g log p + (1 - g) log(1 - p)]``, p = sigmoid(logit).
+def binary_cross_entropy(
+    mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Mean over the pixels of ``-[g log p + (1 - g) log(1 - p)]``; 0 and above.
 
     Mask R-CNN section 3: "the average binary cross-entropy loss" on the k-th mask.
 
     Args:
         mask_logits: (R, M, M), any real numbers.
-        gt_masks: (R, M, M) of the same dtype, in {0, 1}.
+        gt_masks: (R, M, M) of the same type, in [0, 1].
+        weights: (R,) of the same type, 0 and above; None for all equal.
 
     Returns:
-        Scalar >= 0; 0 with a graph at R = 0.
+        Scalar.
     """
-    return _mean_bce(mask_logits, gt_masks)
+    pixels = F.binary_cross_entropy_with_logits(mask_logits, gt_masks, reduction="none")
+    return _mean_over_rois(pixels.flatten(1).mean(1), weights)
+
+
+def softmax_probs(class_logits: Tensor, classes: Tensor) -> Tensor:
+    """Returns the softmax probability of each RoI's class; the background has logit 0.
+
+    Args:
+        class_logits: (R, K, M, M).
+        classes: (R,) int64 in [0, K).
+
+    Returns:
+        (R, M, M): ``exp(z_k) / (1 + sum_j exp(z_j))``.
+    """
+    own = class_logits[torch.arange(len(classes), device=classes.device), classes]
+    return (own - F.softplus(class_logits.logsumexp(1))).exp()
+
+
+@MASK_LOSS_REGISTRY.register()
+@couples_classes(softmax_probs)
+def softmax_cross_entropy(
+    class_logits: Tensor, classes: Tensor, gt_masks: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Mean over the pixels of the cross-entropy of a softmax over K classes and background.
+
+    ``log(1 + sum_j exp(z_j)) - g z_k``; 0 and above. Mask R-CNN Table 2b, where masks compete. The
+    paper does not say what its background is: here an implicit logit of 0, so that the parameters
+    are those of the per-class sigmoid, and for K = 1 this is binary cross-entropy.
+
+    Args:
+        class_logits: (R, K, M, M).
+        classes: (R,) int64 in [0, K).
+        gt_masks: (R, M, M) in [0, 1].
+        weights: (R,); None for all equal.
+    """
+    own = class_logits[torch.arange(len(classes), device=classes.device), classes]
+    pixels = F.softplus(class_logits.logsumexp(1)) - gt_masks * own
+    return _mean_over_rois(pixels.flatten(1).mean(1), weights)
+
+
+@MASK_LOSS_REGISTRY.register()
+def dice(
+    mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None, *, eps: float = 1.0
+) -> Tensor:
+    """``1 - (2 sum(p g) + eps) / (sum(p^2) + sum(g^2) + eps)``, in [0, 1] (V-Net, 1606.04797).
+
+    Alone and from scratch it can stay at masks of one value; usually it stands beside
+    binary_cross_entropy.
+
+    Args: see binary_cross_entropy.
+        eps: pixels; keeps the value defined, and low for a low p, where g is all 0.
+    """
+    _check_parameter("eps", eps, eps > 0, "above 0")
+    probs, gt = mask_logits.sigmoid().flatten(1), gt_masks.flatten(1)
+    intersection = 2 * (probs * gt).sum(1)
+    total = probs.square().sum(1) + gt.square().sum(1)
+    return _mean_over_rois(1 - (intersection + eps) / (total + eps), weights)
+
+
+@MASK_LOSS_REGISTRY.register()
+def focal(
+    mask_logits: Tensor,
+    gt_masks: Tensor,
+    weights: Tensor | None = None,
+    *,
+    gamma: float = 2.0,
+    alpha: float = 0.25,
+) -> Tensor:
+    """Mean over the pixels of ``-a (1 - q)^gamma log q``; 0 and above (1708.02002 equation 5).
+
+    q is p where g = 1 and 1 - p where g = 0; a is alpha or 1 - alpha likewise. Its mean is far
+    below that of binary_cross_entropy, which it equals for gamma = 0 and alpha = -1.
+
+    Args: see binary_cross_entropy.
+        gamma: 0, or 1 and above (between, the gradient has a pole where q = 1).
+        alpha: in [0, 1]; -1 leaves the factor out.
+    """
+    _check_parameter("gamma", gamma, gamma == 0 or gamma >= 1, "0, or 1 and above")
+    _check_parameter("alpha", alpha, alpha == -1 or 0 <= alpha <= 1, "in [0, 1], or -1")
+    pixels = sigmoid_focal_loss(mask_logits, gt_masks, alpha, gamma)
+    return _mean_over_rois(pixels.flatten(1).mean(1), weights)
+
+
+@MASK_LOSS_REGISTRY.register()
+def tversky(
+    mask_logits: Tensor,
+    gt_masks: Tensor,
+    weights: Tensor | None = None,
+    *,
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    eps: float = 1.0,
+) -> Tensor:
+    """``1 - (TP + eps) / (TP + alpha FP + beta FN + eps)``, in [0, 1) (1706.05721).
+
+    TP = sum(p g), FP = sum(p (1 - g)), FN = sum((1 - p) g). With alpha = beta = 0.5 it is Dice with
+    p and g in place of their squares (and half of eps).
+
+    Args: see binary_cross_entropy.
+        alpha: what a false positive counts, 0 and above.
+        beta: what a false negative counts, 0 and above.
+        eps: pixels, see dice.
+    """
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        _check_parameter(name, value, value >= 0, "0 or above")
+    _check_parameter("eps", eps, eps > 0, "above 0")
+    true_positive, false_positive, false_negative = _overlaps(mask_logits, gt_masks)
+    errors = alpha * false_positive + beta * false_negative
+    return _mean_over_rois(errors / (true_positive + errors + eps), weights)
+
+
+@MASK_LOSS_REGISTRY.register()
+def soft_iou(
+    mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None, *, eps: float = 1.0
+) -> Tensor:
+    """``1 - (sum(p g) + eps) / (sum(p + g - p g) + eps)``, in [0, 1).
+
+    Args: see binary_cross_entropy.
+        eps: pixels, see dice.
+    """
+    _check_parameter("eps", eps, eps > 0, "above 0")
+    true_positive, false_positive, false_negative = _overlaps(mask_logits, gt_masks)
+    errors = false_positive + false_negative
+    return _mean_over_rois(errors / (true_positive + errors + eps), weights)
+
+
+@MASK_LOSS_REGISTRY.register()
+def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The Lovász extension of 1 - IoU at the hinge errors; 0 and above (1705.08790 equation 9).
+
+    Errors ``m = max(0, 1 - z (2g - 1))`` are sorted, largest first; each counts with the IoU that
+    its pixel costs on top of those before it. Not bounded above: beside, or after,
+    binary_cross_entropy it is stabler than alone.
+
+    Args: see binary_cross_entropy; gt_masks in {0, 1}.
+    """
+    gt = gt_masks.flatten(1)
+    errors, order = (1 - mask_logits.flatten(1) * (2 * gt - 1)).sort(dim=1, descending=True)
+    gt = gt.gather(1, order)
+    total = gt.sum(1, keepdim=True)
+    union = total + (1 - gt).cumsum(1)
+    # Both are 0 only before the first pixel of an empty mask, and there is none before the first.
+    lost_iou = 1 - (total - gt.cumsum(1)) / union.clamp(min=1)
+    steps = torch.diff(lost_iou, dim=1, prepend=torch.zeros_like(total))
+    return _mean_over_rois((errors.relu() * steps).sum(1), weights)
+
+
+def signed_distance(gt_masks: Tensor) -> Tensor:
+    """Returns the distance of each pixel centre to the mask's boundary, negative inside.
+
+    The exact Euclidean distance to the nearest pixel of the other kind, less the half pixel to its
+    edge, computed on the masks' device: first along columns, then along rows.
+
+    Args:
+        gt_masks: (R, M, M); above 0.5 is inside.
+
+    Returns:
+        (R, M, M) in pixels; 0 for masks that are all of one kind.
+    """
+    inside = gt_masks > 0.5
+    steps = torch.arange(inside.shape[-1], device=inside.device, dtype=gt_masks.dtype)
+    squares = (steps[:, None] - steps).square()
+    far = 4.0 * inside.shape[-1] ** 2  # beyond any distance in the mask
+    distances = []
+    for other in (inside, ~inside):
+        cost = torch.where(other, 0.0, far)
+        cost = (cost[:, None] + squares[..., None]).amin(2)  # nearest of the column
+        distances.append((cost[:, :, None] + squares).amin(3).clamp(max=far).sqrt() - 0.5)
+    distance = torch.where(inside, -distances[1], distances[0])
+    one_kind = inside.flatten(1).all(1) | ~inside.flatten(1).any(1)
+    return torch.where(one_kind[:, None, None], 0.0, distance)
+
+
+@MASK_LOSS_REGISTRY.register()
+def boundary_distance(
+    mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Mean over the pixels of ``p phi / M``, phi the signed distance to the mask's boundary.
+
+    The boundary loss of 1812.07032 (equation 5), negative inside, so that it may be below 0: in
+    (-1, 1.5). It knows of no region: beside one, with a weight that is ramped up (a third number in
+    LOSSES). RoIs whose target has no boundary count as 0.
+
+    Args: see binary_cross_entropy.
+    """
+    phi = signed_distance(gt_masks) / gt_masks.shape[-1]
+    return _mean_over_rois((mask_logits.sigmoid() * phi).flatten(1).mean(1), weights)
+
+
+@MASK_LOSS_REGISTRY.register()
+def edge_agreement(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of ``|S * p - S * g|^2`` over the pixels and both Sobel filters S; in [0, 16].
+
+    The edge agreement loss of 1809.07069 with p = 2 (equation 3). The border is replicated, so that
+    a mask cut off by its RoI makes no edge there.
+
+    Args: see binary_cross_entropy.
+    """
+    difference = F.pad((mask_logits.sigmoid() - gt_masks)[:, None], (1, 1, 1, 1), mode="replicate")
+    smooth, slope = difference.new_tensor([1, 2, 1]), difference.new_tensor([-1, 0, 1])
+    sobel = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None]
+    edges = F.conv2d(difference, sobel)
+    return _mean_over_rois(edges.square().flatten(1).mean(1), weights)
+
+
+def _check_parameter(name: str, value: float, valid: bool, range_: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} is {value}; it must be {range_}")
+
+
+@dataclass(frozen=True)
+class MaskLossTerm:
+    """One term of the mask loss.
+
+    Attributes:
+        name: in MASK_LOSS_REGISTRY.
+        weight: its factor.
+        ramp_iters: iterations over which the factor grows from 0, linearly.
+        parameters: keyword arguments of the loss.
+    """
+
+    name: str
+    weight: float
+    ramp_iters: int
+    parameters: Mapping[str, float]
+
+    @property
+    def loss(self) -> MaskLoss:
+        return MASK_LOSS_REGISTRY.get(self.name)
+
+    @property
+    def activation(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What couples_classes was given, or None for a sigmoid."""
+        return getattr(self.loss, "activation", None)
+
+    def weight_at(self, iteration: int) -> float:
+        if iteration >= self.ramp_iters:
+            return self.weight
+        return self.weight * iteration / self.ramp_iters
 
 
 def weighted_mask_losses(
-    losses: Sequence[tuple[str, float]], mask_logits: Tensor, gt_masks: Tensor
+    terms: Sequence[MaskLossTerm],
+    mask_logits: Tensor,
+    classes: Tensor,
+    gt_masks: Tensor,
+    iteration: int,
 ) -> dict[str, Tensor]:
-    """Evaluates a weighted sum of registered losses, term by term.
+    """Evaluates a weighted sum of losses, term by term, in float32 at least.
 
     Args:
-        losses: (name in MASK_LOSS_REGISTRY, weight) of each term.
-        mask_logits: (R, M, M).
-        gt_masks: (R, M, M) of the same dtype, in {0, 1}.
+        terms: from parse_losses.
+        mask_logits: (R, M, M), or (R, K, M, M) if the terms couple the classes.
+        classes: (R,) int64 in [0, K).
+        gt_masks: (R, M, M), in [0, 1].
+        iteration: for ramps.
 
     Returns:
         The weighted terms, which the trainer adds up: ``loss_mask`` for a single term (detectron2's
         name), ``loss_mask_<name>`` for several.
     """
-    terms = {}
-    for name, weight in losses:
-        key = "loss_mask" if len(losses) == 1 else f"loss_mask_{name}"
-        terms[key] = weight * MASK_LOSS_REGISTRY.get(name)(mask_logits, gt_masks)
+    mask_logits = mask_logits.to(torch.promote_types(mask_logits.dtype, torch.float32))
+    gt_masks = gt_masks.to(mask_logits.dtype)
+    losses = {}
+    for term in terms:
+        key = "loss_mask" if len(terms) == 1 else f"loss_mask_{term.name}"
+        inputs = (
+            (mask_logits, gt_masks) if term.activation is None else (mask_logits, classes, gt_masks)
+        )
+        losses[key] = term.weight_at(iteration) * term.loss(*inputs, **term.parameters)
+    return losses
+
+
+def parse_losses(
+    losses: Sequence[Sequence[Any]], parameters: Mapping[str, Mapping[str, Any]]
+) -> list[MaskLossTerm]:
+    """Returns the terms that MODEL.ROI_MASK_HEAD.LOSSES and LOSS_PARAMS describe.
+
+    Args:
+        losses: ``[name, weight]`` or ``[name, weight, ramp_iters]`` of each term.
+        parameters: for names in capitals, values of parameters in capitals; those of losses that
+            are not terms are looked at, too.
+
+    Raises:
+        ValueError: naming the key and the choices, if there is no term, an entry has another form,
+            a name is unknown or repeated, a number is out of its range, or terms do not go
+            together.
+    """
+    checked = {name.lower(): _check_parameters(name, values) for name, values in parameters.items()}
+    terms: list[MaskLossTerm] = []
+    for entry in losses:
+        name, weight, *ramp = _check_entry(losses, entry)
+        if name in [term.name for term in terms]:
+            raise ValueError(f"{_where(losses)}: {name!r} stands twice; add its weights")
+        ramp_iters = ramp[0] if ramp else 0
+        terms.append(MaskLossTerm(name, float(weight), ramp_iters, checked.get(name, {})))
+    if not terms:
+        raise ValueError(f"{_where(losses)}: give at least one, such as ['dice', 1.0]")
+    if len({term.activation for term in terms}) > 1:
+        raise ValueError(
+            f"{_where(losses)}: losses with a softmax and with a sigmoid do not go together, since "
+            "inference has one of them"
+        )
     return terms
 
 
-def check_losses(losses: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Returns ``losses`` as (name, weight) pairs.
+def _where(losses: Sequence[Sequence[Any]]) -> str:
+    return f"MODEL.ROI_MASK_HEAD.LOSSES {list(losses)!r}"
 
-    Raises:
-        ValueError: if it is empty, a name is unknown or repeated, or an entry is not a pair.
-    """
+
+def _check_entry(losses: Sequence[Sequence[Any]], entry: Any) -> Sequence[Any]:
     choices = sorted(name for name, _ in MASK_LOSS_REGISTRY)
-    where = f"MODEL.ROI_MASK_HEAD.LOSSES {list(losses)!r}"
-    checked: list[tuple[str, float]] = []
-    for entry in losses:
-        pair = isinstance(entry, list | tuple) and len(entry) == 2
-        if not pair or not isinstance(entry[1], int | float):
-            raise ValueError(f"{where}: {entry!r} is not a pair [name, weight]")
-        name, weight = entry
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"{where}: weight {weight} of {name!r} is not a finite number >= 0")
-        if name not in choices:
-            raise ValueError(f"{where}: no loss {name!r}; choose from {choices}")
-        if name in dict(checked):
-            raise ValueError(f"{where}: {name!r} stands twice; add its weights")
-        checked.append((name, float(weight)))
-    if not checked:
-        raise ValueError(f"{where}: give at least one [name, weight], e.g. {choices[0]!r}, 1.0")
-    return checked
+    if not isinstance(entry, list | tuple) or len(entry) not in (2, 3):
+        raise ValueError(
+            f"{_where(losses)}: {entry!r} is not [name, weight] or [name, weight, ramp iterations]"
+        )
+    name, weight, *ramp = entry
+    if name not in choices:
+        raise ValueError(f"{_where(losses)}: no loss {name!r}; choose from {choices}")
+    if not _is_number(weight) or weight < 0:
+        raise ValueError(
+            f"{_where(losses)}: weight {weight!r} of {name!r} is not a finite number >= 0"
+        )
+    if ramp and (type(ramp[0]) is not int or ramp[0] < 0):
+        raise ValueError(
+            f"{_where(losses)}: ramp {ramp[0]!r} of {name!r} is not a number of iterations"
+        )
+    return entry
+
+
+def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the keyword arguments of a loss from its section of LOSS_PARAMS."""
+    where = f"MODEL.ROI_MASK_HEAD.LOSS_PARAMS.{name}"
+    if name.lower() not in MASK_LOSS_REGISTRY or name != name.upper():
+        choices = sorted(known.upper() for known, _ in MASK_LOSS_REGISTRY)
+        raise ValueError(f"{where}: no such loss; choose from {choices}")
+    loss = MASK_LOSS_REGISTRY.get(name.lower())
+    signature = inspect.signature(loss).parameters.values()
+    known = [p.name for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    arguments = {}
+    for key, value in values.items():
+        if key.lower() not in known or key != key.upper():
+            choices = [parameter.upper() for parameter in known]
+            raise ValueError(f"{where}.{key}: no such parameter; choose from {choices}")
+        if not _is_number(value):
+            raise ValueError(f"{where}.{key}: {value!r} is not a finite number")
+        arguments[key.lower()] = value
+    nothing = torch.zeros(0, 1, 1)
+    classes = torch.zeros(0, dtype=torch.int64)
+    inputs = (nothing[:, None], classes, nothing) if hasattr(loss, "activation") else (nothing,) * 2
+    try:
+        loss(*inputs, **arguments)  # looks at the ranges
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return arguments
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

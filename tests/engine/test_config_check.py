@@ -8,6 +8,8 @@ from conftest import CONFIG_FILES, CONFIGS
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.engine import check_config
 
+SOFTMAX = ("MODEL.ROI_MASK_HEAD.LOSSES", "[['softmax_cross_entropy', 1.0]]")
+
 MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
 
 
@@ -40,7 +42,12 @@ MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
             "ROIAlignV2 with max has no effect.*set it in MODEL.ROI_BOX_HEAD",
         ),
         (["MODEL.ROI_MASK_HEAD.LOSSES", "[['dise', 1.0]]"], "LOSSES.*no loss 'dise'"),
-        (["MODEL.ROI_MASK_HEAD.LOSSES", "[5]"], "LOSSES.*not a pair"),
+        (["MODEL.ROI_MASK_HEAD.LOSSES", "[5]"], r"LOSSES.*5 is not \[name, weight\]"),
+        (["MODEL.ROI_MASK_HEAD.LOSS_PARAMS.DICE.EPS", "0.0"], "LOSS_PARAMS.DICE: eps is 0.0; it"),
+        (
+            [*SOFTMAX, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
+            "LOSSES: 'softmax_cross_entropy' lets classes compete.*CLS_AGNOSTIC_MASK",
+        ),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "0"], "NUM_CLASSES is 0; it must be at least 1"),
         (["SOLVER.MAX_ITER", "-5"], "SOLVER.MAX_ITER is -5"),
         (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0"),

@@ -1,21 +1,32 @@
-"""FCNMaskHead: selected prediction equals dense prediction, logging, loss terms."""
+"""The mask heads: selected prediction equals dense prediction, logging, loss terms."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_instances, relative_error
+from conftest import random_instances, relative_error, small_config
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mask_head_plugin.modeling import MASK_LOSS_REGISTRY, FCNMaskHead
-from mask_head_plugin.modeling.mask_head import STATISTICS_PERIOD, select_class_logits
-from mask_head_plugin.modeling.mask_loss import binary_cross_entropy, check_losses
+from mask_head_plugin.modeling import MASK_LOSS_REGISTRY, FCNMaskHead, MLPMaskHead
+from mask_head_plugin.modeling.mask_head import (
+    BINARY_CROSS_ENTROPY,
+    STATISTICS_PERIOD,
+    select_class_logits,
+    select_class_masks,
+)
+from mask_head_plugin.modeling.mask_loss import (
+    binary_cross_entropy,
+    parse_losses,
+    softmax_cross_entropy,
+    softmax_probs,
+)
 
 IMAGE_HW = (64, 64)
 
@@ -27,6 +38,11 @@ def make_head(num_classes=3, **kwargs) -> FCNMaskHead:
         conv_dims=[4, 4],
         **kwargs,
     )
+
+
+def make_mlp(num_classes=3, **kwargs) -> MLPMaskHead:
+    shape = ShapeSpec(channels=4, height=7, width=7)
+    return MLPMaskHead(shape, num_classes=num_classes, fc_dims=[6, 5], **kwargs)
 
 
 def make_positives(num_instances: int, num_classes: int = 3) -> Instances:
@@ -59,6 +75,94 @@ def test_selected_logits_equal_dense_prediction(classes, channels, side, bias):
         )
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(classes=st.lists(st.integers(0, 6), max_size=9), width=st.integers(1, 5))
+def test_selected_rows_of_a_linear_layer_equal_dense_prediction(classes, width):
+    predictor = nn.Linear(width, 7 * 9, dtype=torch.float64)
+    hidden = torch.randn(len(classes), width, dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor(classes, dtype=torch.int64)
+    selected = select_class_masks(hidden, predictor, indices, 3)
+    dense = predictor(hidden).view(-1, 7, 3, 3)[torch.arange(len(classes)), indices]
+    torch.testing.assert_close(selected, dense, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(dense)
+    for a, b in zip(
+        *(
+            torch.autograd.grad((output * weights).sum(), [hidden, *predictor.parameters()])
+            for output in (selected, dense)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_instances", [0, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cls_agnostic", [False, True])
+@pytest.mark.parametrize("make", [make_head, make_mlp])
+def test_whole_head_equals_its_dense_form(make, cls_agnostic, dtype, num_instances):
+    """Loss, gradient of every weight, and inference; repeated and absent classes."""
+    head = make(1 if cls_agnostic else 5).to(dtype)
+    nn.init.normal_(head.predictor.weight)
+    instances, features = make_positives(num_instances, 3), torch.randn(num_instances, 4, 7, 7)
+    features = features.to(dtype)
+
+    def run():
+        instances.pred_classes = instances.gt_classes
+        with EventStorage(0):
+            loss = head.train()(features, [instances])["loss_mask"]
+        gradients = torch.autograd.grad(loss, list(head.parameters()))
+        return [loss, *gradients, head.eval()(features, [instances])[0].pred_masks.detach()]
+
+    selected = run()
+    head.selected_logits = lambda x, classes: head.class_logits(x)[torch.arange(len(x)), classes]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for actual, expected in zip(selected, run(), strict=True):
+        assert actual.shape == expected.shape
+        if expected.numel():
+            assert relative_error(actual, expected) <= tolerance
+
+
+@pytest.mark.parametrize("make", [make_head, make_mlp])
+def test_softmax_head_predicts_the_softmax_of_all_classes(make):
+    head = make(3, losses=[["softmax_cross_entropy", 1.0]])
+    nn.init.normal_(head.predictor.weight)
+    instances, features = make_positives(5), torch.randn(5, 4, 7, 7)
+    instances.pred_classes = instances.gt_classes
+    logits = head.class_logits(features)
+    with EventStorage(0):
+        loss = head(features, [instances])["loss_mask"]
+    gt = instances.gt_masks.crop_and_resize(instances.proposal_boxes.tensor, 14).float()
+    expected = softmax_cross_entropy(logits, instances.gt_classes, gt)
+    torch.testing.assert_close(loss, expected)
+    probs = head.eval()(features, [instances])[0].pred_masks[:, 0]
+    torch.testing.assert_close(probs, softmax_probs(logits, instances.gt_classes))
+
+
+def test_mlp_needs_hidden_layers_and_square_features():
+    with pytest.raises(ValueError, match="NUM_FC above 0"):
+        MLPMaskHead(ShapeSpec(channels=4, height=7, width=7), num_classes=3, fc_dims=[])
+    with pytest.raises(ValueError, match="square"):
+        MLPMaskHead(ShapeSpec(channels=4, height=7, width=5), num_classes=3, fc_dims=[4])
+    with pytest.raises(ValueError, match="MLPMaskHead needs features of POOLER_RESOLUTION"):
+        build_model(
+            small_config("Base-MaskRCNN-C4.yaml", "MODEL.ROI_MASK_HEAD.NAME", "MLPMaskHead")
+        )
+
+
+@pytest.mark.parametrize("losses", [BINARY_CROSS_ENTROPY, [["softmax_cross_entropy", 1.0]]])
+@pytest.mark.parametrize("make", [make_head, make_mlp])
+def test_autocast_gives_the_loss_of_full_precision(make, losses):
+    head = make(3, losses=losses)
+    instances, features = make_positives(4), torch.randn(4, 4, 7, 7)
+    nn.init.normal_(head.predictor.weight)
+    with EventStorage(0):
+        expected = head(features, [instances])["loss_mask"]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = head(features, [instances])["loss_mask"]
+    actual.backward()
+    assert actual.dtype == torch.float32 and relative_error(actual, expected) < 0.02
 
 
 def test_select_class_logits_of_a_hand_worked_example():
@@ -128,7 +232,9 @@ def test_state_dict_has_detectron2s_names_only():
 
 
 def test_single_loss_is_named_as_in_detectron2_and_several_by_term():
-    MASK_LOSS_REGISTRY._do_register("twice_bce", lambda z, g: 2 * binary_cross_entropy(z, g))
+    MASK_LOSS_REGISTRY._do_register(
+        "twice_bce", lambda z, g, w=None: 2 * binary_cross_entropy(z, g)
+    )
     try:
         instances, features = make_positives(4), torch.randn(4, 4, 7, 7)
         head = make_head(
@@ -136,7 +242,7 @@ def test_single_loss_is_named_as_in_detectron2_and_several_by_term():
         )
         with EventStorage(0):
             terms = head(features, [instances])
-            head.losses = [("binary_cross_entropy", 1.0)]
+            head.losses = parse_losses([("binary_cross_entropy", 1.0)], {})
             single = head(features, [instances])
         assert set(terms) == {"loss_mask_binary_cross_entropy", "loss_mask_twice_bce"}
         assert set(single) == {"loss_mask"}
@@ -145,52 +251,6 @@ def test_single_loss_is_named_as_in_detectron2_and_several_by_term():
         torch.testing.assert_close(terms["loss_mask_twice_bce"], 12 * bce)
     finally:
         del MASK_LOSS_REGISTRY._obj_map["twice_bce"]
-
-
-@pytest.mark.parametrize(
-    ("losses", "message"),
-    [
-        ([], "at least one"),
-        ([["dise", 1.0]], "no loss 'dise'; choose from .*binary_cross_entropy"),
-        (["binary_cross_entropy"], "not a pair"),
-        ([["binary_cross_entropy", "1"]], "not a pair"),
-        ([5], "not a pair"),
-        ([["binary_cross_entropy", 1.0], ["binary_cross_entropy", 2.0]], "twice"),
-    ],
-)
-def test_malformed_losses_are_refused_with_the_key(losses, message):
-    with pytest.raises(ValueError, match=f"MODEL.ROI_MASK_HEAD.LOSSES.*{message}"):
-        check_losses(losses)
-
-
-def test_binary_cross_entropy_of_a_hand_worked_example():
-    logits = torch.tensor([[[0.0, np.log(3.0)]]], dtype=torch.float64)  # p = 1/2, 3/4
-    targets = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
-    expected = (-np.log(0.5) - np.log(0.25)) / 2
-    assert binary_cross_entropy(logits, targets).item() == pytest.approx(expected, abs=1e-12)
-
-
-def test_binary_cross_entropy_gradient():
-    logits = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 2, (2, 3, 3)).double()
-    assert torch.autograd.gradcheck(lambda z: binary_cross_entropy(z, targets), logits)
-
-
-def test_binary_cross_entropy_of_no_rois_is_zero_with_a_graph():
-    logits = torch.zeros(0, 3, 3, requires_grad=True)
-    loss = binary_cross_entropy(logits, torch.zeros(0, 3, 3))
-    loss.backward()
-    assert loss == 0 and logits.grad is not None
-
-
-def test_half_precision_autocast_gives_the_loss_of_full_precision():
-    head, instances, features = make_head(), make_positives(4), torch.randn(4, 4, 7, 7)
-    nn.init.normal_(head.predictor.weight)
-    with EventStorage(0):
-        expected = head(features, [instances])["loss_mask"]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            actual = head(features, [instances])["loss_mask"]
-    assert relative_error(actual.float(), expected) < 0.02
 
 
 def test_images_without_positives_among_others_are_skipped():
