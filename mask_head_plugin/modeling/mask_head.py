@@ -21,11 +21,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead, MaskRCNNConvUpsampleHead
-from detectron2.structures import Instances
+from detectron2.structures import BitMasks, Instances
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops import crop_masks
 from .mask_loss import parse_losses, weighted_mask_losses
 
 STATISTICS_PERIOD = 20
@@ -367,14 +368,20 @@ def log_statistics(
 def crop_gt_masks(instances: list[Instances], mask_logits: Tensor) -> Tensor:
     """Returns the (R, M, M) targets: each RoI's part of its own ground-truth mask.
 
+    Polygons are rasterised by pycocotools, as in detectron2.
+
     Args:
         instances: per image, R in all, with ``proposal_boxes`` and ``gt_masks``.
         mask_logits: (R, M, M); gives M and the device.
     """
-    size, device = mask_logits.shape[-1], mask_logits.device
-    targets = [
-        x.gt_masks.crop_and_resize(x.proposal_boxes.tensor, size).to(device)
-        for x in instances
-        if len(x) > 0  # an image without objects has no gt_masks
-    ]
+    size, targets = mask_logits.shape[-1], []
+    for x in instances:
+        if len(x) == 0:  # an image without objects has no gt_masks
+            continue
+        boxes = x.proposal_boxes.tensor
+        if isinstance(x.gt_masks, BitMasks):
+            target = crop_masks(x.gt_masks.tensor, boxes, size)
+        else:
+            target = x.gt_masks.crop_and_resize(boxes, size)
+        targets.append(target.to(mask_logits.device))
     return cat(targets) if targets else torch.zeros_like(mask_logits, dtype=torch.bool)
