@@ -45,6 +45,14 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_HEAD.NUM_FC = 2
     cfg.MODEL.ROI_MASK_HEAD.FC_DIM = 1024
 
+    # Mask scoring (Mask Scoring R-CNN, arXiv 1903.00241): a network beside the mask head predicts
+    # the IoU of each mask, and masks are ranked by class score times IoU.
+    scoring = cfg.MODEL.ROI_MASK_HEAD.SCORING = CfgNode()
+    scoring.ENABLED = False
+    scoring.LOSS_WEIGHT = 1.0
+    scoring.CONV_DIM = 256  # channels of its four convolutions
+    scoring.FC_DIM = 1024  # units of its two hidden linear layers
+
     # The user's own data sets in COCO instances format: ["name", "annotations.json", "images/"].
     # Paths start at the current folder or, where nothing is there, at $DETECTRON2_DATASETS. The
     # names can then stand in DATASETS.TRAIN and DATASETS.TEST.

@@ -16,7 +16,6 @@ from detectron2.engine import DefaultTrainer, hooks
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
@@ -27,7 +26,7 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
-from ..evaluation import write_contact_sheet
+from ..evaluation import MaskEvaluator, write_contact_sheet
 from .checkpoint import MaskHeadCheckpointer
 
 Results = OrderedDict[str, Any]
@@ -132,13 +131,13 @@ def _draw_contact_sheets(trainer: Trainer) -> None:
         trainer.draw_contact_sheets(trainer.cfg, trainer.model)
 
 
-def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> COCOEvaluator:
-    """COCOEvaluator that looks at all detections a model may return.
+def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluator:
+    """MaskEvaluator that looks at all detections a model may return.
 
     The COCO metric's limit of 100 would cap recall where images hold more objects.
     """
     if MetadataCatalog.get(dataset_name).get("made_on_first_use", False):
-        DatasetCatalog.get(dataset_name)  # COCOEvaluator reads the annotation file at once
+        DatasetCatalog.get(dataset_name)  # MaskEvaluator reads the annotation file at once
     per_image = cfg.TEST.DETECTIONS_PER_IMAGE
     limit = per_image if per_image > COCO_MAX_DETECTIONS else None
     if limit is not None:
@@ -146,4 +145,4 @@ def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> COCOEvaluat
             "AP of %s looks at TEST.DETECTIONS_PER_IMAGE = %d detections an image, not COCO's %d",
             *(dataset_name, limit, COCO_MAX_DETECTIONS),
         )
-    return COCOEvaluator(dataset_name, output_dir=folder, max_dets_per_image=limit)
+    return MaskEvaluator(dataset_name, output_dir=folder, max_dets_per_image=limit)

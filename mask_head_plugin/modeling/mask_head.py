@@ -12,7 +12,7 @@ Shape alphabet: R RoIs, K classes, C channels, P pooled side, M mask side (2P), 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fvcore.nn.weight_init as weight_init
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from ..ops import crop_masks
 from .mask_loss import parse_losses, weighted_mask_losses
+from .mask_scoring import MaskIoUHead, instance_areas, mask_iou_targets
 
 STATISTICS_PERIOD = 20
 """Iterations between two logs of mask accuracy: DefaultTrainer's write period."""
@@ -109,9 +110,17 @@ class ClassSelection(nn.Module):
         raise NotImplementedError
 
     def _init_selection(
-        self, num_classes: int, losses: Losses, loss_params: LossParams, loss_weight: float
+        self,
+        num_classes: int,
+        losses: Losses,
+        loss_params: LossParams,
+        loss_weight: float,
+        iou_head: MaskIoUHead | None,
+        iou_loss_weight: float,
     ) -> None:
         self.num_classes = num_classes
+        self.iou_head = iou_head
+        self.iou_loss_weight = iou_loss_weight
         self.losses = [
             dataclasses.replace(term, weight=term.weight * loss_weight)
             for term in parse_losses(losses, loss_params)
@@ -134,7 +143,8 @@ class ClassSelection(nn.Module):
 
         Returns:
             In training the weighted loss terms; in inference the same instances with
-            ``pred_masks`` (Ri, 1, M, M), probabilities of the predicted class's mask.
+            ``pred_masks`` (Ri, 1, M, M), probabilities of the predicted class's mask, and with mask
+            scoring ``mask_scores`` (Ri,), the class score times the predicted IoU.
         """
         field = "gt_classes" if self.training else "pred_classes"
         classes = cat([x.get(field) for x in instances])
@@ -148,15 +158,27 @@ class ClassSelection(nn.Module):
             mask_logits = self.class_logits(features)
             mask_probs = activation(mask_logits.detach(), classes)
         if not self.training:
-            split = mask_probs[:, None].split([len(x) for x in instances])
-            for instances_per_image, probs in zip(instances, split, strict=True):
-                instances_per_image.pred_masks = probs
+            counts = [len(x) for x in instances]
+            for x, probs in zip(instances, mask_probs[:, None].split(counts), strict=True):
+                x.pred_masks = probs
+            if self.iou_head is not None:
+                iou = self.iou_head(features, mask_probs, classes).clamp(0, 1)
+                for x, iou_per_image in zip(instances, iou.split(counts), strict=True):
+                    x.mask_scores = x.scores * iou_per_image
             return instances
         gt_masks = crop_gt_masks(instances, mask_probs)
         # detectron2's masks crop to bool; a user's may crop to shares in [0, 1].
-        self._log(mask_probs, gt_masks if gt_masks.dtype == torch.bool else gt_masks > 0.5)
+        gt_bits = gt_masks if gt_masks.dtype == torch.bool else gt_masks > 0.5
+        self._log(mask_probs, gt_bits)
         iteration = get_event_storage().iter
-        return weighted_mask_losses(self.losses, mask_logits, classes, gt_masks, iteration)
+        losses = weighted_mask_losses(self.losses, mask_logits, classes, gt_masks, iteration)
+        if self.iou_head is not None:
+            areas = instance_areas(instances, mask_probs.device)
+            target = mask_iou_targets(mask_probs > 0.5, gt_bits, *areas)
+            iou = self.iou_head(features, mask_probs, classes).float()
+            loss = (iou - target).square().sum() / max(len(iou), 1)
+            losses["loss_mask_iou"] = self.iou_loss_weight * loss
+        return losses
 
     @torch.no_grad()
     def _log(self, mask_probs: Tensor, gt_masks: Tensor) -> None:
@@ -179,7 +201,7 @@ class ClassSelection(nn.Module):
                 storage.put_image(name, pair.float().expand(3, -1, -1))
 
 
-def selection_arguments(cfg: CfgNode) -> dict[str, Any]:
+def selection_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
     """Returns the arguments that all of the plugin's mask heads take from a config.
 
     Raises:
@@ -189,12 +211,27 @@ def selection_arguments(cfg: CfgNode) -> dict[str, Any]:
     if "LOSSES" not in head:
         raise KeyError("MODEL.ROI_MASK_HEAD.LOSSES: call add_mask_head_config(cfg) on your config")
     check_mask_losses(head)
+    num_classes = 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    iou_head = None
+    if head.SCORING.ENABLED:
+        shape = region_shape(cfg, input_shape)
+        iou_head = MaskIoUHead(shape, num_classes, head.SCORING.CONV_DIM, head.SCORING.FC_DIM)
     return {
         "losses": head.LOSSES,
         "loss_params": head.LOSS_PARAMS,
-        "num_classes": 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        "num_classes": num_classes,
         "vis_period": cfg.VIS_PERIOD,
+        "iou_head": iou_head,
+        "iou_loss_weight": head.SCORING.LOSS_WEIGHT,
     }
+
+
+def region_shape(cfg: CfgNode, input_shape: ShapeSpec) -> ShapeSpec:
+    """Returns the shape of region features; Res5ROIHeads states it before res5 halves it."""
+    if "Res5" not in cfg.MODEL.ROI_HEADS.NAME:
+        return input_shape
+    height, width = -(-input_shape.height // 2), -(-input_shape.width // 2)
+    return ShapeSpec(channels=input_shape.channels, height=height, width=width)
 
 
 def check_mask_losses(head_cfg: CfgNode) -> None:
@@ -218,7 +255,6 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
     """
 
     predictor: nn.Conv2d
-    layers: Callable[[Tensor], Tensor]
 
     @configurable
     def __init__(
@@ -232,6 +268,8 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
         loss_params: LossParams = NO_PARAMETERS,
         loss_weight: float = 1.0,
         vis_period: int = 0,
+        iou_head: MaskIoUHead | None = None,
+        iou_loss_weight: float = 1.0,
     ) -> None:
         """
         Args:
@@ -244,6 +282,8 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
             loss_params: parameters by loss; names as in MODEL.ROI_MASK_HEAD.LOSS_PARAMS.
             loss_weight: factor of all terms.
             vis_period: iterations between images of masks and targets in TensorBoard; 0 for none.
+            iou_head: predicts the IoU of each mask (mask scoring); None for none.
+            iou_loss_weight: factor of its loss, the mean squared error over the RoIs.
 
         Raises:
             ValueError: if ``losses`` or ``loss_params`` cannot be used.
@@ -256,15 +296,19 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
             loss_weight=loss_weight,
             vis_period=vis_period,
         )
-        self._init_selection(num_classes, losses, loss_params, loss_weight)
+        self._init_selection(
+            num_classes, losses, loss_params, loss_weight, iou_head, iou_loss_weight
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        return {**super().from_config(cfg, input_shape), **selection_arguments(cfg)}
+        return {**super().from_config(cfg, input_shape), **selection_arguments(cfg, input_shape)}
 
     def predictor_features(self, features: Tensor) -> Tensor:
         """Returns the (R, C, M, M) input of the predictor for (R, C, P, P) region features."""
-        for layer in list(self.children())[:-1]:
+        for layer in self.children():
+            if layer is self.predictor:
+                break
             features = layer(features)
         return features
 
@@ -272,7 +316,11 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
         return select_class_logits(self.predictor_features(features), self.predictor, classes)
 
     def class_logits(self, features: Tensor) -> Tensor:
-        return self.layers(features)
+        return self.predictor(self.predictor_features(features))
+
+    def layers(self, features: Tensor) -> Tensor:
+        """Returns the logits of all classes, as detectron2's method of this name."""
+        return self.class_logits(features)
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -294,13 +342,16 @@ class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
         loss_params: LossParams = NO_PARAMETERS,
         loss_weight: float = 1.0,
         vis_period: int = 0,
+        iou_head: MaskIoUHead | None = None,
+        iou_loss_weight: float = 1.0,
     ) -> None:
         """
         Args:
             input_shape: channels, height and width of the region features; a square.
             num_classes: K, foreground classes; 1 for class-agnostic masks.
             fc_dims: units of each hidden layer, one or more.
-            losses, loss_params, loss_weight, vis_period: see FCNMaskHead.
+            losses, loss_params, loss_weight, vis_period, iou_head, iou_loss_weight: see
+                FCNMaskHead.
 
         Raises:
             ValueError: if there is no hidden layer, the shape is not a square, or ``losses`` or
@@ -323,19 +374,16 @@ class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
         self.predictor = nn.Linear(width, num_classes * self.mask_side**2)
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.bias)
-        self._init_selection(num_classes, losses, loss_params, loss_weight)
+        self._init_selection(
+            num_classes, losses, loss_params, loss_weight, iou_head, iou_loss_weight
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         head = cfg.MODEL.ROI_MASK_HEAD
-        if "Res5" in cfg.MODEL.ROI_HEADS.NAME:
-            raise ValueError(
-                "MODEL.ROI_MASK_HEAD.NAME MLPMaskHead needs features of POOLER_RESOLUTION; "
-                f"those of {cfg.MODEL.ROI_HEADS.NAME} are half as large"
-            )
         return {
-            **selection_arguments(cfg),
-            "input_shape": input_shape,
+            **selection_arguments(cfg, input_shape),
+            "input_shape": region_shape(cfg, input_shape),
             "fc_dims": [head.FC_DIM] * head.NUM_FC,
         }
 

@@ -127,8 +127,10 @@ class MultiLevelRoIPooler(nn.Module):
             )
         if not box_lists:
             return features[0].new_zeros(0, features[0].shape[1], *self.output_size)
-        rois = convert_boxes_to_pooler_format(box_lists)
-        if not is_tracing():
+        if is_tracing():  # numbers of boxes are those of the example, unless in detectron2's way
+            rois = convert_boxes_to_pooler_format(box_lists)
+        else:
+            rois = boxes_to_rois(box_lists)
             check_finite(rois)
         levels = self._assign_levels(box_lists)
         sampled = self.pooler_type in ("ROIWarp", "ROIAlign", "ROIAlignV2")
@@ -137,11 +139,11 @@ class MultiLevelRoIPooler(nn.Module):
             if not averaged and self.pooler_type != "ROIPool":
                 raise ValueError(f"{self.pooler_type} with {self.reduction} cannot be traced")
             return self._pool_by_level(features, rois, levels)
-        fast_cuda = rois.is_cuda and not torch.are_deterministic_algorithms_enabled()
+        fast_cuda = features[0].is_cuda and not torch.are_deterministic_algorithms_enabled()
         wide = features[0].dtype in (torch.float32, torch.float64)
         if averaged and fast_cuda and features[0].dtype != torch.float64:
             return self._pool_at_once(features, rois, levels)
-        if self.pooler_type == "ROIPool" and (fast_cuda or (not rois.is_cuda and wide)):
+        if self.pooler_type == "ROIPool" and (fast_cuda or (not features[0].is_cuda and wide)):
             return self._pool_by_level(features, rois, levels)
         return self._operator()(features, rois, self.output_size, self.scales, levels=levels)
 
@@ -181,20 +183,26 @@ class MultiLevelRoIPooler(nn.Module):
         return fused(features, rois, levels, *options)
 
     def _pool_by_level(self, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
-        """Pools with torchvision's operators, then puts the result into the order of the boxes."""
-        rois, scales = self._quantize(rois.to(features[0].dtype), levels)
+        """Pools with torchvision's operators, then puts the result into the order of the boxes.
+
+        They want boxes of the type of the maps. Boxes in half precision would be moved by pixels,
+        so half-precision maps are pooled in float32, as autocast does.
+        """
+        dtype = torch.promote_types(features[0].dtype, torch.float32)
+        rois, scales = self._quantize(rois.to(dtype), levels)
         if self.pooler_type == "ROIPool":  # computes with 32-bit integers
             rois = rois.clamp(-MAX_CELL, MAX_CELL)
         by_level = [torch.where(levels == level)[0] for level in range(len(scales))]
         pooled = []
         for feature, scale, indices in zip(features, scales, by_level, strict=True):
-            arguments = (feature, rois[indices], self.output_size, scale)
+            arguments = (feature.to(dtype), rois[indices], self.output_size, scale)
             if self.pooler_type == "ROIPool":
                 pooled.append(torchvision_roi_pool(*arguments))
             else:
                 options = (self.sampling_ratio, self._aligned)
                 pooled.append(torchvision_roi_align(*arguments, *options))
-        return torch.cat(pooled).index_select(0, torch.cat(by_level).argsort())
+        result = torch.cat(pooled).index_select(0, torch.cat(by_level).argsort())
+        return result.to(features[0].dtype)
 
     def _quantize(self, rois: Tensor, levels: Tensor) -> tuple[Tensor, tuple[float, ...]]:
         """Returns RoIs and scales with which ROIAlign computes what is asked for.
@@ -225,6 +233,15 @@ def check_pooler(pooler_type: str, reduction: str) -> None:
         raise ValueError("PrROIPool integrates over a bin; it has no samples to take the max of")
 
 
+def boxes_to_rois(box_lists: Sequence[Boxes]) -> Tensor:
+    """Returns (R, 5) RoIs, image index and box, without waiting for the device."""
+    rois = []
+    for image, boxes in enumerate(box_lists):
+        index = boxes.tensor.new_full((len(boxes), 1), image)
+        rois.append(torch.cat([index, boxes.tensor], dim=1))
+    return torch.cat(rois)
+
+
 def check_finite(rois: Tensor) -> None:
     """Refuses NaN and infinite coordinates, which would belong to no level.
 
@@ -252,9 +269,14 @@ def fused_roi_align(device: torch.device) -> Callable[..., Tensor] | None:
     try:
         from ..ops.roi_pooling_triton import multilevel_roi_align  # needs Triton
 
-        feature = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
-        rois = torch.zeros(1, 5, device=device)
-        multilevel_roi_align([feature], rois, rois[:, 0], (1, 1), [1.0], 0, True).sum().backward()
+        # The first call may be one of inference.
+        with torch.inference_mode(False), torch.enable_grad():
+            feature = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
+            rois = torch.zeros(1, 5, device=device)
+            pooled = multilevel_roi_align([feature], rois, rois[:, 0], (1, 1), [1.0], 0, True)
+            pooled.sum().backward()
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler for another machine may raise
         logging.getLogger(__name__).warning(
             "RoI pooling in one kernel is not available, torchvision's operator takes its place: "

@@ -28,6 +28,12 @@ from torch.autograd.function import once_differentiable
 
 from .axis_weights import MAX_MAP_SIZES
 
+_TRITON_TYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
 MAX_BLOCK_CHANNELS = 128
 """Channels of one program: a warp's 32 threads with 4 channels each."""
 
@@ -50,7 +56,7 @@ def multilevel_roi_align(
     """ROIAlign of each RoI from its own map; equal to ops.roi_align up to rounding.
 
     Nothing here looks at values, so it does not wait for the device: coordinates must be finite,
-    image indices in [0, N) and levels in [0, L).
+    image indices in [0, N) and levels in [0, L). RoIs get no gradient.
 
     Args:
         features: L maps (N, C, Hi, Wi) of float32, float16 or bfloat16, with any strides.
@@ -64,10 +70,29 @@ def multilevel_roi_align(
 
     Returns:
         (R, C, P, Q) of the type of ``features`` in channels_last layout, with a gradient to them.
+
+    Raises:
+        ValueError: if types, devices or shapes are not as above.
     """
+    first = features[0]
+    for x in features:
+        alike = x.dtype == first.dtype and x.device == rois.device == levels.device
+        if not alike or x.dtype not in _TRITON_TYPES or x.shape[:2] != first.shape[:2]:
+            raise ValueError(
+                "feature maps must agree in N, C, type (float32, float16, bfloat16) and device "
+                f"(that of rois and levels), not {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+    if rois.dim() != 2 or rois.shape[1] != 5 or levels.shape != rois.shape[:1]:
+        raise ValueError(
+            f"rois must be (R, 5) and levels (R,), not {tuple(rois.shape)}, {tuple(levels.shape)}"
+        )
     options = (output_size, max(sampling_ratio, 0), aligned)
     pooled: Tensor = _MultiLevelRoIAlign.apply(
-        rois.float(), levels.int(), tuple(spatial_scales), options, *features
+        rois.detach().float().contiguous(),
+        levels.int().contiguous(),
+        tuple(spatial_scales),
+        options,
+        *features,
     )
     return pooled
 
@@ -84,7 +109,7 @@ class _MultiLevelRoIAlign(torch.autograd.Function):
     ) -> Tensor:
         (height, width), channels = options[0], features[0].shape[1]
         pooled = features[0].new_empty(len(rois), height, width, channels)
-        ctx.scales = torch.tensor(scales).to(rois.device, non_blocking=True)
+        ctx.scales = _to_device(torch.tensor(scales), rois.device)
         _launch(features, pooled, rois, levels, ctx.scales, options, backward=False)
         ctx.save_for_backward(rois, levels)
         ctx.options = options
@@ -98,6 +123,7 @@ class _MultiLevelRoIAlign(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rois, levels = ctx.saved_tensors
         grad = grad.permute(0, 2, 3, 1).contiguous()
+        # Of every map, also of those that need none: a RoI adds where its level says.
         grads = [torch.zeros_like(x, device=grad.device) for x in ctx.like]
         _launch(grads, grad, rois, levels, ctx.scales, ctx.options, backward=True)
         return None, None, None, None, *[x.to(ctx.dtype) for x in grads]
@@ -129,33 +155,34 @@ def _launch(
     if pooled.numel() == 0:
         return
     rows = [[x.data_ptr(), *x.shape[2:], *x.stride()] for x in maps]
-    # From pageable memory a copy is staged at once and does not wait for the device.
-    table = torch.tensor(rows).to(pooled.device, non_blocking=True)
+    table = _to_device(torch.tensor(rows), pooled.device)
     block = min(triton.next_power_of_2(num_channels), MAX_BLOCK_CHANNELS)
-    _roi_align_kernel[(len(rois) * height, triton.cdiv(num_channels, block))](
-        table,
-        pooled,
-        rois.contiguous(),
-        levels,
-        scales,
-        num_channels,
-        dtype=_TRITON_TYPES[maps[0].dtype],
-        channels_last=all(x.stride(1) == 1 for x in maps),
-        pooled_height=height,
-        pooled_width=width,
-        sampling_ratio=sampling_ratio,
-        aligned=aligned,
-        block_channels=block,
-        backward=backward,
-        num_warps=1,
-    )
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(pooled):
+        _roi_align_kernel[(len(rois) * height, triton.cdiv(num_channels, block))](
+            table,
+            pooled,
+            rois,
+            levels,
+            scales,
+            num_channels,
+            dtype=_TRITON_TYPES[maps[0].dtype],
+            channels_last=all(x.stride(1) == 1 for x in maps),
+            pooled_height=height,
+            pooled_width=width,
+            sampling_ratio=sampling_ratio,
+            aligned=aligned,
+            block_channels=block,
+            backward=backward,
+            num_warps=1,
+        )
 
 
-_TRITON_TYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copies from pinned memory, which does not wait for the device."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @triton.jit

@@ -1,0 +1,108 @@
+"""Mask scoring: how well a mask fits, predicted beside it (Mask Scoring R-CNN, arXiv 1903.00241).
+
+A detection's score says how sure its class is, not how good its mask is. Here a small network
+predicts the mask's IoU with its instance, and class score times IoU ranks the masks.
+
+Shape alphabet: R RoIs, K classes, C channels, P side of the region features, M mask side (2P).
+"""
+
+from __future__ import annotations
+
+import fvcore.nn.weight_init as weight_init
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.structures import BitMasks, Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MaskIoUHead(nn.Module):
+    """Predicts the IoU of a mask with its instance, for each class (section 3.2 and figure 3).
+
+    Region features and the mask, halved by a maximum to their size, go through four 3x3
+    convolutions, the last with stride 2, and three linear layers.
+    """
+
+    def __init__(
+        self, input_shape: ShapeSpec, num_classes: int, conv_dim: int = 256, fc_dim: int = 1024
+    ) -> None:
+        """
+        Args:
+            input_shape: channels, height and width of the region features.
+            num_classes: K.
+            conv_dim: channels of the convolutions.
+            fc_dim: units of the two hidden linear layers.
+        """
+        super().__init__()
+        channels = input_shape.channels + 1
+        layers: list[nn.Module] = []
+        for stride in (1, 1, 1, 2):
+            layers += [nn.Conv2d(channels, conv_dim, 3, stride, padding=1), nn.ReLU()]
+            channels = conv_dim
+        self.convolutions = nn.Sequential(*layers)
+        width = conv_dim * -(-input_shape.height // 2) * -(-input_shape.width // 2)
+        self.hidden = nn.Sequential(
+            nn.Linear(width, fc_dim), nn.ReLU(), nn.Linear(fc_dim, fc_dim), nn.ReLU()
+        )
+        self.predictor = nn.Linear(fc_dim, num_classes)
+        for layer in layers[::2]:
+            weight_init.c2_msra_fill(layer)
+        for layer in (self.hidden[0], self.hidden[2]):
+            weight_init.c2_xavier_fill(layer)
+        nn.init.normal_(self.predictor.weight, std=0.01)
+        nn.init.zeros_(self.predictor.bias)
+
+    def forward(self, features: Tensor, mask_probs: Tensor, classes: Tensor) -> Tensor:
+        """
+        Args:
+            features: (R, C, P, P) region features.
+            mask_probs: (R, M, M); not trained by the prediction made from them.
+            classes: (R,) int64 in [0, K).
+
+        Returns:
+            (R,) predicted IoU of each RoI's class, any real number.
+        """
+        masks = F.max_pool2d(mask_probs.detach()[:, None], 2).to(features.dtype)
+        hidden = self.hidden(self.convolutions(torch.cat([features, masks], dim=1)).flatten(1))
+        return self.predictor(hidden).gather(1, classes[:, None])[:, 0]
+
+
+def mask_iou_targets(
+    mask_bits: Tensor, gt_masks: Tensor, box_area: Tensor, gt_area: Tensor
+) -> Tensor:
+    """Returns the IoU of predicted masks with whole instances, not only with their part in the RoI.
+
+    Both masks are counted in mask pixels. What of the instance lies outside the RoI is missed by
+    any prediction: ``overlap / (predicted + instance - overlap)``.
+
+    Args:
+        mask_bits: (R, M, M) bool, the prediction.
+        gt_masks: (R, M, M) bool, the part of the instance in the RoI.
+        box_area: (R,) area of the RoIs in image pixels.
+        gt_area: (R,) area of the whole instances in image pixels.
+
+    Returns:
+        (R,) in [0, 1].
+    """
+    overlap, predicted, inside = (
+        x.flatten(1).sum(1).float() for x in (mask_bits & gt_masks, mask_bits, gt_masks)
+    )
+    pixels = mask_bits[0].numel() if len(mask_bits) else 1
+    whole = gt_area * pixels / box_area.clamp(min=1e-6)
+    # Rounded to mask pixels, the part may seem larger than the whole.
+    return overlap / (predicted + torch.maximum(whole, inside) - overlap).clamp(min=1.0)
+
+
+def instance_areas(instances: list[Instances], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns (R,) areas of proposal boxes and of ground-truth masks, in image pixels."""
+    boxes, masks = [], []
+    for x in instances:
+        if len(x) == 0:  # an image without objects has no gt_masks
+            continue
+        boxes.append(x.proposal_boxes.area())
+        gt = x.gt_masks
+        area = gt.tensor.flatten(1).sum(1) if isinstance(gt, BitMasks) else gt.area()
+        masks.append(area.to(device, torch.float32))
+    if not boxes:
+        return torch.zeros(0, device=device), torch.zeros(0, device=device)
+    return torch.cat(boxes), torch.cat(masks)
