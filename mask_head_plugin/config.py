@@ -80,14 +80,7 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     if config_file:
         _merge_file(cfg, config_file)
     _merge_opts(cfg, list(opts))
-    defaults = get_cfg()
-    add_mask_head_config(defaults)
-    for key in _keys(cfg):
-        if _value(cfg, key) is None and _value(defaults, key) is not None:
-            default = _value(defaults, key)
-            raise ConfigError(
-                f"{config_file or 'options'}: {key} has no value; default {default!r}"
-            )
+    _check_values(cfg, config_file or "options")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("no CUDA device: MODEL.DEVICE is now cpu")
         cfg.MODEL.DEVICE = "cpu"
@@ -111,6 +104,18 @@ def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> Non
         raise ConfigError(f"{source}: {_explain(cfg, error)}") from error
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{source} does not hold 'KEY: value' sections") from error
+    _check_values(cfg, source)
+
+
+def _check_values(cfg: CfgNode, source: str) -> None:
+    """Refuses keys that stand without a value, where a file has ``KEY:`` and nothing behind."""
+    defaults = get_cfg()
+    add_mask_head_config(defaults)
+    known = set(_keys(defaults))
+    for key in _keys(cfg):
+        if _value(cfg, key) is None and key in known and _value(defaults, key) is not None:
+            default = _value(defaults, key)
+            raise ConfigError(f"{source}: {key} has no value; default {default!r}")
 
 
 def _merge_file(cfg: CfgNode, config_file: str) -> None:

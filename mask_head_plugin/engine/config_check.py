@@ -17,7 +17,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.utils.registry import Registry
 
 from ..config import ConfigError, nearest_name
-from ..modeling.mask_head import check_mask_losses
+from ..modeling.mask_head import ClassSelection, check_mask_losses
 from ..modeling.pooler import POOLER_TYPES, check_pooler
 from ..modeling.roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
 
@@ -79,9 +79,13 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
 
 def _check_pooler(cfg: CfgNode, head: str) -> None:
     kind, reduction = cfg.MODEL[head].POOLER_TYPE, cfg.MODEL[head].POOLER_REDUCTION
-    known = (*POOLER_TYPES, *DETECTRON2_POOLER_TYPES, "")  # "" pools nothing, for PointRend
+    known: tuple[str, ...] = (*POOLER_TYPES, *DETECTRON2_POOLER_TYPES)
+    if head == "ROI_MASK_HEAD" and not issubclass(_mask_head(cfg), ClassSelection):
+        known = (*known, "")  # pools nothing, for PointRend
     if kind not in known:
         raise ConfigError(f"MODEL.{head}.POOLER_TYPE {kind!r} is none of {known}")
+    if kind in DETECTRON2_POOLER_TYPES and reduction != "mean":
+        raise ConfigError(f"MODEL.{head}: {kind} is detectron2's and has no POOLER_REDUCTION")
     try:
         check_pooler(kind if kind in POOLER_TYPES else "ROIAlignV2", reduction)
     except ValueError as error:
@@ -104,6 +108,11 @@ def _check_pooler(cfg: CfgNode, head: str) -> None:
                 f"MODEL.ROI_MASK_HEAD: {kind} with {reduction} has no effect, since "
                 f"{heads.__name__} pools once; set it in MODEL.ROI_BOX_HEAD"
             )
+
+
+def _mask_head(cfg: CfgNode) -> type:
+    head: type = ROI_MASK_HEAD_REGISTRY.get(cfg.MODEL.ROI_MASK_HEAD.NAME)
+    return head
 
 
 def _check_device(cfg: CfgNode, train: bool) -> None:

@@ -72,8 +72,8 @@ def load_ablation(path: str | Path, size: str) -> Ablation:
     content = _read(path)
     sizes, variants = content["SIZES"], content["VARIANTS"]
     if size not in sizes:
-        raise ConfigError(f"{path} has no size {size!r}; choose from {sorted(sizes)}")
-    for key, names in (("BASELINE", [content["BASELINE"]]), ("PAPER", content.get("PAPER", {}))):
+        raise ConfigError(f"{path} has no size {size!r}; choose from {list(sizes)}")
+    for key, names in (("BASELINE", [content["BASELINE"]]), ("PAPER", content["PAPER"])):
         for name in names:
             if name not in variants:
                 hint = nearest_name(str(name), [str(v) for v in variants])
@@ -93,20 +93,33 @@ def load_ablation(path: str | Path, size: str) -> Ablation:
         tuple(content["SEEDS"]),
         content["BASELINE"],
         configs,
-        content.get("PAPER", {}),
+        content["PAPER"],
     )
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A SafeLoader that refuses a key that stands twice, where YAML's last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise ConfigError(f"ablation file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} does not hold 'KEY: value' lines")
-    unknown = sorted(set(content) - {*REQUIRED, "PAPER"})
+    unknown = [key for key in content if key not in (*REQUIRED, "PAPER")]
     if unknown:
         raise ConfigError(
             f"{path}: unknown keys {unknown}; an ablation has {list(REQUIRED)}, PAPER"
@@ -114,13 +127,19 @@ def _read(path: Path) -> dict[str, Any]:
     for key, kind in REQUIRED.items():
         if not isinstance(content.get(key), kind) or not content[key]:
             raise ConfigError(f"{path}: {key} must be a {kind.__name__} that is not empty")
-    if not all(type(seed) is int and seed >= 0 for seed in content["SEEDS"]):
-        raise ConfigError(f"{path}: SEEDS {content['SEEDS']} are not all whole numbers from 0")
+    seeds = content["SEEDS"]
+    if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{path}: SEEDS {seeds} are not all whole numbers from 0, each once")
     for name, size in content["SIZES"].items():
-        if (
-            not isinstance(size, dict)
-            or "CONFIG" not in size
-            or set(size) - {"CONFIG", "OVERRIDES"}
-        ):
+        known = isinstance(size, dict) and not set(size) - {"CONFIG", "OVERRIDES"}
+        if not known or not isinstance(size.get("CONFIG"), str):
             raise ConfigError(f"{path}: size {name!r} needs a CONFIG, and may have OVERRIDES")
+    content["PAPER"] = content.get("PAPER") or {}
+    if not isinstance(content["PAPER"], dict):
+        raise ConfigError(f"{path}: PAPER must be a dict of variants and their figures")
+    for name, figures in content["PAPER"].items():
+        if not isinstance(figures, dict) or not all(
+            isinstance(figure, int | float) for figure in figures.values()
+        ):
+            raise ConfigError(f"{path}: PAPER of {name!r} must name figures, not {figures!r}")
     return content

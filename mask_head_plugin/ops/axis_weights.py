@@ -158,40 +158,43 @@ def precise_roi_pool_weights(
 
     They are the limit of ROIAlign's for a growing fixed sampling ratio. In particular a RoI that
     ends before it starts is mirrored, and a bin of length 0 reads the one point where it lies.
-    Where the edges need a gradient it is computed in float64, because it divides by the length of
-    a bin, which may be a small difference of large coordinates.
+    Edges are compared with cells in float64. The rest is computed relative to a bin's first cell,
+    where float32 is as good; or in float64 too if the edges need a gradient, which divides by the
+    length of a bin.
 
     Args: see roi_align_samples.
     """
     shift, dtype = 0.5 if aligned else 0.0, start.dtype
-    if start.requires_grad or end.requires_grad:
-        start, end = start.double(), end.double()
-    start, end = start - shift, end - shift
+    work = torch.float64 if start.requires_grad or end.requires_grad else dtype
+    start, end = start.double() - shift, end.double() - shift
     side = end - start if aligned else (end - start).clamp(min=1.0)
     bins = torch.arange(num_bins + 1, dtype=side.dtype, device=side.device)
     edges = start[:, None] + bins * (side / num_bins)[:, None]
     low = torch.minimum(edges[:, :-1], edges[:, 1:])[:, :, None]
     high = torch.maximum(edges[:, :-1], edges[:, 1:])[:, :, None]
-    length = high - low
     inside = (high >= -1) & (low <= num_cells)
-    low, high = low.clamp(-1, num_cells), high.clamp(-1, num_cells)
     first = low.detach().clamp(0, num_cells - 1).floor()
     last = high.detach().clamp(0, num_cells - 1).ceil()
     count = torch.where(inside, last - first + 1, 0).flatten(1).amax(1).int()
     num_slots = max(int(count.max()), 1) if len(count) else 1
-    i = first + torch.arange(num_slots, dtype=first.dtype, device=first.device)
-    used = inside & (i <= last)
-    i = torch.minimum(i, last)
-    # The hat of cell i rises over [i - 1, i] and falls over [i, i + 1], but stays at 1 over the
+    low, high = (low - first).to(work), (high - first).to(work)
+    length = high - low
+    border = (-1 - first).to(work), (num_cells - first).to(work)
+    low, high = low.clamp(*border), high.clamp(*border)
+    i = torch.arange(num_slots, dtype=work, device=low.device)
+    cell = first.int() + i.int()
+    # The hat of a cell rises over [i - 1, i] and falls over [i, i + 1], but stays at 1 over the
     # border. On each side it is linear: its integral is length times value in the middle.
     rising = low.clamp(i - 1, i), high.clamp(i - 1, i)
     falling = low.clamp(i, i + 1), high.clamp(i, i + 1)
-    rise = torch.where(i == 0, 1.0, (rising[0] + rising[1]) / 2 - (i - 1))
-    fall = torch.where(i == num_cells - 1, 1.0, (i + 1) - (falling[0] + falling[1]) / 2)
+    rise = torch.where(cell == 0, 1.0, (rising[0] + rising[1]) / 2 - (i - 1))
+    fall = torch.where(cell == num_cells - 1, 1.0, (i + 1) - (falling[0] + falling[1]) / 2)
     integral = (rising[1] - rising[0]) * rise + (falling[1] - falling[0]) * fall
     mean = integral / torch.where(length > 0, length, 1.0)
     weight = torch.where(length > 0, mean, rise * fall)
-    return AxisWeights(i.int(), torch.where(used, weight, 0.0).to(dtype), count)
+    used = inside & (cell <= last)
+    cell = torch.minimum(cell, last.int())
+    return AxisWeights(cell, torch.where(used, weight, 0.0).to(dtype), count)
 
 
 def round_to_cells(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ own backward.
 A maximum needs its samples one by one: ROIPool and ``reduction="max"`` compute them, group by
 group.
 
-All functions run on any device and are deterministic. Beside the result they hold lists of at most
+All functions run on any device and are deterministic (maxima on CUDA only where
+torch.use_deterministic_algorithms asks for it). Beside the result they hold lists of at most
 about LIST_ENTRIES cells and their weights, tables of TABLE_ELEMENTS (the map itself if it is
 channels-last), and intermediate results of GROUP_ELEMENTS, or those of one RoI if these are more.
 
@@ -23,6 +24,7 @@ axis (Ky, Kx), c channels of one table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from .axis_weights import (
+    MAX_MAP_SIZES,
     AxisSamples,
     AxisWeights,
     precise_roi_pool_weights,
@@ -50,6 +53,9 @@ GROUP_ELEMENTS = 1 << 20
 
 TABLE_ELEMENTS = 1 << 20
 """Elements of a table that is a copy, because its map is not channels-last: 4 MB of float32."""
+
+SAMPLE_ENTRIES = 1 << 18
+"""Samples along one axis that are laid out at a time for RoIs larger than their map."""
 
 SLOTS = (0, 1, *(size << power for power in range(20) for size in (2, 3)))
 """Slots per bin are rounded up to one of 0, 1, 2, 3, 4, 6, 8, 12, …, so that RoIs share groups."""
@@ -71,8 +77,9 @@ def roi_align(
     """ROIAlign of Mask R-CNN section 3: bilinear samples in each bin, nothing rounded.
 
     With ``reduction="mean"`` equal to ``torchvision.ops.roi_align`` up to rounding. Differs from it
-    where a RoI ends before it starts (no crash) and for RoIs longer than
-    axis_weights.MAX_MAP_SIZES feature maps (the adaptive grid, and with it memory, stops growing).
+    in the default of ``aligned``, where a RoI ends before it starts (no crash), and for RoIs longer
+    than axis_weights.MAX_MAP_SIZES feature maps (the adaptive grid, and with it memory, stops
+    growing).
 
     Args:
         features: (N, C, H, W), or a list of L such maps that differ in H and W. A channels_last map
@@ -170,9 +177,10 @@ def roi_pool(
     """ROIPool (Fast R-CNN section 2.1): the maximum of the cells in each bin of a quantized RoI.
 
     Equal to ``torchvision.ops.roi_pool``, the gradient to the first of equal maxima included, for
-    any type and strides, and with a deterministic gradient on CUDA; where torchvision's can be
-    used it is faster (see modeling.MultiLevelRoIPooler). Differs in NaN features, which it passes
-    on, and in edges of over axis_weights.MAX_CELL cells.
+    any type and strides, and deterministic on CUDA where torch.use_deterministic_algorithms asks
+    for it; where torchvision's can be used it is faster (see modeling.MultiLevelRoIPooler). Differs
+    in NaN and infinite features, which it passes on, and in edges of over axis_weights.MAX_CELL
+    cells.
 
     Args and Returns: see roi_align.
     """
@@ -189,8 +197,9 @@ def _reducer(reduction: str) -> tuple[type[torch.autograd.Function], Callable[..
 
 
 class _Part(NamedTuple):
-    """The r RoIs that are pooled from one map."""
+    """r RoIs that are pooled from one map."""
 
+    level: int  # index of the map
     rows: Tensor  # (r,) their places among all RoIs
     first_cell: Tensor  # (r,) int32, where the image of each begins in the table of N H W cells
     y: Any  # AxisWeights or AxisSamples
@@ -203,6 +212,7 @@ class _Group(NamedTuple):
     places: Tensor  # (n,) in the part
     cells: Tensor  # (n, P, Q, Ky, Kx) int32, places in the table of cells
     weights: Tensor  # (n, P, Q, Ky, Kx)
+    empty: Tensor | None  # (n, P Q) bins off the map, if there are any: 0 times NaN would be NaN
 
 
 def _pool(
@@ -216,29 +226,52 @@ def _pool(
 ) -> Tensor:
     maps = [features] if isinstance(features, Tensor) else list(features)
     scales = [spatial_scale] if isinstance(spatial_scale, int | float) else list(spatial_scale)
-    levels = _check(maps, rois, scales, levels)
     height, width = (output_size,) * 2 if isinstance(output_size, int) else output_size
+    if not all(isinstance(side, int) and side > 0 for side in (height, width)):
+        raise ValueError(f"output_size must be whole numbers above 0, not {output_size}")
+    levels = _check(maps, rois, scales, levels)
     if len(rois) == 0:  # views keep the graph without reading the maps
         return torch.cat([x[:0, :, :1, :1].expand(-1, -1, height, width) for x in maps])
     rois = rois.to(torch.promote_types(maps[0].dtype, torch.float32))
     parts = []
     for level, (feature, scale) in enumerate(zip(maps, scales, strict=True)):
         rows = torch.nonzero(levels == level)[:, 0]
-        image, x0, y0, x1, y1 = rois[rows].unbind(1)
-        y = axis(y0 * scale, y1 * scale, height, feature.shape[2])
-        x = axis(x0 * scale, x1 * scale, width, feature.shape[3])
-        first_cell = image.int() * (feature.shape[2] * feature.shape[3])
-        parts.append(_Part(rows, first_cell, y, x))
+        boxes = rois[rows, 1:] * scale
+        first_cell = rois[rows, 0].int() * (feature.shape[2] * feature.shape[3])
+        for index in _split_by_size(boxes, feature):
+            x0, y0, x1, y1 = boxes[index].unbind(1)
+            y = axis(y0, y1, height, feature.shape[2])
+            x = axis(x0, x1, width, feature.shape[3])
+            parts.append(_Part(level, rows[index], first_cell[index], y, x))
     # Weights are inputs of their own, for their gradient.
     weights = [axis.weight for part in parts for axis in (part.y, part.x)]
-    pooled: Tensor = function.apply(parts, *maps, *weights)
+    pooled: Tensor = function.apply(parts, len(rois), len(maps), *maps, *weights)
     return pooled.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def _split_by_size(boxes: Tensor, feature: Tensor) -> list[Tensor]:
+    """Keeps RoIs larger than the map, whose many samples would be laid out for all, to themselves.
+
+    Args:
+        boxes: (r, 4) in cells.
+        feature: their map.
+
+    Returns:
+        Indices of boxes; no empty ones.
+    """
+    cells = boxes.new_tensor(feature.shape[:1:-1])
+    large = ((boxes[:, 2:] - boxes[:, :2]) > cells).any(dim=1)
+    step = max(SAMPLE_ENTRIES // (MAX_MAP_SIZES * max(feature.shape[2:])), 1)
+    groups = [torch.nonzero(~large)[:, 0], *torch.nonzero(large)[:, 0].split(step)]
+    return [group for group in groups if len(group)]
 
 
 def _check(maps: list[Tensor], rois: Tensor, scales: list[float], levels: Tensor | None) -> Tensor:
     """Raises ValueError for inputs that do not fit, and returns the levels."""
     if len(maps) != len(scales) or not maps:
         raise ValueError(f"got {len(scales)} spatial scales for {len(maps)} feature maps")
+    if not all(math.isfinite(scale) and scale > 0 for scale in scales):
+        raise ValueError(f"spatial scales must be finite and above 0, not {scales}")
     first = maps[0]
     for x in maps:
         if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape[1:]:
@@ -253,7 +286,9 @@ def _check(maps: list[Tensor], rois: Tensor, scales: list[float], levels: Tensor
             )
     if rois.dim() != 2 or rois.shape[1] != 5:
         raise ValueError(f"rois must be (R, 5): image, x0, y0, x1, y1; not {tuple(rois.shape)}")
-    bad = len(rois) - int(torch.isfinite(rois).all(dim=1).sum())
+    # In the type and the unit that they will be computed in.
+    cells = rois.detach().to(torch.promote_types(first.dtype, torch.float32)) * max(scales)
+    bad = len(rois) - int(torch.isfinite(cells).all(dim=1).sum())
     if bad:
         raise ValueError(f"{bad} of {len(rois)} RoIs have NaN or infinite coordinates")
     if len(rois) and not 0 <= int(rois[:, 0].min()) <= int(rois[:, 0].max()) < len(first):
@@ -265,6 +300,8 @@ def _check(maps: list[Tensor], rois: Tensor, scales: list[float], levels: Tensor
             f"{len(maps)} feature maps need levels of shape ({len(rois)},), not "
             f"{None if levels is None else tuple(levels.shape)}"
         )
+    if levels.is_floating_point():
+        raise ValueError(f"levels must be integers, not {levels.dtype}")
     if len(rois) and not 0 <= int(levels.min()) <= int(levels.max()) < len(maps):
         raise ValueError(f"levels are not all in [0, {len(maps)})")
     return levels
@@ -274,33 +311,40 @@ class _WeightedSum(torch.autograd.Function):
     """Each bin is the sum of its cells times the products of their weights along the axes."""
 
     @staticmethod
-    def forward(ctx: Any, parts: list[_Part], *inputs: Tensor) -> Tensor:
-        maps = inputs[: len(parts)]
-        pooled = _new_result(parts, maps[0])
-        for part, feature in zip(parts, maps, strict=True):
+    def forward(
+        ctx: Any, parts: list[_Part], num_rois: int, num_maps: int, *inputs: Tensor
+    ) -> Tensor:
+        maps = inputs[:num_maps]
+        pooled = _new_result(parts, num_rois, maps[0])
+        for part in parts:
+            feature = maps[part.level]
             for groups in _weight_lists(part, feature):
                 for channels in _channel_blocks(feature):
                     table = _table(feature, channels)
                     for group in groups:
-                        pooled[part.rows[group.places], :, channels] = _bags(table, group).to(
-                            pooled
-                        )
+                        bags = _bags(table, group).to(pooled)
+                        pooled[part.rows[group.places], :, channels] = bags
         ctx.parts, ctx.maps = parts, [torch.empty_like(x, device="meta") for x in maps]
-        if any(ctx.needs_input_grad[1 + len(parts) :]):
+        if any(ctx.needs_input_grad[3 + num_maps :]):
             ctx.save_for_backward(*maps)
         return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        grads = [
-            _grad_of_map(part, feature, grad) if needs else None
-            for part, feature, needs in zip(ctx.parts, ctx.maps, needed, strict=False)
-        ]
-        for part, feature in zip(ctx.parts, ctx.saved_tensors, strict=False):
-            grads += _grad_of_weights(part, feature, grad)
-        return None, *grads, *[None] * (len(needed) - len(grads))
+        grads: list[Tensor | None] = []
+        for level, feature in enumerate(ctx.maps):
+            grad_map = _MapGradient(feature, grad) if ctx.needs_input_grad[3 + level] else None
+            for part in ctx.parts:
+                if part.level == level and grad_map is not None:
+                    _add_grad_of_map(grad_map, part, feature, grad)
+            grads.append(None if grad_map is None else grad_map.total())
+        for part in ctx.parts:
+            if ctx.saved_tensors:
+                grads += _grad_of_weights(part, ctx.saved_tensors[part.level], grad)
+            else:
+                grads += [None, None]
+        return None, None, None, *grads
 
 
 def _weight_lists(part: _Part, feature: Tensor) -> Iterator[list[_Group]]:
@@ -308,11 +352,13 @@ def _weight_lists(part: _Part, feature: Tensor) -> Iterator[list[_Group]]:
     y, x = part.y, part.x
     bins, channels = y.cell.shape[1] * x.cell.shape[1], _block_size(feature)
     row_start = part.first_cell[:, None, None] + y.cell * feature.shape[3]
+    off_map_y, off_map_x = ((axis.weight == 0).all(dim=2) for axis in (y, x))
 
     def group(places: Tensor, ky: int, kx: int) -> _Group:
         cells = _over_y(row_start[places, :, :ky]) + _over_x(x.cell[places, :, :kx])
         weights = _over_y(y.weight[places, :, :ky]) * _over_x(x.weight[places, :, :kx])
-        return _Group(places, cells, weights)
+        off_map = off_map_y[places][:, :, None] | off_map_x[places][:, None, :]
+        return _Group(places, cells, weights, off_map.flatten(1) if off_map.any() else None)
 
     def step(ky: int, kx: int) -> int:
         return min(GROUP_ELEMENTS // (bins * channels), LIST_ENTRIES // (bins * ky * kx))
@@ -334,12 +380,14 @@ def _bags(table: Tensor, group: _Group) -> Tensor:
     """Returns the bins (n, P Q, c) of a group."""
     cells, weights = (part.flatten(3).flatten(0, 2) for part in (group.cells, group.weights))
     bags = embedding_bag(cells, table, mode="sum", per_sample_weights=weights)
-    return bags.view(len(group.places), -1, table.shape[1])
+    bags = bags.view(len(group.places), -1, table.shape[1])
+    if group.empty is not None:
+        bags = bags.masked_fill(group.empty[:, :, None], 0)
+    return bags
 
 
-def _grad_of_map(part: _Part, feature: Tensor, grad: Tensor) -> Tensor:
+def _add_grad_of_map(grad_map: _MapGradient, part: _Part, feature: Tensor, grad: Tensor) -> None:
     """Multiplies the gradient (R, P Q, C) with the transposed matrix: a cell is a bag of bins."""
-    grad_map = _MapGradient(feature, grad.device)
     numbers = torch.arange(grad[:, :, 0].numel(), dtype=torch.int32, device=grad.device)
     numbers = numbers.view(grad.shape[:2])[part.rows]
     for groups in _weight_lists(part, feature):
@@ -349,7 +397,6 @@ def _grad_of_map(part: _Part, feature: Tensor, grad: Tensor) -> Tensor:
             rows = grad[:, :, channels].flatten(0, 1).to(weights.dtype)
             sums = partial(embedding_bag, mode="sum", per_sample_weights=weights)
             grad_map.add(channels, sums(bins, rows, offsets))
-    return grad_map.total()
 
 
 def _transposed(
@@ -389,10 +436,9 @@ def _grad_of_weights(part: _Part, feature: Tensor, grad: Tensor) -> tuple[Tensor
                     bags = _bags(table, group._replace(weights=weights))
                 (d_weights,) = torch.autograd.grad(bags, weights, rows.to(bags.dtype))
                 ky, kx = weights.shape[3:]
-                d_y = torch.einsum("npqyx,nqx->npy", d_weights, x[places, :, :kx])
-                d_x = torch.einsum("npqyx,npy->nqx", d_weights, y[places, :, :ky])
-                grad_y[places, :, :ky] += d_y
-                grad_x[places, :, :kx] += d_x
+                # Products and sums, which autocast leaves alone.
+                grad_y[places, :, :ky] += (d_weights * _over_x(x[places, :, :kx])).sum((2, 4))
+                grad_x[places, :, :kx] += (d_weights * _over_y(y[places, :, :ky])).sum((1, 3))
     return grad_y, grad_x
 
 
@@ -400,39 +446,41 @@ class _Maximum(torch.autograd.Function):
     """Each bin is the maximum of its samples, a sample the weighted sum of one or of four cells."""
 
     @staticmethod
-    def forward(ctx: Any, parts: list[_Part], *inputs: Tensor) -> Tensor:
-        maps = inputs[: len(parts)]
-        pooled = _new_result(parts, maps[0])
+    def forward(
+        ctx: Any, parts: list[_Part], num_rois: int, num_maps: int, *inputs: Tensor
+    ) -> Tensor:
+        maps = inputs[:num_maps]
+        pooled = _new_result(parts, num_rois, maps[0])
         needed = any(ctx.needs_input_grad)
         winner = torch.empty_like(pooled, dtype=torch.int32) if needed else None
-        for part, feature in zip(parts, maps, strict=True):
+        for part in parts:
+            feature = maps[part.level]
             for groups in _sample_lists(part, feature):
                 for channels in _channel_blocks(feature):
                     table = _table(feature, channels)
                     shape = pooled.shape[1], table.shape[1]
                     for group in groups:
                         rows = part.rows[group.places]
-                        samples, empty = _samples(table, group), group.outside.all(dim=1)
-                        if winner is None:
-                            best = samples.amax(dim=1)
-                        else:
-                            best, which = samples.max(dim=1)
-                            winner[rows, :, channels] = which.view(len(rows), *shape).int()
-                        best = best.masked_fill_(empty[:, None], 0)
+                        best, which = _largest(table, group, needed)
                         pooled[rows, :, channels] = best.view(len(rows), *shape).to(pooled)
+                        if winner is not None:
+                            winner[rows, :, channels] = which.view(len(rows), *shape).int()
         ctx.parts, ctx.maps = parts, [torch.empty_like(x, device="meta") for x in maps]
-        ctx.winner = winner
+        ctx.save_for_backward(winner)
         return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        grads = [
-            _grad_of_maximum(part, feature, grad, ctx.winner) if needs else None
-            for part, feature, needs in zip(ctx.parts, ctx.maps, needed, strict=False)
-        ]
-        return None, *grads, *[None] * (len(needed) - len(grads))
+        (winner,) = ctx.saved_tensors
+        grads: list[Tensor | None] = []
+        for level, feature in enumerate(ctx.maps):
+            grad_map = _MapGradient(feature, grad) if ctx.needs_input_grad[3 + level] else None
+            for part in ctx.parts:
+                if part.level == level and grad_map is not None:
+                    _add_grad_of_maximum(grad_map, part, feature, grad, winner)
+            grads.append(None if grad_map is None else grad_map.total())
+        return None, None, None, *grads, *[None] * (2 * len(ctx.parts))
 
 
 class _SampleGroup(NamedTuple):
@@ -478,9 +526,29 @@ def _samples(table: Tensor, group: _SampleGroup) -> Tensor:
     return values.masked_fill_(group.outside[:, :, None], float("-inf"))
 
 
-def _grad_of_maximum(part: _Part, feature: Tensor, grad: Tensor, winner: Tensor) -> Tensor:
+def _largest(table: Tensor, group: _SampleGroup, needed: bool) -> tuple[Tensor, Tensor]:
+    """Returns the largest sample of each bin, (n P Q, c), and its number if that is needed.
+
+    A bin without samples is 0. Channels go in turns where the samples of a single RoI are many.
+    """
+    step = max(2 * GROUP_ELEMENTS // group.outside.numel(), 1)
+    empty = group.outside.all(dim=1)[:, None]
+    best, which = [], []
+    for columns in table.split(step, dim=1):
+        samples = _samples(columns, group)
+        if needed:
+            values, numbers = samples.max(dim=1)
+            which.append(numbers)
+        else:
+            values = samples.amax(dim=1)
+        best.append(values.masked_fill_(empty, 0))
+    return torch.cat(best, dim=1), torch.cat(which, dim=1) if needed else best[0]
+
+
+def _add_grad_of_maximum(
+    grad_map: _MapGradient, part: _Part, feature: Tensor, grad: Tensor, winner: Tensor
+) -> None:
     """Hands the gradient (R, P Q, C) of each bin to the cells of its largest sample."""
-    grad_map = _MapGradient(feature, grad.device)
     for groups in _sample_lists(part, feature):
         for channels in _channel_blocks(feature):
             num = channels.stop - channels.start
@@ -497,7 +565,6 @@ def _grad_of_maximum(part: _Part, feature: Tensor, grad: Tensor, winner: Tensor)
                     place = (cell * num + column).flatten()
                     table.scatter_add_(0, place, (values * weight).flatten())
             grad_map.add(channels, table.view(grad_map.num_cells, -1))
-    return grad_map.total()
 
 
 def _lists(
@@ -530,9 +597,8 @@ def _lists(
         yield groups
 
 
-def _new_result(parts: list[_Part], feature: Tensor) -> Tensor:
+def _new_result(parts: list[_Part], num_rois: int, feature: Tensor) -> Tensor:
     """Allocates the bins (R, P Q, C); those of RoIs with nothing on the map are 0."""
-    num_rois = sum(len(part.rows) for part in parts)
     bins = parts[0].y.cell.shape[1] * parts[0].x.cell.shape[1]
     pooled = feature.new_empty(num_rois, bins, feature.shape[1])
     for part in parts:
@@ -574,21 +640,26 @@ def _table(feature: Tensor, channels: slice) -> Tensor:
 class _MapGradient:
     """The gradient to a map, put together from tables of some of its channels."""
 
-    def __init__(self, feature: Tensor, device: torch.device) -> None:
+    def __init__(self, feature: Tensor, grad: Tensor) -> None:
+        """
+        Args:
+            feature: the map; its shape, strides and type count.
+            grad: to the bins; its device counts.
+        """
         images, _, height, width = feature.shape
         self.num_cells = images * height * width
-        self._like, self._device = feature, device
+        self._like, self._device = feature, grad.device
         self._total: Tensor | None = None
         self._written = 0
 
     def add(self, channels: slice, table: Tensor) -> None:
         images, num_channels, height, width = self._like.shape
-        block = table.view(images, height, width, -1).permute(0, 3, 1, 2).to(self._like.dtype)
+        block = table.view(images, height, width, -1).permute(0, 3, 1, 2)
         if self._total is None and block.shape[1] == num_channels:
             self._total = block  # channels-last, as the map is
         else:
-            if self._total is None:
-                self._total = torch.empty_like(self._like, device=self._device)
+            if self._total is None:  # half precision would round each sum
+                self._total = torch.empty_like(self._like, dtype=table.dtype, device=self._device)
             if channels.start >= self._written:
                 self._total[:, channels] = block
             else:
@@ -598,4 +669,4 @@ class _MapGradient:
     def total(self) -> Tensor:
         if self._total is None:
             return torch.zeros_like(self._like, device=self._device)
-        return self._total
+        return self._total.to(self._like.dtype)

@@ -25,6 +25,12 @@ MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
             r"ROI_MASK_HEAD.POOLER_TYPE 'RoIAlign' is",
         ),
         (["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "max"], r"ROI_BOX_HEAD.POOLER_TYPE 'max' is none of"),
+        (["MODEL.ROI_BOX_HEAD.POOLER_TYPE", ""], r"ROI_BOX_HEAD.POOLER_TYPE '' is none of"),
+        (["MODEL.ROI_MASK_HEAD.POOLER_TYPE", ""], r"ROI_MASK_HEAD.POOLER_TYPE '' is none of"),
+        (
+            ["MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlignRotated", *MAX_OF_MASK_HEAD],
+            "ROIAlignRotated is detectron2's and has no POOLER_REDUCTION",
+        ),
         (
             ["MODEL.ROI_BOX_HEAD.POOLER_REDUCTION", "median"],
             r"ROI_BOX_HEAD: unknown POOLER_REDUCTION 'median'; choose from \('mean', 'max'\)",

@@ -30,6 +30,8 @@ def test_every_variant_is_a_config_that_passes_the_check(file, size, tmp_path):
     for cfg in ablation.configs.values():
         cfg.OUTPUT_DIR = str(tmp_path)
         check_config(cfg, train=True)
+    texts = {cfg.dump() for cfg in ablation.configs.values()}
+    assert len(texts) == len(ablation.configs), "no two variants are the same"
 
 
 def test_table_2c_sets_both_heads():
@@ -97,6 +99,15 @@ def write(path, **changes):
         ({"VARIANTS": {"a": [3]}}, r"variant 'a' does not hold"),
         ({"BASELINE": "c"}, r"BASELINE names 'c', which is no variant"),
         ({"PAPER": {"aa": {"segm/AP": 1.0}}}, r"PAPER names 'aa'.*did you mean 'a'"),
+        ({"PAPER": {"a": 3}}, r"PAPER of 'a' must name figures"),
+        ({"PAPER": {"a": {"segm/AP": "high"}}}, r"PAPER of 'a' must name figures"),
+        ({"PAPER": ["a"]}, r"PAPER must be a dict"),
+        ({"SEEDS": [1, 1]}, r"SEEDS \[1, 1\]"),
+        ({"SIZES": {"shapes": {"CONFIG": 3}}}, r"size 'shapes' needs a CONFIG"),
+        (
+            {"VARIANTS": {"a": {"SOLVER": {"MAX_ITER": None}}}},
+            r"SOLVER.MAX_ITER has no value",
+        ),
         ({"SEEDS": [1, "2"]}, r"SEEDS \[1, '2'\] are not all whole"),
         ({"TITLE": None}, r"TITLE must be a str that is not empty"),
         ({"VARIANT": {}}, r"unknown keys \['VARIANT'\]"),
@@ -111,7 +122,14 @@ def test_what_does_not_fit_is_named(changes, message, tmp_path):
         load_ablation(path, "shapes")
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1", "\x00"])
+def test_a_variant_that_stands_twice_is_refused(tmp_path):
+    path = write(tmp_path / "ablation.yaml")
+    path.write_text(path.read_text() + "  b:\n    SEED: 4\n")
+    with pytest.raises(ConfigError, match=r"'b' stands twice"):
+        load_ablation(path, "shapes")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "\x00", "[" * 5000])
 def test_files_that_are_not_yaml_sections_are_refused(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"x\.yaml"):

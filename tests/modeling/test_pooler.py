@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -179,6 +180,31 @@ def test_a_kernel_that_does_not_run_is_reported_once_and_replaced(caplog):
             actual = module._pool_at_once(features, rois, levels)
     assert relative_error(actual, module(features, boxes)) <= 1e-6
     assert [r.message[:40] for r in caplog.records] == ["RoI pooling in one kernel is not availab"]
+
+
+def test_the_kernel_is_tried_with_gradients_on(monkeypatch):
+    """The first call may be one of inference, and its outcome is kept."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    name = "mask_head_plugin.ops.roi_pooling_triton"
+    monkeypatch.setitem(sys.modules, name, load_triton_kernels("roi_pooling_triton"))
+    pooler.fused_roi_align.cache_clear()
+    with torch.inference_mode():
+        assert pooler.fused_roi_align(torch.device("cpu")) is not None
+    pooler.fused_roi_align.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pooler_type", ["ROIPool", "ROIWarp", "ROIAlign", "ROIAlignV2"])
+def test_torchvisions_operators_pool_half_precision_maps_without_moving_boxes(pooler_type, dtype):
+    features, boxes = make_input(SCALES)
+    module = MultiLevelRoIPooler(7, SCALES, 0, pooler_type, 32, 3)
+    rois, levels = pooler.boxes_to_rois(boxes), module._assign_levels(boxes)
+    halves = [x.to(dtype) for x in features]
+    actual = module._pool_by_level(halves, rois, levels)
+    assert actual.dtype == dtype
+    expected = module([x.float() for x in halves], boxes)
+    assert relative_error(actual.float(), expected) <= torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 
@@ -11,6 +12,7 @@ from conftest import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_axis_weights import dense
+from torch.profiler import ProfilerActivity, profile
 from torchvision.ops import roi_align as torchvision_roi_align
 from torchvision.ops import roi_pool as torchvision_roi_pool
 
@@ -409,6 +411,8 @@ def test_result_is_channels_last():
 
 def test_a_slice_of_a_channels_last_batch_is_read_where_it_is():
     features = torch.randn(3, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    table = roi_pooling._table(features[1:], slice(0, roi_pooling._block_size(features[1:])))
+    assert table.data_ptr() == features[1:].data_ptr() and table.shape == (128, 4)
     rois = torch.tensor([[0.0, 1, 1, 7, 6], [1.0, 0, 2, 5, 8]])
     actual = roi_align(features[1:], rois, 3)
     assert (
@@ -457,19 +461,94 @@ def test_wrong_levels_scales_and_reductions_are_refused():
     with pytest.raises(ValueError, match=r"levels are not all in \[0, 2\)"):
         roi_align(maps, rois, 2, (1.0, 0.5), levels=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="1 spatial scales for 2 feature maps"):
-        roi_align(maps, rois, 2, levels=torch.zeros(3))
+        roi_align(maps, rois, 2, levels=torch.zeros(3).long())
+    with pytest.raises(ValueError, match=r"levels must be integers, not torch.float32"):
+        roi_align(maps, rois, 2, (1.0, 0.5), levels=torch.tensor([0.0, 1.0, 0.5]))
     with pytest.raises(ValueError, match="differ in N, C or type"):
-        roi_align([maps[0], maps[1].double()], rois, 2, (1, 0.5), levels=torch.zeros(3))
+        roi_align([maps[0], maps[1].double()], rois, 2, (1, 0.5), levels=torch.zeros(3).long())
     with pytest.raises(ValueError, match="reduction must be 'mean' or 'max', not 'sum'"):
         roi_align(maps[0], rois, 2, reduction="sum")
 
 
-def test_forward_and_backward_under_autocast_stay_in_float32():
+@pytest.mark.parametrize("name", OPERATORS)
+def test_forward_and_backward_under_autocast_stay_in_float32(name):
     features = torch.randn(2, 4, 20, 20, requires_grad=True)
     rois = random_rois(9, (20, 20), torch.Generator().manual_seed(0)).float()
-    expected = roi_align(features, rois, 3)
-    (gradient,) = torch.autograd.grad(expected.sum(), features)
+    inputs = (features, rois.requires_grad_()) if name == "precise" else (features,)
+
+    def run():
+        pooled = OPERATORS[name](features, rois, 3)
+        return [pooled, *torch.autograd.grad(pooled.square().sum(), inputs)]
+
+    expected = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = roi_align(features, rois, 3)
-        (autocast_gradient,) = torch.autograd.grad(actual.sum(), features)
-    assert torch.equal(actual, expected) and torch.equal(autocast_gradient, gradient)
+        actual = run()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_bins_off_the_map_are_zero_beside_infinite_features():
+    features = torch.zeros(1, 1, 10, 10)
+    features[..., -1] = float("inf")
+    rois = torch.tensor([[0.0, 2, 2, 40, 8]])
+    for operator in (roi_align, precise_roi_pool):
+        pooled = operator(features, rois, 4)
+        assert pooled[..., 0].min() > 1e38 and (pooled[..., 2:] == 0).all()
+
+
+def test_precise_roi_pool_in_float32_does_not_depend_on_who_needs_a_gradient():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 2, 40, 1300, generator=generator)
+    corner = torch.rand(200, 2, generator=generator) * torch.tensor([1290.0, 35])
+    side = 10 ** (torch.rand(200, 2, generator=generator) * 5 - 4)
+    rois = torch.cat([torch.zeros(200, 1), corner, corner + side], dim=1)
+    exact = precise_roi_pool(features.double(), rois.double(), 7)
+    for needed in (False, True):
+        pooled = precise_roi_pool(features, rois.requires_grad_(needed), 7)
+        assert (pooled - exact).abs().max() <= 1e-6 * features.abs().max()
+
+
+def test_half_precision_gradients_are_summed_in_float32(monkeypatch):
+    features = torch.randn(1, 20, 30, 30).bfloat16().requires_grad_()
+    rois = random_rois(200, (30, 30), torch.Generator().manual_seed(0), num_images=1).float()
+    whole = torch.autograd.grad(roi_align(features, rois, 3).sum(), features)[0]
+    monkeypatch.setattr(roi_pooling, "LIST_ENTRIES", 500)
+    pieces = torch.autograd.grad(roi_align(features, rois, 3).sum(), features)[0]
+    assert relative_error(pieces.float(), whole.float()) <= torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_one_huge_box_does_not_cost_the_others(name):
+    """The samples of a box of many maps are laid out for it alone."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 2, 100, 120, generator=generator)
+    rois = random_rois(300, (100, 120), generator, num_images=1).float()
+    huge = torch.tensor([[0.0, -1e9, -1e9, 1e9, 1e9]])
+
+    def peak(boxes):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            OPERATORS[name](features, boxes, 7)
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda e: e.start_ns())
+        return max(itertools.accumulate(e.nbytes() for e in events))
+
+    assert peak(torch.cat([rois, huge])) <= peak(rois) + peak(huge) + 1e6
+
+
+@pytest.mark.parametrize("size", [0, -1, (7, 0), (2.0, 3.0)])
+def test_impossible_output_sizes_are_refused(size):
+    for operator in OPERATORS.values():
+        with pytest.raises(ValueError, match="output_size must be whole numbers above 0"):
+            operator(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), size)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_scales_are_refused(scale):
+    for operator in OPERATORS.values():
+        with pytest.raises(ValueError, match="spatial scales must be finite and above 0"):
+            operator(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), 2, scale)
+
+
+def test_coordinates_that_overflow_when_scaled_are_counted():
+    rois = torch.tensor([[0, 3e38, 0, 3e38, 5]])
+    with pytest.raises(ValueError, match="1 of 1 RoIs have NaN or infinite"):
+        roi_align(torch.zeros(1, 1, 4, 4), rois, 2, 2.0)

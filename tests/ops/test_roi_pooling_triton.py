@@ -82,6 +82,25 @@ def test_no_rois(interpreted):
     assert pooled.shape == (0, 5, 2, 2) and maps[0].grad.abs().max() == 0
 
 
+def test_levels_and_rois_with_strides(interpreted):
+    maps, rois, levels = make_input(channels=3)
+    expected = interpreted(maps, rois, levels, (2, 2), (0.25, 0.125), 1, True)
+    strided = levels.int().repeat_interleave(2)[::2], rois.repeat(1, 2)[:, :5]
+    actual = interpreted(maps, strided[1], strided[0], (2, 2), (0.25, 0.125), 1, True)
+    assert torch.equal(actual, expected)
+
+
+def test_what_does_not_fit_is_refused(interpreted):
+    maps, rois, levels = make_input(channels=3)
+    options = ((2, 2), (0.25, 0.125), 1, True)
+    with pytest.raises(ValueError, match="must agree in N, C, type"):
+        interpreted([maps[0], maps[1].half()], rois, levels, *options)
+    with pytest.raises(ValueError, match="must agree in N, C, type"):
+        interpreted([x.double() for x in maps], rois, levels, *options)
+    with pytest.raises(ValueError, match=r"rois must be \(R, 5\)"):
+        interpreted(maps, torch.zeros(7, 6), levels, *options)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("backward", [False, True])
