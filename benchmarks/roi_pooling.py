@@ -5,9 +5,9 @@ All run in one process on the same inputs: 256 RoIs an image of 800 x 1333, C = 
 see one map of stride 8, the poolers an FPN of strides 4 to 32. PrROIPool has no peer on the CPU and
 is compared with this plugin's own roi_align.
 
-A time is the median of several runs; ratios are stock / ours. Memory is the peak of what PyTorch
-allocates during one forward and backward pass, beyond inputs and results: on the CPU by its
-profiler, on CUDA by its allocator.
+A time is the median of several runs, stock and ours in turn; ratios are stock / ours. Memory is the
+peak of what PyTorch allocates during one forward and backward pass, beyond inputs and results: on
+the CPU by its profiler, on CUDA by its allocator.
 
 Writes a table, a JSON file with machine, versions and date, and a plot beside it.
 """
@@ -15,24 +15,19 @@ Writes a table, a JSON file with machine, versions and date, and a plot beside i
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import detectron2
 import torch
 import torchvision
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
+from measure import machine, median_times, peak_megabytes
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from mask_head_plugin.modeling import MultiLevelRoIPooler
@@ -101,74 +96,33 @@ def comparisons(
         yield Comparison("roi_pool", stock_pool, partial(roi_pool, *arguments), single)
 
 
-def time_call(pool: Callable[[], Tensor], maps: list[Tensor], repeats: int) -> tuple[float, float]:
-    """Returns median milliseconds of forward and of forward + backward."""
-    forward, both = [], []
-    gradient = torch.ones_like(pool())
-    wait = torch.cuda.synchronize if maps[0].is_cuda else lambda: None
-    for _ in range(repeats):
-        for feature in maps:
-            feature.grad = None
-        wait()
-        start = time.perf_counter()
-        pooled = pool()
-        wait()
-        middle = time.perf_counter()
-        pooled.backward(gradient)
-        wait()
-        forward.append(middle - start)
-        both.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(forward), 1e3 * statistics.median(both)
-
-
-def peak_memory(pool: Callable[[], Tensor], maps: list[Tensor]) -> float:
-    """Returns the peak of one forward and backward pass beyond inputs and result, in MB."""
-    gradient = torch.ones_like(pool())
-    for feature in maps:
-        feature.grad = None
-    if maps[0].is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        pool().backward(gradient)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            pool().backward(gradient)
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        events.sort(key=lambda e: e.start_ns())
-        peak = max(itertools.accumulate(e.nbytes() for e in events))
-    results = gradient.nbytes + sum(x.nbytes for x in maps)  # pooled features and gradients
-    return (peak - results) / 1e6
-
-
-def measure(comparison: Comparison, repeats: int) -> dict[str, float]:
-    row: dict[str, float] = {}
+def measure(comparison: Comparison, repeats: int, device: str) -> dict[str, float]:
+    """Returns times, memory and ratios of both sides of a comparison."""
     calls = {"stock": comparison.stock, "ours": comparison.ours}
-    for who, call in calls.items():
-        forward, both = time_call(call, comparison.maps, repeats)
-        row[f"forward_{who}_ms"] = round(forward, 2)
-        row[f"forward_backward_{who}_ms"] = round(both, 2)
-        row[f"memory_{who}_mb"] = round(peak_memory(call, comparison.maps), 1)
+    gradient = torch.ones_like(comparison.ours())
+    pooled: dict[str, Tensor] = {}
+
+    def forward(who: str) -> None:
+        for feature in comparison.maps:
+            feature.grad = None
+        pooled[who] = calls[who]()
+
+    steps: list[Callable[[], object]] = []
+    for who in calls:
+        steps += [partial(forward, who), lambda who=who: pooled.pop(who).backward(gradient)]
+    times = median_times(steps, repeats, device)
+    row: dict[str, float] = {}
+    results = gradient.nbytes + sum(x.nbytes for x in comparison.maps)  # and gradients
+    for who, ahead, back in zip(calls, times[::2], times[1::2], strict=True):
+        row[f"forward_{who}_ms"] = round(ahead, 2)
+        row[f"forward_backward_{who}_ms"] = round(ahead + back, 2)
+        for feature in comparison.maps:
+            feature.grad = None
+        peak = peak_megabytes(lambda who=who: calls[who]().backward(gradient), device)
+        row[f"memory_{who}_mb"] = round(peak - results / 1e6, 1)
     for part in ("forward", "forward_backward"):
         row[f"{part}_ratio"] = round(row[f"{part}_stock_ms"] / row[f"{part}_ours_ms"], 2)
     return row
-
-
-def machine(device: str) -> dict[str, object]:
-    """Returns what a reader needs to judge the figures."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": names[0] if names else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "cores": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "detectron2": detectron2.__version__,
-    }
 
 
 HEADER = (
@@ -256,7 +210,7 @@ def main() -> None:
                 "output_size": size,
                 "sampling_ratio": ratio,
                 "threads": threads,
-                **measure(comparison, args.repeats),
+                **measure(comparison, args.repeats, args.device),
             }
             rows.append(row)
             tqdm.write(line(row))

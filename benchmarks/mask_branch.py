@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""The mask branch: this plugin beside detectron2's and torchvision's.
+
+head: FCN mask head and binary cross-entropy of 128 RoIs of 14 x 14 x 256, K classes, forward and
+backward, and inference. target: 28 x 28 targets of 128 RoIs from bit masks of 800 x 1333. step: one
+training step of Mask R-CNN R50-FPN, two images of 512 px with 8 polygons each, 512 RoIs an image.
+
+A time is the median of several runs, all sides in turn; ratios are detectron2 / ours. Memory is the
+peak of what PyTorch allocates.
+
+Writes a table, a JSON file with machine, versions and date, and a plot beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from measure import machine, median_times, peak_megabytes
+from torch import Tensor, nn
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from tqdm import tqdm
+
+from mask_head_plugin import load_config
+from mask_head_plugin.modeling import FCNMaskHead
+from mask_head_plugin.ops import crop_masks
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_ROIS, NUM_CHANNELS, POOLED_SIDE, MASK_SIDE = 128, 256, 14, 28
+IMAGE_HW = (800, 1333)
+
+Sides = dict[str, Callable[[], object]]
+
+
+class FixedTargets:
+    """Masks that were cropped before, so that only head and loss are measured."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def crop_and_resize(self, *_: Any) -> Tensor:
+        return self.targets
+
+
+class TorchvisionHead(nn.Module):
+    """torchvision's layers and its loss."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = MaskRCNNHeads(NUM_CHANNELS, (NUM_CHANNELS,) * 4, 1)
+        self.predictor = MaskRCNNPredictor(NUM_CHANNELS, NUM_CHANNELS, num_classes)
+
+    def forward(self, features: Tensor, instances: list[Instances]) -> dict[str, Tensor] | Tensor:
+        logits, index = self.predictor(self.head(features)), torch.arange(NUM_ROIS)
+        if not self.training:
+            return logits.sigmoid()[index, instances[0].pred_classes][:, None]
+        logits = logits[index, instances[0].gt_classes]
+        targets = instances[0].gt_masks.targets.to(logits)
+        return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, targets)}
+
+
+def make_heads(num_classes: int, device: str) -> dict[str, nn.Module]:
+    shape = ShapeSpec(channels=NUM_CHANNELS, height=POOLED_SIDE, width=POOLED_SIDE)
+    arguments = {"num_classes": num_classes, "conv_dims": [NUM_CHANNELS] * 5}
+    heads = {
+        "detectron2": MaskRCNNConvUpsampleHead(shape, **arguments),
+        "torchvision": TorchvisionHead(num_classes),
+        "ours": FCNMaskHead(shape, **arguments),
+    }
+    return {name: head.to(device) for name, head in heads.items()}
+
+
+def make_instances(num_classes: int, device: str) -> Instances:
+    instances = Instances(IMAGE_HW)
+    instances.proposal_boxes = Boxes(torch.rand(NUM_ROIS, 4, device=device))
+    instances.gt_classes = torch.randint(0, num_classes, (NUM_ROIS,), device=device)
+    instances.pred_classes = instances.gt_classes
+    instances.scores = torch.rand(NUM_ROIS, device=device)
+    shape = (NUM_ROIS, MASK_SIDE, MASK_SIDE)
+    instances.gt_masks = FixedTargets(torch.rand(shape, device=device) > 0.5)
+    return instances
+
+
+def train(model: nn.Module, amp: bool, device: str, *inputs: Any) -> None:
+    model.zero_grad(set_to_none=True)
+    with EventStorage(1), torch.autocast(device, enabled=amp):
+        losses = model(*inputs)
+    sum(losses.values()).backward()
+
+
+@torch.no_grad()
+def infer(head: nn.Module, amp: bool, device: str, features: Tensor, instances: Instances) -> None:
+    with torch.autocast(device, enabled=amp):
+        head(features, [copy.copy(instances)])
+
+
+def head_sides(num_classes: int, training: bool, amp: bool, device: str) -> Sides:
+    # As the poolers hand them over: torchvision's and detectron2's contiguous, ours channels-last.
+    features = torch.randn(NUM_ROIS, NUM_CHANNELS, POOLED_SIDE, POOLED_SIDE, device=device)
+    last = features.contiguous(memory_format=torch.channels_last)
+    instances = make_instances(num_classes, device)
+    sides: Sides = {}
+    for name, head in make_heads(num_classes, device).items():
+        x = (last if name == "ours" else features).clone(memory_format=torch.preserve_format)
+        if training:
+            inputs = (x.requires_grad_(), [instances])
+            sides[name] = partial(train, head.train(), amp, device, *inputs)
+        else:
+            sides[name] = partial(infer, head.eval(), amp, device, x, instances)
+    return sides
+
+
+def target_sides(device: str) -> Sides:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(NUM_ROIS, 1, 20, 30, generator=generator)
+    bits = nn.functional.interpolate(low, IMAGE_HW, mode="bilinear")[:, 0] > 0
+    sides = 16 * (600 / 16) ** torch.rand(NUM_ROIS, 2, generator=generator)
+    room = torch.tensor(IMAGE_HW[::-1]) - sides
+    corner = torch.rand(NUM_ROIS, 2, generator=generator) * room
+    boxes = torch.cat([corner, corner + sides], dim=1).to(device)
+    masks = BitMasks(bits.to(device))
+    return {
+        "detectron2": partial(masks.crop_and_resize, boxes, MASK_SIDE),
+        "ours": partial(crop_masks, masks.tensor, boxes, MASK_SIDE),
+    }
+
+
+def make_model(num_classes: int, plugin: bool, device: str) -> nn.Module:
+    # Batch statistics: a frozen network with random weights overflows.
+    opts = ["MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN", "MODEL.DEVICE", device]
+    opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(num_classes)]
+    cfg: CfgNode = load_config(str(ROOT / "configs" / "Base-MaskRCNN-FPN.yaml"), opts)
+    if not plugin:
+        cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+        cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+        cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    model: nn.Module = build_model(cfg)
+    return model.train()
+
+
+def make_batch(num_classes: int, num_images: int = 2, side: int = 512) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for _ in range(num_images):
+        corner = torch.rand(8, 2, generator=generator) * side * 0.6
+        boxes = torch.cat(
+            [corner, corner + 40 + torch.rand(8, 2, generator=generator) * 160], dim=1
+        )
+        instances = Instances((side, side))
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.randint(0, num_classes, (8,), generator=generator)
+        instances.gt_masks = PolygonMasks(
+            [[[x0, y0, x1, y0, x1, y1, (x0 + x1) / 2, y1]] for x0, y0, x1, y1 in boxes.tolist()]
+        )
+        image = torch.randint(0, 255, (3, side, side), generator=generator).float()
+        batch.append({"image": image, "instances": instances})
+    return batch
+
+
+def step_sides(num_classes: int, amp: bool, device: str) -> Sides:
+    models = {
+        name: make_model(num_classes, name == "ours", device) for name in ("detectron2", "ours")
+    }
+    models["ours"].load_state_dict(models["detectron2"].state_dict())
+    batch = make_batch(num_classes)
+    return {name: partial(train, model, amp, device, batch) for name, model in models.items()}
+
+
+def settings(amp: bool, device: str) -> Iterator[tuple[str, int, Callable[[], Sides]]]:
+    for num_classes in (1, 80, 1203):
+        yield "head, training", num_classes, partial(head_sides, num_classes, True, amp, device)
+        yield "head, inference", num_classes, partial(head_sides, num_classes, False, amp, device)
+    yield "bit-mask targets", 0, partial(target_sides, device)
+    for num_classes in (80, 1203):
+        yield "training step", num_classes, partial(step_sides, num_classes, amp, device)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws times and memory of each side as shares of detectron2's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    names = [f"{row['what']}\nK = {row['classes'] or 'any'}" for row in rows]
+    for axes, unit in zip(figure.subplots(1, 2), ("ms", "mb"), strict=True):
+        for k, who in enumerate(("torchvision", "ours")):
+            found = [(n, row) for n, row in enumerate(rows) if f"{who}_{unit}" in row]
+            shares = [row[f"{who}_{unit}"] / row[f"detectron2_{unit}"] for _, row in found]
+            bars = axes.barh([n + 0.4 * k for n, _ in found], shares, height=0.38, label=who)
+            axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_yticks([n + 0.2 for n in range(len(rows))], names)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel("time, share of detectron2's" if unit == "ms" else "peak memory, share")
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/benchmarks/mask_branch.json"))
+    parser.add_argument("--repeats", type=int, default=5, help="runs per time, the median counts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    names = ("detectron2", "torchvision", "ours")
+    header = f"{'':18}{'classes':>8}" + "".join(f"{f'{name} ms, MB':>24}" for name in names)
+    tqdm.write(header + f"{'time x':>9}{'memory x':>10}")
+    for what, num_classes, make in tqdm(list(settings(args.amp, args.device)), unit="setting"):
+        torch.manual_seed(0)
+        sides = make()
+        row: dict[str, Any] = {"what": what, "classes": num_classes}
+        times = median_times(list(sides.values()), args.repeats, args.device)
+        for (name, step), time in zip(sides.items(), times, strict=True):
+            row[f"{name}_ms"] = round(time, 2)
+            row[f"{name}_mb"] = round(peak_megabytes(step, args.device), 1)
+        row["time_ratio"] = round(row["detectron2_ms"] / row["ours_ms"], 2)
+        row["memory_share"] = round(row["ours_mb"] / row["detectron2_mb"], 3)
+        rows.append(row)
+        cells = "".join(
+            f"{row[f'{n}_ms']:>13}{row[f'{n}_mb']:>11}" if f"{n}_ms" in row else " " * 24
+            for n in names
+        )
+        ratios = f"{row['time_ratio']:>8}x{row['memory_share']:>10}"
+        tqdm.write(f"{what:18}{num_classes or '':>8}{cells}{ratios}")
+    results = {
+        **machine(args.device),
+        "repeats": args.repeats,
+        "threads": args.threads,
+        "amp": args.amp,
+        "rows": rows,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    picture = args.output.with_suffix(".png")
+    plot(rows, picture)
+    print(f"written to {args.output} and {picture}")
+
+
+if __name__ == "__main__":
+    main()
