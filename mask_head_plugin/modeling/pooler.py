@@ -46,8 +46,8 @@ class MultiLevelRoIPooler(nn.Module):
     ROIAlign and ROIWarp, max   ops.roi_align, ops.roi_warp  as on CPU
     =========================== ============================ =====================================
 
-    torchvision's ROIPool stays because it is the faster one: on the CPU it takes half to nine
-    tenths of the time of ops.roi_pool (benchmarks/roi_pooling.py).
+    torchvision's ROIPool stays because it is the faster one: on the CPU it takes 0.3 to 0.9 of the
+    time of ops.roi_pool (benchmarks/roi_pooling.py).
     "Deterministic" is torch.use_deterministic_algorithms. Where Triton is missing or does not
     compile, a log line says so once and torchvision's operator takes its place. Traces hold
     torchvision's operators too (a loop over groups of RoIs would hold those of its example), so
