@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
@@ -34,6 +34,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from tqdm import tqdm
 
 from mask_head_plugin import load_config
+from mask_head_plugin.engine import Trainer
 from mask_head_plugin.modeling import FCNMaskHead
 from mask_head_plugin.ops import crop_masks
 
@@ -141,16 +142,17 @@ def target_sides(device: str) -> Sides:
 
 
 def make_model(num_classes: int, plugin: bool, device: str) -> nn.Module:
+    """Builds a model as detectron2's and as this plugin's train_net.py do."""
     # Batch statistics: a frozen network with random weights overflows.
     opts = ["MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN", "MODEL.DEVICE", device]
     opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(num_classes)]
     cfg: CfgNode = load_config(str(ROOT / "configs" / "Base-MaskRCNN-FPN.yaml"), opts)
-    if not plugin:
-        cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
-        cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
-        cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-    model: nn.Module = build_model(cfg)
-    return model.train()
+    if plugin:
+        return Trainer.build_model(cfg).train()
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    return DefaultTrainer.build_model(cfg).train()
 
 
 def make_batch(num_classes: int, num_images: int = 2, side: int = 512) -> list[dict[str, Any]]:
@@ -207,7 +209,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("time, share of detectron2's" if unit == "ms" else "peak memory, share")
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     figure.savefig(path, dpi=120)
 
 

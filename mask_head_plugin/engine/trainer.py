@@ -55,6 +55,18 @@ class Trainer(DefaultTrainer):
         return result
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
+        """Builds the model; on the CPU with channels-last weights.
+
+        Convolutions then hand on channels-last maps: on x86 they are faster so, and RoI pooling
+        reads such maps in place.
+        """
+        model: torch.nn.Module = super().build_model(cfg)
+        if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+            model.to(memory_format=torch.channels_last)
+        return model
+
+    @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import small_config
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
@@ -30,3 +31,12 @@ def test_unknown_type_is_named():
     MetadataCatalog.get("test_strange").evaluator_type = "strange"
     with pytest.raises(ValueError, match="'test_strange' has evaluator_type 'strange'"):
         Trainer.build_evaluator(small_config("Base-MaskRCNN-FPN.yaml"), "test_strange")
+
+
+def test_models_on_the_cpu_convolve_channels_last():
+    model = Trainer.build_model(small_config("Base-MaskRCNN-FPN.yaml"))
+    weight = model.roi_heads.mask_head.mask_fcn1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        maps = model.backbone(torch.zeros(1, 3, 64, 64))
+    assert maps["p2"].is_contiguous(memory_format=torch.channels_last)
