@@ -257,16 +257,16 @@ def signed_distance(gt_masks: Tensor) -> Tensor:
 def boundary_distance(
     mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """Mean over the pixels of ``p phi / M``, phi the signed distance to the mask's boundary.
+    """Mean over the pixels of ``p phi``, phi the signed distance to the mask's boundary in pixels.
 
-    The boundary loss of 1812.07032 (equation 5), negative inside, so that it may be below 0: in
-    (-1, 1.5). It knows of no region: beside one, with a weight that is ramped up (a third number in
-    LOSSES). RoIs whose target has no boundary count as 0.
+    The boundary loss of 1812.07032 (equation 5); negative inside, so that it may be below 0. It
+    knows of no region, and alone it ends in empty masks: beside a region loss, with a small weight
+    that is ramped up (a third number in LOSSES). RoIs whose target has no boundary count as 0.
 
     Args: see binary_cross_entropy.
     """
-    phi = signed_distance(gt_masks) / gt_masks.shape[-1]
-    return _mean_over_rois((mask_logits.sigmoid() * phi).flatten(1).mean(1), weights)
+    distances = mask_logits.sigmoid() * signed_distance(gt_masks)
+    return _mean_over_rois(distances.flatten(1).mean(1), weights)
 
 
 @MASK_LOSS_REGISTRY.register()

@@ -142,7 +142,7 @@ def slow_distance(g):
 
 def slow_boundary(z, g):
     phi = flatten(slow_distance(g))
-    return sum(p * d for (p, _), d in zip(pixels(z, g), phi, strict=True)) / len(phi) / len(g)
+    return sum(p * d for (p, _), d in zip(pixels(z, g), phi, strict=True)) / len(phi)
 
 
 def slow_edges(z, g):
@@ -259,7 +259,7 @@ CORNER = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
         # All errors are 1, and together they cost the whole IoU.
         (lovasz_hinge, {}, 1.0),
         # Distances: 0.5 inside (negative), 0.5 beside, sqrt(2) - 0.5 across.
-        (boundary_distance, {}, 0.5 * (-0.5 + 0.5 + 0.5 + math.sqrt(2) - 0.5) / 4 / 2),
+        (boundary_distance, {}, 0.5 * (-0.5 + 0.5 + 0.5 + math.sqrt(2) - 0.5) / 4),
         # Difference -1/2 at the corner, 1/2 elsewhere; replicated, each Sobel edge is 3 or 1.
         (edge_agreement, {}, (4 * 3**2 + 4 * 1**2) / 8),
     ],
