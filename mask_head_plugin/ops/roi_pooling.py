@@ -332,19 +332,34 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = []
-        for level, feature in enumerate(ctx.maps):
-            grad_map = _MapGradient(feature, grad) if ctx.needs_input_grad[3 + level] else None
-            for part in ctx.parts:
-                if part.level == level and grad_map is not None:
-                    _add_grad_of_map(grad_map, part, feature, grad)
-            grads.append(None if grad_map is None else grad_map.total())
+        grads = _grads_of_maps(ctx, grad, _add_grad_of_map)
         for part in ctx.parts:
             if ctx.saved_tensors:
                 grads += _grad_of_weights(part, ctx.saved_tensors[part.level], grad)
             else:
                 grads += [None, None]
         return None, None, None, *grads
+
+
+def _grads_of_maps(ctx: Any, grad: Tensor, add: Callable[..., None]) -> list[Tensor | None]:
+    """Returns the gradient to each map, or None where it is not needed.
+
+    Args:
+        ctx: of a Function with ``parts``, ``num_rois`` and ``num_maps`` before its maps.
+        grad: to the bins, (R, P Q, C).
+        add: adds the gradient of one part, ``(grad_map, part, feature, grad)``.
+    """
+    grads: list[Tensor | None] = []
+    for level, feature in enumerate(ctx.maps):
+        if not ctx.needs_input_grad[3 + level]:
+            grads.append(None)
+            continue
+        grad_map = _MapGradient(feature, grad)
+        for part in ctx.parts:
+            if part.level == level:
+                add(grad_map, part, feature, grad)
+        grads.append(grad_map.total())
+    return grads
 
 
 def _weight_lists(part: _Part, feature: Tensor) -> Iterator[list[_Group]]:
@@ -473,13 +488,7 @@ class _Maximum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (winner,) = ctx.saved_tensors
-        grads: list[Tensor | None] = []
-        for level, feature in enumerate(ctx.maps):
-            grad_map = _MapGradient(feature, grad) if ctx.needs_input_grad[3 + level] else None
-            for part in ctx.parts:
-                if part.level == level and grad_map is not None:
-                    _add_grad_of_maximum(grad_map, part, feature, grad, winner)
-            grads.append(None if grad_map is None else grad_map.total())
+        grads = _grads_of_maps(ctx, grad, partial(_add_grad_of_maximum, winner=winner))
         return None, None, None, *grads, *[None] * (2 * len(ctx.parts))
 
 

@@ -187,7 +187,7 @@ def test_the_kernel_is_tried_with_gradients_on(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     name = "mask_head_plugin.ops.roi_pooling_triton"
-    monkeypatch.setitem(sys.modules, name, load_triton_kernels("roi_pooling_triton"))
+    monkeypatch.setitem(sys.modules, name, load_triton_kernels("interpreted"))
     pooler.fused_roi_align.cache_clear()
     with torch.inference_mode():
         assert pooler.fused_roi_align(torch.device("cpu")) is not None
