@@ -1,4 +1,4 @@
-"""detectron2's ROI heads with the plugin's pooler.
+"""detectron2's ROI heads with the plugin's pooler and class-selective box regression.
 
 The mask head is chosen apart from them, by MODEL.ROI_MASK_HEAD.NAME.
 """
@@ -12,6 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.roi_heads import Res5ROIHeads
 
+from .fast_rcnn import select_box_deltas
 from .pooler import build_pooler, with_stock_pooler_types
 
 
@@ -25,6 +26,7 @@ class PerClassMaskROIHeads(StandardROIHeads):
         arguments["box_pooler"] = build_pooler(
             cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
         )
+        arguments["box_predictor"] = select_box_deltas(arguments["box_predictor"])
         return arguments
 
     @classmethod
@@ -50,4 +52,5 @@ class PerClassMaskRes5ROIHeads(Res5ROIHeads):
         arguments["pooler"] = build_pooler(
             cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
         )
+        arguments["box_predictor"] = select_box_deltas(arguments["box_predictor"])
         return arguments

@@ -9,8 +9,6 @@ Shape alphabet: R RoIs, H and W sides of the image, M mask side, h and w pixels 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -28,7 +26,8 @@ WIDTH_STEP = 32
 def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Crops each mask to its box and resizes it; equal to detectron2's BitMasks.crop_and_resize.
 
-    Differs from it only by rounding, for pixels of which about half is foreground.
+    Differs from it only by rounding, for pixels of which about half is foreground; and for boxes
+    longer than MAX_MAP_SIZES images, whose sampling grid stops growing.
 
     Args:
         bit_masks: (R, H, W) bool, or any type with 0 and 1.
@@ -76,12 +75,15 @@ def _crop_by_sums(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     left, right = x.cell.flatten(1).aminmax(dim=1)
     span = (((right - left) // WIDTH_STEP + 1) * WIDTH_STEP).clamp(max=width)
     left = torch.minimum(left, width - span)
-    rows, columns = y.cell - top[:, None, None], x.cell - left[:, None, None]
+    # The column sums of all RoIs are read from one table, where those of a RoI end at `end`.
+    end = span.cumsum(0)
+    rows, columns = y.cell - top[:, None, None], x.cell + (end - span - left)[:, None, None]
+    table = y.weight.new_empty(int(end[-1]), size)
     windows = zip(top.tolist(), bottom.tolist(), left.tolist(), span.tolist(), strict=True)
-    shares = y.weight.new_empty(len(boxes), size, size)
-    add = partial(embedding_bag, mode="sum")
-    for r, (y0, y1, x0, w) in enumerate(windows):
-        pixels = bit_masks[r, y0 : y1 + 1, x0 : x0 + w].to(shares.dtype)
-        sums = add(rows[r], pixels, per_sample_weights=y.weight[r])
-        shares[r] = add(columns[r], sums.t().contiguous(), per_sample_weights=x.weight[r]).t()
-    return shares
+    per_roi = zip(windows, rows, y.weight, table.split(span.tolist()), strict=True)
+    for r, ((y0, y1, x0, w), row, weight, sums) in enumerate(per_roi):
+        pixels = bit_masks[r, y0 : y1 + 1, x0 : x0 + w].to(table.dtype)
+        sums.copy_(embedding_bag(row, pixels, per_sample_weights=weight, mode="sum").t())
+    columns, weights = columns.flatten(0, 1), x.weight.flatten(0, 1)
+    shares = embedding_bag(columns, table, per_sample_weights=weights, mode="sum")
+    return shares.unflatten(0, (-1, size)).transpose(1, 2)

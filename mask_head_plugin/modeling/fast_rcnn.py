@@ -1,0 +1,78 @@
+"""detectron2's box predictor, computing in training the one box per RoI that is used.
+
+Class-wise box regression has 4 K outputs, of which its loss uses the 4 of the ground-truth class:
+the situation of the mask branch (see mask_head), with the same answer. At LVIS's 1203 classes the
+unused outputs are the largest product of the box head.
+
+Shape alphabet: N RoIs, K classes, D features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.structures import Instances
+from torch import Tensor
+from torch.nn import functional as F
+
+Predictions = tuple[Tensor, Tensor]
+
+
+class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
+    """FastRCNNOutputLayers without the box deltas of other classes than the ground truth's.
+
+    Same parameters, losses and gradients. In training ``forward`` hands out the features in place
+    of the deltas, since classes are not known before ``losses``; inference is detectron2's.
+    """
+
+    def forward(self, x: Tensor) -> Predictions:
+        """Returns (N, K + 1) scores, and (N, 4 K) deltas or, in training, the (N, D) features."""
+        if not self.training:
+            return super().forward(x)
+        x = x.flatten(1)
+        return self.cls_score(x), x
+
+    def losses(self, predictions: Predictions, proposals: list[Instances]) -> dict[str, Tensor]:
+        return super().losses(self._select(predictions, proposals), proposals)
+
+    def predict_boxes_for_gt_classes(
+        self, predictions: Predictions, proposals: list[Instances]
+    ) -> list[Tensor]:
+        return super().predict_boxes_for_gt_classes(self._select(predictions, proposals), proposals)
+
+    def predict_boxes(self, predictions: Predictions, proposals: list[Instances]) -> list[Tensor]:
+        if self.training:
+            scores, features = predictions
+            predictions = scores, self.bbox_pred(features)
+        return super().predict_boxes(predictions, proposals)
+
+    def _select(self, predictions: Predictions, proposals: list[Instances]) -> Predictions:
+        """Returns the scores and the (N, 4) deltas of each RoI's ground-truth class.
+
+        They have the shape of class-agnostic deltas, which detectron2's methods take as they are.
+        Background RoIs get the deltas of some class; no loss reads them.
+        """
+        scores, features = predictions
+        if not proposals:
+            return scores, self.bbox_pred(features)
+        classes = torch.cat([x.gt_classes for x in proposals]).clamp(0, self.num_classes - 1)
+        weight = self.bbox_pred.weight.unflatten(0, (self.num_classes, -1))
+        bias = self.bbox_pred.bias.unflatten(0, (self.num_classes, -1))
+        # embedding adds up whole rows in backward; the gradient of an index is scattered one by one
+        rows = F.embedding(classes, weight.flatten(1)).unflatten(1, weight.shape[1:])
+        return scores, torch.bmm(rows, features[:, :, None])[:, :, 0] + bias[classes]
+
+
+def select_box_deltas(box_predictor: Any) -> Any:
+    """Makes detectron2's own box predictor class-selective, in place, where it predicts per class.
+
+    In place, so that the parameters stay as they were initialised from the generator's state.
+    Other predictors, a user's or a cascade's, are returned as they are.
+    """
+    if type(box_predictor) is not FastRCNNOutputLayers:
+        return box_predictor
+    if box_predictor.bbox_pred.out_features > len(box_predictor.box2box_transform.weights):
+        box_predictor.__class__ = ClassSelectiveOutputLayers
+    return box_predictor
