@@ -32,6 +32,7 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # over which the weight grows from 0]. The default is the paper's (Mask R-CNN section 3: average
     # binary cross-entropy on the ground-truth class's mask).
     cfg.MODEL.ROI_MASK_HEAD.LOSSES = [["binary_cross_entropy", 1.0]]
+    cfg.MODEL.ROI_MASK_HEAD.LOSS_WEIGHT = 1.0  # of their sum, beside box and class losses
 
     # Parameters of the losses, explained in modeling/mask_loss.py. Losses of your own may have
     # sections here, too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -56,7 +57,15 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
         check_mask_losses(cfg.MODEL.ROI_MASK_HEAD)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    _check_mask_head(cfg)
+    head = cfg.MODEL.ROI_MASK_HEAD
     for key, value, least in (
+        ("MODEL.ROI_MASK_HEAD.NUM_FC", head.NUM_FC, 1),
+        ("MODEL.ROI_MASK_HEAD.FC_DIM", head.FC_DIM, 1),
+        ("MODEL.ROI_MASK_HEAD.LOSS_WEIGHT", head.LOSS_WEIGHT, 0),
+        ("MODEL.ROI_MASK_HEAD.SCORING.CONV_DIM", head.SCORING.CONV_DIM, 1),
+        ("MODEL.ROI_MASK_HEAD.SCORING.FC_DIM", head.SCORING.FC_DIM, 1),
+        ("MODEL.ROI_MASK_HEAD.SCORING.LOSS_WEIGHT", head.SCORING.LOSS_WEIGHT, 0),
         ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES, 1),
         ("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION, 1),
         ("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION, 1),
@@ -65,7 +74,7 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
         ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
         ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
     ):
-        if value < least:
+        if not least <= value < math.inf:
             raise ConfigError(f"{key} is {value}; it must be at least {least}")
     if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
         raise ConfigError(f"INPUT.MASK_FORMAT {cfg.INPUT.MASK_FORMAT!r} is not polygon or bitmask")
@@ -107,6 +116,24 @@ def _check_pooler(cfg: CfgNode, head: str) -> None:
             raise ConfigError(
                 f"MODEL.ROI_MASK_HEAD: {kind} with {reduction} has no effect, since "
                 f"{heads.__name__} pools once; set it in MODEL.ROI_BOX_HEAD"
+            )
+
+
+def _check_mask_head(cfg: CfgNode) -> None:
+    """Refuses settings of the plugin's mask heads where another head would ignore them."""
+    head = cfg.MODEL.ROI_MASK_HEAD
+    if cfg.MODEL.MASK_ON and issubclass(_mask_head(cfg), ClassSelection):
+        return
+    losses = [list(entry) for entry in head.LOSSES]
+    for key, changed in (
+        ("LOSSES", losses != [["binary_cross_entropy", 1.0]]),
+        ("LOSS_WEIGHT", head.LOSS_WEIGHT != 1.0),
+        ("SCORING.ENABLED", head.SCORING.ENABLED),
+    ):
+        if changed:
+            raise ConfigError(
+                f"MODEL.ROI_MASK_HEAD.{key} has no effect: MODEL.MASK_ON is {cfg.MODEL.MASK_ON} "
+                f"and MODEL.ROI_MASK_HEAD.NAME {head.NAME}; it needs FCNMaskHead or MLPMaskHead"
             )
 
 

@@ -1,7 +1,7 @@
 """Detectron2 modules of the mask branch. Importing this package registers them."""
 
 from .mask_head import FCNMaskHead, MLPMaskHead
-from .mask_loss import MASK_LOSS_REGISTRY, couples_classes
+from .mask_loss import MASK_LOSS_REGISTRY, couples_classes, mean_over_rois
 from .pooler import MultiLevelRoIPooler
 from .roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
 from .small_backbone import build_small_resnet_fpn_backbone
@@ -15,4 +15,5 @@ __all__ = [
     "PerClassMaskRes5ROIHeads",
     "build_small_resnet_fpn_backbone",
     "couples_classes",
+    "mean_over_rois",
 ]

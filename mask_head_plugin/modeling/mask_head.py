@@ -19,7 +19,8 @@ import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, cat
-from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling import ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead, MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils.events import EventStorage, get_event_storage
@@ -125,6 +126,10 @@ class ClassSelection(nn.Module):
             dataclasses.replace(term, weight=term.weight * loss_weight)
             for term in parse_losses(losses, loss_params)
         ]
+        if iou_head is not None and "iou" in [term.name for term in self.losses]:
+            raise ValueError(
+                "mask scoring logs loss_mask_iou: give the mask loss 'iou' another name"
+            )
         # Pixels that are wrong, of ground truth 1, and wrong among these, since the last log; how
         # many there were; and where they are logged. Not part of checkpoints.
         counts = torch.zeros(3, dtype=torch.int64)
@@ -144,7 +149,7 @@ class ClassSelection(nn.Module):
         Returns:
             In training the weighted loss terms; in inference the same instances with
             ``pred_masks`` (Ri, 1, M, M), probabilities of the predicted class's mask, and with mask
-            scoring ``mask_scores`` (Ri,), the class score times the predicted IoU.
+            scoring, where they have ``scores``, ``mask_scores`` (Ri,): score times predicted IoU.
         """
         field = "gt_classes" if self.training else "pred_classes"
         classes = cat([x.get(field) for x in instances])
@@ -164,7 +169,8 @@ class ClassSelection(nn.Module):
             if self.iou_head is not None:
                 iou = self.iou_head(features, mask_probs, classes).clamp(0, 1)
                 for x, iou_per_image in zip(instances, iou.split(counts), strict=True):
-                    x.mask_scores = x.scores * iou_per_image
+                    if x.has("scores"):  # given boxes may have none
+                        x.mask_scores = x.scores * iou_per_image
             return instances
         gt_masks = crop_gt_masks(instances, mask_probs)
         # detectron2's masks crop to bool; a user's may crop to shares in [0, 1].
@@ -219,6 +225,7 @@ def selection_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
     return {
         "losses": head.LOSSES,
         "loss_params": head.LOSS_PARAMS,
+        "loss_weight": head.LOSS_WEIGHT,
         "num_classes": num_classes,
         "vis_period": cfg.VIS_PERIOD,
         "iou_head": iou_head,
@@ -228,7 +235,7 @@ def selection_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
 
 def region_shape(cfg: CfgNode, input_shape: ShapeSpec) -> ShapeSpec:
     """Returns the shape of region features; Res5ROIHeads states it before res5 halves it."""
-    if "Res5" not in cfg.MODEL.ROI_HEADS.NAME:
+    if not issubclass(ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME), Res5ROIHeads):
         return input_shape
     height, width = -(-input_shape.height // 2), -(-input_shape.width // 2)
     return ShapeSpec(channels=input_shape.channels, height=height, width=width)

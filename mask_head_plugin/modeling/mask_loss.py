@@ -14,7 +14,7 @@ Shape alphabet: R RoIs, K classes, M mask side. z are logits, p = sigmoid(z), g 
 from __future__ import annotations
 
 import inspect
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -50,8 +50,13 @@ def couples_classes(activation: Callable[[Tensor, Tensor], Tensor]) -> Callable[
     return mark
 
 
-def _mean_over_rois(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns the (weighted) mean of (R,) values; 0 with a graph where there are none."""
+def mean_over_rois(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns the mean of (R,) values; 0 with a graph where there are none.
+
+    Args:
+        values: (R,), one of each RoI.
+        weights: (R,), 0 and above; None for all equal.
+    """
     if weights is None:
         return values.sum() / max(len(values), 1)
     return (values * weights).sum() / weights.sum().clamp(min=torch.finfo(values.dtype).tiny)
@@ -81,7 +86,7 @@ def binary_cross_entropy(
         Scalar.
     """
     pixels = F.binary_cross_entropy_with_logits(mask_logits, gt_masks, reduction="none")
-    return _mean_over_rois(pixels.flatten(1).mean(1), weights)
+    return mean_over_rois(pixels.flatten(1).mean(1), weights)
 
 
 def softmax_probs(class_logits: Tensor, classes: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ def softmax_cross_entropy(
     """
     own = class_logits[torch.arange(len(classes), device=classes.device), classes]
     pixels = F.softplus(class_logits.logsumexp(1)) - gt_masks * own
-    return _mean_over_rois(pixels.flatten(1).mean(1), weights)
+    return mean_over_rois(pixels.flatten(1).mean(1), weights)
 
 
 @MASK_LOSS_REGISTRY.register()
@@ -136,7 +141,7 @@ def dice(
     probs, gt = mask_logits.sigmoid().flatten(1), gt_masks.flatten(1)
     intersection = 2 * (probs * gt).sum(1)
     total = probs.square().sum(1) + gt.square().sum(1)
-    return _mean_over_rois(1 - (intersection + eps) / (total + eps), weights)
+    return mean_over_rois(1 - (intersection + eps) / (total + eps), weights)
 
 
 @MASK_LOSS_REGISTRY.register()
@@ -160,7 +165,7 @@ def focal(
     _check_parameter("gamma", gamma, gamma == 0 or gamma >= 1, "0, or 1 and above")
     _check_parameter("alpha", alpha, alpha == -1 or 0 <= alpha <= 1, "in [0, 1], or -1")
     pixels = sigmoid_focal_loss(mask_logits, gt_masks, alpha, gamma)
-    return _mean_over_rois(pixels.flatten(1).mean(1), weights)
+    return mean_over_rois(pixels.flatten(1).mean(1), weights)
 
 
 @MASK_LOSS_REGISTRY.register()
@@ -185,10 +190,11 @@ def tversky(
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
         _check_parameter(name, value, value >= 0, "0 or above")
+    _check_parameter("alpha and beta", (alpha, beta), alpha + beta > 0, "not both 0")
     _check_parameter("eps", eps, eps > 0, "above 0")
     true_positive, false_positive, false_negative = _overlaps(mask_logits, gt_masks)
     errors = alpha * false_positive + beta * false_negative
-    return _mean_over_rois(errors / (true_positive + errors + eps), weights)
+    return mean_over_rois(errors / (true_positive + errors + eps), weights)
 
 
 @MASK_LOSS_REGISTRY.register()
@@ -203,7 +209,7 @@ def soft_iou(
     _check_parameter("eps", eps, eps > 0, "above 0")
     true_positive, false_positive, false_negative = _overlaps(mask_logits, gt_masks)
     errors = false_positive + false_negative
-    return _mean_over_rois(errors / (true_positive + errors + eps), weights)
+    return mean_over_rois(errors / (true_positive + errors + eps), weights)
 
 
 @MASK_LOSS_REGISTRY.register()
@@ -224,7 +230,7 @@ def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None =
     # Both are 0 only before the first pixel of an empty mask, and there is none before the first.
     lost_iou = 1 - (total - gt.cumsum(1)) / union.clamp(min=1)
     steps = torch.diff(lost_iou, dim=1, prepend=torch.zeros_like(total))
-    return _mean_over_rois((errors.relu() * steps).sum(1), weights)
+    return mean_over_rois((errors.relu() * steps).sum(1), weights)
 
 
 def signed_distance(gt_masks: Tensor) -> Tensor:
@@ -266,12 +272,12 @@ def boundary_distance(
     Args: see binary_cross_entropy.
     """
     distances = mask_logits.sigmoid() * signed_distance(gt_masks)
-    return _mean_over_rois(distances.flatten(1).mean(1), weights)
+    return mean_over_rois(distances.flatten(1).mean(1), weights)
 
 
 @MASK_LOSS_REGISTRY.register()
 def edge_agreement(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of ``|S * p - S * g|^2`` over the pixels and both Sobel filters S; in [0, 16].
+    """Mean of ``|S * p - S * g|^2`` over the pixels and both Sobel filters S; 0 and above.
 
     The edge agreement loss of 1809.07069 with p = 2 (equation 3). The border is replicated, so that
     a mask cut off by its RoI makes no edge there.
@@ -282,10 +288,10 @@ def edge_agreement(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None
     smooth, slope = difference.new_tensor([1, 2, 1]), difference.new_tensor([-1, 0, 1])
     sobel = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None]
     edges = F.conv2d(difference, sobel)
-    return _mean_over_rois(edges.square().flatten(1).mean(1), weights)
+    return mean_over_rois(edges.square().flatten(1).mean(1), weights)
 
 
-def _check_parameter(name: str, value: float, valid: bool, range_: str) -> None:
+def _check_parameter(name: str, value: object, valid: bool, range_: str) -> None:
     if not valid:
         raise ValueError(f"{name} is {value}; it must be {range_}")
 
@@ -368,14 +374,21 @@ def parse_losses(
             a name is unknown or repeated, a number is out of its range, or terms do not go
             together.
     """
-    checked = {name.lower(): _check_parameters(name, values) for name, values in parameters.items()}
+    checked = {}
+    for section, values in parameters.items():
+        loss_name = _find_name(section, [name for name, _ in MASK_LOSS_REGISTRY], PARAMS)
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{PARAMS}.{section} is {values!r} and not a section of parameters")
+        checked[loss_name] = _check_parameters(loss_name, values)
     terms: list[MaskLossTerm] = []
     for entry in losses:
         name, weight, *ramp = _check_entry(losses, entry)
+        if name not in checked:  # has no section
+            checked[name] = _check_parameters(name, {})
         if name in [term.name for term in terms]:
             raise ValueError(f"{_where(losses)}: {name!r} stands twice; add its weights")
         ramp_iters = ramp[0] if ramp else 0
-        terms.append(MaskLossTerm(name, float(weight), ramp_iters, checked.get(name, {})))
+        terms.append(MaskLossTerm(name, float(weight), ramp_iters, checked[name]))
     if not terms:
         raise ValueError(f"{_where(losses)}: give at least one, such as ['dice', 1.0]")
     if len({term.activation for term in terms}) > 1:
@@ -384,6 +397,9 @@ def parse_losses(
             "inference has one of them"
         )
     return terms
+
+
+PARAMS = "MODEL.ROI_MASK_HEAD.LOSS_PARAMS"
 
 
 def _where(losses: Sequence[Sequence[Any]]) -> str:
@@ -411,31 +427,50 @@ def _check_entry(losses: Sequence[Sequence[Any]], entry: Any) -> Sequence[Any]:
 
 
 def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the keyword arguments of a loss from its section of LOSS_PARAMS."""
-    where = f"MODEL.ROI_MASK_HEAD.LOSS_PARAMS.{name}"
-    if name.lower() not in MASK_LOSS_REGISTRY or name != name.upper():
-        choices = sorted(known.upper() for known, _ in MASK_LOSS_REGISTRY)
-        raise ValueError(f"{where}: no such loss; choose from {choices}")
-    loss = MASK_LOSS_REGISTRY.get(name.lower())
+    """Returns the keyword arguments of a loss from its section of LOSS_PARAMS.
+
+    The loss is called once, without RoIs: it looks at its parameters, and what is wrong with a
+    user's loss shows before training.
+    """
+    where, loss = f"{PARAMS}.{name.upper()}", MASK_LOSS_REGISTRY.get(name)
     signature = inspect.signature(loss).parameters.values()
-    known = [p.name for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    keywords = {p.name: p for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
     arguments = {}
     for key, value in values.items():
-        if key.lower() not in known or key != key.upper():
-            choices = [parameter.upper() for parameter in known]
-            raise ValueError(f"{where}.{key}: no such parameter; choose from {choices}")
+        parameter = _find_name(key, list(keywords), where)
         if not _is_number(value):
             raise ValueError(f"{where}.{key}: {value!r} is not a finite number")
-        arguments[key.lower()] = value
-    nothing = torch.zeros(0, 1, 1)
+        arguments[parameter] = value
+    for parameter, declared in keywords.items():
+        if declared.default is inspect.Parameter.empty and parameter not in arguments:
+            raise ValueError(f"{where}.{parameter.upper()} has no default and is not set")
+    nothing = torch.zeros(0, 1, 1, requires_grad=True)
     classes = torch.zeros(0, dtype=torch.int64)
     inputs = (nothing[:, None], classes, nothing) if hasattr(loss, "activation") else (nothing,) * 2
     try:
-        loss(*inputs, **arguments)  # looks at the ranges
+        value = loss(*inputs, **arguments)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{where}: the loss {name!r} fails without RoIs: {error!r}") from error
+    if not (isinstance(value, Tensor) and value.dim() == 0 and value == 0 and value.requires_grad):
+        raise ValueError(
+            f"{where}: without RoIs the loss {name!r} returns {value}, and not a scalar 0 with a "
+            "graph; let mean_over_rois take the mean of its (R,) values"
+        )
     return arguments
 
 
+def _find_name(key: str, names: Sequence[str], where: str) -> str:
+    """Returns which of some lower-case names a config key in capitals stands for."""
+    choices = {name.upper(): name for name in names}
+    if key not in choices:
+        raise ValueError(f"{where}.{key}: there is no such name; choose from {sorted(choices)}")
+    return choices[key]
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # math.isfinite fails for long integers

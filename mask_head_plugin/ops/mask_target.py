@@ -46,6 +46,10 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
             f"bit_masks must be (R, H, W) and boxes (R, 4), not {tuple(bit_masks.shape)} and "
             f"{tuple(boxes.shape)}"
         )
+    if size < 1 or 0 in bit_masks.shape[1:]:
+        raise ValueError(
+            f"size is {size} and bit_masks are {tuple(bit_masks.shape)}: none may be 0"
+        )
     boxes = boxes.detach().to(bit_masks.device, torch.float32)
     if not bit_masks.is_cuda and not torch.isfinite(boxes).all():
         bad = len(boxes) - int(torch.isfinite(boxes).all(dim=1).sum())

@@ -9,7 +9,7 @@ from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.engine import check_config
 
 SOFTMAX = ("MODEL.ROI_MASK_HEAD.LOSSES", "[['softmax_cross_entropy', 1.0]]")
-
+DICE = ("MODEL.ROI_MASK_HEAD.LOSSES", "[['dice', 1.0]]")
 MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
 
 
@@ -54,6 +54,18 @@ MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
             [*SOFTMAX, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
             "LOSSES: 'softmax_cross_entropy' lets classes compete.*CLS_AGNOSTIC_MASK",
         ),
+        (
+            [*("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"), *DICE],
+            "LOSSES has no effect: MODEL.MASK_ON is True and .* MaskRCNNConvUpsampleHead; it needs",
+        ),
+        (["MODEL.MASK_ON", "False", *DICE], "LOSSES has no effect: MODEL.MASK_ON is False"),
+        (
+            ["MODEL.MASK_ON", "False", "MODEL.ROI_MASK_HEAD.SCORING.ENABLED", "True"],
+            "SCORING.ENABLED has no effect",
+        ),
+        (["MODEL.ROI_MASK_HEAD.NUM_FC", "0"], "NUM_FC is 0; it must be at least 1"),
+        (["MODEL.ROI_MASK_HEAD.SCORING.FC_DIM", "-3"], "SCORING.FC_DIM is -3; it must be"),
+        (["MODEL.ROI_MASK_HEAD.LOSS_WEIGHT", "1e999"], "LOSS_WEIGHT is inf; it must be"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "0"], "NUM_CLASSES is 0; it must be at least 1"),
         (["SOLVER.MAX_ITER", "-5"], "SOLVER.MAX_ITER is -5"),
         (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0"),

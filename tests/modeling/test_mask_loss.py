@@ -13,7 +13,7 @@ from fvcore.nn import sigmoid_focal_loss
 from torch.nn import functional as F
 
 from mask_head_plugin import add_mask_head_config
-from mask_head_plugin.modeling import MASK_LOSS_REGISTRY
+from mask_head_plugin.modeling import MASK_LOSS_REGISTRY, mean_over_rois
 from mask_head_plugin.modeling.mask_loss import (
     binary_cross_entropy,
     boundary_distance,
@@ -398,15 +398,59 @@ def test_half_precision_logits_are_compared_in_float32(name, dtype):
         ([["dice", 1.0, 0.5]], {}, "LOSSES.*ramp 0.5 of 'dice'"),
         ([["dice", 1.0], ["dice", 2.0]], {}, "LOSSES.*twice"),
         ([["dice", 1.0], ["softmax_cross_entropy", 1.0]], {}, "LOSSES.*do not go together"),
-        ([["dice", 1.0]], {"DISE": {}}, "LOSS_PARAMS.DISE: no such loss; choose from .*DICE"),
+        ([["dice", 1.0]], {"DISE": {}}, "LOSS_PARAMS.DISE: there is no.*choose from .*DICE"),
         ([["dice", 1.0]], {"DICE": {"EPSS": 1}}, r"LOSS_PARAMS.DICE.EPSS.*choose from \['EPS'\]"),
         ([["dice", 1.0]], {"DICE": {"EPS": "1"}}, "LOSS_PARAMS.DICE.EPS: '1' is not a finite"),
         ([["dice", 1.0]], {"DICE": {"EPS": 0}}, "LOSS_PARAMS.DICE: eps is 0; it must be above 0"),
         ([["dice", 1.0]], {"FOCAL": {"GAMMA": 0.5}}, "LOSS_PARAMS.FOCAL: gamma is 0.5; it must"),
         ([["dice", 1.0]], {"FOCAL": {"ALPHA": 2}}, "LOSS_PARAMS.FOCAL: alpha is 2; it must"),
         ([["dice", 1.0]], {"TVERSKY": {"BETA": -1}}, "LOSS_PARAMS.TVERSKY: beta is -1; it must"),
+        ([["dice", 1.0]], {"TVERSKY": {"ALPHA": 0, "BETA": 0}}, "LOSS_PARAMS.TVERSKY: .*not both"),
+        ([["dice", 1.0]], {"DICE": None}, "LOSS_PARAMS.DICE is None and not a section"),
+        ([["dice", 1.0]], {"dice": {}}, "LOSS_PARAMS.dice: there is no such name"),
+        ([["dice", 10**400]], {}, "LOSSES.*weight 1000.* of 'dice'"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_its_key(losses, parameters, message):
     with pytest.raises(ValueError, match=f"MODEL.ROI_MASK_HEAD.{message}"):
         parse_losses(losses, parameters)
+
+
+def mean_of_nothing(mask_logits, gt_masks, weights=None):
+    return (mask_logits.sigmoid() - gt_masks).square().mean()
+
+
+def values_per_roi(mask_logits, gt_masks, weights=None):
+    return (mask_logits.sigmoid() - gt_masks).flatten(1).sum(1)
+
+
+def maximum_of_nothing(mask_logits, gt_masks, weights=None):
+    return mask_logits.flatten(1).amax()
+
+
+def scale_is_missing(mask_logits, gt_masks, weights=None, *, scale):
+    return scale * mask_logits.sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (mean_of_nothing, "MEAN_OF_NOTHING: without RoIs .* returns .*nan.*mean_over_rois"),
+        (values_per_roi, "VALUES_PER_ROI: without RoIs the loss 'values_per_roi' returns tensor"),
+        (maximum_of_nothing, "MAXIMUM_OF_NOTHING: the loss .* fails without RoIs: .*amax"),
+        (scale_is_missing, "SCALE_IS_MISSING.SCALE has no default and is not set"),
+    ],
+)
+def test_a_registered_loss_that_would_fail_in_training_is_refused(loss, message, monkeypatch):
+    monkeypatch.setitem(MASK_LOSS_REGISTRY._obj_map, loss.__name__, loss)
+    with pytest.raises(ValueError, match=f"LOSS_PARAMS.{message}"):
+        parse_losses([[loss.__name__, 1.0]], {})
+
+
+def test_a_registered_loss_may_have_capitals(monkeypatch):
+    def capital_loss(mask_logits, gt_masks, weights=None, *, Scale=1.0):  # noqa: N803
+        return Scale * mean_over_rois(mask_logits.flatten(1).mean(1), weights)
+
+    monkeypatch.setitem(MASK_LOSS_REGISTRY._obj_map, "MyLoss", capital_loss)
+    (term,) = parse_losses([["MyLoss", 1.0]], {"MYLOSS": {"SCALE": 3.0}})
+    assert term.parameters == {"Scale": 3.0}

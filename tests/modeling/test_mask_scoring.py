@@ -11,7 +11,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from mask_head_plugin.modeling import FCNMaskHead
+from mask_head_plugin.modeling import MASK_LOSS_REGISTRY, FCNMaskHead
+from mask_head_plugin.modeling.mask_loss import soft_iou
 from mask_head_plugin.modeling.mask_scoring import MaskIoUHead, instance_areas, mask_iou_targets
 
 SHAPE = ShapeSpec(channels=4, height=7, width=7)
@@ -31,6 +32,13 @@ def test_target_of_a_hand_worked_example():
     gt_area = torch.tensor([8.0, 20.0])  # the second has 12 pixels outside its RoI
     expected = [4 / (8 + 8 - 4), 4 / (8 + 20 - 4)]
     assert mask_iou_targets(bits, gt, box_area, gt_area).tolist() == pytest.approx(expected)
+
+
+def test_part_in_the_roi_is_never_larger_than_the_whole_instance():
+    gt = torch.zeros(2, 4, 4, dtype=torch.bool)
+    gt[:, 1:3] = True  # 8 mask pixels, where the instance's area is 6, and where the box has none
+    target = mask_iou_targets(gt, gt, torch.tensor([16.0, 0.0]), torch.tensor([6.0, 0.0]))
+    assert target.tolist() == [1.0, 1.0]
 
 
 def test_target_of_empty_masks_is_zero():
@@ -85,14 +93,46 @@ def test_training_without_positives_and_inference_without_detections():
 def test_mask_score_is_class_score_times_iou_of_the_predicted_class():
     head = make_head().eval()
     detections = Instances((64, 64))
-    detections.pred_classes, detections.scores = torch.tensor([2, 0]), torch.tensor([0.9, 0.5])
-    features = torch.randn(2, 4, 7, 7)
+    detections.pred_classes = torch.tensor([2, 0, 1])
+    detections.scores = torch.tensor([0.9, 0.5, 0.4])
+    features = torch.randn(3, 4, 7, 7)
     with torch.no_grad():
         head.iou_head.predictor.bias.copy_(torch.tensor([0.6, 5.0, -3.0]))
         head.iou_head.predictor.weight.zero_()
         (result,) = head(features, [detections])
-    torch.testing.assert_close(result.mask_scores, torch.tensor([0.0, 0.3]))  # clamped to [0, 1]
-    assert result.scores.tolist() == pytest.approx([0.9, 0.5])
+    torch.testing.assert_close(result.mask_scores, torch.tensor([0.0, 0.3, 0.4]))  # in [0, 1]
+    assert result.scores.tolist() == pytest.approx([0.9, 0.5, 0.4])
+
+
+def test_boxes_without_scores_get_masks_without_mask_scores():
+    boxes = Instances((64, 64))
+    boxes.pred_classes = torch.tensor([2])
+    (result,) = make_head().eval()(torch.randn(1, 4, 7, 7), [boxes])
+    assert result.has("pred_masks") and not result.has("mask_scores")
+
+
+def test_loss_is_the_weighted_squared_error_of_the_iou_of_the_predicted_masks():
+    head = make_head(iou_loss_weight=2.0)
+    torch.nn.init.normal_(head.iou_head.predictor.weight)
+    torch.nn.init.normal_(head.predictor.weight)
+    instances = random_instances(5, (64, 64), 3, np.random.default_rng(0), "bitmask")
+    instances.proposal_boxes = instances.gt_boxes
+    features, classes = torch.randn(5, 4, 7, 7), instances.gt_classes
+    with EventStorage(0):
+        loss = head(features, [instances])["loss_mask_iou"]
+    probs = head.selected_logits(features, classes).sigmoid()
+    gt = instances.gt_masks.crop_and_resize(instances.gt_boxes.tensor, 14)
+    areas = instance_areas([instances], torch.device("cpu"))
+    target = mask_iou_targets(probs > 0.5, gt, *areas)
+    assert target.std() > 0.01, "all the same would prove less"
+    expected = 2 * (head.iou_head(features, probs, classes) - target).square().mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_mask_loss_cannot_take_the_name_of_the_iou_loss(monkeypatch):
+    monkeypatch.setitem(MASK_LOSS_REGISTRY._obj_map, "iou", soft_iou)
+    with pytest.raises(ValueError, match="mask scoring logs loss_mask_iou"):
+        make_head(losses=[["dice", 1.0], ["iou", 1.0]])
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,12 @@ def test_any_ordered_box_equals_detectron2_but_for_ties(boxes, hw, size):
     check_equals_detectron2(random_masks(len(boxes), hw, 0), boxes, size)
 
 
+@pytest.mark.parametrize(("shape", "size"), [((1, 4, 4), 0), ((1, 0, 4), 2), ((1, 4, 0), 2)])
+def test_sizes_of_nothing_are_refused(shape, size):
+    with pytest.raises(ValueError, match="none may be 0"):
+        crop_masks(torch.zeros(shape, dtype=torch.bool), torch.zeros(1, 4), size)
+
+
 def test_a_box_of_whole_pixels_gives_these_pixels():
     mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]).bool()[None]
     target = crop_masks(mask, torch.tensor([[1.0, 0, 3, 2]]), 2)
