@@ -24,6 +24,10 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     Args:
         cfg: a config from ``detectron2.config.get_cfg()``; changed in place.
     """
+    # What ``instances.pred_masks`` is after inference: "bitmask", detectron2's (N, H, W) tensor, or
+    # "rle", run lengths, for which META_ARCHITECTURE must be MaskRCNN.
+    cfg.MODEL.MASK_OUTPUT = "bitmask"
+
     # What a bin makes of its samples: "mean" (the paper's) or "max" (Mask R-CNN Table 2c).
     cfg.MODEL.ROI_BOX_HEAD.POOLER_REDUCTION = "mean"
     cfg.MODEL.ROI_MASK_HEAD.POOLER_REDUCTION = "mean"

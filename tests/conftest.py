@@ -30,6 +30,7 @@ STOCK_NAMES = {
     "PerClassMaskROIHeads": "StandardROIHeads",
     "PerClassMaskRes5ROIHeads": "Res5ROIHeads",
     "FCNMaskHead": "MaskRCNNConvUpsampleHead",
+    "MaskRCNN": "GeneralizedRCNN",
 }
 
 SMALL_RESNET = [
@@ -65,6 +66,7 @@ def stock_config(cfg: CfgNode) -> CfgNode:
     """Returns the same config with detectron2's modules in place of the plugin's."""
     cfg = cfg.clone()
     cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = STOCK_NAMES[cfg.MODEL.META_ARCHITECTURE]
     for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_MASK_HEAD):
         node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
     return cfg

@@ -21,7 +21,7 @@ FOLDERS = {
     "Misc": ("misc", ""),
     "Detectron1-Comparisons": ("detectron1_comparisons", ""),
 }
-PLUGIN_KEYS = {"MODEL.ROI_HEADS.NAME", "MODEL.ROI_MASK_HEAD.NAME"}
+PLUGIN_KEYS = {"MODEL.META_ARCHITECTURE", "MODEL.ROI_HEADS.NAME", "MODEL.ROI_MASK_HEAD.NAME"}
 
 
 def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, object]:

@@ -16,9 +16,10 @@ PACKAGE = "mask_head_plugin"
 ALLOWED = {
     "ops": set(),
     "config": set(),
-    "modeling": {"ops", "config"},
+    "structures": {"ops"},
+    "modeling": {"ops", "config", "structures"},
     "data": {"ops", "config"},
-    "evaluation": {"ops", "config"},
+    "evaluation": {"ops", "config", "structures"},
     "engine": {"ops", "config", "modeling", "data", "evaluation"},
     "experiments": {"ops", "config", "modeling", "data", "evaluation", "engine"},
     "__init__": {"ops", "config", "modeling", "data"},

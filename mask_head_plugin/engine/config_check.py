@@ -20,6 +20,7 @@ from detectron2.utils.registry import Registry
 from ..config import ConfigError, nearest_name
 from ..modeling.mask_head import ClassSelection, check_mask_losses
 from ..modeling.pooler import POOLER_TYPES, check_pooler
+from ..modeling.rcnn import MASK_OUTPUTS, MaskRCNN
 from ..modeling.roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
 
 DETECTRON2_POOLER_TYPES = ("ROIAlignRotated",)
@@ -58,6 +59,7 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_mask_head(cfg)
+    _check_mask_output(cfg)
     head = cfg.MODEL.ROI_MASK_HEAD
     for key, value, least in (
         ("MODEL.ROI_MASK_HEAD.NUM_FC", head.NUM_FC, 1),
@@ -135,6 +137,17 @@ def _check_mask_head(cfg: CfgNode) -> None:
                 f"MODEL.ROI_MASK_HEAD.{key} has no effect: MODEL.MASK_ON is {cfg.MODEL.MASK_ON} "
                 f"and MODEL.ROI_MASK_HEAD.NAME {head.NAME}; it needs FCNMaskHead or MLPMaskHead"
             )
+
+
+def _check_mask_output(cfg: CfgNode) -> None:
+    output, name = cfg.MODEL.MASK_OUTPUT, cfg.MODEL.META_ARCHITECTURE
+    if output not in MASK_OUTPUTS:
+        raise ConfigError(f"MODEL.MASK_OUTPUT {output!r} is none of {MASK_OUTPUTS}")
+    if output == "rle" and not issubclass(META_ARCH_REGISTRY.get(name), MaskRCNN):
+        raise ConfigError(
+            f"MODEL.MASK_OUTPUT rle needs MODEL.META_ARCHITECTURE MaskRCNN; with {name} it must be "
+            "bitmask"
+        )
 
 
 def _mask_head(cfg: CfgNode) -> type:

@@ -3,6 +3,7 @@
 from .mask_head import FCNMaskHead, MLPMaskHead
 from .mask_loss import MASK_LOSS_REGISTRY, couples_classes, mean_over_rois
 from .pooler import MultiLevelRoIPooler
+from .rcnn import MaskRCNN
 from .roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
 from .small_backbone import build_small_resnet_fpn_backbone
 
@@ -10,6 +11,7 @@ __all__ = [
     "MASK_LOSS_REGISTRY",
     "FCNMaskHead",
     "MLPMaskHead",
+    "MaskRCNN",
     "MultiLevelRoIPooler",
     "PerClassMaskROIHeads",
     "PerClassMaskRes5ROIHeads",

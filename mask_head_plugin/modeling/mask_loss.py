@@ -448,7 +448,8 @@ def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
     classes = torch.zeros(0, dtype=torch.int64)
     inputs = (nothing[:, None], classes, nothing) if hasattr(loss, "activation") else (nothing,) * 2
     try:
-        value = loss(*inputs, **arguments)
+        with torch.enable_grad():
+            value = loss(*inputs, **arguments)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     except Exception as error:

@@ -63,6 +63,11 @@ MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
             ["MODEL.MASK_ON", "False", "MODEL.ROI_MASK_HEAD.SCORING.ENABLED", "True"],
             "SCORING.ENABLED has no effect",
         ),
+        (["MODEL.MASK_OUTPUT", "polygon"], "MODEL.MASK_OUTPUT 'polygon' is none of"),
+        (
+            ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"],
+            "MASK_OUTPUT rle needs .* MaskRCNN; with GeneralizedRCNN it must be bitmask",
+        ),
         (["MODEL.ROI_MASK_HEAD.NUM_FC", "0"], "NUM_FC is 0; it must be at least 1"),
         (["MODEL.ROI_MASK_HEAD.SCORING.FC_DIM", "-3"], "SCORING.FC_DIM is -3; it must be"),
         (["MODEL.ROI_MASK_HEAD.LOSS_WEIGHT", "1e999"], "LOSS_WEIGHT is inf; it must be"),

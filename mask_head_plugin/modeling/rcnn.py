@@ -1,0 +1,85 @@
+"""Mask R-CNN whose masks leave the model as run lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, detector_postprocess
+from detectron2.structures import Instances
+
+from ..ops import encode_masks
+from ..structures import RLEMasks
+
+MASK_OUTPUTS = ("rle", "bitmask")
+
+
+@META_ARCH_REGISTRY.register()
+class MaskRCNN(GeneralizedRCNN):
+    """GeneralizedRCNN with a choice of what ``pred_masks`` holds after inference.
+
+    ``rle``: an RLEMasks. No image-sized mask is drawn at any time. ``bitmask``: detectron2's
+    (N, H, W) tensor. Training and inference without postprocessing (which test-time augmentation
+    uses) are detectron2's.
+    """
+
+    @configurable
+    def __init__(self, *, mask_output: str = "rle", **arguments: Any) -> None:
+        """
+        Args:
+            mask_output: "rle" or "bitmask".
+            arguments: of GeneralizedRCNN.
+
+        Raises:
+            ValueError: if ``mask_output`` is neither.
+        """
+        super().__init__(**arguments)
+        if mask_output not in MASK_OUTPUTS:
+            raise ValueError(f"mask_output {mask_output!r} is none of {MASK_OUTPUTS}")
+        self.mask_output = mask_output
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {**super().from_config(cfg), "mask_output": cfg.MODEL.MASK_OUTPUT}
+
+    def inference(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        detected_instances: list[Instances] | None = None,
+        do_postprocess: bool = True,
+    ) -> list[Any]:
+        """See GeneralizedRCNN.inference."""
+        if self.mask_output == "bitmask" or not do_postprocess:
+            return super().inference(batched_inputs, detected_instances, do_postprocess)
+        # Not by overriding _postprocess, which GeneralizedRCNN calls as its own static method.
+        results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
+        outputs = []
+        for x, found in zip(batched_inputs, results, strict=True):
+            output_hw = x.get("height", found.image_size[0]), x.get("width", found.image_size[1])
+            outputs.append({"instances": rle_postprocess(found, *output_hw)})
+        return outputs
+
+
+def rle_postprocess(instances: Instances, output_height: int, output_width: int) -> Instances:
+    """detectron2's detector_postprocess with ``pred_masks`` as RLEMasks.
+
+    Args:
+        instances: detections at the size that the model saw, with ``pred_masks`` (N, 1, M, M) or
+            without; changed in place, as there.
+        output_height: pixels.
+        output_width: pixels.
+
+    Returns:
+        Detections at the output size; those whose box is empty there are left out.
+    """
+    if not instances.has("pred_masks"):
+        return detector_postprocess(instances, output_height, output_width)
+    # By another name the probabilities go through with their detections and are not pasted.
+    instances.set("mask_probs", instances.pred_masks[:, 0])
+    instances.remove("pred_masks")
+    result = detector_postprocess(instances, output_height, output_width)
+    image_hw = (output_height, output_width)
+    rles = encode_masks(result.mask_probs, result.pred_boxes.tensor, image_hw)
+    result.remove("mask_probs")
+    result.pred_masks = RLEMasks(rles, image_hw)
+    return result
