@@ -124,7 +124,7 @@ def _check_pooler(cfg: CfgNode, head: str) -> None:
 def _check_mask_head(cfg: CfgNode) -> None:
     """Refuses settings of the plugin's mask heads where another head would ignore them."""
     head = cfg.MODEL.ROI_MASK_HEAD
-    if cfg.MODEL.MASK_ON and issubclass(_mask_head(cfg), ClassSelection):
+    if not cfg.MODEL.MASK_ON or issubclass(_mask_head(cfg), ClassSelection):
         return
     losses = [list(entry) for entry in head.LOSSES]
     for key, changed in (
@@ -134,8 +134,8 @@ def _check_mask_head(cfg: CfgNode) -> None:
     ):
         if changed:
             raise ConfigError(
-                f"MODEL.ROI_MASK_HEAD.{key} has no effect: MODEL.MASK_ON is {cfg.MODEL.MASK_ON} "
-                f"and MODEL.ROI_MASK_HEAD.NAME {head.NAME}; it needs FCNMaskHead or MLPMaskHead"
+                f"MODEL.ROI_MASK_HEAD.{key} has no effect with MODEL.ROI_MASK_HEAD.NAME "
+                f"{head.NAME}; it needs FCNMaskHead or MLPMaskHead, or its default"
             )
 
 

@@ -9,6 +9,7 @@ from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.engine import check_config
 
 SOFTMAX = ("MODEL.ROI_MASK_HEAD.LOSSES", "[['softmax_cross_entropy', 1.0]]")
+SCORING = ("MODEL.ROI_MASK_HEAD.SCORING.ENABLED", "True")
 DICE = ("MODEL.ROI_MASK_HEAD.LOSSES", "[['dice', 1.0]]")
 MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
 
@@ -56,11 +57,10 @@ MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
         ),
         (
             [*("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"), *DICE],
-            "LOSSES has no effect: MODEL.MASK_ON is True and .* MaskRCNNConvUpsampleHead; it needs",
+            "LOSSES has no effect with .* MaskRCNNConvUpsampleHead; it needs FCNMaskHead",
         ),
-        (["MODEL.MASK_ON", "False", *DICE], "LOSSES has no effect: MODEL.MASK_ON is False"),
         (
-            ["MODEL.MASK_ON", "False", "MODEL.ROI_MASK_HEAD.SCORING.ENABLED", "True"],
+            [*("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"), *SCORING],
             "SCORING.ENABLED has no effect",
         ),
         (["MODEL.MASK_OUTPUT", "polygon"], "MODEL.MASK_OUTPUT 'polygon' is none of"),
