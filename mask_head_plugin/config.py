@@ -58,6 +58,10 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     scoring.CONV_DIM = 256  # channels of its four convolutions
     scoring.FC_DIM = 1024  # units of its two hidden linear layers
 
+    # Above 0: evaluation adds the metrics of semantic segmentation, of maps made from detections
+    # with at least this score (see evaluation/semantic.py). 0 leaves them out.
+    cfg.TEST.SEMANTIC_THRESHOLD = 0.0
+
     # The user's own data sets in COCO instances format: ["name", "annotations.json", "images/"].
     # Paths start at the current folder or, where nothing is there, at $DETECTRON2_DATASETS. The
     # names can then stand in DATASETS.TRAIN and DATASETS.TEST.

@@ -16,23 +16,22 @@ from detectron2.engine import DefaultTrainer, hooks
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
+    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
-    LVISEvaluator,
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
+    print_csv_format,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
-from ..evaluation import MaskEvaluator, write_contact_sheet
+from ..evaluation import COCO_MAX_DETECTIONS, MaskEvaluator, write_contact_sheet
 from .checkpoint import MaskHeadCheckpointer
+from .evaluation import evaluate_dataset
 
 Results = OrderedDict[str, Any]
-
-COCO_MAX_DETECTIONS = 100
-"""Detections per image that the COCO metric looks at."""
 
 
 class Trainer(DefaultTrainer):
@@ -75,25 +74,29 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: gives the output folder and the detections per image.
             dataset_name: a registered data set.
-            output_folder: where results go; ``OUTPUT_DIR/inference`` if None.
+            output_folder: where results go; if None ``OUTPUT_DIR/inference``, or a folder of the
+                data set's name in it if there are several in DATASETS.TEST.
 
         Raises:
             ValueError: if the type is unknown.
         """
-        folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
+        folder = output_folder or _inference_folder(cfg, "inference", dataset_name)
         match MetadataCatalog.get(dataset_name).get("evaluator_type"):
-            case "coco":
-                return _coco_evaluator(cfg, dataset_name, folder)
+            case "coco" if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+                return COCOEvaluator(dataset_name, output_dir=folder)  # recall of the proposals
+            case "coco" if cfg.MODEL.KEYPOINT_ON:
+                keypoints = COCOEvaluator(dataset_name, ("keypoints",), output_dir=folder)
+                return DatasetEvaluators([_mask_evaluator(cfg, dataset_name, folder), keypoints])
+            case "coco" | "lvis":
+                return _mask_evaluator(cfg, dataset_name, folder)
             case "coco_panoptic_seg":
-                coco = _coco_evaluator(cfg, dataset_name, folder)
+                coco = _mask_evaluator(cfg, dataset_name, folder)
                 sem_seg = SemSegEvaluator(dataset_name, output_dir=folder)
                 return DatasetEvaluators(
                     [coco, sem_seg, COCOPanopticEvaluator(dataset_name, folder)]
                 )
             case "sem_seg":
                 return SemSegEvaluator(dataset_name, output_dir=folder)
-            case "lvis":
-                return LVISEvaluator(dataset_name, output_dir=folder)
             case "cityscapes_instance":
                 return CityscapesInstanceEvaluator(dataset_name)
             case "cityscapes_sem_seg":
@@ -105,6 +108,30 @@ class Trainer(DefaultTrainer):
                     f"data set {dataset_name!r} has evaluator_type {kind!r}, for which there is no "
                     "evaluator; set it in its metadata, e.g. to 'coco'"
                 )
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: torch.nn.Module,
+        evaluators: list[DatasetEvaluator] | DatasetEvaluator | None = None,
+    ) -> Results:
+        """Evaluates a model on DATASETS.TEST; see DefaultTrainer.test.
+
+        Other than there, an evaluation that was interrupted goes on with the images that it had
+        left, if nothing that predictions depend on has changed.
+        """
+        if isinstance(evaluators, DatasetEvaluator):
+            evaluators = [evaluators]
+        results: Results = OrderedDict()
+        for index, name in enumerate(cfg.DATASETS.TEST):
+            evaluator = evaluators[index] if evaluators else cls.build_evaluator(cfg, name)
+            loader = cls.build_test_loader(cfg, name)
+            results[name] = evaluate_dataset(cfg, model, name, loader, evaluator)
+            if comm.is_main_process():
+                logging.getLogger(__name__).info("%s in csv format:", name)
+                print_csv_format(results[name])
+        return next(iter(results.values())) if len(results) == 1 else results
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
@@ -120,8 +147,10 @@ class Trainer(DefaultTrainer):
     def test_with_tta(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
         """Evaluates with test-time augmentation (TEST.AUG); keys end in ``_TTA``."""
         logging.getLogger(__name__).info("evaluating with test-time augmentation")
-        folder = str(Path(cfg.OUTPUT_DIR) / "inference_TTA")
-        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        evaluators = [
+            cls.build_evaluator(cfg, name, _inference_folder(cfg, "inference_TTA", name))
+            for name in cfg.DATASETS.TEST
+        ]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
 
@@ -143,7 +172,12 @@ def _draw_contact_sheets(trainer: Trainer) -> None:
         trainer.draw_contact_sheets(trainer.cfg, trainer.model)
 
 
-def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluator:
+def _inference_folder(cfg: CfgNode, name: str, dataset_name: str) -> str:
+    folder = Path(cfg.OUTPUT_DIR) / name
+    return str(folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder)
+
+
+def _mask_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluator:
     """MaskEvaluator that looks at all detections a model may return.
 
     The COCO metric's limit of 100 would cap recall where images hold more objects.
@@ -157,4 +191,9 @@ def _coco_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluat
             "AP of %s looks at TEST.DETECTIONS_PER_IMAGE = %d detections an image, not COCO's %d",
             *(dataset_name, limit, COCO_MAX_DETECTIONS),
         )
-    return MaskEvaluator(dataset_name, output_dir=folder, max_dets_per_image=limit)
+    return MaskEvaluator(
+        dataset_name,
+        output_dir=folder,
+        max_dets_per_image=limit,
+        semantic_threshold=cfg.TEST.SEMANTIC_THRESHOLD,
+    )

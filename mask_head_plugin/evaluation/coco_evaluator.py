@@ -1,47 +1,320 @@
-"""COCO metrics of boxes and masks."""
+"""COCO and LVIS metrics of boxes, masks and their boundaries."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from detectron2.evaluation import COCOEvaluator
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import convert_to_coco_json
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from pycocotools import mask as coco_mask
+from tabulate import tabulate
+
+from ..structures import RLEMasks
+from .coco_engine import COCO_MAX_DETECTIONS, TASKS, Evaluation, GroundTruth
+from .prediction_log import PredictionLog, Results, merge_lines
+from .semantic import evaluate_semantic
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+CLASS_COLUMNS = 3  # classes beside each other in the table of classes
+
+TaskResults = OrderedDict[str, dict[str, float]]
 
 
-class MaskEvaluator(COCOEvaluator):
-    """COCOEvaluator that ranks masks by ``mask_scores`` where detections have them.
+class MaskEvaluator(DatasetEvaluator):
+    """AP of boxes, masks and boundaries, in the place of detectron2's COCO and LVIS evaluators.
 
-    Boxes are always ranked by ``scores``, so their AP does not depend on mask scoring. In
-    ``coco_instances_results.json`` such a detection has a ``mask_score`` beside its ``score``.
+    Results are ``{"bbox": ..., "segm": ..., "boundary": ...}`` with detectron2's keys (AP, AP50,
+    AP75, APs, APm, APl, AP-<class>; for LVIS also APr, APc, APf). Boundary AP is COCO's AP with the
+    minimum of mask and boundary IoU (arXiv 2103.16562). Masks are ranked by ``mask_scores`` where
+    detections have them, boxes always by ``scores``.
+
+    Predictions are written to the output folder as they come. After ``resume``, images that an
+    interrupted evaluation has predicted need not be predicted again.
+
+    Writes to the output folder:
+
+    - ``coco_instances_results.json``: all detections in COCO's format; with mask scoring each has a
+      ``mask_score`` beside its ``score``.
+    - ``metrics.json``: all metrics, also by class and size.
+    - ``matches_<task>.npz``: which detections found an object, see matching.Matches.
+
+    Differs from COCOEvaluator: without any detection AP is 0 and not nan, and there is no
+    ``instances_predictions.pth``.
     """
 
-    _tasks: tuple[str, ...] | None
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: Sequence[str] | None = None,
+        distributed: bool = True,
+        output_dir: str | None = None,
+        *,
+        max_dets_per_image: int | None = None,
+        semantic_threshold: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            dataset_name: a registered data set. Without a ``json_file`` in its metadata, it is
+                written to the output folder in COCO's format first.
+            tasks: of "bbox", "segm", "boundary"; None for all that predictions allow.
+            distributed: whether to collect the predictions of all processes.
+            output_dir: where files go; None for none.
+            max_dets_per_image: detections of an image and class that count; COCO's 100 if None.
+                LVIS always takes the best 300 of an image.
+            semantic_threshold: above 0, the metrics of semantic segmentation that
+                ``semantic.evaluate_semantic`` gives for detections with at least this score are
+                added as "semantic".
+
+        Raises:
+            ValueError: if a task is unknown, the data set has no annotation file and there is no
+                folder to write one, or the file is no COCO file.
+        """
+        unknown = set(tasks or ()) - set(TASKS)
+        if unknown:
+            raise ValueError(f"unknown tasks {sorted(unknown)}; choose from {TASKS}")
+        self._dataset_name, self._tasks, self._distributed = dataset_name, tasks, distributed
+        self._folder = Path(output_dir) if output_dir else None
+        self._max_detections = max_dets_per_image or COCO_MAX_DETECTIONS
+        self._semantic_threshold = semantic_threshold
+        metadata = MetadataCatalog.get(dataset_name)
+        self._truth = GroundTruth(
+            _annotation_file(dataset_name, self._folder),
+            is_lvis=metadata.get("evaluator_type") == "lvis",
+        )
+        self._category_ids = _category_ids(dataset_name, self._truth)
+        names = dict(zip(self._category_ids, metadata.get("thing_classes", ()), strict=False))
+        self._class_names = [
+            names.get(category, name)
+            for category, name in zip(
+                self._truth.category_ids, self._truth.class_names, strict=True
+            )
+        ]
+        self.resume("")
+
+    def resume(self, fingerprint: str) -> None:
+        """Looks for the predictions of an interrupted evaluation.
+
+        Args:
+            fingerprint: of all that predictions depend on (weights, settings, images). Those made
+                with another one are not taken, and deleted by ``reset``. Empty: none are taken.
+        """
+        self._log = PredictionLog(
+            *(self._folder, self._dataset_name, fingerprint),
+            comm.get_rank() if self._distributed else 0,
+        )
+
+    @property
+    def finished_image_ids(self) -> set[Any]:
+        """Images that need not be predicted again, as the first process sees them."""
+        finished: set[Any] = self._log.finished
+        return comm.all_gather(finished)[0] if self._distributed else finished
+
+    def reset(self) -> None:
+        self._log.start()
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        known = len(self._predictions)
-        super().process(inputs, outputs)
-        found = [x["instances"] for x in outputs if "instances" in x]
-        for prediction, instances in zip(self._predictions[known:], found, strict=True):
-            if instances.has("mask_scores"):
-                scores = instances.mask_scores.tolist()
-                for result, score in zip(prediction["instances"], scores, strict=True):
-                    result["mask_score"] = score
+        """
+        Args:
+            inputs: of a detectron2 model, with ``image_id``.
+            outputs: its outputs, with ``instances``.
 
-    def _eval_predictions(
-        self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None
-    ) -> None:
-        results = list(itertools.chain.from_iterable(x["instances"] for x in predictions))
-        if not results or "mask_score" not in results[0]:
-            super()._eval_predictions(predictions, img_ids)
-            return
-        tasks = self._tasks or self._tasks_from_predictions(results)
-        ranked = [{**result, "score": result["mask_score"]} for result in results]
-        try:
+        Raises:
+            ValueError: if an output has no instances, or a class that the data set has not.
+        """
+        for x, output in zip(inputs, outputs, strict=True):
+            if "instances" not in output:
+                raise ValueError(f"outputs have {sorted(output)} and no instances to evaluate")
+            results = coco_results(output["instances"].to("cpu"), x["image_id"], self._category_ids)
+            self._log.append(x["image_id"], results)
+
+    def evaluate(self) -> TaskResults:
+        """Returns the metrics; on other processes than the first, nothing."""
+        lines = self._log.lines()
+        if self._distributed:
+            comm.synchronize()
+            lines = [line for part in comm.gather(lines, dst=0) for line in part]
+            if not comm.is_main_process():
+                self._log.close()
+                return OrderedDict()
+        if not lines:
+            logger.warning("nothing was predicted of %s", self._dataset_name)
+            return OrderedDict()
+        results = merge_lines(lines)
+        if self._folder:
+            text = json.dumps(results)
+            (self._folder / "coco_instances_results.json").write_text(text)
+        metrics: TaskResults = OrderedDict()
+        if self._truth.has_annotations:
+            metrics = self._evaluate_tasks(results)
+        else:
+            logger.info("%s has no annotations to evaluate with", self._truth.json_file)
+        self._log.remove()
+        return metrics
+
+    def _evaluate_tasks(self, results: Results) -> TaskResults:
+        tasks = self._tasks or self._possible_tasks(results)
+        evaluations: OrderedDict[str, Evaluation] = OrderedDict()
+        if "bbox" in tasks:
+            evaluations["bbox"] = self._evaluate_task(results, "bbox")
+        if "segm" in tasks or "boundary" in tasks:
+            of_masks = self._evaluate_task(results, "segm")
             if "segm" in tasks:
-                self._tasks = ("segm",)
-                super()._eval_predictions([{"instances": ranked}], img_ids)
-            self._tasks = tuple(task for task in tasks if task != "segm")
-            if self._tasks:  # last, so that these are the results that stay in the file
-                super()._eval_predictions([{"instances": results}], img_ids)
-        finally:
-            self._tasks = tasks
+                evaluations["segm"] = of_masks
+            if "boundary" in tasks:
+                evaluations["boundary"] = of_masks.with_boundaries()
+        summary: TaskResults = OrderedDict(
+            (task, self._summary(evaluation)) for task, evaluation in evaluations.items()
+        )
+        self._log_tables(summary)
+        if self._semantic_threshold > 0:
+            summary["semantic"] = self._semantic(results)
+        if self._folder:
+            for task, evaluation in evaluations.items():
+                evaluation.matches().save(self._folder / f"matches_{task}.npz")
+            self._write_metrics(summary, evaluations)
+        return summary
+
+    def _possible_tasks(self, results: Results) -> tuple[str, ...]:
+        has_masks = "segmentation" in results[0] if results else self._truth.has_masks
+        return TASKS if has_masks else ("bbox",)
+
+    def _evaluate_task(self, results: Results, task: str) -> Evaluation:
+        detections = self._truth.detections(results, task)
+        return Evaluation(self._truth, detections, task, self._max_detections)
+
+    def _summary(self, evaluation: Evaluation) -> dict[str, float]:
+        """Returns detectron2's metrics of a task."""
+        metrics = evaluation.metrics()
+        summary = {name: metrics[name] for name in METRICS}
+        names = self._class_names
+        if self._truth.is_lvis:
+            return {**summary, **evaluation.frequency_metrics()}
+        if len(names) > 1:
+            summary |= {f"AP-{x}": evaluation.metrics([k])["AP"] for k, x in enumerate(names)}
+        return summary
+
+    def _semantic(self, results: Results) -> dict[str, float]:
+        coco = self._truth.coco
+        return evaluate_semantic(
+            *(coco, self._truth.detections(results, "segm"), list(coco.imgs)),
+            {category: k for k, category in enumerate(coco.cats)},
+            *(self._class_names, self._semantic_threshold),
+        )
+
+    def _log_tables(self, summary: TaskResults) -> None:
+        names = [x for x in next(iter(summary.values())) if not x.startswith("AP-")]
+        rows = [[task, *(metrics[x] for x in names)] for task, metrics in summary.items()]
+        table = tabulate(rows, ["", *names], tablefmt="pipe", floatfmt=".3f")
+        logger.info("Evaluation of %s:\n%s", self._dataset_name, table)
+        classes = [x for x in next(iter(summary.values())) if x.startswith("AP-")]
+        if classes:
+            cells = [[x[3:], *(metrics[x] for metrics in summary.values())] for x in classes]
+            columns = min(CLASS_COLUMNS, len(cells))
+            cells += [[""] * len(cells[0])] * (-len(cells) % columns)
+            rows = [
+                list(itertools.chain(*cells[k : k + columns]))
+                for k in range(0, len(cells), columns)
+            ]
+            header = ["class", *summary] * columns
+            table = tabulate(rows, header, tablefmt="pipe", floatfmt=".2f")
+            logger.info("AP by class:\n%s", table)
+
+    def _write_metrics(
+        self, summary: TaskResults, evaluations: OrderedDict[str, Evaluation]
+    ) -> None:
+        assert self._folder is not None
+        names = self._class_names
+        written: dict[str, Any] = {
+            "dataset": self._dataset_name,
+            "annotations": self._truth.json_file,
+            "num_images": len(self._truth.image_ids),
+            "max_detections": next(iter(evaluations.values())).limit if evaluations else None,
+            **summary,
+        }
+        for task, evaluation in evaluations.items():
+            by_class = {name: evaluation.metrics([k]) for k, name in enumerate(names)}
+            own = {x: v for x, v in summary[task].items() if not x.startswith("AP-")}
+            written[task] = {**own, "AR": evaluation.metrics()["AR"], "by_class": by_class}
+        text = json.dumps(_without_nan(written), indent=1)
+        (self._folder / "metrics.json").write_text(text + "\n")
+
+
+def coco_results(instances: Instances, image_id: Any, category_ids: Sequence[Any]) -> Results:
+    """Returns detections in COCO's result format.
+
+    Args:
+        instances: on the CPU; ``pred_masks`` may be RLEMasks, an (N, H, W) tensor, or missing.
+        image_id: of the annotation file.
+        category_ids: of the annotation file, by class.
+
+    Raises:
+        ValueError: if a class is beyond the categories.
+    """
+    boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+    classes = instances.pred_classes.tolist()
+    if classes and max(classes) >= len(category_ids):
+        raise ValueError(
+            f"image {image_id!r}: predicted class {max(classes)}, but the data set has "
+            f"{len(category_ids)} classes; is MODEL.ROI_HEADS.NUM_CLASSES right?"
+        )
+    results = [
+        {"image_id": image_id, "category_id": category_ids[k], "bbox": box, "score": score}
+        for k, box, score in zip(classes, boxes.tolist(), instances.scores.tolist(), strict=True)
+    ]
+    if instances.has("pred_masks"):
+        for result, rle in zip(results, _run_lengths(instances.pred_masks), strict=True):
+            result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+    if instances.has("mask_scores"):
+        for result, score in zip(results, instances.mask_scores.tolist(), strict=True):
+            result["mask_score"] = score
+    return results
+
+
+def _run_lengths(masks: RLEMasks | torch.Tensor) -> list[Any]:
+    if isinstance(masks, RLEMasks):
+        return masks.rles
+    return [coco_mask.encode(np.asarray(mask, np.uint8, order="F")) for mask in masks]
+
+
+def _annotation_file(dataset_name: str, folder: Path | None) -> str:
+    """Returns the path of a data set's annotations in COCO's format, written first if need be."""
+    metadata = MetadataCatalog.get(dataset_name)
+    if not metadata.get("json_file"):
+        if folder is None:
+            raise ValueError(f"{dataset_name} has no json_file: output_dir is needed to write one")
+        path = folder / f"{dataset_name}_coco_format.json"
+        convert_to_coco_json(dataset_name, str(path), allow_cached=False)
+        return str(path)
+    return str(PathManager.get_local_path(metadata.json_file))
+
+
+def _category_ids(dataset_name: str, truth: GroundTruth) -> list[Any]:
+    """Returns the annotation file's category id of each class."""
+    metadata = MetadataCatalog.get(dataset_name)
+    mapping = metadata.get("thing_dataset_id_to_contiguous_id")
+    if mapping:
+        return sorted(mapping, key=lambda category: mapping[category])
+    first = 1 if truth.is_lvis else 0  # as detectron2 numbers them
+    return list(range(first, first + len(metadata.get("thing_classes", truth.class_names))))
+
+
+def _without_nan(value: Any) -> Any:
+    """Returns nested results with None for nan, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(x) for key, x in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

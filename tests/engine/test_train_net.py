@@ -72,7 +72,9 @@ def test_training_leaves_checkpoint_metrics_events_log_and_contact_sheet(run, tr
 
 def test_training_prints_the_time_left_and_the_ap_table(trained):
     assert "eta: " in trained.stdout
-    assert "Evaluation results for segm" in trained.stdout
+    assert "Evaluation of six_val" in trained.stdout
+    table = [line.split("|")[1].strip() for line in trained.stdout.splitlines() if "|" in line]
+    assert {"bbox", "segm", "boundary", "ring"} <= set(table)
 
 
 def test_the_device_and_a_changed_mask_format_are_said_and_logged(run, trained):

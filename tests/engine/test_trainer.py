@@ -6,20 +6,36 @@ import pytest
 import torch
 from conftest import small_config
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, PascalVOCDetectionEvaluator
 
 from mask_head_plugin.engine import Trainer
+from mask_head_plugin.evaluation import MaskEvaluator
 
 
-def test_coco_data_sets_get_the_coco_evaluator():
+def test_coco_data_sets_get_the_mask_evaluator():
     evaluator = Trainer.build_evaluator(small_config("Base-MaskRCNN-FPN.yaml"), "shapes_val")
-    assert isinstance(evaluator, COCOEvaluator)
-    assert evaluator._max_dets_per_image == [1, 10, 100]
+    assert isinstance(evaluator, MaskEvaluator) and evaluator._max_detections == 100
 
 
 def test_all_detections_that_a_model_may_return_are_evaluated():
     cfg = small_config("Base-MaskRCNN-FPN.yaml", "TEST.DETECTIONS_PER_IMAGE", "400")
-    assert Trainer.build_evaluator(cfg, "shapes_val")._max_dets_per_image == [1, 10, 400]
+    assert Trainer.build_evaluator(cfg, "shapes_val")._max_detections == 400
+
+
+def test_keypoints_and_proposals_are_evaluated_by_detectron2():
+    cfg = small_config("Base-MaskRCNN-FPN.yaml", "MODEL.KEYPOINT_ON", "True")
+    both = Trainer.build_evaluator(cfg, "shapes_val")
+    assert isinstance(both, DatasetEvaluators)
+    assert [type(x) for x in both._evaluators] == [MaskEvaluator, COCOEvaluator]
+    cfg = small_config("Base-MaskRCNN-FPN.yaml", "MODEL.META_ARCHITECTURE", "ProposalNetwork")
+    assert isinstance(Trainer.build_evaluator(cfg, "shapes_val"), COCOEvaluator)
+
+
+def test_several_data_sets_have_folders_of_their_own(tmp_path):
+    opts = ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "('shapes_val', 'shapes_train')"]
+    cfg = small_config("Base-MaskRCNN-FPN.yaml", *opts)
+    folders = [Trainer.build_evaluator(cfg, name)._folder for name in cfg.DATASETS.TEST]
+    assert folders == [tmp_path / "inference" / name for name in cfg.DATASETS.TEST]
 
 
 def test_the_type_of_the_data_set_decides():

@@ -1,93 +1,239 @@
-"""MaskEvaluator: mask scores rank masks and nothing else."""
+"""MaskEvaluator: what it takes, returns and writes, in one process and in two."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
+from made_data import HW, make_coco
+from pycocotools import mask as coco_mask
 
 from mask_head_plugin.evaluation import MaskEvaluator
+from mask_head_plugin.evaluation.matching import Matches
+from mask_head_plugin.structures import RLEMasks
+
+
+def register(name, path, content):
+    """Registers a COCO file and returns its name."""
+    ids = sorted(x["id"] for x in content["categories"])
+    DatasetCatalog.register(name, list)
+    MetadataCatalog.get(name).set(
+        json_file=str(path),
+        thing_classes=[f"class {k}" for k in range(len(ids))],
+        thing_dataset_id_to_contiguous_id={category: k for k, category in enumerate(ids)},
+        evaluator_type="coco",
+    )
+    return name
 
 
 @pytest.fixture
-def one_image(tmp_path):
-    """A data set of one image with two squares of one class."""
-    squares = [[2, 2, 10, 10], [20, 20, 10, 10]]
-    annotations = [
-        {
-            "id": k + 1,
-            "image_id": 7,
-            "category_id": 1,
-            "iscrowd": 0,
-            "bbox": box,
-            "area": 100,
-            "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
-        }
-        for k, box in enumerate(squares)
-        for x, y, w, h in [box]
-    ]
-    content = {
-        "info": {},
-        "images": [{"id": 7, "file_name": "7.png", "height": 40, "width": 40}],
-        "categories": [{"id": 1, "name": "square"}],
-        "annotations": annotations,
-    }
-    path = tmp_path / "annotations.json"
+def made(tmp_path):
+    """A registered data set and the outputs of a model on it, by image."""
+    content, results = make_coco(7, most_copies=9)
+    path = tmp_path / "truth.json"
     path.write_text(json.dumps(content))
-    name = f"one_image_{tmp_path.name}"
-    DatasetCatalog.register(name, list)
-    metadata = {"thing_classes": ["square"], "thing_dataset_id_to_contiguous_id": {1: 0}}
-    MetadataCatalog.get(name).set(json_file=str(path), **metadata)
-    yield name
+    name = register(f"made_{tmp_path.name}", path, content)
+    yield name, content, results
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
 
 
-def evaluate(evaluator, scores, mask_scores=None):
-    """Three detections: both squares, and between them a box with a mask that is wrong."""
-    detections = Instances((40, 40))
-    boxes = [[2.0, 2, 12, 12], [2, 2, 12, 12], [20, 20, 30, 30]]
-    detections.pred_boxes = Boxes(torch.tensor(boxes))
-    detections.scores, detections.pred_classes = torch.tensor(scores), torch.zeros(3).long()
-    masks = torch.zeros(3, 40, 40, dtype=torch.bool)
-    masks[0, 2:12, 2:12] = masks[1, 30:, 30:] = masks[2, 20:30, 20:30] = True
-    detections.pred_masks = BitMasks(masks).tensor
-    if mask_scores is not None:
-        detections.mask_scores = torch.tensor(mask_scores)
+def outputs_of(name, content, results, *, dense=False, mask_scores=False):
+    """Yields inputs and outputs of a model that made these results."""
+    classes = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
+    by_image = defaultdict(list)
+    for result in results:
+        by_image[result["image_id"]].append(result)
+    for image in content["images"]:
+        found = by_image[image["id"]]
+        instances = Instances(HW)
+        boxes = np.array([x["bbox"] for x in found]).reshape(-1, 4)
+        boxes = BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+        instances.pred_boxes = Boxes(torch.from_numpy(boxes))
+        instances.scores = torch.tensor([x["score"] for x in found], dtype=torch.float64)
+        instances.pred_classes = torch.tensor([classes[x["category_id"]] for x in found]).long()
+        rles = [x["segmentation"] for x in found]
+        rles = [{**rle, "counts": rle["counts"].encode()} for rle in rles]
+        masks = RLEMasks(rles, HW)
+        instances.pred_masks = torch.from_numpy(masks.numpy()) if dense else masks
+        if mask_scores:
+            instances.mask_scores = 1 - instances.scores
+        yield [{"image_id": image["id"]}], [{"instances": instances}]
+
+
+def evaluate(evaluator, pairs):
     evaluator.reset()
-    evaluator.process([{"image_id": 7}], [{"instances": detections}])
+    for inputs, outputs in pairs:
+        evaluator.process(inputs, outputs)
     return evaluator.evaluate()
 
 
-def test_mask_scores_rank_masks_only(one_image, tmp_path):
-    evaluator = MaskEvaluator(one_image, output_dir=str(tmp_path))
-    plain = evaluate(evaluator, [0.9, 0.8, 0.7])
-    scored = evaluate(evaluator, [0.9, 0.8, 0.7], [0.9, 0.1, 0.7])
-    assert scored["bbox"] == pytest.approx(plain["bbox"], nan_ok=True)
-    assert plain["segm"]["AP"] < 90 and scored["segm"]["AP"] > 99, "the wrong mask comes last"
-    results = json.loads((tmp_path / "coco_instances_results.json").read_text())
-    assert [(round(x["score"], 4), round(x["mask_score"], 4)) for x in results] == [
-        (0.9, 0.9),
-        (0.8, 0.1),
-        (0.7, 0.7),
-    ]
+def without_nan(metrics):
+    return {key: value for key, value in metrics.items() if not np.isnan(value)}
 
 
-def test_without_mask_scores_it_is_coco_evaluator(one_image, tmp_path):
-    folders = [str(tmp_path / name) for name in ("a", "b")]
-    evaluators = (
-        MaskEvaluator(one_image, output_dir=folders[0]),
-        COCOEvaluator(one_image, output_dir=folders[1]),
-    )
-    ours, stock = (evaluate(evaluator, [0.9, 0.8, 0.7]) for evaluator in evaluators)
+def test_boxes_and_masks_equal_detectron2s_evaluator(made, tmp_path):
+    ours = evaluate(MaskEvaluator(made[0], output_dir=str(tmp_path / "a")), outputs_of(*made))
+    stock = COCOEvaluator(made[0], output_dir=str(tmp_path / "b"))
+    expected = evaluate(stock, outputs_of(*made))
+    assert list(ours) == ["bbox", "segm", "boundary"]
     for task in ("bbox", "segm"):
-        assert ours[task] == pytest.approx(stock[task], nan_ok=True)
+        assert ours[task] == pytest.approx(expected[task], nan_ok=True, abs=1e-6)
+    assert ours["boundary"].keys() == ours["segm"].keys()
+    assert 0 < ours["boundary"]["AP"] < ours["segm"]["AP"]
 
 
-def test_masks_alone(one_image):
-    evaluator = MaskEvaluator(one_image, tasks=("segm",))
-    assert set(evaluate(evaluator, [0.9, 0.8, 0.7], [0.9, 0.1, 0.7])) == {"segm"}
+def test_dense_masks_and_run_lengths_give_the_same(made):
+    results = [evaluate(MaskEvaluator(made[0]), outputs_of(*made, dense=d)) for d in (False, True)]
+    assert without_nan(results[0]["boundary"]) == without_nan(results[1]["boundary"])
+
+
+def test_the_result_file_is_in_cocos_format(made, tmp_path):
+    evaluate(MaskEvaluator(made[0], output_dir=str(tmp_path)), outputs_of(*made))
+    written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    keys = ("image_id", "category_id", "score")
+
+    def order(results):
+        return sorted((*(x[k] for k in keys), x["segmentation"]["counts"]) for x in results)
+
+    assert order(written) == order(made[2])
+    assert all(coco_mask.decode(x["segmentation"]).shape == HW for x in written)
+
+
+def test_metrics_and_matches_are_written(made, tmp_path):
+    results = evaluate(MaskEvaluator(made[0], output_dir=str(tmp_path)), outputs_of(*made))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (tmp_path / "metrics.json").read_text()
+    written = json.loads(text, parse_constant=refuse)
+    assert written["num_images"] == 6 and written["max_detections"] == 100
+    for task in ("bbox", "segm", "boundary"):
+        assert written[task]["AP"] == results[task]["AP"] and written[task]["AR"] > 0
+        by_class = written[task]["by_class"]
+        names = MetadataCatalog.get(made[0]).thing_classes
+        assert list(by_class) == names and "APs" in by_class[names[0]]
+        assert Matches.load(tmp_path / f"matches_{task}.npz").dt_matched.any()
+    assert not list(tmp_path.glob("predictions_*")), "what was evaluated is in the result file"
+
+
+def test_mask_scores_rank_masks_only(made, tmp_path):
+    plain = evaluate(MaskEvaluator(made[0]), outputs_of(*made))
+    evaluator = MaskEvaluator(made[0], output_dir=str(tmp_path))
+    scored = evaluate(evaluator, outputs_of(*made, mask_scores=True))
+    assert without_nan(scored["bbox"]) == without_nan(plain["bbox"])
+    assert abs(scored["segm"]["AP"] - plain["segm"]["AP"]) > 1
+    for result in json.loads((tmp_path / "coco_instances_results.json").read_text()):
+        assert result["mask_score"] == pytest.approx(1 - result["score"])
+
+
+@pytest.mark.parametrize("tasks", [("segm",), ("boundary",), ("bbox", "boundary")])
+def test_only_the_tasks_that_are_asked_for(made, tasks):
+    assert tuple(evaluate(MaskEvaluator(made[0], tasks), outputs_of(*made))) == tasks
+
+
+def test_semantic_metrics_on_request(made):
+    results = evaluate(MaskEvaluator(made[0], semantic_threshold=0.5), outputs_of(*made))
+    assert 0 < results["semantic"]["mIoU"] < results["semantic"]["pACC"] <= 100
+
+
+def test_boxes_alone_are_evaluated(made):
+    pairs = list(outputs_of(*made))
+    for _, outputs in pairs:
+        outputs[0]["instances"].remove("pred_masks")
+    assert list(evaluate(MaskEvaluator(made[0]), pairs)) == ["bbox"]
+
+
+def test_nothing_detected_is_an_ap_of_zero_and_nothing_predicted_none(made, caplog):
+    results = evaluate(MaskEvaluator(made[0]), outputs_of(made[0], made[1], []))
+    assert {task: results[task]["AP"] for task in results} == dict.fromkeys(results, 0)
+    assert evaluate(MaskEvaluator(made[0]), []) == {}
+    assert "nothing was predicted" in caplog.text
+
+
+def test_a_file_without_annotations_gives_results_and_no_metrics(made, tmp_path):
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps({k: v for k, v in made[1].items() if k != "annotations"}))
+    assert evaluate(MaskEvaluator(made[0], output_dir=str(tmp_path)), outputs_of(*made)) == {}
+    assert len(json.loads((tmp_path / "coco_instances_results.json").read_text())) == len(made[2])
+
+
+def test_resuming_after_a_crash_gives_the_same_metrics(made, tmp_path):
+    pairs = list(outputs_of(*made))
+    expected = evaluate(MaskEvaluator(made[0]), pairs)
+    crashed = MaskEvaluator(made[0], output_dir=str(tmp_path))
+    crashed.resume("weights 1")
+    crashed.reset()
+    for pair in pairs[:3]:
+        crashed.process(*pair)
+    resumed = MaskEvaluator(made[0], output_dir=str(tmp_path))
+    resumed.resume("weights 1")
+    finished = resumed.finished_image_ids
+    assert finished == {inputs[0]["image_id"] for inputs, _ in pairs[:3]}
+    left = [pair for pair in pairs if pair[0][0]["image_id"] not in finished]
+    results = evaluate(resumed, left)
+    for task, metrics in expected.items():
+        assert without_nan(results[task]) == without_nan(metrics)
+
+
+def test_other_weights_take_up_nothing(made, tmp_path):
+    crashed = MaskEvaluator(made[0], output_dir=str(tmp_path))
+    crashed.resume("weights 1")
+    crashed.reset()
+    crashed.process(*next(outputs_of(*made)))
+    other = MaskEvaluator(made[0], output_dir=str(tmp_path))
+    other.resume("weights 2")
+    assert other.finished_image_ids == set()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"proposals": None}, r"outputs have \['proposals'\] and no instances"),
+        ("class", "image 5: predicted class 3, but the data set has 3 classes; is .*NUM_CLASSES"),
+    ],
+)
+def test_outputs_that_cannot_be_evaluated_are_refused(made, output, message):
+    if output == "class":
+        instances = Instances(HW, pred_boxes=Boxes(torch.zeros(1, 4)), scores=torch.zeros(1))
+        instances.pred_classes = torch.tensor([3])
+        output = {"instances": instances}
+    evaluator = MaskEvaluator(made[0])
+    evaluator.reset()
+    with pytest.raises(ValueError, match=message):
+        evaluator.process([{"image_id": 5}], [output])
+
+
+def test_unknown_tasks_are_refused(made):
+    with pytest.raises(ValueError, match=r"unknown tasks \['masks'\]; choose from"):
+        MaskEvaluator(made[0], ["masks"])
+
+
+def run_rank(rank, folder, queue):
+    """Evaluates every second image on one of two processes."""
+    init = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    content, results = make_coco(7, most_copies=9)
+    name = register("two_processes", folder / "truth.json", content)
+    evaluator = MaskEvaluator(name, output_dir=str(folder))
+    pairs = list(outputs_of(name, content, results))[rank::2]
+    queue.put((rank, dict(evaluate(evaluator, pairs))))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_metrics_of_one(made, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    torch.multiprocessing.spawn(run_rank, (tmp_path, queue), nprocs=2)
+    results = dict(queue.get() for _ in range(2))
+    assert results[1] == {}
+    for task, metrics in evaluate(MaskEvaluator(made[0]), outputs_of(*made)).items():
+        assert without_nan(results[0][task]) == without_nan(metrics)

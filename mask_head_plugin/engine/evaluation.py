@@ -1,0 +1,92 @@
+"""Evaluation of a model on a data set, taken up where an interrupted one stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch.utils.data import DataLoader, Subset
+
+from ..evaluation import MaskEvaluator
+
+logger = logging.getLogger(__name__)
+
+NOT_PREDICTION = (
+    *("MODEL.WEIGHTS", "MODEL.DEVICE", "TEST.EXPECTED_RESULTS", "TEST.EVAL_PERIOD"),
+    *("TEST.SEMANTIC_THRESHOLD",),
+)
+"""Keys of the sections MODEL, INPUT and TEST on which predictions do not depend."""
+
+
+def evaluate_dataset(
+    cfg: CfgNode,
+    model: torch.nn.Module,
+    dataset_name: str,
+    loader: DataLoader[Any],
+    evaluator: DatasetEvaluator,
+) -> dict[str, Any]:
+    """detectron2's inference_on_dataset, without images that an interrupted run has predicted.
+
+    Args:
+        cfg: with the model's and the test settings.
+        model: returned in the training mode that it came in.
+        dataset_name: of DATASETS.TEST.
+        loader: of all its images, in the data set's order.
+        evaluator: only a MaskEvaluator takes up predictions.
+
+    Returns:
+        What the evaluator returns; on other processes than the first, nothing.
+    """
+    if isinstance(evaluator, MaskEvaluator):
+        evaluator.resume(prediction_fingerprint(cfg, model, dataset_name))
+        finished = evaluator.finished_image_ids
+        if finished:
+            logger.info(
+                "%d images of %s were predicted before the last run stopped",
+                len(finished),
+                dataset_name,
+            )
+            records = DatasetCatalog.get(dataset_name)
+            left = [k for k, record in enumerate(records) if record["image_id"] not in finished]
+            if not left:
+                evaluator.reset()
+                return evaluator.evaluate() or {}
+            loader = build_detection_test_loader(
+                dataset=Subset(loader.dataset, left), mapper=None, num_workers=loader.num_workers
+            )
+    results: dict[str, Any] = inference_on_dataset(model, loader, evaluator)
+    return results
+
+
+def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: str) -> str:
+    """Returns a hash of what predictions depend on, the same on all processes.
+
+    Weights and iteration; the config's MODEL, INPUT and TEST; the annotation file's size and time.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    settings = CfgNode({key: cfg[key] for key in ("MODEL", "INPUT", "TEST")}).clone()
+    settings.defrost()
+    for key in NOT_PREDICTION:
+        section, _, leaf = key.partition(".")
+        settings[section].pop(leaf, None)
+    digest.update(settings.dump().encode())
+    with contextlib.suppress(AssertionError):  # raised where no training is under way
+        digest.update(f"iteration {get_event_storage().iter} ".encode())
+    digest.update(f"{type(model).__name__} {dataset_name} ".encode())
+    path = Path(MetadataCatalog.get(dataset_name).get("json_file", ""))
+    if path.is_file():
+        digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    fingerprint: str = comm.all_gather(digest.hexdigest())[0]
+    return fingerprint

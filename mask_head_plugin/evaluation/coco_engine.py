@@ -1,0 +1,351 @@
+"""One task of a COCO or LVIS evaluation, with faster-coco-eval as its engine.
+
+The engine gets ids of its own, 1 to the number of images, classes and annotations: ids that are
+text or do not fit a float64 then work, and the annotation id 0, which pycocotools takes for
+"unmatched", does too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from .boundary import limit_by_boundary
+from .matching import FloatArray, Group, Matches, match
+
+logger = logging.getLogger(__name__)
+
+TASKS = ("bbox", "segm", "boundary")
+COCO_MAX_DETECTIONS = 100
+LVIS_MAX_DETECTIONS = 300
+AREA_SUFFIXES = {"small": "s", "medium": "m", "large": "l"}
+FREQUENCIES = ("r", "c", "f")
+FEW_PAIRS = 2000  # of images and classes have their boundaries compared before a progress bar helps
+
+Pair = tuple[int, int]
+"""An image and a class, by the engine's ids."""
+
+
+class GroundTruth:
+    """A COCO or LVIS annotation file.
+
+    Attributes:
+        image_ids: the file's, ascending; the engine's id of the k-th is k + 1.
+        category_ids: the file's, likewise.
+        class_names: of the categories.
+        is_lvis: whether images say which classes were looked for (federated annotation).
+        has_annotations: False for files of test images.
+        has_masks: whether any annotation has a segmentation.
+        coco: the engine's COCO object.
+    """
+
+    def __init__(self, json_file: str, *, is_lvis: bool = False) -> None:
+        """
+        Args:
+            json_file: path of the annotations.
+            is_lvis: whether to evaluate as LVIS does.
+
+        Raises:
+            ValueError: if the file is no COCO file, or an annotation names no image or category
+                of it; with the file and the annotation's id.
+        """
+        content = json.loads(Path(json_file).read_text())
+        missing = [key for key in ("images", "categories") if key not in content]
+        if missing:
+            raise ValueError(f"{json_file} is no COCO file: it has no {missing}")
+        self.json_file, self.is_lvis = json_file, is_lvis
+        self.image_ids = sorted((x["id"] for x in content["images"]), key=_text_last)
+        categories = sorted(content["categories"], key=lambda x: _text_last(x["id"]))
+        self.category_ids = [x["id"] for x in categories]
+        self.class_names = [x["name"] for x in categories]
+        self._image_numbers = {x: k + 1 for k, x in enumerate(self.image_ids)}
+        self._category_numbers = {x: k + 1 for k, x in enumerate(self.category_ids)}
+        self.has_annotations = bool(content.get("annotations"))
+        annotations = content.get("annotations") or []
+        self._annotation_ids = [x.get("id") for x in annotations]
+        self.has_masks = any(x.get("segmentation") for x in annotations)
+        images = sorted(content["images"], key=lambda x: _text_last(x["id"]))
+        self.coco = COCO()
+        self.coco.dataset = {
+            "images": [self._image(x) for x in images],
+            "categories": [
+                {"id": k + 1, "name": x["name"], "frequency": x.get("frequency", "f")}
+                for k, x in enumerate(categories)
+            ],
+            "annotations": [self._annotation(k + 1, x) for k, x in enumerate(annotations)],
+        }
+        self.coco.createIndex()
+
+    def _image(self, image: Mapping[str, Any]) -> dict[str, Any]:
+        listed = {
+            key: [self._category_numbers[x] for x in image.get(key, [])]
+            for key in ("neg_category_ids", "not_exhaustive_category_ids")
+        }
+        size = {key: image.get(key, 0) for key in ("height", "width")}
+        return {"id": self._image_numbers[image["id"]], **size, **listed}
+
+    def _annotation(self, number: int, annotation: Mapping[str, Any]) -> dict[str, Any]:
+        if not {"image_id", "category_id"} <= annotation.keys():
+            raise ValueError(
+                f"{self.json_file}: annotation {annotation.get('id')!r} has no image_id or "
+                "category_id"
+            )
+        try:
+            image = self._image_numbers[annotation["image_id"]]
+            category = self._category_numbers[annotation["category_id"]]
+        except KeyError as error:
+            raise ValueError(
+                f"{self.json_file}: annotation {annotation.get('id')!r} names image "
+                f"{annotation['image_id']!r} and category {annotation['category_id']!r}; the file "
+                f"has no {error}"
+            ) from error
+        copied = {key: annotation[key] for key in ("bbox", "segmentation") if annotation.get(key)}
+        area = annotation.get("area")
+        if area is None and "bbox" in copied:
+            area = copied["bbox"][2] * copied["bbox"][3]
+        return {
+            **copied,
+            "id": number,
+            "image_id": image,
+            "category_id": category,
+            "iscrowd": int(annotation.get("iscrowd", 0)),
+            "area": area,
+        }
+
+    def detections(self, results: Iterable[Mapping[str, Any]], task: str) -> list[dict[str, Any]]:
+        """Returns COCO results as the engine's annotations.
+
+        Args:
+            results: dictionaries with ``image_id``, ``category_id``, ``score``, for boxes ``bbox``
+                and for masks ``segmentation`` (compressed RLE), and ``mask_score`` where masks are
+                ranked by that.
+            task: "bbox" or "segm".
+
+        Returns:
+            Those of the file's categories; for LVIS, those that count there.
+
+        Raises:
+            ValueError: if an image is not in the file, a mask has not its size, or an annotation
+                has no mask (or box) to compare with.
+        """
+        needed = "bbox" if task == "bbox" else "segmentation"
+        for annotation_id, x in zip(
+            self._annotation_ids, self.coco.dataset["annotations"], strict=True
+        ):
+            if needed not in x:
+                raise ValueError(f"{self.json_file}: annotation {annotation_id!r} has no {needed}")
+        found: list[dict[str, Any]] = []
+        for number, result in enumerate(results):
+            if result["image_id"] not in self._image_numbers:
+                raise ValueError(
+                    f"a prediction is of image {result['image_id']!r}, not one of {self.json_file}"
+                )
+            if result["category_id"] not in self._category_numbers:
+                continue  # a class that the model knows and this file has not
+            detection: dict[str, Any] = {
+                "id": number + 1,
+                "image_id": self._image_numbers[result["image_id"]],
+                "category_id": self._category_numbers[result["category_id"]],
+                "iscrowd": 0,
+            }
+            if task == "bbox":
+                box = result["bbox"]
+                detection |= {"score": result["score"], "bbox": box, "area": box[2] * box[3]}
+            else:
+                detection["score"] = result.get("mask_score", result["score"])
+                self._check_size(detection["image_id"], result["segmentation"])
+                # One by one: with NumPy 2, pycocotools fails on lists of more than 255.
+                area = int(coco_mask.area(_as_bytes(result["segmentation"])))
+                detection |= {"segmentation": result["segmentation"], "area": area}
+            found.append(detection)
+        return self._as_lvis(found) if self.is_lvis else found
+
+    def _check_size(self, image: int, rle: Mapping[str, Any]) -> None:
+        size = [self.coco.imgs[image][side] for side in ("height", "width")]
+        if list(rle["size"]) != size:
+            raise ValueError(
+                f"image {self.image_ids[image - 1]!r} of {self.json_file} is {size} pixels, a mask "
+                f"predicted for it {list(rle['size'])}"
+            )
+
+    def _as_lvis(self, detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Keeps the best of each image, and of these the classes that were looked for there."""
+        per_image = defaultdict(list)
+        for detection in detections:
+            per_image[detection["image_id"]].append(detection)
+        kept = []
+        for image, found in per_image.items():
+            listed = set(self.coco.imgs[image]["neg_category_ids"])
+            listed |= {x["category_id"] for x in self.coco.imgToAnns.get(image, [])}
+            best = sorted(found, key=lambda x: -x["score"])[:LVIS_MAX_DETECTIONS]
+            kept += [x for x in best if x["category_id"] in listed]
+        return kept
+
+
+class Evaluation:
+    """The engine's result for one task.
+
+    Attributes:
+        ious: (d, g) IoUs of each pair of an image and a class that has both; see Matches for the
+            order of the detections.
+        precision: (T, 101, K, A) at the limit of detections; -1 where a class has no objects.
+        recall: (T, K, A), likewise.
+    """
+
+    def __init__(
+        self,
+        truth: GroundTruth,
+        detections: list[dict[str, Any]],
+        task: str,
+        max_detections: int = COCO_MAX_DETECTIONS,
+        ious: Mapping[Pair, FloatArray] | None = None,
+    ) -> None:
+        """
+        Args:
+            truth: the ground truth.
+            detections: from ``truth.detections``.
+            task: "bbox" or "segm".
+            max_detections: how many of an image and class count.
+            ious: in place of the engine's.
+        """
+        self.truth, self.detections, self.max_detections = truth, detections, max_detections
+        found = COCO()
+        found.dataset = {**truth.coco.dataset, "annotations": detections}
+        found.createIndex()
+        engine = COCOeval_faster(
+            *(truth.coco, found, task), print_function=logger.debug, lvis_style=truth.is_lvis
+        )
+        # LVIS has no limit of a class's detections beside that of an image.
+        limits = [LVIS_MAX_DETECTIONS] if truth.is_lvis else [1, 10, max_detections]
+        engine.params.maxDets = sorted(set(limits))
+        self.limit = engine.params.maxDets[-1]
+        if ious is not None:
+            engine.computeIoU = lambda image, category: ious[image, category]
+        engine.evaluate()
+        engine.accumulate()
+        self.ious = {pair: np.asarray(x) for pair, x in engine.ious.items() if len(x)}
+        self.precision = np.asarray(engine.eval["precision"])[..., -1]
+        self.recall = np.asarray(engine.eval["recall"])[..., -1]
+        self.thresholds: FloatArray = engine.params.iouThrs
+        self.area_names: list[str] = engine.params.areaRngLbl
+        self._area_ranges = np.asarray(engine.params.areaRng, float)
+
+    def metrics(self, classes: Sequence[int] | None = None) -> dict[str, float]:
+        """Returns AP, AP50, AP75, APs, APm, APl and AR, in percent; nan where nothing counts.
+
+        Args:
+            classes: indices of those to take the mean of; None for all.
+        """
+        chosen = slice(None) if classes is None else list(classes)
+        precision, recall = self.precision[:, :, chosen], self.recall[:, chosen]
+        at50, at75 = (int(np.abs(self.thresholds - t).argmin()) for t in (0.5, 0.75))
+        parts = {
+            "AP": precision[..., 0],
+            "AP50": precision[at50, ..., 0],
+            "AP75": precision[at75, ..., 0],
+            **{
+                f"AP{suffix}": precision[..., self.area_names.index(name)]
+                for name, suffix in AREA_SUFFIXES.items()
+            },
+            "AR": recall[..., 0],
+        }
+        return {name: _mean_percent(values) for name, values in parts.items()}
+
+    def frequency_metrics(self) -> dict[str, float]:
+        """Returns LVIS's APr, APc and APf: of rare, common and frequent classes."""
+        frequencies = [x["frequency"] for x in self.truth.coco.dataset["categories"]]
+        return {
+            f"AP{letter}": self.metrics([k for k, x in enumerate(frequencies) if x == letter])["AP"]
+            for letter in FREQUENCIES
+        }
+
+    def with_boundaries(self) -> Evaluation:
+        """Returns the evaluation with boundary IoU where it is lower than mask IoU."""
+        objects, detections = self._by_pair()
+        ious = {}
+        pairs = tqdm(self.ious.items(), "boundaries", disable=len(self.ious) < FEW_PAIRS)
+        for pair, values in pairs:
+            ious[pair] = limit_by_boundary(
+                values,
+                [_as_bytes(x["segmentation"]) for x in detections[pair]],
+                [_as_bytes(x["rle"]) for x in objects[pair]],
+                [bool(x["iscrowd"]) for x in objects[pair]],
+            )
+        return Evaluation(self.truth, self.detections, "segm", self.max_detections, ious)
+
+    def matches(self) -> Matches:
+        """Returns what the APs are made of; see Matches."""
+        objects, detections = self._by_pair()
+        pairs = sorted({*objects, *detections})
+        groups = [self._group(p, objects.get(p, []), detections.get(p, [])) for p in pairs]
+        matched, ignored = match(groups, self.thresholds)
+        found = [x for p in pairs for x in detections.get(p, [])]
+        true = [x for p in pairs for x in objects.get(p, [])]
+        no_objects = np.zeros((len(self.area_names), 0), bool)
+        return Matches(
+            image_ids=np.array([str(x) for x in self.truth.image_ids], dtype=str),
+            class_names=np.array(self.truth.class_names, dtype=str),
+            area_names=np.array(self.area_names),
+            iou_thresholds=self.thresholds,
+            dt_image=np.array([x["image_id"] - 1 for x in found], np.int32),
+            dt_class=np.array([x["category_id"] - 1 for x in found], np.int32),
+            dt_score=np.array([x["score"] for x in found], float),
+            dt_matched=matched,
+            dt_ignored=ignored,
+            gt_image=np.array([x["image_id"] - 1 for x in true], np.int32),
+            gt_class=np.array([x["category_id"] - 1 for x in true], np.int32),
+            gt_ignored=np.concatenate([no_objects, *(g.ignored for g in groups)], axis=1),
+        )
+
+    def _by_pair(self) -> tuple[dict[Pair, list[Any]], dict[Pair, list[Any]]]:
+        """Returns objects, and detections by falling score up to the limit, of each pair."""
+        grouped = []
+        for items in (self.truth.coco.dataset["annotations"], self.detections):
+            of_pair: dict[Pair, list[Any]] = defaultdict(list)
+            for x in items:
+                of_pair[x["image_id"], x["category_id"]].append(x)
+            grouped.append(dict(of_pair))
+        objects, detections = grouped
+        for pair, found in detections.items():
+            detections[pair] = sorted(found, key=lambda x: -x["score"])[: self.limit]
+        return objects, detections
+
+    def _group(self, pair: Pair, objects: Sequence[Any], detections: Sequence[Any]) -> Group:
+        crowd = np.array([x["iscrowd"] for x in objects], bool)
+        outside = self._is_outside(detections)
+        if self.truth.is_lvis:  # what was not looked for exhaustively cannot be wrong
+            image = self.truth.coco.imgs[pair[0]]
+            outside = outside | (pair[1] in image["not_exhaustive_category_ids"])
+        ious = self.ious.get(pair, np.zeros((len(detections), len(objects))))
+        return Group(ious, crowd, crowd | self._is_outside(objects), outside)
+
+    def _is_outside(self, annotations: Sequence[Any]) -> Any:
+        """Returns (A, n) whether areas are outside of the ranges."""
+        areas = np.array([x["area"] for x in annotations], float)
+        low, high = self._area_ranges.T[:, :, None]
+        return (areas < low) | (areas > high)
+
+
+def _mean_percent(values: FloatArray) -> float:
+    counted = values[values > -1]
+    return 100 * float(counted.mean()) if counted.size else float("nan")
+
+
+def _text_last(value: Any) -> tuple[bool, Any]:
+    """A sorting key for ids of which some may be text."""
+    return isinstance(value, str), value
+
+
+def _as_bytes(rle: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an RLE with counts as pycocotools wants them."""
+    counts = rle["counts"]
+    return {"size": rle["size"], "counts": counts.encode() if isinstance(counts, str) else counts}

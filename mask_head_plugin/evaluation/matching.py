@@ -1,0 +1,169 @@
+"""Which detection found which object: COCO's greedy matching, for whole data sets at once.
+
+The evaluation engine keeps its matches to itself, and statistics over images (resampling them,
+comparing two models on them) need them. They are computed again here from the engine's IoUs, in
+arrays: the k-th best detection of every image and class at the same time.
+
+Shape alphabet: D detections, G objects (ground truth), A area ranges, T IoU thresholds; B groups
+(an image and a class), d and g detections and objects of the group with most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_ELEMENTS = 1 << 22
+"""Size of the (B, A, T, g) arrays of groups that are matched together."""
+
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Detections and objects of one class in one image.
+
+    Attributes:
+        ious: (d, g), detections by falling score.
+        crowd: (g,) objects that stand for many: they match any number of detections, and do not
+            count.
+        ignored: (A, g) objects that do not count in an area range, crowds among them.
+        outside: (A, d) detections whose own area is outside of a range, or that are not to count
+            when they match nothing: then they are left out.
+    """
+
+    ious: FloatArray
+    crowd: BoolArray
+    ignored: BoolArray
+    outside: BoolArray
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What an AP is made of; ``matches_<task>.npz`` holds these arrays by these names.
+
+    Detections are ordered by image, then class, then falling score, at most the evaluator's limit
+    of an image and class. A stable sort of a class's detections by score gives the order in which
+    the engine goes through them, ties included. Those with ``dt_ignored`` are left out; of the
+    others, ``dt_matched`` says which are true positives. Recall is in shares of the objects of the
+    class that are not ``gt_ignored``.
+
+    Attributes:
+        image_ids: (I,) ids in the annotation file, as text.
+        class_names: (K,) in the order of the class indices.
+        area_names: (A,) "all", "small", "medium", "large".
+        iou_thresholds: (T,) 0.5 to 0.95.
+        dt_image: (D,) index into image_ids.
+        dt_class: (D,) index into class_names.
+        dt_score: (D,) what ranks the detection.
+        dt_matched: (A, T, D) whether it found an object.
+        dt_ignored: (A, T, D) whether it does not count.
+        gt_image: (G,) index into image_ids.
+        gt_class: (G,) index into class_names.
+        gt_ignored: (A, G) whether the object does not count.
+    """
+
+    image_ids: npt.NDArray[np.str_]
+    class_names: npt.NDArray[np.str_]
+    area_names: npt.NDArray[np.str_]
+    iou_thresholds: FloatArray
+    dt_image: npt.NDArray[np.int32]
+    dt_class: npt.NDArray[np.int32]
+    dt_score: FloatArray
+    dt_matched: BoolArray
+    dt_ignored: BoolArray
+    gt_image: npt.NDArray[np.int32]
+    gt_class: npt.NDArray[np.int32]
+    gt_ignored: BoolArray
+
+    def save(self, path: Path) -> None:
+        np.savez_compressed(path, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> Matches:
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(**{f.name: arrays[f.name] for f in fields(cls)})
+
+
+def match(groups: Sequence[Group], thresholds: FloatArray) -> tuple[BoolArray, BoolArray]:
+    """Matches the detections of each group to its objects as COCO does.
+
+    A detection takes, of the objects that are not taken and have at least the threshold's IoU with
+    it, the one with the highest; the later one of equals; one that counts before any that does not.
+
+    Args:
+        groups: of different images or classes.
+        thresholds: (T,).
+
+    Returns:
+        (A, T, D) ``matched`` and ``ignored`` (see Matches), the groups' detections one after the
+        other.
+    """
+    num_areas = groups[0].outside.shape[0] if groups else 1
+    num_detections = [group.outside.shape[1] for group in groups]
+    ends = np.cumsum(num_detections, dtype=int)
+    shape = (num_areas, len(thresholds), int(ends[-1]) if len(ends) else 0)
+    matched, ignored = np.zeros(shape, bool), np.zeros(shape, bool)
+    for chunk in _chunks(groups, num_areas * len(thresholds)):
+        chunk_matched, chunk_ignored = _match_together([groups[k] for k in chunk], thresholds)
+        for row, k in enumerate(chunk):
+            own = slice(ends[k] - num_detections[k], ends[k])
+            matched[:, :, own] = chunk_matched[row, :, :, : num_detections[k]]
+            ignored[:, :, own] = chunk_ignored[row, :, :, : num_detections[k]]
+    if groups:
+        outside = np.concatenate([group.outside for group in groups], axis=1)
+        ignored |= ~matched & outside[:, None]
+    return matched, ignored
+
+
+def _chunks(groups: Sequence[Group], size_of_pair: int) -> Iterator[list[int]]:
+    """Yields indices of groups of similar size that have something to match."""
+    todo = [k for k, group in enumerate(groups) if group.ious.size]
+    todo.sort(key=lambda k: groups[k].ious.shape)
+    chunk: list[int] = []
+    most_objects = 0
+    for k in todo:
+        num_detections, num_objects = groups[k].ious.shape
+        most_objects = max(most_objects, num_objects)
+        is_full = (len(chunk) + 1) * most_objects * size_of_pair > MAX_ELEMENTS
+        if chunk and (is_full or num_detections > 2 * groups[chunk[0]].ious.shape[0]):
+            yield chunk
+            chunk, most_objects = [], num_objects
+        chunk.append(k)
+    if chunk:
+        yield chunk
+
+
+def _match_together(groups: Sequence[Group], thresholds: FloatArray) -> tuple[BoolArray, BoolArray]:
+    """Returns (B, A, T, d) ``matched``, and ``ignored`` because the match is."""
+    num_detections, num_objects = np.max([group.ious.shape for group in groups], axis=0)
+    num_areas = len(groups[0].ignored)
+    ious = np.full((len(groups), num_detections, num_objects), -1.0)
+    crowd = np.zeros((len(groups), 1, 1, num_objects), bool)
+    objects_ignored = np.ones((len(groups), num_areas, 1, num_objects), bool)
+    for row, group in enumerate(groups):
+        d, g = group.ious.shape
+        ious[row, :d, :g] = group.ious
+        crowd[row, ..., :g] = group.crowd
+        objects_ignored[row, :, 0, :g] = group.ignored
+    # As in pycocotools, an IoU of 1 reaches every threshold whatever its rounding.
+    least = np.minimum(thresholds, 1 - 1e-10)[:, None]
+    shape = (len(groups), num_areas, len(thresholds), num_objects)
+    free = np.ones(shape, bool)
+    matched = np.zeros((*shape[:3], num_detections), bool)
+    ignored = np.zeros_like(matched)
+    for k in range(num_detections):
+        iou = ious[:, k, None, None, :]
+        is_candidate = (free | crowd) & (iou >= least)
+        value = np.where(is_candidate, iou + 2 * ~objects_ignored, -1)
+        best = num_objects - 1 - value[..., ::-1].argmax(-1, keepdims=True)  # the last of equals
+        found = np.take_along_axis(is_candidate, best, -1)
+        matched[..., k] = found[..., 0]
+        ignored[..., k] = (found & np.take_along_axis(objects_ignored, best, -1))[..., 0]
+        np.put_along_axis(free, best, np.take_along_axis(free, best, -1) & ~found, -1)
+    return matched, ignored

@@ -1,0 +1,126 @@
+"""Predictions of an evaluation, written to disk as they come.
+
+A line of JSON an image, so that a crash loses no image but the one being written, and an evaluation
+that is started again finds what is done.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+Results = list[dict[str, Any]]
+"""The detections of an image in COCO's result format."""
+
+
+class PredictionLog:
+    """One file a process, ``predictions_<data set>.<fingerprint>.rank<n>.jsonl``.
+
+    Attributes:
+        finished: image ids that earlier runs have predicted; the same on each process that sees the
+            folder.
+    """
+
+    def __init__(self, folder: Path | None, dataset_name: str, fingerprint: str, rank: int) -> None:
+        """
+        Args:
+            folder: where the files are; None keeps predictions in memory.
+            dataset_name: any text.
+            fingerprint: of all that predictions depend on; earlier ones with another are removed.
+                Empty if it is not known: then nothing is taken up.
+            rank: of this process.
+        """
+        self._name = "predictions_" + re.sub(r"[^\w-]", "_", dataset_name)
+        self._folder, self._fingerprint, self._rank = folder, fingerprint, rank
+        self._earlier: dict[Any, str] = {}
+        self._lines: list[str] = []
+        self._file: TextIO | None = None
+        if folder is not None and fingerprint:
+            for path in self._paths(fingerprint):
+                self._earlier.update((_image_id(line), line) for line in _complete_lines(path))
+
+    @property
+    def finished(self) -> set[Any]:
+        return set(self._earlier)
+
+    def start(self) -> None:
+        """Forgets this process's own predictions and opens its file.
+
+        Predictions of other fingerprints, and without one all earlier predictions, are deleted.
+        """
+        self.close()
+        self._lines = []
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._rank == 0:
+            kept = set(self._paths(self._fingerprint)) if self._fingerprint else set()
+            for path in set(self._paths("*")) - kept:
+                path.unlink(missing_ok=True)
+        path = self._folder / f"{self._name}.{self._fingerprint or 'new'}.rank{self._rank}.jsonl"
+        # Behind a line that a crash cut off a new one starts; without a fingerprint, a new file.
+        broken = bool(self._fingerprint) and path.is_file() and not _ends_with_newline(path)
+        self._file = path.open("a" if self._fingerprint else "w")
+        if broken:
+            self._file.write("\n")
+
+    def append(self, image_id: Any, results: Results) -> None:
+        line = json.dumps({"image_id": image_id, "results": results})
+        self._lines.append(line)
+        if self._file is not None:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def lines(self) -> list[str]:
+        """Returns this process's lines, with those of earlier runs on the first."""
+        return [*(self._earlier.values() if self._rank == 0 else ()), *self._lines]
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Deletes the files of all processes, when their predictions have been evaluated."""
+        self.close()
+        self._earlier = {}
+        for path in self._paths("*") if self._folder else ():
+            path.unlink(missing_ok=True)
+
+    def _paths(self, fingerprint: str) -> list[Path]:
+        assert self._folder is not None
+        return sorted(self._folder.glob(f"{self._name}.{fingerprint}.rank*.jsonl"))
+
+
+def merge_lines(lines: Iterable[str]) -> Results:
+    """Returns the results of all images; of an image that is there twice only once."""
+    by_image = {_image_id(line): line for line in lines}
+    return [result for line in by_image.values() for result in json.loads(line)["results"]]
+
+
+def _image_id(line: str) -> Any:
+    return json.loads(line)["image_id"]
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Returns the lines of a file without any that a crash cut off."""
+    complete = []
+    for line in path.read_text().splitlines():
+        try:
+            json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        complete.append(line)
+    return complete
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        if file.tell() == 0:
+            return True
+        file.seek(-1, 2)
+        return file.read() == b"\n"
