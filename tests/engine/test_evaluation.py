@@ -1,0 +1,95 @@
+"""Evaluations that are interrupted go on where they stopped, if nothing has changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import small_config
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.events import EventStorage
+
+from mask_head_plugin.engine import Trainer
+from mask_head_plugin.engine.evaluation import prediction_fingerprint
+from mask_head_plugin.evaluation import MaskEvaluator
+
+NAME = "test_five_shapes"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _five_shapes():
+    """A data set without an annotation file."""
+    records = DatasetCatalog.get("shapes_val")[:5]
+    DatasetCatalog.register(NAME, lambda: records)
+    classes = MetadataCatalog.get("shapes_val").thing_classes
+    MetadataCatalog.get(NAME).set(thing_classes=classes, evaluator_type="coco")
+    yield
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+class Counting(torch.nn.Module):
+    """Counts the images that a model sees, and stops before one of them."""
+
+    def __init__(self, model, stop_before=None):
+        super().__init__()
+        self.model, self.stop_before, self.seen = model, stop_before, []
+
+    def forward(self, inputs):
+        if len(self.seen) == self.stop_before:
+            raise KeyboardInterrupt
+        self.seen.append(inputs[0]["image_id"])
+        return self.model(inputs)
+
+
+def make(tmp_path, *opts):
+    opts = ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", f"('{NAME}',)", *opts]
+    opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "3"]
+    cfg = small_config("Base-Small.yaml", *opts)
+    torch.manual_seed(0)
+    return cfg, Trainer.build_model(cfg)
+
+
+def test_an_interrupted_evaluation_goes_on_and_gives_the_same(tmp_path):
+    cfg, model = make(tmp_path)
+    expected = Trainer.test(cfg, Counting(model))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer.test(cfg, Counting(model, stop_before=3))
+    rest = Counting(model)
+    results = Trainer.test(cfg, rest)
+    assert len(rest.seen) == 2, "two of five images were left"
+    for task in ("bbox", "segm", "boundary"):
+        assert results[task] == pytest.approx(expected[task], nan_ok=True)
+    again = Counting(model)
+    Trainer.test(cfg, again)
+    assert len(again.seen) == 5, "a finished evaluation starts anew"
+
+
+def test_a_crash_of_the_metrics_loses_no_prediction(tmp_path, monkeypatch):
+    cfg, model = make(tmp_path)
+    counting = Counting(model)
+
+    def crash(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(MaskEvaluator, "_evaluate_tasks", crash)
+        Trainer.test(cfg, counting)
+    assert len(counting.seen) == 5
+    counting.seen.clear()
+    assert "AP" in Trainer.test(cfg, counting)["segm"]
+    assert counting.seen == []
+
+
+def test_the_fingerprint_tells_what_predictions_depend_on(tmp_path):
+    cfg, model = make(tmp_path)
+    first = prediction_fingerprint(cfg, model, NAME)
+    same, _ = make(tmp_path, "MODEL.WEIGHTS", "", "SOLVER.BASE_LR", "0.5")
+    assert prediction_fingerprint(same, model, NAME) == first
+    other, _ = make(tmp_path, "INPUT.MIN_SIZE_TEST", "300")
+    assert prediction_fingerprint(other, model, NAME) != first
+    assert prediction_fingerprint(cfg, model, "shapes_val") != first
+    with EventStorage(7):
+        assert prediction_fingerprint(cfg, model, NAME) != first
+    with torch.no_grad():
+        model.roi_heads.mask_head.predictor.bias[0] += 1e-3
+    assert prediction_fingerprint(cfg, model, NAME) != first
