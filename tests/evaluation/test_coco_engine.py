@@ -9,7 +9,8 @@ import json
 
 import numpy as np
 import pytest
-from made_data import make_coco
+from conftest import SHARED_DATA
+from made_data import encode, make_coco
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -275,3 +276,24 @@ def test_matches_of_lvis_make_the_same_ap(tmp_path):
         found = matches.dt_matched[0, 0] & ~matches.dt_ignored[0, 0] & (matches.dt_class == k)
         recall = evaluation.recall[0, k, 0]
         assert recall == (pytest.approx(found.sum() / num_objects) if num_objects else -1)
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+@pytest.mark.parametrize(("name", "limit"), [("coco_photos_val", 100), ("nuclei_val", 400)])
+def test_equals_pycocotools_on_real_annotations(name, limit, task):
+    """Photographs with crowds and polygons; microscopy with hundreds of objects an image."""
+    path = SHARED_DATA / name / "annotations.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not on this machine")
+    content, rng = json.loads(path.read_text()), np.random.default_rng(0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(path))
+    results = []
+    for annotation in content["annotations"]:
+        for _ in range(rng.integers(0, 3)):
+            mask = np.roll(coco.annToMask(annotation), rng.integers(-4, 5, 2), (0, 1))
+            result = {key: annotation[key] for key in ("image_id", "category_id")}
+            result |= {"segmentation": encode(mask), "score": round(float(rng.random()), 2)}
+            results.append({**result, "bbox": coco_mask.toBbox(encode(mask)).tolist()})
+    evaluation = evaluate(GroundTruth(str(path)), results, task, limit)
+    assert_equal(evaluation, official(content, results, task, limit))
