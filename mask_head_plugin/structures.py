@@ -17,6 +17,19 @@ from torch import Tensor
 from .ops.mask_rle import Rle
 
 
+def run_lengths(masks: RLEMasks | Tensor) -> list[Rle]:
+    """Returns the COCO encodings (counts as text, as in JSON) of what ``pred_masks`` may hold.
+
+    Args:
+        masks: RLEMasks, or an (N, H, W) tensor on the CPU.
+    """
+    if isinstance(masks, RLEMasks):
+        rles = masks.rles
+    else:
+        rles = [coco_mask.encode(np.asarray(mask, np.uint8, order="F")) for mask in masks]
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
+
+
 class RLEMasks:
     """The masks of one image, each decoded when it is asked for.
 

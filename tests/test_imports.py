@@ -20,7 +20,7 @@ ALLOWED = {
     "modeling": {"ops", "config", "structures"},
     "data": {"ops", "config"},
     "evaluation": {"ops", "config", "structures"},
-    "engine": {"ops", "config", "modeling", "data", "evaluation"},
+    "engine": {"ops", "config", "structures", "modeling", "data", "evaluation"},
     "experiments": {"ops", "config", "modeling", "data", "evaluation", "engine"},
     "__init__": {"ops", "config", "modeling", "data"},
 }

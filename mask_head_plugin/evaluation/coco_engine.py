@@ -29,7 +29,7 @@ COCO_MAX_DETECTIONS = 100
 LVIS_MAX_DETECTIONS = 300
 AREA_SUFFIXES = {"small": "s", "medium": "m", "large": "l"}
 FREQUENCIES = ("r", "c", "f")
-FEW_PAIRS = 2000  # of images and classes have their boundaries compared before a progress bar helps
+FEW_PAIRS = 5000  # of images and classes have their boundaries compared in a few seconds
 
 Pair = tuple[int, int]
 """An image and a class, by the engine's ids."""
@@ -222,7 +222,7 @@ class Evaluation:
         found.dataset = {**truth.coco.dataset, "annotations": detections}
         found.createIndex()
         engine = COCOeval_faster(
-            *(truth.coco, found, task), print_function=logger.debug, lvis_style=truth.is_lvis
+            *(truth.coco, found, task), print_function=_say_nothing, lvis_style=truth.is_lvis
         )
         # LVIS has no limit of a class's detections beside that of an image.
         limits = [LVIS_MAX_DETECTIONS] if truth.is_lvis else [1, 10, max_detections]
@@ -272,7 +272,9 @@ class Evaluation:
         """Returns the evaluation with boundary IoU where it is lower than mask IoU."""
         objects, detections = self._by_pair()
         ious = {}
-        pairs = tqdm(self.ious.items(), "boundaries", disable=len(self.ious) < FEW_PAIRS)
+        pairs = tqdm(
+            self.ious.items(), "boundaries", leave=False, disable=len(self.ious) < FEW_PAIRS
+        )
         for pair, values in pairs:
             ious[pair] = limit_by_boundary(
                 values,
@@ -349,3 +351,7 @@ def _as_bytes(rle: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an RLE with counts as pycocotools wants them."""
     counts = rle["counts"]
     return {"size": rle["size"], "counts": counts.encode() if isinstance(counts, str) else counts}
+
+
+def _say_nothing(*_: object) -> None:
+    """The engine's progress messages, of which there are many."""

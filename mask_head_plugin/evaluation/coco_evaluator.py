@@ -11,18 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from pycocotools import mask as coco_mask
 from tabulate import tabulate
 
-from ..structures import RLEMasks
+from ..structures import run_lengths
 from .coco_engine import COCO_MAX_DETECTIONS, TASKS, Evaluation, GroundTruth
 from .prediction_log import PredictionLog, Results, merge_lines
 from .semantic import evaluate_semantic
@@ -277,18 +274,12 @@ def coco_results(instances: Instances, image_id: Any, category_ids: Sequence[Any
         for k, box, score in zip(classes, boxes.tolist(), instances.scores.tolist(), strict=True)
     ]
     if instances.has("pred_masks"):
-        for result, rle in zip(results, _run_lengths(instances.pred_masks), strict=True):
-            result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+        for result, rle in zip(results, run_lengths(instances.pred_masks), strict=True):
+            result["segmentation"] = rle
     if instances.has("mask_scores"):
         for result, score in zip(results, instances.mask_scores.tolist(), strict=True):
             result["mask_score"] = score
     return results
-
-
-def _run_lengths(masks: RLEMasks | torch.Tensor) -> list[Any]:
-    if isinstance(masks, RLEMasks):
-        return masks.rles
-    return [coco_mask.encode(np.asarray(mask, np.uint8, order="F")) for mask in masks]
 
 
 def _annotation_file(dataset_name: str, folder: Path | None) -> str:

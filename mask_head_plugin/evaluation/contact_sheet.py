@@ -1,8 +1,5 @@
 """One picture to judge a model by: validation images, ground truth beside predictions.
 
-Masks are drawn here and not by detectron2's Visualizer because that fills holes, which would hide
-the very outlines the picture is for.
-
 Shape alphabet: H, W image height and width in pixels.
 """
 
@@ -24,17 +21,16 @@ from detectron2.evaluation.evaluator import inference_context
 from detectron2.utils.colormap import colormap
 from tqdm import tqdm
 
-ByteArray = npt.NDArray[np.uint8]
+from .drawing import FONT, ByteArray, LabelStyle, tint_mask, write_label
 
 NUM_IMAGES = 12
 NUM_COLUMNS = 3
 TILE_HW = (300, 400)
 MARGIN = 6
 HEADER_HEIGHT = 28
-MASK_OPACITY = 0.45
 COLOURS = colormap(rgb=True)
-FONT = cv2.FONT_HERSHEY_SIMPLEX
-FONT_SCALE = 0.45
+WHITE = (255, 255, 255)
+LABEL_STYLE = LabelStyle(scale=0.45)
 
 
 @dataclass(frozen=True)
@@ -85,30 +81,22 @@ def draw_masks(image: ByteArray, masks: Sequence[LabelledMask]) -> ByteArray:
     scale = min(TILE_HW[0] / image.shape[0], TILE_HW[1] / image.shape[1])
     size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    canvas = cv2.resize(image, size, interpolation=interpolation)
+    canvas = np.asarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
     for item in masks:
         colour = COLOURS[item.class_index % len(COLOURS)]
         mask = cv2.resize(item.mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-        inside = mask > 0
-        tinted = canvas[inside] * (1 - MASK_OPACITY) + colour * MASK_OPACITY
-        canvas[inside] = tinted.astype(np.uint8)
-        contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, contours, -1, (255, 255, 255), 1, cv2.LINE_AA)
+        tint_mask(canvas, np.asarray(mask, np.uint8), colour, WHITE)
     for item in masks:  # texts last, so that no mask covers one
-        _write_label(canvas, item, size)
-    return np.asarray(canvas, np.uint8)
+        _write_label(canvas, item)
+    return canvas
 
 
-def _write_label(canvas: Any, item: LabelledMask, size: tuple[int, int]) -> None:
+def _write_label(canvas: ByteArray, item: LabelledMask) -> None:
     rows, columns = np.nonzero(item.mask)
-    if len(rows) == 0:
-        return
-    (width, height), _ = cv2.getTextSize(item.label, FONT, FONT_SCALE, 1)
-    scale = size[0] / item.mask.shape[1]
-    x = min(int(columns.min() * scale), max(size[0] - width - 4, 0))
-    y = max(int(rows.min() * scale), height + 4)
-    cv2.rectangle(canvas, (x, y - height - 4), (x + width + 4, y + 3), (0, 0, 0), cv2.FILLED)
-    cv2.putText(canvas, item.label, (x + 2, y), FONT, FONT_SCALE, (255, 255, 255), 1, cv2.LINE_AA)
+    if len(rows) > 0:
+        scale = canvas.shape[1] / item.mask.shape[1]
+        x, y = int(columns.min() * scale), int(rows.min() * scale)
+        write_label(canvas, item.label, x, y, LABEL_STYLE)
 
 
 def _true_masks(record: dict[str, Any], names: Sequence[str]) -> list[LabelledMask]:

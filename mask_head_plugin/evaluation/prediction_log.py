@@ -6,6 +6,7 @@ that is started again finds what is done.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -97,8 +98,9 @@ class PredictionLog:
 
 def merge_lines(lines: Iterable[str]) -> Results:
     """Returns the results of all images; of an image that is there twice only once."""
-    by_image = {_image_id(line): line for line in lines}
-    return [result for line in by_image.values() for result in json.loads(line)["results"]]
+    predictions = (json.loads(line) for line in lines)
+    by_image = {x["image_id"]: x["results"] for x in predictions}
+    return list(itertools.chain.from_iterable(by_image.values()))
 
 
 def _image_id(line: str) -> Any:

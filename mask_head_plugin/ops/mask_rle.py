@@ -25,7 +25,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-MAX_COLUMNS = 1 << 16
+MAX_COLUMNS = 1 << 14
 """Columns of pixels whose (M + 2) values are held at a time."""
 
 Rle = dict[str, Any]

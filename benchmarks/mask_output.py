@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+"""Masks out of the model and their evaluation: this plugin beside detectron2 and pycocotools.
+
+output: masks of 28 x 28 and their boxes to COCO run lengths; detectron2 pastes them into images and
+encodes these. evaluation: AP of made data (images of 480 x 640 with 7 objects and 20 detections of
+80 classes) from result dictionaries; detectron2's COCOEvaluator has pycocotools as engine. Boundary
+AP, which it does not have, is timed beside that. Reading images and inference are in neither.
+
+A time is the median of several runs, all sides in turn; ratios are detectron2 / ours. Memory is by
+how much the process grows at most, in a run of its own. Where detectron2's masks alone would take
+more than --limit-gb, its side is left out and that size is given.
+
+Writes a table, a JSON file with machine, versions and date, and a plot beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.layers import paste_masks_in_image
+from measure import machine, median_times, peak_resident_megabytes
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from tqdm import tqdm
+
+from mask_head_plugin.evaluation import MaskEvaluator
+from mask_head_plugin.ops import encode_masks
+
+IMAGES = ((480, 640), (1080, 1920), (8000, 8000))
+COUNTS = (100, 700)
+MASK_SIDE, EVALUATED_HW, NUM_CLASSES = 28, (480, 640), 80
+OBJECTS_PER_IMAGE, DETECTIONS_PER_IMAGE = 7, 20
+
+Sides = dict[str, Callable[[], object]]
+
+
+def make_masks(num_masks: int, image_hw: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Returns smooth masks, and boxes whose sides are 3% to 60% of the image's."""
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.randn(num_masks, 1, 5, 5, generator=generator) + 0.7
+    size = (MASK_SIDE, MASK_SIDE)
+    probs = torch.nn.functional.interpolate(low, size, mode="bicubic")[:, 0].mul(4).sigmoid()
+    extent = torch.tensor(image_hw[::-1], dtype=torch.float32)
+    sides = extent * 0.03 * 20 ** torch.rand(num_masks, 2, generator=generator)
+    corner = (extent - sides) * torch.rand(num_masks, 2, generator=generator)
+    return probs, torch.cat([corner, corner + sides], dim=1)
+
+
+def paste_and_encode(probs: Tensor, boxes: Tensor, image_hw: tuple[int, int]) -> list[Any]:
+    """As detectron2's postprocessing and then its instances_to_coco_json do."""
+    masks = paste_masks_in_image(probs, boxes, image_hw)
+    return [
+        coco_mask.encode(np.array(mask[:, :, None], order="F", dtype="uint8"))[0] for mask in masks
+    ]
+
+
+def make_annotations(num_images: int, folder: Path) -> tuple[str, list[list[dict[str, Any]]]]:
+    """Registers made ground truth; returns its name and the results of each image.
+
+    A third of the detections are objects moved by a few pixels.
+    """
+    rng, height, width = np.random.default_rng(0), *EVALUATED_HW
+    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    images, annotations, results = [], [], []
+    for image_id in tqdm(range(1, num_images + 1), "making annotations", unit="image"):
+        images.append({"id": image_id, "height": height, "width": width, "file_name": ""})
+        sides = np.exp(rng.uniform(np.log(12), np.log(300), (OBJECTS_PER_IMAGE, 2)))
+        centers = rng.uniform(sides / 2, np.array([width, height]) - sides / 2)
+        classes = rng.integers(1, NUM_CLASSES + 1, OBJECTS_PER_IMAGE)
+        for center, side, category in zip(centers, sides, classes.tolist(), strict=True):
+            outline = center + side / 2 * np.stack([np.cos(angles), np.sin(angles)], 1)
+            annotation = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0}
+            annotation |= {"category_id": category, "area": float(side.prod() * 0.75)}
+            annotation |= {"bbox": [*(center - side / 2), *side]}
+            annotations.append({**annotation, "segmentation": [outline.ravel().tolist()]})
+        probs, boxes = make_masks(DETECTIONS_PER_IMAGE, EVALUATED_HW, image_id)
+        moved = centers + rng.normal(0, 0.05, centers.shape) * sides
+        boxes[:OBJECTS_PER_IMAGE] = torch.from_numpy(
+            np.concatenate([moved - sides / 2, moved + sides / 2], 1)
+        )
+        y, x = np.mgrid[:MASK_SIDE, :MASK_SIDE] / (MASK_SIDE - 1) * 2 - 1
+        probs[:OBJECTS_PER_IMAGE] = torch.from_numpy(1 / (1 + np.exp(9 * (y**2 + x**2 - 1))))
+        other = rng.integers(1, NUM_CLASSES + 1, DETECTIONS_PER_IMAGE - OBJECTS_PER_IMAGE)
+        found = []
+        for rle, box, category in zip(
+            encode_masks(probs, boxes, EVALUATED_HW),
+            boxes.tolist(),
+            [*classes.tolist(), *other.tolist()],
+            strict=True,
+        ):
+            result = {"image_id": image_id, "category_id": category, "score": float(rng.random())}
+            result["bbox"] = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+            found.append(result)
+        results.append(found)
+    categories = [{"id": k + 1, "name": f"class {k}"} for k in range(NUM_CLASSES)]
+    path = folder / "annotations.json"
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(content))
+    name = f"made_{num_images}"
+    DatasetCatalog.register(name, list)
+    classes = [category["name"] for category in categories]
+    MetadataCatalog.get(name).set(json_file=str(path), thing_classes=classes)
+    return name, results
+
+
+def evaluate_with_detectron2(name: str, results: list[list[dict[str, Any]]]) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOEvaluator(name, ("bbox", "segm"), distributed=False)
+        # What process() leaves there; detectron2 changes it.
+        evaluator._predictions = [{"instances": [dict(x) for x in found]} for found in results]
+        evaluator.evaluate()
+
+
+def evaluate_with_plugin(name: str, results: list[list[dict[str, Any]]], tasks: tuple[str]) -> None:
+    evaluator = MaskEvaluator(name, tasks, distributed=False)
+    evaluator.reset()
+    for found in results:  # what process() does with detections in this format
+        evaluator._log.append(found[0]["image_id"], found)
+    evaluator.evaluate()
+
+
+def output_sides(num_masks: int, image_hw: tuple[int, int], limit_bytes: float) -> Sides:
+    arguments = (*make_masks(num_masks, image_hw), image_hw)
+    sides: Sides = {"ours": partial(encode_masks, *arguments)}
+    if num_masks * image_hw[0] * image_hw[1] <= limit_bytes:
+        sides = {"detectron2": partial(paste_and_encode, *arguments), **sides}
+    return sides
+
+
+def settings(
+    num_images: int, folder: Path, limit_bytes: float
+) -> Iterator[tuple[dict[str, Any], Callable[[], Sides]]]:
+    for image_hw in IMAGES:
+        for count in COUNTS:
+            what = {"what": "output", "image_hw": image_hw, "masks": count}
+            what["dense_gb"] = round(count * image_hw[0] * image_hw[1] / 1e9, 2)
+            yield what, partial(output_sides, count, image_hw, limit_bytes)
+
+    def evaluation_sides(boundary: bool) -> Sides:
+        name, results = made
+        if boundary:
+            return {"ours": partial(evaluate_with_plugin, name, results, ("boundary",))}
+        tasks = ("bbox", "segm")
+        return {
+            "detectron2": partial(evaluate_with_detectron2, name, results),
+            "ours": partial(evaluate_with_plugin, name, results, tasks),
+        }
+
+    made = make_annotations(num_images, folder)
+    count = num_images * DETECTIONS_PER_IMAGE
+    for task, boundary in (("bbox and segm", False), ("boundary", True)):
+        what = {"what": f"evaluation, {task}", "image_hw": EVALUATED_HW, "masks": count}
+        yield what, partial(evaluation_sides, boundary)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws time and memory of both sides, logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    names = [f"{row['what']}\n{row['masks']} masks, {row['size']}" for row in rows]
+    for axes, unit in zip(figure.subplots(1, 2), ("ms", "mb"), strict=True):
+        for k, who in enumerate(("detectron2", "ours")):
+            found = [
+                (n, row[f"{who}_{unit}"]) for n, row in enumerate(rows) if f"{who}_{unit}" in row
+            ]
+            values = [max(value, 1) for _, value in found]
+            bars = axes.barh([n + 0.4 * k for n, _ in found], values, height=0.38, label=who)
+            axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
+        axes.set_xscale("log")
+        axes.set_yticks([n + 0.2 for n in range(len(rows))], names, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set_xlabel("milliseconds" if unit == "ms" else "peak memory, MB")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def measure(sides: Sides, repeats: int) -> dict[str, Any]:
+    """Returns the times and peaks of a setting; one run is enough for what takes minutes."""
+    row: dict[str, Any] = {}
+    for name, step in sides.items():
+        gc.collect()
+        row[f"{name}_mb"] = round(peak_resident_megabytes(step), 1)
+    times = median_times(list(sides.values()), repeats, "cpu")
+    for name, time in zip(sides, times, strict=True):
+        row[f"{name}_ms"] = round(time, 2)
+    if "detectron2_ms" in row:
+        row["time_ratio"] = round(row["detectron2_ms"] / row["ours_ms"], 2)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/benchmarks/mask_output.json"))
+    parser.add_argument("--repeats", type=int, default=3, help="runs per time, the median counts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, default=5000, help="images of the evaluation")
+    parser.add_argument("--limit-gb", type=float, default=8, help="largest dense masks to make")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.getLogger("mask_head_plugin").setLevel(logging.WARNING)
+    rows: list[dict[str, Any]] = []
+    tqdm.write(
+        f"{'':26}{'image':>12}{'masks':>8}{'detectron2 ms, MB':>24}{'ours ms, MB':>22}{'x':>8}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for what, make in settings(args.images, Path(folder), args.limit_gb * 1e9):
+            torch.manual_seed(0)
+            row = {**what, **measure(make(), args.repeats)}
+            row["size"] = "{} x {}".format(*row["image_hw"])
+            rows.append(row)
+            stock = [row.get(f"detectron2_{unit}", "-") for unit in ("ms", "mb")]
+            tqdm.write(
+                f"{row['what']:26}{row['size']:>12}{row['masks']:>8}{stock[0]:>13}{stock[1]:>11}"
+                f"{row['ours_ms']:>12}{row['ours_mb']:>10}{row.get('time_ratio', '-'):>8}"
+            )
+    results = {**machine("cpu"), "repeats": args.repeats, "threads": args.threads, "rows": rows}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    picture = args.output.with_suffix(".png")
+    plot(rows, picture)
+    print(f"written to {args.output} and {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Instances drawn into pictures: tinted masks, outlines and labels.
+
+Not by detectron2's Visualizer because that fills holes, which would hide the very outlines that
+pictures are for. The order of the colour channels is the caller's: colours are in the picture's.
+
+Shape alphabet: H, W height and width of the picture in pixels; N instances.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
+
+ByteArray = npt.NDArray[np.uint8]
+Colour = npt.NDArray[Any]
+"""Three numbers from 0 to 255."""
+Rectangle = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in whole pixels; x1 and y1 lie outside."""
+
+MASK_OPACITY = 0.45
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+GOLDEN_RATIO = 0.618034
+
+
+@dataclass(frozen=True)
+class LabelStyle:
+    """How a label looks: font size, width of lines and of the margin's unit, colour of the text."""
+
+    scale: float
+    thickness: int = 1
+    ink: Sequence[float] = (255, 255, 255)
+
+    def extent(self, text: str) -> tuple[int, int, int]:
+        """Returns the label's width and what of it is above and below the line of the text."""
+        (width, height), _ = cv2.getTextSize(text, FONT, self.scale, self.thickness)
+        return width + 4 * self.thickness, height + 4 * self.thickness, 3 * self.thickness
+
+
+def tint_mask(
+    canvas: ByteArray, mask: ByteArray, colour: Colour, outline: Sequence[float], thickness: int = 1
+) -> None:
+    """Tints and outlines, in place, the pixels of a mask; holes stay as they are.
+
+    Args:
+        canvas: (H, W, 3).
+        mask: (H, W) of 0 and 1.
+        colour: of the tint.
+        outline: colour of the outline.
+        thickness: of the outline in pixels.
+    """
+    inside = mask > 0
+    tinted = canvas[inside] * (1 - MASK_OPACITY) + colour * MASK_OPACITY
+    canvas[inside] = tinted.astype(np.uint8)
+    contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(canvas, contours, -1, outline, thickness, cv2.LINE_AA)
+
+
+def write_label(canvas: ByteArray, text: str, x: int, y: int, style: LabelStyle) -> None:
+    """Writes a text on black, in place, moved to where it does not leave canvas left or above.
+
+    Args:
+        canvas: (H, W, 3).
+        text: what getTextSize takes: other signs than ASCII become question marks.
+        x: of the label's left edge.
+        y: of the line that the text stands on.
+        style: size and colour.
+    """
+    width, above, below = style.extent(text)
+    unit = style.thickness
+    x, y = min(x, max(canvas.shape[1] - width, 0)), max(y, above)
+    cv2.rectangle(canvas, (x, y - above), (x + width, y + below), (0, 0, 0), cv2.FILLED)
+    place = (x + 2 * unit, y)
+    cv2.putText(canvas, text, place, FONT, style.scale, style.ink, unit, cv2.LINE_AA)
+
+
+def instance_colour(number: int) -> Colour:
+    """Returns a bright colour; those of nearby numbers differ most."""
+    hue = (0.45 + number * GOLDEN_RATIO) % 1
+    # After eight, hues come near each other.
+    saturation, value = ((0.8, 1.0), (0.45, 1.0), (0.95, 0.75))[number // 8 % 3]
+    return np.array([round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value)])
+
+
+def draw_instances(
+    image: ByteArray,
+    labels: Sequence[str],
+    colours: Sequence[Colour],
+    boxes: npt.NDArray[Any],
+    rles: Sequence[Mapping[str, Any]] | None,
+) -> ByteArray:
+    """Returns a copy of an image with instances drawn into it, one mask decoded at a time.
+
+    Lines and letters grow with the image. Large instances are drawn first, so that none hides
+    another. A label is above, in or below its instance, inside the image. One that would hide an
+    earlier label or most of an instance, wherever it is put, is left out: where there are hundreds
+    of small instances, one would see labels only.
+
+    Args:
+        image: (H, W, 3).
+        labels: of N instances, the most important first.
+        colours: N.
+        boxes: (N, 4) XYXY in pixels.
+        rles: N masks of the image's size. Boxes are drawn only if this is None.
+    """
+    canvas = np.ascontiguousarray(image).copy()
+    scale, thickness = _line_size(image.shape[0], image.shape[1])
+    places = [_pixels_of(box, rle) for box, rle in _pairs(boxes, rles)]
+    areas = [_shared(place, place) for place in places]
+    for i in sorted(range(len(labels)), key=lambda i: -areas[i]):
+        outline = [float(x) for x in colours[i]]
+        if rles is not None:
+            _tint_rle(canvas, rles[i], places[i], colours[i], thickness)
+        else:
+            x0, y0, x1, y1 = places[i]
+            cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), outline, 2 * thickness)
+    labelled: list[Rectangle] = []
+    for i, text in enumerate(labels):  # last, so that no mask covers one
+        style = _fitting_style(text, LabelStyle(scale, thickness, _light(colours[i])), canvas)
+        for spot in _label_spots(text, places[i], style, canvas) if areas[i] > 0 else ():
+            if not any(_shared(spot, x) for x in labelled) and not _hides_any(spot, places):
+                write_label(canvas, text, spot[0], spot[1] + style.extent(text)[1], style)
+                labelled.append(spot)
+                break
+    return canvas
+
+
+def _pairs(
+    boxes: npt.NDArray[Any], rles: Sequence[Mapping[str, Any]] | None
+) -> Iterator[tuple[Any, Mapping[str, Any] | None]]:
+    return zip(boxes, rles if rles is not None else [None] * len(boxes), strict=True)
+
+
+def _line_size(height: int, width: int) -> tuple[float, int]:
+    """Returns font scale and line thickness for an image."""
+    scale = max((height * width) ** 0.5 / 1500, 0.35)
+    return scale, max(round(1.5 * scale), 1)
+
+
+def _pixels_of(box: npt.NDArray[Any], rle: Mapping[str, Any] | None) -> Rectangle:
+    """Returns the pixels that a mask, or else a box, takes up; empty for an empty mask."""
+    if rle is not None:
+        x, y, width, height = (int(v) for v in coco_mask.toBbox(rle))
+        return x, y, x + width, y + height
+    low, high = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
+    return int(low[0]), int(low[1]), int(high[0]), int(high[1])
+
+
+def _tint_rle(
+    canvas: ByteArray, rle: Mapping[str, Any], place: Rectangle, colour: Colour, thickness: int
+) -> None:
+    x0, y0, x1, y1 = place
+    # Only the mask's part of the picture is walked, with room for the outline.
+    x0, y0 = max(x0 - thickness, 0), max(y0 - thickness, 0)
+    part = np.s_[y0 : y1 + thickness, x0 : x1 + thickness]
+    mask = np.ascontiguousarray(coco_mask.decode(rle)[part])
+    tint_mask(canvas[part], mask, colour, [float(x) for x in colour], thickness)
+
+
+def _light(colour: Colour) -> list[float]:
+    return [float(x) for x in colour * 0.6 + 255 * 0.4]
+
+
+def _fitting_style(text: str, style: LabelStyle, canvas: ByteArray) -> LabelStyle:
+    """Returns the style, with smaller letters where the label is larger than the canvas."""
+    width, above, below = style.extent(text)
+    room = min(canvas.shape[1] / (width + 1), canvas.shape[0] / (above + below + 1))
+    return style if room >= 1 else LabelStyle(style.scale * room * 0.9, 1, style.ink)
+
+
+def _label_spots(
+    text: str, place: Rectangle, style: LabelStyle, canvas: ByteArray
+) -> Iterator[Rectangle]:
+    """Yields where a label may be, the best first: above an instance, at its top, below it.
+
+    Nothing where the canvas is too small for any letters.
+    """
+    width, above, below = style.extent(text)
+    if width >= canvas.shape[1] or above + below >= canvas.shape[0]:
+        return
+    for y in (place[1] - below - 1, place[1] + above, place[3] + above):
+        middle = (place[0] + place[2] - width) // 2
+        left = max(min(middle, canvas.shape[1] - 1 - width), 0)
+        line = max(min(y, canvas.shape[0] - 1 - below), above)
+        yield left, line - above, left + width + 1, line + below + 1
+
+
+def _hides_any(spot: Rectangle, places: Sequence[Rectangle]) -> bool:
+    """Returns whether a label covers more than half of an instance's box."""
+    return any(2 * _shared(spot, place) > _shared(place, place) for place in places)
+
+
+def _shared(a: Rectangle, b: Rectangle) -> int:
+    """Returns the number of pixels in both."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0)

@@ -1,0 +1,431 @@
+"""tools/demo.py as a user runs it: what lies in the output folder, and errors of one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import CHECKPOINT, CONFIGS, ROOT, SHARED_DATA, SMALL_RESNET
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.data import shapes
+from mask_head_plugin.engine import MaskHeadCheckpointer, Trainer
+from mask_head_plugin.engine.demo import ColourKeeper, Detections, run_demo
+from mask_head_plugin.engine.media import find_sources
+
+CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
+WEIGHTS = ["MODEL.WEIGHTS", str(CHECKPOINT)]
+NO_MASKS = ["MODEL.MASK_ON", "False", "MODEL.ROI_MASK_HEAD.LOSS_WEIGHT", "1.0"]
+NUM_FRAMES = 12
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of six images of the embedded data set, beside their annotations."""
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.write_split(folder, "val", 6)
+    return folder / "val"
+
+
+@pytest.fixture(scope="module")
+def video(images, tmp_path_factory):
+    """An image that moves to the right."""
+    path = tmp_path_factory.mktemp("video") / "moving.avi"
+    image = cv2.imread(str(images / "000001.png"))
+    write_video(path, [np.roll(image, 2 * i, axis=1) for i in range(NUM_FRAMES)])
+    return path
+
+
+def write_video(path, frames, fps=10.0):
+    codec = cv2.VideoWriter.fourcc(*"MJPG")
+    writer = cv2.VideoWriter(str(path), codec, fps, frames[0].shape[1::-1])
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+
+
+def run(inputs, output, *opts, **kwargs):
+    """Returns the content of predictions.json and what went wrong."""
+    opts = ["MODEL.DEVICE", "cpu", *WEIGHTS, *opts]
+    problems = run_demo(CONFIG, opts, [str(x) for x in inputs], output, **kwargs)
+    return json.loads((output / "predictions.json").read_text()), problems
+
+
+def paint(content, image) -> np.ndarray:
+    """Returns an image's semantic map from predictions.json, by another way than the demo's."""
+    value = {c["id"]: c["semantic_value"] for c in content["categories"]}
+    painted = np.zeros((image["height"], image["width"]), int)
+    found = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+    for a in sorted(reversed(found), key=lambda a: a.get("mask_score", a["score"])):
+        painted[coco_mask.decode(a["segmentation"]) > 0] = value[a["category_id"]]
+    return painted
+
+
+def tool(capsys, *args):
+    """Runs tools/demo.py in this process; returns exit code, stdout, stderr."""
+    spec = importlib.util.spec_from_file_location("demo_tool", ROOT / "tools" / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["demo.py", *map(str, args)])
+        code = module.main()
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def result(images, tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    content, problems = run([images], output, semantic=True)
+    assert problems == []
+    return output, content
+
+
+def test_each_image_has_an_overlay_of_its_name_and_size(images, result):
+    output, content = result
+    for path in images.iterdir():
+        image, overlay = cv2.imread(str(path)), cv2.imread(str(output / path.name))
+        assert overlay.shape == image.shape and not np.array_equal(overlay, image)
+    assert len(content["images"]) == 6
+
+
+def test_predictions_open_with_pycocotools_and_find_the_true_objects(images, result):
+    output, content = result
+    found = COCO(str(output / "predictions.json"))
+    truth = COCO(str(images.parent / "annotations" / "val.json"))
+    assert {c["id"]: c["name"] for c in found.cats.values()} == {
+        c["id"]: c["name"] for c in truth.cats.values()
+    }
+    hits = 0
+    for image in content["images"]:
+        assert Path(image["file_name"]).is_file()
+        for a in found.imgToAnns[image["id"]]:
+            assert a["score"] > 0.5 and a["category_name"] == found.cats[a["category_id"]]["name"]
+            assert found.annToMask(a).sum() == a["area"] > 0 and "mask_score" not in a
+            masked, box = coco_mask.toBbox(a["segmentation"]), np.array(a["bbox"])
+            assert (masked[:2] >= box[:2] - 1).all()
+            assert (masked[:2] + masked[2:] <= box[:2] + box[2:] + 1).all()
+            hits += any(
+                min(coco_mask.iou([a[key]], [t[key]], [0]) for key in ("segmentation", "bbox"))
+                > 0.7
+                for t in truth.imgToAnns[int(Path(image["file_name"]).stem)]
+                if t["category_id"] == a["category_id"]
+            )
+    assert hits >= 0.8 * len(content["annotations"]) >= 5
+
+
+def test_semantic_maps_have_the_values_that_the_categories_say(result):
+    output, content = result
+    values = set()
+    for image in content["images"]:
+        stem = Path(image["file_name"]).stem
+        found = cv2.imread(str(output / "semantic" / f"{stem}.png"), cv2.IMREAD_UNCHANGED)
+        assert found.dtype == np.uint8 and np.array_equal(found, paint(content, image))
+        values |= set(np.unique(found).tolist())
+    assert len(values) > 2
+
+
+def test_bitmask_output_gives_the_same_files(images, result, tmp_path):
+    output, content = result
+    assert run([images], tmp_path, "MODEL.MASK_OUTPUT", "bitmask")[0] == content
+    for path in images.iterdir():
+        assert (tmp_path / path.name).read_bytes() == (output / path.name).read_bytes()
+    assert not (tmp_path / "semantic").exists()
+
+
+def test_a_model_without_masks_gives_boxes(images, result, tmp_path):
+    content, _ = run([images], tmp_path, *NO_MASKS)
+    boxes = [a["bbox"] for a in result[1]["annotations"]]
+    np.testing.assert_allclose([a["bbox"] for a in content["annotations"]], boxes, atol=0.01)
+    for a in content["annotations"]:
+        assert "segmentation" not in a and a["area"] == a["bbox"][2] * a["bbox"][3]
+    name = "000001.png"
+    assert (tmp_path / name).read_bytes() != (result[0] / name).read_bytes()
+
+
+def test_the_threshold_drops_detections(images, result, tmp_path):
+    strict, _ = run([images], tmp_path / "strict", confidence_threshold=0.999)
+    every, _ = run([images], tmp_path / "every", confidence_threshold=0.0)
+    counts = [len(x["annotations"]) for x in (strict, result[1], every)]
+    assert counts[0] < counts[1] < counts[2]
+    assert min(a["score"] for a in strict["annotations"]) > 0.999
+
+
+@pytest.fixture(scope="module")
+def weights_of_other_models(tmp_path_factory):
+    """Makes .pth files: the checkpoint's weights where they fit, random ones elsewhere."""
+
+    def make(*opts: str) -> str:
+        cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", *opts])
+        torch.manual_seed(0)
+        model = Trainer.build_model(cfg)
+        MaskHeadCheckpointer(model).load(str(CHECKPOINT))
+        path = tmp_path_factory.mktemp("weights") / "model.pth"
+        torch.save({"model": model.state_dict()}, path)
+        return str(path)
+
+    return make
+
+
+def test_mask_scores_are_written_and_rank_the_semantic_map(
+    images, weights_of_other_models, tmp_path
+):
+    opts = ["MODEL.ROI_MASK_HEAD.SCORING.ENABLED", "True"]
+    opts += ["MODEL.WEIGHTS", weights_of_other_models(*opts)]
+    content, _ = run([images], tmp_path, *opts, semantic=True, confidence_threshold=0.01)
+    assert all(0 <= a["mask_score"] <= 1 for a in content["annotations"])
+    for image in content["images"]:
+        name = Path(image["file_name"]).name
+        found = cv2.imread(str(tmp_path / "semantic" / name), cv2.IMREAD_UNCHANGED)
+        assert np.array_equal(found, paint(content, image))
+
+
+def test_more_than_255_classes_take_16_bits_and_have_numbers_for_names(
+    images, weights_of_other_models, tmp_path, caplog
+):
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", "300"]
+    opts += ["MODEL.WEIGHTS", weights_of_other_models(*opts)]
+    image = images / "000001.png"
+    content, _ = run([image], tmp_path, *opts, semantic=True, confidence_threshold=0)
+    found = cv2.imread(str(tmp_path / "semantic" / image.name), cv2.IMREAD_UNCHANGED)
+    assert found.dtype == np.uint16 and np.array_equal(found, paint(content, content["images"][0]))
+    assert found.max() > 255
+    assert content["categories"][299] == {"id": 300, "name": "300", "semantic_value": 300}
+    assert "shapes_val has 5, the model 300" in caplog.text
+
+
+def test_class_names_come_from_coco_files_and_are_numbers_without_them(images, tmp_path, caplog):
+    file = json.loads((images.parent / "annotations" / "val.json").read_text())
+    for category in file["categories"]:
+        category["name"] += "!"
+        category["id"] *= 10
+    for annotation in file["annotations"]:
+        annotation["category_id"] *= 10
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(file))
+    opts = ["DATASETS.COCO_FILES", repr([["demo_mine", str(path), str(images)]])]
+    opts += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "('demo_mine',)"]
+    content, _ = run([images / "000001.png"], tmp_path / "a", *opts)
+    assert content["categories"][1] == {"id": 20, "name": "star!", "semantic_value": 2}
+    assert content["annotations"][0]["category_name"].endswith("!")
+    path.unlink()
+    content, _ = run([images / "000001.png"], tmp_path / "b", *opts)
+    assert content["categories"][1] == {"id": 2, "name": "2", "semantic_value": 2}
+    assert "mine.json does not exist" in caplog.text
+
+
+def test_a_video_becomes_a_video_and_its_objects_keep_their_colours(video, tmp_path):
+    content, problems = run([video], tmp_path, semantic=True)
+    assert problems == []
+    assert [x["frame"] for x in content["images"]] == list(range(NUM_FRAMES))
+    assert {a["frame"] for a in content["annotations"]} == set(range(NUM_FRAMES))
+    overlay, original = cv2.VideoCapture(str(tmp_path / "moving.avi")), cv2.VideoCapture(str(video))
+    assert overlay.get(cv2.CAP_PROP_FPS) == 10
+    tints = []
+    arrows = {a["frame"]: a for a in content["annotations"] if a["category_name"] == "arrow"}
+    for index in range(NUM_FRAMES):
+        (_, drawn), (_, frame) = overlay.read(), original.read()
+        assert drawn.shape == frame.shape
+        name = tmp_path / "semantic" / "moving" / f"{index:06d}.png"
+        semantic = cv2.imread(str(name), cv2.IMREAD_UNCHANGED)
+        assert np.array_equal(semantic, paint(content, content["images"][index]))
+        if index in arrows:
+            inside = cv2.erode(coco_mask.decode(arrows[index]["segmentation"]), np.ones((5, 5)))
+            tints.append(drawn[inside > 0].astype(float).mean(0) - frame[inside > 0].mean(0))
+    assert not overlay.read()[0]
+    assert len(tints) > NUM_FRAMES / 2 and np.std(tints, axis=0).max() < 12
+
+
+def detections(*boxes, classes=None, rles=None) -> Detections:
+    n = len(boxes)
+    return Detections(
+        classes or [0] * n, [0.9] * n, None, np.array(boxes, float).reshape(-1, 4), rles
+    )
+
+
+def test_colours_follow_objects_of_the_same_class():
+    keeper = ColourKeeper()
+    left, right = [0, 0, 10, 10], [50, 0, 60, 10]
+    assert keeper.numbers(detections(left, right)) == [0, 1]
+    assert keeper.numbers(detections([51, 0, 61, 10], [1, 0, 11, 10])) == [1, 0]
+    assert keeper.numbers(detections(left, right, classes=[0, 1])) == [0, 2]
+    assert keeper.numbers(detections(left, left)) == [0, 3]  # one of two takes it over
+    assert keeper.numbers(detections()) == []
+    assert keeper.numbers(detections(left)) == [4]
+
+
+def test_images_of_any_kind_are_read(images, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    image = Image.open(images / "000001.png")
+    image.convert("L").save(folder / "grey.png")
+    image.convert("RGBA").save(folder / "alpha.PNG")
+    image.save(folder / "frames.gif")
+    image.save(folder / "photo.jpg")
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees
+    image.save(folder / "turned.jpg", exif=exif)
+    (folder / ".hidden.png").write_text("no image")
+    (folder / "notes.txt").write_text("no image")
+    content, problems = run([folder], tmp_path / "out", semantic=True)
+    assert problems == []
+    names = {path.name for path in (tmp_path / "out").glob("*.*")} - {"predictions.json"}
+    assert names == {"grey.png", "alpha.PNG", "frames.png", "photo.jpg", "turned.jpg"}
+    turned = next(x for x in content["images"] if x["file_name"].endswith("turned.jpg"))
+    assert (turned["height"], turned["width"]) == (128, 96)
+    assert cv2.imread(str(tmp_path / "out" / "turned.jpg")).shape == (128, 96, 3)
+
+
+def test_damaged_inputs_are_named_and_the_others_go_on(images, video, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no image")
+    whole = (images / "000001.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text").write_text("neither")
+    inputs = [tmp_path / x for x in ("text.png", "half.png", "empty.mp4", "text")]
+    code, out, err = tool(
+        *(capsys, "--config-file", CONFIG, "--output", tmp_path / "out", "--input"),
+        *(*inputs, images / "000002.png", "--opts", "MODEL.DEVICE", "cpu", *WEIGHTS),
+    )
+    assert code == 1 and "results are in" in out
+    lines = [line for line in err.splitlines() if line.startswith("demo.py: ")]
+    assert [line.split(": ")[1] for line in lines] == [str(x) for x in inputs]
+    assert (tmp_path / "out" / "000002.png").is_file() and "5/5" not in err
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 1
+
+
+def test_a_video_that_ends_early_is_reported_and_what_it_has_is_kept(images, tmp_path):
+    image = cv2.imread(str(images / "000001.png"))
+    write_video(tmp_path / "long.avi", [image] * 30)
+    content = (tmp_path / "long.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(content[: len(content) // 3])
+    result, problems = run([tmp_path / "cut.avi"], tmp_path / "out")
+    assert len(problems) == 1 and "frames can be read" in problems[0]
+    assert 5 <= len(result["images"]) <= 12 and (tmp_path / "out" / "cut.avi").is_file()
+
+
+def test_equal_names_are_numbered_and_equal_files_taken_once(images, tmp_path):
+    for name in ("a/x.png", "b/x.png", "b/X.jpg", "b/x_2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((images / "000001.png").read_bytes())
+    sources = find_sources([f"{tmp_path}/a", f"{tmp_path}/**/*.png", f"{tmp_path}/b/X.jpg"])
+    names = {str(s.path.relative_to(tmp_path)): s.overlay for s in sources}
+    assert names == {
+        "a/x.png": "x.png", "b/x.png": "x_2.png", "b/x_2.png": "x_2_2.png", "b/X.jpg": "X_3.jpg"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input", "nowhere.jpg"], "nowhere.jpg does not exist"),
+        (["--input", "nowhere/*.jpg"], "no file matches nowhere/*.jpg"),
+        (["--input", "{tmp}/empty"], "empty holds no images or videos"),
+        (["--output", "{tmp}/file"], "file is not a folder"),
+        (["--output", "{tmp}/used"], "used has 000001.png already"),
+        (["--output", "{tmp}/full", "--semantic"], "full has semantic already"),
+        (["--confidence-threshold", "1.5"], "--confidence-threshold 1.5 is not from 0 to 1"),
+        (["--confidence-threshold", "nan"], "nan is not from 0 to 1"),
+        (["--config-file", "configs/nowhere.yaml"], "configs/nowhere.yaml does not exist"),
+        (["--opts", "MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth does not exist"),
+        (["--opts", "MODEL.WEIGHTS", ""], "no weights: add --opts MODEL.WEIGHTS FILE"),
+        (["--opts", "MODEL.WEIGHTS"], "has no partner"),
+        (["--opts", "MODEL.WEIGHTS", "{tmp}/file"], "file was not loaded"),
+        (["--opts", "INPUT.FORMAT", "L"], "INPUT.FORMAT 'L' is not BGR or RGB"),
+        (["--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "7"], "no fitting values for"),
+        (
+            ["--semantic", "--opts", *NO_MASKS],
+            "--semantic paints masks, and MODEL.MASK_ON is False",
+        ),
+    ],
+)
+def test_errors_are_one_line(images, tmp_path, capsys, flags, message):
+    for name in ("empty", "used", "full/semantic"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "used" / "000001.png").write_text("a result")
+    flags = [x.format(tmp=tmp_path) for x in flags]
+    if "--opts" not in flags:
+        flags.append("--opts")
+    at = flags.index("--opts") + 1
+    flags[at:at] = ["MODEL.DEVICE", "cpu", *WEIGHTS]
+    code, _, err = tool(
+        *(capsys, "--config-file", CONFIG, "--input", images / "000001.png"),
+        *("--output", tmp_path / "out", *flags),
+    )
+    assert code == 2 and message in err
+    assert len(err.strip().splitlines()) == 1 and err.startswith("demo.py: ")
+    assert (tmp_path / "used" / "000001.png").read_text() == "a result"
+
+
+def test_keys_may_follow_without_opts_and_an_input_is_never_overwritten(images, tmp_path, capsys):
+    args = ["--config-file", CONFIG, "--video-input", images / "000001.png", "--output"]
+    pairs = ["MODEL.DEVICE", "cpu", *WEIGHTS]
+    assert tool(capsys, *args, tmp_path, *pairs)[0] == 0
+    code, _, err = tool(capsys, *args, images, *pairs)
+    assert code == 2 and "has 000001.png already" in err
+
+
+def test_an_interrupted_run_leaves_its_predictions(images, tmp_path, capsys, monkeypatch):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mask_head_plugin.engine.demo.read_bgr", interrupt)
+    code, _, err = tool(
+        *(capsys, "--config-file", CONFIG, "--input", images, "--output", tmp_path),
+        *("--opts", "MODEL.DEVICE", "cpu", *WEIGHTS),
+    )
+    assert code == 130 and "stopped; what was done is in" in err
+    assert (tmp_path / "predictions.json").is_file()
+
+
+def test_a_result_that_cannot_be_written_is_an_error(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(cv2, "imwrite", lambda *_: False)
+    with pytest.raises(OSError, match=r"could not write .*000001\.png"):
+        run([images / "000001.png"], tmp_path)
+
+
+def test_help_shows_flags_files_and_examples(capsys):
+    with pytest.raises(SystemExit):
+        tool(capsys, "--help")
+    text = capsys.readouterr().out
+    for word in (
+        *("--config-file", "--input", "--video-input", "--output", "--confidence-threshold"),
+        *("--opts", "--semantic", "predictions.json", "semantic_value", "python tools/demo.py"),
+    ):
+        assert word in text
+
+
+@pytest.mark.skipif(
+    not (SHARED_DATA / "coco_photos_val").is_dir(), reason="shared/data/coco_photos_val is absent"
+)
+def test_photographs(tmp_path):
+    photos = sorted((SHARED_DATA / "coco_photos_val" / "images").iterdir())[:2]
+    content, problems = run(photos, tmp_path, confidence_threshold=0.1)
+    assert problems == [] and len(content["annotations"]) > 5
+    assert all((tmp_path / path.name).is_file() for path in photos)
+
+
+def test_a_panoptic_model_gives_its_instances(images, tmp_path):
+    config = str(CONFIGS / "panoptic" / "panoptic_fpn_R_50_1x.yaml")
+    opts = [*SMALL_RESNET, "MODEL.SEM_SEG_HEAD.CONVS_DIM", "8", "MODEL.SEM_SEG_HEAD.NORM", ""]
+    weights = tmp_path / "model.pth"
+    torch.save({"model": Trainer.build_model(load_config(config, opts)).state_dict()}, weights)
+    opts += ["MODEL.WEIGHTS", str(weights)]
+    image = str(images / "000001.png")
+    assert run_demo(config, opts, [image], tmp_path / "out", 0, semantic=True) == []
+    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert content["annotations"][0]["segmentation"]["size"] == [96, 128]
+
+
+def test_unknown_architectures_are_refused(images, tmp_path):
+    with pytest.raises(ConfigError, match=r"MODEL\.META_ARCHITECTURE"):
+        run([images], tmp_path, "MODEL.META_ARCHITECTURE", "MaskRCN")
