@@ -192,12 +192,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def measure(sides: Sides, repeats: int) -> dict[str, Any]:
-    """Returns the times and peaks of a setting; one run is enough for what takes minutes."""
+    """Returns the times and peaks of a setting. The run for the peak warms up."""
     row: dict[str, Any] = {}
     for name, step in sides.items():
         gc.collect()
         row[f"{name}_mb"] = round(peak_resident_megabytes(step), 1)
-    times = median_times(list(sides.values()), repeats, "cpu")
+    times = median_times(list(sides.values()), repeats, "cpu", warm_up=False)
     for name, time in zip(sides, times, strict=True):
         row[f"{name}_ms"] = round(time, 2)
     if "detectron2_ms" in row:

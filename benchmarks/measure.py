@@ -18,21 +18,23 @@ import torchvision
 from torch.profiler import ProfilerActivity, profile
 
 
-def median_times(steps: list[Callable[[], object]], repeats: int, device: str) -> list[float]:
+def median_times(
+    steps: list[Callable[[], object]], repeats: int, device: str, *, warm_up: bool = True
+) -> list[float]:
     """Runs some steps in turn, several times, and returns the median milliseconds of each.
 
-    The first round does not count.
+    With ``warm_up`` a first round does not count.
     """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: list[list[float]] = [[] for _ in steps]
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm_up):
         for step, seconds in zip(steps, times, strict=True):
             wait()
             start = time.perf_counter()
             step()
             wait()
             seconds.append(time.perf_counter() - start)
-    return [1e3 * statistics.median(seconds[1:]) for seconds in times]
+    return [1e3 * statistics.median(seconds[warm_up:]) for seconds in times]
 
 
 def peak_megabytes(step: Callable[[], object], device: str) -> float:

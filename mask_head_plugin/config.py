@@ -88,7 +88,7 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     add_mask_head_config(cfg)
     if config_file:
         _merge_file(cfg, config_file)
-    _merge_opts(cfg, list(opts))
+    merge_opts(cfg, opts)
     _check_values(cfg, config_file or "options")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("no CUDA device: MODEL.DEVICE is now cpu")
@@ -150,7 +150,12 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         raise ConfigError(f"{config_file} does not hold 'KEY: value' sections") from error
 
 
-def _merge_opts(cfg: CfgNode, opts: list[str]) -> None:
+def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Merges "KEY VALUE" pairs in one flat list into a config.
+
+    Raises:
+        ConfigError: if a key does not exist or has the wrong type, or a pair is not complete.
+    """
     if len(opts) % 2:
         raise ConfigError(f"options are pairs 'KEY VALUE', but {opts[-1]!r} has no partner")
     keys = set(_keys(cfg))
@@ -188,6 +193,11 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
 def _unknown(cfg: CfgNode, key: str) -> str:
     nearest = nearest_name(key, [*_sections(cfg), *_keys(cfg)])
     return f"there is no config key {key!r}" + (f"; did you mean {nearest}?" if nearest else "")
+
+
+def flatten(cfg: CfgNode) -> dict[str, Any]:
+    """Returns the values of a config by their full keys, such as ``MODEL.MASK_ON``."""
+    return {key: _value(cfg, key) for key in _keys(cfg)}
 
 
 def nearest_name(name: str, choices: Sequence[str]) -> str | None:

@@ -34,8 +34,8 @@ class RLEMasks:
     """The masks of one image, each decoded when it is asked for.
 
     Stands in for the (N, H, W) bool tensor of detectron2: it has what Instances, Visualizer,
-    VideoVisualizer and the COCO, LVIS and Cityscapes evaluators ask of it, and so does not care for
-    devices: masks are decoded on the CPU.
+    VideoVisualizer and the COCO, LVIS and Cityscapes evaluators ask of it (its trackers want the
+    tensor: MASK_OUTPUT bitmask). Masks are decoded on the CPU, whatever the device.
 
     Attributes:
         rles: N encodings, for anything that reads COCO's format.
@@ -71,21 +71,31 @@ class RLEMasks:
     def __getitem__(self, item: Any) -> Tensor | RLEMasks:
         """
         Args:
-            item: an integer; a slice; or, as a tensor, array or list, N bools or any integers.
+            item: an integer; a slice; or, as a tensor, array or list, N bools or any integers. As
+                with tensors, uint8 counts as bool.
 
         Returns:
             For an integer the (H, W) bool tensor, otherwise RLEMasks.
 
         Raises:
-            IndexError: if the index is beyond the masks, or there are not N bools.
+            IndexError: if the index is beyond the masks, there are not N bools, or it is anything
+                else: pixels are not to be had so.
         """
         if isinstance(item, slice):
             return RLEMasks(self.rles[item], self.image_hw)
         index = np.asarray(item.cpu() if isinstance(item, Tensor) else item)
-        if index.ndim == 0 and index.dtype != bool:
+        if isinstance(item, list) and not item:
+            index = index.astype(int)
+        elif index.dtype == np.uint8 and index.ndim:
+            index = index.astype(bool)
+        is_index = np.issubdtype(index.dtype, np.integer)
+        if isinstance(item, tuple) or index.ndim > 1 or not (is_index or index.dtype == bool):
+            raise IndexError(f"RLEMasks takes no index {item!r}")
+        if index.ndim == 0 and is_index:
             return torch.from_numpy(coco_mask.decode(self.rles[int(index)])).bool()
-        chosen = np.arange(len(self))[index if index.size else index.astype(int)]
-        return RLEMasks([self.rles[k] for k in chosen], self.image_hw)
+        if index.dtype == bool and index.shape != (len(self),):
+            raise IndexError(f"{index.shape} bools for {len(self)} masks")
+        return RLEMasks([self.rles[k] for k in np.arange(len(self))[index]], self.image_hw)
 
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import CONFIG_FILES, CONFIGS, STOCK_NAMES
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 
 from mask_head_plugin import add_mask_head_config
+from mask_head_plugin.config import flatten
 
 ZOO = Path(model_zoo.__file__).parent / "configs"
 # Zoo folder -> our folder and prefix.
@@ -22,16 +23,6 @@ FOLDERS = {
     "Detectron1-Comparisons": ("detectron1_comparisons", ""),
 }
 PLUGIN_KEYS = {"MODEL.META_ARCHITECTURE", "MODEL.ROI_HEADS.NAME", "MODEL.ROI_MASK_HEAD.NAME"}
-
-
-def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, object]:
-    leaves: dict[str, object] = {}
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            leaves.update(flatten(value, f"{prefix}{key}."))
-        else:
-            leaves[prefix + key] = value
-    return leaves
 
 
 def merged(path: Path, *, plugin: bool) -> dict[str, object]:

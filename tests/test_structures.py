@@ -44,6 +44,7 @@ def test_an_integer_gives_the_tensor_of_one_mask(index):
     [
         *(slice(1, 3), slice(None, None, -2), [True, False, True, False], [2, 0, 0], []),
         *(torch.tensor([False, True, True, False]), torch.tensor([3, 1]), np.array([1, 2])),
+        torch.tensor([1, 0, 0, 1], dtype=torch.uint8),
     ],
     ids=str,
 )
@@ -51,14 +52,17 @@ def test_other_indices_give_masks(index):
     tensor, masks = make()
     chosen = masks[index]
     assert isinstance(chosen, RLEMasks) and chosen.image_hw == HW
-    # Tensors take no negative steps.
-    expected = tensor.numpy()[index if isinstance(index, slice) or len(index) else slice(0)]
+    if isinstance(index, torch.Tensor):
+        expected = tensor[index].numpy()
+    else:  # tensors take no negative steps
+        expected = tensor.numpy()[index if isinstance(index, slice) or len(index) else slice(0)]
     assert np.array_equal(np.asarray(chosen), expected)
 
 
 def test_indices_that_do_not_fit_are_refused():
     _, masks = make()
-    for index in (4, [True, False], torch.tensor([7])):
+    wrong = [4, [True, False], torch.tensor([7]), (0, 2), 1.5, None, torch.zeros(2, 2).long()]
+    for index in [*wrong, torch.zeros(0, dtype=torch.bool)]:
         with pytest.raises(IndexError):
             masks[index]
 

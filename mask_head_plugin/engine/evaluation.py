@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_tes
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from detectron2.utils.file_io import PathManager
 from torch.utils.data import DataLoader, Subset
 
 from ..evaluation import MaskEvaluator
@@ -25,6 +26,9 @@ NOT_PREDICTION = (
     *("TEST.SEMANTIC_THRESHOLD",),
 )
 """Keys of the sections MODEL, INPUT and TEST on which predictions do not depend."""
+
+PROPOSALS = ("PROPOSAL_FILES_TEST", "PRECOMPUTED_PROPOSAL_TOPK_TEST")
+"""Keys of DATASETS on which they do."""
 
 
 def evaluate_dataset(
@@ -56,12 +60,17 @@ def evaluate_dataset(
                 dataset_name,
             )
             records = DatasetCatalog.get(dataset_name)
+            if len(records) != len(loader.dataset):  # type: ignore[arg-type]  # it has a length
+                raise ValueError(f"the loader of {dataset_name} is not of all its images in order")
             left = [k for k, record in enumerate(records) if record["image_id"] not in finished]
             if not left:
                 evaluator.reset()
                 return evaluator.evaluate() or {}
             loader = build_detection_test_loader(
-                dataset=Subset(loader.dataset, left), mapper=None, num_workers=loader.num_workers
+                dataset=Subset(loader.dataset, left),
+                mapper=None,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
             )
     results: dict[str, Any] = inference_on_dataset(model, loader, evaluator)
     return results
@@ -70,23 +79,34 @@ def evaluate_dataset(
 def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: str) -> str:
     """Returns a hash of what predictions depend on, the same on all processes.
 
-    Weights and iteration; the config's MODEL, INPUT and TEST; the annotation file's size and time.
+    Weights and iteration; the config's MODEL, INPUT and TEST and its proposal files; the annotation
+    file's size and time, or the records of a data set without one.
     """
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):  # a module's extra state
+            digest.update(f"{name} {tensor!r} ".encode())
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     settings = CfgNode({key: cfg[key] for key in ("MODEL", "INPUT", "TEST")}).clone()
     settings.defrost()
     for key in NOT_PREDICTION:
         section, _, leaf = key.partition(".")
         settings[section].pop(leaf, None)
     digest.update(settings.dump().encode())
+    digest.update(repr([cfg.DATASETS[key] for key in PROPOSALS]).encode())
     with contextlib.suppress(AssertionError):  # raised where no training is under way
         digest.update(f"iteration {get_event_storage().iter} ".encode())
     digest.update(f"{type(model).__name__} {dataset_name} ".encode())
-    path = Path(MetadataCatalog.get(dataset_name).get("json_file", ""))
-    if path.is_file():
-        digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    json_file = MetadataCatalog.get(dataset_name).get("json_file")
+    if json_file:
+        stat = Path(PathManager.get_local_path(json_file)).stat()
+        digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    else:
+        keys = ("image_id", "file_name", "height", "width")
+        records = [[x.get(key) for key in keys] for x in DatasetCatalog.get(dataset_name)]
+        digest.update(repr(records).encode())
     fingerprint: str = comm.all_gather(digest.hexdigest())[0]
     return fingerprint

@@ -85,7 +85,8 @@ class Trainer(DefaultTrainer):
             case "coco" if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
                 return COCOEvaluator(dataset_name, output_dir=folder)  # recall of the proposals
             case "coco" if cfg.MODEL.KEYPOINT_ON:
-                keypoints = COCOEvaluator(dataset_name, ("keypoints",), output_dir=folder)
+                own_folder = str(Path(folder) / "keypoints")  # its files have the same names
+                keypoints = COCOEvaluator(dataset_name, ("keypoints",), output_dir=own_folder)
                 return DatasetEvaluators([_mask_evaluator(cfg, dataset_name, folder), keypoints])
             case "coco" | "lvis":
                 return _mask_evaluator(cfg, dataset_name, folder)
@@ -125,8 +126,8 @@ class Trainer(DefaultTrainer):
             evaluators = [evaluators]
         results: Results = OrderedDict()
         for index, name in enumerate(cfg.DATASETS.TEST):
-            evaluator = evaluators[index] if evaluators else cls.build_evaluator(cfg, name)
             loader = cls.build_test_loader(cfg, name)
+            evaluator = evaluators[index] if evaluators else cls.build_evaluator(cfg, name)
             results[name] = evaluate_dataset(cfg, model, name, loader, evaluator)
             if comm.is_main_process():
                 logging.getLogger(__name__).info("%s in csv format:", name)
@@ -147,6 +148,10 @@ class Trainer(DefaultTrainer):
     def test_with_tta(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
         """Evaluates with test-time augmentation (TEST.AUG); keys end in ``_TTA``."""
         logging.getLogger(__name__).info("evaluating with test-time augmentation")
+        if cfg.MODEL.ROI_MASK_HEAD.SCORING.ENABLED:
+            logging.getLogger(__name__).warning(
+                "test-time augmentation knows no mask scores: here class scores rank the masks"
+            )
         evaluators = [
             cls.build_evaluator(cfg, name, _inference_folder(cfg, "inference_TTA", name))
             for name in cfg.DATASETS.TEST

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .boundary import limit_by_boundary
 from .matching import FloatArray, Group, Matches, match
+from .semantic import annotation_rle
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,10 @@ class GroundTruth:
         missing = [key for key in ("images", "categories") if key not in content]
         if missing:
             raise ValueError(f"{json_file} is no COCO file: it has no {missing}")
+        for key, needed in (("images", ("id",)), ("categories", ("id", "name"))):
+            for number, x in enumerate(content[key]):
+                if any(name not in x for name in needed):
+                    raise ValueError(f"{json_file}: entry {number} of {key} lacks one of {needed}")
         self.json_file, self.is_lvis = json_file, is_lvis
         self.image_ids = sorted((x["id"] for x in content["images"]), key=_text_last)
         categories = sorted(content["categories"], key=lambda x: _text_last(x["id"]))
@@ -71,9 +76,15 @@ class GroundTruth:
         self._category_numbers = {x: k + 1 for k, x in enumerate(self.category_ids)}
         self.has_annotations = bool(content.get("annotations"))
         annotations = content.get("annotations") or []
-        self._annotation_ids = [x.get("id") for x in annotations]
-        self.has_masks = any(x.get("segmentation") for x in annotations)
+        without_mask = [x.get("id") for x in annotations if not x.get("segmentation")]
+        self.has_masks = not annotations or len(without_mask) < len(annotations)
+        if self.has_masks and without_mask:
+            logger.warning(
+                "%s: %d annotations have no mask, e.g. %r; no mask can match these objects",
+                *(json_file, len(without_mask), without_mask[0]),
+            )
         images = sorted(content["images"], key=lambda x: _text_last(x["id"]))
+        self._sizes = {x["id"]: (x.get("height"), x.get("width")) for x in images}
         self.coco = COCO()
         self.coco.dataset = {
             "images": [self._image(x) for x in images],
@@ -86,12 +97,20 @@ class GroundTruth:
         self.coco.createIndex()
 
     def _image(self, image: Mapping[str, Any]) -> dict[str, Any]:
-        listed = {
-            key: [self._category_numbers[x] for x in image.get(key, [])]
-            for key in ("neg_category_ids", "not_exhaustive_category_ids")
-        }
-        size = {key: image.get(key, 0) for key in ("height", "width")}
-        return {"id": self._image_numbers[image["id"]], **size, **listed}
+        height, width = self._sizes[image["id"]]
+        if self.has_masks and not (height and width):
+            raise ValueError(f"{self.json_file}: image {image['id']!r} has no height and width")
+        listed = {}
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            unknown = set(image.get(key, [])) - set(self.category_ids)
+            if unknown:
+                raise ValueError(
+                    f"{self.json_file}: {key} of image {image['id']!r} has {unknown}, not among "
+                    "the categories"
+                )
+            listed[key] = [self._category_numbers[x] for x in image.get(key, [])]
+        number = self._image_numbers[image["id"]]
+        return {"id": number, "height": height or 0, "width": width or 0, **listed}
 
     def _annotation(self, number: int, annotation: Mapping[str, Any]) -> dict[str, Any]:
         if not {"image_id", "category_id"} <= annotation.keys():
@@ -108,7 +127,9 @@ class GroundTruth:
                 f"{annotation['image_id']!r} and category {annotation['category_id']!r}; the file "
                 f"has no {error}"
             ) from error
-        copied = {key: annotation[key] for key in ("bbox", "segmentation") if annotation.get(key)}
+        copied = {"bbox": annotation["bbox"]} if annotation.get("bbox") else {}
+        if self.has_masks:
+            copied["segmentation"] = self._segmentation(annotation)
         area = annotation.get("area")
         if area is None and "bbox" in copied:
             area = copied["bbox"][2] * copied["bbox"][3]
@@ -117,9 +138,23 @@ class GroundTruth:
             "id": number,
             "image_id": image,
             "category_id": category,
-            "iscrowd": int(annotation.get("iscrowd", 0)),
+            "iscrowd": int(annotation.get("iscrowd") or 0),
             "area": area,
         }
+
+    def _segmentation(self, annotation: Mapping[str, Any]) -> Any:
+        """Returns polygons as they are, and run lengths checked: the engine believes them."""
+        found, image_hw = annotation.get("segmentation"), self._sizes[annotation["image_id"]]
+        if not found:
+            return coco_mask.encode(np.zeros(image_hw, np.uint8, order="F"))
+        if isinstance(found, list):
+            return found
+        try:
+            return annotation_rle(found, image_hw)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.json_file}: annotation {annotation.get('id')!r}: {error}"
+            ) from error
 
     def detections(self, results: Iterable[Mapping[str, Any]], task: str) -> list[dict[str, Any]]:
         """Returns COCO results as the engine's annotations.
@@ -134,15 +169,14 @@ class GroundTruth:
             Those of the file's categories; for LVIS, those that count there.
 
         Raises:
-            ValueError: if an image is not in the file, a mask has not its size, or an annotation
-                has no mask (or box) to compare with.
+            ValueError: if an image is not in the file, a mask has not its size, or there is nothing
+                to compare with.
         """
-        needed = "bbox" if task == "bbox" else "segmentation"
-        for annotation_id, x in zip(
-            self._annotation_ids, self.coco.dataset["annotations"], strict=True
-        ):
-            if needed not in x:
-                raise ValueError(f"{self.json_file}: annotation {annotation_id!r} has no {needed}")
+        if task != "bbox" and not self.has_masks:
+            raise ValueError(f"{self.json_file} has no masks to compare with")
+        for number, x in enumerate(self.coco.dataset["annotations"] if task == "bbox" else ()):
+            if "bbox" not in x:
+                raise ValueError(f"{self.json_file}: entry {number} of annotations has no bbox")
         found: list[dict[str, Any]] = []
         for number, result in enumerate(results):
             if result["image_id"] not in self._image_numbers:
@@ -225,9 +259,8 @@ class Evaluation:
             *(truth.coco, found, task), print_function=_say_nothing, lvis_style=truth.is_lvis
         )
         # LVIS has no limit of a class's detections beside that of an image.
-        limits = [LVIS_MAX_DETECTIONS] if truth.is_lvis else [1, 10, max_detections]
-        engine.params.maxDets = sorted(set(limits))
-        self.limit = engine.params.maxDets[-1]
+        self.limit = LVIS_MAX_DETECTIONS if truth.is_lvis else max_detections
+        engine.params.maxDets = [self.limit]
         if ious is not None:
             engine.computeIoU = lambda image, category: ious[image, category]
         engine.evaluate()

@@ -22,7 +22,7 @@ from tabulate import tabulate
 from ..structures import run_lengths
 from .coco_engine import COCO_MAX_DETECTIONS, TASKS, Evaluation, GroundTruth
 from .prediction_log import PredictionLog, Results, merge_lines
-from .semantic import evaluate_semantic
+from .semantic import check_class_names, evaluate_semantic
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +93,8 @@ class MaskEvaluator(DatasetEvaluator):
             _annotation_file(dataset_name, self._folder),
             is_lvis=metadata.get("evaluator_type") == "lvis",
         )
-        self._category_ids = _category_ids(dataset_name, self._truth)
-        names = dict(zip(self._category_ids, metadata.get("thing_classes", ()), strict=False))
-        self._class_names = [
-            names.get(category, name)
-            for category, name in zip(
-                self._truth.category_ids, self._truth.class_names, strict=True
-            )
-        ]
+        if semantic_threshold > 0:
+            check_class_names(self._truth.class_names)
         self.resume("")
 
     def resume(self, fingerprint: str) -> None:
@@ -121,6 +115,33 @@ class MaskEvaluator(DatasetEvaluator):
         finished: set[Any] = self._log.finished
         return comm.all_gather(finished)[0] if self._distributed else finished
 
+    @property
+    def _category_ids(self) -> list[Any]:
+        """The annotation file's category id of each class.
+
+        Asked for late: detectron2 notes them when the data set is loaded.
+        """
+        metadata = MetadataCatalog.get(self._dataset_name)
+        mapping = metadata.get("thing_dataset_id_to_contiguous_id")
+        if mapping:
+            return sorted(mapping, key=lambda category: mapping[category])
+        ids = self._truth.category_ids
+        count = len(metadata.get("thing_classes", ids))
+        if count != len(ids):
+            raise ValueError(
+                f"{self._dataset_name} has {count} classes, {self._truth.json_file} {len(ids)} "
+                "categories, and its metadata no thing_dataset_id_to_contiguous_id to tell which"
+            )
+        return ids
+
+    @property
+    def _class_names(self) -> list[str]:
+        """Names of the file's categories, the metadata's where there are some."""
+        classes = MetadataCatalog.get(self._dataset_name).get("thing_classes", ())
+        names = dict(zip(self._category_ids, classes, strict=False))
+        pairs = zip(self._truth.category_ids, self._truth.class_names, strict=True)
+        return [names.get(category, name) for category, name in pairs]
+
     def reset(self) -> None:
         self._log.start()
 
@@ -131,12 +152,14 @@ class MaskEvaluator(DatasetEvaluator):
             outputs: its outputs, with ``instances``.
 
         Raises:
-            ValueError: if an output has no instances, or a class that the data set has not.
+            ValueError: if an output has no instances, a class that the data set has not, or a score
+                that is no number.
         """
+        category_ids = self._category_ids
         for x, output in zip(inputs, outputs, strict=True):
             if "instances" not in output:
                 raise ValueError(f"outputs have {sorted(output)} and no instances to evaluate")
-            results = coco_results(output["instances"].to("cpu"), x["image_id"], self._category_ids)
+            results = coco_results(output["instances"].to("cpu"), x["image_id"], category_ids)
             self._log.append(x["image_id"], results)
 
     def evaluate(self) -> TaskResults:
@@ -150,6 +173,7 @@ class MaskEvaluator(DatasetEvaluator):
                 return OrderedDict()
         if not lines:
             logger.warning("nothing was predicted of %s", self._dataset_name)
+            self._log.remove()
             return OrderedDict()
         results = merge_lines(lines)
         if self._folder:
@@ -178,17 +202,24 @@ class MaskEvaluator(DatasetEvaluator):
             (task, self._summary(evaluation)) for task, evaluation in evaluations.items()
         )
         self._log_tables(summary)
-        if self._semantic_threshold > 0:
-            summary["semantic"] = self._semantic(results)
         if self._folder:
             for task, evaluation in evaluations.items():
                 evaluation.matches().save(self._folder / f"matches_{task}.npz")
+        if self._semantic_threshold > 0 and self._have_masks(results):
+            summary["semantic"] = self._semantic(results)
+        if self._folder:
             self._write_metrics(summary, evaluations)
         return summary
 
     def _possible_tasks(self, results: Results) -> tuple[str, ...]:
-        has_masks = "segmentation" in results[0] if results else self._truth.has_masks
-        return TASKS if has_masks else ("bbox",)
+        if self._have_masks(results):
+            return TASKS
+        if results and "segmentation" in results[0]:
+            logger.warning("%s has no masks: boxes are evaluated alone", self._truth.json_file)
+        return ("bbox",)
+
+    def _have_masks(self, results: Results) -> bool:
+        return self._truth.has_masks and (not results or "segmentation" in results[0])
 
     def _evaluate_task(self, results: Results, task: str) -> Evaluation:
         detections = self._truth.detections(results, task)
@@ -260,8 +291,10 @@ def coco_results(instances: Instances, image_id: Any, category_ids: Sequence[Any
         category_ids: of the annotation file, by class.
 
     Raises:
-        ValueError: if a class is beyond the categories.
+        ValueError: if a class is beyond the categories, or a score is NaN or infinite.
     """
+    if not instances.scores.isfinite().all():
+        raise ValueError(f"image {image_id!r}: the model gave scores that are NaN or infinite")
     boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
     classes = instances.pred_classes.tolist()
     if classes and max(classes) >= len(category_ids):
@@ -292,16 +325,6 @@ def _annotation_file(dataset_name: str, folder: Path | None) -> str:
         convert_to_coco_json(dataset_name, str(path), allow_cached=False)
         return str(path)
     return str(PathManager.get_local_path(metadata.json_file))
-
-
-def _category_ids(dataset_name: str, truth: GroundTruth) -> list[Any]:
-    """Returns the annotation file's category id of each class."""
-    metadata = MetadataCatalog.get(dataset_name)
-    mapping = metadata.get("thing_dataset_id_to_contiguous_id")
-    if mapping:
-        return sorted(mapping, key=lambda category: mapping[category])
-    first = 1 if truth.is_lvis else 0  # as detectron2 numbers them
-    return list(range(first, first + len(metadata.get("thing_classes", truth.class_names))))
 
 
 def _without_nan(value: Any) -> Any:

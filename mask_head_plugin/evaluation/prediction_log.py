@@ -50,18 +50,18 @@ class PredictionLog:
     def start(self) -> None:
         """Forgets this process's own predictions and opens its file.
 
-        Predictions of other fingerprints, and without one all earlier predictions, are deleted.
+        Predictions of other fingerprints are deleted.
         """
         self.close()
         self._lines = []
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        if self._rank == 0:
-            kept = set(self._paths(self._fingerprint)) if self._fingerprint else set()
-            for path in set(self._paths("*")) - kept:
+        own = f"{self._name}.{self._fingerprint or 'new'}."
+        for path in self._paths("*") if self._rank == 0 else ():
+            if not path.name.startswith(own):  # others of this run may be open already
                 path.unlink(missing_ok=True)
-        path = self._folder / f"{self._name}.{self._fingerprint or 'new'}.rank{self._rank}.jsonl"
+        path = self._folder / f"{own}rank{self._rank}.jsonl"
         # Behind a line that a crash cut off a new one starts; without a fingerprint, a new file.
         broken = bool(self._fingerprint) and path.is_file() and not _ends_with_newline(path)
         self._file = path.open("a" if self._fingerprint else "w")

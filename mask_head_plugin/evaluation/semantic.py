@@ -82,7 +82,7 @@ def ground_truth_map(
     layers = []
     for annotation in annotations:
         value = _contiguous_class(annotation, contiguous_id) + 1
-        rle = _compress(annotation.get("segmentation"), image_hw)
+        rle = annotation_rle(annotation.get("segmentation"), image_hw)
         if rle is not None:
             is_ordinary = not annotation.get("iscrowd", 0)
             area = int(mask_util.area(rle))
@@ -130,7 +130,7 @@ def semantic_metrics(confusion: Confusion, class_names: Sequence[str]) -> dict[s
     Raises:
         ValueError: if the names do not fit the matrix, or one is there twice or is "background".
     """
-    names = _with_background(class_names)
+    names = check_class_names(class_names)
     if confusion.shape != (len(names), len(names)):
         raise ValueError(f"{len(class_names)} class_names and a confusion of {confusion.shape}")
     hits, true_pixels = confusion.diagonal().astype(float), confusion.sum(axis=1)
@@ -174,7 +174,7 @@ def evaluate_semantic(
         ValueError: if an RLE is not of its image's size, which the message names; for names as in
             ``semantic_metrics``.
     """
-    _with_background(class_names)  # names are refused before the work, not after it
+    check_class_names(class_names)  # before the work, not after it
     results_of = defaultdict(list)
     for result in results:
         results_of[result["image_id"]].append(result)
@@ -209,8 +209,16 @@ def _paint(layers: Iterable[tuple[Any, int]], image_hw: tuple[int, int]) -> Sema
     return painted
 
 
-def _compress(segmentation: Any, image_hw: tuple[int, int]) -> Any:
-    """Returns an annotation's segmentation as one compressed RLE, None where it has none."""
+def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
+    """Returns an annotation's segmentation as one compressed RLE, None where it has none.
+
+    Args:
+        segmentation: polygons, or an RLE with compressed or uncompressed counts.
+        image_hw: H, W.
+
+    Raises:
+        ValueError: if the size of an RLE is not image_hw or its counts do not add up to it.
+    """
     if not segmentation:
         return None
     if isinstance(segmentation, list):
@@ -237,7 +245,12 @@ def _contiguous_class(record: Mapping[str, Any], contiguous_id: Mapping[int, int
     return contiguous_id[record["category_id"]]
 
 
-def _with_background(class_names: Sequence[str]) -> list[str]:
+def check_class_names(class_names: Sequence[str]) -> list[str]:
+    """Returns the names with background before them.
+
+    Raises:
+        ValueError: if a name is there twice or is "background".
+    """
     names = [BACKGROUND, *class_names]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

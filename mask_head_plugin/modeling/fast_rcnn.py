@@ -9,7 +9,7 @@ Shape alphabet: N RoIs, K classes, D features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
@@ -18,6 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Predictions = tuple[Tensor, Tensor]
+
+
+class Undecided(NamedTuple):
+    """What ``forward`` gives in training, where it cannot know yet which deltas are needed."""
+
+    scores: Tensor
+    features: Tensor
 
 
 class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
@@ -32,7 +39,7 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
         if not self.training:
             return super().forward(x)
         x = x.flatten(1)
-        return self.cls_score(x), x
+        return Undecided(self.cls_score(x), x)
 
     def losses(self, predictions: Predictions, proposals: list[Instances]) -> dict[str, Tensor]:
         return super().losses(self._select(predictions, proposals), proposals)
@@ -43,17 +50,19 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
         return super().predict_boxes_for_gt_classes(self._select(predictions, proposals), proposals)
 
     def predict_boxes(self, predictions: Predictions, proposals: list[Instances]) -> list[Tensor]:
-        if self.training:
-            scores, features = predictions
-            predictions = scores, self.bbox_pred(features)
+        if isinstance(predictions, Undecided):
+            predictions = predictions.scores, self.bbox_pred(predictions.features)
         return super().predict_boxes(predictions, proposals)
 
     def _select(self, predictions: Predictions, proposals: list[Instances]) -> Predictions:
         """Returns the scores and the (N, 4) deltas of each RoI's ground-truth class.
 
         They have the shape of class-agnostic deltas, which detectron2's methods take as they are.
-        Background RoIs get the deltas of some class; no loss reads them.
+        Background RoIs get the deltas of some class; no loss reads them. Deltas of all classes,
+        made in evaluation mode, stay.
         """
+        if not isinstance(predictions, Undecided):
+            return predictions
         scores, features = predictions
         if not proposals:
             return scores, self.bbox_pred(features)

@@ -88,8 +88,14 @@ def test_the_fingerprint_tells_what_predictions_depend_on(tmp_path):
     other, _ = make(tmp_path, "INPUT.MIN_SIZE_TEST", "300")
     assert prediction_fingerprint(other, model, NAME) != first
     assert prediction_fingerprint(cfg, model, "shapes_val") != first
+    other, _ = make(tmp_path, "DATASETS.PROPOSAL_FILES_TEST", "('x.pkl',)")
+    assert prediction_fingerprint(other, model, NAME) != first
     with EventStorage(7):
         assert prediction_fingerprint(cfg, model, NAME) != first
+    records = DatasetCatalog.get(NAME)
+    DatasetCatalog.remove(NAME)
+    DatasetCatalog.register(NAME, lambda: records[:4])
+    assert prediction_fingerprint(cfg, model, NAME) != first
     with torch.no_grad():
         model.roi_heads.mask_head.predictor.bias[0] += 1e-3
     assert prediction_fingerprint(cfg, model, NAME) != first

@@ -213,7 +213,11 @@ def test_predictions_that_do_not_fit_the_file_are_refused(change, message, tmp_p
     [
         ({"image_id": 12345}, "annotation 1 names image 12345 and category"),
         ({"category_id": 999}, "annotation 1 names image .* and category 999; the file has no 999"),
-        ({"segmentation": None}, "annotation 1 has no segmentation"),
+        ({"segmentation": {"size": [9, 9], "counts": "a2"}}, "annotation 1: an RLE has the size"),
+        (
+            {"segmentation": {"size": [60, 80], "counts": [0, 9]}},
+            "annotation 1: the counts of an RLE do not add up",
+        ),
     ],
 )
 def test_annotations_that_cannot_be_evaluated_are_refused(change, message, tmp_path):
@@ -221,6 +225,53 @@ def test_annotations_that_cannot_be_evaluated_are_refused(change, message, tmp_p
     content["annotations"][0] |= change
     with pytest.raises(ValueError, match=f"truth.json: {message}"):
         evaluate(write_truth(tmp_path, content), results, "segm")
+
+
+def test_objects_without_mask_are_missed_and_said(tmp_path, caplog):
+    content, results = make_coco(1)
+    for x in content["annotations"]:
+        x["iscrowd"] = None
+    expected = evaluate(write_truth(tmp_path, content), results, "segm").metrics()["AP50"]
+    content["annotations"].append({**content["annotations"][0], "id": 999, "segmentation": []})
+    truth = write_truth(tmp_path, content)
+    assert "1 annotations have no mask, e.g. 999" in caplog.text
+    assert evaluate(truth, results, "segm").metrics()["AP50"] < expected
+    assert np.isfinite(evaluate(truth, results, "boundary").metrics()["AP"])
+    no_masks = [{**x, "segmentation": None} for x in content["annotations"]]
+    boxes = write_truth(tmp_path, {**content, "annotations": no_masks})
+    assert np.isfinite(evaluate(boxes, results, "bbox").metrics()["AP"])
+    with pytest.raises(ValueError, match="has no masks to compare with"):
+        evaluate(boxes, results, "segm")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("images", {"height": None}, "image .* has no height and width"),
+        (
+            "images",
+            {"neg_category_ids": [77]},
+            r"neg_category_ids of image .* has \{77\}, not among",
+        ),
+        ("categories", {"name": None}, ""),
+    ],
+)
+def test_images_and_categories_that_cannot_be_used_are_refused(key, change, message, tmp_path):
+    content, _ = make_coco(1)
+    content[key][0] |= change
+    if key == "categories":
+        del content[key][0]["name"]
+        message = "entry 0 of categories lacks one of"
+    with pytest.raises(ValueError, match=f"truth.json: {message}"):
+        write_truth(tmp_path, content)
+
+
+@pytest.mark.parametrize("limit", [1, 5])
+def test_few_detections_can_be_asked_for(limit, tmp_path):
+    content, results = make_coco(3, num_classes=1, most_copies=20)
+    evaluation = evaluate(write_truth(tmp_path, content), results, "segm", limit)
+    most = np.unique(evaluation.matches().dt_image, return_counts=True)[1].max()
+    assert evaluation.limit == most == limit
 
 
 def test_a_file_that_is_not_coco_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from made_data import HW, make_coco
@@ -134,6 +135,38 @@ def test_mask_scores_rank_masks_only(made, tmp_path):
         assert result["mask_score"] == pytest.approx(1 - result["score"])
 
 
+def test_category_ids_that_detectron2_notes_late_are_found(made, tmp_path):
+    """register_coco_instances tells the metadata only when the data set is loaded."""
+    name = made[0]
+    late = f"late_{name}"
+    register_coco_instances(late, {}, str(tmp_path / "truth.json"), "")
+    expected = evaluate(MaskEvaluator(name), outputs_of(*made))
+    evaluator = MaskEvaluator(late)
+    DatasetCatalog.get(late)
+    found = evaluate(evaluator, outputs_of(*made))
+    assert found["segm"]["AP"] == pytest.approx(expected["segm"]["AP"])
+    assert found["segm"]["AP"] > 5, "or it proves little"
+    DatasetCatalog.remove(late)
+    MetadataCatalog.remove(late)
+
+
+def test_a_model_of_masks_on_boxes_alone_is_evaluated_on_boxes(made, tmp_path, caplog):
+    content = {**made[1], "annotations": [dict(x) for x in made[1]["annotations"]]}
+    for x in content["annotations"]:
+        del x["segmentation"]
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    results = evaluate(MaskEvaluator(made[0], semantic_threshold=0.5), outputs_of(*made))
+    assert list(results) == ["bbox"] and "boxes are evaluated alone" in caplog.text
+
+
+def test_a_class_called_background_is_refused_before_the_work(made, tmp_path):
+    content = {**made[1], "categories": [dict(x) for x in made[1]["categories"]]}
+    content["categories"][0]["name"] = "background"
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must differ, also from our 'background'"):
+        MaskEvaluator(made[0], semantic_threshold=0.5)
+
+
 @pytest.mark.parametrize("tasks", [("segm",), ("boundary",), ("bbox", "boundary")])
 def test_only_the_tasks_that_are_asked_for(made, tasks):
     assert tuple(evaluate(MaskEvaluator(made[0], tasks), outputs_of(*made))) == tasks
@@ -198,12 +231,14 @@ def test_other_weights_take_up_nothing(made, tmp_path):
     [
         ({"proposals": None}, r"outputs have \['proposals'\] and no instances"),
         ("class", "image 5: predicted class 3, but the data set has 3 classes; is .*NUM_CLASSES"),
+        ("nan", "image 5: the model gave scores that are NaN or infinite"),
     ],
 )
 def test_outputs_that_cannot_be_evaluated_are_refused(made, output, message):
-    if output == "class":
-        instances = Instances(HW, pred_boxes=Boxes(torch.zeros(1, 4)), scores=torch.zeros(1))
-        instances.pred_classes = torch.tensor([3])
+    if isinstance(output, str):
+        instances = Instances(HW, pred_boxes=Boxes(torch.zeros(1, 4)))
+        instances.scores = torch.tensor([float("nan") if output == "nan" else 0.5])
+        instances.pred_classes = torch.tensor([3 if output == "class" else 0])
         output = {"instances": instances}
     evaluator = MaskEvaluator(made[0])
     evaluator.reset()

@@ -59,6 +59,16 @@ def test_other_fingerprints_are_deleted_and_other_data_sets_stay(tmp_path):
     assert names == {"predictions_val.new.rank0.jsonl", "predictions_val_2.old.rank0.jsonl"}
 
 
+def test_files_that_other_processes_have_opened_stay(tmp_path):
+    for fingerprint in ("", "abc"):
+        second = write(tmp_path, fingerprint, [2], rank=1)
+        first = PredictionLog(tmp_path, "val", fingerprint, 0)
+        first.start()
+        second.append(3, results_of(3))
+        (path,) = tmp_path.glob(f"predictions_val.{fingerprint or 'new'}.rank1.jsonl")
+        assert len(path.read_text().splitlines()) == 2
+
+
 def test_without_a_fingerprint_every_start_is_a_new_one(tmp_path):
     log = write(tmp_path, "", [1, 2])
     log.start()

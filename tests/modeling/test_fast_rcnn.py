@@ -73,6 +73,16 @@ def test_boxes_in_training_equal_stock():
         assert relative_error(actual, expected) <= 1e-12, method
 
 
+@pytest.mark.parametrize("num_classes", [3, NUM_CLASSES])  # 4 x 3 deltas are as many as features
+def test_losses_in_evaluation_mode_equal_stock(num_classes):
+    ours, stock = (x.eval() for x in make_twins(num_classes=num_classes))
+    proposals, features = make_proposals((6,), 3), torch.randn(6, WIDTH, dtype=torch.float64)
+    proposals[0].gt_classes = proposals[0].gt_classes.clamp(max=num_classes)
+    with EventStorage(0):
+        losses = [p.losses(p(features), proposals) for p in (ours, stock)]
+    assert losses[0] == losses[1]
+
+
 def test_inference_is_that_of_detectron2():
     ours, stock = make_twins()
     features = torch.randn(9, WIDTH, dtype=torch.float64)
