@@ -1,5 +1,15 @@
-"""Ablations: files that name variants of a config."""
+"""Ablations: files that name variants of a config, and their trials."""
 
 from .ablation import Ablation, load_ablation
+from .runner import Cluster, Trial, describe, estimate_seconds, plan, run
 
-__all__ = ["Ablation", "load_ablation"]
+__all__ = [
+    "Ablation",
+    "Cluster",
+    "Trial",
+    "describe",
+    "estimate_seconds",
+    "load_ablation",
+    "plan",
+    "run",
+]

@@ -17,6 +17,7 @@ PAPER:                          # published figures of variants, in percent; may
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from ..config import ConfigError, load_config, merge_overrides, nearest_name
+from ..config import ConfigError, load_config, merge_opts, merge_overrides, nearest_name
 
 REQUIRED = {
     "TITLE": str,
@@ -57,12 +58,21 @@ class Ablation:
     paper: dict[str, dict[str, float]]
 
 
-def load_ablation(path: str | Path, size: str) -> Ablation:
+def load_ablation(
+    path: str | Path,
+    size: str,
+    opts: Sequence[str] = (),
+    variants: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+) -> Ablation:
     """Reads an ablation file and builds the config of every variant.
 
     Args:
         path: a YAML file as above.
         size: one of its SIZES.
+        opts: "KEY VALUE" pairs in one flat list, for all variants, before what they change.
+        variants: names of those to take, the baseline among them; all if empty.
+        seeds: in place of the file's.
 
     Raises:
         ConfigError: if the file does not have that form, a name in it does not exist, or a variant
@@ -70,21 +80,19 @@ def load_ablation(path: str | Path, size: str) -> Ablation:
     """
     path = Path(path)
     content = _read(path)
-    sizes, variants = content["SIZES"], content["VARIANTS"]
+    if seeds:
+        _check_seeds("--seed", list(seeds))
+    content["SEEDS"] = list(seeds) or content["SEEDS"]
+    content["VARIANTS"] = _chosen(content, list(variants), str(path))
+    content["PAPER"] = {k: v for k, v in content["PAPER"].items() if k in content["VARIANTS"]}
+    sizes, all_overrides = content["SIZES"], content["VARIANTS"]
     if size not in sizes:
         raise ConfigError(f"{path} has no size {size!r}; choose from {list(sizes)}")
-    for key, names in (("BASELINE", [content["BASELINE"]]), ("PAPER", content["PAPER"])):
-        for name in names:
-            if name not in variants:
-                hint = nearest_name(str(name), [str(v) for v in variants])
-                raise ConfigError(
-                    f"{path}: {key} names {name!r}, which is no variant"
-                    + (f"; did you mean {hint!r}?" if hint else "")
-                )
     base = load_config(str(path.parent / sizes[size]["CONFIG"]))
     merge_overrides(base, sizes[size].get("OVERRIDES", {}), f"{path}: size {size!r}")
+    merge_opts(base, opts)
     configs = {}
-    for name, overrides in variants.items():
+    for name, overrides in all_overrides.items():
         configs[name] = base.clone()
         merge_overrides(configs[name], overrides, f"{path}: variant {name!r}")
     return Ablation(
@@ -95,6 +103,30 @@ def load_ablation(path: str | Path, size: str) -> Ablation:
         configs,
         content["PAPER"],
     )
+
+
+def _chosen(content: dict[str, Any], names: list[str], path: str) -> dict[str, Any]:
+    """Returns the variants that are asked for, in the order of the file."""
+    variants = content["VARIANTS"]
+    for key, found in (
+        *(("BASELINE", [content["BASELINE"]]), ("PAPER", content["PAPER"])),
+        ("--variant", names),
+    ):
+        for name in found:
+            if name not in variants:
+                hint = nearest_name(str(name), [str(v) for v in variants])
+                raise ConfigError(
+                    f"{path}: {key} names {name!r}, which is no variant"
+                    + (f"; did you mean {hint!r}?" if hint else "")
+                )
+    if names and content["BASELINE"] not in names:
+        raise ConfigError(f"--variant lacks the baseline, {content['BASELINE']!r}")
+    return {name: x for name, x in variants.items() if not names or name in names}
+
+
+def _check_seeds(where: str, seeds: list[Any]) -> None:
+    if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{where} {seeds} are not all whole numbers from 0, each once")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -127,9 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
     for key, kind in REQUIRED.items():
         if not isinstance(content.get(key), kind) or not content[key]:
             raise ConfigError(f"{path}: {key} must be a {kind.__name__} that is not empty")
-    seeds = content["SEEDS"]
-    if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{path}: SEEDS {seeds} are not all whole numbers from 0, each once")
+    _check_seeds(f"{path}: SEEDS", content["SEEDS"])
     for name, size in content["SIZES"].items():
         known = isinstance(size, dict) and not set(size) - {"CONFIG", "OVERRIDES"}
         if not known or not isinstance(size.get("CONFIG"), str):

@@ -1,0 +1,182 @@
+"""How far two models' detections of one image are apart.
+
+Shape alphabet: N detections of one model, M side of its masks, H and W sides of the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.layers.mask_ops import _do_paste_mask
+from detectron2.structures import Boxes, pairwise_iou
+from torch import Tensor
+
+MASK_THRESHOLD = 0.5
+SCORE_TOLERANCE = 1e-4
+BOX_TOLERANCE = 1e-3  # pixels
+THRESHOLD_TOLERANCE = 1e-4  # of a mask's value at a pixel, around MASK_THRESHOLD
+SAME_OBJECT_IOU = 0.5
+
+Pair = tuple[int, int]
+"""Indices of what is the same detection: the stock model's, the plugin's."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Detections of one image, in its own size, on the CPU, by falling score.
+
+    Attributes:
+        boxes: (N, 4) XYXY in pixels.
+        scores: (N,).
+        classes: (N,).
+        mask_probs: (N, M, M).
+        masks: N of (H, W) bool, an RLEMasks or a tensor.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+    mask_probs: Tensor
+    masks: Any
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What ends a list of detections: MODEL.ROI_HEADS.SCORE_THRESH_TEST, DETECTIONS_PER_IMAGE."""
+
+    score: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Of one image; the largest where there are several.
+
+    Attributes:
+        image_id: of the data set.
+        num_detections: of the model that has fewer.
+        num_confident: those above the score that counts.
+        same_set: whether both found the same objects in the same order, up to ties: neighbours
+            whose scores differ by rounding may change places, and one that is by rounding at the
+            cut may be left out.
+        num_unmatched: detections of either without one of the other at their place.
+        box: pixels, over the matched ones, as what follows.
+        score: of the scores.
+        mask_prob: of the probabilities of the mask head.
+        mask_pixels: how many differ.
+        far_mask_pixels: how many of these do though their value in the stock model's mask is
+            further than THRESHOLD_TOLERANCE from the threshold.
+    """
+
+    image_id: Any
+    num_detections: int
+    num_confident: int
+    same_set: bool
+    num_unmatched: int
+    box: float
+    score: float
+    mask_prob: float
+    mask_pixels: int
+    far_mask_pixels: int
+
+    @property
+    def differs(self) -> bool:
+        """Whether there is anything to see."""
+        return self.num_unmatched > 0 or self.mask_pixels > 0 or not self.is_equal
+
+    @property
+    def is_equal(self) -> bool:
+        # Written so that a nan is no equality.
+        small = self.box <= BOX_TOLERANCE and self.score <= SCORE_TOLERANCE
+        return self.same_set and small and self.far_mask_pixels == 0
+
+
+def differences(
+    image_id: Any, stock: Found, plugin: Found, cut: Cut, min_score: float
+) -> Differences:
+    """Compares the detections of one image.
+
+    Args:
+        image_id: of the data set.
+        stock: detectron2's.
+        plugin: ours.
+        cut: of both models.
+        min_score: detections above it are counted as confident.
+    """
+    pairs = match(stock, plugin)
+    left = [x for x in range(len(stock)) if x not in {i for i, _ in pairs}]
+    right = [x for x in range(len(plugin)) if x not in {j for _, j in pairs}]
+    ties = _all_at_cut(stock, left, plugin, cut) and _all_at_cut(plugin, right, stock, cut)
+    i, j = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
+    pixels, far = _differing_pixels(stock, plugin, pairs)
+    return Differences(
+        image_id,
+        num_detections=min(len(stock), len(plugin)),
+        num_confident=min(int((x.scores > min_score).sum()) for x in (stock, plugin)),
+        same_set=ties and _in_order(stock, pairs),
+        num_unmatched=len(left) + len(right),
+        box=_largest(stock.boxes[i], plugin.boxes[j]),
+        score=_largest(stock.scores[i], plugin.scores[j]),
+        mask_prob=_largest(stock.mask_probs[i], plugin.mask_probs[j]),
+        mask_pixels=pixels,
+        far_mask_pixels=far,
+    )
+
+
+def match(stock: Found, plugin: Found) -> list[Pair]:
+    """Pairs detections of the same class and place: the nearest, the stock model's best first."""
+    iou = pairwise_iou(Boxes(stock.boxes), Boxes(plugin.boxes))
+    allowed = (iou >= SAME_OBJECT_IOU) & (stock.classes[:, None] == plugin.classes)
+    distance = (stock.boxes[:, None] - plugin.boxes).abs().amax(-1)
+    distance[~allowed] = torch.inf
+    pairs = []
+    for i in range(len(stock) if len(plugin) else 0):
+        j = int(distance[i].argmin())
+        if distance[i, j] < torch.inf:
+            pairs.append((i, j))
+            distance[:, j] = torch.inf
+    return pairs
+
+
+def _in_order(stock: Found, pairs: Sequence[Pair]) -> bool:
+    """Returns whether pairs stand in the same order in both lists, but for ties."""
+    scores = np.array([stock.scores[i].item() for i, _ in pairs])
+    places = np.array([j for _, j in pairs])
+    swapped = np.triu(places[:, None] > places)
+    return bool((scores[:, None] - scores <= SCORE_TOLERANCE)[swapped].all())
+
+
+def _all_at_cut(found: Found, unmatched: Sequence[int], other: Found, cut: Cut) -> bool:
+    """Returns whether the other model may have left these out because of rounding at the cut."""
+    end = cut.score
+    if len(other) >= cut.count:
+        end = max(end, other.scores.min().item())
+    return all(found.scores[i].item() <= end + SCORE_TOLERANCE for i in unmatched)
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+
+
+def _differing_pixels(stock: Found, plugin: Found, pairs: Sequence[Pair]) -> tuple[int, int]:
+    """Returns how many pixels of the masks differ, and how many of them far from the threshold."""
+    num_pixels = num_far = 0
+    for i, j in pairs:
+        differing = torch.as_tensor(stock.masks[i]) != torch.as_tensor(plugin.masks[j])
+        if differing.any():
+            height, width = differing.shape
+            values = _do_paste_mask(
+                *(stock.mask_probs[i, None, None], stock.boxes[i, None], height, width),
+                skip_empty=False,
+            )[0][0]
+            distance = (values[differing] - MASK_THRESHOLD).abs()
+            num_pixels += int(differing.sum())
+            num_far += int((~(distance <= THRESHOLD_TOLERANCE)).sum())
+    return num_pixels, num_far

@@ -1,0 +1,148 @@
+"""Compares stock detectron2 with the plugin on configs and weights of the model zoo, or others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+from ..config import ConfigError
+from ..data import check_datasets, register_coco_files
+from .comparison import Comparison, choose_images, compare_twins
+from .comparison_report import write_markdown, write_pictures, write_table
+from .twins import load_model_config, load_twins, twin_configs
+from .zoo import ZOO_MODELS, find_config, find_weights
+
+logger = logging.getLogger(__name__)
+
+JSON_FILE, MARKDOWN_FILE = "comparison.json", "comparison.md"
+
+
+def compare_config(
+    config: str,
+    weights: str,
+    dataset: str | None,
+    output: Path,
+    num_images: int | None = None,
+    opts: Sequence[str] = (),
+    min_score: float = 0.5,
+) -> Comparison:
+    """Compares both models of a config and writes the comparison.
+
+    Args:
+        config: of the model zoo, or a file; see ``zoo.find_config``.
+        weights: a file, a folder or "zoo"; see ``zoo.find_weights``.
+        dataset: a registered data set or one of DATASETS.COCO_FILES; None for the config's own.
+        output: a folder, made if missing, for comparison.md, comparison.json and pictures.
+        num_images: spread evenly over the data set; None for all.
+        opts: "KEY VALUE" pairs in one flat list.
+        min_score: detections above it are counted for the verdict.
+
+    Raises:
+        ConfigError: if anything given cannot be used, or ``output`` has a comparison already.
+        OSError: if a result cannot be written.
+    """
+    _check_numbers(num_images, min_score)
+    found = find_config(config)
+    cfg = load_model_config(found, opts)
+    cfg.OUTPUT_DIR = str(output)
+    check_output(output)
+    prepare_dataset(cfg, dataset)
+    twin_configs(cfg)  # what it complains of is known before anything is downloaded
+    path = find_weights(weights, found)
+    twins = load_twins(cfg, path)
+    name = choose_images(cfg.DATASETS.TEST[0], num_images, output)
+    comparison = compare_twins(twins, found, path, name, output, min_score)
+    pictures = write_pictures(twins, comparison, output)
+    write_markdown(comparison, pictures, output / MARKDOWN_FILE)
+    comparison.write(output / JSON_FILE)  # last: where it is, a comparison is complete
+    return comparison
+
+
+def compare_all(
+    weights: str,
+    dataset: str | None,
+    output: Path,
+    num_images: int | None = None,
+    opts: Sequence[str] = (),
+    min_score: float = 0.5,
+) -> dict[str, Comparison | str]:
+    """Compares both models of every baseline in ZOO_MODELS, going on after failures.
+
+    Args:
+        weights: "zoo", or a folder of weights; see ``zoo.find_weights``.
+        dataset: of all; None for each config's own.
+        output: a folder; each baseline has one of its own in it, and the table of all is
+            comparison.md.
+        num_images: see compare_config, as what follows.
+        opts: of all configs.
+        min_score: detections above it are counted for the verdict.
+
+    Returns:
+        By config, its comparison, or in one line why there is none.
+
+    Raises:
+        ConfigError: if what all have in common cannot be used.
+        OSError: if the table cannot be written.
+    """
+    _check_numbers(num_images, min_score)
+    if Path(weights).is_file():
+        raise ConfigError(f"--all needs zoo or a folder of weights; {weights} is one file")
+    check_output(output)
+    results: dict[str, Comparison | str] = {}
+    for number, model in enumerate(ZOO_MODELS, start=1):
+        logger.info("[%d/%d] %s", number, len(ZOO_MODELS), model.config)
+        folder = output / model.config
+        try:
+            results[model.config] = compare_config(
+                model.config, weights, dataset, folder, num_images, opts, min_score
+            )
+        except Exception as error:  # such as a GPU without memory for the largest: the rest goes on
+            kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+            results[model.config] = kind + " ".join(str(error).split())
+            logger.warning("%s was not compared: %s", model.config, results[model.config])
+        write_table(results, output / MARKDOWN_FILE)
+    return results
+
+
+def _check_numbers(num_images: int | None, min_score: float) -> None:
+    if num_images is not None and num_images < 1:
+        raise ConfigError(f"--num-images {num_images} is not at least 1")
+    if not 0 <= min_score < 1:
+        raise ConfigError(f"--score {min_score} is not at least 0 and below 1")
+
+
+def check_output(output: Path) -> None:
+    """Makes the output folder.
+
+    Raises:
+        ConfigError: if it cannot be made or has a comparison already.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output} is not a folder that can be made: {error}") from error
+    for name in (JSON_FILE, MARKDOWN_FILE):
+        if (output / name).exists():
+            raise ConfigError(f"--output {output} has {name} already; name another folder")
+
+
+def prepare_dataset(cfg: CfgNode, dataset: str | None) -> None:
+    """Registers a data set, which becomes the only one of DATASETS.TEST.
+
+    Args:
+        cfg: of a model; changed in place.
+        dataset: its name; None for the first of DATASETS.TEST.
+
+    Raises:
+        ConfigError: if it is not there, or has not the model's classes.
+    """
+    names = cfg.DATASETS.TEST if dataset is None else (dataset,)
+    if not names:
+        raise ConfigError("DATASETS.TEST is empty: name a --dataset")
+    cfg.DATASETS.TEST = tuple(names[:1])
+    register_coco_files(cfg)
+    cfg.DATASETS.TRAIN = ()  # need not be on this machine
+    check_datasets(cfg)

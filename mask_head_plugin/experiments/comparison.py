@@ -1,0 +1,297 @@
+"""Stock detectron2 beside the plugin with the same weights, on the same images.
+
+Both models run in turn on every image. What they find is compared detection by detection, and both
+are evaluated by the same evaluator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
+from detectron2.utils.file_io import PathManager
+from tqdm import tqdm
+
+from ..evaluation import COCO_MAX_DETECTIONS, MaskEvaluator, bootstrap
+from ..evaluation.matching import Matches
+from .agreement import Cut, Differences, differences
+from .twins import Twins
+from .watch import WatchedModel
+from .zoo import ModelConfig, ZooModel
+
+EQUAL, DIFFERENT, TOO_FEW = "equal", "different", "not enough detections"
+MIN_CONFIDENT = 100
+MEASURED_IMAGES = 3  # for memory, those with most detections
+TASKS = ("bbox", "segm", "boundary")
+SIDES = ("stock", "plugin")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The differences of all images; see agreement.Differences.
+
+    Attributes:
+        images: how many.
+        detections: that both models have at least.
+        confident: those above the score that counts.
+        images_with_other_set: in which the ordered sets differ.
+        unmatched: detections of either model in all images.
+        box, score, mask_prob: the largest.
+        mask_pixels, far_mask_pixels: of all images together.
+    """
+
+    images: int
+    detections: int
+    confident: int
+    images_with_other_set: int
+    unmatched: int
+    box: float
+    score: float
+    mask_prob: float
+    mask_pixels: int
+    far_mask_pixels: int
+    all_equal: bool
+
+    @staticmethod
+    def of(found: Sequence[Differences]) -> Agreement:
+        return Agreement(
+            images=len(found),
+            detections=sum(x.num_detections for x in found),
+            confident=sum(x.num_confident for x in found),
+            images_with_other_set=sum(not x.same_set for x in found),
+            unmatched=sum(x.num_unmatched for x in found),
+            # NumPy's maximum keeps a nan
+            box=float(np.max([x.box for x in found])),
+            score=float(np.max([x.score for x in found])),
+            mask_prob=float(np.max([x.mask_prob for x in found])),
+            mask_pixels=sum(x.mask_pixels for x in found),
+            far_mask_pixels=sum(x.far_mask_pixels for x in found),
+            all_equal=all(x.is_equal for x in found),
+        )
+
+    @property
+    def verdict(self) -> str:
+        """A difference is one however few detections there are; equality takes MIN_CONFIDENT."""
+        if not self.all_equal:
+            return DIFFERENT
+        return EQUAL if self.confident >= MIN_CONFIDENT else TOO_FEW
+
+
+@dataclass(frozen=True)
+class APComparison:
+    """AP of both models in percent, and the 95% interval of plugin - stock over images."""
+
+    stock: float
+    plugin: float
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs a model: medians of seconds, the peak of memory."""
+
+    network_seconds: float
+    seconds: float
+    peak_megabytes: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that was compared, as it stands in comparison.json."""
+
+    config: str
+    weights: str
+    weights_sha256: str
+    dataset: str
+    min_score: float
+    num_tensors: int
+    num_values: int
+    agreement: Agreement
+    ap: dict[str, APComparison]
+    published: ZooModel | None
+    costs: dict[str, Cost]
+    device: str
+    differing: list[Differences]
+
+    @property
+    def verdict(self) -> str:
+        return self.agreement.verdict
+
+    def write(self, path: Path) -> None:
+        content = _without_nan({"verdict": self.verdict, **asdict(self)})
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def choose_images(dataset: str, num_images: int | None, folder: Path) -> str:
+    """Registers a data set of some images, which evaluators take for a whole one.
+
+    Args:
+        dataset: registered.
+        num_images: spread evenly over the data set; None for all.
+        folder: for the annotation file of the chosen ones.
+
+    Returns:
+        Its name; the data set's own where all are chosen.
+    """
+    records = DatasetCatalog.get(dataset)
+    if num_images is None or num_images >= len(records):
+        return dataset
+    records = [records[k] for k in np.linspace(0, len(records) - 1, num_images, dtype=int)]
+    metadata = dict(MetadataCatalog.get(dataset).as_dict())
+    if metadata.get("json_file"):
+        path = folder / "annotations.json"
+        _write_annotations(metadata["json_file"], {x["image_id"] for x in records}, path)
+        metadata["json_file"] = str(path)
+    metadata["name"] = name = f"{dataset}_{num_images}_images"
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(**metadata)
+    return name
+
+
+def _write_annotations(json_file: str, image_ids: set[Any], path: Path) -> None:
+    content = json.loads(Path(PathManager.get_local_path(json_file)).read_text())
+    content["images"] = [x for x in content["images"] if x["id"] in image_ids]
+    kept = [x for x in content.get("annotations", []) if x["image_id"] in image_ids]
+    path.write_text(json.dumps({**content, "annotations": kept}))
+
+
+def compare_twins(
+    twins: Twins,
+    config: ModelConfig,
+    weights: Path,
+    dataset: str,
+    output: Path,
+    min_score: float,
+) -> Comparison:
+    """Runs and evaluates both models on every image of a data set.
+
+    Args:
+        twins: the models.
+        config: what they were built from, for the report.
+        weights: likewise.
+        dataset: a registered data set.
+        output: gets a folder with the evaluator's files for each model.
+        min_score: detections above it are counted for the verdict.
+    """
+    cfg = twins.cfg
+    watched = {"stock": WatchedModel(twins.stock), "plugin": WatchedModel(twins.plugin)}
+    evaluators = {side: _evaluator(cfg, dataset, output / side) for side in SIDES}
+    cut = Cut(cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
+    loader = build_detection_test_loader(
+        dataset=DatasetCatalog.get(dataset),
+        mapper=DatasetMapper(cfg, is_train=False),
+        num_workers=0 if cfg.MODEL.DEVICE == "cpu" else cfg.DATALOADER.NUM_WORKERS,
+    )
+    found: list[Differences] = []
+    crowded: list[tuple[int, int]] = []
+    for index, (x,) in enumerate(tqdm(loader, "running both models", unit="image")):
+        sides = {}
+        for side in SIDES if index % 2 == 0 else SIDES[::-1]:
+            instances, sides[side] = watched[side].detect(x)
+            evaluators[side].process([x], [{"instances": instances}])
+        found.append(differences(x["image_id"], sides["stock"], sides["plugin"], cut, min_score))
+        crowded = sorted([*crowded, (-len(sides["stock"]), index)])[:MEASURED_IMAGES]
+    return Comparison(
+        config=config.zoo_name or config.file,
+        weights=str(weights),
+        weights_sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
+        dataset=dataset,
+        min_score=min_score,
+        num_tensors=twins.num_tensors,
+        num_values=twins.num_values,
+        agreement=Agreement.of(found),
+        ap=compare_ap(evaluators, output),
+        published=config.published,
+        costs=_costs(watched, [loader.dataset[k] for _, k in crowded]),
+        device=_device(cfg),
+        differing=sorted((x for x in found if x.differs), key=_by_difference),
+    )
+
+
+def _evaluator(cfg: CfgNode, dataset: str, folder: Path) -> MaskEvaluator:
+    folder.mkdir(exist_ok=True)
+    limit = max(cfg.TEST.DETECTIONS_PER_IMAGE, COCO_MAX_DETECTIONS)
+    evaluator = MaskEvaluator(
+        dataset, TASKS, distributed=False, output_dir=str(folder), max_dets_per_image=limit
+    )
+    evaluator.reset()
+    return evaluator
+
+
+def compare_ap(evaluators: dict[str, MaskEvaluator], output: Path) -> dict[str, APComparison]:
+    """Returns the APs by task; nothing where the data set has no annotations.
+
+    Args:
+        evaluators: of "stock" and "plugin", with all predictions.
+        output: the folder with the folders of both.
+    """
+    results = {
+        side: evaluators[side].evaluate() for side in tqdm(SIDES, "evaluating", unit="model")
+    }
+    compared = {}
+    for task in tqdm(list(results["stock"]), "intervals of AP", unit="task"):
+        stock, plugin = (Matches.load(output / side / f"matches_{task}.npz") for side in SIDES)
+        interval = bootstrap.compare([plugin], [stock])["AP"]
+        compared[task] = APComparison(
+            *(results["stock"][task]["AP"], results["plugin"][task]["AP"]),
+            *(interval.difference, interval.low, interval.high),
+        )
+    return compared
+
+
+def _costs(watched: dict[str, WatchedModel], crowded: Sequence[dict[str, Any]]) -> dict[str, Cost]:
+    costs = {}
+    for side, model in watched.items():
+        memory = [model.peak_megabytes(x) for x in crowded]
+        network, whole = (_median_warm(x) for x in (model.network_seconds, model.seconds))
+        costs[side] = Cost(network, whole, max(memory))
+    return costs
+
+
+def _median_warm(seconds: list[float]) -> float:
+    """Returns the median without the first, which initialises things, if there are others."""
+    return statistics.median(seconds[1:] or seconds)
+
+
+def _by_difference(x: Differences) -> tuple[float, ...]:
+    """A sorting key: the image that differs most first."""
+    largest = -math.inf if math.isnan(x.score + x.box) else -max(x.score, x.box)
+    return (x.is_equal, -x.num_unmatched, -x.far_mask_pixels, largest, -x.mask_pixels)
+
+
+def _device(cfg: CfgNode) -> str:
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda":
+        return torch.cuda.get_device_name()
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def _without_nan(value: Any) -> Any:
+    """Returns nested results with None for nan, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(x) for x in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

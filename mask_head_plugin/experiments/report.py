@@ -1,0 +1,192 @@
+"""Writes what an ablation has found: report.md for a paper or a README, report.html to look into.
+
+Both are made from the ablation's folder alone (ablation.json and the trials' folders), at any time:
+trials that are missing or have failed are listed, and the others reported. report.html holds all it
+needs, scripts and pictures too, and opens without a network.
+"""
+
+from __future__ import annotations
+
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..config import ConfigError
+from .report_data import Study, machine, read_study
+from .report_pictures import side_by_side
+from .report_table import (
+    Table,
+    build_table,
+    code_markdown,
+    differences,
+    escape_markdown,
+    findings,
+    markdown,
+    number,
+    paper_table,
+    unfinished_table,
+)
+
+MARKDOWN_FILE, HTML_FILE = "report.md", "report.html"
+TEMPLATE = "report.html.j2"
+PACKAGES = ("jinja2", "plotly")
+PAPER_NOTE = "The paper's figures are of its own models and data; compare differences, not values."
+
+
+def write_report(directory: Path, num_draws: int = 1000) -> None:
+    """Writes report.md and report.html into an ablation's folder, over those of an earlier time.
+
+    Args:
+        directory: has ablation.json and the trials, of which some may be missing.
+        num_draws: of the bootstrap behind the intervals; at least 2.
+
+    Raises:
+        ConfigError: if the folder is no ablation's or has no finished trial, or report.html needs
+            packages that are missing; report.md is then there.
+        OSError: if a report cannot be written.
+    """
+    study = read_study(directory, num_draws)
+    _write(directory / MARKDOWN_FILE, render_markdown(study))
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{directory / MARKDOWN_FILE} is written; {HTML_FILE} needs {' and '.join(missing)}: "
+            "pip install -e '.[report]' in the folder of mask_head_plugin"
+        )
+    _write(directory / HTML_FILE, render_html(study))
+
+
+def render_markdown(study: Study) -> str:
+    """Returns report.md."""
+    parts = [f"# {escape_markdown(_title(study))}"]
+    parts.append(_list(f"{name}: {escape_markdown(text)}" for name, text in facts(study)))
+    parts += ["## Findings", _list(map(escape_markdown, findings(study)))]
+    table = build_table(study)
+    parts += ["## Variants", markdown(_without(table, "differs"))]
+    parts.append(_list(f"{c.label}: {escape_markdown(c.meaning)}" for c in _explained(table)))
+    parts += ["### What differs", _list(_differences(study))]
+    paper = paper_table(study)
+    if paper.rows:
+        parts += ["## The paper's figures beside ours", markdown(paper), PAPER_NOTE]
+    unfinished = unfinished_table(study)
+    if unfinished.rows:
+        parts += ["## Trials that have not finished", markdown(unfinished)]
+    command = repeat_command(study)
+    if command:
+        parts += ["## To repeat it", f"```bash\n{command}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def render_html(study: Study) -> str:
+    """Returns report.html. Needs jinja2 and plotly."""
+    # Imported here, so that the package works where the extra is missing.
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    from .report_figures import figures
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    settings: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(
+        loader=loader, trim_blocks=True, lstrip_blocks=True, **settings
+    )
+    return environment.get_template(TEMPLATE).render(
+        title=_title(study),
+        facts=facts(study),
+        findings=findings(study),
+        table=build_table(study),
+        baseline=study.variants.index(study.baseline),
+        paper=paper_table(study),
+        paper_note=PAPER_NOTE,
+        figures=figures(study),
+        gallery=side_by_side(study),
+        unfinished=unfinished_table(study),
+        command=repeat_command(study),
+        version=__version__,
+        plotly_js=get_plotlyjs(),
+    )
+
+
+def facts(study: Study) -> list[tuple[str, str]]:
+    """Returns names and texts of what a reader has to know of an ablation as a whole."""
+    finished = study.finished
+    records = [trial.record for trial in finished]
+    dates = sorted(str(r["finished_at"])[:10] for r in records if r.get("finished_at"))
+    period = list(dict.fromkeys([dates[0], dates[-1]])) if dates else []
+    found = {
+        "data set": study.dataset,
+        "images": _num_images(study),
+        "metric": study.metric,
+        "baseline": study.baseline.name,
+        "seeds": ", ".join(map(str, study.seeds)),
+        "finished trials": f"{len(finished)} of {len(study.trials)}",
+        "iterations": _distinct(f"{int(r['iterations'])}" for r in records if r.get("iterations")),
+        "intervals": f"95%, paired bootstrap over images, {study.num_draws} draws",
+        "date": " to ".join(period),
+        "machine": _distinct(machine(trial) for trial in finished),
+        "versions": _distinct(_versions(r) for r in records),
+        "commit": _distinct(str(r["commit"])[:12] for r in records if r.get("commit")),
+    }
+    return [(name, text) for name, text in found.items() if text]
+
+
+def repeat_command(study: Study) -> str:
+    """Returns the command that ran the ablation, as far as it is known."""
+    command = study.description.get("command") or ""
+    return shlex.join(command) if isinstance(command, list) else str(command)
+
+
+def _title(study: Study) -> str:
+    size = study.description.get("size")
+    return str(study.description["title"]) + (f", size {size}" if size else "")
+
+
+def _num_images(study: Study) -> str:
+    """Returns on how many images the metric was measured, nothing if that is not known."""
+    for of_seeds in study.matches(study.task).values():
+        return number(len(of_seeds[0].image_ids), ",.0f")
+    return ""
+
+
+def _versions(record: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {version}" for name, version in (record.get("versions") or {}).items()
+    )
+
+
+def _distinct(texts: Any) -> str:
+    return " / ".join(dict.fromkeys(text for text in texts if text))
+
+
+def _differences(study: Study) -> list[str]:
+    """Returns for each variant in Markdown how its config differs from the baseline's."""
+    return [
+        f"{escape_markdown(variant.name)}: "
+        + ("; ".join(map(code_markdown, differences(variant))) or "the baseline")
+        for variant in study.variants
+        if variant.differs or variant is study.baseline
+    ]
+
+
+def _without(table: Table, key: str) -> Table:
+    kept = [k for k, column in enumerate(table.columns) if column.key != key]
+    return Table([table.columns[k] for k in kept], [[row[k] for k in kept] for row in table.rows])
+
+
+def _explained(table: Table) -> list[Any]:
+    """Returns the columns that need a sentence under the table."""
+    unexplained = {"variant", "differs", "AP50", "AP75", "APs", "APm", "APl"}
+    return [c for c in table.columns if c.meaning and c.key not in unexplained]
+
+
+def _list(lines: Any) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file beside its place and renames it: nobody reads half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

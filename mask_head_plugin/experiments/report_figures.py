@@ -1,0 +1,405 @@
+"""The report's interactive figures. Import it where plotly is installed (extra ``report``).
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; what a colour says, a
+marker, a dash or a text says, too. Plotly takes texts for HTML: names are escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ..evaluation.bootstrap import METRICS, class_ap, precision_recall
+from .report_data import Study, Trial, Variant, mean
+from .report_table import BETTER, NOISE, WORSE, verdict
+from .report_table import number as formatted
+
+FloatArray = npt.NDArray[np.float64]
+
+BLACK, GREY = "#1a1a1a", "#6b6b6b"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHES = ("solid", "dash", "dot", "dashdot")
+VERDICTS = {
+    BETTER: ("#0072b2", "triangle-right"),
+    WORSE: ("#d55e00", "triangle-left"),
+    NOISE: (GREY, "circle-open"),
+}
+FONT = {"family": "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", "size": 13}
+CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+}
+EMPTY: list[Any] = [None]
+"""Coordinates of a trace that shows in the legend only."""
+NAME_WIDTH = 30
+ROW_HEIGHT = 44
+MOST_CLASSES = 40
+CLASSES_WITH_NUMBERS = 20
+SMOOTHED_SHARE = 20
+"""Losses are averaged over this part of the logged iterations: a twentieth."""
+PR_THRESHOLDS = (0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure with what stands above and below it, as plain text."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Any
+
+    def to_html(self) -> str:
+        """Returns its element and script, without plotly.js."""
+        return str(
+            self.figure.to_html(
+                config=CONFIG,
+                full_html=False,
+                include_plotlyjs=False,
+                div_id=f"figure-{self.name}",
+                default_height=f"{self.figure.layout.height}px",
+            )
+        )
+
+
+def figures(study: Study) -> list[Figure]:
+    """Returns the figures for which there are data."""
+    made = (
+        _differences(study),
+        _other_metrics(study),
+        _learning_curves(study),
+        _classes(study),
+        _precision_recall(study),
+    )
+    return [figure for figure in made if figure is not None]
+
+
+def _differences(study: Study) -> Figure | None:
+    if not _compared(study, study.metric):
+        return None
+    figure = make_subplots(rows=1, cols=1)
+    _add_intervals(figure, study, study.metric, 1)
+    _add_paper(figure, study)
+    _lay_out_rows(figure, study)
+    figure.update_xaxes(title_text=f"{study.metric} minus that of {_text(study.baseline.name)}")
+    caption = (
+        "Lines are 95% intervals over the images (paired bootstrap). Fewer than 80% of validation "
+        "sets like this one would find a true difference within the grey bar."
+    )
+    title = f"Difference of {study.metric} to {study.baseline.name}"
+    return Figure("differences", title, caption, figure)
+
+
+def _other_metrics(study: Study) -> Figure | None:
+    keys = [key for name in METRICS if (key := f"{study.task}/{name}") != study.metric]
+    keys = [key for key in keys if _compared(study, key)]
+    if not keys:
+        return None
+    titles = [key.partition("/")[2] for key in keys]
+    figure = make_subplots(
+        rows=1, cols=len(keys), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.02
+    )
+    for column, key in enumerate(keys, 1):
+        _add_intervals(figure, study, key, column)
+    _lay_out_rows(figure, study)
+    caption = (
+        "As above, of small, medium and large objects (APs, APm, APl) and of single thresholds."
+    )
+    title = f"Differences of the other {study.task} metrics to {study.baseline.name}"
+    return Figure("other-metrics", title, caption, figure)
+
+
+def _compared(study: Study, key: str) -> list[Variant]:
+    """Returns the variants with a difference to show."""
+    found = [v for v in study.variants if v is not study.baseline]
+    pairs = [(v, study.comparison(v, key)) for v in found]
+    return [v for v, c in pairs if c is not None and math.isfinite(c.difference)]
+
+
+def _rows(study: Study) -> dict[str, int]:
+    """Returns the height of each compared variant, the first on top."""
+    names = [v.name for v in study.variants if v is not study.baseline]
+    return {name: len(names) - k for k, name in enumerate(names)}
+
+
+def _add_intervals(figure: Any, study: Study, key: str, column: int) -> None:
+    heights = _rows(study)
+    variants = _compared(study, key)
+    place = {"row": 1, "col": column}
+    limits = [c.detectable for v in variants if (c := study.comparison(v, key)) is not None]
+    bars = go.Bar(
+        y=[heights[v.name] for v in variants],
+        x=[2 * x for x in limits],
+        base=[-x for x in limits],
+        orientation="h",
+        width=0.5,
+        marker={"color": "#e8e8e8"},
+        hoverinfo="skip",
+        name="found on fewer than 80%",
+        showlegend=column == 1,
+        legendgroup="detectable",
+    )
+    figure.add_trace(bars, **place)
+    figure.add_vline(x=0, line={"color": BLACK, "width": 1}, **place)
+    for kind, (colour, symbol) in VERDICTS.items():
+        shown = [(v, c) for v in variants if (c := study.comparison(v, key)) and verdict(c) == kind]
+        trace = go.Scatter(
+            x=[c.difference for _, c in shown] or EMPTY,
+            y=[heights[v.name] for v, _ in shown] or EMPTY,
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [c.high - c.difference for _, c in shown],
+                "arrayminus": [c.difference - c.low for _, c in shown],
+                "color": colour,
+                "thickness": 2,
+                "width": 5,
+            },
+            customdata=[[_text(v.name), f"{c.low:+.2f} to {c.high:+.2f}"] for v, c in shown],
+            hovertemplate="%{customdata[0]}<br>%{x:+.2f} (%{customdata[1]})<extra></extra>",
+            mode="markers",
+            marker={
+                "color": colour,
+                "symbol": symbol,
+                "size": 11,
+                "line": {"width": 2, "color": colour},
+            },
+            name=kind,
+            legendgroup=kind,
+            showlegend=column == 1,
+        )
+        figure.add_trace(trace, **place)
+
+
+def _add_paper(figure: Any, study: Study) -> None:
+    heights = _rows(study)
+    reference = study.baseline.paper.get(study.metric)
+    given = [v for v in study.variants if v.name in heights and study.metric in v.paper]
+    if reference is None or not given:
+        return
+    figure.add_trace(
+        go.Scatter(
+            x=[v.paper[study.metric] - reference for v in given],
+            y=[heights[v.name] for v in given],
+            mode="markers",
+            marker={"color": "#cc79a7", "symbol": "diamond-open", "size": 11, "line": {"width": 2}},
+            name="paper",
+            hovertemplate="paper: %{x:+.1f}<extra></extra>",
+        )
+    )
+
+
+def _lay_out_rows(figure: Any, study: Study) -> None:
+    heights = _rows(study)
+    lines = max(len(_wrapped(name).split("<br>")) for name in heights)
+    height = 150 + len(heights) * max(ROW_HEIGHT, 18 * lines + 8)
+    _lay_out(figure, height)
+    figure.update_layout(
+        bargap=0,
+        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "yref": "container"},
+    )
+    figure.update_layout(legend={"y": 0.995, "yanchor": "top"}, margin={"t": 70})
+    figure.update_yaxes(
+        tickvals=list(heights.values()),
+        ticktext=[_wrapped(name) for name in heights],
+        range=[0.4, len(heights) + 0.6],
+        showgrid=True,
+        ticks="",
+    )
+    figure.update_xaxes(tickformat="+", zeroline=False)
+
+
+def _learning_curves(study: Study) -> Figure | None:
+    """Returns AP over the iterations or, where it was measured once, losses."""
+    logs = {v.name: [trial.log() for trial in _with_log(v)] for v in study.variants}
+    measured = [
+        {row["iteration"] for row in log if row.get(study.metric) is not None}
+        for many in logs.values()
+        for log in many
+    ]
+    evaluated = any(len(iterations) > 1 for iterations in measured)
+    keys = [study.metric] if evaluated else ["total_loss", "loss_mask"]
+    figure = make_subplots(rows=1, cols=len(keys), subplot_titles=keys, horizontal_spacing=0.08)
+    for column, key in enumerate(keys, 1):
+        for number, variant in enumerate(study.variants):
+            series = [found for log in logs[variant.name] if (found := _series(log, key))]
+            if not series:
+                continue
+            x, y = _mean_curve(series) if evaluated else _smoothed(*_mean_curve(series))
+            style = _line(study, variant, number)
+            label = {"legendgroup": str(number), "showlegend": column == 1}
+            mode = "lines+markers" if evaluated else "lines"
+            figure.add_trace(go.Scatter(x=x, y=y, mode=mode, **style, **label), row=1, col=column)
+    if not figure.data:
+        return None
+    _lay_out(figure, 420, study)
+    figure.update_xaxes(title_text="iteration", rangemode="tozero")
+    caption = "One line per variant: the mean over its seeds."
+    if not evaluated:
+        caption += (
+            " Losses, for there was no evaluation during training; smoothed. Where variants differ "
+            "in their losses, the curves show whether they converge, not which is better."
+        )
+    return Figure("learning", "Learning curves", caption, figure)
+
+
+def _with_log(variant: Variant) -> Sequence[Trial]:
+    """Returns the finished trials; of a variant without any, those that have failed."""
+    return variant.finished or variant.trials
+
+
+def _series(log: Iterable[dict[str, Any]], key: str) -> dict[int, float]:
+    """Returns a logged value by iteration; ``loss_mask`` is the sum of all losses of masks."""
+    series = {}
+    for row in log:
+        names = [x for x in row if x.startswith("loss_mask")] if key == "loss_mask" else [key]
+        values = [row[name] for name in names if row.get(name) is not None]
+        if values and all(math.isfinite(value) for value in values):
+            series[int(row["iteration"])] = sum(values)
+    return series
+
+
+def _mean_curve(series: Sequence[dict[int, float]]) -> tuple[FloatArray, FloatArray]:
+    """Returns iterations that all series have, and the mean there."""
+    common = sorted(set.intersection(*map(set, series)))
+    values = [mean(x[iteration] for x in series) for iteration in common]
+    return np.array(common, float), np.array(values, float)
+
+
+def _smoothed(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Returns running means, without the ends; of an empty curve itself."""
+    if not len(y):
+        return x, y
+    width = len(y) // SMOOTHED_SHARE // 2 * 2 + 1
+    half = width // 2
+    return x[half : len(x) - half], np.convolve(y, np.ones(width) / width, "valid")
+
+
+def _classes(study: Study) -> Figure | None:
+    """Returns the difference of each class's AP to the baseline's."""
+    matches = study.matches(study.task)
+    name = study.metric.partition("/")[2]
+    metric = name if name in METRICS else "AP"
+    others = [v for v in study.variants if v is not study.baseline and v.name in matches]
+    if study.baseline.name not in matches or not others:
+        return None
+    ap = {v: np.mean([class_ap(m, metric) for m in matches[v]], 0) for v in matches}
+    classes = [str(x) for x in matches[study.baseline.name][0].class_names]
+    differences = np.stack([ap[v.name] - ap[study.baseline.name] for v in others])
+    shown = _most_different(differences)
+    values = differences[:, shown]
+    limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
+    texts = [[formatted(x, "+.1f") for x in row] for row in values]
+    heatmap = go.Heatmap(
+        z=[[None if math.isnan(x) else x for x in row] for row in values.tolist()],
+        x=list(range(len(shown))),
+        y=[len(others) - k for k in range(len(others))],
+        text=texts,
+        texttemplate="%{text}" if len(shown) <= CLASSES_WITH_NUMBERS else None,
+        customdata=[[[_text(classes[k]), _text(v.name)] for k in shown] for v in others],
+        hovertemplate="%{customdata[1]}<br>%{customdata[0]}: %{text}<extra></extra>",
+        colorscale=[[0, "#d55e00"], [0.5, "#f7f7f7"], [1, "#0072b2"]],
+        zmin=-max(limit, 1e-9),
+        zmax=max(limit, 1e-9),
+        xgap=2,
+        ygap=2,
+        colorbar={"title": {"text": metric, "side": "right"}, "thickness": 12, "tickformat": "+"},
+    )
+    figure = go.Figure(heatmap)
+    names = [_wrapped(v.name) for v in others]
+    lines = max(name.count("<br>") + 1 for name in names)
+    longest = max(len(classes[k]) for k in shown)
+    _lay_out(figure, 90 + 7 * min(longest, 30) + len(others) * max(ROW_HEIGHT, 18 * lines + 8))
+    ticks = [_text(textwrap.shorten(classes[k], 30, placeholder="…")) for k in shown]
+    figure.update_xaxes(tickvals=list(range(len(shown))), ticktext=ticks, showgrid=False, ticks="")
+    figure.update_xaxes(tickangle=0 if len(shown) * longest < 110 else -90, showline=False)
+    figure.update_yaxes(
+        tickvals=heatmap.y, ticktext=names, showgrid=False, ticks="", showline=False
+    )
+    caption = "Mean over seeds, without intervals: single classes vary more than their mean."
+    if len(shown) < len(classes):
+        caption += f" Of {len(classes)} classes the {len(shown)} that differ most."
+    title = f"Difference of each class's {study.task}/{metric} to {study.baseline.name}"
+    return Figure("classes", title, caption, figure)
+
+
+def _most_different(differences: FloatArray) -> list[int]:
+    """Returns the classes to show, all in their order or those that differ most, these first."""
+    if differences.shape[1] <= MOST_CLASSES:
+        return list(range(differences.shape[1]))
+    largest = np.abs(np.nan_to_num(differences)).max(0)
+    return [int(k) for k in np.argsort(-largest, kind="stable")[:MOST_CLASSES]]
+
+
+def _precision_recall(study: Study) -> Figure | None:
+    matches = study.matches(study.task)
+    if not matches:
+        return None
+    titles = [f"IoU {threshold:g}" for threshold in PR_THRESHOLDS]
+    figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.08)
+    recall = np.linspace(0, 1, 101)
+    for column, threshold in enumerate(PR_THRESHOLDS, 1):
+        for number, variant in enumerate(study.variants):
+            if variant.name in matches:
+                curves = [precision_recall(m, threshold) for m in matches[variant.name]]
+                style = _line(study, variant, number)
+                label = {"legendgroup": str(number), "showlegend": column == 1}
+                trace = go.Scatter(x=recall, y=np.mean(curves, 0), mode="lines", **style, **label)
+                figure.add_trace(trace, row=1, col=column)
+    _lay_out(figure, 460, study)
+    figure.update_xaxes(title_text="recall", range=[0, 1])
+    figure.update_yaxes(range=[0, 1.02])
+    figure.update_yaxes(title_text="precision", col=1)
+    caption = f"Precision of {study.task} at each recall: mean over classes and seeds."
+    return Figure("precision-recall", "Precision and recall", caption, figure)
+
+
+def _line(study: Study, variant: Variant, number: int) -> dict[str, Any]:
+    """Returns name and style of a variant's line, the same in every figure."""
+    if variant is study.baseline:
+        line = {"color": BLACK, "width": 3}
+    else:
+        number -= number > study.variants.index(study.baseline)
+        dash = DASHES[number // len(COLOURS) % len(DASHES)]
+        line = {"color": COLOURS[number % len(COLOURS)], "width": 2, "dash": dash}
+    return {
+        "line": line,
+        "name": _wrapped(variant.name),
+        "hovertemplate": f"{_text(variant.name)}<br>%{{x}}: %{{y:.3f}}<extra></extra>",
+    }
+
+
+def _lay_out(figure: Any, height: int, study: Study | None = None) -> None:
+    """Sets what all figures share; with lines of variants, a legend on the right."""
+    if study is not None:
+        lines = sum(len(_wrapped(v.name).split("<br>")) for v in study.variants)
+        height = max(height, 90 + 21 * lines)
+    figure.update_layout(
+        template="simple_white",
+        font=FONT,
+        height=height,
+        margin={"l": 60, "r": 20, "t": 40, "b": 50},
+        legend={"tracegroupgap": 2},
+        hoverlabel={"align": "left"},
+    )
+    figure.update_xaxes(automargin=True, showgrid=True, gridcolor="#ececec")
+    figure.update_yaxes(automargin=True, showgrid=True, gridcolor="#ececec")
+
+
+def _text(name: str) -> str:
+    """Returns a name as plotly shows it as it is."""
+    return html.escape(name, quote=False).replace("%{", "%&#123;")
+
+
+def _wrapped(name: str) -> str:
+    return "<br>".join(_text(line) for line in textwrap.wrap(name, NAME_WIDTH) or [name])

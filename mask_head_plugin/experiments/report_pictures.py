@@ -1,0 +1,273 @@
+"""Validation images on which the variants of an ablation disagree, side by side.
+
+Shape alphabet: I images, H, W sides of a picture in pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from pycocotools import mask as coco_mask
+
+from ..config import ConfigError, load_config
+from ..data import register_coco_files
+from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
+from ..evaluation.matching import Matches
+from .report_data import Study, Trial
+
+logger = logging.getLogger(__name__)
+
+MIN_SCORE = 0.5
+MOST_ROWS = 8
+SIDE = 250
+"""Pixels of a picture's longer side."""
+JPEG_QUALITY = 88
+MOST_BYTES = 2_300_000
+"""Of all pictures as text, so that the page with plotly.js (4.8 MB) stays below 8 MB."""
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+CLASS_COLOURS = (
+    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
+    *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
+)
+
+Rle = Mapping[str, Any]
+Instance = tuple[int, Rle]
+"""A class index and a mask."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One drawn image: what it shows, what was found, and the JPEG as a data URI."""
+
+    title: str
+    note: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Rows of pictures, ground truth first, with the name of each image.
+
+    Attributes:
+        rows: name of the image and its pictures.
+        classes: name and CSS colour of those that are shown.
+        problem: why there are no pictures, if there are none.
+    """
+
+    rows: list[tuple[str, list[Picture]]]
+    classes: list[tuple[str, str]]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class ImageCounts:
+    """Of each of I images: objects found, detections, and objects there are, at IoU 0.5."""
+
+    found: npt.NDArray[np.int64]
+    detections: npt.NDArray[np.int64]
+    objects: npt.NDArray[np.int64]
+
+    @property
+    def f1(self) -> npt.NDArray[np.float64]:
+        """(I,) 1 where there is nothing to find and nothing was detected."""
+        total = self.detections + self.objects
+        return np.where(total > 0, 2 * self.found / np.maximum(total, 1), 1.0)
+
+
+def side_by_side(study: Study) -> Gallery:
+    """Returns the images with the largest spread of F1 between variants, of the first seeds.
+
+    A gallery without rows says why: the report is whole without pictures.
+    """
+    shown = {t: m for v in study.variants for t, m in _first_with_masks(v.finished)}
+    if not shown:
+        return Gallery([], [], "No finished trial has masks that were evaluated.")
+    try:
+        records, names = _dataset(next(iter(shown)), study.dataset)
+        return _draw(shown, records, names)
+    except (ConfigError, OSError, KeyError, ValueError, SyntaxError) as error:
+        logger.warning("no pictures of %s: %s", study.dataset, error)
+        reason = " ".join(str(error).split())
+        return Gallery([], [], f"The images of {study.dataset} cannot be shown here: {reason}")
+
+
+def image_counts(matches: Matches, min_score: float = MIN_SCORE) -> ImageCounts:
+    """Counts what was found in each image among the detections of at least a score."""
+    half = int(np.argmin(np.abs(matches.iou_thresholds - 0.5)))
+    counted = ~matches.dt_ignored[0, half] & (matches.dt_score >= min_score)
+    found = counted & matches.dt_matched[0, half]
+    size = len(matches.image_ids)
+    return ImageCounts(
+        np.bincount(matches.dt_image[found], minlength=size),
+        np.bincount(matches.dt_image[counted], minlength=size),
+        np.bincount(matches.gt_image[~matches.gt_ignored[0]], minlength=size),
+    )
+
+
+def most_disputed(counts: Sequence[ImageCounts], most: int = MOST_ROWS) -> list[int]:
+    """Returns the images in which F1 differs most between variants, the most first.
+
+    Of equals that with the larger spread of objects found. None where all variants agree.
+    """
+    f1 = np.stack([c.f1 for c in counts])
+    found = np.stack([c.found for c in counts])
+    spread, spread_found = np.ptp(f1, axis=0), np.ptp(found, axis=0)
+    order = np.lexsort((-spread_found, -spread))
+    return [int(k) for k in order[:most] if len(counts) == 1 or spread[k] > 0]
+
+
+def _first_with_masks(trials: Iterable[Trial]) -> list[tuple[Trial, Matches]]:
+    """Returns the first trial with matches of masks, or nothing."""
+    for trial in trials:
+        has_masks = "segm" in (trial.record.get("results") or {})
+        matches = trial.matches("segm") if has_masks else None
+        if matches is not None:
+            return [(trial, matches)]
+    return []
+
+
+def _dataset(trial: Trial, name: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Returns detectron2's records by image id as text, and the names of the classes."""
+    path = trial.folder / "config.yaml"
+    if path.is_file():
+        cfg = load_config(str(path))
+        cfg.DATASETS.TEST = ()  # the files are read only: nothing is written for an evaluation
+        register_coco_files(cfg)
+    if name not in DatasetCatalog.list():
+        raise ConfigError("the data set is not registered")
+    records = {str(record["image_id"]): record for record in DatasetCatalog.get(name)}
+    return records, list(MetadataCatalog.get(name).thing_classes)
+
+
+def _draw(
+    shown: Mapping[Trial, Matches], records: Mapping[str, dict[str, Any]], names: Sequence[str]
+) -> Gallery:
+    counts = {trial: image_counts(matches) for trial, matches in shown.items()}
+    first = next(iter(shown.values()))
+    chosen = most_disputed(list(counts.values()))
+    if not chosen:
+        return Gallery([], [], f"All variants find the same, at IoU 0.5 and score {MIN_SCORE}.")
+    ids = [str(first.image_ids[k]) for k in chosen]
+    predicted = {trial: _predictions(trial, ids) for trial in shown}
+    rows: list[tuple[str, list[Picture]]] = []
+    classes: set[int] = set()
+    size = 0
+    for k, image_id in zip(chosen, ids, strict=True):
+        record = records[image_id]
+        truth = _true_masks(record)
+        image = _fitted(read_image(record["file_name"], format="RGB"))
+        row = [_picture(image, "ground truth", f"{len(truth)} objects", truth, names)]
+        for trial, found in predicted.items():
+            title = f"{trial.variant}, seed {trial.seed}"
+            row.append(_picture(image, title, _note(counts[trial], k), found[image_id], names))
+            classes.update(index for index, _ in found[image_id])
+        classes.update(index for index, _ in truth)
+        size += sum(len(picture.uri) for picture in row)
+        if rows and size > MOST_BYTES:
+            break
+        rows.append((record["file_name"].rpartition("/")[2], row))
+    return Gallery(rows, [(names[k], _css(_colour(k))) for k in sorted(classes)])
+
+
+def _predictions(trial: Trial, ids: Sequence[str]) -> dict[str, list[Instance]]:
+    """Returns the sure detections of some images, by image id as text, the best first."""
+    results = json.loads((trial.inference / "coco_instances_results.json").read_text())
+    found: dict[str, list[tuple[float, Any, Rle]]] = {image_id: [] for image_id in ids}
+    for result in results:
+        score = result.get("mask_score", result["score"])  # what ranks masks
+        if str(result["image_id"]) in found and score >= MIN_SCORE and "segmentation" in result:
+            entry = (score, result["category_id"], result["segmentation"])
+            found[str(result["image_id"])].append(entry)
+    index_of = _class_indices(trial.dataset)
+    return {
+        image_id: [(index_of(category), rle) for _, category, rle in sorted(entries, key=_score)]
+        for image_id, entries in found.items()
+    }
+
+
+def _score(entry: tuple[float, Any, Rle]) -> float:
+    return -entry[0]
+
+
+def _class_indices(dataset: str) -> Any:
+    """Returns a function from a category id of the annotation file to a class index."""
+    metadata = MetadataCatalog.get(dataset)
+    mapping = metadata.get("thing_dataset_id_to_contiguous_id")
+    if mapping:
+        return mapping.__getitem__
+    return lambda category: category  # MaskEvaluator numbers them from 0 where there are no ids
+
+
+def _true_masks(record: Mapping[str, Any]) -> list[Instance]:
+    """Returns the objects of an image, crowds left out."""
+    return [
+        (annotation["category_id"], _rle(annotation["segmentation"], record))
+        for annotation in record.get("annotations", ())
+        if annotation.get("segmentation") and not annotation.get("iscrowd", 0)
+    ]
+
+
+def _rle(segmentation: Any, record: Mapping[str, Any]) -> Rle:
+    """Returns compressed run lengths of any of COCO's kinds of masks."""
+    if isinstance(segmentation, list):
+        parts = coco_mask.frPyObjects(segmentation, record["height"], record["width"])
+        return dict(coco_mask.merge(parts))
+    if isinstance(segmentation["counts"], list):
+        return dict(coco_mask.frPyObjects(segmentation, *segmentation["size"]))
+    return dict(segmentation)
+
+
+def _fitted(image: ByteArray) -> ByteArray:
+    scale = SIDE / max(image.shape[:2])
+    size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
+
+
+def _picture(
+    image: ByteArray, title: str, note: str, instances: Sequence[Instance], names: Sequence[str]
+) -> Picture:
+    """Draws instances into an image that is fitted already; one mask is decoded at a time."""
+    size = (image.shape[1], image.shape[0])
+    rles = [_resized(rle, size) for _, rle in instances]
+    labels = [names[k] for k, _ in instances]
+    colours = [_colour(k) for k, _ in instances]
+    drawn = draw_instances(image, labels, colours, np.zeros((len(rles), 4)), rles)
+    bgr = np.ascontiguousarray(drawn[:, :, ::-1])
+    written, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    if not written:
+        raise OSError(f"could not encode a picture of {title}")
+    return Picture(
+        title, note, f"data:image/jpeg;base64,{base64.b64encode(data.tobytes()).decode()}"
+    )
+
+
+def _resized(rle: Rle, size: tuple[int, int]) -> Rle:
+    mask = cv2.resize(coco_mask.decode(rle), size, interpolation=cv2.INTER_NEAREST)
+    return dict(coco_mask.encode(np.asfortranarray(mask)))
+
+
+def _colour(class_index: int) -> npt.NDArray[Any]:
+    if class_index < len(CLASS_COLOURS):
+        return np.array(CLASS_COLOURS[class_index])
+    return instance_colour(class_index)
+
+
+def _css(colour: npt.NDArray[Any]) -> str:
+    return "#" + "".join(f"{int(x):02x}" for x in colour)
+
+
+def _note(counts: ImageCounts, k: int) -> str:
+    false = int(counts.detections[k] - counts.found[k])
+    return f"{counts.found[k]} of {counts.objects[k]} found, {false} false, F1 {counts.f1[k]:.2f}"

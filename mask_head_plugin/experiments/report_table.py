@@ -1,0 +1,374 @@
+"""The report's table of variants and its findings in words, the same for Markdown and HTML."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
+
+from ..evaluation.bootstrap import METRICS, Comparison
+from .report_data import Study, Variant, mean
+
+BASELINE, BETTER, WORSE, NOISE = "baseline", "better", "worse", "within noise"
+MARKS = {BETTER: "▲ ", WORSE: "▼ ", NOISE: "≈ "}
+SEEDS_VARY = ", seeds vary more"
+NOTHING = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+MOST_OF_ERROR = 300
+"""Characters of an error that are shown; all of it is in trial.json."""
+MANY_COMPARISONS = 5
+"""From so many on, the report says that some intervals miss the truth by chance."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+        key: its name in a link such as ``report.html#sort=-difference``.
+        label: what stands above it.
+        meaning: a sentence on it.
+        is_text: whether it holds texts and not numbers.
+        is_optional: whether it is left out where it has no content.
+    """
+
+    key: str
+    label: str
+    meaning: str
+    is_text: bool = False
+    is_optional: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell shows, and by what it is sorted: a number, nan for none, or a text."""
+
+    text: str
+    value: float | str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, and a row of cells for each variant."""
+
+    columns: list[Column]
+    rows: list[list[Cell]]
+
+
+def verdict(comparison: Comparison) -> str:
+    """Returns what the interval of a difference says; nothing where there is no interval."""
+    if not (math.isfinite(comparison.low) and math.isfinite(comparison.high)):
+        return ""
+    if comparison.low > 0:
+        return BETTER
+    return WORSE if comparison.high < 0 else NOISE
+
+
+def build_table(study: Study) -> Table:
+    """Returns the table of all variants, in the order of the ablation's file."""
+    makers = _columns(study)
+    rows = [[make(variant) for _, make in makers] for variant in study.variants]
+    kept = [
+        k
+        for k, (column, _) in enumerate(makers)
+        if not column.is_optional or any(row[k].text not in ("", NOTHING) for row in rows)
+    ]
+    return Table([makers[k][0] for k in kept], [[row[k] for k in kept] for row in rows])
+
+
+def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
+    """Returns the columns, each with what makes a variant's cell."""
+    main, task, baseline = study.metric, study.task, study.baseline
+    name = main.partition("/")[2]
+    others = [f"{task}/{metric}" for metric in METRICS if f"{task}/{metric}" != main]
+    return [
+        (Column("variant", "variant", "", True), lambda v: Cell(v.name, v.name)),
+        (
+            Column("differs", "what differs", f"Config keys other than {baseline.name}'s.", True),
+            lambda v: _text_cell("; ".join(differences(v))),
+        ),
+        (
+            Column("seeds", "seeds", "Finished trials of those planned."),
+            lambda v: Cell(f"{len(v.finished)}/{len(v.trials)}", float(len(v.finished))),
+        ),
+        (
+            Column(name, name, f"{main}: mean over seeds ± their standard deviation."),
+            lambda v: Cell(with_spread(v, main), v.mean(main)),
+        ),
+        (
+            Column("difference", "difference", "To the baseline, with its 95% interval."),
+            lambda v: _difference_cell(study, v),
+        ),
+        (
+            Column("finding", "finding", "Whether the interval excludes 0.", True),
+            lambda v: _text_cell(finding(study, v)),
+        ),
+        (
+            Column("detectable", "detectable", DETECTABLE, is_optional=True),
+            lambda v: _number_cell(_detectable(study.comparison(v))),
+        ),
+        *((_metric_column(key), _metric_cell(key)) for key in others),
+        *(
+            (Column(key, "boundary AP", f"{key}: mean over seeds.", False, True), _metric_cell(key))
+            for key in ("boundary/AP",)
+            if task != "boundary"
+        ),
+        (
+            Column("paper", "paper", f"The paper's {main}, of its model and data.", False, True),
+            lambda v: _number_cell(v.paper.get(main, math.nan), ".1f"),
+        ),
+        (
+            Column("paper-difference", "paper's diff.", "Its difference.", is_optional=True),
+            lambda v: _number_cell(_paper_difference(study, v, main), "+.1f"),
+        ),
+        (
+            Column("time", "s/it", "Seconds per training iteration, mean over seeds."),
+            lambda v: _number_cell(mean(v.costs("seconds_per_iteration")), ".3f"),
+        ),
+        (
+            Column("memory", "peak MB", "Memory in training, the most of all seeds."),
+            lambda v: _number_cell(max(v.costs("peak_memory_mb"), default=math.nan), ",.0f"),
+        ),
+        (
+            Column("parameters", "params", "Parameters of the whole model, in millions."),
+            lambda v: _number_cell(mean(v.costs("num_parameters")) / 1e6, ".2f", " M"),
+        ),
+    ]
+
+
+DETECTABLE = "A true difference of this size would be found on 80% of such validation sets."
+
+
+def _metric_column(key: str) -> Column:
+    name = key.partition("/")[2]
+    return Column(name, name, f"{key}: mean over seeds.")
+
+
+def _metric_cell(key: str) -> Callable[[Variant], Cell]:
+    return lambda variant: _number_cell(variant.mean(key))
+
+
+def _text_cell(text: str) -> Cell:
+    return Cell(text, text)
+
+
+def _number_cell(value: float, form: str = ".2f", unit: str = "") -> Cell:
+    return Cell(number(value, form) + (unit if math.isfinite(value) else ""), value)
+
+
+def _difference_cell(study: Study, variant: Variant) -> Cell:
+    comparison = study.comparison(variant)
+    if variant is study.baseline:
+        return Cell("", 0.0)
+    if comparison is None:
+        value = variant.mean(study.metric) - study.baseline.mean(study.metric)
+        return Cell(number(value, "+.2f"), value)
+    return Cell(with_interval(comparison), comparison.difference)
+
+
+def _detectable(comparison: Comparison | None) -> float:
+    return math.nan if comparison is None else comparison.detectable
+
+
+def _paper_difference(study: Study, variant: Variant, key: str) -> float:
+    if variant is study.baseline or not {key} <= variant.paper.keys() & study.baseline.paper.keys():
+        return math.nan
+    return variant.paper[key] - study.baseline.paper[key]
+
+
+def finding(study: Study, variant: Variant) -> str:
+    """Returns a variant's verdict with its mark, ``baseline``, or nothing."""
+    if variant is study.baseline:
+        return BASELINE
+    comparison = study.comparison(variant)
+    found = verdict(comparison) if comparison else ""
+    return MARKS.get(found, "") + found + (SEEDS_VARY if is_doubtful(study, variant) else "")
+
+
+def is_doubtful(study: Study, variant: Variant) -> bool:
+    """Returns whether an interval excludes 0, but seeds vary by more than the difference."""
+    comparison = study.comparison(variant)
+    if comparison is None or verdict(comparison) not in (BETTER, WORSE):
+        return False
+    spreads = [v.std(study.metric) for v in (variant, study.baseline)]
+    return any(abs(comparison.difference) < x for x in spreads)  # nan is not larger
+
+
+def differences(variant: Variant) -> list[str]:
+    """Returns ``KEY: value`` of what differs from the baseline, values as in YAML and JSON."""
+    return [f"{key}: {json.dumps(value)}" for key, value in variant.differs.items()]
+
+
+def number(value: float, form: str = ".2f") -> str:
+    """Returns a number with a true minus, a dash for nan."""
+    return f"{value:{form}}".replace("-", MINUS) if math.isfinite(value) else NOTHING
+
+
+def with_spread(variant: Variant, key: str) -> str:
+    """Returns a mean over seeds with their standard deviation, if there is more than one."""
+    spread = variant.std(key)
+    return number(variant.mean(key)) + (f" ± {spread:.2f}" if math.isfinite(spread) else "")
+
+
+def with_interval(comparison: Comparison) -> str:
+    """Returns a difference as ``+0.50 (-0.10 to +1.10)``."""
+    low, high = number(comparison.low, "+.2f"), number(comparison.high, "+.2f")
+    return f"{number(comparison.difference, '+.2f')} ({low} to {high})"
+
+
+def paper_table(study: Study) -> Table:
+    """Returns the paper's figures beside ours; no rows where there are none."""
+    columns = [
+        Column("variant", "variant", "", True),
+        Column("metric", "metric", "", True),
+        Column("paper", "paper", ""),
+        Column("ours", "ours", ""),
+        Column("paper-difference", "paper's difference", ""),
+        Column("difference", "our difference", ""),
+    ]
+    rows = []
+    for variant in study.variants:
+        for key, value in variant.paper.items():
+            comparison = study.comparison(variant, key)
+            ours = variant.mean(key) - study.baseline.mean(key)
+            if variant is study.baseline:
+                shown = ""
+            else:
+                shown = with_interval(comparison) if comparison else number(ours, "+.2f")
+            row = [
+                *(_text_cell(variant.name), _text_cell(key), _number_cell(value, ".1f")),
+                Cell(with_spread(variant, key), variant.mean(key)),
+                _number_cell(_paper_difference(study, variant, key), "+.1f"),
+                Cell(shown, ours),
+            ]
+            if variant is study.baseline:
+                row[4] = _text_cell("")
+            rows.append(row)
+    return Table(columns, rows)
+
+
+def findings(study: Study) -> list[str]:
+    """Returns in plain sentences what was found, what is noise and what is missing."""
+    sentences = []
+    grouped: dict[str, list[Variant]] = {}
+    for variant in study.variants:
+        comparison = study.comparison(variant)
+        if comparison is not None:
+            grouped.setdefault(verdict(comparison), []).append(variant)
+    phrases = {BETTER: "Better than", WORSE: "Worse than", NOISE: "Within noise of"}
+    for kind, phrase in phrases.items():
+        if kind in grouped:
+            listed = "; ".join(_with_difference(study, v) for v in grouped[kind])
+            sentences.append(f"{phrase} {study.baseline.name}: {listed}.")
+    if grouped:
+        sentences += [_detectable_range(study), *_chance(sum(map(len, grouped.values())))]
+    return [*sentences, *_seed_sentences(study), *_missing(study)]
+
+
+def _with_difference(study: Study, variant: Variant) -> str:
+    comparison = study.comparison(variant)
+    assert comparison is not None
+    return f"{variant.name} {with_interval(comparison)}"
+
+
+def _detectable_range(study: Study) -> str:
+    limits = [c.detectable for v in study.variants if (c := study.comparison(v))]
+    limits = [x for x in limits if math.isfinite(x)] or [math.nan]
+    low, high = number(min(limits)), number(max(limits))
+    extent = low if low == high else f"{low} to {high} (depending on the variant)"
+    return (
+        f"Validation sets like this one find a true difference of {extent} 80% of the time, and "
+        "smaller ones less often: “within noise” does not mean equal."
+    )
+
+
+def _chance(num_compared: int) -> list[str]:
+    if num_compared < MANY_COMPARISONS:
+        return []
+    return [
+        f"Of {num_compared} intervals of 95%, {number(num_compared / 20, '.2g')} on average miss "
+        "the true difference by chance."
+    ]
+
+
+def _seed_sentences(study: Study) -> list[str]:
+    """Returns what is known of training noise, of which the intervals say nothing."""
+    spreads = {v.name: v.std(study.metric) for v in study.variants}
+    known = {name: x for name, x in spreads.items() if math.isfinite(x)}
+    if not known:
+        return ["One seed each: nothing is known of the noise of training."]
+    name = max(known, key=lambda n: known[n])
+    sentences = [
+        "The intervals are over validation images, not over trainings; the standard deviation over "
+        f"seeds is at most {known[name]:.2f} ({name})."
+    ]
+    doubtful = [v.name for v in study.variants if is_doubtful(study, v)]
+    if doubtful:
+        sentences.append(
+            "The interval excludes 0, but seeds vary by more than the difference, which the noise "
+            f"of training may explain: {'; '.join(doubtful)}."
+        )
+    return sentences
+
+
+def _missing(study: Study) -> list[str]:
+    sentences = []
+    if not study.baseline.finished:
+        sentences.append(
+            f"The baseline {study.baseline.name} has no finished trial: nothing can be compared."
+        )
+    unfinished = len(study.trials) - len(study.finished)
+    if unfinished:
+        sentences.append(
+            f"{unfinished} of {len(study.trials)} trials have not finished; all figures are of the "
+            "others."
+        )
+    return sentences
+
+
+def unfinished_table(study: Study) -> Table:
+    """Returns the trials that have not finished, with their last error."""
+    columns = [
+        Column("variant", "variant", "", True),
+        Column("seed", "seed", ""),
+        Column("state", "state", "", True),
+        Column("error", "last error", "", True),
+    ]
+    rows: list[list[Cell]] = [
+        [
+            *(_text_cell(trial.variant), Cell(str(trial.seed), float(trial.seed))),
+            *(_text_cell(trial.state), _text_cell(shorten(trial.error, MOST_OF_ERROR))),
+        ]
+        for trial in study.trials
+        if not trial.is_finished
+    ]
+    return Table(columns, rows)
+
+
+def markdown(table: Table) -> str:
+    """Returns a table as GitHub's Markdown has it; numbers to the right."""
+    cells: list[Sequence[Any]] = [[cell.text for cell in row] for row in table.rows]
+    lines = [_markdown_row([column.label for column in table.columns])]
+    lines.append("|" + "|".join("---" if c.is_text else "---:" for c in table.columns) + "|")
+    return "\n".join([*lines, *map(_markdown_row, cells)])
+
+
+def _markdown_row(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(map(escape_markdown, texts)) + " |"
+
+
+def escape_markdown(text: str) -> str:
+    """Returns a text that Markdown shows as it is, in one line."""
+    for sign, shown in {"&": "&amp;", "<": "&lt;", ">": "&gt;"}.items():
+        text = text.replace(sign, shown)
+    # An underscore within a word has no meaning; config keys stay readable.
+    return " ".join(re.sub(r"[\\`*|\[\]~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text).split())
+
+
+def code_markdown(text: str) -> str:
+    """Returns a text as code; a backtick in it, which would end it, becomes a quote."""
+    return f"`{text.replace('`', chr(39))}`"

@@ -1,0 +1,164 @@
+"""One config and one file of weights, built twice: as stock detectron2 and as the plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import ROI_MASK_HEAD_REGISTRY, build_model
+
+from ..config import ConfigError, load_config
+from ..engine import MaskHeadCheckpointer, check_config
+from ..modeling.mask_head import ClassSelection
+from .zoo import ModelConfig
+
+STOCK_NAMES = {
+    "MaskRCNN": "GeneralizedRCNN",
+    "PerClassMaskROIHeads": "StandardROIHeads",
+    "PerClassMaskRes5ROIHeads": "Res5ROIHeads",
+    "FCNMaskHead": "MaskRCNNConvUpsampleHead",
+}
+"""The plugin's modules and those whose place they take; other names stay as they are."""
+PLUGIN_NAMES = {stock: plugin for plugin, stock in STOCK_NAMES.items()}
+DEFAULT_LOSSES = [["binary_cross_entropy", 1.0]]
+NAMES_IN_ERROR = 10
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Two models in evaluation mode with the same weights.
+
+    Attributes:
+        cfg: the plugin's config.
+        stock: detectron2's model.
+        plugin: ours.
+        num_tensors: parameters and buffers that came from the file, in each.
+        num_values: numbers in them.
+    """
+
+    cfg: CfgNode
+    stock: torch.nn.Module
+    plugin: torch.nn.Module
+    num_tensors: int
+    num_values: int
+
+
+def load_model_config(config: ModelConfig, opts: Sequence[str]) -> CfgNode:
+    """Returns a config with the plugin's keys; masks of the zoo's come as run lengths.
+
+    Args:
+        config: from ``zoo.find_config``.
+        opts: "KEY VALUE" pairs in one flat list.
+
+    Raises:
+        ConfigError: if it cannot be read, an option does not fit, or it has no masks.
+    """
+    defaults = ["MODEL.MASK_OUTPUT", "rle"] if config.is_zoo_file else []
+    cfg = load_config(config.file, [*defaults, *opts])
+    if not cfg.MODEL.MASK_ON:
+        raise ConfigError(f"MODEL.MASK_ON is False in {config.file}: there are no masks to compare")
+    return cfg
+
+
+def twin_configs(cfg: CfgNode) -> tuple[CfgNode, CfgNode]:
+    """Returns the config with detectron2's and with the plugin's modules.
+
+    Args:
+        cfg: with either's; OUTPUT_DIR is made.
+
+    Raises:
+        ConfigError: if a setting is one that detectron2 has not, so that there is no stock side.
+    """
+    stock, plugin = _renamed(cfg, STOCK_NAMES), _renamed(cfg, PLUGIN_NAMES)
+    if plugin.MODEL.META_ARCHITECTURE != "MaskRCNN":
+        plugin.MODEL.MASK_OUTPUT = "bitmask"
+    stock.MODEL.MASK_OUTPUT = "bitmask"
+    head = stock.MODEL.ROI_MASK_HEAD
+    if issubclass(ROI_MASK_HEAD_REGISTRY.get(head.NAME), ClassSelection):
+        raise ConfigError(f"MODEL.ROI_MASK_HEAD.NAME {head.NAME} has no counterpart in detectron2")
+    head.LOSS_WEIGHT = 1.0  # of training only
+    if not any(entry[0] == "softmax_cross_entropy" for entry in head.LOSSES):
+        head.LOSSES = DEFAULT_LOSSES  # the softmax changes inference, other losses do not
+    check_config(plugin, train=False)
+    try:
+        check_config(stock, train=False)
+    except ConfigError as error:
+        raise ConfigError(f"there is no stock model to compare with: {error}") from error
+    return stock, plugin
+
+
+def _renamed(cfg: CfgNode, names: dict[str, str]) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = ""  # they are given apart from the config
+    cfg.MODEL.META_ARCHITECTURE = names.get(
+        cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE
+    )
+    for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_MASK_HEAD):
+        node.NAME = names.get(node.NAME, node.NAME)
+    return cfg
+
+
+def load_twins(cfg: CfgNode, weights: Path) -> Twins:
+    """Builds both models and loads the same weights into each.
+
+    Both keep the memory layout that detectron2 gives them, so that what differs is the plugin's.
+
+    Args:
+        cfg: with either's modules.
+        weights: any format that MaskHeadCheckpointer reads.
+
+    Raises:
+        ConfigError: if a model cannot be built, or the weights are not exactly those of the models;
+            parameters that are missing, left over or of another shape are named.
+    """
+    models = []
+    stock_cfg, plugin_cfg = twin_configs(cfg)
+    for side in (stock_cfg, plugin_cfg):
+        model = build_model(side)
+        load_exactly(model, weights)
+        models.append(model.eval())
+    states = [model.state_dict() for model in models]
+    differing = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    assert list(states[0]) == list(states[1]) and not differing, differing
+    num_values = sum(x.numel() for x in states[0].values())
+    return Twins(plugin_cfg, models[0], models[1], len(states[0]), num_values)
+
+
+def load_exactly(model: torch.nn.Module, weights: Path) -> None:
+    """Loads weights of which every one must have its place, and every place its weight.
+
+    Raises:
+        ConfigError: if that is not so, or the file cannot be read.
+    """
+    try:
+        _ExactCheckpointer(model).load(str(weights))
+    except ConfigError as error:
+        raise ConfigError(f"--weights {weights}: {error}") from error
+    except (OSError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--weights {weights} holds no weights of a model: {reason}") from error
+
+
+class _ExactCheckpointer(MaskHeadCheckpointer):
+    """Refuses weights that are missing, left over or of another shape."""
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        shapes = {name: (found, own) for name, found, own in incompatible.incorrect_shapes}
+        faults = [
+            ("missing", [x for x in incompatible.missing_keys if x not in shapes]),
+            ("not in the model", list(incompatible.unexpected_keys)),
+            ("of another shape", [f"{x} {a}, in the model {b}" for x, (a, b) in shapes.items()]),
+        ]
+        told = [f"{len(names)} {fault}: {_listed(names)}" for fault, names in faults if names]
+        if told:
+            raise ConfigError(f"these are not the weights of this config; {'; '.join(told)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - NAMES_IN_ERROR
+    return ", ".join(names[:NAMES_IN_ERROR]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,182 @@
+"""detectron2's Mask R-CNN baselines: their published figures, configs and weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from detectron2 import model_zoo
+from detectron2.utils.file_io import PathManager
+
+from ..config import ConfigError, nearest_name
+
+MODEL_ZOO = "https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md"
+ZOO_WEIGHTS = "zoo"
+"""In the place of a path: download them."""
+WEIGHT_SUFFIXES = (".pkl", ".pth", ".safetensors")
+ZOO_FOLDERS = {
+    "coco": ("COCO-InstanceSegmentation/", ""),
+    "lvis": ("LVISv0.5-InstanceSegmentation/", "v0.5_"),
+    "cityscapes": ("Cityscapes/", ""),
+    "detectron1_comparisons": ("Detectron1-Comparisons/", ""),
+    "misc": ("Misc/", ""),
+}
+"""Folder of our configs: folder of the zoo, and what our file names have in front."""
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A Mask R-CNN baseline with the figures that detectron2's authors published.
+
+    Attributes:
+        config: its name in the zoo, without ``.yaml``.
+        model_id: of the training run; part of the weights' URL.
+        train_seconds: per iteration of 16 images on 8 V100.
+        inference_seconds: per image, batch of 1 on a V100.
+        train_gigabytes: memory of a GPU in training.
+        box_ap: percent on the validation set; None where none is published.
+        mask_ap: likewise.
+        source: where the figures stand.
+    """
+
+    config: str
+    model_id: int
+    train_seconds: float
+    inference_seconds: float
+    train_gigabytes: float
+    box_ap: float | None
+    mask_ap: float
+    source: str = MODEL_ZOO
+
+
+_COCO, _LVIS = "COCO-InstanceSegmentation/mask_rcnn_", "LVISv0.5-InstanceSegmentation/mask_rcnn_"
+ZOO_MODELS = (
+    ZooModel(_COCO + "R_50_C4_1x", 137259246, 0.584, 0.110, 5.2, 36.8, 32.2),
+    ZooModel(_COCO + "R_50_DC5_1x", 137260150, 0.471, 0.076, 6.5, 38.3, 34.2),
+    ZooModel(_COCO + "R_50_FPN_1x", 137260431, 0.261, 0.043, 3.4, 38.6, 35.2),
+    ZooModel(_COCO + "R_50_C4_3x", 137849525, 0.575, 0.111, 5.2, 39.8, 34.4),
+    ZooModel(_COCO + "R_50_DC5_3x", 137849551, 0.470, 0.076, 6.5, 40.0, 35.9),
+    ZooModel(_COCO + "R_50_FPN_3x", 137849600, 0.261, 0.043, 3.4, 41.0, 37.2),
+    ZooModel(_COCO + "R_101_C4_3x", 138363239, 0.652, 0.145, 6.3, 42.6, 36.7),
+    ZooModel(_COCO + "R_101_DC5_3x", 138363294, 0.545, 0.092, 7.6, 41.9, 37.3),
+    ZooModel(_COCO + "R_101_FPN_3x", 138205316, 0.340, 0.056, 4.6, 42.9, 38.6),
+    ZooModel(_COCO + "X_101_32x8d_FPN_3x", 139653917, 0.690, 0.103, 7.2, 44.3, 39.5),
+    ZooModel(_LVIS + "R_50_FPN_1x", 144219072, 0.292, 0.107, 7.1, 23.6, 24.4),
+    ZooModel(_LVIS + "R_101_FPN_1x", 144219035, 0.371, 0.114, 7.8, 25.6, 25.9),
+    ZooModel(_LVIS + "X_101_32x8d_FPN_1x", 144219108, 0.712, 0.151, 10.2, 26.7, 27.1),
+    ZooModel("Cityscapes/mask_rcnn_R_50_FPN", 142423278, 0.240, 0.078, 4.4, None, 36.5),
+    ZooModel(
+        "Detectron1-Comparisons/mask_rcnn_R_50_FPN_noaug_1x",
+        *(137781281, 0.273, 0.043, 3.4, 37.8, 34.9),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A config file, and what it is called in the zoo (None if it is no counterpart)."""
+
+    file: str
+    zoo_name: str | None
+    is_zoo_file: bool
+
+    @property
+    def published(self) -> ZooModel | None:
+        return next((x for x in ZOO_MODELS if x.config == self.zoo_name), None)
+
+
+def find_config(config: str) -> ModelConfig:
+    """Finds a config of the model zoo or a file.
+
+    Args:
+        config: a name such as ``COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml``, with or
+            without the ending, or a path.
+
+    Raises:
+        ConfigError: if there is neither; the nearest name of the table is given.
+    """
+    if Path(config).is_file():
+        return ModelConfig(config, _zoo_name(Path(config)), is_zoo_file=False)
+    name = config.removesuffix(".yaml")
+    try:
+        file = model_zoo.get_config_file(f"{name}.yaml")
+    except RuntimeError as error:
+        nearest = nearest_name(name, [x.config for x in ZOO_MODELS])
+        raise ConfigError(
+            f"--config {config} is neither a file nor a config of detectron2's model zoo"
+            + (f"; did you mean {nearest}.yaml?" if nearest else "")
+        ) from error
+    return ModelConfig(file, name, is_zoo_file=True)
+
+
+def _zoo_name(file: Path) -> str | None:
+    """Returns the name of the zoo's config of which a file of ours is the counterpart."""
+    folder, prefix = ZOO_FOLDERS.get(file.parent.name, ("", ""))
+    name = folder + file.stem.removeprefix(prefix)
+    try:
+        model_zoo.get_config_file(f"{name}.yaml")
+    except RuntimeError:
+        return None
+    return name if folder and file.stem.startswith(prefix) else None
+
+
+def find_weights(weights: str, config: ModelConfig) -> Path:
+    """Finds the weights of a config, downloading them if asked to.
+
+    Args:
+        weights: a file; ``zoo`` to download; or a folder with files named as in the zoo
+            (``model_final_f10217.pkl``, also in folders as in the URL) or by model id
+            (``137849600.pkl``, or ``.pth`` or ``.safetensors``).
+        config: of the model.
+
+    Returns:
+        A file on this machine; downloads are in $FVCORE_CACHE or else ~/.torch/iopath_cache.
+
+    Raises:
+        ConfigError: if there is none, or it cannot be downloaded.
+    """
+    if weights == ZOO_WEIGHTS:
+        return download_weights(config)
+    path = Path(weights)
+    if path.is_dir():
+        return _weights_in_folder(path, config)
+    if not path.is_file():
+        raise ConfigError(f"--weights {weights} does not exist; give a file, or zoo to download")
+    return path
+
+
+def download_weights(config: ModelConfig) -> Path:
+    """Downloads the zoo's weights, unless they are in the cache."""
+    url = _weights_url(config)
+    # What it logs on a failure is in the error, too.
+    logging.getLogger("iopath.common.download").setLevel(logging.CRITICAL)
+    try:
+        return Path(PathManager.get_local_path(url))
+    except OSError as error:
+        raise ConfigError(
+            f"{url} could not be downloaded ({' '.join(str(error).split())}); fetch "
+            f"{PurePosixPath(url).name} on another machine and name it with --weights PATH"
+        ) from error
+
+
+def _weights_url(config: ModelConfig) -> str:
+    try:
+        url: str = model_zoo.get_checkpoint_url(f"{config.zoo_name}.yaml")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the zoo has no weights for {config.zoo_name or config.file}; give --weights PATH"
+        ) from error
+    return url
+
+
+def _weights_in_folder(folder: Path, config: ModelConfig) -> Path:
+    url = PurePosixPath(_weights_url(config))
+    name, model_id = url.name, url.parent.name
+    by_zoo = [Path(name), Path(model_id, name), Path(str(config.zoo_name), model_id, name)]
+    candidates = [*by_zoo, *(Path(model_id + suffix) for suffix in WEIGHT_SUFFIXES)]
+    for candidate in candidates:
+        if (folder / candidate).is_file():
+            return folder / candidate
+    listed = ", ".join(str(candidate) for candidate in candidates)
+    raise ConfigError(f"--weights {folder} has no weights of {config.zoo_name}: none of {listed}")

@@ -1,0 +1,374 @@
+"""The report: its numbers are the trials', and it is whole where trials are not."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from made_ablation import DATASET, NUM_ITERATIONS, write_ablation, write_dataset
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.evaluation.bootstrap import compare_all
+from mask_head_plugin.evaluation.matching import Matches
+from mask_head_plugin.experiments import report
+from mask_head_plugin.experiments.report_data import read_study
+from mask_head_plugin.experiments.report_pictures import ImageCounts, most_disputed, side_by_side
+from mask_head_plugin.experiments.report_table import (
+    MINUS,
+    NOTHING,
+    build_table,
+    escape_markdown,
+    number,
+)
+
+pytest.importorskip("plotly", reason="report.html needs the extra 'report'")
+
+NUM_DRAWS = 40
+QUALITIES = {"baseline": 0.9, "a|b <script>alert(1)</script> & **c**": 0.5, "about the same": 0.9}
+STRANGE = list(QUALITIES)[1]
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def annotations(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("blobs"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, annotations):
+    """An ablation with its report, and the trials' records. Not to be changed."""
+    folder = tmp_path_factory.mktemp("ablation")
+    paper = {"baseline": {"segm/AP": 30.3}, STRANGE: {"segm/AP": 24.8, "bbox/AP": 28.2}}
+    records = write_ablation(folder, annotations, QUALITIES, paper=paper)
+    report.write_report(folder, NUM_DRAWS)
+    return folder, records
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """A copy to break, without a report."""
+    folder = tmp_path / "ablation"
+    shutil.copytree(made[0], folder)
+    for name in ("report.md", "report.html"):
+        (folder / name).unlink()
+    return folder
+
+
+def render(folder: Path) -> tuple[str, str]:
+    report.write_report(folder, NUM_DRAWS)
+    return (folder / "report.md").read_text(), (folder / "report.html").read_text()
+
+
+def table_cells(folder: Path) -> dict[str, dict[str, str]]:
+    """Returns what the table shows, by variant and column."""
+    table = build_table(read_study(folder, NUM_DRAWS))
+    keys = [column.key for column in table.columns]
+    return {row[0].text: {k: c.text for k, c in zip(keys, row, strict=True)} for row in table.rows}
+
+
+def without_library(page: str) -> str:
+    """Returns the page without plotly.js, which names sites that it does not fetch."""
+    scripts = re.findall(r"<script[^>]*>.*?</script>", page, re.DOTALL)
+    return page.replace(max(scripts, key=len), "")
+
+
+def markdown_rows(text: str, heading: str) -> list[list[str]]:
+    table = text.split(f"## {heading}\n\n")[1].split("\n\n")[0].splitlines()
+    return [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
+
+
+def edit(path: Path, **entries) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def test_figures_are_those_of_the_trials(made):
+    folder, records = made
+    text, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    header, _, *rows = markdown_rows(text, "Variants")
+    assert len(rows) == len(QUALITIES)
+    for row, (variant, trials) in zip(rows, records.items(), strict=True):
+        cells = dict(zip(header, row, strict=True))
+        values = [record["results"]["segm"]["AP"] for record in trials.values()]
+        shown = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+        assert cells["AP"] == shown and cells["variant"] == escape_markdown(variant)
+        assert f"{shown.split()[0]}<span" in page
+        for task, name, label in (("segm", "AP50", "AP50"), ("boundary", "AP", "boundary AP")):
+            found = [record["results"][task][name] for record in trials.values()]
+            assert cells[label] == f"{statistics.mean(found):.2f}"
+        assert cells["peak MB"] == "1,002" and cells["s/it"] == "0.115"
+        assert cells["params"] == "1.23 M" and cells["seeds"] == "2/2"
+
+
+def test_intervals_are_the_bootstrap_s_and_the_verdict_follows_from_them(made):
+    folder, records = made
+    matches = {
+        name: [
+            Matches.load(folder / f"variant_{k}" / f"seed_{seed}/inference/matches_segm.npz")
+            for seed in records[name]
+        ]
+        for k, name in enumerate(QUALITIES)
+    }
+    compared = compare_all(matches, "baseline", ("AP",), NUM_DRAWS)
+    cells = table_cells(folder)
+    verdicts = set()
+    for name in list(QUALITIES)[1:]:
+        c = compared[name]["AP"]
+        low, high = number(c.low, "+.2f"), number(c.high, "+.2f")
+        assert cells[name]["difference"] == f"{number(c.difference, '+.2f')} ({low} to {high})"
+        verdict = "better" if c.low > 0 else "worse" if c.high < 0 else "within noise"
+        assert verdict in cells[name]["finding"]
+        assert cells[name]["detectable"] == f"{c.detectable:.2f}"
+        verdicts.add(verdict)
+    assert verdicts == {"worse", "within noise"}
+    text = (folder / "report.md").read_text()
+    assert "Worse than baseline: a\\|b" in text and "Within noise of baseline: about" in text
+
+
+def test_the_paper_s_figures_stand_beside_ours(made):
+    folder, _ = made
+    cells = table_cells(folder)
+    assert (cells[STRANGE]["paper"], cells[STRANGE]["paper-difference"]) == ("24.8", f"{MINUS}5.5")
+    assert cells["about the same"]["paper"] == NOTHING
+    rows = markdown_rows((folder / "report.md").read_text(), "The paper's figures beside ours")
+    box = next(row for row in rows if row[1] == "bbox/AP")
+    assert box[2] == "28.2" and box[4] == NOTHING and " to " in box[5]
+
+
+def test_columns_without_content_are_left_out(copied):
+    edit(copied / "ablation.json", paper={})
+    cells = table_cells(copied)["baseline"]
+    assert "paper" not in cells and "paper-difference" not in cells and "APl" in cells
+
+
+def test_the_page_needs_nothing_from_elsewhere(made):
+    page = without_library((made[0] / "report.html").read_text())
+    assert not re.search(r"https?:|@import|url\(", page)
+    assert set(re.findall(r'(?:src|href)="([a-z]+:)', page)) == {"data:"}
+    assert (made[0] / "report.html").stat().st_size < 8e6
+
+
+def test_names_are_escaped_everywhere(made):
+    page = without_library((made[0] / "report.html").read_text())
+    assert "<script>alert(1)" not in page and html.escape(STRANGE, quote=False) in page
+    # In the figures plotly takes names for HTML, and the browser scripts for the end of scripts.
+    assert "a|b \\u0026lt;script\\u0026gt;" in page or "a|b &lt;script&gt;" in page
+    text = (made[0] / "report.md").read_text()
+    assert "<script>" not in text and "\\*\\*c\\*\\*" in text
+
+
+def test_what_is_nan_is_a_dash(made, copied):
+    for path in copied.glob("variant_0/seed_*/trial.json"):
+        record = json.loads(path.read_text())
+        record["results"]["segm"]["APs"] = None
+        edit(path, results=record["results"], peak_memory_mb=None)
+    cells = table_cells(copied)["baseline"]
+    assert (cells["APs"], cells["memory"]) == (NOTHING, NOTHING)
+    text, page = render(copied)
+    assert f">{NOTHING}</td>" in page
+    shown = re.sub(r'<script.*?</script>|data-value="nan"', "", page, flags=re.DOTALL)
+    assert not re.search(r"\bnan\b", text + shown, re.IGNORECASE)
+
+
+def test_trials_that_failed_or_are_missing_are_listed_and_the_others_reported(copied):
+    failed = copied / "variant_1" / "seed_1" / "trial.json"
+    edit(failed, status="failed", error="FloatingPointError: Loss became <inf>\nat iteration 83")
+    (copied / "variant_2" / "seed_2" / "trial.json").write_text('{"status": "fin')
+    shutil.rmtree(copied / "variant_0" / "seed_2")
+    text, page = render(copied)
+    _, _, *rows = markdown_rows(text, "Trials that have not finished")
+    assert [row[2] for row in rows] == [
+        *("not run", "failed", f"not ended, {NUM_ITERATIONS} iterations logged")
+    ]
+    assert rows[1][3] == "FloatingPointError: Loss became &lt;inf&gt; at iteration 83"
+    assert "Loss became &lt;inf&gt;" in page and "3 of 6 trials have not finished" in text
+    assert [cells["seeds"] for cells in table_cells(copied).values()] == ["1/2"] * 3
+    assert "One seed each" in text and "±" not in text.split("## Variants")[1].split("\n- ")[0]
+
+
+def test_a_variant_without_a_finished_trial_has_a_row_of_dashes(copied):
+    shutil.rmtree(copied / "variant_1")
+    text, page = render(copied)
+    cells = table_cells(copied)[STRANGE]
+    assert (cells["AP"], cells["difference"], cells["finding"]) == (NOTHING, NOTHING, "")
+    assert "Within noise of baseline" in text and "figure-differences" in page
+
+
+def test_without_the_baseline_nothing_is_compared(copied):
+    shutil.rmtree(copied / "variant_0")
+    text, page = render(copied)
+    assert "nothing can be compared" in text and "figure-differences" not in page
+    assert "figure-precision-recall" in page and table_cells(copied)[STRANGE]["AP"] != NOTHING
+
+
+def test_without_masks_boxes_are_reported(copied):
+    edit(copied / "ablation.json", metric="bbox/AP", paper={})
+    for path in copied.glob("*/*/trial.json"):
+        edit(path, results={"bbox": json.loads(path.read_text())["results"]["bbox"]})
+    for path in [*copied.glob("*/*/inference/matches_[sb][eo][gu]*.npz")]:
+        path.unlink()
+    text, page = render(copied)
+    assert "No finished trial has masks" in page and "Worse than baseline" in text
+    assert "boundary AP" not in text.split("## Variants")[1]
+
+
+def test_without_matches_there_are_values_and_no_intervals(copied):
+    for path in copied.glob("*/*/inference/matches_segm.npz"):
+        path.write_bytes(b"PK half an archive")
+    cells = table_cells(copied)["about the same"]
+    assert re.fullmatch(rf"[+{MINUS}]\d+\.\d\d", cells["difference"]) and cells["finding"] == ""
+    render(copied)
+
+
+def test_a_metric_without_an_interval_is_reported(copied):
+    edit(copied / "ablation.json", metric="segm/AR", paper={})
+    cells = table_cells(copied)
+    assert re.fullmatch(rf"[+{MINUS}]\d+\.\d\d", cells[STRANGE]["difference"])
+    assert "figure-other-metrics" in render(copied)[1]
+
+
+def test_a_missing_image_costs_the_pictures_only(copied, annotations, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(annotations.parent, moved)
+    for path in copied.glob("*/*/config.yaml"):
+        path.write_text(path.read_text().replace(str(annotations.parent), str(moved)))
+    shutil.rmtree(moved / "images")
+    (moved / "images").mkdir()
+    page = render(copied)[1]
+    assert f"The images of {DATASET} cannot be shown here" in page and "<img" not in page
+
+
+def test_a_folder_that_is_no_ablation_is_an_error(copied, tmp_path):
+    with pytest.raises(ConfigError, match=r"ablation\.json"):
+        report.write_report(tmp_path)
+    with pytest.raises(ConfigError, match="1 draws"):
+        report.write_report(copied, 1)
+    for variant in copied.glob("variant_*"):
+        shutil.rmtree(variant)
+    with pytest.raises(ConfigError, match="no finished trial"):
+        report.write_report(copied)
+    (copied / "ablation.json").write_text('{"title": "x"}')
+    with pytest.raises(ConfigError, match="baseline"):
+        report.write_report(copied)
+
+
+def test_trials_of_other_images_are_an_error(copied):
+    path = copied / "variant_1" / "seed_1" / "inference" / "matches_segm.npz"
+    matches = Matches.load(path)
+    matches.image_ids[0] = "x"
+    matches.save(path)
+    with pytest.raises(ConfigError, match="image_ids"):
+        report.write_report(copied, NUM_DRAWS)
+
+
+def test_without_the_extra_there_is_markdown_and_an_error(copied, monkeypatch):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"jinja2 and plotly.*\[report\]"):
+        report.write_report(copied, NUM_DRAWS)
+    assert (copied / "report.md").is_file() and not (copied / "report.html").exists()
+
+
+def test_losses_are_shown_unless_ap_was_measured_during_training(copied):
+    page = render(copied)[1]
+    assert '"total_loss"' in page and '"loss_mask"' in page
+    for path in copied.glob("*/*/metrics.json"):
+        rows = [{"iteration": i, "segm/AP": i / 10} for i in (99, 199)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = render(copied)[1]
+    assert '"total_loss"' not in page
+
+
+def test_the_images_with_the_largest_spread_come_first():
+    objects = np.full(4, 4)
+    same = ImageCounts(np.array([4, 4, 4, 4]), np.array([4, 4, 4, 4]), objects)
+    other = ImageCounts(np.array([4, 0, 3, 2]), np.array([4, 4, 4, 4]), objects)
+    assert same.f1.tolist() == [1] * 4
+    assert most_disputed([same, other]) == [1, 3, 2]
+    nothing = np.zeros(4, int)
+    assert ImageCounts(nothing, nothing, nothing).f1.tolist() == [1] * 4
+
+
+def test_pictures_show_ground_truth_first_then_each_variant(made):
+    gallery = side_by_side(read_study(made[0], NUM_DRAWS))
+    assert 0 < len(gallery.rows) <= 8 and gallery.problem == ""
+    for _, pictures in gallery.rows:
+        assert [p.title for p in pictures] == ["ground truth", *(f"{v}, seed 1" for v in QUALITIES)]
+        assert all(p.uri.startswith("data:image/jpeg;base64,/9j/") for p in pictures)
+        assert all(re.match(r"\d+ of \d+ found, \d+ false, F1", p.note) for p in pictures[1:])
+    assert {name for name, _ in gallery.classes} <= {"class 0", "class 1"}
+
+
+def test_numbers_have_a_true_minus_and_no_nan():
+    assert (number(-1.234), number(math.nan), number(0.5, "+.1f")) == (
+        f"{MINUS}1.23",
+        NOTHING,
+        "+0.5",
+    )
+
+
+def run_tool(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    return runpy.run_path(str(ROOT / "tools" / "report.py"))["main"]()
+
+
+def test_the_tool_reports(copied, monkeypatch):
+    assert run_tool(monkeypatch, str(copied), "--draws", "20") == 0
+    assert (copied / "report.html").is_file()
+    assert "20 draws" in (copied / "report.md").read_text()
+
+
+def test_the_tool_teaches_and_names_errors(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_tool(monkeypatch, "--help")
+    taught = capsys.readouterr().out
+    assert "--draws" in taught and "report.html" in taught
+    assert run_tool(monkeypatch, str(tmp_path)) == 2
+    assert "ablation.json" in capsys.readouterr().err
+
+
+def browse(page: Path, fragment: str, profile: Path) -> tuple[list[str], str]:
+    """Returns the variants in the order in which a browser shows them, and what it complains of."""
+    command = [
+        *(str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu"),
+        *("--disable-background-networking", "--enable-logging=stderr"),
+        *(f"--user-data-dir={profile}", "--virtual-time-budget=5000", "--dump-dom"),
+        f"{page.as_uri()}{fragment}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert 'class="main-svg"' in done.stdout  # plotly has drawn
+    table = done.stdout.split('id="variants"')[1].split("</table>")[0]
+    names = re.findall(r'<th scope="row"[^>]*>(.*?)<span', table, re.DOTALL)
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return [html.unescape(name).strip() for name in names], "\n".join(complaints)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium to open the page in")
+def test_a_browser_sorts_the_table_and_has_no_complaints(made, tmp_path):
+    folder, records = made
+    page = (folder / "report.html").read_text()
+    names = list(QUALITIES)
+    ap = {
+        name: statistics.mean(r["results"]["segm"]["AP"] for r in records[name].values())
+        for name in names
+    }
+    rising, falling = sorted(names, key=ap.__getitem__), sorted(names, key=lambda n: -ap[n])
+    assert rising != names != falling
+    click = "<script>document.querySelector('[data-key=\"AP\"] button').click()</script></body>"
+    clicked = tmp_path / "clicked.html"
+    clicked.write_text(page.replace("</body>", click))
+    assert browse(clicked, "", tmp_path / "1") == (falling, "")
+    # The order can be in the address, too; and a page that would fetch something is found out.
+    wrong = tmp_path / "wrong.html"
+    wrong.write_text(page.replace("</body>", '<img src="https://example.org/x.png"></body>'))
+    order, complaints = browse(wrong, "#sort=AP", tmp_path / "2")
+    assert order == rising and "Content Security Policy" in complaints

@@ -1,0 +1,242 @@
+"""Trials of an ablation: planned, run, failed, interrupted, taken up again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import yaml
+from conftest import CONFIGS, ROOT
+from submitit.slurm.test_slurm import mocked_slurm
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.data import shapes
+from mask_head_plugin.experiments import (
+    Cluster,
+    describe,
+    estimate_seconds,
+    load_ablation,
+    plan,
+    run,
+    runner,
+)
+
+DICE = {"MODEL": {"ROI_MASK_HEAD": {"LOSSES": [["dice", 1.0]]}}}
+DEBUG = Cluster("debug")
+
+
+@pytest.fixture(scope="module")
+def six_images(tmp_path_factory):
+    """Overrides that make a run of the shapes config a matter of seconds."""
+    folder = tmp_path_factory.mktemp("six")
+    for split in ("train", "val"):
+        shapes.write_split(folder, split, 6)
+    files = [
+        [f"ablated_{s}", str(folder / "annotations" / f"{s}.json"), str(folder / s)]
+        for s in ("train", "val")
+    ]
+    datasets = {"COCO_FILES": files, "TRAIN": ["ablated_train"], "TEST": ["ablated_val"]}
+    solver = {"MAX_ITER": 3, "WARMUP_ITERS": 1}
+    return {"DATASETS": datasets, "SOLVER": solver, "MODEL": {"DEVICE": "cpu"}}
+
+
+@pytest.fixture
+def ablation(tmp_path, six_images):
+    """A file with a baseline and a variant whose name cannot stand in a path."""
+    content = {
+        "TITLE": "Losses",
+        "METRIC": "segm/AP",
+        "SEEDS": [1, 2],
+        "SIZES": {
+            "shapes": {
+                "CONFIG": str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml"),
+                "OVERRIDES": six_images,
+            }
+        },
+        "BASELINE": "bce",
+        "VARIANTS": {"bce": {}, "dice / alone": DICE},
+        "PAPER": {"bce": {"segm/AP": 30.3}},
+    }
+    path = tmp_path / "ablation.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def fake_training(monkeypatch):
+    """Replaces training; returns the (variant's loss, seed) of each that was asked for."""
+    asked = []
+
+    def train(cfg):
+        loss = cfg.MODEL.ROI_MASK_HEAD.LOSSES[0][0]
+        asked.append((loss, cfg.SEED))
+        if (loss, cfg.SEED) in train.broken:
+            raise RuntimeError("out of luck")
+        if (loss, cfg.SEED) in train.interrupted:
+            raise KeyboardInterrupt
+        folder = runner.Path(cfg.OUTPUT_DIR)
+        (folder / "inference").mkdir(exist_ok=True)
+        (folder / "num_parameters.txt").write_text("12")
+        rows = [{"iteration": k, "time": 0.5 + k, "total_loss": 1.0} for k in range(3)]
+        (folder / "metrics.json").write_text("\n".join(json.dumps(x) for x in rows))
+        found = {"dataset": "x", "segm": {"AP": 40.0 + cfg.SEED, "by_class": {}}}
+        (folder / "inference" / "metrics.json").write_text(json.dumps(found))
+
+    train.broken, train.interrupted = set(), set()
+    monkeypatch.setattr(runner, "_train", train)
+    return train, asked
+
+
+def trials_of(ablation, tmp_path, **kwargs):
+    return plan(load_ablation(ablation, "shapes", **kwargs), tmp_path / "out")
+
+
+def test_trials_have_folders_seeds_and_the_variants_config(ablation, tmp_path):
+    trials = trials_of(ablation, tmp_path)
+    assert [(t.variant, t.seed, t.cfg.SEED) for t in trials] == [
+        ("bce", 1, 1),
+        ("dice / alone", 1, 1),
+        ("bce", 2, 2),
+        ("dice / alone", 2, 2),
+    ]
+    assert len({t.folder for t in trials}) == 4
+    assert all(t.folder.parent.parent == tmp_path / "out" for t in trials)
+    assert trials[1].cfg.MODEL.ROI_MASK_HEAD.LOSSES == [["dice", 1.0]]
+    assert runner.folder_name("a b") != runner.folder_name("a/b")
+
+
+def test_variants_seeds_and_options_can_be_chosen(ablation, tmp_path):
+    opts = ["SOLVER.MAX_ITER", "7"]
+    trials = trials_of(ablation, tmp_path, variants=["bce"], seeds=[5], opts=opts)
+    assert [(t.variant, t.seed, t.cfg.SOLVER.MAX_ITER) for t in trials] == [("bce", 5, 7)]
+    with pytest.raises(ConfigError, match="--variant names 'dise', which is no variant"):
+        trials_of(ablation, tmp_path, variants=["bce", "dise"])
+    with pytest.raises(ConfigError, match="--variant lacks the baseline, 'bce'"):
+        trials_of(ablation, tmp_path, variants=["dice / alone"])
+    with pytest.raises(ConfigError, match=r"--seed \[1, 1\] are not all"):
+        trials_of(ablation, tmp_path, seeds=[1, 1])
+
+
+def test_a_variant_that_cannot_run_is_named_before_anything_runs(ablation, tmp_path):
+    content = yaml.safe_load(ablation.read_text())
+    content["VARIANTS"]["dice / alone"] = {"MODEL": {"ROI_MASK_HEAD": {"LOSSES": [["dise", 1]]}}}
+    ablation.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"variant .dice / alone.: .*no loss .dise."):
+        trials_of(ablation, tmp_path)
+    assert not list((tmp_path / "out").glob("*/seed_*"))
+
+
+def test_a_folder_of_other_settings_is_refused(ablation, tmp_path, fake_training):
+    run(trials_of(ablation, tmp_path), DEBUG)
+    with pytest.raises(ConfigError, match="was run with another config than bce, seed 1 has now"):
+        trials_of(ablation, tmp_path, opts=["SOLVER.BASE_LR", "0.1"])
+
+
+def test_the_description_says_what_differs(ablation):
+    description = describe(load_ablation(ablation, "shapes"), file="f", size="shapes", command="c")
+    assert [x["differs"] for x in description["variants"]] == [
+        {},
+        {"MODEL.ROI_MASK_HEAD.LOSSES": [["dice", 1.0]]},
+    ]
+    assert description["dataset"] == "ablated_val" and description["seeds"] == [1, 2]
+    assert json.loads(json.dumps(description)) == description
+
+
+def test_a_trial_records_its_result_and_its_cost(ablation, tmp_path, fake_training):
+    trials = trials_of(ablation, tmp_path)
+    run(trials, DEBUG)
+    record = trials[2].record()
+    assert (record["variant"], record["seed"], record["status"]) == ("bce", 2, "finished")
+    assert record["results"] == {"segm": {"AP": 42.0}}
+    assert (record["iterations"], record["seconds_per_iteration"]) == (3, 1.5)
+    assert record["num_parameters"] == 12 and record["peak_memory_mb"] > 10
+
+
+def test_a_failed_trial_stops_no_other_and_is_run_again(ablation, tmp_path, fake_training):
+    train, asked = fake_training
+    train.broken = {("dice", 1)}
+    ended = []
+    trials = trials_of(ablation, tmp_path)
+    run(trials, DEBUG, ended.append)
+    assert ended == trials
+    assert [t.is_finished for t in trials] == [True, False, True, True]
+    assert trials[1].record()["error"] == "RuntimeError: out of luck"
+    train.broken = set()
+    asked.clear()
+    run(trials_of(ablation, tmp_path), DEBUG)
+    assert asked == [("dice", 1)], "only what had failed"
+    assert all(t.is_finished for t in trials)
+
+
+def test_an_interruption_leaves_what_is_done(ablation, tmp_path, fake_training):
+    train, asked = fake_training
+    train.interrupted = {("binary_cross_entropy", 2)}
+    with pytest.raises(KeyboardInterrupt):
+        run(trials_of(ablation, tmp_path), DEBUG)
+    train.interrupted = set()
+    asked.clear()
+    run(trials_of(ablation, tmp_path), DEBUG)
+    assert asked == [("binary_cross_entropy", 2), ("dice", 2)]
+
+
+def test_a_trial_that_another_process_runs_is_waited_for(ablation, tmp_path, fake_training):
+    _, asked = fake_training
+    trial = trials_of(ablation, tmp_path)[0]
+    trial.folder.mkdir(parents=True)
+    with runner._locked(trial.folder / "lock"):
+        thread = threading.Thread(target=runner.run_trial, args=(trial,))
+        thread.start()
+        time.sleep(0.3)
+        assert asked == []
+        runner.write_record(trial, {"status": "finished"})
+    thread.join()
+    assert asked == [], "the other process had finished it"
+
+
+def test_time_left_follows_the_speed_of_the_trials(ablation, tmp_path, fake_training):
+    trials = trials_of(ablation, tmp_path)
+    run(trials[:2], DEBUG)
+    assert estimate_seconds(trials, Cluster(jobs=2)) == pytest.approx(2 * 3 * 1.5 / 2)
+
+
+def test_without_a_speed_some_steps_are_tried(ablation, tmp_path):
+    assert 0 < estimate_seconds(trials_of(ablation, tmp_path), Cluster()) < 300
+
+
+def test_slurm_gets_the_trial_with_its_limits(ablation, tmp_path):
+    trial = trials_of(ablation, tmp_path)[0]
+    cluster = Cluster("slurm", num_gpus=2, partition="long", minutes=77)
+    with mocked_slurm():
+        executor = cluster.executor(tmp_path / "logs", 0)
+        job = executor.submit(runner.TrialJob(trial, 2, 0))
+        script = next(tmp_path.rglob("*_submission.sh")).read_text()
+        assert job.job_id == "12"
+    for line in ("--partition=long", "--time=77", "--gpus-per-node=2"):
+        assert f"#SBATCH {line}\n" in script
+    requeued = runner.TrialJob(trial, 2, 0).checkpoint()
+    assert requeued.function.trial is trial, "after a preemption the same trial is run"
+
+
+def test_processes_train_and_a_lost_one_is_noted(ablation, tmp_path):
+    """The whole tool with real trainings: one variant's data vanish before it starts."""
+    content = yaml.safe_load(ablation.read_text())
+    content["SEEDS"] = [1]
+    files = content["SIZES"]["shapes"]["OVERRIDES"]["DATASETS"]["COCO_FILES"]
+    content["VARIANTS"]["dice / alone"] = {"INPUT": {"MIN_SIZE_TRAIN": [-5]}}
+    ablation.write_text(yaml.safe_dump(content))
+    assert all(runner.Path(f[1]).is_file() for f in files)
+    output = tmp_path / "out"
+    command = [sys.executable, "tools/ablate.py", "--config-file", str(ablation), "--jobs", "2"]
+    command += ["--output", str(output), "--draws", "20"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr[-3000:]
+    assert "dice / alone, seed 1 failed: " in result.stderr
+    done = output / "bce" / "seed_1"
+    names = {path.name for path in done.iterdir()}
+    assert {"config.yaml", "environment.txt", "log.txt", "metrics.json", "inference"} <= names
+    assert {"matches_segm.npz"} <= {path.name for path in (done / "inference").iterdir()}
+    assert (output / "report.html").is_file() and (output / "report.md").is_file()

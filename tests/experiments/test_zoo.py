@@ -1,0 +1,134 @@
+"""The table of the model zoo against detectron2's, and where configs and weights are found."""
+
+from __future__ import annotations
+
+import shutil
+import urllib.error
+from pathlib import Path
+
+import iopath.common.download
+import pytest
+from conftest import CHECKPOINT, CONFIGS
+from detectron2 import model_zoo
+from detectron2.model_zoo.model_zoo import _ModelZooUrls
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.experiments.zoo import ZOO_MODELS, find_config, find_weights
+
+R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
+R50_FILE, R50_ID = "model_final_f10217.pkl", "137849600"
+URLS = _ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX
+
+
+@pytest.mark.parametrize("model", ZOO_MODELS, ids=lambda x: x.config)
+def test_every_row_is_a_config_and_a_model_of_the_zoo(model):
+    assert Path(model_zoo.get_config_file(f"{model.config}.yaml")).is_file()
+    assert URLS[model.config].startswith(f"{model.model_id}/")
+    assert model.source.endswith("detectron2/blob/main/MODEL_ZOO.md")
+    assert 0 < model.inference_seconds < model.train_seconds < 1 < model.train_gigabytes
+    assert model.box_ap is None or abs(model.box_ap - model.mask_ap) < 7
+
+
+def test_the_table_has_every_mask_baseline_of_coco_and_lvis():
+    listed = {x.config for x in ZOO_MODELS}
+    folders = ("COCO-InstanceSegmentation/", "LVISv0.5-InstanceSegmentation/")
+    assert {x for x in URLS if x.startswith(folders)} <= listed
+    assert len(listed) == len(ZOO_MODELS) == 15
+
+
+def test_the_published_ap_of_r50_fpn_3x():
+    published = find_config(f"{R50}.yaml").published
+    assert (published.box_ap, published.mask_ap, published.model_id) == (41.0, 37.2, int(R50_ID))
+
+
+@pytest.mark.parametrize("name", [R50, f"{R50}.yaml"])
+def test_a_config_is_found_by_its_name_in_the_zoo(name):
+    found = find_config(name)
+    assert found.zoo_name == R50 and found.is_zoo_file and Path(found.file).is_file()
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("coco/mask_rcnn_R_50_FPN_3x.yaml", R50),
+        (
+            "lvis/v0.5_mask_rcnn_R_50_FPN_1x.yaml",
+            "LVISv0.5-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+        ),
+        ("lvis/v1_mask_rcnn_R_50_FPN_1x.yaml", None),
+        ("cityscapes/mask_rcnn_R_50_FPN.yaml", "Cityscapes/mask_rcnn_R_50_FPN"),
+        ("misc/mask_rcnn_R_50_FPN_3x_gn.yaml", "Misc/mask_rcnn_R_50_FPN_3x_gn"),
+        ("misc/mask_rcnn_R_50_FPN_1x_stock_roi_heads.yaml", None),
+        ("shapes/mask_rcnn_shapes.yaml", None),
+    ],
+)
+def test_counterparts_know_their_name_in_the_zoo(file, name):
+    found = find_config(str(CONFIGS / file))
+    assert found.zoo_name == name and not found.is_zoo_file
+
+
+def test_an_unknown_config_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=f"mask_rcnn_R_5_.*did you mean {R50}.yaml"):
+        find_config("COCO-InstanceSegmentation/mask_rcnn_R_5_FPN_3x.yaml")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        R50_FILE,
+        f"{R50_ID}/{R50_FILE}",
+        f"{R50}/{R50_ID}/{R50_FILE}",
+        f"{R50_ID}.pkl",
+        f"{R50_ID}.safetensors",
+    ],
+)
+def test_weights_in_a_folder_are_found_by_zoo_name_or_model_id(tmp_path, name):
+    (tmp_path / "137260431.pkl").touch()  # another model's
+    with pytest.raises(ConfigError, match=f"none of {R50_FILE}, .*{R50_ID}.pth"):
+        find_weights(str(tmp_path), find_config(R50))
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    assert find_weights(str(tmp_path), find_config(R50)) == path
+
+
+def test_a_file_of_weights_is_taken_as_it_is_and_a_missing_one_refused():
+    assert find_weights(str(CHECKPOINT), find_config(R50)) == CHECKPOINT
+    with pytest.raises(ConfigError, match=r"no/such.pkl does not exist"):
+        find_weights("no/such.pkl", find_config(R50))
+
+
+def test_weights_are_downloaded_once_from_the_zoos_url(tmp_path, monkeypatch):
+    urls = []
+
+    def download(url, filename, reporthook):
+        urls.append(url)
+        shutil.copy(CHECKPOINT, filename)
+        return filename, None
+
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(iopath.common.download.request, "urlretrieve", download)
+    config = find_config("COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x")
+    paths = [find_weights("zoo", config) for _ in range(2)]
+    assert urls == [model_zoo.get_checkpoint_url(f"{config.zoo_name}.yaml")]
+    assert paths[0] == paths[1] and paths[0].read_bytes() == CHECKPOINT.read_bytes()
+    assert paths[0].is_relative_to(tmp_path)
+
+
+def test_without_network_one_line_names_the_url_and_the_way_by_path(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(iopath.common.download.request, "urlretrieve", fail)
+    with pytest.raises(ConfigError) as error:
+        find_weights("zoo", find_config(R50))
+    message = str(error.value)
+    assert f"https://dl.fbaipublicfiles.com/detectron2/{R50}/{R50_ID}/{R50_FILE}" in message
+    assert "no network" in message and f"fetch {R50_FILE}" in message
+    assert "--weights PATH" in message and "\n" not in message
+
+
+def test_a_config_without_weights_in_the_zoo_says_so():
+    with pytest.raises(ConfigError, match=r"no weights for .*shapes.yaml; give --weights"):
+        find_weights("zoo", find_config(str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")))

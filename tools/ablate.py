@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Runs an ablation: trains every variant with every seed, and ends in a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from mask_head_plugin.experiments.report import write_report
+from tqdm import tqdm
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.experiments import (
+    Cluster,
+    Trial,
+    describe,
+    estimate_seconds,
+    load_ablation,
+    plan,
+    run,
+)
+
+EXAMPLES = """
+Examples:
+  What would run, and about how long it would take:
+    python tools/ablate.py --config-file configs/ablations/mask_loss.yaml \\
+        --output output/mask_loss --dry-run
+  Two trials at once on this machine, on the embedded data set; a shorter schedule for all:
+    python tools/ablate.py --config-file configs/ablations/mask_loss.yaml \\
+        --output output/mask_loss --jobs 2 SOLVER.MAX_ITER 500
+  The same on COCO, on a Slurm cluster, 8 GPUs a trial, 4 trials at once:
+    python tools/ablate.py --config-file configs/ablations/mask_loss.yaml --size coco \\
+        --output output/mask_loss_coco --cluster slurm --num-gpus 8 --partition gpu --time 2880 \\
+        --jobs 4
+
+Started again with the same --output it runs what is missing or has failed, from the last
+checkpoints; Ctrl-C, a crash or a preemption lose nothing else. On a CPU, several trials with a
+thread each are faster than one with several threads. --output then has report.md and report.html,
+and a folder for each trial with its log, metrics, events and checkpoints.
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="configs/ablations/*")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="made if missing")
+    parser.add_argument("--size", default="shapes", help="one of the file's SIZES (default shapes)")
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="NAME", help="only these; repeatable"
+    )
+    parser.add_argument(
+        "--seed", action="append", type=int, default=[], help="in place of the file's; repeatable"
+    )
+    parser.add_argument("--cluster", choices=["local", "slurm", "debug"], default="local")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at once (default 1)")
+    parser.add_argument("--num-gpus", type=int, default=0, help="of each trial (default 0: CPU)")
+    parser.add_argument("--partition", default="", help="of Slurm")
+    parser.add_argument(
+        "--time", type=int, default=24 * 60, metavar="MINUTES", help="limit of a Slurm job"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (default 1000)")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for all variants")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.jobs < 1:
+        raise ConfigError(f"--jobs {args.jobs}: at least one trial runs at once")
+    ablation = load_ablation(args.config_file, args.size, args.opts, args.variant, args.seed)
+    trials = plan(ablation, args.output)
+    threads = 0 if args.num_gpus or args.cluster == "slurm" else max(_cores() // args.jobs, 1)
+    cluster = Cluster(*(args.cluster, args.jobs, args.num_gpus, threads, args.partition, args.time))
+    metric = ablation.metric
+    if args.dry_run:
+        for trial in trials:
+            print(f"{_state(trial, metric):>12}  {trial.name}  ->  {trial.folder}")
+        left = timedelta(seconds=round(estimate_seconds(trials, cluster)))
+        print(f"{len(trials)} trials, about {left} of training left with {args.jobs} at once")
+        return 0
+    command = shlex.join(["python", *sys.argv])
+    description = describe(ablation, file=args.config_file, size=args.size, command=command)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "ablation.json").write_text(json.dumps(description, indent=1) + "\n")
+    try:
+        run(trials, cluster, lambda trial: tqdm.write(f"{trial.name}: {_state(trial, metric)}"))
+    except KeyboardInterrupt:
+        print("ablate.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    failed = [trial for trial in trials if not trial.is_finished]
+    for trial in failed:
+        print(f"ablate.py: {trial.name} failed: {trial.record().get('error')}", file=sys.stderr)
+        print(f"  see {trial.folder / 'log.txt'}", file=sys.stderr)
+    if len(failed) < len(trials):
+        write_report(args.output, args.draws)
+        print(f"report: {args.output / 'report.md'} and {args.output / 'report.html'}")
+    return 1 if failed else 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _state(trial: Trial, metric: str) -> str:
+    """Returns how a trial stands, in a few words."""
+    record = trial.record()
+    if record.get("status") == "failed":
+        return f"failed ({record['error']})"
+    if not record:
+        done = trial.iteration()
+        return f"{done} of {trial.cfg.SOLVER.MAX_ITER}" if done else "to do"
+    task, _, name = metric.partition("/")
+    value = record["results"].get(task, {}).get(name)
+    return f"{metric} {value:.2f}" if isinstance(value, float) else "finished"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse_args()))
+    except ConfigError as error:
+        print(f"ablate.py: {error}", file=sys.stderr)
+        sys.exit(2)

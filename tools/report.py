@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Writes the report of an ablation again: report.md and report.html in its folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.experiments.report import write_report
+
+EXAMPLES = """
+tools/ablate.py writes the reports itself when the trials have ended. This is for in between, with
+the trials that have finished so far, and for other settings.
+
+Examples:
+  python tools/report.py output/ablations/mask_loss
+  Quick, with coarser intervals:
+    python tools/report.py output/ablations/mask_loss --draws 200
+
+In the folder, earlier reports are replaced:
+  report.md    For a paper or a README: findings, the table with costs, the paper's figures.
+  report.html  One file that needs no network: the table to be sorted by a click, the differences
+               with their intervals, learning curves, classes, precision and recall, and the images
+               on which the variants disagree most. Needs pip install -e '.[report]'.
+
+An interval of a difference is over validation images: they are drawn anew, with replacement, the
+same for both variants. It says nothing of training anew; for that, the spread over seeds is beside
+it. Trials that are missing or have failed are listed. The images must be on this machine; without
+them the report has no pictures.
+
+Exit code: 0; 2 if the folder cannot be reported.
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "directory", type=Path, metavar="DIR", help="an ablation's folder, with ablation.json"
+    )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="how often images are drawn anew for an interval (default 1000)",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    logging.basicConfig(level=logging.WARNING, format="report.py: %(message)s")
+    logging.getLogger("mask_head_plugin").setLevel(logging.INFO)  # COCO takes minutes
+    try:
+        write_report(args.directory, args.draws)
+    except (ConfigError, OSError) as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.directory / 'report.md'}, {args.directory / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
