@@ -16,6 +16,7 @@ from .. import __version__
 from ..config import ConfigError
 from .report_data import Study, machine, read_study
 from .report_pictures import side_by_side
+from .report_plot import plot_intervals
 from .report_table import (
     Table,
     build_table,
@@ -29,14 +30,14 @@ from .report_table import (
     unfinished_table,
 )
 
-MARKDOWN_FILE, HTML_FILE = "report.md", "report.html"
+MARKDOWN_FILE, HTML_FILE, PLOT_FILE = "report.md", "report.html", "intervals.png"
 TEMPLATE = "report.html.j2"
 PACKAGES = ("jinja2", "plotly")
 PAPER_NOTE = "The paper's figures are of its own models and data; compare differences, not values."
 
 
 def write_report(directory: Path, num_draws: int = 1000) -> None:
-    """Writes report.md and report.html into an ablation's folder, over those of an earlier time.
+    """Writes report.md, its intervals.png and report.html, over those of an earlier time.
 
     Args:
         directory: has ablation.json and the trials, of which some may be missing.
@@ -48,7 +49,8 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
         OSError: if a report cannot be written.
     """
     study = read_study(directory, num_draws)
-    _write(directory / MARKDOWN_FILE, render_markdown(study))
+    picture = PLOT_FILE if plot_intervals(study, directory / PLOT_FILE) else ""
+    _write(directory / MARKDOWN_FILE, render_markdown(study, picture))
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -58,11 +60,13 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
     _write(directory / HTML_FILE, render_html(study))
 
 
-def render_markdown(study: Study) -> str:
-    """Returns report.md."""
+def render_markdown(study: Study, picture: str = "") -> str:
+    """Returns report.md, with a picture if one is named."""
     parts = [f"# {escape_markdown(_title(study))}"]
     parts.append(_list(f"{name}: {escape_markdown(text)}" for name, text in facts(study)))
     parts += ["## Findings", _list(map(escape_markdown, findings(study)))]
+    if picture:
+        parts.append(f"![Differences to the baseline with their intervals]({picture})")
     table = build_table(study)
     parts += ["## Variants", markdown(_without(table, "differs"))]
     parts.append(_list(f"{c.label}: {escape_markdown(c.meaning)}" for c in _explained(table)))

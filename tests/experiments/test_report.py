@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -372,3 +373,17 @@ def test_a_browser_sorts_the_table_and_has_no_complaints(made, tmp_path):
     wrong.write_text(page.replace("</body>", '<img src="https://example.org/x.png"></body>'))
     order, complaints = browse(wrong, "#sort=AP", tmp_path / "2")
     assert order == rising and "Content Security Policy" in complaints
+
+
+def test_the_interval_picture_is_there_where_there_are_intervals(made, copied):
+    assert "![Differences to the baseline with their intervals](intervals.png)" in (
+        (made[0] / "report.md").read_text()
+    )
+    picture = cv2.imread(str(made[0] / "intervals.png"))
+    assert picture.shape[1] == 8 * 120 and picture.std() > 10
+    for path in copied.rglob("matches_*.npz"):
+        path.unlink()
+    (copied / "intervals.png").unlink()
+    report.write_report(copied, NUM_DRAWS)
+    assert "intervals.png" not in (copied / "report.md").read_text()
+    assert not (copied / "intervals.png").exists()
