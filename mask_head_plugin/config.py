@@ -160,6 +160,8 @@ def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
         raise ConfigError(f"options are pairs 'KEY VALUE', but {opts[-1]!r} has no partner")
     keys = set(_keys(cfg))
     for key, value in zip(opts[::2], opts[1::2], strict=True):
+        if key.startswith("--"):
+            raise ConfigError(f"{key} stands behind KEY VALUE pairs; flags go before them")
         if key in set(_sections(cfg)):
             raise ConfigError(f"option {key} is a section; set one of its keys")
         if key not in keys:

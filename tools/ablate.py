@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
 
-from mask_head_plugin.experiments.report import write_report
+import torch
 from tqdm import tqdm
 
 from mask_head_plugin import ConfigError
@@ -23,7 +22,10 @@ from mask_head_plugin.experiments import (
     load_ablation,
     plan,
     run,
+    sole_user,
+    write_description,
 )
+from mask_head_plugin.experiments.report import write_report
 
 EXAMPLES = """
 Examples:
@@ -74,6 +76,13 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     if args.jobs < 1:
         raise ConfigError(f"--jobs {args.jobs}: at least one trial runs at once")
+    if args.draws < 2:
+        raise ConfigError(f"--draws {args.draws}: an interval needs two at least")
+    gpus = torch.cuda.device_count()
+    if args.num_gpus < 0 or (args.cluster != "slurm" and args.num_gpus * args.jobs > gpus):
+        raise ConfigError(
+            f"--num-gpus {args.num_gpus} for --jobs {args.jobs} at once: there are {gpus}"
+        )
     ablation = load_ablation(args.config_file, args.size, args.opts, args.variant, args.seed)
     trials = plan(ablation, args.output)
     threads = 0 if args.num_gpus or args.cluster == "slurm" else max(_cores() // args.jobs, 1)
@@ -87,13 +96,13 @@ def main(args: argparse.Namespace) -> int:
         return 0
     command = shlex.join(["python", *sys.argv])
     description = describe(ablation, file=args.config_file, size=args.size, command=command)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "ablation.json").write_text(json.dumps(description, indent=1) + "\n")
-    try:
-        run(trials, cluster, lambda trial: tqdm.write(f"{trial.name}: {_state(trial, metric)}"))
-    except KeyboardInterrupt:
-        print("ablate.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    with sole_user(args.output):
+        write_description(args.output, description)
+        try:
+            run(trials, cluster, lambda t: tqdm.write(f"{t.name}: {_state(t, metric)}"))
+        except KeyboardInterrupt:
+            print("ablate.py: stopped; the same command goes on from here", file=sys.stderr)
+            return 130
     failed = [trial for trial in trials if not trial.is_finished]
     for trial in failed:
         print(f"ablate.py: {trial.name} failed: {trial.record().get('error')}", file=sys.stderr)
@@ -112,12 +121,12 @@ def _state(trial: Trial, metric: str) -> str:
     """Returns how a trial stands, in a few words."""
     record = trial.record()
     if record.get("status") == "failed":
-        return f"failed ({record['error']})"
+        return f"failed ({record.get('error')})"
     if not record:
         done = trial.iteration()
         return f"{done} of {trial.cfg.SOLVER.MAX_ITER}" if done else "to do"
     task, _, name = metric.partition("/")
-    value = record["results"].get(task, {}).get(name)
+    value = record.get("results", {}).get(task, {}).get(name)
     return f"{metric} {value:.2f}" if isinstance(value, float) else "finished"
 
 

@@ -1,7 +1,16 @@
 """Ablations: files that name variants of a config, and their trials."""
 
 from .ablation import Ablation, load_ablation
-from .runner import Cluster, Trial, describe, estimate_seconds, plan, run
+from .runner import (
+    Cluster,
+    Trial,
+    describe,
+    estimate_seconds,
+    plan,
+    run,
+    sole_user,
+    write_description,
+)
 
 __all__ = [
     "Ablation",
@@ -12,4 +21,6 @@ __all__ = [
     "load_ablation",
     "plan",
     "run",
+    "sole_user",
+    "write_description",
 ]

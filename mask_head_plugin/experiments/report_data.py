@@ -71,19 +71,19 @@ class Trial:
     def result(self, key: str) -> float:
         """Returns a metric such as ``segm/AP`` in percent, nan if there is none."""
         task, _, metric = key.partition("/")
-        value = ((self.record.get("results") or {}).get(task) or {}).get(metric)
-        return math.nan if value is None else float(value)
+        return _number(((self.record.get("results") or {}).get(task) or {}).get(metric))
 
     def cost(self, key: str) -> float:
         """Returns a number of trial.json, nan if there is none."""
-        value = self.record.get(key)
-        return math.nan if value is None else float(value)
+        return _number(self.record.get(key))
 
     def log(self) -> list[dict[str, Any]]:
         """Returns what detectron2 logged at iterations, in their order."""
         rows: dict[int, dict[str, Any]] = {}
         for row in read_json_lines(self.folder / "metrics.json"):
-            if "iteration" in row:  # of iterations that a resumed training did twice the last
+            if isinstance(
+                row.get("iteration"), int
+            ):  # of iterations that a resumed training did twice the last
                 rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
         return [rows[iteration] for iteration in sorted(rows)]
 
@@ -257,7 +257,7 @@ def _variants(directory: Path, description: dict[str, Any]) -> Iterable[Variant]
         trials = []
         for seed in description["seeds"]:
             folder = directory / entry["folder"] / f"seed_{seed}"
-            record = _read_object(folder / TRIAL_FILE)
+            record = read_object(folder / TRIAL_FILE)
             trials.append(Trial(name, seed, folder, description["dataset"], record))
         paper = (description.get("paper") or {}).get(name, {})
         yield Variant(name, entry.get("differs") or {}, tuple(trials), paper)
@@ -267,11 +267,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the objects of a file of JSON lines, without a last line that is half written."""
     rows = []
     with contextlib.suppress(OSError):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
                 rows += [row] if isinstance(row, dict) else []
     return rows
+
+
+def _number(value: Any) -> float:
+    """Returns a number of a JSON file, nan if it is none."""
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def mean(values: Iterable[float]) -> float:
@@ -290,7 +295,7 @@ def machine(trial: Trial) -> str:
     return f"{device} ({gpu[1]})" if gpu and "cuda" in device else device
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Returns a JSON object, ``{}`` where there is none or only half of it."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -278,6 +278,8 @@ def _with_difference(study: Study, variant: Variant) -> str:
 def _detectable_range(study: Study) -> str:
     limits = [c.detectable for v in study.variants if (c := study.comparison(v))]
     limits = [x for x in limits if math.isfinite(x)] or [math.nan]
+    if max(limits) == 0:
+        return "No draw of images makes a difference: with nothing found, nothing can be compared."
     low, high = number(min(limits)), number(max(limits))
     extent = low if low == high else f"{low} to {high} (depending on the variant)"
     return (

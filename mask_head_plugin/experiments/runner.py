@@ -43,9 +43,10 @@ from ..config import ConfigError, flatten
 from ..data import check_datasets, register_coco_files
 from ..engine import Trainer, check_config
 from .ablation import Ablation
-from .report_data import read_json_lines
+from .report_data import read_json_lines, read_object
 
 FINISHED, FAILED = "finished", "failed"
+HASH_FILE = "config_hash.txt"
 POLL_SECONDS = 1.0
 ESTIMATE_ITERATIONS = 8
 """Steps that a dry run takes where no trial has run yet; the first half warms up."""
@@ -75,9 +76,14 @@ class Trial:
 
     def record(self) -> dict[str, Any]:
         """Returns what trial.json says, ``{}`` if the trial has not ended yet."""
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            return dict(json.loads((self.folder / "trial.json").read_text()))
-        return {}
+        return read_object(self.folder / "trial.json")
+
+    @property
+    def known_hash(self) -> str:
+        """The hash of the config that the folder's training was started with, if any was."""
+        with contextlib.suppress(OSError):
+            return (self.folder / HASH_FILE).read_text().strip()
+        return ""
 
     @property
     def is_finished(self) -> bool:
@@ -89,7 +95,8 @@ class Trial:
         if self.is_finished:
             return total
         rows = read_json_lines(self.folder / "metrics.json")
-        done = max((int(x["iteration"]) + 1 for x in rows if "iteration" in x), default=0)
+        iterations = [x["iteration"] for x in rows if isinstance(x.get("iteration"), int)]
+        done = max(iterations, default=-1) + 1
         return min(done, total)  # an evaluation that is repeated counts on
 
 
@@ -115,13 +122,16 @@ def plan(ablation: Ablation, output: Path) -> list[Trial]:
             register_coco_files(cfg)
             check_datasets(cfg)
     for trial in trials:
-        known = trial.record().get("config_hash")
-        if known not in (None, config_hash(trial.cfg)):
-            raise ConfigError(
-                f"{trial.folder} was run with another config than {trial.name} has now: choose "
-                "another --output, or delete that folder"
-            )
+        _check_hash(trial)
     return trials
+
+
+def _check_hash(trial: Trial) -> None:
+    if trial.known_hash not in ("", config_hash(trial.cfg)):
+        raise ConfigError(
+            f"{trial.folder} was run with another config than {trial.name} has now: choose "
+            "another --output, or delete that folder"
+        )
 
 
 def folder_name(variant: str) -> str:
@@ -138,6 +148,29 @@ def config_hash(cfg: CfgNode) -> str:
     cfg.defrost()
     cfg.OUTPUT_DIR = ""
     return hashlib.blake2b(cfg.dump().encode(), digest_size=12).hexdigest()
+
+
+def write_description(output: Path, description: dict[str, Any]) -> None:
+    """Writes ablation.json; variants and seeds that it had stay.
+
+    Raises:
+        ConfigError: if the folder is of another ablation, size or baseline.
+    """
+    path = output / "ablation.json"
+    known = read_object(path)
+    for key in ("file", "size", "baseline") if known else ():
+        if known.get(key) != description[key]:
+            raise ConfigError(
+                f"{path} is of the {key} {known.get(key)!r}, not {description[key]!r}: choose "
+                "another --output"
+            )
+    named = {x["name"]: x for x in [*known.get("variants", []), *description["variants"]]}
+    seeds = {*known.get("seeds", []), *description["seeds"]}
+    merged = {**description, "variants": list(named.values()), "seeds": sorted(seeds)}
+    merged["paper"] = {**known.get("paper", {}), **description["paper"]}
+    partial = output / "ablation.json.partial"
+    partial.write_text(json.dumps(merged, indent=1) + "\n")
+    partial.replace(path)
 
 
 def describe(ablation: Ablation, *, file: str, size: str, command: str) -> dict[str, Any]:
@@ -236,8 +269,11 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
     with _locked(trial.folder / "lock"):
         if trial.is_finished:
             return
+        (trial.folder / "trial.json").unlink(missing_ok=True)  # of an earlier failure
         start = time.monotonic()
         try:
+            _check_hash(trial)
+            (trial.folder / HASH_FILE).write_text(config_hash(trial.cfg) + "\n")
             launch(_train, max(num_gpus, 1), dist_url="auto", args=(trial.cfg,))
             record = _measure(trial)
         except Exception as error:  # of any kind: the other trials go on
@@ -286,7 +322,6 @@ def run(
                 free = [slot for slot in range(cluster.jobs) if slot not in running]
                 for slot, trial in zip(free, waiting[: len(free)], strict=False):
                     waiting.remove(trial)
-                    (trial.folder / "trial.json").unlink(missing_ok=True)  # of an earlier failure
                     job = TrialJob(trial, cluster.num_gpus, cluster.threads)
                     if cluster.kind == "debug":
                         job()
@@ -320,8 +355,9 @@ def estimate_seconds(trials: Sequence[Trial], cluster: Cluster) -> float:
 
 def seconds_per_iteration(folder: Path) -> float | None:
     """Returns the median of what a training logged, None if it has logged nothing."""
-    times = [float(x["time"]) for x in read_json_lines(folder / "metrics.json") if "time" in x]
-    return statistics.median(times) if times else None
+    times = [x.get("time") for x in read_json_lines(folder / "metrics.json")]
+    known = [x for x in times if isinstance(x, float)]
+    return statistics.median(known) if known else None
 
 
 def _train(cfg: CfgNode) -> None:
@@ -382,7 +418,7 @@ def commit() -> str | None:
 
 def _note_lost_job(trial: Trial, job: submitit.Job[None]) -> None:
     """Writes trial.json for a process that ended without doing so, e.g. killed for its memory."""
-    if trial.record():
+    if trial.is_finished or trial.record().get("status") == FAILED:
         return
     lines = [line.strip() for line in (job.stderr() or "").splitlines() if line.strip()]
     error = lines[-1] if lines else "the process was killed"
@@ -407,10 +443,25 @@ def _try_speed(trial: Trial) -> float:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def sole_user(output: Path) -> Iterator[None]:
+    """Keeps other commands away from an ablation's folder, which is made if missing.
+
+    Raises:
+        ConfigError: if another one is at it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(output / "lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
+            yield
+    except BlockingIOError as error:
+        raise ConfigError(f"another command is running trials in {output}") from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Holds a lock that the system releases when the process ends, however it ends."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, how)
         yield
 
 

@@ -138,6 +138,8 @@ def find_weights(weights: str, config: ModelConfig) -> Path:
     """
     if weights == ZOO_WEIGHTS:
         return download_weights(config)
+    if not weights:
+        raise ConfigError("--weights is empty; give a file, or zoo to download")
     path = Path(weights)
     if path.is_dir():
         return _weights_in_folder(path, config)

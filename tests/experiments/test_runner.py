@@ -23,6 +23,8 @@ from mask_head_plugin.experiments import (
     plan,
     run,
     runner,
+    sole_user,
+    write_description,
 )
 
 DICE = {"MODEL": {"ROI_MASK_HEAD": {"LOSSES": [["dice", 1.0]]}}}
@@ -134,6 +136,48 @@ def test_a_folder_of_other_settings_is_refused(ablation, tmp_path, fake_training
     run(trials_of(ablation, tmp_path), DEBUG)
     with pytest.raises(ConfigError, match="was run with another config than bce, seed 1 has now"):
         trials_of(ablation, tmp_path, opts=["SOLVER.BASE_LR", "0.1"])
+
+
+def test_an_interrupted_trial_is_not_taken_up_with_other_settings(
+    ablation, tmp_path, fake_training
+):
+    train, _ = fake_training
+    train.interrupted = {("binary_cross_entropy", 1)}
+    with pytest.raises(KeyboardInterrupt):
+        run(trials_of(ablation, tmp_path), DEBUG)
+    with pytest.raises(ConfigError, match="was run with another config than bce, seed 1 has now"):
+        trials_of(ablation, tmp_path, opts=["SOLVER.BASE_LR", "0.1"])
+
+
+def test_one_command_at_a_time(tmp_path):
+    first, second, third = (sole_user(tmp_path / "new") for _ in range(3))
+    with first, pytest.raises(ConfigError, match="another command is"):
+        second.__enter__()
+    with third:
+        pass
+
+
+def test_descriptions_of_one_ablation_are_merged_and_others_refused(ablation, tmp_path):
+    def described(**kwargs):
+        chosen = load_ablation(ablation, "shapes", **kwargs)
+        return describe(chosen, file="f", size="shapes", command="c")
+
+    write_description(tmp_path, described(variants=["bce"], seeds=[3]))
+    write_description(tmp_path, described(seeds=[1]))
+    merged = json.loads((tmp_path / "ablation.json").read_text())
+    assert [x["name"] for x in merged["variants"]] == ["bce", "dice / alone"]
+    assert merged["seeds"] == [1, 3]
+    with pytest.raises(ConfigError, match="is of the file 'f', not 'g': choose another --output"):
+        write_description(tmp_path, {**described(), "file": "g"})
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"status": "failed"}', "\udcff"])
+def test_damaged_records_count_as_trials_to_run(text, ablation, tmp_path):
+    trial = trials_of(ablation, tmp_path)[0]
+    trial.folder.mkdir(parents=True)
+    for name in ("trial.json", "metrics.json"):
+        (trial.folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert not trial.is_finished and trial.iteration() == 0
 
 
 def test_the_description_says_what_differs(ablation):
