@@ -39,7 +39,7 @@ $(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py
 	@touch $@
 
 own-environment:
-	@$(PYTHON) -c "import cv2, faster_coco_eval, fvcore, pycocotools, safetensors, torchvision, tqdm, yaml" || \
+	@$(PYTHON) -c "import cv2, faster_coco_eval, fvcore, pycocotools, safetensors, submitit, tabulate, torchvision, tqdm, yaml" || \
 		{ echo "First: $(PYTHON) -m pip install -r requirements.txt" >&2; exit 1; }
 	@$(PYTHON) tools/install_detectron2.py --check || \
 		{ echo "To install detectron2: $(PYTHON) tools/install_detectron2.py" >&2; exit 1; }
