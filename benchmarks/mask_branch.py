@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from measure import machine, median_times, peak_megabytes
+from measure import machine, median_times, peak_megabytes, write_results
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from tqdm import tqdm
@@ -252,11 +251,7 @@ def main() -> None:
         "amp": args.amp,
         "rows": rows,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
-    picture = args.output.with_suffix(".png")
-    plot(rows, picture)
-    print(f"written to {args.output} and {picture}")
+    write_results(results, args.output, plot)
 
 
 if __name__ == "__main__":

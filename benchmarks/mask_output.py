@@ -32,7 +32,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.layers import paste_masks_in_image
-from measure import machine, median_times, peak_resident_megabytes
+from measure import machine, median_times, peak_resident_megabytes, write_results
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from tqdm import tqdm
@@ -233,11 +233,7 @@ def main() -> None:
                 f"{row['ours_ms']:>12}{row['ours_mb']:>10}{row.get('time_ratio', '-'):>8}"
             )
     results = {**machine("cpu"), "repeats": args.repeats, "threads": args.threads, "rows": rows}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
-    picture = args.output.with_suffix(".png")
-    plot(rows, picture)
-    print(f"written to {args.output} and {picture}")
+    write_results(results, args.output, plot)
 
 
 if __name__ == "__main__":

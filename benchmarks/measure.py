@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import json
 import os
 import platform
 import statistics
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import detectron2
 import torch
@@ -90,3 +92,14 @@ def machine(device: str) -> dict[str, object]:
         "torchvision": torchvision.__version__,
         "detectron2": detectron2.__version__,
     }
+
+
+def write_results(
+    results: dict[str, Any], path: Path, plot: Callable[[list[dict[str, Any]], Path], None]
+) -> None:
+    """Writes results as JSON and, by ``plot``, their ``rows`` as a picture beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    picture = path.with_suffix(".png")
+    plot(results["rows"], picture)
+    print(f"written to {path} and {picture}")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 import torchvision
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from measure import machine, median_times, peak_megabytes
+from measure import machine, median_times, peak_megabytes, write_results
 from torch import Tensor
 from tqdm import tqdm
 
@@ -215,11 +214,7 @@ def main() -> None:
             rows.append(row)
             tqdm.write(line(row))
     results = {**machine(args.device), "repeats": args.repeats, "rows": rows}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
-    picture = args.output.with_suffix(".png")
-    plot(rows, picture)
-    print(f"written to {args.output} and {picture}")
+    write_results(results, args.output, plot)
 
 
 if __name__ == "__main__":

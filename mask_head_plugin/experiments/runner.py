@@ -258,7 +258,7 @@ class TrialJob(submitit.helpers.Checkpointable):
 def run_trial(trial: Trial, num_gpus: int = 0) -> None:
     """Trains and evaluates a trial, from its last checkpoint if it has one.
 
-    Leaves trial.json: variant, seed, status ("finished" or "failed"), error, config_hash,
+    Leaves trial.json: variant, seed, status ("finished" or "failed"), error,
     iterations, seconds (of this run), seconds_per_iteration (median), peak_memory_mb (on CUDA what
     PyTorch allocates, otherwise the process's), num_parameters, results (by task, in percent),
     device, versions, commit, finished_at. An error is written there and not raised.
@@ -288,7 +288,6 @@ def write_record(trial: Trial, record: dict[str, Any]) -> None:
     content = {
         "variant": trial.variant,
         "seed": trial.seed,
-        "config_hash": config_hash(trial.cfg),
         "finished_at": time.strftime("%Y-%m-%d %H:%M:%S"),
         **record,
     }

@@ -65,7 +65,7 @@ def slow_boundary(mask):
 class SlowBoundaryEval(COCOeval):
     """pycocotools with IoUs from the definition of boundary AP (arXiv 2103.16562 section 5)."""
 
-    def computeIoU(self, imgId, catId):  # noqa: N802, N803
+    def computeIoU(self, imgId, catId):  # noqa: N802, N803  # as in pycocotools
         ious = super().computeIoU(imgId, catId)
         if len(ious) == 0:
             return ious

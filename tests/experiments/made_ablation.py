@@ -92,7 +92,6 @@ def write_trial(
         "seed": seed,
         "status": "finished",
         "error": None,
-        "config_hash": "0",
         "iterations": NUM_ITERATIONS,
         "seconds": 60.0,
         "seconds_per_iteration": 0.1 + 0.01 * seed,
