@@ -58,6 +58,13 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     scoring.CONV_DIM = 256  # channels of its four convolutions
     scoring.FC_DIM = 1024  # units of its two hidden linear layers
 
+    # Of model_<iteration>.pth keep only the newest so many; 0 keeps all.
+    cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
+
+    # A metric of the evaluation, such as "segm/AP": the weights of the best one are kept as
+    # model_best.pth. "" keeps none.
+    cfg.SOLVER.CHECKPOINT_BEST_METRIC = ""
+
     # Above 0: evaluation adds the metrics of semantic segmentation, of maps made from detections
     # with at least this score (see evaluation/semantic.py). 0 leaves them out.
     cfg.TEST.SEMANTIC_THRESHOLD = 0.0

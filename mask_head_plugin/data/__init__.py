@@ -2,7 +2,15 @@
 
 from .coco_files import check_datasets, register_coco_files
 from .shapes import register_shapes
+from .train_loader import NamedErrors, TrainLoader, seed_generators
 
 register_shapes()
 
-__all__ = ["check_datasets", "register_coco_files", "register_shapes"]
+__all__ = [
+    "NamedErrors",
+    "TrainLoader",
+    "check_datasets",
+    "register_coco_files",
+    "register_shapes",
+    "seed_generators",
+]

@@ -1,18 +1,37 @@
-"""Checkpoints: detectron2's formats, and safetensors. No file gets to run code."""
+"""Checkpoints that survive a kill, a full disk and a damaged file; weights in all formats.
+
+A checkpoint ``model_0000999.pth`` appears under its name only when it is whole and on the disk, and
+``model_0000999.pth.sha256`` beside it holds its checksum, in the format of ``sha256sum --check``.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
 import pickle
 import re
+import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LAST_CHECKPOINT = "last_checkpoint"
+"""Names the file to resume from, as in detectron2."""
+
+BEST_CHECKPOINT = "model_best"
+"""Without extension. Holds weights alone, so no run resumes from it."""
 
 ARRAY_FUNCTIONS = ("_reconstruct", "scalar")
 # What the pickles of the model zoo name besides plain containers: NumPy arrays and their parts.
@@ -58,7 +77,57 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
 
     Torch files are read with ``weights_only=True``, whatever torch's default is; pickles may hold
     arrays only, as those of the model zoo do.
+
+    Checkpoints are written beside their name and renamed, so a kill or a full disk leaves the old
+    ones as they are; a run is resumed from the newest one that is intact.
     """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Saves the model, all checkpointables and ``kwargs`` as ``{name}.pth``.
+
+        Raises:
+            ConfigError: if the disk is full or not writable; older checkpoints are as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: each.state_dict() for key, each in self.checkpointables.items()}
+        self._write(f"{name}.pth", {"model": self.model.state_dict(), **states, **kwargs})
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, **kwargs: Any) -> None:
+        """Saves the model and ``kwargs`` only; no run resumes from that file."""
+        if self.save_dir and self.save_to_disk:
+            self._write(f"{name}.pth", {"model": self.model.state_dict(), **kwargs})
+
+    def _write(self, basename: str, data: dict[str, Any]) -> None:
+        path = Path(self.save_dir) / basename
+        logger.info("saving checkpoint %s", path)
+        write_checkpoint(path, data)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        path = Path(self.save_dir) / LAST_CHECKPOINT
+        write_durably(path, lambda file: file.write(last_filename_basename.encode()))
+
+    def has_checkpoint(self) -> bool:
+        """Returns whether there is a checkpoint to resume from, intact or not."""
+        return bool(checkpoint_files(Path(self.save_dir)))
+
+    def get_checkpoint_file(self) -> str:
+        """Returns the newest intact checkpoint; all processes are given the main one's answer.
+
+        Raises:
+            ConfigError: if there are checkpoints but none is intact; each is named with its damage.
+        """
+        newest, told = "", ""
+        if comm.is_main_process():
+            try:
+                newest = str(newest_intact(Path(self.save_dir)))
+            except ConfigError as error:
+                told = str(error)
+        newest, told = comm.all_gather((newest, told))[0]
+        if told:
+            raise ConfigError(told)
+        return newest
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".safetensors"):
@@ -81,6 +150,192 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             named = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it names {named[1]}, which weights do not need" if named else "it is corrupt"
             raise ConfigError(f"{filename} was not loaded: {reason}") from error
+
+
+def write_checkpoint(path: Path, data: dict[str, Any]) -> None:
+    """Writes a torch file and its checksum, so that the name never stands for half a file.
+
+    Raises:
+        ConfigError: if it cannot be written. What was there before is still there.
+    """
+    checksum = path.with_name(f"{path.name}.sha256")
+    digests: list[str] = []
+
+    def save(file: IO[bytes]) -> None:
+        hashing = _HashingFile(file)
+        try:
+            torch.save(data, cast(IO[bytes], hashing))
+        except RuntimeError as error:  # torch's writer hides what went wrong behind its own
+            raise hashing.error or error from error
+        digests.append(hashing.digest.hexdigest())
+
+    # Between the two renames there is no checksum, rather than that of another file.
+    write_durably(path, save, before_rename=lambda: checksum.unlink(missing_ok=True))
+    write_durably(checksum, lambda file: file.write(f"{digests[0]}  {path.name}\n".encode()))
+
+
+class _HashingFile:
+    """A file that hashes what is written, and keeps the error of a write that fails."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write_durably(
+    path: Path,
+    write: Callable[[IO[bytes]], object],
+    before_rename: Callable[[], object] = lambda: None,
+) -> None:
+    """Writes a file beside its name, brings it onto the disk and renames it.
+
+    Args:
+        path: the file; its folder exists.
+        write: is given a binary file.
+        before_rename: called when the new file is whole.
+
+    Raises:
+        ConfigError: if it cannot be written; nothing has changed then.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        before_rename()
+        unfinished.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name, too
+        finally:
+            os.close(folder)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise ConfigError(
+            f"{path} was not written: {error.strerror or error} ({free / 1e6:.0f} MB are free). "
+            "Older checkpoints are untouched: make room, then go on with --resume"
+        ) from error
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Returns the checkpoints that a run can resume from, the first choice first.
+
+    That is the one that ``last_checkpoint`` names, but for what was written after that; then the
+    others from new to old.
+    """
+    files = [path for path in folder.glob("model_*.pth") if path.stem != BEST_CHECKPOINT]
+    tag = folder / LAST_CHECKPOINT
+    tagged = tag.read_bytes().strip().decode(errors="replace") if tag.is_file() else ""
+    tag_time = tag.stat().st_mtime_ns if tag.is_file() else 0
+
+    def rank(path: Path) -> tuple[bool, bool, int, str]:
+        time = path.stat().st_mtime_ns
+        return time > tag_time, path.name == tagged, time, path.name
+
+    return sorted(files, key=rank, reverse=True)
+
+
+def newest_intact(folder: Path) -> Path:
+    """Returns the first of the checkpoint_files that is intact; the damage of others is logged.
+
+    Raises:
+        ConfigError: if none is; all are named with their damage.
+    """
+    damages: list[str] = []
+    for path in checkpoint_files(folder):
+        damage = find_damage(path)
+        if not damage:
+            if damages:
+                logger.warning("resuming from the older %s: %s", path, "; ".join(damages))
+            return path
+        damages.append(f"{path.name} {damage}")
+    raise ConfigError(
+        f"no checkpoint in {folder} can be resumed from: {'; '.join(damages)}. Start without "
+        "--resume, or put an intact checkpoint there"
+    )
+
+
+def find_damage(path: Path) -> str:
+    """Returns what is wrong with a checkpoint file, in words, or "" if it is intact.
+
+    A file without a checksum beside it, as detectron2 writes it, is judged by the checksums inside
+    it.
+    """
+    if path.stat().st_size == 0:
+        return "is empty"
+    checksum = path.with_name(f"{path.name}.sha256")
+    if checksum.is_file():
+        if _sha256(path) != checksum.read_bytes().partition(b" ")[0].decode(errors="replace"):
+            return f"is not the file of which {checksum.name} is the checksum"
+        return ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError) as error:
+        return f"is truncated or no checkpoint ({error})"
+    return f"has a damaged part ({damaged})" if damaged else ""
+
+
+def set_aside_earlier_run(folder: Path) -> None:
+    """Moves the checkpoints and metrics of an earlier run to ``earlier_run_<n>`` in the folder.
+
+    Else a run that starts anew could later be resumed from a checkpoint that is not its own.
+    """
+    moved = [
+        *folder.glob("model_*.pth*"),
+        *folder.glob("events.out.tfevents.*"),
+        *(folder / name for name in (LAST_CHECKPOINT, f"{BEST_CHECKPOINT}.json")),
+    ]
+    metrics = folder / "metrics.json"
+    if not any(path.suffix == ".pth" for path in moved) and not (
+        metrics.is_file() and metrics.stat().st_size
+    ):
+        return
+    number = 1
+    while (folder / f"earlier_run_{number}").exists():
+        number += 1
+    aside = folder / f"earlier_run_{number}"
+    aside.mkdir()
+    for path in moved:
+        if path.is_file():
+            path.rename(aside / path.name)
+    if metrics.is_file():
+        shutil.copy2(metrics, aside)  # not moved: the writer has it open, and empties it
+    logger.warning(
+        "%s held an earlier run, and this one starts anew (--resume would have gone on): the "
+        "earlier checkpoints and metrics are now in %s",
+        *(folder, aside),
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Removes all but the ``keep`` newest ``model_<iteration>.pth``, with their checksums."""
+    files = [path for path in folder.glob("model_*.pth") if re.fullmatch(r"model_\d+", path.stem)]
+    for path in sorted(files, key=lambda path: int(path.stem.partition("_")[2]))[:-keep]:
+        path.unlink()
+        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
 
 
 def export_safetensors(checkpoint: Path, output: Path, *, half: bool = False) -> None:

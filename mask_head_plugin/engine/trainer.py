@@ -6,13 +6,27 @@ import functools
 import logging
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer, hooks
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    hooks,
+)
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -26,32 +40,179 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
+from fvcore.nn.precise_bn import get_bn_modules
+from torch.utils.data import DataLoader
 
+from ..config import ConfigError
+from ..data import NamedErrors, TrainLoader
 from ..evaluation import COCO_MAX_DETECTIONS, MaskEvaluator, write_contact_sheet
-from .checkpoint import MaskHeadCheckpointer
+from .checkpoint import MaskHeadCheckpointer, set_aside_earlier_run
 from .evaluation import evaluate_dataset
+from .guards import StepGuard
+from .hooks import (
+    BestCheckpointer,
+    JSONWriter,
+    PeriodicCheckpointer,
+    PreciseBN,
+    Resume,
+    StepSeed,
+    TensorboardXWriter,
+    scalar_state,
+)
+
+logger = logging.getLogger(__name__)
 
 Results = OrderedDict[str, Any]
 
 
 class Trainer(DefaultTrainer):
-    """DefaultTrainer for every data set that detectron2 registers or DATASETS.COCO_FILES names."""
+    """DefaultTrainer for every data set that detectron2 registers or DATASETS.COCO_FILES names.
 
-    def build_hooks(self) -> list[hooks.HookBase]:
-        # DefaultTrainer has just made its checkpointer and its hooks are about to keep it.
-        self.checkpointer = MaskHeadCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+    A run that was interrupted, at whatever moment, and resumed with the same config and number of
+    processes ends with the weights of one that was not; on the CPU bit by bit.
+
+    Attributes:
+        seed: of all that is random after the first weights: SEED, or drawn if that is negative. A
+            resumed run has that of its checkpoint.
+        restored_scalars: what a checkpoint holds of the logged scalars, see hooks.scalar_state.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: its schedule is scaled to the number of processes if SOLVER.REFERENCE_WORLD_SIZE
+                is set.
+        """
+        TrainerBase.__init__(self)  # DefaultTrainer's own cannot train on several CPU processes
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.restored_scalars: dict[str, dict[str, Any]] = {}
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        devices = None if on_cpu or comm.get_world_size() == 1 else [comm.get_local_rank()]
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
+        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(
+            model, loader, optimizer
         )
-        result = super().build_hooks()
-        if self.cfg.TEST.AUG.ENABLED:
-            # Right behind the evaluation on every rank: before the writers, which one rank has.
-            position = [type(hook) for hook in result].index(hooks.EvalHook) + 1
-            evaluate = functools.partial(self.test_with_tta, self.cfg, self.model)
-            result.insert(position, hooks.EvalHook(0, evaluate))
+        self._guard = StepGuard(model, cfg)
+        self._trainer.register_hooks([self._guard])
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = MaskHeadCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase]:
+        """Returns DefaultTrainer's hooks and those that make a run repeatable and resumable."""
+        cfg = self.cfg
+        before: list[HookBase] = [StepSeed(), hooks.IterationTimer(), hooks.LRScheduler()]
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+            alone = cfg.clone()
+            alone.defrost()
+            alone.DATALOADER.NUM_WORKERS = 0
+            loader = self.build_train_loader(alone)  # of its own: training's goes on untouched
+            num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
+            before.append(PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter))
+        evaluate = functools.partial(self._evaluate, self.test)
+        behind: list[HookBase] = [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
+        if cfg.TEST.AUG.ENABLED:
+            evaluate_tta = functools.partial(self._evaluate, self.test_with_tta)
+            behind.append(hooks.EvalHook(0, evaluate_tta))
+        writers = []
         if comm.is_main_process():
+            solver = cfg.SOLVER
+            before.append(
+                PeriodicCheckpointer(
+                    self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP_LAST
+                )
+            )
+            if solver.CHECKPOINT_BEST_METRIC:
+                behind.append(BestCheckpointer(self.checkpointer, solver.CHECKPOINT_BEST_METRIC))
+            writers = self.build_writers()
+            behind.append(hooks.PeriodicWriter(writers, period=20))
             # Behind the writers: what goes wrong here loses no metrics.
-            result.append(hooks.CallbackHook(after_train=_draw_contact_sheets))
-        return result
+            behind.append(hooks.CallbackHook(after_train=_draw_contact_sheets))
+        return [*before, *behind, Resume(behind, writers)]
+
+    def _evaluate(self, evaluate: Callable[[CfgNode, torch.nn.Module], Results]) -> Results:
+        self._last_eval_results = evaluate(self.cfg, self.model)
+        return self._last_eval_results
+
+    def build_writers(self) -> list[EventWriter]:
+        """Returns writers to the terminal, ``metrics.json`` and TensorBoard."""
+        folder = Path(self.cfg.OUTPUT_DIR)
+        return [
+            CommonMetricPrinter(self.max_iter),
+            JSONWriter(folder / "metrics.json"),
+            TensorboardXWriter(str(folder)),
+        ]
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """Returns the loader of training batches; override it for another mapper."""
+        return TrainLoader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader[Any]:
+        """Returns detectron2's loader, whose errors name the image."""
+        mapper = NamedErrors(DatasetMapper(cfg, False))
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Loads the newest intact checkpoint of OUTPUT_DIR, or else MODEL.WEIGHTS.
+
+        Args:
+            resume: whether to go on from a checkpoint. If not, what an earlier run has left in
+                OUTPUT_DIR is moved to a folder in it, so that nobody takes it for this run's.
+
+        Raises:
+            ConfigError: if no checkpoint is intact, or the newest is behind SOLVER.MAX_ITER.
+        """
+        goes_on = resume and comm.all_gather(self.checkpointer.has_checkpoint())[0]
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=goes_on)
+        if goes_on:
+            self.start_iter = self.iter + 1  # the checkpoint's was finished
+        elif resume:
+            logger.info("no checkpoint in %s yet: starting anew", self.cfg.OUTPUT_DIR)
+        elif comm.is_main_process():
+            set_aside_earlier_run(Path(self.cfg.OUTPUT_DIR))
+        if self.start_iter > self.max_iter:
+            raise ConfigError(
+                f"the checkpoint in {self.cfg.OUTPUT_DIR} is of iteration {self.iter}, but "
+                f"SOLVER.MAX_ITER is {self.max_iter}; raise it, or evaluate with --eval-only"
+            )
+
+    def train(self) -> Results | None:
+        """Runs the training that is left; see DefaultTrainer.train."""
+        if isinstance(self.data_loader, TrainLoader):
+            self.data_loader.go_to(self.seed, self.start_iter)
+        return super().train()
+
+    def run_step(self) -> None:
+        try:
+            super().run_step()
+        except (RuntimeError, MemoryError) as error:
+            told = self._guard.explain(error)
+            if told is None:
+                raise
+            raise told from error
+
+    def state_dict(self) -> dict[str, Any]:
+        scalars = scalar_state(self.storage)
+        return {**super().state_dict(), "seed": self.seed, "scalars": scalars}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if "seed" not in state_dict:
+            logger.warning(
+                "this checkpoint, of detectron2's trainer, holds no seed: images come in another "
+                "order than in the run that wrote it"
+            )
+        self.seed = state_dict.get("seed", self.seed)
+        self.restored_scalars = state_dict.get("scalars", {})
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
@@ -130,7 +291,7 @@ class Trainer(DefaultTrainer):
             evaluator = evaluators[index] if evaluators else cls.build_evaluator(cfg, name)
             results[name] = evaluate_dataset(cfg, model, name, loader, evaluator)
             if comm.is_main_process():
-                logging.getLogger(__name__).info("%s in csv format:", name)
+                logger.info("%s in csv format:", name)
                 print_csv_format(results[name])
         return next(iter(results.values())) if len(results) == 1 else results
 
@@ -147,9 +308,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
         """Evaluates with test-time augmentation (TEST.AUG); keys end in ``_TTA``."""
-        logging.getLogger(__name__).info("evaluating with test-time augmentation")
+        logger.info("evaluating with test-time augmentation")
         if cfg.MODEL.ROI_MASK_HEAD.SCORING.ENABLED:
-            logging.getLogger(__name__).warning(
+            logger.warning(
                 "test-time augmentation knows no mask scores: here class scores rank the masks"
             )
         evaluators = [
@@ -169,7 +330,7 @@ class Trainer(DefaultTrainer):
             if MetadataCatalog.get(name).get("evaluator_type") in ("coco", "lvis"):
                 path = Path(cfg.OUTPUT_DIR) / f"contact_sheet_{name}.png"
                 write_contact_sheet(cfg, model, name, path)
-                logging.getLogger(__name__).info("ground truth and predictions: %s", path)
+                logger.info("ground truth and predictions: %s", path)
 
 
 def _draw_contact_sheets(trainer: Trainer) -> None:
@@ -192,7 +353,7 @@ def _mask_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluat
     per_image = cfg.TEST.DETECTIONS_PER_IMAGE
     limit = per_image if per_image > COCO_MAX_DETECTIONS else None
     if limit is not None:
-        logging.getLogger(__name__).info(
+        logger.info(
             "AP of %s looks at TEST.DETECTIONS_PER_IMAGE = %d detections an image, not COCO's %d",
             *(dataset_name, limit, COCO_MAX_DETECTIONS),
         )

@@ -1,0 +1,259 @@
+"""Training batches that a resumed run gets again: batch k is a function of the seed and k alone.
+
+detectron2 groups samples by aspect ratio behind the workers and draws augmentations from whatever
+state the generators of a worker are in, so its batches depend on the number of workers and start
+anew in a resumed run. Here batches are composed of indices, in the main process, and each sample
+is augmented with generators that are seeded by its place in the run. Nothing of this needs saving:
+to go on at iteration k, the first k lists of indices are passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import random
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.build import trivial_batch_collator
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from ..config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Mapper = Callable[[Record], Any]
+
+MAX_DECLINED = 100
+"""Images in a row that a mapper may decline, by returning None, before that is an error."""
+
+
+def seed_generators(*key: int) -> None:
+    """Seeds the global generators of Python, NumPy and torch (all devices) from a key.
+
+    Args:
+        key: non-negative integers, such as seed, iteration and rank.
+    """
+    torch.manual_seed(_seed_python_and_numpy(key))
+
+
+@contextlib.contextmanager
+def seeded_generators(*key: int) -> Iterator[None]:
+    """Seeds the same generators, on the CPU only, and gives them their state back at the end."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    torch.default_generator.manual_seed(_seed_python_and_numpy(key))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _seed_python_and_numpy(key: Sequence[int]) -> int:
+    """Returns the seed that is left for torch."""
+    words = np.random.SeedSequence(key).generate_state(4, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(words[1:3].view(np.uint32))
+    return int(words[3])
+
+
+class NamedErrors:
+    """A mapper whose errors are one line that names the image."""
+
+    def __init__(self, mapper: Mapper) -> None:
+        """
+        Args:
+            mapper: from a record to what the model takes.
+        """
+        self._mapper = mapper
+
+    def __call__(self, record: Record) -> Any:
+        """Maps a record.
+
+        Raises:
+            ConfigError: if the mapper fails, whatever its error is.
+        """
+        described = describe(record)  # the mapper may change the record
+        try:
+            return self._mapper(record)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(
+                f"{described} cannot be loaded: {reason}; repair it, or leave it out of the data "
+                "set"
+            ) from error
+
+
+def describe(record: Record) -> str:
+    """Returns the file and the id of an image, for messages."""
+    return f"{record.get('file_name', 'a record')} (image_id {record.get('image_id')!r})"
+
+
+class TrainLoader:
+    """Endless batches of mapped samples, from any iteration on.
+
+    Composition of a batch, order of its samples and their augmentation depend on (seed, iteration,
+    rank, number of processes), not on workers or on what ran before.
+
+    Differs from detectron2's loader in that a sample that the mapper fails on is an error which
+    names the file, whatever the number of workers, and in that one that the mapper declines (None)
+    is replaced by an image drawn from the sample's own generator.
+    """
+
+    def __init__(self, cfg: CfgNode, mapper: Mapper | None = None) -> None:
+        """
+        Args:
+            cfg: its DATASETS, DATALOADER, INPUT and SOLVER.IMS_PER_BATCH are read as detectron2
+                does.
+            mapper: from a record to what the model takes; if None detectron2's DatasetMapper.
+        """
+        parts = build_detection_train_loader.from_config(cfg, mapper)
+        if isinstance(parts["dataset"], IterableDataset):
+            raise ConfigError(
+                f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} is an IterableDataset, whose order "
+                "cannot be taken up again; override build_train_loader with detectron2's loader"
+            )
+        self._cfg = cfg
+        records: Sequence[Record] = parts["dataset"]
+        self._mapper = parts["mapper"]
+        self._num_workers: int = parts["num_workers"]
+        self._batch_size: int = parts["total_batch_size"] // comm.get_world_size()
+        self._groups = _aspect_groups(records) if parts["aspect_ratio_grouping"] else None
+        # Packed, so that workers share the memory.
+        self._records = (
+            DatasetFromList(records, copy=False) if isinstance(records, list) else records
+        )
+        self._seed, self._start = 0, 0
+
+    def go_to(self, seed: int, iteration: int) -> None:
+        """Sets the seed, and the iteration whose batch the next iterator gives first."""
+        self._seed, self._start = seed, iteration
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        # detectron2's samplers take their seed from NumPy's generator, and no two the same way.
+        with seeded_generators(self._seed):
+            parts = build_detection_train_loader.from_config(
+                self._cfg, self._mapper, dataset=self._records
+            )
+        batches = _Batches(parts["sampler"], self._batch_size, self._groups, self._start)
+        loader = DataLoader(
+            _Samples(self._records, NamedErrors(self._mapper), self._seed, comm.get_rank()),
+            batch_sampler=batches,
+            num_workers=self._num_workers,
+            collate_fn=trivial_batch_collator,
+            # Else the loader would draw from torch's own, as often as one is made.
+            generator=torch.Generator().manual_seed(self._seed),
+        )
+        return self._checked(iter(loader), batches)
+
+    def _checked(self, loaded: Iterator[list[Any]], batches: _Batches) -> Iterator[list[Any]]:
+        """Passes batches on; what a worker could not load becomes one error."""
+        while True:
+            try:
+                batch = next(loaded)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                places = batches.pending[0]
+                files = ", ".join(describe(self._records[place.index]) for place in places)
+                raise ConfigError(
+                    f"a data loader worker died ({str(error).splitlines()[0]}); the next batch, "
+                    f"of iteration {places[0].iteration}, is {files}. If memory ran out lower "
+                    "DATALOADER.NUM_WORKERS; else look at these files"
+                ) from error
+            batches.pending.popleft()
+            for sample in batch:
+                if isinstance(sample, _Failure):
+                    logger.error("%s", sample.details)
+                    raise ConfigError(sample.message)
+            yield batch
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A sample's place in the run, and its index in the data set."""
+
+    iteration: int
+    slot: int
+    index: int
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Stands for a sample that could not be loaded: workers cannot send all exceptions whole."""
+
+    message: str
+    details: str
+
+
+class _Batches(Sampler[list[_Place]]):
+    """Lists of places, one a batch, endlessly; with groups, each of one group."""
+
+    def __init__(
+        self, sampler: Sampler[int], batch_size: int, groups: list[bool] | None, start: int
+    ) -> None:
+        self.pending: deque[list[_Place]] = deque()  # handed out, not yet loaded
+        self._sampler, self._batch_size, self._groups = sampler, batch_size, groups
+        self._start = start
+
+    def __iter__(self) -> Iterator[list[_Place]]:
+        lists = enumerate(self._index_lists())
+        for iteration, indices in itertools.islice(lists, self._start, None):
+            places = [_Place(iteration, slot, index) for slot, index in enumerate(indices)]
+            self.pending.append(places)
+            yield places
+
+    def _index_lists(self) -> Iterator[list[int]]:
+        buckets: dict[bool, list[int]] = {False: [], True: []}
+        for index in self._sampler:
+            bucket = buckets[self._groups[index] if self._groups else False]
+            bucket.append(index)
+            if len(bucket) == self._batch_size:
+                yield bucket[:]
+                bucket.clear()
+
+
+class _Samples(Dataset[Any]):
+    """Mapped samples by place."""
+
+    def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int, rank: int) -> None:
+        self._records, self._mapper, self._seed, self._rank = records, mapper, seed, rank
+
+    def __getitem__(self, place: _Place) -> Any:
+        index = place.index
+        with seeded_generators(self._seed, place.iteration, self._rank, place.slot):
+            for _ in range(MAX_DECLINED):
+                record = self._records[index]
+                try:
+                    sample = self._mapper(record)
+                except ConfigError as error:
+                    return _Failure(str(error), traceback.format_exc())
+                if sample is not None:
+                    return sample
+                index = int(np.random.randint(len(self._records)))
+        return _Failure(
+            f"the mapper declined {MAX_DECLINED} images in a row, the last one {describe(record)}",
+            "",
+        )
+
+
+def _aspect_groups(records: Sequence[Record]) -> list[bool]:
+    """Returns for each record whether it is wider than high, as detectron2 groups them."""
+    for record in records:
+        if not ("width" in record and "height" in record):
+            raise ConfigError(
+                f"{describe(record)} has no width and height, which "
+                "DATALOADER.ASPECT_RATIO_GROUPING needs; give them or set it to False"
+            )
+    return [record["width"] > record["height"] for record in records]

@@ -1,0 +1,214 @@
+"""Hooks of detectron2's trainer that let a run go on, after a kill, as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from detectron2.engine import hooks
+from detectron2.utils import comm, events
+
+from ..data import seed_generators
+from .checkpoint import (
+    BEST_CHECKPOINT,
+    MaskHeadCheckpointer,
+    remove_old_checkpoints,
+    write_durably,
+)
+
+logger = logging.getLogger(__name__)
+
+SMOOTHING_WINDOW = 20
+"""Iterations over which detectron2's writers smooth a scalar."""
+
+
+class StepSeed(hooks.HookBase):
+    """Makes what a step draws (proposals, RoIs, dropout) a function of seed, iteration and rank."""
+
+    def before_step(self) -> None:
+        seed_generators(self.trainer.seed, self.trainer.iter, comm.get_rank())
+
+
+class PreciseBN(hooks.PreciseBN):
+    """PreciseBN whose batches depend on the iteration, not on how often it has run."""
+
+    def update_stats(self) -> None:
+        if not self._disabled:
+            self._data_loader.go_to(self.trainer.seed, self.trainer.iter)
+            self._data_iter = None
+        super().update_stats()
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """PeriodicCheckpointer that keeps the last checkpoints only, also those of before a resume."""
+
+    def __init__(self, checkpointer: MaskHeadCheckpointer, period: int, keep_last: int) -> None:
+        """
+        Args:
+            checkpointer: writes the files.
+            period: iterations from one to the next.
+            keep_last: how many to keep beside ``model_final``; 0 keeps all.
+        """
+        super().__init__(checkpointer, period)
+        self._keep_last = keep_last
+
+    def after_step(self) -> None:
+        super().after_step()
+        if self._keep_last and (self.trainer.iter + 1) % self.period == 0:
+            remove_old_checkpoints(Path(self.checkpointer.save_dir), self._keep_last)
+
+
+class BestCheckpointer(hooks.HookBase):
+    """Keeps the weights of the best evaluation, as ``model_best.pth``, also over a resume.
+
+    ``model_best.json`` says which evaluation that was.
+    """
+
+    def __init__(self, checkpointer: MaskHeadCheckpointer, metric: str) -> None:
+        """
+        Args:
+            checkpointer: writes the file.
+            metric: as in ``metrics.json``, such as ``segm/AP``; higher is better.
+        """
+        self._checkpointer, self._metric = checkpointer, metric
+        self._record = Path(checkpointer.save_dir) / f"{BEST_CHECKPOINT}.json"
+        self._best, self._last_seen, self._has_warned = -math.inf, -1, False
+
+    def before_train(self) -> None:
+        # Evaluations before the checkpoint's iteration were looked at when they were made.
+        self._last_seen = self.trainer.start_iter - 2
+        if self.trainer.start_iter > 0 and self._record.is_file():
+            best = json.loads(self._record.read_text(encoding="utf-8"))
+            if best["metric"] == self._metric:
+                self._best = best["value"]
+
+    def after_step(self) -> None:
+        self._check()
+
+    def after_train(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        latest = self.trainer.storage.latest()
+        if self._metric not in latest:
+            self._warn_if_evaluated(latest)
+            return
+        value, iteration = latest[self._metric]
+        if iteration <= self._last_seen:
+            return
+        self._last_seen = iteration
+        if not value > self._best:  # not if it is nan, either
+            return
+        self._best = value
+        found = {"metric": self._metric, "value": value, "iteration": iteration}
+        self._checkpointer.save_weights(BEST_CHECKPOINT, best=found)
+        write_durably(self._record, lambda file: file.write(json.dumps(found).encode()))
+        logger.info("best %s so far: %.3f at iteration %d", self._metric, value, iteration)
+
+    def _warn_if_evaluated(self, latest: dict[str, Any]) -> None:
+        names = [name for name in latest if "/AP" in name]
+        if names and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "SOLVER.CHECKPOINT_BEST_METRIC %r is no metric of the evaluation; there are %s",
+                *(self._metric, ", ".join(names)),
+            )
+
+
+class JSONWriter(events.JSONWriter):
+    """JSONWriter that goes on behind the lines of an interrupted run."""
+
+    def __init__(self, json_file: Path) -> None:
+        super().__init__(str(json_file), SMOOTHING_WINDOW)
+        self._path = json_file
+
+    def go_on(self, start_iter: int) -> int:
+        """Drops the lines from ``start_iter`` on, and what a kill left of a line.
+
+        Returns:
+            The last iteration that is left, -1 if none is.
+        """
+        kept = 0
+        with self._path.open("rb") as file:
+            for line in file:
+                iteration = _iteration(line)
+                if iteration is None or iteration >= start_iter:
+                    break
+                kept += len(line)
+                self._last_write = iteration
+        os.truncate(self._path, kept)  # the writer appends
+        return int(self._last_write)
+
+
+class TensorboardXWriter(events.TensorboardXWriter):
+    """TensorboardXWriter that hides what an interrupted run wrote behind its last checkpoint."""
+
+    def go_on(self, start_iter: int) -> None:
+        """Makes TensorBoard forget points from ``start_iter`` on."""
+        self._writer_args["purge_step"] = start_iter
+        self._last_write = start_iter - 1
+
+
+class Resume(hooks.HookBase):
+    """Takes a run up where its checkpoint left it. The last of all hooks.
+
+    A checkpoint is written before the evaluation of the same iteration, so that a failing
+    evaluation costs no training. After a kill in between, what stood behind the checkpoint is done
+    first. What was logged after the checkpoint is dropped, since it will be logged again.
+    """
+
+    def __init__(
+        self, behind_checkpoint: list[hooks.HookBase], writers: list[events.EventWriter]
+    ) -> None:
+        """
+        Args:
+            behind_checkpoint: hooks that come after the checkpointer.
+            writers: on the main process, those of metrics; elsewhere none.
+        """
+        self._behind_checkpoint, self._writers = behind_checkpoint, writers
+
+    def before_train(self) -> None:
+        trainer = self.trainer
+        last_logged = -1
+        for writer in self._writers:
+            if isinstance(writer, JSONWriter):
+                last_logged = writer.go_on(trainer.start_iter)
+            elif isinstance(writer, TensorboardXWriter):
+                writer.go_on(trainer.start_iter)
+        if trainer.start_iter == 0:
+            return
+        for name, scalar in trainer.restored_scalars.items():
+            for value, iteration in scalar["values"]:
+                trainer.storage.put_scalar(
+                    name, value, smoothing_hint=scalar["smoothed"], cur_iter=iteration
+                )
+        # Writers are the last behind a checkpoint: a line of its iteration says that all was done.
+        trainer.iter = trainer.storage.iter = trainer.start_iter - 1
+        if comm.all_gather(last_logged)[0] < trainer.iter:
+            for hook in self._behind_checkpoint:
+                hook.after_step()
+
+
+def scalar_state(storage: events.EventStorage) -> dict[str, dict[str, Any]]:
+    """Returns what writers may still need of the logged scalars, for a checkpoint."""
+    hints = storage.smoothing_hints()
+    return {
+        name: {
+            "values": [list(x) for x in history.values()[-SMOOTHING_WINDOW:]],
+            "smoothed": hints[name],
+        }
+        for name, history in storage.histories().items()
+    }
+
+
+def _iteration(line: bytes) -> int | None:
+    """Returns the iteration of a line of metrics.json, or None if it is not whole."""
+    try:
+        iteration = json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return iteration if line.endswith(b"\n") and isinstance(iteration, int) else None
