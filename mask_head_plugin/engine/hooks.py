@@ -126,20 +126,27 @@ class JSONWriter(events.JSONWriter):
         super().__init__(str(json_file), SMOOTHING_WINDOW)
         self._path = json_file
 
-    def go_on(self, start_iter: int) -> int:
+    def go_on(self, start_iter: int, *, is_finished: bool) -> int:
         """Drops the lines from ``start_iter`` on, and what a kill left of a line.
 
+        Args:
+            start_iter: the first iteration that will be logged again.
+            is_finished: whether only the last evaluation is left to be done again. If not, one that
+                ended a shorter run stays.
+
         Returns:
-            The last iteration that is left, -1 if none is.
+            The last iteration that needs no logging, -1 if there is none.
         """
         kept = 0
         with self._path.open("rb") as file:
             for line in file:
-                iteration = _iteration(line)
-                if iteration is None or iteration >= start_iter:
+                entry = _entry(line)
+                if entry is None or entry["iteration"] > start_iter:
+                    break
+                if entry["iteration"] == start_iter and (is_finished or "total_loss" in entry):
                     break
                 kept += len(line)
-                self._last_write = iteration
+                self._last_write = max(self._last_write, min(entry["iteration"], start_iter - 1))
         os.truncate(self._path, kept)  # the writer appends
         return int(self._last_write)
 
@@ -176,7 +183,8 @@ class Resume(hooks.HookBase):
         last_logged = -1
         for writer in self._writers:
             if isinstance(writer, JSONWriter):
-                last_logged = writer.go_on(trainer.start_iter)
+                is_finished = trainer.start_iter >= trainer.max_iter
+                last_logged = writer.go_on(trainer.start_iter, is_finished=is_finished)
             elif isinstance(writer, TensorboardXWriter):
                 writer.go_on(trainer.start_iter)
         if trainer.start_iter == 0:
@@ -205,10 +213,11 @@ def scalar_state(storage: events.EventStorage) -> dict[str, dict[str, Any]]:
     }
 
 
-def _iteration(line: bytes) -> int | None:
-    """Returns the iteration of a line of metrics.json, or None if it is not whole."""
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """Returns a line of metrics.json, or None if it is not whole."""
     try:
-        iteration = json.loads(line)["iteration"]
+        entry = json.loads(line)
+        is_whole = line.endswith(b"\n") and isinstance(entry["iteration"], int)
     except (ValueError, KeyError, TypeError):
         return None
-    return iteration if line.endswith(b"\n") and isinstance(iteration, int) else None
+    return entry if is_whole else None

@@ -45,7 +45,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch.utils.data import DataLoader
 
 from ..config import ConfigError
-from ..data import NamedErrors, TrainLoader
+from ..data import NamedErrors, TrainLoader, seed_generators
 from ..evaluation import COCO_MAX_DETECTIONS, MaskEvaluator, write_contact_sheet
 from .checkpoint import MaskHeadCheckpointer, set_aside_earlier_run
 from .evaluation import evaluate_dataset
@@ -73,8 +73,8 @@ class Trainer(DefaultTrainer):
     processes ends with the weights of one that was not; on the CPU bit by bit.
 
     Attributes:
-        seed: of all that is random after the first weights: SEED, or drawn if that is negative. A
-            resumed run has that of its checkpoint.
+        seed: of all that is random: SEED, or drawn if that is negative. A resumed run has that of
+            its checkpoint.
         restored_scalars: what a checkpoint holds of the logged scalars, see hooks.scalar_state.
     """
 
@@ -88,6 +88,7 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.restored_scalars: dict[str, dict[str, Any]] = {}
+        seed_generators(self.seed)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)

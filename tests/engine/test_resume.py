@@ -1,0 +1,198 @@
+"""A run that is killed, at whatever moment, and resumed ends as if nothing had happened.
+
+A kill is an exception that nobody handles: nothing is written behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_config
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import TrainerBase
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.engine import Trainer, hooks
+from mask_head_plugin.engine.checkpoint import MaskHeadCheckpointer
+from mask_head_plugin.evaluation import MaskEvaluator
+
+MAX_ITER = 8
+TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_shapes():
+    for split, count in (("train", 7), ("val", 3)):
+        records = DatasetCatalog.get(f"shapes_{split}")[:count]
+        DatasetCatalog.register(f"test_few_{split}", lambda records=records: records)
+        classes = MetadataCatalog.get("shapes_val").thing_classes
+        metadata = MetadataCatalog.get(f"test_few_{split}")
+        metadata.set(thing_classes=classes, evaluator_type="coco")
+    yield
+    for split in ("train", "val"):
+        DatasetCatalog.remove(f"test_few_{split}")
+        MetadataCatalog.remove(f"test_few_{split}")
+
+
+def config(folder: Path, *opts: str):
+    return small_config(
+        "Base-Small.yaml",
+        *("OUTPUT_DIR", str(folder), "SEED", "3", "SOLVER.MAX_ITER", str(MAX_ITER)),
+        *("DATASETS.TRAIN", "('test_few_train',)", "DATASETS.TEST", "('test_few_val',)"),
+        *("SOLVER.CHECKPOINT_PERIOD", "2", "TEST.EVAL_PERIOD", "4"),
+        *("SOLVER.CHECKPOINT_BEST_METRIC", "bbox/AP", "SOLVER.WARMUP_ITERS", "2"),
+        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "3"),
+        *opts,
+    )
+
+
+def train(cfg, *, resume: bool = False) -> Trainer:
+    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def train_until_killed(cfg, monkeypatch, owner, name: str, call: int, *, behind: bool = False):
+    """Kills a run in the given call of a method, before or behind what the method does."""
+    original, calls = getattr(owner, name), []
+
+    def method(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call and not behind:
+            raise Killed
+        result = original(*args, **kwargs)
+        if len(calls) == call:
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, method)
+        patch.setattr(TrainerBase, "after_train", lambda *_: None)  # a killed process runs nothing
+        if name == "_do_eval":  # but the last evaluation belongs to the run
+            patch.setattr(
+                TrainerBase, "after_train", lambda trainer: trainer._hooks[3].after_train()
+            )
+        train(cfg)
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    # repr: nan equals nan
+    return [{k: repr(v) for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def final_state(folder: Path):
+    return torch.load(folder / "model_final.pth", weights_only=True)
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    states = final_state(folder), final_state(expected)
+    for name, weight in states[1]["model"].items():
+        assert torch.equal(states[0]["model"][name], weight), name
+    momenta = [state["trainer"]["_trainer"]["optimizer"]["state"] for state in states]
+    for key, entry in momenta[1].items():
+        assert torch.equal(momenta[0][key]["momentum_buffer"], entry["momentum_buffer"]), key
+    assert metrics(folder) == metrics(expected)
+    best = [json.loads((each / "model_best.json").read_text()) for each in (folder, expected)]
+    assert best[0] == best[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, _few_shapes):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(config(folder))
+    return folder
+
+
+KILLS = {
+    "in a step": (Trainer, "run_step", 6, False),
+    "before the first checkpoint": (Trainer, "run_step", 2, False),
+    "in the middle of a checkpoint": (os, "fsync", 9, False),
+    "between a checkpoint and its mark as the last": (
+        *(MaskHeadCheckpointer, "tag_last_checkpoint"),
+        *(2, False),
+    ),
+    "in an evaluation": (MaskEvaluator, "process", 2, True),
+    "before the metrics of an evaluation": (MaskEvaluator, "evaluate", 1, False),
+    "between an evaluation and its best weights": (MaskHeadCheckpointer, "save_weights", 1, False),
+    "before an evaluation is logged": (hooks.BestCheckpointer, "_check", 4, True),
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "call", "behind"), KILLS.values(), ids=KILLS)
+def test_a_killed_and_resumed_run_ends_bit_by_bit_as_the_undisturbed(
+    tmp_path, undisturbed, monkeypatch, owner, name, call, behind
+):
+    cfg = config(tmp_path)
+    train_until_killed(cfg, monkeypatch, owner, name, call, behind=behind)
+    assert not (tmp_path / "model_final.pth").exists()
+    train(cfg, resume=True)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_workers_change_nothing(tmp_path, undisturbed, monkeypatch):
+    cfg = config(tmp_path, "DATALOADER.NUM_WORKERS", "2")
+    train_until_killed(cfg, monkeypatch, Trainer, "run_step", 6)
+    train(cfg, resume=True)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_the_seed_of_a_run_without_one_is_in_its_checkpoint(tmp_path, monkeypatch):
+    cfg = config(tmp_path, "SEED", "-1")
+    train_until_killed(cfg, monkeypatch, Trainer, "run_step", 6)
+    seed = torch.load(tmp_path / "model_0000003.pth", weights_only=True)["trainer"]["seed"]
+    assert train(cfg, resume=True).seed == seed
+
+
+def test_a_run_that_was_killed_in_its_last_evaluation_evaluates_again(
+    tmp_path, undisturbed, monkeypatch
+):
+    """The last evaluation stands at iteration MAX_ITER, as in the undisturbed run."""
+    cfg = config(tmp_path)
+    monkeypatch.setattr("mask_head_plugin.engine.trainer._draw_contact_sheets", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainerBase, "after_train", lambda *_: None)
+        train(cfg)
+    train(cfg, resume=True)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_finished_run_that_is_made_longer_keeps_its_last_evaluation(tmp_path, undisturbed):
+    train(config(tmp_path))
+    train(config(tmp_path, "SOLVER.MAX_ITER", "10"), resume=True)
+    evaluated = [int(x["iteration"]) for x in metrics(tmp_path) if "bbox/AP" in x]
+    assert evaluated == [3, 8, 10]
+    assert metrics(tmp_path)[:2] == metrics(undisturbed)[:2]
+
+
+def test_a_checkpoint_behind_the_last_iteration_is_refused(tmp_path):
+    train(config(tmp_path))
+    with pytest.raises(ConfigError, match=r"iteration 7, but SOLVER\.MAX_ITER is 5; raise it"):
+        train(config(tmp_path, "SOLVER.MAX_ITER", "5"), resume=True)
+
+
+def test_a_run_that_starts_anew_moves_the_earlier_one_aside(tmp_path, undisturbed):
+    cfg = config(tmp_path, "SOLVER.MAX_ITER", "4")
+    train(cfg)
+    first = (tmp_path / "model_final.pth").read_bytes(), metrics(tmp_path)
+    train(cfg)
+    aside = tmp_path / "earlier_run_1"
+    assert ((aside / "model_final.pth").read_bytes(), metrics(aside)) == first
+    assert len(metrics(tmp_path)) == len(first[1])
+
+
+def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path):
+    train(config(tmp_path, "SOLVER.CHECKPOINT_KEEP_LAST", "2"))
+    names = {path.name for path in tmp_path.glob("*.pth")}
+    assert names == {"model_0000005.pth", "model_0000007.pth", "model_final.pth", "model_best.pth"}
+    assert {path.name for path in tmp_path.glob("*.sha256")} == {f"{x}.sha256" for x in names}
