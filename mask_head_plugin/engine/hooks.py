@@ -137,7 +137,7 @@ class JSONWriter(events.JSONWriter):
         Returns:
             The last iteration that needs no logging, -1 if there is none.
         """
-        kept = 0
+        kept, last = 0, -1
         with self._path.open("rb") as file:
             for line in file:
                 entry = _entry(line)
@@ -146,9 +146,10 @@ class JSONWriter(events.JSONWriter):
                 if entry["iteration"] == start_iter and (is_finished or "total_loss" in entry):
                     break
                 kept += len(line)
-                self._last_write = max(self._last_write, min(entry["iteration"], start_iter - 1))
+                last = max(last, min(entry["iteration"], start_iter - 1))
         os.truncate(self._path, kept)  # the writer appends
-        return int(self._last_write)
+        self._last_write = last
+        return last
 
 
 class TensorboardXWriter(events.TensorboardXWriter):
