@@ -37,6 +37,8 @@ Mapper = Callable[[Record], Any]
 MAX_DECLINED = 100
 """Images in a row that a mapper may decline, by returning None, before that is an error."""
 
+FILES_LISTED = 20
+
 
 def seed_generators(*key: int) -> None:
     """Seeds the global generators of Python, NumPy and torch (all devices) from a key.
@@ -118,7 +120,8 @@ class TrainLoader:
                 does.
             mapper: from a record to what the model takes; if None detectron2's DatasetMapper.
         """
-        parts = build_detection_train_loader.from_config(cfg, mapper)
+        with seeded_generators(0):  # a sampler comes with it, and draws
+            parts = build_detection_train_loader.from_config(cfg, mapper)
         if isinstance(parts["dataset"], IterableDataset):
             raise ConfigError(
                 f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} is an IterableDataset, whose order "
@@ -165,11 +168,13 @@ class TrainLoader:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                places = batches.pending[0]
-                files = ", ".join(describe(self._records[place.index]) for place in places)
+                places = list(itertools.chain.from_iterable(batches.pending))
+                files = [describe(self._records[place.index]) for place in places]
+                more = f" and {len(files) - FILES_LISTED} more" if len(files) > FILES_LISTED else ""
                 raise ConfigError(
-                    f"a data loader worker died ({str(error).splitlines()[0]}); the next batch, "
-                    f"of iteration {places[0].iteration}, is {files}. If memory ran out lower "
+                    f"a data loader worker died in iteration {places[0].iteration} "
+                    f"({str(error).splitlines()[0]}) while these were loaded: "
+                    f"{', '.join(files[:FILES_LISTED])}{more}. If memory ran out lower "
                     "DATALOADER.NUM_WORKERS; else look at these files"
                 ) from error
             batches.pending.popleft()
