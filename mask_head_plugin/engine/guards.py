@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,15 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils import comm
 from torch import nn
 
-from .checkpoint import write_checkpoint
-
-logger = logging.getLogger(__name__)
+from .replay import Sample, save_step
 
 FAILED_FOLDER = "failed_steps"
 """Folder of OUTPUT_DIR for the batches of steps that failed."""
 
 NAMES_LISTED = 5
-
-Sample = dict[str, Any]
 
 
 class TrainingError(RuntimeError):
@@ -46,6 +40,7 @@ class StepGuard(HookBase):
             cfg: gives OUTPUT_DIR and the settings that messages name. With SOLVER.AMP gradients are
                 not looked at: the scaler of AMP finds its factor by infinite ones.
         """
+        self.seed = 0  # the run's; a resumed run learns it late
         self._model, self._cfg = model, cfg
         self._batch: list[Sample] = []
         self._losses: dict[str, torch.Tensor] = {}
@@ -84,15 +79,15 @@ class StepGuard(HookBase):
         values = {name: loss.item() for name, loss in self._losses.items()}
         terms = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
         layers = [name for name, each in gradients.items() if not each.isfinite().all()]
-        reports = comm.all_gather((terms, layers, _describe_batch(self._batch)))
+        reports = comm.all_gather((terms, layers, describe_batch(self._batch)))
         guilty = [report for report in reports if report[0]]
         guilty = guilty or [report for report in reports if report[1]]
         if not guilty:
             return
-        path = save_step(self._cfg, self.trainer.iter, self._model, self._batch, values)
+        path = self._save(values)
         told = []
         for terms, layers, images in guilty:
-            what = ", ".join(terms) or f"gradients are not finite, of {_listed(layers)}"
+            what = ", ".join(terms) or f"gradients are not finite, of {listed(layers)}"
             told.append(f"{what}, with the images {images}")
         raise TrainingError(
             f"iteration {self.trainer.iter}: {'; '.join(told)}. The weights from before this step "
@@ -100,6 +95,13 @@ class StepGuard(HookBase):
             "SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True "
             "helps"
         )
+
+    def _save(self, losses: dict[str, float]) -> Path:
+        iteration, rank = self.trainer.iter, comm.get_rank()
+        path = Path(self._cfg.OUTPUT_DIR) / FAILED_FOLDER / f"iteration_{iteration}_rank_{rank}.pth"
+        seeds = (self.seed, iteration, rank)
+        save_step(path, self._model, self._batch, losses, seeds)
+        return path
 
     def explain(self, error: BaseException) -> TrainingError | None:
         """Returns an error that says what to lower if memory ran out, else None."""
@@ -109,7 +111,7 @@ class StepGuard(HookBase):
         rois = images * heads.BATCH_SIZE_PER_IMAGE
         return TrainingError(
             f"iteration {self.trainer.iter}: out of memory ({_first_line(error)}) with the images "
-            f"{_describe_batch(self._batch)}: {rois} RoIs, up to "
+            f"{describe_batch(self._batch)}: {rois} RoIs, up to "
             f"{int(rois * heads.POSITIVE_FRACTION)} of them with masks. Lower "
             f"SOLVER.IMS_PER_BATCH (now {self._cfg.SOLVER.IMS_PER_BATCH}), INPUT.MIN_SIZE_TRAIN "
             f"(now {tuple(self._cfg.INPUT.MIN_SIZE_TRAIN)}) or "
@@ -125,72 +127,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def save_step(
-    cfg: CfgNode,
-    iteration: int,
-    model: nn.Module,
-    batch: list[Sample],
-    losses: dict[str, float],
-) -> Path:
-    """Writes what is needed to repeat a step: its batch, and the weights from before it.
-
-    Returns:
-        The file, in ``OUTPUT_DIR/failed_steps``. It holds tensors and plain values only.
-    """
-    folder = Path(cfg.OUTPUT_DIR) / FAILED_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"iteration_{iteration:07d}_rank_{comm.get_rank()}.pth"
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    write_checkpoint(
-        path,
-        {
-            "model": inner.state_dict(),
-            "batch": [{key: _plain(value) for key, value in x.items()} for x in batch],
-            "iteration": iteration,
-            "losses": losses,
-        },
-    )
-    return path
-
-
-def load_batch(path: Path) -> list[Sample]:
-    """Returns the batch of a file of save_step, as the model takes it."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return [{key: _restored(value) for key, value in x.items()} for x in content["batch"]]
-
-
-def _plain(value: Any) -> Any:
-    """Returns tensors, numbers, strings and containers of them, which no reader need vouch for."""
-    if isinstance(value, Instances):
-        fields = {name: _plain(field) for name, field in value.get_fields().items()}
-        return {"Instances": list(value.image_size), "fields": fields}
-    if isinstance(value, Boxes | BitMasks | Keypoints):
-        return {type(value).__name__: value.tensor}
-    if isinstance(value, PolygonMasks):
-        return {"PolygonMasks": [[torch.as_tensor(y) for y in x] for x in value.polygons]}
-    is_plain = value is None or isinstance(value, torch.Tensor | int | float | str)
-    return value if is_plain else repr(value)
-
-
-def _restored(value: Any) -> Any:
-    match value:
-        case {"Instances": [height, width], "fields": fields}:
-            result = Instances((height, width))
-            for name, field in fields.items():
-                result.set(name, _restored(field))
-            return result
-        case {"Boxes": tensor}:
-            return Boxes(tensor)
-        case {"BitMasks": tensor}:
-            return BitMasks(tensor)
-        case {"Keypoints": tensor}:
-            return Keypoints(tensor)
-        case {"PolygonMasks": polygons}:
-            return PolygonMasks([[y.numpy() for y in x] for x in polygons])
-    return value
-
-
-def _describe_batch(batch: list[Sample]) -> str:
+def describe_batch(batch: list[Sample]) -> str:
+    """Returns file, id, size and number of objects of each image, for messages."""
     told = []
     for sample in batch:
         height, width = sample["image"].shape[-2:]
@@ -202,9 +140,10 @@ def _describe_batch(batch: list[Sample]) -> str:
     return ", ".join(told)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Returns the first few names and the number of the others."""
     more = len(names) - NAMES_LISTED
-    return ", ".join(names[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return (", ".join(names[:NAMES_LISTED]) or "none") + (f" and {more} more" if more > 0 else "")
 
 
 def _first_line(error: BaseException) -> str:

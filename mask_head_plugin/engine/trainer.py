@@ -188,6 +188,7 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> Results | None:
         """Runs the training that is left; see DefaultTrainer.train."""
+        self._guard.seed = self.seed
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.go_to(self.seed, self.start_iter)
         return super().train()

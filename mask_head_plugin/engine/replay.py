@@ -1,0 +1,152 @@
+"""Files of failed training steps, and the search for the layer where a step goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from ..config import ConfigError
+from ..data import seed_generators
+from .checkpoint import UNPICKLING_ERRORS, write_checkpoint
+
+Sample = dict[str, Any]
+
+TENSOR_FIELDS = {each.__name__: each for each in (Boxes, BitMasks, Keypoints)}
+
+
+def save_step(
+    path: Path,
+    model: nn.Module,
+    batch: list[Sample],
+    losses: dict[str, float],
+    seeds: tuple[int, int, int],
+) -> None:
+    """Writes what is needed to repeat a step: batch, weights and the key of its random numbers.
+
+    The file holds tensors and plain values only, so ``torch.load`` reads it with
+    ``weights_only=True``.
+
+    Args:
+        path: the file; its folder is made if missing.
+        model: in DistributedDataParallel or not.
+        batch: as the model takes it.
+        losses: of the step.
+        seeds: what generators were seeded with before it: seed, iteration, rank.
+    """
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    content = {
+        "model": inner.state_dict(),
+        "batch": [{key: _plain(value) for key, value in x.items()} for x in batch],
+        "losses": losses,
+        "seeds": list(seeds),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(path, content)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a step does when it is repeated, in its order; names of modules and parameters."""
+
+    batch: list[Sample]
+    losses: dict[str, float]
+    """Of the repeated step."""
+    saved_losses: dict[str, float]
+    bad_weights: list[str]
+    """Weights that were not finite before the step."""
+    bad_outputs: list[str]
+    """Modules with an output that is not finite, the first to compute one first."""
+    bad_gradients: list[str]
+    """Parameters with a gradient that is not finite, the last layers first."""
+
+
+def replay_step(model: nn.Module, path: Path) -> Replay:
+    """Repeats the forward and backward pass of a saved step, and looks at every module.
+
+    Args:
+        model: of the run's config, as its trainer builds it; its weights are replaced.
+        path: a file of save_step.
+
+    Raises:
+        ConfigError: if the file is not one of save_step, or its weights are not the model's.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        batch = [{key: _restored(value) for key, value in x.items()} for x in content["batch"]]
+        losses, seeds, weights = content["losses"], content["seeds"], content["model"]
+    except UNPICKLING_ERRORS as error:
+        raise ConfigError(
+            f"{path} is not the file of a failed step, as OUTPUT_DIR/failed_steps has"
+        ) from error
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the weights in {path} are not those of the config's model; give the config of the "
+            "run as --config-file"
+        ) from error
+    model.train()
+    bad_weights = [name for name, x in model.state_dict().items() if not _is_finite(x)]
+    bad_outputs: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(_note_bad_output(name or "(the model)", bad_outputs))
+    seed_generators(*seeds)
+    with EventStorage(seeds[1]):
+        terms = model(batch)
+        sum(terms.values()).backward()
+    gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    bad_gradients = [name for name, x in gradients.items() if not _is_finite(x)][::-1]
+    found = {name: term.item() for name, term in terms.items()}
+    return Replay(batch, found, losses, bad_weights, bad_outputs, bad_gradients)
+
+
+def _note_bad_output(name: str, bad_outputs: list[str]) -> Any:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not _is_finite(output):
+            bad_outputs.append(name)
+
+    return hook
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return bool(value.isfinite().all())
+    if isinstance(value, Mapping):
+        return all(_is_finite(x) for x in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_finite(x) for x in value)
+    return True
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Instances):
+        fields = {name: _plain(field) for name, field in value.get_fields().items()}
+        return {"Instances": list(value.image_size), "fields": fields}
+    if type(value).__name__ in TENSOR_FIELDS:
+        return {type(value).__name__: value.tensor}
+    if isinstance(value, PolygonMasks):
+        return {"PolygonMasks": [[torch.as_tensor(y) for y in x] for x in value.polygons]}
+    is_plain = value is None or isinstance(value, torch.Tensor | int | float | str)
+    return value if is_plain else repr(value)
+
+
+def _restored(value: Any) -> Any:
+    match value:
+        case {"Instances": [height, width], "fields": fields}:
+            result = Instances((height, width))
+            for name, field in fields.items():
+                result.set(name, _restored(field))
+            return result
+        case {"PolygonMasks": polygons}:
+            return PolygonMasks([[y.numpy() for y in x] for x in polygons])
+        case dict():
+            ((kind, tensor),) = value.items()
+            return TENSOR_FIELDS[kind](tensor)
+    return value

@@ -1,0 +1,191 @@
+"""Checkpoints are whole or absent, and checked before use: else the older one is taken."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.engine import MaskHeadCheckpointer
+from mask_head_plugin.engine.checkpoint import (
+    checkpoint_files,
+    find_damage,
+    newest_intact,
+    remove_old_checkpoints,
+    write_checkpoint,
+)
+
+NAMES = ("model_0000009", "model_0000019", "model_0000029")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Holds three checkpoints of different weights."""
+    model = nn.Linear(20, 30)
+    checkpointer = MaskHeadCheckpointer(model, str(tmp_path))
+    for k, name in enumerate(NAMES):
+        nn.init.constant_(model.weight, k)
+        checkpointer.save(name, iteration=10 * k + 9)
+    return tmp_path
+
+
+def resumed_weight(folder: Path) -> float:
+    model = nn.Linear(20, 30)
+    MaskHeadCheckpointer(model, str(folder)).resume_or_load("", resume=True)
+    return model.weight[0, 0].item()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def swap(path: Path) -> None:
+    other = path.with_name("model_0000009.pth")
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, swap])
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(folder, caplog, damage):
+    damage(folder / "model_0000029.pth")
+    assert resumed_weight(folder) == 1
+    (text,) = (x.getMessage() for x in caplog.records if x.levelname == "WARNING")
+    assert "resuming from the older" in text and "model_0000019.pth" in text
+    assert "model_0000029.pth is" in text
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit])
+def test_damage_is_found_without_a_checksum_too(folder, damage):
+    """Of a flipped bit the checksums inside the file tell."""
+    path = folder / "model_0000029.pth"
+    path.with_name("model_0000029.pth.sha256").unlink()
+    assert find_damage(path) == ""
+    damage(path)
+    assert find_damage(path)
+
+
+def test_without_any_intact_checkpoint_each_is_named_with_its_damage(folder):
+    for name in NAMES:
+        truncate(folder / f"{name}.pth")
+    with pytest.raises(ConfigError) as error:
+        resumed_weight(folder)
+    for text in (*NAMES, "no checkpoint", "is not the file of which", "without --resume"):
+        assert text in str(error.value)
+
+
+def test_the_checksum_is_that_of_sha256sum(folder):
+    checked = subprocess.run(
+        ["sha256sum", "--check", "model_0000019.pth.sha256"], cwd=folder, capture_output=True
+    )
+    assert checked.returncode == 0
+
+
+def test_checkpoints_of_detectron2_are_resumed(tmp_path):
+    model = nn.Linear(20, 30)
+    nn.init.constant_(model.weight, 5)
+    DetectionCheckpointer(model, str(tmp_path)).save("model_0000004")
+    assert resumed_weight(tmp_path) == 5
+
+
+def test_a_checkpoint_that_was_chosen_by_hand_is_taken(folder):
+    (folder / "last_checkpoint").write_text("model_0000009.pth")
+    assert resumed_weight(folder) == 0
+
+
+def test_a_kill_between_a_checkpoint_and_its_mark_does_not_hide_it(folder):
+    write_checkpoint(folder / "model_0000039.pth", {"model": {"weight": torch.ones(1)}})
+    assert newest_intact(folder).name == "model_0000039.pth"
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xff\xfe", b"../../etc/passwd", b"model_9999999.pth"])
+def test_a_damaged_mark_costs_nothing(folder, mark):
+    (folder / "last_checkpoint").write_bytes(mark)
+    assert resumed_weight(folder) == 2
+
+
+def test_the_best_weights_and_unfinished_files_are_nothing_to_resume_from(folder):
+    for name in ("model_best.pth", ".model_0000039.pth.unfinished"):
+        shutil.copy(folder / "model_0000009.pth", folder / name)
+    assert [path.stem for path in checkpoint_files(folder)] == list(reversed(NAMES))
+
+
+def test_a_full_disk_leaves_the_older_checkpoints_and_says_so(folder):
+    """A limit on the size of files stands for the end of the disk."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = nn.Linear(400, 400)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(ConfigError) as error:
+            MaskHeadCheckpointer(model, str(folder)).save("model_0000029")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for text in ("model_0000029.pth was not written: File too large", "MB are free", "--resume"):
+        assert text in str(error.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert newest_intact(folder).name == "model_0000029.pth"
+
+
+def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ConfigError, match=r"model_final\.pth was not written: Permission denied"):
+        write_checkpoint(tmp_path / "model_final.pth", {})
+
+
+def test_overwriting_never_pairs_a_file_with_the_checksum_of_another(folder, monkeypatch):
+    """Whatever moment the kill comes at, the name stands for an intact file."""
+    path = folder / "model_final.pth"
+    moments = 0
+    for call in range(1, 20):
+        write_checkpoint(path, {"model": torch.zeros(10)})
+        calls = []
+
+        def stop(*args, original, calls=calls, call=call, **kwargs):
+            calls.append(None)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink")):
+                original = getattr(owner, name)
+                patch.setattr(
+                    owner, name, lambda *a, o=original, s=stop, **k: s(*a, original=o, **k)
+                )
+            try:
+                write_checkpoint(path, {"model": torch.ones(10)})
+            except KeyboardInterrupt:
+                moments += 1
+        assert find_damage(path) == ""
+        assert torch.load(path, weights_only=True)["model"].unique().numel() == 1
+    assert moments >= 6
+
+
+def test_old_checkpoints_are_removed_by_iteration(folder):
+    shutil.copy(folder / "model_0000009.pth", folder / "model_final.pth")
+    remove_old_checkpoints(folder, 2)
+    names = {path.name for path in folder.glob("*.pth*")}
+    kept = {f"{name}.pth{end}" for name in NAMES[1:] for end in ("", ".sha256")}
+    assert names == kept | {"model_final.pth"}

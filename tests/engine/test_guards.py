@@ -1,0 +1,205 @@
+"""A step with a value that is not finite, or without memory, ends the run with its images named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, random_instances, small_config
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.engine import Trainer, TrainingError
+from mask_head_plugin.engine.replay import replay_step, save_step
+
+NAME = "test_guarded"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _data_set():
+    records = DatasetCatalog.get("shapes_train")[:4]
+    DatasetCatalog.register(NAME, lambda: records)
+    classes = MetadataCatalog.get("shapes_train").thing_classes
+    MetadataCatalog.get(NAME).set(thing_classes=classes, evaluator_type="coco")
+    yield
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+def make_trainer(folder: Path, *opts: str) -> Trainer:
+    data = ["DATASETS.TRAIN", f"('{NAME}',)", "OUTPUT_DIR", str(folder), "SEED", "1"]
+    return Trainer(small_config("Base-Small.yaml", *data, "SOLVER.MAX_ITER", "4", *opts))
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: x.clone() for name, x in trainer.model.named_parameters()}
+
+
+def spoil_loss(trainer: Trainer, iteration: int, value: float) -> None:
+    """Makes the mask loss of an iteration what it must not be."""
+    head, original = trainer.model.roi_heads.mask_head, trainer.model.roi_heads.mask_head.forward
+
+    def forward(*args):
+        losses = original(*args)
+        return {k: x * value for k, x in losses.items()} if trainer.iter == iteration else losses
+
+    head.forward = forward
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("period", [1, 20])
+def test_a_bad_loss_stops_the_run_before_the_step(tmp_path, value, period):
+    """At any metric period: detectron2 looks only at losses that it logs, after the step."""
+    trainer = make_trainer(tmp_path)
+    trainer._trainer.gather_metric_period = period
+    spoil_loss(trainer, 2, value)
+    before = {}
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (step(), before.update(weights(trainer)))
+    with pytest.raises(TrainingError) as error:
+        trainer.train()
+    message = str(error.value)
+    images = [x["file_name"] for x in DatasetCatalog.get(NAME) if x["file_name"] in message]
+    assert message.startswith(f"iteration 2: loss_mask is {value}, with the images ")
+    assert len(images) == 2 and message.count("image_id") == 2
+    for text in ("iteration_2_rank_0.pth", "tools/replay_step.py", "lower SOLVER.BASE_LR"):
+        assert text in message
+    assert all(torch.equal(x, before[name]) for name, x in weights(trainer).items())
+
+
+def test_a_bad_gradient_behind_good_losses_names_its_layers(tmp_path):
+    trainer = make_trainer(tmp_path)
+    weight = trainer.model.roi_heads.mask_head.predictor.weight
+    weight.register_hook(lambda x: x * float("nan") if trainer.iter == 1 else x)
+    with pytest.raises(TrainingError, match=r"iteration 1: gradients .*mask_head\.predictor\.weig"):
+        trainer.train()
+
+
+def test_gradients_whose_norm_overflows_are_no_reason_to_stop(tmp_path):
+    trainer = make_trainer(tmp_path, "SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "1e-30")
+    weight = trainer.model.roi_heads.mask_head.predictor.weight
+    weight.register_hook(lambda x: x + 1e25)
+    trainer.before_train = lambda: None  # the step alone
+    trainer.after_train = lambda: None
+    trainer.before_step = trainer.after_step = lambda: None
+    trainer.train()
+    assert trainer.iter == 1
+
+
+@pytest.mark.parametrize("mask_format", ["bitmask", "polygon"])
+def test_a_saved_step_is_replayed_exactly_and_its_layer_is_found(tmp_path, mask_format):
+    trainer = make_trainer(tmp_path, "INPUT.MASK_FORMAT", "bitmask")
+    if mask_format == "polygon":
+        _use_polygons(trainer)
+    spoil_loss(trainer, 2, float("nan"))
+    with pytest.raises(TrainingError):
+        trainer.train()
+    path = tmp_path / "failed_steps" / "iteration_2_rank_0.pth"
+    replay = replay_step(Trainer.build_model(trainer.cfg), path)
+    assert replay.bad_weights == replay.bad_outputs == replay.bad_gradients == []
+    assert replay.losses.keys() == replay.saved_losses.keys()
+    for name, value in replay.saved_losses.items():
+        if name != "loss_mask":  # the test's, not the model's
+            assert replay.losses[name] == value, name
+    content = torch.load(path, weights_only=True)
+    content["model"]["roi_heads.mask_head.deconv.bias"][0] = float("inf")
+    torch.save(content, path)
+    replay = replay_step(Trainer.build_model(trainer.cfg), path)
+    assert replay.bad_weights == ["roi_heads.mask_head.deconv.bias"]
+    assert replay.bad_outputs[0] == "roi_heads.mask_head.deconv"
+    assert replay.bad_gradients
+
+
+def _use_polygons(trainer: Trainer) -> None:
+    rng = np.random.default_rng(0)
+    batches = [
+        [
+            {
+                "image": torch.rand(3, 96, 128) * 255,
+                "instances": random_instances(3, (96, 128), 5, rng, "polygon"),
+                "file_name": "made.png",
+                "image_id": k,
+            }
+        ]
+        for k in range(4)
+    ]
+    trainer._trainer._data_loader_iter_obj = iter(batches)
+
+
+def test_replay_refuses_other_files(tmp_path):
+    model = Trainer.build_model(small_config("Base-Small.yaml"))
+    (tmp_path / "text.pth").write_text("no")
+    torch.save({"model": {}}, tmp_path / "weights.pth")
+    for name in ("text.pth", "weights.pth"):
+        with pytest.raises(ConfigError, match=rf"{name} is not the file of a failed step"):
+            replay_step(model, tmp_path / name)
+    save_step(tmp_path / "other.pth", torch.nn.Linear(2, 2), [], {}, (1, 2, 3))
+    with pytest.raises(ConfigError, match=r"other\.pth are not those of .*--config-file"):
+        replay_step(model, tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate me"
+            "mory: you tried to allocate 4 bytes."
+        ),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_which_images_and_what_to_lower(tmp_path, error):
+    trainer = make_trainer(tmp_path)
+
+    def fail(*_):
+        raise error
+
+    trainer.model.roi_heads.forward = fail
+    with pytest.raises(TrainingError) as told:
+        trainer.train()
+    message = str(told.value)
+    assert "\n" not in message and message.startswith("iteration 0: out of memory (")
+    for text in (
+        *("(image_id ", "128 x 96", "objects", "64 RoIs, up to 16 of them", "Lower "),
+        *("SOLVER.IMS_PER_BATCH (now 2)", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE (now 32)"),
+    ):
+        assert text in message, text
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    trainer = make_trainer(tmp_path)
+
+    def fail(*_):
+        raise RuntimeError("something else")
+
+    trainer.model.roi_heads.forward = fail
+    with pytest.raises(RuntimeError, match="something else"):
+        trainer.train()
+
+
+def test_the_tool_prints_the_layer_and_refuses_in_one_line(tmp_path):
+    trainer = make_trainer(tmp_path)
+    (tmp_path / "config.yaml").write_text(trainer.cfg.dump())
+    path = tmp_path / "failed_steps" / "iteration_2_rank_0.pth"
+    with torch.no_grad():
+        trainer.model.roi_heads.mask_head.deconv.bias[0] = float("nan")
+    trainer.data_loader.go_to(1, 2)
+    save_step(path, trainer.model, next(iter(trainer.data_loader)), {}, (1, 2, 0))
+    command = [sys.executable, "tools/replay_step.py", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "before the step: roi_heads.mask_head.deconv.bias\n" in done.stdout
+    assert "in order: roi_heads.mask_head.deconv, " in done.stdout
+    done = subprocess.run(
+        [*command[:2], str(tmp_path / "config.yaml"), "--config-file", str(tmp_path / "no.yaml")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("replay_step.py: config file ")

@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Repeats a training step that was stopped for a loss or gradient that is not finite.
+
+Shows which layer computed the first such value, beside the images of the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tabulate import tabulate
+
+from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.engine import Trainer
+from mask_head_plugin.engine.guards import describe_batch, listed
+from mask_head_plugin.engine.replay import Replay, replay_step
+
+EXAMPLES = """
+Example:
+  python tools/replay_step.py output/run1/failed_steps/iteration_1234_rank_0.pth
+The step is repeated on the CPU with the config.yaml of the run, or with --config-file. Any config
+key may follow: MODEL.ROI_MASK_HEAD.LOSSES '[["dice", 1.0]]'
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", type=Path, help="a file of OUTPUT_DIR/failed_steps")
+    parser.add_argument("--config-file", metavar="FILE", help="default: config.yaml of OUTPUT_DIR")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    args = parser.parse_args()
+    try:
+        config_file = args.config_file or str(args.step.parent.parent / "config.yaml")
+        cfg = load_config(config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
+        if not args.step.is_file():
+            raise ConfigError(f"{args.step} does not exist")
+        print(report(replay_step(Trainer.build_model(cfg), args.step)))
+    except ConfigError as error:
+        parser.exit(2, f"replay_step.py: {error}\n")
+
+
+def report(replay: Replay) -> str:
+    losses = [(name, replay.saved_losses.get(name), x) for name, x in replay.losses.items()]
+    table = tabulate(losses, ("loss", "in the run", "repeated"), tablefmt="github", floatfmt=".6g")
+    return "\n".join(
+        (
+            f"Images: {describe_batch(replay.batch)}",
+            table,
+            f"Weights that were not finite before the step: {listed(replay.bad_weights)}",
+            f"Modules with an output that is not finite, in order: {listed(replay.bad_outputs)}",
+            f"Gradients that are not finite, from the losses on: {listed(replay.bad_gradients)}",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
