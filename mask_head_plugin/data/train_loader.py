@@ -46,7 +46,11 @@ def seed_generators(*key: int) -> None:
     Args:
         key: non-negative integers, such as seed, iteration and rank.
     """
-    torch.manual_seed(_seed_python_and_numpy(key))
+    seed = _seed_python_and_numpy(key)
+    # torch.manual_seed would, each time, note for later where CUDA was to be seeded.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextlib.contextmanager

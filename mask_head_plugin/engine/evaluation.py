@@ -17,6 +17,7 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.file_io import PathManager
 from torch.utils.data import DataLoader, Subset
 
+from ..config import ConfigError
 from ..evaluation import MaskEvaluator
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,11 @@ def evaluate_dataset(
                 num_workers=loader.num_workers,
                 collate_fn=loader.collate_fn,
             )
-    results: dict[str, Any] = inference_on_dataset(model, loader, evaluator)
+    try:
+        results: dict[str, Any] = inference_on_dataset(model, loader, evaluator)
+    except ConfigError as error:  # a worker sends its traceback along
+        message = str(error).rpartition(f"{ConfigError.__name__}: ")[2]
+        raise ConfigError(message.strip()) from error
     return results
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import ROOT, small_config
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
 
+from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.evaluation import prediction_fingerprint
 from mask_head_plugin.evaluation import MaskEvaluator
@@ -62,6 +63,21 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(tmp_path):
     again = Counting(model)
     Trainer.test(cfg, again)
     assert len(again.seen) == 5, "a finished evaluation starts anew"
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch, workers):
+    cfg, model = make(tmp_path, "DATALOADER.NUM_WORKERS", workers)
+    records = [dict(record) for record in DatasetCatalog.get(NAME)]
+    records[2]["file_name"] = str(tmp_path / "truncated.png")
+    content = (ROOT / DatasetCatalog.get(NAME)[2]["file_name"]).read_bytes()
+    (tmp_path / "truncated.png").write_bytes(content[: len(content) // 2])
+    monkeypatch.setitem(DatasetCatalog, NAME, lambda: records)
+    with pytest.raises(ConfigError) as error:
+        Trainer.test(cfg, model)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/truncated.png (image_id 3) cannot be loaded: OSError")
+    assert "\n" not in message and "repair it" in message
 
 
 def test_a_crash_of_the_metrics_loses_no_prediction(tmp_path, monkeypatch):

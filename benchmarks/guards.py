@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""What exact resume and the guards cost in a training step.
+
+step: forward, backward and SGD of Mask R-CNN R50-FPN with two images of 512 px, and of the embedded
+data set's small model with four images of 96 px. guard: the look at losses and gradients before the
+weights change. seeds: seeding the step, and seeding and restoring the generators for each image.
+
+A time is the median of several runs, all in turn. Writes a table, and a JSON file with machine,
+versions and date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import EventStorage
+from mask_branch import make_batch
+from measure import machine, median_times
+from tabulate import tabulate
+from torch import nn
+
+from mask_head_plugin import load_config
+from mask_head_plugin.data import seed_generators
+from mask_head_plugin.data.train_loader import seeded_generators
+from mask_head_plugin.engine import Trainer
+from mask_head_plugin.engine.guards import StepGuard
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# Batch statistics: a frozen network with random weights overflows.
+MODELS: dict[str, tuple[str, int, int, list[str]]] = {
+    "R50-FPN, 2 x 512 px": ("Base-MaskRCNN-FPN.yaml", 2, 512, ["MODEL.RESNETS.NORM", "BN"]),
+    "shapes, 4 x 96 px": ("shapes/mask_rcnn_shapes.yaml", 4, 96, []),
+}
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[dict[str, Any]]) -> None:
+    with EventStorage():
+        losses = sum(model(batch).values())
+    optimizer.zero_grad()
+    losses.backward()
+    optimizer.step()
+
+
+def draw_seeds(num_images: int) -> None:
+    seed_generators(1, 2, 3)
+    for slot in range(num_images):
+        with seeded_generators(1, 2, 3, slot):
+            pass
+
+
+def measure(name: str, device: str, repeats: int) -> dict[str, Any]:
+    config, num_images, side, opts = MODELS[name]
+    opts = [*opts, "MODEL.WEIGHTS", "", "MODEL.DEVICE", device]
+    cfg: CfgNode = load_config(str(CONFIGS / config), opts)
+    model = Trainer.build_model(cfg)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    trainer = SimpleTrainer(model, None, optimizer)
+    guard = StepGuard(model, cfg)
+    trainer.register_hooks([guard])
+    batch = make_batch(cfg.MODEL.ROI_HEADS.NUM_CLASSES, num_images, side)
+    steps = [
+        partial(train, model, optimizer, batch),
+        guard.after_backward,
+        partial(draw_seeds, num_images),
+    ]
+    step, guarded, seeds = median_times(steps, repeats, device)
+    return {
+        "model": name,
+        "step_ms": round(step, 2),
+        "guard_ms": round(guarded, 3),
+        "seeds_ms": round(seeds, 3),
+        "percent_of_step": round(100 * (guarded + seeds) / step, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/benchmarks/guards.json"))
+    parser.add_argument("--repeats", type=int, default=10, help="runs per time, the median counts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = [measure(name, args.device, args.repeats) for name in MODELS]
+    print(tabulate(rows, headers="keys", tablefmt="github"))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine(args.device), "threads": args.threads, "rows": rows}
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
