@@ -72,7 +72,7 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch
     records[2]["file_name"] = str(tmp_path / "truncated.png")
     content = (ROOT / DatasetCatalog.get(NAME)[2]["file_name"]).read_bytes()
     (tmp_path / "truncated.png").write_bytes(content[: len(content) // 2])
-    monkeypatch.setitem(DatasetCatalog, NAME, lambda: records)
+    monkeypatch.setattr(DatasetCatalog, "get", lambda _: records)
     with pytest.raises(ConfigError) as error:
         Trainer.test(cfg, model)
     message = str(error.value)
