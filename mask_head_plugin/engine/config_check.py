@@ -74,6 +74,7 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
         ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
         ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
         ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
+        ("SOLVER.CHECKPOINT_KEEP_LAST", cfg.SOLVER.CHECKPOINT_KEEP_LAST, 0),
         ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
     ):
         if not least <= value < math.inf:

@@ -204,14 +204,16 @@ class Trainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         scalars = scalar_state(self.storage)
-        return {**super().state_dict(), "seed": self.seed, "scalars": scalars}
+        own = {"seed": self.seed, "world_size": comm.get_world_size(), "scalars": scalars}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if "seed" not in state_dict:
+        if state_dict.get("world_size") != comm.get_world_size():
             logger.warning(
-                "this checkpoint, of detectron2's trainer, holds no seed: images come in another "
-                "order than in the run that wrote it"
+                "the checkpoint is of a run with %s processes, this one has %d: images come in "
+                "another order from here on",
+                *(state_dict.get("world_size", "unknown"), comm.get_world_size()),
             )
         self.seed = state_dict.get("seed", self.seed)
         self.restored_scalars = state_dict.get("scalars", {})

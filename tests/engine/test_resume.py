@@ -147,6 +147,17 @@ def test_workers_change_nothing(tmp_path, undisturbed, monkeypatch):
     assert_same_run(tmp_path, undisturbed)
 
 
+def test_precise_batch_statistics_are_those_of_the_undisturbed_run(tmp_path, monkeypatch):
+    opts = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"]
+    for name in ("killed", "expected"):
+        (tmp_path / name).mkdir()
+    train(config(tmp_path / "expected", *opts))
+    cfg = config(tmp_path / "killed", *opts)
+    train_until_killed(cfg, monkeypatch, Trainer, "run_step", 6)
+    train(cfg, resume=True)
+    assert_same_run(tmp_path / "killed", tmp_path / "expected")
+
+
 def test_the_seed_of_a_run_without_one_is_in_its_checkpoint(tmp_path, monkeypatch):
     cfg = config(tmp_path, "SEED", "-1")
     train_until_killed(cfg, monkeypatch, Trainer, "run_step", 6)
