@@ -53,7 +53,7 @@ Cell = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedDifference:
     """A metric of one model against a baseline's, in percent; nan where nothing counts.
 
     Attributes:
@@ -209,7 +209,7 @@ def compare(
     metrics: Sequence[str] = METRICS,
     num_draws: int = 1000,
     seed: int = 0,
-) -> dict[str, Comparison]:
+) -> dict[str, PairedDifference]:
     """Returns how a variant differs from a baseline in each metric.
 
     Args:
@@ -234,7 +234,7 @@ def compare_all(
     metrics: Sequence[str] = METRICS,
     num_draws: int = 1000,
     seed: int = 0,
-) -> dict[str, dict[str, Comparison]]:
+) -> dict[str, dict[str, PairedDifference]]:
     """Returns ``compare`` of each variant with the same baseline, all on the same draws.
 
     Args:
@@ -272,14 +272,14 @@ def compare_all(
     }
 
 
-def _comparison(metric: str, variant: FloatArray, baseline: FloatArray) -> Comparison:
+def _comparison(metric: str, variant: FloatArray, baseline: FloatArray) -> PairedDifference:
     """Takes (number of seeds, 1 + S): the images as they are, then the draws."""
     value, base = variant.mean(axis=0), baseline.mean(axis=0)
     drawn = (value - base)[1:]
     drawn = drawn[~np.isnan(drawn)]
     tail = (100 - CONFIDENCE) / 2
     low, high = np.percentile(drawn, [tail, 100 - tail]) if len(drawn) else (np.nan, np.nan)
-    return Comparison(
+    return PairedDifference(
         metric=metric,
         value=float(value[0]),
         baseline=float(base[0]),

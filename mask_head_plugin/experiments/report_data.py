@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from ..evaluation.bootstrap import METRICS, Comparison, compare_all
+from ..evaluation.bootstrap import METRICS, PairedDifference, compare_all
 from ..evaluation.matching import Matches
 
 logger = logging.getLogger(__name__)
@@ -188,12 +188,12 @@ class Study:
         return self._matches[task]
 
     @cached_property
-    def comparisons(self) -> dict[str, dict[str, Comparison]]:
+    def comparisons(self) -> dict[str, dict[str, PairedDifference]]:
         """Comparisons with the baseline, by variant and by metric such as ``segm/AP50``.
 
         Of the main task's metrics and of those that the paper gives; the baseline has none.
         """
-        found: dict[str, dict[str, Comparison]] = {v.name: {} for v in self.variants}
+        found: dict[str, dict[str, PairedDifference]] = {v.name: {} for v in self.variants}
         wanted = [f"{self.task}/{name}" for name in METRICS]
         wanted += [key for variant in self.variants for key in variant.paper]
         for task in dict.fromkeys(key.partition("/")[0] for key in wanted):
@@ -202,11 +202,11 @@ class Study:
                 found[variant] |= {f"{task}/{name}": c for name, c in comparisons.items()}
         return found
 
-    def comparison(self, variant: Variant, key: str = "") -> Comparison | None:
+    def comparison(self, variant: Variant, key: str = "") -> PairedDifference | None:
         """Returns how a variant differs from the baseline, by default in the main metric."""
         return self.comparisons[variant.name].get(key or self.metric)
 
-    def _compare(self, task: str, names: list[str]) -> dict[str, dict[str, Comparison]]:
+    def _compare(self, task: str, names: list[str]) -> dict[str, dict[str, PairedDifference]]:
         matches = self.matches(task)
         if not names or self.baseline.name not in matches or len(matches) < 2:
             return {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
-from ..evaluation.bootstrap import METRICS, Comparison
+from ..evaluation.bootstrap import METRICS, PairedDifference
 from .report_data import Study, Variant, mean
 
 BASELINE, BETTER, WORSE, NOISE = "baseline", "better", "worse", "within noise"
@@ -59,7 +59,7 @@ class Table:
     rows: list[list[Cell]]
 
 
-def verdict(comparison: Comparison) -> str:
+def verdict(comparison: PairedDifference) -> str:
     """Returns what the interval of a difference says; nothing where there is no interval."""
     if not (math.isfinite(comparison.low) and math.isfinite(comparison.high)):
         return ""
@@ -170,7 +170,7 @@ def _difference_cell(study: Study, variant: Variant) -> Cell:
     return Cell(with_interval(comparison), comparison.difference)
 
 
-def _detectable(comparison: Comparison | None) -> float:
+def _detectable(comparison: PairedDifference | None) -> float:
     return math.nan if comparison is None else comparison.detectable
 
 
@@ -214,7 +214,7 @@ def with_spread(variant: Variant, key: str) -> str:
     return number(variant.mean(key)) + (f" ± {spread:.2f}" if math.isfinite(spread) else "")
 
 
-def with_interval(comparison: Comparison) -> str:
+def with_interval(comparison: PairedDifference) -> str:
     """Returns a difference as ``+0.50 (-0.10 to +1.10)``."""
     low, high = number(comparison.low, "+.2f"), number(comparison.high, "+.2f")
     return f"{number(comparison.difference, '+.2f')} ({low} to {high})"
