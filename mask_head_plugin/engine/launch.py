@@ -115,6 +115,11 @@ def process_rank() -> int:
     return int(os.environ["RANK"]) if is_worker() else 0
 
 
+def process_count(num_gpus_per_machine: int, num_machines: int = 1) -> int:
+    """Returns how many processes a run has: torchrun's number, or what the flags ask for."""
+    return int(os.environ["WORLD_SIZE"]) if is_worker() else num_gpus_per_machine * num_machines
+
+
 @contextlib.contextmanager
 def first_on_machine() -> Iterator[None]:
     """Lets the first process of each machine do something before the others do it.
