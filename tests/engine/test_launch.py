@@ -63,6 +63,21 @@ def test_two_processes_by_torchrun_do_so_too_after_a_restart(tmp_path, reference
     assert check(tmp_path, reference)["restarted"]
 
 
+def test_train_net_trains_in_two_processes_and_scales_the_batch(tmp_path):
+    command = [
+        *(sys.executable, "train_net.py", "--num-gpus", "2", "--config-file"),
+        *("configs/shapes/mask_rcnn_shapes.yaml", "MODEL.DEVICE", "cpu", "DATASETS.TEST", "()"),
+        *("SOLVER.REFERENCE_WORLD_SIZE", "1", "SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "4"),
+        *("OUTPUT_DIR", str(tmp_path)),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for text in ("batch_size=2, learning_rate=0.06, max_iter=2", "running on cpu, processes: 2"):
+        assert result.stdout.count(text) == 1  # one process writes to the console
+        assert text in (tmp_path / "log.txt.rank1").read_text()
+    assert (tmp_path / "model_final.pth").is_file()
+
+
 def test_a_single_process_is_this_one():
     pids = []
     launch.launch(lambda pids: pids.append(os.getpid()), 1, args=(pids,))
