@@ -8,23 +8,29 @@ import logging
 import sys
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.data import check_datasets, register_coco_files
-from mask_head_plugin.engine import MaskHeadCheckpointer, Trainer, check_config
+from mask_head_plugin.engine import (
+    MaskHeadCheckpointer,
+    Trainer,
+    TrainingError,
+    check_config,
+    launch,
+)
 
 EXAMPLES = """
 Examples:
   Train on the embedded data set, on whatever device there is:
     python train_net.py --config-file configs/shapes/mask_rcnn_shapes.yaml
-  Train on COCO with 8 GPUs:
+  Train on COCO with 8 GPUs, either way:
     python train_net.py --num-gpus 8 --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
+    torchrun --nproc-per-node 8 train_net.py --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
   Go on after an interruption; evaluate weights (.pth, .pkl or .safetensors):
     python train_net.py --resume --config-file ... OUTPUT_DIR output/run1
     python train_net.py --eval-only --config-file ... MODEL.WEIGHTS output/run1/model_final.pth
@@ -35,15 +41,12 @@ and contact_sheet_*.png (validation images, ground truth beside predictions).
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    if args.num_gpus > max(torch.cuda.device_count(), 1):
-        raise ConfigError(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()}")
     cfg = load_config(args.config_file, args.opts)
-    check_config(cfg, train=not args.eval_only)
+    num_processes = launch.process_count(args.num_gpus, args.num_machines)
+    check_config(cfg, train=not args.eval_only, num_processes=num_processes)
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
-        raise ConfigError(
-            "--eval-only needs MODEL.WEIGHTS FILE, or --resume for the last checkpoint"
-        )
-    setup_logger(cfg.OUTPUT_DIR, name="mask_head_plugin")
+        raise ConfigError("--eval-only needs MODEL.WEIGHTS FILE, or --resume: the last checkpoint")
+    setup_logger(cfg.OUTPUT_DIR, launch.process_rank(), name="mask_head_plugin")
     register_coco_files(cfg)
     check_datasets(cfg)
     cfg.freeze()
@@ -51,11 +54,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
-    if comm.get_world_size() > 1:  # a launched process: it has no logger and knows of no files
+    if comm.get_world_size() > 1:  # --num-gpus: it has no logger and knows of no files
         setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
         register_coco_files(cfg)
     default_setup(cfg, args)
-    logging.getLogger("mask_head_plugin").info("running on %s", cfg.MODEL.DEVICE)
+    what = (cfg.MODEL.DEVICE, comm.get_world_size())
+    logging.getLogger("mask_head_plugin").info("running on %s, processes: %d", *what)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = MaskHeadCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
@@ -65,15 +69,17 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
             verify_results(cfg, results)
         return results
     trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    trainer.resume_or_load(resume=launch.restarted(cfg.OUTPUT_DIR) or args.resume)
     return trainer.train()
 
 
 if __name__ == "__main__":
     args = default_argument_parser(EXAMPLES).parse_args()
     try:
-        job = (setup(args), args)
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, job)
-    except ConfigError as error:
+        with launch.first_on_machine():
+            cfg = setup(args)
+        place = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+        launch.launch(main, *place, (cfg, args), device=cfg.MODEL.DEVICE)
+    except (ConfigError, TrainingError, launch.RankError) as error:
         print(f"train_net.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
     ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
 )
-from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from detectron2.utils.registry import Registry
 
 from ..config import ConfigError, nearest_name
@@ -22,33 +25,28 @@ from ..modeling.mask_head import ClassSelection, check_mask_losses
 from ..modeling.pooler import POOLER_TYPES, check_pooler
 from ..modeling.rcnn import MASK_OUTPUTS, MaskRCNN
 from ..modeling.roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
+from .config_features import check_features
+from .config_values import check_input, check_solver, check_test, check_values
 
 DETECTRON2_POOLER_TYPES = ("ROIAlignRotated",)
 """Types of detectron2's ROIPooler that MultiLevelRoIPooler leaves to it."""
 
 
-def check_config(cfg: CfgNode, *, train: bool) -> None:
+def check_config(cfg: CfgNode, *, train: bool, num_processes: int = 1) -> None:
     """Checks names, numbers and files of a config, and makes OUTPUT_DIR.
 
     Args:
         cfg: a complete config.
         train: whether the model will be trained, so that DATASETS.TRAIN counts.
+        num_processes: of the run, on all machines.
 
     Raises:
         ConfigError: naming the key, its value and what it could be.
     """
-    for split in ("TRAIN", "TEST"):
-        if not all(isinstance(name, str) for name in cfg.DATASETS[split]):
-            raise ConfigError(f"DATASETS.{split} {cfg.DATASETS[split]} is not a list of names")
+    check_values(cfg)
     if train and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: give a --config-file, or name a data set")
-    for key, value, registry in (
-        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
-        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
-        ("MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
-        ("MODEL.ROI_MASK_HEAD.NAME", cfg.MODEL.ROI_MASK_HEAD.NAME, ROI_MASK_HEAD_REGISTRY),
-    ):
-        _check_name(key, value, registry)
+    _check_names(cfg)
     for head in ("ROI_BOX_HEAD", "ROI_MASK_HEAD"):
         _check_pooler(cfg, head)
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # detectron2 takes options behind a ?
@@ -60,33 +58,37 @@ def check_config(cfg: CfgNode, *, train: bool) -> None:
         raise ConfigError(str(error)) from error
     _check_mask_head(cfg)
     _check_mask_output(cfg)
-    head = cfg.MODEL.ROI_MASK_HEAD
-    for key, value, least in (
-        ("MODEL.ROI_MASK_HEAD.NUM_FC", head.NUM_FC, 1),
-        ("MODEL.ROI_MASK_HEAD.FC_DIM", head.FC_DIM, 1),
-        ("MODEL.ROI_MASK_HEAD.LOSS_WEIGHT", head.LOSS_WEIGHT, 0),
-        ("MODEL.ROI_MASK_HEAD.SCORING.CONV_DIM", head.SCORING.CONV_DIM, 1),
-        ("MODEL.ROI_MASK_HEAD.SCORING.FC_DIM", head.SCORING.FC_DIM, 1),
-        ("MODEL.ROI_MASK_HEAD.SCORING.LOSS_WEIGHT", head.SCORING.LOSS_WEIGHT, 0),
-        ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES, 1),
-        ("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION, 1),
-        ("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION, 1),
-        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
-        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
-        ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
-        ("SOLVER.CHECKPOINT_KEEP_LAST", cfg.SOLVER.CHECKPOINT_KEEP_LAST, 0),
-        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
-    ):
-        if not least <= value < math.inf:
-            raise ConfigError(f"{key} is {value}; it must be at least {least}")
-    if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
-        raise ConfigError(f"INPUT.MASK_FORMAT {cfg.INPUT.MASK_FORMAT!r} is not polygon or bitmask")
+    if train:
+        check_solver(cfg, num_processes)
+    check_input(cfg)
+    check_test(cfg, train=train)
+    check_features(cfg, train=train)
     _check_device(cfg, train)
     try:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
     except OSError as error:
         raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be written: {error}") from error
+
+
+def _check_names(cfg: CfgNode) -> None:
+    model = cfg.MODEL
+    names: list[tuple[str, str, Registry]] = [
+        ("META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY),
+        ("ANCHOR_GENERATOR.NAME", model.ANCHOR_GENERATOR.NAME, ANCHOR_GENERATOR_REGISTRY),
+        ("RPN.HEAD_NAME", model.RPN.HEAD_NAME, RPN_HEAD_REGISTRY),
+        ("ROI_HEADS.NAME", model.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
+        ("ROI_MASK_HEAD.NAME", model.ROI_MASK_HEAD.NAME, ROI_MASK_HEAD_REGISTRY),
+    ]
+    if model.PROPOSAL_GENERATOR.NAME != "PrecomputedProposals":
+        generator = model.PROPOSAL_GENERATOR.NAME
+        names.append(("PROPOSAL_GENERATOR.NAME", generator, PROPOSAL_GENERATOR_REGISTRY))
+    for key, value, registry in names:
+        _check_name(f"MODEL.{key}", value, registry)
+    heads = ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME)
+    if issubclass(heads, StandardROIHeads):  # others have no box head of their own
+        _check_name("MODEL.ROI_BOX_HEAD.NAME", model.ROI_BOX_HEAD.NAME, ROI_BOX_HEAD_REGISTRY)
 
 
 def _check_pooler(cfg: CfgNode, head: str) -> None:
@@ -125,14 +127,22 @@ def _check_pooler(cfg: CfgNode, head: str) -> None:
 def _check_mask_head(cfg: CfgNode) -> None:
     """Refuses settings of the plugin's mask heads where another head would ignore them."""
     head = cfg.MODEL.ROI_MASK_HEAD
-    if not cfg.MODEL.MASK_ON or issubclass(_mask_head(cfg), ClassSelection):
-        return
     losses = [list(entry) for entry in head.LOSSES]
-    for key, changed in (
+    choices = [
         ("LOSSES", losses != [["binary_cross_entropy", 1.0]]),
-        ("LOSS_WEIGHT", head.LOSS_WEIGHT != 1.0),
         ("SCORING.ENABLED", head.SCORING.ENABLED),
-    ):
+        ("LOSS_WEIGHT", head.LOSS_WEIGHT != 1.0),
+    ]
+    if not cfg.MODEL.MASK_ON:
+        for key, _ in (choice for choice in choices[:2] if choice[1]):
+            raise ConfigError(
+                f"MODEL.ROI_MASK_HEAD.{key} has no effect with MODEL.MASK_ON False; set it to its "
+                "default"
+            )
+        return
+    if issubclass(_mask_head(cfg), ClassSelection):
+        return
+    for key, changed in choices:
         if changed:
             raise ConfigError(
                 f"MODEL.ROI_MASK_HEAD.{key} has no effect with MODEL.ROI_MASK_HEAD.NAME "

@@ -32,7 +32,7 @@ from typing import Any
 import submitit
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.events import EventStorage
@@ -42,6 +42,7 @@ from tqdm import tqdm
 from ..config import ConfigError, flatten
 from ..data import check_datasets, register_coco_files
 from ..engine import Trainer, check_config
+from ..engine.launch import launch
 from .ablation import Ablation
 from .report_data import read_json_lines, read_object
 
@@ -274,7 +275,7 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
         try:
             _check_hash(trial)
             (trial.folder / HASH_FILE).write_text(config_hash(trial.cfg) + "\n")
-            launch(_train, max(num_gpus, 1), dist_url="auto", args=(trial.cfg,))
+            launch(_train, max(num_gpus, 1), args=(trial.cfg,), device=trial.cfg.MODEL.DEVICE)
             record = _measure(trial)
         except Exception as error:  # of any kind: the other trials go on
             last = traceback.format_exception_only(error)[-1].strip()

@@ -1,0 +1,171 @@
+"""Whether the parts of a detector fit each other: feature maps, anchors, matchers, proposals."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, build_backbone
+from detectron2.modeling.meta_arch import GeneralizedRCNN, ProposalNetwork
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+
+from ..config import ConfigError
+from .config_values import is_rising
+
+
+def check_features(cfg: CfgNode, *, train: bool) -> None:
+    """Checks a detector of detectron2's two-stage kind; another kind passes.
+
+    Args:
+        cfg: a config whose names are registered.
+        train: whether the model will be trained.
+
+    Raises:
+        ConfigError: naming the keys and what they could be.
+    """
+    arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if not issubclass(arch, GeneralizedRCNN | ProposalNetwork):
+        return
+    maps = _backbone_shapes(cfg)
+    _check_maps("MODEL.RPN.IN_FEATURES", cfg.MODEL.RPN.IN_FEATURES, maps)
+    _check_anchors(cfg)
+    _check_matcher("MODEL.RPN", cfg.MODEL.RPN, num_thresholds=2)
+    _check_proposals(cfg, train=train)
+    if not issubclass(arch, GeneralizedRCNN):
+        return
+    _check_maps("MODEL.ROI_HEADS.IN_FEATURES", cfg.MODEL.ROI_HEADS.IN_FEATURES, maps)
+    _check_matcher("MODEL.ROI_HEADS", cfg.MODEL.ROI_HEADS, num_thresholds=1)
+    _check_heads(cfg, maps)
+    _check_keypoints(cfg, train=train)
+
+
+def _backbone_shapes(cfg: CfgNode) -> dict[str, ShapeSpec]:
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # allocates nothing
+            shapes: dict[str, ShapeSpec] = build_backbone(cfg).output_shape()
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} cannot be built from MODEL.BACKBONE, "
+            f"MODEL.RESNETS and MODEL.FPN: {type(error).__name__} {error}"
+        ) from error
+    return shapes
+
+
+def _check_maps(key: str, names: Sequence[str], maps: dict[str, ShapeSpec]) -> None:
+    if not names:
+        raise ConfigError(f"{key} is empty; the backbone gives {list(maps)}")
+    for name in names:
+        if name not in maps:
+            raise ConfigError(f"{key}: the backbone gives {list(maps)}, not {name!r}")
+
+
+def _check_anchors(cfg: CfgNode) -> None:
+    anchors, num_maps = cfg.MODEL.ANCHOR_GENERATOR, len(cfg.MODEL.RPN.IN_FEATURES)
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        given = anchors[key]
+        nested = given if given and isinstance(given[0], list | tuple) else [given]
+        if len(nested) not in (1, num_maps):
+            raise ConfigError(
+                f"MODEL.ANCHOR_GENERATOR.{key} has {len(nested)} lists for {num_maps} maps, "
+                f"MODEL.RPN.IN_FEATURES {cfg.MODEL.RPN.IN_FEATURES}; give one for each, or one"
+            )
+        if not all(x and all(_is_positive(value) for value in x) for x in nested):
+            raise ConfigError(
+                f"MODEL.ANCHOR_GENERATOR.{key} {given} must be lists of numbers above 0"
+            )
+    if not 0 <= anchors.OFFSET < 1:
+        raise ConfigError(f"MODEL.ANCHOR_GENERATOR.OFFSET is {anchors.OFFSET}; it is in [0, 1)")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def _check_matcher(section: str, node: CfgNode, num_thresholds: int) -> None:
+    thresholds, labels = node.IOU_THRESHOLDS, node.IOU_LABELS
+    if len(thresholds) != num_thresholds or not is_rising(thresholds, least=0, most=1):
+        example = [0.3, 0.7] if num_thresholds == 2 else [0.5]
+        raise ConfigError(
+            f"{section}.IOU_THRESHOLDS {thresholds}: {num_thresholds} rising between 0 and 1, "
+            f"e.g. {example}"
+        )
+    if len(labels) != num_thresholds + 1 or not set(labels) <= {-1, 0, 1}:
+        raise ConfigError(
+            f"{section}.IOU_LABELS {labels}: one more than IOU_THRESHOLDS, each 0 (background), "
+            "-1 (ignored) or 1 (object)"
+        )
+
+
+def _check_proposals(cfg: CfgNode, *, train: bool) -> None:
+    generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    precomputed = generator == "PrecomputedProposals"
+    if precomputed != cfg.MODEL.LOAD_PROPOSALS:
+        raise ConfigError(
+            "MODEL.LOAD_PROPOSALS True and MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals need "
+            f"each other; now they are {cfg.MODEL.LOAD_PROPOSALS} and {generator}"
+        )
+    for split in ("TRAIN", "TEST") if train else ("TEST",):
+        files, names = cfg.DATASETS[f"PROPOSAL_FILES_{split}"], cfg.DATASETS[split]
+        if precomputed and len(files) != len(names):
+            raise ConfigError(
+                f"DATASETS.PROPOSAL_FILES_{split} has {len(files)} files for the {len(names)} data "
+                f"sets of DATASETS.{split}; MODEL.LOAD_PROPOSALS needs one for each"
+            )
+        for path in files if precomputed else ():
+            if "://" not in path and not Path(path).is_file():
+                raise ConfigError(f"DATASETS.PROPOSAL_FILES_{split}: file {path} does not exist")
+
+
+def _check_heads(cfg: CfgNode, maps: dict[str, ShapeSpec]) -> None:
+    heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
+    names, box = cfg.MODEL.ROI_HEADS.IN_FEATURES, cfg.MODEL.ROI_BOX_HEAD
+    if issubclass(heads, Res5ROIHeads):
+        if len(names) != 1:
+            raise ConfigError(
+                f"MODEL.ROI_HEADS.NAME {heads.__name__} is for one map, as of ResNet-C4, and "
+                f"MODEL.ROI_HEADS.IN_FEATURES has {len(names)}; with FPN take PerClassMaskROIHeads"
+            )
+        return
+    strides = [maps[name].stride for name in names]
+    if any(b != 2 * a for a, b in itertools.pairwise(strides)):
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.IN_FEATURES {names} have strides {strides}; each must be twice the "
+            "one before"
+        )
+    if box.NAME == "FastRCNNConvFCHead" and box.NUM_FC + box.NUM_CONV < 1:
+        raise ConfigError("MODEL.ROI_BOX_HEAD has no layers: set its NUM_FC or NUM_CONV")
+    if issubclass(heads, CascadeROIHeads) and not box.CLS_AGNOSTIC_BBOX_REG:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NAME {heads.__name__} needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG "
+            "True"
+        )
+    for key in ("MODEL.ROI_BOX_HEAD", "MODEL.RPN"):
+        section = box if key.endswith("HEAD") else cfg.MODEL.RPN
+        if len(section.BBOX_REG_WEIGHTS) != 4:
+            raise ConfigError(
+                f"{key}.BBOX_REG_WEIGHTS {section.BBOX_REG_WEIGHTS} must be four: x, y, w, h"
+            )
+
+
+def _check_keypoints(cfg: CfgNode, *, train: bool) -> None:
+    if not cfg.MODEL.KEYPOINT_ON:
+        return
+    heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
+    if issubclass(heads, Res5ROIHeads):
+        raise ConfigError(
+            f"MODEL.KEYPOINT_ON: {heads.__name__} has no keypoints; take PerClassMaskROIHeads"
+        )
+    own = [entry[0] for entry in cfg.DATASETS.COCO_FILES]
+    for name in cfg.DATASETS.TRAIN if train else ():
+        known = name in MetadataCatalog.list()
+        if name in own or (known and not MetadataCatalog.get(name).get("keypoint_names")):
+            raise ConfigError(
+                f"MODEL.KEYPOINT_ON, but data set {name!r} of DATASETS.TRAIN has no keypoints; "
+                "turn it off"
+            )

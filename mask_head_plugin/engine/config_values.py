@@ -1,0 +1,204 @@
+"""What single config keys may hold, as tables, and pairs of solver, input and test keys that clash.
+
+Only values are here that would otherwise fail late, fail without naming the key, or do nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from ..config import ConfigError, flatten
+
+HEAD, ROI, RPN = "MODEL.ROI_MASK_HEAD.", "MODEL.ROI_HEADS.", "MODEL.RPN."
+
+AT_LEAST: dict[int, tuple[str, ...]] = {
+    1: (
+        *(HEAD + "NUM_FC", HEAD + "FC_DIM", HEAD + "CONV_DIM", HEAD + "POOLER_RESOLUTION"),
+        *(HEAD + "SCORING.CONV_DIM", HEAD + "SCORING.FC_DIM"),
+        *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "MODEL.ROI_BOX_HEAD.FC_DIM"),
+        *(ROI + "NUM_CLASSES", ROI + "BATCH_SIZE_PER_IMAGE", RPN + "BATCH_SIZE_PER_IMAGE"),
+        *(RPN + "PRE_NMS_TOPK_TRAIN", RPN + "PRE_NMS_TOPK_TEST"),
+        *(RPN + "POST_NMS_TOPK_TRAIN", RPN + "POST_NMS_TOPK_TEST"),
+        *("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD"),
+        "TEST.PRECISE_BN.NUM_ITER",
+    ),
+    0: (
+        *(HEAD + "LOSS_WEIGHT", HEAD + "SCORING.LOSS_WEIGHT", HEAD + "NUM_CONV"),
+        *("MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA", "MODEL.RPN.SMOOTH_L1_BETA"),
+        *("MODEL.BACKBONE.FREEZE_AT", "SOLVER.WARMUP_ITERS", "SOLVER.REFERENCE_WORLD_SIZE"),
+        *("SOLVER.WEIGHT_DECAY", "SOLVER.CHECKPOINT_KEEP_LAST", "DATALOADER.NUM_WORKERS"),
+    ),
+}
+
+SHARES = (
+    *(ROI + "SCORE_THRESH_TEST", ROI + "NMS_THRESH_TEST", RPN + "NMS_THRESH"),
+    *("SOLVER.MOMENTUM", "SOLVER.WARMUP_FACTOR", "TEST.SEMANTIC_THRESHOLD"),
+)
+"""Keys between 0 and 1."""
+
+POSITIVE = (
+    *("SOLVER.BASE_LR", "SOLVER.GAMMA", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE"),
+    *(ROI + "POSITIVE_FRACTION", RPN + "POSITIVE_FRACTION"),
+)
+
+NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
+BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
+CROP_TYPES = ("relative_range", "relative", "absolute", "absolute_range")
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.CROP.TYPE": CROP_TYPES,
+    "SOLVER.LR_SCHEDULER_NAME": (
+        *("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    ),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
+    "MODEL.RESNETS.NORM": NORMS,
+    "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
+    "MODEL.FPN.NORM": NORMS,
+    "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "MODEL.ROI_BOX_HEAD.NORM": NORMS,
+    "MODEL.ROI_MASK_HEAD.NORM": NORMS,
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
+}
+
+
+def check_values(cfg: CfgNode) -> None:
+    """Checks keys that need no other to be judged.
+
+    Raises:
+        ConfigError: naming the key, its value and what it could be.
+    """
+    values = flatten(cfg)
+    for least, keys in AT_LEAST.items():
+        for key in keys:
+            if not least <= values[key] < math.inf:
+                raise ConfigError(f"{key} is {values[key]}; it must be at least {least}")
+    for key in SHARES:
+        if not 0 <= values[key] <= 1:
+            raise ConfigError(f"{key} is {values[key]}; it must be between 0 and 1")
+    for key in POSITIVE:
+        if not 0 < values[key] < math.inf:
+            raise ConfigError(f"{key} is {values[key]}; it must be above 0")
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise ConfigError(f"{key} {values[key]!r} is none of {choices}")
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        if not all(isinstance(name, str) for name in values[key]):
+            raise ConfigError(f"{key} {values[key]} is not a list of names")
+
+
+def check_solver(cfg: CfgNode, num_processes: int) -> None:
+    """Checks the schedule and how the batch is divided.
+
+    Args:
+        cfg: a complete config.
+        num_processes: of the run.
+    """
+    solver = cfg.SOLVER
+    if not is_rising(solver.STEPS, least=0):
+        raise ConfigError(f"SOLVER.STEPS {solver.STEPS} must rise, e.g. (60000, 80000)")
+    if solver.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR" and solver.NUM_DECAYS < 1:
+        raise ConfigError(f"SOLVER.NUM_DECAYS is {solver.NUM_DECAYS}; it must be at least 1")
+    per_run, images = solver.REFERENCE_WORLD_SIZE, solver.IMS_PER_BATCH
+    if per_run and images % per_run:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {images} cannot be divided by SOLVER.REFERENCE_WORLD_SIZE "
+            f"{per_run}, the processes that it was meant for; change one, or set the latter to 0"
+        )
+    if not per_run and images % num_processes:
+        near = max(images // num_processes, 1) * num_processes
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {images} is of all processes together and cannot be divided by "
+            f"{num_processes}; set it to {near}"
+        )
+    loader = cfg.DATALOADER
+    if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and not loader.REPEAT_THRESHOLD > 0:
+        raise ConfigError(
+            "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler repeats nothing with "
+            f"DATALOADER.REPEAT_THRESHOLD {loader.REPEAT_THRESHOLD}; set it to e.g. 0.001"
+        )
+
+
+def check_input(cfg: CfgNode) -> None:
+    """Checks sizes, crops and colours of images."""
+    given = cfg.INPUT
+    test_sizes = [given.MIN_SIZE_TEST] if given.MIN_SIZE_TEST else []
+    for split, sizes in (("TRAIN", given.MIN_SIZE_TRAIN), ("TEST", test_sizes)):
+        largest = given[f"MAX_SIZE_{split}"]
+        _check_sizes(f"INPUT.MIN_SIZE_{split}", sizes, f"INPUT.MAX_SIZE_{split}", largest)
+    if not given.MIN_SIZE_TRAIN:
+        raise ConfigError("INPUT.MIN_SIZE_TRAIN is empty; (0,) keeps images as they are")
+    if given.MIN_SIZE_TRAIN_SAMPLING == "range" and len(given.MIN_SIZE_TRAIN) != 2:
+        raise ConfigError(
+            f"INPUT.MIN_SIZE_TRAIN {given.MIN_SIZE_TRAIN} must be (smallest, largest) with "
+            "INPUT.MIN_SIZE_TRAIN_SAMPLING range"
+        )
+    crop = given.CROP
+    most, unit = (1, "shares") if crop.TYPE.startswith("relative") else (math.inf, "pixels")
+    kinds = (int, float) if most == 1 else (int,)
+    if crop.ENABLED and not (
+        len(crop.SIZE) == 2 and all(isinstance(x, kinds) and 0 < x <= most for x in crop.SIZE)
+    ):
+        example = [0.9, 0.9] if most == 1 else [384, 384]
+        raise ConfigError(
+            f"INPUT.CROP.SIZE {crop.SIZE}: INPUT.CROP.TYPE {crop.TYPE} takes {unit} of height and "
+            f"width, e.g. {example}"
+        )
+    channels = 1 if given.FORMAT == "L" else 3
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        values = cfg.MODEL[key]
+        if len(values) != channels or not all(math.isfinite(x) for x in values):
+            raise ConfigError(
+                f"MODEL.{key} {values}: INPUT.FORMAT {given.FORMAT} has {channels} channels"
+            )
+    if 0 in cfg.MODEL.PIXEL_STD:
+        raise ConfigError(f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}: pixels are divided by it")
+
+
+def check_test(cfg: CfgNode, *, train: bool) -> None:
+    """Checks what an evaluation, perhaps days later, needs."""
+    test = cfg.TEST
+    if test.DETECTIONS_PER_IMAGE == 0:
+        raise ConfigError("TEST.DETECTIONS_PER_IMAGE is 0: none would be left; -1 keeps all")
+    if not train and not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
+    if test.EVAL_PERIOD > 0 and not cfg.DATASETS.TEST:
+        raise ConfigError(
+            f"TEST.EVAL_PERIOD is {test.EVAL_PERIOD}, but DATASETS.TEST is empty: name a data set, "
+            "or set TEST.EVAL_PERIOD to 0"
+        )
+    if not test.AUG.ENABLED:
+        return
+    _check_sizes("TEST.AUG.MIN_SIZES", test.AUG.MIN_SIZES, "TEST.AUG.MAX_SIZE", test.AUG.MAX_SIZE)
+    if not test.AUG.MIN_SIZES:
+        raise ConfigError("TEST.AUG.MIN_SIZES is empty, with TEST.AUG.ENABLED; e.g. (400, 800)")
+    for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
+        if cfg.MODEL[key]:
+            raise ConfigError(f"TEST.AUG.ENABLED does not work with MODEL.{key}; turn one off")
+
+
+def is_rising(values: Sequence[Any], *, least: float, most: float = math.inf) -> bool:
+    """Returns whether numbers rise, from ``least`` (exclusive) to ``most`` (inclusive)."""
+    bounded = all(isinstance(x, int | float) and least < x <= most for x in values)
+    return bounded and all(a < b for a, b in itertools.pairwise(values))
+
+
+def _check_sizes(key: str, sizes: Sequence[Any], limit_key: str, limit: int) -> None:
+    for size in sizes:
+        if not isinstance(size, int) or size < 0:
+            raise ConfigError(f"{key}: {size!r} is not a number of pixels")
+        if size > limit:
+            raise ConfigError(
+                f"{key}: {size} is above {limit_key} {limit}, to which it would be cut down; raise "
+                "that one, too"
+            )

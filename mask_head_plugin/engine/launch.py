@@ -1,0 +1,321 @@
+"""Starts the processes of a run: by detectron2's flags or by torchrun, on GPUs or on CPUs.
+
+Both ways end in the same function, which reads from the environment what torchrun sets there. The
+flags go to ``torch.distributed.launcher``, which is what torchrun itself calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.rendezvous import rendezvous
+
+from ..config import ConfigError
+from .guards import TrainingError
+
+logger = logging.getLogger(__name__)
+
+WORKER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets in the environment of a process that it starts; submitit can, too."""
+
+NO_ID = "none"
+"""torchrun's --rdzv-id where the user gave none."""
+
+RUN_ID_FILE = "torchrun_id"
+
+FOLLOWERS_DELAY = 1.0
+"""Seconds; far more than what passes until the end of another process is noticed (0.1)."""
+
+
+class RankError(RuntimeError):
+    """A process of a run failed or was killed; says which one, and its error."""
+
+
+def launch(
+    main_func: Callable[..., Any],
+    num_gpus_per_machine: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str | None = None,
+    args: tuple[Any, ...] = (),
+    timeout: timedelta = DEFAULT_TIMEOUT,
+    *,
+    device: str = "cuda",
+) -> None:
+    """Calls ``main_func(*args)`` in each process of a run; see detectron2's function of this name.
+
+    In a process of torchrun's it calls ``main_func`` right there, whatever the numbers are.
+    Otherwise it starts the processes, or none if it takes but one.
+
+    Differs from detectron2's: works without GPUs, too; where one process fails, all end, and its
+    error is raised here. One machine alone takes any free port, so that two runs do not collide.
+
+    Args:
+        main_func: can be pickled, and ``args`` too.
+        num_gpus_per_machine: processes on this machine; as many on each.
+        num_machines: in all.
+        machine_rank: of this machine, 0 to num_machines - 1.
+        dist_url: ``tcp://host:port`` of machine 0, for several machines.
+        args: of main_func.
+        timeout: for a process to wait for the others, here and in each exchange between them.
+        device: MODEL.DEVICE. Processes talk through NCCL on ``cuda``, through gloo on ``cpu`` and
+            where there is no GPU.
+
+    Raises:
+        ConfigError: if the numbers fit neither each other nor the GPUs; that of a process, with its
+            rank in front.
+        TrainingError: that of a process.
+        RankError: if a process failed otherwise, with its traceback, or was killed.
+    """
+    if is_worker():
+        _check_processes(device, int(os.environ["LOCAL_WORLD_SIZE"]), num_gpus_per_machine)
+        record(_work)(main_func, args, device, timeout)
+        return
+    _check_processes(device, num_gpus_per_machine)
+    if num_machines * num_gpus_per_machine == 1:
+        main_func(*args)
+        return
+    config = _launch_config(num_gpus_per_machine, num_machines, machine_rank, dist_url, timeout)
+    logger.info(
+        *("%d processes here, %d in all, through %s",),
+        *(num_gpus_per_machine, num_machines * num_gpus_per_machine, _backend(device)),
+    )
+    try:
+        with _quiet_launcher():
+            elastic_launch(config, _work)(main_func, args, device, timeout)
+    except ChildFailedError as error:
+        raise _explain(error) from None
+    except SignalException as error:  # it has ended the processes
+        raise SystemExit(128 + error.sigval) from None
+
+
+def is_worker() -> bool:
+    """Returns whether this process is one of several that something has started for one run."""
+    return all(key in os.environ for key in WORKER_KEYS)
+
+
+def process_rank() -> int:
+    """Returns this process's number in the run, also where detectron2 cannot know it yet."""
+    return int(os.environ["RANK"]) if is_worker() else 0
+
+
+def process_count(num_gpus_per_machine: int, num_machines: int = 1) -> int:
+    """Returns how many processes a run has: torchrun's number, or what the flags ask for."""
+    return int(os.environ["WORLD_SIZE"]) if is_worker() else num_gpus_per_machine * num_machines
+
+
+@contextlib.contextmanager
+def first_on_machine() -> Iterator[None]:
+    """Lets the first process of each machine do something before the others do it.
+
+    The others then find what it has left, and where it fails they have not printed the same error.
+    Works before processes are a group.
+    """
+    if not is_worker():
+        yield
+        return
+    machine = int(os.environ["RANK"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    key = f"first_on_machine/{machine}"
+    if os.environ["LOCAL_RANK"] != "0":
+        _store().wait([key], DEFAULT_TIMEOUT)
+    yield
+    _store().set(key, "done")
+
+
+def restarted(output_dir: str) -> bool:
+    """Returns whether torchrun has started this run before, so that it has to go on.
+
+    It starts processes again after a failure and when machines come or go, with the same command.
+    Which run OUTPUT_DIR is of is noted there. To be called by all processes.
+
+    Args:
+        output_dir: OUTPUT_DIR; it exists.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", NO_ID)
+    path = Path(output_dir) / RUN_ID_FILE
+    # torchrun does not count a start that a change of machines has caused; then the id tells.
+    known = run_id != NO_ID and path.is_file() and path.read_text() == run_id
+    # A machine that has just come counts from 0.
+    again = any(comm.all_gather(known or _restart_count() > 0))
+    if comm.is_main_process() and run_id != NO_ID:
+        path.write_text(run_id)
+    return again
+
+
+def _restart_count() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+@functools.cache
+def _store() -> Store:
+    """Returns where the processes of a run exchange their addresses.
+
+    torchrun's store outlives a restart, with the addresses of the processes that are gone.
+    """
+    store = next(rendezvous("env://", timeout=DEFAULT_TIMEOUT))[0]
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return PrefixStore(f"start_{_restart_count()}", store) if of_torchrun else store
+
+
+def _backend(device: str) -> str:
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return "nccl" if on_gpu else "gloo"
+
+
+def _check_processes(device: str, num_processes: int, asked_for: int = 1) -> None:
+    """Raises ConfigError unless this machine can have so many processes."""
+    if num_processes < 1:
+        raise ConfigError(f"--num-gpus {num_processes}: it must be at least 1")
+    if asked_for not in (1, num_processes):
+        raise ConfigError(
+            f"--num-gpus {asked_for}, but {num_processes} processes were started here: leave it out"
+        )
+    if num_processes == 1 or _backend(device) == "gloo":
+        return
+    if num_processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"{num_processes} processes (--num-gpus or torchrun's --nproc-per-node), but this "
+            f"machine has {torch.cuda.device_count()} GPUs; lower it, or set MODEL.DEVICE cpu"
+        )
+    if torch.device(device).index is not None:
+        raise ConfigError(f"MODEL.DEVICE {device} is one GPU; {num_processes} processes need cuda")
+
+
+def _check_machines(world_size: int, on_this_machine: int) -> None:
+    """Raises ConfigError unless the machines fit each other and can be started again."""
+    if world_size % on_this_machine:
+        raise ConfigError(
+            f"{on_this_machine} of {world_size} processes are on this machine: give each machine "
+            "the same --nproc-per-node"
+        )
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if shared and restarts and world_size > on_this_machine:
+        # Machines may count a restart differently, so the count cannot tell old from new.
+        raise ConfigError(
+            f"torchrun --max-restarts {restarts} on several machines needs --rdzv-backend c10d "
+            "and, in its environment, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
+
+
+def _launch_config(
+    num_processes: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str | None,
+    timeout: timedelta,
+) -> LaunchConfig:
+    """Returns how torch is to start the processes of this machine."""
+    configs = {"timeout": int(timeout.total_seconds())}
+    if num_machines == 1:  # as torchrun --standalone
+        backend, endpoint, address = "c10d", "localhost:0", "localhost"
+    else:
+        if not 0 <= machine_rank < num_machines:
+            raise ConfigError(
+                f"--machine-rank {machine_rank}: it must be 0 to {num_machines - 1} with "
+                f"--num-machines {num_machines}"
+            )
+        scheme, _, endpoint = (dist_url or "").partition("://")
+        host, _, port = endpoint.rpartition(":")
+        if scheme != "tcp" or not host or not port.isdecimal():
+            raise ConfigError(
+                f"--dist-url {dist_url}: --num-machines {num_machines} needs tcp://host:port of "
+                "machine 0"
+            )
+        logger.info("machine %d of %d meets the others at %s", machine_rank, num_machines, endpoint)
+        backend, address = "static", None
+        configs["rank"] = machine_rank
+    return LaunchConfig(
+        min_nodes=num_machines,
+        max_nodes=num_machines,
+        nproc_per_node=num_processes,
+        run_id=NO_ID,
+        rdzv_backend=backend,
+        rdzv_endpoint=endpoint,
+        rdzv_configs=configs,
+        local_addr=address,
+        max_restarts=0,
+    )
+
+
+def _work(
+    main_func: Callable[..., Any], args: tuple[Any, ...], device: str, timeout: timedelta
+) -> None:
+    """Makes this process one of its group and calls ``main_func(*args)``."""
+    rank, world_size = process_rank(), int(os.environ["WORLD_SIZE"])
+    on_this_machine = int(os.environ["LOCAL_WORLD_SIZE"])
+    if world_size == 1:
+        main_func(*args)
+        return
+    _check_machines(world_size, on_this_machine)
+    backend = _backend(device)
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // on_this_machine, 1))
+    dist.init_process_group(
+        backend, store=_store(), rank=rank, world_size=world_size, timeout=timeout
+    )
+    comm.create_local_process_group(on_this_machine)
+    comm.synchronize()
+    try:
+        main_func(*args)
+    except ConfigError as error:
+        raise ConfigError(f"rank {rank}: {error}") from error
+    except TrainingError:
+        raise
+    except RuntimeError:
+        # Perhaps only since another process has ended: then that one is to be noticed first.
+        time.sleep(FOLLOWERS_DELAY)
+        raise
+    dist.destroy_process_group()
+
+
+def _explain(error: ChildFailedError) -> ConfigError | TrainingError | RankError:
+    """Returns what the process that failed first has raised."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        memory = " (out of memory?)" if failure.signal_name() == "SIGKILL" else ""
+        return RankError(
+            f"rank {rank} was killed by {failure.signal_name()}{memory}; go on with --resume"
+        )
+    if not isinstance(failure.message, dict):
+        return RankError(f"rank {rank} ended with exit code {failure.exitcode}")
+    name, _, text = failure.message["message"].partition(": ")
+    for known in (ConfigError, TrainingError):
+        if name == known.__name__:
+            return known(text)
+    return RankError(f"rank {rank} failed\n{failure.message['extraInfo']['py_callstack'].strip()}")
+
+
+@contextlib.contextmanager
+def _quiet_launcher() -> Iterator[None]:
+    """Keeps torch from logging the failure that is about to be raised, and its signal handlers."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = [signal.getsignal(number) for number in signals]
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in zip(signals, handlers, strict=True):
+                signal.signal(number, handler)

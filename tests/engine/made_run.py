@@ -1,0 +1,98 @@
+"""What the processes of a run do in the tests: train a little, fail, or are killed.
+
+As a script it is what torchrun starts: ``made_run.py OUTPUT`` trains.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from conftest import random_instances, small_config
+from detectron2.engine import create_ddp_model
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.engine import launch
+
+NUM_STEPS = 2
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(1)
+    return build_model(small_config("Base-MaskRCNN-FPN.yaml"))
+
+
+def losses_of_step(model: torch.nn.Module, step: int, rank: int) -> torch.Tensor:
+    """Returns the losses of a rank's half of the batch, by that rank's random numbers."""
+    rng = np.random.default_rng(10 * step + rank)
+    height, width = 64, 64 + 32 * rank
+    image = torch.as_tensor(rng.integers(0, 256, (3, height, width)), dtype=torch.uint8)
+    instances = random_instances(3 + rank, (height, width), 5, rng, "bitmask")
+    torch.manual_seed(10 * step + rank)
+    record = {"image": image, "height": height, "width": width, "instances": instances}
+    with EventStorage(step):
+        losses = model([record])
+    return torch.stack([losses[name] for name in sorted(losses)])
+
+
+def step_down(model: torch.nn.Module) -> None:
+    """Takes a step of gradient descent."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.01 * parameter.grad
+                parameter.grad = None
+
+
+def train(output: str, die_at_first: bool = False) -> None:
+    """Writes each step's mean of the losses over the processes, and facts of the run."""
+    again = launch.restarted(output)
+    if die_at_first and not again and comm.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    model = make_model()
+    wrapped = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+    means = []
+    for step in range(NUM_STEPS):
+        losses = losses_of_step(wrapped, step, comm.get_rank())
+        losses.sum().backward()
+        means.append(losses.detach() / comm.get_world_size())
+        dist.all_reduce(means[-1])
+        step_down(model)
+    if comm.is_main_process():
+        facts = {
+            "losses": torch.stack(means),
+            "world_size": comm.get_world_size(),
+            "local_size": comm.get_local_size(),
+            "backend": dist.get_backend(),
+            "threads": torch.get_num_threads(),
+            "restarted": again,
+        }
+        torch.save(facts, Path(output) / "facts.pth")
+
+
+def fail(how: str) -> None:
+    """Fails in process 1 while the other one waits for it."""
+    torch.ones(1)
+    if comm.get_rank() == 1:
+        match how:
+            case "config":
+                raise ConfigError("x.json is broken; mend it")
+            case "error":
+                raise RuntimeError("the weather")
+            case "exit":
+                sys.exit(7)
+            case _:
+                os.kill(os.getpid(), signal.Signals[how])
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    launch.launch(train, 1, args=(sys.argv[1], True), device="cpu")

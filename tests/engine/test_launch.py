@@ -1,0 +1,203 @@
+"""launch: processes by detectron2's flags and by torchrun, and what is seen when one of them fails.
+
+Shape alphabet: S steps, L loss terms.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from made_run import NUM_STEPS, fail, losses_of_step, make_model, step_down, train
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.engine import launch
+from mask_head_plugin.engine.launch import RankError
+
+
+@pytest.fixture(scope="module")
+def reference() -> torch.Tensor:
+    """(S, L) means of what one process loses on both halves, by the random numbers of both."""
+    model = make_model()
+    means = []
+    for step in range(NUM_STEPS):
+        halves = torch.stack([losses_of_step(model, step, rank) for rank in range(2)])
+        means.append(halves.detach().mean(0))
+        halves.mean(0).sum().backward()
+        step_down(model)
+    return torch.stack(means)
+
+
+def check(folder: Path, reference: torch.Tensor) -> dict:
+    facts = torch.load(folder / "facts.pth")
+    torch.testing.assert_close(facts["losses"], reference, rtol=1e-5, atol=0)
+    assert (facts["world_size"], facts["local_size"], facts["backend"]) == (2, 2, "gloo")
+    return facts
+
+
+def test_two_processes_by_flags_train_as_one_on_both_halves(tmp_path, reference, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launch.launch(train, 2, 1, 0, "tcp://127.0.0.1:1", (str(tmp_path),), device="cpu")
+    facts = check(tmp_path, reference)
+    assert not facts["restarted"]
+    assert facts["threads"] == max(len(os.sched_getaffinity(0)) // 2, 1)
+
+
+def test_two_processes_by_torchrun_do_so_too_after_a_restart(tmp_path, reference):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--max-restarts", "1", str(ROOT / "tests" / "engine" / "made_run.py"), str(tmp_path)),
+    ]
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert check(tmp_path, reference)["restarted"]
+
+
+def test_train_net_trains_in_two_processes_and_scales_the_batch(tmp_path):
+    command = [
+        *(sys.executable, "train_net.py", "--num-gpus", "2", "--config-file"),
+        *("configs/shapes/mask_rcnn_shapes.yaml", "MODEL.DEVICE", "cpu", "DATASETS.TEST", "()"),
+        *("SOLVER.REFERENCE_WORLD_SIZE", "1", "SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "4"),
+        *("OUTPUT_DIR", str(tmp_path)),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for text in ("batch_size=2, learning_rate=0.06, max_iter=2", "running on cpu, processes: 2"):
+        assert result.stdout.count(text) == 1  # one process writes to the console
+        assert text in (tmp_path / "log.txt.rank1").read_text()
+    assert (tmp_path / "model_final.pth").is_file()
+
+
+def test_a_single_process_is_this_one():
+    pids = []
+    launch.launch(lambda pids: pids.append(os.getpid()), 1, args=(pids,))
+    assert pids == [os.getpid()]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((0,), "--num-gpus 0: it must be at least 1"),
+        ((1, 2, 2, "tcp://a:1"), "--machine-rank 2: it must be 0 to 1 with --num-machines 2"),
+        (
+            (1, 2, 0, "auto"),
+            r"--dist-url auto: --num-machines 2 needs tcp://host:port of machine 0",
+        ),
+        ((1, 2, 0, "file:///x:1"), "--dist-url file:///x:1: .* needs tcp://host:port"),
+        ((1, 2, 0, "tcp://a"), "--dist-url tcp://a: .* needs tcp://host:port"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(numbers, message):
+    with pytest.raises(ConfigError, match=message):
+        launch.launch(print, *numbers, device="cpu")
+
+
+def test_more_processes_than_gpus_are_refused_except_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"3 processes .* machine has 2 GPUs; lower it, or set"):
+        launch.launch(print, 3)
+    with pytest.raises(ConfigError, match=r"MODEL.DEVICE cuda:1 is one GPU; 2 processes need cuda"):
+        launch.launch(print, 2, device="cuda:1")
+    launch._check_processes("cuda", 2)
+    launch._check_processes("cpu", 3)
+
+
+@pytest.fixture
+def of_torchrun(monkeypatch):
+    """Sets what torchrun sets in a process's environment; returns how to change it."""
+
+    def change(**values: str) -> None:
+        for key, value in values.items():
+            monkeypatch.setenv(key, value)
+
+    change(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+    change(MASTER_ADDR="localhost", MASTER_PORT="1", TORCHELASTIC_RUN_ID="none")
+    return change
+
+
+def test_what_torchrun_cannot_do_is_refused(of_torchrun):
+    assert launch.process_rank() == 1
+    with pytest.raises(ConfigError, match="--num-gpus 3, but 2 processes were started here"):
+        launch.launch(print, 3, device="cpu")
+    of_torchrun(WORLD_SIZE="3")
+    with pytest.raises(ConfigError, match=r"2 of 3 processes .* the same --nproc-per-node"):
+        launch.launch(print, 1, device="cpu")
+    of_torchrun(WORLD_SIZE="4", TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="True")
+    with pytest.raises(ConfigError, match=r"--max-restarts 3 .* c10d .*SHARE_RDZV_TCP_STORE=1"):
+        launch.launch(print, 1, device="cpu")
+
+
+def test_a_restart_is_known_by_its_count_or_by_the_id_of_the_run(of_torchrun, tmp_path):
+    output = str(tmp_path)
+    assert not launch.restarted(output)
+    of_torchrun(TORCHELASTIC_RESTART_COUNT="1")
+    assert launch.restarted(output)
+    of_torchrun(TORCHELASTIC_RESTART_COUNT="0")
+    assert not launch.restarted(output)  # a run without an id leaves none
+    of_torchrun(TORCHELASTIC_RUN_ID="a")
+    assert not launch.restarted(output)
+    assert launch.restarted(output)
+    of_torchrun(TORCHELASTIC_RUN_ID="b")
+    assert not launch.restarted(output)
+
+
+def test_the_first_process_of_a_machine_goes_first(of_torchrun, monkeypatch):
+    order = []
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(launch, "_store", lambda: store)
+
+    def go() -> None:
+        with launch.first_on_machine():
+            order.append("second")
+
+    second = threading.Thread(target=go)
+    second.start()
+    time.sleep(0.2)
+    assert order == []
+    of_torchrun(LOCAL_RANK="0", RANK="0")
+    with launch.first_on_machine():
+        order.append("first")
+    second.join(5)
+    assert order == ["first", "second"]
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that start at once: spawned ones import for seconds. Not for work in threads."""
+    plain = launch._launch_config
+
+    def with_fork(*args):
+        config = plain(*args)
+        config.start_method = "fork"
+        return config
+
+    monkeypatch.setattr(launch, "_launch_config", with_fork)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("config", ConfigError, r"^rank 1: x.json is broken; mend it$"),
+        ("error", RankError, r"(?s)^rank 1 failed\n.*in fail\n.*RuntimeError: the weather$"),
+        ("exit", RankError, "^rank 1 ended with exit code 7$"),
+        ("SIGKILL", RankError, r"^rank 1 was killed by SIGKILL \(out of memory\?\); go on with --"),
+        ("SIGSEGV", RankError, r"^rank 1 was killed by SIGSEGV; go on with --resume$"),
+    ],
+)
+def test_one_process_that_fails_ends_all_with_its_error(how, kind, message, forked):
+    start = time.monotonic()
+    with pytest.raises(kind, match=message):
+        launch.launch(fail, 2, args=(how,), device="cpu")
+    assert time.monotonic() - start < 10
+    assert not multiprocessing.active_children()
