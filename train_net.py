@@ -42,7 +42,7 @@ and contact_sheet_*.png (validation images, ground truth beside predictions).
 
 def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
-    num_processes = launch.process_count(args.num_gpus, args.num_machines)
+    num_processes = launch.process_count(args.num_gpus, args.num_machines, cfg.MODEL.DEVICE)
     check_config(cfg, train=not args.eval_only, num_processes=num_processes)
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
         raise ConfigError("--eval-only needs MODEL.WEIGHTS FILE, or --resume: the last checkpoint")

@@ -41,7 +41,7 @@ NO_ID = "none"
 
 RUN_ID_FILE = "torchrun_id"
 
-FOLLOWERS_DELAY = 1.0
+FOLLOWERS_DELAY = 2.0
 """Seconds; far more than what passes until the end of another process is noticed (0.1)."""
 
 
@@ -85,18 +85,17 @@ def launch(
         TrainingError: that of a process.
         RankError: if a process failed otherwise, with its traceback, or was killed.
     """
+    num_processes = process_count(num_gpus_per_machine, num_machines, device)
     if is_worker():
-        _check_processes(device, int(os.environ["LOCAL_WORLD_SIZE"]), num_gpus_per_machine)
         record(_work)(main_func, args, device, timeout)
         return
-    _check_processes(device, num_gpus_per_machine)
-    if num_machines * num_gpus_per_machine == 1:
+    if num_processes == 1:
         main_func(*args)
         return
     config = _launch_config(num_gpus_per_machine, num_machines, machine_rank, dist_url, timeout)
     logger.info(
         *("%d processes here, %d in all, through %s",),
-        *(num_gpus_per_machine, num_machines * num_gpus_per_machine, _backend(device)),
+        *(num_gpus_per_machine, num_processes, _backend(device)),
     )
     try:
         with _quiet_launcher():
@@ -117,9 +116,23 @@ def process_rank() -> int:
     return int(os.environ["RANK"]) if is_worker() else 0
 
 
-def process_count(num_gpus_per_machine: int, num_machines: int = 1) -> int:
-    """Returns how many processes a run has: torchrun's number, or what the flags ask for."""
-    return int(os.environ["WORLD_SIZE"]) if is_worker() else num_gpus_per_machine * num_machines
+def process_count(num_gpus_per_machine: int, num_machines: int, device: str) -> int:
+    """Returns how many processes a run has: torchrun's number, or what the flags ask for.
+
+    Raises:
+        ConfigError: if this machine cannot have its part of them.
+    """
+    if is_worker():
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        if num_gpus_per_machine not in (1, here):
+            raise ConfigError(
+                f"--num-gpus {num_gpus_per_machine}, but torchrun has started {here} processes "
+                "here: leave it out"
+            )
+        _check_processes(f"torchrun --nproc-per-node {here}", here, device)
+        return int(os.environ["WORLD_SIZE"])
+    _check_processes(f"--num-gpus {num_gpus_per_machine}", num_gpus_per_machine, device)
+    return num_gpus_per_machine * num_machines
 
 
 @contextlib.contextmanager
@@ -180,20 +193,21 @@ def _backend(device: str) -> str:
     return "nccl" if on_gpu else "gloo"
 
 
-def _check_processes(device: str, num_processes: int, asked_for: int = 1) -> None:
+def _check_processes(flag: str, num_processes: int, device: str) -> None:
     """Raises ConfigError unless this machine can have so many processes."""
     if num_processes < 1:
-        raise ConfigError(f"--num-gpus {num_processes}: it must be at least 1")
-    if asked_for not in (1, num_processes):
-        raise ConfigError(
-            f"--num-gpus {asked_for}, but {num_processes} processes were started here: leave it out"
-        )
-    if num_processes == 1 or _backend(device) == "gloo":
+        raise ConfigError(f"{flag}: it must be at least 1")
+    if num_processes == 1:
+        return
+    if _backend(device) == "gloo":
+        cores = max(os.cpu_count() or 1, 2)  # two, to try it out, anywhere
+        if num_processes > cores:
+            raise ConfigError(f"{flag}: without GPUs that takes as many cores; there are {cores}")
         return
     if num_processes > torch.cuda.device_count():
         raise ConfigError(
-            f"{num_processes} processes (--num-gpus or torchrun's --nproc-per-node), but this "
-            f"machine has {torch.cuda.device_count()} GPUs; lower it, or set MODEL.DEVICE cpu"
+            f"{flag}: this machine has {torch.cuda.device_count()} GPUs; lower it, or set "
+            "MODEL.DEVICE cpu"
         )
     if torch.device(device).index is not None:
         raise ConfigError(f"MODEL.DEVICE {device} is one GPU; {num_processes} processes need cuda")

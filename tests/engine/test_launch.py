@@ -102,15 +102,17 @@ def test_numbers_that_do_not_fit_are_refused(numbers, message):
         launch.launch(print, *numbers, device="cpu")
 
 
-def test_more_processes_than_gpus_are_refused_except_for_the_cpu(monkeypatch):
+def test_more_processes_than_gpus_or_cores_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"3 processes .* machine has 2 GPUs; lower it, or set"):
+    with pytest.raises(ConfigError, match=r"--num-gpus 3: this machine has 2 GPUs; lower it, or"):
         launch.launch(print, 3)
     with pytest.raises(ConfigError, match=r"MODEL.DEVICE cuda:1 is one GPU; 2 processes need cuda"):
         launch.launch(print, 2, device="cuda:1")
-    launch._check_processes("cuda", 2)
-    launch._check_processes("cpu", 3)
+    assert launch.process_count(2, 3, "cuda") == 6
+    assert launch.process_count(2, 1, "cpu") == 2
+    with pytest.raises(ConfigError, match=r"--num-gpus 9999: without GPUs .* cores; there are"):
+        launch.launch(print, 9999, device="cpu")
 
 
 @pytest.fixture
@@ -128,7 +130,9 @@ def of_torchrun(monkeypatch):
 
 def test_what_torchrun_cannot_do_is_refused(of_torchrun):
     assert launch.process_rank() == 1
-    with pytest.raises(ConfigError, match="--num-gpus 3, but 2 processes were started here"):
+    with pytest.raises(
+        ConfigError, match="--num-gpus 3, but torchrun has started 2 processes here"
+    ):
         launch.launch(print, 3, device="cpu")
     of_torchrun(WORLD_SIZE="3")
     with pytest.raises(ConfigError, match=r"2 of 3 processes .* the same --nproc-per-node"):
