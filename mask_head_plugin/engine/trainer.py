@@ -94,7 +94,10 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         devices = None if on_cpu or comm.get_world_size() == 1 else [comm.get_local_rank()]
-        model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
+        # A level of the pyramid that no head reads has parameters without a gradient.
+        model = create_ddp_model(
+            model, broadcast_buffers=False, device_ids=devices, find_unused_parameters=True
+        )
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(
             model, loader, optimizer
         )
