@@ -57,6 +57,8 @@ def train(output: str, die_at_first: bool = False) -> None:
     again = launch.restarted(output)
     if die_at_first and not again and comm.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums as the reference does, whose proposals would else differ
     model = make_model()
     wrapped = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
     means = []
@@ -72,7 +74,7 @@ def train(output: str, die_at_first: bool = False) -> None:
             "world_size": comm.get_world_size(),
             "local_size": comm.get_local_size(),
             "backend": dist.get_backend(),
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "restarted": again,
         }
         torch.save(facts, Path(output) / "facts.pth")

@@ -26,6 +26,8 @@ from mask_head_plugin.engine.launch import RankError
 @pytest.fixture(scope="module")
 def reference() -> torch.Tensor:
     """(S, L) means of what one process loses on both halves, by the random numbers of both."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     model = make_model()
     means = []
     for step in range(NUM_STEPS):
@@ -33,6 +35,7 @@ def reference() -> torch.Tensor:
         means.append(halves.detach().mean(0))
         halves.mean(0).sum().backward()
         step_down(model)
+    torch.set_num_threads(threads)
     return torch.stack(means)
 
 
