@@ -63,9 +63,10 @@ def make_annotations(path: Path, num_images: int, num_annotations: int) -> None:
             outline = center + side / 2 * np.stack([np.cos(angles), np.sin(angles)], 1)
             outline = outline.round(2)
             low, high = outline.min(0), outline.max(0)
-            annotation = {
-                **{"id": i + 1, "image_id": i % num_images + 1, "category_id": i % NUM_CLASSES + 1},
-                **{"iscrowd": 0, "area": float(side.prod()), "bbox": [*low, *(high - low)]},
+            annotation = {"id": i + 1, "image_id": i % num_images + 1, "iscrowd": 0}
+            annotation |= {"category_id": i % NUM_CLASSES + 1, "area": float(side.prod())}
+            annotation |= {
+                "bbox": [*low, *(high - low)],
                 "segmentation": [outline.ravel().tolist()],
             }
             file.write(("," if i else "") + json.dumps(annotation))

@@ -25,7 +25,7 @@ TURNED = (5, 6, 7, 8)
 # Pillow, as detectron2 calls it, cuts the values of these at 255.
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 TEXT_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-JPEG_END = b"\xff\xd9"
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 THREADS = 8
 FEW_FILES = 2000  # are looked at in a second
 
@@ -107,7 +107,10 @@ def _inspect(file: IO[bytes], decode: bool) -> ImageFacts:
         return ImageFacts(("image-depth", f"has pixels of mode {image.mode}"))
     # MPO is what some cameras write: a JPEG with a preview behind it.
     animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
-    if decode or not _looks_whole(image, file):
+    whole = _looks_whole(image, file)
+    if not whole and image.format == "JPEG" and _ends_in_zeros(file):
+        return ImageFacts(("image-truncated", "ends in zeros in the middle of the pixels"))
+    if decode or not whole:
         try:
             image.load()
         except Exception as error:  # as above
@@ -129,6 +132,17 @@ def _looks_whole(image: Image.Image, file: IO[bytes]) -> bool:
         file.seek(max(file.tell() - 64, 0))
         return file.read().rstrip(b"\0\r\n ").endswith(JPEG_END)
     return image.format == "PNG" and any(kind == b"IEND" for kind in _png_chunks(file))
+
+
+def _ends_in_zeros(file: IO[bytes]) -> bool:
+    """Returns whether zeros took the place of a JPEG's last pixels, which decode to grey.
+
+    Broken downloads look so. Zeros behind the end marker are padding that some cameras write; the
+    marker of a preview stands before the pixels start.
+    """
+    file.seek(0)
+    data = file.read()
+    return data.endswith(bytes(64)) and JPEG_END not in data[data.rfind(JPEG_SCAN) :]
 
 
 def _png_chunks(file: IO[bytes]) -> Iterable[bytes]:

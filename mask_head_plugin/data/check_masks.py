@@ -9,9 +9,10 @@ Shape alphabet: H, W sides of the image in pixels; n runs of a mask.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +69,13 @@ class _Mask:
     box: Box
     flat: bool
     """Whether it has no height or no width, as a line."""
+
+
+class _Outline(NamedTuple):
+    """A sound polygon: the box around it and the area inside."""
+
+    box: Box
+    area: float
 
 
 def check_box_and_mask(
@@ -163,10 +171,11 @@ class _Checker:
         if all(type(x) in (int, float) for x in polygons):
             self._note("polygons-not-nested", f"the mask is {quote(polygons)}, one flat list")
             return None
-        if not all([self._is_polygon(polygon, k) for k, polygon in enumerate(polygons)]):
+        outlines = [self._outline(polygon, k) for k, polygon in enumerate(polygons)]
+        sound = [x for x in outlines if x is not None]
+        if len(sound) < len(outlines):
             return None
-        boxes = [(min(p[::2]), min(p[1::2]), max(p[::2]), max(p[1::2])) for p in polygons]
-        box = _around(boxes)
+        box = _around([x.box for x in sound])
         height, width = image_hw
         over = max(-box[0], -box[1], box[2] - width, box[3] - height)
         if over > ROUNDING:
@@ -178,7 +187,7 @@ class _Checker:
         if min(sides) <= NO_LENGTH:
             return _Mask(box, flat=True)
         # Only where the mean width is below a pixel may there be none inside.
-        area = sum(map(_polygon_area, polygons))
+        area = sum(x.area for x in sound)
         if area < max(sides) and not mask_util.area(_encode(polygons, image_hw)):
             if area < ROUNDING**2:
                 self._note("polygon-without-area", "all points of the mask are on a line")
@@ -188,31 +197,27 @@ class _Checker:
                 )
         return _Mask(box, flat=False)
 
-    def _is_polygon(self, polygon: Any, k: int) -> bool:
-        if type(polygon) is not list:
+    def _outline(self, polygon: Any, k: int) -> _Outline | None:
+        """Returns a polygon of the mask if it is one."""
+        if not isinstance(polygon, list | array):
             self._note("polygon-not-numbers", f"polygon {k} is {quote(polygon)}")
-            return False
-        if not polygon:
+        elif not polygon:
             self._note("polygon-empty", f"polygon {k} is []")
-            return False
-        if not {int, float}.issuperset(map(type, polygon)):
-            if all(type(x) is list for x in polygon):
-                self._note("polygon-of-points", f"polygon {k} is {quote(polygon)}")
-            else:
-                self._note("polygon-not-numbers", f"polygon {k} is {quote(polygon)}")
-            return False
-        if len(polygon) % 2:
+        elif type(polygon) is list and not {int, float}.issuperset(map(type, polygon)):
+            of_points = all(type(x) is list for x in polygon)
+            kind = "polygon-of-points" if of_points else "polygon-not-numbers"
+            self._note(kind, f"polygon {k} is {quote(polygon)}")
+        elif len(polygon) % 2:
             self._note("polygon-odd", f"polygon {k} has {len(polygon)} numbers")
-            return False
-        if len(polygon) < 6:
+        elif len(polygon) < 6:
             self._note("polygon-short", f"polygon {k} has {len(polygon) // 2} points")
-            return False
-        if not _all_finite(polygon):
-            self._note(
-                "polygon-not-finite", f"polygon {k} has coordinates that are NaN or infinite"
-            )
-            return False
-        return True
+        else:
+            outline = _outline(polygon)
+            if outline is None:
+                message = f"polygon {k} has coordinates that are NaN or infinite"
+                self._note("polygon-not-finite", message)
+            return outline
+        return None
 
     def _run_lengths(self, rle: dict[str, Any], image_hw: tuple[int, int]) -> _Mask | None:
         size, counts = rle.get("size"), rle.get("counts")
@@ -343,30 +348,35 @@ def box_iou(a: Box, b: Box) -> float:
 
 def _clip(box: Box, image_hw: tuple[int, int]) -> Box:
     height, width = image_hw
+    if box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height:
+        return box
     x0, x1 = (min(max(x, 0), width) for x in box[::2])
     y0, y1 = (min(max(y, 0), height) for y in box[1::2])
     return x0, y0, x1, y1
 
 
 def _around(boxes: list[Box]) -> Box:
+    if len(boxes) == 1:
+        return boxes[0]
     x0, y0, x1, y1 = zip(*boxes, strict=True)
     return min(x0), min(y0), max(x1), max(y1)
 
 
-def _polygon_area(polygon: list[float]) -> float:
-    """Returns the area inside a polygon, by the shoelace formula."""
-    x, y = polygon[::2], polygon[1::2]
-    x_next, y_next = x[1:] + x[:1], y[1:] + y[:1]
-    return abs(sum(a * d - c * b for a, b, c, d in zip(x, y, x_next, y_next, strict=True))) / 2
-
-
-def _all_finite(values: list[float]) -> bool:
+def _outline(polygon: Any) -> _Outline | None:
+    """Returns what is asked of a list or array of coordinates, None if not all are finite."""
     try:
-        return math.isfinite(sum(values)) or all(map(math.isfinite, values))
+        points = np.asarray(polygon, np.float64).reshape(-1, 2)
     except OverflowError:
-        return False
+        return None
+    x0, y0 = points.min(0).tolist()
+    x1, y1 = points.max(0).tolist()
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        return None
+    x, y = points[:, 0] - x0, points[:, 1] - y0
+    double = x[:-1] @ y[1:] - x[1:] @ y[:-1] + x[-1] * y[0] - x[0] * y[-1]  # the shoelace formula
+    return _Outline((x0, y0, x1, y1), abs(float(double)) / 2)
 
 
 def _encode(polygons: list[list[float]], image_hw: tuple[int, int]) -> Any:
-    parts = mask_util.frPyObjects([list(map(float, p)) for p in polygons], *image_hw)
+    parts = mask_util.frPyObjects([list(map(float, polygon)) for polygon in polygons], *image_hw)
     return mask_util.merge(parts)

@@ -92,7 +92,7 @@ def changes_path(output: Path) -> Path:
 def _read_leniently(json_file: str) -> tuple[Any, list[Change]]:
     """Returns what a file holds, also if it is in another Unicode encoding."""
     found = Findings(json_file)
-    content = read_content(json_file, found)
+    content = read_content(json_file, found, compact=False)
     if not found:
         return content, []
     finding = found[0]
