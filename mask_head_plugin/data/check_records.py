@@ -63,7 +63,7 @@ def check_categories(
             continue
         missing = [key for key in ("id", "name") if category.get(key) is None]
         if missing:
-            what = quote(category.get("name", category.get("id")))
+            what = quote(next((category[k] for k in ("name", "id") if category.get(k)), None))
             found.add(
                 "category-missing-key", f"category {what} has no {' and no '.join(missing)}", at
             )
@@ -169,7 +169,7 @@ def _check_file_name(
     if is_outside(name):
         message = f"its file {quote(name)} is not within the image folder"
         found.add("file-name-outside", message, at)
-    elif name in seen:
+    elif seen.get(name, at.image_id) != at.image_id:
         message = f"its file {quote(name)} is that of image {quote(seen[name])}, too"
         found.add("duplicate-file-name", message, at)
     seen.setdefault(name, at.image_id)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..config import ConfigError
 from .check import CheckOptions, check_content, read_content
-from .check_records import MAX_ID, check_sections
+from .check_records import MAX_ID, check_sections, file_name
 from .findings import Finding, Findings, errors_of, plain_id, quote
 from .fix_repairs import REPAIRS, Record, Repairs
 
@@ -181,6 +181,9 @@ class _Fixer(Repairs):
     def _index(self) -> None:
         """Notes which records belong together, for this round."""
         self.images = _by_key(self._content["images"], "id")
+        self.files = defaultdict(list)
+        for image in self._content["images"]:
+            self.files[file_name(image, self._options.lvis) or ""].append(image)
         self.annotations = _by_key(self._content["annotations"], "image_id")
         self.members = _by_key(self._content["annotations"], "category_id")
         self.categories = _by_key(self._content["categories"], "id")
@@ -210,10 +213,10 @@ class _Fixer(Repairs):
                 raise _unfixable(finding)
             self.drop(record, finding.kind, finding.message)
 
-    def drop(self, record: Record, kind: str, reason: str) -> None:
+    def drop(self, record: Record, kind: str, reason: str, *, alone: bool = False) -> None:
         self._dropped.add(id(record))
         self._list("left out", kind, record, reason)
-        if self._places[id(record)][0] == "images":
+        if self._places[id(record)][0] == "images" and not alone:
             for annotation in self.annotations.get(_key(record.get("id")), []):
                 if id(annotation) not in self._dropped:
                     self.drop(annotation, kind, f"its image was left out: {reason}")

@@ -30,6 +30,7 @@ class Repairs(abc.ABC):
 
     Attributes:
         images: the image records by id.
+        files: image records by normalised file name.
         annotations: by image id.
         members: annotations by category id.
         categories: by id.
@@ -38,6 +39,7 @@ class Repairs(abc.ABC):
     """
 
     images: dict[Hashable, list[Record]]
+    files: dict[str, list[Record]]
     annotations: dict[Hashable, list[Record]]
     members: dict[Hashable, list[Record]]
     categories: dict[Hashable, list[Record]]
@@ -45,8 +47,8 @@ class Repairs(abc.ABC):
     known_files: dict[str, ImageFacts]
 
     @abc.abstractmethod
-    def drop(self, record: Record, kind: str, reason: str) -> None:
-        """Leaves a record out; an image with its annotations."""
+    def drop(self, record: Record, kind: str, reason: str, *, alone: bool = False) -> None:
+        """Leaves a record out; an image with its annotations unless it goes alone."""
 
     @abc.abstractmethod
     def is_dropped(self, record: Record) -> bool:
@@ -119,9 +121,7 @@ def _size_from_file(fixer: Repairs, image: Record) -> str | None:
 def _repeated_image(fixer: Repairs, image: Record) -> str | None:
     kind, same = "duplicate-image-id", fixer.images[image["id"]]
     if all(file_name(x, False) == file_name(image, False) for x in same):
-        # Not through the annotations' image id, which the first record keeps.
-        del image["id"]
-        fixer.drop(image, kind, "it stands twice with one file")
+        fixer.drop(image, kind, "it stands twice with one file", alone=True)
         return None
     for other in same:
         if not fixer.is_dropped(other):
@@ -131,9 +131,11 @@ def _repeated_image(fixer: Repairs, image: Record) -> str | None:
 
 def _merge_image(fixer: Repairs, image: Record) -> str | None:
     """Annotations of a file hold for it, whichever of its records they name."""
-    name, sides = file_name(image, False), (image.get("height"), image.get("width"))
-    first = next(x for group in fixer.images.values() for x in group if file_name(x, False) == name)
-    if first is image or (first.get("height"), first.get("width")) != sides:
+    same = fixer.files.get(file_name(image, False) or "", [])
+    first = next(x for x in same if not fixer.is_dropped(x))
+    if first is image:
+        return "it is the one record of its file now"
+    if any(first.get(side) != image.get(side) for side in ("height", "width")):
         return None
     kept = fixer.annotations.setdefault(first.get("id"), [])
     moved = fixer.annotations.pop(image.get("id"), [])
@@ -147,7 +149,7 @@ def _merge_image(fixer: Repairs, image: Record) -> str | None:
             annotation["image_id"] = first.get("id")
             kept.append(annotation)
     reason = f"its annotations are now of image {first.get('id')!r}, which has the same file"
-    fixer.drop(image, "duplicate-file-name", reason)
+    fixer.drop(image, "duplicate-file-name", reason, alone=True)
     return None
 
 
