@@ -55,6 +55,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
+    if not Path(args.json).is_file():
+        raise ConfigError(f"--json {args.json}: there is no such file")
+    if not Path(args.images).is_dir():
+        raise ConfigError(f"--images {args.images}: there is no such folder")
     options = CheckOptions(args.num_classes, args.lvis, decode=args.decode)
     found = check_coco_file(args.json, args.images, options)
     errors = errors_of(found)

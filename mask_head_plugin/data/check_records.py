@@ -169,7 +169,7 @@ def _check_file_name(
     if is_outside(name):
         message = f"its file {quote(name)} is not within the image folder"
         found.add("file-name-outside", message, at)
-    elif seen.get(name, at.image_id) != at.image_id:
+    elif name in seen and seen[name] != at.image_id:
         message = f"its file {quote(name)} is that of image {quote(seen[name])}, too"
         found.add("duplicate-file-name", message, at)
     seen.setdefault(name, at.image_id)

@@ -150,9 +150,10 @@ class _Fixer(Repairs):
                 raise _unfixable(whole[0])
             self._index()
             section = next(s for s in SECTION_ORDER if any(e.section == s for e in errors))
-            for finding in errors:
-                if finding.section == section:
-                    self._treat(finding)
+            # One finding of a record at a time: a repair may be of another's cause, or change ids.
+            first_of_record = {e.index: e for e in reversed(errors) if e.section == section}
+            for index in sorted(first_of_record):
+                self._treat(first_of_record[index])
             for section in SECTION_ORDER:
                 records = self._content[section]
                 records[:] = [x for x in records if id(x) not in self._dropped]

@@ -79,13 +79,22 @@ def _move(records: list[Record], key: str, value: Any) -> None:
         record[key] = value
 
 
-def _renumber(section: str, groups: str, key: str) -> Repair:
-    """Returns a repair that gives a record a number as id, in what refers to it, too."""
+def _renumber(section: str, groups: str, key: str, repeated: Repair) -> Repair:
+    """Returns a repair that gives a record a number as id, in what refers to it, too.
+
+    Args:
+        section: of the record.
+        groups: the attribute of Repairs that has what refers to it.
+        key: that these refer by.
+        repeated: the repair where several records have the id.
+    """
 
     def repair(fixer: Repairs, record: Record) -> str | None:
         old = record["id"]
         if not isinstance(old, Hashable):
             return None
+        if len(getattr(fixer, section)[old]) > 1:
+            return repeated(fixer, record)
         record["id"] = fixer.new_id(section, old)
         _move(getattr(fixer, groups).get(old, []), key, record["id"])
         return f"its id is now {record['id']}"
@@ -313,13 +322,16 @@ def clip_polygon(polygon: Polygon, image_hw: tuple[int, int]) -> Polygon:
     return flat
 
 
+_CATEGORY_NUMBER = _renumber("categories", "members", "category_id", _repeated_category)
+_IMAGE_NUMBER = _renumber("images", "annotations", "image_id", _repeated_image)
+
 REPAIRS: dict[tuple[str, str], Repair] = {
-    ("categories", "id-not-integer"): _renumber("categories", "members", "category_id"),
-    ("categories", "id-too-large"): _renumber("categories", "members", "category_id"),
+    ("categories", "id-not-integer"): _CATEGORY_NUMBER,
+    ("categories", "id-too-large"): _CATEGORY_NUMBER,
     ("categories", "duplicate-category-id"): _repeated_category,
     ("categories", "duplicate-category-name"): _merge_category,
-    ("images", "id-not-integer"): _renumber("images", "annotations", "image_id"),
-    ("images", "id-too-large"): _renumber("images", "annotations", "image_id"),
+    ("images", "id-not-integer"): _IMAGE_NUMBER,
+    ("images", "id-too-large"): _IMAGE_NUMBER,
     ("images", "image-missing-key"): _size_from_file,
     ("images", "image-size-invalid"): _size_from_file,
     ("images", "duplicate-image-id"): _repeated_image,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
+from hypothesis import strategies as st
 from PIL import Image
 
 HW = (60, 80)
@@ -629,3 +630,50 @@ def masks_are_of_both_formats(data):
 @case("crowd-polygon", 2, 13)
 def crowd_is_a_polygon(data):
     data.annotation(13)["iscrowd"] = 1
+
+
+# Mutations.
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 100),
+    st.sampled_from([NAN, INFINITY, -INFINITY, 1e308, -1e308, 10**400, 1 << 53, 0.0, -0.0]),
+    st.floats(-200, 200),
+    st.text(max_size=4),
+    st.sampled_from(["1.jpg", "2.png", "0", "11", "3"]),
+    st.lists(st.integers(-5, 90), max_size=8),
+    st.lists(st.lists(st.floats(-100, 200), max_size=8), max_size=3),
+    st.sampled_from([encode(0, 0, 20, 30), encode(0, 0, 0, 0), {}, {"size": [60, 80]}]),
+    st.builds(lambda x: {"size": list(HW), "counts": x}, st.text(max_size=8)),
+    st.builds(
+        lambda x: {"size": list(HW), "counts": x}, st.lists(st.integers(-1, 5000), max_size=4)
+    ),
+)
+
+
+def containers(value):
+    """Returns all objects and lists of parsed JSON."""
+    children = value.values() if isinstance(value, dict) else value
+    below = [x for child in children if isinstance(child, dict | list) for x in containers(child)]
+    return [value, *below]
+
+
+def mutate(content: Content, draw: Callable[[Any], Any]) -> Content:
+    """Returns a copy in which one to three values at random places are others or gone.
+
+    Args:
+        content: of an annotation file.
+        draw: of hypothesis' ``data()``.
+    """
+    content = copy.deepcopy(content)
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.sampled_from(containers(content)))
+        if not place:
+            continue
+        key = draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+        if draw(st.integers(0, 3)) == 0:
+            del place[key]
+        else:
+            place[key] = copy.deepcopy(draw(VALUES))
+    return content

@@ -6,7 +6,9 @@ import json
 
 import pycocotools.mask as mask_util
 import pytest
-from broken_data import CASES, HW, DataSet, encode, make_good, rectangle
+from broken_data import CASES, HW, DataSet, encode, make_good, mutate, rectangle
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_check import check, read_as_in_training
 
 from mask_head_plugin import ConfigError
@@ -112,6 +114,16 @@ def test_new_ids_are_followed_by_what_refers_to_them(good):
     assert {1, 2} <= set(files)
 
 
+def test_of_images_that_share_a_text_as_id_no_annotation_is_given_to_the_wrong_one(good):
+    for i in (2, 4):
+        for annotation in good.content["annotations"]:
+            annotation["image_id"] = {i: "x"}.get(annotation["image_id"], annotation["image_id"])
+        good.image(i)["id"] = "x"
+    fixed, changes = fix(good.write())
+    assert {x["id"] for x in fixed.content["annotations"]} == {11, 12, 14}
+    assert len([x for x in changes if x.action == "left out"]) == 5
+
+
 def test_one_record_for_each_annotation_becomes_one_for_each_file(good):
     """Some tools list an image anew for each object in it."""
     second = {**good.image(1), "id": 50}
@@ -140,3 +152,17 @@ def test_a_file_of_which_nothing_is_left_is_refused(good):
         annotation["segmentation"] = "mask.png"
     with pytest.raises(ConfigError, match="no-annotations"):
         fix(good.write())
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_mutation_is_mended_or_refused(tmp_path_factory, data):
+    mutated = make_good(tmp_path_factory.mktemp("mutated"))
+    mutated.content = mutate(mutated.content, data.draw)
+    try:
+        fixed, _ = fix(mutated.write())
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return
+    assert errors_of(check(fixed)) == []
+    read_as_in_training(fixed)

@@ -73,6 +73,15 @@ def test_what_cannot_be_mended_gives_exit_code_2_and_one_line(broken, tmp_path, 
     assert "json-truncated" in line
 
 
+def test_paths_that_are_not_there_give_exit_code_2(broken, run_tool):
+    for flags, named in (
+        (("--json", "nowhere.json", "--images", broken.images), "--json nowhere.json"),
+        (("--json", broken.json_file, "--images", "nowhere"), "--images nowhere"),
+    ):
+        code, _, err = run_tool(*flags)
+        assert code == 2 and f"check_dataset.py: {named}: there is no such" in err
+
+
 def test_train_net_stops_before_it_builds_anything(broken, tmp_path):
     files = [["broken_train", str(broken.json_file), str(broken.images)]]
     command = [
