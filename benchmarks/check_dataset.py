@@ -5,7 +5,7 @@ Polygons have 25 points on average, as COCO's. Image files are hard links to one
 records of its size, so headers are read for all of them and no pixels: what COCO's would need to be
 read from a disk comes on top. Times are of one run in a process of its own, with files in the
 operating system's cache; memory is that process's peak, with the interpreter, PyTorch and
-detectron2, which take 0.4 GB of it. "again" is a second run, which finds the result of the first.
+detectron2, which take 0.7 GB of it. "again" is a second run, which finds the result of the first.
 
 Writes a table and a JSON file with machine, versions and date.
 """

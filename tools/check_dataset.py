@@ -20,8 +20,7 @@ EXAMPLES = """
 Examples:
   What is wrong with a data set, for people; all of it, for programs:
     python tools/check_dataset.py --json train.json --images images/ --output report.json
-  Decode every pixel, too, which finds damage in the middle of files (118,000 photographs of
-  COCO's size take some 10 minutes on two cores):
+  Decode every pixel, too, which finds damage in the middle of files (takes longer):
     python tools/check_dataset.py --json train.json --images images/ --decode
   A corrected copy; what it changed and left out, with reasons, is in fixed.json.changes.json:
     python tools/check_dataset.py --json train.json --images images/ --fix fixed.json
