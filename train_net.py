@@ -40,9 +40,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg, train=not args.eval_only)
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
-        raise ConfigError(
-            "--eval-only needs MODEL.WEIGHTS FILE, or --resume for the last checkpoint"
-        )
+        raise ConfigError("--eval-only needs MODEL.WEIGHTS FILE, or --resume: the last checkpoint")
     setup_logger(cfg.OUTPUT_DIR, name="mask_head_plugin")
     register_coco_files(cfg)
     check_datasets(cfg)
