@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from mask_head_plugin import ConfigError, load_config
-from mask_head_plugin.data import check_datasets, register_coco_files
+from mask_head_plugin.data import check_dataset_files, check_datasets, register_coco_files
 from mask_head_plugin.engine import (
     MaskHeadCheckpointer,
     Trainer,
@@ -49,6 +49,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, launch.process_rank(), name="mask_head_plugin")
     register_coco_files(cfg)
     check_datasets(cfg)
+    check_dataset_files(cfg)
     cfg.freeze()
     return cfg
 

@@ -74,6 +74,10 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # names can then stand in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FILES = []
 
+    # Faults of the data sets' files and images, looked for before training (see data/findings.py):
+    # "error" stops at them, "warn" goes on, "off" does not look.
+    cfg.DATASETS.CHECK = "error"
+
 
 def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     """Returns detectron2's and the plugin's defaults, overridden by a file and then by options.

@@ -23,10 +23,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from ..config import ConfigError, nearest_name
+from .check import read_content
+from .check_records import check_categories, check_sections
+from .findings import Findings
 
 logger = logging.getLogger(__name__)
-
-ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd")
 
 Categories = dict[int, str]
 """Class name by COCO category id, in ascending order of the id: the order of the class indices."""
@@ -131,8 +132,8 @@ def read_coco_file(json_file: str, image_root: str) -> CocoFile:
     """Reads what CocoFile holds.
 
     Raises:
-        ConfigError: if the file or the folder is missing, or the file is not COCO instances format:
-            not JSON, keys missing, ids of categories repeated, annotations of unknown categories.
+        ConfigError: if the file or the folder is missing, the file is not JSON, or its categories
+            cannot be used. Its images and annotations are left to ``check_dataset_files``.
     """
     for what, path, found in (
         ("annotation file", json_file, Path(json_file).is_file()),
@@ -150,57 +151,18 @@ def read_coco_file(json_file: str, image_root: str) -> CocoFile:
 @functools.cache
 def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
     del mtime_ns  # only tells states of the file apart
-    try:
-        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
-        categories = {c["id"]: c["name"] for c in content["categories"]}
-        _check_categories_have_types(json_file, categories)
-        _check_annotations(json_file, content["annotations"])
-        masks = [a["segmentation"] for a in content["annotations"] if not a["iscrowd"]]
-        unknown = [a for a in content["annotations"] if a["category_id"] not in categories]
-        images = {image["id"] for image in content["images"]}
-        homeless = [a for a in content["annotations"] if a["image_id"] not in images]
-    except ConfigError:
-        raise
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
-        raise ConfigError(f"{json_file} is not JSON: {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{json_file} is not in COCO instances format: {error!r}") from error
-    if not categories:
-        raise ConfigError(f"{json_file} lists no categories")
-    if len(categories) != len(content["categories"]):
-        raise ConfigError(f"{json_file}: two categories share an id")
-    if len(set(categories.values())) != len(categories):
-        raise ConfigError(f"{json_file}: two categories share a name")
-    for found, key in ((unknown, "category_id"), (homeless, "image_id")):
-        if found:
-            raise ConfigError(
-                f"{json_file}: annotation {found[0].get('id')} has {key} {found[0][key]}, which "
-                f"the file does not list ({len(found)} such annotations)"
-            )
-    has_rle = any(isinstance(mask, dict) for mask in masks)
-    return CocoFile(json_file, image_root, dict(sorted(categories.items())), has_rle)
-
-
-def _check_categories_have_types(json_file: str, categories: dict[Any, Any]) -> None:
-    for i, name in categories.items():
-        if not isinstance(i, int) or not isinstance(name, str):
-            raise ConfigError(
-                f"{json_file}: category {i!r} named {name!r}: an id is a whole number, a name text"
-            )
-
-
-def _check_annotations(json_file: str, annotations: list[dict[str, Any]]) -> None:
-    """Raises ConfigError where an annotation lacks what evaluation asks for after training."""
-    for annotation in annotations:
-        missing = [key for key in ANNOTATION_KEYS if annotation.get(key) in (None, [], "")]
-        if missing:
-            name = annotation.get("id", "without an id")
-            raise ConfigError(f"{json_file}: annotation {name} has no {', '.join(missing)}")
-        if annotation["id"] == 0:
-            raise ConfigError(
-                f"{json_file}: annotation 0: the COCO metric takes id 0 for 'unmatched'; number "
-                "them from 1"
-            )
+    found = Findings(json_file)
+    content = read_content(json_file, found)
+    names: dict[Any, str] = {}
+    if not found and check_sections(content, found):
+        names = check_categories(content["categories"], found)
+    if found:
+        raise ConfigError(str(found[0]))
+    has_rle = any(
+        isinstance(x, dict) and isinstance(x.get("segmentation"), dict) and not x.get("iscrowd")
+        for x in content["annotations"]
+    )
+    return CocoFile(json_file, image_root, dict(sorted(names.items())), has_rle)
 
 
 def _entries(cfg: CfgNode) -> list[tuple[str, str, str]]:
@@ -277,6 +239,7 @@ def _register(
         json_file=_with_all_categories(name, file, categories, output)
         if output
         else file.json_file,
+        source_json_file=file.json_file,
         image_root=file.image_root,
         evaluator_type="coco",
         thing_classes=list(categories.values()),

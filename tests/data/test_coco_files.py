@@ -55,9 +55,8 @@ def write_files(folder, name, categories, *, segmentation=POLYGON, crowd_rle=Fal
     return [f"test_{name}", str(path), str(images)]
 
 
-def coco(annotations, categories, *images) -> str:
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    return json.dumps(content)
+def coco(categories) -> str:
+    return json.dumps({"images": [], "annotations": [], "categories": categories})
 
 
 def configure(tmp_path, train, val, num_classes=3):
@@ -195,58 +194,42 @@ def test_registering_again_replaces_and_built_in_names_are_kept(tmp_path):
     [
         (["a", "missing.json", "."], "annotation file missing.json does not exist"),
         (["a", "{json}", "missing"], "image folder missing does not exist"),
-        (["a", "{broken}", "."], "broken.json is not JSON: .*line 1"),
-        (["a", "{other}", "."], "other.json is not in COCO instances format: .*categories"),
-        (["a", "{utf16}", "."], "utf16.json is not JSON: .*utf-8"),
-        (["a", "{empty}", "."], "empty.json is not JSON"),
-        (["a", "{listed}", "."], "listed.json is not in COCO instances format"),
-        (["a", "{bare}", "."], "bare.json lists no categories"),
-        (["a", "{twice}", "."], "twice.json: two categories share an id"),
-        (["a", "{namesakes}", "."], "namesakes.json: two categories share a name"),
-        (
-            ["a", "{stray}", "."],
-            "stray.json: annotation 5 has category_id 9, which the file does not",
-        ),
-        (
-            ["a", "{homeless}", "."],
-            "homeless.json: annotation 6 has image_id 4, which the file does",
-        ),
+        (["a", "{broken}", "."], "broken.json: the file is not JSON at line 1, column 2"),
+        (["a", "{other}", "."], "other.json: 'annotations' missing"),
+        (["a", "{utf16}", "."], "utf16.json: byte 0 is not UTF-8"),
+        (["a", "{empty}", "."], "empty.json: the file has 0 bytes"),
+        (["a", "{listed}", "."], r"listed.json: the file holds \[\]"),
+        (["a", "{bare}", "."], "bare.json: the file lists no categories"),
+        (["a", "{twice}", "."], "twice.json: .*the categories 'cat' and 'cat' have the id 1"),
+        (["a", "{namesakes}", "."], "namesakes.json: .*the categories 1 and 2 are 'cat'"),
         (["a", "b"], r"\['a', 'b'\] is not \[name"),
         (["../a", "{json}", "."], r"'../a' is not a name"),
-        (["a", "{incomplete}", "."], "incomplete.json: annotation 7 has no segmentation, area"),
-        (["a", "{zero}", "."], "zero.json: annotation 0: .*from 1"),
         ("ab", "is not"),
         (3, r"3 is not \[name"),
         ({"a": 1, "b": 2, "c": 3}, "is not"),
-        (["a", "{bom}", "."], "bom.json is not JSON: .*BOM"),
+        (["a", "{bom}", "."], "bom.json: the file starts with a byte order mark"),
         (
             ["a", "{text_id}", "."],
-            "text_id.json: category '1' named 'cat': an id is a whole number",
+            "text_id.json: .*the category id '1' is of type str",
         ),
-        (["a", "{no_name}", "."], "no_name.json: category 1 named None: .*a name text"),
+        (["a", "{no_name}", "."], "no_name.json: .*category 1 has no name"),
     ],
 )
 def test_unusable_entries_are_named(tmp_path, entry, message):
     paths = {"json": write_files(tmp_path, "train", CATEGORIES)[1]}
-    cat, image = {"id": 1, "name": "cat"}, {"id": 3}
-    whole = {"image_id": 3, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
-    whole["segmentation"] = POLYGON
+    cat = {"id": 1, "name": "cat"}
     contents = {
         "broken": "{",
         "other": '{"images": []}',
         "utf16": "{}".encode("utf-16"),
         "empty": "",
         "listed": "[]",
-        "bare": coco([], []),
-        "bom": coco([], [cat]).encode("utf-8-sig"),
-        "text_id": coco([], [{"id": "1", "name": "cat"}]),
-        "no_name": coco([], [{"id": 1, "name": None}]),
-        "twice": coco([], [cat, cat]),
-        "namesakes": coco([], [cat, {**cat, "id": 2}]),
-        "stray": coco([{**whole, "id": 5, "category_id": 9}], [cat], image),
-        "homeless": coco([{**whole, "id": 6, "image_id": 4}], [cat], image),
-        "zero": coco([{**whole, "id": 0}], [cat], image),
-        "incomplete": coco([{**whole, "id": 7, "segmentation": [], "area": None}], [cat], image),
+        "bare": coco([]),
+        "bom": coco([cat]).encode("utf-8-sig"),
+        "text_id": coco([{"id": "1", "name": "cat"}]),
+        "no_name": coco([{"id": 1, "name": None}]),
+        "twice": coco([cat, cat]),
+        "namesakes": coco([cat, {**cat, "id": 2}]),
     }
     for name, content in contents.items():
         path = tmp_path / f"{name}.json"

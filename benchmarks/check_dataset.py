@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""The data set check at COCO's size: 118,000 images and 860,000 annotations, made.
+
+Polygons have 25 points on average, as COCO's. Image files are hard links to one small JPEG with
+records of its size, so headers are read for all of them and no pixels: what COCO's would need to be
+read from a disk comes on top. Times are of one run in a process of its own, with files in the
+operating system's cache; memory is that process's peak, with the interpreter, PyTorch and
+detectron2, which take 0.7 GB of it. "again" is a second run, which finds the result of the first.
+
+Writes a table and a JSON file with machine, versions and date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import machine
+from PIL import Image
+from tqdm import tqdm
+
+from mask_head_plugin.data.check_run import CocoSource, check_with_cache
+
+IMAGE_HW = (480, 640)
+MEAN_POINTS, NUM_CLASSES = 25, 80
+
+
+def make_images(folder: Path, num_images: int) -> None:
+    """Writes one image and links to it; a file has a limited number of links."""
+    folder.mkdir()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*IMAGE_HW, 3), np.uint8))
+    for index in tqdm(range(num_images), "making images", unit="file"):
+        name = folder / f"{index + 1:012d}.jpg"
+        if index % 10_000 == 0:
+            first = name
+            picture.save(first, quality=20)
+        else:
+            os.link(first, name)
+
+
+def make_annotations(path: Path, num_images: int, num_annotations: int) -> None:
+    """Writes the file piece by piece: it is larger than what is made of it at a time."""
+    rng, extent = np.random.default_rng(0), np.array(IMAGE_HW[::-1])
+    sizes = {"height": IMAGE_HW[0], "width": IMAGE_HW[1]}
+    images = [{"id": i + 1, "file_name": f"{i + 1:012d}.jpg", **sizes} for i in range(num_images)]
+    categories = [{"id": k + 1, "name": f"class {k}"} for k in range(NUM_CLASSES)]
+    with path.open("w") as file:
+        file.write(f'{{"images": {json.dumps(images)}, "categories": {json.dumps(categories)}, ')
+        file.write('"annotations": [')
+        for i in tqdm(range(num_annotations), "making annotations"):
+            points = 3 + int(rng.poisson(MEAN_POINTS - 3))
+            side = np.exp(rng.uniform(np.log(8), np.log(300), 2))
+            center = rng.uniform(side / 2, extent - side / 2)
+            angles = np.sort(rng.uniform(0, 2 * np.pi, points))
+            outline = center + side / 2 * np.stack([np.cos(angles), np.sin(angles)], 1)
+            outline = outline.round(2)
+            low, high = outline.min(0), outline.max(0)
+            annotation = {"id": i + 1, "image_id": i % num_images + 1, "iscrowd": 0}
+            annotation |= {"category_id": i % NUM_CLASSES + 1, "area": float(side.prod())}
+            annotation |= {
+                "bbox": [*low, *(high - low)],
+                "segmentation": [outline.ravel().tolist()],
+            }
+            file.write(("," if i else "") + json.dumps(annotation))
+        file.write("]}")
+
+
+def run_check(json_file: Path, images: Path, queue: multiprocessing.Queue[Any]) -> None:
+    source = CocoSource("made", str(json_file), str(images), lvis=False, matched=False)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    result = check_with_cache(source, NUM_CLASSES)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    kinds = sorted({finding.kind for finding in result.findings})
+    times = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
+    queue.put({**times, "peak_gb": round(peak, 2), "findings": kinds})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/benchmarks/check_dataset.json"))
+    parser.add_argument("--images", type=int, default=118_000)
+    parser.add_argument("--annotations", type=int, default=860_000)
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        make_images(folder / "images", args.images)
+        make_annotations(folder / "made.json", args.images, args.annotations)
+        size = (folder / "made.json").stat().st_size / 1e6
+        context = multiprocessing.get_context("spawn")
+        for what in ("first", "again"):
+            queue = context.Queue()
+            job = (folder / "made.json", folder / "images", queue)
+            process = context.Process(target=run_check, args=job)
+            process.start()
+            row = {"what": what, **queue.get()}
+            process.join()
+            rows.append(row)
+            tqdm.write(
+                f"{what:8}{row['seconds']:>8} s, {row['cpu_seconds']} s of it on a core, "
+                f"{row['peak_gb']} GB, findings: {row['findings']}"
+            )
+    counts = {"images": args.images, "annotations": args.annotations, "json_mb": round(size)}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({**machine("cpu"), **counts, "rows": rows}, indent=2) + "\n")
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

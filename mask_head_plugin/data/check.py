@@ -1,0 +1,221 @@
+"""Checks a COCO instances file and its images before anything is trained with them.
+
+What is checked is what breaks detectron2's ``load_coco_json``, its DatasetMapper and masks,
+pycocotools or the evaluation of this package, and what they would take without a word and train on
+wrongly: see ``findings.KINDS`` for the list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+from array import array
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .check_images import ImageFacts, ListedImage, check_image_files
+from .check_masks import MaskFormats, check_box_and_mask
+from .check_records import (
+    check_annotation_fields,
+    check_categories,
+    check_images,
+    check_sections,
+    file_name,
+    is_outside,
+)
+from .findings import Finding, Findings, Place, quote
+
+FEW_ANNOTATIONS = 50_000  # are checked in a second
+
+
+@dataclass
+class CheckOptions:
+    """How to check.
+
+    Attributes:
+        num_classes: of the model, None if not known.
+        lvis: whether the file is LVIS's.
+        files: whether to look at the image files.
+        decode: whether to decode all of them.
+        known_files: facts of files that need not be read again.
+    """
+
+    num_classes: int | None = None
+    lvis: bool = False
+    files: bool = True
+    decode: bool = False
+    known_files: dict[str, ImageFacts] = field(default_factory=dict)
+
+
+@dataclass
+class Facts:
+    """What a check learns of a file beside its faults.
+
+    Attributes:
+        categories: names by id.
+        formats: how its masks are written.
+    """
+
+    categories: dict[int, str] = field(default_factory=dict)
+    formats: MaskFormats = field(default_factory=MaskFormats)
+
+
+def check_coco_file(
+    json_file: str, image_root: str, options: CheckOptions | None = None
+) -> list[Finding]:
+    """Checks one COCO instances file against its image folder.
+
+    Args:
+        json_file: path of the annotations.
+        image_root: the folder that ``file_name`` starts from.
+        options: how to check; None for the defaults.
+
+    Returns:
+        The findings, in the order of the file.
+    """
+    found = Findings(json_file)
+    content = read_content(json_file, found)
+    if not found:
+        check_content(content, image_root, found, options or CheckOptions())
+    return found
+
+
+def read_content(json_file: str, found: Findings, *, compact: bool = True) -> Any:
+    """Returns what a JSON file holds; None, with a finding, if it cannot be read.
+
+    Args:
+        json_file: its path.
+        found: gets the finding.
+        compact: whether polygons may come as arrays of numbers, for which COCO's take 1 GB less.
+    """
+    try:
+        data = Path(json_file).read_bytes()
+    except OSError as error:
+        found.add("json-missing", f"the file cannot be read: {error.strerror}")
+        return None
+    if not data.strip():
+        found.add("json-empty", f"the file has {len(data)} bytes and no content")
+        return None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found.add("json-encoding", f"byte {error.start} is not UTF-8")
+        return None
+    if text.startswith("\ufeff"):
+        found.add("json-encoding", "the file starts with a byte order mark")
+        return None
+    del data  # COCO's text alone is 450 MB
+    return _parse(text, found, _compact if compact else None)
+
+
+def _compact(record: dict[str, Any]) -> dict[str, Any]:
+    """Makes arrays of a parsed object's polygons, where these are lists of numbers."""
+    polygons = record.get("segmentation")
+    if type(polygons) is list:
+        for k, polygon in enumerate(polygons):
+            if type(polygon) is list and polygon:
+                with contextlib.suppress(TypeError, OverflowError):  # the check will say why not
+                    polygons[k] = array("d", polygon)
+    return record
+
+
+def _parse(text: str, found: Findings, object_hook: Callable[[dict[str, Any]], Any] | None) -> Any:
+    # None of millions of new objects is garbage; looking for some takes longer than parsing.
+    gc.disable()
+    try:
+        return json.loads(text, object_hook=object_hook)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno} (character {error.pos})"
+        end = text.rstrip()
+        truncated = not end.endswith("}") or error.pos >= len(end)
+        kind = "json-truncated" if truncated else "json-syntax"
+        found.add(kind, f"the file is not JSON at {place}: {error.msg}")
+    except RecursionError:
+        found.add("json-syntax", "the file is nested too deeply")
+    except ValueError as error:  # a number of thousands of digits
+        found.add("json-syntax", f"the file has {quote(str(error))}")
+    finally:
+        gc.enable()
+    return None
+
+
+def check_content(content: Any, image_root: str, found: Findings, options: CheckOptions) -> Facts:
+    """Checks what a COCO file holds.
+
+    Args:
+        content: parsed from JSON.
+        image_root: the folder of its images.
+        found: gets the findings.
+        options: how to check.
+    """
+    facts = Facts()
+    if not check_sections(content, found):
+        return facts
+    lvis = options.lvis
+    names = check_categories(
+        content["categories"], found, num_classes=options.num_classes, lvis=lvis
+    )
+    facts.categories = {i: name for i, name in names.items() if isinstance(i, int)}
+    sizes = check_images(content["images"], found, lvis=lvis)
+    first_of_id: dict[Hashable, int] = {}
+    annotations = content["annotations"]
+    few = len(annotations) < FEW_ANNOTATIONS
+    for index, annotation in enumerate(tqdm(annotations, "annotations", leave=False, disable=few)):
+        if not isinstance(annotation, dict):
+            message = f"an annotation is {quote(annotation)}"
+            found.add("annotation-not-object", message, Place("annotations", index))
+            continue
+        _check_duplicate(annotation, index, found, first_of_id)
+        check_annotation_fields(annotation, index, found, sizes, names, lvis=lvis)
+        check_box_and_mask(annotation, index, found, sizes, lvis=lvis)
+        facts.formats.note(annotation)
+    if not annotations:
+        found.add("no-annotations", "the file has no annotations")
+    facts.formats.check(found)
+    if options.files:
+        _check_files(content["images"], image_root, found, options)
+    return facts
+
+
+def _check_duplicate(
+    annotation: dict[str, Any], index: int, found: Findings, first_of_id: dict[Hashable, int]
+) -> None:
+    i = annotation.get("id")
+    if i is None or not isinstance(i, Hashable):
+        return
+    first = first_of_id.setdefault(i, index)
+    if first != index:
+        message = f"annotations[{first}] and [{index}] have the same id"
+        at = Place("annotations", index, annotation.get("image_id"), i)
+        found.add("duplicate-annotation-id", message, at)
+
+
+def _check_files(
+    images: list[Any], image_root: str, found: Findings, options: CheckOptions
+) -> None:
+    if not Path(image_root).is_dir():
+        found.add("image-folder-missing", f"the image folder {quote(image_root)} does not exist")
+        return
+    listed = listed_images(images, image_root, lvis=options.lvis)
+    check_image_files(listed, found, decode=options.decode, known=options.known_files)
+
+
+def listed_images(images: list[Any], image_root: str, *, lvis: bool = False) -> list[ListedImage]:
+    """Returns the image records that name a file within the folder; others are not opened."""
+    listed = []
+    for index, image in enumerate(images):
+        name = file_name(image, lvis) if isinstance(image, dict) else None
+        if name is None or is_outside(name):
+            continue
+        sides = (image.get("height"), image.get("width"))
+        valid = all(type(side) is int and side > 0 for side in sides)
+        # As detectron2 has it: not the normalised name.
+        path = os.path.join(image_root, name if lvis else image["file_name"])  # noqa: PTH118
+        listed.append(ListedImage(index, image.get("id"), path, sides if valid else None))
+    return listed

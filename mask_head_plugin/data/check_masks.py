@@ -1,0 +1,382 @@
+"""Boxes and masks of annotations beside each other and the image.
+
+Nothing is handed to pycocotools before it is known to be sound: its C code believes run lengths.
+Run lengths are decoded here with NumPy.
+
+Shape alphabet: H, W sides of the image in pixels; n runs of a mask.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pycocotools.mask as mask_util
+
+from .check_records import Sizes, is_finite
+from .findings import Findings, Place, errors_of, quote
+
+IntArray = npt.NDArray[np.int64]
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels."""
+
+# Coordinates have two decimals in COCO: what leaves the image by less is a rounding.
+ROUNDING = 0.01
+# Tools that give whole pixels, or count the last pixel in or out, are off by one. COCO's crowds
+# are: their boxes end one pixel before their masks do.
+ONE_PIXEL = 1.01
+# Below this IoU of its box and the box of its mask, an object that is found exactly by its mask is
+# not a sure object for the region proposal network (MODEL.RPN.IOU_THRESHOLDS). Small objects lose
+# IoU quickly: two pixels are always accepted.
+LEAST_IOU, TWO_PIXELS = 0.7, 2.01
+# detectron2 drops boxes with a side up to this (filter_empty_instances).
+NO_LENGTH = 1e-5
+MAX_CHARACTERS = 7
+"""Of one number in compressed run lengths: five bits each, for counts below 2^32."""
+
+
+@dataclass
+class MaskFormats:
+    """How the masks of single objects are written: an annotation of each way, by its id."""
+
+    examples: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, annotation: Mapping[str, Any]) -> None:
+        mask = annotation.get("segmentation")
+        if mask and not annotation.get("iscrowd"):
+            for kind, name in ((list, "polygons"), (dict, "run lengths")):
+                if isinstance(mask, kind):
+                    self.examples.setdefault(name, annotation.get("id"))
+
+    def check(self, found: Findings) -> None:
+        """Notes a file that has both."""
+        if len(self.examples) == 2:
+            of = " and ".join(
+                f"{name} (annotation {quote(i)})" for name, i in self.examples.items()
+            )
+            found.add("mixed-formats", f"masks of single objects are {of}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Mask:
+    """A sound mask: the box around it, and whether it covers anything."""
+
+    box: Box
+    flat: bool
+    """Whether it has no height or no width, as a line."""
+
+
+class _Outline(NamedTuple):
+    """A sound polygon: the box around it and the area inside."""
+
+    box: Box
+    area: float
+
+
+def check_box_and_mask(
+    annotation: Mapping[str, Any], index: int, found: Findings, sizes: Sizes, *, lvis: bool
+) -> None:
+    """Checks the box and the mask of an annotation whose image has a size."""
+    checker = _Checker(annotation, index, found)
+    box = checker.box() if annotation.get("bbox") is not None else None
+    image_id = annotation.get("image_id")
+    image_hw = sizes.get(image_id) if isinstance(image_id, Hashable) else None
+    if image_hw is None:
+        return
+    mask = None
+    if annotation.get("segmentation") is not None:
+        mask = checker.mask(image_hw, lvis)
+    if box is not None:
+        checker.compare(box, mask, image_hw)
+
+
+def checked_mask(
+    annotation: Mapping[str, Any], image_hw: tuple[int, int]
+) -> tuple[Box, Any] | None:
+    """Returns the box around a mask within the image, and its run lengths as pycocotools has them.
+
+    Args:
+        annotation: with the mask.
+        image_hw: H, W.
+
+    Returns:
+        None if the mask has errors or no pixels.
+    """
+    found = Findings("")
+    checker = _Checker({**annotation, "iscrowd": 0}, -1, found)
+    mask = checker.mask(image_hw, lvis=False) if annotation.get("segmentation") else None
+    if mask is None or mask.flat or errors_of(found):
+        return None
+    given = annotation["segmentation"]
+    if isinstance(given, list):
+        rle = _encode(given, image_hw)
+    elif isinstance(given["counts"], list):
+        rle = mask_util.frPyObjects(given, *image_hw)
+    else:
+        rle = {"size": given["size"], "counts": given["counts"].encode()}
+    return _clip(mask.box, image_hw), rle
+
+
+class _Checker:
+    """Checks one annotation."""
+
+    def __init__(self, annotation: Mapping[str, Any], index: int, found: Findings) -> None:
+        self._annotation, self._index, self._found = annotation, index, found
+
+    def _note(self, kind: str, message: str) -> None:
+        annotation = self._annotation
+        ids = (annotation.get("image_id"), annotation.get("id"))
+        self._found.add(kind, message, Place("annotations", self._index, *ids))
+
+    def box(self) -> Box | None:
+        """Returns the box if it is one, even without area."""
+        box = self._annotation["bbox"]
+        if type(box) is not list or len(box) != 4 or not {int, float}.issuperset(map(type, box)):
+            self._note("box-malformed", f"the box is {quote(box)}, not four numbers")
+            return None
+        if not all(map(is_finite, box)):
+            self._note("box-not-finite", f"the box is {quote(box)}")
+            return None
+        x, y, width, height = box
+        if width < 0 or height < 0:
+            self._note("box-negative", f"the box is {width} wide and {height} high")
+            return None
+        return x, y, x + width, y + height
+
+    def mask(self, image_hw: tuple[int, int], lvis: bool) -> _Mask | None:
+        """Returns the mask if it is sound."""
+        mask = self._annotation["segmentation"]
+        if isinstance(mask, dict) and lvis:
+            self._note(
+                "segmentation-type", "the mask is run lengths; detectron2 reads polygons here"
+            )
+        elif isinstance(mask, list | dict) and not mask:
+            self._note("segmentation-empty", f"the mask is {mask}")
+        elif isinstance(mask, list):
+            return self._polygons(mask, image_hw)
+        elif isinstance(mask, dict):
+            return self._run_lengths(mask, image_hw)
+        else:
+            self._note("segmentation-type", f"the mask is {quote(mask)}")
+        return None
+
+    def _polygons(self, polygons: list[Any], image_hw: tuple[int, int]) -> _Mask | None:
+        if self._annotation.get("iscrowd") == 1:
+            self._note("crowd-polygon", "a crowd is given as polygons")
+        if all(type(x) in (int, float) for x in polygons):
+            self._note("polygons-not-nested", f"the mask is {quote(polygons)}, one flat list")
+            return None
+        outlines = [self._outline(polygon, k) for k, polygon in enumerate(polygons)]
+        sound = [x for x in outlines if x is not None]
+        if len(sound) < len(outlines):
+            return None
+        box = _around([x.box for x in sound])
+        height, width = image_hw
+        over = max(-box[0], -box[1], box[2] - width, box[3] - height)
+        if over > ROUNDING:
+            message = f"a polygon leaves the image of {width} x {height} by {over:.4g} pixels"
+            self._note("polygon-outside" if over > ONE_PIXEL else "polygon-over-edge", message)
+            if over > ONE_PIXEL:
+                return None
+        sides = (box[2] - box[0], box[3] - box[1])
+        if min(sides) <= NO_LENGTH:
+            return _Mask(box, flat=True)
+        # Only where the mean width is below a pixel may there be none inside.
+        area = sum(x.area for x in sound)
+        if area < max(sides) and not mask_util.area(_encode(polygons, image_hw)):
+            if area < ROUNDING**2:
+                self._note("polygon-without-area", "all points of the mask are on a line")
+            else:
+                self._note(
+                    "mask-below-a-pixel", f"a mask of {area:.2g} pixels covers no pixel's centre"
+                )
+        return _Mask(box, flat=False)
+
+    def _outline(self, polygon: Any, k: int) -> _Outline | None:
+        """Returns a polygon of the mask if it is one."""
+        if not isinstance(polygon, list | array):
+            self._note("polygon-not-numbers", f"polygon {k} is {quote(polygon)}")
+        elif not polygon:
+            self._note("polygon-empty", f"polygon {k} is []")
+        elif type(polygon) is list and not {int, float}.issuperset(map(type, polygon)):
+            of_points = all(type(x) is list for x in polygon)
+            kind = "polygon-of-points" if of_points else "polygon-not-numbers"
+            self._note(kind, f"polygon {k} is {quote(polygon)}")
+        elif len(polygon) % 2:
+            self._note("polygon-odd", f"polygon {k} has {len(polygon)} numbers")
+        elif len(polygon) < 6:
+            self._note("polygon-short", f"polygon {k} has {len(polygon) // 2} points")
+        else:
+            outline = _outline(polygon)
+            if outline is None:
+                message = f"polygon {k} has coordinates that are NaN or infinite"
+                self._note("polygon-not-finite", message)
+            return outline
+        return None
+
+    def _run_lengths(self, rle: dict[str, Any], image_hw: tuple[int, int]) -> _Mask | None:
+        size, counts = rle.get("size"), rle.get("counts")
+        two = type(size) is list and len(size) == 2 and all(type(x) is int for x in size)
+        if not two or not isinstance(counts, list | str):
+            self._note("rle-malformed", f"the mask is {quote(rle)}")
+            return None
+        if tuple(size or ()) != image_hw:
+            message = f"the mask has the size {quote(size)}, the image {list(image_hw)}"
+            self._note("rle-size", message)
+            return None
+        runs = decode_counts(counts) if isinstance(counts, str) else self._plain_counts(counts)
+        if runs is None:
+            if isinstance(counts, str):
+                self._note("rle-corrupt", f"the run lengths {quote(counts)} cannot be decoded")
+            return None
+        if (runs < 0).any():
+            self._note("rle-counts", f"a run has the length {runs.min()}")
+            return None
+        # The largest first: a sum of many beyond int64 could come out as anything.
+        if runs.max(initial=0) > math.prod(image_hw) or runs.sum() != math.prod(image_hw):
+            message = f"the runs have {runs.sum()} pixels, the image {math.prod(image_hw)}"
+            self._note("rle-sum", message)
+            return None
+        box = runs_box(runs, image_hw[0])
+        if box is None:
+            self._note("empty-mask", "the mask has no pixels")
+            return None
+        return _Mask(box, flat=False)
+
+    def _plain_counts(self, counts: list[Any]) -> IntArray | None:
+        wrong = [x for x in counts if type(x) is not int or abs(x) >= 1 << 32]
+        if wrong:
+            self._note("rle-counts", f"a run has the length {quote(wrong[0])}")
+            return None
+        return np.array(counts, np.int64)
+
+    def compare(self, box: Box, mask: _Mask | None, image_hw: tuple[int, int]) -> None:
+        """Notes what is wrong with a box beside its mask and the image."""
+        height, width = image_hw
+        sides, flat = (box[2] - box[0], box[3] - box[1]), mask is not None and mask.flat
+        if min(sides) <= NO_LENGTH:
+            message = f"the box is {sides[0]:.4g} wide and {sides[1]:.4g} high"
+            self._note("flat-object" if flat else "box-without-area", message)
+            return
+        if mask is not None and flat:
+            self._note("polygon-without-area", "all points of the mask are on a line")
+            return
+        over = max(-box[0], -box[1], box[2] - width, box[3] - height)
+        if over > ONE_PIXEL:
+            message = f"the box leaves the image of {width} x {height} by {over:.4g} pixels"
+            self._note("box-outside", message + self._as_corners(mask))
+            return
+        if mask is None:
+            return
+        # Annotators cut at the image's edge or do not.
+        a, b = _clip(box, image_hw), _clip(mask.box, image_hw)
+        off = max(abs(x - y) for x, y in zip(a, b, strict=True))
+        if off > ONE_PIXEL:
+            iou = box_iou(a, b)
+            message = f"the box is off its mask by {off:.4g} pixels, IoU {iou:.2f}"
+            wrong = iou < LEAST_IOU and off > TWO_PIXELS
+            hint = self._as_corners(mask) if wrong else ""
+            self._note("box-mismatch" if wrong else "box-loose", message + hint)
+
+    def _as_corners(self, mask: _Mask | None) -> str:
+        """Returns a hint where the box fits the mask as [x0, y0, x1, y1]."""
+        if mask is None:
+            return ""
+        box = self._annotation["bbox"]
+        off = max(abs(x - y) for x, y in zip(box, mask.box, strict=True))
+        return " (it looks like [x0, y0, x1, y1])" if off <= ONE_PIXEL else ""
+
+
+def decode_counts(text: str) -> IntArray | None:
+    """Returns the (n,) run lengths of COCO's compressed string, None if it is none.
+
+    A number is characters of five bits, low bits first, each but the last with a sixth bit set; the
+    last one's fifth bit is the sign. From the fourth on they are differences to the number two
+    before. Lengths may come out negative: such a string is corrupt, too.
+    """
+    try:
+        codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError:
+        return None
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        return None
+    ends = np.flatnonzero(codes < 32)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends + 1 - starts
+    if lengths.max() > MAX_CHARACTERS:
+        return None
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    runs: IntArray = np.add.reduceat((codes & 31) << shifts, starts)
+    runs -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
+
+
+def runs_box(runs: IntArray, height: int) -> Box | None:
+    """Returns the box around the pixels of a mask, None if it has none.
+
+    Args:
+        runs: (n,) lengths that cover the image, down the columns, background first.
+        height: H.
+    """
+    ends = np.cumsum(runs)[1::2]
+    kept = runs[1::2] > 0
+    starts, lasts = (ends - runs[1::2])[kept], ends[kept] - 1
+    if not len(starts):
+        return None
+    columns = (starts // height, lasts // height)
+    top, bottom = (starts % height).min(), (lasts % height).max() + 1
+    if (columns[0] != columns[1]).any():  # a run goes on at the top of the next column
+        top, bottom = 0, height
+    return float(columns[0][0]), float(top), float(columns[1][-1] + 1), float(bottom)
+
+
+def box_iou(a: Box, b: Box) -> float:
+    """Returns the intersection over union of two boxes, 0 if they have no area."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    inside = max(width, 0) * max(height, 0)
+    both = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inside
+    return inside / both if both > 0 else 0.0
+
+
+def _clip(box: Box, image_hw: tuple[int, int]) -> Box:
+    height, width = image_hw
+    if box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height:
+        return box
+    x0, x1 = (min(max(x, 0), width) for x in box[::2])
+    y0, y1 = (min(max(y, 0), height) for y in box[1::2])
+    return x0, y0, x1, y1
+
+
+def _around(boxes: list[Box]) -> Box:
+    if len(boxes) == 1:
+        return boxes[0]
+    x0, y0, x1, y1 = zip(*boxes, strict=True)
+    return min(x0), min(y0), max(x1), max(y1)
+
+
+def _outline(polygon: Any) -> _Outline | None:
+    """Returns what is asked of a list or array of coordinates, None if not all are finite."""
+    try:
+        points = np.asarray(polygon, np.float64).reshape(-1, 2)
+    except OverflowError:
+        return None
+    x0, y0 = points.min(0).tolist()
+    x1, y1 = points.max(0).tolist()
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        return None
+    x, y = points[:, 0] - x0, points[:, 1] - y0
+    double = x[:-1] @ y[1:] - x[1:] @ y[:-1] + x[-1] * y[0] - x[0] * y[-1]  # the shoelace formula
+    return _Outline((x0, y0, x1, y1), abs(float(double)) / 2)
+
+
+def _encode(polygons: list[list[float]], image_hw: tuple[int, int]) -> Any:
+    parts = mask_util.frPyObjects([list(map(float, polygon)) for polygon in polygons], *image_hw)
+    return mask_util.merge(parts)

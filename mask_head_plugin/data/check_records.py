@@ -1,0 +1,255 @@
+"""The records of a COCO file: sections, categories, images, and the fields of annotations."""
+
+from __future__ import annotations
+
+import math
+import posixpath
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from PIL import Image
+
+from .findings import SECTION_NAMES, Findings, Place, quote
+
+SECTIONS = tuple(SECTION_NAMES)
+ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd")
+MAX_ID = 1 << 53
+"""From here on not every whole number is a float64, in which metrics hold ids."""
+
+Sizes = dict[Hashable, tuple[int, int] | None]
+"""(height, width) by image id; None where the record has no valid size."""
+
+
+def max_pixels() -> float:
+    """Returns above how many pixels Pillow, with which detectron2 reads, refuses an image."""
+    limit = Image.MAX_IMAGE_PIXELS
+    return math.inf if limit is None else 2 * limit
+
+
+def check_sections(content: Any, found: Findings) -> bool:
+    """Returns whether the three sections are there, as lists; what is not is noted."""
+    if not isinstance(content, dict):
+        found.add("json-not-object", f"the file holds {quote(content)}")
+        return False
+    complete = True
+    for section in SECTIONS:
+        if not isinstance(content.get(section), list):
+            there = f"is {quote(content[section])}, not a list" if section in content else "missing"
+            found.add("missing-section", f"{section!r} {there}")
+            complete = False
+    return complete
+
+
+def check_categories(
+    categories: list[Any], found: Findings, *, num_classes: int | None = None, lvis: bool = False
+) -> dict[Hashable, str]:
+    """Checks the categories.
+
+    Args:
+        categories: the section.
+        found: gets the findings.
+        num_classes: of the model, None if not known.
+        lvis: whether class indices will be ids - 1, as detectron2 has it for LVIS.
+
+    Returns:
+        Names by id, of those that have both.
+    """
+    names: dict[Hashable, str] = {}
+    first_of_name: dict[str, Hashable] = {}
+    for index, category in enumerate(categories):
+        at = Place("categories", index)
+        if not isinstance(category, dict):
+            found.add("category-not-object", f"a category is {quote(category)}", at)
+            continue
+        missing = [key for key in ("id", "name") if category.get(key) is None]
+        if missing:
+            what = quote(next((category[k] for k in ("name", "id") if category.get(k)), None))
+            found.add(
+                "category-missing-key", f"category {what} has no {' and no '.join(missing)}", at
+            )
+            continue
+        i, name = category["id"], category["name"]
+        check_id("category", i, found, at)
+        if not isinstance(name, str) or not name.strip():
+            found.add("category-name", f"category {quote(i)} has the name {quote(name)}", at)
+            continue
+        if not isinstance(i, Hashable):
+            continue
+        if i in names:
+            both = f"{quote(names[i])} and {quote(name)}"
+            found.add("duplicate-category-id", f"the categories {both} have the id {quote(i)}", at)
+            continue
+        if name in first_of_name:
+            both = f"{quote(first_of_name[name])} and {quote(i)}"
+            found.add("duplicate-category-name", f"the categories {both} are {quote(name)}", at)
+        names[i] = name
+        first_of_name.setdefault(name, i)
+        if lvis and type(i) is int and not 1 <= i <= len(categories):
+            message = f"category {quote(name)} has the id {i} of {len(categories)} categories"
+            found.add("category-id-range", message, at)
+    if not categories:
+        found.add("no-categories", "the file lists no categories")
+    elif num_classes is not None and len(names) != num_classes:
+        found.add("num-classes", f"the file has {len(names)} categories, the model {num_classes}")
+    return names
+
+
+def check_id(what: str, value: Any, found: Findings, at: Place) -> None:
+    """Notes an id that is no whole number, or that a float64 does not hold."""
+    if type(value) is not int:
+        message = f"the {what} id {quote(value)} is of type {type(value).__name__}"
+        found.add("id-not-integer", message, at)
+    elif abs(value) >= MAX_ID:
+        found.add("id-too-large", f"the {what} id {quote(value)} is beyond 2^53", at)
+
+
+def check_images(images: list[Any], found: Findings, *, lvis: bool = False) -> Sizes:
+    """Checks the image records, without their files.
+
+    Args:
+        images: the section.
+        found: gets the findings.
+        lvis: whether files are named by ``coco_url``.
+
+    Returns:
+        Sizes by id, of all records that have an id.
+    """
+    sizes: Sizes = {}
+    first_of_file: dict[str, Any] = {}
+    for index, image in enumerate(images):
+        if not isinstance(image, dict):
+            found.add("image-not-object", f"an image is {quote(image)}", Place("images", index))
+            continue
+        i = image.get("id")
+        at = Place("images", index, i)
+        name_key = "coco_url" if lvis else "file_name"
+        for key in ("id", name_key, "height", "width"):
+            if image.get(key) is None:
+                found.add("image-missing-key", f"it has no {key}", at)
+        size = _check_size(image, at, found)
+        if image.get(name_key) is not None:
+            _check_file_name(image, at, found, first_of_file, lvis)
+        if i is None:
+            continue
+        check_id("image", i, found, at)
+        if isinstance(i, Hashable):
+            if i in sizes:
+                message = f"the image id stands twice, here with {quote(image.get(name_key))}"
+                found.add("duplicate-image-id", message, at)
+            sizes.setdefault(i, size)
+    if not images:
+        found.add("no-images", "the file lists no images")
+    return sizes
+
+
+def _check_size(image: Mapping[str, Any], at: Place, found: Findings) -> tuple[int, int] | None:
+    sides = [image.get(key) for key in ("height", "width")]
+    if None in sides:
+        return None
+    height, width = sides
+    if type(height) is not int or type(width) is not int or height < 1 or width < 1:
+        message = f"height is {quote(height)} and width {quote(width)}"
+        found.add("image-size-invalid", message, at)
+        return None
+    if height * width > max_pixels():
+        message = f"{quote(width)} x {quote(height)} are beyond Pillow's {max_pixels():.0f} pixels"
+        found.add("image-too-large", message, at)
+        return None
+    return height, width
+
+
+def _check_file_name(
+    image: Mapping[str, Any], at: Place, found: Findings, seen: dict[str, Any], lvis: bool
+) -> None:
+    name = file_name(image, lvis)
+    if name is None:
+        given = image["coco_url" if lvis else "file_name"]
+        found.add("file-name-invalid", f"its file is named {quote(given)}", at)
+        return
+    if is_outside(name):
+        message = f"its file {quote(name)} is not within the image folder"
+        found.add("file-name-outside", message, at)
+    elif name in seen and seen[name] != at.image_id:
+        message = f"its file {quote(name)} is that of image {quote(seen[name])}, too"
+        found.add("duplicate-file-name", message, at)
+    seen.setdefault(name, at.image_id)
+
+
+def is_outside(name: str) -> bool:
+    """Returns whether a normalised path leaves the folder that it starts from."""
+    return name.startswith("/") or name.split("/")[0] == ".."
+
+
+def file_name(image: Mapping[str, Any], lvis: bool) -> str | None:
+    """Returns the normalised path that a record gives, None if it is not a path.
+
+    For LVIS it is made as detectron2 makes it, of the last two parts of ``coco_url``.
+    """
+    name = image.get("coco_url" if lvis else "file_name")
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        return None
+    if lvis:
+        parts = name.split("/")[-2:]
+        return "/".join(parts) if len(parts) == 2 and all(parts) else None
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+        return None
+    normalised = posixpath.normpath(name)
+    return None if normalised == "." else normalised
+
+
+def check_annotation_fields(
+    annotation: Mapping[str, Any],
+    index: int,
+    found: Findings,
+    sizes: Sizes,
+    categories: Mapping[Hashable, str],
+    *,
+    lvis: bool,
+) -> None:
+    """Checks all of an annotation but its box and mask.
+
+    Args:
+        annotation: the record.
+        index: its place in the section.
+        found: gets the findings.
+        sizes: the images.
+        categories: the categories.
+        lvis: whether the file is LVIS's, which has no ``iscrowd``.
+    """
+    get, i, image_id = annotation.get, annotation.get("id"), annotation.get("image_id")
+    at = Place("annotations", index, image_id, i)
+    for key in ANNOTATION_KEYS:
+        if get(key) is None and not (lvis and key == "iscrowd"):
+            found.add("annotation-missing-key", f"it has no {key}", at)
+    if i is not None:
+        check_id("annotation", i, found, at)
+        if type(i) is int and i < 1:
+            found.add("annotation-id-not-positive", f"its id is {i}", at)
+    for key, known, kind in (
+        ("image_id", sizes, "unknown-image"),
+        ("category_id", categories, "unknown-category"),
+    ):
+        value = get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Hashable) or value not in known:
+            found.add(kind, f"its {key} {quote(value)} is not listed", at)
+        elif type(value) is not int:
+            check_id(key.removesuffix("_id"), value, found, at)
+    crowd, area = get("iscrowd"), get("area")
+    if crowd is not None and (type(crowd) is not int or crowd not in (0, 1)):
+        found.add("iscrowd-invalid", f"iscrowd is {quote(crowd)}", at)
+    if area is not None and not (is_finite(area) and area >= 0):
+        found.add("area-invalid", f"area is {quote(area)}", at)
+    if get("ignore", 0) != 0:
+        found.add("ignore-flag", f"'ignore' is {quote(get('ignore'))}", at)
+
+
+def is_finite(value: Any) -> bool:
+    """Returns whether a value is a number that a float64 holds, and no bool."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False

@@ -1,0 +1,269 @@
+"""The check of a config's data sets before the first iteration: DATASETS.CHECK.
+
+What a check of a file found is kept in ``$XDG_CACHE_HOME/mask_head_plugin`` (or ``~/.cache``), so a
+second run with the same annotations and image files only looks at the sizes and times of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ..config import ConfigError
+from .check import CheckOptions, check_content, listed_images, read_content
+from .findings import Finding, Findings, errors_of, quote, summary_table
+
+logger = logging.getLogger(__name__)
+
+MODES = ("error", "warn", "off")
+SHOWN = 10
+REPORT = "dataset_check.json"
+
+
+@dataclass(frozen=True)
+class CocoSource:
+    """A registered data set that is a file in COCO's or LVIS's format.
+
+    Attributes:
+        name: in the catalog.
+        json_file: its annotations.
+        image_root: its images.
+        lvis: whether it is LVIS's.
+        matched: whether its categories are matched by DATASETS.COCO_FILES.
+    """
+
+    name: str
+    json_file: str
+    image_root: str
+    lvis: bool
+    matched: bool
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """What a check found, as it is kept.
+
+    Attributes:
+        findings: all.
+        categories: names by id.
+        rle_example: the id of an annotation that is no crowd and has run lengths, in a list.
+    """
+
+    findings: list[Finding]
+    categories: dict[int, str]
+    rle_example: list[Any]
+
+
+def check_dataset_files(cfg: CfgNode) -> None:
+    """Checks the files of DATASETS.TRAIN and DATASETS.TEST as DATASETS.CHECK says.
+
+    All findings are in ``OUTPUT_DIR/dataset_check.json``. Data sets that are no COCO files, and the
+    embedded one, are not checked.
+
+    Args:
+        cfg: a config whose data sets are registered.
+
+    Raises:
+        ConfigError: if CHECK is ``error`` and there are errors, or CHECK is none of its values.
+    """
+    mode = cfg.DATASETS.CHECK
+    if mode not in MODES:
+        raise ConfigError(f"DATASETS.CHECK {mode!r} is none of {MODES}")
+    sources = _sources(cfg) if mode != "off" else []
+    if not sources:
+        return
+    checked = {source: check_with_cache(source, _num_classes(cfg, source)) for source in sources}
+    found = [finding for result in checked.values() for finding in result.findings]
+    found += _disagreements(cfg, checked) + _wrong_mask_format(cfg, checked)
+    report = Path(cfg.OUTPUT_DIR) / REPORT
+    write_report(found, report)
+    errors = errors_of(found)
+    if found:
+        logger.warning("findings in the data sets (all in %s):\n%s", report, summary_table(found))
+    if errors and mode == "error":
+        raise ConfigError(_message(errors, sources, report))
+
+
+def write_report(found: Sequence[Finding], path: Path) -> None:
+    """Writes findings as JSON, with their numbers."""
+    errors = len(errors_of(found))
+    counts = {"errors": errors, "warnings": len(found) - errors}
+    content = {**counts, "findings": [finding.as_dict() for finding in found]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _sources(cfg: CfgNode) -> list[CocoSource]:
+    """Returns the data sets that are files, each pair of file and folder once."""
+    sources: dict[tuple[str, str], CocoSource] = {}
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("made_on_first_use", False):
+            continue
+        # COCO_FILES evaluates with a copy where a file lacks categories.
+        json_file = metadata.get("source_json_file", metadata.get("json_file", ""))
+        image_root, kind = metadata.get("image_root", ""), metadata.get("evaluator_type", "")
+        remote = any("://" in path for path in (json_file, image_root))
+        if not (json_file and image_root) or remote or kind not in ("coco", "lvis"):
+            logger.info(
+                "data set %s is not checked: no file in COCO's format on this machine", name
+            )
+            continue
+        matched = metadata.get("from_coco_files", False)
+        source = CocoSource(name, json_file, image_root, kind == "lvis", matched)
+        sources.setdefault((json_file, image_root), source)
+    return list(sources.values())
+
+
+def _num_classes(cfg: CfgNode, source: CocoSource) -> int | None:
+    # A file of COCO_FILES may lack categories that another one has.
+    return None if source.matched else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+
+
+def _disagreements(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
+    """detectron2 numbers the classes of each file by itself, so all must list the same."""
+    by_name = {source.name: result for source, result in checked.items()}
+    reference = next((name for name in cfg.DATASETS.TRAIN if name in by_name), None)
+    found: list[Finding] = []
+    if reference is None:
+        return found
+    expected = by_name[reference].categories
+    for source, result in checked.items():
+        differing = set(expected.items()) ^ set(result.categories.items())
+        if differing and not source.matched:
+            i, name = min(differing)
+            where = "there" if (i, name) in expected.items() else "here"
+            message = (
+                f"of {source.name!r} and {reference!r}, category {i} is {quote(name)} only {where}"
+            )
+            found.append(Finding("categories-disagree", source.json_file, message))
+    return found
+
+
+def _wrong_mask_format(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
+    """PolygonMasks cannot hold run lengths; crowds are not trained on."""
+    if not cfg.MODEL.MASK_ON or cfg.INPUT.MASK_FORMAT != "polygon":
+        return []
+    message = "the mask is run lengths, INPUT.MASK_FORMAT is polygon"
+    return [
+        Finding("rle-needs-bitmask", source.json_file, message, None, *result.rle_example)
+        for source, result in checked.items()
+        if source.name in cfg.DATASETS.TRAIN and result.rle_example
+    ]
+
+
+def _message(errors: Sequence[Finding], sources: Iterable[CocoSource], report: Path) -> str:
+    lines = [f"the data sets have {len(errors)} errors:"]
+    lines += [f"  {finding}" for finding in errors[:SHOWN]]
+    if len(errors) > SHOWN:
+        lines.append(f"  and {len(errors) - SHOWN} more")
+    lines.append(f"All are in {report}. A corrected copy is written by")
+    faulty = {finding.file for finding in errors}
+    lines += [f"  {_fix_command(source)}" for source in sources if source.json_file in faulty]
+    lines.append("DATASETS.CHECK warn goes on in spite of errors, off does not look for them.")
+    return "\n".join(lines)
+
+
+def _fix_command(source: CocoSource) -> str:
+    output = Path(source.json_file).with_suffix(".fixed.json")
+    flags = ["--json", source.json_file, "--images", source.image_root, "--fix", str(output)]
+    flags += ["--lvis"] if source.lvis else []
+    return shlex.join(["python", "tools/check_dataset.py", *flags])
+
+
+def check_with_cache(source: CocoSource, num_classes: int | None = None) -> CheckedFile:
+    """Checks a data set, or returns what an earlier check of the same files found.
+
+    Args:
+        source: the data set.
+        num_classes: of the model, None if it does not matter.
+    """
+    path = _cache_path(source, num_classes)
+    kept = _read_cache(path) if path else None
+    if kept is not None:
+        logger.info("%s and its images were checked before", source.json_file)
+        return kept
+    logger.info("checking %s and its images (DATASETS.CHECK)", source.json_file)
+    found = Findings(source.json_file)
+    content = read_content(source.json_file, found)
+    if found:
+        return CheckedFile(found, {}, [])
+    files = []
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        listed = listed_images(content["images"], source.image_root, lvis=source.lvis)
+        files = [image.path for image in listed]
+    before = _fingerprint(files)
+    options = CheckOptions(num_classes=num_classes, lvis=source.lvis)
+    facts = check_content(content, source.image_root, found, options)
+    example = facts.formats.examples.get("run lengths")
+    result = CheckedFile(found, facts.categories, [] if example is None else [example])
+    if path:
+        _write_cache(path, result, files, before)
+    return result
+
+
+def _cache_path(source: CocoSource, num_classes: int | None) -> Path | None:
+    """Returns the place for what a check finds: by content of the file, arguments and checker."""
+    digest = hashlib.sha256()
+    arguments = [source.json_file, source.image_root, source.lvis, num_classes, os.getcwd()]  # noqa: PTH109
+    digest.update(json.dumps(arguments).encode())
+    try:
+        for code in sorted(Path(__file__).parent.glob("*.py")):
+            digest.update(code.read_bytes())
+        with Path(source.json_file).open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        root = os.getenv("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    except (OSError, RuntimeError):  # no such file, which the check will say; no home
+        return None
+    return Path(root) / "mask_head_plugin" / "dataset_checks" / f"{digest.hexdigest()}.json"
+
+
+def _fingerprint(files: Iterable[str]) -> str:
+    """Returns a digest of the names, sizes and times of files; missing ones count as such."""
+    digest = hashlib.sha256()
+    for path in files:
+        try:
+            status = os.stat(path)  # noqa: PTH116
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        except (OSError, ValueError):
+            digest.update(f"{path}\n".encode())
+    return digest.hexdigest()
+
+
+def _write_cache(path: Path, result: CheckedFile, files: list[str], fingerprint: str) -> None:
+    content = {
+        "findings": [astuple(finding) for finding in result.findings],
+        "categories": list(result.categories.items()),
+        "rle_example": result.rle_example,
+        "files": files,
+        "fingerprint": fingerprint,
+    }
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        logger.info("the result of the check is not kept: %s", error)
+
+
+def _read_cache(path: Path) -> CheckedFile | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["fingerprint"] != _fingerprint(content["files"]):
+            return None
+        findings = [Finding(*values) for values in content["findings"]]
+        return CheckedFile(findings, dict(content["categories"]), content["rle_example"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+        return None

@@ -1,0 +1,364 @@
+"""The repairs of a corrected copy: each mends one kind of finding where one answer is right.
+
+A repair changes a record and returns what it did; with None the record is left out.
+
+Shape alphabet: H, W sides of an image.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import os
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+
+from .check_images import ImageFacts
+from .check_masks import Box, checked_mask
+from .check_records import file_name, is_outside
+
+Record = dict[str, Any]
+Polygon = list[float]
+
+
+class Repairs(abc.ABC):
+    """What repairs need of the file.
+
+    Attributes:
+        images: the image records by id.
+        files: image records by normalised file name.
+        annotations: by image id.
+        members: annotations by category id.
+        categories: by id.
+        image_root: the folder of the images.
+        known_files: what the check has read of files, by path.
+    """
+
+    images: dict[Hashable, list[Record]]
+    files: dict[str, list[Record]]
+    annotations: dict[Hashable, list[Record]]
+    members: dict[Hashable, list[Record]]
+    categories: dict[Hashable, list[Record]]
+    image_root: str
+    known_files: dict[str, ImageFacts]
+
+    @abc.abstractmethod
+    def drop(self, record: Record, kind: str, reason: str, *, alone: bool = False) -> None:
+        """Leaves a record out; an image with its annotations unless it goes alone."""
+
+    @abc.abstractmethod
+    def is_dropped(self, record: Record) -> bool:
+        """Returns whether a record was left out."""
+
+    @abc.abstractmethod
+    def new_id(self, section: str, wanted: Any) -> int:
+        """Returns a free id: the number that a text means, else the next."""
+
+    def facts(self, image: Record) -> ImageFacts | None:
+        """Returns what the file of an image says, if it can be used."""
+        path = os.path.join(self.image_root, str(image.get("file_name")))  # noqa: PTH118
+        facts = self.known_files.get(path)
+        return None if facts is None or facts.problem else facts
+
+    def image_hw(self, annotation: Record) -> tuple[int, int] | None:
+        """Returns the size of an annotation's image."""
+        image_id = annotation.get("image_id")
+        images = self.images.get(image_id) if isinstance(image_id, Hashable) else None
+        return (images[0]["height"], images[0]["width"]) if images else None
+
+
+Repair = Callable[[Repairs, Record], str | None]
+
+
+def _move(records: list[Record], key: str, value: Any) -> None:
+    for record in records:
+        record[key] = value
+
+
+def _renumber(section: str, groups: str, key: str, repeated: Repair) -> Repair:
+    """Returns a repair that gives a record a number as id, in what refers to it, too.
+
+    Args:
+        section: of the record.
+        groups: the attribute of Repairs that has what refers to it.
+        key: that these refer by.
+        repeated: the repair where several records have the id.
+    """
+
+    def repair(fixer: Repairs, record: Record) -> str | None:
+        old = record["id"]
+        if not isinstance(old, Hashable):
+            return None
+        if len(getattr(fixer, section)[old]) > 1:
+            return repeated(fixer, record)
+        record["id"] = fixer.new_id(section, old)
+        _move(getattr(fixer, groups).get(old, []), key, record["id"])
+        return f"its id is now {record['id']}"
+
+    return repair
+
+
+def _merge_category(fixer: Repairs, record: Record) -> str | None:
+    """Two of one name are one class."""
+    first = next(
+        group[0] for group in fixer.categories.values() if group[0].get("name") == record["name"]
+    )
+    _move(fixer.members.get(record["id"], []), "category_id", first["id"])
+    fixer.drop(record, "duplicate-category-name", f"its annotations are now of {first['id']!r}")
+    return None
+
+
+def _repeated_category(fixer: Repairs, record: Record) -> str | None:
+    first = fixer.categories[record["id"]][0]
+    if first.get("name") == record["name"]:
+        fixer.drop(record, "duplicate-category-id", "it stands twice with one name")
+    return None
+
+
+def _size_from_file(fixer: Repairs, image: Record) -> str | None:
+    facts = fixer.facts(image)
+    if facts is None or facts.orientation != 1:  # not known, or not which way round
+        return None
+    image["height"], image["width"] = facts.image_hw
+    return "height and width are now {} and {}, the file's".format(*facts.image_hw)
+
+
+def _repeated_image(fixer: Repairs, image: Record) -> str | None:
+    kind, same = "duplicate-image-id", fixer.images[image["id"]]
+    if all(file_name(x, False) == file_name(image, False) for x in same):
+        fixer.drop(image, kind, "it stands twice with one file", alone=True)
+        return None
+    for other in same:
+        if not fixer.is_dropped(other):
+            fixer.drop(other, kind, "several images have its id, so its annotations are not known")
+    return None
+
+
+def _merge_image(fixer: Repairs, image: Record) -> str | None:
+    """Annotations of a file hold for it, whichever of its records they name."""
+    same = fixer.files.get(file_name(image, False) or "", [])
+    first = next(x for x in same if not fixer.is_dropped(x))
+    if first is image:
+        return "it is the one record of its file now"
+    if any(first.get(side) != image.get(side) for side in ("height", "width")):
+        return None
+    kept = fixer.annotations.setdefault(first.get("id"), [])
+    moved = fixer.annotations.pop(image.get("id"), [])
+    for annotation in moved:
+        shape = [annotation.get(key) for key in ("category_id", "bbox", "segmentation")]
+        if any([x.get(k) for k in ("category_id", "bbox", "segmentation")] == shape for x in kept):
+            fixer.drop(
+                annotation, "duplicate-file-name", "the other record of its file has it, too"
+            )
+        else:
+            annotation["image_id"] = first.get("id")
+            kept.append(annotation)
+    reason = f"its annotations are now of image {first.get('id')!r}, which has the same file"
+    fixer.drop(image, "duplicate-file-name", reason, alone=True)
+    return None
+
+
+def _relative_file_name(fixer: Repairs, image: Record) -> str | None:
+    name = os.path.relpath(Path(fixer.image_root, image["file_name"]), fixer.image_root)
+    if is_outside(name):
+        return None
+    image["file_name"] = name
+    return f"file_name is now {name!r}"
+
+
+def _references(fixer: Repairs, annotation: Record) -> str | None:
+    """Ids that are right as numbers: "7" and 7.0."""
+    done = []
+    for key, known in (("image_id", fixer.images), ("category_id", fixer.categories)):
+        value = annotation.get(key)
+        if isinstance(value, float | str):
+            try:
+                number = int(value)
+            except (ValueError, OverflowError):
+                continue
+            if str(number) == str(value).removesuffix(".0") and number in known:
+                annotation[key] = number
+                done.append(f"{key} is now {number}")
+    return ", ".join(done) or None
+
+
+def _new_id(fixer: Repairs, annotation: Record) -> str | None:
+    annotation["id"] = fixer.new_id("annotations", annotation.get("id"))
+    return f"its id is now {annotation['id']}"
+
+
+def _annotation_id(fixer: Repairs, annotation: Record) -> str | None:
+    done = _references(fixer, annotation)
+    own = annotation["id"]
+    if type(own) is int and abs(own) < 1 << 53:
+        return done
+    return ", ".join(filter(None, [done, _new_id(fixer, annotation)]))
+
+
+def _fill(fixer: Repairs, annotation: Record) -> str | None:
+    """Adds what the rest of the annotation tells."""
+    done = []
+    if annotation.get("id") is None:
+        done.append(_new_id(fixer, annotation))
+    if annotation.get("iscrowd") is None:
+        annotation["iscrowd"] = 0
+        done.append("iscrowd is now 0")
+    for key, repair in (("bbox", _box_from_mask), ("area", _area_from_mask)):
+        if annotation.get(key) is None:
+            done.append(repair(fixer, annotation))
+    return ", ".join(filter(None, done)) or None
+
+
+def _iscrowd(fixer: Repairs, annotation: Record) -> str | None:
+    del fixer
+    given = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "True": 1, "False": 0}
+    value = given.get(str(annotation["iscrowd"]))
+    if value is None:
+        return None
+    annotation["iscrowd"] = value
+    return f"iscrowd is now {value}"
+
+
+def _mask(fixer: Repairs, annotation: Record) -> tuple[Box, Any] | None:
+    """Returns the box around a sound mask within the image, and its run lengths."""
+    image_hw = fixer.image_hw(annotation)
+    return None if image_hw is None else checked_mask(annotation, image_hw)
+
+
+def _box_from_mask(fixer: Repairs, annotation: Record) -> str | None:
+    found = _mask(fixer, annotation)
+    if found is None:
+        return None
+    x0, y0, x1, y1 = found[0]
+    annotation["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+    return f"the box is now {annotation['bbox']}, around the mask"
+
+
+def _area_from_mask(fixer: Repairs, annotation: Record) -> str | None:
+    found = _mask(fixer, annotation)
+    if found is None:
+        return None
+    annotation["area"] = int(mask_util.area(found[1]))
+    return f"area is now {annotation['area']}"
+
+
+def _crowd_runs(fixer: Repairs, annotation: Record) -> str | None:
+    """The same pixels as run lengths; whether it is a crowd at all is the annotator's to say."""
+    found = _mask(fixer, annotation)
+    if found is None:
+        return None
+    counts, size = found[1]["counts"].decode(), list(found[1]["size"])
+    annotation["segmentation"] = {"size": size, "counts": counts}
+    return "the mask is now run lengths of the same pixels"
+
+
+def _nest(fixer: Repairs, annotation: Record) -> str | None:
+    del fixer
+    annotation["segmentation"] = [annotation["segmentation"]]
+    return "the mask is now a list of one polygon"
+
+
+def _flatten(fixer: Repairs, annotation: Record) -> str | None:
+    del fixer
+    polygons = annotation["segmentation"]
+    for k, polygon in enumerate(polygons):
+        pairs = isinstance(polygon, list) and all(isinstance(x, list) for x in polygon)
+        if pairs and all(len(point) == 2 for point in polygon):
+            polygons[k] = list(itertools.chain(*polygon))
+    return "the points of its polygons are now in flat lists"
+
+
+def _drop_parts(fixer: Repairs, annotation: Record) -> str | None:
+    """What encloses nothing adds nothing; detectron2 leaves out the same parts."""
+    del fixer
+    given = annotation["segmentation"]
+    kept = [x for x in given if not isinstance(x, list) or (len(x) >= 6 and len(x) % 2 == 0)]
+    if not kept:
+        return None
+    annotation["segmentation"] = kept
+    return f"{len(given) - len(kept)} of {len(given)} polygons are left out"
+
+
+def _cut_polygons(fixer: Repairs, annotation: Record) -> str | None:
+    image_hw = fixer.image_hw(annotation)
+    if image_hw is None:
+        return None
+    cut = [clip_polygon(polygon, image_hw) for polygon in annotation["segmentation"]]
+    kept = [polygon for polygon in cut if len(polygon) >= 6]
+    if not kept:
+        return None
+    annotation["segmentation"] = kept
+    area = _area_from_mask(fixer, annotation)
+    return f"its polygons are cut at the image's edge, {area}"
+
+
+def clip_polygon(polygon: Polygon, image_hw: tuple[int, int]) -> Polygon:
+    """Returns the part of a polygon within the image, by Sutherland and Hodgman's algorithm.
+
+    Args:
+        polygon: x, y, x, y, ... in pixels.
+        image_hw: H, W.
+
+    Returns:
+        The same, empty if nothing is within.
+    """
+    height, width = image_hw
+    points = np.asarray(polygon, float).reshape(-1, 2)
+    for axis, sign, bound in ((0, 1, 0.0), (0, -1, -width), (1, 1, 0.0), (1, -1, -height)):
+        kept = []
+        for start, end in zip(np.roll(points, 1, axis=0), points, strict=True):
+            a, b = sign * start[axis] - bound, sign * end[axis] - bound  # inside from 0 on
+            if a * b < 0:
+                kept.append(start + (end - start) * (a / (a - b)))
+            if b >= 0:
+                kept.append(end)
+        points = np.array(kept).reshape(-1, 2)
+    points = points.clip(0, [width, height])  # what rounding left outside
+    flat: Polygon = points.ravel().tolist()
+    return flat
+
+
+_CATEGORY_NUMBER = _renumber("categories", "members", "category_id", _repeated_category)
+_IMAGE_NUMBER = _renumber("images", "annotations", "image_id", _repeated_image)
+
+REPAIRS: dict[tuple[str, str], Repair] = {
+    ("categories", "id-not-integer"): _CATEGORY_NUMBER,
+    ("categories", "id-too-large"): _CATEGORY_NUMBER,
+    ("categories", "duplicate-category-id"): _repeated_category,
+    ("categories", "duplicate-category-name"): _merge_category,
+    ("images", "id-not-integer"): _IMAGE_NUMBER,
+    ("images", "id-too-large"): _IMAGE_NUMBER,
+    ("images", "image-missing-key"): _size_from_file,
+    ("images", "image-size-invalid"): _size_from_file,
+    ("images", "duplicate-image-id"): _repeated_image,
+    ("images", "duplicate-file-name"): _merge_image,
+    ("images", "file-name-outside"): _relative_file_name,
+    ("annotations", "id-not-integer"): _annotation_id,
+    ("annotations", "id-too-large"): _annotation_id,
+    ("annotations", "annotation-missing-key"): _fill,
+    ("annotations", "duplicate-annotation-id"): _new_id,
+    ("annotations", "annotation-id-not-positive"): _new_id,
+    ("annotations", "unknown-image"): _references,
+    ("annotations", "unknown-category"): _references,
+    ("annotations", "iscrowd-invalid"): _iscrowd,
+    ("annotations", "area-invalid"): _area_from_mask,
+    ("annotations", "crowd-polygon"): _crowd_runs,
+    ("annotations", "polygons-not-nested"): _nest,
+    ("annotations", "polygon-of-points"): _flatten,
+    ("annotations", "polygon-empty"): _drop_parts,
+    ("annotations", "polygon-odd"): _drop_parts,
+    ("annotations", "polygon-short"): _drop_parts,
+    ("annotations", "polygon-outside"): _cut_polygons,
+    **{
+        ("annotations", kind): _box_from_mask
+        for kind in (
+            *("box-malformed", "box-not-finite", "box-negative", "box-without-area"),
+            *("box-outside", "box-mismatch"),
+        )
+    },
+}
+"""By section and kind of the finding."""

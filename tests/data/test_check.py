@@ -1,0 +1,323 @@
+"""The data set check: each way to break a data set is told apart, and nothing broken trains."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from broken_data import CASES, HW, NAN, encode, make_good, mutate, rectangle
+from conftest import SHARED_DATA, small_config
+from detectron2.data import DatasetMapper
+from detectron2.data.datasets import load_coco_json
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mask_head_plugin.data import CheckOptions, check_coco_file, shapes
+from mask_head_plugin.data.check import check_content
+from mask_head_plugin.data.check_images import inspect_image
+from mask_head_plugin.data.check_masks import decode_counts, runs_box
+from mask_head_plugin.data.findings import KINDS, Findings, errors_of, summary_table
+
+# Faults of a config or of LVIS, or of the way to the file: tests of their own.
+ELSEWHERE = {
+    *("json-missing", "num-classes", "category-id-range", "categories-disagree"),
+    "rle-needs-bitmask",
+}
+
+
+def check(data, **options):
+    return check_coco_file(str(data.json_file), str(data.images), CheckOptions(**options))
+
+
+def read_as_in_training(data) -> list[list]:
+    """Reads all images and masks as training does, as polygons and as bit masks."""
+    records = load_coco_json(str(data.json_file), str(data.images))
+    categories = {x["id"]: k for k, x in enumerate(data.content["categories"])}
+    found = []
+    for mask_format in ("polygon", "bitmask"):
+        cfg = small_config("Base-MaskRCNN-FPN.yaml", "INPUT.MASK_FORMAT", mask_format)
+        mapper = DatasetMapper(cfg, is_train=True)
+        for record in copy.deepcopy(records):
+            has_runs = any(
+                isinstance(x["segmentation"], dict) and not x.get("iscrowd")
+                for x in record["annotations"]
+            )
+            if mask_format == "polygon" and has_runs:
+                continue  # such data sets need bit masks, see rle-needs-bitmask
+            for annotation in record["annotations"]:
+                annotation["category_id"] = categories[annotation["category_id"]]
+            found.append(mapper(record)["instances"])
+    return found
+
+
+@pytest.fixture
+def good(tmp_path):
+    return make_good(tmp_path)
+
+
+def test_the_good_data_set_has_no_findings_and_can_be_read(good):
+    assert check(good) == [] == check(good, decode=True, num_classes=2)
+    assert sum(len(instances) for instances in read_as_in_training(good)) == 10
+
+
+@pytest.mark.parametrize("broken", CASES, ids=lambda x: x.name.replace(" ", "-"))
+def test_each_way_to_break_a_data_set_gives_its_finding(good, broken):
+    good.write(broken.break_it(good))
+    found = check(good)
+    fitting = [
+        x
+        for x in found
+        if x.kind == broken.kind
+        and (broken.image_id, broken.annotation_id) == (x.image_id, x.annotation_id)
+    ]
+    assert fitting, "\n".join(map(str, found))
+    line = str(fitting[0])
+    assert line.startswith(f"{good.json_file}: ") and "\n" not in line and len(line) < 1000
+    for name, i in (("image", broken.image_id), ("annotation", broken.annotation_id)):
+        assert i is None or f"{name} {i}" in line
+    assert fitting[0].fix in line and len(fitting[0].fix) > 10
+    # No other error hides it, or comes with it, but for what the same value breaks, too.
+    kinds = {x.kind for x in errors_of(found)}
+    assert kinds <= {broken.kind, *COMPANIONS.get(broken.kind, ())}
+
+
+COMPANIONS = {
+    "no-images": {"no-annotations"},
+    "image-too-large": {"image-size-mismatch"},
+    "image-size-mismatch": {"rle-size"},
+    "image-transposed": {"rle-size", "box-outside"},
+    "no-categories": {"unknown-category"},
+    "category-missing-key": {"unknown-category"},
+    "category-name": {"unknown-category"},
+    "image-missing-key": {"unknown-image"},
+    "duplicate-image-id": {"unknown-image", "duplicate-file-name"},
+    "id-not-integer": {"unknown-image"},
+}
+
+
+def test_all_kinds_are_told_apart():
+    tested = {broken.kind for broken in CASES}
+    assert tested == set(KINDS) - ELSEWHERE
+    assert len(tested) > 40 and len({broken.name for broken in CASES}) == len(CASES)
+
+
+def test_every_kind_says_what_to_do():
+    assert all(kind.severity in ("error", "warning") and kind.fix for kind in KINDS.values())
+
+
+def test_no_broken_data_set_is_without_an_error_and_fails_in_training(tmp_path):
+    for number, broken in enumerate(CASES):
+        data = make_good(tmp_path / str(number))
+        data.write(broken.break_it(data))
+        if not errors_of(check(data)):
+            assert KINDS[broken.kind].severity == "warning", broken.name
+            read_as_in_training(data)
+
+
+@pytest.mark.parametrize("kind", ["coco_photos", "nuclei"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_real_data_sets_have_no_findings(kind, split):
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real images are not at {SHARED_DATA}")
+    folder = SHARED_DATA / f"{kind}_{split}"
+    assert check_coco_file(str(folder / "annotations.json"), str(folder / "images")) == []
+
+
+def test_the_shapes_have_no_findings(tmp_path):
+    shapes.write_split(tmp_path, "val", 20)
+    assert check_coco_file(str(tmp_path / "annotations/val.json"), str(tmp_path / "val")) == []
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path / "nowhere.json", tmp_path):
+        (found,) = check_coco_file(str(path), str(tmp_path))
+        assert found.kind == "json-missing" and str(found).startswith(str(path))
+
+
+def test_syntax_errors_give_line_and_column(good):
+    good.write('{"images": [],\n "annotations": [1, 2,, 3]}')
+    (found,) = check(good)
+    assert found.kind == "json-syntax" and "line 2, column 23" in found.message
+
+
+def test_the_number_of_classes_is_compared(good):
+    (found,) = check(good, num_classes=80)
+    assert found.kind == "num-classes" and "2 categories, the model 80" in found.message
+
+
+def test_many_faults_of_one_file_are_all_found(good):
+    for key, value in (("bbox", [0, 0, NAN, 1]), ("area", -1), ("iscrowd", 7)):
+        good.annotation(13)[key] = value
+    good.annotation(14)["category_id"] = 99
+    good.image(4)["file_name"] = "nowhere.png"
+    kinds = {x.kind for x in check(good.write())}
+    assert kinds == {
+        *("box-not-finite", "area-invalid", "iscrowd-invalid"),
+        *("unknown-category", "image-file-missing"),
+    }
+
+
+def test_boxes_may_be_a_pixel_off_as_those_of_cocos_crowds(good):
+    good.annotation(16)["bbox"] = [30, 20, 39, 29]
+    good.annotation(11)["bbox"] = [10, 11, 31, 19]
+    assert check(good.write()) == []
+
+
+def test_a_box_of_corners_is_recognised(good):
+    good.annotation(14)["bbox"] = [10.5, 10, 50, 50.75]
+    (found,) = check(good.write())
+    assert "[x0, y0, x1, y1]" in found.message
+
+
+def test_images_turned_by_90_degrees_vouch_for_those_turned_by_180(good):
+    exif = Image.Exif()
+    for i, orientation, hw in ((1, 3, HW), (3, 6, HW[::-1])):
+        exif[274] = orientation
+        Image.new("RGB", hw[::-1]).save(good.path(i), exif=exif)
+    assert check(good) == []  # stored 80 x 60 with a quarter turn: seen as the record's 60 x 80
+
+
+def test_damage_in_the_middle_is_found_by_decoding_only(good):
+    path = good.path(2)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 40] = bytes(40)
+    path.write_bytes(data)
+    assert check(good) == []
+    (found,) = check(good, decode=True)
+    assert (found.kind, found.image_id) == ("image-truncated", 2)
+
+
+def test_whole_images_are_not_decoded(good, monkeypatch):
+    def fail(self):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    assert check(good) == []
+
+
+def test_a_pipe_is_not_waited_for(good):
+    good.path(1).unlink()
+    os.mkfifo(good.path(1))
+    (found,) = check(good)
+    assert found.kind == "image-unreadable"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
+def test_modes_that_detectron2_reads_are_accepted(tmp_path, mode):
+    suffix = "png" if mode in ("1", "L", "LA", "P", "RGBA") else "jpg"
+    path = tmp_path / f"image.{suffix}"
+    Image.new("RGB", (20, 10), (9, 90, 200)).convert(mode).save(path)
+    facts = inspect_image(str(path))
+    assert facts.problem is None and facts.image_hw == (10, 20)
+
+
+def lvis(good):
+    for image in good.content["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/images/{image.pop('file_name')}"
+    for i, category in enumerate(good.content["categories"], start=1):
+        for annotation in good.content["annotations"]:
+            if annotation["category_id"] == category["id"]:
+                annotation["category_id"] = i
+        category["id"] = i
+    good.content["annotations"] = good.content["annotations"][:-1]
+    for annotation in good.content["annotations"]:
+        del annotation["iscrowd"]
+
+
+def check_lvis(good):
+    options = CheckOptions(lvis=True)
+    return check_coco_file(str(good.write().json_file), f"{good.folder}/", options)
+
+
+def test_lvis_names_files_by_url_and_has_no_crowds(good):
+    lvis(good)
+    assert check_lvis(good) == []
+
+
+def test_lvis_needs_polygons_and_ids_without_gaps(good):
+    lvis(good)
+    good.annotation(13)["segmentation"] = encode(0, 0, 20, 30)
+    good.content["categories"][1]["id"] = 9
+    for annotation in good.content["annotations"]:
+        annotation["category_id"] = {1: 1, 2: 9}[annotation["category_id"]]
+    assert {x.kind for x in check_lvis(good)} == {
+        "segmentation-type",
+        "category-id-range",
+        "mixed-formats",
+    }
+
+
+def test_the_table_counts_kinds_errors_first(good):
+    good.annotation(13)["bbox"] = [0, 0, 22, 32]
+    for i in (11, 12):
+        good.annotation(i)["area"] = -1
+    rows = summary_table(check(good.write())).splitlines()[2:]
+    assert rows[0].split()[:3] == ["error", "area-invalid", "2"]
+    assert rows[1].split()[:3] == ["warning", "box-loose", "1"] and "annotation 13" in rows[1]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 300), max_size=30), st.integers(1, 40))
+def test_run_lengths_are_decoded_as_pycocotools_does(lengths, height):
+    total = sum(lengths)
+    width = -(-total // height) or 1
+    runs = [*lengths, height * width - total]
+    rle = mask_util.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    assert decode_counts(rle["counts"].decode()).tolist() == runs
+    box = runs_box(np.array(runs), height)
+    mask = mask_util.decode(rle)
+    if box is None:
+        assert not mask.any()
+        return
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    assert box[0] == columns[0] and box[2] == columns[-1] + 1
+    assert box[1] <= rows[0] and box[3] >= rows[-1] + 1
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=40))
+def test_any_text_is_decoded_or_refused(text):
+    runs = decode_counts(text)
+    assert runs is None or (runs.dtype == np.int64 and len(runs) <= len(text))
+
+
+@settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_no_mutation_crashes_the_check_and_what_passes_can_be_trained_with(good, data):
+    content = mutate(good.content, data.draw)
+    found = Findings("mutated.json")
+    check_content(json.loads(json.dumps(content)), str(good.images), found, CheckOptions())
+    assert all("\n" not in str(x) for x in found)
+    if not errors_of(found):
+        mutated = type(good)(good.folder, content)
+        mutated.write()
+        read_as_in_training(mutated)
+        make_good_again(good)
+
+
+def make_good_again(good):
+    good.write()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.binary(max_size=60), st.integers(0, 2000))
+def test_any_bytes_are_json_or_a_finding(tmp_path_factory, junk, position):
+    folder = tmp_path_factory.mktemp("junk")
+    data = make_good(folder)
+    text = data.json_file.read_bytes()
+    data.write(text[:position] + junk + text[position:])
+    check(data)
+
+
+def test_polygons_of_a_bad_image_record_do_not_stop_the_check(good):
+    good.image(2)["height"] = "60"
+    good.annotation(13)["segmentation"] = [rectangle(0, 0, 500, 500)]
+    assert {x.kind for x in check(good.write())} == {"image-size-invalid"}

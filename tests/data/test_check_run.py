@@ -1,0 +1,231 @@
+"""DATASETS.CHECK: what stops training, what is logged, what is kept between runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import pytest
+from broken_data import encode, make_good
+from conftest import small_config
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.data import check_dataset_files, check_datasets, register_coco_files
+from mask_head_plugin.data import check_run as module
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mask_head_plugin" / "dataset_checks"
+
+
+@pytest.fixture
+def data(tmp_path, cache):
+    return {split: make_good(tmp_path / split) for split in ("train", "val")}
+
+
+@pytest.fixture
+def registered():
+    """Registers data sets as a user of detectron2 does, until the end of the test."""
+    names = []
+
+    def register(name, data):
+        register_coco_instances(name, {}, str(data.json_file), str(data.images))
+        names.append(name)
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def configure(tmp_path, data, *opts):
+    cfg = small_config(
+        *("Base-MaskRCNN-FPN.yaml", "MODEL.ROI_HEADS.NUM_CLASSES", "2", *opts),
+        *("OUTPUT_DIR", str(tmp_path / "output")),
+    )
+    cfg.INPUT.MASK_FORMAT = "polygon"
+    cfg.DATASETS.COCO_FILES = [
+        [f"checked_{split}", str(x.json_file), str(x.images)] for split, x in data.items()
+    ]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("checked_train",), ("checked_val",)
+    return cfg
+
+
+def run(cfg):
+    register_coco_files(cfg)
+    check_datasets(cfg)
+    check_dataset_files(cfg)
+
+
+def test_a_good_data_set_passes_and_leaves_an_empty_report(tmp_path, data):
+    run(configure(tmp_path, data))
+    report = json.loads((tmp_path / "output" / "dataset_check.json").read_text())
+    assert report == {"errors": 0, "warnings": 0, "findings": []}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_errors_stop_with_ten_of_them_their_number_the_report_and_the_command(
+    tmp_path, data, split
+):
+    broken = data[split]
+    for annotation in broken.content["annotations"]:
+        annotation["area"] = -1
+        annotation["bbox"] = [0, 0]
+    with pytest.raises(ConfigError) as info:
+        run(configure(tmp_path, {**data, split: broken.write()}))
+    lines = str(info.value).splitlines()
+    assert lines[0] == "the data sets have 12 errors:"
+    assert len([x for x in lines if str(broken.json_file) in x and "annotation 1" in x]) == 10
+    assert "  and 2 more" in lines
+    report = tmp_path / "output" / "dataset_check.json"
+    assert f"All are in {report}" in str(info.value)
+    assert json.loads(report.read_text())["errors"] == 12
+    (command,) = [x for x in lines if "tools/check_dataset.py --json" in x]
+    assert f"--images {broken.images} --fix " in command and str(broken.json_file) in command
+
+
+def test_warn_logs_what_error_would_stop_at(tmp_path, data, caplog):
+    data["train"].annotation(13)["area"] = -1
+    data["train"].write()
+    with caplog.at_level(logging.WARNING):
+        run(configure(tmp_path, data, "DATASETS.CHECK", "warn"))
+    assert "area-invalid" in caplog.text and "annotation 13" in caplog.text
+
+
+def test_off_does_not_look(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(module, "check_with_cache", None)
+    run(configure(tmp_path, data, "DATASETS.CHECK", "off"))
+    assert not (tmp_path / "output" / "dataset_check.json").exists()
+
+
+def test_another_value_is_refused(tmp_path, data):
+    with pytest.raises(ConfigError, match=r"DATASETS.CHECK 'no' is none of \('error', 'warn'"):
+        run(configure(tmp_path, data, "DATASETS.CHECK", "no"))
+
+
+def test_a_second_run_reads_nothing_again_but_repeats_the_warnings(
+    tmp_path, data, monkeypatch, caplog
+):
+    data["train"].annotation(13)["bbox"] = [0, 0, 22, 32]
+    data["train"].write()
+    run(configure(tmp_path, data))
+    monkeypatch.setattr(module, "check_content", None)
+    with caplog.at_level(logging.INFO):
+        run(configure(tmp_path, data))
+    assert "were checked before" in caplog.text and "box-loose" in caplog.text
+
+
+def test_a_changed_image_or_annotation_is_checked_again(tmp_path, data, cache):
+    run(configure(tmp_path, data))
+    path = data["train"].path(3)
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[:-900])
+    with pytest.raises(ConfigError, match="image-truncated"):
+        run(configure(tmp_path, data))
+    make = path.with_suffix(".other")
+    make.write_bytes(b"x" * status.st_size)
+    make.replace(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(ConfigError, match="image-unreadable"):
+        run(configure(tmp_path, data))
+    path.unlink()
+    with pytest.raises(ConfigError, match="image-file-missing"):
+        run(configure(tmp_path, data))
+    data["val"].annotation(13)["area"] = -1
+    data["val"].write()
+    with pytest.raises(ConfigError, match="area-invalid"):
+        run(configure(tmp_path, data))
+
+
+def test_a_damaged_cache_is_not_believed(tmp_path, data, cache):
+    data["train"].annotation(13)["area"] = -1
+    data["train"].write()
+    with pytest.raises(ConfigError, match="area-invalid"):
+        run(configure(tmp_path, data))
+    for text in ("", "[]", '{"fingerprint": 1}', "\0"):
+        assert len(list(cache.iterdir())) == 2
+        for path in cache.iterdir():
+            path.write_text(text)
+        with pytest.raises(ConfigError, match="area-invalid"):
+            run(configure(tmp_path, data))
+
+
+def test_without_a_place_for_the_cache_the_check_works(tmp_path, data, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
+    run(configure(tmp_path, data))
+    run(configure(tmp_path, data))
+
+
+def test_data_sets_that_are_registered_by_code_are_checked(tmp_path, data, registered):
+    data["train"].annotation(13)["category_id"] = 99
+    registered("by_code", data["train"].write())
+    cfg = configure(tmp_path, {})
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("by_code",), ()
+    with pytest.raises(ConfigError, match="image 2, annotation 13: its category_id 99"):
+        run(cfg)
+
+
+def test_categories_of_train_and_test_that_disagree_are_named(tmp_path, data, registered):
+    data["val"].content["categories"][1]["name"] = "fox"
+    registered("code_train", data["train"])
+    registered("code_val", data["val"].write())
+    cfg = configure(tmp_path, {})
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("code_train",), ("code_val",)
+    with pytest.raises(ConfigError, match="category 7 is 'dog' only there") as info:
+        run(cfg)
+    assert "categories-disagree" in str(info.value) and str(data["val"].json_file) in str(
+        info.value
+    )
+
+
+def test_the_model_must_have_as_many_classes(tmp_path, data, registered):
+    registered("by_code", data["train"])
+    cfg = configure(tmp_path, {}, "MODEL.ROI_HEADS.NUM_CLASSES", "3")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("by_code",), ()
+    with pytest.raises(ConfigError, match="2 categories, the model 3"):
+        run(cfg)
+
+
+def test_run_lengths_need_bit_masks(tmp_path, data, registered):
+    data["train"].annotation(13).update(bbox=[0, 0, 20, 30], segmentation=encode(0, 0, 20, 30))
+    registered("by_code", data["train"].write())
+    cfg = configure(tmp_path, {})
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("by_code",), ()
+    with pytest.raises(ConfigError, match=r"annotation 13: .*INPUT.MASK_FORMAT is polygon"):
+        run(cfg)
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    run(cfg)
+    cfg.INPUT.MASK_FORMAT = "polygon"
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ("by_code",)  # at test time masks are not loaded
+    run(cfg)
+
+
+def test_a_test_file_that_lacks_a_category_is_checked_itself(tmp_path, data):
+    val = data["val"]
+    val.content["categories"] = val.content["categories"][:1]
+    val.content["annotations"] = [
+        {**x, "area": -1} for x in val.content["annotations"] if x["category_id"] == 3
+    ]
+    with pytest.raises(ConfigError) as info:
+        run(configure(tmp_path, {**data, "val": val.write()}))
+    assert str(val.json_file) in str(info.value)
+
+
+def test_what_is_no_coco_file_is_said_and_what_is_made_is_not_checked(tmp_path, caplog, cache):
+    DatasetCatalog.register("by_function", list)
+    try:
+        cfg = configure(tmp_path, {})
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("shapes_train",), ("by_function",)
+        with caplog.at_level(logging.INFO):
+            check_dataset_files(cfg)
+        assert "data set by_function is not checked" in caplog.text
+        assert "shapes" not in caplog.text
+    finally:
+        DatasetCatalog.remove("by_function")
+        MetadataCatalog.remove("by_function")

@@ -1,0 +1,168 @@
+"""Corrected copies: they pass the check and train, and every change is listed."""
+
+from __future__ import annotations
+
+import json
+
+import pycocotools.mask as mask_util
+import pytest
+from broken_data import CASES, HW, DataSet, encode, make_good, mutate, rectangle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_check import check, read_as_in_training
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.data import fix_coco_file
+from mask_head_plugin.data.dataset_fix import changes_path
+from mask_head_plugin.data.findings import errors_of
+from mask_head_plugin.data.fix_repairs import clip_polygon
+
+
+def fix(data: DataSet):
+    """Returns the corrected copy as a data set, and the changes."""
+    output = data.folder / "fixed.json"
+    changes = fix_coco_file(str(data.json_file), str(data.images), output)
+    assert json.loads(changes_path(output).read_text()) == [
+        {key: getattr(change, key) for key in change.__dataclass_fields__} for change in changes
+    ]
+    fixed = DataSet(data.folder, json.loads(output.read_text()))
+    output.replace(data.json_file)
+    return fixed, changes
+
+
+@pytest.fixture
+def good(tmp_path):
+    return make_good(tmp_path)
+
+
+@pytest.mark.parametrize("broken", CASES, ids=lambda x: x.name.replace(" ", "-"))
+def test_a_corrected_copy_passes_the_check_trains_and_lists_what_it_changed(good, broken):
+    before = good.write(broken.break_it(good)).json_file.read_bytes()
+    has_error = bool(errors_of(check(good)))
+    if broken.after_fix == "none":
+        with pytest.raises(ConfigError, match=rf"cannot mend .*\[{broken.kind}\]") as info:
+            fix(good)
+        assert "\n" not in str(info.value) and not (good.folder / "fixed.json").exists()
+        assert good.json_file.read_bytes() == before
+        return
+    counts = {section: len(good.content[section]) for section in good.content}
+    fixed, changes = fix(good)
+    assert errors_of(check(fixed)) == []
+    assert len(read_as_in_training(fixed)) > 0
+    assert bool(changes) == has_error
+    # Nothing is lost without being listed, and what has one right answer is kept.
+    left_out = [x for x in changes if x.action == "left out"]
+    for section, count in counts.items():
+        lost = {x.index for x in left_out if x.section == section}
+        assert len(fixed.content[section]) == count - len(lost)
+    assert all(x.what and x.kind for x in changes)
+    real = [x for x in left_out if x.section == "annotations" and x.index < 6]
+    assert bool(real) == (broken.after_fix == "left out")
+
+
+def test_a_good_file_is_copied_as_it_is(good):
+    content = json.loads(good.json_file.read_text())
+    fixed, changes = fix(good)
+    assert fixed.content == content and changes == []
+
+
+def test_an_existing_file_is_not_overwritten(good):
+    for output in (good.json_file, good.folder / "other.json"):
+        output.write_text(output.read_text() if output.exists() else "mine")
+        before = output.read_bytes()
+        with pytest.raises(ConfigError, match="exists; name a new file"):
+            fix_coco_file(str(good.json_file), str(good.images), output)
+        assert output.read_bytes() == before
+
+
+def test_polygons_are_cut_and_box_and_area_follow(good):
+    good.annotation(13)["segmentation"] = [rectangle(-30, -40, 20, 30)]
+    fixed, changes = fix(good.write())
+    annotation = fixed.annotation(13)
+    rle = mask_util.merge(mask_util.frPyObjects(annotation["segmentation"], *HW))
+    assert mask_util.toBbox(rle).tolist() == [0, 0, 20, 30] and annotation["area"] == 600
+    assert [(x.action, x.kind, x.annotation_id) for x in changes] == [
+        ("changed", "polygon-outside", 13)
+    ]
+
+
+def test_a_concave_polygon_is_cut_to_the_same_pixels():
+    star = [40.0, -20.0, 50.0, 25.0, 100.0, 30.0, 50.0, 40.0, 40.0, 90.0, 30.0, 40.0, -20.0, 30.0]
+    cut = clip_polygon(star, HW)
+    assert min(cut) >= 0 and max(cut[::2]) <= HW[1] and max(cut[1::2]) <= HW[0]
+    large = mask_util.decode(mask_util.frPyObjects([[x + 30 for x in star]], 120, 140)[0])
+    small = mask_util.decode(mask_util.frPyObjects([cut], *HW)[0])
+    assert abs(large[30:90, 30:110].astype(int) - small).sum() <= 0.02 * small.sum()
+
+
+def test_a_box_comes_from_run_lengths_too(good):
+    good.annotation(13).update(bbox=[1, 2], segmentation=encode(40, 30, 60, 55))
+    fixed, _ = fix(good.write())
+    assert fixed.annotation(13)["bbox"] == [40, 30, 20, 25]
+
+
+def test_new_ids_are_followed_by_what_refers_to_them(good):
+    for number, image in enumerate(good.content["images"]):
+        image["id"] = f"{number + 1:02d}" if number < 2 else f"image {number}"
+    names = {1: "01", 2: "02", 3: "image 2", 4: "image 3"}
+    for annotation in good.content["annotations"]:
+        annotation["image_id"] = names[annotation["image_id"]]
+    fixed, _ = fix(good.write())
+    files = {x["id"]: x["file_name"] for x in fixed.content["images"]}
+    owner = {x["id"]: files[x["image_id"]] for x in fixed.content["annotations"]}
+    assert owner == {11: "1.jpg", 12: "1.jpg", 13: "2.png", 14: "3.jpg", 15: "4.png", 16: "2.png"}
+    assert {1, 2} <= set(files)
+
+
+def test_of_images_that_share_a_text_as_id_no_annotation_is_given_to_the_wrong_one(good):
+    for i in (2, 4):
+        for annotation in good.content["annotations"]:
+            annotation["image_id"] = {i: "x"}.get(annotation["image_id"], annotation["image_id"])
+        good.image(i)["id"] = "x"
+    fixed, changes = fix(good.write())
+    assert {x["id"] for x in fixed.content["annotations"]} == {11, 12, 14}
+    assert len([x for x in changes if x.action == "left out"]) == 5
+
+
+def test_one_record_for_each_annotation_becomes_one_for_each_file(good):
+    """Some tools list an image anew for each object in it."""
+    second = {**good.image(1), "id": 50}
+    good.content["images"].append(second)
+    good.annotation(12)["image_id"] = 50
+    good.content["annotations"].append({**good.annotation(11), "id": 99, "image_id": 50})
+    fixed, changes = fix(good.write())
+    on_first = {x["id"] for x in fixed.content["annotations"] if x["image_id"] == 1}
+    assert on_first == {11, 12}  # 99 is the same object as 11
+    assert {(x.section, x.image_id, x.annotation_id) for x in changes} == {
+        *(("images", 50, None), ("annotations", 50, 99)),
+    }
+
+
+def test_images_left_out_take_their_annotations_and_say_why(good):
+    good.path(2).write_bytes(b"")
+    fixed, changes = fix(good)
+    assert {x["image_id"] for x in fixed.content["annotations"]} == {1, 3, 4}
+    of_annotations = [x for x in changes if x.section == "annotations"]
+    assert {x.annotation_id for x in of_annotations} == {13, 16}
+    assert all("its image was left out: its file" in x.what for x in of_annotations)
+
+
+def test_a_file_of_which_nothing_is_left_is_refused(good):
+    for annotation in good.content["annotations"]:
+        annotation["segmentation"] = "mask.png"
+    with pytest.raises(ConfigError, match="no-annotations"):
+        fix(good.write())
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_mutation_is_mended_or_refused(tmp_path_factory, data):
+    mutated = make_good(tmp_path_factory.mktemp("mutated"))
+    mutated.content = mutate(mutated.content, data.draw)
+    try:
+        fixed, _ = fix(mutated.write())
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return
+    assert errors_of(check(fixed)) == []
+    read_as_in_training(fixed)

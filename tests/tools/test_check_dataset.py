@@ -1,0 +1,96 @@
+"""tools/check_dataset.py as a user runs it, and train_net.py on a broken data set."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "data"))
+from broken_data import make_good
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    data = make_good(tmp_path_factory.mktemp("tool"))
+    data.annotation(13)["bbox"] = [0, 0, -1, 5]
+    data.annotation(14)["area"] = -1
+    return data.write()
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """Runs the script's main() and returns its exit code, output and errors."""
+    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "check_dataset.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["check_dataset.py", *map(str, args)])
+        code = tool.main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_errors_are_tabulated_written_as_json_and_give_exit_code_1(broken, tmp_path, run_tool):
+    output = tmp_path / "report.json"
+    code, out, _ = run_tool(
+        "--json", broken.json_file, "--images", broken.images, "--output", output
+    )
+    assert code == 1
+    assert "box-negative" in out and "2 errors, 0 warnings" in out
+    assert f"error: {broken.json_file}: image 2, annotation 13: the box is" in out
+    report = json.loads(output.read_text())
+    assert report["errors"] == 2
+    (finding,) = [x for x in report["findings"] if x["kind"] == "area-invalid"]
+    assert (finding["image_id"], finding["annotation_id"], finding["severity"]) == (3, 14, "error")
+    assert finding["file"] == str(broken.json_file) and finding["fix"] and finding["message"]
+
+
+def test_a_corrected_copy_is_written_and_passes(broken, tmp_path, run_tool):
+    output = tmp_path / "fixed.json"
+    code, out, _ = run_tool("--json", broken.json_file, "--images", broken.images, "--fix", output)
+    assert code == 0 and "2 changes, 0 records left out" in out
+    assert len(json.loads((tmp_path / "fixed.json.changes.json").read_text())) == 2
+    flags = ("--num-classes", 2, "--decode")
+    code, out, _ = run_tool("--json", output, "--images", broken.images, *flags)
+    assert code == 0 and "0 errors, 0 warnings" in out
+
+
+def test_what_cannot_be_mended_gives_exit_code_2_and_one_line(broken, tmp_path, run_tool):
+    half = tmp_path / "half.json"
+    half.write_bytes(broken.json_file.read_bytes()[:300])
+    code, _, err = run_tool(
+        "--json", half, "--images", broken.images, "--fix", tmp_path / "fixed.json"
+    )
+    assert code == 2
+    (line,) = [x for x in err.splitlines() if x.startswith("check_dataset.py: ")]
+    assert "json-truncated" in line
+
+
+def test_paths_that_are_not_there_give_exit_code_2(broken, run_tool):
+    for flags, named in (
+        (("--json", "nowhere.json", "--images", broken.images), "--json nowhere.json"),
+        (("--json", broken.json_file, "--images", "nowhere"), "--images nowhere"),
+    ):
+        code, _, err = run_tool(*flags)
+        assert code == 2 and f"check_dataset.py: {named}: there is no such" in err
+
+
+def test_train_net_stops_before_it_builds_anything(broken, tmp_path):
+    files = [["broken_train", str(broken.json_file), str(broken.images)]]
+    command = [
+        *(sys.executable, "train_net.py", "--config-file", "configs/shapes/mask_rcnn_shapes.yaml"),
+        *("DATASETS.COCO_FILES", repr(files), "DATASETS.TRAIN", "('broken_train',)"),
+        *("DATASETS.TEST", "()", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu"),
+        *("OUTPUT_DIR", str(tmp_path / "output")),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "the data sets have 2 errors" in result.stderr
+    assert "annotation 13" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "output" / "config.yaml").exists()
