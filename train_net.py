@@ -16,13 +16,7 @@ from detectron2.utils.logger import setup_logger
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.data import check_dataset_files, check_datasets, register_coco_files
-from mask_head_plugin.engine import (
-    MaskHeadCheckpointer,
-    Trainer,
-    TrainingError,
-    check_config,
-    launch,
-)
+from mask_head_plugin.engine import Trainer, TrainingError, check_config, launch
 
 EXAMPLES = """
 Examples:
@@ -62,9 +56,7 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
     what = (cfg.MODEL.DEVICE, comm.get_world_size())
     logging.getLogger("mask_head_plugin").info("running on %s, processes: %d", *what)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = MaskHeadCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        model = Trainer.load_model(cfg, resume=args.resume)
         results = Trainer.evaluate(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

@@ -7,11 +7,13 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+
+_ADDRESS = re.compile(r"\w[\w+.-]*://.*")
 
 
 class ConfigError(ValueError):
@@ -27,6 +29,10 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # What ``instances.pred_masks`` is after inference: "bitmask", detectron2's (N, H, W) tensor, or
     # "rle", run lengths, for which META_ARCHITECTURE must be MaskRCNN.
     cfg.MODEL.MASK_OUTPUT = "bitmask"
+
+    # Whether weights that do not fit the model are an error. If not, what fits is loaded and the
+    # rest is logged; a run is never resumed so.
+    cfg.MODEL.WEIGHTS_STRICT = True
 
     # What a bin makes of its samples: "mean" (the paper's) or "max" (Mask R-CNN Table 2c).
     cfg.MODEL.ROI_BOX_HEAD.POOLER_REDUCTION = "mean"
@@ -85,7 +91,8 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     Where MODEL.DEVICE asks for CUDA and there is none it becomes ``cpu``, with a log line.
 
     Args:
-        config_file: a YAML file, with ``_BASE_`` if it likes. Unsafe YAML tags are refused.
+        config_file: a YAML file, with ``_BASE_`` if it likes. Unsafe YAML tags are refused, and
+            so is a ``_BASE_`` on another machine.
         opts: "KEY VALUE" pairs in one flat list, as after the flags of ``train_net.py``.
 
     Returns:
@@ -138,12 +145,40 @@ def _check_values(cfg: CfgNode, source: str) -> None:
             raise ConfigError(f"{source}: {key} has no value; default {default!r}")
 
 
+def _refuse_what_is_no_file(config_file: str) -> None:
+    if _ADDRESS.search(config_file):
+        raise ConfigError(
+            f"config file {config_file} is on another machine; download it, look at it, and name "
+            "your copy"
+        )
+    if config_file.endswith(".py"):
+        raise ConfigError(
+            f"config file {config_file} is Python, which would run: LazyConfig files are for "
+            "detectron2's lazyconfig_train_net.py; name a YAML file"
+        )
+
+
+class _LocalBases(CfgNode):
+    """Opens a config file and what ``_BASE_`` names, from file to file, on this machine only."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> IO[str]:
+        address = _ADDRESS.search(filename)  # behind the folder, where fvcore took it for a path
+        if address:
+            raise OSError(
+                f"{address[0]} is on another machine; download it, look at it, and name your copy"
+            )
+        return Path(filename).open(encoding="utf-8")
+
+
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
     try:
+        _refuse_what_is_no_file(config_file)
         if not Path(config_file).is_file():
             raise ConfigError(
                 f"config file {config_file} does not exist{_similar_file(config_file)}"
             )
+        _LocalBases.load_yaml_with_base(config_file, allow_unsafe=False)
         cfg.merge_from_file(config_file, allow_unsafe=False)
     except ConfigError:
         raise

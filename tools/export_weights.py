@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Writes the weights of a .pth checkpoint as .safetensors, without optimizer state or code."""
+"""Writes the weights of a checkpoint as .safetensors, without optimizer state or code."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+from detectron2.data import MetadataCatalog
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import export_safetensors
@@ -15,11 +17,24 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="e.g. output/shapes/model_final.pth")
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     parser.add_argument("--half", action="store_true", help="store matrices and kernels as float16")
+    parser.add_argument(
+        "--classes-of",
+        metavar="DATASET",
+        help="names the classes, where the checkpoint does not, as a registered data set does",
+    )
     args = parser.parse_args()
     try:
         if args.output.suffix != ".safetensors":
             raise ConfigError(f"{args.output}: the name of the output must end in .safetensors")
-        export_safetensors(args.checkpoint, args.output, half=args.half)
+        names = (
+            MetadataCatalog.get(args.classes_of).get("thing_classes") if args.classes_of else None
+        )
+        if args.classes_of and not names:
+            raise ConfigError(
+                f"--classes-of {args.classes_of}: no data set with classes, such as "
+                "coco_2017_train, is registered by that name"
+            )
+        export_safetensors(args.checkpoint, args.output, half=args.half, class_names=names)
     except (ConfigError, OSError) as error:
         parser.exit(1, f"export_weights.py: {error}\n")
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB")

@@ -4,11 +4,14 @@ from .checkpoint import MaskHeadCheckpointer, export_safetensors
 from .config_check import check_config
 from .guards import TrainingError
 from .trainer import Trainer
+from .weights import WeightsPolicy, class_names
 
 __all__ = [
     "MaskHeadCheckpointer",
     "Trainer",
     "TrainingError",
+    "WeightsPolicy",
     "check_config",
+    "class_names",
     "export_safetensors",
 ]

@@ -7,23 +7,35 @@ A checkpoint ``model_0000999.pth`` appears under its name only when it is whole 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
+from urllib.parse import parse_qs, urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ..config import ConfigError
+from .foreign_files import read_checkpoint
+from .weights import (
+    WeightsPolicy,
+    class_tensors,
+    compare,
+    file_classes,
+    listed,
+    match_classes,
+    matched_by_ends,
+    settle,
+    without_prefix,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,54 +45,35 @@ LAST_CHECKPOINT = "last_checkpoint"
 BEST_CHECKPOINT = "model_best"
 """Without extension. Holds weights alone, so no run resumes from it."""
 
-ARRAY_FUNCTIONS = ("_reconstruct", "scalar")
-# What the pickles of the model zoo name besides plain containers: NumPy arrays and their parts.
-ARRAY_GLOBALS = {
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ARRAY_FUNCTIONS),
-    *(("numpy", name) for name in ("ndarray", "dtype")),
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-}
-
-
-UNPICKLING_ERRORS = (
-    *(pickle.UnpicklingError, EOFError, ImportError, AttributeError),
-    *(IndexError, KeyError, TypeError, ValueError, RuntimeError),
-)
-"""What reading a file that is no pickle may raise: its bytes are taken for any instruction."""
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Refuses every global that is not in ARRAY_GLOBALS."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ARRAY_GLOBALS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of an array")
-        return super().find_class(module, name)
-
-
-def check_pickle(path: Path) -> None:
-    """Reads a pickle of arrays and plain containers, and nothing else.
-
-    Raises:
-        ConfigError: if it is corrupt or names any other global; the file and the global are named.
-    """
-    try:
-        with path.open("rb") as file:
-            _ArrayUnpickler(file, encoding="latin1").load()
-    except UNPICKLING_ERRORS as error:
-        raise ConfigError(f"{path} was not loaded: {error}") from error
-
 
 class MaskHeadCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer that also reads ``.safetensors`` and lets no file run code.
 
-    Torch files are read with ``weights_only=True``, whatever torch's default is; pickles may hold
-    arrays only, as those of the model zoo do.
+    Weights that do not fit the model are an error, or told, and rows of classes are matched by
+    name: see weights.py.
 
     Checkpoints are written beside their name and renamed, so a kill or a full disk leaves the old
     ones as they are; a run is resumed from the newest one that is intact.
     """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        save_dir: str = "",
+        *,
+        policy: WeightsPolicy | None = None,
+        **checkpointables: Any,
+    ) -> None:
+        """
+        Args:
+            model: loaded into, and saved.
+            save_dir: the folder of its checkpoints.
+            policy: what weights must be; by default, whatever fits in full, or fills a backbone.
+            checkpointables: see DetectionCheckpointer.
+        """
+        super().__init__(model, save_dir, **checkpointables)
+        self._policy = policy or WeightsPolicy()
+        self._source, self._query, self._resuming = "", "", False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Saves the model, all checkpointables and ``kwargs`` as ``{name}.pth``.
@@ -102,6 +95,8 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
     def _write(self, basename: str, data: dict[str, Any]) -> None:
         path = Path(self.save_dir) / basename
         logger.info("saving checkpoint %s", path)
+        if self._policy.class_names:
+            data = {"class_names": list(self._policy.class_names), **data}
         write_checkpoint(path, data)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -129,27 +124,55 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             raise ConfigError(told)
         return newest
 
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".safetensors"):
-            try:
-                return {"model": load_file(filename)}
-            except SafetensorError as error:
-                raise ConfigError(f"{filename} was not loaded: {error}") from error
-        # These two are read twice: what passed the first time is safe to detectron2's own reading.
-        if filename.endswith(".pkl"):
-            check_pickle(Path(filename))
-        elif filename.endswith(".pyth"):
-            self._torch_load(filename)
-        return super()._load_file(filename)
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Loads weights, and checkpointables: all by default, with which a run is resumed.
 
-    def _torch_load(self, filename: str) -> dict[str, Any]:
+        Raises:
+            ConfigError: if the file cannot be used, or does not fit the model.
+        """
+        self._resuming = checkpointables is None and bool(self.checkpointables)
+        self._query = urlparse(path).query
         try:
-            return torch.load(filename, map_location="cpu", weights_only=True)
-        except UNPICKLING_ERRORS as error:
-            # torch's own text advises to allow code.
-            named = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"it names {named[1]}, which weights do not need" if named else "it is corrupt"
-            raise ConfigError(f"{filename} was not loaded: {reason}") from error
+            return super().load(path, checkpointables)
+        finally:
+            self._parsed_url_during_load = None  # else a load after one that failed fails, too
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        self._source = filename
+        checkpoint = read_checkpoint(Path(filename))
+        query = parse_qs(self._query)
+        if query.pop("matching_heuristics", None) == ["True"]:
+            checkpoint["matching_heuristics"] = True
+        if query:
+            raise ConfigError(
+                f"MODEL.WEIGHTS {filename}: behind its '?' stands {', '.join(query)}, but only "
+                "matching_heuristics=True is known"
+            )
+        return checkpoint
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        self._convert_ndarray_to_tensor(checkpoint["model"])
+        weights = without_prefix(checkpoint["model"])
+        named = file_classes(checkpoint, self._source)
+        resuming = self._resuming
+        match_classes(weights, self.model, named, self._policy, self._source, resuming=resuming)
+        by_ends = checkpoint.pop("matching_heuristics", False)
+        if by_ends:
+            author = checkpoint.get("__author__", "")
+            weights = matched_by_ends(weights, self.model, author, self._source)
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        checkpoint["model"] = weights
+        incompatible = super()._load_model(checkpoint)
+        own_shapes = {name: weight.shape for name, weight in self.model.state_dict().items()}
+        settle(
+            compare(shapes, own_shapes, incompatible.missing_keys, by_ends=by_ends),
+            self._policy,
+            self._source,
+            resuming=resuming,
+            class_layers=class_tensors(self.model),
+            named=named is not None,
+        )
+        return None  # all is said
 
 
 def write_checkpoint(path: Path, data: dict[str, Any]) -> None:
@@ -338,30 +361,44 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
         path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
 
 
-def export_safetensors(checkpoint: Path, output: Path, *, half: bool = False) -> None:
-    """Writes the model weights of a ``.pth`` checkpoint as ``.safetensors``, nothing else.
+def export_safetensors(
+    checkpoint: Path,
+    output: Path,
+    *,
+    half: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Writes the model weights of a checkpoint as ``.safetensors``, and the names of its classes.
 
     Args:
-        checkpoint: written by detectron2's or this project's trainer.
+        checkpoint: any file that read_checkpoint reads.
         output: the file to write; its folder is made if missing.
         half: store matrices and convolution kernels as float16, which halves the file. Vectors
             (biases, normalisation statistics) keep their type: their range matters.
+        class_names: in the order of the model's rows, if the checkpoint does not name its classes.
 
     Raises:
-        ConfigError: if the file is not such a checkpoint, or a weight does not fit float16.
-        OSError: if a file cannot be read or written.
+        ConfigError: if the file is no checkpoint, a weight does not fit float16, or the checkpoint
+            names other classes.
+        OSError: if the output cannot be written.
     """
-    try:
-        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
-        tensors = {name: weight.contiguous() for name, weight in weights.items()}
-    except UNPICKLING_ERRORS as error:
+    content = read_checkpoint(checkpoint)
+    named = file_classes(content, str(checkpoint))
+    if named and class_names and named != list(class_names):
         raise ConfigError(
-            f"{checkpoint} is not a checkpoint of a trainer ('model': weights)"
-        ) from error
+            f"{checkpoint} names other classes: {listed(named)}; export without names"
+        )
+    if content.get("matching_heuristics"):
+        raise ConfigError(
+            f"{checkpoint} has names of another project; load it as MODEL.WEIGHTS first"
+        )
+    weights = without_prefix(content["model"])
+    tensors = {name: torch.as_tensor(weight).contiguous() for name, weight in weights.items()}
     if half:
         tensors = {name: _half(checkpoint, name, weight) for name, weight in tensors.items()}
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, output)
+    names = named or class_names
+    save_file(tensors, output, {"class_names": json.dumps(list(names))} if names else None)
 
 
 def _half(checkpoint: Path, name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from .media import (
     read_bgr,
     read_frames,
 )
+from .weights import WeightsPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -346,10 +347,10 @@ def load_predictor(cfg: CfgNode) -> DefaultPredictor:
     bare = cfg.clone()
     bare.MODEL.WEIGHTS = ""  # its own checkpointer reads no safetensors
     predictor = DefaultPredictor(bare)
+    # A model without masks may take weights with them.
+    policy = replace(WeightsPolicy.from_config(cfg, train=False), surplus=True)
     try:
-        _WholeCheckpointer(predictor.model).load(cfg.MODEL.WEIGHTS)
-    except ConfigError:
-        raise
+        MaskHeadCheckpointer(predictor.model, policy=policy).load(cfg.MODEL.WEIGHTS)
     except (OSError, AssertionError) as error:
         raise ConfigError(f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: {error}") from error
     if torch.device(cfg.MODEL.DEVICE).type == "cpu":  # faster so, see Trainer.build_model
@@ -395,19 +396,6 @@ def instance_semantic_map(found: Detections, image_hw: tuple[int, int]) -> Seman
     """
     scores = found.scores if found.mask_scores is None else found.mask_scores
     return semantic_map(found.rles or [], found.classes, scores, image_hw, threshold=-math.inf)
-
-
-class _WholeCheckpointer(MaskHeadCheckpointer):
-    """Refuses weights that leave parts of the model random, such as a backbone to start from."""
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        missing = incompatible.missing_keys
-        if missing:
-            raise ConfigError(
-                f"MODEL.WEIGHTS has no fitting values for {len(missing)} parameters of the model, "
-                f"e.g. {missing[0]}; give weights that were trained with this config"
-            )
-        super()._log_incompatible_keys(incompatible)
 
 
 def _class_iou(found: Detections, before: Detections) -> npt.NDArray[np.float64]:

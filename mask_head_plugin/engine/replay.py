@@ -14,7 +14,8 @@ from torch import nn
 
 from ..config import ConfigError
 from ..data import seed_generators
-from .checkpoint import UNPICKLING_ERRORS, write_checkpoint
+from .checkpoint import write_checkpoint
+from .foreign_files import read_checkpoint
 
 Sample = dict[str, Any]
 
@@ -78,12 +79,12 @@ def replay_step(model: nn.Module, path: Path) -> Replay:
         ConfigError: if the file is not one of save_step, or its weights are not the model's.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_checkpoint(path)
         batch = [{key: _restored(value) for key, value in x.items()} for x in content["batch"]]
         losses, seeds, weights = content["losses"], content["seeds"], content["model"]
-    except UNPICKLING_ERRORS as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"{path} is not the file of a failed step, as OUTPUT_DIR/failed_steps has"
+            f"{path} is not the file of a failed step, as OUTPUT_DIR/failed_steps has: {error}"
         ) from error
     try:
         model.load_state_dict(weights)

@@ -49,6 +49,7 @@ from ..data import NamedErrors, TrainLoader, seed_generators
 from ..evaluation import COCO_MAX_DETECTIONS, MaskEvaluator, write_contact_sheet
 from .checkpoint import MaskHeadCheckpointer, set_aside_earlier_run
 from .evaluation import evaluate_dataset
+from .foreign_files import check_proposal_files
 from .guards import StepGuard
 from .hooks import (
     BestCheckpointer,
@@ -60,6 +61,7 @@ from .hooks import (
     TensorboardXWriter,
     scalar_state,
 )
+from .weights import WeightsPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +106,10 @@ class Trainer(DefaultTrainer):
         self._guard = StepGuard(model, cfg)
         self._trainer.register_hooks([self._guard])
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = MaskHeadCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        policy = WeightsPolicy.from_config(cfg, train=True)
+        self.checkpointer = MaskHeadCheckpointer(
+            model, cfg.OUTPUT_DIR, policy=policy, trainer=weakref.proxy(self)
+        )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
@@ -157,11 +162,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """Returns the loader of training batches; override it for another mapper."""
+        check_proposal_files(cfg, "TRAIN")
         return TrainLoader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader[Any]:
         """Returns detectron2's loader, whose errors name the image."""
+        check_proposal_files(cfg, "TEST")
         mapper = NamedErrors(DatasetMapper(cfg, False))
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
@@ -231,6 +238,23 @@ class Trainer(DefaultTrainer):
         model: torch.nn.Module = super().build_model(cfg)
         if torch.device(cfg.MODEL.DEVICE).type == "cpu":
             model.to(memory_format=torch.channels_last)
+        return model
+
+    @classmethod
+    def load_model(cls, cfg: CfgNode, *, resume: bool = False) -> torch.nn.Module:
+        """Builds a model to evaluate, and fills it.
+
+        Args:
+            cfg: gives MODEL.WEIGHTS.
+            resume: whether the newest checkpoint in OUTPUT_DIR, if any, is taken instead.
+
+        Raises:
+            ConfigError: if the weights cannot be read or do not fit.
+        """
+        model = cls.build_model(cfg)
+        policy = WeightsPolicy.from_config(cfg, train=False)
+        checkpointer = MaskHeadCheckpointer(model, cfg.OUTPUT_DIR, policy=policy)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         return model
 
     @classmethod

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import ROI_MASK_HEAD_REGISTRY, build_model
 
 from ..config import ConfigError, load_config
-from ..engine import MaskHeadCheckpointer, check_config
+from ..engine import MaskHeadCheckpointer, WeightsPolicy, check_config
 from ..modeling.mask_head import ClassSelection
 from .zoo import ModelConfig
 
@@ -25,7 +24,6 @@ STOCK_NAMES = {
 """The plugin's modules and those whose place they take; other names stay as they are."""
 PLUGIN_NAMES = {stock: plugin for plugin, stock in STOCK_NAMES.items()}
 DEFAULT_LOSSES = [["binary_cross_entropy", 1.0]]
-NAMES_IN_ERROR = 10
 
 
 @dataclass(frozen=True)
@@ -135,30 +133,8 @@ def load_exactly(model: torch.nn.Module, weights: Path) -> None:
     Raises:
         ConfigError: if that is not so, or the file cannot be read.
     """
+    policy = WeightsPolicy(whole=True, advice="compare with weights of this config")
     try:
-        _ExactCheckpointer(model).load(str(weights))
-    except ConfigError as error:
-        raise ConfigError(f"--weights {weights}: {error}") from error
-    except (OSError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--weights {weights} holds no weights of a model: {reason}") from error
-
-
-class _ExactCheckpointer(MaskHeadCheckpointer):
-    """Refuses weights that are missing, left over or of another shape."""
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        shapes = {name: (found, own) for name, found, own in incompatible.incorrect_shapes}
-        faults = [
-            ("missing", [x for x in incompatible.missing_keys if x not in shapes]),
-            ("not in the model", list(incompatible.unexpected_keys)),
-            ("of another shape", [f"{x} {a}, in the model {b}" for x, (a, b) in shapes.items()]),
-        ]
-        told = [f"{len(names)} {fault}: {_listed(names)}" for fault, names in faults if names]
-        if told:
-            raise ConfigError(f"these are not the weights of this config; {'; '.join(told)}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = len(names) - NAMES_IN_ERROR
-    return ", ".join(names[:NAMES_IN_ERROR]) + (f" and {rest} more" if rest > 0 else "")
+        MaskHeadCheckpointer(model, policy=policy).load(str(weights))
+    except (ConfigError, OSError, AssertionError) as error:
+        raise ConfigError(f"--weights: {error}") from error
