@@ -266,11 +266,11 @@ def test_slurm_gets_the_trial_with_its_limits(ablation, tmp_path):
 
 
 def test_processes_train_and_a_lost_one_is_noted(ablation, tmp_path):
-    """The whole tool with real trainings: one variant's data vanish before it starts."""
+    """The whole tool with real trainings: one variant diverges."""
     content = yaml.safe_load(ablation.read_text())
     content["SEEDS"] = [1]
     files = content["SIZES"]["shapes"]["OVERRIDES"]["DATASETS"]["COCO_FILES"]
-    content["VARIANTS"]["dice / alone"] = {"INPUT": {"MIN_SIZE_TRAIN": [-5]}}
+    content["VARIANTS"]["dice / alone"] = {"SOLVER": {"BASE_LR": 1e30}}
     ablation.write_text(yaml.safe_dump(content))
     assert all(runner.Path(f[1]).is_file() for f in files)
     output = tmp_path / "out"
