@@ -147,6 +147,7 @@ class Trainer(DefaultTrainer):
         return [*before, *behind, Resume(behind, writers)]
 
     def _evaluate(self, evaluate: Callable[[CfgNode, torch.nn.Module], Results]) -> Results:
+        share_buffers(self.model)
         self._last_eval_results = evaluate(self.cfg, self.model)
         return self._last_eval_results
 
@@ -362,6 +363,17 @@ class Trainer(DefaultTrainer):
                 path = Path(cfg.OUTPUT_DIR) / f"contact_sheet_{name}.png"
                 write_contact_sheet(cfg, model, name, path)
                 logger.info("ground truth and predictions: %s", path)
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """Gives all processes the batch statistics of the first.
+
+    Each has averaged its own, and the first's are in the checkpoint: without this, evaluation in
+    several processes would be of a model that nobody has.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def _draw_contact_sheets(trainer: Trainer) -> None:
