@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 LAST_CHECKPOINT = "last_checkpoint"
 """Names the file to resume from, as in detectron2."""
 
+FINISHED_ITERATION = "finished_iteration"
+"""Names the last checkpoint of which all that is done behind it was done, see hooks.Resume."""
+
 BEST_CHECKPOINT = "model_best"
 """Without extension. Holds weights alone, so no run resumes from it."""
 
@@ -321,7 +324,7 @@ def set_aside_earlier_run(folder: Path) -> None:
     moved = [
         *folder.glob("model_*.pth*"),
         *folder.glob("events.out.tfevents.*"),
-        *(folder / name for name in (LAST_CHECKPOINT, f"{BEST_CHECKPOINT}.json")),
+        *(folder / x for x in (LAST_CHECKPOINT, FINISHED_ITERATION, f"{BEST_CHECKPOINT}.json")),
     ]
     metrics = folder / "metrics.json"
     if not any(path.suffix == ".pth" for path in moved) and not (

@@ -15,6 +15,7 @@ from detectron2.utils import comm, events
 from ..data import seed_generators
 from .checkpoint import (
     BEST_CHECKPOINT,
+    FINISHED_ITERATION,
     MaskHeadCheckpointer,
     remove_old_checkpoints,
     write_durably,
@@ -126,16 +127,13 @@ class JSONWriter(events.JSONWriter):
         super().__init__(str(json_file), SMOOTHING_WINDOW)
         self._path = json_file
 
-    def go_on(self, start_iter: int, *, is_finished: bool) -> int:
+    def go_on(self, start_iter: int, *, is_finished: bool) -> None:
         """Drops the lines from ``start_iter`` on, and what a kill left of a line.
 
         Args:
             start_iter: the first iteration that will be logged again.
             is_finished: whether only the last evaluation is left to be done again. If not, one that
                 ended a shorter run stays.
-
-        Returns:
-            The last iteration that needs no logging, -1 if there is none.
         """
         kept, last = 0, -1
         with self._path.open("rb") as file:
@@ -149,13 +147,12 @@ class JSONWriter(events.JSONWriter):
                 last = max(last, min(entry["iteration"], start_iter - 1))
         os.truncate(self._path, kept)  # the writer appends
         self._last_write = last
-        return last
 
 
 class TensorboardXWriter(events.TensorboardXWriter):
     """TensorboardXWriter that hides what an interrupted run wrote behind its last checkpoint."""
 
-    def go_on(self, start_iter: int) -> None:
+    def go_on(self, start_iter: int, **_: bool) -> None:
         """Makes TensorBoard forget points from ``start_iter`` on."""
         self._writer_args["purge_step"] = start_iter
         self._last_write = start_iter - 1
@@ -165,41 +162,61 @@ class Resume(hooks.HookBase):
     """Takes a run up where its checkpoint left it. The last of all hooks.
 
     A checkpoint is written before the evaluation of the same iteration, so that a failing
-    evaluation costs no training. After a kill in between, what stood behind the checkpoint is done
-    first. What was logged after the checkpoint is dropped, since it will be logged again.
+    evaluation costs no training. ``finished_iteration`` says of which checkpoint all that stands
+    behind it was done; if that is not the last one, it is done first. What was logged after the
+    checkpoint is dropped, since it will be logged again.
     """
 
     def __init__(
-        self, behind_checkpoint: list[hooks.HookBase], writers: list[events.EventWriter]
+        self,
+        behind_checkpoint: list[hooks.HookBase],
+        writers: list[events.EventWriter],
+        checkpointer: PeriodicCheckpointer | None,
     ) -> None:
         """
         Args:
             behind_checkpoint: hooks that come after the checkpointer.
             writers: on the main process, those of metrics; elsewhere none.
+            checkpointer: on the main process.
         """
-        self._behind_checkpoint, self._writers = behind_checkpoint, writers
+        self._behind_checkpoint = behind_checkpoint
+        self._files = [x for x in writers if isinstance(x, JSONWriter | TensorboardXWriter)]
+        self._checkpointer = checkpointer
+        if checkpointer:
+            self._mark = Path(checkpointer.checkpointer.save_dir) / FINISHED_ITERATION
 
     def before_train(self) -> None:
-        trainer = self.trainer
-        last_logged = -1
-        for writer in self._writers:
-            if isinstance(writer, JSONWriter):
-                is_finished = trainer.start_iter >= trainer.max_iter
-                last_logged = writer.go_on(trainer.start_iter, is_finished=is_finished)
-            elif isinstance(writer, TensorboardXWriter):
-                writer.go_on(trainer.start_iter)
-        if trainer.start_iter == 0:
+        trainer, last = self.trainer, self.trainer.start_iter - 1
+        is_done = comm.all_gather(last < 0 or self._finished_iteration() == last)[0]
+        for writer in self._files:
+            is_finished = trainer.start_iter >= trainer.max_iter
+            writer.go_on(last + 1 if is_done else last, is_finished=is_finished)
+        if last < 0:
             return
         for name, scalar in trainer.restored_scalars.items():
             for value, iteration in scalar["values"]:
                 trainer.storage.put_scalar(
                     name, value, smoothing_hint=scalar["smoothed"], cur_iter=iteration
                 )
-        # Writers are the last behind a checkpoint: a line of its iteration says that all was done.
-        trainer.iter = trainer.storage.iter = trainer.start_iter - 1
-        if comm.all_gather(last_logged)[0] < trainer.iter:
+        trainer.iter = trainer.storage.iter = last
+        if not is_done:
             for hook in self._behind_checkpoint:
                 hook.after_step()
+            self.after_step()
+
+    def after_step(self) -> None:
+        if self._checkpointer and (self.trainer.iter + 1) % self._checkpointer.period == 0:
+            for writer in self._files:  # or an evaluation would be noted as done, but not written
+                writer.write()
+            content = str(self.trainer.iter).encode()
+            write_durably(self._mark, lambda file: file.write(content))
+
+    def _finished_iteration(self) -> int:
+        """Returns -1 where no run has left one, or where this is not the main process."""
+        try:
+            return int(self._mark.read_bytes()) if self._checkpointer else -1
+        except (OSError, ValueError):
+            return -1
 
 
 def scalar_state(storage: events.EventStorage) -> dict[str, dict[str, Any]]:

@@ -130,21 +130,20 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             evaluate_tta = functools.partial(self._evaluate, self.test_with_tta)
             behind.append(hooks.EvalHook(0, evaluate_tta))
-        writers = []
+        writers, checkpointer = [], None
         if comm.is_main_process():
             solver = cfg.SOLVER
-            before.append(
-                PeriodicCheckpointer(
-                    self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP_LAST
-                )
+            checkpointer = PeriodicCheckpointer(
+                self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP_LAST
             )
+            before.append(checkpointer)
             if solver.CHECKPOINT_BEST_METRIC:
                 behind.append(BestCheckpointer(self.checkpointer, solver.CHECKPOINT_BEST_METRIC))
             writers = self.build_writers()
             behind.append(hooks.PeriodicWriter(writers, period=20))
             # Behind the writers: what goes wrong here loses no metrics.
             behind.append(hooks.CallbackHook(after_train=_draw_contact_sheets))
-        return [*before, *behind, Resume(behind, writers)]
+        return [*before, *behind, Resume(behind, writers, checkpointer)]
 
     def _evaluate(self, evaluate: Callable[[CfgNode, torch.nn.Module], Results]) -> Results:
         share_buffers(self.model)

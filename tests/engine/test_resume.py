@@ -165,6 +165,21 @@ def test_the_seed_of_a_run_without_one_is_in_its_checkpoint(tmp_path, monkeypatc
     assert train(cfg, resume=True).seed == seed
 
 
+def test_an_evaluation_that_fails_is_made_up_for(tmp_path, undisturbed, monkeypatch):
+    """Behind an error, other than behind a kill, the writers write what they have."""
+    cfg = config(tmp_path)
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(MaskEvaluator, "evaluate", fail)
+        train(cfg)
+    assert metrics(tmp_path)[-1]["iteration"] == "3"
+    train(cfg, resume=True)
+    assert_same_run(tmp_path, undisturbed)
+
+
 def test_a_run_that_was_killed_in_its_last_evaluation_evaluates_again(
     tmp_path, undisturbed, monkeypatch
 ):
