@@ -21,6 +21,7 @@ from detectron2.utils.events import EventStorage
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import launch
+from mask_head_plugin.engine.trainer import share_buffers
 
 NUM_STEPS = 2
 
@@ -68,8 +69,13 @@ def train(output: str, die_at_first: bool = False) -> None:
         means.append(losses.detach() / comm.get_world_size())
         dist.all_reduce(means[-1])
         step_down(model)
+    norm = torch.nn.BatchNorm1d(1)
+    norm.running_mean.fill_(comm.get_rank() + 3)
+    share_buffers(norm)
+    shared = comm.gather(norm.running_mean.item())
     if comm.is_main_process():
         facts = {
+            "shared": shared,
             "losses": torch.stack(means),
             "world_size": comm.get_world_size(),
             "local_size": comm.get_local_size(),
