@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from detectron2.engine import hooks
 from detectron2.utils import comm, events
 
-from ..data import seed_generators
+from ..data import TrainLoader, seed_generators
 from .checkpoint import (
     BEST_CHECKPOINT,
     FINISHED_ITERATION,
@@ -38,7 +37,7 @@ class PreciseBN(hooks.PreciseBN):
     """PreciseBN whose batches depend on the iteration, not on how often it has run."""
 
     def update_stats(self) -> None:
-        if not self._disabled:
+        if not self._disabled and isinstance(self._data_loader, TrainLoader):
             self._data_loader.go_to(self.trainer.seed, self.trainer.iter)
             self._data_iter = None
         super().update_stats()
@@ -135,17 +134,23 @@ class JSONWriter(events.JSONWriter):
             is_finished: whether only the last evaluation is left to be done again. If not, one that
                 ended a shorter run stays.
         """
-        kept, last = 0, -1
+        last, kept = -1, []
         with self._path.open("rb") as file:
             for line in file:
                 entry = _entry(line)
-                if entry is None or entry["iteration"] > start_iter:
+                if (
+                    entry is None
+                ):  # of the last kill or, with whole ones behind it, of an earlier one
+                    continue
+                if entry["iteration"] > start_iter:
                     break
                 if entry["iteration"] == start_iter and (is_finished or "total_loss" in entry):
                     break
-                kept += len(line)
+                kept.append(line)
                 last = max(last, min(entry["iteration"], start_iter - 1))
-        os.truncate(self._path, kept)  # the writer appends
+        self._file_handle.close()
+        write_durably(self._path, lambda file: file.writelines(kept))
+        self._file_handle = self._path.open("a")
         self._last_write = last
 
 
