@@ -113,9 +113,16 @@ class Trainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+        self.register_hooks([Resume(self._hooks)])
+        if comm.is_main_process():
+            # Behind the writers: what goes wrong here loses no metrics.
+            self.register_hooks([hooks.CallbackHook(after_train=_draw_contact_sheets)])
 
     def build_hooks(self) -> list[HookBase]:
-        """Returns DefaultTrainer's hooks and those that make a run repeatable and resumable."""
+        """Returns DefaultTrainer's hooks and those that make a run repeatable.
+
+        As there, the evaluation is behind the checkpoint, and the writers are the last.
+        """
         cfg = self.cfg
         before: list[HookBase] = [StepSeed(), hooks.IterationTimer(), hooks.LRScheduler()]
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
@@ -130,20 +137,17 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             evaluate_tta = functools.partial(self._evaluate, self.test_with_tta)
             behind.append(hooks.EvalHook(0, evaluate_tta))
-        writers, checkpointer = [], None
         if comm.is_main_process():
             solver = cfg.SOLVER
-            checkpointer = PeriodicCheckpointer(
-                self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP_LAST
+            before.append(
+                PeriodicCheckpointer(
+                    self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP_LAST
+                )
             )
-            before.append(checkpointer)
             if solver.CHECKPOINT_BEST_METRIC:
                 behind.append(BestCheckpointer(self.checkpointer, solver.CHECKPOINT_BEST_METRIC))
-            writers = self.build_writers()
-            behind.append(hooks.PeriodicWriter(writers, period=20))
-            # Behind the writers: what goes wrong here loses no metrics.
-            behind.append(hooks.CallbackHook(after_train=_draw_contact_sheets))
-        return [*before, *behind, Resume(behind, writers, checkpointer)]
+            behind.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return [*before, *behind]
 
     def _evaluate(self, evaluate: Callable[[CfgNode, torch.nn.Module], Results]) -> Results:
         share_buffers(self.model)

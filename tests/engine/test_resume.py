@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import small_config
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
-from detectron2.engine import TrainerBase
+from detectron2.engine import HookBase, TrainerBase
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import Trainer, hooks
@@ -263,3 +263,50 @@ def test_no_contact_sheet_is_drawn_after_a_last_step_that_failed(tmp_path, monke
 def test_an_evaluation_of_a_run_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no checkpoint in OUTPUT_DIR .*give MODEL\.WEIGHTS"):
         Trainer.load_model(config(tmp_path), resume=True)
+
+
+class Validation(HookBase):
+    """As users write them: logs a value, and stands before the writers."""
+
+    def after_step(self) -> None:
+        self.trainer.storage.put_scalar("validation", self.trainer.iter, smoothing_hint=False)
+
+
+def test_a_hook_that_is_inserted_before_the_writers_is_logged_and_taken_up(tmp_path, monkeypatch):
+    class Own(Trainer):
+        def build_hooks(self):
+            result = super().build_hooks()
+            result.insert(-1, Validation())  # as with DefaultTrainer
+            return result
+
+    cfg = config(tmp_path, "SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()")
+    monkeypatch.setattr(Own, "test", lambda *_: {})
+    monkeypatch.setattr(Own, "draw_contact_sheets", lambda *_: None)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TrainerBase, "after_train", lambda *_: None)
+        patch.setattr(hooks.BestCheckpointer, "after_step", _kill)
+        Own(cfg).train()
+    trainer = Own(cfg)
+    trainer.resume_or_load()
+    trainer.train()
+    logged = {line["iteration"]: line["validation"] for line in metrics(tmp_path)}
+    assert logged == {"1": "1.0", "3": "3.0"}
+
+
+def _kill(*_):
+    raise Killed
+
+
+def test_a_run_that_is_made_longer_keeps_its_evaluation_at_any_period(tmp_path):
+    train(config(tmp_path, "SOLVER.MAX_ITER", "3"))
+    train(config(tmp_path, "SOLVER.MAX_ITER", "4"), resume=True)
+    assert [int(x["iteration"]) for x in metrics(tmp_path) if "bbox/AP" in x] == [3, 4]
+
+
+def test_the_mark_of_another_run_counts_for_nothing(tmp_path, monkeypatch):
+    """Its checkpoints were removed by hand."""
+    cfg = config(tmp_path, "SOLVER.MAX_ITER", "5")
+    (tmp_path / "finished_iteration").write_text("3")
+    train_until_killed(cfg, monkeypatch, MaskEvaluator, "evaluate", 1)
+    train(cfg, resume=True)
+    assert [int(x["iteration"]) for x in metrics(tmp_path) if "bbox/AP" in x] == [3, 5]
