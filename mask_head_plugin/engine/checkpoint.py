@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import parse_qs, urlparse
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
@@ -87,7 +88,8 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: each.state_dict() for key, each in self.checkpointables.items()}
-        self._write(f"{name}.pth", {"model": self.model.state_dict(), **states, **kwargs})
+        states = _without_numpy_scalars({**states, **kwargs})
+        self._write(f"{name}.pth", {"model": self.model.state_dict(), **states})
         self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, **kwargs: Any) -> None:
@@ -178,6 +180,17 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         return None  # all is said
 
 
+def _without_numpy_scalars(value: Any) -> Any:
+    """Returns a state in which NumPy's numbers, which loading would refuse, are Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(_without_numpy_scalars(item) for item in value)
+    if type(value) is dict:
+        return {_without_numpy_scalars(key): _without_numpy_scalars(x) for key, x in value.items()}
+    return value
+
+
 def write_checkpoint(path: Path, data: dict[str, Any]) -> None:
     """Writes a torch file and its checksum, so that the name never stands for half a file.
 
@@ -263,16 +276,26 @@ def checkpoint_files(folder: Path) -> list[Path]:
     That is the one that ``last_checkpoint`` names, but for what was written after that; then the
     others from new to old.
     """
-    files = [path for path in folder.glob("model_*.pth") if path.stem != BEST_CHECKPOINT]
     tag = folder / LAST_CHECKPOINT
     tagged = tag.read_bytes().strip().decode(errors="replace") if tag.is_file() else ""
     tag_time = tag.stat().st_mtime_ns if tag.is_file() else 0
+    files = [path for path in folder.glob("*.pth") if path.match("model_*") or path.name == tagged]
+    files = [path for path in files if path.stem != BEST_CHECKPOINT]
+    is_marked = any(path.name == tagged for path in files)
 
     def rank(path: Path) -> tuple[bool, bool, int, str]:
         time = path.stat().st_mtime_ns
-        return time > tag_time, path.name == tagged, time, path.name
+        # The time alone would not do: in a copy of the folder it is that of copying.
+        is_newer = not is_marked or -1 < _iteration(Path(tagged).stem) < _iteration(path.stem)
+        return time > tag_time and is_newer, path.name == tagged, time, path.name
 
     return sorted(files, key=rank, reverse=True)
+
+
+def _iteration(stem: str) -> int:
+    """Returns the number at the end of a checkpoint's name, or -1 as for ``model_final``."""
+    number = re.search(r"_(\d+)$", stem)
+    return int(number[1]) if number else -1
 
 
 def newest_intact(folder: Path) -> Path:

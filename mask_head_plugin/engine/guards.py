@@ -20,6 +20,9 @@ FAILED_FOLDER = "failed_steps"
 
 NAMES_LISTED = 5
 
+LEAST_SCALE = 2.0**-24
+"""Of the losses with AMP; what is infinite in spite of it is so by itself. float16 has no less."""
+
 
 class TrainingError(RuntimeError):
     """A run that cannot go on, in one line that names the iteration, the images and the fix."""
@@ -38,7 +41,7 @@ class StepGuard(HookBase):
         Args:
             model: as it is trained, in DistributedDataParallel or not.
             cfg: gives OUTPUT_DIR and the settings that messages name. With SOLVER.AMP gradients are
-                not looked at: the scaler of AMP finds its factor by infinite ones.
+                looked at where the scaler, which finds its factor by infinite ones, finds none.
         """
         self.seed = 0  # the run's; a resumed run learns it late
         self._model, self._cfg = model, cfg
@@ -47,36 +50,42 @@ class StepGuard(HookBase):
         model.register_forward_pre_hook(self._note_batch)
         model.register_forward_hook(self._note_losses)
 
-    def _note_batch(self, model: nn.Module, inputs: tuple[list[Sample]]) -> None:
+    def _note_batch(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if model.training:
-            self._batch, self._losses = inputs[0], {}
+            self._batch, self._losses = inputs[0] if inputs else [], {}
 
     def _note_losses(self, model: nn.Module, _: object, losses: Any) -> None:
-        if model.training:
+        # A model with a run_step of its own may return something else: that is not looked at.
+        if model.training and isinstance(losses, Mapping | torch.Tensor):
             named = losses if isinstance(losses, Mapping) else {"total_loss": losses}
-            self._losses = {name: loss.detach() for name, loss in named.items()}
+            self._losses = {
+                name: x.detach() for name, x in named.items() if isinstance(x, torch.Tensor)
+            }
 
     def after_backward(self) -> None:
         """Raises TrainingError, on all processes, where a loss or gradient is not finite."""
-        total = torch.stack(list(self._losses.values())).sum()
         gradients = self._gradients()
+        terms = [loss.sum() for loss in self._losses.values()]
         if gradients:
-            total = total + torch.nn.utils.get_total_norm(list(gradients.values()))
-        is_bad = (~total.isfinite()).to(torch.float32)
+            terms.append(torch.nn.utils.get_total_norm(list(gradients.values())))
+        if not terms:
+            return
+        is_bad = (~torch.stack(terms).sum().isfinite()).to(torch.float32)
         if comm.get_world_size() > 1:  # all stop together, or the others would wait for this one
             torch.distributed.all_reduce(is_bad, torch.distributed.ReduceOp.MAX)
         if is_bad.item():
             self._stop_if_not_finite(gradients)
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        if self._cfg.SOLVER.AMP.ENABLED:
+        scaler = getattr(self.trainer, "grad_scaler", None)
+        if scaler is not None and scaler.get_scale() > LEAST_SCALE:
             return {}
         named = self._model.named_parameters()
         return {name: each.grad for name, each in named if each.grad is not None}
 
     def _stop_if_not_finite(self, gradients: dict[str, torch.Tensor]) -> None:
         """Looks at each value, since the norm of large gradients may be infinite by itself."""
-        values = {name: loss.item() for name, loss in self._losses.items()}
+        values = {name: loss.sum().item() for name, loss in self._losses.items()}
         terms = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
         layers = [name for name, each in gradients.items() if not each.isfinite().all()]
         reports = comm.all_gather((terms, layers, describe_batch(self._batch)))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from detectron2.engine import hooks
 from detectron2.utils import comm, events
 
-from ..data import seed_generators
+from ..data import TrainLoader, seed_generators
 from .checkpoint import (
     BEST_CHECKPOINT,
     FINISHED_ITERATION,
@@ -38,7 +38,7 @@ class PreciseBN(hooks.PreciseBN):
     """PreciseBN whose batches depend on the iteration, not on how often it has run."""
 
     def update_stats(self) -> None:
-        if not self._disabled:
+        if not self._disabled and isinstance(self._data_loader, TrainLoader):
             self._data_loader.go_to(self.trainer.seed, self.trainer.iter)
             self._data_iter = None
         super().update_stats()
@@ -135,17 +135,22 @@ class JSONWriter(events.JSONWriter):
             is_finished: whether only the last evaluation is left to be done again. If not, one that
                 ended a shorter run stays.
         """
-        kept, last = 0, -1
+        last = -1
+        kept: list[bytes] = []
         with self._path.open("rb") as file:
             for line in file:
                 entry = _entry(line)
-                if entry is None or entry["iteration"] > start_iter:
+                if entry is None:  # of this kill or, with lines behind it, of an earlier one
+                    continue
+                if entry["iteration"] > start_iter:
                     break
                 if entry["iteration"] == start_iter and (is_finished or "total_loss" in entry):
                     break
-                kept += len(line)
+                kept.append(line)
                 last = max(last, min(entry["iteration"], start_iter - 1))
-        os.truncate(self._path, kept)  # the writer appends
+        self._file_handle.close()
+        write_durably(self._path, lambda file: file.writelines(kept))
+        self._file_handle: IO[str] = self._path.open("a")
         self._last_write = last
 
 
@@ -159,7 +164,7 @@ class TensorboardXWriter(events.TensorboardXWriter):
 
 
 class Resume(hooks.HookBase):
-    """Takes a run up where its checkpoint left it. The last of all hooks.
+    """Takes a run up where its checkpoint left it. Registered behind the trainer's other hooks.
 
     A checkpoint is written before the evaluation of the same iteration, so that a failing
     evaluation costs no training. ``finished_iteration`` says of which checkpoint all that stands
@@ -167,23 +172,20 @@ class Resume(hooks.HookBase):
     checkpoint is dropped, since it will be logged again.
     """
 
-    def __init__(
-        self,
-        behind_checkpoint: list[hooks.HookBase],
-        writers: list[events.EventWriter],
-        checkpointer: PeriodicCheckpointer | None,
-    ) -> None:
+    def __init__(self, others: Sequence[hooks.HookBase]) -> None:
         """
         Args:
-            behind_checkpoint: hooks that come after the checkpointer.
-            writers: on the main process, those of metrics; elsewhere none.
-            checkpointer: on the main process.
+            others: the trainer's. From the evaluation on they are behind the checkpoint; only the
+                main process has a checkpointer and writers.
         """
-        self._behind_checkpoint = behind_checkpoint
+        evaluations = [k for k, x in enumerate(others) if isinstance(x, hooks.EvalHook)]
+        self._behind_checkpoint = list(others[min(evaluations, default=len(others)) :])
+        writers = [y for x in others if isinstance(x, hooks.PeriodicWriter) for y in x._writers]
         self._files = [x for x in writers if isinstance(x, JSONWriter | TensorboardXWriter)]
-        self._checkpointer = checkpointer
-        if checkpointer:
-            self._mark = Path(checkpointer.checkpointer.save_dir) / FINISHED_ITERATION
+        checkpointers = (x for x in others if isinstance(x, hooks.PeriodicCheckpointer))
+        self._checkpointer = next(checkpointers, None)
+        if self._checkpointer:
+            self._mark = Path(self._checkpointer.checkpointer.save_dir) / FINISHED_ITERATION
 
     def before_train(self) -> None:
         trainer, last = self.trainer, self.trainer.start_iter - 1
@@ -192,6 +194,8 @@ class Resume(hooks.HookBase):
             is_finished = trainer.start_iter >= trainer.max_iter
             writer.go_on(last + 1 if is_done else last, is_finished=is_finished)
         if last < 0:
+            if self._checkpointer:
+                self._mark.unlink(missing_ok=True)  # of another run
             return
         for name, scalar in trainer.restored_scalars.items():
             for value, iteration in scalar["values"]:
@@ -208,8 +212,14 @@ class Resume(hooks.HookBase):
         if self._checkpointer and (self.trainer.iter + 1) % self._checkpointer.period == 0:
             for writer in self._files:  # or an evaluation would be noted as done, but not written
                 writer.write()
-            content = str(self.trainer.iter).encode()
-            write_durably(self._mark, lambda file: file.write(content))
+            self._note_finished(self.trainer.iter)
+
+    def after_train(self) -> None:
+        if self._checkpointer and self.trainer.iter >= self.trainer.max_iter:
+            self._note_finished(self.trainer.max_iter - 1)
+
+    def _note_finished(self, iteration: int) -> None:
+        write_durably(self._mark, lambda file: file.write(str(iteration).encode()))
 
     def _finished_iteration(self) -> int:
         """Returns -1 where no run has left one, or where this is not the main process."""

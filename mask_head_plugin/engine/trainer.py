@@ -113,9 +113,16 @@ class Trainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+        self.register_hooks([Resume(self._hooks)])
+        if comm.is_main_process():
+            # Behind the writers: what goes wrong here loses no metrics.
+            self.register_hooks([hooks.CallbackHook(after_train=_draw_contact_sheets)])
 
     def build_hooks(self) -> list[HookBase]:
-        """Returns DefaultTrainer's hooks and those that make a run repeatable and resumable."""
+        """Returns DefaultTrainer's hooks and those that make a run repeatable.
+
+        As there, the evaluation is behind the checkpoint, and the writers are the last.
+        """
         cfg = self.cfg
         before: list[HookBase] = [StepSeed(), hooks.IterationTimer(), hooks.LRScheduler()]
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
@@ -130,25 +137,24 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED:
             evaluate_tta = functools.partial(self._evaluate, self.test_with_tta)
             behind.append(hooks.EvalHook(0, evaluate_tta))
-        writers, checkpointer = [], None
         if comm.is_main_process():
             solver = cfg.SOLVER
-            checkpointer = PeriodicCheckpointer(
-                self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP_LAST
+            before.append(
+                PeriodicCheckpointer(
+                    self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP_LAST
+                )
             )
-            before.append(checkpointer)
             if solver.CHECKPOINT_BEST_METRIC:
                 behind.append(BestCheckpointer(self.checkpointer, solver.CHECKPOINT_BEST_METRIC))
-            writers = self.build_writers()
-            behind.append(hooks.PeriodicWriter(writers, period=20))
-            # Behind the writers: what goes wrong here loses no metrics.
-            behind.append(hooks.CallbackHook(after_train=_draw_contact_sheets))
-        return [*before, *behind, Resume(behind, writers, checkpointer)]
+            behind.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return [*before, *behind]
 
     def _evaluate(self, evaluate: Callable[[CfgNode, torch.nn.Module], Results]) -> Results:
         share_buffers(self.model)
-        self._last_eval_results = evaluate(self.cfg, self.model)
-        return self._last_eval_results
+        results = evaluate(self.cfg, self.model)
+        # Those with augmentation come behind the others, and replace none.
+        self._last_eval_results = {**getattr(self, "_last_eval_results", {}), **results}
+        return results
 
     def build_writers(self) -> list[EventWriter]:
         """Returns writers to the terminal, ``metrics.json`` and TensorBoard."""
@@ -183,13 +189,17 @@ class Trainer(DefaultTrainer):
             ConfigError: if no checkpoint is intact, or the newest is behind SOLVER.MAX_ITER.
         """
         goes_on = resume and comm.all_gather(self.checkpointer.has_checkpoint())[0]
-        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=goes_on)
-        if goes_on:
+        if goes_on:  # as the main process has it: another may not see the file
+            self.checkpointer.load(self.checkpointer.get_checkpoint_file())
             self.start_iter = self.iter + 1  # the checkpoint's was finished
-        elif resume:
+        else:
+            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+        if resume and not goes_on:
             logger.info("no checkpoint in %s yet: starting anew", self.cfg.OUTPUT_DIR)
-        elif comm.is_main_process():
-            set_aside_earlier_run(Path(self.cfg.OUTPUT_DIR))
+        elif not resume:
+            comm.synchronize()  # MODEL.WEIGHTS may be of that run, and others still read them
+            if comm.is_main_process():
+                set_aside_earlier_run(Path(self.cfg.OUTPUT_DIR))
         if self.start_iter > self.max_iter:
             raise ConfigError(
                 f"the checkpoint in {self.cfg.OUTPUT_DIR} is of iteration {self.iter}, but "
@@ -249,11 +259,16 @@ class Trainer(DefaultTrainer):
             resume: whether the newest checkpoint in OUTPUT_DIR, if any, is taken instead.
 
         Raises:
-            ConfigError: if the weights cannot be read or do not fit.
+            ConfigError: if the weights cannot be read or do not fit, or ``resume`` finds none.
         """
         model = cls.build_model(cfg)
         policy = WeightsPolicy.from_config(cfg, train=False)
         checkpointer = MaskHeadCheckpointer(model, cfg.OUTPUT_DIR, policy=policy)
+        if resume and not (cfg.MODEL.WEIGHTS or checkpointer.has_checkpoint()):
+            raise ConfigError(
+                f"there is no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}; name another OUTPUT_DIR, "
+                "or give MODEL.WEIGHTS"
+            )
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         return model
 
@@ -376,7 +391,7 @@ def share_buffers(model: torch.nn.Module) -> None:
 
 
 def _draw_contact_sheets(trainer: Trainer) -> None:
-    if trainer.iter + 1 >= trainer.max_iter:  # not after a failure
+    if trainer.iter >= trainer.max_iter:  # not after a failure
         trainer.draw_contact_sheets(trainer.cfg, trainer.model)
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -189,3 +190,38 @@ def test_old_checkpoints_are_removed_by_iteration(folder):
     names = {path.name for path in folder.glob("*.pth*")}
     kept = {f"{name}.pth{end}" for name in NAMES[1:] for end in ("", ".sha256")}
     assert names == kept | {"model_final.pth"}
+
+
+def test_a_copy_of_the_folder_is_resumed_from_the_same_checkpoint(folder):
+    """Copying may give files times of its own, in an order of its own."""
+    shutil.copy(folder / "model_0000029.pth", folder / "model_final.pth")
+    for mark in ("model_0000029.pth", "model_final.pth"):
+        (folder / "last_checkpoint").write_text(mark)
+        for k, name in enumerate(("last_checkpoint", mark, "model_0000009.pth")):
+            os.utime(folder / name, (2e9 + k, 2e9 + k))
+        assert newest_intact(folder).name == mark
+
+
+def test_a_checkpoint_of_another_name_is_resumed_if_it_is_marked(tmp_path):
+    model = nn.Linear(20, 30)
+    nn.init.constant_(model.weight, 6)
+    MaskHeadCheckpointer(model, str(tmp_path)).save("mine_0000004")
+    assert resumed_weight(tmp_path) == 6
+
+
+def test_numbers_of_numpy_in_a_state_do_not_keep_a_run_from_resuming(tmp_path):
+    class Best:
+        def __init__(self, value):
+            self.value = value
+
+        def state_dict(self):
+            return {"best": [self.value], "of": {np.int64(3): self.value}}
+
+        def load_state_dict(self, state):
+            self.value = state
+
+    model = nn.Linear(2, 2)
+    MaskHeadCheckpointer(model, str(tmp_path), best=Best(np.float64(0.5))).save("model_0000004")
+    found = Best(None)
+    MaskHeadCheckpointer(model, str(tmp_path), best=found).resume_or_load("", resume=True)
+    assert found.value == {"best": [0.5], "of": {3: 0.5}}

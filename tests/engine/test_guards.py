@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import Trainer, TrainingError
+from mask_head_plugin.engine.guards import StepGuard
 from mask_head_plugin.engine.replay import replay_step, save_step
 
 NAME = "test_guarded"
@@ -88,6 +90,63 @@ def test_gradients_whose_norm_overflows_are_no_reason_to_stop(tmp_path):
     trainer.before_step = trainer.after_step = lambda: None
     trainer.train()
     assert trainer.iter == 1
+
+
+class Scaler:
+    """Stands for AMP's, which needs CUDA."""
+
+    def __init__(self, scale: float) -> None:
+        self.get_scale = lambda: scale
+
+
+def test_with_amp_gradients_that_no_scale_makes_finite_stop_the_run(tmp_path):
+    trainer = make_trainer(tmp_path)
+    weight = trainer.model.roi_heads.mask_head.predictor.weight
+    weight.register_hook(lambda x: x * float("inf") if trainer.iter == 2 else x)
+    trainer._trainer.grad_scaler = Scaler(2.0**-24)
+    with pytest.raises(TrainingError, match=r"iteration 2: gradients .*mask_head\.predictor\.weig"):
+        trainer.train()
+
+
+def test_with_amp_gradients_that_a_lower_scale_may_make_finite_do_not(tmp_path):
+    trainer = make_trainer(tmp_path)
+    weight = trainer.model.roi_heads.mask_head.predictor.weight
+    weight.register_hook(lambda x: x * float("inf"))
+    trainer._trainer.grad_scaler = Scaler(2.0**-23)
+    trainer._guard.trainer.optimizer.step = lambda: None  # as the scaler leaves it out
+    trainer._hooks = trainer._hooks[:3]  # no evaluation
+    trainer.train()
+
+
+class Anything(torch.nn.Module):
+    """A model whose output is given."""
+
+    def __init__(self, output) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, **_):
+        return self.output
+
+
+@pytest.mark.parametrize("output", [({"loss": torch.ones(())}, None), {"n": 1}, {}, None])
+def test_models_that_give_no_losses_are_left_alone(tmp_path, output):
+    cfg = small_config("Base-Small.yaml", "OUTPUT_DIR", str(tmp_path))
+    model = Anything(output)
+    guard = StepGuard(model, cfg)
+    guard.trainer = object()
+    model(batch=[])
+    guard.after_backward()
+
+
+def test_losses_of_several_values_are_looked_at(tmp_path):
+    losses = {"a": torch.ones(1), "b": torch.tensor([1.0, float("nan")]), "c": torch.ones(())}
+    model = Anything(losses)
+    guard = StepGuard(model, small_config("Base-Small.yaml", "OUTPUT_DIR", str(tmp_path)))
+    guard.trainer = SimpleNamespace(iter=7)
+    model(batch=[])
+    with pytest.raises(TrainingError, match="iteration 7: b is nan"):
+        guard.after_backward()
 
 
 @pytest.mark.parametrize("mask_format", ["bitmask", "polygon"])

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_config
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import TrainerBase
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.engine import HookBase, TrainerBase
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import Trainer, hooks
@@ -78,10 +78,6 @@ def train_until_killed(cfg, monkeypatch, owner, name: str, call: int, *, behind:
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, method)
         patch.setattr(TrainerBase, "after_train", lambda *_: None)  # a killed process runs nothing
-        if name == "_do_eval":  # but the last evaluation belongs to the run
-            patch.setattr(
-                TrainerBase, "after_train", lambda trainer: trainer._hooks[3].after_train()
-            )
         train(cfg)
 
 
@@ -222,3 +218,95 @@ def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     names = {path.name for path in tmp_path.glob("*.pth")}
     assert names == {"model_0000005.pth", "model_0000007.pth", "model_final.pth", "model_best.pth"}
     assert {path.name for path in tmp_path.glob("*.sha256")} == {f"{x}.sha256" for x in names}
+
+
+def test_lines_behind_one_that_an_earlier_kill_tore_are_kept(tmp_path):
+    lines = ['{"iteration": 1, "lr": 0.1}', '{"iteration": 2, "l', '{"iteration": 3, "lr": 0.2}']
+    path = tmp_path / "metrics.json"
+    path.write_text("\n".join([*lines, '{"iteration": 6, "lr": 0.3}', '{"iteration": 7']))
+    writer = hooks.JSONWriter(path)
+    writer.go_on(5, is_finished=False)
+    writer.close()
+    assert path.read_text().splitlines() == [lines[0], lines[2]]
+
+
+def test_precise_batch_statistics_take_a_loader_of_detectron2(tmp_path):
+    class Stock(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_detection_train_loader(cfg)
+
+    opts = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"]
+    trainer = Stock(config(tmp_path, *opts, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"))
+    trainer.train()
+    assert (tmp_path / "model_final.pth").exists()
+
+
+def test_results_with_augmentation_stand_beside_the_others(tmp_path, monkeypatch):
+    cfg = config(tmp_path, "TEST.AUG.ENABLED", "True", "SOLVER.MAX_ITER", "1")
+    monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": 1.0}})
+    monkeypatch.setattr(Trainer, "test_with_tta", lambda *_: {"bbox_TTA": {"AP": 2.0}})
+    assert train(cfg)._last_eval_results == {"bbox": {"AP": 1.0}, "bbox_TTA": {"AP": 2.0}}
+
+
+def test_no_contact_sheet_is_drawn_after_a_last_step_that_failed(tmp_path, monkeypatch):
+    def fail(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "run_step", fail)
+    monkeypatch.setattr(Trainer, "test", lambda *_: {})
+    monkeypatch.setattr(Trainer, "draw_contact_sheets", lambda *_: pytest.fail("it was drawn"))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path, "SOLVER.MAX_ITER", "1"))
+
+
+def test_an_evaluation_of_a_run_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no checkpoint in OUTPUT_DIR .*give MODEL\.WEIGHTS"):
+        Trainer.load_model(config(tmp_path), resume=True)
+
+
+class Validation(HookBase):
+    """As users write them: logs a value, and stands before the writers."""
+
+    def after_step(self) -> None:
+        self.trainer.storage.put_scalar("validation", self.trainer.iter, smoothing_hint=False)
+
+
+def test_a_hook_that_is_inserted_before_the_writers_is_logged_and_taken_up(tmp_path, monkeypatch):
+    class Own(Trainer):
+        def build_hooks(self):
+            result = super().build_hooks()
+            result.insert(-1, Validation())  # as with DefaultTrainer
+            return result
+
+    cfg = config(tmp_path, "SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()")
+    monkeypatch.setattr(Own, "test", lambda *_: {})
+    monkeypatch.setattr(Own, "draw_contact_sheets", lambda *_: None)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TrainerBase, "after_train", lambda *_: None)
+        patch.setattr(hooks.BestCheckpointer, "after_step", _kill)
+        Own(cfg).train()
+    trainer = Own(cfg)
+    trainer.resume_or_load()
+    trainer.train()
+    logged = {line["iteration"]: line["validation"] for line in metrics(tmp_path)}
+    assert logged == {"1": "1.0", "3": "3.0"}
+
+
+def _kill(*_):
+    raise Killed
+
+
+def test_a_run_that_is_made_longer_keeps_its_evaluation_at_any_period(tmp_path):
+    train(config(tmp_path, "SOLVER.MAX_ITER", "3"))
+    train(config(tmp_path, "SOLVER.MAX_ITER", "4"), resume=True)
+    assert [int(x["iteration"]) for x in metrics(tmp_path) if "bbox/AP" in x] == [3, 4]
+
+
+def test_the_mark_of_another_run_counts_for_nothing(tmp_path, monkeypatch):
+    """Its checkpoints were removed by hand."""
+    cfg = config(tmp_path, "SOLVER.MAX_ITER", "5")
+    (tmp_path / "finished_iteration").write_text("3")
+    train_until_killed(cfg, monkeypatch, MaskEvaluator, "evaluate", 1)
+    train(cfg, resume=True)
+    assert [int(x["iteration"]) for x in metrics(tmp_path) if "bbox/AP" in x] == [3, 5]
