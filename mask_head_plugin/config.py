@@ -202,12 +202,13 @@ def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
     Raises:
         ConfigError: if a key does not exist or has the wrong type, or a pair is not complete.
     """
+    flags = [text for text in opts if text.startswith("--")]
+    if flags:
+        raise ConfigError(f"{flags[0]} stands behind KEY VALUE pairs; flags go before them")
     if len(opts) % 2:
         raise ConfigError(f"options are pairs 'KEY VALUE', but {opts[-1]!r} has no partner")
     keys = set(_keys(cfg))
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        if key.startswith("--"):
-            raise ConfigError(f"{key} stands behind KEY VALUE pairs; flags go before them")
         if key in set(_sections(cfg)):
             raise ConfigError(f"option {key} is a section; set one of its keys")
         if key not in keys:

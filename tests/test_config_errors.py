@@ -66,6 +66,8 @@ def test_missing_file_names_the_nearest_one():
         (["NUM_CLASSES", "1"], "did you mean MODEL.*NUM_CLASSES"),
         (["SOLVER.MAX_ITER", "1.5"], "type int"),
         (["SOLVER.MAX_ITER"], "no partner"),
+        (["OUTPUT_DIR", "x", "--resume"], "^--resume stands behind KEY VALUE pairs"),
+        (["--resume", "OUTPUT_DIR", "x"], "^--resume stands behind KEY VALUE pairs"),
         (["SOLVER", "1"], "option SOLVER is a section"),
         (["SOLVER.MAX_ITER.X", "1"], "SOLVER.MAX_ITER.X"),
     ],

@@ -56,6 +56,11 @@ def parse_args() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     if not Path(args.json).is_file():
         raise ConfigError(f"--json {args.json}: there is no such file")
+    if args.output and args.output.resolve() in (
+        Path(args.json).resolve(),
+        *([args.fix.resolve()] if args.fix else []),
+    ):
+        raise ConfigError(f"--output {args.output} is the file of --json or --fix; name another")
     if not Path(args.images).is_dir():
         raise ConfigError(f"--images {args.images}: there is no such folder")
     options = CheckOptions(args.num_classes, args.lvis, decode=args.decode)

@@ -273,21 +273,19 @@ def write_durably(
 def checkpoint_files(folder: Path) -> list[Path]:
     """Returns the checkpoints that a run can resume from, the first choice first.
 
-    That is the one that ``last_checkpoint`` names, but for what was written after that; then the
-    others from new to old.
+    That is the one that ``last_checkpoint`` names, but for a later iteration that was written after
+    that; then the others by falling iteration. Times alone do not order files that were copied.
     """
     tag = folder / LAST_CHECKPOINT
     tagged = tag.read_bytes().strip().decode(errors="replace") if tag.is_file() else ""
     tag_time = tag.stat().st_mtime_ns if tag.is_file() else 0
     files = [path for path in folder.glob("*.pth") if path.match("model_*") or path.name == tagged]
     files = [path for path in files if path.stem != BEST_CHECKPOINT]
-    is_marked = any(path.name == tagged for path in files)
 
-    def rank(path: Path) -> tuple[bool, bool, int, str]:
-        time = path.stat().st_mtime_ns
-        # The time alone would not do: in a copy of the folder it is that of copying.
-        is_newer = not is_marked or -1 < _iteration(Path(tagged).stem) < _iteration(path.stem)
-        return time > tag_time and is_newer, path.name == tagged, time, path.name
+    def rank(path: Path) -> tuple[bool, bool, int, int]:
+        time, iteration = path.stat().st_mtime_ns, _iteration(path.stem)
+        is_later = time > tag_time and 0 <= _iteration(Path(tagged).stem) < iteration
+        return is_later, path.name == tagged, iteration, time
 
     return sorted(files, key=rank, reverse=True)
 
@@ -381,8 +379,8 @@ def _sha256(path: Path) -> str:
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """Removes all but the ``keep`` newest ``model_<iteration>.pth``, with their checksums."""
-    files = [path for path in folder.glob("model_*.pth") if re.fullmatch(r"model_\d+", path.stem)]
-    for path in sorted(files, key=lambda path: int(path.stem.partition("_")[2]))[:-keep]:
+    files = [path for path in folder.glob("model_*.pth") if _iteration(path.name) >= 0]
+    for path in sorted(files, key=lambda path: _iteration(path.name))[:-keep]:
         path.unlink()
         path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
 

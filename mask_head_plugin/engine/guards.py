@@ -93,13 +93,16 @@ class StepGuard(HookBase):
         guilty = guilty or [report for report in reports if report[1]]
         if not guilty:
             return
-        path = self._save(values)
         told = []
         for terms, layers, images in guilty:
             what = ", ".join(terms) or f"gradients are not finite, of {listed(layers)}"
             told.append(f"{what}, with the images {images}")
-        raise TrainingError(
-            f"iteration {self.trainer.iter}: {'; '.join(told)}. The weights from before this step "
+        raise self._diverged("; ".join(told), values)
+
+    def _diverged(self, told: str, losses: dict[str, float]) -> TrainingError:
+        path = self._save(losses)
+        return TrainingError(
+            f"iteration {self.trainer.iter}: {told}. The weights from before this step "
             f"and its batch are in {path}; tools/replay_step.py finds the layer. Often a lower "
             "SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True "
             "helps"
@@ -113,7 +116,14 @@ class StepGuard(HookBase):
         return path
 
     def explain(self, error: BaseException) -> TrainingError | None:
-        """Returns an error that says what to lower if memory ran out, else None."""
+        """Returns an error with images and remedy, where memory ran out or boxes diverged.
+
+        Returns:
+            None for other errors.
+        """
+        if isinstance(error, FloatingPointError):  # of detectron2's RPN, before there are losses
+            what = _first_line(error).rstrip(".")
+            return self._diverged(f"{what}, with the images {describe_batch(self._batch)}", {})
         if not is_out_of_memory(error):
             return None
         heads, images = self._cfg.MODEL.ROI_HEADS, len(self._batch)

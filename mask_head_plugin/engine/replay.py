@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +100,10 @@ def replay_step(model: nn.Module, path: Path) -> Replay:
     for name, module in model.named_modules():
         module.register_forward_hook(_note_bad_output(name or "(the model)", bad_outputs))
     seed_generators(*seeds)
-    with EventStorage(seeds[1]):
+    terms: dict[str, torch.Tensor] = {}
+    with EventStorage(seeds[1]), contextlib.suppress(FloatingPointError):  # raised by the RPN
         terms = model(batch)
-        sum(terms.values()).backward()
+        torch.stack(list(terms.values())).sum().backward()
     gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
     bad_gradients = [name for name, x in gradients.items() if not _is_finite(x)][::-1]
     found = {name: term.item() for name, term in terms.items()}

@@ -216,7 +216,7 @@ class Trainer(DefaultTrainer):
     def run_step(self) -> None:
         try:
             super().run_step()
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, FloatingPointError) as error:
             told = self._guard.explain(error)
             if told is None:
                 raise

@@ -117,6 +117,17 @@ def test_a_kill_between_a_checkpoint_and_its_mark_does_not_hide_it(folder):
     assert newest_intact(folder).name == "model_0000039.pth"
 
 
+@pytest.mark.parametrize("mark", ["model_final.pth", "model_0000029.pth"])
+def test_times_of_a_copied_folder_do_not_choose_the_checkpoint(folder, mark):
+    shutil.copy(folder / "model_0000029.pth", folder / "model_final.pth")
+    (folder / "last_checkpoint").write_text(mark)
+    newer = (folder / "last_checkpoint").stat().st_mtime + 1
+    for k, path in enumerate(sorted(folder.glob("*.pth"), reverse=True)):
+        os.utime(path, (newer + k, newer + k))
+    expected = [mark, "model_0000029.pth", "model_0000019.pth", "model_0000009.pth"]
+    assert [path.name for path in checkpoint_files(folder)][:3] == list(dict.fromkeys(expected))[:3]
+
+
 @pytest.mark.parametrize("mark", [b"", b"\xff\xfe", b"../../etc/passwd", b"model_9999999.pth"])
 def test_a_damaged_mark_costs_nothing(folder, mark):
     (folder / "last_checkpoint").write_bytes(mark)

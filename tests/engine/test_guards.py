@@ -230,6 +230,19 @@ def test_out_of_memory_says_which_images_and_what_to_lower(tmp_path, error):
         assert text in message, text
 
 
+def test_weights_that_diverged_are_told_before_there_are_losses_and_replayed(tmp_path):
+    """detectron2's RPN raises by itself, and without a name."""
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.backbone.fpn_output2.weight.fill_(1e38)
+    with pytest.raises(TrainingError, match=r"^iteration 0: Predicted boxes .*image_id") as error:
+        trainer.train()
+    assert "lower SOLVER.BASE_LR" in str(error.value)
+    path = tmp_path / "failed_steps" / "iteration_0_rank_0.pth"
+    replay = replay_step(Trainer.build_model(trainer.cfg), path)
+    assert replay.losses == {} and replay.bad_outputs[0].startswith("backbone.fpn_output2")
+
+
 def test_other_errors_pass_unchanged(tmp_path):
     trainer = make_trainer(tmp_path)
 

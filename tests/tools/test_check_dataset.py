@@ -62,6 +62,17 @@ def test_a_corrected_copy_is_written_and_passes(broken, tmp_path, run_tool):
     assert code == 0 and "0 errors, 0 warnings" in out
 
 
+@pytest.mark.parametrize("flags", [("--output", "good.json"), ("--output", "x", "--fix", "x")])
+def test_a_report_overwrites_no_annotations(tmp_path, run_tool, flags, monkeypatch):
+    data = make_good(tmp_path).write()
+    monkeypatch.chdir(tmp_path)
+    data.json_file.rename("good.json")
+    before = (tmp_path / "good.json").read_bytes()
+    code, _, err = run_tool("--json", "./good.json", "--images", data.images, *flags)
+    assert code == 2 and "--output" in err and err.count("\n") == 1
+    assert (tmp_path / "good.json").read_bytes() == before and not (tmp_path / "x").exists()
+
+
 def test_what_cannot_be_mended_gives_exit_code_2_and_one_line(broken, tmp_path, run_tool):
     half = tmp_path / "half.json"
     half.write_bytes(broken.json_file.read_bytes()[:300])
