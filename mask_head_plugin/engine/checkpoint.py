@@ -379,8 +379,8 @@ def _sha256(path: Path) -> str:
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """Removes all but the ``keep`` newest ``model_<iteration>.pth``, with their checksums."""
-    files = [path for path in folder.glob("model_*.pth") if _iteration(path.name) >= 0]
-    for path in sorted(files, key=lambda path: _iteration(path.name))[:-keep]:
+    files = [path for path in folder.glob("model_*.pth") if _iteration(path.stem) >= 0]
+    for path in sorted(files, key=lambda path: _iteration(path.stem))[:-keep]:
         path.unlink()
         path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
 
