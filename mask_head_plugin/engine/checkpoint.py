@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -261,18 +262,32 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """Returns the checkpoints that a run can resume from, the first choice first.
 
     That is the one that ``last_checkpoint`` names, but for what was written after that; then the
-    others from new to old.
+    others from new to old. The iterations in their names tell, where they can: a copy of a folder
+    has other times.
     """
     files = [path for path in folder.glob("model_*.pth") if path.stem != BEST_CHECKPOINT]
     tag = folder / LAST_CHECKPOINT
     tagged = tag.read_bytes().strip().decode(errors="replace") if tag.is_file() else ""
     tag_time = tag.stat().st_mtime_ns if tag.is_file() else 0
+    times = {path: path.lstat().st_mtime_ns for path in files}  # of links to nothing, too
+    numbers = {path: _iteration(path) for path in files}
+    newest_number = max((times[path] for path, number in numbers.items() if number >= 0), default=0)
+    tagged_number = _iteration(folder / tagged)
 
-    def rank(path: Path) -> tuple[bool, bool, int, str]:
-        time = path.stat().st_mtime_ns
-        return time > tag_time, path.name == tagged, time, path.name
+    def rank(path: Path) -> tuple[bool, bool, float, int, str]:
+        time, number = times[path], numbers[path]
+        newer = time > tag_time and (min(number, tagged_number) < 0 or number > tagged_number)
+        if number < 0 and time > newest_number:  # model_final, of the run or of a shorter one
+            number = math.inf
+        return newer, path.name == tagged, number, time, path.name
 
     return sorted(files, key=rank, reverse=True)
+
+
+def _iteration(path: Path) -> float:
+    """Returns the iteration of ``model_<iteration>.pth``, -1 for another file."""
+    found = re.fullmatch(r"model_(\d{1,15})\.pth", path.name, re.ASCII)
+    return int(found[1]) if found else -1
 
 
 def newest_intact(folder: Path) -> Path:
@@ -301,6 +316,8 @@ def find_damage(path: Path) -> str:
     A file without a checksum beside it, as detectron2 writes it, is judged by the checksums inside
     it.
     """
+    if not path.is_file():
+        return "is a folder" if path.is_dir() else "is a link to nothing"
     if path.stat().st_size == 0:
         return "is empty"
     checksum = path.with_name(f"{path.name}.sha256")

@@ -6,8 +6,10 @@ A kill is an exception that nobody handles: nothing is written behind it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,3 +224,16 @@ def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     names = {path.name for path in tmp_path.glob("*.pth")}
     assert names == {"model_0000005.pth", "model_0000007.pth", "model_final.pth", "model_best.pth"}
     assert {path.name for path in tmp_path.glob("*.sha256")} == {f"{x}.sha256" for x in names}
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b'{"metric": ', b"[5]", b'{"metric": "segm/AP", "value": "x"}']
+)
+def test_a_damaged_record_of_the_best_weights_costs_no_resume(tmp_path, record):
+    (tmp_path / "model_best.json").write_bytes(record)
+    hook = hooks.BestCheckpointer(
+        MaskHeadCheckpointer(torch.nn.Linear(2, 2), str(tmp_path)), "segm/AP"
+    )
+    hook.trainer = SimpleNamespace(start_iter=5)
+    hook.before_train()
+    assert hook._best == -math.inf
