@@ -256,12 +256,12 @@ class _Seen(NamedTuple):
 
     Attributes:
         depth: of the containers in it.
-        count: of the objects in it, one that is held twice counted twice.
+        objects: how many are in it; one that is held twice counts twice.
         name: if it is a global, without its module.
     """
 
     depth: int
-    count: int
+    objects: int
     name: str
 
 
@@ -320,7 +320,7 @@ def _scan(file: BinaryIO | IO[bytes], size: int) -> None:
                     raise pickle.UnpicklingError(
                         f"its pickle nests over {MAX_DEPTH} containers; {DISTRUST}"
                     )
-                count = 1 + sum(x.count for x in taken)
+                count = 1 + sum(x.objects for x in taken)
                 if count > max(size, 1) * _MOST_REPEATS and name.startswith("TUPLE"):
                     raise pickle.UnpicklingError(
                         f"its pickle holds tuples of {count} objects in a file of {size} bytes; "
