@@ -107,6 +107,8 @@ def _inspect(file: IO[bytes], decode: bool) -> ImageFacts:
         return ImageFacts(("image-depth", f"has pixels of mode {image.mode}"))
     # MPO is what some cameras write: a JPEG with a preview behind it.
     animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    # Pillow turns a TIFF as it loads it; detectron2 asks before, and turns it once more.
+    early = _orientation(image, file, decode) if image.format == "TIFF" else None
     whole = _looks_whole(image, file)
     if not whole and image.format == "JPEG" and _ends_in_zeros(file):
         return ImageFacts(("image-truncated", "ends in zeros in the middle of the pixels"))
@@ -115,14 +117,17 @@ def _inspect(file: IO[bytes], decode: bool) -> ImageFacts:
             image.load()
         except Exception as error:  # as above
             return ImageFacts(("image-truncated", f"is damaged: {_one_line(error)}"))
+    orientation = _orientation(image, file, decode) if early is None else early
+    return ImageFacts(None, (height, width), orientation, animated)
+
+
+def _orientation(image: Image.Image, file: IO[bytes], decode: bool) -> int:
     try:
         exif = image.getexif() if decode or image.format != "PNG" else _png_exif(image, file)
         orientation = exif.get(EXIF_ORIENTATION, 1)
     except Exception:  # detectron2 goes on without, too
-        orientation = 1
-    if orientation not in range(1, 9):
-        orientation = 1
-    return ImageFacts(None, (height, width), orientation, animated)
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _looks_whole(image: Image.Image, file: IO[bytes]) -> bool:
@@ -131,7 +136,7 @@ def _looks_whole(image: Image.Image, file: IO[bytes]) -> bool:
         file.seek(0, 2)
         file.seek(max(file.tell() - 64, 0))
         return file.read().rstrip(b"\0\r\n ").endswith(JPEG_END)
-    return image.format == "PNG" and any(kind == b"IEND" for kind in _png_chunks(file))
+    return image.format == "PNG" and {b"IDAT", b"IEND"} <= set(_png_chunks(file))
 
 
 def _ends_in_zeros(file: IO[bytes]) -> bool:

@@ -16,6 +16,9 @@ ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation", "are
 MAX_ID = 1 << 53
 """From here on not every whole number is a float64, in which metrics hold ids."""
 
+MOST_AREA = 1.1
+"""Of an object, in images: polygons and boxes may leave one by a pixel."""
+
 Sizes = dict[Hashable, tuple[int, int] | None]
 """(height, width) by image id; None where the record has no valid size."""
 
@@ -243,6 +246,15 @@ def check_annotation_fields(
         found.add("iscrowd-invalid", f"iscrowd is {quote(crowd)}", at)
     if area is not None and not (is_finite(area) and area >= 0):
         found.add("area-invalid", f"area is {quote(area)}", at)
+    elif area is not None and isinstance(get("image_id"), Hashable):
+        size = sizes.get(get("image_id"))
+        if size is not None and area > MOST_AREA * math.prod(size):
+            found.add("area-invalid", f"area is {area}, the image has {math.prod(size)}", at)
+    keypoints = get("keypoints")  # detectron2 reads them whether they are used or not
+    if keypoints and not (
+        isinstance(keypoints, list) and len(keypoints) % 3 == 0 and all(map(is_finite, keypoints))
+    ):
+        found.add("keypoints-invalid", f"the keypoints are {quote(keypoints)}", at)
     if get("ignore", 0) != 0:
         found.add("ignore-flag", f"'ignore' is {quote(get('ignore'))}", at)
 

@@ -235,7 +235,9 @@ def _fingerprint(files: Iterable[str]) -> str:
     for path in files:
         try:
             status = os.stat(path)  # noqa: PTH116
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            # The last tells of permissions, too.
+            times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
+            digest.update(f"{path}\0{status.st_size}\0{times}\n".encode())
         except (OSError, ValueError):
             digest.update(f"{path}\n".encode())
     return digest.hexdigest()

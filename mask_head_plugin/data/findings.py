@@ -88,6 +88,9 @@ KINDS: dict[str, Kind] = {
     "iscrowd-invalid": Kind(ERROR, "write 0 for an object, 1 for a crowd region"),
     "area-invalid": Kind(ERROR, "write the mask's number of pixels (--fix does)"),
     "ignore-flag": Kind(ERROR, "detectron2 refuses it: leave the annotation out (--fix does)"),
+    "keypoints-invalid": Kind(
+        ERROR, "write x, y and visibility of each point in one list (--fix leaves them out)"
+    ),
     # Boxes.
     "box-malformed": Kind(ERROR, _SEE_MASK),
     "box-not-finite": Kind(ERROR, _SEE_MASK),

@@ -223,6 +223,14 @@ def _iscrowd(fixer: Repairs, annotation: Record) -> str | None:
     return f"iscrowd is now {value}"
 
 
+def _drop_keypoints(fixer: Repairs, annotation: Record) -> str | None:
+    """Masks are trained without them."""
+    del fixer
+    del annotation["keypoints"]
+    annotation.pop("num_keypoints", None)
+    return "its keypoints are left out"
+
+
 def _mask(fixer: Repairs, annotation: Record) -> tuple[Box, Any] | None:
     """Returns the box around a sound mask within the image, and its run lengths."""
     image_hw = fixer.image_hw(annotation)
@@ -346,6 +354,7 @@ REPAIRS: dict[tuple[str, str], Repair] = {
     ("annotations", "unknown-category"): _references,
     ("annotations", "iscrowd-invalid"): _iscrowd,
     ("annotations", "area-invalid"): _area_from_mask,
+    ("annotations", "keypoints-invalid"): _drop_keypoints,
     ("annotations", "crowd-polygon"): _crowd_runs,
     ("annotations", "polygons-not-nested"): _nest,
     ("annotations", "polygon-of-points"): _flatten,

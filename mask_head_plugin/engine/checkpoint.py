@@ -283,7 +283,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     files = [path for path in files if path.stem != BEST_CHECKPOINT]
 
     def rank(path: Path) -> tuple[bool, bool, int, int]:
-        time, iteration = path.stat().st_mtime_ns, _iteration(path.stem)
+        time, iteration = path.lstat().st_mtime_ns, _iteration(path.stem)  # of dead links, too
         is_later = time > tag_time and 0 <= _iteration(Path(tagged).stem) < iteration
         return is_later, path.name == tagged, iteration, time
 
@@ -292,7 +292,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 def _iteration(stem: str) -> int:
     """Returns the number at the end of a checkpoint's name, or -1 as for ``model_final``."""
-    number = re.search(r"_(\d+)$", stem)
+    number = re.search(r"_(\d{1,15})$", stem, re.ASCII)
     return int(number[1]) if number else -1
 
 
@@ -322,6 +322,8 @@ def find_damage(path: Path) -> str:
     A file without a checksum beside it, as detectron2 writes it, is judged by the checksums inside
     it.
     """
+    if not path.is_file():
+        return "is a folder" if path.is_dir() else "is a link to nothing"
     if path.stat().st_size == 0:
         return "is empty"
     checksum = path.with_name(f"{path.name}.sha256")

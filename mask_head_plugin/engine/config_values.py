@@ -35,6 +35,9 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
     ),
 }
 
+MOST_WORKERS = 1024
+"""More would only bring the machine down."""
+
 SHARES = (
     *(ROI + "SCORE_THRESH_TEST", ROI + "NMS_THRESH_TEST", RPN + "NMS_THRESH"),
     *("SOLVER.MOMENTUM", "SOLVER.WARMUP_FACTOR", "TEST.SEMANTIC_THRESHOLD"),
@@ -122,6 +125,11 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
             f"{num_processes}; set it to {near}"
         )
     loader = cfg.DATALOADER
+    if loader.NUM_WORKERS > MOST_WORKERS:
+        raise ConfigError(
+            f"DATALOADER.NUM_WORKERS is {loader.NUM_WORKERS} processes; it can be {MOST_WORKERS} "
+            "at most"
+        )
     if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and not loader.REPEAT_THRESHOLD > 0:
         raise ConfigError(
             "DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler repeats nothing with "
@@ -157,12 +165,15 @@ def check_input(cfg: CfgNode) -> None:
     channels = 1 if given.FORMAT == "L" else 3
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         values = cfg.MODEL[key]
-        if len(values) != channels or not all(math.isfinite(x) for x in values):
+        numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in values)
+        if len(values) != channels or not numbers:
             raise ConfigError(
                 f"MODEL.{key} {values}: INPUT.FORMAT {given.FORMAT} has {channels} channels"
             )
-    if 0 in cfg.MODEL.PIXEL_STD:
-        raise ConfigError(f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}: pixels are divided by it")
+    if not all(x > 0 for x in cfg.MODEL.PIXEL_STD):
+        raise ConfigError(
+            f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}: pixels are divided by it, so it is above 0"
+        )
 
 
 def check_test(cfg: CfgNode, *, train: bool) -> None:

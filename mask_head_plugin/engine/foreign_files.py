@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ _NOT_WEIGHTS = (
 )
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 
+SPARE_BYTES = 1 << 20
+"""That arrays may share: Python has each byte once."""
 _INSTRUCTIONS = {
     *("MARK", "STOP", "PROTO", "FRAME", "NONE", "NEWTRUE", "NEWFALSE"),
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -60,6 +62,11 @@ _PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
 _FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "REDUCE", "BUILD", "NEWOBJ"}
 _SPARE_NUMBERS = 1000  # not all picklers number their objects without gaps
+_MOST_REPEATS = 10
+"""Objects in a tuple for each byte of the file."""
+_CALLED = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
+_SIZED = ("bytearray", "Tensor", "UntypedStorage", "TypedStorage")
+"""Types that torch admits; called with a number, each takes as much memory as it says."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -237,27 +244,42 @@ def _read_pickle(file: BinaryIO) -> Any:
     file.seek(0)
     _scan(file, size)
     file.seek(0)
-    return _plain(_ArrayUnpickler(file, encoding="latin1").load(), {})
+    return _Plain(size).of(_ArrayUnpickler(file, encoding="latin1").load())
 
 
 def _code(name: str) -> str:
     return f"it names {name}, which is not part of weights or arrays; {DISTRUST}"
 
 
+class _Seen(NamedTuple):
+    """What a scan knows of an object.
+
+    Attributes:
+        depth: of the containers in it.
+        objects: how many are in it; one that is held twice counts twice.
+        name: if it is a global, without its module.
+    """
+
+    depth: int
+    objects: int
+    name: str
+
+
 def _scan(file: BinaryIO | IO[bytes], size: int) -> None:
     """Goes through the instructions of one pickle without following any.
 
-    Refuses what would let a small file fill the memory or overflow the stack: lengths beyond the
-    file, gaps in the table of remembered objects (it is made as long as the largest number in
-    it), and containers nested without end.
+    Refuses what would let a small file fill the memory, overflow the stack or never end: lengths
+    beyond the file, gaps in the table of remembered objects (it is made as long as the largest
+    number in it), calls that make objects of a given size, containers nested without end, and
+    tuples that hold each other many times over (to be a key, each is counted through).
 
     Args:
         file: read from where it stands to behind the pickle.
         size: bytes of the file.
     """
-    stack: list[int] = []  # how deep the object in each place is
+    stack: list[_Seen] = []
     marks: list[int] = []
-    remembered: dict[int, int] = {}
+    remembered: dict[int, _Seen] = {}
     for opcode, argument, _ in pickletools.genops(file):
         name = opcode.name
         if name not in _INSTRUCTIONS:
@@ -284,14 +306,28 @@ def _scan(file: BinaryIO | IO[bytes], size: int) -> None:
                 raise IndexError(f"nothing for {name} to take")
             taken = stack[start:]
             del stack[start:]
+            if name in _CALLED and taken and taken[0].name in _SIZED:
+                raise pickle.UnpicklingError(
+                    f"its pickle calls {taken[0].name}, which makes memory of any size; {DISTRUST}"
+                )
             if pushed:
                 into = taken[:1] if name in _FILLS else []  # fills what is there
-                deepest = max(chain(into, (depth + 1 for depth in taken[len(into) :])), default=0)
+                rest = taken[len(into) :]
+                deepest = max(
+                    chain((x.depth for x in into), (x.depth + 1 for x in rest)), default=0
+                )
                 if deepest > MAX_DEPTH:
                     raise pickle.UnpicklingError(
                         f"its pickle nests over {MAX_DEPTH} containers; {DISTRUST}"
                     )
-                stack.append(deepest)
+                count = 1 + sum(x.objects for x in taken)
+                if count > max(size, 1) * _MOST_REPEATS and name.startswith("TUPLE"):
+                    raise pickle.UnpicklingError(
+                        f"its pickle holds tuples of {count} objects in a file of {size} bytes; "
+                        f"{DISTRUST}"
+                    )
+                called = str(argument).rpartition(" ")[2] if name == "GLOBAL" else ""
+                stack.append(_Seen(deepest, count, called))
 
 
 def _effects() -> dict[str, tuple[int, bool, bool]]:
@@ -359,8 +395,7 @@ def _array(
             f"it has an array of shape {shape} and type {dtype.dtype}, but {len(content)} bytes of "
             "it; the file is corrupt"
         )
-    values = np.frombuffer(content, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
-    return values.astype(dtype.dtype.newbyteorder("="), order="K")  # a copy that can be written
+    return np.frombuffer(content, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
 
 
 def _filled(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
@@ -417,33 +452,51 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _STAND_INS[module, name]
 
 
-def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """Returns the value with arrays in the place of their stand-ins.
+class _Plain:
+    """Makes plain containers and arrays of what an _ArrayUnpickler made.
 
-    Args:
-        value: what an _ArrayUnpickler made.
-        done: what became of containers that were met before, by id.
+    Its arrays are views: a pickle can name the same bytes any number of times.
     """
-    if value is None or isinstance(value, bool | int | float | str | bytes | bytearray):
-        return value
-    if isinstance(value, _Array) and value.value is not None:
-        return value.value
-    if id(value) in done:
-        return done[id(value)]
-    if isinstance(value, dict):
-        result: Any = done.setdefault(id(value), {})
-        for key, item in value.items():
-            if not isinstance(key, str | int | bytes):
-                raise pickle.UnpicklingError(f"it has a key of type {type(key).__name__}")
-            result[key] = _plain(item, done)
-        return result
-    if isinstance(value, list):
-        result = done.setdefault(id(value), [])
-        result.extend(_plain(item, done) for item in value)
-        return result
-    if isinstance(value, tuple):
-        return done.setdefault(id(value), tuple(_plain(item, done) for item in value))
-    raise pickle.UnpicklingError(f"it has a {type(value).__name__.strip('_')} without content")
+
+    def __init__(self, size: int) -> None:
+        """
+        Args:
+            size: bytes of the file.
+        """
+        self._size, self._copied = size, 0
+        self._done: dict[int, Any] = {}  # what became of what was met before, by id
+
+    def of(self, value: Any) -> Any:
+        """Returns the value with arrays in the place of their stand-ins."""
+        if value is None or isinstance(value, bool | int | float | str | bytes | bytearray):
+            return value
+        if id(value) in self._done:
+            return self._done[id(value)]
+        if isinstance(value, _Array) and value.value is not None:
+            return self._done.setdefault(id(value), self._copy(value.value))
+        if isinstance(value, dict):
+            result: Any = self._done.setdefault(id(value), {})
+            for key, item in value.items():
+                if not isinstance(key, str | int | bytes):
+                    raise pickle.UnpicklingError(f"it has a key of type {type(key).__name__}")
+                result[key] = self.of(item)
+            return result
+        if isinstance(value, list):
+            result = self._done.setdefault(id(value), [])
+            result.extend(self.of(item) for item in value)
+            return result
+        if isinstance(value, tuple):
+            return self._done.setdefault(id(value), tuple(self.of(item) for item in value))
+        raise pickle.UnpicklingError(f"it has a {type(value).__name__.strip('_')} without content")
+
+    def _copy(self, view: npt.NDArray[Any] | np.generic) -> npt.NDArray[Any] | np.generic:
+        """Returns what can be written, in this machine's order of bytes."""
+        self._copied += view.nbytes
+        if self._copied > self._size + SPARE_BYTES:
+            raise pickle.UnpicklingError(
+                f"its arrays have over {self._copied} bytes in a file of {self._size}; {DISTRUST}"
+            )
+        return view.astype(view.dtype.newbyteorder("="), order="K")
 
 
 def _zoo_checkpoint(content: Any) -> Any:
@@ -483,6 +536,12 @@ def _checked(checkpoint: Any) -> dict[str, Any]:
         ):
             raise pickle.UnpicklingError(
                 f"{name!r} is sparse, quantized or without data; save it as a plain tensor"
+            )
+        if isinstance(value, torch.Tensor) and value.nbytes > _MOST_REPEATS * (
+            value.untyped_storage().nbytes() + SPARE_BYTES
+        ):
+            raise pickle.UnpicklingError(
+                f"{name!r} of shape {tuple(value.shape)} repeats what it stores; save it contiguous"
             )
     return checkpoint
 

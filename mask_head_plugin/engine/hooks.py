@@ -83,9 +83,15 @@ class BestCheckpointer(hooks.HookBase):
         # Evaluations before the checkpoint's iteration were looked at when they were made.
         self._last_seen = self.trainer.start_iter - 2
         if self.trainer.start_iter > 0 and self._record.is_file():
-            best = json.loads(self._record.read_text(encoding="utf-8"))
-            if best["metric"] == self._metric:
-                self._best = best["value"]
+            try:
+                best = json.loads(self._record.read_text(encoding="utf-8"))
+                if best["metric"] == self._metric:
+                    self._best = float(best["value"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                logger.warning(
+                    "%s is damaged (%s): the next evaluation counts as the best so far",
+                    *(self._record, error),
+                )
 
     def after_step(self) -> None:
         self._check()
@@ -246,6 +252,6 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
         is_whole = line.endswith(b"\n") and isinstance(entry["iteration"], int)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return entry if is_whole else None

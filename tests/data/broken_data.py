@@ -404,6 +404,11 @@ def _exif(orientation: int, hw: tuple[int, int] = HW) -> Callable[[Path], None]:
     return change
 
 
+def _without_pixels(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"IDAT") - 4] + data[-12:])
+
+
 def _deep(path: Path) -> None:
     Image.fromarray(np.full(HW, 40_000, np.uint16)).save(path, format="PNG")
 
@@ -427,6 +432,7 @@ change_image_file("jpeg is truncated", "image-truncated", _truncate)
 change_image_file("jpeg ends in zeros", "image-truncated", _zero_end)
 change_image_file("png is truncated", "image-truncated", _truncate, 2)
 change_image_file("png lacks its last chunk", "image-truncated", lambda p: _truncate(p, 2000), 2)
+change_image_file("png has no pixels", "image-truncated", _without_pixels, 2)
 change_image_file("bmp is truncated", "image-truncated", _bmp)
 change_image_file("image has no bytes", "image-file-empty", lambda p: p.write_bytes(b""))
 change_image_file("image is a text", "image-unreadable", lambda p: p.write_text("<html>"))
@@ -494,6 +500,12 @@ set_in_annotation("area is NaN", "area-invalid", "area", NAN)
 set_in_annotation("area is negative", "area-invalid", "area", -1)
 set_in_annotation("area is text", "area-invalid", "area", "620")
 set_in_annotation("it is to be ignored", "ignore-flag", "ignore", 1, "left out")
+
+set_in_annotation("keypoints are text", "keypoints-invalid", "keypoints", "nose")
+set_in_annotation("keypoints are null", "keypoints-invalid", "keypoints", [None] * 51)
+set_in_annotation("keypoints lack a number", "keypoints-invalid", "keypoints", [5, 5])
+set_in_annotation("keypoints are NaN", "keypoints-invalid", "keypoints", [NAN, 5, 2])
+set_in_annotation("area is the unscaled image's", "area-invalid", "area", 10 * HW[0] * HW[1])
 
 # Boxes.
 set_in_annotation("box is empty", "box-malformed", "bbox", [])

@@ -9,10 +9,11 @@ import os
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-from broken_data import CASES, HW, NAN, encode, make_good, mutate, rectangle
+from broken_data import CASES, EXIF_ORIENTATION, HW, NAN, encode, make_good, mutate, rectangle
 from conftest import SHARED_DATA, small_config
 from detectron2.data import DatasetMapper
 from detectron2.data.datasets import load_coco_json
+from detectron2.data.detection_utils import read_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -321,3 +322,14 @@ def test_polygons_of_a_bad_image_record_do_not_stop_the_check(good):
     good.image(2)["height"] = "60"
     good.annotation(13)["segmentation"] = [rectangle(0, 0, 500, 500)]
     assert {x.kind for x in check(good.write())} == {"image-size-invalid"}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff_has_the_size_that_detectron2_sees(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    path = str(tmp_path / "a.tif")
+    Image.new("RGB", (80, 60)).save(path, exif=exif)
+    facts = inspect_image(path)
+    assert facts.image_hw == read_image(path).shape[:2]
+    assert facts.orientation == orientation

@@ -142,6 +142,9 @@ FIVE = re.escape("['p2', 'p3', 'p4', 'p5', 'p6']")
         ("INPUT.MIN_SIZE_TRAIN", "(-5,)", "-5 is not a number of pixels"),
         ("INPUT.MIN_SIZE_TEST", "2000", "2000 is above INPUT.MAX_SIZE_TEST 1333"),
         ("MODEL.PIXEL_MEAN", "[1.0]", r"\[1.0\]: INPUT.FORMAT BGR has 3 channels"),
+        ("MODEL.PIXEL_STD", "[-1.0, 1.0, 1.0]", "so it is above 0"),
+        ("MODEL.PIXEL_STD", "['a', 1.0, 1.0]", "INPUT.FORMAT BGR has 3 channels"),
+        ("DATALOADER.NUM_WORKERS", "100000", "is 100000 processes; it can be 1024 at most"),
         ("MODEL.PIXEL_STD", "[0.0, 1.0, 1.0]", "pixels are divided by it"),
         ("TEST.DETECTIONS_PER_IMAGE", "0", "is 0: none would be left; -1 keeps all"),
         # maps, anchors, matchers

@@ -70,6 +70,73 @@ def arrays_with(shape: bytes, dtype="f4") -> bytes:
     return start + shape + end
 
 
+def tuples_in_tuples(number: int) -> bytes:
+    """The instructions of a tuple of 2 ** number objects, in five bytes for each doubling."""
+    doubled = [b"h%c\x86q%c" % (k, k + 1) for k in range(number)]
+    return b"K\x01\x85q\x00" + b"".join(doubled)
+
+
+def arrays_of_one_memory(number: int, size: int) -> bytes:
+    """A pickle whose arrays all have the same bytes."""
+    content = b"\x80\x03}"
+    for k in range(number):
+        content += text(f"w{k}") + b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00"
+        content += b"\x85C\x01b\x87R(K\x01J" + struct.pack("<i", size) + b"\x85cnumpy\ndtype\n"
+        content += text("u1") + b"K\x00K\x01\x87R\x89"
+        content += b"h\x02" if k else b"B" + struct.pack("<i", size) + bytes(size) + b"q\x02"
+        content += b"tbs"
+    return content + b"."
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pth"])
+def test_a_key_that_takes_forever_to_count_through_is_refused(tmp_path, suffix):
+    content = b"\x80\x02}" + tuples_in_tuples(60) + b"K\x01s."
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(content if suffix == "pkl" else torch_archive(content))
+    with pytest.raises(ConfigError, match=rf"a\.{suffix} .*tuples of \d+ objects in a file of"):
+        read_checkpoint(path)
+
+
+def test_arrays_of_the_same_bytes_cannot_fill_the_memory(tmp_path):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(arrays_of_one_memory(2, 1000))
+    assert [x.sum() for x in read_checkpoint(path)["model"].values()] == [0, 0]
+    path.write_bytes(arrays_of_one_memory(40, 1 << 17))
+    with pytest.raises(ConfigError, match=r"a\.pkl .*its arrays have over \d+ bytes in a file of"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "called", ["builtins bytearray", "torch Tensor", "torch.storage UntypedStorage"]
+)
+def test_a_torch_file_takes_no_more_memory_than_it_has(tmp_path, called):
+    path = tmp_path / "a.pth"
+    call = b"c" + called.replace(" ", "\n").encode() + b"\nJ" + struct.pack("<i", 1 << 30)
+    path.write_bytes(torch_archive(b"\x80\x02}" + text("model") + call + b"\x85Rs."))
+    with pytest.raises(
+        ConfigError, match=rf"a\.pth .*calls {called.split()[1]}, which makes memory"
+    ):
+        read_checkpoint(path)
+
+
+def test_a_tensor_that_repeats_one_number_is_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"model": {"w": torch.zeros(1).expand(10_000, 10_000)}}, path)
+    with pytest.raises(ConfigError, match=r"'w' of shape \(10000, 10000\) repeats what it stores"):
+        read_checkpoint(path)
+    torch.save({"model": {"w": torch.arange(3).expand(2, 3)}}, path)
+    assert read_checkpoint(path)["model"]["w"].tolist() == [[0, 1, 2]] * 2
+
+
+def torch_archive(content: bytes) -> bytes:
+    """A file of torch's with a pickle of one's own."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a/data.pkl", content)
+        archive.writestr("a/version", "3\n")
+    return file.getvalue()
+
+
 def test_the_hand_made_array_is_one(tmp_path):
     (tmp_path / "a.pkl").write_bytes(arrays_with(b"K\x02\x85"))
     assert read_checkpoint(tmp_path / "a.pkl")["model"]["w"].tolist() == [0, 0]
@@ -235,7 +302,7 @@ TORCH_FILES = {
     ),
     "large bytes": (
         lambda: torch_bytes(Call(bytearray, 2**62)),
-        "truncated or corrupt",
+        "calls bytearray",
     ),
     "sparse": (lambda: torch_bytes({"w": torch.eye(2).to_sparse()}), "sparse"),
     "numbers": (lambda: torch_bytes({"epoch": 3, "state_dict": WEIGHTS}), "save its 'state_dict'"),

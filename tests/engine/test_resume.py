@@ -6,8 +6,10 @@ A kill is an exception that nobody handles: nothing is written behind it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -310,3 +312,16 @@ def test_the_mark_of_another_run_counts_for_nothing(tmp_path, monkeypatch):
     train_until_killed(cfg, monkeypatch, MaskEvaluator, "evaluate", 1)
     train(cfg, resume=True)
     assert [int(x["iteration"]) for x in metrics(tmp_path) if "bbox/AP" in x] == [3, 5]
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b'{"metric": ', b"[5]", b'{"metric": "segm/AP", "value": "x"}']
+)
+def test_a_damaged_record_of_the_best_weights_costs_no_resume(tmp_path, record):
+    (tmp_path / "model_best.json").write_bytes(record)
+    hook = hooks.BestCheckpointer(
+        MaskHeadCheckpointer(torch.nn.Linear(2, 2), str(tmp_path)), "segm/AP"
+    )
+    hook.trainer = SimpleNamespace(start_iter=5)
+    hook.before_train()
+    assert hook._best == -math.inf
