@@ -3,7 +3,7 @@
 
 step: forward, backward and SGD of Mask R-CNN R50-FPN with two images of 512 px, and of the embedded
 data set's small model with four images of 96 px. guard: the look at losses and gradients before the
-weights change. seeds: seeding the step, and seeding and restoring the generators for each image.
+weights change. seeds: seeding the step and each image, and restoring the generators.
 
 A time is the median of several runs, all in turn. Writes a table, and a JSON file with machine,
 versions and date.
@@ -28,7 +28,7 @@ from torch import nn
 
 from mask_head_plugin import load_config
 from mask_head_plugin.data import seed_generators
-from mask_head_plugin.data.train_loader import seeded_generators
+from mask_head_plugin.data.train_loader import kept_generators, seed_cpu_generators
 from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.guards import StepGuard
 
@@ -50,9 +50,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[dict[s
 
 def draw_seeds(num_images: int) -> None:
     seed_generators(1, 2, 3)
-    for slot in range(num_images):
-        with seeded_generators(1, 2, 3, slot):
-            pass
+    with kept_generators():
+        for slot in range(num_images):
+            seed_cpu_generators(1, 2, 3, slot)
 
 
 def measure(name: str, device: str, repeats: int) -> dict[str, Any]:

@@ -54,16 +54,20 @@ def seed_generators(*key: int) -> None:
 
 
 @contextlib.contextmanager
-def seeded_generators(*key: int) -> Iterator[None]:
-    """Seeds the same generators, on the CPU only, and gives them their state back at the end."""
+def kept_generators() -> Iterator[None]:
+    """Gives the global generators of the CPU their state back at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    torch.default_generator.manual_seed(_seed_python_and_numpy(key))
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def seed_cpu_generators(*key: int) -> None:
+    """Seeds the same generators as seed_generators, but for those of devices."""
+    torch.default_generator.manual_seed(_seed_python_and_numpy(key))
 
 
 def _seed_python_and_numpy(key: Sequence[int]) -> int:
@@ -124,7 +128,7 @@ class TrainLoader:
                 does.
             mapper: from a record to what the model takes; if None detectron2's DatasetMapper.
         """
-        with seeded_generators(0):  # a sampler comes with it, and draws
+        with kept_generators():  # a sampler comes with it, and draws
             parts = build_detection_train_loader.from_config(cfg, mapper)
         if isinstance(parts["dataset"], IterableDataset):
             raise ConfigError(
@@ -149,7 +153,8 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[Any]]:
         # detectron2's samplers take their seed from NumPy's generator, and no two the same way.
-        with seeded_generators(self._seed):
+        with kept_generators():
+            seed_cpu_generators(self._seed)
             parts = build_detection_train_loader.from_config(
                 self._cfg, self._mapper, dataset=self._records
             )
@@ -239,22 +244,24 @@ class _Samples(Dataset[Any]):
     def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int, rank: int) -> None:
         self._records, self._mapper, self._seed, self._rank = records, mapper, seed, rank
 
+    def __getitems__(self, places: list[_Place]) -> list[Any]:
+        with kept_generators():  # once a batch: it takes longer than seeding
+            return [self[place] for place in places]
+
     def __getitem__(self, place: _Place) -> Any:
+        seed_cpu_generators(self._seed, place.iteration, self._rank, place.slot)
         index = place.index
-        with seeded_generators(self._seed, place.iteration, self._rank, place.slot):
-            for _ in range(MAX_DECLINED):
-                record = self._records[index]
-                try:
-                    sample = self._mapper(record)
-                except ConfigError as error:
-                    return _Failure(str(error), traceback.format_exc())
-                if sample is not None:
-                    return sample
-                index = int(np.random.randint(len(self._records)))
-        return _Failure(
-            f"the mapper declined {MAX_DECLINED} images in a row, the last one {describe(record)}",
-            "",
-        )
+        for _ in range(MAX_DECLINED):
+            record = self._records[index]
+            try:
+                sample = self._mapper(record)
+            except ConfigError as error:
+                return _Failure(str(error), traceback.format_exc())
+            if sample is not None:
+                return sample
+            index = int(np.random.randint(len(self._records)))
+        message = f"the mapper declined {MAX_DECLINED} images in a row, the last one "
+        return _Failure(message + describe(record), "")
 
 
 def _aspect_groups(records: Sequence[Record]) -> list[bool]:

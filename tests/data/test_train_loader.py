@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.data import TrainLoader, seed_generators
-from mask_head_plugin.data.train_loader import MAX_DECLINED, seeded_generators
+from mask_head_plugin.data.train_loader import MAX_DECLINED, kept_generators, seed_cpu_generators
 
 NAME = "test_train_loader"
 SIZES = [(40, 30), (30, 40), (50, 30), (30, 30), (20, 60), (60, 20), (70, 20)]  # width, height
@@ -77,6 +77,21 @@ def test_a_sample_is_augmented_otherwise_in_each_epoch():
     assert len(set(seen)) == 100
 
 
+def test_processes_augment_the_same_place_otherwise(monkeypatch):
+    """Each process has its own part of the order, and its own random numbers for it."""
+    comm = "detectron2.utils.comm"
+    monkeypatch.setattr(f"{comm}.get_world_size", lambda: 2)
+    monkeypatch.setattr(f"{comm}.all_gather", lambda x: [x, x])  # of the sampler's seed
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(f"{comm}.get_rank", lambda rank=rank: rank)
+        found.append(batches(loader(*UNGROUPED, "SOLVER.IMS_PER_BATCH", "4"), 1, 0, 7))
+    numbers = [[x for batch in each for _, x in batch] for each in found]
+    assert not set(numbers[0]) & set(numbers[1])
+    both = [index for pair in zip(*found, strict=True) for batch in pair for index, _ in batch]
+    assert Counter(both) == dict.fromkeys(range(7), 4), "together they go through all images"
+
+
 def test_an_epoch_has_each_image_once():
     indices = [index for batch in batches(loader(*UNGROUPED), 5, 0, 7) for index, _ in batch]
     assert sorted(indices[:7]) == sorted(indices[7:]) == list(range(7))
@@ -113,7 +128,8 @@ def test_generators_are_restored_after_an_error():
     seed_generators(2)
     expected = draw({"image_id": 0})[1]
     seed_generators(2)
-    with pytest.raises(KeyError), seeded_generators(3):
+    with pytest.raises(KeyError), kept_generators():
+        seed_cpu_generators(3)
         raise KeyError
     assert draw({"image_id": 0})[1] == expected
 
