@@ -168,6 +168,10 @@ class _LocalBases(CfgNode):
             raise OSError(
                 f"{address[0]} is on another machine; download it, look at it, and name your copy"
             )
+        if any(isinstance(x, yaml.AliasToken) for x in yaml.scan(Path(filename).read_bytes())):
+            raise OSError(
+                "it has aliases (*name), with which few lines can fill the memory; write values out"
+            )
         return Path(filename).open(encoding="utf-8")
 
 

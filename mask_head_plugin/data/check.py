@@ -177,6 +177,9 @@ def check_content(content: Any, image_root: str, found: Findings, options: Check
         facts.formats.note(annotation)
     if not annotations:
         found.add("no-annotations", "the file has no annotations")
+    elif all(isinstance(x, dict) and x.get("iscrowd") == 1 for x in annotations):
+        message = "all annotations are crowds, on which nothing is trained or measured"
+        found.add("no-annotations", message)
     facts.formats.check(found)
     if options.files:
         _check_files(content["images"], image_root, found, options)

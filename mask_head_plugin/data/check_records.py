@@ -73,7 +73,7 @@ def check_categories(
             continue
         i, name = category["id"], category["name"]
         check_id("category", i, found, at)
-        if not isinstance(name, str) or not name.strip():
+        if not isinstance(name, str) or not name.strip() or not _is_unicode(name):
             found.add("category-name", f"category {quote(i)} has the name {quote(name)}", at)
             continue
         if not isinstance(i, Hashable):
@@ -95,6 +95,15 @@ def check_categories(
     elif num_classes is not None and len(names) != num_classes:
         found.add("num-classes", f"the file has {len(names)} categories, the model {num_classes}")
     return names
+
+
+def _is_unicode(text: str) -> bool:
+    """Returns whether a text can be written; JSON can hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_id(what: str, value: Any, found: Findings, at: Place) -> None:
@@ -194,9 +203,7 @@ def file_name(image: Mapping[str, Any], lvis: bool) -> str | None:
     if lvis:
         parts = name.split("/")[-2:]
         return "/".join(parts) if len(parts) == 2 and all(parts) else None
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+    if not _is_unicode(name):
         return None
     normalised = posixpath.normpath(name)
     return None if normalised == "." else normalised

@@ -67,7 +67,7 @@ def check_config(cfg: CfgNode, *, train: bool, num_processes: int = 1) -> None:
     try:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of a zero byte
         raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be written: {error}") from error
 
 

@@ -147,9 +147,10 @@ def _check_heads(cfg: CfgNode, maps: dict[str, ShapeSpec]) -> None:
         )
     for key in ("MODEL.ROI_BOX_HEAD", "MODEL.RPN"):
         section = box if key.endswith("HEAD") else cfg.MODEL.RPN
-        if len(section.BBOX_REG_WEIGHTS) != 4:
+        weights = section.BBOX_REG_WEIGHTS
+        if len(weights) != 4 or not all(_is_positive(x) for x in weights):
             raise ConfigError(
-                f"{key}.BBOX_REG_WEIGHTS {section.BBOX_REG_WEIGHTS} must be four: x, y, w, h"
+                f"{key}.BBOX_REG_WEIGHTS {weights} must be four: x, y, w, h, all above 0"
             )
 
 

@@ -235,6 +235,11 @@ def no_annotations(data):
     data.content["annotations"] = []
 
 
+@case("no-annotations", after_fix="none")
+def all_annotations_are_crowds(data):
+    data.content["annotations"] = [data.annotation(16)]
+
+
 @case("no-categories", after_fix="none")
 def no_categories(data):
     data.content["categories"] = []
@@ -261,6 +266,11 @@ def category_name_is_empty(data):
 @case("category-name", after_fix="none")
 def category_name_is_a_number(data):
     data.content["categories"][0]["name"] = 5
+
+
+@case("category-name", after_fix="none")
+def category_name_is_half_a_character(data):
+    data.content["categories"][0]["name"] = "\ud800"
 
 
 @case("duplicate-category-id", after_fix="none")

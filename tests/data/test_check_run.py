@@ -142,6 +142,16 @@ def test_a_changed_image_or_annotation_is_checked_again(tmp_path, data, cache):
         run(configure(tmp_path, data))
 
 
+def test_changed_permissions_are_looked_at_again(tmp_path, data, cache, caplog):
+    run(configure(tmp_path, data))
+    path = data["train"].path(3)
+    path.chmod(0o600 if path.stat().st_mode & 0o777 != 0o600 else 0o644)
+    with caplog.at_level("INFO"):
+        run(configure(tmp_path, data))
+    checked = f"{data['train'].json_file} and its images were checked before"
+    assert checked not in caplog.text
+
+
 def test_a_damaged_cache_is_not_believed(tmp_path, data, cache):
     data["train"].annotation(13)["area"] = -1
     data["train"].write()

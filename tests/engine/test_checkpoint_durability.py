@@ -112,14 +112,6 @@ def test_a_checkpoint_that_was_chosen_by_hand_is_taken(folder):
     assert resumed_weight(folder) == 0
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_a_copy_of_a_folder_has_the_same_newest_checkpoint(folder, order):
-    """Copied without times, and in any order."""
-    for number, path in enumerate(sorted(folder.iterdir())[::order]):
-        os.utime(path, (2_000_000_000 + number,) * 2)
-    assert [path.stem for path in checkpoint_files(folder)] == list(reversed(NAMES))
-
-
 def test_a_folder_and_a_link_to_nothing_are_told_and_passed_over(folder, caplog):
     shutil.copy(folder / "model_0000029.pth.sha256", folder / "model_0000039.pth.sha256")
     (folder / "model_0000039.pth").mkdir()

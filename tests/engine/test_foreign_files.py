@@ -637,3 +637,10 @@ def test_config_files_are_yaml_of_this_machine(tmp_path):
         with pytest.raises(ConfigError, match=f"{address} is on another machine; download it"):
             load_config(address)
     assert load_config(str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml"))
+
+
+def test_a_config_cannot_fill_the_memory_with_aliases(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("A: &a {x: 1}\n" + "".join(f"B{k}: {{x: *a}}\n" for k in range(3)))
+    with pytest.raises(ConfigError, match=r"a\.yaml .*has aliases.*write values out"):
+        load_config(str(path))
