@@ -29,6 +29,7 @@ from .check_records import (
     file_name,
     is_outside,
 )
+from .check_whole import check_whole
 from .findings import Finding, Findings, Place, quote
 
 FEW_ANNOTATIONS = 50_000  # are checked in a second
@@ -181,6 +182,7 @@ def check_content(content: Any, image_root: str, found: Findings, options: Check
         message = "all annotations are crowds, on which nothing is trained or measured"
         found.add("no-annotations", message)
     facts.formats.check(found)
+    check_whole(content, names, found)
     if options.files:
         _check_files(content["images"], image_root, found, options)
     return facts

@@ -76,6 +76,9 @@ def check_categories(
         if not isinstance(name, str) or not name.strip() or not _is_unicode(name):
             found.add("category-name", f"category {quote(i)} has the name {quote(name)}", at)
             continue
+        if name.strip("_ ").lower() == "background":
+            message = f"category {quote(i)} is {quote(name)}, which models have of their own"
+            found.add("background-category", message, at)
         if not isinstance(i, Hashable):
             continue
         if i in names:

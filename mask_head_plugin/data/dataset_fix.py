@@ -17,6 +17,7 @@ from typing import Any
 from ..config import ConfigError
 from .check import CheckOptions, check_content, read_content
 from .check_records import MAX_ID, check_sections, file_name
+from .check_whole import wholesale
 from .findings import Finding, Findings, errors_of, plain_id, quote
 from .fix_repairs import REPAIRS, Record, Repairs
 
@@ -148,6 +149,12 @@ class _Fixer(Repairs):
             whole = [finding for finding in errors if finding.index < 0]
             if whole:
                 raise _unfixable(whole[0])
+            if not self.changes and (fault := wholesale(errors, self._content)):
+                finding, count = fault
+                raise ConfigError(
+                    f"--fix: {count} have such faults, so the whole export is wrong, and repairs "
+                    f"would hide it: {finding}"
+                )
             self._index()
             section = next(s for s in SECTION_ORDER if any(e.section == s for e in errors))
             # One finding of a record at a time: a repair may be of another's cause, or change ids.

@@ -38,6 +38,9 @@ KINDS: dict[str, Kind] = {
     "no-annotations": Kind(ERROR, "annotate, or name the file that has the annotations"),
     "no-categories": Kind(ERROR, "list the categories"),
     "image-folder-missing": Kind(ERROR, "give the folder that file_name starts from"),
+    "normalised-coordinates": Kind(ERROR, "multiply by the image's width and height, in pixels"),
+    "category-ids-shifted": Kind(ERROR, "number categories and annotations alike"),
+    "repeated-annotation": Kind(WARNING, "see whether objects were exported twice"),
     # Ids, of all records.
     "id-not-integer": Kind(ERROR, "ids are whole numbers without quotes (--fix renumbers)"),
     "id-too-large": Kind(ERROR, "use ids below 2^53, which metrics can hold (--fix renumbers)"),
@@ -45,6 +48,7 @@ KINDS: dict[str, Kind] = {
     "category-not-object": Kind(ERROR, "write {'id': 1, 'name': 'cat'} (--fix leaves it out)"),
     "category-missing-key": Kind(ERROR, "give each category an id and a name"),
     "category-name": Kind(ERROR, "give the category a name, as text"),
+    "background-category": Kind(WARNING, "leave it out if nothing is annotated with it"),
     "duplicate-category-id": Kind(ERROR, "give each category an id of its own"),
     "duplicate-category-name": Kind(ERROR, "make them one category (--fix does), or rename one"),
     "category-id-range": Kind(ERROR, "LVIS needs the category ids 1 to the number of categories"),

@@ -654,6 +654,52 @@ def crowd_is_a_polygon(data):
     data.annotation(13)["iscrowd"] = 1
 
 
+# Faults of the whole file.
+
+
+def many_objects(data):
+    """Exchanges the objects of the good data set for twelve others, and returns them."""
+    for number in range(12):
+        x0, y0 = 5 + number, 5 + number
+        annotation = {"id": 100 + number, "image_id": 1, "category_id": 3 + 4 * (number % 2)}
+        annotation |= {"iscrowd": 0, "bbox": [x0, y0, 20, 20], "area": 400}
+        annotation["segmentation"] = [rectangle(x0, y0, x0 + 20, y0 + 20)]
+        data.content["annotations"].append(annotation)
+    data.content["annotations"] = data.content["annotations"][-12:]
+    return data.content["annotations"]
+
+
+@case("normalised-coordinates", after_fix="none")
+def boxes_and_polygons_are_shares_of_the_image(data):
+    for annotation in many_objects(data):
+        annotation["bbox"] = [x / 80 for x in annotation["bbox"]]
+        annotation["segmentation"] = [[x / 80 for x in annotation["segmentation"][0]]]
+
+
+@case("normalised-coordinates", after_fix="none")
+def polygons_alone_are_shares_of_the_image(data):
+    for annotation in many_objects(data):
+        annotation["segmentation"] = [[x / 80 for x in annotation["segmentation"][0]]]
+
+
+@case("category-ids-shifted", after_fix="none")
+def annotations_count_categories_from_0(data):
+    for category, i in zip(data.content["categories"], (1, 2), strict=True):
+        category["id"] = i
+    for annotation in data.content["annotations"]:
+        annotation["category_id"] = {3: 0, 7: 1}[annotation["category_id"]]
+
+
+@case("repeated-annotation")
+def objects_were_exported_twice(data):
+    data.content["annotations"] += [{**x, "id": x["id"] + 100} for x in data.content["annotations"]]
+
+
+@case("background-category")
+def background_is_a_category(data):
+    data.content["categories"].append({"id": 0, "name": "__background__"})
+
+
 # Mutations.
 
 VALUES = st.one_of(

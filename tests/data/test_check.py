@@ -88,6 +88,8 @@ def test_each_way_to_break_a_data_set_gives_its_finding(good, broken):
 
 
 COMPANIONS = {
+    "normalised-coordinates": {"box-mismatch"},
+    "category-ids-shifted": {"unknown-category"},
     "no-images": {"no-annotations"},
     "image-too-large": {"image-size-mismatch"},
     "image-size-mismatch": {"rle-size"},

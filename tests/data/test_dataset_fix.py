@@ -6,7 +6,7 @@ import json
 
 import pycocotools.mask as mask_util
 import pytest
-from broken_data import CASES, HW, DataSet, encode, make_good, mutate, rectangle
+from broken_data import CASES, HW, DataSet, encode, make_good, many_objects, mutate, rectangle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_check import check, read_as_in_training
@@ -151,6 +151,15 @@ def test_a_file_of_which_nothing_is_left_is_refused(good):
     for annotation in good.content["annotations"]:
         annotation["segmentation"] = "mask.png"
     with pytest.raises(ConfigError, match="no-annotations"):
+        fix(good.write())
+
+
+def test_a_fault_of_the_whole_export_is_not_hidden_by_repairs(good):
+    """With x and y exchanged, boxes around what is left of the masks would pass as good."""
+    for annotation in many_objects(good):
+        polygon = annotation["segmentation"][0]
+        annotation["segmentation"] = [[x + 30 for x in polygon]]
+    with pytest.raises(ConfigError, match="--fix: 12 of 12 annotations have such faults"):
         fix(good.write())
 
 
