@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mask_head_plugin import ConfigError
+from mask_head_plugin.engine.checkpoint import sole_writer
 from mask_head_plugin.experiments import (
     Cluster,
     Trial,
@@ -22,7 +23,6 @@ from mask_head_plugin.experiments import (
     load_ablation,
     plan,
     run,
-    sole_user,
     write_description,
 )
 from mask_head_plugin.experiments.report import write_report
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     command = shlex.join(["python", *sys.argv])
     description = describe(ablation, file=args.config_file, size=args.size, command=command)
-    with sole_user(args.output):
+    with sole_writer(args.output):
         write_description(args.output, description)
         try:
             run(trials, cluster, lambda t: tqdm.write(f"{t.name}: {_state(t, metric)}"))

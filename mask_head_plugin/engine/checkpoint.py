@@ -6,6 +6,8 @@ A checkpoint ``model_0000999.pth`` appears under its name only when it is whole 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,7 +15,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import parse_qs, urlparse
@@ -268,6 +270,56 @@ def write_durably(
             f"{path} was not written: {error.strerror or error} ({free / 1e6:.0f} MB are free). "
             "Older checkpoints are untouched: make room, then go on with --resume"
         ) from error
+
+
+_lock_files: set[IO[str]] = set()
+
+
+def _close_lock_files() -> None:
+    while _lock_files:
+        _lock_files.pop().close()
+
+
+# A loader's worker may outlive the run for seconds: it must not keep the run's locks.
+os.register_at_fork(after_in_child=_close_lock_files)
+
+
+@contextlib.contextmanager
+def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Holds a lock that the system releases when the process ends, however it ends.
+
+    Args:
+        path: a file, which is made.
+        how: see fcntl.flock.
+
+    Raises:
+        BlockingIOError: if another process holds it, with LOCK_NB.
+    """
+    with path.open("w") as file:
+        fcntl.flock(file, how)
+        _lock_files.add(file)
+        try:
+            yield
+        finally:
+            _lock_files.discard(file)
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other runs from a folder, which is made if missing.
+
+    Raises:
+        ConfigError: if another one is writing into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / "writer.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another run is writing into {folder}; wait for it, or name another folder"
+            ) from error
+        yield
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

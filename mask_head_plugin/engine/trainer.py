@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
@@ -47,7 +48,7 @@ from torch.utils.data import DataLoader
 from ..config import ConfigError
 from ..data import NamedErrors, TrainLoader, seed_generators
 from ..evaluation import COCO_MAX_DETECTIONS, MaskEvaluator, write_contact_sheet
-from .checkpoint import MaskHeadCheckpointer, set_aside_earlier_run
+from .checkpoint import MaskHeadCheckpointer, set_aside_earlier_run, sole_writer
 from .evaluation import evaluate_dataset
 from .foreign_files import check_proposal_files
 from .guards import StepGuard
@@ -195,7 +196,7 @@ class Trainer(DefaultTrainer):
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
         if resume and not goes_on:
-            logger.info("no checkpoint in %s yet: starting anew", self.cfg.OUTPUT_DIR)
+            logger.warning("no checkpoint in OUTPUT_DIR %s: starting anew", self.cfg.OUTPUT_DIR)
         elif not resume:
             comm.synchronize()  # MODEL.WEIGHTS may be of that run, and others still read them
             if comm.is_main_process():
@@ -207,11 +208,18 @@ class Trainer(DefaultTrainer):
             )
 
     def train(self) -> Results | None:
-        """Runs the training that is left; see DefaultTrainer.train."""
+        """Runs the training that is left; see DefaultTrainer.train.
+
+        Raises:
+            ConfigError: if another run is writing into OUTPUT_DIR.
+        """
         self._guard.seed = self.seed
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.go_to(self.seed, self.start_iter)
-        return super().train()
+        with contextlib.ExitStack() as stack:
+            if comm.is_main_process():
+                stack.enter_context(sole_writer(Path(self.cfg.OUTPUT_DIR)))
+            return super().train()
 
     def run_step(self) -> None:
         try:

@@ -8,7 +8,6 @@ from .runner import (
     estimate_seconds,
     plan,
     run,
-    sole_user,
     write_description,
 )
 
@@ -21,6 +20,5 @@ __all__ = [
     "load_ablation",
     "plan",
     "run",
-    "sole_user",
     "write_description",
 ]

@@ -14,7 +14,6 @@ The ablation's folder has ``ablation.json``, see describe, from which the report
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import re
@@ -42,6 +41,7 @@ from tqdm import tqdm
 from ..config import ConfigError, flatten
 from ..data import check_datasets, register_coco_files
 from ..engine import Trainer, check_config
+from ..engine.checkpoint import locked
 from ..engine.launch import launch
 from .ablation import Ablation
 from .report_data import read_json_lines, read_object
@@ -267,7 +267,7 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
     Where another process is at the same trial, waits for it.
     """
     trial.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(trial.folder / "lock"):
+    with locked(trial.folder / "lock"):
         if trial.is_finished:
             return
         (trial.folder / "trial.json").unlink(missing_ok=True)  # of an earlier failure
@@ -440,29 +440,6 @@ def _try_speed(trial: Trial) -> float:
                     start = time.monotonic()
                 trainer.run_step()
     return (time.monotonic() - start) / (ESTIMATE_ITERATIONS - warm_up)
-
-
-@contextlib.contextmanager
-def sole_user(output: Path) -> Iterator[None]:
-    """Keeps other commands away from an ablation's folder, which is made if missing.
-
-    Raises:
-        ConfigError: if another one is at it.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(output / "lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
-            yield
-    except BlockingIOError as error:
-        raise ConfigError(f"another command is running trials in {output}") from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Holds a lock that the system releases when the process ends, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, how)
-        yield
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from detectron2.engine import HookBase, TrainerBase
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import Trainer, hooks
-from mask_head_plugin.engine.checkpoint import MaskHeadCheckpointer
+from mask_head_plugin.engine.checkpoint import MaskHeadCheckpointer, sole_writer
 from mask_head_plugin.evaluation import MaskEvaluator
 
 MAX_ITER = 8
@@ -189,6 +189,11 @@ def test_a_run_that_was_killed_in_its_last_evaluation_evaluates_again(
         train(cfg)
     train(cfg, resume=True)
     assert_same_run(tmp_path, undisturbed)
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    with sole_writer(tmp_path), pytest.raises(ConfigError, match="another run is writing into"):
+        train(config(tmp_path))
 
 
 def test_a_finished_run_that_is_made_longer_keeps_its_last_evaluation(tmp_path, undisturbed):

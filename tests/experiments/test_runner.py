@@ -15,6 +15,7 @@ from submitit.slurm.test_slurm import mocked_slurm
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.data import shapes
+from mask_head_plugin.engine.checkpoint import locked, sole_writer
 from mask_head_plugin.experiments import (
     Cluster,
     describe,
@@ -23,7 +24,6 @@ from mask_head_plugin.experiments import (
     plan,
     run,
     runner,
-    sole_user,
     write_description,
 )
 
@@ -150,8 +150,8 @@ def test_an_interrupted_trial_is_not_taken_up_with_other_settings(
 
 
 def test_one_command_at_a_time(tmp_path):
-    first, second, third = (sole_user(tmp_path / "new") for _ in range(3))
-    with first, pytest.raises(ConfigError, match="another command is"):
+    first, second, third = (sole_writer(tmp_path / "new") for _ in range(3))
+    with first, pytest.raises(ConfigError, match="another run is"):
         second.__enter__()
     with third:
         pass
@@ -231,7 +231,7 @@ def test_a_trial_that_another_process_runs_is_waited_for(ablation, tmp_path, fak
     _, asked = fake_training
     trial = trials_of(ablation, tmp_path)[0]
     trial.folder.mkdir(parents=True)
-    with runner._locked(trial.folder / "lock"):
+    with locked(trial.folder / "lock"):
         thread = threading.Thread(target=runner.run_trial, args=(trial,))
         thread.start()
         time.sleep(0.3)
