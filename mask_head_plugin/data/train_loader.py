@@ -139,7 +139,12 @@ class TrainLoader:
         records: Sequence[Record] = parts["dataset"]
         self._mapper = parts["mapper"]
         self._num_workers: int = parts["num_workers"]
-        self._batch_size: int = parts["total_batch_size"] // comm.get_world_size()
+        self._batch_size, rest = divmod(parts["total_batch_size"], comm.get_world_size())
+        if rest:
+            raise ConfigError(
+                f"SOLVER.IMS_PER_BATCH {parts['total_batch_size']} cannot be divided among "
+                f"{comm.get_world_size()} processes"
+            )
         self._groups = _aspect_groups(records) if parts["aspect_ratio_grouping"] else None
         # Packed, so that workers share the memory.
         self._records = (

@@ -42,6 +42,7 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
+from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.utils.data import DataLoader
 
@@ -88,6 +89,9 @@ class Trainer(DefaultTrainer):
                 is set.
         """
         TrainerBase.__init__(self)  # DefaultTrainer's own cannot train on several CPU processes
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):  # nobody set up a log
+            setup_logger()
+            setup_logger(name="mask_head_plugin")
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.restored_scalars: dict[str, dict[str, Any]] = {}

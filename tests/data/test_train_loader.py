@@ -92,6 +92,13 @@ def test_processes_augment_the_same_place_otherwise(monkeypatch):
     assert Counter(both) == dict.fromkeys(range(7), 4), "together they go through all images"
 
 
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr("detectron2.utils.comm.all_gather", lambda x: [x, x])
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH 3 cannot be divided among 2"):
+        loader("SOLVER.IMS_PER_BATCH", "3")
+
+
 def test_an_epoch_has_each_image_once():
     indices = [index for batch in batches(loader(*UNGROUPED), 5, 0, 7) for index, _ in batch]
     assert sorted(indices[:7]) == sorted(indices[7:]) == list(range(7))
