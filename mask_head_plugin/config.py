@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -158,6 +160,9 @@ def _refuse_what_is_no_file(config_file: str) -> None:
         )
 
 
+MOST_VALUES = 100_000
+
+
 class _LocalBases(CfgNode):
     """Opens a config file and what ``_BASE_`` names, from file to file, on this machine only."""
 
@@ -168,11 +173,28 @@ class _LocalBases(CfgNode):
             raise OSError(
                 f"{address[0]} is on another machine; download it, look at it, and name your copy"
             )
-        if any(isinstance(x, yaml.AliasToken) for x in yaml.scan(Path(filename).read_bytes())):
+        if (
+            _written_out(yaml.compose(Path(filename).read_bytes(), yaml.SafeLoader), {})
+            > MOST_VALUES
+        ):
             raise OSError(
-                "it has aliases (*name), with which few lines can fill the memory; write values out"
+                f"written out, its aliases (*name) are over {MOST_VALUES} values, with which few "
+                "lines can fill the memory; write values out"
             )
         return Path(filename).open(encoding="utf-8")
+
+
+def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """Returns how many values a YAML node has, those behind aliases counted at each."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # if it holds itself
+        parts = itertools.chain.from_iterable(
+            part if isinstance(part, tuple) else (part,) for part in node.value
+        )
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _merge_file(cfg: CfgNode, config_file: str) -> None:

@@ -15,6 +15,7 @@ from conftest import CHECKPOINT, CONFIGS, ROOT, SHARED_DATA, SMALL_RESNET
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from safetensors.torch import load_file, save_file
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.data import shapes
@@ -213,6 +214,9 @@ def test_class_names_come_from_coco_files_and_are_numbers_without_them(images, t
     path.write_text(json.dumps(file))
     opts = ["DATASETS.COCO_FILES", repr([["demo_mine", str(path), str(images)]])]
     opts += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "('demo_mine',)"]
+    nameless = tmp_path / "nameless.safetensors"  # weights that name other classes are refused
+    save_file(load_file(CHECKPOINT), nameless)
+    opts += ["MODEL.WEIGHTS", str(nameless)]
     content, _ = run([images / "000001.png"], tmp_path / "a", *opts)
     assert content["categories"][1] == {"id": 20, "name": "star!", "semantic_value": 2}
     assert content["annotations"][0]["category_name"].endswith("!")
