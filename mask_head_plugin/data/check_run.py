@@ -215,6 +215,7 @@ def check_with_cache(source: CocoSource, num_classes: int | None = None) -> Chec
 def _cache_path(source: CocoSource, num_classes: int | None) -> Path | None:
     """Returns the place for what a check finds: by content of the file, arguments and checker."""
     digest = hashlib.sha256()
+    # As text: relative paths mean another file in another folder.
     arguments = [source.json_file, source.image_root, source.lvis, num_classes, os.getcwd()]  # noqa: PTH109
     digest.update(json.dumps(arguments).encode())
     try:
@@ -234,7 +235,7 @@ def _fingerprint(files: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for path in files:
         try:
-            status = os.stat(path)  # noqa: PTH116
+            status = os.stat(path)  # noqa: PTH116  # makes no Path of each of many files
             # The last tells of permissions, too.
             times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
             digest.update(f"{path}\0{status.st_size}\0{times}\n".encode())
