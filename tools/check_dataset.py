@@ -12,7 +12,7 @@ from mask_head_plugin import ConfigError
 from mask_head_plugin.data import CheckOptions, check_coco_file, fix_coco_file
 from mask_head_plugin.data.check_run import write_report
 from mask_head_plugin.data.dataset_fix import changes_path
-from mask_head_plugin.data.findings import by_kind, errors_of, summary_table
+from mask_head_plugin.data.findings import by_kind, count_by_severity, errors_of, summary_table
 
 DETAILS_PER_KIND = 5
 
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{finding.severity}: {finding}")
         if len(group) > DETAILS_PER_KIND:
             print(f"  and {len(group) - DETAILS_PER_KIND} more of {group[0].kind}")
-    print(f"{args.json}: {len(errors)} errors, {len(found) - len(errors)} warnings")
+    counts = count_by_severity(found)
+    print(f"{args.json}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     if args.output:
         write_report(found, args.output)
         print(f"all findings are in {args.output}")

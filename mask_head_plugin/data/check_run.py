@@ -21,7 +21,7 @@ from detectron2.data import MetadataCatalog
 
 from ..config import ConfigError
 from .check import CheckOptions, check_content, listed_images, read_content
-from .findings import Finding, Findings, errors_of, quote, summary_table
+from .findings import Finding, Findings, count_by_severity, errors_of, quote, summary_table
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,7 @@ def check_dataset_files(cfg: CfgNode) -> None:
 
 def write_report(found: Sequence[Finding], path: Path) -> None:
     """Writes findings as JSON, with their numbers."""
-    errors = len(errors_of(found))
-    counts = {"errors": errors, "warnings": len(found) - errors}
-    content = {**counts, "findings": [finding.as_dict() for finding in found]}
+    content = {**count_by_severity(found), "findings": [finding.as_dict() for finding in found]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

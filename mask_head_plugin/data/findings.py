@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import reprlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-ERROR, WARNING = "error", "warning"
-"""An error stops training. A warning is for what detectron2 handles rightly by itself and what
-good data sets have, too: COCO 2017 has a box without height and polygons that touch or leave the
-image by a rounding."""
+ERROR, WARNING, HINT = SEVERITIES = ("error", "warning", "hint")
+"""An error stops training. A warning does not: either detectron2 handles it rightly (COCO 2017 has
+a box without height and polygons that leave the image by a rounding), or it trains or measures
+something that the author may not have meant. A hint is worth knowing and needs no action."""
 
 
 class Kind(NamedTuple):
@@ -32,23 +32,42 @@ KINDS: dict[str, Kind] = {
     "json-encoding": Kind(ERROR, "save it as UTF-8 without a byte order mark (--fix does)"),
     "json-truncated": Kind(ERROR, "copy or export it again; it ends too early"),
     "json-syntax": Kind(ERROR, "correct it there, or export the file again"),
+    "git-lfs-pointer": Kind(ERROR, "run `git lfs pull` where you cloned the data set"),
+    "not-a-coco-file": Kind(ERROR, "convert it to COCO instances format"),
     "json-not-object": Kind(ERROR, "the file must be {'images': ..., 'annotations': ..., ...}"),
     "missing-section": Kind(ERROR, f"{_EXPORT} in COCO instances format"),
     "no-images": Kind(ERROR, "list the images of the data set"),
     "no-annotations": Kind(ERROR, "annotate, or name the file that has the annotations"),
+    "only-crowds": Kind(ERROR, "set iscrowd to 0 if these are single objects"),
+    "no-masks": Kind(ERROR, "set MODEL.MASK_ON False to train boxes alone, or export the masks"),
     "no-categories": Kind(ERROR, "list the categories"),
     "image-folder-missing": Kind(ERROR, "give the folder that file_name starts from"),
     "normalised-coordinates": Kind(ERROR, "multiply by the image's width and height, in pixels"),
     "category-ids-shifted": Kind(ERROR, "number categories and annotations alike"),
     "repeated-annotation": Kind(WARNING, "see whether objects were exported twice"),
+    "crowd-by-export": Kind(
+        WARNING, "set iscrowd to 0 if these are single objects: CVAT writes brush masks so"
+    ),
+    "area-suspicious": Kind(WARNING, "write the number of pixels of each mask into area"),
+    "area-of-box": Kind(WARNING, "write the number of pixels of each mask into area"),
+    "ring-as-hole": Kind(WARNING, "write masks with holes as run lengths"),
+    "mask-on-several-images": Kind(
+        WARNING, "delete the copies that do not fit their image, as of a track left on in CVAT"
+    ),
+    "image-without-objects": Kind(
+        WARNING, "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on these images, too"
+    ),
+    "image-in-both-splits": Kind(WARNING, "keep all of a photograph in one of the two"),
+    "unused-category": Kind(HINT, "leave it out if the model needs no row for it"),
     # Ids, of all records.
     "id-not-integer": Kind(ERROR, "ids are whole numbers without quotes (--fix renumbers)"),
+    "id-as-text": Kind(ERROR, "write the id as a number, without quotes (--fix does)"),
     "id-too-large": Kind(ERROR, "use ids below 2^53, which metrics can hold (--fix renumbers)"),
     # Categories.
     "category-not-object": Kind(ERROR, "write {'id': 1, 'name': 'cat'} (--fix leaves it out)"),
     "category-missing-key": Kind(ERROR, "give each category an id and a name"),
     "category-name": Kind(ERROR, "give the category a name, as text"),
-    "background-category": Kind(WARNING, "leave it out if nothing is annotated with it"),
+    "background-category": Kind(WARNING, "leave these annotations out unless they are objects"),
     "duplicate-category-id": Kind(ERROR, "give each category an id of its own"),
     "duplicate-category-name": Kind(ERROR, "make them one category (--fix does), or rename one"),
     "category-id-range": Kind(ERROR, "LVIS needs the category ids 1 to the number of categories"),
@@ -66,6 +85,7 @@ KINDS: dict[str, Kind] = {
     "duplicate-file-name": Kind(ERROR, "list each file once, with all annotations (--fix does)"),
     # Image files.
     "image-file-missing": Kind(ERROR, _REMOVE_IMAGE),
+    "image-file-elsewhere": Kind(ERROR, "write that name into file_name (--fix does)"),
     "image-file-is-folder": Kind(ERROR, _REMOVE_IMAGE),
     "image-file-empty": Kind(ERROR, _REMOVE_IMAGE),
     "image-unreadable": Kind(ERROR, _REMOVE_IMAGE),
@@ -73,6 +93,7 @@ KINDS: dict[str, Kind] = {
     "image-depth": Kind(ERROR, "scale it to 8 bits: detectron2 would cut all above 255 to white"),
     "image-animated": Kind(WARNING, "see that the annotations are of the first frame"),
     "image-size-mismatch": Kind(ERROR, "annotate the file in use, or put the annotated file there"),
+    "image-size-alike": Kind(ERROR, "take height and width from the file (--fix does)"),
     "image-transposed": Kind(ERROR, "exchange width and height if the annotations fit the file"),
     "exif-size": Kind(
         ERROR, "turn the pixels by the tag and annotate them so, or remove the tag from the file"
@@ -117,6 +138,9 @@ KINDS: dict[str, Kind] = {
     "polygon-not-numbers": Kind(ERROR, "write numbers without quotes (--fix leaves it out)"),
     "polygon-not-finite": Kind(ERROR, "draw it again (--fix leaves it out)"),
     "polygon-outside": Kind(ERROR, "cut it at the image's edge (--fix does)"),
+    "mask-of-another-image": Kind(
+        ERROR, "delete the copy that does not fit its image; cutting it would hide the fault"
+    ),
     "polygon-over-edge": Kind(WARNING, "cut it at the image's edge, where detectron2 cuts it"),
     "polygon-without-area": Kind(ERROR, "draw it again (--fix leaves it out)"),
     "mask-below-a-pixel": Kind(WARNING, "leave it out if it is no object"),
@@ -158,6 +182,7 @@ class Finding:
         annotation_id: likewise.
         section: ``images``, ``annotations``, ``categories``, or empty for the whole file.
         index: of the record in its section, from 0; -1 for the whole file.
+        right_value: what the field should hold, where the check knows it.
     """
 
     kind: str
@@ -167,10 +192,11 @@ class Finding:
     annotation_id: Any = None
     section: str = ""
     index: int = -1
+    right_value: int | str | None = None
 
     @property
     def severity(self) -> str:
-        """``error`` or ``warning``."""
+        """One of SEVERITIES."""
         return KINDS[self.kind].severity
 
     @property
@@ -196,8 +222,9 @@ class Finding:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns all of it, for JSON."""
-        names = ("severity", "kind", "file", "image_id", "annotation_id", "message", "fix")
-        return {name: getattr(self, name) for name in (*names, "section", "index")}
+        names: tuple[str, ...] = ("severity", "kind", "file", "image_id", "annotation_id")
+        names += ("message", "fix", "section", "index", "right_value")
+        return {name: getattr(self, name) for name in names}
 
 
 class Findings(list[Finding]):
@@ -207,17 +234,31 @@ class Findings(list[Finding]):
         super().__init__()
         self.file = file
 
-    def add(self, kind: str, message: str, place: Place | None = None) -> None:
+    def add(
+        self,
+        kind: str,
+        message: str,
+        place: Place | None = None,
+        right_value: int | str | None = None,
+    ) -> None:
         """Notes a finding of a kind of KINDS, of the whole file if no place is given."""
         at = place or Place()
         ids = (plain_id(at.image_id), plain_id(at.annotation_id))
-        self.append(Finding(kind, self.file, message, *ids, at.section, at.index))
+        self.append(Finding(kind, self.file, message, *ids, at.section, at.index, right_value))
 
 
 def quote(value: Any) -> str:
     """Returns a value as in code, in one line and cut if it is long."""
     return _SHORT.repr(value)
 
+
+def quote_path(path: Any) -> str:
+    """Returns a path as in code, in one line and whole: a cut one cannot be looked up."""
+    return repr(path) if isinstance(path, str) and len(path) <= LONGEST_PATH else quote(path)
+
+
+LONGEST_PATH = 4096
+"""Characters: PATH_MAX of Linux."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
@@ -235,12 +276,18 @@ def errors_of(findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.severity == ERROR]
 
 
+def count_by_severity(findings: Iterable[Finding]) -> dict[str, int]:
+    """Returns how many errors, warnings and hints there are, under these plurals."""
+    counts = Counter(finding.severity for finding in findings)
+    return {f"{severity}s": counts[severity] for severity in SEVERITIES}
+
+
 def by_kind(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
-    """Returns findings by kind: errors first, then by falling number."""
+    """Returns findings by kind: errors first, hints last, then by falling number."""
     groups: dict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
         groups[finding.kind].append(finding)
-    order = sorted(groups, key=lambda kind: (KINDS[kind].severity, -len(groups[kind]), kind))
+    order = sorted(groups, key=lambda k: (SEVERITIES.index(KINDS[k].severity), -len(groups[k]), k))
     return {kind: groups[kind] for kind in order}
 
 

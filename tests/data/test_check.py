@@ -22,12 +22,17 @@ from mask_head_plugin.data import CheckOptions, check_coco_file, shapes
 from mask_head_plugin.data.check import check_content
 from mask_head_plugin.data.check_images import inspect_image
 from mask_head_plugin.data.check_masks import decode_counts, runs_box
-from mask_head_plugin.data.findings import KINDS, Findings, errors_of, summary_table
+from mask_head_plugin.data.findings import KINDS, SEVERITIES, Findings, errors_of, summary_table
 
 # Faults of a config or of LVIS, or of the way to the file: tests of their own.
 ELSEWHERE = {
     *("json-missing", "num-classes", "category-id-range", "categories-disagree"),
     "rle-needs-bitmask",
+    # test_whole_files.py and test_image_files_found.py
+    *("git-lfs-pointer", "not-a-coco-file", "only-crowds", "no-masks", "crowd-by-export"),
+    *("area-suspicious", "area-of-box", "ring-as-hole", "mask-on-several-images"),
+    *("image-without-objects", "image-in-both-splits", "unused-category", "id-as-text"),
+    *("image-file-elsewhere", "image-size-alike", "mask-of-another-image"),
 }
 
 
@@ -110,7 +115,7 @@ def test_all_kinds_are_told_apart():
 
 
 def test_every_kind_says_what_to_do():
-    assert all(kind.severity in ("error", "warning") and kind.fix for kind in KINDS.values())
+    assert all(kind.severity in SEVERITIES and kind.fix for kind in KINDS.values())
 
 
 def test_no_broken_data_set_is_without_an_error_and_fails_in_training(tmp_path):
@@ -118,7 +123,7 @@ def test_no_broken_data_set_is_without_an_error_and_fails_in_training(tmp_path):
         data = make_good(tmp_path / str(number))
         data.write(broken.break_it(data))
         if not errors_of(check(data)):
-            assert KINDS[broken.kind].severity == "warning", broken.name
+            assert KINDS[broken.kind].severity != "error", broken.name
             read_as_in_training(data)
 
 

@@ -65,7 +65,7 @@ def run(cfg):
 def test_a_good_data_set_passes_and_leaves_an_empty_report(tmp_path, data):
     run(configure(tmp_path, data))
     report = json.loads((tmp_path / "output" / "dataset_check.json").read_text())
-    assert report == {"errors": 0, "warnings": 0, "findings": []}
+    assert report == {"errors": 0, "warnings": 0, "hints": 0, "findings": []}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

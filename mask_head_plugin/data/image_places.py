@@ -1,0 +1,117 @@
+r"""Where the file of an image is that its record does not name rightly.
+
+Export tools write names with another separator (``images\0.jpg``), of another machine
+(``/home/me/images/0.jpg``), in another case, or without the folder that the file is in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+MOST_FILES = 1_000_000
+"""Beyond these a folder is not searched: it is none of one data set."""
+
+Parts = tuple[str, ...]
+
+
+class ImagePlaces:
+    """The files below an image folder, read once, when a file is looked for first.
+
+    Args:
+        image_root: the folder that ``file_name`` starts from.
+    """
+
+    def __init__(self, image_root: str) -> None:
+        self._root = image_root
+        self._by_name: dict[str, dict[str, Parts]] | None = None
+
+    def locate(self, name: str) -> str | None:
+        """Returns the path within the folder of the file that a name means.
+
+        Files match by their last name, regardless of case, separator and the way accents are
+        written. Of several, the one that shares most of its path with the name is meant.
+
+        Args:
+            name: ``file_name`` of a record.
+
+        Returns:
+            None if there is no such file, or several that match equally well.
+        """
+        for wanted in (_parts(name), _parts(unquote(name))):  # Label Studio writes a%20cat.jpg
+            candidates = self._files().get(_folded(wanted)[-1], {}) if wanted else {}
+            if candidates:
+                return _nearest(candidates, wanted)
+        return None
+
+    def _files(self) -> dict[str, dict[str, Parts]]:
+        """Returns the parts of each path, by path, by folded last name."""
+        if self._by_name is None:
+            self._by_name = defaultdict(dict)
+            for path in itertools.islice(_walk(self._root), MOST_FILES):
+                parts = _parts(path)
+                self._by_name[_folded(parts)[-1]][path] = parts
+        return self._by_name
+
+
+def locate(image_root: str, name: str) -> str | None:
+    """Returns what ``ImagePlaces(image_root).locate(name)`` does, for a single name."""
+    return ImagePlaces(image_root).locate(name)
+
+
+def _parts(path: str) -> Parts:
+    """Returns the folders and the name; archives made on Windows leave backslashes in names."""
+    return tuple(x for x in re.split(r"[\\/]+", path) if x not in ("", "."))
+
+
+def _folded(parts: Parts) -> Parts:
+    return tuple(unicodedata.normalize("NFC", x).casefold() for x in parts)
+
+
+def _nearest(candidates: dict[str, Parts], wanted: Parts) -> str | None:
+    """Returns the path that shares most with what is wanted, None if several do."""
+    ranks = {
+        path: (_common_end(_folded(parts), _folded(wanted)), _common_end(parts, wanted))
+        for path, parts in candidates.items()
+    }
+    best = [path for path, rank in ranks.items() if rank == max(ranks.values())]
+    return best[0] if len(best) == 1 else None
+
+
+def _common_end(a: Parts, b: Parts) -> int:
+    """Returns how many of the last parts of two paths are the same."""
+    same = 0
+    for x, y in zip(reversed(a), reversed(b), strict=False):
+        if x != y:
+            break
+        same += 1
+    return same
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Yields the files below a folder, relative to it; linked folders, too, each once."""
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(
+            x for x in subfolders if not x.startswith(".") and _is_new(Path(folder, x), seen)
+        )
+        below = os.path.relpath(folder, root)
+        for file in sorted(files):
+            yield os.path.normpath(os.path.join(below, file))  # noqa: PTH118  # many: makes no Paths
+
+
+def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    try:
+        status = folder.stat()
+    except OSError:
+        return False
+    key = (status.st_dev, status.st_ino)
+    new = key not in seen
+    seen.add(key)
+    return new
