@@ -4,19 +4,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 import sys
-from typing import Any
-
-from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-
-from mask_head_plugin import ConfigError, load_config
-from mask_head_plugin.data import check_dataset_files, check_datasets, register_coco_files
-from mask_head_plugin.engine import Trainer, TrainingError, check_config, launch
 
 EXAMPLES = """
 Examples:
@@ -34,45 +23,40 @@ and contact_sheet_*.png (validation images, ground truth beside predictions).
 """
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    cfg = load_config(args.config_file, args.opts)
-    num_processes = launch.process_count(args.num_gpus, args.num_machines, cfg.MODEL.DEVICE)
-    check_config(cfg, train=not args.eval_only, num_processes=num_processes)
-    if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
-        raise ConfigError("--eval-only needs MODEL.WEIGHTS FILE, or --resume: the last checkpoint")
-    setup_logger(cfg.OUTPUT_DIR, launch.process_rank(), name="mask_head_plugin")
-    register_coco_files(cfg)
-    check_datasets(cfg)
-    check_dataset_files(cfg)
-    cfg.freeze()
-    return cfg
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="a file of configs/")
+    parser.add_argument("--resume", action="store_true", help="from OUTPUT_DIR's last checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
+    parser.add_argument("--num-gpus", type=int, default=1, help="on each machine (default 1)")
+    parser.add_argument("--num-machines", type=int, default=1, help="in all (default 1)")
+    parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0")
+    port = 2**15 + 2**14 + hash(os.getuid()) % 2**14  # as detectron2: one for each user
+    url = f"tcp://127.0.0.1:{port}"
+    parser.add_argument("--dist-url", default=url, help="tcp://host:port of machine 0, if several")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    return parser.parse_args()
 
 
-def main(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
-    if comm.get_world_size() > 1:  # --num-gpus: it has no logger and knows of no files
-        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
-        register_coco_files(cfg)
-    default_setup(cfg, args)
-    what = (cfg.MODEL.DEVICE, comm.get_world_size())
-    logging.getLogger("mask_head_plugin").info("running on %s, processes: %d", *what)
-    if args.eval_only:
-        model = Trainer.load_model(cfg, resume=args.resume)
-        results = Trainer.evaluate(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=launch.restarted(cfg.OUTPUT_DIR) or args.resume)
-    return trainer.train()
+def main() -> int:
+    args = parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+    from mask_head_plugin.engine import TrainingError, launch
+    from mask_head_plugin.engine.run import set_up, train_or_evaluate
+
+    try:
+        with launch.first_on_machine():
+            cfg = set_up(args)
+        place = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+        launch.launch(train_or_evaluate, *place, (cfg, args), device=cfg.MODEL.DEVICE)
+    except (ConfigError, TrainingError, launch.RankError) as error:
+        print(f"train_net.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
 
 
 if __name__ == "__main__":
-    args = default_argument_parser(EXAMPLES).parse_args()
-    try:
-        with launch.first_on_machine():
-            cfg = setup(args)
-        place = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
-        launch.launch(main, *place, (cfg, args), device=cfg.MODEL.DEVICE)
-    except (ConfigError, TrainingError, launch.RankError) as error:
-        print(f"train_net.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    sys.exit(main())

@@ -1,7 +1,13 @@
 """Mask R-CNN's mask branch as a detectron2 plugin. Importing it registers everything."""
 
-from . import data, modeling
-from .config import ConfigError, add_mask_head_config, load_config
+import warnings
+
+with warnings.catch_warnings():
+    # detectron2 and fvcore script some functions as they are imported, and PyTorch warns of each.
+    # Only while they are imported: your own calls of torch.jit.script warn as ever.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
+    from . import data, modeling
+    from .config import ConfigError, add_mask_head_config, load_config
 
 __version__ = "0.1.0"
 

@@ -88,9 +88,19 @@ def add_mask_head_config(cfg: CfgNode) -> None:
 
 
 def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
-    """Returns detectron2's and the plugin's defaults, overridden by a file and then by options.
+    """Returns what ``read_config`` does, for a model on this machine.
 
     Where MODEL.DEVICE asks for CUDA and there is none it becomes ``cpu``, with a log line.
+    """
+    cfg = read_config(config_file, opts)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("no CUDA device: MODEL.DEVICE is now cpu")
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def read_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
+    """Returns detectron2's and the plugin's defaults, overridden by a file and then by options.
 
     Args:
         config_file: a YAML file, with ``_BASE_`` if it likes. Unsafe YAML tags are refused, and
@@ -110,9 +120,6 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
         _merge_file(cfg, config_file)
     merge_opts(cfg, opts)
     _check_values(cfg, config_file or "options")
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("no CUDA device: MODEL.DEVICE is now cpu")
-        cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 

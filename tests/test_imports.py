@@ -6,12 +6,14 @@ data and evaluation use ops and detectron2 only; nothing imports tools, tests or
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
 from conftest import ROOT
 
 PACKAGE = "mask_head_plugin"
+TOOLS = [ROOT / "train_net.py", *sorted((ROOT / "tools").glob("*.py"))]
 # What the modules of a part may import of the package, besides their own part.
 ALLOWED = {
     "ops": set(),
@@ -102,14 +104,45 @@ def test_every_part_of_the_package_has_a_rule():
     )
 
 
-def test_importing_the_package_loads_neither_trainer_nor_tools():
-    import subprocess
+def test_importing_the_package_loads_neither_trainer_nor_tools_and_warns_of_nothing():
+    code = """
+import sys, mask_head_plugin
+print(*(m for m in sys.modules if "mask_head_plugin" in m))
+import mask_head_plugin.engine.run, mask_head_plugin.experiments.compare_zoo, torch
+print("imported", file=sys.stderr)
+torch.jit.script(lambda x: x)
+"""
+    command = [sys.executable, "-W", "always", "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "mask_head_plugin.modeling.mask_head" in result.stdout
+    assert "mask_head_plugin.engine" not in result.stdout
+    before, _, after = result.stderr.partition("imported\n")
+    for kind in ("FutureWarning", "pkg_resources"):
+        assert kind not in before
+    assert "FutureWarning: `torch.jit.script` is deprecated" in after, "the user's own call"
 
-    code = (
-        "import sys, mask_head_plugin; print([m for m in sys.modules if 'mask_head_plugin' in m])"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert "mask_head_plugin.modeling.mask_head" in output.stdout
-    assert "mask_head_plugin.engine" not in output.stdout
+
+def test_help_and_wrong_flags_need_no_heavy_package():
+    """Each tool in one process, where importing PyTorch and the like is an error."""
+    code = """
+import runpy, sys
+class Refused:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "detectron2", "numpy", "cv2", "mask_head_plugin"):
+            raise SystemExit(f"imports {name}")
+sys.meta_path.insert(0, Refused)
+for tool in sys.argv[1:]:
+    for flag in ("--help", "--no-such-flag"):
+        sys.argv = [tool, flag]
+        try:
+            runpy.run_path(tool, run_name="__main__")
+        except SystemExit as end:
+            print(tool, flag, end.code, file=sys.stderr)
+"""
+    tools = [str(path) for path in TOOLS]
+    command = [sys.executable, "-c", code, *tools]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    for tool in tools:
+        assert f"{tool} --help 0\n" in result.stderr
+        assert f"{tool} --no-such-flag 2\n" in result.stderr
+    assert len(tools) >= 9 and result.returncode == 0

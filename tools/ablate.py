@@ -4,28 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from tqdm import tqdm
-
-from mask_head_plugin import ConfigError
-from mask_head_plugin.engine.checkpoint import sole_writer
-from mask_head_plugin.experiments import (
-    Cluster,
-    Trial,
-    describe,
-    estimate_seconds,
-    load_ablation,
-    plan,
-    run,
-    write_description,
-)
-from mask_head_plugin.experiments.report import write_report
+if TYPE_CHECKING:
+    from mask_head_plugin.experiments import Cluster, Trial
 
 EXAMPLES = """
 Examples:
@@ -63,9 +49,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cluster", choices=["local", "slurm", "debug"], default="local")
     parser.add_argument("--jobs", type=int, default=1, help="trials at once (default 1)")
     parser.add_argument("--num-gpus", type=int, default=0, help="of each trial (default 0: CPU)")
-    parser.add_argument("--partition", default="", help="of Slurm")
+    parser.add_argument("--partition", default="", help="of Slurm, as the next three")
+    parser.add_argument("--account", default="", help="whom it charges")
+    parser.add_argument("--qos", default="", help="its quality of service")
     parser.add_argument(
-        "--time", type=int, default=24 * 60, metavar="MINUTES", help="limit of a Slurm job"
+        "--time", type=int, default=24 * 60, metavar="MINUTES", help="limit of a job"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (default 1000)")
@@ -73,33 +61,51 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(args: argparse.Namespace) -> int:
-    if args.jobs < 1:
-        raise ConfigError(f"--jobs {args.jobs}: at least one trial runs at once")
+def main() -> int:
+    args = parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+
+    try:
+        return ablate(args)
+    except ConfigError as error:
+        print(f"ablate.py: {error}", file=sys.stderr)
+        return 2
+
+
+def ablate(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from mask_head_plugin import ConfigError, experiments
+    from mask_head_plugin.engine.checkpoint import sole_writer
+    from mask_head_plugin.experiments.report import write_report
+
     if args.draws < 2:
         raise ConfigError(f"--draws {args.draws}: an interval needs two at least")
-    gpus = torch.cuda.device_count()
-    if args.num_gpus < 0 or (args.cluster != "slurm" and args.num_gpus * args.jobs > gpus):
-        raise ConfigError(
-            f"--num-gpus {args.num_gpus} for --jobs {args.jobs} at once: there are {gpus}"
-        )
-    ablation = load_ablation(args.config_file, args.size, args.opts, args.variant, args.seed)
-    trials = plan(ablation, args.output)
-    threads = 0 if args.num_gpus or args.cluster == "slurm" else max(_cores() // args.jobs, 1)
-    cluster = Cluster(*(args.cluster, args.jobs, args.num_gpus, threads, args.partition, args.time))
+    slurm = {"partition": args.partition, "account": args.account, "qos": args.qos}
+    cluster = experiments.Cluster(
+        args.cluster, args.jobs, args.num_gpus, minutes=args.time, **slurm
+    )
+    cluster.check()
+    ablation = experiments.load_ablation(
+        *(args.config_file, args.size, args.opts, args.variant, args.seed)
+    )
+    trials = experiments.plan(ablation, args.output, args.num_gpus)
     metric = ablation.metric
     if args.dry_run:
         for trial in trials:
             print(f"{_state(trial, metric):>12}  {trial.name}  ->  {trial.folder}")
-        left = timedelta(seconds=round(estimate_seconds(trials, cluster)))
-        print(f"{len(trials)} trials, about {left} of training left with {args.jobs} at once")
+        print(f"{len(trials)} trials, {_time_left(trials, cluster)} with {args.jobs} at once")
         return 0
+    cluster.check_commands()
     command = shlex.join(["python", *sys.argv])
-    description = describe(ablation, file=args.config_file, size=args.size, command=command)
+    description = experiments.describe(
+        ablation, file=args.config_file, size=args.size, command=command
+    )
     with sole_writer(args.output):
-        write_description(args.output, description)
+        experiments.write_description(args.output, description)
         try:
-            run(trials, cluster, lambda t: tqdm.write(f"{t.name}: {_state(t, metric)}"))
+            experiments.run(trials, cluster, lambda t: tqdm.write(f"{t.name}: {_state(t, metric)}"))
         except KeyboardInterrupt:
             print("ablate.py: stopped; the same command goes on from here", file=sys.stderr)
             return 130
@@ -113,8 +119,13 @@ def main(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _time_left(trials: list[Trial], cluster: Cluster) -> str:
+    from mask_head_plugin.experiments import estimate_seconds
+
+    seconds = estimate_seconds(trials, cluster)
+    if seconds is None:
+        return "of unknown length until one has run on its GPUs,"
+    return f"about {timedelta(seconds=round(seconds))} of training left"
 
 
 def _state(trial: Trial, metric: str) -> str:
@@ -131,8 +142,4 @@ def _state(trial: Trial, metric: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(parse_args()))
-    except ConfigError as error:
-        print(f"ablate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

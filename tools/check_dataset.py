@@ -8,12 +8,6 @@ import logging
 import sys
 from pathlib import Path
 
-from mask_head_plugin import ConfigError
-from mask_head_plugin.data import CheckOptions, check_coco_file, fix_coco_file
-from mask_head_plugin.data.check_run import write_report
-from mask_head_plugin.data.dataset_fix import changes_path
-from mask_head_plugin.data.findings import by_kind, count_by_severity, errors_of, summary_table
-
 DETAILS_PER_KIND = 5
 
 EXAMPLES = """
@@ -54,6 +48,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
+    from mask_head_plugin import ConfigError
+    from mask_head_plugin.data import CheckOptions, check_coco_file, fix_coco_file
+    from mask_head_plugin.data.check_run import write_report
+    from mask_head_plugin.data.dataset_fix import changes_path
+    from mask_head_plugin.data.findings import by_kind, count_by_severity, errors_of, summary_table
+
     if not Path(args.json).is_file():
         raise ConfigError(f"--json {args.json}: there is no such file")
     if args.output and args.output.resolve() in (
@@ -89,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+
     logging.basicConfig(level=logging.INFO, format="check_dataset.py: %(message)s")
     try:
         return run(args)

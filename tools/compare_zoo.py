@@ -8,10 +8,6 @@ import logging
 import sys
 from pathlib import Path
 
-from mask_head_plugin import ConfigError
-from mask_head_plugin.experiments.compare_zoo import MARKDOWN_FILE, compare_all, compare_config
-from mask_head_plugin.experiments.comparison import DIFFERENT, EQUAL, TOO_FEW
-
 EXAMPLES = """
 Examples:
   A model of the zoo on 500 images of COCO; the weights are downloaded:
@@ -48,7 +44,6 @@ Verdicts and exit codes:
   3  different
 With --all the highest of all codes; 130 after Ctrl-C.
 """
-EXIT_CODES = {EQUAL: 0, TOO_FEW: 1, DIFFERENT: 3}
 GIVEN_UP = 2
 
 
@@ -86,6 +81,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+    from mask_head_plugin.experiments.compare_zoo import MARKDOWN_FILE, compare_all, compare_config
+    from mask_head_plugin.experiments.comparison import DIFFERENT, EQUAL, TOO_FEW
+
+    exit_codes = {EQUAL: 0, TOO_FEW: 1, DIFFERENT: 3}
     logging.basicConfig(format="%(message)s")
     logging.getLogger("mask_head_plugin.experiments").setLevel(logging.INFO)
     job = (args.weights, args.dataset, args.output, args.num_images, args.opts, args.score)
@@ -102,7 +103,7 @@ def main() -> int:
         return 130
     codes = []
     for name, result in results.items():
-        codes.append(GIVEN_UP if isinstance(result, str) else EXIT_CODES[result.verdict])
+        codes.append(GIVEN_UP if isinstance(result, str) else exit_codes[result.verdict])
         print(f"{name}: {f'not compared, {result}' if isinstance(result, str) else result.verdict}")
     print(f"see {args.output / MARKDOWN_FILE}")
     return max(codes)

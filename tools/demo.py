@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mask_head_plugin import ConfigError
-from mask_head_plugin.engine.demo import run_demo
-
 EXAMPLES = """
 Examples:
   A folder of images with the checkpoint of this repository:
@@ -67,6 +64,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+    from mask_head_plugin.engine.demo import run_demo
+
     try:
         problems = run_demo(
             *(args.config_file, [*args.opts, *args.pairs], args.input, args.output),

@@ -6,11 +6,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from detectron2.data import MetadataCatalog
-
-from mask_head_plugin import ConfigError
-from mask_head_plugin.engine import export_safetensors
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -23,12 +18,14 @@ def main() -> None:
         help="names the classes, where the checkpoint does not, as a registered data set does",
     )
     args = parser.parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+    from mask_head_plugin.engine import export_safetensors
+
     try:
         if args.output.suffix != ".safetensors":
             raise ConfigError(f"{args.output}: the name of the output must end in .safetensors")
-        names = (
-            MetadataCatalog.get(args.classes_of).get("thing_classes") if args.classes_of else None
-        )
+        names = classes_of(args.classes_of) if args.classes_of else None
         if args.classes_of and not names:
             raise ConfigError(
                 f"--classes-of {args.classes_of}: no data set with classes, such as "
@@ -38,6 +35,12 @@ def main() -> None:
     except (ConfigError, OSError) as error:
         parser.exit(1, f"export_weights.py: {error}\n")
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB")
+
+
+def classes_of(dataset: str) -> list[str] | None:
+    from detectron2.data import MetadataCatalog
+
+    return MetadataCatalog.get(dataset).get("thing_classes")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tabulate import tabulate
-
-from mask_head_plugin import ConfigError, load_config
-from mask_head_plugin.engine import Trainer
-from mask_head_plugin.engine.guards import describe_batch, listed
-from mask_head_plugin.engine.replay import Replay, replay_step
+if TYPE_CHECKING:
+    from mask_head_plugin.engine.replay import Replay
 
 EXAMPLES = """
 Example:
@@ -32,6 +29,11 @@ def main() -> None:
     parser.add_argument("--config-file", metavar="FILE", help="default: config.yaml of OUTPUT_DIR")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError, load_config
+    from mask_head_plugin.engine import Trainer
+    from mask_head_plugin.engine.replay import replay_step
+
     try:
         config_file = args.config_file or str(args.step.parent.parent / "config.yaml")
         cfg = load_config(config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
@@ -43,6 +45,10 @@ def main() -> None:
 
 
 def report(replay: Replay) -> str:
+    from tabulate import tabulate
+
+    from mask_head_plugin.engine.guards import describe_batch, listed
+
     losses = [(name, replay.saved_losses.get(name), x) for name, x in replay.losses.items()]
     table = tabulate(losses, ("loss", "in the run", "repeated"), tablefmt="github", floatfmt=".6g")
     return "\n".join(

@@ -8,9 +8,6 @@ import logging
 import sys
 from pathlib import Path
 
-from mask_head_plugin import ConfigError
-from mask_head_plugin.experiments.report import write_report
-
 EXAMPLES = """
 tools/ablate.py writes the reports itself when the trials have ended. This is for in between, with
 the trials that have finished so far, and for other settings.
@@ -54,6 +51,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+    from mask_head_plugin.experiments.report import write_report
+
     logging.basicConfig(level=logging.WARNING, format="report.py: %(message)s")
     logging.getLogger("mask_head_plugin").setLevel(logging.INFO)  # COCO takes minutes
     try:

@@ -1,8 +1,8 @@
 """Ablations: files that name variants of a config, and their trials."""
 
 from .ablation import Ablation, load_ablation
+from .cluster import Cluster
 from .runner import (
-    Cluster,
     Trial,
     describe,
     estimate_seconds,

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from ..config import ConfigError, load_config, merge_opts, merge_overrides, nearest_name
+from ..config import ConfigError, merge_opts, merge_overrides, nearest_name, read_config
 
 REQUIRED = {
     "TITLE": str,
@@ -88,7 +88,7 @@ def load_ablation(
     sizes, all_overrides = content["SIZES"], content["VARIANTS"]
     if size not in sizes:
         raise ConfigError(f"{path} has no size {size!r}; choose from {list(sizes)}")
-    base = load_config(str(path.parent / sizes[size]["CONFIG"]))
+    base = read_config(str(path.parent / sizes[size]["CONFIG"]))
     merge_overrides(base, sizes[size].get("OVERRIDES", {}), f"{path}: size {size!r}")
     merge_opts(base, opts)
     configs = {}

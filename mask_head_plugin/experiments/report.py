@@ -131,7 +131,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
         "date": " to ".join(period),
         "machine": _distinct(machine(trial) for trial in finished),
         "versions": _distinct(_versions(r) for r in records),
-        "commit": _distinct(str(r["commit"])[:12] for r in records if r.get("commit")),
+        "commit": _distinct(_short_commit(str(r["commit"])) for r in records if r.get("commit")),
     }
     return [(name, text) for name, text in found.items() if text]
 
@@ -158,6 +158,11 @@ def _versions(record: dict[str, Any]) -> str:
     return ", ".join(
         f"{name} {version}" for name, version in (record.get("versions") or {}).items()
     )
+
+
+def _short_commit(commit: str) -> str:
+    """Returns a commit's first characters, with the + of files that differed from it."""
+    return commit[:12].rstrip("+") + "+" * commit.endswith("+")
 
 
 def _distinct(texts: Any) -> str:

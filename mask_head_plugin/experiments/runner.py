@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 import resource
+import socket
 import statistics
 import subprocess
 import tempfile
@@ -44,6 +45,7 @@ from ..engine import Trainer, check_config
 from ..engine.checkpoint import locked
 from ..engine.launch import launch
 from .ablation import Ablation
+from .cluster import Cluster
 from .report_data import read_json_lines, read_object
 
 FINISHED, FAILED = "finished", "failed"
@@ -101,8 +103,16 @@ class Trial:
         return min(done, total)  # an evaluation that is repeated counts on
 
 
-def plan(ablation: Ablation, output: Path) -> list[Trial]:
+def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
     """Returns the trials of an ablation, seed by seed, and checks that all of them can run.
+
+    The machine that plans need not be the one that trains: the device follows from ``num_gpus``,
+    and whether it is there is looked at where the trial runs.
+
+    Args:
+        ablation: of ``load_ablation``.
+        output: for the trials' folders.
+        num_gpus: of each trial; 0 for the CPU.
 
     Raises:
         ConfigError: if a config cannot be used, a data set is missing, or a trial in the folder was
@@ -113,6 +123,8 @@ def plan(ablation: Ablation, output: Path) -> list[Trial]:
         for variant, config in ablation.configs.items():
             cfg = config.clone()
             cfg.SEED = seed
+            with _naming(variant):
+                cfg.MODEL.DEVICE = _device(cfg.MODEL.DEVICE, num_gpus)
             cfg.OUTPUT_DIR = str(output / folder_name(variant) / f"seed_{seed}")
             trials.append(Trial(variant, seed, cfg))
     for trial in trials[: len(ablation.configs)]:
@@ -125,6 +137,26 @@ def plan(ablation: Ablation, output: Path) -> list[Trial]:
     for trial in trials:
         _check_hash(trial)
     return trials
+
+
+def _device(device: str, num_gpus: int) -> str:
+    """Returns what MODEL.DEVICE a trial trains with."""
+    is_cuda = device.startswith("cuda")
+    if num_gpus and not is_cuda:
+        raise ConfigError(
+            f"MODEL.DEVICE {device} does not use the GPUs of --num-gpus {num_gpus}; set it to "
+            "cuda, or leave --num-gpus out"
+        )
+    return "cpu" if is_cuda and not num_gpus else device
+
+
+def _check_gpus(num_gpus: int) -> None:
+    """Raises ConfigError unless the machine that a trial runs on has its GPUs."""
+    if num_gpus > torch.cuda.device_count():
+        raise ConfigError(
+            f"--num-gpus {num_gpus}, but PyTorch finds {torch.cuda.device_count()} on "
+            f"{socket.gethostname()}"
+        )
 
 
 def _check_hash(trial: Trial) -> None:
@@ -199,51 +231,6 @@ def describe(ablation: Ablation, *, file: str, size: str, command: str) -> dict[
     }
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where trials run.
-
-    Attributes:
-        kind: "local" (processes on this machine), "slurm", or "debug" (in this process).
-        jobs: trials at once.
-        num_gpus: of each trial; 0 for the CPU.
-        threads: of each trial on the CPU; 0 leaves it to PyTorch.
-        partition: of Slurm; empty for its default.
-        minutes: time limit of a Slurm job; a job that reaches it, or is preempted, goes on from its
-            checkpoint in a new one.
-    """
-
-    kind: str = "local"
-    jobs: int = 1
-    num_gpus: int = 0
-    threads: int = 0
-    partition: str = ""
-    minutes: int = 24 * 60
-
-    def executor(self, folder: Path, slot: int) -> submitit.Executor:
-        """Returns what runs one trial.
-
-        Args:
-            folder: for its logs.
-            slot: 0 to jobs - 1; trials that run at the same time on this machine have different
-                ones, and GPUs accordingly.
-        """
-        gpus = {"gpus_per_node": self.num_gpus}
-        if self.kind == "local":
-            local = submitit.LocalExecutor(folder)
-            first = slot * self.num_gpus
-            visible = tuple(range(first, first + self.num_gpus))
-            # Local jobs have no time limit; submitit wants one.
-            local.update_parameters(timeout_min=60 * 24 * 365, visible_gpus=visible, **gpus)
-            return local
-        slurm = submitit.SlurmExecutor(folder, max_num_timeout=100)
-        partition = {"partition": self.partition} if self.partition else {}
-        threads = {"cpus_per_task": self.threads} if self.threads else {}
-        requested = gpus if self.num_gpus else {}
-        slurm.update_parameters(time=self.minutes, **partition, **threads, **requested)
-        return slurm
-
-
 class TrialJob(submitit.helpers.Checkpointable):
     """What submitit pickles and calls; called again with the same trial after a preemption."""
 
@@ -274,6 +261,7 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
         start = time.monotonic()
         try:
             _check_hash(trial)
+            _check_gpus(num_gpus)
             (trial.folder / HASH_FILE).write_text(config_hash(trial.cfg) + "\n")
             launch(_train, max(num_gpus, 1), args=(trial.cfg,), device=trial.cfg.MODEL.DEVICE)
             record = _measure(trial)
@@ -310,6 +298,9 @@ def run(
         trials: of ``plan``.
         cluster: where to.
         report: called with each trial that has ended.
+
+    Raises:
+        ConfigError: if Slurm does not take a job.
     """
     waiting = [trial for trial in trials if not trial.is_finished]
     total = sum(int(trial.cfg.SOLVER.MAX_ITER) for trial in trials)
@@ -327,8 +318,8 @@ def run(
                         job()
                         report(trial)
                         continue
-                    executor = cluster.executor(trial.folder / "submitit", slot)
-                    running[slot] = trial, executor.submit(job)
+                    folder = trial.folder / "submitit"
+                    running[slot] = trial, cluster.submit(job, folder, slot)
                 for slot, (trial, submitted) in list(running.items()):
                     if submitted.done():
                         del running[slot]
@@ -342,14 +333,17 @@ def run(
                 submitted.cancel()
 
 
-def estimate_seconds(trials: Sequence[Trial], cluster: Cluster) -> float:
+def estimate_seconds(trials: Sequence[Trial], cluster: Cluster) -> float | None:
     """Returns about how long the trials that are not finished will take.
 
-    From the speed of those that have run; where none has, from a few steps of the first one.
+    From the speed of those that have run; where none has, from a few steps of the first one. None
+    where those would need GPUs that this machine does not have.
     """
     left = sum(int(t.cfg.SOLVER.MAX_ITER) - t.iteration() for t in trials if not t.is_finished)
     speeds = [seconds_per_iteration(t.folder) for t in trials]
     known = [x for x in speeds if x is not None]
+    if not known and cluster.num_gpus > torch.cuda.device_count():
+        return None
     return left * (statistics.mean(known) if known else _try_speed(trials[0])) / cluster.jobs
 
 

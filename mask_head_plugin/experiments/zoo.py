@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from detectron2 import model_zoo
 from detectron2.utils.file_io import PathManager
 
 from ..config import ConfigError, nearest_name
+
+with warnings.catch_warnings():
+    # It finds its files by pkg_resources, which warns of its own age.
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+    from detectron2 import model_zoo
 
 MODEL_ZOO = "https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md"
 ZOO_WEIGHTS = "zoo"

@@ -181,6 +181,14 @@ def test_what_is_nan_is_a_dash(made, copied):
     assert not re.search(r"\bnan\b", text + shown, re.IGNORECASE)
 
 
+def test_commits_are_short_and_tell_a_dirty_tree(copied):
+    study = read_study(copied, 2)
+    for commit, shown in (("ab" * 20, "ab" * 6), ("ab" * 20 + "+", "ab" * 6 + "+"), ("c+", "c+")):
+        for trial in study.finished:
+            trial.record["commit"] = commit
+        assert dict(report.facts(study))["commit"] == shown
+
+
 def test_trials_that_failed_or_are_missing_are_listed_and_the_others_reported(copied):
     failed = copied / "variant_1" / "seed_1" / "trial.json"
     edit(failed, status="failed", error="FloatingPointError: Loss became <inf>\nat iteration 83")

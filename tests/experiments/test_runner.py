@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -11,7 +12,6 @@ import time
 import pytest
 import yaml
 from conftest import CONFIGS, ROOT
-from submitit.slurm.test_slurm import mocked_slurm
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.data import shapes
@@ -248,21 +248,41 @@ def test_time_left_follows_the_speed_of_the_trials(ablation, tmp_path, fake_trai
 
 
 def test_without_a_speed_some_steps_are_tried(ablation, tmp_path):
-    assert 0 < estimate_seconds(trials_of(ablation, tmp_path), Cluster()) < 300
+    trials = trials_of(ablation, tmp_path)
+    assert 0 < estimate_seconds(trials, Cluster()) < 300
+    assert estimate_seconds(trials, Cluster("slurm", num_gpus=99)) is None, "not on these GPUs"
 
 
-def test_slurm_gets_the_trial_with_its_limits(ablation, tmp_path):
+def test_a_preempted_job_runs_the_same_trial(ablation, tmp_path):
     trial = trials_of(ablation, tmp_path)[0]
-    cluster = Cluster("slurm", num_gpus=2, partition="long", minutes=77)
-    with mocked_slurm():
-        executor = cluster.executor(tmp_path / "logs", 0)
-        job = executor.submit(runner.TrialJob(trial, 2, 0))
-        script = next(tmp_path.rglob("*_submission.sh")).read_text()
-        assert job.job_id == "12"
-    for line in ("--partition=long", "--time=77", "--gpus-per-node=2"):
-        assert f"#SBATCH {line}\n" in script
-    requeued = runner.TrialJob(trial, 2, 0).checkpoint()
-    assert requeued.function.trial is trial, "after a preemption the same trial is run"
+    assert runner.TrialJob(trial, 2, 0).checkpoint().function.trial is trial
+
+
+def test_gpus_that_the_trials_machine_lacks_fail_it_instead_of_training_on_the_cpu(
+    ablation, tmp_path, fake_training, monkeypatch
+):
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 1)
+    trial = trials_of(ablation, tmp_path)[0]
+    runner.run_trial(trial, num_gpus=2)
+    assert re.search("--num-gpus 2, but PyTorch finds 1 on ", trial.record()["error"])
+    assert fake_training[1] == []
+
+
+def test_the_device_follows_from_the_gpus_of_a_trial(ablation, tmp_path, monkeypatch):
+    """Not from those of the machine that plans."""
+    content = yaml.safe_load(ablation.read_text())
+    del content["SIZES"]["shapes"]["OVERRIDES"]["MODEL"]
+    ablation.write_text(yaml.safe_dump(content))
+    for here in (False, True):
+        monkeypatch.setattr(runner.torch.cuda, "is_available", lambda here=here: here)
+        for num_gpus, device in ((0, "cpu"), (8, "cuda")):
+            trials = plan(load_ablation(ablation, "shapes"), tmp_path / "out", num_gpus)
+            assert {t.cfg.MODEL.DEVICE for t in trials} == {device}
+    cpu = load_ablation(ablation, "shapes", opts=["MODEL.DEVICE", "cpu"])
+    with pytest.raises(
+        ConfigError, match=r"'bce': MODEL.DEVICE cpu does not use the GPUs of --num"
+    ):
+        plan(cpu, tmp_path / "out", 8)
 
 
 def test_processes_train_and_a_lost_one_is_noted(ablation, tmp_path):

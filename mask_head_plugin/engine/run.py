@@ -1,0 +1,72 @@
+"""What train_net.py does once its flags are read: set up, then train or evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..config import ConfigError, load_config
+from ..data import check_dataset_files, check_datasets, register_coco_files
+from . import launch
+from .config_check import check_config
+from .trainer import Trainer
+
+
+def set_up(args: argparse.Namespace) -> CfgNode:
+    """Returns the run's config, frozen, with its data sets registered and checked.
+
+    Args:
+        args: the flags of train_net.py.
+
+    Raises:
+        ConfigError: if something does not fit, before anything is built.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    num_processes = launch.process_count(args.num_gpus, args.num_machines, cfg.MODEL.DEVICE)
+    check_config(cfg, train=not args.eval_only, num_processes=num_processes)
+    if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
+        raise ConfigError("--eval-only needs MODEL.WEIGHTS FILE, or --resume: the last checkpoint")
+    setup_logger(cfg.OUTPUT_DIR, launch.process_rank(), name="mask_head_plugin")
+    register_coco_files(cfg)
+    check_datasets(cfg)
+    check_dataset_files(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Trains, or with ``args.eval_only`` evaluates, in one of the run's processes.
+
+    Args:
+        cfg: of ``set_up``.
+        args: the flags of train_net.py.
+
+    Returns:
+        The metrics by task, in the main process.
+
+    Raises:
+        ConfigError: if weights do not fit.
+        TrainingError: if the training cannot go on.
+    """
+    if comm.get_world_size() > 1:  # --num-gpus: it has no logger and knows of no files
+        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
+        register_coco_files(cfg)
+    default_setup(cfg, args)
+    what = (cfg.MODEL.DEVICE, comm.get_world_size())
+    logging.getLogger("mask_head_plugin").info("running on %s, processes: %d", *what)
+    if args.eval_only:
+        model = Trainer.load_model(cfg, resume=args.resume)
+        results = Trainer.evaluate(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=launch.restarted(cfg.OUTPUT_DIR) or args.resume)
+    return trainer.train()

@@ -1,0 +1,118 @@
+"""tools/ablate.py on a login node of Slurm, with commands that only note what they are given."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import CONFIGS, ROOT
+from submitit.slurm.slurm import SlurmJob
+
+from mask_head_plugin.experiments import Cluster, runner
+
+COMMANDS = {
+    "sbatch": 'cp "$1" "$0.script"; echo "Submitted batch job 77"',
+    "srun": "exit 1",
+    "sacct": r'printf "JobID|State|NodeList\n77|FAILED|n1\n"',
+    "scancel": "exit 0",
+}
+
+
+@pytest.fixture
+def tool(capsys, tmp_path):
+    """Runs tools/ablate.py in this process; returns exit code, stdout, lines of stderr."""
+    spec = importlib.util.spec_from_file_location("ablate_tool", ROOT / "tools" / "ablate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    content = {
+        "TITLE": "One",
+        "METRIC": "segm/AP",
+        "SEEDS": [1],
+        "SIZES": {"shapes": {"CONFIG": str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")}},
+        "BASELINE": "bce",
+        "VARIANTS": {"bce": {}},
+    }
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(content))
+    fixed = ["--config-file", str(tmp_path / "one.yaml"), "--output", str(tmp_path / "out")]
+
+    def run(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["ablate.py", *fixed, *args])
+            code = module.main()
+        out, err = capsys.readouterr()
+        return code, out, err.strip().splitlines()
+
+    return run
+
+
+@pytest.fixture
+def slurm(monkeypatch, tmp_path):
+    """A login node without GPU; returns the folder of its commands."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in COMMANDS.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    yield folder
+    SlurmJob.watcher.clear()
+
+
+def test_slurm_trains_on_the_gpus_that_it_reserves(tool, slurm, tmp_path):
+    flags = ["--num-gpus", "8", "--partition", "long", "--account", "lab", "--qos", "high"]
+    code, _, err = tool("--cluster", "slurm", "--time", "77", *flags)
+    script = (slurm / "sbatch.script").read_text()
+    wanted = ("gpus-per-node=8", "partition=long", "account=lab", "qos=high", "time=77")
+    assert all(f"#SBATCH --{text}\n" in script for text in wanted)
+    (path,) = tmp_path.rglob("77_submitted.pkl")
+    job = pickle.loads(path.read_bytes()).function
+    assert (job.trial.cfg.MODEL.DEVICE, job.num_gpus) == ("cuda", 8)
+    assert code == 1 and "bce, seed 1 failed" in err[-2], "Slurm said so"
+
+
+def test_slurms_own_defaults_stay_where_no_flag_names_them(tool, slurm):
+    tool("--cluster", "slurm")
+    script = (slurm / "sbatch.script").read_text()
+    assert not any(f"--{name}" in script for name in ("partition", "account", "qos", "gpus"))
+
+
+def test_a_job_that_slurm_refuses_is_one_line(tool, slurm):
+    (slurm / "sbatch").write_text("#!/bin/sh\necho 'Invalid account' >&2; exit 1\n")
+    code, _, err = tool("--cluster", "slurm", "--account", "nobody")
+    assert code == 2 and err[-1] == "ablate.py: sbatch refused a job: Invalid account"
+
+
+def test_without_slurm_that_is_one_line_and_the_plan_can_be_seen(tool, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, _, err = tool("--cluster", "slurm", "--num-gpus", "8")
+    assert code == 2 and err[-1].startswith("ablate.py: --cluster slurm: sbatch and srun not found")
+    assert not (tmp_path / "out" / "ablation.json").exists()
+    code, out, _ = tool("--cluster", "slurm", "--num-gpus", "8", "--dry-run")
+    assert code == 0 and "1 trials, of unknown length until one has run on its GPUs" in out
+
+
+def test_trials_share_the_cores_unless_the_user_says_how_many_threads(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [Cluster(jobs=jobs).threads for jobs in (1, 5, 99)] == [12, 2, 1]
+    assert Cluster("slurm").threads == 0, "its nodes have other cores"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert [Cluster(jobs=jobs).threads for jobs in (1, 5)] == [0, 0]
+
+
+def test_a_trial_has_the_threads_that_it_is_given(monkeypatch):
+    monkeypatch.setattr(runner, "run_trial", lambda *_: None)
+    before = torch.get_num_threads()
+    try:
+        runner.TrialJob(None, 0, 5)()
+        assert torch.get_num_threads() == 5
+        runner.TrialJob(None, 0, 0)()
+        assert torch.get_num_threads() == 5, "as PyTorch has it"
+    finally:
+        torch.set_num_threads(before)
