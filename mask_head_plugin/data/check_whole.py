@@ -1,6 +1,6 @@
 """Faults that only a file as a whole shows: its units, the numbering of its classes, repetitions.
 
-They have no one right answer, so a corrected copy is refused.
+Most have no one right answer, so a corrected copy is refused.
 """
 
 from __future__ import annotations
@@ -8,18 +8,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
-from .findings import Finding, Findings
+from .findings import Findings
 
 FEW = 10
-"""Records with a fault that may be chance; more, and over WHOLESALE_SHARE of all, are none."""
-WHOLESALE_SHARE = 1 / 3
-
-WHOLESALE_KINDS = {
-    *("box-mismatch", "box-outside", "box-negative", "polygon-outside", "polygon-not-finite"),
-    *("rle-size", "rle-sum", "rle-corrupt", "image-file-missing", "image-size-mismatch"),
-    *("unknown-image", "unknown-category"),
-}
-"""Repairs of these are right for one record, but hide what is wrong with an export."""
+"""Records with a fault that may be chance."""
 
 
 def check_whole(
@@ -33,43 +25,26 @@ def check_whole(
         found: gets the findings.
     """
     annotations = [x for x in content["annotations"] if isinstance(x, dict)]
-    for what, numbers in (("boxes", _boxes(annotations)), ("polygons", _polygons(annotations))):
-        if _within_one(numbers):
+    for what, numbers in (("boxes", _boxes(annotations)), ("polygons", polygons_of(annotations))):
+        if within_one(numbers):
             found.add("normalised-coordinates", f"the {what} all lie between 0 and 1")
     _check_shift(annotations, category_ids, found)
     _check_repetitions(annotations, found)
-
-
-def wholesale(errors: list[Finding], content: dict[str, list[Any]]) -> tuple[Finding, str] | None:
-    """Returns an error of a kind that too many records of a section have to repair them singly.
-
-    Args:
-        errors: of a check.
-        content: the sections that were checked.
-
-    Returns:
-        The first one, and how many of how many records have such a one; None if they are few.
-    """
-    for section in ("images", "annotations"):
-        faulty = [x for x in errors if x.section == section and x.kind in WHOLESALE_KINDS]
-        count, total = len({x.index for x in faulty}), len(content[section])
-        if count >= FEW and count > WHOLESALE_SHARE * total:
-            return faulty[0], f"{count} of {total} {section}"
-    return None
 
 
 def _boxes(annotations: list[dict[str, Any]]) -> Iterator[Any]:
     return (x["bbox"] for x in annotations if x.get("bbox"))
 
 
-def _polygons(annotations: list[dict[str, Any]]) -> Iterator[Any]:
+def polygons_of(annotations: list[dict[str, Any]]) -> Iterator[Any]:
+    """Yields the polygons of all masks."""
     for annotation in annotations:
         polygons = annotation.get("segmentation")
         if isinstance(polygons, list):
             yield from polygons
 
 
-def _within_one(lists: Iterator[Any]) -> bool:
+def within_one(lists: Iterator[Any]) -> bool:
     """Whether there are many lists of numbers, all between 0 and 1. Most files end it at once."""
     count = 0
     for numbers in lists:

@@ -6,50 +6,30 @@ out. So the copy passes the check. Every change is listed with its reason.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-from collections import defaultdict
-from collections.abc import Hashable
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
 from .check import CheckOptions, check_content, read_content
-from .check_records import MAX_ID, check_sections, file_name
-from .check_whole import wholesale
-from .findings import Finding, Findings, errors_of, plain_id, quote
-from .fix_repairs import REPAIRS, Record, Repairs
-
-# Categories first, then images: annotations hang on both.
-SECTION_ORDER = ("categories", "images", "annotations")
-
-
-@dataclass(frozen=True)
-class Change:
-    """A record that was changed or left out.
-
-    Attributes:
-        action: ``changed`` or ``left out``.
-        kind: of the finding.
-        section: of the record; empty for the whole file.
-        index: of the record in the input.
-        image_id: as in the input.
-        annotation_id: as in the input.
-        what: what was done, and why.
-    """
-
-    action: str
-    kind: str
-    section: str
-    index: int
-    image_id: Any
-    annotation_id: Any
-    what: str
+from .check_records import check_sections
+from .findings import ERROR, Finding, Findings
+from .fix_document import SECTION_ORDER, Change, Document
+from .fix_repairs import REPAIRS
+from .fix_whole import BOX_KINDS, refusal, refuse_losses, repair_boxes, repair_normalised_boxes
+from .new_files import refuse_existing, write_new_files
 
 
 def fix_coco_file(
-    json_file: str, image_root: str, output: Path, options: CheckOptions | None = None
+    json_file: str,
+    image_root: str,
+    output: Path,
+    options: CheckOptions | None = None,
+    *,
+    accepted: Collection[str] = (),
+    crowds_are_objects: bool = False,
 ) -> list[Change]:
     """Writes a copy of a COCO file that the check finds no errors in, and a list of the changes.
 
@@ -58,6 +38,8 @@ def fix_coco_file(
         image_root: the folder of the images.
         output: the copy; must not exist. The list is ``<output>.changes.json``.
         options: as of the check.
+        accepted: kinds of finding that may cost most records, whose copy is refused else.
+        crowds_are_objects: whether annotations with ``iscrowd`` 1 are single objects.
 
     Returns:
         The changes.
@@ -66,22 +48,18 @@ def fix_coco_file(
         ConfigError: if the output exists or cannot be written, or the file has faults that no one
             right answer mends.
     """
-    for path in (output, changes_path(output)):
-        if path.exists():
-            raise ConfigError(f"--fix: {path} exists; name a new file")
+    refuse_existing((output, changes_path(output)), "--fix")
     content, changes = _read_leniently(json_file)
-    fixer = _Fixer(content, json_file, image_root, options or CheckOptions())
-    fixer.run()
-    changes += fixer.changes
-    listed = json.dumps([asdict(change) for change in changes], indent=1)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        changes_path(output).write_text(listed + "\n", encoding="utf-8")
-        unfinished = output.with_name(f"{output.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(content), encoding="utf-8")
-        unfinished.replace(output)
-    except OSError as error:
-        raise ConfigError(f"--fix: {output} cannot be written: {error}") from error
+    found = Findings(json_file)
+    if not check_sections(content, found):
+        raise _unfixable(found[0])
+    options = options or CheckOptions()
+    # How many classes a model has is no fault of the file.
+    document = Document(content, image_root, dataclasses.replace(options, num_classes=None))
+    repair(document, json_file, accepted, crowds_are_objects=crowds_are_objects)
+    changes += document.changes
+    listed = json.dumps([dataclasses.asdict(change) for change in changes], indent=1)
+    write_new_files({changes_path(output): listed + "\n", output: json.dumps(content)}, "--fix")
     return changes
 
 
@@ -113,154 +91,93 @@ def _unfixable(finding: Finding) -> ConfigError:
     return ConfigError(f"--fix cannot mend this: {finding}")
 
 
-class _Fixer(Repairs):
-    """Repairs parsed content in place.
+def repair(
+    document: Document, json_file: str, accepted: Collection[str], *, crowds_are_objects: bool
+) -> None:
+    """Repairs and leaves out until the check finds nothing that --fix can repair.
 
-    Attributes:
-        changes: what was done.
+    Args:
+        document: changed in place.
+        json_file: its name, for messages.
+        accepted: kinds of finding that may cost most records.
+        crowds_are_objects: whether ``iscrowd`` 1 becomes 0.
+
+    Raises:
+        ConfigError: if that cannot be done.
     """
+    if crowds_are_objects:
+        _make_objects(document, json_file)
+    tried: set[tuple[int, str]] = set()
+    boxes_are_left = True
+    while found := _faults(document, json_file):
+        document.index()
+        whole = [x for x in found if x.index < 0]
+        if whole:
+            _repair_whole(document, whole)
+            continue
+        section = next(s for s in SECTION_ORDER if any(x.section == s for x in found))
+        faults = [x for x in found if x.section == section]
+        # Boxes come last: it takes sound masks to judge them.
+        others = [x for x in faults if x.kind not in BOX_KINDS]
+        if not others and boxes_are_left:
+            boxes_are_left = False
+            if repair_boxes(document, faults, accepted):
+                continue
+        faults = others or faults
+        # One finding of a record at a time: a repair may be of another's cause, or change ids.
+        first_of_record = {x.index: x for x in reversed(faults)}
+        for index in sorted(first_of_record):
+            _treat(document, first_of_record[index], tried)
+        document.remove_dropped()
+    refuse_losses(document, accepted)
 
-    def __init__(
-        self, content: Any, json_file: str, image_root: str, options: CheckOptions
-    ) -> None:
-        self.changes: list[Change] = []
-        self._content, self._json_file = content, json_file
-        self.image_root, self.known_files = image_root, options.known_files
-        # How many classes a model has is no fault of the file.
-        self._options = CheckOptions(
-            None, options.lvis, decode=options.decode, known_files=options.known_files
-        )
-        self._places: dict[int, tuple[str, int, Any, Any]] = {}
-        self._tried: set[tuple[int, str]] = set()
-        self._dropped: set[int] = set()
 
-    def run(self) -> None:
-        """Repairs and leaves out until the check finds no errors.
+def _make_objects(document: Document, json_file: str) -> None:
+    for index, annotation in enumerate(document.content["annotations"]):
+        if annotation.get("iscrowd") == 1:
+            message = "iscrowd was 1, crowds are objects by request"
+            document.finding = Finding(
+                "crowd-by-export", json_file, message, section="annotations", index=index
+            )
+            annotation["iscrowd"] = 0
+            document.note_change(annotation, "iscrowd is now 0")
 
-        Raises:
-            ConfigError: if that cannot be done.
-        """
-        found = Findings(self._json_file)
-        if not check_sections(self._content, found):
-            raise _unfixable(found[0])
-        for section in SECTION_ORDER:
-            self._keep_records(section)
-        while errors := self._errors():
-            whole = [finding for finding in errors if finding.index < 0]
-            if whole:
-                raise _unfixable(whole[0])
-            if not self.changes and (fault := wholesale(errors, self._content)):
-                finding, count = fault
-                raise ConfigError(
-                    f"--fix: {count} have such faults, so the whole export is wrong, and repairs "
-                    f"would hide it: {finding}"
-                )
-            self._index()
-            section = next(s for s in SECTION_ORDER if any(e.section == s for e in errors))
-            # One finding of a record at a time: a repair may be of another's cause, or change ids.
-            first_of_record = {e.index: e for e in reversed(errors) if e.section == section}
-            for index in sorted(first_of_record):
-                self._treat(first_of_record[index])
-            for section in SECTION_ORDER:
-                records = self._content[section]
-                records[:] = [x for x in records if id(x) not in self._dropped]
 
-    def _keep_records(self, section: str) -> None:
-        """Notes where each record was, and leaves out what is none."""
-        for index, record in enumerate(self._content[section]):
-            if isinstance(record, dict):
-                ids: tuple[Any, Any] = (None, None)
-                if section == "images":
-                    ids = (record.get("id"), None)
-                elif section == "annotations":
-                    ids = (record.get("image_id"), record.get("id"))
-                self._places[id(record)] = (section, index, plain_id(ids[0]), plain_id(ids[1]))
-            else:
-                kind = f"{section.removesuffix('s').replace('categorie', 'category')}-not-object"
-                what = f"it is {quote(record)}"
-                self.changes.append(Change("left out", kind, section, index, None, None, what))
-        self._content[section][:] = [x for x in self._content[section] if isinstance(x, dict)]
+def _faults(document: Document, json_file: str) -> list[Finding]:
+    """Returns the errors, and the warnings that have a repair."""
+    found = Findings(json_file)
+    check_content(document.content, document.image_root, found, document.options)
+    return [x for x in found if x.severity == ERROR or (x.section, x.kind) in REPAIRS]
 
-    def _errors(self) -> list[Finding]:
-        found = Findings(self._json_file)
-        check_content(self._content, self.image_root, found, self._options)
-        return errors_of(found)
 
-    def _index(self) -> None:
-        """Notes which records belong together, for this round."""
-        self.images = _by_key(self._content["images"], "id")
-        self.files = defaultdict(list)
-        for image in self._content["images"]:
-            self.files[file_name(image, self._options.lvis) or ""].append(image)
-        self.annotations = _by_key(self._content["annotations"], "image_id")
-        self.members = _by_key(self._content["annotations"], "category_id")
-        self.categories = _by_key(self._content["categories"], "id")
-        self._taken = {
-            section: {x["id"] for x in self._content[section] if type(x.get("id")) is int}
-            for section in SECTION_ORDER
-        }
-        self._last = {
-            section: max((i for i in taken if i < MAX_ID // 2), default=0)
-            for section, taken in self._taken.items()
-        }
+def _repair_whole(document: Document, findings: list[Finding]) -> None:
+    """Repairs a fault of the whole file.
 
-    def _treat(self, finding: Finding) -> None:
-        record = self._content[finding.section][finding.index]
-        attempt = (id(record), finding.kind)
-        if id(record) in self._dropped:
+    Raises:
+        ConfigError: if it has no repair, or comes of what was left out.
+    """
+    for finding in findings:
+        if finding.kind == "normalised-coordinates" and repair_normalised_boxes(document, finding):
             return
-        repair = REPAIRS.get((finding.section, finding.kind))
-        done = None
-        if repair is not None and attempt not in self._tried:
-            self._tried.add(attempt)
-            done = repair(self, record)
-        if done:
-            self._list("changed", finding.kind, record, f"{done}: {finding.message}")
-        elif id(record) not in self._dropped:
-            if finding.section == "categories":
-                raise _unfixable(finding)
-            self.drop(record, finding.kind, finding.message)
-
-    def drop(self, record: Record, kind: str, reason: str, *, alone: bool = False) -> None:
-        self._dropped.add(id(record))
-        self._list("left out", kind, record, reason)
-        if self._places[id(record)][0] == "images" and not alone:
-            for annotation in self.annotations.get(_key(record.get("id")), []):
-                if id(annotation) not in self._dropped:
-                    self.drop(annotation, kind, f"its image was left out: {reason}")
-
-    def is_dropped(self, record: Record) -> bool:
-        return id(record) in self._dropped
-
-    def _list(self, action: str, kind: str, record: Record, what: str) -> None:
-        self.changes.append(Change(action, kind, *self._places[id(record)], what))
-
-    def new_id(self, section: str, wanted: Any) -> int:
-        taken = self._taken[section]
-        number = _as_number(wanted)
-        if number is None or number in taken:
-            self._last[section] += 1
-            while self._last[section] in taken:
-                self._last[section] += 1
-            number = self._last[section]
-        taken.add(number)
-        return number
+    losses = [x for section in SECTION_ORDER for x in document.losses[section].values()]
+    if losses:
+        raise refusal(document, losses, f"After that, {findings[0].message}.")
+    raise _unfixable(findings[0])
 
 
-def _as_number(value: Any) -> int | None:
-    """Returns the positive number that a text or a float means."""
-    text = f"{value:.0f}" if isinstance(value, float) and value.is_integer() else value
-    if not isinstance(text, str) or not (text.isascii() and text.isdigit() and len(text) < 16):
-        return None
-    return int(text) or None
-
-
-def _key(value: Any) -> Hashable:
-    return value if isinstance(value, Hashable) else quote(value)
-
-
-def _by_key(records: list[Record], key: str) -> dict[Hashable, list[Record]]:
-    groups: dict[Hashable, list[Record]] = defaultdict(list)
-    for record in records:
-        groups[_key(record.get(key))].append(record)
-    return dict(groups)
+def _treat(document: Document, finding: Finding, tried: set[tuple[int, str]]) -> None:
+    record = document.content[finding.section][finding.index]
+    if document.is_dropped(record):
+        return
+    document.finding = finding
+    repair, attempt = REPAIRS.get((finding.section, finding.kind)), (id(record), finding.kind)
+    done = None
+    if repair is not None and attempt not in tried:
+        tried.add(attempt)
+        done = repair(document, record)
+    if done:
+        document.note_change(record, done)
+    elif not document.is_dropped(record):
+        if finding.section == "categories":
+            raise _unfixable(finding)
+        document.drop(record, finding.message)

@@ -7,7 +7,6 @@ Shape alphabet: H, W sides of an image.
 
 from __future__ import annotations
 
-import abc
 import itertools
 import os
 from collections.abc import Callable, Hashable
@@ -17,62 +16,13 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
-from .check_images import ImageFacts
-from .check_masks import Box, checked_mask
 from .check_records import file_name, is_outside
+from .fix_document import Document, Record
 
-Record = dict[str, Any]
 Polygon = list[float]
 
 
-class Repairs(abc.ABC):
-    """What repairs need of the file.
-
-    Attributes:
-        images: the image records by id.
-        files: image records by normalised file name.
-        annotations: by image id.
-        members: annotations by category id.
-        categories: by id.
-        image_root: the folder of the images.
-        known_files: what the check has read of files, by path.
-    """
-
-    images: dict[Hashable, list[Record]]
-    files: dict[str, list[Record]]
-    annotations: dict[Hashable, list[Record]]
-    members: dict[Hashable, list[Record]]
-    categories: dict[Hashable, list[Record]]
-    image_root: str
-    known_files: dict[str, ImageFacts]
-
-    @abc.abstractmethod
-    def drop(self, record: Record, kind: str, reason: str, *, alone: bool = False) -> None:
-        """Leaves a record out; an image with its annotations unless it goes alone."""
-
-    @abc.abstractmethod
-    def is_dropped(self, record: Record) -> bool:
-        """Returns whether a record was left out."""
-
-    @abc.abstractmethod
-    def new_id(self, section: str, wanted: Any) -> int:
-        """Returns a free id: the number that a text means, else the next."""
-
-    def facts(self, image: Record) -> ImageFacts | None:
-        """Returns what the file of an image says, if it can be used."""
-        # The text that check.listed_images has, by which the files are known.
-        path = os.path.join(self.image_root, str(image.get("file_name")))  # noqa: PTH118
-        facts = self.known_files.get(path)
-        return None if facts is None or facts.problem else facts
-
-    def image_hw(self, annotation: Record) -> tuple[int, int] | None:
-        """Returns the size of an annotation's image."""
-        image_id = annotation.get("image_id")
-        images = self.images.get(image_id) if isinstance(image_id, Hashable) else None
-        return (images[0]["height"], images[0]["width"]) if images else None
-
-
-Repair = Callable[[Repairs, Record], str | None]
+Repair = Callable[[Document, Record], str | None]
 
 
 def _move(records: list[Record], key: str, value: Any) -> None:
@@ -85,96 +35,102 @@ def _renumber(section: str, groups: str, key: str, repeated: Repair) -> Repair:
 
     Args:
         section: of the record.
-        groups: the attribute of Repairs that has what refers to it.
+        groups: the attribute of Document that has what refers to it.
         key: that these refer by.
         repeated: the repair where several records have the id.
     """
 
-    def repair(fixer: Repairs, record: Record) -> str | None:
+    def repair(document: Document, record: Record) -> str | None:
         old = record["id"]
         if not isinstance(old, Hashable):
             return None
-        if len(getattr(fixer, section)[old]) > 1:
-            return repeated(fixer, record)
-        record["id"] = fixer.new_id(section, old)
-        _move(getattr(fixer, groups).get(old, []), key, record["id"])
+        if len(getattr(document, section)[old]) > 1:
+            return repeated(document, record)
+        record["id"] = document.new_id(section, old)
+        _move(getattr(document, groups).get(old, []), key, record["id"])
         return f"its id is now {record['id']}"
 
     return repair
 
 
-def _merge_category(fixer: Repairs, record: Record) -> str | None:
+def _merge_category(document: Document, record: Record) -> str | None:
     """Two of one name are one class."""
     first = next(
-        group[0] for group in fixer.categories.values() if group[0].get("name") == record["name"]
+        group[0] for group in document.categories.values() if group[0].get("name") == record["name"]
     )
-    _move(fixer.members.get(record["id"], []), "category_id", first["id"])
-    fixer.drop(record, "duplicate-category-name", f"its annotations are now of {first['id']!r}")
+    _move(document.members.get(record["id"], []), "category_id", first["id"])
+    document.drop(record, f"its annotations are now of {first['id']!r}", merged=True)
     return None
 
 
-def _repeated_category(fixer: Repairs, record: Record) -> str | None:
-    first = fixer.categories[record["id"]][0]
+def _repeated_category(document: Document, record: Record) -> str | None:
+    first = document.categories[record["id"]][0]
     if first.get("name") == record["name"]:
-        fixer.drop(record, "duplicate-category-id", "it stands twice with one name")
+        document.drop(record, "it is listed twice with one name", merged=True)
     return None
 
 
-def _size_from_file(fixer: Repairs, image: Record) -> str | None:
-    facts = fixer.facts(image)
+def _size_from_file(document: Document, image: Record) -> str | None:
+    facts = document.facts(image)
     if facts is None or facts.orientation != 1:  # not known, or not which way round
         return None
     image["height"], image["width"] = facts.image_hw
     return "height and width are now {} and {}, the file's".format(*facts.image_hw)
 
 
-def _repeated_image(fixer: Repairs, image: Record) -> str | None:
-    kind, same = "duplicate-image-id", fixer.images[image["id"]]
+def _repeated_image(document: Document, image: Record) -> str | None:
+    same = document.images[image["id"]]
     if all(file_name(x, False) == file_name(image, False) for x in same):
-        fixer.drop(image, kind, "it stands twice with one file", alone=True)
+        document.drop(image, "it is listed twice with one file", merged=True)
         return None
     for other in same:
-        if not fixer.is_dropped(other):
-            fixer.drop(other, kind, "several images have its id, so its annotations are not known")
+        if not document.is_dropped(other):
+            document.drop(other, "several images have its id, so its annotations are not known")
     return None
 
 
-def _merge_image(fixer: Repairs, image: Record) -> str | None:
+def _merge_image(document: Document, image: Record) -> str | None:
     """Annotations of a file hold for it, whichever of its records they name."""
-    same = fixer.files.get(file_name(image, False) or "", [])
-    first = next(x for x in same if not fixer.is_dropped(x))
+    same = document.files.get(file_name(image, False) or "", [])
+    first = next(x for x in same if not document.is_dropped(x))
     if first is image:
         return "it is the one record of its file now"
     if any(first.get(side) != image.get(side) for side in ("height", "width")):
         return None
-    kept = fixer.annotations.setdefault(first.get("id"), [])
-    moved = fixer.annotations.pop(image.get("id"), [])
+    kept = document.annotations.setdefault(first.get("id"), [])
+    moved = document.annotations.pop(image.get("id"), [])
     for annotation in moved:
         shape = [annotation.get(key) for key in ("category_id", "bbox", "segmentation")]
         if any([x.get(k) for k in ("category_id", "bbox", "segmentation")] == shape for x in kept):
-            fixer.drop(
-                annotation, "duplicate-file-name", "the other record of its file has it, too"
-            )
+            document.drop(annotation, "the other record of its file has it, too", merged=True)
         else:
             annotation["image_id"] = first.get("id")
             kept.append(annotation)
     reason = f"its annotations are now of image {first.get('id')!r}, which has the same file"
-    fixer.drop(image, "duplicate-file-name", reason, alone=True)
+    document.drop(image, reason, merged=True)
     return None
 
 
-def _relative_file_name(fixer: Repairs, image: Record) -> str | None:
-    name = os.path.relpath(Path(fixer.image_root, image["file_name"]), fixer.image_root)
+def _relative_file_name(document: Document, image: Record) -> str | None:
+    name = os.path.relpath(Path(document.image_root, image["file_name"]), document.image_root)
     if is_outside(name):
         return None
     image["file_name"] = name
     return f"file_name is now {name!r}"
 
 
-def _references(fixer: Repairs, annotation: Record) -> str | None:
+def _file_elsewhere(document: Document, image: Record) -> str | None:
+    name = document.locate(image["file_name"])
+    if name is None:
+        return None
+    image["file_name"] = name
+    return f"file_name is now {name!r}"
+
+
+def _references(document: Document, annotation: Record) -> str | None:
     """Ids that are right as numbers: "7" and 7.0."""
     done = []
-    for key, known in (("image_id", fixer.images), ("category_id", fixer.categories)):
+    for key, known in (("image_id", document.images), ("category_id", document.categories)):
         value = annotation.get(key)
         if isinstance(value, float | str):
             try:
@@ -187,35 +143,35 @@ def _references(fixer: Repairs, annotation: Record) -> str | None:
     return ", ".join(done) or None
 
 
-def _new_id(fixer: Repairs, annotation: Record) -> str | None:
-    annotation["id"] = fixer.new_id("annotations", annotation.get("id"))
+def _new_id(document: Document, annotation: Record) -> str | None:
+    annotation["id"] = document.new_id("annotations", annotation.get("id"))
     return f"its id is now {annotation['id']}"
 
 
-def _annotation_id(fixer: Repairs, annotation: Record) -> str | None:
-    done = _references(fixer, annotation)
+def _annotation_id(document: Document, annotation: Record) -> str | None:
+    done = _references(document, annotation)
     own = annotation["id"]
     if type(own) is int and abs(own) < 1 << 53:
         return done
-    return ", ".join(filter(None, [done, _new_id(fixer, annotation)]))
+    return ", ".join(filter(None, [done, _new_id(document, annotation)]))
 
 
-def _fill(fixer: Repairs, annotation: Record) -> str | None:
+def _fill(document: Document, annotation: Record) -> str | None:
     """Adds what the rest of the annotation tells."""
     done = []
     if annotation.get("id") is None:
-        done.append(_new_id(fixer, annotation))
+        done.append(_new_id(document, annotation))
     if annotation.get("iscrowd") is None:
         annotation["iscrowd"] = 0
         done.append("iscrowd is now 0")
     for key, repair in (("bbox", _box_from_mask), ("area", _area_from_mask)):
         if annotation.get(key) is None:
-            done.append(repair(fixer, annotation))
+            done.append(repair(document, annotation))
     return ", ".join(filter(None, done)) or None
 
 
-def _iscrowd(fixer: Repairs, annotation: Record) -> str | None:
-    del fixer
+def _iscrowd(document: Document, annotation: Record) -> str | None:
+    del document
     given = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "True": 1, "False": 0}
     value = given.get(str(annotation["iscrowd"]))
     if value is None:
@@ -224,22 +180,16 @@ def _iscrowd(fixer: Repairs, annotation: Record) -> str | None:
     return f"iscrowd is now {value}"
 
 
-def _drop_keypoints(fixer: Repairs, annotation: Record) -> str | None:
+def _drop_keypoints(document: Document, annotation: Record) -> str | None:
     """Masks are trained without them."""
-    del fixer
+    del document
     del annotation["keypoints"]
     annotation.pop("num_keypoints", None)
     return "its keypoints are left out"
 
 
-def _mask(fixer: Repairs, annotation: Record) -> tuple[Box, Any] | None:
-    """Returns the box around a sound mask within the image, and its run lengths."""
-    image_hw = fixer.image_hw(annotation)
-    return None if image_hw is None else checked_mask(annotation, image_hw)
-
-
-def _box_from_mask(fixer: Repairs, annotation: Record) -> str | None:
-    found = _mask(fixer, annotation)
+def _box_from_mask(document: Document, annotation: Record) -> str | None:
+    found = document.mask(annotation)
     if found is None:
         return None
     x0, y0, x1, y1 = found[0]
@@ -247,17 +197,17 @@ def _box_from_mask(fixer: Repairs, annotation: Record) -> str | None:
     return f"the box is now {annotation['bbox']}, around the mask"
 
 
-def _area_from_mask(fixer: Repairs, annotation: Record) -> str | None:
-    found = _mask(fixer, annotation)
+def _area_from_mask(document: Document, annotation: Record) -> str | None:
+    found = document.mask(annotation)
     if found is None:
         return None
     annotation["area"] = int(mask_util.area(found[1]))
     return f"area is now {annotation['area']}"
 
 
-def _crowd_runs(fixer: Repairs, annotation: Record) -> str | None:
+def _crowd_runs(document: Document, annotation: Record) -> str | None:
     """The same pixels as run lengths; whether it is a crowd at all is the annotator's to say."""
-    found = _mask(fixer, annotation)
+    found = document.mask(annotation)
     if found is None:
         return None
     counts, size = found[1]["counts"].decode(), list(found[1]["size"])
@@ -265,14 +215,14 @@ def _crowd_runs(fixer: Repairs, annotation: Record) -> str | None:
     return "the mask is now run lengths of the same pixels"
 
 
-def _nest(fixer: Repairs, annotation: Record) -> str | None:
-    del fixer
+def _nest(document: Document, annotation: Record) -> str | None:
+    del document
     annotation["segmentation"] = [annotation["segmentation"]]
     return "the mask is now a list of one polygon"
 
 
-def _flatten(fixer: Repairs, annotation: Record) -> str | None:
-    del fixer
+def _flatten(document: Document, annotation: Record) -> str | None:
+    del document
     polygons = annotation["segmentation"]
     for k, polygon in enumerate(polygons):
         pairs = isinstance(polygon, list) and all(isinstance(x, list) for x in polygon)
@@ -281,9 +231,9 @@ def _flatten(fixer: Repairs, annotation: Record) -> str | None:
     return "the points of its polygons are now in flat lists"
 
 
-def _drop_parts(fixer: Repairs, annotation: Record) -> str | None:
+def _drop_parts(document: Document, annotation: Record) -> str | None:
     """What encloses nothing adds nothing; detectron2 leaves out the same parts."""
-    del fixer
+    del document
     given = annotation["segmentation"]
     kept = [x for x in given if not isinstance(x, list) or (len(x) >= 6 and len(x) % 2 == 0)]
     if not kept:
@@ -292,8 +242,8 @@ def _drop_parts(fixer: Repairs, annotation: Record) -> str | None:
     return f"{len(given) - len(kept)} of {len(given)} polygons are left out"
 
 
-def _cut_polygons(fixer: Repairs, annotation: Record) -> str | None:
-    image_hw = fixer.image_hw(annotation)
+def _cut_polygons(document: Document, annotation: Record) -> str | None:
+    image_hw = document.image_hw(annotation)
     if image_hw is None:
         return None
     cut = [clip_polygon(polygon, image_hw) for polygon in annotation["segmentation"]]
@@ -301,7 +251,7 @@ def _cut_polygons(fixer: Repairs, annotation: Record) -> str | None:
     if not kept:
         return None
     annotation["segmentation"] = kept
-    area = _area_from_mask(fixer, annotation)
+    area = _area_from_mask(document, annotation)
     return f"its polygons are cut at the image's edge, {area}"
 
 
@@ -346,7 +296,10 @@ REPAIRS: dict[tuple[str, str], Repair] = {
     ("images", "duplicate-image-id"): _repeated_image,
     ("images", "duplicate-file-name"): _merge_image,
     ("images", "file-name-outside"): _relative_file_name,
+    ("images", "image-file-elsewhere"): _file_elsewhere,
+    ("images", "image-size-alike"): _size_from_file,
     ("annotations", "id-not-integer"): _annotation_id,
+    ("annotations", "id-as-text"): _references,
     ("annotations", "id-too-large"): _annotation_id,
     ("annotations", "annotation-missing-key"): _fill,
     ("annotations", "duplicate-annotation-id"): _new_id,

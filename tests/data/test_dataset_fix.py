@@ -18,10 +18,10 @@ from mask_head_plugin.data.findings import errors_of
 from mask_head_plugin.data.fix_repairs import clip_polygon
 
 
-def fix(data: DataSet):
+def fix(data: DataSet, **choices):
     """Returns the corrected copy as a data set, and the changes."""
     output = data.folder / "fixed.json"
-    changes = fix_coco_file(str(data.json_file), str(data.images), output)
+    changes = fix_coco_file(str(data.json_file), str(data.images), output, **choices)
     assert json.loads(changes_path(output).read_text()) == [
         {key: getattr(change, key) for key in change.__dataclass_fields__} for change in changes
     ]
@@ -150,7 +150,8 @@ def test_images_left_out_take_their_annotations_and_say_why(good):
 def test_a_file_of_which_nothing_is_left_is_refused(good):
     for annotation in good.content["annotations"]:
         annotation["segmentation"] = "mask.png"
-    with pytest.raises(ConfigError, match="no-annotations"):
+    expected = r"6 of 6 annotations would be left out or cut \(6 by segmentation-type\)"
+    with pytest.raises(ConfigError, match=expected + ".*After that, the file has no annotations"):
         fix(good.write())
 
 
@@ -159,7 +160,7 @@ def test_a_fault_of_the_whole_export_is_not_hidden_by_repairs(good):
     for annotation in many_objects(good):
         polygon = annotation["segmentation"][0]
         annotation["segmentation"] = [[x + 30 for x in polygon]]
-    with pytest.raises(ConfigError, match="--fix: 12 of 12 annotations have such faults"):
+    with pytest.raises(ConfigError, match=r"--fix: most boxes .* 5 masks have faults of their own"):
         fix(good.write())
 
 

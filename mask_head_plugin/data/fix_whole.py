@@ -1,0 +1,240 @@
+"""What --fix decides for a whole export: which repairs hold for all records, and what to refuse.
+
+Shape alphabet: H, W sides of an image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
+
+import pycocotools.mask as mask_util
+
+from ..config import ConfigError
+from .check_masks import LEAST_IOU, ONE_PIXEL, TWO_PIXELS, Box, box_iou
+from .check_records import is_finite
+from .check_whole import FEW, polygons_of, within_one
+from .findings import Finding
+from .fix_document import Document, Record
+
+WHOLESALE_SHARE = 1 / 3
+NEARLY_ALL = 0.95
+BOX_KINDS = {"box-mismatch", "box-outside", "box-negative", "box-without-area"}
+BOTH_ARE_WRONG = {"mask-of-another-image"}
+"""Of two records with this fault one is right or none: a tenth record of it shows a habit."""
+
+
+def is_wholesale(count: int, total: int) -> bool:
+    """Returns whether so many records with a fault are a fault of the export, not chance."""
+    return count > total / 2 or (count >= FEW and count > WHOLESALE_SHARE * total)
+
+
+def refuse_losses(document: Document, accepted: Collection[str]) -> None:
+    """Raises if a copy without what was left out or cut would hide what is wrong with the export.
+
+    Args:
+        document: repaired so far.
+        accepted: kinds of finding that the user takes.
+
+    Raises:
+        ConfigError: names the kinds, how many records of how many they cost, and the first one.
+    """
+    for section in ("images", "annotations"):
+        lost = [x for x in document.losses[section].values() if x.kind not in accepted]
+        others = [x for x in lost if x.kind in BOTH_ARE_WRONG]
+        if is_wholesale(len(lost), document.counts[section]) or len(others) >= FEW:
+            kinds = " ".join(sorted({x.kind for x in lost}))
+            way_out = f"Correct that, or add --accept {kinds} if you want such a copy."
+            raise refusal(document, lost, way_out)
+
+
+def refusal(document: Document, lost: Collection[Finding], way_out: str) -> ConfigError:
+    """Returns the error that names what would be lost."""
+    first = next(iter(lost))
+    kinds = Counter(finding.kind for finding in lost)
+    of_each = ", ".join(f"{count} by {kind}" for kind, count in kinds.most_common())
+    total = document.counts[first.section]
+    return ConfigError(
+        f"--fix: {len(lost)} of {total} {first.section} would be left out or cut ({of_each}), "
+        f"which would hide what is wrong with the whole export. {way_out} The first: {first}"
+    )
+
+
+class _Boxes(NamedTuple):
+    """An annotation with its box as written, its image, and the box and pixels of its mask."""
+
+    annotation: Record
+    numbers: Box
+    image_hw: tuple[int, int]
+    around_mask: Box | None
+    mask_pixels: int
+
+    @property
+    def xyxy(self) -> Box:
+        x, y, width, height = self.numbers
+        return x, y, x + width, y + height
+
+
+def repair_boxes(document: Document, errors: Iterable[Finding], accepted: Collection[str]) -> bool:
+    """Repairs the boxes of all annotations if they are wrong in the whole export.
+
+    Boxes that are written as corners become what COCO writes, as loose as they were; others are
+    taken around the masks.
+
+    Args:
+        document: whose images have sizes.
+        errors: of a check.
+        accepted: kinds of finding for which the user vouches for the masks.
+
+    Returns:
+        Whether anything was changed.
+
+    Raises:
+        ConfigError: if the masks may as well be the ones that are wrong.
+    """
+    wrong = [x for x in errors if x.kind in BOX_KINDS]
+    annotations = document.content["annotations"]
+    if not is_wholesale(len({x.index for x in wrong}), len(annotations)):
+        return False
+    by_index = {x.index: x for x in wrong}
+    boxes = [x for annotation in annotations if (x := _boxes(document, annotation))]
+    if _nearly_all(_is_corners(x) for x in boxes):
+        right, what = _from_corners, "the box is now {}, it was written as [x0, y0, x1, y1]"
+    else:
+        if not {x.kind for x in wrong} <= set(accepted):
+            _refuse_if_masks_may_be_wrong(document, boxes, wrong)
+        right, what = _from_mask, "the box is now {}, around the mask"
+    findings = {
+        id(annotation): by_index.get(k, _as_most(wrong[0], k))
+        for k, annotation in enumerate(annotations)
+    }
+    changed = False
+    for x in boxes:
+        box = right(x)
+        if box is not None and max(abs(a - b) for a, b in zip(box, x.numbers, strict=True)) > 0:
+            document.finding = findings[id(x.annotation)]
+            x.annotation["bbox"] = box
+            document.note_change(x.annotation, what.format(box))
+            changed = True
+    return changed
+
+
+def repair_normalised_boxes(document: Document, finding: Finding) -> bool:
+    """Takes boxes that are shares of the image around masks that are in pixels.
+
+    Returns:
+        Whether that could be done: not where the masks are shares, too.
+    """
+    annotations = document.content["annotations"]
+    if within_one(polygons_of(annotations)):
+        return False
+    changed = False
+    for k, annotation in enumerate(annotations):
+        document.finding = dataclasses.replace(finding, section="annotations", index=k)
+        boxes = _boxes(document, annotation)
+        box = _from_mask(boxes) if boxes else None
+        if box is None:
+            document.drop(annotation, f"{finding.message}, and it has no sound mask")
+        else:
+            annotation["bbox"] = box
+            document.note_change(annotation, f"the box is now {box}, around the mask")
+        changed = True
+    document.remove_dropped()
+    return changed
+
+
+def _as_most(finding: Finding, index: int) -> Finding:
+    return dataclasses.replace(finding, index=index, message="as most boxes of the file")
+
+
+def _boxes(document: Document, annotation: Record) -> _Boxes | None:
+    box, image_hw = annotation.get("bbox"), document.image_hw(annotation)
+    if type(box) is not list or len(box) != 4 or not all(map(is_finite, box)) or image_hw is None:
+        return None
+    mask = document.mask(annotation)
+    a, b, c, d = box
+    around, pixels = (mask[0], int(mask_util.area(mask[1]))) if mask else (None, 0)
+    return _Boxes(annotation, (a, b, c, d), image_hw, around, pixels)
+
+
+def _is_inside(box: Box, image_hw: tuple[int, int]) -> bool:
+    height, width = image_hw
+    return max(-box[0], -box[1], box[2] - width, box[3] - height) <= ONE_PIXEL
+
+
+def _nearly_all(votes: Iterable[bool]) -> bool:
+    given = list(votes)
+    return bool(given) and sum(given) >= NEARLY_ALL * len(given)
+
+
+def _is_corners(boxes: _Boxes) -> bool:
+    """Whether the numbers fit the mask, or the image where there is none, as [x0, y0, x1, y1]."""
+    x0, y0, x1, y1 = corners = boxes.numbers
+    if x0 >= x1 or y0 >= y1 or not _is_inside(corners, boxes.image_hw):
+        return False
+    mask = boxes.around_mask
+    if mask is None:
+        return True
+    around = max(x0 - mask[0], y0 - mask[1], mask[2] - x1, mask[3] - y1) <= ONE_PIXEL
+    iou = box_iou(corners, mask)
+    return (around or iou >= LEAST_IOU) and iou >= box_iou(boxes.xyxy, mask)
+
+
+def _from_corners(boxes: _Boxes) -> list[float] | None:
+    return _xywh(boxes.numbers) if _is_corners(boxes) else None
+
+
+def _from_mask(boxes: _Boxes) -> list[float] | None:
+    return None if boxes.around_mask is None else _xywh(boxes.around_mask)
+
+
+def _xywh(box: Box) -> list[float]:
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def _refuse_if_masks_may_be_wrong(
+    document: Document, boxes: list[_Boxes], wrong: list[Finding]
+) -> None:
+    """Raises if the boxes may be right: are the masks sound, and not the boxes in another form?"""
+    pairs = [x for x in boxes if x.around_mask is not None]
+    unsound = len(document.losses["annotations"])
+    doubt = ""
+    if unsound > (1 - NEARLY_ALL) * len(boxes):
+        doubt = f"{unsound} masks have faults of their own"
+    elif _nearly_all(_is_inside(x.xyxy, x.image_hw) for x in pairs):
+        if _nearly_all(map(_is_exchanged, pairs)):
+            doubt = "they fit with x and y exchanged"
+        elif _nearly_all(_is_scaled(x) and not _has_area_of_mask(x) for x in pairs):
+            doubt = "they fit at another scale"
+    if doubt:
+        kinds = " ".join(sorted({x.kind for x in wrong}))
+        raise ConfigError(
+            f"--fix: most boxes do not fit their masks, but {doubt}, so the masks may be the ones "
+            "that are wrong. Look at some images and correct the export, or add --accept "
+            f"{kinds} if the masks are right. The first: {wrong[0]}"
+        )
+
+
+def _is_exchanged(boxes: _Boxes) -> bool:
+    x0, y0, x1, y1 = boxes.around_mask or boxes.xyxy
+    return _distance(boxes.xyxy, (y0, x0, y1, x1)) <= TWO_PIXELS
+
+
+def _is_scaled(boxes: _Boxes) -> bool:
+    x0, y0, x1, y1 = boxes.around_mask or boxes.xyxy
+    right, bottom = boxes.xyxy[2:]
+    if x1 <= 0 or y1 <= 0:
+        return False
+    return _distance(boxes.xyxy, (x0 * right / x1, y0 * bottom / y1, right, bottom)) <= TWO_PIXELS
+
+
+def _has_area_of_mask(boxes: _Boxes) -> bool:
+    """Whether the annotation's area is its mask's, which two of three facts then agree on."""
+    area: Any = boxes.annotation.get("area")
+    return is_finite(area) and abs(area - boxes.mask_pixels) <= 0.1 * boxes.mask_pixels + 10
+
+
+def _distance(a: Box, b: Box) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
