@@ -18,11 +18,16 @@ TOOLS = [ROOT / "train_net.py", *sorted((ROOT / "tools").glob("*.py"))]
 ALLOWED = {
     "ops": set(),
     "config": set(),
+    "messages": set(),
+    "class_names": {"config", "messages"},
     "structures": {"ops"},
     "modeling": {"ops", "config", "structures"},
     "data": {"ops", "config"},
-    "evaluation": {"ops", "config", "structures"},
-    "engine": {"ops", "config", "structures", "modeling", "data", "evaluation"},
+    "evaluation": {"ops", "config", "class_names", "structures"},
+    "engine": {
+        *("ops", "config", "messages", "class_names", "structures", "modeling", "data"),
+        "evaluation",
+    },
     "experiments": {"ops", "config", "modeling", "data", "evaluation", "engine"},
     "__init__": {"ops", "config", "modeling", "data"},
 }

@@ -2,7 +2,7 @@
 
 from .check import CheckOptions, check_coco_file
 from .check_run import check_dataset_files
-from .coco_files import check_datasets, register_coco_files
+from .coco_files import check_datasets, dataset_categories, register_coco_files
 from .dataset_fix import fix_coco_file
 from .findings import Finding
 from .shapes import register_shapes
@@ -18,6 +18,7 @@ __all__ = [
     "check_coco_file",
     "check_dataset_files",
     "check_datasets",
+    "dataset_categories",
     "fix_coco_file",
     "register_coco_files",
     "register_shapes",

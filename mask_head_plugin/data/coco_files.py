@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from ..config import ConfigError, nearest_name
@@ -139,13 +139,17 @@ def read_coco_file(json_file: str, image_root: str) -> CocoFile:
         ("annotation file", json_file, Path(json_file).is_file()),
         ("image folder", image_root, Path(image_root).is_dir()),
     ):
-        if not found:
-            raise ConfigError(
-                f"DATASETS.COCO_FILES: {what} {path} does not exist, neither from {Path.cwd()} nor "
-                f"in $DETECTRON2_DATASETS ({datasets_root()})"
-            )
+        _require_file(what, path, found)
     # Read once per process and state of the file: COCO's own takes seconds.
     return _read_coco_file(json_file, image_root, Path(json_file).stat().st_mtime_ns)
+
+
+def _require_file(what: str, path: str, found: bool) -> None:
+    if not found:
+        raise ConfigError(
+            f"DATASETS.COCO_FILES: {what} {path} does not exist, neither from {Path.cwd()} nor "
+            f"in $DETECTRON2_DATASETS ({datasets_root()})"
+        )
 
 
 @functools.cache
@@ -163,6 +167,36 @@ def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
         for x in content["annotations"]
     )
     return CocoFile(json_file, image_root, dict(sorted(names.items())), has_rle)
+
+
+def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
+    """Returns the categories of a data set in the order of its classes, or None if unknown.
+
+    Takes them from detectron2's catalog, or from the annotation file: a data set of COCO_FILES need
+    not be registered yet, and one of ``register_coco_instances`` need not be loaded.
+
+    Args:
+        datasets: the section DATASETS of a config.
+        name: of the data set.
+
+    Raises:
+        ConfigError: if it is in COCO_FILES and its file is missing or has no categories.
+    """
+    metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else Metadata()
+    json_file = next((x[1] for x in datasets.get("COCO_FILES", ()) if x[0] == name), None)
+    if json_file is not None:
+        json_file = find_in_datasets(json_file)
+        _require_file("annotation file", json_file, Path(json_file).is_file())
+    names = metadata.get("thing_classes")
+    if names is not None and json_file in (None, metadata.get("source_json_file", json_file)):
+        id_of = {k: i for i, k in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
+        ids = [id_of.get(k, -1) for k in range(len(names))]
+        # Where ids are not known they count from 1, as COCO's own do.
+        return dict(zip(ids if -1 not in ids else range(1, len(names) + 1), names, strict=True))
+    json_file = json_file or metadata.get("json_file")
+    if json_file is None or not Path(json_file).is_file():
+        return None
+    return _read_coco_file(json_file, "", Path(json_file).stat().st_mtime_ns).categories
 
 
 def _entries(cfg: CfgNode) -> list[tuple[str, str, str]]:
@@ -250,6 +284,11 @@ def _register(
 
 def _loader(file: CocoFile, class_indices: dict[int, int]) -> Callable[[], list[dict[str, Any]]]:
     def load() -> list[dict[str, Any]]:
+        if read_coco_file(file.json_file, file.image_root).categories != file.categories:
+            raise ConfigError(
+                f"the categories of {file.json_file} have changed since it was registered; call "
+                "register_coco_files again"
+            )
         # Without a name it leaves the category ids alone.
         records = load_coco_json(file.json_file, file.image_root)
         for record in records:

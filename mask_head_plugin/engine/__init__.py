@@ -3,6 +3,7 @@
 from .checkpoint import MaskHeadCheckpointer, export_safetensors
 from .config_check import check_config
 from .guards import TrainingError
+from .predictor import load_predictor
 from .trainer import Trainer
 from .weights import WeightsPolicy, class_names
 
@@ -14,4 +15,5 @@ __all__ = [
     "check_config",
     "class_names",
     "export_safetensors",
+    "load_predictor",
 ]

@@ -26,16 +26,18 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from safetensors.torch import save_file
 
+from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
+from ..messages import listed
 from .foreign_files import read_checkpoint
 from .weights import (
     WeightsPolicy,
     class_tensors,
     compare,
     file_classes,
-    listed,
     match_classes,
     matched_by_ends,
+    num_classes_of,
     settle,
     without_prefix,
 )
@@ -52,11 +54,15 @@ BEST_CHECKPOINT = "model_best"
 """Without extension. Holds weights alone, so no run resumes from it."""
 
 
+_CLASSIFIER = re.compile(r"(^|\.)box_predictor(\.\d+)?\.cls_score\.weight$")
+
+
 class MaskHeadCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer that also reads ``.safetensors`` and lets no file run code.
 
     Weights that do not fit the model are an error, or told, and rows of classes are matched by
-    name: see weights.py.
+    name: see weights.py. The names stay with the model, so that whoever evaluates or draws what it
+    predicts can match them, too: see class_names.py.
 
     Checkpoints are written beside their name and renamed, so a kill or a full disk leaves the old
     ones as they are; a run is resumed from the newest one that is intact.
@@ -74,11 +80,16 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         Args:
             model: loaded into, and saved.
             save_dir: the folder of its checkpoints.
-            policy: what weights must be; by default, whatever fits in full, or fills a backbone.
+            policy: what weights must be; by default, whatever fits in full, or fills a backbone,
+                with the classes that the file names.
             checkpointables: see DetectionCheckpointer.
         """
         super().__init__(model, save_dir, **checkpointables)
-        self._policy = policy or WeightsPolicy()
+        self._policy = policy or WeightsPolicy.of_predictor(
+            getattr(self.model, "datasets", None), num_classes_of(self.model)
+        )
+        if self._policy.class_names and not self._policy.keeps_classes:
+            name_classes(self.model, self._policy.class_names)
         self._source, self._query, self._resuming = "", "", False
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -102,8 +113,9 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
     def _write(self, basename: str, data: dict[str, Any]) -> None:
         path = Path(self.save_dir) / basename
         logger.info("saving checkpoint %s", path)
-        if self._policy.class_names:
-            data = {"class_names": list(self._policy.class_names), **data}
+        names = class_names_of(self.model)
+        if names:
+            data = {"class_names": names, **data}
         write_checkpoint(path, data)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -162,7 +174,8 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         weights = without_prefix(checkpoint["model"])
         named = file_classes(checkpoint, self._source)
         resuming = self._resuming
-        match_classes(weights, self.model, named, self._policy, self._source, resuming=resuming)
+        arguments = (self.model, named, self._policy, self._source)
+        names = match_classes(weights, *arguments, resuming=resuming)
         by_ends = checkpoint.pop("matching_heuristics", False)
         if by_ends:
             author = checkpoint.get("__author__", "")
@@ -179,6 +192,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             class_layers=class_tensors(self.model),
             named=named is not None,
         )
+        name_classes(self.model, names)
         return None  # all is said
 
 
@@ -457,7 +471,7 @@ def export_safetensors(
 
     Raises:
         ConfigError: if the file is no checkpoint, a weight does not fit float16, or the checkpoint
-            names other classes.
+            names other classes or another number of them than it has.
         OSError: if the output cannot be written.
     """
     content = read_checkpoint(checkpoint)
@@ -472,11 +486,17 @@ def export_safetensors(
         )
     weights = without_prefix(content["model"])
     tensors = {name: torch.as_tensor(weight).contiguous() for name, weight in weights.items()}
+    names = list(named or class_names or ())
+    for name in filter(_CLASSIFIER.search, tensors if names else ()):
+        if len(tensors[name]) != len(names) + 1:  # and background
+            raise ConfigError(
+                f"{checkpoint}: {name} has rows for {len(tensors[name]) - 1} classes, and "
+                f"{len(names)} are named"
+            )
     if half:
         tensors = {name: _half(checkpoint, name, weight) for name, weight in tensors.items()}
     output.parent.mkdir(parents=True, exist_ok=True)
-    names = named or class_names
-    save_file(tensors, output, {"class_names": json.dumps(list(names))} if names else None)
+    save_file(tensors, output, {"class_names": json.dumps(names)} if names else None)
 
 
 def _half(checkpoint: Path, name: str, weight: torch.Tensor) -> torch.Tensor:

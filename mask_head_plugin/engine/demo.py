@@ -5,30 +5,28 @@ Shape alphabet: H, W image height and width in pixels; N detections of an image.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from ..config import ConfigError, load_config
-from ..data import register_coco_files
+from ..data import dataset_categories
 from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.semantic import SemanticMap, semantic_map
+from ..messages import listed
 from ..structures import run_lengths
-from .checkpoint import MaskHeadCheckpointer
 from .config_check import check_config
 from .media import (
     Source,
@@ -39,7 +37,7 @@ from .media import (
     read_bgr,
     read_frames,
 )
-from .weights import WeightsPolicy
+from .predictor import load_predictor
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +184,8 @@ class Demo:
             ConfigError: if the weights cannot be read or do not fill the model.
         """
         self.predictor = load_predictor(cfg)
-        self.predictions = Predictions(model_categories(cfg))
+        names = self.predictor.metadata.get("thing_classes")
+        self.predictions = Predictions(model_categories(cfg, names))
         self.output, self.semantic = output, semantic
 
     def run(self, sources: Sequence[Source]) -> list[str]:
@@ -338,53 +337,50 @@ def demo_config(
     return cfg
 
 
-def load_predictor(cfg: CfgNode) -> DefaultPredictor:
-    """Returns detectron2's predictor for BGR images, with MODEL.WEIGHTS of any of our formats.
+def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
+    """Returns names and category ids of a model's classes; numbers where the names are unknown.
 
-    Raises:
-        ConfigError: if the weights cannot be read or do not fill the model.
+    Ids are those that the first data set of DATASETS.TEST, or else TRAIN, has for the classes of
+    these names; classes that it has not get ids above its own. The annotation files of
+    DATASETS.COCO_FILES need not be on this machine.
+
+    Args:
+        cfg: of the model.
+        names: of its K classes, in the order of its rows.
     """
-    bare = cfg.clone()
-    bare.MODEL.WEIGHTS = ""  # its own checkpointer reads no safetensors
-    predictor = DefaultPredictor(bare)
-    # A model without masks may take weights with them.
-    policy = replace(WeightsPolicy.from_config(cfg, train=False), surplus=True)
-    try:
-        MaskHeadCheckpointer(predictor.model, policy=policy).load(cfg.MODEL.WEIGHTS)
-    except (OSError, AssertionError) as error:
-        raise ConfigError(f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: {error}") from error
-    if torch.device(cfg.MODEL.DEVICE).type == "cpu":  # faster so, see Trainer.build_model
-        predictor.model.to(memory_format=torch.channels_last)
-    return predictor
+    id_of, unknown = _category_ids(cfg)
+    if names is None:
+        count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        logger.warning(
+            "classes are numbers, for the weights do not name them, nor %d classes of a data set: "
+            "%s",
+            *(count, unknown or f"{listed(list(id_of))} are {len(id_of)}"),
+        )
+        numbers = range(1, count + 1)
+        return Categories([str(k) for k in numbers], list(numbers))
+    missing = [name for name in names if name not in id_of]
+    free = itertools.count(max(id_of.values(), default=0) + 1)
+    if missing:
+        logger.warning(
+            "category ids of predictions.json are free ones for %s: %s",
+            *(listed(missing), unknown or f"the data set has {listed(list(id_of))}"),
+        )
+    return Categories(list(names), [id_of[x] if x in id_of else next(free) for x in names])
 
 
-def model_categories(cfg: CfgNode) -> Categories:
-    """Returns names and ids of the classes as DATASETS.TEST has them, or else numbers.
-
-    The annotation files of DATASETS.COCO_FILES need not be on this machine: then there are numbers,
-    and a warning.
-    """
-    count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    ids = list(range(1, count + 1))
-    numbers = Categories([str(k) for k in ids], ids)
-    datasets = cfg.clone()
-    datasets.DATASETS.TEST = ()  # for names only: nothing is made ready for evaluation
-    try:
-        register_coco_files(datasets)
-    except ConfigError as error:
-        logger.warning("classes are numbers, for their names are missing: %s", error)
-        return numbers
-    name = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
-    if name not in DatasetCatalog.list():
-        logger.warning("classes are numbers: DATASETS.TEST names no known data set")
-        return numbers
-    metadata = MetadataCatalog.get(name)
-    names = list(metadata.get("thing_classes", ()))
-    if len(names) != count:
-        logger.warning("classes are numbers: %s has %d, the model %d", name, len(names), count)
-        return numbers
-    id_of = {k: i for i, k in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
-    return Categories(names, [id_of.get(k, k + 1) for k in range(count)])
+def _category_ids(cfg: CfgNode) -> tuple[dict[str, int], str]:
+    """Returns the category id of each class of a data set, or why there are none."""
+    unknown = []
+    for name in (*cfg.DATASETS.TEST[:1], *cfg.DATASETS.TRAIN[:1]):
+        try:
+            categories = dataset_categories(cfg.DATASETS, name)
+        except ConfigError as error:
+            unknown.append(str(error))
+            continue
+        if categories is not None:
+            return {category: i for i, category in categories.items()}, ""
+        unknown.append(f"data set {name!r} is not known")
+    return {}, "; ".join(unknown) or "DATASETS is empty"
 
 
 def instance_semantic_map(found: Detections, image_hw: tuple[int, int]) -> SemanticMap:

@@ -17,6 +17,7 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.file_io import PathManager
 from torch.utils.data import DataLoader, Subset
 
+from ..class_names import class_names_of
 from ..config import ConfigError
 from ..evaluation import MaskEvaluator
 
@@ -50,7 +51,21 @@ def evaluate_dataset(
 
     Returns:
         What the evaluator returns; on other processes than the first, nothing.
+
+    Raises:
+        ConfigError: if the data set has the model's classes in another order, which only a
+            MaskEvaluator follows.
     """
+    found = class_names_of(model)
+    wanted = MetadataCatalog.get(dataset_name).get("thing_classes")
+    if isinstance(evaluator, MaskEvaluator):
+        evaluator.predicted_classes = found
+    elif found and wanted and found != list(wanted):
+        raise ConfigError(
+            f"{type(evaluator).__name__} takes the classes of {dataset_name} to be numbered as the "
+            "model's, which are in another order or not the same; evaluate with weights of its "
+            "classes, and alone in DATASETS.TEST"
+        )
     if isinstance(evaluator, MaskEvaluator):
         evaluator.resume(prediction_fingerprint(cfg, model, dataset_name))
         finished = evaluator.finished_image_ids
@@ -84,8 +99,8 @@ def evaluate_dataset(
 def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: str) -> str:
     """Returns a hash of what predictions depend on, the same on all processes.
 
-    Weights and iteration; the config's MODEL, INPUT and TEST and its proposal files; the annotation
-    file's size and time, or the records of a data set without one.
+    Weights and iteration; the config's MODEL, INPUT and TEST and its proposal files; the names of
+    classes; the annotation file's size and time, or the records of a data set without one.
     """
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in model.state_dict().items():
@@ -104,8 +119,10 @@ def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: s
     digest.update(repr([cfg.DATASETS[key] for key in PROPOSALS]).encode())
     with contextlib.suppress(AssertionError):  # raised where no training is under way
         digest.update(f"iteration {get_event_storage().iter} ".encode())
+    metadata = MetadataCatalog.get(dataset_name)
     digest.update(f"{type(model).__name__} {dataset_name} ".encode())
-    json_file = MetadataCatalog.get(dataset_name).get("json_file")
+    digest.update(repr((class_names_of(model), metadata.get("thing_classes"))).encode())
+    json_file = metadata.get("json_file")
     if json_file:
         stat = Path(PathManager.get_local_path(json_file)).stat()
         digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())

@@ -13,6 +13,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ..class_names import class_names_of
 from ..config import ConfigError
 from ..data import seed_generators
 from .checkpoint import write_checkpoint
@@ -48,6 +49,7 @@ def save_step(
         "batch": [{key: _plain(value) for key, value in x.items()} for x in batch],
         "losses": losses,
         "seeds": list(seeds),
+        "class_names": class_names_of(model),  # of its weights, as every checkpoint has them
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(path, content)

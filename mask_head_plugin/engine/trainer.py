@@ -46,9 +46,11 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.utils.data import DataLoader
 
+from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
 from ..data import NamedErrors, TrainLoader, seed_generators
 from ..evaluation import COCO_MAX_DETECTIONS, MaskEvaluator, write_contact_sheet
+from ..messages import listed
 from .checkpoint import MaskHeadCheckpointer, set_aside_earlier_run, sole_writer
 from .evaluation import evaluate_dataset
 from .foreign_files import check_proposal_files
@@ -63,7 +65,7 @@ from .hooks import (
     TensorboardXWriter,
     scalar_state,
 )
-from .weights import WeightsPolicy
+from .weights import WeightsPolicy, check_test_classes, class_names
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +114,7 @@ class Trainer(DefaultTrainer):
         self._trainer.register_hooks([self._guard])
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         policy = WeightsPolicy.from_config(cfg, train=True)
+        check_test_classes(policy, cfg)
         self.checkpointer = MaskHeadCheckpointer(
             model, cfg.OUTPUT_DIR, policy=policy, trainer=weakref.proxy(self)
         )
@@ -199,6 +202,7 @@ class Trainer(DefaultTrainer):
             self.start_iter = self.iter + 1  # the checkpoint's was finished
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+            _forget_unmatched_classes(self.cfg, self.checkpointer.model)
         if resume and not goes_on:
             logger.warning("no checkpoint in OUTPUT_DIR %s: starting anew", self.cfg.OUTPUT_DIR)
         elif not resume:
@@ -400,6 +404,25 @@ def share_buffers(model: torch.nn.Module) -> None:
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
+
+
+def _forget_unmatched_classes(cfg: CfgNode, model: torch.nn.Module) -> None:
+    """Takes the file's class names from a model that trains on data whose classes have no names.
+
+    Raises:
+        ConfigError: if MODEL.WEIGHTS_STRICT.
+    """
+    names = class_names_of(model)
+    if names is None or class_names(cfg) is not None:
+        return
+    told = (
+        f"{cfg.MODEL.WEIGHTS} names its classes ({listed(names)}), and DATASETS.TRAIN does not, so "
+        "that rows cannot be matched by name; set thing_classes in the metadata of the data set"
+    )
+    if cfg.MODEL.WEIGHTS_STRICT:
+        raise ConfigError(f"{told}, or MODEL.WEIGHTS_STRICT False to take rows in their order")
+    logger.warning("%s; rows are taken in their order", told)
+    name_classes(model, None)
 
 
 def _draw_contact_sheets(trainer: Trainer) -> None:

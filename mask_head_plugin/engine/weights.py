@@ -5,6 +5,7 @@ Shape alphabet: K classes.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import ROIHeads
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 
+from ..class_names import ClassMatch, check_trained
 from ..config import ConfigError
+from ..data import dataset_categories
+from ..messages import NAMES_IN_ERROR, listed
 from ..modeling.mask_head import ClassSelection
 from ..modeling.mask_scoring import MaskIoUHead
 
@@ -26,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 LENIENT = "set MODEL.WEIGHTS_STRICT False to load what fits"
 ADVICE = f"give weights of this config, or {LENIENT}"
-NAMES_IN_ERROR = 6
 MODULES_IN_ERROR = 12
 
 _TRUNKS = ("backbone.bottom_up.", "backbone.net.", "backbone.")
@@ -44,6 +47,8 @@ class WeightsPolicy:
     Attributes:
         class_names: the K classes of the model, in its order, if known: rows of weights that name
             their classes are moved to the rows of those names.
+        keeps_classes: whether weights of other classes keep theirs: of a model that only predicts,
+            ``class_names`` is no more than the order that serves best.
         strict: whether weights that do not fit are an error.
         whole: whether the weights must fill the whole model, since nothing will train it.
         surplus: whether the weights of a detector may hold more than the model.
@@ -51,6 +56,7 @@ class WeightsPolicy:
     """
 
     class_names: Sequence[str] | None = None
+    keeps_classes: bool = False
     strict: bool = True
     whole: bool = False
     surplus: bool = False
@@ -61,6 +67,18 @@ class WeightsPolicy:
         """Returns the policy of a run that trains, or one that only evaluates."""
         names = class_names(cfg, "TRAIN" if train else "TEST")
         return cls(names, strict=cfg.MODEL.WEIGHTS_STRICT, whole=not train)
+
+    @classmethod
+    def of_predictor(cls, datasets: CfgNode | None, num_classes: int | None) -> WeightsPolicy:
+        """Returns the policy for a model that predicts: its classes are those of its weights.
+
+        Args:
+            datasets: the section DATASETS of its config. Weights of the classes of the first data
+                set of TEST, or else TRAIN, take the order that these have there.
+            num_classes: K, None for a model without classes.
+        """
+        named = (*datasets.TEST[:1], *datasets.TRAIN[:1]) if isinstance(datasets, CfgNode) else ()
+        return cls(_known_names(datasets, named, num_classes), keeps_classes=True)
 
 
 @dataclass(frozen=True)
@@ -96,19 +114,39 @@ def class_names(cfg: CfgNode, split: str = "TRAIN") -> list[str] | None:
     """Returns the names of the model's K classes, in its order.
 
     Args:
-        cfg: its data sets are registered.
+        cfg: its data sets are registered, or in DATASETS.COCO_FILES.
         split: ``TRAIN`` or ``TEST``.
 
     Returns:
         Those of the first data set of the split, or None if it does not name K classes.
     """
-    datasets = cfg.DATASETS[split]
-    if not datasets or datasets[0] not in DatasetCatalog.list():
-        return None
-    names = MetadataCatalog.get(datasets[0]).get("thing_classes")
-    if names is None or len(names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        return None
-    return [str(name) for name in names]
+    return _known_names(cfg.DATASETS, cfg.DATASETS[split][:1], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+
+
+def check_test_classes(policy: WeightsPolicy, cfg: CfgNode) -> None:
+    """Checks, before a model is trained, that it can be evaluated on DATASETS.TEST.
+
+    Raises:
+        ConfigError: if a data set has classes that the model has not.
+    """
+    for name in cfg.DATASETS.TEST if policy.class_names else ():
+        categories = None
+        with contextlib.suppress(ConfigError):  # missing files are told by those who read them
+            categories = dataset_categories(cfg.DATASETS, name)
+        if categories:
+            check_trained(policy.class_names or (), list(categories.values()), name)
+
+
+def _known_names(
+    datasets: CfgNode, names: Iterable[str], num_classes: int | None
+) -> list[str] | None:
+    """Returns the class names of the first data set that is known to have so many, or None."""
+    for name in names:
+        with contextlib.suppress(ConfigError):  # such as a file that is not on this machine
+            categories = dataset_categories(datasets, name)
+            if categories is not None and len(categories) == num_classes:
+                return [str(category) for category in categories.values()]
+    return None
 
 
 def compare(
@@ -245,7 +283,7 @@ def match_classes(
     source: str,
     *,
     resuming: bool = False,
-) -> None:
+) -> Sequence[str] | None:
     """Moves rows of classes to where the model has the class of that name, if both name theirs.
 
     Rows of classes that the weights do not have are as the model starts; the log tells them.
@@ -258,49 +296,87 @@ def match_classes(
         source: the file.
         resuming: whether a run goes on; its classes never change.
 
+    Returns:
+        The classes that the model has with these weights, in the order of its rows; None if nobody
+        names them.
+
     Raises:
         ConfigError: if classes would change in a resumed run, be untrained in an evaluation, or
             cannot be told apart.
     """
     own = policy.class_names
-    if found is None or own is None or list(found) == list(own):
-        return
-    new = [name for name in own if name not in found]
-    dropped = [name for name in found if name not in own]
-    change = (
-        f"new: {listed(new)}; dropped: {listed(dropped)}" if new or dropped else "another order"
-    )
+    if found is None:
+        return None if policy.keeps_classes else own
+    _check_rows(weights, model, found, source)
+    if own is None:
+        return found if len(found) == num_classes_of(model) else None
+    if list(found) == list(own):
+        return own
+    match = ClassMatch.of(found, own, source=source, owner="the data set")
     if resuming:
         raise ConfigError(
-            f"{source} cannot be resumed with other classes ({change}); resume with the data sets "
+            f"{source} cannot be resumed with other classes ({match}); resume with the data sets "
             "of that run, or start anew with it as MODEL.WEIGHTS"
         )
-    if new and policy.whole and policy.strict:
+    if policy.keeps_classes and (match.new or match.dropped):
+        return found
+    if match.new and policy.whole and policy.strict:
         raise ConfigError(
-            f"{source} was not trained on classes of the data set ({change}); evaluate on its own "
+            f"{source} was not trained on classes of the data set ({match}); evaluate on its own "
             f"classes, or {LENIENT}"
         )
-    for names, owner in ((found, source), (own, "the data set")):
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise ConfigError(f"classes are matched by name, but {owner} has {twice[0]!r} twice")
-    moved_from = [found.index(name) for name in own if name in found]
-    moved_to = [row for row, name in enumerate(own) if name in found]
+    if not _has_known_rows(model):
+        if policy.keeps_classes or (policy.whole and len(found) == len(own)):
+            return found
+        raise ConfigError(
+            f"{source} has other classes than the data set ({match}), and which rows of a "
+            f"{type(model).__name__} belong to which class is not known here; train on data with "
+            "the classes of the file in their order, or give weights without classes"
+        )
     state = model.state_dict()
+    moved_from, moved_to = map(list, zip(*match.pairs, strict=True)) if match.pairs else ([], [])
     for name, num_background in class_tensors(model).items():
         if name in weights:
             sizes = (len(found), len(own), num_background)
-            if num_background and len(weights[name]) != len(found) + num_background:
-                raise ConfigError(
-                    f"{source} names {len(found)} classes, but {name} has {len(weights[name])} "
-                    f"rows, not {len(found) + num_background}; name its classes anew"
-                )
             weights[name] = _moved(weights[name], state[name], moved_from, moved_to, sizes)
     logger.info(
         "%s: classes are matched by name; %s, whose rows are %s; %s",
         *(source, f"found: {listed([own[row] for row in moved_to])}"),
-        *("in place" if moved_from == moved_to else "moved", change),
+        *("in place" if moved_from == moved_to else "moved", match),
     )
+    return own
+
+
+def _check_rows(
+    weights: Mapping[str, torch.Tensor], model: torch.nn.Module, found: Sequence[str], source: str
+) -> None:
+    """Checks that a file names as many classes as it has rows."""
+    for name, num_background in class_tensors(model).items():
+        expected = len(found) + num_background
+        if num_background and name in weights and len(weights[name]) != expected:
+            raise ConfigError(
+                f"{source} names {len(found)} classes, but {name} has {len(weights[name])} rows, "
+                f"not {expected}; name its classes anew"
+            )
+
+
+def num_classes_of(model: torch.nn.Module) -> int | None:
+    """Returns the number of classes of a detector, None for a model without classes."""
+    for module in model.modules():
+        if isinstance(module, ROIHeads):
+            return int(module.num_classes)
+    return getattr(model, "num_classes", None)  # of detectors without ROI heads, as RetinaNet
+
+
+def _has_known_rows(model: torch.nn.Module) -> bool:
+    """Whether class_tensors finds all layers with rows per class, as far as can be told."""
+    heads = [
+        x.mask_head
+        for x in model.modules()
+        if isinstance(getattr(x, "mask_head", None), torch.nn.Module)
+    ]
+    known = ClassSelection | MaskRCNNConvUpsampleHead
+    return bool(class_tensors(model)) and all(isinstance(head, known) for head in heads)
 
 
 def _moved(
@@ -421,10 +497,3 @@ def grouped(names: Iterable[str]) -> str:
         if len(modules) <= MODULES_IN_ERROR:
             break
     return listed([f"{x} ({count})" for x, count in modules.items()], MODULES_IN_ERROR)
-
-
-def listed(names: Sequence[str], limit: int = NAMES_IN_ERROR) -> str:
-    """Returns the first names, and how many there are besides."""
-    rest = len(names) - limit
-    told = ", ".join(names[:limit]) or "none"
-    return told + (f" and {rest} more" if rest > 0 else "")

@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
+from ..class_names import matched_predictions, predicted_names
 from ..structures import run_lengths
 from .coco_engine import COCO_MAX_DETECTIONS, TASKS, Evaluation, GroundTruth
 from .prediction_log import PredictionLog, Results, merge_lines
@@ -42,6 +43,13 @@ class MaskEvaluator(DatasetEvaluator):
 
     Predictions are written to the output folder as they come. After ``resume``, images that an
     interrupted evaluation has predicted need not be predicted again.
+
+    Predictions of a model whose class names are known count as the class of that name, whatever
+    its number in the data set.
+
+    Attributes:
+        predicted_classes: class names of predictions that carry none, see class_names.py; None if
+            they are numbered as in the data set.
 
     Writes to the output folder:
 
@@ -88,6 +96,7 @@ class MaskEvaluator(DatasetEvaluator):
         self._folder = Path(output_dir) if output_dir else None
         self._max_detections = max_dets_per_image or COCO_MAX_DETECTIONS
         self._semantic_threshold = semantic_threshold
+        self.predicted_classes: list[str] | None = None
         metadata = MetadataCatalog.get(dataset_name)
         self._truth = GroundTruth(
             _annotation_file(dataset_name, self._folder),
@@ -137,10 +146,14 @@ class MaskEvaluator(DatasetEvaluator):
     @property
     def _class_names(self) -> list[str]:
         """Names of the file's categories, the metadata's where there are some."""
+        names = self._names_by_category
+        return [names[category] for category in self._truth.category_ids]
+
+    @property
+    def _names_by_category(self) -> dict[Any, str]:
         classes = MetadataCatalog.get(self._dataset_name).get("thing_classes", ())
-        names = dict(zip(self._category_ids, classes, strict=False))
-        pairs = zip(self._truth.category_ids, self._truth.class_names, strict=True)
-        return [names.get(category, name) for category, name in pairs]
+        names = zip(self._truth.category_ids, self._truth.class_names, strict=True)
+        return {**dict(names), **dict(zip(self._category_ids, classes, strict=False))}
 
     def reset(self) -> None:
         self._log.start()
@@ -154,12 +167,18 @@ class MaskEvaluator(DatasetEvaluator):
         Raises:
             ValueError: if an output has no instances, a class that the data set has not, or a score
                 that is no number.
+            ConfigError: if the data set has classes that the model does not.
         """
         category_ids = self._category_ids
+        names_by_category = self._names_by_category
+        names = [names_by_category.get(category, "") for category in category_ids]
         for x, output in zip(inputs, outputs, strict=True):
             if "instances" not in output:
                 raise ValueError(f"outputs have {sorted(output)} and no instances to evaluate")
-            results = coco_results(output["instances"].to("cpu"), x["image_id"], category_ids)
+            instances = output["instances"]
+            found = predicted_names(instances) or self.predicted_classes
+            instances = matched_predictions(instances.to("cpu"), found, names, self._dataset_name)
+            results = coco_results(instances, x["image_id"], category_ids)
             self._log.append(x["image_id"], results)
 
     def evaluate(self) -> TaskResults:

@@ -5,6 +5,7 @@ Shape alphabet: H, W image height and width in pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from detectron2.evaluation.evaluator import inference_context
 from detectron2.utils.colormap import colormap
 from tqdm import tqdm
 
-from .drawing import FONT, ByteArray, LabelStyle, tint_mask, write_label
+from ..class_names import class_names_of, matched_predictions
+from .drawing import FONT, ByteArray, LabelStyle, Rectangle, tint_mask, write_labels
 
 NUM_IMAGES = 12
 NUM_COLUMNS = 3
@@ -60,6 +62,7 @@ def write_contact_sheet(
     records = DatasetCatalog.get(dataset_name)
     chosen = np.unique(np.linspace(0, len(records) - 1, NUM_IMAGES, dtype=int))
     names = MetadataCatalog.get(dataset_name).thing_classes
+    found = class_names_of(model)
     # The mapper drops annotations, so that the model sees what it sees at evaluation.
     mapper = DatasetMapper(cfg, is_train=False)
     pairs = []
@@ -67,10 +70,11 @@ def write_contact_sheet(
         for index in tqdm(chosen, "drawing the contact sheet", unit="image"):
             record = records[index]
             instances = model([mapper(record)])[0]["instances"].to("cpu")
+            instances = matched_predictions(instances, found, names, dataset_name)
             image = read_image(record["file_name"], format="RGB")
             truth = draw_masks(image, _true_masks(record, names))
-            found = draw_masks(image, _predicted_masks(instances, names, min_score))
-            pairs.append(np.concatenate([_on_tile(truth), _on_tile(found)], axis=1))
+            predicted = draw_masks(image, _predicted_masks(instances, names, min_score))
+            pairs.append(np.concatenate([_on_tile(truth), _on_tile(predicted)], axis=1))
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), _arrange(pairs)[:, :, ::-1]):
         raise OSError(f"could not write {path}")
@@ -86,21 +90,29 @@ def draw_masks(image: ByteArray, masks: Sequence[LabelledMask]) -> ByteArray:
         colour = COLOURS[item.class_index % len(COLOURS)]
         mask = cv2.resize(item.mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
         tint_mask(canvas, np.asarray(mask, np.uint8), colour, WHITE)
-    for item in masks:  # texts last, so that no mask covers one
-        _write_label(canvas, item)
+    places = [_place(item.mask, scale) for item in masks]
+    styles = [LABEL_STYLE] * len(masks)
+    write_labels(canvas, [item.label for item in masks], places, styles)  # no mask covers one
     return canvas
 
 
-def _write_label(canvas: ByteArray, item: LabelledMask) -> None:
-    rows, columns = np.nonzero(item.mask)
-    if len(rows) > 0:
-        scale = canvas.shape[1] / item.mask.shape[1]
-        x, y = int(columns.min() * scale), int(rows.min() * scale)
-        write_label(canvas, item.label, x, y, LABEL_STYLE)
+def _place(mask: npt.NDArray[np.bool_], scale: float) -> Rectangle:
+    """Returns the pixels of the scaled picture that a mask takes up; empty for an empty mask."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if len(rows) == 0:
+        return 0, 0, 0, 0
+    x0, y0 = int(columns[0] * scale), int(rows[0] * scale)
+    return x0, y0, math.ceil((columns[-1] + 1) * scale), math.ceil((rows[-1] + 1) * scale)
 
 
 def _true_masks(record: dict[str, Any], names: Sequence[str]) -> list[LabelledMask]:
-    annotations = [a for a in record["annotations"] if "segmentation" in a]
+    # Nothing else of an annotation is drawn; keypoints, for one, need a length of their own.
+    keys = ("bbox", "bbox_mode", "category_id", "segmentation", "iscrowd")
+    annotations = [
+        {key: a[key] for key in keys if key in a}
+        for a in record["annotations"]
+        if "segmentation" in a
+    ]
     if not annotations:
         return []
     image_hw = (record["height"], record["width"])

@@ -27,6 +27,8 @@ Rectangle = tuple[int, int, int, int]
 MASK_OPACITY = 0.45
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 GOLDEN_RATIO = 0.618034
+MOST_HIDDEN = 0.2
+"""Share of an instance's box that a label may cover."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def draw_instances(
 
     Lines and letters grow with the image. Large instances are drawn first, so that none hides
     another. A label is above, in or below its instance, inside the image. One that would hide an
-    earlier label or most of an instance, wherever it is put, is left out: where there are hundreds
+    earlier label or much of an instance, wherever it is put, is left out: where there are hundreds
     of small instances, one would see labels only.
 
     Args:
@@ -120,15 +122,33 @@ def draw_instances(
         else:
             x0, y0, x1, y1 = places[i]
             cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), outline, 2 * thickness)
+    styles = [LabelStyle(scale, thickness, _light(colour)) for colour in colours]
+    write_labels(canvas, labels, places, styles)  # last, so that no mask covers one
+    return canvas
+
+
+def write_labels(
+    canvas: ByteArray,
+    labels: Sequence[str],
+    places: Sequence[Rectangle],
+    styles: Sequence[LabelStyle],
+) -> None:
+    """Labels instances, in place, where there is room; see draw_instances.
+
+    Args:
+        canvas: (H, W, 3).
+        labels: of N instances, the most important first.
+        places: N, the pixels of each; empty ones get no label.
+        styles: N; letters are smaller where a label is larger than the canvas.
+    """
     labelled: list[Rectangle] = []
-    for i, text in enumerate(labels):  # last, so that no mask covers one
-        style = _fitting_style(text, LabelStyle(scale, thickness, _light(colours[i])), canvas)
-        for spot in _label_spots(text, places[i], style, canvas) if areas[i] > 0 else ():
+    for text, place, style in zip(labels, places, styles, strict=True):
+        fitting = _fitting_style(text, style, canvas)
+        for spot in _label_spots(text, place, fitting, canvas) if _shared(place, place) else ():
             if not any(_shared(spot, x) for x in labelled) and not _hides_any(spot, places):
-                write_label(canvas, text, spot[0], spot[1] + style.extent(text)[1], style)
+                write_label(canvas, text, spot[0], spot[1] + fitting.extent(text)[1], fitting)
                 labelled.append(spot)
                 break
-    return canvas
 
 
 def _pairs(
@@ -192,8 +212,8 @@ def _label_spots(
 
 
 def _hides_any(spot: Rectangle, places: Sequence[Rectangle]) -> bool:
-    """Returns whether a label covers more than half of an instance's box."""
-    return any(2 * _shared(spot, place) > _shared(place, place) for place in places)
+    """Returns whether a label covers much of an instance's box."""
+    return any(_shared(spot, place) > MOST_HIDDEN * _shared(place, place) for place in places)
 
 
 def _shared(a: Rectangle, b: Rectangle) -> int:

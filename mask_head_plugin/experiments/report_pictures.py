@@ -95,6 +95,7 @@ def side_by_side(study: Study) -> Gallery:
         return Gallery([], [], "No finished trial has masks that were evaluated.")
     try:
         records, names = _dataset(next(iter(shown)), study.dataset)
+        _check_classes(next(iter(shown.values())), study.dataset)
         return _draw(shown, records, names)
     except (ConfigError, OSError, KeyError, ValueError, SyntaxError) as error:
         logger.warning("no pictures of %s: %s", study.dataset, error)
@@ -194,6 +195,17 @@ def _predictions(trial: Trial, ids: Sequence[str]) -> dict[str, list[Instance]]:
         image_id: [(index_of(category), rle) for _, category, rle in sorted(entries, key=_score)]
         for image_id, entries in found.items()
     }
+
+
+def _check_classes(matches: Matches, dataset: str) -> None:
+    """Raises ValueError unless the classes of the data set are those of the evaluation.
+
+    Predictions are stored by category id, which tells no class once the file has other categories.
+    """
+    metadata = MetadataCatalog.get(dataset)
+    names = list(map(str, matches.class_names))
+    if metadata.get("from_coco_files", False) and names != metadata.thing_classes:
+        raise ValueError("its categories have changed since the trials were evaluated")
 
 
 def _score(entry: tuple[float, Any, Rle]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -118,7 +118,7 @@ def load_twins(cfg: CfgNode, weights: Path) -> Twins:
     stock_cfg, plugin_cfg = twin_configs(cfg)
     for side in (stock_cfg, plugin_cfg):
         model = build_model(side)
-        load_exactly(model, weights)
+        load_exactly(model, weights, side)
         models.append(model.eval())
     states = [model.state_dict() for model in models]
     differing = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
@@ -127,13 +127,16 @@ def load_twins(cfg: CfgNode, weights: Path) -> Twins:
     return Twins(plugin_cfg, models[0], models[1], len(states[0]), num_values)
 
 
-def load_exactly(model: torch.nn.Module, weights: Path) -> None:
+def load_exactly(model: torch.nn.Module, weights: Path, cfg: CfgNode) -> None:
     """Loads weights of which every one must have its place, and every place its weight.
+
+    Rows of classes are moved to where the first data set of DATASETS.TEST has them.
 
     Raises:
         ConfigError: if that is not so, or the file cannot be read.
     """
-    policy = WeightsPolicy(whole=True, advice="compare with weights of this config")
+    policy = WeightsPolicy.from_config(cfg, train=False)
+    policy = replace(policy, strict=True, advice="compare with weights of this config")
     try:
         MaskHeadCheckpointer(model, policy=policy).load(str(weights))
     except (ConfigError, OSError, AssertionError) as error:

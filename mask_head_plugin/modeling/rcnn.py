@@ -24,10 +24,14 @@ class MaskRCNN(GeneralizedRCNN):
     """
 
     @configurable
-    def __init__(self, *, mask_output: str = "rle", **arguments: Any) -> None:
+    def __init__(
+        self, *, mask_output: str = "rle", datasets: CfgNode | None = None, **arguments: Any
+    ) -> None:
         """
         Args:
             mask_output: "rle" or "bitmask".
+            datasets: the section DATASETS of the config, by which a checkpointer finds the order
+                of the classes.
             arguments: of GeneralizedRCNN.
 
         Raises:
@@ -37,10 +41,12 @@ class MaskRCNN(GeneralizedRCNN):
         if mask_output not in MASK_OUTPUTS:
             raise ValueError(f"mask_output {mask_output!r} is none of {MASK_OUTPUTS}")
         self.mask_output = mask_output
+        self.datasets = datasets
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        return {**super().from_config(cfg), "mask_output": cfg.MODEL.MASK_OUTPUT}
+        own = {"mask_output": cfg.MODEL.MASK_OUTPUT, "datasets": cfg.DATASETS.clone()}
+        return {**super().from_config(cfg), **own}
 
     def inference(
         self,

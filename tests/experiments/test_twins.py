@@ -147,7 +147,7 @@ PREDICTOR = "roi_heads.mask_head.predictor"
 def test_weights_that_do_not_fit_exactly_are_listed(change, message, loaded, tmp_path):
     path = write_weights(tmp_path / "zoo.pkl", change)
     with pytest.raises(ConfigError, match=message):
-        twins.load_exactly(loaded.plugin, path)
+        twins.load_exactly(loaded.plugin, path, loaded.cfg)
 
 
 class Code:
@@ -161,7 +161,7 @@ def test_pickles_with_code_and_other_files_are_refused(loaded, tmp_path, capsys)
     other.write_bytes(pickle.dumps([1, 2]))
     for file in (path, other):
         with pytest.raises(ConfigError, match=f"--weights: {file}"):
-            twins.load_exactly(loaded.plugin, file)
+            twins.load_exactly(loaded.plugin, file, loaded.cfg)
     assert "code of the pickle ran" not in capsys.readouterr().out
 
 

@@ -1,0 +1,159 @@
+"""The names of a model's classes: kept with the model and its predictions, and matched by name.
+
+A model numbers its classes as the data that it was trained on did. Another data set may hold the
+same classes in another order, so numbers alone say nothing: whoever brings weights or predictions
+to a data set matches the two here.
+
+Shape alphabet: K classes of a model, N detections.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.structures import Instances
+from torch import nn
+
+from .config import ConfigError
+from .messages import listed
+
+_KEY = "_class_names"
+"""Attribute of models and of Instances. Instances take a name with an underscore for no field."""
+
+
+@dataclass(frozen=True)
+class ClassMatch:
+    """Two lists of classes, matched by name.
+
+    Attributes:
+        found: the classes of weights or predictions, in the order of their numbers.
+        wanted: the classes of a data set, in its order.
+    """
+
+    found: Sequence[str]
+    wanted: Sequence[str]
+
+    @classmethod
+    def of(
+        cls, found: Sequence[str], wanted: Sequence[str], *, source: str, owner: str
+    ) -> ClassMatch:
+        """Matches the classes of ``source``, such as a file, with those of ``owner``.
+
+        Raises:
+            ConfigError: if a name occurs twice in either list, so that it tells no class.
+        """
+        for names, whose in ((found, source), (wanted, owner)):
+            twice = [name for name, count in Counter(names).items() if count > 1]
+            if twice:
+                raise ConfigError(
+                    f"classes are matched by name, but {whose} has {twice[0]!r} twice"
+                )
+        return cls(found, wanted)
+
+    @property
+    def new(self) -> list[str]:
+        return [name for name in self.wanted if name not in self.found]
+
+    @property
+    def dropped(self) -> list[str]:
+        return [name for name in self.found if name not in self.wanted]
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The number in ``found`` and in ``wanted`` of each class that both have."""
+        numbers = {name: number for number, name in enumerate(self.found)}
+        return [(numbers[x], k) for k, x in enumerate(self.wanted) if x in numbers]
+
+    def __str__(self) -> str:
+        if not self.new and not self.dropped:
+            return "another order"
+        return f"new: {listed(self.new)}; dropped: {listed(self.dropped)}"
+
+
+def name_classes(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Notes the class names of a model, which its predictions carry from then on.
+
+    Args:
+        model: any that returns a list of ``{"instances": ...}``.
+        names: of its K classes, in the order of its rows; None if nobody knows them.
+    """
+    if not hasattr(model, _KEY):
+        if names is None:
+            return
+        model.register_forward_hook(_name_predictions)
+    setattr(model, _KEY, None if names is None else list(names))
+
+
+def _name_predictions(model: nn.Module, _inputs: Any, outputs: Any) -> None:
+    for output in outputs if isinstance(outputs, list) else ():  # in training: a dict of losses
+        if isinstance(output, dict) and "instances" in output:
+            setattr(output["instances"], _KEY, getattr(model, _KEY))
+
+
+def class_names_of(model: Any) -> list[str] | None:
+    """Returns the class names of a model, also of one inside another, or None if unknown."""
+    while isinstance(model, nn.Module) and not hasattr(model, _KEY):
+        # as DistributedDataParallel and GeneralizedRCNNWithTTA hold it
+        model = getattr(model, "module", None) or getattr(model, "model", None)
+    names: list[str] | None = getattr(model, _KEY, None)
+    return names
+
+
+def predicted_names(instances: Instances) -> list[str] | None:
+    """Returns the class names that a model's output carries, or None if unknown.
+
+    Only the Instances that the model returned carry them, not what is made from these.
+    """
+    names: list[str] | None = getattr(instances, _KEY, None)
+    return names
+
+
+def check_trained(found: Sequence[str], wanted: Sequence[str], dataset: str) -> ClassMatch:
+    """Matches the classes of a data set, all of which a model must have.
+
+    Args:
+        found: the classes of the model.
+        wanted: the classes of the data set.
+        dataset: its name.
+
+    Raises:
+        ConfigError: if the model has not all of them, or names occur twice.
+    """
+    owner = f"data set {dataset!r}"
+    match = ClassMatch.of(found, wanted, source="the model", owner=owner)
+    if match.new:
+        raise ConfigError(
+            f"{owner} has classes that the model does not ({match}); evaluate on data with the "
+            f"model's classes: {listed(found)}"
+        )
+    return match
+
+
+def matched_predictions(
+    instances: Instances, found: Sequence[str] | None, wanted: Sequence[str], dataset: str
+) -> Instances:
+    """Returns detections whose ``pred_classes`` number the classes as a data set does.
+
+    Args:
+        instances: N detections; not changed.
+        found: the classes of the model, None if unknown: then they are taken for the data set's.
+        wanted: the classes of the data set. Detections of others are left out.
+        dataset: its name.
+
+    Raises:
+        ConfigError: see check_trained.
+    """
+    if found is None or list(found) == list(wanted):
+        return instances
+    number_of = torch.full((len(found),), -1, dtype=torch.int64)
+    for theirs, ours in check_trained(found, wanted, dataset).pairs:
+        number_of[theirs] = ours
+    classes = number_of.to(instances.pred_classes.device)[instances.pred_classes]
+    kept = classes >= 0
+    result = Instances(instances.image_size, **instances.get_fields())
+    result.pred_classes = classes
+    return result if bool(kept.all()) else result[kept]
