@@ -32,12 +32,15 @@ DETECTRON2_POOLER_TYPES = ("ROIAlignRotated",)
 """Types of detectron2's ROIPooler that MultiLevelRoIPooler leaves to it."""
 
 
-def check_config(cfg: CfgNode, *, train: bool, num_processes: int = 1) -> None:
+def check_config(
+    cfg: CfgNode, *, train: bool, evaluate: bool = True, num_processes: int = 1
+) -> None:
     """Checks names, numbers and files of a config, and makes OUTPUT_DIR.
 
     Args:
         cfg: a complete config.
         train: whether the model will be trained, so that DATASETS.TRAIN counts.
+        evaluate: whether it will be evaluated, so that DATASETS.TEST counts.
         num_processes: of the run, on all machines.
 
     Raises:
@@ -61,7 +64,7 @@ def check_config(cfg: CfgNode, *, train: bool, num_processes: int = 1) -> None:
     if train:
         check_solver(cfg, num_processes)
     check_input(cfg)
-    check_test(cfg, train=train)
+    check_test(cfg, train=train, evaluate=evaluate)
     check_features(cfg, train=train)
     _check_device(cfg, train)
     try:

@@ -179,11 +179,13 @@ def check_input(cfg: CfgNode) -> None:
         )
 
 
-def check_test(cfg: CfgNode, *, train: bool) -> None:
-    """Checks what an evaluation, perhaps days later, needs."""
+def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
+    """Checks what inference and an evaluation, perhaps days later, need."""
     test = cfg.TEST
     if test.DETECTIONS_PER_IMAGE == 0:
         raise ConfigError("TEST.DETECTIONS_PER_IMAGE is 0: none would be left; -1 keeps all")
+    if not evaluate:
+        return
     if not train and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
     if test.EVAL_PERIOD > 0 and not cfg.DATASETS.TEST:

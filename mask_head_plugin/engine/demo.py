@@ -333,7 +333,7 @@ def demo_config(
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = confidence_threshold
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = confidence_threshold
     cfg.OUTPUT_DIR = str(output)  # check_config makes it
-    check_config(cfg, train=False)
+    check_config(cfg, train=False, evaluate=False)
     return cfg
 
 

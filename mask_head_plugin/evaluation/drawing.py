@@ -27,7 +27,7 @@ Rectangle = tuple[int, int, int, int]
 MASK_OPACITY = 0.45
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 GOLDEN_RATIO = 0.618034
-MOST_HIDDEN = 0.2
+MOST_HIDDEN = 0.1
 """Share of an instance's box that a label may cover."""
 
 

@@ -13,6 +13,7 @@ from mask_head_plugin.evaluation.contact_sheet import (
     LabelledMask,
     _arrange,
     _on_tile,
+    _true_masks,
     draw_masks,
 )
 
@@ -34,6 +35,40 @@ def test_classes_have_their_own_colours():
         tuple(draw_masks(image, [LabelledMask(mask, index, "")])[150, 200]) for index in range(5)
     }
     assert len(colours) == 5
+
+
+def test_labels_cover_no_small_objects_and_are_there_where_there_is_room():
+    image = np.full((300, 400, 3), 90, np.uint8)
+
+    def drawn(masks, label):
+        return draw_masks(image, [LabelledMask(mask, 0, label) for mask in masks])
+
+    crowd = np.zeros((150, 300, 400), bool)
+    for k in range(150):
+        y, x = 20 * (k // 15), 26 * (k % 15)
+        crowd[k, y + 3 : y + 11, x + 3 : x + 13] = True
+    changed = (drawn(crowd, "crescent 0.98") != drawn(crowd, "")).any(axis=2)
+    assert changed[crowd.any(axis=0)].mean() < 0.01  # there is room for some below the last row
+    few = crowd[[16, 58, 140]]
+    changed = (drawn(few, "crescent 0.98") != drawn(few, "")).any(axis=2)
+    assert changed.any() and not changed[few.any(axis=0)].any()
+
+
+def test_keypoints_and_other_fields_of_annotations_do_not_matter():
+    square = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
+    plain = {"bbox": [10, 10, 20, 20], "bbox_mode": 1, "category_id": 0, "segmentation": [square]}
+    record = {"height": 40, "width": 50}
+    with_keypoints = [
+        {**plain, "keypoints": [15, 15, 2, 20, 20, 2]},
+        {**plain, "keypoints": []},
+        {**plain, "keypoints": None, "attributes": {"occluded": True}},
+        plain,
+    ]
+    expected = _true_masks({**record, "annotations": [plain] * 4}, ["cat"])
+    found = _true_masks({**record, "annotations": with_keypoints}, ["cat"])
+    assert len(found) == 4 and all(x.label == "cat" for x in found)
+    for a, b in zip(found, expected, strict=True):
+        assert np.array_equal(a.mask, b.mask) and a.mask.sum() == 400
 
 
 @settings(deadline=None, max_examples=25)
