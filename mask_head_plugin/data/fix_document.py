@@ -6,11 +6,9 @@ Shape alphabet: H, W sides of an image.
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from .check import CheckOptions
@@ -18,7 +16,6 @@ from .check_images import ImageFacts
 from .check_masks import Box, checked_mask
 from .check_records import MAX_ID, file_name
 from .findings import Finding, plain_id, quote
-from .image_places import ImagePlaces
 
 Record = dict[str, Any]
 
@@ -145,25 +142,6 @@ class Document:
         """Returns the box around a sound mask within the image, and its run lengths."""
         image_hw = self.image_hw(annotation)
         return None if image_hw is None else checked_mask(annotation, image_hw)
-
-    def locate(self, name: str) -> str | None:
-        """Returns the file that a record's name means, if no record of another name means it."""
-        place = self._image_places.locate(name)
-        return place if place is not None and self._names_of_file[place] == 1 else None
-
-    @cached_property
-    def _image_places(self) -> ImagePlaces:
-        return ImagePlaces(self.image_root)
-
-    @cached_property
-    def _names_of_file(self) -> Counter[str | None]:
-        """How many different names of records mean each file."""
-        names = {x["file_name"] for x in self.content["images"] if file_name(x, lvis=False)}
-        meant: dict[str, str | None] = {}
-        for name in names:
-            found = name if Path(self.image_root, name).exists() else None
-            meant[name.replace("\\", "/")] = found or self._image_places.locate(name)
-        return Counter(meant.values())
 
     def drop(self, record: Record, reason: str, *, merged: bool = False) -> None:
         """Leaves a record out.

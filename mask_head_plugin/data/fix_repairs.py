@@ -120,11 +120,8 @@ def _relative_file_name(document: Document, image: Record) -> str | None:
 
 
 def _file_elsewhere(document: Document, image: Record) -> str | None:
-    name = document.locate(image["file_name"])
-    if name is None:
-        return None
-    image["file_name"] = name
-    return f"file_name is now {name!r}"
+    image["file_name"] = document.finding.right_value
+    return f"file_name is now {image['file_name']!r}"
 
 
 def _references(document: Document, annotation: Record) -> str | None:

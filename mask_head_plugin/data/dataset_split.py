@@ -1,0 +1,116 @@
+"""Parts of a data set: the annotations of some categories, and a split for training and validation.
+
+Shape alphabet: G photographs, K categories.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..config import ConfigError, nearest_name
+from .photographs import photographs
+
+Content = dict[str, Any]
+
+
+def keep_categories(content: Content, names: Sequence[str]) -> Content:
+    """Returns a file's content with some categories only, and the annotations of these.
+
+    All images stay: without annotations they are examples of what is none of the categories.
+
+    Args:
+        content: that the check finds no errors in.
+        names: of the categories.
+
+    Raises:
+        ConfigError: if the file has none of a name; the nearest one is given.
+    """
+    known = [category["name"] for category in content["categories"]]
+    for name in names:
+        if name not in known:
+            nearest = nearest_name(name, known)
+            hint = f"did you mean {nearest!r}?" if nearest else f"it has {known}"
+            raise ConfigError(f"--categories: the file has no category {name!r}; {hint}")
+    kept = [category for category in content["categories"] if category["name"] in names]
+    ids = {category["id"] for category in kept}
+    annotations = [x for x in content["annotations"] if x["category_id"] in ids]
+    return {**content, "categories": kept, "annotations": annotations}
+
+
+def split(
+    content: Content, image_root: str, share: float, seed: int = 0
+) -> tuple[Content, Content]:
+    """Returns the parts of a file for training and for validation.
+
+    All images of one photograph are in the same part (``photographs``). Each category has about
+    the same share of its annotations in validation, as far as photographs can be told apart.
+
+    Args:
+        content: that the check finds no errors in.
+        image_root: the folder of its images.
+        share: of the images that go to validation, between 0 and 1.
+        seed: of the choice; the same one makes the same parts.
+
+    Raises:
+        ConfigError: if the share is none, or all images are of one photograph.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"--split {share}: give a share between 0 and 1, such as 0.2")
+    images = content["images"]
+    names = [image["file_name"] for image in images]
+    paths = [os.path.join(image_root, name) for name in names]  # noqa: PTH118  # as detectron2
+    groups = photographs(names, paths)
+    numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
+    if len(numbers) < 2:
+        raise ConfigError(
+            f"--split: all {len(images)} images are of one photograph, by name or content"
+        )
+    group_of_image = {
+        image["id"]: numbers[group] for image, group in zip(images, groups, strict=True)
+    }
+    chosen = _choose(_counts(content, group_of_image, len(numbers)), share, seed)
+    parts = []
+    for wanted in (False, True):
+        kept = [image for image in images if chosen[group_of_image[image["id"]]] == wanted]
+        ids = {image["id"] for image in kept}
+        annotations = [x for x in content["annotations"] if x["image_id"] in ids]
+        parts.append({**content, "images": kept, "annotations": annotations})
+    return parts[0], parts[1]
+
+
+def _counts(content: Content, group_of_image: dict[Any, int], num_groups: int) -> Any:
+    """Returns (G, 1 + K) counts: of images, and of annotations of each category."""
+    columns = {x["id"]: k for k, x in enumerate(content["categories"], start=1)}
+    counts = np.zeros((num_groups, 1 + len(columns)))
+    for group, count in Counter(group_of_image.values()).items():
+        counts[group, 0] = count
+    for x in content["annotations"]:
+        counts[group_of_image[x["image_id"]], columns[x["category_id"]]] += 1
+    return counts
+
+
+def _choose(counts: Any, share: float, seed: int) -> Any:
+    """Returns (G,) which photographs go to validation: each that brings all shares nearer.
+
+    Large ones come first, so that small ones can make up for what these do to the shares.
+    """
+    totals = counts.sum(0)
+    shares = counts[:, totals > 0] / totals[totals > 0]
+    order = np.random.default_rng(seed).permutation(len(counts))
+    order = order[np.argsort(-counts[order, 0], kind="stable")]
+    chosen = np.zeros(len(counts), bool)
+    reached = np.zeros(shares.shape[1])
+    for group in order:
+        with_it = reached + shares[group]
+        if ((with_it - share) ** 2).sum() < ((reached - share) ** 2).sum():
+            chosen[group], reached = True, with_it
+    if not chosen.any():  # fewer photographs than shares
+        chosen[order[-1]] = True
+    elif chosen.all():
+        chosen[order[-1]] = False
+    return chosen

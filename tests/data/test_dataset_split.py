@@ -1,0 +1,117 @@
+"""Splits keep photographs whole and categories balanced; filters keep what is asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.data.dataset_split import keep_categories, split
+from mask_head_plugin.data.photographs import photograph_names, photographs
+
+
+def data_set(names, categories=("cat",), folder=None):
+    """Returns the content of a file with an object of each category in turn in each image."""
+    content = {"images": [], "annotations": [], "info": {"year": 2026}}
+    content["categories"] = [{"id": 5 * k, "name": x} for k, x in enumerate(categories, start=1)]
+    for k, name in enumerate(names):
+        content["images"].append({"id": k, "file_name": name})
+        category_id = content["categories"][k % len(categories)]["id"]
+        content["annotations"].append({"id": k + 1, "image_id": k, "category_id": category_id})
+        if folder is not None:
+            Image.fromarray(np.full((4, 4, 3), k, np.uint8)).save(folder / name)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("one_photograph", "others"),
+    [
+        (["a_0_0.png", "a_0_512.png"], ["b_0_0.png"]),
+        (["a_0_0.png", "a_0_1.png", "a_1_0.png", "a_1_1.png"], []),
+        (["a-00-00.png", "a-00-01.png", "a-01-00.png", "a-01-01.png"], []),
+        (["x/a_x0_y512.tif", "x/a_x512_y0.tif"], ["y/a_x0_y512.tif"]),
+        (["a_r1_c2.png", "a_r2_c7.png"], ["ar1_c2.png"]),
+        (["P01__1__0___0.png", "P01__1__824___0.png"], ["P02__1__0___0.png"]),
+        (["a_tile_1.jpg", "a_tile_2.jpg"], ["b_tile_1.jpg"]),
+        (["a_patch3_4.jpg", "a_patch3_5.jpg"], ["b.jpg"]),
+        ([f"a_jpg.rf.{x * 32}.jpg" for x in "01f"], [f"b_jpg.rf.{'0' * 32}.jpg"]),
+        (["x\\a_x0_y0.png", "x/a_x0_y9.png"], []),
+        ([], ["IMG_20231005_101112.jpg", "IMG_20231005_101530.jpg", "IMG_20231006_090001.jpg"]),
+        ([], ["scene_01_0001.jpg", "scene_02_0002.jpg", "scene_03_0007.jpg"]),
+        ([], ["1_306_png.jpg", "1_307_png.jpg"]),
+        ([], ["IMG_0001.jpg", "IMG_0002.jpg", "000000000139.jpg", "000000000285.jpg"]),
+        ([], [f"roof_tile_{k}.jpg" for k in range(50)]),
+    ],
+)
+def test_names_tell_tiles_and_versions_of_one_photograph(one_photograph, others):
+    names = photograph_names(one_photograph + others)
+    assert len(set(names[: len(one_photograph)])) == min(1, len(one_photograph))
+    assert len(set(names)) == len(others) + min(1, len(one_photograph))
+
+
+def test_files_of_one_content_are_one_photograph(tmp_path):
+    data_set(["a.png", "b.png", "c.png"], folder=tmp_path)
+    (tmp_path / "d.png").write_bytes((tmp_path / "b.png").read_bytes())
+    names = ["a.png", "b.png", "c.png", "d.png", "missing.png"]
+    groups = photographs(names, [str(tmp_path / name) for name in names])
+    assert groups[1] == groups[3] and len(set(groups)) == 4
+
+
+def test_a_split_parts_no_photograph_loses_nothing_and_has_the_share(tmp_path):
+    tiles = [f"{k:02d}_{x}_{y}.png" for k in range(40) for x in (0, 64) for y in (0, 64)]
+    content = data_set(tiles, ("cat", "dog", "fox"))
+    train, val = split(content, str(tmp_path), 0.25, seed=3)
+    photographs_of = [{x["file_name"][:2] for x in part["images"]} for part in (train, val)]
+    assert not photographs_of[0] & photographs_of[1] and len(val["images"]) == 40
+    for section in ("images", "annotations"):
+        both = sorted(train[section] + val[section], key=lambda x: x["id"])
+        assert both == content[section]
+    for part in (train, val):
+        ids = {x["id"] for x in part["images"]}
+        assert {x["image_id"] for x in part["annotations"]} == ids
+        assert part["categories"] == content["categories"] and part["info"] == content["info"]
+
+
+def test_a_split_has_each_category_in_both_parts(tmp_path):
+    """By chance, none of the four foxes would be in validation in 4 of 10 splits."""
+    content = data_set([f"{k}.png" for k in range(200)], ("cat", "dog"))
+    content["categories"].append({"id": 99, "name": "fox"})
+    for annotation in content["annotations"][::50]:
+        annotation["category_id"] = 99
+    for seed in range(10):
+        for part in split(content, str(tmp_path), 0.25, seed):
+            assert len({x["category_id"] for x in part["annotations"]}) == 3
+
+
+def test_the_seed_decides_the_split(tmp_path):
+    content = data_set([f"{k}.png" for k in range(50)])
+    first, same, other = (split(content, str(tmp_path), 0.2, seed) for seed in (1, 1, 2))
+    assert first == same and first[1]["images"] != other[1]["images"]
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 20, float("nan")])
+def test_a_share_that_is_none_is_refused(tmp_path, share):
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        split(data_set(["a.png", "b.png"]), str(tmp_path), share)
+
+
+def test_one_photograph_is_not_split(tmp_path):
+    names = [f"a_x{x}_y{y}.png" for x in range(3) for y in range(3)]
+    with pytest.raises(ConfigError, match="all 9 images are of one photograph"):
+        split(data_set(names), str(tmp_path), 0.2)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_no_part_is_empty(tmp_path, share):
+    assert all(x["images"] for x in split(data_set(["a.png", "b.png"]), str(tmp_path), share))
+
+
+def test_a_filter_keeps_categories_their_annotations_and_all_images():
+    content = data_set([f"{k}.png" for k in range(9)], ("cat", "dog", "fox"))
+    kept = keep_categories(content, ["fox", "cat"])
+    assert [x["name"] for x in kept["categories"]] == ["cat", "fox"]
+    assert [x["id"] for x in kept["annotations"]] == [1, 3, 4, 6, 7, 9]
+    assert kept["images"] == content["images"] and kept["info"] == content["info"]
+    with pytest.raises(ConfigError, match="no category 'foxx'; did you mean 'fox'"):
+        keep_categories(content, ["foxx"])
