@@ -49,7 +49,13 @@ from torch.utils.data import DataLoader
 from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
 from ..data import NamedErrors, TrainLoader, seed_generators
-from ..evaluation import COCO_MAX_DETECTIONS, MaskEvaluator, write_contact_sheet
+from ..evaluation import (
+    ALL_DETECTIONS,
+    COCO_MAX_DETECTIONS,
+    MaskEvaluator,
+    counted_detections,
+    write_contact_sheet,
+)
 from ..messages import listed
 from .checkpoint import MaskHeadCheckpointer, set_aside_earlier_run, sole_writer
 from .evaluation import evaluate_dataset
@@ -65,6 +71,7 @@ from .hooks import (
     TensorboardXWriter,
     scalar_state,
 )
+from .resumed_schedule import load_keeping_config
 from .weights import WeightsPolicy, check_test_classes, class_names
 
 logger = logging.getLogger(__name__)
@@ -79,8 +86,8 @@ class Trainer(DefaultTrainer):
     processes ends with the weights of one that was not; on the CPU bit by bit.
 
     Attributes:
-        seed: of all that is random: SEED, or drawn if that is negative. A resumed run has that of
-            its checkpoint.
+        seed: of all that is random: SEED, or drawn if that is negative. A resumed run without SEED
+            has that of its checkpoint.
         restored_scalars: what a checkpoint holds of the logged scalars, see hooks.scalar_state.
     """
 
@@ -93,7 +100,6 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)  # DefaultTrainer's own cannot train on several CPU processes
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):  # nobody set up a log
             setup_logger()
-            setup_logger(name="mask_head_plugin")
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.restored_scalars: dict[str, dict[str, Any]] = {}
@@ -200,6 +206,7 @@ class Trainer(DefaultTrainer):
         if goes_on:  # as the main process has it: another may not see the file
             self.checkpointer.load(self.checkpointer.get_checkpoint_file())
             self.start_iter = self.iter + 1  # the checkpoint's was finished
+            logger.info("resumed: MODEL.WEIGHTS %r is not read", self.cfg.MODEL.WEIGHTS)
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             _forget_unmatched_classes(self.cfg, self.checkpointer.model)
@@ -244,14 +251,19 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        load = functools.partial(super().load_state_dict, state_dict)
+        load_keeping_config(self.optimizer, self.scheduler, load)
         if state_dict.get("world_size") != comm.get_world_size():
             logger.warning(
                 "the checkpoint is of a run with %s processes, this one has %d: images come in "
                 "another order from here on",
                 *(state_dict.get("world_size", "unknown"), comm.get_world_size()),
             )
-        self.seed = state_dict.get("seed", self.seed)
+        seed = state_dict.get("seed", self.seed)
+        if self.cfg.SEED < 0:
+            self.seed = seed
+        elif seed != self.cfg.SEED:
+            logger.warning("SEED %d in place of the checkpoint's %d", self.cfg.SEED, seed)
         self.restored_scalars = state_dict.get("scalars", {})
 
     @classmethod
@@ -436,18 +448,14 @@ def _inference_folder(cfg: CfgNode, name: str, dataset_name: str) -> str:
 
 
 def _mask_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluator:
-    """MaskEvaluator that looks at all detections a model may return.
-
-    The COCO metric's limit of 100 would cap recall where images hold more objects.
-    """
+    """Returns the MaskEvaluator that looks at all detections a model may return."""
     if MetadataCatalog.get(dataset_name).get("made_on_first_use", False):
         DatasetCatalog.get(dataset_name)  # MaskEvaluator reads the annotation file at once
-    per_image = cfg.TEST.DETECTIONS_PER_IMAGE
-    limit = per_image if per_image > COCO_MAX_DETECTIONS else None
-    if limit is not None:
+    limit = counted_detections(cfg.TEST.DETECTIONS_PER_IMAGE)
+    if limit != COCO_MAX_DETECTIONS:
         logger.info(
-            "AP of %s looks at TEST.DETECTIONS_PER_IMAGE = %d detections an image, not COCO's %d",
-            *(dataset_name, limit, COCO_MAX_DETECTIONS),
+            "AP of %s looks at TEST.DETECTIONS_PER_IMAGE = %s detections an image, not COCO's %d",
+            *(dataset_name, "all" if limit == ALL_DETECTIONS else limit, COCO_MAX_DETECTIONS),
         )
     return MaskEvaluator(
         dataset_name,

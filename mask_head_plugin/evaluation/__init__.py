@@ -1,7 +1,13 @@
 """Evaluation of masks, in numbers and pictures."""
 
-from .coco_engine import COCO_MAX_DETECTIONS
-from .coco_evaluator import MaskEvaluator
+from .coco_engine import ALL_DETECTIONS, COCO_MAX_DETECTIONS
+from .coco_evaluator import MaskEvaluator, counted_detections
 from .contact_sheet import write_contact_sheet
 
-__all__ = ["COCO_MAX_DETECTIONS", "MaskEvaluator", "write_contact_sheet"]
+__all__ = [
+    "ALL_DETECTIONS",
+    "COCO_MAX_DETECTIONS",
+    "MaskEvaluator",
+    "counted_detections",
+    "write_contact_sheet",
+]

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm", "boundary")
 COCO_MAX_DETECTIONS = 100
+ALL_DETECTIONS = -1
 LVIS_MAX_DETECTIONS = 300
 AREA_SUFFIXES = {"small": "s", "medium": "m", "large": "l"}
 FREQUENCIES = ("r", "c", "f")
@@ -248,7 +249,7 @@ class Evaluation:
             truth: the ground truth.
             detections: from ``truth.detections``.
             task: "bbox" or "segm".
-            max_detections: how many of an image and class count.
+            max_detections: how many of an image and class count; all if negative.
             ious: in place of the engine's.
         """
         self.truth, self.detections, self.max_detections = truth, detections, max_detections
@@ -259,7 +260,8 @@ class Evaluation:
             *(truth.coco, found, task), print_function=_say_nothing, lvis_style=truth.is_lvis
         )
         # LVIS has no limit of a class's detections beside that of an image.
-        self.limit = LVIS_MAX_DETECTIONS if truth.is_lvis else max_detections
+        limit = max_detections if max_detections >= 0 else max(len(detections), 1)
+        self.limit = LVIS_MAX_DETECTIONS if truth.is_lvis else limit
         engine.params.maxDets = [self.limit]
         if ious is not None:
             engine.computeIoU = lambda image, category: ious[image, category]

@@ -21,7 +21,13 @@ from tabulate import tabulate
 
 from ..class_names import matched_predictions, predicted_names
 from ..structures import run_lengths
-from .coco_engine import COCO_MAX_DETECTIONS, TASKS, Evaluation, GroundTruth
+from .coco_engine import (
+    ALL_DETECTIONS,
+    COCO_MAX_DETECTIONS,
+    TASKS,
+    Evaluation,
+    GroundTruth,
+)
 from .prediction_log import PredictionLog, Results, merge_lines
 from .semantic import check_class_names, evaluate_semantic
 
@@ -79,16 +85,18 @@ class MaskEvaluator(DatasetEvaluator):
             tasks: of "bbox", "segm", "boundary"; None for all that predictions allow.
             distributed: whether to collect the predictions of all processes.
             output_dir: where files go; None for none.
-            max_dets_per_image: detections of an image and class that count; COCO's 100 if None.
-                LVIS always takes the best 300 of an image.
+            max_dets_per_image: detections of an image and class that count; COCO's 100 if None,
+                all if negative. LVIS always takes the best 300 of an image.
             semantic_threshold: above 0, the metrics of semantic segmentation that
                 ``semantic.evaluate_semantic`` gives for detections with at least this score are
                 added as "semantic".
 
         Raises:
-            ValueError: if a task is unknown, the data set has no annotation file and there is no
-                folder to write one, or the file is no COCO file.
+            ValueError: if a task is unknown, no detections would count, the data set has no
+                annotation file and there is no folder to write one, or the file is no COCO file.
         """
+        if max_dets_per_image == 0:
+            raise ValueError("max_dets_per_image is 0: none would count; -1 counts all")
         unknown = set(tasks or ()) - set(TASKS)
         if unknown:
             raise ValueError(f"unknown tasks {sorted(unknown)}; choose from {TASKS}")
@@ -299,6 +307,17 @@ class MaskEvaluator(DatasetEvaluator):
             written[task] = {**own, "AR": evaluation.metrics()["AR"], "by_class": by_class}
         text = json.dumps(_without_nan(written), indent=1)
         (self._folder / "metrics.json").write_text(text + "\n")
+
+
+def counted_detections(per_image: int) -> int:
+    """Returns how many detections of an image count in AP where a model may return so many.
+
+    COCO's limit of 100 would cap recall where images hold more objects.
+
+    Args:
+        per_image: TEST.DETECTIONS_PER_IMAGE; negative for all.
+    """
+    return max(per_image, COCO_MAX_DETECTIONS) if per_image >= 0 else ALL_DETECTIONS
 
 
 def coco_results(instances: Instances, image_id: Any, category_ids: Sequence[Any]) -> Results:

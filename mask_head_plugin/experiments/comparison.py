@@ -27,7 +27,7 @@ from detectron2.data import (
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from ..evaluation import COCO_MAX_DETECTIONS, MaskEvaluator, bootstrap
+from ..evaluation import MaskEvaluator, bootstrap, counted_detections
 from ..evaluation.matching import Matches
 from .agreement import Cut, Differences, differences
 from .twins import Twins
@@ -230,7 +230,7 @@ def compare_twins(
 
 def _evaluator(cfg: CfgNode, dataset: str, folder: Path) -> MaskEvaluator:
     folder.mkdir(exist_ok=True)
-    limit = max(cfg.TEST.DETECTIONS_PER_IMAGE, COCO_MAX_DETECTIONS)
+    limit = counted_detections(cfg.TEST.DETECTIONS_PER_IMAGE)
     evaluator = MaskEvaluator(
         dataset, TASKS, distributed=False, output_dir=str(folder), max_dets_per_image=limit
     )

@@ -191,6 +191,29 @@ def test_a_run_that_was_killed_in_its_last_evaluation_evaluates_again(
     assert_same_run(tmp_path, undisturbed)
 
 
+def test_a_resumed_run_learns_as_its_config_says_not_as_the_checkpoint_does(tmp_path, caplog):
+    train(config(tmp_path, "SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()"))
+    changed = ["SOLVER.BASE_LR", "0.003", "SOLVER.WEIGHT_DECAY", "0.5", "SOLVER.MOMENTUM", "0.8"]
+    trainer = Trainer(config(tmp_path, *changed, "SEED", "5"))
+    trainer.resume_or_load(resume=True)
+    weights = trainer.optimizer.param_groups[0]
+    assert weights["lr"] == pytest.approx(0.003 * 0.5), "half of a cosine's 8 iterations are over"
+    assert (weights["weight_decay"], weights["momentum"], trainer.seed) == (0.5, 0.8, 5)
+    trainer.scheduler.step()
+    assert weights["lr"] == pytest.approx(0.003 * (1 + math.cos(math.pi * 5 / 8)) / 2)
+    told = " ".join(caplog.messages)
+    assert "learning rate 0.003 in place of 0.03, momentum 0.8 in place of 0.9" in told
+    assert "SEED 5 in place of the checkpoint's 3" in told
+
+    caplog.clear()
+    trainer = Trainer(config(tmp_path, "SEED", "-1"))
+    trainer.resume_or_load(resume=True)
+    assert trainer.seed == 3 and "in place of" not in " ".join(caplog.messages)
+
+    with pytest.raises(ConfigError, match=r"optimizer does not fit .*FREEZE_AT and .* set them ba"):
+        Trainer(config(tmp_path, "MODEL.BACKBONE.FREEZE_AT", "2")).resume_or_load(resume=True)
+
+
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
     with sole_writer(tmp_path), pytest.raises(ConfigError, match="another run is writing into"):
         train(config(tmp_path))

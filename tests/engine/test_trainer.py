@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, PascalVOCDetectionEvaluator
 
 from mask_head_plugin.engine import Trainer
-from mask_head_plugin.evaluation import MaskEvaluator
+from mask_head_plugin.evaluation import ALL_DETECTIONS, MaskEvaluator
 
 
 def test_coco_data_sets_get_the_mask_evaluator():
@@ -20,6 +20,11 @@ def test_coco_data_sets_get_the_mask_evaluator():
 def test_all_detections_that_a_model_may_return_are_evaluated():
     cfg = small_config("Base-MaskRCNN-FPN.yaml", "TEST.DETECTIONS_PER_IMAGE", "400")
     assert Trainer.build_evaluator(cfg, "shapes_val")._max_detections == 400
+
+
+def test_all_detections_are_evaluated_where_a_model_may_return_all():
+    cfg = small_config("Base-MaskRCNN-FPN.yaml", "TEST.DETECTIONS_PER_IMAGE", "-1")
+    assert Trainer.build_evaluator(cfg, "shapes_val")._max_detections == ALL_DETECTIONS
 
 
 def test_keypoints_and_proposals_are_evaluated_by_detectron2():

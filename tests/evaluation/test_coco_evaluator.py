@@ -12,10 +12,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
-from made_data import HW, make_coco
+from made_data import HW, encode, make_coco
 from pycocotools import mask as coco_mask
 
-from mask_head_plugin.evaluation import MaskEvaluator
+from mask_head_plugin.evaluation import MaskEvaluator, counted_detections
 from mask_head_plugin.evaluation.matching import Matches
 from mask_head_plugin.structures import RLEMasks
 
@@ -272,3 +272,38 @@ def test_two_processes_give_the_metrics_of_one(made, tmp_path):
     assert results[1] == {}
     for task, metrics in evaluate(MaskEvaluator(made[0]), outputs_of(*made)).items():
         assert without_nan(results[0][task]) == without_nan(metrics)
+
+
+def test_all_of_300_perfect_detections_count_where_no_limit_is_asked_for(tmp_path):
+    masks = np.zeros((300, *HW), np.uint8)
+    for k in range(300):
+        masks[k, k // 20 * 4 : k // 20 * 4 + 3, k % 20 * 4 : k % 20 * 4 + 3] = 1
+    rles = [encode(mask) for mask in masks]
+    found = [
+        {"image_id": 1, "category_id": 1, "bbox": coco_mask.toBbox(rle).tolist()} for rle in rles
+    ]
+    results = [{**x, "segmentation": rle, "score": 1.0} for x, rle in zip(found, rles, strict=True)]
+    objects = [{**x, "id": k + 1, "iscrowd": 0, "area": 9.0} for k, x in enumerate(results)]
+    content = {
+        "images": [{"id": 1, "height": HW[0], "width": HW[1], "file_name": "x.png"}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": objects,
+    }
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(content))
+    name = register("test_300_cells", path, content)
+    try:
+        for limit, least, most in ((None, 33, 34), (200, 66, 67), (-1, 100, 100)):
+            evaluator = MaskEvaluator(name, max_dets_per_image=limit)
+            found = evaluate(evaluator, outputs_of(name, content, results))
+            for task in ("bbox", "segm", "boundary"):
+                assert least <= round(found[task]["AP"], 6) <= most, (limit, task)
+        with pytest.raises(ValueError, match="is 0: none would count; -1 counts all"):
+            MaskEvaluator(name, max_dets_per_image=0)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_as_many_detections_count_as_a_model_may_return_but_no_fewer_than_cocos():
+    assert [counted_detections(k) for k in (-1, -5, 3, 100, 400)] == [-1, -1, 100, 100, 400]
