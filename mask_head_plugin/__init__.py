@@ -1,5 +1,6 @@
 """Mask R-CNN's mask branch as a detectron2 plugin. Importing it registers everything."""
 
+import logging
 import warnings
 
 with warnings.catch_warnings():
@@ -8,6 +9,9 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
     from . import data, modeling
     from .config import ConfigError, add_mask_head_config, load_config
+
+# What this package logs appears wherever you let detectron2's log appear.
+logging.getLogger(__name__).parent = logging.getLogger("detectron2")
 
 __version__ = "0.1.0"
 

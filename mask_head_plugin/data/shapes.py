@@ -18,6 +18,7 @@ Shape alphabet: H, W image height and width in pixels; E polygon edges; S = 4 su
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -31,10 +32,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pycocotools.mask as mask_util
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from tqdm import tqdm
 
+from ..shared_names import register_dataset
 from .coco_files import datasets_root
 
 IntArray = npt.NDArray[np.int64]
@@ -276,16 +277,13 @@ def load_shapes(folder: Path, split: str) -> list[dict[str, Any]]:
 def register_shapes() -> None:
     """Registers ``shapes_train`` and ``shapes_val`` in detectron2's catalogs.
 
-    A data set of that name that is there already stays, with a warning.
+    A data set of the user's by that name, registered before or later, takes its place.
     """
     folder = datasets_root() / FOLDER
     for split in NUM_IMAGES:
-        name = f"shapes_{split}"
-        if name in DatasetCatalog.list():
-            logging.getLogger(__name__).warning("data set %s was registered before; kept", name)
-            continue
-        DatasetCatalog.register(name, lambda split=split: load_shapes(folder, split))
-        MetadataCatalog.get(name).set(
+        register_dataset(
+            f"shapes_{split}",
+            functools.partial(load_shapes, folder, split),
             json_file=str(folder / "annotations" / f"{split}.json"),
             image_root=str(folder / split),
             evaluator_type="coco",

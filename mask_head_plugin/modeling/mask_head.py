@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import crop_masks
+from ..shared_names import register_in
 from .mask_loss import parse_losses, weighted_mask_losses
 from .mask_scoring import MaskIoUHead, instance_areas, mask_iou_targets
 
@@ -251,7 +252,7 @@ def check_mask_losses(head_cfg: CfgNode) -> None:
         )
 
 
-@ROI_MASK_HEAD_REGISTRY.register()
+@register_in(ROI_MASK_HEAD_REGISTRY)
 class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
     """Mask R-CNN figure 4: 3x3 convolutions, a 2x2 deconvolution, and one mask per class.
 
@@ -330,7 +331,7 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
         return self.class_logits(features)
 
 
-@ROI_MASK_HEAD_REGISTRY.register()
+@register_in(ROI_MASK_HEAD_REGISTRY)
 class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
     """The multi-layer perceptron of Mask R-CNN Table 2e, which FCNMaskHead is compared with.
 

@@ -9,12 +9,13 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, detector_po
 from detectron2.structures import Instances
 
 from ..ops import encode_masks
+from ..shared_names import register_in
 from ..structures import RLEMasks
 
 MASK_OUTPUTS = ("rle", "bitmask")
 
 
-@META_ARCH_REGISTRY.register()
+@register_in(META_ARCH_REGISTRY)
 class MaskRCNN(GeneralizedRCNN):
     """GeneralizedRCNN with a choice of what ``pred_masks`` holds after inference.
 

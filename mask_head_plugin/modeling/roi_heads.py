@@ -12,11 +12,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.roi_heads import Res5ROIHeads
 
+from ..shared_names import register_in
 from .fast_rcnn import select_box_deltas
 from .pooler import build_pooler, with_stock_pooler_types
 
 
-@ROI_HEADS_REGISTRY.register()
+@register_in(ROI_HEADS_REGISTRY)
 class PerClassMaskROIHeads(StandardROIHeads):
     """StandardROIHeads (FPN, DC5) whose box and mask features come from MultiLevelRoIPooler."""
 
@@ -39,7 +40,7 @@ class PerClassMaskROIHeads(StandardROIHeads):
         return arguments
 
 
-@ROI_HEADS_REGISTRY.register()
+@register_in(ROI_HEADS_REGISTRY)
 class PerClassMaskRes5ROIHeads(Res5ROIHeads):
     """Res5ROIHeads (C4: box and mask share res5) whose features come from MultiLevelRoIPooler.
 

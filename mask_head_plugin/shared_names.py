@@ -1,0 +1,99 @@
+"""Names in detectron2's registries and catalogs, which this package shares with the user's project.
+
+Both may want ``MaskRCNN`` or ``shapes_train``. Whoever registers first, the user's own has the
+name: a project must not break because it imports this package.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.utils.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = __name__.partition(".")[0]
+
+Registered = TypeVar("Registered", bound=Callable[..., Any])
+
+
+def register_in(registry: Registry) -> Callable[[Registered], Registered]:
+    """Returns a decorator that registers a class or function of this package.
+
+    Where the user's project has the name, it is registered as ``mask_head_plugin.<name>``.
+    """
+    registry.__class__ = _YieldingRegistry
+    decorator: Callable[[Registered], Registered] = registry.register()
+    return decorator
+
+
+def registered_name(registry: Registry, registered: object) -> str:
+    """Returns the name under which a registry has a class or function."""
+    return next(name for name, each in registry if each is registered)
+
+
+def _is_own(registered: object) -> bool:
+    return getattr(registered, "__module__", "").partition(".")[0] == PACKAGE
+
+
+class _YieldingRegistry(Registry):
+    def _do_register(self, name: str, obj: Any) -> None:
+        held = self._obj_map.get(name)
+        if held is not None and _is_own(held) != _is_own(obj):
+            own, other = (held, obj) if _is_own(held) else (obj, held)
+            self._obj_map[name] = other
+            name, obj = f"{PACKAGE}.{name}", own
+            logger.warning(
+                "%s is %s's; that of this package is %r in the %s registry",
+                *(own.__name__, other.__module__, name, self._name),
+            )
+        super()._do_register(name, obj)
+
+
+def register_dataset(name: str, load: Callable[[], list[dict[str, Any]]], **metadata: Any) -> None:
+    """Registers a data set of this package, which goes when the user registers one of that name.
+
+    Args:
+        name: in detectron2's catalogs. If it is taken, nothing changes.
+        load: returns the records.
+        metadata: what its Metadata holds.
+    """
+    if name in DatasetCatalog:
+        logger.warning("data set %s was registered before; kept, without this package's", name)
+        return
+    DatasetCatalog.__class__ = _YieldingCatalog
+    DatasetCatalog.register(name, load)
+    MetadataCatalog[name] = _YieldingMetadata(name=name).set(**metadata)
+
+
+class _YieldingCatalog(type(DatasetCatalog)):  # type: ignore[misc]
+    def register(self, name: str, func: Callable[[], Any]) -> None:
+        metadata = MetadataCatalog.data.get(name)  # its own get would make one
+        if isinstance(metadata, _YieldingMetadata):
+            metadata.give_way()
+        super().register(name, func)
+
+
+class _YieldingMetadata(Metadata):
+    """Of a data set of this package, until someone sets a value to another one."""
+
+    def give_way(self) -> None:
+        """Becomes the empty metadata of a data set that is not registered yet."""
+        logger.warning("data set %s is now another one than this package's", self.name)
+        DatasetCatalog.pop(self.name, None)
+        for key in set(vars(self)) - {"name"}:
+            delattr(self, key)
+        object.__setattr__(self, "__class__", Metadata)
+
+    def set(self, **values: Any) -> Metadata:
+        if any(vars(self).get(key, value) != value for key, value in values.items()):
+            self.give_way()
+        return Metadata.set(self, **values)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if vars(self).get(key, value) != value:
+            self.give_way()
+        Metadata.__setattr__(self, key, value)

@@ -1,0 +1,129 @@
+"""Names that the user's project wants are the user's, whoever registers first."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_MASK_HEAD_REGISTRY
+from detectron2.utils.registry import Registry
+
+from mask_head_plugin import modeling
+from mask_head_plugin.shared_names import register_dataset, register_in, registered_name
+
+
+def made(name: str, module: str) -> type:
+    return type(name, (), {"__module__": module})
+
+
+@pytest.mark.parametrize("own_first", [True, False])
+def test_a_name_in_a_registry_is_the_users_whoever_comes_first(own_first, caplog):
+    registry = Registry("META_ARCH")
+    own = made("MaskRCNN", "mask_head_plugin.modeling.rcnn")
+    theirs = made("MaskRCNN", "their_project.models")
+    if own_first:
+        register_in(registry)(own)
+        registry.register(theirs)
+    else:
+        registry.register()(theirs)
+        register_in(registry)(own)
+    assert registry.get("MaskRCNN") is theirs
+    assert registry.get("mask_head_plugin.MaskRCNN") is own
+    assert registered_name(registry, own) == "mask_head_plugin.MaskRCNN"
+    (text,) = caplog.messages
+    assert text == (
+        "MaskRCNN is their_project.models's; that of this package is 'mask_head_plugin.MaskRCNN' "
+        "in the META_ARCH registry"
+    )
+
+
+def test_two_of_the_users_objects_may_not_have_one_name():
+    registry = Registry("META_ARCH")
+    register_in(registry)(made("MaskRCNN", "mask_head_plugin.modeling.rcnn"))
+    registry.register(made("MaskRCNN", "their_project.models"))
+    with pytest.raises(AssertionError, match="'MaskRCNN' was already registered in 'META_ARCH'"):
+        registry.register(made("MaskRCNN", "their_project.others"))
+
+
+@pytest.mark.parametrize(
+    ("registry", "own"),
+    [
+        (META_ARCH_REGISTRY, modeling.MaskRCNN),
+        (ROI_MASK_HEAD_REGISTRY, modeling.FCNMaskHead),
+        (BACKBONE_REGISTRY, modeling.build_small_resnet_fpn_backbone),
+    ],
+)
+def test_the_packages_own_names_give_way_in_detectron2s_registries(registry, own, monkeypatch):
+    monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
+    theirs = made(own.__name__, "their_project")
+    registry.register(theirs)
+    assert registry.get(own.__name__) is theirs
+
+
+@pytest.fixture
+def shapes():
+    """A data set of the package's in the catalogs."""
+    name = "test_their_shapes"
+    register_dataset(name, lambda: [{"ours": 1}], evaluator_type="coco", thing_classes=["ring"])
+    yield name
+    DatasetCatalog.pop(name, None)
+    MetadataCatalog.pop(name, None)
+
+
+def test_a_data_set_of_the_users_takes_the_name(shapes, caplog):
+    DatasetCatalog.register(shapes, lambda: [{"theirs": 1}])
+    assert DatasetCatalog.get(shapes) == [{"theirs": 1}]
+    MetadataCatalog.get(shapes).set(thing_classes=["cell"], json_file="x.json")
+    assert MetadataCatalog.get(shapes).as_dict() == {
+        "name": shapes,
+        "thing_classes": ["cell"],
+        "json_file": "x.json",
+    }
+    assert f"data set {shapes} is now another one than this package's" in caplog.text
+    with pytest.raises(AssertionError, match="already registered"):
+        DatasetCatalog.register(shapes, list)
+
+
+def test_metadata_of_the_users_may_come_before_the_data_set(shapes):
+    metadata = MetadataCatalog.get(shapes)
+    metadata.set(evaluator_type="coco", thing_classes=["cell"])
+    DatasetCatalog.register(shapes, list)
+    assert type(metadata) is Metadata and metadata is MetadataCatalog.get(shapes)
+    assert metadata.as_dict() == {
+        "name": shapes,
+        "evaluator_type": "coco",
+        "thing_classes": ["cell"],
+    }
+    metadata.stuff_classes = ["sky"]
+    with pytest.raises(AssertionError, match="cannot be set"):
+        metadata.thing_classes = ["tree"]
+
+
+def test_coco_instances_of_the_users_take_the_name(shapes):
+    register_coco_instances(shapes, {"thing_classes": ["cell"]}, "cells.json", "cells/")
+    assert MetadataCatalog.get(shapes).json_file == "cells.json"
+
+
+def test_what_detectron2_notes_of_a_data_set_leaves_it_as_it_is(shapes):
+    MetadataCatalog.get(shapes).thing_classes = ["ring"]
+    MetadataCatalog.get(shapes).thing_colors = [(1, 2, 3)]
+    assert DatasetCatalog.get(shapes) == [{"ours": 1}]
+    assert MetadataCatalog.get(shapes).evaluator_type == "coco"
+
+
+def test_a_name_that_is_taken_stays_so(caplog):
+    DatasetCatalog.register("test_taken", list)
+    try:
+        register_dataset("test_taken", lambda: [{}], evaluator_type="coco")
+        assert DatasetCatalog.get("test_taken") == []
+        assert "test_taken" not in MetadataCatalog
+        assert "was registered before; kept" in caplog.text
+    finally:
+        DatasetCatalog.remove("test_taken")
+
+
+def test_the_embedded_data_set_gives_way():
+    assert type(MetadataCatalog.get("shapes_train")).__name__ == "_YieldingMetadata"
+    assert logging.getLogger("mask_head_plugin").parent is logging.getLogger("detectron2")
