@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
 from ..messages import listed
+from .download import local_copy
 from .foreign_files import read_checkpoint
 from .weights import (
     WeightsPolicy,
@@ -147,12 +148,14 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         """Loads weights, and checkpointables: all by default, with which a run is resumed.
 
         Raises:
-            ConfigError: if the file cannot be used, or does not fit the model.
+            ConfigError: if the file cannot be downloaded or used, or does not fit the model.
         """
         self._resuming = checkpointables is None and bool(self.checkpointables)
         self._query = urlparse(path).query
+        address, mark, query = path.partition("?")
         try:
-            return super().load(path, checkpointables)
+            file = local_copy(address, path_manager=self.path_manager)
+            return super().load(file + mark + query, checkpointables)
         finally:
             self._parsed_url_during_load = None  # else a load after one that failed fails, too
 

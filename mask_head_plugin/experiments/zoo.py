@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from detectron2.utils.file_io import PathManager
-
 from ..config import ConfigError, nearest_name
+from ..engine.download import local_copy
 
 with warnings.catch_warnings():
     # It finds its files by pkg_resources, which warns of its own age.
@@ -155,16 +153,7 @@ def find_weights(weights: str, config: ModelConfig) -> Path:
 
 def download_weights(config: ModelConfig) -> Path:
     """Downloads the zoo's weights, unless they are in the cache."""
-    url = _weights_url(config)
-    # What it logs on a failure is in the error, too.
-    logging.getLogger("iopath.common.download").setLevel(logging.CRITICAL)
-    try:
-        return Path(PathManager.get_local_path(url))
-    except OSError as error:
-        raise ConfigError(
-            f"{url} could not be downloaded ({' '.join(str(error).split())}); fetch "
-            f"{PurePosixPath(url).name} on another machine and name it with --weights PATH"
-        ) from error
+    return Path(local_copy(_weights_url(config), "name it with --weights PATH"))
 
 
 def _weights_url(config: ModelConfig) -> str:

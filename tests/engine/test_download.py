@@ -1,0 +1,48 @@
+"""Weights that cannot be downloaded: one line that says what to fetch, and the way out."""
+
+from __future__ import annotations
+
+from urllib import request
+from urllib.error import URLError
+
+import pytest
+import torch
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.engine import MaskHeadCheckpointer
+from mask_head_plugin.engine.download import local_copy
+
+R50 = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+
+
+@pytest.fixture(autouse=True)
+def _without_network(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise URLError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(request, "urlretrieve", fail)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+
+
+def test_weights_of_a_config_that_cannot_be_downloaded_are_one_line(caplog):
+    with pytest.raises(ConfigError) as error:
+        MaskHeadCheckpointer(torch.nn.Linear(2, 2)).load(f"{R50}?matching_heuristics=True")
+    assert str(error.value) == (
+        "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA/R-50.pkl could not be "
+        "downloaded (<urlopen error Temporary failure in name resolution>); fetch R-50.pkl on "
+        "another machine and set MODEL.WEIGHTS to it, or start from random weights, as "
+        "configs/Base-Small.yaml and configs/misc/scratch_*.yaml do"
+    )
+    assert not [x for x in caplog.records if x.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize(
+    "address", ["https://there.is.nothing/x.pth", "catalog://Nobody/knows", "catalog://ImageNetP/x"]
+)
+def test_any_address_of_weights_may_fail(address):
+    with pytest.raises(ConfigError, match=r"could not be downloaded .* name it with --weights"):
+        local_copy(address, "name it with --weights PATH")
+
+
+def test_a_file_is_taken_as_it_is(tmp_path):
+    assert local_copy(str(tmp_path / "x.pth")) == str(tmp_path / "x.pth")
