@@ -70,7 +70,7 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
 
     # A metric of the evaluation, such as "segm/AP": the weights of the best one are kept as
-    # model_best.pth. "" keeps none.
+    # model_best.pth; needs TEST.EVAL_PERIOD. "" keeps none.
     cfg.SOLVER.CHECKPOINT_BEST_METRIC = ""
 
     # Above 0: evaluation adds the metrics of semantic segmentation, of maps made from detections

@@ -57,10 +57,7 @@ def register_coco_files(cfg: CfgNode) -> None:
         ConfigError: if an entry is malformed, a file or folder is missing, or the categories of two
             data sets of the config disagree.
     """
-    files = {
-        name: read_coco_file(find_in_datasets(json_file), find_in_datasets(image_root))
-        for name, json_file, image_root in _entries(cfg)
-    }
+    files = _read_files(cfg)
     reference = _reference_categories(cfg, files)
     for name, file in files.items():
         _check_categories(name, file, reference)
@@ -76,6 +73,24 @@ def register_coco_files(cfg: CfgNode) -> None:
     if with_rle and cfg.INPUT.MASK_FORMAT != "bitmask":
         cfg.INPUT.MASK_FORMAT = "bitmask"
         logger.info("INPUT.MASK_FORMAT is now bitmask: run-length masks in %s", ", ".join(with_rle))
+
+
+def coco_classes(cfg: CfgNode) -> dict[str, list[str]]:
+    """Returns the class names of each data set of DATASETS.COCO_FILES, registered or not.
+
+    Raises:
+        ConfigError: if an entry is malformed or a file cannot be read.
+    """
+    files = _read_files(cfg)
+    classes = list(_reference_categories(cfg, files)[1].values())
+    return {name: [*classes] for name in files}
+
+
+def _read_files(cfg: CfgNode) -> dict[str, CocoFile]:
+    return {
+        name: read_coco_file(find_in_datasets(json_file), find_in_datasets(image_root))
+        for name, json_file, image_root in _entries(cfg)
+    }
 
 
 def check_datasets(cfg: CfgNode) -> None:

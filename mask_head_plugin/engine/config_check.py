@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 
@@ -25,8 +26,13 @@ from ..modeling.mask_head import ClassSelection, check_mask_losses
 from ..modeling.pooler import POOLER_TYPES, check_pooler
 from ..modeling.rcnn import MASK_OUTPUTS, MaskRCNN
 from ..modeling.roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
+from ..shared_names import registered_name
+from .config_best import check_best_metric
+from .config_colours import wrong_colours
 from .config_features import check_features
 from .config_values import check_input, check_solver, check_test, check_values
+
+logger = logging.getLogger(__name__)
 
 DETECTRON2_POOLER_TYPES = ("ROIAlignRotated",)
 """Types of detectron2's ROIPooler that MultiLevelRoIPooler leaves to it."""
@@ -64,7 +70,14 @@ def check_config(
     if train:
         check_solver(cfg, num_processes)
     check_input(cfg)
+    told = wrong_colours(cfg)
+    if told and train:
+        raise ConfigError(told)
+    if told:
+        logger.warning("%s, unless the weights were trained so", told)
     check_test(cfg, train=train, evaluate=evaluate)
+    if train:
+        check_best_metric(cfg)
     check_features(cfg, train=train)
     _check_device(cfg, train)
     try:
@@ -158,8 +171,9 @@ def _check_mask_output(cfg: CfgNode) -> None:
     if output not in MASK_OUTPUTS:
         raise ConfigError(f"MODEL.MASK_OUTPUT {output!r} is none of {MASK_OUTPUTS}")
     if output == "rle" and not issubclass(META_ARCH_REGISTRY.get(name), MaskRCNN):
+        own = registered_name(META_ARCH_REGISTRY, MaskRCNN)  # MaskRCNN may be the user's
         raise ConfigError(
-            f"MODEL.MASK_OUTPUT rle needs MODEL.META_ARCHITECTURE MaskRCNN; with {name} it must be "
+            f"MODEL.MASK_OUTPUT rle needs MODEL.META_ARCHITECTURE {own}; with {name} it must be "
             "bitmask"
         )
 

@@ -193,17 +193,6 @@ def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
             f"TEST.EVAL_PERIOD is {test.EVAL_PERIOD}, but DATASETS.TEST is empty: name a data set, "
             "or set TEST.EVAL_PERIOD to 0"
         )
-    metric, names = cfg.SOLVER.CHECKPOINT_BEST_METRIC, cfg.DATASETS.TEST
-    if train and metric and not names:
-        raise ConfigError(
-            f"SOLVER.CHECKPOINT_BEST_METRIC is {metric!r}, but DATASETS.TEST is empty: name a data "
-            "set, or leave the metric out"
-        )
-    if train and metric and len(names) > 1 and not metric.startswith(tuple(names)):
-        raise ConfigError(
-            f"SOLVER.CHECKPOINT_BEST_METRIC {metric!r}: with several data sets in DATASETS.TEST it "
-            f"starts with one of them, e.g. {names[0]}/{metric}"
-        )
     if not test.AUG.ENABLED:
         return
     _check_sizes("TEST.AUG.MIN_SIZES", test.AUG.MIN_SIZES, "TEST.AUG.MAX_SIZE", test.AUG.MAX_SIZE)

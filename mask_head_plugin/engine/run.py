@@ -16,6 +16,7 @@ from ..config import ConfigError, load_config
 from ..data import check_dataset_files, check_datasets, register_coco_files
 from . import launch
 from .config_check import check_config
+from .config_unread import warn_of_unread_keys
 from .trainer import Trainer
 
 
@@ -34,6 +35,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
         raise ConfigError("--eval-only needs MODEL.WEIGHTS FILE, or --resume: the last checkpoint")
     setup_logger(cfg.OUTPUT_DIR, launch.process_rank(), name="mask_head_plugin")
+    warn_of_unread_keys(cfg, train=not args.eval_only)
     register_coco_files(cfg)
     check_datasets(cfg)
     check_dataset_files(cfg)

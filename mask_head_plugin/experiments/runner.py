@@ -43,6 +43,7 @@ from ..config import ConfigError, flatten
 from ..data import check_datasets, register_coco_files
 from ..engine import Trainer, check_config
 from ..engine.checkpoint import locked
+from ..engine.config_unread import warn_of_unread_keys
 from ..engine.launch import launch
 from .ablation import Ablation
 from .cluster import Cluster
@@ -132,6 +133,7 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
             cfg = trial.cfg.clone()
             cfg.OUTPUT_DIR = str(output)
             check_config(cfg, train=True)
+            warn_of_unread_keys(cfg, train=True)
             register_coco_files(cfg)
             check_datasets(cfg)
     for trial in trials:

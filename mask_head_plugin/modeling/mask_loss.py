@@ -444,11 +444,11 @@ def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
     for parameter, declared in keywords.items():
         if declared.default is inspect.Parameter.empty and parameter not in arguments:
             raise ValueError(f"{where}.{parameter.upper()} has no default and is not set")
-    nothing = torch.zeros(0, 1, 1, requires_grad=True)
-    classes = torch.zeros(0, dtype=torch.int64)
+    nothing = torch.zeros(0, 1, 1, device="cpu", requires_grad=True)
+    classes = torch.zeros(0, dtype=torch.int64, device="cpu")
     inputs = (nothing[:, None], classes, nothing) if hasattr(loss, "activation") else (nothing,) * 2
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.device("cpu"):  # also where a model is built on "meta"
             value = loss(*inputs, **arguments)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

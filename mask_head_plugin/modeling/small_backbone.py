@@ -12,14 +12,16 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
+from ..shared_names import register_in
 
-@BACKBONE_REGISTRY.register()
+
+@register_in(BACKBONE_REGISTRY)
 def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Builds stem, res2 to res5 with one BasicBlock each, and an FPN (p2 to p6) on top.
 
     Args:
-        cfg: RESNETS.STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (res3, res4 and res5 have 2, 3 and 4 times
-            as many) and NORM; FPN.IN_FEATURES, OUT_CHANNELS and NORM.
+        cfg: BACKBONE.FREEZE_AT; RESNETS.STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (res3, res4 and res5
+            have 2, 3 and 4 times as many), OUT_FEATURES and NORM; all of FPN.
         input_shape: channels of the image.
     """
     norm, width = cfg.MODEL.RESNETS.NORM, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS
@@ -39,11 +41,13 @@ def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
             )
         )
         channels = out_channels
-    in_features = cfg.MODEL.FPN.IN_FEATURES
+    bottom_up = ResNet(stem, stages, out_features=cfg.MODEL.RESNETS.OUT_FEATURES)
+    fpn = cfg.MODEL.FPN
     return FPN(
-        bottom_up=ResNet(stem, stages, out_features=in_features),
-        in_features=in_features,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
+        bottom_up=bottom_up.freeze(cfg.MODEL.BACKBONE.FREEZE_AT),
+        in_features=fpn.IN_FEATURES,
+        out_channels=fpn.OUT_CHANNELS,
+        norm=fpn.NORM,
         top_block=LastLevelMaxPool(),
+        fuse_type=fpn.FUSE_TYPE,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import CONFIG_FILES, CONFIGS
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.engine import check_config
+from mask_head_plugin.engine.config_unread import unread_keys
 
 SOFTMAX = ("MODEL.ROI_MASK_HEAD.LOSSES", "[['softmax_cross_entropy', 1.0]]")
 SCORING = ("MODEL.ROI_MASK_HEAD.SCORING.ENABLED", "True")
@@ -239,6 +241,107 @@ def test_keys_that_do_not_fit_each_other_are_refused(config, opts, message, tmp_
         check_config(cfg, train=True)
 
 
+RGB = ["INPUT.FORMAT", "RGB"]
+RGB_MEAN = ["MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]"]
+SMALL = "Base-Small.yaml"
+
+
+@pytest.mark.parametrize(
+    ("config", "opts", "message"),
+    [
+        (
+            FPN,
+            RGB,
+            r"FORMAT is RGB, .*PIXEL_MEAN .* in the order BGR; reverse it to \[123.675, 116",
+        ),
+        (FPN, RGB_MEAN, r"FORMAT is BGR, .*PIXEL_MEAN .* order RGB; reverse it to \[103.53, 116.2"),
+        (SMALL, ["MODEL.PIXEL_MEAN", "[102.98, 115.947, 122.772]"], "FORMAT is RGB, .* BGR"),
+        (SMALL, ["MODEL.PIXEL_STD", "[57.375, 57.12, 58.395]"], "FORMAT is RGB, .*PIXEL_STD .*BGR"),
+        (SMALL, ["MODEL.PIXEL_MEAN", "[0.485, 0.456, 0.406]"], r"of pixels in \[0, 1\].*by 255"),
+        (FPN, [*RGB, *RGB_MEAN], "RGB, but MODEL.WEIGHTS .*MSRA/R-50.pkl is trained on BGR; set"),
+        (
+            FPN,
+            ["MODEL.WEIGHTS", "detectron2://ImageNetPretrained/torchvision/R-50.pkl"],
+            "BGR, but MODEL.WEIGHTS .* is trained on RGB; set INPUT.FORMAT to RGB",
+        ),
+    ],
+)
+def test_colours_in_the_wrong_order_are_refused_in_training_and_said_in_evaluation(
+    config, opts, message, tmp_path, caplog
+):
+    shapes = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"]
+    cfg = load_config(str(CONFIGS / config), ["OUTPUT_DIR", str(tmp_path), *shapes, *opts])
+    with pytest.raises(ConfigError, match=message):
+        check_config(cfg, train=True)
+    check_config(cfg, train=False)
+    assert "unless the weights were trained so" in caplog.text
+
+
+def test_colours_in_the_right_order_pass(tmp_path):
+    weights = ["MODEL.WEIGHTS", "detectron2://ImageNetPretrained/torchvision/R-50.pkl"]
+    opts = ["OUTPUT_DIR", str(tmp_path), *RGB, *RGB_MEAN, *weights]
+    check_config(load_config(str(CONFIGS / FPN), opts), train=True)
+
+
+BEST = "SOLVER.CHECKPOINT_BEST_METRIC"
+OFTEN = ["TEST.EVAL_PERIOD", "500"]
+TWO = [*OFTEN, "DATASETS.TEST", "('coco_2017_val', 'shapes_val')"]
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        ([BEST, "segm/AP"], r"needs several evaluations .*EVAL_PERIOD 0 gives one.*e.g. 9000, or"),
+        ([BEST, "segm/AP", "TEST.EVAL_PERIOD", "90000"], "EVAL_PERIOD 90000 gives one, behind it"),
+        (
+            [*OFTEN, BEST, "segm/AP", "DATASETS.TEST", "()", "TEST.EVAL_PERIOD", "0"],
+            "TEST is empty",
+        ),
+        ([*OFTEN, BEST, "sgm/AP"], "no metric of coco_2017_val; did you mean 'segm/AP'"),
+        ([*OFTEN, BEST, "segm/ap75"], "no metric of coco_2017_val; did you mean 'segm/AP75'"),
+        ([*OFTEN, BEST, "segm/AP-persn"], "did you mean 'segm/AP-person'"),
+        ([*OFTEN, BEST, "total_loss"], "no metric of coco_2017_val; there are bbox/AP, bbox/AP50,"),
+        ([*OFTEN, BEST, "segm/AP", "MODEL.MASK_ON", "False"], "there are bbox/AP, bbox/AP50"),
+        ([*OFTEN, BEST, "semantic/mIoU"], "no metric of coco_2017_val"),
+        ([*TWO, BEST, "segm/AP"], "starts with one of them, e.g. coco_2017_val/segm/AP"),
+        ([*TWO, BEST, "shapes_val/segm/AP-rnig"], "no metric of shapes_val; did you mean .*ring'"),
+    ],
+)
+def test_a_best_metric_that_would_choose_nothing_is_refused(opts, message, tmp_path):
+    cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path), *opts])
+    with pytest.raises(ConfigError, match=f"^{BEST}.*{message}"):
+        check_config(cfg, train=True)
+    check_config(cfg, train=False) if cfg.DATASETS.TEST else None
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        [*OFTEN, BEST, "segm/AP-traffic light"],
+        [*OFTEN, BEST, "boundary/APs"],
+        [*OFTEN, BEST, "semantic/mIoU", "TEST.SEMANTIC_THRESHOLD", "0.5"],
+        [*OFTEN, BEST, "anything", "DATASETS.TEST", "('voc_2007_val',)"],
+        [*OFTEN, BEST, "segm/APr", "DATASETS.TEST", "('lvis_v1_val',)"],
+        [*TWO, BEST, "shapes_val/segm/AP-ring"],
+    ],
+)
+def test_a_best_metric_that_evaluations_give_passes(opts, tmp_path):
+    check_config(load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path), *opts]), train=True)
+
+
+def test_a_best_metric_may_be_of_a_class_of_the_users_files(tmp_path):
+    image = {"id": 1, "file_name": "x.png", "height": 9, "width": 9}
+    categories = [{"id": 7, "name": "cell"}]
+    content = {"images": [image], "annotations": [], "categories": categories}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    own = ["DATASETS.COCO_FILES", f"[['own', '{tmp_path}/x.json', '{tmp_path}']]"]
+    own += ["DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)"]
+    own += ["OUTPUT_DIR", str(tmp_path), *OFTEN]
+    check_config(load_config(str(CONFIGS / FPN), [*own, BEST, "segm/AP-cell"]), train=True)
+    with pytest.raises(ConfigError, match="did you mean 'segm/AP-cell'"):
+        check_config(load_config(str(CONFIGS / FPN), [*own, BEST, "segm/AP-cel"]), train=True)
+
+
 def test_a_batch_that_the_processes_cannot_share_is_refused_unless_it_scales(tmp_path):
     opts = ["OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "16"]
     cfg = load_config(str(CONFIGS / FPN), opts)
@@ -265,6 +368,7 @@ def test_every_config_passes_that_is_no_mere_base(path, tmp_path):
     if not cfg.DATASETS.TRAIN:
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("shapes_train",)
     check_config(cfg, train=True)
+    assert unread_keys(cfg, train=True) == {}
 
 
 def test_weights_with_options_behind_them_are_found(tmp_path):

@@ -1,0 +1,45 @@
+"""Whether INPUT.FORMAT is the order of colours that means and pretrained weights are made for."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+IMAGENET_BGR = {
+    "PIXEL_MEAN": ((103.5, 116.3, 123.7), 2.0),
+    "PIXEL_STD": ((57.375, 57.12, 58.395), 0.3),
+}
+"""Statistics of ImageNet's channels, and how far those in use (Caffe's, torchvision's) are off."""
+
+ZOO = ("detectron2://", "catalog://", "https://dl.fbaipublicfiles.com/detectron")
+RGB_IN_ZOO = ("/torchvision/", "/ViTDet/")
+"""Parts of the addresses of the zoo's weights that are trained on RGB; all others are on BGR."""
+
+
+def wrong_colours(cfg: CfgNode) -> str | None:
+    """Returns what is wrong, and the fix, or None.
+
+    Args:
+        cfg: its INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD have as many channels.
+    """
+    order, model = cfg.INPUT.FORMAT, cfg.MODEL
+    if all(0 < x <= 1 for x in model.PIXEL_MEAN):
+        return (
+            f"MODEL.PIXEL_MEAN {model.PIXEL_MEAN} is of pixels in [0, 1], but here they are in "
+            "[0, 255]; multiply it and MODEL.PIXEL_STD by 255"
+        )
+    if order not in ("BGR", "RGB"):
+        return None
+    for key, (bgr, tolerance) in IMAGENET_BGR.items():
+        reverse = bgr[::-1] if order == "BGR" else bgr
+        if all(abs(x - y) <= tolerance for x, y in zip(model[key], reverse, strict=True)):
+            return (
+                f"INPUT.FORMAT is {order}, but MODEL.{key} {model[key]} is in the order "
+                f"{order[::-1]}; reverse it to {model[key][::-1]}"
+            )
+    trained = "RGB" if any(part in model.WEIGHTS for part in RGB_IN_ZOO) else "BGR"
+    if model.WEIGHTS.startswith(ZOO) and trained != order:
+        return (
+            f"INPUT.FORMAT is {order}, but MODEL.WEIGHTS {model.WEIGHTS} is trained on {trained}; "
+            f"set INPUT.FORMAT to {trained}, and MODEL.PIXEL_MEAN and PIXEL_STD in that order"
+        )
+    return None

@@ -1,0 +1,189 @@
+"""Keys that are set and that nothing reads, so that a run is not what its config says.
+
+Who reads a key depends on others: MODEL.RESNETS.DEPTH is read by detectron2's ResNets and not by
+the small one here. So the parts are built, on PyTorch's "meta" device, which allocates nothing,
+from a config that notes what is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, ItemsView
+from copy import deepcopy
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.solver import build_lr_scheduler, build_optimizer
+
+from ..config import add_mask_head_config, flatten
+
+logger = logging.getLogger(__name__)
+
+READ_LATER = (
+    *("CUDNN_BENCHMARK", "FLOAT32_PRECISION", "OUTPUT_DIR", "SEED", "VERSION", "IMPORTS"),
+    *("DATASETS.", "DATALOADER.FILTER_EMPTY_ANNOTATIONS"),
+    *("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.WEIGHTS_STRICT", "MODEL.LOAD_PROPOSALS"),
+    *("SOLVER.AMP.ENABLED", "SOLVER.CHECKPOINT_", "SOLVER.CLIP_GRADIENTS."),
+    *("SOLVER.REFERENCE_WORLD_SIZE", "TEST."),
+)
+"""Keys, or beginnings of keys, that the trainer, the loaders and the evaluation read as they run,
+where NEEDED does not say otherwise."""
+
+EVALUATION = ("MODEL.", "TEST.", "INPUT.MAX_SIZE_TEST")
+"""Beginnings of the keys that count where nothing is trained."""
+
+HEAD, BOX = "MODEL.ROI_MASK_HEAD.", "MODEL.ROI_BOX_HEAD."
+
+NEEDED: dict[str, tuple[str, Callable[[CfgNode], Any]]] = {
+    "DATASETS.PROPOSAL_FILES_": ("MODEL.LOAD_PROPOSALS True", lambda x: x.MODEL.LOAD_PROPOSALS),
+    "DATASETS.PRECOMPUTED_": ("MODEL.LOAD_PROPOSALS True", lambda x: x.MODEL.LOAD_PROPOSALS),
+    "SOLVER.CLIP_GRADIENTS.": (
+        "SOLVER.CLIP_GRADIENTS.ENABLED True",
+        lambda x: x.SOLVER.CLIP_GRADIENTS.ENABLED,
+    ),
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": (
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm or full_model",
+        lambda x: x.SOLVER.CLIP_GRADIENTS.CLIP_TYPE != "value",
+    ),
+    "SOLVER.WARMUP_FACTOR": ("SOLVER.WARMUP_ITERS above 0", lambda x: x.SOLVER.WARMUP_ITERS),
+    "SOLVER.WARMUP_METHOD": ("SOLVER.WARMUP_ITERS above 0", lambda x: x.SOLVER.WARMUP_ITERS),
+    "TEST.AUG.": ("TEST.AUG.ENABLED True", lambda x: x.TEST.AUG.ENABLED),
+    "TEST.PRECISE_BN.NUM_ITER": (
+        "TEST.PRECISE_BN.ENABLED True",
+        lambda x: x.TEST.PRECISE_BN.ENABLED,
+    ),
+    "TEST.KEYPOINT_OKS_SIGMAS": ("MODEL.KEYPOINT_ON True", lambda x: x.MODEL.KEYPOINT_ON),
+    "TEST.SEMANTIC_THRESHOLD": ("MODEL.MASK_ON True", lambda x: x.MODEL.MASK_ON),
+    "INPUT.MAX_SIZE_TRAIN": (
+        "INPUT.MIN_SIZE_TRAIN above 0, since 0 keeps images as they are",
+        lambda x: any(x.INPUT.MIN_SIZE_TRAIN),
+    ),
+    "INPUT.MAX_SIZE_TEST": (
+        "INPUT.MIN_SIZE_TEST above 0, since 0 keeps images as they are",
+        lambda x: x.INPUT.MIN_SIZE_TEST,
+    ),
+    "MODEL.RPN.SMOOTH_L1_BETA": (
+        "MODEL.RPN.BBOX_REG_LOSS_TYPE smooth_l1",
+        lambda x: x.MODEL.RPN.BBOX_REG_LOSS_TYPE == "smooth_l1",
+    ),
+    BOX + "SMOOTH_L1_BETA": (
+        BOX + "BBOX_REG_LOSS_TYPE smooth_l1",
+        lambda x: x.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE == "smooth_l1",
+    ),
+    BOX + "FED_LOSS_": (
+        BOX + "USE_FED_LOSS True",
+        lambda x: x.MODEL.ROI_BOX_HEAD.USE_FED_LOSS,
+    ),
+    BOX + "CONV_DIM": (BOX + "NUM_CONV above 0", lambda x: x.MODEL.ROI_BOX_HEAD.NUM_CONV),
+    BOX + "NORM": (BOX + "NUM_CONV above 0", lambda x: x.MODEL.ROI_BOX_HEAD.NUM_CONV),
+    BOX + "FC_DIM": (BOX + "NUM_FC above 0", lambda x: x.MODEL.ROI_BOX_HEAD.NUM_FC),
+    HEAD + "NORM": (HEAD + "NUM_CONV above 0", lambda x: x.MODEL.ROI_MASK_HEAD.NUM_CONV),
+    HEAD + "SCORING.": (
+        HEAD + "SCORING.ENABLED True",
+        lambda x: x.MODEL.ROI_MASK_HEAD.SCORING.ENABLED,
+    ),
+}
+"""What else must be set for keys, or beginnings of keys, that are read in any case."""
+
+
+def unread_keys(cfg: CfgNode, *, train: bool) -> dict[str, str]:
+    """Returns the keys that are not as in detectron2's defaults and change nothing, with the cause.
+
+    Args:
+        cfg: a complete config that check_config passes.
+        train: whether the model will be trained; if not, keys of training are not looked at.
+    """
+    defaults = get_cfg()
+    add_mask_head_config(defaults)
+    known = flatten(defaults)
+    set_keys = [key for key, value in flatten(cfg).items() if key in known and value != known[key]]
+    if not train:
+        set_keys = [key for key in set_keys if key.startswith(EVALUATION)]
+    found: dict[str, str] = {}
+    read = _read_keys(cfg, train=train)
+    for key in set_keys:
+        needed = _needed(cfg, key)
+        if needed:
+            found[key] = f"it needs {needed}"
+        elif read and key not in read and not key.startswith(READ_LATER):
+            found[key] = "nothing in this config reads it"
+    return found
+
+
+def _needed(cfg: CfgNode, key: str) -> str | None:
+    """Returns what must be set for a key to have an effect and is not."""
+    for start, (needed, is_given) in NEEDED.items():
+        if key.startswith(start) and not is_given(cfg):
+            return needed
+    _, is_parameter, name = key.partition(HEAD + "LOSS_PARAMS.")
+    loss = name.partition(".")[0].lower()
+    if is_parameter and loss not in [entry[0] for entry in cfg.MODEL.ROI_MASK_HEAD.LOSSES]:
+        return f"{loss!r} in {HEAD}LOSSES"
+    return None
+
+
+def warn_of_unread_keys(cfg: CfgNode, *, train: bool) -> None:
+    """Logs a warning for each key that is set and changes nothing; see ``unread_keys``."""
+    values = flatten(cfg)
+    for key, cause in unread_keys(cfg, train=train).items():
+        logger.warning("%s %s has no effect: %s", key, values[key], cause)
+
+
+def _read_keys(cfg: CfgNode, *, train: bool) -> set[str]:
+    """Returns what is read as the parts of a run are built; nothing if they cannot be."""
+    recording = _Recording.of(cfg, "", _Keys())
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = META_ARCH_REGISTRY.get(recording.MODEL.META_ARCHITECTURE)(recording)
+        DatasetMapper(recording, is_train=False)
+        if train:
+            DatasetMapper(recording, is_train=True)
+            build_lr_scheduler(recording, build_optimizer(recording, model))
+            records: list[dict[str, Any]] = [{"annotations": []}]
+            build_detection_train_loader.from_config(recording, mapper=len, dataset=records)
+    except Exception:  # of a user's module that does not build on "meta"
+        logger.debug("keys that nothing reads are not looked for", exc_info=True)
+        return set()
+    return set(vars(recording)["keys_read"])
+
+
+class _Keys(set[str]):
+    """Stays the same one in copies of the config."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Keys:
+        return self
+
+
+class _Recording(CfgNode):
+    """A config that notes the full names of the keys that are read, in its copies, too."""
+
+    @classmethod
+    def of(cls, node: CfgNode, prefix: str, keys_read: _Keys) -> _Recording:
+        new = cls()
+        new.__dict__.update(prefix=prefix, keys_read=keys_read)
+        for key, value in dict.items(node):
+            is_section = isinstance(value, CfgNode)
+            copied = cls.of(value, f"{prefix}{key}.", keys_read) if is_section else deepcopy(value)
+            dict.__setitem__(new, key, copied)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Recording:
+        return self.of(self, vars(self)["prefix"], vars(self)["keys_read"])
+
+    def __getitem__(self, key: str) -> Any:
+        vars(self)["keys_read"].add(vars(self)["prefix"] + key)
+        return dict.__getitem__(self, key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        with contextlib.suppress(KeyError):
+            return self[key]
+        return default
+
+    def items(self) -> ItemsView[str, Any]:
+        for key in self:
+            self[key]
+        return dict.items(self)

@@ -1,0 +1,112 @@
+"""Keys that are set and change nothing are named, with the cause."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CONFIGS, small_config
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
+from detectron2.modeling.backbone.resnet import BasicStem
+
+from mask_head_plugin import load_config
+from mask_head_plugin.engine.config_unread import unread_keys, warn_of_unread_keys
+
+FPN, C4, SMALL = "Base-MaskRCNN-FPN.yaml", "Base-MaskRCNN-C4.yaml", "Base-Small.yaml"
+NOTHING = "nothing in this config reads it"
+COSINE = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"]
+HEAD = "MODEL.ROI_MASK_HEAD."
+
+
+@pytest.mark.parametrize(
+    ("config", "opts", "cause"),
+    [
+        (SMALL, ["MODEL.RESNETS.DEPTH", "101"], NOTHING),
+        (SMALL, ["MODEL.RESNETS.NUM_GROUPS", "32"], NOTHING),
+        (SMALL, ["MODEL.RESNETS.RES5_DILATION", "2"], NOTHING),
+        (C4, ["MODEL.FPN.OUT_CHANNELS", "64"], NOTHING),
+        (C4, [HEAD + "POOLER_RESOLUTION", "28"], NOTHING),
+        (C4, ["MODEL.ROI_BOX_HEAD.FC_DIM", "64"], "it needs MODEL.ROI_BOX_HEAD.NUM_FC above 0"),
+        (FPN, ["MODEL.RETINANET.NUM_CLASSES", "3"], NOTHING),
+        (FPN, ["MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.4, 0.5, 0.6)"], NOTHING),
+        (FPN, ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"], NOTHING),
+        (FPN, ["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "3"], NOTHING),
+        (FPN, [HEAD + "FC_DIM", "64"], NOTHING),
+        (FPN, [HEAD + "SCORING.FC_DIM", "64"], f"it needs {HEAD}SCORING.ENABLED True"),
+        (FPN, [HEAD + "LOSS_PARAMS.FOCAL.GAMMA", "3.0"], f"it needs 'focal' in {HEAD}LOSSES"),
+        (FPN, ["MODEL.ROI_BOX_HEAD.NORM", "GN"], "it needs MODEL.ROI_BOX_HEAD.NUM_CONV above 0"),
+        (FPN, ["DATALOADER.REPEAT_THRESHOLD", "0.1"], NOTHING),
+        (FPN, ["INPUT.CROP.TYPE", "relative"], NOTHING),
+        (FPN, ["SOLVER.NUM_DECAYS", "5"], NOTHING),
+        (FPN, ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "5.0"], "SOLVER.CLIP_GRADIENTS.ENABLED True"),
+        (FPN, ["TEST.AUG.MAX_SIZE", "3000"], "it needs TEST.AUG.ENABLED True"),
+        (FPN, ["TEST.PRECISE_BN.NUM_ITER", "30"], "it needs TEST.PRECISE_BN.ENABLED True"),
+        (FPN, ["DATASETS.PROPOSAL_FILES_TRAIN", "('x.pkl',)"], "it needs MODEL.LOAD_PROPOSALS"),
+        (FPN, ["INPUT.MIN_SIZE_TEST", "0", "INPUT.MAX_SIZE_TEST", "500"], "MIN_SIZE_TEST above 0"),
+        (FPN, ["GLOBAL.HACK", "2.0"], NOTHING),
+    ],
+)
+def test_a_key_without_effect_is_named_with_the_cause(config, opts, cause, caplog):
+    cfg = load_config(str(CONFIGS / config), ["MODEL.DEVICE", "cpu", *opts])
+    warn_of_unread_keys(cfg, train=True)
+    (message,) = caplog.messages
+    assert message.startswith(f"{opts[-2]} ") and "has no effect: " in message
+    assert message.endswith(cause) or cause in message
+
+
+@pytest.mark.parametrize(
+    ("config", "opts"),
+    [
+        (SMALL, ["MODEL.BACKBONE.FREEZE_AT", "5", "MODEL.FPN.FUSE_TYPE", "avg"]),
+        (FPN, ["MODEL.RESNETS.DEPTH", "101", HEAD + "LOSSES", "[['focal', 1.0]]"]),
+        (FPN, [HEAD + "NAME", "MLPMaskHead", HEAD + "FC_DIM", "64", HEAD + "NUM_CONV", "0"]),
+        (FPN, [HEAD + "SCORING.ENABLED", "True", HEAD + "SCORING.FC_DIM", "64"]),
+        (FPN, ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.NORM_TYPE", "2.0"]),
+        (SMALL, ["SOLVER.BASE_LR_END", "0.001", "DATALOADER.NUM_WORKERS", "1"]),
+        (C4, ["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "7", "TEST.EVAL_PERIOD", "9", "SEED", "1"]),
+    ],
+)
+def test_keys_with_an_effect_are_not_named(config, opts):
+    assert unread_keys(load_config(str(CONFIGS / config), opts), train=True) == {}
+
+
+def test_keys_of_training_are_not_looked_at_in_evaluation():
+    cfg = load_config(str(CONFIGS / FPN), [*COSINE, "MODEL.RESNETS.DEPTH", "101"])
+    assert list(unread_keys(cfg, train=True)) == ["SOLVER.STEPS"]
+    assert unread_keys(cfg, train=False) == {}
+
+
+def test_a_module_that_cannot_be_built_without_values_is_left_in_peace(monkeypatch):
+    def build_asking_resnet(cfg, input_shape):
+        assert torch.zeros(1).item() == 0, "fails on the device meta"
+
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "build_asking_resnet", build_asking_resnet)
+    opts = ["MODEL.BACKBONE.NAME", "build_asking_resnet", "MODEL.RESNETS.DEPTH", "101"]
+    assert unread_keys(load_config(str(CONFIGS / FPN), opts), train=True) == {}
+
+
+def test_the_config_is_as_before_and_no_random_number_is_drawn():
+    cfg = load_config(str(CONFIGS / SMALL))
+    cfg.freeze()
+    before, state = cfg.dump(), torch.get_rng_state()
+    unread_keys(cfg, train=True)
+    assert cfg.dump() == before and torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_small_backbone_freezes_and_fuses_as_its_keys_say():
+    def trained(*opts):
+        backbone = build_backbone(small_config(SMALL, *opts)).bottom_up
+        return {
+            name: any(p.requires_grad for p in getattr(backbone, name).parameters())
+            for name in ("stem", "res2", "res3", "res5")
+        }
+
+    assert all(trained().values())
+    assert trained("MODEL.BACKBONE.FREEZE_AT", "2") == {
+        "stem": False,
+        "res2": False,
+        "res3": True,
+        "res5": True,
+    }
+    assert not any(trained("MODEL.BACKBONE.FREEZE_AT", "5").values())
+    backbone = build_backbone(small_config(SMALL, "MODEL.FPN.FUSE_TYPE", "avg"))
+    assert backbone._fuse_type == "avg" and isinstance(backbone.bottom_up.stem, BasicStem)
