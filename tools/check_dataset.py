@@ -4,30 +4,37 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mask_head_plugin.data import Finding
 
 DETAILS_PER_KIND = 5
 
 EXAMPLES = """
 Examples:
   What is wrong with a data set, for people; all of it, for programs:
-    python tools/check_dataset.py --json train.json --images images/ --output report.json
-  Decode every pixel, too, which finds damage in the middle of files (takes longer):
-    python tools/check_dataset.py --json train.json --images images/ --decode
+    python tools/check_dataset.py --json all.json --images images/ --output report.json
+  Decode every pixel, which also finds damage in the middle of files (takes longer):
+    python tools/check_dataset.py --json all.json --images images/ --decode
   A corrected copy; what it changed and left out, with reasons, is in fixed.json.changes.json:
-    python tools/check_dataset.py --json train.json --images images/ --fix fixed.json
+    python tools/check_dataset.py --json all.json --images images/ --fix fixed.json
+  Of two folders and the categories cat and dog, parts.train.json and parts.val.json:
+    python tools/check_dataset.py --json all.json --images day/ night/ --categories cat dog \\
+        --split 0.2 --write parts.json
 
-An error stops training, which runs the same check (DATASETS.CHECK). A warning does not: detectron2
-handles it rightly. Each line names the file, the ids, the fault and the fix.
+An error stops training, which runs the same check (DATASETS.CHECK); a warning does not. Each line
+names the file, the ids, the fault and what to do. docs/your_data.md has the details.
 
---fix repairs what has one right answer: polygons are cut at the image's edge, boxes taken around
-their masks, ids numbered anew, records of one file merged. What has none is left out, images with
-their annotations. The input is never written to.
+--fix repairs what has one right answer and leaves out the rest, but refuses to leave out or cut
+most images or annotations: then the export is wrong. The input is never written to.
 
-Exit code: 0 without errors (with --fix: the copy is written); 1 with errors; 2 if the arguments are
-wrong or the file cannot be mended.
+Exit code: 0 without errors (with --fix or --write: the files are written); 1 with errors; 2 if the
+arguments are wrong or no corrected copy can be made.
 """
 
 
@@ -37,35 +44,108 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--json", required=True, metavar="FILE", help="COCO instances file")
     parser.add_argument(
-        "--images", required=True, metavar="DIR", help="the folder that file_name starts from"
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="the folder that file_name starts from; of several, the one that has the file",
     )
     parser.add_argument("--num-classes", type=int, metavar="K", help="MODEL.ROI_HEADS.NUM_CLASSES")
     parser.add_argument("--lvis", action="store_true", help="the file is in LVIS's format")
     parser.add_argument("--decode", action="store_true", help="decode all images")
-    parser.add_argument("--fix", type=Path, metavar="FILE", help="write a corrected copy")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all findings as JSON")
-    return parser.parse_args()
+    fix = parser.add_argument_group("a corrected copy")
+    fix.add_argument("--fix", type=Path, metavar="FILE", help="write it")
+    fix.add_argument(
+        "--accept",
+        nargs="+",
+        default=[],
+        metavar="KIND",
+        help="write it even if findings of these kinds cost most images or annotations",
+    )
+    fix.add_argument(
+        "--crowds-are-objects",
+        action="store_true",
+        help="set iscrowd 0 everywhere: CVAT, datumaro and supervision write 1 for run lengths",
+    )
+    parts = parser.add_argument_group("parts of it, or of the file if it has no errors")
+    parts.add_argument("--write", type=Path, metavar="FILE", help="what to write")
+    parts.add_argument("--categories", nargs="+", metavar="NAME", help="keep only these")
+    parts.add_argument(
+        "--split",
+        type=float,
+        metavar="SHARE",
+        help="write FILE.train.json and FILE.val.json, which has this share of the images; all "
+        "tiles, versions and copies of a photograph are in the same one",
+    )
+    parts.add_argument("--seed", type=int, default=0, help="of --split (default: 0)")
+    args = parser.parse_args()
+    if (args.write is None) != (args.categories is None and args.split is None):
+        parser.error("--write needs --categories or --split, and these need --write")
+    if args.fix is None and (args.accept or args.crowds_are_objects):
+        parser.error("--accept and --crowds-are-objects need --fix")
+    if args.lvis and (len(args.images) > 1 or args.split is not None):
+        parser.error("LVIS's files name images by address: --lvis takes one folder and no --split")
+    return args
 
 
 def run(args: argparse.Namespace) -> int:
-    from mask_head_plugin import ConfigError
     from mask_head_plugin.data import CheckOptions, check_coco_file, fix_coco_file
     from mask_head_plugin.data.check_run import write_report
     from mask_head_plugin.data.dataset_fix import changes_path
-    from mask_head_plugin.data.findings import by_kind, count_by_severity, errors_of, summary_table
+    from mask_head_plugin.data.findings import errors_of
+
+    refuse_wrong_paths(args)
+    options = CheckOptions(args.num_classes, args.lvis, decode=args.decode)
+    found = check_coco_file(args.json, args.images, options)
+    print_findings(args.json, found)
+    if args.output:
+        write_report(found, args.output)
+        print(f"all findings are in {args.output}")
+    if args.fix is not None:
+        changes = fix_coco_file(
+            *(args.json, args.images, args.fix, options),
+            accepted=args.accept,
+            crowds_are_objects=args.crowds_are_objects,
+        )
+        left_out = sum(change.action == "left out" for change in changes)
+        print(f"{args.fix}: {len(changes) - left_out} changes, {left_out} records left out")
+        print(f"they are listed in {changes_path(args.fix)}")
+    elif errors_of(found):
+        if args.write:
+            print(f"{args.write} is not written: correct the errors first, or add --fix FILE")
+        return 1
+    if args.write:
+        write_parts(args)
+    return 0
+
+
+def refuse_wrong_paths(args: argparse.Namespace) -> None:
+    from mask_head_plugin import ConfigError
+    from mask_head_plugin.data.findings import KINDS
+    from mask_head_plugin.data.new_files import refuse_existing
 
     if not Path(args.json).is_file():
         raise ConfigError(f"--json {args.json}: there is no such file")
-    if args.output and args.output.resolve() in (
-        Path(args.json).resolve(),
-        *([args.fix.resolve()] if args.fix else []),
-    ):
-        raise ConfigError(f"--output {args.output} is the file of --json or --fix; name another")
-    if not Path(args.images).is_dir():
-        raise ConfigError(f"--images {args.images}: there is no such folder")
-    options = CheckOptions(args.num_classes, args.lvis, decode=args.decode)
-    found = check_coco_file(args.json, args.images, options)
-    errors = errors_of(found)
+    for folder in args.images:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"--images {folder}: there is no such folder")
+    outputs = [path for path in (args.fix, *parts_paths(args)) if path]
+    if args.output and args.output.resolve() in {
+        path.resolve() for path in (Path(args.json), *outputs)
+    }:
+        raise ConfigError(
+            f"--output {args.output} is the file of --json, --fix or --write; name another"
+        )
+    refuse_existing(outputs, "--fix or --write")
+    for kind in args.accept:
+        if kind not in KINDS:
+            raise ConfigError(f"--accept {kind}: there is no such kind of finding")
+
+
+def print_findings(json_file: str, found: list[Finding]) -> None:
+    from mask_head_plugin.data.findings import by_kind, count_by_severity, summary_table
+
     if found:
         print(summary_table(found), end="\n\n")
     for group in by_kind(found).values():
@@ -74,17 +154,32 @@ def run(args: argparse.Namespace) -> int:
         if len(group) > DETAILS_PER_KIND:
             print(f"  and {len(group) - DETAILS_PER_KIND} more of {group[0].kind}")
     counts = count_by_severity(found)
-    print(f"{args.json}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-    if args.output:
-        write_report(found, args.output)
-        print(f"all findings are in {args.output}")
-    if args.fix is None:
-        return 1 if errors else 0
-    changes = fix_coco_file(args.json, args.images, args.fix, options)
-    left_out = sum(change.action == "left out" for change in changes)
-    print(f"{args.fix}: {len(changes) - left_out} changes, {left_out} records left out")
-    print(f"they are listed in {changes_path(args.fix)}")
-    return 0
+    print(f"{json_file}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+
+
+def parts_paths(args: argparse.Namespace) -> list[Path]:
+    """Returns the files of --write."""
+    if args.write is None or args.split is None:
+        return [args.write] if args.write else []
+    return [args.write.with_suffix(f".{part}.json") for part in ("train", "val")]
+
+
+def write_parts(args: argparse.Namespace) -> None:
+    from mask_head_plugin.data.dataset_split import keep_categories, split
+    from mask_head_plugin.data.image_folders import join_folders
+    from mask_head_plugin.data.new_files import write_new_files
+
+    content = json.loads((args.fix or Path(args.json)).read_text(encoding="utf-8"))
+    # Names in the corrected copy start from the folder above all.
+    root = join_folders({} if args.fix else content, args.images)
+    if args.categories:
+        content = keep_categories(content, args.categories)
+    parts = [content] if args.split is None else split(content, root, args.split, args.seed)
+    files = dict(zip(parts_paths(args), parts, strict=True))
+    write_new_files({path: json.dumps(part) for path, part in files.items()}, "--write")
+    for path, part in files.items():
+        counts = f"{len(part['images'])} images, {len(part['annotations'])} annotations"
+        print(f"{path}: {counts}, image folder {root}")
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import gc
 import json
 import os
 from array import array
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from .check_records import (
 )
 from .check_whole import check_whole
 from .findings import Finding, Findings, Place, quote
+from .image_folders import join_folders
 
 FEW_ANNOTATIONS = 50_000  # are checked in a second
 
@@ -68,13 +69,13 @@ class Facts:
 
 
 def check_coco_file(
-    json_file: str, image_root: str, options: CheckOptions | None = None
+    json_file: str, image_root: str | Sequence[str], options: CheckOptions | None = None
 ) -> list[Finding]:
     """Checks one COCO instances file against its image folder.
 
     Args:
         json_file: path of the annotations.
-        image_root: the folder that ``file_name`` starts from.
+        image_root: the folder that ``file_name`` starts from, or several.
         options: how to check; None for the defaults.
 
     Returns:
@@ -83,7 +84,8 @@ def check_coco_file(
     found = Findings(json_file)
     content = read_content(json_file, found)
     if not found:
-        check_content(content, image_root, found, options or CheckOptions())
+        root = join_folders(content, image_root)
+        check_content(content, root, found, options or CheckOptions())
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from .findings import ERROR, Finding, Findings
 from .fix_document import SECTION_ORDER, Change, Document
 from .fix_repairs import REPAIRS
 from .fix_whole import BOX_KINDS, refusal, refuse_losses, repair_boxes, repair_normalised_boxes
+from .image_folders import join_folders
 from .new_files import refuse_existing, write_new_files
 
 
 def fix_coco_file(
     json_file: str,
-    image_root: str,
+    image_root: str | Sequence[str],
     output: Path,
     options: CheckOptions | None = None,
     *,
@@ -35,7 +36,8 @@ def fix_coco_file(
 
     Args:
         json_file: the annotations.
-        image_root: the folder of the images.
+        image_root: the folder of the images, or several; then names in the copy start from the
+            folder above all of them.
         output: the copy; must not exist. The list is ``<output>.changes.json``.
         options: as of the check.
         accepted: kinds of finding that may cost most records, whose copy is refused else.
@@ -55,7 +57,11 @@ def fix_coco_file(
         raise _unfixable(found[0])
     options = options or CheckOptions()
     # How many classes a model has is no fault of the file.
-    document = Document(content, image_root, dataclasses.replace(options, num_classes=None))
+    root = join_folders(content, image_root)
+    if not isinstance(image_root, str) and len(image_root) > 1:
+        what = f"file_name starts from {root} now: train with this image folder"
+        changes.append(Change("changed", "image-file-elsewhere", "", -1, None, None, what))
+    document = Document(content, root, dataclasses.replace(options, num_classes=None))
     repair(document, json_file, accepted, crowds_are_objects=crowds_are_objects)
     changes += document.changes
     listed = json.dumps([dataclasses.asdict(change) for change in changes], indent=1)

@@ -73,6 +73,74 @@ def test_a_report_overwrites_no_annotations(tmp_path, run_tool, flags, monkeypat
     assert (tmp_path / "good.json").read_bytes() == before and not (tmp_path / "x").exists()
 
 
+def test_a_data_set_in_several_folders_is_checked_mended_and_split(tmp_path, run_tool):
+    data = make_good(tmp_path / "data").write()
+    (data.folder / "night" / "2").mkdir(parents=True)
+    data.path(2).rename(data.folder / "night" / "2.png")
+    flags = ("--json", data.json_file, "--images", data.images, data.folder / "night")
+    code, out, _ = run_tool(*flags)
+    assert code == 0 and "0 errors" in out
+    data.annotation(13)["area"] = -1
+    data.write()
+    output = tmp_path / "fixed.json"
+    parts = ("--fix", output, "--write", tmp_path / "parts.json", "--split", "0.25")
+    code, out, _ = run_tool(*flags, *parts)
+    assert code == 0 and f"1 images, 1 annotations, image folder {data.folder}" in out
+    names = [x["file_name"] for x in json.loads(output.read_text())["images"]]
+    assert names == ["images/1.jpg", "night/2.png", "images/3.jpg", "images/4.png"]
+    for file in (output, tmp_path / "parts.train.json", tmp_path / "parts.val.json"):
+        code, out, _ = run_tool("--json", file, "--images", data.folder)
+        assert code == 0 and "0 errors" in out
+    # A second run overwrites nothing.
+    code, _, err = run_tool(*flags, *parts)
+    assert code == 2 and f"{output} exists" in err
+    code, _, err = run_tool("--json", output, "--images", data.folder, *parts[2:])
+    assert code == 2 and "parts.train.json exists" in err
+
+
+def test_of_two_images_with_one_name_none_is_taken(tmp_path, run_tool):
+    data = make_good(tmp_path / "data").write()
+    (data.folder / "night").mkdir()
+    flags = ("--json", data.json_file, "--images", data.images, data.folder / "night")
+    (data.folder / "night" / "2.png").write_bytes(data.path(2).read_bytes())
+    assert run_tool(*flags)[0] == 0  # a copy
+    (data.folder / "night" / "2.png").write_bytes(data.path(4).read_bytes())
+    code, _, err = run_tool(*flags)
+    assert code == 2 and "different images of one name" in err and err.count("\n") == 1
+
+
+def test_a_filter_writes_the_categories_that_are_asked_for(tmp_path, run_tool):
+    data = make_good(tmp_path / "data").write()
+    output = tmp_path / "dogs.json"
+    flags = ("--json", data.json_file, "--images", data.images, "--write", output)
+    code, out, _ = run_tool(*flags, "--categories", "dog")
+    assert code == 0 and f"{output}: 4 images, 3 annotations" in out
+    assert [x["id"] for x in json.loads(output.read_text())["annotations"]] == [12, 14, 16]
+
+
+def test_no_part_is_written_of_a_file_with_errors(broken, tmp_path, run_tool):
+    flags = ("--json", broken.json_file, "--images", broken.images)
+    code, out, _ = run_tool(*flags, "--write", tmp_path / "parts.json", "--split", "0.5")
+    assert code == 1 and "correct the errors first, or add --fix" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--split", "0.2"),
+        ("--write", "x.json"),
+        ("--accept", "empty-mask"),
+        ("--crowds-are-objects",),
+        ("--lvis", "--split", "0.2", "--write", "x.json"),
+    ],
+)
+def test_flags_that_do_nothing_alone_are_refused(broken, run_tool, flags):
+    with pytest.raises(SystemExit) as info:
+        run_tool("--json", broken.json_file, "--images", broken.images, *flags)
+    assert info.value.code == 2
+
+
 def test_what_cannot_be_mended_gives_exit_code_2_and_one_line(broken, tmp_path, run_tool):
     half = tmp_path / "half.json"
     half.write_bytes(broken.json_file.read_bytes()[:300])

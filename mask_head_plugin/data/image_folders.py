@@ -1,0 +1,51 @@
+"""One annotation file for images in several folders."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError
+
+
+def join_folders(content: Any, folders: str | Sequence[str]) -> str:
+    """Makes the file names of a file start from one folder above several.
+
+    Args:
+        content: of a COCO file; ``file_name`` is changed in place if there are several folders.
+        folders: that names start from: of each image, the one that has it. What none has is looked
+            for in the first.
+
+    Returns:
+        The folder that the names start from now.
+
+    Raises:
+        ConfigError: if two folders have different files of a name.
+    """
+    folders = [folders] if isinstance(folders, str) else list(folders)
+    if len(folders) == 1:
+        return folders[0]
+    root = os.path.commonpath([Path(folder).resolve() for folder in folders])
+    starts = [os.path.relpath(Path(folder).resolve(), root) for folder in folders]
+    images = content.get("images") if isinstance(content, dict) else None
+    for image in images if isinstance(images, list) else []:
+        name = image.get("file_name") if isinstance(image, dict) else None
+        if isinstance(name, str) and name.strip() and "\0" not in name:
+            start = _folder_of(name, root, starts)
+            image["file_name"] = os.path.normpath(os.path.join(start, name))  # noqa: PTH118
+    return root
+
+
+def _folder_of(name: str, root: str, starts: Sequence[str]) -> str:
+    having = [start for start in starts if Path(root, start, name).is_file()]
+    for other in having[1:]:
+        paths = [Path(root, start, name) for start in (having[0], other)]
+        if not filecmp.cmp(*paths, shallow=False):
+            raise ConfigError(
+                f"--images: {paths[0]} and {paths[1]} are different images of one name, so the "
+                "annotations of neither are known; rename one in its folder and in the file"
+            )
+    return having[0] if having else starts[0]
