@@ -42,10 +42,10 @@ def join_folders(content: Any, folders: str | Sequence[str]) -> str:
 def _folder_of(name: str, root: str, starts: Sequence[str]) -> str:
     having = [start for start in starts if Path(root, start, name).is_file()]
     for other in having[1:]:
-        paths = [Path(root, start, name) for start in (having[0], other)]
-        if not filecmp.cmp(*paths, shallow=False):
+        a, b = (Path(root, start, name) for start in (having[0], other))
+        if not filecmp.cmp(a, b, shallow=False):
             raise ConfigError(
-                f"--images: {paths[0]} and {paths[1]} are different images of one name, so the "
+                f"--images: {a} and {b} are different images of one name, so the "
                 "annotations of neither are known; rename one in its folder and in the file"
             )
     return having[0] if having else starts[0]
