@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import Any
 
 EXAMPLES = """
 Examples:
@@ -36,8 +37,12 @@ def parse_args() -> argparse.Namespace:
     port = 2**15 + 2**14 + hash(os.getuid()) % 2**14  # as detectron2: one for each user
     url = f"tcp://127.0.0.1:{port}"
     parser.add_argument("--dist-url", default=url, help="tcp://host:port of machine 0, if several")
+    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
+    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.opts = [*(text for code in args.imports for text in ("IMPORTS", code)), *args.opts]
+    return args
 
 
 def main() -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import itertools
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -82,30 +84,43 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # names can then stand in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FILES = []
 
+    # Code of yours that registers what the config names: modules, and .py files (from the folder of
+    # this file, or the current one). Run before anything is built. See read_config for whose count.
+    cfg.IMPORTS = []
+
     # Faults of the data sets' files and images, looked for before training (see data/findings.py):
     # "error" stops at them, "warn" goes on, "off" does not look.
     cfg.DATASETS.CHECK = "error"
 
 
-def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
+def load_config(
+    config_file: str = "", opts: Sequence[str] = (), *, is_named: bool = True
+) -> CfgNode:
     """Returns what ``read_config`` does, for a model on this machine.
 
     Where MODEL.DEVICE asks for CUDA and there is none it becomes ``cpu``, with a log line.
     """
-    cfg = read_config(config_file, opts)
+    cfg = read_config(config_file, opts, is_named=is_named)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("no CUDA device: MODEL.DEVICE is now cpu")
         cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
-def read_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
+def read_config(
+    config_file: str = "", opts: Sequence[str] = (), *, is_named: bool = True
+) -> CfgNode:
     """Returns detectron2's and the plugin's defaults, overridden by a file and then by options.
+
+    Nothing is run, IMPORTS neither (``user_code.import_modules`` does that). IMPORTS of the file
+    and of the options are put together, and files in it become absolute. A ``_BASE_`` may be a
+    stranger's: what it wants to import is an error unless the file or the options name it.
 
     Args:
         config_file: a YAML file, with ``_BASE_`` if it likes. Unsafe YAML tags are refused, and
             so is a ``_BASE_`` on another machine.
         opts: "KEY VALUE" pairs in one flat list, as after the flags of ``train_net.py``.
+        is_named: whether the user has named this file. If not, its IMPORTS are like a ``_BASE_``'s.
 
     Returns:
         A config that is not frozen.
@@ -116,11 +131,89 @@ def read_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_mask_head_config(cfg)
-    if config_file:
-        _merge_file(cfg, config_file)
-    merge_opts(cfg, opts)
+    wanted = _merge_file(cfg, config_file) if config_file else {}
+    own = wanted.pop(config_file, []) if is_named else []
+    imports, others = split_imports(opts)
+    cfg.IMPORTS = list(dict.fromkeys([*own, *imports]))
+    for file, entries in wanted.items():
+        _refuse_imports(cfg.IMPORTS, entries, file)
+    merge_opts(cfg, others)
     _check_values(cfg, config_file or "options")
     return cfg
+
+
+def split_imports(opts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns what IMPORTS names in "KEY VALUE" pairs, and the other pairs.
+
+    The value may be a list or, without quotes and brackets, one module or file.
+    """
+    imports: list[str] = []
+    others = list(opts)
+    for k in reversed(range(0, len(opts) - 1, 2)):
+        if opts[k] == "IMPORTS":
+            try:
+                value = yaml.safe_load(opts[k + 1])
+            except yaml.YAMLError:
+                value = opts[k + 1]
+            entries = [value] if isinstance(value, str) else value
+            imports = [*resolve_imports(entries, "option IMPORTS"), *imports]
+            del others[k : k + 2]
+    return imports, others
+
+
+def resolve_imports(entries: object, source: str, folder: Path | None = None) -> list[str]:
+    """Returns entries of IMPORTS as they hold in any folder: names of modules, absolute files.
+
+    Args:
+        entries: a list of texts; a file ends in ``.py``. The name of a module that Python does not
+            find may be that of a file in one of the folders.
+        source: where they come from, for errors.
+        folder: where files are looked for, before the current folder.
+
+    Raises:
+        ConfigError: if it is no such list, or a file is missing.
+    """
+    if not isinstance(entries, list) or not all(isinstance(x, str) and x for x in entries):
+        raise ConfigError(f"{source}: IMPORTS takes a list of modules and .py files, not {entries}")
+    folders = [*([folder] if folder else []), Path()]
+    found = []
+    for entry in entries:
+        is_file = entry.endswith(".py") or "/" in entry
+        name = entry if is_file else f"{entry}.py"
+        path = Path(name).expanduser()
+        files = [x / path for x in folders if (x / path).is_file()]
+        if is_file and not files:
+            places = " or ".join(str(x.resolve()) for x in folders)
+            raise ConfigError(f"{source}: IMPORTS names {entry}, which is no file in {places}")
+        if files and (is_file or not _is_module(entry)):
+            found.append(str(files[0].resolve()))
+        else:
+            found.append(entry)
+    return found
+
+
+def module_name(entry: str) -> str:
+    """Returns the name of the module that an entry of IMPORTS becomes."""
+    return Path(entry).stem if entry.endswith(".py") else entry
+
+
+def _is_module(name: str) -> bool:
+    return name in sys.modules or ("." not in name and importlib.util.find_spec(name) is not None)
+
+
+def _refuse_imports(named: Sequence[str], wanted: Sequence[str], file: str) -> None:
+    """Raises ConfigError if a file that the user has not named wants code that is not named either.
+
+    The same module elsewhere is as good, since only what is named will run.
+    """
+    modules = {module_name(entry) for entry in named}
+    unnamed = [entry for entry in wanted if module_name(entry) not in modules]
+    if unnamed:
+        raise ConfigError(
+            f"{file} asks to run {' and '.join(unnamed)} (IMPORTS), and you have not named that "
+            f"file: read {unnamed[0]}, and if you trust it add --import {unnamed[0]}, or list it "
+            "under IMPORTS in the file that you name"
+        )
 
 
 def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> None:
@@ -134,6 +227,8 @@ def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> Non
     Raises:
         ConfigError: if a key does not exist or has the wrong type.
     """
+    if "IMPORTS" in (overrides or {}):
+        raise ConfigError(f"{source}: IMPORTS stands at the top of the file, for all variants")
     try:
         cfg.merge_from_other_cfg(CfgNode(overrides or {}))
     except (KeyError, ValueError, AssertionError) as error:
@@ -204,15 +299,27 @@ def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def _merge_file(cfg: CfgNode, config_file: str) -> None:
+def _merge_file(cfg: CfgNode, config_file: str) -> dict[str, list[str]]:
+    """Merges a file and its bases; returns what each of them wants to import."""
+    wanted: dict[str, list[str]] = {}
+
+    class Reader(_LocalBases):
+        @classmethod
+        def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+            content: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe)
+            entries = content.pop("IMPORTS", None) or []  # of the bases is popped already
+            wanted[filename] = resolve_imports(entries, filename, Path(filename).parent)
+            return content
+
     try:
         _refuse_what_is_no_file(config_file)
         if not Path(config_file).is_file():
             raise ConfigError(
                 f"config file {config_file} does not exist{_similar_file(config_file)}"
             )
-        _LocalBases.load_yaml_with_base(config_file, allow_unsafe=False)
+        Reader.load_yaml_with_base(config_file, allow_unsafe=False)
         cfg.merge_from_file(config_file, allow_unsafe=False)
+        return wanted
     except ConfigError:
         raise
     except FileNotFoundError as error:

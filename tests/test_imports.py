@@ -22,14 +22,15 @@ ALLOWED = {
     "class_names": {"config", "messages"},
     "structures": {"ops"},
     "shared_names": set(),
+    "user_code": {"config"},
     "modeling": {"ops", "config", "structures", "shared_names"},
     "data": {"ops", "config", "shared_names"},
     "evaluation": {"ops", "config", "class_names", "structures"},
     "engine": {
         *("ops", "config", "messages", "class_names", "structures", "modeling", "data"),
-        *("evaluation", "shared_names"),
+        *("evaluation", "shared_names", "user_code"),
     },
-    "experiments": {"ops", "config", "modeling", "data", "evaluation", "engine"},
+    "experiments": {"user_code", "ops", "config", "modeling", "data", "evaluation", "engine"},
     "__init__": {"ops", "config", "modeling", "data"},
 }
 NEVER_IMPORTED = {"tools", "tests", "benchmarks", "train_net", "conftest"}

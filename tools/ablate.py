@@ -8,7 +8,7 @@ import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mask_head_plugin.experiments import Cluster, Trial
@@ -57,8 +57,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (default 1000)")
+    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
+    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for all variants")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.opts = [*(text for code in args.imports for text in ("IMPORTS", code)), *args.opts]
+    return args
 
 
 def main() -> int:

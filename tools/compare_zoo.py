@@ -7,6 +7,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = """
 Examples:
@@ -75,8 +76,12 @@ def parse_args() -> argparse.Namespace:
         metavar="S",
         help="detections above it count for the verdict (default 0.5)",
     )
+    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
+    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.opts = [*(text for code in args.imports for text in ("IMPORTS", code)), *args.opts]
+    return args
 
 
 def main() -> int:

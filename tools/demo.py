@@ -56,10 +56,14 @@ def parse_args() -> argparse.Namespace:
         help="detections need a higher score (0 to 1; default 0.5)",
     )
     parser.add_argument("--semantic", action="store_true", help="write semantic maps, too")
+    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
+    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
     rest: dict[str, Any] = {"nargs": argparse.REMAINDER, "default": []}
     parser.add_argument("--opts", **rest, help="KEY VALUE pairs of the config, behind all flags")
     parser.add_argument("pairs", **rest, help="the same without --opts")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.opts = [*(text for code in args.imports for text in ("IMPORTS", code)), *args.opts]
+    return args
 
 
 def main() -> int:

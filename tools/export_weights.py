@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -17,12 +18,17 @@ def main() -> None:
         metavar="DATASET",
         help="names the classes, where the checkpoint does not, as a registered data set does",
     )
+    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
+    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
     args = parser.parse_args()
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError
+    from mask_head_plugin.config import resolve_imports
     from mask_head_plugin.engine import export_safetensors
+    from mask_head_plugin.user_code import import_modules
 
     try:
+        import_modules(resolve_imports(args.imports, "--import"))
         if args.output.suffix != ".safetensors":
             raise ConfigError(f"{args.output}: the name of the output must end in .safetensors")
         names = classes_of(args.classes_of) if args.classes_of else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mask_head_plugin.engine.replay import Replay
@@ -27,16 +27,22 @@ def main() -> None:
     )
     parser.add_argument("step", type=Path, help="a file of OUTPUT_DIR/failed_steps")
     parser.add_argument("--config-file", metavar="FILE", help="default: config.yaml of OUTPUT_DIR")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
-    args = parser.parse_args()
+    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
+    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs of the config")
+    args = parser.parse_intermixed_args()  # flags may follow the step
+    args.opts = [*(text for code in args.imports for text in ("IMPORTS", code)), *args.opts]
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError, load_config
     from mask_head_plugin.engine import Trainer
     from mask_head_plugin.engine.replay import replay_step
+    from mask_head_plugin.user_code import import_modules
 
     try:
         config_file = args.config_file or str(args.step.parent.parent / "config.yaml")
-        cfg = load_config(config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
+        opts = [*args.opts, "MODEL.DEVICE", "cpu"]
+        cfg = load_config(config_file, opts, is_named=args.config_file is not None)
+        import_modules(cfg.IMPORTS)
         if not args.step.is_file():
             raise ConfigError(f"{args.step} does not exist")
         print(report(replay_step(Trainer.build_model(cfg), args.step)))

@@ -7,6 +7,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = """
 tools/ablate.py writes the reports itself when the trials have ended. This is for in between, with
@@ -46,6 +47,8 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="how often images are drawn anew for an interval (default 1000)",
     )
+    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
+    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
     return parser.parse_args()
 
 
@@ -53,11 +56,14 @@ def main() -> int:
     args = parse_args()
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError
+    from mask_head_plugin.config import resolve_imports
     from mask_head_plugin.experiments.report import write_report
+    from mask_head_plugin.user_code import import_modules
 
     logging.basicConfig(level=logging.WARNING, format="report.py: %(message)s")
     logging.getLogger("mask_head_plugin").setLevel(logging.INFO)  # COCO takes minutes
     try:
+        import_modules(resolve_imports(args.imports, "--import"))
         write_report(args.directory, args.draws)
     except (ConfigError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)

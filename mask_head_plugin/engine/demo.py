@@ -27,6 +27,7 @@ from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.semantic import SemanticMap, semantic_map
 from ..messages import listed
 from ..structures import run_lengths
+from ..user_code import import_modules
 from .config_check import check_config
 from .media import (
     Source,
@@ -326,6 +327,7 @@ def demo_config(
         ConfigError: if it cannot be used; without weights, too.
     """
     cfg = load_config(config_file, opts)
+    import_modules(cfg.IMPORTS)
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("no weights: add --opts MODEL.WEIGHTS FILE (.pth, .pkl or .safetensors)")
     if cfg.INPUT.FORMAT not in ("BGR", "RGB"):

@@ -14,10 +14,13 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import ConfigError, load_config
 from ..data import check_dataset_files, check_datasets, register_coco_files
+from ..user_code import import_modules
 from . import launch
 from .config_check import check_config
 from .config_unread import warn_of_unread_keys
 from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def set_up(args: argparse.Namespace) -> CfgNode:
@@ -30,6 +33,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
         ConfigError: if something does not fit, before anything is built.
     """
     cfg = load_config(args.config_file, args.opts)
+    import_modules(cfg.IMPORTS)
     num_processes = launch.process_count(args.num_gpus, args.num_machines, cfg.MODEL.DEVICE)
     check_config(cfg, train=not args.eval_only, num_processes=num_processes)
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
@@ -59,10 +63,13 @@ def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] 
     """
     if comm.get_world_size() > 1:  # --num-gpus: it has no logger and knows of no files
         setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
+        import_modules(cfg.IMPORTS)
         register_coco_files(cfg)
     default_setup(cfg, args)
     what = (cfg.MODEL.DEVICE, comm.get_world_size())
-    logging.getLogger("mask_head_plugin").info("running on %s, processes: %d", *what)
+    logger.info("running on %s, processes: %d", *what)
+    if cfg.IMPORTS:
+        logger.info("code of yours that has run (IMPORTS): %s", ", ".join(cfg.IMPORTS))
     if args.eval_only:
         model = Trainer.load_model(cfg, resume=args.resume)
         results = Trainer.evaluate(cfg, model)

@@ -11,12 +11,14 @@ BASELINE: ROIAlign              # the variant that the others are compared with
 VARIANTS:                       # name: config overrides
   ROIPool: {MODEL: {ROI_BOX_HEAD: {POOLER_TYPE: ROIPool}}}
   ROIAlign: {}
+IMPORTS: [my_losses.py]         # code of yours to run first, see config.py; may be left out
 PAPER:                          # published figures of variants, in percent; may be left out
   ROIPool: {segm/AP: 26.9}
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,15 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from ..config import ConfigError, merge_opts, merge_overrides, nearest_name, read_config
+from ..config import (
+    ConfigError,
+    merge_opts,
+    merge_overrides,
+    nearest_name,
+    read_config,
+    resolve_imports,
+    split_imports,
+)
 
 REQUIRED = {
     "TITLE": str,
@@ -35,6 +45,7 @@ REQUIRED = {
     "BASELINE": str,
     "VARIANTS": dict,
 }
+OPTIONAL = ("PAPER", "IMPORTS")
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,10 @@ def load_ablation(
     sizes, all_overrides = content["SIZES"], content["VARIANTS"]
     if size not in sizes:
         raise ConfigError(f"{path} has no size {size!r}; choose from {list(sizes)}")
-    base = read_config(str(path.parent / sizes[size]["CONFIG"]))
+    imports, opts = split_imports(opts)
+    imports = [*resolve_imports(content["IMPORTS"], str(path), path.parent), *imports]
+    named = ["IMPORTS", json.dumps(imports)]
+    base = read_config(str(path.parent / sizes[size]["CONFIG"]), named, is_named=False)
     merge_overrides(base, sizes[size].get("OVERRIDES", {}), f"{path}: size {size!r}")
     merge_opts(base, opts)
     configs = {}
@@ -151,10 +165,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} does not hold 'KEY: value' lines")
-    unknown = [key for key in content if key not in (*REQUIRED, "PAPER")]
+    unknown = [key for key in content if key not in (*REQUIRED, *OPTIONAL)]
     if unknown:
         raise ConfigError(
-            f"{path}: unknown keys {unknown}; an ablation has {list(REQUIRED)}, PAPER"
+            f"{path}: unknown keys {unknown}; an ablation has {[*REQUIRED, *OPTIONAL]}"
         )
     for key, kind in REQUIRED.items():
         if not isinstance(content.get(key), kind) or not content[key]:
@@ -164,6 +178,7 @@ def _read(path: Path) -> dict[str, Any]:
         known = isinstance(size, dict) and not set(size) - {"CONFIG", "OVERRIDES"}
         if not known or not isinstance(size.get("CONFIG"), str):
             raise ConfigError(f"{path}: size {name!r} needs a CONFIG, and may have OVERRIDES")
+    content["IMPORTS"] = content.get("IMPORTS") or []
     content["PAPER"] = content.get("PAPER") or {}
     if not isinstance(content["PAPER"], dict):
         raise ConfigError(f"{path}: PAPER must be a dict of variants and their figures")

@@ -45,6 +45,7 @@ from ..engine import Trainer, check_config
 from ..engine.checkpoint import locked
 from ..engine.config_unread import warn_of_unread_keys
 from ..engine.launch import launch
+from ..user_code import import_modules
 from .ablation import Ablation
 from .cluster import Cluster
 from .report_data import read_json_lines, read_object
@@ -117,7 +118,7 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
 
     Raises:
         ConfigError: if a config cannot be used, a data set is missing, or a trial in the folder was
-            run with another config; with the variant's name.
+            run with another config, with the variant's name; or IMPORTS fails.
     """
     trials = []
     for seed in ablation.seeds:
@@ -128,6 +129,7 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
                 cfg.MODEL.DEVICE = _device(cfg.MODEL.DEVICE, num_gpus)
             cfg.OUTPUT_DIR = str(output / folder_name(variant) / f"seed_{seed}")
             trials.append(Trial(variant, seed, cfg))
+    import_modules(trials[0].cfg.IMPORTS)
     for trial in trials[: len(ablation.configs)]:
         with _naming(trial.variant):
             cfg = trial.cfg.clone()
@@ -360,6 +362,7 @@ def _train(cfg: CfgNode) -> None:
     """Trains in one of a trial's processes; see train_net.py."""
     cfg = cfg.clone()
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
+    import_modules(cfg.IMPORTS)
     register_coco_files(cfg)
     cfg.freeze()
     default_setup(cfg, None)

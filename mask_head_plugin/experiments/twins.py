@@ -13,6 +13,7 @@ from detectron2.modeling import ROI_MASK_HEAD_REGISTRY, build_model
 from ..config import ConfigError, load_config
 from ..engine import MaskHeadCheckpointer, WeightsPolicy, check_config
 from ..modeling.mask_head import ClassSelection
+from ..user_code import import_modules
 from .zoo import ModelConfig
 
 STOCK_NAMES = {
@@ -57,6 +58,7 @@ def load_model_config(config: ModelConfig, opts: Sequence[str]) -> CfgNode:
     """
     defaults = ["MODEL.MASK_OUTPUT", "rle"] if config.is_zoo_file else []
     cfg = load_config(config.file, [*defaults, *opts])
+    import_modules(cfg.IMPORTS)
     if not cfg.MODEL.MASK_ON:
         raise ConfigError(f"MODEL.MASK_ON is False in {config.file}: there are no masks to compare")
     return cfg

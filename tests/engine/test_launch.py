@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -67,19 +69,31 @@ def test_two_processes_by_torchrun_do_so_too_after_a_restart(tmp_path, reference
     assert check(tmp_path, reference)["restarted"]
 
 
-def test_train_net_trains_in_two_processes_and_scales_the_batch(tmp_path):
+def test_train_net_trains_code_of_the_user_in_two_processes_and_scales_the_batch(tmp_path):
+    """The command of docs/your_own_code.md, with a loss, a backbone and a data set of its own."""
+    page = (ROOT / "docs" / "your_own_code.md").read_text()
+    code, text = (re.findall(rf"```{x}\n(.*?)```", page, re.DOTALL)[0] for x in ("python", "bash"))
+    (tmp_path / "my_code.py").write_text(code)
+    (ROOT / "datasets").mkdir(exist_ok=True)
+    for name in ("train_net.py", "configs", "datasets"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    _, script, *rest = shlex.split(text.replace("\\\n", " "))
     command = [
-        *(sys.executable, "train_net.py", "--num-gpus", "2", "--config-file"),
-        *("configs/shapes/mask_rcnn_shapes.yaml", "MODEL.DEVICE", "cpu", "DATASETS.TEST", "()"),
-        *("SOLVER.REFERENCE_WORLD_SIZE", "1", "SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "4"),
-        *("OUTPUT_DIR", str(tmp_path)),
+        *(sys.executable, script, "--num-gpus", "2", *rest),
+        *("MODEL.DEVICE", "cpu", "DATASETS.TEST", "()", "SOLVER.REFERENCE_WORLD_SIZE", "1"),
+        *("SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "4"),
     ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    for text in ("batch_size=2, learning_rate=0.06, max_iter=2", "running on cpu, processes: 2"):
+    output = tmp_path / "output" / "mine"
+    ran = f"code of yours that has run (IMPORTS): {tmp_path}/my_code.py"
+    for text in (
+        *("batch_size=2, learning_rate=0.06, max_iter=2", "running on cpu, processes: 2", ran),
+    ):
         assert result.stdout.count(text) == 1  # one process writes to the console
-        assert text in (tmp_path / "log.txt.rank1").read_text()
-    assert (tmp_path / "model_final.pth").is_file()
+        assert text in (output / "log.txt.rank1").read_text()
+    assert (output / "model_final.pth").is_file()
+    assert f"IMPORTS:\n- {tmp_path}/my_code.py\n" in (output / "config.yaml").read_text()
 
 
 def test_a_single_process_is_this_one():

@@ -286,11 +286,20 @@ def test_the_device_follows_from_the_gpus_of_a_trial(ablation, tmp_path, monkeyp
 
 
 def test_processes_train_and_a_lost_one_is_noted(ablation, tmp_path):
-    """The whole tool with real trainings: one variant diverges."""
+    """The whole tool with real trainings: one variant has a loss of the user's, one diverges."""
     content = yaml.safe_load(ablation.read_text())
     content["SEEDS"] = [1]
     files = content["SIZES"]["shapes"]["OVERRIDES"]["DATASETS"]["COCO_FILES"]
-    content["VARIANTS"]["dice / alone"] = {"SOLVER": {"BASE_LR": 1e30}}
+    (tmp_path / "own_loss.py").write_text(
+        "from mask_head_plugin.modeling import MASK_LOSS_REGISTRY\n\n\n"
+        "@MASK_LOSS_REGISTRY.register()\n"
+        "def absolute_error(mask_logits, gt_masks, weights=None):\n"
+        "    errors = (mask_logits.sigmoid() - gt_masks).abs()\n"
+        "    return errors.sum() / max(errors.numel(), 1)\n"
+    )
+    content["IMPORTS"] = ["own_loss.py"]
+    own = {"MODEL": {"ROI_MASK_HEAD": {"LOSSES": [["absolute_error", 1.0]]}}}
+    content["VARIANTS"] = {"bce": own, "dice / alone": {"SOLVER": {"BASE_LR": 1e30}}}
     ablation.write_text(yaml.safe_dump(content))
     assert all(runner.Path(f[1]).is_file() for f in files)
     output = tmp_path / "out"
@@ -302,5 +311,6 @@ def test_processes_train_and_a_lost_one_is_noted(ablation, tmp_path):
     done = output / "bce" / "seed_1"
     names = {path.name for path in done.iterdir()}
     assert {"config.yaml", "environment.txt", "log.txt", "metrics.json", "inference"} <= names
+    assert f"IMPORTS runs code of yours: {tmp_path}/own_loss.py" in (done / "log.txt").read_text()
     assert {"matches_segm.npz"} <= {path.name for path in (done / "inference").iterdir()}
     assert (output / "report.html").is_file() and (output / "report.md").is_file()

@@ -1,0 +1,76 @@
+"""Runs the user's own code, for what it registers: losses, backbones, data sets."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import ConfigError, module_name
+
+logger = logging.getLogger(__name__)
+
+
+def import_modules(entries: Sequence[str]) -> None:
+    """Imports modules and files, and logs each; what this process has imported is not run again.
+
+    A file becomes a module of its name, whose folder is searched after all others: processes that
+    are started anew find there what they are sent.
+
+    Args:
+        entries: ``cfg.IMPORTS`` of ``config.read_config``.
+
+    Raises:
+        ConfigError: if one cannot be imported, with file, line and reason.
+    """
+    for entry in entries:
+        is_file = entry.endswith(".py")
+        name = module_name(entry)
+        _search_also(Path(entry).parent if is_file else Path.cwd())
+        if is_file:
+            _check_name(name, Path(entry))
+        if name in sys.modules:
+            continue
+        logger.warning("IMPORTS runs code of yours: %s", entry)
+        try:
+            importlib.import_module(name)
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"IMPORTS {entry}: {_explain(error)}") from error
+
+
+def _search_also(folder: Path) -> None:
+    importlib.invalidate_caches()
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Raises ConfigError unless the file is what Python finds by its name."""
+    if "." in name:
+        raise ConfigError(f"IMPORTS {path}: a module has no dot in its name; rename the file")
+    spec = importlib.util.find_spec(name)
+    found = spec.origin if spec else None
+    if found is None or Path(found).resolve() != path:
+        raise ConfigError(
+            f"IMPORTS {path}: Python knows another module {name}, {found}; rename the file"
+        )
+
+
+def _explain(error: BaseException) -> str:
+    """Returns where in the user's code an import failed, and why, in one line."""
+    reason = " ".join(traceback.format_exception_only(error)[-1].split())
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {reason}"
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and "importlib" not in frame.filename
+    ]
+    if not frames:
+        return f"{reason}; a file is named by its path, such as my_losses.py"
+    place = [frame for frame in frames if frame.filename == frames[0].filename][-1]
+    return f"{place.filename}, line {place.lineno}: {reason}"
