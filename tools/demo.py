@@ -22,6 +22,7 @@ In the folder of --output, where nothing is overwritten:
   NAME               The image or video with masks, outlines and labels (boxes, if the model has no
                      masks). Labels that would hide small instances are left out. Of two inputs of
                      one name the second is NAME_2. Videos are .avi where the input is, else .mp4.
+                     Class names are those of the weights; no data set is needed.
   predictions.json   A COCO file that pycocotools' COCO opens: "images" with file_name and, of a
                      video, frame (from 0); "categories"; "annotations" with category_id,
                      category_name, score, mask_score (if the model has mask scoring), bbox

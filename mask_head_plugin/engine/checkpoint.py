@@ -29,19 +29,10 @@ from safetensors.torch import save_file
 from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
 from ..messages import listed
+from .class_rows import class_tensors, file_classes, match_classes, num_classes_of
 from .download import local_copy
 from .foreign_files import read_checkpoint
-from .weights import (
-    WeightsPolicy,
-    class_tensors,
-    compare,
-    file_classes,
-    match_classes,
-    matched_by_ends,
-    num_classes_of,
-    settle,
-    without_prefix,
-)
+from .weights import WeightsPolicy, compare, matched_by_ends, settle, without_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +53,8 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer that also reads ``.safetensors`` and lets no file run code.
 
     Weights that do not fit the model are an error, or told, and rows of classes are matched by
-    name: see weights.py. The names stay with the model, so that whoever evaluates or draws what it
-    predicts can match them, too: see class_names.py.
+    name: see weights.py and class_rows.py. The names stay with the model, so that whoever evaluates
+    or draws what it predicts can match them, too: see class_names.py.
 
     Checkpoints are written beside their name and renamed, so a kill or a full disk leaves the old
     ones as they are; a run is resumed from the newest one that is intact.

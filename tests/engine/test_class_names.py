@@ -269,6 +269,8 @@ def test_a_predictor_has_the_names_of_its_weights(data):
     assert predictor.metadata.thing_classes == class_names_of(predictor.model) == NAMES[::-1]
     missing = config(data, "DATASETS.COCO_FILES", f"[['{REVERSED}','no.json','no']]")
     assert load_predictor(missing).metadata.thing_classes == NAMES
+    with pytest.raises(ConfigError, match=r"does not fit .*; set MODEL\.ROI_HEADS\.NUM_CLASSES to"):
+        load_predictor(config(data, "MODEL.ROI_HEADS.NUM_CLASSES", "7"))
     with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS is empty"):
         load_predictor(config(data, "MODEL.WEIGHTS", ""))
 

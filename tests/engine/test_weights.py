@@ -26,7 +26,8 @@ from mask_head_plugin.engine import (
     class_names,
     export_safetensors,
 )
-from mask_head_plugin.engine.weights import class_tensors, compare, grouped
+from mask_head_plugin.engine.class_rows import class_tensors
+from mask_head_plugin.engine.weights import compare, grouped
 
 BASES = {
     "FPN": "Base-MaskRCNN-FPN.yaml",

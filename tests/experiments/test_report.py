@@ -317,6 +317,20 @@ def test_pictures_show_ground_truth_first_then_each_variant(made):
     assert {name for name, _ in gallery.classes} <= {"class 0", "class 1"}
 
 
+def test_pictures_are_left_out_once_the_categories_have_changed(made, annotations):
+    before = annotations.read_text()
+    content = json.loads(before)
+    names = [x["name"] for x in content["categories"]]
+    for category, name in zip(content["categories"], reversed(names), strict=True):
+        category["name"] = name
+    try:
+        annotations.write_text(json.dumps(content))
+        gallery = side_by_side(read_study(made[0], NUM_DRAWS))
+    finally:
+        annotations.write_text(before)
+    assert gallery.rows == [] and "its categories have changed" in gallery.problem
+
+
 def test_numbers_have_a_true_minus_and_no_nan():
     assert (number(-1.234), number(math.nan), number(0.5, "+.1f")) == (
         f"{MINUS}1.23",

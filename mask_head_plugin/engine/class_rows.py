@@ -1,0 +1,202 @@
+"""Which rows of weights belong to which class, and where a model has the class of that name.
+
+Shape alphabet: K classes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.modeling import ROIHeads
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
+
+from ..class_names import ClassMatch
+from ..config import ConfigError
+from ..messages import listed
+from ..modeling.mask_head import ClassSelection
+from ..modeling.mask_scoring import MaskIoUHead
+from .weights import LENIENT, WeightsPolicy
+
+logger = logging.getLogger(__name__)
+
+
+def match_classes(
+    weights: dict[str, torch.Tensor],
+    model: torch.nn.Module,
+    found: Sequence[str] | None,
+    policy: WeightsPolicy,
+    source: str,
+    *,
+    resuming: bool = False,
+) -> Sequence[str] | None:
+    """Moves rows of classes to where the model has the class of that name, if both name theirs.
+
+    Rows of classes that the weights do not have are as the model starts; the log tells them.
+
+    Args:
+        weights: tensors by the model's names; those with rows per class are exchanged.
+        model: with K classes.
+        found: the classes of the weights, in the order of their rows.
+        policy: what the run asks for.
+        source: the file.
+        resuming: whether a run goes on; its classes never change.
+
+    Returns:
+        The classes that the model has with these weights, in the order of its rows; None if nobody
+        names them.
+
+    Raises:
+        ConfigError: if classes would change in a resumed run, be untrained in an evaluation, or
+            cannot be told apart.
+    """
+    own = policy.class_names
+    if found is None:
+        return None if policy.keeps_classes else own
+    _check_rows(weights, model, found, source)
+    if own is None:
+        return found if len(found) == num_classes_of(model) else None
+    if list(found) == list(own):
+        return own
+    match = ClassMatch.of(found, own, source=source, owner="the data set")
+    if resuming:
+        raise ConfigError(
+            f"{source} cannot be resumed with other classes ({match}); resume with the data sets "
+            "of that run, or start anew with it as MODEL.WEIGHTS"
+        )
+    if policy.keeps_classes and (match.new or match.dropped):
+        return found
+    if match.new and policy.whole and policy.strict:
+        raise ConfigError(
+            f"{source} was not trained on classes of the data set ({match}); evaluate on its own "
+            f"classes, or {LENIENT}"
+        )
+    if not _has_known_rows(model):
+        if policy.keeps_classes or (policy.whole and len(found) == len(own)):
+            return found
+        raise ConfigError(
+            f"{source} has other classes than the data set ({match}), and which rows of a "
+            f"{type(model).__name__} belong to which class is not known here; train on data with "
+            "the classes of the file in their order, or give weights without classes"
+        )
+    state = model.state_dict()
+    moved_from, moved_to = map(list, zip(*match.pairs, strict=True)) if match.pairs else ([], [])
+    for name, num_background in class_tensors(model).items():
+        if name in weights:
+            sizes = (len(found), len(own), num_background)
+            weights[name] = _moved(weights[name], state[name], moved_from, moved_to, sizes)
+    logger.info(
+        "%s: classes are matched by name; %s, whose rows are %s; %s",
+        *(source, f"found: {listed([own[row] for row in moved_to])}"),
+        *("in place" if moved_from == moved_to else "moved", match),
+    )
+    return own
+
+
+def _check_rows(
+    weights: Mapping[str, torch.Tensor], model: torch.nn.Module, found: Sequence[str], source: str
+) -> None:
+    """Checks that a file names as many classes as it has rows."""
+    for name, num_background in class_tensors(model).items():
+        expected = len(found) + num_background
+        if num_background and name in weights and len(weights[name]) != expected:
+            raise ConfigError(
+                f"{source} names {len(found)} classes, but {name} has {len(weights[name])} rows, "
+                f"not {expected}; name its classes anew"
+            )
+
+
+def num_classes_of(model: torch.nn.Module) -> int | None:
+    """Returns the number of classes of a detector, None for a model without classes."""
+    for module in model.modules():
+        if isinstance(module, ROIHeads):
+            return int(module.num_classes)
+    return getattr(model, "num_classes", None)  # of detectors without ROI heads, as RetinaNet
+
+
+def _has_known_rows(model: torch.nn.Module) -> bool:
+    """Whether class_tensors finds all layers with rows per class, as far as can be told."""
+    heads = [
+        x.mask_head
+        for x in model.modules()
+        if isinstance(getattr(x, "mask_head", None), torch.nn.Module)
+    ]
+    known = ClassSelection | MaskRCNNConvUpsampleHead
+    return bool(class_tensors(model)) and all(isinstance(head, known) for head in heads)
+
+
+def _moved(
+    weight: torch.Tensor,
+    start: torch.Tensor,
+    moved_from: list[int],
+    moved_to: list[int],
+    sizes: tuple[int, int, int],
+) -> torch.Tensor:
+    """Returns a class layer's tensor as it starts, with the file's rows of classes that both have.
+
+    One of another layout is returned as it is, and found not to fit later on.
+
+    Args:
+        weight: of the file.
+        start: of the model.
+        moved_from: classes of the file.
+        moved_to: classes of the model, as many.
+        sizes: numbers of the file's classes, of the model's, and of background's rows.
+    """
+    found, own, num_background = sizes
+    rows, own_rows = len(weight) - num_background, len(start) - num_background
+    if weight.shape[1:] != start.shape[1:] or rows % found or rows // found != own_rows // own:
+        return weight
+    result = start.detach().to("cpu", weight.dtype, copy=True)
+    by_class = result[:own_rows].unflatten(0, (own, -1))
+    by_class[moved_to] = weight[:rows].unflatten(0, (found, -1))[moved_from]
+    result[own_rows:] = weight[rows:]
+    return result
+
+
+def class_tensors(model: torch.nn.Module) -> dict[str, int]:
+    """Returns the names of tensors with rows per class, with the number of rows of background.
+
+    Rows of a class lie together, in the order of the classes, and background's behind them. Layers
+    of box predictors, mask heads and mask scoring count, unless they are the same for all classes.
+    """
+    modules = list(model.named_modules())
+    boxes = [(name, x) for name, x in modules if isinstance(x, FastRCNNOutputLayers)]
+    if not boxes:
+        return {}
+    num_classes = boxes[0][1].num_classes
+    layers: dict[str, int] = {}
+    for name, module in boxes:
+        layers[f"{name}.cls_score"] = 1
+        per_class = len(module.bbox_pred.weight) > len(module.box2box_transform.weights)
+        if per_class or num_classes == 1:
+            layers[f"{name}.bbox_pred"] = 0
+    for name, module in modules:
+        if isinstance(module, ClassSelection):
+            rows = module.num_classes
+        elif isinstance(module, MaskRCNNConvUpsampleHead | MaskIoUHead):
+            rows = len(module.predictor.weight)
+        else:
+            continue
+        if rows == num_classes:
+            layers[f"{name}.predictor"] = 0
+    state = model.state_dict()
+    names = {f"{name}.{part}": n for name, n in layers.items() for part in ("weight", "bias")}
+    return {name: n for name, n in names.items() if name in state}
+
+
+def file_classes(checkpoint: Mapping[str, Any], source: str) -> list[str] | None:
+    """Returns the class names that a checkpoint has, in the order of its rows, or None.
+
+    Raises:
+        ConfigError: if they are not a list of names.
+    """
+    names = checkpoint.get("class_names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+        raise ConfigError(f"{source}: its class_names are not a list of names; write them anew")
+    return names
