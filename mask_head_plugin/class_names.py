@@ -79,11 +79,12 @@ def name_classes(model: nn.Module, names: Sequence[str] | None) -> None:
 
     Args:
         model: any that returns a list of ``{"instances": ...}``.
-        names: of its K classes, in the order of its rows; None if nobody knows them.
+        names: of its K classes, in the order of its rows; None if nobody knows them. That takes
+            away the hook, which torch.jit.script could not compile.
     """
-    if not hasattr(model, _KEY):
-        if names is None:
-            return
+    for key in [k for k, x in model._forward_hooks.items() if x is _name_predictions]:
+        del model._forward_hooks[key]
+    if names is not None:
         model.register_forward_hook(_name_predictions)
     setattr(model, _KEY, None if names is None else list(names))
 

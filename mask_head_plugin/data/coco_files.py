@@ -89,7 +89,7 @@ def coco_classes(cfg: CfgNode) -> dict[str, list[str]]:
 def _read_files(cfg: CfgNode) -> dict[str, CocoFile]:
     return {
         name: read_coco_file(find_in_datasets(json_file), find_in_datasets(image_root))
-        for name, json_file, image_root in _entries(cfg)
+        for name, json_file, image_root in _entries(cfg.DATASETS)
     }
 
 
@@ -195,10 +195,10 @@ def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
         name: of the data set.
 
     Raises:
-        ConfigError: if it is in COCO_FILES and its file is missing or has no categories.
+        ConfigError: if COCO_FILES is malformed, or its file is missing or has no categories.
     """
     metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else Metadata()
-    json_file = next((x[1] for x in datasets.get("COCO_FILES", ()) if x[0] == name), None)
+    json_file = next((x[1] for x in _entries(datasets) if x[0] == name), None)
     if json_file is not None:
         json_file = find_in_datasets(json_file)
         _require_file("annotation file", json_file, Path(json_file).is_file())
@@ -214,9 +214,9 @@ def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
     return _read_coco_file(json_file, "", Path(json_file).stat().st_mtime_ns).categories
 
 
-def _entries(cfg: CfgNode) -> list[tuple[str, str, str]]:
+def _entries(datasets: CfgNode) -> list[tuple[str, str, str]]:
     entries = []
-    for entry in cfg.DATASETS.COCO_FILES:
+    for entry in datasets.get("COCO_FILES", ()):
         triple = isinstance(entry, list | tuple) and len(entry) == 3
         if not triple or not all(isinstance(x, str) for x in entry):
             raise ConfigError(

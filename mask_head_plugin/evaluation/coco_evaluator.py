@@ -179,13 +179,15 @@ class MaskEvaluator(DatasetEvaluator):
         """
         category_ids = self._category_ids
         names_by_category = self._names_by_category
-        names = [names_by_category.get(category, "") for category in category_ids]
+        names = [names_by_category[x] for x in category_ids if x in names_by_category]
         for x, output in zip(inputs, outputs, strict=True):
             if "instances" not in output:
                 raise ValueError(f"outputs have {sorted(output)} and no instances to evaluate")
             instances = output["instances"]
             found = predicted_names(instances) or self.predicted_classes
-            instances = matched_predictions(instances.to("cpu"), found, names, self._dataset_name)
+            instances = instances.to("cpu")
+            if len(names) == len(category_ids):  # else nobody names those that the file lacks
+                instances = matched_predictions(instances, found, names, self._dataset_name)
             results = coco_results(instances, x["image_id"], category_ids)
             self._log.append(x["image_id"], results)
 

@@ -390,7 +390,9 @@ def test_names_go_with_the_predictions_of_a_model_also_inside_another():
     wrapped = torch.nn.DataParallel(model)
     assert class_names_of(wrapped) == ["dog"] and class_names_of(torch.nn.ReLU()) is None
     assert predicted_names(model([found_in_image(0)])[0]["instances"]) == ["dog"]
-    assert model.train()([]) == {"loss": 0}
+    assert model.train()([]) == {"loss": 0} and len(model._forward_hooks) == 1
+    name_classes(model, None)
+    assert not model._forward_hooks and class_names_of(model) is None
 
 
 def test_an_annotation_file_that_changes_after_registration_is_refused(data, tmp_path):
