@@ -40,9 +40,7 @@ def parse_args() -> argparse.Namespace:
     code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
     parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
-    args = parser.parse_args()
-    args.opts = [*(text for code in args.imports for text in ("IMPORTS", code)), *args.opts]
-    return args
+    return parser.parse_args()
 
 
 def main() -> int:

@@ -142,6 +142,11 @@ def read_config(
     return cfg
 
 
+def import_options(codes: Sequence[str]) -> list[str]:
+    """Returns what the flag ``--import`` names as "KEY VALUE" pairs."""
+    return [text for code in codes for text in ("IMPORTS", code)]
+
+
 def split_imports(opts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns what IMPORTS names in "KEY VALUE" pairs, and the other pairs.
 

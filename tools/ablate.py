@@ -60,9 +60,7 @@ def parse_args() -> argparse.Namespace:
     code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
     parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for all variants")
-    args = parser.parse_args()
-    args.opts = [*(text for code in args.imports for text in ("IMPORTS", code)), *args.opts]
-    return args
+    return parser.parse_args()
 
 
 def main() -> int:
@@ -81,6 +79,7 @@ def ablate(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from mask_head_plugin import ConfigError, experiments
+    from mask_head_plugin.config import import_options
     from mask_head_plugin.engine.checkpoint import sole_writer
     from mask_head_plugin.experiments.report import write_report
 
@@ -91,8 +90,9 @@ def ablate(args: argparse.Namespace) -> int:
         args.cluster, args.jobs, args.num_gpus, minutes=args.time, **slurm
     )
     cluster.check()
+    opts = [*import_options(args.imports), *args.opts]
     ablation = experiments.load_ablation(
-        *(args.config_file, args.size, args.opts, args.variant, args.seed)
+        *(args.config_file, args.size, opts, args.variant, args.seed)
     )
     trials = experiments.plan(ablation, args.output, args.num_gpus)
     metric = ablation.metric

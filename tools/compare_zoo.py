@@ -79,22 +79,22 @@ def parse_args() -> argparse.Namespace:
     code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
     parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys")
-    args = parser.parse_args()
-    args.opts = [*(text for code in args.imports for text in ("IMPORTS", code)), *args.opts]
-    return args
+    return parser.parse_args()
 
 
 def main() -> int:
     args = parse_args()
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError
+    from mask_head_plugin.config import import_options
     from mask_head_plugin.experiments.compare_zoo import MARKDOWN_FILE, compare_all, compare_config
     from mask_head_plugin.experiments.comparison import DIFFERENT, EQUAL, TOO_FEW
 
     exit_codes = {EQUAL: 0, TOO_FEW: 1, DIFFERENT: 3}
     logging.basicConfig(format="%(message)s")
     logging.getLogger("mask_head_plugin.experiments").setLevel(logging.INFO)
-    job = (args.weights, args.dataset, args.output, args.num_images, args.opts, args.score)
+    opts = [*import_options(args.imports), *args.opts]
+    job = (args.weights, args.dataset, args.output, args.num_images, opts, args.score)
     try:
         if args.all:
             results = compare_all(*job)

@@ -62,20 +62,20 @@ def parse_args() -> argparse.Namespace:
     rest: dict[str, Any] = {"nargs": argparse.REMAINDER, "default": []}
     parser.add_argument("--opts", **rest, help="KEY VALUE pairs of the config, behind all flags")
     parser.add_argument("pairs", **rest, help="the same without --opts")
-    args = parser.parse_args()
-    args.opts = [*(text for code in args.imports for text in ("IMPORTS", code)), *args.opts]
-    return args
+    return parser.parse_args()
 
 
 def main() -> int:
     args = parse_args()
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError
+    from mask_head_plugin.config import import_options
     from mask_head_plugin.engine.demo import run_demo
 
+    opts = [*import_options(args.imports), *args.opts, *args.pairs]
     try:
         problems = run_demo(
-            *(args.config_file, [*args.opts, *args.pairs], args.input, args.output),
+            *(args.config_file, opts, args.input, args.output),
             args.confidence_threshold,
             semantic=args.semantic,
         )

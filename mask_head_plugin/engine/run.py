@@ -12,7 +12,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import ConfigError, load_config
+from ..config import ConfigError, import_options, load_config
 from ..data import check_dataset_files, check_datasets, register_coco_files
 from ..user_code import import_modules
 from . import launch
@@ -32,7 +32,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
     Raises:
         ConfigError: if something does not fit, before anything is built.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, [*import_options(args.imports), *args.opts])
     import_modules(cfg.IMPORTS)
     num_processes = launch.process_count(args.num_gpus, args.num_machines, cfg.MODEL.DEVICE)
     check_config(cfg, train=not args.eval_only, num_processes=num_processes)

@@ -16,7 +16,6 @@ from .. import __version__
 from ..config import ConfigError
 from .report_data import Study, machine, read_study
 from .report_pictures import side_by_side
-from .report_plot import plot_intervals
 from .report_table import (
     Table,
     build_table,
@@ -48,6 +47,8 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
             packages that are missing; report.md is then there.
         OSError: if a report cannot be written.
     """
+    from .report_plot import plot_intervals  # here, since matplotlib takes half a second
+
     study = read_study(directory, num_draws)
     picture = PLOT_FILE if plot_intervals(study, directory / PLOT_FILE) else ""
     _write(directory / MARKDOWN_FILE, render_markdown(study, picture))
