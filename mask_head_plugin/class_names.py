@@ -148,7 +148,8 @@ def matched_predictions(
     Raises:
         ConfigError: see check_trained.
     """
-    if found is None or list(found) == list(wanted):
+    wanted = [str(name) for name in wanted]
+    if found is None or list(found) == wanted:
         return instances
     number_of = torch.full((len(found),), -1, dtype=torch.int64)
     for theirs, ours in check_trained(found, wanted, dataset).pairs:

@@ -60,7 +60,7 @@ def evaluate_dataset(
     wanted = MetadataCatalog.get(dataset_name).get("thing_classes")
     if isinstance(evaluator, MaskEvaluator):
         evaluator.predicted_classes = found
-    elif found and wanted and found != list(wanted):
+    elif found and wanted and found != [str(name) for name in wanted]:
         raise ConfigError(
             f"{type(evaluator).__name__} takes the classes of {dataset_name} to be numbered as the "
             "model's, which are in another order or not the same; evaluate with weights of its "

@@ -126,7 +126,7 @@ def check_test_classes(policy: WeightsPolicy, cfg: CfgNode) -> None:
         with contextlib.suppress(ConfigError):  # missing files are told by those who read them
             categories = dataset_categories(cfg.DATASETS, name)
         if categories:
-            check_trained(policy.class_names or (), list(categories.values()), name)
+            check_trained(policy.class_names or (), [str(x) for x in categories.values()], name)
 
 
 def _known_names(

@@ -371,6 +371,8 @@ def test_predictions_are_numbered_as_the_data_set_does():
     assert fewer.pred_boxes.tensor[:, 0].tolist() == [4, 8]
     assert len(matched_predictions(found_in_image(), ["a"], ["b", "a"][1:], "d")) == 0
     assert matched_predictions(instances, None, ["eel"], "d") is instances
+    numbered = matched_predictions(instances, ["7", "8", "9"], [9, 8, 7], "d")  # as JSON may have
+    assert numbered.pred_classes.tolist() == [2, 0, 1]
     for wanted, told in ((["cat", "fox"], "new: fox; dropped: dog, eel"), (["cat"] * 2, "twice")):
         with pytest.raises(ConfigError, match=told):
             matched_predictions(instances, ["cat", "dog", "eel"], wanted, "d")
