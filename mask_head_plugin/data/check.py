@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -19,19 +18,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .check_images import ImageFacts, ListedImage, check_image_files
+from .check_files import check_files
+from .check_images import ImageFacts
 from .check_masks import MaskFormats, check_box_and_mask
 from .check_records import (
+    Sizes,
     check_annotation_fields,
     check_categories,
     check_images,
     check_sections,
-    file_name,
-    is_outside,
 )
+from .check_shares import Shares
 from .check_whole import check_whole
 from .findings import Finding, Findings, Place, quote
 from .image_folders import join_folders
+from .foreign_files import foreign_bytes, foreign_text
 
 FEW_ANNOTATIONS = 50_000  # are checked in a second
 
@@ -43,6 +44,7 @@ class CheckOptions:
     Attributes:
         num_classes: of the model, None if not known.
         lvis: whether the file is LVIS's.
+        masks: whether objects need masks, as MODEL.MASK_ON says.
         files: whether to look at the image files.
         decode: whether to decode all of them.
         known_files: facts of files that need not be read again.
@@ -50,6 +52,7 @@ class CheckOptions:
 
     num_classes: int | None = None
     lvis: bool = False
+    masks: bool = True
     files: bool = True
     decode: bool = False
     known_files: dict[str, ImageFacts] = field(default_factory=dict)
@@ -105,6 +108,8 @@ def read_content(json_file: str, found: Findings, *, compact: bool = True) -> An
     if not data.strip():
         found.add("json-empty", f"the file has {len(data)} bytes and no content")
         return None
+    if foreign_bytes(data, found):
+        return None
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -134,6 +139,10 @@ def _parse(text: str, found: Findings, object_hook: Callable[[dict[str, Any]], A
     try:
         return json.loads(text, object_hook=object_hook)
     except json.JSONDecodeError as error:
+        foreign = foreign_text(text)
+        if foreign:
+            found.add("not-a-coco-file", foreign)
+            return None
         place = f"line {error.lineno}, column {error.colno} (character {error.pos})"
         end = text.rstrip()
         truncated = not end.endswith("}") or error.pos >= len(end)
@@ -166,8 +175,37 @@ def check_content(content: Any, image_root: str, found: Findings, options: Check
     )
     facts.categories = {i: name for i, name in names.items() if isinstance(i, int)}
     sizes = check_images(content["images"], found, lvis=lvis)
+    if options.files:
+        check_files(
+            *(content, image_root, found, sizes),
+            lvis=lvis,
+            decode=options.decode,
+            known=options.known_files,
+        )
+    _check_annotations(content["annotations"], found, facts, names, sizes, options)
+    check_whole(content, names, found)
+    return facts
+
+
+def _check_annotations(
+    annotations: list[Any],
+    found: Findings,
+    facts: Facts,
+    names: dict[Hashable, str],
+    sizes: Sizes,
+    options: CheckOptions,
+) -> None:
+    """Checks each annotation, and what shares of them have."""
+    if not annotations:
+        found.add("no-annotations", "the file has no annotations")
+        return
+    any_masks = any(isinstance(x, dict) and x.get("segmentation") for x in annotations)
+    if options.masks and not any_masks:
+        message = f"none of the {len(annotations)} annotations has a mask: these are boxes"
+        found.add("no-masks", message)
+    lvis, masks = options.lvis, options.masks and any_masks
     first_of_id: dict[Hashable, int] = {}
-    annotations = content["annotations"]
+    shares = Shares(sizes)
     few = len(annotations) < FEW_ANNOTATIONS
     for index, annotation in enumerate(tqdm(annotations, "annotations", leave=False, disable=few)):
         if not isinstance(annotation, dict):
@@ -175,19 +213,12 @@ def check_content(content: Any, image_root: str, found: Findings, options: Check
             found.add("annotation-not-object", message, Place("annotations", index))
             continue
         _check_duplicate(annotation, index, found, first_of_id)
-        check_annotation_fields(annotation, index, found, sizes, names, lvis=lvis)
-        check_box_and_mask(annotation, index, found, sizes, lvis=lvis)
+        check_annotation_fields(annotation, index, found, sizes, names, lvis=lvis, masks=masks)
+        mask = check_box_and_mask(annotation, index, found, sizes, lvis=lvis, masks=masks)
         facts.formats.note(annotation)
-    if not annotations:
-        found.add("no-annotations", "the file has no annotations")
-    elif all(isinstance(x, dict) and x.get("iscrowd") == 1 for x in annotations):
-        message = "all annotations are crowds, on which nothing is trained or measured"
-        found.add("no-annotations", message)
+        shares.note(annotation, index, mask)
     facts.formats.check(found)
-    check_whole(content, names, found)
-    if options.files:
-        _check_files(content["images"], image_root, found, options)
-    return facts
+    shares.check(annotations, found)
 
 
 def _check_duplicate(
@@ -201,28 +232,3 @@ def _check_duplicate(
         message = f"annotations[{first}] and [{index}] have the same id"
         at = Place("annotations", index, annotation.get("image_id"), i)
         found.add("duplicate-annotation-id", message, at)
-
-
-def _check_files(
-    images: list[Any], image_root: str, found: Findings, options: CheckOptions
-) -> None:
-    if not Path(image_root).is_dir():
-        found.add("image-folder-missing", f"the image folder {quote(image_root)} does not exist")
-        return
-    listed = listed_images(images, image_root, lvis=options.lvis)
-    check_image_files(listed, found, decode=options.decode, known=options.known_files)
-
-
-def listed_images(images: list[Any], image_root: str, *, lvis: bool = False) -> list[ListedImage]:
-    """Returns the image records that name a file within the folder; others are not opened."""
-    listed = []
-    for index, image in enumerate(images):
-        name = file_name(image, lvis) if isinstance(image, dict) else None
-        if name is None or is_outside(name):
-            continue
-        sides = (image.get("height"), image.get("width"))
-        valid = all(type(side) is int and side > 0 for side in sides)
-        # As detectron2 has it: not the normalised name.
-        path = os.path.join(image_root, name if lvis else image["file_name"])  # noqa: PTH118
-        listed.append(ListedImage(index, image.get("id"), path, sides if valid else None))
-    return listed

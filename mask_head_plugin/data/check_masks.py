@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import pycocotools.mask as mask_util
 
-from .check_records import Sizes, is_finite
+from .check_records import Sizes, is_finite, listed_id
 from .findings import Findings, Place, errors_of, quote
+from .outlines import Box as Box
+from .outlines import Outline, areas, around, outline
 
 IntArray = npt.NDArray[np.int64]
-Box = tuple[float, float, float, float]
-"""x0, y0, x1, y1 in pixels."""
 
 # Coordinates have two decimals in COCO: what leaves the image by less is a rounding.
 ROUNDING = 0.01
@@ -62,37 +62,54 @@ class MaskFormats:
             found.add("mixed-formats", f"masks of single objects are {of}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Mask:
-    """A sound mask: the box around it, and whether it covers anything."""
+class Mask(NamedTuple):
+    """A sound mask.
 
-    box: Box
-    flat: bool
-    """Whether it has no height or no width, as a line."""
-
-
-class _Outline(NamedTuple):
-    """A sound polygon: the box around it and the area inside."""
+    Attributes:
+        box: around it.
+        area: in pixels, as detectron2 fills it.
+        hollow_area: the same where rings within rings are holes.
+        flat: whether it has no height or no width, as a line.
+        inside: whether it lies within the image, but for a pixel.
+    """
 
     box: Box
     area: float
+    hollow_area: float
+    flat: bool = False
+    inside: bool = True
 
 
 def check_box_and_mask(
-    annotation: Mapping[str, Any], index: int, found: Findings, sizes: Sizes, *, lvis: bool
-) -> None:
-    """Checks the box and the mask of an annotation whose image has a size."""
+    annotation: Mapping[str, Any],
+    index: int,
+    found: Findings,
+    sizes: Sizes,
+    *,
+    lvis: bool,
+    masks: bool,
+) -> Mask | None:
+    """Checks the box and the mask of an annotation, beside the image where its size is known.
+
+    Args:
+        annotation: the record.
+        index: its place in the section.
+        found: gets the findings.
+        sizes: of the images.
+        lvis: whether the file is LVIS's, which has polygons only.
+        masks: whether each annotation must have a mask.
+
+    Returns:
+        The mask if it is sound in itself.
+    """
     checker = _Checker(annotation, index, found)
     box = checker.box() if annotation.get("bbox") is not None else None
-    image_id = annotation.get("image_id")
-    image_hw = sizes.get(image_id) if isinstance(image_id, Hashable) else None
-    if image_hw is None:
-        return
-    mask = None
-    if annotation.get("segmentation") is not None:
-        mask = checker.mask(image_hw, lvis)
-    if box is not None:
-        checker.compare(box, mask, image_hw)
+    image_hw = sizes.get(listed_id(annotation.get("image_id"), sizes))
+    given = annotation.get("segmentation")
+    mask = checker.mask(image_hw, lvis) if given or (masks and given is not None) else None
+    if box is not None and image_hw is not None:
+        checker.compare(box, mask if mask and mask.inside else None, image_hw)
+    return mask
 
 
 def checked_mask(
@@ -110,7 +127,7 @@ def checked_mask(
     found = Findings("")
     checker = _Checker({**annotation, "iscrowd": 0}, -1, found)
     mask = checker.mask(image_hw, lvis=False) if annotation.get("segmentation") else None
-    if mask is None or mask.flat or errors_of(found):
+    if mask is None or mask.flat or not mask.inside or errors_of(found):
         return None
     given = annotation["segmentation"]
     if isinstance(given, list):
@@ -148,8 +165,8 @@ class _Checker:
             return None
         return x, y, x + width, y + height
 
-    def mask(self, image_hw: tuple[int, int], lvis: bool) -> _Mask | None:
-        """Returns the mask if it is sound."""
+    def mask(self, image_hw: tuple[int, int] | None, lvis: bool) -> Mask | None:
+        """Returns the mask if it is sound; what needs an unknown image size is not checked."""
         mask = self._annotation["segmentation"]
         if isinstance(mask, dict) and lvis:
             self._note(
@@ -165,7 +182,7 @@ class _Checker:
             self._note("segmentation-type", f"the mask is {quote(mask)}")
         return None
 
-    def _polygons(self, polygons: list[Any], image_hw: tuple[int, int]) -> _Mask | None:
+    def _polygons(self, polygons: list[Any], image_hw: tuple[int, int] | None) -> Mask | None:
         if self._annotation.get("iscrowd") == 1:
             self._note("crowd-polygon", "a crowd is given as polygons")
         if all(type(x) in (int, float) for x in polygons):
@@ -175,29 +192,32 @@ class _Checker:
         sound = [x for x in outlines if x is not None]
         if len(sound) < len(outlines):
             return None
-        box = _around([x.box for x in sound])
+        box = around([x.box for x in sound])
+        mask = Mask(box, *areas(polygons, sound))
+        sides = (box[2] - box[0], box[3] - box[1])
+        if image_hw is None:
+            return mask._replace(flat=min(sides) <= NO_LENGTH)
         height, width = image_hw
         over = max(-box[0], -box[1], box[2] - width, box[3] - height)
         if over > ROUNDING:
             message = f"a polygon leaves the image of {width} x {height} by {over:.4g} pixels"
             self._note("polygon-outside" if over > ONE_PIXEL else "polygon-over-edge", message)
             if over > ONE_PIXEL:
-                return None
-        sides = (box[2] - box[0], box[3] - box[1])
+                return mask._replace(inside=False)
         if min(sides) <= NO_LENGTH:
-            return _Mask(box, flat=True)
+            return mask._replace(flat=True)
         # Only where the mean width is below a pixel may there be none inside.
-        area = sum(x.area for x in sound)
-        if area < max(sides) and not mask_util.area(_encode(polygons, image_hw)):
-            if area < ROUNDING**2:
+        if mask.area < max(sides) and not mask_util.area(_encode(polygons, image_hw)):
+            if mask.area < ROUNDING**2:
                 self._note("polygon-without-area", "all points of the mask are on a line")
             else:
                 self._note(
-                    "mask-below-a-pixel", f"a mask of {area:.2g} pixels covers no pixel's centre"
+                    "mask-below-a-pixel",
+                    f"a mask of {mask.area:.2g} pixels covers no pixel's centre",
                 )
-        return _Mask(box, flat=False)
+        return mask
 
-    def _outline(self, polygon: Any, k: int) -> _Outline | None:
+    def _outline(self, polygon: Any, k: int) -> Outline | None:
         """Returns a polygon of the mask if it is one."""
         if not isinstance(polygon, list | array):
             self._note("polygon-not-numbers", f"polygon {k} is {quote(polygon)}")
@@ -212,21 +232,24 @@ class _Checker:
         elif len(polygon) < 6:
             self._note("polygon-short", f"polygon {k} has {len(polygon) // 2} points")
         else:
-            outline = _outline(polygon)
-            if outline is None:
+            sound = outline(polygon)
+            if sound is None:
                 message = f"polygon {k} has coordinates that are NaN or infinite"
                 self._note("polygon-not-finite", message)
-            return outline
+            return sound
         return None
 
-    def _run_lengths(self, rle: dict[str, Any], image_hw: tuple[int, int]) -> _Mask | None:
-        size, counts = rle.get("size"), rle.get("counts")
+    def _run_lengths(self, rle: dict[str, Any], image_hw: tuple[int, int] | None) -> Mask | None:
+        size: Any = rle.get("size")
+        counts: Any = rle.get("counts")
         two = type(size) is list and len(size) == 2 and all(type(x) is int for x in size)
         if not two or not isinstance(counts, list | str):
             self._note("rle-malformed", f"the mask is {quote(rle)}")
             return None
-        if tuple(size or ()) != image_hw:
-            message = f"the mask has the size {quote(size)}, the image {list(image_hw)}"
+        if image_hw is None and min(size) > 0:
+            image_hw = (size[0], size[1])
+        if tuple(size) != image_hw:
+            message = f"the mask has the size {quote(size)}, the image {list(image_hw or ())}"
             self._note("rle-size", message)
             return None
         runs = decode_counts(counts) if isinstance(counts, str) else self._plain_counts(counts)
@@ -246,7 +269,8 @@ class _Checker:
         if box is None:
             self._note("empty-mask", "the mask has no pixels")
             return None
-        return _Mask(box, flat=False)
+        area = float(runs[1::2].sum())
+        return Mask(box, area, area)
 
     def _plain_counts(self, counts: list[Any]) -> IntArray | None:
         wrong = [x for x in counts if type(x) is not int or abs(x) >= 1 << 32]
@@ -255,7 +279,7 @@ class _Checker:
             return None
         return np.array(counts, np.int64)
 
-    def compare(self, box: Box, mask: _Mask | None, image_hw: tuple[int, int]) -> None:
+    def compare(self, box: Box, mask: Mask | None, image_hw: tuple[int, int]) -> None:
         """Notes what is wrong with a box beside its mask and the image."""
         height, width = image_hw
         sides, flat = (box[2] - box[0], box[3] - box[1]), mask is not None and mask.flat
@@ -283,7 +307,7 @@ class _Checker:
             hint = self._as_corners(mask) if wrong else ""
             self._note("box-mismatch" if wrong else "box-loose", message + hint)
 
-    def _as_corners(self, mask: _Mask | None) -> str:
+    def _as_corners(self, mask: Mask | None) -> str:
         """Returns a hint where the box fits the mask as [x0, y0, x1, y1]."""
         if mask is None:
             return ""
@@ -353,28 +377,6 @@ def _clip(box: Box, image_hw: tuple[int, int]) -> Box:
     x0, x1 = (min(max(x, 0), width) for x in box[::2])
     y0, y1 = (min(max(y, 0), height) for y in box[1::2])
     return x0, y0, x1, y1
-
-
-def _around(boxes: list[Box]) -> Box:
-    if len(boxes) == 1:
-        return boxes[0]
-    x0, y0, x1, y1 = zip(*boxes, strict=True)
-    return min(x0), min(y0), max(x1), max(y1)
-
-
-def _outline(polygon: Any) -> _Outline | None:
-    """Returns what is asked of a list or array of coordinates, None if not all are finite."""
-    try:
-        points = np.asarray(polygon, np.float64).reshape(-1, 2)
-    except OverflowError:
-        return None
-    x0, y0 = points.min(0).tolist()
-    x1, y1 = points.max(0).tolist()
-    if not all(map(math.isfinite, (x0, y0, x1, y1))):
-        return None
-    x, y = points[:, 0] - x0, points[:, 1] - y0
-    double = x[:-1] @ y[1:] - x[1:] @ y[:-1] + x[-1] * y[0] - x[0] * y[-1]  # the shoelace formula
-    return _Outline((x0, y0, x1, y1), abs(float(double)) / 2)
 
 
 def _encode(polygons: list[list[float]], image_hw: tuple[int, int]) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from .findings import SECTION_NAMES, Findings, Place, quote
+from .findings import SECTION_NAMES, Findings, Place, quote, quote_path
+from .foreign_files import foreign_json
 
 SECTIONS = tuple(SECTION_NAMES)
 ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd")
@@ -31,6 +32,10 @@ def max_pixels() -> float:
 
 def check_sections(content: Any, found: Findings) -> bool:
     """Returns whether the three sections are there, as lists; what is not is noted."""
+    foreign = foreign_json(content)
+    if foreign:
+        found.add("not-a-coco-file", foreign)
+        return False
     if not isinstance(content, dict):
         found.add("json-not-object", f"the file holds {quote(content)}")
         return False
@@ -76,9 +81,6 @@ def check_categories(
         if not isinstance(name, str) or not name.strip() or not _is_unicode(name):
             found.add("category-name", f"category {quote(i)} has the name {quote(name)}", at)
             continue
-        if name.strip("_ ").lower() == "background":
-            message = f"category {quote(i)} is {quote(name)}, which models have of their own"
-            found.add("background-category", message, at)
         if not isinstance(i, Hashable):
             continue
         if i in names:
@@ -149,7 +151,7 @@ def check_images(images: list[Any], found: Findings, *, lvis: bool = False) -> S
         check_id("image", i, found, at)
         if isinstance(i, Hashable):
             if i in sizes:
-                message = f"the image id stands twice, here with {quote(image.get(name_key))}"
+                message = f"the image id stands twice, here with {quote_path(image.get(name_key))}"
                 found.add("duplicate-image-id", message, at)
             sizes.setdefault(i, size)
     if not images:
@@ -182,10 +184,10 @@ def _check_file_name(
         found.add("file-name-invalid", f"its file is named {quote(given)}", at)
         return
     if is_outside(name):
-        message = f"its file {quote(name)} is not within the image folder"
+        message = f"its file {quote_path(name)} is not within the image folder"
         found.add("file-name-outside", message, at)
     elif name in seen and seen[name] != at.image_id:
-        message = f"its file {quote(name)} is that of image {quote(seen[name])}, too"
+        message = f"its file {quote_path(name)} is that of image {quote(seen[name])}, too"
         found.add("duplicate-file-name", message, at)
     seen.setdefault(name, at.image_id)
 
@@ -220,6 +222,7 @@ def check_annotation_fields(
     categories: Mapping[Hashable, str],
     *,
     lvis: bool,
+    masks: bool,
 ) -> None:
     """Checks all of an annotation but its box and mask.
 
@@ -230,11 +233,13 @@ def check_annotation_fields(
         sizes: the images.
         categories: the categories.
         lvis: whether the file is LVIS's, which has no ``iscrowd``.
+        masks: whether each annotation must have a mask.
     """
     get, i, image_id = annotation.get, annotation.get("id"), annotation.get("image_id")
     at = Place("annotations", index, image_id, i)
     for key in ANNOTATION_KEYS:
-        if get(key) is None and not (lvis and key == "iscrowd"):
+        needless = (lvis and key == "iscrowd") or (not masks and key == "segmentation")
+        if get(key) is None and not needless:
             found.add("annotation-missing-key", f"it has no {key}", at)
     if i is not None:
         check_id("annotation", i, found, at)
@@ -247,8 +252,12 @@ def check_annotation_fields(
         value = get(key)
         if value is None:
             continue
-        if not isinstance(value, Hashable) or value not in known:
+        listed = listed_id(value, known)
+        if listed is None:
             found.add(kind, f"its {key} {quote(value)} is not listed", at)
+        elif isinstance(value, str) and type(listed) is int:
+            message = f"its {key} is the text {quote(value)}, the file lists the number {listed}"
+            found.add("id-as-text", message, at, listed)
         elif type(value) is not int:
             check_id(key.removesuffix("_id"), value, found, at)
     crowd, area = get("iscrowd"), get("area")
@@ -256,8 +265,8 @@ def check_annotation_fields(
         found.add("iscrowd-invalid", f"iscrowd is {quote(crowd)}", at)
     if area is not None and not (is_finite(area) and area >= 0):
         found.add("area-invalid", f"area is {quote(area)}", at)
-    elif area is not None and isinstance(get("image_id"), Hashable):
-        size = sizes.get(get("image_id"))
+    elif area is not None:
+        size = sizes.get(listed_id(image_id, sizes))
         if size is not None and area > MOST_AREA * math.prod(size):
             found.add("area-invalid", f"area is {area}, the image has {math.prod(size)}", at)
     keypoints = get("keypoints")  # detectron2 reads them whether they are used or not
@@ -267,6 +276,21 @@ def check_annotation_fields(
         found.add("keypoints-invalid", f"the keypoints are {quote(keypoints)}", at)
     if get("ignore", 0) != 0:
         found.add("ignore-flag", f"'ignore' is {quote(get('ignore'))}", at)
+
+
+def listed_id(value: Any, known: Mapping[Hashable, Any]) -> Hashable:
+    """Returns the listed id that an annotation means, None if there is none.
+
+    VIA lists images by number, but writes "7" into annotations.
+    """
+    if not isinstance(value, Hashable):
+        return None
+    if isinstance(value, str) and value not in known:
+        text = value.removesuffix(".0")
+        value = int(text) if text.isascii() and text.isdigit() and len(text) < 17 else value
+        if str(value) != text:  # 007 is another id
+            return None
+    return value if value in known else None
 
 
 def is_finite(value: Any) -> bool:

@@ -20,7 +20,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from ..config import ConfigError
-from .check import CheckOptions, check_content, listed_images, read_content
+from .check import CheckOptions, check_content, read_content
+from .check_files import listed_images
 from .findings import Finding, Findings, count_by_severity, errors_of, quote, summary_table
 
 logger = logging.getLogger(__name__)

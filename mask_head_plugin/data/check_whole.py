@@ -5,30 +5,35 @@ Most have no one right answer, so a corrected copy is refused.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
-from .findings import Findings
+from .check_records import listed_id
+from .findings import Findings, quote
+
+MOST_NAMES = 5
+"""Of unused categories, in a message."""
 
 FEW = 10
 """Records with a fault that may be chance."""
 
 
 def check_whole(
-    content: dict[str, list[Any]], category_ids: Iterable[Any], found: Findings
+    content: dict[str, list[Any]], categories: Mapping[Hashable, str], found: Findings
 ) -> None:
-    """Looks for faults that are in all records of a file.
+    """Looks for faults that are in all records of a file, and for categories without any.
 
     Args:
         content: its sections.
-        category_ids: of its categories.
+        categories: names by id.
         found: gets the findings.
     """
     annotations = [x for x in content["annotations"] if isinstance(x, dict)]
     for what, numbers in (("boxes", _boxes(annotations)), ("polygons", polygons_of(annotations))):
         if within_one(numbers):
             found.add("normalised-coordinates", f"the {what} all lie between 0 and 1")
-    _check_shift(annotations, category_ids, found)
+    _check_shift(annotations, categories, found)
+    _check_use(annotations, categories, found)
     _check_repetitions(annotations, found)
 
 
@@ -69,6 +74,25 @@ def _check_shift(
                 f"annotations use the categories {min(used)} to {max(used)}, the file lists "
                 f"{min(known)} to {max(known)}",
             )
+
+
+def _check_use(
+    annotations: list[dict[str, Any]], categories: Mapping[Hashable, str], found: Findings
+) -> None:
+    """Notes categories that nothing is annotated with, and a background that something is."""
+    used = {listed_id(x.get("category_id"), categories) for x in annotations} - {None}
+    unused = [name for i, name in categories.items() if i not in used]
+    if used and unused:  # else the ids are wrong
+        found.add(
+            "unused-category",
+            f"{len(unused)} of {len(categories)} categories have no annotation: "
+            f"{', '.join(map(quote, unused[:MOST_NAMES]))}"
+            f"{', ...' if len(unused) > MOST_NAMES else ''}",
+        )
+    for i, name in categories.items():
+        if i in used and name.strip("_ ").lower() == "background":
+            message = f"category {quote(i)} is {quote(name)}, which models have of their own"
+            found.add("background-category", message)
 
 
 def _check_repetitions(annotations: list[dict[str, Any]], found: Findings) -> None:

@@ -35,8 +35,9 @@ class ImagePlaces:
     def locate(self, name: str) -> str | None:
         """Returns the path within the folder of the file that a name means.
 
-        Files match by their last name, regardless of case, separator and the way accents are
-        written. Of several, the one that shares most of its path with the name is meant.
+        Case, separator and the way accents are written do not matter. Folders at the start may be
+        missing in the name or in the path, but none may differ: ``val/1.jpg`` is not
+        ``train/1.jpg``.
 
         Args:
             name: ``file_name`` of a record.
@@ -44,11 +45,27 @@ class ImagePlaces:
         Returns:
             None if there is no such file, or several that match equally well.
         """
-        for wanted in (_parts(name), _parts(unquote(name))):  # Label Studio writes a%20cat.jpg
-            candidates = self._files().get(_folded(wanted)[-1], {}) if wanted else {}
-            if candidates:
-                return _nearest(candidates, wanted)
+        for wanted in _spellings(name):
+            path = self._nearest(wanted)
+            if path is not None:
+                parts = _parts(path)
+                same = _common_end(_folded(parts), _folded(wanted))
+                return path if same == min(len(parts), len(wanted)) else None
         return None
+
+    def namesake(self, name: str) -> str | None:
+        """Returns the one file with the name's last part, whatever its folder; None if none is."""
+        nearest = (self._nearest(wanted) for wanted in _spellings(name))
+        return next((path for path in nearest if path is not None), None)
+
+    def _nearest(self, wanted: Parts) -> str | None:
+        """Returns the path that shares most of its end with what is wanted, None if several do."""
+        ranks = {
+            path: (_common_end(_folded(parts), _folded(wanted)), _common_end(parts, wanted))
+            for path, parts in self._files().get(_folded(wanted)[-1], {}).items()
+        }
+        best = [path for path, rank in ranks.items() if rank == max(ranks.values())]
+        return best[0] if len(best) == 1 else None
 
     def _files(self) -> dict[str, dict[str, Parts]]:
         """Returns the parts of each path, by path, by folded last name."""
@@ -65,6 +82,11 @@ def locate(image_root: str, name: str) -> str | None:
     return ImagePlaces(image_root).locate(name)
 
 
+def _spellings(name: str) -> list[Parts]:
+    """Returns what a name may mean: Label Studio writes ``a%20cat.jpg``."""
+    return [parts for x in (name, unquote(name)) if (parts := _parts(x))]
+
+
 def _parts(path: str) -> Parts:
     """Returns the folders and the name; archives made on Windows leave backslashes in names."""
     return tuple(x for x in re.split(r"[\\/]+", path) if x not in ("", "."))
@@ -72,16 +94,6 @@ def _parts(path: str) -> Parts:
 
 def _folded(parts: Parts) -> Parts:
     return tuple(unicodedata.normalize("NFC", x).casefold() for x in parts)
-
-
-def _nearest(candidates: dict[str, Parts], wanted: Parts) -> str | None:
-    """Returns the path that shares most with what is wanted, None if several do."""
-    ranks = {
-        path: (_common_end(_folded(parts), _folded(wanted)), _common_end(parts, wanted))
-        for path, parts in candidates.items()
-    }
-    best = [path for path, rank in ranks.items() if rank == max(ranks.values())]
-    return best[0] if len(best) == 1 else None
 
 
 def _common_end(a: Parts, b: Parts) -> int:

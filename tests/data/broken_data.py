@@ -20,6 +20,11 @@ NAN, INFINITY = float("nan"), float("inf")
 
 Content = dict[str, Any]
 
+LFS_POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+
 
 @dataclass
 class DataSet:
@@ -72,15 +77,15 @@ def make_good(folder: Path) -> DataSet:
         Image.fromarray(rng.integers(0, 255, (*HW, 3), np.uint8)).save(images / name)
         content["images"].append({"id": i, "file_name": name, "height": HW[0], "width": HW[1]})
     content["categories"] = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
-    for i, image_id, category_id, polygons, box in (
-        (11, 1, 3, [rectangle(10, 10, 40, 30)], [10, 10, 30, 20]),
-        (12, 1, 7, [rectangle(50, 5, 60, 15), rectangle(60, 20, 70, 35)], [50, 5, 20, 30]),
-        (13, 2, 3, [rectangle(0, 0, 20.5, 30.25)], [0, 0, 20.5, 30.25]),
-        (14, 3, 7, [[10.5, 10, 50, 20, 30, 50.75]], [10.5, 10, 39.5, 40.75]),
-        (15, 4, 3, [rectangle(60, 40, 80, 60)], [60, 40, 20, 20]),
+    for i, image_id, category_id, polygons, box, area in (
+        (11, 1, 3, [rectangle(10, 10, 40, 30)], [10, 10, 30, 20], 600),
+        (12, 1, 7, [rectangle(50, 5, 60, 15), rectangle(60, 20, 70, 35)], [50, 5, 20, 30], 250),
+        (13, 2, 3, [rectangle(0, 0, 20.5, 30.25)], [0, 0, 20.5, 30.25], 620.125),
+        (14, 3, 7, [[10.5, 10, 50, 20, 30, 50.75]], [10.5, 10, 39.5, 40.75], 707.3125),
+        (15, 4, 3, [rectangle(60, 40, 80, 60)], [60, 40, 20, 20], 400),
     ):
         annotation = {"id": i, "image_id": image_id, "category_id": category_id, "iscrowd": 0}
-        annotation |= {"bbox": box, "area": box[2] * box[3], "segmentation": polygons}
+        annotation |= {"bbox": box, "area": area, "segmentation": polygons}
         content["annotations"].append(annotation)
     crowd = {"id": 16, "image_id": 2, "category_id": 7, "iscrowd": 1, "area": 1200}
     crowd |= {"bbox": [30, 20, 40, 30], "segmentation": encode(30, 20, 70, 50)}
@@ -212,7 +217,17 @@ def file_is_latin_1(data):
 
 @case("json-not-object", after_fix="none")
 def file_holds_a_list(data):
+    return json.dumps(data.content["categories"])
+
+
+@case("not-a-coco-file", after_fix="none")
+def file_holds_annotations_alone(data):
     return json.dumps(data.content["annotations"])
+
+
+@case("git-lfs-pointer", after_fix="none")
+def file_is_a_git_lfs_pointer(data):
+    return LFS_POINTER
 
 
 @case("missing-section", after_fix="none")
@@ -235,7 +250,7 @@ def no_annotations(data):
     data.content["annotations"] = []
 
 
-@case("no-annotations", after_fix="none")
+@case("only-crowds", after_fix="none")
 def all_annotations_are_crowds(data):
     data.content["annotations"] = [data.annotation(16)]
 
@@ -372,11 +387,15 @@ set_in_image(
     "file name is half a character", "file-name-invalid", "file_name", "\ud800", "left out"
 )
 set_in_image("file name is absolute", "file-name-outside", "file_name", "/etc/passwd", "left out")
-set_in_image("file name climbs out", "file-name-outside", "file_name", "a/../../2.png", "left out")
+set_in_image("file name climbs out", "file-name-outside", "file_name", "a/../../20.png", "left out")
+set_in_image("file name climbs to a file", "image-file-elsewhere", "file_name", "a/../../2.png")
+set_in_image("file name has a folder too many", "image-file-elsewhere", "file_name", "images/2.png")
+set_in_image("file name is Windows'", "image-file-elsewhere", "file_name", "C:\\images\\2.png")
+set_in_image("file name is in capitals", "image-file-elsewhere", "file_name", "2.PNG")
 set_in_image("file is missing", "image-file-missing", "file_name", "20.png", "left out")
 
 
-@case("file-name-outside", 2)
+@case("image-file-elsewhere", 2)
 def file_name_is_absolute_but_within(data):
     data.image(2)["file_name"] = str(data.path(2).absolute())
 
@@ -445,6 +464,7 @@ change_image_file("png lacks its last chunk", "image-truncated", lambda p: _trun
 change_image_file("png has no pixels", "image-truncated", _without_pixels, 2)
 change_image_file("bmp is truncated", "image-truncated", _bmp)
 change_image_file("image has no bytes", "image-file-empty", lambda p: p.write_bytes(b""))
+change_image_file("image is a pointer", "git-lfs-pointer", lambda p: p.write_text(LFS_POINTER))
 change_image_file("image is a text", "image-unreadable", lambda p: p.write_text("<html>"))
 change_image_file("image is a folder", "image-file-is-folder", _folder)
 change_image_file("image has 16 bits", "image-depth", _deep)
@@ -494,14 +514,14 @@ set_in_annotation("image is not listed", "unknown-image", "image_id", 99, "left 
 CASES.append(
     Case(
         "image id is text here only",
-        "unknown-image",
+        "id-as-text",
         lambda data: data.annotation(13).update(image_id="2"),
         "'2'",
         13,
     )
 )
 set_in_annotation("category is not listed", "unknown-category", "category_id", 5, "left out")
-set_in_annotation("category id is text here only", "unknown-category", "category_id", "3")
+set_in_annotation("category id is text here only", "id-as-text", "category_id", "3")
 set_in_annotation("category id is a float", "id-not-integer", "category_id", 3.0)
 set_in_annotation("iscrowd is 2", "iscrowd-invalid", "iscrowd", 2, "left out")
 set_in_annotation("iscrowd is false", "iscrowd-invalid", "iscrowd", False)
@@ -696,8 +716,13 @@ def objects_were_exported_twice(data):
 
 
 @case("background-category")
-def background_is_a_category(data):
-    data.content["categories"].append({"id": 0, "name": "__background__"})
+def background_is_annotated(data):
+    data.content["categories"][1]["name"] = "__background__"
+
+
+@case("unused-category")
+def category_is_not_used(data):
+    data.content["categories"].append({"id": 0, "name": "_background_"})
 
 
 # Mutations.

@@ -1,0 +1,194 @@
+"""Image files beside their records: where a missing one is, and whose size is wrong.
+
+``check_images`` says what is the matter with a file; here it is looked for why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .check_images import ImageFacts, ListedImage, check_image_files
+from .check_records import Sizes, file_name, is_outside, listed_id
+from .findings import Findings, quote_path
+from .foreign_files import LFS_POINTER
+from .image_places import ImagePlaces
+
+FEW_SIZES = 3
+"""Records of one size that may be so by chance."""
+MOST = 0.9
+"""Of the images, must have masks that fit their files for the records to be wrong."""
+
+ImageSize = tuple[int, int]
+"""height, width"""
+
+
+def check_files(
+    content: Mapping[str, list[Any]],
+    image_root: str,
+    found: Findings,
+    sizes: Sizes,
+    *,
+    lvis: bool,
+    decode: bool,
+    known: dict[str, ImageFacts],
+) -> None:
+    """Notes what is wrong with the image files, and takes sizes from them that records lack.
+
+    Args:
+        content: the sections of an annotation file.
+        image_root: the folder of its images.
+        found: gets the findings. Those of names that lead out of the folder are of another kind
+            where the file is within.
+        sizes: by image id. Where the record has none, or one that is plainly wrong, it becomes the
+            file's, so that masks can be checked.
+        lvis: whether files are named by ``coco_url``.
+        decode: whether to decode all files.
+        known: facts by path that need not be read again; those read are added.
+    """
+    images = content["images"]
+    if not Path(image_root).is_dir():
+        message = f"the image folder {quote_path(image_root)} does not exist"
+        found.add("image-folder-missing", message)
+        return
+    listed = listed_images(images, image_root, lvis=lvis)
+    of_files = Findings(found.file)
+    check_image_files(listed, of_files, decode=decode, known=known)
+    alike = _wrong_alike(listed, known, content["annotations"])
+    by_number = {image.number: image for image in listed}
+    for finding in of_files:
+        image = by_number[finding.index]
+        if finding.kind == "image-unreadable" and _is_pointer(image.path):
+            message = f"its file {quote_path(image.path)} is a Git LFS pointer, not the image"
+            found.append(replace(finding, kind="git-lfs-pointer", message=message))
+        elif finding.kind == "image-size-mismatch" and image.number in alike:
+            message = f"{finding.message}, as all records do; the masks fit the file"
+            found.append(replace(finding, kind="image-size-alike", message=message))
+        else:
+            found.append(finding)
+    if not lvis:  # whose images are named by their address
+        _look_for_files(images, image_root, found)
+    for image in listed:
+        i, facts = listed_id(image.image_id, sizes), known[image.path]
+        unknown = sizes.get(i, ()) is None and facts.problem is None and facts.orientation == 1
+        if unknown or image.number in alike:
+            sizes[i] = facts.image_hw
+
+
+def listed_images(images: list[Any], image_root: str, *, lvis: bool = False) -> list[ListedImage]:
+    """Returns the image records that name a file within the folder; others are not opened."""
+    listed = []
+    for index, image in enumerate(images):
+        name = file_name(image, lvis) if isinstance(image, dict) else None
+        if name is None or is_outside(name):
+            continue
+        sides = (image.get("height"), image.get("width"))
+        valid = all(type(side) is int and side > 0 for side in sides)
+        # As detectron2 has it: not the normalised name.
+        path = os.path.join(image_root, name if lvis else image["file_name"])  # noqa: PTH118
+        listed.append(ListedImage(index, image.get("id"), path, sides if valid else None))
+    return listed
+
+
+def _look_for_files(images: list[Any], image_root: str, found: Findings) -> None:
+    """Adds to findings of files that are not where their records say where they are."""
+    lost = [k for k, x in enumerate(found) if x.kind in ("image-file-missing", "file-name-outside")]
+    if not lost:
+        return
+    places = ImagePlaces(image_root)
+    names = {k: images[found[k].index]["file_name"] for k in lost}
+    found_at = {name: _place(name, image_root, places) for name in set(names.values())}
+    listed = {file_name(x, False) for x in images if isinstance(x, dict)} - set(found_at)
+    # A file that another record names, or several do, is not known to be this one's.
+    claims = Counter(found_at.values())
+    for k, name in names.items():
+        place = found_at[name]
+        if place is not None and claims[place] == 1 and place not in listed:
+            message = f"its file {quote_path(name)} is in the image folder as {quote_path(place)}"
+            found[k] = replace(
+                found[k], kind="image-file-elsewhere", message=message, right_value=place
+            )
+        elif namesake := places.namesake(name):
+            message = f"{found[k].message}; {quote_path(namesake)} there has the same name"
+            found[k] = replace(found[k], message=message)
+        elif _is_absolute_file(name):
+            message = (
+                f"{found[k].message}, but there is such a file: give its folder as image folder"
+            )
+            found[k] = replace(found[k], message=message)
+
+
+def _place(name: str, image_root: str, places: ImagePlaces) -> str | None:
+    """Returns the path within the folder of the file that a name means, None if it is not known."""
+    if _is_absolute_file(name):
+        for real in (os.path.abspath, os.path.realpath):  # as written, and without links
+            within = os.path.relpath(real(name), real(image_root))
+            if not is_outside(within):
+                return within
+    return places.locate(name)
+
+
+def _is_absolute_file(name: str) -> bool:
+    path = Path(name)
+    return path.is_absolute() and path.is_file()
+
+
+def _is_pointer(path: str) -> bool:
+    """Returns whether a file is what Git LFS leaves in place of one."""
+    file = Path(path)
+    if not file.is_file():  # opening a pipe would never end
+        return False
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def _wrong_alike(
+    listed: list[ListedImage], known: Mapping[str, ImageFacts], annotations: Iterable[Any]
+) -> set[int]:
+    """Returns the indices of images whose records have one wrong size for all.
+
+    Some tools write a size that they never looked up. Where the masks leave that size, and fit the
+    files, it is the files' size that is right.
+    """
+    stated = {image.image_hw for image in listed}
+    if len(stated) != 1 or len(listed) < FEW_SIZES or None in stated:
+        return set()
+    wrong = {
+        image.image_id: image
+        for image in listed
+        if isinstance(image.image_id, Hashable)
+        and known[image.path].problem is None
+        and known[image.path].image_hw != image.image_hw
+    }
+    total = fit_file = fit_record = 0
+    for annotation in annotations if wrong else ():
+        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+        image = wrong.get(listed_id(image_id, wrong))
+        if image is not None and image.image_hw is not None and annotation.get("segmentation"):
+            total += 1
+            fit_file += _fits(annotation["segmentation"], known[image.path].image_hw)
+            fit_record += _fits(annotation["segmentation"], image.image_hw)
+    right = total and fit_file >= MOST * total and fit_record <= 0.5 * total
+    return {image.number for image in wrong.values()} if right else set()
+
+
+def _fits(segmentation: Any, image_hw: ImageSize) -> bool:
+    """Returns whether a mask, which may be malformed, can be one of an image of this size."""
+    if isinstance(segmentation, dict):
+        return bool(segmentation.get("size") == list(image_hw))
+    try:
+        numbers = np.hstack([np.ravel(np.asarray(x, float)) for x in segmentation])
+        points = numbers.reshape(-1, 2)
+    except (ValueError, TypeError, OverflowError):
+        return False
+    height, width = image_hw
+    return bool((points.min(0) >= -1).all() and (points.max(0) <= (width + 1, height + 1)).all())

@@ -1,0 +1,209 @@
+"""What detectron2 takes without a word for a share of the objects, and the author may not mean.
+
+Crowds are neither trained on nor measured; a ring within a ring is filled; ``area`` sorts objects
+into small, medium and large, whatever their masks are. Each may be right for an object, so a file
+is judged by how many it has, and each finding says the share.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .check_masks import Mask
+from .check_records import Sizes, is_finite, listed_id
+from .findings import Findings, quote
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+# Of COCO 2017, 1.2% of the annotations are crowds, and hardly an image has nothing else.
+MANY_CROWDS, MANY_LOST_IMAGES = 0.10, 0.05
+FEW_CROWDS = 10
+"""Crowds that a small file may have, as long as their images have objects, too."""
+
+MANY_WITHOUT_OBJECTS = 0.10
+"""Images; of COCO 2017 it is 0.9%."""
+
+SOME = 0.001
+"""Objects whose area is off; below this share it may be chance."""
+MUCH_OFF = 2.5
+"""How many times the mask an area is, or the area a mask, where it is surely not meant so."""
+MEDIUM, LARGE = 32.0**2, 96.0**2
+"""Pixels from which on an object is medium and large in COCO's metric."""
+
+
+class Shares:
+    """Collects what the annotations of a file have, and judges it as a whole.
+
+    Args:
+        sizes: of the images.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+        self._total = self._crowds = 0
+        self._with_objects: set[Hashable] = set()
+        self._with_crowds: set[Hashable] = set()
+        # Rows of numbers: as objects of Python, those of COCO's 860,000 would take 300 MB.
+        self._areas = array("d")
+        self._masks = array("q")
+
+    def note(self, annotation: Mapping[str, Any], index: int, mask: Mask | None) -> None:
+        """Takes an annotation in.
+
+        Args:
+            annotation: the record.
+            index: its place in the section.
+            mask: if it is sound.
+        """
+        self._total += 1
+        image_id = listed_id(annotation.get("image_id"), self._sizes)
+        crowd = annotation.get("iscrowd") == 1
+        self._crowds += crowd
+        if image_id is not None:
+            (self._with_crowds if crowd else self._with_objects).add(image_id)
+        if mask is None or mask.flat:
+            return
+        box = mask.box
+        area: Any = annotation.get("area")
+        width, height = box[2] - box[0], box[3] - box[1]
+        if not crowd and is_finite(area):
+            self._areas.extend((index, area, mask.area, mask.hollow_area, width, height))
+        image_hw = self._sizes.get(image_id)
+        whole = image_hw is not None and height >= image_hw[0] and width >= image_hw[1]
+        if image_id is not None and not whole:
+            self._masks.extend((index, hash(image_id), _digest(annotation["segmentation"])))
+
+    def check(self, annotations: list[Any], found: Findings) -> None:
+        """Notes what is not as it seems.
+
+        Args:
+            annotations: the section, from which the examples are named.
+            found: gets the findings. Those of masks that leave their image are of another kind
+                where the mask is on another image, too.
+        """
+        self._check_crowds(found)
+        self._check_images(found)
+        self._check_areas(annotations, found)
+        self._check_repeated_masks(annotations, found)
+
+    def _check_crowds(self, found: Findings) -> None:
+        lost = len(self._with_crowds - self._with_objects)
+        images = len(self._with_crowds | self._with_objects)
+        if not self._crowds or (self._crowds < FEW_CROWDS and not lost):
+            return
+        if self._crowds >= MANY_CROWDS * self._total or lost >= MANY_LOST_IMAGES * images:
+            found.add(
+                "crowd-by-export",
+                f"{_share(self._crowds, self._total)} annotations have iscrowd 1, so nothing is "
+                f"trained or measured on them; {_share(lost, images)} annotated images have no "
+                "other annotation and leave training",
+            )
+        if self._crowds == self._total:
+            message = f"all {self._total} annotations have iscrowd 1: nothing is left to train"
+            found.add("only-crowds", message)
+
+    def _check_images(self, found: Findings) -> None:
+        images = len(self._sizes)
+        empty = images - len(self._with_crowds | self._with_objects)
+        if self._total and empty >= max(1, MANY_WITHOUT_OBJECTS * images):
+            message = f"{_share(empty, images)} images have no annotation and leave training"
+            found.add("image-without-objects", message)
+
+    def _check_areas(self, annotations: list[Any], found: Findings) -> None:
+        """Compares the field with the masks."""
+        index, area, filled, hollow, width, height = np.reshape(self._areas, (-1, 6)).T
+        if not len(index):
+            return
+        with np.errstate(all="ignore"):  # absurd coordinates have absurd areas
+            # A count of pixels and the area within a polygon differ by a share of its length.
+            fits, fits_hollow = (
+                np.abs(area - x) <= 0.1 * x + width + height for x in (filled, hollow)
+            )
+            ring = fits_hollow & (np.abs(area - hollow) < 0.5 * np.abs(area - filled))
+            box = width * height
+            of_box = ~ring & ~fits & (np.abs(area - box) <= 0.01 * box + 1) & (filled < 0.9 * box)
+            other = ~ring & ~fits & ~of_box
+            ratio = area / filled
+        if other.mean() <= 0.5:  # else it is a habit, however little each is off
+            other &= (ratio < 1 / MUCH_OFF) | (ratio > MUCH_OFF)
+        moved = _size_class(area) != _size_class(filled)
+        for kind, which, what in (
+            ("ring-as-hole", ring, "a polygon within another, and an area as if it were a hole"),
+            ("area-of-box", of_box, "the area of their box instead of their mask's"),
+            (
+                "area-suspicious",
+                other,
+                f"an area that is not their mask's, {_factor(ratio[other])}",
+            ),
+        ):
+            if not which.any() or (which.mean() < SOME and which is not ring):
+                continue
+            k = np.flatnonzero(which)[0]
+            example = quote(annotations[int(index[k])].get("id"))
+            found.add(
+                kind,
+                f"{_share(int(which.sum()), len(which))} objects have {what}, and so "
+                f"{int((moved & which).sum())} count in another of APs, APm and APl; annotation "
+                f"{example} has area {area[k]:.6g}, its mask {filled[k]:.6g} pixels",
+            )
+
+    def _check_repeated_masks(self, annotations: list[Any], found: Findings) -> None:
+        """Looks for masks that are the same, point for point, on several images."""
+        rows = np.reshape(self._masks, (-1, 3))
+        rows = rows[np.lexsort(rows.T[1:])]  # by mask, then image
+        first_of_image = np.r_[True, (rows[1:, 1:] != rows[:-1, 1:]).any(1)][: len(rows)]
+        digests = rows[first_of_image, 2]
+        repeated = rows[np.isin(rows[:, 2], digests[1:][digests[1:] == digests[:-1]])].tolist()
+        if not repeated:
+            return
+        images_of: dict[int, list[Any]] = defaultdict(list)
+        for index, _, digest in repeated:
+            images_of[digest].append(annotations[index].get("image_id"))
+        others = {
+            index: next(i for i in images_of[digest] if i != annotations[index].get("image_id"))
+            for index, _, digest in repeated
+        }
+        foreign = {x.index for x in found if x.kind == "polygon-outside" and x.index in others}
+        # The box of a mask that is not of this image leaves it by the same fault.
+        found[:] = [x for x in found if not (x.kind == "box-outside" and x.index in foreign)]
+        for k, finding in enumerate(found):
+            if finding.kind == "polygon-outside" and finding.index in foreign:
+                message = f"{finding.message}; the same mask is on image {others[finding.index]}"
+                found[k] = replace(finding, kind="mask-of-another-image", message=message)
+        index, other = next(iter(others.items()))
+        example = annotations[index]
+        found.add(
+            "mask-on-several-images",
+            f"{_share(len(others), len(rows))} masks are on several images, the same point for "
+            f"point: that of annotation {quote(example.get('id'))} of image "
+            f"{quote(example.get('image_id'))} is on image {quote(other)}, too",
+        )
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} of {total} ({count / total:.1%})"
+
+
+def _size_class(area: Floats) -> npt.NDArray[np.int64]:
+    return np.digitize(area, (MEDIUM, LARGE))
+
+
+def _factor(ratio: Floats) -> str:
+    """Returns by how much areas are off, in words."""
+    return f"{np.median(ratio):.3g} times it in the middle" if len(ratio) else ""
+
+
+def _digest(segmentation: Any) -> int:
+    """Returns a number that equal masks share, and others hardly ever."""
+    if isinstance(segmentation, Mapping):
+        counts = segmentation["counts"]
+        return hash((tuple(counts) if isinstance(counts, list) else counts, *segmentation["size"]))
+    return hash(tuple(array("d", polygon).tobytes() for polygon in segmentation))

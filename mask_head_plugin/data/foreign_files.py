@@ -1,0 +1,118 @@
+"""Files that are given for COCO instances and are something else: what they are, what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from .findings import Findings
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What Git LFS leaves in place of a file until it is pulled."""
+_START = 4096
+"""Characters of a text that tell what it is."""
+
+_ARCHIVES = {b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive"}
+_NUMBER = r"[ \t]+[-+.\deE]+"
+_TEXTS: tuple[tuple[str, str], ...] = (
+    (rf"\s*\d+({_NUMBER}){{4,}}[ \t]*(\r?\n|$)", "YOLO labels of one image; convert the data set"),
+    (
+        r"(?s)(?!\s*[\[{]).*^(names|nc)[ \t]*:",
+        "a YAML file, as YOLO's list of a data set; convert the data set",
+    ),
+    (r"\s*(<\?xml[^>]*>\s*)?<annotations>", "CVAT's XML; export as COCO 1.0 there"),
+    (r"\s*(<\?xml[^>]*>\s*)?<annotation\b", "Pascal VOC's XML of one image; convert the data set"),
+    (r"(?i)\s*<(!doctype\s+html|html)", "a web page, as of a download that needs a login"),
+    (r"\s*#?filename,file_size,", "VIA's CSV; export annotations in COCO format there"),
+)
+"""Regular expressions of a file's start, with what it is."""
+
+
+def foreign_bytes(data: bytes, found: Findings) -> bool:
+    """Returns whether a file is no text of annotations, and notes what it is.
+
+    Args:
+        data: of the file.
+        found: gets the finding.
+    """
+    if data.startswith(LFS_POINTER):
+        found.add("git-lfs-pointer", "the file is a Git LFS pointer, not the annotations")
+        return True
+    for magic, what in _ARCHIVES.items():
+        if data.startswith(magic):
+            found.add("not-a-coco-file", f"the file is {what}; unpack it")
+            return True
+    return False
+
+
+def foreign_text(text: str) -> str:
+    """Returns what a text that is not JSON is, empty if that is not known."""
+    start = text[:_START]
+    for pattern, what in _TEXTS:
+        if re.match(pattern, start, re.MULTILINE):
+            return f"the file is {what}"
+    return ""
+
+
+def foreign_json(content: Any) -> str:
+    """Returns what parsed JSON is where it is not COCO instances, empty if that is not known."""
+    for what, matches in _CONTENTS.items():
+        if matches(content):
+            return f"the file is {what}"
+    return ""
+
+
+def _first(content: Any) -> dict[str, Any]:
+    """Returns the first record of a list, or of a COCO file's annotations."""
+    records = content.get("annotations") if isinstance(content, dict) else content
+    first = records[0] if isinstance(records, list) and records else None
+    return first if isinstance(first, dict) else {}
+
+
+def _has(content: Any, *keys: str) -> bool:
+    return isinstance(content, dict) and all(key in content for key in keys)
+
+
+def _is_detections(content: Any) -> bool:
+    first = _first(content)
+    return _has(first, "image_id", "category_id", "score") and not _has(first, "area", "iscrowd")
+
+
+def _is_via(content: Any) -> bool:
+    if not isinstance(content, dict) or "_via_img_metadata" in content:
+        return isinstance(content, dict)
+    values = list(content.values())
+    return bool(values) and all(_has(x, "filename", "regions") for x in values)
+
+
+_CONTENTS: dict[str, Callable[[Any], bool]] = {
+    "a list of detections with scores, which a model wrote; give the annotations": _is_detections,
+    "labelme's of one image; convert the data set": lambda x: (
+        _has(x, "shapes") and (_has(x, "imagePath") or _has(x, "imageData"))
+    ),
+    "a project of VIA; export annotations in COCO format there": _is_via,
+    "Datumaro's; convert it (datum convert -f coco_instances)": lambda x: _has(
+        x, "items", "categories"
+    ),
+    "Supervisely's of one image; convert the data set": lambda x: _has(x, "objects", "size"),
+    "Cityscapes' of one image; convert the data set": lambda x: _has(
+        x, "objects", "imgHeight", "imgWidth"
+    ),
+    "COCO panoptic segmentation; its instances are in another file": lambda x: (
+        _has(_first(x), "segments_info") and not _has(_first(x), "bbox")
+    ),
+    "COCO captions; its instances are in another file": lambda x: (
+        _has(_first(x), "caption") and not _has(_first(x), "bbox")
+    ),
+    "a list of Label Studio's tasks; export as COCO there": lambda x: (
+        isinstance(x, list) and _has(_first(x), "data") and not _has(_first(x), "image_id")
+    ),
+    "CreateML's; convert the data set": lambda x: (
+        isinstance(x, list) and _has(_first(x), "image", "annotations")
+    ),
+    "a list of annotations without images and categories; export all three": lambda x: (
+        isinstance(x, list) and _has(_first(x), "image_id", "category_id")
+    ),
+}
+"""By what a file is, in words, how that is seen in what it holds."""
