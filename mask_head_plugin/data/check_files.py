@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+import posixpath
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -104,12 +105,14 @@ def _look_for_files(images: list[Any], image_root: str, found: Findings) -> None
     places = ImagePlaces(image_root)
     names = {k: images[found[k].index]["file_name"] for k in lost}
     found_at = {name: _place(name, image_root, places) for name in set(names.values())}
-    listed = {file_name(x, False) for x in images if isinstance(x, dict)} - set(found_at)
-    # A file that another record names, or several do, is not known to be this one's.
-    claims = Counter(found_at.values())
+    # A file that records mean by different names, but for the separator, is not known to be this.
+    others = {x["file_name"] for x in images if isinstance(x, dict) and file_name(x, lvis=False)}
+    meaning = defaultdict(set)
+    for name in others:
+        meaning[found_at.get(name) or posixpath.normpath(name)].add(_with_slashes(name))
     for k, name in names.items():
         place = found_at[name]
-        if place is not None and claims[place] == 1 and place not in listed:
+        if place is not None and meaning[place] == {_with_slashes(name)}:
             message = f"its file {quote_path(name)} is in the image folder as {quote_path(place)}"
             found[k] = replace(
                 found[k], kind="image-file-elsewhere", message=message, right_value=place
@@ -132,6 +135,10 @@ def _place(name: str, image_root: str, places: ImagePlaces) -> str | None:
             if not is_outside(within):
                 return within
     return places.locate(name)
+
+
+def _with_slashes(name: str) -> str:
+    return posixpath.normpath(name.replace("\\", "/"))
 
 
 def _is_absolute_file(name: str) -> bool:

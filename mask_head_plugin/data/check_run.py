@@ -83,7 +83,10 @@ def check_dataset_files(cfg: CfgNode) -> None:
     sources = _sources(cfg) if mode != "off" else []
     if not sources:
         return
-    checked = {source: check_with_cache(source, _num_classes(cfg, source)) for source in sources}
+    checked = {
+        source: check_with_cache(source, _num_classes(cfg, source), masks=cfg.MODEL.MASK_ON)
+        for source in sources
+    }
     found = [finding for result in checked.values() for finding in result.findings]
     found += _disagreements(cfg, checked) + _wrong_mask_format(cfg, checked)
     report = Path(cfg.OUTPUT_DIR) / REPORT
@@ -180,14 +183,17 @@ def _fix_command(source: CocoSource) -> str:
     return shlex.join(["python", "tools/check_dataset.py", *flags])
 
 
-def check_with_cache(source: CocoSource, num_classes: int | None = None) -> CheckedFile:
+def check_with_cache(
+    source: CocoSource, num_classes: int | None = None, *, masks: bool = True
+) -> CheckedFile:
     """Checks a data set, or returns what an earlier check of the same files found.
 
     Args:
         source: the data set.
         num_classes: of the model, None if it does not matter.
+        masks: whether objects need masks.
     """
-    path = _cache_path(source, num_classes)
+    path = _cache_path(source, num_classes, masks)
     kept = _read_cache(path) if path else None
     if kept is not None:
         logger.info("%s and its images were checked before", source.json_file)
@@ -202,7 +208,7 @@ def check_with_cache(source: CocoSource, num_classes: int | None = None) -> Chec
         listed = listed_images(content["images"], source.image_root, lvis=source.lvis)
         files = [image.path for image in listed]
     before = _fingerprint(files)
-    options = CheckOptions(num_classes=num_classes, lvis=source.lvis)
+    options = CheckOptions(num_classes=num_classes, lvis=source.lvis, masks=masks)
     facts = check_content(content, source.image_root, found, options)
     example = facts.formats.examples.get("run lengths")
     result = CheckedFile(found, facts.categories, [] if example is None else [example])
@@ -211,11 +217,11 @@ def check_with_cache(source: CocoSource, num_classes: int | None = None) -> Chec
     return result
 
 
-def _cache_path(source: CocoSource, num_classes: int | None) -> Path | None:
+def _cache_path(source: CocoSource, num_classes: int | None, masks: bool) -> Path | None:
     """Returns the place for what a check finds: by content of the file, arguments and checker."""
     digest = hashlib.sha256()
     # As text: relative paths mean another file in another folder.
-    arguments = [source.json_file, source.image_root, source.lvis, num_classes, os.getcwd()]  # noqa: PTH109
+    arguments = [source.json_file, source.image_root, source.lvis, num_classes, masks, os.getcwd()]  # noqa: PTH109
     digest.update(json.dumps(arguments).encode())
     try:
         for code in sorted(Path(__file__).parent.glob("*.py")):

@@ -74,7 +74,7 @@ class Shares:
         box = mask.box
         area: Any = annotation.get("area")
         width, height = box[2] - box[0], box[3] - box[1]
-        if not crowd and is_finite(area):
+        if not crowd and mask.inside and is_finite(area) and area >= 0:
             self._areas.extend((index, area, mask.area, mask.hollow_area, width, height))
         image_hw = self._sizes.get(image_id)
         whole = image_hw is not None and height >= image_hw[0] and width >= image_hw[1]

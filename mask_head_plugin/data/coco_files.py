@@ -25,7 +25,7 @@ from detectron2.data.datasets import load_coco_json
 from ..config import ConfigError, nearest_name
 from .check import read_content
 from .check_records import check_categories, check_sections
-from .findings import Findings
+from .findings import Findings, errors_of
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +175,8 @@ def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
     names: dict[Any, str] = {}
     if not found and check_sections(content, found):
         names = check_categories(content["categories"], found)
-    if found:
-        raise ConfigError(str(found[0]))
+    if errors := errors_of(found):
+        raise ConfigError(str(errors[0]))
     has_rle = any(
         isinstance(x, dict) and isinstance(x.get("segmentation"), dict) and not x.get("iscrowd")
         for x in content["annotations"]

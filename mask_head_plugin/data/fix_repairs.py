@@ -8,15 +8,13 @@ Shape alphabet: H, W sides of an image.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
 
-from .check_records import file_name, is_outside
+from .check_records import file_name
 from .fix_document import Document, Record
 
 Polygon = list[float]
@@ -109,14 +107,6 @@ def _merge_image(document: Document, image: Record) -> str | None:
     reason = f"its annotations are now of image {first.get('id')!r}, which has the same file"
     document.drop(image, reason, merged=True)
     return None
-
-
-def _relative_file_name(document: Document, image: Record) -> str | None:
-    name = os.path.relpath(Path(document.image_root, image["file_name"]), document.image_root)
-    if is_outside(name):
-        return None
-    image["file_name"] = name
-    return f"file_name is now {name!r}"
 
 
 def _file_elsewhere(document: Document, image: Record) -> str | None:
@@ -292,7 +282,6 @@ REPAIRS: dict[tuple[str, str], Repair] = {
     ("images", "image-size-invalid"): _size_from_file,
     ("images", "duplicate-image-id"): _repeated_image,
     ("images", "duplicate-file-name"): _merge_image,
-    ("images", "file-name-outside"): _relative_file_name,
     ("images", "image-file-elsewhere"): _file_elsewhere,
     ("images", "image-size-alike"): _size_from_file,
     ("annotations", "id-not-integer"): _annotation_id,

@@ -28,11 +28,10 @@ from mask_head_plugin.data.findings import KINDS, SEVERITIES, Findings, errors_o
 ELSEWHERE = {
     *("json-missing", "num-classes", "category-id-range", "categories-disagree"),
     "rle-needs-bitmask",
-    # test_whole_files.py and test_image_files_found.py
-    *("git-lfs-pointer", "not-a-coco-file", "only-crowds", "no-masks", "crowd-by-export"),
-    *("area-suspicious", "area-of-box", "ring-as-hole", "mask-on-several-images"),
-    *("image-without-objects", "image-in-both-splits", "unused-category", "id-as-text"),
-    *("image-file-elsewhere", "image-size-alike", "mask-of-another-image"),
+    # test_check_shares.py, test_check_files.py, test_check_splits.py
+    *("no-masks", "crowd-by-export", "area-suspicious", "area-of-box", "ring-as-hole"),
+    *("mask-on-several-images", "mask-of-another-image", "image-without-objects"),
+    *("image-size-alike", "image-in-both-splits"),
 }
 
 
@@ -325,10 +324,24 @@ def test_any_bytes_are_json_or_a_finding(tmp_path_factory, junk, position):
     check(data)
 
 
-def test_polygons_of_a_bad_image_record_do_not_stop_the_check(good):
-    good.image(2)["height"] = "60"
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [("height", "60", "image-size-invalid"), ("width", None, "image-missing-key")],
+)
+def test_masks_of_an_image_without_a_size_are_checked_with_that_of_the_file(good, key, value, kind):
+    good.image(2)[key] = value
     good.annotation(13)["segmentation"] = [rectangle(0, 0, 500, 500)]
-    assert {x.kind for x in check(good.write())} == {"image-size-invalid"}
+    assert {x.kind for x in check(good.write())} == {kind, "polygon-outside"}
+
+
+def test_masks_of_an_image_that_is_not_listed_are_checked_in_themselves(good):
+    good.annotation(13).update(image_id=99, segmentation=[[0, 0, 20, 0, 20]])
+    good.annotation(14).update(image_id=99, segmentation={"size": [60, 80], "counts": [7]})
+    kinds = {(x.kind, x.annotation_id) for x in errors_of(check(good.write()))}
+    assert kinds == {
+        *(("unknown-image", 13), ("polygon-odd", 13)),
+        *(("unknown-image", 14), ("rle-sum", 14)),
+    }
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
