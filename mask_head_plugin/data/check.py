@@ -31,8 +31,8 @@ from .check_records import (
 from .check_shares import Shares
 from .check_whole import check_whole
 from .findings import Finding, Findings, Place, quote
-from .image_folders import join_folders
 from .foreign_files import foreign_bytes, foreign_text
+from .image_folders import join_folders
 
 FEW_ANNOTATIONS = 50_000  # are checked in a second
 
