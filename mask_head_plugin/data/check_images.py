@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .findings import Findings, Place, quote
+from .findings import Findings, Place, quote, quote_path
 
 EXIF_ORIENTATION = 274
 TURNED = (5, 6, 7, 8)
@@ -205,7 +205,7 @@ def check_image_files(
     honoured = _orientation_is_honoured(images, known)
     for image in images:
         for kind, message in _problems(image, known[image.path], honoured):
-            message = f"its file {quote(image.path)} {message}"
+            message = f"its file {quote_path(image.path)} {message}"
             found.add(kind, message, Place("images", image.number, image.image_id))
 
 

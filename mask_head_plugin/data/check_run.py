@@ -22,7 +22,18 @@ from detectron2.data import MetadataCatalog
 from ..config import ConfigError
 from .check import CheckOptions, check_content, read_content
 from .check_files import listed_images
-from .findings import Finding, Findings, count_by_severity, errors_of, quote, summary_table
+from .check_splits import shared_images
+from .findings import (
+    ERROR,
+    HINT,
+    Finding,
+    Findings,
+    count_by_severity,
+    errors_of,
+    quote,
+    quote_path,
+    summary_table,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +69,13 @@ class CheckedFile:
         findings: all.
         categories: names by id.
         rle_example: the id of an annotation that is no crowd and has run lengths, in a list.
+        files: paths of the images.
     """
 
     findings: list[Finding]
     categories: dict[int, str]
     rle_example: list[Any]
+    files: list[str]
 
 
 def check_dataset_files(cfg: CfgNode) -> None:
@@ -87,13 +100,23 @@ def check_dataset_files(cfg: CfgNode) -> None:
         source: check_with_cache(source, _num_classes(cfg, source), masks=cfg.MODEL.MASK_ON)
         for source in sources
     }
-    found = [finding for result in checked.values() for finding in result.findings]
+    found = [
+        finding
+        for source, result in checked.items()
+        for finding in result.findings
+        if finding.kind != "image-without-objects" or _leave_training(cfg, source)
+    ]
     found += _disagreements(cfg, checked) + _wrong_mask_format(cfg, checked)
+    found += _in_both_splits(cfg, checked)
     report = Path(cfg.OUTPUT_DIR) / REPORT
     write_report(found, report)
     errors = errors_of(found)
-    if found:
+    if any(finding.severity != HINT for finding in found):
         logger.warning("findings in the data sets (all in %s):\n%s", report, summary_table(found))
+    for finding in found:
+        if finding.severity != ERROR and finding.index < 0:  # a table does not hold the shares
+            level = logging.INFO if finding.severity == HINT else logging.WARNING
+            logger.log(level, "%s", finding)
     if errors and mode == "error":
         raise ConfigError(_message(errors, sources, report))
 
@@ -112,9 +135,8 @@ def _sources(cfg: CfgNode) -> list[CocoSource]:
         metadata = MetadataCatalog.get(name)
         if metadata.get("made_on_first_use", False):
             continue
-        # COCO_FILES evaluates with a copy where a file lacks categories.
-        json_file = metadata.get("source_json_file", metadata.get("json_file", ""))
-        image_root, kind = metadata.get("image_root", ""), metadata.get("evaluator_type", "")
+        json_file, image_root = _files_of(name)
+        kind = metadata.get("evaluator_type", "")
         remote = any("://" in path for path in (json_file, image_root))
         if not (json_file and image_root) or remote or kind not in ("coco", "lvis"):
             logger.info(
@@ -125,6 +147,14 @@ def _sources(cfg: CfgNode) -> list[CocoSource]:
         source = CocoSource(name, json_file, image_root, kind == "lvis", matched)
         sources.setdefault((json_file, image_root), source)
     return list(sources.values())
+
+
+def _files_of(name: str) -> tuple[str, str]:
+    """Returns the annotation file and the image folder of a data set, empty if it has none."""
+    metadata = MetadataCatalog.get(name)
+    # COCO_FILES evaluates with a copy where a file lacks categories.
+    json_file = metadata.get("source_json_file", metadata.get("json_file", ""))
+    return json_file, metadata.get("image_root", "")
 
 
 def _num_classes(cfg: CfgNode, source: CocoSource) -> int | None:
@@ -149,6 +179,34 @@ def _disagreements(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list
                 f"of {source.name!r} and {reference!r}, category {i} is {quote(name)} only {where}"
             )
             found.append(Finding("categories-disagree", source.json_file, message))
+    return found
+
+
+def _leave_training(cfg: CfgNode, source: CocoSource) -> bool:
+    """Returns whether images without objects, if a data set has some, are not trained on."""
+    return source.name in cfg.DATASETS.TRAIN and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+
+
+def _in_both_splits(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
+    """Looks for the training images in the data sets of DATASETS.TEST."""
+    found: list[Finding] = []
+    # A data set in both is known once only, by the name in TRAIN.
+    of_name = {
+        name: next((x for x in checked if _files_of(name) == (x.json_file, x.image_root)), None)
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    }
+    trained = [x for name in cfg.DATASETS.TRAIN if (x := of_name[name])]
+    train = [(x.image_root, path) for x in trained for path in checked[x].files]
+    for name in cfg.DATASETS.TEST:
+        source = of_name[name]
+        if source is None or not train:
+            continue
+        test = [(source.image_root, path) for path in checked[source].files]
+        for how, pairs in shared_images(train, test):
+            share = f"{len(pairs)} of {len(test)} ({len(pairs) / len(test):.1%}) images"
+            example = " and ".join(map(quote_path, pairs[0]))
+            message = f"{share} of {name!r} are in the training data, too: {how}, such as {example}"
+            found.append(Finding("image-in-both-splits", source.json_file, message))
     return found
 
 
@@ -202,7 +260,7 @@ def check_with_cache(
     found = Findings(source.json_file)
     content = read_content(source.json_file, found)
     if found:
-        return CheckedFile(found, {}, [])
+        return CheckedFile(found, {}, [], [])
     files = []
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         listed = listed_images(content["images"], source.image_root, lvis=source.lvis)
@@ -211,9 +269,10 @@ def check_with_cache(
     options = CheckOptions(num_classes=num_classes, lvis=source.lvis, masks=masks)
     facts = check_content(content, source.image_root, found, options)
     example = facts.formats.examples.get("run lengths")
-    result = CheckedFile(found, facts.categories, [] if example is None else [example])
-    if path:
-        _write_cache(path, result, files, before)
+    result = CheckedFile(found, facts.categories, [] if example is None else [example], files)
+    # A file that is missing may come to be elsewhere in the folder, which no file listed shows.
+    if path and not any(x.kind in ("image-file-missing", "image-file-elsewhere") for x in found):
+        _write_cache(path, result, before)
     return result
 
 
@@ -249,12 +308,12 @@ def _fingerprint(files: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _write_cache(path: Path, result: CheckedFile, files: list[str], fingerprint: str) -> None:
+def _write_cache(path: Path, result: CheckedFile, fingerprint: str) -> None:
     content = {
         "findings": [astuple(finding) for finding in result.findings],
         "categories": list(result.categories.items()),
         "rle_example": result.rle_example,
-        "files": files,
+        "files": result.files,
         "fingerprint": fingerprint,
     }
     unfinished = path.with_suffix(f".{os.getpid()}")
@@ -272,6 +331,7 @@ def _read_cache(path: Path) -> CheckedFile | None:
         if content["fingerprint"] != _fingerprint(content["files"]):
             return None
         findings = [Finding(*values) for values in content["findings"]]
-        return CheckedFile(findings, dict(content["categories"]), content["rle_example"])
+        categories = dict(content["categories"])
+        return CheckedFile(findings, categories, content["rle_example"], content["files"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         return None

@@ -40,6 +40,8 @@ class CocoFile:
     json_file: str
     image_root: str
     categories: Categories
+    used: frozenset[int]
+    """Ids of the categories that anything is annotated with."""
     has_rle: bool
     """Whether any instance that is not a crowd has a mask in run-length encoding."""
 
@@ -181,7 +183,9 @@ def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
         isinstance(x, dict) and isinstance(x.get("segmentation"), dict) and not x.get("iscrowd")
         for x in content["annotations"]
     )
-    return CocoFile(json_file, image_root, dict(sorted(names.items())), has_rle)
+    ids = (x.get("category_id") for x in content["annotations"] if isinstance(x, dict))
+    used = frozenset(i for i in ids if type(i) is int)
+    return CocoFile(json_file, image_root, dict(sorted(names.items())), used, has_rle)
 
 
 def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
@@ -248,11 +252,11 @@ def _reference_categories(cfg: CfgNode, files: dict[str, CocoFile]) -> tuple[str
 
 
 def _check_categories(name: str, file: CocoFile, reference: tuple[str, Categories]) -> None:
-    """Raises ConfigError unless each category of a file is one of the reference, id and name."""
+    """Raises ConfigError unless each used category of a file is of the reference, id and name."""
     reference_name, known = reference
     ids_by_name = {category: i for i, category in known.items()}
     for i, category in file.categories.items():
-        if known.get(i) == category:
+        if known.get(i) == category or i not in file.used:
             continue
         if i in known:
             fault = f"id {i} is {category!r} here and {known[i]!r} there"
@@ -315,14 +319,13 @@ def _loader(file: CocoFile, class_indices: dict[int, int]) -> Callable[[], list[
 
 
 def _with_all_categories(name: str, file: CocoFile, categories: Categories, output: Path) -> str:
-    """Returns the annotation file for evaluation: one that lists all categories of the model.
+    """Returns the annotation file for evaluation: one that lists the categories of the model.
 
     COCOEvaluator stops where the file lists fewer classes than the model has, so a file that lacks
-    some gets a copy with the full list.
+    some, or has others that it does not use, gets a copy with the model's list.
     """
-    if len(file.categories) == len(categories):
+    if file.categories == categories:
         return file.json_file
-    missing = [category for i, category in categories.items() if i not in file.categories]
     content = json.loads(Path(file.json_file).read_text(encoding="utf-8"))
     content["categories"] = [{"id": i, "name": category} for i, category in categories.items()]
     text = json.dumps(content)
@@ -332,7 +335,10 @@ def _with_all_categories(name: str, file: CocoFile, categories: Categories, outp
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
-    logger.info("%s lacks the categories %s; evaluating with %s", file.json_file, missing, path)
+    logger.info(
+        "%s lists other categories than the model has: %s; evaluating with a copy, %s",
+        *(file.json_file, sorted(set(file.categories.items()) ^ set(categories.items())), path),
+    )
     return str(path)
 
 

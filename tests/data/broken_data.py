@@ -66,11 +66,11 @@ def encode(x0: int, y0: int, x1: int, y1: int, hw: tuple[int, int] = HW) -> dict
     return {"size": list(hw), "counts": mask_util.encode(mask)["counts"].decode()}
 
 
-def make_good(folder: Path) -> DataSet:
+def make_good(folder: Path, seed: int = 0) -> DataSet:
     """Writes two JPEGs and two PNGs, five objects and a crowd of two categories."""
     images = folder / "images"
     images.mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     content: Content = {"images": [], "annotations": [], "categories": []}
     for i, suffix in enumerate(("jpg", "png", "jpg", "png"), start=1):
         name = f"{i}.{suffix}"

@@ -132,7 +132,9 @@ def test_real_data_sets_have_no_findings(kind, split):
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real images are not at {SHARED_DATA}")
     folder = SHARED_DATA / f"{kind}_{split}"
-    assert check_coco_file(str(folder / "annotations.json"), str(folder / "images")) == []
+    found = check_coco_file(str(folder / "annotations.json"), str(folder / "images"))
+    # Some dozen photographs do not have all of COCO's categories.
+    assert {x.kind for x in found} <= ({"unused-category"} if kind == "coco_photos" else set())
 
 
 def test_the_shapes_have_no_findings(tmp_path):

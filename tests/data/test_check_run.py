@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def data(tmp_path, cache):
-    return {split: make_good(tmp_path / split) for split in ("train", "val")}
+    return {split: make_good(tmp_path / split, k) for k, split in enumerate(("train", "val"))}
 
 
 @pytest.fixture

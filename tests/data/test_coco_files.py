@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+import torch
 from conftest import SHARED_DATA, small_config
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data import check_datasets, register_coco_files
+from mask_head_plugin.data import check_dataset_files, check_datasets, register_coco_files
+from mask_head_plugin.evaluation import MaskEvaluator
 
 HW = (40, 50)
 POLYGON = [[5.0, 5.0, 25.0, 5.0, 25.0, 25.0, 5.0, 25.0]]
@@ -132,6 +136,37 @@ def test_wrong_number_of_classes_names_both_numbers(tmp_path):
     val = write_files(tmp_path, "val", CATEGORIES)
     with pytest.raises(ConfigError, match=r"NUM_CLASSES is 80, but .*test_train.* has 3 classes"):
         configure(tmp_path, train, val, num_classes=80)
+
+
+def test_categories_that_nothing_is_annotated_with_stop_nothing(tmp_path):
+    """labelme lists _background_, Roboflow a class 0 of the project's name."""
+    train = write_files(tmp_path, "train", {0: "_background_", **CATEGORIES}, used=CATEGORIES)
+    val = write_files(tmp_path, "val", {0: "animals", **CATEGORIES, 12: "yak"}, used=CATEGORIES)
+    configure(tmp_path, train, val, num_classes=4)
+    records = DatasetCatalog.get("test_val")
+    assert [x["annotations"][0]["category_id"] for x in records] == [1, 2, 3]
+    evaluated = json.loads(Path(MetadataCatalog.get("test_val").json_file).read_text())
+    assert [x["name"] for x in evaluated["categories"]] == ["_background_", "cat", "dog", "owl"]
+
+
+def test_boxes_without_masks_are_loaded_and_measured_where_the_model_has_no_masks(tmp_path):
+    files = [
+        write_files(tmp_path, split, CATEGORIES, segmentation=[]) for split in ("train", "val")
+    ]
+    cfg = configure(tmp_path, *files)
+    cfg.MODEL.MASK_ON = False
+    check_dataset_files(cfg)
+    records = DatasetCatalog.get("test_train")
+    assert len(DatasetMapper(cfg, is_train=True)(records[0])["instances"]) == 1
+    evaluator = MaskEvaluator("test_val", tasks=("bbox",), output_dir=str(tmp_path / "results"))
+    evaluator.reset()
+    for record in DatasetCatalog.get("test_val"):
+        instances = Instances(HW)
+        instances.pred_boxes = Boxes(torch.tensor([[5.0, 5.0, 25.0, 25.0]]))
+        instances.scores = torch.ones(1)
+        instances.pred_classes = torch.tensor([record["annotations"][0]["category_id"]])
+        evaluator.process([record], [{"instances": instances}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,168 @@
+"""Image files that are elsewhere, of another size than all records say, or Git LFS's pointers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from broken_data import LFS_POINTER, encode, make_good, rectangle
+from test_check import check
+
+from mask_head_plugin.data.foreign_files import foreign_json, foreign_text
+
+LONG = "x" * 90
+
+
+@pytest.fixture
+def good(tmp_path):
+    return make_good(tmp_path)
+
+
+def test_a_file_below_the_folder_is_said_with_its_whole_name_and_machine_readable(good):
+    below = good.images / "images"
+    below.mkdir()
+    good.path(2).rename(below / f"{LONG}.png")
+    good.image(2)["file_name"] = f"{LONG}.png"
+    (found,) = check(good.write())
+    assert (found.kind, found.image_id) == ("image-file-elsewhere", 2)
+    assert found.right_value == f"images/{LONG}.png" == found.as_dict()["right_value"]
+    assert str(found).count(LONG) == 2
+
+
+@pytest.mark.parametrize("name", ["missing", "unreadable"])
+def test_names_are_never_cut(good, name):
+    good.path(2).rename(good.images / f"{LONG}.txt")
+    good.image(2)["file_name"] = f"{LONG}.txt" if name == "unreadable" else f"{LONG}.png"
+    (good.images / f"{LONG}.txt").write_text("no image")
+    (found,) = check(good.write())
+    assert found.kind == f"image-{'file-' * (name == 'missing')}{name}" and LONG in str(found)
+
+
+def test_a_file_that_another_record_names_is_not_taken_for_a_missing_one(good):
+    good.image(2)["file_name"] = "photos/4.png"
+    (found,) = check(good.write())
+    assert (found.kind, found.right_value) == ("image-file-missing", None)
+
+
+def test_a_file_in_another_folder_is_named_but_not_taken(good):
+    (good.images / "train").mkdir()
+    good.path(2).rename(good.images / "train" / "2.png")
+    good.image(2)["file_name"] = "val/2.png"
+    (found,) = check(good.write())
+    assert found.kind == "image-file-missing" and "'train/2.png' there" in found.message
+
+
+def test_an_absolute_name_outside_the_folder_is_said_to_exist(good, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    good.path(2).rename(other / "2.png")
+    good.image(2)["file_name"] = str(other / "2.png")
+    (found,) = check(good.write())
+    assert found.kind == "file-name-outside" and "there is such a file" in found.message
+
+
+def wrong_sizes(good):
+    for image in good.content["images"]:
+        image.update(height=28, width=28)
+
+
+def test_sizes_that_are_all_alike_while_the_masks_fit_the_files(good):
+    wrong_sizes(good)
+    good.content["annotations"].pop()  # the crowd, whose run lengths tell the size themselves
+    found = check(good.write())
+    assert [x.kind for x in found] == ["image-size-alike"] * 4
+    assert "is 80 x 60, the record has 28 x 28, as all records do" in str(found[0])
+
+
+def test_run_lengths_tell_the_size_of_their_image(good):
+    wrong_sizes(good)
+    for annotation in good.content["annotations"]:
+        annotation.update(segmentation=encode(9, 9, 20, 20), bbox=[9, 9, 11, 11], area=121)
+    kinds = {x.kind for x in check(good.write()) if x.severity == "error"}
+    assert kinds == {"image-size-alike"}
+
+
+def test_masks_that_fit_the_small_size_do_not_blame_the_records(good):
+    wrong_sizes(good)
+    good.content["annotations"].pop()
+    for annotation in good.content["annotations"]:
+        annotation.update(segmentation=[rectangle(5, 5, 25, 20)], bbox=[5, 5, 20, 15], area=300)
+    assert {x.kind for x in check(good.write()) if x.severity == "error"} == {"image-size-mismatch"}
+
+
+def test_masks_that_fit_neither_do_not_blame_the_records(good):
+    wrong_sizes(good)
+    good.content["annotations"].pop()
+    for annotation in good.content["annotations"]:
+        annotation["segmentation"] = [rectangle(5, 5, 300, 200)]
+    assert "image-size-alike" not in {x.kind for x in check(good.write())}
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("0 0.5 0.5 0.2 0.3\n1 0.1 0.2 0.3 0.4\n", "YOLO labels"),
+        ("12 0.51 0.1 0.6 0.2 0.7 0.8 0.6 1e-3\n", "YOLO labels"),
+        ("# set\npath: ../data\ntrain: images\nnames:\n  0: cat\n", "a YAML file"),
+        ("nc: 2\nnames: ['a', 'b']\n", "a YAML file"),
+        ('<?xml version="1.0"?>\n<annotations><version/>', "CVAT's XML"),
+        ("<annotation verified='yes'>\n<folder/>", "Pascal VOC's XML"),
+        ("<!DOCTYPE html>\n<html>", "a web page"),
+        ("filename,file_size,file_attributes\n", "VIA's CSV"),
+        ('{"images": [,', ""),
+        ("[1, 2,, 3]", ""),
+        ("[\nnames: 3", ""),
+    ],
+)
+def test_texts_of_other_tools_are_named(good, text, what):
+    assert (what in foreign_text(text)) if what else foreign_text(text) == ""
+    (found,) = check(good.write(text))
+    assert (found.kind == "not-a-coco-file") == bool(what)
+
+
+DETECTION = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+ANNOTATION = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}
+COCO = {"images": [], "categories": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ([DETECTION] * 3000, "detections with scores"),
+        ({**COCO, "annotations": [DETECTION] * 3000}, "detections with scores"),
+        ([ANNOTATION], "a list of annotations"),
+        ({"version": "5.0", "shapes": [], "imagePath": "a.jpg", "imageData": None}, "labelme's"),
+        ({"a.jpg123": {"filename": "a.jpg", "size": 123, "regions": []}}, "VIA"),
+        ({"_via_img_metadata": {}, "_via_settings": {}}, "VIA"),
+        ({"info": {}, "items": [], "categories": {}}, "Datumaro's"),
+        ({"objects": [], "size": {"height": 1, "width": 1}}, "Supervisely's"),
+        ({"imgHeight": 1, "imgWidth": 2, "objects": []}, "Cityscapes'"),
+        ({**COCO, "annotations": [{"segments_info": [], "image_id": 1}]}, "panoptic"),
+        ({**COCO, "annotations": [{"caption": "a", "image_id": 1, "id": 1}]}, "captions"),
+        ([{"id": 1, "data": {"image": "a.jpg"}, "annotations": []}], "Label Studio"),
+        ([{"image": "a.jpg", "annotations": []}], "CreateML's"),
+        ({**COCO, "annotations": [ANNOTATION]}, ""),
+        ({**COCO, "annotations": [{**ANNOTATION, "score": 1, "area": 1, "iscrowd": 0}]}, ""),
+        ({}, ""),
+        ([], ""),
+        (5, ""),
+    ],
+)
+def test_contents_of_other_tools_are_named_in_one_line(good, content, what):
+    assert (what in foreign_json(content)) if what else foreign_json(content) == ""
+    if what:
+        (found,) = check(good.write(json.dumps(content)))
+        assert found.kind == "not-a-coco-file"
+
+
+def test_an_archive_is_named(good):
+    (found,) = check(good.write(b"PK\x03\x04" + bytes(range(256))))
+    assert found.kind == "not-a-coco-file" and "unpack" in found.message
+
+
+def test_pointers_of_git_lfs_are_named(good):
+    good.path(1).write_text(LFS_POINTER)
+    (found,) = check(good)
+    assert found.kind == "git-lfs-pointer" and "git lfs pull" in found.fix
+    (found,) = check(good.write(LFS_POINTER))
+    assert found.kind == "git-lfs-pointer"
