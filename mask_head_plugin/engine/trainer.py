@@ -60,6 +60,7 @@ from ..messages import listed
 from .checkpoint import MaskHeadCheckpointer, set_aside_earlier_run, sole_writer
 from .evaluation import evaluate_dataset
 from .foreign_files import check_proposal_files
+from .gradient_clipping import clip_gradients
 from .guards import StepGuard
 from .hooks import (
     BestCheckpointer,
@@ -178,6 +179,17 @@ class Trainer(DefaultTrainer):
             JSONWriter(folder / "metrics.json"),
             TensorboardXWriter(str(folder)),
         ]
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """Returns detectron2's optimizer, with SOLVER.CLIP_GRADIENTS as gradient_clipping does."""
+        unclipped = cfg.clone()
+        unclipped.defrost()
+        unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer: torch.optim.Optimizer = super().build_optimizer(unclipped, model)
+        if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+            clip_gradients(optimizer, cfg.SOLVER.CLIP_GRADIENTS)
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
