@@ -30,6 +30,7 @@ from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
 from ..messages import listed
 from .class_rows import class_tensors, file_classes, match_classes, num_classes_of
+from .config_colours import warn_of_colours
 from .download import local_copy
 from .foreign_files import read_checkpoint
 from .weights import WeightsPolicy, compare, matched_by_ends, settle, without_prefix
@@ -171,8 +172,9 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         arguments = (self.model, named, self._policy, self._source)
         names = match_classes(weights, *arguments, resuming=resuming)
         by_ends = checkpoint.pop("matching_heuristics", False)
+        author = checkpoint.get("__author__", "")
+        warn_of_colours(self._policy.input_format, author, self._source)
         if by_ends:
-            author = checkpoint.get("__author__", "")
             weights = matched_by_ends(weights, self.model, author, self._source)
         shapes = {name: weight.shape for name, weight in weights.items()}
         checkpoint["model"] = weights

@@ -78,6 +78,7 @@ def check_config(
     check_test(cfg, train=train, evaluate=evaluate)
     if train:
         check_best_metric(cfg)
+        _warn_of_frozen_random_weights(cfg)
     check_features(cfg, train=train)
     _check_device(cfg, train)
     try:
@@ -175,6 +176,16 @@ def _check_mask_output(cfg: CfgNode) -> None:
         raise ConfigError(
             f"MODEL.MASK_OUTPUT rle needs MODEL.META_ARCHITECTURE {own}; with {name} it must be "
             "bitmask"
+        )
+
+
+def _warn_of_frozen_random_weights(cfg: CfgNode) -> None:
+    frozen = cfg.MODEL.BACKBONE.FREEZE_AT
+    if not cfg.MODEL.WEIGHTS and frozen > 0:
+        logger.warning(
+            "MODEL.WEIGHTS is empty, so MODEL.BACKBONE.FREEZE_AT %d keeps the first stages at "
+            "random values; set it to 0, and a MODEL.RESNETS.NORM that learns, such as GN",
+            frozen,
         )
 
 

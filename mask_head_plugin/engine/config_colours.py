@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 from detectron2.config import CfgNode
+
+logger = logging.getLogger(__name__)
 
 IMAGENET_BGR = {
     "PIXEL_MEAN": ((103.5, 116.3, 123.7), 2.0),
@@ -13,6 +17,9 @@ IMAGENET_BGR = {
 ZOO = ("detectron2://", "catalog://", "https://dl.fbaipublicfiles.com/detectron")
 RGB_IN_ZOO = ("/torchvision/", "/ViTDet/")
 """Parts of the addresses of the zoo's weights that are trained on RGB; all others are on BGR."""
+
+ORDER_BY_AUTHOR = {"torchvision": "RGB", "Caffe2": "BGR", "pycls": "BGR"}
+"""Order of the colours that ImageNet models were trained on, by the ``__author__`` in the file."""
 
 
 def wrong_colours(cfg: CfgNode) -> str | None:
@@ -43,3 +50,20 @@ def wrong_colours(cfg: CfgNode) -> str | None:
             f"set INPUT.FORMAT to {trained}, and MODEL.PIXEL_MEAN and PIXEL_STD in that order"
         )
     return None
+
+
+def warn_of_colours(input_format: str, author: str, source: str) -> None:
+    """Logs a warning where weights were trained on another order of colours.
+
+    Args:
+        input_format: INPUT.FORMAT, or "" if it is not known.
+        author: who has made the file, as it says itself.
+        source: its path.
+    """
+    trained = ORDER_BY_AUTHOR.get(author, input_format)
+    if input_format in ("BGR", "RGB") and trained != input_format:
+        logger.warning(
+            "%s is %s's, trained on %s, but INPUT.FORMAT is %s; set it, and PIXEL_MEAN and "
+            "PIXEL_STD in that order",
+            *(source, author, trained, input_format),
+        )

@@ -45,6 +45,7 @@ class WeightsPolicy:
         whole: whether the weights must fill the whole model, since nothing will train it.
         surplus: whether the weights of a detector may hold more than the model.
         advice: what to do about weights that do not fit.
+        input_format: INPUT.FORMAT, if known: weights of another order of colours are told.
     """
 
     class_names: Sequence[str] | None = None
@@ -53,12 +54,18 @@ class WeightsPolicy:
     whole: bool = False
     surplus: bool = False
     advice: str = ADVICE
+    input_format: str = ""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, *, train: bool) -> WeightsPolicy:
         """Returns the policy of a run that trains, or one that only evaluates."""
         names = class_names(cfg, "TRAIN" if train else "TEST")
-        return cls(names, strict=cfg.MODEL.WEIGHTS_STRICT, whole=not train)
+        return cls(
+            names,
+            strict=cfg.MODEL.WEIGHTS_STRICT,
+            whole=not train,
+            input_format=cfg.INPUT.FORMAT,
+        )
 
     @classmethod
     def of_predictor(cls, datasets: CfgNode | None, num_classes: int | None) -> WeightsPolicy:

@@ -382,3 +382,13 @@ def test_evaluation_needs_no_training_set(tmp_path):
     opts = ["DATASETS.TRAIN", "()", "OUTPUT_DIR", str(tmp_path)]
     cfg = load_config(str(CONFIGS / "Base-MaskRCNN-FPN.yaml"), opts)
     check_config(cfg, train=False)
+
+
+def test_random_weights_that_stay_frozen_are_told(tmp_path, caplog):
+    opts = ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", ""]
+    check_config(load_config(str(CONFIGS / FPN), opts), train=True)
+    assert "FREEZE_AT 2 keeps the first stages at random values; set it to 0" in caplog.text
+    caplog.clear()
+    opts += ["MODEL.BACKBONE.FREEZE_AT", "0"]
+    check_config(load_config(str(CONFIGS / FPN), opts), train=True)
+    assert "FREEZE_AT" not in caplog.text

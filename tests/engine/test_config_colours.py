@@ -1,0 +1,36 @@
+"""Weights that were trained on another order of colours than the config's are told."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from mask_head_plugin.engine import MaskHeadCheckpointer, WeightsPolicy
+
+
+@pytest.mark.parametrize(
+    ("author", "input_format", "is_told"),
+    [
+        ("torchvision", "BGR", True),
+        ("torchvision", "RGB", False),
+        ("Caffe2", "RGB", True),
+        ("Caffe2", "BGR", False),
+        ("torchvision", "L", False),
+        ("torchvision", "", False),
+        ("somebody", "RGB", False),
+    ],
+)
+def test_a_file_says_by_its_author_what_it_was_trained_on(
+    tmp_path, caplog, author, input_format, is_told
+):
+    model = torch.nn.Linear(2, 2)
+    arrays = {name: x.detach().numpy() for name, x in model.named_parameters()}
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": author}))
+    policy = WeightsPolicy(strict=False, input_format=input_format)
+    MaskHeadCheckpointer(model, policy=policy).load(str(path))
+    order = "RGB" if author == "torchvision" else "BGR"
+    told = f"{path} is {author}'s, trained on {order}, but INPUT.FORMAT is {input_format}"
+    assert (told in caplog.text) == is_told
