@@ -1,0 +1,203 @@
+"""docs/config_keys.md says who reads each key, as recorded while models and runs are made.
+
+``python tests/test_config_keys.py`` writes the table anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import CONFIGS, ROOT, SMALL_RESNET
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_setup
+
+from mask_head_plugin import add_mask_head_config, load_config
+from mask_head_plugin.config import flatten
+from mask_head_plugin.data import check_dataset_files, register_coco_files
+from mask_head_plugin.engine import Trainer, config_unread
+from mask_head_plugin.shared_names import PACKAGE
+
+TABLE = ROOT / "docs" / "config_keys.md"
+TITLE = """# Who reads which config key
+
+Each key of this plugin, and each key of detectron2 that a config or a page here names, as recorded
+by `python tests/test_config_keys.py`, which writes this page.
+
+*model*: when the model is built, by any trainer. *loader*, *solver*, *DefaultTrainer*: those of
+detectron2. *Trainer*: this plugin's Trainer, checkpointer or evaluation. *call*:
+`register_coco_files(cfg)` or `check_dataset_files(cfg)`. *tools*: `train_net.py` and others.
+
+| key | read by |
+|---|---|
+"""
+PARTS = {
+    f"{PACKAGE}.modeling": "model",
+    "detectron2.modeling": "model",
+    "detectron2.layers": "model",
+    f"{PACKAGE}.data.train_loader": "Trainer",
+    f"{PACKAGE}.data": "call",
+    PACKAGE: "Trainer",
+    "detectron2.data": "loader",
+    "detectron2.solver": "solver",
+    "detectron2.engine": "DefaultTrainer",
+    "detectron2.evaluation": "Trainer",
+}
+NO_READERS = ("yacs.", "fvcore.", "detectron2.config", "copy", "contextlib", __name__, "__main__")
+OWN_NO_READERS = {f"{PACKAGE}.config", f"{PACKAGE}.engine.config_unread"}
+NOBODY = {"VERSION": "file format", "IMPORTS": "tools", "DATASETS.CHECK": "call"}
+"""Keys that are read before a config can be watched."""
+
+HEAD = "MODEL.ROI_MASK_HEAD."
+FAMILIES = [
+    ("Base-MaskRCNN-FPN.yaml", [HEAD + "NAME", "MLPMaskHead", HEAD + "SCORING.ENABLED", "True"]),
+    ("Base-MaskRCNN-C4.yaml", ["SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR"]),
+    ("Base-MaskRCNN-DC5.yaml", ["INPUT.CROP.ENABLED", "True"]),
+    ("lvis/v1_mask_rcnn_R_50_FPN_1x.yaml", []),
+    ("misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", ["SOLVER.CLIP_GRADIENTS.ENABLED", "True"]),
+    ("panoptic/panoptic_fpn_R_50_1x.yaml", []),
+    ("Base-Small.yaml", []),
+]
+
+
+class Noting(config_unread._Recording):
+    """Notes which module reads a key."""
+
+    readers: dict[str, set[str]] = defaultdict(set)
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        frame = sys._getframe(1)
+        while frame and _is_no_reader(frame.f_globals["__name__"]):
+            frame = frame.f_back
+        if frame and not isinstance(value, CfgNode):
+            module = frame.f_globals["__name__"]
+            if frame.f_code.co_name == "prediction_fingerprint":  # asks whether configs differ
+                return value
+            part = next((x for start, x in PARTS.items() if module.startswith(start)), None)
+            if part:
+                self.readers[vars(self)["prefix"] + key].add(part)
+        return value
+
+
+def _is_no_reader(module: str) -> bool:
+    return module.startswith(NO_READERS) or module in OWN_NO_READERS
+
+
+def known_keys() -> dict[str, Any]:
+    cfg = get_cfg()
+    add_mask_head_config(cfg)
+    return flatten(cfg)
+
+
+def plugin_keys() -> set[str]:
+    return set(known_keys()) - set(flatten(get_cfg()))
+
+
+def named_keys() -> set[str]:
+    """Returns the plugin's keys, and those of detectron2's that configs or pages name."""
+    named = plugin_keys()
+    for path in CONFIGS.rglob("*.yaml"):
+        named |= set(_dotted(yaml.safe_load(path.read_text())))
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        if path != TABLE:
+            named |= set(re.findall(r"[A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)+", path.read_text()))
+    return named & set(known_keys())
+
+
+def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted names of a YAML file, also those in the variants of an ablation."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield prefix + str(key)
+        yield from _dotted(value, f"{prefix}{key}." if str(key).isupper() else "")
+
+
+def record(folder: Path) -> dict[str, set[str]]:
+    """Returns who reads each key as models are built, a run trains, and data sets are set up."""
+    Noting.readers.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_unread, "_Recording", Noting)
+        for name, opts in FAMILIES:
+            config_unread._read_keys(load_config(str(CONFIGS / name), opts), train=True)
+    metadata = MetadataCatalog.get("shapes_val")
+    DatasetCatalog.get("shapes_val")
+    content = json.loads(Path(metadata.json_file).read_text())
+    content["images"] = content["images"][:2]
+    kept = [x["id"] for x in content["images"]]
+    content["annotations"] = [x for x in content["annotations"] if x["image_id"] in kept]
+    (folder / "x.json").write_text(json.dumps(content))
+    own = ["test_keys", str(folder / "x.json"), metadata.image_root]
+    opts = [
+        *("DATASETS.COCO_FILES", f"[{own}]", "DATASETS.TRAIN", "('test_keys',)"),
+        *("DATASETS.TEST", "('test_keys',)", "SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "1"),
+        *("SOLVER.CHECKPOINT_BEST_METRIC", "segm/AP", "SOLVER.CHECKPOINT_KEEP_LAST", "1"),
+        *("OUTPUT_DIR", str(folder), "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(96,)"),
+        *("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "1"),
+        *("TEST.DETECTIONS_PER_IMAGE", "2", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"),
+    ]
+    cfg = Noting.of(
+        load_config(str(CONFIGS / "Base-Small.yaml"), [*SMALL_RESNET, *opts]),
+        *("", config_unread._Keys()),
+    )
+    try:
+        register_coco_files(cfg)
+        check_dataset_files(cfg)
+        default_setup(cfg, Namespace(config_file="", eval_only=False))
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+    finally:
+        DatasetCatalog.pop("test_keys", None)
+        MetadataCatalog.pop("test_keys", None)
+    for key, part in NOBODY.items():
+        Noting.readers[key].add(part)
+    return Noting.readers
+
+
+def table(readers: dict[str, set[str]]) -> str:
+    rows = [f"| `{key}` | {', '.join(sorted(readers[key]))} |\n" for key in sorted(named_keys())]
+    return TITLE + "".join(rows)
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    return record(tmp_path_factory.mktemp("run"))
+
+
+def test_every_named_key_has_a_reader(readers):
+    assert [key for key in named_keys() if not readers[key]] == []
+
+
+def test_the_page_says_who_reads_each_key(readers):
+    written, expected = TABLE.read_text().splitlines(), table(readers).splitlines()
+    missing = [line for line in expected if line not in written]
+    assert missing == [], "run python tests/test_config_keys.py"
+
+
+def test_the_readme_says_which_of_the_plugins_keys_need_its_trainer(readers):
+    rows = re.findall(r"^\| `([A-Z_.{,}*]+)` \|.*?\| (model|Trainer|call) \|", README, re.MULTILINE)
+    assert len(rows) >= 16
+    for name, part in rows:
+        pattern = re.escape(name).replace(r"\*", ".*").replace(r"\{BOX,MASK\}", "(BOX|MASK)")
+        keys = [key for key in known_keys() if re.fullmatch(pattern, key)]
+        assert keys and all(part in readers[key] for key in keys), name
+        if part == "Trainer":
+            assert all(readers[key] == {"Trainer"} for key in keys), name
+
+
+README = (ROOT / "README.md").read_text()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        TABLE.write_text(table(record(Path(folder))))
