@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -50,6 +51,13 @@ SMALL_RESNET = [
 def _run_from_the_root() -> None:
     """The embedded data set lies in datasets/ of the current folder."""
     os.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def _logs_reach_pytest(monkeypatch) -> None:
+    """setup_logger, which a trainer of an earlier test has called, keeps logs from caplog."""
+    for name in ("detectron2", "mask_head_plugin"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
 
 
 @pytest.fixture(autouse=True)

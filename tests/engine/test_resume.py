@@ -6,6 +6,7 @@ A kill is an exception that nobody handles: nothing is written behind it.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -193,6 +194,7 @@ def test_a_run_that_was_killed_in_its_last_evaluation_evaluates_again(
 
 def test_a_resumed_run_learns_as_its_config_says_not_as_the_checkpoint_does(tmp_path, caplog):
     train(config(tmp_path, "SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()"))
+    logging.getLogger("detectron2").propagate = True  # else not, if that was the first trainer
     changed = ["SOLVER.BASE_LR", "0.003", "SOLVER.WEIGHT_DECAY", "0.5", "SOLVER.MOMENTUM", "0.8"]
     trainer = Trainer(config(tmp_path, *changed, "SEED", "5"))
     trainer.resume_or_load(resume=True)
