@@ -44,7 +44,7 @@ def their_files(tmp_path):
         MetadataCatalog.pop(name, None)
 
 
-def test_it_trains_and_evaluates_and_its_log_has_the_table(their_files, tmp_path, monkeypatch):
+def test_it_trains_and_evaluates_and_its_log_has_the_table(their_files, tmp_path):
     cfg = get_cfg()
     add_mask_head_config(cfg)
     cfg.merge_from_file(
@@ -68,7 +68,6 @@ def test_it_trains_and_evaluates_and_its_log_has_the_table(their_files, tmp_path
 
     log = io.StringIO()
     handler = logging.StreamHandler(log)
-    monkeypatch.setattr(logging.getLogger("mask_head_plugin"), "propagate", True)  # as at first
     detectron2_log = logging.getLogger("detectron2")
     detectron2_log.addHandler(handler)
     try:
