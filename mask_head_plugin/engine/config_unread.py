@@ -136,6 +136,8 @@ def warn_of_unread_keys(cfg: CfgNode, *, train: bool) -> None:
 def _read_keys(cfg: CfgNode, *, train: bool) -> set[str]:
     """Returns what is read as the parts of a run are built; nothing if they cannot be."""
     recording = _Recording.of(cfg, "", _Keys())
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # all will be logged when the run builds them
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = META_ARCH_REGISTRY.get(recording.MODEL.META_ARCHITECTURE)(recording)
@@ -146,8 +148,9 @@ def _read_keys(cfg: CfgNode, *, train: bool) -> set[str]:
             records: list[dict[str, Any]] = [{"annotations": []}]
             build_detection_train_loader.from_config(recording, mapper=len, dataset=records)
     except Exception:  # of a user's module that does not build on "meta"
-        logger.debug("keys that nothing reads are not looked for", exc_info=True)
         return set()
+    finally:
+        logging.disable(disabled)
     return set(vars(recording)["keys_read"])
 
 
