@@ -15,10 +15,18 @@ from typing import Any
 from ..config import ConfigError
 from .check import CheckOptions, check_content, read_content
 from .check_records import check_sections
-from .findings import ERROR, Finding, Findings
+from .findings import Finding, Findings, errors_of
 from .fix_document import SECTION_ORDER, Change, Document
 from .fix_repairs import REPAIRS
-from .fix_whole import BOX_KINDS, refusal, refuse_losses, repair_boxes, repair_normalised_boxes
+from .fix_whole import (
+    AREA_KINDS,
+    BOX_KINDS,
+    refusal,
+    refuse_losses,
+    repair_areas,
+    repair_boxes,
+    repair_normalised_boxes,
+)
 from .image_folders import join_folders
 from .new_files import refuse_existing, write_new_files
 
@@ -100,7 +108,7 @@ def _unfixable(finding: Finding) -> ConfigError:
 def repair(
     document: Document, json_file: str, accepted: Collection[str], *, crowds_are_objects: bool
 ) -> None:
-    """Repairs and leaves out until the check finds nothing that --fix can repair.
+    """Repairs and leaves out until the check finds no errors, and then areas that are not masks'.
 
     Args:
         document: changed in place.
@@ -115,14 +123,14 @@ def repair(
         _make_objects(document, json_file)
     tried: set[tuple[int, str]] = set()
     boxes_are_left = True
-    while found := _faults(document, json_file):
+    while errors := errors_of(found := _check(document, json_file)):
         document.index()
-        whole = [x for x in found if x.index < 0]
+        whole = [x for x in errors if x.index < 0]
         if whole:
             _repair_whole(document, whole)
             continue
-        section = next(s for s in SECTION_ORDER if any(x.section == s for x in found))
-        faults = [x for x in found if x.section == section]
+        section = next(s for s in SECTION_ORDER if any(x.section == s for x in errors))
+        faults = [x for x in errors if x.section == section]
         # Boxes come last: it takes sound masks to judge them.
         others = [x for x in faults if x.kind not in BOX_KINDS]
         if not others and boxes_are_left:
@@ -135,6 +143,9 @@ def repair(
         for index in sorted(first_of_record):
             _treat(document, first_of_record[index], tried)
         document.remove_dropped()
+    for finding in found:
+        if finding.kind in AREA_KINDS:
+            repair_areas(document, finding)
     refuse_losses(document, accepted)
 
 
@@ -149,11 +160,10 @@ def _make_objects(document: Document, json_file: str) -> None:
             document.note_change(annotation, "iscrowd is now 0")
 
 
-def _faults(document: Document, json_file: str) -> list[Finding]:
-    """Returns the errors, and the warnings that have a repair."""
+def _check(document: Document, json_file: str) -> Findings:
     found = Findings(json_file)
     check_content(document.content, document.image_root, found, document.options)
-    return [x for x in found if x.severity == ERROR or (x.section, x.kind) in REPAIRS]
+    return found
 
 
 def _repair_whole(document: Document, findings: list[Finding]) -> None:

@@ -16,20 +16,36 @@ a box without height and polygons that leave the image by a rounding), or it tra
 something that the author may not have meant. A hint is worth knowing and needs no action."""
 
 
+REPAIRS = "--fix does"
+TRIES = "--fix does if it can"
+REPAIRS_OR_LEAVES_OUT = "--fix does if it can, or leaves it out"
+LEAVES_OUT = "--fix leaves it out"
+
+
 class Kind(NamedTuple):
+    """What is known of a kind of finding.
+
+    Attributes:
+        severity: one of SEVERITIES.
+        fix: what to do.
+        by_fix: what --fix does of that. A test holds it against ``fix_repairs.REPAIRS`` and what a
+            corrected copy has.
+    """
+
     severity: str
     fix: str
+    by_fix: str = ""
 
 
-_SEE_MASK = "take the box around the mask: [x, y, width, height] (--fix does)"
-_REMOVE_IMAGE = "put the right file there, or leave the image out (--fix does)"
+_SEE_MASK = "take the box around the mask: [x, y, width, height]"
+_REMOVE_IMAGE = "put the right file there, or leave the image out"
 _EXPORT = "export the file again"
 
 KINDS: dict[str, Kind] = {
     # The file.
     "json-missing": Kind(ERROR, "give the path of a COCO instances file"),
     "json-empty": Kind(ERROR, f"{_EXPORT}; was the disk full?"),
-    "json-encoding": Kind(ERROR, "save it as UTF-8 without a byte order mark (--fix does)"),
+    "json-encoding": Kind(ERROR, "save it as UTF-8 without a byte order mark", TRIES),
     "json-truncated": Kind(ERROR, "copy or export it again; it ends too early"),
     "json-syntax": Kind(ERROR, "correct it there, or export the file again"),
     "git-lfs-pointer": Kind(ERROR, "run `git lfs pull` where you cloned the data set"),
@@ -38,18 +54,24 @@ KINDS: dict[str, Kind] = {
     "missing-section": Kind(ERROR, f"{_EXPORT} in COCO instances format"),
     "no-images": Kind(ERROR, "list the images of the data set"),
     "no-annotations": Kind(ERROR, "annotate, or name the file that has the annotations"),
-    "only-crowds": Kind(ERROR, "set iscrowd to 0 if these are single objects"),
+    "only-crowds": Kind(
+        ERROR, "set iscrowd to 0 if these are single objects (--fix with --crowds-are-objects)"
+    ),
     "no-masks": Kind(ERROR, "set MODEL.MASK_ON False to train boxes alone, or export the masks"),
     "no-categories": Kind(ERROR, "list the categories"),
     "image-folder-missing": Kind(ERROR, "give the folder that file_name starts from"),
-    "normalised-coordinates": Kind(ERROR, "multiply by the image's width and height, in pixels"),
+    "normalised-coordinates": Kind(
+        ERROR, "multiply by the image's width and height, in pixels", TRIES
+    ),
     "category-ids-shifted": Kind(ERROR, "number categories and annotations alike"),
     "repeated-annotation": Kind(WARNING, "see whether objects were exported twice"),
     "crowd-by-export": Kind(
-        WARNING, "set iscrowd to 0 if these are single objects: CVAT writes brush masks so"
+        WARNING,
+        "set iscrowd to 0 if these are single objects, as CVAT's brush masks are (--fix with "
+        "--crowds-are-objects)",
     ),
-    "area-suspicious": Kind(WARNING, "write the number of pixels of each mask into area"),
-    "area-of-box": Kind(WARNING, "write the number of pixels of each mask into area"),
+    "area-suspicious": Kind(WARNING, "write the number of pixels of each mask into area", REPAIRS),
+    "area-of-box": Kind(WARNING, "write the number of pixels of each mask into area", REPAIRS),
     "ring-as-hole": Kind(WARNING, "write masks with holes as run lengths"),
     "mask-on-several-images": Kind(
         WARNING, "delete the copies that do not fit their image, as of a track left on in CVAT"
@@ -60,98 +82,138 @@ KINDS: dict[str, Kind] = {
     "image-in-both-splits": Kind(WARNING, "keep all of a photograph in one of the two"),
     "unused-category": Kind(HINT, "leave it out if the model needs no row for it"),
     # Ids, of all records.
-    "id-not-integer": Kind(ERROR, "ids are whole numbers without quotes (--fix renumbers)"),
-    "id-as-text": Kind(ERROR, "write the id as a number, without quotes (--fix does)"),
-    "id-too-large": Kind(ERROR, "use ids below 2^53, which metrics can hold (--fix renumbers)"),
+    "id-not-integer": Kind(
+        ERROR, "write ids as whole numbers without quotes", REPAIRS_OR_LEAVES_OUT
+    ),
+    "id-as-text": Kind(ERROR, "write the id as a number, without quotes", REPAIRS),
+    "id-too-large": Kind(ERROR, "use ids below 2^53, which metrics can hold", REPAIRS),
     # Categories.
-    "category-not-object": Kind(ERROR, "write {'id': 1, 'name': 'cat'} (--fix leaves it out)"),
+    "category-not-object": Kind(ERROR, "write {'id': 1, 'name': 'cat'}", LEAVES_OUT),
     "category-missing-key": Kind(ERROR, "give each category an id and a name"),
     "category-name": Kind(ERROR, "give the category a name, as text"),
     "background-category": Kind(WARNING, "leave these annotations out unless they are objects"),
-    "duplicate-category-id": Kind(ERROR, "give each category an id of its own"),
-    "duplicate-category-name": Kind(ERROR, "make them one category (--fix does), or rename one"),
+    "duplicate-category-id": Kind(ERROR, "give each category an id of its own", TRIES),
+    "duplicate-category-name": Kind(ERROR, "make them one category, or rename one", REPAIRS),
     "category-id-range": Kind(ERROR, "LVIS needs the category ids 1 to the number of categories"),
     "num-classes": Kind(ERROR, "set MODEL.ROI_HEADS.NUM_CLASSES to the number of categories"),
     "categories-disagree": Kind(ERROR, "make category ids and names the same in both files"),
     "rle-needs-bitmask": Kind(ERROR, "set INPUT.MASK_FORMAT to bitmask"),
     # Image records.
-    "image-not-object": Kind(ERROR, "write {'id': ..., 'file_name': ...} (--fix leaves it out)"),
-    "image-missing-key": Kind(ERROR, "add it (--fix reads height and width from the file)"),
-    "duplicate-image-id": Kind(ERROR, "give each image an id of its own, also in its annotations"),
-    "image-size-invalid": Kind(ERROR, "write whole numbers above 0 (--fix reads the file's)"),
-    "image-too-large": Kind(ERROR, "cut the image into tiles, or make it smaller"),
-    "file-name-invalid": Kind(ERROR, "write the path of the file within the image folder, as text"),
-    "file-name-outside": Kind(ERROR, "write it relative to the image folder, without '..'"),
-    "duplicate-file-name": Kind(ERROR, "list each file once, with all annotations (--fix does)"),
+    "image-not-object": Kind(ERROR, "write {'id': ..., 'file_name': ...}", LEAVES_OUT),
+    "image-missing-key": Kind(
+        ERROR, "add it; height and width are the file's", REPAIRS_OR_LEAVES_OUT
+    ),
+    "duplicate-image-id": Kind(
+        ERROR, "give each image an id of its own, also in its annotations", REPAIRS_OR_LEAVES_OUT
+    ),
+    "image-size-invalid": Kind(
+        ERROR, "write whole numbers above 0, the file's height and width", REPAIRS_OR_LEAVES_OUT
+    ),
+    "image-too-large": Kind(ERROR, "cut the image into tiles, or make it smaller", LEAVES_OUT),
+    "file-name-invalid": Kind(
+        ERROR, "write the path of the file within the image folder, as text", LEAVES_OUT
+    ),
+    "file-name-outside": Kind(
+        ERROR, "write it relative to the image folder, without '..'", LEAVES_OUT
+    ),
+    "duplicate-file-name": Kind(
+        ERROR, "list each file once, with all annotations", REPAIRS_OR_LEAVES_OUT
+    ),
     # Image files.
-    "image-file-missing": Kind(ERROR, _REMOVE_IMAGE),
-    "image-file-elsewhere": Kind(ERROR, "write that name into file_name (--fix does)"),
-    "image-file-is-folder": Kind(ERROR, _REMOVE_IMAGE),
-    "image-file-empty": Kind(ERROR, _REMOVE_IMAGE),
-    "image-unreadable": Kind(ERROR, _REMOVE_IMAGE),
-    "image-truncated": Kind(ERROR, _REMOVE_IMAGE),
-    "image-depth": Kind(ERROR, "scale it to 8 bits: detectron2 would cut all above 255 to white"),
+    "image-file-missing": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
+    "image-file-elsewhere": Kind(ERROR, "write that name into file_name", REPAIRS),
+    "image-file-is-folder": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
+    "image-file-empty": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
+    "image-unreadable": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
+    "image-truncated": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
+    "image-depth": Kind(
+        ERROR, "scale it to 8 bits: detectron2 would cut all above 255 to white", LEAVES_OUT
+    ),
     "image-animated": Kind(WARNING, "see that the annotations are of the first frame"),
-    "image-size-mismatch": Kind(ERROR, "annotate the file in use, or put the annotated file there"),
-    "image-size-alike": Kind(ERROR, "take height and width from the file (--fix does)"),
-    "image-transposed": Kind(ERROR, "exchange width and height if the annotations fit the file"),
+    "image-size-mismatch": Kind(
+        ERROR, "annotate the file in use, or put the annotated file there", LEAVES_OUT
+    ),
+    "image-size-alike": Kind(ERROR, "take height and width from the file", REPAIRS),
+    "image-transposed": Kind(
+        ERROR, "exchange width and height if the annotations fit the file", LEAVES_OUT
+    ),
     "exif-size": Kind(
-        ERROR, "turn the pixels by the tag and annotate them so, or remove the tag from the file"
+        ERROR,
+        "turn the pixels by the tag and annotate them so, or remove the tag from the file",
+        LEAVES_OUT,
     ),
     "exif-undecidable": Kind(
-        ERROR, "look whether the annotations fit; then write the pixels as they fit, without tag"
+        ERROR,
+        "look whether the annotations fit; then write the pixels as they fit, without tag",
+        LEAVES_OUT,
     ),
     # Annotation records.
-    "annotation-not-object": Kind(ERROR, "write a COCO annotation (--fix leaves it out)"),
-    "annotation-missing-key": Kind(ERROR, "add it; evaluation and training need it"),
-    "duplicate-annotation-id": Kind(ERROR, "give each annotation an id of its own (--fix does)"),
-    "annotation-id-not-positive": Kind(
-        ERROR, "number annotations from 1 (--fix does): COCO's metric takes 0 for 'unmatched'"
+    "annotation-not-object": Kind(ERROR, "write a COCO annotation", LEAVES_OUT),
+    "annotation-missing-key": Kind(
+        ERROR, "add it; evaluation and training need it", REPAIRS_OR_LEAVES_OUT
     ),
-    "unknown-image": Kind(ERROR, "add the image, or leave the annotation out (--fix does)"),
-    "unknown-category": Kind(ERROR, "add the category, or leave the annotation out (--fix does)"),
-    "iscrowd-invalid": Kind(ERROR, "write 0 for an object, 1 for a crowd region"),
-    "area-invalid": Kind(ERROR, "write the mask's number of pixels (--fix does)"),
-    "ignore-flag": Kind(ERROR, "detectron2 refuses it: leave the annotation out (--fix does)"),
+    "duplicate-annotation-id": Kind(ERROR, "give each annotation an id of its own", REPAIRS),
+    "annotation-id-not-positive": Kind(
+        ERROR, "number annotations from 1: COCO's metric takes 0 for 'unmatched'", REPAIRS
+    ),
+    "unknown-image": Kind(ERROR, "add the image, or leave the annotation out", LEAVES_OUT),
+    "unknown-category": Kind(ERROR, "add the category, or leave the annotation out", LEAVES_OUT),
+    "iscrowd-invalid": Kind(
+        ERROR, "write 0 for an object, 1 for a crowd region", REPAIRS_OR_LEAVES_OUT
+    ),
+    "area-invalid": Kind(ERROR, "write the mask's number of pixels", REPAIRS),
+    "ignore-flag": Kind(ERROR, "leave the annotation out: detectron2 refuses it", LEAVES_OUT),
     "keypoints-invalid": Kind(
-        ERROR, "write x, y and visibility of each point in one list (--fix leaves them out)"
+        ERROR,
+        "write x, y and visibility of each point in one list, or leave the keypoints out",
+        REPAIRS,
     ),
     # Boxes.
-    "box-malformed": Kind(ERROR, _SEE_MASK),
-    "box-not-finite": Kind(ERROR, _SEE_MASK),
-    "box-negative": Kind(ERROR, _SEE_MASK),
-    "box-without-area": Kind(ERROR, _SEE_MASK),
-    "box-outside": Kind(ERROR, _SEE_MASK),
-    "box-mismatch": Kind(ERROR, _SEE_MASK),
+    "box-malformed": Kind(ERROR, _SEE_MASK, REPAIRS),
+    "box-not-finite": Kind(ERROR, _SEE_MASK, REPAIRS),
+    "box-negative": Kind(ERROR, _SEE_MASK, REPAIRS),
+    "box-without-area": Kind(ERROR, _SEE_MASK, REPAIRS),
+    "box-outside": Kind(ERROR, _SEE_MASK, REPAIRS),
+    "box-mismatch": Kind(ERROR, _SEE_MASK, REPAIRS),
     "box-loose": Kind(WARNING, _SEE_MASK + " if that is not meant"),
     "flat-object": Kind(WARNING, "leave it out; detectron2 does"),
     # Masks.
-    "segmentation-type": Kind(ERROR, "write polygons or run lengths (--fix leaves it out)"),
-    "segmentation-empty": Kind(ERROR, "draw the mask, or leave the annotation out (--fix does)"),
-    "polygons-not-nested": Kind(
-        ERROR, "write a list of polygons: [[x, y, x, y, ...]] (--fix does)"
+    "segmentation-type": Kind(ERROR, "write polygons or run lengths", LEAVES_OUT),
+    "segmentation-empty": Kind(ERROR, "draw the mask, or leave the annotation out", LEAVES_OUT),
+    "polygons-not-nested": Kind(ERROR, "write a list of polygons: [[x, y, x, y, ...]]", REPAIRS),
+    "polygon-of-points": Kind(ERROR, "write [x, y, x, y, ...] without inner lists", REPAIRS),
+    "polygon-empty": Kind(ERROR, "leave that part out", REPAIRS_OR_LEAVES_OUT),
+    "polygon-odd": Kind(
+        ERROR, "write x and y of each point, or leave that part out", REPAIRS_OR_LEAVES_OUT
     ),
-    "polygon-of-points": Kind(ERROR, "write [x, y, x, y, ...] without inner lists (--fix does)"),
-    "polygon-empty": Kind(ERROR, "leave that part out (--fix does)"),
-    "polygon-odd": Kind(ERROR, "write x and y of each point (--fix leaves the part out)"),
-    "polygon-short": Kind(ERROR, "write at least 3 points (--fix leaves the part out)"),
-    "polygon-not-numbers": Kind(ERROR, "write numbers without quotes (--fix leaves it out)"),
-    "polygon-not-finite": Kind(ERROR, "draw it again (--fix leaves it out)"),
-    "polygon-outside": Kind(ERROR, "cut it at the image's edge (--fix does)"),
+    "polygon-short": Kind(
+        ERROR, "write at least 3 points, or leave that part out", REPAIRS_OR_LEAVES_OUT
+    ),
+    "polygon-not-numbers": Kind(ERROR, "write numbers without quotes", LEAVES_OUT),
+    "polygon-not-finite": Kind(ERROR, "draw it again", LEAVES_OUT),
+    "polygon-outside": Kind(ERROR, "cut it at the image's edge", REPAIRS_OR_LEAVES_OUT),
     "mask-of-another-image": Kind(
-        ERROR, "delete the copy that does not fit its image; cutting it would hide the fault"
+        ERROR,
+        "delete the copy that does not fit its image; cutting it would hide the fault",
+        LEAVES_OUT,
     ),
     "polygon-over-edge": Kind(WARNING, "cut it at the image's edge, where detectron2 cuts it"),
-    "polygon-without-area": Kind(ERROR, "draw it again (--fix leaves it out)"),
+    "polygon-without-area": Kind(ERROR, "draw it again", LEAVES_OUT),
     "mask-below-a-pixel": Kind(WARNING, "leave it out if it is no object"),
-    "rle-malformed": Kind(ERROR, "write {'size': [height, width], 'counts': ...}, as pycocotools"),
-    "rle-size": Kind(ERROR, "encode the mask at the image's size [height, width]"),
-    "rle-counts": Kind(ERROR, "write whole numbers from 0, background first"),
-    "rle-sum": Kind(ERROR, "encode the mask again: the runs must cover the image"),
-    "rle-corrupt": Kind(ERROR, "encode the mask again, e.g. with pycocotools.mask.encode"),
-    "empty-mask": Kind(ERROR, "draw the mask, or leave the annotation out (--fix does)"),
+    "rle-malformed": Kind(
+        ERROR, "write {'size': [height, width], 'counts': ...}, as pycocotools", LEAVES_OUT
+    ),
+    "rle-size": Kind(ERROR, "encode the mask at the image's size [height, width]", LEAVES_OUT),
+    "rle-counts": Kind(ERROR, "write whole numbers from 0, background first", LEAVES_OUT),
+    "rle-sum": Kind(ERROR, "encode the mask again: the runs must cover the image", LEAVES_OUT),
+    "rle-corrupt": Kind(
+        ERROR, "encode the mask again, e.g. with pycocotools.mask.encode", LEAVES_OUT
+    ),
+    "empty-mask": Kind(ERROR, "draw the mask, or leave the annotation out", LEAVES_OUT),
     "crowd-polygon": Kind(
-        ERROR, "iscrowd 0 if it is one object, else run lengths (--fix): crowds are not trained on"
+        ERROR,
+        "set iscrowd to 0 if it is one object, else write run lengths: crowds are not trained on",
+        REPAIRS,
     ),
     "mixed-formats": Kind(WARNING, "set INPUT.MASK_FORMAT to bitmask, which reads both"),
 }
@@ -201,8 +263,9 @@ class Finding:
 
     @property
     def fix(self) -> str:
-        """What to do."""
-        return KINDS[self.kind].fix
+        """What to do, and what of that --fix does."""
+        kind = KINDS[self.kind]
+        return f"{kind.fix} ({kind.by_fix})" if kind.by_fix else kind.fix
 
     @property
     def place(self) -> str:

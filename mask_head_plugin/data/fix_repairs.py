@@ -290,8 +290,6 @@ REPAIRS: dict[tuple[str, str], Repair] = {
     ("annotations", "annotation-missing-key"): _fill,
     ("annotations", "duplicate-annotation-id"): _new_id,
     ("annotations", "annotation-id-not-positive"): _new_id,
-    ("annotations", "unknown-image"): _references,
-    ("annotations", "unknown-category"): _references,
     ("annotations", "iscrowd-invalid"): _iscrowd,
     ("annotations", "area-invalid"): _area_from_mask,
     ("annotations", "keypoints-invalid"): _drop_keypoints,

@@ -22,6 +22,7 @@ from .fix_document import Document, Record
 WHOLESALE_SHARE = 1 / 3
 NEARLY_ALL = 0.95
 BOX_KINDS = {"box-mismatch", "box-outside", "box-negative", "box-without-area"}
+AREA_KINDS = {"area-of-box", "area-suspicious"}
 BOTH_ARE_WRONG = {"mask-of-another-image"}
 """Of two records with this fault one is right or none: a tenth record of it shows a habit."""
 
@@ -143,6 +144,28 @@ def repair_normalised_boxes(document: Document, finding: Finding) -> bool:
         changed = True
     document.remove_dropped()
     return changed
+
+
+def repair_areas(document: Document, finding: Finding) -> None:
+    """Gives each annotation whose area is not its mask's the number of its pixels.
+
+    A smaller area of several polygons stays: it may be that of a mask with a hole.
+    """
+    document.index()
+    for k, annotation in enumerate(document.content["annotations"]):
+        boxes = _boxes(document, annotation)
+        if boxes is None or boxes.around_mask is None or annotation.get("iscrowd") == 1:
+            continue
+        x0, y0, x1, y1 = boxes.around_mask
+        pixels, mask = boxes.mask_pixels, annotation["segmentation"]
+        off = annotation["area"] - pixels
+        may_have_hole = isinstance(mask, list) and len(mask) > 1 and off < 0
+        if abs(off) > 0.1 * pixels + (x1 - x0) + (y1 - y0) and not may_have_hole:
+            document.finding = dataclasses.replace(
+                finding, section="annotations", index=k, message=f"it was {annotation['area']:.6g}"
+            )
+            annotation["area"] = pixels
+            document.note_change(annotation, f"area is now {pixels}, the mask's")
 
 
 def _as_most(finding: Finding, index: int) -> Finding:

@@ -702,6 +702,12 @@ def polygons_alone_are_shares_of_the_image(data):
         annotation["segmentation"] = [[x / 80 for x in annotation["segmentation"][0]]]
 
 
+@case("normalised-coordinates")
+def boxes_alone_are_shares_of_the_image(data):
+    for annotation in many_objects(data):
+        annotation["bbox"] = [x / 80 for x in annotation["bbox"]]
+
+
 @case("category-ids-shifted", after_fix="none")
 def annotations_count_categories_from_0(data):
     for category, i in zip(data.content["categories"], (1, 2), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 
 import pycocotools.mask as mask_util
 import pytest
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 from test_check import check, read_as_in_training
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data import fix_coco_file
+from mask_head_plugin.data import findings, fix_coco_file
 from mask_head_plugin.data.dataset_fix import changes_path
 from mask_head_plugin.data.findings import errors_of
-from mask_head_plugin.data.fix_repairs import clip_polygon
+from mask_head_plugin.data.fix_repairs import REPAIRS, clip_polygon
+from mask_head_plugin.data.fix_whole import AREA_KINDS
+
+WHOLE_FILE_REPAIRS = {"json-encoding", "normalised-coordinates", *AREA_KINDS}
 
 
 def fix(data: DataSet, **choices):
@@ -58,6 +62,26 @@ def test_a_corrected_copy_passes_the_check_trains_and_lists_what_it_changed(good
     assert all(x.what and x.kind for x in changes)
     real = [x for x in left_out if x.section == "annotations" and x.index < 6]
     assert bool(real) == (broken.after_fix == "left out")
+
+
+def test_what_a_finding_says_of_fix_is_what_it_does():
+    """The cases' outcomes, which the test before this one proves, and the table of repairs."""
+    outcomes = defaultdict(set)
+    for broken in CASES:
+        outcomes[broken.kind].add(broken.after_fix)
+    possible = {
+        findings.REPAIRS: {"kept"},
+        findings.TRIES: {"kept", "none"},
+        findings.REPAIRS_OR_LEAVES_OUT: {"kept", "left out"},
+        findings.LEAVES_OUT: {"left out"},
+        "": {"none", "left out"},  # that something is left out need not be said
+    }
+    repaired = {kind for _, kind in REPAIRS} | WHOLE_FILE_REPAIRS
+    for kind, (severity, fix, by_fix) in findings.KINDS.items():
+        assert (by_fix.startswith("--fix does")) == (kind in repaired), kind
+        if severity == findings.ERROR and not kind.endswith("-not-object"):
+            assert outcomes[kind] <= possible[by_fix], kind
+        assert "--fix does" not in fix and "--fix leaves" not in fix, kind
 
 
 def test_a_good_file_is_copied_as_it_is(good):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pycocotools.mask as mask_util
 import pytest
 from broken_data import HW, encode, make_good, many_objects, rectangle
 from PIL import Image
@@ -192,3 +193,33 @@ def test_crowds_become_objects_by_request_only(many):
     assert [x["iscrowd"] for x in fixed.content["annotations"]] == [0] * 12
     assert masks(fixed.content) == masks(before)
     assert [x.index for x in changes] == list(range(1, 12))
+
+
+def test_areas_of_boxes_become_those_of_masks(many):
+    triangles = [[x, y, x + 20, y, x, y + 20] for x, y, _, _ in BOXES]
+    for annotation, triangle in zip(many.content["annotations"], triangles, strict=True):
+        annotation["segmentation"] = [triangle]
+    before = copy.deepcopy(many.write().content)
+    fixed, changes = fix(many)
+    pixels = [mask_util.area(mask_util.frPyObjects([x], *HW)[0]) for x in triangles]
+    assert [x["area"] for x in fixed.content["annotations"]] == pixels
+    assert masks(fixed.content) == masks(before)
+    assert {x.kind for x in changes} == {"area-of-box"} and len(changes) == 12
+    assert "area-of-box" not in {x.kind for x in check(fixed)}
+
+
+def test_files_elsewhere_are_named_rightly(good):
+    for image in good.content["images"]:
+        image["file_name"] = "D:\\photos\\" + image["file_name"].upper()
+    fixed, _ = fix(good.write())
+    assert [x["file_name"] for x in fixed.content["images"]] == ["1.jpg", "2.png", "3.jpg", "4.png"]
+    assert len(fixed.content["annotations"]) == 6
+
+
+def test_sizes_that_are_all_alike_become_the_files(good):
+    for image in good.content["images"]:
+        image.update(height=8, width=8)
+    before = copy.deepcopy(good.write().content)
+    fixed, _ = fix(good)
+    assert {(x["height"], x["width"]) for x in fixed.content["images"]} == {HW}
+    assert fixed.content["annotations"] == before["annotations"]
