@@ -26,6 +26,7 @@ from .check_splits import shared_images
 from .findings import (
     ERROR,
     HINT,
+    KINDS,
     Finding,
     Findings,
     count_by_severity,
@@ -227,9 +228,11 @@ def _message(errors: Sequence[Finding], sources: Iterable[CocoSource], report: P
     lines += [f"  {finding}" for finding in errors[:SHOWN]]
     if len(errors) > SHOWN:
         lines.append(f"  and {len(errors) - SHOWN} more")
-    lines.append(f"All are in {report}. A corrected copy is written by")
-    faulty = {finding.file for finding in errors}
-    lines += [f"  {_fix_command(source)}" for source in sources if source.json_file in faulty]
+    lines.append(f"All are in {report}.")
+    mendable = {finding.file for finding in errors if KINDS[finding.kind].by_fix}
+    commands = [f"  {_fix_command(source)}" for source in sources if source.json_file in mendable]
+    if commands:
+        lines += ["A corrected copy is written by", *commands]
     lines.append("DATASETS.CHECK warn goes on in spite of errors, off does not look for them.")
     return "\n".join(lines)
 

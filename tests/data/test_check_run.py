@@ -89,6 +89,14 @@ def test_errors_stop_with_ten_of_them_their_number_the_report_and_the_command(
     assert f"--images {broken.images} --fix " in command and str(broken.json_file) in command
 
 
+def test_no_command_is_given_that_would_refuse(tmp_path, data):
+    data["train"].content["annotations"] = [data["train"].annotation(16)]  # a crowd
+    data["train"].write()
+    with pytest.raises(ConfigError, match="only-crowds") as info:
+        run(configure(tmp_path, data))
+    assert "tools/check_dataset.py" not in str(info.value)
+
+
 def test_warn_logs_what_error_would_stop_at(tmp_path, data, caplog):
     data["train"].annotation(13)["area"] = -1
     data["train"].write()
