@@ -16,7 +16,15 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision.ops import roi_align as torchvision_roi_align
 from torchvision.ops import roi_pool as torchvision_roi_pool
 
-from mask_head_plugin.ops import precise_roi_pool, roi_align, roi_pool, roi_pooling, roi_warp
+from mask_head_plugin.ops import (
+    bin_layout,
+    bin_maxima,
+    bin_sums,
+    precise_roi_pool,
+    roi_align,
+    roi_pool,
+    roi_warp,
+)
 from mask_head_plugin.ops.axis_weights import (
     MAX_MAP_SIZES,
     precise_roi_pool_weights,
@@ -354,9 +362,9 @@ def test_limits_of_memory_do_not_change_the_result(name, channels_last, monkeypa
 
     expected = run()
     assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True)), "deterministic"
-    monkeypatch.setattr(roi_pooling, "LIST_ENTRIES", 2000)
-    monkeypatch.setattr(roi_pooling, "GROUP_ELEMENTS", 5000)
-    monkeypatch.setattr(roi_pooling, "TABLE_ELEMENTS", 1)
+    monkeypatch.setattr(bin_sums, "LIST_ENTRIES", 2000)
+    monkeypatch.setattr(bin_sums, "BATCH_ELEMENTS", 4000)
+    monkeypatch.setattr(bin_maxima, "GROUP_ELEMENTS", 5000)
     for actual, whole in zip(run(), expected, strict=True):
         assert relative_error(actual, whole) <= 1e-6
 
@@ -411,7 +419,7 @@ def test_result_is_channels_last():
 
 def test_a_slice_of_a_channels_last_batch_is_read_where_it_is():
     features = torch.randn(3, 4, 8, 8).contiguous(memory_format=torch.channels_last)
-    table = roi_pooling._table(features[1:], slice(0, roi_pooling._block_size(features[1:])))
+    table = bin_layout.as_table(features[1:])
     assert table.data_ptr() == features[1:].data_ptr() and table.shape == (128, 4)
     rois = torch.tensor([[0.0, 1, 1, 7, 6], [1.0, 0, 2, 5, 8]])
     actual = roi_align(features[1:], rois, 3)
@@ -511,7 +519,7 @@ def test_half_precision_gradients_are_summed_in_float32(monkeypatch):
     features = torch.randn(1, 20, 30, 30).bfloat16().requires_grad_()
     rois = random_rois(200, (30, 30), torch.Generator().manual_seed(0), num_images=1).float()
     whole = torch.autograd.grad(roi_align(features, rois, 3).sum(), features)[0]
-    monkeypatch.setattr(roi_pooling, "LIST_ENTRIES", 500)
+    monkeypatch.setattr(bin_sums, "LIST_ENTRIES", 500)
     pieces = torch.autograd.grad(roi_align(features, rois, 3).sum(), features)[0]
     assert relative_error(pieces.float(), whole.float()) <= torch.finfo(torch.bfloat16).eps
 

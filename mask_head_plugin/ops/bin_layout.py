@@ -1,0 +1,188 @@
+"""Which cells of a feature map the bins of RoIs read, RoIs of like size together.
+
+Shape alphabet: see roi_pooling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .axis_weights import MAX_MAP_SIZES, AxisSamples, AxisWeights
+
+PIECE = (1 << 15) - 1
+"""Elements up to which an operator of PyTorch runs on the calling thread alone."""
+
+MAX_COPY = 7 << 20
+"""Elements of a part of a map that is copied: 28 MB of float32."""
+
+MAX_PARTS = 8
+
+Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """r RoIs of like size that are pooled from one map."""
+
+    level: int  # index of the map
+    rows: Tensor  # (r,) their places among all RoIs
+    y: Any  # AxisWeights or AxisSamples, whose cells are where a row begins in the table of cells
+    x: Any
+
+    @property
+    def num_bins(self) -> int:
+        """Bins of a RoI, P Q."""
+        return int(self.y.cell.shape[1] * self.x.cell.shape[1])
+
+    @cached_property
+    def off_map(self) -> tuple[Tensor, Tensor] | None:
+        """Which bins have weights of 0 only, (r, P) along y and (r, Q) along x; None if none."""
+        y, x = ((axis.weight == 0).all(dim=2) for axis in (self.y, self.x))
+        return (y, x) if y.any() or x.any() else None
+
+
+class Block(NamedTuple):
+    """n RoIs of a part whose bins have about the same number of cells or samples."""
+
+    part: Part
+    places: Tensor  # (n,) in the part
+    y_slots: int  # per bin along each axis; both 0 if the RoIs have nothing on the map
+    x_slots: int
+
+    @property
+    def rows(self) -> Tensor:
+        """(n,) places among all RoIs."""
+        return self.part.rows[self.places]
+
+    @property
+    def num_bins(self) -> int:
+        """Bins of all RoIs, n P Q."""
+        return len(self.places) * self.part.num_bins
+
+    @property
+    def slots(self) -> int:
+        """Ky Kx, cells or samples of a bin."""
+        return self.y_slots * self.x_slots
+
+
+def lay_out(
+    maps: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    output_size: tuple[int, int],
+    axis: Axis,
+    num_samples: int,
+) -> list[Part]:
+    """Lays out weights or samples along both axes.
+
+    Args:
+        maps: L feature maps.
+        rois: (R, 5).
+        levels: (R,) the map of each.
+        scales: cells per pixel of each map.
+        output_size: (P, Q).
+        axis: gives weights or samples from edges in cells, number of bins and number of cells.
+        num_samples: per bin and axis, of a RoI of less than a cell per bin.
+    """
+    parts = []
+    for level, (feature, scale) in enumerate(zip(maps, scales, strict=True)):
+        height, width = feature.shape[2:]
+        rows = torch.nonzero(levels == level)[:, 0]
+        boxes = rois[rows, 1:] * scale
+        first_row = rois[rows, 0].int() * height
+        # In cells; the adaptive grid of larger RoIs does not grow.
+        spans = (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(0, MAX_MAP_SIZES * max(height, width))
+        entries = 2 * (spans + max(output_size) * num_samples)
+        for index in _split_by_size(entries):
+            x0, y0, x1, y1 = boxes[index].unbind(1)
+            y, x = axis(y0, y1, output_size[0], height), axis(x0, x1, output_size[1], width)
+            image = first_row[index].view(-1, *[1] * (y.cell.dim() - 1))
+            y = dataclasses.replace(y, cell=(image + y.cell) * width)
+            parts.append(Part(level, rows[index], y, x))
+    return parts
+
+
+def _split_by_size(entries: Tensor) -> Iterator[Tensor]:
+    """Yields the indices of large RoIs first: in equal shape, samples of the largest count for all.
+
+    Args:
+        entries: (r,) samples and cells along the longer axis.
+    """
+    entries, order = entries.sort(descending=True, stable=True)
+    steps, start = (PIECE // entries).clamp(min=1).tolist(), 0
+    while start < len(order):
+        step = int(steps[start])
+        yield order[start : start + step]
+        start += step
+
+
+def split_into_blocks(parts: Sequence[Part], max_entries: int) -> list[Block]:
+    """Puts RoIs together that use about as many slots per bin.
+
+    Args:
+        parts: of all maps.
+        max_entries: of a block, if it has more than one RoI.
+    """
+    blocks = []
+    for part in parts:
+        places = defaultdict(list)
+        for place, slots in enumerate(zip(_slots(part.y), _slots(part.x), strict=True)):
+            places[slots if all(slots) else (0, 0)].append(place)
+        for (y_slots, x_slots), index in sorted(places.items()):
+            step = max(max_entries // max(part.num_bins * y_slots * x_slots, 1), 1)
+            for piece in torch.tensor(index, device=part.rows.device).split(step):
+                blocks.append(Block(part, piece, y_slots, x_slots))
+    return blocks
+
+
+def _slots(axis: AxisWeights | AxisSamples) -> list[int]:
+    """Returns slots per bin of each RoI, rounded up to 1, 2, 3, 4, 6, 8, 12, … if there are."""
+    mantissa, exponent = torch.frexp(axis.count.float())
+    slots = torch.ldexp((mantissa * 4).ceil() / 4, exponent)
+    rounded: list[int] = slots.clamp(max=axis.cell.shape[2]).int().tolist()
+    return rounded
+
+
+def over_y(x: Tensor) -> Tensor:
+    """(n, P, K, ...) -> (n, P, 1, K, 1, ...)"""
+    return x[:, :, None, :, None]
+
+
+def over_x(x: Tensor) -> Tensor:
+    """(n, Q, K, ...) -> (n, 1, Q, 1, K, ...)"""
+    return x[:, None, :, None, :]
+
+
+def sum_type(feature: Tensor) -> torch.dtype:
+    """Returns the type to compute in: half precision would round each sum."""
+    return torch.promote_types(feature.dtype, torch.float32)
+
+
+def channel_blocks(feature: Tensor) -> list[slice]:
+    """Returns all channels, or a few parts of a large map that will be copied, one after another.
+
+    Memory of up to 32 MB is used again; more comes anew from the system, which takes longer than
+    the copy. Parts are whole cache lines of 16 float32.
+    """
+    num_channels = feature.shape[1]
+    last = feature.is_contiguous(memory_format=torch.channels_last)
+    num_parts = min(feature.numel() // MAX_COPY + 1, MAX_PARTS)
+    if num_parts <= 2 or (last and feature.dtype == sum_type(feature)):
+        return [slice(0, num_channels)]
+    step = -(-num_channels // num_parts // 16) * 16
+    return [slice(k, min(k + step, num_channels)) for k in range(0, num_channels, step)]
+
+
+def as_table(feature: Tensor) -> Tensor:
+    """Returns a map as a table of cells, (N H W, C); a copy unless it is channels-last."""
+    table = feature.to(sum_type(feature), memory_format=torch.channels_last)
+    return table.permute(0, 2, 3, 1).flatten(0, 2)

@@ -1,0 +1,149 @@
+"""Bins that are the maximum of their samples, a sample the weighted sum of one or of four cells.
+
+Shape alphabet: see roi_pooling; S samples of a bin, V cells of a sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+from .bin_layout import (
+    Block,
+    Part,
+    as_table,
+    over_x,
+    over_y,
+    split_into_blocks,
+    sum_type,
+)
+
+GROUP_ELEMENTS = 1 << 24
+"""Samples held at a time, times channels: 64 MB of float32."""
+
+
+class Maximum(torch.autograd.Function):
+    """Each bin is the maximum of its samples."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, parts: list[Part], num_rois: int, num_maps: int, *inputs: Tensor
+    ) -> Tensor:
+        maps = inputs[:num_maps]
+        pooled = maps[0].new_empty(num_rois, parts[0].num_bins, maps[0].shape[1])
+        needed = any(ctx.needs_input_grad)
+        winner = torch.empty_like(pooled, dtype=torch.int32) if needed else None
+        blocks = split_into_blocks(parts, GROUP_ELEMENTS // pooled.shape[2])
+        for level, feature in enumerate(maps):
+            of_level = [block for block in blocks if block.part.level == level]
+            table = as_table(feature) if of_level else feature
+            for block in of_level:
+                if block.slots == 0:
+                    pooled.index_fill_(0, block.rows, 0)
+                    continue
+                best, which = _largest(table, block, needed)
+                pooled.index_copy_(0, block.rows, best.to(pooled.dtype))
+                if winner is not None:
+                    winner.index_copy_(0, block.rows, which.int())
+        ctx.parts, ctx.blocks = parts, [block for block in blocks if block.slots]
+        ctx.maps = [torch.empty_like(x, device="meta") for x in maps]
+        ctx.save_for_backward(winner)
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (winner,) = ctx.saved_tensors
+        grads: list[Tensor | None] = []
+        for level, like in enumerate(ctx.maps):
+            if not ctx.needs_input_grad[3 + level]:
+                grads.append(None)
+                continue
+            blocks = [block for block in ctx.blocks if block.part.level == level]
+            grads.append(_grad_of_map(blocks, like, grad, winner))
+        return None, None, None, *grads, *[None] * (2 * len(ctx.parts))
+
+
+def _cells(block: Block) -> tuple[Tensor, Tensor]:
+    """Returns the cells of all samples, (n P Q, S, V) int32, and their weights."""
+    (part, places, gy, gx) = block
+    cells = over_y(part.y.cell[places, :, :gy])[..., None]
+    cells = cells + over_x(part.x.cell[places, :, :gx])[..., None, :]
+    weights = over_y(part.y.weight[places, :, :gy])[..., None]
+    weights = weights * over_x(part.x.weight[places, :, :gx])[..., None, :]
+    shape = block.num_bins, block.slots, -1
+    return cells.reshape(shape), weights.reshape(shape)
+
+
+def _outside(block: Block) -> Tensor:
+    """Returns which samples do not count, (n P Q, S)."""
+    part, places, gy, gx = block
+    inside = over_y(part.y.inside[places, :, :gy]) & over_x(part.x.inside[places, :, :gx])
+    return ~inside.flatten(3).flatten(0, 2)
+
+
+def _samples(table: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
+    """Returns the samples, (n P Q, S, C)."""
+    if cells.shape[2] == 1:  # the cell itself
+        values = table.index_select(0, cells.flatten())
+    else:
+        values = embedding_bag(
+            cells.flatten(0, 1), table, mode="sum", per_sample_weights=weights.flatten(0, 1)
+        )
+    return values.unflatten(0, cells.shape[:2])
+
+
+def _largest(table: Tensor, block: Block, needed: bool) -> tuple[Tensor, Tensor]:
+    """Returns the largest sample of each bin, (n, P Q, C), and its number if that is needed.
+
+    A bin without samples is 0. Channels go in turns where the samples of a single RoI are many.
+    """
+    cells, weights = _cells(block)
+    outside = _outside(block)
+    empty = outside.all(dim=1)[:, None]
+    best, which = [], []
+    for columns in table.split(max(2 * GROUP_ELEMENTS // outside.numel(), 1), dim=1):
+        samples = _samples(columns, cells, weights)
+        samples.masked_fill_(outside[:, :, None], float("-inf"))
+        if needed:
+            values, numbers = samples.max(dim=1)
+            which.append(numbers)
+        else:
+            values = samples.amax(dim=1)
+        best.append(values.masked_fill_(empty, 0))
+    shape = len(block.places), -1, table.shape[1]
+    largest = torch.cat(best, dim=1).view(shape)
+    return largest, torch.cat(which, dim=1).view(shape) if needed else largest
+
+
+def _grad_of_map(blocks: list[Block], like: Tensor, grad: Tensor, winner: Tensor) -> Tensor:
+    """Hands the gradient of each bin to the cells of its largest sample.
+
+    Args:
+        blocks: of the map.
+        like: the map, without its values.
+        grad: to the bins, (R, P Q, C).
+        winner: number of the largest sample of each bin, (R, P Q, C) int32.
+
+    Returns:
+        The gradient to the map.
+    """
+    num_channels = like.shape[1]
+    table = grad.new_zeros(like.numel(), dtype=sum_type(like))
+    column = torch.arange(num_channels, device=grad.device)
+    for block in blocks:
+        cells, weights = _cells(block)
+        which = winner[block.rows].flatten(0, 1).long()
+        values = grad[block.rows].flatten(0, 1).to(table.dtype)
+        values = values.masked_fill(_outside(block).all(dim=1)[:, None], 0)
+        for corner in range(cells.shape[2]):
+            cell = cells[:, :, corner].long().gather(1, which)
+            weight = weights[:, :, corner].gather(1, which)
+            place = (cell * num_channels + column).flatten()
+            table.scatter_add_(0, place, (values * weight).flatten())
+    cells = table.view(like.shape[0], *like.shape[2:], num_channels)
+    return torch.empty_like(like, device=grad.device).copy_(cells.permute(0, 3, 1, 2))

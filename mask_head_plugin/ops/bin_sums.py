@@ -1,0 +1,254 @@
+"""Bins that are weighted sums of cells: a sparse matrix times the table of a map's cells.
+
+Shape alphabet: see roi_pooling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+from .bin_layout import (
+    PIECE,
+    Block,
+    Part,
+    as_table,
+    channel_blocks,
+    over_x,
+    over_y,
+    split_into_blocks,
+)
+
+LIST_ENTRIES = 1 << 22
+"""Entries of the sparse matrix held at a time: 32 MB. A thousand RoIs have fewer."""
+
+BATCH_ELEMENTS = 1 << 22
+"""Elements of bins held beside the result at a time: 16 MB of float32, which the allocator reuses;
+but at least 1 / MAX_BATCHES of the result."""
+
+MAX_BATCHES = 4
+
+
+class WeightedSum(torch.autograd.Function):
+    """Each bin is the sum of its cells times the products of their weights along the axes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, parts: list[Part], num_rois: int, num_maps: int, *inputs: Tensor
+    ) -> Tensor:
+        maps, blocks = inputs[:num_maps], split_into_blocks(parts, PIECE)
+        shape = num_rois, parts[0].num_bins, maps[0].shape[1]
+        max_elements = max(BATCH_ELEMENTS, math.prod(shape) // MAX_BATCHES)
+        pooled: Tensor | None = None
+        for level, feature in enumerate(maps):
+            columns = channel_blocks(feature)
+            max_bins = max_elements / columns[0].stop if len(maps) > 1 else math.inf
+            of_level = [block for block in blocks if block.part.level == level]
+            for batch in _batches(of_level, max_bins):
+                matrix = _Matrix(batch, map(_weights, batch))
+                for channels in columns:
+                    sums = matrix.times(as_table(feature[:, channels])).to(feature.dtype)
+                    sums = sums.view(-1, shape[1], sums.shape[1])
+                    if sums.shape == shape:
+                        pooled = sums
+                        continue
+                    pooled = sums.new_empty(shape) if pooled is None else pooled
+                    pooled[:, :, channels].index_copy_(0, matrix.rows, sums)
+        assert pooled is not None, "there is a RoI"
+        ctx.parts, ctx.blocks = parts, blocks
+        ctx.maps = [torch.empty_like(x, device="meta") for x in maps]
+        if any(ctx.needs_input_grad[3 + num_maps :]):
+            ctx.save_for_backward(*maps)
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _grads_of_maps(ctx, grad)
+        if ctx.saved_tensors:
+            grads += _grads_of_weights(ctx, grad)
+        else:
+            grads += [None] * (2 * len(ctx.parts))
+        return None, None, None, *grads
+
+
+def _batches(blocks: list[Block], max_bins: float = math.inf) -> Iterator[list[Block]]:
+    """Cuts blocks into lists of about LIST_ENTRIES entries and ``max_bins`` bins at most."""
+    batch: list[Block] = []
+    entries = bins = 0
+    for block in blocks:
+        batch.append(block)
+        bins += block.num_bins
+        entries += block.num_bins * block.slots
+        if entries >= LIST_ENTRIES or bins >= max_bins:
+            yield batch
+            batch, entries, bins = [], 0, 0
+    if batch:
+        yield batch
+
+
+def _cells(block: Block) -> Tensor:
+    """Returns the cells that the bins of a block read, (n, P, Q, Ky, Kx) int32."""
+    y, x = (axis.cell[block.places] for axis in (block.part.y, block.part.x))
+    return over_y(y[:, :, : block.y_slots]) + over_x(x[:, :, : block.x_slots])
+
+
+def _weights(block: Block) -> Tensor:
+    """Returns the weights of the cells, (n, P, Q, Ky, Kx)."""
+    y, x = (axis.weight[block.places] for axis in (block.part.y, block.part.x))
+    return over_y(y[:, :, : block.y_slots]) * over_x(x[:, :, : block.x_slots])
+
+
+def _off_map(block: Block) -> Tensor:
+    """Returns which bins of a block lie off the map, (n, P, Q)."""
+    if block.part.off_map is None:
+        shape = len(block.places), block.part.num_bins
+        return torch.zeros(shape, dtype=torch.bool, device=block.places.device)
+    y, x = (axis[block.places] for axis in block.part.off_map)
+    return y[:, :, None] | x[:, None, :]
+
+
+class _Matrix:
+    """Rows of the sparse matrix: the bins of n RoIs of one map, as bags of cells."""
+
+    def __init__(self, batch: list[Block], weights: Iterable[Tensor]) -> None:
+        """
+        Args:
+            batch: blocks of the map.
+            weights: of each block, (n, P, Q, Ky, Kx).
+        """
+        self.rows, order = torch.cat([block.rows for block in batch]).sort()  # of all RoIs
+        places = order.tolist()
+
+        def join(values: Iterable[Tensor]) -> Tensor:
+            pieces = [piece for value in values for piece in value.flatten(1).unbind()]
+            return torch.cat([pieces[place] for place in places])
+
+        self._cells, self._weights = join(map(_cells, batch)), join(weights)
+        slots = torch.tensor([block.slots for block in batch for _ in block.places])[order]
+        slots = slots.to(order.device, torch.int32)
+        bins = torch.arange(batch[0].part.num_bins, dtype=torch.int32, device=order.device)
+        start = (slots.cumsum(0, dtype=torch.int32) - slots) * len(bins)
+        self._offsets = torch.addcmul(start[:, None], slots[:, None], bins).flatten()
+        self._off_map: Tensor | None = None
+        if any(block.part.off_map is not None for block in batch):
+            self._off_map = torch.nonzero(join(map(_off_map, batch)))[:, 0]
+
+    def times(self, table: Tensor) -> Tensor:
+        """Returns the bins (n P Q, C) from the table of cells (N H W, C)."""
+        bags = embedding_bag(
+            self._cells, table, self._offsets, mode="sum", per_sample_weights=self._weights
+        )
+        if self._off_map is not None:  # 0 times NaN would be NaN
+            bags = bags.index_fill(0, self._off_map, 0)
+        return bags
+
+
+def _grads_of_maps(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Returns the gradient to each map, or None where it is not needed.
+
+    It is the product with the transposed matrix: a cell is a bag of bins.
+
+    Args:
+        ctx: with ``blocks`` and ``maps``.
+        grad: to the bins, (R, P Q, C).
+    """
+    needed = [level for level in range(len(ctx.maps)) if ctx.needs_input_grad[3 + level]]
+    sizes = {level: ctx.maps[level][:, 0].numel() for level in needed}
+    totals: dict[int, Tensor] = {}
+    for batch in _batches([block for block in ctx.blocks if block.part.level in sizes]):
+        for level, lists in _transposed(batch, sizes).items():
+            first = level not in totals
+            for channels in channel_blocks(ctx.maps[level]):
+                cells = _sums_of_bins(grad[:, :, channels], ctx.maps[level], *lists)
+                if first and cells.stride() == ctx.maps[level].stride():
+                    totals[level] = cells
+                elif first:
+                    like = partial(torch.empty_like, dtype=cells.dtype, device=cells.device)
+                    totals.setdefault(level, like(ctx.maps[level]))[:, channels] = cells
+                else:
+                    totals[level][:, channels] += cells
+    for level in sizes.keys() - totals.keys():
+        totals[level] = torch.zeros_like(ctx.maps[level], device=grad.device)
+    return [
+        totals[level].to(grad.dtype) if level in totals else None for level in range(len(ctx.maps))
+    ]
+
+
+def _sums_of_bins(
+    grad: Tensor, like: Tensor, bins: Tensor, weights: Tensor, offsets: Tensor
+) -> Tensor:
+    """Returns the gradient (N, C, H, W) to a map from that to the bins (R, P Q, C)."""
+    rows = grad.to(weights.dtype).flatten(0, 1)
+    sums = embedding_bag(bins, rows, offsets, mode="sum", per_sample_weights=weights)
+    return sums.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _transposed(
+    batch: list[Block], sizes: dict[int, int]
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Sorts the entries of a batch by cell.
+
+    Args:
+        batch: blocks of any maps.
+        sizes: number of cells of each map, in the order of the maps.
+
+    Returns:
+        For each map its entries' bins (int32, among all R P Q) and weights, without weights of 0,
+        and where those of each cell begin.
+    """
+    levels, num_cells = list(sizes), sum(sizes.values())
+    first_cells = list(accumulate(sizes.values(), initial=0))
+    all_cells, all_weights, all_bins = [], [], []
+    for block in batch:
+        part, weights = block.part, _weights(block)
+        cells = _cells(block).add_(first_cells[levels.index(part.level)])
+        cells.masked_fill_(weights == 0, num_cells)  # sorted to the end
+        number = torch.arange(part.num_bins, dtype=torch.int32, device=cells.device)
+        bins = block.rows.int()[:, None, None] * part.num_bins + number[:, None]
+        all_cells.append(cells.flatten())
+        all_weights.append(weights.flatten())
+        all_bins.append(bins.expand(-1, -1, block.slots).flatten())
+    cells, order = torch.sort(torch.cat(all_cells), stable=True)
+    bins, weights = torch.cat(all_bins).take(order), torch.cat(all_weights).take(order)
+    ends = torch.bincount(cells, minlength=num_cells + 1).cumsum(0, dtype=torch.int32)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    lists = {}
+    for level, (first, last) in zip(levels, pairwise(first_cells), strict=True):
+        entries = slice(int(starts[first]), int(starts[last]))
+        lists[level] = bins[entries], weights[entries], starts[first:last] - starts[first]
+    return lists
+
+
+def _grads_of_weights(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Returns the gradients to the weights of each part, along y and along x.
+
+    Args:
+        ctx: with ``blocks``, ``parts`` and the maps as saved tensors.
+        grad: to the bins, (R, P Q, C).
+    """
+    grads = {
+        part: [torch.zeros_like(axis.weight) for axis in (part.y, part.x)] for part in ctx.parts
+    }
+    for level, feature in enumerate(ctx.saved_tensors):
+        for batch in _batches([block for block in ctx.blocks if block.part.level == level]):
+            weights = [_weights(block).requires_grad_() for block in batch]
+            with torch.enable_grad():
+                matrix = _Matrix(batch, weights)
+                bins = matrix.times(as_table(feature))
+            rows = grad[matrix.rows].flatten(0, 1).to(bins.dtype)
+            d_weights = torch.autograd.grad(bins, weights, rows)
+            for (part, places, ky, kx), d in zip(batch, d_weights, strict=True):
+                grad_y, grad_x = grads[part]
+                # Products and sums, which autocast leaves alone.
+                grad_y[places, :, :ky] += (d * over_x(part.x.weight[places, :, :kx])).sum((2, 4))
+                grad_x[places, :, :kx] += (d * over_y(part.y.weight[places, :, :ky])).sum((1, 3))
+    return [axis for part in ctx.parts for axis in grads[part]]
