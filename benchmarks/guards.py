@@ -22,7 +22,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
 from mask_branch import make_batch
-from measure import machine, median_times
+from measure import add_busy_argument, machine, median_times
 from tabulate import tabulate
 from torch import nn
 
@@ -55,7 +55,7 @@ def draw_seeds(num_images: int) -> None:
             seed_cpu_generators(1, 2, 3, slot)
 
 
-def measure(name: str, device: str, repeats: int) -> dict[str, Any]:
+def measure(name: str, device: str, repeats: int, busy: int) -> dict[str, Any]:
     config, num_images, side, opts = MODELS[name]
     # So small a rate that the guard, which is at work here, too, has no reason to stop.
     opts = [*opts, "MODEL.WEIGHTS", "", "MODEL.DEVICE", device, "SOLVER.BASE_LR", "1e-8"]
@@ -71,7 +71,7 @@ def measure(name: str, device: str, repeats: int) -> dict[str, Any]:
         guard.after_backward,
         partial(draw_seeds, num_images),
     ]
-    step, guarded, seeds = median_times(steps, repeats, device)
+    step, guarded, seeds = median_times(steps, repeats, device, busy=busy)
     return {
         "model": name,
         "step_ms": round(step, 2),
@@ -89,12 +89,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="runs per time, the median counts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_busy_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = [measure(name, args.device, args.repeats) for name in MODELS]
+    rows = [measure(name, args.device, args.repeats, args.busy) for name in MODELS]
     print(tabulate(rows, headers="keys", tablefmt="github"))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    results = {"machine": machine(args.device), "threads": args.threads, "rows": rows}
+    results = {
+        "machine": machine(args.device),
+        "threads": args.threads,
+        "busy": args.busy,
+        "rows": rows,
+    }
     args.output.write_text(json.dumps(results, indent=2) + "\n")
     print(f"written to {args.output}")
 

@@ -6,7 +6,7 @@ backward, and inference. target: 28 x 28 targets of 128 RoIs from bit masks of 8
 training step of Mask R-CNN R50-FPN, two images of 512 px with 8 polygons each, 512 RoIs an image.
 
 A time is the median of several runs, all sides in turn; ratios are detectron2 / ours. Memory is the
-peak of what PyTorch allocates.
+peak of what PyTorch allocates. With --busy N, times are taken while N other processes compute.
 
 Writes a table, a JSON file with machine, versions and date, and a plot beside it.
 """
@@ -27,7 +27,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from measure import machine, median_times, peak_megabytes, write_results
+from measure import add_busy_argument, machine, median_times, peak_megabytes, write_results
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from tqdm import tqdm
@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
+    add_busy_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
@@ -231,7 +232,7 @@ def main() -> None:
         torch.manual_seed(0)
         sides = make()
         row: dict[str, Any] = {"what": what, "classes": num_classes}
-        times = median_times(list(sides.values()), args.repeats, args.device)
+        times = median_times(list(sides.values()), args.repeats, args.device, busy=args.busy)
         for (name, step), time in zip(sides.items(), times, strict=True):
             row[f"{name}_ms"] = round(time, 2)
             row[f"{name}_mb"] = round(peak_megabytes(step, args.device), 1)
@@ -248,6 +249,7 @@ def main() -> None:
         **machine(args.device),
         "repeats": args.repeats,
         "threads": args.threads,
+        "busy": args.busy,
         "amp": args.amp,
         "rows": rows,
     }

@@ -32,7 +32,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.layers import paste_masks_in_image
-from measure import machine, median_times, peak_resident_megabytes, write_results
+from measure import add_busy_argument, machine, median_times, peak_resident_megabytes, write_results
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from tqdm import tqdm
@@ -191,13 +191,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def measure(sides: Sides, repeats: int) -> dict[str, Any]:
+def measure(sides: Sides, repeats: int, busy: int) -> dict[str, Any]:
     """Returns the times and peaks of a setting. The run for the peak warms up."""
     row: dict[str, Any] = {}
     for name, step in sides.items():
         gc.collect()
         row[f"{name}_mb"] = round(peak_resident_megabytes(step), 1)
-    times = median_times(list(sides.values()), repeats, "cpu", warm_up=False)
+    times = median_times(list(sides.values()), repeats, "cpu", busy=busy, warm_up=False)
     for name, time in zip(sides, times, strict=True):
         row[f"{name}_ms"] = round(time, 2)
     if "detectron2_ms" in row:
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--images", type=int, default=5000, help="images of the evaluation")
     parser.add_argument("--limit-gb", type=float, default=8, help="largest dense masks to make")
+    add_busy_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.getLogger("mask_head_plugin").setLevel(logging.WARNING)
@@ -224,7 +225,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for what, make in settings(args.images, Path(folder), args.limit_gb * 1e9):
             torch.manual_seed(0)
-            row = {**what, **measure(make(), args.repeats)}
+            row = {**what, **measure(make(), args.repeats, args.busy)}
             row["size"] = "{} x {}".format(*row["image_hw"])
             rows.append(row)
             stock = [row.get(f"detectron2_{unit}", "-") for unit in ("ms", "mb")]
@@ -232,7 +233,13 @@ def main() -> None:
                 f"{row['what']:26}{row['size']:>12}{row['masks']:>8}{stock[0]:>13}{stock[1]:>11}"
                 f"{row['ours_ms']:>12}{row['ours_mb']:>10}{row.get('time_ratio', '-'):>8}"
             )
-    results = {**machine("cpu"), "repeats": args.repeats, "threads": args.threads, "rows": rows}
+    results = {
+        **machine("cpu"),
+        "repeats": args.repeats,
+        "threads": args.threads,
+        "busy": args.busy,
+        "rows": rows,
+    }
     write_results(results, args.output, plot)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import datetime
 import itertools
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +23,60 @@ import torch
 import torchvision
 from torch.profiler import ProfilerActivity, profile
 
+SPIN = "import os\nwhile os.getppid() == {}: sum(range(10**6))"
+"""A program that keeps one processor busy until its parent ends."""
+
+
+def add_busy_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--busy",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure while N other processes keep a processor busy each",
+    )
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Runs processes that compute without a pause, as a loader's worker or another job does."""
+    command = [sys.executable, "-c", SPIN.format(os.getpid())]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
 
 def median_times(
-    steps: list[Callable[[], object]], repeats: int, device: str, *, warm_up: bool = True
+    steps: list[Callable[[], object]],
+    repeats: int,
+    device: str,
+    *,
+    busy: int = 0,
+    warm_up: bool = True,
 ) -> list[float]:
     """Runs some steps in turn, several times, and returns the median milliseconds of each.
 
-    With ``warm_up`` a first round does not count.
+    Args:
+        steps: what to time.
+        repeats: rounds that count.
+        device: ``cpu`` or ``cuda``.
+        busy: other processes that compute all the while.
+        warm_up: whether a first round does not count.
     """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: list[list[float]] = [[] for _ in steps]
-    for _ in range(repeats + warm_up):
-        for step, seconds in zip(steps, times, strict=True):
-            wait()
-            start = time.perf_counter()
-            step()
-            wait()
-            seconds.append(time.perf_counter() - start)
+    with busy_processes(busy):
+        for _ in range(repeats + warm_up):
+            for step, seconds in zip(steps, times, strict=True):
+                wait()
+                start = time.perf_counter()
+                step()
+                wait()
+                seconds.append(time.perf_counter() - start)
     return [1e3 * statistics.median(seconds[warm_up:]) for seconds in times]
 
 

@@ -7,7 +7,8 @@ is compared with this plugin's own roi_align.
 
 A time is the median of several runs, stock and ours in turn; ratios are stock / ours. Memory is the
 peak of what PyTorch allocates during one forward and backward pass, beyond inputs and results: on
-the CPU by its profiler, on CUDA by its allocator.
+the CPU by its profiler, on CUDA by its allocator. With --busy N, times are taken while N other
+processes compute.
 
 Writes a table, a JSON file with machine, versions and date, and a plot beside it.
 """
@@ -25,7 +26,7 @@ import torch
 import torchvision
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from measure import machine, median_times, peak_megabytes, write_results
+from measure import add_busy_argument, machine, median_times, peak_megabytes, write_results
 from torch import Tensor
 from tqdm import tqdm
 
@@ -95,7 +96,7 @@ def comparisons(
         yield Comparison("roi_pool", stock_pool, partial(roi_pool, *arguments), single)
 
 
-def measure(comparison: Comparison, repeats: int, device: str) -> dict[str, float]:
+def measure(comparison: Comparison, repeats: int, busy: int, device: str) -> dict[str, float]:
     """Returns times, memory and ratios of both sides of a comparison."""
     calls = {"stock": comparison.stock, "ours": comparison.ours}
     gradient = torch.ones_like(comparison.ours())
@@ -109,7 +110,7 @@ def measure(comparison: Comparison, repeats: int, device: str) -> dict[str, floa
     steps: list[Callable[[], object]] = []
     for who in calls:
         steps += [partial(forward, who), lambda who=who: pooled.pop(who).backward(gradient)]
-    times = median_times(steps, repeats, device)
+    times = median_times(steps, repeats, device, busy=busy)
     row: dict[str, float] = {}
     results = gradient.nbytes + sum(x.nbytes for x in comparison.maps)  # and gradients
     for who, ahead, back in zip(calls, times[::2], times[1::2], strict=True):
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[2])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[7, 14], help="output sizes")
+    add_busy_argument(parser)
     args = parser.parse_args()
     rows = []
     settings = [
@@ -209,11 +211,11 @@ def main() -> None:
                 "output_size": size,
                 "sampling_ratio": ratio,
                 "threads": threads,
-                **measure(comparison, args.repeats, args.device),
+                **measure(comparison, args.repeats, args.busy, args.device),
             }
             rows.append(row)
             tqdm.write(line(row))
-    results = {**machine(args.device), "repeats": args.repeats, "rows": rows}
+    results = {**machine(args.device), "repeats": args.repeats, "busy": args.busy, "rows": rows}
     write_results(results, args.output, plot)
 
 

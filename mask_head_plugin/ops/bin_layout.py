@@ -175,10 +175,10 @@ def channel_blocks(feature: Tensor) -> list[slice]:
     """
     num_channels = feature.shape[1]
     last = feature.is_contiguous(memory_format=torch.channels_last)
-    num_parts = min(feature.numel() // MAX_COPY + 1, MAX_PARTS)
-    if num_parts <= 2 or (last and feature.dtype == sum_type(feature)):
+    num_parts = min(-(-feature.numel() // MAX_COPY), MAX_PARTS)
+    if num_parts == 1 or (last and feature.dtype == sum_type(feature)):
         return [slice(0, num_channels)]
-    step = -(-num_channels // num_parts // 16) * 16
+    step = max(num_channels // num_parts // 16 * 16, 16)
     return [slice(k, min(k + step, num_channels)) for k in range(0, num_channels, step)]
 
 

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_axis_weights import dense
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torchvision.ops import roi_align as torchvision_roi_align
 from torchvision.ops import roi_pool as torchvision_roi_pool
 
@@ -540,6 +542,49 @@ def test_one_huge_box_does_not_cost_the_others(name):
         return max(itertools.accumulate(e.nbytes() for e in events))
 
     assert peak(torch.cat([rois, huge])) <= peak(rois) + peak(huge) + 1e6
+
+
+class LargeOperators(TorchDispatchMode):
+    """Counts the operators that PyTorch splits over its threads."""
+
+    GRAIN = 1 << 15
+    """Elements from which it does, in all but embedding_bag."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        values, _ = tree_flatten((args, kwargs, result))
+        sizes = [x.numel() for x in values if isinstance(x, torch.Tensor)]
+        if not func.is_view and not name.startswith(("empty", "new_empty")):
+            # A concatenation copies its inputs one by one.
+            sizes = sizes[:-1] if name == "cat" else sizes
+            self.count += "embedding_bag" in name or max(sizes, default=0) >= self.GRAIN
+        return result
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["align", "warp", "precise"])
+def test_as_few_large_operators_for_many_rois_and_channels_as_for_few(name, layout):
+    """Each waits for all threads, and with other processes at work one of them comes late."""
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    for num_rois, num_channels in ((100, 16), (700, 96)):
+        maps = [
+            torch.randn(2, num_channels, 160 >> k, 200 >> k).to(memory_format=layout)
+            for k in range(2)
+        ]
+        rois = random_rois(num_rois, (640, 800), generator).float()
+        levels = (torch.arange(num_rois) % 2).int()
+        inputs = [x.requires_grad_() for x in maps]
+        with LargeOperators() as operators:
+            pooled = OPERATORS[name](inputs, rois, 7, (1 / 4, 1 / 8), levels=levels)
+            pooled.backward(torch.ones_like(pooled))
+        counts.append(operators.count)
+    assert counts[1] <= 80, counts
 
 
 @pytest.mark.parametrize("size", [0, -1, (7, 0), (2.0, 3.0)])
