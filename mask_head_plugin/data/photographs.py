@@ -7,8 +7,10 @@ import hashlib
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+
+from .check_splits import photograph
 
 ROBOFLOW = re.compile(r"\.rf\.[0-9a-f]{32}$")
 """Roboflow gives each augmented version of an image a digest of its own."""
@@ -107,7 +109,7 @@ def photographs(file_names: Sequence[str], paths: Sequence[str]) -> list[int]:
         file_names: as the records have them.
         paths: of their files.
     """
-    first: dict[str, int] = {}
+    first: dict[Hashable, int] = {}
     parent = list(range(len(paths)))
 
     def root(k: int) -> int:
@@ -117,6 +119,8 @@ def photographs(file_names: Sequence[str], paths: Sequence[str]) -> list[int]:
 
     same_content = digests(paths)
     for k, (name, path) in enumerate(zip(photograph_names(file_names), paths, strict=True)):
-        for key in (f"name {name}", f"content {same_content.get(path, path)}"):
+        # The check's own answer, too, so that it finds nothing to warn of in a split.
+        of_check = photograph(file_names[k]) or file_names[k]
+        for key in (f"name {name}", f"content {same_content.get(path, path)}", of_check):
             parent[root(k)] = root(first.setdefault(key, k))
     return [root(k) for k in range(len(paths))]

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mask_head_plugin import ConfigError
+from mask_head_plugin.data.check_splits import shared_images
 from mask_head_plugin.data.dataset_split import keep_categories, split
 from mask_head_plugin.data.photographs import photograph_names, photographs
 
@@ -56,6 +57,13 @@ def test_files_of_one_content_are_one_photograph(tmp_path):
     names = ["a.png", "b.png", "c.png", "d.png", "missing.png"]
     groups = photographs(names, [str(tmp_path / name) for name in names])
     assert groups[1] == groups[3] and len(set(groups)) == 4
+
+
+def test_the_check_finds_no_photograph_in_both_parts_of_a_split(tmp_path):
+    names = [f"{place}_{k}_0_{k + 9}_99.png" for place in ("bay", "cape") for k in range(10)]
+    parts = split(data_set(names), str(tmp_path), 0.5)
+    paths = [[(str(tmp_path), str(tmp_path / x["file_name"])) for x in p["images"]] for p in parts]
+    assert [len(x) for x in paths] == [10, 10] and shared_images(*paths) == []
 
 
 def test_a_split_parts_no_photograph_loses_nothing_and_has_the_share(tmp_path):
