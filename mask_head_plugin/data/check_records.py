@@ -283,14 +283,18 @@ def listed_id(value: Any, known: Mapping[Hashable, Any]) -> Hashable:
 
     VIA lists images by number, but writes "7" into annotations.
     """
-    if not isinstance(value, Hashable):
+    try:
+        if value in known:
+            return value
+    except TypeError:  # not hashable
         return None
-    if isinstance(value, str) and value not in known:
+    if isinstance(value, str):
         text = value.removesuffix(".0")
         value = int(text) if text.isascii() and text.isdigit() and len(text) < 17 else value
         if str(value) != text:  # 007 is another id
             return None
-    return value if value in known else None
+        return value if value in known else None
+    return None
 
 
 def is_finite(value: Any) -> bool:

@@ -206,4 +206,5 @@ def _digest(segmentation: Any) -> int:
     if isinstance(segmentation, Mapping):
         counts = segmentation["counts"]
         return hash((tuple(counts) if isinstance(counts, list) else counts, *segmentation["size"]))
-    return hash(tuple(array("d", polygon).tobytes() for polygon in segmentation))
+    as_arrays = (x if isinstance(x, array) else array("d", x) for x in segmentation)
+    return hash(tuple([x.tobytes() for x in as_arrays]))
