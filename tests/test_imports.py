@@ -1,6 +1,7 @@
 """Imports point one way: ops <- modeling <- engine <- experiments <- train_net.py, tools.
 
-data and evaluation use ops and detectron2 only; nothing imports tools, tests or benchmarks.
+data and evaluation use ops, image_files and detectron2 only; nothing imports tools, tests or
+benchmarks.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ ALLOWED = {
     "structures": {"ops"},
     "shared_names": set(),
     "user_code": {"config"},
+    "image_files": {"config"},
     "modeling": {"ops", "config", "structures", "shared_names"},
-    "data": {"ops", "config", "shared_names"},
-    "evaluation": {"ops", "config", "class_names", "structures"},
+    "data": {"ops", "config", "shared_names", "image_files"},
+    "evaluation": {"ops", "config", "class_names", "structures", "image_files"},
     "engine": {
-        *("ops", "config", "messages", "class_names", "structures", "modeling", "data"),
-        *("evaluation", "shared_names", "user_code"),
+        *("ops", "config", "messages", "class_names", "structures", "image_files", "modeling"),
+        *("data", "evaluation", "shared_names", "user_code"),
     },
-    "experiments": {"user_code", "ops", "config", "modeling", "data", "evaluation", "engine"},
+    "experiments": {
+        *("user_code", "ops", "config", "image_files", "modeling", "data", "evaluation", "engine"),
+    },
     "__init__": {"ops", "config", "modeling", "data"},
 }
 NEVER_IMPORTED = {"tools", "tests", "benchmarks", "train_net", "conftest"}

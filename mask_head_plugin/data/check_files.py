@@ -18,7 +18,6 @@ import numpy as np
 from .check_images import ImageFacts, ListedImage, check_image_files
 from .check_records import Sizes, file_name, is_outside, listed_id
 from .findings import Findings, quote_path
-from .foreign_files import LFS_POINTER
 from .image_places import ImagePlaces
 
 FEW_SIZES = 3
@@ -65,10 +64,7 @@ def check_files(
     by_number = {image.number: image for image in listed}
     for finding in of_files:
         image = by_number[finding.index]
-        if finding.kind == "image-unreadable" and _is_pointer(image.path):
-            message = f"its file {quote_path(image.path)} is a Git LFS pointer, not the image"
-            found.append(replace(finding, kind="git-lfs-pointer", message=message))
-        elif finding.kind == "image-size-mismatch" and image.number in alike:
+        if finding.kind == "image-size-mismatch" and image.number in alike:
             message = f"{finding.message}, as all records do; the masks fit the file"
             found.append(replace(finding, kind="image-size-alike", message=message))
         else:
@@ -144,18 +140,6 @@ def _with_slashes(name: str) -> str:
 def _is_absolute_file(name: str) -> bool:
     path = Path(name)
     return path.is_absolute() and path.is_file()
-
-
-def _is_pointer(path: str) -> bool:
-    """Returns whether a file is what Git LFS leaves in place of one."""
-    file = Path(path)
-    if not file.is_file():  # opening a pipe would never end
-        return False
-    try:
-        with file.open("rb") as opened:
-            return opened.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return False
 
 
 def _wrong_alike(

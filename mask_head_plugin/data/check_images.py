@@ -1,31 +1,33 @@
-"""Image files: whether detectron2 will read each, and with the size that the annotations have.
+"""Image files: whether each can be used, and with the size that the annotations have.
 
 Files are not decoded as long as their structure says that they are whole: a JPEG ends with its end
-marker, the chunks of a PNG reach to IEND. What does not end so, and other formats, is decoded.
+marker, the chunks of a PNG reach to IEND and have the right checksums. What does not end so, and
+other formats, is decoded.
 """
 
 from __future__ import annotations
 
-import stat
+import os
 import struct
 import warnings
+import zlib
 from collections.abc import Iterable, Sequence
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
-from .findings import Findings, Place, quote, quote_path
+from ..image_files import (
+    JPEG_END,
+    QUARTER_TURNS,
+    ImageFileError,
+    open_image,
+    orientation_of,
+)
+from .findings import Findings, Place, quote_path
 
-EXIF_ORIENTATION = 274
-TURNED = (5, 6, 7, 8)
-"""Orientations that exchange width and height."""
-# Pillow, as detectron2 calls it, cuts the values of these at 255.
-DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 TEXT_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 THREADS = 8
 FEW_FILES = 2000  # are looked at in a second
 
@@ -66,113 +68,61 @@ class ImageFacts(NamedTuple):
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """The size that detectron2 will see."""
+        """The size that training, evaluation and demo see."""
         height, width = self.stored_hw
-        return (width, height) if self.orientation in TURNED else (height, width)
+        return (width, height) if self.orientation in QUARTER_TURNS else (height, width)
 
 
 def inspect_image(path: str, *, decode: bool = False) -> ImageFacts:
-    """Opens a file as detectron2 does.
+    """Looks at a file as training will.
 
     Args:
         path: of the file.
-        decode: whether to read all pixels, which finds damage in the middle of a file, too.
+        decode: whether to read all pixels, which also finds damage in the middle of a JPEG.
     """
     try:
-        status = Path(path).stat()
-        if stat.S_ISDIR(status.st_mode):
-            return ImageFacts(("image-file-is-folder", "is a folder"))
-        if not stat.S_ISREG(status.st_mode):  # a pipe would never end
-            return ImageFacts(("image-unreadable", "is no regular file"))
-        if status.st_size == 0:
-            return ImageFacts(("image-file-empty", "has 0 bytes"))
-        with Path(path).open("rb") as file:
-            return _inspect(file, decode)
-    except (FileNotFoundError, NotADirectoryError):
-        return ImageFacts(("image-file-missing", "does not exist"))
-    except Image.DecompressionBombError as error:
-        return ImageFacts(("image-too-large", f"is refused by Pillow: {_one_line(error)}"))
-    except UnidentifiedImageError:
-        return ImageFacts(("image-unreadable", "is no image that Pillow knows"))
-    except PermissionError:
-        return ImageFacts(("image-unreadable", "may not be read by this user"))
-    except Exception as error:  # Pillow's readers raise all sorts on damaged files
-        return ImageFacts(("image-unreadable", f"cannot be opened: {_one_line(error)}"))
-
-
-def _inspect(file: IO[bytes], decode: bool) -> ImageFacts:
-    image = Image.open(file)
-    width, height = image.size
-    if image.mode in DEEP_MODES:
-        return ImageFacts(("image-depth", f"has pixels of mode {image.mode}"))
-    # MPO is what some cameras write: a JPEG with a preview behind it.
-    animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
-    # Pillow turns a TIFF as it loads it; detectron2 asks before, and turns it once more.
-    early = _orientation(image, file, decode) if image.format == "TIFF" else None
-    whole = _looks_whole(image, file)
-    if not whole and image.format == "JPEG" and _ends_in_zeros(file):
-        return ImageFacts(("image-truncated", "ends in zeros in the middle of the pixels"))
-    if decode or not whole:
-        try:
-            image.load()
-        except Exception as error:  # as above
-            return ImageFacts(("image-truncated", f"is damaged: {_one_line(error)}"))
-    orientation = _orientation(image, file, decode) if early is None else early
-    return ImageFacts(None, (height, width), orientation, animated)
-
-
-def _orientation(image: Image.Image, file: IO[bytes], decode: bool) -> int:
-    try:
-        exif = image.getexif() if decode or image.format != "PNG" else _png_exif(image, file)
-        orientation = exif.get(EXIF_ORIENTATION, 1)
-    except Exception:  # detectron2 goes on without, too
-        return 1
-    return orientation if orientation in range(1, 9) else 1
+        with open_image(path) as opened:
+            image, is_png = opened.image, opened.image.format == "PNG"
+            stored_hw, animated = opened.stored_hw, opened.is_animated
+            # Before Pillow turns a TIFF and takes the tag away.
+            orientation = 1 if is_png else orientation_of(image.getexif)
+            if decode or opened.needs_decoding or not _looks_whole(image, opened.file):
+                opened.pixels()
+            if is_png:  # image.getexif() would decode it to look for text after the pixels
+                orientation = orientation_of(lambda: Image.Image.getexif(image))
+    except ImageFileError as error:
+        return ImageFacts((error.kind, error.reason))
+    return ImageFacts(None, stored_hw, orientation, animated)
 
 
 def _looks_whole(image: Image.Image, file: IO[bytes]) -> bool:
-    """Returns whether a file ends as its format says; False where that is not known."""
+    """Returns whether a file ends as its format says; False where that is not known.
+
+    A PNG with text after its pixels, which may be EXIF data, does not count as whole.
+    """
     if image.format == "JPEG":
-        file.seek(0, 2)
+        file.seek(0, os.SEEK_END)
         file.seek(max(file.tell() - 64, 0))
         return file.read().rstrip(b"\0\r\n ").endswith(JPEG_END)
-    return image.format == "PNG" and {b"IDAT", b"IEND"} <= set(_png_chunks(file))
-
-
-def _ends_in_zeros(file: IO[bytes]) -> bool:
-    """Returns whether zeros took the place of a JPEG's last pixels, which decode to grey.
-
-    Broken downloads look so. Zeros behind the end marker are padding that some cameras write; the
-    marker of a preview stands before the pixels start.
-    """
-    file.seek(0)
-    data = file.read()
-    return data.endswith(bytes(64)) and JPEG_END not in data[data.rfind(JPEG_SCAN) :]
+    if image.format != "PNG":
+        return False
+    kinds = list(_png_chunks(file))
+    if not {b"IDAT", b"IEND"} <= set(kinds):
+        return False
+    return not any(kind in TEXT_CHUNKS for kind in kinds[kinds.index(b"IDAT") :])
 
 
 def _png_chunks(file: IO[bytes]) -> Iterable[bytes]:
-    """Yields the kinds of a PNG's chunks that are there to their last byte."""
-    size = file.seek(0, 2)
-    position = 8
-    while position + 12 <= size:
-        file.seek(position)
-        length, kind = struct.unpack(">I4s", file.read(8))
-        position += 12 + length
-        if position <= size:
-            yield kind
-
-
-def _png_exif(image: Image.Image, file: IO[bytes]) -> Any:
-    """Returns what ``image.getexif()`` does, which decodes each PNG to look behind its pixels."""
-    kinds = list(_png_chunks(file))
-    if any(kind in TEXT_CHUNKS for kind in kinds[kinds.index(b"IDAT") :]):
-        file.seek(0)
-        return Image.open(file).getexif()
-    return Image.Image.getexif(image)
-
-
-def _one_line(error: Exception) -> str:
-    return quote(" ".join(str(error).split())).strip("'\"")
+    """Yields the kinds of a PNG's chunks, up to the first that is cut off or damaged."""
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        body, checksum = file.read(length), file.read(4)
+        if len(checksum) < 4 or zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(
+            checksum, "big"
+        ):
+            return
+        yield kind
 
 
 def check_image_files(
@@ -220,7 +170,7 @@ def _orientation_is_honoured(images: Iterable[ListedImage], facts: dict[str, Ima
         for image in images
         if image.image_hw is not None
         and facts[image.path].problem is None
-        and facts[image.path].orientation in TURNED
+        and facts[image.path].orientation in QUARTER_TURNS
         and facts[image.path].stored_hw[0] != facts[image.path].stored_hw[1]
     ]
     return bool(honoured) and all(honoured)
@@ -231,7 +181,7 @@ def _problems(image: ListedImage, facts: ImageFacts, honoured: bool) -> Iterable
         yield facts.problem
         return
     if facts.animated:
-        yield "image-animated", "has several frames, of which detectron2 reads the first"
+        yield "image-animated", "has several pages or frames, of which the first is read"
     if image.image_hw is None:
         return
     turned = f"EXIF orientation {facts.orientation}"
@@ -241,7 +191,7 @@ def _problems(image: ListedImage, facts: ImageFacts, honoured: bool) -> Iterable
         if image.image_hw == facts.stored_hw:
             yield (
                 "exif-size",
-                f"has {turned}: detectron2 turns it to {seen}, the record has {listed}",
+                f"has {turned}: it is read as {seen}, the record has {listed}",
             )
         elif image.image_hw == facts.image_hw[::-1]:
             yield "image-transposed", f"is {seen}, the record has {listed}"
@@ -253,6 +203,6 @@ def _problems(image: ListedImage, facts: ImageFacts, honoured: bool) -> Iterable
         # tool minds the tag, this one is right, too.
         yield (
             "exif-undecidable",
-            f"of {stored} has {turned}: detectron2 turns it, and the size does not "
+            f"of {stored} has {turned}: it is read turned, and the size does not "
             "tell whether the annotations were made on the turned image",
         )

@@ -127,8 +127,11 @@ KINDS: dict[str, Kind] = {
     "image-unreadable": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
     "image-truncated": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
     "image-depth": Kind(
-        ERROR, "scale it to 8 bits: detectron2 would cut all above 255 to white", LEAVES_OUT
+        ERROR,
+        "scale all images to 8 bits by one factor: 255 / 4095 if 12 bits are used",
+        LEAVES_OUT,
     ),
+    "image-elongated": Kind(ERROR, "cut the image into pieces", LEAVES_OUT),
     "image-animated": Kind(WARNING, "see that the annotations are of the first frame"),
     "image-size-mismatch": Kind(
         ERROR, "annotate the file in use, or put the annotated file there", LEAVES_OUT

@@ -28,6 +28,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..config import ConfigError
+from ..image_files import ImageFileError, ImageFileMapper
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,10 @@ class NamedErrors:
         described = describe(record)  # the mapper may change the record
         try:
             return self._mapper(record)
+        except ImageFileError as error:
+            raise ConfigError(
+                f"{described} {error.reason}; repair it, or leave it out of the data set"
+            ) from error
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(
@@ -126,10 +131,10 @@ class TrainLoader:
         Args:
             cfg: its DATASETS, DATALOADER, INPUT and SOLVER.IMS_PER_BATCH are read as detectron2
                 does.
-            mapper: from a record to what the model takes; if None detectron2's DatasetMapper.
+            mapper: from a record to what the model takes; if None ImageFileMapper.
         """
         with kept_generators():  # a sampler comes with it, and draws
-            parts = build_detection_train_loader.from_config(cfg, mapper)
+            parts = build_detection_train_loader.from_config(cfg, mapper or ImageFileMapper(cfg))
         if isinstance(parts["dataset"], IterableDataset):
             raise ConfigError(
                 f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} is an IterableDataset, whose order "

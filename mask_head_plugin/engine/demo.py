@@ -6,11 +6,9 @@ Shape alphabet: H, W image height and width in pixels; N detections of an image.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from detectron2.config import CfgNode
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from ..config import ConfigError, load_config
@@ -26,148 +23,24 @@ from ..data import dataset_categories
 from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.semantic import SemanticMap, semantic_map
 from ..messages import listed
-from ..structures import run_lengths
 from ..user_code import import_modules
 from .config_check import check_config
 from .media import (
+    Frames,
+    LeftOutError,
     Source,
-    UnreadableError,
     find_sources,
     num_frames,
     open_writer,
     read_bgr,
-    read_frames,
 )
+from .predictions import Categories, ColourKeeper, Detections, Predictions
 from .predictor import load_predictor
 
 logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.json"
 SEMANTIC_FOLDER = "semantic"
-SAME_OBJECT_IOU = 0.5
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What a model found in one image, the best first.
-
-    Attributes:
-        classes: N contiguous classes.
-        scores: N.
-        mask_scores: N, from a model with mask scoring, else None.
-        boxes: (N, 4) XYXY in pixels.
-        rles: N masks with str counts, None from a model without masks.
-    """
-
-    classes: list[int]
-    scores: list[float]
-    mask_scores: list[float] | None
-    boxes: npt.NDArray[np.float64]
-    rles: list[dict[str, Any]] | None
-
-    @staticmethod
-    def of(instances: Any) -> Detections:
-        """Takes them from detectron2's Instances after inference."""
-        instances = instances.to("cpu")
-        return Detections(
-            instances.pred_classes.tolist(),
-            instances.scores.tolist(),
-            instances.mask_scores.tolist() if instances.has("mask_scores") else None,
-            instances.pred_boxes.tensor.numpy().astype(np.float64).reshape(-1, 4),
-            run_lengths(instances.pred_masks) if instances.has("pred_masks") else None,
-        )
-
-    @property
-    def boxes_xywh(self) -> npt.NDArray[np.float64]:
-        return np.concatenate([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], axis=1)
-
-
-@dataclass(frozen=True)
-class Categories:
-    """Name and id of each class. A class k is k + 1 in semantic maps, where 0 is background."""
-
-    names: list[str]
-    ids: list[int]
-
-    def records(self) -> list[dict[str, Any]]:
-        """Returns COCO's ``categories``."""
-        pairs = enumerate(zip(self.ids, self.names, strict=True))
-        return [{"id": i, "name": name, "semantic_value": k + 1} for k, (i, name) in pairs]
-
-
-@dataclass
-class Predictions:
-    """A COCO file in the making."""
-
-    categories: Categories
-    images: list[dict[str, Any]] = field(default_factory=list)
-    annotations: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, found: Detections, image: dict[str, Any]) -> None:
-        """Adds an image and what was found in it.
-
-        Args:
-            found: detections.
-            image: ``file_name``, ``height`` and ``width``; of a video also ``frame``.
-        """
-        image = {"id": len(self.images) + 1, **image}
-        self.images.append(image)
-        for index, k in enumerate(found.classes):
-            box = [round(x, 3) for x in found.boxes_xywh[index].tolist()]
-            record: dict[str, Any] = {
-                "id": len(self.annotations) + 1,
-                "image_id": image["id"],
-                **{key: image[key] for key in ("file_name", "frame") if key in image},
-                "category_id": self.categories.ids[k],
-                "category_name": self.categories.names[k],
-                "score": found.scores[index],
-                "bbox": box,
-                "area": box[2] * box[3],
-                "iscrowd": 0,
-            }
-            if found.mask_scores is not None:
-                record["mask_score"] = found.mask_scores[index]
-            if found.rles is not None:
-                record["segmentation"] = found.rles[index]
-                record["area"] = int(coco_mask.area(found.rles[index]))
-            self.annotations.append(record)
-
-    def write(self, path: Path) -> None:
-        content = {
-            "images": self.images,
-            "categories": self.categories.records(),
-            "annotations": self.annotations,
-        }
-        path.write_text(json.dumps(content), encoding="utf-8")
-
-
-class ColourKeeper:
-    """Keeps the colour of an object from frame to frame.
-
-    Without it, colours would jump whenever the order of the scores changes. An object is known by
-    its class and by overlapping itself in the frame before.
-    """
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._before: tuple[Detections, list[int]] | None = None
-
-    def numbers(self, found: Detections) -> list[int]:
-        """Returns a number for the colour of each of the next frame's instances."""
-        numbers = [-1] * len(found.classes)
-        if self._before is not None and found.classes and self._before[0].classes:
-            before, before_numbers = self._before
-            overlap = _class_iou(found, before)
-            while overlap.max() >= SAME_OBJECT_IOU:
-                new, old = np.unravel_index(int(overlap.argmax()), overlap.shape)
-                numbers[new] = before_numbers[old]
-                overlap[new], overlap[:, old] = 0, 0
-        for index, number in enumerate(numbers):
-            if number < 0:
-                numbers[index] = self._count
-                self._count += 1
-        self._before = found, numbers
-        return numbers
 
 
 class Demo:
@@ -188,12 +61,13 @@ class Demo:
         names = self.predictor.metadata.get("thing_classes")
         self.predictions = Predictions(model_categories(cfg, names))
         self.output, self.semantic = output, semantic
+        self._scaled: set[str] = set()  # inputs of which it was told
 
     def run(self, sources: Sequence[Source]) -> list[str]:
         """Writes overlays, semantic maps and predictions.json, also after an interruption.
 
         Returns:
-            What went wrong, a line for each source that could not be read.
+            What went wrong, a line for each source that has no result, or only a part.
 
         Raises:
             OSError: if a result cannot be written.
@@ -205,7 +79,7 @@ class Demo:
                 for source in sources:
                     try:
                         self._run_one(source, progress)
-                    except UnreadableError as error:
+                    except LeftOutError as error:
                         problems.append(f"{source.path}: {error}")
         finally:
             self.predictions.write(self.output / PREDICTIONS)
@@ -215,7 +89,8 @@ class Demo:
         if source.is_video:
             self._run_video(source, progress)
         else:
-            found, overlay = self._predict(read_bgr(source.path), {"file_name": str(source.path)})
+            image = read_bgr(source.path)
+            found, overlay = self._predict(image, {"file_name": str(source.path)})
             self._write_image(source.overlay, overlay)
             if self.semantic:
                 name = f"{Path(source.overlay).stem}.png"
@@ -223,12 +98,12 @@ class Demo:
             progress.update()
 
     def _run_video(self, source: Source, progress: Any) -> None:
-        writer, keeper = None, ColourKeeper()
+        writer, keeper, frames = None, ColourKeeper(), Frames(source.path)
         try:
-            for index, (frame, fps) in enumerate(read_frames(source.path)):
+            for index, frame in enumerate(frames):
                 image = {"file_name": str(source.path), "frame": index}
                 found, overlay = self._predict(frame, image, keeper)
-                writer = writer or open_writer(self.output / source.overlay, overlay, fps)
+                writer = writer or open_writer(self.output / source.overlay, overlay, frames.fps)
                 writer.write(overlay)
                 if self.semantic:
                     name = f"{Path(source.overlay).stem}/{index:06d}.png"
@@ -237,12 +112,20 @@ class Demo:
         finally:
             if writer is not None:
                 writer.release()
+                _tell_differences(source, frames)
 
     def _predict(
         self, image: ByteArray, record: dict[str, Any], keeper: ColourKeeper | None = None
     ) -> tuple[Detections, ByteArray]:
         """Returns what is in a BGR image and its overlay, and notes it for predictions.json."""
-        output = self.predictor(image)
+        name = f"{record['file_name']}"
+        try:
+            output = self._run_model(image, name)
+        except Exception as error:  # one image that the model cannot take must not cost the others
+            logger.debug("the model failed", exc_info=True)
+            where = f" in frame {record['frame']}" if "frame" in record else ""
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise LeftOutError(f"made the model fail{where}: {reason}") from error
         if "instances" not in output:
             raise ConfigError(f"the model finds no instances, it returns {sorted(output)} only")
         found = Detections.of(output["instances"])
@@ -252,6 +135,18 @@ class Demo:
         labels = [f"{names[k]} {score:.2f}" for k, score in pairs]
         colours = [instance_colour(x) for x in (keeper or ColourKeeper()).numbers(found)]
         return found, draw_instances(image, labels, colours, found.boxes, found.rles)
+
+    def _run_model(self, image: ByteArray, name: str) -> dict[str, Any]:
+        height, width = image.shape[:2]
+        if self.predictor.scales_down(height, width) and name not in self._scaled:
+            self._scaled.add(name)
+            logger.warning(
+                "%s: the model sees its %d x %d pixels scaled to INPUT.MAX_SIZE_TEST %d, for at "
+                "full size memory would run out; cut it into tiles if objects are small",
+                *(name, width, height, self.predictor.cfg.INPUT.MAX_SIZE_TEST),
+            )
+        output: dict[str, Any] = self.predictor(image)
+        return output
 
     def _write_semantic(self, name: str, found: Detections, image: ByteArray) -> None:
         """Writes a PNG of class + 1, 0 for background; of 16 bits if there are over 255 classes."""
@@ -286,7 +181,7 @@ def run_demo(
         semantic: write semantic maps, too.
 
     Returns:
-        What went wrong, a line for each input that could not be read.
+        What went wrong, a line for each input that has no result, or only a part.
 
     Raises:
         ConfigError: if a setting, a file or the output folder cannot be used.
@@ -330,8 +225,6 @@ def demo_config(
     import_modules(cfg.IMPORTS)
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("no weights: add --opts MODEL.WEIGHTS FILE (.pth, .pkl or .safetensors)")
-    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
-        raise ConfigError(f"INPUT.FORMAT {cfg.INPUT.FORMAT!r} is not BGR or RGB")
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = confidence_threshold
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = confidence_threshold
     cfg.OUTPUT_DIR = str(output)  # check_config makes it
@@ -385,6 +278,14 @@ def _category_ids(cfg: CfgNode) -> tuple[dict[str, int], str]:
     return {}, "; ".join(unknown) or "DATASETS is empty"
 
 
+def _tell_differences(source: Source, frames: Frames) -> None:
+    changes = "" if frames.is_steady else ", though the input's frames come at changing intervals"
+    logger.warning(
+        "%s: the overlay %s has %.4g frames per second throughout%s, and no sound",
+        *(source.path, source.overlay, frames.fps, changes),
+    )
+
+
 def instance_semantic_map(found: Detections, image_hw: tuple[int, int]) -> SemanticMap:
     """Returns the (H, W) map of class + 1, 0 for background; the best-scored detection is on top.
 
@@ -394,11 +295,3 @@ def instance_semantic_map(found: Detections, image_hw: tuple[int, int]) -> Seman
     """
     scores = found.scores if found.mask_scores is None else found.mask_scores
     return semantic_map(found.rles or [], found.classes, scores, image_hw, threshold=-math.inf)
-
-
-def _class_iou(found: Detections, before: Detections) -> npt.NDArray[np.float64]:
-    """Returns the (N, N before) IoU of masks, else of boxes; 0 where classes differ."""
-    shapes = [x.boxes_xywh if x.rles is None else x.rles for x in (found, before)]
-    overlap = np.array(coco_mask.iou(*shapes, [0] * len(before.classes)))
-    overlap[np.not_equal.outer(found.classes, before.classes)] = 0
-    return overlap

@@ -5,32 +5,55 @@ Shape alphabet: H, W image height and width in pixels.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
-from detectron2.data.detection_utils import read_image
 
 from ..config import ConfigError
 from ..evaluation.drawing import ByteArray
+from ..image_files import ImageFileError, read_image
 
+Kind = Literal["image", "video"]
+
+# Also of files that nothing here reads: they are named, not passed over.
 IMAGE_SUFFIXES = {
-    *(".bmp", ".dib", ".gif", ".jpe", ".jpeg", ".jpg", ".jp2", ".pbm", ".pgm", ".png", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
+    *(".apng", ".avif", ".bmp", ".cr2", ".cr3", ".arw", ".dcm", ".dib", ".dng", ".exr", ".gif"),
+    *(".hdr", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx"),
+    *(".jxl", ".nef", ".orf", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi"),
+    *(".rw2", ".tga", ".tif", ".tiff", ".webp"),
 }
 VIDEO_SUFFIXES = {
-    *(".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm"),
-    ".wmv",
+    *(".3g2", ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".h264", ".h265", ".hevc", ".m2ts"),
+    *(".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogg"),
+    *(".ogv", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
 }
+# How files start, for endings that say nothing.
+IMAGE_START = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0{4}|P[1-6]\s+[\d#]|II[*+]\0|MM\0[*+]"
+    rb"|RIFF.{4}WEBP|.{4}ftyp(avi[fs]|he[iv][cxms]|mif1|msf1)|\0{3}\x0c(jP  |JXL )"
+    rb"|\xff\x4f\xff\x51|\xff\x0a|8BPS|qoif|v/1\x01|.{128}DICM",
+    re.DOTALL,
+)
+VIDEO_START = re.compile(
+    rb"RIFF.{4}AVI |.{4}(ftyp|moov)|\x1aE\xdf\xa3|FLV\x01|\0\0\x01\xba|OggS|0&\xb2u|G.{187}G",
+    re.DOTALL,
+)
+START_LENGTH = 189
 # What OpenCV always writes. The overlay of another kind becomes a .png or an .mp4.
 WRITTEN_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
 DEFAULT_FPS = 25.0
+STEADY = 1.5
+"""The longest interval between frames may be so many times the shortest: clocks round."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +65,14 @@ class Source:
     is_video: bool
 
 
-class UnreadableError(Exception):
-    """An input that is damaged."""
+class LeftOutError(Exception):
+    """Why an input has no result, or only a part."""
 
 
 def find_sources(inputs: Iterable[str]) -> list[Source]:
     """Returns the images and videos of --input, each once, with different names for overlays.
 
-    Of a folder, files with an image's or a video's ending count, those of sub-folders not.
+    Of a folder, files that end or start as images and videos do count, those of sub-folders not.
 
     Raises:
         ConfigError: if an input does not exist or holds nothing.
@@ -57,7 +80,8 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
     paths = {path.resolve(): path for given in inputs for path in _files_of(given)}
     sources, taken = [], set()
     for path in paths.values():
-        is_video = _is_video(path)
+        # What cannot be told is read as an image, which says what is wrong with it.
+        is_video = kind_of(path) == "video"
         stem, number = path.stem, 1
         # Also of endings apart: semantic maps are all .png. And in small letters, for file systems
         # that do not tell them from large ones.
@@ -69,42 +93,71 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
     return sources
 
 
+def kind_of(path: Path) -> Kind | None:
+    """Returns what a file is by its first bytes, or else by its ending; None if neither tells."""
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a pipe would never end
+            with path.open("rb") as file:
+                head = file.read(START_LENGTH)
+            if IMAGE_START.match(head):
+                return "image"
+            if VIDEO_START.match(head):
+                return "video"
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return "video"
+    return "image" if path.suffix.lower() in IMAGE_SUFFIXES else None
+
+
 def read_bgr(path: Path) -> ByteArray:
-    """Returns an image as (H, W, 3) BGR, turned as its EXIF says; grey and RGBA ones too.
+    """Returns an image as (H, W, 3) BGR, as ``image_files`` has it.
 
     Raises:
-        UnreadableError: if it cannot be decoded.
+        LeftOutError: if its pixels cannot be used.
     """
     try:
-        return np.ascontiguousarray(read_image(str(path), format="BGR"))
-    except Exception as error:  # of a damaged file, decoders raise anything
-        reason = " ".join(str(error).split())
-        raise UnreadableError(f"cannot be read as an image or a video: {reason}") from error
+        return np.ascontiguousarray(read_image(str(path), "BGR"))
+    except ImageFileError as error:
+        raise LeftOutError(error.reason) from error
 
 
-def read_frames(path: Path) -> Iterator[tuple[ByteArray, float]]:
-    """Yields the frames of a video as (H, W, 3) BGR, each with the frames per second.
+class Frames:
+    """The frames of a video.
 
-    Raises:
-        UnreadableError: if no frame can be decoded or, after those that can, if over a second is
-            missing of what the header says: less may be the header's rounding.
+    Attributes:
+        fps: frames per second, as the header says.
+        is_steady: whether all intervals between the frames read so far are alike.
     """
-    video = _open_video(path)
-    try:
-        fps = video.get(cv2.CAP_PROP_FPS)
-        fps = fps if math.isfinite(fps) and 0 < fps <= 1000 else DEFAULT_FPS
-        count, announced = 0, video.get(cv2.CAP_PROP_FRAME_COUNT)
-        is_read, frame = video.read()
-        while is_read:
-            count += 1
-            yield np.asarray(frame, np.uint8), fps
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.fps, self.is_steady = DEFAULT_FPS, True
+
+    def __iter__(self) -> Iterator[ByteArray]:
+        """Yields (H, W, 3) BGR.
+
+        Raises:
+            LeftOutError: if no frame can be decoded or, after those that can, if over a second is
+                missing of what the header says: less may be the header's rounding.
+        """
+        video = _open_video(self._path)
+        try:
+            fps = video.get(cv2.CAP_PROP_FPS)
+            self.fps = fps if math.isfinite(fps) and 0 < fps <= 1000 else DEFAULT_FPS
+            announced = video.get(cv2.CAP_PROP_FRAME_COUNT)
+            times: list[float] = []
             is_read, frame = video.read()
-    finally:
-        video.release()
-    if count == 0:
-        raise UnreadableError("no frame of this video can be read")
-    if count + fps < announced:
-        raise UnreadableError(f"only {count} of about {announced:.0f} frames can be read")
+            while is_read:
+                times.append(video.get(cv2.CAP_PROP_POS_MSEC))
+                yield np.asarray(frame, np.uint8)
+                is_read, frame = video.read()
+        finally:
+            video.release()
+        intervals = np.diff(times)
+        self.is_steady = len(intervals) == 0 or intervals.max() <= STEADY * intervals.min()
+        if not times:
+            raise LeftOutError("no frame of this video can be read")
+        if len(times) + self.fps < announced:
+            raise LeftOutError(f"only {len(times)} of about {announced:.0f} frames can be read")
 
 
 def num_frames(source: Source) -> int:
@@ -125,18 +178,21 @@ def open_writer(path: Path, frame: ByteArray, fps: float) -> cv2.VideoWriter:
         OSError: if OpenCV does not write such a video.
     """
     codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
-    writer = cv2.VideoWriter(str(path), codec, fps, (frame.shape[1], frame.shape[0]))
+    height, width = frame.shape[:2]
+    # FFmpeg, which OpenCV asks first, cuts odd sizes.
+    backend = cv2.CAP_OPENCV_MJPEG if _is_odd(width, height) else cv2.CAP_ANY
+    writer = cv2.VideoWriter(str(path), backend, codec, fps, (width, height))
     if not writer.isOpened():
-        raise OSError(f"OpenCV cannot write {path}, a video of {frame.shape[1]} x {frame.shape[0]}")
+        raise OSError(f"OpenCV cannot write {path}, a video of {width} x {height}")
     return writer
 
 
 def _files_of(given: str) -> list[Path]:
     path = Path(given).expanduser()
     if path.is_dir():
-        endings = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-        files = sorted(x for x in path.iterdir() if x.suffix.lower() in endings and x.is_file())
-        files = [x for x in files if not x.name.startswith(".")]
+        # A link that leads nowhere is no folder, and named as unreadable.
+        files = sorted(x for x in path.iterdir() if not (x.is_dir() or x.name.startswith(".")))
+        files = [x for x in files if kind_of(x) is not None]
         if not files:
             raise ConfigError(
                 f"--input: folder {path} holds no images or videos; of sub-folders give a pattern "
@@ -154,25 +210,26 @@ def _files_of(given: str) -> list[Path]:
     return files
 
 
-def _is_video(path: Path) -> bool:
-    """Returns whether OpenCV can open a file as a video, and it is no image."""
-    if cv2.haveImageReader(str(path)) or path.suffix.lower() in IMAGE_SUFFIXES:
-        return False
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        return True
+def _overlay_suffix(path: Path, is_video: bool) -> str:
+    """Returns the input's own ending where OpenCV writes such files of its size, else another."""
+    suffix = path.suffix.lower()
+    if not is_video:
+        return path.suffix if suffix in WRITTEN_IMAGES else ".png"
+    fitting = ".avi" if _has_odd_frames(path) else ".mp4"
+    return path.suffix if suffix in (".avi", fitting) else fitting
+
+
+def _has_odd_frames(path: Path) -> bool:
     video = _open_video(path)
     try:
-        return bool(video.isOpened())
+        sides = (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
+        return _is_odd(*(int(video.get(side)) for side in sides))
     finally:
         video.release()
 
 
-def _overlay_suffix(path: Path, is_video: bool) -> str:
-    """Returns the input's own ending where OpenCV writes such files, else .mp4 or .png."""
-    suffix = path.suffix.lower()
-    if is_video:
-        return path.suffix if suffix in CODECS else ".mp4"
-    return path.suffix if suffix in WRITTEN_IMAGES else ".png"
+def _is_odd(width: int, height: int) -> bool:
+    return bool(width % 2 or height % 2)
 
 
 def _open_video(path: Path) -> cv2.VideoCapture:

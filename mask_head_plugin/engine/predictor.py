@@ -3,19 +3,65 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
+from PIL import Image
 
 from ..class_names import class_names_of
 from ..config import ConfigError
+from ..evaluation.drawing import ByteArray
+from ..image_files import in_format
 from .checkpoint import MaskHeadCheckpointer
 from .weights import WeightsPolicy
 
+LARGEST_UNSCALED = 3
+"""Where INPUT.MIN_SIZE_TEST is 0, the model sees images at full size up to a square with sides of
+so many times INPUT.MAX_SIZE_TEST. Beyond, memory would run out: 14 GB for 12,000 x 9,000."""
 
-def load_predictor(cfg: CfgNode) -> DefaultPredictor:
+
+class BGRPredictor(DefaultPredictor):
+    """DefaultPredictor for BGR images, whatever INPUT.FORMAT is, and however large.
+
+    Differs from detectron2's in that it knows L and YUV-BT.601, and in that huge images are scaled
+    to INPUT.MAX_SIZE_TEST where INPUT.MIN_SIZE_TEST 0 would keep their size.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        converted = cfg.clone()
+        converted.defrost()
+        converted.INPUT.FORMAT = "BGR"  # taken as it is given; it refuses all but BGR and RGB
+        super().__init__(converted)
+        self.cfg = cfg.clone()
+
+    def __call__(self, original_image: ByteArray) -> dict[str, Any]:
+        """Returns the model's output for a (H, W, 3) BGR image."""
+        shortest, longest = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
+        if self.scales_down(*original_image.shape[:2]):
+            shortest = longest
+        self.aug = ResizeShortestEdge([shortest, shortest], longest)
+        as_rgb = Image.fromarray(np.ascontiguousarray(original_image[:, :, ::-1]))
+        seen = in_format(as_rgb, self.cfg.INPUT.FORMAT)
+        output: dict[str, Any] = super().__call__(seen)
+        return output
+
+    def scales_down(self, height: int, width: int) -> bool:
+        """Returns whether an image is scaled to INPUT.MAX_SIZE_TEST though the config keeps sizes.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+        """
+        largest = (LARGEST_UNSCALED * self.cfg.INPUT.MAX_SIZE_TEST) ** 2
+        return bool(self.cfg.INPUT.MIN_SIZE_TEST == 0 and height * width > largest)
+
+
+def load_predictor(cfg: CfgNode) -> BGRPredictor:
     """Returns detectron2's predictor for BGR images, with MODEL.WEIGHTS of any of our formats.
 
     Its ``metadata.thing_classes`` are the names of the classes that it predicts: those that the
@@ -34,7 +80,7 @@ def load_predictor(cfg: CfgNode) -> DefaultPredictor:
     bare = cfg.clone()
     bare.defrost()
     bare.MODEL.WEIGHTS = ""  # its own checkpointer reads no safetensors
-    predictor = DefaultPredictor(bare)
+    predictor = BGRPredictor(bare)
     policy = WeightsPolicy.of_predictor(cfg.DATASETS, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     # A model without masks may take weights with them.
     policy = replace(policy, strict=cfg.MODEL.WEIGHTS_STRICT, whole=True, surplus=True)

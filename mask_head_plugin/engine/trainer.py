@@ -15,7 +15,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
 )
@@ -56,6 +55,7 @@ from ..evaluation import (
     counted_detections,
     write_contact_sheet,
 )
+from ..image_files import ImageFileMapper
 from ..messages import listed
 from .checkpoint import MaskHeadCheckpointer, set_aside_earlier_run, sole_writer
 from .evaluation import evaluate_dataset
@@ -201,7 +201,7 @@ class Trainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader[Any]:
         """Returns detectron2's loader, whose errors name the image."""
         check_proposal_files(cfg, "TEST")
-        mapper = NamedErrors(DatasetMapper(cfg, False))
+        mapper = NamedErrors(ImageFileMapper(cfg, False))
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def resume_or_load(self, resume: bool = True) -> None:

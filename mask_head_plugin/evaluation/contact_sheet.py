@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.detection_utils import annotations_to_instances, read_image
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.evaluation.evaluator import inference_context
 from detectron2.utils.colormap import colormap
 from tqdm import tqdm
 
 from ..class_names import class_names_of, matched_predictions
+from ..image_files import ImageFileMapper, read_image
 from .drawing import FONT, ByteArray, LabelStyle, Rectangle, tint_mask, write_labels
 
 NUM_IMAGES = 12
@@ -64,14 +65,14 @@ def write_contact_sheet(
     names = MetadataCatalog.get(dataset_name).thing_classes
     found = class_names_of(model)
     # The mapper drops annotations, so that the model sees what it sees at evaluation.
-    mapper = DatasetMapper(cfg, is_train=False)
+    mapper = ImageFileMapper(cfg, is_train=False)
     pairs = []
     with inference_context(model), torch.no_grad():
         for index in tqdm(chosen, "drawing the contact sheet", unit="image"):
             record = records[index]
             instances = model([mapper(record)])[0]["instances"].to("cpu")
             instances = matched_predictions(instances, found, names, dataset_name)
-            image = read_image(record["file_name"], format="RGB")
+            image = read_image(record["file_name"], "RGB")
             truth = draw_masks(image, _true_masks(record, names))
             predicted = draw_masks(image, _predicted_masks(instances, names, min_score))
             pairs.append(np.concatenate([_on_tile(truth), _on_tile(predicted)], axis=1))

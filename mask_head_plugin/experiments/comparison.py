@@ -20,7 +20,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
 )
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from ..evaluation import MaskEvaluator, bootstrap, counted_detections
 from ..evaluation.matching import Matches
+from ..image_files import ImageFileMapper
 from .agreement import Cut, Differences, differences
 from .twins import Twins
 from .watch import WatchedModel
@@ -199,7 +199,7 @@ def compare_twins(
     cut = Cut(cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
     loader = build_detection_test_loader(
         dataset=DatasetCatalog.get(dataset),
-        mapper=DatasetMapper(cfg, is_train=False),
+        mapper=ImageFileMapper(cfg, is_train=False),
         num_workers=0 if cfg.MODEL.DEVICE == "cpu" else cfg.DATALOADER.NUM_WORKERS,
     )
     found: list[Differences] = []

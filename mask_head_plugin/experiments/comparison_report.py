@@ -10,13 +10,13 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.detection_utils import read_image
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as coco_mask
 from tabulate import tabulate
 from tqdm import tqdm
 
 from ..evaluation.drawing import ByteArray, LabelStyle, draw_instances, instance_colour, write_label
+from ..image_files import ImageFileMapper, read_image
 from .agreement import BOX_TOLERANCE, SCORE_TOLERANCE, THRESHOLD_TOLERANCE
 from .comparison import DIFFERENT, EQUAL, MIN_CONFIDENT, SIDES, TOO_FEW, Comparison
 from .twins import Twins
@@ -199,8 +199,8 @@ class Drawn:
 
 
 def _picture(twins: Twins, comparison: Comparison, record: dict[str, Any]) -> ByteArray:
-    image = read_image(record["file_name"], format="BGR")
-    x = DatasetMapper(twins.cfg, is_train=False)(record)
+    image = read_image(record["file_name"], "BGR")
+    x = ImageFileMapper(twins.cfg, is_train=False)(record)
     names = MetadataCatalog.get(comparison.dataset).thing_classes
     sides = [_drawn(model, x, names, comparison.min_score) for model in (twins.stock, twins.plugin)]
     factor = max(1, MIN_SIDE // max(image.shape[:2]))

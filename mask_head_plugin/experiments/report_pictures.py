@@ -16,13 +16,13 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from pycocotools import mask as coco_mask
 
 from ..config import ConfigError, load_config
 from ..data import register_coco_files
 from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.matching import Matches
+from ..image_files import read_image
 from .report_data import Study, Trial
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def _draw(
     for k, image_id in zip(chosen, ids, strict=True):
         record = records[image_id]
         truth = _true_masks(record)
-        image = _fitted(read_image(record["file_name"], format="RGB"))
+        image = _fitted(read_image(record["file_name"], "RGB"))
         row = [_picture(image, "ground truth", f"{len(truth)} objects", truth, names)]
         for trial, found in predicted.items():
             title = f"{trial.variant}, seed {trial.seed}"

@@ -439,7 +439,11 @@ def _without_pixels(path: Path) -> None:
 
 
 def _deep(path: Path) -> None:
-    Image.fromarray(np.full(HW, 40_000, np.uint16)).save(path, format="PNG")
+    Image.fromarray(np.full(HW, 4_000, np.uint16)).save(path, format="PNG")
+
+
+def _line(path: Path) -> None:
+    Image.new("RGB", (3000, 1)).save(path)
 
 
 def _animate(path: Path) -> None:
@@ -467,7 +471,8 @@ change_image_file("image has no bytes", "image-file-empty", lambda p: p.write_by
 change_image_file("image is a pointer", "git-lfs-pointer", lambda p: p.write_text(LFS_POINTER))
 change_image_file("image is a text", "image-unreadable", lambda p: p.write_text("<html>"))
 change_image_file("image is a folder", "image-file-is-folder", _folder)
-change_image_file("image has 16 bits", "image-depth", _deep)
+change_image_file("image has 12 of 16 bits", "image-depth", _deep)
+change_image_file("image is a line", "image-elongated", _line)
 change_image_file("exif turns by 90 degrees", "exif-size", _exif(6))
 change_image_file("exif of a png turns it", "exif-size", _exif(6), 2)
 change_image_file("exif turns by 180 degrees", "exif-undecidable", _exif(3))

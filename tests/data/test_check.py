@@ -11,9 +11,7 @@ import pycocotools.mask as mask_util
 import pytest
 from broken_data import CASES, EXIF_ORIENTATION, HW, NAN, encode, make_good, mutate, rectangle
 from conftest import SHARED_DATA, small_config
-from detectron2.data import DatasetMapper
 from detectron2.data.datasets import load_coco_json
-from detectron2.data.detection_utils import read_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,6 +21,7 @@ from mask_head_plugin.data.check import check_content
 from mask_head_plugin.data.check_images import inspect_image
 from mask_head_plugin.data.check_masks import decode_counts, runs_box
 from mask_head_plugin.data.findings import KINDS, SEVERITIES, Findings, errors_of, summary_table
+from mask_head_plugin.image_files import ImageFileMapper, read_image
 
 # Faults of a config or of LVIS, or of the way to the file: tests of their own.
 ELSEWHERE = {
@@ -46,7 +45,7 @@ def read_as_in_training(data) -> list[list]:
     found = []
     for mask_format in ("polygon", "bitmask"):
         cfg = small_config("Base-MaskRCNN-FPN.yaml", "INPUT.MASK_FORMAT", mask_format)
-        mapper = DatasetMapper(cfg, is_train=True)
+        mapper = ImageFileMapper(cfg, is_train=True)
         for record in copy.deepcopy(records):
             has_runs = any(
                 isinstance(x["segmentation"], dict) and not x.get("iscrowd")
@@ -191,15 +190,22 @@ def test_images_turned_by_90_degrees_vouch_for_those_turned_by_180(good):
     assert check(good) == []  # stored 80 x 60 with a quarter turn: seen as the record's 60 x 80
 
 
-def test_damage_in_the_middle_is_found_by_decoding_only(good):
+def test_damage_in_the_middle_of_a_png_is_found_by_its_checksums(good):
     path = good.path(2)
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
     data[middle : middle + 40] = bytes(40)
     path.write_bytes(data)
-    assert check(good) == []
-    (found,) = check(good, decode=True)
+    (found,) = check(good)
     assert (found.kind, found.image_id) == ("image-truncated", 2)
+
+
+def test_a_png_whose_checksum_alone_is_wrong_is_read_as_in_training(good):
+    path = good.path(2)
+    data = path.read_bytes()
+    path.write_bytes(data[:-16] + bytes(4) + data[-12:])  # of the last chunk with pixels
+    assert check(good) == []
+    assert read_image(str(path), "RGB").shape == (*HW, 3)
 
 
 def test_whole_images_are_not_decoded(good, monkeypatch):
@@ -347,11 +353,11 @@ def test_masks_of_an_image_that_is_not_listed_are_checked_in_themselves(good):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_tiff_has_the_size_that_detectron2_sees(tmp_path, orientation):
+def test_a_turned_tiff_has_the_size_that_training_sees(tmp_path, orientation):
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     path = str(tmp_path / "a.tif")
     Image.new("RGB", (80, 60)).save(path, exif=exif)
     facts = inspect_image(path)
-    assert facts.image_hw == read_image(path).shape[:2]
+    assert facts.image_hw == read_image(path, "RGB").shape[:2]
     assert facts.orientation == orientation

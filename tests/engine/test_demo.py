@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHECKPOINT, CONFIGS, ROOT, SHARED_DATA, SMALL_RESNET
+from detectron2.data import Metadata
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -19,9 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.data import shapes
-from mask_head_plugin.engine import MaskHeadCheckpointer, Trainer, WeightsPolicy
+from mask_head_plugin.engine import MaskHeadCheckpointer, Trainer, WeightsPolicy, media
 from mask_head_plugin.engine.demo import ColourKeeper, Detections, run_demo
 from mask_head_plugin.engine.media import find_sources
+from mask_head_plugin.engine.predictor import BGRPredictor
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
 WEIGHTS = ["MODEL.WEIGHTS", str(CHECKPOINT)]
@@ -46,9 +50,9 @@ def video(images, tmp_path_factory):
     return path
 
 
-def write_video(path, frames, fps=10.0):
+def write_video(path, frames, fps=10.0, backend=cv2.CAP_ANY):
     codec = cv2.VideoWriter.fourcc(*"MJPG")
-    writer = cv2.VideoWriter(str(path), codec, fps, frames[0].shape[1::-1])
+    writer = cv2.VideoWriter(str(path), backend, codec, fps, frames[0].shape[1::-1])
     for frame in frames:
         writer.write(frame)
     writer.release()
@@ -262,8 +266,24 @@ def test_colours_follow_objects_of_the_same_class():
     assert keeper.numbers(detections([51, 0, 61, 10], [1, 0, 11, 10])) == [1, 0]
     assert keeper.numbers(detections(left, right, classes=[0, 1])) == [0, 2]
     assert keeper.numbers(detections(left, left)) == [0, 3]  # one of two takes it over
-    assert keeper.numbers(detections()) == []
-    assert keeper.numbers(detections(left)) == [4]
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_an_object_that_is_missed_keeps_its_colour_for_eight_frames(with_masks):
+    def found(*columns):
+        boxes = [[x, 0, x + 10, 10] for x in columns]
+        rles = [coco_mask.frPyObjects([[x, 0, x + 10, 0, x + 10, 10, x, 10]], 99, 99)[0]
+                for x in columns]  # fmt: skip
+        return detections(*boxes, rles=rles if with_masks else None)
+
+    keeper = ColourKeeper()
+    left, right = 0, 50
+    assert keeper.numbers(found(left, right)) == [0, 1]
+    assert keeper.numbers(found(right)) == [1]
+    assert keeper.numbers(found(right + 1, left + 1)) == [1, 0]
+    assert [keeper.numbers(found()) for _ in range(8)] == [[]] * 8
+    assert keeper.numbers(found(left)) == [0]  # right is missed for the ninth time
+    assert keeper.numbers(found(right, left)) == [2, 0]
 
 
 def test_images_of_any_kind_are_read(images, tmp_path):
@@ -316,6 +336,125 @@ def test_a_video_that_ends_early_is_reported_and_what_it_has_is_kept(images, tmp
     assert 5 <= len(result["images"]) <= 12 and (tmp_path / "out" / "cut.avi").is_file()
 
 
+@pytest.mark.parametrize("name", ["odd.avi", "odd.webm"])
+def test_a_video_of_odd_size_keeps_it_and_what_changes_is_said(images, tmp_path, caplog, name):
+    image = cv2.imread(str(images / "000001.png"))[:95, :127]
+    write_video(tmp_path / "odd.avi", [image] * 3, backend=cv2.CAP_OPENCV_MJPEG)
+    (tmp_path / "odd.avi").rename(tmp_path / name)
+    assert run([tmp_path / name], tmp_path / "out")[1] == []
+    video = cv2.VideoCapture(str(tmp_path / "out" / "odd.avi"))
+    assert [video.read()[1].shape for _ in range(3)] == [image.shape] * 3
+    line = f"{name}: the overlay odd.avi has 10 frames per second throughout, and no sound"
+    assert line in caplog.text
+
+
+def test_frames_at_changing_intervals_are_told(monkeypatch):
+    class Video:
+        def __init__(self, times):
+            self._times, self._now = times, -1
+
+        def get(self, what):
+            header = {cv2.CAP_PROP_FPS: 25.0, cv2.CAP_PROP_FRAME_COUNT: len(self._times)}
+            return self._times[self._now] if what == cv2.CAP_PROP_POS_MSEC else header[what]
+
+        def read(self):
+            self._now += 1
+            return self._now < len(self._times), np.zeros((4, 4, 3), np.uint8)
+
+        def release(self):
+            pass
+
+    for times, steady in (([0, 33, 67, 100], True), ([0, 40, 80, 200], False), ([0], True)):
+        monkeypatch.setattr(media, "_open_video", lambda _, times=times: Video(times))
+        frames = media.Frames(Path("phone.mp4"))
+        assert len(list(frames)) == len(times) and frames.is_steady == steady
+
+
+def stub_model(monkeypatch, fail=lambda image: None):
+    """Makes the demo run a model that finds nothing; returns the images that it gets."""
+    seen = []
+
+    def model(inputs):
+        fail(inputs[0]["image"])
+        seen.append(inputs[0]["image"])
+        instances = Instances((inputs[0]["height"], inputs[0]["width"]))
+        instances.pred_boxes, instances.scores = Boxes(torch.zeros(0, 4)), torch.zeros(0)
+        instances.pred_classes = torch.zeros(0, dtype=torch.long)
+        return [{"instances": instances}]
+
+    monkeypatch.setattr(
+        "mask_head_plugin.engine.demo.load_predictor", lambda cfg: stub_predictor(cfg, model)
+    )
+    return seen
+
+
+def stub_predictor(cfg, model):
+    cfg.MODEL.WEIGHTS = ""
+    predictor = BGRPredictor(cfg)
+    predictor.metadata, predictor.model = Metadata(), model
+    return predictor
+
+
+def test_an_image_that_the_model_fails_on_does_not_cost_the_others(images, tmp_path, monkeypatch):
+    def fail(image):
+        if image[:, 0, 0].tolist() == [1, 2, 3]:
+            raise RuntimeError("out of\nmemory")
+
+    stub_model(monkeypatch, fail)
+    image = cv2.imread(str(images / "000001.png"))
+    image[0, 0] = (3, 2, 1)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    content, problems = run([tmp_path / "a.png", images], tmp_path / "out")
+    assert problems == [f"{tmp_path}/a.png: made the model fail: RuntimeError: out of memory"]
+    assert len(content["images"]) == 6
+
+
+def test_a_huge_image_is_scaled_where_the_config_keeps_sizes_and_that_is_told(
+    images, tmp_path, monkeypatch, caplog
+):
+    seen = stub_model(monkeypatch)
+    image = images / "000001.png"  # 128 x 96
+    content, problems = run([image], tmp_path / "a", "INPUT.MAX_SIZE_TEST", "32")
+    assert problems == [] and seen[0].shape == (3, 24, 32)
+    assert (content["images"][0]["height"], content["images"][0]["width"]) == (96, 128)
+    assert "000001.png: the model sees its 128 x 96 pixels scaled to INPUT.MAX_SIZE_TEST 32" in (
+        caplog.text
+    )
+    run([image], tmp_path / "b", "INPUT.MAX_SIZE_TEST", "64")
+    assert seen[1].shape == (3, 96, 128) and caplog.text.count("scaled to") == 1
+
+
+def test_files_of_a_folder_that_look_like_images_are_named_if_they_cannot_be_read(
+    images, tmp_path, monkeypatch
+):
+    stub_model(monkeypatch)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    whole = (images / "000001.png").read_bytes()
+    write_video(folder / "clip.avi", [cv2.imread(str(images / "000001.png"))] * 2)
+    (folder / "clip.avi").rename(folder / "clip")
+    readable = {"photo.dat": whole, "noending": whole, "photo.jfif": whole}
+    heif = b"\0\0\0\x18ftypheic" + bytes(40)
+    broken = {
+        **{name: heif for name in ("a.heic", "b.heif", "c.bin")},
+        **{name: b"text" for name in ("d.avif", "e.ts", "f.3gp", "g.jxl", "h.nef", "i.tga")},
+        "j.upload": whole[:200],
+        "k.png": b"version https://git-lfs.github.com/spec/v1\n",
+    }
+    others = dict.fromkeys(("notes.txt", "labels.json", "README", ".hidden.png"), b"BM text")
+    for name, content in (readable | broken | others).items():
+        (folder / name).write_bytes(content)
+    (folder / "l.jpg").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "m.png")
+    (folder / "sub.png").mkdir()
+    content, problems = run([folder], tmp_path / "out")
+    assert {Path(x["file_name"]).name for x in content["images"]} == {*readable, "clip"}
+    named = [Path(line.partition(": ")[0]).name for line in problems]
+    assert sorted(named) == sorted([*broken, "l.jpg", "m.png"])
+    assert "git lfs pull" in next(x for x in problems if "k.png" in x)
+    assert (tmp_path / "out" / "clip.mp4").is_file()
+
+
 def test_equal_names_are_numbered_and_equal_files_taken_once(images, tmp_path):
     for name in ("a/x.png", "b/x.png", "b/X.jpg", "b/x_2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -343,7 +482,7 @@ def test_equal_names_are_numbered_and_equal_files_taken_once(images, tmp_path):
         (["--opts", "MODEL.WEIGHTS", ""], "no weights: add --opts MODEL.WEIGHTS FILE"),
         (["--opts", "MODEL.WEIGHTS"], "has no partner"),
         (["--opts", "MODEL.WEIGHTS", "{tmp}/file"], "file was not loaded"),
-        (["--opts", "INPUT.FORMAT", "L"], "INPUT.FORMAT 'L' is not BGR or RGB"),
+        (["--opts", "INPUT.FORMAT", "HSV"], "INPUT.FORMAT"),
         (["--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "7"], "of another shape: roi_heads."),
         (
             ["--semantic", "--opts", *NO_MASKS],

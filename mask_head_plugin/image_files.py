@@ -1,0 +1,321 @@
+"""What the pixels of an image file are: one answer for check, training, evaluation and demo.
+
+Pillow decodes; the rules, which docs/images.md states for users, are here. A file that they do not
+cover is refused with an ImageFileError, whose one line names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.utils.file_io import PathManager
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from .config import ConfigError
+
+MOST_ELONGATED = 200
+"""Longer over shorter side. Beyond it, scaling to INPUT.MAX_SIZE_* may leave no pixel in height."""
+
+LOWEST_WHITE = 64
+"""Upper byte of 16 bits. Samples that are all below it use 14 bits or fewer: white is unknown."""
+
+EXIF_ORIENTATION = 274
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+QUARTER_TURNS = (5, 6, 7, 8)
+"""Orientations that exchange width and height."""
+
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF
+IMAGE_WIDTH, IMAGE_LENGTH = 256, 257
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
+LFS_POINTER = b"version https://git-lfs"
+
+
+class ImageFileError(ConfigError):
+    """A file whose pixels cannot be used.
+
+    Attributes:
+        kind: of fault, a key of ``data.findings.KINDS``.
+        reason: what follows the file's name in a sentence.
+    """
+
+    def __init__(self, path: str, kind: str, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
+        self.kind, self.reason = kind, reason
+
+
+class _RefusalError(Exception):
+    """Kind and reason of an ImageFileError."""
+
+
+def read_image(path: str, image_format: str) -> npt.NDArray[Any]:
+    """Returns the pixels of a file; detectron2's function of this name for more kinds of file.
+
+    Args:
+        path: of the file, in any form that detectron2's PathManager opens.
+        image_format: a value of INPUT.FORMAT: BGR, RGB, L or YUV-BT.601.
+
+    Returns:
+        (H, W, C) uint8 from 0 to 255; for YUV-BT.601 float32, with Y from 0 to 1.
+
+    Raises:
+        ImageFileError: if the pixels cannot be used.
+    """
+    with open_image(path) as opened:
+        return in_format(opened.pixels(), image_format)
+
+
+def in_format(image: Image.Image, image_format: str) -> npt.NDArray[Any]:
+    """Returns an image of 8 bits as ``read_image`` does.
+
+    Differs from detectron2's convert_PIL_to_numpy in that YUV-BT.601 is float32: its models fail on
+    the float64 that it gives.
+    """
+    pixels: npt.NDArray[Any] = utils.convert_PIL_to_numpy(image, image_format)
+    return pixels.astype(np.float32) if pixels.dtype == np.float64 else pixels
+
+
+@contextlib.contextmanager
+def open_image(path: str) -> Iterator[OpenedImage]:
+    """Opens a file and reads its header.
+
+    Args:
+        path: as for read_image.
+
+    Raises:
+        ImageFileError: if the header shows that the pixels cannot be used, or for any error that
+            is raised while the file is open.
+    """
+    try:
+        if "://" not in path:
+            _check_regular(path)
+        with PathManager.open(path, "rb") as file:
+            yield OpenedImage(file)
+    except Exception as error:  # Pillow's readers raise all sorts on damaged files
+        raise ImageFileError(path, *_explained(error)) from error
+
+
+def _check_regular(path: str) -> None:
+    status = os.stat(path)  # noqa: PTH116  # training calls this for each image
+    if stat.S_ISDIR(status.st_mode):
+        raise _RefusalError("image-file-is-folder", "is a folder")
+    if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+        raise _RefusalError("image-unreadable", "is no regular file")
+    if status.st_size == 0:
+        raise _RefusalError("image-file-empty", "has 0 bytes")
+
+
+def _explained(error: Exception) -> tuple[str, str]:
+    """Returns kind and reason."""
+    match error:
+        case _RefusalError():
+            return error.args[0], error.args[1]
+        case FileNotFoundError() | NotADirectoryError():
+            return "image-file-missing", "does not exist"
+        case Image.DecompressionBombError():
+            return "image-too-large", f"is refused by Pillow: {_one_line(error)}"
+        case PermissionError():
+            return "image-unreadable", "may not be read by this user"
+        case _:
+            return "image-unreadable", f"cannot be read: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__} {error}".split())[:200]
+
+
+class OpenedImage:
+    """An image file whose header was read.
+
+    Attributes:
+        image: Pillow's.
+        file: its bytes.
+        stored_hw: size of the stored pixels, before they are turned.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.image = image = _identified(file)
+        self.stored_hw = _stored_hw(image)
+        self._is_deep = _is_deep(image, file)
+        if max(self.stored_hw) > MOST_ELONGATED * min(self.stored_hw):
+            sides = "{1} x {0}".format(*self.stored_hw)
+            raise _RefusalError(
+                "image-elongated", f"has {sides} pixels, sides of over {MOST_ELONGATED} : 1"
+            )
+        if image.mode == "F":
+            raise _RefusalError(
+                "image-depth", "has floating-point samples, for which no white is known"
+            )
+        if image.mode == "I" and image.format not in ("PNG", "PPM"):
+            raise _RefusalError(
+                "image-depth", "has samples of 32 bits, for which no white is known"
+            )
+
+    @property
+    def is_animated(self) -> bool:
+        """Whether the file has more pages or frames than the first."""
+        # MPO is what some cameras write: a JPEG followed by a preview.
+        return self.image.format != "MPO" and bool(getattr(self.image, "is_animated", False))
+
+    @property
+    def needs_decoding(self) -> bool:
+        """Whether only the pixels show that they can be used."""
+        return self._is_deep or self.image.mode.startswith("I")
+
+    def pixels(self) -> Image.Image:
+        """Decodes the first page or frame.
+
+        Returns:
+            RGB or L of 8 bits, turned as EXIF or XMP data say.
+        """
+        image: Image.Image = self.image
+        if image.format == "JPEG" and _ends_in_zeros(self.file):
+            raise _RefusalError("image-truncated", "ends in zeros in the middle of the pixels")
+        white_is_zero = image.format == "TIFF" and _tiff_tag(image, PHOTOMETRIC) == WHITE_IS_ZERO
+        try:
+            image.load()
+        except Exception as error:
+            raise _RefusalError("image-truncated", f"is damaged: {_one_line(error)}") from error
+        # Only now: Pillow turns a TIFF as it loads it, and takes the tag away.
+        turn = TURNS.get(orientation_of(image.getexif))
+        if image.mode.startswith("I"):
+            image = _upper_bytes(image, inverted=white_is_zero)
+        elif self._is_deep:
+            colours = (band for band in image.getbands() if band != "A")
+            _check_white(max(np.asarray(image.getchannel(band)).max() for band in colours))
+        if image.mode not in ("L", "RGB"):
+            image = image.convert("RGB")
+        return image if turn is None else image.transpose(turn)
+
+
+def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            reason = "is a Git LFS pointer, not the image, which `git lfs pull` fetches"
+            raise _RefusalError("git-lfs-pointer", reason) from None
+        raise _RefusalError("image-unreadable", "is no image that Pillow knows") from None
+
+
+def _stored_hw(image: Image.Image) -> tuple[int, int]:
+    if image.format == "TIFF":  # Pillow's size is that of the turned image
+        return _tiff_tag(image, IMAGE_LENGTH), _tiff_tag(image, IMAGE_WIDTH)
+    return image.height, image.width
+
+
+def _tiff_tag(image: Any, tag: int) -> Any:
+    return image.tag_v2.get(tag)
+
+
+def _is_deep(image: ImageFile.ImageFile, file: IO[bytes]) -> bool:
+    """Returns whether samples have 16 bits, of which Pillow hands out the upper 8."""
+    if image.format == "TIFF":
+        return max(_tiff_tag(image, BITS_PER_SAMPLE) or (1,)) > 8
+    if image.format == "JPEG2000":
+        return _jpeg2000_bits(file) == 16  # fewer are scaled
+    if image.format == "PPM":
+        return any(tile[3][1] == 65535 for tile in image.tile if isinstance(tile[3], tuple))
+    return any(";16" in str(tile[3]) for tile in image.tile)  # such as RGB;16B
+
+
+def _jpeg2000_bits(file: IO[bytes]) -> int:
+    file.seek(0)
+    head = file.read(1 << 20)
+    start = head.find(b"\xff\x4f\xff\x51")  # start of the codestream and of its SIZ segment
+    depth = head[start + 42 : start + 43]  # Ssiz of the first component
+    return (depth[0] & 0x7F) + 1 if start >= 0 and depth else 8
+
+
+def _ends_in_zeros(file: IO[bytes]) -> bool:
+    """Returns whether zeros took the place of a JPEG's last pixels, which decode to grey.
+
+    Broken downloads look so. Zeros after the end marker are padding that some cameras write; the
+    marker of a preview comes before the pixels start.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 64, 0))
+    if any(file.read()):
+        return False
+    file.seek(0)
+    data = file.read()
+    return JPEG_END not in data[data.rfind(JPEG_SCAN) :]
+
+
+def orientation_of(get_exif: Callable[[], Any]) -> int:
+    """Returns the orientation, 1 to 8, of the data that a function returns; 1 if there is none."""
+    try:
+        orientation = get_exif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # of damaged data, which says nothing of the pixels
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _upper_bytes(image: Image.Image, *, inverted: bool) -> Image.Image:
+    """Returns a grey image of 16 bits in 8."""
+    upper = (np.asarray(image) >> 8).astype(np.uint8)
+    _check_white(upper.max())
+    return Image.fromarray(255 - upper if inverted else upper)
+
+
+def _check_white(brightest: int) -> None:
+    if brightest < LOWEST_WHITE:
+        raise _RefusalError(
+            "image-depth",
+            f"has samples of 16 bits, none of them above {LOWEST_WHITE * 256 - 1}: if 10, 12 or 14 "
+            "bits are used, the model would see it nearly black",
+        )
+
+
+class ImageFileMapper(DatasetMapper):
+    """detectron2's DatasetMapper with the images of ``read_image``."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Returns what detectron2's models take.
+
+        Args:
+            dataset_dict: a record in detectron2's standard format, which stays as it is.
+
+        Raises:
+            ImageFileError: if the image cannot be used.
+        """
+        record = copy.deepcopy(dataset_dict)
+        image = read_image(record["file_name"], self.image_format)
+        utils.check_image_size(record, image)
+        labels = record.pop("sem_seg_file_name", None)
+        # Values of a label map are classes, which nothing may scale.
+        label_map = None if labels is None else utils.read_image(labels, "L").squeeze(2)
+        seen = T.AugInput(image, sem_seg=label_map)
+        transforms = self.augmentations(seen)
+        image_hw = seen.image.shape[:2]
+        record["image"] = torch.as_tensor(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
+        if label_map is not None:
+            record["sem_seg"] = torch.as_tensor(seen.sem_seg.astype("long"))
+        if self.proposal_topk is not None:
+            top = self.proposal_topk
+            utils.transform_proposals(record, image_hw, transforms, proposal_topk=top)
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            self._transform_annotations(record, transforms, image_hw)
+        return record
