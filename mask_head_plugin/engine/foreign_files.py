@@ -12,7 +12,7 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -59,14 +59,28 @@ _INSTRUCTIONS = {
 }
 """Of a pickle. Left out are those of registered extensions and of tricks with the stack."""
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_SETS = {"SETITEM", "SETITEMS"}
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
 _FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "REDUCE", "BUILD", "NEWOBJ"}
 _SPARE_NUMBERS = 1000  # not all picklers number their objects without gaps
 _MOST_REPEATS = 10
 """Objects in a tuple for each byte of the file."""
 _CALLED = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
-_SIZED = ("bytearray", "Tensor", "UntypedStorage", "TypedStorage")
-"""Types that torch admits; called with a number, each takes as much memory as it says."""
+_SIZED = ("bytearray", "Tensor", "Storage")
+"""Ends of names of types that torch admits; called with a number, each takes as much memory."""
+_DICTS = ("OrderedDict", "Counter", "defaultdict")
+_LONGEST_NAME = 1000
+_ELEMENT_BYTES = {
+    **dict.fromkeys(
+        ("Byte", "Bool", "Char", "Untyped", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), 1
+    ),
+    **dict.fromkeys(("BFloat16", "Half", "Short"), 2),
+    **dict.fromkeys(("Float", "Int", "QInt32"), 4),
+    **dict.fromkeys(("ComplexFloat", "Double", "Long"), 8),
+    "ComplexDouble": 16,
+}
+"""By the name of a type of storage, without "Storage"."""
+_STORAGE_ID = (5, 6)  # values: "storage", type, key, device, number of elements, old ones a view
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -229,6 +243,8 @@ def _check_archive(file: BinaryIO, size: int) -> None:
             )
         if "data.pkl" not in files:
             raise pickle.UnpicklingError("it is a zip archive, but not of torch's")
+        if len({name.casefold() for name in files}) < len(files):
+            raise pickle.UnpicklingError(f"it has records of the same name; {DISTRUST}")
         declared = sum(record.file_size for record in records)
         if declared > size or any(x.compress_type != zipfile.ZIP_STORED for x in records):
             raise pickle.UnpicklingError(
@@ -236,7 +252,7 @@ def _check_archive(file: BinaryIO, size: int) -> None:
                 f"nothing; {DISTRUST}"
             )
         with archive.open(records[files.index("data.pkl")]) as content:
-            _scan(content, size)
+            _scan(content, size, dict(zip(files, (x.file_size for x in records), strict=True)))
 
 
 def _read_pickle(file: BinaryIO) -> Any:
@@ -258,24 +274,32 @@ class _Seen(NamedTuple):
         depth: of the containers in it.
         objects: how many are in it; one that is held twice counts twice.
         name: if it is a global, without its module.
+        is_dict: whether it is a dictionary of some kind.
+        value: of a number, a short text or a global's name; of these in a tuple, if it has as many
+            as name a storage.
     """
 
     depth: int
     objects: int
     name: str
+    is_dict: bool
+    value: Any
 
 
-def _scan(file: BinaryIO | IO[bytes], size: int) -> None:
+def _scan(file: BinaryIO | IO[bytes], size: int, records: Mapping[str, int] | None = None) -> None:
     """Goes through the instructions of one pickle without following any.
 
     Refuses what would let a small file fill the memory, overflow the stack or never end: lengths
     beyond the file, gaps in the table of remembered objects (it is made as long as the largest
     number in it), calls that make objects of a given size, containers nested without end, and
-    tuples that hold each other many times over (to be a key, each is counted through).
+    tuples that hold each other many times over (to be a key, each is counted through). Refuses
+    also what torch before 2.10 takes though it reads or writes beyond a tensor's memory then:
+    storages longer than their bytes in the file, and items set in anything but dictionaries.
 
     Args:
         file: read from where it stands to behind the pickle.
         size: bytes of the file.
+        records: bytes of each record of the archive that the pickle is in, if it is in one.
     """
     stack: list[_Seen] = []
     marks: list[int] = []
@@ -306,10 +330,16 @@ def _scan(file: BinaryIO | IO[bytes], size: int) -> None:
                 raise IndexError(f"nothing for {name} to take")
             taken = stack[start:]
             del stack[start:]
-            if name in _CALLED and taken and taken[0].name in _SIZED:
+            if name in _CALLED and taken and taken[0].name.endswith(_SIZED):
                 raise pickle.UnpicklingError(
                     f"its pickle calls {taken[0].name}, which makes memory of any size; {DISTRUST}"
                 )
+            if name in _SETS and not taken[0].is_dict:
+                raise pickle.UnpicklingError(
+                    f"its pickle sets items of what is no dictionary; {DISTRUST}"
+                )
+            if name == "BINPERSID":
+                _check_storage(taken[0].value, size, records)
             if pushed:
                 into = taken[:1] if name in _FILLS else []  # fills what is there
                 rest = taken[len(into) :]
@@ -327,7 +357,46 @@ def _scan(file: BinaryIO | IO[bytes], size: int) -> None:
                         f"{DISTRUST}"
                     )
                 called = str(argument).rpartition(" ")[2] if name == "GLOBAL" else ""
-                stack.append(_Seen(deepest, count, called))
+                if name == "STACK_GLOBAL":
+                    called = str(taken[1].value)
+                is_dict = name in ("EMPTY_DICT", "DICT") or (
+                    name == "REDUCE" and taken[0].name in _DICTS
+                )
+                is_dict |= bool(into) and into[0].is_dict
+                stack.append(
+                    _Seen(deepest, count, called, is_dict, _value(argument, called, taken))
+                )
+
+
+def _value(argument: Any, called: str, taken: Sequence[_Seen]) -> Any:
+    if called or isinstance(argument, int):
+        return called or argument
+    if isinstance(argument, str) and len(argument) <= _LONGEST_NAME:
+        return argument
+    return tuple(x.value for x in taken) if len(taken) in _STORAGE_ID else None
+
+
+def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) -> None:
+    """Refuses a tensor's storage that is longer than what the file has of it.
+
+    Args:
+        identity: the tuple by which a pickle of torch's names a storage, as _Seen has it.
+        size: bytes of the file.
+        records: as in _scan.
+    """
+    try:
+        kind, type_name, key, _, num_elements = identity[: min(_STORAGE_ID)]
+        num_bytes = num_elements * _ELEMENT_BYTES[type_name.removesuffix("Storage")]
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise pickle.UnpicklingError(
+            f"its pickle has a persistent id that names no storage; {DISTRUST}"
+        ) from error
+    available = size if records is None else records.get(f"data/{key}", 0)
+    if kind != "storage" or not 0 <= num_bytes <= available:
+        raise pickle.UnpicklingError(
+            f"its pickle claims {num_bytes} bytes for a storage of which the file has {available}; "
+            "it is truncated or corrupt: get it again"
+        )
 
 
 def _effects() -> dict[str, tuple[int, bool, bool]]:

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 
@@ -107,7 +108,11 @@ def test_arrays_of_the_same_bytes_cannot_fill_the_memory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "called", ["builtins bytearray", "torch Tensor", "torch.storage UntypedStorage"]
+    "called",
+    [
+        *("builtins bytearray", "torch Tensor", "torch.storage UntypedStorage"),
+        *("torch FloatTensor", "torch DoubleStorage"),
+    ],
 )
 def test_a_torch_file_takes_no_more_memory_than_it_has(tmp_path, called):
     path = tmp_path / "a.pth"
@@ -278,7 +283,26 @@ def longer_storage(content: bytes) -> bytes:
     return changed
 
 
+def with_pickle_changed(old: bytes, new: bytes):
+    """Makes a torch file of weights with other instructions in the place of some."""
+
+    def change(content: bytes) -> bytes:
+        assert content.count(old) == 1
+        return content.replace(old, new)
+
+    return lambda: changed_record(torch_bytes(WEIGHTS), change)
+
+
+def record_twice(name: str) -> bytes:
+    content = io.BytesIO(torch_bytes(WEIGHTS))
+    with warnings.catch_warnings(), zipfile.ZipFile(content, "a") as file:
+        warnings.simplefilter("ignore")
+        file.writestr(name, b"x")
+    return content.getvalue()
+
+
 WEIGHTS = {"w": torch.arange(4.0)}
+LENGTH, STORAGE_END, TENSOR_END = b"K\x04t", b"tq\x07Q", b"Rq\rs."
 OLD = {"_use_new_zipfile_serialization": False}
 TORCH_FILES = {
     "code": (lambda: torch_bytes({"model": WEIGHTS, "x": touch()}), "posix.system"),
@@ -296,6 +320,26 @@ TORCH_FILES = {
     "other zip": (lambda: archive(None, [("x.npy", b"x", zipfile.ZIP_STORED)]), "not of torch"),
     "longer storage": (lambda: changed_record(torch_bytes(WEIGHTS), longer_storage), "corrupt"),
     "longer storage, old": (lambda: longer_storage_of_old(), "corrupt"),
+    "storage of fewer than none": (
+        with_pickle_changed(LENGTH, b"J\xff\xff\xff\xfft"),
+        "claims -4 bytes",
+    ),
+    "storage of one more": (with_pickle_changed(LENGTH, b"K\x05t"), "claims 20 bytes"),
+    "storage of more bits": (with_pickle_changed(b"FloatS", b"DoubleS"), "claims 32 bytes"),
+    "storage that is not there": (
+        with_pickle_changed(text("0"), text("7")),
+        "of which the file has 0",
+    ),
+    "storage without a length": (with_pickle_changed(LENGTH, b"Nt"), "names no storage"),
+    "storage of a module": (with_pickle_changed(b"FloatStorage", b"nn"), "names no storage"),
+    "other persistent id": (with_pickle_changed(STORAGE_END, b"tNQ"), "names no storage"),
+    "item of a tensor": (with_pickle_changed(TENSOR_END, b"RK\x00K\x05ss."), "sets items"),
+    "items of a tensor": (with_pickle_changed(TENSOR_END, b"R(K\x00K\x05us."), "sets items"),
+    "record twice": (lambda: record_twice("archive/data/0"), "records of the same name"),
+    "record twice but for case": (
+        lambda: record_twice("archive/DATA.pkl"),
+        "records of the same name",
+    ),
     "deep key": (
         lambda: changed_record(torch_bytes(WEIGHTS), lambda _: DEEP_KEY),
         "nests over 100",
