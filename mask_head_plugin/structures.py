@@ -5,19 +5,20 @@ Shape alphabet: N masks, H and W sides of the image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .ops.mask_rle import Rle
 
 
-def run_lengths(masks: RLEMasks | Tensor) -> list[Rle]:
+def run_lengths(masks: Tensor) -> list[Rle]:
     """Returns the COCO encodings (counts as text, as in JSON) of what ``pred_masks`` may hold.
 
     Args:
@@ -30,72 +31,102 @@ def run_lengths(masks: RLEMasks | Tensor) -> list[Rle]:
     return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
 
 
-class RLEMasks:
-    """The masks of one image, each decoded when it is asked for.
+class RLEMasks(Tensor):
+    """The masks of one image: detectron2's (N, H, W) bool tensor, kept as run lengths.
 
-    Stands in for the (N, H, W) bool tensor of detectron2: it has what Instances, Visualizer,
-    VideoVisualizer and the COCO, LVIS and Cityscapes evaluators ask of it (its trackers want the
-    tensor: MASK_OUTPUT bitmask). Masks are decoded on the CPU, whatever the device.
+    A tensor without memory of its own. Selecting masks, joining those of one image, copying and
+    moving to a device give RLEMasks again. Whatever else PyTorch or NumPy do with a bool tensor is
+    done with the decoded one: a loop and an integer index decode one mask at a time, everything
+    else all N, which takes N * H * W bytes for that moment.
+
+    Differs from the tensor: what an operation returns is a copy, never a view, and the masks
+    cannot be changed in place. Set MODEL.MASK_OUTPUT to bitmask for code that needs either.
 
     Attributes:
         rles: N encodings, for anything that reads COCO's format.
         image_hw: H, W.
     """
 
-    def __init__(self, rles: Sequence[Rle], image_hw: tuple[int, int]) -> None:
+    rles: list[Rle]
+    image_hw: tuple[int, int]
+
+    # Methods reach __torch_dispatch__ as they are: their results are no RLEMasks.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __new__(
+        cls, rles: Sequence[Rle], image_hw: tuple[int, int], device: torch.device | str = "cpu"
+    ) -> RLEMasks:
         """
         Args:
             rles: N encodings.
             image_hw: H, W; also where N is 0.
+            device: where decoded masks go. The encodings stay on the CPU.
 
         Raises:
             ValueError: if a mask has another size.
         """
-        self.rles, self.image_hw = list(rles), (int(image_hw[0]), int(image_hw[1]))
-        for index, rle in enumerate(self.rles):
-            if tuple(rle["size"]) != self.image_hw:
-                raise ValueError(f"mask {index} has size {rle['size']}, the image {self.image_hw}")
+        hw = int(image_hw[0]), int(image_hw[1])
+        for index, rle in enumerate(rles):
+            if tuple(rle["size"]) != hw:
+                raise ValueError(f"mask {index} has size {rle['size']}, the image {hw}")
+        masks: RLEMasks = Tensor._make_wrapper_subclass(
+            cls, (len(rles), *hw), dtype=torch.bool, device=torch.device(device)
+        )
+        masks.rles, masks.image_hw = list(rles), hw
+        return masks
 
-    def __len__(self) -> int:
-        return len(self.rles)
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Runs an operator of PyTorch on the decoded masks, or on the encodings where it can."""
+        kwargs = dict(kwargs or {})
+        name = func.overloadpacket.__name__
+        for position, argument in enumerate(func._schema.arguments):
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written and isinstance(given, RLEMasks):
+                given._refuse(name)
+        if name in _KEEP_ENCODINGS and kwargs.get("dtype") in (None, torch.bool):
+            return args[0]._of(args[0].rles, kwargs.get("device"))
+        if name == "cat" and _are_of_one_image(*args, **kwargs):
+            return args[0][0]._of([rle for part in args[0] for rle in part.rles])
+        args, kwargs = tree_map(_dense, (args, kwargs))
+        return func(*args, **kwargs)
 
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((len(self), *self.image_hw))
+    def dense(self) -> Tensor:
+        """Returns the (N, H, W) bool tensor."""
+        return torch.from_numpy(self.numpy()).to(self.device)
 
-    def __iter__(self) -> Iterator[npt.NDArray[np.bool_]]:
-        """Yields (H, W) bool arrays, one at a time."""
-        for rle in self.rles:
-            yield coco_mask.decode(rle).astype(bool)
-
-    def __getitem__(self, item: Any) -> Tensor | RLEMasks:
-        """
-        Args:
-            item: an integer; a slice; or, as a tensor, array or list, N bools or any integers. As
-                with tensors, uint8 counts as bool.
+    def __getitem__(self, item: Any) -> Tensor:
+        """As with tensors.
 
         Returns:
-            For an integer the (H, W) bool tensor, otherwise RLEMasks.
+            RLEMasks for a slice, N bools, or a list, array or tensor of integers; the (H, W) bool
+            tensor for an integer; a dense tensor for pixels and new axes.
 
         Raises:
-            IndexError: if the index is beyond the masks, there are not N bools, or it is anything
-                else: pixels are not to be had so.
+            IndexError: if the index is beyond the masks or fits no tensor.
         """
         if isinstance(item, slice):
-            return RLEMasks(self.rles[item], self.image_hw)
-        index = np.asarray(item.cpu() if isinstance(item, Tensor) else item)
-        if isinstance(item, list) and not item:
-            index = index.astype(int)
-        elif index.dtype == np.uint8 and index.ndim:
-            index = index.astype(bool)
-        is_index = np.issubdtype(index.dtype, np.integer)
-        if isinstance(item, tuple) or index.ndim > 1 or not (is_index or index.dtype == bool):
-            raise IndexError(f"RLEMasks takes no index {item!r}")
-        if index.ndim == 0 and is_index:
-            return torch.from_numpy(coco_mask.decode(self.rles[int(index)])).bool()
-        if index.dtype == bool and index.shape != (len(self),):
-            raise IndexError(f"{index.shape} bools for {len(self)} masks")
-        return RLEMasks([self.rles[k] for k in np.arange(len(self))[index]], self.image_hw)
+            return self._of(self.rles[item])
+        if isinstance(item, tuple) or item is None or item is Ellipsis or np.ndim(item) > 1:
+            return self.dense()[item]
+        rows = torch.arange(len(self))[item.cpu() if isinstance(item, Tensor) else item]
+        if rows.ndim == 0:
+            return self._of([self.rles[int(rows)]]).dense()[0]
+        return self._of([self.rles[k] for k in rows.tolist()])
+
+    def __setitem__(self, item: Any, value: Any) -> NoReturn:
+        self._refuse("assignment")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yields (H, W) bool tensors, one at a time."""
+        return (self[k] for k in range(len(self)))
 
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
@@ -103,40 +134,71 @@ class RLEMasks:
         """Returns the (N, H, W) array, bool unless told."""
         if copy is False:
             raise ValueError("masks are decoded into a new array: copy cannot be False")
-        masks = np.zeros(self.shape, dtype or bool)
-        for out, mask in zip(masks, self, strict=True):
-            out[...] = mask
+        return self.numpy().astype(dtype or bool, copy=False)
+
+    def numpy(self, *, force: bool = True) -> npt.NDArray[np.bool_]:  # noqa: ARG002  # Tensor's
+        """Returns the (N, H, W) bool array, whatever the device."""
+        masks = np.zeros(self.shape, bool)
+        for out, rle in zip(masks, self.rles, strict=True):
+            out[...] = coco_mask.decode(rle)
         return masks
 
-    def numpy(self) -> npt.NDArray[np.bool_]:
-        """Returns the (N, H, W) bool array."""
-        return self.__array__()
+    def tolist(self) -> list[Any]:
+        return self.numpy().tolist()
 
-    def any(self, dim: int) -> Tensor:
-        """Returns the (H, W) bool tensor of pixels that any mask covers; ``dim`` must be 0."""
-        if dim != 0:
-            raise ValueError(f"dim is {dim}; masks are joined along dim 0 only")
-        if not self.rles:
-            return torch.zeros(self.image_hw, dtype=torch.bool)
-        return torch.from_numpy(coco_mask.decode(coco_mask.merge(self.rles))).bool()
-
-    def to(self, *args: Any, **kwargs: Any) -> RLEMasks:  # noqa: ARG002  # as Tensor.to
-        """Returns itself, whatever the device."""
-        return self
-
-    def cpu(self) -> RLEMasks:
-        return self
+    def area(self) -> Tensor:
+        """Returns the (N,) numbers of pixels, as PolygonMasks.area, without decoding."""
+        return torch.tensor([int(coco_mask.area(x)) for x in self.rles], device=self.device).long()
 
     @staticmethod
-    def cat(masks: Sequence[RLEMasks]) -> RLEMasks:
-        """Joins the masks of one image; what Instances.cat calls.
+    def cat(masks: Sequence[Tensor]) -> Tensor:
+        """Joins the masks of one image, as torch.cat.
 
         Raises:
             ValueError: if there is nothing to join, or sizes differ.
         """
         if not masks:
             raise ValueError("no masks to join")
-        return RLEMasks([rle for part in masks for rle in part.rles], masks[0].image_hw)
+        return torch.cat(list(masks))
 
-    def __repr__(self) -> str:
+    def data_ptr(self) -> NoReturn:
+        self._refuse("data_ptr()")
+
+    def untyped_storage(self) -> NoReturn:
+        self._refuse("untyped_storage()")
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.dense().__dlpack__(**options)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return RLEMasks, (self.rles, self.image_hw, str(self.device))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RLEMasks:
+        return memo.setdefault(id(self), self._of(self.rles))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"RLEMasks({len(self)} masks of {self.image_hw[0]} x {self.image_hw[1]})"
+
+    def _of(self, rles: Sequence[Rle], device: torch.device | None = None) -> RLEMasks:
+        return RLEMasks(rles, self.image_hw, device or self.device)
+
+    def _refuse(self, what: str) -> NoReturn:
+        # Not a TypeError: Python takes one of an operator such as &= for "try it another way".
+        raise RuntimeError(
+            f"{what} needs masks in memory, but pred_masks is an RLEMasks, which keeps run "
+            "lengths: call it on the copy that pred_masks.dense() returns, or set "
+            "MODEL.MASK_OUTPUT to bitmask"
+        )
+
+
+_KEEP_ENCODINGS = ("_to_copy", "alias", "clone", "detach")
+
+
+def _are_of_one_image(masks: Sequence[Any], dim: int = 0) -> bool:
+    """Whether joining along ``dim`` lists the masks of one image one after the other."""
+    are_rles = all(isinstance(x, RLEMasks) for x in masks)
+    return dim in (0, -3) and are_rles and len({x.image_hw for x in masks}) == 1
+
+
+def _dense(value: Any) -> Any:
+    return value.dense() if isinstance(value, RLEMasks) else value

@@ -1,17 +1,20 @@
-"""RLEMasks: what detectron2 does with pred_masks works as on the tensor that they stand for."""
+"""RLEMasks: what one does with pred_masks works as on the tensor that they stand for."""
 
 from __future__ import annotations
 
+import copy
+import operator
 import pickle
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from pycocotools import mask as coco_mask
+from torch.nn import functional
 
 from mask_head_plugin.structures import RLEMasks
 
@@ -25,18 +28,96 @@ def make(num_masks=4, seed=0):
     return torch.from_numpy(bits), RLEMasks(rles, HW)
 
 
-def test_length_shape_and_iteration():
+def same(actual, expected) -> bool:
+    """Whether two results of an operation are the same in type, device and value."""
+    if isinstance(expected, torch.Tensor):
+        alike = (actual.dtype, actual.device, actual.shape) == (
+            *(expected.dtype, expected.device, expected.shape),
+        )
+        return alike and np.array_equal(actual.numpy(), expected.numpy())
+    if isinstance(expected, list | tuple):
+        return len(actual) == len(expected) and all(map(same, actual, expected))
+    if isinstance(expected, np.ndarray):
+        return actual.dtype == expected.dtype and np.array_equal(actual, expected)
+    return type(actual) is type(expected) and actual == expected
+
+
+ROW = torch.arange(4.0).view(4, 1, 1)
+OPERATIONS = {
+    "isinstance": lambda m: isinstance(m, torch.Tensor),
+    "len": len,
+    "shape": lambda m: m.shape,
+    "size": lambda m: (m.size(), m.size(1), m.dim(), m.ndim, m.numel(), m.nelement()),
+    "type": lambda m: (m.dtype, m.device, m.is_cuda, m.requires_grad, m.layout),
+    "sum": lambda m: m.sum(),
+    "sum of pixels": lambda m: m.sum(dim=(1, 2)),
+    "torch.sum": lambda m: torch.sum(m, (1, 2)),
+    "mean": lambda m: m.float().mean((1, 2)),
+    "float": lambda m: m.float(),
+    "int": lambda m: m.int(),
+    "uint8": lambda m: m.to(torch.uint8),
+    "type as": lambda m: m.type_as(ROW),
+    "detach": lambda m: m.detach(),
+    "as_tensor": torch.as_tensor,
+    "as_tensor of a type": lambda m: torch.as_tensor(m, dtype=torch.float32),
+    "stack of a loop": lambda m: torch.stack(list(m)),
+    "numpy of a loop": lambda m: [x.cpu().numpy() for x in m],
+    "cpu, numpy": lambda m: m.detach().cpu().numpy().astype("uint8"),
+    "np.asarray": np.asarray,
+    "np.array": lambda m: np.array(m, dtype=np.uint8, copy=True),
+    "np.transpose": lambda m: np.transpose(m.numpy(), (1, 2, 0)),
+    "tolist": lambda m: m.tolist(),
+    "pixels": lambda m: m[:, 2:5, 3:9],
+    "pixels of one": lambda m: m[1, 2:5, ::2],
+    "pixel": lambda m: m[1, 2, 3].item(),
+    "new axis": lambda m: m[:, None],
+    "ellipsis": lambda m: m[..., 0],
+    "ellipsis alone": lambda m: m[...],
+    "two axes of indices": lambda m: m[torch.tensor([[0, 1], [2, 3]])],
+    "mask of pixels": lambda m: m[torch.ones(4, *HW, dtype=torch.bool)],
+    "as an index": lambda m: (ROW + torch.zeros(HW))[m],
+    "select": lambda m: m.index_select(0, torch.tensor([2, 0])),
+    "any": lambda m: m.any(dim=0),
+    "any at all": lambda m: bool(m.any()),
+    "any along pixels": lambda m: m.flatten(1).any(1),
+    "max": lambda m: m.max(),
+    "argmax": lambda m: m.float().argmax(0),
+    "nonzero": lambda m: m.nonzero(),
+    "where": lambda m: torch.where(m, ROW, -ROW),
+    "not": lambda m: ~m,
+    "and": lambda m: m & m[0],
+    "or from the left": lambda m: m[0] | m,
+    "times": lambda m: m * ROW,
+    "equals": lambda m: m == m[0],
+    "permute": lambda m: m.permute(1, 2, 0),
+    "unsqueeze": lambda m: m.unsqueeze(1),
+    "view": lambda m: m.view(len(m), -1),
+    "reshape": lambda m: m.reshape(-1),
+    "IoUs": lambda m: m.flatten(1).float() @ m.flatten(1).float().T,
+    "interpolate": lambda m: functional.interpolate(m[None].float(), scale_factor=2),
+    "stack": lambda m: torch.stack([m, m]),
+    "cat": lambda m: torch.cat([m, m[1:]]),
+    "cat of types": lambda m: torch.cat([m, m.int()]),
+    "cat along pixels": lambda m: torch.cat([m, m], dim=2),
+    "cat of keywords": lambda m: torch.cat(tensors=[m, m], dim=0),
+    "split": lambda m: m.split(2),
+    "copied from": lambda m: torch.zeros(4, *HW).copy_(m),
+    "zeros_like": torch.zeros_like,
+    "BitMasks": lambda m: BitMasks(m).get_bounding_boxes().tensor,
+    "dlpack": torch.from_dlpack,
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_works_on_the_tensor_gives_the_same(name):
     tensor, masks = make()
-    assert len(masks) == 4 and masks.shape == tensor.shape
-    items = list(masks)
-    assert all(isinstance(m, np.ndarray) and m.dtype == bool for m in items)
-    assert np.array_equal(np.stack(items), tensor.numpy())
+    assert same(OPERATIONS[name](masks), OPERATIONS[name](tensor))
 
 
 @pytest.mark.parametrize("index", [0, -1, np.int64(2), torch.tensor(1)])
 def test_an_integer_gives_the_tensor_of_one_mask(index):
     tensor, masks = make()
-    assert isinstance(masks[index], torch.Tensor) and torch.equal(masks[index], tensor[index])
+    assert type(masks[index]) is torch.Tensor and torch.equal(masks[index], tensor[index])
 
 
 @pytest.mark.parametrize(
@@ -48,7 +129,7 @@ def test_an_integer_gives_the_tensor_of_one_mask(index):
     ],
     ids=str,
 )
-def test_other_indices_give_masks(index):
+def test_rows_give_run_lengths(index):
     tensor, masks = make()
     chosen = masks[index]
     assert isinstance(chosen, RLEMasks) and chosen.image_hw == HW
@@ -59,42 +140,109 @@ def test_other_indices_give_masks(index):
     assert np.array_equal(np.asarray(chosen), expected)
 
 
+@pytest.mark.parametrize(
+    "keep",
+    [
+        *(lambda m: m.detach(), lambda m: m.clone(), lambda m: m.cpu(), lambda m: m.bool()),
+        *(lambda m: m.contiguous(), lambda m: m.to("cpu", torch.bool), lambda m: m.data),
+        *(torch.as_tensor, copy.copy, copy.deepcopy, lambda m: torch.cat([m[:1], m[1:]])),
+        *(lambda m: pickle.loads(pickle.dumps(m)), lambda m: RLEMasks.cat([m[:2], m[2:]])),
+    ],
+)
+def test_copies_stay_run_lengths(keep):
+    tensor, masks = make()
+    kept = keep(masks)
+    assert isinstance(kept, RLEMasks) and torch.equal(kept.dense(), tensor)
+
+
 def test_indices_that_do_not_fit_are_refused():
-    _, masks = make()
-    wrong = [4, [True, False], torch.tensor([7]), (0, 2), 1.5, None, torch.zeros(2, 2).long()]
-    for index in [*wrong, torch.zeros(0, dtype=torch.bool)]:
-        with pytest.raises(IndexError):
-            masks[index]
+    tensor, masks = make()
+    for index in [4, [True, False], torch.tensor([7]), 1.5, torch.zeros(0, dtype=torch.bool)]:
+        for given in (tensor, masks):
+            with pytest.raises(IndexError):
+                given[index]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda m: m.__setitem__(0, True), lambda m: m.zero_(), lambda m: m.copy_(m.dense())),
+        *(lambda m: operator.iand(m, m[0]), lambda m: m.data_ptr(), lambda m: m.untyped_storage()),
+        lambda m: torch.logical_not(m, out=m),
+        lambda m: torch.nn.init.constant_(m, 1),
+    ],
+)
+def test_what_needs_masks_in_memory_names_the_way_out(change):
+    tensor, masks = make()
+    with pytest.raises(
+        RuntimeError, match=r"pred_masks\.dense\(\).* MODEL\.MASK_OUTPUT to bitmask"
+    ):
+        change(masks)
+    assert torch.equal(masks.dense(), tensor)
+
+
+def test_decoded_masks_are_on_the_device_of_the_detections():
+    """On "meta" nothing has values, so that any machine can be asked where results are."""
+    masks = make()[1].to("meta")
+    assert isinstance(masks, RLEMasks) and masks.device.type == "meta"
+    for result in (
+        masks[0],
+        masks.float(),
+        masks[1:],
+        masks.sum((1, 2)),
+        masks.area(),
+        masks[:, 0],
+    ):
+        assert result.device.type == "meta"
+    assert np.array_equal(masks.numpy(), make()[0].numpy()), "NumPy is on the CPU"
+
+
+def test_areas_are_numbers_of_pixels():
+    tensor, masks = make()
+    assert same(masks.area(), tensor.sum(dim=(1, 2)))
+    assert same(masks[:0].area(), tensor[:0].sum(dim=(1, 2)))
+
+
+def test_no_masks_are_a_tensor_of_none():
+    tensor, masks = make(0)
+    for name in ("sum of pixels", "float", "any along pixels", "np.asarray", "numpy of a loop"):
+        assert same(OPERATIONS[name](masks), OPERATIONS[name](tensor))
+    assert masks.shape == (0, *HW) and list(masks) == []
 
 
 def test_numpy_takes_dtype_and_copy():
     tensor, masks = make()
-    assert np.asarray(masks).dtype == bool and np.array_equal(masks.numpy(), tensor.numpy())
-    assert np.asarray(masks, dtype=np.uint8).dtype == np.uint8
     assert np.array_equal(np.array(masks, dtype=float), tensor.numpy().astype(float))
-    assert np.array_equal(np.array(masks, copy=True), tensor.numpy())
     with pytest.raises(ValueError, match="copy"):
         masks.__array__(copy=False)
 
 
-def test_any_is_the_union():
-    tensor, masks = make()
-    assert torch.equal(masks.any(dim=0), tensor.any(dim=0))
-    assert not make(0)[1].any(dim=0).any() and make(0)[1].any(dim=0).shape == HW
-    with pytest.raises(ValueError, match="dim is 1"):
-        masks.any(dim=1)
-
-
-def test_devices_cat_and_pickle():
+def test_instances_select_join_and_move_them():
     tensor, masks = make()
     other_tensor, other = make(2, seed=1)
     instances = [Instances(HW, pred_masks=m) for m in (masks, other)]
     joined = Instances.cat([x.to("cpu") for x in instances]).pred_masks
+    assert isinstance(joined, RLEMasks)
     assert np.array_equal(joined.numpy(), torch.cat([tensor, other_tensor]).numpy())
-    assert masks.cpu() is masks and masks.to("cuda") is masks
-    assert np.array_equal(pickle.loads(pickle.dumps(masks)).numpy(), tensor.numpy())
-    filtered = instances[0][torch.tensor([True, False, False, True])]
-    assert np.array_equal(filtered.pred_masks.numpy(), tensor.numpy()[[0, 3]])
+    filtered = instances[0][torch.tensor([True, False, False, True])].pred_masks
+    assert isinstance(filtered, RLEMasks)
+    assert np.array_equal(filtered.numpy(), tensor.numpy()[[0, 3]])
+
+
+def test_objects_that_a_tracker_has_lost_join_those_of_the_next_frame():
+    """What detectron2's trackers do; they themselves need SciPy."""
+    results = []
+    for masks in make():
+        previous = copy.deepcopy(Instances(HW, pred_masks=masks))
+        lost = [list(previous.pred_masks)[k].numpy().astype(np.uint8) for k in (0, 2)]
+        merged = Instances.cat(
+            [
+                Instances(HW, pred_masks=masks[1:2]),
+                Instances(HW, pred_masks=torch.IntTensor(np.stack(lost))),
+            ]
+        )
+        results.append(merged.pred_masks)
+    assert same(*results)
 
 
 def test_masks_of_another_size_are_refused():

@@ -88,5 +88,5 @@ def rle_postprocess(instances: Instances, output_height: int, output_width: int)
     image_hw = (output_height, output_width)
     rles = encode_masks(result.mask_probs, result.pred_boxes.tensor, image_hw)
     result.remove("mask_probs")
-    result.pred_masks = RLEMasks(rles, image_hw)
+    result.pred_masks = RLEMasks(rles, image_hw, result.pred_boxes.device)
     return result
