@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,23 @@ def _logs_reach_pytest(monkeypatch) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels that are loaded run on the CPU. Triton before 3.3 does not undo what it changes."""
+    triton = pytest.importorskip("triton")
+    language = triton.language
+    changed = (language, language.core, language.math, language.tensor)
+    before = [dict(vars(owner)) for owner in changed]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    yield
+    for owner, values in zip(changed, before, strict=True):
+        for name in set(vars(owner)) - set(values):
+            delattr(owner, name)
+        for name, value in values.items():
+            if vars(owner)[name] is not value:
+                setattr(owner, name, value)
 
 
 def small_config(name: str, *opts: str) -> CfgNode:

@@ -235,5 +235,7 @@ def _is_odd(width: int, height: int) -> bool:
 def _open_video(path: Path) -> cv2.VideoCapture:
     # What is wrong with a file is said once, by us.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+    # OpenCV 4.8 has the one, OpenCV 5 the other.
+    set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel
+    set_log_level(2)  # LOG_LEVEL_ERROR
     return cv2.VideoCapture(str(path))

@@ -155,11 +155,10 @@ def test_what_cannot_be_traced_says_so():
         torch.jit.trace(lambda *maps: pooler(list(maps), boxes), features, check_trace=False)
 
 
+@pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize("pooler_type", ["ROIWarp", "ROIAlign", "ROIAlignV2"])
 def test_the_kernel_for_all_levels_takes_what_it_is_given_on_cuda(pooler_type, monkeypatch):
     """On CUDA only the first call below runs; here with the kernel interpreted."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     interpreted = load_triton_kernels("interpreted").multilevel_roi_align
     monkeypatch.setattr(pooler, "fused_roi_align", lambda device: interpreted)
     features, boxes = make_input(SCALES)
@@ -182,10 +181,9 @@ def test_a_kernel_that_does_not_run_is_reported_once_and_replaced(caplog):
     assert [r.message[:40] for r in caplog.records] == ["RoI pooling in one kernel is not availab"]
 
 
+@pytest.mark.usefixtures("triton_interpreter")
 def test_the_kernel_is_tried_with_gradients_on(monkeypatch):
     """The first call may be one of inference, and its outcome is kept."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     name = "mask_head_plugin.ops.roi_pooling_triton"
     monkeypatch.setitem(sys.modules, name, load_triton_kernels("interpreted"))
     pooler.fused_roi_align.cache_clear()
