@@ -1,102 +1,161 @@
-"""Which image files are of one photograph: copies of each other, tiles, or augmented versions."""
+"""Which image files are of one photograph: copies of each other, tiles, or augmented versions.
+
+The check of two data sets and the split of one both ask here.
+"""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
+import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from .check_splits import photograph
+THREADS = 8
+PROBE = 4096
+"""Bytes in the middle of a file, which tell most files of one size apart."""
 
-ROBOFLOW = re.compile(r"\.rf\.[0-9a-f]{32}$")
+ROBOFLOW = re.compile(r"(?:_(?:jpe?g|png|bmp|tiff?|webp))?\.rf\.\w{16,}$", re.IGNORECASE)
 """Roboflow gives each augmented version of an image a digest of its own."""
 
-MARKED_TILE = re.compile(
-    r"[_. -]+(?:(?:tile|patch|crop|chip)s?[_ -]*\d+(?:[_ -]+\d+)+"
+_PART = r"(?:tile|patch|crop|chip|part|piece|slice|aug)"
+_MARKED = re.compile(
+    rf"(?:^|[_. /-]+)(?:{_PART}[_ -]*\d+(?:[_ -]+\d+)+"
     r"|(?:x|r|row|left)[_=-]?\d+[_ -]*(?:y|c|col|top)[_=-]?\d+(?:[_ -]+\d+)*"
     r"|(?:y|c|col|top)[_=-]?\d+[_ -]*(?:x|r|row|left)[_=-]?\d+(?:[_ -]+\d+)*"
     r"|_1__\d+___\d+)$",  # as DOTA's tools have it: P0001__1__0___824
     re.IGNORECASE,
 )
-COUNTED_TILE = re.compile(r"[_. -]+(?:tile|patch|crop|chip)s?[_ -]*\d+$", re.IGNORECASE)
-TWO_NUMBERS = re.compile(r"(?<=[^_ -])[_ -]+(\d+)[_ -]+(\d+)$")
+_COUNTED = re.compile(rf"(?:^|[_. /-]+){_PART}[_ -]*\d+$", re.IGNORECASE)
+_CORNERS = re.compile(r"(?<=[^_ -])[_ -]+(\d+)[_ -]+(\d+)[_ -]+(\d+)[_ -]+(\d+)$")
+_PLACE = re.compile(r"(?<=[^_ -])[_ -]+(\d{1,5})[_ -]+(\d{1,5})$")
+_DATED = re.compile(r"(?<!\d)(?:19|20)\d\d(?:[_ -]?\d\d){0,3}$")
+"""A year, or a date without its end: two numbers of two digits that follow are the rest."""
 LEAST_STEP = 32
 """Pixels from one tile to the next; smaller numbers may count anything."""
+LONGEST = 8
+"""Tiles along a photograph for each one across it; scenes have more frames than that."""
+_GENERIC = {
+    *("image", "img", "tile", "patch", "crop", "frame", "photo", "picture", "sample"),
+    *("train", "val", "valid", "test"),
+}
+"""Names before a number that do not say of which photograph it is."""
+
+Places = set[tuple[str, str]]
 
 
-def photograph_names(file_names: Sequence[str]) -> list[str]:
+def photograph_names(file_names: Sequence[str]) -> list[str | None]:
     """Returns for each file name that of its photograph, which tiles and versions share.
 
-    Names that end in two numbers are tiles where the numbers make a grid: dates and times, or a
+    Names end with the place of a tile (``bay_512_1024``, ``bay_r1_c2``, ``bay_tile7``), its corners
+    (``bay_0_0_512_512``, as SAHI writes), or Roboflow's mark of a version (``bay.rf.<digest>``).
+    Two numbers alone are the place of a tile where all of them make a grid: dates and times, or a
     scene and a frame, do not.
 
     Args:
-        file_names: all of a data set, as grids show in many names only.
+        file_names: all of the data, since a grid shows in many names only.
+
+    Returns:
+        None for a name that is of no tile or version, unless others are of the photograph with
+        that name.
     """
-    stems = [_without_version(name) for name in file_names]
-    numbers: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    paths = [re.sub(r"\.[A-Za-z0-9]{1,5}$", "", name.replace("\\", "/")) for name in file_names]
+    stems = [ROBOFLOW.sub("", path) for path in paths]
+    places: dict[str, Places] = defaultdict(set)
     for stem in stems:
-        if match := TWO_NUMBERS.search(stem):
-            numbers[stem[: match.start()]].add((int(match[1]), int(match[2])))
-    counted = {COUNTED_TILE.sub("", stem) for stem in stems if COUNTED_TILE.search(stem)}
+        if match := _PLACE.search(stem):
+            places[stem[: match.start()]].add((match[1], match[2]))
+    grids = {name for name, numbers in places.items() if _is_grid(name, numbers)}
+    counted = {stem[: match.start()] for stem in stems if (match := _COUNTED.search(stem))}
     # roof_tile_1 to roof_tile_500, of one stem, may show roof tiles.
-    patterns = [MARKED_TILE, COUNTED_TILE] if len(counted) > 1 else [MARKED_TILE]
-    return [_photograph_name(stem, patterns, numbers) for stem in stems]
+    patterns = [_MARKED, _COUNTED] if len(counted) > 1 else [_MARKED]
+    names = [_whole_photograph(stem, patterns, grids) for stem in stems]
+    parts = {name for name, path in zip(names, paths, strict=True) if name != path}
+    return [name if name in parts else None for name in names]
 
 
-def _photograph_name(
-    stem: str, patterns: list[re.Pattern[str]], numbers: Mapping[str, set[tuple[int, int]]]
-) -> str:
-    for pattern in patterns:
-        if match := pattern.search(stem):
-            return stem[: match.start()]
-    match = TWO_NUMBERS.search(stem)
-    return stem[: match.start()] if match and _is_grid(numbers[stem[: match.start()]]) else stem
+def _whole_photograph(stem: str, patterns: Iterable[re.Pattern[str]], grids: set[str]) -> str:
+    """Returns a stem without what says which part of the photograph it is."""
+    name = next((stem[: x.start()] for pattern in patterns if (x := pattern.search(stem))), None)
+    if name is None and (match := _CORNERS.search(stem)):
+        x0, y0, x1, y1 = map(int, match.groups())
+        if min(x1 - x0, y1 - y0) >= LEAST_STEP:
+            name = stem[: match.start()]
+    if name is None and (match := _PLACE.search(stem)) and stem[: match.start()] in grids:
+        name = stem[: match.start()]
+    if name is None:
+        return stem
+    folder, _, last = name.rpartition("/")
+    if last.lower() in _GENERIC:
+        name = folder
+    return name or stem
 
 
-def _without_version(file_name: str) -> str:
-    """Returns a path without suffix and Roboflow's digest, with / as separator."""
-    stem = re.sub(r"\.[A-Za-z0-9]{1,5}$", "", file_name.replace("\\", "/"))
-    return ROBOFLOW.sub("", stem)
-
-
-def _is_grid(numbers: set[tuple[int, int]]) -> bool:
-    """Returns whether pairs of numbers are columns and rows of tiles."""
+def _is_grid(name: str, places: Places) -> bool:
+    """Returns whether pairs of numbers behind a name are columns and rows of tiles."""
+    numbers = {(int(x), int(y)) for x, y in places}
+    texts = [text for place in places for text in place]
     columns, rows = ({pair[axis] for pair in numbers} for axis in (0, 1))
-    if len(numbers) < 2:
+    if len(numbers) < 2 or (_DATED.search(name) and all(len(text) == 2 for text in texts)):
         return False
-    in_pixels = min(columns) == min(rows) == 0 and math.gcd(*columns, *rows) >= LEAST_STEP
+    in_pixels = 0 in columns | rows and math.gcd(*columns, *rows) >= LEAST_STEP
     # Fuller than a diagonal: tiles share columns and rows, and hardly one is missing.
     is_full = len(numbers) > max(len(columns), len(rows), len(columns) * len(rows) / 2)
-    return in_pixels or is_full
+    # 01_0001 is the first frame of the first scene: columns and rows are written alike.
+    padded = {len(text) for text in texts} if any(x[0] == "0" != x for x in texts) else set()
+    long = max(len(columns), len(rows)) > LONGEST * min(len(columns), len(rows))
+    return in_pixels or (is_full and len(padded) < 2 and not long)
 
 
-def digests(paths: Iterable[str]) -> dict[str, str]:
-    """Returns a digest of each file that has another one's size; others are no copies."""
-    sizes = {path: _size(path) for path in paths}
-    shared = Counter(sizes.values())
-    return {
-        path: _digest(path) for path, size in sizes.items() if size is not None and shared[size] > 1
-    }
+def content_keys(
+    paths: Iterable[str], shared: Callable[[Mapping[str, Hashable]], set[Hashable]] | None = None
+) -> dict[str, Hashable]:
+    """Returns a key of the content of each file that may be a copy; others are none.
+
+    Reads only files of one size, and whole ones only where their middles are the same.
+
+    Args:
+        paths: of files; empty ones and those that cannot be read are no copies.
+        shared: of keys by path, those worth another look; by default, all that occur twice.
+    """
+    keys: dict[str, Hashable] = {path: _size(path) for path in paths}
+    for digest in (_probe, _whole):
+        worth = (shared or _twice)(keys) - {None}
+        alike = [path for path, key in keys.items() if key in worth]
+        with ThreadPool(THREADS) as pool:
+            keys = dict(zip(alike, pool.map(digest, alike, chunksize=16), strict=True))
+    return {path: key for path, key in keys.items() if key is not None}
+
+
+def _twice(keys: Mapping[str, Hashable]) -> set[Hashable]:
+    return {key for key, count in Counter(keys.values()).items() if count > 1}
 
 
 def _size(path: str) -> int | None:
     try:
-        return Path(path).stat().st_size
+        return os.stat(path).st_size or None  # noqa: PTH116  # makes no Path of each of many files
+    except (OSError, ValueError):
+        return None
+
+
+def _probe(path: str) -> Hashable:
+    try:
+        with Path(path).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(size // 2)
+            return size, hashlib.blake2b(file.read(PROBE), digest_size=16).digest()
     except OSError:
         return None
 
 
-def _digest(path: str) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        for chunk in iter(functools.partial(file.read, 1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _whole(path: str) -> Hashable:
+    try:
+        return hashlib.blake2b(Path(path).read_bytes()).digest()
+    except OSError:
+        return None
 
 
 def photographs(file_names: Sequence[str], paths: Sequence[str]) -> list[int]:
@@ -117,10 +176,9 @@ def photographs(file_names: Sequence[str], paths: Sequence[str]) -> list[int]:
             parent[k] = k = parent[parent[k]]
         return k
 
-    same_content = digests(paths)
+    contents = content_keys(paths)
     for k, (name, path) in enumerate(zip(photograph_names(file_names), paths, strict=True)):
-        # The check's own answer, too, so that it finds nothing to warn of in a split.
-        of_check = photograph(file_names[k]) or file_names[k]
-        for key in (f"name {name}", f"content {same_content.get(path, path)}", of_check):
-            parent[root(k)] = root(first.setdefault(key, k))
+        for key in (("name", name), ("content", contents.get(path)), ("path", path)):
+            if key[1] is not None:
+                parent[root(k)] = root(first.setdefault(key, k))
     return [root(k) for k in range(len(paths))]

@@ -29,26 +29,44 @@ def data_set(names, categories=("cat",), folder=None):
     ("one_photograph", "others"),
     [
         (["a_0_0.png", "a_0_512.png"], ["b_0_0.png"]),
+        (["a_0_512.png", "a_512_512.png"], []),
+        (["a_12_0_512.png", "a_12_512_512.png"], ["a_13_0_512.png"]),
+        (["a_2020_0_512.png", "a_2020_512_512.png"], []),
         (["a_0_0.png", "a_0_1.png", "a_1_0.png", "a_1_1.png"], []),
         (["a-00-00.png", "a-00-01.png", "a-01-00.png", "a-01-01.png"], []),
+        (["a_0_0_512_512.png", "a_512_0_1024_512.png"], ["b_0_0_512_512.png"]),
         (["x/a_x0_y512.tif", "x/a_x512_y0.tif"], ["y/a_x0_y512.tif"]),
         (["a_r1_c2.png", "a_r2_c7.png"], ["ar1_c2.png"]),
         (["P01__1__0___0.png", "P01__1__824___0.png"], ["P02__1__0___0.png"]),
-        (["a_tile_1.jpg", "a_tile_2.jpg"], ["b_tile_1.jpg"]),
+        (["a_tile_1.jpg", "a_tile2.jpg"], ["b_tile_1.jpg"]),
         (["a_patch3_4.jpg", "a_patch3_5.jpg"], ["b.jpg"]),
+        (["x/tile_0_0.png", "x/tile_0_1.png"], ["y/tile_0_0.png"]),
+        (["x/image_0_0.png", "x/image_0_64.png"], []),
         ([f"a_jpg.rf.{x * 32}.jpg" for x in "01f"], [f"b_jpg.rf.{'0' * 32}.jpg"]),
+        (["a.jpg", f"a_jpg.rf.{'0' * 32}.jpg"], ["b.jpg"]),
+        (["a_0_0.png", "a_0_64.png", "a.png"], ["b.png"]),
         (["x\\a_x0_y0.png", "x/a_x0_y9.png"], []),
-        ([], ["IMG_20231005_101112.jpg", "IMG_20231005_101530.jpg", "IMG_20231006_090001.jpg"]),
+        ([], [f"scene_{k:02d}_{n:04d}.jpg" for k in (1, 2, 3) for n in (1, 2, 3)]),
+        ([], [f"scene_{k}_{n}.jpg" for k in (1, 2, 3) for n in range(1, 40)]),
         ([], ["scene_01_0001.jpg", "scene_02_0002.jpg", "scene_03_0007.jpg"]),
-        ([], ["1_306_png.jpg", "1_307_png.jpg"]),
+        ([], [f"IMG_{day}_{time}.jpg" for day in (20231005, 20231006) for time in (91500, 180000)]),
+        ([], ["IMG_20231005_101112.jpg", "IMG_20231005_101530.jpg", "IMG_20231006_090001.jpg"]),
+        ([], [f"cam_2020_{month:02d}_{day:02d}.jpg" for month in (1, 2, 3) for day in (1, 2, 3)]),
+        ([], [f"2018-03-12_14-{k:02d}-{second:02d}.png" for k in (5, 6) for second in (30, 31)]),
+        ([], ["2018_03_04_14_05.png", "2018_03_04_14_06.png"]),
+        ([], ["pexels_1280_720.jpg", "pexels_640_480.jpg"]),
+        ([], ["COCO_val2014_000000000042.jpg", "COCO_val2014_000000000073.jpg"]),
+        ([], ["2007_000032.jpg", "2007_000033.jpg", "1_306_png.jpg", "1_307_png.jpg"]),
         ([], ["IMG_0001.jpg", "IMG_0002.jpg", "000000000139.jpg", "000000000285.jpg"]),
+        ([], ["image_0_0.png", "image_0_64.png", "tile_0_0.png", "tile_0_1.png"]),
         ([], [f"roof_tile_{k}.jpg" for k in range(50)]),
     ],
 )
 def test_names_tell_tiles_and_versions_of_one_photograph(one_photograph, others):
-    names = photograph_names(one_photograph + others)
-    assert len(set(names[: len(one_photograph)])) == min(1, len(one_photograph))
-    assert len(set(names)) == len(others) + min(1, len(one_photograph))
+    given = [name or k for k, name in enumerate(photograph_names(one_photograph + others))]
+    names, of_others = given[: len(one_photograph)], given[len(one_photograph) :]
+    assert len(set(names)) == min(1, len(one_photograph)) and 0 not in names
+    assert len(set(of_others)) == len(others) and not set(of_others) & set(names)
 
 
 def test_files_of_one_content_are_one_photograph(tmp_path):
@@ -60,7 +78,7 @@ def test_files_of_one_content_are_one_photograph(tmp_path):
 
 
 def test_the_check_finds_no_photograph_in_both_parts_of_a_split(tmp_path):
-    names = [f"{place}_{k}_0_{k + 9}_99.png" for place in ("bay", "cape") for k in range(10)]
+    names = [f"{place}_{k}_0_{k + 99}_99.png" for place in ("bay", "cape") for k in range(10)]
     parts = split(data_set(names), str(tmp_path), 0.5)
     paths = [[(str(tmp_path), str(tmp_path / x["file_name"])) for x in p["images"]] for p in parts]
     assert [len(x) for x in paths] == [10, 10] and shared_images(*paths) == []
