@@ -1,7 +1,7 @@
 """What the pixels of an image file are: one answer for check, training, evaluation and demo.
 
-Pillow decodes; the rules, which docs/images.md states for users, are here. A file that they do not
-cover is refused with an ImageFileError, whose one line names the file.
+Pillow decodes; the rules, which docs/image_files.md states for users, are here. A file that they do
+not cover is refused with an ImageFileError, whose one line names the file.
 """
 
 from __future__ import annotations
@@ -215,7 +215,8 @@ def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             reason = "is a Git LFS pointer, not the image, which `git lfs pull` fetches"
             raise _RefusalError("git-lfs-pointer", reason) from None
-        raise _RefusalError("image-unreadable", "is no image that Pillow knows") from None
+        reason = "is no image that Pillow knows: it is damaged, or must be converted, e.g. to PNG"
+        raise _RefusalError("image-unreadable", reason) from None
 
 
 def _stored_hw(image: Image.Image) -> tuple[int, int]:

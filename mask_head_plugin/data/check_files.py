@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import messages
 from .check_images import ImageFacts, ListedImage, check_image_files
 from .check_records import Sizes, file_name, is_outside, listed_id
 from .findings import Findings, quote_path
@@ -113,8 +114,10 @@ def _look_for_files(images: list[Any], image_root: str, found: Findings) -> None
             found[k] = replace(
                 found[k], kind="image-file-elsewhere", message=message, right_value=place
             )
-        elif namesake := places.namesake(name):
-            message = f"{found[k].message}; {quote_path(namesake)} there has the same name"
+        elif namesakes := places.namesakes(name):
+            files = messages.listed([quote_path(path) for path in namesakes])
+            has = "has" if len(namesakes) == 1 else "have"
+            message = f"{found[k].message}; {files} there {has} the same name"
             found[k] = replace(found[k], message=message)
         elif _is_absolute_file(name):
             message = (

@@ -30,6 +30,7 @@ class ImagePlaces:
 
     def __init__(self, image_root: str) -> None:
         self._root = image_root
+        self._root_parts = _parts(os.path.abspath(image_root))  # noqa: PTH100  # follows no links
         self._by_name: dict[str, dict[str, Parts]] | None = None
 
     def locate(self, name: str) -> str | None:
@@ -46,26 +47,33 @@ class ImagePlaces:
             None if there is no such file, or several that match equally well.
         """
         for wanted in _spellings(name):
-            path = self._nearest(wanted)
-            if path is not None:
-                parts = _parts(path)
+            nearest = self._nearest(wanted)
+            if len(nearest) == 1:
+                parts = _parts(nearest[0])
                 same = _common_end(_folded(parts), _folded(wanted))
-                return path if same == min(len(parts), len(wanted)) else None
+                return nearest[0] if same == min(len(parts), len(wanted)) else None
         return None
 
-    def namesake(self, name: str) -> str | None:
-        """Returns the one file with the name's last part, whatever its folder; None if none is."""
+    def namesakes(self, name: str) -> list[str]:
+        """Returns the files with the name's last part whose folders fit the name best, if any."""
         nearest = (self._nearest(wanted) for wanted in _spellings(name))
-        return next((path for path in nearest if path is not None), None)
+        return next((paths for paths in nearest if paths), [])
 
-    def _nearest(self, wanted: Parts) -> str | None:
-        """Returns the path that shares most of its end with what is wanted, None if several do."""
+    def _nearest(self, wanted: Parts) -> list[str]:
+        """Returns the paths that share most of their end with what is wanted.
+
+        The image folder's own name counts, as of ``day/1.jpg`` in a folder ``day``. Where that
+        does not tell, a path that is all that is wanted is nearer than one with more folders.
+        """
         ranks = {
-            path: (_common_end(_folded(parts), _folded(wanted)), _common_end(parts, wanted))
+            path: (
+                _common_end(_folded(self._root_parts + parts), _folded(wanted)),
+                _common_end(self._root_parts + parts, wanted),
+                _folded(parts) == _folded(wanted),
+            )
             for path, parts in self._files().get(_folded(wanted)[-1], {}).items()
         }
-        best = [path for path, rank in ranks.items() if rank == max(ranks.values())]
-        return best[0] if len(best) == 1 else None
+        return [path for path, rank in ranks.items() if rank == max(ranks.values())]
 
     def _files(self) -> dict[str, dict[str, Parts]]:
         """Returns the parts of each path, by path, by folded last name."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import math
 import os
 import re
@@ -21,6 +22,8 @@ import numpy as np
 from ..config import ConfigError
 from ..evaluation.drawing import ByteArray
 from ..image_files import ImageFileError, read_image
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["image", "video"]
 
@@ -190,13 +193,18 @@ def open_writer(path: Path, frame: ByteArray, fps: float) -> cv2.VideoWriter:
 def _files_of(given: str) -> list[Path]:
     path = Path(given).expanduser()
     if path.is_dir():
+        visible = sorted(x for x in path.iterdir() if not x.name.startswith("."))
         # A link that leads nowhere is no folder, and named as unreadable.
-        files = sorted(x for x in path.iterdir() if not (x.is_dir() or x.name.startswith(".")))
-        files = [x for x in files if kind_of(x) is not None]
+        files = [x for x in visible if not x.is_dir() and kind_of(x) is not None]
         if not files:
             raise ConfigError(
                 f"--input: folder {path} holds no images or videos; of sub-folders give a pattern "
                 f"such as '{path}/**/*.jpg'"
+            )
+        if any(x.is_dir() for x in visible):
+            logger.warning(
+                "--input: sub-folders of %s are left out; a pattern such as '%s/**/*.jpg' has them",
+                *(path, path),
             )
         return files
     if path.exists():

@@ -52,6 +52,16 @@ def test_a_file_in_another_folder_is_named_but_not_taken(good):
     assert found.kind == "image-file-missing" and "'train/2.png' there" in found.message
 
 
+def test_files_of_which_one_is_meant_are_named(good):
+    for folder in ("a", "b"):
+        (good.images / folder).mkdir()
+        (good.images / folder / "2.png").write_bytes(good.path(2).read_bytes())
+    good.path(2).unlink()
+    (found,) = check(good.write())
+    assert found.kind == "image-file-missing"
+    assert "'a/2.png', 'b/2.png' there have the same name" in found.message
+
+
 def test_an_absolute_name_outside_the_folder_is_said_to_exist(good, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

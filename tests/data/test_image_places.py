@@ -55,6 +55,22 @@ def test_of_names_that_differ_in_case_the_one_as_written_is_meant(tmp_path):
     assert places.locate("x.jpg") == "b/x.jpg" and places.locate("X.jpg") == "a/X.jpg"
 
 
+def test_of_equal_names_the_one_without_further_folders_or_in_the_root_of_that_name_is_meant(
+    tmp_path,
+):
+    root = tmp_path / "day"
+    for name in ("1.jpg", "more/1.jpg", "a/2.jpg", "b/2.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    places = ImagePlaces(str(root))
+    assert places.locate("1.JPG") == "1.jpg"
+    assert places.locate("day/1.jpg") == "1.jpg"
+    assert places.locate(r"C:\set\Day\1.jpg") == "1.jpg"
+    assert places.locate(r"C:\set\night\1.jpg") is None
+    assert places.locate("day/more/1.jpg") == places.locate("more/1.JPG") == "more/1.jpg"
+    assert places.locate("2.jpg") is None and places.namesakes("2.jpg") == ["a/2.jpg", "b/2.jpg"]
+
+
 def test_linked_folders_are_searched_and_circles_end(root, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

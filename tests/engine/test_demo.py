@@ -452,7 +452,20 @@ def test_files_of_a_folder_that_look_like_images_are_named_if_they_cannot_be_rea
     named = [Path(line.partition(": ")[0]).name for line in problems]
     assert sorted(named) == sorted([*broken, "l.jpg", "m.png"])
     assert "git lfs pull" in next(x for x in problems if "k.png" in x)
+    assert "converted, e.g. to PNG" in next(x for x in problems if "a.heic" in x)
     assert (tmp_path / "out" / "clip.mp4").is_file()
+
+
+def test_sub_folders_that_are_left_out_are_said(images, tmp_path, caplog):
+    for name in ("x.png", "sub/y.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((images / "000001.png").read_bytes())
+    assert [s.path.name for s in find_sources([str(tmp_path / "sub")])] == ["y.png"]
+    assert not caplog.text
+    assert [s.path.name for s in find_sources([str(tmp_path)])] == ["x.png"]
+    assert f"sub-folders of {tmp_path} are left out" in caplog.text
+    both = find_sources([f"{tmp_path}/**/*.png"])  # a pattern as the message gives
+    assert {s.path.name for s in both} == {"x.png", "y.png"}
 
 
 def test_equal_names_are_numbered_and_equal_files_taken_once(images, tmp_path):
