@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,8 +109,11 @@ def run(args: argparse.Namespace) -> int:
             accepted=args.accept,
             crowds_are_objects=args.crowds_are_objects,
         )
-        left_out = sum(change.action == "left out" for change in changes)
-        print(f"{args.fix}: {len(changes) - left_out} changes, {left_out} records left out")
+        left_out = Counter(change.section for change in changes if change.action == "left out")
+        total = left_out.total()
+        sections = ", ".join(f"{section}: {count}" for section, count in left_out.items())
+        told = f"{total} records left out" + (f" ({sections})" if total else "")
+        print(f"{args.fix}: {len(changes) - total} changes, {told}")
         print(f"they are listed in {changes_path(args.fix)}")
     elif errors_of(found):
         if args.write:

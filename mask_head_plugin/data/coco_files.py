@@ -266,7 +266,8 @@ def _check_categories(name: str, file: CocoFile, reference: tuple[str, Categorie
             fault = f"{category!r} (id {i}) does not exist there"
         raise ConfigError(
             f"categories of data set {name!r} ({file.json_file}) disagree with those of "
-            f"{reference_name!r}: {fault}; make ids and names the same in both files"
+            f"{reference_name!r}: {fault}; make ids and names the same in both files, or set "
+            "DATASETS.TRAIN '()' to evaluate only"
         )
 
 

@@ -129,6 +129,7 @@ def test_disagreeing_categories_are_an_error_naming_both_data_sets(tmp_path, cat
     with pytest.raises(ConfigError, match=message) as info:
         configure(tmp_path, train, val)
     assert "test_train" in str(info.value) and val[1] in str(info.value)
+    assert "DATASETS.TRAIN '()' to evaluate only" in str(info.value)
 
 
 def test_wrong_number_of_classes_names_both_numbers(tmp_path):

@@ -62,6 +62,15 @@ def test_a_corrected_copy_is_written_and_passes(broken, tmp_path, run_tool):
     assert code == 0 and "0 errors, 0 warnings" in out
 
 
+def test_what_a_copy_leaves_out_is_counted_by_section(tmp_path, run_tool):
+    data = make_good(tmp_path)
+    data.content["categories"].append(data.content["categories"][0])  # no annotation is lost
+    data.write()
+    flags = ("--json", data.json_file, "--images", data.images, "--fix", tmp_path / "fixed.json")
+    code, out, _ = run_tool(*flags)
+    assert code == 0 and "0 changes, 1 records left out (categories: 1)" in out
+
+
 @pytest.mark.parametrize("flags", [("--output", "good.json"), ("--output", "x", "--fix", "x")])
 def test_a_report_overwrites_no_annotations(tmp_path, run_tool, flags, monkeypatch):
     data = make_good(tmp_path).write()
