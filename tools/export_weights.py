@@ -34,8 +34,8 @@ def main() -> None:
         names = classes_of(args.classes_of) if args.classes_of else None
         if args.classes_of and not names:
             raise ConfigError(
-                f"--classes-of {args.classes_of}: no data set with classes, such as "
-                "coco_2017_train, is registered by that name"
+                f"--classes-of {args.classes_of}: no data set of this name, such as "
+                "coco_2017_train, is registered, or its annotation file is missing"
             )
         export_safetensors(args.checkpoint, args.output, half=args.half, class_names=names)
     except (ConfigError, OSError) as error:
@@ -43,10 +43,12 @@ def main() -> None:
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB")
 
 
-def classes_of(dataset: str) -> list[str] | None:
-    from detectron2.data import MetadataCatalog
+def classes_of(dataset: str) -> list[str]:
+    from detectron2.config import CfgNode
 
-    return MetadataCatalog.get(dataset).get("thing_classes")
+    from mask_head_plugin.data import dataset_categories
+
+    return list((dataset_categories(CfgNode({"COCO_FILES": []}), dataset) or {}).values())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 import pickle
 import re
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, small_config
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from safetensors import safe_open
 from torch import nn
@@ -461,6 +463,19 @@ def test_export_names_classes_of_files_that_do_not(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         export("coco_2071")
     assert "--classes-of coco_2071" in capsys.readouterr().err
+    # Nothing has loaded it yet, so its metadata have no classes.
+    categories = [{"id": 7, "name": "fox"}, {"id": 2, "name": "owl"}]
+    annotations = tmp_path / "own.json"
+    content = {"images": [], "annotations": [], "categories": categories}
+    annotations.write_text(json.dumps(content))
+    register_coco_instances("own_classes", {}, str(annotations), "")
+    try:
+        export("own_classes")
+    finally:
+        DatasetCatalog.remove("own_classes")
+        MetadataCatalog.remove("own_classes")
+    with safe_open(output, "pt") as file:
+        assert json.loads(file.metadata()["class_names"]) == ["owl", "fox"]
 
 
 def test_class_names_are_known_only_where_they_are_the_models():
