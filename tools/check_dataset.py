@@ -28,8 +28,9 @@ Examples:
     python tools/check_dataset.py --json all.json --images day/ night/ --categories cat dog \\
         --split 0.2 --write parts.json
 
-An error stops training, which runs the same check (DATASETS.CHECK); a warning does not. Each line
-names the file, the ids, the fault and what to do. docs/your_data.md has the details.
+An error stops training, which runs the same check (DATASETS.CHECK). A warning does not: detectron2
+copes with it, or trains or measures something that you may not have meant. A hint needs no action.
+Each line names the file, the ids, the fault and what to do. docs/your_data.md has the details.
 
 --fix repairs what has one right answer and leaves out the rest, but refuses to leave out or cut
 most images or annotations: then the export is wrong. The input is never written to.

@@ -14,15 +14,17 @@ _START = 4096
 """Characters of a text that tell what it is."""
 
 _ARCHIVES = {b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive"}
+_BY_SUPERVISION = "convert the data set with supervision (docs/your_data.md)"
+_BY_DATUMARO = "convert the data set with datumaro (docs/your_data.md)"
 _NUMBER = r"[ \t]+[-+.\deE]+"
 _TEXTS: tuple[tuple[str, str], ...] = (
-    (rf"\s*\d+({_NUMBER}){{4,}}[ \t]*(\r?\n|$)", "YOLO labels of one image; convert the data set"),
+    (rf"\s*\d+({_NUMBER}){{4,}}[ \t]*(\r?\n|$)", f"YOLO labels of one image; {_BY_SUPERVISION}"),
     (
         r"(?s)(?!\s*[\[{]).*^(names|nc)[ \t]*:",
-        "a YAML file, as YOLO's list of a data set; convert the data set",
+        f"a YAML file, as YOLO's list of a data set; {_BY_SUPERVISION}",
     ),
     (r"\s*(<\?xml[^>]*>\s*)?<annotations>", "CVAT's XML; export as COCO 1.0 there"),
-    (r"\s*(<\?xml[^>]*>\s*)?<annotation\b", "Pascal VOC's XML of one image; convert the data set"),
+    (r"\s*(<\?xml[^>]*>\s*)?<annotation\b", f"Pascal VOC's XML of one image; {_BY_DATUMARO}"),
     (r"(?i)\s*<(!doctype\s+html|html)", "a web page, as of a download that needs a login"),
     (r"\s*#?filename,file_size,", "VIA's CSV; export annotations in COCO format there"),
 )
@@ -88,15 +90,15 @@ def _is_via(content: Any) -> bool:
 
 _CONTENTS: dict[str, Callable[[Any], bool]] = {
     "a list of detections with scores, which a model wrote; give the annotations": _is_detections,
-    "labelme's of one image; convert the data set": lambda x: (
+    f"labelme's of one image; {_BY_SUPERVISION}": lambda x: (
         _has(x, "shapes") and (_has(x, "imagePath") or _has(x, "imageData"))
     ),
     "a project of VIA; export annotations in COCO format there": _is_via,
     "Datumaro's; convert it (datum convert -f coco_instances)": lambda x: _has(
         x, "items", "categories"
     ),
-    "Supervisely's of one image; convert the data set": lambda x: _has(x, "objects", "size"),
-    "Cityscapes' of one image; convert the data set": lambda x: _has(
+    "Supervisely's of one image; export as COCO there": lambda x: _has(x, "objects", "size"),
+    f"Cityscapes' of one image; {_BY_DATUMARO}": lambda x: _has(
         x, "objects", "imgHeight", "imgWidth"
     ),
     "COCO panoptic segmentation; its instances are in another file": lambda x: (

@@ -111,12 +111,12 @@ def test_masks_that_fit_neither_do_not_blame_the_records(good):
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("0 0.5 0.5 0.2 0.3\n1 0.1 0.2 0.3 0.4\n", "YOLO labels"),
-        ("12 0.51 0.1 0.6 0.2 0.7 0.8 0.6 1e-3\n", "YOLO labels"),
-        ("# set\npath: ../data\ntrain: images\nnames:\n  0: cat\n", "a YAML file"),
+        ("0 0.5 0.5 0.2 0.3\n1 0.1 0.2 0.3 0.4\n", "with supervision (docs/your_data.md)"),
+        ("12 0.51 0.1 0.6 0.2 0.7 0.8 0.6 1e-3\n", "with supervision (docs/your_data.md)"),
+        ("# set\npath: ../data\ntrain: images\nnames:\n  0: cat\n", "with supervision"),
         ("nc: 2\nnames: ['a', 'b']\n", "a YAML file"),
         ('<?xml version="1.0"?>\n<annotations><version/>', "CVAT's XML"),
-        ("<annotation verified='yes'>\n<folder/>", "Pascal VOC's XML"),
+        ("<annotation verified='yes'>\n<folder/>", "with datumaro (docs/your_data.md)"),
         ("<!DOCTYPE html>\n<html>", "a web page"),
         ("filename,file_size,file_attributes\n", "VIA's CSV"),
         ('{"images": [,', ""),
@@ -141,7 +141,10 @@ COCO = {"images": [], "categories": []}
         ([DETECTION] * 3000, "detections with scores"),
         ({**COCO, "annotations": [DETECTION] * 3000}, "detections with scores"),
         ([ANNOTATION], "a list of annotations"),
-        ({"version": "5.0", "shapes": [], "imagePath": "a.jpg", "imageData": None}, "labelme's"),
+        (
+            {"version": "5.0", "shapes": [], "imagePath": "a.jpg", "imageData": None},
+            "with supervision",
+        ),
         ({"a.jpg123": {"filename": "a.jpg", "size": 123, "regions": []}}, "VIA"),
         ({"_via_img_metadata": {}, "_via_settings": {}}, "VIA"),
         ({"info": {}, "items": [], "categories": {}}, "Datumaro's"),
