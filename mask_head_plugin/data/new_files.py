@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,4 +45,5 @@ def write_new_files(texts: Mapping[Path, str], flag: str) -> None:
         raise ConfigError(f"{flag}: {path} cannot be written: {reason}") from error
     finally:
         for rest in unfinished.values():
-            rest.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is none, or no folder for it
+                rest.unlink()

@@ -9,6 +9,7 @@ from PIL import Image
 from mask_head_plugin import ConfigError
 from mask_head_plugin.data.check_splits import shared_images
 from mask_head_plugin.data.dataset_split import keep_categories, split
+from mask_head_plugin.data.new_files import write_new_files
 from mask_head_plugin.data.photographs import photograph_names, photographs
 
 
@@ -141,3 +142,12 @@ def test_a_filter_keeps_categories_their_annotations_and_all_images():
     assert kept["images"] == content["images"] and kept["info"] == content["info"]
     with pytest.raises(ConfigError, match="no category 'foxx'; did you mean 'fox'"):
         keep_categories(content, ["foxx"])
+
+
+@pytest.mark.parametrize("name", ["file/parts.json", f"{'n' * 300}.json"])
+def test_a_path_that_cannot_be_written_is_named_as_given_and_leaves_nothing(tmp_path, name):
+    (tmp_path / "file").touch()
+    paths = [tmp_path / "first.json", tmp_path / name]
+    with pytest.raises(ConfigError, match=f"--write: {paths[1]} cannot be written"):
+        write_new_files(dict.fromkeys(paths, "{}"), "--write")
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
