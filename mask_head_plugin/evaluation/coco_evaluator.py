@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import operator
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -141,7 +142,8 @@ class MaskEvaluator(DatasetEvaluator):
         metadata = MetadataCatalog.get(self._dataset_name)
         mapping = metadata.get("thing_dataset_id_to_contiguous_id")
         if mapping:
-            return sorted(mapping, key=lambda category: mapping[category])
+            ids = sorted(mapping, key=lambda category: mapping[category])
+            return [_plain_id("thing_dataset_id_to_contiguous_id", i) for i in ids]
         ids = self._truth.category_ids
         count = len(metadata.get("thing_classes", ids))
         if count != len(ids):
@@ -174,7 +176,7 @@ class MaskEvaluator(DatasetEvaluator):
 
         Raises:
             ValueError: if an output has no instances, a class that the data set has not, or a score
-                that is no number.
+                that is no number, or an id is neither a whole number nor text.
             ConfigError: if the data set has classes that the model does not.
         """
         category_ids = self._category_ids
@@ -188,8 +190,8 @@ class MaskEvaluator(DatasetEvaluator):
             instances = instances.to("cpu")
             if len(names) == len(category_ids):  # else nobody names those that the file lacks
                 instances = matched_predictions(instances, found, names, self._dataset_name)
-            results = coco_results(instances, x["image_id"], category_ids)
-            self._log.append(x["image_id"], results)
+            image_id = _plain_id("image_id", x["image_id"])
+            self._log.append(image_id, coco_results(instances, image_id, category_ids))
 
     def evaluate(self) -> TaskResults:
         """Returns the metrics; on other processes than the first, nothing."""
@@ -372,3 +374,15 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(x) for key, x in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _plain_id(field: str, value: Any) -> int | str:
+    """Returns an id as JSON can hold it: data sets made with NumPy or pandas have its integers."""
+    if isinstance(value, str):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(
+            f"{field} {value!r} is of type {type(value).__name__}; ids are whole numbers or text"
+        ) from error

@@ -307,3 +307,27 @@ def test_all_of_300_perfect_detections_count_where_no_limit_is_asked_for(tmp_pat
 
 def test_as_many_detections_count_as_a_model_may_return_but_no_fewer_than_cocos():
     assert [counted_detections(k) for k in (-1, -5, 3, 100, 400)] == [-1, -1, 100, 100, 400]
+
+
+def test_ids_of_numpy_are_those_of_python(made, tmp_path):
+    name, content, results = made
+    expected = evaluate(MaskEvaluator(name), outputs_of(name, content, results))
+    pairs = [
+        ([{"image_id": np.int64(inputs[0]["image_id"])}], outputs)
+        for inputs, outputs in outputs_of(name, content, results)
+    ]
+    metadata = MetadataCatalog.get(name)
+    mapping = metadata.thing_dataset_id_to_contiguous_id
+    del metadata.thing_dataset_id_to_contiguous_id
+    metadata.thing_dataset_id_to_contiguous_id = {np.int64(i): k for i, k in mapping.items()}
+    found = evaluate(MaskEvaluator(name, output_dir=str(tmp_path / "out")), pairs)
+    assert repr(found) == repr(expected)  # some are nan
+
+
+def test_an_id_that_is_none_is_told_with_its_field(made):
+    name, content, results = made
+    inputs, outputs = next(iter(outputs_of(name, content, results)))
+    evaluator = MaskEvaluator(name)
+    evaluator.reset()
+    with pytest.raises(ValueError, match=r"image_id 1\.5 is of type float; ids are whole numbers"):
+        evaluator.process([{**inputs[0], "image_id": 1.5}], outputs)
