@@ -1,11 +1,13 @@
 # make train   environment if missing, then Mask R-CNN on the embedded data set, on CPU or GPU
 # make test    environment if missing, then all tests
 # make lint    environment if missing, then ruff and mypy
-# make clean   removes the environment, caches and the embedded data set; results stay
+# make test-oldest   all tests with the lowest versions that setup.cfg allows, on Python 3.10
+# make clean   removes the environments, caches and the embedded data set; results stay
 #
 # PYTHON=...   an interpreter of your own environment, with detectron2, instead of .venv
 
 VENV := .venv
+OLDEST := .venv-oldest
 PYTHON ?= $(VENV)/bin/python
 BOOTSTRAP_PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))) python3)
 CONFIG ?= configs/shapes/mask_rcnn_shapes.yaml
@@ -16,13 +18,16 @@ else
 ENVIRONMENT := own-environment
 endif
 
-.PHONY: train test lint clean own-environment
+.PHONY: train test test-oldest lint clean own-environment
 
 train: $(ENVIRONMENT)
 	$(PYTHON) train_net.py --config-file $(CONFIG)
 
 test: $(ENVIRONMENT)
 	$(PYTHON) -m pytest
+
+test-oldest: $(OLDEST)/.complete
+	$(OLDEST)/bin/python -m pytest
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff format --check .
@@ -33,10 +38,19 @@ lint: $(ENVIRONMENT)
 $(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py
 	@echo "Setting up $(VENV): about 6 GB (PyTorch with its CUDA libraries), some minutes"
 	$(BOOTSTRAP_PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --progress-bar on -r requirements.txt
-	$(VENV)/bin/python tools/install_detectron2.py
-	$(VENV)/bin/python -m pip install --no-deps --no-build-isolation -e .
-	@touch $@
+	$(call install,$(VENV),requirements.txt)
+
+$(OLDEST)/.complete: requirements-oldest.txt setup.cfg tools/install_detectron2.py
+	@echo "Setting up $(OLDEST): about 6 GB, some minutes; needs Python 3.10"
+	python3.10 -m venv $(OLDEST)
+	$(call install,$(OLDEST),requirements-oldest.txt)
+
+define install
+$(1)/bin/python -m pip install --progress-bar on -r $(2)
+$(1)/bin/python tools/install_detectron2.py
+$(1)/bin/python -m pip install --no-deps --no-build-isolation -e .
+@touch $(1)/.complete
+endef
 
 own-environment:
 	@$(PYTHON) -c "import cv2, faster_coco_eval, fvcore, pycocotools, safetensors, submitit, tabulate, torchvision, tqdm, yaml" || \
@@ -45,5 +59,5 @@ own-environment:
 		{ echo "To install detectron2: $(PYTHON) tools/install_detectron2.py" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf datasets/shapes_v*
