@@ -8,6 +8,7 @@
 
 VENV := .venv
 OLDEST := .venv-oldest
+OLDEST_PYTHON ?= python3.10
 PYTHON ?= $(VENV)/bin/python
 BOOTSTRAP_PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))) python3)
 CONFIG ?= configs/shapes/mask_rcnn_shapes.yaml
@@ -42,7 +43,7 @@ $(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py
 
 $(OLDEST)/.complete: requirements-oldest.txt setup.cfg tools/install_detectron2.py
 	@echo "Setting up $(OLDEST): about 6 GB, some minutes; needs Python 3.10"
-	python3.10 -m venv $(OLDEST)
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(call install,$(OLDEST),requirements-oldest.txt)
 
 define install

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import operator
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
