@@ -80,7 +80,7 @@ def test_labels_stay_inside_any_picture(data, height, width):
     canvas, text = np.zeros((height, width, 3), np.uint8), "a class 0.93"
     style = drawing._fitting_style(text, LabelStyle(0.35), canvas)
     spots = list(drawing._label_spots(text, (x0, y0, x1, y1), style, canvas))
-    assert len(spots) == 3 or (not spots and (width < 60 or height < 15))
+    assert len(spots) == 3 or (not spots and (width < 60 or height < 16))
     for left, top, right, bottom in spots:
         assert 0 <= left < right <= width and 0 <= top < bottom <= height
     draw([block(y0, y1, x0, x1, (height, width))], [text])

@@ -166,13 +166,14 @@ def test_lazy_configs_train(name, heads):
     # What detectron2's lazyconfig_train_net.py asks for.
     assert {"model", "dataloader", "optimizer", "lr_multiplier", "train"} <= set(cfg)
     shrink(cfg.model)
+    torch.manual_seed(3)  # from some random weights the loss takes longer to fall
     model = instantiate(cfg.model)
     assert type(model.roi_heads).__name__ == heads
     assert isinstance(model.roi_heads.mask_head, FCNMaskHead)
     stock_pooler = name != "mask_rcnn_R_50_FPN_1x"
     assert isinstance(model.roi_heads.mask_pooler, MultiLevelRoIPooler) != stock_pooler
     panoptic = "sem_seg_head" in cfg.model
-    train_a_few_iterations(model, make_batch(sem_seg_classes=54 if panoptic else 0), iterations=4)
+    train_a_few_iterations(model, make_batch(sem_seg_classes=54 if panoptic else 0), iterations=8)
 
 
 def shrink(model):
