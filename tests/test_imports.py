@@ -26,7 +26,7 @@ ALLOWED = {
     "user_code": {"config"},
     "image_files": {"config"},
     "modeling": {"ops", "config", "structures", "shared_names"},
-    "data": {"ops", "config", "shared_names", "image_files"},
+    "data": {"ops", "config", "messages", "shared_names", "image_files"},
     "evaluation": {"ops", "config", "class_names", "structures", "image_files"},
     "engine": {
         *("ops", "config", "messages", "class_names", "structures", "image_files", "modeling"),

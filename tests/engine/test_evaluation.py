@@ -76,7 +76,7 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch
     with pytest.raises(ConfigError) as error:
         Trainer.test(cfg, model)
     message = str(error.value)
-    assert message.startswith(f"{tmp_path}/truncated.png (image_id 3) cannot be loaded: OSError")
+    assert message.startswith(f"{tmp_path}/truncated.png (image_id 3) is damaged: OSError")
     assert "\n" not in message and "repair it" in message
 
 
