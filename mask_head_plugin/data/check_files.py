@@ -89,7 +89,7 @@ def listed_images(images: list[Any], image_root: str, *, lvis: bool = False) -> 
         sides = (image.get("height"), image.get("width"))
         valid = all(type(side) is int and side > 0 for side in sides)
         # As detectron2 has it: not the normalised name.
-        path = os.path.join(image_root, name if lvis else image["file_name"])  # noqa: PTH118
+        path = os.path.join(image_root, name if lvis else image["file_name"])  # noqa: PTH118  # as detectron2
         listed.append(ListedImage(index, image.get("id"), path, sides if valid else None))
     return listed
 

@@ -35,7 +35,7 @@ def join_folders(content: Any, folders: str | Sequence[str]) -> str:
         name = image.get("file_name") if isinstance(image, dict) else None
         if isinstance(name, str) and name.strip() and "\0" not in name:
             start = _folder_of(name, root, starts)
-            image["file_name"] = os.path.normpath(os.path.join(start, name))  # noqa: PTH118
+            image["file_name"] = os.path.normpath(os.path.join(start, name))  # noqa: PTH118  # as text
     return root
 
 

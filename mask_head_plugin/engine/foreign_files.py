@@ -293,8 +293,9 @@ def _scan(file: BinaryIO | IO[bytes], size: int, records: Mapping[str, int] | No
     beyond the file, gaps in the table of remembered objects (it is made as long as the largest
     number in it), calls that make objects of a given size, containers nested without end, and
     tuples that hold each other many times over (to be a key, each is counted through). Refuses
-    also what torch before 2.10 takes though it reads or writes beyond a tensor's memory then:
-    storages longer than their bytes in the file, and items set in anything but dictionaries.
+    also what older versions of torch (seen: 2.6) take, and then read or write beyond a tensor's
+    memory: storages longer than their bytes in the file, and items set in anything but
+    dictionaries.
 
     Args:
         file: read from where it stands to behind the pickle.

@@ -12,7 +12,8 @@ own backward.
 Operators are few and large: PyTorch splits each over all threads, and beside another busy process a
 thread that has its share late holds up the others for about 8 ms, each time. So a call makes one
 product per map, backward one for all maps, whatever R and C. A map that is not channels-last is
-copied once. The matrix is laid out in pieces of PIECE entries, which PyTorch leaves to one thread.
+copied, in a few parts where it is large, with a product each. The matrix is laid out in pieces of
+PIECE entries, which PyTorch leaves to one thread.
 
 A maximum needs its samples one by one: ROIPool and ``reduction="max"`` compute them, group by
 group.
