@@ -17,6 +17,7 @@ from ..class_names import class_names_of
 from ..config import ConfigError
 from ..evaluation.drawing import ByteArray
 from ..image_files import in_format
+from ..modeling import to_channels_last
 from .checkpoint import MaskHeadCheckpointer
 from .weights import WeightsPolicy
 
@@ -88,8 +89,8 @@ def load_predictor(cfg: CfgNode) -> BGRPredictor:
         MaskHeadCheckpointer(predictor.model, policy=policy).load(cfg.MODEL.WEIGHTS)
     except (OSError, AssertionError) as error:
         raise ConfigError(f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: {error}") from error
-    if torch.device(cfg.MODEL.DEVICE).type == "cpu":  # faster so, see Trainer.build_model
-        predictor.model.to(memory_format=torch.channels_last)
+    if torch.device(cfg.MODEL.DEVICE).type == "cpu":  # as Trainer.build_model does
+        to_channels_last(predictor.model)
     names = class_names_of(predictor.model) or policy.class_names
     if list(getattr(predictor, "metadata", Metadata()).get("thing_classes", ())) != names:
         predictor.metadata = Metadata()

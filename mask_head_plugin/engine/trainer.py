@@ -57,6 +57,7 @@ from ..evaluation import (
 )
 from ..image_files import ImageFileMapper
 from ..messages import listed
+from ..modeling import to_channels_last
 from .checkpoint import MaskHeadCheckpointer, set_aside_earlier_run, sole_writer
 from .evaluation import evaluate_dataset
 from .foreign_files import check_proposal_files
@@ -280,14 +281,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
-        """Builds the model; on the CPU with channels-last weights.
-
-        Convolutions then hand on channels-last maps: on x86 they are faster so, and RoI pooling
-        reads such maps in place.
-        """
+        """Builds the model; on the CPU channels-last, see modeling.to_channels_last."""
         model: torch.nn.Module = super().build_model(cfg)
         if torch.device(cfg.MODEL.DEVICE).type == "cpu":
-            model.to(memory_format=torch.channels_last)
+            to_channels_last(model)
         return model
 
     @classmethod

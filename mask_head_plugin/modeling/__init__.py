@@ -1,5 +1,6 @@
 """Detectron2 modules of the mask branch. Importing this package registers them."""
 
+from .channels_last import to_channels_last
 from .mask_head import FCNMaskHead, MLPMaskHead
 from .mask_loss import MASK_LOSS_REGISTRY, couples_classes, mean_over_rois
 from .pooler import MultiLevelRoIPooler
@@ -18,4 +19,5 @@ __all__ = [
     "build_small_resnet_fpn_backbone",
     "couples_classes",
     "mean_over_rois",
+    "to_channels_last",
 ]

@@ -1,0 +1,95 @@
+"""Channels-last models, whose convolutions are faster on a CPU, their weight gradients included."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from detectron2.layers import Conv2d
+from torch import Tensor, nn
+
+MIN_ELEMENTS = 1 << 18
+"""Elements of one image's map, 1 MB of float32, from which copies for the weight gradient pay."""
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Makes the weights of a model on a CPU channels-last; the model computes the same.
+
+    Its convolutions then hand on channels-last maps: forward and the gradient to the map are
+    faster so, and RoI pooling reads such maps in place. Not so the gradient to 3 x 3 weights on
+    AVX2: with 256 channels and two maps of 128 x 128 oneDNN takes 1.74 s, from contiguous maps
+    0.47 s, and copying both takes 0.08 s (two cores of an AMD EPYC). 1 x 1 and 7 x 7 kernels and
+    maps of less than 1 MB gain nothing. Processors with AVX512 run another kernel and were not
+    measured: they keep oneDNN's way.
+    """
+    model.to(memory_format=torch.channels_last)
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        for module in model.modules():
+            if type(module) is Conv2d and module.kernel_size == (3, 3) and module.groups == 1:
+                module.__class__ = WeightGradientFromCopies
+
+
+class WeightGradientFromCopies(Conv2d):
+    """detectron2's Conv2d that takes the gradient to its weights from contiguous maps.
+
+    The same parameters and results; gradients are the same to rounding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _pays(x, self.weight):
+            return super().forward(x)
+        arguments = self.stride, self.padding, self.dilation
+        x = _Convolution.apply(x, self.weight, self.bias, *arguments)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.activation is None else self.activation(x)
+
+    def __prepare_scriptable__(self) -> Conv2d:
+        """Returns what torch.jit.script compiles in place of this."""
+        ordinary = copy.copy(self)
+        ordinary.__class__ = Conv2d
+        return ordinary
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    return (
+        torch.is_grad_enabled()
+        and weight.requires_grad
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and len(x) > 0
+        and math.prod(x.shape[1:]) >= MIN_ELEMENTS
+    )
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.arguments = stride, padding, dilation
+        return torch.conv2d(x, weight, bias, stride, padding, dilation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, *needs_others = ctx.needs_input_grad[:3]
+
+        def gradients(*tensors: Tensor, of: list[bool]) -> list[Tensor | None]:
+            shape = [len(weight)], *ctx.arguments, False, [0, 0], 1  # bias, not transposed, groups
+            return list(torch.ops.aten.convolution_backward(*tensors, *shape, of))
+
+        d_x = gradients(grad, x, weight, of=[True, False, False])[0] if needs_x else None
+        copies = grad.contiguous(), x.contiguous(), weight.contiguous()
+        d_others = gradients(*copies, of=[False, *needs_others])[1:]
+        return d_x, *d_others, None, None, None
