@@ -19,8 +19,8 @@ from .axis_weights import roi_align_weights
 CHUNK = 128
 """RoIs whose weights, or on CUDA whose masks, are held as float32 at a time."""
 
-WIDTH_STEP = 32
-"""Windows are widened to multiples of this: embedding_bag compiles a kernel for every width."""
+WINDOW_PIXELS = 1 << 22
+"""Pixels that windows of several RoIs hold as float32 at a time: 16 MB."""
 
 
 def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -77,17 +77,36 @@ def _crop_by_sums(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     x = roi_align_weights(boxes[:, 0], boxes[:, 2], size, width)
     top, bottom = y.cell.flatten(1).aminmax(dim=1)
     left, right = x.cell.flatten(1).aminmax(dim=1)
-    span = (((right - left) // WIDTH_STEP + 1) * WIDTH_STEP).clamp(max=width)
+    span = _rounded_widths(right - left + 1).clamp(max=width)
     left = torch.minimum(left, width - span)
-    # The column sums of all RoIs are read from one table, where those of a RoI end at `end`.
-    end = span.cumsum(0)
-    rows, columns = y.cell - top[:, None, None], x.cell + (end - span - left)[:, None, None]
-    table = y.weight.new_empty(int(end[-1]), size)
-    windows = zip(top.tolist(), bottom.tolist(), left.tolist(), span.tolist(), strict=True)
-    per_roi = zip(windows, rows, y.weight, table.split(span.tolist()), strict=True)
-    for r, ((y0, y1, x0, w), row, weight, sums) in enumerate(per_roi):
-        pixels = bit_masks[r, y0 : y1 + 1, x0 : x0 + w].to(table.dtype)
-        sums.copy_(embedding_bag(row, pixels, per_sample_weights=weight, mode="sum").t())
-    columns, weights = columns.flatten(0, 1), x.weight.flatten(0, 1)
+    windows = list(zip(top.tolist(), bottom.tolist(), left.tolist(), span.tolist(), strict=True))
+    # The column sums of all RoIs are read from one table, where those of a RoI begin at `first`.
+    tables, num_rows, first = [], 0, torch.zeros_like(left)
+    for w in span.unique().tolist():
+        for group in torch.nonzero(span == w)[:, 0].split(max(WINDOW_PIXELS // (height * w), 1)):
+            pixels = torch.cat([_window(bit_masks[r], *windows[r]) for r in group.tolist()])
+            end = (bottom - top + 1)[group].cumsum(0, dtype=torch.int32)
+            row = y.cell[group] + (end - bottom[group] - 1)[:, None, None]
+            sums = embedding_bag(
+                row.flatten(0, 1),
+                pixels.to(y.weight.dtype),
+                per_sample_weights=y.weight[group].flatten(0, 1),
+                mode="sum",
+            )
+            tables.append(sums.unflatten(0, (-1, size)).transpose(1, 2).flatten(0, 1))
+            first[group] = num_rows + w * torch.arange(len(group), dtype=torch.int32)
+            num_rows += len(tables[-1])
+    columns = (x.cell + (first - left)[:, None, None]).flatten(0, 1)
+    weights, table = x.weight.flatten(0, 1), torch.cat(tables)
     shares = embedding_bag(columns, table, per_sample_weights=weights, mode="sum")
     return shares.unflatten(0, (-1, size)).transpose(1, 2)
+
+
+def _rounded_widths(widths: Tensor) -> Tensor:
+    """Returns widths rounded up to 32, 48, 64, 96, 128, …: few, so few groups of RoIs."""
+    mantissa, exponent = torch.frexp(widths.float())
+    return torch.ldexp((mantissa * 4).ceil() / 4, exponent).clamp(min=32).to(widths.dtype)
+
+
+def _window(bits: Tensor, top: int, bottom: int, left: int, width: int) -> Tensor:
+    return bits[top : bottom + 1, left : left + width]

@@ -8,6 +8,7 @@ import torch
 from detectron2.structures import BitMasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import profile
 from torchvision.ops import roi_align
 
 from mask_head_plugin.ops import crop_masks, mask_target
@@ -98,3 +99,15 @@ def test_wrong_input_is_refused():
         crop_masks(masks, torch.zeros(3, 4), 4)
     with pytest.raises(ValueError, match="1 of 2 boxes have NaN"):
         crop_masks(masks, torch.tensor([[0.0, 0, 1, 1], [0, float("nan"), 1, 1]]), 4)
+
+
+def test_operators_are_few_whatever_the_number_of_boxes():
+    """Beside another busy process each waits for its slower thread."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(128, 2, generator=generator) * 150
+    boxes = torch.cat([corner, corner + 3 + 140 * torch.rand(128, 2, generator=generator)], dim=1)
+    bits = torch.rand(128, 290, 300, generator=generator) > 0.5
+    with profile() as profiler:
+        crop_masks(bits, boxes, 14)
+    (count,) = [x.count for x in profiler.key_averages() if x.key == "aten::embedding_bag"]
+    assert count < 16
