@@ -221,6 +221,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="rows with these words, as 'step, K = 80'"
+    )
     add_busy_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -228,7 +231,8 @@ def main() -> None:
     names = ("detectron2", "torchvision", "ours")
     header = f"{'':18}{'classes':>8}" + "".join(f"{f'{name} ms, MB':>24}" for name in names)
     tqdm.write(header + f"{'time x':>9}{'memory x':>10}")
-    for what, num_classes, make in tqdm(list(settings(args.amp, args.device)), unit="setting"):
+    chosen = [x for x in settings(args.amp, args.device) if args.only in f"{x[0]}, K = {x[1]}"]
+    for what, num_classes, make in tqdm(chosen, unit="setting"):
         torch.manual_seed(0)
         sides = make()
         row: dict[str, Any] = {"what": what, "classes": num_classes}
