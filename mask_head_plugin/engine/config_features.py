@@ -11,38 +11,54 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, build_backbone
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    build_backbone,
+)
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch import GeneralizedRCNN, ProposalNetwork
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.proposal_generator.rrpn import RRPN
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 
 from ..config import ConfigError
+from .config_host import registered_class
 from .config_values import is_rising
 
 
 def check_features(cfg: CfgNode, *, train: bool) -> None:
-    """Checks a detector of detectron2's two-stage kind; another kind passes.
+    """Checks the parts of a detector that are of detectron2's two-stage kind; others pass.
 
     Args:
-        cfg: a config whose names are registered.
+        cfg: a config that check_host_values passes.
         train: whether the model will be trained.
 
     Raises:
         ConfigError: naming the keys and what they could be.
     """
-    arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    model = cfg.MODEL
+    arch = registered_class(META_ARCH_REGISTRY, model.META_ARCHITECTURE)
     if not issubclass(arch, GeneralizedRCNN | ProposalNetwork):
         return
     maps = _backbone_shapes(cfg)
-    _check_maps("MODEL.RPN.IN_FEATURES", cfg.MODEL.RPN.IN_FEATURES, maps)
-    _check_anchors(cfg)
-    _check_matcher("MODEL.RPN", cfg.MODEL.RPN, num_thresholds=2)
-    _check_proposals(cfg, train=train)
-    if not issubclass(arch, GeneralizedRCNN):
-        return
-    _check_maps("MODEL.ROI_HEADS.IN_FEATURES", cfg.MODEL.ROI_HEADS.IN_FEATURES, maps)
-    _check_matcher("MODEL.ROI_HEADS", cfg.MODEL.ROI_HEADS, num_thresholds=1)
-    _check_heads(cfg, maps)
-    _check_keypoints(cfg, train=train)
+    generator = registered_class(PROPOSAL_GENERATOR_REGISTRY, model.PROPOSAL_GENERATOR.NAME)
+    if issubclass(generator, RPN):
+        _check_maps("MODEL.RPN.IN_FEATURES", model.RPN.IN_FEATURES, maps)
+        anchors = registered_class(ANCHOR_GENERATOR_REGISTRY, model.ANCHOR_GENERATOR.NAME)
+        if issubclass(anchors, DefaultAnchorGenerator):
+            _check_anchors(cfg)
+        _check_matcher("MODEL.RPN", model.RPN, num_thresholds=2)
+        _check_box_weights("MODEL.RPN", model.RPN)
+    _check_proposals(cfg, generator, train=train)
+    heads = registered_class(ROI_HEADS_REGISTRY, model.ROI_HEADS.NAME)
+    if issubclass(arch, GeneralizedRCNN) and issubclass(heads, StandardROIHeads | Res5ROIHeads):
+        _check_maps("MODEL.ROI_HEADS.IN_FEATURES", model.ROI_HEADS.IN_FEATURES, maps)
+        _check_matcher("MODEL.ROI_HEADS", model.ROI_HEADS, num_thresholds=1)
+        _check_heads(cfg, heads, maps)
+        _check_keypoints(cfg, heads, train=train)
 
 
 def _backbone_shapes(cfg: CfgNode) -> dict[str, ShapeSpec]:
@@ -102,28 +118,27 @@ def _check_matcher(section: str, node: CfgNode, num_thresholds: int) -> None:
         )
 
 
-def _check_proposals(cfg: CfgNode, *, train: bool) -> None:
-    generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    precomputed = generator == "PrecomputedProposals"
-    if precomputed != cfg.MODEL.LOAD_PROPOSALS:
+def _check_proposals(cfg: CfgNode, generator: type, *, train: bool) -> None:
+    name, loads = cfg.MODEL.PROPOSAL_GENERATOR.NAME, cfg.MODEL.LOAD_PROPOSALS
+    precomputed = name == "PrecomputedProposals"
+    if precomputed != loads and (precomputed or generator in (RPN, RRPN)):  # a user's may read them
         raise ConfigError(
             "MODEL.LOAD_PROPOSALS True and MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals need "
-            f"each other; now they are {cfg.MODEL.LOAD_PROPOSALS} and {generator}"
+            f"each other; now they are {loads} and {name}"
         )
     for split in ("TRAIN", "TEST") if train else ("TEST",):
         files, names = cfg.DATASETS[f"PROPOSAL_FILES_{split}"], cfg.DATASETS[split]
-        if precomputed and len(files) != len(names):
+        if loads and len(files) != len(names):
             raise ConfigError(
                 f"DATASETS.PROPOSAL_FILES_{split} has {len(files)} files for the {len(names)} data "
                 f"sets of DATASETS.{split}; MODEL.LOAD_PROPOSALS needs one for each"
             )
-        for path in files if precomputed else ():
+        for path in files if loads else ():
             if "://" not in path and not Path(path).is_file():
                 raise ConfigError(f"DATASETS.PROPOSAL_FILES_{split}: file {path} does not exist")
 
 
-def _check_heads(cfg: CfgNode, maps: dict[str, ShapeSpec]) -> None:
-    heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
+def _check_heads(cfg: CfgNode, heads: type, maps: dict[str, ShapeSpec]) -> None:
     names, box = cfg.MODEL.ROI_HEADS.IN_FEATURES, cfg.MODEL.ROI_BOX_HEAD
     if issubclass(heads, Res5ROIHeads):
         if len(names) != 1:
@@ -145,19 +160,20 @@ def _check_heads(cfg: CfgNode, maps: dict[str, ShapeSpec]) -> None:
             f"MODEL.ROI_HEADS.NAME {heads.__name__} needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG "
             "True"
         )
-    for key in ("MODEL.ROI_BOX_HEAD", "MODEL.RPN"):
-        section = box if key.endswith("HEAD") else cfg.MODEL.RPN
-        weights = section.BBOX_REG_WEIGHTS
-        if len(weights) != 4 or not all(_is_positive(x) for x in weights):
-            raise ConfigError(
-                f"{key}.BBOX_REG_WEIGHTS {weights} must be four: x, y, w, h, all above 0"
-            )
+    _check_box_weights("MODEL.ROI_BOX_HEAD", box)
 
 
-def _check_keypoints(cfg: CfgNode, *, train: bool) -> None:
+def _check_box_weights(section: str, node: CfgNode) -> None:
+    weights = node.BBOX_REG_WEIGHTS
+    if len(weights) != 4 or not all(_is_positive(x) for x in weights):
+        raise ConfigError(
+            f"{section}.BBOX_REG_WEIGHTS {weights} must be four: x, y, w, h, all above 0"
+        )
+
+
+def _check_keypoints(cfg: CfgNode, heads: type, *, train: bool) -> None:
     if not cfg.MODEL.KEYPOINT_ON:
         return
-    heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
     if issubclass(heads, Res5ROIHeads):
         raise ConfigError(
             f"MODEL.KEYPOINT_ON: {heads.__name__} has no keypoints; take PerClassMaskROIHeads"

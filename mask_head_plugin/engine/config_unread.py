@@ -1,25 +1,19 @@
 """Keys that are set and that nothing reads, so that a run is not what its config says.
 
 Who reads a key depends on others: MODEL.RESNETS.DEPTH is read by detectron2's ResNets and not by
-the small one here. So the parts are built, on PyTorch's "meta" device, which allocates nothing,
-from a config that notes what is read.
+the small one here. So the parts are built, see dry_build.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, ItemsView
-from copy import deepcopy
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetMapper, build_detection_train_loader
-from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.solver import build_lr_scheduler, build_optimizer
 
 from ..config import add_mask_head_config, flatten
+from .dry_build import dry_build
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +98,10 @@ def unread_keys(cfg: CfgNode, *, train: bool) -> dict[str, str]:
     if not train:
         set_keys = [key for key in set_keys if key.startswith(EVALUATION)]
     found: dict[str, str] = {}
-    read = _read_keys(cfg, train=train)
+    parts = dry_build(cfg, train=train)
+    read: set[str] = set()
+    if not any(part.error for part in parts):
+        read = read.union(*(part.keys_read for part in parts))
     for key in set_keys:
         needed = _needed(cfg, key)
         if needed:
@@ -131,62 +128,3 @@ def warn_of_unread_keys(cfg: CfgNode, *, train: bool) -> None:
     values = flatten(cfg)
     for key, cause in unread_keys(cfg, train=train).items():
         logger.warning("%s %s has no effect: %s", key, values[key], cause)
-
-
-def _read_keys(cfg: CfgNode, *, train: bool) -> set[str]:
-    """Returns what is read as the parts of a run are built; nothing if they cannot be."""
-    recording = _Recording.of(cfg, "", _Keys())
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # all will be logged when the run builds them
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = META_ARCH_REGISTRY.get(recording.MODEL.META_ARCHITECTURE)(recording)
-        DatasetMapper(recording, is_train=False)
-        if train:
-            DatasetMapper(recording, is_train=True)
-            build_lr_scheduler(recording, build_optimizer(recording, model))
-            records: list[dict[str, Any]] = [{"annotations": []}]
-            build_detection_train_loader.from_config(recording, mapper=len, dataset=records)
-    except Exception:  # of a user's module that does not build on "meta"
-        return set()
-    finally:
-        logging.disable(disabled)
-    return set(vars(recording)["keys_read"])
-
-
-class _Keys(set[str]):
-    """Stays the same one in copies of the config."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Keys:
-        return self
-
-
-class _Recording(CfgNode):
-    """A config that notes the full names of the keys that are read, in its copies, too."""
-
-    @classmethod
-    def of(cls, node: CfgNode, prefix: str, keys_read: _Keys) -> _Recording:
-        new = cls()
-        new.__dict__.update(prefix=prefix, keys_read=keys_read)
-        for key, value in dict.items(node):
-            is_section = isinstance(value, CfgNode)
-            copied = cls.of(value, f"{prefix}{key}.", keys_read) if is_section else deepcopy(value)
-            dict.__setitem__(new, key, copied)
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Recording:
-        return self.of(self, vars(self)["prefix"], vars(self)["keys_read"])
-
-    def __getitem__(self, key: str) -> Any:
-        vars(self)["keys_read"].add(vars(self)["prefix"] + key)
-        return dict.__getitem__(self, key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        with contextlib.suppress(KeyError):
-            return self[key]
-        return default
-
-    def items(self) -> ItemsView[str, Any]:
-        for key in self:
-            self[key]
-        return dict.items(self)

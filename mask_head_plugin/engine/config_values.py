@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
+from PIL import Image
 
-from ..config import ConfigError, flatten
+from ..config import ConfigError, flatten, nearest_name
+from ..image_files import in_format
 
 HEAD, ROI, RPN = "MODEL.ROI_MASK_HEAD.", "MODEL.ROI_HEADS.", "MODEL.RPN."
 
@@ -52,30 +54,8 @@ POSITIVE = (
     *(ROI + "POSITIVE_FRACTION", RPN + "POSITIVE_FRACTION"),
 )
 
-NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
-BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
-CROP_TYPES = ("relative_range", "relative", "absolute", "absolute_range")
-
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
-    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
-    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
-    "INPUT.CROP.TYPE": CROP_TYPES,
-    "SOLVER.LR_SCHEDULER_NAME": (
-        *("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
-    ),
-    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
-    "MODEL.RESNETS.NORM": NORMS,
-    "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
-    "MODEL.FPN.NORM": NORMS,
-    "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
-    "MODEL.ROI_BOX_HEAD.NORM": NORMS,
-    "MODEL.ROI_MASK_HEAD.NORM": NORMS,
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
-}
+IMAGE_FORMATS = ("BGR", "RGB", "L", "YUV-BT.601")
+CLIP_TYPES = ("value", "norm", "full_model")
 
 
 def check_values(cfg: CfgNode) -> None:
@@ -95,9 +75,9 @@ def check_values(cfg: CfgNode) -> None:
     for key in POSITIVE:
         if not 0 < values[key] < math.inf:
             raise ConfigError(f"{key} is {values[key]}; it must be above 0")
-    for key, choices in CHOICES.items():
-        if values[key] not in choices:
-            raise ConfigError(f"{key} {values[key]!r} is none of {choices}")
+    key = "SOLVER.CLIP_GRADIENTS.CLIP_TYPE"
+    if values[key] not in CLIP_TYPES:
+        raise ConfigError(f"{key} {values[key]!r} is none of {CLIP_TYPES}")
     for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
         if not all(isinstance(name, str) for name in values[key]):
             raise ConfigError(f"{key} {values[key]} is not a list of names")
@@ -165,7 +145,7 @@ def check_input(cfg: CfgNode) -> None:
             f"INPUT.CROP.SIZE {crop.SIZE}: INPUT.CROP.TYPE {crop.TYPE} takes {unit} of height and "
             f"width, e.g. {example}"
         )
-    channels = 1 if given.FORMAT == "L" else 3
+    channels = _num_channels(given.FORMAT)
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         values = cfg.MODEL[key]
         numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in values)
@@ -207,6 +187,20 @@ def is_rising(values: Sequence[Any], *, least: float, most: float = math.inf) ->
     """Returns whether numbers rise, from ``least`` (exclusive) to ``most`` (inclusive)."""
     bounded = all(isinstance(x, int | float) and least < x <= most for x in values)
     return bounded and all(a < b for a, b in itertools.pairwise(values))
+
+
+def _num_channels(image_format: str) -> int:
+    """Returns how many channels images of an INPUT.FORMAT have; Pillow's modes are some, too."""
+    try:
+        _, _, channels = in_format(Image.new("RGB", (1, 1)), image_format).shape
+    except (ValueError, KeyError) as error:
+        nearest = nearest_name(image_format, IMAGE_FORMATS)
+        hint = f"; did you mean {nearest!r}?" if nearest else ""
+        raise ConfigError(
+            f"INPUT.FORMAT {image_format!r} is none of {IMAGE_FORMATS}, nor a mode of Pillow's "
+            f"with channels{hint}"
+        ) from error
+    return int(channels)
 
 
 def _check_sizes(key: str, sizes: Sequence[Any], limit_key: str, limit: int) -> None:

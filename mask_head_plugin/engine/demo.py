@@ -227,7 +227,7 @@ def demo_config(
         raise ConfigError("no weights: add --opts MODEL.WEIGHTS FILE (.pth, .pkl or .safetensors)")
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = confidence_threshold
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = confidence_threshold
-    cfg.OUTPUT_DIR = str(output)  # check_config makes it
+    cfg.OUTPUT_DIR = str(output)
     check_config(cfg, train=False, evaluate=False)
     return cfg
 

@@ -35,7 +35,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, [*import_options(args.imports), *args.opts])
     import_modules(cfg.IMPORTS)
     num_processes = launch.process_count(args.num_gpus, args.num_machines, cfg.MODEL.DEVICE)
-    check_config(cfg, train=not args.eval_only, num_processes=num_processes)
+    check_config(cfg, train=not args.eval_only, num_processes=num_processes, trainer=Trainer)
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
         raise ConfigError("--eval-only needs MODEL.WEIGHTS FILE, or --resume: the last checkpoint")
     setup_logger(cfg.OUTPUT_DIR, launch.process_rank(), name="mask_head_plugin")

@@ -134,7 +134,7 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
         with _naming(trial.variant):
             cfg = trial.cfg.clone()
             cfg.OUTPUT_DIR = str(output)
-            check_config(cfg, train=True)
+            check_config(cfg, train=True, trainer=Trainer)
             warn_of_unread_keys(cfg, train=True)
             register_coco_files(cfg)
             check_datasets(cfg)

@@ -68,7 +68,7 @@ def twin_configs(cfg: CfgNode) -> tuple[CfgNode, CfgNode]:
     """Returns the config with detectron2's and with the plugin's modules.
 
     Args:
-        cfg: with either's; OUTPUT_DIR is made.
+        cfg: with either's.
 
     Raises:
         ConfigError: if a setting is one that detectron2 has not, so that there is no stock side.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 
@@ -124,7 +125,6 @@ FIVE = re.escape("['p2', 'p3', 'p4', 'p5', 'p6']")
         ("MODEL.ROI_MASK_HEAD.NUM_CONV", "-1", "is -1; it must be at least 0"),
         ("MODEL.ROI_MASK_HEAD.CONV_DIM", "0", "is 0; it must be at least 1"),
         ("MODEL.ROI_MASK_HEAD.NORM", "BM", "'BM' is none of .*'GN'"),
-        ("MODEL.ROI_BOX_HEAD.NORM", "BM", "'BM' is none of .*'GN'"),
         ("MODEL.RESNETS.NORM", "BM", "'BM' is none of .*'FrozenBN'"),
         ("MODEL.RESNETS.DEPTH", "51", "51 is none of .*50, 101"),
         ("MODEL.FPN.FUSE_TYPE", "max", "'max' is none of .*'avg'"),
@@ -361,14 +361,40 @@ def test_an_evaluation_needs_a_data_set(tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.name)
-def test_every_config_passes_that_is_no_mere_base(path, tmp_path):
+def test_every_config_passes_that_is_no_mere_base(path, tmp_path, caplog):
     cfg = load_config(str(path), ["OUTPUT_DIR", str(tmp_path)])
     if path.name == "Base-MaskRCNN.yaml":  # has neither backbone nor heads
         pytest.skip("for other bases only")
     if not cfg.DATASETS.TRAIN:
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("shapes_train",)
     check_config(cfg, train=True)
-    assert unread_keys(cfg, train=True) == {}
+    assert unread_keys(cfg, train=True) == {} and "is none of" not in caplog.text
+
+
+@pytest.mark.parametrize("there", [".", "not/yet/there"])
+def test_no_file_or_folder_is_made(there, tmp_path):
+    for opts in ([], ["MODEL.RESNETS.NORM", "BM"]):
+        cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path / there), *opts])
+        with pytest.raises(ConfigError) if opts else contextlib.nullcontext():
+            check_config(cfg, train=True)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda path: path.write_text(""), "x is not a folder"),
+        (lambda path: path.symlink_to("nothing"), "x is not a folder"),
+        (lambda path: path.mkdir(), "x may not be changed"),
+    ],
+    ids=["a file", "a link to nothing", "a read-only folder"],
+)
+def test_an_output_folder_that_cannot_be_made_is_refused(make, told, tmp_path, monkeypatch):
+    make(tmp_path / "x")
+    monkeypatch.setattr("os.access", lambda path, _: path != tmp_path / "x")  # root may always
+    cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path / "x" / "y")])
+    with pytest.raises(ConfigError, match=rf"^OUTPUT_DIR '.*x/y' cannot be written: .*{told}"):
+        check_config(cfg, train=True)
 
 
 def test_weights_with_options_behind_them_are_found(tmp_path):

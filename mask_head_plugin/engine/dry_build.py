@@ -1,0 +1,165 @@
+"""A config tried out: the parts of a run are built from it without memory, data or weights.
+
+They are built on PyTorch's "meta" device, which allocates nothing, from a config that notes which
+keys are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, ItemsView, Iterator
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_train_loader, detection_utils
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.structures import Boxes, BoxMode
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+PACKAGE = __name__.partition(".")[0]
+
+OBJECT = {
+    "bbox": [0, 0, 2, 2],
+    "bbox_mode": BoxMode.XYXY_ABS,
+    "category_id": 0,
+    "segmentation": [[0, 0, 2, 0, 2, 2]],
+}
+"""An annotation as detectron2's mapper has it."""
+
+
+class DryPart(NamedTuple):
+    """What came of building one part of a run.
+
+    Attributes:
+        keys_read: full names of the keys that it has read.
+        error: what stopped it, in one line. A user's module may need values, which "meta" has not.
+    """
+
+    keys_read: frozenset[str]
+    error: str | None
+
+
+def dry_build(
+    cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer] = DefaultTrainer
+) -> list[DryPart]:
+    """Builds a model and its mapper and, for training, schedule and loader, each on its own.
+
+    Args:
+        cfg: a complete config; it stays as it is, and so do the generators of random numbers.
+        train: whether the model will be trained.
+        trainer: gives optimizer and schedule. The loader is left out where its
+            ``build_train_loader`` is a user's, since that one would read the data.
+    """
+    model: list[nn.Module] = []
+
+    def build_model(cfg: CfgNode) -> None:
+        with torch.device("meta"):
+            model.append(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg))
+        if train:
+            _try_box_losses(model[0])
+
+    def build_schedule(cfg: CfgNode) -> None:
+        module = model[0] if model else nn.Linear(1, 1, device="meta")
+        trainer.build_lr_scheduler(cfg, trainer.build_optimizer(cfg, module))
+
+    builders: list[Callable[[CfgNode], object]] = [build_model]
+    builders.append(lambda cfg: DatasetMapper(cfg, is_train=False))
+    if train:
+        builders.append(build_schedule)
+        if trainer.build_train_loader.__module__.partition(".")[0] in ("detectron2", PACKAGE):
+            builders += [_build_train_mapper, _build_loader]
+    with _silent(), torch.random.fork_rng(devices=[]):
+        return [_built(build, cfg) for build in builders]
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps the logs of what will be built, and logged, again."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
+def _built(build: Callable[[CfgNode], object], cfg: CfgNode) -> DryPart:
+    keys_read, error = _Keys(), None
+    try:
+        build(_Recording.of(cfg, "", keys_read))
+    except Exception as caught:  # of whatever a user has registered
+        error = one_line(caught)
+    return DryPart(frozenset(keys_read), error)
+
+
+def _try_box_losses(model: nn.Module) -> None:
+    """Calls detectron2's losses of boxes without boxes: they look at their kind only then."""
+    none, boxes = torch.zeros(0, device="cpu"), torch.zeros(0, 4, device="cpu")
+    for module in model.modules():
+        if isinstance(module, FastRCNNOutputLayers):
+            module.box_reg_loss(boxes, boxes, boxes, none.long())
+        elif isinstance(module, RPN):
+            with EventStorage():
+                labels, deltas = [none], [boxes[None]]
+                module.losses([Boxes(boxes)], [none[None]], labels, deltas, [boxes])
+
+
+def _build_train_mapper(cfg: CfgNode) -> None:
+    mapper = DatasetMapper(cfg, is_train=True)
+    if mapper.use_instance_mask:
+        masks = {"mask_format": mapper.instance_mask_format}
+        detection_utils.annotations_to_instances([OBJECT], (4, 4), **masks)
+
+
+def _build_loader(cfg: CfgNode) -> None:
+    records: list[dict[str, Any]] = [{"annotations": []}]
+    build_detection_train_loader.from_config(cfg, mapper=len, dataset=records)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+class _Keys(set[str]):
+    """Stays the same one in copies of the config."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Keys:
+        return self
+
+
+class _Recording(CfgNode):
+    """A config that notes the full names of the keys that are read, in its copies, too."""
+
+    @classmethod
+    def of(cls, node: CfgNode, prefix: str, keys_read: _Keys) -> _Recording:
+        new = cls()
+        new.__dict__.update(prefix=prefix, keys_read=keys_read)
+        for key, value in dict.items(node):
+            is_section = isinstance(value, CfgNode)
+            copied = cls.of(value, f"{prefix}{key}.", keys_read) if is_section else deepcopy(value)
+            dict.__setitem__(new, key, copied)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Recording:
+        return self.of(self, vars(self)["prefix"], vars(self)["keys_read"])
+
+    def __getitem__(self, key: str) -> Any:
+        vars(self)["keys_read"].add(vars(self)["prefix"] + key)
+        return dict.__getitem__(self, key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        with contextlib.suppress(KeyError):
+            return self[key]
+        return default
+
+    def items(self) -> ItemsView[str, Any]:
+        for key in self:
+            self[key]
+        return dict.items(self)
