@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -33,19 +32,10 @@ from .class_rows import class_tensors, file_classes, match_classes, num_classes_
 from .config_colours import warn_of_colours
 from .download import local_copy
 from .foreign_files import read_checkpoint
+from .run_folder import LAST_CHECKPOINT, checkpoint_files, newest_intact
 from .weights import WeightsPolicy, compare, matched_by_ends, settle, without_prefix
 
 logger = logging.getLogger(__name__)
-
-LAST_CHECKPOINT = "last_checkpoint"
-"""Names the file to resume from, as in detectron2."""
-
-FINISHED_ITERATION = "finished_iteration"
-"""Names the last checkpoint of which all that is done behind it was done, see hooks.Resume."""
-
-BEST_CHECKPOINT = "model_best"
-"""Without extension. Holds weights alone, so no run resumes from it."""
-
 
 _CLASSIFIER = re.compile(r"(^|\.)box_predictor(\.\d+)?\.cls_score\.weight$")
 
@@ -330,123 +320,6 @@ def sole_writer(folder: Path) -> Iterator[None]:
                 f"another run is writing into {folder}; wait for it, or name another folder"
             ) from error
         yield
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Returns the checkpoints that a run can resume from, the first choice first.
-
-    That is the one that ``last_checkpoint`` names, but for a later iteration that was written after
-    that; then the others by falling iteration. Times alone do not order files that were copied.
-    """
-    tag = folder / LAST_CHECKPOINT
-    tagged = tag.read_bytes().strip().decode(errors="replace") if tag.is_file() else ""
-    tag_time = tag.stat().st_mtime_ns if tag.is_file() else 0
-    files = [path for path in folder.glob("*.pth") if path.match("model_*") or path.name == tagged]
-    files = [path for path in files if path.stem != BEST_CHECKPOINT]
-
-    def rank(path: Path) -> tuple[bool, bool, int, int]:
-        time, iteration = path.lstat().st_mtime_ns, _iteration(path.stem)  # of dead links, too
-        is_later = time > tag_time and 0 <= _iteration(Path(tagged).stem) < iteration
-        return is_later, path.name == tagged, iteration, time
-
-    return sorted(files, key=rank, reverse=True)
-
-
-def _iteration(stem: str) -> int:
-    """Returns the number at the end of a checkpoint's name, or -1 as for ``model_final``."""
-    number = re.search(r"_(\d{1,15})$", stem, re.ASCII)
-    return int(number[1]) if number else -1
-
-
-def newest_intact(folder: Path) -> Path:
-    """Returns the first of the checkpoint_files that is intact; the damage of others is logged.
-
-    Raises:
-        ConfigError: if none is; all are named with their damage.
-    """
-    damages: list[str] = []
-    for path in checkpoint_files(folder):
-        damage = find_damage(path)
-        if not damage:
-            if damages:
-                logger.warning("resuming from the older %s: %s", path, "; ".join(damages))
-            return path
-        damages.append(f"{path.name} {damage}")
-    raise ConfigError(
-        f"no checkpoint in {folder} can be resumed from: {'; '.join(damages)}. Start without "
-        "--resume, or put an intact checkpoint there"
-    )
-
-
-def find_damage(path: Path) -> str:
-    """Returns what is wrong with a checkpoint file, in words, or "" if it is intact.
-
-    A file without a checksum beside it, as detectron2 writes it, is judged by the checksums inside
-    it.
-    """
-    if not path.is_file():
-        return "is a folder" if path.is_dir() else "is a link to nothing"
-    if path.stat().st_size == 0:
-        return "is empty"
-    checksum = path.with_name(f"{path.name}.sha256")
-    if checksum.is_file():
-        if _sha256(path) != checksum.read_bytes().partition(b" ")[0].decode(errors="replace"):
-            return f"is not the file of which {checksum.name} is the checksum"
-        return ""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError) as error:
-        return f"is truncated or no checkpoint ({error})"
-    return f"has a damaged part ({damaged})" if damaged else ""
-
-
-def set_aside_earlier_run(folder: Path) -> None:
-    """Moves the checkpoints and metrics of an earlier run to ``earlier_run_<n>`` in the folder.
-
-    Else a run that starts anew could later be resumed from a checkpoint that is not its own.
-    """
-    moved = [
-        *folder.glob("model_*.pth*"),
-        *folder.glob("events.out.tfevents.*"),
-        *(folder / x for x in (LAST_CHECKPOINT, FINISHED_ITERATION, f"{BEST_CHECKPOINT}.json")),
-    ]
-    metrics = folder / "metrics.json"
-    if not any(path.suffix == ".pth" for path in moved) and not (
-        metrics.is_file() and metrics.stat().st_size
-    ):
-        return
-    number = 1
-    while (folder / f"earlier_run_{number}").exists():
-        number += 1
-    aside = folder / f"earlier_run_{number}"
-    aside.mkdir()
-    for path in moved:
-        if path.is_file():
-            path.rename(aside / path.name)
-    if metrics.is_file():
-        shutil.copy2(metrics, aside)  # not moved: the writer has it open, and empties it
-    logger.warning(
-        "%s held an earlier run, and this one starts anew (--resume would have gone on): the "
-        "earlier checkpoints and metrics are now in %s",
-        *(folder, aside),
-    )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Removes all but the ``keep`` newest ``model_<iteration>.pth``, with their checksums."""
-    files = [path for path in folder.glob("model_*.pth") if _iteration(path.stem) >= 0]
-    for path in sorted(files, key=lambda path: _iteration(path.stem))[:-keep]:
-        path.unlink()
-        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
 
 
 def export_safetensors(

@@ -13,13 +13,8 @@ from detectron2.engine import hooks
 from detectron2.utils import comm, events
 
 from ..data import TrainLoader, seed_generators
-from .checkpoint import (
-    BEST_CHECKPOINT,
-    FINISHED_ITERATION,
-    MaskHeadCheckpointer,
-    remove_old_checkpoints,
-    write_durably,
-)
+from .checkpoint import MaskHeadCheckpointer, write_durably
+from .run_folder import BEST_CHECKPOINT, FINISHED_ITERATION, remove_old_checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
-    DatasetCatalog,
     MetadataCatalog,
     build_detection_test_loader,
 )
@@ -28,14 +27,7 @@ from detectron2.engine import (
     hooks,
 )
 from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemSegEvaluator,
-    COCOEvaluator,
-    COCOPanopticEvaluator,
     DatasetEvaluator,
-    DatasetEvaluators,
-    PascalVOCDetectionEvaluator,
-    SemSegEvaluator,
     print_csv_format,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -49,17 +41,14 @@ from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
 from ..data import NamedErrors, TrainLoader, seed_generators
 from ..evaluation import (
-    ALL_DETECTIONS,
-    COCO_MAX_DETECTIONS,
-    MaskEvaluator,
-    counted_detections,
     write_contact_sheet,
 )
 from ..image_files import ImageFileMapper
 from ..messages import listed
 from ..modeling import to_channels_last
-from .checkpoint import MaskHeadCheckpointer, set_aside_earlier_run, sole_writer
+from .checkpoint import MaskHeadCheckpointer, sole_writer
 from .evaluation import evaluate_dataset
+from .evaluators import build_evaluator, inference_folder
 from .foreign_files import check_proposal_files
 from .gradient_clipping import clip_gradients
 from .guards import StepGuard
@@ -74,6 +63,7 @@ from .hooks import (
     scalar_state,
 )
 from .resumed_schedule import load_keeping_config
+from .run_folder import set_aside_earlier_run
 from .weights import WeightsPolicy, check_test_classes, class_names
 
 logger = logging.getLogger(__name__)
@@ -313,46 +303,8 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """Returns the evaluator that the data set's ``evaluator_type`` asks for.
-
-        Args:
-            cfg: gives the output folder and the detections per image.
-            dataset_name: a registered data set.
-            output_folder: where results go; if None ``OUTPUT_DIR/inference``, or a folder of the
-                data set's name in it if there are several in DATASETS.TEST.
-
-        Raises:
-            ValueError: if the type is unknown.
-        """
-        folder = output_folder or _inference_folder(cfg, "inference", dataset_name)
-        match MetadataCatalog.get(dataset_name).get("evaluator_type"):
-            case "coco" if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
-                return COCOEvaluator(dataset_name, output_dir=folder)  # recall of the proposals
-            case "coco" if cfg.MODEL.KEYPOINT_ON:
-                own_folder = str(Path(folder) / "keypoints")  # its files have the same names
-                keypoints = COCOEvaluator(dataset_name, ("keypoints",), output_dir=own_folder)
-                return DatasetEvaluators([_mask_evaluator(cfg, dataset_name, folder), keypoints])
-            case "coco" | "lvis":
-                return _mask_evaluator(cfg, dataset_name, folder)
-            case "coco_panoptic_seg":
-                coco = _mask_evaluator(cfg, dataset_name, folder)
-                sem_seg = SemSegEvaluator(dataset_name, output_dir=folder)
-                return DatasetEvaluators(
-                    [coco, sem_seg, COCOPanopticEvaluator(dataset_name, folder)]
-                )
-            case "sem_seg":
-                return SemSegEvaluator(dataset_name, output_dir=folder)
-            case "cityscapes_instance":
-                return CityscapesInstanceEvaluator(dataset_name)
-            case "cityscapes_sem_seg":
-                return CityscapesSemSegEvaluator(dataset_name)
-            case "pascal_voc":
-                return PascalVOCDetectionEvaluator(dataset_name)
-            case kind:
-                raise ValueError(
-                    f"data set {dataset_name!r} has evaluator_type {kind!r}, for which there is no "
-                    "evaluator; set it in its metadata, e.g. to 'coco'"
-                )
+        """Returns the evaluator that the data set asks for; see evaluators.build_evaluator."""
+        return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
     def test(
@@ -397,7 +349,7 @@ class Trainer(DefaultTrainer):
                 "test-time augmentation knows no mask scores: here class scores rank the masks"
             )
         evaluators = [
-            cls.build_evaluator(cfg, name, _inference_folder(cfg, "inference_TTA", name))
+            cls.build_evaluator(cfg, name, inference_folder(cfg, "inference_TTA", name))
             for name in cfg.DATASETS.TEST
         ]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
@@ -449,26 +401,3 @@ def _forget_unmatched_classes(cfg: CfgNode, model: torch.nn.Module) -> None:
 def _draw_contact_sheets(trainer: Trainer) -> None:
     if trainer.iter >= trainer.max_iter:  # not after a failure
         trainer.draw_contact_sheets(trainer.cfg, trainer.model)
-
-
-def _inference_folder(cfg: CfgNode, name: str, dataset_name: str) -> str:
-    folder = Path(cfg.OUTPUT_DIR) / name
-    return str(folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder)
-
-
-def _mask_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluator:
-    """Returns the MaskEvaluator that looks at all detections a model may return."""
-    if MetadataCatalog.get(dataset_name).get("made_on_first_use", False):
-        DatasetCatalog.get(dataset_name)  # MaskEvaluator reads the annotation file at once
-    limit = counted_detections(cfg.TEST.DETECTIONS_PER_IMAGE)
-    if limit != COCO_MAX_DETECTIONS:
-        logger.info(
-            "AP of %s looks at TEST.DETECTIONS_PER_IMAGE = %s detections an image, not COCO's %d",
-            *(dataset_name, "all" if limit == ALL_DETECTIONS else limit, COCO_MAX_DETECTIONS),
-        )
-    return MaskEvaluator(
-        dataset_name,
-        output_dir=folder,
-        max_dets_per_image=limit,
-        semantic_threshold=cfg.TEST.SEMANTIC_THRESHOLD,
-    )

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ..ops import crop_masks
 from ..shared_names import register_in
-from .mask_loss import parse_losses, weighted_mask_losses
+from .mask_loss_terms import parse_losses, weighted_mask_losses
 from .mask_scoring import MaskIoUHead, instance_areas, mask_iou_targets
 
 STATISTICS_PERIOD = 20

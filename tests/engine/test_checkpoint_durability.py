@@ -16,12 +16,12 @@ from torch import nn
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import MaskHeadCheckpointer
-from mask_head_plugin.engine.checkpoint import (
+from mask_head_plugin.engine.checkpoint import write_checkpoint
+from mask_head_plugin.engine.run_folder import (
     checkpoint_files,
     find_damage,
     newest_intact,
     remove_old_checkpoints,
-    write_checkpoint,
 )
 
 NAMES = ("model_0000009", "model_0000019", "model_0000029")

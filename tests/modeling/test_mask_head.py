@@ -22,10 +22,10 @@ from mask_head_plugin.modeling.mask_head import (
 )
 from mask_head_plugin.modeling.mask_loss import (
     binary_cross_entropy,
-    parse_losses,
     softmax_cross_entropy,
     softmax_probs,
 )
+from mask_head_plugin.modeling.mask_loss_terms import parse_losses
 
 IMAGE_HW = (64, 64)
 

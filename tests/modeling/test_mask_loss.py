@@ -21,14 +21,13 @@ from mask_head_plugin.modeling.mask_loss import (
     edge_agreement,
     focal,
     lovasz_hinge,
-    parse_losses,
     signed_distance,
     soft_iou,
     softmax_cross_entropy,
     softmax_probs,
     tversky,
-    weighted_mask_losses,
 )
+from mask_head_plugin.modeling.mask_loss_terms import parse_losses, weighted_mask_losses
 
 NAMES = sorted(name for name, _ in MASK_LOSS_REGISTRY)
 SIGMOID_NAMES = [name for name in NAMES if name != "softmax_cross_entropy"]

@@ -1,0 +1,90 @@
+"""Which evaluator judges a data set, and where its results go."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+
+from ..evaluation import ALL_DETECTIONS, COCO_MAX_DETECTIONS, MaskEvaluator, counted_detections
+
+logger = logging.getLogger(__name__)
+
+
+def build_evaluator(
+    cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+) -> DatasetEvaluator:
+    """Returns the evaluator that the data set's ``evaluator_type`` asks for.
+
+    Args:
+        cfg: gives the output folder and the detections per image.
+        dataset_name: a registered data set.
+        output_folder: where results go; if None ``OUTPUT_DIR/inference``, or a folder of the
+            data set's name in it if there are several in DATASETS.TEST.
+
+    Raises:
+        ValueError: if the type is unknown.
+    """
+    folder = output_folder or inference_folder(cfg, "inference", dataset_name)
+    match MetadataCatalog.get(dataset_name).get("evaluator_type"):
+        case "coco" if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+            return COCOEvaluator(dataset_name, output_dir=folder)  # recall of the proposals
+        case "coco" if cfg.MODEL.KEYPOINT_ON:
+            own_folder = str(Path(folder) / "keypoints")  # its files have the same names
+            keypoints = COCOEvaluator(dataset_name, ("keypoints",), output_dir=own_folder)
+            return DatasetEvaluators([_mask_evaluator(cfg, dataset_name, folder), keypoints])
+        case "coco" | "lvis":
+            return _mask_evaluator(cfg, dataset_name, folder)
+        case "coco_panoptic_seg":
+            coco = _mask_evaluator(cfg, dataset_name, folder)
+            sem_seg = SemSegEvaluator(dataset_name, output_dir=folder)
+            return DatasetEvaluators([coco, sem_seg, COCOPanopticEvaluator(dataset_name, folder)])
+        case "sem_seg":
+            return SemSegEvaluator(dataset_name, output_dir=folder)
+        case "cityscapes_instance":
+            return CityscapesInstanceEvaluator(dataset_name)
+        case "cityscapes_sem_seg":
+            return CityscapesSemSegEvaluator(dataset_name)
+        case "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        case kind:
+            raise ValueError(
+                f"data set {dataset_name!r} has evaluator_type {kind!r}, for which there is no "
+                "evaluator; set it in its metadata, e.g. to 'coco'"
+            )
+
+
+def inference_folder(cfg: CfgNode, name: str, dataset_name: str) -> str:
+    """Returns a folder in OUTPUT_DIR; with several data sets in DATASETS.TEST, one for each."""
+    folder = Path(cfg.OUTPUT_DIR) / name
+    return str(folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder)
+
+
+def _mask_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluator:
+    """Returns the MaskEvaluator that looks at all detections a model may return."""
+    if MetadataCatalog.get(dataset_name).get("made_on_first_use", False):
+        DatasetCatalog.get(dataset_name)  # MaskEvaluator reads the annotation file at once
+    limit = counted_detections(cfg.TEST.DETECTIONS_PER_IMAGE)
+    if limit != COCO_MAX_DETECTIONS:
+        logger.info(
+            "AP of %s looks at TEST.DETECTIONS_PER_IMAGE = %s detections an image, not COCO's %d",
+            *(dataset_name, "all" if limit == ALL_DETECTIONS else limit, COCO_MAX_DETECTIONS),
+        )
+    return MaskEvaluator(
+        dataset_name,
+        output_dir=folder,
+        max_dets_per_image=limit,
+        semantic_threshold=cfg.TEST.SEMANTIC_THRESHOLD,
+    )

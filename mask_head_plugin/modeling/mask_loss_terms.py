@@ -1,0 +1,197 @@
+"""The weighted sum of mask losses that MODEL.ROI_MASK_HEAD.LOSSES and LOSS_PARAMS describe.
+
+Shape alphabet: R RoIs, K classes, M mask side.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .mask_loss import MASK_LOSS_REGISTRY, MaskLoss
+
+PARAMS = "MODEL.ROI_MASK_HEAD.LOSS_PARAMS"
+
+
+@dataclass(frozen=True)
+class MaskLossTerm:
+    """One term of the mask loss.
+
+    Attributes:
+        name: in MASK_LOSS_REGISTRY.
+        weight: its factor.
+        ramp_iters: iterations over which the factor grows from 0, linearly.
+        parameters: keyword arguments of the loss.
+    """
+
+    name: str
+    weight: float
+    ramp_iters: int
+    parameters: Mapping[str, float]
+
+    @property
+    def loss(self) -> MaskLoss:
+        return MASK_LOSS_REGISTRY.get(self.name)
+
+    @property
+    def activation(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What couples_classes was given, or None for a sigmoid."""
+        return getattr(self.loss, "activation", None)
+
+    def weight_at(self, iteration: int) -> float:
+        if iteration >= self.ramp_iters:
+            return self.weight
+        return self.weight * iteration / self.ramp_iters
+
+
+def weighted_mask_losses(
+    terms: Sequence[MaskLossTerm],
+    mask_logits: Tensor,
+    classes: Tensor,
+    gt_masks: Tensor,
+    iteration: int,
+) -> dict[str, Tensor]:
+    """Evaluates a weighted sum of losses, term by term, in float32 at least.
+
+    Args:
+        terms: from parse_losses.
+        mask_logits: (R, M, M), or (R, K, M, M) if the terms couple the classes.
+        classes: (R,) int64 in [0, K).
+        gt_masks: (R, M, M), in [0, 1].
+        iteration: for ramps.
+
+    Returns:
+        The weighted terms, which the trainer adds up: ``loss_mask`` for a single term (detectron2's
+        name), ``loss_mask_<name>`` for several.
+    """
+    mask_logits = mask_logits.to(torch.promote_types(mask_logits.dtype, torch.float32))
+    gt_masks = gt_masks.to(mask_logits.dtype)
+    losses = {}
+    for term in terms:
+        key = "loss_mask" if len(terms) == 1 else f"loss_mask_{term.name}"
+        inputs = (
+            (mask_logits, gt_masks) if term.activation is None else (mask_logits, classes, gt_masks)
+        )
+        losses[key] = term.weight_at(iteration) * term.loss(*inputs, **term.parameters)
+    return losses
+
+
+def parse_losses(
+    losses: Sequence[Sequence[Any]], parameters: Mapping[str, Mapping[str, Any]]
+) -> list[MaskLossTerm]:
+    """Returns the terms that MODEL.ROI_MASK_HEAD.LOSSES and LOSS_PARAMS describe.
+
+    Args:
+        losses: ``[name, weight]`` or ``[name, weight, ramp_iters]`` of each term.
+        parameters: for names in capitals, values of parameters in capitals; those of losses that
+            are not terms are looked at, too.
+
+    Raises:
+        ValueError: naming the key and the choices, if there is no term, an entry has another form,
+            a name is unknown or repeated, a number is out of its range, or terms do not go
+            together.
+    """
+    checked = {}
+    for section, values in parameters.items():
+        loss_name = _find_name(section, [name for name, _ in MASK_LOSS_REGISTRY], PARAMS)
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{PARAMS}.{section} is {values!r} and not a section of parameters")
+        checked[loss_name] = _check_parameters(loss_name, values)
+    terms: list[MaskLossTerm] = []
+    for entry in losses:
+        name, weight, *ramp = _check_entry(losses, entry)
+        if name not in checked:  # has no section
+            checked[name] = _check_parameters(name, {})
+        if name in [term.name for term in terms]:
+            raise ValueError(f"{_where(losses)}: {name!r} stands twice; add its weights")
+        ramp_iters = ramp[0] if ramp else 0
+        terms.append(MaskLossTerm(name, float(weight), ramp_iters, checked[name]))
+    if not terms:
+        raise ValueError(f"{_where(losses)}: give at least one, such as ['dice', 1.0]")
+    if len({term.activation for term in terms}) > 1:
+        raise ValueError(
+            f"{_where(losses)}: losses with a softmax and with a sigmoid do not go together, since "
+            "inference has one of them"
+        )
+    return terms
+
+
+def _where(losses: Sequence[Sequence[Any]]) -> str:
+    return f"MODEL.ROI_MASK_HEAD.LOSSES {list(losses)!r}"
+
+
+def _check_entry(losses: Sequence[Sequence[Any]], entry: Any) -> Sequence[Any]:
+    choices = sorted(name for name, _ in MASK_LOSS_REGISTRY)
+    if not isinstance(entry, list | tuple) or len(entry) not in (2, 3):
+        raise ValueError(
+            f"{_where(losses)}: {entry!r} is not [name, weight] or [name, weight, ramp iterations]"
+        )
+    name, weight, *ramp = entry
+    if name not in choices:
+        raise ValueError(f"{_where(losses)}: no loss {name!r}; choose from {choices}")
+    if not _is_number(weight) or weight < 0:
+        raise ValueError(
+            f"{_where(losses)}: weight {weight!r} of {name!r} is not a finite number >= 0"
+        )
+    if ramp and (type(ramp[0]) is not int or ramp[0] < 0):
+        raise ValueError(
+            f"{_where(losses)}: ramp {ramp[0]!r} of {name!r} is not a number of iterations"
+        )
+    return entry
+
+
+def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the keyword arguments of a loss from its section of LOSS_PARAMS.
+
+    The loss is called once, without RoIs: it looks at its parameters, and what is wrong with a
+    user's loss shows before training.
+    """
+    where, loss = f"{PARAMS}.{name.upper()}", MASK_LOSS_REGISTRY.get(name)
+    signature = inspect.signature(loss).parameters.values()
+    keywords = {p.name: p for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    arguments = {}
+    for key, value in values.items():
+        parameter = _find_name(key, list(keywords), where)
+        if not _is_number(value):
+            raise ValueError(f"{where}.{key}: {value!r} is not a finite number")
+        arguments[parameter] = value
+    for parameter, declared in keywords.items():
+        if declared.default is inspect.Parameter.empty and parameter not in arguments:
+            raise ValueError(f"{where}.{parameter.upper()} has no default and is not set")
+    nothing = torch.zeros(0, 1, 1, device="cpu", requires_grad=True)
+    classes = torch.zeros(0, dtype=torch.int64, device="cpu")
+    inputs = (nothing[:, None], classes, nothing) if hasattr(loss, "activation") else (nothing,) * 2
+    try:
+        with torch.enable_grad(), torch.device("cpu"):  # also where a model is built on "meta"
+            value = loss(*inputs, **arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{where}: the loss {name!r} fails without RoIs: {error!r}") from error
+    if not (isinstance(value, Tensor) and value.dim() == 0 and value == 0 and value.requires_grad):
+        raise ValueError(
+            f"{where}: without RoIs the loss {name!r} returns {value}, and not a scalar 0 with a "
+            "graph; let mean_over_rois take the mean of its (R,) values"
+        )
+    return arguments
+
+
+def _find_name(key: str, names: Sequence[str], where: str) -> str:
+    """Returns which of some lower-case names a config key in capitals stands for."""
+    choices = {name.upper(): name for name in names}
+    if key not in choices:
+        raise ValueError(f"{where}.{key}: there is no such name; choose from {sorted(choices)}")
+    return choices[key]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # math.isfinite fails for long integers
