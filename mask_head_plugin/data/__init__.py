@@ -6,14 +6,14 @@ from .coco_files import check_datasets, dataset_categories, register_coco_files
 from .dataset_fix import fix_coco_file
 from .findings import Finding
 from .shapes import register_shapes
-from .train_loader import NamedErrors, TrainLoader, seed_generators
+from .train_loader import ImageNamingMapper, TrainLoader, seed_generators
 
 register_shapes()
 
 __all__ = [
     "CheckOptions",
     "Finding",
-    "NamedErrors",
+    "ImageNamingMapper",
     "TrainLoader",
     "check_coco_file",
     "check_dataset_files",

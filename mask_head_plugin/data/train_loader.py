@@ -79,7 +79,7 @@ def _seed_python_and_numpy(key: Sequence[int]) -> int:
     return int(words[3])
 
 
-class NamedErrors:
+class ImageNamingMapper:
     """A mapper whose errors are one line that names the image."""
 
     def __init__(self, mapper: Mapper) -> None:
@@ -170,7 +170,7 @@ class TrainLoader:
             )
         batches = _Batches(parts["sampler"], self._batch_size, self._groups, self._start)
         loader = DataLoader(
-            _Samples(self._records, NamedErrors(self._mapper), self._seed, comm.get_rank()),
+            _Samples(self._records, ImageNamingMapper(self._mapper), self._seed, comm.get_rank()),
             batch_sampler=batches,
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,

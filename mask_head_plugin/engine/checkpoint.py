@@ -33,7 +33,7 @@ from .config_colours import warn_of_colours
 from .download import local_copy
 from .foreign_files import read_checkpoint
 from .run_folder import LAST_CHECKPOINT, checkpoint_files, newest_intact
-from .weights import WeightsPolicy, compare, matched_by_ends, settle, without_prefix
+from .weights import WeightsPolicy, compare, matched_by_ends, refuse_or_tell, without_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         checkpoint["model"] = weights
         incompatible = super()._load_model(checkpoint)
         own_shapes = {name: weight.shape for name, weight in self.model.state_dict().items()}
-        settle(
+        refuse_or_tell(
             compare(shapes, own_shapes, incompatible.missing_keys, by_ends=by_ends),
             self._policy,
             self._source,

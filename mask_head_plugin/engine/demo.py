@@ -112,7 +112,7 @@ class Demo:
         finally:
             if writer is not None:
                 writer.release()
-                _tell_differences(source, frames)
+                _tell_of_overlay(source, frames)
 
     def _predict(
         self, image: ByteArray, record: dict[str, Any], keeper: ColourKeeper | None = None
@@ -278,7 +278,7 @@ def _category_ids(cfg: CfgNode) -> tuple[dict[str, int], str]:
     return {}, "; ".join(unknown) or "DATASETS is empty"
 
 
-def _tell_differences(source: Source, frames: Frames) -> None:
+def _tell_of_overlay(source: Source, frames: Frames) -> None:
     changes = "" if frames.is_steady else ", though the input's frames come at changing intervals"
     logger.warning(
         "%s: the overlay %s has %.4g frames per second throughout%s, and no sound",

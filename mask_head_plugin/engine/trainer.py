@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 
 from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
-from ..data import NamedErrors, TrainLoader, seed_generators
+from ..data import ImageNamingMapper, TrainLoader, seed_generators
 from ..evaluation import (
     write_contact_sheet,
 )
@@ -192,7 +192,7 @@ class Trainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader[Any]:
         """Returns detectron2's loader, whose errors name the image."""
         check_proposal_files(cfg, "TEST")
-        mapper = NamedErrors(ImageFileMapper(cfg, False))
+        mapper = ImageNamingMapper(ImageFileMapper(cfg, False))
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def resume_or_load(self, resume: bool = True) -> None:

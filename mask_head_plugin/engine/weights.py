@@ -181,7 +181,7 @@ def compare(
     )
 
 
-def settle(
+def refuse_or_tell(
     fit: Fit,
     policy: WeightsPolicy,
     source: str,

@@ -56,7 +56,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Differences:
+class ImageDifferences:
     """Of one image; the largest where there are several.
 
     Attributes:
@@ -98,9 +98,9 @@ class Differences:
         return self.same_set and small and self.far_mask_pixels == 0
 
 
-def differences(
+def compare_images(
     image_id: Any, stock: Found, plugin: Found, cut: Cut, min_score: float
-) -> Differences:
+) -> ImageDifferences:
     """Compares the detections of one image.
 
     Args:
@@ -116,7 +116,7 @@ def differences(
     ties = _all_at_cut(stock, left, plugin, cut) and _all_at_cut(plugin, right, stock, cut)
     i, j = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
     pixels, far = _differing_pixels(stock, plugin, pairs)
-    return Differences(
+    return ImageDifferences(
         image_id,
         num_detections=min(len(stock), len(plugin)),
         num_confident=min(int((x.scores > min_score).sum()) for x in (stock, plugin)),

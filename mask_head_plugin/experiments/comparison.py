@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..evaluation import MaskEvaluator, bootstrap, counted_detections
 from ..evaluation.matching import Matches
 from ..image_files import ImageFileMapper
-from .agreement import Cut, Differences, differences
+from .agreement import Cut, ImageDifferences, compare_images
 from .twins import Twins
 from .watch import WatchedModel
 from .zoo import ModelConfig, ZooModel
@@ -43,7 +43,7 @@ SIDES = ("stock", "plugin")
 
 @dataclass(frozen=True)
 class Agreement:
-    """The differences of all images; see agreement.Differences.
+    """The differences of all images; see agreement.ImageDifferences.
 
     Attributes:
         images: how many.
@@ -68,7 +68,7 @@ class Agreement:
     all_equal: bool
 
     @staticmethod
-    def of(found: Sequence[Differences]) -> Agreement:
+    def of(found: Sequence[ImageDifferences]) -> Agreement:
         return Agreement(
             images=len(found),
             detections=sum(x.num_detections for x in found),
@@ -128,7 +128,7 @@ class Comparison:
     published: ZooModel | None
     costs: dict[str, Cost]
     device: str
-    differing: list[Differences]
+    differing: list[ImageDifferences]
 
     @property
     def verdict(self) -> str:
@@ -202,14 +202,14 @@ def compare_twins(
         mapper=ImageFileMapper(cfg, is_train=False),
         num_workers=0 if cfg.MODEL.DEVICE == "cpu" else cfg.DATALOADER.NUM_WORKERS,
     )
-    found: list[Differences] = []
+    found: list[ImageDifferences] = []
     crowded: list[tuple[int, int]] = []
     for index, (x,) in enumerate(tqdm(loader, "running both models", unit="image")):
         sides = {}
         for side in SIDES if index % 2 == 0 else SIDES[::-1]:
             instances, sides[side] = watched[side].detect(x)
             evaluators[side].process([x], [{"instances": instances}])
-        found.append(differences(x["image_id"], sides["stock"], sides["plugin"], cut, min_score))
+        found.append(compare_images(x["image_id"], sides["stock"], sides["plugin"], cut, min_score))
         crowded = sorted([*crowded, (-len(sides["stock"]), index)])[:MEASURED_IMAGES]
     return Comparison(
         config=config.zoo_name or config.file,
@@ -224,7 +224,7 @@ def compare_twins(
         published=config.published,
         costs=_costs(watched, [loader.dataset[k] for _, k in crowded]),
         device=_device(cfg),
-        differing=sorted((x for x in found if x.differs), key=_by_difference),
+        differing=sorted((x for x in found if x.differs), key=_worst_first),
     )
 
 
@@ -273,7 +273,7 @@ def _median_warm(seconds: list[float]) -> float:
     return statistics.median(seconds[1:] or seconds)
 
 
-def _by_difference(x: Differences) -> tuple[float, ...]:
+def _worst_first(x: ImageDifferences) -> tuple[float, ...]:
     """A sorting key: the image that differs most first."""
     largest = -math.inf if math.isnan(x.score + x.box) else -max(x.score, x.box)
     return (x.is_equal, -x.num_unmatched, -x.far_mask_pixels, largest, -x.mask_pixels)

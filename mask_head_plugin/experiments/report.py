@@ -19,8 +19,8 @@ from .report_pictures import side_by_side
 from .report_table import (
     Table,
     build_table,
+    changed_keys,
     code_markdown,
-    differences,
     escape_markdown,
     findings,
     markdown,
@@ -71,7 +71,7 @@ def render_markdown(study: Study, picture: str = "") -> str:
     table = build_table(study)
     parts += ["## Variants", markdown(_without(table, "differs"))]
     parts.append(_list(f"{c.label}: {escape_markdown(c.meaning)}" for c in _explained(table)))
-    parts += ["### What differs", _list(_differences(study))]
+    parts += ["### What differs", _list(_changed_keys(study))]
     paper = paper_table(study)
     if paper.rows:
         parts += ["## The paper's figures beside ours", markdown(paper), PAPER_NOTE]
@@ -170,11 +170,11 @@ def _distinct(texts: Any) -> str:
     return " / ".join(dict.fromkeys(text for text in texts if text))
 
 
-def _differences(study: Study) -> list[str]:
+def _changed_keys(study: Study) -> list[str]:
     """Returns for each variant in Markdown how its config differs from the baseline's."""
     return [
         f"{escape_markdown(variant.name)}: "
-        + ("; ".join(map(code_markdown, differences(variant))) or "the baseline")
+        + ("; ".join(map(code_markdown, changed_keys(variant))) or "the baseline")
         for variant in study.variants
         if variant.differs or variant is study.baseline
     ]

@@ -75,7 +75,7 @@ class Figure:
 def figures(study: Study) -> list[Figure]:
     """Returns the figures for which there are data."""
     made = (
-        _differences(study),
+        _metric_differences(study),
         _other_metrics(study),
         _learning_curves(study),
         _classes(study),
@@ -84,7 +84,7 @@ def figures(study: Study) -> list[Figure]:
     return [figure for figure in made if figure is not None]
 
 
-def _differences(study: Study) -> Figure | None:
+def _metric_differences(study: Study) -> Figure | None:
     if not _compared(study, study.metric):
         return None
     figure = make_subplots(rows=1, cols=1)
@@ -295,9 +295,9 @@ def _classes(study: Study) -> Figure | None:
         return None
     ap = {v: np.mean([class_ap(m, metric) for m in matches[v]], 0) for v in matches}
     classes = [str(x) for x in matches[study.baseline.name][0].class_names]
-    differences = np.stack([ap[v.name] - ap[study.baseline.name] for v in others])
-    shown = _most_different(differences)
-    values = differences[:, shown]
+    ap_differences = np.stack([ap[v.name] - ap[study.baseline.name] for v in others])
+    shown = _most_different(ap_differences)
+    values = ap_differences[:, shown]
     limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     texts = [[formatted(x, "+.1f") for x in row] for row in values]
     heatmap = go.Heatmap(
@@ -333,11 +333,11 @@ def _classes(study: Study) -> Figure | None:
     return Figure("classes", title, caption, figure)
 
 
-def _most_different(differences: FloatArray) -> list[int]:
+def _most_different(ap_differences: FloatArray) -> list[int]:
     """Returns the classes to show, all in their order or those that differ most, these first."""
-    if differences.shape[1] <= MOST_CLASSES:
-        return list(range(differences.shape[1]))
-    largest = np.abs(np.nan_to_num(differences)).max(0)
+    if ap_differences.shape[1] <= MOST_CLASSES:
+        return list(range(ap_differences.shape[1]))
+    largest = np.abs(np.nan_to_num(ap_differences)).max(0)
     return [int(k) for k in np.argsort(-largest, kind="stable")[:MOST_CLASSES]]
 
 

@@ -89,7 +89,7 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
         (Column("variant", "variant", "", True), lambda v: Cell(v.name, v.name)),
         (
             Column("differs", "what differs", f"Config keys other than {baseline.name}'s.", True),
-            lambda v: _text_cell("; ".join(differences(v))),
+            lambda v: _text_cell("; ".join(changed_keys(v))),
         ),
         (
             Column("seeds", "seeds", "Finished trials of those planned."),
@@ -198,7 +198,7 @@ def is_doubtful(study: Study, variant: Variant) -> bool:
     return any(abs(comparison.difference) < x for x in spreads)  # nan is not larger
 
 
-def differences(variant: Variant) -> list[str]:
+def changed_keys(variant: Variant) -> list[str]:
     """Returns ``KEY: value`` of what differs from the baseline, values as in YAML and JSON."""
     return [f"{key}: {json.dumps(value)}" for key, value in variant.differs.items()]
 

@@ -4,7 +4,7 @@ Class-wise box regression has 4 K outputs, of which its loss uses the 4 of the g
 the situation of the mask branch (see mask_head), with the same answer. At LVIS's 1203 classes the
 unused outputs are the largest product of the box head.
 
-Shape alphabet: N RoIs, K classes, D features.
+Shape alphabet: R RoIs, K classes, D features.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 Predictions = tuple[Tensor, Tensor]
 
 
-class Undecided(NamedTuple):
+class ScoresAndFeatures(NamedTuple):
     """What ``forward`` gives in training, where it cannot know yet which deltas are needed."""
 
     scores: Tensor
@@ -35,11 +35,11 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
     """
 
     def forward(self, x: Tensor) -> Predictions:
-        """Returns (N, K + 1) scores, and (N, 4 K) deltas or, in training, the (N, D) features."""
+        """Returns (R, K + 1) scores, and (R, 4 K) deltas or, in training, the (R, D) features."""
         if not self.training:
             return super().forward(x)
         x = x.flatten(1)
-        return Undecided(self.cls_score(x), x)
+        return ScoresAndFeatures(self.cls_score(x), x)
 
     def losses(self, predictions: Predictions, proposals: list[Instances]) -> dict[str, Tensor]:
         return super().losses(self._select(predictions, proposals), proposals)
@@ -50,18 +50,18 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
         return super().predict_boxes_for_gt_classes(self._select(predictions, proposals), proposals)
 
     def predict_boxes(self, predictions: Predictions, proposals: list[Instances]) -> list[Tensor]:
-        if isinstance(predictions, Undecided):
+        if isinstance(predictions, ScoresAndFeatures):
             predictions = predictions.scores, self.bbox_pred(predictions.features)
         return super().predict_boxes(predictions, proposals)
 
     def _select(self, predictions: Predictions, proposals: list[Instances]) -> Predictions:
-        """Returns the scores and the (N, 4) deltas of each RoI's ground-truth class.
+        """Returns the scores and the (R, 4) deltas of each RoI's ground-truth class.
 
         They have the shape of class-agnostic deltas, which detectron2's methods take as they are.
         Background RoIs get the deltas of some class; no loss reads them. Deltas of all classes,
         made in evaluation mode, stay.
         """
-        if not isinstance(predictions, Undecided):
+        if not isinstance(predictions, ScoresAndFeatures):
             return predictions
         scores, features = predictions
         if not proposals:
@@ -74,7 +74,7 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
         return scores, torch.bmm(rows, features[:, :, None])[:, :, 0] + bias[classes]
 
 
-def select_box_deltas(box_predictor: Any) -> Any:
+def make_class_selective(box_predictor: Any) -> Any:
     """Makes detectron2's own box predictor class-selective, in place, where it predicts per class.
 
     In place, so that the parameters stay as they were initialised from the generator's state.

@@ -13,7 +13,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.roi_heads import Res5ROIHeads
 
 from ..shared_names import register_in
-from .fast_rcnn import select_box_deltas
+from .fast_rcnn import make_class_selective
 from .pooler import build_pooler, with_stock_pooler_types
 
 
@@ -27,7 +27,7 @@ class PerClassMaskROIHeads(StandardROIHeads):
         arguments["box_pooler"] = build_pooler(
             cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
         )
-        arguments["box_predictor"] = select_box_deltas(arguments["box_predictor"])
+        arguments["box_predictor"] = make_class_selective(arguments["box_predictor"])
         return arguments
 
     @classmethod
@@ -53,5 +53,5 @@ class PerClassMaskRes5ROIHeads(Res5ROIHeads):
         arguments["pooler"] = build_pooler(
             cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES, input_shape
         )
-        arguments["box_predictor"] = select_box_deltas(arguments["box_predictor"])
+        arguments["box_predictor"] = make_class_selective(arguments["box_predictor"])
         return arguments

@@ -22,7 +22,7 @@ as 0; otherwise it is clamped into [0, L - 1]. For PrROIPool this makes the map 
 border value from 0 to -1 and from L - 1 to L, and with 0 beyond.
 
 Shape alphabet: R RoIs, P bins, G samples per bin (of the RoI with most), V cells per
-sample, K cells per bin (of the RoI with most), L cells of the map along this axis.
+sample, B cells per bin (of the RoI with most), L cells of the map along this axis.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class AxisWeights:
     """The cells that the bins of R RoIs read along one axis, and their weights.
 
     Attributes:
-        cell: (R, P, K) int32 in [0, L). Slots behind a bin's last cell repeat one of its cells.
-        weight: (R, P, K), 0 in the slots behind.
+        cell: (R, P, B) int32 in [0, L). Slots behind a bin's last cell repeat one of its cells.
+        weight: (R, P, B), 0 in the slots behind.
         count: (R,) slots that the bins of a RoI use at most; 0 if it has nothing on the map.
     """
 

@@ -11,8 +11,8 @@ rows lie at y = 1 and 3, with zeros at -1 and 5 around them (half of what is 1 r
 edge, as in detectron2). The values cross 0.5 at y = 0 upwards and, between the rows, at
 1 + 2 (1 - 0.5) / (1 - 0.2) = 2.25 downwards: pixels 0 and 1, whose centres are 0.5 and 1.5.
 
-Shape alphabet: R masks, M mask side, H and W sides of the image, C pixel columns that the boxes of
-all masks have, X crossings.
+Shape alphabet: R RoIs, M mask side, H and W sides of the image, J pixel columns that the boxes of
+all RoIs have, X crossings.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def _crossings(
     Args:
         grid: (R, M + 2, M + 2) masks, transposed, with zeros around.
         boxes: (R, 4).
-        index: (C,) the mask that a column of pixels belongs to; ascending.
-        x: (C,) the column's place in the image.
+        index: (J,) the mask that a column of pixels belongs to; ascending.
+        x: (J,) the column's place in the image.
         image_hw: H, W.
         threshold: as in encode_masks.
 
@@ -131,7 +131,7 @@ def _crossings(
     cell = left.long().clamp(-2, side) + 1
     # Beyond the zeros around the mask there are more of them.
     columns = [index * (side + 2) + k.clamp(0, side + 1) for k in (cell, cell + 1)]
-    low, high = (grid.flatten(0, 1)[k] for k in columns)  # (C, M + 2) each
+    low, high = (grid.flatten(0, 1)[k] for k in columns)  # (J, M + 2) each
     above = (low * (1 - west)[:, None] + high * west[:, None]) >= threshold
     column, row = (above[:, 1:] != above[:, :-1]).nonzero(as_tuple=True)
     corners = torch.stack([low[column, row], high[column, row], low[column, row + 1],

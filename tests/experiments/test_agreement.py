@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from mask_head_plugin.experiments.agreement import Cut, Found, differences
+from mask_head_plugin.experiments.agreement import Cut, Found, compare_images
 
 CUT = Cut(score=0.05, count=100)
 SCORES = [0.9, 0.8, 0.7, 0.6]
@@ -33,7 +33,7 @@ def pick(found: Found, order) -> Found:
 
 
 def compare(stock, plugin, cut=CUT, min_score=0.5):
-    return differences("image", stock, plugin, cut, min_score)
+    return compare_images("image", stock, plugin, cut, min_score)
 
 
 def test_equal_lists_have_no_difference():

@@ -14,7 +14,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from mask_head_plugin.modeling.fast_rcnn import ClassSelectiveOutputLayers, select_box_deltas
+from mask_head_plugin.modeling.fast_rcnn import ClassSelectiveOutputLayers, make_class_selective
 
 NUM_CLASSES, WIDTH = 7, 12
 
@@ -27,7 +27,7 @@ def make_twins(**arguments):
     ).double()
     torch.nn.init.normal_(stock.bbox_pred.weight)
     torch.nn.init.normal_(stock.bbox_pred.bias)
-    return select_box_deltas(copy.deepcopy(stock)), stock
+    return make_class_selective(copy.deepcopy(stock)), stock
 
 
 def make_proposals(counts, num_objects):
@@ -99,7 +99,7 @@ def test_class_agnostic_single_class_and_foreign_predictors_stay_as_they_are():
     assert type(make_twins(num_classes=1)[0]) is FastRCNNOutputLayers
     transform = Box2BoxTransform((1.0,) * 4)
     foreign = Foreign(ShapeSpec(channels=2), box2box_transform=transform, num_classes=3)
-    assert type(select_box_deltas(foreign)) is Foreign
+    assert type(make_class_selective(foreign)) is Foreign
 
 
 def test_roi_heads_start_from_the_weights_that_detectron2_would_draw():
