@@ -31,7 +31,7 @@ from detectron2.utils.registry import Registry
 
 from ..config import ConfigError, flatten
 from ..modeling.pooler import POOLER_TYPES
-from .dry_build import dry_build
+from .dry_build import PACKAGE, dry_build
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ REGISTRIES = {
 
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
 BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
-ALL_POOLER_TYPES = (*POOLER_TYPES, "ROIAlignRotated")
+STOCK_POOLER_TYPES = ("ROIPool", "ROIAlign", "ROIAlignV2", "ROIAlignRotated")
+ALL_POOLER_TYPES = tuple(dict.fromkeys((*POOLER_TYPES, *STOCK_POOLER_TYPES)))
 
 KNOWN: dict[str, tuple[Any, ...]] = {
     "DATALOADER.SAMPLER_TRAIN": (
@@ -113,7 +114,7 @@ def check_host_values(cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer
         if any(errors):
             changed = _with(cfg, key, nearest or _usual(key, choices))
             others = {part.error for part in dry_build(changed, train=train, trainer=trainer)}
-            ended = [error for error in errors if error not in others]
+            ended = [error for error in errors if error and error not in others]
             if ended:
                 raise ConfigError(f"{told} ({ended[0]})")
         if any(errors) or not errors:  # could not be tried, or is read later, if at all
@@ -127,8 +128,12 @@ def _unknown_values(cfg: CfgNode) -> dict[str, Sequence[Any]]:
     heads = registered_class(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)
     if not issubclass(heads, StandardROIHeads):  # others have no box head, and "" is the default
         known["MODEL.ROI_BOX_HEAD.NAME"].append("")
+    if heads.__module__.partition(".")[0] not in ("detectron2", "builtins", PACKAGE):
+        # A user's heads may have detectron2's pooler, or ours.
+        known |= {f"MODEL.ROI_{x}_HEAD.POOLER_TYPE": [*STOCK_POOLER_TYPES] for x in ("BOX", "MASK")}
+        known["MODEL.ROI_MASK_HEAD.POOLER_TYPE"].append("")
     values = flatten(cfg)
-    all_known: dict[str, Sequence[Any]] = {**known, **KNOWN}
+    all_known: dict[str, Sequence[Any]] = {**KNOWN, **known}
     return {key: x for key, x in all_known.items() if values[key] not in x}
 
 

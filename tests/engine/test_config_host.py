@@ -20,6 +20,7 @@ from detectron2.modeling import (
     ROI_MASK_HEAD_REGISTRY,
     RPN_HEAD_REGISTRY,
     ROIHeads,
+    StandardROIHeads,
 )
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import fpn, resnet
@@ -31,7 +32,7 @@ from torch import nn
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.engine import Trainer, check_config
 from mask_head_plugin.engine.config_unread import unread_keys
-from mask_head_plugin.modeling import FCNMaskHead, pooler
+from mask_head_plugin.modeling import FCNMaskHead, PerClassMaskROIHeads, pooler
 
 FPN, C4, SMALL = "Base-MaskRCNN-FPN.yaml", "Base-MaskRCNN-C4.yaml", "Base-Small.yaml"
 BOX, MASK = "MODEL.ROI_BOX_HEAD.", "MODEL.ROI_MASK_HEAD."
@@ -224,6 +225,20 @@ def test_a_pooler_type_of_a_newer_detectron2_passes_and_ours_are_kept(
         checked(
             tmp_path, BOX + "POOLER_TYPE", "ROIWarp", "MODEL.ROI_HEADS.NAME", "StandardROIHeads"
         )
+
+
+@pytest.mark.parametrize("base", [StandardROIHeads, PerClassMaskROIHeads])
+def test_our_poolers_are_refused_in_heads_of_a_user_that_do_not_build_them(
+    base, tmp_path, monkeypatch
+):
+    own = type("OwnHeads", (base,), {})
+    monkeypatch.setitem(ROI_HEADS_REGISTRY._obj_map, "own", own)
+    opts = ["MODEL.ROI_HEADS.NAME", "own", BOX + "POOLER_TYPE", "ROIWarp"]
+    if base is PerClassMaskROIHeads:
+        checked(tmp_path, *opts)
+    else:
+        with pytest.raises(ConfigError, match=r"^MODEL.ROI_BOX_HEAD.POOLER_TYPE 'ROIWarp' is non"):
+            checked(tmp_path, *opts)
 
 
 class OwnHeads(ROIHeads):
