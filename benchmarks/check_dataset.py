@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine
+from measure import add_busy_argument, busy_processes, machine
 from PIL import Image
 from tqdm import tqdm
 
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks/check_dataset.json"))
     parser.add_argument("--images", type=int, default=118_000)
     parser.add_argument("--annotations", type=int, default=860_000)
+    add_busy_argument(parser)
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -104,15 +105,17 @@ def main() -> None:
             queue = context.Queue()
             job = (folder / "made.json", folder / "images", queue)
             process = context.Process(target=run_check, args=job)
-            process.start()
-            row = {"what": what, **queue.get()}
-            process.join()
+            with busy_processes(args.busy):
+                process.start()
+                row = {"what": what, **queue.get()}
+                process.join()
             rows.append(row)
             tqdm.write(
                 f"{what:8}{row['seconds']:>8} s, {row['cpu_seconds']} s of it on a core, "
                 f"{row['peak_gb']} GB, findings: {row['findings']}"
             )
     counts = {"images": args.images, "annotations": args.annotations, "json_mb": round(size)}
+    counts["busy"] = args.busy
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({**machine("cpu"), **counts, "rows": rows}, indent=2) + "\n")
     print(f"written to {args.output}")
