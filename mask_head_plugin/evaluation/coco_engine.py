@@ -45,7 +45,8 @@ class GroundTruth:
         category_ids: the file's, likewise.
         class_names: of the categories.
         is_lvis: whether images say which classes were looked for (federated annotation).
-        has_annotations: False for files of test images.
+        has_annotations: False for files of test images, which have no such list; an empty list
+            says that there are no objects.
         has_masks: whether any annotation has a segmentation.
         coco: the engine's COCO object.
     """
@@ -75,7 +76,7 @@ class GroundTruth:
         self.class_names = [x["name"] for x in categories]
         self._image_numbers = {x: k + 1 for k, x in enumerate(self.image_ids)}
         self._category_numbers = {x: k + 1 for k, x in enumerate(self.category_ids)}
-        self.has_annotations = bool(content.get("annotations"))
+        self.has_annotations = content.get("annotations") is not None
         annotations = content.get("annotations") or []
         without_mask = [x.get("id") for x in annotations if not x.get("segmentation")]
         self.has_masks = not annotations or len(without_mask) < len(annotations)
@@ -131,17 +132,24 @@ class GroundTruth:
         copied = {"bbox": annotation["bbox"]} if annotation.get("bbox") else {}
         if self.has_masks:
             copied["segmentation"] = self._segmentation(annotation)
-        area = annotation.get("area")
-        if area is None and "bbox" in copied:
-            area = copied["bbox"][2] * copied["bbox"][3]
         return {
             **copied,
             "id": number,
             "image_id": image,
             "category_id": category,
             "iscrowd": int(annotation.get("iscrowd") or 0),
-            "area": area,
+            "area": self._area(annotation, copied),
         }
+
+    def _area(self, annotation: Mapping[str, Any], copied: Mapping[str, Any]) -> Any:
+        """Returns the area that the file gives, or else that of the box, or else of the mask."""
+        if annotation.get("area") is not None:
+            return annotation["area"]
+        if "bbox" in copied:
+            return copied["bbox"][2] * copied["bbox"][3]
+        image_hw = self._sizes[annotation["image_id"]]
+        rle = annotation_rle(copied.get("segmentation"), image_hw)
+        return int(coco_mask.area(_as_bytes(rle))) if rle else 0
 
     def _segmentation(self, annotation: Mapping[str, Any]) -> Any:
         """Returns polygons as they are, and run lengths checked: the engine believes them."""

@@ -180,7 +180,24 @@ def test_without_detections_ap_is_zero_and_without_objects_nan(tmp_path):
     assert evaluate(truth, [], "boundary").matches().dt_matched.shape == (4, 10, 0)
     nothing = write_truth(tmp_path, {**content, "annotations": []})
     assert np.isnan(evaluate(nothing, results, "segm").metrics()["AP"])
-    assert nothing.has_annotations is False
+    assert nothing.has_annotations is True
+    del content["annotations"]
+    assert write_truth(tmp_path, content).has_annotations is False
+
+
+def test_an_area_that_the_file_lacks_is_that_of_the_box_or_else_of_the_mask(tmp_path):
+    content, results = make_coco(1)
+    for key, expected in (("bbox", lambda x: x["bbox"][2] * x["bbox"][3]), ("", mask_area)):
+        kept = {"id", "image_id", "category_id", "iscrowd", "segmentation", key}
+        lacking = [{k: v for k, v in x.items() if k in kept} for x in content["annotations"]]
+        complete = [{**x, "area": expected(x)} for x in lacking]
+        truths = [write_truth(tmp_path, {**content, "annotations": x}) for x in (lacking, complete)]
+        actual, wanted = (evaluate(truth, results, "segm").metrics() for truth in truths)
+        assert actual == pytest.approx(wanted, nan_ok=True)
+
+
+def mask_area(annotation):
+    return int(coco_mask.area(annotation["segmentation"]))
 
 
 def test_detections_of_a_class_that_the_file_has_not_are_left_out(tmp_path):

@@ -198,6 +198,21 @@ def test_a_file_without_annotations_gives_results_and_no_metrics(made, tmp_path)
     assert len(json.loads((tmp_path / "coco_instances_results.json").read_text())) == len(made[2])
 
 
+def test_images_without_any_object_have_metrics_that_are_no_numbers_as_in_detectron2(
+    made, tmp_path
+):
+    name, content, _ = made
+    (tmp_path / "truth.json").write_text(json.dumps({**content, "annotations": []}))
+    ours = MaskEvaluator(name, output_dir=str(tmp_path), semantic_threshold=0.5)
+    actual = evaluate(ours, outputs_of(*made))
+    expected = evaluate(COCOEvaluator(name, use_fast_impl=False), outputs_of(*made))
+    for task in ("bbox", "segm"):
+        assert actual[task].keys() == expected[task].keys()
+        assert np.isnan([*actual[task].values(), *expected[task].values()]).all()
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["segm"]["AP"] is None and len(written["segm"]["by_class"]) == 3
+
+
 def test_resuming_after_a_crash_gives_the_same_metrics(made, tmp_path):
     pairs = list(outputs_of(*made))
     expected = evaluate(MaskEvaluator(made[0]), pairs)
