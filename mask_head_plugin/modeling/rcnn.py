@@ -7,6 +7,7 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, detector_postprocess
 from detectron2.structures import Instances
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from ..ops import encode_masks
 from ..shared_names import register_in
@@ -21,7 +22,7 @@ class MaskRCNN(GeneralizedRCNN):
 
     ``rle``: an RLEMasks. No image-sized mask is drawn at any time. ``bitmask``: detectron2's
     (N, H, W) tensor. Training and inference without postprocessing (which test-time augmentation
-    uses) are detectron2's.
+    uses) are detectron2's. So is tracing, as FLOP counts do it: a trace holds tensors alone.
     """
 
     @configurable
@@ -56,7 +57,7 @@ class MaskRCNN(GeneralizedRCNN):
         do_postprocess: bool = True,
     ) -> list[Any]:
         """See GeneralizedRCNN.inference."""
-        if self.mask_output == "bitmask" or not do_postprocess:
+        if self.mask_output == "bitmask" or not do_postprocess or is_tracing():
             return super().inference(batched_inputs, detected_instances, do_postprocess)
         # Not by overriding _postprocess, which GeneralizedRCNN calls as its own static method.
         results = super().inference(batched_inputs, detected_instances, do_postprocess=False)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from conftest import build_twins, small_config
 from detectron2.engine import DefaultPredictor
+from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.utils.analysis import flop_count_operators
 from pycocotools import mask as coco_mask
 
 from mask_head_plugin.modeling import MaskRCNN
@@ -52,6 +54,22 @@ def test_bitmask_and_unpostprocessed_output_are_detectron2s(twins):
     assert raw[0].pred_masks.shape[1:] == (1, 28, 28)
     assert dense[0]["instances"].pred_masks.dtype == torch.bool
     assert build_model(small_config("Base-MaskRCNN-FPN.yaml", "MODEL.MASK_OUTPUT", "bitmask"))
+
+
+def test_operations_are_counted_as_detectron2s_tools_do_it(twins):
+    """They trace the model, which hands out run lengths otherwise."""
+    _, plugin, stock = twins
+    for inputs in ([{**make_inputs()[0], "height": 70, "width": 90}], make_inputs()[1:]):
+        ours, theirs = (flop_count_operators(model, inputs) for model in (plugin, stock))
+        # The mask of one class is predicted by a bmm, those of all by a convolution.
+        assert 0.9 * theirs["conv"] < ours["conv"] < theirs["conv"] and ours["bmm"] > 0
+    assert plugin.mask_output == "rle"
+    adapter = TracingAdapter(plugin, make_inputs()[1:], allow_non_tensor=True)
+    traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+    (found,) = adapter.outputs_schema(traced(*adapter.flattened_inputs))
+    with torch.no_grad():
+        (expected,) = plugin(make_inputs()[1:])
+    assert torch.equal(found["instances"].pred_masks, expected["instances"].pred_masks.dense())
 
 
 def test_given_boxes_get_masks(twins):
