@@ -79,7 +79,8 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         """Saves the model, all checkpointables and ``kwargs`` as ``{name}.pth``.
 
         Raises:
-            ConfigError: if the disk is full or not writable; older checkpoints are as they were.
+            ConfigError: if the disk is full or not writable; older checkpoints are as they were. Or
+                if the folder is an address, whatever the path manager would do with it.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -94,6 +95,11 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             self._write(f"{name}.pth", {"model": self.model.state_dict(), **kwargs})
 
     def _write(self, basename: str, data: dict[str, Any]) -> None:
+        if "://" in self.save_dir:
+            raise ConfigError(
+                f"{self.save_dir} is no folder of this machine, and checkpoints are written to one "
+                "that is; name such a folder and copy them from there"
+            )
         path = Path(self.save_dir) / basename
         logger.info("saving checkpoint %s", path)
         names = class_names_of(self.model)

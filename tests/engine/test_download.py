@@ -7,6 +7,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from iopath.common.file_io import PathHandler, PathManager
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import MaskHeadCheckpointer
@@ -46,3 +47,36 @@ def test_any_address_of_weights_may_fail(address):
 
 def test_a_file_is_taken_as_it_is(tmp_path):
     assert local_copy(str(tmp_path / "x.pth")) == str(tmp_path / "x.pth")
+
+
+class FolderHandler(PathHandler):
+    """Knows ``stored://x`` as the file x of a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def _get_supported_prefixes(self):
+        return ["stored://"]
+
+    def _get_local_path(self, path, **_):
+        return str(self.folder / path.removeprefix("stored://"))
+
+
+def test_a_path_manager_of_ones_own_is_asked_for_weights_and_none_for_a_folder_to_write(tmp_path):
+    path_manager = PathManager()
+    path_manager.register_handler(FolderHandler(tmp_path))
+    kept = torch.nn.Linear(2, 3)
+    torch.save({"model": kept.state_dict()}, tmp_path / "a.pth")
+    ends = {name: value + 1 for name, value in kept.state_dict().items()}
+    torch.save({"model": ends}, tmp_path / "ends.pth")
+    nested = torch.nn.ModuleDict({"inner": torch.nn.Linear(2, 3)})
+    for model, address, expected in (
+        (torch.nn.Linear(2, 3), "stored://a.pth", kept.weight),
+        (nested, "stored://ends.pth?matching_heuristics=True", kept.weight + 1),
+    ):
+        checkpointer = MaskHeadCheckpointer(model, "stored://runs")
+        checkpointer.path_manager = path_manager
+        checkpointer.load(address)
+        assert torch.equal(next(model.parameters()), expected)
+        with pytest.raises(ConfigError, match="stored://runs is no folder of this machine"):
+            checkpointer.save("model_final")
