@@ -39,7 +39,8 @@ def main() -> None:
             )
         export_safetensors(args.checkpoint, args.output, half=args.half, class_names=names)
     except (ConfigError, OSError) as error:
-        parser.exit(1, f"export_weights.py: {error}\n")
+        status = 2 if isinstance(error, ConfigError) else 1  # as the other tools
+        parser.exit(status, f"export_weights.py: {error}\n")
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB")
 
 

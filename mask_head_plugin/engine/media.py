@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from ..config import ConfigError
+from ..data.findings import KINDS
 from ..evaluation.drawing import ByteArray
 from ..image_files import ImageFileError, read_image
 
@@ -115,12 +116,12 @@ def read_bgr(path: Path) -> ByteArray:
     """Returns an image as (H, W, 3) BGR, as ``image_files`` has it.
 
     Raises:
-        LeftOutError: if its pixels cannot be used.
+        LeftOutError: if its pixels cannot be used; says what the data set check would have you do.
     """
     try:
         return np.ascontiguousarray(read_image(str(path), "BGR"))
     except ImageFileError as error:
-        raise LeftOutError(error.reason) from error
+        raise LeftOutError(f"{error.reason}; {KINDS[error.kind].fix}") from error
 
 
 class Frames:

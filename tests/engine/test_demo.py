@@ -447,10 +447,12 @@ def test_files_of_a_folder_that_look_like_images_are_named_if_they_cannot_be_rea
     (folder / "l.jpg").symlink_to(folder / "nowhere")
     os.mkfifo(folder / "m.png")
     (folder / "sub.png").mkdir()
+    cv2.imwrite(str(folder / "n.png"), np.full((8, 8), 4095, np.uint16))
     content, problems = run([folder], tmp_path / "out")
     assert {Path(x["file_name"]).name for x in content["images"]} == {*readable, "clip"}
     named = [Path(line.partition(": ")[0]).name for line in problems]
-    assert sorted(named) == sorted([*broken, "l.jpg", "m.png"])
+    assert sorted(named) == sorted([*broken, "l.jpg", "m.png", "n.png"])
+    assert "; scale all images to 8 bits by one factor" in next(x for x in problems if "n.png" in x)
     assert "git lfs pull" in next(x for x in problems if "k.png" in x)
     assert "converted, e.g. to PNG" in next(x for x in problems if "a.heic" in x)
     assert (tmp_path / "out" / "clip.mp4").is_file()

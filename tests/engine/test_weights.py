@@ -460,8 +460,9 @@ def test_export_names_classes_of_files_that_do_not(tmp_path, monkeypatch, capsys
         assert '"toothbrush"' in file.metadata()["class_names"]
     with pytest.raises(ConfigError, match=r"a\.safetensors names other classes: person"):
         export_safetensors(output, tmp_path / "b.safetensors", class_names=["cat"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         export("coco_2071")
+    assert ended.value.code == 2, "as train_net.py and the other tools"
     assert "--classes-of coco_2071" in capsys.readouterr().err
     # Nothing has loaded it yet, so its metadata have no classes.
     categories = [{"id": 7, "name": "fox"}, {"id": 2, "name": "owl"}]
