@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -71,12 +72,14 @@ class CheckedFile:
         categories: names by id.
         rle_example: the id of an annotation that is no crowd and has run lengths, in a list.
         files: paths of the images.
+        objects: ids of images that have any, each with the number of its objects that are no crowd.
     """
 
     findings: list[Finding]
     categories: dict[int, str]
     rle_example: list[Any]
     files: list[str]
+    objects: list[tuple[Any, int]]
 
 
 def check_dataset_files(cfg: CfgNode) -> None:
@@ -108,7 +111,7 @@ def check_dataset_files(cfg: CfgNode) -> None:
         if finding.kind != "image-without-objects" or _leave_training(cfg, source)
     ]
     found += _disagreements(cfg, checked) + _wrong_mask_format(cfg, checked)
-    found += _in_both_splits(cfg, checked)
+    found += _in_both_splits(cfg, checked) + _more_objects_than_detections(cfg, checked)
     report = Path(cfg.OUTPUT_DIR) / REPORT
     write_report(found, report)
     errors = errors_of(found)
@@ -211,6 +214,26 @@ def _in_both_splits(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> lis
     return found
 
 
+def _more_objects_than_detections(
+    cfg: CfgNode, checked: dict[CocoSource, CheckedFile]
+) -> list[Finding]:
+    """Looks for images of DATASETS.TEST in which no model with this config can find all objects."""
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    tested = [_files_of(name) for name in cfg.DATASETS.TEST]
+    found: list[Finding] = []
+    for source, result in checked.items():
+        above = {image: number for image, number in result.objects if number > limit >= 0}
+        if above and (source.json_file, source.image_root) in tested:
+            most = max(above, key=lambda image: above[image])
+            share = f"{len(above)} of {len(result.files)} images"
+            message = (
+                f"{share} have more objects than TEST.DETECTIONS_PER_IMAGE, {limit}, lets a model "
+                f"find; image {quote(most)} has {above[most]}"
+            )
+            found.append(Finding("image-over-detections", source.json_file, message))
+    return found
+
+
 def _wrong_mask_format(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
     """PolygonMasks cannot hold run lengths; crowds are not trained on."""
     if not cfg.MODEL.MASK_ON or cfg.INPUT.MASK_FORMAT != "polygon":
@@ -263,7 +286,7 @@ def check_with_cache(
     found = Findings(source.json_file)
     content = read_content(source.json_file, found)
     if found:
-        return CheckedFile(found, {}, [], [])
+        return CheckedFile(found, {}, [], [], [])
     files = []
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         listed = listed_images(content["images"], source.image_root, lvis=source.lvis)
@@ -272,11 +295,19 @@ def check_with_cache(
     options = CheckOptions(num_classes=num_classes, lvis=source.lvis, masks=masks)
     facts = check_content(content, source.image_root, found, options)
     example = facts.formats.examples.get("run lengths")
-    result = CheckedFile(found, facts.categories, [] if example is None else [example], files)
+    examples = [] if example is None else [example]
+    result = CheckedFile(found, facts.categories, examples, files, _objects_by_image(content))
     # A file that is missing may come to be elsewhere in the folder, which no file listed shows.
     if path and not any(x.kind in ("image-file-missing", "image-file-elsewhere") for x in found):
         _write_cache(path, result, before)
     return result
+
+
+def _objects_by_image(content: Any) -> list[tuple[Any, int]]:
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    found = [x for x in annotations if isinstance(x, dict)] if isinstance(annotations, list) else []
+    ids = (x.get("image_id") for x in found if not x.get("iscrowd"))
+    return list(Counter(i for i in ids if isinstance(i, int | str)).items())
 
 
 def _cache_path(source: CocoSource, num_classes: int | None, masks: bool) -> Path | None:
@@ -317,6 +348,7 @@ def _write_cache(path: Path, result: CheckedFile, fingerprint: str) -> None:
         "categories": list(result.categories.items()),
         "rle_example": result.rle_example,
         "files": result.files,
+        "objects": result.objects,
         "fingerprint": fingerprint,
     }
     unfinished = path.with_suffix(f".{os.getpid()}")
@@ -335,6 +367,7 @@ def _read_cache(path: Path) -> CheckedFile | None:
             return None
         findings = [Finding(*values) for values in content["findings"]]
         categories = dict(content["categories"])
-        return CheckedFile(findings, categories, content["rle_example"], content["files"])
+        objects = [(image, number) for image, number in content["objects"]]
+        return CheckedFile(findings, categories, content["rle_example"], content["files"], objects)
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         return None

@@ -224,7 +224,9 @@ def _entries(datasets: CfgNode) -> list[tuple[str, str, str]]:
         triple = isinstance(entry, list | tuple) and len(entry) == 3
         if not triple or not all(isinstance(x, str) for x in entry):
             raise ConfigError(
-                f"DATASETS.COCO_FILES: {entry!r} is not [name, annotations.json, image folder]"
+                f"DATASETS.COCO_FILES: {entry!r} is not [name, annotations.json, image folder]; of "
+                "images in several folders, tools/check_dataset.py --images FOLDER FOLDER --fix "
+                "FILE writes annotations for one"
             )
         entries.append((entry[0], entry[1], entry[2]))
     names = [name for name, _, _ in entries]

@@ -79,6 +79,9 @@ KINDS: dict[str, Kind] = {
     "image-without-objects": Kind(
         WARNING, "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on these images, too"
     ),
+    "image-over-detections": Kind(
+        WARNING, "raise TEST.DETECTIONS_PER_IMAGE above the most objects of an image"
+    ),
     "image-in-both-splits": Kind(WARNING, "keep all of a photograph in one of the two"),
     "unused-category": Kind(HINT, "leave it out if the model needs no row for it"),
     # Ids, of all records.

@@ -30,7 +30,7 @@ ELSEWHERE = {
     # test_check_shares.py, test_check_files.py, test_check_splits.py
     *("no-masks", "crowd-by-export", "area-suspicious", "area-of-box", "ring-as-hole"),
     *("mask-on-several-images", "mask-of-another-image", "image-without-objects"),
-    *("image-size-alike", "image-in-both-splits"),
+    *("image-size-alike", "image-in-both-splits", "image-over-detections"),
 }
 
 

@@ -97,6 +97,26 @@ def test_no_command_is_given_that_would_refuse(tmp_path, data):
     assert "tools/check_dataset.py" not in str(info.value)
 
 
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        (
+            1,
+            "1 of 4 images have more objects than TEST.DETECTIONS_PER_IMAGE, 1, lets a model find; "
+            "image 1 has 2",
+        ),
+        (2, ""),
+        (-1, ""),
+    ],
+)
+def test_images_with_more_objects_than_may_be_detected_are_counted(tmp_path, data, limit, told):
+    for _ in ("checked", "checked before"):
+        run(configure(tmp_path, data, "TEST.DETECTIONS_PER_IMAGE", str(limit)))
+        report = json.loads((tmp_path / "output" / "dataset_check.json").read_text())
+        assert [x["message"] for x in report["findings"]] == [told] * bool(told)
+        assert all(x["file"] == str(data["val"].json_file) for x in report["findings"])
+
+
 def test_warn_logs_what_error_would_stop_at(tmp_path, data, caplog):
     data["train"].annotation(13)["area"] = -1
     data["train"].write()

@@ -239,6 +239,7 @@ def test_registering_again_replaces_and_built_in_names_are_kept(tmp_path):
         (["a", "{twice}", "."], "twice.json: .*the categories 'cat' and 'cat' have the id 1"),
         (["a", "{namesakes}", "."], "namesakes.json: .*the categories 1 and 2 are 'cat'"),
         (["a", "b"], r"\['a', 'b'\] is not \[name"),
+        (("a", "b.json", ["day", "night"]), r"several folders, .* --images FOLDER FOLDER --fix"),
         (["../a", "{json}", "."], r"'../a' is not a name"),
         ("ab", "is not"),
         (3, r"3 is not \[name"),
