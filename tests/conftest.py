@@ -54,6 +54,13 @@ def _run_from_the_root() -> None:
     os.chdir(ROOT)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tensors of tests are small: a second thread gains nothing, and waits on a busy machine."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+
+
 @pytest.fixture(autouse=True)
 def _logs_reach_pytest(monkeypatch) -> None:
     """setup_logger, which a trainer of an earlier test has called, keeps logs from caplog."""
