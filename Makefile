@@ -12,6 +12,8 @@ OLDEST_PYTHON ?= python3.10
 PYTHON ?= $(VENV)/bin/python
 BOOTSTRAP_PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))) python3)
 CONFIG ?= configs/shapes/mask_rcnn_shapes.yaml
+# Two processes of one thread each; who has no tests left takes over some of the other's.
+IN_PROCESSES := -n 2 --dist worksteal
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/.complete
@@ -25,10 +27,10 @@ train: $(ENVIRONMENT)
 	$(PYTHON) train_net.py --config-file $(CONFIG)
 
 test: $(ENVIRONMENT)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(IN_PROCESSES)
 
 test-oldest: $(OLDEST)/.complete
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest $(IN_PROCESSES)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff format --check .

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 PACKAGE = "mask_head_plugin"
@@ -131,6 +133,11 @@ torch.jit.script(lambda x: x)
     for kind in ("FutureWarning", "pkg_resources"):
         assert kind not in before
     assert "FutureWarning: `torch.jit.script` is deprecated" in after, "the user's own call"
+
+
+def test_a_warning_that_the_plugin_causes_fails_a_test():
+    with pytest.raises(RuntimeWarning):
+        warnings.warn_explicit("x", RuntimeWarning, "x.py", 1, module="mask_head_plugin.ops.x")
 
 
 def test_help_and_wrong_flags_need_no_heavy_package():

@@ -39,7 +39,9 @@ def outline(polygon: Any) -> Outline | None:
     if not all(map(math.isfinite, (x0, y0, x1, y1))):
         return None
     x, y = points[:, 0] - x0, points[:, 1] - y0
-    double = x[:-1] @ y[1:] - x[1:] @ y[:-1] + x[-1] * y[0] - x[0] * y[-1]  # the shoelace formula
+    with np.errstate(over="ignore", invalid="ignore"):  # the coordinates may be 1e200
+        # The shoelace formula.
+        double = x[:-1] @ y[1:] - x[1:] @ y[:-1] + x[-1] * y[0] - x[0] * y[-1]
     return Outline((x0, y0, x1, y1), abs(float(double)) / 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 
@@ -38,14 +39,19 @@ def check(data, **options):
     return check_coco_file(str(data.json_file), str(data.images), CheckOptions(**options))
 
 
+@functools.cache
+def training_mapper(mask_format: str) -> ImageFileMapper:
+    cfg = small_config("Base-MaskRCNN-FPN.yaml", "INPUT.MASK_FORMAT", mask_format)
+    return ImageFileMapper(cfg, is_train=True)
+
+
 def read_as_in_training(data) -> list[list]:
     """Reads all images and masks as training does, as polygons and as bit masks."""
     records = load_coco_json(str(data.json_file), str(data.images))
     categories = {x["id"]: k for k, x in enumerate(data.content["categories"])}
     found = []
     for mask_format in ("polygon", "bitmask"):
-        cfg = small_config("Base-MaskRCNN-FPN.yaml", "INPUT.MASK_FORMAT", mask_format)
-        mapper = ImageFileMapper(cfg, is_train=True)
+        mapper = training_mapper(mask_format)
         for record in copy.deepcopy(records):
             has_runs = any(
                 isinstance(x["segmentation"], dict) and not x.get("iscrowd")

@@ -153,6 +153,10 @@ def test_areas_filled_and_hollow(polygons, filled, hollow):
     assert areas(polygons, outlines) == (filled, hollow)
 
 
+def test_the_area_within_huge_coordinates_costs_no_warning():
+    assert outline([0, 0, 1e200, 0, 1e200, 1e200]).area == np.inf
+
+
 def test_masks_on_several_images_are_counted_once_each(good):
     for k, annotation in enumerate(add_objects(good, 8)):
         annotation |= {"segmentation": [SQUARE], "bbox": [10, 10, 30, 30]} if k < 4 else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,7 +254,7 @@ def test_other_errors_pass_unchanged(tmp_path):
         trainer.train()
 
 
-def test_the_tool_prints_the_layer_and_refuses_in_one_line(tmp_path):
+def test_the_tool_prints_the_layer_and_refuses_in_one_line(tmp_path, capsys, monkeypatch):
     trainer = make_trainer(tmp_path)
     (tmp_path / "config.yaml").write_text(trainer.cfg.dump())
     path = tmp_path / "failed_steps" / "iteration_2_rank_0.pth"
@@ -262,16 +262,15 @@ def test_the_tool_prints_the_layer_and_refuses_in_one_line(tmp_path):
         trainer.model.roi_heads.mask_head.deconv.bias[0] = float("nan")
     trainer.data_loader.go_to(1, 2)
     save_step(path, trainer.model, next(iter(trainer.data_loader)), {}, (1, 2, 0))
-    command = [sys.executable, "tools/replay_step.py", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "before the step: roi_heads.mask_head.deconv.bias\n" in done.stdout
-    assert "in order: roi_heads.mask_head.deconv, " in done.stdout
-    done = subprocess.run(
-        [*command[:2], str(tmp_path / "config.yaml"), "--config-file", str(tmp_path / "no.yaml")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("replay_step.py: config file ")
+    tool = str(ROOT / "tools" / "replay_step.py")
+    monkeypatch.setattr(sys, "argv", [tool, str(path)])
+    runpy.run_path(tool, run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "before the step: roi_heads.mask_head.deconv.bias\n" in printed
+    assert "in order: roi_heads.mask_head.deconv, " in printed
+    wrong = [str(tmp_path / "config.yaml"), "--config-file", str(tmp_path / "no.yaml")]
+    monkeypatch.setattr(sys, "argv", [tool, *wrong])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(tool, run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("replay_step.py: config file ")
