@@ -80,7 +80,7 @@ def ablate(args: argparse.Namespace) -> int:
 
     from mask_head_plugin import ConfigError, experiments
     from mask_head_plugin.config import import_options
-    from mask_head_plugin.engine.checkpoint import sole_writer
+    from mask_head_plugin.durable_files import sole_writer
     from mask_head_plugin.experiments.report import write_report
 
     if args.draws < 2:

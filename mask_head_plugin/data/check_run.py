@@ -21,6 +21,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from ..config import ConfigError
+from ..durable_files import write_durably
 from .check import CheckOptions, check_content, read_content
 from .check_files import listed_images
 from .check_splits import shared_images
@@ -128,8 +129,7 @@ def check_dataset_files(cfg: CfgNode) -> None:
 def write_report(found: Sequence[Finding], path: Path) -> None:
     """Writes findings as JSON, with their numbers."""
     content = {**count_by_severity(found), "findings": [finding.as_dict() for finding in found]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_durably(path, json.dumps(content, indent=1) + "\n")
 
 
 def _sources(cfg: CfgNode) -> list[CocoSource]:
@@ -351,11 +351,8 @@ def _write_cache(path: Path, result: CheckedFile, fingerprint: str) -> None:
         "objects": result.objects,
         "fingerprint": fingerprint,
     }
-    unfinished = path.with_suffix(f".{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(content), encoding="utf-8")
-        unfinished.replace(path)
+        write_durably(path, json.dumps(content))
     except OSError as error:
         logger.info("the result of the check is not kept: %s", error)
 

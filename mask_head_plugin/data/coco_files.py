@@ -23,6 +23,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from ..config import ConfigError, nearest_name
+from ..durable_files import write_durably
 from .check import read_content
 from .check_records import check_categories, check_sections
 from .findings import Findings, errors_of
@@ -331,13 +332,8 @@ def _with_all_categories(name: str, file: CocoFile, categories: Categories, outp
         return file.json_file
     content = json.loads(Path(file.json_file).read_text(encoding="utf-8"))
     content["categories"] = [{"id": i, "name": category} for i, category in categories.items()]
-    text = json.dumps(content)
     path = output / "coco_files" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed: another process may be reading it.
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    write_durably(path, json.dumps(content))
     logger.info(
         "%s lists other categories than the model has: %s; evaluating with a copy, %s",
         *(file.json_file, sorted(set(file.categories.items()) ^ set(categories.items())), path),

@@ -6,15 +6,12 @@ A checkpoint ``model_0000999.pth`` appears under its name only when it is whole 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import parse_qs, urlparse
@@ -27,6 +24,7 @@ from safetensors.torch import save_file
 
 from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
+from ..durable_files import write_durably
 from ..messages import listed
 from .class_rows import class_tensors, file_classes, match_classes, num_classes_of
 from .config_colours import warn_of_colours
@@ -109,7 +107,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = Path(self.save_dir) / LAST_CHECKPOINT
-        write_durably(path, lambda file: file.write(last_filename_basename.encode()))
+        write_run_file(path, last_filename_basename)
 
     def has_checkpoint(self) -> bool:
         """Returns whether there is a checkpoint to resume from, intact or not."""
@@ -217,8 +215,8 @@ def write_checkpoint(path: Path, data: dict[str, Any]) -> None:
         digests.append(hashing.digest.hexdigest())
 
     # Between the two renames there is no checksum, rather than that of another file.
-    write_durably(path, save, before_rename=lambda: checksum.unlink(missing_ok=True))
-    write_durably(checksum, lambda file: file.write(f"{digests[0]}  {path.name}\n".encode()))
+    write_run_file(path, save, before_rename=lambda: checksum.unlink(missing_ok=True))
+    write_run_file(checksum, f"{digests[0]}  {path.name}\n")
 
 
 class _HashingFile:
@@ -241,91 +239,24 @@ class _HashingFile:
         self._file.flush()
 
 
-def write_durably(
+def write_run_file(
     path: Path,
-    write: Callable[[IO[bytes]], object],
+    content: str | Callable[[IO[bytes]], object],
     before_rename: Callable[[], object] = lambda: None,
 ) -> None:
-    """Writes a file beside its name, brings it onto the disk and renames it.
-
-    Args:
-        path: the file; its folder exists.
-        write: is given a binary file.
-        before_rename: called when the new file is whole.
+    """Writes a file that a run is resumed by; see write_durably.
 
     Raises:
         ConfigError: if it cannot be written; nothing has changed then.
     """
-    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with unfinished.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        before_rename()
-        unfinished.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name, too
-        finally:
-            os.close(folder)
+        write_durably(path, content, before_rename)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         raise ConfigError(
             f"{path} was not written: {error.strerror or error} ({free / 1e6:.0f} MB are free). "
             "Older checkpoints are untouched: make room, then go on with --resume"
         ) from error
-
-
-_lock_files: set[IO[str]] = set()
-
-
-def _close_lock_files() -> None:
-    while _lock_files:
-        _lock_files.pop().close()
-
-
-# A loader's worker may outlive the run for seconds: it must not keep the run's locks.
-os.register_at_fork(after_in_child=_close_lock_files)
-
-
-@contextlib.contextmanager
-def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Holds a lock that the system releases when the process ends, however it ends.
-
-    Args:
-        path: a file, which is made.
-        how: see fcntl.flock.
-
-    Raises:
-        BlockingIOError: if another process holds it, with LOCK_NB.
-    """
-    with path.open("w") as file:
-        fcntl.flock(file, how)
-        _lock_files.add(file)
-        try:
-            yield
-        finally:
-            _lock_files.discard(file)
-
-
-@contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps other runs from a folder, which is made if missing.
-
-    Raises:
-        ConfigError: if another one is writing into it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder / "writer.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another run is writing into {folder}; wait for it, or name another folder"
-            ) from error
-        yield
 
 
 def export_safetensors(

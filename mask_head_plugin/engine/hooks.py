@@ -13,7 +13,7 @@ from detectron2.engine import hooks
 from detectron2.utils import comm, events
 
 from ..data import TrainLoader, seed_generators
-from .checkpoint import MaskHeadCheckpointer, write_durably
+from .checkpoint import MaskHeadCheckpointer, write_run_file
 from .run_folder import BEST_CHECKPOINT, FINISHED_ITERATION, remove_old_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class BestCheckpointer(hooks.HookBase):
         self._best = value
         found = {"metric": self._metric, "value": value, "iteration": iteration}
         self._checkpointer.save_weights(BEST_CHECKPOINT, best=found)
-        write_durably(self._record, lambda file: file.write(json.dumps(found).encode()))
+        write_run_file(self._record, json.dumps(found))
         logger.info("best %s so far: %.3f at iteration %d", self._metric, value, iteration)
 
     def _warn_if_evaluated(self, latest: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ class JSONWriter(events.JSONWriter):
                 kept.append(line)
                 last = max(last, min(entry["iteration"], start_iter - 1))
         self._file_handle.close()
-        write_durably(self._path, lambda file: file.writelines(kept))
+        write_run_file(self._path, lambda file: file.writelines(kept))
         self._file_handle: IO[str] = self._path.open("a")
         self._last_write = last
 
@@ -220,7 +220,7 @@ class Resume(hooks.HookBase):
             self._note_finished(self.trainer.max_iter - 1)
 
     def _note_finished(self, iteration: int) -> None:
-        write_durably(self._mark, lambda file: file.write(str(iteration).encode()))
+        write_run_file(self._mark, str(iteration))
 
     def _finished_iteration(self) -> int:
         """Returns -1 where no run has left one, or where this is not the main process."""

@@ -40,13 +40,14 @@ from torch.utils.data import DataLoader
 from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
 from ..data import ImageNamingMapper, TrainLoader, seed_generators
+from ..durable_files import sole_writer
 from ..evaluation import (
     write_contact_sheet,
 )
 from ..image_files import ImageFileMapper
 from ..messages import listed
 from ..modeling import to_channels_last
-from .checkpoint import MaskHeadCheckpointer, sole_writer
+from .checkpoint import MaskHeadCheckpointer
 from .evaluation import evaluate_dataset
 from .evaluators import build_evaluator, inference_folder
 from .foreign_files import check_proposal_files

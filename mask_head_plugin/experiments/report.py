@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import __version__
 from ..config import ConfigError
+from ..durable_files import write_durably
 from .report_data import Study, machine, read_study
 from .report_pictures import side_by_side
 from .report_table import (
@@ -51,14 +52,14 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
 
     study = read_study(directory, num_draws)
     picture = PLOT_FILE if plot_intervals(study, directory / PLOT_FILE) else ""
-    _write(directory / MARKDOWN_FILE, render_markdown(study, picture))
+    write_durably(directory / MARKDOWN_FILE, render_markdown(study, picture))
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"{directory / MARKDOWN_FILE} is written; {HTML_FILE} needs {' and '.join(missing)}: "
             "pip install -e '.[report]' in the folder of mask_head_plugin"
         )
-    _write(directory / HTML_FILE, render_html(study))
+    write_durably(directory / HTML_FILE, render_html(study))
 
 
 def render_markdown(study: Study, picture: str = "") -> str:
@@ -193,10 +194,3 @@ def _explained(table: Table) -> list[Any]:
 
 def _list(lines: Any) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file beside its place and renames it: nobody reads half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

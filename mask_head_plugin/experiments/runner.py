@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from ..config import ConfigError, flatten
 from ..data import check_datasets, register_coco_files
+from ..durable_files import locked, write_durably
 from ..engine import Trainer, check_config
-from ..engine.checkpoint import locked
 from ..engine.config_unread import warn_of_unread_keys
 from ..engine.launch import launch
 from ..user_code import import_modules
@@ -205,9 +205,7 @@ def write_description(output: Path, description: dict[str, Any]) -> None:
     seeds = {*known.get("seeds", []), *description["seeds"]}
     merged = {**description, "variants": list(named.values()), "seeds": sorted(seeds)}
     merged["paper"] = {**known.get("paper", {}), **description["paper"]}
-    partial = output / "ablation.json.partial"
-    partial.write_text(json.dumps(merged, indent=1) + "\n")
-    partial.replace(path)
+    write_durably(path, json.dumps(merged, indent=1) + "\n")
 
 
 def describe(ablation: Ablation, *, file: str, size: str, command: str) -> dict[str, Any]:
@@ -266,7 +264,7 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
         try:
             _check_hash(trial)
             _check_gpus(num_gpus)
-            (trial.folder / HASH_FILE).write_text(config_hash(trial.cfg) + "\n")
+            write_durably(trial.folder / HASH_FILE, config_hash(trial.cfg) + "\n")
             launch(_train, max(num_gpus, 1), args=(trial.cfg,), device=trial.cfg.MODEL.DEVICE)
             record = _measure(trial)
         except Exception as error:  # of any kind: the other trials go on
@@ -284,9 +282,7 @@ def write_record(trial: Trial, record: dict[str, Any]) -> None:
         "finished_at": time.strftime("%Y-%m-%d %H:%M:%S"),
         **record,
     }
-    partial = trial.folder / "trial.json.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(trial.folder / "trial.json")
+    write_durably(trial.folder / "trial.json", json.dumps(content, indent=1) + "\n")
 
 
 def run(

@@ -15,7 +15,7 @@ from conftest import CONFIGS, ROOT
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.data import shapes
-from mask_head_plugin.engine.checkpoint import locked, sole_writer
+from mask_head_plugin.durable_files import locked, sole_writer
 from mask_head_plugin.experiments import (
     Cluster,
     describe,

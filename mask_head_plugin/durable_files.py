@@ -1,0 +1,105 @@
+"""The one way to write a file whole, and locks that end with the process that holds them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from .config import ConfigError
+
+UNFINISHED = ".unfinished"
+"""How the names of files end that are being written, or that a kill has left half written."""
+
+
+def write_durably(
+    path: Path,
+    content: str | Callable[[IO[bytes]], object],
+    before_rename: Callable[[], object] = lambda: None,
+) -> None:
+    """Writes a file under another name in its folder, brings it onto the disk and renames it.
+
+    So its name never means half a file, whenever a kill comes and whoever else writes it.
+
+    Args:
+        path: the file; its folder is made if missing.
+        content: a text, written as UTF-8, or a function that is given a binary file.
+        before_rename: called when the new file is whole.
+
+    Raises:
+        OSError: if it cannot be written; the old file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        with unfinished.open("wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        before_rename()
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name as well
+    finally:
+        os.close(folder)
+
+
+_lock_files: set[IO[str]] = set()
+
+
+def _close_lock_files() -> None:
+    while _lock_files:
+        _lock_files.pop().close()
+
+
+# A loader's worker may outlive the run for seconds: it must not keep the run's locks.
+os.register_at_fork(after_in_child=_close_lock_files)
+
+
+@contextlib.contextmanager
+def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Holds a lock that the system releases when the process ends, however it ends.
+
+    Args:
+        path: a file, which is made.
+        how: see fcntl.flock.
+
+    Raises:
+        BlockingIOError: if another process holds it, with LOCK_NB.
+    """
+    with path.open("w") as file:
+        fcntl.flock(file, how)
+        _lock_files.add(file)
+        try:
+            yield
+        finally:
+            _lock_files.discard(file)
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other runs from a folder, which is made if missing, and clears it of half files.
+
+    Raises:
+        ConfigError: if another one is writing into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / "writer.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another run is writing into {folder}; wait for it, or name another folder"
+            ) from error
+        for left in folder.glob(f".*{UNFINISHED}"):  # by a run that was killed
+            left.unlink(missing_ok=True)
+        yield

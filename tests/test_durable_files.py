@@ -1,0 +1,56 @@
+"""A file is written whole or not at all, and a lock ends with its process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from mask_head_plugin.durable_files import sole_writer, write_durably
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_texts_and_bytes_are_written_and_nothing_else_is_left(tmp_path):
+    write_durably(tmp_path / "new" / "a.txt", "é\n")
+    write_durably(tmp_path / "new" / "b.bin", lambda file: file.write(b"\xff"))
+    assert (tmp_path / "new" / "a.txt").read_bytes() == "é\n".encode()
+    assert (tmp_path / "new" / "b.bin").read_bytes() == b"\xff"
+    assert names_in(tmp_path / "new") == ["a.txt", "b.bin"]
+
+
+@pytest.mark.parametrize("owner, name", [(os, "fsync"), (Path, "replace")])
+def test_what_fails_leaves_the_old_file_and_no_half_one(owner, name, tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(owner, name, fail)
+        write_durably(path, "new")
+    assert path.read_text() == "old" and names_in(tmp_path) == ["a.txt"]
+
+
+def test_a_sole_writer_clears_what_a_killed_one_left(tmp_path):
+    (tmp_path / ".model_0000009.pth.4711.unfinished").write_bytes(b"half")
+    (tmp_path / "model_0000009.pth").write_bytes(b"whole")
+    with sole_writer(tmp_path):
+        assert names_in(tmp_path) == ["model_0000009.pth", "writer.lock"]
+
+
+def test_no_other_place_renames_a_file_over_its_name():
+    places = [
+        path.relative_to(ROOT).as_posix()
+        for path in [*(ROOT / "mask_head_plugin").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+        if any(
+            word in path.read_text()
+            for word in (".replace(path)", "os.replace(", "fcntl.flock(", '.partial"')
+        )
+    ]
+    assert places == ["mask_head_plugin/durable_files.py"]
