@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import itertools
 import logging
@@ -16,6 +15,8 @@ from typing import IO, Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+
+from .messages import nearest_name, one_line
 
 _ADDRESS = re.compile(r"\w[\w+.-]*://.*")
 
@@ -330,11 +331,11 @@ def _merge_file(cfg: CfgNode, config_file: str) -> dict[str, list[str]]:
     except FileNotFoundError as error:
         raise ConfigError(f"{config_file}: its _BASE_ {error.filename} does not exist") from error
     except OSError as error:
-        raise ConfigError(f"{config_file} or a _BASE_ of it: {_one_line(error)}") from error
+        raise ConfigError(f"{config_file} or a _BASE_ of it: {one_line(error)}") from error
     except RecursionError as error:
         raise ConfigError(f"{config_file} is its own _BASE_, or nested too deeply") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{config_file} is not plain YAML: {_one_line(error)}") from error
+        raise ConfigError(f"{config_file} is not plain YAML: {one_line(error)}") from error
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"{config_file}: {_explain(cfg, error)}") from error
     except (TypeError, AttributeError) as error:
@@ -366,7 +367,7 @@ def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
 
 def _explain(cfg: CfgNode, error: Exception) -> str:
     """Rephrases an error of yacs."""
-    message = _one_line(error)
+    message = one_line(error)
     unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
     if unknown:
         return _unknown(cfg, unknown[1].rstrip("'\""))
@@ -392,20 +393,6 @@ def _unknown(cfg: CfgNode, key: str) -> str:
 def flatten(cfg: CfgNode) -> dict[str, Any]:
     """Returns the values of a config by their full keys, such as ``MODEL.MASK_ON``."""
     return {key: _value(cfg, key) for key in _keys(cfg)}
-
-
-def nearest_name(name: str, choices: Sequence[str]) -> str | None:
-    """Returns the choice that ``name`` most likely meant, or None if none is near.
-
-    A dotted name whose last part exists elsewhere is matched by that part first.
-    """
-    leaf = name.rpartition(".")[2]
-    same_leaf = [choice for choice in choices if choice.rpartition(".")[2] == leaf]
-    for candidates, cutoff in ((same_leaf, 0.0), (choices, 0.6)):
-        matches = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
-        if matches:
-            return matches[0]
-    return None
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -434,7 +421,3 @@ def _similar_file(path: str) -> str:
     names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
     nearest = nearest_name(Path(path).name, names)
     return f"; did you mean {folder / nearest}?" if nearest else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())

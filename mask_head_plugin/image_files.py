@@ -23,6 +23,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from .config import ConfigError
+from .messages import one_line
 
 MOST_ELONGATED = 200
 """Longer over shorter side. Beyond it, scaling to INPUT.MAX_SIZE_* may leave no pixel in height."""
@@ -131,15 +132,15 @@ def _explained(error: Exception) -> tuple[str, str]:
         case FileNotFoundError() | NotADirectoryError():
             return "image-file-missing", "does not exist"
         case Image.DecompressionBombError():
-            return "image-too-large", f"is refused by Pillow: {_one_line(error)}"
+            return "image-too-large", f"is refused by Pillow: {_told(error)}"
         case PermissionError():
             return "image-unreadable", "may not be read by this user"
         case _:
-            return "image-unreadable", f"cannot be read: {_one_line(error)}"
+            return "image-unreadable", f"cannot be read: {_told(error)}"
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__} {error}".split())[:200]
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__} {one_line(error)}"[:200]
 
 
 class OpenedImage:
@@ -194,7 +195,7 @@ class OpenedImage:
         try:
             image.load()
         except Exception as error:
-            raise _RefusalError("image-truncated", f"is damaged: {_one_line(error)}") from error
+            raise _RefusalError("image-truncated", f"is damaged: {_told(error)}") from error
         # Only now: Pillow turns a TIFF as it loads it, and takes the tag away.
         turn = TURNS.get(orientation_of(image.getexif))
         if image.mode.startswith("I"):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mask_head_plugin import ConfigError, load_config
-from mask_head_plugin.config import nearest_name
+from mask_head_plugin.messages import nearest_name
 
 
 def write(tmp_path, text, name="x.yaml"):

@@ -20,14 +20,14 @@ TOOLS = [ROOT / "train_net.py", *sorted((ROOT / "tools").glob("*.py"))]
 # What the modules of a part may import of the package, besides their own part.
 ALLOWED = {
     "ops": set(),
-    "config": set(),
     "messages": set(),
+    "config": {"messages"},
     "durable_files": {"config"},
     "class_names": {"config", "messages"},
     "structures": {"ops"},
     "shared_names": set(),
     "user_code": {"config"},
-    "image_files": {"config"},
+    "image_files": {"config", "messages"},
     "modeling": {"ops", "config", "structures", "shared_names"},
     "data": {"ops", "config", "messages", "durable_files", "shared_names", "image_files"},
     "evaluation": {"ops", "config", "class_names", "structures", "image_files"},
@@ -36,8 +36,8 @@ ALLOWED = {
         *("durable_files", "data", "evaluation", "shared_names", "user_code"),
     },
     "experiments": {
-        *("user_code", "ops", "config", "durable_files", "image_files", "modeling", "data"),
-        *("evaluation", "engine"),
+        *("user_code", "ops", "config", "messages", "durable_files", "image_files", "modeling"),
+        *("data", "evaluation", "engine"),
     },
     "__init__": {"ops", "config", "modeling", "data"},
 }

@@ -53,7 +53,8 @@ def main() -> None:
 def report(replay: Replay) -> str:
     from tabulate import tabulate
 
-    from mask_head_plugin.engine.guards import describe_batch, listed
+    from mask_head_plugin.engine.guards import describe_batch
+    from mask_head_plugin.messages import listed
 
     losses = [(name, replay.saved_losses.get(name), x) for name, x in replay.losses.items()]
     table = tabulate(losses, ("loss", "in the run", "repeated"), tablefmt="github", floatfmt=".6g")

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
+from ..messages import listed
 from .check_records import listed_id
 from .findings import Findings, quote
-
-MOST_NAMES = 5
-"""Of unused categories, in a message."""
 
 FEW = 10
 """Records with a fault that may be chance."""
@@ -86,8 +84,7 @@ def _check_use(
         found.add(
             "unused-category",
             f"{len(unused)} of {len(categories)} categories have no annotation: "
-            f"{', '.join(map(quote, unused[:MOST_NAMES]))}"
-            f"{', ...' if len(unused) > MOST_NAMES else ''}",
+            f"{listed(list(map(quote, unused)))}",
         )
     for i, name in categories.items():
         if i in used and name.strip("_ ").lower() == "background":

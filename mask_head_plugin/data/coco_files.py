@@ -22,8 +22,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from ..config import ConfigError, nearest_name
+from ..config import ConfigError
 from ..durable_files import write_durably
+from ..messages import nearest_name
 from .check import read_content
 from .check_records import check_categories, check_sections
 from .findings import Findings, errors_of

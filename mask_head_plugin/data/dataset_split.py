@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import ConfigError, nearest_name
+from ..config import ConfigError
+from ..messages import nearest_name
 from .photographs import photographs
 
 Content = dict[str, Any]

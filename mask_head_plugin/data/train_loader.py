@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..config import ConfigError
 from ..image_files import ImageFileError, ImageFileMapper
+from ..messages import first_line, listed
 
 logger = logging.getLogger(__name__)
 
@@ -189,11 +190,10 @@ class TrainLoader:
                     raise
                 places = list(itertools.chain.from_iterable(batches.pending))
                 files = [describe(self._records[place.index]) for place in places]
-                more = f" and {len(files) - FILES_LISTED} more" if len(files) > FILES_LISTED else ""
                 raise ConfigError(
                     f"a data loader worker died in iteration {places[0].iteration} "
-                    f"({str(error).splitlines()[0]}) while these were loaded: "
-                    f"{', '.join(files[:FILES_LISTED])}{more}. If memory ran out lower "
+                    f"({first_line(error)}) while these were loaded: "
+                    f"{listed(files, FILES_LISTED)}. If memory ran out lower "
                     "DATALOADER.NUM_WORKERS; else look at these files"
                 ) from error
             batches.pending.popleft()

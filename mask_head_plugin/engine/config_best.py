@@ -6,11 +6,12 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from ..config import ConfigError, nearest_name
+from ..config import ConfigError
 from ..data.coco_files import coco_classes
 from ..evaluation.coco_engine import FREQUENCIES, TASKS
 from ..evaluation.coco_evaluator import METRICS
 from ..evaluation.semantic import semantic_metrics
+from ..messages import nearest_name
 
 KEY = "SOLVER.CHECKPOINT_BEST_METRIC"
 

@@ -13,8 +13,9 @@ from typing import Any
 from detectron2.config import CfgNode
 from PIL import Image
 
-from ..config import ConfigError, flatten, nearest_name
+from ..config import ConfigError, flatten
 from ..image_files import in_format
+from ..messages import nearest_name
 
 HEAD, ROI, RPN = "MODEL.ROI_MASK_HEAD.", "MODEL.ROI_HEADS.", "MODEL.RPN."
 

@@ -9,6 +9,7 @@ from typing import Any
 from detectron2.utils.file_io import Detectron2Handler, PathManager
 
 from ..config import ConfigError
+from ..messages import one_line
 
 RANDOM_WEIGHTS = (
     "start from random weights, as configs/Base-Small.yaml and configs/misc/scratch_*.yaml do"
@@ -39,7 +40,7 @@ def local_copy(
         return str(path_manager.get_local_path(address))
     except (OSError, KeyError, RuntimeError) as error:  # the latter two of an unknown catalog://
         raise ConfigError(
-            f"{url} could not be downloaded ({' '.join(str(error).split())}); fetch "
+            f"{url} could not be downloaded ({one_line(error)}); fetch "
             f"{PurePosixPath(url).name} on another machine and {advice}"
         ) from error
     finally:

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..config import ConfigError
+from ..messages import one_line
 
 MAX_DEPTH = 100
 """Containers within containers: comparing deeper ones can overflow the interpreter's stack."""
@@ -171,16 +172,12 @@ def _named(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        raise ConfigError(f"{path} was not loaded: {_one_line(error)}") from error
+        raise ConfigError(f"{path} was not loaded: {one_line(error, 300)}") from error
     except Exception as error:  # bytes of no format are taken for any instruction
-        detail = f"{type(error).__name__}: {_one_line(error)}"
+        detail = f"{type(error).__name__}: {one_line(error, 300)}"
         raise ConfigError(
             f"{path} was not loaded: it is truncated or corrupt ({detail}); get it again"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _head(path: Path) -> bytes:

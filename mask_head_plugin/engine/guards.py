@@ -13,12 +13,12 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
+from ..messages import first_line, listed
 from .replay import Sample, save_step
 
 FAILED_FOLDER = "failed_steps"
 """Folder of OUTPUT_DIR for the batches of steps that failed."""
 
-NAMES_LISTED = 5
 
 LEAST_SCALE = 2.0**-24
 """Of the losses with AMP; what is infinite in spite of it is so by itself. float16 has no less."""
@@ -122,14 +122,14 @@ class StepGuard(HookBase):
             None for other errors.
         """
         if isinstance(error, FloatingPointError):  # of detectron2's RPN, before there are losses
-            what = _first_line(error).rstrip(".")
+            what = first_line(error).rstrip(".")
             return self._diverged(f"{what}, with the images {describe_batch(self._batch)}", {})
         if not is_out_of_memory(error):
             return None
         heads, images = self._cfg.MODEL.ROI_HEADS, len(self._batch)
         rois = images * heads.BATCH_SIZE_PER_IMAGE
         return TrainingError(
-            f"iteration {self.trainer.iter}: out of memory ({_first_line(error)}) with the images "
+            f"iteration {self.trainer.iter}: out of memory ({first_line(error)}) with the images "
             f"{describe_batch(self._batch)}: {rois} RoIs, up to "
             f"{int(rois * heads.POSITIVE_FRACTION)} of them with masks. Lower "
             f"SOLVER.IMS_PER_BATCH (now {self._cfg.SOLVER.IMS_PER_BATCH}), INPUT.MIN_SIZE_TRAIN "
@@ -157,13 +157,3 @@ def describe_batch(batch: list[Sample]) -> str:
             f"{width} x {height}{objects})"
         )
     return ", ".join(told)
-
-
-def listed(names: list[str]) -> str:
-    """Returns the first few names and the number of the others."""
-    more = len(names) - NAMES_LISTED
-    return (", ".join(names[:NAMES_LISTED]) or "none") + (f" and {more} more" if more > 0 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

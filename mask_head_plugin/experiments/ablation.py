@@ -31,11 +31,11 @@ from ..config import (
     ConfigError,
     merge_opts,
     merge_overrides,
-    nearest_name,
     read_config,
     resolve_imports,
     split_imports,
 )
+from ..messages import nearest_name, one_line
 
 REQUIRED = {
     "TITLE": str,
@@ -162,7 +162,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"ablation file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} is not plain YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} does not hold 'KEY: value' lines")
     unknown = [key for key in content if key not in (*REQUIRED, *OPTIONAL)]

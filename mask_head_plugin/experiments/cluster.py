@@ -13,6 +13,7 @@ import torch
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from ..config import ConfigError
+from ..messages import one_line
 
 SLURM_COMMANDS = ("sbatch", "srun")
 
@@ -85,7 +86,7 @@ class Cluster:
         try:
             return executor.submit(job)
         except (FailedJobError, FailedSubmissionError) as error:
-            raise ConfigError(f"sbatch refused a job: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"sbatch refused a job: {one_line(error)}") from error
 
     def _local(self, folder: Path, slot: int) -> submitit.Executor:
         executor = submitit.LocalExecutor(folder)

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 
 from ..config import ConfigError
 from ..data import check_datasets, register_coco_files
+from ..messages import one_line
 from .comparison import Comparison, choose_images, compare_twins
 from .comparison_report import write_markdown, write_pictures, write_table
 from .twins import load_model_config, load_twins, twin_configs
@@ -101,7 +102,7 @@ def compare_all(
             )
         except Exception as error:  # such as a GPU without memory for the largest: the rest goes on
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-            results[model.config] = kind + " ".join(str(error).split())
+            results[model.config] = kind + one_line(error)
             logger.warning("%s was not compared: %s", model.config, results[model.config])
         write_table(results, output / MARKDOWN_FILE)
     return results

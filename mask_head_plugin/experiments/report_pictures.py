@@ -23,6 +23,7 @@ from ..data import register_coco_files
 from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.matching import Matches
 from ..image_files import read_image
+from ..messages import one_line
 from .report_data import Study, Trial
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def side_by_side(study: Study) -> Gallery:
         return _draw(shown, records, names)
     except (ConfigError, OSError, KeyError, ValueError, SyntaxError) as error:
         logger.warning("no pictures of %s: %s", study.dataset, error)
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         return Gallery([], [], f"The images of {study.dataset} cannot be shown here: {reason}")
 
 

@@ -6,8 +6,9 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..config import ConfigError, nearest_name
+from ..config import ConfigError
 from ..engine.download import local_copy
+from ..messages import nearest_name
 
 with warnings.catch_warnings():
     # It finds its files by pkg_resources, which warns of its own age.
