@@ -3,13 +3,13 @@
 from .ablation import Ablation, load_ablation
 from .cluster import Cluster
 from .runner import (
-    Trial,
     describe,
     estimate_seconds,
     plan,
     run,
     write_description,
 )
+from .trial import Trial
 
 __all__ = [
     "Ablation",

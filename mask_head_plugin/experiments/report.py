@@ -118,7 +118,7 @@ def render_html(study: Study) -> str:
 def facts(study: Study) -> list[tuple[str, str]]:
     """Returns names and texts of what a reader has to know of an ablation as a whole."""
     finished = study.finished
-    records = [trial.record for trial in finished]
+    records = [trial.record() for trial in finished]
     dates = sorted(str(r["finished_at"])[:10] for r in records if r.get("finished_at"))
     period = list(dict.fromkeys([dates[0], dates[-1]])) if dates else []
     found = {

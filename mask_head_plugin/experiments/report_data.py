@@ -8,7 +8,6 @@ import logging
 import math
 import re
 import statistics
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,83 +17,9 @@ from typing import Any
 from ..config import ConfigError
 from ..evaluation.bootstrap import METRICS, PairedDifference, compare_all
 from ..evaluation.matching import Matches
+from .trial import ABLATION_FILE, ENVIRONMENT_FILE, TRIAL_FILE, Trial, read_object
 
 logger = logging.getLogger(__name__)
-
-ABLATION_FILE = "ablation.json"
-TRIAL_FILE = "trial.json"
-
-
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """One training: a variant with a seed.
-
-    Attributes:
-        variant: its name.
-        seed: its seed.
-        folder: where its files are, or would be.
-        dataset: the test set.
-        record: content of trial.json, ``{}`` if there is none.
-    """
-
-    variant: str
-    seed: int
-    folder: Path
-    dataset: str
-    record: dict[str, Any]
-
-    @property
-    def is_finished(self) -> bool:
-        return self.record.get("status") == "finished"
-
-    @property
-    def state(self) -> str:
-        """What a reader has to know of a trial that is not finished."""
-        if self.is_finished:
-            return "finished"
-        if self.record.get("status") == "failed":
-            return "failed"
-        rows = self.log()
-        last = max((int(row["iteration"]) + 1 for row in rows), default=0)
-        return f"not ended, {last} iterations logged" if rows else "not run"
-
-    @property
-    def error(self) -> str:
-        return str(self.record.get("error") or "")
-
-    @property
-    def inference(self) -> Path:
-        """The folder of the evaluation; of several test sets each has one of its own."""
-        own = self.folder / "inference" / self.dataset
-        return own if own.is_dir() else self.folder / "inference"
-
-    def result(self, key: str) -> float:
-        """Returns a metric such as ``segm/AP`` in percent, nan if there is none."""
-        task, _, metric = key.partition("/")
-        return _number(((self.record.get("results") or {}).get(task) or {}).get(metric))
-
-    def cost(self, key: str) -> float:
-        """Returns a number of trial.json, nan if there is none."""
-        return _number(self.record.get(key))
-
-    def log(self) -> list[dict[str, Any]]:
-        """Returns what detectron2 logged at iterations, in their order."""
-        rows: dict[int, dict[str, Any]] = {}
-        for row in read_json_lines(self.folder / "metrics.json"):
-            if isinstance(
-                row.get("iteration"), int
-            ):  # of iterations that a resumed training did twice the last
-                rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
-        return [rows[iteration] for iteration in sorted(rows)]
-
-    def matches(self, task: str) -> Matches | None:
-        """Returns who found what, None (and a warning) where the file is missing or broken."""
-        path = self.inference / f"matches_{task}.npz"
-        try:
-            return Matches.load(path)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            logger.warning("%s: no interval for this trial (%s)", path, error)
-            return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,25 +183,9 @@ def _variants(directory: Path, description: dict[str, Any]) -> Iterable[Variant]
         for seed in description["seeds"]:
             folder = directory / entry["folder"] / f"seed_{seed}"
             record = read_object(folder / TRIAL_FILE)
-            trials.append(Trial(name, seed, folder, description["dataset"], record))
+            trials.append(Trial(name, seed, folder, description["dataset"], snapshot=record))
         paper = (description.get("paper") or {}).get(name, {})
         yield Variant(name, entry.get("differs") or {}, tuple(trials), paper)
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file of JSON lines, without a last line that is half written."""
-    rows = []
-    with contextlib.suppress(OSError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                rows += [row] if isinstance(row, dict) else []
-    return rows
-
-
-def _number(value: Any) -> float:
-    """Returns a number of a JSON file, nan if it is none."""
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def mean(values: Iterable[float]) -> float:
@@ -289,15 +198,7 @@ def machine(trial: Trial) -> str:
     """Returns on what a trial ran, as far as it is known."""
     environment = ""
     with contextlib.suppress(OSError):
-        environment = (trial.folder / "environment.txt").read_text(encoding="utf-8")
+        environment = (trial.folder / ENVIRONMENT_FILE).read_text(encoding="utf-8")
     gpu = re.search(r"^GPU 0\S*\s+(.+?)\s*$", environment, re.MULTILINE)
-    device = str(trial.record.get("device") or "unknown")
+    device = str(trial.record().get("device") or "unknown")
     return f"{device} ({gpu[1]})" if gpu and "cuda" in device else device
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Returns a JSON object, ``{}`` where there is none or only half of it."""
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    return {}

@@ -19,9 +19,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..evaluation.bootstrap import METRICS, class_ap, precision_recall
-from .report_data import Study, Trial, Variant, mean
+from .report_data import Study, Variant, mean
 from .report_table import BETTER, NOISE, WORSE, verdict
 from .report_table import number as formatted
+from .trial import Trial
 
 FloatArray = npt.NDArray[np.float64]
 

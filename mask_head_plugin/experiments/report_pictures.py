@@ -24,7 +24,8 @@ from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.matching import Matches
 from ..image_files import read_image
 from ..messages import one_line
-from .report_data import Study, Trial
+from .report_data import Study
+from .trial import Trial
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def most_disputed(counts: Sequence[ImageCounts], most: int = MOST_ROWS) -> list[
 def _first_with_masks(trials: Iterable[Trial]) -> list[tuple[Trial, Matches]]:
     """Returns the first trial with matches of masks, or nothing."""
     for trial in trials:
-        has_masks = "segm" in (trial.record.get("results") or {})
+        has_masks = "segm" in (trial.record().get("results") or {})
         matches = trial.matches("segm") if has_masks else None
         if matches is not None:
             return [(trial, matches)]

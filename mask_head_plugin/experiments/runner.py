@@ -1,108 +1,47 @@
 """Runs the trials of an ablation, on this machine or on a Slurm cluster, and takes them up again.
 
-A trial is one variant with one seed. It has a folder of its own, ``<variant>/seed_<n>``, with what
-a training leaves there (config.yaml, log.txt, metrics.json, TensorBoard events, checkpoints,
-inference/) and
-
-- ``trial.json``: how it ended, its metrics and its cost, see run_trial;
-- ``environment.txt``: versions and hardware;
-- ``submitit/``: the logs of the process that ran it.
-
-The ablation's folder has ``ablation.json``, see describe, from which the report is made.
+See trial.py for what their folders hold.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import re
-import resource
-import socket
 import statistics
-import subprocess
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
 import torch
-from detectron2.config import CfgNode
-from detectron2.engine import default_setup
-from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.events import EventStorage
-from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from ..config import ConfigError, flatten
 from ..data import check_datasets, register_coco_files
-from ..durable_files import locked, write_durably
+from ..durable_files import write_durably
 from ..engine import Trainer, check_config
 from ..engine.config_unread import warn_of_unread_keys
-from ..engine.launch import launch
 from ..user_code import import_modules
 from .ablation import Ablation
 from .cluster import Cluster
-from .report_data import read_json_lines, read_object
+from .run_trial import TrialJob
+from .trial import (
+    ABLATION_FILE,
+    FAILED,
+    Trial,
+    check_hash,
+    folder_name,
+    read_object,
+    seconds_per_iteration,
+    write_record,
+)
 
-FINISHED, FAILED = "finished", "failed"
-HASH_FILE = "config_hash.txt"
 POLL_SECONDS = 1.0
 ESTIMATE_ITERATIONS = 8
 """Steps that a dry run takes where no trial has run yet; the first half warms up."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One variant with one seed.
-
-    Attributes:
-        variant: its name.
-        seed: its seed.
-        cfg: its complete config; OUTPUT_DIR is the trial's folder.
-    """
-
-    variant: str
-    seed: int
-    cfg: CfgNode
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.cfg.OUTPUT_DIR)
-
-    @property
-    def name(self) -> str:
-        return f"{self.variant}, seed {self.seed}"
-
-    def record(self) -> dict[str, Any]:
-        """Returns what trial.json says, ``{}`` if the trial has not ended yet."""
-        return read_object(self.folder / "trial.json")
-
-    @property
-    def known_hash(self) -> str:
-        """The hash of the config that the folder's training was started with, if any was."""
-        with contextlib.suppress(OSError):
-            return (self.folder / HASH_FILE).read_text().strip()
-        return ""
-
-    @property
-    def is_finished(self) -> bool:
-        return self.record().get("status") == FINISHED
-
-    def iteration(self) -> int:
-        """Returns how many iterations are done, as far as it was logged."""
-        total = int(self.cfg.SOLVER.MAX_ITER)
-        if self.is_finished:
-            return total
-        rows = read_json_lines(self.folder / "metrics.json")
-        iterations = [x["iteration"] for x in rows if isinstance(x.get("iteration"), int)]
-        done = max(iterations, default=-1) + 1
-        return min(done, total)  # an evaluation that is repeated counts on
 
 
 def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
@@ -127,8 +66,10 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
             cfg.SEED = seed
             with _naming(variant):
                 cfg.MODEL.DEVICE = _device(cfg.MODEL.DEVICE, num_gpus)
-            cfg.OUTPUT_DIR = str(output / folder_name(variant) / f"seed_{seed}")
-            trials.append(Trial(variant, seed, cfg))
+            folder = output / folder_name(variant) / f"seed_{seed}"
+            cfg.OUTPUT_DIR = str(folder)
+            dataset = next(iter(cfg.DATASETS.TEST), "")
+            trials.append(Trial(variant, seed, folder, dataset, cfg))
     import_modules(trials[0].cfg.IMPORTS)
     for trial in trials[: len(ablation.configs)]:
         with _naming(trial.variant):
@@ -139,7 +80,7 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
             register_coco_files(cfg)
             check_datasets(cfg)
     for trial in trials:
-        _check_hash(trial)
+        check_hash(trial)
     return trials
 
 
@@ -154,46 +95,13 @@ def _device(device: str, num_gpus: int) -> str:
     return "cpu" if is_cuda and not num_gpus else device
 
 
-def _check_gpus(num_gpus: int) -> None:
-    """Raises ConfigError unless the machine that a trial runs on has its GPUs."""
-    if num_gpus > torch.cuda.device_count():
-        raise ConfigError(
-            f"--num-gpus {num_gpus}, but PyTorch finds {torch.cuda.device_count()} on "
-            f"{socket.gethostname()}"
-        )
-
-
-def _check_hash(trial: Trial) -> None:
-    if trial.known_hash not in ("", config_hash(trial.cfg)):
-        raise ConfigError(
-            f"{trial.folder} was run with another config than {trial.name} has now: choose "
-            "another --output, or delete that folder"
-        )
-
-
-def folder_name(variant: str) -> str:
-    """Returns a variant's name as it can stand in a path, distinct for distinct names."""
-    safe = re.sub(r"[^\w.-]+", "_", variant).strip("_.") or "variant"
-    if safe == variant:
-        return safe
-    return f"{safe}-{hashlib.blake2b(variant.encode(), digest_size=3).hexdigest()}"
-
-
-def config_hash(cfg: CfgNode) -> str:
-    """Returns a hash of all that a trial's result may depend on."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.OUTPUT_DIR = ""
-    return hashlib.blake2b(cfg.dump().encode(), digest_size=12).hexdigest()
-
-
 def write_description(output: Path, description: dict[str, Any]) -> None:
     """Writes ablation.json; variants and seeds that it had stay.
 
     Raises:
         ConfigError: if the folder is of another ablation, size or baseline.
     """
-    path = output / "ablation.json"
+    path = output / ABLATION_FILE
     known = read_object(path)
     for key in ("file", "size", "baseline") if known else ():
         if known.get(key) != description[key]:
@@ -231,58 +139,6 @@ def describe(ablation: Ablation, *, file: str, size: str, command: str) -> dict[
         "variants": variants,
         "paper": ablation.paper,
     }
-
-
-class TrialJob(submitit.helpers.Checkpointable):
-    """What submitit pickles and calls; called again with the same trial after a preemption."""
-
-    def __init__(self, trial: Trial, num_gpus: int, threads: int) -> None:
-        self.trial, self.num_gpus, self.threads = trial, num_gpus, threads
-
-    def __call__(self) -> None:
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        run_trial(self.trial, self.num_gpus)
-
-
-def run_trial(trial: Trial, num_gpus: int = 0) -> None:
-    """Trains and evaluates a trial, from its last checkpoint if it has one.
-
-    Leaves trial.json: variant, seed, status ("finished" or "failed"), error,
-    iterations, seconds (of this run), seconds_per_iteration (median), peak_memory_mb (on CUDA what
-    PyTorch allocates, otherwise the process's), num_parameters, results (by task, in percent),
-    device, versions, commit, finished_at. An error is written there and not raised.
-
-    Where another process is at the same trial, waits for it.
-    """
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    with locked(trial.folder / "lock"):
-        if trial.is_finished:
-            return
-        (trial.folder / "trial.json").unlink(missing_ok=True)  # of an earlier failure
-        start = time.monotonic()
-        try:
-            _check_hash(trial)
-            _check_gpus(num_gpus)
-            write_durably(trial.folder / HASH_FILE, config_hash(trial.cfg) + "\n")
-            launch(_train, max(num_gpus, 1), args=(trial.cfg,), device=trial.cfg.MODEL.DEVICE)
-            record = _measure(trial)
-        except Exception as error:  # of any kind: the other trials go on
-            last = traceback.format_exception_only(error)[-1].strip()
-            record = {"status": FAILED, "error": last, "traceback": traceback.format_exc()}
-        record["seconds"] = round(time.monotonic() - start, 1)
-        write_record(trial, record)
-
-
-def write_record(trial: Trial, record: dict[str, Any]) -> None:
-    """Writes trial.json, whole or not at all."""
-    content = {
-        "variant": trial.variant,
-        "seed": trial.seed,
-        "finished_at": time.strftime("%Y-%m-%d %H:%M:%S"),
-        **record,
-    }
-    write_durably(trial.folder / "trial.json", json.dumps(content, indent=1) + "\n")
 
 
 def run(
@@ -345,70 +201,6 @@ def estimate_seconds(trials: Sequence[Trial], cluster: Cluster) -> float | None:
     if not known and cluster.num_gpus > torch.cuda.device_count():
         return None
     return left * (statistics.mean(known) if known else _try_speed(trials[0])) / cluster.jobs
-
-
-def seconds_per_iteration(folder: Path) -> float | None:
-    """Returns the median of what a training logged, None if it has logged nothing."""
-    times = [x.get("time") for x in read_json_lines(folder / "metrics.json")]
-    known = [x for x in times if isinstance(x, float)]
-    return statistics.median(known) if known else None
-
-
-def _train(cfg: CfgNode) -> None:
-    """Trains in one of a trial's processes; see train_net.py."""
-    cfg = cfg.clone()
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
-    import_modules(cfg.IMPORTS)
-    register_coco_files(cfg)
-    cfg.freeze()
-    default_setup(cfg, None)
-    if comm.is_main_process():
-        environment = f"{collect_env_info()}\ncommit {commit() or 'unknown'}\n"
-        (Path(cfg.OUTPUT_DIR) / "environment.txt").write_text(environment)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=True)
-    trainer.train()
-    if comm.is_main_process():
-        count = sum(p.numel() for p in trainer.model.parameters())
-        (Path(cfg.OUTPUT_DIR) / "num_parameters.txt").write_text(str(count))
-
-
-def _measure(trial: Trial) -> dict[str, Any]:
-    """Returns what a finished training has reached and cost."""
-    rows = read_json_lines(trial.folder / "metrics.json")
-    on_cuda = [float(x["max_mem_mb"]) for x in rows if x.get("max_mem_mb")]
-    names = trial.cfg.DATASETS.TEST
-    folder = trial.folder / "inference" / (names[0] if len(names) > 1 else "")
-    found = json.loads((folder / "metrics.json").read_text())
-    tasks = [task for task, values in found.items() if isinstance(values, dict)]
-    return {
-        "status": FINISHED,
-        "error": None,
-        "iterations": int(trial.cfg.SOLVER.MAX_ITER),
-        "seconds_per_iteration": seconds_per_iteration(trial.folder),
-        "peak_memory_mb": max(on_cuda)
-        if on_cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "num_parameters": int((trial.folder / "num_parameters.txt").read_text()),
-        "results": {
-            task: {k: v for k, v in found[task].items() if k != "by_class"} for task in tasks
-        },
-        "device": str(trial.cfg.MODEL.DEVICE),
-        "versions": {"torch": torch.__version__},
-        "commit": commit(),
-    }
-
-
-def commit() -> str | None:
-    """Returns the commit of this code, with a + if files differ from it; None outside of git."""
-    folder = Path(__file__).parent
-    try:
-        head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, text=True)
-        status = ["git", "status", "--porcelain", "--untracked-files=no"]
-        changed = subprocess.check_output(status, cwd=folder, text=True).strip()
-        return head.strip() + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _note_lost_job(trial: Trial, job: submitit.Job[None]) -> None:

@@ -185,7 +185,7 @@ def test_commits_are_short_and_tell_a_dirty_tree(copied):
     study = read_study(copied, 2)
     for commit, shown in (("ab" * 20, "ab" * 6), ("ab" * 20 + "+", "ab" * 6 + "+"), ("c+", "c+")):
         for trial in study.finished:
-            trial.record["commit"] = commit
+            trial.record()["commit"] = commit
         assert dict(report.facts(study))["commit"] == shown
 
 

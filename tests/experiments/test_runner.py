@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import CONFIGS, ROOT
 
@@ -23,9 +25,10 @@ from mask_head_plugin.experiments import (
     load_ablation,
     plan,
     run,
-    runner,
+    run_trial,
     write_description,
 )
+from mask_head_plugin.experiments.trial import folder_name, write_record
 
 DICE = {"MODEL": {"ROI_MASK_HEAD": {"LOSSES": [["dice", 1.0]]}}}
 DEBUG = Cluster("debug")
@@ -80,7 +83,7 @@ def fake_training(monkeypatch):
             raise RuntimeError("out of luck")
         if (loss, cfg.SEED) in train.interrupted:
             raise KeyboardInterrupt
-        folder = runner.Path(cfg.OUTPUT_DIR)
+        folder = Path(cfg.OUTPUT_DIR)
         (folder / "inference").mkdir(exist_ok=True)
         (folder / "num_parameters.txt").write_text("12")
         rows = [{"iteration": k, "time": 0.5 + k, "total_loss": 1.0} for k in range(3)]
@@ -89,7 +92,7 @@ def fake_training(monkeypatch):
         (folder / "inference" / "metrics.json").write_text(json.dumps(found))
 
     train.broken, train.interrupted = set(), set()
-    monkeypatch.setattr(runner, "_train", train)
+    monkeypatch.setattr(run_trial, "_train", train)
     return train, asked
 
 
@@ -108,7 +111,7 @@ def test_trials_have_folders_seeds_and_the_variants_config(ablation, tmp_path):
     assert len({t.folder for t in trials}) == 4
     assert all(t.folder.parent.parent == tmp_path / "out" for t in trials)
     assert trials[1].cfg.MODEL.ROI_MASK_HEAD.LOSSES == [["dice", 1.0]]
-    assert runner.folder_name("a b") != runner.folder_name("a/b")
+    assert folder_name("a b") != folder_name("a/b")
 
 
 def test_variants_seeds_and_options_can_be_chosen(ablation, tmp_path):
@@ -232,11 +235,11 @@ def test_a_trial_that_another_process_runs_is_waited_for(ablation, tmp_path, fak
     trial = trials_of(ablation, tmp_path)[0]
     trial.folder.mkdir(parents=True)
     with locked(trial.folder / "lock"):
-        thread = threading.Thread(target=runner.run_trial, args=(trial,))
+        thread = threading.Thread(target=run_trial.run_trial, args=(trial,))
         thread.start()
         time.sleep(0.3)
         assert asked == []
-        runner.write_record(trial, {"status": "finished"})
+        write_record(trial, {"status": "finished"})
     thread.join()
     assert asked == [], "the other process had finished it"
 
@@ -255,15 +258,15 @@ def test_without_a_speed_some_steps_are_tried(ablation, tmp_path):
 
 def test_a_preempted_job_runs_the_same_trial(ablation, tmp_path):
     trial = trials_of(ablation, tmp_path)[0]
-    assert runner.TrialJob(trial, 2, 0).checkpoint().function.trial is trial
+    assert run_trial.TrialJob(trial, 2, 0).checkpoint().function.trial is trial
 
 
 def test_gpus_that_the_trials_machine_lacks_fail_it_instead_of_training_on_the_cpu(
     ablation, tmp_path, fake_training, monkeypatch
 ):
-    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     trial = trials_of(ablation, tmp_path)[0]
-    runner.run_trial(trial, num_gpus=2)
+    run_trial.run_trial(trial, num_gpus=2)
     assert re.search("--num-gpus 2, but PyTorch finds 1 on ", trial.record()["error"])
     assert fake_training[1] == []
 
@@ -274,7 +277,7 @@ def test_the_device_follows_from_the_gpus_of_a_trial(ablation, tmp_path, monkeyp
     del content["SIZES"]["shapes"]["OVERRIDES"]["MODEL"]
     ablation.write_text(yaml.safe_dump(content))
     for here in (False, True):
-        monkeypatch.setattr(runner.torch.cuda, "is_available", lambda here=here: here)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
         for num_gpus, device in ((0, "cpu"), (8, "cuda")):
             trials = plan(load_ablation(ablation, "shapes"), tmp_path / "out", num_gpus)
             assert {t.cfg.MODEL.DEVICE for t in trials} == {device}
@@ -301,7 +304,7 @@ def test_processes_train_and_a_lost_one_is_noted(ablation, tmp_path):
     own = {"MODEL": {"ROI_MASK_HEAD": {"LOSSES": [["absolute_error", 1.0]]}}}
     content["VARIANTS"] = {"bce": own, "dice / alone": {"SOLVER": {"BASE_LR": 1e30}}}
     ablation.write_text(yaml.safe_dump(content))
-    assert all(runner.Path(f[1]).is_file() for f in files)
+    assert all(Path(f[1]).is_file() for f in files)
     output = tmp_path / "out"
     command = [sys.executable, "tools/ablate.py", "--config-file", str(ablation), "--jobs", "2"]
     command += ["--output", str(output), "--draws", "20"]

@@ -12,7 +12,7 @@ import yaml
 from conftest import CONFIGS, ROOT
 from submitit.slurm.slurm import SlurmJob
 
-from mask_head_plugin.experiments import Cluster, runner
+from mask_head_plugin.experiments import Cluster, run_trial, runner
 
 COMMANDS = {
     "sbatch": 'cp "$1" "$0.script"; echo "Submitted batch job 77"',
@@ -107,12 +107,12 @@ def test_trials_share_the_cores_unless_the_user_says_how_many_threads(monkeypatc
 
 
 def test_a_trial_has_the_threads_that_it_is_given(monkeypatch):
-    monkeypatch.setattr(runner, "run_trial", lambda *_: None)
+    monkeypatch.setattr(run_trial, "run_trial", lambda *_: None)
     before = torch.get_num_threads()
     try:
-        runner.TrialJob(None, 0, 5)()
+        run_trial.TrialJob(None, 0, 5)()
         assert torch.get_num_threads() == 5
-        runner.TrialJob(None, 0, 0)()
+        run_trial.TrialJob(None, 0, 0)()
         assert torch.get_num_threads() == 5, "as PyTorch has it"
     finally:
         torch.set_num_threads(before)

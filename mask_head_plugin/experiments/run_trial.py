@@ -1,0 +1,148 @@
+"""Runs one trial, in a process of its own or in this one."""
+
+from __future__ import annotations
+
+import json
+import resource
+import socket
+import subprocess
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import submitit
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.logger import setup_logger
+
+from ..config import ConfigError
+from ..data import register_coco_files
+from ..durable_files import locked, write_durably
+from ..engine import Trainer
+from ..engine.launch import launch
+from ..user_code import import_modules
+from .trial import (
+    ENVIRONMENT_FILE,
+    FAILED,
+    FINISHED,
+    HASH_FILE,
+    METRICS_FILE,
+    TRIAL_FILE,
+    Trial,
+    check_hash,
+    config_hash,
+    read_json_lines,
+    seconds_per_iteration,
+    write_record,
+)
+
+PARAMETERS_FILE = "num_parameters.txt"
+
+
+class TrialJob(submitit.helpers.Checkpointable):
+    """What submitit pickles and calls; called again with the same trial after a preemption."""
+
+    def __init__(self, trial: Trial, num_gpus: int, threads: int) -> None:
+        self.trial, self.num_gpus, self.threads = trial, num_gpus, threads
+
+    def __call__(self) -> None:
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        run_trial(self.trial, self.num_gpus)
+
+
+def run_trial(trial: Trial, num_gpus: int = 0) -> None:
+    """Trains and evaluates a trial, from its last checkpoint if it has one.
+
+    Leaves trial.json: variant, seed, status ("finished" or "failed"), error,
+    iterations, seconds (of this run), seconds_per_iteration (median), peak_memory_mb (on CUDA what
+    PyTorch allocates, otherwise the process's), num_parameters, results (by task, in percent),
+    device, versions, commit, finished_at. An error is written there and not raised.
+
+    Where another process is at the same trial, waits for it.
+    """
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    with locked(trial.folder / "lock"):
+        if trial.is_finished:
+            return
+        (trial.folder / TRIAL_FILE).unlink(missing_ok=True)  # of an earlier failure
+        start = time.monotonic()
+        try:
+            check_hash(trial)
+            _check_gpus(num_gpus)
+            write_durably(trial.folder / HASH_FILE, config_hash(trial.cfg) + "\n")
+            launch(_train, max(num_gpus, 1), args=(trial.cfg,), device=trial.cfg.MODEL.DEVICE)
+            record = _measure(trial)
+        except Exception as error:  # of any kind: the other trials go on
+            last = traceback.format_exception_only(error)[-1].strip()
+            record = {"status": FAILED, "error": last, "traceback": traceback.format_exc()}
+        record["seconds"] = round(time.monotonic() - start, 1)
+        write_record(trial, record)
+
+
+def _check_gpus(num_gpus: int) -> None:
+    """Raises ConfigError unless the machine that a trial runs on has its GPUs."""
+    if num_gpus > torch.cuda.device_count():
+        raise ConfigError(
+            f"--num-gpus {num_gpus}, but PyTorch finds {torch.cuda.device_count()} on "
+            f"{socket.gethostname()}"
+        )
+
+
+def _train(cfg: CfgNode) -> None:
+    """Trains in one of a trial's processes; see train_net.py."""
+    cfg = cfg.clone()
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
+    import_modules(cfg.IMPORTS)
+    register_coco_files(cfg)
+    cfg.freeze()
+    default_setup(cfg, None)
+    if comm.is_main_process():
+        environment = f"{collect_env_info()}\ncommit {commit() or 'unknown'}\n"
+        (Path(cfg.OUTPUT_DIR) / ENVIRONMENT_FILE).write_text(environment)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    if comm.is_main_process():
+        count = sum(p.numel() for p in trainer.model.parameters())
+        (Path(cfg.OUTPUT_DIR) / PARAMETERS_FILE).write_text(str(count))
+
+
+def _measure(trial: Trial) -> dict[str, Any]:
+    """Returns what a finished training has reached and cost."""
+    rows = read_json_lines(trial.folder / METRICS_FILE)
+    on_cuda = [float(x["max_mem_mb"]) for x in rows if x.get("max_mem_mb")]
+    found = json.loads((trial.inference / METRICS_FILE).read_text())
+    tasks = [task for task, values in found.items() if isinstance(values, dict)]
+    return {
+        "status": FINISHED,
+        "error": None,
+        "iterations": int(trial.cfg.SOLVER.MAX_ITER),
+        "seconds_per_iteration": seconds_per_iteration(trial.folder),
+        "peak_memory_mb": max(on_cuda)
+        if on_cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "num_parameters": int((trial.folder / PARAMETERS_FILE).read_text()),
+        "results": {
+            task: {k: v for k, v in found[task].items() if k != "by_class"} for task in tasks
+        },
+        "device": str(trial.cfg.MODEL.DEVICE),
+        "versions": {"torch": torch.__version__},
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """Returns the commit of this code, with a + if files differ from it; None outside of git."""
+    folder = Path(__file__).parent
+    try:
+        head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, text=True)
+        status = ["git", "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.check_output(status, cwd=folder, text=True).strip()
+        return head.strip() + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,200 @@
+"""A trial, one variant with one seed, and what its folder holds.
+
+The folder, ``<variant>/seed_<n>``, has what a training leaves there (config.yaml, log.txt,
+metrics.json, TensorBoard events, checkpoints, inference/) and
+
+- ``trial.json``: how it ended, its metrics and its cost, see run_trial;
+- ``environment.txt``: versions and hardware;
+- ``submitit/``: the logs of the process that ran it.
+
+The ablation's folder has ``ablation.json``, see runner.describe, from which the report is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import re
+import statistics
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from ..config import ConfigError
+from ..durable_files import write_durably
+from ..evaluation.matching import Matches
+
+logger = logging.getLogger(__name__)
+
+ABLATION_FILE = "ablation.json"
+TRIAL_FILE, METRICS_FILE = "trial.json", "metrics.json"
+HASH_FILE, ENVIRONMENT_FILE = "config_hash.txt", "environment.txt"
+FINISHED, FAILED = "finished", "failed"
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One training: a variant with a seed.
+
+    Attributes:
+        variant: its name.
+        seed: its seed.
+        folder: where its files are, or would be.
+        dataset: the test set.
+        cfg: its complete config; OUTPUT_DIR is the folder. None where the folder is only read.
+        snapshot: what ``record`` returns; None to look into the folder each time.
+    """
+
+    variant: str
+    seed: int
+    folder: Path
+    dataset: str
+    cfg: CfgNode = None
+    snapshot: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}, seed {self.seed}"
+
+    def record(self) -> dict[str, Any]:
+        """Returns what trial.json says, ``{}`` if the trial has not ended yet."""
+        return read_object(self.folder / TRIAL_FILE) if self.snapshot is None else self.snapshot
+
+    @property
+    def known_hash(self) -> str:
+        """The hash of the config that the folder's training was started with, if any was."""
+        with contextlib.suppress(OSError):
+            return (self.folder / HASH_FILE).read_text().strip()
+        return ""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.record().get("status") == FINISHED
+
+    @property
+    def state(self) -> str:
+        """What a reader has to know of a trial that is not finished."""
+        if (status := self.record().get("status")) in (FINISHED, FAILED):
+            return str(status)
+        logged = self._logged()
+        return f"not ended, {logged} iterations logged" if logged else "not run"
+
+    @property
+    def error(self) -> str:
+        return str(self.record().get("error") or "")
+
+    @property
+    def inference(self) -> Path:
+        """The folder of the evaluation; of several test sets each has one of its own."""
+        own = self.folder / "inference" / self.dataset
+        return own if own.is_dir() else self.folder / "inference"
+
+    def result(self, key: str) -> float:
+        """Returns a metric such as ``segm/AP`` in percent, nan if there is none."""
+        task, _, metric = key.partition("/")
+        return _number(((self.record().get("results") or {}).get(task) or {}).get(metric))
+
+    def cost(self, key: str) -> float:
+        """Returns a number of trial.json, nan if there is none."""
+        return _number(self.record().get(key))
+
+    def iteration(self) -> int:
+        """Returns how many iterations are done, as far as it was logged."""
+        total = int(self.cfg.SOLVER.MAX_ITER)
+        # An evaluation that is repeated counts on.
+        return total if self.is_finished else min(self._logged(), total)
+
+    def _logged(self) -> int:
+        return max((row["iteration"] + 1 for row in self.log()), default=0)
+
+    def log(self) -> list[dict[str, Any]]:
+        """Returns what detectron2 logged at iterations, in their order."""
+        rows: dict[int, dict[str, Any]] = {}
+        for row in read_json_lines(self.folder / METRICS_FILE):
+            # Of iterations that a resumed training did twice, the last.
+            if isinstance(row.get("iteration"), int):
+                rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
+        return [rows[iteration] for iteration in sorted(rows)]
+
+    def matches(self, task: str) -> Matches | None:
+        """Returns who found what, None (and a warning) where the file is missing or broken."""
+        path = self.inference / f"matches_{task}.npz"
+        try:
+            return Matches.load(path)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            logger.warning("%s: no interval for this trial (%s)", path, error)
+            return None
+
+
+def check_hash(trial: Trial) -> None:
+    """Raises ConfigError if a trial's folder was begun with another config."""
+    if trial.known_hash not in ("", config_hash(trial.cfg)):
+        raise ConfigError(
+            f"{trial.folder} was run with another config than {trial.name} has now: choose "
+            "another --output, or delete that folder"
+        )
+
+
+def folder_name(variant: str) -> str:
+    """Returns a variant's name as it can stand in a path, distinct for distinct names."""
+    safe = re.sub(r"[^\w.-]+", "_", variant).strip("_.") or "variant"
+    if safe == variant:
+        return safe
+    return f"{safe}-{hashlib.blake2b(variant.encode(), digest_size=3).hexdigest()}"
+
+
+def config_hash(cfg: CfgNode) -> str:
+    """Returns a hash of all that a trial's result may depend on."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = ""
+    return hashlib.blake2b(cfg.dump().encode(), digest_size=12).hexdigest()
+
+
+def write_record(trial: Trial, record: dict[str, Any]) -> None:
+    """Writes trial.json, whole or not at all."""
+    content = {
+        "variant": trial.variant,
+        "seed": trial.seed,
+        "finished_at": time.strftime("%Y-%m-%d %H:%M:%S"),
+        **record,
+    }
+    write_durably(trial.folder / TRIAL_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def seconds_per_iteration(folder: Path) -> float | None:
+    """Returns the median of what a training logged, None if it has logged nothing."""
+    times = [x.get("time") for x in read_json_lines(folder / METRICS_FILE)]
+    known = [x for x in times if isinstance(x, float)]
+    return statistics.median(known) if known else None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file of JSON lines, without a last line that is half written."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns a JSON object, ``{}`` where there is none or only half of it."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _number(value: Any) -> float:
+    """Returns a number of a JSON file, nan if it is none."""
+    return float(value) if isinstance(value, int | float) else math.nan
