@@ -27,13 +27,14 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from measure import add_busy_argument, machine, median_times, peak_megabytes, write_results
+from measure import add_busy_argument, machine, median_times, write_results
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from tqdm import tqdm
 
 from mask_head_plugin import load_config
 from mask_head_plugin.engine import Trainer
+from mask_head_plugin.machine import peak_megabytes
 from mask_head_plugin.modeling import FCNMaskHead
 from mask_head_plugin.ops import crop_masks
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import itertools
 import json
 import os
 import platform
@@ -21,7 +20,8 @@ from typing import Any
 import detectron2
 import torch
 import torchvision
-from torch.profiler import ProfilerActivity, profile
+
+from mask_head_plugin.machine import cpu_name
 
 SPIN = "import os\nwhile os.getppid() == {}: sum(range(10**6))"
 """A program that keeps one processor busy until its parent ends."""
@@ -80,22 +80,6 @@ def median_times(
     return [1e3 * statistics.median(seconds[warm_up:]) for seconds in times]
 
 
-def peak_megabytes(step: Callable[[], object], device: str) -> float:
-    """Returns the peak of what PyTorch allocates during a step, by its profiler or on CUDA by its
-    allocator.
-    """
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return max(itertools.accumulate(e.nbytes() for e in events)) / 1e6
-
-
 def peak_resident_megabytes(step: Callable[[], object]) -> float:
     """Returns how much the process's memory grows at most during a step, sampled.
 
@@ -120,12 +104,9 @@ def peak_resident_megabytes(step: Callable[[], object]) -> float:
 
 def machine(device: str) -> dict[str, object]:
     """Returns what a reader needs to judge the figures."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "cores": os.cpu_count(),
         "python": platform.python_version(),

@@ -26,10 +26,11 @@ import torch
 import torchvision
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from measure import add_busy_argument, machine, median_times, peak_megabytes, write_results
+from measure import add_busy_argument, machine, median_times, write_results
 from torch import Tensor
 from tqdm import tqdm
 
+from mask_head_plugin.machine import peak_megabytes
 from mask_head_plugin.modeling import MultiLevelRoIPooler
 from mask_head_plugin.ops import precise_roi_pool, roi_align, roi_pool
 

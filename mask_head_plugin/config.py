@@ -18,6 +18,8 @@ from detectron2.config import CfgNode, get_cfg
 
 from .messages import nearest_name, one_line
 
+DEFAULT_LOSSES = (("binary_cross_entropy", 1.0),)
+
 _ADDRESS = re.compile(r"\w[\w+.-]*://.*")
 
 
@@ -46,7 +48,7 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # Terms of the mask loss: [name in MASK_LOSS_REGISTRY, weight], or [name, weight, iterations
     # over which the weight grows from 0]. The default is the paper's (Mask R-CNN section 3: average
     # binary cross-entropy on the ground-truth class's mask).
-    cfg.MODEL.ROI_MASK_HEAD.LOSSES = [["binary_cross_entropy", 1.0]]
+    cfg.MODEL.ROI_MASK_HEAD.LOSSES = [list(term) for term in DEFAULT_LOSSES]
     cfg.MODEL.ROI_MASK_HEAD.LOSS_WEIGHT = 1.0  # of their sum, beside box and class losses
 
     # Parameters of the losses, explained in modeling/mask_loss.py. Losses of your own may have

@@ -25,6 +25,7 @@ ALLOWED = {
     "durable_files": {"config"},
     "class_names": {"config", "messages"},
     "structures": {"ops"},
+    "machine": set(),
     "shared_names": set(),
     "user_code": {"config"},
     "image_files": {"config", "messages"},
@@ -36,8 +37,8 @@ ALLOWED = {
         *("durable_files", "data", "evaluation", "shared_names", "user_code"),
     },
     "experiments": {
-        *("user_code", "ops", "config", "messages", "durable_files", "image_files", "modeling"),
-        *("data", "evaluation", "engine"),
+        *("user_code", "ops", "config", "messages", "durable_files", "machine", "image_files"),
+        *("modeling", "data", "evaluation", "engine"),
     },
     "__init__": {"ops", "config", "modeling", "data"},
 }

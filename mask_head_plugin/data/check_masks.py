@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pycocotools.mask as mask_util
 
+from ..ops.mask_rle import annotation_rle, polygons_rle
 from .check_records import Sizes, is_finite, listed_id
 from .findings import Findings, Place, errors_of, quote
 from .outlines import Box as Box
@@ -129,14 +130,7 @@ def checked_mask(
     mask = checker.mask(image_hw, lvis=False) if annotation.get("segmentation") else None
     if mask is None or mask.flat or not mask.inside or errors_of(found):
         return None
-    given = annotation["segmentation"]
-    if isinstance(given, list):
-        rle = _encode(given, image_hw)
-    elif isinstance(given["counts"], list):
-        rle = mask_util.frPyObjects(given, *image_hw)
-    else:
-        rle = {"size": given["size"], "counts": given["counts"].encode()}
-    return _clip(mask.box, image_hw), rle
+    return _clip(mask.box, image_hw), annotation_rle(annotation["segmentation"], image_hw)
 
 
 class _Checker:
@@ -207,7 +201,7 @@ class _Checker:
         if min(sides) <= NO_LENGTH:
             return mask._replace(flat=True)
         # Only where the mean width is below a pixel may there be none inside.
-        if mask.area < max(sides) and not mask_util.area(_encode(polygons, image_hw)):
+        if mask.area < max(sides) and not mask_util.area(polygons_rle(polygons, image_hw)):
             if mask.area < ROUNDING**2:
                 self._note("polygon-without-area", "all points of the mask are on a line")
             else:
@@ -377,8 +371,3 @@ def _clip(box: Box, image_hw: tuple[int, int]) -> Box:
     x0, x1 = (min(max(x, 0), width) for x in box[::2])
     y0, y1 = (min(max(y, 0), height) for y in box[1::2])
     return x0, y0, x1, y1
-
-
-def _encode(polygons: list[list[float]], image_hw: tuple[int, int]) -> Any:
-    parts = mask_util.frPyObjects([list(map(float, polygon)) for polygon in polygons], *image_hw)
-    return mask_util.merge(parts)

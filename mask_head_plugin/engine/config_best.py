@@ -8,8 +8,7 @@ from detectron2.data import MetadataCatalog
 
 from ..config import ConfigError
 from ..data.coco_files import coco_classes
-from ..evaluation.coco_engine import FREQUENCIES, TASKS
-from ..evaluation.coco_evaluator import METRICS
+from ..evaluation.coco_engine import FREQUENCIES, METRICS, TASKS
 from ..evaluation.semantic import semantic_metrics
 from ..messages import nearest_name
 

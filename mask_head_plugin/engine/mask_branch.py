@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads import Res5ROIHeads
 
-from ..config import ConfigError
+from ..config import DEFAULT_LOSSES, ConfigError
 from ..modeling.mask_head import ClassSelection, check_mask_losses
 from ..modeling.pooler import POOLER_TYPES, check_pooler
 from ..modeling.rcnn import MASK_OUTPUTS, MaskRCNN
@@ -66,9 +66,9 @@ def _check_pooler(cfg: CfgNode, head: str) -> None:
 def _check_mask_head(cfg: CfgNode) -> None:
     """Refuses settings of the plugin's mask heads where another head would ignore them."""
     head = cfg.MODEL.ROI_MASK_HEAD
-    losses = [list(entry) for entry in head.LOSSES]
+    losses = tuple(tuple(entry) for entry in head.LOSSES)
     choices = [
-        ("LOSSES", losses != [["binary_cross_entropy", 1.0]]),
+        ("LOSSES", losses != DEFAULT_LOSSES),
         ("SCORING.ENABLED", head.SCORING.ENABLED),
         ("LOSS_WEIGHT", head.LOSS_WEIGHT != 1.0),
     ]

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
+from ..evaluation.matching import SAME_OBJECT_IOU
 from ..structures import run_lengths
 
-SAME_OBJECT_IOU = 0.5
 FRAMES_REMEMBERED = 8  # as detectron2's VideoVisualizer
 
 

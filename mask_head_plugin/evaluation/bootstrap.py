@@ -27,10 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .coco_engine import METRICS
 from .matching import FloatArray, Matches
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-"""In percent, as everywhere; nan where nothing counts."""
 
 IntArray = npt.NDArray[np.int32]
 """Of counts: NumPy adds these up much faster than int64, and exactly."""

@@ -19,13 +19,16 @@ from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from ..ops.mask_rle import annotation_rle
 from .boundary import limit_by_boundary
 from .matching import FloatArray, Group, Matches, match
-from .semantic import annotation_rle
 
 logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm", "boundary")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+"""In percent, as everywhere; nan where nothing counts."""
+
 COCO_MAX_DETECTIONS = 100
 ALL_DETECTIONS = -1
 LVIS_MAX_DETECTIONS = 300

@@ -25,6 +25,7 @@ from ..structures import run_lengths
 from .coco_engine import (
     ALL_DETECTIONS,
     COCO_MAX_DETECTIONS,
+    METRICS,
     TASKS,
     Evaluation,
     GroundTruth,
@@ -34,7 +35,6 @@ from .semantic import check_class_names, evaluate_semantic
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASS_COLUMNS = 3  # classes beside each other in the table of classes
 
 TaskResults = OrderedDict[str, dict[str, float]]
@@ -309,7 +309,7 @@ class MaskEvaluator(DatasetEvaluator):
             by_class = {name: evaluation.metrics([k]) for k, name in enumerate(names)}
             own = {x: v for x, v in summary[task].items() if not x.startswith("AP-")}
             written[task] = {**own, "AR": evaluation.metrics()["AR"], "by_class": by_class}
-        text = json.dumps(_without_nan(written), indent=1)
+        text = json.dumps(without_nan(written), indent=1)
         (self._folder / "metrics.json").write_text(text + "\n")
 
 
@@ -369,10 +369,12 @@ def _annotation_file(dataset_name: str, folder: Path | None) -> str:
     return str(PathManager.get_local_path(metadata.json_file))
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """Returns nested results with None for nan, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _without_nan(x) for key, x in value.items()}
+        return {key: without_nan(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [without_nan(x) for x in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

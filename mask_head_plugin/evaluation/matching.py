@@ -20,6 +20,9 @@ import numpy.typing as npt
 MAX_ELEMENTS = 1 << 22
 """Size of the (B, A, T, g) arrays of groups that are matched together."""
 
+SAME_OBJECT_IOU = 0.5
+"""From where on two masks count as the same object, where nothing else is asked for."""
+
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 

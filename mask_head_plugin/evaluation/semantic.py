@@ -21,6 +21,8 @@ import numpy.typing as npt
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
+from ..ops.mask_rle import annotation_rle, check_rle_size
+
 SemanticMap = npt.NDArray[np.int32]
 Confusion = npt.NDArray[np.int64]
 
@@ -50,7 +52,7 @@ def semantic_map(
             not image_hw.
     """
     for rle in rles:
-        _check_size(rle, image_hw)
+        check_rle_size(rle, image_hw)
     kept = [x for x in zip(scores, rles, classes, strict=True) if x[0] >= threshold]
     # The last painted is on top. A stable sort of the reversed list puts the first of a tie there.
     kept = sorted(reversed(kept), key=lambda x: x[0])
@@ -207,36 +209,6 @@ def _paint(layers: Iterable[tuple[Any, int]], image_hw: tuple[int, int]) -> Sema
     for rle, value in layers:
         np.copyto(painted, value, where=mask_util.decode(rle).view(np.bool_))
     return painted
-
-
-def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
-    """Returns an annotation's segmentation as one compressed RLE, None where it has none.
-
-    Args:
-        segmentation: polygons, or an RLE with compressed or uncompressed counts.
-        image_hw: H, W.
-
-    Raises:
-        ValueError: if the size of an RLE is not image_hw or its counts do not add up to it.
-    """
-    if not segmentation:
-        return None
-    if isinstance(segmentation, list):
-        # Fewer than six numbers enclose nothing, and pycocotools takes four for a box.
-        polygons = [x for x in segmentation if len(x) >= 6 and len(x) % 2 == 0]
-        return mask_util.merge(mask_util.frPyObjects(polygons, *image_hw)) if polygons else None
-    _check_size(segmentation, image_hw)
-    if not isinstance(segmentation["counts"], list):
-        return segmentation
-    if sum(segmentation["counts"]) != image_hw[0] * image_hw[1]:
-        # pycocotools would leave the rest of the mask as it is in memory.
-        raise ValueError(f"the counts of an RLE do not add up to an image of {image_hw}")
-    return mask_util.frPyObjects(segmentation, *image_hw)
-
-
-def _check_size(rle: Mapping[str, Any], image_hw: tuple[int, int]) -> None:
-    if tuple(rle["size"]) != tuple(image_hw):
-        raise ValueError(f"an RLE has the size {tuple(rle['size'])}, the image {tuple(image_hw)}")
 
 
 def _contiguous_class(record: Mapping[str, Any], contiguous_id: Mapping[int, int]) -> int:

@@ -15,11 +15,12 @@ from detectron2.layers.mask_ops import _do_paste_mask
 from detectron2.structures import Boxes, pairwise_iou
 from torch import Tensor
 
+from ..evaluation.matching import SAME_OBJECT_IOU
+
 MASK_THRESHOLD = 0.5
 SCORE_TOLERANCE = 1e-4
 BOX_TOLERANCE = 1e-3  # pixels
 THRESHOLD_TOLERANCE = 1e-4  # of a mask's value at a pixel, around MASK_THRESHOLD
-SAME_OBJECT_IOU = 0.5
 
 Pair = tuple[int, int]
 """Indices of what is the same detection: the stock model's, the plugin's."""

@@ -27,8 +27,11 @@ from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from ..evaluation import MaskEvaluator, bootstrap, counted_detections
+from ..evaluation.coco_engine import TASKS
+from ..evaluation.coco_evaluator import without_nan
 from ..evaluation.matching import Matches
 from ..image_files import ImageFileMapper
+from ..machine import cpu_name
 from .agreement import Cut, ImageDifferences, compare_images
 from .twins import Twins
 from .watch import WatchedModel
@@ -37,7 +40,6 @@ from .zoo import ModelConfig, ZooModel
 EQUAL, DIFFERENT, TOO_FEW = "equal", "different", "not enough detections"
 MIN_CONFIDENT = 100
 MEASURED_IMAGES = 3  # for memory, those with most detections
-TASKS = ("bbox", "segm", "boundary")
 SIDES = ("stock", "plugin")
 
 
@@ -135,7 +137,7 @@ class Comparison:
         return self.agreement.verdict
 
     def write(self, path: Path) -> None:
-        content = _without_nan({"verdict": self.verdict, **asdict(self)})
+        content = without_nan({"verdict": self.verdict, **asdict(self)})
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -282,16 +284,4 @@ def _worst_first(x: ImageDifferences) -> tuple[float, ...]:
 def _device(cfg: CfgNode) -> str:
     if torch.device(cfg.MODEL.DEVICE).type == "cuda":
         return torch.cuda.get_device_name()
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
-
-
-def _without_nan(value: Any) -> Any:
-    """Returns nested results with None for nan, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nan(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(x) for x in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from ..evaluation.bootstrap import METRICS, PairedDifference, compare_all
+from ..evaluation.bootstrap import PairedDifference, compare_all
+from ..evaluation.coco_engine import METRICS
 from ..evaluation.matching import Matches
 from .trial import ABLATION_FILE, ENVIRONMENT_FILE, TRIAL_FILE, Trial, read_object
 

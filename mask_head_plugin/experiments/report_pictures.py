@@ -24,6 +24,7 @@ from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.matching import Matches
 from ..image_files import read_image
 from ..messages import one_line
+from ..ops.mask_rle import annotation_rle
 from .report_data import Study
 from .trial import Trial
 
@@ -225,21 +226,13 @@ def _class_indices(dataset: str) -> Any:
 
 def _true_masks(record: Mapping[str, Any]) -> list[Instance]:
     """Returns the objects of an image, crowds left out."""
+    image_hw = record["height"], record["width"]
     return [
-        (annotation["category_id"], _rle(annotation["segmentation"], record))
+        (annotation["category_id"], rle)
         for annotation in record.get("annotations", ())
-        if annotation.get("segmentation") and not annotation.get("iscrowd", 0)
+        if not annotation.get("iscrowd", 0)
+        and (rle := annotation_rle(annotation.get("segmentation"), image_hw))
     ]
-
-
-def _rle(segmentation: Any, record: Mapping[str, Any]) -> Rle:
-    """Returns compressed run lengths of any of COCO's kinds of masks."""
-    if isinstance(segmentation, list):
-        parts = coco_mask.frPyObjects(segmentation, record["height"], record["width"])
-        return dict(coco_mask.merge(parts))
-    if isinstance(segmentation["counts"], list):
-        return dict(coco_mask.frPyObjects(segmentation, *segmentation["size"]))
-    return dict(segmentation)
 
 
 def _fitted(image: ByteArray) -> ByteArray:

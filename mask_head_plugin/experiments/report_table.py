@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
-from ..evaluation.bootstrap import METRICS, PairedDifference
+from ..evaluation.bootstrap import PairedDifference
+from ..evaluation.coco_engine import METRICS
 from .report_data import Study, Variant, mean
 
 BASELINE, BETTER, WORSE, NOISE = "baseline", "better", "worse", "within noise"

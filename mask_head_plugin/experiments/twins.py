@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import ROI_MASK_HEAD_REGISTRY, build_model
 
-from ..config import ConfigError, load_config
+from ..config import DEFAULT_LOSSES, ConfigError, load_config
 from ..engine import MaskHeadCheckpointer, WeightsPolicy, check_config
 from ..modeling.mask_head import ClassSelection
 from ..user_code import import_modules
@@ -24,7 +24,6 @@ STOCK_NAMES = {
 }
 """The plugin's modules and those whose place they take; other names stay as they are."""
 PLUGIN_NAMES = {stock: plugin for plugin, stock in STOCK_NAMES.items()}
-DEFAULT_LOSSES = [["binary_cross_entropy", 1.0]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,8 @@ def twin_configs(cfg: CfgNode) -> tuple[CfgNode, CfgNode]:
         raise ConfigError(f"MODEL.ROI_MASK_HEAD.NAME {head.NAME} has no counterpart in detectron2")
     head.LOSS_WEIGHT = 1.0  # of training only
     if not any(entry[0] == "softmax_cross_entropy" for entry in head.LOSSES):
-        head.LOSSES = DEFAULT_LOSSES  # the softmax changes inference, other losses do not
+        # The softmax changes inference, other losses do not.
+        head.LOSSES = [list(term) for term in DEFAULT_LOSSES]
     check_config(plugin, train=False)
     try:
         check_config(stock, train=False)

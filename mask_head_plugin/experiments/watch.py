@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, Instances
-from torch.profiler import ProfilerActivity, profile
 
+from ..machine import peak_megabytes
 from .agreement import Found
 
 
@@ -62,7 +59,7 @@ class WatchedModel:
     @torch.no_grad()
     def peak_megabytes(self, x: dict[str, Any]) -> float:
         """Returns the most that PyTorch allocates for one image, beyond the weights."""
-        return _peak_megabytes(lambda: self.model([x]), is_cuda=self._is_cuda)
+        return peak_megabytes(lambda: self.model([x]), "cuda" if self._is_cuda else "cpu")
 
     def _note(self, _module: Any, _inputs: Any, results: Any) -> None:
         """A hook of the ROI heads; its own time does not count."""
@@ -82,19 +79,3 @@ class WatchedModel:
         if self._is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-def _peak_megabytes(step: Callable[[], object], *, is_cuda: bool) -> float:
-    """Returns the peak of PyTorch's allocations, by its allocator or on the CPU by its profiler."""
-    if is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop are no news
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    kineto: Any = profiler.profiler
-    events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return max(itertools.accumulate(e.nbytes() for e in events), default=0) / 1e6

@@ -27,6 +27,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config import DEFAULT_LOSSES
 from ..ops import crop_masks
 from ..shared_names import register_in
 from .mask_loss_terms import parse_losses, weighted_mask_losses
@@ -38,7 +39,6 @@ STATISTICS_PERIOD = 20
 Losses = Sequence[Sequence[Any]]
 LossParams = Mapping[str, Mapping[str, Any]]
 
-BINARY_CROSS_ENTROPY: Losses = (("binary_cross_entropy", 1.0),)
 NO_PARAMETERS: LossParams = {}
 
 
@@ -272,7 +272,7 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
         num_classes: int,
         conv_dims: Sequence[int],
         conv_norm: str = "",
-        losses: Losses = BINARY_CROSS_ENTROPY,
+        losses: Losses = DEFAULT_LOSSES,
         loss_params: LossParams = NO_PARAMETERS,
         loss_weight: float = 1.0,
         vis_period: int = 0,
@@ -346,7 +346,7 @@ class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
         *,
         num_classes: int,
         fc_dims: Sequence[int],
-        losses: Losses = BINARY_CROSS_ENTROPY,
+        losses: Losses = DEFAULT_LOSSES,
         loss_params: LossParams = NO_PARAMETERS,
         loss_weight: float = 1.0,
         vis_period: int = 0,

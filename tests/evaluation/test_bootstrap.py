@@ -11,7 +11,6 @@ from test_coco_engine import evaluate, make_lvis, official, write_truth
 
 from mask_head_plugin.evaluation import bootstrap
 from mask_head_plugin.evaluation.bootstrap import (
-    METRICS,
     average_precision,
     class_ap,
     compare,
@@ -20,6 +19,7 @@ from mask_head_plugin.evaluation.bootstrap import (
     precision_recall,
     resampled_ap,
 )
+from mask_head_plugin.evaluation.coco_engine import METRICS
 from mask_head_plugin.evaluation.matching import Matches
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)

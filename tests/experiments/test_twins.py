@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from mask_head_plugin import ConfigError
 from mask_head_plugin.experiments import twins, watch
 from mask_head_plugin.experiments.zoo import find_config
+from mask_head_plugin.machine import peak_megabytes
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
 
@@ -186,4 +187,4 @@ def test_peak_memory_is_of_what_lives_at_a_time():
         for _ in range(3):
             torch.zeros(1_000_000)
 
-    assert watch._peak_megabytes(step, is_cuda=False) == pytest.approx(4, rel=0.01)
+    assert peak_megabytes(step, "cpu") == pytest.approx(4, rel=0.01)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from mask_head_plugin.config import DEFAULT_LOSSES
 from mask_head_plugin.modeling import MASK_LOSS_REGISTRY, FCNMaskHead, MLPMaskHead
 from mask_head_plugin.modeling.mask_head import (
-    BINARY_CROSS_ENTROPY,
     STATISTICS_PERIOD,
     select_class_logits,
     select_class_masks,
@@ -146,7 +146,7 @@ def test_mlp_needs_hidden_layers_and_square_features():
         MLPMaskHead(ShapeSpec(channels=4, height=7, width=5), num_classes=3, fc_dims=[4])
 
 
-@pytest.mark.parametrize("losses", [BINARY_CROSS_ENTROPY, [["softmax_cross_entropy", 1.0]]])
+@pytest.mark.parametrize("losses", [DEFAULT_LOSSES, [["softmax_cross_entropy", 1.0]]])
 @pytest.mark.parametrize("make", [make_head, make_mlp])
 def test_autocast_gives_the_loss_of_full_precision(make, losses):
     head = make(3, losses=losses)

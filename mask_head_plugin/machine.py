@@ -1,0 +1,42 @@
+"""The machine that something runs on: what it is, and how much of its memory a step takes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def cpu_name() -> str:
+    """Returns the processor's name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "CPU"
+
+
+def peak_megabytes(step: Callable[[], object], device: str) -> float:
+    """Returns the peak of what PyTorch allocates during a step.
+
+    Args:
+        step: what to measure.
+        device: ``cuda``, where its allocator tells, or ``cpu``, where its profiler does.
+    """
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop are no news
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    kineto: Any = profiler.profiler
+    events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events), default=0) / 1e6
