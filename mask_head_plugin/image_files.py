@@ -48,6 +48,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF
 IMAGE_WIDTH, IMAGE_LENGTH = 256, 257
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 LFS_POINTER = b"version https://git-lfs"
+"""How what Git LFS leaves in place of a file begins, until it is pulled."""
 
 
 class ImageFileError(ConfigError):

@@ -22,12 +22,7 @@ def cpu_name() -> str:
 
 
 def peak_megabytes(step: Callable[[], object], device: str) -> float:
-    """Returns the peak of what PyTorch allocates during a step.
-
-    Args:
-        step: what to measure.
-        device: ``cuda``, where its allocator tells, or ``cpu``, where its profiler does.
-    """
+    """Returns the peak of PyTorch's allocations, by its allocator or on the CPU by its profiler."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -31,7 +31,8 @@ def nearest_name(name: str, choices: Sequence[str]) -> str | None:
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """Returns what an error says, in one line, cut behind ``limit`` characters."""
-    return " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())[:limit]
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())[:limit]
 
 
 def first_line(error: BaseException) -> str:

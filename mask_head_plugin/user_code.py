@@ -10,9 +10,20 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import ConfigError, module_name
+from detectron2.config import CfgNode
+
+from .config import ConfigError, load_config, module_name
 
 logger = logging.getLogger(__name__)
+
+
+def load_config_and_code(
+    config_file: str, opts: Sequence[str], *, is_named: bool = True
+) -> CfgNode:
+    """Returns what ``config.load_config`` does, once the code that it names has run (IMPORTS)."""
+    cfg = load_config(config_file, opts, is_named=is_named)
+    import_modules(cfg.IMPORTS)
+    return cfg
 
 
 def import_modules(entries: Sequence[str]) -> None:

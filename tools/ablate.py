@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from datetime import timedelta
@@ -115,7 +116,7 @@ def ablate(args: argparse.Namespace) -> int:
             return 130
     failed = [trial for trial in trials if not trial.is_finished]
     for trial in failed:
-        print(f"ablate.py: {trial.name} failed: {trial.record().get('error')}", file=sys.stderr)
+        print(f"ablate.py: {trial.name} failed: {trial.error}", file=sys.stderr)
         print(f"  see {trial.folder / 'log.txt'}", file=sys.stderr)
     if len(failed) < len(trials):
         write_report(args.output, args.draws)
@@ -134,15 +135,13 @@ def _time_left(trials: list[Trial], cluster: Cluster) -> str:
 
 def _state(trial: Trial, metric: str) -> str:
     """Returns how a trial stands, in a few words."""
-    record = trial.record()
-    if record.get("status") == "failed":
-        return f"failed ({record.get('error')})"
-    if not record:
-        done = trial.iteration()
-        return f"{done} of {trial.cfg.SOLVER.MAX_ITER}" if done else "to do"
-    task, _, name = metric.partition("/")
-    value = record.get("results", {}).get(task, {}).get(name)
-    return f"{metric} {value:.2f}" if isinstance(value, float) else "finished"
+    if trial.is_finished:
+        value = trial.result(metric)
+        return trial.state if math.isnan(value) else f"{metric} {value:.2f}"
+    if trial.record():
+        return f"{trial.state} ({trial.error})"
+    done = trial.iteration()
+    return f"{done} of {trial.cfg.SOLVER.MAX_ITER}" if done else "to do"
 
 
 if __name__ == "__main__":

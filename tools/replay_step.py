@@ -32,17 +32,16 @@ def main() -> None:
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs of the config")
     args = parser.parse_intermixed_args()  # flags may follow the step
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
-    from mask_head_plugin import ConfigError, load_config
+    from mask_head_plugin import ConfigError
     from mask_head_plugin.config import import_options
     from mask_head_plugin.engine import Trainer
     from mask_head_plugin.engine.replay import replay_step
-    from mask_head_plugin.user_code import import_modules
+    from mask_head_plugin.user_code import load_config_and_code
 
     try:
         config_file = args.config_file or str(args.step.parent.parent / "config.yaml")
         opts = [*import_options(args.imports), *args.opts, "MODEL.DEVICE", "cpu"]
-        cfg = load_config(config_file, opts, is_named=args.config_file is not None)
-        import_modules(cfg.IMPORTS)
+        cfg = load_config_and_code(config_file, opts, is_named=args.config_file is not None)
         if not args.step.is_file():
             raise ConfigError(f"{args.step} does not exist")
         print(report(replay_step(Trainer.build_model(cfg), args.step)))

@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ..image_files import LFS_POINTER
 from .findings import Findings
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""What Git LFS leaves in place of a file until it is pulled."""
 _START = 4096
 """Characters of a text that tell what it is."""
 

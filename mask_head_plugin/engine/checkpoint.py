@@ -244,11 +244,7 @@ def write_run_file(
     content: str | Callable[[IO[bytes]], object],
     before_rename: Callable[[], object] = lambda: None,
 ) -> None:
-    """Writes a file that a run is resumed by; see write_durably.
-
-    Raises:
-        ConfigError: if it cannot be written; nothing has changed then.
-    """
+    """Does what write_durably does; an error is a ConfigError that says how to go on."""
     try:
         write_durably(path, content, before_rename)
     except OSError as error:

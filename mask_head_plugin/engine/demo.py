@@ -18,12 +18,12 @@ import numpy.typing as npt
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
-from ..config import ConfigError, load_config
+from ..config import ConfigError
 from ..data import dataset_categories
 from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.semantic import SemanticMap, semantic_map
 from ..messages import listed
-from ..user_code import import_modules
+from ..user_code import load_config_and_code
 from .config_check import check_config
 from .media import (
     Frames,
@@ -221,8 +221,7 @@ def demo_config(
     Raises:
         ConfigError: if it cannot be used; without weights, too.
     """
-    cfg = load_config(config_file, opts)
-    import_modules(cfg.IMPORTS)
+    cfg = load_config_and_code(config_file, opts)
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("no weights: add --opts MODEL.WEIGHTS FILE (.pth, .pkl or .safetensors)")
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = confidence_threshold

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..config import ConfigError
+from ..image_files import LFS_POINTER
 from ..messages import one_line
 
 MAX_DEPTH = 100
@@ -38,7 +39,7 @@ _ZIP = b"PK\x03\x04"
 _TORCH_BEFORE_ZIP = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 _PICKLES_BEFORE_ZIP = 5  # magic number, version, system, the object, names of its storages
 _NOT_WEIGHTS = (
-    (b"version https://git-lfs", "it is a Git LFS pointer: fetch the file with 'git lfs pull'"),
+    (LFS_POINTER, "it is a Git LFS pointer: fetch the file with 'git lfs pull'"),
     (b"<", "it is a web page or XML: download the file itself"),
     (b"\x1f\x8b", "it is compressed with gzip: unpack it"),
     (b"\x89HDF", "it is an HDF5 file: save its weights with torch"),

@@ -12,9 +12,9 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import ConfigError, import_options, load_config
+from ..config import ConfigError, import_options
 from ..data import check_dataset_files, check_datasets, register_coco_files
-from ..user_code import import_modules
+from ..user_code import import_modules, load_config_and_code
 from . import launch
 from .config_check import check_config
 from .config_unread import warn_of_unread_keys
@@ -32,19 +32,37 @@ def set_up(args: argparse.Namespace) -> CfgNode:
     Raises:
         ConfigError: if something does not fit, before anything is built.
     """
-    cfg = load_config(args.config_file, [*import_options(args.imports), *args.opts])
-    import_modules(cfg.IMPORTS)
+    cfg = load_config_and_code(args.config_file, [*import_options(args.imports), *args.opts])
     num_processes = launch.process_count(args.num_gpus, args.num_machines, cfg.MODEL.DEVICE)
-    check_config(cfg, train=not args.eval_only, num_processes=num_processes, trainer=Trainer)
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
         raise ConfigError("--eval-only needs MODEL.WEIGHTS FILE, or --resume: the last checkpoint")
-    setup_logger(cfg.OUTPUT_DIR, launch.process_rank(), name="mask_head_plugin")
-    warn_of_unread_keys(cfg, train=not args.eval_only)
-    register_coco_files(cfg)
-    check_datasets(cfg)
+    rank = launch.process_rank()
+    check_and_register(cfg, train=not args.eval_only, num_processes=num_processes, log_rank=rank)
     check_dataset_files(cfg)
     cfg.freeze()
     return cfg
+
+
+def check_and_register(
+    cfg: CfgNode, *, train: bool, num_processes: int = 1, log_rank: int | None = None
+) -> None:
+    """Checks a config, which changes as register_coco_files says, and its data sets.
+
+    Process ``log_rank`` logs into OUTPUT_DIR from then on. Raises ConfigError.
+    """
+    check_config(cfg, train=train, num_processes=num_processes, trainer=Trainer)
+    if log_rank is not None:
+        setup_logger(cfg.OUTPUT_DIR, log_rank, name="mask_head_plugin")
+    warn_of_unread_keys(cfg, train=train)
+    register_coco_files(cfg)
+    check_datasets(cfg)
+
+
+def join_run(cfg: CfgNode) -> None:
+    """Lets a new process of a run know of the log, the user's code and the data sets."""
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
+    import_modules(cfg.IMPORTS)
+    register_coco_files(cfg)
 
 
 def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
@@ -61,10 +79,8 @@ def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] 
         ConfigError: if weights do not fit.
         TrainingError: if the training cannot go on.
     """
-    if comm.get_world_size() > 1:  # --num-gpus: it has no logger and knows of no files
-        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
-        import_modules(cfg.IMPORTS)
-        register_coco_files(cfg)
+    if comm.get_world_size() > 1:  # --num-gpus
+        join_run(cfg)
     default_setup(cfg, args)
     what = (cfg.MODEL.DEVICE, comm.get_world_size())
     logger.info("running on %s, processes: %d", *what)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..class_names import class_names_of, matched_predictions
 from ..image_files import ImageFileMapper, read_image
-from .drawing import FONT, ByteArray, LabelStyle, Rectangle, tint_mask, write_labels
+from .drawing import FONT, ByteArray, LabelStyle, Rectangle, scaled, tint_mask, write_labels
 
 NUM_IMAGES = 12
 NUM_COLUMNS = 3
@@ -84,9 +84,8 @@ def write_contact_sheet(
 def draw_masks(image: ByteArray, masks: Sequence[LabelledMask]) -> ByteArray:
     """Returns the (H, W, 3) RGB image, scaled to a tile, with masks tinted, outlined and named."""
     scale = min(TILE_HW[0] / image.shape[0], TILE_HW[1] / image.shape[1])
-    size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    canvas = np.asarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
+    canvas = scaled(image, scale)
+    size = canvas.shape[1], canvas.shape[0]
     for item in masks:
         colour = COLOURS[item.class_index % len(COLOURS)]
         mask = cv2.resize(item.mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)

@@ -45,6 +45,13 @@ class LabelStyle:
         return width + 4 * self.thickness, height + 4 * self.thickness, 3 * self.thickness
 
 
+def scaled(image: ByteArray, scale: float) -> ByteArray:
+    """Returns an (H, W, 3) image of ``scale`` times its sides, of a pixel at least."""
+    size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
+
+
 def tint_mask(
     canvas: ByteArray, mask: ByteArray, colour: Colour, outline: Sequence[float], thickness: int = 1
 ) -> None:

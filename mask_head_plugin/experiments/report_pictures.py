@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 
 from ..config import ConfigError, load_config
 from ..data import register_coco_files
-from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
+from ..evaluation.drawing import ByteArray, draw_instances, instance_colour, scaled
 from ..evaluation.matching import Matches
 from ..image_files import read_image
 from ..messages import one_line
@@ -170,7 +170,8 @@ def _draw(
     for k, image_id in zip(chosen, ids, strict=True):
         record = records[image_id]
         truth = _true_masks(record)
-        image = _fitted(read_image(record["file_name"], "RGB"))
+        image = read_image(record["file_name"], "RGB")
+        image = scaled(image, SIDE / max(image.shape[:2]))
         row = [_picture(image, "ground truth", f"{len(truth)} objects", truth, names)]
         for trial, found in predicted.items():
             title = f"{trial.variant}, seed {trial.seed}"
@@ -235,17 +236,10 @@ def _true_masks(record: Mapping[str, Any]) -> list[Instance]:
     ]
 
 
-def _fitted(image: ByteArray) -> ByteArray:
-    scale = SIDE / max(image.shape[:2])
-    size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
-
-
 def _picture(
     image: ByteArray, title: str, note: str, instances: Sequence[Instance], names: Sequence[str]
 ) -> Picture:
-    """Draws instances into an image that is fitted already; one mask is decoded at a time."""
+    """Draws instances into an image that is scaled already; one mask is decoded at a time."""
     size = (image.shape[1], image.shape[0])
     rles = [_resized(rle, size) for _, rle in instances]
     labels = [names[k] for k, _ in instances]

@@ -17,14 +17,12 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
-from detectron2.utils.logger import setup_logger
 
 from ..config import ConfigError
-from ..data import register_coco_files
 from ..durable_files import locked, write_durably
 from ..engine import Trainer
 from ..engine.launch import launch
-from ..user_code import import_modules
+from ..engine.run import join_run
 from .trial import (
     ENVIRONMENT_FILE,
     FAILED,
@@ -96,9 +94,7 @@ def _check_gpus(num_gpus: int) -> None:
 def _train(cfg: CfgNode) -> None:
     """Trains in one of a trial's processes; see train_net.py."""
     cfg = cfg.clone()
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
-    import_modules(cfg.IMPORTS)
-    register_coco_files(cfg)
+    join_run(cfg)
     cfg.freeze()
     default_setup(cfg, None)
     if comm.is_main_process():

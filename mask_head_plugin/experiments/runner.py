@@ -20,10 +20,10 @@ from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 from ..config import ConfigError, flatten
-from ..data import check_datasets, register_coco_files
+from ..data import register_coco_files
 from ..durable_files import write_durably
-from ..engine import Trainer, check_config
-from ..engine.config_unread import warn_of_unread_keys
+from ..engine import Trainer
+from ..engine.run import check_and_register
 from ..user_code import import_modules
 from .ablation import Ablation
 from .cluster import Cluster
@@ -75,10 +75,7 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
         with _naming(trial.variant):
             cfg = trial.cfg.clone()
             cfg.OUTPUT_DIR = str(output)
-            check_config(cfg, train=True, trainer=Trainer)
-            warn_of_unread_keys(cfg, train=True)
-            register_coco_files(cfg)
-            check_datasets(cfg)
+            check_and_register(cfg, train=True)
     for trial in trials:
         check_hash(trial)
     return trials

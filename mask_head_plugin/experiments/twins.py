@@ -10,10 +10,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import ROI_MASK_HEAD_REGISTRY, build_model
 
-from ..config import DEFAULT_LOSSES, ConfigError, load_config
+from ..config import DEFAULT_LOSSES, ConfigError
 from ..engine import MaskHeadCheckpointer, WeightsPolicy, check_config
 from ..modeling.mask_head import ClassSelection
-from ..user_code import import_modules
+from ..user_code import load_config_and_code
 from .zoo import ModelConfig
 
 STOCK_NAMES = {
@@ -56,8 +56,7 @@ def load_model_config(config: ModelConfig, opts: Sequence[str]) -> CfgNode:
         ConfigError: if it cannot be read, an option does not fit, or it has no masks.
     """
     defaults = ["MODEL.MASK_OUTPUT", "rle"] if config.is_zoo_file else []
-    cfg = load_config(config.file, [*defaults, *opts])
-    import_modules(cfg.IMPORTS)
+    cfg = load_config_and_code(config.file, [*defaults, *opts])
     if not cfg.MODEL.MASK_ON:
         raise ConfigError(f"MODEL.MASK_ON is False in {config.file}: there are no masks to compare")
     return cfg

@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from made_data import HW, encode, make_coco
 from pycocotools import mask as coco_mask
 
-from mask_head_plugin.evaluation import MaskEvaluator, counted_detections
+from mask_head_plugin.evaluation import MaskEvaluator, coco_evaluator, counted_detections
 from mask_head_plugin.evaluation.matching import Matches
 from mask_head_plugin.structures import RLEMasks
 
@@ -346,3 +346,10 @@ def test_an_id_that_is_none_is_told_with_its_field(made):
     evaluator.reset()
     with pytest.raises(ValueError, match=r"image_id 1\.5 is of type float; ids are whole numbers"):
         evaluator.process([{**inputs[0], "image_id": 1.5}], outputs)
+
+
+def test_json_has_null_for_nan_however_deep():
+    found = coco_evaluator.without_nan(
+        {"segm": {"AP": float("nan"), "by_size": [1.0, float("nan"), ["x"]]}}
+    )
+    assert found == {"segm": {"AP": None, "by_size": [1.0, None, ["x"]]}}
