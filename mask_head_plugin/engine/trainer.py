@@ -50,7 +50,6 @@ from ..modeling import to_channels_last
 from .checkpoint import MaskHeadCheckpointer
 from .evaluation import evaluate_dataset
 from .evaluators import build_evaluator, inference_folder
-from .foreign_files import check_proposal_files
 from .gradient_clipping import clip_gradients
 from .guards import StepGuard
 from .hooks import (
@@ -63,6 +62,7 @@ from .hooks import (
     TensorboardXWriter,
     scalar_state,
 )
+from .proposal_files import check_proposal_files
 from .resumed_schedule import load_keeping_config
 from .run_folder import set_aside_earlier_run
 from .weights import WeightsPolicy, check_test_classes, class_names

@@ -25,7 +25,8 @@ from torch import nn
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.engine import Trainer
-from mask_head_plugin.engine.foreign_files import read_checkpoint, read_proposals
+from mask_head_plugin.engine.foreign_files import read_checkpoint
+from mask_head_plugin.engine.proposal_files import read_proposals
 
 CANARY = "executed"
 
@@ -121,6 +122,15 @@ def test_a_torch_file_takes_no_more_memory_than_it_has(tmp_path, called):
     with pytest.raises(
         ConfigError, match=rf"a\.pth .*calls {called.split()[1]}, which makes memory"
     ):
+        read_checkpoint(path)
+
+
+def test_a_torch_file_cannot_have_a_text_copied_again_and_again(tmp_path):
+    path = tmp_path / "a.pth"
+    start = b"\x80\x02}" + text("model") + b"c_codecs\nencode\nq\x00" + text("a" * 10**6)
+    calls = text("latin1") + b"\x86q\x01](" + b"h\x00h\x01R" * 3000 + b"es."
+    path.write_bytes(torch_archive(start + calls))
+    with pytest.raises(ConfigError, match=r"a\.pth .*hands \d+ bytes to functions in a file of"):
         read_checkpoint(path)
 
 
