@@ -132,11 +132,6 @@ def test_wrong_number_of_maps_or_images_is_refused():
         pooler(features, boxes[:1])
 
 
-# A trace fixes the number of images and says so.
-of_as_many_images = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-
-
-@of_as_many_images
 @pytest.mark.parametrize("pooler_type", ["ROIPool", "ROIWarp", "ROIAlign", "ROIAlignV2"])
 def test_a_trace_pools_other_boxes_than_its_example(pooler_type):
     features, boxes = make_input(SCALES)
@@ -153,7 +148,6 @@ def test_a_trace_pools_other_boxes_than_its_example(pooler_type):
     assert relative_error(traced(*features, *others), expected) <= 1e-5
 
 
-@of_as_many_images
 def test_what_cannot_be_traced_says_so():
     features, boxes = make_input(SCALES)
     pooler = MultiLevelRoIPooler(7, SCALES, 0, "PrROIPool")
