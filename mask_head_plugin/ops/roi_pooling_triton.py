@@ -37,6 +37,9 @@ _TRITON_TYPES = {
 MAX_BLOCK_CHANNELS = 128
 """Channels of one program: a warp's 32 threads with 4 channels each."""
 
+COMPILER_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
+"""Without fusion, sample coordinates are rounded as in axis_weights."""
+
 _MAX_MAP_SIZES = tl.constexpr(MAX_MAP_SIZES)
 
 # Columns of the table of maps.
@@ -174,7 +177,7 @@ def _launch(
             aligned=aligned,
             block_channels=block,
             backward=backward,
-            num_warps=1,
+            **COMPILER_OPTIONS,
         )
 
 
@@ -237,7 +240,7 @@ def _roi_align_kernel(
     for q in range(pooled_width):
         if backward:
             total = tl.load(bins + q * num_channels, mask=used, other=0.0).to(tl.float32)
-            total = total / num_samples
+            total = _divide(total, num_samples)
         else:
             total = tl.full((block_channels,), 0.0, dtype=tl.float32)
         for i in range(y_grid):
@@ -253,7 +256,7 @@ def _roi_align_kernel(
                         total = _cell(bottom + left, fy * (1 - fx), total, used, backward)
                         total = _cell(bottom + right, fy * fx, total, used, backward)
         if not backward:
-            tl.store(bins + q * num_channels, total / num_samples, mask=used)
+            tl.store(bins + q * num_channels, _divide(total, num_samples), mask=used)
 
 
 @triton.jit
@@ -264,7 +267,7 @@ def _axis(start, end, num_bins, num_cells, sampling_ratio: tl.constexpr, aligned
         side = end - start
     else:
         side = tl.maximum(end - start, 1.0)
-    bin_size = side / num_bins
+    bin_size = _divide(side, num_bins)
     if sampling_ratio > 0:
         grid = sampling_ratio
     else:
@@ -276,7 +279,7 @@ def _axis(start, end, num_bins, num_cells, sampling_ratio: tl.constexpr, aligned
 @triton.jit
 def _sample(start, bin_size, grid, bin, k, num_cells):
     """Returns whether a sample counts, cells below and above, and the weight of the latter."""
-    t = start + bin * bin_size + (k + 0.5) * bin_size / grid
+    t = start + bin * bin_size + _divide((k + 0.5) * bin_size, grid)
     inside = (t >= -1.0) & (t <= num_cells)
     t = tl.where(inside, tl.minimum(tl.maximum(t, 0.0), num_cells - 1.0), 0.0)
     low = tl.floor(t).to(tl.int32)
@@ -291,3 +294,12 @@ def _cell(cell, weight, total, mask, backward: tl.constexpr):
     else:
         total += weight * tl.load(cell, mask=mask, other=0.0).to(tl.float32)
     return total
+
+
+@triton.jit
+def _divide(x, y):
+    """Divides as IEEE 754 says; ``/`` becomes a product with 1 / y, rounded twice.
+
+    A RoI of exactly 7 k cells has k samples per bin; ceil(7 k * (1 / 7)) is k + 1 for every third k.
+    """
+    return tl.div_rn(x, y * 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -141,6 +142,12 @@ def test_compiles_for_gpus_that_need_not_be_there(backward, dtype, capability, m
         {name: signature[name] for name in names},
         **{"constants" if is_old else "constexprs": constants},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert f".target sm_{capability}" in compiled.asm["ptx"] and compiled.asm["cubin"]
-    assert ("add.f32" in compiled.asm["ptx"]) and ("atom" in compiled.asm["ptx"]) == backward
+    target, options = GPUTarget("cuda", capability, 32), module.COMPILER_OPTIONS
+    compiled = triton.compile(source, target=target, options=options)
+    ptx = compiled.asm["ptx"]
+    assert f".target sm_{capability}" in ptx and compiled.asm["cubin"]
+    assert "add.rn.f32" in ptx and ("atom" in ptx) == backward
+    # ceil(side / 7) of a side of 21 cells is 4 where 21 / 7 is 21 * (1 / 7), rounded twice.
+    assert "div.rn.f32" in ptx
+    approximate = re.findall(r"\b(?:div\.full|div\.approx|rcp|fma)\S*", ptx)
+    assert not approximate, "samples are counted and placed as on the CPU"
