@@ -57,7 +57,7 @@ def weighted_mask_losses(
     gt_masks: Tensor,
     iteration: int,
 ) -> dict[str, Tensor]:
-    """Evaluates a weighted sum of losses, term by term, in float32 at least.
+    """Evaluates a weighted sum of losses, term by term, in float32 at least, also under autocast.
 
     Args:
         terms: from parse_losses.
@@ -78,7 +78,8 @@ def weighted_mask_losses(
         inputs = (
             (mask_logits, gt_masks) if term.activation is None else (mask_logits, classes, gt_masks)
         )
-        losses[key] = term.weight_at(iteration) * term.loss(*inputs, **term.parameters)
+        with torch.autocast(mask_logits.device.type, enabled=False):  # also a user's convolution
+            losses[key] = term.weight_at(iteration) * term.loss(*inputs, **term.parameters)
     return losses
 
 

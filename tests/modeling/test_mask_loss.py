@@ -384,6 +384,25 @@ def test_half_precision_logits_are_compared_in_float32(name, dtype):
     assert half["loss_mask"].dtype == torch.float32 and half == single
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_leaves_losses_in_float32(name, dtype):
+    """edge_agreement convolves, and autocast takes convolutions in half precision."""
+    logits, gt = random_masks(dtype=torch.float32)
+    logits = logits[:, None] if name == "softmax_cross_entropy" else logits
+    terms, classes = parse_losses([[name, 1.0]], {}), torch.zeros(3, dtype=torch.int64)
+    results = []
+    for enabled in (True, False):
+        inputs = logits.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = weighted_mask_losses(terms, inputs, classes, gt, 0)["loss_mask"]
+        loss.backward()
+        results.append((loss, inputs.grad))
+    (actual, actual_grad), (expected, expected_grad) = results
+    assert actual.dtype == torch.float32
+    assert actual == expected and torch.equal(actual_grad, expected_grad)
+
+
 @pytest.mark.parametrize(
     ("losses", "parameters", "message"),
     [
