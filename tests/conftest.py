@@ -5,6 +5,7 @@ Shape alphabet: N images, R RoIs, K classes.
 
 from __future__ import annotations
 
+import collections
 import copy
 import importlib.util
 import logging
@@ -19,6 +20,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mask_head_plugin import load_config
 
@@ -88,6 +90,18 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name, value in values.items():
             if vars(owner)[name] is not value:
                 setattr(owner, name, value)
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts the operators that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[str(func)] += 1
+        return func(*args, **kwargs or {})
 
 
 def small_config(name: str, *opts: str) -> CfgNode:

@@ -70,8 +70,9 @@ def encode_masks(
     grid = torch.nn.functional.pad(mask_probs.nan_to_num(0.0), (1, 1, 1, 1)).transpose(1, 2)
     positions = []
     end = num_columns.cumsum(0)
-    for start in range(0, int(end[-1]) if len(end) else 0, MAX_COLUMNS):
-        column = torch.arange(start, min(start + MAX_COLUMNS, int(end[-1])), device=boxes.device)
+    total = int(end[-1]) if len(end) else 0  # once: it waits for the device
+    for start in range(0, total, MAX_COLUMNS):
+        column = torch.arange(start, min(start + MAX_COLUMNS, total), device=boxes.device)
         index = torch.searchsorted(end, column, right=True)
         x = first[index] + column - (end - num_columns)[index]
         positions.append(_crossings(grid, boxes, index, x, image_hw, threshold))

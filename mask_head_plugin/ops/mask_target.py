@@ -10,9 +10,9 @@ Shape alphabet: R RoIs, H and W sides of the image, M mask side, h and w pixels 
 from __future__ import annotations
 
 import torch
+import torchvision  # noqa: F401 - registers torch.ops.torchvision
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from torchvision.ops import roi_align as torchvision_roi_align
 
 from .axis_weights import roi_align_weights
 
@@ -65,10 +65,15 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _crop_with_operator(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Torchvision's operator, which does not wait for the device."""
+    """Torchvision's operator, which does not wait for the device.
+
+    Called without torchvision's function, which in deterministic mode takes another way for the
+    gradient's sake: it samples all pixels of a mask, and there is no gradient here.
+    """
     index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
     rois = torch.cat([index, boxes], dim=1)
-    return torchvision_roi_align(bit_masks[:, None].float(), rois, size, 1.0, 0, True)[:, 0]
+    masks = bit_masks[:, None].float()
+    return torch.ops.torchvision.roi_align(masks, rois, 1.0, size, size, 0, True)[:, 0]
 
 
 def _crop_by_sums(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:

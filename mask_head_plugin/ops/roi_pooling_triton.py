@@ -300,6 +300,6 @@ def _cell(cell, weight, total, mask, backward: tl.constexpr):
 def _divide(x, y):
     """Divides as IEEE 754 says; ``/`` becomes a product with 1 / y, rounded twice.
 
-    A RoI of exactly 7 k cells has k samples per bin; ceil(7 k * (1 / 7)) is k + 1 for every third k.
+    A RoI side of exactly 7 k cells has k samples a bin; 7 k * (1 / 7), rounded up, may be k + 1.
     """
     return tl.div_rn(x, y * 1.0)

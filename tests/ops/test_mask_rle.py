@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import CountOperators
 from detectron2.layers.mask_ops import _do_paste_mask, paste_masks_in_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,7 +118,12 @@ def test_masks_are_batched_in_chunks_of_columns(monkeypatch):
     ).float()
     expected = encode_masks(masks, boxes, (50, 50))
     monkeypatch.setattr(mask_rle, "MAX_COLUMNS", 7)
-    assert encode_masks(masks, boxes, (50, 50)) == expected
+    with CountOperators() as count:
+        assert encode_masks(masks, boxes, (50, 50)) == expected
+    chunks = count.calls["aten.nonzero.default"]
+    assert chunks > 10
+    # What else would wait for a GPU: the number of columns.
+    assert count.calls["aten._local_scalar_dense.default"] == 1
 
 
 def test_boxes_without_pixels_have_empty_masks():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import CountOperators
 from detectron2.structures import BitMasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.profiler import profile
 from torchvision.ops import roi_align
 
@@ -91,6 +93,21 @@ def test_no_masks():
 def test_the_path_for_cuda_gives_the_same(monkeypatch):
     monkeypatch.setattr(mask_target, "_crop_by_sums", mask_target._crop_with_operator)
     check_equals_detectron2(random_masks(5, (30, 40), 1), torch.tensor([[3.0, 4, 30, 25]] * 5), 7)
+
+
+def test_deterministic_mode_on_cuda_takes_the_operator_too():
+    """torchvision's function takes thousands of Python steps then; tensors without values show."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with FakeTensorMode():
+            masks = torch.empty(3, 30, 40, dtype=torch.bool, device="cuda")
+            boxes = torch.empty(3, 4, device="cuda")
+            with CountOperators() as count:
+                assert crop_masks(masks, boxes, 7).shape == (3, 7, 7)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert count.calls["torchvision.roi_align.default"] == 1
 
 
 def test_wrong_input_is_refused():
