@@ -25,7 +25,7 @@ from detectron2.engine import default_setup
 from mask_head_plugin import add_mask_head_config, load_config
 from mask_head_plugin.config import flatten
 from mask_head_plugin.data import check_dataset_files, register_coco_files
-from mask_head_plugin.engine import Trainer, config_unread
+from mask_head_plugin.engine import Trainer, dry_build
 from mask_head_plugin.shared_names import PACKAGE
 
 TABLE = ROOT / "docs" / "config_keys.md"
@@ -54,7 +54,7 @@ PARTS = {
     "detectron2.evaluation": "Trainer",
 }
 NO_READERS = ("yacs.", "fvcore.", "detectron2.config", "copy", "contextlib", __name__, "__main__")
-OWN_NO_READERS = {f"{PACKAGE}.config", f"{PACKAGE}.engine.config_unread"}
+OWN_NO_READERS = {f"{PACKAGE}.config", f"{PACKAGE}.engine.dry_build"}
 NOBODY = {"VERSION": "file format", "IMPORTS": "tools", "DATASETS.CHECK": "call"}
 """Keys that are read before a config can be watched."""
 
@@ -70,7 +70,7 @@ FAMILIES = [
 ]
 
 
-class Noting(config_unread._Recording):
+class Noting(dry_build._Recording):
     """Notes which module reads a key."""
 
     readers: dict[str, set[str]] = defaultdict(set)
@@ -126,9 +126,10 @@ def record(folder: Path) -> dict[str, set[str]]:
     """Returns who reads each key as models are built, a run trains, and data sets are set up."""
     Noting.readers.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config_unread, "_Recording", Noting)
+        patch.setattr(dry_build, "_Recording", Noting)
         for name, opts in FAMILIES:
-            config_unread._read_keys(load_config(str(CONFIGS / name), opts), train=True)
+            parts = dry_build.dry_build(load_config(str(CONFIGS / name), opts), train=True)
+            assert [part.error for part in parts if part.error] == []
     metadata = MetadataCatalog.get("shapes_val")
     DatasetCatalog.get("shapes_val")
     content = json.loads(Path(metadata.json_file).read_text())
@@ -147,7 +148,7 @@ def record(folder: Path) -> dict[str, set[str]]:
     ]
     cfg = Noting.of(
         load_config(str(CONFIGS / "Base-Small.yaml"), [*SMALL_RESNET, *opts]),
-        *("", config_unread._Keys()),
+        *("", dry_build._Keys()),
     )
     try:
         register_coco_files(cfg)

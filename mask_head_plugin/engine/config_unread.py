@@ -100,7 +100,10 @@ def unread_keys(cfg: CfgNode, *, train: bool) -> dict[str, str]:
     found: dict[str, str] = {}
     parts = dry_build(cfg, train=train)
     read: set[str] = set()
-    if not any(part.error for part in parts):
+    errors = [part.error for part in parts if part.error]
+    if errors:
+        logger.info("keys that nothing reads were not looked for: %s", errors[0])
+    else:
         read = read.union(*(part.keys_read for part in parts))
     for key in set_keys:
         needed = _needed(cfg, key)
