@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +79,16 @@ def _seeded() -> None:
 def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that are loaded run on the CPU. Triton before 3.3 does not undo what it changes."""
     triton = pytest.importorskip("triton")
+    importlib.import_module(
+        "mask_head_plugin.ops.roi_pooling_triton"
+    )  # whose kernels stay compiled
     language = triton.language
     changed = (language, language.core, language.math, language.tensor)
     before = [dict(vars(owner)) for owner in changed]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # tl.sum is itself written in Triton, and was compiled code when Triton was imported.
+    add = language.standard._sum_combine
+    language.sum = lambda x, axis: language.reduce(x, axis, add)
     yield
     for owner, values in zip(changed, before, strict=True):
         for name in set(vars(owner)) - set(values):
@@ -90,6 +96,17 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name, value in values.items():
             if vars(owner)[name] is not value:
                 setattr(owner, name, value)
+
+
+@pytest.fixture
+def interpreted_operator(
+    triton_interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., torch.Tensor]:
+    """ops.roi_pooling_operator.multilevel_roi_align, with its kernel interpreted."""
+    from mask_head_plugin.ops import roi_pooling_operator
+
+    monkeypatch.setattr(roi_pooling_operator, "kernels", load_triton_kernels("interpreted"))
+    return roi_pooling_operator.multilevel_roi_align
 
 
 class CountOperators(TorchDispatchMode):
@@ -188,6 +205,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     scale = expected.abs().max().item() if expected.numel() else 0.0
     difference = (actual - expected).abs().max().item() if expected.numel() else 0.0
     return difference / max(scale, torch.finfo(expected.dtype).tiny)
+
+
+def load_script(path: str):
+    """Imports a script of the project, such as one of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_triton_kernels(name: str):

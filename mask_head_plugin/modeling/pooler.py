@@ -54,10 +54,11 @@ class MultiLevelRoIPooler(nn.Module):
     On the CPU, torchvision's ROIAlign takes a few RoIs of small maps (SMALL_ELEMENTS) at inference.
     torchvision's ROIPool stays because it is the faster one: on the CPU it takes 0.3 to 0.9 of the
     time of ops.roi_pool (benchmarks/roi_pooling.py).
-    "Deterministic" is torch.use_deterministic_algorithms. Where Triton is missing or does not
-    compile, a log line says so once and torchvision's operator takes its place. Traces hold
-    torchvision's operators too (a loop over groups of RoIs would hold those of its example), so
-    PrROIPool and maxima of samples cannot be traced; nothing can be scripted.
+    The Triton kernel reads channels_last maps; others are copied. "Deterministic" is
+    torch.use_deterministic_algorithms. Where Triton is missing or does not compile the kernel for
+    some type or size, a log line says so once and torchvision's operator takes its place. Traces
+    hold torchvision's operators, too (a loop over groups of RoIs would hold those of its example):
+    PrROIPool and maxima of samples cannot be traced. Nothing can be scripted.
 
     Results are channels_last, except those of torchvision's operators.
     """
@@ -199,12 +200,14 @@ class MultiLevelRoIPooler(nn.Module):
         return self.pooler_type != "ROIAlign"
 
     def _pool_at_once(self, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
-        fused = fused_roi_align(rois.device)
-        if fused is None:
+        first, options = features[0], (self.sampling_ratio, self._aligned)
+        kernel = first.device, first.dtype, first.shape[1], len(features), self.output_size
+        if not can_pool_at_once(*kernel, *options):
             return self._pool_by_level(features, rois, levels)
+        from ..ops.roi_pooling_operator import multilevel_roi_align  # needs Triton
+
         rois, scales = self._quantize(rois, levels)
-        options = (self.output_size, scales, self.sampling_ratio, self._aligned)
-        return fused(features, rois, levels, *options)
+        return multilevel_roi_align(features, rois, levels, self.output_size, scales, *options)
 
     def _pool_by_level(self, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
         """Pools with torchvision's operators, then puts the result into the order of the boxes.
@@ -284,30 +287,50 @@ def check_finite(rois: Tensor) -> None:
         raise ValueError(f"{bad} of {len(rois)} boxes have NaN or infinite coordinates")
 
 
-@functools.cache
-def fused_roi_align(device: torch.device) -> Callable[..., Tensor] | None:
-    """Returns ops.roi_pooling_triton.multilevel_roi_align if it works on a device.
+@torch.compiler.assume_constant_result
+def can_pool_at_once(*kernel: Any) -> bool:
+    """Whether ops.roi_pooling_operator works; torch.compile keeps the answer.
 
-    It is tried once, forward and backward; what goes wrong is logged.
+    Args: see _try_kernel.
+    """
+    return _try_kernel(*kernel)
+
+
+@functools.cache
+def _try_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_channels: int,
+    num_maps: int,
+    output_size: tuple[int, int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> bool:
+    """Runs ops.roi_pooling_operator forward and backward, compiled for what is given.
+
+    What goes wrong is logged.
     """
     try:
-        from ..ops.roi_pooling_triton import multilevel_roi_align  # needs Triton
+        from ..ops.roi_pooling_operator import multilevel_roi_align  # needs Triton
 
         # The first call may be one of inference.
         with torch.inference_mode(False), torch.enable_grad():
-            feature = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
-            rois = torch.zeros(1, 5, device=device)
-            pooled = multilevel_roi_align([feature], rois, rois[:, 0], (1, 1), [1.0], 0, True)
+            shape = 1, num_channels, 1, 1
+            feature = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
+            rois, scales = torch.zeros(1, 5, device=device), [1.0] * num_maps
+            options = output_size, scales, sampling_ratio, aligned
+            pooled = multilevel_roi_align([feature] * num_maps, rois, rois[:, 0], *options)
             pooled.sum().backward()
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler for another machine may raise
         logging.getLogger(__name__).warning(
             "RoI pooling in one kernel is not available, torchvision's operator takes its place: "
-            f"{type(error).__name__}: {error}"
+            f"{output_size[0]} x {output_size[1]} bins, {dtype}, {num_channels} channels on "
+            f"{device}: {type(error).__name__}: {error}"
         )
-        return None
-    return multilevel_roi_align
+        return False
+    return True
 
 
 def build_pooler(

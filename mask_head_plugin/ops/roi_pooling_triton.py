@@ -1,135 +1,88 @@
 """ROIAlign from all feature maps of a pyramid in one CUDA kernel, forward and backward.
 
 torchvision's operator pools from one map, so detectron2 runs it once per level and waits for the
-device each time to learn how many RoIs a level has. Here every RoI looks up the address, shape and
-strides of its map in a small table, so one launch serves all levels and nothing waits. Sums are
-kept in float32 whatever the type of the maps. Channels run along the threads: channels_last maps
-are read in whole cache lines; other strides work too.
+device each time to learn how many RoIs a level has. Here every RoI chooses its map in the kernel,
+so one launch serves all levels and nothing waits. Sums are kept in float32 whatever the type of the
+maps. Channels run along the threads, four to each: a channels_last map is read and added to in
+vectors of four. The maps are arguments of the kernel and not a table of addresses, because the
+compiler must know that addresses are multiples of 16 bytes to do so.
 
-A program of the grid handles one row of bins of one RoI, for a block of channels. Backward adds
-into the gradients with atomics, so its sums may differ in the last bits from run to run.
+A program of the grid handles one row of bins of one RoI, for a block of channels. Samples that
+share cells are merged along both axes. Along y, the samples of a row of bins become weights of the
+cells of a column. Along x, the program walks from sample to sample and keeps the sums of the two
+columns around it: neighbouring samples, also of neighbouring bins, share them. So forward reads
+each column of the row once, and backward, which walks the same way with the bins' gradients, adds
+to it once. Backward adds with atomics, so its sums may differ in the last bits from run to run.
 
 Sample coordinates and the border rule are those of ops.axis_weights (torchvision's).
 
 Shape alphabet: N images, C channels, L feature maps, Hi and Wi the sides of map i, R RoIs, P and Q
-pooled height and width.
+pooled height and width, Y rows of one tile of cells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .axis_weights import MAX_MAP_SIZES
 
-_TRITON_TYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+MAX_MAPS = 5
+"""L of one launch: the levels P2 to P6 of a pyramid."""
 
 MAX_BLOCK_CHANNELS = 128
 """Channels of one program: a warp's 32 threads with 4 channels each."""
+
+TILE_ROWS = 4
+"""Y: rows of cells that are read at once. A bin of up to 3 cells a side touches as many."""
 
 COMPILER_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 """Without fusion, sample coordinates are rounded as in axis_weights."""
 
 _MAX_MAP_SIZES = tl.constexpr(MAX_MAP_SIZES)
 
-# Columns of the table of maps.
-_ADDRESS, _HEIGHT, _WIDTH, _STRIDE_N, _STRIDE_C, _STRIDE_Y, _STRIDE_X = map(tl.constexpr, range(7))
-_NUM_COLUMNS = tl.constexpr(7)
 
-
-def multilevel_roi_align(
-    features: Sequence[Tensor],
+def pool(
+    maps: Sequence[Tensor],
+    pooled: Tensor,
     rois: Tensor,
     levels: Tensor,
-    output_size: tuple[int, int],
-    spatial_scales: Sequence[float],
+    scales: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
-) -> Tensor:
-    """ROIAlign of each RoI from its own map; equal to ops.roi_align up to rounding.
-
-    Nothing here looks at values, so it does not wait for the device: coordinates must be finite,
-    image indices in [0, N) and levels in [0, L). RoIs get no gradient.
+) -> None:
+    """Writes the bins of all RoIs.
 
     Args:
-        features: L maps (N, C, Hi, Wi) of float32, float16 or bfloat16, with any strides.
-        rois: (R, 5): image index, x0, y0, x1, y1 in pixels of the network's input.
-        levels: (R,) integers in [0, L).
-        output_size: (P, Q).
-        spatial_scales: cells per pixel of each map.
-        sampling_ratio: samples per bin and axis; 0 and below for ``ceil(RoI side / P)``.
-        aligned: True puts pixel centres at +0.5; False does not, and takes sides below one cell as
-            one cell.
-
-    Returns:
-        (R, C, P, Q) of the type of ``features`` in channels_last layout, with a gradient to them.
-
-    Raises:
-        ValueError: if types, devices or shapes are not as above.
+        maps: L channels_last maps (N, C, Hi, Wi) of one floating-point type.
+        pooled: (R, P, Q, C), contiguous.
+        rois: (R, 5) float32, contiguous: image index, x0, y0, x1, y1.
+        levels: (R,) int32 in [0, L).
+        scales: cells per pixel of each map.
+        sampling_ratio: samples per bin and axis; 0 for ``ceil(RoI side / P)``.
+        aligned: whether pixel centres lie at +0.5.
     """
-    first = features[0]
-    for x in features:
-        alike = x.dtype == first.dtype and x.device == rois.device == levels.device
-        if not alike or x.dtype not in _TRITON_TYPES or x.shape[:2] != first.shape[:2]:
-            raise ValueError(
-                "feature maps must agree in N, C, type (float32, float16, bfloat16) and device "
-                f"(that of rois and levels), not {x.dtype} {tuple(x.shape)} on {x.device}"
-            )
-    if rois.dim() != 2 or rois.shape[1] != 5 or levels.shape != rois.shape[:1]:
-        raise ValueError(
-            f"rois must be (R, 5) and levels (R,), not {tuple(rois.shape)}, {tuple(levels.shape)}"
-        )
-    options = (output_size, max(sampling_ratio, 0), aligned)
-    pooled: Tensor = _MultiLevelRoIAlign.apply(
-        rois.detach().float().contiguous(),
-        levels.int().contiguous(),
-        tuple(spatial_scales),
-        options,
-        *features,
-    )
-    return pooled
+    _launch(maps, pooled, rois, levels, scales, sampling_ratio, aligned, backward=False)
 
 
-class _MultiLevelRoIAlign(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rois: Tensor,
-        levels: Tensor,
-        scales: tuple[float, ...],
-        options: tuple[tuple[int, int], int, bool],
-        *features: Tensor,
-    ) -> Tensor:
-        (height, width), channels = options[0], features[0].shape[1]
-        pooled = features[0].new_empty(len(rois), height, width, channels)
-        ctx.scales = _to_device(torch.tensor(scales), rois.device)
-        _launch(features, pooled, rois, levels, ctx.scales, options, backward=False)
-        ctx.save_for_backward(rois, levels)
-        ctx.options = options
-        # The gradients have the strides of the maps.
-        ctx.like = [torch.empty_like(x, device="meta", dtype=torch.float32) for x in features]
-        ctx.dtype = features[0].dtype
-        return pooled.permute(0, 3, 1, 2)
+def add_gradients(
+    maps: Sequence[Tensor],
+    pooled: Tensor,
+    rois: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> None:
+    """Adds the gradients of the bins, ``pooled``, to float32 gradients of the maps.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rois, levels = ctx.saved_tensors
-        grad = grad.permute(0, 2, 3, 1).contiguous()
-        # Of every map, also of those that need none: a RoI adds where its level says.
-        grads = [torch.zeros_like(x, device=grad.device) for x in ctx.like]
-        _launch(grads, grad, rois, levels, ctx.scales, ctx.options, backward=True)
-        return None, None, None, None, *[x.to(ctx.dtype) for x in grads]
+    Args: see pool.
+    """
+    _launch(maps, pooled, rois, levels, scales, sampling_ratio, aligned, backward=True)
 
 
 def _launch(
@@ -137,126 +90,188 @@ def _launch(
     pooled: Tensor,
     rois: Tensor,
     levels: Tensor,
-    scales: Tensor,
-    options: tuple[tuple[int, int], int, bool],
+    scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
     *,
     backward: bool,
 ) -> None:
-    """Runs the kernel over all rows of bins of all RoIs.
-
-    Args:
-        maps: L maps of one type, read; backward adds to them.
-        pooled: (R, P, Q, C), contiguous.
-        rois: (R, 5) float32, contiguous.
-        levels: (R,) int32.
-        scales: (L,) float32 on the device.
-        options: output size, sampling ratio, aligned.
-        backward: whether ``pooled`` is the gradient and ``maps`` are those to add it to.
-    """
-    (height, width), sampling_ratio, aligned = options
-    num_channels = pooled.shape[3]
     if pooled.numel() == 0:
         return
-    rows = [[x.data_ptr(), *x.shape[2:], *x.stride()] for x in maps]
-    table = _to_device(torch.tensor(rows), pooled.device)
+    num_rois, height, width, num_channels = pooled.shape
     block = min(triton.next_power_of_2(num_channels), MAX_BLOCK_CHANNELS)
+    unused = MAX_MAPS - len(maps)
+    filled, scales = [*maps, *[maps[0]] * unused], [*scales, *[scales[0]] * unused]
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(pooled):
-        _roi_align_kernel[(len(rois) * height, triton.cdiv(num_channels, block))](
-            table,
+        roi_align_kernel[(num_rois * height, triton.cdiv(num_channels, block))](
+            *filled,
+            *(x.shape[2] for x in filled),
+            *(x.shape[3] for x in filled),
+            *scales,
             pooled,
             rois,
             levels,
-            scales,
             num_channels,
-            dtype=_TRITON_TYPES[maps[0].dtype],
-            channels_last=all(x.stride(1) == 1 for x in maps),
             pooled_height=height,
             pooled_width=width,
             sampling_ratio=sampling_ratio,
             aligned=aligned,
             block_channels=block,
+            tile_rows=TILE_ROWS,
             backward=backward,
             **COMPILER_OPTIONS,
         )
 
 
-def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copies from pinned memory, which does not wait for the device."""
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+# Compiled anew for sides of maps that are 1 or multiples of 16 otherwise.
+_SIDES = [f"{side}{i}" for side in ("height", "width") for i in range(MAX_MAPS)]
 
 
-@triton.jit
-def _roi_align_kernel(
-    table,
+@triton.jit(do_not_specialize=_SIDES)
+def roi_align_kernel(
+    map0,
+    map1,
+    map2,
+    map3,
+    map4,
+    height0,
+    height1,
+    height2,
+    height3,
+    height4,
+    width0,
+    width1,
+    width2,
+    width3,
+    width4,
+    scale0,
+    scale1,
+    scale2,
+    scale3,
+    scale4,
     pooled,
     rois,
     levels,
-    scales,
     num_channels,
-    dtype: tl.constexpr,
-    channels_last: tl.constexpr,
     pooled_height: tl.constexpr,
     pooled_width: tl.constexpr,
     sampling_ratio: tl.constexpr,
     aligned: tl.constexpr,
     block_channels: tl.constexpr,
+    tile_rows: tl.constexpr,
     backward: tl.constexpr,
 ):
     r = (tl.program_id(0) // pooled_height).to(tl.int64)
     p = tl.program_id(0) % pooled_height
     level = tl.load(levels + r)
-    scale = tl.load(scales + level)
-    row = table + level * _NUM_COLUMNS
-    height, width = tl.load(row + _HEIGHT).to(tl.int32), tl.load(row + _WIDTH).to(tl.int32)
-    stride_y, stride_x = tl.load(row + _STRIDE_Y), tl.load(row + _STRIDE_X)
+    cells = _choose(level, map0, map1, map2, map3, map4)
+    height = _choose(level, height0, height1, height2, height3, height4)
+    width = _choose(level, width0, width1, width2, width3, width4)
+    scale = _choose(level, scale0, scale1, scale2, scale3, scale4)
     box = rois + 5 * r
-    y_start, y_bin, y_grid = _axis(
-        tl.load(box + 2) * scale,
-        tl.load(box + 4) * scale,
-        pooled_height,
-        height,
-        sampling_ratio,
-        aligned,
-    )
-    x_start, x_bin, x_grid = _axis(
-        tl.load(box + 1) * scale,
-        tl.load(box + 3) * scale,
-        pooled_width,
-        width,
-        sampling_ratio,
-        aligned,
-    )
+    y0, y1 = tl.load(box + 2) * scale, tl.load(box + 4) * scale
+    x0, x1 = tl.load(box + 1) * scale, tl.load(box + 3) * scale
+    y_start, y_bin, y_grid = _axis(y0, y1, pooled_height, height, sampling_ratio, aligned)
+    x_start, x_bin, x_grid = _axis(x0, x1, pooled_width, width, sampling_ratio, aligned)
     num_samples = tl.maximum(y_grid * x_grid, 1)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     used = channels < num_channels
-    # A stride known to be 1 lets the compiler load neighbouring channels at once.
-    stride_c = 1 if channels_last else tl.load(row + _STRIDE_C)
-    image = tl.load(box).to(tl.int64) * tl.load(row + _STRIDE_N)
-    cells = tl.load(row + _ADDRESS).to(tl.pointer_type(dtype)) + image + channels * stride_c
+    image = tl.load(box).to(tl.int64) * height * width
+    cells = cells + image * num_channels + channels
     bins = pooled + (r * pooled_height + p) * pooled_width * num_channels + channels
+    row, last_row = _window(y_start, y_bin, y_grid, p, height)
+    weights = _weights(row, tile_rows, y_start, y_bin, y_grid, p, height)
+    nothing = tl.full((block_channels,), 0.0, dtype=tl.float32)
+    # Of the columns at `low` and right of it: sums of cells; backward, of their gradients.
+    low, left, right = -2, nothing, nothing
     for q in range(pooled_width):
+        total = nothing
         if backward:
             total = tl.load(bins + q * num_channels, mask=used, other=0.0).to(tl.float32)
             total = _divide(total, num_samples)
-        else:
-            total = tl.full((block_channels,), 0.0, dtype=tl.float32)
-        for i in range(y_grid):
-            y_inside, y0, y1, fy = _sample(y_start, y_bin, y_grid, p, i, height)
-            if y_inside:
-                top, bottom = cells + y0 * stride_y, cells + y1 * stride_y
-                for j in range(x_grid):
-                    x_inside, x0, x1, fx = _sample(x_start, x_bin, x_grid, q, j, width)
-                    if x_inside:
-                        left, right = x0 * stride_x, x1 * stride_x
-                        total = _cell(top + left, (1 - fy) * (1 - fx), total, used, backward)
-                        total = _cell(top + right, (1 - fy) * fx, total, used, backward)
-                        total = _cell(bottom + left, fy * (1 - fx), total, used, backward)
-                        total = _cell(bottom + right, fy * fx, total, used, backward)
+        for k in range(x_grid):
+            inside, x, fraction = _sample(x_start, x_bin, x_grid, q, k, width)
+            if inside:
+                if x != low:
+                    left, right = _move(low, x, left, right, cells, used, num_channels, width,
+                                        row, last_row, weights, y_start, y_bin, y_grid, p, height,
+                                        backward)  # fmt: skip
+                    low = x
+                if backward:
+                    left += (1 - fraction) * total
+                    right += fraction * total
+                else:
+                    total += (1 - fraction) * left + fraction * right
         if not backward:
             tl.store(bins + q * num_channels, _divide(total, num_samples), mask=used)
+    if backward:
+        _move(low, -2, left, right, cells, used, num_channels, width, row, last_row, weights,
+              y_start, y_bin, y_grid, p, height, backward)  # fmt: skip
+
+
+@triton.jit
+def _move(low, x, left, right, cells, used, num_channels, width, row, last_row, weights,
+          start, bin_size, grid, bin, height, backward: tl.constexpr):  # fmt: skip
+    """Returns the columns at x and right of it for those at low: reads, or adds, what is needed."""
+    nothing = tl.full((left.shape[0],), 0.0, dtype=tl.float32)
+    if backward:
+        _column(low, left, cells, used, num_channels, width, row, last_row, weights,
+                start, bin_size, grid, bin, height, backward)  # fmt: skip
+        if x == low + 1:
+            left = right
+        else:
+            _column(low + 1, right, cells, used, num_channels, width, row, last_row, weights,
+                    start, bin_size, grid, bin, height, backward)  # fmt: skip
+            left = nothing
+        right = nothing
+    else:
+        if x == low + 1:
+            left = right
+        else:
+            left = _column(x, nothing, cells, used, num_channels, width, row, last_row, weights,
+                           start, bin_size, grid, bin, height, backward)  # fmt: skip
+        right = _column(x + 1, nothing, cells, used, num_channels, width, row, last_row, weights,
+                        start, bin_size, grid, bin, height, backward)  # fmt: skip
+    return left, right
+
+
+@triton.jit
+def _column(x, values, cells, used, num_channels, width, row, last_row, weights,
+            start, bin_size, grid, bin, height, backward: tl.constexpr):  # fmt: skip
+    """Adds the cells of a column to values, by the weights of a bin's samples along y.
+
+    Backward adds values to the cells. Columns beyond the map are left out.
+    """
+    if (x >= 0) & (x < width):
+        values = _tile(x, values, cells, used, num_channels, width, row, weights, backward)
+        for below in range(row + weights.shape[0], last_row + 1, weights.shape[0]):
+            more = _weights(below, weights.shape[0], start, bin_size, grid, bin, height)
+            values = _tile(x, values, cells, used, num_channels, width, below, more, backward)
+    return values
+
+
+@triton.jit
+def _tile(x, values, cells, used, num_channels, width, row, weights, backward: tl.constexpr):
+    """Does what _column does for as many cells from a row on as there are weights."""
+    cell = (row + tl.arange(0, weights.shape[0])).to(tl.int64) * width + x
+    tile = cells[None, :] + cell[:, None] * num_channels
+    mask = (weights != 0)[:, None] & used[None, :]
+    if backward:
+        tl.atomic_add(tile, weights[:, None] * values[None, :], mask=mask, sem="relaxed")
+    else:
+        values += tl.sum(
+            tl.load(tile, mask=mask, other=0.0).to(tl.float32) * weights[:, None], axis=0
+        )
+    return values
+
+
+@triton.jit
+def _choose(i, x0, x1, x2, x3, x4):
+    x = tl.where(i == 1, x1, x0)
+    x = tl.where(i == 2, x2, x)
+    x = tl.where(i == 3, x3, x)
+    return tl.where(i == 4, x4, x)
 
 
 @triton.jit
@@ -278,22 +293,43 @@ def _axis(start, end, num_bins, num_cells, sampling_ratio: tl.constexpr, aligned
 
 @triton.jit
 def _sample(start, bin_size, grid, bin, k, num_cells):
-    """Returns whether a sample counts, cells below and above, and the weight of the latter."""
+    """Returns whether a sample counts, the cell below it, and the weight of the next one."""
     t = start + bin * bin_size + _divide((k + 0.5) * bin_size, grid)
     inside = (t >= -1.0) & (t <= num_cells)
-    t = tl.where(inside, tl.minimum(tl.maximum(t, 0.0), num_cells - 1.0), 0.0)
+    t = tl.where(t > 0.0, t, 0.0)  # also what overflowed to NaN
+    t = tl.where(t < num_cells - 1.0, t, num_cells - 1.0)
     low = tl.floor(t).to(tl.int32)
-    return inside, low, tl.minimum(low + 1, num_cells - 1), t - low
+    return inside, low, t - low
 
 
 @triton.jit
-def _cell(cell, weight, total, mask, backward: tl.constexpr):
-    """Adds a cell to the total of a bin; backward, the bin's gradient to the cell's."""
-    if backward:
-        tl.atomic_add(cell, weight * total, mask=mask, sem="relaxed")
-    else:
-        total += weight * tl.load(cell, mask=mask, other=0.0).to(tl.float32)
-    return total
+def _window(start, bin_size, grid, bin, num_cells):
+    """Returns the first and the last cell that the samples of a bin touch."""
+    grid = tl.maximum(grid, 1)  # also of a RoI without samples
+    _, one_end, _ = _sample(start, bin_size, grid, bin, 0, num_cells)
+    _, other_end, _ = _sample(start, bin_size, grid, bin, grid - 1, num_cells)
+    # A RoI that ends before it starts is mirrored.
+    return tl.minimum(one_end, other_end), tl.maximum(one_end, other_end) + 1
+
+
+@triton.jit
+def _weights(first, num_rows: tl.constexpr, start, bin_size, grid, bin, num_cells):
+    """Returns the sums of the weights that the samples of a bin give to some cells."""
+    row = first + tl.arange(0, num_rows)
+    weights = tl.full((num_rows,), 0.0, dtype=tl.float32)
+    # Where samples are many, only those near the cells.
+    spacing, offset = _divide(bin_size, tl.maximum(grid, 1)), first - start - bin * bin_size
+    ordered = spacing > 0
+    spacing = tl.where(ordered, spacing, 1.0)
+    near = tl.where(ordered, tl.floor(_divide(offset - 1, spacing)) - 1, 0.0)
+    far = tl.where(ordered, tl.ceil(_divide(offset + num_rows, spacing)) + 1, grid)
+    near, far = tl.maximum(near, 0.0), tl.minimum(far, grid)
+    for k in range(tl.minimum(near, grid).to(tl.int32), far.to(tl.int32)):
+        inside, low, fraction = _sample(start, bin_size, grid, bin, k, num_cells)
+        if inside:
+            weights += tl.where(row == low, 1 - fraction, 0.0)
+            weights += tl.where(row == low + 1, fraction, 0.0)
+    return weights
 
 
 @triton.jit

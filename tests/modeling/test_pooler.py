@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import load_triton_kernels, random_instances, relative_error
+from conftest import CountOperators, random_instances, relative_error
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
+from torch._subclasses import FakeTensorMode
 
 from mask_head_plugin import ops
 from mask_head_plugin.modeling import MultiLevelRoIPooler, pooler
@@ -155,41 +156,100 @@ def test_what_cannot_be_traced_says_so():
         torch.jit.trace(lambda *maps: pooler(list(maps), boxes), features, check_trace=False)
 
 
-@pytest.mark.usefixtures("triton_interpreter")
+@pytest.fixture
+def untried():
+    """What kernels are known to work is forgotten before and after a test."""
+    pooler._try_kernel.cache_clear()
+    yield
+    pooler._try_kernel.cache_clear()
+
+
+def at_once(module, features, boxes):
+    """Pools on the CPU as on CUDA."""
+    rois, levels = pooler.boxes_to_rois(boxes), module._assign_levels(boxes)
+    return module._pool_at_once(features, rois, levels)
+
+
+@pytest.mark.usefixtures("interpreted_operator", "untried")
 @pytest.mark.parametrize("pooler_type", ["ROIWarp", "ROIAlign", "ROIAlignV2"])
-def test_the_kernel_for_all_levels_takes_what_it_is_given_on_cuda(pooler_type, monkeypatch):
+def test_the_kernel_for_all_levels_takes_what_it_is_given_on_cuda(pooler_type):
     """On CUDA only the first call below runs; here with the kernel interpreted."""
-    interpreted = load_triton_kernels("interpreted").multilevel_roi_align
-    monkeypatch.setattr(pooler, "fused_roi_align", lambda device: interpreted)
     features, boxes = make_input(SCALES)
     module = MultiLevelRoIPooler(2, SCALES, 1, pooler_type, 32, 3)
-    rois = pooler.convert_boxes_to_pooler_format(boxes)
-    actual = module._pool_at_once(features, rois, module._assign_levels(boxes))
-    assert relative_error(actual, module(features, boxes)) <= 1e-6
+    expected = module(features, boxes)
+    assert relative_error(at_once(module, features, boxes), expected) <= 1e-6
+    compiled = torch.compile(at_once, backend="eager", fullgraph=True)
+    assert relative_error(compiled(module, features, boxes), expected) <= 1e-6
 
 
+@pytest.mark.usefixtures("untried")
 def test_a_kernel_that_does_not_run_is_reported_once_and_replaced(caplog):
     """There is no GPU that a kernel could run on, or the CPU is none."""
-    pooler.fused_roi_align.cache_clear()
     features, boxes = make_input(SCALES)
     module = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2", 32, 3)
-    rois, levels = pooler.convert_boxes_to_pooler_format(boxes), module._assign_levels(boxes)
     with caplog.at_level(logging.WARNING, logger="mask_head_plugin"):
         for _ in range(2):
-            actual = module._pool_at_once(features, rois, levels)
+            actual = at_once(module, features, boxes)
     assert relative_error(actual, module(features, boxes)) <= 1e-6
     assert [r.message[:40] for r in caplog.records] == ["RoI pooling in one kernel is not availab"]
 
 
-@pytest.mark.usefixtures("triton_interpreter")
-def test_the_kernel_is_tried_with_gradients_on(monkeypatch):
+@pytest.mark.usefixtures("untried")
+def test_a_type_that_the_kernel_fails_for_later_is_reported_once_and_replaced(
+    interpreted_operator, monkeypatch, caplog
+):
+    kernels = sys.modules[interpreted_operator.__module__].kernels
+    add_gradients = kernels.add_gradients
+
+    def not_in_half(maps, pooled, *rest):
+        if pooled.dtype == torch.float16:
+            raise RuntimeError("PassManager::run failed")
+        add_gradients(maps, pooled, *rest)
+
+    monkeypatch.setattr(kernels, "add_gradients", not_in_half)
+    single, boxes = make_input(SCALES)
+    module = MultiLevelRoIPooler(2, SCALES, 1, "ROIAlignV2", 32, 3)
+    half = [x.half().requires_grad_() for x in single]
+    with caplog.at_level(logging.WARNING, logger="mask_head_plugin"):
+        at_once(module, single, boxes)
+        assert not caplog.records
+        for _ in range(2):
+            pooled = at_once(module, half, boxes)
+    pooled.sum().backward()
+    (record,) = caplog.records
+    assert "2 x 2 bins, torch.float16, 3 channels" in record.message
+    assert "PassManager::run failed" in record.message
+
+
+@pytest.mark.usefixtures("interpreted_operator", "untried")
+def test_the_kernel_is_tried_with_gradients_on():
     """The first call may be one of inference, and its outcome is kept."""
-    name = "mask_head_plugin.ops.roi_pooling_triton"
-    monkeypatch.setitem(sys.modules, name, load_triton_kernels("interpreted"))
-    pooler.fused_roi_align.cache_clear()
+    arguments = torch.device("cpu"), torch.float32, 1, 1, (1, 1), 0, True
     with torch.inference_mode():
-        assert pooler.fused_roi_align(torch.device("cpu")) is not None
-    pooler.fused_roi_align.cache_clear()
+        assert pooler.can_pool_at_once(*arguments)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_on_cuda_maps_are_made_channels_last_and_nothing_waits_for_the_device(layout, monkeypatch):
+    """With tensors that have no values, and so need no GPU; reading one would fail."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(pooler, "can_pool_at_once", lambda *kernel: True)
+    with FakeTensorMode(), CountOperators() as count:
+        features, boxes = make_fake_input(layout)
+        count.calls.clear()
+        pooled = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2", 32, 3)(features, boxes)
+    assert pooled.is_cuda and pooled.shape == (18, 16, 7, 7)
+    assert count.calls["mask_head_plugin.multilevel_roi_align.default"] == 1
+    copies = len(SCALES) if layout == torch.contiguous_format else 0
+    assert count.calls["aten.clone.default"] == copies
+
+
+def make_fake_input(layout):
+    features = [
+        torch.empty(2, 16, 128 // stride, 192 // stride, device="cuda").to(memory_format=layout)
+        for stride in (4, 8, 16)
+    ]
+    return features, [Boxes(torch.empty(9, 4, device="cuda")) for _ in range(2)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,153 +1,273 @@
-"""The CUDA kernel: run by Triton's interpreter on the CPU, and compiled for two GPUs."""
+"""The CUDA kernel: run by Triton's interpreter on the CPU, compiled for two GPUs, run on a GPU."""
 
 from __future__ import annotations
 
-import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
-from conftest import load_triton_kernels, relative_error
+from conftest import load_script, load_triton_kernels, relative_error
 
 from mask_head_plugin import ops
 
 triton = pytest.importorskip("triton")
+roi_pooling_operator = pytest.importorskip("mask_head_plugin.ops.roi_pooling_operator")
+
+HALVES = (torch.float16, torch.bfloat16)
+VECTOR_ATOMICS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+"""Known of the tested version; older ones were not looked at."""
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+SCALES = (0.25, 0.125)
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
 
 
-@pytest.fixture
-def interpreted(triton_interpreter):
-    return load_triton_kernels("interpreted").multilevel_roi_align
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=needs_gpu)])
+def operator(request):
+    """Pools by the interpreter, or on a GPU; takes and returns tensors of the CPU."""
+    if request.param == "cuda":
+        return on_gpu
+    return request.getfixturevalue("interpreted_operator")
 
 
-def make_input(dtype=torch.float32, layout=torch.contiguous_format, channels=5):
+def on_gpu(maps, rois, levels, *options, device="cuda:0"):
+    maps, rois, levels = [x.to(device) for x in maps], rois.to(device), levels.to(device)
+    return roi_pooling_operator.multilevel_roi_align(maps, rois, levels, *options).cpu()
+
+
+def make_maps(dtype=torch.float32, layout=torch.channels_last, channels=5):
     generator = torch.Generator().manual_seed(0)
-    maps = [
+    return [
         torch.randn(2, channels, *hw, generator=generator)
         .to(dtype)
         .contiguous(memory_format=layout)
         for hw in ((12, 15), (6, 8))
     ]
+
+
+def make_rois():
+    generator = torch.Generator().manual_seed(1)
     rois = torch.rand(7, 5, generator=generator) * 40
     rois[:, 3:] = rois[:, 1:3] + torch.rand(7, 2, generator=generator) * 30
     rois[:, 0] = torch.arange(7) % 2
     rois[1, 3] = rois[1, 1] - 5  # inverted
     rois[2, 1:] = torch.tensor([-30.0, -20, 90, 70])  # over the border
     rois[3, 1:] = 900  # off the map, and without area
-    return maps, rois, torch.tensor([0, 0, 1, 1, 0, 1, 0])
+    return rois, torch.tensor([0, 0, 1, 1, 0, 1, 0])
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("aligned", [True, False])
+def with_gradients(pool, maps):
+    """Returns what a pooling function makes of maps, and gradients of a weighted sum of it."""
+    inputs = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in maps]
+    pooled = pool(inputs)
+    weights = torch.linspace(-1, 1, pooled.numel()).view(pooled.shape)
+    return [pooled, *torch.autograd.grad((pooled.float() * weights).sum(), inputs)]
+
+
+def assert_equal_to_the_cpu_operator(operator, maps, rois, levels, size, scales, ratio, aligned):
+    options = (size, scales, ratio, aligned)
+    actual = with_gradients(lambda x: operator(x, rois, levels, *options), maps)
+    wide = [x.float() for x in maps]
+    expected = with_gradients(lambda x: ops.roi_align(x, rois, *options, levels=levels), wide)
+    # One rounding of what was summed in float32.
+    tolerance = 1e-6 if maps[0].dtype == torch.float32 else torch.finfo(maps[0].dtype).eps
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.shape == theirs.shape and mine.dtype == maps[0].dtype
+        assert relative_error(mine.float(), theirs) <= tolerance
+
+
+@pytest.mark.parametrize(("aligned", "layout"), [(True, LAYOUTS[0]), (False, LAYOUTS[1])])
 @pytest.mark.parametrize("ratio", [0, 2])
-def test_equals_the_cpu_operator(ratio, aligned, layout, interpreted):
-    maps, rois, levels = make_input(layout=layout)
-    results = []
-    for operator in (interpreted, ops.roi_align):
-        inputs = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in maps]
-        options = ((3, 2), (0.25, 0.125), ratio, aligned)
-        if operator is ops.roi_align:
-            pooled = operator(inputs, rois, *options, levels=levels)
-        else:
-            pooled = operator(inputs, rois, levels, *options)
-        weights = torch.linspace(-1, 1, pooled.numel()).view(pooled.shape)
-        results.append([pooled, *torch.autograd.grad((pooled * weights).sum(), inputs)])
-    for actual, expected in zip(*results, strict=True):
-        assert actual.shape == expected.shape and relative_error(actual, expected) <= 1e-6
-    assert results[0][1].stride() == maps[0].stride(), "gradients keep the layout of the maps"
+def test_equals_the_cpu_operator(ratio, aligned, layout, operator):
+    maps, options = make_maps(layout=layout), ((3, 2), SCALES, ratio, aligned)
+    assert_equal_to_the_cpu_operator(operator, maps, *make_rois(), *options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_maps_are_summed_in_float32(dtype, interpreted):
-    maps, rois, levels = make_input(dtype, channels=3)
-    results = []
-    for scale in (torch.float32, dtype):
-        inputs = [x.to(scale).requires_grad_() for x in maps]
-        pooled = interpreted(inputs, rois, levels, (2, 2), (0.25, 0.125), 2, True)
-        results.append([pooled, *torch.autograd.grad(pooled.sum(), inputs)])
-    for expected, actual in zip(*results, strict=True):
-        assert actual.dtype == dtype
-        assert relative_error(actual.float(), expected) <= torch.finfo(dtype).eps
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_maps_are_summed_in_float32(dtype, layout, operator):
+    maps = make_maps(dtype, layout, channels=3)
+    assert_equal_to_the_cpu_operator(operator, maps, *make_rois(), (2, 2), SCALES, 0, True)
 
 
-def test_more_channels_than_a_block(interpreted):
-    maps, rois, levels = make_input(channels=130)
-    actual = interpreted(maps, rois[:3], levels[:3], (1, 2), (0.25, 0.125), 1, True)
-    expected = ops.roi_align(maps, rois[:3], (1, 2), (0.25, 0.125), 1, levels=levels[:3])
-    assert relative_error(actual, expected) <= 1e-6
+@pytest.mark.parametrize("channels", [128 + 2, 256])
+def test_more_channels_than_a_block(channels, operator):
+    maps, (rois, levels) = make_maps(channels=channels), make_rois()
+    options = ((1, 2), SCALES, 1, True)
+    assert_equal_to_the_cpu_operator(operator, maps, rois[:3], levels[:3], *options)
 
 
-def test_no_rois(interpreted):
-    maps, rois, levels = make_input()
-    maps = [x.requires_grad_() for x in maps]
-    pooled = interpreted(maps, rois[:0], levels[:0], (2, 2), (0.25, 0.125), 2, True)
+@pytest.mark.parametrize("size", [7, 14])
+def test_sides_of_as_many_cells_as_bins(size, operator):
+    """Their samples lie at cell edges, and their number is no matter of rounding."""
+    gpu = operator is on_gpu
+    sides = torch.arange(1, 65 if gpu else 4) * float(size)
+    rois = torch.zeros(len(sides), 5)
+    rois[:, 1], rois[:, 3], rois[:, 4] = 1, 1 + sides, size if gpu else 0.01
+    maps = [torch.randn(1, 2, size + 1, 64 * size + 2 if gpu else 3 * size + 2)]
+    levels = torch.zeros(len(sides), dtype=torch.int64)
+    options = ((size, size) if gpu else (1, size), (1.0,), 0, True)
+    assert_equal_to_the_cpu_operator(operator, maps, rois, levels, *options)
+
+
+@pytest.mark.parametrize("ratio", [0, 2], ids=["adaptive", "far apart"])
+def test_bins_taller_than_a_tile(ratio, operator):
+    """9 cells a bin: of adaptive samples, those near a tile; of two, cells without any between."""
+    rois = torch.tensor([[0.0, 1.3, 0.6, 3.9, 18.4], [0.0, 3, 19, 1, 2]])
+    levels = torch.zeros(2, dtype=torch.int64)
+    options = ((2, 1), (1.0,), ratio, True)
+    maps = [torch.randn(1, 2, 20, 6)]
+    assert_equal_to_the_cpu_operator(operator, maps, rois, levels, *options)
+
+
+def test_boxes_of_numbers_near_the_largest_and_levels_without_any(operator):
+    rois = torch.tensor([[0, -1e9, -1e9, 1e9, 1e9], [1, 1e30, 0, 2e30, 9], [0, -40, -40, -20, -20]])
+    levels = torch.ones(3, dtype=torch.int64)
+    maps = make_maps(channels=2)
+    assert_equal_to_the_cpu_operator(operator, maps, rois, levels, (2, 2), SCALES, 0, True)
+
+
+def test_as_many_maps_as_arguments_and_no_more(operator):
+    maps = [torch.randn(1, 3, 4, 5) for _ in range(6)]
+    rois = torch.tensor([[0.0, 0, 0, 4, 3]]).repeat(5, 1)
+    levels, scales = torch.arange(5), (1.0, 0.9, 0.8, 0.7, 0.6)
+    assert_equal_to_the_cpu_operator(operator, maps[:5], rois, levels, (1, 2), scales, 1, True)
+    with pytest.raises(ValueError, match="got 6 feature maps and 5 scales"):
+        operator(maps, rois, levels, (1, 2), scales, 1, True)
+    with pytest.raises(ValueError, match="1 to 5"):
+        operator(maps, rois, levels, (1, 2), (*scales, 0.5), 1, True)
+
+
+def test_no_rois(operator):
+    maps, (rois, levels) = [x.requires_grad_() for x in make_maps()], make_rois()
+    pooled = operator(maps, rois[:0], levels[:0], (2, 2), SCALES, 2, True)
     pooled.sum().backward()
     assert pooled.shape == (0, 5, 2, 2) and maps[0].grad.abs().max() == 0
 
 
-def test_levels_and_rois_with_strides(interpreted):
-    maps, rois, levels = make_input(channels=3)
-    expected = interpreted(maps, rois, levels, (2, 2), (0.25, 0.125), 1, True)
+def test_levels_and_rois_with_strides(operator):
+    maps, (rois, levels) = make_maps(channels=3), make_rois()
+    expected = operator(maps, rois, levels, (2, 2), SCALES, 1, True)
     strided = levels.int().repeat_interleave(2)[::2], rois.repeat(1, 2)[:, :5]
-    actual = interpreted(maps, strided[1], strided[0], (2, 2), (0.25, 0.125), 1, True)
+    actual = operator(maps, strided[1], strided[0], (2, 2), SCALES, 1, True)
     assert torch.equal(actual, expected)
 
 
-def test_what_does_not_fit_is_refused(interpreted):
-    maps, rois, levels = make_input(channels=3)
-    options = ((2, 2), (0.25, 0.125), 1, True)
+def test_what_does_not_fit_is_refused(operator):
+    maps, (rois, levels) = make_maps(channels=3), make_rois()
+    options = ((2, 2), SCALES, 1, True)
     with pytest.raises(ValueError, match="must agree in N, C, type"):
-        interpreted([maps[0], maps[1].half()], rois, levels, *options)
+        operator([maps[0], maps[1].half()], rois, levels, *options)
     with pytest.raises(ValueError, match="must agree in N, C, type"):
-        interpreted([x.double() for x in maps], rois, levels, *options)
+        operator([x.double() for x in maps], rois, levels, *options)
     with pytest.raises(ValueError, match=r"rois must be \(R, 5\)"):
-        interpreted(maps, torch.zeros(7, 6), levels, *options)
+        operator(maps, torch.zeros(7, 6), levels, *options)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_is_one_operator_with_a_gradient_for_compilers(interpreted_operator):
+    """What torch.compile and torch.export rely on: schema, fake kernel, autograd."""
+    maps = [torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(2)]
+    rois, levels = torch.tensor([[0.0, 0.5, 0.5, 3, 2]]), torch.ones(1, dtype=torch.int32)
+    operator = torch.ops.mask_head_plugin.multilevel_roi_align.default
+    torch.library.opcheck(operator, (maps, rois, levels, [1, 2], [1.0, 0.9], 1, True))
+
+    def pool(features):
+        return interpreted_operator(features, rois, levels, (1, 2), (1.0, 0.9), 1, True)
+
+    graph = torch.compile(pool, backend="eager", fullgraph=True)
+    assert torch.equal(graph(maps), pool(maps))
+
+
+@needs_gpu
+def test_more_rois_than_an_axis_of_a_grid_has_blocks():
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(66_000, 2, generator=generator) * 10
+    index = torch.zeros(66_000, 1)
+    rois = torch.cat([index, corner, corner + 1 + corner.flip(1) / 3], dim=1)
+    levels, options = torch.zeros(66_000, dtype=torch.int64), ((2, 2), (1.0,), 0, True)
+    feature = torch.randn(1, 1, 12, 12, generator=generator)
+    actual = on_gpu([feature], rois, levels, *options)
+    expected = ops.roi_align([feature], rois, *options, levels=levels)
+    assert relative_error(actual, expected) <= 1e-6
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_where_the_maps_are():
+    maps, (rois, levels), options = make_maps(), make_rois(), ((2, 2), SCALES, 2, True)
+    actual = on_gpu(maps, rois, levels, *options, device="cuda:1")
+    assert torch.equal(actual, on_gpu(maps, rois, levels, *options))
+
+
+@needs_gpu
+def test_a_cuda_graph_holds_it():
+    """Nothing in it waits for the device or copies to it."""
+    maps, (rois, levels) = [x.cuda() for x in make_maps()], (x.cuda() for x in make_rois())
+    arguments = maps, rois, levels, (2, 2), SCALES, 2, True
+    expected = roi_pooling_operator.multilevel_roi_align(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = roi_pooling_operator.multilevel_roi_align(*arguments)
+    graph.replay()
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("backward", [False, True])
-def test_compiles_for_gpus_that_need_not_be_there(backward, dtype, capability, monkeypatch):
-    """The machine code of an A100 (sm_80) and of an H100 (sm_90), from Triton's own assembler."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def test_each_column_is_visited_once_a_row_of_bins(backward, triton_interpreter, monkeypatch):
+    """Cells read, or added to with atomics, per channel; one by one, samples visit four each."""
+    kernels = load_triton_kernels("interpreted")
+    visits, tile = [], kernels._tile
 
+    def counting(x, values, cells, used, num_channels, width, row, weights, backward):
+        visits.append((weights.handle.data != 0).sum())
+        return tile(x, values, cells, used, num_channels, width, row, weights, backward)
+
+    monkeypatch.setattr(kernels, "_tile", counting)
+    bins, samples, cells = 7, 3, 21.0 - 1e-3
+    rois = torch.tensor([[0, 2.2, 2.2, 2.2 + cells, 2.2 + cells]])
+    maps, pooled = [torch.zeros(1, 1, 30, 30)], torch.zeros(1, bins, bins, 1)
+    launch = kernels.add_gradients if backward else kernels.pool
+    launch(maps, pooled, rois, torch.zeros(1, dtype=torch.int32), (1.0,), 0, True)
+    t = 2.2 - 0.5 + (np.arange(bins * samples) + 0.5) * cells / bins / samples
+    touched = np.stack([np.floor(t), np.floor(t) + 1], 1).reshape(bins, -1)
+    per_bin = sum(len(set(row)) for row in touched)
+    assert sum(visits) == per_bin * len(set(touched.flat))
+    assert sum(visits) < 0.4 * 4 * (bins * samples) ** 2
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(80, "fp32"), (90, "fp32"), (90, "fp16"), (90, "bf16")]
+)
+def test_compiles_for_gpus_that_need_not_be_there(capability, dtype, backward, monkeypatch):
+    """The machine code of an A100 (sm_80) and of an H100 (sm_90), from Triton's own assembler."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    module = load_triton_kernels("compiled")
-    kernel = module._roi_align_kernel
-    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    constants = {
-        "dtype": module._TRITON_TYPES[torch.float32 if backward else types[dtype]],
-        "channels_last": True,
-        "pooled_height": 7,
-        "pooled_width": 7,
-        "sampling_ratio": 0,
-        "aligned": True,
-        "block_channels": 128,
-        "backward": backward,
-    }
-    signature = {
-        **dict.fromkeys(constants, "constexpr"),
-        "table": "*i64",
-        "pooled": f"*{dtype}",
-        "rois": "*fp32",
-        "levels": "*i32",
-        "scales": "*fp32",
-        "num_channels": "i32",
-    }
-    # Triton before 3.3 has no type "constexpr", and another name for their values.
-    is_old = "constants" in inspect.signature(ASTSource).parameters
-    names = [x for x in kernel.arg_names if not (is_old and x in constants)]
-    source = ASTSource(
-        kernel,
-        {name: signature[name] for name in names},
-        **{"constants" if is_old else "constexprs": constants},
-    )
-    target, options = GPUTarget("cuda", capability, 32), module.COMPILER_OPTIONS
-    compiled = triton.compile(source, target=target, options=options)
+    report = load_script("benchmarks/triton_kernels.py")
+    compiled = report.compile_kernel(report.Variant(capability, dtype, backward))
     ptx = compiled.asm["ptx"]
     assert f".target sm_{capability}" in ptx and compiled.asm["cubin"]
-    assert "add.rn.f32" in ptx and ("atom" in ptx) == backward
+    assert "add.rn.f32" in ptx and bool(re.search(r"\b(atom|red)\.global", ptx)) == backward
     # ceil(side / 7) of a side of 21 cells is 4 where 21 / 7 is 21 * (1 / 7), rounded twice.
     assert "div.rn.f32" in ptx
     approximate = re.findall(r"\b(?:div\.full|div\.approx|rcp|fma)\S*", ptx)
     assert not approximate, "samples are counted and placed as on the CPU"
+    # Whole vectors of channels, in the cells' loads, the bins' stores and the gradients' atomics.
+    code = report.machine_code(compiled)
+    assert code["spilled"] == 0
+    widest = 64 if dtype != "fp32" else 128
+    if backward:
+        assert max(code["loads"]) >= widest
+        if capability == 90 and VECTOR_ATOMICS:
+            assert all("F32x4" in name for name in code["atomics"])
+    else:
+        assert max(code["loads"]) == 128 and code["loads"][128] >= 4
+        assert list(code["stores"]) == [widest]
+
+
+def test_what_a_call_moves_stays_within_its_bounds_on_paper():
+    """Two images with 512 boxes each, 7 x 7 bins, as many samples as cells (triton_kernels.py)."""
+    report = load_script("benchmarks/triton_kernels.py")
+    work = report.work_row(512, 7, 0, "fp32")
+    assert work["by samples, 1000"] >= 2.5 * work["cells, 1000"]
+    assert 0.05 <= work["forward at least, ms"] <= 0.15

@@ -1,0 +1,164 @@
+"""ROIAlign from all feature maps of a pyramid as one operator of PyTorch, for CUDA.
+
+``torch.ops.mask_head_plugin.multilevel_roi_align`` has a gradient and shapes without values, so
+torch.compile and torch.export see one operator, and CUDA graphs hold it: nothing is copied to the
+device and nothing waits for it. Its kernel is that of roi_pooling_triton.
+
+Shape alphabet: see roi_pooling_triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import roi_pooling_triton as kernels
+
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def multilevel_roi_align(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    output_size: tuple[int, int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """ROIAlign of each RoI from its own map; equal to ops.roi_align up to rounding.
+
+    Nothing here looks at values, so it does not wait for the device: coordinates must be finite,
+    image indices in [0, N) and levels in [0, L). RoIs get no gradient.
+
+    Args:
+        features: L maps (N, C, Hi, Wi) of float32, float16 or bfloat16, at most
+            roi_pooling_triton.MAX_MAPS. Those that are not channels_last are copied: on a
+            contiguous map every load of the kernel would touch 32 cache lines.
+        rois: (R, 5): image index, x0, y0, x1, y1 in pixels of the network's input.
+        levels: (R,) integers in [0, L).
+        output_size: (P, Q).
+        spatial_scales: cells per pixel of each map.
+        sampling_ratio: samples per bin and axis; 0 and below for ``ceil(RoI side / P)``.
+        aligned: True puts pixel centres at +0.5; False does not, and takes sides below one cell as
+            one cell.
+
+    Returns:
+        (R, C, P, Q) of the type of ``features`` in channels_last layout, with a gradient to them.
+
+    Raises:
+        ValueError: if types, devices or shapes are not as above.
+    """
+    if not 0 < len(features) == len(spatial_scales) <= kernels.MAX_MAPS:
+        raise ValueError(
+            f"got {len(features)} feature maps and {len(spatial_scales)} scales; give as many of "
+            f"both, 1 to {kernels.MAX_MAPS}"
+        )
+    first = features[0]
+    for x in features:
+        alike = x.dtype == first.dtype and x.device == rois.device == levels.device
+        if not alike or x.dtype not in _TYPES or x.shape[:2] != first.shape[:2]:
+            raise ValueError(
+                "feature maps must agree in N, C, type (float32, float16, bfloat16) and device "
+                f"(that of rois and levels), not {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+    if rois.dim() != 2 or rois.shape[1] != 5 or levels.shape != rois.shape[:1]:
+        raise ValueError(
+            f"rois must be (R, 5) and levels (R,), not {tuple(rois.shape)}, {tuple(levels.shape)}"
+        )
+    return _pool(
+        [x.contiguous(memory_format=torch.channels_last) for x in features],
+        rois.detach().float().contiguous(),
+        levels.int().contiguous(),
+        list(output_size),
+        list(spatial_scales),
+        max(sampling_ratio, 0),
+        aligned,
+    )
+
+
+@torch.library.custom_op(
+    "mask_head_plugin::multilevel_roi_align",
+    mutates_args=(),
+    schema="(Tensor[] maps, Tensor rois, Tensor levels, SymInt[] output_size, float[] scales, "
+    "int sampling_ratio, bool aligned) -> Tensor",
+)
+def _pool(
+    maps: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    output_size: Sequence[int],
+    scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    pooled = _new_bins(maps, rois, levels, output_size, scales, sampling_ratio, aligned)
+    bins = pooled.permute(0, 2, 3, 1)
+    kernels.pool(maps, bins, rois, levels, scales, sampling_ratio, aligned)
+    return pooled
+
+
+@_pool.register_fake
+def _new_bins(
+    maps: Sequence[Tensor], rois: Tensor, _levels: Tensor, output_size: Sequence[int], *_: Any
+) -> Tensor:
+    bins = maps[0].new_empty(rois.shape[0], *output_size, maps[0].shape[1])
+    return bins.permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op(
+    "mask_head_plugin::multilevel_roi_align_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor rois, Tensor levels, SymInt num_images, SymInt[] heights, "
+    "SymInt[] widths, float[] scales, int sampling_ratio, bool aligned) -> Tensor[]",
+)
+def _gradients(
+    grad: Tensor,
+    rois: Tensor,
+    levels: Tensor,
+    num_images: int,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> list[Tensor]:
+    """Returns the gradients of all maps, also of those that need none: a RoI adds to its own."""
+    grads = _new_gradients(grad, rois, levels, num_images, heights, widths)
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in grads]
+    bins = grad.permute(0, 2, 3, 1).contiguous()
+    kernels.add_gradients(sums, bins, rois, levels, scales, sampling_ratio, aligned)
+    return [x.to(grad.dtype) for x in sums]
+
+
+@_gradients.register_fake
+def _new_gradients(
+    grad: Tensor,
+    _rois: Tensor,
+    _levels: Tensor,
+    num_images: int,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    *_: Any,
+) -> list[Tensor]:
+    sides = zip(heights, widths, strict=True)
+    shapes = [(num_images, height, width, grad.shape[1]) for height, width in sides]
+    return [grad.new_empty(shape).permute(0, 3, 1, 2) for shape in shapes]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    maps, rois, levels, _, *ctx.options = inputs
+    ctx.save_for_backward(rois, levels)
+    ctx.num_images = maps[0].shape[0]
+    ctx.heights, ctx.widths = [x.shape[2] for x in maps], [x.shape[3] for x in maps]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    shapes = ctx.num_images, ctx.heights, ctx.widths
+    return _gradients(grad, *ctx.saved_tensors, *shapes, *ctx.options), *[None] * 6
+
+
+_pool.register_autograd(_backward, setup_context=_setup_context)
