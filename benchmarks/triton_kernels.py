@@ -83,7 +83,10 @@ def compile_kernel(variant: Variant) -> Any:
         from triton.backends.compiler import AttrsDescriptor
 
         attributes: Any = AttrsDescriptor.from_dict(
-            {"arg_properties": {"tt.divisibility": places, "tt.equal_to": []}, "cls": "CUDA"}
+            {
+                "arg_properties": {"tt.divisibility": places, "tt.equal_to": []},
+                "cls": "AttrsDescriptor",
+            }
         )
     else:
         attributes = {(place,): [["tt.divisibility", 16]] for place in places}

@@ -20,6 +20,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mask_head_plugin import load_config
@@ -107,6 +108,17 @@ def interpreted_operator(
 
     monkeypatch.setattr(roi_pooling_operator, "kernels", load_triton_kernels("interpreted"))
     return roi_pooling_operator.multilevel_roi_align
+
+
+def fake_gpu() -> FakeTensorMode:
+    """A mode in which tensors have no values, so that "cuda" needs no GPU."""
+    mode = FakeTensorMode()
+    try:
+        with mode:
+            torch.empty(2, device="cuda")[:1]
+    except RuntimeError:
+        pytest.skip("this PyTorch needs a GPU even for tensors without values")
+    return mode
 
 
 class CountOperators(TorchDispatchMode):

@@ -310,27 +310,42 @@ def _try_kernel(
 
     What goes wrong is logged.
     """
+    operator = _operator()
+    if operator is None:
+        return False
     try:
-        from ..ops.roi_pooling_operator import multilevel_roi_align  # needs Triton
-
         # The first call may be one of inference.
         with torch.inference_mode(False), torch.enable_grad():
             shape = 1, num_channels, 1, 1
             feature = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
             rois, scales = torch.zeros(1, 5, device=device), [1.0] * num_maps
             options = output_size, scales, sampling_ratio, aligned
-            pooled = multilevel_roi_align([feature] * num_maps, rois, rois[:, 0], *options)
-            pooled.sum().backward()
+            operator([feature] * num_maps, rois, rois[:, 0], *options).sum().backward()
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler for another machine may raise
-        logging.getLogger(__name__).warning(
-            "RoI pooling in one kernel is not available, torchvision's operator takes its place: "
-            f"{output_size[0]} x {output_size[1]} bins, {dtype}, {num_channels} channels on "
-            f"{device}: {type(error).__name__}: {error}"
-        )
+        bins = f"{output_size[0]} x {output_size[1]} bins, {dtype}, {num_channels} channels"
+        _log_replacement(f"{bins} on {device}", error)
         return False
     return True
+
+
+@functools.cache
+def _operator() -> Callable[..., Tensor] | None:
+    """Returns ops.roi_pooling_operator.multilevel_roi_align, or None without Triton."""
+    try:
+        from ..ops.roi_pooling_operator import multilevel_roi_align
+    except ImportError as error:
+        _log_replacement("Triton", error)
+        return None
+    return multilevel_roi_align
+
+
+def _log_replacement(what: str, error: Exception) -> None:
+    logging.getLogger(__name__).warning(
+        "RoI pooling in one kernel is not available, torchvision's operator takes its place: "
+        f"{what}: {type(error).__name__}: {error}"
+    )
 
 
 def build_pooler(

@@ -184,7 +184,7 @@ def roi_align_kernel(
     weights = _weights(row, tile_rows, y_start, y_bin, y_grid, p, height)
     nothing = tl.full((block_channels,), 0.0, dtype=tl.float32)
     # Of the columns at `low` and right of it: sums of cells; backward, of their gradients.
-    low, left, right = -2, nothing, nothing
+    low, left, right = tl.full((), -2, dtype=tl.int32), nothing, nothing
     for q in range(pooled_width):
         total = nothing
         if backward:
@@ -216,13 +216,13 @@ def _move(low, x, left, right, cells, used, num_channels, width, row, last_row, 
     """Returns the columns at x and right of it for those at low: reads, or adds, what is needed."""
     nothing = tl.full((left.shape[0],), 0.0, dtype=tl.float32)
     if backward:
-        _column(low, left, cells, used, num_channels, width, row, last_row, weights,
-                start, bin_size, grid, bin, height, backward)  # fmt: skip
+        _add_column(low, left, cells, used, num_channels, width, row, last_row, weights,
+                    start, bin_size, grid, bin, height)  # fmt: skip
         if x == low + 1:
             left = right
         else:
-            _column(low + 1, right, cells, used, num_channels, width, row, last_row, weights,
-                    start, bin_size, grid, bin, height, backward)  # fmt: skip
+            _add_column(low + 1, right, cells, used, num_channels, width, row, last_row, weights,
+                        start, bin_size, grid, bin, height)  # fmt: skip
             left = nothing
         right = nothing
     else:
@@ -230,40 +230,50 @@ def _move(low, x, left, right, cells, used, num_channels, width, row, last_row, 
             left = right
         else:
             left = _column(x, nothing, cells, used, num_channels, width, row, last_row, weights,
-                           start, bin_size, grid, bin, height, backward)  # fmt: skip
+                           start, bin_size, grid, bin, height)  # fmt: skip
         right = _column(x + 1, nothing, cells, used, num_channels, width, row, last_row, weights,
-                        start, bin_size, grid, bin, height, backward)  # fmt: skip
+                        start, bin_size, grid, bin, height)  # fmt: skip
     return left, right
 
 
 @triton.jit
-def _column(x, values, cells, used, num_channels, width, row, last_row, weights,
-            start, bin_size, grid, bin, height, backward: tl.constexpr):  # fmt: skip
-    """Adds the cells of a column to values, by the weights of a bin's samples along y.
+def _column(x, total, cells, used, num_channels, width, row, last_row, weights,
+            start, bin_size, grid, bin, height):  # fmt: skip
+    """Adds the cells of a column to a total, by the weights of a bin's samples along y.
 
-    Backward adds values to the cells. Columns beyond the map are left out.
+    Columns beyond the map are left out.
     """
     if (x >= 0) & (x < width):
-        values = _tile(x, values, cells, used, num_channels, width, row, weights, backward)
+        tile, mask = _tile(x, cells, used, num_channels, width, row, weights)
+        values = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(values * weights[:, None], axis=0)
         for below in range(row + weights.shape[0], last_row + 1, weights.shape[0]):
             more = _weights(below, weights.shape[0], start, bin_size, grid, bin, height)
-            values = _tile(x, values, cells, used, num_channels, width, below, more, backward)
-    return values
+            tile, mask = _tile(x, cells, used, num_channels, width, below, more)
+            values = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(values * more[:, None], axis=0)
+    return total
 
 
 @triton.jit
-def _tile(x, values, cells, used, num_channels, width, row, weights, backward: tl.constexpr):
-    """Does what _column does for as many cells from a row on as there are weights."""
+def _add_column(x, values, cells, used, num_channels, width, row, last_row, weights,
+                start, bin_size, grid, bin, height):  # fmt: skip
+    """Adds values to the cells of a column, as _column reads them."""
+    if (x >= 0) & (x < width):
+        tile, mask = _tile(x, cells, used, num_channels, width, row, weights)
+        tl.atomic_add(tile, weights[:, None] * values[None, :], mask=mask, sem="relaxed")
+        for below in range(row + weights.shape[0], last_row + 1, weights.shape[0]):
+            more = _weights(below, weights.shape[0], start, bin_size, grid, bin, height)
+            tile, mask = _tile(x, cells, used, num_channels, width, below, more)
+            tl.atomic_add(tile, more[:, None] * values[None, :], mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _tile(x, cells, used, num_channels, width, row, weights):
+    """Returns the addresses of the cells of a column from a row on, and which are needed."""
     cell = (row + tl.arange(0, weights.shape[0])).to(tl.int64) * width + x
     tile = cells[None, :] + cell[:, None] * num_channels
-    mask = (weights != 0)[:, None] & used[None, :]
-    if backward:
-        tl.atomic_add(tile, weights[:, None] * values[None, :], mask=mask, sem="relaxed")
-    else:
-        values += tl.sum(
-            tl.load(tile, mask=mask, other=0.0).to(tl.float32) * weights[:, None], axis=0
-        )
-    return values
+    return tile, (weights != 0)[:, None] & used[None, :]
 
 
 @triton.jit

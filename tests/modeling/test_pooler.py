@@ -10,10 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CountOperators, random_instances, relative_error
+from conftest import CountOperators, fake_gpu, random_instances, relative_error
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from torch._subclasses import FakeTensorMode
 
 from mask_head_plugin import ops
 from mask_head_plugin.modeling import MultiLevelRoIPooler, pooler
@@ -159,9 +158,11 @@ def test_what_cannot_be_traced_says_so():
 @pytest.fixture
 def untried():
     """What kernels are known to work is forgotten before and after a test."""
-    pooler._try_kernel.cache_clear()
+    for function in (pooler._try_kernel, pooler._operator):
+        function.cache_clear()
     yield
-    pooler._try_kernel.cache_clear()
+    for function in (pooler._try_kernel, pooler._operator):
+        function.cache_clear()
 
 
 def at_once(module, features, boxes):
@@ -192,6 +193,19 @@ def test_a_kernel_that_does_not_run_is_reported_once_and_replaced(caplog):
             actual = at_once(module, features, boxes)
     assert relative_error(actual, module(features, boxes)) <= 1e-6
     assert [r.message[:40] for r in caplog.records] == ["RoI pooling in one kernel is not availab"]
+
+
+@pytest.mark.usefixtures("untried")
+def test_without_triton_torchvision_takes_its_place_with_one_line_for_all_sizes(
+    monkeypatch, caplog
+):
+    monkeypatch.setitem(sys.modules, "mask_head_plugin.ops.roi_pooling_operator", None)
+    features, boxes = make_input(SCALES)
+    with caplog.at_level(logging.WARNING, logger="mask_head_plugin"):
+        for size in (7, 14):
+            at_once(MultiLevelRoIPooler(size, SCALES, 0, "ROIAlignV2", 32, 3), features, boxes)
+    (record,) = caplog.records
+    assert "takes its place: Triton: ModuleNotFoundError" in record.message
 
 
 @pytest.mark.usefixtures("untried")
@@ -234,7 +248,7 @@ def test_on_cuda_maps_are_made_channels_last_and_nothing_waits_for_the_device(la
     """With tensors that have no values, and so need no GPU; reading one would fail."""
     pytest.importorskip("triton")
     monkeypatch.setattr(pooler, "can_pool_at_once", lambda *kernel: True)
-    with FakeTensorMode(), CountOperators() as count:
+    with fake_gpu(), CountOperators() as count:
         features, boxes = make_fake_input(layout)
         count.calls.clear()
         pooled = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2", 32, 3)(features, boxes)

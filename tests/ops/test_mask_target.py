@@ -7,11 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CountOperators
+from conftest import CountOperators, fake_gpu
 from detectron2.structures import BitMasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses import FakeTensorMode
 from torch.profiler import profile
 from torchvision.ops import roi_align
 
@@ -105,7 +104,7 @@ def test_deterministic_mode_on_cuda_takes_the_operator_too(monkeypatch):
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        with FakeTensorMode():
+        with fake_gpu():
             masks = torch.empty(3, 30, 40, dtype=torch.bool, device="cuda")
             boxes = torch.empty(3, 4, device="cuda")
             with CountOperators() as count:

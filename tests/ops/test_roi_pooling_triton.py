@@ -15,9 +15,6 @@ triton = pytest.importorskip("triton")
 roi_pooling_operator = pytest.importorskip("mask_head_plugin.ops.roi_pooling_operator")
 
 HALVES = (torch.float16, torch.bfloat16)
-VECTOR_ATOMICS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-"""Known of the tested version; older ones were not looked at."""
-
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SCALES = (0.25, 0.125)
 
@@ -219,9 +216,9 @@ def test_each_column_is_visited_once_a_row_of_bins(backward, triton_interpreter,
     kernels = load_triton_kernels("interpreted")
     visits, tile = [], kernels._tile
 
-    def counting(x, values, cells, used, num_channels, width, row, weights, backward):
-        visits.append((weights.handle.data != 0).sum())
-        return tile(x, values, cells, used, num_channels, width, row, weights, backward)
+    def counting(*arguments):
+        visits.append((arguments[-1].handle.data != 0).sum())  # weights of the tile's cells
+        return tile(*arguments)
 
     monkeypatch.setattr(kernels, "_tile", counting)
     bins, samples, cells = 7, 3, 21.0 - 1e-3
@@ -249,7 +246,7 @@ def test_compiles_for_gpus_that_need_not_be_there(capability, dtype, backward, m
     assert f".target sm_{capability}" in ptx and compiled.asm["cubin"]
     assert "add.rn.f32" in ptx and bool(re.search(r"\b(atom|red)\.global", ptx)) == backward
     # ceil(side / 7) of a side of 21 cells is 4 where 21 / 7 is 21 * (1 / 7), rounded twice.
-    assert "div.rn.f32" in ptx
+    assert re.search(r"div\.rn(\.ftz)?\.f32", ptx)
     approximate = re.findall(r"\b(?:div\.full|div\.approx|rcp|fma)\S*", ptx)
     assert not approximate, "samples are counted and placed as on the CPU"
     # Whole vectors of channels, in the cells' loads, the bins' stores and the gradients' atomics.
@@ -258,7 +255,7 @@ def test_compiles_for_gpus_that_need_not_be_there(capability, dtype, backward, m
     widest = 64 if dtype != "fp32" else 128
     if backward:
         assert max(code["loads"]) >= widest
-        if capability == 90 and VECTOR_ATOMICS:
+        if capability == 90:  # an A100 has none
             assert all("F32x4" in name for name in code["atomics"])
     else:
         assert max(code["loads"]) == 128 and code["loads"][128] >= 4
