@@ -59,19 +59,20 @@ class Variant:
 def compile_kernel(variant: Variant) -> Any:
     """Returns what Triton compiles a variant to, for maps of a multiple of 16 channels."""
     kernel = kernels.roi_align_kernel
+    maps = "fp32" if variant.backward else variant.dtype  # gradients are summed in float32
     constants = {
         "pooled_height": variant.size,
         "pooled_width": variant.size,
         "sampling_ratio": variant.sampling_ratio,
         "aligned": True,
-        "block_channels": kernels.MAX_BLOCK_CHANNELS,
+        "block_channels": kernels.MAX_BLOCK_BYTES // TYPES[maps].itemsize,
         "tile_rows": kernels.TILE_ROWS,
         "backward": variant.backward,
     }
     signature = {**dict.fromkeys(constants, "constexpr"), "num_channels": "i32"}
     signature |= {"pooled": f"*{variant.dtype}", "rois": "*fp32", "levels": "*i32"}
     for i in range(kernels.MAX_MAPS):
-        signature[f"map{i}"] = "*fp32" if variant.backward else f"*{variant.dtype}"
+        signature[f"map{i}"] = f"*{maps}"
         signature |= {f"height{i}": "i32", f"width{i}": "i32", f"scale{i}": "fp32"}
     # Triton before 3.3 has no type "constexpr", another name for their values and for what is
     # known to be a multiple of 16.

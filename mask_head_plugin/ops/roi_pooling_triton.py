@@ -3,8 +3,8 @@
 torchvision's operator pools from one map, so detectron2 runs it once per level and waits for the
 device each time to learn how many RoIs a level has. Here every RoI chooses its map in the kernel,
 so one launch serves all levels and nothing waits. Sums are kept in float32 whatever the type of the
-maps. Channels run along the threads, four to each: a channels_last map is read and added to in
-vectors of four. The maps are arguments of the kernel and not a table of addresses, because the
+maps. Channels run along the threads: a channels_last map is read, and its gradient added to, in
+vectors of 16 bytes. The maps are arguments of the kernel and not a table of addresses, because the
 compiler must know that addresses are multiples of 16 bytes to do so.
 
 A program of the grid handles one row of bins of one RoI, for a block of channels. Samples that
@@ -34,8 +34,8 @@ from .axis_weights import MAX_MAP_SIZES
 MAX_MAPS = 5
 """L of one launch: the levels P2 to P6 of a pyramid."""
 
-MAX_BLOCK_CHANNELS = 128
-"""Channels of one program: a warp's 32 threads with 4 channels each."""
+MAX_BLOCK_BYTES = 512
+"""Channels of one program, in bytes of a map: a warp's 32 threads with 16 bytes each."""
 
 TILE_ROWS = 4
 """Y: rows of cells that are read at once. A bin of up to 3 cells a side touches as many."""
@@ -99,7 +99,7 @@ def _launch(
     if pooled.numel() == 0:
         return
     num_rois, height, width, num_channels = pooled.shape
-    block = min(triton.next_power_of_2(num_channels), MAX_BLOCK_CHANNELS)
+    block = min(triton.next_power_of_2(num_channels), MAX_BLOCK_BYTES // maps[0].element_size())
     unused = MAX_MAPS - len(maps)
     filled, scales = [*maps, *[maps[0]] * unused], [*scales, *[scales[0]] * unused]
     # Triton launches on the current device, which need not be that of the tensors.
