@@ -497,7 +497,7 @@ def test_equal_names_are_numbered_and_equal_files_taken_once(images, tmp_path):
         (["--opts", "MODEL.WEIGHTS", ""], "no weights: add --opts MODEL.WEIGHTS FILE"),
         (["--opts", "MODEL.WEIGHTS"], "has no partner"),
         (["--opts", "MODEL.WEIGHTS", "{tmp}/file"], "file was not loaded"),
-        (["--opts", "INPUT.FORMAT", "HSV"], "INPUT.FORMAT"),
+        (["--opts", "INPUT.FORMAT", "BRG"], "INPUT.FORMAT"),
         (["--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "7"], "of another shape: roi_heads."),
         (
             ["--semantic", "--opts", *NO_MASKS],

@@ -165,14 +165,14 @@ def test_all_goes_on_after_failures_and_ends_in_one_table(result, monkeypatch, c
     answers = iter([result[1], ConfigError("no weights"), MemoryError("too\nlarge")])
     asked = []
 
-    def compare(config, weights, dataset, output, *_):
+    def answer(config, weights, dataset, output, *_):
         asked.append((config, output))
-        answer = next(answers, result[1])
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        found = next(answers, result[1])
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    monkeypatch.setattr(compare_zoo, "compare_config", compare)
+    monkeypatch.setattr(compare_zoo, "compare_config", answer)
     code, out, _ = tool(capsys, "--all", "--weights", "zoo", "--output", tmp_path)
     assert asked == [(x.config, tmp_path / x.config) for x in ZOO_MODELS]
     assert code == 2 and f"{ZOO_MODELS[1].config}: not compared, no weights" in out
