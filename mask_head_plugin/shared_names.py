@@ -48,7 +48,10 @@ class _YieldingRegistry(Registry):
             name, obj = f"{PACKAGE}.{name}", own
             logger.warning(
                 "%s is %s's; that of this package is %r in the %s registry",
-                *(own.__name__, other.__module__, name, self._name),
+                own.__name__,
+                other.__module__,
+                name,
+                self._name,
             )
         super()._do_register(name, obj)
 

@@ -148,7 +148,8 @@ def record(folder: Path) -> dict[str, set[str]]:
     ]
     cfg = Noting.of(
         load_config(str(CONFIGS / "Base-Small.yaml"), [*SMALL_RESNET, *opts]),
-        *("", dry_build._Keys()),
+        "",
+        dry_build._Keys(),
     )
     try:
         register_coco_files(cfg)

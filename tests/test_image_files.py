@@ -274,10 +274,22 @@ def loaders(folder):
             DatasetCatalog.remove(name)
         DatasetCatalog.register(name, lambda: records(folder, names))
         cfg = small_config(
-            *("Base-Small.yaml", "DATASETS.TRAIN", repr((name,)), "SOLVER.IMS_PER_BATCH", "1"),
-            *("INPUT.MIN_SIZE_TRAIN", "(0,)", "INPUT.MIN_SIZE_TEST", "0"),
-            *("INPUT.RANDOM_FLIP", "none", "DATALOADER.ASPECT_RATIO_GROUPING", "False"),
-            *("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False", *of_channels(image_format)),
+            "Base-Small.yaml",
+            "DATASETS.TRAIN",
+            repr((name,)),
+            "SOLVER.IMS_PER_BATCH",
+            "1",
+            "INPUT.MIN_SIZE_TRAIN",
+            "(0,)",
+            "INPUT.MIN_SIZE_TEST",
+            "0",
+            "INPUT.RANDOM_FLIP",
+            "none",
+            "DATALOADER.ASPECT_RATIO_GROUPING",
+            "False",
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+            "False",
+            *of_channels(image_format),
         )
         return Trainer.build_train_loader(cfg), Trainer.build_test_loader(cfg, name)
 

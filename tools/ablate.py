@@ -92,9 +92,7 @@ def ablate(args: argparse.Namespace) -> int:
     )
     cluster.check()
     opts = [*import_options(args.imports), *args.opts]
-    ablation = experiments.load_ablation(
-        *(args.config_file, args.size, opts, args.variant, args.seed)
-    )
+    ablation = experiments.load_ablation(args.config_file, args.size, opts, args.variant, args.seed)
     trials = experiments.plan(ablation, args.output, args.num_gpus)
     metric = ablation.metric
     if args.dry_run:

@@ -106,7 +106,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"all findings are in {args.output}")
     if args.fix is not None:
         changes = fix_coco_file(
-            *(args.json, args.images, args.fix, options),
+            args.json,
+            args.images,
+            args.fix,
+            options,
             accepted=args.accept,
             crowds_are_objects=args.crowds_are_objects,
         )

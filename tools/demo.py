@@ -42,7 +42,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
     parser.add_argument(
-        *("--input", "--video-input"),
+        "--input",
+        "--video-input",
         nargs="+",
         required=True,
         metavar="PATH",
@@ -77,7 +78,10 @@ def main() -> int:
     opts = [*import_options(args.imports), *args.opts, *args.pairs]
     try:
         problems = run_demo(
-            *(args.config_file, opts, args.input, args.output),
+            args.config_file,
+            opts,
+            args.input,
+            args.output,
             args.confidence_threshold,
             semantic=args.semantic,
         )

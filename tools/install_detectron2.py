@@ -131,9 +131,19 @@ def download_source_wheel(folder: Path) -> Path:
     requirement.write_text(f"{SOURCE_PROJECT}=={SOURCE_VERSION} --hash=sha256:{SOURCE_SHA256}\n")
     # The wheel names an older Python and a GUI's dependencies; neither concerns these sources.
     run_pip(
-        *("download", "--no-deps", "--ignore-requires-python", "--only-binary=:all:"),
-        *("--retries", "2", "--timeout", "20"),  # say soon that there is no network
-        *("--require-hashes", "--dest", str(folder), "--requirement", str(requirement)),
+        "download",
+        "--no-deps",
+        "--ignore-requires-python",
+        "--only-binary=:all:",
+        "--retries",
+        "2",
+        "--timeout",
+        "20",  # say soon that there is no network
+        "--require-hashes",
+        "--dest",
+        str(folder),
+        "--requirement",
+        str(requirement),
     )
     return next(folder.glob(f"{SOURCE_PROJECT}-*.whl"))
 

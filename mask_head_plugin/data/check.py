@@ -177,7 +177,10 @@ def check_content(content: Any, image_root: str, found: Findings, options: Check
     sizes = check_images(content["images"], found, lvis=lvis)
     if options.files:
         check_files(
-            *(content, image_root, found, sizes),
+            content,
+            image_root,
+            found,
+            sizes,
             lvis=lvis,
             decode=options.decode,
             known=options.known_files,

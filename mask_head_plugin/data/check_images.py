@@ -146,7 +146,8 @@ def check_image_files(
         warnings.simplefilter("ignore")  # Pillow's, of large images and odd EXIF data
         results = pool.imap(lambda path: inspect_image(path, decode=decode), missing, chunksize=16)
         progress = tqdm(
-            *(results, "image files"),
+            results,
+            "image files",
             total=len(missing),
             leave=False,
             disable=len(missing) < FEW_FILES,

@@ -337,7 +337,9 @@ def _with_all_categories(name: str, file: CocoFile, categories: Categories, outp
     write_durably(path, json.dumps(content))
     logger.info(
         "%s lists other categories than the model has: %s; evaluating with a copy, %s",
-        *(file.json_file, sorted(set(file.categories.items()) ^ set(categories.items())), path),
+        file.json_file,
+        sorted(set(file.categories.items()) ^ set(categories.items())),
+        path,
     )
     return str(path)
 

@@ -90,8 +90,10 @@ def match_classes(
             weights[name] = _moved(weights[name], state[name], moved_from, moved_to, sizes)
     logger.info(
         "%s: classes are matched by name; %s, whose rows are %s; %s",
-        *(source, f"found: {listed([own[row] for row in moved_to])}"),
-        *("in place" if moved_from == moved_to else "moved", match),
+        source,
+        f"found: {listed([own[row] for row in moved_to])}",
+        "in place" if moved_from == moved_to else "moved",
+        match,
     )
     return own
 

@@ -65,5 +65,8 @@ def warn_of_colours(input_format: str, author: str, source: str) -> None:
         logger.warning(
             "%s is %s's, trained on %s, but INPUT.FORMAT is %s; set it, and PIXEL_MEAN and "
             "PIXEL_STD in that order",
-            *(source, author, trained, input_format),
+            source,
+            author,
+            trained,
+            input_format,
         )

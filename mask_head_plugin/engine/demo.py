@@ -143,7 +143,10 @@ class Demo:
             logger.warning(
                 "%s: the model sees its %d x %d pixels scaled to INPUT.MAX_SIZE_TEST %d, for at "
                 "full size memory would run out; cut it into tiles if objects are small",
-                *(name, width, height, self.predictor.cfg.INPUT.MAX_SIZE_TEST),
+                name,
+                width,
+                height,
+                self.predictor.cfg.INPUT.MAX_SIZE_TEST,
             )
         output: dict[str, Any] = self.predictor(image)
         return output
@@ -248,7 +251,8 @@ def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
         logger.warning(
             "classes are numbers, for the weights do not name them, nor %d classes of a data set: "
             "%s",
-            *(count, unknown or f"{listed(list(id_of))} are {len(id_of)}"),
+            count,
+            unknown or f"{listed(list(id_of))} are {len(id_of)}",
         )
         numbers = range(1, count + 1)
         return Categories([str(k) for k in numbers], list(numbers))
@@ -257,7 +261,8 @@ def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
     if missing:
         logger.warning(
             "category ids of predictions.json are free ones for %s: %s",
-            *(listed(missing), unknown or f"the data set has {listed(list(id_of))}"),
+            listed(missing),
+            unknown or f"the data set has {listed(list(id_of))}",
         )
     return Categories(list(names), [id_of[x] if x in id_of else next(free) for x in names])
 
@@ -281,7 +286,10 @@ def _tell_of_overlay(source: Source, frames: Frames) -> None:
     changes = "" if frames.is_steady else ", though the input's frames come at changing intervals"
     logger.warning(
         "%s: the overlay %s has %.4g frames per second throughout%s, and no sound",
-        *(source.path, source.overlay, frames.fps, changes),
+        source.path,
+        source.overlay,
+        frames.fps,
+        changes,
     )
 
 

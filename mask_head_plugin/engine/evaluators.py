@@ -80,7 +80,9 @@ def _mask_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluat
     if limit != COCO_MAX_DETECTIONS:
         logger.info(
             "AP of %s looks at TEST.DETECTIONS_PER_IMAGE = %s detections an image, not COCO's %d",
-            *(dataset_name, "all" if limit == ALL_DETECTIONS else limit, COCO_MAX_DETECTIONS),
+            dataset_name,
+            "all" if limit == ALL_DETECTIONS else limit,
+            COCO_MAX_DETECTIONS,
         )
     return MaskEvaluator(
         dataset_name,

@@ -85,7 +85,8 @@ class BestCheckpointer(hooks.HookBase):
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 logger.warning(
                     "%s is damaged (%s): the next evaluation counts as the best so far",
-                    *(self._record, error),
+                    self._record,
+                    error,
                 )
 
     def after_step(self) -> None:
@@ -117,7 +118,8 @@ class BestCheckpointer(hooks.HookBase):
             self._has_warned = True
             logger.warning(
                 "SOLVER.CHECKPOINT_BEST_METRIC %r is no metric of the evaluation; there are %s",
-                *(self._metric, ", ".join(names)),
+                self._metric,
+                ", ".join(names),
             )
 
 

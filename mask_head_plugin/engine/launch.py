@@ -94,8 +94,10 @@ def launch(
         return
     config = _launch_config(num_gpus_per_machine, num_machines, machine_rank, dist_url, timeout)
     logger.info(
-        *("%d processes here, %d in all, through %s",),
-        *(num_gpus_per_machine, num_processes, _backend(device)),
+        "%d processes here, %d in all, through %s",
+        num_gpus_per_machine,
+        num_processes,
+        _backend(device),
     )
     try:
         with _quiet_launcher():

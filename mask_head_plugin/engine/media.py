@@ -205,7 +205,8 @@ def _files_of(given: str) -> list[Path]:
         if any(x.is_dir() for x in visible):
             logger.warning(
                 "--input: sub-folders of %s are left out; a pattern such as '%s/**/*.jpg' has them",
-                *(path, path),
+                path,
+                path,
             )
         return files
     if path.exists():

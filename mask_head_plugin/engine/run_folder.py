@@ -120,7 +120,8 @@ def set_aside_earlier_run(folder: Path) -> None:
     logger.warning(
         "%s held an earlier run, and this one starts anew (--resume would have gone on): the "
         "earlier checkpoints and metrics are now in %s",
-        *(folder, aside),
+        folder,
+        aside,
     )
 
 

@@ -261,7 +261,8 @@ class Trainer(DefaultTrainer):
             logger.warning(
                 "the checkpoint is of a run with %s processes, this one has %d: images come in "
                 "another order from here on",
-                *(state_dict.get("world_size", "unknown"), comm.get_world_size()),
+                state_dict.get("world_size", "unknown"),
+                comm.get_world_size(),
             )
         seed = state_dict.get("seed", self.seed)
         if self.cfg.SEED < 0:

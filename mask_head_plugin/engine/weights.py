@@ -225,7 +225,10 @@ def refuse_or_tell(
         if fit.missing or fit.unexpected:
             logger.info(
                 "%s fills %s; starts anew: %s; not used: %s",
-                *(source, grouped(fit.fitting), grouped(fit.missing), grouped(fit.unexpected)),
+                source,
+                grouped(fit.fitting),
+                grouped(fit.missing),
+                grouped(fit.unexpected),
             )
         return
     told = str(fit)

@@ -86,7 +86,9 @@ class GroundTruth:
         if self.has_masks and without_mask:
             logger.warning(
                 "%s: %d annotations have no mask, e.g. %r; no mask can match these objects",
-                *(json_file, len(without_mask), without_mask[0]),
+                json_file,
+                len(without_mask),
+                without_mask[0],
             )
         images = sorted(content["images"], key=lambda x: _text_last(x["id"]))
         self._sizes = {x["id"]: (x.get("height"), x.get("width")) for x in images}
@@ -268,7 +270,7 @@ class Evaluation:
         found.dataset = {**truth.coco.dataset, "annotations": detections}
         found.createIndex()
         engine = COCOeval_faster(
-            *(truth.coco, found, task), print_function=_say_nothing, lvis_style=truth.is_lvis
+            truth.coco, found, task, print_function=_say_nothing, lvis_style=truth.is_lvis
         )
         # LVIS has no limit of a class's detections beside that of an image.
         limit = max_detections if max_detections >= 0 else max(len(detections), 1)

@@ -123,7 +123,9 @@ class MaskEvaluator(DatasetEvaluator):
                 with another one are not taken, and deleted by ``reset``. Empty: none are taken.
         """
         self._log = PredictionLog(
-            *(self._folder, self._dataset_name, fingerprint),
+            self._folder,
+            self._dataset_name,
+            fingerprint,
             comm.get_rank() if self._distributed else 0,
         )
 
@@ -270,9 +272,12 @@ class MaskEvaluator(DatasetEvaluator):
     def _semantic(self, results: Results) -> dict[str, float]:
         coco = self._truth.coco
         return evaluate_semantic(
-            *(coco, self._truth.detections(results, "segm"), list(coco.imgs)),
+            coco,
+            self._truth.detections(results, "segm"),
+            list(coco.imgs),
             {category: k for k, category in enumerate(coco.cats)},
-            *(self._class_names, self._semantic_threshold),
+            self._class_names,
+            self._semantic_threshold,
         )
 
     def _log_tables(self, summary: TaskResults) -> None:

@@ -174,7 +174,10 @@ def _differing_pixels(stock: Found, plugin: Found, pairs: Sequence[Pair]) -> tup
         if differing.any():
             height, width = differing.shape
             values = _do_paste_mask(
-                *(stock.mask_probs[i, None, None], stock.boxes[i, None], height, width),
+                stock.mask_probs[i, None, None],
+                stock.boxes[i, None],
+                height,
+                width,
                 skip_empty=False,
             )[0][0]
             distance = (values[differing] - MASK_THRESHOLD).abs()

@@ -255,8 +255,11 @@ def compare_ap(evaluators: dict[str, MaskEvaluator], output: Path) -> dict[str, 
         stock, plugin = (Matches.load(output / side / f"matches_{task}.npz") for side in SIDES)
         interval = bootstrap.compare([plugin], [stock])["AP"]
         compared[task] = APComparison(
-            *(results["stock"][task]["AP"], results["plugin"][task]["AP"]),
-            *(interval.difference, interval.low, interval.high),
+            results["stock"][task]["AP"],
+            results["plugin"][task]["AP"],
+            interval.difference,
+            interval.low,
+            interval.high,
         )
     return compared
 

@@ -51,8 +51,11 @@ class WatchedModel:
         assert self._raw is not None
         raw = detector_postprocess(self._raw, x["height"], x["width"]).to("cpu")
         found = Found(
-            *(instances.pred_boxes.tensor, instances.scores, instances.pred_classes),
-            *(raw.mask_probs, instances.pred_masks),
+            instances.pred_boxes.tensor,
+            instances.scores,
+            instances.pred_classes,
+            raw.mask_probs,
+            instances.pred_masks,
         )
         return instances, found
 

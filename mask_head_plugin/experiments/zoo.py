@@ -72,7 +72,12 @@ ZOO_MODELS = (
     ZooModel("Cityscapes/mask_rcnn_R_50_FPN", 142423278, 0.240, 0.078, 4.4, None, 36.5),
     ZooModel(
         "Detectron1-Comparisons/mask_rcnn_R_50_FPN_noaug_1x",
-        *(137781281, 0.273, 0.043, 3.4, 37.8, 34.9),
+        137781281,
+        0.273,
+        0.043,
+        3.4,
+        37.8,
+        34.9,
     ),
 )
 

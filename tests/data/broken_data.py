@@ -564,57 +564,84 @@ set_in_annotation(
     "polygon is not in a list", "polygons-not-nested", "segmentation", rectangle(0, 0, 20, 30)
 )
 set_in_annotation(
-    *("polygon of points", "polygon-of-points", "segmentation"), [[[0, 0], [20, 0], [20, 30]]]
+    "polygon of points", "polygon-of-points", "segmentation", [[[0, 0], [20, 0], [20, 30]]]
 )
 set_in_annotation("polygon is empty", "polygon-empty", "segmentation", [[]], "left out")
 set_in_annotation(
     "one polygon is empty", "polygon-empty", "segmentation", [[], rectangle(0, 0, 20, 30)]
 )
 set_in_annotation(
-    *("polygon is odd", "polygon-odd", "segmentation"), [[0, 0, 20, 0, 20, 30, 0]], "left out"
+    "polygon is odd", "polygon-odd", "segmentation", [[0, 0, 20, 0, 20, 30, 0]], "left out"
 )
 set_in_annotation(
-    *("one polygon is short", "polygon-short", "segmentation"),
+    "one polygon is short",
+    "polygon-short",
+    "segmentation",
     [rectangle(0, 0, 20, 30), [1, 1, 2, 2]],
 )
 set_in_annotation(
-    *("polygon has text", "polygon-not-numbers", "segmentation"),
-    *([["0", "0", "20", "0", "20", "30"]], "left out"),
+    "polygon has text",
+    "polygon-not-numbers",
+    "segmentation",
+    [["0", "0", "20", "0", "20", "30"]],
+    "left out",
 )
 set_in_annotation(
-    *("polygon has null", "polygon-not-numbers", "segmentation"),
-    *([[None, 0, 20, 0, 20, 30]], "left out"),
+    "polygon has null",
+    "polygon-not-numbers",
+    "segmentation",
+    [[None, 0, 20, 0, 20, 30]],
+    "left out",
 )
 set_in_annotation(
     "polygon is an object", "polygon-not-numbers", "segmentation", [{"x": 1}], "left out"
 )
 set_in_annotation(
-    *("polygon has NaN", "polygon-not-finite", "segmentation"),
-    *([[NAN, 0, 20, 0, 20, 30]], "left out"),
+    "polygon has NaN",
+    "polygon-not-finite",
+    "segmentation",
+    [[NAN, 0, 20, 0, 20, 30]],
+    "left out",
 )
 set_in_annotation(
-    *("polygon is infinite", "polygon-not-finite", "segmentation"),
-    *([[0, 0, INFINITY, 0, 20, 30]], "left out"),
+    "polygon is infinite",
+    "polygon-not-finite",
+    "segmentation",
+    [[0, 0, INFINITY, 0, 20, 30]],
+    "left out",
 )
 set_in_annotation(
-    *("polygon leaves the image", "polygon-outside", "segmentation"),
+    "polygon leaves the image",
+    "polygon-outside",
+    "segmentation",
     [rectangle(-30, -40, 20.5, 30.25)],
 )
 set_in_annotation(
-    *("polygon is outside", "polygon-outside", "segmentation"),
-    *([rectangle(100, 100, 120, 130)], "left out"),
+    "polygon is outside",
+    "polygon-outside",
+    "segmentation",
+    [rectangle(100, 100, 120, 130)],
+    "left out",
 )
 set_in_annotation(
-    *("polygon leaves the image by less than a pixel", "polygon-over-edge", "segmentation"),
+    "polygon leaves the image by less than a pixel",
+    "polygon-over-edge",
+    "segmentation",
     [rectangle(-0.5, 0, 20.5, 30.25)],
 )
 set_in_annotation(
-    *("polygon is a line", "polygon-without-area", "segmentation"),
-    *([[0, 0, 10, 15, 20, 30]], "left out"),
+    "polygon is a line",
+    "polygon-without-area",
+    "segmentation",
+    [[0, 0, 10, 15, 20, 30]],
+    "left out",
 )
 set_in_annotation(
-    *("polygon is a level line", "polygon-without-area", "segmentation"),
-    *([[0, 5, 10, 5, 20, 5]], "left out"),
+    "polygon is a level line",
+    "polygon-without-area",
+    "segmentation",
+    [[0, 5, 10, 5, 20, 5]],
+    "left out",
 )
 
 

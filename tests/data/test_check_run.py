@@ -45,8 +45,12 @@ def registered():
 
 def configure(tmp_path, data, *opts):
     cfg = small_config(
-        *("Base-MaskRCNN-FPN.yaml", "MODEL.ROI_HEADS.NUM_CLASSES", "2", *opts),
-        *("OUTPUT_DIR", str(tmp_path / "output")),
+        "Base-MaskRCNN-FPN.yaml",
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+        "2",
+        *opts,
+        "OUTPUT_DIR",
+        str(tmp_path / "output"),
     )
     cfg.INPUT.MASK_FORMAT = "polygon"
     cfg.DATASETS.COCO_FILES = [

@@ -316,8 +316,18 @@ def test_damaged_inputs_are_named_and_the_others_go_on(images, video, tmp_path, 
     (tmp_path / "text").write_text("neither")
     inputs = [tmp_path / x for x in ("text.png", "half.png", "empty.mp4", "text")]
     code, out, err = tool(
-        *(capsys, "--config-file", CONFIG, "--output", tmp_path / "out", "--input"),
-        *(*inputs, images / "000002.png", "--opts", "MODEL.DEVICE", "cpu", *WEIGHTS),
+        capsys,
+        "--config-file",
+        CONFIG,
+        "--output",
+        tmp_path / "out",
+        "--input",
+        *inputs,
+        images / "000002.png",
+        "--opts",
+        "MODEL.DEVICE",
+        "cpu",
+        *WEIGHTS,
     )
     assert code == 1 and "results are in" in out
     lines = [line for line in err.splitlines() if line.startswith("demo.py: ")]
@@ -516,8 +526,14 @@ def test_errors_are_one_line(images, tmp_path, capsys, flags, message):
     at = flags.index("--opts") + 1
     flags[at:at] = ["MODEL.DEVICE", "cpu", *WEIGHTS]
     code, _, err = tool(
-        *(capsys, "--config-file", CONFIG, "--input", images / "000001.png"),
-        *("--output", tmp_path / "out", *flags),
+        capsys,
+        "--config-file",
+        CONFIG,
+        "--input",
+        images / "000001.png",
+        "--output",
+        tmp_path / "out",
+        *flags,
     )
     assert code == 2 and message in err
     assert len(err.strip().splitlines()) == 1 and err.startswith("demo.py: ")
@@ -538,8 +554,17 @@ def test_an_interrupted_run_leaves_its_predictions(images, tmp_path, capsys, mon
 
     monkeypatch.setattr("mask_head_plugin.engine.demo.read_bgr", interrupt)
     code, _, err = tool(
-        *(capsys, "--config-file", CONFIG, "--input", images, "--output", tmp_path),
-        *("--opts", "MODEL.DEVICE", "cpu", *WEIGHTS),
+        capsys,
+        "--config-file",
+        CONFIG,
+        "--input",
+        images,
+        "--output",
+        tmp_path,
+        "--opts",
+        "MODEL.DEVICE",
+        "cpu",
+        *WEIGHTS,
     )
     assert code == 130 and "stopped; what was done is in" in err
     assert (tmp_path / "predictions.json").is_file()

@@ -125,8 +125,15 @@ def test_half_precision_export_rounds_kernels_only(run, trained, tmp_path):
 
 def test_evaluation_with_test_time_augmentation(run, trained):
     result = run(
-        *("--eval-only", "MODEL.WEIGHTS", str(run.output / "model_final.pth")),
-        *("TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(96,)", "TEST.AUG.MAX_SIZE", "128"),
+        "--eval-only",
+        "MODEL.WEIGHTS",
+        str(run.output / "model_final.pth"),
+        "TEST.AUG.ENABLED",
+        "True",
+        "TEST.AUG.MIN_SIZES",
+        "(96,)",
+        "TEST.AUG.MAX_SIZE",
+        "128",
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "evaluating with test-time augmentation" in result.stdout

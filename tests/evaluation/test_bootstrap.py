@@ -181,7 +181,9 @@ def test_hand_worked_example():
 def test_a_class_without_drawn_objects_is_left_out_of_the_mean():
     # Class 0 in image 0: found. Class 1 in image 1: not found. Class 2: never there.
     matches = make_matches(
-        *([True, False, False], [0.9, 0.8, 0.7], [0, 1, 2]),
+        [True, False, False],
+        [0.9, 0.8, 0.7],
+        [0, 1, 2],
         classes=[0, 1, 2],
         objects=[(0, 0), (1, 1)],
     )

@@ -144,8 +144,12 @@ def test_yaml_models_train(config, heads):
 def test_panoptic_fpn_trains_from_yaml():
     cfg = small_config(
         "panoptic/panoptic_fpn_R_50_1x.yaml",
-        *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "4", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"),
-        *("MODEL.SEM_SEG_HEAD.NORM", ""),
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+        "4",
+        "MODEL.SEM_SEG_HEAD.CONVS_DIM",
+        "16",
+        "MODEL.SEM_SEG_HEAD.NORM",
+        "",
     )
     model = build_model(cfg)
     assert isinstance(model.roi_heads.mask_head, FCNMaskHead)
