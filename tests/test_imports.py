@@ -1,15 +1,16 @@
-"""Imports point one way: ops <- modeling <- engine <- experiments <- train_net.py, tools.
+"""Imports point one way: each part of the package uses the layers below its own, and no other.
 
-data and evaluation use ops, image_files and detectron2 only; nothing imports tools, tests or
-benchmarks.
+Nothing imports tools, tests or benchmarks.
 """
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,31 +18,20 @@ from conftest import ROOT
 
 PACKAGE = "mask_head_plugin"
 TOOLS = [ROOT / "train_net.py", *sorted((ROOT / "tools").glob("*.py"))]
-# What the modules of a part may import of the package, besides their own part.
-ALLOWED = {
-    "ops": set(),
-    "messages": set(),
-    "config": {"messages"},
-    "durable_files": {"config"},
-    "class_names": {"config", "messages"},
-    "structures": {"ops"},
-    "machine": set(),
-    "shared_names": set(),
-    "user_code": {"config"},
-    "image_files": {"config", "messages"},
-    "modeling": {"ops", "config", "structures", "shared_names"},
-    "data": {"ops", "config", "messages", "durable_files", "shared_names", "image_files"},
-    "evaluation": {"ops", "config", "class_names", "structures", "image_files"},
-    "engine": {
-        *("ops", "config", "messages", "class_names", "structures", "image_files", "modeling"),
-        *("durable_files", "data", "evaluation", "shared_names", "user_code"),
-    },
-    "experiments": {
-        *("user_code", "ops", "config", "messages", "durable_files", "machine", "image_files"),
-        *("modeling", "data", "evaluation", "engine"),
-    },
-    "__init__": {"ops", "config", "modeling", "data"},
-}
+# From the ground up. The modules of a part may import their own part and the layers below it.
+LAYERS = (
+    {"machine", "messages", "ops", "shared_names"},
+    {"config", "structures"},
+    {"class_names", "durable_files", "image_files", "user_code"},
+    {"modeling", "evaluation"},
+    {"dataset_check"},
+    {"data"},
+    {"__init__", "config_check"},
+    {"checkpoint"},
+    {"engine"},
+    {"ablation", "comparison", "demo"},
+)
+LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 NEVER_IMPORTED = {"tools", "tests", "benchmarks", "train_net", "conftest"}
 OPS_MAY_NOT_IMPORT = {
     *("detectron2.engine", "detectron2.data", "detectron2.evaluation", "detectron2.config"),
@@ -72,12 +62,32 @@ def violations(source: str, module: str) -> list[str]:
         top, *rest = name.split(".")
         forbidden = top in NEVER_IMPORTED
         if part is not None and top == PACKAGE and rest:
-            forbidden |= rest[0] != part and rest[0] in ALLOWED and rest[0] not in ALLOWED[part]
+            upward = LAYER_OF.get(rest[0], -1) >= LAYER_OF[part]
+            forbidden |= rest[0] != part and upward
         if part == "ops":
             forbidden |= any(name.startswith(prefix) for prefix in OPS_MAY_NOT_IMPORT)
         if forbidden:
             found.append(f"{module} imports {name}")
     return found
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Returns modules that import each other in a circle, of the sources by module; or none."""
+    graph: dict[str, set[str | None]] = {}
+    for module, source in sources.items():
+        graph[module] = {_module_of(name, sources) for name in imported_names(source, module)}
+        graph[module] -= {module, None}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def _module_of(name: str, sources: Iterable[str]) -> str | None:
+    parent = name.rpartition(".")[0]
+    choices = (name, f"{name}.__init__", parent, f"{parent}.__init__")
+    return next((choice for choice in choices if choice in sources), None)
 
 
 def modules() -> dict[str, Path]:
@@ -98,16 +108,23 @@ def test_imports_point_one_way():
     assert problems == []
 
 
+def test_no_modules_import_each_other():
+    assert circle({module: path.read_text() for module, path in modules().items()}) == []
+    made = {"p.a": "from .b import c", "p.b": "from . import d", "p.d": "import p.a"}
+    assert set(circle(made)) == {"p.a", "p.b", "p.d"}
+
+
 def test_a_wrong_import_is_found():
     cases = {
         "mask_head_plugin.ops.mask_target": "from ..modeling import FCNMaskHead",
         "mask_head_plugin.modeling.pooler": "from ..engine.trainer import Trainer",
-        "mask_head_plugin.data.shapes": "from mask_head_plugin.modeling.pooler import build_pooler",
+        "mask_head_plugin.modeling.rcnn": "from mask_head_plugin.evaluation.drawing import draw",
         "mask_head_plugin.evaluation.boundary": "import mask_head_plugin.engine",
         "mask_head_plugin.ops.axis_weights": "from detectron2.data import MetadataCatalog",
         "mask_head_plugin.ops.mask_rle": "from detectron2.config import configurable",
-        "mask_head_plugin.engine.launch": "from ..experiments import ablation",
-        "mask_head_plugin.experiments.zoo": "import tools.compare_zoo",
+        "mask_head_plugin.engine.launch": "from ..ablation import runner",
+        "mask_head_plugin.comparison.zoo": "import tools.compare_zoo",
+        "mask_head_plugin.dataset_check.masks": "from ..checkpoint import class_names",
         "tools.ablate": "from tests.conftest import ROOT",
     }
     for module, source in cases.items():
@@ -116,7 +133,7 @@ def test_a_wrong_import_is_found():
 
 def test_every_part_of_the_package_has_a_rule():
     assert {module.split(".")[1] for module in modules() if module.startswith(PACKAGE)} <= set(
-        ALLOWED
+        LAYER_OF
     )
 
 
