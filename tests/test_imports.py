@@ -141,7 +141,7 @@ def test_importing_the_package_loads_neither_trainer_nor_tools_and_warns_of_noth
     code = """
 import sys, mask_head_plugin
 print(*(m for m in sys.modules if "mask_head_plugin" in m))
-import mask_head_plugin.engine.run, mask_head_plugin.experiments.compare_zoo, torch
+import mask_head_plugin.engine.run, mask_head_plugin.comparison.compare, torch
 print("imported", file=sys.stderr)
 torch.jit.script(lambda x: x)
 """

@@ -86,13 +86,14 @@ def main() -> int:
     args = parse_args()
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError
+    from mask_head_plugin.comparison import compare_all, compare_config
+    from mask_head_plugin.comparison.compare import MARKDOWN_FILE
+    from mask_head_plugin.comparison.measurement import DIFFERENT, EQUAL, TOO_FEW
     from mask_head_plugin.config import import_options
-    from mask_head_plugin.experiments.compare_zoo import MARKDOWN_FILE, compare_all, compare_config
-    from mask_head_plugin.experiments.comparison import DIFFERENT, EQUAL, TOO_FEW
 
     exit_codes = {EQUAL: 0, TOO_FEW: 1, DIFFERENT: 3}
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("mask_head_plugin.experiments").setLevel(logging.INFO)
+    logging.getLogger("mask_head_plugin.comparison").setLevel(logging.INFO)
     opts = [*import_options(args.imports), *args.opts]
     job = (args.weights, args.dataset, args.output, args.num_images, opts, args.score)
     try:

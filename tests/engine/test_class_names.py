@@ -35,6 +35,7 @@ from mask_head_plugin.class_names import (
     name_classes,
     predicted_names,
 )
+from mask_head_plugin.comparison.twins import load_twins
 from mask_head_plugin.data import register_coco_files, shapes
 from mask_head_plugin.engine import (
     MaskHeadCheckpointer,
@@ -45,7 +46,6 @@ from mask_head_plugin.engine import (
 )
 from mask_head_plugin.engine.demo import run_demo
 from mask_head_plugin.evaluation import MaskEvaluator, contact_sheet, write_contact_sheet
-from mask_head_plugin.experiments.twins import load_twins
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
 NAMES = list(shapes.CLASS_NAMES)

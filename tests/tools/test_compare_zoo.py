@@ -14,8 +14,8 @@ from conftest import CHECKPOINT, CONFIGS, ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.experiments import compare_zoo, comparison, twins
-from mask_head_plugin.experiments.zoo import ZOO_MODELS, find_config
+from mask_head_plugin.comparison import compare, measurement, twins
+from mask_head_plugin.comparison.zoo import ZOO_MODELS, find_config
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
 NUM_IMAGES = 10
@@ -40,7 +40,7 @@ def tool(capsys, *args):
 def result(tmp_path_factory):
     output = tmp_path_factory.mktemp("compare") / "new" / "folder"
     args = (CONFIG, str(CHECKPOINT), "shapes_val", output, NUM_IMAGES, MANY, 0.0005)
-    return output, compare_zoo.compare_config(*args)
+    return output, compare.compare_config(*args)
 
 
 def test_the_same_weights_are_called_equal(result):
@@ -85,7 +85,7 @@ def test_markdown_and_pictures_can_be_read(result):
 
 
 def test_images_are_spread_over_the_data_set(tmp_path):
-    name = comparison.choose_images("shapes_val", 3, tmp_path)
+    name = measurement.choose_images("shapes_val", 3, tmp_path)
     records = DatasetCatalog.get("shapes_val")
     chosen = [x["image_id"] for x in DatasetCatalog.get(name)]
     assert chosen == [records[k]["image_id"] for k in (0, 99, 199)]
@@ -93,7 +93,7 @@ def test_images_are_spread_over_the_data_set(tmp_path):
     assert [x["id"] for x in content["images"]] == chosen
     assert {x["image_id"] for x in content["annotations"]} <= set(chosen)
     assert MetadataCatalog.get(name).json_file == str(tmp_path / "annotations.json")
-    assert comparison.choose_images("shapes_val", 200, tmp_path) == "shapes_val"
+    assert measurement.choose_images("shapes_val", 200, tmp_path) == "shapes_val"
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_other_weights_in_one_layer_are_called_different(layer, amount, tmp_path
     parameter = both.plugin.roi_heads.get_parameter(layer)
     with torch.no_grad():
         parameter[0] += amount
-    name = comparison.choose_images("shapes_val", 4, tmp_path)
-    found = comparison.compare_twins(both, config, CHECKPOINT, name, tmp_path, 0.0005)
+    name = measurement.choose_images("shapes_val", 4, tmp_path)
+    found = measurement.compare_twins(both, config, CHECKPOINT, name, tmp_path, 0.0005)
     assert found.verdict == "different" and found.differing
     if "mask" in layer:
         assert found.agreement.images_with_other_set == 0 and found.agreement.box < 1e-3
@@ -136,7 +136,7 @@ def test_few_detections_prove_nothing(capsys, tmp_path):
     ],
 )
 def test_verdicts(result, changed, verdict):
-    agreement = comparison.Agreement(**{**vars(result[1].agreement), "confident": 100, **changed})
+    agreement = measurement.Agreement(**{**vars(result[1].agreement), "confident": 100, **changed})
     assert agreement.verdict == verdict
 
 
@@ -172,7 +172,7 @@ def test_all_goes_on_after_failures_and_ends_in_one_table(result, monkeypatch, c
             raise found
         return found
 
-    monkeypatch.setattr(compare_zoo, "compare_config", answer)
+    monkeypatch.setattr(compare, "compare_config", answer)
     code, out, _ = tool(capsys, "--all", "--weights", "zoo", "--output", tmp_path)
     assert asked == [(x.config, tmp_path / x.config) for x in ZOO_MODELS]
     assert code == 2 and f"{ZOO_MODELS[1].config}: not compared, no weights" in out

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from mask_head_plugin.experiments.agreement import Cut, Found, compare_images
+from mask_head_plugin.comparison.image_differences import Cut, Found, compare_images
 
 CUT = Cut(score=0.05, count=100)
 SCORES = [0.9, 0.8, 0.7, 0.6]

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ..evaluation.drawing import ByteArray, LabelStyle, draw_instances, instance_colour, write_label
 from ..image_files import ImageFileMapper, read_image
-from .agreement import BOX_TOLERANCE, SCORE_TOLERANCE, THRESHOLD_TOLERANCE
-from .comparison import DIFFERENT, EQUAL, MIN_CONFIDENT, SIDES, TOO_FEW, Comparison
+from .image_differences import BOX_TOLERANCE, SCORE_TOLERANCE, THRESHOLD_TOLERANCE
+from .measurement import DIFFERENT, EQUAL, MIN_CONFIDENT, SIDES, TOO_FEW, Comparison
 from .twins import Twins
 from .zoo import MODEL_ZOO
 

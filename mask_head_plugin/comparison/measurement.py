@@ -32,9 +32,9 @@ from ..evaluation.coco_evaluator import without_nan
 from ..evaluation.matching import Matches
 from ..image_files import ImageFileMapper
 from ..machine import cpu_name
-from .agreement import Cut, ImageDifferences, compare_images
+from .image_differences import Cut, ImageDifferences, compare_images
+from .timed_model import WatchedModel
 from .twins import Twins
-from .watch import WatchedModel
 from .zoo import ModelConfig, ZooModel
 
 EQUAL, DIFFERENT, TOO_FEW = "equal", "different", "not enough detections"

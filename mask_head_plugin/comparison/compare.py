@@ -11,8 +11,8 @@ from detectron2.config import CfgNode
 from ..config import ConfigError
 from ..data import check_datasets, register_coco_files
 from ..messages import one_line
-from .comparison import Comparison, choose_images, compare_twins
-from .comparison_report import write_markdown, write_pictures, write_table
+from .measurement import Comparison, choose_images, compare_twins
+from .report import write_markdown, write_pictures, write_table
 from .twins import load_model_config, load_twins, twin_configs
 from .zoo import ZOO_MODELS, find_config, find_weights
 

@@ -13,7 +13,7 @@ from detectron2 import model_zoo
 from detectron2.model_zoo.model_zoo import _ModelZooUrls
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.experiments.zoo import ZOO_MODELS, find_config, find_weights
+from mask_head_plugin.comparison.zoo import ZOO_MODELS, find_config, find_weights
 
 R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
 R50_FILE, R50_ID = "model_final_f10217.pkl", "137849600"

@@ -10,7 +10,7 @@ from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, Instances
 
 from ..machine import peak_megabytes
-from .agreement import Found
+from .image_differences import Found
 
 
 class WatchedModel:

@@ -12,8 +12,8 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from safetensors.numpy import load_file
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.experiments import twins, watch
-from mask_head_plugin.experiments.zoo import find_config
+from mask_head_plugin.comparison import timed_model, twins
+from mask_head_plugin.comparison.zoo import find_config
 from mask_head_plugin.machine import peak_megabytes
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
@@ -169,7 +169,7 @@ def test_pickles_with_code_and_other_files_are_refused(loaded, tmp_path, capsys)
 def test_watching_changes_no_result_and_leaves_no_hook(loaded):
     x = DatasetMapper(loaded.cfg, is_train=False)(DatasetCatalog.get("shapes_val")[0])
     for model in (loaded.stock, loaded.plugin):
-        watched = watch.WatchedModel(model)
+        watched = timed_model.WatchedModel(model)
         instances, found = watched.detect(x)
         with torch.no_grad():
             expected = model([x])[0]["instances"]
