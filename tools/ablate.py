@@ -79,22 +79,20 @@ def main() -> int:
 def ablate(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from mask_head_plugin import ConfigError, experiments
+    from mask_head_plugin import ConfigError, ablation
+    from mask_head_plugin.ablation.report import write_report
     from mask_head_plugin.config import import_options
     from mask_head_plugin.durable_files import sole_writer
-    from mask_head_plugin.experiments.report import write_report
 
     if args.draws < 2:
         raise ConfigError(f"--draws {args.draws}: an interval needs two at least")
     slurm = {"partition": args.partition, "account": args.account, "qos": args.qos}
-    cluster = experiments.Cluster(
-        args.cluster, args.jobs, args.num_gpus, minutes=args.time, **slurm
-    )
+    cluster = ablation.Cluster(args.cluster, args.jobs, args.num_gpus, minutes=args.time, **slurm)
     cluster.check()
     opts = [*import_options(args.imports), *args.opts]
-    ablation = experiments.load_ablation(args.config_file, args.size, opts, args.variant, args.seed)
-    trials = experiments.plan(ablation, args.output, args.num_gpus)
-    metric = ablation.metric
+    study = ablation.load_ablation(args.config_file, args.size, opts, args.variant, args.seed)
+    trials = ablation.plan(study, args.output, args.num_gpus)
+    metric = study.metric
     if args.dry_run:
         for trial in trials:
             print(f"{_state(trial, metric):>12}  {trial.name}  ->  {trial.folder}")
@@ -102,13 +100,11 @@ def ablate(args: argparse.Namespace) -> int:
         return 0
     cluster.check_commands()
     command = shlex.join(["python", *sys.argv])
-    description = experiments.describe(
-        ablation, file=args.config_file, size=args.size, command=command
-    )
+    description = ablation.describe(study, file=args.config_file, size=args.size, command=command)
     with sole_writer(args.output):
-        experiments.write_description(args.output, description)
+        ablation.write_description(args.output, description)
         try:
-            experiments.run(trials, cluster, lambda t: tqdm.write(f"{t.name}: {_state(t, metric)}"))
+            ablation.run(trials, cluster, lambda t: tqdm.write(f"{t.name}: {_state(t, metric)}"))
         except KeyboardInterrupt:
             print("ablate.py: stopped; the same command goes on from here", file=sys.stderr)
             return 130

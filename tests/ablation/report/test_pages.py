@@ -20,18 +20,18 @@ from conftest import ROOT
 from made_ablation import DATASET, NUM_ITERATIONS, write_ablation, write_dataset
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.evaluation.bootstrap import compare_all
-from mask_head_plugin.evaluation.matching import Matches
-from mask_head_plugin.experiments import report
-from mask_head_plugin.experiments.report_data import read_study
-from mask_head_plugin.experiments.report_pictures import ImageCounts, most_disputed, side_by_side
-from mask_head_plugin.experiments.report_table import (
+from mask_head_plugin.ablation.report import pages
+from mask_head_plugin.ablation.report.pictures import ImageCounts, most_disputed, side_by_side
+from mask_head_plugin.ablation.report.study import read_study
+from mask_head_plugin.ablation.report.tables import (
     MINUS,
     NOTHING,
     build_table,
     escape_markdown,
     number,
 )
+from mask_head_plugin.evaluation.bootstrap import compare_all
+from mask_head_plugin.evaluation.matching import Matches
 
 pytest.importorskip("plotly", reason="report.html needs the extra 'report'")
 
@@ -48,17 +48,17 @@ def annotations(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, annotations):
-    """An ablation with its report, and the trials' records. Not to be changed."""
+    """An ablation with its pages, and the trials' records. Not to be changed."""
     folder = tmp_path_factory.mktemp("ablation")
     paper = {"baseline": {"segm/AP": 30.3}, STRANGE: {"segm/AP": 24.8, "bbox/AP": 28.2}}
     records = write_ablation(folder, annotations, QUALITIES, paper=paper)
-    report.write_report(folder, NUM_DRAWS)
+    pages.write_report(folder, NUM_DRAWS)
     return folder, records
 
 
 @pytest.fixture
 def copied(made, tmp_path):
-    """A copy to break, without a report."""
+    """A copy to break, without a pages."""
     folder = tmp_path / "ablation"
     shutil.copytree(made[0], folder)
     for name in ("report.md", "report.html"):
@@ -67,7 +67,7 @@ def copied(made, tmp_path):
 
 
 def render(folder: Path) -> tuple[str, str]:
-    report.write_report(folder, NUM_DRAWS)
+    pages.write_report(folder, NUM_DRAWS)
     return (folder / "report.md").read_text(), (folder / "report.html").read_text()
 
 
@@ -186,7 +186,7 @@ def test_commits_are_short_and_tell_a_dirty_tree(copied):
     for commit, shown in (("ab" * 20, "ab" * 6), ("ab" * 20 + "+", "ab" * 6 + "+"), ("c+", "c+")):
         for trial in study.finished:
             trial.record()["commit"] = commit
-        assert dict(report.facts(study))["commit"] == shown
+        assert dict(pages.facts(study))["commit"] == shown
 
 
 def test_trials_that_failed_or_are_missing_are_listed_and_the_others_reported(copied):
@@ -259,16 +259,16 @@ def test_a_missing_image_costs_the_pictures_only(copied, annotations, tmp_path):
 
 def test_a_folder_that_is_no_ablation_is_an_error(copied, tmp_path):
     with pytest.raises(ConfigError, match=r"ablation\.json"):
-        report.write_report(tmp_path)
+        pages.write_report(tmp_path)
     with pytest.raises(ConfigError, match="1 draws"):
-        report.write_report(copied, 1)
+        pages.write_report(copied, 1)
     for variant in copied.glob("variant_*"):
         shutil.rmtree(variant)
     with pytest.raises(ConfigError, match="no finished trial"):
-        report.write_report(copied)
+        pages.write_report(copied)
     (copied / "ablation.json").write_text('{"title": "x"}')
     with pytest.raises(ConfigError, match="baseline"):
-        report.write_report(copied)
+        pages.write_report(copied)
 
 
 def test_trials_of_other_images_are_an_error(copied):
@@ -277,13 +277,13 @@ def test_trials_of_other_images_are_an_error(copied):
     matches.image_ids[0] = "x"
     matches.save(path)
     with pytest.raises(ConfigError, match="image_ids"):
-        report.write_report(copied, NUM_DRAWS)
+        pages.write_report(copied, NUM_DRAWS)
 
 
 def test_without_the_extra_there_is_markdown_and_an_error(copied, monkeypatch):
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(pages, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"jinja2 and plotly.*\[report\]"):
-        report.write_report(copied, NUM_DRAWS)
+        pages.write_report(copied, NUM_DRAWS)
     assert (copied / "report.md").is_file() and not (copied / "report.html").exists()
 
 
@@ -406,6 +406,6 @@ def test_the_interval_picture_is_there_where_there_are_intervals(made, copied):
     for path in copied.rglob("matches_*.npz"):
         path.unlink()
     (copied / "intervals.png").unlink()
-    report.write_report(copied, NUM_DRAWS)
+    pages.write_report(copied, NUM_DRAWS)
     assert "intervals.png" not in (copied / "report.md").read_text()
     assert not (copied / "intervals.png").exists()

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..evaluation.bootstrap import class_ap, precision_recall
-from ..evaluation.coco_engine import METRICS
-from .report_data import Study, Variant, mean
-from .report_table import BETTER, NOISE, WORSE, verdict
-from .report_table import number as formatted
-from .trial import Trial
+from ...evaluation.bootstrap import class_ap, precision_recall
+from ...evaluation.coco_engine import METRICS
+from ...experiments.trial import Trial
+from .study import Study, Variant, mean
+from .tables import BETTER, NOISE, WORSE, verdict
+from .tables import number as formatted
 
 FloatArray = npt.NDArray[np.float64]
 

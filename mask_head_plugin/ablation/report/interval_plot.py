@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .report_data import Study
+from .study import Study
 
 ROW_INCHES = 0.42
 COLOURS = ("#0072B2", "#D55E00")  # Okabe-Ito: ours, the paper's

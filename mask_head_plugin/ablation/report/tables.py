@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
-from ..evaluation.bootstrap import PairedDifference
-from ..evaluation.coco_engine import METRICS
-from .report_data import Study, Variant, mean
+from ...evaluation.bootstrap import PairedDifference
+from ...evaluation.coco_engine import METRICS
+from .study import Study, Variant, mean
 
 BASELINE, BETTER, WORSE, NOISE = "baseline", "better", "worse", "within noise"
 MARKS = {BETTER: "▲ ", WORSE: "▼ ", NOISE: "≈ "}

@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
-from ..evaluation.bootstrap import PairedDifference, compare_all
-from ..evaluation.coco_engine import METRICS
-from ..evaluation.matching import Matches
-from .trial import ABLATION_FILE, ENVIRONMENT_FILE, TRIAL_FILE, Trial, read_object
+from ...config import ConfigError
+from ...evaluation.bootstrap import PairedDifference, compare_all
+from ...evaluation.coco_engine import METRICS
+from ...evaluation.matching import Matches
+from ...experiments.trial import ABLATION_FILE, ENVIRONMENT_FILE, TRIAL_FILE, Trial, read_object
 
 logger = logging.getLogger(__name__)
 

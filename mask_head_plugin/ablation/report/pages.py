@@ -12,12 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..config import ConfigError
-from ..durable_files import write_durably
-from .report_data import Study, machine, read_study
-from .report_pictures import side_by_side
-from .report_table import (
+from ... import __version__
+from ...config import ConfigError
+from ...durable_files import write_durably
+from .pictures import side_by_side
+from .study import Study, machine, read_study
+from .tables import (
     Table,
     build_table,
     changed_keys,
@@ -48,7 +48,7 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
             packages that are missing; report.md is then there.
         OSError: if a report cannot be written.
     """
-    from .report_plot import plot_intervals  # here, since matplotlib takes half a second
+    from .interval_plot import plot_intervals
 
     study = read_study(directory, num_draws)
     picture = PLOT_FILE if plot_intervals(study, directory / PLOT_FILE) else ""
@@ -91,7 +91,7 @@ def render_html(study: Study) -> str:
     import jinja2
     from plotly.offline import get_plotlyjs
 
-    from .report_figures import figures
+    from .figures import figures
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     settings: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
