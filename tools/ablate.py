@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mask_head_plugin.experiments import Cluster, Trial
+    from mask_head_plugin.ablation import Cluster, Trial
 
 EXAMPLES = """
 Examples:
@@ -119,7 +119,7 @@ def ablate(args: argparse.Namespace) -> int:
 
 
 def _time_left(trials: list[Trial], cluster: Cluster) -> str:
-    from mask_head_plugin.experiments import estimate_seconds
+    from mask_head_plugin.ablation import estimate_seconds
 
     seconds = estimate_seconds(trials, cluster)
     if seconds is None:

@@ -12,7 +12,7 @@ import yaml
 from conftest import CONFIGS, ROOT
 from submitit.slurm.slurm import SlurmJob
 
-from mask_head_plugin.experiments import Cluster, run_trial, runner
+from mask_head_plugin.ablation import Cluster, run_trial, runner
 
 COMMANDS = {
     "sbatch": 'cp "$1" "$0.script"; echo "Submitted batch job 77"',

@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 
 from ...evaluation.bootstrap import class_ap, precision_recall
 from ...evaluation.coco_engine import METRICS
-from ...experiments.trial import Trial
+from ..trial import Trial
 from .study import Study, Variant, mean
 from .tables import BETTER, NOISE, WORSE, verdict
 from .tables import number as formatted

@@ -22,10 +22,10 @@ from ...config import ConfigError, load_config
 from ...data import register_coco_files
 from ...evaluation.drawing import ByteArray, draw_instances, instance_colour, scaled
 from ...evaluation.matching import Matches
-from ...experiments.trial import Trial
 from ...image_files import read_image
 from ...messages import one_line
 from ...ops.mask_rle import annotation_rle
+from ..trial import Trial
 from .study import Study
 
 logger = logging.getLogger(__name__)

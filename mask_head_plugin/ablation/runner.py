@@ -25,7 +25,7 @@ from ..durable_files import write_durably
 from ..engine import Trainer
 from ..engine.run import check_and_register
 from ..user_code import import_modules
-from .ablation import Ablation
+from .ablation_file import Ablation
 from .cluster import Cluster
 from .run_trial import TrialJob
 from .trial import (

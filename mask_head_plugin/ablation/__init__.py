@@ -1,14 +1,8 @@
 """Ablations: files that name variants of a config, and their trials."""
 
-from .ablation import Ablation, load_ablation
+from .ablation_file import Ablation, load_ablation
 from .cluster import Cluster
-from .runner import (
-    describe,
-    estimate_seconds,
-    plan,
-    run,
-    write_description,
-)
+from .runner import describe, estimate_seconds, plan, run, write_description
 from .trial import Trial
 
 __all__ = [

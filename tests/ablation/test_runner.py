@@ -16,9 +16,7 @@ import yaml
 from conftest import CONFIGS, ROOT
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data import shapes
-from mask_head_plugin.durable_files import locked, sole_writer
-from mask_head_plugin.experiments import (
+from mask_head_plugin.ablation import (
     Cluster,
     describe,
     estimate_seconds,
@@ -28,7 +26,9 @@ from mask_head_plugin.experiments import (
     run_trial,
     write_description,
 )
-from mask_head_plugin.experiments.trial import folder_name, write_record
+from mask_head_plugin.ablation.trial import folder_name, write_record
+from mask_head_plugin.data import shapes
+from mask_head_plugin.durable_files import locked, sole_writer
 
 DICE = {"MODEL": {"ROI_MASK_HEAD": {"LOSSES": [["dice", 1.0]]}}}
 DEBUG = Cluster("debug")

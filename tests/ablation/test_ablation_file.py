@@ -10,8 +10,8 @@ import yaml
 from conftest import CONFIGS
 
 from mask_head_plugin import ConfigError
+from mask_head_plugin.ablation import load_ablation
 from mask_head_plugin.engine import Trainer, check_config
-from mask_head_plugin.experiments import load_ablation
 
 ABLATIONS = CONFIGS / "ablations"
 FILES = sorted(path.stem for path in ABLATIONS.glob("*.yaml"))
