@@ -24,8 +24,9 @@ from detectron2.engine import default_setup
 
 from mask_head_plugin import add_mask_head_config, load_config
 from mask_head_plugin.config import flatten
+from mask_head_plugin.config_check import dry_build
 from mask_head_plugin.data import check_dataset_files, register_coco_files
-from mask_head_plugin.engine import Trainer, dry_build
+from mask_head_plugin.engine import Trainer
 from mask_head_plugin.shared_names import PACKAGE
 
 TABLE = ROOT / "docs" / "config_keys.md"
@@ -54,7 +55,7 @@ PARTS = {
     "detectron2.evaluation": "Trainer",
 }
 NO_READERS = ("yacs.", "fvcore.", "detectron2.config", "copy", "contextlib", __name__, "__main__")
-OWN_NO_READERS = {f"{PACKAGE}.config", f"{PACKAGE}.engine.dry_build"}
+OWN_NO_READERS = {f"{PACKAGE}.config", f"{PACKAGE}.config_check.dry_build"}
 NOBODY = {"VERSION": "file format", "IMPORTS": "tools", "DATASETS.CHECK": "call"}
 """Keys that are read before a config can be watched."""
 

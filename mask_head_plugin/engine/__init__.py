@@ -1,7 +1,7 @@
 """Training and evaluation runs."""
 
+from ..config_check import check_config
 from .checkpoint import MaskHeadCheckpointer, export_safetensors
-from .config_check import check_config
 from .guards import TrainingError
 from .predictor import load_predictor
 from .trainer import Trainer

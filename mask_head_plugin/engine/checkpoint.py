@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 
 from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
+from ..config_check.colours import warn_of_colours
 from ..durable_files import write_durably
 from ..messages import listed
 from .class_rows import class_tensors, file_classes, match_classes, num_classes_of
-from .config_colours import warn_of_colours
 from .download import local_copy
 from .foreign_files import read_checkpoint
 from .run_folder import LAST_CHECKPOINT, checkpoint_files, newest_intact

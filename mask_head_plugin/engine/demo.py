@@ -19,12 +19,12 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..config import ConfigError
+from ..config_check import check_config
 from ..data import dataset_categories
 from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.semantic import SemanticMap, semantic_map
 from ..messages import listed
 from ..user_code import load_config_and_code
-from .config_check import check_config
 from .media import (
     Frames,
     LeftOutError,

@@ -13,11 +13,11 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..config import ConfigError, import_options
+from ..config_check import check_config
+from ..config_check.unread_keys import warn_of_unread_keys
 from ..data import check_dataset_files, check_datasets, register_coco_files
 from ..user_code import import_modules, load_config_and_code
 from . import launch
-from .config_check import check_config
-from .config_unread import warn_of_unread_keys
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)

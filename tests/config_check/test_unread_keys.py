@@ -9,7 +9,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from detectron2.modeling.backbone.resnet import BasicStem
 
 from mask_head_plugin import load_config
-from mask_head_plugin.engine.config_unread import unread_keys, warn_of_unread_keys
+from mask_head_plugin.config_check.unread_keys import unread_keys, warn_of_unread_keys
 
 FPN, C4, SMALL = "Base-MaskRCNN-FPN.yaml", "Base-MaskRCNN-C4.yaml", "Base-Small.yaml"
 NOTHING = "nothing in this config reads it"

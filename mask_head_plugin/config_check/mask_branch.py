@@ -11,7 +11,7 @@ from ..modeling.mask_head import ClassSelection, check_mask_losses
 from ..modeling.pooler import POOLER_TYPES, check_pooler
 from ..modeling.rcnn import MASK_OUTPUTS, MaskRCNN
 from ..shared_names import registered_name
-from .config_host import registered_class
+from .detectron2_keys import registered_class
 
 
 def check_mask_branch(cfg: CfgNode) -> None:

@@ -25,8 +25,8 @@ from detectron2.modeling.proposal_generator.rrpn import RRPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 
 from ..config import ConfigError
-from .config_host import registered_class
-from .config_values import is_rising
+from .detectron2_keys import registered_class
+from .values import is_rising
 
 
 def check_features(cfg: CfgNode, *, train: bool) -> None:

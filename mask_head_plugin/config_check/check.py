@@ -11,12 +11,12 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 from ..config import ConfigError
-from .config_best import check_best_metric
-from .config_colours import wrong_colours
-from .config_features import check_features
-from .config_host import check_host_values
-from .config_values import check_input, check_solver, check_test, check_values
+from .best_metric import check_best_metric
+from .colours import wrong_colours
+from .detector import check_features
+from .detectron2_keys import check_host_values
 from .mask_branch import check_mask_branch
+from .values import check_input, check_solver, check_test, check_values
 
 logger = logging.getLogger(__name__)
 
