@@ -27,7 +27,7 @@ from measure import add_busy_argument, busy_processes, machine
 from PIL import Image
 from tqdm import tqdm
 
-from mask_head_plugin.data.check_run import CocoSource, check_with_cache
+from mask_head_plugin.dataset_check.config_datasets import CocoSource, check_with_cache
 
 IMAGE_HW = (480, 640)
 MEAN_POINTS, NUM_CLASSES = 25, 80

@@ -91,7 +91,7 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # this file, or the current one). Run before anything is built. See read_config for whose count.
     cfg.IMPORTS = []
 
-    # Faults of the data sets' files and images, looked for before training (see data/findings.py):
+    # Faults of the data sets' files and images, found before training (dataset_check/findings.py):
     # "error" stops at them, "warn" goes on, "off" does not look.
     cfg.DATASETS.CHECK = "error"
 

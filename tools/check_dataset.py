@@ -93,9 +93,9 @@ def parse_args() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     from mask_head_plugin.data import CheckOptions, check_coco_file, fix_coco_file
-    from mask_head_plugin.data.check_run import write_report
-    from mask_head_plugin.data.dataset_fix import changes_path
-    from mask_head_plugin.data.findings import errors_of
+    from mask_head_plugin.dataset_check.config_datasets import write_report
+    from mask_head_plugin.dataset_check.corrected_copy import changes_path
+    from mask_head_plugin.dataset_check.findings import errors_of
 
     refuse_wrong_paths(args)
     options = CheckOptions(args.num_classes, args.lvis, decode=args.decode)
@@ -130,8 +130,8 @@ def run(args: argparse.Namespace) -> int:
 
 def refuse_wrong_paths(args: argparse.Namespace) -> None:
     from mask_head_plugin import ConfigError
-    from mask_head_plugin.data.findings import KINDS
-    from mask_head_plugin.data.new_files import refuse_existing
+    from mask_head_plugin.dataset_check.findings import KINDS
+    from mask_head_plugin.dataset_check.new_files import refuse_existing
 
     if not Path(args.json).is_file():
         raise ConfigError(f"--json {args.json}: there is no such file")
@@ -152,7 +152,7 @@ def refuse_wrong_paths(args: argparse.Namespace) -> None:
 
 
 def print_findings(json_file: str, found: list[Finding]) -> None:
-    from mask_head_plugin.data.findings import by_kind, count_by_severity, summary_table
+    from mask_head_plugin.dataset_check.findings import by_kind, count_by_severity, summary_table
 
     if found:
         print(summary_table(found), end="\n\n")
@@ -173,9 +173,9 @@ def parts_paths(args: argparse.Namespace) -> list[Path]:
 
 
 def write_parts(args: argparse.Namespace) -> None:
-    from mask_head_plugin.data.dataset_split import keep_categories, split
-    from mask_head_plugin.data.image_folders import join_folders
-    from mask_head_plugin.data.new_files import write_new_files
+    from mask_head_plugin.dataset_check.image_folders import join_folders
+    from mask_head_plugin.dataset_check.new_files import write_new_files
+    from mask_head_plugin.dataset_check.split import keep_categories, split
 
     content = json.loads((args.fix or Path(args.json)).read_text(encoding="utf-8"))
     # Names in the corrected copy start from the folder above all.

@@ -1,10 +1,13 @@
 """Data sets: the embedded shapes, and the user's own COCO files. Importing registers the shapes."""
 
-from .check import CheckOptions, check_coco_file
-from .check_run import check_dataset_files
+from ..dataset_check import (
+    CheckOptions,
+    Finding,
+    check_coco_file,
+    check_dataset_files,
+    fix_coco_file,
+)
 from .coco_files import check_datasets, dataset_categories, register_coco_files
-from .dataset_fix import fix_coco_file
-from .findings import Finding
 from .shapes import register_shapes
 from .train_loader import ImageNamingMapper, TrainLoader, seed_generators
 

@@ -23,11 +23,11 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from ..config import ConfigError
+from ..dataset_check.check import read_content
+from ..dataset_check.findings import Findings, errors_of
+from ..dataset_check.records import check_categories, check_sections
 from ..durable_files import write_durably
 from ..messages import nearest_name
-from .check import read_content
-from .check_records import check_categories, check_sections
-from .findings import Findings, errors_of
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from ..config import ConfigError
-from ..data.findings import KINDS
+from ..dataset_check.findings import KINDS
 from ..evaluation.drawing import ByteArray
 from ..image_files import ImageFileError, read_image
 

@@ -9,8 +9,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..messages import listed
-from .check_records import listed_id
 from .findings import Findings, quote
+from .records import listed_id
 
 FEW = 10
 """Records with a fault that may be chance."""

@@ -10,14 +10,15 @@ import pytest
 from broken_data import CASES, HW, DataSet, encode, make_good, many_objects, mutate, rectangle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_check import check, read_as_in_training
+from test_dataset_check import check, read_as_in_training
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data import findings, fix_coco_file
-from mask_head_plugin.data.dataset_fix import changes_path
-from mask_head_plugin.data.findings import errors_of
-from mask_head_plugin.data.fix_repairs import REPAIRS, clip_polygon
-from mask_head_plugin.data.fix_whole import AREA_KINDS
+from mask_head_plugin.data import fix_coco_file
+from mask_head_plugin.dataset_check import findings
+from mask_head_plugin.dataset_check.corrected_copy import changes_path
+from mask_head_plugin.dataset_check.export_repairs import AREA_KINDS
+from mask_head_plugin.dataset_check.findings import errors_of
+from mask_head_plugin.dataset_check.record_repairs import REPAIRS, clip_polygon
 
 WHOLE_FILE_REPAIRS = {"json-encoding", "normalised-coordinates", *AREA_KINDS}
 

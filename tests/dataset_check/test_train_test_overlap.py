@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from mask_head_plugin.data import photographs
-from mask_head_plugin.data.check_splits import shared_images
+from mask_head_plugin.dataset_check import photographs
+from mask_head_plugin.dataset_check.train_test_overlap import shared_images
 
 
 def write(folder, **contents):
@@ -66,7 +66,7 @@ def test_only_files_of_one_size_are_read_and_whole_ones_only_if_their_middles_ag
 
 def test_a_run_warns_with_the_count(tmp_path, monkeypatch, caplog):
     from broken_data import make_good
-    from test_check_run import configure, run
+    from test_config_datasets import configure, run
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = {split: make_good(tmp_path / split) for split in ("train", "val")}

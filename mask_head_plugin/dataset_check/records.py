@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from .findings import SECTION_NAMES, Findings, Place, quote, quote_path
-from .foreign_files import foreign_json
+from .foreign_formats import foreign_json
 
 SECTIONS = tuple(SECTION_NAMES)
 ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd")

@@ -7,10 +7,10 @@ import pycocotools.mask as mask_util
 import pytest
 from broken_data import HW, encode, make_good, rectangle
 from PIL import Image
-from test_check import check
+from test_dataset_check import check
 
-from mask_head_plugin.data.findings import errors_of
-from mask_head_plugin.data.outlines import areas, outline
+from mask_head_plugin.dataset_check.findings import errors_of
+from mask_head_plugin.dataset_check.polygon_geometry import areas, outline
 
 SQUARE = rectangle(10, 10, 40, 40)
 INNER = rectangle(15, 15, 35, 35)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
-from .check_records import file_name
-from .fix_document import Document, Record
+from .document import Document, Record
+from .records import file_name
 
 Polygon = list[float]
 

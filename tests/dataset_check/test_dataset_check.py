@@ -18,17 +18,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mask_head_plugin.data import CheckOptions, check_coco_file, shapes
-from mask_head_plugin.data.check import check_content
-from mask_head_plugin.data.check_images import inspect_image
-from mask_head_plugin.data.check_masks import decode_counts, runs_box
-from mask_head_plugin.data.findings import KINDS, SEVERITIES, Findings, errors_of, summary_table
+from mask_head_plugin.dataset_check.check import check_content
+from mask_head_plugin.dataset_check.findings import (
+    KINDS,
+    SEVERITIES,
+    Findings,
+    errors_of,
+    summary_table,
+)
+from mask_head_plugin.dataset_check.images import inspect_image
+from mask_head_plugin.dataset_check.masks import decode_counts, runs_box
 from mask_head_plugin.image_files import ImageFileMapper, read_image
 
 # Faults of a config or of LVIS, or of the way to the file: tests of their own.
 ELSEWHERE = {
     *("json-missing", "num-classes", "category-id-range", "categories-disagree"),
     "rle-needs-bitmask",
-    # test_check_shares.py, test_check_files.py, test_check_splits.py
+    # test_object_shares.py, test_records_and_files.py, test_train_test_overlap.py
     *("no-masks", "crowd-by-export", "area-suspicious", "area-of-box", "ring-as-hole"),
     *("mask-on-several-images", "mask-of-another-image", "image-without-objects"),
     *("image-size-alike", "image-in-both-splits", "image-over-detections"),

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .check_masks import Mask
-from .check_records import Sizes, is_finite, listed_id
 from .findings import Findings, quote
+from .masks import Mask
+from .records import Sizes, is_finite, listed_id
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

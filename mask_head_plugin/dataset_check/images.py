@@ -18,13 +18,7 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from ..image_files import (
-    JPEG_END,
-    QUARTER_TURNS,
-    ImageFileError,
-    open_image,
-    orientation_of,
-)
+from ..image_files import JPEG_END, QUARTER_TURNS, ImageFileError, open_image, orientation_of
 from .findings import Findings, Place, quote_path
 
 TEXT_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from .. import messages
-from .check_images import ImageFacts, ListedImage, check_image_files
-from .check_records import Sizes, file_name, is_outside, listed_id
 from .findings import Findings, quote_path
 from .image_places import ImagePlaces
+from .images import ImageFacts, ListedImage, check_image_files
+from .records import Sizes, file_name, is_outside, listed_id
 
 FEW_SIZES = 3
 """Records of one size that may be so by chance."""

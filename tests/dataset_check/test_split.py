@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data.check_splits import shared_images
-from mask_head_plugin.data.dataset_split import keep_categories, split
-from mask_head_plugin.data.new_files import write_new_files
-from mask_head_plugin.data.photographs import photograph_names, photographs
+from mask_head_plugin.dataset_check.new_files import write_new_files
+from mask_head_plugin.dataset_check.photographs import photograph_names, photographs
+from mask_head_plugin.dataset_check.split import keep_categories, split
+from mask_head_plugin.dataset_check.train_test_overlap import shared_images
 
 
 def data_set(names, categories=("cat",), folder=None):

@@ -23,8 +23,6 @@ from detectron2.data import MetadataCatalog
 from ..config import ConfigError
 from ..durable_files import write_durably
 from .check import CheckOptions, check_content, read_content
-from .check_files import listed_images
-from .check_splits import shared_images
 from .findings import (
     ERROR,
     HINT,
@@ -37,6 +35,8 @@ from .findings import (
     quote_path,
     summary_table,
 )
+from .records_and_files import listed_images
+from .train_test_overlap import shared_images
 
 logger = logging.getLogger(__name__)
 

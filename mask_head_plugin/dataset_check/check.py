@@ -18,21 +18,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .check_files import check_files
-from .check_images import ImageFacts
-from .check_masks import MaskFormats, check_box_and_mask
-from .check_records import (
-    Sizes,
-    check_annotation_fields,
-    check_categories,
-    check_images,
-    check_sections,
-)
-from .check_shares import Shares
-from .check_whole import check_whole
 from .findings import Finding, Findings, Place, quote
-from .foreign_files import foreign_bytes, foreign_text
+from .foreign_formats import foreign_bytes, foreign_text
 from .image_folders import join_folders
+from .images import ImageFacts
+from .masks import MaskFormats, check_box_and_mask
+from .object_shares import Shares
+from .records import Sizes, check_annotation_fields, check_categories, check_images, check_sections
+from .records_and_files import check_files
+from .whole_export import check_whole
 
 FEW_ANNOTATIONS = 50_000  # are checked in a second
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import pycocotools.mask as mask_util
 
 from ..config import ConfigError
-from .check_masks import LEAST_IOU, ONE_PIXEL, TWO_PIXELS, Box, box_iou
-from .check_records import is_finite
-from .check_whole import FEW, polygons_of, within_one
+from .document import Document, Record
 from .findings import Finding
-from .fix_document import Document, Record
+from .masks import LEAST_IOU, ONE_PIXEL, TWO_PIXELS, Box, box_iou
+from .records import is_finite
+from .whole_export import FEW, polygons_of, within_one
 
 WHOLESALE_SHARE = 1 / 3
 NEARLY_ALL = 0.95

@@ -8,11 +8,11 @@ import pycocotools.mask as mask_util
 import pytest
 from broken_data import HW, encode, make_good, many_objects, rectangle
 from PIL import Image
-from test_check import check
-from test_dataset_fix import fix
+from test_corrected_copy import fix
+from test_dataset_check import check
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data.findings import errors_of
+from mask_head_plugin.dataset_check.findings import errors_of
 
 BOXES = [[5.0 + k, 5.0 + k, 20.0, 20.0] for k in range(12)]
 

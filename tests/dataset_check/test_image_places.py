@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from mask_head_plugin.data.image_places import ImagePlaces, locate
+from mask_head_plugin.dataset_check.image_places import ImagePlaces, locate
 
 
 @pytest.fixture

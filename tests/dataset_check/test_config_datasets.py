@@ -14,7 +14,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.data import check_dataset_files, check_datasets, register_coco_files
-from mask_head_plugin.data import check_run as module
+from mask_head_plugin.dataset_check import config_datasets as module
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import json
 
 import pytest
 from broken_data import LFS_POINTER, encode, make_good, rectangle
-from test_check import check
+from test_dataset_check import check
 
-from mask_head_plugin.data.foreign_files import foreign_json, foreign_text
+from mask_head_plugin.dataset_check.foreign_formats import foreign_json, foreign_text
 
 LONG = "x" * 90
 

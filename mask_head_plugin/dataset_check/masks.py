@@ -19,10 +19,10 @@ import numpy.typing as npt
 import pycocotools.mask as mask_util
 
 from ..ops.mask_rle import annotation_rle, polygons_rle
-from .check_records import Sizes, is_finite, listed_id
 from .findings import Findings, Place, errors_of, quote
-from .outlines import Box as Box
-from .outlines import Outline, areas, around, outline
+from .polygon_geometry import Box as Box
+from .polygon_geometry import Outline, areas, around, outline
+from .records import Sizes, is_finite, listed_id
 
 IntArray = npt.NDArray[np.int64]
 

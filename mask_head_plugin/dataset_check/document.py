@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .check import CheckOptions
-from .check_images import ImageFacts
-from .check_masks import Box, checked_mask
-from .check_records import MAX_ID, file_name
 from .findings import Finding, plain_id, quote
+from .images import ImageFacts
+from .masks import Box, checked_mask
+from .records import MAX_ID, file_name
 
 Record = dict[str, Any]
 

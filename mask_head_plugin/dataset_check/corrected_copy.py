@@ -14,11 +14,8 @@ from typing import Any
 
 from ..config import ConfigError
 from .check import CheckOptions, check_content, read_content
-from .check_records import check_sections
-from .findings import Finding, Findings, errors_of
-from .fix_document import SECTION_ORDER, Change, Document
-from .fix_repairs import REPAIRS
-from .fix_whole import (
+from .document import SECTION_ORDER, Change, Document
+from .export_repairs import (
     AREA_KINDS,
     BOX_KINDS,
     refusal,
@@ -27,8 +24,11 @@ from .fix_whole import (
     repair_boxes,
     repair_normalised_boxes,
 )
+from .findings import Finding, Findings, errors_of
 from .image_folders import join_folders
 from .new_files import refuse_existing, write_new_files
+from .record_repairs import REPAIRS
+from .records import check_sections
 
 
 def fix_coco_file(
