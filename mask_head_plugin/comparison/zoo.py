@@ -6,8 +6,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ..checkpoint.download import local_copy
 from ..config import ConfigError
-from ..engine.download import local_copy
 from ..messages import nearest_name
 
 with warnings.catch_warnings():

@@ -12,9 +12,10 @@ from typing import IO, Any
 from detectron2.engine import hooks
 from detectron2.utils import comm, events
 
+from ..checkpoint import MaskHeadCheckpointer
+from ..checkpoint.checkpointer import write_run_file
+from ..checkpoint.run_folder import BEST_CHECKPOINT, FINISHED_ITERATION, remove_old_checkpoints
 from ..data import TrainLoader, seed_generators
-from .checkpoint import MaskHeadCheckpointer, write_run_file
-from .run_folder import BEST_CHECKPOINT, FINISHED_ITERATION, remove_old_checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,12 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
 from PIL import Image
 
+from ..checkpoint import MaskHeadCheckpointer, WeightsPolicy
 from ..class_names import class_names_of
 from ..config import ConfigError
 from ..evaluation.drawing import ByteArray
 from ..image_files import in_format
 from ..modeling import to_channels_last
-from .checkpoint import MaskHeadCheckpointer
-from .weights import WeightsPolicy
 
 LARGEST_UNSCALED = 3
 """Where INPUT.MIN_SIZE_TEST is 0, the model sees images at full size up to a square with sides of

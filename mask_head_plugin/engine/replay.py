@@ -13,11 +13,11 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, Polygon
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ..checkpoint.checkpointer import write_checkpoint
+from ..checkpoint.weight_files import read_checkpoint
 from ..class_names import class_names_of
 from ..config import ConfigError
 from ..data import seed_generators
-from .checkpoint import write_checkpoint
-from .foreign_files import read_checkpoint
 
 Sample = dict[str, Any]
 

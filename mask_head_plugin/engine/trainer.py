@@ -37,6 +37,10 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.utils.data import DataLoader
 
+from ..checkpoint import MaskHeadCheckpointer, WeightsPolicy, class_names
+from ..checkpoint.proposal_files import check_proposal_files
+from ..checkpoint.run_folder import set_aside_earlier_run
+from ..checkpoint.weight_fit import check_test_classes
 from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
 from ..data import ImageNamingMapper, TrainLoader, seed_generators
@@ -47,7 +51,6 @@ from ..evaluation import (
 from ..image_files import ImageFileMapper
 from ..messages import listed
 from ..modeling import to_channels_last
-from .checkpoint import MaskHeadCheckpointer
 from .evaluation import evaluate_dataset
 from .evaluators import build_evaluator, inference_folder
 from .gradient_clipping import clip_gradients
@@ -62,10 +65,7 @@ from .hooks import (
     TensorboardXWriter,
     scalar_state,
 )
-from .proposal_files import check_proposal_files
 from .resumed_schedule import load_keeping_config
-from .run_folder import set_aside_earlier_run
-from .weights import WeightsPolicy, check_test_classes, class_names
 
 logger = logging.getLogger(__name__)
 

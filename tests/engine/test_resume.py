@@ -19,9 +19,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_tra
 from detectron2.engine import HookBase, TrainerBase
 
 from mask_head_plugin import ConfigError
+from mask_head_plugin.checkpoint.checkpointer import MaskHeadCheckpointer
 from mask_head_plugin.durable_files import sole_writer
 from mask_head_plugin.engine import Trainer, hooks
-from mask_head_plugin.engine.checkpoint import MaskHeadCheckpointer
 from mask_head_plugin.evaluation import MaskEvaluator
 
 MAX_ITER = 8

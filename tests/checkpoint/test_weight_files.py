@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.checkpoint.proposal_files import read_proposals
+from mask_head_plugin.checkpoint.weight_files import read_checkpoint
 from mask_head_plugin.engine import Trainer
-from mask_head_plugin.engine.foreign_files import read_checkpoint
-from mask_head_plugin.engine.proposal_files import read_proposals
 
 CANARY = "executed"
 

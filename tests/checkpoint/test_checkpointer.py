@@ -1,4 +1,4 @@
-"""Export. What is read is tested in test_foreign_files.py, and what fits in test_weights.py."""
+"""Export. What is read is tested in test_weight_files.py, and what fits in test_weight_fit.py."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from mask_head_plugin.engine import plain_pickle
-from mask_head_plugin.engine.plain_pickle import read_plain_pickle
+from mask_head_plugin.checkpoint import plain_pickle
+from mask_head_plugin.checkpoint.plain_pickle import read_plain_pickle
 
 ENCODE = b"c_codecs\nencode\n"
 ORDERED = b"ccollections\nOrderedDict\n"

@@ -19,7 +19,7 @@ from ..config import ConfigError
 from ..messages import listed
 from ..modeling.mask_head import ClassSelection
 from ..modeling.mask_scoring import MaskIoUHead
-from .weights import LENIENT, WeightsPolicy
+from .weight_fit import LENIENT, WeightsPolicy
 
 logger = logging.getLogger(__name__)
 

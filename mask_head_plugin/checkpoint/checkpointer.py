@@ -29,9 +29,9 @@ from ..durable_files import write_durably
 from ..messages import listed
 from .class_rows import class_tensors, file_classes, match_classes, num_classes_of
 from .download import local_copy
-from .foreign_files import read_checkpoint
 from .run_folder import LAST_CHECKPOINT, checkpoint_files, newest_intact
-from .weights import WeightsPolicy, compare, matched_by_ends, refuse_or_tell, without_prefix
+from .weight_files import read_checkpoint
+from .weight_fit import WeightsPolicy, compare, matched_by_ends, refuse_or_tell, without_prefix
 
 logger = logging.getLogger(__name__)
 

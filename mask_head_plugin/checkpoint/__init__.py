@@ -1,0 +1,6 @@
+"""Checkpoints of runs, and weights from elsewhere."""
+
+from .checkpointer import MaskHeadCheckpointer, export_safetensors
+from .weight_fit import WeightsPolicy, class_names
+
+__all__ = ["MaskHeadCheckpointer", "WeightsPolicy", "class_names", "export_safetensors"]
