@@ -37,6 +37,7 @@ from mask_head_plugin.class_names import (
 )
 from mask_head_plugin.comparison.twins import load_twins
 from mask_head_plugin.data import register_coco_files, shapes
+from mask_head_plugin.demo.demo import run_demo
 from mask_head_plugin.engine import (
     MaskHeadCheckpointer,
     Trainer,
@@ -44,7 +45,6 @@ from mask_head_plugin.engine import (
     export_safetensors,
     load_predictor,
 )
-from mask_head_plugin.engine.demo import run_demo
 from mask_head_plugin.evaluation import MaskEvaluator, contact_sheet, write_contact_sheet
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")

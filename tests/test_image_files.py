@@ -21,7 +21,8 @@ from PIL import Image, features
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.data import CheckOptions, check_coco_file
-from mask_head_plugin.engine import Trainer, demo
+from mask_head_plugin.demo import demo
+from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.predictor import BGRPredictor
 from mask_head_plugin.image_files import ImageFileError, ImageFileMapper, read_image
 

@@ -21,21 +21,13 @@ from tqdm import tqdm
 from ..config import ConfigError
 from ..config_check import check_config
 from ..data import dataset_categories
+from ..engine.predictor import load_predictor
 from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.semantic import SemanticMap, semantic_map
 from ..messages import listed
 from ..user_code import load_config_and_code
-from .media import (
-    Frames,
-    LeftOutError,
-    Source,
-    find_sources,
-    num_frames,
-    open_writer,
-    read_bgr,
-)
+from .media import Frames, LeftOutError, Source, find_sources, num_frames, open_writer, read_bgr
 from .predictions import Categories, ColourKeeper, Detections, Predictions
-from .predictor import load_predictor
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.data import shapes
-from mask_head_plugin.engine import MaskHeadCheckpointer, Trainer, WeightsPolicy, media
-from mask_head_plugin.engine.demo import ColourKeeper, Detections, run_demo
-from mask_head_plugin.engine.media import find_sources
+from mask_head_plugin.demo import media
+from mask_head_plugin.demo.demo import ColourKeeper, Detections, run_demo
+from mask_head_plugin.demo.media import find_sources
+from mask_head_plugin.engine import MaskHeadCheckpointer, Trainer, WeightsPolicy
 from mask_head_plugin.engine.predictor import BGRPredictor
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
@@ -393,7 +394,7 @@ def stub_model(monkeypatch, fail=lambda image: None):
         return [{"instances": instances}]
 
     monkeypatch.setattr(
-        "mask_head_plugin.engine.demo.load_predictor", lambda cfg: stub_predictor(cfg, model)
+        "mask_head_plugin.demo.demo.load_predictor", lambda cfg: stub_predictor(cfg, model)
     )
     return seen
 
@@ -552,7 +553,7 @@ def test_an_interrupted_run_leaves_its_predictions(images, tmp_path, capsys, mon
     def interrupt(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mask_head_plugin.engine.demo.read_bgr", interrupt)
+    monkeypatch.setattr("mask_head_plugin.demo.demo.read_bgr", interrupt)
     code, _, err = tool(
         capsys,
         "--config-file",
