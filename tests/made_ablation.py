@@ -15,7 +15,7 @@ from conftest import ROOT
 from pycocotools import mask as coco_mask
 
 from mask_head_plugin import load_config
-from mask_head_plugin.evaluation.coco_engine import Evaluation, GroundTruth
+from mask_head_plugin.evaluation.coco_ap import Evaluation, GroundTruth
 
 sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
 from made_data import HW, blob, encode

@@ -27,7 +27,7 @@ from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from ..evaluation import MaskEvaluator, bootstrap, counted_detections
-from ..evaluation.coco_engine import TASKS
+from ..evaluation.coco_ap import TASKS
 from ..evaluation.coco_evaluator import without_nan
 from ..evaluation.matching import Matches
 from ..image_files import ImageFileMapper

@@ -8,7 +8,7 @@ from detectron2.data import MetadataCatalog
 
 from ..config import ConfigError
 from ..data.coco_files import coco_classes
-from ..evaluation.coco_engine import FREQUENCIES, METRICS, TASKS
+from ..evaluation.coco_ap import FREQUENCIES, METRICS, TASKS
 from ..evaluation.semantic import semantic_metrics
 from ..messages import nearest_name
 

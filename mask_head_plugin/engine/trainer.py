@@ -51,7 +51,6 @@ from ..evaluation import (
 from ..image_files import ImageFileMapper
 from ..messages import listed
 from ..modeling import to_channels_last
-from .evaluation import evaluate_dataset
 from .evaluators import build_evaluator, inference_folder
 from .gradient_clipping import clip_gradients
 from .guards import StepGuard
@@ -65,6 +64,7 @@ from .hooks import (
     TensorboardXWriter,
     scalar_state,
 )
+from .resumable_evaluation import evaluate_dataset
 from .resumed_schedule import load_keeping_config
 
 logger = logging.getLogger(__name__)

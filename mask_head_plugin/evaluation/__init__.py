@@ -1,6 +1,6 @@
 """Evaluation of masks, in numbers and pictures."""
 
-from .coco_engine import ALL_DETECTIONS, COCO_MAX_DETECTIONS
+from .coco_ap import ALL_DETECTIONS, COCO_MAX_DETECTIONS
 from .coco_evaluator import MaskEvaluator, counted_detections
 from .contact_sheet import write_contact_sheet
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .coco_engine import METRICS
+from .coco_ap import METRICS
 from .matching import FloatArray, Matches
 
 IntArray = npt.NDArray[np.int32]

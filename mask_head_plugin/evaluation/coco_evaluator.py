@@ -22,14 +22,7 @@ from tabulate import tabulate
 
 from ..class_names import matched_predictions, predicted_names
 from ..structures import run_lengths
-from .coco_engine import (
-    ALL_DETECTIONS,
-    COCO_MAX_DETECTIONS,
-    METRICS,
-    TASKS,
-    Evaluation,
-    GroundTruth,
-)
+from .coco_ap import ALL_DETECTIONS, COCO_MAX_DETECTIONS, METRICS, TASKS, Evaluation, GroundTruth
 from .prediction_log import PredictionLog, Results, merge_lines
 from .semantic import check_class_names, evaluate_semantic
 

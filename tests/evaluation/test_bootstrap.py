@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_data import make_coco
-from test_coco_engine import evaluate, make_lvis, official, write_truth
+from test_coco_ap import evaluate, make_lvis, official, write_truth
 
 from mask_head_plugin.evaluation import bootstrap
 from mask_head_plugin.evaluation.bootstrap import (
@@ -19,7 +19,7 @@ from mask_head_plugin.evaluation.bootstrap import (
     precision_recall,
     resampled_ap,
 )
-from mask_head_plugin.evaluation.coco_engine import METRICS
+from mask_head_plugin.evaluation.coco_ap import METRICS
 from mask_head_plugin.evaluation.matching import Matches
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)

@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ...evaluation.bootstrap import class_ap, precision_recall
-from ...evaluation.coco_engine import METRICS
+from ...evaluation.coco_ap import METRICS
 from ..trial import Trial
 from .study import Study, Variant, mean
 from .tables import BETTER, NOISE, WORSE, verdict

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...config import ConfigError
 from ...evaluation.bootstrap import PairedDifference, compare_all
-from ...evaluation.coco_engine import METRICS
+from ...evaluation.coco_ap import METRICS
 from ...evaluation.matching import Matches
 from ..trial import ABLATION_FILE, ENVIRONMENT_FILE, TRIAL_FILE, Trial, read_object
 

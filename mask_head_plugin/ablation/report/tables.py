@@ -11,7 +11,7 @@ from textwrap import shorten
 from typing import Any
 
 from ...evaluation.bootstrap import PairedDifference
-from ...evaluation.coco_engine import METRICS
+from ...evaluation.coco_ap import METRICS
 from .study import Study, Variant, mean
 
 BASELINE, BETTER, WORSE, NOISE = "baseline", "better", "worse", "within noise"

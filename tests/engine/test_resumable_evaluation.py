@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import Trainer
-from mask_head_plugin.engine.evaluation import prediction_fingerprint
+from mask_head_plugin.engine.resumable_evaluation import prediction_fingerprint
 from mask_head_plugin.evaluation import MaskEvaluator
 
 NAME = "test_five_shapes"

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mask_head_plugin.evaluation.boundary import boundary_iou, mask_boundary
-from mask_head_plugin.evaluation.coco_engine import Evaluation, GroundTruth
+from mask_head_plugin.evaluation.coco_ap import Evaluation, GroundTruth
 from mask_head_plugin.evaluation.matching import Matches
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
