@@ -68,8 +68,8 @@ def assert_equal_to_the_cpu_operator(operator, maps, rois, levels, size, scales,
     actual = with_gradients(lambda x: operator(x, rois, levels, *options), maps)
     wide = [x.float() for x in maps]
     expected = with_gradients(lambda x: ops.roi_align(x, rois, *options, levels=levels), wide)
-    # One rounding of what was summed in float32.
-    tolerance = 1e-6 if maps[0].dtype == torch.float32 else torch.finfo(maps[0].dtype).eps
+    # Sums in another order; in half precision, rounded once.
+    tolerance = 5e-6 if maps[0].dtype == torch.float32 else torch.finfo(maps[0].dtype).eps
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.shape == theirs.shape and mine.dtype == maps[0].dtype
         assert relative_error(mine.float(), theirs) <= tolerance
@@ -187,7 +187,7 @@ def test_more_rois_than_an_axis_of_a_grid_has_blocks():
     feature = torch.randn(1, 1, 12, 12, generator=generator)
     actual = on_gpu([feature], rois, levels, *options)
     expected = ops.roi_align([feature], rois, *options, levels=levels)
-    assert relative_error(actual, expected) <= 1e-6
+    assert relative_error(actual, expected) <= 5e-6
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
