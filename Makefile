@@ -27,6 +27,8 @@ train: $(ENVIRONMENT)
 	$(PYTHON) train_net.py --config-file $(CONFIG)
 
 test: $(ENVIRONMENT)
+	@$(PYTHON) -c "import hypothesis, pytest, xdist" || \
+		{ echo "First: $(PYTHON) -m pip install -r requirements.txt" >&2; exit 1; }
 	$(PYTHON) -m pytest $(IN_PROCESSES)
 
 test-oldest: $(OLDEST)/.complete

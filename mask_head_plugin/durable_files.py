@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -33,9 +34,10 @@ def write_durably(
         OSError: if it cannot be written; the old file is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    # Processes of other machines, or containers, may have this one's number.
+    unfinished = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}{UNFINISHED}")
     try:
-        with unfinished.open("wb") as file:
+        with unfinished.open("xb") as file:
             if isinstance(content, str):
                 file.write(content.encode())
             else:
@@ -48,7 +50,8 @@ def write_durably(
         unfinished.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the name as well
+        with contextlib.suppress(OSError):  # not all file systems bring a name onto the disk
+            os.fsync(folder)
     finally:
         os.close(folder)
 

@@ -55,7 +55,7 @@ class ImageFileError(ConfigError):
     """A file whose pixels cannot be used.
 
     Attributes:
-        kind: of fault, a key of ``data.findings.KINDS``.
+        kind: of fault, a key of ``dataset_check.findings.KINDS``.
         reason: what follows the file's name in a sentence.
     """
 

@@ -1,4 +1,4 @@
-"""Words of errors and warnings."""
+"""Wording of errors and warnings."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ def listed(names: Sequence[str], limit: int = NAMES_IN_ERROR) -> str:
     return told + (f" and {rest} more" if rest > 0 else "")
 
 
-def nearest_name(name: str, choices: Sequence[str]) -> str | None:
+def nearest_name(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str | None:
     """Returns the choice that ``name`` most likely meant, or None if none is near.
 
-    A dotted name whose last part exists elsewhere is matched by that part first.
+    ``cutoff`` is how much must be alike, from 0 to 1; names of two letters need less than others.
+    Upper and lower case are the same here. A dotted name whose last part exists elsewhere is
+    matched by that part first.
     """
-    leaf = name.rpartition(".")[2]
-    same_leaf = [choice for choice in choices if choice.rpartition(".")[2] == leaf]
-    for candidates, cutoff in ((same_leaf, 0.0), (choices, 0.6)):
-        matches = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
+    folded = {choice.casefold(): choice for choice in choices if choice}
+    leaf = name.casefold().rpartition(".")[2]
+    same_leaf = [choice for choice in folded if choice.rpartition(".")[2] == leaf]
+    for candidates, least in ((same_leaf, 0.0), (list(folded), cutoff)):
+        matches = difflib.get_close_matches(name.casefold(), candidates, n=1, cutoff=least)
         if matches:
-            return matches[0]
+            return folded[matches[0]]
     return None
 
 
@@ -37,4 +40,4 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error that may go on with where it happened."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -29,6 +29,7 @@ from pycocotools.coco import COCO
 from safetensors.torch import load_file, save_file
 
 from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.checkpoint import MaskHeadCheckpointer, WeightsPolicy, export_safetensors
 from mask_head_plugin.class_names import (
     class_names_of,
     matched_predictions,
@@ -38,13 +39,7 @@ from mask_head_plugin.class_names import (
 from mask_head_plugin.comparison.twins import load_twins
 from mask_head_plugin.data import register_coco_files, shapes
 from mask_head_plugin.demo.demo import run_demo
-from mask_head_plugin.engine import (
-    MaskHeadCheckpointer,
-    Trainer,
-    WeightsPolicy,
-    export_safetensors,
-    load_predictor,
-)
+from mask_head_plugin.engine import Trainer, load_predictor
 from mask_head_plugin.evaluation import MaskEvaluator, contact_sheet, write_contact_sheet
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")

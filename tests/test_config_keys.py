@@ -25,7 +25,8 @@ from detectron2.engine import default_setup
 from mask_head_plugin import add_mask_head_config, load_config
 from mask_head_plugin.config import flatten
 from mask_head_plugin.config_check import dry_build
-from mask_head_plugin.data import check_dataset_files, register_coco_files
+from mask_head_plugin.data import register_coco_files
+from mask_head_plugin.dataset_check import check_dataset_files
 from mask_head_plugin.engine import Trainer
 from mask_head_plugin.shared_names import PACKAGE
 

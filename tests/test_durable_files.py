@@ -37,6 +37,19 @@ def test_what_fails_leaves_the_old_file_and_no_half_one(owner, name, tmp_path, m
     assert path.read_text() == "old" and names_in(tmp_path) == ["a.txt"]
 
 
+def test_processes_of_one_number_on_two_machines_do_not_disturb_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path = tmp_path / ("a" * 240 + ".json")  # as long as names may be
+
+    def write_meanwhile(file):
+        file.write(b"outer")
+        write_durably(path, "inner")
+        assert path.read_text() == "inner"
+
+    write_durably(path, write_meanwhile)
+    assert path.read_text() == "outer" and names_in(tmp_path) == [path.name]
+
+
 def test_a_sole_writer_clears_what_a_killed_one_left(tmp_path):
     (tmp_path / ".model_0000009.pth.4711.unfinished").write_bytes(b"half")
     (tmp_path / "model_0000009.pth").write_bytes(b"whole")

@@ -20,7 +20,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image, features
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data import CheckOptions, check_coco_file
+from mask_head_plugin.dataset_check import CheckOptions, check_coco_file
 from mask_head_plugin.demo import demo
 from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.predictor import BGRPredictor

@@ -15,7 +15,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 
 from mask_head_plugin import add_mask_head_config
-from mask_head_plugin.data import check_dataset_files, register_coco_files
+from mask_head_plugin.data import register_coco_files
+from mask_head_plugin.dataset_check import check_dataset_files
 from mask_head_plugin.evaluation import MaskEvaluator
 from mask_head_plugin.structures import RLEMasks
 

@@ -15,7 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.ablation import load_ablation
-from mask_head_plugin.engine import check_config
+from mask_head_plugin.config_check import check_config
 from mask_head_plugin.modeling import MASK_LOSS_REGISTRY
 from mask_head_plugin.user_code import import_modules
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mask_head_plugin.data import Finding
+    from mask_head_plugin.dataset_check import Finding
 
 DETAILS_PER_KIND = 5
 
@@ -92,7 +92,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mask_head_plugin.data import CheckOptions, check_coco_file, fix_coco_file
+    from mask_head_plugin.dataset_check import CheckOptions, check_coco_file, fix_coco_file
     from mask_head_plugin.dataset_check.config_datasets import write_report
     from mask_head_plugin.dataset_check.corrected_copy import changes_path
     from mask_head_plugin.dataset_check.findings import errors_of

@@ -4,7 +4,8 @@ The folder, ``<variant>/seed_<n>``, has what a training leaves there (config.yam
 metrics.json, TensorBoard events, checkpoints, inference/) and
 
 - ``trial.json``: how it ended, its metrics and its cost, see run_trial;
-- ``environment.txt``: versions and hardware;
+- ``environment.txt``: versions and hardware; ``num_parameters.txt``;
+- ``config_hash.txt``: by which a trial is taken up with the same config only;
 - ``submitit/``: the logs of the process that ran it.
 
 The ablation's folder has ``ablation.json``, see runner.describe, from which the report is made.

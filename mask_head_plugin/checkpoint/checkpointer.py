@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill, a full disk and a damaged file; weights in all formats.
+"""Checkpoints that survive a kill, a full disk and a damaged file; loading and exporting weights.
 
 A checkpoint ``model_0000999.pth`` appears under its name only when it is whole and on the disk, and
 ``model_0000999.pth.sha256`` beside it holds its checksum, in the format of ``sha256sum --check``.
@@ -42,8 +42,8 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer that also reads ``.safetensors`` and lets no file run code.
 
     Weights that do not fit the model are an error, or told, and rows of classes are matched by
-    name: see weights.py and class_rows.py. The names stay with the model, so that whoever evaluates
-    or draws what it predicts can match them, too: see class_names.py.
+    name: see weight_fit.py and class_rows.py. The names stay with the model, so that whoever
+    evaluates or draws what it predicts can match them: see class_names.py.
 
     Checkpoints are written beside their name and renamed, so a kill or a full disk leaves the old
     ones as they are; a run is resumed from the newest one that is intact.

@@ -1,4 +1,4 @@
-"""Stock detectron2 beside the plugin with the same weights, on the same images.
+"""Measures both models on the same images: detections, AP, time and memory.
 
 Both models run in turn on every image. What they find is compared detection by detection, and both
 are evaluated by the same evaluator.
@@ -33,7 +33,7 @@ from ..evaluation.matching import Matches
 from ..image_files import ImageFileMapper
 from ..machine import cpu_name
 from .image_differences import Cut, ImageDifferences, compare_images
-from .timed_model import WatchedModel
+from .timed_model import TimedModel
 from .twins import Twins
 from .zoo import ModelConfig, ZooModel
 
@@ -45,7 +45,7 @@ SIDES = ("stock", "plugin")
 
 @dataclass(frozen=True)
 class Agreement:
-    """The differences of all images; see agreement.ImageDifferences.
+    """The differences of all images; see image_differences.ImageDifferences.
 
     Attributes:
         images: how many.
@@ -196,7 +196,7 @@ def compare_twins(
         min_score: detections above it are counted for the verdict.
     """
     cfg = twins.cfg
-    watched = {"stock": WatchedModel(twins.stock), "plugin": WatchedModel(twins.plugin)}
+    watched = {"stock": TimedModel(twins.stock), "plugin": TimedModel(twins.plugin)}
     evaluators = {side: _evaluator(cfg, dataset, output / side) for side in SIDES}
     cut = Cut(cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
     loader = build_detection_test_loader(
@@ -264,7 +264,7 @@ def compare_ap(evaluators: dict[str, MaskEvaluator], output: Path) -> dict[str, 
     return compared
 
 
-def _costs(watched: dict[str, WatchedModel], crowded: Sequence[dict[str, Any]]) -> dict[str, Cost]:
+def _costs(watched: dict[str, TimedModel], crowded: Sequence[dict[str, Any]]) -> dict[str, Cost]:
     costs = {}
     for side, model in watched.items():
         memory = [model.peak_megabytes(x) for x in crowded]

@@ -1,4 +1,4 @@
-"""One model's inference, watched: what its ROI heads hand out, time and memory."""
+"""Times one model's inference and keeps what its ROI heads return."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..machine import peak_megabytes
 from .image_differences import Found
 
 
-class WatchedModel:
+class TimedModel:
     """Runs a model as users do, and sees where its network ends and its postprocessing starts.
 
     Attributes:

@@ -10,8 +10,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import ROI_MASK_HEAD_REGISTRY, build_model
 
+from ..checkpoint import MaskHeadCheckpointer, WeightsPolicy
 from ..config import DEFAULT_LOSSES, ConfigError
-from ..engine import MaskHeadCheckpointer, WeightsPolicy, check_config
+from ..config_check import check_config
 from ..modeling.mask_head import ClassSelection
 from ..user_code import load_config_and_code
 from .zoo import ModelConfig

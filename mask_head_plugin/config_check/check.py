@@ -1,4 +1,4 @@
-"""Refuses, before anything is built, values that no model or data set answers to."""
+"""Refuses, before anything is built, values that nothing recognises."""
 
 from __future__ import annotations
 

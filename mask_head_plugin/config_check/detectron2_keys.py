@@ -7,7 +7,6 @@ tried, see dry_build.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +29,7 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.utils.registry import Registry
 
 from ..config import ConfigError, flatten
+from ..messages import nearest_name
 from ..modeling.pooler import POOLER_TYPES
 from .dry_build import PACKAGE, dry_build
 
@@ -141,9 +141,7 @@ def _nearest(value: Any, choices: Sequence[Any]) -> Any:
     """Returns the choice that a value most likely meant, or None."""
     if not isinstance(value, str):
         return min(choices, key=lambda x: abs(x - value))
-    folded = {x.casefold(): x for x in choices if x}
-    close = difflib.get_close_matches(value.casefold(), folded, n=1, cutoff=0.5)  # norms are short
-    return folded[close[0]] if close else None
+    return nearest_name(value, choices, cutoff=0.5)  # norms are short
 
 
 def _with(cfg: CfgNode, key: str, value: Any) -> CfgNode:

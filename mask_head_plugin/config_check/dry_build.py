@@ -23,6 +23,8 @@ from detectron2.structures import Boxes, BoxMode
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ..messages import one_line
+
 PACKAGE = __name__.partition(".")[0]
 
 OBJECT = {
@@ -95,7 +97,7 @@ def _built(build: Callable[[CfgNode], object], cfg: CfgNode) -> DryPart:
     try:
         build(_Recording.of(cfg, "", keys_read))
     except Exception as caught:  # of whatever a user has registered
-        error = one_line(caught)
+        error = f"{type(caught).__name__}: {one_line(caught, 200)}"
     return DryPart(frozenset(keys_read), error)
 
 
@@ -121,10 +123,6 @@ def _build_train_mapper(cfg: CfgNode) -> None:
 def _build_loader(cfg: CfgNode) -> None:
     records: list[dict[str, Any]] = [{"annotations": []}]
     build_detection_train_loader.from_config(cfg, mapper=len, dataset=records)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 class _Keys(set[str]):

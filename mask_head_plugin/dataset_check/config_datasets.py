@@ -19,6 +19,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
 
 from ..config import ConfigError
 from ..durable_files import write_durably
@@ -114,7 +115,8 @@ def check_dataset_files(cfg: CfgNode) -> None:
     found += _disagreements(cfg, checked) + _wrong_mask_format(cfg, checked)
     found += _in_both_splits(cfg, checked) + _more_objects_than_detections(cfg, checked)
     report = Path(cfg.OUTPUT_DIR) / REPORT
-    write_report(found, report)
+    if comm.is_main_process():
+        write_report(found, report)
     errors = errors_of(found)
     if any(finding.severity != HINT for finding in found):
         logger.warning("findings in the data sets (all in %s):\n%s", report, summary_table(found))

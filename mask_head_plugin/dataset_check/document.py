@@ -127,7 +127,7 @@ class Document:
 
     def facts(self, image: Record) -> ImageFacts | None:
         """Returns what the file of an image says, if it can be used."""
-        # The text that check.listed_images has, by which the files are known.
+        # The text that records_and_files.listed_images has, by which the files are known.
         path = os.path.join(self.image_root, str(image.get("file_name")))  # noqa: PTH118  # as there
         facts = self.options.known_files.get(path)
         return None if facts is None or facts.problem else facts

@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     Attributes:
         severity: one of SEVERITIES.
         fix: what to do.
-        by_fix: what --fix does of that. A test holds it against ``fix_repairs.REPAIRS`` and what a
+        by_fix: what --fix does of that. A test holds it against ``repairs.REPAIRS`` and what a
             corrected copy has.
     """
 

@@ -1,6 +1,6 @@
 """Image files beside their records: where a missing one is, and whose size is wrong.
 
-``check_images`` says what is the matter with a file; here it is looked for why.
+images.py says what is wrong with a file; this module finds out why.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from detectron2.utils.logger import setup_logger
 from ..config import ConfigError, import_options
 from ..config_check import check_config
 from ..config_check.unread_keys import warn_of_unread_keys
-from ..data import check_dataset_files, check_datasets, register_coco_files
+from ..data import check_datasets, register_coco_files
+from ..dataset_check import check_dataset_files
 from ..user_code import import_modules, load_config_and_code
 from . import launch
 from .trainer import Trainer

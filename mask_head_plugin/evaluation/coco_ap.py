@@ -1,4 +1,4 @@
-"""One task of a COCO or LVIS evaluation, with faster-coco-eval as its engine.
+"""AP of one task by COCO's or LVIS's rules, computed by faster-coco-eval.
 
 The engine gets ids of its own, 1 to the number of images, classes and annotations: ids that are
 text or do not fit a float64 then work, and the annotation id 0, which pycocotools takes for

@@ -27,8 +27,13 @@ def to_channels_last(model: nn.Module) -> None:
     model.to(memory_format=torch.channels_last)
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         for module in model.modules():
-            if type(module) is Conv2d and module.kernel_size == (3, 3) and module.groups == 1:
+            if type(module) is Conv2d and _is_ordinary(module):
                 module.__class__ = WeightGradientFromCopies
+
+
+def _is_ordinary(conv: Conv2d) -> bool:
+    is_3x3 = conv.kernel_size == (3, 3) and conv.groups == 1
+    return is_3x3 and not isinstance(conv.padding, str)
 
 
 class WeightGradientFromCopies(Conv2d):
@@ -60,6 +65,8 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and x.dim() == 4
         and len(x) > 0
         and math.prod(x.shape[1:]) >= MIN_ELEMENTS
     )
@@ -68,7 +75,6 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -76,9 +82,13 @@ class _Convolution(torch.autograd.Function):
         padding: tuple[int, int],
         dilation: tuple[int, int],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.arguments = stride, padding, dilation
         return torch.conv2d(x, weight, bias, stride, padding, dilation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        x, weight, _, *arguments = inputs
+        ctx.arguments = arguments
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,7 +11,8 @@ from conftest import CONFIGS
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.ablation import load_ablation
-from mask_head_plugin.engine import Trainer, check_config
+from mask_head_plugin.config_check import check_config
+from mask_head_plugin.engine import Trainer
 
 ABLATIONS = CONFIGS / "ablations"
 FILES = sorted(path.stem for path in ABLATIONS.glob("*.yaml"))

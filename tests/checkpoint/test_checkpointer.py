@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.engine import export_safetensors
+from mask_head_plugin.checkpoint import export_safetensors
 
 
 def test_export_reads_what_loading_reads(tmp_path):

@@ -10,8 +10,8 @@ import torch
 from iopath.common.file_io import PathHandler, PathManager
 
 from mask_head_plugin import ConfigError
+from mask_head_plugin.checkpoint import MaskHeadCheckpointer
 from mask_head_plugin.checkpoint.download import local_copy
-from mask_head_plugin.engine import MaskHeadCheckpointer
 
 R50 = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 

@@ -15,6 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from mask_head_plugin import ConfigError
+from mask_head_plugin.checkpoint import MaskHeadCheckpointer
 from mask_head_plugin.checkpoint.checkpointer import write_checkpoint
 from mask_head_plugin.checkpoint.run_folder import (
     checkpoint_files,
@@ -22,7 +23,6 @@ from mask_head_plugin.checkpoint.run_folder import (
     newest_intact,
     remove_old_checkpoints,
 )
-from mask_head_plugin.engine import MaskHeadCheckpointer
 
 NAMES = ("model_0000009", "model_0000019", "model_0000029")
 

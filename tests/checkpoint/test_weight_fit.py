@@ -22,14 +22,14 @@ from safetensors import safe_open
 from torch import nn
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.checkpoint.class_rows import class_tensors
-from mask_head_plugin.checkpoint.weight_fit import compare, grouped
-from mask_head_plugin.engine import (
+from mask_head_plugin.checkpoint import (
     MaskHeadCheckpointer,
     WeightsPolicy,
     class_names,
     export_safetensors,
 )
+from mask_head_plugin.checkpoint.class_rows import class_tensors
+from mask_head_plugin.checkpoint.weight_fit import compare, grouped
 
 BASES = {
     "FPN": "Base-MaskRCNN-FPN.yaml",

@@ -169,7 +169,7 @@ def test_pickles_with_code_and_other_files_are_refused(loaded, tmp_path, capsys)
 def test_watching_changes_no_result_and_leaves_no_hook(loaded):
     x = DatasetMapper(loaded.cfg, is_train=False)(DatasetCatalog.get("shapes_val")[0])
     for model in (loaded.stock, loaded.plugin):
-        watched = timed_model.WatchedModel(model)
+        watched = timed_model.TimedModel(model)
         instances, found = watched.detect(x)
         with torch.no_grad():
             expected = model([x])[0]["instances"]

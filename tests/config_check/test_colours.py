@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from mask_head_plugin.engine import MaskHeadCheckpointer, WeightsPolicy
+from mask_head_plugin.checkpoint import MaskHeadCheckpointer, WeightsPolicy
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 from conftest import CONFIG_FILES, CONFIGS
 
 from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.config_check import check_config
 from mask_head_plugin.config_check.unread_keys import unread_keys
-from mask_head_plugin.engine import check_config
 
 SOFTMAX = ("MODEL.ROI_MASK_HEAD.LOSSES", "[['softmax_cross_entropy', 1.0]]")
 SCORING = ("MODEL.ROI_MASK_HEAD.SCORING.ENABLED", "True")

@@ -30,8 +30,9 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead, box_head, mask_hea
 from torch import nn
 
 from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.config_check import check_config
 from mask_head_plugin.config_check.unread_keys import unread_keys
-from mask_head_plugin.engine import Trainer, check_config
+from mask_head_plugin.engine import Trainer
 from mask_head_plugin.modeling import FCNMaskHead, PerClassMaskROIHeads, pooler
 
 FPN, C4, SMALL = "Base-MaskRCNN-FPN.yaml", "Base-MaskRCNN-C4.yaml", "Base-Small.yaml"

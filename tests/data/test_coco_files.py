@@ -17,7 +17,8 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data import check_dataset_files, check_datasets, register_coco_files
+from mask_head_plugin.data import check_datasets, register_coco_files
+from mask_head_plugin.dataset_check import check_dataset_files
 from mask_head_plugin.evaluation import MaskEvaluator
 
 HW = (40, 50)

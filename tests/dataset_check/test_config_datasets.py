@@ -13,7 +13,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data import check_dataset_files, check_datasets, register_coco_files
+from mask_head_plugin.data import check_datasets, register_coco_files
+from mask_head_plugin.dataset_check import check_dataset_files
 from mask_head_plugin.dataset_check import config_datasets as module
 
 

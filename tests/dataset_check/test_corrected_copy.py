@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from test_dataset_check import check, read_as_in_training
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data import fix_coco_file
-from mask_head_plugin.dataset_check import findings
+from mask_head_plugin.dataset_check import findings, fix_coco_file
 from mask_head_plugin.dataset_check.corrected_copy import changes_path
 from mask_head_plugin.dataset_check.export_repairs import AREA_KINDS
 from mask_head_plugin.dataset_check.findings import errors_of

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mask_head_plugin.data import CheckOptions, check_coco_file, shapes
+from mask_head_plugin.data import shapes
+from mask_head_plugin.dataset_check import CheckOptions, check_coco_file
 from mask_head_plugin.dataset_check.check import check_content
 from mask_head_plugin.dataset_check.findings import (
     KINDS,

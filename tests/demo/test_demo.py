@@ -21,11 +21,12 @@ from pycocotools.coco import COCO
 from safetensors.torch import load_file, save_file
 
 from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.checkpoint import MaskHeadCheckpointer, WeightsPolicy
 from mask_head_plugin.data import shapes
 from mask_head_plugin.demo import media
 from mask_head_plugin.demo.demo import ColourKeeper, Detections, run_demo
 from mask_head_plugin.demo.media import find_sources
-from mask_head_plugin.engine import MaskHeadCheckpointer, Trainer, WeightsPolicy
+from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.predictor import BGRPredictor
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")

@@ -16,8 +16,9 @@ from detectron2.config import CfgNode
 from safetensors.torch import load_file
 
 from mask_head_plugin import load_config
+from mask_head_plugin.checkpoint import export_safetensors
 from mask_head_plugin.data import register_coco_files, shapes
-from mask_head_plugin.engine import Trainer, export_safetensors
+from mask_head_plugin.engine import Trainer
 
 CONFIG = "configs/shapes/mask_rcnn_shapes.yaml"
 

@@ -113,13 +113,40 @@ def test_gradients_have_gradients(monkeypatch):
     )
 
 
-def test_evaluation_runs_and_scripts_as_before():
+def test_evaluation_runs_traces_and_scripts_as_before():
     conv = nn.Sequential(Conv2d(16, 4, 3, padding=1)).eval()
     x = torch.randn(1, 16, 128, 128)
     expected = conv(x)
     to_channels_last(conv)
-    scripted = torch.jit.script(conv)
+    scripted = torch.jit.script(copy.deepcopy(conv))
+    assert type(conv[0]) is WeightGradientFromCopies
+    assert torch.allclose(conv(x), expected, atol=1e-5)
+    traced = torch.jit.trace(conv, x)
+    assert "PythonOp" not in str(traced.inlined_graph)
     with torch.no_grad():
-        assert torch.allclose(conv(x), expected, atol=1e-5)
-        assert torch.equal(scripted(x), conv(x))
-        assert torch.equal(torch.jit.trace(conv, x)(x), conv(x))
+        assert torch.equal(scripted(x), conv(x)) and torch.equal(traced(x), conv(x))
+
+
+def test_what_detectron2_runs_runs_still():
+    conv = nn.Sequential(Conv2d(16, 4, 3, padding="same"), Conv2d(4, 16, 3, padding=1))
+    x = torch.randn(2, 16, 128, 128)
+    expected = conv(x)
+    to_channels_last(conv)
+    for y in (conv(x), conv(x[0])[None]):
+        assert torch.allclose(y, expected[: len(y)], atol=1e-5)
+        y.sum().backward()
+
+
+def test_functional_gradients_are_the_same(monkeypatch):
+    conv = Conv2d(3, 2, 3, padding=1)
+    x = torch.randn(1, 3, 4, 4)
+
+    def loss(parameters):
+        return torch.func.functional_call(conv, parameters, x).square().sum()
+
+    parameters = dict(conv.named_parameters())
+    expected = torch.func.grad(loss)(parameters)
+    monkeypatch.setattr(channels_last, "MIN_ELEMENTS", 1)
+    conv.__class__ = WeightGradientFromCopies
+    for name, gradient in torch.func.grad(loss)(parameters).items():
+        assert torch.allclose(gradient, expected[name], atol=1e-5), name

@@ -14,7 +14,7 @@ from detectron2.layers.mask_ops import _do_paste_mask
 from detectron2.utils.visualizer import Visualizer
 
 from mask_head_plugin import load_config
-from mask_head_plugin.engine import MaskHeadCheckpointer
+from mask_head_plugin.checkpoint import MaskHeadCheckpointer
 
 NUM_IMAGES = 60
 
