@@ -9,7 +9,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from ..config import ConfigError
-from ..data import check_datasets, register_coco_files
+from ..data import check_registered_datasets, register_coco_files
 from ..messages import one_line
 from .measurement import Comparison, choose_images, compare_twins
 from .report import write_markdown, write_pictures, write_table
@@ -146,4 +146,4 @@ def prepare_dataset(cfg: CfgNode, dataset: str | None) -> None:
     cfg.DATASETS.TEST = tuple(names[:1])
     register_coco_files(cfg)
     cfg.DATASETS.TRAIN = ()  # need not be on this machine
-    check_datasets(cfg)
+    check_registered_datasets(cfg)

@@ -7,7 +7,7 @@ from ..dataset_check import (
     check_dataset_files,
     fix_coco_file,
 )
-from .coco_files import check_datasets, dataset_categories, register_coco_files
+from .coco_files import check_registered_datasets, dataset_categories, register_coco_files
 from .shapes import register_shapes
 from .train_loader import ImageNamingMapper, TrainLoader, seed_generators
 
@@ -20,7 +20,7 @@ __all__ = [
     "TrainLoader",
     "check_coco_file",
     "check_dataset_files",
-    "check_datasets",
+    "check_registered_datasets",
     "dataset_categories",
     "fix_coco_file",
     "register_coco_files",

@@ -97,7 +97,7 @@ def _read_files(cfg: CfgNode) -> dict[str, CocoFile]:
     }
 
 
-def check_datasets(cfg: CfgNode) -> None:
+def check_registered_datasets(cfg: CfgNode) -> None:
     """Checks that the data sets of a config exist and have as many classes as the model.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from ..config import ConfigError
@@ -32,7 +33,8 @@ def write_new_files(texts: Mapping[Path, str], flag: str) -> None:
     path = Path()
     try:
         for path, text in texts.items():
-            write_durably(path, text)
+            # Fails if another process has made the file since.
+            write_durably(path, text, before_rename=partial(path.touch, exist_ok=False))
             written.append(path)
     except OSError as error:
         for done in written:

@@ -15,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 from ..config import ConfigError, import_options
 from ..config_check import check_config
 from ..config_check.unread_keys import warn_of_unread_keys
-from ..data import check_datasets, register_coco_files
+from ..data import check_registered_datasets, register_coco_files
 from ..dataset_check import check_dataset_files
 from ..user_code import import_modules, load_config_and_code
 from . import launch
@@ -56,7 +56,7 @@ def check_and_register(
         setup_logger(cfg.OUTPUT_DIR, log_rank, name="mask_head_plugin")
     warn_of_unread_keys(cfg, train=train)
     register_coco_files(cfg)
-    check_datasets(cfg)
+    check_registered_datasets(cfg)
 
 
 def join_run(cfg: CfgNode) -> None:

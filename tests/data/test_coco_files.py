@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data import check_datasets, register_coco_files
+from mask_head_plugin.data import check_registered_datasets, register_coco_files
 from mask_head_plugin.dataset_check import check_dataset_files
 from mask_head_plugin.evaluation import MaskEvaluator
 
@@ -71,7 +71,7 @@ def configure(tmp_path, train, val, num_classes=3):
     cfg.DATASETS.COCO_FILES = [train, val]
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train[0],), (val[0],)
     register_coco_files(cfg)
-    check_datasets(cfg)
+    check_registered_datasets(cfg)
     return cfg
 
 
@@ -283,7 +283,7 @@ def test_unusable_entries_are_named(tmp_path, entry, message):
 def test_a_built_in_data_set_that_is_not_there_names_its_path():
     cfg = small_config("Base-MaskRCNN-FPN.yaml", "DATASETS.TRAIN", "('coco_2017_train',)")
     with pytest.raises(ConfigError, match=r"'coco_2017_train' is not on this machine: .*train2017"):
-        check_datasets(cfg)
+        check_registered_datasets(cfg)
 
 
 def test_unregistered_data_set_names_the_nearest():
@@ -291,7 +291,7 @@ def test_unregistered_data_set_names_the_nearest():
     with pytest.raises(
         ConfigError, match="'shapes_trian' is not registered; did you mean 'shapes_train'"
     ):
-        check_datasets(cfg)
+        check_registered_datasets(cfg)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_data_sets_that_need_a_package_name_the_extra(monkeypatch, name, extra):
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     cfg = small_config("Base-MaskRCNN-FPN.yaml", "DATASETS.TRAIN", f"('{name}',)")
     with pytest.raises(ConfigError, match=rf"pip install -e '\.\[{extra}\]'"):
-        check_datasets(cfg)
+        check_registered_datasets(cfg)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data import check_datasets, register_coco_files
+from mask_head_plugin.data import check_registered_datasets, register_coco_files
 from mask_head_plugin.dataset_check import check_dataset_files
 from mask_head_plugin.dataset_check import config_datasets as module
 
@@ -63,7 +63,7 @@ def configure(tmp_path, data, *opts):
 
 def run(cfg):
     register_coco_files(cfg)
-    check_datasets(cfg)
+    check_registered_datasets(cfg)
     check_dataset_files(cfg)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -151,3 +153,16 @@ def test_a_path_that_cannot_be_written_is_named_as_given_and_leaves_nothing(tmp_
     with pytest.raises(ConfigError, match=f"--write: {paths[1]} cannot be written"):
         write_new_files(dict.fromkeys(paths, "{}"), "--write")
     assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_another_process_makes_meanwhile_is_kept(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "parts.json", os.fsync
+
+    def make_meanwhile(descriptor):
+        path.write_text("theirs")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", make_meanwhile)
+    with pytest.raises(ConfigError, match=f"--write: {path} cannot be written: File exists"):
+        write_new_files({path: "ours"}, "--write")
+    assert path.read_text() == "theirs" and list(tmp_path.iterdir()) == [path]
