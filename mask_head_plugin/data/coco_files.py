@@ -97,15 +97,19 @@ def _read_files(cfg: CfgNode) -> dict[str, CocoFile]:
     }
 
 
-def check_registered_datasets(cfg: CfgNode) -> None:
+def check_registered_datasets(cfg: CfgNode, *, train: bool = True) -> None:
     """Checks that the data sets of a config exist and have as many classes as the model.
+
+    Args:
+        cfg: a config whose COCO_FILES are registered.
+        train: whether the model will be trained; if not, DATASETS.TRAIN need not be here.
 
     Raises:
         ConfigError: if a data set is not registered (the nearest name is given) or not on this
             machine (the path is given), needs a package that is missing (the extra is given), or
             NUM_CLASSES differs (both numbers are given).
     """
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
         if name not in DatasetCatalog.list():
             nearest = nearest_name(name, DatasetCatalog.list())
             raise ConfigError(

@@ -56,7 +56,7 @@ def check_and_register(
         setup_logger(cfg.OUTPUT_DIR, log_rank, name="mask_head_plugin")
     warn_of_unread_keys(cfg, train=train)
     register_coco_files(cfg)
-    check_registered_datasets(cfg)
+    check_registered_datasets(cfg, train=train)
 
 
 def join_run(cfg: CfgNode) -> None:

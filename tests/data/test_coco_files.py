@@ -284,6 +284,7 @@ def test_a_built_in_data_set_that_is_not_there_names_its_path():
     cfg = small_config("Base-MaskRCNN-FPN.yaml", "DATASETS.TRAIN", "('coco_2017_train',)")
     with pytest.raises(ConfigError, match=r"'coco_2017_train' is not on this machine: .*train2017"):
         check_registered_datasets(cfg)
+    check_registered_datasets(cfg, train=False)
 
 
 def test_unregistered_data_set_names_the_nearest():
