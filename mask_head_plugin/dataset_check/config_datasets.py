@@ -84,7 +84,7 @@ class CheckedFile:
     objects: list[tuple[Any, int]]
 
 
-def check_dataset_files(cfg: CfgNode) -> None:
+def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
     """Checks the files of DATASETS.TRAIN and DATASETS.TEST as DATASETS.CHECK says.
 
     All findings are in ``OUTPUT_DIR/dataset_check.json``. Data sets that are no COCO files, and the
@@ -92,6 +92,7 @@ def check_dataset_files(cfg: CfgNode) -> None:
 
     Args:
         cfg: a config whose data sets are registered.
+        train: whether the model will be trained; if not, only DATASETS.TEST is looked at.
 
     Raises:
         ConfigError: if CHECK is ``error`` and there are errors, or CHECK is none of its values.
@@ -99,7 +100,8 @@ def check_dataset_files(cfg: CfgNode) -> None:
     mode = cfg.DATASETS.CHECK
     if mode not in MODES:
         raise ConfigError(f"DATASETS.CHECK {mode!r} is none of {MODES}")
-    sources = _sources(cfg) if mode != "off" else []
+    names = (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)
+    sources = _sources(names) if mode != "off" else []
     if not sources:
         return
     checked = {
@@ -134,10 +136,10 @@ def write_report(found: Sequence[Finding], path: Path) -> None:
     write_durably(path, json.dumps(content, indent=1) + "\n")
 
 
-def _sources(cfg: CfgNode) -> list[CocoSource]:
+def _sources(names: Iterable[str]) -> list[CocoSource]:
     """Returns the data sets that are files, each pair of file and folder once."""
     sources: dict[tuple[str, str], CocoSource] = {}
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    for name in names:
         metadata = MetadataCatalog.get(name)
         if metadata.get("made_on_first_use", False):
             continue

@@ -39,7 +39,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
         raise ConfigError("--eval-only needs MODEL.WEIGHTS FILE, or --resume: the last checkpoint")
     rank = launch.process_rank()
     check_and_register(cfg, train=not args.eval_only, num_processes=num_processes, log_rank=rank)
-    check_dataset_files(cfg)
+    check_dataset_files(cfg, train=not args.eval_only)
     cfg.freeze()
     return cfg
 

@@ -67,6 +67,18 @@ def run(cfg):
     check_dataset_files(cfg)
 
 
+def test_evaluation_does_not_ask_for_the_training_data(tmp_path, data, registered):
+    registered("lost_train", data["train"])
+    cfg = configure(tmp_path, data, "DATASETS.CHECK", "error")
+    cfg.DATASETS.TRAIN = ("lost_train",)
+    cfg.DATASETS.COCO_FILES = cfg.DATASETS.COCO_FILES[1:]
+    data["train"].json_file.unlink()
+    register_coco_files(cfg)
+    check_dataset_files(cfg, train=False)
+    with pytest.raises(ConfigError, match=r"DATASETS\.CHECK"):
+        check_dataset_files(cfg)
+
+
 def test_a_good_data_set_passes_and_leaves_an_empty_report(tmp_path, data):
     run(configure(tmp_path, data))
     report = json.loads((tmp_path / "output" / "dataset_check.json").read_text())
