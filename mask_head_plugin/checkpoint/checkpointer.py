@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..class_names import class_names_of, name_classes
 from ..config import ConfigError
@@ -297,8 +297,8 @@ def export_safetensors(
             )
     if half:
         tensors = {name: _half(checkpoint, name, weight) for name, weight in tensors.items()}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, output, {"class_names": json.dumps(names)} if names else None)
+    exported = save(tensors, {"class_names": json.dumps(names)} if names else None)
+    write_durably(output, lambda file: file.write(exported))
 
 
 def _half(checkpoint: Path, name: str, weight: torch.Tensor) -> torch.Tensor:

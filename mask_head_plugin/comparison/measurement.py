@@ -26,6 +26,7 @@ from detectron2.data import (
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
+from ..durable_files import write_durably
 from ..evaluation import MaskEvaluator, bootstrap, counted_detections
 from ..evaluation.coco_ap import TASKS
 from ..evaluation.coco_evaluator import without_nan
@@ -138,7 +139,7 @@ class Comparison:
 
     def write(self, path: Path) -> None:
         content = without_nan({"verdict": self.verdict, **asdict(self)})
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        write_durably(path, json.dumps(content, indent=1) + "\n")
 
 
 def choose_images(dataset: str, num_images: int | None, folder: Path) -> str:

@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from tabulate import tabulate
 from tqdm import tqdm
 
+from ..durable_files import write_durably
 from ..evaluation.drawing import ByteArray, LabelStyle, draw_instances, instance_colour, write_label
 from ..image_files import ImageFileMapper, read_image
 from .image_differences import BOX_TOLERANCE, SCORE_TOLERANCE, THRESHOLD_TOLERANCE
@@ -64,7 +65,7 @@ def write_markdown(comparison: Comparison, pictures: Sequence[Path], path: Path)
         "with most detections. Both models have detectron2's memory layout (contiguous).",
         f"## Pictures\n\n{_picture_list(comparison, pictures, path.parent)}",
     ]
-    path.write_text("\n\n".join(sections) + "\n")
+    write_durably(path, "\n\n".join(sections) + "\n")
 
 
 def _agreement_table(comparison: Comparison) -> str:
@@ -140,7 +141,7 @@ def write_table(results: Mapping[str, Comparison | str], path: Path) -> None:
         ]
     if failed:
         parts += ["Not compared:", "\n".join(failed)]
-    path.write_text("\n\n".join(parts) + "\n")
+    write_durably(path, "\n\n".join(parts) + "\n")
 
 
 def _table_row(name: str, x: Comparison) -> list[str]:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
+from ..durable_files import write_durably
 from ..evaluation.matching import SAME_OBJECT_IOU
 from ..structures import run_lengths
 
@@ -112,7 +113,7 @@ class Predictions:
             "categories": self.categories.records(),
             "annotations": self.annotations,
         }
-        path.write_text(json.dumps(content), encoding="utf-8")
+        write_durably(path, json.dumps(content))
 
 
 @dataclass(frozen=True)

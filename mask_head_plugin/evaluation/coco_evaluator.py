@@ -21,6 +21,7 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
 from ..class_names import matched_predictions, predicted_names
+from ..durable_files import write_durably
 from ..structures import run_lengths
 from .coco_ap import ALL_DETECTIONS, COCO_MAX_DETECTIONS, METRICS, TASKS, Evaluation, GroundTruth
 from .prediction_log import PredictionLog, Results, merge_lines
@@ -204,7 +205,7 @@ class MaskEvaluator(DatasetEvaluator):
         results = merge_lines(lines)
         if self._folder:
             text = json.dumps(results)
-            (self._folder / "coco_instances_results.json").write_text(text)
+            write_durably(self._folder / "coco_instances_results.json", text)
         metrics: TaskResults = OrderedDict()
         if self._truth.has_annotations:
             metrics = self._evaluate_tasks(results)
@@ -308,7 +309,7 @@ class MaskEvaluator(DatasetEvaluator):
             own = {x: v for x, v in summary[task].items() if not x.startswith("AP-")}
             written[task] = {**own, "AR": evaluation.metrics()["AR"], "by_class": by_class}
         text = json.dumps(without_nan(written), indent=1)
-        (self._folder / "metrics.json").write_text(text + "\n")
+        write_durably(self._folder / "metrics.json", text + "\n")
 
 
 def counted_detections(per_image: int) -> int:
