@@ -66,10 +66,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _logs_reach_pytest(monkeypatch) -> None:
-    """setup_logger keeps logs from caplog: undone for earlier tests, not called by this one's trainer.
-
-    detectron2's trainer calls it where INFO is not enabled.
-    """
+    """setup_logger keeps logs from caplog; detectron2's trainer calls it unless INFO is enabled."""
     logging.getLogger("detectron2").setLevel(logging.DEBUG)
     for name in ("detectron2", "mask_head_plugin"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
