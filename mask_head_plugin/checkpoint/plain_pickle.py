@@ -46,6 +46,9 @@ SPARE_BYTES = 1 << 20
 DISTRUST = "do not trust it, get the weights or arrays alone"
 
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
+_OF_NUMBERS = (None, None, None, -1, -1, 0)
+"""State of NumPy's types of numbers but for the order of bytes: no subarray, fields nor flags."""
+_MOST_SIDES = 64  # of NumPy's arrays
 _INSTRUCTIONS = {
     *("MARK", "STOP", "PROTO", "FRAME", "NONE", "NEWTRUE", "NEWFALSE"),
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -60,7 +63,7 @@ _INSTRUCTIONS = {
 """Of a pickle. Left out are those of registered extensions and of tricks with the stack."""
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
-_FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
+FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BUILD"}
 _SPARE_HANDED = 16 << 20
 """Bytes that functions may be handed besides: most of them copy nothing."""
@@ -99,21 +102,31 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
-def _refuse_keys(name: str, argument: Any, taken: Sequence[bool]) -> bool:
-    """Refuses keys that can be made to have the same hash, so that a dictionary takes forever.
+def _refuse_keys(name: str, argument: Any, taken: Sequence[Seen]) -> bool:
+    """Refuses every odd key; returns whether an object would be one."""
+    if any(key.described for key in keys_of(name, taken)):
+        raise _odd_key()
+    return name.startswith("TUPLE") or is_odd_number(argument)
 
-    Text cannot: its hash depends on a secret of the process.
 
-    Returns:
-        Whether the object is such a key: a number beyond those that are their own hash, or a tuple.
+def _odd_key() -> pickle.UnpicklingError:
+    return pickle.UnpicklingError(
+        f"its pickle has a key that is neither text nor a usual number; {DISTRUST}"
+    )
+
+
+def is_odd_number(value: Any) -> bool:
+    """Whether others can be made to have its hash, so that a dictionary of them takes forever.
+
+    Numbers that are their own hash cannot, nor can text: its hash depends on a secret of the
+    process. Tuples can.
     """
-    keys = taken[::2] if name == "DICT" else taken[1::2] if name.startswith("SETITEM") else ()
-    if any(keys):
-        raise pickle.UnpicklingError(
-            f"its pickle has a key that is neither text nor a usual number; {DISTRUST}"
-        )
-    is_large = isinstance(argument, int) and abs(argument) >= sys.hash_info.modulus
-    return is_large or name.startswith("TUPLE")
+    return isinstance(value, int) and abs(value) >= sys.hash_info.modulus
+
+
+def keys_of(name: str, taken: Sequence[Seen]) -> Sequence[Seen]:
+    """Returns what an instruction makes keys of a dictionary, of the objects that it takes."""
+    return taken[::2] if name == "DICT" else taken[1::2] if name.startswith("SETITEM") else ()
 
 
 def refused_name(name: str) -> str:
@@ -122,47 +135,50 @@ def refused_name(name: str) -> str:
 
 
 @dataclass(slots=True)
-class _Seen:
+class Seen:
     """What a scan knows of an object; one that is remembered and filled later is the same one.
 
     Attributes:
         depth: of the containers in it.
-        weight: objects, and bytes of text and the like, in it; what is held twice counts twice.
+        weight: objects, and bytes of text and numbers, in it; what is held twice counts twice.
         described: what the caller's ``describe`` has made of it.
+        is_held: whether it is in another, or was handed to a function.
     """
 
     depth: int
     weight: int
     described: Any
+    is_held: bool = False
 
 
 def scan_pickle(
     file: BinaryIO | IO[bytes],
     size: int,
-    describe: Callable[[str, Any, Sequence[Any]], Any] = lambda *_: None,
+    describe: Callable[[str, Any, Sequence[Seen]], Any] = lambda *_: None,
 ) -> None:
     """Goes through the instructions of one pickle without following any.
 
     Refuses what would let a small file fill the memory, overflow the stack or never end: lengths
     beyond the file, gaps in the table of remembered objects (it is made as long as the largest
-    number in it), containers nested without end, tuples that hold each other many times over (to be
-    a key, each is counted through), and functions called many times with the same large argument
-    (each call may copy it).
+    number in it), containers nested without end or filled when others hold them already (so that
+    their size is not known yet), tuples that hold each other many times over (to be a key, each is
+    counted through), and functions called many times with the same large argument (each call may
+    copy it).
 
     Args:
         file: read from where it stands to behind the pickle.
         size: bytes of the file.
         describe: called for each instruction but those for marks and remembered objects with its
-            name, its argument and the descriptions of the objects that it takes; returns that of
-            the object that it gives, or raises an UnpicklingError.
+            name, its argument and the objects that it takes; returns what describes the object that
+            it gives, or raises an UnpicklingError.
 
     Raises:
         pickle.UnpicklingError: for what is refused.
         Exception: of any kind, if it is truncated or corrupt.
     """
-    stack: list[_Seen] = []
+    stack: list[Seen] = []
     marks: list[int] = []
-    remembered: dict[int, _Seen] = {}
+    remembered: dict[int, Seen] = {}
     handed, most = 0, size * MOST_REPEATS + _SPARE_HANDED
     for opcode, argument, _ in pickletools.genops(file):
         name = opcode.name
@@ -180,7 +196,7 @@ def scan_pickle(
                 raise IndexError(f"nothing for {name} to take")
             taken = stack[start:]
             del stack[start:]
-            described = describe(name, argument, [seen.described for seen in taken])
+            described = describe(name, argument, taken)
             if name in _CALLS:
                 handed += sum(seen.weight for seen in taken)
             if gives:
@@ -211,18 +227,26 @@ def _number(argument: Any, num_remembered: int) -> int:
     return number
 
 
-def _result(name: str, argument: Any, taken: Sequence[_Seen], described: Any) -> _Seen:
+def _result(name: str, argument: Any, taken: Sequence[Seen], described: Any) -> Seen:
     """Returns what an instruction gives: the first that it takes, filled, or a new object."""
-    into = taken[0] if name in _FILLS else _Seen(0, 1, described)
-    inside = taken[1:] if name in _FILLS else taken
+    into = taken[0] if name in FILLS else Seen(0, 1, described)
+    inside = taken[1:] if name in FILLS else taken
+    if into.is_held:
+        raise pickle.UnpicklingError(
+            f"its pickle fills a container that another already holds; {DISTRUST}"
+        )
     into.depth = max([into.depth, *(seen.depth + 1 for seen in inside)])
     into.weight += sum(seen.weight for seen in inside)
     if isinstance(argument, str | bytes | bytearray):
         into.weight += len(argument)
+    elif isinstance(argument, int):
+        into.weight += argument.bit_length() // 8
+    for seen in inside:
+        seen.is_held = True
     return into
 
 
-def _check_result(name: str, seen: _Seen, size: int) -> None:
+def _check_result(name: str, seen: Seen, size: int) -> None:
     if seen.depth > MAX_DEPTH:
         raise pickle.UnpicklingError(f"its pickle nests over {MAX_DEPTH} containers; {DISTRUST}")
     if seen.weight > max(size, 1) * MOST_REPEATS and name.startswith("TUPLE"):
@@ -270,6 +294,8 @@ class _Dtype:
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[2:] != _OF_NUMBERS:
+            raise pickle.UnpicklingError("it has an array of a type with fields, no numbers")
         if state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
 
@@ -291,8 +317,11 @@ def _array(
     data: bytes | bytearray | str, dtype: _Dtype, shape: tuple[int, ...], order: str
 ) -> npt.NDArray[Any]:
     content = data.encode("latin1") if isinstance(data, str) else data  # a str of Python 2
-    declared = math.prod(shape) * dtype.dtype.itemsize
-    if declared != len(content) or any(side < 0 for side in shape):
+    if len(shape) > _MOST_SIDES or not all(0 <= side <= sys.maxsize for side in shape):
+        raise pickle.UnpicklingError(
+            "it has an array of a shape that none has; the file is corrupt"
+        )
+    if math.prod(shape) * dtype.dtype.itemsize != len(content):
         raise pickle.UnpicklingError(
             f"it has an array of shape {shape} and type {dtype.dtype}, but {len(content)} bytes of "
             "it; the file is corrupt"
@@ -312,6 +341,25 @@ def _scalar(dtype: _Dtype, data: Any) -> _Array:
     return array
 
 
+def _reconstruct(kind: Any, shape: Any, dtype: Any) -> _Array:
+    """Takes what NumPy's arrays are pickled with alone: its own would make one of any shape."""
+    if kind is not _NDARRAY or shape != (0,) or dtype not in ("b", b"b"):
+        raise pickle.UnpicklingError(f"it makes an array in a way that NumPy does not; {DISTRUST}")
+    return _Array()
+
+
+def _refuse_call(*_: Any) -> Any:
+    raise pickle.UnpicklingError(
+        f"it calls numpy.ndarray, which makes memory of any size; {DISTRUST}"
+    )
+
+
+def _ordered(pairs: Sequence[tuple[Any, Any]] = ()) -> _Ordered:
+    if any(isinstance(key, tuple) or is_odd_number(key) for key, _ in pairs):
+        raise _odd_key()
+    return _Ordered(pairs)
+
+
 class _Ordered(dict[Any, Any]):
     """An OrderedDict; attributes that a pickle gives it are dropped."""
 
@@ -325,20 +373,21 @@ def _encode(text: str, codec: str) -> bytes:
     return text.encode(codec)
 
 
+_NDARRAY = _Function(_refuse_call)
 _STAND_INS: dict[tuple[str, str], _Function] = {
     **{
         (f"numpy.{core}.{module}", name): _Function(call)
         for core in ("core", "_core")
         for module, name, call in (
-            ("multiarray", "_reconstruct", lambda *_: _Array()),
+            ("multiarray", "_reconstruct", _reconstruct),
             ("multiarray", "scalar", _scalar),
             ("numeric", "_frombuffer", _filled),
         )
     },
-    ("numpy", "ndarray"): _Function(lambda *_: _Array()),
+    ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _Function(_Dtype),
     ("_codecs", "encode"): _Function(_encode),
-    ("collections", "OrderedDict"): _Function(_Ordered),
+    ("collections", "OrderedDict"): _Function(_ordered),
     # Empty bytes of Python 3 in a pickle for Python 2.
     ("__builtin__", "bytes"): _Function(lambda: b""),
     ("builtins", "bytes"): _Function(lambda: b""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,11 @@ def _check_proposals(content: dict[str, Any]) -> None:
         num_boxes = np.size(score)
         if shapes != [(num_boxes, 4), (num_boxes,)]:
             raise pickle.UnpicklingError(
-                f"image {image_id}: boxes and objectness_logits have shapes {shapes[0]} and "
-                f"{shapes[1]}; make them (R, 4) and (R,)"
+                f"image {reprlib.repr(image_id)}: boxes and objectness_logits have shapes "
+                f"{shapes[0]} and {shapes[1]}; make them (R, 4) and (R,)"
             )
     mode = content.get("bbox_mode", BoxMode.XYXY_ABS)
     if mode not in list(BoxMode):
         raise pickle.UnpicklingError(
-            f"bbox_mode {mode!r} is not one of {[int(x) for x in BoxMode]}"
+            f"bbox_mode {reprlib.repr(mode)} is not one of {[int(x) for x in BoxMode]}"
         )

@@ -6,14 +6,17 @@ library. What a file is, is judged by its content.
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,8 +28,12 @@ from ..image_files import LFS_POINTER
 from ..messages import one_line
 from .plain_pickle import (
     DISTRUST,
+    FILLS,
     MOST_REPEATS,
     SPARE_BYTES,
+    Seen,
+    is_odd_number,
+    keys_of,
     read_plain_pickle,
     refused_name,
     scan_pickle,
@@ -46,6 +53,9 @@ _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
 _SIZED = ("bytearray", "Tensor", "Storage")
 """Ends of names of types that torch admits; called with a number, each takes as much memory."""
 _DICTS = ("OrderedDict", "Counter", "defaultdict")
+_HASHED = (*_DICTS, "set")
+_SPARE_COMPARED = 1 << 24
+"""Weight of keys that may be compared besides: a dictionary can have a thousand odd ones."""
 _LONGEST_NAME = 1000
 _ELEMENT_BYTES = {
     **dict.fromkeys(
@@ -164,27 +174,54 @@ def _check_archive(file: BinaryIO, size: int) -> None:
     """Refuses a torch archive that would be larger in memory than on disk."""
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        files = [record.filename.partition("/")[2] for record in records]
-        if "constants.pkl" in files:
-            raise pickle.UnpicklingError(
-                "it is a TorchScript archive, which is code: save its state_dict()"
-            )
-        if "data.pkl" not in files:
-            raise pickle.UnpicklingError("it is a zip archive, but not of torch's")
-        if len({name.casefold() for name in files}) < len(files):
-            raise pickle.UnpicklingError(f"it has records of the same name; {DISTRUST}")
-        declared = sum(record.file_size for record in records)
-        if declared > size or any(x.compress_type != zipfile.ZIP_STORED for x in records):
-            raise pickle.UnpicklingError(
-                f"its records claim {declared} bytes in a file of {size}, but torch compresses "
-                f"nothing; {DISTRUST}"
-            )
-        with archive.open(records[files.index("data.pkl")]) as content:
-            sizes = dict(zip(files, (x.file_size for x in records), strict=True))
-            scan_pickle(content, size, _TorchPickle(size, sizes).describe)
+    _check_directory(file, size)
+    files = [record.filename.partition("/")[2] for record in records]
+    if "constants.pkl" in files:
+        raise pickle.UnpicklingError(
+            "it is a TorchScript archive, which is code: save its state_dict()"
+        )
+    if "data.pkl" not in files:
+        raise pickle.UnpicklingError("it is a zip archive, but not of torch's")
+    if len({name.casefold() for name in files}) < len(files):
+        raise pickle.UnpicklingError(f"it has records of the same name; {DISTRUST}")
+    declared = sum(record.file_size for record in records)
+    if declared > size or any(x.compress_type != zipfile.ZIP_STORED for x in records):
+        raise pickle.UnpicklingError(
+            f"its records claim {declared} bytes in a file of {size}, but torch compresses "
+            f"nothing; {DISTRUST}"
+        )
+    sizes = dict(zip(files, (x.file_size for x in records), strict=True))
+    file.seek(0)
+    content = torch._C.PyTorchFileReader(file).get_record("data.pkl")  # what torch.load reads
+    scan_pickle(io.BytesIO(content), size, _TorchPickle(size, sizes).describe)
 
 
-class _Described(NamedTuple):
+def _check_directory(file: BinaryIO, size: int) -> None:
+    """Refuses an archive whose list of records is not the same one for torch and for zipfile.
+
+    Torch looks for it where the end of the file says, zipfile directly before that end. The end is
+    a record of 22 bytes; that of a zip64 archive, which torch writes, has before it one of 56
+    bytes and one of 20 that says where the former is.
+    """
+    file.seek(max(size - 98, 0))
+    end = file.read()
+    is_zip64 = end[56:60] == b"PK\6\7"
+    if is_zip64:
+        start = size - 98
+        (told,) = struct.unpack_from("<Q", end, 64)
+        length, offset = struct.unpack_from("<QQ", end, 40)
+    else:
+        start = told = size - 22
+        length, offset = struct.unpack_from("<LL", end, 88)
+    signatures = end[76:80] == b"PK\5\6" and (not is_zip64 or end[:4] == b"PK\6\6")
+    if not signatures or end[-2:] != b"\0\0" or told != start or offset + length != start:
+        raise pickle.UnpicklingError(
+            f"its list of records is not where the end of the file says; {DISTRUST}"
+        )
+
+
+@dataclass(slots=True)
+class _Described:
     """What is known of an object in a torch file's pickle.
 
     Attributes:
@@ -192,11 +229,15 @@ class _Described(NamedTuple):
         is_dict: whether it is a dictionary of some kind.
         value: of a number, a short text or a global's name; of these in a tuple, if it has as many
             as name a storage.
+        is_odd: whether others can be made to have its hash.
+        num_odd: such objects in it; of a dictionary, among its keys.
     """
 
     name: str = ""
     is_dict: bool = False
     value: Any = None
+    is_odd: bool = False
+    num_odd: int = 0
 
 
 class _TorchPickle:
@@ -213,25 +254,62 @@ class _TorchPickle:
             records: bytes of each record of the archive that the pickle is in, if it is in one.
         """
         self._size, self._records = size, records
+        self._compared = 0  # weight of keys
 
-    def describe(self, name: str, argument: Any, taken: Sequence[_Described]) -> _Described:
+    def describe(self, name: str, argument: Any, taken: Sequence[Seen]) -> _Described:
         """See scan_pickle."""
-        called = taken[0].name if taken and name in _CALLS else ""
+        first = taken[0].described if taken else _Described()
+        called = first.name if name in _CALLS else ""
         if called.endswith(_SIZED):
             raise pickle.UnpicklingError(
                 f"its pickle calls {called}, which makes memory of any size; {DISTRUST}"
             )
-        if name in ("SETITEM", "SETITEMS") and not taken[0].is_dict:
+        if name in ("SETITEM", "SETITEMS") and not first.is_dict:
             raise pickle.UnpicklingError(
                 f"its pickle sets items of what is no dictionary; {DISTRUST}"
             )
         if name == "BINPERSID":
-            _check_storage(taken[0].value, self._size, self._records)
+            _check_storage(first.value, self._size, self._records)
         if name in ("GLOBAL", "STACK_GLOBAL"):
-            last = str(argument).rpartition(" ")[2] if name == "GLOBAL" else str(taken[1].value)
+            last = (
+                str(argument).rpartition(" ")[2]
+                if name == "GLOBAL"
+                else str(taken[1].described.value)
+            )
             return _Described(name=last, value=last)
-        is_dict = name in ("EMPTY_DICT", "DICT") or called in _DICTS
-        return _Described(is_dict=is_dict, value=_value(argument, taken))
+        result = _Described(
+            is_dict=name in ("EMPTY_DICT", "DICT") or called in _DICTS,
+            value=_value(argument, [x.described for x in taken]),
+            is_odd=_is_odd(name, argument, called),
+        )
+        self._count_odd(first if name in FILLS else result, name, called, taken)
+        return result
+
+    def _count_odd(self, into: _Described, name: str, called: str, taken: Sequence[Seen]) -> None:
+        """Counts the odd objects that come into another; refuses too many as keys.
+
+        Keys of the same hash are compared with each other, which takes as long as they are.
+        """
+        if called and called not in _HASHED:
+            return
+        is_keyed = name in ("DICT", "SETITEM", "SETITEMS")
+        inside = keys_of(name, taken) if is_keyed else taken[name in FILLS :]
+        num_odd = sum(x.described.num_odd + (x.described.is_odd and not called) for x in inside)
+        into.num_odd += num_odd
+        if num_odd and (is_keyed or called or name == "BUILD"):
+            self._compared += into.num_odd * sum(x.weight for x in inside)
+        if self._compared > self._size + _SPARE_COMPARED:
+            raise pickle.UnpicklingError(
+                f"its pickle has a dictionary or set with {into.num_odd} keys that are neither "
+                f"text nor usual numbers; {DISTRUST}"
+            )
+
+
+def _is_odd(name: str, argument: Any, called: str) -> bool:
+    """Whether others can be made to have an object's hash; those of tensors and bytes are safe."""
+    if called:
+        return not called.startswith(("_rebuild", "encode", "Parameter"))
+    return name.startswith("TUPLE") or is_odd_number(argument)
 
 
 def _value(argument: Any, taken: Sequence[_Described]) -> Any:

@@ -7,6 +7,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -66,6 +67,85 @@ def test_what_numpy_itself_pickles_twice_is_read():
         assert found[0] is found[1] is found[2]["again"] and (found[0] == array).all()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"]q\0\x85q\1h\0(K\1K\2e.",  # a list in a tuple
+        b"]]q\0ah\0K\1a\x86.",  # a list in a list
+        b"}q\0\x85q\1h\0K\1Ns.",  # a dictionary
+        ORDERED + b")Rq\0\x85h\0}b\x86.",
+        ORDERED + b"q\1]q\0\x85Rh\0K\1a\x86.",  # an argument
+    ],
+)
+def test_a_container_that_another_holds_is_not_filled(content):
+    with pytest.raises(pickle.UnpicklingError, match="fills a container that another already"):
+        read_plain_pickle(io.BytesIO(b"\x80\x02" + content))
+
+
+def test_what_ordinary_picklers_fill_is_read():
+    shared = [1, {"a": [2.5] * 3}]
+    content = {
+        "long": [[k] for k in range(1100)],  # filled in two steps
+        "wide": {f"k{k}": shared for k in range(1100)},
+        "ordered": OrderedDict(a=shared, b=OrderedDict(c=np.float64(1))),
+    }
+    for protocol in (0, 2, 4):
+        for dumps in (pickle.dumps, pickle._dumps):
+            assert read_plain_pickle(io.BytesIO(dumps(content, protocol))) == content
+
+
+def large_number(length: int) -> bytes:
+    return b"\x8b" + struct.pack("<I", length) + b"\1" * length
+
+
+RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
+FLOAT = b"cnumpy\ndtype\nU\2f4K\0K\1\x87R"
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        (b"](" + large_number(2000) + b"q\1" + b"h\1" * 800 + b"e", r"tuples of \d+ objects"),
+        (b"(" + large_number(2000) + b"q\1" + b"h\1" * 800 + b"t", r"tuples of \d+ objects"),
+        (b"(" + b"K\1" * 65 + b"t", "a shape that none has"),
+        (large_number(2000) + b"\x85", "a shape that none has"),
+        (b"J\xff\xff\xff\xff\x85", "a shape that none has"),
+    ],
+)
+def test_a_shape_is_not_multiplied_before_it_is_checked(shape, told):
+    start = b"\x80\x02" + RECONSTRUCT + b"K\0\x85U\1b\x87R(K\1"
+    with pytest.raises(pickle.UnpicklingError, match=told):
+        read_plain_pickle(io.BytesIO(start + shape + FLOAT + b"\x89U\0tb."))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        b"cnumpy\nndarray\nJ\0\0\0\2\x85U\1O\x86R",
+        b"cnumpy\nndarray\n)R",
+        RECONSTRUCT + b"J\0\0\0\2\x85U\1b\x87R",
+        RECONSTRUCT + b"K\0\x85U\x0bV2000000000\x87R",
+        RECONSTRUCT.replace(b"cnumpy\nndarray", b"cnumpy\ndtype") + b"K\0\x85U\1b\x87R",
+    ],
+)
+def test_arrays_are_made_only_as_numpy_pickles_them(made):
+    """detectron2 reads proposals once more, with NumPy's functions."""
+    state = b"(K\1K\1\x85" + FLOAT + b"\x89U\4\0\0\0\0tb."
+    usual = RECONSTRUCT + b"K\0\x85U\1b\x87R"
+    assert read_plain_pickle(io.BytesIO(b"\x80\x02" + usual + state)).tolist() == [0]
+    with pytest.raises(pickle.UnpicklingError, match=r"calls numpy.ndarray|a way that NumPy does"):
+        read_plain_pickle(io.BytesIO(b"\x80\x02" + made + state))
+
+
+@pytest.mark.parametrize(
+    "state", [(("<f4", (2**30,)), None, None, -1, -1, 0), (None,) * 3 + (-1, -1, 1)]
+)
+def test_a_type_of_numbers_has_no_fields_and_flags(state):
+    content = b"\x80\x02" + FLOAT + pickle.dumps((3, "<", *state), 2)[2:-1] + b"b."
+    with pytest.raises(pickle.UnpicklingError, match="a type with fields"):
+        read_plain_pickle(io.BytesIO(content))
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"\x80\x02]", b"a.", b"\x80\x02(."])
 def test_half_a_pickle_is_told(content):
     with pytest.raises(pickle.UnpicklingError, match="truncated or corrupt"):
@@ -92,3 +172,15 @@ def test_keys_that_could_share_a_hash_are_refused(key, as_other):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         with pytest.raises(pickle.UnpicklingError, match=r"a key that is neither|key of type"):
             read_plain_pickle(io.BytesIO(pickle.dumps(content, protocol)))
+
+
+@pytest.mark.parametrize("pair", [list, tuple])
+def test_keys_that_could_share_a_hash_are_refused_from_functions(pair):
+    def ordered(*keys):  # as Python 2 pickles an OrderedDict
+        pairs = pickle.dumps([pair([key, (1, 2)]) for key in keys], 2)
+        return io.BytesIO(b"\x80\x02" + ORDERED + pairs[2:-1] + b"\x85R.")
+
+    assert read_plain_pickle(ordered("a", 3)) == {"a": (1, 2), 3: (1, 2)}
+    for key in (2**61 - 1, -(2**61), (1, 2)):
+        with pytest.raises(pickle.UnpicklingError, match="a key that is neither"):
+            read_plain_pickle(ordered("a", key))

@@ -11,7 +11,7 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -143,6 +143,86 @@ def test_a_tensor_that_repeats_one_number_is_refused(tmp_path):
     assert read_checkpoint(path)["model"]["w"].tolist() == [[0, 1, 2]] * 2
 
 
+def doubled(number: int) -> list:
+    value = [1]
+    for _ in range(number):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize("changed", ["zip64", "zip"])
+def test_a_file_that_torch_and_zipfile_read_differently_is_refused(tmp_path, changed):
+    """Two archives of the same length, of which torch finds the first and zipfile the second."""
+    good = torch_bytes({"model": WEIGHTS}) if changed == "zip64" else torch_archive_of(WEIGHTS)
+    (tmp_path / "good.pth").write_bytes(good)
+    assert torch.equal(read_checkpoint(tmp_path / "good.pth")["model"]["w"], WEIGHTS["w"])
+    with zipfile.ZipFile(io.BytesIO(good)) as file:
+        content = file.read("archive/data.pkl")
+    evil = b"\x80\x02}" + text("model") + b"}" + text("x") + b"cbuiltins\nbytearray\nM\xff\xff"
+    evil = (evil + b"\x85Rss.").ljust(len(content), b"\0")
+    (tmp_path / "two.pth").write_bytes(good.replace(content, evil) + good)
+    with pytest.raises(ConfigError, match=r"two\.pth .*its list of records is not where the end"):
+        read_checkpoint(tmp_path / "two.pth")
+
+
+def torch_archive_of(weights) -> bytes:
+    return changed_record(torch_bytes({"model": weights}), lambda content: content)
+
+
+@pytest.mark.parametrize("ending", [b"more", b"PK\5\6" + bytes(16) + b"\4\0more"])
+def test_a_torch_archive_ends_with_its_directory(tmp_path, ending):
+    (tmp_path / "a.pth").write_bytes(torch_bytes({"model": WEIGHTS}) + ending)
+    with pytest.raises(ConfigError, match=r"a\.pth was not loaded"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def sharing_a_hash(number: int) -> list[int]:
+    return [k * (2**61 - 1) for k in range(1, number + 1)]
+
+
+ODD_KEYS = {
+    "numbers": lambda n: {key: 0 for key in sharing_a_hash(n)},
+    "tuples": lambda n: {(key, 1): 0 for key in sharing_a_hash(n)},
+    "sizes": lambda n: {torch.Size([key, 1]): 0 for key in range(n)},
+    "set": lambda n: set(sharing_a_hash(n)),
+    "counts": lambda n: Counter(sharing_a_hash(n)),
+    "pairs": lambda n: Call(OrderedDict, [[key, 0] for key in sharing_a_hash(n)]),
+    "complex": lambda n: {complex(1000003 * k, -k): 0 for k in range(n)},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_KEYS)
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
+def test_a_torch_file_has_few_keys_that_could_share_a_hash(tmp_path, kind, new_format):
+    path = tmp_path / "a.pth"
+    for number in (100, 4000):
+        content = {"model": WEIGHTS, "keys": ODD_KEYS[kind](number)}
+        torch.save(content, path, _use_new_zipfile_serialization=new_format)
+        if number == 100:
+            assert len(read_checkpoint(path)["keys"]) == number
+    with pytest.raises(ConfigError, match=r"a\.pth .*dictionary or set with \d+ keys that are"):
+        read_checkpoint(path)
+
+
+def test_ordinary_keys_in_a_torch_file_are_not_counted(tmp_path):
+    tensors = {f"w{k}": torch.zeros(2) for k in range(300)}
+    content = {
+        "model": tensors,
+        "numbers": dict.fromkeys(range(3000)),
+        "bytes": dict.fromkeys(b"%d" % k for k in range(1500)),
+        "tuples": [{(k, k): (k, k)} for k in range(1500)],
+        "old": Call(OrderedDict, [[name, x] for name, x in tensors.items()]),
+    }
+    torch.save(content, tmp_path / "a.pth")
+    assert list(read_checkpoint(tmp_path / "a.pth")["old"]) == list(tensors)
+
+
+def test_errors_do_not_print_lists_that_hold_each_other(tmp_path):
+    (tmp_path / "p.pkl").write_bytes(pickle.dumps(proposals(bbox_mode=doubled(12))))
+    with pytest.raises(ConfigError, match=r"bbox_mode \[+\.\.\."):
+        read_proposals(tmp_path / "p.pkl")
+
+
 def torch_archive(content: bytes) -> bytes:
     """A file of torch's with a pickle of one's own."""
     file = io.BytesIO()
@@ -201,7 +281,7 @@ PICKLES = {
     "objects": (lambda: pickle.dumps({"w": np.array([{}, []], object)}), "'O8'"),
     "forged objects": (lambda: arrays_with(b"K\x01\x85", "O8"), "'O8'"),
     "records": (lambda: pickle.dumps({"w": np.zeros(2, [("a", "f4")])}), "'V4'"),
-    "no state": (lambda: b"\x80\x02}" + text("w") + b"cnumpy\nndarray\n)Rs.", "without content"),
+    "no state": (lambda: b"\x80\x02}" + text("w") + b"cnumpy\nndarray\n)Rs.", "calls numpy.nd"),
     "claim of bytes": (lambda: b"\x80\x04\x8e" + struct.pack("<Q", 2**50) + b"x.", "truncated"),
     "claim of more bytes": (
         lambda: b"\x80\x04\x8e" + struct.pack("<Q", 2**63) + b"x.",
@@ -638,6 +718,16 @@ def test_the_loaders_read_proposals_with_care(tmp_path):
         Trainer.build_train_loader(cfg)
     with pytest.raises(ConfigError, match=r"p\.pkl was not loaded: it names posix\.system"):
         Trainer.build_test_loader(cfg, "shapes_val")
+
+
+def test_proposals_make_no_more_memory_for_detectron2_than_here(tmp_path):
+    box = np.zeros((2, 4), np.float32)
+    made = Call(np.ndarray)
+    made.reduced = (np.ndarray, ((10**9,), "O"), box.__reduce__()[2])
+    content = proposals(boxes=[made, box[:0]])
+    (tmp_path / "p.pkl").write_bytes(pickle.dumps(content, 2))
+    with pytest.raises(ConfigError, match=r"p\.pkl .*calls numpy\.ndarray, which makes memory"):
+        read_proposals(tmp_path / "p.pkl")
 
 
 def test_detectron2_reads_the_proposals_that_passed(tmp_path):
