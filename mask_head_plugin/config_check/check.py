@@ -93,12 +93,26 @@ def _check_device(cfg: CfgNode, train: bool) -> None:
 def _check_output_folder(name: str) -> None:
     """Refuses a folder that is not there and cannot be made, or in which nothing can be written."""
     told = f"OUTPUT_DIR {name!r} cannot be written"
-    if "\0" in name:
-        raise ConfigError(f"{told}: it has a zero byte")
-    there = Path(name).absolute()
-    while not (there.exists() or there.is_symlink()):  # a link to nothing is there
-        there = there.parent
+    try:
+        there, missing = _split_at_what_exists(Path(name).absolute())
+        for part in missing:  # a name that is too long is so in any folder
+            _split_at_what_exists(there / part)
+    except (OSError, ValueError) as error:  # it has a zero byte
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{told}: {cause}") from error
     if not there.is_dir():
         raise ConfigError(f"{told}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{told}: {there} may not be changed")
+
+
+def _split_at_what_exists(path: Path) -> tuple[Path, list[str]]:
+    """Returns the nearest folder that is there, or link to nothing, and the names below it."""
+    missing: list[str] = []
+    while True:
+        try:
+            path.lstat()
+            return path, missing
+        except (FileNotFoundError, NotADirectoryError):
+            missing.append(path.name)
+            path = path.parent

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
@@ -16,7 +16,6 @@ from detectron2.modeling import (
     META_ARCH_REGISTRY,
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_HEADS_REGISTRY,
-    build_backbone,
 )
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch import GeneralizedRCNN, ProposalNetwork
@@ -26,7 +25,10 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, Standar
 
 from ..config import ConfigError
 from .detectron2_keys import registered_class
+from .dry_build import dry_backbone
 from .values import is_rising
+
+logger = logging.getLogger(__name__)
 
 
 def check_features(cfg: CfgNode, *, train: bool) -> None:
@@ -43,7 +45,7 @@ def check_features(cfg: CfgNode, *, train: bool) -> None:
     arch = registered_class(META_ARCH_REGISTRY, model.META_ARCHITECTURE)
     if not issubclass(arch, GeneralizedRCNN | ProposalNetwork):
         return
-    maps = _backbone_shapes(cfg)
+    maps = _backbone_maps(cfg)
     generator = registered_class(PROPOSAL_GENERATOR_REGISTRY, model.PROPOSAL_GENERATOR.NAME)
     if issubclass(generator, RPN):
         _check_maps("MODEL.RPN.IN_FEATURES", model.RPN.IN_FEATURES, maps)
@@ -61,23 +63,24 @@ def check_features(cfg: CfgNode, *, train: bool) -> None:
         _check_keypoints(cfg, heads, train=train)
 
 
-def _backbone_shapes(cfg: CfgNode) -> dict[str, ShapeSpec]:
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # allocates nothing
-            shapes: dict[str, ShapeSpec] = build_backbone(cfg).output_shape()
-    except (KeyError, ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} cannot be built from MODEL.BACKBONE, "
-            f"MODEL.RESNETS and MODEL.FPN: {type(error).__name__} {error}"
-        ) from error
-    return shapes
+def _backbone_maps(cfg: CfgNode) -> dict[str, ShapeSpec] | None:
+    """Returns the maps by name, or None where the backbone can only be built with values."""
+    maps, part = dry_backbone(cfg)
+    told = f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} cannot be built"
+    if part.is_refusal:
+        raise ConfigError(f"{told} from MODEL.BACKBONE, MODEL.RESNETS and MODEL.FPN: {part.error}")
+    if part.error:
+        keys = "MODEL.RPN.IN_FEATURES and MODEL.ROI_HEADS.IN_FEATURES are not checked"
+        logger.warning("%s without memory and weights, so %s: %s", told, keys, part.error)
+        return None
+    return maps
 
 
-def _check_maps(key: str, names: Sequence[str], maps: dict[str, ShapeSpec]) -> None:
+def _check_maps(key: str, names: Sequence[str], maps: dict[str, ShapeSpec] | None) -> None:
     if not names:
-        raise ConfigError(f"{key} is empty; the backbone gives {list(maps)}")
+        raise ConfigError(f"{key} is empty; the backbone gives {list(maps or ())}")
     for name in names:
-        if name not in maps:
+        if maps is not None and name not in maps:
             raise ConfigError(f"{key}: the backbone gives {list(maps)}, not {name!r}")
 
 
@@ -138,7 +141,7 @@ def _check_proposals(cfg: CfgNode, generator: type, *, train: bool) -> None:
                 raise ConfigError(f"DATASETS.PROPOSAL_FILES_{split}: file {path} does not exist")
 
 
-def _check_heads(cfg: CfgNode, heads: type, maps: dict[str, ShapeSpec]) -> None:
+def _check_heads(cfg: CfgNode, heads: type, maps: dict[str, ShapeSpec] | None) -> None:
     names, box = cfg.MODEL.ROI_HEADS.IN_FEATURES, cfg.MODEL.ROI_BOX_HEAD
     if issubclass(heads, Res5ROIHeads):
         if len(names) != 1:
@@ -147,7 +150,7 @@ def _check_heads(cfg: CfgNode, heads: type, maps: dict[str, ShapeSpec]) -> None:
                 f"MODEL.ROI_HEADS.IN_FEATURES has {len(names)}; with FPN take PerClassMaskROIHeads"
             )
         return
-    strides = [maps[name].stride for name in names]
+    strides = [maps[name].stride for name in names] if maps else []
     if any(b != 2 * a for a, b in itertools.pairwise(strides)):
         raise ConfigError(
             f"MODEL.ROI_HEADS.IN_FEATURES {names} have strides {strides}; each must be twice the "

@@ -110,14 +110,15 @@ def check_host_values(cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer
         value = flatten(cfg)[key]
         nearest = _nearest(value, choices)
         told = _told(key, value, choices, nearest)
-        errors = [part.error for part in parts if key in part.keys_read]
-        if any(errors):
+        readers = [part for part in parts if key in part.keys_read]
+        refusals = [part.error for part in readers if part.is_refusal]
+        if refusals:
             changed = _with(cfg, key, nearest or _usual(key, choices))
             others = {part.error for part in dry_build(changed, train=train, trainer=trainer)}
-            ended = [error for error in errors if error and error not in others]
+            ended = [error for error in refusals if error not in others]
             if ended:
                 raise ConfigError(f"{told} ({ended[0]})")
-        if any(errors) or not errors:  # could not be tried, or is read later, if at all
+        if not readers or any(part.error for part in readers):  # is not tried, or read later
             logger.warning("%s", told)
 
 

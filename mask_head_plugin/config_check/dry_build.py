@@ -1,22 +1,28 @@
 """A config tried out: the parts of a run are built from it without memory, data or weights.
 
 They are built on PyTorch's "meta" device, which allocates nothing, from a config that notes which
-keys are read.
+keys are read, and in a child process, since modules of a user may keep tensors or draw random
+numbers. What they write to disk stays.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, ItemsView, Iterator
+import re
+import sys
+import traceback
+from collections.abc import Callable, ItemsView, Iterator, ValuesView
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_train_loader, detection_utils
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Boxes, BoxMode
@@ -24,8 +30,19 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..messages import one_line
+from .child_process import ChildError, call_in_child
 
 PACKAGE = __name__.partition(".")[0]
+HOSTS = ("detectron2", PACKAGE)
+
+LIBRARIES = {
+    *sys.stdlib_module_names,
+    *("torch", "torchvision", "fvcore", "iopath", "yacs", "numpy", "PIL", "cv2"),
+}
+"""Their errors are of who calls them."""
+
+NO_FAULT = re.compile(r"\bmeta\b|forked subprocess", re.IGNORECASE)
+"""What PyTorch says of tensors without values, and of CUDA in a child process."""
 
 OBJECT = {
     "bbox": [0, 0, 2, 2],
@@ -41,11 +58,14 @@ class DryPart(NamedTuple):
 
     Attributes:
         keys_read: full names of the keys that it has read.
-        error: what stopped it, in one line. A user's module may need values, which "meta" has not.
+        error: what stopped it, in one line, without addresses in memory.
+        is_refusal: whether detectron2 or this package raised that error of itself. If not, a user's
+            module did, or one that needs values, which "meta" has not.
     """
 
     keys_read: frozenset[str]
     error: str | None
+    is_refusal: bool = False
 
 
 def dry_build(
@@ -54,11 +74,40 @@ def dry_build(
     """Builds a model and its mapper and, for training, schedule and loader, each on its own.
 
     Args:
-        cfg: a complete config; it stays as it is, and so do the generators of random numbers.
+        cfg: a complete config; it stays as it is.
         train: whether the model will be trained.
         trainer: gives optimizer and schedule. The loader is left out where its
             ``build_train_loader`` is a user's, since that one would read the data.
     """
+    try:
+        return call_in_child(partial(build_parts, cfg, train=train, trainer=trainer))
+    except ChildError as error:
+        return [DryPart(frozenset(), _told(error))]
+
+
+def dry_backbone(cfg: CfgNode) -> tuple[dict[str, ShapeSpec], DryPart]:
+    """Returns the maps that a config's backbone gives, none if it could not be built."""
+    shapes: dict[str, ShapeSpec] = {}
+
+    def build(cfg: CfgNode) -> None:
+        with torch.device("meta"):
+            shapes.update(build_backbone(cfg).output_shape())
+
+    def build_alone() -> tuple[dict[str, ShapeSpec], DryPart]:
+        with _silent():
+            part = _built(build, cfg)
+        return shapes, part
+
+    try:
+        return call_in_child(build_alone)
+    except ChildError as error:
+        return {}, DryPart(frozenset(), _told(error))
+
+
+def build_parts(
+    cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer] = DefaultTrainer
+) -> list[DryPart]:
+    """Does the same in this process."""
     model: list[nn.Module] = []
 
     def build_model(cfg: CfgNode) -> None:
@@ -75,9 +124,9 @@ def dry_build(
     builders.append(lambda cfg: DatasetMapper(cfg, is_train=False))
     if train:
         builders.append(build_schedule)
-        if trainer.build_train_loader.__module__.partition(".")[0] in ("detectron2", PACKAGE):
+        if trainer.build_train_loader.__module__.partition(".")[0] in HOSTS:
             builders += [_build_train_mapper, _build_loader]
-    with _silent(), torch.random.fork_rng(devices=[]):
+    with _silent():
         return [_built(build, cfg) for build in builders]
 
 
@@ -93,12 +142,26 @@ def _silent() -> Iterator[None]:
 
 
 def _built(build: Callable[[CfgNode], object], cfg: CfgNode) -> DryPart:
-    keys_read, error = _Keys(), None
+    keys_read = _Keys()
     try:
         build(_Recording.of(cfg, "", keys_read))
-    except Exception as caught:  # of whatever a user has registered
-        error = f"{type(caught).__name__}: {one_line(caught, 200)}"
-    return DryPart(frozenset(keys_read), error)
+    except Exception as error:  # of whatever a user has registered
+        return DryPart(frozenset(keys_read), _told(error), _is_refusal(error))
+    return DryPart(frozenset(keys_read), None)
+
+
+def _is_refusal(error: Exception) -> bool:
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError | ImportError | MemoryError):
+            return False
+        may_lack_values = isinstance(cause, RuntimeError | TypeError)  # others quote the config
+        if may_lack_values and NO_FAULT.search(str(cause)):
+            return False
+        cause = cause.__cause__ or cause.__context__
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    return [x for x in packages if x not in LIBRARIES][-1] in HOSTS
 
 
 def _try_box_losses(model: nn.Module) -> None:
@@ -123,6 +186,11 @@ def _build_train_mapper(cfg: CfgNode) -> None:
 def _build_loader(cfg: CfgNode) -> None:
     records: list[dict[str, Any]] = [{"annotations": []}]
     build_detection_train_loader.from_config(cfg, mapper=len, dataset=records)
+
+
+def _told(error: Exception) -> str:
+    text = re.sub(r"\b0x[0-9a-fA-F]+", "0x...", one_line(error))
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 class _Keys(set[str]):
@@ -152,12 +220,31 @@ class _Recording(CfgNode):
         vars(self)["keys_read"].add(vars(self)["prefix"] + key)
         return dict.__getitem__(self, key)
 
+    def __iter__(self) -> Iterator[str]:
+        return dict.__iter__(self)  # with it Python asks __getitem__ for dict(x), **x, x | {}
+
     def get(self, key: str, default: Any = None) -> Any:
         with contextlib.suppress(KeyError):
             return self[key]
         return default
 
+    def pop(self, key: str, *default: Any) -> Any:
+        self.get(key)
+        return dict.pop(self, key, *default)
+
     def items(self) -> ItemsView[str, Any]:
         for key in self:
             self[key]
         return dict.items(self)
+
+    def values(self) -> ValuesView[Any]:
+        self.items()
+        return dict.values(self)
+
+    def _immutable(self, is_immutable: bool) -> None:
+        """Of freeze() and defrost(), which in yacs ask for values()."""
+        self.__dict__[CfgNode.IMMUTABLE] = is_immutable
+        values: ValuesView[Any] = dict.values(self)
+        for value in values:
+            if isinstance(value, CfgNode):
+                value._immutable(is_immutable)

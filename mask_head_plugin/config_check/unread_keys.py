@@ -7,9 +7,11 @@ the small one here. So the parts are built, see dry_build.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_mask_head_config, flatten
@@ -126,8 +128,28 @@ def _needed(cfg: CfgNode, key: str) -> str | None:
     return None
 
 
-def warn_of_unread_keys(cfg: CfgNode, *, train: bool) -> None:
-    """Logs a warning for each key that is set and changes nothing; see ``unread_keys``."""
+def own_keys(config_file: str, opts: Sequence[str]) -> set[str]:
+    """Returns the keys that a file and "KEY VALUE" pairs set themselves, without its ``_BASE_``.
+
+    Args:
+        config_file: as for load_config, which has read it; "" is none.
+        opts: as for load_config.
+    """
+    text = Path(config_file).read_text(encoding="utf-8") if config_file else ""
+    return {*flatten(CfgNode(yaml.safe_load(text) or {})), *opts[::2]}
+
+
+def warn_of_unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] | None = None) -> None:
+    """Logs a warning for each key that is set and changes nothing; see ``unread_keys``.
+
+    Args:
+        cfg: as for unread_keys.
+        train: as for unread_keys.
+        own: the keys that the user has set, if that is known. What a ``_BASE_`` sets is for many
+            configs, and need not be read by each.
+    """
     values = flatten(cfg)
     for key, cause in unread_keys(cfg, train=train).items():
+        if own is not None and key not in own:
+            continue
         logger.warning("%s %s has no effect: %s", key, values[key], cause)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -14,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import ConfigError, import_options
 from ..config_check import check_config
-from ..config_check.unread_keys import warn_of_unread_keys
+from ..config_check.unread_keys import own_keys, warn_of_unread_keys
 from ..data import check_registered_datasets, register_coco_files
 from ..dataset_check import check_dataset_files
 from ..user_code import import_modules, load_config_and_code
@@ -38,23 +39,35 @@ def set_up(args: argparse.Namespace) -> CfgNode:
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
         raise ConfigError("--eval-only needs MODEL.WEIGHTS FILE, or --resume: the last checkpoint")
     rank = launch.process_rank()
-    check_and_register(cfg, train=not args.eval_only, num_processes=num_processes, log_rank=rank)
+    check_and_register(
+        cfg,
+        train=not args.eval_only,
+        num_processes=num_processes,
+        log_rank=rank,
+        own=own_keys(args.config_file, args.opts),
+    )
     check_dataset_files(cfg, train=not args.eval_only)
     cfg.freeze()
     return cfg
 
 
 def check_and_register(
-    cfg: CfgNode, *, train: bool, num_processes: int = 1, log_rank: int | None = None
+    cfg: CfgNode,
+    *,
+    train: bool,
+    num_processes: int = 1,
+    log_rank: int | None = None,
+    own: Collection[str] | None = None,
 ) -> None:
     """Checks a config, which changes as register_coco_files says, and its data sets.
 
-    Process ``log_rank`` logs into OUTPUT_DIR from then on. Raises ConfigError.
+    Process ``log_rank`` logs into OUTPUT_DIR from then on. Warnings of keys without effect are of
+    those in ``own``, or of all. Raises ConfigError.
     """
     check_config(cfg, train=train, num_processes=num_processes, trainer=Trainer)
     if log_rank is not None:
         setup_logger(cfg.OUTPUT_DIR, log_rank, name="mask_head_plugin")
-    warn_of_unread_keys(cfg, train=train)
+    warn_of_unread_keys(cfg, train=train, own=own)
     register_coco_files(cfg)
     check_registered_datasets(cfg, train=train)
 

@@ -397,6 +397,15 @@ def test_an_output_folder_that_cannot_be_made_is_refused(make, told, tmp_path, m
         check_config(cfg, train=True)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "y/" + "x" * 300, "x/" * 3000, "\ud800"], ids=len)
+def test_an_output_folder_whose_name_cannot_be_is_refused(name, tmp_path):
+    cfg = load_config(str(CONFIGS / FPN))
+    cfg.OUTPUT_DIR = f"{tmp_path}/{name}"
+    with pytest.raises(ConfigError, match=r"^OUTPUT_DIR '.*' cannot be written: ") as caught:
+        check_config(cfg, train=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_weights_with_options_behind_them_are_found(tmp_path):
     (tmp_path / "x.pth").touch()
     weights = f"{tmp_path / 'x.pth'}?matching_heuristics=True"

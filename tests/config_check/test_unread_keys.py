@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import pytest
 import torch
 from conftest import CONFIGS, small_config
@@ -9,7 +11,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from detectron2.modeling.backbone.resnet import BasicStem
 
 from mask_head_plugin import load_config
-from mask_head_plugin.config_check.unread_keys import unread_keys, warn_of_unread_keys
+from mask_head_plugin.config_check.unread_keys import own_keys, unread_keys, warn_of_unread_keys
+from mask_head_plugin.engine import run
 
 FPN, C4, SMALL = "Base-MaskRCNN-FPN.yaml", "Base-MaskRCNN-C4.yaml", "Base-Small.yaml"
 NOTHING = "nothing in this config reads it"
@@ -73,6 +76,31 @@ def test_keys_of_training_are_not_looked_at_in_evaluation():
     cfg = load_config(str(CONFIGS / FPN), [*COSINE, "MODEL.RESNETS.DEPTH", "101"])
     assert list(unread_keys(cfg, train=True)) == ["SOLVER.STEPS"]
     assert unread_keys(cfg, train=False) == {}
+
+
+def test_what_a_base_sets_is_no_fault_of_who_builds_on_it(tmp_path, caplog):
+    file, base = tmp_path / "x.yaml", str(CONFIGS / FPN)
+    file.write_text(
+        f"_BASE_: {base}\nMODEL: {{FPN: {{OUT_CHANNELS: 64}}, RETINANET: {{NORM: GN}}}}"
+    )
+    opts = [*COSINE, "INPUT.CROP.TYPE", "relative"]
+
+    def told(opts):
+        args = Namespace(config_file=str(file), opts=["MODEL.DEVICE", "cpu", *opts])
+        args.__dict__ |= {"imports": [], "num_gpus": 1, "num_machines": 1, "eval_only": False}
+        caplog.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("check_registered_datasets", "check_dataset_files", "setup_logger"):
+                patch.setattr(run, name, lambda *args, **kwargs: None)
+            run.set_up(args)
+        return sorted(x.split()[0] for x in caplog.messages if "has no effect" in x)
+
+    data = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"]
+    data += ["OUTPUT_DIR", str(tmp_path)]
+    assert told([*data, *opts]) == ["INPUT.CROP.TYPE", "MODEL.RETINANET.NORM"]
+    steps = ["SOLVER.STEPS", "(5,)"]
+    assert told([*data, *COSINE, *steps]) == ["MODEL.RETINANET.NORM", "SOLVER.STEPS"]
+    assert own_keys("", steps) == {"SOLVER.STEPS"}
 
 
 def test_a_module_that_cannot_be_built_without_values_is_left_in_peace(monkeypatch):
