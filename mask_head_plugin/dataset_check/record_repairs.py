@@ -258,8 +258,11 @@ def clip_polygon(polygon: Polygon, image_hw: tuple[int, int]) -> Polygon:
         kept = []
         for start, end in zip(np.roll(points, 1, axis=0), points, strict=True):
             a, b = sign * start[axis] - bound, sign * end[axis] - bound  # inside from 0 on
-            if a * b < 0:
-                kept.append(start + (end - start) * (a / (a - b)))
+            if min(a, b) < 0 < max(a, b):
+                inner, outer = (start, end) if a > 0 else (end, start)
+                # Differences of halves do not overflow, whatever the coordinates.
+                share = max(a, b) / 2 / (max(a, b) / 2 - min(a, b) / 2)
+                kept.append(inner + (outer * share - inner * share))
             if b >= 0:
                 kept.append(end)
         points = np.array(kept).reshape(-1, 2)

@@ -119,6 +119,15 @@ def test_a_concave_polygon_is_cut_to_the_same_pixels():
     assert abs(large[30:90, 30:110].astype(int) - small).sum() <= 0.02 * small.sum()
 
 
+def test_a_polygon_with_a_point_at_the_end_of_all_numbers_is_cut():
+    right = clip_polygon([1.7e308, 40, 70, 30, 70, 50], HW)
+    assert right == pytest.approx([80, 50, 80, 30, 70, 30, 70, 50])
+    left = clip_polygon([-1e308, 40, 70, 30, 70, 50], HW)
+    assert left == pytest.approx([0, 50, 0, 30, 70, 30, 70, 50])
+    everything = clip_polygon([1.7e308, -5, -1.7e308, -5, 0, 1.7e308], HW)
+    assert max(everything[::2]) == HW[1] and max(everything[1::2]) == HW[0]
+
+
 def test_a_box_comes_from_run_lengths_too(good):
     good.annotation(13).update(bbox=[1, 2], segmentation=encode(40, 30, 60, 55))
     fixed, _ = fix(good.write())
