@@ -21,6 +21,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
+from .. import image_files
 from ..config import ConfigError
 from ..durable_files import write_durably
 from .check import CheckOptions, check_content, read_content
@@ -321,7 +322,8 @@ def _cache_path(source: CocoSource, num_classes: int | None, masks: bool) -> Pat
     arguments = [source.json_file, source.image_root, source.lvis, num_classes, masks, os.getcwd()]  # noqa: PTH109
     digest.update(json.dumps(arguments).encode())
     try:
-        for code in sorted(Path(__file__).parent.glob("*.py")):
+        # The reader of images decides findings as well.
+        for code in (*sorted(Path(__file__).parent.glob("*.py")), Path(image_files.__file__)):
             digest.update(code.read_bytes())
         with Path(source.json_file).open("rb") as file:
             while chunk := file.read(1 << 22):

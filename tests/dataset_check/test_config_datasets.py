@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
 from broken_data import encode, make_good
@@ -195,6 +196,15 @@ def test_changed_permissions_are_looked_at_again(tmp_path, data, cache, caplog):
         run(configure(tmp_path, data))
     checked = f"{data['train'].json_file} and its images were checked before"
     assert checked not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["masks.py", "image_files.py"])
+def test_what_other_code_found_is_not_believed(tmp_path, data, cache, monkeypatch, name):
+    run(configure(tmp_path, data))
+    before, read_bytes = set(cache.iterdir()), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda p: read_bytes(p) + b"#" * (p.name == name))
+    run(configure(tmp_path, data))
+    assert len(before) == 2 and len(set(cache.iterdir()) - before) == 2
 
 
 def test_a_damaged_cache_is_not_believed(tmp_path, data, cache):
