@@ -93,6 +93,8 @@ def _check_device(cfg: CfgNode, train: bool) -> None:
 def _check_output_folder(name: str) -> None:
     """Refuses a folder that is not there and cannot be made, or in which nothing can be written."""
     told = f"OUTPUT_DIR {name!r} cannot be written"
+    if "://" in name:
+        raise ConfigError(f"{told}: it is an address; name a local folder, and copy it afterwards")
     try:
         there, missing = _split_at_what_exists(Path(name).absolute())
         for part in missing:  # a name that is too long is so in any folder

@@ -87,6 +87,10 @@ MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
         (["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", "True"], "AMP.ENABLED needs a CUDA device"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS: file nowhere.pth does not exist"),
         (["OUTPUT_DIR", "/dev/null/x"], "OUTPUT_DIR '/dev/null/x' cannot be written"),
+        (
+            ["OUTPUT_DIR", "s3://bucket/run"],
+            "'s3://bucket/run' cannot be written: it is an address",
+        ),
     ],
 )
 def test_impossible_values_are_refused(opts, message, tmp_path):
