@@ -24,6 +24,7 @@ from detectron2.data.datasets import load_coco_json
 
 from ..config import ConfigError
 from ..dataset_check.check import read_content
+from ..dataset_check.config_datasets import files_of
 from ..dataset_check.findings import Findings, errors_of
 from ..dataset_check.records import check_categories, check_sections
 from ..durable_files import write_durably
@@ -52,7 +53,9 @@ def register_coco_files(cfg: CfgNode) -> None:
     """Registers the data sets of DATASETS.COCO_FILES and fits the config to them.
 
     Class names and numbers come from the files. INPUT.MASK_FORMAT becomes ``bitmask`` where the
-    files need it (run-length masks of single objects); that is logged.
+    files need it (run-length masks of single objects); that is logged. Nothing is written: an
+    evaluator that asks for the annotations of a file that lists other categories gets a copy in
+    OUTPUT_DIR (``CocoFileMetadata``).
 
     Args:
         cfg: a config that is not frozen. INPUT.MASK_FORMAT may change.
@@ -65,9 +68,7 @@ def register_coco_files(cfg: CfgNode) -> None:
     reference = _reference_categories(cfg, files)
     for name, file in files.items():
         _check_categories(name, file, reference)
-        _register(
-            name, file, reference, Path(cfg.OUTPUT_DIR) if name in cfg.DATASETS.TEST else None
-        )
+        _register(name, file, reference[1], Path(cfg.OUTPUT_DIR))
     # At test time masks are not loaded.
     with_rle = [
         files[name].json_file
@@ -119,7 +120,7 @@ def check_registered_datasets(cfg: CfgNode, *, train: bool = True) -> None:
             )
         metadata = MetadataCatalog.get(name)
         _require_package(name, metadata.get("evaluator_type", ""))
-        json_file = metadata.get("json_file", "")
+        json_file, _ = files_of(name)
         if (
             json_file
             and "://" not in json_file
@@ -134,7 +135,7 @@ def check_registered_datasets(cfg: CfgNode, *, train: bool = True) -> None:
         if classes is not None and len(classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
             raise ConfigError(
                 f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but data set "
-                f"{name!r} has {len(classes)} classes ({metadata.get('json_file', 'built in')}); "
+                f"{name!r} has {len(classes)} classes ({json_file or 'built in'}); "
                 f"set it to {len(classes)}"
             )
 
@@ -218,8 +219,8 @@ def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
         ids = [id_of.get(k, -1) for k in range(len(names))]
         # Where ids are not known they count from 1, as COCO's own do.
         return dict(zip(ids if -1 not in ids else range(1, len(names) + 1), names, strict=True))
-    json_file = json_file or metadata.get("json_file")
-    if json_file is None or not Path(json_file).is_file():
+    json_file = json_file or files_of(name)[0]
+    if not json_file or not Path(json_file).is_file():
         return None
     return _read_coco_file(json_file, "", Path(json_file).stat().st_mtime_ns).categories
 
@@ -279,29 +280,46 @@ def _check_categories(name: str, file: CocoFile, reference: tuple[str, Categorie
         )
 
 
-def _register(
-    name: str, file: CocoFile, reference: tuple[str, Categories], output: Path | None
-) -> None:
-    """Puts a file into detectron2's catalogs, replacing an entry that an earlier config made.
+class CocoFileMetadata(Metadata):
+    """The metadata of a data set of COCO_FILES.
 
-    Args:
-        output: OUTPUT_DIR for a data set of DATASETS.TEST, else None.
+    Evaluators, detectron2's as well as the plugin's, read ``json_file``; nobody else does. They stop
+    where the file lists fewer classes than the model has. So a file that lacks some, or has others
+    that it does not use, is copied with the model's list when ``json_file`` is first read.
     """
-    metadata = MetadataCatalog.get(name)
+
+    @functools.cached_property
+    def json_file(self) -> str:
+        """The path of the annotations to evaluate with; written first where that is a copy."""
+        source = Path(self.source_json_file)
+        ids = self.thing_dataset_id_to_contiguous_id
+        wanted = [{"id": i, "name": self.thing_classes[index]} for i, index in ids.items()]
+        if self.source_categories == {x["id"]: x["name"] for x in wanted}:
+            return str(source)
+        content = json.loads(source.read_text(encoding="utf-8"))
+        path = Path(self.output_dir) / "coco_files" / f"{self.name}.json"
+        write_durably(path, json.dumps({**content, "categories": wanted}))
+        logger.info("%s lists other categories than the model has; copied to %s", source, path)
+        return str(path)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns all entries, as detectron2's does, ``json_file`` among them."""
+        return {**super().as_dict(), "json_file": self.json_file}
+
+
+def _register(name: str, file: CocoFile, categories: Categories, output_dir: Path) -> None:
+    """Puts a file into detectron2's catalogs, replacing an entry that an earlier config made."""
     if name in DatasetCatalog.list():
-        if not metadata.get("from_coco_files", False):
+        if not MetadataCatalog.get(name).get("from_coco_files", False):
             raise ConfigError(f"DATASETS.COCO_FILES: {name!r} is registered already; rename yours")
         DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-        metadata = MetadataCatalog.get(name)
-    categories = reference[1]
     class_indices = {i: index for index, i in enumerate(categories)}
     DatasetCatalog.register(name, _loader(file, class_indices))
-    metadata.set(
-        json_file=_with_all_categories(name, file, categories, output)
-        if output
-        else file.json_file,
+    MetadataCatalog[name] = CocoFileMetadata(
+        name=name,
         source_json_file=file.json_file,
+        source_categories=file.categories,
+        output_dir=str(output_dir),
         image_root=file.image_root,
         evaluator_type="coco",
         thing_classes=list(categories.values()),
@@ -325,27 +343,6 @@ def _loader(file: CocoFile, class_indices: dict[int, int]) -> Callable[[], list[
         return records
 
     return load
-
-
-def _with_all_categories(name: str, file: CocoFile, categories: Categories, output: Path) -> str:
-    """Returns the annotation file for evaluation: one that lists the categories of the model.
-
-    COCOEvaluator stops where the file lists fewer classes than the model has, so a file that lacks
-    some, or has others that it does not use, gets a copy with the model's list.
-    """
-    if file.categories == categories:
-        return file.json_file
-    content = json.loads(Path(file.json_file).read_text(encoding="utf-8"))
-    content["categories"] = [{"id": i, "name": category} for i, category in categories.items()]
-    path = output / "coco_files" / f"{name}.json"
-    write_durably(path, json.dumps(content))
-    logger.info(
-        "%s lists other categories than the model has: %s; evaluating with a copy, %s",
-        file.json_file,
-        sorted(set(file.categories.items()) ^ set(categories.items())),
-        path,
-    )
-    return str(path)
 
 
 EXTRAS: dict[str, tuple[str, str]] = {

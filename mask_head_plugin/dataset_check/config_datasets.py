@@ -144,7 +144,7 @@ def _sources(names: Iterable[str]) -> list[CocoSource]:
         metadata = MetadataCatalog.get(name)
         if metadata.get("made_on_first_use", False):
             continue
-        json_file, image_root = _files_of(name)
+        json_file, image_root = files_of(name)
         kind = metadata.get("evaluator_type", "")
         remote = any("://" in path for path in (json_file, image_root))
         if not (json_file and image_root) or remote or kind not in ("coco", "lvis"):
@@ -158,11 +158,13 @@ def _sources(names: Iterable[str]) -> list[CocoSource]:
     return list(sources.values())
 
 
-def _files_of(name: str) -> tuple[str, str]:
-    """Returns the annotation file and the image folder of a data set, empty if it has none."""
+def files_of(name: str) -> tuple[str, str]:
+    """Returns the annotation file and the image folder of a data set, empty where it has none.
+
+    Of a data set of COCO_FILES that is the user's file, not the copy for evaluators.
+    """
     metadata = MetadataCatalog.get(name)
-    # COCO_FILES evaluates with a copy where a file lacks categories.
-    json_file = metadata.get("source_json_file", metadata.get("json_file", ""))
+    json_file = metadata.get("source_json_file") or metadata.get("json_file", "")
     return json_file, metadata.get("image_root", "")
 
 
@@ -201,7 +203,7 @@ def _in_both_splits(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> lis
     found: list[Finding] = []
     # A data set in both is known once only, by the name in TRAIN.
     of_name = {
-        name: next((x for x in checked if _files_of(name) == (x.json_file, x.image_root)), None)
+        name: next((x for x in checked if files_of(name) == (x.json_file, x.image_root)), None)
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     }
     trained = [x for name in cfg.DATASETS.TRAIN if (x := of_name[name])]
@@ -224,7 +226,7 @@ def _more_objects_than_detections(
 ) -> list[Finding]:
     """Looks for images of DATASETS.TEST in which no model with this config can find all objects."""
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    tested = [_files_of(name) for name in cfg.DATASETS.TEST]
+    tested = [files_of(name) for name in cfg.DATASETS.TEST]
     found: list[Finding] = []
     for source, result in checked.items():
         above = {image: number for image, number in result.objects if number > limit >= 0}

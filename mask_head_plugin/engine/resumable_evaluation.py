@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..class_names import class_names_of
 from ..config import ConfigError
+from ..dataset_check.config_datasets import files_of
 from ..evaluation import MaskEvaluator
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: s
     metadata = MetadataCatalog.get(dataset_name)
     digest.update(f"{type(model).__name__} {dataset_name} ".encode())
     digest.update(repr((class_names_of(model), metadata.get("thing_classes"))).encode())
-    json_file = metadata.get("json_file")
+    json_file, _ = files_of(dataset_name)
     if json_file:
         stat = Path(PathManager.get_local_path(json_file)).stat()
         digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())

@@ -19,6 +19,7 @@ from PIL import Image
 from mask_head_plugin import ConfigError
 from mask_head_plugin.data import check_registered_datasets, register_coco_files
 from mask_head_plugin.dataset_check import check_dataset_files
+from mask_head_plugin.dataset_check.config_datasets import files_of
 from mask_head_plugin.evaluation import MaskEvaluator
 
 HW = (40, 50)
@@ -86,6 +87,22 @@ def test_classes_are_numbered_by_the_training_file_even_where_a_file_lacks_some(
     classes = [r["annotations"][0]["category_id"] for r in DatasetCatalog.get("test_train")]
     assert classes == [0, 1, 2]
     assert DatasetCatalog.get("test_val")[0]["annotations"][0]["category_id"] == 2  # stock: 0
+
+
+def test_only_an_evaluator_gets_a_file_written_and_the_user_s_file_stays_the_source(tmp_path):
+    train = write_files(tmp_path, "train", CATEGORIES)
+    val = write_files(tmp_path, "val", {9: "owl"})
+    cfg = configure(tmp_path, train, val)
+    DatasetCatalog.get("test_val")
+    check_dataset_files(cfg)
+    assert (
+        files_of("test_val") == tuple(val[1:]) and not Path(cfg.OUTPUT_DIR, "coco_files").exists()
+    )
+    copy = Path(MetadataCatalog.get("test_val").json_file)
+    assert copy.parent == Path(cfg.OUTPUT_DIR, "coco_files")
+    assert MetadataCatalog.get("test_val").as_dict()["json_file"] == str(copy)
+    assert MetadataCatalog.get("test_train").json_file == train[1]
+    assert files_of("test_val") == tuple(val[1:])
 
 
 def test_perfect_predictions_score_100_where_the_file_lacks_a_category(tmp_path):

@@ -145,9 +145,7 @@ def _dataset(trial: Trial, name: str) -> tuple[dict[str, dict[str, Any]], list[s
     """Returns detectron2's records by image id as text, and the names of the classes."""
     path = trial.folder / "config.yaml"
     if path.is_file():
-        cfg = load_config(str(path))
-        cfg.DATASETS.TEST = ()  # the files are read only: nothing is written for an evaluation
-        register_coco_files(cfg)
+        register_coco_files(load_config(str(path)))
     if name not in DatasetCatalog.list():
         raise ConfigError("the data set is not registered")
     records = {str(record["image_id"]): record for record in DatasetCatalog.get(name)}
