@@ -283,9 +283,9 @@ def _check_categories(name: str, file: CocoFile, reference: tuple[str, Categorie
 class CocoFileMetadata(Metadata):
     """The metadata of a data set of COCO_FILES.
 
-    Evaluators, detectron2's as well as the plugin's, read ``json_file``; nobody else does. They stop
-    where the file lists fewer classes than the model has. So a file that lacks some, or has others
-    that it does not use, is copied with the model's list when ``json_file`` is first read.
+    ``json_file`` is for evaluators, detectron2's as well as the plugin's. They stop where the file
+    lists fewer classes than the model has. So a file that lacks some, or has others that it does
+    not use, is copied with the model's list when ``json_file`` is first read.
     """
 
     @functools.cached_property
