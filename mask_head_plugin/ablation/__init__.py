@@ -3,7 +3,7 @@
 from .ablation_file import Ablation, load_ablation
 from .cluster import Cluster
 from .runner import describe, estimate_seconds, plan, run, write_description
-from .trial import Trial
+from .trial_folder import Trial
 
 __all__ = [
     "Ablation",

@@ -23,7 +23,7 @@ from ..durable_files import locked, write_durably
 from ..engine import Trainer
 from ..engine.launch import launch
 from ..engine.run import join_run
-from .trial import (
+from .trial_folder import (
     ENVIRONMENT_FILE,
     FAILED,
     FINISHED,

@@ -1,6 +1,6 @@
 """Runs the trials of an ablation, on this machine or on a Slurm cluster, and takes them up again.
 
-See trial.py for what their folders hold.
+See trial_folder.py for what their folders hold.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..user_code import import_modules
 from .ablation_file import Ablation
 from .cluster import Cluster
 from .run_trial import TrialJob
-from .trial import (
+from .trial_folder import (
     ABLATION_FILE,
     FAILED,
     Trial,

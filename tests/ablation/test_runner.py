@@ -26,7 +26,7 @@ from mask_head_plugin.ablation import (
     run_trial,
     write_description,
 )
-from mask_head_plugin.ablation.trial import folder_name, write_record
+from mask_head_plugin.ablation.trial_folder import folder_name, write_record
 from mask_head_plugin.data import shapes
 from mask_head_plugin.durable_files import locked, sole_writer
 

@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 
 from ...evaluation.bootstrap import class_ap, precision_recall
 from ...evaluation.coco_ap import METRICS
-from ..trial import Trial
+from ..trial_folder import Trial
 from .study import Study, Variant, mean
 from .tables import BETTER, NOISE, WORSE, verdict
 from .tables import number as formatted

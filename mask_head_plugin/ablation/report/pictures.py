@@ -25,7 +25,7 @@ from ...evaluation.matching import Matches
 from ...image_files import read_image
 from ...messages import one_line
 from ...ops.mask_rle import annotation_rle
-from ..trial import Trial
+from ..trial_folder import Trial
 from .study import Study
 
 logger = logging.getLogger(__name__)

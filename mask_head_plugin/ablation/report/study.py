@@ -18,7 +18,7 @@ from ...config import ConfigError
 from ...evaluation.bootstrap import PairedDifference, compare_all
 from ...evaluation.coco_ap import METRICS
 from ...evaluation.matching import Matches
-from ..trial import ABLATION_FILE, ENVIRONMENT_FILE, TRIAL_FILE, Trial, read_object
+from ..trial_folder import ABLATION_FILE, ENVIRONMENT_FILE, TRIAL_FILE, Trial, read_object
 
 logger = logging.getLogger(__name__)
 
