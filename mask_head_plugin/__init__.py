@@ -1,4 +1,8 @@
-"""Mask R-CNN's mask branch as a detectron2 plugin. Importing it registers everything."""
+"""Mask R-CNN's mask branch as a detectron2 plugin. Importing it registers everything.
+
+Without detectron2 nothing is registered, and only what needs none of it can be imported, such as
+``deploy.runtime``.
+"""
 
 import logging
 import warnings
@@ -7,8 +11,11 @@ with warnings.catch_warnings():
     # detectron2 and fvcore script some functions as they are imported, and PyTorch warns of each.
     # Only while they are imported: your own calls of torch.jit.script warn as ever.
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
-    from . import data, modeling
-    from .config import ConfigError, add_mask_head_config, load_config
+    from .detectron2_import import IMPORT_ERROR, refuse
+
+    if IMPORT_ERROR is None:
+        from . import data, modeling
+        from .config import ConfigError, add_mask_head_config, load_config
 
 # What this package logs appears wherever you let detectron2's log appear.
 logging.getLogger(__name__).parent = logging.getLogger("detectron2")
@@ -16,3 +23,5 @@ logging.getLogger(__name__).parent = logging.getLogger("detectron2")
 __version__ = "0.1.0"
 
 __all__ = ["ConfigError", "add_mask_head_config", "data", "load_config", "modeling"]
+
+__getattr__ = refuse(__name__, __all__)

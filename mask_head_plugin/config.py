@@ -16,15 +16,12 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from .messages import ConfigError as ConfigError
 from .messages import nearest_name, one_line
 
 DEFAULT_LOSSES = (("binary_cross_entropy", 1.0),)
 
 _ADDRESS = re.compile(r"\w[\w+.-]*://.*")
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used, said in one line that names the key, the file and the fix."""
 
 
 def add_mask_head_config(cfg: CfgNode) -> None:

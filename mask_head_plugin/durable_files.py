@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from .config import ConfigError
+from .messages import ConfigError
 
 UNFINISHED = ".unfinished"
 """How the names of files end that are being written, or that a kill has left half written."""

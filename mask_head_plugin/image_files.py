@@ -7,7 +7,6 @@ not cover is refused with an ImageFileError, whose one line names the file.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -15,15 +14,10 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from detectron2.data import DatasetMapper
-from detectron2.data import detection_utils as utils
-from detectron2.data import transforms as T
-from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from .config import ConfigError
-from .messages import one_line
+from .messages import ConfigError, one_line
+from .model_input import IMAGE_FORMATS, rgb_in_format
 
 MOST_ELONGATED = 200
 """Longer over shorter side. Beyond it, scaling to INPUT.MAX_SIZE_* may leave no pixel in height."""
@@ -50,12 +44,26 @@ JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 LFS_POINTER = b"version https://git-lfs"
 """How what Git LFS leaves in place of a file begins, until it is pulled."""
 
+_REPLACE = "put the right file there, or leave the image out"
+WHAT_TO_DO = {
+    "git-lfs-pointer": "run `git lfs pull` where you cloned the data set",
+    "image-depth": "scale all images to 8 bits by one factor: 255 / 4095 if 12 bits are used",
+    "image-elongated": "cut the image into pieces",
+    "image-file-empty": _REPLACE,
+    "image-file-is-folder": _REPLACE,
+    "image-file-missing": _REPLACE,
+    "image-too-large": "cut the image into tiles, or make it smaller",
+    "image-truncated": _REPLACE,
+    "image-unreadable": _REPLACE,
+}
+"""Of each kind of fault that makes an ImageFileError."""
+
 
 class ImageFileError(ConfigError):
     """A file whose pixels cannot be used.
 
     Attributes:
-        kind: of fault, a key of ``dataset_check.findings.KINDS``.
+        kind: of fault, a key of WHAT_TO_DO.
         reason: what follows the file's name in a sentence.
     """
 
@@ -86,13 +94,14 @@ def read_image(path: str, image_format: str) -> npt.NDArray[Any]:
 
 
 def in_format(image: Image.Image, image_format: str) -> npt.NDArray[Any]:
-    """Returns an image of 8 bits as ``read_image`` does.
+    """Returns an image of 8 bits as ``read_image`` does; in other modes of Pillow's, too.
 
     Differs from detectron2's convert_PIL_to_numpy in that YUV-BT.601 is float32: its models fail on
     the float64 that it gives.
     """
-    pixels: npt.NDArray[Any] = utils.convert_PIL_to_numpy(image, image_format)
-    return pixels.astype(np.float32) if pixels.dtype == np.float64 else pixels
+    if image_format in IMAGE_FORMATS:
+        return rgb_in_format(np.asarray(image.convert("RGB")), image_format)
+    return np.asarray(image.convert(image_format))
 
 
 @contextlib.contextmanager
@@ -107,12 +116,19 @@ def open_image(path: str) -> Iterator[OpenedImage]:
             is raised while the file is open.
     """
     try:
-        if "://" not in path:
-            _check_regular(path)
-        with PathManager.open(path, "rb") as file:
+        with _opened(path) as file:
             yield OpenedImage(file)
     except Exception as error:  # Pillow's readers raise all sorts on damaged files
         raise ImageFileError(path, *_explained(error)) from error
+
+
+def _opened(path: str) -> IO[bytes]:
+    if "://" in path:  # Imported here: files on this machine are read without detectron2, too.
+        from detectron2.utils.file_io import PathManager
+
+        return PathManager.open(path, "rb")
+    _check_regular(path)
+    return open(path, "rb")  # noqa: PTH123  # training calls this for each image
 
 
 def _check_regular(path: str) -> None:
@@ -288,37 +304,3 @@ def _check_white(brightest: int) -> None:
             f"has samples of 16 bits, none of them above {LOWEST_WHITE * 256 - 1}: if 10, 12 or 14 "
             "bits are used, the model would see it nearly black",
         )
-
-
-class ImageFileMapper(DatasetMapper):
-    """detectron2's DatasetMapper with the images of ``read_image``."""
-
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Returns what detectron2's models take.
-
-        Args:
-            dataset_dict: a record in detectron2's standard format, which stays as it is.
-
-        Raises:
-            ImageFileError: if the image cannot be used.
-        """
-        record = copy.deepcopy(dataset_dict)
-        image = read_image(record["file_name"], self.image_format)
-        utils.check_image_size(record, image)
-        labels = record.pop("sem_seg_file_name", None)
-        # Values of a label map are classes, which nothing may scale.
-        label_map = None if labels is None else utils.read_image(labels, "L").squeeze(2)
-        seen = T.AugInput(image, sem_seg=label_map)
-        transforms = self.augmentations(seen)
-        image_hw = seen.image.shape[:2]
-        record["image"] = torch.as_tensor(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
-        if label_map is not None:
-            record["sem_seg"] = torch.as_tensor(seen.sem_seg.astype("long"))
-        if self.proposal_topk is not None:
-            top = self.proposal_topk
-            utils.transform_proposals(record, image_hw, transforms, proposal_topk=top)
-        if not self.is_train:
-            record.pop("annotations", None)
-        elif "annotations" in record:
-            self._transform_annotations(record, transforms, image_hw)
-        return record

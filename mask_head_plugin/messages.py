@@ -1,4 +1,4 @@
-"""Wording of errors and warnings."""
+"""The error that users meet, and the wording of errors and warnings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Sequence
 
 NAMES_IN_ERROR = 6
+
+
+class ConfigError(ValueError):
+    """A config or file that cannot be used, in one line: which key or file, and what to do."""
 
 
 def listed(names: Sequence[str], limit: int = NAMES_IN_ERROR) -> str:

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .ops.mask_rle import Rle
+from .run_lengths import Rle, as_text
 
 
 def run_lengths(masks: Tensor) -> list[Rle]:
@@ -28,7 +28,7 @@ def run_lengths(masks: Tensor) -> list[Rle]:
         rles = masks.rles
     else:
         rles = [coco_mask.encode(np.asarray(mask, np.uint8, order="F")) for mask in masks]
-    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
+    return [as_text(rle) for rle in rles]
 
 
 class RLEMasks(Tensor):

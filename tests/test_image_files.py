@@ -24,7 +24,8 @@ from mask_head_plugin.dataset_check import CheckOptions, check_coco_file
 from mask_head_plugin.demo import demo
 from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.predictor import BGRPredictor
-from mask_head_plugin.image_files import ImageFileError, ImageFileMapper, read_image
+from mask_head_plugin.image_file_mapper import ImageFileMapper
+from mask_head_plugin.image_files import ImageFileError, read_image
 
 HW = (40, 60)
 EXIF_ORIENTATION = 274

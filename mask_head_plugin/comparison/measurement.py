@@ -31,7 +31,7 @@ from ..evaluation import MaskEvaluator, bootstrap, counted_detections
 from ..evaluation.coco_ap import TASKS
 from ..evaluation.coco_evaluator import without_nan
 from ..evaluation.matching import Matches
-from ..image_files import ImageFileMapper
+from ..image_file_mapper import ImageFileMapper
 from ..machine import cpu_name
 from .image_differences import Cut, ImageDifferences, compare_images
 from .timed_model import TimedModel

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from ..durable_files import write_durably
 from ..evaluation.drawing import ByteArray, LabelStyle, draw_instances, instance_colour, write_label
-from ..image_files import ImageFileMapper, read_image
+from ..image_file_mapper import ImageFileMapper
+from ..image_files import read_image
 from .image_differences import BOX_TOLERANCE, SCORE_TOLERANCE, THRESHOLD_TOLERANCE
 from .measurement import DIFFERENT, EQUAL, MIN_CONFIDENT, SIDES, TOO_FEW, Comparison
 from .twins import Twins

@@ -16,6 +16,7 @@ from PIL import Image
 from ..config import ConfigError, flatten
 from ..image_files import in_format
 from ..messages import nearest_name
+from ..model_input import IMAGE_FORMATS
 
 HEAD, ROI, RPN = "MODEL.ROI_MASK_HEAD.", "MODEL.ROI_HEADS.", "MODEL.RPN."
 
@@ -55,7 +56,6 @@ POSITIVE = (
     *(ROI + "POSITIVE_FRACTION", RPN + "POSITIVE_FRACTION"),
 )
 
-IMAGE_FORMATS = ("BGR", "RGB", "L", "YUV-BT.601")
 CLIP_TYPES = ("value", "norm", "full_model")
 
 

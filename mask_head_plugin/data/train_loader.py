@@ -28,7 +28,8 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..config import ConfigError
-from ..image_files import ImageFileError, ImageFileMapper
+from ..image_file_mapper import ImageFileMapper
+from ..image_files import ImageFileError
 from ..messages import first_line, listed
 
 logger = logging.getLogger(__name__)

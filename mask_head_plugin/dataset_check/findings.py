@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from ..image_files import WHAT_TO_DO
+
 ERROR, WARNING, HINT = SEVERITIES = ("error", "warning", "hint")
 """An error stops training. A warning does not: either detectron2 handles it rightly (COCO 2017 has
 a box without height and polygons that leave the image by a rounding), or it trains or measures
@@ -38,7 +40,6 @@ class Kind(NamedTuple):
 
 
 _SEE_MASK = "take the box around the mask: [x, y, width, height]"
-_REMOVE_IMAGE = "put the right file there, or leave the image out"
 _EXPORT = "export the file again"
 
 KINDS: dict[str, Kind] = {
@@ -48,7 +49,7 @@ KINDS: dict[str, Kind] = {
     "json-encoding": Kind(ERROR, "save it as UTF-8 without a byte order mark", TRIES),
     "json-truncated": Kind(ERROR, "copy or export it again; it ends too early"),
     "json-syntax": Kind(ERROR, "correct it there, or export the file again"),
-    "git-lfs-pointer": Kind(ERROR, "run `git lfs pull` where you cloned the data set"),
+    "git-lfs-pointer": Kind(ERROR, WHAT_TO_DO["git-lfs-pointer"]),
     "not-a-coco-file": Kind(ERROR, "convert it to COCO instances format"),
     "json-not-object": Kind(ERROR, "the file must be {'images': ..., 'annotations': ..., ...}"),
     "missing-section": Kind(ERROR, f"{_EXPORT} in COCO instances format"),
@@ -112,7 +113,7 @@ KINDS: dict[str, Kind] = {
     "image-size-invalid": Kind(
         ERROR, "write whole numbers above 0, the file's height and width", REPAIRS_OR_LEAVES_OUT
     ),
-    "image-too-large": Kind(ERROR, "cut the image into tiles, or make it smaller", LEAVES_OUT),
+    "image-too-large": Kind(ERROR, WHAT_TO_DO["image-too-large"], LEAVES_OUT),
     "file-name-invalid": Kind(
         ERROR, "write the path of the file within the image folder, as text", LEAVES_OUT
     ),
@@ -123,18 +124,14 @@ KINDS: dict[str, Kind] = {
         ERROR, "list each file once, with all annotations", REPAIRS_OR_LEAVES_OUT
     ),
     # Image files.
-    "image-file-missing": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
+    "image-file-missing": Kind(ERROR, WHAT_TO_DO["image-file-missing"], LEAVES_OUT),
     "image-file-elsewhere": Kind(ERROR, "write that name into file_name", REPAIRS),
-    "image-file-is-folder": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
-    "image-file-empty": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
-    "image-unreadable": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
-    "image-truncated": Kind(ERROR, _REMOVE_IMAGE, LEAVES_OUT),
-    "image-depth": Kind(
-        ERROR,
-        "scale all images to 8 bits by one factor: 255 / 4095 if 12 bits are used",
-        LEAVES_OUT,
-    ),
-    "image-elongated": Kind(ERROR, "cut the image into pieces", LEAVES_OUT),
+    "image-file-is-folder": Kind(ERROR, WHAT_TO_DO["image-file-is-folder"], LEAVES_OUT),
+    "image-file-empty": Kind(ERROR, WHAT_TO_DO["image-file-empty"], LEAVES_OUT),
+    "image-unreadable": Kind(ERROR, WHAT_TO_DO["image-unreadable"], LEAVES_OUT),
+    "image-truncated": Kind(ERROR, WHAT_TO_DO["image-truncated"], LEAVES_OUT),
+    "image-depth": Kind(ERROR, WHAT_TO_DO["image-depth"], LEAVES_OUT),
+    "image-elongated": Kind(ERROR, WHAT_TO_DO["image-elongated"], LEAVES_OUT),
     "image-animated": Kind(WARNING, "see that the annotations are of the first frame"),
     "image-size-mismatch": Kind(
         ERROR, "annotate the file in use, or put the annotated file there", LEAVES_OUT

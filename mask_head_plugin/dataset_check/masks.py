@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pycocotools.mask as mask_util
 
-from ..ops.mask_rle import annotation_rle, polygons_rle
+from ..run_lengths import annotation_rle, polygons_rle
 from .findings import Findings, Place, errors_of, quote
 from .polygon_geometry import Box as Box
 from .polygon_geometry import Outline, areas, around, outline

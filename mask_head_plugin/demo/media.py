@@ -19,10 +19,9 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from ..config import ConfigError
-from ..dataset_check.findings import KINDS
 from ..evaluation.drawing import ByteArray
-from ..image_files import ImageFileError, read_image
+from ..image_files import WHAT_TO_DO, ImageFileError, read_image
+from ..messages import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +120,7 @@ def read_bgr(path: Path) -> ByteArray:
     try:
         return np.ascontiguousarray(read_image(str(path), "BGR"))
     except ImageFileError as error:
-        raise LeftOutError(f"{error.reason}; {KINDS[error.kind].fix}") from error
+        raise LeftOutError(f"{error.reason}; {WHAT_TO_DO[error.kind]}") from error
 
 
 class Frames:

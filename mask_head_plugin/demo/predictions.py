@@ -17,7 +17,6 @@ from pycocotools import mask as coco_mask
 
 from ..durable_files import write_durably
 from ..evaluation.matching import SAME_OBJECT_IOU
-from ..structures import run_lengths
 
 FRAMES_REMEMBERED = 8  # as detectron2's VideoVisualizer
 
@@ -39,18 +38,6 @@ class Detections:
     mask_scores: list[float] | None
     boxes: npt.NDArray[np.float64]
     rles: list[dict[str, Any]] | None
-
-    @staticmethod
-    def of(instances: Any) -> Detections:
-        """Takes them from detectron2's Instances after inference."""
-        instances = instances.to("cpu")
-        return Detections(
-            instances.pred_classes.tolist(),
-            instances.scores.tolist(),
-            instances.mask_scores.tolist() if instances.has("mask_scores") else None,
-            instances.pred_boxes.tensor.numpy().astype(np.float64).reshape(-1, 4),
-            run_lengths(instances.pred_masks) if instances.has("pred_masks") else None,
-        )
 
     @property
     def boxes_xywh(self) -> npt.NDArray[np.float64]:

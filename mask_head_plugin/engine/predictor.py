@@ -18,11 +18,8 @@ from ..class_names import class_names_of
 from ..config import ConfigError
 from ..evaluation.drawing import ByteArray
 from ..image_files import in_format
+from ..model_input import is_scaled_down
 from ..modeling import to_channels_last
-
-LARGEST_UNSCALED = 3
-"""Where INPUT.MIN_SIZE_TEST is 0, the model sees images at full size up to a square with sides of
-so many times INPUT.MAX_SIZE_TEST. Beyond, memory would run out: 14 GB for 12,000 x 9,000."""
 
 
 class BGRPredictor(DefaultPredictor):
@@ -46,7 +43,7 @@ class BGRPredictor(DefaultPredictor):
             shortest = longest
         self.aug = ResizeShortestEdge([shortest, shortest], longest)
         as_rgb = Image.fromarray(np.ascontiguousarray(original_image[:, :, ::-1]))
-        seen = in_format(as_rgb, self.cfg.INPUT.FORMAT)
+        seen = in_format(as_rgb, self.cfg.INPUT.FORMAT)  # Pillow's other modes, too
         output: dict[str, Any] = super().__call__(seen)
         return output
 
@@ -57,8 +54,8 @@ class BGRPredictor(DefaultPredictor):
             height: in pixels.
             width: in pixels.
         """
-        largest = (LARGEST_UNSCALED * self.cfg.INPUT.MAX_SIZE_TEST) ** 2
-        return bool(self.cfg.INPUT.MIN_SIZE_TEST == 0 and height * width > largest)
+        sizes = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
+        return is_scaled_down((height, width), *sizes)
 
 
 def load_predictor(cfg: CfgNode) -> BGRPredictor:

@@ -48,7 +48,7 @@ from ..durable_files import sole_writer
 from ..evaluation import (
     write_contact_sheet,
 )
-from ..image_files import ImageFileMapper
+from ..image_file_mapper import ImageFileMapper
 from ..messages import listed
 from ..modeling import to_channels_last
 from .evaluators import build_evaluator, inference_folder

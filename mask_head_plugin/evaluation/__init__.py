@@ -1,8 +1,11 @@
 """Evaluation of masks, in numbers and pictures."""
 
-from .coco_ap import ALL_DETECTIONS, COCO_MAX_DETECTIONS
-from .coco_evaluator import MaskEvaluator, counted_detections
-from .contact_sheet import write_contact_sheet
+from ..detectron2_import import IMPORT_ERROR, refuse
+
+if IMPORT_ERROR is None:
+    from .coco_ap import ALL_DETECTIONS, COCO_MAX_DETECTIONS
+    from .coco_evaluator import MaskEvaluator, counted_detections
+    from .contact_sheet import write_contact_sheet
 
 __all__ = [
     "ALL_DETECTIONS",
@@ -11,3 +14,5 @@ __all__ = [
     "counted_detections",
     "write_contact_sheet",
 ]
+
+__getattr__ = refuse(__name__, __all__)

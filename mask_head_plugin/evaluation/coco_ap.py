@@ -19,7 +19,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from ..ops.mask_rle import annotation_rle
+from ..run_lengths import annotation_rle
 from .boundary import limit_by_boundary
 from .matching import FloatArray, Group, Matches, match
 

@@ -23,7 +23,8 @@ from detectron2.utils.colormap import colormap
 from tqdm import tqdm
 
 from ..class_names import class_names_of, matched_predictions
-from ..image_files import ImageFileMapper, read_image
+from ..image_file_mapper import ImageFileMapper
+from ..image_files import read_image
 from .drawing import FONT, ByteArray, LabelStyle, Rectangle, scaled, tint_mask, write_labels
 
 NUM_IMAGES = 12

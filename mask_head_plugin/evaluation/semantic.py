@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
-from ..ops.mask_rle import annotation_rle, check_rle_size
+from ..run_lengths import annotation_rle, check_rle_size
 
 SemanticMap = npt.NDArray[np.int32]
 Confusion = npt.NDArray[np.int64]

@@ -18,19 +18,15 @@ all RoIs have, X crossings.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
+
+from ..run_lengths import Rle, rle_of_changes
 
 MAX_COLUMNS = 1 << 14
 """Columns of pixels whose (M + 2) values are held at a time."""
-
-Rle = dict[str, Any]
-"""COCO's run-length encoding: ``size`` [H, W] and compressed ``counts``, here as bytes."""
 
 
 def encode_masks(
@@ -51,7 +47,7 @@ def encode_masks(
         threshold: above 0 and up to 1; a pixel belongs to the mask if its value is not below.
 
     Returns:
-        R encodings.
+        R encodings, counts as bytes.
 
     Raises:
         ValueError: if shapes are not as above, the image has no pixels, or the threshold is out of
@@ -199,45 +195,7 @@ def _runs(positions: Tensor, num_masks: int, image_hw: tuple[int, int]) -> list[
     changes = positions[times % 2 == 1].cpu().numpy()
     changes = changes[changes % (num_pixels + 1) < num_pixels]
     ends = np.searchsorted(changes, np.arange(num_masks + 1) * (num_pixels + 1))
-    runs = []
-    for index, (start, end) in enumerate(itertools.pairwise(ends)):
-        places = changes[start:end] - index * (num_pixels + 1)
-        counts = np.diff(places, prepend=0, append=num_pixels)
-        runs.append({"counts": counts, "size": [height, width]})
-    return coco_mask.frPyObjects(runs, height, width) if runs else []
-
-
-def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
-    """Returns an annotation's segmentation as one compressed RLE, None where it has none.
-
-    Args:
-        segmentation: polygons, or an RLE with compressed or uncompressed counts.
-        image_hw: H, W.
-
-    Raises:
-        ValueError: if the size of an RLE is not image_hw or its counts do not add up to it.
-    """
-    if not segmentation:
-        return None
-    if isinstance(segmentation, list):
-        # Fewer than six numbers enclose nothing, and pycocotools takes four for a box.
-        polygons = [x for x in segmentation if len(x) >= 6 and len(x) % 2 == 0]
-        return polygons_rle(polygons, image_hw) if polygons else None
-    check_rle_size(segmentation, image_hw)
-    if not isinstance(segmentation["counts"], list):
-        return segmentation
-    if sum(segmentation["counts"]) != image_hw[0] * image_hw[1]:
-        # pycocotools would leave the rest of the mask as it is in memory.
-        raise ValueError(f"the counts of an RLE do not add up to an image of {image_hw}")
-    return coco_mask.frPyObjects(segmentation, *image_hw)
-
-
-def check_rle_size(rle: Mapping[str, Any], image_hw: tuple[int, int]) -> None:
-    """Raises ValueError if a run-length encoding is not of an image's size, H and W."""
-    if tuple(rle["size"]) != tuple(image_hw):
-        raise ValueError(f"an RLE has the size {tuple(rle['size'])}, the image {tuple(image_hw)}")
-
-
-def polygons_rle(polygons: Sequence[Sequence[float]], image_hw: tuple[int, int]) -> Any:
-    """Returns the union of polygons of three corners or more as one compressed RLE."""
-    return coco_mask.merge(coco_mask.frPyObjects(polygons, *image_hw))
+    return [
+        rle_of_changes(changes[start:end] - index * (num_pixels + 1), image_hw)
+        for index, (start, end) in enumerate(itertools.pairwise(ends))
+    ]

@@ -29,7 +29,8 @@ from mask_head_plugin.dataset_check.findings import (
 )
 from mask_head_plugin.dataset_check.images import inspect_image
 from mask_head_plugin.dataset_check.masks import decode_counts, runs_box
-from mask_head_plugin.image_files import ImageFileMapper, read_image
+from mask_head_plugin.image_file_mapper import ImageFileMapper
+from mask_head_plugin.image_files import read_image
 
 # Faults of a config or of LVIS, or of the way to the file: tests of their own.
 ELSEWHERE = {

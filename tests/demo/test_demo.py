@@ -24,8 +24,9 @@ from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.checkpoint import MaskHeadCheckpointer, WeightsPolicy
 from mask_head_plugin.data import shapes
 from mask_head_plugin.demo import media
-from mask_head_plugin.demo.demo import ColourKeeper, Detections, run_demo
+from mask_head_plugin.demo.demo import run_demo
 from mask_head_plugin.demo.media import find_sources
+from mask_head_plugin.demo.predictions import ColourKeeper, Detections
 from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.predictor import BGRPredictor
 
@@ -554,7 +555,7 @@ def test_an_interrupted_run_leaves_its_predictions(images, tmp_path, capsys, mon
     def interrupt(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mask_head_plugin.demo.demo.read_bgr", interrupt)
+    monkeypatch.setattr("mask_head_plugin.demo.model_run.read_bgr", interrupt)
     code, _, err = tool(
         capsys,
         "--config-file",

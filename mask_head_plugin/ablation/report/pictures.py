@@ -24,7 +24,7 @@ from ...evaluation.drawing import ByteArray, draw_instances, instance_colour, sc
 from ...evaluation.matching import Matches
 from ...image_files import read_image
 from ...messages import one_line
-from ...ops.mask_rle import annotation_rle
+from ...run_lengths import annotation_rle
 from ..trial_folder import Trial
 from .study import Study
 

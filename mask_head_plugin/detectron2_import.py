@@ -1,0 +1,32 @@
+"""Whether detectron2, and with it PyTorch, can be imported.
+
+Training, evaluation and export need it. Reading and drawing images and running an exported model do
+not, and shall not be kept from a machine without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import NoReturn
+
+from .messages import one_line
+
+IMPORT_ERROR: ImportError | None = None
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    IMPORT_ERROR = error
+
+
+def refuse(package: str, names: Collection[str]) -> Callable[[str], NoReturn]:
+    """Returns a ``__getattr__`` for a package without the public names that need detectron2."""
+
+    def get(name: str) -> NoReturn:
+        if IMPORT_ERROR is None or name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        raise ImportError(
+            f"{package}.{name} needs detectron2, which cannot be imported: "
+            f"{one_line(IMPORT_ERROR)}; tools/install_detectron2.py installs it"
+        ) from IMPORT_ERROR
+
+    return get
