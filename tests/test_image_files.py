@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL
 import pytest
 import torch
 from conftest import CHECKPOINT, CONFIGS, small_config
@@ -176,7 +177,6 @@ FILES = {
     "alpha grey.png": (pil_image(np.dstack([GREY, 255 - GREY])), rgb(GREY)),
     "cmyk.jpg": (pil_image(SMOOTH, "CMYK", quality=95), SMOOTH),
     "cmyk.tif": (pil_image(COLOUR, "CMYK"), COLOUR),
-    "ycbcr.tif": (pil_image(SMOOTH, "YCbCr"), SMOOTH),
     "pages.tif": (
         pil_image(COLOUR, save_all=True, append_images=[Image.new("RGB", (9, 9))]),
         COLOUR,
@@ -206,6 +206,8 @@ FILES = {
     "no bytes.jpg": (raw(b""), "image-file-empty"),
     "photo.heic": (raw(b"\0\0\0\x18ftypheic" + bytes(40)), "image-unreadable"),
 }  # fmt: skip
+if int(PIL.__version__.split(".")[0]) >= 13:  # Pillow 12 cannot read what it writes
+    FILES["ycbcr.tif"] = (pil_image(SMOOTH, "YCbCr"), SMOOTH)
 if features.check("avif"):
     FILES["8 bits.avif"] = (pil_image(SMOOTH, quality=95), SMOOTH)
     FILES["turn 6.avif"] = (turned(6, quality=95), SMOOTH)
