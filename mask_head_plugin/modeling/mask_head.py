@@ -53,8 +53,12 @@ def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor)
     Returns:
         (R, M, M) logits, equal to ``predictor(features)[arange(R), classes]``.
     """
-    rows = predictor.weight[classes].flatten(1)
-    logits = torch.bmm(rows[:, None], features.flatten(2))[:, 0].unflatten(1, features.shape[2:])
+    num_rois = features.shape[0]
+    # Numbers, also in a trace: an ONNX runtime would infer them, and cannot where there is no RoI.
+    channels, height, width = (int(size) for size in features.shape[1:])
+    rows = predictor.weight.flatten(1)[classes]
+    pixels = features.reshape(num_rois, channels, height * width)
+    logits = torch.bmm(rows[:, None], pixels).reshape(num_rois, height, width)
     if predictor.bias is not None:
         logits = logits + predictor.bias[classes][:, None, None]
     return logits
@@ -314,8 +318,8 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
 
     def predictor_features(self, features: Tensor) -> Tensor:
         """Returns the (R, C, M, M) input of the predictor for (R, C, P, P) region features."""
-        for layer in self.children():
-            if layer is self.predictor:
+        for name, layer in self.named_children():
+            if name == "predictor":  # by name: torch.export hands out stand-ins of modules
                 break
             features = layer(features)
         return features

@@ -18,6 +18,7 @@ from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_forma
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
+from torch.nn import functional as F
 from torchvision.ops import roi_align as torchvision_roi_align
 from torchvision.ops import roi_pool as torchvision_roi_pool
 
@@ -174,7 +175,9 @@ class MultiLevelRoIPooler(nn.Module):
 
     def _assign_levels(self, box_lists: list[Boxes]) -> Tensor:
         """Returns the index in ``scales`` of each box, on its device and without waiting for it."""
-        area = torch.cat([boxes.area() for boxes in box_lists])
+        return self._levels_of_areas(torch.cat([boxes.area() for boxes in box_lists]))
+
+    def _levels_of_areas(self, area: Tensor) -> Tensor:
         # Equation 1 of the FPN paper, rounded as detectron2 does. A box that ends before it starts
         # along one axis has a negative area there, and no level.
         relative_size = torch.sqrt(area.clamp(min=0)) / self.canonical_box_size
@@ -242,6 +245,20 @@ class MultiLevelRoIPooler(nn.Module):
         scale = (scale / 2**levels)[:, None]  # scales halve from level to level
         start, end = round_to_cells(rois[:, 1:3] * scale, rois[:, 3:] * scale)
         return torch.cat([rois[:, :1], start, end], dim=1), (1.0,) * len(self.scales)
+
+    def pool_for_export(self, features: list[Tensor], boxes: Tensor) -> Tensor:
+        """Pools boxes of one image by operators that exporters know, R = 0 included.
+
+        Args:
+            features: one (1, C, Hi, Wi) map per scale.
+            boxes: (R, 4), no coordinate NaN or infinite.
+
+        Returns:
+            (R, C, P, P); of ROIAlign, ROIAlignV2, ROIWarp and ROIPool what ``forward`` gives.
+        """
+        sides = boxes[:, 2:] - boxes[:, :2]
+        rois = F.pad(boxes, [1, 0])  # all of image 0
+        return self._pool_by_level(features, rois, self._levels_of_areas(sides[:, 0] * sides[:, 1]))
 
     def extra_repr(self) -> str:
         return (

@@ -1,0 +1,71 @@
+"""Non-maximum suppression in groups (classes, or maps of a pyramid) as one operator of ONNX.
+
+Shape alphabet: G groups, R boxes, S boxes kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+
+NO_CANDIDATE = float("-inf")
+"""The score of a box that is not looked at."""
+
+
+def class_nms(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int, image_edge: Tensor
+) -> Tensor:
+    """Keeps the boxes that overlap no better one of their group by more than the threshold.
+
+    Differs from torchvision.ops.batched_nms in that groups never touch each other by rounding.
+
+    Args:
+        boxes: (G, R, 4), inside the image.
+        scores: (G, R); NO_CANDIDATE for those that are out.
+        iou_threshold: in [0, 1].
+        limit: as many of a group are enough; below 0: all.
+        image_edge: (4,), above all coordinates.
+
+    Returns:
+        (S,) int64 indices ``group * R + box``, in any order.
+    """
+    if torch.onnx.is_in_onnx_export():
+        kept = _NonMaxSuppression.apply(boxes, scores, iou_threshold, limit)
+        return kept[:, 0] * scores.shape[1] + kept[:, 2]
+    index = torch.nonzero(scores.reshape(-1) > NO_CANDIDATE)[:, 0]
+    # In float64, moving a group away from the others does not round its boxes.
+    group = (index // scores.shape[1]).double()[:, None]
+    apart = boxes.reshape(-1, 4)[index].double() + group * (image_edge.max().double() + 1)
+    # torch.export takes for granted that two boxes are kept at least: two empty ones, the last.
+    apart = F.pad(apart, [0, 0, 0, 2])
+    ranks = F.pad(scores.reshape(-1)[index].double(), [0, 2], value=NO_CANDIDATE)
+    kept = torchvision.ops.nms(apart, ranks, iou_threshold)
+    return index[kept[:-2]]
+
+
+class _NonMaxSuppression(torch.autograd.Function):
+    """ONNX's operator, which takes groups as a batch."""
+
+    @staticmethod
+    def forward(_ctx: Any, _boxes: Tensor, scores: Tensor, *_options: Any) -> Tensor:
+        """Returns something of the right shape: a trace needs no more."""
+        return torch.zeros(min(scores.numel(), 1), 3, dtype=torch.int64)
+
+    @staticmethod
+    def symbolic(g: Any, boxes: Any, scores: Any, iou_threshold: float, limit: int) -> Any:
+        def constant(value: float, dtype: torch.dtype) -> Any:
+            return g.op("Constant", value_t=torch.tensor([value], dtype=dtype))
+
+        one = constant(1, torch.int64)
+        return g.op(
+            "NonMaxSuppression",
+            boxes,
+            g.op("Unsqueeze", scores, one),
+            constant(limit if limit >= 0 else 2**31 - 1, torch.int64),
+            constant(iou_threshold, torch.float32),
+            constant(torch.finfo(torch.float32).min, torch.float32),
+        )

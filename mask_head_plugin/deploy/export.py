@@ -1,0 +1,232 @@
+"""Writes a trained model as a file that runs without its code, and makes sure that it is the same.
+
+What cannot be exported is refused before anything is converted. The file gets its name only once it
+has been run and found to agree with the trained model.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from .. import __version__
+from ..checkpoint.download import local_copy
+from ..class_names import class_names_of
+from ..config import ConfigError
+from ..config_check import check_config
+from ..demo.demo import model_categories
+from ..durable_files import write_durably
+from ..engine.predictor import load_predictor
+from ..messages import first_line, listed
+from ..model_input import IMAGE_FORMATS
+from ..user_code import load_config_and_code
+from .exportable import ExportableMaskRCNN
+from .formats import DEFAULT_OPSET, OPSETS, converted, padded, runner
+from .model_folder import (
+    DESCRIPTION,
+    FORMAT_VERSION,
+    MODEL_FILES,
+    MaskRule,
+    ModelDescription,
+    ModelFile,
+    ModelInput,
+    Weights,
+    sha256_of,
+)
+from .parity import TOLERANCES, Parity, compare
+from .refusals import check_exportable, check_traces
+from .samples import Sample, sample_images
+
+logger = logging.getLogger(__name__)
+
+PASTE = (
+    "bilinear, pixel centres at +0.5, zero outside of the mask, as detectron2's "
+    "paste_masks_in_image"
+)
+
+PRECISIONS = tuple(TOLERANCES)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is exported.
+
+    Attributes:
+        file_format: a key of MODEL_FILES.
+        size: height and width of every image, padded; None for any size.
+        opset: of ONNX; None for DEFAULT_OPSET.
+        precision: one of PRECISIONS.
+    """
+
+    file_format: str
+    size: tuple[int, int] | None = None
+    opset: int | None = None
+    precision: str = "fp32"
+
+
+def export_model(
+    config_file: str,
+    opts: Sequence[str],
+    output: Path,
+    options: ExportOptions,
+    images: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+) -> Parity:
+    """Writes a folder with an exported model and its ``model.json``.
+
+    Args:
+        config_file: a YAML file.
+        opts: "KEY VALUE" pairs in one flat list, MODEL.WEIGHTS among them.
+        output: the folder, made if missing.
+        options: of the export.
+        images: files to compare both models on; those of DATASETS.TEST if there are none.
+        overwrite: replace a model that is in the folder.
+
+    Returns:
+        How far the exported model is from the trained one.
+
+    Raises:
+        ConfigError: if a setting, a file or the folder cannot be used, if something of the model
+            cannot be exported, or if what was exported is not the same. No file is left then.
+        OSError: if a file cannot be written.
+    """
+    check_options(options)
+    path = output / MODEL_FILES[options.file_format]
+    _check_output(output, overwrite=overwrite)
+    cfg = load_config_and_code(config_file, opts)
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError("no weights: name them with --weights FILE, or MODEL.WEIGHTS in --opts")
+    cfg.MODEL.DEVICE = "cpu"
+    check_config(cfg, train=False, evaluate=False)
+    if cfg.INPUT.FORMAT not in IMAGE_FORMATS:
+        raise ConfigError(
+            f"INPUT.FORMAT {cfg.INPUT.FORMAT!r} is none of {listed(IMAGE_FORMATS)}, and the "
+            "runtime of exported models reads no other"
+        )
+    model = load_predictor(cfg).model.eval()
+    check_exportable(model)
+    check_traces(ExportableMaskRCNN(model))
+    samples = sample_images(cfg, images, options.size, model.backbone.size_divisibility)
+    content, parity = _exported(model, samples, options)
+    description = _describe(cfg, model, options, content, parity)
+    (output / DESCRIPTION).unlink(missing_ok=True)  # it would describe another file for a moment
+    write_durably(path, lambda file: file.write(content))
+    write_durably(output / DESCRIPTION, description.to_json())
+    return parity
+
+
+def check_options(options: ExportOptions) -> None:
+    """Raises a ConfigError, naming the flag, if there is no such export."""
+    if options.opset is not None and options.file_format != "onnx":
+        raise ConfigError(f"--opset is ONNX's, and --format is {options.file_format}")
+    if options.opset is not None and options.opset not in OPSETS:
+        raise ConfigError(f"--opset {options.opset} is not from {OPSETS[0]} to {OPSETS[-1]}")
+    if options.size is not None and min(options.size) < 1:
+        raise ConfigError(f"--size {options.size[0]} {options.size[1]}: both must be above 0")
+    if options.file_format == "onnx":
+        for package in ("onnx", "onnxruntime"):
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(f"--format onnx needs {package}: pip install {package}")
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file; name a folder")
+    taken = [name for name in (DESCRIPTION, *MODEL_FILES.values()) if (output / name).exists()]
+    if taken and not overwrite:
+        raise ConfigError(
+            f"--output {output} has {taken[0]} already; name another folder, or add --overwrite"
+        )
+
+
+def _exported(
+    model: Any, samples: Sequence[Sample], options: ExportOptions
+) -> tuple[bytes, Parity]:
+    """Returns the file of the model, which has been compared with it."""
+    exportable = ExportableMaskRCNN(model)
+    if options.precision == "fp16":
+        exportable = ExportableMaskRCNN(copy.deepcopy(model))
+        exportable.halve()
+    exportable.eval()
+    image = samples[0].image
+    inputs = (image,) if options.size is None else padded(image, options.size)
+    opset = options.opset or DEFAULT_OPSET
+    try:
+        content = converted(exportable, inputs, options.file_format, opset)
+        run = runner(content, options.file_format, exportable.output_names, options.size)
+        tolerance = TOLERANCES[options.precision]
+        parity = compare(model, run, samples, tolerance, options.size)
+    except Exception as error:  # whatever an exporter or a runtime may raise
+        logger.debug("the export failed", exc_info=True)
+        raise ConfigError(
+            f"--format {options.file_format}: the export failed: {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
+    if parity.unlike:
+        more = f" (and {len(parity.unlike) - 1} more differences)" if parity.unlike[1:] else ""
+        raise ConfigError(
+            f"--format {options.file_format}: nothing was written, for the exported model differs "
+            f"from the trained one. {parity.unlike[0]}{more}"
+        )
+    return content, parity
+
+
+def _describe(
+    cfg: CfgNode, model: Any, options: ExportOptions, content: bytes, parity: Parity
+) -> ModelDescription:
+    heads = model.roi_heads
+    predictor = heads.box_predictor
+    predictor = predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
+    exportable = ExportableMaskRCNN(model)
+    names = class_names_of(model)
+    is_onnx = options.file_format == "onnx"
+    weights = Path(local_copy(cfg.MODEL.WEIGHTS.partition("?")[0]))
+    packages = ["mask_head_plugin", "torch", "torchvision", *(["onnx"] if is_onnx else [])]
+    return ModelDescription(
+        format_version=FORMAT_VERSION,
+        model=ModelFile(
+            file=MODEL_FILES[options.file_format],
+            format=options.file_format,
+            sha256=hashlib.sha256(content).hexdigest(),
+            opset=(options.opset or DEFAULT_OPSET) if is_onnx else None,
+            precision=options.precision,
+        ),
+        num_classes=heads.num_classes,
+        class_names=names,
+        category_ids=None if names is None else list(model_categories(cfg, names).ids),
+        input=ModelInput(
+            format=cfg.INPUT.FORMAT,
+            channels=len(cfg.MODEL.PIXEL_MEAN),
+            min_size=cfg.INPUT.MIN_SIZE_TEST,
+            max_size=cfg.INPUT.MAX_SIZE_TEST,
+            size=options.size,
+            interpolation="bilinear (Pillow)",
+        ),
+        outputs=exportable.output_names,
+        score_threshold=float(predictor.test_score_thresh),
+        nms_threshold=float(predictor.test_nms_thresh),
+        detections_per_image=predictor.test_topk_per_image,
+        mask=MaskRule(0.5, parity.mask_side, PASTE) if exportable.has_masks else None,
+        mask_scoring=exportable.has_mask_scores,
+        versions={name: _version(name) for name in packages},
+        weights=Weights(weights.name, sha256_of(weights)),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _version(package: str) -> str:
+    if package == "mask_head_plugin":
+        return __version__
+    return importlib.metadata.version(package)

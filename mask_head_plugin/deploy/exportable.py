@@ -1,0 +1,303 @@
+"""A trained Mask R-CNN as one function of tensors, which every exporter of PyTorch can follow.
+
+detectron2's models pass lists of Instances and take Python's branches on numbers of boxes. This
+module holds the same layers, with the same weights, and does what lies between them with tensors
+alone: any image size and any number of detections, none included. There is one image at a time.
+
+Shape alphabet: L feature maps of the RPN, A anchors a place, R RoIs, K classes, C channels, M mask
+side, H and W image or map sides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.layers import ROIAlign
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import RoIPool
+
+from ..modeling.mask_head import ClassSelection, FCNMaskHead
+from ..modeling.pooler import MultiLevelRoIPooler
+from .class_nms import NO_CANDIDATE, class_nms
+
+
+class ExportableMaskRCNN(nn.Module):
+    """Images in, detections out, as ``model.inference(..., do_postprocess=False)`` finds them.
+
+    Its layers are those of the model, not copies. deploy.refusals says which models it takes.
+    """
+
+    # detectron2's modules have no types.
+    model: Any
+    box_pooler: Any
+    mask_pooler: Any
+
+    def __init__(self, model: GeneralizedRCNN) -> None:
+        """
+        Args:
+            model: in evaluation mode. Half-precision layers get half-precision features; boxes,
+                scores and RoI pooling are float32 either way.
+        """
+        super().__init__()
+        self.model = model
+        heads = model.roi_heads
+        self.has_masks = heads.mask_on
+        self.has_mask_scores = (
+            self.has_masks and getattr(heads.mask_head, "iou_head", None) is not None
+        )
+        self.box_pooler = plugin_pooler(heads.pooler if _is_res5(heads) else heads.box_pooler)
+        if self.has_masks:
+            pooler = heads.pooler if _is_res5(heads) else heads.mask_pooler
+            self.mask_pooler = plugin_pooler(pooler)
+
+    @property
+    def output_names(self) -> list[str]:
+        names = ["boxes", "scores", "classes"]
+        names += ["mask_probs"] if self.has_masks else []
+        return [*names, "mask_scores"] if self.has_mask_scores else names
+
+    def halve(self) -> None:
+        """Makes the weights of all layers half precision, in place."""
+        heads = self.model.roi_heads
+        self.model.backbone.half()
+        self.model.proposal_generator.rpn_head.half()
+        for name in ("res5", "box_head", "box_predictor", "mask_head"):
+            if hasattr(heads, name):
+                getattr(heads, name).half()
+
+    def forward(self, image: Tensor, image_hw: Tensor | None = None) -> tuple[Tensor, ...]:
+        """
+        Args:
+            image: (C, H, W) float32 pixels as the model's config reads them, already resized.
+            image_hw: (2,) int64, the part at the top left that is image; the rest is padding,
+                whatever is in it. None if all is image.
+
+        Returns:
+            Best first: boxes (R, 4) in pixels of ``image``, scores (R,), classes (R,) int64, with
+            masks the probabilities (R, M, M) of the class's mask, with mask scoring the scores (R,)
+            of the masks.
+        """
+        pixels, image_edge = self._prepare(image, image_hw)
+        features = self.model.backbone(pixels)
+        proposals = self._propose(features, image_edge)
+        heads = self.model.roi_heads
+        maps = [features[name] for name in heads.in_features]
+        find = self._find_cascade if isinstance(heads, CascadeROIHeads) else self._find
+        found = find(maps, proposals, image_edge)
+        return found + (self._masks(maps, *found) if self.has_masks else ())
+
+    def _prepare(self, image: Tensor, image_hw: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the (1, C, H', W') input of the backbone, and the (4,) largest coordinates."""
+        height, width = image.shape[1], image.shape[2]
+        pixels = (image - self.model.pixel_mean) / self.model.pixel_std
+        if image_hw is None:
+            image_hw = torch.stack([_scalar(height), _scalar(width)])
+        else:
+            rows = torch.arange(height) < image_hw[0]
+            columns = torch.arange(width) < image_hw[1]
+            pixels = torch.where(rows[:, None] & columns, pixels, torch.zeros(()))
+        backbone = self.model.backbone
+        constraints = backbone.padding_constraints
+        divisor = constraints.get("size_divisibility", backbone.size_divisibility)
+        square = constraints.get("square_size", 0)
+        if square > 0:
+            padding = square - height, square - width
+        else:
+            padding = (-height) % max(divisor, 1), (-width) % max(divisor, 1)
+        pixels = F.pad(pixels, [0, padding[1], 0, padding[0]])[None]
+        dtype = next(backbone.parameters()).dtype
+        return pixels.to(dtype), image_hw.flip(0).repeat(2).to(torch.float32)
+
+    def _propose(self, features: dict[str, Tensor], image_edge: Tensor) -> Tensor:
+        """Returns the (R, 4) boxes of detectron2's find_top_rpn_proposals, best first.
+
+        Only the best anchors of a map are made boxes. A map with fewer than are wanted is filled up
+        with anchors that are no candidates, so that sizes are fixed up to the suppression.
+        """
+        rpn = self.model.proposal_generator
+        maps = [features[name] for name in rpn.in_features]
+        generator = rpn.anchor_generator
+        boxes, scores = [], []
+        for logits, deltas, cell_anchors, stride in zip(
+            *rpn.rpn_head(maps), generator.cell_anchors, generator.strides, strict=True
+        ):
+            number = rpn.pre_nms_topk[False]
+            height, width = logits.shape[2], logits.shape[3]
+            flat = F.pad(logits.flatten().float(), [0, number], value=NO_CANDIDATE)
+            best, index = flat.topk(number)
+            index = torch.minimum(index, _scalar(logits.numel()) - 1)
+            cell, place = index // (height * width), index % (height * width)
+            corner = torch.stack([place % width, place // width], dim=1) + generator.offset
+            anchors = cell_anchors[cell] + (corner * stride).repeat(1, 2)
+            deltas = deltas.unflatten(1, (-1, 4)).flatten(3)[0].transpose(1, 2).reshape(-1, 4)
+            boxes.append(rpn.box2box_transform.apply_deltas(deltas[index], anchors))
+            scores.append(best)
+        stacked = torch.stack(boxes)
+        is_finite = stacked.isfinite().all(dim=2)
+        stacked = _clip(stacked, image_edge)
+        sides = stacked[..., 2:] - stacked[..., :2]
+        is_candidate = is_finite & (sides > rpn.min_box_size).all(dim=2)
+        logits = torch.stack(scores).masked_fill(~is_candidate, NO_CANDIDATE)
+        limit = rpn.post_nms_topk[False]
+        kept = class_nms(stacked, logits, rpn.nms_thresh, limit, image_edge)
+        return stacked.flatten(0, 1)[_best(kept, logits, limit)]
+
+    def _find(
+        self, maps: list[Tensor], proposals: Tensor, image_edge: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.model.roi_heads
+        pooled = _pooled(self.box_pooler, maps, proposals)
+        is_res5 = _is_res5(heads)
+        region = heads.res5(pooled).mean(dim=[2, 3]) if is_res5 else heads.box_head(pooled)
+        scores, deltas = heads.box_predictor(region)
+        probs = class_probs(heads.box_predictor, scores)
+        boxes = heads.box_predictor.box2box_transform.apply_deltas(deltas, proposals)
+        return self._select(heads.box_predictor, boxes, probs, image_edge)
+
+    def _find_cascade(
+        self, maps: list[Tensor], boxes: Tensor, image_edge: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores are the mean of all stages', boxes the last one's, as in CascadeROIHeads."""
+        heads = self.model.roi_heads
+        probs = []
+        for stage, (head, predictor) in enumerate(
+            zip(heads.box_head, heads.box_predictor, strict=True)
+        ):
+            if stage > 0:
+                boxes = _clip(boxes, image_edge)
+            scores, deltas = predictor(head(_pooled(self.box_pooler, maps, boxes)))
+            probs.append(class_probs(predictor, scores))
+            boxes = predictor.box2box_transform.apply_deltas(deltas, boxes)
+        mean = torch.stack(probs).sum(dim=0) * (1.0 / len(probs))
+        return self._select(predictor, boxes, mean, image_edge)
+
+    def _select(
+        self, predictor: Any, boxes: Tensor, probs: Tensor, image_edge: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the boxes, scores and classes of detectron2's fast_rcnn_inference.
+
+        Args:
+            predictor: its thresholds count.
+            boxes: (R, 4 K), or (R, 4) for class-agnostic boxes.
+            probs: (R, K + 1).
+            image_edge: see _prepare.
+        """
+        is_finite = boxes.isfinite().all(dim=1) & probs.isfinite().all(dim=1)
+        num_classes = probs.shape[1] - 1
+        # Without -1 for K: ONNX cannot tell it where there is no box.
+        by_class = boxes.reshape(-1, boxes.shape[1] // 4, 4)
+        by_class = _clip(by_class, image_edge).transpose(0, 1)
+        by_class = by_class.expand(num_classes, -1, -1)
+        scores = probs[:, :-1].t()
+        is_candidate = (scores > predictor.test_score_thresh) & is_finite
+        scores = scores.masked_fill(~is_candidate, NO_CANDIDATE)
+        limit = predictor.test_topk_per_image
+        kept = class_nms(by_class, scores, predictor.test_nms_thresh, limit, image_edge)
+        best = _best(kept, scores, limit)
+        classes = best // scores.shape[1]
+        return by_class.reshape(-1, 4)[best], scores.reshape(-1)[best], classes
+
+    def _masks(
+        self, maps: list[Tensor], boxes: Tensor, scores: Tensor, classes: Tensor
+    ) -> tuple[Tensor, ...]:
+        heads = self.model.roi_heads
+        pooled = _pooled(self.mask_pooler, maps, boxes)
+        if _is_res5(heads):
+            pooled = heads.res5(pooled)
+        head = heads.mask_head
+        probs = mask_probs(head, pooled, classes).float()
+        if not self.has_mask_scores:
+            return (probs,)
+        if head.num_classes == 1:
+            classes = torch.zeros_like(classes)
+        iou = head.iou_head(pooled, probs.to(pooled.dtype), classes).float()
+        return probs, scores * iou.clamp(0, 1)
+
+
+def _pooled(pooler: MultiLevelRoIPooler, maps: list[Tensor], boxes: Tensor) -> Tensor:
+    pooled = pooler.pool_for_export(maps, boxes)
+    if torch.compiler.is_compiling():  # torch.export cannot know that each RoI has one level
+        pooled = pooled.narrow(0, 0, boxes.shape[0])
+    return pooled
+
+
+def class_probs(predictor: Any, scores: Tensor) -> Tensor:
+    """Returns (R, K + 1) probabilities as FastRCNNOutputLayers.predict_probs."""
+    scores = scores.float()
+    return scores.sigmoid() if predictor.use_sigmoid_ce else scores.softmax(dim=1)
+
+
+def mask_probs(head: Any, features: Tensor, classes: Tensor) -> Tensor:
+    """Returns the (R, M, M) probabilities of each RoI's class.
+
+    Args:
+        head: the plugin's or detectron2's mask head.
+        features: (R, C, P, P) region features.
+        classes: (R,) int64 in [0, K).
+    """
+    activation = head.losses[0].activation if isinstance(head, ClassSelection) else None
+    if activation is not None:
+        return activation(head.class_logits(features), classes)
+    if isinstance(head, FCNMaskHead):
+        zeros = torch.zeros_like(classes)
+        return head.selected_logits(features, zeros if head.num_classes == 1 else classes).sigmoid()
+    # One product for all classes, for MLPMaskHead groups RoIs by class in a loop.
+    is_plugin = isinstance(head, ClassSelection)
+    logits = head.class_logits(features) if is_plugin else head.layers(features)
+    num_classes = logits.shape[1]
+    if num_classes == 1:
+        return logits[:, 0].sigmoid()
+    index = torch.arange(logits.shape[0]) * num_classes + classes
+    return logits.flatten(0, 1)[index].sigmoid()
+
+
+def _clip(boxes: Tensor, image_edge: Tensor) -> Tensor:
+    return torch.minimum(boxes.clamp(min=0), image_edge)
+
+
+def _best(kept: Tensor, scores: Tensor, limit: int) -> Tensor:
+    """Returns the flat indices of what was kept, best first and no more than the limit."""
+    order = scores.reshape(-1)[kept].sort(descending=True)[1]
+    return kept[order[:limit] if limit >= 0 else order]
+
+
+def _scalar(size: Any) -> Tensor:
+    """Returns a size as an int64 tensor that a trace computes and does not keep as a number."""
+    return torch.full((), size, dtype=torch.int64)
+
+
+def _is_res5(heads: nn.Module) -> bool:
+    return isinstance(heads, Res5ROIHeads)
+
+
+def plugin_pooler(pooler: Any) -> Any:
+    """Returns the plugin's pooler that computes what one of detectron2's does.
+
+    Args:
+        pooler: a MultiLevelRoIPooler, which is returned, or a ROIPooler.
+
+    Returns:
+        A MultiLevelRoIPooler; None for rotated boxes, which the plugin does not pool.
+    """
+    if isinstance(pooler, MultiLevelRoIPooler):
+        return pooler
+    first, sampling_ratio = pooler.level_poolers[0], 0
+    if isinstance(first, ROIAlign):
+        pooler_type = "ROIAlignV2" if first.aligned else "ROIAlign"
+        sampling_ratio = first.sampling_ratio
+    elif isinstance(first, RoIPool):
+        pooler_type = "ROIPool"
+    else:
+        return None
+    return MultiLevelRoIPooler(
+        pooler.output_size,
+        [level.spatial_scale for level in pooler.level_poolers],
+        sampling_ratio,
+        pooler_type,
+        pooler.canonical_box_size,
+        pooler.canonical_level,
+    )

@@ -1,0 +1,245 @@
+"""The folder of an exported model: the model and ``model.json``, which says how to use it.
+
+Shape alphabet: K classes, M mask side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
+
+from ..messages import ConfigError, one_line
+
+DESCRIPTION = "model.json"
+
+FORMAT_VERSION = 1
+
+MODEL_FILES = {
+    "onnx": "model.onnx",
+    "torchscript": "model.torchscript.pt",
+    "exported_program": "model.pt2",
+}
+
+
+class ModelFolderError(ConfigError):
+    """A folder that holds no usable exported model, said in one line with its path."""
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """The file of the model.
+
+    Attributes:
+        file: its name in the folder.
+        format: a key of MODEL_FILES.
+        sha256: of the file.
+        opset: the version of ONNX's operators; None for the other formats.
+        precision: "fp32" or "fp16", of its layers; inputs and outputs are float32 either way.
+    """
+
+    file: str
+    format: str
+    sha256: str
+    opset: int | None
+    precision: str
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What the model is given.
+
+    Attributes:
+        format: the order of the channels, as INPUT.FORMAT.
+        channels: their number.
+        min_size: the shorter side after resizing, in pixels; 0 keeps the size.
+        max_size: what the longer side may not exceed then.
+        size: (height, width) of every image, padded at the right and below; None for any size.
+        interpolation: how images are resized.
+    """
+
+    format: str
+    channels: int
+    min_size: int
+    max_size: int
+    size: tuple[int, int] | None
+    interpolation: str
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How masks come from the model's output.
+
+    Attributes:
+        threshold: pixels of at least this probability belong to the mask.
+        side: M.
+        paste: how probabilities become pixels, in words.
+    """
+
+    threshold: float
+    side: int
+    paste: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The file of the weights that were exported, by its name and hash."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """The content of ``model.json``.
+
+    Attributes:
+        format_version: FORMAT_VERSION.
+        model: the file.
+        num_classes: K.
+        class_names: of the K classes; None if nobody knows them.
+        category_ids: that predictions have in COCO files; None where names are unknown.
+        input: what it is given.
+        outputs: names of its outputs, in order.
+        score_threshold: detections have a higher score.
+        nms_threshold: IoU above which the worse of two detections of a class was dropped.
+        detections_per_image: at most.
+        mask: None for a model without masks.
+        mask_scoring: whether masks have scores of their own.
+        versions: of the packages that exported it.
+        weights: what was exported.
+        date: of the export, ISO 8601.
+    """
+
+    format_version: int
+    model: ModelFile
+    num_classes: int
+    class_names: list[str] | None
+    category_ids: list[int] | None
+    input: ModelInput
+    outputs: list[str]
+    score_threshold: float
+    nms_threshold: float
+    detections_per_image: int
+    mask: MaskRule | None
+    mask_scoring: bool
+    versions: dict[str, str]
+    weights: Weights
+    date: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the hash of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_model_folder(folder: Path, *, check_hash: bool = True) -> ModelDescription:
+    """Reads ``model.json`` and makes sure that the model is the one that it describes.
+
+    Args:
+        folder: what tools/export_model.py wrote.
+        check_hash: compare the file of the model with its hash.
+
+    Raises:
+        ModelFolderError: naming the file and, for ``model.json``, the key.
+    """
+    path = folder / DESCRIPTION
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        kind = f"{folder} has no {DESCRIPTION}" if folder.is_dir() else f"{folder} is no folder"
+        raise ModelFolderError(f"{kind}; export a model with tools/export_model.py") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFolderError(f"{path} cannot be read: {one_line(error)}") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise ModelFolderError(
+            f"{path}: format_version is {version!r}, and this version of mask_head_plugin reads "
+            f"{FORMAT_VERSION}; export the model again"
+        )
+    description: ModelDescription = _parsed(ModelDescription, document, str(path), "")
+    _check_values(description, path)
+    _check_file(folder / description.model.file, description.model, check_hash=check_hash)
+    return description
+
+
+def _check_values(description: ModelDescription, path: Path) -> None:
+    model = description.model
+    if model.format not in MODEL_FILES:
+        raise ModelFolderError(
+            f"{path}: model.format is {model.format!r} and none of {sorted(MODEL_FILES)}"
+        )
+    if Path(model.file).name != model.file:
+        raise ModelFolderError(
+            f"{path}: model.file is {model.file!r} and not the name of a file in its folder"
+        )
+    for key in ("class_names", "category_ids"):
+        values = getattr(description, key)
+        if values is not None and len(values) != description.num_classes:
+            raise ModelFolderError(
+                f"{path}: {key} has {len(values)} entries, and num_classes is "
+                f"{description.num_classes}"
+            )
+    expected = ["boxes", "scores", "classes"]
+    expected += ["mask_probs"] if description.mask else []
+    expected += ["mask_scores"] if description.mask_scoring else []
+    if description.outputs != expected:
+        raise ModelFolderError(f"{path}: outputs is {description.outputs} and not {expected}")
+
+
+def _check_file(path: Path, model: ModelFile, *, check_hash: bool) -> None:
+    if not path.is_file():
+        raise ModelFolderError(f"{path} is missing, which {DESCRIPTION} beside it describes")
+    if check_hash and sha256_of(path) != model.sha256:
+        raise ModelFolderError(
+            f"{path} is not the model that {DESCRIPTION} describes: its SHA-256 differs, as of a "
+            "file that was cut off or exchanged; copy the whole folder again"
+        )
+
+
+def _parsed(kind: Any, value: Any, path: str, key: str) -> Any:
+    """Returns a value of JSON as what a dataclass says of it.
+
+    Args:
+        kind: a type as dataclasses in this module have it.
+        value: of JSON.
+        path: of the file, for errors.
+        key: where the value is in the file, for errors.
+    """
+    if is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        missing = [x.name for x in fields(kind) if x.name not in value]
+        if missing:
+            raise ModelFolderError(f"{path}: {key + '.' if key else ''}{missing[0]} is missing")
+        prefix = f"{key}." if key else ""
+        # What a later version may add is left aside.
+        return kind(**{x: _parsed(hint, value[x], path, prefix + x) for x, hint in hints.items()})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is UnionType:
+        if value is None and NoneType in arguments:
+            return None
+        return _parsed(arguments[0], value, path, key)
+    if origin is list and isinstance(value, list):
+        return [_parsed(arguments[0], x, path, f"{key}[{k}]") for k, x in enumerate(value)]
+    if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
+        return tuple(_parsed(arguments[0], x, path, f"{key}[{k}]") for k, x in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {k: _parsed(arguments[1], x, path, f"{key}.{k}") for k, x in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise ModelFolderError(
+        f"{path}: {key} is {json.dumps(value)[:80]}, which is not expected there"
+    )

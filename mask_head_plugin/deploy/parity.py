@@ -1,0 +1,161 @@
+"""How far an exported model is from the trained one, detection by detection.
+
+Shape alphabet: R detections, M mask side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from detectron2.modeling import GeneralizedRCNN
+from torch import Tensor
+
+from .samples import Sample
+
+Outputs = dict[str, npt.NDArray[np.generic]]
+Run = Callable[[Tensor], Outputs]
+
+TOLERANCES: Mapping[str, Mapping[str, float]] = {
+    "fp32": {"boxes": 1e-2, "scores": 1e-4, "mask_probs": 1e-3, "mask_scores": 1e-4},
+    "fp16": {"boxes": 2.0, "scores": 2e-2, "mask_probs": 1e-1, "mask_scores": 2e-2},
+}
+"""Largest difference of each output that is rounding: boxes in pixels of the model's input."""
+
+
+@dataclass
+class Parity:
+    """What was compared.
+
+    Attributes:
+        tolerance: by output.
+        largest: the largest difference of each output so far.
+        mask_side: M, of models with masks.
+        counts: detections of each image.
+        unlike: what differs beyond the tolerance, a line each.
+    """
+
+    tolerance: Mapping[str, float]
+    largest: dict[str, float] = field(default_factory=dict)
+    mask_side: int = 0
+    counts: list[int] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
+
+    def add(self, name: str, expected: Outputs, found: Outputs, cut: float) -> None:
+        """Compares the outputs of an image.
+
+        Args:
+            name: of the image.
+            expected: the trained model's.
+            found: the exported model's.
+            cut: the score above which both must have a detection.
+        """
+        self.counts.append(len(expected["scores"]))
+        if "mask_probs" in expected:
+            self.mask_side = expected["mask_probs"].shape[-1]
+        pairs = matched(expected, found)
+        for kind, outputs, rows in (
+            ("the exported model lacks", expected, pairs[:, 0]),
+            ("only the exported model has", found, pairs[:, 1]),
+        ):
+            alone = np.delete(outputs["scores"], rows)
+            sure = alone[alone > cut + self.tolerance["scores"]]
+            if len(sure):
+                self.unlike.append(
+                    f"{name}: {kind} {len(sure)} detections, with scores up to {sure.max():.4f}"
+                )
+        for output in expected:
+            if output == "classes":
+                continue
+            a, b = expected[output][pairs[:, 0]], found[output][pairs[:, 1]]
+            distance = float(np.abs(a.astype(np.float64) - b).max(initial=0))
+            self.largest[output] = max(self.largest.get(output, 0.0), distance)
+            if not distance <= self.tolerance[output]:
+                self.unlike.append(
+                    f"{name}: {output} differ by {distance:.3g}, and {self.tolerance[output]:g} "
+                    "is rounding"
+                )
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{name} {value:.2g}" for name, value in self.largest.items())
+        return (
+            f"compared with the trained model on {len(self.counts)} images with "
+            f"{min(self.counts)} to {max(self.counts)} detections; largest differences: {told}"
+        )
+
+
+def matched(expected: Outputs, found: Outputs) -> npt.NDArray[np.int64]:
+    """Returns (P, 2) rows of detections of one class at the same place, best first.
+
+    Rounding may exchange detections whose scores are all but equal, so order alone tells nothing.
+    """
+    pairs, free = [], np.ones(len(found["scores"]), bool)
+    for row, (box, number) in enumerate(zip(expected["boxes"], expected["classes"], strict=True)):
+        distance = np.abs(found["boxes"] - box).max(axis=1)
+        distance[~free | (found["classes"] != number)] = np.inf
+        near = max(1.0, 0.1 * float((box[2:] - box[:2]).max()))
+        if len(distance) and distance.min() <= near:
+            best = int(distance.argmin())
+            free[best] = False
+            pairs.append((row, best))
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def compare(
+    model: GeneralizedRCNN,
+    run: Run,
+    samples: Sequence[Sample],
+    tolerance: Mapping[str, float],
+    size: tuple[int, int] | None,
+) -> Parity:
+    """Runs both models on images.
+
+    Args:
+        model: the trained one, in evaluation mode on the CPU.
+        run: the exported one.
+        samples: images.
+        tolerance: by output.
+        size: height and width that the exported model pads images to, or None.
+    """
+    parity = Parity(tolerance)
+    predictor = model.roi_heads.box_predictor
+    predictor = predictor[-1] if isinstance(predictor, torch.nn.ModuleList) else predictor
+    limit = predictor.test_topk_per_image
+    for sample in samples:
+        expected = eager_outputs(model, sample.image, size)
+        found = run(sample.image)
+        scores = expected["scores"]
+        is_full = 0 <= limit <= len(scores) > 0
+        cut = float(scores.min()) if is_full else predictor.test_score_thresh
+        parity.add(sample.name, expected, found, cut)
+    return parity
+
+
+@torch.no_grad()
+def eager_outputs(
+    model: GeneralizedRCNN, image: Tensor, size: tuple[int, int] | None = None
+) -> Outputs:
+    """Returns what the trained model finds in an image, by the names of the exported outputs.
+
+    Args:
+        model: in evaluation mode.
+        image: (C, H, W) float32.
+        size: height and width to pad to; None pads as far as the backbone needs.
+    """
+    batch = [{"image": image}]
+    if size is not None:  # detectron2 pads an image to the largest of its batch
+        batch.append({"image": image.new_zeros(image.shape[0], *size)})
+    found = model.inference(batch, do_postprocess=False)[0]
+    outputs = {
+        "boxes": found.pred_boxes.tensor.numpy(),
+        "scores": found.scores.numpy(),
+        "classes": found.pred_classes.numpy(),
+    }
+    if found.has("pred_masks"):
+        outputs["mask_probs"] = found.pred_masks[:, 0].numpy()
+    if found.has("mask_scores"):
+        outputs["mask_scores"] = found.mask_scores.numpy()
+    return outputs

@@ -1,0 +1,97 @@
+"""Images on which an exported model is compared with the trained one.
+
+Shape alphabet: C channels, H and W image sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..image_files import read_image
+from ..model_input import model_hw, resized
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+NUM_OF_DATASET = 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A (C, H, W) float32 image as the model sees it, and what it is called in reports."""
+
+    name: str
+    image: Tensor
+
+
+def sample_images(
+    cfg: CfgNode, paths: Sequence[str], size: tuple[int, int] | None, divisor: int
+) -> list[Sample]:
+    """Returns the images of ``paths``, or else of DATASETS.TEST; and made ones of other sizes.
+
+    Args:
+        cfg: of the model.
+        paths: image files.
+        size: height and width that no image may exceed, or None.
+        divisor: of the sides that the backbone wants.
+
+    Raises:
+        ImageFileError: if a file cannot be used.
+    """
+    found = list(paths) or _images_of_dataset(cfg)
+    samples = [Sample(path, read_sample(cfg, path, size)) for path in found]
+    return samples + list(_made_images(cfg, size, divisor))
+
+
+def read_sample(cfg: CfgNode, path: str, size: tuple[int, int] | None) -> Tensor:
+    """Returns a file's (C, H, W) pixels, resized as detectron2's predictor does.
+
+    Args:
+        cfg: of the model.
+        path: of the file.
+        size: height and width into which larger images are shrunk, or None.
+    """
+    pixels = read_image(path, cfg.INPUT.FORMAT)
+    height, width = pixels.shape[:2]
+    hw = model_hw((height, width), cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, size)
+    pixels = resized(pixels, hw).transpose(2, 0, 1)
+    return torch.from_numpy(np.array(pixels, np.float32, order="C"))
+
+
+def _images_of_dataset(cfg: CfgNode) -> list[str]:
+    """Returns some images of the first data set of DATASETS.TEST that has any on this machine."""
+    for name in cfg.DATASETS.TEST:
+        folder = MetadataCatalog.get(name).get("image_root")
+        if folder and Path(folder).is_dir():
+            images = (
+                x for x in sorted(Path(folder).iterdir()) if x.suffix.lower() in IMAGE_SUFFIXES
+            )
+            return [str(path) for path, _ in zip(images, range(NUM_OF_DATASET), strict=False)]
+    return []
+
+
+def _made_images(cfg: CfgNode, size: tuple[int, int] | None, divisor: int) -> Iterator[Sample]:
+    """Yields smooth noise of two sizes, and images of one colour, in which little is found."""
+    side = cfg.INPUT.MIN_SIZE_TEST or 160
+    side = min(side, cfg.INPUT.MAX_SIZE_TEST, *(size or ()))
+    wide = min(side * 4 // 3, cfg.INPUT.MAX_SIZE_TEST, *(size[1:] if size else ()))
+    small = max(side * 2 // 3, min(side, 2 * divisor + 1))
+    mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
+    std = torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    for hw in ((side, wide), (side, small)):
+        cells = [max(x // 24, 2) for x in hw]
+        noise = torch.randn(1, len(mean), *cells, generator=generator)
+        noise = F.interpolate(noise, hw, mode="bicubic", align_corners=False)[0]
+        yield Sample(f"noise {hw[0]} x {hw[1]}", mean + std * noise)
+    for number, colour in enumerate((0.0, -2.0, 2.0)):
+        image = (mean + colour * std).expand(-1, small, small).contiguous()
+        yield Sample(f"one colour, {number + 1}", image)

@@ -1,0 +1,113 @@
+"""A folder that holds no usable model is an error in one line that names the file and the key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from mask_head_plugin.deploy.model_folder import (
+    DESCRIPTION,
+    MaskRule,
+    ModelDescription,
+    ModelFile,
+    ModelFolderError,
+    ModelInput,
+    Weights,
+    read_model_folder,
+)
+
+CONTENT = b"a model"
+
+DESCRIBED = ModelDescription(
+    format_version=1,
+    model=ModelFile("model.onnx", "onnx", hashlib.sha256(CONTENT).hexdigest(), 17, "fp32"),
+    num_classes=2,
+    class_names=["cat", "dög"],
+    category_ids=[17, 18],
+    input=ModelInput("BGR", 3, 800, 1333, (800, 1344), "bilinear (Pillow)"),
+    outputs=["boxes", "scores", "classes", "mask_probs", "mask_scores"],
+    score_threshold=0.05,
+    nms_threshold=0.5,
+    detections_per_image=100,
+    mask=MaskRule(0.5, 28, "bilinear"),
+    mask_scoring=True,
+    versions={"torch": "2.14.1"},
+    weights=Weights("model_final.pth", "00"),
+    date="2026-11-25T00:00:00+00:00",
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(CONTENT)
+    (tmp_path / DESCRIPTION).write_text(DESCRIBED.to_json(), encoding="utf-8")
+    return tmp_path
+
+
+def test_what_was_written_is_read(folder):
+    assert read_model_folder(folder) == DESCRIBED
+
+
+def test_keys_of_later_versions_are_left_aside(folder):
+    document = json.loads(DESCRIBED.to_json())
+    document["new"] = document["model"]["new"] = 1
+    (folder / DESCRIPTION).write_text(json.dumps(document))
+    assert read_model_folder(folder) == DESCRIBED
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format_version=2), "format_version is 2"),
+        (lambda d: d.pop("format_version"), "format_version is None"),
+        (lambda d: d.pop("nms_threshold"), "nms_threshold is missing"),
+        (lambda d: d["input"].pop("min_size"), "input.min_size is missing"),
+        (lambda d: d.update(mask=[]), r"mask is \[\], which"),
+        (lambda d: d["input"].update(size=[1]), r"input.size is \[1\]"),
+        (lambda d: d["input"].update(size=[1, "2"]), r'input.size\[1\] is "2"'),
+        (lambda d: d.update(mask_scoring=1), "mask_scoring is 1"),
+        (lambda d: d["model"].update(opset=True), "model.opset is true"),
+        (lambda d: d.update(class_names=["cat"]), "class_names has 1 entries"),
+        (lambda d: d.update(category_ids=[1, 2, 3]), "category_ids has 3 entries"),
+        (lambda d: d["model"].update(format="caffe"), "model.format is 'caffe'"),
+        (lambda d: d["model"].update(file="../model.onnx"), "model.file is '../model.onnx'"),
+        (lambda d: d["model"].update(file="other.onnx"), "other.onnx is missing"),
+        (lambda d: d["outputs"].pop(), "outputs is"),
+        (lambda d: d.update(mask_scoring=False), "outputs is"),
+    ],
+)
+def test_wrong_entries_are_named(folder, change, message):
+    document = json.loads(DESCRIBED.to_json())
+    change(document)
+    (folder / DESCRIPTION).write_text(json.dumps(document))
+    with pytest.raises(ModelFolderError, match=message) as caught:
+        read_model_folder(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", [b"{", b"", b"\xff\xfe", b"[]", b"3", b"null", b"[" * 100_000], ids=repr
+)
+def test_broken_descriptions_are_named(folder, text):
+    (folder / DESCRIPTION).write_bytes(text)
+    with pytest.raises(ModelFolderError, match=DESCRIPTION):
+        read_model_folder(folder)
+
+
+@pytest.mark.parametrize("content", [CONTENT[:-1], b"", CONTENT + b"1"])
+def test_a_model_that_was_cut_off_or_exchanged_is_refused(folder, content):
+    (folder / "model.onnx").write_bytes(content)
+    with pytest.raises(ModelFolderError, match=r"model.onnx is not the model .* SHA-256"):
+        read_model_folder(folder)
+    assert read_model_folder(folder, check_hash=False) == DESCRIBED
+
+
+def test_missing_folders_and_descriptions_are_named(folder):
+    (folder / DESCRIPTION).unlink()
+    with pytest.raises(ModelFolderError, match=f"has no {DESCRIPTION}"):
+        read_model_folder(folder)
+    with pytest.raises(ModelFolderError, match="is no folder"):
+        read_model_folder(folder / "missing")

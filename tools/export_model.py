@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Writes a trained model for use without its code: ONNX, TorchScript or torch.export."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """
+Examples:
+  The checkpoint of this repository as ONNX:
+    python tools/export_model.py --config-file configs/shapes/mask_rcnn_shapes.yaml \\
+        --weights checkpoints/mask_rcnn_shapes.safetensors --format onnx --output output/onnx
+  Images of one size, compared on your own, with another score threshold:
+    python tools/export_model.py --config-file ... --weights ... --format onnx \\
+        --output output/onnx --size 800 1344 --images photos/*.jpg \\
+        --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.3
+
+In the folder of --output:
+  model.onnx, model.torchscript.pt or model.pt2   Resized image in; boxes, scores, classes, mask
+                     probabilities and, with mask scoring, mask scores out. See docs/deploy.md.
+  model.json         Class names, how images are resized, thresholds, how masks are pasted,
+                     versions, hashes of the model and of the weights.
+The exported model is run on images and compared with the trained one. If it differs, no file is
+left.
+Exit code: 0; 2 if a setting, a file or the model cannot be used.
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
+    parser.add_argument("--weights", default="", metavar="FILE", help="its MODEL.WEIGHTS")
+    parser.add_argument(
+        "--format", required=True, choices=("onnx", "torchscript", "exported_program")
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="made if missing"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="pad every image to this size in place of taking any, as TensorRT likes it",
+    )
+    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX, 16 to 20 (default 17)")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="of the layers; inputs and outputs are float32 (default fp32)",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="compare on these (default: some of DATASETS.TEST, if they are on this machine)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in the folder")
+    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
+    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+    rest: dict[str, Any] = {"nargs": argparse.REMAINDER, "default": []}
+    parser.add_argument("--opts", **rest, help="KEY VALUE pairs of the config, behind all flags")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+    from mask_head_plugin.config import import_options
+    from mask_head_plugin.deploy.export import ExportOptions, export_model
+
+    weights = ["MODEL.WEIGHTS", args.weights] if args.weights else []
+    opts = [*import_options(args.imports), *weights, *args.opts]
+    size = tuple(args.size) if args.size else None
+    options = ExportOptions(args.format, size, args.opset, args.precision)
+    try:
+        parity = export_model(
+            args.config_file, opts, args.output, options, args.images, overwrite=args.overwrite
+        )
+    except (ConfigError, OSError) as error:
+        print(f"export_model.py: {error}", file=sys.stderr)
+        return 2
+    print(parity)
+    print(f"the model is in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
