@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from torch import nn
 
 from .. import __version__
 from ..checkpoint.download import local_copy
@@ -31,7 +30,7 @@ from ..engine.predictor import load_predictor
 from ..messages import first_line, listed
 from ..model_input import IMAGE_FORMATS
 from ..user_code import load_config_and_code
-from .exportable import ExportableMaskRCNN
+from .exportable import ExportableMaskRCNN, last_predictor
 from .formats import DEFAULT_OPSET, OPSETS, converted, padded, runner
 from .model_folder import (
     DESCRIPTION,
@@ -186,9 +185,7 @@ def _exported(
 def _describe(
     cfg: CfgNode, model: Any, options: ExportOptions, content: bytes, parity: Parity
 ) -> ModelDescription:
-    heads = model.roi_heads
-    predictor = heads.box_predictor
-    predictor = predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
+    predictor = last_predictor(model)
     exportable = ExportableMaskRCNN(model)
     names = class_names_of(model)
     is_onnx = options.file_format == "onnx"
@@ -203,7 +200,7 @@ def _describe(
             opset=(options.opset or DEFAULT_OPSET) if is_onnx else None,
             precision=options.precision,
         ),
-        num_classes=heads.num_classes,
+        num_classes=model.roi_heads.num_classes,
         class_names=names,
         category_ids=None if names is None else list(model_categories(cfg, names).ids),
         input=ModelInput(

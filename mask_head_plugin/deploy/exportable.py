@@ -225,6 +225,12 @@ def _pooled(pooler: MultiLevelRoIPooler, maps: list[Tensor], boxes: Tensor) -> T
     return pooled
 
 
+def last_predictor(model: Any) -> Any:
+    """Returns the box predictor, of a cascade the last one's, whose thresholds count."""
+    predictor = model.roi_heads.box_predictor
+    return predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
+
+
 def class_probs(predictor: Any, scores: Tensor) -> Tensor:
     """Returns (R, K + 1) probabilities as FastRCNNOutputLayers.predict_probs."""
     scores = scores.float()

@@ -224,7 +224,9 @@ def _parsed(kind: Any, value: Any, path: str, key: str) -> Any:
             raise ModelFolderError(f"{path}: {key + '.' if key else ''}{missing[0]} is missing")
         prefix = f"{key}." if key else ""
         # What a later version may add is left aside.
-        return kind(**{x: _parsed(hint, value[x], path, prefix + x) for x, hint in hints.items()})
+        values = {x: _parsed(hint, value[x], path, prefix + x) for x, hint in hints.items()}
+        made: Any = kind
+        return made(**values)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is UnionType:
         if value is None and NoneType in arguments:

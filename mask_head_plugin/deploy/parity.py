@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,10 @@ import torch
 from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor
 
+from .exportable import last_predictor
 from .samples import Sample
 
-Outputs = dict[str, npt.NDArray[np.generic]]
+Outputs = dict[str, npt.NDArray[Any]]
 Run = Callable[[Tensor], Outputs]
 
 TOLERANCES: Mapping[str, Mapping[str, float]] = {
@@ -121,8 +123,7 @@ def compare(
         size: height and width that the exported model pads images to, or None.
     """
     parity = Parity(tolerance)
-    predictor = model.roi_heads.box_predictor
-    predictor = predictor[-1] if isinstance(predictor, torch.nn.ModuleList) else predictor
+    predictor = last_predictor(model)
     limit = predictor.test_topk_per_image
     for sample in samples:
         expected = eager_outputs(model, sample.image, size)
