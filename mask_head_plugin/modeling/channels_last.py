@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import torch
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
+
+from .graph_capture import is_captured, stand_in
 
 MIN_ELEMENTS = 1 << 18
 """Elements of one image's map, 1 MB of float32, from which copies for the weight gradient pay."""
@@ -53,9 +54,7 @@ class WeightGradientFromCopies(Conv2d):
 
     def __prepare_scriptable__(self) -> Conv2d:
         """Returns what torch.jit.script compiles in place of this."""
-        ordinary = copy.copy(self)
-        ordinary.__class__ = Conv2d
-        return ordinary
+        return stand_in(self, Conv2d)
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
@@ -65,7 +64,7 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not is_captured()
         and x.dim() == 4
         and len(x) > 0
         and math.prod(x.shape[1:]) >= MIN_ELEMENTS

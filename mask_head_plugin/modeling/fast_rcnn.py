@@ -17,6 +17,8 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torch.nn import functional as F
 
+from .graph_capture import stand_in
+
 Predictions = tuple[Tensor, Tensor]
 
 
@@ -40,6 +42,10 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
             return super().forward(x)
         x = x.flatten(1)
         return ScoresAndFeatures(self.cls_score(x), x)
+
+    def __prepare_scriptable__(self) -> FastRCNNOutputLayers:
+        """Returns what torch.jit.script compiles in place of this."""
+        return stand_in(self, FastRCNNOutputLayers)
 
     def losses(self, predictions: Predictions, proposals: list[Instances]) -> dict[str, Tensor]:
         return super().losses(self._select(predictions, proposals), proposals)

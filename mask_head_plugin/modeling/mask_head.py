@@ -25,11 +25,12 @@ from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead, MaskRCNNCo
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import DEFAULT_LOSSES
 from ..ops import crop_masks
 from ..shared_names import register_in
+from .class_selection import select_class_logits, select_class_masks
+from .graph_capture import stand_in
 from .mask_loss_terms import parse_losses, weighted_mask_losses
 from .mask_scoring import MaskIoUHead, instance_areas, mask_iou_targets
 
@@ -40,61 +41,6 @@ Losses = Sequence[Sequence[Any]]
 LossParams = Mapping[str, Mapping[str, Any]]
 
 NO_PARAMETERS: LossParams = {}
-
-
-def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor) -> Tensor:
-    """Applies, to each RoI, only its class's row of a 1x1 convolution.
-
-    Args:
-        features: (R, C, M, M).
-        predictor: 1x1 convolution with K outputs.
-        classes: (R,) int64 in [0, K).
-
-    Returns:
-        (R, M, M) logits, equal to ``predictor(features)[arange(R), classes]``.
-    """
-    num_rois = features.shape[0]
-    # Numbers, also in a trace: an ONNX runtime would infer them, and cannot where there is no RoI.
-    channels, height, width = (int(size) for size in features.shape[1:])
-    rows = predictor.weight.flatten(1)[classes]
-    pixels = features.reshape(num_rois, channels, height * width)
-    logits = torch.bmm(rows[:, None], pixels).reshape(num_rois, height, width)
-    if predictor.bias is not None:
-        logits = logits + predictor.bias[classes][:, None, None]
-    return logits
-
-
-def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, side: int) -> Tensor:
-    """Applies, to each RoI, only its class's rows of a linear layer with a whole mask per class.
-
-    RoIs of one class share a matrix product: gathering (M M, D) weights per RoI would cost more
-    than computing all classes. On CUDA all are computed, since grouping would wait for the device.
-
-    Args:
-        hidden: (R, D).
-        predictor: linear layer with K M M outputs.
-        classes: (R,) int64 in [0, K).
-        side: M.
-
-    Returns:
-        (R, M, M) logits, equal to ``predictor(hidden).view(R, K, M, M)[arange(R), classes]``.
-    """
-    if hidden.is_cuda:
-        logits = predictor(hidden).unflatten(1, (-1, side, side))
-        return logits[torch.arange(len(classes), device=classes.device), classes]
-    order = classes.argsort(stable=True)
-    present, counts = torch.unique_consecutive(classes[order], return_counts=True)
-    # unbind, so that backward fills one gradient of the whole layer and not one per class.
-    weights = predictor.weight.unflatten(0, (-1, side * side)).unbind()
-    biases = predictor.bias.unflatten(0, (-1, side * side)).unbind()
-    groups = hidden[order].split(counts.tolist())
-    logits = [
-        F.linear(rows, weights[k], biases[k])
-        for k, rows in zip(present.tolist(), groups, strict=True)
-    ]
-    if not logits:  # a zero gradient for each parameter, which DistributedDataParallel needs
-        return predictor(hidden)[:, : side * side].unflatten(1, (side, side))
-    return torch.cat(logits)[order.argsort()].unflatten(1, (side, side))
 
 
 class ClassSelection(nn.Module):
@@ -168,7 +114,8 @@ class ClassSelection(nn.Module):
             mask_logits = self.class_logits(features)
             mask_probs = activation(mask_logits.detach(), classes)
         if not self.training:
-            counts = [len(x) for x in instances]
+            # Not of len(), which in a trace is the number of its example.
+            counts = [x.pred_classes.shape[0] for x in instances]
             for x, probs in zip(instances, mask_probs[:, None].split(counts), strict=True):
                 x.pred_masks = probs
             if self.iou_head is not None:
@@ -190,6 +137,21 @@ class ClassSelection(nn.Module):
             loss = (iou - target).square().sum() / max(len(iou), 1)
             losses["loss_mask_iou"] = self.iou_loss_weight * loss
         return losses
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Returns what torch.jit.script compiles in place of this: detectron2's mask head.
+
+        Raises:
+            ValueError: if detectron2's head would not compute the same.
+        """
+        term, where = self.losses[0], "cannot be scripted; use torch.jit.trace"
+        if not isinstance(self, MaskRCNNConvUpsampleHead):
+            raise ValueError(f"MODEL.ROI_MASK_HEAD.NAME {type(self).__name__} {where}")
+        if self.iou_head is not None:
+            raise ValueError(f"MODEL.ROI_MASK_HEAD.SCORING.ENABLED True {where}")
+        if term.activation is not None:
+            raise ValueError(f"MODEL.ROI_MASK_HEAD.LOSSES: {term.name!r} {where}")
+        return stand_in(self, MaskRCNNConvUpsampleHead)
 
     @torch.no_grad()
     def _log(self, mask_probs: Tensor, gt_masks: Tensor) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
+from .class_selection import of_class
+
 MaskLoss = Callable[..., Tensor]
 LossT = TypeVar("LossT", bound=MaskLoss)
 
@@ -96,7 +98,7 @@ def softmax_probs(class_logits: Tensor, classes: Tensor) -> Tensor:
     Returns:
         (R, M, M): ``exp(z_k) / (1 + sum_j exp(z_j))``.
     """
-    own = class_logits[torch.arange(len(classes), device=classes.device), classes]
+    own = of_class(class_logits, classes)
     return (own - F.softplus(class_logits.logsumexp(1))).exp()
 
 
@@ -117,7 +119,7 @@ def softmax_cross_entropy(
         gt_masks: (R, M, M) in [0, 1].
         weights: (R,); None for all equal.
     """
-    own = class_logits[torch.arange(len(classes), device=classes.device), classes]
+    own = of_class(class_logits, classes)
     pixels = F.softplus(class_logits.logsumexp(1)) - gt_masks * own
     return mean_over_rois(pixels.flatten(1).mean(1), weights)
 

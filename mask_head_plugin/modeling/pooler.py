@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import Tensor, nn
-from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 from torch.nn import functional as F
 from torchvision.ops import roi_align as torchvision_roi_align
 from torchvision.ops import roi_pool as torchvision_roi_pool
 
 from ..ops import precise_roi_pool, roi_align, roi_pool, roi_warp
 from ..ops.axis_weights import MAX_CELL, round_to_cells
+from .graph_capture import is_captured
 
 POOLER_TYPES = ("ROIPool", "ROIWarp", "ROIAlign", "ROIAlignV2", "PrROIPool")
 
@@ -58,8 +58,9 @@ class MultiLevelRoIPooler(nn.Module):
     The Triton kernel reads channels_last maps; others are copied. "Deterministic" is
     torch.use_deterministic_algorithms. Where Triton is missing or does not compile the kernel for
     some type or size, a log line says so once and torchvision's operator takes its place. Traces
-    hold torchvision's operators, too (a loop over groups of RoIs would hold those of its example):
-    PrROIPool and maxima of samples cannot be traced. Nothing can be scripted.
+    and exports hold torchvision's operators (a loop over groups of RoIs would hold those of its
+    example), scripts detectron2's ROIPooler. Neither knows PrROIPool and maxima of samples, and
+    scripts do not know ROIWarp.
 
     Results are channels_last, except those of torchvision's operators.
     """
@@ -112,6 +113,14 @@ class MultiLevelRoIPooler(nn.Module):
         self.canonical_box_size = canonical_box_size
         self.canonical_level = canonical_level
         self.min_level = int(levels[0])
+        # For torch.jit.script, which confuses modules that are made while it runs (see stand_in).
+        self._scriptable = []
+        if pooler_type in ("ROIAlign", "ROIAlignV2", "ROIPool") and (
+            reduction == "mean" or pooler_type == "ROIPool"
+        ):
+            canonical = canonical_box_size, canonical_level
+            arguments = self.output_size, scales, sampling_ratio, pooler_type
+            self._scriptable.append(ROIPooler(*arguments, *canonical))
 
     def forward(self, features: list[Tensor], box_lists: list[Boxes]) -> Tensor:
         """
@@ -135,27 +144,42 @@ class MultiLevelRoIPooler(nn.Module):
             )
         if not box_lists:
             return features[0].new_zeros(0, features[0].shape[1], *self.output_size)
-        if is_tracing():  # numbers of boxes are those of the example, unless in detectron2's way
-            rois = convert_boxes_to_pooler_format(box_lists)
-        else:
-            rois = boxes_to_rois(box_lists)
+        rois = boxes_to_rois(box_lists)
+        if not is_captured():
             check_finite(rois)
         levels = self._assign_levels(box_lists)
         sampled = self.pooler_type in ("ROIWarp", "ROIAlign", "ROIAlignV2")
         averaged = sampled and self.reduction == "mean"
-        if is_tracing():
-            if not averaged and self.pooler_type != "ROIPool":
-                raise ValueError(f"{self.pooler_type} with {self.reduction} cannot be traced")
-            return self._pool_by_level(features, rois, levels)
         fast_cuda = features[0].is_cuda and not torch.are_deterministic_algorithms_enabled()
         wide = features[0].dtype in (torch.float32, torch.float64)
         if averaged and fast_cuda and features[0].dtype != torch.float64:
             return self._pool_at_once(features, rois, levels)
+        if is_captured():
+            if not averaged and self.pooler_type != "ROIPool":
+                raise ValueError(self._refusal("traced or exported"))
+            return self._pool_by_level(features, rois, levels)
         if averaged and wide and self._is_small(features, rois):
             return self._pool_by_level(features, rois, levels)
         if self.pooler_type == "ROIPool" and (fast_cuda or (not features[0].is_cuda and wide)):
             return self._pool_by_level(features, rois, levels)
         return self._operator()(features, rois, self.output_size, self.scales, levels=levels)
+
+    def __prepare_scriptable__(self) -> ROIPooler:
+        """Returns what torch.jit.script compiles in place of this.
+
+        Raises:
+            ValueError: if detectron2's pooler does not know how to pool so.
+        """
+        if not self._scriptable:
+            raise ValueError(self._refusal("scripted"))
+        return self._scriptable[0]
+
+    def _refusal(self, verb: str) -> str:
+        return (
+            f"POOLER_TYPE {self.pooler_type} with POOLER_REDUCTION {self.reduction} cannot be "
+            f"{verb}: choose ROIAlignV2 with mean and, for means that come close to the integrals "
+            "of PrROIPool, a high POOLER_SAMPLING_RATIO"
+        )
 
     def _is_small(self, features: list[Tensor], rois: Tensor) -> bool:
         """Whether laying out weights would take longer than torchvision's plain loops.
@@ -205,7 +229,8 @@ class MultiLevelRoIPooler(nn.Module):
     def _pool_at_once(self, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
         first, options = features[0], (self.sampling_ratio, self._aligned)
         kernel = first.device, first.dtype, first.shape[1], len(features), self.output_size
-        if not can_pool_at_once(*kernel, *options):
+        is_tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if is_tracing or not can_pool_at_once(*kernel, *options):
             return self._pool_by_level(features, rois, levels)
         from ..ops.roi_pooling_operator import multilevel_roi_align  # needs Triton
 
@@ -231,8 +256,10 @@ class MultiLevelRoIPooler(nn.Module):
             else:
                 options = (self.sampling_ratio, self._aligned)
                 pooled.append(torchvision_roi_align(*arguments, *options))
-        result = torch.cat(pooled).index_select(0, torch.cat(by_level).argsort())
-        return result.to(features[0].dtype)
+        result = torch.cat(pooled)
+        # Of the RoIs' number, also for torch.export, which does not know that the levels add up.
+        zeros = torch.zeros_like(rois[:, :1, None, None]).expand(-1, *result.shape[1:])
+        return zeros.index_put((torch.cat(by_level),), result).to(features[0].dtype)
 
     def _quantize(self, rois: Tensor, levels: Tensor) -> tuple[Tensor, tuple[float, ...]]:
         """Returns RoIs and scales with which ROIAlign computes what is asked for.
@@ -281,7 +308,7 @@ def boxes_to_rois(box_lists: Sequence[Boxes]) -> Tensor:
     """Returns (R, 5) RoIs, image index and box, without waiting for the device."""
     rois = []
     for image, boxes in enumerate(box_lists):
-        index = boxes.tensor.new_full((len(boxes), 1), image)
+        index = torch.full_like(boxes.tensor[:, :1], image)  # not of len(), a number in a trace
         rois.append(torch.cat([index, boxes.tensor], dim=1))
     return torch.cat(rois)
 

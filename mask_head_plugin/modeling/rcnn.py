@@ -7,11 +7,11 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, detector_postprocess
 from detectron2.structures import Instances
-from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from ..ops import encode_masks
 from ..shared_names import register_in
 from ..structures import RLEMasks
+from .graph_capture import copy_sharing_tensors, is_captured, stand_in
 
 MASK_OUTPUTS = ("rle", "bitmask")
 
@@ -22,7 +22,7 @@ class MaskRCNN(GeneralizedRCNN):
 
     ``rle``: an RLEMasks. No image-sized mask is drawn at any time. ``bitmask``: detectron2's
     (N, H, W) tensor. Training and inference without postprocessing (which test-time augmentation
-    uses) are detectron2's. So is tracing, as FLOP counts do it: a trace holds tensors alone.
+    uses) are detectron2's. So are traces, scripts and exports, which hold tensors alone.
     """
 
     @configurable
@@ -57,7 +57,7 @@ class MaskRCNN(GeneralizedRCNN):
         do_postprocess: bool = True,
     ) -> list[Any]:
         """See GeneralizedRCNN.inference."""
-        if self.mask_output == "bitmask" or not do_postprocess or is_tracing():
+        if self.mask_output == "bitmask" or not do_postprocess or is_captured():
             return super().inference(batched_inputs, detected_instances, do_postprocess)
         # Not by overriding _postprocess, which GeneralizedRCNN calls as its own static method.
         results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
@@ -66,6 +66,10 @@ class MaskRCNN(GeneralizedRCNN):
             output_hw = x.get("height", found.image_size[0]), x.get("width", found.image_size[1])
             outputs.append({"instances": rle_postprocess(found, *output_hw)})
         return outputs
+
+    def __prepare_scriptable__(self) -> GeneralizedRCNN:
+        """Returns what torch.jit.script compiles in place of this; it does no postprocessing."""
+        return stand_in(copy_sharing_tensors(self), GeneralizedRCNN)
 
 
 def rle_postprocess(instances: Instances, output_height: int, output_width: int) -> Instances:

@@ -21,6 +21,9 @@ from .pooler import build_pooler, with_stock_pooler_types
 class PerClassMaskROIHeads(StandardROIHeads):
     """StandardROIHeads (FPN, DC5) whose box and mask features come from MultiLevelRoIPooler."""
 
+    # Lets torch.jit.script leave out branches, as detectron2 does for StandardROIHeads itself.
+    __constants__ = ("mask_on", "keypoint_on", "training")
+
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         arguments = super()._init_box_head(with_stock_pooler_types(cfg), input_shape)

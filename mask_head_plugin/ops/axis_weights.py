@@ -217,8 +217,8 @@ def round_to_cells(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
 def _round(x: Tensor) -> Tensor:
     """Rounds half away from zero, as C does; torch.round takes the even neighbour."""
-    whole = x.trunc()
-    return torch.where((x - whole).abs() >= 0.5, whole + torch.sign(x), whole)
+    whole = x.abs().floor()  # ONNX has no trunc
+    return torch.where(x.abs() - whole >= 0.5, whole + 1, whole) * torch.sign(x)
 
 
 def roi_pool_samples(start: Tensor, end: Tensor, num_bins: int, num_cells: int) -> AxisSamples:

@@ -15,11 +15,8 @@ from torch import nn
 
 from mask_head_plugin.config import DEFAULT_LOSSES
 from mask_head_plugin.modeling import MASK_LOSS_REGISTRY, FCNMaskHead, MLPMaskHead
-from mask_head_plugin.modeling.mask_head import (
-    STATISTICS_PERIOD,
-    select_class_logits,
-    select_class_masks,
-)
+from mask_head_plugin.modeling.class_selection import select_class_logits, select_class_masks
+from mask_head_plugin.modeling.mask_head import STATISTICS_PERIOD
 from mask_head_plugin.modeling.mask_loss import (
     binary_cross_entropy,
     softmax_cross_entropy,

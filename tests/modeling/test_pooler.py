@@ -151,7 +151,7 @@ def test_a_trace_pools_other_boxes_than_its_example(pooler_type):
 def test_what_cannot_be_traced_says_so():
     features, boxes = make_input(SCALES)
     pooler = MultiLevelRoIPooler(7, SCALES, 0, "PrROIPool")
-    with pytest.raises(ValueError, match="PrROIPool with mean cannot be traced"):
+    with pytest.raises(ValueError, match="PrROIPool with POOLER_REDUCTION mean cannot be traced"):
         torch.jit.trace(lambda *maps: pooler(list(maps), boxes), features, check_trace=False)
 
 
