@@ -12,7 +12,6 @@ versions and date.
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,14 @@ from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
 from mask_branch import make_batch
-from measure import add_busy_argument, machine, median_times
+from measure import (
+    Sizes,
+    add_busy_argument,
+    add_tiny_argument,
+    machine,
+    median_times,
+    write_json,
+)
 from tabulate import tabulate
 from torch import nn
 
@@ -34,10 +40,7 @@ from mask_head_plugin.engine.guards import StepGuard
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Batch statistics: a frozen network with random weights overflows.
-MODELS: dict[str, tuple[str, int, int, list[str]]] = {
-    "R50-FPN, 2 x 512 px": ("Base-MaskRCNN-FPN.yaml", 2, 512, ["MODEL.RESNETS.NORM", "BN"]),
-    "shapes, 4 x 96 px": ("shapes/mask_rcnn_shapes.yaml", 4, 96, []),
-}
+OPTS = ["MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[dict[str, Any]]) -> None:
@@ -55,10 +58,19 @@ def draw_seeds(num_images: int) -> None:
             seed_cpu_generators(1, 2, 3, slot)
 
 
-def measure(name: str, device: str, repeats: int, busy: int) -> dict[str, Any]:
-    config, num_images, side, opts = MODELS[name]
+def models(sizes: Sizes) -> list[tuple[str, int, int, list[str]]]:
+    """Returns config, number of images and their side, and options of each model."""
+    return [
+        ("Base-MaskRCNN-FPN.yaml", 2, sizes.step_side, list(sizes.model_opts)),
+        ("shapes/mask_rcnn_shapes.yaml", 4, 96, []),
+    ]
+
+
+def measure(
+    config: str, num_images: int, side: int, opts: list[str], device: str, repeats: int, busy: int
+) -> dict[str, Any]:
     # So small a rate that the guard, which is at work here, too, has no reason to stop.
-    opts = [*opts, "MODEL.WEIGHTS", "", "MODEL.DEVICE", device, "SOLVER.BASE_LR", "1e-8"]
+    opts = [*OPTS, *opts, "MODEL.DEVICE", device, "SOLVER.BASE_LR", "1e-8"]
     cfg: CfgNode = load_config(str(CONFIGS / config), opts)
     model = Trainer.build_model(cfg)
     optimizer = Trainer.build_optimizer(cfg, model)
@@ -73,7 +85,7 @@ def measure(name: str, device: str, repeats: int, busy: int) -> dict[str, Any]:
     ]
     step, guarded, seeds = median_times(steps, repeats, device, busy=busy)
     return {
-        "model": name,
+        "model": f"{Path(config).stem}, {num_images} x {side} px",
         "step_ms": round(step, 2),
         "guard_ms": round(guarded, 3),
         "seeds_ms": round(seeds, 3),
@@ -90,18 +102,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     add_busy_argument(parser)
+    add_tiny_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = [measure(name, args.device, args.repeats, args.busy) for name in MODELS]
+    rows = [measure(*x, args.device, args.repeats, args.busy) for x in models(args.sizes)]
     print(tabulate(rows, headers="keys", tablefmt="github"))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     results = {
-        "machine": machine(args.device),
+        **machine(args.device),
         "threads": args.threads,
         "busy": args.busy,
         "rows": rows,
     }
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(results, args.output)
     print(f"written to {args.output}")
 
 

@@ -4,6 +4,7 @@
 head: FCN mask head and binary cross-entropy of 128 RoIs of 14 x 14 x 256, K classes, forward and
 backward, and inference. target: 28 x 28 targets of 128 RoIs from bit masks of 800 x 1333. step: one
 training step of Mask R-CNN R50-FPN, two images of 512 px with 8 polygons each, 512 RoIs an image.
+inference: the same model, 100 masks in each of two images, as bit masks of 1080 px or run lengths.
 
 A time is the median of several runs, all sides in turn; ratios are detectron2 / ours. Memory is the
 peak of what PyTorch allocates. With --busy N, times are taken while N other processes compute.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from measure import add_busy_argument, machine, median_times, write_results
+from measure import (
+    FULL,
+    Sizes,
+    add_busy_argument,
+    add_tiny_argument,
+    machine,
+    median_times,
+    write_results,
+)
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from tqdm import tqdm
@@ -39,10 +48,10 @@ from mask_head_plugin.modeling import FCNMaskHead
 from mask_head_plugin.ops import crop_masks
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_ROIS, NUM_CHANNELS, POOLED_SIDE, MASK_SIDE = 128, 256, 14, 28
-IMAGE_HW = (800, 1333)
+POOLED_SIDE, MASK_SIDE, OUTPUT_SIDE = 14, 28, 1080
 
 Sides = dict[str, Callable[[], object]]
+Inputs = tuple[Any, ...]
 
 
 class FixedTargets:
@@ -61,13 +70,14 @@ class FixedTargets:
 class TorchvisionHead(nn.Module):
     """torchvision's layers and its loss."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_channels: int, num_classes: int) -> None:
         super().__init__()
-        self.head = MaskRCNNHeads(NUM_CHANNELS, (NUM_CHANNELS,) * 4, 1)
-        self.predictor = MaskRCNNPredictor(NUM_CHANNELS, NUM_CHANNELS, num_classes)
+        self.head = MaskRCNNHeads(num_channels, (num_channels,) * 4, 1)
+        self.predictor = MaskRCNNPredictor(num_channels, num_channels, num_classes)
 
     def forward(self, features: Tensor, instances: list[Instances]) -> dict[str, Tensor] | Tensor:
-        logits, index = self.predictor(self.head(features)), torch.arange(NUM_ROIS)
+        logits = self.predictor(self.head(features))
+        index = torch.arange(len(logits), device=logits.device)
         if not self.training:
             return logits.sigmoid()[index, instances[0].pred_classes][:, None]
         logits = logits[index, instances[0].gt_classes]
@@ -75,24 +85,24 @@ class TorchvisionHead(nn.Module):
         return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, targets)}
 
 
-def make_heads(num_classes: int, device: str) -> dict[str, nn.Module]:
-    shape = ShapeSpec(channels=NUM_CHANNELS, height=POOLED_SIDE, width=POOLED_SIDE)
-    arguments = {"num_classes": num_classes, "conv_dims": [NUM_CHANNELS] * 5}
+def make_heads(num_channels: int, num_classes: int, device: str) -> dict[str, nn.Module]:
+    shape = ShapeSpec(channels=num_channels, height=POOLED_SIDE, width=POOLED_SIDE)
+    arguments = {"num_classes": num_classes, "conv_dims": [num_channels] * 5}
     heads = {
         "detectron2": MaskRCNNConvUpsampleHead(shape, **arguments),
-        "torchvision": TorchvisionHead(num_classes),
+        "torchvision": TorchvisionHead(num_channels, num_classes),
         "ours": FCNMaskHead(shape, **arguments),
     }
     return {name: head.to(device) for name, head in heads.items()}
 
 
-def make_instances(num_classes: int, device: str) -> Instances:
-    instances = Instances(IMAGE_HW)
-    instances.proposal_boxes = Boxes(torch.rand(NUM_ROIS, 4, device=device))
-    instances.gt_classes = torch.randint(0, num_classes, (NUM_ROIS,), device=device)
+def make_instances(num_rois: int, num_classes: int, device: str) -> Instances:
+    instances = Instances((1, 1))
+    instances.proposal_boxes = Boxes(torch.rand(num_rois, 4, device=device))
+    instances.gt_classes = torch.randint(0, num_classes, (num_rois,), device=device)
     instances.pred_classes = instances.gt_classes
-    instances.scores = torch.rand(NUM_ROIS, device=device)
-    shape = (NUM_ROIS, MASK_SIDE, MASK_SIDE)
+    instances.scores = torch.rand(num_rois, device=device)
+    shape = (num_rois, MASK_SIDE, MASK_SIDE)
     instances.gt_masks = FixedTargets(torch.rand(shape, device=device) > 0.5)
     return instances
 
@@ -105,34 +115,37 @@ def train(model: nn.Module, amp: bool, device: str, *inputs: Any) -> None:
 
 
 @torch.no_grad()
-def infer(head: nn.Module, amp: bool, device: str, features: Tensor, instances: Instances) -> None:
+def infer(model: nn.Module, amp: bool, device: str, make_inputs: Callable[[], Inputs]) -> None:
     with torch.autocast(device, enabled=amp):
-        head(features, [copy.copy(instances)])
+        model(*make_inputs())
 
 
-def head_sides(num_classes: int, training: bool, amp: bool, device: str) -> Sides:
+def head_sides(num_classes: int, training: bool, amp: bool, sizes: Sizes, device: str) -> Sides:
     # As the poolers hand them over: torchvision's and detectron2's contiguous, ours channels-last.
-    features = torch.randn(NUM_ROIS, NUM_CHANNELS, POOLED_SIDE, POOLED_SIDE, device=device)
+    shape = sizes.head_rois, sizes.num_channels, POOLED_SIDE, POOLED_SIDE
+    features = torch.randn(shape, device=device)
     last = features.contiguous(memory_format=torch.channels_last)
-    instances = make_instances(num_classes, device)
+    instances = make_instances(sizes.head_rois, num_classes, device)
     sides: Sides = {}
-    for name, head in make_heads(num_classes, device).items():
+    for name, head in make_heads(sizes.num_channels, num_classes, device).items():
         x = (last if name == "ours" else features).clone(memory_format=torch.preserve_format)
         if training:
             inputs = (x.requires_grad_(), [instances])
             sides[name] = partial(train, head.train(), amp, device, *inputs)
         else:
-            sides[name] = partial(infer, head.eval(), amp, device, x, instances)
+            inputs = lambda x=x: (x, [copy.copy(instances)])  # noqa: E731  # the head adds to them
+            sides[name] = partial(infer, head.eval(), amp, device, inputs)
     return sides
 
 
-def target_sides(device: str) -> Sides:
+def target_sides(sizes: Sizes, device: str) -> Sides:
     generator = torch.Generator().manual_seed(0)
-    low = torch.randn(NUM_ROIS, 1, 20, 30, generator=generator)
-    bits = nn.functional.interpolate(low, IMAGE_HW, mode="bilinear")[:, 0] > 0
-    sides = 16 * (600 / 16) ** torch.rand(NUM_ROIS, 2, generator=generator)
-    room = torch.tensor(IMAGE_HW[::-1]) - sides
-    corner = torch.rand(NUM_ROIS, 2, generator=generator) * room
+    shape = (sizes.head_rois, 2)
+    low = torch.randn(sizes.head_rois, 1, 20, 30, generator=generator)
+    bits = nn.functional.interpolate(low, sizes.image_hw, mode="bilinear")[:, 0] > 0
+    least, greatest = sizes.roi_sides
+    sides = least * (greatest / least) ** torch.rand(shape, generator=generator)
+    corner = torch.rand(shape, generator=generator) * (torch.tensor(sizes.image_hw[::-1]) - sides)
     boxes = torch.cat([corner, corner + sides], dim=1).to(device)
     masks = BitMasks(bits.to(device))
     return {
@@ -141,28 +154,32 @@ def target_sides(device: str) -> Sides:
     }
 
 
-def make_model(num_classes: int, plugin: bool, device: str) -> nn.Module:
+def make_model(
+    num_classes: int, plugin: bool, device: str, more_opts: Sequence[str] = ()
+) -> nn.Module:
     """Builds a model as detectron2's and as this plugin's train_net.py do."""
     # Batch statistics: a frozen network with random weights overflows.
     opts = ["MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN", "MODEL.DEVICE", device]
-    opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(num_classes)]
+    opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(num_classes), *more_opts]
     cfg: CfgNode = load_config(str(ROOT / "configs" / "Base-MaskRCNN-FPN.yaml"), opts)
     if plugin:
         return Trainer.build_model(cfg).train()
-    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_OUTPUT = "GeneralizedRCNN", "bitmask"
     cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
     return DefaultTrainer.build_model(cfg).train()
 
 
-def make_batch(num_classes: int, num_images: int = 2, side: int = 512) -> list[dict[str, Any]]:
+def make_batch(
+    num_classes: int, num_images: int = 2, side: int = FULL.step_side
+) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(num_images):
         corner = torch.rand(8, 2, generator=generator) * side * 0.6
         boxes = torch.cat(
             [corner, corner + 40 + torch.rand(8, 2, generator=generator) * 160], dim=1
-        )
+        ).clamp(max=side)
         instances = Instances((side, side))
         instances.gt_boxes = Boxes(boxes)
         instances.gt_classes = torch.randint(0, num_classes, (8,), generator=generator)
@@ -174,22 +191,60 @@ def make_batch(num_classes: int, num_images: int = 2, side: int = 512) -> list[d
     return batch
 
 
-def step_sides(num_classes: int, amp: bool, device: str) -> Sides:
+def make_models(num_classes: int, sizes: Sizes, device: str) -> dict[str, nn.Module]:
+    """Returns both models, with the same weights."""
+    # All detections count, or random weights would find none.
+    opts = [*sizes.model_opts, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     models = {
-        name: make_model(num_classes, name == "ours", device) for name in ("detectron2", "ours")
+        name: make_model(num_classes, name == "ours", device, opts)
+        for name in ("detectron2", "ours")
     }
     models["ours"].load_state_dict(models["detectron2"].state_dict())
-    batch = make_batch(num_classes)
-    return {name: partial(train, model, amp, device, batch) for name, model in models.items()}
+    return models
 
 
-def settings(amp: bool, device: str) -> Iterator[tuple[str, int, Callable[[], Sides]]]:
+def step_sides(num_classes: int, amp: bool, sizes: Sizes, device: str) -> Sides:
+    batch = make_batch(num_classes, side=sizes.step_side)
+    return {
+        name: partial(train, model, amp, device, batch)
+        for name, model in make_models(num_classes, sizes, device).items()
+    }
+
+
+def inference_sides(num_classes: int, amp: bool, sizes: Sizes, device: str) -> Sides:
+    models = make_models(num_classes, sizes, device)
+    batch = make_batch(num_classes, side=sizes.step_side)
+    for model in models.values():
+        use_statistics_of(model, batch)
+    output = OUTPUT_SIDE * sizes.step_side // FULL.step_side
+    images = [{"image": x["image"], "height": output, "width": output} for x in batch]
+    return {
+        name: partial(infer, model.eval(), amp, device, lambda: (images,))
+        for name, model in models.items()
+    }
+
+
+@torch.no_grad()
+def use_statistics_of(model: nn.Module, batch: list[dict[str, Any]]) -> None:
+    """Makes a batch's statistics those of inference: a network without any overflows."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with EventStorage(1):
+        model(batch)
+
+
+def settings(
+    amp: bool, sizes: Sizes, device: str
+) -> Iterator[tuple[str, int, Callable[[], Sides]]]:
+    options = amp, sizes, device
     for num_classes in (1, 80, 1203):
-        yield "head, training", num_classes, partial(head_sides, num_classes, True, amp, device)
-        yield "head, inference", num_classes, partial(head_sides, num_classes, False, amp, device)
-    yield "bit-mask targets", 0, partial(target_sides, device)
+        yield "head, training", num_classes, partial(head_sides, num_classes, True, *options)
+        yield "head, inference", num_classes, partial(head_sides, num_classes, False, *options)
+    yield "bit-mask targets", 0, partial(target_sides, sizes, device)
     for num_classes in (80, 1203):
-        yield "training step", num_classes, partial(step_sides, num_classes, amp, device)
+        yield "training step", num_classes, partial(step_sides, num_classes, *options)
+    yield "inference", 80, partial(inference_sides, 80, *options)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -223,26 +278,35 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument(
-        "--only", default="", metavar="WORDS", help="rows with these words, as 'step, K = 80'"
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="WORDS",
+        help="rows with any of these words, as 'step, K = 80'",
     )
     add_busy_argument(parser)
+    add_tiny_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
     names = ("detectron2", "torchvision", "ours")
     header = f"{'':18}{'classes':>8}" + "".join(f"{f'{name} ms, MB':>24}" for name in names)
     tqdm.write(header + f"{'time x':>9}{'memory x':>10}")
-    chosen = [x for x in settings(args.amp, args.device) if args.only in f"{x[0]}, K = {x[1]}"]
+    chosen = [
+        x
+        for x in settings(args.amp, args.sizes, args.device)
+        if any(words in f"{x[0]}, K = {x[1]}" for words in args.only)
+    ]
     for what, num_classes, make in tqdm(chosen, unit="setting"):
         torch.manual_seed(0)
         sides = make()
         row: dict[str, Any] = {"what": what, "classes": num_classes}
         times = median_times(list(sides.values()), args.repeats, args.device, busy=args.busy)
-        for (name, step), time in zip(sides.items(), times, strict=True):
-            row[f"{name}_ms"] = round(time, 2)
-            row[f"{name}_mb"] = round(peak_megabytes(step, args.device), 1)
+        peaks = {name: peak_megabytes(step, args.device) for name, step in sides.items()}
+        for name, time in zip(sides, times, strict=True):
+            row[f"{name}_ms"], row[f"{name}_mb"] = round(time, 2), round(peaks[name], 3)
         row["time_ratio"] = round(row["detectron2_ms"] / row["ours_ms"], 2)
-        row["memory_share"] = round(row["ours_mb"] / row["detectron2_mb"], 3)
+        row["memory_share"] = round(peaks["ours"] / peaks["detectron2"], 3)
         rows.append(row)
         cells = "".join(
             f"{row[f'{n}_ms']:>13}{row[f'{n}_mb']:>11}" if f"{n}_ms" in row else " " * 24

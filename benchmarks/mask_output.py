@@ -7,8 +7,10 @@ encodes these. evaluation: AP of made data (images of 480 x 640 with 7 objects a
 AP, which it does not have, is timed beside that. Reading images and inference are in neither.
 
 A time is the median of several runs, all sides in turn; ratios are detectron2 / ours. Memory is by
-how much the process grows at most, in a run of its own. Where detectron2's masks alone would take
-more than --limit-gb, its side is left out and that size is given.
+how much the process grows at most, in a run of its own; with --device cuda, where masks are made on
+the GPU and encoded on the CPU, it is the peak of what PyTorch allocates on the GPU. Where
+detectron2's masks alone would take more than --limit-gb, its side is left out and that size is
+given.
 
 Writes a table, a JSON file with machine, versions and date, and a plot beside it.
 """
@@ -32,16 +34,23 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.layers import paste_masks_in_image
-from measure import add_busy_argument, machine, median_times, peak_resident_megabytes, write_results
+from measure import (
+    Sizes,
+    add_busy_argument,
+    add_tiny_argument,
+    machine,
+    median_times,
+    peak_resident_megabytes,
+    write_results,
+)
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from tqdm import tqdm
 
 from mask_head_plugin.evaluation import MaskEvaluator
+from mask_head_plugin.machine import peak_megabytes
 from mask_head_plugin.ops import encode_masks
 
-IMAGES = ((480, 640), (1080, 1920), (8000, 8000))
-COUNTS = (100, 700)
 MASK_SIDE, EVALUATED_HW, NUM_CLASSES = 28, (480, 640), 80
 OBJECTS_PER_IMAGE, DETECTIONS_PER_IMAGE = 7, 20
 
@@ -62,7 +71,7 @@ def make_masks(num_masks: int, image_hw: tuple[int, int], seed: int = 0) -> tupl
 
 def paste_and_encode(probs: Tensor, boxes: Tensor, image_hw: tuple[int, int]) -> list[Any]:
     """As detectron2's postprocessing and then its instances_to_coco_json do."""
-    masks = paste_masks_in_image(probs, boxes, image_hw)
+    masks = paste_masks_in_image(probs, boxes, image_hw).cpu()
     return [
         coco_mask.encode(np.array(mask[:, :, None], order="F", dtype="uint8"))[0] for mask in masks
     ]
@@ -134,8 +143,11 @@ def evaluate_with_plugin(name: str, results: list[list[dict[str, Any]]], tasks: 
     evaluator.evaluate()
 
 
-def output_sides(num_masks: int, image_hw: tuple[int, int], limit_bytes: float) -> Sides:
-    arguments = (*make_masks(num_masks, image_hw), image_hw)
+def output_sides(
+    num_masks: int, image_hw: tuple[int, int], limit_bytes: float, device: str
+) -> Sides:
+    probs, boxes = make_masks(num_masks, image_hw)
+    arguments = probs.to(device), boxes.to(device), image_hw
     sides: Sides = {"ours": partial(encode_masks, *arguments)}
     if num_masks * image_hw[0] * image_hw[1] <= limit_bytes:
         sides = {"detectron2": partial(paste_and_encode, *arguments), **sides}
@@ -143,13 +155,15 @@ def output_sides(num_masks: int, image_hw: tuple[int, int], limit_bytes: float) 
 
 
 def settings(
-    num_images: int, folder: Path, limit_bytes: float
+    sizes: Sizes, num_images: int, folder: Path, limit_bytes: float, device: str
 ) -> Iterator[tuple[dict[str, Any], Callable[[], Sides]]]:
-    for image_hw in IMAGES:
-        for count in COUNTS:
+    for image_hw in sizes.output_images:
+        for count in sizes.output_counts:
             what = {"what": "output", "image_hw": image_hw, "masks": count}
             what["dense_gb"] = round(count * image_hw[0] * image_hw[1] / 1e9, 2)
-            yield what, partial(output_sides, count, image_hw, limit_bytes)
+            yield what, partial(output_sides, count, image_hw, limit_bytes, device)
+    if num_images == 0:
+        return
 
     def evaluation_sides(boundary: bool) -> Sides:
         name, results = made
@@ -191,13 +205,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def measure(sides: Sides, repeats: int, busy: int) -> dict[str, Any]:
+def measure(sides: Sides, repeats: int, busy: int, device: str) -> dict[str, Any]:
     """Returns the times and peaks of a setting. The run for the peak warms up."""
     row: dict[str, Any] = {}
     for name, step in sides.items():
         gc.collect()
-        row[f"{name}_mb"] = round(peak_resident_megabytes(step), 1)
-    times = median_times(list(sides.values()), repeats, "cpu", busy=busy, warm_up=False)
+        peak = peak_megabytes(step, device) if device == "cuda" else peak_resident_megabytes(step)
+        row[f"{name}_mb"] = round(peak, 1)
+    times = median_times(list(sides.values()), repeats, device, busy=busy, warm_up=0)
     for name, time in zip(sides, times, strict=True):
         row[f"{name}_ms"] = round(time, 2)
     if "detectron2_ms" in row:
@@ -212,9 +227,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks/mask_output.json"))
     parser.add_argument("--repeats", type=int, default=3, help="runs per time, the median counts")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--images", type=int, default=5000, help="images of the evaluation")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--images", type=int, default=5000, help="images of the evaluation; 0 leaves it out"
+    )
     parser.add_argument("--limit-gb", type=float, default=8, help="largest dense masks to make")
     add_busy_argument(parser)
+    add_tiny_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.getLogger("mask_head_plugin").setLevel(logging.WARNING)
@@ -223,9 +242,10 @@ def main() -> None:
         f"{'':26}{'image':>12}{'masks':>8}{'detectron2 ms, MB':>24}{'ours ms, MB':>22}{'x':>8}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        for what, make in settings(args.images, Path(folder), args.limit_gb * 1e9):
+        limit = args.limit_gb * 1e9
+        for what, make in settings(args.sizes, args.images, Path(folder), limit, args.device):
             torch.manual_seed(0)
-            row = {**what, **measure(make(), args.repeats, args.busy)}
+            row = {**what, **measure(make(), args.repeats, args.busy, args.device)}
             row["size"] = "{} x {}".format(*row["image_hw"])
             rows.append(row)
             stock = [row.get(f"detectron2_{unit}", "-") for unit in ("ms", "mb")]
@@ -234,7 +254,7 @@ def main() -> None:
                 f"{row['ours_ms']:>12}{row['ours_mb']:>10}{row.get('time_ratio', '-'):>8}"
             )
     results = {
-        **machine("cpu"),
+        **machine(args.device),
         "repeats": args.repeats,
         "threads": args.threads,
         "busy": args.busy,

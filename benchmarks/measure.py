@@ -1,4 +1,4 @@
-"""What the benchmarks share: times, peak memory, and what they were measured on."""
+"""What the benchmarks share: sizes, times, peak memory, and what they were measured on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,76 @@ import torch
 import torchvision
 
 from mask_head_plugin.machine import cpu_name
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the benchmarks measure with.
+
+    Attributes:
+        image_hw: images whose maps RoIs are pooled from, and those of bit masks.
+        num_channels: of the maps.
+        rois_per_image: that are pooled.
+        roi_sides: their least and greatest side in pixels.
+        pooled_sides: of the pooled squares.
+        head_rois: RoIs in the mask head.
+        step_side: side of the square images of a training step and of inference, in pixels.
+        output_images: height and width of images that masks are put out for.
+        output_counts: masks of one such image.
+        exact_sides: k of the RoIs whose sides are k times the pooled side.
+        profiled_steps: training steps in a trace.
+        model_opts: config keys of R50-FPN.
+    """
+
+    image_hw: tuple[int, int] = (800, 1333)
+    num_channels: int = 256
+    rois_per_image: int = 256
+    roi_sides: tuple[int, int] = (16, 600)
+    pooled_sides: tuple[int, ...] = (7, 14)
+    head_rois: int = 128
+    step_side: int = 512
+    output_images: tuple[tuple[int, int], ...] = ((480, 640), (1080, 1920), (8000, 8000))
+    output_counts: tuple[int, ...] = (100, 700)
+    exact_sides: tuple[int, ...] = tuple(range(1, 65))
+    profiled_steps: int = 3
+    model_opts: tuple[str, ...] = ()
+
+
+FULL = Sizes()
+TINY = Sizes(
+    image_hw=(32, 48),
+    num_channels=3,
+    rois_per_image=1,
+    roi_sides=(8, 12),
+    pooled_sides=(1,),
+    head_rois=2,
+    step_side=64,
+    output_images=((48, 64),),
+    output_counts=(3,),
+    exact_sides=(1,),
+    profiled_steps=1,
+    model_opts=(
+        *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
+        *("MODEL.RESNETS.WIDTH_PER_GROUP", "4", "MODEL.FPN.OUT_CHANNELS", "16"),
+        *("MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
+        *("MODEL.RPN.PRE_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "5"),
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
+        *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "2"),
+        *("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", "4"),
+    ),
+)
+
+
+def add_tiny_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tiny",
+        dest="sizes",
+        action="store_const",
+        const=TINY,
+        default=FULL,
+        help="sizes that show in seconds that the script works; its times then mean nothing",
+    )
+
 
 SPIN = "import os\nwhile os.getppid() == {}: sum(range(10**6))"
 """A program that keeps one processor busy until its parent ends."""
@@ -56,7 +127,7 @@ def median_times(
     device: str,
     *,
     busy: int = 0,
-    warm_up: bool = True,
+    warm_up: int = 1,
 ) -> list[float]:
     """Runs some steps in turn, several times, and returns the median milliseconds of each.
 
@@ -65,9 +136,10 @@ def median_times(
         repeats: rounds that count.
         device: ``cpu`` or ``cuda``.
         busy: other processes that compute all the while.
-        warm_up: whether a first round does not count.
+        warm_up: first rounds that do not count: in them CUDA compiles, and cuDNN looks for its
+            algorithms.
     """
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait = synchronizer(device)
     times: list[list[float]] = [[] for _ in steps]
     with busy_processes(busy):
         for _ in range(repeats + warm_up):
@@ -78,6 +150,11 @@ def median_times(
                 wait()
                 seconds.append(time.perf_counter() - start)
     return [1e3 * statistics.median(seconds[warm_up:]) for seconds in times]
+
+
+def synchronizer(device: str) -> Callable[[], None]:
+    """Returns what waits until the device has done all that it was given."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def peak_resident_megabytes(step: Callable[[], object]) -> float:
@@ -116,12 +193,16 @@ def machine(device: str) -> dict[str, object]:
     }
 
 
+def write_json(results: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def write_results(
     results: dict[str, Any], path: Path, plot: Callable[[list[dict[str, Any]], Path], None]
 ) -> None:
     """Writes results as JSON and, by ``plot``, their ``rows`` as a picture beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(results, path)
     picture = path.with_suffix(".png")
     plot(results["rows"], picture)
     print(f"written to {path} and {picture}")

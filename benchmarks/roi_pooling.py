@@ -26,7 +26,14 @@ import torch
 import torchvision
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from measure import add_busy_argument, machine, median_times, write_results
+from measure import (
+    Sizes,
+    add_busy_argument,
+    add_tiny_argument,
+    machine,
+    median_times,
+    write_results,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,9 +41,6 @@ from mask_head_plugin.machine import peak_megabytes
 from mask_head_plugin.modeling import MultiLevelRoIPooler
 from mask_head_plugin.ops import precise_roi_pool, roi_align, roi_pool
 
-IMAGE_HW = (800, 1333)
-NUM_CHANNELS = 256
-NUM_ROIS_PER_IMAGE = 256
 STRIDES = (4, 8, 16, 32)
 
 
@@ -49,34 +53,35 @@ class Comparison(NamedTuple):
     maps: list[Tensor]
 
 
-def make_boxes(num_images: int, generator: torch.Generator) -> list[Tensor]:
+def make_boxes(num_images: int, sizes: Sizes, generator: torch.Generator) -> list[Tensor]:
     """Returns boxes for each image, sides of 16 to 600 pixels, even in their logarithm."""
-    height, width = IMAGE_HW
-    shape = (NUM_ROIS_PER_IMAGE, 2)
+    height, width = sizes.image_hw
+    least, greatest = sizes.roi_sides
+    shape = (sizes.rois_per_image, 2)
     boxes = []
     for _ in range(num_images):
-        sides = 16 * (600 / 16) ** torch.rand(shape, generator=generator)
+        sides = least * (greatest / least) ** torch.rand(shape, generator=generator)
         room = (torch.tensor([width, height]) - sides).clamp(min=0)
         corner = torch.rand(shape, generator=generator) * room
         boxes.append(torch.cat([corner, corner + sides], dim=1))
     return boxes
 
 
-def make_map(num_images: int, stride: int, layout: str, device: str) -> Tensor:
-    hw = (IMAGE_HW[0] // stride, IMAGE_HW[1] // stride)
-    features = torch.randn(num_images, NUM_CHANNELS, *hw, device=device)
+def make_map(num_images: int, stride: int, layout: str, sizes: Sizes, device: str) -> Tensor:
+    hw = (side // stride for side in sizes.image_hw)
+    features = torch.randn(num_images, sizes.num_channels, *hw, device=device)
     return features.contiguous(memory_format=getattr(torch, layout)).requires_grad_()
 
 
 def comparisons(
-    size: int, ratio: int, layout: str, num_images: int, device: str
+    size: int, ratio: int, layout: str, num_images: int, sizes: Sizes, device: str
 ) -> Iterator[Comparison]:
     """Yields what is compared for one output size, sampling ratio and layout of the maps."""
     generator = torch.Generator().manual_seed(0)
-    boxes = [b.to(device) for b in make_boxes(num_images, generator)]
-    index = torch.arange(num_images, device=device).repeat_interleave(NUM_ROIS_PER_IMAGE)
+    boxes = [b.to(device) for b in make_boxes(num_images, sizes, generator)]
+    index = torch.arange(num_images, device=device).repeat_interleave(sizes.rois_per_image)
     rois = torch.cat([index[:, None], torch.cat(boxes)], dim=1)
-    pyramid = [make_map(num_images, stride, layout, device) for stride in STRIDES]
+    pyramid = [make_map(num_images, stride, layout, sizes, device) for stride in STRIDES]
     box_lists = [Boxes(b) for b in boxes]
     arguments = ((size, size), tuple(1 / s for s in STRIDES), ratio, "ROIAlignV2")
     stock, ours = ROIPooler(*arguments), MultiLevelRoIPooler(*arguments)
@@ -100,7 +105,8 @@ def comparisons(
 def measure(comparison: Comparison, repeats: int, busy: int, device: str) -> dict[str, float]:
     """Returns times, memory and ratios of both sides of a comparison."""
     calls = {"stock": comparison.stock, "ours": comparison.ours}
-    gradient = torch.ones_like(comparison.ours())
+    # Each in the layout of its result: a gradient comes as the next layer makes it.
+    gradients = {who: torch.ones_like(call()) for who, call in calls.items()}
     pooled: dict[str, Tensor] = {}
 
     def forward(who: str) -> None:
@@ -110,16 +116,16 @@ def measure(comparison: Comparison, repeats: int, busy: int, device: str) -> dic
 
     steps: list[Callable[[], object]] = []
     for who in calls:
-        steps += [partial(forward, who), lambda who=who: pooled.pop(who).backward(gradient)]
+        steps += [partial(forward, who), lambda who=who: pooled.pop(who).backward(gradients[who])]
     times = median_times(steps, repeats, device, busy=busy)
     row: dict[str, float] = {}
-    results = gradient.nbytes + sum(x.nbytes for x in comparison.maps)  # and gradients
+    results = gradients["ours"].nbytes + sum(x.nbytes for x in comparison.maps)  # and gradients
     for who, ahead, back in zip(calls, times[::2], times[1::2], strict=True):
         row[f"forward_{who}_ms"] = round(ahead, 2)
         row[f"forward_backward_{who}_ms"] = round(ahead + back, 2)
         for feature in comparison.maps:
             feature.grad = None
-        peak = peak_megabytes(lambda who=who: calls[who]().backward(gradient), device)
+        peak = peak_megabytes(lambda who=who: calls[who]().backward(gradients[who]), device)
         row[f"memory_{who}_mb"] = round(peak - results / 1e6, 1)
     for part in ("forward", "forward_backward"):
         row[f"{part}_ratio"] = round(row[f"{part}_stock_ms"] / row[f"{part}_ours_ms"], 2)
@@ -192,19 +198,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--images", type=int, nargs="+", default=[2])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[7, 14], help="output sizes")
+    parser.add_argument("--ratios", type=int, nargs="+", default=[0, 2], help="sampling ratios")
     add_busy_argument(parser)
+    add_tiny_argument(parser)
     args = parser.parse_args()
     rows = []
     settings = [
         *itertools.product(
-            args.threads, args.images, args.sizes, (0, 2), ("contiguous_format", "channels_last")
+            args.threads,
+            args.images,
+            args.sizes.pooled_sides,
+            args.ratios,
+            ("contiguous_format", "channels_last"),
         )
     ]
     tqdm.write(HEADER)
     for threads, images, size, ratio, layout in tqdm(settings, unit="setting"):
         torch.set_num_threads(threads)
-        for comparison in comparisons(size, ratio, layout, images, args.device):
+        for comparison in comparisons(size, ratio, layout, images, args.sizes, args.device):
             row = {
                 "what": comparison.what,
                 "images": images,

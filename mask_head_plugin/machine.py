@@ -1,11 +1,12 @@
-"""The machine that something runs on: what it is, and how much of its memory a step takes."""
+"""The machine that something runs on: what it is, its memory in a step, its float32."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,21 @@ def peak_megabytes(step: Callable[[], object], device: str) -> float:
     events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
     return max(itertools.accumulate(e.nbytes() for e in events), default=0) / 1e6
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Makes CUDA compute in float32 what it computes in TF32, which has 10 bits of mantissa.
+
+    PyTorch's convolutions do the latter by default, so that two of the same sum, by algorithms for
+    different layouts, agree to three digits only.
+    """
+    backends: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value

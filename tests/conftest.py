@@ -24,6 +24,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mask_head_plugin import load_config
+from mask_head_plugin.machine import full_float32
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -51,6 +52,11 @@ SMALL_RESNET = [
 ]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _run_from_the_root() -> None:
     """The embedded data set lies in datasets/ of the current folder."""
@@ -62,6 +68,13 @@ def _one_thread() -> None:
     """Tensors of tests are small: a second thread gains nothing, and waits on a busy machine."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _float32_on_a_gpu() -> Iterator[None]:
+    """Convolutions of tests are compared to more digits than TF32 has."""
+    with full_float32():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 
 from ..config import ConfigError
 from ..data import check_registered_datasets, register_coco_files
+from ..machine import full_float32
 from ..messages import one_line
 from .measurement import Comparison, choose_images, compare_twins
 from .report import write_markdown, write_pictures, write_table
@@ -31,6 +32,8 @@ def compare_config(
     min_score: float = 0.5,
 ) -> Comparison:
     """Compares both models of a config and writes the comparison.
+
+    On CUDA without TF32: what differs is the models, not the algorithms of convolutions.
 
     Args:
         config: of the model zoo, or a file; see ``zoo.find_config``.
@@ -55,8 +58,9 @@ def compare_config(
     path = find_weights(weights, found)
     twins = load_twins(cfg, path)
     name = choose_images(cfg.DATASETS.TEST[0], num_images, output)
-    comparison = compare_twins(twins, found, path, name, output, min_score)
-    pictures = write_pictures(twins, comparison, output)
+    with full_float32():
+        comparison = compare_twins(twins, found, path, name, output, min_score)
+        pictures = write_pictures(twins, comparison, output)
     write_markdown(comparison, pictures, output / MARKDOWN_FILE)
     comparison.write(output / JSON_FILE)  # last: where it is, a comparison is complete
     return comparison

@@ -318,7 +318,7 @@ def test_strange_boxes_are_pooled_to_finite_values(pooler_type):
     assert torch.isfinite(MultiLevelRoIPooler(7, SCALES, 0, pooler_type)(features, boxes)).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("pooler_type", "reduction"), OPERATORS)
 def test_on_cuda_as_on_the_cpu(pooler_type, reduction, deterministic, monkeypatch):
@@ -338,7 +338,7 @@ def test_on_cuda_as_on_the_cpu(pooler_type, reduction, deterministic, monkeypatc
         assert relative_error(actual, expected) <= 1e-5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("pooler_type", ["ROIWarp", "ROIAlignV2"])
 def test_the_kernel_for_all_levels_does_not_wait_for_the_device(pooler_type):
     module = MultiLevelRoIPooler(7, SCALES, 2, pooler_type, 32, 3)

@@ -182,7 +182,7 @@ def test_what_has_no_encoding_is_refused(arguments, message):
         encode_masks(*arguments)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_on_cuda_equals_the_cpu():
     masks, boxes = smooth_masks(50, 28, 2), torch.rand(50, 4) * 50
     boxes[:, 2:] += boxes[:, :2] + 1

@@ -18,10 +18,8 @@ HALVES = (torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SCALES = (0.25, 0.125)
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
 
-
-@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=needs_gpu)])
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.cuda)])
 def operator(request):
     """Pools by the interpreter, or on a GPU; takes and returns tensors of the CPU."""
     if request.param == "cuda":
@@ -177,7 +175,7 @@ def test_is_one_operator_with_a_gradient_for_compilers(interpreted_operator):
     assert torch.equal(graph(maps), pool(maps))
 
 
-@needs_gpu
+@pytest.mark.cuda
 def test_more_rois_than_an_axis_of_a_grid_has_blocks():
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(66_000, 2, generator=generator) * 10
@@ -190,6 +188,7 @@ def test_more_rois_than_an_axis_of_a_grid_has_blocks():
     assert relative_error(actual, expected) <= 5e-6
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_runs_where_the_maps_are():
     maps, (rois, levels), options = make_maps(), make_rois(), ((2, 2), SCALES, 2, True)
@@ -197,7 +196,7 @@ def test_runs_where_the_maps_are():
     assert torch.equal(actual, on_gpu(maps, rois, levels, *options))
 
 
-@needs_gpu
+@pytest.mark.cuda
 def test_a_cuda_graph_holds_it():
     """Nothing in it waits for the device or copies to it."""
     maps, (rois, levels) = [x.cuda() for x in make_maps()], (x.cuda() for x in make_rois())
