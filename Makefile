@@ -1,6 +1,7 @@
 # make train   environment if missing, then Mask R-CNN on the embedded data set, on CPU or GPU
 # make test    environment if missing, then all tests
 # make lint    environment if missing, then ruff and mypy
+# make gpu     environment if missing, then 25 minutes of measurements on one GPU; GPU_FLAGS=--quick: 5
 # make test-oldest   all tests with the lowest versions that setup.cfg allows, on Python 3.10
 # make clean   removes the environments, caches and the embedded data set; results stay
 #
@@ -21,7 +22,7 @@ else
 ENVIRONMENT := own-environment
 endif
 
-.PHONY: train test test-oldest lint clean own-environment
+.PHONY: train test test-oldest lint gpu clean own-environment
 
 train: $(ENVIRONMENT)
 	$(PYTHON) train_net.py --config-file $(CONFIG)
@@ -38,6 +39,9 @@ lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+
+gpu: $(ENVIRONMENT)
+	$(PYTHON) benchmarks/gpu_campaign.py $(GPU_FLAGS)
 
 # The stamp comes last, so an interrupted installation is taken up again.
 $(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py

@@ -45,7 +45,7 @@ In the folder of --output:
   campaign.json   the same for scripts, with the results of each part
   NAME.json, NAME.log, and traces, plots and pictures of the parts
 
-Use a GPU that does nothing else. Send campaign.md and campaign.json back (README, "On a GPU").
+Use a GPU that does nothing else. Attach campaign.md and campaign.json to an issue of the project.
 Exit codes: 0 all parts are done; 1 a part failed or was cut off; 2 there is no GPU; 130 Ctrl-C.
 """
 
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
             break
     for row in campaign["verdicts"]:
         print(f"{row['verdict']:12}  {row['promise']}: {row['figure']}")
-    print(f"send back {args.output / 'campaign.md'} and campaign.json beside it")
+    print(f"attach {args.output / 'campaign.md'} and campaign.json to an issue of the project")
     found = [campaign["parts"][x.name]["status"] for x in chosen if x.name in campaign["parts"]]
     return 130 if STOPPED in found else int(any(x != DONE for x in found))
 

@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     report = args.output.with_suffix(".xml").resolve()
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-c", "setup.cfg", "-m", MARK]
+    command = [sys.executable, "-m", "pytest", "-m", MARK]
     command += ["--junit-xml", str(report), *(args.files or files_with_gpu_tests())]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if not report.is_file():

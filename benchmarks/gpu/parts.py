@@ -45,7 +45,7 @@ class Part:
 
 TINY = ("--tiny", "--threads", "1", "--repeats", "1")
 ONE_FILE = ("--files", "tests/ops/test_mask_rle.py")
-STEPS = ("--only", "head, training, K = 80", "K = 1203", "step", "inference, K = 80")
+STEPS = ("--only", "training, K = 1203", "targets", "step", "inference, K = 80")
 
 PARTS = (
     Part("environment", "GPU, driver, versions, commit", "gpu/environment.py", 30, 20),
@@ -95,7 +95,7 @@ PARTS = (
         30,
         ("--repeats", "30"),
         ("--repeats", "10", *STEPS),
-        TINY,
+        (*STEPS, *TINY),
     ),
     Part(
         "mask_branch_amp",

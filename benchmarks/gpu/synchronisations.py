@@ -30,6 +30,7 @@ from detectron2.utils.events import EventStorage
 from mask_branch import inference_sides, make_batch, make_models
 from measure import Sizes, add_tiny_argument, machine, write_json
 from roi_pooling import comparisons
+from torch import nn
 
 from mask_head_plugin import load_config
 from mask_head_plugin.engine.guards import StepGuard
@@ -76,10 +77,9 @@ def place_of(frame: FrameType | None) -> str:
 
 
 def training_step(
-    side: str, masks: str, amp: bool, sizes: Sizes, device: str
+    model: nn.Module, guarded: bool, masks: str, amp: bool, sizes: Sizes
 ) -> Callable[[], None]:
     """Returns a step of detectron2's inner trainers."""
-    model = make_models(NUM_CLASSES, sizes, device)[side].train()
     batch = make_batch(NUM_CLASSES, side=sizes.step_side)
     if masks == "bit masks":
         for sample in batch:
@@ -89,7 +89,7 @@ def training_step(
     # So small a rate that the losses of random weights stay finite.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9)
     trainer = (AMPTrainer if amp else SimpleTrainer)(model, itertools.repeat(batch), optimizer)
-    if side == "ours":
+    if guarded:
         cfg = load_config("", ["OUTPUT_DIR", tempfile.gettempdir()])
         trainer.register_hooks([StepGuard(model, cfg)])
     trainer.iter = 0
@@ -112,16 +112,16 @@ def pooler_step(side: str, sizes: Sizes, device: str) -> Callable[[], None]:
 def settings(
     sizes: Sizes, device: str
 ) -> Iterator[tuple[str, Callable[[str], Callable[[], object]]]]:
-    for masks in ("polygons", "bit masks"):
-        yield (
-            f"training step, {masks}",
-            lambda side, masks=masks: training_step(side, masks, False, sizes, device),
-        )
+    models = make_models(NUM_CLASSES, sizes, device)
+    kinds = [("polygons", False), ("bit masks", False)]
     if device == "cuda":  # AMPTrainer wants it
-        yield (
-            "training step, bit masks, AMP",
-            lambda side: training_step(side, "bit masks", True, sizes, device),
-        )
+        kinds.append(("bit masks", True))
+    for masks, amp in kinds:
+
+        def step(side: str, masks: str = masks, amp: bool = amp) -> Callable[[], None]:
+            return training_step(models[side], side == "ours", masks, amp, sizes)
+
+        yield f"training step, {masks}{', AMP' * amp}", step
     yield "inference", lambda side: inference_sides(NUM_CLASSES, False, sizes, device)[side]
     yield "RoI pooling, forward and backward", lambda side: pooler_step(side, sizes, device)
 
