@@ -184,6 +184,16 @@ def _check_values(description: ModelDescription, path: Path) -> None:
         raise ModelFolderError(
             f"{path}: model.file is {model.file!r} and not the name of a file in its folder"
         )
+    given, mask = description.input, description.mask
+    for key, is_wrong in {
+        "num_classes": description.num_classes < 1,
+        "input.min_size": given.min_size < 0,
+        "input.max_size": given.max_size < 1,
+        "input.size": given.size is not None and min(given.size) < 1,
+        "mask.threshold": mask is not None and not 0 < mask.threshold <= 1,
+    }.items():
+        if is_wrong:
+            raise ModelFolderError(f"{path}: {key} is out of its range")
     for key in ("class_names", "category_ids"):
         values = getattr(description, key)
         if values is not None and len(values) != description.num_classes:

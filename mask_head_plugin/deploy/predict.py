@@ -1,0 +1,105 @@
+"""An exported model on images and videos, with the pictures and files of the demo."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..demo.media import find_sources
+from ..demo.model_run import ModelRun, check_output, check_threshold
+from ..demo.predictions import Categories, Detections
+from ..evaluation.drawing import ByteArray
+from ..messages import ConfigError
+from ..model_input import is_scaled_down
+from .runtime import Prediction, Predictor
+
+logger = logging.getLogger(__name__)
+
+
+class ExportedModel:
+    """A model that onnxruntime runs."""
+
+    def __init__(self, predictor: Predictor, confidence_threshold: float) -> None:
+        """
+        Args:
+            predictor: of the model.
+            confidence_threshold: detections need a higher score; 0 to 1.
+        """
+        self.predictor, self.threshold = predictor, confidence_threshold
+        names = predictor.class_names
+        ids = predictor.description.category_ids or list(range(1, len(names) + 1))
+        self.categories = Categories(names, ids)
+
+    def find(self, images: Sequence[ByteArray]) -> list[Detections]:
+        """See Model."""
+        return [self._detections(found) for found in self.predictor(images)]
+
+    def _detections(self, found: Prediction) -> Detections:
+        kept = np.flatnonzero(found.scores > self.threshold)
+        return Detections(
+            found.class_ids[kept].tolist(),
+            found.scores[kept].tolist(),
+            None if found.mask_scores is None else found.mask_scores[kept].tolist(),
+            found.boxes[kept].astype(np.float64),
+            None if found.masks is None else [found.masks[k] for k in kept],
+        )
+
+    def longest_side(self, image_hw: tuple[int, int]) -> int | None:
+        """See Model."""
+        given = self.predictor.description.input
+        is_scaled = is_scaled_down(image_hw, given.min_size, given.max_size)
+        return given.max_size if is_scaled else None
+
+
+def run_predict(
+    folder: Path,
+    inputs: Sequence[str],
+    output: Path,
+    confidence_threshold: float = 0.5,
+    *,
+    semantic: bool = False,
+    batch_size: int = 1,
+    threads: int | None = None,
+) -> list[str]:
+    """Runs an exported model on images and videos.
+
+    Args:
+        folder: of the model.
+        inputs: images, videos, folders of them, patterns such as ``photos/*.jpg``.
+        output: a folder, made if missing. Nothing in it is overwritten.
+        confidence_threshold: detections need a higher score; 0 to 1.
+        semantic: write semantic maps, too.
+        batch_size: how many images the model gets at a time.
+        threads: that onnxruntime computes with; all of the machine if None.
+
+    Returns:
+        What went wrong, a line for each input that has no result, or only a part.
+
+    Raises:
+        ConfigError: if an argument, the model or the output folder cannot be used.
+        ImportError: if onnxruntime is not installed.
+        OSError: if a result cannot be written.
+    """
+    check_threshold(confidence_threshold)
+    for name, number in (("--batch-size", batch_size), ("--threads", threads)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} {number} is not 1 or more")
+    sources = find_sources(inputs)
+    check_output(output, sources, semantic=semantic)
+    predictor = Predictor(folder, threads=threads)
+    description = predictor.description
+    if semantic and description.mask is None:
+        raise ConfigError(f"--semantic paints masks, and the model in {folder} has none")
+    if confidence_threshold < description.score_threshold:
+        logger.warning(
+            "--confidence-threshold %g: the model in %s was exported with "
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST %g and finds nothing below",
+            confidence_threshold,
+            folder,
+            description.score_threshold,
+        )
+    model = ExportedModel(predictor, confidence_threshold)
+    return ModelRun(model, output, semantic=semantic, batch_size=batch_size).run(sources)

@@ -1,0 +1,216 @@
+"""An exported model without detectron2 or PyTorch: NumPy, pycocotools and onnxruntime.
+
+    predictor = Predictor("output/exported")
+    found = predictor(image)                     # (H, W, 3) uint8 in BGR, as of cv2.imread
+    print(found.class_names, found.scores, found.masks)
+
+Shape alphabet: R detections of an image; H, W image height and width in pixels; C channels of the
+model's input, M side of its masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
+
+from ..messages import one_line
+from ..model_input import IMAGE_FORMATS, ByteArray, model_hw, resized, rgb_in_format
+from ..run_lengths import Rle
+from .mask_paste import FloatArray, paste_masks
+from .model_folder import ModelDescription, ModelFolderError, read_model_folder
+
+INSTALL = 'pip install "mask_head_plugin[deploy]", or pip install onnxruntime'
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a model found in one image, the best first.
+
+    Attributes:
+        boxes: (R, 4) float32, XYXY in pixels of the image.
+        scores: (R,) float32.
+        class_ids: (R,) int64, from 0.
+        class_names: R; numbers from 1 if the model does not name its classes.
+        masks: R masks in COCO's run-length encoding, counts as text; None from a model without
+            masks.
+        mask_scores: (R,) float32, from a model with mask scoring, else None.
+        image_size: H, W.
+    """
+
+    boxes: FloatArray
+    scores: FloatArray
+    class_ids: npt.NDArray[np.int64]
+    class_names: list[str]
+    masks: list[Rle] | None
+    mask_scores: FloatArray | None
+    image_size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def mask(self, index: int) -> npt.NDArray[np.bool_]:
+        """Returns the pixels of a mask, (H, W).
+
+        Raises:
+            ValueError: if the model has no masks.
+        """
+        if self.masks is None:
+            raise ValueError("this model has no masks")
+        decoded: npt.NDArray[np.bool_] = coco_mask.decode(self.masks[index]).astype(bool)
+        return decoded
+
+
+class Predictor:
+    """Runs the model of a folder that ``tools/export_model.py`` wrote.
+
+    Attributes:
+        description: what ``model.json`` says.
+        class_names: of all classes; numbers from 1 if the model does not name them.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        """
+        Args:
+            folder: of the model, exported with ``--format onnx``.
+            threads: that onnxruntime computes with; all of the machine if None.
+            providers: of onnxruntime, the preferred first.
+
+        Raises:
+            ModelFolderError: if the folder has no model that can be run, naming the file.
+            ImportError: if onnxruntime is not installed.
+            ValueError: if ``threads`` is below 1.
+        """
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; it must be 1 or more")
+        self.description = read_model_folder(Path(folder))
+        self._session = _session(Path(folder), self.description, threads, providers)
+        names = self.description.class_names
+        self.class_names = names or [str(k + 1) for k in range(self.description.num_classes)]
+
+    @overload
+    def __call__(self, images: ByteArray) -> Prediction: ...
+
+    @overload
+    def __call__(self, images: Sequence[ByteArray]) -> list[Prediction]: ...
+
+    def __call__(self, images: ByteArray | Sequence[ByteArray]) -> Prediction | list[Prediction]:
+        """Returns what is in an image, or in each of several of any sizes.
+
+        Args:
+            images: (H, W, 3) uint8 in BGR, whatever the model takes, as of cv2.imread.
+
+        Raises:
+            ValueError: if an image is none, naming its place.
+        """
+        if isinstance(images, np.ndarray):
+            return self._predict(_checked(images, "the image"))
+        checked = [_checked(image, f"image {k}") for k, image in enumerate(images)]
+        return [self._predict(image) for image in checked]
+
+    def _predict(self, image: ByteArray) -> Prediction:
+        given = self.description.input
+        image_hw = image.shape[0], image.shape[1]
+        seen = rgb_in_format(image[:, :, ::-1], given.format)
+        seen_hw = model_hw(image_hw, given.min_size, given.max_size, given.size)
+        seen = resized(seen, seen_hw).astype(np.float32).transpose(2, 0, 1)
+        inputs: dict[str, Any] = {"image": np.ascontiguousarray(seen)}
+        if given.size is not None:
+            sides = zip(given.size, seen_hw, strict=True)
+            padding = [(0, 0), *((0, fixed - own) for fixed, own in sides)]
+            inputs = {"image": np.pad(seen, padding), "image_hw": np.array(seen_hw, np.int64)}
+        names = self.description.outputs
+        found = dict(zip(names, self._session.run(names, inputs), strict=True))
+        return self._in_image(found, seen_hw, image_hw)
+
+    def _in_image(
+        self, found: dict[str, Any], seen_hw: tuple[int, int], image_hw: tuple[int, int]
+    ) -> Prediction:
+        """Returns detections in pixels of the image; those whose box is empty there are left out.
+
+        Args:
+            found: outputs of the model by name.
+            seen_hw: at which the model saw the image.
+            image_hw: H, W.
+        """
+        (height, width), (seen_height, seen_width) = image_hw, seen_hw
+        scale_x, scale_y = width / seen_width, height / seen_height
+        boxes = found["boxes"] * np.array([scale_x, scale_y, scale_x, scale_y], np.float32)
+        boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, found = boxes[kept], {name: values[kept] for name, values in found.items()}
+        rule, masks = self.description.mask, None
+        if rule is not None:
+            masks = paste_masks(found["mask_probs"], boxes, image_hw, rule.threshold)
+        class_names = [self.class_names[k] for k in found["classes"]]
+        return Prediction(
+            boxes,
+            found["scores"],
+            found["classes"],
+            class_names,
+            masks,
+            found.get("mask_scores"),
+            image_hw,
+        )
+
+
+def _checked(image: ByteArray, which: str) -> ByteArray:
+    if image is None:
+        raise ValueError(f"{which} is None, which cv2.imread returns for a file it cannot read")
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(
+            f"{which} is an array {image.shape} of {image.dtype}, and must be (H, W, 3) of uint8, "
+            "in BGR"
+        )
+    return image
+
+
+def _session(
+    folder: Path, description: ModelDescription, threads: int | None, providers: Sequence[str]
+) -> Any:
+    """Returns onnxruntime's session of a model."""
+    path = folder / description.model.file
+    if description.model.format != "onnx":
+        raise ModelFolderError(
+            f"{path} is a {description.model.format} model, which PyTorch runs; for this runtime "
+            "export with --format onnx"
+        )
+    if description.input.format not in IMAGE_FORMATS:
+        raise ModelFolderError(
+            f"{path} takes images in the format {description.input.format!r}, and this runtime "
+            f"knows {IMAGE_FORMATS}"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(f"{path} needs onnxruntime: {INSTALL} ({one_line(error)})") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors, which are raised; warnings are for who made the file
+    options.intra_op_num_threads = threads or 0
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # it has many, none of which inherits from one of its own
+        raise ModelFolderError(
+            f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: "
+            f"{one_line(error, 300)}"
+        ) from error
+    inputs = ["image", *(["image_hw"] if description.input.size else [])]
+    for kind, expected, puts in (
+        ("inputs", inputs, session.get_inputs()),
+        ("outputs", description.outputs, session.get_outputs()),
+    ):
+        if (names := [x.name for x in puts]) != expected:
+            raise ModelFolderError(f"{path} has the {kind} {names}, and model.json says {expected}")
+    return session

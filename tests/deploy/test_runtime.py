@@ -1,0 +1,248 @@
+"""The runtime of exported models: results, wrong input, and that it needs no PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from made_model_folder import CLASSES, MASK_PROBS, SCORES, SHARES, write_model_folder
+from pycocotools import mask as coco_mask
+
+from mask_head_plugin.deploy import runtime
+from mask_head_plugin.deploy.model_folder import ModelFolderError
+from mask_head_plugin.deploy.runtime import Predictor
+from mask_head_plugin.ops import encode_masks
+
+IMAGE = np.full((48, 90, 3), 255, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_model_folder(folder)
+    return folder
+
+
+def test_results_are_in_pixels_of_the_image(folder):
+    found = Predictor(folder)(IMAGE)
+    right = SHARES * np.array([90, 48, 90, 48], np.float32)
+    np.testing.assert_allclose(found.boxes, right, atol=1e-4)
+    assert found.boxes.dtype == found.scores.dtype == np.float32
+    np.testing.assert_allclose(found.scores, SCORES)
+    assert found.class_ids.tolist() == CLASSES.tolist()
+    assert found.class_names == ["dog", "cat", "dog"] and found.image_size == (48, 90)
+    assert found.mask_scores is None and len(found) == 3
+    json.dumps(found.masks)
+    boxes = torch.from_numpy(found.boxes)
+    eager = encode_masks(torch.from_numpy(MASK_PROBS), boxes, (48, 90))
+    for k, rle in enumerate(eager):
+        assert found.mask(k).dtype == bool and found.mask(k).shape == (48, 90)
+        assert (found.mask(k) != coco_mask.decode(rle)).sum() <= 1  # rounding
+
+
+def test_a_list_gives_what_each_image_gives_whatever_the_sizes(folder):
+    rng = np.random.default_rng(0)
+    predictor = Predictor(folder, threads=1)
+    images = [rng.integers(0, 200, (h, w, 3), np.uint8) for h, w in ((48, 90), (1, 1), (300, 20))]
+    together = predictor(images)
+    for image, found in zip(images, together, strict=True):
+        alone = predictor(image)
+        assert np.array_equal(found.boxes, alone.boxes) and found.masks == alone.masks
+        assert np.array_equal(found.scores, alone.scores)
+        assert found.image_size == image.shape[:2]
+    assert predictor([]) == []
+
+
+def test_a_model_of_fixed_size_gives_the_same(tmp_path, folder):
+    write_model_folder(tmp_path, input={"size": (70, 100)})
+    found, right = Predictor(tmp_path)(IMAGE), Predictor(folder)(IMAGE)
+    np.testing.assert_allclose(found.boxes, right.boxes, atol=1e-4)
+    assert found.class_names == right.class_names
+    np.testing.assert_allclose(Predictor(tmp_path)(IMAGE[:, :9]).scores, SCORES)
+
+
+def test_models_without_masks_with_mask_scores_or_names_and_with_nothing_found(tmp_path):
+    write_model_folder(tmp_path / "boxes", masks=False)
+    found = Predictor(tmp_path / "boxes")(IMAGE)
+    assert found.masks is None and len(found.boxes) == 3
+    with pytest.raises(ValueError, match="has no masks"):
+        found.mask(0)
+    write_model_folder(tmp_path / "scoring", scoring=True, class_names=None, category_ids=None)
+    found = Predictor(tmp_path / "scoring")(IMAGE)
+    np.testing.assert_allclose(found.mask_scores, SCORES / 2)
+    assert found.class_names == ["2", "1", "2"]
+    write_model_folder(tmp_path / "nothing", count=0)
+    found = Predictor(tmp_path / "nothing")(IMAGE)
+    assert found.boxes.shape == (0, 4) and found.masks == [] == found.class_names
+
+
+@pytest.mark.parametrize(
+    ("image_format", "brightest"),
+    [("BGR", 200), ("RGB", 200), ("L", round(200 * 0.114)), ("YUV-BT.601", 0.436 * 200 / 255)],
+)
+def test_the_model_gets_its_channels(tmp_path, image_format, brightest):
+    """Of a blue image: the brightest value of its grey is 0.114, of its YUV 0.436 times blue."""
+    channels = 1 if image_format == "L" else 3
+    write_model_folder(tmp_path, channels=channels, input={"format": image_format})
+    blue = np.zeros((20, 30, 3), np.uint8)
+    blue[..., 0] = 200
+    found = Predictor(tmp_path)(blue)
+    np.testing.assert_allclose(found.scores, SCORES * brightest / 255, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, "image 1 is None, which cv2.imread returns"),
+        (np.zeros((4, 4), np.uint8), r"image 1 is an array \(4, 4\) of uint8"),
+        (np.zeros((4, 4, 3)), "of float64, and must be"),
+        (np.zeros((0, 4, 3), np.uint8), r"image 1 is an array \(0, 4, 3\)"),
+    ],
+)
+def test_what_is_no_image_is_named(folder, image, message):
+    with pytest.raises(ValueError, match=message):
+        Predictor(folder)([IMAGE, image])
+
+
+def break_opset(folder):
+    write_model_folder(folder, opset=99)
+
+
+def break_names(folder):
+    write_model_folder(folder, masks=False)
+    document = json.loads((folder / "model.json").read_text())
+    other = write_model_folder(folder)
+    document["model"]["sha256"] = other.model.sha256
+    (folder / "model.json").write_text(json.dumps(document))
+
+
+def break_bytes(folder):
+    path = folder / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def rewritten(**changes):
+    def change(folder):
+        document = json.loads((folder / "model.json").read_text())
+        for key, value in changes.items():
+            *parents, last = key.split("__")
+            node = document
+            for parent in parents:
+                node = node[parent]
+            node[last] = value
+        (folder / "model.json").write_text(json.dumps(document))
+
+    return change
+
+
+def truncate_and_vouch(folder):
+    """A file that was cut off before its hash was taken."""
+    break_bytes(folder)
+    sha256 = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    rewritten(model__sha256=sha256)(folder)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "model.json").unlink(), r"has no model\.json"),
+        (lambda folder: (folder / "model.onnx").unlink(), r"model\.onnx is missing"),
+        (rewritten(format_version=2), "format_version is 2"),
+        (rewritten(model__format="torchscript"), "export with --format onnx"),
+        (rewritten(input__format="HSV"), "in the format 'HSV'"),
+        (break_bytes, "SHA-256 differs"),
+        (truncate_and_vouch, r"model\.onnx cannot be loaded by onnxruntime"),
+        (break_opset, r"model\.onnx cannot be loaded by onnxruntime .*[Oo]pset"),
+        (break_names, "has the outputs"),
+    ],
+)
+def test_a_broken_or_foreign_folder_is_named_in_one_line(tmp_path, break_it, message):
+    write_model_folder(tmp_path)
+    break_it(tmp_path)
+    with pytest.raises(ModelFolderError, match=message) as caught:
+        Predictor(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_wrong_arguments_are_named(folder, tmp_path):
+    with pytest.raises(ModelFolderError, match="nowhere is no folder"):
+        Predictor(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="threads is 0"):
+        Predictor(folder, threads=0)
+
+
+def test_a_missing_onnxruntime_is_named_with_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r'pip install "mask_head_plugin\[deploy\]"'):
+        runtime.Predictor(folder)
+
+
+BLOCKED = """
+import sys
+class Refused:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+sys.meta_path.insert(0, Refused)
+sys.path[:0] = {paths}
+"""
+NO_TORCH = ("torch", "torchvision", "detectron2", "fvcore", "iopath", "faster_coco_eval", "yaml")
+
+
+def run_without(*modules, code):
+    """Runs code in a process that cannot import some modules."""
+    start = BLOCKED.format(blocked=modules, paths=[str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", start + code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_runtime_needs_neither_torch_nor_detectron2_nor_pillow_nor_opencv(folder):
+    code = f"""
+import numpy as np
+from mask_head_plugin.deploy.runtime import Predictor
+found = Predictor({str(folder)!r})(np.full((48, 90, 3), 255, np.uint8))
+print(found.class_names, found.mask(0).sum(), sorted(set({NO_TORCH}) & set(sys.modules)))
+import mask_head_plugin
+try:
+    from mask_head_plugin import load_config
+except ImportError as error:
+    print(error)
+try:
+    from mask_head_plugin.evaluation import MaskEvaluator
+except ImportError as error:
+    print(error)
+print(hasattr(mask_head_plugin, "other"))
+"""
+    result = run_without(*NO_TORCH, "PIL", "cv2", "tqdm", "matplotlib", code=code)
+    lines = result.stdout.splitlines()
+    assert result.stderr == ""
+    pixels = Predictor(folder)(IMAGE).mask(0).sum()
+    assert lines[0] == f"['dog', 'cat', 'dog'] {pixels} []"
+    assert lines[1].startswith(
+        "mask_head_plugin.load_config needs detectron2, which cannot be imported: "
+        "No module named 'detectron2'; "
+    )
+    assert lines[2].startswith("mask_head_plugin.evaluation.MaskEvaluator needs detectron2")
+    assert lines[3] == "False"
+
+
+def test_predict_needs_neither_torch_nor_detectron2(folder, tmp_path):
+    code = f"""
+import cv2, runpy, numpy as np
+cv2.imwrite({str(tmp_path / "a.png")!r}, np.full((48, 90, 3), 255, np.uint8))
+sys.argv = ["predict.py", "--model", {str(folder)!r}, "--input", {str(tmp_path / "a.png")!r},
+            "--output", {str(tmp_path / "out")!r}, "--semantic"]
+runpy.run_path("tools/predict.py", run_name="__main__")
+"""
+    result = run_without(*NO_TORCH, code=code)
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [x["category_name"] for x in content["annotations"]] == ["dog", "cat"]
+    assert (tmp_path / "out" / "a.png").is_file()
+    assert (tmp_path / "out" / "semantic" / "a.png").is_file()

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""Runs an exported model on images and videos, without detectron2 or PyTorch; see tools/demo.py."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+EXAMPLES = """
+Examples:
+  A folder of images:
+    python tools/predict.py --model output/exported --input datasets/shapes_v1/val \\
+        --output output/predicted
+  Images, patterns and videos together, sure detections only, with semantic maps:
+    python tools/predict.py --model output/exported --input a.jpg 'photos/**/*.png' street.mp4 \\
+        --output output/predicted --confidence-threshold 0.8 --semantic --batch-size 8
+
+It needs
+    pip install numpy pillow opencv-python-headless pycocotools tqdm onnxruntime
+    pip install --no-deps .
+
+In the folder of --output, where nothing is overwritten:
+  NAME               The image or video with masks, outlines and labels (boxes, if the model has no
+                     masks), as tools/demo.py draws them.
+  predictions.json   A COCO file with scores and run-length masks, as of tools/demo.py.
+  semantic/NAME.png  With --semantic; of a video semantic/NAME/FRAME.png. A pixel is 0 (background)
+                     or the "semantic_value" of a category, the best-scored one where instances
+                     overlap.
+Exit code: 0; 1 if some inputs have no or only a partial result, which are named; 2 if the run was
+given up.
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="what tools/export_model.py --format onnx wrote",
+    )
+    parser.add_argument(
+        "--input",
+        "--video-input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="images, videos, folders of them, or patterns in quotes",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="made if missing"
+    )
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="detections need a higher score (0 to 1; default 0.5)",
+    )
+    parser.add_argument("--semantic", action="store_true", help="write semantic maps, too")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images or frames that are read before the model gets them (default 1)",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of onnxruntime (default: one per core)"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    # Importing the package registers it with detectron2 where that is installed. Nothing here needs
+    # that, and it takes seconds.
+    sys.modules.setdefault("detectron2", None)  # type: ignore[arg-type]  # counts as not installed
+    try:
+        from mask_head_plugin.deploy.predict import run_predict
+        from mask_head_plugin.messages import ConfigError
+    except ImportError as error:
+        print(f"predict.py: {error}; --help says what to install", file=sys.stderr)
+        return 2
+    try:
+        problems = run_predict(
+            args.model,
+            args.input,
+            args.output,
+            args.confidence_threshold,
+            semantic=args.semantic,
+            batch_size=args.batch_size,
+            threads=args.threads,
+        )
+    except (ConfigError, ImportError, OSError) as error:
+        print(f"predict.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"predict.py: stopped; what was done is in {args.output}", file=sys.stderr)
+        return 130
+    for problem in problems:
+        print(f"predict.py: {problem}", file=sys.stderr)
+    print(f"results are in {args.output}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
