@@ -108,6 +108,8 @@ class Predictor:
     def __call__(self, images: ByteArray | Sequence[ByteArray]) -> Prediction | list[Prediction]:
         """Returns what is in an image, or in each of several of any sizes.
 
+        They are run one after the other: each takes all threads.
+
         Args:
             images: (H, W, 3) uint8 in BGR, whatever the model takes, as of cv2.imread.
 
@@ -124,8 +126,8 @@ class Predictor:
         image_hw = image.shape[0], image.shape[1]
         seen = rgb_in_format(image[:, :, ::-1], given.format)
         seen_hw = model_hw(image_hw, given.min_size, given.max_size, given.size)
-        seen = resized(seen, seen_hw).astype(np.float32).transpose(2, 0, 1)
-        inputs: dict[str, Any] = {"image": np.ascontiguousarray(seen)}
+        seen = np.ascontiguousarray(resized(seen, seen_hw).transpose(2, 0, 1), np.float32)
+        inputs: dict[str, Any] = {"image": seen}
         if given.size is not None:
             sides = zip(given.size, seen_hw, strict=True)
             padding = [(0, 0), *((0, fixed - own) for fixed, own in sides)]
