@@ -46,15 +46,12 @@ class MultiLevelRoIPooler(nn.Module):
     =========================== ============================ =====================================
     ROIAlign and ROIWarp, mean  ops.roi_align, ops.roi_warp  one Triton kernel for all levels;
                                                              deterministic and float64: as on CPU
-    ROIPool                     torchvision's operator;      torchvision's operator; deterministic:
-                                half precision: ops.roi_pool ops.roi_pool
+    ROIPool                     ops.roi_pool                 as on CPU
     PrROIPool                   ops.precise_roi_pool         as on CPU
     ROIAlign and ROIWarp, max   ops.roi_align, ops.roi_warp  as on CPU
     =========================== ============================ =====================================
 
     On the CPU, torchvision's ROIAlign takes a few RoIs of small maps (SMALL_ELEMENTS) at inference.
-    torchvision's ROIPool stays because it is the faster one: on the CPU it takes 0.3 to 0.9 of the
-    time of ops.roi_pool (benchmarks/roi_pooling.py).
     The Triton kernel reads channels_last maps; others are copied. "Deterministic" is
     torch.use_deterministic_algorithms. Where Triton is missing or does not compile the kernel for
     some type or size, a log line says so once and torchvision's operator takes its place. Traces
@@ -159,8 +156,6 @@ class MultiLevelRoIPooler(nn.Module):
                 raise ValueError(self._refusal("traced or exported"))
             return self._pool_by_level(features, rois, levels)
         if averaged and wide and self._is_small(features, rois):
-            return self._pool_by_level(features, rois, levels)
-        if self.pooler_type == "ROIPool" and (fast_cuda or (not features[0].is_cuda and wide)):
             return self._pool_by_level(features, rois, levels)
         return self._operator()(features, rois, self.output_size, self.scales, levels=levels)
 

@@ -56,11 +56,10 @@ class AxisWeights:
 
 @dataclass(frozen=True)
 class AxisSamples:
-    """The samples of the bins of R RoIs along one axis, each a mean of V cells.
+    """The samples of the bins of R RoIs along one axis, each a mean of V = 2 cells.
 
     Attributes:
-        cell: (R, P, G, V) int32 in [0, L): the cells below and above a sample (V = 2), or the one
-            cell that is the sample (V = 1).
+        cell: (R, P, G, V) int32 in [0, L): the cells below and above a sample.
         weight: (R, P, G, V) of the type of the edges; their sum over V is 1.
         inside: (R, P, G) whether there is such a sample and it counts (border rule).
         count: (R,) samples per bin of each RoI; 0 if it has none on the map.
@@ -219,23 +218,3 @@ def _round(x: Tensor) -> Tensor:
     """Rounds half away from zero, as C does; torch.round takes the even neighbour."""
     whole = x.abs().floor()  # ONNX has no trunc
     return torch.where(x.abs() - whole >= 0.5, whole + 1, whole) * torch.sign(x)
-
-
-def roi_pool_samples(start: Tensor, end: Tensor, num_bins: int, num_cells: int) -> AxisSamples:
-    """Lays out the cells of ROIPool's bins (Fast R-CNN section 2.1) as samples at their centres.
-
-    A bin is widened to whole cells, so neighbouring bins may share some.
-
-    Args: see roi_align_samples.
-    """
-    start, end = round_to_cells(start, end)
-    bin_size = ((end - start) / num_bins)[:, None]
-    bins = torch.arange(num_bins, dtype=bin_size.dtype, device=bin_size.device)
-    low = (torch.floor(bins * bin_size) + start[:, None]).clamp(0, num_cells).int()
-    high = (torch.ceil((bins + 1) * bin_size) + start[:, None]).clamp(0, num_cells).int()
-    count = (high - low).amax(1)
-    num_samples = max(int(count.max()), 1) if len(count) else 1
-    cell = low[:, :, None] + torch.arange(num_samples, dtype=low.dtype, device=low.device)
-    inside = cell < high[:, :, None]
-    cell = torch.where(inside, cell, low[:, :, None].clamp(max=num_cells - 1))[..., None]
-    return AxisSamples(cell, bin_size.new_ones(cell.shape), inside, count)

@@ -1,13 +1,15 @@
-"""Bins that are the maximum of their samples, a sample the weighted sum of one or of four cells.
+"""Bins that are the maximum of their cells, or of their samples: weighted sums of four cells.
 
-Shape alphabet: see roi_pooling; S samples of a bin, V cells of a sample.
+Shape alphabet: see roi_pooling; S samples of a bin, V = 4 cells of a sample.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torchvision  # noqa: F401  # registers its operators
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
@@ -24,6 +26,48 @@ from .bin_layout import (
 
 GROUP_ELEMENTS = 1 << 24
 """Samples held at a time, times channels: 64 MB of float32."""
+
+
+class LargestCell(torch.autograd.Function):
+    """torchvision's ROIPool; backward, its own operator is not deterministic on CUDA."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rois: Tensor,
+        levels: Tensor,
+        scales: list[float],
+        size: tuple[int, int],
+        *maps: Tensor,
+    ) -> Tensor:
+        pooled = maps[0].new_empty(len(rois), maps[0].shape[1], *size)
+        saved = []
+        for level, (feature, scale) in enumerate(zip(maps, scales, strict=True)):
+            rows = torch.nonzero(levels == level)[:, 0]
+            values, cells = torch.ops.torchvision.roi_pool(feature, rois[rows], scale, *size)
+            pooled.index_copy_(0, rows, values)
+            saved += [rows, rois[rows, 0], cells]
+        ctx.save_for_backward(*saved)
+        ctx.shapes = [feature.shape for feature in maps]
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = []
+        for level, shape in enumerate(ctx.shapes):
+            if not ctx.needs_input_grad[4 + level]:
+                grads.append(None)
+                continue
+            rows, images, cells = ctx.saved_tensors[3 * level : 3 * level + 3]
+            dtype = torch.int32 if shape.numel() < 1 << 31 else torch.int64
+            channel = torch.arange(shape[1], dtype=dtype, device=grad.device)
+            plane = (images.to(dtype)[:, None] * shape[1] + channel) * math.prod(shape[2:])
+            values = grad[rows].masked_fill_(cells[:, :1] < 0, 0)  # bins off the map
+            places = (plane[:, :, None, None] + cells).clamp_(min=0).flatten()
+            total = grad.new_zeros(shape.numel()).index_add_(0, places, values.flatten())
+            grads.append(total.view(shape))
+        return None, None, None, None, *grads
 
 
 class Maximum(torch.autograd.Function):
@@ -88,12 +132,9 @@ def _outside(block: Block) -> Tensor:
 
 def _samples(table: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
     """Returns the samples, (n P Q, S, C)."""
-    if cells.shape[2] == 1:  # the cell itself
-        values = table.index_select(0, cells.flatten())
-    else:
-        values = embedding_bag(
-            cells.flatten(0, 1), table, mode="sum", per_sample_weights=weights.flatten(0, 1)
-        )
+    values = embedding_bag(
+        cells.flatten(0, 1), table, mode="sum", per_sample_weights=weights.flatten(0, 1)
+    )
     return values.unflatten(0, cells.shape[:2])
 
 

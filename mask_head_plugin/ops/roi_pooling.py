@@ -15,8 +15,8 @@ product per map, backward one for all maps, whatever R and C. A map that is not 
 copied, in a few parts where it is large, with a product each. The matrix is laid out in pieces of
 PIECE entries, which PyTorch leaves to one thread.
 
-A maximum needs its samples one by one: ROIPool and ``reduction="max"`` compute them, group by
-group.
+A maximum needs its samples one by one: ``reduction="max"`` computes them, group by group. ROIPool is
+torchvision's.
 
 All functions run on any device and are deterministic (maxima on CUDA only where
 torch.use_deterministic_algorithms asks for it). Beside the result they hold lists of about
@@ -40,16 +40,16 @@ import torch
 from torch import Tensor
 
 from .axis_weights import (
+    MAX_CELL,
     AxisSamples,
     AxisWeights,
     precise_roi_pool_weights,
     roi_align_samples,
     roi_align_weights,
-    roi_pool_samples,
     round_to_cells,
 )
 from .bin_layout import Axis, lay_out
-from .bin_maxima import Maximum
+from .bin_maxima import LargestCell, Maximum
 from .bin_sums import WeightedSum
 
 
@@ -168,16 +168,21 @@ def roi_pool(
 ) -> Tensor:
     """ROIPool (Fast R-CNN section 2.1): the maximum of the cells in each bin of a quantized RoI.
 
-    Equal to ``torchvision.ops.roi_pool``, the gradient to the first of equal maxima included, for
-    any type and strides, and deterministic on CUDA where torch.use_deterministic_algorithms asks
-    for it; where torchvision's can be used it is faster (see modeling.MultiLevelRoIPooler). Differs
-    in NaN and infinite features, which it passes on, and in edges of over axis_weights.MAX_CELL
-    cells.
+    Equal to ``torchvision.ops.roi_pool``, whose forward pass it runs: NaN never is the maximum.
+    Differs in the gradient, which is deterministic on CUDA where torch.use_deterministic_algorithms
+    asks for it, in half precision, which is pooled in float32, and in edges of over
+    axis_weights.MAX_CELL cells, which are moved there.
 
-    Args and Returns: see roi_align.
+    Args: see roi_align.
+
+    Returns:
+        (R, C, P, P) of the type of ``features``, with a gradient to them.
     """
-    axis = roi_pool_samples
-    return _pool(features, rois.detach(), output_size, spatial_scale, levels, Maximum, axis)
+    maps, rois, levels, scales, size = _check(features, rois, output_size, spatial_scale, levels)
+    limit = MAX_CELL / max(scales)
+    rois = torch.cat([rois[:, :1], rois[:, 1:].detach().clamp(-limit, limit)], dim=1)
+    pooled: Tensor = LargestCell.apply(rois, levels, scales, size, *(x.to(rois.dtype) for x in maps))
+    return pooled.to(maps[0].dtype)
 
 
 def _reducer(reduction: str) -> tuple[type[torch.autograd.Function], Callable[..., Any]]:
@@ -198,24 +203,32 @@ def _pool(
     axis: Axis,
     sampling_ratio: int = 0,
 ) -> Tensor:
+    maps, rois, levels, scales, size = _check(features, rois, output_size, spatial_scale, levels)
+    if len(rois) == 0:  # views keep the graph without reading the maps
+        return torch.cat([x[:0, :, :1, :1].expand(-1, -1, *size) for x in maps])
+    parts = lay_out(maps, rois, levels, scales, size, axis, max(sampling_ratio, 2))
+    # Weights are inputs of their own, for their gradient.
+    weights = [axis.weight for part in parts for axis in (part.y, part.x)]
+    pooled: Tensor = function.apply(parts, len(rois), len(maps), *maps, *weights)
+    return pooled.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def _check(
+    features: Tensor | Sequence[Tensor],
+    rois: Tensor,
+    output_size: int | tuple[int, int],
+    spatial_scale: float | Sequence[float],
+    levels: Tensor | None,
+) -> tuple[list[Tensor], Tensor, Tensor, list[float], tuple[int, int]]:
+    """Returns maps, RoIs in the type to compute in, levels, scales and (P, Q).
+
+    Raises ValueError for inputs that do not fit.
+    """
     maps = [features] if isinstance(features, Tensor) else list(features)
     scales = [spatial_scale] if isinstance(spatial_scale, int | float) else list(spatial_scale)
     height, width = (output_size,) * 2 if isinstance(output_size, int) else output_size
     if not all(isinstance(side, int) and side > 0 for side in (height, width)):
         raise ValueError(f"output_size must be whole numbers above 0, not {output_size}")
-    levels = _check(maps, rois, scales, levels)
-    if len(rois) == 0:  # views keep the graph without reading the maps
-        return torch.cat([x[:0, :, :1, :1].expand(-1, -1, height, width) for x in maps])
-    rois = rois.to(torch.promote_types(maps[0].dtype, torch.float32))
-    parts = lay_out(maps, rois, levels, scales, (height, width), axis, max(sampling_ratio, 2))
-    # Weights are inputs of their own, for their gradient.
-    weights = [axis.weight for part in parts for axis in (part.y, part.x)]
-    pooled: Tensor = function.apply(parts, len(rois), len(maps), *maps, *weights)
-    return pooled.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-
-def _check(maps: list[Tensor], rois: Tensor, scales: list[float], levels: Tensor | None) -> Tensor:
-    """Raises ValueError for inputs that do not fit, and returns the levels."""
     if len(maps) != len(scales) or not maps:
         raise ValueError(f"got {len(scales)} spatial scales for {len(maps)} feature maps")
     if not all(math.isfinite(scale) and scale > 0 for scale in scales):
@@ -234,9 +247,8 @@ def _check(maps: list[Tensor], rois: Tensor, scales: list[float], levels: Tensor
             )
     if rois.dim() != 2 or rois.shape[1] != 5:
         raise ValueError(f"rois must be (R, 5): image, x0, y0, x1, y1; not {tuple(rois.shape)}")
-    # In the type and the unit that they will be computed in.
-    cells = rois.detach().to(torch.promote_types(first.dtype, torch.float32)) * max(scales)
-    bad = len(rois) - int(torch.isfinite(cells).all(dim=1).sum())
+    rois = rois.to(torch.promote_types(first.dtype, torch.float32))
+    bad = len(rois) - int(torch.isfinite(rois.detach() * max(scales)).all(dim=1).sum())
     if bad:
         raise ValueError(f"{bad} of {len(rois)} RoIs have NaN or infinite coordinates")
     if len(rois) and not 0 <= int(rois[:, 0].min()) <= int(rois[:, 0].max()) < len(first):
@@ -252,4 +264,4 @@ def _check(maps: list[Tensor], rois: Tensor, scales: list[float], levels: Tensor
         raise ValueError(f"levels must be integers, not {levels.dtype}")
     if len(rois) and not 0 <= int(levels.min()) <= int(levels.max()) < len(maps):
         raise ValueError(f"levels are not all in [0, {len(maps)})")
-    return levels
+    return maps, rois, levels, scales, (height, width)

@@ -14,7 +14,6 @@ from mask_head_plugin.ops.axis_weights import (
     MAX_CELL,
     precise_roi_pool_weights,
     roi_align_weights,
-    roi_pool_samples,
     round_to_cells,
 )
 
@@ -122,12 +121,3 @@ def test_rounding_is_that_of_c():
 
 def test_inverted_roi_has_one_cell():
     assert [x.item() for x in round_to_cells(torch.tensor([5.2]), torch.tensor([1.0]))] == [5, 6]
-
-
-def test_roi_pool_bins_are_widened_to_whole_cells():
-    axis = roi_pool_samples(torch.tensor([1.0]), torch.tensor([3.4]), 2, 10)  # cells 1, 2, 3
-    cells = [
-        [int(c) for c, used in zip(bin_cells, bin_used, strict=True) if used]
-        for bin_cells, bin_used in zip(axis.cell[0, :, :, 0], axis.inside[0], strict=True)
-    ]
-    assert cells == [[1, 2], [2, 3]]
