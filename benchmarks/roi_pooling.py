@@ -2,8 +2,8 @@
 """RoI pooling: this plugin beside torchvision's operators and detectron2's ROIPooler.
 
 All run in one process on the same inputs: 256 RoIs an image of 800 x 1333, C = 256. The operators
-see one map of stride 8, the poolers an FPN of strides 4 to 32. PrROIPool has no peer on the CPU and
-is compared with this plugin's own roi_align.
+see one map of stride 8, the poolers an FPN of strides 4 to 32. PrROIPool, the exact integral, has
+no counterpart in torchvision: it is compared with the adaptive grid of torchvision's roi_align.
 
 A time is the median of several runs, stock and ours in turn; ratios are stock / ours. Memory is the
 peak of what PyTorch allocates during one forward and backward pass, beyond inputs and results: on
@@ -97,7 +97,7 @@ def comparisons(
     yield Comparison("roi_align", stock_align, our_align, single)
     if ratio == 0:
         precise = partial(precise_roi_pool, *arguments)
-        yield Comparison("precise_roi_pool", our_align, precise, single)
+        yield Comparison("precise_roi_pool", stock_align, precise, single)
         stock_pool = partial(torchvision.ops.roi_pool, *arguments)
         yield Comparison("roi_pool", stock_pool, partial(roi_pool, *arguments), single)
 
@@ -182,7 +182,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.08)
     axes.set_xlabel(
-        "times as fast as stock, forward + backward (precise_roi_pool: as this plugin's roi_align)"
+        "times as fast as stock, forward + backward (precise_roi_pool: as torchvision's roi_align)"
     )
     axes.set_title(f"{most[1]} images, {most[0]} threads")
     axes.legend()

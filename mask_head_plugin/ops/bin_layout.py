@@ -20,19 +20,19 @@ from .axis_weights import MAX_MAP_SIZES, AxisSamples, AxisWeights
 PIECE = (1 << 15) - 1
 """Elements up to which an operator of PyTorch runs on the calling thread alone."""
 
-MAX_COPY = 7 << 20
-"""Elements of a part of a map that is copied: 28 MB of float32."""
-
-MAX_PARTS = 8
+MAX_COPY = 9 << 19
+"""Elements of a map that are copied at a time: 18 MB of float32. Two such and a few smaller ones are
+used again; of more than 64 MB the pages come anew from the system, which takes longer than a copy.
+"""
 
 Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """r RoIs of like size that are pooled from one map."""
+    """r RoIs of like size that are pooled from one view."""
 
-    level: int  # index of the map
+    view: int  # see views
     rows: Tensor  # (r,) their places among all RoIs
     y: Any  # AxisWeights or AxisSamples, whose cells are where a row begins in the table of cells
     x: Any
@@ -93,21 +93,22 @@ def lay_out(
         axis: gives weights or samples from edges in cells, number of bins and number of cells.
         num_samples: per bin and axis, of a RoI of less than a cell per bin.
     """
-    parts = []
-    for level, (feature, scale) in enumerate(zip(maps, scales, strict=True)):
-        height, width = feature.shape[2:]
-        rows = torch.nonzero(levels == level)[:, 0]
-        boxes = rois[rows, 1:] * scale
-        first_row = rois[rows, 0].int() * height
+    parts, image = [], rois[:, 0].int()
+    for view, (level, images) in enumerate(views(maps)):
+        height, width = maps[level].shape[2:]
+        here = (levels == level) & (image >= images.start) & (image < images.stop)
+        rows = torch.nonzero(here)[:, 0]
+        boxes = rois[rows, 1:] * scales[level]
+        first_row = (image[rows] - images.start) * height
         # In cells; the adaptive grid of larger RoIs does not grow.
         spans = (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(0, MAX_MAP_SIZES * max(height, width))
         entries = 2 * (spans + max(output_size) * num_samples)
         for index in _split_by_size(entries):
             x0, y0, x1, y1 = boxes[index].unbind(1)
             y, x = axis(y0, y1, output_size[0], height), axis(x0, x1, output_size[1], width)
-            image = first_row[index].view(-1, *[1] * (y.cell.dim() - 1))
-            y = dataclasses.replace(y, cell=(image + y.cell) * width)
-            parts.append(Part(level, rows[index], y, x))
+            row = first_row[index].view(-1, *[1] * (y.cell.dim() - 1))
+            y = dataclasses.replace(y, cell=(row + y.cell) * width)
+            parts.append(Part(view, rows[index], y, x))
     return parts
 
 
@@ -167,22 +168,54 @@ def sum_type(feature: Tensor) -> torch.dtype:
     return torch.promote_types(feature.dtype, torch.float32)
 
 
-def channel_blocks(feature: Tensor) -> list[slice]:
-    """Returns all channels, or a few parts of a large map that will be copied, one after another.
-
-    Memory of up to 32 MB is used again; more comes anew from the system, which takes longer than
-    the copy. Parts are whole cache lines of 16 float32.
-    """
-    num_channels = feature.shape[1]
+def is_copied(feature: Tensor) -> bool:
+    """Whether the table of a map's cells is a copy."""
     last = feature.is_contiguous(memory_format=torch.channels_last)
-    num_parts = min(-(-feature.numel() // MAX_COPY), MAX_PARTS)
-    if num_parts == 1 or (last and feature.dtype == sum_type(feature)):
-        return [slice(0, num_channels)]
-    step = max(num_channels // num_parts // 16 * 16, 16)
+    return not last or feature.dtype != sum_type(feature)
+
+
+def views(maps: Sequence[Tensor]) -> list[tuple[int, slice]]:
+    """Cuts maps into what is pooled from at a time: whole ones, or a few images of one to copy.
+
+    Returns:
+        Index of the map and its images, in turn.
+    """
+    cut = []
+    for level, feature in enumerate(maps):
+        step = num_images = len(feature)
+        if is_copied(feature):
+            step = max(MAX_COPY // feature.shape[1:].numel(), 1)
+        for first in range(0, num_images, step):
+            cut.append((level, slice(first, min(first + step, num_images))))
+    return cut
+
+
+def channel_blocks(feature: Tensor) -> list[slice]:
+    """Returns all channels of a view, or those to copy at a time: whole cache lines of 16 float32.
+
+    Args:
+        feature: one image if there are several blocks.
+    """
+    step = num_channels = feature.shape[1]
+    if is_copied(feature) and feature.numel() > MAX_COPY:
+        step = max(MAX_COPY // feature.shape[2:].numel() // 16 * 16, 16)
     return [slice(k, min(k + step, num_channels)) for k in range(0, num_channels, step)]
 
 
 def as_table(feature: Tensor) -> Tensor:
-    """Returns a map as a table of cells, (N H W, C); a copy unless it is channels-last."""
-    table = feature.to(sum_type(feature), memory_format=torch.channels_last)
-    return table.permute(0, 2, 3, 1).flatten(0, 2)
+    """Returns a map as a table of cells, (N H W, C); a copy where is_copied."""
+    feature = feature.to(sum_type(feature))
+    if is_copied(feature):
+        return transposed(feature.flatten(2)).flatten(0, 1)
+    return feature.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def transposed(matrices: Tensor) -> Tensor:
+    """Returns a copy of matrices (n, a, b) as (n, b, a), contiguous.
+
+    To channel_shuffle each is one pixel of a channels-last image: it copies a matrix in blocks, on
+    one thread in less time than ``contiguous`` takes on two.
+    """
+    num_matrices, a, b = matrices.shape
+    pixels = matrices.contiguous().flatten(1)[:, None, None].permute(0, 3, 1, 2)
+    return torch.channel_shuffle(pixels, a).view(num_matrices, b, a)

@@ -22,6 +22,7 @@ from .bin_layout import (
     over_y,
     split_into_blocks,
     sum_type,
+    views,
 )
 
 GROUP_ELEMENTS = 1 << 24
@@ -82,10 +83,9 @@ class Maximum(torch.autograd.Function):
         needed = any(ctx.needs_input_grad)
         winner = torch.empty_like(pooled, dtype=torch.int32) if needed else None
         blocks = split_into_blocks(parts, GROUP_ELEMENTS // pooled.shape[2])
-        for level, feature in enumerate(maps):
-            of_level = [block for block in blocks if block.part.level == level]
-            table = as_table(feature) if of_level else feature
-            for block in of_level:
+        for view, (level, images) in enumerate(views(maps)):
+            table = as_table(maps[level][images])
+            for block in (block for block in blocks if block.part.view == view):
                 if block.slots == 0:
                     pooled.index_fill_(0, block.rows, 0)
                     continue
@@ -102,13 +102,15 @@ class Maximum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (winner,) = ctx.saved_tensors
-        grads: list[Tensor | None] = []
-        for level, like in enumerate(ctx.maps):
-            if not ctx.needs_input_grad[3 + level]:
-                grads.append(None)
-                continue
-            blocks = [block for block in ctx.blocks if block.part.level == level]
-            grads.append(_grad_of_map(blocks, like, grad, winner))
+        grads = [
+            torch.empty_like(like, device=grad.device) if needed else None
+            for like, needed in zip(ctx.maps, ctx.needs_input_grad[3:], strict=False)
+        ]
+        for view, (level, images) in enumerate(views(ctx.maps)):
+            total = grads[level]
+            if total is not None:
+                blocks = [block for block in ctx.blocks if block.part.view == view]
+                total[images] = _grad_of_view(blocks, ctx.maps[level][images], grad, winner)
         return None, None, None, *grads, *[None] * (2 * len(ctx.parts))
 
 
@@ -161,17 +163,17 @@ def _largest(table: Tensor, block: Block, needed: bool) -> tuple[Tensor, Tensor]
     return largest, torch.cat(which, dim=1).view(shape) if needed else largest
 
 
-def _grad_of_map(blocks: list[Block], like: Tensor, grad: Tensor, winner: Tensor) -> Tensor:
+def _grad_of_view(blocks: list[Block], like: Tensor, grad: Tensor, winner: Tensor) -> Tensor:
     """Hands the gradient of each bin to the cells of its largest sample.
 
     Args:
-        blocks: of the map.
-        like: the map, without its values.
+        blocks: of the view.
+        like: the view, without its values.
         grad: to the bins, (R, P Q, C).
         winner: number of the largest sample of each bin, (R, P Q, C) int32.
 
     Returns:
-        The gradient to the map.
+        The gradient to the view.
     """
     num_channels = like.shape[1]
     table = grad.new_zeros(like.numel(), dtype=sum_type(like))
@@ -187,4 +189,4 @@ def _grad_of_map(blocks: list[Block], like: Tensor, grad: Tensor, winner: Tensor
             place = (cell * num_channels + column).flatten()
             table.scatter_add_(0, place, (values * weight).flatten())
     cells = table.view(like.shape[0], *like.shape[2:], num_channels)
-    return torch.empty_like(like, device=grad.device).copy_(cells.permute(0, 3, 1, 2))
+    return cells.permute(0, 3, 1, 2)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from .bin_layout import (
     over_x,
     over_y,
     split_into_blocks,
+    sum_type,
+    transposed,
+    views,
 )
 
 LIST_ENTRIES = 1 << 22
@@ -48,11 +52,13 @@ class WeightedSum(torch.autograd.Function):
         shape = num_rois, parts[0].num_bins, maps[0].shape[1]
         max_elements = max(BATCH_ELEMENTS, math.prod(shape) // MAX_BATCHES)
         pooled: Tensor | None = None
-        for level, feature in enumerate(maps):
+        cut = views(maps)
+        for view, (level, images) in enumerate(cut):
+            feature = maps[level][images]
             columns = channel_blocks(feature)
-            max_bins = max_elements / columns[0].stop if len(maps) > 1 else math.inf
-            of_level = [block for block in blocks if block.part.level == level]
-            for batch in _batches(of_level, max_bins):
+            max_bins = max_elements / columns[0].stop if len(cut) > 1 else math.inf
+            of_view = [block for block in blocks if block.part.view == view]
+            for batch in _batches(of_view, max_bins):
                 matrix = _Matrix(batch, map(_weights, batch))
                 for channels in columns:
                     sums = matrix.times(as_table(feature[:, channels])).to(feature.dtype)
@@ -161,35 +167,42 @@ def _grads_of_maps(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         ctx: with ``blocks`` and ``maps``.
         grad: to the bins, (R, P Q, C).
     """
-    needed = [level for level in range(len(ctx.maps)) if ctx.needs_input_grad[3 + level]]
-    sizes = {level: ctx.maps[level][:, 0].numel() for level in needed}
+    needed = ctx.needs_input_grad[3:]
+    cut = [(view, *source) for view, source in enumerate(views(ctx.maps)) if needed[source[0]]]
+    sizes = {view: ctx.maps[level][images, 0].numel() for view, level, images in cut}
     totals: dict[int, Tensor] = {}
-    for batch in _batches([block for block in ctx.blocks if block.part.level in sizes]):
-        for level, lists in _transposed(batch, sizes).items():
-            first = level not in totals
-            for channels in channel_blocks(ctx.maps[level]):
-                cells = _sums_of_bins(grad[:, :, channels], ctx.maps[level], *lists)
-                if first and cells.stride() == ctx.maps[level].stride():
-                    totals[level] = cells
-                elif first:
-                    like = partial(torch.empty_like, dtype=cells.dtype, device=cells.device)
-                    totals.setdefault(level, like(ctx.maps[level]))[:, channels] = cells
-                else:
-                    totals[level][:, channels] += cells
-    for level in sizes.keys() - totals.keys():
-        totals[level] = torch.zeros_like(ctx.maps[level], device=grad.device)
+    batches = _batches([block for block in ctx.blocks if block.part.view in sizes])
+    for number, batch in enumerate(batches):
+        lists = _transposed(batch, sizes)
+        for level, of_level in groupby(cut, key=itemgetter(1)):
+            like, of_map = ctx.maps[level], list(of_level)
+            for channels in channel_blocks(like[of_map[0][2]]):
+                rows = grad[:, :, channels].to(sum_type(like)).flatten(0, 1).contiguous()
+                for view, _, images in of_map:
+                    cells = _sums_of_bins(rows, like[images], *lists[view])
+                    if number > 0:
+                        totals[level][images, channels] += cells
+                    elif cells.shape == like.shape:
+                        totals[level] = cells
+                    else:
+                        empty = partial(torch.empty_like, dtype=cells.dtype, device=cells.device)
+                        totals.setdefault(level, empty(like))[images, channels] = cells
     return [
-        totals[level].to(grad.dtype) if level in totals else None for level in range(len(ctx.maps))
+        totals[level].to(grad.dtype)
+        if level in totals
+        else (torch.zeros_like(like, device=grad.device) if needed[level] else None)
+        for level, like in enumerate(ctx.maps)
     ]
 
 
 def _sums_of_bins(
-    grad: Tensor, like: Tensor, bins: Tensor, weights: Tensor, offsets: Tensor
+    rows: Tensor, like: Tensor, bins: Tensor, weights: Tensor, offsets: Tensor
 ) -> Tensor:
-    """Returns the gradient (N, C, H, W) to a map from that to the bins (R, P Q, C)."""
-    rows = grad.to(weights.dtype).flatten(0, 1)
+    """Returns the gradient (N, C, H, W) to a view from that to the bins (R P Q, C)."""
     sums = embedding_bag(bins, rows, offsets, mode="sum", per_sample_weights=weights)
-    return sums.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+    if like.is_contiguous(memory_format=torch.channels_last):
+        return sums.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+    return transposed(sums.view(len(like), -1, sums.shape[1])).unflatten(2, like.shape[2:])
 
 
 def _transposed(
@@ -198,19 +211,19 @@ def _transposed(
     """Sorts the entries of a batch by cell.
 
     Args:
-        batch: blocks of any maps.
-        sizes: number of cells of each map, in the order of the maps.
+        batch: blocks of any views.
+        sizes: number of cells of each view, in their order.
 
     Returns:
-        For each map its entries' bins (int32, among all R P Q) and weights, without weights of 0,
+        For each view its entries' bins (int32, among all R P Q) and weights, without weights of 0,
         and where those of each cell begin.
     """
-    levels, num_cells = list(sizes), sum(sizes.values())
+    numbers, num_cells = list(sizes), sum(sizes.values())
     first_cells = list(accumulate(sizes.values(), initial=0))
     all_cells, all_weights, all_bins = [], [], []
     for block in batch:
         part, weights = block.part, _weights(block)
-        cells = _cells(block).add_(first_cells[levels.index(part.level)])
+        cells = _cells(block).add_(first_cells[numbers.index(part.view)])
         cells.masked_fill_(weights == 0, num_cells)  # sorted to the end
         number = torch.arange(part.num_bins, dtype=torch.int32, device=cells.device)
         bins = block.rows.int()[:, None, None] * part.num_bins + number[:, None]
@@ -222,9 +235,9 @@ def _transposed(
     ends = torch.bincount(cells, minlength=num_cells + 1).cumsum(0, dtype=torch.int32)
     starts = torch.cat([ends.new_zeros(1), ends])
     lists = {}
-    for level, (first, last) in zip(levels, pairwise(first_cells), strict=True):
+    for view, (first, last) in zip(numbers, pairwise(first_cells), strict=True):
         entries = slice(int(starts[first]), int(starts[last]))
-        lists[level] = bins[entries], weights[entries], starts[first:last] - starts[first]
+        lists[view] = bins[entries], weights[entries], starts[first:last] - starts[first]
     return lists
 
 
@@ -238,12 +251,12 @@ def _grads_of_weights(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     grads = {
         part: [torch.zeros_like(axis.weight) for axis in (part.y, part.x)] for part in ctx.parts
     }
-    for level, feature in enumerate(ctx.saved_tensors):
-        for batch in _batches([block for block in ctx.blocks if block.part.level == level]):
+    for view, (level, images) in enumerate(views(ctx.saved_tensors)):
+        for batch in _batches([block for block in ctx.blocks if block.part.view == view]):
             weights = [_weights(block).requires_grad_() for block in batch]
             with torch.enable_grad():
                 matrix = _Matrix(batch, weights)
-                bins = matrix.times(as_table(feature))
+                bins = matrix.times(as_table(ctx.saved_tensors[level][images]))
             rows = grad[matrix.rows].flatten(0, 1).to(bins.dtype)
             d_weights = torch.autograd.grad(bins, weights, rows)
             for (part, places, ky, kx), d in zip(batch, d_weights, strict=True):

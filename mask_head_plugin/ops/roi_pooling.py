@@ -15,8 +15,8 @@ product per map, backward one for all maps, whatever R and C. A map that is not 
 copied, in a few parts where it is large, with a product each. The matrix is laid out in pieces of
 PIECE entries, which PyTorch leaves to one thread.
 
-A maximum needs its samples one by one: ``reduction="max"`` computes them, group by group. ROIPool is
-torchvision's.
+A maximum needs its samples one by one: ``reduction="max"`` computes them, group by group. ROIPool
+is torchvision's.
 
 All functions run on any device and are deterministic (maxima on CUDA only where
 torch.use_deterministic_algorithms asks for it). Beside the result they hold lists of about
@@ -181,7 +181,9 @@ def roi_pool(
     maps, rois, levels, scales, size = _check(features, rois, output_size, spatial_scale, levels)
     limit = MAX_CELL / max(scales)
     rois = torch.cat([rois[:, :1], rois[:, 1:].detach().clamp(-limit, limit)], dim=1)
-    pooled: Tensor = LargestCell.apply(rois, levels, scales, size, *(x.to(rois.dtype) for x in maps))
+    pooled: Tensor = LargestCell.apply(
+        rois, levels, scales, size, *(x.to(rois.dtype) for x in maps)
+    )
     return pooled.to(maps[0].dtype)
 
 

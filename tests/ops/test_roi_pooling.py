@@ -369,6 +369,7 @@ def test_limits_of_memory_do_not_change_the_result(name, channels_last, monkeypa
     monkeypatch.setattr(bin_sums, "LIST_ENTRIES", 2000)
     monkeypatch.setattr(bin_sums, "BATCH_ELEMENTS", 4000)
     monkeypatch.setattr(bin_maxima, "GROUP_ELEMENTS", 5000)
+    monkeypatch.setattr(bin_layout, "MAX_COPY", 16 * 19 * 23)
     for actual, whole in zip(run(), expected, strict=True):
         assert relative_error(actual, whole) <= 1e-6
 
