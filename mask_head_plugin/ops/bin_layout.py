@@ -21,9 +21,8 @@ PIECE = (1 << 15) - 1
 """Elements up to which an operator of PyTorch runs on the calling thread alone."""
 
 MAX_COPY = 9 << 19
-"""Elements of a map that are copied at a time: 18 MB of float32. Two such and a few smaller ones are
-used again; of more than 64 MB the pages come anew from the system, which takes longer than a copy.
-"""
+"""Elements of a map that are copied at a time: 18 MB of float32. The allocator uses the memory of
+two such copies again; that of more comes anew from the system, which takes longer than the copy."""
 
 Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
 

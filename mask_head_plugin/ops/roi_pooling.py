@@ -11,18 +11,19 @@ own backward.
 
 Operators are few and large: PyTorch splits each over all threads, and beside another busy process a
 thread that has its share late holds up the others for about 8 ms, each time. So a call makes one
-product per map, backward one for all maps, whatever R and C. A map that is not channels-last is
-copied, in a few parts where it is large, with a product each. The matrix is laid out in pieces of
-PIECE entries, which PyTorch leaves to one thread.
+product per map, whatever R and C. A map that is not channels-last is copied; a large one, image by
+image and in blocks of channels, with a product each. The matrix is laid out in pieces of PIECE
+entries, which PyTorch leaves to one thread, as it does the copy of an image.
 
 A maximum needs its samples one by one: ``reduction="max"`` computes them, group by group. ROIPool
 is torchvision's.
 
 All functions run on any device and are deterministic (maxima on CUDA only where
 torch.use_deterministic_algorithms asks for it). Beside the result they hold lists of about
-bin_sums.LIST_ENTRIES cells and weights at most, a copy of one map that is not channels-last or of
-half precision, bins of bin_sums.BATCH_ELEMENTS, and for maxima samples of
-bin_maxima.GROUP_ELEMENTS, or those of one RoI if these are more.
+bin_sums.LIST_ENTRIES cells and weights at most, copies of bin_layout.MAX_COPY elements of a map
+that is not channels-last or of half precision (for maxima, of an image of it), bins of
+bin_sums.BATCH_ELEMENTS, and for maxima samples of bin_maxima.GROUP_ELEMENTS, or those of one RoI if
+these are more.
 
 Shape alphabet: N images, C channels, H and W sides of a feature map, L feature maps, R RoIs (r of
 one part, n of one block or matrix), P and Q pooled height and width, K slots for the cells of a bin
