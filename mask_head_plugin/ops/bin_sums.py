@@ -139,8 +139,8 @@ class _Matrix:
             return torch.cat([pieces[place] for place in places])
 
         self._cells, self._weights = join(map(_cells, batch)), join(weights)
-        slots = torch.tensor([block.slots for block in batch for _ in block.places])[order]
-        slots = slots.to(order.device, torch.int32)
+        each = [block.slots for block in batch for _ in range(len(block.places))]
+        slots = torch.tensor([each[place] for place in places], dtype=torch.int32).to(order.device)
         bins = torch.arange(batch[0].part.num_bins, dtype=torch.int32, device=order.device)
         start = (slots.cumsum(0, dtype=torch.int32) - slots) * len(bins)
         self._offsets = torch.addcmul(start[:, None], slots[:, None], bins).flatten()
