@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
@@ -33,6 +34,7 @@ def write_model_folder(
     masks: bool = True,
     scoring: bool = False,
     count: int = 3,
+    shares: npt.NDArray[np.float32] = SHARES,
     opset: int = 17,
     channels: int = 3,
     **changes: Any,
@@ -44,6 +46,7 @@ def write_model_folder(
         masks: whether it has masks.
         scoring: whether the masks have scores.
         count: of the three objects.
+        shares: their boxes.
         opset: of ONNX.
         channels: of the input.
         changes: of ``model.json``; those of its ``input`` as a dict.
@@ -51,7 +54,8 @@ def write_model_folder(
     folder.mkdir(parents=True, exist_ok=True)
     changed_input = changes.pop("input", {})
     size = changed_input.get("size")
-    content = _graph(masks, scoring, count, opset, channels, size).SerializeToString()
+    graph = _graph(masks, scoring, shares[:count], opset, channels, size)
+    content = graph.SerializeToString()
     (folder / "model.onnx").write_bytes(content)
     outputs = ["boxes", "scores", "classes", *["mask_probs"] * masks, *["mask_scores"] * scoring]
     given = ModelInput("BGR", channels, 60, 100, None, "bilinear")
@@ -79,10 +83,16 @@ def write_model_folder(
 
 
 def _graph(
-    masks: bool, scoring: bool, count: int, opset: int, channels: int, size: Any
+    masks: bool,
+    scoring: bool,
+    shares: npt.NDArray[np.float32],
+    opset: int,
+    channels: int,
+    size: Any,
 ) -> onnx.ModelProto:
+    count = len(shares)
     constants = {
-        "shares": SHARES[:count],
+        "shares": shares,
         "full": SCORES[:count],
         "ids": CLASSES[:count],
         "probs": MASK_PROBS[:count],

@@ -80,4 +80,5 @@ def test_an_image_fits_into_a_model_of_fixed_size():
     assert model_hw((480, 640), 800, 1333, (800, 1088)) == (800, 1067)
     assert model_hw((480, 640), 800, 1333, (640, 640)) == (480, 640)
     assert model_hw((640, 480), 800, 1333, (800, 1333)) == (800, 600)
+    assert model_hw((20, 10), 0, 1333, (64, 64)) == (20, 10)
     assert model_hw((10, 2000), 800, 1333, (64, 64)) == (1, 64)

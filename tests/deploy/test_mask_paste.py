@@ -57,6 +57,13 @@ def test_a_hand_worked_column():
     assert rle["size"] == [6, 1] and isinstance(rle["counts"], str)
 
 
+def test_a_pixel_on_the_threshold_belongs_to_the_mask():
+    """Rows of 1 and 0 lie at pixels 0 and 2, so that pixel 1 has exactly 0.5."""
+    mask = np.array([[[1, 1], [0, 0]]], np.float32)
+    (rle,) = paste_masks(mask, np.array([[-2, -0.5, 4, 3.5]], np.float32), (4, 1), 0.5)
+    assert coco_mask.decode(rle)[:, 0].tolist() == [1, 1, 0, 0]
+
+
 def test_boxes_without_area_or_outside_have_empty_masks():
     boxes = np.array(
         [[5, 5, 5, 9], [9, 5, 5, 9], [np.nan, 0, 5, 5], [0, 0, np.inf, 5], [90, 90, 99, 99]],

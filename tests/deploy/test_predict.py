@@ -87,6 +87,26 @@ def test_batches_give_the_same_files(folder, inputs, tmp_path, capsys):
     assert one == three and len(one) == 6
 
 
+def test_frames_before_the_end_of_a_damaged_video_are_kept_in_batches_too(
+    folder, inputs, tmp_path, capsys
+):
+    codec = cv2.VideoWriter.fourcc(*"MJPG")
+    writer = cv2.VideoWriter(str(tmp_path / "long.avi"), codec, 10.0, (90, 48))
+    for _ in range(30):
+        writer.write(np.full((48, 90, 3), 255, np.uint8))
+    writer.release()
+    content = (tmp_path / "long.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(content[: len(content) // 2])
+    counts = []
+    for size in (1, 8):
+        output = tmp_path / f"{size}"
+        args = ["--model", folder, "--input", tmp_path / "cut.avi", "--output", output]
+        code, _, err = tool(capsys, *args, "--batch-size", size)
+        assert code == 1 and "frames can be read" in err
+        counts.append(len(json.loads((output / "predictions.json").read_text())["images"]))
+    assert counts[0] == counts[1] > 2
+
+
 def test_the_threshold_drops_detections_and_says_what_the_export_has_dropped(
     folder, inputs, tmp_path, capsys, caplog
 ):

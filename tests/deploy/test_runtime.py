@@ -82,6 +82,16 @@ def test_models_without_masks_with_mask_scores_or_names_and_with_nothing_found(t
     assert found.boxes.shape == (0, 4) and found.masks == [] == found.class_names
 
 
+def test_boxes_are_clipped_and_those_that_are_empty_left_out(tmp_path):
+    shares = np.array([[-1, 0.5, 0.5, 2], [1.2, 0, 1.5, 1], [0.2, 0.2, 0.4, 0.4]], np.float32)
+    write_model_folder(tmp_path, shares=shares, scoring=True)
+    found = Predictor(tmp_path)(IMAGE)
+    right = np.array([[0, 24, 45, 48], [18, 9.6, 36, 19.2]])
+    np.testing.assert_allclose(found.boxes, right, atol=1e-4)
+    np.testing.assert_allclose(found.scores, SCORES[[0, 2]])
+    assert len(found.masks) == len(found.mask_scores) == 2 and found.class_names == ["dog", "dog"]
+
+
 @pytest.mark.parametrize(
     ("image_format", "brightest"),
     [("BGR", 200), ("RGB", 200), ("L", round(200 * 0.114)), ("YUV-BT.601", 0.436 * 200 / 255)],
