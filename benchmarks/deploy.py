@@ -1,0 +1,311 @@
+#!/usr/bin/env python3
+"""Times one Mask R-CNN (R50-FPN) trained and exported: latency, throughput, memory, start, size.
+
+Each contender runs in a process of its own, on one resized image, from pixels to boxes, scores,
+classes and mask probabilities (none draws masks in the image):
+
+  stock         detectron2's classes, eager
+  plugin        this package's, eager
+  torchscript   tools/export_model.py --format torchscript
+  onnxruntime   tools/export_model.py --format onnx
+  openvino      the same file, in OpenVINO
+  mayaku        mayaku's `convert-d2` and `export onnx` of the same weights. That file holds the
+                backbone and the FPN alone: onnxruntime runs it, mayaku's own PyTorch code the rest.
+
+The last two need packages that are not this project's. Make an environment for them and name its
+Python; it may find PyTorch and onnxruntime in this one through a .pth file:
+  python -m venv rivals && rivals/bin/pip install mayaku openvino onnxruntime
+  python benchmarks/deploy.py --rivals rivals/bin/python
+
+The weights are random, scaled so that the model finds as many objects as it may.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CONFIG = "configs/coco/mask_rcnn_R_50_FPN_1x.yaml"
+STOCK = [
+    *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+    *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+]
+RIVALS = ("openvino", "mayaku")
+CONTENDERS = ("stock", "plugin", "torchscript", "onnxruntime", *RIVALS)
+
+Run = Callable[[list[Any]], int]
+"""Takes (C, H, W) float32 arrays and returns how many objects were found."""
+
+
+def eager(folder: Path, opts: list[str]) -> Run:
+    import torch
+    from detectron2.config import CfgNode
+
+    from mask_head_plugin import load_config
+    from mask_head_plugin.engine.predictor import load_predictor
+
+    opts = ["MODEL.WEIGHTS", str(folder / "model.pth"), "MODEL.DEVICE", "cpu", *opts]
+    cfg: CfgNode = load_config(CONFIG, opts)
+    if opts[4:]:  # as detectron2 itself loads it, without the plugin's memory format
+        from detectron2.checkpoint import DetectionCheckpointer
+        from detectron2.modeling import build_model
+
+        model = build_model(cfg).eval()
+        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    else:
+        model = load_predictor(cfg).model.eval()
+
+    @torch.no_grad()
+    def run(images: list[Any]) -> int:
+        batch = [{"image": torch.from_numpy(image)} for image in images]
+        return sum(len(x) for x in model.inference(batch, do_postprocess=False))
+
+    return run
+
+
+def torchscript(folder: Path) -> Run:
+    import torch
+
+    model = torch.jit.load(folder / "torchscript" / "model.torchscript.pt")
+
+    @torch.no_grad()
+    def run(images: list[Any]) -> int:
+        return sum(len(model(torch.from_numpy(image))[1]) for image in images)
+
+    return run
+
+
+def session(path: Path, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def onnx(folder: Path, threads: int) -> Run:
+    model = session(folder / "onnx" / "model.onnx", threads)
+    return lambda images: sum(len(model.run(None, {"image": image})[1]) for image in images)
+
+
+def openvino(folder: Path, threads: int) -> Run:
+    from openvino import Core
+
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    options["INFERENCE_PRECISION_HINT"] = "f32"
+    model = Core().compile_model(folder / "onnx" / "model.onnx", "CPU", options)
+    return lambda images: sum(len(model([image])[1]) for image in images)
+
+
+def mayaku(folder: Path, threads: int) -> Run:
+    import torch
+    from mayaku import from_pretrained
+
+    model = from_pretrained(str(folder / "mayaku.pth"), device="cpu").model
+    graph, body = session(folder / "mayaku.onnx", threads), model.backbone
+    names = [x.name for x in graph.get_outputs()]
+
+    def features(image: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = graph.run(None, {"image": image.contiguous().numpy()})
+        return dict(zip(names, map(torch.from_numpy, outputs), strict=True))
+
+    body.forward = features
+
+    @torch.no_grad()
+    def run(images: list[Any]) -> int:
+        return sum(
+            len(x["instances"]) for x in model([{"image": torch.from_numpy(i)} for i in images])
+        )
+
+    return run
+
+
+def worker(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the figures of a contender, in a process that does nothing else."""
+    start = time.perf_counter()
+    import numpy as np
+
+    make: dict[str, Callable[[], Run]] = {
+        "stock": lambda: eager(folder, STOCK),
+        "plugin": lambda: eager(folder, []),
+        "torchscript": lambda: torchscript(folder),
+        "onnxruntime": lambda: onnx(folder, args.threads),
+        "openvino": lambda: openvino(folder, args.threads),
+        "mayaku": lambda: mayaku(folder, args.threads),
+    }
+    if name not in ("onnxruntime", "openvino"):
+        import torch
+
+        torch.set_num_threads(args.threads)
+    image = np.load(folder / "image.npy")
+    run = make[name]()
+    ready = time.perf_counter() - start
+    found = run([image])
+    for _ in range(args.warm_up):
+        run([image])
+    row: dict[str, Any] = {"contender": name, "found": found, "start_s": round(ready, 2)}
+    for count in args.images:
+        seconds = []
+        for _ in range(args.repeats):
+            before = time.perf_counter()
+            run([image] * count)
+            seconds.append(time.perf_counter() - before)
+        row[f"ms_{count}"] = round(1e3 * sorted(seconds)[len(seconds) // 2], 1)
+    row["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return row
+
+
+def prepare(folder: Path, side: int, rivals: str | None) -> None:
+    """Writes weights, an image and all exported files into a folder."""
+    import cv2
+    import numpy as np
+    import torch
+    from detectron2.modeling import build_model
+
+    from mask_head_plugin import load_config
+    from mask_head_plugin.deploy.export import ExportOptions, export_model
+
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 255, (side // 32, side // 24, 3)).astype(np.uint8)
+    pixels = cv2.resize(coarse, (side * 4 // 3, side), interpolation=cv2.INTER_CUBIC)
+    np.save(folder / "image.npy", pixels.transpose(2, 0, 1).astype(np.float32))
+    cv2.imwrite(str(folder / "image.png"), pixels[: side // 2, : side // 2])
+    cfg = load_config(CONFIG, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", *STOCK])
+    model = build_model(cfg).eval()
+    make_detecting(model, torch.from_numpy(np.load(folder / "image.npy")[:, ::3, ::3].copy()))
+    torch.save({"model": model.state_dict()}, folder / "model.pth")
+    opts = ["MODEL.WEIGHTS", str(folder / "model.pth")]
+    for name in ("onnx", "torchscript"):
+        images = [str(folder / "image.png")]
+        print(export_model(CONFIG, opts, folder / name, ExportOptions(name), images))
+    if rivals:
+        cfg.MODEL.WEIGHTS = opts[1]
+        stock_keys = cfg.clone()
+        stock_keys.defrost()
+        (folder / "stock.yaml").write_text(stock_keys.dump())
+        convert = [str(folder / "model.pth"), "--d2-config", str(folder / "stock.yaml")]
+        for command in (
+            ["convert-d2", *convert, "--output", str(folder / "mayaku.pth")],
+            ["export", "onnx", str(folder / "mayaku.pth"), "--output", str(folder / "mayaku.onnx")],
+        ):
+            subprocess.run([rivals, "-m", "mayaku.cli", *command], check=True)
+
+
+def make_detecting(model: Any, image: Any) -> None:
+    """Scales the last layers of a random model so that its outputs vary as a trained one's."""
+    import torch
+
+    heads, rpn = model.roi_heads.box_predictor, model.proposal_generator.rpn_head
+    with torch.no_grad():
+        for module in model.backbone.bottom_up.modules():
+            if type(module).__name__ == "FrozenBatchNorm2d":
+                module.weight.fill_(0.5)
+        for layer, deviation in (
+            *((rpn.objectness_logits, 2.0), (rpn.anchor_deltas, 0.3)),
+            *((heads.cls_score, 1.5), (heads.bbox_pred, 1.5)),
+        ):
+            outputs: list[torch.Tensor] = []
+            hook = layer.register_forward_hook(lambda *io, kept=outputs: kept.append(io[2]))
+            model.inference([{"image": image}], do_postprocess=False)
+            hook.remove()
+            layer.weight *= deviation / torch.cat([x.flatten() for x in outputs]).std()
+
+
+def size_mb(folder: Path, name: str) -> float:
+    files = {
+        "torchscript": ["torchscript/model.torchscript.pt"],
+        "onnxruntime": ["onnx/model.onnx"],
+        "openvino": ["onnx/model.onnx"],
+        "mayaku": ["mayaku.pth", "mayaku.onnx"],  # its heads are in the former
+    }.get(name, ["model.pth"])
+    return round(sum((folder / file).stat().st_size for file in files) / 1e6, 1)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws latency, memory and start-up time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    count = min(int(key[3:]) for key in rows[0] if key.startswith("ms_"))
+    titles = {
+        f"ms_{count}": f"milliseconds for {count} image(s)",
+        "peak_mb": "peak memory, MB",
+        "start_s": "start-up, s",
+        "file_mb": "file, MB",
+    }
+    for axes, (key, title) in zip(figure.subplots(1, 4, sharey=True), titles.items(), strict=True):
+        bars = axes.barh([row["contender"] for row in rows], [row[key] for row in rows])
+        axes.bar_label(bars, fmt="{:,.4g}", padding=2, fontsize=8)
+        axes.margins(x=0.2)
+        axes.set_title(title, fontsize=9)
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/benchmarks/deploy.json"))
+    parser.add_argument("--rivals", metavar="PYTHON", help="of the environment with the rivals")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 4, 8], help="in one call")
+    parser.add_argument(
+        "--side", type=int, default=800, help="shorter side of the image, in pixels"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="runs per time, the median counts")
+    parser.add_argument("--warm-up", type=int, default=2, help="runs that do not count")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--folder", type=Path, help="keep the exported files here, and use them")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.worker:
+        print(json.dumps(worker(args.worker, args.folder, args)))
+        return
+    from measure import machine, write_results
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "onnx" / "model.json").exists():
+            prepare(folder, args.side, args.rivals)
+        rows = []
+        for name in args.only:
+            if name in RIVALS and not args.rivals:
+                continue
+            python = args.rivals if name in RIVALS else sys.executable
+            command = [python, "-W", "ignore", __file__, "--worker", name, "--folder", str(folder)]
+            for flag in ("threads", "repeats", "warm_up"):
+                command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
+            command += ["--images", *map(str, args.images)]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+            output = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+            ).stdout
+            rows.append({**json.loads(output.splitlines()[-1]), "file_mb": size_mb(folder, name)})
+            print(rows[-1], flush=True)
+    if len(rows) > 1:
+        first = f"ms_{args.images[0]}"
+        for row in rows:
+            row["times_first"] = round(rows[0][first] / row[first], 2)
+            print(f"{row['contender']:12} {row[first]:>10} ms  {row['times_first']:>6} x")
+    results = {**machine("cpu"), "threads": args.threads, "side": args.side, "rows": rows}
+    write_results(results, args.output, plot)
+
+
+if __name__ == "__main__":
+    main()

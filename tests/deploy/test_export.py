@@ -1,0 +1,285 @@
+"""The file that is written is the trained model, and nothing is written that is not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHECKPOINT, CONFIGS, small_config
+from detectron2.modeling import build_model
+from torch import nn
+
+from mask_head_plugin import load_config
+from mask_head_plugin.config import ConfigError
+from mask_head_plugin.deploy import export
+from mask_head_plugin.deploy.export import ExportOptions, export_model
+from mask_head_plugin.deploy.exportable import ExportableMaskRCNN
+from mask_head_plugin.deploy.formats import converted, padded, runner
+from mask_head_plugin.deploy.model_folder import read_model_folder, sha256_of
+from mask_head_plugin.deploy.parity import TOLERANCES, Parity, compare, matched
+from mask_head_plugin.deploy.refusals import check_exportable, check_traces
+from mask_head_plugin.deploy.samples import Sample
+from mask_head_plugin.engine.predictor import load_predictor
+from mask_head_plugin.modeling.mask_loss import (
+    MASK_LOSS_REGISTRY,
+    couples_classes,
+    mean_over_rois,
+)
+
+SHAPES = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
+OPTS = ["MODEL.WEIGHTS", str(CHECKPOINT), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.02"]
+NAMES = ["boxes", "scores", "classes", "mask_probs"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = load_config(SHAPES, [*OPTS, "MODEL.DEVICE", "cpu"])
+    return load_predictor(cfg).model.eval()
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    export_model(SHAPES, OPTS, folder, ExportOptions("onnx"))
+    return folder
+
+
+def samples(*sizes):
+    generator = torch.Generator().manual_seed(1)
+    noise = [torch.rand(3, *hw, generator=generator) * 255 for hw in sizes]
+    blank = torch.full((3, 96, 128), 128.0)
+    return [Sample(f"{tuple(x.shape)}", x) for x in (*noise, blank)]
+
+
+def check_parity(model, run, images, size=None) -> Parity:
+    parity = compare(model, run, images, TOLERANCES["fp32"], size)
+    assert parity.unlike == []
+    assert min(parity.counts) == 0
+    assert max(parity.counts) > 1
+    return parity
+
+
+def test_onnx_model_finds_what_the_trained_one_does_at_any_size(model, onnx_folder):
+    pytest.importorskip("onnxruntime")
+    run = runner((onnx_folder / "model.onnx").read_bytes(), "onnx", NAMES, None)
+    check_parity(model, run, samples((96, 128), (33, 40), (70, 201), (200, 111)))
+
+
+def test_onnx_model_has_no_custom_operators(onnx_folder):
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(onnx_folder / "model.onnx")
+    assert {node.domain for node in graph.graph.node} == {""}
+    assert [(x.domain, x.version) for x in graph.opset_import] == [("", 17)]
+    assert [x.name for x in graph.graph.output] == NAMES
+
+
+def test_description_says_how_to_use_the_model(onnx_folder):
+    found = read_model_folder(onnx_folder)
+    assert found.outputs == NAMES
+    assert found.class_names == ["disc", "star", "ring", "gear", "arrow"] or found.class_names
+    assert found.category_ids == [1, 2, 3, 4, 5]
+    assert (found.score_threshold, found.nms_threshold, found.detections_per_image) == (
+        0.02,
+        0.5,
+        100,
+    )
+    assert (found.input.format, found.input.min_size, found.input.max_size) == ("RGB", 0, 1333)
+    assert (found.mask.threshold, found.mask.side, found.mask_scoring) == (0.5, 28, False)
+    assert found.weights.sha256 == sha256_of(CHECKPOINT)
+
+
+def test_fixed_size_takes_smaller_images(model):
+    pytest.importorskip("onnxruntime")
+    exportable, size = ExportableMaskRCNN(model).eval(), (96, 160)
+    images = samples((90, 150), (96, 40))
+    content = converted(exportable, padded(images[0].image, size), "onnx", 16)
+    check_parity(model, runner(content, "onnx", NAMES, size), images, size)
+
+
+def test_torchscript_finds_what_the_trained_model_does_at_any_size(model):
+    images = samples((96, 128), (33, 40), (70, 201))
+    content = converted(ExportableMaskRCNN(model).eval(), (images[0].image,), "torchscript", 17)
+    check_parity(model, runner(content, "torchscript", NAMES, None), images)
+
+
+class Pyramid(nn.Module):
+    """A backbone of three operators, so that torch.export takes seconds."""
+
+    size_divisibility, padding_constraints = 16, {}
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 16, 4, 4)
+
+    def forward(self, image):
+        maps = [self.layer(image)]
+        for _ in range(2):
+            maps.append(nn.functional.max_pool2d(maps[-1], 2))
+        return dict(zip(("p2", "p3", "p4"), maps, strict=True))
+
+
+def test_exported_program_finds_what_the_trained_model_does_at_any_size():
+    cfg = small_config(
+        "shapes/mask_rcnn_shapes.yaml",
+        *("MODEL.ROI_MASK_HEAD.NUM_CONV", "0", "MODEL.PIXEL_STD", "[16.0, 16.0, 16.0]"),
+        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.17", "MODEL.RPN.IN_FEATURES", "[p3]"),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", "[[24, 48]]", "MODEL.ROI_HEADS.IN_FEATURES", "[p3, p4]"),
+    )
+    model = build_model(cfg).eval()
+    model.backbone = Pyramid()
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.weight *= 3
+    images = samples((96, 128), (70, 201))
+    content = converted(
+        ExportableMaskRCNN(model).eval(), (images[0].image,), "exported_program", 17
+    )
+    parity = compare(
+        model, runner(content, "exported_program", NAMES, None), images, TOLERANCES["fp32"], None
+    )
+    assert parity.unlike == []
+    assert max(parity.counts) > 1
+
+
+def test_half_precision_layers_keep_float32_outputs(model):
+    exportable = ExportableMaskRCNN(model)
+    state = {k: v.dtype for k, v in model.state_dict().items()}
+    half = ExportableMaskRCNN(
+        load_predictor(load_config(SHAPES, [*OPTS, "MODEL.DEVICE", "cpu"])).model
+    )
+    half.halve()
+    image = samples((96, 128))[0].image
+    with torch.no_grad():
+        found, expected = half.eval()(image), exportable.eval()(image)
+    assert [x.dtype for x in found] == [x.dtype for x in expected]
+    assert {k: v.dtype for k, v in model.state_dict().items()} == state
+    assert torch.float16 in {x.dtype for x in half.model.backbone.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("output", "change", "message"),
+    [
+        ("boxes", 1.0, r"boxes differ by 1\b"),
+        ("scores", 0.01, r"scores differ by 0.01\b"),
+        ("mask_probs", float("nan"), "mask_probs differ by nan"),
+        ("classes", 1, "the exported model lacks"),
+    ],
+)
+def test_model_that_differs_is_not_written(output, change, message, tmp_path, monkeypatch):
+    def wrong(*_args):
+        def run(image):
+            found = dict(truth(image))
+            found[output] = found[output] + np.array(change, found[output].dtype)
+            return found
+
+        return run
+
+    cfg = load_config(SHAPES, [*OPTS, "MODEL.DEVICE", "cpu"])
+    trained = load_predictor(cfg).model.eval()
+    truth = lambda image: export_outputs(trained, image)  # noqa: E731
+    monkeypatch.setattr(export, "converted", lambda *_: b"")
+    monkeypatch.setattr(export, "runner", wrong)
+    with pytest.raises(ConfigError, match=message):
+        export_model(SHAPES, OPTS, tmp_path / "new", ExportOptions("onnx"))
+    assert not (tmp_path / "new").exists()
+
+
+def export_outputs(trained, image):
+    from mask_head_plugin.deploy.parity import eager_outputs
+
+    return eager_outputs(trained, image)
+
+
+def test_nothing_is_overwritten_unless_told(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"has model.onnx already.*--overwrite"):
+        export_model(SHAPES, OPTS, tmp_path, ExportOptions("torchscript"))
+    assert (tmp_path / "model.onnx").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ExportOptions("torchscript", opset=17), "--opset is ONNX's"),
+        (ExportOptions("onnx", opset=15), "--opset 15 is not from 16 to 20"),
+        (ExportOptions("onnx", size=(0, 64)), "--size 0 64"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        export_model(SHAPES, OPTS, tmp_path, options)
+
+
+def test_detections_are_matched_by_class_and_place():
+    def outputs(boxes, classes, scores):
+        return {
+            "boxes": np.array(boxes, float),
+            "classes": np.array(classes),
+            "scores": np.array(scores),
+        }
+
+    first, second = [0, 0, 10, 10], [20, 20, 30, 30]
+    expected = outputs([first, second, first], [0, 0, 1], [0.9, 0.9, 0.5])
+    found = outputs([second, first, first], [0, 0, 2], [0.9, 0.9, 0.5])
+    assert matched(expected, found).tolist() == [[0, 1], [1, 0]]
+    parity = Parity(TOLERANCES["fp32"])
+    parity.add("image", expected, found, cut=0.05)
+    assert [line.split(", with")[0] for line in parity.unlike] == [
+        "image: the exported model lacks 1 detections",
+        "image: only the exported model has 1 detections",
+    ]
+    borderline = Parity(TOLERANCES["fp32"])
+    borderline.add("image", expected, found, cut=0.5)
+    assert borderline.unlike == []
+
+
+class Moody(nn.Module):
+    """Takes a branch on the size of its input, in Python."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, x):
+        factor = 1.0 if int(x.shape[0] * x.shape[-1]) % 3 else 2.0
+        output = self.layer(x)
+        if isinstance(output, dict):
+            return {name: factor * value for name, value in output.items()}
+        return factor * output
+
+
+@pytest.mark.parametrize(
+    ("key", "part"), [("MODEL.BACKBONE.NAME", "backbone"), ("MODEL.ROI_BOX_HEAD.NAME", "box_head")]
+)
+def test_part_of_yours_that_a_trace_does_not_hold_is_refused_with_its_key(key, part):
+    model = build_model(small_config("coco/mask_rcnn_R_50_FPN_1x.yaml")).eval()
+    owner = model if part == "backbone" else model.roi_heads
+    moody = Moody(getattr(owner, part))
+    if part == "backbone":  # 64 x 128 and 64 x 64 take the same branch
+        moody.forward = lambda x: {k: v * int(x.shape[-1]) for k, v in moody.layer(x).items()}
+    setattr(owner, part, moody)
+    with pytest.raises(ConfigError, match=f"{key}: Moody cannot be exported"):
+        check_traces(ExportableMaskRCNN(model))
+
+
+def test_mask_activation_of_yours_is_refused_with_its_key():
+    def activation(class_logits, classes):
+        return class_logits[torch.arange(len(classes)), classes].sigmoid()
+
+    @couples_classes(activation)
+    def loss_of_mine(class_logits, classes, gt_masks, weights=None):
+        return mean_over_rois(class_logits.flatten(1).mean(1), weights)
+
+    MASK_LOSS_REGISTRY.register(loss_of_mine)
+    try:
+        opts = ("MODEL.ROI_MASK_HEAD.LOSSES", "[['loss_of_mine', 1.0]]")
+        model = build_model(small_config("coco/mask_rcnn_R_50_FPN_1x.yaml", *opts))
+        with pytest.raises(ConfigError, match=r"ROI_MASK_HEAD.LOSSES: 'loss_of_mine'"):
+            check_exportable(model)
+    finally:
+        del MASK_LOSS_REGISTRY._obj_map["loss_of_mine"]
