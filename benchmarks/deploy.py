@@ -74,6 +74,7 @@ def eager(folder: Path, opts: list[str]) -> Run:
 
 def torchscript(folder: Path) -> Run:
     import torch
+    import torchvision  # noqa: F401  # its operators are in the file
 
     model = torch.jit.load(folder / "torchscript" / "model.torchscript.pt")
 

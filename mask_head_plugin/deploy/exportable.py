@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import RoIPool
 
-from ..modeling.mask_head import ClassSelection, FCNMaskHead
+from ..modeling.mask_head import ClassSelection
 from ..modeling.pooler import MultiLevelRoIPooler
 from .class_nms import NO_CANDIDATE, class_nms
 
@@ -150,7 +150,7 @@ class ExportableMaskRCNN(nn.Module):
         self, maps: list[Tensor], proposals: Tensor, image_edge: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.model.roi_heads
-        pooled = _pooled(self.box_pooler, maps, proposals)
+        pooled = self.box_pooler.pool_for_export(maps, proposals)
         is_res5 = _is_res5(heads)
         region = heads.res5(pooled).mean(dim=[2, 3]) if is_res5 else heads.box_head(pooled)
         scores, deltas = heads.box_predictor(region)
@@ -169,7 +169,7 @@ class ExportableMaskRCNN(nn.Module):
         ):
             if stage > 0:
                 boxes = _clip(boxes, image_edge)
-            scores, deltas = predictor(head(_pooled(self.box_pooler, maps, boxes)))
+            scores, deltas = predictor(head(self.box_pooler.pool_for_export(maps, boxes)))
             probs.append(class_probs(predictor, scores))
             boxes = predictor.box2box_transform.apply_deltas(deltas, boxes)
         mean = torch.stack(probs).sum(dim=0) * (1.0 / len(probs))
@@ -205,7 +205,7 @@ class ExportableMaskRCNN(nn.Module):
         self, maps: list[Tensor], boxes: Tensor, scores: Tensor, classes: Tensor
     ) -> tuple[Tensor, ...]:
         heads = self.model.roi_heads
-        pooled = _pooled(self.mask_pooler, maps, boxes)
+        pooled = self.mask_pooler.pool_for_export(maps, boxes)
         if _is_res5(heads):
             pooled = heads.res5(pooled)
         head = heads.mask_head
@@ -216,13 +216,6 @@ class ExportableMaskRCNN(nn.Module):
             classes = torch.zeros_like(classes)
         iou = head.iou_head(pooled, probs.to(pooled.dtype), classes).float()
         return probs, scores * iou.clamp(0, 1)
-
-
-def _pooled(pooler: MultiLevelRoIPooler, maps: list[Tensor], boxes: Tensor) -> Tensor:
-    pooled = pooler.pool_for_export(maps, boxes)
-    if torch.compiler.is_compiling():  # torch.export cannot know that each RoI has one level
-        pooled = pooled.narrow(0, 0, boxes.shape[0])
-    return pooled
 
 
 def last_predictor(model: Any) -> Any:
@@ -248,12 +241,10 @@ def mask_probs(head: Any, features: Tensor, classes: Tensor) -> Tensor:
     activation = head.losses[0].activation if isinstance(head, ClassSelection) else None
     if activation is not None:
         return activation(head.class_logits(features), classes)
-    if isinstance(head, FCNMaskHead):
+    if isinstance(head, ClassSelection):
         zeros = torch.zeros_like(classes)
         return head.selected_logits(features, zeros if head.num_classes == 1 else classes).sigmoid()
-    # One product for all classes, for MLPMaskHead groups RoIs by class in a loop.
-    is_plugin = isinstance(head, ClassSelection)
-    logits = head.class_logits(features) if is_plugin else head.layers(features)
+    logits = head.layers(features)
     num_classes = logits.shape[1]
     if num_classes == 1:
         return logits[:, 0].sigmoid()

@@ -122,8 +122,13 @@ def test_exported_program_finds_what_the_trained_model_does_at_any_size():
     cfg = small_config(
         "shapes/mask_rcnn_shapes.yaml",
         *("MODEL.ROI_MASK_HEAD.NUM_CONV", "0", "MODEL.PIXEL_STD", "[16.0, 16.0, 16.0]"),
-        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.17", "MODEL.RPN.IN_FEATURES", "[p3]"),
-        *("MODEL.ANCHOR_GENERATOR.SIZES", "[[24, 48]]", "MODEL.ROI_HEADS.IN_FEATURES", "[p3, p4]"),
+        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.17", "MODEL.RPN.IN_FEATURES", "['p3']"),
+        *(
+            "MODEL.ANCHOR_GENERATOR.SIZES",
+            "[[24, 48]]",
+            "MODEL.ROI_HEADS.IN_FEATURES",
+            "['p3', 'p4']",
+        ),
     )
     model = build_model(cfg).eval()
     model.backbone = Pyramid()
@@ -257,7 +262,7 @@ class Moody(nn.Module):
     ("key", "part"), [("MODEL.BACKBONE.NAME", "backbone"), ("MODEL.ROI_BOX_HEAD.NAME", "box_head")]
 )
 def test_part_of_yours_that_a_trace_does_not_hold_is_refused_with_its_key(key, part):
-    model = build_model(small_config("coco/mask_rcnn_R_50_FPN_1x.yaml")).eval()
+    model = build_model(small_config("shapes/mask_rcnn_shapes.yaml")).eval()
     owner = model if part == "backbone" else model.roi_heads
     moody = Moody(getattr(owner, part))
     if part == "backbone":  # 64 x 128 and 64 x 64 take the same branch
@@ -278,7 +283,7 @@ def test_mask_activation_of_yours_is_refused_with_its_key():
     MASK_LOSS_REGISTRY.register(loss_of_mine)
     try:
         opts = ("MODEL.ROI_MASK_HEAD.LOSSES", "[['loss_of_mine', 1.0]]")
-        model = build_model(small_config("coco/mask_rcnn_R_50_FPN_1x.yaml", *opts))
+        model = build_model(small_config("shapes/mask_rcnn_shapes.yaml", *opts))
         with pytest.raises(ConfigError, match=r"ROI_MASK_HEAD.LOSSES: 'loss_of_mine'"):
             check_exportable(model)
     finally:

@@ -13,13 +13,16 @@ from mask_head_plugin.deploy.formats import padded
 from mask_head_plugin.deploy.parity import eager_outputs, matched
 from mask_head_plugin.deploy.refusals import check_exportable
 
-FPN = "coco/mask_rcnn_R_50_FPN_1x.yaml"
+FPN = "shapes/mask_rcnn_shapes.yaml"
 C4 = "coco/mask_rcnn_R_50_C4_1x.yaml"
 DC5 = "coco/mask_rcnn_R_50_DC5_3x.yaml"
 BOX, MASK = "MODEL.ROI_BOX_HEAD.", "MODEL.ROI_MASK_HEAD."
+SCORING = (
+    *(MASK + "SCORING.ENABLED", "True", MASK + "SCORING.CONV_DIM", "8"),
+    *(MASK + "SCORING.FC_DIM", "16"),
+)
 MODELS = {
     "FPN": (FPN,),
-    "C4": (C4,),
     "DC5": (DC5,),
     "Cascade": (
         FPN,
@@ -32,10 +35,10 @@ MODELS = {
         *(FPN, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
         *(MASK + "NAME", "MaskRCNNConvUpsampleHead", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
     ),
-    "mask scoring": (FPN, MASK + "SCORING.ENABLED", "True"),
-    "C4 with mask scoring": (C4, MASK + "SCORING.ENABLED", "True"),
+    "mask scoring": (FPN, *SCORING),
+    "C4": (C4, *SCORING),
     "softmax": (FPN, MASK + "LOSSES", "[['softmax_cross_entropy', 1.0]]"),
-    "class-agnostic": (FPN, MASK + "CLS_AGNOSTIC_MASK", "True", MASK + "SCORING.ENABLED", "True"),
+    "class-agnostic": (FPN, MASK + "CLS_AGNOSTIC_MASK", "True", *SCORING),
     "MLP": (FPN, MASK + "NAME", "MLPMaskHead", MASK + "FC_DIM", "32"),
     "boxes only": (FPN, "MODEL.MASK_ON", "False"),
     "sigmoid scores": (FPN, BOX + "USE_SIGMOID_CE", "True"),
@@ -94,13 +97,14 @@ def check_same(expected, found, names) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_exportable_finds_what_the_model_finds(name):
+def test_trace_finds_what_the_model_finds_in_an_image_of_another_size(name):
     model = detecting_model(*MODELS[name])
     check_exportable(model)
     exportable = ExportableMaskRCNN(model).eval()
-    image = noise(72, 100)
+    image = noise(104, 88)
     with torch.no_grad():
-        found = exportable(image)
+        trace = torch.jit.trace(exportable, noise(72, 100), check_trace=False)
+        found = trace(image)
     expected = eager_outputs(model, image)
     assert 0 < len(expected["scores"])
     check_same(expected, found, exportable.output_names)
@@ -120,9 +124,7 @@ def test_what_is_outside_the_image_of_a_fixed_size_does_not_count():
 
 @pytest.mark.parametrize("format_of", ["eager", "trace"])
 def test_no_detections_are_empty_tensors(format_of):
-    model = detecting_model(
-        FPN, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0", MASK + "SCORING.ENABLED", "True"
-    )
+    model = detecting_model(FPN, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0", *SCORING)
     exportable = ExportableMaskRCNN(model).eval()
     with torch.no_grad():
         image = noise(72, 100)
