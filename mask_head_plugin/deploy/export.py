@@ -159,7 +159,10 @@ def _exported(
         exportable = ExportableMaskRCNN(copy.deepcopy(model))
         exportable.halve()
     exportable.eval()
-    image = samples[0].image
+    # Not a square: torch.export might take equal sides for one.
+    image = next(
+        (x.image for x in samples if x.image.shape[1] != x.image.shape[2]), samples[0].image
+    )
     inputs = (image,) if options.size is None else padded(image, options.size)
     opset = options.opset or DEFAULT_OPSET
     try:
