@@ -84,6 +84,15 @@ def classes_cost_little(results: Results) -> Judgement | None:
     return f"{ratio:.2f} times (detectron2: {stock:.2f} times)", ratio <= 1.1
 
 
+def contiguous_is_as_fast(results: Results) -> Judgement | None:
+    """Judges whether Trainer.build_model is right to leave models on CUDA contiguous."""
+    rows = [x for x in rows_of(results, what=STEP, classes=80) if "channels_last_ms" in x]
+    if not rows:
+        return None
+    ratio = rows[0]["ours_ms"] / rows[0]["channels_last_ms"]
+    return f"channels-last: {ratio:.2f}x", ratio <= 1.05
+
+
 def guard_costs_little(results: Results) -> Judgement | None:
     shares = {x["model"]: x["percent_of_step"] for x in results["rows"]}
     large = [value for name, value in shares.items() if "FPN" in name]
@@ -162,6 +171,16 @@ PROMISES = (
         "training step, R50-FPN, mixed precision: at least 1.15x",
         "mask_branch_amp",
         partial(is_faster, what=STEP, classes=80, times=1.15),
+    ),
+    Promise(
+        "a training step in float32 is not over 5% faster with a channels-last model",
+        "mask_branch",
+        contiguous_is_as_fast,
+    ),
+    Promise(
+        "a training step in mixed precision is not over 5% faster with a channels-last model",
+        "mask_branch_amp",
+        contiguous_is_as_fast,
     ),
     Promise(
         "training step: no more memory than detectron2",

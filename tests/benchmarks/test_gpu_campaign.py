@@ -188,6 +188,13 @@ def test_promises_are_judged_by_the_worst_case(campaign):
     found = verdicts(campaign, "mask_branch", {"rows": [head]})
     assert [x["verdict"] for x in found.values()][:2] == ["met", "not met"]
     assert {x["verdict"] for x in list(found.values())[2:]} == {"not measured"}
+    step = {"what": "training step", "classes": 80, "time_ratio": 1.2, "memory_share": 1.0}
+    times = {"detectron2_ms": 120, "ours_ms": 100, "channels_last_ms": 90}
+    many = {**step, "classes": 1203, "detectron2_ms": 200, "ours_ms": 120}
+    found = verdicts(campaign, "mask_branch", {"rows": [{**step, **times}, many]})
+    met = {name: x["verdict"] for name, x in found.items() if x["verdict"] != "not measured"}
+    assert list(met.values()) == ["met", "not met", "met", "not met"], met
+    assert "1.20 times (detectron2: 1.67 times)" in [x["figure"] for x in found.values()]
 
 
 def test_waits_and_variants_are_compared(campaign):
