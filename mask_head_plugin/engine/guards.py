@@ -64,22 +64,37 @@ class StepGuard(HookBase):
 
     def after_backward(self) -> None:
         """Raises TrainingError, on all processes, where a loss or gradient is not finite."""
-        gradients = self._gradients()
         terms = [loss.sum() for loss in self._losses.values()]
+        scaler = getattr(self.trainer, "grad_scaler", None)
+        if scaler is None:
+            self._look_at(terms, self._gradients())
+        elif self._look_at(terms, {}, scaler) <= LEAST_SCALE:
+            self._look_at([], self._gradients())
+
+    def _look_at(
+        self, terms: list[torch.Tensor], gradients: dict[str, torch.Tensor], scaler: Any = None
+    ) -> float:
+        """Raises TrainingError where a term or gradient is not finite; waits for the device once.
+
+        Returns:
+            The factor by which the scaler multiplies losses, 1 without one. It comes with the
+            answer: scaler.get_scale() would wait for it alone.
+        """
         if gradients:
-            terms.append(torch.nn.utils.get_total_norm(list(gradients.values())))
+            terms = [*terms, torch.nn.utils.get_total_norm(list(gradients.values()))]
         if not terms:
-            return
+            return 1.0 if scaler is None else float(scaler.get_scale())
         is_bad = (~torch.stack(terms).sum().isfinite()).to(torch.float32)
+        factor = torch.ones_like(is_bad)
+        answer = torch.stack([is_bad, factor if scaler is None else scaler.scale(factor)])
         if comm.get_world_size() > 1:  # all stop together, or the others would wait for this one
-            torch.distributed.all_reduce(is_bad, torch.distributed.ReduceOp.MAX)
-        if is_bad.item():
+            torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
+        found, scale = answer.tolist()
+        if found:
             self._stop_if_not_finite(gradients)
+        return float(scale)
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        scaler = getattr(self.trainer, "grad_scaler", None)
-        if scaler is not None and scaler.get_scale() > LEAST_SCALE:
-            return {}
         named = self._model.named_parameters()
         return {name: each.grad for name, each in named if each.grad is not None}
 

@@ -100,12 +100,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-        devices = None if on_cpu or comm.get_world_size() == 1 else [comm.get_local_rank()]
-        # A level of the pyramid that no head reads has parameters without a gradient.
-        model = create_ddp_model(
-            model, broadcast_buffers=False, device_ids=devices, find_unused_parameters=True
-        )
+        model = distribute(model)
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(
             model, loader, optimizer
         )
@@ -368,6 +363,27 @@ class Trainer(DefaultTrainer):
                 path = Path(cfg.OUTPUT_DIR) / f"contact_sheet_{name}.png"
                 write_contact_sheet(cfg, model, name, path)
                 logger.info("ground truth and predictions: %s", path)
+
+
+def distribute(model: torch.nn.Module) -> torch.nn.Module:
+    """Returns the model in DistributedDataParallel if there are several processes.
+
+    Parameters without a gradient, as of a level of the pyramid that no head reads, are looked for
+    in the first step alone. Which have one must not change from step to step.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    devices = None if on_cpu or comm.get_world_size() == 1 else [comm.get_local_rank()]
+    # After the first step gradients are added up in another order, and so they would be after a
+    # run's first step and not yet after the step of a resumed one. Of three processes on, sums of
+    # other rounding: runs on the CPU are resumed bit by bit.
+    keep_order = on_cpu and comm.get_world_size() > 2
+    return create_ddp_model(
+        model,
+        broadcast_buffers=False,
+        device_ids=devices,
+        static_graph=not keep_order,
+        find_unused_parameters=keep_order,
+    )
 
 
 def share_buffers(model: torch.nn.Module) -> None:

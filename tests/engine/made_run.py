@@ -14,14 +14,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from conftest import random_instances, small_config
-from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import launch
-from mask_head_plugin.engine.trainer import share_buffers
+from mask_head_plugin.engine.trainer import distribute, share_buffers
 
 NUM_STEPS = 2
 
@@ -61,7 +60,8 @@ def train(output: str, die_at_first: bool = False) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums as the reference does, whose proposals would else differ
     model = make_model()
-    wrapped = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+    model.unread = torch.nn.Linear(1, 1)  # as a level of the pyramid that no head reads
+    wrapped = distribute(model)
     means = []
     for step in range(NUM_STEPS):
         losses = losses_of_step(wrapped, step, comm.get_rank())
@@ -76,6 +76,8 @@ def train(output: str, die_at_first: bool = False) -> None:
     if comm.is_main_process():
         facts = {
             "shared": shared,
+            "searches": wrapped.find_unused_parameters,
+            "unread": model.unread.weight.grad,
             "losses": torch.stack(means),
             "world_size": comm.get_world_size(),
             "local_size": comm.get_local_size(),

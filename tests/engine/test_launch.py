@@ -41,6 +41,8 @@ def reference() -> torch.Tensor:
 def check(folder: Path, reference: torch.Tensor) -> dict:
     facts = torch.load(folder / "facts.pth")
     torch.testing.assert_close(facts["losses"], reference, rtol=1e-5, atol=0)
+    assert facts["unread"] is None
+    assert not facts["searches"], "parameters without a gradient are looked for in the first step"
     assert facts["shared"] == [3, 3], "all evaluate what the first one saves"
     assert (facts["world_size"], facts["local_size"], facts["backend"]) == (2, 2, "gloo")
     return facts
