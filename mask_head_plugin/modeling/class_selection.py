@@ -39,7 +39,9 @@ def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, si
 
     RoIs of one class share a matrix product: gathering (M M, D) weights per RoI would cost more
     than computing all classes. On CUDA all are computed, since grouping would wait for the device,
-    and in a trace, which would hold the groups of its example.
+    and in a trace, which would hold the groups of its example. On paper: 128 RoIs, 80 classes of
+    28 x 28 and D = 1024 are 16 GFLOP, 0.3 ms forward on an H100 in float32 (60 TFLOP/s), of a step
+    of tens of ms; a product grouped on the device would save most of it. Not measured.
 
     Args:
         hidden: (R, D).

@@ -191,8 +191,10 @@ def _runs(positions: Tensor, num_masks: int, image_hw: tuple[int, int]) -> list[
     num_pixels = height * width
     # Between an even number of changes at one place there is no pixel: runs of neighbouring
     # columns that meet at the image's edge merge, and crossings closer than a pixel vanish.
-    positions, times = torch.unique_consecutive(positions, return_counts=True)
-    changes = positions[times % 2 == 1].cpu().numpy()
+    places = positions.cpu().numpy()  # all at once: each operator below would wait for the device
+    first = np.flatnonzero(np.diff(places, prepend=-1))
+    times = np.diff(first, append=len(places))
+    changes = places[first[times % 2 == 1]]
     changes = changes[changes % (num_pixels + 1) < num_pixels]
     ends = np.searchsorted(changes, np.arange(num_masks + 1) * (num_pixels + 1))
     return [
