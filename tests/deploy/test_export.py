@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from mask_head_plugin import load_config
 from mask_head_plugin.config import ConfigError
+from mask_head_plugin.data import shapes
 from mask_head_plugin.deploy import export
 from mask_head_plugin.deploy.export import ExportOptions, export_model
 from mask_head_plugin.deploy.exportable import ExportableMaskRCNN
@@ -18,6 +20,7 @@ from mask_head_plugin.deploy.formats import converted, padded, runner
 from mask_head_plugin.deploy.model_folder import read_model_folder, sha256_of
 from mask_head_plugin.deploy.parity import TOLERANCES, Parity, compare, matched
 from mask_head_plugin.deploy.refusals import check_exportable, check_traces
+from mask_head_plugin.deploy.runtime import Predictor
 from mask_head_plugin.deploy.samples import Sample
 from mask_head_plugin.engine.predictor import load_predictor
 from mask_head_plugin.modeling.mask_loss import (
@@ -86,6 +89,25 @@ def test_description_says_how_to_use_the_model(onnx_folder):
     assert (found.input.format, found.input.min_size, found.input.max_size) == ("RGB", 0, 1333)
     assert (found.mask.threshold, found.mask.side, found.mask_scoring) == (0.5, 28, False)
     assert found.weights.sha256 == sha256_of(CHECKPOINT)
+
+
+def test_the_runtime_finds_what_the_trained_model_does(onnx_folder, tmp_path):
+    """From the pixels of a BGR image to class names and run lengths."""
+    pytest.importorskip("onnxruntime")
+    eager = load_predictor(load_config(SHAPES, [*OPTS, "MODEL.DEVICE", "cpu"]))
+    shapes.write_split(tmp_path, "val", 4)
+    images = [cv2.imread(str(path)) for path in sorted((tmp_path / "val").iterdir())]
+    images += [cv2.resize(images[0], (301, 250)), images[1][:40, :33], np.zeros_like(images[0])]
+    num_masks = num_different = 0
+    for image, found in zip(images, Predictor(onnx_folder, threads=1)(images), strict=True):
+        right = eager(image)["instances"]
+        names = [eager.metadata.thing_classes[k] for k in right.pred_classes]
+        assert found.class_names == names and found.image_size == image.shape[:2]
+        np.testing.assert_allclose(found.boxes, right.pred_boxes.tensor, atol=1e-2)
+        np.testing.assert_allclose(found.scores, right.scores, atol=1e-4)
+        different = [np.sum(found.mask(k) != m.numpy()) for k, m in enumerate(right.pred_masks)]
+        num_masks, num_different = num_masks + len(found), num_different + sum(different)
+    assert num_masks > 20 and num_different <= 2  # on the threshold
 
 
 def test_fixed_size_takes_smaller_images(model):
