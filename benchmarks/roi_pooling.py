@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[2])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--ratios", type=int, nargs="+", default=[0, 2], help="sampling ratios")
+    parser.add_argument("--sides", type=int, nargs="+", help="pooled sides, if not 7 and 14")
     add_busy_argument(parser)
     add_tiny_argument(parser)
     args = parser.parse_args()
@@ -207,7 +208,7 @@ def main() -> None:
         *itertools.product(
             args.threads,
             args.images,
-            args.sizes.pooled_sides,
+            args.sides or args.sizes.pooled_sides,
             args.ratios,
             ("contiguous_format", "channels_last"),
         )
