@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 
 from .. import __version__
@@ -134,6 +135,11 @@ def check_options(options: ExportOptions) -> None:
         raise ConfigError(f"--opset {options.opset} is not from {OPSETS[0]} to {OPSETS[-1]}")
     if options.size is not None and min(options.size) < 1:
         raise ConfigError(f"--size {options.size[0]} {options.size[1]}: both must be above 0")
+    if options.file_format == "exported_program" and not hasattr(torch.compiler, "is_exporting"):
+        raise ConfigError(
+            "--format exported_program needs PyTorch 2.7 or later, whose torch.export follows "
+            f"numbers of boxes that depend on the image; this is {torch.__version__}"
+        )
     if options.file_format == "onnx":
         for package in ("onnx", "onnxruntime"):
             if importlib.util.find_spec(package) is None:

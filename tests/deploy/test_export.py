@@ -140,6 +140,7 @@ class Pyramid(nn.Module):
         return dict(zip(("p2", "p3", "p4"), maps, strict=True))
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="needs PyTorch 2.7")
 def test_exported_program_finds_what_the_trained_model_does_at_any_size():
     cfg = small_config(
         "shapes/mask_rcnn_shapes.yaml",
@@ -234,6 +235,12 @@ def test_nothing_is_overwritten_unless_told(tmp_path):
 def test_options_that_do_not_fit_are_named(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         export_model(SHAPES, OPTS, tmp_path, options)
+
+
+def test_old_torch_export_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.compiler, "is_exporting", raising=False)
+    with pytest.raises(ConfigError, match=r"exported_program needs PyTorch 2.7"):
+        export_model(SHAPES, OPTS, tmp_path, ExportOptions("exported_program"))
 
 
 def test_detections_are_matched_by_class_and_place():
