@@ -64,7 +64,8 @@ class LargestCell(torch.autograd.Function):
             dtype = torch.int32 if shape.numel() < 1 << 31 else torch.int64
             channel = torch.arange(shape[1], dtype=dtype, device=grad.device)
             plane = (images.to(dtype)[:, None] * shape[1] + channel) * math.prod(shape[2:])
-            values = grad[rows].masked_fill_(cells[:, :1] < 0, 0)  # bins off the map
+            # Bins off the map, or without a number that can be the maximum.
+            values = grad[rows].masked_fill_(cells < 0, 0)
             places = (plane[:, :, None, None] + cells).clamp_(min=0).flatten()
             total = grad.new_zeros(shape.numel()).index_add_(0, places, values.flatten())
             grads.append(total.view(shape))

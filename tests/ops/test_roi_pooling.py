@@ -220,8 +220,9 @@ def test_roi_pool_equals_torchvision(spread, channels_last, dtype):
     generator = torch.Generator().manual_seed(3)
     # Few different values, so that maxima are tied: the gradient goes to the first.
     features = torch.randint(0, 4, (2, 5, 19, 23), generator=generator).to(dtype)
-    features[:, 0, 3, 3:5] = float("nan")
+    features[:, 0, 3:9, 3:9] = float("nan")  # all cells of some bins, in some channels
     features[:, 1, 4, 3:5] = float("inf")
+    features[:, 2, 8:14, 8:14] = float("nan")
     if channels_last:
         features = features.contiguous(memory_format=torch.channels_last)
     rois = random_rois(60, (76, 92), generator, spread).to(dtype)
