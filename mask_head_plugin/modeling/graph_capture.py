@@ -15,8 +15,9 @@ Module = TypeVar("Module", bound=nn.Module)
 def is_captured() -> bool:
     """Whether the code that runs is being written down, by a trace or by torch.export.
 
-    What comes out holds tensors and PyTorch's and torchvision's operators alone, and must be right
-    for other numbers of boxes than those of its example.
+    What comes out holds tensors and operators alone, PyTorch's and torchvision's (exported on CUDA,
+    also this package's for RoI pooling), and must be right for other numbers of boxes than those of
+    its example.
     """
     # torch.compiler.is_exporting is newer than the oldest PyTorch that is allowed.
     is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)

@@ -56,8 +56,8 @@ class MultiLevelRoIPooler(nn.Module):
     torch.use_deterministic_algorithms. Where Triton is missing or does not compile the kernel for
     some type or size, a log line says so once and torchvision's operator takes its place. Traces
     and exports hold torchvision's operators (a loop over groups of RoIs would hold those of its
-    example), scripts detectron2's ROIPooler. Neither knows PrROIPool and maxima of samples, and
-    scripts do not know ROIWarp.
+    example), but exports on CUDA the Triton kernel's; scripts hold detectron2's ROIPooler. None
+    knows PrROIPool and maxima of samples, and scripts do not know ROIWarp.
 
     Results are channels_last, except those of torchvision's operators.
     """
@@ -112,9 +112,9 @@ class MultiLevelRoIPooler(nn.Module):
         self.min_level = int(levels[0])
         # For torch.jit.script, which confuses modules that are made while it runs (see stand_in).
         self._scriptable = []
-        if pooler_type in ("ROIAlign", "ROIAlignV2", "ROIPool") and (
-            reduction == "mean" or pooler_type == "ROIPool"
-        ):
+        averaged = pooler_type in ("ROIAlign", "ROIAlignV2") and reduction == "mean"
+        # detectron2's knows no map with more cells than the image has pixels.
+        if (averaged or pooler_type == "ROIPool") and self.min_level >= 0:
             canonical = canonical_box_size, canonical_level
             arguments = self.output_size, scales, sampling_ratio, pooler_type
             self._scriptable.append(ROIPooler(*arguments, *canonical))

@@ -123,6 +123,16 @@ def test_impossible_scales_are_refused(scales):
         MultiLevelRoIPooler(7, scales, 0, "ROIAlignV2")
 
 
+def test_a_map_may_have_more_cells_than_the_image_has_pixels():
+    """Which detectron2's pooler, that scripts hold, does not know."""
+    feature, boxes = torch.randn(1, 2, 16, 20), Boxes(torch.tensor([[1.0, 2, 7, 5]]))
+    fine = MultiLevelRoIPooler(3, [2.0], 2, "ROIAlignV2")
+    expected = ops.roi_align(feature, torch.tensor([[0.0, 1, 2, 7, 5]]), 3, 2.0, 2)
+    assert relative_error(fine([feature], [boxes]), expected) <= 1e-5
+    with pytest.raises(ValueError, match="cannot be scripted"):
+        torch.jit.script(fine)
+
+
 def test_wrong_number_of_maps_or_images_is_refused():
     features, boxes = make_input(SCALES)
     pooler = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2")
