@@ -136,12 +136,12 @@ class ExportableMaskRCNN(nn.Module):
             deltas = deltas.unflatten(1, (-1, 4)).flatten(3)[0].transpose(1, 2).reshape(-1, 4)
             boxes.append(rpn.box2box_transform.apply_deltas(deltas[index], anchors))
             scores.append(best)
-        stacked = torch.stack(boxes)
-        is_finite = stacked.isfinite().all(dim=2)
+        stacked, logits = torch.stack(boxes), torch.stack(scores)
+        is_finite = stacked.isfinite().all(dim=2) & logits.isfinite()
         stacked = _clip(stacked, image_edge)
         sides = stacked[..., 2:] - stacked[..., :2]
         is_candidate = is_finite & (sides > rpn.min_box_size).all(dim=2)
-        logits = torch.stack(scores).masked_fill(~is_candidate, NO_CANDIDATE)
+        logits = logits.masked_fill(~is_candidate, NO_CANDIDATE)
         limit = rpn.post_nms_topk[False]
         kept = class_nms(stacked, logits, rpn.nms_thresh, limit, image_edge)
         return stacked.flatten(0, 1)[_best(kept, logits, limit)]

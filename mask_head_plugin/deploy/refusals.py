@@ -70,7 +70,7 @@ def check_traces(exportable: ExportableMaskRCNN) -> None:
     for key, part, examples in _parts(exportable):
         if all(_is_known(module) for module in part.modules()):
             continue
-        name = type(part).__name__
+        name = type(part.head if isinstance(part, _MaskProbs) else part).__name__
         try:
             trace = torch.jit.trace(part, examples[0], check_trace=False, strict=False)
             expected, found = (_tensors(x(*examples[1])) for x in (part, trace))
@@ -132,7 +132,7 @@ class _MaskProbs(nn.Module):
         self.head = head
 
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
-        return mask_probs(self.head, features, classes)[0]
+        return mask_probs(self.head, features, classes)
 
 
 def _pooled(pooler: MultiLevelRoIPooler, num_channels: int, number: int) -> Tensor:

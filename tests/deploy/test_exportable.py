@@ -110,6 +110,25 @@ def test_trace_finds_what_the_model_finds_in_an_image_of_another_size(name):
     check_same(expected, found, exportable.output_names)
 
 
+@torch.no_grad()
+def test_anchors_whose_score_is_not_finite_make_no_proposals():
+    model, image = detecting_model(FPN), noise(72, 100)
+
+    def overflow(_head, _inputs, outputs):
+        outputs[0][0][0, 0, 2, :4] = torch.tensor([torch.inf, torch.nan, -torch.inf, torch.inf])
+        return outputs
+
+    model.proposal_generator.rpn_head.register_forward_hook(overflow)
+    proposals = []
+    model.roi_heads.register_forward_pre_hook(lambda _heads, inputs: proposals.append(inputs[2]))
+    expected = eager_outputs(model, image)
+    exportable = ExportableMaskRCNN(model).eval()
+    pixels, image_edge = exportable._prepare(image, None)
+    found = exportable._propose(model.backbone(pixels), image_edge)
+    assert len(found) == len(proposals[0][0]) > 0
+    check_same(expected, exportable(image), exportable.output_names)
+
+
 def test_what_is_outside_the_image_of_a_fixed_size_does_not_count():
     model = detecting_model(FPN)
     exportable = ExportableMaskRCNN(model).eval()
