@@ -109,7 +109,9 @@ def compare(
     theirs = with_gradients(
         lambda x: by_torchvision(x, rois, levels, size, ratio), wide, weights.float()
     )
-    tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    # In float32, places of samples some hundred cells away are rounded to 3e-5 cells, which nvcc
+    # does once where the kernel does it twice: 1.5e-5 of the largest value with two samples a bin.
+    tolerance = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
     errors = largest_error(ours[:1], theirs[:1]), largest_error(ours[1:], theirs[1:])
     return {
         "RoIs": len(rois),

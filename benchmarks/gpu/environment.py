@@ -15,12 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def output_of(*command: str) -> str:
-    """Returns what a program prints, or why it printed nothing."""
+    """Returns what a program prints, "none" if that is nothing, or why it failed."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"not known: {error}"
-    return (done.stdout or done.stderr).strip() or f"not known: exit code {done.returncode}"
+    if done.returncode != 0:
+        return f"not known: exit code {done.returncode}: {(done.stdout or done.stderr).strip()}"
+    return done.stdout.strip() or "none"
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -39,8 +41,6 @@ def describe(device: str) -> dict[str, Any]:
         "TF32 in convolutions": torch.backends.cudnn.allow_tf32,
         "TF32 in matrix products": torch.backends.cuda.matmul.allow_tf32,
     }
-    if found["changed files"].startswith("not known: exit code 0"):
-        found["changed files"] = "none"
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"

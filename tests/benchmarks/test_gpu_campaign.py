@@ -216,6 +216,15 @@ def test_waits_and_variants_are_compared(campaign):
     assert found["verdict"] == "met"
 
 
+def test_what_a_program_says_of_the_machine_is_told_apart_from_its_failure(campaign):
+    output_of = load_script("benchmarks/gpu/environment.py").output_of
+    assert output_of(sys.executable, "-c", "print(' 5 W ')") == "5 W"
+    assert output_of(sys.executable, "-c", "") == "none"
+    fail = "import sys; print('no driver'); sys.exit(9)"
+    assert output_of(sys.executable, "-c", fail) == "not known: exit code 9: no driver"
+    assert output_of("no-such-program").startswith("not known: ")
+
+
 def test_a_wait_counts_for_the_innermost_file_of_the_packages(campaign):
     module = load_script("benchmarks/gpu/synchronisations.py")
 
