@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import RoIPool
 
+from ..modeling.class_selection import of_class
 from ..modeling.mask_head import ClassSelection
 from ..modeling.pooler import MultiLevelRoIPooler
 from .class_nms import NO_CANDIDATE, class_nms
@@ -245,11 +246,7 @@ def mask_probs(head: Any, features: Tensor, classes: Tensor) -> Tensor:
         zeros = torch.zeros_like(classes)
         return head.selected_logits(features, zeros if head.num_classes == 1 else classes).sigmoid()
     logits = head.layers(features)
-    num_classes = logits.shape[1]
-    if num_classes == 1:
-        return logits[:, 0].sigmoid()
-    index = torch.arange(logits.shape[0]) * num_classes + classes
-    return logits.flatten(0, 1)[index].sigmoid()
+    return (logits[:, 0] if logits.shape[1] == 1 else of_class(logits, classes)).sigmoid()
 
 
 def _clip(boxes: Tensor, image_edge: Tensor) -> Tensor:
