@@ -101,9 +101,9 @@ def guard_costs_little(results: Results) -> Judgement | None:
 
 
 def all_agree(results: Results) -> Judgement | None:
-    rows = results["rows"]
-    agreeing = sum(x["agrees"] for x in rows)
-    return (f"{agreeing} of {len(rows)} cases", agreeing == len(rows)) if rows else None
+    """Judges all cases; those that a part which was cut off did not come to, as not agreeing."""
+    agreeing = sum(x["agrees"] for x in results["rows"])
+    return f"{agreeing} of {results['cases']} cases", agreeing == results["cases"]
 
 
 def tests_pass(results: Results) -> Judgement | None:

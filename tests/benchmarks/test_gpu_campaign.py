@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import runpy
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, load_script
 
 MADE_TESTS = """
@@ -195,6 +197,22 @@ def test_promises_are_judged_by_the_worst_case(campaign):
     met = {name: x["verdict"] for name, x in found.items() if x["verdict"] != "not measured"}
     assert list(met.values()) == ["met", "not met", "met", "not met"], met
     assert "1.20 times (detectron2: 1.67 times)" in [x["figure"] for x in found.values()]
+
+
+def test_the_kernel_agrees_in_all_cases_or_not_at_all(campaign):
+    def judge(*agrees):
+        results = {"cases": 2, "rows": [{"agrees": x} for x in agrees]}
+        (found,) = verdicts(campaign, "correctness", results).values()
+        return found["verdict"], found["figure"]
+
+    assert judge(True, True) == ("met", "2 of 2 cases")
+    assert judge(True, False) == ("not met", "1 of 2 cases")
+    assert judge(True) == ("not met", "1 of 2 cases"), "the part was cut off"
+    largest_error = load_script("benchmarks/gpu/correctness.py").largest_error
+    one, nan = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
+    assert largest_error([one, one], [one, one]) == 0
+    assert math.isnan(largest_error([one, nan], [one, one]))
+    assert math.isnan(largest_error([nan, one], [one, one]))
 
 
 def test_waits_and_variants_are_compared(campaign):
