@@ -9,6 +9,7 @@ import hashlib
 import json
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
@@ -24,6 +25,9 @@ MODEL_FILES = {
     "torchscript": "model.torchscript.pt",
     "exported_program": "model.pt2",
 }
+
+LARGEST = 1_000_000
+"""Of sides and numbers of classes: memory would not hold more."""
 
 
 class ModelFolderError(ConfigError):
@@ -165,8 +169,8 @@ def read_model_folder(folder: Path, *, check_hash: bool = True) -> ModelDescript
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise ModelFolderError(
-            f"{path}: format_version is {version!r}, and this version of mask_head_plugin reads "
-            f"{FORMAT_VERSION}; export the model again"
+            f"{path}: format_version is {_shown(version)}, and this version of mask_head_plugin "
+            f"reads {FORMAT_VERSION}; export the model again"
         )
     description: ModelDescription = _parsed(ModelDescription, document, str(path), "")
     _check_values(description, path)
@@ -178,18 +182,19 @@ def _check_values(description: ModelDescription, path: Path) -> None:
     model = description.model
     if model.format not in MODEL_FILES:
         raise ModelFolderError(
-            f"{path}: model.format is {model.format!r} and none of {sorted(MODEL_FILES)}"
+            f"{path}: model.format is {_shown(model.format)} and none of {sorted(MODEL_FILES)}"
         )
-    if Path(model.file).name != model.file:
+    if Path(model.file).name != model.file or not model.file.isprintable():
         raise ModelFolderError(
-            f"{path}: model.file is {model.file!r} and not the name of a file in its folder"
+            f"{path}: model.file is {_shown(model.file)} and not the name of a file in its folder"
         )
     given, mask = description.input, description.mask
+    size = given.size or (1, 1)
     for key, is_wrong in {
-        "num_classes": description.num_classes < 1,
-        "input.min_size": given.min_size < 0,
-        "input.max_size": given.max_size < 1,
-        "input.size": given.size is not None and min(given.size) < 1,
+        "num_classes": not 1 <= description.num_classes <= LARGEST,
+        "input.min_size": not 0 <= given.min_size <= LARGEST,
+        "input.max_size": not 1 <= given.max_size <= LARGEST,
+        "input.size": not 1 <= min(size) <= max(size) <= LARGEST,
         "mask.threshold": mask is not None and not 0 < mask.threshold <= 1,
     }.items():
         if is_wrong:
@@ -201,6 +206,9 @@ def _check_values(description: ModelDescription, path: Path) -> None:
                 f"{path}: {key} has {len(values)} entries, and num_classes is "
                 f"{description.num_classes}"
             )
+    ids = description.category_ids or []
+    if len(set(ids)) < len(ids):
+        raise ModelFolderError(f"{path}: category_ids has an id twice")
     expected = ["boxes", "scores", "classes"]
     expected += ["mask_probs"] if description.mask else []
     expected += ["mask_scores"] if description.mask_scoring else []
@@ -209,9 +217,17 @@ def _check_values(description: ModelDescription, path: Path) -> None:
 
 
 def _check_file(path: Path, model: ModelFile, *, check_hash: bool) -> None:
-    if not path.is_file():
+    try:
+        is_missing = not path.is_file()
+        is_other = not is_missing and check_hash and sha256_of(path) != model.sha256
+    except OSError as error:
+        raise ModelFolderError(
+            f"{path.parent / DESCRIPTION}: model.file {_shown(model.file)} cannot be read: "
+            f"{error.strerror}"
+        ) from error
+    if is_missing:
         raise ModelFolderError(f"{path} is missing, which {DESCRIPTION} beside it describes")
-    if check_hash and sha256_of(path) != model.sha256:
+    if is_other:
         raise ModelFolderError(
             f"{path} is not the model that {DESCRIPTION} describes: its SHA-256 differs, as of a "
             "file that was cut off or exchanged; copy the whole folder again"
@@ -248,10 +264,13 @@ def _parsed(kind: Any, value: Any, path: str, key: str) -> Any:
         return tuple(_parsed(arguments[0], x, path, f"{key}[{k}]") for k, x in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {k: _parsed(arguments[1], x, path, f"{key}.{k}") for k, x in value.items()}
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= LARGEST:
         return float(value)
-    if isinstance(kind, type) and type(value) is kind:
+    if isinstance(kind, type) and type(value) is kind and (kind is not float or isfinite(value)):
         return value
-    raise ModelFolderError(
-        f"{path}: {key} is {json.dumps(value)[:80]}, which is not expected there"
-    )
+    raise ModelFolderError(f"{path}: {key} is {_shown(value)}, which is not expected there")
+
+
+def _shown(value: Any) -> str:
+    """Returns the start of a value of JSON, in one line."""
+    return json.dumps(value)[:80]

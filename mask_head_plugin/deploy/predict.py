@@ -14,7 +14,7 @@ from ..demo.predictions import Categories, Detections
 from ..evaluation.drawing import ByteArray
 from ..messages import ConfigError
 from ..model_input import is_scaled_down
-from .runtime import Prediction, Predictor
+from .runtime import MOST_THREADS, Prediction, Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +84,10 @@ def run_predict(
         OSError: if a result cannot be written.
     """
     check_threshold(confidence_threshold)
-    for name, number in (("--batch-size", batch_size), ("--threads", threads)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name} {number} is not 1 or more")
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size {batch_size} is not 1 or more")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ConfigError(f"--threads {threads} is not from 1 to {MOST_THREADS}")
     sources = find_sources(inputs)
     check_output(output, sources, semantic=semantic)
     predictor = Predictor(folder, threads=threads)

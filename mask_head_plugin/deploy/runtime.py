@@ -25,6 +25,9 @@ from ..run_lengths import Rle
 from .mask_paste import FloatArray, paste_masks
 from .model_folder import ModelDescription, ModelFolderError, read_model_folder
 
+MOST_THREADS = 1024
+"""onnxruntime hangs or dies where it is told to start more than the machine lets it."""
+
 INSTALL = 'pip install "mask_head_plugin[deploy]", or pip install onnxruntime'
 
 
@@ -90,11 +93,12 @@ class Predictor:
         Raises:
             ModelFolderError: if the folder has no model that can be run, naming the file.
             ImportError: if onnxruntime is not installed.
-            ValueError: if ``threads`` is below 1.
+            ValueError: if ``threads`` is below 1 or above MOST_THREADS.
         """
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}; it must be 1 or more")
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"threads is {threads}; it must be from 1 to {MOST_THREADS}")
         self.description = read_model_folder(Path(folder))
+        self._path = Path(folder) / self.description.model.file
         self._session = _session(Path(folder), self.description, threads, providers)
         names = self.description.class_names
         self.class_names = names or [str(k + 1) for k in range(self.description.num_classes)]
@@ -114,6 +118,7 @@ class Predictor:
             images: (H, W, 3) uint8 in BGR, whatever the model takes, as of cv2.imread.
 
         Raises:
+            ModelFolderError: if the model returns what ``model.json`` does not say.
             ValueError: if an image is none, naming its place.
         """
         if isinstance(images, np.ndarray):
@@ -134,7 +139,27 @@ class Predictor:
             inputs = {"image": np.pad(seen, padding), "image_hw": np.array(seen_hw, np.int64)}
         names = self.description.outputs
         found = dict(zip(names, self._session.run(names, inputs), strict=True))
+        self._check_outputs(found)
         return self._in_image(found, seen_hw, image_hw)
+
+    def _check_outputs(self, found: dict[str, Any]) -> None:
+        """Raises a ModelFolderError if outputs have not the shapes and classes they should."""
+        count, num_classes = len(found["scores"]), len(self.class_names)
+        side = self.description.mask.side if self.description.mask is not None else 0
+        shapes = {"boxes": (count, 4), "mask_probs": (count, side, side)}
+        for name, values in found.items():
+            if values.shape != shapes.get(name, (count,)):
+                raise ModelFolderError(
+                    f"{self._path} returns {name} of shape {values.shape} for {count} detections, "
+                    f"and must return {shapes.get(name, (count,))}; export the model again"
+                )
+        classes = found["classes"]
+        is_class = (classes >= 0) & (classes < num_classes)
+        if classes.dtype.kind not in "iu" or not is_class.all():
+            raise ModelFolderError(
+                f"{self._path} returns classes that are no numbers from 0 to {num_classes - 1}, as "
+                "model.json has them; export the model again"
+            )
 
     def _in_image(
         self, found: dict[str, Any], seen_hw: tuple[int, int], image_hw: tuple[int, int]
@@ -206,7 +231,7 @@ def _session(
     except Exception as error:  # it has many, none of which inherits from one of its own
         raise ModelFolderError(
             f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: "
-            f"{one_line(error, 300)}"
+            f"{one_line(error, 600)}"
         ) from error
     inputs = ["image", *(["image_hw"] if description.input.size else [])]
     for kind, expected, puts in (
@@ -215,4 +240,20 @@ def _session(
     ):
         if (names := [x.name for x in puts]) != expected:
             raise ModelFolderError(f"{path} has the {kind} {names}, and model.json says {expected}")
+    given = description.input
+    shape = [given.channels, *(given.size or ("H", "W"))]
+    found = session.get_inputs()[0]
+    if found.type != "tensor(float)" or not _fits(found.shape, shape):
+        raise ModelFolderError(
+            f"{path} takes a {found.type} {found.shape} as the image, and model.json says "
+            f"tensor(float) {shape}"
+        )
     return session
+
+
+def _fits(shape: Sequence[Any], expected: Sequence[Any]) -> bool:
+    """Returns whether the shape of an input has the expected numbers, and letters for any size."""
+    return len(shape) == len(expected) and all(
+        (a == b) if isinstance(b, int) else not isinstance(a, int)
+        for a, b in zip(shape, expected, strict=True)
+    )

@@ -130,7 +130,8 @@ def test_the_threshold_drops_detections_and_says_what_the_export_has_dropped(
         (["--output", "{tmp}/used"], "used has 0.png already"),
         (["--confidence-threshold", "2"], "--confidence-threshold 2.0 is not from 0 to 1"),
         (["--batch-size", "0"], "--batch-size 0 is not 1 or more"),
-        (["--threads", "-1"], "--threads -1 is not 1 or more"),
+        (["--threads", "-1"], "--threads -1 is not from 1 to 1024"),
+        (["--threads", "100000"], "--threads 100000 is not from 1 to 1024"),
     ],
 )
 def test_errors_are_one_line(folder, inputs, tmp_path, capsys, flags, message):

@@ -132,6 +132,11 @@ def break_names(folder):
     (folder / "model.json").write_text(json.dumps(document))
 
 
+def break_size(folder):
+    write_model_folder(folder, input={"size": [60, 80]})
+    rewritten(input__size=[60, 90])(folder)
+
+
 def break_bytes(folder):
     path = folder / "model.onnx"
     path.write_bytes(path.read_bytes()[:-40])
@@ -170,6 +175,8 @@ def truncate_and_vouch(folder):
         (truncate_and_vouch, r"model\.onnx cannot be loaded by onnxruntime"),
         (break_opset, r"model\.onnx cannot be loaded by onnxruntime .*[Oo]pset"),
         (break_names, "has the outputs"),
+        (rewritten(input__channels=1), r"image, and model.json says tensor\(float\) \[1, "),
+        (break_size, r"\[3, 60, 80\] as the image, and model.json says .* \[3, 60, 90\]"),
     ],
 )
 def test_a_broken_or_foreign_folder_is_named_in_one_line(tmp_path, break_it, message):
@@ -180,11 +187,27 @@ def test_a_broken_or_foreign_folder_is_named_in_one_line(tmp_path, break_it, mes
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rewritten(num_classes=1, class_names=["cat"], category_ids=[1]), "numbers from 0 to 0"),
+        (rewritten(mask__side=28), r"mask_probs of shape \(3, 14, 14\) for 3 detections"),
+    ],
+)
+def test_outputs_that_the_description_does_not_have_are_named(tmp_path, change, message):
+    write_model_folder(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ModelFolderError, match=message):
+        Predictor(tmp_path)(IMAGE)
+
+
 def test_wrong_arguments_are_named(folder, tmp_path):
     with pytest.raises(ModelFolderError, match="nowhere is no folder"):
         Predictor(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="threads is 0"):
         Predictor(folder, threads=0)
+    with pytest.raises(ValueError, match="threads is 100000"):
+        Predictor(folder, threads=100_000)
 
 
 def test_a_missing_onnxruntime_is_named_with_what_to_install(folder, monkeypatch):
