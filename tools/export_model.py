@@ -25,7 +25,7 @@ In the folder of --output:
                      versions, hashes of the model and of the weights.
 The exported model is run on images and compared with the trained one. If it differs, no file is
 left.
-Exit code: 0; 2 if a setting, a file or the model cannot be used.
+Exit code: 0; 2 if a setting, a file or the model cannot be used; 130 after Ctrl-C.
 """
 
 
@@ -88,6 +88,9 @@ def main() -> int:
     except (ConfigError, OSError) as error:
         print(f"export_model.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"export_model.py: stopped before the model was in {args.output}", file=sys.stderr)
+        return 130
     print(parity)
     print(f"the model is in {args.output}")
     return 0

@@ -6,12 +6,16 @@ has been run and found to agree with the trained model.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -103,9 +107,23 @@ def export_model(
         OSError: if a file cannot be written.
     """
     check_options(options)
-    path = output / MODEL_FILES[options.file_format]
-    _check_output(output, overwrite=overwrite)
-    cfg = load_config_and_code(config_file, opts)
+    with _sole_export(output):
+        _check_output(output, overwrite=overwrite)
+        content, description, parity = _made(config_file, opts, options, images)
+        _write(output, content, description)
+    if not any(parity.counts):
+        logger.warning(
+            "the model found nothing in any image, so that boxes, scores and masks could not be "
+            "compared; name --images with objects, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST"
+        )
+    return parity
+
+
+def _made(
+    config_file: str, opts: Sequence[str], options: ExportOptions, images: Sequence[str]
+) -> tuple[bytes, ModelDescription, Parity]:
+    """Returns what export_model writes; see there."""
+    cfg = load_config_and_code(config_file, ["MODEL.DEVICE", "cpu", *opts])
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("no weights: name them with --weights FILE, or MODEL.WEIGHTS in --opts")
     cfg.MODEL.DEVICE = "cpu"
@@ -120,11 +138,57 @@ def export_model(
     check_traces(ExportableMaskRCNN(model))
     samples = sample_images(cfg, images, options.size, model.backbone.size_divisibility)
     content, parity = _exported(model, samples, options)
-    description = _describe(cfg, model, options, content, parity)
-    (output / DESCRIPTION).unlink(missing_ok=True)  # it would describe another file for a moment
-    write_durably(path, lambda file: file.write(content))
-    write_durably(output / DESCRIPTION, description.to_json())
-    return parity
+    return content, _describe(cfg, model, options, content, parity), parity
+
+
+@contextlib.contextmanager
+def _sole_export(output: Path) -> Iterator[None]:
+    """Makes the folder and keeps other exports from it; one that stays empty is removed again.
+
+    Raises:
+        ConfigError: if the folder cannot be written to, or another export does.
+    """
+    is_new = not output.exists()
+    with contextlib.ExitStack() as stack:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=output).close()
+            folder = os.open(output, os.O_RDONLY)
+        except OSError as error:
+            raise ConfigError(
+                f"--output {output} is no folder that can be written to: {error.strerror}"
+            ) from error
+        stack.callback(os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another export is writing to --output {output}; wait for it, or name another "
+                "folder"
+            ) from error
+        try:
+            yield
+        finally:
+            if is_new:
+                with contextlib.suppress(OSError):  # it is not empty
+                    output.rmdir()
+
+
+def _write(output: Path, content: bytes, description: ModelDescription) -> None:
+    """Writes the files of a folder; those that it had are gone only once the new ones are whole."""
+    described = output / DESCRIPTION
+
+    def write_model() -> None:
+        # The old description would speak of another file for a moment.
+        write_durably(
+            output / description.model.file,
+            lambda file: file.write(content),
+            before_rename=lambda: described.unlink(missing_ok=True),
+        )
+
+    write_durably(described, description.to_json(), before_rename=write_model)
+    for name in set(MODEL_FILES.values()) - {description.model.file}:
+        (output / name).unlink(missing_ok=True)
 
 
 def check_options(options: ExportOptions) -> None:
@@ -147,8 +211,6 @@ def check_options(options: ExportOptions) -> None:
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output} is a file; name a folder")
     taken = [name for name in (DESCRIPTION, *MODEL_FILES.values()) if (output / name).exists()]
     if taken and not overwrite:
         raise ConfigError(
@@ -169,9 +231,9 @@ def _exported(
     image = next(
         (x.image for x in samples if x.image.shape[1] != x.image.shape[2]), samples[0].image
     )
-    inputs = (image,) if options.size is None else padded(image, options.size)
     opset = options.opset or DEFAULT_OPSET
     try:
+        inputs = (image,) if options.size is None else padded(image, options.size)
         content = converted(exportable, inputs, options.file_format, opset)
         run = runner(content, options.file_format, exportable.output_names, options.size)
         tolerance = TOLERANCES[options.precision]

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor
+from tqdm import tqdm
 
 from .exportable import last_predictor
 from .samples import Sample
@@ -125,7 +126,7 @@ def compare(
     parity = Parity(tolerance)
     predictor = last_predictor(model)
     limit = predictor.test_topk_per_image
-    for sample in samples:
+    for sample in tqdm(samples, desc="comparing with the trained model", unit="image"):
         expected = eager_outputs(model, sample.image, size)
         found = run(sample.image)
         scores = expected["scores"]

@@ -226,6 +226,66 @@ def test_nothing_is_overwritten_unless_told(tmp_path):
     assert (tmp_path / "model.onnx").read_bytes() == b"mine"
 
 
+@pytest.fixture
+def made(onnx_folder, monkeypatch):
+    """An export that takes no time."""
+    content, description = (onnx_folder / "model.onnx").read_bytes(), read_model_folder(onnx_folder)
+    parity = Parity(TOLERANCES["fp32"], counts=[0, 0])
+    monkeypatch.setattr(export, "_made", lambda *_: (content, description, parity))
+    return content
+
+
+def exported(folder):
+    return export_model(SHAPES, OPTS, folder, ExportOptions("onnx"), overwrite=True)
+
+
+def test_what_was_there_is_gone_once_the_new_model_is_whole(made, tmp_path, monkeypatch):
+    exported(tmp_path)
+    old = read_model_folder(tmp_path)
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("os.fsync", full)
+        exported(tmp_path)
+    assert read_model_folder(tmp_path) == old
+    (tmp_path / "model.pt2").write_bytes(b"of another format")
+    exported(tmp_path)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["model.json", "model.onnx"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_export(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_made", None)
+    (tmp_path / "file").touch()
+    for name in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=f"--output .*{name} is no folder that can be"):
+            exported(tmp_path / name)
+
+
+def test_two_exports_into_one_folder_are_refused(tmp_path, monkeypatch):
+    def export_again(*_args):
+        with pytest.raises(ConfigError, match="another export is writing to --output"):
+            exported(tmp_path / "new")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_made", export_again)
+    with pytest.raises(KeyboardInterrupt):
+        exported(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_on_nothing_is_told(made, tmp_path, caplog):
+    exported(tmp_path)
+    assert "the model found nothing in any image" in caplog.text
+
+
+def test_a_size_that_memory_does_not_hold_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="--format onnx: the export failed"):
+        export_model(SHAPES, OPTS, tmp_path / "x", ExportOptions("onnx", (10**7, 10**7)))
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
