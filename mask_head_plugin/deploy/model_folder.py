@@ -266,7 +266,11 @@ def _parsed(kind: Any, value: Any, path: str, key: str) -> Any:
         return {k: _parsed(arguments[1], x, path, f"{key}.{k}") for k, x in value.items()}
     if kind is float and type(value) is int and abs(value) <= LARGEST:
         return float(value)
-    if isinstance(kind, type) and type(value) is kind and (kind is not float or isfinite(value)):
+    if (
+        isinstance(kind, type)
+        and type(value) is kind
+        and (not isinstance(value, float) or isfinite(value))
+    ):
         return value
     raise ModelFolderError(f"{path}: {key} is {_shown(value)}, which is not expected there")
 
