@@ -59,8 +59,6 @@ PASTE = (
     "paste_masks_in_image"
 )
 
-PRECISIONS = tuple(TOLERANCES)
-
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -70,7 +68,7 @@ class ExportOptions:
         file_format: a key of MODEL_FILES.
         size: height and width of every image, padded; None for any size.
         opset: of ONNX; None for DEFAULT_OPSET.
-        precision: one of PRECISIONS.
+        precision: a key of TOLERANCES.
     """
 
     file_format: str
@@ -193,6 +191,12 @@ def _write(output: Path, content: bytes, description: ModelDescription) -> None:
 
 def check_options(options: ExportOptions) -> None:
     """Raises a ConfigError, naming the flag, if there is no such export."""
+    for flag, value, choices in (
+        ("--format", options.file_format, MODEL_FILES),
+        ("--precision", options.precision, TOLERANCES),
+    ):
+        if value not in choices:
+            raise ConfigError(f"{flag} {value!r} is none of {listed(list(choices))}")
     if options.opset is not None and options.file_format != "onnx":
         raise ConfigError(f"--opset is ONNX's, and --format is {options.file_format}")
     if options.opset is not None and options.opset not in OPSETS:

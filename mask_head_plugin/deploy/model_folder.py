@@ -148,12 +148,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_model_folder(folder: Path, *, check_hash: bool = True) -> ModelDescription:
+def read_model_folder(folder: Path) -> ModelDescription:
     """Reads ``model.json`` and makes sure that the model is the one that it describes.
 
     Args:
         folder: what tools/export_model.py wrote.
-        check_hash: compare the file of the model with its hash.
 
     Raises:
         ModelFolderError: naming the file and, for ``model.json``, the key.
@@ -174,7 +173,7 @@ def read_model_folder(folder: Path, *, check_hash: bool = True) -> ModelDescript
         )
     description: ModelDescription = _parsed(ModelDescription, document, str(path), "")
     _check_values(description, path)
-    _check_file(folder / description.model.file, description.model, check_hash=check_hash)
+    _check_file(folder / description.model.file, description.model)
     return description
 
 
@@ -216,10 +215,10 @@ def _check_values(description: ModelDescription, path: Path) -> None:
         raise ModelFolderError(f"{path}: outputs is {description.outputs} and not {expected}")
 
 
-def _check_file(path: Path, model: ModelFile, *, check_hash: bool) -> None:
+def _check_file(path: Path, model: ModelFile) -> None:
     try:
         is_missing = not path.is_file()
-        is_other = not is_missing and check_hash and sha256_of(path) != model.sha256
+        is_other = not is_missing and sha256_of(path) != model.sha256
     except OSError as error:
         raise ModelFolderError(
             f"{path.parent / DESCRIPTION}: model.file {_shown(model.file)} cannot be read: "

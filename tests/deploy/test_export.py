@@ -292,6 +292,8 @@ def test_a_size_that_memory_does_not_hold_is_named(tmp_path):
         (ExportOptions("torchscript", opset=17), "--opset is ONNX's"),
         (ExportOptions("onnx", opset=15), "--opset 15 is not from 16 to 20"),
         (ExportOptions("onnx", size=(0, 64)), "--size 0 64"),
+        (ExportOptions("tflite"), "--format 'tflite' is none of onnx, torchscript"),
+        (ExportOptions("onnx", precision="int8"), "--precision 'int8' is none of fp32, fp16"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, message, tmp_path):

@@ -123,7 +123,6 @@ def test_a_model_that_was_cut_off_or_exchanged_is_refused(folder, content):
     (folder / "model.onnx").write_bytes(content)
     with pytest.raises(ModelFolderError, match=r"model.onnx is not the model .* SHA-256"):
         read_model_folder(folder)
-    assert read_model_folder(folder, check_hash=False) == DESCRIBED
 
 
 def test_missing_folders_and_descriptions_are_named(folder):
