@@ -79,8 +79,12 @@ def _float32_on_a_gpu() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _logs_reach_pytest(monkeypatch) -> None:
-    """setup_logger keeps logs from caplog; detectron2's trainer calls it unless INFO is enabled."""
+    """setup_logger keeps logs from caplog; detectron2's trainer calls it unless INFO is enabled.
+
+    Whatever a test before left: a benchmark silences the plugin's log.
+    """
     logging.getLogger("detectron2").setLevel(logging.DEBUG)
+    logging.getLogger("mask_head_plugin").setLevel(logging.NOTSET)
     for name in ("detectron2", "mask_head_plugin"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
 
