@@ -46,6 +46,9 @@ def write_durably(
             os.fsync(file.fileno())
         before_rename()
         unfinished.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # none on a full disk
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -86,6 +89,21 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
             yield
         finally:
             _lock_files.discard(file)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Holds a lock on a folder itself, for no file of locks to be left in it.
+
+    Raises:
+        BlockingIOError: if another process, or this one, holds it.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(opened)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def main() -> int:
     from mask_head_plugin.config import import_options
     from mask_head_plugin.deploy.export import ExportOptions, export_model
 
+    # PyTorch's advice to detectron2's code, which you cannot follow.
+    warnings.filterwarnings("ignore", "torch.meshgrid")
     weights = ["MODEL.WEIGHTS", args.weights] if args.weights else []
     opts = [*import_options(args.imports), *weights, *args.opts]
     size = tuple(args.size) if args.size else None

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from ..class_names import class_names_of
 from ..config import ConfigError
 from ..config_check import check_config
 from ..demo.demo import model_categories
-from ..durable_files import write_durably
+from ..durable_files import locked_folder, write_durably
 from ..engine.predictor import load_predictor
 from ..messages import first_line, listed
 from ..model_input import IMAGE_FORMATS
@@ -49,7 +47,7 @@ from .model_folder import (
     sha256_of,
 )
 from .parity import TOLERANCES, Parity, compare
-from .refusals import check_exportable, check_traces
+from .refusals import check_architecture, check_exportable, check_traces
 from .samples import Sample, sample_images
 
 logger = logging.getLogger(__name__)
@@ -131,6 +129,9 @@ def _made(
             f"INPUT.FORMAT {cfg.INPUT.FORMAT!r} is none of {listed(IMAGE_FORMATS)}, and the "
             "runtime of exported models reads no other"
         )
+    if cfg.INPUT.MAX_SIZE_TEST < 1:
+        raise ConfigError(f"INPUT.MAX_SIZE_TEST is {cfg.INPUT.MAX_SIZE_TEST}; it must be above 0")
+    check_architecture(cfg)
     model = load_predictor(cfg).model.eval()
     check_exportable(model)
     check_traces(ExportableMaskRCNN(model))
@@ -151,14 +152,12 @@ def _sole_export(output: Path) -> Iterator[None]:
         try:
             output.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=output).close()
-            folder = os.open(output, os.O_RDONLY)
         except OSError as error:
             raise ConfigError(
                 f"--output {output} is no folder that can be written to: {error.strerror}"
             ) from error
-        stack.callback(os.close, folder)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked_folder(output))
         except BlockingIOError as error:
             raise ConfigError(
                 f"another export is writing to --output {output}; wait for it, or name another "

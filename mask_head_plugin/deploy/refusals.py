@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from detectron2.modeling import GeneralizedRCNN, StandardROIHeads
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, StandardROIHeads
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
@@ -34,6 +35,22 @@ ROI_HEADS = (
 BOX_PREDICTORS = (FastRCNNOutputLayers, ClassSelectiveOutputLayers)
 MASK_HEAD_FORWARDS = (ClassSelection.forward, BaseMaskRCNNHead.forward)
 KNOWN_PACKAGES = ("torch", "torchvision", "fvcore", "detectron2", "mask_head_plugin")
+
+
+def check_architecture(cfg: CfgNode) -> None:
+    """Refuses what the config alone tells, before weights are read that may not fit either.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name in META_ARCH_REGISTRY and META_ARCH_REGISTRY.get(name) not in META_ARCHITECTURES:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE: {name} cannot be exported, only MaskRCNN and "
+            "GeneralizedRCNN can"
+        )
+    if cfg.MODEL.KEYPOINT_ON:
+        raise ConfigError("MODEL.KEYPOINT_ON: keypoints cannot be exported; set it to False")
 
 
 def check_exportable(model: Any) -> None:

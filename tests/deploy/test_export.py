@@ -301,6 +301,23 @@ def test_options_that_do_not_fit_are_named(options, message, tmp_path):
         export_model(SHAPES, OPTS, tmp_path, options)
 
 
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (
+            ("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.MASK_OUTPUT", "bitmask"),
+            "MODEL.META_ARCHITECTURE: RetinaNet cannot be exported",
+        ),
+        (("MODEL.KEYPOINT_ON", "True"), "MODEL.KEYPOINT_ON: keypoints cannot be exported"),
+        (("INPUT.MAX_SIZE_TEST", "0"), "INPUT.MAX_SIZE_TEST is 0"),
+    ],
+)
+def test_what_the_config_tells_is_refused_before_weights_are_read(opts, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        export_model(SHAPES, [*OPTS, *opts], tmp_path / "x", ExportOptions("onnx"))
+    assert not (tmp_path / "x").exists()
+
+
 def test_old_torch_export_is_refused(tmp_path, monkeypatch):
     monkeypatch.delattr(torch.compiler, "is_exporting", raising=False)
     with pytest.raises(ConfigError, match=r"exported_program needs PyTorch 2.7"):
