@@ -58,6 +58,10 @@ PASTE = (
 )
 
 
+LARGEST_TOO_SMALL = 64
+"""Up to this side torch.export takes a map for one whose size is fixed, at a stride of 32."""
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """What is exported.
@@ -245,7 +249,7 @@ def _exported(
         logger.debug("the export failed", exc_info=True)
         raise ConfigError(
             f"--format {options.file_format}: the export failed: {type(error).__name__}: "
-            f"{first_line(error)}"
+            f"{first_line(error)}{_too_small(samples, options)}"
         ) from error
     if parity.unlike:
         more = f" (and {len(parity.unlike) - 1} more differences)" if parity.unlike[1:] else ""
@@ -254,6 +258,18 @@ def _exported(
             f"from the trained one. {parity.unlike[0]}{more}"
         )
     return content, parity
+
+
+def _too_small(samples: Sequence[Sample], options: ExportOptions) -> str:
+    """Returns what to do about images that torch.export's programs do not take, for an error."""
+    small = [x for x in samples if min(x.image.shape[1:]) <= LARGEST_TOO_SMALL]
+    if options.file_format != "exported_program" or options.size is not None or not small:
+        return ""
+    height, width = small[0].image.shape[1:]
+    return (
+        f". This format takes images with both sides above {LARGEST_TOO_SMALL} pixels, and "
+        f"{small[0].name} has {width} x {height} once resized: leave it out, or add --size H W"
+    )
 
 
 def _describe(

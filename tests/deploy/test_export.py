@@ -318,6 +318,18 @@ def test_what_the_config_tells_is_refused_before_weights_are_read(opts, message,
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(("size", "is_told"), [(None, True), ((96, 96), False)])
+def test_an_image_too_small_for_torch_export_is_named(model, monkeypatch, size, is_told):
+    def fail(*_args):
+        raise AssertionError("Guard failed")
+
+    monkeypatch.setattr(export, "converted", fail)
+    options = ExportOptions("exported_program", size)
+    with pytest.raises(ConfigError, match="the export failed: AssertionError: Guard") as caught:
+        export._exported(model, samples((96, 90), (64, 96)), options)
+    assert ("(3, 64, 96) has 96 x 64 once resized" in str(caught.value)) == is_told
+
+
 def test_old_torch_export_is_refused(tmp_path, monkeypatch):
     monkeypatch.delattr(torch.compiler, "is_exporting", raising=False)
     with pytest.raises(ConfigError, match=r"exported_program needs PyTorch 2.7"):
