@@ -63,7 +63,11 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="compare on these (default: some of DATASETS.TEST, if they are on this machine)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model in the folder")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the model in the folder, of whatever format, once the new one is whole",
+    )
     code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
     parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
     rest: dict[str, Any] = {"nargs": argparse.REMAINDER, "default": []}
