@@ -23,11 +23,19 @@ from torchvision.ops import roi_pool as torchvision_roi_pool
 
 from ..ops import precise_roi_pool, roi_align, roi_pool, roi_warp
 from ..ops.axis_weights import MAX_CELL, round_to_cells
+from ..ops.compiled_pooling import pool_rois
 from .graph_capture import is_captured
 
 POOLER_TYPES = ("ROIPool", "ROIWarp", "ROIAlign", "ROIAlignV2", "PrROIPool")
 
 REDUCTIONS = ("mean", "max")
+
+OPERATORS: dict[str, Callable[..., Tensor]] = {
+    "ROIPool": roi_pool,
+    "ROIWarp": roi_warp,
+    "PrROIPool": precise_roi_pool,
+}
+"""Of the types that are not an ops.roi_align."""
 
 
 SMALL_ELEMENTS = 1 << 18
@@ -142,7 +150,7 @@ class MultiLevelRoIPooler(nn.Module):
         if not box_lists:
             return features[0].new_zeros(0, features[0].shape[1], *self.output_size)
         rois = boxes_to_rois(box_lists)
-        if not is_captured():
+        if not torch.compiler.is_compiling() and not is_captured():
             check_finite(rois)
         levels = self._assign_levels(box_lists)
         sampled = self.pooler_type in ("ROIWarp", "ROIAlign", "ROIAlignV2")
@@ -155,6 +163,8 @@ class MultiLevelRoIPooler(nn.Module):
             if not averaged and self.pooler_type != "ROIPool":
                 raise ValueError(self._refusal("traced or exported"))
             return self._pool_by_level(features, rois, levels)
+        if torch.compiler.is_compiling():
+            return self._pool_in_graph(features, rois, levels)
         if averaged and wide and self._is_small(features, rois):
             return self._pool_by_level(features, rois, levels)
         return self._operator()(features, rois, self.output_size, self.scales, levels=levels)
@@ -205,17 +215,16 @@ class MultiLevelRoIPooler(nn.Module):
         return (level - self.min_level).clamp(0, last).to(torch.int64)
 
     def _operator(self) -> Callable[..., Tensor]:
-        if self.pooler_type == "ROIPool":
-            return roi_pool
-        if self.pooler_type == "PrROIPool":
-            return precise_roi_pool
+        operator = OPERATORS.get(self.pooler_type, roi_align)
+        if self.pooler_type in ("ROIPool", "PrROIPool"):
+            return operator
         options: dict[str, Any] = {
             "sampling_ratio": self.sampling_ratio,
             "reduction": self.reduction,
         }
-        if self.pooler_type == "ROIWarp":
-            return functools.partial(roi_warp, **options)
-        return functools.partial(roi_align, aligned=self._aligned, **options)
+        if self.pooler_type != "ROIWarp":
+            options["aligned"] = self._aligned
+        return functools.partial(operator, **options)
 
     @property
     def _aligned(self) -> bool:
@@ -255,6 +264,14 @@ class MultiLevelRoIPooler(nn.Module):
         # Of the RoIs' number, also for torch.export, which does not know that the levels add up.
         zeros = torch.zeros_like(rois[:, :1, None, None]).expand(-1, *result.shape[1:])
         return zeros.index_put((torch.cat(by_level),), result).to(features[0].dtype)
+
+    def _pool_in_graph(self, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+        name = OPERATORS.get(self.pooler_type, roi_align).__name__
+        options = self.sampling_ratio, self._aligned, self.reduction
+        pooled: Tensor = pool_rois(
+            features, rois, levels, list(self.output_size), list(self.scales), name, *options
+        )
+        return pooled
 
     def _quantize(self, rois: Tensor, levels: Tensor) -> tuple[Tensor, tuple[float, ...]]:
         """Returns RoIs and scales with which ROIAlign computes what is asked for.

@@ -51,12 +51,15 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
             f"size is {size} and bit_masks are {tuple(bit_masks.shape)}: none may be 0"
         )
     boxes = boxes.detach().to(bit_masks.device, torch.float32)
-    if not bit_masks.is_cuda and not torch.isfinite(boxes).all():
+    one_operator = bit_masks.is_cuda or torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        torch._assert_async(torch.isfinite(boxes).all(), "boxes with NaN or infinite coordinates")
+    elif not bit_masks.is_cuda and not torch.isfinite(boxes).all():
         bad = len(boxes) - int(torch.isfinite(boxes).all(dim=1).sum())
         raise ValueError(f"{bad} of {len(boxes)} boxes have NaN or infinite coordinates")
     if bit_masks.dtype == torch.bool:
         bit_masks = bit_masks.view(torch.uint8)  # becomes float32 twice as fast
-    crop = _crop_with_operator if bit_masks.is_cuda else _crop_by_sums
+    crop = _crop_with_operator if one_operator else _crop_by_sums
     shares = boxes.new_empty(len(boxes), size, size)
     for start in range(0, len(boxes), CHUNK):
         chunk = slice(start, start + CHUNK)
@@ -65,7 +68,7 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _crop_with_operator(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Torchvision's operator, which does not wait for the device.
+    """Torchvision's operator, which does not wait for the device and breaks no graph.
 
     Called without torchvision's function, which in deterministic mode takes another way for the
     gradient's sake: it samples all pixels of a mask, and there is no gradient here.
