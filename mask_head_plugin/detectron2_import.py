@@ -13,7 +13,7 @@ from .messages import one_line
 
 IMPORT_ERROR: ImportError | None = None
 try:
-    import detectron2  # noqa: F401
+    import detectron2  # noqa: F401  # is it there?
 except ImportError as error:
     IMPORT_ERROR = error
 

@@ -211,7 +211,10 @@ def _files_of(given: str) -> list[Path]:
     if path.exists():
         return [path]
     if not glob.has_magic(given):
-        raise ConfigError(f"--input: {given} does not exist (config keys go behind --opts)")
+        raise ConfigError(
+            f"--input: {given} does not exist; check the path (--input takes all words up to the "
+            "next flag)"
+        )
     matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # absolute patterns, too
     files = [x for x in map(Path, matches) if x.is_file()]
     if not files:

@@ -67,6 +67,8 @@ class MultiLevelRoIPooler(nn.Module):
     example), but exports on CUDA the Triton kernel's; scripts hold detectron2's ROIPooler. None
     knows PrROIPool and maxima of samples, and scripts do not know ROIWarp.
 
+    On the CPU, a program of torch.compile calls the same operators through ops.compiled_pooling.
+
     Results are channels_last, except those of torchvision's operators.
     """
 

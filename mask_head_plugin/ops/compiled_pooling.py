@@ -60,7 +60,7 @@ def _pooled(
         options["aligned"] = aligned
     operator: Any = _OPERATORS[name]
     pooled: Tensor = operator(maps, rois, tuple(output_size), scales, levels=levels, **options)
-    # Strides must be those of _new_bins, also of sides of 1, and nothing may be an input's.
+    # Strides must be those of new_bins, also of sides of 1, and nothing may be an input's.
     bins = pooled.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     return bins.permute(0, 3, 1, 2)
 
@@ -71,9 +71,10 @@ pool_rois = torch.library.custom_op(
 
 
 @pool_rois.register_fake
-def _new_bins(
+def new_bins(
     maps: Sequence[Tensor], rois: Tensor, _levels: Tensor, output_size: Sequence[int], *_: Any
 ) -> Tensor:
+    """Returns (R, C, P, Q) without values, in channels_last layout."""
     bins = maps[0].new_empty(rois.shape[0], *output_size, maps[0].shape[1])
     return bins.permute(0, 3, 1, 2)
 
@@ -105,7 +106,7 @@ def _new_gradients(_grad: Tensor, maps: Sequence[Tensor], rois: Tensor, *_: Any)
     return [torch.empty_like(x) for x in (*maps, rois)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  # by name
     maps, rois, levels, *ctx.options = inputs
     ctx.save_for_backward(rois, levels, *maps)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import roi_pooling_triton as kernels
+from .compiled_pooling import new_bins
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -95,18 +96,13 @@ def _pool(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    pooled = _new_bins(maps, rois, levels, output_size, scales, sampling_ratio, aligned)
+    pooled = new_bins(maps, rois, levels, output_size)
     bins = pooled.permute(0, 2, 3, 1)
     kernels.pool(maps, bins, rois, levels, scales, sampling_ratio, aligned)
     return pooled
 
 
-@_pool.register_fake
-def _new_bins(
-    maps: Sequence[Tensor], rois: Tensor, _levels: Tensor, output_size: Sequence[int], *_: Any
-) -> Tensor:
-    bins = maps[0].new_empty(rois.shape[0], *output_size, maps[0].shape[1])
-    return bins.permute(0, 3, 1, 2)
+_pool.register_fake(new_bins)
 
 
 @torch.library.custom_op(
@@ -149,7 +145,7 @@ def _new_gradients(
     return [grad.new_empty(shape).permute(0, 3, 1, 2) for shape in shapes]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  # by name
     maps, rois, levels, _, *ctx.options = inputs
     ctx.save_for_backward(rois, levels)
     ctx.num_images = maps[0].shape[0]

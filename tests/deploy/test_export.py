@@ -205,7 +205,7 @@ def test_model_that_differs_is_not_written(output, change, message, tmp_path, mo
 
     cfg = load_config(SHAPES, [*OPTS, "MODEL.DEVICE", "cpu"])
     trained = load_predictor(cfg).model.eval()
-    truth = lambda image: export_outputs(trained, image)  # noqa: E731
+    truth = lambda image: export_outputs(trained, image)  # noqa: E731  # of this test alone
     monkeypatch.setattr(export, "converted", lambda *_: b"")
     monkeypatch.setattr(export, "runner", wrong)
     with pytest.raises(ConfigError, match=message):

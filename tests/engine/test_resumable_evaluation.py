@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 import torch
 from conftest import ROOT, small_config
@@ -9,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
 
 from mask_head_plugin import ConfigError
+from mask_head_plugin.data import register_coco_files
 from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.resumable_evaluation import prediction_fingerprint
 from mask_head_plugin.evaluation import MaskEvaluator
@@ -115,3 +119,25 @@ def test_the_fingerprint_tells_what_predictions_depend_on(tmp_path):
     with torch.no_grad():
         model.roi_heads.mask_head.predictor.bias[0] += 1e-3
     assert prediction_fingerprint(cfg, model, NAME) != first
+
+
+def test_writing_the_copy_of_a_file_for_evaluators_changes_nothing(tmp_path):
+    image = {"id": 1, "file_name": "a.png", "height": 8, "width": 8}
+    (tmp_path / "images").mkdir()
+    entries = []
+    for name, classes in (("copied_train", ["a", "b"]), ("copied_val", ["a"])):
+        categories = [{"id": i, "name": x} for i, x in enumerate(classes, 1)]
+        content = {"images": [image], "annotations": [], "categories": categories}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        entries.append([name, str(tmp_path / f"{name}.json"), str(tmp_path / "images")])
+    cfg, model = make(tmp_path)
+    cfg.DATASETS.COCO_FILES = entries
+    cfg.DATASETS.TRAIN = ("copied_train",)
+    prints = []
+    for time_stamp in (1, 2):
+        register_coco_files(cfg)
+        copy = MetadataCatalog.get("copied_val").json_file
+        assert copy != entries[1][1]
+        os.utime(copy, (time_stamp, time_stamp))
+        prints.append(prediction_fingerprint(cfg, model, "copied_val"))
+    assert prints[0] == prints[1]
