@@ -44,12 +44,12 @@ gpu: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/gpu_campaign.py $(GPU_FLAGS)
 
 # The stamp comes last, so an interrupted installation is taken up again.
-$(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py
+$(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py tools/pinned_wheel.py
 	@echo "Setting up $(VENV): about 6 GB (PyTorch with its CUDA libraries), some minutes"
 	$(BOOTSTRAP_PYTHON) -m venv $(VENV)
 	$(call install,$(VENV),requirements.txt)
 
-$(OLDEST)/.complete: requirements-oldest.txt setup.cfg tools/install_detectron2.py
+$(OLDEST)/.complete: requirements-oldest.txt setup.cfg tools/install_detectron2.py tools/pinned_wheel.py
 	@echo "Setting up $(OLDEST): about 6 GB, some minutes; needs Python 3.10"
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(call install,$(OLDEST),requirements-oldest.txt)

@@ -38,6 +38,17 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # rest is logged; a run is never resumed so.
     cfg.MODEL.WEIGHTS_STRICT = True
 
+    # build_timm_fpn_backbone: a model of timm under a feature pyramid (modeling/timm_backbone.py).
+    timm = cfg.MODEL.TIMM = CfgNode()
+    timm.NAME = "convnext_tiny"  # timm's name for it
+    # Where MODEL.WEIGHTS is empty the backbone starts from CHECKPOINT, a file with timm's names
+    # (safetensors, or a torch file), or if PRETRAINED from timm's hub, or else from random weights.
+    timm.CHECKPOINT = ""
+    timm.PRETRAINED = False
+    timm.OUT_INDICES = []  # which of the model's maps, as timm counts them; [] is all from stride 4
+    timm.DROP_PATH_RATE = 0.0  # stochastic depth (arXiv 1603.09382), if the model knows it
+    timm.NORM = ""  # "" keeps its batch norms; "FrozenBN" or "SyncBN" replaces them
+
     # What a bin makes of its samples: "mean" (the paper's) or "max" (Mask R-CNN Table 2c).
     cfg.MODEL.ROI_BOX_HEAD.POOLER_REDUCTION = "mean"
     cfg.MODEL.ROI_MASK_HEAD.POOLER_REDUCTION = "mean"

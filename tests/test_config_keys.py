@@ -61,6 +61,7 @@ NOBODY = {"VERSION": "file format", "IMPORTS": "tools", "DATASETS.CHECK": "call"
 """Keys that are read before a config can be watched."""
 
 HEAD = "MODEL.ROI_MASK_HEAD."
+TIMM = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t"]
 FAMILIES = [
     ("Base-MaskRCNN-FPN.yaml", [HEAD + "NAME", "MLPMaskHead", HEAD + "SCORING.ENABLED", "True"]),
     ("Base-MaskRCNN-C4.yaml", ["SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR"]),
@@ -69,6 +70,7 @@ FAMILIES = [
     ("misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", ["SOLVER.CLIP_GRADIENTS.ENABLED", "True"]),
     ("panoptic/panoptic_fpn_R_50_1x.yaml", []),
     ("Base-Small.yaml", []),
+    ("Base-Small.yaml", TIMM),
 ]
 
 

@@ -25,9 +25,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-SOURCE_PROJECT = "labgym"
-SOURCE_VERSION = "3.1.2"
-SOURCE_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
+from pinned_wheel import FetchError, PinnedWheel, run_pip
+
+SOURCE = PinnedWheel(
+    "labgym", "3.1.2", "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
+)
 SOURCE_PREFIX = "LabGym/"
 UPSTREAM_COMMIT = "e9f7e2ba15abd7badcb05ef6f5076f06b36a9c5b"
 VERSION = f"0.6+{UPSTREAM_COMMIT[:7]}"
@@ -60,14 +62,10 @@ Version 2.0 (see LICENSE).
 
 These are the Python sources of https://github.com/facebookresearch/detectron2 at commit
 {UPSTREAM_COMMIT},
-taken from the folder LabGym/detectron2 of the wheel {SOURCE_PROJECT} {SOURCE_VERSION}.
+taken from the folder LabGym/detectron2 of the wheel {SOURCE.project} {SOURCE.version}.
 The only change: the import prefix "LabGym." that the wheel had added was removed. No other file of
 that wheel is included.
 """
-
-
-class InstallError(Exception):
-    """A step that failed, with what the user can do about it."""
 
 
 def describe_installed() -> str | None:
@@ -87,77 +85,17 @@ def describe_installed() -> str | None:
         return result.stdout.strip()
     missing = re.search(r"No module named '(?!detectron2)(\w+)'", result.stderr)
     if missing:
-        raise InstallError(
+        raise FetchError(
             f"detectron2 is there, but it needs {missing[1]!r}, which is not: "
             f"{sys.executable} -m pip install -r requirements.txt"
         )
     if importlib.util.find_spec("detectron2") is not None:
-        raise InstallError(
+        raise FetchError(
             "a detectron2 is installed but does not import:\n"
             f"{result.stderr.strip()}\n"
             "Fix or remove it (pip uninstall detectron2), then run this script again."
         )
     return None
-
-
-def run_pip(*args: str) -> None:
-    """Runs pip of this interpreter; raises InstallError with a reading of its output."""
-    command = [sys.executable, "-m", "pip", *args]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode == 0:
-        return
-    output = (result.stdout + result.stderr).strip()
-    if "No module named pip" in output:
-        advice = f"this Python has no pip: run '{sys.executable} -m ensurepip' first"
-    elif "DO NOT MATCH THE HASHES" in output:
-        advice = (
-            f"the index serves a {SOURCE_PROJECT} {SOURCE_VERSION} whose SHA-256 is not "
-            f"{SOURCE_SHA256}; nothing was installed. Do not use that file: try another index"
-        )
-    elif "No matching distribution found for " + SOURCE_PROJECT in output:
-        advice = (
-            f"{SOURCE_PROJECT} {SOURCE_VERSION} could not be downloaded. Without network, fetch "
-            "that wheel elsewhere and pass it with --wheel, or install detectron2 yourself from "
-            "https://github.com/facebookresearch/detectron2"
-        )
-    else:
-        advice = "pip failed"
-    raise InstallError(f"{advice}.\n\n$ {' '.join(command)}\n{output}")
-
-
-def download_source_wheel(folder: Path) -> Path:
-    """Downloads the pinned wheel into ``folder``, hash-checked by pip, and returns its path."""
-    requirement = folder / "requirement.txt"
-    requirement.write_text(f"{SOURCE_PROJECT}=={SOURCE_VERSION} --hash=sha256:{SOURCE_SHA256}\n")
-    # The wheel names an older Python and a GUI's dependencies; neither concerns these sources.
-    run_pip(
-        "download",
-        "--no-deps",
-        "--ignore-requires-python",
-        "--only-binary=:all:",
-        "--retries",
-        "2",
-        "--timeout",
-        "20",  # say soon that there is no network
-        "--require-hashes",
-        "--dest",
-        str(folder),
-        "--requirement",
-        str(requirement),
-    )
-    return next(folder.glob(f"{SOURCE_PROJECT}-*.whl"))
-
-
-def check_hash(wheel: Path) -> None:
-    """Raises InstallError unless ``wheel`` is the pinned file."""
-    if not wheel.is_file():
-        raise InstallError(f"{wheel} is not a file; pass the path of the downloaded wheel")
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != SOURCE_SHA256:
-        raise InstallError(
-            f"{wheel} has SHA-256 {found}, expected {SOURCE_SHA256}; nothing was installed. "
-            f"Download {SOURCE_PROJECT} {SOURCE_VERSION} again."
-        )
 
 
 def repack(source_wheel: Path, folder: Path) -> Path:
@@ -209,9 +147,13 @@ def install(source_wheel: Path | None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if source_wheel is None:
-            print(f"downloading {SOURCE_PROJECT} {SOURCE_VERSION} (2 MB)", flush=True)
-            source_wheel = download_source_wheel(folder)
-        check_hash(source_wheel)
+            print(f"downloading {SOURCE.project} {SOURCE.version} (2 MB)", flush=True)
+            instead = (
+                ", or install detectron2 yourself from "
+                "https://github.com/facebookresearch/detectron2"
+            )
+            source_wheel = SOURCE.download(folder, instead)
+        SOURCE.check(source_wheel)
         wheel = repack(source_wheel, folder)
         print(f"installing {wheel.name}", flush=True)
         run_pip("install", str(wheel))
@@ -231,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         "--wheel",
         type=Path,
         metavar="FILE",
-        help=f"use this downloaded {SOURCE_PROJECT}-{SOURCE_VERSION} wheel, e.g. without network",
+        help=f"use this downloaded {SOURCE.project}-{SOURCE.version} wheel, e.g. without network",
     )
     args = parser.parse_args(argv)
     try:
@@ -245,9 +187,9 @@ def main(argv: list[str] | None = None) -> int:
         install(args.wheel)
         installed = describe_installed()
         if installed is None:
-            raise InstallError("pip reported success but detectron2 does not import")
+            raise FetchError("pip reported success but detectron2 does not import")
         print(installed)
-    except InstallError as error:
+    except FetchError as error:
         print(f"install_detectron2: {error}", file=sys.stderr)
         return 1
     return 0

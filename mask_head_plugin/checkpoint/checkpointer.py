@@ -27,10 +27,10 @@ from ..config import ConfigError
 from ..config_check.colours import warn_of_colours
 from ..durable_files import write_durably
 from ..messages import listed
+from ..weight_files import read_checkpoint
 from .class_rows import class_tensors, file_classes, match_classes, num_classes_of
 from .download import local_copy
 from .run_folder import LAST_CHECKPOINT, checkpoint_files, newest_intact
-from .weight_files import read_checkpoint
 from .weight_fit import WeightsPolicy, compare, matched_by_ends, refuse_or_tell, without_prefix
 
 logger = logging.getLogger(__name__)

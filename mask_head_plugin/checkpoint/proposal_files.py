@@ -12,8 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from .plain_pickle import read_plain_pickle
-from .weight_files import check_head, file_errors
+from ..weight_files import check_head, file_errors, read_plain_pickle
 
 
 def read_proposals(path: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..checkpoint.checkpointer import write_checkpoint
-from ..checkpoint.weight_files import read_checkpoint
 from ..class_names import class_names_of
 from ..config import ConfigError
 from ..data import seed_generators
+from ..weight_files import read_checkpoint
 
 Sample = dict[str, Any]
 

@@ -12,8 +12,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from mask_head_plugin.checkpoint import plain_pickle
-from mask_head_plugin.checkpoint.plain_pickle import read_plain_pickle
+from mask_head_plugin.weight_files import plain_pickle
+from mask_head_plugin.weight_files.plain_pickle import read_plain_pickle
 
 ENCODE = b"c_codecs\nencode\n"
 ORDERED = b"ccollections\nOrderedDict\n"

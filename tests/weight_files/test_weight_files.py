@@ -25,8 +25,8 @@ from torch import nn
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.checkpoint.proposal_files import read_proposals
-from mask_head_plugin.checkpoint.weight_files import read_checkpoint
 from mask_head_plugin.engine import Trainer
+from mask_head_plugin.weight_files import read_checkpoint
 
 CANARY = "executed"
 

@@ -1,0 +1,6 @@
+"""Weights and pickles of strangers, read so that nothing in a file can run or fill the memory."""
+
+from .plain_pickle import read_plain_pickle
+from .reader import check_head, file_errors, read_checkpoint
+
+__all__ = ["check_head", "file_errors", "read_checkpoint", "read_plain_pickle"]

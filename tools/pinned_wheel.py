@@ -1,0 +1,86 @@
+"""A wheel of the package index, downloaded with its hash checked. Needs Python and pip alone."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+class FetchError(Exception):
+    """A step that failed, with what the user can do about it."""
+
+
+class PinnedWheel(NamedTuple):
+    """One wheel, of which only one content is right.
+
+    Attributes:
+        project: its name in the package index.
+        version: the only one that is taken.
+        sha256: of the file, in hexadecimal.
+    """
+
+    project: str
+    version: str
+    sha256: str
+
+    def download(self, folder: Path, instead: str = "") -> Path:
+        """Downloads the wheel into ``folder`` and returns its path; pip checks its hash.
+
+        Args:
+            folder: where the wheel is put; it exists.
+            instead: what else a user can do without network, for the error.
+
+        Raises:
+            FetchError: if that does not work.
+        """
+        requirement = folder / "requirement.txt"
+        requirement.write_text(f"{self.project}=={self.version} --hash=sha256:{self.sha256}\n")
+        # Its Python and its dependencies do not concern what is taken out of it.
+        whatever_python = ["--no-deps", "--ignore-requires-python", "--only-binary=:all:"]
+        soon = ["--retries", "2", "--timeout", "20"]  # where there is no network
+        where = ["--dest", str(folder), "--requirement", str(requirement)]
+        advice = {
+            "DO NOT MATCH THE HASHES": f"the index serves a {self.project} {self.version} whose "
+            f"SHA-256 is not {self.sha256}; nothing was installed. Do not use that file: try "
+            "another index",
+            f"No matching distribution found for {self.project}": f"{self.project} {self.version} "
+            f"could not be downloaded. Without network, fetch that wheel elsewhere and pass it "
+            f"with --wheel{instead}",
+        }
+        run_pip("download", *whatever_python, *soon, "--require-hashes", *where, advice=advice)
+        return next(folder.glob(f"{self.project.replace('-', '_')}-*.whl"))
+
+    def check(self, wheel: Path) -> None:
+        """Raises FetchError unless ``wheel`` is the pinned file."""
+        if not wheel.is_file():
+            raise FetchError(f"{wheel} is not a file; pass the path of the downloaded wheel")
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != self.sha256:
+            raise FetchError(
+                f"{wheel} has SHA-256 {found}, expected {self.sha256}; nothing was installed. "
+                f"Download {self.project} {self.version} again."
+            )
+
+
+def run_pip(*args: str, advice: dict[str, str] | None = None) -> None:
+    """Runs pip of this interpreter.
+
+    Args:
+        args: of pip.
+        advice: what to say, by words in pip's output.
+
+    Raises:
+        FetchError: with pip's output, and with a reading of it.
+    """
+    command = [sys.executable, "-m", "pip", *args]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode == 0:
+        return
+    output = (result.stdout + result.stderr).strip()
+    no_pip = f"this Python has no pip: run '{sys.executable} -m ensurepip' first"
+    known = {"No module named pip": no_pip, **(advice or {})}
+    told = next((text for words, text in known.items() if words in output), "pip failed")
+    raise FetchError(f"{told}.\n\n$ {' '.join(command)}\n{output}")
