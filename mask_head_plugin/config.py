@@ -274,7 +274,7 @@ def _refuse_what_is_no_file(config_file: str) -> None:
     if config_file.endswith(".py"):
         raise ConfigError(
             f"config file {config_file} is Python, which would run: LazyConfig files are for "
-            "detectron2's lazyconfig_train_net.py; name a YAML file"
+            "tools/lazyconfig_train_net.py; name a YAML file"
         )
 
 

@@ -30,7 +30,7 @@ LAYERS = (
     {"class_names", "durable_files", "image_files", "user_code"},
     {"image_file_mapper", "weight_files"},
     {"modeling", "evaluation"},
-    {"dataset_check"},
+    {"dataset_check", "lazy_config"},
     {"data"},
     {"__init__", "config_check"},
     {"checkpoint"},

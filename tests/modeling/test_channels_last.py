@@ -10,7 +10,7 @@ import torch
 from conftest import relative_error, small_config
 from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
-from test_models import losses_and_gradients, make_batch
+from made_training import losses_and_gradients, make_batch
 from torch import nn
 from torch.autograd import gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode

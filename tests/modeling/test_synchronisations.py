@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import build_twins, copy_instances, small_config
 from detectron2.utils.events import EventStorage
-from test_models import make_batch
+from made_training import make_batch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

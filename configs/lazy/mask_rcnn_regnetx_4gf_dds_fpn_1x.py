@@ -1,0 +1,7 @@
+"""detectron2's config of this name with the plugin's modules."""
+
+from mask_head_plugin.lazy_config import counterpart
+
+model, dataloader, optimizer, lr_multiplier, train = counterpart(
+    "COCO-InstanceSegmentation/mask_rcnn_regnetx_4gf_dds_fpn_1x.py"
+)

@@ -1,0 +1,7 @@
+"""detectron2's config of this name with the plugin's modules."""
+
+from mask_head_plugin.lazy_config import counterpart
+
+model, dataloader, optimizer, lr_multiplier, train = counterpart(
+    "projects/ViTDet/configs/COCO/cascade_mask_rcnn_swin_b_in21k_50ep.py"
+)

@@ -1,0 +1,7 @@
+"""detectron2's config of this name with the plugin's modules."""
+
+from mask_head_plugin.lazy_config import counterpart
+
+model, dataloader, optimizer, lr_multiplier, train = counterpart(
+    "projects/ViTDet/configs/LVIS/cascade_mask_rcnn_mvitv2_h_in21k_50ep.py"
+)

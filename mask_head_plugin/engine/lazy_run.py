@@ -1,0 +1,146 @@
+"""What tools/lazyconfig_train_net.py does: detectron2's training loop on a LazyConfig.
+
+The loop, its hooks and its files are detectron2's. The plugin's are what lies around it: weights
+that do not fit are an error and no file of weights runs code, checkpoints appear when they are
+whole, and processes start on CPUs as on GPUs. Trainer's other promises, such as a resumed run that
+equals one that was not interrupted, are of YAML configs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_setup,
+    default_writers,
+    hooks,
+)
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig
+
+from ..checkpoint import MaskHeadCheckpointer, WeightsPolicy
+from ..checkpoint.run_folder import set_aside_earlier_run
+from ..config import ConfigError
+from ..data import check_registered_datasets
+from ..lazy_config import SETTINGS, load_lazy_config, settings_of
+from ..messages import nearest_name
+from ..modeling import to_channels_last
+
+
+def set_up(args: argparse.Namespace) -> DictConfig:
+    """Returns the run's config.
+
+    Args:
+        args: the flags of tools/lazyconfig_train_net.py.
+
+    Raises:
+        ConfigError: if something does not fit, before anything is built.
+    """
+    cfg = load_lazy_config(args.config_file, args.opts)
+    on_gpu = torch.device(cfg.train.device).type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            f"train.device is {cfg.train.device}, and PyTorch finds no GPU; add train.device=cpu "
+            "train.amp.enabled=False"
+        )
+    if cfg.train.amp.enabled and not on_gpu:
+        raise ConfigError("train.amp.enabled is for GPUs; add train.amp.enabled=False")
+    if args.eval_only and not (cfg.train.init_checkpoint or args.resume):
+        raise ConfigError("--eval-only needs train.init_checkpoint=FILE, or --resume")
+    _check_datasets(cfg, train=not args.eval_only)
+    return cfg
+
+
+def _check_datasets(cfg: DictConfig, *, train: bool) -> None:
+    settings = settings_of(cfg)
+    for name in (*(settings.DATASETS.TRAIN if train else ()), *settings.DATASETS.TEST):
+        if name not in DatasetCatalog.list():
+            nearest = nearest_name(name, DatasetCatalog.list())
+            raise ConfigError(
+                f"data set {name!r} is not registered"
+                + (f"; did you mean {nearest!r}?" if nearest else "")
+                + "; a config file may register yours: register_coco_instances(...)"
+            )
+    try:
+        check_registered_datasets(settings, train=train)
+    except ConfigError as error:
+        told = str(error)
+        for key, path in SETTINGS.items():
+            told = told.replace(key, path)
+        raise ConfigError(told) from error
+
+
+def train_or_evaluate(args: argparse.Namespace) -> None:
+    """Trains, or with ``args.eval_only`` evaluates, in one of the run's processes.
+
+    Raises:
+        ConfigError: if something does not fit.
+    """
+    cfg = set_up(args)  # in each process: a config with functions cannot be sent
+    default_setup(cfg, args)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if torch.device(cfg.train.device).type == "cpu":
+        to_channels_last(model)
+    if not args.eval_only:
+        _train(cfg, model, resume=args.resume)
+        return
+    policy = _policy(cfg, train=False)
+    checkpointer = MaskHeadCheckpointer(model, cfg.train.output_dir, policy=policy)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    _evaluate(cfg, model)
+
+
+def _policy(cfg: DictConfig, *, train: bool) -> WeightsPolicy:
+    policy = WeightsPolicy.from_config(settings_of(cfg), train=train)
+    return dataclasses.replace(policy, advice="give weights of this config: train.init_checkpoint")
+
+
+def _train(cfg: DictConfig, model: torch.nn.Module, *, resume: bool) -> None:
+    train = cfg.train
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    places = {"device_ids": None} if torch.device(train.device).type == "cpu" else {}
+    model = create_ddp_model(model, **train.ddp, **places)
+    trainer = (AMPTrainer if train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    policy = _policy(cfg, train=True)
+    checkpointer = MaskHeadCheckpointer(model, train.output_dir, policy=policy, trainer=trainer)
+    resume = comm.all_gather(resume and checkpointer.has_checkpoint())[0]
+    checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
+    evaluation = hooks.EvalHook(train.eval_period, lambda: _evaluate(cfg, model))
+    trainer.register_hooks(
+        [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
+    )
+    comm.synchronize()  # others may still read weights of the earlier run
+    if comm.is_main_process():
+        if not resume:
+            set_aside_earlier_run(Path(train.output_dir))
+        writers = default_writers(train.output_dir, train.max_iter)
+        trainer.register_hooks(
+            [
+                hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer),
+                evaluation,
+                hooks.PeriodicWriter(writers, period=train.log_period),
+            ]
+        )
+    else:
+        trainer.register_hooks([evaluation])
+    trainer.train(trainer.iter + 1 if resume else 0, train.max_iter)
+
+
+def _evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict[str, Any]:
+    loader, evaluator = (instantiate(cfg.dataloader[x]) for x in ("test", "evaluator"))
+    results = inference_on_dataset(model, loader, evaluator)
+    if comm.is_main_process():
+        print_csv_format(results)
+    return dict(results)

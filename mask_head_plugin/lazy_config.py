@@ -1,0 +1,217 @@
+"""LazyConfig models of detectron2's with the plugin's modules.
+
+A YAML config chooses modules by their names in registries, a LazyConfig by classes, its
+``_target_``. The plugin's classes take detectron2's arguments, so only targets change.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import detectron2
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, MaskRCNNConvUpsampleHead
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .config import ConfigError, add_mask_head_config
+from .messages import nearest_name, one_line
+from .modeling import FCNMaskHead, MaskRCNN, MultiLevelRoIPooler
+from .modeling.fast_rcnn import ClassSelectiveOutputLayers
+
+with warnings.catch_warnings():
+    # It finds its files by pkg_resources, which warns of its own age.
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+    from detectron2 import model_zoo as model_zoo
+
+PLUGIN_TARGETS = {
+    GeneralizedRCNN: MaskRCNN,
+    ROIPooler: MultiLevelRoIPooler,
+    FastRCNNOutputLayers: ClassSelectiveOutputLayers,
+    MaskRCNNConvUpsampleHead: FCNMaskHead,
+}
+"""detectron2's classes and those that take their place; subclasses of the user's stay."""
+
+PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+"""Names that detectron2's lazyconfig_train_net.py reads in a config file."""
+
+SETTINGS = {
+    "OUTPUT_DIR": "train.output_dir",
+    "MODEL.DEVICE": "train.device",
+    "MODEL.WEIGHTS": "train.init_checkpoint",
+    "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
+    "INPUT.FORMAT": "model.input_format",
+    "DATASETS.TRAIN": "dataloader.train.dataset.names",
+    "DATASETS.TEST": "dataloader.test.dataset.names",
+}
+"""Keys of a YAML config and where a LazyConfig has the same."""
+
+READ_BY_DETECTRON2 = ("train.seed", "train.cudnn_benchmark")
+"""Keys that its default_setup reads where they are set."""
+
+SOURCE_VARIABLE = "DETECTRON2_SOURCE"
+PROJECTS = "projects/"
+
+
+def use_plugin_modules(model: DictConfig) -> DictConfig:
+    """Puts the plugin's modules into a LazyConfig model, in place.
+
+    ROI pooling, box regression (where it is by class), mask head and the model around them, in any
+    ROI heads: FPN, C4, cascade. All other nodes stay, and so do the names of parameters.
+
+    Args:
+        model: such as ``model_zoo.get_config("common/models/mask_rcnn_fpn.py").model``.
+
+    Returns:
+        The same.
+
+    Raises:
+        ConfigError: if it has no mask head of detectron2's.
+    """
+    targets = {id(node): _target(node) for node in _calls(model)}
+    if not {MaskRCNNConvUpsampleHead, FCNMaskHead} & set(targets.values()):
+        raise ConfigError(
+            "the model has no MaskRCNNConvUpsampleHead, detectron2's mask head, to put the "
+            "plugin's in its place"
+        )
+    for node in _calls(model):
+        target = targets[id(node)]
+        if target is FastRCNNOutputLayers and node.get("cls_agnostic_bbox_reg", False):
+            continue  # nothing to select
+        if target in PLUGIN_TARGETS:
+            node._target_ = PLUGIN_TARGETS[target]
+    return model
+
+
+def _calls(node: Any) -> Iterator[DictConfig]:
+    """Yields each node that is instantiated, also in lists; an interpolation is another's value."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield node
+        keys = list(node)
+    else:
+        keys = list(range(len(node))) if isinstance(node, ListConfig) else []
+    for key in keys:
+        if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
+            yield from _calls(node[key])
+
+
+def _target(node: DictConfig) -> Any:
+    """Returns the class; a config that was saved as YAML has its name."""
+    return locate(node._target_) if isinstance(node._target_, str) else node._target_
+
+
+def counterpart(name: str) -> tuple[DictConfig, ...]:
+    """Returns the parts of a LazyConfig of detectron2's, its model with the plugin's modules.
+
+    Args:
+        name: in detectron2's configs/, such as ``new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py``,
+            or in its source tree, such as ``projects/ViTDet/configs/COCO/...``.
+
+    Returns:
+        In the order of PARTS.
+
+    Raises:
+        ConfigError: if this detectron2 does not have it.
+    """
+    stock = LazyConfig.load(str(find_stock_config(name)))
+    use_plugin_modules(stock.model)
+    return tuple(stock[part] for part in PARTS)
+
+
+def find_stock_config(name: str) -> Path:
+    """Finds a config file of detectron2's.
+
+    The installed package has those of its configs/. Projects are in the source tree only: in
+    $DETECTRON2_SOURCE, or where the package was installed from with ``pip install -e``.
+
+    Args:
+        name: see ``counterpart``.
+
+    Raises:
+        ConfigError: if it is not there.
+    """
+    if not name.startswith(PROJECTS):
+        try:
+            return Path(model_zoo.get_config_file(name))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"detectron2 in {Path(detectron2.__file__).parent} has no config {name}"
+            ) from error
+    source = Path(os.environ.get(SOURCE_VARIABLE) or Path(detectron2.__file__).parents[1])
+    if not (source / name).is_file():
+        raise ConfigError(
+            f"{source / name} does not exist: {name} is in detectron2's source tree, not in its "
+            "package; git clone https://github.com/facebookresearch/detectron2 and set "
+            f"{SOURCE_VARIABLE} to that folder"
+        )
+    return source / name
+
+
+def load_lazy_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Runs a LazyConfig file and returns what it configures.
+
+    Args:
+        file: a ``.py`` file that the user has named.
+        overrides: ``key=value`` as detectron2 takes them. A key that is new must be an argument of
+            something that is instantiated; detectron2 adds any other and nothing reads it.
+
+    Raises:
+        ConfigError: if the file or an override cannot be used, or a part is missing.
+    """
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise ConfigError(f"config file {file} is no .py file; name one, such as of configs/lazy/")
+    try:
+        cfg = LazyConfig.load(file)
+    except (SyntaxError, ImportError, OmegaConfBaseException) as error:
+        raise ConfigError(f"config file {file}: {one_line(error)}") from error
+    missing = [part for part in PARTS if part not in cfg]
+    if missing:
+        raise ConfigError(f"config file {file} sets no {' and no '.join(missing)}")
+    for override in overrides:
+        _check_override(cfg, override)
+    try:
+        return LazyConfig.apply_overrides(cfg, list(overrides))
+    except Exception as error:  # hydra's, if it is installed, omegaconf's, or detectron2's own
+        raise ConfigError(f"options {' '.join(overrides)}: {one_line(error)}") from error
+
+
+def _check_override(cfg: DictConfig, override: str) -> None:
+    key, mark, _ = override.partition("=")
+    if not mark:
+        raise ConfigError(f"option {override} has no '='; write key=value: train.max_iter=1000")
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    is_known = OmegaConf.is_config(node) and (
+        "_target_" in node or name in node or isinstance(node, ListConfig)
+    )
+    if not is_known and key not in READ_BY_DETECTRON2:
+        siblings = list(node) if isinstance(node, DictConfig) else []
+        nearest = nearest_name(name, siblings)
+        raise ConfigError(
+            f"option {override}: the config has no {key}"
+            + (f"; did you mean {key.removesuffix(name)}{nearest}?" if nearest else "")
+        )
+
+
+def settings_of(cfg: DictConfig) -> CfgNode:
+    """Returns a config with the settings of SETTINGS, for what reads none but a CfgNode."""
+    settings = get_cfg()
+    add_mask_head_config(settings)
+    for key, path in SETTINGS.items():
+        value = OmegaConf.select(cfg, path)
+        if value is not None:
+            is_name = key.startswith("DATASETS.") and isinstance(value, str)
+            settings.merge_from_list([key, (value,) if is_name else _plain(value)])
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, ListConfig) else value

@@ -1,0 +1,252 @@
+"""LazyConfig files differ from detectron2's in the plugin's modules only, and compute the same."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS, relative_error
+from detectron2 import model_zoo
+from detectron2.config import LazyConfig, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import RegNet, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock
+from made_training import IMAGE_HW, losses_and_gradients, make_batch
+from omegaconf import OmegaConf
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.lazy_config import (
+    PLUGIN_TARGETS,
+    counterpart,
+    find_stock_config,
+    use_plugin_modules,
+)
+
+LAZY = CONFIGS / "lazy"
+ZOO = Path(model_zoo.__file__).parent / "configs"
+VITDET = "projects/ViTDet/configs"
+STOCK_TARGETS = {plugin: stock for stock, plugin in PLUGIN_TARGETS.items()}
+
+
+def stock_name(path: Path) -> str | None:
+    """Returns the name of the file of detectron2's that a file of ours is the counterpart of."""
+    folder = path.parent.relative_to(LAZY)
+    if folder.parts[:1] == ("vitdet",):
+        return f"{VITDET}/{folder.relative_to('vitdet')}/{path.name}"
+    folders = (
+        (folder,) if folder.parts else ("COCO-InstanceSegmentation", "COCO-PanopticSegmentation")
+    )
+    return next((f"{x}/{path.name}" for x in folders if (ZOO / x / path.name).is_file()), None)
+
+
+COUNTERPARTS = [path for path in sorted(LAZY.rglob("*.py")) if stock_name(path)]
+
+
+def load_both(path: Path):
+    """Returns detectron2's config, or skips where there is none, and ours."""
+    try:
+        stock = LazyConfig.load(str(find_stock_config(stock_name(path))))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return stock, LazyConfig.load(str(path))
+
+
+def flat(node, prefix=""):
+    """Returns the values of a config by path."""
+    if isinstance(node, dict | list):
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        return {k: v for key, value in items for k, v in flat(value, f"{prefix}.{key}").items()}
+    if isinstance(node, functools.partial):
+        return {prefix: (node.func, node.args, node.keywords)}
+    # Each load makes functions anew, of the same code.
+    return {prefix: getattr(node, "__code__", node)}
+
+
+def content(cfg):
+    parts = {
+        key: cfg[key] for key in ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+    }
+    root = OmegaConf.create(parts, flags={"allow_objects": True})
+    return flat(OmegaConf.to_container(root, resolve=True))
+
+
+@pytest.mark.parametrize(
+    "path", COUNTERPARTS, ids=lambda p: str(p.relative_to(LAZY).with_suffix(""))
+)
+def test_counterpart_differs_in_the_plugins_modules_only(path):
+    stock, ours = map(content, load_both(path))
+    assert ours.keys() == stock.keys()
+    differing = {key for key, value in stock.items() if ours[key] != value}
+    assert {key.rpartition(".")[2] for key in differing} == {"_target_"}
+    for key in differing:
+        assert STOCK_TARGETS[ours[key]] is stock[key]
+    expected = {".model.roi_heads.mask_head._target_"}
+    if "panoptic" not in path.stem:
+        expected.add(".model._target_")
+    assert expected <= differing and len(differing) >= 3
+
+
+def test_the_lazy_configs_of_the_zoo_are_covered():
+    zoo = [*ZOO.glob("COCO-InstanceSegmentation/*.py"), *ZOO.glob("new_baselines/*.py")]
+    assert {stock_name(path) for path in COUNTERPARTS} >= {str(x.relative_to(ZOO)) for x in zoo}
+    assert len(zoo) == 17
+
+
+def test_those_of_vitdet_are_covered():
+    try:
+        source = find_stock_config(f"{VITDET}/common/coco_loader_lsj.py").parents[1]
+    except ConfigError as error:
+        pytest.skip(str(error))
+    files = {x.relative_to(source) for x in source.rglob("*mask_rcnn*.py")}
+    assert {x.relative_to(LAZY / "vitdet") for x in LAZY.rglob("vitdet/*/*.py")} == files
+
+
+def test_a_config_of_detectron2s_source_tree_is_found_there(tmp_path, monkeypatch):
+    name = f"{VITDET}/COCO/mask_rcnn_vitdet_b_100ep.py"
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text(
+        "from detectron2 import model_zoo\n"
+        "model = model_zoo.get_config('common/models/mask_rcnn_vitdet.py').model\n"
+        "dataloader = optimizer = lr_multiplier = train = dict()\n"
+    )
+    monkeypatch.setenv("DETECTRON2_SOURCE", str(tmp_path))
+    cfg = LazyConfig.load(str(LAZY / "vitdet" / "COCO" / Path(name).name))
+    assert cfg.model.roi_heads.mask_head._target_ in STOCK_TARGETS
+    monkeypatch.setenv("DETECTRON2_SOURCE", str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match=rf"other/{name} does not exist.*set DETECTRON2_SOURCE"):
+        counterpart(name)
+
+
+def test_a_config_that_this_detectron2_lacks_is_named():
+    with pytest.raises(ConfigError, match=r"has no config new_baselines/mask_rcnn_R_5\.py"):
+        counterpart("new_baselines/mask_rcnn_R_5.py")
+
+
+def test_a_model_without_a_mask_head_is_refused():
+    retinanet = model_zoo.get_config("common/models/retinanet.py").model
+    with pytest.raises(ConfigError, match="no MaskRCNNConvUpsampleHead"):
+        use_plugin_modules(retinanet)
+
+
+def test_modules_are_exchanged_once_and_by_name_too():
+    model = model_zoo.get_config("common/models/cascade_rcnn.py").model
+    model.roi_heads.mask_head._target_ = (
+        "detectron2.modeling.roi_heads.mask_head.MaskRCNNConvUpsampleHead"
+    )
+    once = flat(OmegaConf.to_container(use_plugin_modules(model)))
+    assert flat(OmegaConf.to_container(use_plugin_modules(model))) == once
+    # Class-agnostic boxes leave nothing to select, and the cascade's ROI heads are detectron2's.
+    changed = {key for key, value in once.items() if value in STOCK_TARGETS}
+    heads = "roi_heads.mask_head", "roi_heads.mask_pooler", "roi_heads.box_pooler"
+    assert changed == {"._target_", *(f".{x}._target_" for x in heads)}
+
+
+FAMILIES = {
+    "R50-FPN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py",
+    "R50-C4": "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.py",
+    "cascade": "common/models/cascade_rcnn.py",
+    "new baseline": "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py",
+    "panoptic": "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.py",
+    "RegNetY": "new_baselines/mask_rcnn_regnety_4gf_dds_FPN_200ep_LSJ.py",
+    "ViTDet": "common/models/mask_rcnn_vitdet.py",
+}
+
+
+def twins(name: str):
+    """Returns the plugin's and the stock model of a shrunken LazyConfig, with equal weights."""
+    models = []
+    for change in (use_plugin_modules, lambda model: model):
+        cfg = LazyConfig.load(str(ZOO / name)).model
+        shrink(cfg)
+        torch.manual_seed(3)
+        models.append(instantiate(change(cfg)))
+    plugin, stock = models
+    assert list(plugin.state_dict()) == list(stock.state_dict())
+    # detectron2 starts the predictors near zero; larger weights make masks and scores that differ.
+    # Not those of boxes, which a cascade would move out of the image.
+    with torch.no_grad():
+        for parameter_name, parameter in plugin.named_parameters():
+            if "predictor" in parameter_name and "bbox_pred" not in parameter_name:
+                parameter.normal_(std=0.1)
+    stock.load_state_dict(plugin.state_dict(), strict=True)
+    return plugin, stock
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_gradients_and_detections_equal_stock(family):
+    if family == "ViTDet":
+        pytest.importorskip("timm")  # which detectron2's ViT imports
+    plugin, stock = twins(FAMILIES[family])
+    batch = make_batch(sem_seg_classes=54 if family == "panoptic" else 0)
+    losses, gradients = losses_and_gradients(plugin, batch)
+    stock_losses, stock_gradients = losses_and_gradients(stock, batch)
+    assert losses.keys() == stock_losses.keys() and "loss_mask" in losses
+    for name, expected in stock_losses.items():
+        assert relative_error(losses[name], expected) <= 1e-5, name
+    assert gradients.keys() == stock_gradients.keys()
+    for name, expected in stock_gradients.items():
+        assert relative_error(gradients[name], expected) <= 2e-3, name
+    found, expected = detections(plugin, batch), detections(stock, batch)
+    assert sum(map(len, expected)) > 20
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.pred_classes.tolist() == theirs.pred_classes.tolist()
+        assert relative_error(ours.scores, theirs.scores) <= 1e-5
+        assert relative_error(ours.pred_boxes.tensor, theirs.pred_boxes.tensor) <= 1e-5
+        differing = np.asarray(ours.pred_masks) != np.asarray(theirs.pred_masks)
+        assert differing.mean() < 1e-3
+
+
+@torch.no_grad()
+def detections(model, batch):
+    outputs = model.eval()([{**x, "height": 64, "width": 80} for x in batch])
+    return [x["instances"] for x in outputs]
+
+
+def shrink(model):
+    """Makes a LazyConfig's full-size model fit for a test: narrow backbone, FPN and heads."""
+    backbone, heads = model.backbone, model.roi_heads
+    heads.num_classes, heads.batch_size_per_image = 5, 32
+    predictors = heads.box_predictors if "box_predictors" in heads else [heads.box_predictor]
+    for predictor in predictors:
+        predictor.test_score_thresh = 0.01
+    if "net" in backbone:
+        backbone.net.update(
+            embed_dim=32, depth=2, num_heads=2, img_size=64, window_size=4, window_block_indexes=[0]
+        )
+        backbone.square_pad = max(IMAGE_HW)
+    elif backbone.get("bottom_up", {}).get("_target_") is RegNet:
+        backbone.bottom_up.update(depth=6, w_a=16, w_0=16, w_m=2.0, group_width=8)
+    else:
+        resnet = backbone.get("bottom_up", backbone)
+        resnet.stem.out_channels = 8
+        resnet.stages._target_ = narrow_stages
+    if "res5" in heads:
+        model.proposal_generator.head.in_channels = 32
+        heads.res5.update(in_channels=32, bottleneck_channels=8, out_channels=40)
+        return
+    backbone.out_channels = model.proposal_generator.head.in_channels = 16
+    heads.mask_head.input_shape = ShapeSpec(channels=16, height=14, width=14)
+    heads.mask_head.conv_dims = [16] * 5
+    box_heads = heads.box_heads if "box_heads" in heads else [heads.box_head]
+    for box_head in box_heads:
+        box_head.input_shape = ShapeSpec(channels=16, height=7, width=7)
+        box_head.conv_dims = [16] * len(box_head.conv_dims)
+        box_head.fc_dims = [32]
+    for predictor in predictors:
+        predictor.input_shape = ShapeSpec(channels=32)
+    if "sem_seg_head" in model:
+        model.sem_seg_head.conv_dims = 32
+
+
+def narrow_stages(norm, **_):
+    """Takes the place of ResNet.make_default_stages: one block each."""
+    sizes = ((8, 16, 1), (16, 24, 2), (24, 32, 2), (32, 40, 2))
+    return [
+        ResNet.make_stage(
+            BasicBlock, 1, in_channels=before, out_channels=after, stride_per_block=[s], norm=norm
+        )
+        for before, after, s in sizes
+    ]
