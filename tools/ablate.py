@@ -8,8 +8,9 @@ import math
 import shlex
 import sys
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import flags
 
 if TYPE_CHECKING:
     from mask_head_plugin.ablation import Cluster, Trial
@@ -39,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="configs/ablations/*")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="made if missing")
+    flags.add_output(parser, "DIR")
     parser.add_argument("--size", default="shapes", help="one of the file's SIZES (default shapes)")
     parser.add_argument(
         "--variant", action="append", default=[], metavar="NAME", help="only these; repeatable"
@@ -58,8 +59,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (default 1000)")
-    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
-    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+    flags.add_code(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for all variants")
     return parser.parse_args()
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from pathlib import Path
-from typing import Any
+
+import flags
 
 EXAMPLES = """
 Examples:
@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
         "as in the zoo (model_final_f10217.pkl) or by model id (137849600.pkl)",
     )
     parser.add_argument("--dataset", metavar="NAME", help="default: the config's DATASETS.TEST")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="made if missing")
+    flags.add_output(parser, "DIR")
     parser.add_argument(
         "--num-images", type=int, metavar="N", help="spread over the data set; default: all"
     )
@@ -76,8 +76,7 @@ def parse_args() -> argparse.Namespace:
         metavar="S",
         help="detections above it count for the verdict (default 0.5)",
     )
-    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
-    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+    flags.add_code(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys")
     return parser.parse_args()
 

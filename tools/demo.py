@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-from typing import Any
+
+import flags
 
 EXAMPLES = """
 Examples:
@@ -40,31 +40,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
+    flags.add_config_file(parser)
+    flags.add_inputs(parser)
+    flags.add_code(parser)
+    flags.add_opts(parser)
     parser.add_argument(
-        "--input",
-        "--video-input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="images, videos, folders of them, or patterns in quotes",
+        "pairs", nargs=argparse.REMAINDER, default=[], help="the same without --opts"
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="made if missing"
-    )
-    parser.add_argument(
-        "--confidence-threshold",
-        type=float,
-        default=0.5,
-        metavar="SCORE",
-        help="detections need a higher score (0 to 1; default 0.5)",
-    )
-    parser.add_argument("--semantic", action="store_true", help="write semantic maps, too")
-    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
-    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
-    rest: dict[str, Any] = {"nargs": argparse.REMAINDER, "default": []}
-    parser.add_argument("--opts", **rest, help="KEY VALUE pairs of the config, behind all flags")
-    parser.add_argument("pairs", **rest, help="the same without --opts")
     return parser.parse_args()
 
 

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
-from pathlib import Path
-from typing import Any
+
+import flags
 
 EXAMPLES = """
 Examples:
@@ -18,6 +19,9 @@ Examples:
     python tools/export_model.py --config-file ... --weights ... --format onnx \\
         --output output/onnx --size 800 1344 --images photos/*.jpg \\
         --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.3
+  Layers in 8 bits, calibrated on images of DATASETS.TRAIN, compared on DATASETS.TEST:
+    python tools/export_model.py --config-file ... --weights ... --format onnx \\
+        --output output/int8 --precision int8
 
 In the folder of --output:
   model.onnx, model.torchscript.pt or model.pt2   Resized image in; boxes, scores, classes, mask
@@ -34,14 +38,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
+    flags.add_config_file(parser)
     parser.add_argument("--weights", default="", metavar="FILE", help="its MODEL.WEIGHTS")
     parser.add_argument(
         "--format", required=True, choices=("onnx", "torchscript", "exported_program")
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="made if missing"
-    )
+    flags.add_output(parser)
     parser.add_argument(
         "--size",
         type=int,
@@ -52,9 +54,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX, 16 to 20 (default 17)")
     parser.add_argument(
         "--precision",
-        choices=("fp32", "fp16"),
+        choices=("fp32", "fp16", "int8"),
         default="fp32",
-        help="of the layers; inputs and outputs are float32 (default fp32)",
+        help="of the layers; inputs and outputs are float32 (default fp32); int8 is ONNX's",
+    )
+    parser.add_argument(
+        "--calibration-images",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="calibrate int8 on these (default: 64 of DATASETS.TRAIN)",
     )
     parser.add_argument(
         "--images",
@@ -68,10 +77,8 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="replace the model in the folder, of whatever format, once the new one is whole",
     )
-    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
-    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
-    rest: dict[str, Any] = {"nargs": argparse.REMAINDER, "default": []}
-    parser.add_argument("--opts", **rest, help="KEY VALUE pairs of the config, behind all flags")
+    flags.add_code(parser)
+    flags.add_opts(parser)
     return parser.parse_args()
 
 
@@ -82,12 +89,14 @@ def main() -> int:
     from mask_head_plugin.config import import_options
     from mask_head_plugin.deploy.export import ExportOptions, export_model
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("mask_head_plugin.deploy").setLevel(logging.INFO)
     # PyTorch's advice to detectron2's code, which you cannot follow.
     warnings.filterwarnings("ignore", "torch.meshgrid")
     weights = ["MODEL.WEIGHTS", args.weights] if args.weights else []
     opts = [*import_options(args.imports), *weights, *args.opts]
     size = tuple(args.size) if args.size else None
-    options = ExportOptions(args.format, size, args.opset, args.precision)
+    options = ExportOptions(args.format, size, args.opset, args.precision, args.calibration_images)
     try:
         parity = export_model(
             args.config_file, opts, args.output, options, args.images, overwrite=args.overwrite

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+import flags
 
 
 def main() -> None:
@@ -18,8 +19,7 @@ def main() -> None:
         metavar="DATASET",
         help="names the classes, where the checkpoint does not, as a registered data set does",
     )
-    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
-    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+    flags.add_code(parser)
     args = parser.parse_args()
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError

@@ -7,6 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import flags
+
 EXAMPLES = """
 Examples:
   A folder of images:
@@ -43,25 +45,7 @@ def parse_args() -> argparse.Namespace:
         metavar="FOLDER",
         help="what tools/export_model.py --format onnx wrote",
     )
-    parser.add_argument(
-        "--input",
-        "--video-input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="images, videos, folders of them, or patterns in quotes",
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="made if missing"
-    )
-    parser.add_argument(
-        "--confidence-threshold",
-        type=float,
-        default=0.5,
-        metavar="SCORE",
-        help="detections need a higher score (0 to 1; default 0.5)",
-    )
-    parser.add_argument("--semantic", action="store_true", help="write semantic maps, too")
+    flags.add_inputs(parser)
     parser.add_argument(
         "--batch-size",
         type=int,

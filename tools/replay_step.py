@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import flags
 
 if TYPE_CHECKING:
     from mask_head_plugin.engine.replay import Replay
@@ -27,8 +29,7 @@ def main() -> None:
     )
     parser.add_argument("step", type=Path, help="a file of OUTPUT_DIR/failed_steps")
     parser.add_argument("--config-file", metavar="FILE", help="default: config.yaml of OUTPUT_DIR")
-    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
-    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+    flags.add_code(parser)
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs of the config")
     args = parser.parse_intermixed_args()  # flags may follow the step
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.

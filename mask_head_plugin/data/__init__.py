@@ -7,7 +7,12 @@ from ..dataset_check import (
     check_dataset_files,
     fix_coco_file,
 )
-from .coco_files import check_registered_datasets, dataset_categories, register_coco_files
+from .coco_files import (
+    check_registered_datasets,
+    dataset_categories,
+    register_coco_files,
+    register_found_coco_files,
+)
 from .shapes import register_shapes
 from .train_loader import ImageNamingMapper, TrainLoader, seed_generators
 
@@ -24,6 +29,7 @@ __all__ = [
     "dataset_categories",
     "fix_coco_file",
     "register_coco_files",
+    "register_found_coco_files",
     "register_shapes",
     "seed_generators",
 ]

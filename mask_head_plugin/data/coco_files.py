@@ -28,7 +28,7 @@ from ..dataset_check.config_datasets import files_of
 from ..dataset_check.findings import Findings, errors_of
 from ..dataset_check.records import check_categories, check_sections
 from ..durable_files import write_durably
-from ..messages import nearest_name
+from ..messages import listed, nearest_name
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,34 @@ def register_coco_files(cfg: CfgNode) -> None:
     if with_rle and cfg.INPUT.MASK_FORMAT != "bitmask":
         cfg.INPUT.MASK_FORMAT = "bitmask"
         logger.info("INPUT.MASK_FORMAT is now bitmask: run-length masks in %s", ", ".join(with_rle))
+
+
+def register_found_coco_files(cfg: CfgNode) -> None:
+    """Registers those data sets of DATASETS.COCO_FILES that are on this machine.
+
+    For tools that data makes better but that do without. What is not here is told in a warning.
+
+    Args:
+        cfg: of a model; not changed.
+
+    Raises:
+        ConfigError: as register_coco_files, but for missing files and folders.
+    """
+    here, missing = [], []
+    for entry in _entries(cfg.DATASETS):
+        json_file, image_root = (find_in_datasets(x) for x in entry[1:])
+        if not Path(json_file).is_file():
+            missing.append(json_file)
+        elif not Path(image_root).is_dir():
+            missing.append(image_root)
+        else:
+            here.append(list(entry))
+    if missing:
+        logger.warning("DATASETS.COCO_FILES: not on this machine: %s", listed(missing))
+    found = cfg.clone()
+    found.defrost()
+    found.DATASETS.COCO_FILES = here
+    register_coco_files(found)
 
 
 def coco_classes(cfg: CfgNode) -> dict[str, list[str]]:

@@ -67,7 +67,7 @@ class ModelRun:
         """
         Args:
             model: what finds objects.
-            output: a folder, see check_output.
+            output: a folder, made once the model runs; see check_output.
             semantic: write semantic maps, too.
             batch_size: how many images or frames the model gets at a time.
         """
@@ -83,9 +83,15 @@ class ModelRun:
             What went wrong, a line for each source that has no result, or only a part.
 
         Raises:
-            ConfigError: if the model finds no instances.
+            ConfigError: if the folder cannot be made, or the model finds no instances.
             OSError: if a result cannot be written.
         """
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--output {self.output} is not a folder that can be made: {error}"
+            ) from error
         total = sum(num_frames(source) for source in sources)
         try:
             with tqdm(total=total, desc="running the model", unit="image") as progress:
@@ -212,15 +218,7 @@ def check_threshold(confidence_threshold: float) -> None:
 
 
 def check_output(output: Path, sources: Iterable[Source], *, semantic: bool) -> None:
-    """Makes the output folder.
-
-    Raises:
-        ConfigError: if it cannot be made, or has a file or folder that would be overwritten.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {output} is not a folder that can be made: {error}") from error
+    """Raises ConfigError if the output folder has something that would be overwritten."""
     written = [PREDICTIONS, *([SEMANTIC_FOLDER] if semantic else []), *(s.overlay for s in sources)]
     for name in written:
         if (output / name).exists():

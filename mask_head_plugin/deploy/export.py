@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib.metadata
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,16 +27,17 @@ from ..checkpoint.download import local_copy
 from ..class_names import class_names_of
 from ..config import ConfigError
 from ..config_check import check_config
+from ..data import register_found_coco_files
 from ..demo.demo import model_categories
-from ..durable_files import locked_folder, write_durably
 from ..engine.predictor import load_predictor
 from ..messages import first_line, listed
 from ..model_input import IMAGE_FORMATS
 from ..user_code import load_config_and_code
+from .accuracy import Accuracy, compare_accuracy
 from .exportable import ExportableMaskRCNN, last_predictor
-from .formats import DEFAULT_OPSET, OPSETS, converted, padded, runner
+from .formats import DEFAULT_OPSET, OPSETS, Inputs, converted, model_inputs, runner
+from .int8 import NUM_CALIBRATION_IMAGES, quantise
 from .model_folder import (
-    DESCRIPTION,
     FORMAT_VERSION,
     MODEL_FILES,
     MaskRule,
@@ -46,9 +47,17 @@ from .model_folder import (
     Weights,
     sha256_of,
 )
-from .parity import TOLERANCES, Parity, compare
+from .output_folder import check_output, sole_export, write_model
+from .parity import TOLERANCES, Parity, Run, compare
 from .refusals import check_architecture, check_exportable, check_traces
-from .samples import Sample, sample_images
+from .samples import (
+    Sample,
+    images_of_dataset,
+    made_images,
+    read_sample,
+    sample_images,
+    usable_dataset,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +66,7 @@ PASTE = (
     "paste_masks_in_image"
 )
 
+PRECISIONS = (*TOLERANCES, "int8")
 
 LARGEST_TOO_SMALL = 64
 """Up to this side torch.export takes a map for one whose size is fixed, at a stride of 32."""
@@ -70,13 +80,15 @@ class ExportOptions:
         file_format: a key of MODEL_FILES.
         size: height and width of every image, padded; None for any size.
         opset: of ONNX; None for DEFAULT_OPSET.
-        precision: a key of TOLERANCES.
+        precision: one of PRECISIONS.
+        calibration_images: files that int8 is calibrated on; none for some of DATASETS.TRAIN.
     """
 
     file_format: str
     size: tuple[int, int] | None = None
     opset: int | None = None
     precision: str = "fp32"
+    calibration_images: Sequence[str] = ()
 
 
 def export_model(
@@ -87,7 +99,7 @@ def export_model(
     images: Sequence[str] = (),
     *,
     overwrite: bool = False,
-) -> Parity:
+) -> Parity | Accuracy:
     """Writes a folder with an exported model and its ``model.json``.
 
     Args:
@@ -107,22 +119,27 @@ def export_model(
         OSError: if a file cannot be written.
     """
     check_options(options)
-    with _sole_export(output):
-        _check_output(output, overwrite=overwrite)
-        content, description, parity = _made(config_file, opts, options, images)
-        _write(output, content, description)
-    if not any(parity.counts):
+    with sole_export(output), tempfile.TemporaryDirectory() as folder:
+        check_output(output, overwrite=overwrite)
+        description, compared = _made(config_file, opts, options, images, Path(folder))
+        write_model(output, Path(folder), description)
+    if not any(compared.counts):
         logger.warning(
             "the model found nothing in any image, so that boxes, scores and masks could not be "
             "compared; name --images with objects, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST"
         )
-    return parity
+    return compared
 
 
 def _made(
-    config_file: str, opts: Sequence[str], options: ExportOptions, images: Sequence[str]
-) -> tuple[bytes, ModelDescription, Parity]:
-    """Returns what export_model writes; see there."""
+    config_file: str,
+    opts: Sequence[str],
+    options: ExportOptions,
+    images: Sequence[str],
+    folder: Path,
+) -> tuple[ModelDescription, Parity | Accuracy]:
+    """Writes the files of a model into a folder and describes them; see export_model."""
+    tell = _progress()
     cfg = load_config_and_code(config_file, ["MODEL.DEVICE", "cpu", *opts])
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("no weights: name them with --weights FILE, or MODEL.WEIGHTS in --opts")
@@ -136,70 +153,171 @@ def _made(
     if cfg.INPUT.MAX_SIZE_TEST < 1:
         raise ConfigError(f"INPUT.MAX_SIZE_TEST is {cfg.INPUT.MAX_SIZE_TEST}; it must be above 0")
     check_architecture(cfg)
+    register_found_coco_files(cfg)
+    calibration = _calibration_images(cfg, options)
+    tell("loading the model")
     model = load_predictor(cfg).model.eval()
     check_exportable(model)
     check_traces(ExportableMaskRCNN(model))
-    samples = sample_images(cfg, images, options.size, model.backbone.size_divisibility)
-    content, parity = _exported(model, samples, options)
-    return content, _describe(cfg, model, options, content, parity), parity
+    samples = _samples(cfg, options, images)
+    made = list(made_images(cfg, options.size, model.backbone.size_divisibility))
+    _check_sizes([*samples, *made], options)
+    with _named_errors(options):
+        exportable = _exportable(model, options)
+        tell(f"converting it to {options.file_format}")
+        path = _converted(exportable, [*samples, *made], options, folder)
+        if options.precision == "int8":
+            tell(f"calibrating 8 bits on {len(calibration)} images")
+            _quantise(path, exportable, cfg, options, calibration)
+        tell("running both models")
+        run = runner(path, options.file_format, exportable.output_names, options.size)
+        if options.precision == "int8":
+            for sample in made:  # other sizes, and images in which nothing is found
+                run(sample.image)
+            compared: Parity | Accuracy = compare_accuracy(cfg, model, run, samples, options.size)
+        else:
+            tolerance = TOLERANCES[options.precision]
+            compared = compare(model, run, [*samples, *made], tolerance, options.size)
+    if compared.unlike:
+        more = f" (and {len(compared.unlike) - 1} more differences)" if compared.unlike[1:] else ""
+        raise ConfigError(
+            f"--format {options.file_format}: nothing was written, for the exported model differs "
+            f"from the trained one. {compared.unlike[0]}{more}"
+        )
+    tell(f"done, {sum(x.stat().st_size for x in folder.iterdir()) / 1e6:.1f} MB")
+    return _describe(cfg, model, options, path, compared), compared
+
+
+def _progress() -> Callable[[str], None]:
+    """Returns a function that logs what is being done, and the seconds since now."""
+    start = time.perf_counter()
+    return lambda text: logger.info("%4.0f s  %s", time.perf_counter() - start, text)
+
+
+def _calibration_images(cfg: CfgNode, options: ExportOptions) -> list[str]:
+    """Returns the images that int8 is calibrated on; none for other precisions."""
+    if options.precision != "int8" or options.calibration_images:
+        return list(options.calibration_images)
+    try:
+        return images_of_dataset(usable_dataset(cfg, "TRAIN"), NUM_CALIBRATION_IMAGES)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--precision int8 needs images to calibrate on: name --calibration-images, for {error}"
+        ) from error
+
+
+def _samples(cfg: CfgNode, options: ExportOptions, images: Sequence[str]) -> list[Sample]:
+    """Returns the user's images that both models are compared on.
+
+    Raises:
+        ConfigError: if int8 has no images to be compared on, nor a data set.
+    """
+    reason = "no image of DATASETS.TEST is on this machine"
+    if options.precision == "int8" and not images:
+        try:
+            usable_dataset(cfg, "TEST")
+        except ConfigError as error:
+            reason = str(error)
+        else:
+            return []  # more of its images are compared than samples are
+    samples = sample_images(cfg, images, options.size)
+    if not samples and options.precision == "int8":
+        raise ConfigError(
+            f"--precision int8 needs images to compare on: name --images, for {reason}"
+        )
+    if not samples:
+        logger.warning("%s: the comparison is on made images alone; name --images", reason)
+    return samples
+
+
+def _check_sizes(samples: Sequence[Sample], options: ExportOptions) -> None:
+    """Raises a ConfigError for images that torch.export's programs do not take."""
+    if options.file_format != "exported_program" or options.size is not None:
+        return
+    for sample in samples:
+        height, width = sample.image.shape[1:]
+        if min(height, width) <= LARGEST_TOO_SMALL:
+            raise ConfigError(
+                f"--format exported_program takes images with both sides above {LARGEST_TOO_SMALL} "
+                f"pixels, and {sample.name} has {width} x {height} once resized: leave it out, "
+                "raise INPUT.MIN_SIZE_TEST, or add --size H W"
+            )
 
 
 @contextlib.contextmanager
-def _sole_export(output: Path) -> Iterator[None]:
-    """Makes the folder and keeps other exports from it; one that stays empty is removed again.
+def _named_errors(options: ExportOptions) -> Iterator[None]:
+    """Makes whatever an exporter or a runtime may raise a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        logger.debug("the export failed", exc_info=True)
+        raise ConfigError(
+            f"--format {options.file_format}: the export failed: {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _exportable(model: Any, options: ExportOptions) -> ExportableMaskRCNN:
+    """Returns what is converted."""
+    if options.precision != "fp16":
+        return ExportableMaskRCNN(model).eval()
+    exportable = ExportableMaskRCNN(copy.deepcopy(model))
+    exportable.halve()
+    return exportable.eval()
+
+
+def _converted(
+    exportable: ExportableMaskRCNN, samples: Sequence[Sample], options: ExportOptions, folder: Path
+) -> Path:
+    # Not a square: torch.export might take equal sides for one.
+    image = next(
+        (x.image for x in samples if x.image.shape[1] != x.image.shape[2]), samples[0].image
+    )
+    inputs, opset = model_inputs(image, options.size), options.opset or DEFAULT_OPSET
+    return converted(exportable, inputs, options.file_format, opset, folder)
+
+
+def _quantise(
+    path: Path,
+    exportable: ExportableMaskRCNN,
+    cfg: CfgNode,
+    options: ExportOptions,
+    images: Sequence[str],
+) -> None:
+    """Makes a converted model 8 bits wide.
 
     Raises:
-        ConfigError: if the folder cannot be written to, or another export does.
+        ConfigError: if the model finds nothing in the images.
     """
-    is_new = not output.exists()
-    with contextlib.ExitStack() as stack:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=output).close()
-        except OSError as error:
-            raise ConfigError(
-                f"--output {output} is no folder that can be written to: {error.strerror}"
-            ) from error
-        try:
-            stack.enter_context(locked_folder(output))
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another export is writing to --output {output}; wait for it, or name another "
-                "folder"
-            ) from error
-        try:
-            yield
-        finally:
-            if is_new:
-                with contextlib.suppress(OSError):  # it is not empty
-                    output.rmdir()
-
-
-def _write(output: Path, content: bytes, description: ModelDescription) -> None:
-    """Writes the files of a folder; those that it had are gone only once the new ones are whole."""
-    described = output / DESCRIPTION
-
-    def write_model() -> None:
-        # The old description would speak of another file for a moment.
-        write_durably(
-            output / description.model.file,
-            lambda file: file.write(content),
-            before_rename=lambda: described.unlink(missing_ok=True),
+    run: Run = runner(path, "onnx", exportable.output_names, options.size)
+    if not any(len(run(read_sample(cfg, x, options.size))["scores"]) for x in images):
+        raise ConfigError(
+            "--precision int8: the model finds nothing in any calibration image, so that its mask "
+            "head cannot be calibrated; name --calibration-images with objects"
         )
 
-    write_durably(described, description.to_json(), before_rename=write_model)
-    for name in set(MODEL_FILES.values()) - {description.model.file}:
-        (output / name).unlink(missing_ok=True)
+    def read(image: str) -> Inputs:
+        return model_inputs(read_sample(cfg, image, options.size), options.size)
+
+    quantise(path, images, read)
 
 
 def check_options(options: ExportOptions) -> None:
     """Raises a ConfigError, naming the flag, if there is no such export."""
     for flag, value, choices in (
         ("--format", options.file_format, MODEL_FILES),
-        ("--precision", options.precision, TOLERANCES),
+        ("--precision", options.precision, PRECISIONS),
     ):
         if value not in choices:
             raise ConfigError(f"{flag} {value!r} is none of {listed(list(choices))}")
+    if options.precision == "int8" and options.file_format != "onnx":
+        raise ConfigError(f"--precision int8 is ONNX's, and --format is {options.file_format}")
+    if options.calibration_images and options.precision != "int8":
+        raise ConfigError(
+            f"--calibration-images are for --precision int8, and it is {options.precision}"
+        )
     if options.opset is not None and options.file_format != "onnx":
         raise ConfigError(f"--opset is ONNX's, and --format is {options.file_format}")
     if options.opset is not None and options.opset not in OPSETS:
@@ -217,82 +335,29 @@ def check_options(options: ExportOptions) -> None:
                 raise ConfigError(f"--format onnx needs {package}: pip install {package}")
 
 
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    taken = [name for name in (DESCRIPTION, *MODEL_FILES.values()) if (output / name).exists()]
-    if taken and not overwrite:
-        raise ConfigError(
-            f"--output {output} has {taken[0]} already; name another folder, or add --overwrite"
-        )
-
-
-def _exported(
-    model: Any, samples: Sequence[Sample], options: ExportOptions
-) -> tuple[bytes, Parity]:
-    """Returns the file of the model, which has been compared with it."""
-    exportable = ExportableMaskRCNN(model)
-    if options.precision == "fp16":
-        exportable = ExportableMaskRCNN(copy.deepcopy(model))
-        exportable.halve()
-    exportable.eval()
-    # Not a square: torch.export might take equal sides for one.
-    image = next(
-        (x.image for x in samples if x.image.shape[1] != x.image.shape[2]), samples[0].image
-    )
-    opset = options.opset or DEFAULT_OPSET
-    try:
-        inputs = (image,) if options.size is None else padded(image, options.size)
-        content = converted(exportable, inputs, options.file_format, opset)
-        run = runner(content, options.file_format, exportable.output_names, options.size)
-        tolerance = TOLERANCES[options.precision]
-        parity = compare(model, run, samples, tolerance, options.size)
-    except Exception as error:  # whatever an exporter or a runtime may raise
-        logger.debug("the export failed", exc_info=True)
-        raise ConfigError(
-            f"--format {options.file_format}: the export failed: {type(error).__name__}: "
-            f"{first_line(error)}{_too_small(samples, options)}"
-        ) from error
-    if parity.unlike:
-        more = f" (and {len(parity.unlike) - 1} more differences)" if parity.unlike[1:] else ""
-        raise ConfigError(
-            f"--format {options.file_format}: nothing was written, for the exported model differs "
-            f"from the trained one. {parity.unlike[0]}{more}"
-        )
-    return content, parity
-
-
-def _too_small(samples: Sequence[Sample], options: ExportOptions) -> str:
-    """Returns what to do about images that torch.export's programs do not take, for an error."""
-    small = [x for x in samples if min(x.image.shape[1:]) <= LARGEST_TOO_SMALL]
-    if options.file_format != "exported_program" or options.size is not None or not small:
-        return ""
-    height, width = small[0].image.shape[1:]
-    return (
-        f". This format takes images with both sides above {LARGEST_TOO_SMALL} pixels, and "
-        f"{small[0].name} has {width} x {height} once resized: leave it out, or add --size H W"
-    )
-
-
 def _describe(
-    cfg: CfgNode, model: Any, options: ExportOptions, content: bytes, parity: Parity
+    cfg: CfgNode, model: Any, options: ExportOptions, path: Path, compared: Parity | Accuracy
 ) -> ModelDescription:
     predictor = last_predictor(model)
     exportable = ExportableMaskRCNN(model)
     names = class_names_of(model)
+    categories = model_categories(cfg, names)  # tells what is not known of them
     is_onnx = options.file_format == "onnx"
     weights = Path(local_copy(cfg.MODEL.WEIGHTS.partition("?")[0]))
     packages = ["mask_head_plugin", "torch", "torchvision", *(["onnx"] if is_onnx else [])]
     return ModelDescription(
         format_version=FORMAT_VERSION,
         model=ModelFile(
-            file=MODEL_FILES[options.file_format],
+            file=path.name,
             format=options.file_format,
-            sha256=hashlib.sha256(content).hexdigest(),
+            sha256=sha256_of(path),
             opset=(options.opset or DEFAULT_OPSET) if is_onnx else None,
             precision=options.precision,
+            data={x.name: sha256_of(x) for x in path.parent.iterdir() if x != path},
         ),
         num_classes=model.roi_heads.num_classes,
         class_names=names,
-        category_ids=None if names is None else list(model_categories(cfg, names).ids),
+        category_ids=None if names is None else list(categories.ids),
         input=ModelInput(
             format=cfg.INPUT.FORMAT,
             channels=len(cfg.MODEL.PIXEL_MEAN),
@@ -305,7 +370,7 @@ def _describe(
         score_threshold=float(predictor.test_score_thresh),
         nms_threshold=float(predictor.test_nms_thresh),
         detections_per_image=predictor.test_topk_per_image,
-        mask=MaskRule(0.5, parity.mask_side, PASTE) if exportable.has_masks else None,
+        mask=MaskRule(0.5, compared.mask_side, PASTE) if exportable.has_masks else None,
         mask_scoring=exportable.has_mask_scores,
         versions={name: _version(name) for name in packages},
         weights=Weights(weights.name, sha256_of(weights)),

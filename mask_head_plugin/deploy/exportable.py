@@ -210,11 +210,11 @@ class ExportableMaskRCNN(nn.Module):
         if _is_res5(heads):
             pooled = heads.res5(pooled)
         head = heads.mask_head
+        if isinstance(head, ClassSelection) and head.num_classes == 1:  # also class-agnostic
+            classes = torch.zeros_like(classes)
         probs = mask_probs(head, pooled, classes).float()
         if not self.has_mask_scores:
             return (probs,)
-        if head.num_classes == 1:
-            classes = torch.zeros_like(classes)
         iou = head.iou_head(pooled, probs.to(pooled.dtype), classes).float()
         return probs, scores * iou.clamp(0, 1)
 
@@ -237,14 +237,13 @@ def mask_probs(head: Any, features: Tensor, classes: Tensor) -> Tensor:
     Args:
         head: the plugin's or detectron2's mask head.
         features: (R, C, P, P) region features.
-        classes: (R,) int64 in [0, K).
+        classes: (R,) int64 in [0, K); 0 for a head with one mask for all classes.
     """
     activation = head.losses[0].activation if isinstance(head, ClassSelection) else None
     if activation is not None:
         return activation(head.class_logits(features), classes)
     if isinstance(head, ClassSelection):
-        zeros = torch.zeros_like(classes)
-        return head.selected_logits(features, zeros if head.num_classes == 1 else classes).sigmoid()
+        return head.selected_logits(features, classes).sigmoid()
     logits = head.layers(features)
     return (logits[:, 0] if logits.shape[1] == 1 else of_class(logits, classes)).sigmoid()
 

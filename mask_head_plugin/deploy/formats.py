@@ -1,11 +1,10 @@
-"""The formats of an exported model: how its bytes are made, and how they are run.
+"""The formats of an exported model: how its files are made, and how they are run.
 
 Shape alphabet: C channels, H and W image sides.
 """
 
 from __future__ import annotations
 
-import io
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .exportable import ExportableMaskRCNN
+from .model_folder import EXTERNAL_DATA, MODEL_FILES
 from .parity import Outputs, Run
 
 OPSETS = range(16, 21)
@@ -28,8 +28,11 @@ DEFAULT_OPSET = 17
 Inputs = tuple[Tensor, ...]
 
 
-def to_onnx(model: ExportableMaskRCNN, inputs: Inputs, opset: int) -> bytes:
-    """Returns a checked model of ONNX's own operators.
+def to_onnx(model: ExportableMaskRCNN, inputs: Inputs, opset: int, path: Path) -> None:
+    """Writes a checked model of ONNX's own operators.
+
+    Its weights are in a file of their own, EXTERNAL_DATA, where they are too large for ONNX's file
+    (2 GB).
 
     It is the trace that is written down: PyTorch's exporter of exported programs is many times
     slower, and cannot write the suppression of all classes as one operator.
@@ -38,76 +41,85 @@ def to_onnx(model: ExportableMaskRCNN, inputs: Inputs, opset: int) -> bytes:
 
     sizes = {} if len(inputs) == 2 else {"image": {1: "height", 2: "width"}}
     detections = {name: {0: "detections"} for name in model.output_names}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        traced = Path(folder, path.name)
         torch.onnx.export(
             model,
             inputs,
-            str(path),
+            str(traced),
             dynamo=False,
             opset_version=opset,
             input_names=["image", "image_hw"][: len(inputs)],
             output_names=model.output_names,
             dynamic_axes={**sizes, **detections},
         )
-        onnx.checker.check_model(str(path), full_check=True)
-        return path.read_bytes()
+        if len(list(traced.parent.iterdir())) == 1:
+            traced.rename(path)
+        else:  # a file for each weight
+            onnx.save_model(
+                onnx.load(traced), path, save_as_external_data=True, location=EXTERNAL_DATA
+            )
+    onnx.checker.check_model(str(path), full_check=True)
 
 
-def to_torchscript(model: ExportableMaskRCNN, inputs: Inputs) -> bytes:
+def to_torchscript(model: ExportableMaskRCNN, inputs: Inputs, path: Path) -> None:
     traced = torch.jit.trace(model, inputs, check_trace=False)
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.freeze(traced), buffer)
-    return buffer.getvalue()
+    torch.jit.save(torch.jit.freeze(traced), str(path))
 
 
-def to_exported_program(model: ExportableMaskRCNN, inputs: Inputs) -> bytes:
+def to_exported_program(model: ExportableMaskRCNN, inputs: Inputs, path: Path) -> None:
     any_size = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     shapes = {"image": any_size} if len(inputs) == 1 else None
     program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    return buffer.getvalue()
+    torch.export.save(program, path)
 
 
-def converted(model: ExportableMaskRCNN, inputs: Inputs, file_format: str, opset: int) -> bytes:
-    """Returns the file of an exported model.
+def converted(
+    model: ExportableMaskRCNN, inputs: Inputs, file_format: str, opset: int, folder: Path
+) -> Path:
+    """Writes an exported model and returns its file.
 
     Args:
         model: in evaluation mode.
         inputs: an image and, for a fixed size, ``image_hw``.
         file_format: a key of model_folder.MODEL_FILES.
         opset: of ONNX.
+        folder: an empty one.
     """
+    path = folder / MODEL_FILES[file_format]
     with torch.no_grad(), warnings.catch_warnings():
         # Of what a trace fixes, such as the number of channels, and of interfaces that PyTorch
         # advises against: what comes out is compared with the model.
         warnings.simplefilter("ignore")
         if file_format == "onnx":
-            return to_onnx(model, inputs, opset)
-        if file_format == "torchscript":
-            return to_torchscript(model, inputs)
-        return to_exported_program(model, inputs)
+            to_onnx(model, inputs, opset, path)
+        elif file_format == "torchscript":
+            to_torchscript(model, inputs, path)
+        else:
+            to_exported_program(model, inputs, path)
+    return path
 
 
-def runner(
-    content: bytes, file_format: str, names: Sequence[str], size: tuple[int, int] | None
-) -> Run:
-    """Returns a function that runs the file of an exported model on a (C, H, W) image.
+def runner(path: Path, file_format: str, names: Sequence[str], size: tuple[int, int] | None) -> Run:
+    """Returns a function that runs an exported model on a (C, H, W) image.
 
     Args:
-        content: of the file.
+        path: of its file.
         file_format: a key of model_folder.MODEL_FILES.
         names: of the outputs.
         size: height and width that images are padded to, or None.
     """
-    call = _onnx_call(content) if file_format == "onnx" else _torch_call(content, file_format)
+    call = _onnx_call(path) if file_format == "onnx" else _torch_call(path, file_format)
 
     def run(image: Tensor) -> Outputs:
-        inputs: Inputs = (image,) if size is None else padded(image, size)
-        return dict(zip(names, call(inputs), strict=True))
+        return dict(zip(names, call(model_inputs(image, size)), strict=True))
 
     return run
+
+
+def model_inputs(image: Tensor, size: tuple[int, int] | None) -> Inputs:
+    """Returns what an exported model is given for an image that fits into its size."""
+    return (image,) if size is None else padded(image, size)
 
 
 def padded(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -117,10 +129,10 @@ def padded(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return filled, torch.tensor(image.shape[1:])
 
 
-def _onnx_call(content: bytes) -> Callable[[Inputs], list[np.ndarray[Any, Any]]]:
+def _onnx_call(path: Path) -> Callable[[Inputs], list[np.ndarray[Any, Any]]]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
 
     def call(inputs: Inputs) -> list[np.ndarray[Any, Any]]:
@@ -131,14 +143,13 @@ def _onnx_call(content: bytes) -> Callable[[Inputs], list[np.ndarray[Any, Any]]]
     return call
 
 
-def _torch_call(content: bytes, file_format: str) -> Callable[[Inputs], list[np.ndarray[Any, Any]]]:
-    buffer = io.BytesIO(content)
+def _torch_call(path: Path, file_format: str) -> Callable[[Inputs], list[np.ndarray[Any, Any]]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch.jit
         if file_format == "torchscript":
-            model = torch.jit.load(buffer)
+            model = torch.jit.load(str(path))
         else:
-            model = torch.export.load(buffer).module()
+            model = torch.export.load(path).module()
 
     def call(inputs: Inputs) -> list[np.ndarray[Any, Any]]:
         with torch.no_grad():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
@@ -25,6 +25,9 @@ MODEL_FILES = {
     "torchscript": "model.torchscript.pt",
     "exported_program": "model.pt2",
 }
+
+EXTERNAL_DATA = "model.onnx.data"
+"""Weights of an ONNX model of more than 2 GB."""
 
 LARGEST = 1_000_000
 """Of sides and numbers of classes: memory would not hold more."""
@@ -43,7 +46,9 @@ class ModelFile:
         format: a key of MODEL_FILES.
         sha256: of the file.
         opset: the version of ONNX's operators; None for the other formats.
-        precision: "fp32" or "fp16", of its layers; inputs and outputs are float32 either way.
+        precision: "fp32", "fp16" or "int8", of its layers; inputs and outputs are float32 whatever
+            it is.
+        data: other files in the folder that it reads, and the SHA-256 of each.
     """
 
     file: str
@@ -51,6 +56,7 @@ class ModelFile:
     sha256: str
     opset: int | None
     precision: str
+    data: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,9 @@ def read_model_folder(folder: Path) -> ModelDescription:
         )
     description: ModelDescription = _parsed(ModelDescription, document, str(path), "")
     _check_values(description, path)
-    _check_file(folder / description.model.file, description.model)
+    model = description.model
+    for name, sha256 in {model.file: model.sha256, **model.data}.items():
+        _check_file(folder / name, sha256)
     return description
 
 
@@ -183,10 +191,11 @@ def _check_values(description: ModelDescription, path: Path) -> None:
         raise ModelFolderError(
             f"{path}: model.format is {_shown(model.format)} and none of {sorted(MODEL_FILES)}"
         )
-    if Path(model.file).name != model.file or not model.file.isprintable():
-        raise ModelFolderError(
-            f"{path}: model.file is {_shown(model.file)} and not the name of a file in its folder"
-        )
+    for key, name in (("file", model.file), *(("data", name) for name in model.data)):
+        if Path(name).name != name or not name.isprintable():
+            raise ModelFolderError(
+                f"{path}: model.{key} is {_shown(name)} and not the name of a file in its folder"
+            )
     given, mask = description.input, description.mask
     size = given.size or (1, 1)
     for key, is_wrong in {
@@ -215,20 +224,20 @@ def _check_values(description: ModelDescription, path: Path) -> None:
         raise ModelFolderError(f"{path}: outputs is {description.outputs} and not {expected}")
 
 
-def _check_file(path: Path, model: ModelFile) -> None:
+def _check_file(path: Path, sha256: str) -> None:
     try:
         is_missing = not path.is_file()
-        is_other = not is_missing and sha256_of(path) != model.sha256
+        is_other = not is_missing and sha256_of(path) != sha256
     except OSError as error:
         raise ModelFolderError(
-            f"{path.parent / DESCRIPTION}: model.file {_shown(model.file)} cannot be read: "
+            f"{path.parent / DESCRIPTION}: its file {_shown(path.name)} cannot be read: "
             f"{error.strerror}"
         ) from error
     if is_missing:
         raise ModelFolderError(f"{path} is missing, which {DESCRIPTION} beside it describes")
     if is_other:
         raise ModelFolderError(
-            f"{path} is not the model that {DESCRIPTION} describes: its SHA-256 differs, as of a "
+            f"{path} is not the file that {DESCRIPTION} describes: its SHA-256 differs, as of a "
             "file that was cut off or exchanged; copy the whole folder again"
         )
 
@@ -244,12 +253,15 @@ def _parsed(kind: Any, value: Any, path: str, key: str) -> Any:
     """
     if is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
-        missing = [x.name for x in fields(kind) if x.name not in value]
+        optional = {x.name for x in fields(kind) if x.default_factory is not MISSING}
+        missing = [x.name for x in fields(kind) if x.name not in {*value, *optional}]
         if missing:
             raise ModelFolderError(f"{path}: {key + '.' if key else ''}{missing[0]} is missing")
         prefix = f"{key}." if key else ""
         # What a later version may add is left aside.
-        values = {x: _parsed(hint, value[x], path, prefix + x) for x, hint in hints.items()}
+        values = {
+            x: _parsed(hint, value[x], path, prefix + x) for x, hint in hints.items() if x in value
+        }
         made: Any = kind
         return made(**values)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

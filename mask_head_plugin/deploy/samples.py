@@ -1,4 +1,4 @@
-"""Images on which an exported model is compared with the trained one.
+"""Images on which an exported model is calibrated, and compared with the trained one.
 
 Shape alphabet: C channels, H and W image sides.
 """
@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data import check_registered_datasets
 from ..image_files import read_image
+from ..messages import ConfigError
 from ..model_input import model_hw, resized
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -32,23 +34,19 @@ class Sample:
     image: Tensor
 
 
-def sample_images(
-    cfg: CfgNode, paths: Sequence[str], size: tuple[int, int] | None, divisor: int
-) -> list[Sample]:
-    """Returns the images of ``paths``, or else of DATASETS.TEST; and made ones of other sizes.
+def sample_images(cfg: CfgNode, paths: Sequence[str], size: tuple[int, int] | None) -> list[Sample]:
+    """Returns the images of ``paths``, or else some of DATASETS.TEST that are on this machine.
 
     Args:
         cfg: of the model.
         paths: image files.
         size: height and width that no image may exceed, or None.
-        divisor: of the sides that the backbone wants.
 
     Raises:
         ImageFileError: if a file cannot be used.
     """
     found = list(paths) or _images_of_dataset(cfg)
-    samples = [Sample(path, read_sample(cfg, path, size)) for path in found]
-    return samples + list(_made_images(cfg, size, divisor))
+    return [Sample(path, read_sample(cfg, path, size)) for path in found]
 
 
 def read_sample(cfg: CfgNode, path: str, size: tuple[int, int] | None) -> Tensor:
@@ -78,8 +76,50 @@ def _images_of_dataset(cfg: CfgNode) -> list[str]:
     return []
 
 
-def _made_images(cfg: CfgNode, size: tuple[int, int] | None, divisor: int) -> Iterator[Sample]:
-    """Yields smooth noise of two sizes, and images of one colour, in which little is found."""
+def usable_dataset(cfg: CfgNode, key: str) -> str:
+    """Returns the first data set of DATASETS.TRAIN or TEST that is on this machine.
+
+    Args:
+        cfg: of the model.
+        key: "TRAIN" or "TEST".
+
+    Raises:
+        ConfigError: if there is none, saying why not.
+    """
+    reasons = []
+    for name in cfg.DATASETS[key]:
+        alone = cfg.clone()
+        alone.defrost()
+        alone.DATASETS.TEST = (name,)
+        try:
+            check_registered_datasets(alone, train=False)
+        except ConfigError as error:
+            reasons.append(str(error))
+        else:
+            return str(name)
+    raise ConfigError("; ".join(reasons) or f"DATASETS.{key} is empty")
+
+
+def images_of_dataset(name: str, number: int) -> list[str]:
+    """Returns image files of a data set, spread evenly over it.
+
+    Args:
+        name: of the data set, which is registered.
+        number: at most.
+    """
+    records = DatasetCatalog.get(name)
+    chosen = np.linspace(0, len(records) - 1, min(number, len(records)), dtype=int)
+    return [records[k]["file_name"] for k in chosen]
+
+
+def made_images(cfg: CfgNode, size: tuple[int, int] | None, divisor: int) -> Iterator[Sample]:
+    """Yields smooth noise of two sizes, and images of one colour, in which little is found.
+
+    Args:
+        cfg: of the model.
+        size: height and width that no image may exceed, or None.
+        divisor: of the sides that the backbone wants.
+    """
     side = cfg.INPUT.MIN_SIZE_TEST or 160
     side = min(side, cfg.INPUT.MAX_SIZE_TEST, *(size or ()))
     wide = min(side * 4 // 3, cfg.INPUT.MAX_SIZE_TEST, *(size[1:] if size else ()))

@@ -17,7 +17,11 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.data import check_registered_datasets, register_coco_files
+from mask_head_plugin.data import (
+    check_registered_datasets,
+    register_coco_files,
+    register_found_coco_files,
+)
 from mask_head_plugin.dataset_check import check_dataset_files
 from mask_head_plugin.dataset_check.config_datasets import files_of
 from mask_head_plugin.evaluation import MaskEvaluator
@@ -231,6 +235,18 @@ def test_changing_the_mask_format_is_said(tmp_path, caplog):
     with caplog.at_level("INFO"):
         configure(tmp_path, train, val)
     assert f"MASK_FORMAT is now bitmask: run-length masks in {train[1]}" in caplog.text
+
+
+def test_a_tool_that_does_without_data_registers_what_is_there_and_names_the_rest(tmp_path, caplog):
+    cfg = configure(tmp_path, {1: "cat", 2: "dog", 3: "owl"}, {1: "cat", 2: "dog", 3: "owl"})
+    (train, train_json, images), val = cfg.DATASETS.COCO_FILES
+    Path(train_json).unlink()
+    DatasetCatalog.pop(train, None)
+    register_found_coco_files(cfg)
+    assert train not in DatasetCatalog.list()
+    assert MetadataCatalog.get(val[0]).json_file == val[1]
+    assert caplog.messages == [f"DATASETS.COCO_FILES: not on this machine: {train_json}"]
+    assert cfg.DATASETS.COCO_FILES == [[train, train_json, images], val]
 
 
 def test_registering_again_replaces_and_built_in_names_are_kept(tmp_path):

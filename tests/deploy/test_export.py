@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import CHECKPOINT, CONFIGS, small_config
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
+from made_model_folder import SCORES, write_model_folder
 from torch import nn
 
 from mask_head_plugin import load_config
@@ -65,13 +69,11 @@ def check_parity(model, run, images, size=None) -> Parity:
 
 
 def test_onnx_model_finds_what_the_trained_one_does_at_any_size(model, onnx_folder):
-    pytest.importorskip("onnxruntime")
-    run = runner((onnx_folder / "model.onnx").read_bytes(), "onnx", NAMES, None)
+    run = runner(onnx_folder / "model.onnx", "onnx", NAMES, None)
     check_parity(model, run, samples((96, 128), (33, 40), (70, 201), (200, 111)))
 
 
 def test_onnx_model_has_no_custom_operators(onnx_folder):
-    onnx = pytest.importorskip("onnx")
     graph = onnx.load(onnx_folder / "model.onnx")
     assert {node.domain for node in graph.graph.node} == {""}
     assert [(x.domain, x.version) for x in graph.opset_import] == [("", 17)]
@@ -95,7 +97,6 @@ def test_description_says_how_to_use_the_model(onnx_folder):
 
 def test_the_runtime_finds_what_the_trained_model_does(onnx_folder, tmp_path):
     """From the pixels of a BGR image to class names and run lengths."""
-    pytest.importorskip("onnxruntime")
     eager = load_predictor(load_config(SHAPES, [*OPTS, "MODEL.DEVICE", "cpu"]))
     shapes.write_split(tmp_path, "val", 4)
     images = [cv2.imread(str(path)) for path in sorted((tmp_path / "val").iterdir())]
@@ -112,18 +113,21 @@ def test_the_runtime_finds_what_the_trained_model_does(onnx_folder, tmp_path):
     assert num_masks > 20 and num_different <= 2  # on the threshold
 
 
-def test_fixed_size_takes_smaller_images(model):
-    pytest.importorskip("onnxruntime")
+def test_fixed_size_takes_smaller_images(model, tmp_path):
     exportable, size = ExportableMaskRCNN(model).eval(), (96, 160)
     images = samples((90, 150), (96, 40))
-    content = converted(exportable, padded(images[0].image, size), "onnx", 16)
-    check_parity(model, runner(content, "onnx", NAMES, size), images, size)
+    path = converted(exportable, padded(images[0].image, size), "onnx", 16, tmp_path)
+    check_parity(model, runner(path, "onnx", NAMES, size), images, size)
 
 
-def test_torchscript_finds_what_the_trained_model_does_at_any_size(model):
+def test_torchscript_finds_what_the_trained_model_does_at_any_size(model, tmp_path):
     images = samples((96, 128), (33, 40), (70, 201))
-    content = converted(ExportableMaskRCNN(model).eval(), (images[0].image,), "torchscript", 17)
-    check_parity(model, runner(content, "torchscript", NAMES, None), images)
+    exportable = ExportableMaskRCNN(model).eval()
+    path = converted(exportable, (images[0].image,), "torchscript", 17, tmp_path)
+    check_parity(model, runner(path, "torchscript", NAMES, None), images)
+    constants = torch.jit.load(str(path)).graph.findAllNodes("prim::Constant")
+    devices = {x.output().toIValue() for x in constants if str(x.output().type()) == "Device"}
+    assert devices == {torch.device("cpu")}  # as docs/deploy.md says
 
 
 class Pyramid(nn.Module):
@@ -143,7 +147,7 @@ class Pyramid(nn.Module):
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="needs PyTorch 2.7")
-def test_exported_program_finds_what_the_trained_model_does_at_any_size():
+def test_exported_program_finds_what_the_trained_model_does_at_any_size(tmp_path):
     cfg = small_config(
         "shapes/mask_rcnn_shapes.yaml",
         *("MODEL.ROI_MASK_HEAD.NUM_CONV", "0", "MODEL.PIXEL_STD", "[16.0, 16.0, 16.0]"),
@@ -160,14 +164,37 @@ def test_exported_program_finds_what_the_trained_model_does_at_any_size():
     with torch.no_grad():
         model.roi_heads.box_predictor.cls_score.weight *= 3
     images = samples((96, 128), (70, 201))
-    content = converted(
-        ExportableMaskRCNN(model).eval(), (images[0].image,), "exported_program", 17
-    )
-    parity = compare(
-        model, runner(content, "exported_program", NAMES, None), images, TOLERANCES["fp32"], None
-    )
+    exportable = ExportableMaskRCNN(model).eval()
+    path = converted(exportable, (images[0].image,), "exported_program", 17, tmp_path)
+    program = torch.export.load(path)
+    assert {str(x.kwargs["device"]) for x in program.graph.nodes if "device" in x.kwargs} == {"cpu"}
+    run = runner(path, "exported_program", NAMES, None)
+    parity = compare(model, run, images, TOLERANCES["fp32"], None)
     assert parity.unlike == []
     assert max(parity.counts) > 1
+
+
+def test_weights_too_large_for_a_file_of_onnx_are_in_one_beside_it(model, tmp_path, monkeypatch):
+    """PyTorch writes a file for each weight then."""
+    write_model_folder(tmp_path / "made")
+
+    def export_large(_model, _inputs, path, **_options):
+        content = onnx.load(tmp_path / "made" / "model.onnx")
+        onnx.save_model(
+            content,
+            path,
+            save_as_external_data=True,
+            all_tensors_to_one_file=False,
+            size_threshold=0,
+        )
+
+    monkeypatch.setattr(torch.onnx, "export", export_large)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    image = torch.full((3, 60, 80), 255.0)
+    path = converted(ExportableMaskRCNN(model), (image,), "onnx", 17, folder)
+    assert sorted(x.name for x in folder.iterdir()) == ["model.onnx", "model.onnx.data"]
+    np.testing.assert_allclose(runner(path, "onnx", NAMES, None)(image)["scores"], SCORES)
 
 
 def test_half_precision_layers_keep_float32_outputs(model):
@@ -229,10 +256,13 @@ def test_nothing_is_overwritten_unless_told(tmp_path):
 @pytest.fixture
 def made(onnx_folder, monkeypatch):
     """An export that takes no time."""
-    content, description = (onnx_folder / "model.onnx").read_bytes(), read_model_folder(onnx_folder)
-    parity = Parity(TOLERANCES["fp32"], counts=[0, 0])
-    monkeypatch.setattr(export, "_made", lambda *_: (content, description, parity))
-    return content
+    description, parity = read_model_folder(onnx_folder), Parity(TOLERANCES["fp32"], counts=[0, 0])
+
+    def copy(*args):
+        shutil.copy(onnx_folder / "model.onnx", args[-1])
+        return description, parity
+
+    monkeypatch.setattr(export, "_made", copy)
 
 
 def exported(folder):
@@ -250,7 +280,8 @@ def test_what_was_there_is_gone_once_the_new_model_is_whole(made, tmp_path, monk
         patch.setattr("os.fsync", full)
         exported(tmp_path)
     assert read_model_folder(tmp_path) == old
-    (tmp_path / "model.pt2").write_bytes(b"of another format")
+    for name in ("model.pt2", "model.onnx.data"):
+        (tmp_path / name).write_bytes(b"of another model")
     exported(tmp_path)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["model.json", "model.onnx"]
 
@@ -293,7 +324,12 @@ def test_a_size_that_memory_does_not_hold_is_named(tmp_path):
         (ExportOptions("onnx", opset=15), "--opset 15 is not from 16 to 20"),
         (ExportOptions("onnx", size=(0, 64)), "--size 0 64"),
         (ExportOptions("tflite"), "--format 'tflite' is none of onnx, torchscript"),
-        (ExportOptions("onnx", precision="int8"), "--precision 'int8' is none of fp32, fp16"),
+        (ExportOptions("onnx", precision="int4"), "--precision 'int4' is none of fp32, fp16, int8"),
+        (ExportOptions("torchscript", precision="int8"), "--precision int8 is ONNX's"),
+        (
+            ExportOptions("onnx", calibration_images=["a.png"]),
+            "--calibration-images are for --precision int8, and it is fp32",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, message, tmp_path):
@@ -318,16 +354,16 @@ def test_what_the_config_tells_is_refused_before_weights_are_read(opts, message,
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(("size", "is_told"), [(None, True), ((96, 96), False)])
-def test_an_image_too_small_for_torch_export_is_named(model, monkeypatch, size, is_told):
-    def fail(*_args):
-        raise AssertionError("Guard failed")
-
-    monkeypatch.setattr(export, "converted", fail)
-    options = ExportOptions("exported_program", size)
-    with pytest.raises(ConfigError, match="the export failed: AssertionError: Guard") as caught:
-        export._exported(model, samples((96, 90), (64, 96)), options)
-    assert ("(3, 64, 96) has 96 x 64 once resized" in str(caught.value)) == is_told
+def test_an_image_too_small_for_torch_export_is_named_before_anything_is_converted(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(export, "converted", None)
+    cv2.imwrite(str(tmp_path / "low.png"), np.zeros((64, 96, 3), np.uint8))
+    options, images = ExportOptions("exported_program"), [str(tmp_path / "low.png")]
+    with pytest.raises(ConfigError, match=r"sides above 64 pixels, and .*low.png has 96 x 64 once"):
+        export_model(SHAPES, OPTS, tmp_path / "x", options, images)
+    export._check_sizes(samples((64, 96)), ExportOptions("exported_program", (96, 96)))
+    export._check_sizes(samples((64, 96)), ExportOptions("onnx"))
 
 
 def test_old_torch_export_is_refused(tmp_path, monkeypatch):

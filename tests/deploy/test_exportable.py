@@ -42,6 +42,13 @@ MODELS = {
     "MLP": (FPN, MASK + "NAME", "MLPMaskHead", MASK + "FC_DIM", "32"),
     "boxes only": (FPN, "MODEL.MASK_ON", "False"),
     "sigmoid scores": (FPN, BOX + "USE_SIGMOID_CE", "True"),
+    "one class, softmax": (
+        *(FPN, MASK + "LOSSES", "[['softmax_cross_entropy', 1.0]]"),
+        *("MODEL.ROI_HEADS.NUM_CLASSES", "1"),
+    ),
+    "grey images": (
+        *(FPN, "INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[110.0]", "MODEL.PIXEL_STD", "[60.0]"),
+    ),
     "ROIWarp": (FPN, BOX + "POOLER_TYPE", "ROIWarp", MASK + "POOLER_TYPE", "ROIWarp"),
     "ROIPool": (FPN, BOX + "POOLER_TYPE", "ROIPool", MASK + "POOLER_TYPE", "ROIPool"),
     "ROIAlign": (FPN, BOX + "POOLER_TYPE", "ROIAlign", MASK + "POOLER_TYPE", "ROIAlign"),
@@ -54,7 +61,7 @@ def detecting_model(name: str, *opts: str) -> torch.nn.Module:
         name, *opts, "MODEL.RPN.PRE_NMS_TOPK_TEST", "60", "TEST.DETECTIONS_PER_IMAGE", "20"
     )
     model = build_model(cfg).eval()
-    image = noise(72, 100)
+    image = noise(72, 100)[: len(model.pixel_mean)]
     rpn = model.proposal_generator.rpn_head
     predictors = model.roi_heads.box_predictor
     predictors = predictors if isinstance(predictors, torch.nn.ModuleList) else [predictors]
@@ -101,9 +108,9 @@ def test_trace_finds_what_the_model_finds_in_an_image_of_another_size(name):
     model = detecting_model(*MODELS[name])
     check_exportable(model)
     exportable = ExportableMaskRCNN(model).eval()
-    image = noise(104, 88)
+    image, example = (noise(*hw)[: len(model.pixel_mean)] for hw in ((104, 88), (72, 100)))
     with torch.no_grad():
-        trace = torch.jit.trace(exportable, noise(72, 100), check_trace=False)
+        trace = torch.jit.trace(exportable, example, check_trace=False)
         found = trace(image)
     expected = eager_outputs(model, image)
     assert 0 < len(expected["scores"])

@@ -73,6 +73,8 @@ def test_keys_of_later_versions_are_left_aside(folder):
         (lambda d: d.update(category_ids=[1, 2, 3]), "category_ids has 3 entries"),
         (lambda d: d["model"].update(format="caffe"), 'model.format is "caffe"'),
         (lambda d: d["model"].update(file="../model.onnx"), 'model.file is "../model.onnx"'),
+        (lambda d: d["model"].update(data={"../x": "00"}), 'model.data is "../x"'),
+        (lambda d: d["model"].update(data={"x": 1}), "model.data.x is 1"),
         (lambda d: d["model"].update(file="other.onnx"), "other.onnx is missing"),
         (
             lambda d: d.update(num_classes=0, class_names=[], category_ids=None),
@@ -93,7 +95,7 @@ def test_keys_of_later_versions_are_left_aside(folder):
         (lambda d: d.update(category_ids=[3, 3]), "category_ids has an id twice"),
         (lambda d: d.update(format_version="x" * 10**6), "format_version is "),
         (lambda d: d["model"].update(format="x" * 10**6), "model.format is "),
-        (lambda d: d["model"].update(file="x" * 10**6), "model.file .* cannot be read"),
+        (lambda d: d["model"].update(file="x" * 10**6), "its file .* cannot be read"),
         (lambda d: d["model"].update(file="a\nb"), "model.file is"),
         (lambda d: d["outputs"].pop(), "outputs is"),
         (lambda d: d.update(mask_scoring=False), "outputs is"),
@@ -121,8 +123,28 @@ def test_broken_descriptions_are_named(folder, text):
 @pytest.mark.parametrize("content", [CONTENT[:-1], b"", CONTENT + b"1"])
 def test_a_model_that_was_cut_off_or_exchanged_is_refused(folder, content):
     (folder / "model.onnx").write_bytes(content)
-    with pytest.raises(ModelFolderError, match=r"model.onnx is not the model .* SHA-256"):
+    with pytest.raises(ModelFolderError, match=r"model.onnx is not the file .* SHA-256"):
         read_model_folder(folder)
+
+
+def test_data_that_the_model_reads_is_checked_with_it(folder):
+    document = json.loads(DESCRIBED.to_json())
+    document["model"]["data"] = {"model.onnx.data": hashlib.sha256(b"weights").hexdigest()}
+    (folder / DESCRIPTION).write_text(json.dumps(document))
+    with pytest.raises(ModelFolderError, match=r"model.onnx.data is missing"):
+        read_model_folder(folder)
+    (folder / "model.onnx.data").write_bytes(b"weights")
+    assert read_model_folder(folder).model.data == document["model"]["data"]
+    (folder / "model.onnx.data").write_bytes(b"others")
+    with pytest.raises(ModelFolderError, match=r"model.onnx.data is not the file .* SHA-256"):
+        read_model_folder(folder)
+
+
+def test_descriptions_without_data_are_read(folder):
+    document = json.loads(DESCRIBED.to_json())
+    del document["model"]["data"]
+    (folder / DESCRIPTION).write_text(json.dumps(document))
+    assert read_model_folder(folder) == DESCRIBED
 
 
 def test_missing_folders_and_descriptions_are_named(folder):

@@ -148,6 +148,7 @@ def test_errors_are_one_line(folder, inputs, tmp_path, capsys, flags, message):
     code, _, err = tool(capsys, *args, *flags)
     assert code == 2 and message in err
     assert len(err.strip().splitlines()) == 1 and err.startswith("predict.py: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_onnxruntime_is_one_line(folder, inputs, tmp_path, capsys, monkeypatch):

@@ -230,7 +230,9 @@ NO_TORCH = ("torch", "torchvision", "detectron2", "fvcore", "iopath", "faster_co
 
 def run_without(*modules, code):
     """Runs code in a process that cannot import some modules."""
-    start = BLOCKED.format(blocked=modules, paths=[str(ROOT), str(ROOT / "tests")])
+    start = BLOCKED.format(
+        blocked=modules, paths=[str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
+    )
     command = [sys.executable, "-c", start + code]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 

@@ -1,0 +1,82 @@
+"""Where an exported model goes: one export at a time, and whole models alone."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..durable_files import locked_folder, write_durably
+from ..messages import ConfigError
+from .model_folder import DESCRIPTION, EXTERNAL_DATA, MODEL_FILES, ModelDescription
+
+
+@contextlib.contextmanager
+def sole_export(output: Path) -> Iterator[None]:
+    """Makes the folder and keeps other exports from it; one that stays empty is removed again.
+
+    Raises:
+        ConfigError: if the folder cannot be written to, or another export does.
+    """
+    is_new = not output.exists()
+    with contextlib.ExitStack() as stack:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=output).close()
+        except OSError as error:
+            raise ConfigError(
+                f"--output {output} is no folder that can be written to: {error.strerror}"
+            ) from error
+        try:
+            stack.enter_context(locked_folder(output))
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another export is writing to --output {output}; wait for it, or name another "
+                "folder"
+            ) from error
+        try:
+            yield
+        finally:
+            if is_new:
+                with contextlib.suppress(OSError):  # it is not empty
+                    output.rmdir()
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises a ConfigError if the folder has a model that is not to be overwritten."""
+    taken = [name for name in (DESCRIPTION, *MODEL_FILES.values()) if (output / name).exists()]
+    if taken and not overwrite:
+        raise ConfigError(
+            f"--output {output} has {taken[0]} already; name another folder, or add --overwrite"
+        )
+
+
+def write_model(output: Path, folder: Path, description: ModelDescription) -> None:
+    """Copies the files of a model; those that were there are gone only once the new are whole.
+
+    Args:
+        output: where they go.
+        folder: where they are.
+        description: of the model, which becomes a file, too.
+
+    Raises:
+        OSError: if a file cannot be written; what was in the folder is still there then.
+    """
+    described, files = output / DESCRIPTION, [description.model.file, *description.model.data]
+
+    def write(rest: list[str]) -> None:
+        if not rest:  # all are whole; the old description would speak of other files
+            described.unlink(missing_ok=True)
+            return
+        with (folder / rest[0]).open("rb") as source:
+            write_durably(
+                output / rest[0],
+                lambda file: shutil.copyfileobj(source, file),
+                before_rename=lambda: write(rest[1:]),
+            )
+
+    write_durably(described, description.to_json(), before_rename=lambda: write(files))
+    for name in {*MODEL_FILES.values(), EXTERNAL_DATA}.difference(files):
+        (output / name).unlink(missing_ok=True)

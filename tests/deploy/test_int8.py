@@ -1,0 +1,160 @@
+"""Layers in 8 bits: calibrated on images of the user's, refused if they cost accuracy."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from conftest import CHECKPOINT, CONFIGS
+
+from mask_head_plugin.config import ConfigError
+from mask_head_plugin.data import shapes
+from mask_head_plugin.deploy import export
+from mask_head_plugin.deploy.accuracy import Accuracy
+from mask_head_plugin.deploy.export import ExportOptions, export_model
+from mask_head_plugin.deploy.model_folder import read_model_folder
+from mask_head_plugin.deploy.runtime import Predictor
+from mask_head_plugin.evaluation.bootstrap import PairedDifference
+
+SHAPES = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
+WEIGHTS = ["MODEL.WEIGHTS", str(CHECKPOINT)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Options of a config whose data sets are a few shapes."""
+    folder = tmp_path_factory.mktemp("data")
+    shapes.write_split(folder, "train", 6)
+    shapes.write_split(folder, "val", 6)
+    files = [
+        [f"few_{split}", str(folder / "annotations" / f"{split}.json"), str(folder / split)]
+        for split in ("train", "val")
+    ]
+    names = ["DATASETS.TRAIN", "('few_train',)", "DATASETS.TEST", "('few_val',)"]
+    return [*WEIGHTS, "DATASETS.COCO_FILES", str(files), *names]
+
+
+@pytest.fixture(scope="module")
+def exported(data, tmp_path_factory):
+    """A folder, and how far its model is from the trained one."""
+    folder = tmp_path_factory.mktemp("int8")
+    return folder, export_model(SHAPES, data, folder, ExportOptions("onnx", precision="int8"))
+
+
+def test_int8_model_is_small_and_has_no_custom_operators(exported):
+    folder, _ = exported
+    model = onnx.load(folder / "model.onnx")
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [(x.domain, x.version) for x in model.opset_import] == [("", 17)]
+    assert (folder / "model.onnx").stat().st_size < 0.35 * CHECKPOINT.stat().st_size
+    assert read_model_folder(folder).model.precision == "int8"
+
+
+def test_int8_model_finds_the_objects_that_the_trained_one_does(exported):
+    _, accuracy = exported
+    assert accuracy.dataset == "6 images of few_val" and len(accuracy.counts) == 6
+    assert set(accuracy.ap) == {"bbox", "segm"}
+    assert all(min(ap.baseline, ap.value) > 50 for ap in accuracy.ap.values())
+    assert accuracy.num_sure > 12 and min(accuracy.agreement.values()) > 0.9
+    assert accuracy.unlike == []
+
+
+def test_int8_model_runs_where_nothing_is_found(exported):
+    found = Predictor(exported[0], threads=1)(np.full((40, 61, 3), 128, np.uint8))
+    assert len(found) == 0 and found.masks == []
+
+
+def test_images_in_which_nothing_is_found_calibrate_nothing(data, tmp_path):
+    cv2.imwrite(str(tmp_path / "blank.png"), np.full((96, 128, 3), 128, np.uint8))
+    options = ExportOptions(
+        "onnx", precision="int8", calibration_images=[str(tmp_path / "blank.png")]
+    )
+    with pytest.raises(ConfigError, match="finds nothing in any calibration image"):
+        export_model(SHAPES, data, tmp_path / "x", options)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("DATASETS.TRAIN", r"name --calibration-images, for data set 'nowhere' is not registered"),
+        ("DATASETS.TEST", r"name --images, for data set 'nowhere' is not registered"),
+    ],
+)
+def test_missing_data_sets_are_told_before_anything_is_converted(
+    data, missing, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(export, "converted", None)
+    with pytest.raises(ConfigError, match=message):
+        export_model(
+            SHAPES,
+            [*data, missing, "('nowhere',)"],
+            tmp_path,
+            ExportOptions("onnx", precision="int8"),
+        )
+
+
+def outputs(scores, *, shift=0.0):
+    """Detections of one class in a row, each of 10 x 10 pixels, with masks of two by two."""
+    left = 20.0 * np.arange(len(scores)) + shift
+    masks = np.zeros((len(scores), 2, 2), np.float32)
+    masks[:, 0] = 0.9
+    return {
+        "boxes": np.stack([left, 0 * left, left + 10, 0 * left + 10], axis=1),
+        "scores": np.array(scores, float),
+        "classes": np.zeros(len(scores), int),
+        "mask_probs": masks,
+    }
+
+
+def test_agreement_is_the_share_of_sure_detections_that_both_have():
+    accuracy = Accuracy()
+    accuracy.add(outputs([0.9, 0.9, 0.6]), outputs([0.9, 0.4]))
+    # Sure are three of the one and one of the other; its second finds its like, though not sure.
+    assert (accuracy.num_agreeing, accuracy.num_sure) == (3, 4)
+    assert accuracy.unlike == ["detections agree by 75.0%, and 90% is the least"]
+    moved = Accuracy()
+    moved.add(outputs([0.9]), outputs([0.9], shift=5.0))
+    assert moved.agreement == {"detections": 0.0}
+
+
+def test_agreement_of_masks_is_their_mean_iou():
+    accuracy, found = Accuracy(), outputs([0.9, 0.9, 0.2])
+    found["mask_probs"][0] = 0.9  # four cells, of which the trained model has two
+    accuracy.add(outputs([0.9, 0.9, 0.2]), found)
+    assert accuracy.ious == [0.5, 1.0]
+    assert accuracy.unlike == ["masks agree by 75.0%, and 90% is the least"]
+
+
+def ap_of(found, low, high):
+    return Accuracy(
+        counts=[1],
+        dataset="9 images of mine",
+        ap={"segm": PairedDifference("AP", found, 83.0, found - 83.0, low, high, 0.0, 0.0)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("ap", "is_like"),
+    [
+        (ap_of(82.1, -1.2, -0.6), True),
+        (ap_of(81.9, -1.4, -0.8), False),
+        (ap_of(80.0, -7.0, 1.0), True),  # as chance has it on few images
+        (ap_of(84.5, 1.0, 2.0), False),
+    ],
+)
+def test_a_point_of_ap_may_be_lost(ap, is_like):
+    assert (ap.unlike == []) == is_like
+    assert "AP on 9 images of mine: segm 8" in str(ap) and "(trained 83.00)" in str(ap)
+
+
+def test_a_model_that_lost_accuracy_is_not_written(data, tmp_path, monkeypatch):
+    def lossy(*_args):
+        return ap_of(70.0, -14.0, -12.0)
+
+    monkeypatch.setattr(export, "_quantise", lambda *_: None)
+    monkeypatch.setattr(export, "compare_accuracy", lossy)
+    with pytest.raises(ConfigError, match=r"segm AP on 9 images of mine is 70.00, .* 83.00"):
+        export_model(SHAPES, data, tmp_path / "x", ExportOptions("onnx", precision="int8"))
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,49 @@
+"""Flags that several tools have. It imports nothing heavy: ``--help`` needs no PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_config_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
+
+
+def add_code(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--import``, whose values ``config.import_options`` takes as ``imports``."""
+    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
+    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+
+
+def add_opts(parser: argparse.ArgumentParser) -> None:
+    rest: dict[str, Any] = {"nargs": argparse.REMAINDER, "default": []}
+    parser.add_argument("--opts", **rest, help="KEY VALUE pairs of the config, behind all flags")
+
+
+def add_output(parser: argparse.ArgumentParser, metavar: str = "FOLDER") -> None:
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar=metavar, help="made if missing"
+    )
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Adds what the demo and its counterpart for exported models read and write."""
+    parser.add_argument(
+        "--input",
+        "--video-input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="images, videos, folders of them, or patterns in quotes",
+    )
+    add_output(parser)
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="detections need a higher score (0 to 1; default 0.5)",
+    )
+    parser.add_argument("--semantic", action="store_true", help="write semantic maps, too")
