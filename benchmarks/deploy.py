@@ -2,7 +2,8 @@
 """Times one Mask R-CNN (R50-FPN) trained and exported: latency, throughput, memory, start, size.
 
 Each contender runs in a process of its own, on one resized image, from pixels to boxes, scores,
-classes and mask probabilities (none draws masks in the image):
+classes and mask probabilities (none draws masks in the image). They take turns, so that what else
+the machine does slows all of them:
 
   stock         detectron2's classes, eager
   plugin        this package's, eager
@@ -26,6 +27,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,6 +43,8 @@ STOCK = [
 ]
 RIVALS = ("openvino", "mayaku")
 CONTENDERS = ("stock", "plugin", "torchscript", "onnxruntime", *RIVALS)
+
+ANSWER = "answer: "
 
 Run = Callable[[list[Any]], int]
 """Takes (C, H, W) float32 arrays and returns how many objects were found."""
@@ -130,8 +134,8 @@ def mayaku(folder: Path, threads: int) -> Run:
     return run
 
 
-def worker(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the figures of a contender, in a process that does nothing else."""
+def work(name: str, folder: Path, args: argparse.Namespace) -> None:
+    """Runs a contender as often as its standard input says, in a process that does nothing else."""
     start = time.perf_counter()
     import numpy as np
 
@@ -149,20 +153,70 @@ def worker(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     image = np.load(folder / "image.npy")
     run = make[name]()
-    ready = time.perf_counter() - start
-    found = run([image])
-    for _ in range(args.warm_up):
-        run([image])
-    row: dict[str, Any] = {"contender": name, "found": found, "start_s": round(ready, 2)}
-    for count in args.images:
-        seconds = []
+    tell(start_s=round(time.perf_counter() - start, 2))
+    for line in sys.stdin:
+        before = time.perf_counter()
+        found = run([image] * int(line))
+        seconds = time.perf_counter() - before
+        peak_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        tell(ms=1e3 * seconds, found=found, peak_mb=peak_mb)
+
+
+def tell(**values: Any) -> None:
+    print(ANSWER + json.dumps(values), flush=True)
+
+
+class Worker:
+    """A process that runs a contender."""
+
+    def __init__(self, name: str, python: str, folder: Path, threads: int) -> None:
+        command = [python, "-W", "ignore", __file__, "--worker", name, "--folder", str(folder)]
+        self.process = subprocess.Popen(
+            [*command, "--threads", str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+        self.row: dict[str, Any] = {"contender": name}
+        self.row |= self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:  # what packages print is no answer
+            if line.startswith(ANSWER):
+                answer: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
+                return answer
+        raise RuntimeError(f"{self.row['contender']} ended")
+
+    def run(self, count: int) -> float:
+        """Returns the milliseconds for some images in one call."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.row["found"] = answer["found"] // count
+        self.row[f"peak_mb_{count}"] = answer["peak_mb"]  # so far
+        milliseconds: float = answer["ms"]
+        return milliseconds
+
+
+def measure_all(workers: list[Worker], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns the figures of each worker. They take turns: the machine may be busy at times."""
+    for worker in workers:
+        for _ in range(args.warm_up):
+            worker.run(1)
+    for count in sorted(args.images):
+        times: list[list[float]] = [[] for _ in workers]
         for _ in range(max(args.repeats // count, 1)):
-            before = time.perf_counter()
-            run([image] * count)
-            seconds.append(time.perf_counter() - before)
-        row[f"ms_{count}"] = round(1e3 * sorted(seconds)[len(seconds) // 2], 1)
-    row["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    return row
+            for own, worker in zip(times, workers, strict=True):
+                own.append(worker.run(count))
+        for own, worker in zip(times, workers, strict=True):
+            worker.row[f"ms_{count}"] = round(statistics.median(own), 1)
+            print(worker.row, flush=True)
+    for worker in workers:
+        worker.process.communicate()
+    return [worker.row for worker in workers]
 
 
 def prepare(folder: Path, side: int, rivals: str | None) -> None:
@@ -240,7 +294,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     counts = sorted(int(key[3:]) for key in rows[0] if key.startswith("ms_"))
     titles = {
         **{f"ms_{count}": f"ms for {count} image{'s' * (count > 1)}" for count in counts},
-        "peak_mb": "peak memory, MB",
+        f"peak_mb_{counts[0]}": "peak memory, MB",
         "start_s": "start-up, s",
         "file_mb": "file, MB",
     }
@@ -278,7 +332,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.worker:
-        print(json.dumps(worker(args.worker, args.folder, args)))
+        work(args.worker, args.folder, args)
         return
     from measure import machine, write_results
 
@@ -287,21 +341,14 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "onnx" / "model.json").exists():
             prepare(folder, args.side, args.rivals)
-        rows = []
-        for name in args.only:
-            if name in RIVALS and not args.rivals:
-                continue
-            python = args.rivals if name in RIVALS else sys.executable
-            command = [python, "-W", "ignore", __file__, "--worker", name, "--folder", str(folder)]
-            for flag in ("threads", "repeats", "warm_up"):
-                command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
-            command += ["--images", *map(str, args.images)]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-            output = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-            ).stdout
-            rows.append({**json.loads(output.splitlines()[-1]), "file_mb": size_mb(folder, name)})
-            print(rows[-1], flush=True)
+        workers = [
+            Worker(name, args.rivals if name in RIVALS else sys.executable, folder, args.threads)
+            for name in args.only
+            if args.rivals or name not in RIVALS
+        ]
+        rows = measure_all(workers, args)
+        for row in rows:
+            row["file_mb"] = size_mb(folder, row["contender"])
     if len(rows) > 1:
         first = f"ms_{args.images[0]}"
         for row in rows:

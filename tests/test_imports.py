@@ -179,13 +179,13 @@ sys.meta_path.insert(0, Refused)
 for tool in sys.argv[1:]:
     sys.path.insert(0, str(pathlib.Path(tool).parent))  # as Python does for a script
     for flag in ("--help", "--no-such-flag"):
-        sys.argv = [tool, flag]
+        sys.argv, sys.path[0] = [tool, flag], tool.rpartition("/")[0]
         try:
             runpy.run_path(tool, run_name="__main__")
         except SystemExit as end:
             print(tool, flag, end.code, file=sys.stderr)
 """
-    tools = [str(path) for path in TOOLS]
+    tools = [str(path) for path in TOOLS if path.name != "flags.py"]
     command = [sys.executable, "-c", code, *tools]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     for tool in tools:

@@ -146,7 +146,7 @@ def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
     free = itertools.count(max(id_of.values(), default=0) + 1)
     if missing:
         logger.warning(
-            "category ids of predictions.json are free ones for %s: %s",
+            "category ids are free ones for %s: %s",
             listed(missing),
             unknown or f"the data set has {listed(list(id_of))}",
         )
@@ -165,4 +165,4 @@ def _category_ids(cfg: CfgNode) -> tuple[dict[str, int], str]:
         if categories is not None:
             return {category: i for i, category in categories.items()}, ""
         unknown.append(f"data set {name!r} is not known")
-    return {}, "; ".join(unknown) or "DATASETS is empty"
+    return {}, "; ".join(dict.fromkeys(unknown)) or "DATASETS is empty"

@@ -196,6 +196,9 @@ def _progress() -> Callable[[str], None]:
 
 def _calibration_images(cfg: CfgNode, options: ExportOptions) -> list[str]:
     """Returns the images that int8 is calibrated on; none for other precisions."""
+    for path in options.calibration_images:
+        if not Path(path).is_file():
+            raise ConfigError(f"--calibration-images: {path} is no file")
     if options.precision != "int8" or options.calibration_images:
         return list(options.calibration_images)
     try:

@@ -238,7 +238,8 @@ def test_changing_the_mask_format_is_said(tmp_path, caplog):
 
 
 def test_a_tool_that_does_without_data_registers_what_is_there_and_names_the_rest(tmp_path, caplog):
-    cfg = configure(tmp_path, {1: "cat", 2: "dog", 3: "owl"}, {1: "cat", 2: "dog", 3: "owl"})
+    train = write_files(tmp_path, "train", CATEGORIES)
+    cfg = configure(tmp_path, train, write_files(tmp_path, "val", CATEGORIES))
     (train, train_json, images), val = cfg.DATASETS.COCO_FILES
     Path(train_json).unlink()
     DatasetCatalog.pop(train, None)
