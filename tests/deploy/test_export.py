@@ -125,8 +125,9 @@ def test_torchscript_finds_what_the_trained_model_does_at_any_size(model, tmp_pa
     exportable = ExportableMaskRCNN(model).eval()
     path = converted(exportable, (images[0].image,), "torchscript", 17, tmp_path)
     check_parity(model, runner(path, "torchscript", NAMES, None), images)
-    constants = torch.jit.load(str(path)).graph.findAllNodes("prim::Constant")
-    devices = {x.output().toIValue() for x in constants if str(x.output().type()) == "Device"}
+    graph = torch.jit.load(str(path)).inlined_graph
+    constants = [x.output() for x in graph.findAllNodes("prim::Constant")]
+    devices = {x.toIValue() for x in constants if str(x.type()) == "Device"}
     assert devices == {torch.device("cpu")}  # as docs/deploy.md says
 
 

@@ -49,6 +49,10 @@ MODELS = {
     "grey images": (
         *(FPN, "INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[110.0]", "MODEL.PIXEL_STD", "[60.0]"),
     ),
+    "timm": (
+        *(FPN, "MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.FPN.IN_FEATURES", "[]"),
+        *("MODEL.TIMM.NAME", "test_efficientnet"),
+    ),
     "ROIWarp": (FPN, BOX + "POOLER_TYPE", "ROIWarp", MASK + "POOLER_TYPE", "ROIWarp"),
     "ROIPool": (FPN, BOX + "POOLER_TYPE", "ROIPool", MASK + "POOLER_TYPE", "ROIPool"),
     "ROIAlign": (FPN, BOX + "POOLER_TYPE", "ROIAlign", MASK + "POOLER_TYPE", "ROIAlign"),
