@@ -79,6 +79,24 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     scoring.CONV_DIM = 256  # channels of its four convolutions
     scoring.FC_DIM = 1024  # units of its two hidden linear layers
 
+    # How weights are learnt; docs/recipes.md says when to use what. "SGD", or "AdamW" with BETAS.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    cfg.SOLVER.BETAS = [0.9, 0.999]
+
+    # Factors of the learning rate by name of a module or parameter; the longest name counts.
+    cfg.SOLVER.LR_FACTORS = []
+
+    # The backbone's last layer learns at this times the base rate, the one before at its square,
+    # and so on (arXiv 2106.08254). What a layer is: modeling/backbone_layers.py.
+    cfg.SOLVER.LAYER_DECAY = 1.0
+
+    # Parts in which a process computes its share of IMS_PER_BATCH before each step.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
+
+    # Above 0: an exponential moving average of the weights, of which each step keeps this share, is
+    # evaluated and saved in their place.
+    cfg.SOLVER.EMA_DECAY = 0.0
+
     # Of model_<iteration>.pth keep only the newest so many; 0 keeps all.
     cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
 

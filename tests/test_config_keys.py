@@ -151,6 +151,7 @@ def record(folder: Path) -> dict[str, set[str]]:
         *("OUTPUT_DIR", str(folder), "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(96,)"),
         *("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "1"),
         *("TEST.DETECTIONS_PER_IMAGE", "2", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"),
+        *("SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.001"),
     ]
     cfg = Noting.of(
         load_config(str(CONFIGS / "Base-Small.yaml"), [*SMALL_RESNET, *opts]),

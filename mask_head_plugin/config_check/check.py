@@ -16,6 +16,7 @@ from .colours import wrong_colours
 from .detector import check_features
 from .detectron2_keys import check_host_values
 from .mask_branch import check_mask_branch
+from .recipe import check_rates, check_recipe
 from .values import check_input, check_solver, check_test, check_values
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def check_config(
         raise ConfigError(f"MODEL.WEIGHTS: file {weights} does not exist")
     if train:
         check_solver(cfg, num_processes)
+        check_recipe(cfg, num_processes)
     check_input(cfg)
     told = wrong_colours(cfg)
     if told and train:
@@ -65,6 +67,8 @@ def check_config(
         check_best_metric(cfg)
         _warn_of_frozen_random_weights(cfg)
     check_features(cfg, train=train)
+    if train:
+        check_rates(cfg, trainer)
     _check_device(cfg, train)
     _check_output_folder(cfg.OUTPUT_DIR)
 

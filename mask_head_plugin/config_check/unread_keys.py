@@ -24,7 +24,8 @@ READ_LATER = (
     *("DATASETS.", "DATALOADER.FILTER_EMPTY_ANNOTATIONS"),
     *("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.WEIGHTS_STRICT", "MODEL.LOAD_PROPOSALS"),
     *("SOLVER.AMP.ENABLED", "SOLVER.CHECKPOINT_", "SOLVER.CLIP_GRADIENTS."),
-    *("SOLVER.REFERENCE_WORLD_SIZE", "TEST."),
+    *("SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.OPTIMIZER", "SOLVER.BETAS", "SOLVER.LR_FACTORS"),
+    *("SOLVER.LAYER_DECAY", "SOLVER.ACCUMULATE_STEPS", "SOLVER.EMA_DECAY", "TEST."),
 )
 """Keys, or beginnings of keys, that the trainer, the loaders and the evaluation read as they run,
 where NEEDED does not say otherwise."""
@@ -45,6 +46,9 @@ NEEDED: dict[str, tuple[str, Callable[[CfgNode], Any]]] = {
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm or full_model",
         lambda x: x.SOLVER.CLIP_GRADIENTS.CLIP_TYPE != "value",
     ),
+    "SOLVER.MOMENTUM": ("SOLVER.OPTIMIZER SGD", lambda x: x.SOLVER.OPTIMIZER == "SGD"),
+    "SOLVER.NESTEROV": ("SOLVER.OPTIMIZER SGD", lambda x: x.SOLVER.OPTIMIZER == "SGD"),
+    "SOLVER.BETAS": ("SOLVER.OPTIMIZER AdamW", lambda x: x.SOLVER.OPTIMIZER == "AdamW"),
     "SOLVER.WARMUP_FACTOR": ("SOLVER.WARMUP_ITERS above 0", lambda x: x.SOLVER.WARMUP_ITERS),
     "SOLVER.WARMUP_METHOD": ("SOLVER.WARMUP_ITERS above 0", lambda x: x.SOLVER.WARMUP_ITERS),
     "TEST.AUG.": ("TEST.AUG.ENABLED True", lambda x: x.TEST.AUG.ENABLED),

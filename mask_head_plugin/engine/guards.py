@@ -125,8 +125,9 @@ class StepGuard(HookBase):
 
     def _save(self, losses: dict[str, float]) -> Path:
         iteration, rank = self.trainer.iter, comm.get_rank()
+        part = getattr(self.trainer, "part", None)  # of a step in parts, see accumulation
         path = Path(self._cfg.OUTPUT_DIR) / FAILED_FOLDER / f"iteration_{iteration}_rank_{rank}.pth"
-        seeds = (self.seed, iteration, rank)
+        seeds = (self.seed, iteration, rank, *([] if part is None else [part]))
         save_step(path, self._model, self._batch, losses, seeds)
         return path
 
@@ -146,7 +147,8 @@ class StepGuard(HookBase):
         return TrainingError(
             f"iteration {self.trainer.iter}: out of memory ({first_line(error)}) with the images "
             f"{describe_batch(self._batch)}: {rois} RoIs, up to "
-            f"{int(rois * heads.POSITIVE_FRACTION)} of them with masks. Lower "
+            f"{int(rois * heads.POSITIVE_FRACTION)} of them with masks. Raise "
+            f"SOLVER.ACCUMULATE_STEPS (now {self._cfg.SOLVER.ACCUMULATE_STEPS}), or lower "
             f"SOLVER.IMS_PER_BATCH (now {self._cfg.SOLVER.IMS_PER_BATCH}), INPUT.MIN_SIZE_TRAIN "
             f"(now {tuple(self._cfg.INPUT.MIN_SIZE_TRAIN)}) or "
             f"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE (now {heads.BATCH_SIZE_PER_IMAGE}); on CUDA "

@@ -18,6 +18,7 @@ from ..class_names import class_names_of
 from ..config import ConfigError
 from ..data import seed_generators
 from ..weight_files import read_checkpoint
+from .distributed import undistributed
 
 Sample = dict[str, Any]
 
@@ -29,7 +30,7 @@ def save_step(
     model: nn.Module,
     batch: list[Sample],
     losses: dict[str, float],
-    seeds: tuple[int, int, int],
+    seeds: tuple[int, ...],
 ) -> None:
     """Writes what is needed to repeat a step: batch, weights and the key of its random numbers.
 
@@ -41,11 +42,11 @@ def save_step(
         model: in DistributedDataParallel or not.
         batch: as the model takes it.
         losses: of the step.
-        seeds: what generators were seeded with before it: seed, iteration, rank.
+        seeds: what generators were seeded with before it: seed, iteration, rank and, of a step in
+            parts, the part.
     """
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     content = {
-        "model": inner.state_dict(),
+        "model": undistributed(model).state_dict(),
         "batch": [{key: _plain(value) for key, value in x.items()} for x in batch],
         "losses": losses,
         "seeds": list(seeds),

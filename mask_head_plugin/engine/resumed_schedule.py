@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.solver import LRMultiplier
+from torch import nn
 from torch.optim import Optimizer
 
 from ..config import ConfigError
+from .optimizer import group_names
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +23,47 @@ NAMES = {
     "initial_lr": "learning rate",
     "momentum": "momentum",
     "nesterov": "nesterov",
+    "betas": "betas",
     "weight_decay": "weight decay",
 }
-"""What of a group's values detectron2 takes from SOLVER."""
+"""What of a group's values comes from SOLVER."""
+
+GROUPS = "parameter_groups"
+"""Where a checkpoint has the names of each group's parameters, if the config groups them."""
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+    """Refuses a checkpoint whose optimizer's state is of other parameters or another optimizer.
+
+    PyTorch takes it, where numbers of parameters agree.
+
+    Args:
+        optimizer: as the config makes it.
+        model: whose parameters it has; not in DistributedDataParallel.
+        state: the checkpoint's of the trainer.
+
+    Raises:
+        ConfigError: naming what must be as it was.
+    """
+    saved = state["_trainer"]["optimizer"]["param_groups"][0]
+    is_adam = "betas" in optimizer.param_groups[0]
+    if ("betas" in saved) != is_adam:
+        told = ("SGD", "AdamW") if is_adam else ("AdamW", "SGD")
+        raise ConfigError(
+            "the checkpoint's optimizer is {}, and SOLVER.OPTIMIZER is {}: it cannot change in a "
+            "run; set it back, or start anew with the checkpoint as MODEL.WEIGHTS".format(*told)
+        )
+    if GROUPS in state and state[GROUPS] != group_names(optimizer, model):
+        raise ConfigError(_unfit("other parameters have a learning rate of their own"))
+
+
+def _unfit(cause: object) -> str:
+    return (
+        f"the checkpoint's optimizer does not fit this config ({cause}): MODEL.BACKBONE."
+        "FREEZE_AT and SOLVER.LR_FACTORS, LAYER_DECAY, BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and "
+        "WEIGHT_DECAY_NORM cannot change in a run; set them back, or start anew with the "
+        "checkpoint as MODEL.WEIGHTS"
+    )
 
 
 def load_keeping_config(optimizer: Optimizer, scheduler: Any, load: Callable[[], None]) -> None:
@@ -42,18 +82,14 @@ def load_keeping_config(optimizer: Optimizer, scheduler: Any, load: Callable[[],
     try:
         load()
     except ValueError as error:  # of the optimizer
-        raise ConfigError(
-            f"the checkpoint's optimizer does not fit this config ({error}): MODEL.BACKBONE."
-            "FREEZE_AT and SOLVER.BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and WEIGHT_DECAY_NORM cannot "
-            "change in a run; set them back, or start anew with the checkpoint as MODEL.WEIGHTS"
-        ) from error
+        raise ConfigError(_unfit(error)) from error
     changed: dict[str, None] = {}
     for group, values in zip(optimizer.param_groups, asked, strict=True):
         if not isinstance(scheduler, LRMultiplier):
             values.pop("initial_lr", None)
         for key, value in values.items():
             if group[key] != value:
-                changed[f"{NAMES[key]} {value:g} in place of {group[key]:g}"] = None
+                changed[f"{NAMES[key]} {_told(value)} in place of {_told(group[key])}"] = None
         group.update(values)
     if changed:
         logger.warning("as the config says, other than the checkpoint: %s", ", ".join(changed))
@@ -61,3 +97,7 @@ def load_keeping_config(optimizer: Optimizer, scheduler: Any, load: Callable[[],
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, scheduler.get_lr(), strict=True):
             group["lr"] = rate
+
+
+def _told(value: Any) -> str:
+    return str(value) if isinstance(value, tuple) else f"{value:g}"

@@ -18,12 +18,9 @@ from detectron2.data import (
     build_detection_test_loader,
 )
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
     HookBase,
-    SimpleTrainer,
     TrainerBase,
-    create_ddp_model,
     hooks,
 )
 from detectron2.evaluation import (
@@ -51,8 +48,9 @@ from ..evaluation import (
 from ..image_file_mapper import ImageFileMapper
 from ..messages import listed
 from ..modeling import to_channels_last
+from .accumulation import build_inner_trainer
+from .distributed import distribute, share_buffers, undistributed
 from .evaluators import build_evaluator, inference_folder
-from .gradient_clipping import clip_gradients
 from .guards import StepGuard
 from .hooks import (
     BestCheckpointer,
@@ -64,8 +62,10 @@ from .hooks import (
     TensorboardXWriter,
     scalar_state,
 )
+from .optimizer import build_optimizer, group_names
 from .resumable_evaluation import evaluate_dataset
-from .resumed_schedule import load_keeping_config
+from .resumed_schedule import GROUPS, check_optimizer, load_keeping_config
+from .weight_average import WeightAverage, resume_average
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class Trainer(DefaultTrainer):
     Attributes:
         seed: of all that is random: SEED, or drawn if that is negative. A resumed run without SEED
             has that of its checkpoint.
+        average: of the weights, with SOLVER.EMA_DECAY; else None.
         restored_scalars: what a checkpoint holds of the logged scalars, see hooks.scalar_state.
     """
 
@@ -100,18 +101,22 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        model = distribute(model)
-        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(
-            model, loader, optimizer
-        )
+        decay = cfg.SOLVER.EMA_DECAY
+        self.average = WeightAverage(model, decay) if decay else None
+        num_parts = cfg.SOLVER.ACCUMULATE_STEPS
+        model = distribute(model, in_parts=num_parts > 1)
+        how = {"amp": cfg.SOLVER.AMP.ENABLED, "num_parts": num_parts}
+        self._trainer = build_inner_trainer(model, loader, optimizer, **how)
         self._guard = StepGuard(model, cfg)
         self._trainer.register_hooks([self._guard])
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         policy = WeightsPolicy.from_config(cfg, train=True)
         check_test_classes(policy, cfg)
         self.checkpointer = MaskHeadCheckpointer(
-            model, cfg.OUTPUT_DIR, policy=policy, trainer=weakref.proxy(self)
+            self.evaluated_model, cfg.OUTPUT_DIR, policy=policy, trainer=weakref.proxy(self)
         )
+        if self.average:
+            self.average.start(model)  # with the names of its classes
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
@@ -120,6 +125,11 @@ class Trainer(DefaultTrainer):
             # Behind the writers: what goes wrong here loses no metrics.
             self.register_hooks([hooks.CallbackHook(after_train=_draw_contact_sheets)])
 
+    @property
+    def evaluated_model(self) -> torch.nn.Module:
+        """What is evaluated, drawn and saved: with SOLVER.EMA_DECAY the average of the weights."""
+        return self.average.module if self.average else self.model
+
     def build_hooks(self) -> list[HookBase]:
         """Returns DefaultTrainer's hooks and those that make a run repeatable.
 
@@ -127,13 +137,16 @@ class Trainer(DefaultTrainer):
         """
         cfg = self.cfg
         before: list[HookBase] = [StepSeed(), hooks.IterationTimer(), hooks.LRScheduler()]
+        if self.average:
+            before.append(hooks.CallbackHook(after_step=_average_weights))
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
             alone = cfg.clone()
             alone.defrost()
             alone.DATALOADER.NUM_WORKERS = 0
             loader = self.build_train_loader(alone)  # of its own: training's goes on untouched
             num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
-            before.append(PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter))
+            period, model = cfg.TEST.EVAL_PERIOD, self.evaluated_model
+            before.append(PreciseBN(period, model, loader, num_iter))
         evaluate = functools.partial(self._evaluate, self.test)
         behind: list[HookBase] = [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
         if cfg.TEST.AUG.ENABLED:
@@ -152,8 +165,8 @@ class Trainer(DefaultTrainer):
         return [*before, *behind]
 
     def _evaluate(self, evaluate: Callable[[CfgNode, torch.nn.Module], Results]) -> Results:
-        share_buffers(self.model)
-        results = evaluate(self.cfg, self.model)
+        share_buffers(self.evaluated_model)
+        results = evaluate(self.cfg, self.evaluated_model)
         # Those with augmentation come behind the others, and replace none.
         self._last_eval_results = {**getattr(self, "_last_eval_results", {}), **results}
         return results
@@ -169,14 +182,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Returns detectron2's optimizer, with SOLVER.CLIP_GRADIENTS as gradient_clipping does."""
-        unclipped = cfg.clone()
-        unclipped.defrost()
-        unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        optimizer: torch.optim.Optimizer = super().build_optimizer(unclipped, model)
-        if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
-            clip_gradients(optimizer, cfg.SOLVER.CLIP_GRADIENTS)
-        return optimizer
+        """Returns the optimizer that SOLVER asks for; see optimizer.build_optimizer."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
@@ -209,6 +216,8 @@ class Trainer(DefaultTrainer):
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             _forget_unmatched_classes(self.cfg, self.checkpointer.model)
+            if self.average:
+                self.average.start(self.model)
         if resume and not goes_on:
             logger.warning("no checkpoint in OUTPUT_DIR %s: starting anew", self.cfg.OUTPUT_DIR)
         elif not resume:
@@ -227,7 +236,7 @@ class Trainer(DefaultTrainer):
         Raises:
             ConfigError: if another run is writing into OUTPUT_DIR.
         """
-        self._guard.seed = self.seed
+        self._guard.seed = self._trainer.seed = self.seed
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.go_to(self.seed, self.start_iter)
         with contextlib.ExitStack() as stack:
@@ -247,9 +256,15 @@ class Trainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         scalars = scalar_state(self.storage)
         own = {"seed": self.seed, "world_size": comm.get_world_size(), "scalars": scalars}
+        if self.average:
+            own |= self.average.trained(self.model)
+        if self.cfg.SOLVER.LR_FACTORS or self.cfg.SOLVER.LAYER_DECAY != 1:
+            own[GROUPS] = group_names(self.optimizer, undistributed(self.model))
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_optimizer(self.optimizer, undistributed(self.model), state_dict)
+        resume_average(self.average, self.model, state_dict)
         load = functools.partial(super().load_state_dict, state_dict)
         load_keeping_config(self.optimizer, self.scheduler, load)
         if state_dict.get("world_size") != comm.get_world_size():
@@ -365,38 +380,6 @@ class Trainer(DefaultTrainer):
                 logger.info("ground truth and predictions: %s", path)
 
 
-def distribute(model: torch.nn.Module) -> torch.nn.Module:
-    """Returns the model in DistributedDataParallel if there are several processes.
-
-    Parameters without a gradient, as of a level of the pyramid that no head reads, are looked for
-    in the first step alone. Which have one must not change from step to step.
-    """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    devices = None if on_cpu or comm.get_world_size() == 1 else [comm.get_local_rank()]
-    # After the first step gradients are added up in another order, and so they would be after a
-    # run's first step and not yet after the step of a resumed one. Of three processes on, sums of
-    # other rounding: runs on the CPU are resumed bit by bit.
-    keep_order = on_cpu and comm.get_world_size() > 2
-    return create_ddp_model(
-        model,
-        broadcast_buffers=False,
-        device_ids=devices,
-        static_graph=not keep_order,
-        find_unused_parameters=keep_order,
-    )
-
-
-def share_buffers(model: torch.nn.Module) -> None:
-    """Gives all processes the batch statistics of the first.
-
-    Each has averaged its own, and the first's are in the checkpoint: without this, evaluation in
-    several processes would be of a model that nobody has.
-    """
-    if comm.get_world_size() > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
 def _forget_unmatched_classes(cfg: CfgNode, model: torch.nn.Module) -> None:
     """Takes the file's class names from a model that trains on data whose classes have no names.
 
@@ -416,6 +399,11 @@ def _forget_unmatched_classes(cfg: CfgNode, model: torch.nn.Module) -> None:
     name_classes(model, None)
 
 
+def _average_weights(trainer: Trainer) -> None:
+    if trainer.average:
+        trainer.average.update_parameters(trainer.model)
+
+
 def _draw_contact_sheets(trainer: Trainer) -> None:
     if trainer.iter >= trainer.max_iter:  # not after a failure
-        trainer.draw_contact_sheets(trainer.cfg, trainer.model)
+        trainer.draw_contact_sheets(trainer.cfg, trainer.evaluated_model)

@@ -5,9 +5,11 @@ As a script it is what torchrun starts: ``made_run.py OUTPUT`` trains.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,20 @@ from detectron2.utils.events import EventStorage
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import launch
-from mask_head_plugin.engine.trainer import distribute, share_buffers
+from mask_head_plugin.engine.distributed import distribute, share_buffers
 
 NUM_STEPS = 2
+
+
+@contextlib.contextmanager
+def in_one_process(folder: Path) -> Iterator[None]:
+    """Makes this process the only one of a group, so that DistributedDataParallel works."""
+    place = {"store": dist.FileStore(str(folder / "store"), 1), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", **place)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def make_model() -> torch.nn.Module:

@@ -224,7 +224,8 @@ def test_out_of_memory_says_which_images_and_what_to_lower(tmp_path, error):
     message = str(told.value)
     assert "\n" not in message and message.startswith("iteration 0: out of memory (")
     for text in (
-        *("(image_id ", "128 x 96", "objects", "64 RoIs, up to 16 of them", "Lower "),
+        *("(image_id ", "128 x 96", "objects", "64 RoIs, up to 16 of them", "Raise "),
+        *("SOLVER.ACCUMULATE_STEPS (now 1), or lower ",),
         *("SOLVER.IMS_PER_BATCH (now 2)", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE (now 32)"),
     ):
         assert text in message, text

@@ -118,7 +118,8 @@ def assert_same_run(folder: Path, expected: Path) -> None:
         assert torch.equal(states[0]["model"][name], weight), name
     momenta = [state["trainer"]["_trainer"]["optimizer"]["state"] for state in states]
     for key, entry in momenta[1].items():
-        assert torch.equal(momenta[0][key]["momentum_buffer"], entry["momentum_buffer"]), key
+        for name, moment in entry.items():
+            assert torch.equal(momenta[0][key][name], moment), (key, name)
     assert metrics(folder) == metrics(expected)
     best = [json.loads((each / "model_best.json").read_text()) for each in (folder, expected)]
     assert best[0] == best[1]
@@ -155,6 +156,25 @@ def test_a_killed_and_resumed_run_ends_bit_by_bit_as_the_undisturbed(
     assert not (tmp_path / "model_final.pth").exists()
     train(cfg, resume=True)
     assert_same_run(tmp_path, undisturbed)
+
+
+RECIPE = [
+    *("SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.001", "SOLVER.EMA_DECAY", "0.9"),
+    *("SOLVER.ACCUMULATE_STEPS", "2", "SOLVER.LR_FACTORS", '[["roi_heads.mask_head", 2.0]]'),
+    *("SOLVER.LAYER_DECAY", "0.8", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"),
+]
+
+
+def test_a_run_with_average_and_parts_and_adamw_is_resumed_bit_by_bit(tmp_path, monkeypatch):
+    (tmp_path / "expected").mkdir()
+    expected = train(config(tmp_path / "expected", *RECIPE))
+    cfg = config(tmp_path / "killed", *RECIPE)
+    train_until_killed(cfg, monkeypatch, Trainer, "run_step", 6)
+    trainer = train(cfg, resume=True)
+    assert_same_run(tmp_path / "killed", tmp_path / "expected")
+    for name, weight in expected.model.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], weight), name
+    assert int(trainer.average.n_averaged) == MAX_ITER
 
 
 def test_workers_change_nothing(tmp_path, undisturbed, monkeypatch):
@@ -232,6 +252,19 @@ def test_a_resumed_run_learns_as_its_config_says_not_as_the_checkpoint_does(tmp_
 
     with pytest.raises(ConfigError, match=r"optimizer does not fit .*FREEZE_AT and .* set them ba"):
         Trainer(config(tmp_path, "MODEL.BACKBONE.FREEZE_AT", "2")).resume_or_load(resume=True)
+
+
+def test_what_a_resumed_run_cannot_take_up_of_its_optimizer_is_refused(tmp_path):
+    factors = ["SOLVER.LR_FACTORS", '[["roi_heads.mask_head.mask_fcn1", 2.0]]']
+    train(config(tmp_path, *factors, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()"))
+    rest = "other parameters have a learning rate of their own.*SOLVER.LR_FACTORS"
+    for opts, message in (
+        (["SOLVER.LR_FACTORS", '[["roi_heads.mask_head.mask_fcn2", 2.0]]'], rest),
+        ([*factors, "SOLVER.OPTIMIZER", "AdamW"], r"is SGD, and SOLVER\.OPTIMIZER is AdamW"),
+        ([*factors, "SOLVER.BIAS_LR_FACTOR", "2.0"], "does not fit this config"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Trainer(config(tmp_path, *opts)).resume_or_load(resume=True)
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):

@@ -1,0 +1,132 @@
+"""A batch computed in parts, whose gradients are added up to one step: less memory, the same batch.
+
+The step is that of the whole batch as far as losses are means over images, as those of the RPN are,
+or parts have as many RoIs as each other; else each part counts alike, just as processes do in
+DistributedDataParallel. Batch normalization sees a part at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..config import ConfigError
+from ..data import seed_generators
+
+
+class AccumulatingTrainer(SimpleTrainer):
+    """SimpleTrainer whose step computes its batch in parts.
+
+    ``after_backward`` of its hooks is called after each part, so that a guard sees whose losses are
+    at fault. Gradients are shared among processes once a step, and clipped by the optimizer once
+    they are complete.
+
+    Attributes:
+        seed: of the run. Each part has random numbers of its own, which depend on seed, iteration,
+            rank and part, so that it can be repeated alone.
+        part: that is being computed, from 0.
+    """
+
+    def __init__(
+        self, model: nn.Module, data_loader: Iterable[Any], optimizer: Optimizer, num_parts: int
+    ) -> None:
+        """
+        Args:
+            model: see SimpleTrainer.
+            data_loader: gives lists of samples, whose number can be divided by ``num_parts``.
+            optimizer: see SimpleTrainer.
+            num_parts: SOLVER.ACCUMULATE_STEPS.
+        """
+        super().__init__(model, data_loader, optimizer)
+        self.num_parts, self.seed, self.part = num_parts, 0, 0
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        size, rest = divmod(len(batch), self.num_parts)
+        if rest:
+            raise ConfigError(
+                f"the loader gave {len(batch)} images, which cannot be divided into SOLVER."
+                f"ACCUMULATE_STEPS {self.num_parts} parts"
+            )
+        means: dict[str, Tensor] = {}
+        self.optimizer.zero_grad()
+        for part in range(self.num_parts):
+            self.part = part
+            seed_generators(self.seed, self.iter, comm.get_rank(), part)
+            with self._shared_at_last():
+                losses = self._losses(batch[part * size : (part + 1) * size])
+                shares = {name: loss / self.num_parts for name, loss in losses.items()}
+                total: Any = sum(shares.values())
+                self._scaled(total).backward()
+            self.after_backward()
+            for name, share in shares.items():
+                means[name] = means.get(name, 0) + share.detach()
+        self._write_metrics(means, data_time)
+        self._step()
+
+    def _shared_at_last(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps the gradients of all parts but the last in this process."""
+        is_parallel = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        if is_parallel and self.part < self.num_parts - 1:
+            no_sync: contextlib.AbstractContextManager[None] = self.model.no_sync()
+            return no_sync
+        return contextlib.nullcontext()
+
+    def _losses(self, samples: list[Any]) -> dict[str, Tensor]:
+        losses = self.model(samples)
+        return {"total_loss": losses} if isinstance(losses, Tensor) else losses
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def _step(self) -> None:
+        self.optimizer.step()
+
+
+class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
+    """The same with AMPTrainer's mixed precision and its scaling of the loss."""
+
+    def _losses(self, samples: list[Any]) -> dict[str, Tensor]:
+        with torch.autocast(next(self.model.parameters()).device.type, dtype=self.precision):
+            return super()._losses(samples)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        scaled: Tensor = self.grad_scaler.scale(loss)
+        return scaled
+
+    def _step(self) -> None:
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+
+def build_inner_trainer(
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    optimizer: Optimizer,
+    *,
+    amp: bool,
+    num_parts: int,
+) -> SimpleTrainer:
+    """Returns detectron2's trainer of steps or, for batches in several parts, one of this module.
+
+    Args:
+        model: see SimpleTrainer, as the next two.
+        data_loader: gives batches.
+        optimizer: of the model.
+        amp: SOLVER.AMP.ENABLED.
+        num_parts: SOLVER.ACCUMULATE_STEPS.
+    """
+    if num_parts == 1:
+        return (AMPTrainer if amp else SimpleTrainer)(model, data_loader, optimizer)
+    trainer = AccumulatingAMPTrainer if amp else AccumulatingTrainer
+    return trainer(model, data_loader, optimizer, num_parts)
