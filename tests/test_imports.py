@@ -35,7 +35,7 @@ LAYERS = (
     {"__init__", "config_check"},
     {"checkpoint"},
     {"engine"},
-    {"ablation", "comparison", "demo"},
+    {"ablation", "comparison", "demo", "new_config"},
     {"deploy"},
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}

@@ -102,21 +102,10 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
     if mode not in MODES:
         raise ConfigError(f"DATASETS.CHECK {mode!r} is none of {MODES}")
     names = (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)
-    sources = _sources(names) if mode != "off" else []
+    sources = sources_of(names) if mode != "off" else []
     if not sources:
         return
-    checked = {
-        source: check_with_cache(source, _num_classes(cfg, source), masks=cfg.MODEL.MASK_ON)
-        for source in sources
-    }
-    found = [
-        finding
-        for source, result in checked.items()
-        for finding in result.findings
-        if finding.kind != "image-without-objects" or _leave_training(cfg, source)
-    ]
-    found += _disagreements(cfg, checked) + _wrong_mask_format(cfg, checked)
-    found += _in_both_splits(cfg, checked) + _more_objects_than_detections(cfg, checked)
+    found = find_faults(cfg, sources)
     report = Path(cfg.OUTPUT_DIR) / REPORT
     if comm.is_main_process():
         write_report(found, report)
@@ -128,7 +117,31 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
             level = logging.INFO if finding.severity == HINT else logging.WARNING
             logger.log(level, "%s", finding)
     if errors and mode == "error":
-        raise ConfigError(_message(errors, sources, report))
+        raise ConfigError(
+            f"{describe_errors(errors, sources)}\nAll are in {report}. DATASETS.CHECK warn goes on "
+            "in spite of errors, off does not look for them."
+        )
+
+
+def find_faults(cfg: CfgNode, sources: Sequence[CocoSource]) -> list[Finding]:
+    """Returns the faults of data sets, each alone and together, in a config.
+
+    Args:
+        cfg: a config whose data sets are registered.
+        sources: those of them that are files.
+    """
+    checked = {
+        source: check_with_cache(source, _num_classes(cfg, source), masks=cfg.MODEL.MASK_ON)
+        for source in sources
+    }
+    found = [
+        finding
+        for source, result in checked.items()
+        for finding in result.findings
+        if finding.kind != "image-without-objects" or _leave_training(cfg, source)
+    ]
+    found += _disagreements(cfg, checked) + _wrong_mask_format(cfg, checked)
+    return found + _in_both_splits(cfg, checked) + _more_objects_than_detections(cfg, checked)
 
 
 def write_report(found: Sequence[Finding], path: Path) -> None:
@@ -137,7 +150,7 @@ def write_report(found: Sequence[Finding], path: Path) -> None:
     write_durably(path, json.dumps(content, indent=1) + "\n")
 
 
-def _sources(names: Iterable[str]) -> list[CocoSource]:
+def sources_of(names: Iterable[str]) -> list[CocoSource]:
     """Returns the data sets that are files, each pair of file and folder once."""
     sources: dict[tuple[str, str], CocoSource] = {}
     for name in names:
@@ -253,17 +266,16 @@ def _wrong_mask_format(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> 
     ]
 
 
-def _message(errors: Sequence[Finding], sources: Iterable[CocoSource], report: Path) -> str:
+def describe_errors(errors: Sequence[Finding], sources: Iterable[CocoSource]) -> str:
+    """Returns the first errors of data sets, and the commands that write corrected copies."""
     lines = [f"the data sets have {len(errors)} errors:"]
     lines += [f"  {finding}" for finding in errors[:SHOWN]]
     if len(errors) > SHOWN:
         lines.append(f"  and {len(errors) - SHOWN} more")
-    lines.append(f"All are in {report}.")
     mendable = {finding.file for finding in errors if KINDS[finding.kind].by_fix}
     commands = [f"  {_fix_command(source)}" for source in sources if source.json_file in mendable]
     if commands:
         lines += ["A corrected copy is written by", *commands]
-    lines.append("DATASETS.CHECK warn goes on in spite of errors, off does not look for them.")
     return "\n".join(lines)
 
 

@@ -1,0 +1,133 @@
+"""Anchors by k-means on the boxes, at the size at which the model sees them.
+
+detectron2's anchors are all combinations of sizes and aspect ratios, so the two are clustered each
+by itself, in logarithms: an error of a factor counts the same for small and for large boxes.
+
+Shape alphabet: R objects, S sizes, A aspect ratios.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from .data_facts import FloatArray, IntArray
+
+STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+SIZES_PER_LEVEL = 2
+NUM_RATIOS = 3
+COCO_SIZES, COCO_RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
+SAMPLES = 4000
+"""Boxes that a clustering sees, at most about so many."""
+LEAST_STEP = 1.15
+"""Factor between neighbours; nearer ones would be one anchor twice."""
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Anchors of each level of a pyramid.
+
+    Attributes:
+        levels: names of the maps.
+        sizes: sides in pixels for each level, ascending.
+        ratios: height over width.
+        covered: share of the boxes that overlap the best anchor by half, if it is on their centre.
+        covered_by_default: the same with COCO's anchors.
+    """
+
+    levels: list[str]
+    sizes: list[list[int]]
+    ratios: list[float]
+    covered: float
+    covered_by_default: float
+
+
+def choose_anchors(object_hw: FloatArray, class_of: IntArray) -> Anchors:
+    """Returns anchors for boxes.
+
+    Each class counts as the square root of its boxes, so that a frequent one does not take all
+    anchors.
+
+    Args:
+        object_hw: (R, 2) heights and widths in pixels of the model's input.
+        class_of: (R,) class of each object.
+    """
+    log_sides = np.log(object_hw.prod(axis=1)) / 2
+    log_ratios = np.log(object_hw[:, 0] / object_hw[:, 1])
+    sides = balanced_sample(log_sides, class_of)
+    levels = _levels(*np.exp(np.percentile(sides, [2, 98])))
+    centres = np.exp(clusters(sides, SIZES_PER_LEVEL * len(levels)))
+    sizes = np.rint(centres.clip(4)).astype(int).reshape(len(levels), -1).tolist()
+    middles = np.exp(clusters(balanced_sample(log_ratios, class_of), NUM_RATIOS))
+    ratios = [float(f"{ratio:.2g}") for ratio in middles]
+    flat = [size for level in sizes for size in level]
+    covered = covered_share(object_hw, flat, ratios)
+    by_default = covered_share(object_hw, COCO_SIZES, COCO_RATIOS)
+    return Anchors(levels, sizes, ratios, covered, by_default)
+
+
+def balanced_sample(values: FloatArray, class_of: IntArray) -> FloatArray:
+    """Returns quantiles of the values of each class, their number growing as the square root."""
+    counts = np.sqrt(np.bincount(class_of))
+    wanted = np.ceil(counts / counts.sum() * min(SAMPLES, len(values))).astype(int)
+    parts = [
+        np.quantile(values[class_of == k], (np.arange(number) + 0.5) / number)
+        for k, number in enumerate(wanted)
+        if number
+    ]
+    sample: FloatArray = np.concatenate(parts)
+    return sample
+
+
+def clusters(values: FloatArray, number: int) -> FloatArray:
+    """Returns the centres of k-means in one dimension, ascending; evenly spaced if values are few.
+
+    Args:
+        values: logarithms.
+        number: k.
+    """
+    lowest, highest = np.percentile(values, [2, 98])
+    step = np.log(LEAST_STEP)
+    missing = max(step * (number - 1) - (highest - lowest), 0)
+    even: FloatArray = np.linspace(lowest - missing / 2, highest + missing / 2, number)
+    if missing:
+        return even
+    order = np.argsort(values, kind="stable")
+    labels = np.empty(len(values), np.int32)
+    labels[order] = np.arange(len(values)) * number // len(values)
+    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 1e-4)
+    data = values.astype(np.float32)[:, None]
+    # It starts from quantiles, so that the same boxes give the same anchors.
+    _, _, found = cv2.kmeans(data, number, labels, stop, 1, cv2.KMEANS_USE_INITIAL_LABELS)
+    centres: FloatArray = np.sort(found[:, 0].astype(float))
+    return centres if np.diff(centres).min() >= step else even
+
+
+def covered_share(object_hw: FloatArray, sizes: object, ratios: object) -> float:
+    """Returns the share of the boxes that an anchor of their centre overlaps by half (IoU).
+
+    Args:
+        object_hw: (R, 2) heights and widths.
+        sizes: (S,) sides.
+        ratios: (A,) height over width.
+    """
+    grid = np.sqrt(np.asarray(ratios, float))[None, :], np.asarray(sizes, float)[:, None]
+    anchor_hw = np.stack([grid[1] * grid[0], grid[1] / grid[0]], axis=-1).reshape(-1, 2)
+    best = np.zeros(len(object_hw))
+    areas = object_hw.prod(axis=1)
+    for anchor in anchor_hw:
+        shared = np.minimum(object_hw, anchor).prod(axis=1)
+        best = np.maximum(best, shared / (areas + anchor.prod() - shared))
+    return float((best >= 0.5).mean())
+
+
+def _levels(small: float, large: float) -> list[str]:
+    """Returns the maps for objects between two sides: 8 cells of a map are what it sees best."""
+    names, strides = list(STRIDES), np.array(list(STRIDES.values()))
+    top = (
+        int(np.argmax(strides * 8 * 1.5 >= large)) if large <= strides[-1] * 12 else len(names) - 1
+    )
+    bottom = min(int(np.argmax(strides * 16 > small)) if small < strides[-1] * 16 else top, top)
+    return names[bottom : top + 1]

@@ -1,0 +1,93 @@
+"""The model that a config starts from, by what is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .commented_yaml import Setting
+from .device import Device
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SMALL, R50_FPN = "Base-Small.yaml", "Base-MaskRCNN-FPN.yaml"
+ROI_LEVELS = ("p2", "p3", "p4", "p5")
+R50_RATE = 0.02 / 16
+"""Learning rate of detectron2's R50-FPN for each image of a batch."""
+SMALL_RATE = 0.02 / 2
+"""Learning rate of configs/nuclei/ for each image of a batch."""
+LITE0 = "tf_efficientnet_lite0"
+LITE0_FILE = Path("backbones") / f"{LITE0}.safetensors"
+"""Where tools/fetch_backbone.py writes it."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A base config and what a config adds to it.
+
+    Attributes:
+        name: for people.
+        base: file in ``configs/``.
+        rate_per_image: learning rate for each image of a batch.
+        why_learning_rate: where that is from.
+        pixels_per_second: that a core of a CPU trains on; see docs/new_config.md.
+        settings: keys of the backbone.
+        advice: what would make a better config, for people.
+    """
+
+    name: str
+    base: str
+    rate_per_image: float
+    why_learning_rate: str
+    pixels_per_second: float
+    settings: list[Setting] = field(default_factory=list)
+    advice: str = ""
+
+    def learning_rate(self, batch_size: int) -> float:
+        """Returns it for a batch: in proportion to the images."""
+        return float(f"{self.rate_per_image * batch_size:.2g}")
+
+    def head_levels(self, levels: Sequence[str]) -> list[str]:
+        """Returns the maps that the heads read, if not those of the base config."""
+        few = self.base == SMALL and levels[-1] in ("p5", "p6")
+        return [*ROI_LEVELS] if few else []
+
+
+def choose_backbone(device: Device) -> Backbone:
+    """Returns the best backbone for a device that needs nothing which is not here."""
+    if device.kind == "cuda":
+        return Backbone(
+            "R50-FPN", R50_FPN, R50_RATE, "As detectron2's for R50-FPN: 0.02 for 16 images.", 0
+        )
+    why = "As configs/nuclei/ has it: 0.02 for 2 images."
+    file = next((x for x in (LITE0_FILE, CONFIGS.parent / LITE0_FILE) if x.is_file()), None)
+    has_timm = importlib.util.find_spec("timm") is not None
+    if has_timm and file:
+        settings = _lite0_settings(file.absolute())
+        return Backbone(
+            "EfficientNet-Lite0 with ImageNet weights", SMALL, SMALL_RATE, why, 1.5e5, settings
+        )
+    missing = "" if has_timm else "pip install timm, and "
+    return Backbone(
+        "a small model from random weights",
+        SMALL,
+        SMALL_RATE,
+        why,
+        2.8e5,
+        advice="better: start from ImageNet weights, which nothing downloads unasked. "
+        f"Run {missing}python tools/fetch_backbone.py efficientnet_lite0, then this again with "
+        "--overwrite",
+    )
+
+
+def _lite0_settings(file: Path) -> list[Setting]:
+    why = "ImageNet weights, by tools/fetch_backbone.py efficientnet_lite0; a CPU can train it."
+    pixels = "Of the pixels that these weights were trained on, 0 to 255."
+    return [
+        Setting("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", why),
+        Setting("MODEL.TIMM.NAME", LITE0),
+        Setting("MODEL.TIMM.CHECKPOINT", str(file)),
+        Setting("MODEL.PIXEL_MEAN", [127.5] * 3, pixels),
+        Setting("MODEL.PIXEL_STD", [127.5] * 3),
+    ]

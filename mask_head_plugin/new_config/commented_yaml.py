@@ -1,0 +1,80 @@
+"""YAML in which a comment above each key says why it has its value."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value of a config.
+
+    Attributes:
+        key: with its sections, such as ``MODEL.MASK_ON``.
+        value: numbers, texts and lists of them.
+        why: the comment above the key; none where it is empty, as for a key that goes with the one
+            before.
+    """
+
+    key: str
+    value: Any
+    why: str = ""
+
+
+def render(header: str, base: str, settings: Iterable[Setting]) -> str:
+    """Returns the text of a config file.
+
+    Args:
+        header: paragraphs of the comment at its top.
+        base: ``_BASE_``.
+        settings: sections come in the order of their first keys.
+    """
+    sections: dict[str, Any] = {}
+    for setting in settings:
+        *parents, name = setting.key.split(".")
+        section = sections
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[name] = setting
+    lines = [line for part in header.split("\n") for line in _comment(part, "")]
+    return "\n".join([*lines, f"_BASE_: {_flow(base)}", *_section_lines(sections, "")]) + "\n"
+
+
+def _section_lines(section: dict[str, Any], indent: str) -> list[str]:
+    lines = []
+    for name, content in section.items():
+        if isinstance(content, Setting):
+            lines += _comment(content.why, indent)
+            lines += _value_lines(f"{indent}{name}:", content.value, indent)
+        else:
+            lines += [f"{indent}{name}:", *_section_lines(content, indent + "  ")]
+    return lines
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    prefix = f"{indent}# "
+    return textwrap.wrap(text, WIDTH, initial_indent=prefix, subsequent_indent=prefix)
+
+
+def _value_lines(start: str, value: Any, indent: str) -> list[str]:
+    if isinstance(value, list) and any(
+        isinstance(entry, list) and str in map(type, entry) for entry in value
+    ):
+        return [start, *(f"{indent}  - {_flow(entry)}" for entry in value)]
+    return [f"{start} {_flow(value)}"]
+
+
+def _flow(value: Any) -> str:
+    """Returns a value in one line."""
+    # In a list, a text is quoted as YAML needs it and no end of document follows.
+    text: str = yaml.safe_dump(
+        [value], default_flow_style=True, width=float("inf"), allow_unicode=True
+    )
+    return text.strip()[1:-1]

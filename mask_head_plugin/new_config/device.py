@@ -1,0 +1,89 @@
+"""The device that a config is for, and how large an image it can train on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+BYTES_PER_PIXEL = 2500
+"""Of the image, in a training step with float32: measured as peak of R50-FPN and the small model,
+see docs/new_config.md."""
+USABLE = 0.6
+"""Share of the memory that a step may take: crowded images need more than others."""
+UNKNOWN_GPU = 8e9
+"""Bytes of a GPU that is not in this machine: most have more."""
+MOST_CORES = 16
+"""More make the small model of a CPU hardly faster."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a config is to be trained.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        is_here: whether this machine has it.
+        memory: its bytes, those of a GPU or of the machine.
+        cores: of the processor, which this process may use.
+    """
+
+    kind: str
+    is_here: bool
+    memory: float
+    cores: int
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a step, if memory allows: on a CPU more would only make steps longer."""
+        return 8 if self.kind == "cuda" else 2
+
+    @property
+    def usual_short_edge(self) -> int:
+        """The shorter side that images get where no object asks for more: detectron2's on a GPU."""
+        return 800 if self.kind == "cuda" else 448
+
+    @property
+    def view_pixels(self) -> float:
+        """The most pixels of an image, or of a crop, in training."""
+        usual = 1.6e6 if self.kind == "cuda" else 512.0**2
+        return min(usual, self.memory * USABLE / BYTES_PER_PIXEL / 2)
+
+    @property
+    def crop_side(self) -> int:
+        """The side of a crop that is neither slow nor without context."""
+        return 800 if self.kind == "cuda" else 320
+
+    @property
+    def image_pixels(self) -> float:
+        """The most pixels of a whole image in evaluation, which keeps no activations."""
+        return 4 * self.view_pixels
+
+    def fitting_batch(self, view_pixels: float) -> int:
+        """Returns how many images of so many pixels a step can have."""
+        batch = self.batch_size
+        while batch > 1 and batch * view_pixels * BYTES_PER_PIXEL > USABLE * self.memory:
+            batch //= 2
+        return batch
+
+    def __str__(self) -> str:
+        if self.kind == "cpu":
+            return f"{self.cores} CPU cores"
+        name = torch.cuda.get_device_name() if self.is_here else "a GPU"
+        return f"{name} with {self.memory / 1e9:.0f} GB"
+
+
+def find_device(kind: str | None) -> Device:
+    """Returns a device.
+
+    Args:
+        kind: ``cpu`` or ``cuda``; None is the GPU where there is one.
+    """
+    cores = min(len(os.sched_getaffinity(0)), MOST_CORES)
+    has_gpu = torch.cuda.is_available()
+    if kind == "cpu" or (kind is None and not has_gpu):
+        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return Device("cpu", True, memory, cores)
+    memory = torch.cuda.get_device_properties(0).total_memory if has_gpu else UNKNOWN_GPU
+    return Device("cuda", has_gpu, memory, cores)

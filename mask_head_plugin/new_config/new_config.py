@@ -1,0 +1,286 @@
+"""Writes a config for a data set: files are read and checked, keys fitted and tried, all before."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..config import ConfigError, read_config
+from ..config_check.unread_keys import own_keys
+from ..dataset_check.config_datasets import (
+    CocoSource,
+    check_with_cache,
+    describe_errors,
+    find_faults,
+    sources_of,
+)
+from ..dataset_check.findings import WARNING, Finding, errors_of
+from ..dataset_check.photographs import photographs
+from ..dataset_check.split import split
+from ..durable_files import write_durably
+from ..engine.run import check_and_register
+from .backbone import CONFIGS, Backbone, choose_backbone
+from .commented_yaml import render
+from .data_facts import DataFacts, facts_of, read_facts
+from .device import Device, find_device
+from .schedule import Schedule
+from .settings import choose_settings, describe, file_settings
+from .trial import Estimate, try_config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """A COCO file and the folder of its images."""
+
+    json_file: Path
+    images: Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to write a config for.
+
+    Attributes:
+        train: training data.
+        val: validation data; None splits the training data.
+        output: the config.
+        split_share: of the images that go to validation where ``val`` is None.
+        seed: of the split.
+        device: ``cpu`` or ``cuda``; None is the GPU where there is one.
+        overwrite: whether files that are there are replaced.
+    """
+
+    train: DataFiles
+    val: DataFiles | None
+    output: Path
+    split_share: float = 0.2
+    seed: int = 0
+    device: str | None = None
+    overwrite: bool = False
+
+    @property
+    def part_files(self) -> dict[str, Path]:
+        """The annotations of a split."""
+        return {part: self.output.with_suffix(f".{part}.json") for part in ("train", "val")}
+
+    @property
+    def outputs(self) -> list[Path]:
+        """All files that may be written."""
+        return [self.output, *(self.part_files.values() if self.val is None else ())]
+
+
+@dataclass(frozen=True)
+class NewConfig:
+    """A config that is written, and what is known of it.
+
+    Attributes:
+        files: the config, and the annotations of a split.
+        train: the training data.
+        val: the validation data, if there are any.
+        backbone: the model's.
+        device: to train on.
+        schedule: of the training.
+        warnings: of the data sets.
+        estimate: of a trial; None where the device is not here.
+    """
+
+    files: list[Path]
+    train: DataFacts
+    val: DataFacts | None
+    backbone: Backbone
+    device: Device
+    schedule: Schedule
+    warnings: list[Finding]
+    estimate: Estimate | None
+
+
+def write_new_config(request: Request) -> NewConfig:
+    """Writes a config, and the parts of a split if there are no validation data.
+
+    The config is loaded and checked as train_net.py does, and some iterations are trained, before
+    any file is written.
+
+    Args:
+        request: what for.
+
+    Raises:
+        ConfigError: if a path is wrong, a data set has errors, or no config can be fitted to it.
+        OSError: if a file cannot be written.
+    """
+    _refuse_wrong_paths(request)
+    _check_files(request)
+    device = find_device(request.device)
+    backbone = choose_backbone(device)
+    parts = _split(request) if request.val is None else {}
+    train, val = _facts(request, parts)
+    settings, schedule = choose_settings(train, val, backbone, device)
+    name = re.sub(r"[^\w+-]+", "_", request.output.stem)
+    header = (
+        f"Written by tools/new_config.py for {describe(train)}, to train {backbone.name} on "
+        f"{device}.\nEach comment says why a key has its value. All of it is a start: change what "
+        "you know better."
+    )
+
+    def text(folder: Path, base: str) -> str:
+        """Returns the config for parts of a split in a folder."""
+        files = _data_sets(request, parts, folder, name)
+        named = file_settings(files, f"./output/{name}", _split_words(request, parts))
+        return render(header, base, [*settings, *named])
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_parts(request, parts, Path(folder))
+        trial = Path(folder) / request.output.name
+        write_durably(trial, text(Path(folder), str(CONFIGS / backbone.base)))
+        cfg, warnings = _checked(trial, device)
+        estimate = try_config(cfg) if device.is_here else None
+    output = request.output.absolute()
+    files = _write_parts(request, parts, output.parent)
+    write_durably(output, text(output.parent, _base(output, backbone)))
+    files = [request.output, *files]
+    return NewConfig(files, train, val, backbone, device, schedule, warnings, estimate)
+
+
+def _refuse_wrong_paths(request: Request) -> None:
+    for flag, data in (("train", request.train), ("val", request.val)):
+        if data is None:
+            continue
+        if not data.json_file.is_file():
+            raise ConfigError(f"--{flag} {data.json_file}: there is no such file")
+        if not data.images.is_dir():
+            raise ConfigError(f"--{flag}-images {data.images}: there is no such folder")
+    output = request.output
+    if output.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--output {output}: name a file that ends in .yaml, such as cells.yaml")
+    inputs = [x.json_file.resolve() for x in (request.train, request.val) if x]
+    for path in request.outputs:
+        if path.resolve() in inputs:
+            raise ConfigError(f"--output: {path} is one of the input files; name another")
+        if path.is_dir():
+            raise ConfigError(f"--output: {path} is a folder; name a file")
+        if os.path.lexists(path) and not request.overwrite:
+            raise ConfigError(f"--output: {path} exists; name another file, or add --overwrite")
+
+
+def _check_files(request: Request) -> None:
+    """Checks the files as training does, which then knows them already.
+
+    Raises:
+        ConfigError: if there are errors.
+    """
+    data = [x for x in (request.train, request.val) if x is not None]
+    sources = [
+        CocoSource(
+            x.json_file.name, str(x.json_file.absolute()), str(x.images.absolute()), False, True
+        )
+        for x in data
+    ]
+    found = [finding for source in sources for finding in check_with_cache(source).findings]
+    if errors := errors_of(found):
+        raise ConfigError(describe_errors(errors, sources))
+
+
+def _split(request: Request) -> dict[str, dict[str, Any]]:
+    """Returns the parts for training and validation; none where they would lack objects."""
+    content = json.loads(request.train.json_file.read_text(encoding="utf-8"))
+    root = str(request.train.images)
+    names = [image["file_name"] for image in content["images"]]
+    if len(set(photographs(names, [os.path.join(root, name) for name in names]))) < 2:  # noqa: PTH118  # as detectron2
+        return {}
+    both = dict(
+        zip(("train", "val"), split(content, root, request.split_share, request.seed), strict=True)
+    )
+    with_objects = [
+        any(not x.get("iscrowd") for x in part["annotations"]) for part in both.values()
+    ]
+    return both if all(with_objects) else {}
+
+
+def _facts(
+    request: Request, parts: Mapping[str, dict[str, Any]]
+) -> tuple[DataFacts, DataFacts | None]:
+    if parts:
+        train, val = (facts_of(part, str(request.train.json_file)) for part in parts.values())
+        return train, val
+    train = read_facts(str(request.train.json_file))
+    return train, None if request.val is None else read_facts(str(request.val.json_file))
+
+
+def _data_sets(
+    request: Request, parts: Mapping[str, Any], folder: Path, name: str
+) -> list[tuple[str, Path, Path]]:
+    """Returns name, annotations and images of the data sets, with paths that hold anywhere."""
+    if parts:
+        files = {
+            part: DataFiles(folder / path.name, request.train.images)
+            for part, path in request.part_files.items()
+        }
+    else:
+        files = {"train": request.train, **({"val": request.val} if request.val else {})}
+    return [
+        (_free_name(f"{name}_{part}"), data.json_file.absolute(), data.images.absolute())
+        for part, data in files.items()
+    ]
+
+
+def _free_name(name: str) -> str:
+    """Returns a name that no data set of detectron2 or of the plugin has."""
+    taken = name in DatasetCatalog.list() and not MetadataCatalog.get(name).get(
+        "from_coco_files", False
+    )
+    return f"own_{name}" if taken else name
+
+
+def _split_words(request: Request, parts: Mapping[str, Any]) -> str:
+    if not parts:
+        return ""
+    train, val = (len(part["images"]) for part in parts.values())
+    return (
+        f"Of {request.train.json_file.name}, {train} images are for training and {val} for "
+        f"validation (--seed {request.seed}). Copies, tiles and versions of one photograph, as far "
+        "as names and contents tell, are in one of the two."
+    )
+
+
+def _write_parts(request: Request, parts: Mapping[str, Any], folder: Path) -> list[Path]:
+    files = []
+    for part, content in parts.items():
+        files.append(folder / request.part_files[part].name)
+        write_durably(files[-1], json.dumps(content))
+    return files
+
+
+def _base(output: Path, backbone: Backbone) -> str:
+    """Returns ``_BASE_``: relative for a config in the folder of this project's, else absolute."""
+    base = CONFIGS / backbone.base
+    if output.resolve().is_relative_to(CONFIGS):
+        return os.path.relpath(base, output.resolve().parent)
+    return str(base)
+
+
+def _checked(config_file: Path, device: Device) -> tuple[CfgNode, list[Finding]]:
+    """Returns a config that has passed all checks of train_net.py, and warnings of its data sets.
+
+    Raises:
+        ConfigError: if it does not pass.
+    """
+    cfg: CfgNode = read_config(str(config_file))
+    cfg.OUTPUT_DIR = str(config_file.parent / "output")
+    cfg.MODEL.DEVICE = device.kind if device.is_here else "cpu"
+    check_and_register(cfg, train=True, own=own_keys(str(config_file), ()))
+    sources = sources_of((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    found = find_faults(cfg, sources)
+    if errors := errors_of(found):
+        raise ConfigError(describe_errors(errors, sources))
+    return cfg, [finding for finding in found if finding.severity == WARNING]

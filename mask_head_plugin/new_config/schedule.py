@@ -1,0 +1,78 @@
+"""How long to train, from the number of images and what the device can do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .device import Device
+
+PASSES = 40
+"""Over the images, as few hundred of them need with pretrained weights."""
+LEAST_VIEWS, MOST_VIEWS = 24_000, 1_440_000
+"""Images or crops in all: a detector's heads start anew however few images there are, and the most
+are those of COCO's 1x schedule."""
+CPU_MINUTES = 40
+LEAST_ITERATIONS = 300
+EVALUATIONS = 4
+EVALUATION_SHARE = 0.25
+"""Of the time of training that evaluations may take."""
+FORWARD_SHARE = 0.3
+"""Of the time of a training step that its forward pass takes."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The course of a training.
+
+    Attributes:
+        batch_size: images in a step.
+        iterations: steps.
+        passes: over the images.
+        warmup: iterations.
+        period: iterations from one evaluation and checkpoint to the next.
+        is_cut: whether the time of a CPU ended it.
+    """
+
+    batch_size: int
+    iterations: int
+    passes: float
+    warmup: int
+    period: int
+    is_cut: bool
+
+
+def choose_schedule(
+    device: Device,
+    num_images: int,
+    view_pixels: float,
+    evaluated_pixels: float,
+    pixels_per_second: float,
+) -> Schedule:
+    """Returns the schedule for a data set.
+
+    Args:
+        device: to train on.
+        num_images: that are trained on.
+        view_pixels: of what training sees of each, on average.
+        evaluated_pixels: of all images of an evaluation.
+        pixels_per_second: that a core trains on.
+    """
+    batch_size = device.fitting_batch(view_pixels)
+    views = min(max(PASSES * num_images, LEAST_VIEWS), MOST_VIEWS)
+    possible = math.inf
+    if device.kind == "cpu":
+        seconds = CPU_MINUTES * 60
+        possible = pixels_per_second * device.cores * seconds / view_pixels
+    steps = min(views, possible) / batch_size
+    iterations = max(math.ceil(steps / 100) * 100, LEAST_ITERATIONS)
+    share = FORWARD_SHARE * evaluated_pixels / (iterations * batch_size * view_pixels)
+    evaluations = max(min(EVALUATIONS, int(EVALUATION_SHARE / share)), 1) if share else 1
+    return Schedule(
+        batch_size=batch_size,
+        iterations=iterations,
+        passes=iterations * batch_size / num_images,
+        warmup=min(1000, iterations // 10),
+        period=math.ceil(iterations / evaluations),
+        is_cut=possible < views,
+    )

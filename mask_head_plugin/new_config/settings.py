@@ -1,0 +1,303 @@
+"""The keys of a config with their values and, for who reads it, the reasons.
+
+Shape alphabet: N images, R objects, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from ..messages import listed
+from .anchors import Anchors, choose_anchors
+from .backbone import Backbone
+from .commented_yaml import Setting
+from .data_facts import DataFacts
+from .device import Device
+from .input_size import SMALLEST, InputSize, choose_input_size
+from .schedule import CPU_MINUTES, LEAST_VIEWS, MOST_VIEWS, PASSES, Schedule, choose_schedule
+
+CLASSES_LISTED = 20
+COCO_DETECTIONS = 100
+SPARE = 1.25
+"""Detections for each object of the most crowded image, as some detections are wrong."""
+RARE = 0.1
+"""Share of the images below which a class is rare."""
+MOST_REPEATED = 4
+"""Times that an image with the rarest class may be seen in a pass over all images."""
+POSITIVE_SHARE = 0.25
+"""detectron2's: of the RoIs that train the heads, so many are objects."""
+
+
+def choose_settings(
+    train: DataFacts, val: DataFacts | None, backbone: Backbone, device: Device
+) -> tuple[list[Setting], Schedule]:
+    """Returns all keys but those that name files, and the schedule.
+
+    Args:
+        train: the training data.
+        val: the validation data; None if there are none.
+        backbone: the model's.
+        device: to train on.
+    """
+    size = choose_input_size(train, device)
+    anchors = choose_anchors(train.object_hw * size.object_scale[:, None], train.class_of)
+    num_val = 0 if val is None else len(val.image_hw)
+    schedule = choose_schedule(
+        device,
+        len(np.unique(train.image_of)),
+        size.view_pixels,
+        num_val * size.image_pixels,
+        backbone.pixels_per_second,
+    )
+    settings = [
+        *backbone.settings,
+        *_anchor_settings(anchors, backbone),
+        *_head_settings(train, val, size, device),
+        *_input_settings(train, size, device),
+        *_sampler_settings(train),
+        *_solver_settings(schedule, backbone, device),
+    ]
+    if val is not None:
+        settings.append(
+            Setting(
+                "TEST.EVAL_PERIOD",
+                schedule.period,
+                "Iterations between evaluations; AP is logged at each.",
+            )
+        )
+    settings.append(_detections(train, val))
+    return settings, schedule
+
+
+def file_settings(
+    files: list[tuple[str, Path, Path]], output_dir: str, split: str = ""
+) -> list[Setting]:
+    """Returns the keys that name files.
+
+    Args:
+        files: name, annotations and image folder of the training data and, if there are any, of
+            the validation data.
+        output_dir: of the run.
+        split: how validation data came about.
+    """
+    entries = [[name, str(json_file), str(images)] for name, json_file, images in files]
+    names = [name for name, _, _ in files]
+    why = f"Name, annotations, images. These paths hold wherever you start the run. {split}"
+    settings = [
+        Setting("DATASETS.COCO_FILES", entries, why.strip()),
+        Setting("DATASETS.TRAIN", names[:1]),
+    ]
+    without = (
+        "" if names[1:] else "There is no other photograph to validate on, so no AP is measured."
+    )
+    settings.append(Setting("DATASETS.TEST", names[1:], without))
+    return [*settings, Setting("OUTPUT_DIR", output_dir)]
+
+
+def describe(facts: DataFacts) -> str:
+    """Returns what a data set holds, in one line."""
+    counts = {
+        "images": len(facts.image_hw),
+        "objects": len(facts.image_of),
+        "classes": len(facts.class_names),
+    }
+    return ", ".join(_count(number, noun) for noun, number in counts.items())
+
+
+def _count(number: int, noun: str) -> str:
+    singular = noun[:-2] if noun == "classes" else noun[:-1]
+    return f"{number:,} {noun if number != 1 else singular}"
+
+
+def _anchor_settings(anchors: Anchors, backbone: Backbone) -> list[Setting]:
+    heads = backbone.head_levels(anchors.levels)
+    share, default = f"{anchors.covered:.0%}", f"{anchors.covered_by_default:.0%}"
+    why = (
+        "Sides of the anchors in pixels of the model's input, two for each map below, by k-means "
+        "on the boxes, in which a class counts as the square root of its objects. "
+        f"{share} of the boxes overlap one by half (IoU 0.5); {default} with COCO's anchors."
+    )
+    return [
+        Setting("MODEL.ANCHOR_GENERATOR.SIZES", anchors.sizes, why),
+        Setting(
+            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
+            [anchors.ratios],
+            "Height over width, by k-means.",
+        ),
+        Setting(
+            "MODEL.RPN.IN_FEATURES", anchors.levels, "Maps on which these sizes are about 8 cells."
+        ),
+        *([Setting("MODEL.ROI_HEADS.IN_FEATURES", heads)] if heads else []),
+    ]
+
+
+def _head_settings(
+    train: DataFacts, val: DataFacts | None, size: InputSize, device: Device
+) -> list[Setting]:
+    """Returns the classes and the numbers of proposals and RoIs."""
+    counts = train.objects_per_class
+    order = np.argsort(-counts, kind="stable")
+    told = [f"{train.class_names[k]} {counts[k]:,}" for k in order if counts[k]]
+    why = f"The classes of the file, with their objects: {listed(told, CLASSES_LISTED)}."
+    if unused := [train.class_names[k] for k in order if not counts[k]]:
+        why += (
+            f" Without any: {listed(unused, CLASSES_LISTED)}; a model learns nothing of these, and "
+            "tools/check_dataset.py --categories leaves them out."
+        )
+    detections = int(_detections(train, val).value)
+    settings = [Setting("MODEL.ROI_HEADS.NUM_CLASSES", len(counts), why)]
+    if device.kind == "cpu":
+        seen = _objects_in_view(train, size)
+        rois = 2 ** round(math.log2(min(max(seen / POSITIVE_SHARE, 64), 256)))
+        why = (
+            f"RoIs an image that train the heads, a quarter of them objects: three of four images "
+            f"show training {seen:.0f} objects or fewer. More take a CPU longer."
+        )
+        settings.append(Setting("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", rois, why))
+        proposals = {
+            "PRE_NMS_TOPK_TRAIN": 1000,
+            "PRE_NMS_TOPK_TEST": max(1000, 2 * detections),
+            "POST_NMS_TOPK_TRAIN": max(400, rois),
+            "POST_NMS_TOPK_TEST": max(400, 2 * detections),
+        }
+        why = "Proposals: a CPU has no time for detectron2's numbers."
+    elif detections > COCO_DETECTIONS:
+        proposals = {
+            "PRE_NMS_TOPK_TEST": max(1000, 2 * detections),
+            "POST_NMS_TOPK_TEST": max(1000, 2 * detections),
+        }
+        why = "Proposals: two for each detection."
+    else:
+        return settings
+    for name, number in proposals.items():
+        settings.append(Setting(f"MODEL.RPN.{name}", number, why))
+        why = ""
+    return settings
+
+
+def _objects_in_view(train: DataFacts, size: InputSize) -> float:
+    seen = float(np.percentile(train.objects_per_image, 75))
+    return seen * min(size.view_pixels / size.image_pixels, 1)
+
+
+def _detections(train: DataFacts, val: DataFacts | None) -> Setting:
+    parts = [facts.objects_per_image.max() for facts in (train, val) if facts is not None]
+    most = int(max(parts))
+    number = max(COCO_DETECTIONS, math.ceil(SPARE * most / 50) * 50)
+    why = f"The most crowded image has {most} objects, and some detections are wrong."
+    if number > COCO_DETECTIONS:
+        why += " Above 100, AP counts so many, too, where COCO's counts 100."
+    return Setting("TEST.DETECTIONS_PER_IMAGE", number, why)
+
+
+def _input_settings(train: DataFacts, size: InputSize, device: Device) -> list[Setting]:
+    shown = f"a tenth of the objects is below {size.smallest:.0f} pixels (root of the box's area)"
+    if not size.short_edge:
+        why = f"0 keeps the images' own size, at which {shown}."
+    else:
+        why = f"Short edge of the images in evaluation. At it {shown}."
+        if size.smallest < 0.95 * SMALLEST:
+            why += (
+                f" Better were {SMALLEST}, at {size.wanted}, but that is more than {device} can "
+                "train on in good time or memory; cutting the images into tiles helps."
+            )
+    settings = [Setting("INPUT.MIN_SIZE_TEST", size.short_edge, why)]
+    if size.short_edge:
+        settings.append(Setting("INPUT.MAX_SIZE_TEST", size.longest))
+    why = "Training sees " + (
+        "several sizes, of which one is drawn" if size.short_edge else "the same size"
+    )
+    if size.crop is not None:
+        why += ". They are of the crops below, so that objects are as large as in evaluation"
+    settings.append(Setting("INPUT.MIN_SIZE_TRAIN", size.train_sizes, why + "."))
+    if size.short_edge:
+        settings.append(Setting("INPUT.MAX_SIZE_TRAIN", size.longest))
+    settings += _crop_settings(size)
+    return [*settings, _mask_format(train)]
+
+
+def _crop_settings(size: InputSize) -> list[Setting]:
+    if size.crop is None:
+        return []
+    kind = "relative" if size.short_edge else "absolute"
+    unit = "shares of height and width" if size.short_edge else "pixels"
+    why = (
+        f"Training sees random crops ({unit}): whole images would cost "
+        f"{size.image_pixels / size.view_pixels:.1f} times as much, and nine of ten objects are at "
+        "most a third of a crop's side."
+    )
+    return [
+        Setting("INPUT.CROP.ENABLED", True, why),
+        Setting("INPUT.CROP.TYPE", kind),
+        Setting("INPUT.CROP.SIZE", [size.crop, size.crop]),
+    ]
+
+
+def _mask_format(train: DataFacts) -> Setting:
+    if train.has_run_lengths:
+        kinds = "run lengths" + (" and polygons" if train.has_polygons else "")
+        return Setting("INPUT.MASK_FORMAT", "bitmask", f"The masks are {kinds}, which this reads.")
+    return Setting("INPUT.MASK_FORMAT", "polygon", "All masks are polygons.")
+
+
+def _sampler_settings(train: DataFacts) -> list[Setting]:
+    shares = train.image_shares
+    used = np.flatnonzero(shares)
+    rare = used[shares[used] < RARE]
+    if len(used) < 2 or not len(rare):
+        return []
+    rarest = float(shares[rare].min())
+    threshold = min(RARE, MOST_REPEATED**2 * rarest)
+    order = rare[np.argsort(shares[rare], kind="stable")]
+    names = [f"{train.class_names[k]} {shares[k]:.1%}" for k in order if shares[k] < threshold]
+    why = (
+        f"Some classes are in few of the images ({listed(names)}). Images with a class that is in "
+        "a share f of all are seen sqrt(REPEAT_THRESHOLD / f) times as often (LVIS, appendix B.2), "
+        f"here up to {math.sqrt(threshold / rarest):.1f} times."
+    )
+    return [
+        Setting("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", why),
+        Setting("DATALOADER.REPEAT_THRESHOLD", round(threshold, 6)),
+    ]
+
+
+def _solver_settings(schedule: Schedule, backbone: Backbone, device: Device) -> list[Setting]:
+    why = (
+        f"{schedule.passes:.0f} passes over the images"
+        if schedule.passes >= 2
+        else f"The images of {schedule.passes:.0%} of a pass"
+    )
+    if schedule.is_cut:
+        why += (
+            f", for about {CPU_MINUTES} minutes on {device}. With more time, raise this alone: the "
+            "learning rate falls to 0 at its end, wherever that is."
+        )
+    else:
+        why += (
+            f". The rule: {PASSES}, but {LEAST_VIEWS:,} images at least, since the heads start "
+            f"anew, and {MOST_VIEWS:,} at most, as in COCO's 1x schedule."
+        )
+    settings = [
+        Setting("SOLVER.IMS_PER_BATCH", schedule.batch_size, f"Images in a step, for {device}."),
+        Setting(
+            "SOLVER.BASE_LR",
+            backbone.learning_rate(schedule.batch_size),
+            backbone.why_learning_rate,
+        ),
+        Setting("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
+        Setting("SOLVER.WARMUP_ITERS", schedule.warmup),
+        Setting("SOLVER.MAX_ITER", schedule.iterations, why),
+        Setting("SOLVER.CHECKPOINT_PERIOD", schedule.period),
+    ]
+    if device.kind == "cuda":
+        settings.append(
+            Setting(
+                "SOLVER.REFERENCE_WORLD_SIZE",
+                1,
+                "For one GPU. With --num-gpus N the batch, rate and schedule are scaled to N.",
+            )
+        )
+    return settings

@@ -1,0 +1,214 @@
+"""Configs are whole or not there, pass the checks of train_net.py, and split by photograph."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, load_script
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.config_check.unread_keys import own_keys
+from mask_head_plugin.engine.run import check_and_register
+from mask_head_plugin.new_config import DataFiles, Request, new_config, summary, write_new_config
+from mask_head_plugin.new_config.device import Device
+from mask_head_plugin.new_config.trial import Estimate
+
+HW = (64, 96)
+TILES = [f"photo{k}_x{x}_y0.png" for k in range(6) for x in (0, 96)]
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch, tmp_path):
+    """A device that trains on few pixels, a trial that takes no time, checks that are not kept."""
+    monkeypatch.setattr(new_config, "find_device", lambda kind: Device(kind or "cpu", True, 1e8, 2))
+    monkeypatch.setattr(new_config, "try_config", lambda cfg: Estimate(0.5, 0.1, 2e9))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def make_files(folder, names=TILES, *, objects=2, kinds=("polygons",), classes=("a", "b")):
+    """Writes images and a COCO file with objects of each kind of mask in turn."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    content = {"images": [], "annotations": []}
+    content["categories"] = [{"id": k, "name": name} for k, name in enumerate(classes, start=1)]
+    for k, name in enumerate(names):
+        Image.fromarray(rng.integers(0, 255, (*HW, 3), np.uint8)).save(images / name)
+        content["images"].append({"id": k, "file_name": name, "height": HW[0], "width": HW[1]})
+        for n in range(objects):
+            x, y, w, h = (int(v) for v in (*rng.integers(0, 30, 2), *rng.integers(18, 30, 2)))
+            mask = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            number = len(content["annotations"])
+            if kinds[number % len(kinds)] == "run lengths":
+                mask = coco_mask.merge(coco_mask.frPyObjects(mask, *HW))
+                mask["counts"] = mask["counts"].decode()
+            content["annotations"].append(
+                {"id": number + 1, "image_id": k, "category_id": 1 + n % 2, "iscrowd": 0}
+                | {"bbox": [x, y, w, h], "area": w * h, "segmentation": mask}
+            )
+    return write(folder, content)
+
+
+def write(folder, content):
+    (folder / "all.json").write_text(json.dumps(content))
+    return DataFiles(folder / "all.json", folder / "images")
+
+
+def test_a_config_passes_the_checks_of_training_without_a_warning(tmp_path, monkeypatch, caplog):
+    data = make_files(tmp_path / "data")
+    output = tmp_path / "configs" / "cells.yaml"
+    new = write_new_config(Request(data, None, output))
+    assert new.files == [output, *(output.with_suffix(f".{x}.json") for x in ("train", "val"))]
+    monkeypatch.chdir(tmp_path / "data" / "images")  # paths hold anywhere
+    caplog.clear()
+    cfg = load_config(str(output))
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    with caplog.at_level(logging.WARNING):
+        check_and_register(cfg, train=True, own=own_keys(str(output), ()))
+    assert [x.getMessage() for x in caplog.records if "no CUDA" not in x.getMessage()] == []
+    assert cfg.DATASETS.TEST == ("cells_val",) and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+    assert cfg.INPUT.MASK_FORMAT == "polygon" and cfg.TEST.EVAL_PERIOD > 0
+
+
+def test_a_config_in_configs_names_its_base_relative_to_it(tmp_path, monkeypatch):
+    data = make_files(tmp_path / "data")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "Base-Small.yaml").write_text(
+        (ROOT / "configs" / "Base-Small.yaml").read_text()
+    )
+    monkeypatch.setattr(new_config, "CONFIGS", tmp_path / "project")
+    output = tmp_path / "project" / "mine" / "cells.yaml"
+    write_new_config(Request(data, data, output))
+    assert yaml.safe_load(output.read_text())["_BASE_"] == "../Base-Small.yaml"
+
+
+def test_a_split_parts_no_photograph_and_a_seed_repeats_it(tmp_path):
+    data = make_files(tmp_path / "data")
+    parts = []
+    for name in ("one", "two"):
+        write_new_config(Request(data, None, tmp_path / f"{name}.yaml", split_share=0.34))
+        files = [tmp_path / f"{name}.{part}.json" for part in ("train", "val")]
+        parts.append([json.loads(file.read_text()) for file in files])
+    assert parts[0] == parts[1]
+    photos = [{x["file_name"][:6] for x in part["images"]} for part in parts[0]]
+    assert len(photos[0]) == 4 and len(photos[1]) == 2 and not photos[0] & photos[1]
+
+
+@pytest.mark.parametrize("names", [["one.png"], ["a_x0_y0.png", "a_x96_y0.png"]])
+def test_one_photograph_trains_without_validation(tmp_path, names):
+    data = make_files(tmp_path / "data", names)
+    output = tmp_path / "one.yaml"
+    new = write_new_config(Request(data, None, output))
+    written = yaml.safe_load(output.read_text())
+    assert written["DATASETS"]["TEST"] == [] and "EVAL_PERIOD" not in written["TEST"]
+    assert new.files == [output] and "validation" not in summary(new)
+
+
+def test_mixed_masks_are_bit_masks_and_classes_without_objects_are_named(tmp_path):
+    kinds = ("polygons", "run lengths")
+    data = make_files(tmp_path / "data", kinds=kinds, classes=("a", "b", "nobody"))
+    new = write_new_config(Request(data, data, tmp_path / "mixed.yaml"))
+    text = (tmp_path / "mixed.yaml").read_text()
+    assert "MASK_FORMAT: bitmask" in text and "NUM_CLASSES: 3" in text
+    assert "Without any: nobody" in text
+    told = summary(new)
+    assert "image-in-both-splits" in told and "mixed-formats" in told, "warnings of the data"
+    assert told.endswith(f"python train_net.py --config-file {tmp_path / 'mixed.yaml'}")
+    assert "for each of" in told and "2.0 GB" in told
+
+
+def test_more_than_300_objects_an_image_are_all_allowed_for(tmp_path):
+    data = make_files(tmp_path / "data", ["a.png", "b.png"], objects=310)
+    write_new_config(Request(data, data, tmp_path / "many.yaml"))
+    assert (
+        yaml.safe_load((tmp_path / "many.yaml").read_text())["TEST"]["DETECTIONS_PER_IMAGE"] == 400
+    )
+
+
+def test_a_config_for_a_gpu_starts_from_the_zoo_and_scales_with_gpus(tmp_path, monkeypatch):
+    gpu = Device("cuda", False, 8e9, 2)
+    monkeypatch.setattr(new_config, "find_device", lambda kind: gpu)
+    data = make_files(tmp_path / "data")
+    new = write_new_config(Request(data, data, tmp_path / "gpu.yaml", device="cuda"))
+    cfg = load_config(str(tmp_path / "gpu.yaml"))
+    assert cfg.MODEL.WEIGHTS.startswith("detectron2://ImageNetPretrained")
+    assert cfg.SOLVER.REFERENCE_WORLD_SIZE == 1 and new.estimate is None
+    assert cfg.SOLVER.BASE_LR == pytest.approx(0.02 / 16 * cfg.SOLVER.IMS_PER_BATCH)
+
+
+@pytest.mark.parametrize("fault", ["box", "none", "crowds", "syntax"])
+def test_errors_of_the_data_stop_it_and_leave_nothing(tmp_path, fault):
+    data = make_files(tmp_path / "data")
+    content = json.loads(data.json_file.read_text())
+    if fault == "box":
+        content["annotations"][3]["bbox"] = [0, 0, -1, 5]
+    elif fault == "none":
+        content["annotations"] = []
+    elif fault == "crowds":
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = 1
+    write(tmp_path / "data", content)
+    if fault == "syntax":
+        data.json_file.write_text("{")
+    with pytest.raises(ConfigError, match=r"have \d+ errors:\n  .*all\.json"):
+        write_new_config(Request(data, None, tmp_path / "out" / "cells.yaml"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_unless_asked_and_never_the_input(tmp_path):
+    data = make_files(tmp_path / "data")
+    output = tmp_path / "cells.yaml"
+    output.with_suffix(".val.json").write_text("mine")
+    with pytest.raises(ConfigError, match=r"cells\.val\.json exists; .* --overwrite"):
+        write_new_config(Request(data, None, output))
+    assert not output.exists()
+    write_new_config(Request(data, None, output, overwrite=True))
+    assert output.exists() and output.with_suffix(".val.json").read_text() != "mine"
+    before = data.json_file.read_text()
+    data.json_file.rename(tmp_path / "data" / "x.train.json")
+    renamed = DataFiles(tmp_path / "data" / "x.train.json", data.images)
+    for name, told in (("x.yaml", "input"), ("images", "yaml")):
+        with pytest.raises(ConfigError, match=told):
+            write_new_config(Request(renamed, None, tmp_path / "data" / name, overwrite=True))
+    assert renamed.json_file.read_text() == before
+
+
+def test_a_config_that_fails_its_trial_is_not_written(tmp_path, monkeypatch):
+    def fail(cfg):
+        raise ConfigError("out of memory")
+
+    monkeypatch.setattr(new_config, "try_config", fail)
+    data = make_files(tmp_path / "data")
+    with pytest.raises(ConfigError, match="memory"):
+        write_new_config(Request(data, None, tmp_path / "cells.yaml"))
+    assert not list(tmp_path.glob("cells*"))
+
+
+def test_the_tool_ends_in_the_command_and_tells_wrong_input_in_one_line(
+    tmp_path, monkeypatch, capsys
+):
+    tool = load_script("tools/new_config.py")
+    data = make_files(tmp_path / "data")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["new_config.py", *map(str, args)])
+        return tool.main(), *capsys.readouterr()
+
+    files = ("--train", data.json_file, "--train-images", data.images)
+    code, out, _ = run(*files, "--output", tmp_path / "cells.yaml", "--split", 0.4)
+    assert code == 0 and out.splitlines()[-1].endswith(f"--config-file {tmp_path / 'cells.yaml'}")
+    code, _, err = run(*files, "--output", tmp_path / "cells.yaml")
+    assert code == 2 and err.count("\n") == 1 and "--overwrite" in err
+    wrong = ("--train", data.json_file, "--train-images", tmp_path / "nowhere")
+    code, _, err = run(*wrong, "--output", tmp_path / "x.yaml")
+    assert code == 2 and "--train-images" in err and str(tmp_path / "nowhere") in err
+    for flags in (("--split", 1.5), ("--val-images", "x"), ("--val", "x", "--split", 0.2)):
+        with pytest.raises(SystemExit):
+            run(*files, "--output", tmp_path / "x.yaml", *flags)

@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Writes a config fitted to your COCO files: image size, anchors, schedule, with reasons."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+EXAMPLES = """
+Examples:
+  One file; a fifth of its images, by whole photographs, becomes validation data:
+    python tools/new_config.py --train all.json --train-images images/ \\
+        --output configs/mine/cells.yaml
+  Your own validation data:
+    python tools/new_config.py --train train.json --train-images train/ \\
+        --val val.json --val-images val/ --output configs/mine/cells.yaml
+  Then:
+    python train_net.py --config-file configs/mine/cells.yaml
+
+The files are checked as by tools/check_dataset.py; errors stop it. A comment at each key says why
+it has its value. Before the config is written it is loaded, checked and tried for some iterations,
+which give an estimate of time and memory. docs/new_config.md has the rules.
+
+Beside the config, without --val: cells.train.json and cells.val.json, the two parts.
+Exit code: 0; 2 if the arguments or the files are wrong.
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--train", type=Path, required=True, metavar="FILE", help="COCO instances file"
+    )
+    parser.add_argument(
+        "--train-images",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the folder that its file_name starts from",
+    )
+    parser.add_argument("--val", type=Path, metavar="FILE", help="the same for validation")
+    parser.add_argument(
+        "--val-images", type=Path, metavar="DIR", help="its images (default: --train-images)"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="the config to write, .yaml"
+    )
+    parser.add_argument(
+        "--split",
+        type=float,
+        metavar="SHARE",
+        help="of the images that become validation data without --val (default: 0.2)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="to train on (default: the GPU of this machine, if it has one)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    args = parser.parse_args()
+    if args.val is None and args.val_images is not None:
+        parser.error("--val-images needs --val")
+    if args.val is not None and args.split is not None:
+        parser.error("--split makes validation data, which --val has; leave one out")
+    if args.split is not None and not 0 < args.split < 1:
+        parser.error("--split takes a share between 0 and 1, such as 0.2")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+    from mask_head_plugin.new_config import DataFiles, Request, summary, write_new_config
+
+    logging.basicConfig(level=logging.WARNING, format="new_config.py: %(message)s")
+    # Advice of PyTorch to detectron2's code, which you cannot follow.
+    warnings.filterwarnings("ignore", "torch.meshgrid")
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+    val = args.val and DataFiles(args.val, args.val_images or args.train_images)
+    request = Request(
+        DataFiles(args.train, args.train_images),
+        val,
+        args.output,
+        split_share=args.split or 0.2,
+        seed=args.seed,
+        device=args.device,
+        overwrite=args.overwrite,
+    )
+    try:
+        print(summary(write_new_config(request)))
+    except (ConfigError, OSError) as error:
+        print(f"new_config.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
