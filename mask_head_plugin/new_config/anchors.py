@@ -124,10 +124,8 @@ def covered_share(object_hw: FloatArray, sizes: object, ratios: object) -> float
 
 
 def _levels(small: float, large: float) -> list[str]:
-    """Returns the maps for objects between two sides: 8 cells of a map are what it sees best."""
+    """Returns the maps for objects between two sides, which are 3 to 16 cells of one of them."""
     names, strides = list(STRIDES), np.array(list(STRIDES.values()))
-    top = (
-        int(np.argmax(strides * 8 * 1.5 >= large)) if large <= strides[-1] * 12 else len(names) - 1
-    )
-    bottom = min(int(np.argmax(strides * 16 > small)) if small < strides[-1] * 16 else top, top)
+    top = min(int(np.searchsorted(12 * strides, large)), len(names) - 1)
+    bottom = min(int(np.searchsorted(16 * strides, small, side="right")), top)
     return names[bottom : top + 1]

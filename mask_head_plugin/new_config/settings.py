@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..messages import listed
 from .anchors import Anchors, choose_anchors
@@ -53,6 +54,7 @@ def choose_settings(
         backbone.pixels_per_second,
     )
     settings = [
+        *_device_settings(device),
         *backbone.settings,
         *_anchor_settings(anchors, backbone),
         *_head_settings(train, val, size, device),
@@ -70,6 +72,12 @@ def choose_settings(
         )
     settings.append(_detections(train, val))
     return settings, schedule
+
+
+def _device_settings(device: Device) -> list[Setting]:
+    if device.kind == "cpu" and torch.cuda.is_available():
+        return [Setting("MODEL.DEVICE", "cpu", "As --device said; this machine has a GPU.")]
+    return []
 
 
 def file_settings(
@@ -128,7 +136,7 @@ def _anchor_settings(anchors: Anchors, backbone: Backbone) -> list[Setting]:
             "Height over width, by k-means.",
         ),
         Setting(
-            "MODEL.RPN.IN_FEATURES", anchors.levels, "Maps on which these sizes are about 8 cells."
+            "MODEL.RPN.IN_FEATURES", anchors.levels, "Maps of which objects are 3 to 16 cells."
         ),
         *([Setting("MODEL.ROI_HEADS.IN_FEATURES", heads)] if heads else []),
     ]
