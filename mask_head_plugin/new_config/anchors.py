@@ -38,7 +38,7 @@ class Anchors:
     """
 
     levels: list[str]
-    sizes: list[list[int]]
+    sizes: list[list[float]]
     ratios: list[float]
     covered: float
     covered_by_default: float
@@ -59,7 +59,8 @@ def choose_anchors(object_hw: FloatArray, class_of: IntArray) -> Anchors:
     sides = balanced_sample(log_sides, class_of)
     levels = _levels(*np.exp(np.percentile(sides, [2, 98])))
     centres = np.exp(clusters(sides, SIZES_PER_LEVEL * len(levels)))
-    sizes = np.rint(centres.clip(4)).astype(int).reshape(len(levels), -1).tolist()
+    rounded = [round(side) if side >= 10 else round(side, 1) for side in centres.tolist()]
+    sizes = [rounded[k : k + SIZES_PER_LEVEL] for k in range(0, len(rounded), SIZES_PER_LEVEL)]
     middles = np.exp(clusters(balanced_sample(log_ratios, class_of), NUM_RATIOS))
     ratios = [float(f"{ratio:.2g}") for ratio in middles]
     flat = [size for level in sizes for size in level]

@@ -88,6 +88,7 @@ def _lite0_settings(file: Path) -> list[Setting]:
         Setting("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", why),
         Setting("MODEL.TIMM.NAME", LITE0),
         Setting("MODEL.TIMM.CHECKPOINT", str(file)),
+        Setting("MODEL.TIMM.NORM", "FrozenBN", "Two images are too few for new statistics."),
         Setting("MODEL.PIXEL_MEAN", [127.5] * 3, pixels),
         Setting("MODEL.PIXEL_STD", [127.5] * 3),
     ]

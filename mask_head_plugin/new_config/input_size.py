@@ -93,14 +93,12 @@ def choose_input_size(facts: DataFacts, device: Device) -> InputSize:
         edge = min(max(wanted, usual), math.sqrt(pixels / elongation), MOST_MAGNIFIED * middle)
         return max(round(edge / STEP), 1) * STEP
 
-    edge = short_edge(most_pixels)
-    crop = None
+    edge, crop = short_edge(most_pixels), None
     if edge**2 * elongation > 1.05 * device.view_pixels:
-        crop = _crop_side(float(np.percentile(relative, 90)) * edge, device) / edge
-        if not can_crop or crop > LARGEST_CROP:
-            edge, crop = short_edge(device.view_pixels), None
-        else:
-            crop = math.ceil(crop * 20) / 20
+        large = float(np.percentile(relative, 90)) * edge
+        crop = _crop_share(edge, elongation, large, device) if can_crop else None
+        if crop is None:
+            edge = short_edge(device.view_pixels)
     return _scaled(facts, edge, crop, math.ceil(wanted))
 
 
@@ -134,6 +132,15 @@ def _unscaled(facts: DataFacts, device: Device) -> InputSize:
 
 def _crop_side(large_object: float, device: Device) -> float:
     return max(CONTEXT * large_object, device.crop_side)
+
+
+def _crop_share(edge: int, elongation: float, large_object: float, device: Device) -> float | None:
+    """Returns the share of height and width of a crop; None if none is small or large enough."""
+    most = math.sqrt(device.view_pixels / elongation) / edge
+    share = round(min(_crop_side(large_object, device) / edge, most), 2)
+    return (
+        share if CONTEXT * large_object <= share * edge * 1.05 and share <= LARGEST_CROP else None
+    )
 
 
 def _scaled(facts: DataFacts, edge: int, crop: float | None, wanted: int) -> InputSize:

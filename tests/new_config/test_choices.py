@@ -49,7 +49,7 @@ def test_images_whose_objects_are_large_enough_keep_their_size():
 
 @pytest.mark.parametrize("run_lengths", [True, False])
 @pytest.mark.parametrize("device", [CPU, GPU])
-@pytest.mark.parametrize("hw", [(256, 256), (480, 640), (3000, 4000), (1024, 300)])
+@pytest.mark.parametrize("hw", [(256, 256), (480, 640), (3000, 4000), (900, 300)])
 @pytest.mark.parametrize("smallest", [2, 9, 40])
 def test_the_smallest_tenth_has_16_pixels_where_the_device_allows(
     hw, smallest, device, run_lengths
@@ -95,11 +95,11 @@ def test_objects_alike_in_pixels_keep_images_of_different_size_as_they_are():
 
 def test_anchors_are_the_sizes_and_ratios_that_boxes_have():
     rng = np.random.default_rng(0)
-    sides = np.repeat([10.0, 20, 40, 80, 160, 320, 15, 60, 110, 220], 200)
+    sides = np.repeat([10.0, 27, 80, 180, 15, 320, 40, 120], 200)
     ratio = np.tile([0.25, 1.0, 3.0], 1000)[: len(sides)] * np.exp(rng.normal(0, 0.03, len(sides)))
     hw = sides[:, None] * np.stack([ratio**0.5, ratio**-0.5], axis=1)
     anchors = choose_anchors(hw, np.zeros(len(hw), int))
-    assert anchors.levels == ["p2", "p3", "p4", "p5", "p6"]
+    assert anchors.levels == ["p2", "p3", "p4", "p5"]
     found = sorted(size for level in anchors.sizes for size in level)
     np.testing.assert_allclose(found, sorted(set(sides)), rtol=0.05)
     np.testing.assert_allclose(anchors.ratios, [0.25, 1, 3], rtol=0.05)
@@ -168,7 +168,7 @@ def test_the_schedule_follows_images_and_device():
     many = choose_schedule(GPU, 5000, 4e5, 0, 0)
     huge = choose_schedule(GPU, 10**6, 4e5, 0, 0)
     assert [x.iterations * x.batch_size for x in (few, many, huge)] == [24_000, 200_000, 1_440_000]
-    assert not few.is_cut and few.batch_size == 8
+    assert not few.is_cut and few.batch_size == 4, "8 would take two thirds of the memory"
     slow, fast = (choose_schedule(Device("cpu", True, 24e9, k), 500, 2e5, 0, 1.5e5) for k in (2, 8))
     assert slow.is_cut and slow.iterations * 3 < fast.iterations
     assert slow.iterations * slow.batch_size * 2e5 / (2 * 1.5e5) == pytest.approx(2400, rel=0.05)
