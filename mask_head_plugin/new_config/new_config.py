@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -144,7 +145,7 @@ def write_new_config(request: Request) -> NewConfig:
         trial = Path(folder) / request.output.name
         write_durably(trial, text(Path(folder), str(CONFIGS / backbone.base)))
         cfg, warnings = _checked(trial, device)
-        estimate = try_config(cfg) if device.is_here else None
+        estimate = _tried(cfg, device) if device.is_here else None
     output = request.output.absolute()
     files = _write_parts(request, parts, output.parent)
     write_durably(output, text(output.parent, _base(output, backbone)))
@@ -267,6 +268,16 @@ def _base(output: Path, backbone: Backbone) -> str:
     if output.resolve().is_relative_to(CONFIGS):
         return os.path.relpath(base, output.resolve().parent)
     return str(base)
+
+
+def _tried(cfg: CfgNode, device: Device) -> Estimate:
+    try:
+        return try_config(cfg)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigError(
+            f"a step of {cfg.SOLVER.IMS_PER_BATCH} images does not fit the free memory of {device};"
+            " end what else uses it, or choose another --device"
+        ) from error
 
 
 def _checked(config_file: Path, device: Device) -> tuple[CfgNode, list[Finding]]:

@@ -43,6 +43,7 @@ def try_config(cfg: CfgNode) -> Estimate:
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0  # started, they would take longer than the trial
     cfg.MODEL.WEIGHTS = ""  # nothing is downloaded
+    cfg.SOLVER.BASE_LR = 1e-6  # without warmup more might diverge
     model = Trainer.build_model(cfg)
     loader = Trainer.build_train_loader(cfg)
     loader.go_to(0, 0)
