@@ -15,16 +15,20 @@ from mask_head_plugin.config_check import check_config
 from mask_head_plugin.engine import Trainer
 
 ABLATIONS = CONFIGS / "ablations"
-FILES = sorted(path.stem for path in ABLATIONS.glob("*.yaml"))
+SIZES = [
+    (path.stem, size)
+    for path in sorted(ABLATIONS.glob("*.yaml"))
+    for size in yaml.safe_load(path.read_text())["SIZES"]
+]
 ROWS = [
     (file, name)
-    for file in FILES
-    for name in load_ablation(ABLATIONS / f"{file}.yaml", "shapes").configs
+    for file, size in SIZES
+    if size == "shapes"
+    for name in load_ablation(ABLATIONS / f"{file}.yaml", size).configs
 ]
 
 
-@pytest.mark.parametrize("size", ["shapes", "coco"])
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(("file", "size"), SIZES)
 def test_every_variant_is_a_config_that_passes_the_check(file, size, tmp_path):
     ablation = load_ablation(ABLATIONS / f"{file}.yaml", size)
     assert ablation.baseline in ablation.configs and set(ablation.paper) <= set(ablation.configs)
