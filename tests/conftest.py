@@ -13,17 +13,21 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mask_head_plugin import load_config
+from mask_head_plugin.data import shapes
 from mask_head_plugin.machine import full_float32
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +36,9 @@ CONFIGS = ROOT / "configs"
 CONFIG_FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "ablations")
 CHECKPOINT = ROOT / "checkpoints" / "mask_rcnn_shapes.safetensors"
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+EMBEDDED_IMAGES = {"train": 20, "val": 60}
+"""As many of the embedded data set are drawn for the tests."""
 
 STOCK_NAMES = {
     "PerClassMaskROIHeads": "StandardROIHeads",
@@ -60,8 +67,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _run_from_the_root() -> None:
-    """The embedded data set lies in datasets/ of the current folder."""
+    """Tests name configs and tools from there."""
     os.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _embedded_images(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A part of the embedded data set, for processes that tests start, too: all takes 20 s."""
+    os.environ["DETECTRON2_DATASETS"] = str(tmp_path_factory.mktemp("datasets"))
+    for split, count in EMBEDDED_IMAGES.items():
+        shapes.NUM_IMAGES[split] = count
+        DatasetCatalog.remove(f"shapes_{split}")
+        MetadataCatalog.remove(f"shapes_{split}")
+    shapes.register_shapes()
+    shapes.ensure_shapes(shapes.datasets_root() / shapes.FOLDER)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -69,6 +88,29 @@ def _one_thread() -> None:
     """Tensors of tests are small: a second thread gains nothing, and waits on a busy machine."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _yaml_is_parsed_once() -> Iterator[None]:
+    """Tests load the same few config files hundreds of times, and PyYAML takes 20 ms for one."""
+
+    def remembered(parse: Callable[..., Any], copied: Callable[[Any], Any]) -> Callable[..., Any]:
+        known: dict[Any, Any] = {}
+
+        def parse_once(stream: Any, *args: Any) -> Any:
+            content = stream if isinstance(stream, str | bytes) else stream.read()
+            if content not in known:
+                if stream is not content:
+                    stream.seek(0)
+                known[content] = parse(stream, *args)
+            return copied(known[content])
+
+        return parse_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "safe_load", remembered(yaml.safe_load, copy.deepcopy))
+        patch.setattr(yaml, "compose", remembered(yaml.compose, lambda nodes: nodes))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -92,7 +134,10 @@ def _logs_reach_pytest(monkeypatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # torch.manual_seed notes the stack, for the day that there is a GPU
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import yaml
 from conftest import CONFIGS, ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
+from quick_processes import fork_server
 
 from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.ablation import load_ablation
@@ -142,7 +143,7 @@ def test_processes_that_are_started_anew_receive_what_a_file_defines(place):
     import_modules(load_config("folder/theirs.yaml").IMPORTS)
     here, there = multiprocessing.Pipe()
     answer = sys.modules["sent_along"].answer
-    process = multiprocessing.get_context("spawn").Process(target=answer, args=(there,))
+    process = fork_server().Process(target=answer, args=(there,))
     process.start()
     assert here.poll(60) and here.recv() == 42
     process.join()

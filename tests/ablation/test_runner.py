@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, ROOT
+from conftest import CONFIGS
+from quick_processes import run_script
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.ablation import (
@@ -306,9 +305,8 @@ def test_processes_train_and_a_lost_one_is_noted(ablation, tmp_path):
     ablation.write_text(yaml.safe_dump(content))
     assert all(Path(f[1]).is_file() for f in files)
     output = tmp_path / "out"
-    command = [sys.executable, "tools/ablate.py", "--config-file", str(ablation), "--jobs", "2"]
-    command += ["--output", str(output), "--draws", "20"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    flags = ["--jobs", "2", "--output", str(output), "--draws", "20"]
+    result = run_script("tools/ablate.py", "--config-file", str(ablation), *flags)
     assert result.returncode == 1, result.stderr[-3000:]
     assert "dice / alone, seed 1 failed: " in result.stderr
     done = output / "bce" / "seed_1"

@@ -113,7 +113,7 @@ def test_trace_finds_what_the_model_finds_in_an_image_of_another_size(name):
     check_exportable(model)
     exportable = ExportableMaskRCNN(model).eval()
     image, example = (noise(*hw)[: len(model.pixel_mean)] for hw in ((104, 88), (72, 100)))
-    with torch.no_grad():
+    with torch.no_grad(), torch.jit.optimized_execution(False):  # optimizing takes longest of all
         trace = torch.jit.trace(exportable, example, check_trace=False)
         found = trace(image)
     expected = eager_outputs(model, image)
@@ -156,7 +156,7 @@ def test_what_is_outside_the_image_of_a_fixed_size_does_not_count():
 def test_no_detections_are_empty_tensors(format_of):
     model = detecting_model(FPN, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0", *SCORING)
     exportable = ExportableMaskRCNN(model).eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.jit.optimized_execution(False):
         image = noise(72, 100)
         run = (
             exportable

@@ -5,20 +5,21 @@ Shape alphabet: S steps, L loss terms.
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import re
 import shlex
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from conftest import ROOT
 from made_run import NUM_STEPS, fail, losses_of_step, make_model, step_down, train
+from quick_processes import fork_server, run_script
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.engine import launch
@@ -48,7 +49,18 @@ def check(folder: Path, reference: torch.Tensor) -> dict:
     return facts
 
 
+def start_by(method: str, monkeypatch) -> None:
+    """Has processes start at once; those of ``spawn`` import for seconds."""
+    plain = launch._launch_config
+
+    def config(*args):
+        return dataclasses.replace(plain(*args), start_method=method)
+
+    monkeypatch.setattr(launch, "_launch_config", config)
+
+
 def test_two_processes_by_flags_train_as_one_on_both_halves(tmp_path, reference, monkeypatch):
+    start_by(fork_server().get_start_method(), monkeypatch)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launch.launch(train, 2, 1, 0, "tcp://127.0.0.1:1", (str(tmp_path),), device="cpu")
     facts = check(tmp_path, reference)
@@ -57,13 +69,10 @@ def test_two_processes_by_flags_train_as_one_on_both_halves(tmp_path, reference,
 
 
 def test_two_processes_by_torchrun_do_so_too_after_a_restart(tmp_path, reference):
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--max-restarts", "1", str(ROOT / "tests" / "engine" / "made_run.py"), str(tmp_path)),
-    ]
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    environment = {**os.environ, "PYTHONPATH": path}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    made_run = str(ROOT / "tests" / "engine" / "made_run.py")
+    at_once = ["--run-path", "--start-method", fork_server().get_start_method()]
+    flags = ["--nproc-per-node", "2", "--max-restarts", "1", *at_once]
+    result = run_script(torch.distributed.run.__file__, *flags, made_run, str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     assert check(tmp_path, reference)["restarted"]
 
@@ -77,12 +86,11 @@ def test_train_net_trains_code_of_the_user_in_two_processes_and_scales_the_batch
     for name in ("train_net.py", "configs", "datasets"):
         (tmp_path / name).symlink_to(ROOT / name)
     _, script, *rest = shlex.split(text.replace("\\\n", " "))
-    command = [
-        *(sys.executable, script, "--num-gpus", "2", *rest),
+    opts = [
         *("MODEL.DEVICE", "cpu", "DATASETS.TEST", "()", "SOLVER.REFERENCE_WORLD_SIZE", "1"),
         *("SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "4"),
     ]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = run_script(script, "--num-gpus", "2", *rest, *opts, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     output = tmp_path / "output" / "mine"
     ran = f"code of yours that has run (IMPORTS): {tmp_path}/my_code.py"
@@ -193,19 +201,6 @@ def test_the_first_process_of_a_machine_goes_first(of_torchrun, monkeypatch):
     assert order == ["first", "second"]
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """Processes that start at once: spawned ones import for seconds. Not for work in threads."""
-    plain = launch._launch_config
-
-    def with_fork(*args):
-        config = plain(*args)
-        config.start_method = "fork"
-        return config
-
-    monkeypatch.setattr(launch, "_launch_config", with_fork)
-
-
 @pytest.mark.parametrize(
     ("how", "kind", "message"),
     [
@@ -216,7 +211,8 @@ def forked(monkeypatch):
         ("SIGSEGV", RankError, r"^rank 1 was killed by SIGSEGV; go on with --resume$"),
     ],
 )
-def test_one_process_that_fails_ends_all_with_its_error(how, kind, message, forked):
+def test_one_process_that_fails_ends_all_with_its_error(how, kind, message, monkeypatch):
+    start_by("fork", monkeypatch)  # not for work in threads
     start = time.monotonic()
     with pytest.raises(kind, match=message):
         launch.launch(fail, 2, args=(how,), device="cpu")

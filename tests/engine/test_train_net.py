@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import CHECKPOINT, ROOT, SHARED_DATA
 from detectron2.config import CfgNode
+from quick_processes import run_script
 from safetensors.torch import load_file
 
 from mask_head_plugin import load_config
@@ -21,6 +22,11 @@ from mask_head_plugin.data import register_coco_files, shapes
 from mask_head_plugin.engine import Trainer
 
 CONFIG = "configs/shapes/mask_rcnn_shapes.yaml"
+
+
+def run_anew(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script as a user does: in a process that imports all by itself."""
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +45,10 @@ def run(tmp_path_factory):
         *("MODEL.DEVICE", "cpu"),
     ]
 
-    def run_train_net(*args: str, config: str = CONFIG) -> subprocess.CompletedProcess[str]:
+    def run_train_net(*args: str, start=run_script) -> subprocess.CompletedProcess[str]:
         flags = [a for a in args if a.startswith("--")]
         opts = [a for a in args if not a.startswith("--")]
-        command = [sys.executable, "train_net.py", "--config-file", config, *flags, *fixed, *opts]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return start("train_net.py", "--config-file", CONFIG, *flags, *fixed, *opts)
 
     run_train_net.output = folder / "output"
     run_train_net.fixed = fixed
@@ -54,7 +59,7 @@ def run(tmp_path_factory):
 def trained(run):
     # The embedded set's config asks for bit masks already; here the files are to ask for them.
     opts = ["SOLVER.MAX_ITER", "20", "SOLVER.WARMUP_ITERS", "1", "INPUT.MASK_FORMAT", "polygon"]
-    result = run(*opts)
+    result = run(*opts, start=run_anew)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -147,9 +152,7 @@ def test_a_model_without_masks_trains_and_draws_no_sheet(run, tmp_path):
 
 
 def test_help_shows_detectron2s_flags_and_examples():
-    result = subprocess.run(
-        [sys.executable, "train_net.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    result = run_anew("train_net.py", "--help")
     assert result.returncode == 0
     for flag in (
         *("--config-file", "--resume", "--eval-only", "--num-gpus"),
@@ -192,11 +195,10 @@ def coco_files(kind: str) -> list[str]:
 def test_real_images_train(config, opts, tmp_path):
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real images are not at {SHARED_DATA}")
-    command = [
-        *(sys.executable, "train_net.py", "--config-file", f"configs/{config}"),
-        *("MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path), *opts),
-    ]
+    fixed = ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path)]
     environment = {**os.environ, "DETECTRON2_DATASETS": str(SHARED_DATA)}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    result = run_script(
+        "train_net.py", "--config-file", f"configs/{config}", *fixed, *opts, env=environment
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "model_final.pth").is_file()

@@ -356,9 +356,10 @@ def test_equals_pycocotools_on_real_annotations(name, limit, task):
     content, rng = json.loads(path.read_text()), np.random.default_rng(0)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(path))
+    some = {image["id"] for image in content["images"][::3]}  # pycocotools takes long for all
     results = []
     for annotation in content["annotations"]:
-        for _ in range(rng.integers(0, 3)):
+        for _ in range(rng.integers(0, 3) if annotation["image_id"] in some else 0):
             mask = np.roll(coco.annToMask(annotation), rng.integers(-4, 5, 2), (0, 1))
             result = {key: annotation[key] for key in ("image_id", "category_id")}
             result |= {"segmentation": encode(mask), "score": round(float(rng.random()), 2)}

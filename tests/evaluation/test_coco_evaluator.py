@@ -14,6 +14,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from made_data import HW, encode, make_coco
 from pycocotools import mask as coco_mask
+from quick_processes import fork_server
 
 from mask_head_plugin.evaluation import MaskEvaluator, coco_evaluator, counted_detections
 from mask_head_plugin.evaluation.matching import Matches
@@ -280,9 +281,11 @@ def run_rank(rank, folder, queue):
 
 
 def test_two_processes_give_the_metrics_of_one(made, tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
+    context = fork_server()
     queue = context.SimpleQueue()
-    torch.multiprocessing.spawn(run_rank, (tmp_path, queue), nprocs=2)
+    torch.multiprocessing.start_processes(
+        run_rank, (tmp_path, queue), 2, start_method=context.get_start_method()
+    )
     results = dict(queue.get() for _ in range(2))
     assert results[1] == {}
     for task, metrics in evaluate(MaskEvaluator(made[0]), outputs_of(*made)).items():

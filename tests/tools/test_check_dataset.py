@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from quick_processes import run_script
 
 sys.path.insert(0, str(ROOT / "tests" / "data"))
 from broken_data import make_good
@@ -172,13 +172,13 @@ def test_paths_that_are_not_there_give_exit_code_2(broken, run_tool):
 
 def test_train_net_stops_before_it_builds_anything(broken, tmp_path):
     files = [["broken_train", str(broken.json_file), str(broken.images)]]
-    command = [
-        *(sys.executable, "train_net.py", "--config-file", "configs/shapes/mask_rcnn_shapes.yaml"),
+    opts = [
         *("DATASETS.COCO_FILES", repr(files), "DATASETS.TRAIN", "('broken_train',)"),
         *("DATASETS.TEST", "()", "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu"),
         *("OUTPUT_DIR", str(tmp_path / "output")),
     ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    config = "configs/shapes/mask_rcnn_shapes.yaml"
+    result = run_script("train_net.py", "--config-file", config, *opts)
     assert result.returncode == 2 and "the data sets have 2 errors" in result.stderr
     assert "annotation 13" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "output" / "config.yaml").exists()

@@ -1,0 +1,74 @@
+"""Processes of tests that do not first import PyTorch and detectron2, which takes seconds of each.
+
+They are forks of one clean process of Python, which has imported them and done nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from multiprocessing import forkserver
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORTED = ("mask_head_plugin.engine.run", "torch.utils.tensorboard")
+
+
+@functools.cache
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Returns the context whose processes are such forks; once started, the server stays."""
+    import pytest
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.delenv("OMP_NUM_THREADS", raising=False)  # for its forks to choose
+        forkserver.ensure_running()
+    return context
+
+
+def run_script(
+    script: str, *args: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script as ``subprocess.run([sys.executable, script, *args], ...)`` does, with output.
+
+    Args:
+        script: a path, relative to ``cwd``.
+        args: of the script.
+        cwd: its current folder.
+        env: its environment, in place of this process's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [f"{folder}/{name}" for name in ("stdout", "stderr")]
+        environment = dict(os.environ if env is None else env)
+        process = fork_server().Process(
+            target=_run, args=(script, args, str(cwd), environment, outputs)
+        )
+        process.start()
+        process.join()
+        stdout, stderr = (Path(path).read_text() for path in outputs)
+    return subprocess.CompletedProcess([script, *args], process.exitcode, stdout, stderr)
+
+
+def _run(
+    script: str, args: tuple[str, ...], cwd: str, environment: dict[str, str], outputs: list[str]
+) -> None:
+    import torch
+
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:  # which is read as PyTorch is imported
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    sys.argv = [script, *args]
+    runpy.run_path(script, run_name="__main__")
