@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from conftest import CHECKPOINT, ROOT, SHARED_DATA
+from conftest import CHECKPOINT, ROOT, SHARED_DATA, SMALL_RESNET
 from detectron2.config import CfgNode
 from quick_processes import run_script
 from safetensors.torch import load_file
@@ -59,7 +59,7 @@ def run(tmp_path_factory):
 def trained(run):
     # The embedded set's config asks for bit masks already; here the files are to ask for them.
     opts = ["SOLVER.MAX_ITER", "20", "SOLVER.WARMUP_ITERS", "1", "INPUT.MASK_FORMAT", "polygon"]
-    result = run(*opts, start=run_anew)
+    result = run(*opts, "SOLVER.IMS_PER_BATCH", "2", start=run_anew)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -184,9 +184,15 @@ def coco_files(kind: str) -> list[str]:
         (
             "coco/mask_rcnn_R_50_FPN_1x.yaml",
             [
-                *("MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", "2", "DATASETS.TEST"),
-                *("('coco_photos_val',)", "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST"),
-                *("96", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.01", *coco_files("coco_photos")),
+                *(
+                    *SMALL_RESNET,
+                    "MODEL.ROI_HEADS.NUM_CLASSES",
+                    "80",
+                    "DATALOADER.NUM_WORKERS",
+                    "2",
+                ),
+                *("INPUT.MASK_FORMAT", "polygon", "DATASETS.TEST", "('coco_photos_val',)"),
+                *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.01", *coco_files("coco_photos")),
             ],
         ),
     ],
