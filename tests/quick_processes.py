@@ -18,12 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = ("mask_head_plugin.engine.run", "torch.utils.tensorboard")
+"""What the clean process has imported."""
 
 
 @functools.cache
 def fork_server() -> multiprocessing.context.ForkServerContext:
     """Returns the context whose processes are such forks; once started, the server stays."""
-    import pytest
+    import pytest  # the forks import this module, and need no pytest
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
@@ -43,7 +44,8 @@ def run_script(
         script: a path, relative to ``cwd``.
         args: of the script.
         cwd: its current folder.
-        env: its environment, in place of this process's.
+        env: its environment, in place of this process's. What is read of it as the package is
+            imported is as it was in this process when the first script was run.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [f"{folder}/{name}" for name in ("stdout", "stderr")]
