@@ -7,7 +7,7 @@ from .pooler import MultiLevelRoIPooler
 from .rcnn import MaskRCNN
 from .roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
 from .small_backbone import build_small_resnet_fpn_backbone
-from .timm_backbone import build_timm_fpn_backbone
+from .timm_backbone import build_timm_backbone, build_timm_fpn_backbone
 
 __all__ = [
     "MASK_LOSS_REGISTRY",
@@ -18,6 +18,7 @@ __all__ = [
     "PerClassMaskROIHeads",
     "PerClassMaskRes5ROIHeads",
     "build_small_resnet_fpn_backbone",
+    "build_timm_backbone",
     "build_timm_fpn_backbone",
     "couples_classes",
     "mean_over_rois",

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.config import read_config
-from mask_head_plugin.modeling.timm_backbone import TimmModel, pretrained_pixels
+from mask_head_plugin.modeling.timm_model import TimmModel, pretrained_pixels
 
 SMALL = "mobilenetv3_small_050"
 

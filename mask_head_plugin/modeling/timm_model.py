@@ -1,0 +1,200 @@
+"""Models of timm: what is known of one before it is built, and whether a detector can use it."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..config import ConfigError
+from ..messages import listed, nearest_name, one_line
+
+PROBE_HW = (96, 160)
+"""Pixels of the image by which it is known whether a model takes images of any size."""
+
+ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+"""How timm's models of a fixed size are asked to take others; the first that works is taken."""
+
+
+class Level(NamedTuple):
+    """One map of a timm model.
+
+    Attributes:
+        name: as detectron2's ResNets name theirs, by stride: res2 (4 pixels) to res5 (32). A res5
+            that is dilated keeps its name. Others are "", such as one of 14 pixels.
+        out_index: for timm's ``out_indices``.
+        channels: of the map.
+        stride: pixels of the image per cell.
+        module: the name, in the model, of what gives it.
+    """
+
+    name: str
+    out_index: int
+    channels: int
+    stride: int
+    module: str
+
+
+class TimmModel(NamedTuple):
+    """What is known of a timm model before it is built.
+
+    Attributes:
+        name: timm's.
+        channels: of the image.
+        arguments: with which timm builds it for images of any size.
+        levels: its maps.
+    """
+
+    name: str
+    channels: int
+    arguments: dict[str, Any]
+    levels: list[Level]
+
+    @classmethod
+    def probe(cls, name: str, channels: int) -> TimmModel:
+        """Builds the model without memory and shows it a small image.
+
+        Raises:
+            ConfigError: if timm or the model is missing, or its maps are of no use for images of
+                any size.
+        """
+        settings = model_settings(name)
+        refusals: list[Exception] = []
+        for arguments in ANY_SIZE if settings.fixed_input_size else ({},):
+            try:
+                return cls(name, channels, arguments, [])._with_levels()
+            except (ConfigError, TypeError) as error:  # TypeError: it knows no such argument
+                refusals.append(error)
+        told = [error for error in refusals if isinstance(error, ConfigError)]
+        raise told[0] if told else _unfit(name, refusals[-1])
+
+    def _with_levels(self) -> TimmModel:
+        try:
+            net = self.build_without_memory()
+        except (RuntimeError, AttributeError, AssertionError) as error:
+            raise _unfit(self.name, error) from error
+        levels = []
+        found = net.feature_info.get_dicts(keys=["num_chs", "reduction", "module"])
+        for index, x in zip(net.feature_info.out_indices, found, strict=True):
+            stage = math.log2(x["reduction"])
+            name = f"res{int(stage)}" if stage.is_integer() else ""
+            levels.append(Level(name, index, x["num_chs"], x["reduction"], x["module"]))
+        model = self._replace(levels=levels)
+        _check_maps(model, net)
+        return model
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all its maps have one size, as those of a plain vision transformer."""
+        return len({level.stride for level in self.levels}) == 1
+
+    def dilated(self) -> TimmModel:
+        """Returns the model whose last stage is dilated, so that the stride stays at 16.
+
+        Raises:
+            ConfigError: if timm cannot build it so.
+        """
+        levels = [level._replace(stride=min(level.stride, 16)) for level in self.levels]
+        arguments = {**self.arguments, "output_stride": 16}
+        model = self._replace(arguments=arguments, levels=levels)
+        try:
+            _check_maps(model, model.build_without_memory())
+        except (TypeError, NotImplementedError, AssertionError, RuntimeError, ConfigError) as error:
+            raise ConfigError(
+                f"MODEL.RESNETS.RES5_DILATION 2: timm cannot dilate {self.name} "
+                f"({one_line(error)}); set it to 1, or take another model, such as resnet50"
+            ) from error
+        return model
+
+    def build(self, **arguments: Any) -> Any:
+        """Returns timm's model with its features alone."""
+        return timm_part().create_model(
+            self.name, features_only=True, in_chans=self.channels, **self.arguments, **arguments
+        )
+
+    def build_without_memory(self) -> Any:
+        with torch.device("meta"):
+            return self.build().eval()
+
+
+def _unfit(name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"MODEL.TIMM.NAME {name} gives no maps of features ({one_line(error)}); take another "
+        "model, such as convnext_tiny"
+    )
+
+
+def _check_maps(model: TimmModel, net: nn.Module) -> None:
+    """Raises ConfigError unless maps of a small image have the sizes that their strides promise."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            maps = net(torch.zeros(1, model.channels, *PROBE_HW))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"MODEL.TIMM.NAME {model.name} does not take images of other sizes than it was trained "
+            f"on ({one_line(error)}); take another model, such as convnext_tiny"
+        ) from error
+    for level, features in zip(model.levels, maps, strict=True):
+        found = tuple(features.shape[1:3] if gives_nhwc(net) else features.shape[2:])
+        expected = tuple(math.ceil(side / level.stride) for side in PROBE_HW)
+        if found != expected:
+            raise ConfigError(
+                f"MODEL.TIMM.NAME {model.name} cuts off the borders of images: its map of stride "
+                f"{level.stride} is {found} for {PROBE_HW} pixels, not {expected}; take another "
+                "model, such as convnext_tiny"
+            )
+
+
+def gives_nhwc(net: nn.Module) -> bool:
+    """Whether maps of a timm model are (N, H, W, C)."""
+    return str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+
+
+def model_settings(name: str) -> Any:
+    """Returns timm's PretrainedCfg of a model, by its name with or without a tag of its weights.
+
+    Raises:
+        ConfigError: if timm or the model is missing.
+    """
+    timm, models = timm_part(), timm_part("models")
+    if ":" in name or "/" in name:
+        raise ConfigError(
+            f"MODEL.TIMM.NAME {name!r} is an address; give timm's own name, such as resnet50 or "
+            "resnet50.a1_in1k, whose weights MODEL.TIMM.PRETRAINED True downloads, or a file of "
+            "weights in MODEL.TIMM.CHECKPOINT"
+        )
+    if not timm.is_model(name):
+        nearest = nearest_name(name, timm.list_models())
+        hint = f"did you mean {nearest}?" if nearest else "set it, e.g. to convnext_tiny"
+        raise ConfigError(f"MODEL.TIMM.NAME {name!r} is no model of timm; {hint}")
+    try:
+        return models.get_pretrained_cfg(name) or models.PretrainedCfg()
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        raise ConfigError(
+            f"MODEL.TIMM.NAME {name!r}: timm has no such weights; it has {listed(tags)}"
+        ) from error
+
+
+def pretrained_pixels(name: str) -> tuple[list[float], list[float]]:
+    """Returns mean and standard deviation, RGB in [0, 255], that a timm model was trained with.
+
+    Raises:
+        ConfigError: if timm or the model is missing.
+    """
+    found = model_settings(name)
+    return [round(255 * x, 3) for x in found.mean], [round(255 * x, 3) for x in found.std]
+
+
+def timm_part(name: str = "") -> Any:
+    """Returns timm, or one of its parts; raises ConfigError if it is not installed."""
+    try:
+        return importlib.import_module(f"timm.{name}" if name else "timm")
+    except ImportError as error:
+        raise ConfigError(
+            "MODEL.BACKBONE.NAME build_timm_fpn_backbone needs timm, which is not installed "
+            f"({one_line(error)}): pip install timm, or the extra 'timm' of this package"
+        ) from error

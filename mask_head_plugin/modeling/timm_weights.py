@@ -1,0 +1,130 @@
+"""Pretrained weights of timm's models, from a file or timm's hub."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError
+from ..messages import listed, one_line
+from ..weight_files import read_checkpoint
+from .timm_model import TimmModel, model_settings, timm_part
+
+logger = logging.getLogger(__name__)
+
+HUB_SECONDS = 15.0
+"""How long timm's hub may take to answer."""
+
+
+def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
+    """Returns timm's model, filled.
+
+    Args:
+        model: what to build.
+        source: "hub", or the path of a file, see ``read_backbone``.
+        arguments: of ``TimmModel.build``.
+
+    Raises:
+        ConfigError: if the weights cannot be read or are another model's.
+    """
+    logger.info("backbone %s starts from the weights of %s", model.name, source)
+    if source == "hub":
+        try:
+            _reach_hub(model.name)
+            return model.build(pretrained=True, **arguments)
+        except Exception as error:  # of whatever client the hub has; httpx's are no OSError
+            raise ConfigError(
+                f"MODEL.TIMM.PRETRAINED: the weights of {model.name} could not be downloaded "
+                f"({one_line(error)}); fetch them on another machine and set MODEL.TIMM.CHECKPOINT"
+            ) from error
+    overlay = {"state_dict": read_backbone(Path(source).expanduser(), model)}
+    timm_log = logging.getLogger("timm.models._builder")
+    timm_log.addFilter(_is_not_unexpected)  # the file may hold the classifier; the rest is checked
+    try:
+        net = model.build(pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    finally:
+        timm_log.removeFilter(_is_not_unexpected)
+    net.pretrained_cfg.pop("state_dict", None)  # else a copy of the weights stays in memory
+    return net
+
+
+def _reach_hub(name: str) -> None:
+    """Asks timm's hub for a model that was not downloaded before, once.
+
+    The hub's client would try for minutes where there is no network.
+    """
+    hub, repository = importlib.import_module("huggingface_hub"), model_settings(name).hf_hub_id
+    if repository and not hub.try_to_load_from_cache(repository, "model.safetensors"):
+        hub.model_info(repository, timeout=HUB_SECONDS)
+
+
+def _is_not_unexpected(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Unexpected keys")
+
+
+def read_backbone(path: Path, model: TimmModel) -> dict[str, Tensor]:
+    """Reads weights of a timm model by timm's names; nothing in the file can run.
+
+    Args:
+        path: safetensors or a torch file, of the whole model or without its classifier.
+        model: which it should be of.
+
+    Raises:
+        ConfigError: if it cannot be read, or does not have the model's names and shapes.
+    """
+    key = f"MODEL.TIMM.CHECKPOINT {path}"
+    check_backbone_file(path, model.name)
+    try:
+        found = read_checkpoint(path)["model"]
+    except ConfigError as error:
+        raise ConfigError(f"MODEL.TIMM.CHECKPOINT: {error}{_advice(error)}") from error
+    named = {name: torch.as_tensor(x) for name, x in found.items()}
+    weights = timm_part("models").clean_state_dict(named)  # names without "module." and the like
+    expected = _expected_shapes(model)
+    missing = [name for name in expected if name not in weights]
+    other = [name for name in expected if name in weights and weights[name].shape != expected[name]]
+    if missing or other:
+        told = f"has no {listed(missing)}" if missing else f"has other shapes of {listed(other)}"
+        raise ConfigError(
+            f"{key} is not of {model.name}: it {told}; set MODEL.TIMM.NAME to the model that it is "
+            "of, with timm's names of weights"
+        )
+    return weights
+
+
+def check_backbone_file(path: Path, name: str) -> None:
+    """Raises ConfigError if the file of a model's weights does not exist."""
+    if not path.exists():
+        raise ConfigError(
+            f"MODEL.TIMM.CHECKPOINT {path} does not exist; fetch it with tools/fetch_backbone.py, "
+            f"or save the state_dict of timm.create_model({name!r}, pretrained=True) with "
+            "safetensors"
+        )
+
+
+def _advice(error: ConfigError) -> str:
+    """Returns what to do with a checkpoint of timm's train.py, which has the run's arguments."""
+    if "argparse.Namespace" not in str(error):
+        return ""
+    return (
+        ". If it is a checkpoint of your own training with timm, timm's clean_checkpoint.py saves "
+        "its weights alone"
+    )
+
+
+def _expected_shapes(model: TimmModel) -> dict[str, torch.Size]:
+    """Returns the weights that a file must have: all but classifier and counters of batches."""
+    with torch.device("meta"):
+        whole = timm_part().create_model(model.name, **model.arguments)
+    classifier = whole.pretrained_cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else classifier
+    return {
+        name: tensor.shape
+        for name, tensor in whole.state_dict().items()
+        if name.rpartition(".")[0] not in heads and not name.endswith("num_batches_tracked")
+    }
