@@ -17,6 +17,7 @@ from .detector import check_features
 from .detectron2_keys import check_host_values
 from .mask_branch import check_mask_branch
 from .recipe import check_rates, check_recipe
+from .timm_keys import check_timm, has_timm_backbone
 from .values import check_input, check_solver, check_test, check_values
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def check_config(
         check_solver(cfg, num_processes)
         check_recipe(cfg, num_processes)
     check_input(cfg)
+    check_timm(cfg)
     told = wrong_colours(cfg)
     if told and train:
         raise ConfigError(told)
@@ -74,8 +76,9 @@ def check_config(
 
 
 def _warn_of_frozen_random_weights(cfg: CfgNode) -> None:
-    frozen = cfg.MODEL.BACKBONE.FREEZE_AT
-    if not cfg.MODEL.WEIGHTS and frozen > 0:
+    frozen, timm = cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.TIMM
+    is_pretrained = has_timm_backbone(cfg) and (timm.CHECKPOINT or timm.PRETRAINED)
+    if not cfg.MODEL.WEIGHTS and not is_pretrained and frozen > 0:
         logger.warning(
             "MODEL.WEIGHTS is empty, so MODEL.BACKBONE.FREEZE_AT %d keeps the first stages at "
             "random values; set it to 0, and a MODEL.RESNETS.NORM that learns, such as GN",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
+
+from ..modeling.timm_model import pretrained_pixels
+from .timm_keys import has_timm_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -13,6 +17,9 @@ IMAGENET_BGR = {
     "PIXEL_STD": ((57.375, 57.12, 58.395), 0.3),
 }
 """Statistics of ImageNet's channels, and how far those in use (Caffe's, torchvision's) are off."""
+
+NEAR = 2.0
+"""How far means and deviations may be from a model's: its authors round, such as 0.498 to 0.5."""
 
 ZOO = ("detectron2://", "catalog://", "https://dl.fbaipublicfiles.com/detectron")
 RGB_IN_ZOO = ("/torchvision/", "/ViTDet/")
@@ -36,6 +43,9 @@ def wrong_colours(cfg: CfgNode) -> str | None:
         )
     if order not in ("BGR", "RGB"):
         return None
+    told = _wrong_for_timm(cfg)
+    if told:
+        return told
     for key, (bgr, tolerance) in IMAGENET_BGR.items():
         reverse = bgr[::-1] if order == "BGR" else bgr
         if all(abs(x - y) <= tolerance for x, y in zip(model[key], reverse, strict=True)):
@@ -50,6 +60,27 @@ def wrong_colours(cfg: CfgNode) -> str | None:
             f"set INPUT.FORMAT to {trained}, and MODEL.PIXEL_MEAN and PIXEL_STD in that order"
         )
     return None
+
+
+def _wrong_for_timm(cfg: CfgNode) -> str | None:
+    """Returns what contradicts the pretrained weights of a timm model, and what is right."""
+    order, model = cfg.INPUT.FORMAT, cfg.MODEL
+    if not (has_timm_backbone(cfg) and (model.TIMM.CHECKPOINT or model.TIMM.PRETRAINED)):
+        return None
+    mean, std = pretrained_pixels(model.TIMM.NAME)
+    given = {"INPUT.FORMAT": order, "MODEL.PIXEL_MEAN": model.PIXEL_MEAN}
+    given["MODEL.PIXEL_STD"] = model.PIXEL_STD
+    if order == "RGB" and _is_near(model.PIXEL_MEAN, mean) and _is_near(model.PIXEL_STD, std):
+        return None
+    told = ", ".join(f"{key} {value}" for key, value in given.items())
+    return (
+        f"{told}, but MODEL.TIMM.NAME {model.TIMM.NAME} is trained with others; set INPUT.FORMAT "
+        f"to RGB, MODEL.PIXEL_MEAN to {mean} and MODEL.PIXEL_STD to {std}"
+    )
+
+
+def _is_near(values: Sequence[float], others: Sequence[float]) -> bool:
+    return all(abs(x - y) <= NEAR for x, y in zip(values, others, strict=True))
 
 
 def warn_of_colours(input_format: str, author: str, source: str) -> None:

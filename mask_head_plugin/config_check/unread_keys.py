@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from ..config import add_mask_head_config, flatten
+from ..config import ConfigError, add_mask_head_config, flatten
 from .dry_build import dry_build
+from .timm_keys import has_timm_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,18 @@ where NEEDED does not say otherwise."""
 
 EVALUATION = ("MODEL.", "TEST.", "INPUT.MAX_SIZE_TEST")
 """Beginnings of the keys that count where nothing is trained."""
+
+BACKBONE = ("MODEL.BACKBONE.", "MODEL.RESNETS.", "MODEL.TIMM.")
+"""Beginnings of the keys that say which backbone it is: without effect, it is another one."""
+
+FOR_TIMM = {
+    "MODEL.RESNETS.DEPTH": "choose the model with MODEL.TIMM.NAME",
+    "MODEL.RESNETS.NORM": "set MODEL.TIMM.NORM",
+    "MODEL.RESNETS.OUT_FEATURES": "set MODEL.TIMM.OUT_INDICES",
+}
+"""What to do instead where the backbone is timm's."""
+
+NOTHING = "nothing in this config reads it"
 
 HEAD, BOX = "MODEL.ROI_MASK_HEAD.", "MODEL.ROI_BOX_HEAD."
 
@@ -90,17 +103,23 @@ NEEDED: dict[str, tuple[str, Callable[[CfgNode], Any]]] = {
 """What else must be set for keys, or beginnings of keys, that are read in any case."""
 
 
-def unread_keys(cfg: CfgNode, *, train: bool) -> dict[str, str]:
+def unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] = ()) -> dict[str, str]:
     """Returns the keys that are not as in detectron2's defaults and change nothing, with the cause.
 
     Args:
         cfg: a complete config that check_config passes.
         train: whether the model will be trained; if not, keys of training are not looked at.
+        own: the keys that the user has set. Of these, a backbone's count with any value.
     """
     defaults = get_cfg()
     add_mask_head_config(defaults)
     known = flatten(defaults)
-    set_keys = [key for key, value in flatten(cfg).items() if key in known and value != known[key]]
+    own_backbone = {key for key in own if key.startswith(BACKBONE)}
+    set_keys = [
+        key
+        for key, value in flatten(cfg).items()
+        if key in known and (value != known[key] or key in own_backbone)
+    ]
     if not train:
         set_keys = [key for key in set_keys if key.startswith(EVALUATION)]
     found: dict[str, str] = {}
@@ -116,7 +135,7 @@ def unread_keys(cfg: CfgNode, *, train: bool) -> dict[str, str]:
         if needed:
             found[key] = f"it needs {needed}"
         elif read and key not in read and not key.startswith(READ_LATER):
-            found[key] = "nothing in this config reads it"
+            found[key] = NOTHING
     return found
 
 
@@ -135,15 +154,22 @@ def _needed(cfg: CfgNode, key: str) -> str | None:
 def own_keys(config_file: str, opts: Sequence[str]) -> set[str]:
     """Returns the keys that a file and "KEY VALUE" pairs set themselves, without its ``_BASE_``.
 
+    Pairs that choose another backbone leave nothing of what the file says of its own one.
+
     Args:
         config_file: as for load_config, which has read it; "" is none.
         opts: as for load_config.
     """
     text = Path(config_file).read_text(encoding="utf-8") if config_file else ""
-    return {*flatten(CfgNode(yaml.safe_load(text) or {})), *opts[::2]}
+    of_file = flatten(CfgNode(yaml.safe_load(text) or {}))
+    if len(of_file) > len(flatten(get_cfg())) / 2:  # the record of a run, with all keys there are
+        of_file = {}
+    if "MODEL.BACKBONE.NAME" in opts[::2]:
+        of_file = {key: x for key, x in of_file.items() if not key.startswith(BACKBONE)}
+    return {*of_file, *opts[::2]}
 
 
-def warn_of_unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] | None = None) -> None:
+def report_unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] | None = None) -> None:
     """Logs a warning for each key that is set and changes nothing; see ``unread_keys``.
 
     Args:
@@ -151,9 +177,27 @@ def warn_of_unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] | Non
         train: as for unread_keys.
         own: the keys that the user has set, if that is known. What a ``_BASE_`` sets is for many
             configs, and need not be read by each.
+
+    Raises:
+        ConfigError: if the user has set a key of a backbone, and this one does not read it.
     """
     values = flatten(cfg)
-    for key, cause in unread_keys(cfg, train=train).items():
+    for key, cause in unread_keys(cfg, train=train, own=own or ()).items():
         if own is not None and key not in own:
             continue
+        if own is not None and key.startswith(BACKBONE):
+            raise ConfigError(
+                f"{key} {values[key]} has no effect: MODEL.BACKBONE.NAME "
+                f"{cfg.MODEL.BACKBONE.NAME} does not read it; {_instead(cfg, key)}"
+            )
         logger.warning("%s %s has no effect: %s", key, values[key], cause)
+
+
+def _instead(cfg: CfgNode, key: str) -> str:
+    """Returns what to do with a key that the backbone does not read."""
+    if has_timm_backbone(cfg):
+        return f"remove it, and {FOR_TIMM[key]}" if key in FOR_TIMM else "remove it"
+    if key.startswith("MODEL.BACKBONE."):
+        return "remove it"
+    reader = "build_timm_fpn" if key.startswith("MODEL.TIMM.") else "build_resnet_fpn"
+    return f"remove it, or set MODEL.BACKBONE.NAME to {reader}_backbone"

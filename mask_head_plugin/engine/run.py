@@ -15,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import ConfigError, import_options
 from ..config_check import check_config
-from ..config_check.unread_keys import own_keys, warn_of_unread_keys
+from ..config_check.unread_keys import own_keys, report_unread_keys
 from ..data import check_registered_datasets, register_coco_files
 from ..dataset_check import check_dataset_files
 from ..user_code import import_modules, load_config_and_code
@@ -67,7 +67,7 @@ def check_and_register(
     check_config(cfg, train=train, num_processes=num_processes, trainer=Trainer)
     if log_rank is not None:
         setup_logger(cfg.OUTPUT_DIR, log_rank, name="mask_head_plugin")
-    warn_of_unread_keys(cfg, train=train, own=own)
+    report_unread_keys(cfg, train=train, own=own)
     register_coco_files(cfg)
     check_registered_datasets(cfg, train=train)
 

@@ -10,9 +10,10 @@ from conftest import CONFIGS, small_config
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from detectron2.modeling.backbone.resnet import BasicStem
 
-from mask_head_plugin import load_config
-from mask_head_plugin.config_check.unread_keys import own_keys, unread_keys, warn_of_unread_keys
+from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.config_check.unread_keys import own_keys, report_unread_keys, unread_keys
 from mask_head_plugin.engine import run
+from mask_head_plugin.modeling import build_small_resnet_fpn_backbone
 
 FPN, C4, SMALL = "Base-MaskRCNN-FPN.yaml", "Base-MaskRCNN-C4.yaml", "Base-Small.yaml"
 NOTHING = "nothing in this config reads it"
@@ -50,7 +51,7 @@ HEAD = "MODEL.ROI_MASK_HEAD."
 )
 def test_a_key_without_effect_is_named_with_the_cause(config, opts, cause, caplog):
     cfg = load_config(str(CONFIGS / config), ["MODEL.DEVICE", "cpu", *opts])
-    warn_of_unread_keys(cfg, train=True)
+    report_unread_keys(cfg, train=True)
     (message,) = caplog.messages
     assert message.startswith(f"{opts[-2]} ") and "has no effect: " in message
     assert message.endswith(cause) or cause in message
@@ -101,6 +102,58 @@ def test_what_a_base_sets_is_no_fault_of_who_builds_on_it(tmp_path, caplog):
     steps = ["SOLVER.STEPS", "(5,)"]
     assert told([*data, *COSINE, *steps]) == ["MODEL.RETINANET.NORM", "SOLVER.STEPS"]
     assert own_keys("", steps) == {"SOLVER.STEPS"}
+
+
+TIMM = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t"]
+
+
+@pytest.mark.parametrize(
+    ("config", "opts", "message"),
+    [
+        (
+            SMALL,
+            ["MODEL.RESNETS.DEPTH", "101"],
+            "DEPTH 101 has no effect: MODEL.BACKBONE.NAME build_small_resnet_fpn_backbone does not "
+            "read it; remove it, or set MODEL.BACKBONE.NAME to build_resnet_fpn_backbone",
+        ),
+        (SMALL, ["MODEL.RESNETS.DEPTH", "50"], "DEPTH 50 has no effect"),  # detectron2's default
+        (
+            SMALL,
+            [*TIMM, "MODEL.RESNETS.DEPTH", "101"],
+            "build_timm_fpn_backbone does not read it; remove it, and choose .*MODEL.TIMM.NAME",
+        ),
+        (SMALL, [*TIMM, "MODEL.RESNETS.STRIDE_IN_1X1", "False"], "does not read it; remove it$"),
+        (SMALL, TIMM[2:], "TIMM.NAME resnet10t has no effect: .*NAME to build_timm_fpn_backbone"),
+    ],
+)
+def test_a_backbone_key_that_the_user_sets_and_the_backbone_does_not_read_is_refused(
+    config, opts, message
+):
+    cfg = load_config(str(CONFIGS / config), opts)
+    with pytest.raises(ConfigError, match=message):
+        report_unread_keys(cfg, train=True, own=own_keys("", opts))
+
+
+def test_a_freeze_that_a_backbone_of_the_user_does_not_read_is_refused(monkeypatch):
+    def build_bare(cfg, input_shape):
+        return build_small_resnet_fpn_backbone(load_config(str(CONFIGS / SMALL)), input_shape)
+
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "build_bare", build_bare)
+    opts = ["MODEL.BACKBONE.NAME", "build_bare", "MODEL.BACKBONE.FREEZE_AT", "2"]
+    cfg = load_config(str(CONFIGS / SMALL), opts)
+    with pytest.raises(ConfigError, match=r"FREEZE_AT 2 has no effect: .*build_bare does not read"):
+        report_unread_keys(cfg, train=True, own=own_keys("", opts))
+
+
+def test_keys_of_a_base_or_of_the_record_of_a_run_stop_nothing(tmp_path, caplog):
+    cfg = load_config(str(CONFIGS / SMALL), TIMM)
+    report_unread_keys(cfg, train=True, own=own_keys("", TIMM))  # Base-Small sets MODEL.RESNETS
+    for key in own_keys(str(CONFIGS / SMALL), TIMM) - set(TIMM):  # the option chose another one
+        assert not key.startswith("MODEL.RESNETS.")
+    assert "MODEL.RESNETS.NORM" in own_keys(str(CONFIGS / SMALL), [])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert own_keys(str(tmp_path / "config.yaml"), TIMM) == set(TIMM[::2])
+    assert "has no effect" not in caplog.text
 
 
 def test_a_module_that_cannot_be_built_without_values_is_left_in_peace(monkeypatch):

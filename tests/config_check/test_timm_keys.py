@@ -1,0 +1,92 @@
+"""A config with a backbone of timm is refused before anything is built, with what is right."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from conftest import CONFIGS
+
+from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.config_check import check_config
+
+TIMM = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.PRETRAINED", "True"]
+LITE = [*TIMM, "MODEL.TIMM.NAME", "tf_efficientnet_lite0"]  # its mean is 0.498, in [0, 1]
+ONE_MAP = ["MODEL.ROI_HEADS.IN_FEATURES", "['p4']"]
+IMAGENET = ["MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]"]
+IMAGENET += ["MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]"]
+
+
+def checked(tmp_path, *opts):
+    shapes = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"]
+    cfg = load_config(
+        str(CONFIGS / "Base-Small.yaml"), ["OUTPUT_DIR", str(tmp_path), *shapes, *map(str, opts)]
+    )
+    check_config(cfg, train=True)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (
+            LITE,
+            r"PIXEL_STD \[64.0, .*lite0 is trained with others; set INPUT.FORMAT to RGB, .*MEAN to "
+            r"\[127.5, 127.5, 127.5\] and MODEL.PIXEL_STD to \[127.5, 127.5, 127.5\]",
+        ),
+        ([*LITE, *IMAGENET], "is trained with others"),
+        (
+            [*TIMM, *IMAGENET, "INPUT.FORMAT", "BGR"],
+            r"^INPUT.FORMAT BGR, .*set INPUT.FORMAT to RGB, MODEL.PIXEL_MEAN to \[123.675, 116.28",
+        ),
+        ([*TIMM, "MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]"], "is trained with others"),
+    ],
+)
+def test_pixels_that_contradict_a_timm_model_are_refused_with_the_right_ones(
+    opts, message, tmp_path
+):
+    with pytest.raises(ConfigError, match=message):
+        checked(tmp_path, *opts)
+
+
+def test_pixels_near_those_of_a_timm_model_pass(tmp_path):
+    rounded = ["MODEL.PIXEL_MEAN", "[126.99, 127.0, 127.5]"]
+    checked(tmp_path, *LITE, *rounded, "MODEL.PIXEL_STD", "[128.01, 128.0, 127.5]")
+    checked(tmp_path, *TIMM, *IMAGENET)
+    random = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone"]
+    checked(tmp_path, *random)  # any are right for weights that are not pretrained
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.TIMM.NAME", "convnext_tny"], "is no model of timm; did you mean convnext_tiny"),
+        (["MODEL.TIMM.NAME", "resnet50.a9"], r"timm has no such weights; it has resnet50\.a1_in1k"),
+        (["MODEL.TIMM.NAME", "hf-hub:timm/resnet50.a1_in1k"], "is an address; give timm's own nam"),
+        (["MODEL.TIMM.CHECKPOINT", "nowhere.pth"], "CHECKPOINT nowhere.pth does not exist; fetch"),
+        (
+            ["MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"],
+            "R-50.pkl is of a backbone of detectron2's, not of MODEL.TIMM.NAME convnext_tiny; set",
+        ),
+        (
+            ["MODEL.ROI_HEADS.NAME", "PerClassMaskRes5ROIHeads", *ONE_MAP],
+            "has res5 of detectron2's ResNets, of which convnext_tiny has no weights; take PerCl",
+        ),
+    ],
+)
+def test_what_a_timm_backbone_cannot_start_from_is_refused(opts, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        checked(tmp_path, *TIMM, *IMAGENET, *opts)
+
+
+def test_without_timm_the_error_says_what_to_install(monkeypatch, tmp_path):
+    for name in [x for x in sys.modules if x.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "timm", None)  # so Python notes what is not there
+    with pytest.raises(ConfigError, match=r"needs timm, which is not installed .*: pip install ti"):
+        checked(tmp_path, *TIMM)
+    checked(tmp_path)
+
+
+def test_stages_with_weights_of_their_own_may_be_frozen(tmp_path, caplog):
+    checked(tmp_path, *TIMM, *IMAGENET, "MODEL.BACKBONE.FREEZE_AT", "2")
+    assert "random values" not in caplog.text
