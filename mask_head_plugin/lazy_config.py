@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import detectron2
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import LazyConfig
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, MaskRCNNConvUpsampleHead
@@ -21,7 +21,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config import ConfigError, add_mask_head_config
+from .config import ConfigError
 from .messages import nearest_name, one_line
 from .modeling import FCNMaskHead, MaskRCNN, MultiLevelRoIPooler
 from .modeling.fast_rcnn import ClassSelectiveOutputLayers
@@ -75,22 +75,34 @@ def use_plugin_modules(model: DictConfig) -> DictConfig:
     Raises:
         ConfigError: if it has no mask head of detectron2's.
     """
-    targets = {id(node): _target(node) for node in _calls(model)}
-    if not {MaskRCNNConvUpsampleHead, FCNMaskHead} & set(targets.values()):
+    found = set(map(_target, calls(model)))
+    if not {MaskRCNNConvUpsampleHead, FCNMaskHead} & found:
         raise ConfigError(
             "the model has no MaskRCNNConvUpsampleHead, detectron2's mask head, to put the "
             "plugin's in its place"
         )
-    for node in _calls(model):
-        target = targets[id(node)]
+    for node in calls(model):
+        target = _target(node)
         if target is FastRCNNOutputLayers and node.get("cls_agnostic_bbox_reg", False):
             continue  # nothing to select
-        if target in PLUGIN_TARGETS:
-            node._target_ = PLUGIN_TARGETS[target]
+        node._target_ = PLUGIN_TARGETS.get(target, node._target_)
     return model
 
 
-def _calls(node: Any) -> Iterator[DictConfig]:
+def use_stock_modules(model: DictConfig) -> DictConfig:
+    """Takes the plugin's modules out of a LazyConfig model again, in place.
+
+    What only they know is left out or, if it changes results, stays for detectron2's to refuse.
+    """
+    stock = {plugin: stock for stock, plugin in PLUGIN_TARGETS.items()}
+    for node in calls(model):
+        if _target(node) is MaskRCNN:
+            node.pop("mask_output", None)
+        node._target_ = stock.get(_target(node), node._target_)
+    return model
+
+
+def calls(node: Any) -> Iterator[DictConfig]:
     """Yields each node that is instantiated, also in lists; an interpolation is another's value."""
     if isinstance(node, DictConfig):
         if "_target_" in node:
@@ -100,7 +112,7 @@ def _calls(node: Any) -> Iterator[DictConfig]:
         keys = list(range(len(node))) if isinstance(node, ListConfig) else []
     for key in keys:
         if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
-            yield from _calls(node[key])
+            yield from calls(node[key])
 
 
 def _target(node: DictConfig) -> Any:
@@ -175,10 +187,12 @@ def load_lazy_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
     missing = [part for part in PARTS if part not in cfg]
     if missing:
         raise ConfigError(f"config file {file} sets no {' and no '.join(missing)}")
-    for override in overrides:
-        _check_override(cfg, override)
     try:
+        for override in overrides:
+            _check_override(cfg, override)
         return LazyConfig.apply_overrides(cfg, list(overrides))
+    except ConfigError:
+        raise
     except Exception as error:  # hydra's, if it is installed, omegaconf's, or detectron2's own
         raise ConfigError(f"options {' '.join(overrides)}: {one_line(error)}") from error
 
@@ -201,17 +215,13 @@ def _check_override(cfg: DictConfig, override: str) -> None:
         )
 
 
-def settings_of(cfg: DictConfig) -> CfgNode:
-    """Returns a config with the settings of SETTINGS, for what reads none but a CfgNode."""
-    settings = get_cfg()
-    add_mask_head_config(settings)
+def settings_of(cfg: DictConfig) -> list[str]:
+    """Returns what SETTINGS names as "KEY VALUE" pairs of a YAML config."""
+    pairs: list[str] = []
     for key, path in SETTINGS.items():
         value = OmegaConf.select(cfg, path)
+        if key.startswith("DATASETS."):
+            value = (value,) if isinstance(value, str) else tuple(value or ())
         if value is not None:
-            is_name = key.startswith("DATASETS.") and isinstance(value, str)
-            settings.merge_from_list([key, (value,) if is_name else _plain(value)])
-    return settings
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, ListConfig) else value
+            pairs += [key, str(value)]
+    return pairs

@@ -11,10 +11,8 @@ import torch
 from conftest import CONFIGS, relative_error
 from detectron2 import model_zoo
 from detectron2.config import LazyConfig, instantiate
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import RegNet, ResNet
-from detectron2.modeling.backbone.resnet import BasicBlock
-from made_training import IMAGE_HW, losses_and_gradients, make_batch
+from made_lazy import shrink
+from made_training import losses_and_gradients, make_batch
 from omegaconf import OmegaConf
 
 from mask_head_plugin import ConfigError
@@ -203,50 +201,3 @@ def test_losses_gradients_and_detections_equal_stock(family):
 def detections(model, batch):
     outputs = model.eval()([{**x, "height": 64, "width": 80} for x in batch])
     return [x["instances"] for x in outputs]
-
-
-def shrink(model):
-    """Makes a LazyConfig's full-size model fit for a test: narrow backbone, FPN and heads."""
-    backbone, heads = model.backbone, model.roi_heads
-    heads.num_classes, heads.batch_size_per_image = 5, 32
-    predictors = heads.box_predictors if "box_predictors" in heads else [heads.box_predictor]
-    for predictor in predictors:
-        predictor.test_score_thresh = 0.01
-    if "net" in backbone:
-        backbone.net.update(
-            embed_dim=32, depth=2, num_heads=2, img_size=64, window_size=4, window_block_indexes=[0]
-        )
-        backbone.square_pad = max(IMAGE_HW)
-    elif backbone.get("bottom_up", {}).get("_target_") is RegNet:
-        backbone.bottom_up.update(depth=6, w_a=16, w_0=16, w_m=2.0, group_width=8)
-    else:
-        resnet = backbone.get("bottom_up", backbone)
-        resnet.stem.out_channels = 8
-        resnet.stages._target_ = narrow_stages
-    if "res5" in heads:
-        model.proposal_generator.head.in_channels = 32
-        heads.res5.update(in_channels=32, bottleneck_channels=8, out_channels=40)
-        return
-    backbone.out_channels = model.proposal_generator.head.in_channels = 16
-    heads.mask_head.input_shape = ShapeSpec(channels=16, height=14, width=14)
-    heads.mask_head.conv_dims = [16] * 5
-    box_heads = heads.box_heads if "box_heads" in heads else [heads.box_head]
-    for box_head in box_heads:
-        box_head.input_shape = ShapeSpec(channels=16, height=7, width=7)
-        box_head.conv_dims = [16] * len(box_head.conv_dims)
-        box_head.fc_dims = [32]
-    for predictor in predictors:
-        predictor.input_shape = ShapeSpec(channels=32)
-    if "sem_seg_head" in model:
-        model.sem_seg_head.conv_dims = 32
-
-
-def narrow_stages(norm, **_):
-    """Takes the place of ResNet.make_default_stages: one block each."""
-    sizes = ((8, 16, 1), (16, 24, 2), (24, 32, 2), (32, 40, 2))
-    return [
-        ResNet.make_stage(
-            BasicBlock, 1, in_channels=before, out_channels=after, stride_per_block=[s], norm=norm
-        )
-        for before, after, s in sizes
-    ]

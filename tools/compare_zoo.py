@@ -17,6 +17,9 @@ Examples:
   The same without network, from a file that was fetched before:
     python tools/compare_zoo.py --config COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml \\
         --weights model_final_f10217.pkl --output output/zoo_R_50_FPN_3x
+  A new baseline, whose config is Python (a LazyConfig, which runs):
+    python tools/compare_zoo.py --config new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ.py \\
+        --weights zoo --dataset coco_2017_val --num-images 500 --output output/zoo_R_50_400ep
   The checkpoint of this repository on the embedded data set (no downloads, a minute):
     python tools/compare_zoo.py --config configs/shapes/mask_rcnn_shapes.yaml \\
         --weights checkpoints/mask_rcnn_shapes.safetensors --output output/zoo_shapes
@@ -27,6 +30,7 @@ Examples:
     python tools/compare_zoo.py --all --weights zoo --num-images 500 --output output/zoo
 
 Any config key may follow the flags: MODEL.DEVICE cpu TEST.DETECTIONS_PER_IMAGE 300
+(of a LazyConfig those of evaluation, by the same names)
 
 In the folder of --output:
   comparison.md      verdict; detections compared one by one; AP of both with the 95% interval of

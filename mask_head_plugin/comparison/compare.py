@@ -54,9 +54,10 @@ def compare_config(
     cfg.OUTPUT_DIR = str(output)
     check_output(output)
     prepare_dataset(cfg, dataset)
-    twin_configs(cfg)  # what it complains of is known before anything is downloaded
+    if not found.is_lazy:
+        twin_configs(cfg)  # what it complains of is known before anything is downloaded
     path = find_weights(weights, found)
-    twins = load_twins(cfg, path)
+    twins = load_twins(cfg, path, found.file if found.is_lazy else "")
     name = choose_images(cfg.DATASETS.TEST[0], num_images, output)
     with full_float32():
         comparison = compare_twins(twins, found, path, name, output, min_score)

@@ -15,6 +15,7 @@ from ..config import DEFAULT_LOSSES, ConfigError
 from ..config_check import check_config
 from ..modeling.mask_head import ClassSelection
 from ..user_code import load_config_and_code
+from .lazy_twins import build_lazy_pair, load_lazy_model_config
 from .zoo import ModelConfig
 
 STOCK_NAMES = {
@@ -56,6 +57,8 @@ def load_model_config(config: ModelConfig, opts: Sequence[str]) -> CfgNode:
     Raises:
         ConfigError: if it cannot be read, an option does not fit, or it has no masks.
     """
+    if config.is_lazy:
+        return load_lazy_model_config(config.file, opts)
     defaults = ["MODEL.MASK_OUTPUT", "rle"] if config.is_zoo_file else []
     cfg = load_config_and_code(config.file, [*defaults, *opts])
     if not cfg.MODEL.MASK_ON:
@@ -103,7 +106,7 @@ def _renamed(cfg: CfgNode, names: dict[str, str]) -> CfgNode:
     return cfg
 
 
-def load_twins(cfg: CfgNode, weights: Path) -> Twins:
+def load_twins(cfg: CfgNode, weights: Path, lazy_file: str = "") -> Twins:
     """Builds both models and loads the same weights into each.
 
     Both keep the memory layout that detectron2 gives them, so that what differs is the plugin's.
@@ -111,22 +114,24 @@ def load_twins(cfg: CfgNode, weights: Path) -> Twins:
     Args:
         cfg: with either's modules.
         weights: any format that MaskHeadCheckpointer reads.
+        lazy_file: the LazyConfig of the models, of which ``cfg`` are the settings.
 
     Raises:
         ConfigError: if a model cannot be built, or the weights are not exactly those of the models;
             parameters that are missing, left over or of another shape are named.
     """
-    models = []
-    stock_cfg, plugin_cfg = twin_configs(cfg)
-    for side in (stock_cfg, plugin_cfg):
-        model = build_model(side)
-        load_exactly(model, weights, side)
-        models.append(model.eval())
+    if lazy_file:
+        models = build_lazy_pair(lazy_file, cfg)
+    else:
+        stock_cfg, cfg = twin_configs(cfg)
+        models = [build_model(stock_cfg), build_model(cfg)]
+    for model in models:
+        load_exactly(model.eval(), weights, cfg)
     states = [model.state_dict() for model in models]
     differing = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
     assert list(states[0]) == list(states[1]) and not differing, differing
     num_values = sum(x.numel() for x in states[0].values())
-    return Twins(plugin_cfg, models[0], models[1], len(states[0]), num_values)
+    return Twins(cfg, models[0], models[1], len(states[0]), num_values)
 
 
 def load_exactly(model: torch.nn.Module, weights: Path, cfg: CfgNode) -> None:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..checkpoint.download import local_copy
 from ..config import ConfigError
+from ..lazy_config import model_zoo
 from ..messages import nearest_name
-
-with warnings.catch_warnings():
-    # It finds its files by pkg_resources, which warns of its own age.
-    warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
-    from detectron2 import model_zoo
 
 MODEL_ZOO = "https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md"
 ZOO_WEIGHTS = "zoo"
@@ -25,6 +20,8 @@ ZOO_FOLDERS = {
     "cityscapes": ("Cityscapes/", ""),
     "detectron1_comparisons": ("Detectron1-Comparisons/", ""),
     "misc": ("Misc/", ""),
+    "lazy": ("COCO-InstanceSegmentation/", ""),
+    "new_baselines": ("new_baselines/", ""),
 }
 """Folder of our configs: folder of the zoo, and what our file names have in front."""
 
@@ -34,11 +31,11 @@ class ZooModel:
     """A Mask R-CNN baseline with the figures that detectron2's authors published.
 
     Attributes:
-        config: its name in the zoo, without ``.yaml``.
+        config: its name in the zoo, without ``.yaml`` or ``.py``.
         model_id: of the training run; part of the weights' URL.
-        train_seconds: per iteration of 16 images on 8 V100.
+        train_seconds: per iteration of 16 images on 8 V100; None where published otherwise.
         inference_seconds: per image, batch of 1 on a V100.
-        train_gigabytes: memory of a GPU in training.
+        train_gigabytes: memory of a GPU in training; None where none is published.
         box_ap: percent on the validation set; None where none is published.
         mask_ap: likewise.
         source: where the figures stand.
@@ -46,15 +43,16 @@ class ZooModel:
 
     config: str
     model_id: int
-    train_seconds: float
+    train_seconds: float | None
     inference_seconds: float
-    train_gigabytes: float
+    train_gigabytes: float | None
     box_ap: float | None
     mask_ap: float
     source: str = MODEL_ZOO
 
 
 _COCO, _LVIS = "COCO-InstanceSegmentation/mask_rcnn_", "LVISv0.5-InstanceSegmentation/mask_rcnn_"
+_NEW = "new_baselines/mask_rcnn_"
 ZOO_MODELS = (
     ZooModel(_COCO + "R_50_C4_1x", 137259246, 0.584, 0.110, 5.2, 36.8, 32.2),
     ZooModel(_COCO + "R_50_DC5_1x", 137260150, 0.471, 0.076, 6.5, 38.3, 34.2),
@@ -79,6 +77,18 @@ ZOO_MODELS = (
         37.8,
         34.9,
     ),
+    ZooModel(_NEW + "R_50_FPN_100ep_LSJ", 42047764, None, 0.069, None, 44.6, 40.3),
+    ZooModel(_NEW + "R_50_FPN_200ep_LSJ", 42047638, None, 0.069, None, 46.3, 41.7),
+    ZooModel(_NEW + "R_50_FPN_400ep_LSJ", 42019571, None, 0.069, None, 47.4, 42.5),
+    ZooModel(_NEW + "R_101_FPN_100ep_LSJ", 42025812, None, 0.073, None, 46.4, 41.6),
+    ZooModel(_NEW + "R_101_FPN_200ep_LSJ", 42131867, None, 0.073, None, 48.0, 43.1),
+    ZooModel(_NEW + "R_101_FPN_400ep_LSJ", 42073830, None, 0.073, None, 48.9, 43.7),
+    ZooModel(_NEW + "regnetx_4gf_dds_FPN_100ep_LSJ", 42047771, None, 0.071, None, 46.0, 41.3),
+    ZooModel(_NEW + "regnetx_4gf_dds_FPN_200ep_LSJ", 42132721, None, 0.071, None, 48.1, 43.1),
+    ZooModel(_NEW + "regnetx_4gf_dds_FPN_400ep_LSJ", 42025447, None, 0.071, None, 48.6, 43.5),
+    ZooModel(_NEW + "regnety_4gf_dds_FPN_100ep_LSJ", 42047784, None, 0.073, None, 46.1, 41.6),
+    ZooModel(_NEW + "regnety_4gf_dds_FPN_200ep_LSJ", 42047642, None, 0.072, None, 47.8, 43.0),
+    ZooModel(_NEW + "regnety_4gf_dds_FPN_400ep_LSJ", 42045954, None, 0.072, None, 48.2, 43.3),
 )
 
 
@@ -91,6 +101,11 @@ class ModelConfig:
     is_zoo_file: bool
 
     @property
+    def is_lazy(self) -> bool:
+        """Whether it is a LazyConfig, Python that runs."""
+        return self.file.endswith(".py")
+
+    @property
     def published(self) -> ZooModel | None:
         return next((x for x in ZOO_MODELS if x.config == self.zoo_name), None)
 
@@ -99,35 +114,45 @@ def find_config(config: str) -> ModelConfig:
     """Finds a config of the model zoo or a file.
 
     Args:
-        config: a name such as ``COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml``, with or
-            without the ending, or a path.
+        config: a name such as ``COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml`` or
+            ``new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ.py``, with or without the ending, or a
+            path.
 
     Raises:
         ConfigError: if there is neither; the nearest name of the table is given.
     """
     if Path(config).is_file():
         return ModelConfig(config, _zoo_name(Path(config)), is_zoo_file=False)
-    name = config.removesuffix(".yaml")
-    try:
-        file = model_zoo.get_config_file(f"{name}.yaml")
-    except RuntimeError as error:
+    name = config.removesuffix(".yaml").removesuffix(".py")
+    endings = [config.removeprefix(name)] if config != name else [".yaml", ".py"]
+    file = next(filter(None, (_zoo_file(name + ending) for ending in endings)), None)
+    if file is None:
         nearest = nearest_name(name, [x.config for x in ZOO_MODELS])
         raise ConfigError(
             f"--config {config} is neither a file nor a config of detectron2's model zoo"
-            + (f"; did you mean {nearest}.yaml?" if nearest else "")
-        ) from error
+            + (
+                f"; did you mean {nearest}{Path(find_config(nearest).file).suffix}?"
+                if nearest
+                else ""
+            )
+        )
     return ModelConfig(file, name, is_zoo_file=True)
+
+
+def _zoo_file(name: str) -> str | None:
+    try:
+        file: str = model_zoo.get_config_file(name)
+    except RuntimeError:
+        return None
+    return file
 
 
 def _zoo_name(file: Path) -> str | None:
     """Returns the name of the zoo's config of which a file of ours is the counterpart."""
     folder, prefix = ZOO_FOLDERS.get(file.parent.name, ("", ""))
     name = folder + file.stem.removeprefix(prefix)
-    try:
-        model_zoo.get_config_file(f"{name}.yaml")
-    except RuntimeError:
-        return None
-    return name if folder and file.stem.startswith(prefix) else None
+    is_counterpart = folder and file.stem.startswith(prefix) and _zoo_file(name + file.suffix)
+    return name if is_counterpart else None
 
 
 def find_weights(weights: str, config: ModelConfig) -> Path:

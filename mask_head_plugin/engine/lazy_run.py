@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 
 from ..checkpoint import MaskHeadCheckpointer, WeightsPolicy
 from ..checkpoint.run_folder import set_aside_earlier_run
-from ..config import ConfigError
+from ..config import ConfigError, read_config
 from ..data import check_registered_datasets
 from ..lazy_config import SETTINGS, load_lazy_config, settings_of
 from ..messages import nearest_name
@@ -62,7 +62,7 @@ def set_up(args: argparse.Namespace) -> DictConfig:
 
 
 def _check_datasets(cfg: DictConfig, *, train: bool) -> None:
-    settings = settings_of(cfg)
+    settings = read_config(opts=settings_of(cfg))
     for name in (*(settings.DATASETS.TRAIN if train else ()), *settings.DATASETS.TEST):
         if name not in DatasetCatalog.list():
             nearest = nearest_name(name, DatasetCatalog.list())
@@ -101,7 +101,7 @@ def train_or_evaluate(args: argparse.Namespace) -> None:
 
 
 def _policy(cfg: DictConfig, *, train: bool) -> WeightsPolicy:
-    policy = WeightsPolicy.from_config(settings_of(cfg), train=train)
+    policy = WeightsPolicy.from_config(read_config(opts=settings_of(cfg)), train=train)
     return dataclasses.replace(policy, advice="give weights of this config: train.init_checkpoint")
 
 

@@ -17,23 +17,28 @@ from mask_head_plugin.comparison.zoo import ZOO_MODELS, find_config, find_weight
 
 R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
 R50_FILE, R50_ID = "model_final_f10217.pkl", "137849600"
+NEW = "new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ"
 URLS = _ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX
 
 
 @pytest.mark.parametrize("model", ZOO_MODELS, ids=lambda x: x.config)
 def test_every_row_is_a_config_and_a_model_of_the_zoo(model):
-    assert Path(model_zoo.get_config_file(f"{model.config}.yaml")).is_file()
+    assert Path(find_config(model.config).file).is_file()
     assert URLS[model.config].startswith(f"{model.model_id}/")
     assert model.source.endswith("detectron2/blob/main/MODEL_ZOO.md")
-    assert 0 < model.inference_seconds < model.train_seconds < 1 < model.train_gigabytes
+    if model.config.startswith("new_baselines/"):
+        assert model.train_seconds is model.train_gigabytes is None
+        assert 0 < model.inference_seconds < 0.1
+    else:
+        assert 0 < model.inference_seconds < model.train_seconds < 1 < model.train_gigabytes
     assert model.box_ap is None or abs(model.box_ap - model.mask_ap) < 7
 
 
 def test_the_table_has_every_mask_baseline_of_coco_and_lvis():
     listed = {x.config for x in ZOO_MODELS}
-    folders = ("COCO-InstanceSegmentation/", "LVISv0.5-InstanceSegmentation/")
+    folders = ("COCO-InstanceSegmentation/", "LVISv0.5-InstanceSegmentation/", "new_baselines/")
     assert {x for x in URLS if x.startswith(folders)} <= listed
-    assert len(listed) == len(ZOO_MODELS) == 15
+    assert len(listed) == len(ZOO_MODELS) == 27
 
 
 def test_the_published_ap_of_r50_fpn_3x():
@@ -45,6 +50,18 @@ def test_the_published_ap_of_r50_fpn_3x():
 def test_a_config_is_found_by_its_name_in_the_zoo(name):
     found = find_config(name)
     assert found.zoo_name == R50 and found.is_zoo_file and Path(found.file).is_file()
+
+
+@pytest.mark.parametrize("name", [NEW, f"{NEW}.py"])
+def test_a_lazy_config_is_found_by_its_name_in_the_zoo(name):
+    found = find_config(name)
+    assert found.zoo_name == NEW and found.is_zoo_file and found.is_lazy
+    assert Path(found.file).is_file() and found.published.mask_ap == 43.7
+
+
+def test_where_the_zoo_has_both_kinds_the_ending_decides():
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
+    assert [find_config(name + x).is_lazy for x in ("", ".yaml", ".py")] == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +77,10 @@ def test_a_config_is_found_by_its_name_in_the_zoo(name):
         ("misc/mask_rcnn_R_50_FPN_3x_gn.yaml", "Misc/mask_rcnn_R_50_FPN_3x_gn"),
         ("misc/mask_rcnn_R_50_FPN_1x_stock_roi_heads.yaml", None),
         ("shapes/mask_rcnn_shapes.yaml", None),
+        ("lazy/new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py", NEW),
+        ("lazy/mask_rcnn_R_50_C4_1x.py", "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x"),
+        ("lazy/cascade_mask_rcnn_R_50_FPN_1x.py", None),
+        ("lazy/vitdet/COCO/mask_rcnn_vitdet_b_100ep.py", None),
     ],
 )
 def test_counterparts_know_their_name_in_the_zoo(file, name):
@@ -70,6 +91,8 @@ def test_counterparts_know_their_name_in_the_zoo(file, name):
 def test_an_unknown_config_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match=f"mask_rcnn_R_5_.*did you mean {R50}.yaml"):
         find_config("COCO-InstanceSegmentation/mask_rcnn_R_5_FPN_3x.yaml")
+    with pytest.raises(ConfigError, match=f"did you mean {NEW}.py"):
+        find_config(NEW.replace("101", "11"))
 
 
 @pytest.mark.parametrize(

@@ -187,4 +187,4 @@ def test_help_teaches_by_examples(capsys):
         tool(capsys, "--help")
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "--weights zoo --dataset coco_2017_val" in text
-    assert "not enough detections" in text and text.count("python tools/compare_zoo.py") == 5
+    assert "not enough detections" in text and text.count("python tools/compare_zoo.py") == 6

@@ -1,0 +1,113 @@
+"""The two models of a LazyConfig, and the settings that a comparison reads in a YAML config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import transforms as T
+from omegaconf import DictConfig, OmegaConf
+
+from ..config import ConfigError, flatten, read_config
+from ..lazy_config import (
+    SETTINGS,
+    calls,
+    load_lazy_config,
+    settings_of,
+    use_plugin_modules,
+    use_stock_modules,
+)
+from ..user_code import load_config_and_code
+
+PREDICTOR_SETTINGS = {
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": ("test_score_thresh", 0.0),
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": ("test_nms_thresh", 0.5),
+    "TEST.DETECTIONS_PER_IMAGE": ("test_topk_per_image", 100),
+}
+"""Keys of a YAML config, and the arguments of box predictors with their defaults."""
+
+SIZE_SETTINGS = {"INPUT.MIN_SIZE_TEST": "short_edge_length", "INPUT.MAX_SIZE_TEST": "max_size"}
+CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
+READ_SECTIONS = ("DATASETS.", "DATALOADER.", "IMPORTS", "OUTPUT_DIR", "MODEL.DEVICE")
+"""Keys, or their beginnings, that a comparison reads of any model."""
+
+
+def load_lazy_model_config(file: str, opts: Sequence[str]) -> CfgNode:
+    """Returns the settings of a LazyConfig model as a YAML config has them.
+
+    Args:
+        file: of detectron2 or of ours; it runs.
+        opts: "KEY VALUE" pairs in one flat list, of keys that a comparison reads.
+
+    Raises:
+        ConfigError: if the file or an option cannot be used, or it has no masks.
+    """
+    lazy = load_lazy_config(file)
+    use_plugin_modules(lazy.model)  # for its errors
+    pairs = ["MODEL.MASK_OUTPUT", lazy.model.get("mask_output", "rle"), *settings_of(lazy)]
+    predictor = _box_predictors(lazy)[0]
+    for key, (argument, default) in PREDICTOR_SETTINGS.items():
+        pairs += [key, str(predictor.get(argument, default))]
+    resize = _resize(lazy, file)
+    for key, argument in SIZE_SETTINGS.items():
+        pairs += [key, str(resize[argument])]
+    pairs += ["MODEL.WEIGHTS", ""]  # they are given apart from the config
+    cfg = load_config_and_code("", [*pairs, *opts])
+    before, after = flatten(read_config(opts=pairs)), flatten(cfg)
+    known = {*PREDICTOR_SETTINGS, *SIZE_SETTINGS, CLASSES, "MODEL.MASK_OUTPUT"}
+    for key, value in after.items():
+        if value != before[key] and key not in known and not key.startswith(READ_SECTIONS):
+            raise ConfigError(
+                f"option {key}: {file} is a LazyConfig, which has no such key; of the model you "
+                f"can set {', '.join(sorted(known))}"
+            )
+    return cfg
+
+
+def build_lazy_pair(file: str, cfg: CfgNode) -> list[torch.nn.Module]:
+    """Builds detectron2's and the plugin's model of a LazyConfig.
+
+    Args:
+        file: see ``load_lazy_model_config``.
+        cfg: what that returned.
+
+    Raises:
+        ConfigError: if there is no stock model of the kind.
+    """
+    lazy = load_lazy_config(file)
+    OmegaConf.update(lazy, SETTINGS[CLASSES], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    values = flatten(cfg)
+    for predictor in _box_predictors(lazy):
+        for key, (argument, _) in PREDICTOR_SETTINGS.items():
+            predictor[argument] = values[key]
+    stock = instantiate_or_refuse(use_stock_modules(lazy.model))
+    plugin = instantiate(use_plugin_modules(lazy.model))
+    if hasattr(plugin, "mask_output"):
+        plugin.mask_output = cfg.MODEL.MASK_OUTPUT
+    return [model.to(cfg.MODEL.DEVICE) for model in (stock, plugin)]
+
+
+def instantiate_or_refuse(model: DictConfig) -> torch.nn.Module:
+    """Builds a stock model; an argument that only the plugin's modules have is a ConfigError."""
+    try:
+        built: torch.nn.Module = instantiate(model)
+    except TypeError as error:
+        raise ConfigError(f"there is no stock model to compare with: {error}") from error
+    return built
+
+
+def _box_predictors(lazy: DictConfig) -> list[DictConfig]:
+    heads = lazy.model.roi_heads
+    return list(heads.box_predictors) if "box_predictors" in heads else [heads.box_predictor]
+
+
+def _resize(lazy: DictConfig, file: str) -> DictConfig:
+    """Returns the one augmentation of evaluation, a ResizeShortestEdge."""
+    found = list(calls(lazy.dataloader.test.mapper.augmentations))
+    if [x._target_ for x in found] != [T.ResizeShortestEdge]:
+        raise ConfigError(
+            f"{file}: dataloader.test.mapper.augmentations is not one ResizeShortestEdge, the only "
+            "one that a comparison knows"
+        )
+    return found[0]
