@@ -1,0 +1,103 @@
+"""tools/lazyconfig_train_net.py: LazyConfigs train, go on and are evaluated; errors say the key."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import CONFIGS
+
+from mask_head_plugin import ConfigError
+from mask_head_plugin.comparison.measurement import choose_images
+from mask_head_plugin.engine import lazy_run
+
+LAZY = CONFIGS / "lazy"
+ON_CPU = ("train.device=cpu", "train.amp.enabled=False")
+SMALL = """
+from detectron2.model_zoo import get_config
+from made_lazy import shrink
+from mask_head_plugin.lazy_config import PARTS, use_plugin_modules
+
+_cfg = get_config("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py")
+model, dataloader, optimizer, lr_multiplier, train = (_cfg[x] for x in PARTS)
+shrink(use_plugin_modules(model))
+for _size in ("target_height", "target_width"):
+    dataloader.train.mapper.augmentations[0][_size] = 96
+dataloader.train.mapper.augmentations[1].crop_size = (96, 96)
+dataloader.train.mapper.instance_mask_format = "bitmask"
+dataloader.train.total_batch_size = 2
+dataloader.train.num_workers = dataloader.test.num_workers = 0
+dataloader.test.mapper.augmentations[0].short_edge_length = 96
+optimizer.lr = 0.002
+"""
+
+
+def run(file, *opts, resume=False, eval_only=False):
+    flags = {"resume": resume, "eval_only": eval_only}
+    lazy_run.train_or_evaluate(argparse.Namespace(config_file=str(file), opts=list(opts), **flags))
+
+
+def test_a_run_trains_goes_on_and_is_evaluated(tmp_path, capsys):
+    file, folder = tmp_path / "small.py", tmp_path / "run"
+    file.write_text(SMALL)
+    train, test = (choose_images(x, 3, tmp_path) for x in ("shapes_train", "shapes_val"))
+    opts = [
+        *(*ON_CPU, f"train.output_dir={folder}", f"dataloader.train.dataset.names={train}"),
+        *(f"dataloader.test.dataset.names={test}", "train.checkpointer.period=1"),
+    ]
+    run(file, *opts, "train.max_iter=1", "train.log_period=1")
+    saved = torch.load(folder / "model_final.pth", weights_only=True)
+    assert saved["class_names"][0] == "circle" and saved["trainer"]["iteration"] == 0
+    assert "segm" in capsys.readouterr().out or "bbox" in (folder / "log.txt").read_text()
+    run(file, *opts, "train.max_iter=3", resume=True)
+    assert torch.load(folder / "model_final.pth", weights_only=True)["trainer"]["iteration"] == 2
+    lines = [json.loads(x) for x in (folder / "metrics.json").read_text().splitlines()]
+    assert lines[0]["loss_mask"] > 0 and "bbox/AP" in lines[-1]
+    weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
+    ours = "dataloader.evaluator._target_=mask_head_plugin.evaluation.MaskEvaluator"
+    run(file, *opts, weights, ours, eval_only=True)
+    assert "copypaste: Task: boundary" in (folder / "log.txt").read_text()
+    run(file, *opts, "train.max_iter=1", "train.eval_period=0")
+    assert (folder / "earlier_run_1" / "model_0000002.pth").is_file()
+    assert not (folder / "model_0000002.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("train.amp.enabled=False",), r"train.device is cuda, .*add train.device=cpu"),
+        (("train.device=cpu",), r"train.amp.enabled is for GPUs; add train.amp.enabled=False"),
+        (("train.max_itr=3",), r"the config has no train.max_itr; did you mean train.max_iter\?"),
+        (("trein.max_iter=3",), r"the config has no trein.max_iter"),
+        (("train.max_iter",), r"option train.max_iter has no '='"),
+        (("train.max_iter=[",), r"options train.max_iter=\[: "),
+        ((*ON_CPU, "dataloader.train.dataset.names=shapes_trein"), r"did you mean 'shapes_train'"),
+        (
+            (*ON_CPU, "dataloader.train.dataset.names=shapes_train"),
+            r"model.roi_heads.num_classes is 80, but data set 'shapes_train' has 5 classes",
+        ),
+    ],
+    ids=lambda x: x[-1] if isinstance(x, tuple) else "",
+)
+def test_what_does_not_fit_is_one_line(opts, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message) as error:
+        run(LAZY / "new_baselines" / "mask_rcnn_R_50_FPN_100ep_LSJ.py", *opts)
+    assert "\n" not in str(error.value)
+
+
+def test_config_files_that_cannot_be_used_are_named(tmp_path):
+    for content, message in (
+        ("train = dict()", r"x.py sets no model and no dataloader and no optimizer"),
+        ("train = ", r"config file .*x.py: .*syntax error"),
+        ("from .y import train", r"config file .*x.py: .*y.py does not exist"),
+    ):
+        (tmp_path / "x.py").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            run(tmp_path / "x.py")
+    with pytest.raises(ConfigError, match=r"is no \.py file"):
+        run(CONFIGS / "Base-Small.yaml")
+    with pytest.raises(ConfigError, match=r"--eval-only needs train\.init_checkpoint"):
+        run(LAZY / "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py", *ON_CPU, eval_only=True)
