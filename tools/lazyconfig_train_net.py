@@ -14,16 +14,11 @@ Examples:
         --config-file configs/lazy/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py
     torchrun --nproc-per-node 8 tools/lazyconfig_train_net.py \\
         --config-file configs/lazy/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py
-  Try it from random weights on the embedded data set, without a GPU (4 minutes on 2 cores):
-    python tools/lazyconfig_train_net.py train.output_dir=output/lazy train.max_iter=20 \
-        --config-file configs/lazy/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py \
-        train.device=cpu train.amp.enabled=False optimizer.lr=0.002 model.roi_heads.num_classes=5 \
-        dataloader.train.total_batch_size=2 dataloader.train.mapper.instance_mask_format=bitmask \
-        dataloader.train.dataset.names=shapes_train dataloader.test.dataset.names=shapes_val
   Go on after an interruption; evaluate weights (.pth, .pkl or .safetensors):
     python tools/lazyconfig_train_net.py --resume --config-file ... train.output_dir=output/run1
     python tools/lazyconfig_train_net.py --eval-only --config-file ... train.init_checkpoint=FILE
 The config file is Python and runs: name one that you trust. Files of weights run no code.
+docs/lazy_config.md has a command that needs no GPU, and how to put the plugin into your own config.
 """
 
 

@@ -115,26 +115,26 @@ def _train(cfg: DictConfig, model: torch.nn.Module, *, resume: bool) -> None:
     trainer = (AMPTrainer if train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     policy = _policy(cfg, train=True)
     checkpointer = MaskHeadCheckpointer(model, train.output_dir, policy=policy, trainer=trainer)
+    # Before the checkpoint is read, which has the state of the schedule.
+    schedule = hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))
+    trainer.register_hooks([hooks.IterationTimer(), schedule])
     resume = comm.all_gather(resume and checkpointer.has_checkpoint())[0]
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
-    evaluation = hooks.EvalHook(train.eval_period, lambda: _evaluate(cfg, model))
-    trainer.register_hooks(
-        [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
-    )
-    comm.synchronize()  # others may still read weights of the earlier run
+    comm.synchronize()  # others may still read weights of an earlier run
+    others: list[hooks.HookBase] = [
+        hooks.EvalHook(train.eval_period, lambda: _evaluate(cfg, model))
+    ]
     if comm.is_main_process():
         if not resume:
             set_aside_earlier_run(Path(train.output_dir))
+            Path(train.output_dir, "metrics.json").unlink(missing_ok=True)  # a copy is set aside
         writers = default_writers(train.output_dir, train.max_iter)
-        trainer.register_hooks(
-            [
-                hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer),
-                evaluation,
-                hooks.PeriodicWriter(writers, period=train.log_period),
-            ]
-        )
-    else:
-        trainer.register_hooks([evaluation])
+        others = [
+            hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer),
+            *others,
+            hooks.PeriodicWriter(writers, period=train.log_period),
+        ]
+    trainer.register_hooks(others)
     trainer.train(trainer.iter + 1 if resume else 0, train.max_iter)
 
 

@@ -39,7 +39,7 @@ def run(file, *opts, resume=False, eval_only=False):
     lazy_run.train_or_evaluate(argparse.Namespace(config_file=str(file), opts=list(opts), **flags))
 
 
-def test_a_run_trains_goes_on_and_is_evaluated(tmp_path, capsys):
+def test_a_run_trains_goes_on_and_is_evaluated(tmp_path):
     file, folder = tmp_path / "small.py", tmp_path / "run"
     file.write_text(SMALL)
     train, test = (choose_images(x, 3, tmp_path) for x in ("shapes_train", "shapes_val"))
@@ -50,9 +50,9 @@ def test_a_run_trains_goes_on_and_is_evaluated(tmp_path, capsys):
     run(file, *opts, "train.max_iter=1", "train.log_period=1")
     saved = torch.load(folder / "model_final.pth", weights_only=True)
     assert saved["class_names"][0] == "circle" and saved["trainer"]["iteration"] == 0
-    assert "segm" in capsys.readouterr().out or "bbox" in (folder / "log.txt").read_text()
     run(file, *opts, "train.max_iter=3", resume=True)
-    assert torch.load(folder / "model_final.pth", weights_only=True)["trainer"]["iteration"] == 2
+    trainer = torch.load(folder / "model_final.pth", weights_only=True)["trainer"]
+    assert (trainer["iteration"], trainer["hooks"]["LRScheduler"]["last_epoch"]) == (2, 3)
     lines = [json.loads(x) for x in (folder / "metrics.json").read_text().splitlines()]
     assert lines[0]["loss_mask"] > 0 and "bbox/AP" in lines[-1]
     weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
