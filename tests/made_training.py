@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from conftest import copy_instances, random_instances
+from conftest import copy_instances, random_instances, relative_error
 from detectron2.utils.events import EventStorage
 
 IMAGE_HW = (128, 160)
@@ -32,6 +32,18 @@ def losses_and_gradients(model, batch):
         losses = model(copies)
     sum(losses.values()).backward()
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_losses_and_gradients(plugin, stock, batch):
+    """As far as float rounding allows."""
+    losses, gradients = losses_and_gradients(plugin, batch)
+    stock_losses, stock_gradients = losses_and_gradients(stock, batch)
+    assert losses.keys() == stock_losses.keys() and "loss_mask" in losses
+    for name, expected in stock_losses.items():
+        assert relative_error(losses[name], expected) <= 1e-5, name
+    assert gradients.keys() == stock_gradients.keys()
+    for name, expected in stock_gradients.items():
+        assert relative_error(gradients[name], expected) <= 2e-3, name
 
 
 def train_a_few_iterations(model, batch, iterations=12):

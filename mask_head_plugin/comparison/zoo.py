@@ -128,13 +128,10 @@ def find_config(config: str) -> ModelConfig:
     file = next(filter(None, (_zoo_file(name + ending) for ending in endings)), None)
     if file is None:
         nearest = nearest_name(name, [x.config for x in ZOO_MODELS])
+        ending = Path(find_config(nearest).file).suffix if nearest else ""
         raise ConfigError(
             f"--config {config} is neither a file nor a config of detectron2's model zoo"
-            + (
-                f"; did you mean {nearest}{Path(find_config(nearest).file).suffix}?"
-                if nearest
-                else ""
-            )
+            + (f"; did you mean {nearest}{ending}?" if nearest else "")
         )
     return ModelConfig(file, name, is_zoo_file=True)
 

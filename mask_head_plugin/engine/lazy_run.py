@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
@@ -33,8 +32,11 @@ from ..checkpoint.run_folder import set_aside_earlier_run
 from ..config import ConfigError, read_config
 from ..data import check_registered_datasets
 from ..lazy_config import SETTINGS, load_lazy_config, settings_of
-from ..messages import nearest_name
 from ..modeling import to_channels_last
+
+OWN_FILES = "Your own files go into DATASETS.COCO_FILES"
+OWN_FILES_HERE = "A config file may register yours: register_coco_instances(...)"
+"""Words of check_registered_datasets, and what they are in a LazyConfig."""
 
 
 def set_up(args: argparse.Namespace) -> DictConfig:
@@ -62,21 +64,12 @@ def set_up(args: argparse.Namespace) -> DictConfig:
 
 
 def _check_datasets(cfg: DictConfig, *, train: bool) -> None:
-    settings = read_config(opts=settings_of(cfg))
-    for name in (*(settings.DATASETS.TRAIN if train else ()), *settings.DATASETS.TEST):
-        if name not in DatasetCatalog.list():
-            nearest = nearest_name(name, DatasetCatalog.list())
-            raise ConfigError(
-                f"data set {name!r} is not registered"
-                + (f"; did you mean {nearest!r}?" if nearest else "")
-                + "; a config file may register yours: register_coco_instances(...)"
-            )
     try:
-        check_registered_datasets(settings, train=train)
+        check_registered_datasets(read_config(opts=settings_of(cfg)), train=train)
     except ConfigError as error:
         told = str(error)
-        for key, path in SETTINGS.items():
-            told = told.replace(key, path)
+        for key, here in {**SETTINGS, OWN_FILES: OWN_FILES_HERE}.items():
+            told = told.replace(key, here)
         raise ConfigError(told) from error
 
 

@@ -54,8 +54,8 @@ def test_options_that_a_lazy_model_does_not_read_are_refused():
 
 def test_both_models_of_a_lazy_config_are_called_equal(small, tmp_path):
     file, weights = small
-    opts = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.02"]
-    args = (str(file), str(weights), None, tmp_path / "out", 3, opts, 0.02)
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.001"]
+    args = (str(file), str(weights), None, tmp_path / "out", 3, opts, 0.001)
     found = compare.compare_config(*args)
     assert found.verdict == "equal" and found.agreement.confident >= 100
     assert found.agreement.score < 1e-4 and 0 < found.agreement.mask_prob

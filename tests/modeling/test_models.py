@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build_twins, relative_error, small_config, stock_config
+from conftest import build_twins, small_config, stock_config
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from made_training import losses_and_gradients, make_batch, train_a_few_iterations
+from made_training import (
+    assert_same_losses_and_gradients,
+    losses_and_gradients,
+    make_batch,
+    train_a_few_iterations,
+)
 
 from mask_head_plugin.modeling import FCNMaskHead
 
@@ -19,14 +24,7 @@ def test_end_to_end_losses_and_gradients_equal_stock(base):
     # Normalised as the zoo's models are: statistics of so small a batch would magnify rounding.
     plugin, stock = build_twins(small_config(BASES[base], "MODEL.RESNETS.NORM", "FrozenBN"))
     batch = make_batch()
-    losses, gradients = losses_and_gradients(plugin, batch)
-    stock_losses, stock_gradients = losses_and_gradients(stock, batch)
-    assert losses.keys() == stock_losses.keys() and "loss_mask" in losses
-    for name, expected in stock_losses.items():
-        assert relative_error(losses[name], expected) <= 1e-5, name
-    assert gradients.keys() == stock_gradients.keys()
-    for name, expected in stock_gradients.items():
-        assert relative_error(gradients[name], expected) <= 2e-3, name
+    assert_same_losses_and_gradients(plugin, stock, batch)
 
 
 @pytest.mark.parametrize("base", BASES)
