@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,8 @@ def write_new_config(request: Request) -> NewConfig:
         trial = Path(folder) / request.output.name
         write_durably(trial, text(Path(folder), str(CONFIGS / backbone.base)))
         cfg, warnings = _checked(trial, device)
+        written = str(request.output.parent)
+        warnings = [replace(x, file=x.file.replace(folder, written)) for x in warnings]
         estimate = _tried(cfg, device) if device.is_here else None
     output = request.output.absolute()
     files = _write_parts(request, parts, output.parent)

@@ -90,10 +90,11 @@ def test_a_config_in_configs_names_its_base_relative_to_it(tmp_path, monkeypatch
 
 
 def test_a_split_parts_no_photograph_and_a_seed_repeats_it(tmp_path):
-    data = make_files(tmp_path / "data")
+    data = make_files(tmp_path / "data", kinds=("polygons", "run lengths"))
     parts = []
     for name in ("one", "two"):
-        write_new_config(Request(data, None, tmp_path / f"{name}.yaml", split_share=0.34))
+        new = write_new_config(Request(data, None, tmp_path / f"{name}.yaml", split_share=0.34))
+        assert f"warning: {tmp_path / name}.train.json" in summary(new), "not of the trial's copy"
         files = [tmp_path / f"{name}.{part}.json" for part in ("train", "val")]
         parts.append([json.loads(file.read_text()) for file in files])
     assert parts[0] == parts[1]
