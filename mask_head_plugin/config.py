@@ -97,6 +97,17 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # evaluated and saved in their place.
     cfg.SOLVER.EMA_DECAY = 0.0
 
+    # Large-scale jitter of training images (Simple Copy-Paste, arXiv 2012.07177, section 3), in
+    # place of INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN and CROP; see image_file_mapper.py.
+    # IMAGE_SIZE is the side in pixels of the square that each image becomes; scales are those of
+    # the image in that square: 1 fits into it.
+    scales = {"MIN_SCALE": 0.1, "MAX_SCALE": 2.0}
+    cfg.INPUT.LSJ = CfgNode({"ENABLED": False, "IMAGE_SIZE": 1024, **scales})
+
+    # Share of the training images that get objects of another one (same paper); 0 pastes nothing.
+    # See data/copy_paste.py.
+    cfg.INPUT.COPY_PASTE = CfgNode({"PROBABILITY": 0.0})
+
     # Of model_<iteration>.pth keep only the newest so many; 0 keeps all.
     cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
 

@@ -1,4 +1,7 @@
-"""detectron2's DatasetMapper with the images of ``image_files``."""
+"""detectron2's DatasetMapper with the images of ``image_files`` and large-scale jitter.
+
+Shape alphabet: H, W image height and width in pixels; V vertices of a polygon.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,37 @@ import copy
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
 from .image_files import read_image
 
+FloatArray = npt.NDArray[np.float64]
+
 
 class ImageFileMapper(DatasetMapper):
-    """detectron2's DatasetMapper with the images of ``read_image``."""
+    """detectron2's DatasetMapper with the images of ``read_image``, and INPUT.LSJ.
+
+    Differs from it also in that bit masks do not reach into padding, that polygons which become
+    bit masks are cropped by their pixels, without shapely, and that a cropped image may have no
+    objects.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        arguments: dict[str, Any] = super().from_config(cfg, is_train)
+        if is_train and cfg.INPUT.LSJ.ENABLED:
+            flips = [x for x in arguments["augmentations"] if isinstance(x, T.RandomFlip)]
+            arguments["augmentations"] = [*large_scale_jitter(cfg), *flips]
+            # Of a polygon that a crop cuts into pieces, detectron2's boxes and areas need the
+            # pieces; pixels are simpler.
+            arguments["instance_mask_format"] = "bitmask"
+            arguments["recompute_boxes"] = cfg.MODEL.MASK_ON
+        return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Returns what detectron2's models take.
@@ -46,3 +70,59 @@ class ImageFileMapper(DatasetMapper):
         elif "annotations" in record:
             self._transform_annotations(record, transforms, image_hw)
         return record
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: Any
+    ) -> None:
+        annotations = dataset_dict["annotations"]
+        if all(x.get("iscrowd", 0) for x in annotations):  # detectron2's asks for boxes of masks
+            del dataset_dict["annotations"]
+            dataset_dict["instances"] = utils.annotations_to_instances([], image_shape)
+            return
+        if self.instance_mask_format == "bitmask":
+            transforms = _of_bit_masks(transforms)
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+
+
+def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
+    """Returns detectron2's augmentations of INPUT.LSJ, as its new_baselines have them.
+
+    An image is scaled to fit a square with sides of INPUT.LSJ.IMAGE_SIZE times a factor between
+    MIN_SCALE and MAX_SCALE, and becomes IMAGE_SIZE large: a random part of what is larger, and
+    128 in each channel right of and below what is smaller (of label maps, the value that the loss
+    ignores).
+    """
+    lsj, ignored = cfg.INPUT.LSJ, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    side = lsj.IMAGE_SIZE
+    return [
+        _ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, side, side),
+        T.FixedSizeCrop((side, side), pad_value=128.0, seg_pad_value=ignored),
+    ]
+
+
+class _ResizeScale(T.ResizeScale):
+    """Leaves a pixel of the shorter side of a long image, where detectron2's would fail."""
+
+    def _get_resize(self, image: npt.NDArray[Any], scale: float) -> T.Transform:
+        shorter, longer = sorted(image.shape[:2])
+        return super()._get_resize(image, max(scale, longer / shorter / self.target_height))
+
+
+class _ShiftedPolygons(T.CropTransform):
+    """A crop that polygons may reach beyond, since bit masks of its size cut them."""
+
+    def apply_polygons(self, polygons: list[FloatArray]) -> list[FloatArray]:
+        """Returns (V, 2) polygons, x and y in pixels, relative to the crop."""
+        return [self.apply_coords(x) for x in polygons]
+
+
+def _of_bit_masks(transforms: T.TransformList) -> T.TransformList:
+    """Returns what transforms of an image do with masks that end as bit masks."""
+    own: list[T.Transform] = []
+    for x in transforms.transforms:
+        if type(x) is T.CropTransform:
+            x = _ShiftedPolygons(x.x0, x.y0, x.w, x.h, x.orig_w, x.orig_h)
+        elif type(x) is T.PadTransform:  # its seg_pad_value is for label maps
+            x = T.PadTransform(x.x0, x.y0, x.x1, x.y1, x.orig_w, x.orig_h)
+        own.append(x)
+    return T.TransformList(own)

@@ -48,6 +48,7 @@ PARTS = {
     "detectron2.modeling": "model",
     "detectron2.layers": "model",
     f"{PACKAGE}.data.train_loader": "Trainer",
+    f"{PACKAGE}.data.copy_paste": "Trainer",
     f"{PACKAGE}.data": "call",
     PACKAGE: "Trainer",
     "detectron2.data": "loader",
@@ -152,6 +153,8 @@ def record(folder: Path) -> dict[str, set[str]]:
         *("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "1"),
         *("TEST.DETECTIONS_PER_IMAGE", "2", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"),
         *("SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.001"),
+        *("INPUT.LSJ.ENABLED", "True", "INPUT.LSJ.IMAGE_SIZE", "96"),
+        *("INPUT.COPY_PASTE.PROBABILITY", "0.5"),
     ]
     cfg = Noting.of(
         load_config(str(CONFIGS / "Base-Small.yaml"), [*SMALL_RESNET, *opts]),

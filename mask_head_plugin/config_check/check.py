@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 from ..config import ConfigError
+from ..data.copy_paste import check_copy_paste
 from .best_metric import check_best_metric
 from .colours import wrong_colours
 from .detector import check_features
@@ -57,6 +58,7 @@ def check_config(
     if train:
         check_solver(cfg, num_processes)
         check_recipe(cfg, num_processes)
+        check_copy_paste(cfg)
     check_input(cfg)
     check_timm(cfg)
     told = wrong_colours(cfg)

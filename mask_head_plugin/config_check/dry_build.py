@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_train_loader, detection_utils
+from detectron2.data import build_detection_train_loader, detection_utils
 from detectron2.engine import DefaultTrainer
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
@@ -29,6 +29,7 @@ from detectron2.structures import Boxes, BoxMode
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ..image_file_mapper import ImageFileMapper
 from ..messages import one_line
 from .child_process import ChildError, call_in_child
 
@@ -121,7 +122,7 @@ def build_parts(
         trainer.build_lr_scheduler(cfg, trainer.build_optimizer(cfg, module))
 
     builders: list[Callable[[CfgNode], object]] = [build_model]
-    builders.append(lambda cfg: DatasetMapper(cfg, is_train=False))
+    builders.append(lambda cfg: ImageFileMapper(cfg, is_train=False))
     if train:
         builders.append(build_schedule)
         if trainer.build_train_loader.__module__.partition(".")[0] in HOSTS:
@@ -177,7 +178,7 @@ def _try_box_losses(model: nn.Module) -> None:
 
 
 def _build_train_mapper(cfg: CfgNode) -> None:
-    mapper = DatasetMapper(cfg, is_train=True)
+    mapper = ImageFileMapper(cfg, is_train=True)
     if mapper.use_instance_mask:
         masks = {"mask_format": mapper.instance_mask_format}
         detection_utils.annotations_to_instances([OBJECT], (4, 4), **masks)

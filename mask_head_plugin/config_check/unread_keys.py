@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 READ_LATER = (
     *("CUDNN_BENCHMARK", "FLOAT32_PRECISION", "OUTPUT_DIR", "SEED", "VERSION", "IMPORTS"),
-    *("DATASETS.", "DATALOADER.FILTER_EMPTY_ANNOTATIONS"),
+    *("DATASETS.", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.COPY_PASTE."),
     *("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.WEIGHTS_STRICT", "MODEL.LOAD_PROPOSALS"),
     *("SOLVER.AMP.ENABLED", "SOLVER.CHECKPOINT_", "SOLVER.CLIP_GRADIENTS."),
     *("SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.OPTIMIZER", "SOLVER.BETAS", "SOLVER.LR_FACTORS"),
@@ -71,6 +71,7 @@ NEEDED: dict[str, tuple[str, Callable[[CfgNode], Any]]] = {
     ),
     "TEST.KEYPOINT_OKS_SIGMAS": ("MODEL.KEYPOINT_ON True", lambda x: x.MODEL.KEYPOINT_ON),
     "TEST.SEMANTIC_THRESHOLD": ("MODEL.MASK_ON True", lambda x: x.MODEL.MASK_ON),
+    "INPUT.LSJ.": ("INPUT.LSJ.ENABLED True", lambda x: x.INPUT.LSJ.ENABLED),
     "INPUT.MAX_SIZE_TRAIN": (
         "INPUT.MIN_SIZE_TRAIN above 0, since 0 keeps images as they are",
         lambda x: any(x.INPUT.MIN_SIZE_TRAIN),
@@ -101,6 +102,9 @@ NEEDED: dict[str, tuple[str, Callable[[CfgNode], Any]]] = {
     ),
 }
 """What else must be set for keys, or beginnings of keys, that are read in any case."""
+
+WITHOUT_JITTER = ("INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.CROP.")
+"""Beginnings of the keys in whose place INPUT.LSJ sets the size of training images."""
 
 
 def unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] = ()) -> dict[str, str]:
@@ -141,6 +145,8 @@ def unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] = ()) -> dict
 
 def _needed(cfg: CfgNode, key: str) -> str | None:
     """Returns what must be set for a key to have an effect and is not."""
+    if cfg.INPUT.LSJ.ENABLED and key.startswith(WITHOUT_JITTER):
+        return "INPUT.LSJ.ENABLED False"
     for start, (needed, is_given) in NEEDED.items():
         if key.startswith(start) and not is_given(cfg):
             return needed

@@ -31,7 +31,7 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
         *(RPN + "PRE_NMS_TOPK_TRAIN", RPN + "PRE_NMS_TOPK_TEST"),
         *(RPN + "POST_NMS_TOPK_TRAIN", RPN + "POST_NMS_TOPK_TEST"),
         *("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD"),
-        "TEST.PRECISE_BN.NUM_ITER",
+        *("TEST.PRECISE_BN.NUM_ITER", "INPUT.LSJ.IMAGE_SIZE"),
     ),
     0: (
         *(HEAD + "LOSS_WEIGHT", HEAD + "SCORING.LOSS_WEIGHT", HEAD + "NUM_CONV"),
@@ -48,12 +48,14 @@ MOST_WORKERS = 1024
 SHARES = (
     *(ROI + "SCORE_THRESH_TEST", ROI + "NMS_THRESH_TEST", RPN + "NMS_THRESH"),
     *("SOLVER.MOMENTUM", "SOLVER.WARMUP_FACTOR", "TEST.SEMANTIC_THRESHOLD"),
+    "INPUT.COPY_PASTE.PROBABILITY",
 )
 """Keys between 0 and 1."""
 
 POSITIVE = (
     *("SOLVER.BASE_LR", "SOLVER.GAMMA", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE"),
     *(ROI + "POSITIVE_FRACTION", RPN + "POSITIVE_FRACTION"),
+    *("INPUT.LSJ.MIN_SCALE", "INPUT.LSJ.MAX_SCALE"),
 )
 
 CLIP_TYPES = ("value", "norm", "full_model")
@@ -146,6 +148,7 @@ def check_input(cfg: CfgNode) -> None:
             f"INPUT.CROP.SIZE {crop.SIZE}: INPUT.CROP.TYPE {crop.TYPE} takes {unit} of height and "
             f"width, e.g. {example}"
         )
+    _check_jitter(given)
     channels = _num_channels(given.FORMAT)
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         values = cfg.MODEL[key]
@@ -157,6 +160,20 @@ def check_input(cfg: CfgNode) -> None:
     if not all(x > 0 for x in cfg.MODEL.PIXEL_STD):
         raise ConfigError(
             f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}: pixels are divided by it, so it is above 0"
+        )
+
+
+def _check_jitter(given: CfgNode) -> None:
+    lsj = given.LSJ
+    if lsj.MIN_SCALE > lsj.MAX_SCALE:
+        raise ConfigError(
+            f"INPUT.LSJ.MIN_SCALE {lsj.MIN_SCALE} is above INPUT.LSJ.MAX_SCALE {lsj.MAX_SCALE}; "
+            "swap them"
+        )
+    if lsj.ENABLED and given.FORMAT == "YUV-BT.601":
+        raise ConfigError(
+            "INPUT.LSJ.ENABLED pads images with 128, which is no grey in INPUT.FORMAT YUV-BT.601; "
+            "set INPUT.FORMAT to BGR or RGB, or INPUT.LSJ.ENABLED to False"
         )
 
 

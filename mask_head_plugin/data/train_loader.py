@@ -31,6 +31,7 @@ from ..config import ConfigError
 from ..image_file_mapper import ImageFileMapper
 from ..image_files import ImageFileError
 from ..messages import first_line, listed
+from .copy_paste import CopyPasteMapper, check_copy_paste
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +133,10 @@ class TrainLoader:
         """
         Args:
             cfg: its DATASETS, DATALOADER, INPUT and SOLVER.IMS_PER_BATCH are read as detectron2
-                does.
+                does, and INPUT.COPY_PASTE.
             mapper: from a record to what the model takes; if None ImageFileMapper.
         """
+        check_copy_paste(cfg)
         with kept_generators():  # a sampler comes with it, and draws
             parts = build_detection_train_loader.from_config(cfg, mapper or ImageFileMapper(cfg))
         if isinstance(parts["dataset"], IterableDataset):
@@ -171,8 +173,12 @@ class TrainLoader:
                 self._cfg, self._mapper, dataset=self._records
             )
         batches = _Batches(parts["sampler"], self._batch_size, self._groups, self._start)
+        mapper: Mapper = ImageNamingMapper(self._mapper)
+        probability = self._cfg.INPUT.COPY_PASTE.PROBABILITY
+        if probability:
+            mapper = CopyPasteMapper(mapper, self._records, probability)
         loader = DataLoader(
-            _Samples(self._records, ImageNamingMapper(self._mapper), self._seed, comm.get_rank()),
+            _Samples(self._records, mapper, self._seed, comm.get_rank()),
             batch_sampler=batches,
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,

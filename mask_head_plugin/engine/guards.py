@@ -144,13 +144,16 @@ class StepGuard(HookBase):
             return None
         heads, images = self._cfg.MODEL.ROI_HEADS, len(self._batch)
         rois = images * heads.BATCH_SIZE_PER_IMAGE
+        given = self._cfg.INPUT
+        size = f"INPUT.MIN_SIZE_TRAIN (now {tuple(given.MIN_SIZE_TRAIN)})"
+        if given.LSJ.ENABLED:
+            size = f"INPUT.LSJ.IMAGE_SIZE (now {given.LSJ.IMAGE_SIZE})"
         return TrainingError(
             f"iteration {self.trainer.iter}: out of memory ({first_line(error)}) with the images "
             f"{describe_batch(self._batch)}: {rois} RoIs, up to "
             f"{int(rois * heads.POSITIVE_FRACTION)} of them with masks. Raise "
             f"SOLVER.ACCUMULATE_STEPS (now {self._cfg.SOLVER.ACCUMULATE_STEPS}), or lower "
-            f"SOLVER.IMS_PER_BATCH (now {self._cfg.SOLVER.IMS_PER_BATCH}), INPUT.MIN_SIZE_TRAIN "
-            f"(now {tuple(self._cfg.INPUT.MIN_SIZE_TRAIN)}) or "
+            f"SOLVER.IMS_PER_BATCH (now {self._cfg.SOLVER.IMS_PER_BATCH}), {size} or "
             f"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE (now {heads.BATCH_SIZE_PER_IMAGE}); on CUDA "
             "SOLVER.AMP.ENABLED True helps, too"
         )
@@ -169,6 +172,8 @@ def describe_batch(batch: list[Sample]) -> str:
     for sample in batch:
         height, width = sample["image"].shape[-2:]
         objects = f", {len(sample['instances'])} objects" if "instances" in sample else ""
+        if "pasted_from" in sample:
+            objects += f", some of {sample['pasted_from']}"
         told.append(
             f"{sample.get('file_name')} (image_id {sample.get('image_id')!r}, "
             f"{width} x {height}{objects})"

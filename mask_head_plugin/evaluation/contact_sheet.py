@@ -76,9 +76,26 @@ def write_contact_sheet(
             image = read_image(record["file_name"], "RGB")
             truth = draw_masks(image, _true_masks(record, names))
             predicted = draw_masks(image, _predicted_masks(instances, names, min_score))
-            pairs.append(np.concatenate([_on_tile(truth), _on_tile(predicted)], axis=1))
+            pairs.append((truth, predicted))
+    write_pairs(pairs, ("ground truth", "prediction"), path)
+
+
+def write_pairs(
+    pairs: Sequence[tuple[ByteArray, ByteArray]], titles: tuple[str, str], path: Path
+) -> None:
+    """Writes one PNG of pictures in pairs.
+
+    Args:
+        pairs: (H, W, 3) RGB pictures of ``draw_masks``.
+        titles: what the left and the right ones show.
+        path: the PNG to write; its folder is made if missing.
+
+    Raises:
+        OSError: if the picture cannot be written.
+    """
+    tiles = [np.concatenate([_on_tile(x) for x in pair], axis=1) for pair in pairs]
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), _arrange(pairs)[:, :, ::-1]):
+    if not cv2.imwrite(str(path), _arrange(tiles, titles)[:, :, ::-1]):
         raise OSError(f"could not write {path}")
 
 
@@ -142,7 +159,7 @@ def _on_tile(picture: ByteArray) -> ByteArray:
     return tile
 
 
-def _arrange(pairs: list[ByteArray]) -> ByteArray:
+def _arrange(pairs: list[ByteArray], titles: tuple[str, str]) -> ByteArray:
     """Puts pairs of tiles into rows of NUM_COLUMNS under a line that names the columns."""
     columns = min(NUM_COLUMNS, len(pairs))
     framed = [
@@ -152,7 +169,7 @@ def _arrange(pairs: list[ByteArray]) -> ByteArray:
     rows = [np.concatenate(framed[i : i + columns], axis=1) for i in range(0, len(framed), columns)]
     header = np.full((HEADER_HEIGHT, rows[0].shape[1], 3), 255, np.uint8)
     for column in range(columns):
-        for side, label in enumerate(("ground truth", "prediction")):
+        for side, label in enumerate(titles):
             x = MARGIN + column * (2 * TILE_HW[1] + 2 * MARGIN) + side * TILE_HW[1]
             cv2.putText(header, label, (x, 20), FONT, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate([header, *rows])

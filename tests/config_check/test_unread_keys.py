@@ -40,6 +40,7 @@ HEAD = "MODEL.ROI_MASK_HEAD."
         (FPN, ["MODEL.ROI_BOX_HEAD.NORM", "GN"], "it needs MODEL.ROI_BOX_HEAD.NUM_CONV above 0"),
         (FPN, ["DATALOADER.REPEAT_THRESHOLD", "0.1"], NOTHING),
         (FPN, ["INPUT.CROP.TYPE", "relative"], NOTHING),
+        (FPN, ["INPUT.LSJ.MIN_SCALE", "0.5"], "it needs INPUT.LSJ.ENABLED True"),
         (FPN, ["SOLVER.NUM_DECAYS", "5"], NOTHING),
         (FPN, ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "5.0"], "SOLVER.CLIP_GRADIENTS.ENABLED True"),
         (FPN, ["TEST.AUG.MAX_SIZE", "3000"], "it needs TEST.AUG.ENABLED True"),
@@ -71,6 +72,16 @@ def test_a_key_without_effect_is_named_with_the_cause(config, opts, cause, caplo
 )
 def test_keys_with_an_effect_are_not_named(config, opts):
     assert unread_keys(load_config(str(CONFIGS / config), opts), train=True) == {}
+
+
+def test_large_scale_jitter_takes_the_place_of_other_sizes_and_crops():
+    replaced = ["INPUT.MIN_SIZE_TRAIN", "(300,)", "INPUT.MAX_SIZE_TRAIN", "500"]
+    replaced += ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.CROP.ENABLED", "True"]
+    jitter = ["INPUT.LSJ.ENABLED", "True", "INPUT.LSJ.IMAGE_SIZE", "96"]
+    used = ["INPUT.COPY_PASTE.PROBABILITY", "0.5", "INPUT.MIN_SIZE_TEST", "96"]
+    cfg = load_config(str(CONFIGS / SMALL), [*jitter, *replaced, *used])
+    expected = dict.fromkeys(replaced[::2], "it needs INPUT.LSJ.ENABLED False")
+    assert unread_keys(cfg, train=True) == expected
 
 
 def test_keys_of_training_are_not_looked_at_in_evaluation():

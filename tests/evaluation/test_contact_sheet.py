@@ -83,5 +83,5 @@ def test_any_image_fits_its_tile(height, width, empty):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 12])
 def test_any_number_of_pairs_fills_rows(count):
     pair = np.zeros((TILE_HW[0], 2 * TILE_HW[1], 3), np.uint8)
-    sheet = _arrange([pair] * count)
+    sheet = _arrange([pair] * count, ("left", "right"))
     assert sheet.shape[1] == min(count, NUM_COLUMNS) * (2 * TILE_HW[1] + 12)

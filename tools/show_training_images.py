@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Draws training images as a config augments them, with and without their masks, into one PNG."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """
+Example:
+  python tools/show_training_images.py --config-file configs/shapes/mask_rcnn_shapes.yaml \\
+      INPUT.COPY_PASTE.PROBABILITY 1.0
+Any config key may follow. The images are those of a run with that SEED (0 unless it is set), in its
+order: --iteration 1000 shows what the run is trained on from iteration 1000 on.
+"""
+NUM_IMAGES = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a file of configs/")
+    parser.add_argument("--iteration", type=int, default=0, help="the first one shown (default 0)")
+    parser.add_argument(
+        "--output", type=Path, metavar="PNG", help="default: training_images.png in OUTPUT_DIR"
+    )
+    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
+    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    args = parser.parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+
+    try:
+        print(f"wrote {write_sheet(args)}")
+    except (ConfigError, OSError) as error:
+        parser.exit(2, f"show_training_images.py: {error}\n")
+
+
+def write_sheet(args: argparse.Namespace) -> Path:
+    """Returns the picture's path."""
+    from mask_head_plugin.config import import_options
+    from mask_head_plugin.data.training_sheet import write_training_sheet
+    from mask_head_plugin.engine import Trainer
+    from mask_head_plugin.engine.run import check_and_register
+    from mask_head_plugin.user_code import load_config_and_code
+
+    cfg = load_config_and_code(args.config_file, [*import_options(args.imports), *args.opts])
+    check_and_register(cfg, train=True)
+    loader = Trainer.build_train_loader(cfg)
+    loader.go_to(max(cfg.SEED, 0), args.iteration)
+    samples = list(islice(chain.from_iterable(loader), NUM_IMAGES))
+    path: Path = args.output or Path(cfg.OUTPUT_DIR) / "training_images.png"
+    write_training_sheet(cfg, samples, path)
+    return path
+
+
+if __name__ == "__main__":
+    main()
