@@ -26,7 +26,12 @@ TOLERANCES: Mapping[str, Mapping[str, float]] = {
     "fp32": {"boxes": 1e-2, "scores": 1e-4, "mask_probs": 1e-3, "mask_scores": 1e-4},
     "fp16": {"boxes": 2.0, "scores": 2e-2, "mask_probs": 1e-1, "mask_scores": 2e-2},
 }
-"""Largest difference of each output that is rounding: boxes in pixels of the model's input."""
+"""Largest difference of each output that is rounding: boxes in pixels of the model's input.
+
+Those of masks hold for logits of trained models, of which few exceed 10. Rounding grows with them:
+a DC5 model with random weights and logits of about 25 differs by up to 2e-3 from its export, and
+both by up to 4e-3 from float64.
+"""
 
 
 @dataclass
@@ -60,6 +65,11 @@ class Parity:
         if "mask_probs" in expected:
             self.mask_side = expected["mask_probs"].shape[-1]
         pairs = matched(expected, found)
+        # Of detections with the score of the cut, as one colour has them, either may have others.
+        a, b = expected["boxes"][pairs[:, 0]], found["boxes"][pairs[:, 1]]
+        is_apart = np.abs(a - b).max(axis=1, initial=0) > self.tolerance["boxes"]
+        is_sure = expected["scores"][pairs[:, 0]] > cut + self.tolerance["scores"]
+        pairs = pairs[is_sure | ~is_apart]
         for kind, outputs, rows in (
             ("the exported model lacks", expected, pairs[:, 0]),
             ("only the exported model has", found, pairs[:, 1]),

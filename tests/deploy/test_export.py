@@ -396,6 +396,17 @@ def test_detections_are_matched_by_class_and_place():
     assert borderline.unlike == []
 
 
+def test_of_detections_with_the_score_of_the_cut_either_model_may_have_others():
+    def outputs(left):
+        boxes = np.array([[0, 0, 50, 50], [left, 0, left + 100, 100]], float)
+        return {"boxes": boxes, "classes": np.zeros(2, int), "scores": np.array([0.9, 0.5])}
+
+    for cut, is_like in ((0.5, True), (0.3, False)):
+        parity = Parity(TOLERANCES["fp32"])
+        parity.add("image", outputs(200), outputs(205), cut)
+        assert (parity.unlike == []) == is_like
+
+
 class Moody(nn.Module):
     """Takes a branch on the size of its input, in Python."""
 
