@@ -140,19 +140,7 @@ def _made(
 ) -> tuple[ModelDescription, Parity | Accuracy]:
     """Writes the files of a model into a folder and describes them; see export_model."""
     tell = _progress()
-    cfg = load_config_and_code(config_file, ["MODEL.DEVICE", "cpu", *opts])
-    if not cfg.MODEL.WEIGHTS:
-        raise ConfigError("no weights: name them with --weights FILE, or MODEL.WEIGHTS in --opts")
-    cfg.MODEL.DEVICE = "cpu"
-    check_config(cfg, train=False, evaluate=False)
-    if cfg.INPUT.FORMAT not in IMAGE_FORMATS:
-        raise ConfigError(
-            f"INPUT.FORMAT {cfg.INPUT.FORMAT!r} is none of {listed(IMAGE_FORMATS)}, and the "
-            "runtime of exported models reads no other"
-        )
-    if cfg.INPUT.MAX_SIZE_TEST < 1:
-        raise ConfigError(f"INPUT.MAX_SIZE_TEST is {cfg.INPUT.MAX_SIZE_TEST}; it must be above 0")
-    check_architecture(cfg)
+    cfg = _checked_config(config_file, opts)
     register_found_coco_files(cfg)
     calibration = _calibration_images(cfg, options)
     tell("loading the model")
@@ -166,18 +154,12 @@ def _made(
         exportable = _exportable(model, options)
         tell(f"converting it to {options.file_format}")
         path = _converted(exportable, [*samples, *made], options, folder)
-        if options.precision == "int8":
+        if calibration:
             tell(f"calibrating 8 bits on {len(calibration)} images")
             _quantise(path, exportable, cfg, options, calibration)
         tell("running both models")
         run = runner(path, options.file_format, exportable.output_names, options.size)
-        if options.precision == "int8":
-            for sample in made:  # other sizes, and images in which nothing is found
-                run(sample.image)
-            compared: Parity | Accuracy = compare_accuracy(cfg, model, run, samples, options.size)
-        else:
-            tolerance = TOLERANCES[options.precision]
-            compared = compare(model, run, [*samples, *made], tolerance, options.size)
+        compared = _compared(cfg, model, run, samples, made, options)
     if compared.unlike:
         more = f" (and {len(compared.unlike) - 1} more differences)" if compared.unlike[1:] else ""
         raise ConfigError(
@@ -186,6 +168,40 @@ def _made(
         )
     tell(f"done, {sum(x.stat().st_size for x in folder.iterdir()) / 1e6:.1f} MB")
     return _describe(cfg, model, options, path, compared), compared
+
+
+def _checked_config(config_file: str, opts: Sequence[str]) -> CfgNode:
+    cfg = load_config_and_code(config_file, ["MODEL.DEVICE", "cpu", *opts])
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError("no weights: name them with --weights FILE, or MODEL.WEIGHTS in --opts")
+    cfg.MODEL.DEVICE = "cpu"
+    check_config(cfg, train=False, evaluate=False)
+    if cfg.INPUT.FORMAT not in IMAGE_FORMATS:
+        raise ConfigError(
+            f"INPUT.FORMAT {cfg.INPUT.FORMAT!r} is none of {listed(IMAGE_FORMATS)}, and the "
+            "runtime of exported models reads no other"
+        )
+    if cfg.INPUT.MAX_SIZE_TEST < 1:
+        raise ConfigError(f"INPUT.MAX_SIZE_TEST is {cfg.INPUT.MAX_SIZE_TEST}; it must be above 0")
+    check_architecture(cfg)
+    return cfg
+
+
+def _compared(
+    cfg: CfgNode,
+    model: Any,
+    run: Run,
+    samples: Sequence[Sample],
+    made: Sequence[Sample],
+    options: ExportOptions,
+) -> Parity | Accuracy:
+    """Runs the trained and the exported model on the user's images and on made ones."""
+    if options.precision != "int8":
+        tolerance = TOLERANCES[options.precision]
+        return compare(model, run, [*samples, *made], tolerance, options.size)
+    for sample in made:  # other sizes, and images in which nothing is found
+        run(sample.image)
+    return compare_accuracy(cfg, model, run, samples, options.size)
 
 
 def _progress() -> Callable[[str], None]:
