@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,19 +80,20 @@ def register_coco_files(cfg: CfgNode) -> None:
         logger.info("INPUT.MASK_FORMAT is now bitmask: run-length masks in %s", ", ".join(with_rle))
 
 
-def register_found_coco_files(cfg: CfgNode) -> None:
-    """Registers those data sets of DATASETS.COCO_FILES that are on this machine.
+def register_found_coco_files(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Registers those of some data sets of DATASETS.COCO_FILES that are on this machine.
 
     For tools that data makes better but that do without. What is not here is told in a warning.
 
     Args:
         cfg: of a model; not changed.
+        names: of the data sets that are needed. Files of others, which may be large, are not read.
 
     Raises:
         ConfigError: as register_coco_files, but for missing files and folders.
     """
     here, missing = [], []
-    for entry in _entries(cfg.DATASETS):
+    for entry in (x for x in _entries(cfg.DATASETS) if x[0] in names):
         json_file, image_root = (find_in_datasets(x) for x in entry[1:])
         if not Path(json_file).is_file():
             missing.append(json_file)

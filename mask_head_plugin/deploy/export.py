@@ -141,7 +141,8 @@ def _made(
     """Writes the files of a model into a folder and describes them; see export_model."""
     tell = _progress()
     cfg = _checked_config(config_file, opts)
-    register_found_coco_files(cfg)
+    needed = [*cfg.DATASETS.TEST, *(cfg.DATASETS.TRAIN if options.precision == "int8" else ())]
+    register_found_coco_files(cfg, needed)
     calibration = _calibration_images(cfg, options)
     tell("loading the model")
     model = load_predictor(cfg).model.eval()

@@ -243,7 +243,9 @@ def test_a_tool_that_does_without_data_registers_what_is_there_and_names_the_res
     (train, train_json, images), val = cfg.DATASETS.COCO_FILES
     Path(train_json).unlink()
     DatasetCatalog.pop(train, None)
-    register_found_coco_files(cfg)
+    register_found_coco_files(cfg, [val[0]])
+    assert caplog.messages == []
+    register_found_coco_files(cfg, [train, val[0]])
     assert train not in DatasetCatalog.list()
     assert MetadataCatalog.get(val[0]).json_file == val[1]
     assert caplog.messages == [f"DATASETS.COCO_FILES: not on this machine: {train_json}"]
