@@ -185,7 +185,7 @@ for tool in sys.argv[1:]:
         except SystemExit as end:
             print(tool, flag, end.code, file=sys.stderr)
 """
-    tools = [str(path) for path in TOOLS if path.name != "flags.py"]
+    tools = [str(path) for path in TOOLS]
     command = [sys.executable, "-c", code, *tools]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     for tool in tools:

@@ -7,7 +7,8 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+
+import flags
 
 EXAMPLES = """
 tools/ablate.py writes the reports itself when the trials have ended. This is for in between, with
@@ -47,8 +48,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="how often images are drawn anew for an interval (default 1000)",
     )
-    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
-    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+    flags.add_code(parser)
     return parser.parse_args()
 
 
