@@ -96,12 +96,12 @@ def test_polygons_give_the_pixels_of_bit_masks_and_boxes_are_tight(folder):
             assert (tight[:, 2:] > tight[:, :2]).all()
         for k in range(len(SHAPES)):
             one, two = (x.gt_masks.tensor[x.gt_classes == k].any(dim=0) for x in (polygons, rles))
-            # Outlines differ by up to a pixel of the file, which is 0.6 to 1.8 of the image's.
+            # Outlines differ by up to one and a half pixels of the file, 1.8 times as large here.
             assert not (core(one) & ~two).any() and not (core(two) & ~one).any()
 
 
 def core(mask):
-    return torch.as_tensor(cv2.erode(mask.numpy().astype(np.uint8), np.ones((5, 5)))) > 0
+    return torch.as_tensor(cv2.erode(mask.numpy().astype(np.uint8), np.ones((7, 7)))) > 0
 
 
 def test_a_long_image_keeps_a_pixel_of_its_shorter_side(folder):
