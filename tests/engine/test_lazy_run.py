@@ -49,7 +49,7 @@ def test_a_run_trains_goes_on_and_is_evaluated(tmp_path):
     ]
     run(file, *opts, "train.max_iter=1", "train.log_period=1")
     saved = torch.load(folder / "model_final.pth", weights_only=True)
-    assert saved["class_names"][0] == "circle" and saved["trainer"]["iteration"] == 0
+    assert saved["class_names"][0] == "ring" and saved["trainer"]["iteration"] == 0
     run(file, *opts, "train.max_iter=3", resume=True)
     trainer = torch.load(folder / "model_final.pth", weights_only=True)["trainer"]
     assert (trainer["iteration"], trainer["hooks"]["LRScheduler"]["last_epoch"]) == (2, 3)
