@@ -5,7 +5,6 @@ Shape alphabet: N images, R objects.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -64,11 +63,6 @@ class InputSize:
         return [round(share * self.short_edge * (self.crop or 1)) for share in jitter]
 
 
-def crops_polygons() -> bool:
-    """Returns whether fvcore can crop polygons, for which it needs a package."""
-    return importlib.util.find_spec("shapely") is not None
-
-
 def choose_input_size(facts: DataFacts, device: Device) -> InputSize:
     """Returns the size for a data set on a device.
 
@@ -79,9 +73,7 @@ def choose_input_size(facts: DataFacts, device: Device) -> InputSize:
         facts: of the training data.
         device: to train on.
     """
-    can_crop = not facts.has_polygons or crops_polygons()
-    most_pixels = device.image_pixels if can_crop else device.view_pixels
-    if _fits_unscaled(facts, most_pixels):
+    if _fits_unscaled(facts, device.image_pixels):
         return _unscaled(facts, device)
     relative = facts.object_sides / facts.short_sides[facts.image_of]
     wanted = SMALLEST / np.percentile(relative, 10)
@@ -93,10 +85,10 @@ def choose_input_size(facts: DataFacts, device: Device) -> InputSize:
         edge = min(max(wanted, usual), math.sqrt(pixels / elongation), MOST_MAGNIFIED * middle)
         return max(round(edge / STEP), 1) * STEP
 
-    edge, crop = short_edge(most_pixels), None
+    edge, crop = short_edge(device.image_pixels), None
     if edge**2 * elongation > 1.05 * device.view_pixels:
         large = float(np.percentile(relative, 90)) * edge
-        crop = _crop_share(edge, elongation, large, device) if can_crop else None
+        crop = _crop_share(edge, elongation, large, device)
         if crop is None:
             edge = short_edge(device.view_pixels)
     return _scaled(facts, edge, crop, math.ceil(wanted))

@@ -224,7 +224,7 @@ def _input_settings(train: DataFacts, size: InputSize, device: Device) -> list[S
     if size.short_edge:
         settings.append(Setting("INPUT.MAX_SIZE_TRAIN", size.longest))
     settings += _crop_settings(size)
-    return [*settings, _mask_format(train)]
+    return [*settings, _mask_format(train, size)]
 
 
 def _crop_settings(size: InputSize) -> list[Setting]:
@@ -244,10 +244,13 @@ def _crop_settings(size: InputSize) -> list[Setting]:
     ]
 
 
-def _mask_format(train: DataFacts) -> Setting:
+def _mask_format(train: DataFacts, size: InputSize) -> Setting:
     if train.has_run_lengths:
         kinds = "run lengths" + (" and polygons" if train.has_polygons else "")
         return Setting("INPUT.MASK_FORMAT", "bitmask", f"The masks are {kinds}, which this reads.")
+    if size.crop is not None:
+        why = "Polygons are cropped by their pixels: for more, fvcore needs the package shapely."
+        return Setting("INPUT.MASK_FORMAT", "bitmask", why)
     return Setting("INPUT.MASK_FORMAT", "polygon", "All masks are polygons.")
 
 

@@ -10,7 +10,6 @@ import pytest
 import yaml
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 
-from mask_head_plugin.new_config import input_size
 from mask_head_plugin.new_config.anchors import choose_anchors, covered_share
 from mask_head_plugin.new_config.backbone import choose_backbone
 from mask_head_plugin.new_config.commented_yaml import Setting, render
@@ -23,7 +22,7 @@ from mask_head_plugin.new_config.settings import choose_settings
 CPU, GPU = Device("cpu", True, 24e9, 2), Device("cuda", False, 12e9, 2)
 
 
-def made_facts(image_hw, sides, *, per_image=None, classes=1, run_lengths=False) -> DataFacts:
+def made_facts(image_hw, sides, *, per_image=None, classes=1) -> DataFacts:
     """Returns facts of square objects with given sides, spread over the images in turn."""
     image_hw, sides = np.array(image_hw), np.asarray(sides, float)
     return DataFacts(
@@ -32,8 +31,8 @@ def made_facts(image_hw, sides, *, per_image=None, classes=1, run_lengths=False)
         image_of=np.arange(len(sides)) // (per_image or 1) % len(image_hw),
         class_of=np.arange(len(sides)) % classes,
         class_names=[f"class {k}" for k in range(classes)],
-        has_polygons=not run_lengths,
-        has_run_lengths=run_lengths,
+        has_polygons=True,
+        has_run_lengths=False,
     )
 
 
@@ -47,14 +46,11 @@ def test_images_whose_objects_are_large_enough_keep_their_size():
     assert (size.short_edge, size.train_sizes, size.crop) == (0, [0], None)
 
 
-@pytest.mark.parametrize("run_lengths", [True, False])
 @pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.mark.parametrize("hw", [(256, 256), (480, 640), (3000, 4000), (900, 300)])
 @pytest.mark.parametrize("smallest", [2, 9, 40])
-def test_the_smallest_tenth_has_16_pixels_where_the_device_allows(
-    hw, smallest, device, run_lengths
-):
-    facts = made_facts([hw] * 3, np.linspace(smallest, 3 * smallest, 90), run_lengths=run_lengths)
+def test_the_smallest_tenth_has_16_pixels_where_the_device_allows(hw, smallest, device):
+    facts = made_facts([hw] * 3, np.linspace(smallest, 3 * smallest, 90))
     size = choose_input_size(facts, device)
     limit = size.short_edge + 32 if size.short_edge else max(hw)
     bound_by_pixels = (limit / min(hw)) ** 2 * hw[0] * hw[1] * (size.crop or 1) ** 2 >= (
@@ -65,31 +61,31 @@ def test_the_smallest_tenth_has_16_pixels_where_the_device_allows(
     if size.short_edge:
         assert size.view_pixels <= 1.15 * device.view_pixels
     if size.crop is not None:
-        assert run_lengths and size.view_pixels < size.image_pixels
+        assert size.view_pixels < size.image_pixels
 
 
 def test_crops_are_scaled_as_whole_images_are():
-    facts = made_facts([(256, 256), (520, 696)], np.tile([9.0, 24, 40], 40), run_lengths=True)
+    facts = made_facts([(256, 256), (520, 696)], np.tile([9.0, 24, 40], 40))
     size = choose_input_size(facts, CPU)
     assert size.crop is not None and size.short_edge
     middle = size.train_sizes[2]
     assert middle == round(size.crop * size.short_edge)
 
 
-def test_polygons_are_cropped_only_where_fvcore_can(monkeypatch):
-    facts = made_facts([(2000, 2000)], np.linspace(10, 30, 50))
-    assert choose_input_size(facts, CPU).crop is None
-    monkeypatch.setattr(input_size, "crops_polygons", lambda: True)
-    assert choose_input_size(facts, CPU).crop is not None
+def test_polygons_that_are_cropped_become_bit_masks():
+    large = values(made_facts([(2000, 2000)], np.linspace(10, 30, 50)))
+    assert large["INPUT.CROP.ENABLED"] and large["INPUT.MASK_FORMAT"] == "bitmask"
+    small = values(made_facts([(400, 400)], np.linspace(20, 60, 50)))
+    assert "INPUT.CROP.ENABLED" not in small and small["INPUT.MASK_FORMAT"] == "polygon"
 
 
 def test_objects_alike_in_pixels_keep_images_of_different_size_as_they_are():
     """As of one microscope: the same cells in fields of different size."""
-    facts = made_facts([(300, 300), (900, 900)], np.tile([20.0, 22, 24, 26], 20), run_lengths=True)
+    facts = made_facts([(300, 300), (900, 900)], np.tile([20.0, 22, 24, 26], 20))
     size = choose_input_size(facts, CPU)
     assert size.short_edge == 0 and isinstance(size.crop, int)
     # Relative to their images they are alike: photographs of one thing from near and far.
-    photos = made_facts([(300, 300), (900, 900)], np.tile([20.0, 60], 40), run_lengths=True)
+    photos = made_facts([(300, 300), (900, 900)], np.tile([20.0, 60], 40))
     assert choose_input_size(photos, CPU).short_edge > 0
 
 
