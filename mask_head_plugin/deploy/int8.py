@@ -15,6 +15,7 @@ from typing import Any
 import numpy.typing as npt
 from tqdm import tqdm
 
+from ..durable_files import write_durably
 from .formats import Inputs
 
 NUM_CALIBRATION_IMAGES = 64
@@ -60,7 +61,8 @@ def quantise(path: Path, images: Sequence[str], read: Callable[[str], Inputs]) -
             weight_type=QuantType.QInt8,
         )
         onnx.checker.check_model(str(result), full_check=True)
-        result.replace(path)
+        content = result.read_bytes()
+    write_durably(path, lambda file: file.write(content))
 
 
 def _kept(graph: Any) -> list[str]:
