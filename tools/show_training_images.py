@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+
+from flags import add_code, add_config_file
 
 EXAMPLES = """
 Example:
@@ -22,13 +23,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a file of configs/")
+    add_config_file(parser)
     parser.add_argument("--iteration", type=int, default=0, help="the first one shown (default 0)")
     parser.add_argument(
         "--output", type=Path, metavar="PNG", help="default: training_images.png in OUTPUT_DIR"
     )
-    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
-    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+    add_code(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args()
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
