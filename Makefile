@@ -1,7 +1,7 @@
 # make train   environment if missing, then Mask R-CNN on the embedded data set, on CPU or GPU
 # make test    environment if missing, then all tests
 # make lint    environment if missing, then ruff and mypy
-# make gpu     environment if missing, then 25 minutes of measurements on one GPU; GPU_FLAGS=--quick: 5
+# make gpu     environment if missing, then 25 minutes of measurements on one GPU; GPU_FLAGS=--quick: 8
 # make test-oldest   all tests with the lowest versions that setup.cfg allows, on Python 3.10
 # make clean   removes the environments, caches and the embedded data set; results stay
 #

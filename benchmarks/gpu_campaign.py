@@ -32,7 +32,7 @@ Parts:
 Examples:
   All parts, at most 25 minutes on one GPU (make gpu does this):
     python benchmarks/gpu_campaign.py
-  The most important figures, at most 5 minutes:
+  The most important figures, at most 8 minutes:
     python benchmarks/gpu_campaign.py --quick
   Two parts again; the others stay as the folder has them:
     python benchmarks/gpu_campaign.py --part pooler --part kernel_variants
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         epilog=EPILOG.format(parts=listed),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="less of everything, 5 minutes")
+    parser.add_argument("--quick", action="store_true", help="less of everything, 8 minutes")
     parser.add_argument(
         "--part", action="append", choices=names, metavar="NAME", help="only this part; repeatable"
     )

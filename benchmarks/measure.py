@@ -37,6 +37,7 @@ class Sizes:
         pooled_sides: of the pooled squares.
         head_rois: RoIs in the mask head.
         step_side: side of the square images of a training step and of inference, in pixels.
+        large_step_side: of those of a step on a GPU that is to be busy.
         output_images: height and width of images that masks are put out for.
         output_counts: masks of one such image.
         exact_sides: k of the RoIs whose sides are k times the pooled side.
@@ -51,6 +52,7 @@ class Sizes:
     pooled_sides: tuple[int, ...] = (7, 14)
     head_rois: int = 128
     step_side: int = 512
+    large_step_side: int = 800
     output_images: tuple[tuple[int, int], ...] = ((480, 640), (1080, 1920), (8000, 8000))
     output_counts: tuple[int, ...] = (100, 700)
     exact_sides: tuple[int, ...] = tuple(range(1, 65))
@@ -67,6 +69,7 @@ TINY = Sizes(
     pooled_sides=(1,),
     head_rois=2,
     step_side=64,
+    large_step_side=96,
     output_images=((48, 64),),
     output_counts=(3,),
     exact_sides=(1,),

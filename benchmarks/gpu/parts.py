@@ -58,7 +58,7 @@ PARTS = (
         tiny_flags=("--tiny",),
     ),
     Part(
-        "cuda_tests", "the tests that need a GPU", "gpu/cuda_tests.py", 210, 50, tiny_flags=ONE_FILE
+        "cuda_tests", "the tests that need a GPU", "gpu/cuda_tests.py", 210, 60, tiny_flags=ONE_FILE
     ),
     Part(
         "synchronisations",
@@ -92,7 +92,7 @@ PARTS = (
         "mask head, targets, training step and inference in float32: time and memory",
         "mask_branch.py",
         150,
-        30,
+        50,
         ("--repeats", "30"),
         ("--repeats", "10", *STEPS),
         (*STEPS, *TINY),
@@ -102,9 +102,9 @@ PARTS = (
         "the same in mixed precision",
         "mask_branch.py",
         150,
-        20,
+        40,
         ("--amp", "--repeats", "30"),
-        ("--repeats", "10", "--only", "step, K = 80"),
+        ("--repeats", "10", "--only", "step, K = 80", "large"),
         ("--only", "step, K = 80", *TINY),
     ),
     Part(
@@ -112,7 +112,7 @@ PARTS = (
         "masks to run lengths: time and memory",
         "mask_output.py",
         80,
-        15,
+        25,
         ("--images", "0", "--limit-gb", "2", "--repeats", "5"),
         ("--limit-gb", "0.5", "--repeats", "3"),
         TINY,
@@ -122,7 +122,7 @@ PARTS = (
         "what the guard of a step and its seeds cost",
         "guards.py",
         50,
-        15,
+        20,
         ("--repeats", "20"),
         ("--repeats", "10"),
         TINY,
@@ -132,7 +132,7 @@ PARTS = (
         "the longest kernels of a training step, and traces",
         "gpu/step_profile.py",
         90,
-        10,
+        60,
         tiny_flags=("--tiny",),
     ),
     Part(
@@ -140,7 +140,7 @@ PARTS = (
         "the kernel of RoI pooling with other blocks, warps, tiles and layouts",
         "gpu/kernel_variants.py",
         240,
-        10,
+        50,
         ("--seconds", "200"),
         ("--seconds", "10", "--types", "fp32"),
         ("--tiny", "--types", "fp32"),

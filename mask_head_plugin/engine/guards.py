@@ -45,6 +45,8 @@ class StepGuard(HookBase):
         """
         self.seed = 0  # the run's; a resumed run learns it late
         self._model, self._cfg = model, cfg
+        # Once: walking through the modules of R50-FPN takes longer than the look at its gradients.
+        self._parameters = dict(model.named_parameters())
         self._batch: list[Sample] = []
         self._losses: dict[str, torch.Tensor] = {}
         model.register_forward_pre_hook(self._note_batch)
@@ -64,7 +66,7 @@ class StepGuard(HookBase):
 
     def after_backward(self) -> None:
         """Raises TrainingError, on all processes, where a loss or gradient is not finite."""
-        terms = [loss.sum() for loss in self._losses.values()]
+        terms = [loss if loss.dim() == 0 else loss.sum() for loss in self._losses.values()]
         scaler = getattr(self.trainer, "grad_scaler", None)
         if scaler is None:
             self._look_at(terms, self._gradients())
@@ -95,7 +97,7 @@ class StepGuard(HookBase):
         return float(scale)
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        named = self._model.named_parameters()
+        named = self._parameters.items()
         return {name: each.grad for name, each in named if each.grad is not None}
 
     def _stop_if_not_finite(self, gradients: dict[str, torch.Tensor]) -> None:

@@ -82,8 +82,7 @@ def train_or_evaluate(args: argparse.Namespace) -> None:
     cfg = set_up(args)  # in each process: a config with functions cannot be sent
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
-    if torch.device(cfg.train.device).type == "cpu":
-        to_channels_last(model)
+    to_channels_last(model)
     if not args.eval_only:
         _train(cfg, model, resume=args.resume)
         return

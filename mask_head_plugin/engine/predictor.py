@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata
 from detectron2.data.transforms import ResizeShortestEdge
@@ -85,8 +84,7 @@ def load_predictor(cfg: CfgNode) -> BGRPredictor:
         MaskHeadCheckpointer(predictor.model, policy=policy).load(cfg.MODEL.WEIGHTS)
     except (OSError, AssertionError) as error:
         raise ConfigError(f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: {error}") from error
-    if torch.device(cfg.MODEL.DEVICE).type == "cpu":  # as Trainer.build_model does
-        to_channels_last(predictor.model)
+    to_channels_last(predictor.model)  # as Trainer.build_model does
     names = class_names_of(predictor.model) or policy.class_names
     if list(getattr(predictor, "metadata", Metadata()).get("thing_classes", ())) != names:
         predictor.metadata = Metadata()

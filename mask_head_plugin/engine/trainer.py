@@ -283,10 +283,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
-        """Builds the model; on the CPU channels-last, see modeling.to_channels_last."""
+        """Builds the model; channels-last where that is faster, see modeling.to_channels_last."""
         model: torch.nn.Module = super().build_model(cfg)
-        if torch.device(cfg.MODEL.DEVICE).type == "cpu":
-            to_channels_last(model)
+        to_channels_last(model)
         return model
 
     @classmethod

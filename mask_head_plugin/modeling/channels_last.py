@@ -1,4 +1,4 @@
-"""Channels-last models, whose convolutions are faster on a CPU, their weight gradients included."""
+"""Channels-last models, whose convolutions are faster, their weight gradients included."""
 
 from __future__ import annotations
 
@@ -15,18 +15,28 @@ MIN_ELEMENTS = 1 << 18
 """Elements of one image's map, 1 MB of float32, from which copies for the weight gradient pay."""
 
 
-def to_channels_last(model: nn.Module) -> None:
-    """Makes the weights of a model on a CPU channels-last; the model computes the same.
+TENSOR_CORES = (8, 0)
+"""Compute capability from which convolutions of float32 run on tensor cores, channels-last."""
 
-    Its convolutions then hand on channels-last maps: forward and the gradient to the map are
-    faster so, and RoI pooling reads such maps in place. Not so the gradient to 3 x 3 weights on
-    AVX2: with 256 channels and two maps of 128 x 128 oneDNN takes 1.74 s, from contiguous maps
-    0.47 s, and copying both takes 0.08 s (two cores of an AMD EPYC). 1 x 1 and 7 x 7 kernels and
-    maps of less than 1 MB gain nothing. Processors with AVX512 run another kernel and were not
-    measured: they keep oneDNN's way.
+
+def to_channels_last(model: nn.Module) -> None:
+    """Makes a model's weights channels-last where that is faster; the model computes the same.
+
+    Its convolutions then hand on channels-last maps, and RoI pooling reads such maps in place.
+
+    On CUDA, tensor cores take only such maps; cuDNN copies others. Older GPUs keep their layout.
+
+    On a CPU, forward and the gradient to the map are faster so. Not so the gradient to 3 x 3
+    weights on AVX2: with 256 channels and two maps of 128 x 128 oneDNN takes 1.74 s, from
+    contiguous maps 0.47 s, and copying both takes 0.08 s (two cores of an AMD EPYC). 1 x 1 and
+    7 x 7 kernels and maps of less than 1 MB gain nothing. Processors with AVX512 run another
+    kernel and were not measured: they keep oneDNN's way.
     """
+    device = next(model.parameters()).device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < TENSOR_CORES:
+        return
     model.to(memory_format=torch.channels_last)
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         for module in model.modules():
             if type(module) is Conv2d and _is_ordinary(module):
                 module.__class__ = WeightGradientFromCopies

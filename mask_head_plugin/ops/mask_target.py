@@ -60,11 +60,9 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     if bit_masks.dtype == torch.bool:
         bit_masks = bit_masks.view(torch.uint8)  # becomes float32 twice as fast
     crop = _crop_with_operator if one_operator else _crop_by_sums
-    shares = boxes.new_empty(len(boxes), size, size)
-    for start in range(0, len(boxes), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        shares[chunk] = crop(bit_masks[chunk], boxes[chunk], size)
-    return shares >= 0.5
+    chunks = zip(bit_masks.split(CHUNK), boxes.split(CHUNK), strict=True)
+    targets = [crop(masks, chunk, size) >= 0.5 for masks, chunk in chunks]
+    return targets[0] if len(targets) == 1 else torch.cat(targets)
 
 
 def _crop_with_operator(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:

@@ -123,11 +123,18 @@ def _gradients(
     aligned: bool,
 ) -> list[Tensor]:
     """Returns the gradients of all maps, also of those that need none: a RoI adds to its own."""
-    grads = _new_gradients(grad, rois, levels, num_images, heights, widths)
-    sums = [torch.zeros_like(x, dtype=torch.float32) for x in grads]
+    shapes = _map_shapes(grad, num_images, heights, widths)
+    sums = [grad.new_zeros(x, dtype=torch.float32).permute(0, 3, 1, 2) for x in shapes]
     bins = grad.permute(0, 2, 3, 1).contiguous()
     kernels.add_gradients(sums, bins, rois, levels, scales, sampling_ratio, aligned)
     return [x.to(grad.dtype) for x in sums]
+
+
+def _map_shapes(
+    grad: Tensor, num_images: int, heights: Sequence[int], widths: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    sides = zip(heights, widths, strict=True)
+    return [(num_images, height, width, grad.shape[1]) for height, width in sides]
 
 
 @_gradients.register_fake
@@ -140,9 +147,8 @@ def _new_gradients(
     widths: Sequence[int],
     *_: Any,
 ) -> list[Tensor]:
-    sides = zip(heights, widths, strict=True)
-    shapes = [(num_images, height, width, grad.shape[1]) for height, width in sides]
-    return [grad.new_empty(shape).permute(0, 3, 1, 2) for shape in shapes]
+    shapes = _map_shapes(grad, num_images, heights, widths)
+    return [grad.new_empty(x).permute(0, 3, 1, 2) for x in shapes]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  # by name

@@ -156,9 +156,9 @@ def test_scripts_know_the_flags_that_they_get_on_a_gpu(campaign, quick, tmp_path
         assert args.device == "cuda" and args.output == tmp_path / f"{part.name}.json"
 
 
-def test_all_parts_take_25_minutes_and_quick_5(campaign):
+def test_all_parts_take_25_minutes_and_quick_8(campaign):
     assert sum(x.seconds for x in campaign.PARTS) <= 25 * 60
-    assert sum(x.quick_seconds for x in campaign.PARTS) <= 5 * 60
+    assert sum(x.quick_seconds for x in campaign.PARTS) <= 8 * 60
 
 
 def test_help_names_every_part(campaign, capsys):
@@ -191,7 +191,7 @@ def test_promises_are_judged_by_the_worst_case(campaign):
     assert [x["verdict"] for x in found.values()][:2] == ["met", "not met"]
     assert {x["verdict"] for x in list(found.values())[2:]} == {"not measured"}
     step = {"what": "training step", "classes": 80, "time_ratio": 1.2, "memory_share": 1.0}
-    times = {"detectron2_ms": 120, "ours_ms": 100, "channels_last_ms": 90}
+    times = {"detectron2_ms": 120, "ours_ms": 100, "contiguous_ms": 90}
     many = {**step, "classes": 1203, "detectron2_ms": 200, "ours_ms": 120}
     found = verdicts(campaign, "mask_branch", {"rows": [{**step, **times}, many]})
     met = {name: x["verdict"] for name, x in found.items() if x["verdict"] != "not measured"}

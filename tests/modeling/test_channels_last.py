@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import relative_error, small_config
+from conftest import fake_gpu, relative_error, small_config
 from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from made_training import losses_and_gradients, make_batch
@@ -150,3 +150,17 @@ def test_functional_gradients_are_the_same(monkeypatch):
     conv.__class__ = WeightGradientFromCopies
     for name, gradient in torch.func.grad(loss)(parameters).items():
         assert torch.allclose(gradient, expected[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True)])
+def test_only_gpus_with_tensor_cores_for_float32_take_channels_last(
+    capability, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    changes = []
+    monkeypatch.setattr(Conv2d, "to", lambda _self, **options: changes.append(options))
+    with fake_gpu():
+        conv = Conv2d(3, 4, 3, device="cuda")
+        to_channels_last(conv)
+    assert type(conv) is Conv2d
+    assert changes == ([{"memory_format": torch.channels_last}] if expected else [])

@@ -10,6 +10,7 @@ import torch
 from conftest import load_script, load_triton_kernels, relative_error
 
 from mask_head_plugin import ops
+from mask_head_plugin.machine import peak_megabytes
 
 triton = pytest.importorskip("triton")
 roi_pooling_operator = pytest.importorskip("mask_head_plugin.ops.roi_pooling_operator")
@@ -265,3 +266,17 @@ def test_what_a_call_moves_stays_within_its_bounds_on_paper():
     work = report.work_row(512, 7, 0, "fp32")
     assert work["by samples, 1000"] >= 2.5 * work["cells, 1000"]
     assert 0.05 <= work["forward at least, ms"] <= 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_take_the_memory_of_the_maps_once(dtype, interpreted_operator):
+    """And, of half-precision maps, that of their float32 sums."""
+    sides, channels = ((64, 96), (32, 48)), 32
+    maps = [torch.zeros(1, channels, *x, dtype=dtype, requires_grad=True) for x in sides]
+    rois, levels = torch.tensor([[0.0, 1, 1, 9, 9]]), torch.zeros(1, dtype=torch.int64)
+    pooled = interpreted_operator(maps, rois, levels, (1, 1), SCALES, 1, True).sum()
+    found = []
+    peak = peak_megabytes(lambda: found.append(torch.autograd.grad(pooled, maps)), "cpu")
+    elements = sum(x.numel() for x in maps)
+    bytes_needed = elements * (4 if dtype == torch.float32 else 4 + 2)
+    assert elements * 4 <= peak * 1e6 < 1.05 * bytes_needed
