@@ -62,7 +62,9 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     crop = _crop_with_operator if one_operator else _crop_by_sums
     chunks = zip(bit_masks.split(CHUNK), boxes.split(CHUNK), strict=True)
     targets = [crop(masks, chunk, size) >= 0.5 for masks, chunk in chunks]
-    return targets[0] if len(targets) == 1 else torch.cat(targets)
+    if len(targets) == 1:
+        return targets[0]
+    return torch.cat(targets) if targets else boxes.new_zeros(0, size, size, dtype=torch.bool)
 
 
 def _crop_with_operator(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
