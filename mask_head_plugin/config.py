@@ -112,8 +112,17 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
 
     # A metric of the evaluation, such as "segm/AP": the weights of the best one are kept as
-    # model_best.pth; needs TEST.EVAL_PERIOD. "" keeps none.
+    # model_best.pth; needs TEST.EVAL_PERIOD. "" keeps none. Losses of TEST.EVAL_LOSS, such as
+    # "validation/total_loss", are better when they are lower.
     cfg.SOLVER.CHECKPOINT_BEST_METRIC = ""
+
+    # Ends a run after PATIENCE evaluations in a row in which METRIC was not better than before; ""
+    # ends none. Metrics are those of CHECKPOINT_BEST_METRIC, and better as there.
+    cfg.SOLVER.EARLY_STOPPING = CfgNode({"METRIC": "", "PATIENCE": 5})
+
+    # Whether evaluation adds the losses on DATASETS.TEST, means over images, as validation/
+    # total_loss, validation/loss_mask and so on; see engine/validation_loss.py.
+    cfg.TEST.EVAL_LOSS = False
 
     # Above 0: evaluation adds the metrics of semantic segmentation, of maps made from detections
     # with at least this score (see evaluation/semantic.py). 0 leaves them out.

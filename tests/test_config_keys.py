@@ -152,7 +152,8 @@ def record(folder: Path) -> dict[str, set[str]]:
         *("OUTPUT_DIR", str(folder), "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(96,)"),
         *("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "1"),
         *("TEST.DETECTIONS_PER_IMAGE", "2", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"),
-        *("SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.001"),
+        *("SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.001", "TEST.EVAL_LOSS", "True"),
+        *("SOLVER.EARLY_STOPPING.METRIC", "validation/total_loss"),
         *("INPUT.LSJ.ENABLED", "True", "INPUT.LSJ.IMAGE_SIZE", "96"),
         *("INPUT.COPY_PASTE.PROBABILITY", "0.5"),
     ]

@@ -23,6 +23,10 @@ BEST_CHECKPOINT = "model_best"
 """Without extension. Holds weights alone, so no run resumes from it."""
 
 
+EARLY_STOPPING = "early_stopping.json"
+"""What evaluations gave for SOLVER.EARLY_STOPPING.METRIC, see engine/early_stopping.py."""
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """Returns the checkpoints that a run can resume from, the first choice first.
 
@@ -100,7 +104,8 @@ def set_aside_earlier_run(folder: Path) -> None:
     moved = [
         *folder.glob("model_*.pth*"),
         *folder.glob("events.out.tfevents.*"),
-        *(folder / x for x in (LAST_CHECKPOINT, FINISHED_ITERATION, f"{BEST_CHECKPOINT}.json")),
+        *(folder / x for x in (LAST_CHECKPOINT, FINISHED_ITERATION, EARLY_STOPPING)),
+        folder / f"{BEST_CHECKPOINT}.json",
     ]
     metrics = folder / "metrics.json"
     if not any(path.suffix == ".pth" for path in moved) and not (

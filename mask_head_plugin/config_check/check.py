@@ -12,7 +12,7 @@ from detectron2.engine import DefaultTrainer
 
 from ..config import ConfigError
 from ..data.copy_paste import check_copy_paste
-from .best_metric import check_best_metric
+from .chosen_metrics import check_chosen_metrics
 from .colours import wrong_colours
 from .detector import check_features
 from .detectron2_keys import check_host_values
@@ -68,7 +68,7 @@ def check_config(
         logger.warning("%s, unless the weights were trained so", told)
     check_test(cfg, train=train, evaluate=evaluate)
     if train:
-        check_best_metric(cfg)
+        check_chosen_metrics(cfg)
         _warn_of_frozen_random_weights(cfg)
     check_features(cfg, train=train)
     if train:

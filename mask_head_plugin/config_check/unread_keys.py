@@ -27,6 +27,7 @@ READ_LATER = (
     *("SOLVER.AMP.ENABLED", "SOLVER.CHECKPOINT_", "SOLVER.CLIP_GRADIENTS."),
     *("SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.OPTIMIZER", "SOLVER.BETAS", "SOLVER.LR_FACTORS"),
     *("SOLVER.LAYER_DECAY", "SOLVER.ACCUMULATE_STEPS", "SOLVER.EMA_DECAY", "TEST."),
+    "SOLVER.EARLY_STOPPING.",
 )
 """Keys, or beginnings of keys, that the trainer, the loaders and the evaluation read as they run,
 where NEEDED does not say otherwise."""
@@ -64,6 +65,11 @@ NEEDED: dict[str, tuple[str, Callable[[CfgNode], Any]]] = {
     "SOLVER.BETAS": ("SOLVER.OPTIMIZER AdamW", lambda x: x.SOLVER.OPTIMIZER == "AdamW"),
     "SOLVER.WARMUP_FACTOR": ("SOLVER.WARMUP_ITERS above 0", lambda x: x.SOLVER.WARMUP_ITERS),
     "SOLVER.WARMUP_METHOD": ("SOLVER.WARMUP_ITERS above 0", lambda x: x.SOLVER.WARMUP_ITERS),
+    "SOLVER.EARLY_STOPPING.PATIENCE": (
+        "SOLVER.EARLY_STOPPING.METRIC",
+        lambda x: x.SOLVER.EARLY_STOPPING.METRIC,
+    ),
+    "TEST.EVAL_LOSS": ("a data set in DATASETS.TEST", lambda x: x.DATASETS.TEST),
     "TEST.AUG.": ("TEST.AUG.ENABLED True", lambda x: x.TEST.AUG.ENABLED),
     "TEST.PRECISE_BN.NUM_ITER": (
         "TEST.PRECISE_BN.ENABLED True",

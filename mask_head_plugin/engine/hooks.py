@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +14,7 @@ from detectron2.utils import comm, events
 from ..checkpoint import MaskHeadCheckpointer
 from ..checkpoint.checkpointer import write_run_file
 from ..checkpoint.run_folder import BEST_CHECKPOINT, FINISHED_ITERATION, remove_old_checkpoints
+from ..config_check.chosen_metrics import BEST, improves, is_validation_loss
 from ..data import TrainLoader, seed_generators
 
 logger = logging.getLogger(__name__)
@@ -69,11 +69,12 @@ class BestCheckpointer(hooks.HookBase):
         """
         Args:
             checkpointer: writes the file.
-            metric: as in ``metrics.json``, such as ``segm/AP``; higher is better.
+            metric: as in ``metrics.json``, such as ``segm/AP``; better is what improves() says.
         """
         self._checkpointer, self._metric = checkpointer, metric
         self._record = Path(checkpointer.save_dir) / f"{BEST_CHECKPOINT}.json"
-        self._best, self._last_seen, self._has_warned = -math.inf, -1, False
+        self._best: float | None = None
+        self._last_seen, self._has_warned = -1, False
 
     def before_train(self) -> None:
         # Evaluations before the checkpoint's iteration were looked at when they were made.
@@ -99,13 +100,14 @@ class BestCheckpointer(hooks.HookBase):
     def _check(self) -> None:
         latest = self.trainer.storage.latest()
         if self._metric not in latest:
-            self._warn_if_evaluated(latest)
+            if not self._has_warned:
+                self._has_warned = warn_of_missing_metric(BEST, self._metric, latest)
             return
         value, iteration = latest[self._metric]
         if iteration <= self._last_seen:
             return
         self._last_seen = iteration
-        if not value > self._best:  # not if it is nan, either
+        if not improves(self._metric, value, self._best):
             return
         self._best = value
         found = {"metric": self._metric, "value": value, "iteration": iteration}
@@ -113,15 +115,33 @@ class BestCheckpointer(hooks.HookBase):
         write_run_file(self._record, json.dumps(found))
         logger.info("best %s so far: %.3f at iteration %d", self._metric, value, iteration)
 
-    def _warn_if_evaluated(self, latest: dict[str, Any]) -> None:
-        names = [name for name in latest if "/AP" in name]
-        if names and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "SOLVER.CHECKPOINT_BEST_METRIC %r is no metric of the evaluation; there are %s",
-                self._metric,
-                ", ".join(names),
-            )
+
+def warn_of_missing_metric(key: str, metric: str, latest: Mapping[str, Any]) -> bool:
+    """Warns, once there was an evaluation, that it did not give the metric that a key names."""
+    names = [name for name in latest if "/AP" in name]
+    if names:
+        told = "%s %r is no metric of the evaluation; there are %s"
+        logger.warning(told, key, metric, ", ".join(names))
+    return bool(names)
+
+
+class MetricPrinter(events.CommonMetricPrinter):
+    """CommonMetricPrinter without the losses of TEST.EVAL_LOSS, of which it would show a median.
+
+    It also is silent at the end of a run that was stopped early.
+    """
+
+    def write(self) -> None:
+        storage = events.get_event_storage()
+        _, last_step = storage.latest().get("total_loss", (0, storage.iter))
+        if last_step < storage.iter:
+            return
+        histories = storage.histories()
+        hidden = {name: histories.pop(name) for name in list(histories) if is_validation_loss(name)}
+        try:
+            super().write()
+        finally:
+            histories.update(hidden)
 
 
 class JSONWriter(events.JSONWriter):
@@ -173,7 +193,8 @@ class Resume(hooks.HookBase):
     A checkpoint is written before the evaluation of the same iteration, so that a failing
     evaluation costs no training. ``finished_iteration`` says of which checkpoint all that stands
     behind it was done; if that is not the last one, it is done first. What was logged after the
-    checkpoint is dropped, since it will be logged again.
+    checkpoint is dropped, since it will be logged again. An iteration that has ended a run early is
+    never noted, so that a resumed run evaluates it, and ends, again.
     """
 
     def __init__(self, others: Sequence[hooks.HookBase]) -> None:
@@ -213,13 +234,16 @@ class Resume(hooks.HookBase):
             self.after_step()
 
     def after_step(self) -> None:
+        if self.trainer.is_stopped:
+            return
         if self._checkpointer and (self.trainer.iter + 1) % self._checkpointer.period == 0:
             for writer in self._files:  # or an evaluation would be noted as done, but not written
                 writer.write()
             self._note_finished(self.trainer.iter)
 
     def after_train(self) -> None:
-        if self._checkpointer and self.trainer.iter >= self.trainer.max_iter:
+        is_finished = self.trainer.iter >= self.trainer.max_iter and not self.trainer.is_stopped
+        if self._checkpointer and is_finished:
             self._note_finished(self.trainer.max_iter - 1)
 
     def _note_finished(self, iteration: int) -> None:

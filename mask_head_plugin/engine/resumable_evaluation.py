@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 NOT_PREDICTION = (
     *("MODEL.WEIGHTS", "MODEL.DEVICE", "TEST.EXPECTED_RESULTS", "TEST.EVAL_PERIOD"),
-    *("TEST.SEMANTIC_THRESHOLD",),
+    *("TEST.SEMANTIC_THRESHOLD", "TEST.EVAL_LOSS"),
 )
 """Keys of the sections MODEL, INPUT and TEST on which predictions do not depend."""
 
@@ -89,12 +90,19 @@ def evaluate_dataset(
                 num_workers=loader.num_workers,
                 collate_fn=loader.collate_fn,
             )
-    try:
+    with worker_errors_in_one_line():
         results: dict[str, Any] = inference_on_dataset(model, loader, evaluator)
-    except ConfigError as error:  # a worker sends its traceback along
+    return results
+
+
+@contextlib.contextmanager
+def worker_errors_in_one_line() -> Iterator[None]:
+    """Takes the traceback from a ConfigError that a worker of a loader has sent."""
+    try:
+        yield
+    except ConfigError as error:
         message = str(error).rpartition(f"{ConfigError.__name__}: ")[2]
         raise ConfigError(message.strip()) from error
-    return results
 
 
 def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: str) -> str:

@@ -26,10 +26,11 @@ from detectron2.engine import (
 from detectron2.evaluation import (
     DatasetEvaluator,
     print_csv_format,
+    verify_results,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventWriter
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.utils.data import DataLoader
@@ -50,11 +51,13 @@ from ..messages import listed
 from ..modeling import to_channels_last
 from .accumulation import build_inner_trainer
 from .distributed import distribute, share_buffers, undistributed
+from .early_stopping import EarlyStopping, StoppedEarly
 from .evaluators import build_evaluator, inference_folder
 from .guards import StepGuard
 from .hooks import (
     BestCheckpointer,
     JSONWriter,
+    MetricPrinter,
     PeriodicCheckpointer,
     PreciseBN,
     Resume,
@@ -65,6 +68,7 @@ from .hooks import (
 from .optimizer import build_optimizer, group_names
 from .resumable_evaluation import evaluate_dataset
 from .resumed_schedule import GROUPS, check_optimizer, load_keeping_config
+from .validation_loss import add_losses, check_losses, validation_losses
 from .weight_average import WeightAverage, resume_average
 
 logger = logging.getLogger(__name__)
@@ -82,6 +86,7 @@ class Trainer(DefaultTrainer):
         seed: of all that is random: SEED, or drawn if that is negative. A resumed run without SEED
             has that of its checkpoint.
         average: of the weights, with SOLVER.EMA_DECAY; else None.
+        is_stopped: whether SOLVER.EARLY_STOPPING has ended the run; max_iter then is where.
         restored_scalars: what a checkpoint holds of the logged scalars, see hooks.scalar_state.
     """
 
@@ -97,6 +102,7 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.restored_scalars: dict[str, dict[str, Any]] = {}
+        self.is_stopped = False
         seed_generators(self.seed)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -147,13 +153,14 @@ class Trainer(DefaultTrainer):
             num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
             period, model = cfg.TEST.EVAL_PERIOD, self.evaluated_model
             before.append(PreciseBN(period, model, loader, num_iter))
-        evaluate = functools.partial(self._evaluate, self.test)
-        behind: list[HookBase] = [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
+        evaluate = functools.partial(self._evaluate, self.test_with_losses)
+        evaluation = hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)
+        behind: list[HookBase] = [evaluation]
         if cfg.TEST.AUG.ENABLED:
             evaluate_tta = functools.partial(self._evaluate, self.test_with_tta)
             behind.append(hooks.EvalHook(0, evaluate_tta))
+        solver = cfg.SOLVER
         if comm.is_main_process():
-            solver = cfg.SOLVER
             before.append(
                 PeriodicCheckpointer(
                     self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP_LAST
@@ -161,6 +168,10 @@ class Trainer(DefaultTrainer):
             )
             if solver.CHECKPOINT_BEST_METRIC:
                 behind.append(BestCheckpointer(self.checkpointer, solver.CHECKPOINT_BEST_METRIC))
+        if solver.EARLY_STOPPING.METRIC:
+            end = (solver.EARLY_STOPPING.METRIC, solver.EARLY_STOPPING.PATIENCE)
+            behind.append(EarlyStopping(self.checkpointer, evaluation, *end))
+        if comm.is_main_process():
             behind.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return [*before, *behind]
 
@@ -175,7 +186,7 @@ class Trainer(DefaultTrainer):
         """Returns writers to the terminal, ``metrics.json`` and TensorBoard."""
         folder = Path(self.cfg.OUTPUT_DIR)
         return [
-            CommonMetricPrinter(self.max_iter),
+            MetricPrinter(self.max_iter),
             JSONWriter(folder / "metrics.json"),
             TensorboardXWriter(str(folder)),
         ]
@@ -242,7 +253,29 @@ class Trainer(DefaultTrainer):
         with contextlib.ExitStack() as stack:
             if comm.is_main_process():
                 stack.enter_context(sole_writer(Path(self.cfg.OUTPUT_DIR)))
-            return super().train()
+            if self.cfg.TEST.EVAL_LOSS:
+                check_losses(self.cfg, self.evaluated_model)
+            try:
+                return super().train()
+            except StoppedEarly:
+                expected = self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process()
+                if not expected:
+                    return None
+                verify_results(self.cfg, self._last_eval_results)
+                return OrderedDict(self._last_eval_results)
+
+    def before_train(self) -> None:
+        super().before_train()
+        self._end_if_stopped()  # in the evaluation with which the first run ended
+
+    def after_step(self) -> None:
+        super().after_step()
+        self._end_if_stopped()
+
+    def _end_if_stopped(self) -> None:
+        if self.is_stopped:
+            self.iter = self.max_iter  # as behind the last step
+            raise StoppedEarly
 
     def run_step(self) -> None:
         try:
@@ -342,9 +375,18 @@ class Trainer(DefaultTrainer):
         return next(iter(results.values())) if len(results) == 1 else results
 
     @classmethod
+    def test_with_losses(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
+        """Does what ``test`` does; with TEST.EVAL_LOSS, results have the losses as well."""
+        # First, since predictions are taken up after a kill, and losses are not.
+        losses = validation_losses(cfg, model) if cfg.TEST.EVAL_LOSS else {}
+        results = cls.test(cfg, model)
+        add_losses(cfg, results, losses)
+        return results
+
+    @classmethod
     def evaluate(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
         """Evaluates a model on DATASETS.TEST, with augmentation too if TEST.AUG.ENABLED."""
-        results = cls.test(cfg, model)
+        results = cls.test_with_losses(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(cls.test_with_tta(cfg, model))
         if comm.is_main_process():

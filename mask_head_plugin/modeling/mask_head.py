@@ -127,7 +127,8 @@ class ClassSelection(nn.Module):
         gt_masks = crop_gt_masks(instances, mask_probs)
         # detectron2's masks crop to bool; a user's may crop to shares in [0, 1].
         gt_bits = gt_masks if gt_masks.dtype == torch.bool else gt_masks > 0.5
-        self._log(mask_probs, gt_bits)
+        if torch.is_grad_enabled():  # not in PreciseBN and TEST.EVAL_LOSS, which learn nothing
+            self._log(mask_probs, gt_bits)
         iteration = get_event_storage().iter
         losses = weighted_mask_losses(self.losses, mask_logits, classes, gt_masks, iteration)
         if self.iou_head is not None:
@@ -157,7 +158,7 @@ class ClassSelection(nn.Module):
     def _log(self, mask_probs: Tensor, gt_masks: Tensor) -> None:
         """Logs detectron2's mask statistics and, at vis_period, masks beside their targets."""
         storage = get_event_storage()
-        if id(storage) != self._storage_id:  # e.g. PreciseBN runs the model in a storage of its own
+        if id(storage) != self._storage_id:  # of another run
             self._storage_id, self._num_pixels = id(storage), 0
             self._pixel_counts.zero_()
         wrong = (mask_probs > 0.5) != gt_masks

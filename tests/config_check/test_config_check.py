@@ -288,7 +288,8 @@ def test_colours_in_the_right_order_pass(tmp_path):
     check_config(load_config(str(CONFIGS / FPN), opts), train=True)
 
 
-BEST = "SOLVER.CHECKPOINT_BEST_METRIC"
+BEST, STOPPING = "SOLVER.CHECKPOINT_BEST_METRIC", "SOLVER.EARLY_STOPPING.METRIC"
+LOSS = ["TEST.EVAL_LOSS", "True"]
 OFTEN = ["TEST.EVAL_PERIOD", "500"]
 TWO = [*OFTEN, "DATASETS.TEST", "('coco_2017_val', 'shapes_val')"]
 
@@ -309,14 +310,34 @@ TWO = [*OFTEN, "DATASETS.TEST", "('coco_2017_val', 'shapes_val')"]
         ([*OFTEN, BEST, "segm/AP", "MODEL.MASK_ON", "False"], "there are bbox/AP, bbox/AP50"),
         ([*OFTEN, BEST, "semantic/mIoU"], "no metric of coco_2017_val"),
         ([*TWO, BEST, "segm/AP"], "starts with one of them, e.g. coco_2017_val/segm/AP"),
+        ([*OFTEN, BEST, "validation/total_loss"], "is a loss, which needs TEST.EVAL_LOSS True"),
+        ([*OFTEN, *LOSS, BEST, "validation/totl_loss"], "did you mean 'validation/total_loss'"),
         ([*TWO, BEST, "shapes_val/segm/AP-rnig"], "no metric of shapes_val; did you mean .*ring'"),
     ],
 )
 def test_a_best_metric_that_would_choose_nothing_is_refused(opts, message, tmp_path):
+    for key in (BEST, STOPPING):
+        own = [key if text == BEST else text for text in opts]
+        cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path), *own])
+        with pytest.raises(ConfigError, match=f"^{key}.*{message}"):
+            check_config(cfg, train=True)
+        check_config(cfg, train=False) if cfg.DATASETS.TEST else None
+
+
+@pytest.mark.parametrize(
+    ("patience", "message"),
+    [
+        (0, "PATIENCE is 0; it must be at least 1"),
+        (179, r"never end this run: .*PATIENCE 179 and .*PERIOD 500 need 90000 iter.* is 90000"),
+    ],
+)
+def test_a_patience_that_ends_no_run_is_refused(patience, message, tmp_path):
+    opts = [*OFTEN, STOPPING, "segm/AP", "SOLVER.EARLY_STOPPING.PATIENCE", str(patience)]
     cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path), *opts])
-    with pytest.raises(ConfigError, match=f"^{BEST}.*{message}"):
+    with pytest.raises(ConfigError, match=message):
         check_config(cfg, train=True)
-    check_config(cfg, train=False) if cfg.DATASETS.TEST else None
+    cfg.SOLVER.EARLY_STOPPING.PATIENCE = 178
+    check_config(cfg, train=True)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +347,9 @@ def test_a_best_metric_that_would_choose_nothing_is_refused(opts, message, tmp_p
         [*OFTEN, BEST, "boundary/APs"],
         [*OFTEN, BEST, "semantic/mIoU", "TEST.SEMANTIC_THRESHOLD", "0.5"],
         [*OFTEN, BEST, "anything", "DATASETS.TEST", "('voc_2007_val',)"],
+        [*OFTEN, *LOSS, BEST, "validation/total_loss"],
+        [*OFTEN, *LOSS, BEST, "validation/loss_box_reg"],
+        [*TWO, *LOSS, BEST, "shapes_val/validation/loss_mask"],
         [*OFTEN, BEST, "segm/APr", "DATASETS.TEST", "('lvis_v1_val',)"],
         [*TWO, BEST, "shapes_val/segm/AP-ring"],
     ],

@@ -35,6 +35,16 @@ HEAD = "MODEL.ROI_MASK_HEAD."
         (FPN, ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"], NOTHING),
         (FPN, ["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "3"], NOTHING),
         (FPN, [HEAD + "FC_DIM", "64"], NOTHING),
+        (
+            FPN,
+            ["SOLVER.EARLY_STOPPING.PATIENCE", "3"],
+            "it needs SOLVER.EARLY_STOPPING.METRIC",
+        ),
+        (
+            FPN,
+            ["DATASETS.TEST", "()", "TEST.EVAL_LOSS", "True"],
+            "it needs a data set in DATASETS.TEST",
+        ),
         (FPN, [HEAD + "SCORING.FC_DIM", "64"], f"it needs {HEAD}SCORING.ENABLED True"),
         (FPN, [HEAD + "LOSS_PARAMS.FOCAL.GAMMA", "3.0"], f"it needs 'focal' in {HEAD}LOSSES"),
         (FPN, ["MODEL.ROI_BOX_HEAD.NORM", "GN"], "it needs MODEL.ROI_BOX_HEAD.NUM_CONV above 0"),

@@ -1,22 +1,26 @@
-"""A run that is killed, at whatever moment, and resumed ends as if nothing had happened.
-
-A kill is an exception that nobody handles: nothing is written behind it.
-"""
+"""A run that is killed, at whatever moment, and resumed ends as if nothing had happened."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import small_config
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import HookBase, TrainerBase
+from killed_run import (
+    MAX_ITER,
+    Killed,
+    assert_same_run,
+    config,
+    few_shapes,
+    metrics,
+    train,
+    train_until_killed,
+)
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.checkpoint.checkpointer import MaskHeadCheckpointer
@@ -24,107 +28,11 @@ from mask_head_plugin.durable_files import sole_writer
 from mask_head_plugin.engine import Trainer, hooks
 from mask_head_plugin.evaluation import MaskEvaluator
 
-MAX_ITER = 8
-TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
-
-
-class Killed(BaseException):
-    pass
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_shapes():
-    for split, count in (("train", 7), ("val", 3)):
-        records = DatasetCatalog.get(f"shapes_{split}")[:count]
-        DatasetCatalog.register(f"test_few_{split}", lambda records=records: records)
-        classes = MetadataCatalog.get("shapes_val").thing_classes
-        metadata = MetadataCatalog.get(f"test_few_{split}")
-        metadata.set(thing_classes=classes, evaluator_type="coco")
-    with pytest.MonkeyPatch.context() as patch:  # a third of the time of a run this short
-        patch.setattr(Trainer, "draw_contact_sheets", lambda *_: None)
+    with few_shapes():
         yield
-    for split in ("train", "val"):
-        DatasetCatalog.remove(f"test_few_{split}")
-        MetadataCatalog.remove(f"test_few_{split}")
-
-
-def config(folder: Path, *opts: str):
-    return small_config(
-        "Base-Small.yaml",
-        "OUTPUT_DIR",
-        str(folder),
-        "SEED",
-        "3",
-        "SOLVER.MAX_ITER",
-        str(MAX_ITER),
-        "DATASETS.TRAIN",
-        "('test_few_train',)",
-        "DATASETS.TEST",
-        "('test_few_val',)",
-        "SOLVER.CHECKPOINT_PERIOD",
-        "2",
-        "TEST.EVAL_PERIOD",
-        "4",
-        "SOLVER.CHECKPOINT_BEST_METRIC",
-        "bbox/AP",
-        "SOLVER.WARMUP_ITERS",
-        "2",
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
-        "0.0",
-        "TEST.DETECTIONS_PER_IMAGE",
-        "3",
-        *opts,
-    )
-
-
-def train(cfg, *, resume: bool = False) -> Trainer:
-    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return trainer
-
-
-def train_until_killed(cfg, monkeypatch, owner, name: str, call: int, *, behind: bool = False):
-    """Kills a run in the given call of a method, before or behind what the method does."""
-    original, calls = getattr(owner, name), []
-
-    def method(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == call and not behind:
-            raise Killed
-        result = original(*args, **kwargs)
-        if len(calls) == call:
-            raise Killed
-        return result
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(owner, name, method)
-        patch.setattr(TrainerBase, "after_train", lambda *_: None)  # a killed process runs nothing
-        train(cfg)
-
-
-def metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    # repr: nan equals nan
-    return [{k: repr(v) for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def final_state(folder: Path):
-    return torch.load(folder / "model_final.pth", weights_only=True)
-
-
-def assert_same_run(folder: Path, expected: Path) -> None:
-    states = final_state(folder), final_state(expected)
-    for name, weight in states[1]["model"].items():
-        assert torch.equal(states[0]["model"][name], weight), name
-    momenta = [state["trainer"]["_trainer"]["optimizer"]["state"] for state in states]
-    for key, entry in momenta[1].items():
-        for name, moment in entry.items():
-            assert torch.equal(momenta[0][key][name], moment), (key, name)
-    assert metrics(folder) == metrics(expected)
-    best = [json.loads((each / "model_best.json").read_text()) for each in (folder, expected)]
-    assert best[0] == best[1]
 
 
 @pytest.fixture(scope="module")
@@ -407,4 +315,4 @@ def test_a_damaged_record_of_the_best_weights_costs_no_resume(tmp_path, record):
     )
     hook.trainer = SimpleNamespace(start_iter=5)
     hook.before_train()
-    assert hook._best == -math.inf
+    assert hook._best is None

@@ -1,0 +1,130 @@
+"""Whether the metrics that a run chooses by are among those that its evaluations will give.
+
+SOLVER.CHECKPOINT_BEST_METRIC chooses weights, SOLVER.EARLY_STOPPING.METRIC the end of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ..config import ConfigError
+from ..data.coco_files import coco_classes
+from ..evaluation.coco_ap import FREQUENCIES, METRICS, TASKS
+from ..evaluation.semantic import semantic_metrics
+from ..messages import nearest_name
+
+BEST, STOPPING = "SOLVER.CHECKPOINT_BEST_METRIC", "SOLVER.EARLY_STOPPING.METRIC"
+
+VALIDATION, TOTAL_LOSS = "validation", "total_loss"
+"""Where results have the losses of TEST.EVAL_LOSS, and the name of their sum."""
+
+
+def check_chosen_metrics(cfg: CfgNode) -> None:
+    """Refuses a metric that would choose nothing, or be looked for in vain.
+
+    Raises:
+        ConfigError: naming what is missing, or the nearest metric.
+    """
+    for key, metric in chosen_metrics(cfg).items():
+        _check_metric(cfg, key, metric)
+    stopping = cfg.SOLVER.EARLY_STOPPING
+    earliest = (1 + stopping.PATIENCE) * cfg.TEST.EVAL_PERIOD
+    if stopping.METRIC and earliest >= cfg.SOLVER.MAX_ITER:
+        raise ConfigError(
+            f"{STOPPING} {stopping.METRIC!r} can never end this run: PATIENCE {stopping.PATIENCE} "
+            f"and TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} need {earliest} iterations at least, and "
+            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; lower one of the two, or leave the metric "
+            "out"
+        )
+
+
+def chosen_metrics(cfg: CfgNode) -> dict[str, str]:
+    """Returns the metrics that the config names, by key."""
+    solver = cfg.SOLVER
+    named = {BEST: solver.CHECKPOINT_BEST_METRIC, STOPPING: solver.EARLY_STOPPING.METRIC}
+    return {key: metric for key, metric in named.items() if metric}
+
+
+def improves(metric: str, value: float, best: float | None) -> bool:
+    """Returns whether a value of a metric is better than the best so far; None is none so far.
+
+    Losses are better when they are lower, and all other metrics when they are higher.
+    """
+    if best is None:
+        return not math.isnan(value)
+    return value < best if is_validation_loss(metric) else value > best
+
+
+def is_validation_loss(metric: str) -> bool:
+    """Returns whether a metric is a loss of TEST.EVAL_LOSS, of the only data set or of one."""
+    return metric.split("/")[-2:-1] == [VALIDATION]
+
+
+def of_dataset(names: Sequence[str], metric: str) -> tuple[str, str]:
+    """Returns the data set that a metric is of, "" if it names none, and its name there.
+
+    Args:
+        names: DATASETS.TEST; of several, metrics start with one of them.
+        metric: as in ``metrics.json``.
+    """
+    if len(names) == 1:
+        return names[0], metric
+    name = next((x for x in names if metric.startswith(f"{x}/")), "")
+    return name, metric.removeprefix(f"{name}/")
+
+
+def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
+    names = cfg.DATASETS.TEST
+    if not names:
+        raise ConfigError(
+            f"{key} is {metric!r}, but DATASETS.TEST is empty: name a data set, or leave the "
+            "metric out"
+        )
+    if not 0 < cfg.TEST.EVAL_PERIOD < cfg.SOLVER.MAX_ITER:
+        raise ConfigError(
+            f"{key} {metric!r} needs several evaluations to choose from, but TEST.EVAL_PERIOD "
+            f"{cfg.TEST.EVAL_PERIOD} gives one, behind iteration {cfg.SOLVER.MAX_ITER}; set it to "
+            f"e.g. {max(cfg.SOLVER.MAX_ITER // 10, 1)}, or leave the metric out"
+        )
+    name, own = of_dataset(names, metric)
+    if not name:
+        raise ConfigError(
+            f"{key} {metric!r}: with several data sets in DATASETS.TEST it starts with one of "
+            f"them, e.g. {names[0]}/{metric}"
+        )
+    task, _, loss = own.partition("/")
+    if task == VALIDATION and not cfg.TEST.EVAL_LOSS:
+        raise ConfigError(f"{key} {metric!r} is a loss, which needs TEST.EVAL_LOSS True")
+    if task == VALIDATION and loss.startswith("loss_"):
+        return  # the model says what losses it has, see engine/validation_loss.py
+    known = _metrics(cfg, name)
+    if task == VALIDATION:
+        known = [f"{VALIDATION}/{TOTAL_LOSS}", f"{VALIDATION}/loss_mask"]
+    if known and own not in known:
+        nearest = nearest_name(own, known)
+        common = ", ".join(x for x in known if "-" not in x)  # not those of each class
+        hint = f"did you mean {nearest!r}?" if nearest else f"there are {common}"
+        raise ConfigError(f"{key} {metric!r} is no metric of {name}; {hint}")
+
+
+def _metrics(cfg: CfgNode, name: str) -> list[str]:
+    """Returns what MaskEvaluator gives for a data set; nothing where another evaluator may."""
+    own, metadata = coco_classes(cfg), MetadataCatalog.get(name)
+    kind = "coco" if name in own else metadata.get("evaluator_type")
+    if kind not in ("coco", "lvis") or cfg.MODEL.KEYPOINT_ON:
+        return []
+    classes = own.get(name) or metadata.get("thing_classes", [])
+    by_class = [f"AP{x}" for x in FREQUENCIES] if kind == "lvis" else [f"AP-{x}" for x in classes]
+    tasks = TASKS if cfg.MODEL.MASK_ON else ("bbox",)
+    found = [f"{task}/{metric}" for task in tasks for metric in (*METRICS, *by_class)]
+    if cfg.MODEL.MASK_ON and cfg.TEST.SEMANTIC_THRESHOLD > 0:
+        nothing = np.zeros((len(classes) + 1,) * 2, np.int64)
+        found += [f"semantic/{metric}" for metric in semantic_metrics(nothing, classes)]
+    if cfg.TEST.EVAL_LOSS:
+        found.append(f"{VALIDATION}/{TOTAL_LOSS}")
+    return found

@@ -1,0 +1,114 @@
+"""Ends a run of which a metric has stopped getting better (SOLVER.EARLY_STOPPING).
+
+``early_stopping.json`` has what each evaluation gave, by iteration. All that is decided follows
+from it, so a resumed run ends where one that was never interrupted does: evaluations that are done
+again replace their entries.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+
+from ..checkpoint import MaskHeadCheckpointer
+from ..checkpoint.checkpointer import write_run_file
+from ..checkpoint.run_folder import EARLY_STOPPING
+from ..config_check.chosen_metrics import STOPPING, improves
+from .hooks import warn_of_missing_metric
+
+logger = logging.getLogger(__name__)
+
+
+class StoppedEarly(BaseException):
+    """Ends the loop of a trainer. No error, and so not to be caught by those who catch errors."""
+
+
+class EarlyStopping(HookBase):
+    """Ends a run after ``patience`` evaluations in a row without a better value of a metric.
+
+    The run then has a ``model_final.pth``, as if its last iteration had been this one.
+    """
+
+    def __init__(
+        self,
+        checkpointer: MaskHeadCheckpointer,
+        evaluation: hooks.EvalHook,
+        metric: str,
+        patience: int,
+    ) -> None:
+        """
+        Args:
+            checkpointer: writes the last weights, in the main process.
+            evaluation: gives the metric; registered before this hook.
+            metric: as in ``metrics.json``. See chosen_metrics.improves for which way is better.
+            patience: at least 1.
+        """
+        self._checkpointer, self._evaluation = checkpointer, evaluation
+        self._metric, self._patience = metric, patience
+        self._record = Path(checkpointer.save_dir) / EARLY_STOPPING
+        self._values: dict[int, float] = {}
+        self._has_warned = False
+
+    def before_train(self) -> None:
+        """Takes up the evaluations of the run that is resumed, as far as its checkpoint goes.
+
+        What ended a run that is made longer is one iteration later.
+        """
+        start = self.trainer.start_iter
+        if comm.is_main_process() and start > 0 and self._record.is_file():
+            try:
+                known = json.loads(self._record.read_text(encoding="utf-8"))
+                if known["metric"] == self._metric:
+                    values = {int(k): float(value) for k, value in known["values"]}
+                    self._values = {k: value for k, value in values.items() if k <= start}
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                told = "%s is damaged (%s): patience counts from the next evaluation on"
+                logger.warning(told, self._record, error)
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        is_evaluated = (trainer.iter + 1) % self._evaluation._period == 0
+        if not is_evaluated or trainer.iter + 1 == trainer.max_iter:
+            return
+        # The main process alone has the metrics.
+        if comm.all_gather(comm.is_main_process() and self._is_over())[0]:
+            self._end()
+
+    def _is_over(self) -> bool:
+        """Notes the value of this iteration; returns whether patience is over."""
+        latest, iteration = self.trainer.storage.latest(), self.trainer.iter
+        value, noted_at = latest.get(self._metric, (None, -1))
+        if value is None or noted_at != iteration:
+            if not self._has_warned:
+                warn_of_missing_metric(STOPPING, self._metric, latest)
+                self._has_warned = True
+            return False
+        self._values[iteration] = value
+        content = {"metric": self._metric, "values": sorted(self._values.items())}
+        write_run_file(self._record, json.dumps(content))
+        best, best_at, waited = None, iteration, 0
+        for k, each in sorted(self._values.items()):
+            if k > iteration:
+                break
+            if improves(self._metric, each, best):
+                best, best_at, waited = each, k, 0
+            else:
+                waited += 1
+        if waited < self._patience:
+            return False
+        told = "a number" if best is None else f"better than {best:.4f}, of iteration {best_at}"
+        logger.info(
+            "ending this run after iteration %d: for %d evaluations %s was not %s",
+            *(iteration, waited, self._metric, told),
+        )
+        return True
+
+    def _end(self) -> None:
+        trainer = self.trainer
+        trainer.max_iter, trainer.is_stopped = trainer.iter + 1, True
+        self._evaluation._eval_after_train = False  # these weights were evaluated just now
+        self._checkpointer.save("model_final", iteration=trainer.iter)

@@ -1,0 +1,197 @@
+"""The training losses on the validation images (TEST.EVAL_LOSS), without learning from them.
+
+What an image gives depends on the weights, the image and its place in the data set: not on
+processes, workers or iteration. So the curves of two runs can be compared, and a resumed run has
+those of one that was never interrupted, on the CPU bit by bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.utils.data import SequentialSampler
+
+from ..class_names import class_names_of
+from ..config import ConfigError
+from ..config_check.chosen_metrics import TOTAL_LOSS, VALIDATION, chosen_metrics, of_dataset
+from ..data import ImageNamingMapper, seed_generators
+from ..data.train_loader import kept_generators
+from ..image_file_mapper import ImageFileMapper
+from ..messages import listed
+from .distributed import undistributed
+from .resumable_evaluation import worker_errors_in_one_line
+
+logger = logging.getLogger(__name__)
+
+Losses = dict[str, float]
+Record = dict[str, Any]
+
+SEED = 0
+"""Of the anchors and RoIs that are drawn: one for all runs, whatever their SEED is."""
+
+SECONDS_TO_REPORT = 10
+
+DIFFERENT_IN_TRAINING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+"""Besides the backbone, whose stochastic depth is of many kinds."""
+
+
+def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, Losses]:
+    """Returns the losses of a model on each data set of DATASETS.TEST, and their sum.
+
+    They are means over images, each of which is a batch of its own. As in training, anchors and
+    RoIs are drawn, and images without objects are left out (FILTER_EMPTY_ANNOTATIONS). As in
+    inference, images have the size of INPUT.MIN_SIZE_TEST, nothing is augmented or dropped out, and
+    batch normalization uses its running statistics. A term whose weight grows has its full weight.
+
+    Args:
+        cfg: of the run.
+        model: in DistributedDataParallel or not; stays as it is.
+
+    Returns:
+        By data set and the model's name of the loss; on other processes than the first, nothing.
+
+    Raises:
+        ConfigError: if a data set has no annotations, or numbers its classes otherwise than the
+            model.
+    """
+    model, found = undistributed(model), {}
+    for name in cfg.DATASETS.TEST:
+        records = _records(cfg, model, name)
+        own = range(comm.get_rank(), len(records), comm.get_world_size())
+        parts = comm.gather(_losses_of_images(cfg, model, records, own))
+        if comm.is_main_process():
+            found[name] = _means([losses for part in parts for losses in part])
+            told = ", ".join(f"{key} {value:.4f}" for key, value in found[name].items())
+            logger.info("losses on %s: %s", name, told)
+    return found
+
+
+def add_losses(cfg: CfgNode, results: dict[str, Any], losses: dict[str, Losses]) -> None:
+    """Puts what validation_losses has found among the results of an evaluation."""
+    for name, means in losses.items():
+        of_name = results if len(cfg.DATASETS.TEST) == 1 else results[name]
+        of_name[VALIDATION] = means
+
+
+def check_losses(cfg: CfgNode, model: nn.Module) -> None:
+    """Computes the losses of one image of each data set, so that a run does not fail late.
+
+    Raises:
+        ConfigError: as validation_losses does, or if the config chooses by a loss that the model
+            does not have.
+    """
+    model = undistributed(model)
+    for name in cfg.DATASETS.TEST:
+        known = _means(_losses_of_images(cfg, model, _records(cfg, model, name), range(1)))
+        for key, metric in chosen_metrics(cfg).items():
+            dataset, own = of_dataset(cfg.DATASETS.TEST, metric)
+            task, _, loss = own.partition("/")
+            if task == VALIDATION and dataset == name and loss not in known:
+                raise ConfigError(
+                    f"{key} {metric!r}: the losses of this model are {listed(list(known))}"
+                )
+
+
+def _means(images: Sequence[Losses]) -> Losses:
+    """Returns the means over images, and their sum; the order of the images does not matter."""
+    means = {key: math.fsum(image[key] for image in images) / len(images) for key in images[0]}
+    return {TOTAL_LOSS: math.fsum(means.values()), **means}
+
+
+def _records(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[Record]:
+    """Returns the records of a data set that training would keep."""
+    found, wanted = class_names_of(model), MetadataCatalog.get(dataset_name).get("thing_classes")
+    if found and wanted and found != [str(name) for name in wanted]:
+        raise ConfigError(
+            f"TEST.EVAL_LOSS: {dataset_name} has the classes {listed(wanted)} and the model "
+            f"{listed(found)}, which must be the same in the same order; set it to False"
+        )
+    files = cfg.DATASETS.PROPOSAL_FILES_TEST
+    proposals = (
+        dict(zip(cfg.DATASETS.TEST, files, strict=False)) if cfg.MODEL.LOAD_PROPOSALS else {}
+    )
+    try:
+        records: list[Record] = get_detection_dataset_dicts(
+            dataset_name,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            proposal_files=[proposals[dataset_name]] if proposals else None,
+            check_consistency=False,  # it would print a table
+        )
+    except AssertionError:  # no image is left
+        records = [{}]
+    if not any(key in records[0] for key in ("annotations", "sem_seg_file_name")):
+        raise ConfigError(
+            f"TEST.EVAL_LOSS: {dataset_name} has no annotations to compute losses with; set it to "
+            "False, or name another data set in DATASETS.TEST"
+        )
+    return records
+
+
+def _losses_of_images(
+    cfg: CfgNode, model: nn.Module, records: Sequence[Record], indices: Sequence[int]
+) -> list[Losses]:
+    """Returns the losses of the images with some indices, each loss a number."""
+    arguments = {**ImageFileMapper.from_config(cfg, is_train=False), "is_train": True}
+    chosen = [records[index] for index in indices]
+    if not chosen:  # fewer images than processes
+        return []
+    loader = build_detection_test_loader(
+        chosen,
+        mapper=ImageNamingMapper(ImageFileMapper(**arguments)),
+        sampler=SequentialSampler(chosen),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+    found = []
+    start = reported = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        for context in (worker_errors_in_one_line(), kept_generators(), torch.no_grad()):
+            stack.enter_context(context)
+        inner = stack.enter_context(_losses_as_in_inference(model))
+        # Of its own, so that nothing is logged; so late that the weights of terms have grown.
+        stack.enter_context(EventStorage(sys.maxsize))
+        for index, batch in zip(indices, loader, strict=True):
+            seed_generators(SEED, index)
+            losses = inner(batch)
+            found.append(
+                dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+            )
+            now = time.monotonic()
+            if now - reported > SECONDS_TO_REPORT:
+                reported, left = now, (now - start) * (len(chosen) / len(found) - 1)
+                told = "losses of %d of %d images, %.0f s left"
+                logger.info(told, len(found), len(chosen), left)
+    return found
+
+
+@contextlib.contextmanager
+def _losses_as_in_inference(model: nn.Module) -> Iterator[nn.Module]:
+    """Lets a model return losses, with normalization, dropout and backbone as in inference."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, DIFFERENT_IN_TRAINING):
+                module.eval()
+        backbone = getattr(model, "backbone", None)
+        if isinstance(backbone, nn.Module):
+            backbone.eval()
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,196 @@
+"""SOLVER.EARLY_STOPPING: when a run ends, what it leaves, and that a kill changes neither."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from detectron2.engine import hooks as detectron2_hooks
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, get_event_storage
+from killed_run import (
+    assert_same_run,
+    config,
+    few_shapes,
+    final_state,
+    metrics,
+    train,
+    train_until_killed,
+)
+
+from mask_head_plugin.checkpoint import MaskHeadCheckpointer
+from mask_head_plugin.config_check.chosen_metrics import improves
+from mask_head_plugin.engine import Trainer
+from mask_head_plugin.engine.early_stopping import EarlyStopping
+
+AP = {1: 10.0, 3: 30.0, 5: 20.0, 7: 30.0, 9: 25.0, 11: 31.0}
+"""By iteration. Patience 2 is over at 7, since 30.0 is no better than 30.0, and 3 at 9."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_shapes():
+    with few_shapes():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _made_evaluation(monkeypatch):
+    evaluated = []
+
+    def test(_cfg, _model):
+        evaluated.append(get_event_storage().iter)
+        return {"bbox": {"AP": AP.get(evaluated[-1], 0.0)}}
+
+    monkeypatch.setattr(Trainer, "test", staticmethod(test))
+    return evaluated
+
+
+def stopping(folder, *opts: str):
+    """Returns the config of a run whose checkpoints are between evaluations (2) and at one (5)."""
+    return config(
+        *(folder, "SOLVER.EARLY_STOPPING.METRIC", "bbox/AP", "SOLVER.EARLY_STOPPING.PATIENCE"),
+        *("2", "TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "14", "SOLVER.CHECKPOINT_PERIOD", "3"),
+        *opts,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, _few_shapes):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Trainer,
+            "test",
+            staticmethod(lambda *_: {"bbox": {"AP": AP.get(get_event_storage().iter, 0.0)}}),
+        )
+        train(stopping(folder))
+    return folder
+
+
+def test_a_run_ends_once_patience_is_over_with_all_that_its_end_gives(
+    tmp_path, _made_evaluation, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(Trainer, "draw_contact_sheets", lambda *_: drawn.append(1))
+    trainer = train(stopping(tmp_path, "TEST.EXPECTED_RESULTS", '[["bbox", "AP", 30.0, 0.1]]'))
+    assert (trainer.iter, trainer.max_iter, trainer.is_stopped) == (8, 8, True)
+    assert _made_evaluation == [1, 3, 5, 7], "and not a second time at the end"
+    assert final_state(tmp_path)["iteration"] == 7 and drawn == [1]
+    assert trainer._last_eval_results["bbox"]["AP"] == 30.0
+    assert json.loads((tmp_path / "model_best.json").read_text())["iteration"] == 3
+
+
+KILLS = {
+    "in a step after an evaluation that was no better": (Trainer, "run_step", 7, False),
+    "in the last evaluation": (Trainer, "test", 4, False),
+    "between the last evaluation and the last weights": (MaskHeadCheckpointer, "save", 3, False),
+    "behind the last weights": (MaskHeadCheckpointer, "save", 3, True),
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "call", "behind"), KILLS.values(), ids=KILLS)
+def test_a_killed_and_resumed_run_ends_where_the_undisturbed_does(
+    tmp_path, undisturbed, monkeypatch, owner, name, call, behind
+):
+    cfg = stopping(tmp_path)
+    train_until_killed(cfg, monkeypatch, owner, name, call, behind=behind)
+    assert train(cfg, resume=True).iter == 8
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_run_that_has_ended_early_ends_there_again(tmp_path, undisturbed):
+    train(stopping(tmp_path))
+    trainer = train(stopping(tmp_path), resume=True)
+    assert (trainer.iter, trainer.is_stopped) == (8, True)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_with_more_patience_it_goes_on_as_if_it_had_never_ended(tmp_path):
+    train(stopping(tmp_path))
+    trainer = train(stopping(tmp_path, "SOLVER.EARLY_STOPPING.PATIENCE", "3"), resume=True)
+    assert (trainer.iter, trainer.is_stopped) == (10, True)
+    record = json.loads((tmp_path / "early_stopping.json").read_text())
+    assert record["values"] == [[k, AP[k]] for k in (1, 3, 5, 7, 9)]
+
+
+def test_values_of_a_timeline_that_was_left_are_forgotten(tmp_path):
+    """Of a run killed at iteration 9 and resumed at 4, say; or of an earlier run, at 0."""
+    record = tmp_path / "early_stopping.json"
+    values = [[1, 10.0], [3, 30.0], [9, 50.0]]
+    for start, metric, expected in ((4, "bbox/AP", [1, 3]), (4, "segm/AP", []), (0, "bbox/AP", [])):
+        record.write_text(json.dumps({"metric": "bbox/AP", "values": values}))
+        hook = made_hook(tmp_path, metric)
+        hook.trainer = SimpleNamespace(start_iter=start)
+        hook.before_train()
+        assert list(hook._values) == expected
+    for damaged in ("", '{"metric"', "[1]", '{"metric": "bbox/AP", "values": [1]}'):
+        record.write_text(damaged)
+        hook = made_hook(tmp_path, "bbox/AP")
+        hook.trainer = SimpleNamespace(start_iter=4)
+        hook.before_train()
+        assert hook._values == {}
+
+
+def made_hook(folder, metric: str, patience: int = 2) -> EarlyStopping:
+    checkpointer = SimpleNamespace(save_dir=str(folder), save=lambda *_, **__: None)
+    return EarlyStopping(checkpointer, detectron2_hooks.EvalHook(1, dict), metric, patience)
+
+
+def ends_at(folder, metric: str, values: list[float]) -> int | None:
+    hook = made_hook(folder, metric)
+    trainer = SimpleNamespace(max_iter=100, is_stopped=False)
+    hook.trainer = trainer
+    with EventStorage(0) as trainer.storage:
+        for trainer.iter, value in enumerate(values):
+            trainer.storage.iter = trainer.iter
+            trainer.storage.put_scalar(metric, value)
+            hook.after_step()
+            if trainer.is_stopped:
+                return trainer.iter
+    return None
+
+
+def test_losses_get_better_by_falling_and_nan_never_does(tmp_path):
+    loss = "shapes_val/validation/loss_mask"
+    assert improves(loss, 1.0, 2.0) and not improves(loss, 2.0, 2.0)
+    assert improves("segm/AP", 2.0, 1.0) and improves("validation/segm/AP", 2.0, 1.0)
+    for metric in (loss, "segm/AP"):
+        assert improves(metric, -1.0, None) and not improves(metric, math.nan, None)
+        assert not improves(metric, math.nan, 1.0)
+    falling = [3.0, 2.0, 1.0, math.nan, 0.5]
+    assert ends_at(tmp_path, loss, falling) is None
+    assert ends_at(tmp_path, "segm/AP", falling) == 2
+    assert ends_at(tmp_path, "segm/AP", [math.nan, math.nan]) == 1
+
+
+def test_all_processes_end_as_the_first_says(tmp_path, monkeypatch):
+    """Only that one has metrics; the others would wait for it in the next step."""
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    monkeypatch.setattr(comm, "all_gather", lambda own: [True, own])
+    hook = made_hook(tmp_path, "segm/AP")
+    hook.trainer = SimpleNamespace(iter=4, max_iter=100, is_stopped=False)
+    hook.after_step()
+    assert hook.trainer.is_stopped and hook.trainer.max_iter == 5
+
+
+def test_a_metric_that_an_evaluation_does_not_give_ends_nothing_and_is_said(tmp_path, caplog):
+    hook = made_hook(tmp_path, "segm/APx", patience=1)
+    trainer = SimpleNamespace(max_iter=100, is_stopped=False)
+    hook.trainer = trainer
+    with EventStorage(0) as trainer.storage:
+        for trainer.iter in range(3):
+            trainer.storage.iter = trainer.iter
+            trainer.storage.put_scalar("segm/AP", 1.0)
+            hook.after_step()
+    assert not trainer.is_stopped
+    assert (
+        caplog.text.count("METRIC 'segm/APx' is no metric of the evaluation; there are segm") == 1
+    )
+
+
+def test_metrics_are_written_up_to_the_end(undisturbed):
+    lines = metrics(undisturbed)
+    assert lines[-1]["iteration"] == "7" and lines[-1]["bbox/AP"] == "30.0"
+    assert "total_loss" in lines[-1]
