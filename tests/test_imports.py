@@ -30,12 +30,12 @@ LAYERS = (
     {"class_names", "durable_files", "image_files", "user_code"},
     {"image_file_mapper", "weight_files"},
     {"modeling", "evaluation"},
-    {"dataset_check", "lazy_config"},
+    {"dataset_check", "lazy_config", "pages"},
     {"data"},
     {"__init__", "config_check"},
     {"checkpoint"},
     {"engine"},
-    {"ablation", "comparison", "demo", "new_config"},
+    {"ablation", "analysis", "comparison", "demo", "new_config"},
     {"deploy"},
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}

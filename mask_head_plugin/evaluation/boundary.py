@@ -17,9 +17,8 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from pycocotools import mask as coco_mask
 
-ByteArray = npt.NDArray[np.uint8]
+from .mask_window import ByteArray, MaskWindow, mask_window
 
 DILATION_RATIO = 0.02
 """Width of a boundary as a share of the image's diagonal (section 4)."""
@@ -48,16 +47,28 @@ def mask_boundary(rle: Any) -> Boundary:
 
     An erosion by a 3x3 square, d times, of the mask in an image with zeros around it.
     """
-    height, width = rle["size"]
-    distance = max(round(DILATION_RATIO * float(np.hypot(height, width))), 1)
-    left, top, w, h = (int(x) for x in coco_mask.toBbox(rle))
-    bits: ByteArray = coco_mask.decode(rle)[top : top + h, left : left + w]
+    return window_boundary(mask_window(rle), boundary_distance(rle["size"]))
+
+
+def boundary_distance(image_hw: Sequence[int]) -> int:
+    """Returns the width of boundaries in pixels, d."""
+    return max(round(DILATION_RATIO * float(np.hypot(image_hw[0], image_hw[1]))), 1)
+
+
+def window_boundary(mask: MaskWindow, distance: int) -> Boundary:
+    """Returns the boundary of a mask.
+
+    Args:
+        mask: its window.
+        distance: d in pixels.
+    """
+    bits = mask.bits
     if bits.size == 0:
-        return Boundary(top, left, bits)
+        return Boundary(mask.top, mask.left, bits)
     # Around the cut there is nothing but zeros, of the image or beyond it: one row of them will do.
     padded = cv2.copyMakeBorder(bits, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     inside: Any = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=distance)
-    return Boundary(top, left, np.ascontiguousarray(bits - inside[1:-1, 1:-1]))
+    return Boundary(mask.top, mask.left, np.ascontiguousarray(bits - inside[1:-1, 1:-1]))
 
 
 def boundary_iou(a: Boundary, b: Boundary) -> float:

@@ -154,7 +154,7 @@ class GroundTruth:
             return copied["bbox"][2] * copied["bbox"][3]
         image_hw = self._sizes[annotation["image_id"]]
         rle = annotation_rle(copied.get("segmentation"), image_hw)
-        return int(coco_mask.area(_as_bytes(rle))) if rle else 0
+        return int(coco_mask.area(as_bytes(rle))) if rle else 0
 
     def _segmentation(self, annotation: Mapping[str, Any]) -> Any:
         """Returns polygons as they are, and run lengths checked: the engine believes them."""
@@ -212,7 +212,7 @@ class GroundTruth:
                 detection["score"] = result.get("mask_score", result["score"])
                 self._check_size(detection["image_id"], result["segmentation"])
                 # One by one: with NumPy 2, pycocotools fails on lists of more than 255.
-                area = int(coco_mask.area(_as_bytes(result["segmentation"])))
+                area = int(coco_mask.area(as_bytes(result["segmentation"])))
                 detection |= {"segmentation": result["segmentation"], "area": area}
             found.append(detection)
         return self._as_lvis(found) if self.is_lvis else found
@@ -326,8 +326,8 @@ class Evaluation:
         for pair, values in pairs:
             ious[pair] = limit_by_boundary(
                 values,
-                [_as_bytes(x["segmentation"]) for x in detections[pair]],
-                [_as_bytes(x["rle"]) for x in objects[pair]],
+                [as_bytes(x["segmentation"]) for x in detections[pair]],
+                [as_bytes(x["rle"]) for x in objects[pair]],
                 [bool(x["iscrowd"]) for x in objects[pair]],
             )
         return Evaluation(self.truth, self.detections, "segm", self.max_detections, ious)
@@ -337,7 +337,7 @@ class Evaluation:
         objects, detections = self._by_pair()
         pairs = sorted({*objects, *detections})
         groups = [self._group(p, objects.get(p, []), detections.get(p, [])) for p in pairs]
-        matched, ignored = match(groups, self.thresholds)
+        partner, ignored = match(groups, self.thresholds)
         found = [x for p in pairs for x in detections.get(p, [])]
         true = [x for p in pairs for x in objects.get(p, [])]
         no_objects = np.zeros((len(self.area_names), 0), bool)
@@ -349,7 +349,7 @@ class Evaluation:
             dt_image=np.array([x["image_id"] - 1 for x in found], np.int32),
             dt_class=np.array([x["category_id"] - 1 for x in found], np.int32),
             dt_score=np.array([x["score"] for x in found], float),
-            dt_matched=matched,
+            dt_matched=partner >= 0,
             dt_ignored=ignored,
             gt_image=np.array([x["image_id"] - 1 for x in true], np.int32),
             gt_class=np.array([x["category_id"] - 1 for x in true], np.int32),
@@ -395,7 +395,7 @@ def _text_last(value: Any) -> tuple[bool, Any]:
     return isinstance(value, str), value
 
 
-def _as_bytes(rle: Mapping[str, Any]) -> dict[str, Any]:
+def as_bytes(rle: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an RLE with counts as pycocotools wants them."""
     counts = rle["counts"]
     return {"size": rle["size"], "counts": counts.encode() if isinstance(counts, str) else counts}

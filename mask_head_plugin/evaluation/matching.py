@@ -24,6 +24,7 @@ SAME_OBJECT_IOU = 0.5
 """From where on two masks count as the same object, where nothing else is asked for."""
 
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -93,7 +94,7 @@ class Matches:
             return cls(**{f.name: arrays[f.name] for f in fields(cls)})
 
 
-def match(groups: Sequence[Group], thresholds: FloatArray) -> tuple[BoolArray, BoolArray]:
+def match(groups: Sequence[Group], thresholds: FloatArray) -> tuple[IntArray, BoolArray]:
     """Matches the detections of each group to its objects as COCO does.
 
     A detection takes, of the objects that are not taken and have at least the threshold's IoU with
@@ -104,24 +105,24 @@ def match(groups: Sequence[Group], thresholds: FloatArray) -> tuple[BoolArray, B
         thresholds: (T,).
 
     Returns:
-        (A, T, D) ``matched`` and ``ignored`` (see Matches), the groups' detections one after the
-        other.
+        (A, T, D) the object that each detection found, by its index in the group, -1 for none; and
+        ``ignored`` (see Matches). The groups' detections are one after the other.
     """
     num_areas = groups[0].outside.shape[0] if groups else 1
     num_detections = [group.outside.shape[1] for group in groups]
     ends = np.cumsum(num_detections, dtype=int)
     shape = (num_areas, len(thresholds), int(ends[-1]) if len(ends) else 0)
-    matched, ignored = np.zeros(shape, bool), np.zeros(shape, bool)
+    partner, ignored = np.full(shape, -1, np.int32), np.zeros(shape, bool)
     for chunk in _chunks(groups, num_areas * len(thresholds)):
-        chunk_matched, chunk_ignored = _match_together([groups[k] for k in chunk], thresholds)
+        chunk_partner, chunk_ignored = _match_together([groups[k] for k in chunk], thresholds)
         for row, k in enumerate(chunk):
             own = slice(ends[k] - num_detections[k], ends[k])
-            matched[:, :, own] = chunk_matched[row, :, :, : num_detections[k]]
+            partner[:, :, own] = chunk_partner[row, :, :, : num_detections[k]]
             ignored[:, :, own] = chunk_ignored[row, :, :, : num_detections[k]]
     if groups:
         outside = np.concatenate([group.outside for group in groups], axis=1)
-        ignored |= ~matched & outside[:, None]
-    return matched, ignored
+        ignored |= (partner < 0) & outside[:, None]
+    return partner, ignored
 
 
 def _chunks(groups: Sequence[Group], size_of_pair: int) -> Iterator[list[int]]:
@@ -142,8 +143,8 @@ def _chunks(groups: Sequence[Group], size_of_pair: int) -> Iterator[list[int]]:
         yield chunk
 
 
-def _match_together(groups: Sequence[Group], thresholds: FloatArray) -> tuple[BoolArray, BoolArray]:
-    """Returns (B, A, T, d) ``matched``, and ``ignored`` because the match is."""
+def _match_together(groups: Sequence[Group], thresholds: FloatArray) -> tuple[IntArray, BoolArray]:
+    """Returns (B, A, T, d) objects that were found, and ``ignored`` because the match is."""
     num_detections, num_objects = np.max([group.ious.shape for group in groups], axis=0)
     num_areas = len(groups[0].ignored)
     ious = np.full((len(groups), num_detections, num_objects), -1.0)
@@ -158,15 +159,15 @@ def _match_together(groups: Sequence[Group], thresholds: FloatArray) -> tuple[Bo
     least = np.minimum(thresholds, 1 - 1e-10)[:, None]
     shape = (len(groups), num_areas, len(thresholds), num_objects)
     free = np.ones(shape, bool)
-    matched = np.zeros((*shape[:3], num_detections), bool)
-    ignored = np.zeros_like(matched)
+    partner = np.full((*shape[:3], num_detections), -1, np.int32)
+    ignored = np.zeros(partner.shape, bool)
     for k in range(num_detections):
         iou = ious[:, k, None, None, :]
         is_candidate = (free | crowd) & (iou >= least)
         value = np.where(is_candidate, iou + 2 * ~objects_ignored, -1)
         best = num_objects - 1 - value[..., ::-1].argmax(-1, keepdims=True)  # the last of equals
         found = np.take_along_axis(is_candidate, best, -1)
-        matched[..., k] = found[..., 0]
+        partner[..., k] = np.where(found, best, -1)[..., 0]
         ignored[..., k] = (found & np.take_along_axis(objects_ignored, best, -1))[..., 0]
         np.put_along_axis(free, best, np.take_along_axis(free, best, -1) & ~found, -1)
-    return matched, ignored
+    return partner, ignored

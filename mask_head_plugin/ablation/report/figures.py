@@ -6,11 +6,9 @@ marker, a dash or a text says, too. Plotly takes texts for HTML: names are escap
 
 from __future__ import annotations
 
-import html
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,58 +18,36 @@ from plotly.subplots import make_subplots
 
 from ...evaluation.bootstrap import class_ap, precision_recall
 from ...evaluation.coco_ap import METRICS
+from ...pages.figures import (
+    BLACK,
+    COLOURS,
+    DASHES,
+    GREY,
+    Figure,
+    lay_out,
+    plotly_text,
+    wrapped,
+)
+from ...pages.tables import number as formatted
 from ..trial_folder import Trial
 from .study import Study, Variant, mean
 from .tables import BETTER, NOISE, WORSE, verdict
-from .tables import number as formatted
 
 FloatArray = npt.NDArray[np.float64]
 
-BLACK, GREY = "#1a1a1a", "#6b6b6b"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-DASHES = ("solid", "dash", "dot", "dashdot")
 VERDICTS = {
     BETTER: ("#0072b2", "triangle-right"),
     WORSE: ("#d55e00", "triangle-left"),
     NOISE: (GREY, "circle-open"),
 }
-FONT = {"family": "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", "size": 13}
-CONFIG = {
-    "displaylogo": False,
-    "responsive": True,
-    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-}
 EMPTY: list[Any] = [None]
 """Coordinates of a trace that shows in the legend only."""
-NAME_WIDTH = 30
 ROW_HEIGHT = 44
 MOST_CLASSES = 40
 CLASSES_WITH_NUMBERS = 20
 SMOOTHED_SHARE = 20
 """Losses are averaged over this part of the logged iterations: a twentieth."""
 PR_THRESHOLDS = (0.5, 0.75)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure with what stands above and below it, as plain text."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Any
-
-    def to_html(self) -> str:
-        """Returns its element and script, without plotly.js."""
-        return str(
-            self.figure.to_html(
-                config=CONFIG,
-                full_html=False,
-                include_plotlyjs=False,
-                div_id=f"figure-{self.name}",
-                default_height=f"{self.figure.layout.height}px",
-            )
-        )
 
 
 def figures(study: Study) -> list[Figure]:
@@ -93,7 +69,9 @@ def _metric_differences(study: Study) -> Figure | None:
     _add_intervals(figure, study, study.metric, 1)
     _add_paper(figure, study)
     _lay_out_rows(figure, study)
-    figure.update_xaxes(title_text=f"{study.metric} minus that of {_text(study.baseline.name)}")
+    figure.update_xaxes(
+        title_text=f"{study.metric} minus that of {plotly_text(study.baseline.name)}"
+    )
     caption = (
         "Lines are 95% intervals over the images (paired bootstrap). Fewer than 80% of validation "
         "sets like this one would find a true difference within the grey bar."
@@ -167,7 +145,7 @@ def _add_intervals(figure: Any, study: Study, key: str, column: int) -> None:
                 "thickness": 2,
                 "width": 5,
             },
-            customdata=[[_text(v.name), f"{c.low:+.2f} to {c.high:+.2f}"] for v, c in shown],
+            customdata=[[plotly_text(v.name), f"{c.low:+.2f} to {c.high:+.2f}"] for v, c in shown],
             hovertemplate="%{customdata[0]}<br>%{x:+.2f} (%{customdata[1]})<extra></extra>",
             mode="markers",
             marker={
@@ -203,7 +181,7 @@ def _add_paper(figure: Any, study: Study) -> None:
 
 def _lay_out_rows(figure: Any, study: Study) -> None:
     heights = _rows(study)
-    lines = max(len(_wrapped(name).split("<br>")) for name in heights)
+    lines = max(len(wrapped(name).split("<br>")) for name in heights)
     height = 150 + len(heights) * max(ROW_HEIGHT, 18 * lines + 8)
     _lay_out(figure, height)
     figure.update_layout(
@@ -213,7 +191,7 @@ def _lay_out_rows(figure: Any, study: Study) -> None:
     figure.update_layout(legend={"y": 0.995, "yanchor": "top"}, margin={"t": 70})
     figure.update_yaxes(
         tickvals=list(heights.values()),
-        ticktext=[_wrapped(name) for name in heights],
+        ticktext=[wrapped(name) for name in heights],
         range=[0.4, len(heights) + 0.6],
         showgrid=True,
         ticks="",
@@ -308,7 +286,9 @@ def _classes(study: Study) -> Figure | None:
         y=[len(others) - k for k in range(len(others))],
         text=texts,
         texttemplate="%{text}" if len(shown) <= CLASSES_WITH_NUMBERS else None,
-        customdata=[[[_text(classes[k]), _text(v.name)] for k in shown] for v in others],
+        customdata=[
+            [[plotly_text(classes[k]), plotly_text(v.name)] for k in shown] for v in others
+        ],
         hovertemplate="%{customdata[1]}<br>%{customdata[0]}: %{text}<extra></extra>",
         colorscale=[[0, "#d55e00"], [0.5, "#f7f7f7"], [1, "#0072b2"]],
         zmin=-max(limit, 1e-9),
@@ -318,11 +298,11 @@ def _classes(study: Study) -> Figure | None:
         colorbar={"title": {"text": metric, "side": "right"}, "thickness": 12, "tickformat": "+"},
     )
     figure = go.Figure(heatmap)
-    names = [_wrapped(v.name) for v in others]
+    names = [wrapped(v.name) for v in others]
     lines = max(name.count("<br>") + 1 for name in names)
     longest = max(len(classes[k]) for k in shown)
     _lay_out(figure, 90 + 7 * min(longest, 30) + len(others) * max(ROW_HEIGHT, 18 * lines + 8))
-    ticks = [_text(textwrap.shorten(classes[k], 30, placeholder="…")) for k in shown]
+    ticks = [plotly_text(textwrap.shorten(classes[k], 30, placeholder="…")) for k in shown]
     figure.update_xaxes(tickvals=list(range(len(shown))), ticktext=ticks, showgrid=False, ticks="")
     figure.update_xaxes(tickangle=0 if len(shown) * longest < 110 else -90, showline=False)
     figure.update_yaxes(
@@ -376,32 +356,14 @@ def _line(study: Study, variant: Variant, number: int) -> dict[str, Any]:
         line = {"color": COLOURS[number % len(COLOURS)], "width": 2, "dash": dash}
     return {
         "line": line,
-        "name": _wrapped(variant.name),
-        "hovertemplate": f"{_text(variant.name)}<br>%{{x}}: %{{y:.3f}}<extra></extra>",
+        "name": wrapped(variant.name),
+        "hovertemplate": f"{plotly_text(variant.name)}<br>%{{x}}: %{{y:.3f}}<extra></extra>",
     }
 
 
 def _lay_out(figure: Any, height: int, study: Study | None = None) -> None:
     """Sets what all figures share; with lines of variants, a legend on the right."""
     if study is not None:
-        lines = sum(len(_wrapped(v.name).split("<br>")) for v in study.variants)
+        lines = sum(len(wrapped(v.name).split("<br>")) for v in study.variants)
         height = max(height, 90 + 21 * lines)
-    figure.update_layout(
-        template="simple_white",
-        font=FONT,
-        height=height,
-        margin={"l": 60, "r": 20, "t": 40, "b": 50},
-        legend={"tracegroupgap": 2},
-        hoverlabel={"align": "left"},
-    )
-    figure.update_xaxes(automargin=True, showgrid=True, gridcolor="#ececec")
-    figure.update_yaxes(automargin=True, showgrid=True, gridcolor="#ececec")
-
-
-def _text(name: str) -> str:
-    """Returns a name as plotly shows it as it is."""
-    return html.escape(name, quote=False).replace("%{", "%&#123;")
-
-
-def _wrapped(name: str) -> str:
-    return "<br>".join(_text(line) for line in textwrap.wrap(name, NAME_WIDTH) or [name])
+    lay_out(figure, height)

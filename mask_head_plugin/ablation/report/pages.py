@@ -8,31 +8,18 @@ needs, scripts and pictures too, and opens without a network.
 from __future__ import annotations
 
 import shlex
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ... import __version__
-from ...config import ConfigError
 from ...durable_files import write_durably
+from ...pages.render import check_packages, render
+from ...pages.tables import Table, code_markdown, escape_markdown, markdown, number
 from .pictures import side_by_side
 from .study import Study, machine, read_study
-from .tables import (
-    Table,
-    build_table,
-    changed_keys,
-    code_markdown,
-    escape_markdown,
-    findings,
-    markdown,
-    number,
-    paper_table,
-    unfinished_table,
-)
+from .tables import build_table, changed_keys, findings, paper_table, unfinished_table
 
 MARKDOWN_FILE, HTML_FILE, PLOT_FILE = "report.md", "report.html", "intervals.png"
 TEMPLATE = "report.html.j2"
-PACKAGES = ("jinja2", "plotly")
 PAPER_NOTE = "The paper's figures are of its own models and data; compare differences, not values."
 
 
@@ -53,12 +40,7 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
     study = read_study(directory, num_draws)
     picture = PLOT_FILE if plot_intervals(study, directory / PLOT_FILE) else ""
     write_durably(directory / MARKDOWN_FILE, render_markdown(study, picture))
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{directory / MARKDOWN_FILE} is written; {HTML_FILE} needs {' and '.join(missing)}: "
-            "pip install -e '.[report]' in the folder of mask_head_plugin"
-        )
+    check_packages(HTML_FILE, directory / MARKDOWN_FILE)
     write_durably(directory / HTML_FILE, render_html(study))
 
 
@@ -87,18 +69,10 @@ def render_markdown(study: Study, picture: str = "") -> str:
 
 def render_html(study: Study) -> str:
     """Returns report.html. Needs jinja2 and plotly."""
-    # Imported here, so that the package works where the extra is missing.
-    import jinja2
-    from plotly.offline import get_plotlyjs
+    from .figures import figures  # needs plotly
 
-    from .figures import figures
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    settings: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
-    environment = jinja2.Environment(
-        loader=loader, trim_blocks=True, lstrip_blocks=True, **settings
-    )
-    return environment.get_template(TEMPLATE).render(
+    return render(
+        Path(__file__).with_name(TEMPLATE),
         title=_title(study),
         facts=facts(study),
         findings=findings(study),
@@ -110,8 +84,6 @@ def render_html(study: Study) -> str:
         gallery=side_by_side(study),
         unfinished=unfinished_table(study),
         command=repeat_command(study),
-        version=__version__,
-        plotly_js=get_plotlyjs(),
     )
 
 

@@ -5,57 +5,41 @@ Shape alphabet: I images, H, W sides of a picture in pixels.
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
-import numpy.typing as npt
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from pycocotools import mask as coco_mask
 
 from ...config import ConfigError, load_config
 from ...data import register_coco_files
-from ...evaluation.drawing import ByteArray, draw_instances, instance_colour, scaled
+from ...evaluation.drawing import ByteArray, draw_instances, scaled
+from ...evaluation.image_counts import MIN_SCORE, ImageCounts, image_counts, most_disputed
 from ...evaluation.matching import Matches
 from ...image_files import read_image
 from ...messages import one_line
+from ...pages.pictures import (
+    MOST_BYTES,
+    Picture,
+    class_colour,
+    css_colour,
+    data_uri,
+    resized_mask,
+)
 from ...run_lengths import annotation_rle
 from ..trial_folder import Trial
 from .study import Study
 
 logger = logging.getLogger(__name__)
 
-MIN_SCORE = 0.5
-MOST_ROWS = 8
 SIDE = 250
 """Pixels of a picture's longer side."""
-JPEG_QUALITY = 88
-MOST_BYTES = 2_300_000
-"""Of all pictures as text, so that the page with plotly.js (4.8 MB) stays below 8 MB."""
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-CLASS_COLOURS = (
-    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
-    *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
-)
-
 Rle = Mapping[str, Any]
 Instance = tuple[int, Rle]
 """A class index and a mask."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One drawn image: what it shows, what was found, and the JPEG as a data URI."""
-
-    title: str
-    note: str
-    uri: str
 
 
 @dataclass(frozen=True)
@@ -71,21 +55,6 @@ class Gallery:
     rows: list[tuple[str, list[Picture]]]
     classes: list[tuple[str, str]]
     problem: str = ""
-
-
-@dataclass(frozen=True)
-class ImageCounts:
-    """Of each of I images: objects found, detections, and objects there are, at IoU 0.5."""
-
-    found: npt.NDArray[np.int64]
-    detections: npt.NDArray[np.int64]
-    objects: npt.NDArray[np.int64]
-
-    @property
-    def f1(self) -> npt.NDArray[np.float64]:
-        """(I,) 1 where there is nothing to find and nothing was detected."""
-        total = self.detections + self.objects
-        return np.where(total > 0, 2 * self.found / np.maximum(total, 1), 1.0)
 
 
 def side_by_side(study: Study) -> Gallery:
@@ -104,31 +73,6 @@ def side_by_side(study: Study) -> Gallery:
         logger.warning("no pictures of %s: %s", study.dataset, error)
         reason = one_line(error)
         return Gallery([], [], f"The images of {study.dataset} cannot be shown here: {reason}")
-
-
-def image_counts(matches: Matches, min_score: float = MIN_SCORE) -> ImageCounts:
-    """Counts what was found in each image among the detections of at least a score."""
-    half = int(np.argmin(np.abs(matches.iou_thresholds - 0.5)))
-    counted = ~matches.dt_ignored[0, half] & (matches.dt_score >= min_score)
-    found = counted & matches.dt_matched[0, half]
-    size = len(matches.image_ids)
-    return ImageCounts(
-        np.bincount(matches.dt_image[found], minlength=size),
-        np.bincount(matches.dt_image[counted], minlength=size),
-        np.bincount(matches.gt_image[~matches.gt_ignored[0]], minlength=size),
-    )
-
-
-def most_disputed(counts: Sequence[ImageCounts], most: int = MOST_ROWS) -> list[int]:
-    """Returns the images in which F1 differs most between variants, the most first.
-
-    Of equals that with the larger spread of objects found. None where all variants agree.
-    """
-    f1 = np.stack([c.f1 for c in counts])
-    found = np.stack([c.found for c in counts])
-    spread, spread_found = np.ptp(f1, axis=0), np.ptp(found, axis=0)
-    order = np.lexsort((-spread_found, -spread))
-    return [int(k) for k in order[:most] if len(counts) == 1 or spread[k] > 0]
 
 
 def _first_with_masks(trials: Iterable[Trial]) -> list[tuple[Trial, Matches]]:
@@ -180,7 +124,7 @@ def _draw(
         if rows and size > MOST_BYTES:
             break
         rows.append((record["file_name"].rpartition("/")[2], row))
-    return Gallery(rows, [(names[k], _css(_colour(k))) for k in sorted(classes)])
+    return Gallery(rows, [(names[k], css_colour(class_colour(k))) for k in sorted(classes)])
 
 
 def _predictions(trial: Trial, ids: Sequence[str]) -> dict[str, list[Instance]]:
@@ -239,32 +183,11 @@ def _picture(
 ) -> Picture:
     """Draws instances into an image that is scaled already; one mask is decoded at a time."""
     size = (image.shape[1], image.shape[0])
-    rles = [_resized(rle, size) for _, rle in instances]
+    rles = [resized_mask(rle, size) for _, rle in instances]
     labels = [names[k] for k, _ in instances]
-    colours = [_colour(k) for k, _ in instances]
+    colours = [class_colour(k) for k, _ in instances]
     drawn = draw_instances(image, labels, colours, np.zeros((len(rles), 4)), rles)
-    bgr = np.ascontiguousarray(drawn[:, :, ::-1])
-    written, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    if not written:
-        raise OSError(f"could not encode a picture of {title}")
-    return Picture(
-        title, note, f"data:image/jpeg;base64,{base64.b64encode(data.tobytes()).decode()}"
-    )
-
-
-def _resized(rle: Rle, size: tuple[int, int]) -> Rle:
-    mask = cv2.resize(coco_mask.decode(rle), size, interpolation=cv2.INTER_NEAREST)
-    return dict(coco_mask.encode(np.asfortranarray(mask)))
-
-
-def _colour(class_index: int) -> npt.NDArray[Any]:
-    if class_index < len(CLASS_COLOURS):
-        return np.array(CLASS_COLOURS[class_index])
-    return instance_colour(class_index)
-
-
-def _css(colour: npt.NDArray[Any]) -> str:
-    return "#" + "".join(f"{int(x):02x}" for x in colour)
+    return Picture(title, note, data_uri(drawn))
 
 
 def _note(counts: ImageCounts, k: int) -> str:

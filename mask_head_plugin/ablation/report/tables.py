@@ -4,60 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from textwrap import shorten
-from typing import Any
 
 from ...evaluation.bootstrap import PairedDifference
 from ...evaluation.coco_ap import METRICS
+from ...pages.tables import NOTHING, Cell, Column, Table, number
 from .study import Study, Variant, mean
 
 BASELINE, BETTER, WORSE, NOISE = "baseline", "better", "worse", "within noise"
 MARKS = {BETTER: "▲ ", WORSE: "▼ ", NOISE: "≈ "}
 SEEDS_VARY = ", seeds vary more"
-NOTHING = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
 MOST_OF_ERROR = 300
 """Characters of an error that are shown; all of it is in trial.json."""
 MANY_COMPARISONS = 5
 """From so many on, the report says that some intervals miss the truth by chance."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table.
-
-    Attributes:
-        key: its name in a link such as ``report.html#sort=-difference``.
-        label: what stands above it.
-        meaning: a sentence on it.
-        is_text: whether it holds texts and not numbers.
-        is_optional: whether it is left out where it has no content.
-    """
-
-    key: str
-    label: str
-    meaning: str
-    is_text: bool = False
-    is_optional: bool = False
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a cell shows, and by what it is sorted: a number, nan for none, or a text."""
-
-    text: str
-    value: float | str
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns, and a row of cells for each variant."""
-
-    columns: list[Column]
-    rows: list[list[Cell]]
 
 
 def verdict(comparison: PairedDifference) -> str:
@@ -204,11 +165,6 @@ def changed_keys(variant: Variant) -> list[str]:
     return [f"{key}: {json.dumps(value)}" for key, value in variant.differs.items()]
 
 
-def number(value: float, form: str = ".2f") -> str:
-    """Returns a number with a true minus, a dash for nan."""
-    return f"{value:{form}}".replace("-", MINUS) if math.isfinite(value) else NOTHING
-
-
 def with_spread(variant: Variant, key: str) -> str:
     """Returns a mean over seeds with their standard deviation, if there is more than one."""
     spread = variant.std(key)
@@ -350,28 +306,3 @@ def unfinished_table(study: Study) -> Table:
         if not trial.is_finished
     ]
     return Table(columns, rows)
-
-
-def markdown(table: Table) -> str:
-    """Returns a table as GitHub's Markdown has it; numbers to the right."""
-    cells: list[Sequence[Any]] = [[cell.text for cell in row] for row in table.rows]
-    lines = [_markdown_row([column.label for column in table.columns])]
-    lines.append("|" + "|".join("---" if c.is_text else "---:" for c in table.columns) + "|")
-    return "\n".join([*lines, *map(_markdown_row, cells)])
-
-
-def _markdown_row(texts: Sequence[str]) -> str:
-    return "| " + " | ".join(map(escape_markdown, texts)) + " |"
-
-
-def escape_markdown(text: str) -> str:
-    """Returns a text that Markdown shows as it is, in one line."""
-    for sign, shown in {"&": "&amp;", "<": "&lt;", ">": "&gt;"}.items():
-        text = text.replace(sign, shown)
-    # An underscore within a word has no meaning; config keys stay readable.
-    return " ".join(re.sub(r"[\\`*|\[\]~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text).split())
-
-
-def code_markdown(text: str) -> str:
-    """Returns a text as code; a backtick in it, which would end it, becomes a quote."""
-    return f"`{text.replace('`', chr(39))}`"

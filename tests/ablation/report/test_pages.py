@@ -21,17 +21,14 @@ from made_ablation import DATASET, NUM_ITERATIONS, write_ablation, write_dataset
 
 from mask_head_plugin import ConfigError
 from mask_head_plugin.ablation.report import pages
-from mask_head_plugin.ablation.report.pictures import ImageCounts, most_disputed, side_by_side
+from mask_head_plugin.ablation.report.pictures import side_by_side
 from mask_head_plugin.ablation.report.study import read_study
-from mask_head_plugin.ablation.report.tables import (
-    MINUS,
-    NOTHING,
-    build_table,
-    escape_markdown,
-    number,
-)
+from mask_head_plugin.ablation.report.tables import build_table
 from mask_head_plugin.evaluation.bootstrap import compare_all
+from mask_head_plugin.evaluation.image_counts import ImageCounts, most_disputed
 from mask_head_plugin.evaluation.matching import Matches
+from mask_head_plugin.pages import render as page_render
+from mask_head_plugin.pages.tables import MINUS, NOTHING, escape_markdown, number
 
 pytest.importorskip("plotly", reason="report.html needs the extra 'report'")
 
@@ -281,7 +278,7 @@ def test_trials_of_other_images_are_an_error(copied):
 
 
 def test_without_the_extra_there_is_markdown_and_an_error(copied, monkeypatch):
-    monkeypatch.setattr(pages, "find_spec", lambda name: None)
+    monkeypatch.setattr(page_render, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"jinja2 and plotly.*\[report\]"):
         pages.write_report(copied, NUM_DRAWS)
     assert (copied / "report.md").is_file() and not (copied / "report.html").exists()
@@ -369,7 +366,7 @@ def browse(page: Path, fragment: str, profile: Path) -> tuple[list[str], str]:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert 'class="main-svg"' in done.stdout  # plotly has drawn
-    table = done.stdout.split('id="variants"')[1].split("</table>")[0]
+    table = done.stdout.split('class="sortable"')[1].split("</table>")[0]
     names = re.findall(r'<th scope="row"[^>]*>(.*?)<span', table, re.DOTALL)
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return [html.unescape(name).strip() for name in names], "\n".join(complaints)

@@ -1,0 +1,124 @@
+"""Which object each detection of a scene found, and the APs that follow.
+
+Shape alphabet: D detections and G objects; N detections that count, at most the limit of an image
+and class; A area ranges, T IoU thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from ..evaluation.matching import BoolArray, FloatArray, Group, Matches, match
+from .scene import IntArray, Scene
+
+AREAS = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
+"""COCO's ranges in pixels, both ends among them."""
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
+THRESHOLDS: FloatArray = np.linspace(0.5, 0.95, 10)
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """The matches of a scene's task.
+
+    Attributes:
+        matches: by COCO's rules, the N detections ordered by image, class and falling score.
+        rows: (N,) which detections of the scene these are.
+        partner: (A, T, N) the object that each found, by its index in the scene; -1 for none.
+        ious: of each image, (d, g) of all its detections and objects.
+    """
+
+    matches: Matches
+    rows: IntArray
+    partner: IntArray
+    ious: list[FloatArray]
+
+    def at(self, threshold: float) -> Matches:
+        """Returns the matches of objects of all sizes at one IoU threshold."""
+        t = int(np.abs(self.matches.iou_thresholds - threshold).argmin())
+        return replace(
+            self.matches,
+            area_names=self.matches.area_names[:1],
+            iou_thresholds=self.matches.iou_thresholds[t : t + 1],
+            dt_matched=self.matches.dt_matched[:1, t : t + 1],
+            dt_ignored=self.matches.dt_ignored[:1, t : t + 1],
+            gt_ignored=self.matches.gt_ignored[:1],
+        )
+
+    def partner_at(self, threshold: float) -> IntArray:
+        """Returns (N,) the object that each detection found at one IoU threshold, -1 for none."""
+        return self.partner[0, int(np.abs(self.matches.iou_thresholds - threshold).argmin())]
+
+
+def assign(
+    scene: Scene,
+    task: str,
+    max_detections: int,
+    ious: list[FloatArray] | None = None,
+    areas: Sequence[str] = tuple(AREAS),
+) -> Assignment:
+    """Matches detections and objects as COCO does.
+
+    Args:
+        scene: all of them.
+        task: "bbox" or "segm".
+        max_detections: of an image and class that count; all if negative.
+        ious: of ``scene.ious(task)``, if they are known.
+        areas: names of AREAS, "all" the first.
+    """
+    ious = scene.ious(task) if ious is None else ious
+    ranges = np.array([AREAS[name] for name in areas])
+    dt_outside = _outside(scene.dt_area(task), ranges)
+    if scene.lenient:
+        pairs = zip(scene.dt_image.tolist(), scene.dt_class.tolist(), strict=True)
+        dt_outside = dt_outside | np.array([pair in scene.lenient for pair in pairs])
+    gt_ignored = scene.gt_crowd | _outside(scene.gt_area, ranges)
+    score, dt_slices, gt_slices = scene.score(task), scene.dt_slices, scene.gt_slices
+    groups, rows, objects = [], [], []
+    for image, dt, gt in _pairs(scene):
+        # The best first; what has the same score stays in its order.
+        best = dt.start + np.argsort(-score[dt], kind="stable")
+        best = best[:max_detections] if max_detections >= 0 else best
+        own = slice(gt.start - gt_slices[image].start, gt.stop - gt_slices[image].start)
+        iou = ious[image][best - dt_slices[image].start, own]
+        groups.append(Group(iou, scene.gt_crowd[gt], gt_ignored[:, gt], dt_outside[:, best]))
+        rows.append(best)
+        objects.append(np.full(len(best), gt.start))
+    partner, ignored = match(groups, THRESHOLDS)
+    row = np.concatenate([np.zeros(0, np.int64), *rows])
+    first = np.concatenate([np.zeros(0, np.int64), *objects])
+    matches = Matches(
+        image_ids=np.array([str(x) for x in scene.image_ids], dtype=str),
+        class_names=np.array(scene.class_names, dtype=str),
+        area_names=np.array(areas),
+        iou_thresholds=THRESHOLDS,
+        dt_image=scene.dt_image[row].astype(np.int32),
+        dt_class=scene.dt_class[row].astype(np.int32),
+        dt_score=score[row],
+        dt_matched=partner >= 0,
+        dt_ignored=ignored,
+        gt_image=scene.gt_image.astype(np.int32),
+        gt_class=scene.gt_class.astype(np.int32),
+        gt_ignored=gt_ignored,
+    )
+    return Assignment(matches, row, np.where(partner < 0, -1, partner + first), ious)
+
+
+def _pairs(scene: Scene) -> Iterator[tuple[int, slice, slice]]:
+    """Yields each image and class that has detections or objects, with the slices of both."""
+    num_classes = len(scene.class_names)
+    dt = scene.dt_image * num_classes + scene.dt_class
+    gt = scene.gt_image * num_classes + scene.gt_class
+    keys = np.union1d(dt, gt)
+    borders = [np.searchsorted(x, keys, side).tolist() for x in (dt, gt) for side in _SIDES]
+    for key, dt_start, dt_stop, gt_start, gt_stop in zip(keys.tolist(), *borders, strict=True):
+        yield key // num_classes, slice(dt_start, dt_stop), slice(gt_start, gt_stop)
+
+
+def _outside(areas: FloatArray, ranges: FloatArray) -> BoolArray:
+    """Returns (A, n) whether areas are outside of the ranges."""
+    return (areas < ranges[:, :1]) | (areas > ranges[:, 1:])

@@ -1,0 +1,254 @@
+"""What scores say: the best thresholds, confusions, how far a score is the chance to be right.
+
+Shape alphabet: K classes, N detections that count, B bins of scores.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..evaluation.bootstrap import resampled_ap
+from ..evaluation.matching import FloatArray, Matches
+from .assignment import Assignment
+from .scene import IntArray, Scene
+
+NUM_BINS = 10
+DENSITIES = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63), (64, 10**9))
+"""Objects of an image, both ends among them."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The score from which on the detections of a class have the best F1, at IoU 0.5.
+
+    Attributes:
+        class_name: the class.
+        score: keep detections with a higher one; nan where nothing of the class is right.
+        f1: 0 to 1 with these.
+        precision: share of these that are right.
+        recall: share of the objects that these find.
+        f1_at_half: with the usual threshold of 0.5.
+    """
+
+    class_name: str
+    score: float
+    f1: float
+    precision: float
+    recall: float
+    f1_at_half: float
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """How often detections of a score are right, at IoU 0.5.
+
+    Attributes:
+        score: (B,) mean score of each bin; nan where it is empty.
+        precision: (B,) share that is right.
+        count: (B,) detections.
+        error: expected calibration error: the mean of the difference, weighted by count, 0 to 1.
+    """
+
+    score: FloatArray
+    precision: FloatArray
+    count: IntArray
+    error: float
+
+
+@dataclass(frozen=True)
+class Density:
+    """AP of the images with so many objects."""
+
+    name: str
+    images: int
+    objects: int
+    ap: float
+
+
+@dataclass(frozen=True)
+class ClassGap:
+    """How far the scores of a class are from its chance to be right.
+
+    Attributes:
+        name: of the class.
+        score: mean of its detections.
+        precision: share of these that is right, at IoU 0.5.
+        count: of detections.
+    """
+
+    name: str
+    score: float
+    precision: float
+    count: int
+
+    @property
+    def gap(self) -> float:
+        return self.precision - self.score
+
+
+def best_thresholds(scene: Scene, assignment: Assignment) -> list[Threshold]:
+    """Returns the best threshold of each class that has objects.
+
+    Detections are ranked by their own score, as demo and runtime cut by that, also where masks are
+    ranked by another.
+    """
+    at = assignment.at(0.5)
+    counted = ~at.dt_ignored[0, 0]
+    score, right = scene.dt_score[assignment.rows], at.dt_matched[0, 0]
+    thresholds = []
+    for k, name in enumerate(scene.class_names):
+        own = np.flatnonzero(counted & (at.dt_class == k))
+        num_objects = int((~at.gt_ignored[0] & (at.gt_class == k)).sum())
+        if num_objects:
+            thresholds.append(_best_threshold(name, score[own], right[own], num_objects))
+    return thresholds
+
+
+def _best_threshold(
+    name: str, score: FloatArray, right: npt.NDArray[np.bool_], num_objects: int
+) -> Threshold:
+    order = np.argsort(-score, kind="stable")
+    score, hits = score[order], right[order].cumsum()
+    taken = np.arange(1, len(score) + 1)
+    f1 = 2 * hits / (taken + num_objects)
+    # Of equal scores all are taken or none.
+    f1[:-1][score[:-1] == score[1:]] = -1
+    at_half = int((score > 0.5).sum())
+    f1_at_half = float(2 * hits[at_half - 1] / (at_half + num_objects)) if at_half else 0.0
+    if not len(score) or not hits[-1]:
+        return Threshold(name, float("nan"), 0.0, float("nan"), 0.0, f1_at_half)
+    best = int(f1.argmax())
+    lower = score[best + 1] if best + 1 < len(score) else max(score[best] - 0.01, 0.0)
+    # Between the last that is taken and the first that is not, in as few digits as tell them apart.
+    cut = _short_number(float(lower), float(score[best]))
+    return Threshold(
+        name,
+        cut,
+        float(f1[best]),
+        float(hits[best] / taken[best]),
+        float(hits[best] / num_objects),
+        f1_at_half,
+    )
+
+
+def _short_number(low: float, high: float) -> float:
+    """Returns a number of few digits from ``low`` up to, but not, ``high``."""
+    for digits in range(2, 8):
+        middle = round((low + high) / 2, digits)
+        if low <= middle < high:
+            return middle
+    return low
+
+
+def threshold_flag(thresholds: list[Threshold]) -> str:
+    """Returns the thresholds as a flag of tools/demo.py and tools/predict.py."""
+    pairs = [shlex.quote(f"{x.class_name}={x.score:g}") for x in thresholds if x.score == x.score]
+    return f"--class-thresholds {' '.join(pairs)}" if pairs else ""
+
+
+def confusion(
+    scene: Scene, assignment: Assignment, thresholds: list[Threshold]
+) -> npt.NDArray[np.int64]:
+    """Returns (K + 1, K + 1) how often objects of a class, in rows, were found as another.
+
+    Of detections above their class's threshold, whatever the classes, an object takes the best one
+    that overlaps it with IoU 0.5. The last column counts objects that nothing found, the last row
+    detections that found nothing. Crowds, and what lies in them, are left out.
+    """
+    num_classes = len(scene.class_names)
+    counts = np.zeros((num_classes + 1, num_classes + 1), np.int64)
+    least = np.full(num_classes, 0.5)
+    of_name = {x.class_name: x.score for x in thresholds if x.score == x.score}
+    for k, name in enumerate(scene.class_names):
+        least[k] = of_name.get(name, 0.5)
+    at = assignment.at(0.5)
+    in_crowd = np.zeros(len(scene.dt_image), bool)
+    in_crowd[assignment.rows[at.dt_ignored[0, 0]]] = True
+    kept = (scene.dt_score > least[scene.dt_class]) & ~in_crowd
+    for dt, gt, ious in zip(scene.dt_slices, scene.gt_slices, assignment.ious, strict=True):
+        rows = np.arange(dt.start, dt.stop)[kept[dt]]
+        rows = rows[np.argsort(-scene.dt_score[rows], kind="stable")]
+        objects = np.arange(gt.start, gt.stop)[~scene.gt_crowd[gt]]
+        iou = ious[rows - dt.start][:, objects - gt.start].copy()
+        free_dt, free_gt = np.ones(len(rows), bool), np.ones(len(objects), bool)
+        for d in range(len(rows) if len(objects) else 0):
+            best = int(iou[d].argmax())
+            if iou[d, best] >= 0.5:
+                counts[scene.gt_class[objects[best]], scene.dt_class[rows[d]]] += 1
+                free_dt[d], free_gt[best] = False, False
+                iou[:, best] = 0
+        counts[:-1, -1] += _count(scene.gt_class[objects[free_gt]], num_classes)
+        counts[-1, :-1] += _count(scene.dt_class[rows[free_dt]], num_classes)
+    return counts
+
+
+def _count(classes: IntArray, num_classes: int) -> IntArray:
+    return np.bincount(classes, minlength=num_classes)
+
+
+def reliability(matches: Matches, score: FloatArray, class_index: int | None = None) -> Reliability:
+    """Returns how often detections of a score are right.
+
+    Args:
+        matches: at one IoU threshold.
+        score: (N,) 0 to 1.
+        class_index: of the class; None for all.
+    """
+    counted = ~matches.dt_ignored[0, 0]
+    if class_index is not None:
+        counted = counted & (matches.dt_class == class_index)
+    score, right = score[counted], matches.dt_matched[0, 0, counted]
+    place = (score * NUM_BINS).astype(int).clip(0, NUM_BINS - 1)
+    count = np.bincount(place, minlength=NUM_BINS)
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(place, score, NUM_BINS) / count
+        precision = np.bincount(place, right, NUM_BINS) / count
+    gaps = np.nan_to_num(np.abs(mean - precision))
+    error = float((gaps * count).sum() / max(count.sum(), 1))
+    return Reliability(mean, precision, count, error)
+
+
+def ap_by_density(matches: Matches) -> list[Density]:
+    """Returns the AP of images with few and with many objects; those without any are left out.
+
+    Nothing where all images are alike in this.
+    """
+    num_objects = np.bincount(
+        matches.gt_image[~matches.gt_ignored[0]], minlength=len(matches.image_ids)
+    )
+    ranges = [(low, high) for low, high in DENSITIES if _between(num_objects, low, high).any()]
+    if len(ranges) < 2:
+        return []
+    chosen = np.stack([_between(num_objects, low, high) for low, high in ranges])
+    aps = resampled_ap(matches, chosen.astype(np.int32), ("AP",))["AP"]
+    return [
+        Density(_range_name(*r), int(x.sum()), int(num_objects[x].sum()), float(ap))
+        for r, x, ap in zip(ranges, chosen, aps, strict=True)
+    ]
+
+
+def _between(values: IntArray, low: int, high: int) -> npt.NDArray[np.bool_]:
+    return (values >= low) & (values <= high)
+
+
+def _range_name(low: int, high: int) -> str:
+    if high == DENSITIES[-1][1]:
+        return f"{low} and more"
+    return f"{low} to {high}" if high > low else str(low)
+
+
+def class_gaps(scene: Scene, assignment: Assignment) -> list[ClassGap]:
+    """Returns mean score and precision of each class with detections, at IoU 0.5."""
+    at = assignment.at(0.5)
+    counted, score = ~at.dt_ignored[0, 0], scene.dt_score[assignment.rows]
+    gaps = []
+    for k, name in enumerate(scene.class_names):
+        own = counted & (at.dt_class == k)
+        if own.any():
+            right = float(at.dt_matched[0, 0, own].mean())
+            gaps.append(ClassGap(name, float(score[own].mean()), right, int(own.sum())))
+    return gaps

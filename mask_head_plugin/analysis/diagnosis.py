@@ -1,0 +1,201 @@
+"""What the figures of an analysis say, in sentences: the largest losses first, each with its size.
+
+Shape alphabet: K classes, P pairs of a detection and its object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ..messages import listed
+from ..pages.tables import number
+from .curves import ClassGap
+from .errors import KINDS, MEANINGS
+from .mask_quality import BoxOffsets, MaskQuality
+from .measures import Findings
+from .oracles import grid_name
+
+LEAST_WON = 0.5
+"""AP in percent from which a repair is worth a sentence."""
+LEAST_SHIFT = 1.0
+"""Pixels from which boxes that lie to one side are."""
+LEAST_AREA = 0.05
+"""Share by which masks have to be too large or too small."""
+LEAST_CONFUSED = 0.1
+"""Share of a class's objects that another class takes."""
+LEAST_GAP = 0.1
+"""By which the scores of a class have to differ from their chance to be right, beyond others'."""
+FEW = 20
+"""Pairs, objects or detections: less allow no sentence."""
+TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
+BRANCHES = {
+    "perfect masks": "mask branch",
+    "perfect boxes": "box branch (its regression and the proposals)",
+    "perfect classes": "classifier",
+}
+
+
+def diagnose(
+    findings: Findings,
+    mask_side: int,
+    offsets: BoxOffsets,
+    quality: MaskQuality | None,
+    confusion: npt.NDArray[np.int64],
+    gaps: list[ClassGap],
+) -> list[str]:
+    """Returns the sentences.
+
+    Args:
+        findings: errors and figures.
+        mask_side: M of the model.
+        offsets: of boxes.
+        quality: of masks, if there are some.
+        confusion: see curves.confusion.
+        gaps: of each class with detections.
+    """
+    return [
+        *_summary(findings),
+        *_errors(findings),
+        *_branches(findings),
+        *_grid(findings, mask_side),
+        *_shift(offsets),
+        *_area(quality),
+        *_confused(findings, confusion),
+        *_scores(gaps),
+    ]
+
+
+def _summary(findings: Findings) -> Iterator[str]:
+    scene = findings.scene
+    if not len(scene.dt_image):
+        yield "Nothing was detected: AP is 0, and every object is missed."
+        return
+    told = [
+        f"{number(findings.value(task, 'AP', 'AP'), '.1f')} for {TASK_NAMES[task]} "
+        f"(AP50 {number(findings.value(task, 'AP', 'AP50'), '.1f')})"
+        for task in scene.tasks
+    ]
+    yield f"AP is {' and '.join(told)}."
+    if "segm" not in scene.tasks:
+        yield "There are no masks to compare: all that follows is of boxes."
+
+
+def _errors(findings: Findings) -> Iterator[str]:
+    """Yields which kinds of errors cost most at IoU 0.5."""
+    for task in findings.scene.tasks:
+        won = {name: findings.value(task, "error", name, 0.5) for name in KINDS}
+        ranked = sorted(won, key=lambda name: -np.nan_to_num(won[name]))
+        worth = [name for name in ranked[:3] if won[name] >= LEAST_WON]
+        if not worth or not len(findings.scene.dt_image):
+            continue
+        first, *others = worth
+        more = "".join(f"; {name} {number(won[name], '.1f')}" for name in others)
+        count = findings.errors[task][0.5].count(KINDS.index(first))
+        yield (
+            f"Errors of {TASK_NAMES[task]} at IoU 0.5: AP50 loses most by “{first}” "
+            f"({MEANINGS[first]}): {number(won[first], '.1f')} by {count:,} of these{more}."
+        )
+
+
+def _branches(findings: Findings) -> Iterator[str]:
+    """Yields which branch more training can win most with."""
+    task = findings.main_task
+    won = {
+        name: findings.value(task, "oracle", name)
+        for name in BRANCHES
+        if (task, "oracle", name, 0.0) in findings.measures
+    }
+    ranked = sorted(won, key=lambda name: -np.nan_to_num(won[name]))
+    if not ranked or not won[ranked[0]] >= LEAST_WON:
+        return
+    told = [f"{name} would win {number(won[name], '.1f')}" for name in ranked]
+    yield (
+        f"By branch, AP of {TASK_NAMES[task]}: {', '.join(told)}. Most is to be won with the "
+        f"{BRANCHES[ranked[0]]}."
+    )
+
+
+def _grid(findings: Findings, side: int) -> Iterator[str]:
+    key = ("segm", "oracle", grid_name(side), 0.0)
+    if key not in findings.measures:
+        return
+    base = findings.value("segm", "AP", "AP")
+    own, double = (base + findings.value("segm", "oracle", grid_name(x)) for x in (side, 2 * side))
+    yield (
+        f"The mask branch's {side} x {side} grid alone would allow an AP of {number(own, '.1f')}, "
+        f"one of {2 * side} x {2 * side} {number(double, '.1f')}"
+        + (
+            ": a finer grid (MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION) is worth a try."
+            if double - own >= 3 and own - base < 30
+            else "; it is not what limits this model."
+            if own - base >= 10
+            else "."
+        )
+    )
+
+
+def _shift(offsets: BoxOffsets) -> Iterator[str]:
+    """Yields whether boxes lie to one side, or are too large or small, all of them alike."""
+    if len(offsets.edges) < FEW:
+        return
+    middle = np.median(offsets.edges, axis=0)
+    for axis, low, high in (("right", 0, 2), ("down", 1, 3)):
+        shift = (middle[low] + middle[high]) / 2
+        if abs(shift) >= LEAST_SHIFT:
+            side = axis if shift > 0 else {"right": "left", "down": "up"}[axis]
+            yield (
+                f"Boxes lie {abs(shift):.1f} px too far {side} (median of {len(offsets.edges):,} "
+                "found objects): something shifts them all, such as a wrong offset or scale of the "
+                "image between training and evaluation."
+            )
+
+
+def _area(quality: MaskQuality | None) -> Iterator[str]:
+    if quality is None or len(quality.objects) < FEW:
+        return
+    ratio = float(np.median(quality.area_ratio))
+    if abs(ratio - 1) >= LEAST_AREA:
+        size = "small" if ratio < 1 else "large"
+        yield (
+            f"Masks are too {size}: their area is {100 * ratio:.0f}% of the true one (median of "
+            f"{len(quality.objects):,} found objects)."
+        )
+
+
+def _confused(findings: Findings, confusion: npt.NDArray[np.int64]) -> Iterator[str]:
+    """Yields the pairs of classes that are taken for each other."""
+    names = findings.scene.class_names
+    objects = confusion[:-1].sum(1)
+    shares = confusion[:-1, :-1] / np.maximum(objects, 1)[:, None]
+    np.fill_diagonal(shares, 0)
+    shares[objects < FEW] = 0
+    told = []
+    for k in np.argsort(-shares, axis=None, kind="stable")[:4]:
+        true, found = np.unravel_index(k, shares.shape)
+        if shares[true, found] >= LEAST_CONFUSED:
+            told.append(f"{100 * shares[true, found]:.0f}% of {names[true]} as {names[found]}")
+    if told:
+        yield f"Classes are taken for each other: {'; '.join(told)}."
+
+
+def _scores(gaps: list[ClassGap]) -> Iterator[str]:
+    """Yields the classes whose scores mean less or more than those of the others."""
+    known = [x for x in gaps if x.count >= FEW]
+    if len(known) < 2:
+        return
+    told = []
+    for one in known:
+        usual = float(np.median([x.gap for x in known if x is not one]))
+        if abs(one.gap - usual) >= LEAST_GAP:
+            word = "low" if one.gap > usual else "high"
+            told.append(
+                f"{one.name} (too {word}: {one.score:.2f} on average, right {one.precision:.2f})"
+            )
+    if told:
+        yield (
+            f"Scores of some classes do not mean what those of others do: {listed(told, 4)}. One "
+            "threshold for all is wrong; use the thresholds by class."
+        )

@@ -1,0 +1,203 @@
+"""How good masks and boxes of found objects are: by size, class and shape, and where they err.
+
+Objects and detections are paired by their boxes (IoU 0.5, the right class), so that a bad mask in a
+good box counts: pairs by masks would leave out what is to be looked at.
+
+Shape alphabet: P pairs; S side of the map of errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from ..evaluation.boundary import boundary_distance, boundary_iou, window_boundary
+from ..evaluation.mask_window import MaskWindow, mask_window
+from ..evaluation.matching import FloatArray
+from .assignment import AREAS, Assignment
+from .scene import IntArray, Scene
+
+PAIR_IOU = 0.5
+MAP_SIDE = 36
+"""S: cells along each side of the map of errors."""
+MAP_MARGIN = 0.25
+"""Of the box on each side that the map shows around it."""
+FILLS = {"thin, below 0.4": (0, 0.4), "0.4 to 0.7": (0.4, 0.7), "full, from 0.7": (0.7, 1.01)}
+"""Share of the box that the mask covers."""
+SHAPES = ("one part", "several parts", "holes")
+SMALLEST_PART = 4
+"""Pixels: less is no part or hole, but a slip of the annotation."""
+
+
+@dataclass(frozen=True, eq=False)
+class BoxOffsets:
+    """Where the boxes of found objects are, compared with the true ones.
+
+    Attributes:
+        objects: (P,) by their index in the scene.
+        rows: (P,) detections, likewise.
+        iou: (P,) of the boxes.
+        edges: (P, 4) how far left, top, right and bottom edges are from the true ones, in pixels;
+            positive to the right and down.
+    """
+
+    objects: IntArray
+    rows: IntArray
+    iou: FloatArray
+    edges: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class MaskQuality:
+    """How good the masks of found objects are.
+
+    Attributes:
+        objects: (P,) by their index in the scene.
+        iou: (P,) of the masks.
+        boundary: (P,) boundary IoU.
+        area_ratio: (P,) predicted by true area.
+        fill: (P,) share of the true box that the true mask covers.
+        shape: (P,) index of SHAPES; an object with parts and holes counts as one with holes.
+        missing: (S, S) share of pairs whose mask lacks pixels there, in coordinates of the box with
+            its margin.
+        extra: (S, S) likewise, with pixels too many.
+    """
+
+    objects: IntArray
+    iou: FloatArray
+    boundary: FloatArray
+    area_ratio: FloatArray
+    fill: FloatArray
+    shape: IntArray
+    missing: FloatArray
+    extra: FloatArray
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """The mean quality of some of the pairs."""
+
+    group: str
+    name: str
+    count: int
+    iou: float
+    boundary: float
+    area_ratio: float
+
+
+def box_offsets(scene: Scene, boxes: Assignment) -> BoxOffsets:
+    """Returns how the boxes of found objects differ from the true ones."""
+    partner = np.where(boxes.at(PAIR_IOU).dt_ignored[0, 0], -1, boxes.partner_at(PAIR_IOU))
+    paired = np.flatnonzero(partner >= 0)
+    rows, objects = boxes.rows[paired], partner[paired].astype(np.int64)
+    dt, gt = (
+        np.concatenate([x[:, :2], x[:, :2] + x[:, 2:]], 1)
+        for x in (scene.dt_box[rows], scene.gt_box[objects])
+    )
+    starts = [x.start for x in scene.dt_slices], [x.start for x in scene.gt_slices]
+    images = scene.dt_image[rows]
+    places = rows - np.array(starts[0])[images], objects - np.array(starts[1])[images]
+    iou = [boxes.ious[i][d, g] for i, d, g in zip(images, *places, strict=True)]
+    return BoxOffsets(objects, rows, np.array(iou, float), dt - gt)
+
+
+def mask_quality(scene: Scene, offsets: BoxOffsets) -> MaskQuality:
+    """Compares the masks of pairs.
+
+    Args:
+        scene: all detections and objects, with masks.
+        offsets: the pairs.
+    """
+    assert scene.dt_mask is not None and scene.gt_mask is not None
+    count = len(offsets.objects)
+    numbers = np.zeros((count, 4))
+    shape = np.zeros(count, np.int64)
+    maps = np.zeros((2, MAP_SIDE, MAP_SIDE))
+    pairs = zip(offsets.rows.tolist(), offsets.objects.tolist(), strict=True)
+    for k, (row, g) in enumerate(tqdm(pairs, "masks of found objects", total=count, leave=False)):
+        true, found = mask_window(scene.gt_mask[g]), mask_window(scene.dt_mask[row])
+        if not true.bits.size:
+            continue
+        box = scene.gt_box[g]
+        image_hw = scene.image_hw[scene.gt_image[g]].tolist()
+        distance = boundary_distance(image_hw)
+        edges = [window_boundary(x, distance) for x in (found, true)]
+        numbers[k] = [
+            _iou(found, true),
+            boundary_iou(*edges),
+            found.bits.sum() / true.bits.sum(),
+            true.bits.sum() / max(box[2] * box[3], 1),
+        ]
+        shape[k] = _shape(true)
+        maps += _error_maps(found, true, box)
+    maps /= max(count, 1)
+    iou, boundary, ratio, fill = numbers.T
+    return MaskQuality(
+        offsets.objects, iou, boundary, ratio, fill.clip(0, 1), shape, maps[0], maps[1]
+    )
+
+
+def _iou(a: MaskWindow, b: MaskWindow) -> float:
+    common = int(cv2.countNonZero(a.within(b.top, b.left, b.bits.shape) & b.bits))
+    return common / max(int(a.bits.sum()) + int(b.bits.sum()) - common, 1)
+
+
+def _shape(true: MaskWindow) -> int:
+    """Returns the index of SHAPES."""
+    contours, hierarchy = cv2.findContours(true.bits, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    inner = [x >= 0 for x in hierarchy[0, :, 3].tolist()]
+    large = [cv2.contourArea(x) >= SMALLEST_PART for x in contours]
+    if any(a and b for a, b in zip(inner, large, strict=True)):
+        return SHAPES.index("holes")
+    return int(sum(b and not a for a, b in zip(inner, large, strict=True)) > 1)
+
+
+def _error_maps(found: MaskWindow, true: MaskWindow, box: FloatArray) -> npt.NDArray[np.float32]:
+    """Returns (2, S, S) the shares of each cell that are missing and extra."""
+    low = box[:2] - MAP_MARGIN * box[2:]
+    size = np.maximum(box[2:] * (1 + 2 * MAP_MARGIN), 1e-3)
+    left, top = np.floor(low).astype(int).tolist()
+    right, bottom = np.ceil(low + size).astype(int).tolist()
+    hw = max(bottom - top, 1), max(right - left, 1)
+    bits = [x.within(top, left, hw) for x in (found, true)]
+    errors = np.stack([bits[1] & ~bits[0], bits[0] & ~bits[1]], axis=-1).astype(np.float32)
+    return np.moveaxis(_resampled(errors), -1, 0)
+
+
+def _resampled(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    size = (MAP_SIDE, MAP_SIDE)
+    is_larger = min(values.shape[:2]) > MAP_SIDE
+    kind = cv2.INTER_AREA if is_larger else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(values, size, interpolation=kind), np.float32)
+
+
+def quality_rows(scene: Scene, quality: MaskQuality) -> list[QualityRow]:
+    """Returns mean qualities: of all pairs, by size, shape, fill and class."""
+    area, classes = scene.gt_area[quality.objects], scene.gt_class[quality.objects]
+    groups = [("all", "all", np.ones(len(area), bool))]
+    # As COCO's ranges, but an object at the border of two is in one.
+    ranges = [(name, *AREAS[name]) for name in ("small", "medium", "large")]
+    groups += [("size", name, (area >= low) & (area < high)) for name, low, high in ranges]
+    groups += [("shape", name, quality.shape == k) for k, name in enumerate(SHAPES)]
+    fills = FILLS.items()
+    groups += [
+        ("fill", x, (quality.fill >= low) & (quality.fill < high)) for x, (low, high) in fills
+    ]
+    if len(scene.class_names) > 1:
+        groups += [("class", name, classes == k) for k, name in enumerate(scene.class_names)]
+    return [_row(group, name, chosen, quality) for group, name, chosen in groups if chosen.any()]
+
+
+def _row(group: str, name: str, chosen: npt.NDArray[np.bool_], quality: MaskQuality) -> QualityRow:
+    return QualityRow(
+        group,
+        name,
+        count=int(chosen.sum()),
+        iou=float(quality.iou[chosen].mean()),
+        boundary=float(quality.boundary[chosen].mean()),
+        area_ratio=float(np.median(quality.area_ratio[chosen])),
+    )

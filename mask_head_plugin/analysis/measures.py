@@ -1,0 +1,152 @@
+"""The figures of an analysis: APs, what repairs win, what perfect branches win.
+
+Each is made from matches, so that all of them can be computed of images drawn anew, too.
+
+Shape alphabet: S draws of I images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from ..evaluation.bootstrap import average_precision, resampled_ap
+from ..evaluation.coco_ap import METRICS
+from ..evaluation.matching import FloatArray, Matches
+from .assignment import Assignment, assign
+from .errors import (
+    KINDS,
+    Errors,
+    find_errors,
+    repaired_matches,
+    without_false_positives,
+    without_misses,
+)
+from .oracles import oracle_matches
+from .scene import Scene
+
+ERROR_THRESHOLDS = (0.5, 0.75)
+"""IoUs at which errors are told apart: TIDE's, and a strict one, where masks differ more."""
+SPECIAL_KINDS = ("false positives", "false negatives")
+"""TIDE's summary: all that is found wrongly, all that is not found."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """A figure in percent.
+
+    Attributes:
+        task: "bbox" or "segm".
+        group: "AP", "error" or "oracle".
+        name: what it is of: a metric, a kind of error, an oracle.
+        matches: what the AP is made of.
+        metric: one of METRICS; with matches of one threshold AP is that of this threshold.
+        base: whose value is taken off: then the figure is what is won.
+        threshold: IoU of an error, else 0.
+    """
+
+    task: str
+    group: str
+    name: str
+    matches: Matches
+    metric: str = "AP"
+    base: Measure | None = None
+    threshold: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str, str, float]:
+        return self.task, self.group, self.name, self.threshold
+
+    @cached_property
+    def value(self) -> float:
+        """The figure of the images as they are."""
+        if self.base is not None:
+            return average_precision(self.matches, self.metric) - self.base.value
+        return average_precision(self.matches, self.metric)
+
+    def samples(self, weights: npt.NDArray[np.int32]) -> FloatArray:
+        """Returns the figure of data sets with each image so many times.
+
+        Args:
+            weights: (S, I), see bootstrap.image_weights.
+        """
+        values = resampled_ap(self.matches, weights, (self.metric,))[self.metric]
+        if self.base is None:
+            return values
+        return values - self.base.samples(weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What matching and errors of a scene are, and the figures that follow.
+
+    Attributes:
+        scene: all detections and objects.
+        found: the assignment of each task.
+        errors: of each task, at each of ERROR_THRESHOLDS.
+        measures: all figures by key.
+    """
+
+    scene: Scene
+    found: dict[str, Assignment]
+    errors: dict[str, dict[float, Errors]]
+    measures: dict[tuple[str, str, str, float], Measure] = field(default_factory=dict)
+
+    def value(self, task: str, group: str, name: str, threshold: float = 0.0) -> float:
+        """Returns a figure in percent."""
+        return self.measures[task, group, name, threshold].value
+
+    @property
+    def main_task(self) -> str:
+        return self.scene.tasks[-1]
+
+
+def measure(scene: Scene, max_detections: int, mask_side: int) -> Findings:
+    """Returns the figures of a scene.
+
+    Args:
+        scene: all detections and objects.
+        max_detections: of an image and class that count; all if negative.
+        mask_side: M of the model.
+    """
+    found = {task: assign(scene, task, max_detections) for task in scene.tasks}
+    errors = {
+        task: {t: find_errors(scene, assignment, t) for t in ERROR_THRESHOLDS}
+        for task, assignment in found.items()
+    }
+    made = [*_aps(found), *_error_measures(scene, found, errors)]
+    bases = {x.task: x for x in made if (x.group, x.name) == ("AP", "AP")}
+    for task, name, matches in oracle_matches(scene, found, max_detections, mask_side):
+        made.append(Measure(task, "oracle", name, matches, base=bases[task]))
+    return Findings(scene, found, errors, {x.key: x for x in made})
+
+
+def _aps(found: dict[str, Assignment]) -> list[Measure]:
+    return [
+        Measure(task, "AP", metric, assignment.matches, metric)
+        for task, assignment in found.items()
+        for metric in METRICS
+    ]
+
+
+def _error_measures(
+    scene: Scene, found: dict[str, Assignment], errors: dict[str, dict[float, Errors]]
+) -> list[Measure]:
+    made = []
+    for task, assignment in found.items():
+        for threshold, of_threshold in errors[task].items():
+            repairs = {
+                name: repaired_matches(scene, assignment, of_threshold, kind)
+                for kind, name in enumerate(KINDS)
+            }
+            repairs["false positives"] = without_false_positives(assignment, threshold)
+            repairs["false negatives"] = without_misses(scene, assignment, of_threshold)
+            base = Measure(task, "AP", f"AP{100 * threshold:.0f}", assignment.at(threshold))
+            made += [
+                Measure(task, "error", name, matches, "AP", base, threshold)
+                for name, matches in repairs.items()
+            ]
+    return made

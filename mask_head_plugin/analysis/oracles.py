@@ -1,0 +1,246 @@
+"""AP with one branch of the model perfect and the others as they are.
+
+An error that only a better mask branch can repair is not in reach of a better box branch, and the
+other way round. So the detections are evaluated again with the true masks (within the predicted
+boxes: the mask branch paints no further), the true boxes, or the true classes; and last, the
+objects themselves are sent through the mask branch's grid, to see what a finer grid could win.
+
+A detection is given the object that it found (COCO's matching of boxes at IoU 0.5), or else the
+one of its class whose box it overlaps most, with at least TIDE's background IoU. Without such an
+object it stays as it is.
+
+Shape alphabet: D detections, G objects, T IoU thresholds, M side of the mask branch's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from ..evaluation.mask_window import MaskWindow, mask_window
+from ..evaluation.matching import FloatArray, Matches
+from ..ops import crop_masks, encode_masks
+from .assignment import Assignment, assign
+from .errors import BACKGROUND_IOU
+from .scene import IntArray, Scene, mask_areas
+
+MEANINGS = {
+    "perfect masks": "the true mask in each predicted box",
+    "perfect boxes": "each detection on its object's true box, its mask no longer cut off",
+    "perfect classes": "each detection under its object's class",
+}
+WINDOWS_TOGETHER = 64
+"""Of objects of similar size that go through the grid at once."""
+
+
+def perfect_boxes(scene: Scene, objects: IntArray) -> Scene:
+    """Returns the scene with each detection on its object's box; masks are as they are.
+
+    Args:
+        scene: all detections and objects.
+        objects: (D,) of ``nearest_objects``.
+    """
+    return replace(
+        scene, dt_box=np.where((objects >= 0)[:, None], scene.gt_box[objects], scene.dt_box)
+    )
+
+
+def ious_in_perfect_boxes(
+    scene: Scene, objects: IntArray, cut: Sequence[Any], ious: Sequence[FloatArray]
+) -> list[FloatArray]:
+    """Returns the IoUs that masks would have with their objects, were the boxes the true ones.
+
+    What the predicted box made wrong is repaired: a mask gains the true pixels outside of that box,
+    which the mask branch could not paint, and loses its own outside of the true one. All other
+    pixels, and overlaps with other objects, are as they were.
+
+    Args:
+        scene: all detections and objects, with masks.
+        objects: (D,) of ``nearest_objects``.
+        cut: D true masks, as far as the predicted boxes reach; of ``perfect_masks``.
+        ious: of masks, of each image.
+    """
+    assert scene.dt_mask is not None and scene.gt_mask is not None
+    repaired = [x.copy() for x in ious]
+    dt_start, gt_start = (
+        [x.start for x in slices] for slices in (scene.dt_slices, scene.gt_slices)
+    )
+    true_areas = mask_areas(scene.gt_mask)
+    for k in tqdm(np.flatnonzero(objects >= 0).tolist(), "perfect boxes", leave=False):
+        g, image = objects[k], scene.dt_image[k]
+        place = k - dt_start[image], g - gt_start[image]
+        true_area, area = true_areas[g], float(coco_mask.area(scene.dt_mask[k]))
+        lost = true_area - float(coco_mask.area(cut[k]))
+        common = ious[image][place] * (area + true_area) / (1 + ious[image][place]) + lost
+        kept = float(coco_mask.area(cut_to_box(scene.dt_mask[k], scene.gt_box[g]))) + lost
+        common = min(common, true_area, kept)
+        repaired[image][place] = common / max(kept + true_area - common, 1)
+    return repaired
+
+
+def perfect_masks(scene: Scene, objects: IntArray) -> Scene:
+    """Returns the scene with the mask of each detection that of its object, cut to its box."""
+    assert scene.dt_mask is not None and scene.gt_mask is not None
+    masks = list(scene.dt_mask)
+    for k in tqdm(np.flatnonzero(objects >= 0).tolist(), "perfect masks", leave=False):
+        masks[k] = cut_to_box(scene.gt_mask[objects[k]], scene.dt_box[k])
+    return replace(scene, dt_mask=masks)
+
+
+def cut_to_box(rle: Any, box: FloatArray) -> Any:
+    """Returns what of a mask lies in a box: the pixels whose centre does.
+
+    Args:
+        rle: a compressed RLE.
+        box: (4,) x, y, width, height.
+    """
+    height, width = rle["size"]
+    low = np.round(box[:2]).clip(0, [width, height])
+    high = np.round(box[:2] + box[2:]).clip(0, [width, height])
+    pixels = np.concatenate([low, np.maximum(high - low, 0)])
+    return coco_mask.merge(
+        [rle, *coco_mask.frPyObjects(pixels[None], height, width)], intersect=True
+    )
+
+
+def nearest_objects(scene: Scene, boxes: Assignment, *, same_class: bool = True) -> IntArray:
+    """Returns the object of each detection, (D,) by its index in the scene, -1 for none.
+
+    Args:
+        scene: all detections and objects.
+        boxes: the assignment of boxes.
+        same_class: whether it must be of the detection's class.
+    """
+    objects = np.full(len(scene.dt_image), -1, np.int64)
+    pairs = zip(scene.dt_slices, scene.gt_slices, boxes.ious, strict=True)
+    for dt, gt, ious in pairs:
+        if not ious.size:
+            continue
+        allowed = ~scene.gt_crowd[gt][None]
+        if same_class:
+            allowed = allowed & (scene.dt_class[dt, None] == scene.gt_class[gt])
+        iou = np.where(allowed, ious, 0)
+        nearest = iou.argmax(1)
+        near = iou[np.arange(len(iou)), nearest] >= BACKGROUND_IOU
+        objects[dt] = np.where(near, gt.start + nearest, -1)
+    found = np.where(boxes.at(0.5).dt_ignored[0, 0], -1, boxes.partner_at(0.5))
+    objects[boxes.rows[found >= 0]] = found[found >= 0]
+    return objects
+
+
+def grid_matches(scene: Scene, assignment: Assignment, sides: Sequence[int]) -> Iterator[Matches]:
+    """Yields the matches of the objects themselves as detections, sent through M x M grids.
+
+    Boxes, classes and ranking are perfect: each object is cut out as the mask branch's target is,
+    and pasted as its output is. A detection is right where it still overlaps its object enough.
+
+    Args:
+        scene: all objects, with masks.
+        assignment: of masks, for the order of the objects.
+        sides: M of each.
+    """
+    assert scene.gt_mask is not None
+    base = assignment.matches
+    counted = np.flatnonzero(~base.gt_ignored[0])
+    masks = [scene.gt_mask[k] for k in counted.tolist()]
+    for iou in grid_ious(masks, scene.gt_box[counted], sides):
+        matched = iou >= np.minimum(base.iou_thresholds, 1 - 1e-10)[:, None]
+        yield replace(
+            base,
+            area_names=base.area_names[:1],
+            dt_image=base.gt_image[counted],
+            dt_class=base.gt_class[counted],
+            dt_score=iou,
+            dt_matched=matched[None],
+            dt_ignored=np.zeros((1, *matched.shape), bool),
+            gt_ignored=base.gt_ignored[:1],
+        )
+
+
+def grid_ious(masks: Sequence[Any], boxes: FloatArray, sides: Sequence[int]) -> FloatArray:
+    """Returns what IoU is left to each mask after M x M grids, (number of sides, n).
+
+    Args:
+        masks: n compressed RLEs.
+        boxes: (n, 4) x, y, width, height.
+        sides: M of each.
+    """
+    windows = [mask_window(rle) for rle in tqdm(masks, "true masks", leave=False)]
+    largest = np.array([max(x.bits.shape) for x in windows])
+    order = np.argsort(largest, kind="stable")
+    ious = np.zeros((len(sides), len(masks)))
+    chunks = range(0, len(order), WINDOWS_TOGETHER)
+    for start in tqdm(chunks, "true masks through the grid", leave=False):
+        chunk = order[start : start + WINDOWS_TOGETHER]
+        ious[:, chunk] = _grid_ious([windows[k] for k in chunk.tolist()], boxes[chunk], sides)
+    return ious
+
+
+def _grid_ious(
+    windows: Sequence[MaskWindow], boxes: FloatArray, sides: Sequence[int]
+) -> list[list[float]]:
+    height, width = (max(x.bits.shape[axis] for x in windows) + 2 for axis in (0, 1))
+    bits = np.zeros((len(windows), height, width), np.uint8)
+    for row, window in zip(bits, windows, strict=True):
+        h, w = window.bits.shape
+        row[1 : 1 + h, 1 : 1 + w] = window.bits
+    corner = np.array([[x.left - 1, x.top - 1] for x in windows], float)
+    low = boxes[:, :2] - corner
+    xyxy = torch.from_numpy(np.concatenate([low, low + boxes[:, 2:]], 1)).float()
+    true = coco_mask.encode(np.asfortranarray(bits.transpose(1, 2, 0)))
+    ious = []
+    for side in sides:
+        targets = crop_masks(torch.from_numpy(bits), xyxy, side)
+        pasted = encode_masks(targets.float(), xyxy, (height, width))
+        pairs = zip(pasted, true, strict=True)
+        ious.append([float(coco_mask.iou([a], [b], [0])[0, 0]) for a, b in pairs])
+    return ious
+
+
+def oracle_matches(
+    scene: Scene, found: dict[str, Assignment], max_detections: int, mask_side: int
+) -> Iterator[tuple[str, str, Matches]]:
+    """Yields task, name and matches of each oracle.
+
+    Args:
+        scene: all detections and objects.
+        found: the assignment of each task.
+        max_detections: of an image and class that count.
+        mask_side: M of the model.
+    """
+
+    def matches(perfect: Scene, task: str, ious: list[FloatArray] | None = None) -> Matches:
+        return assign(perfect, task, max_detections, ious, areas=("all",)).matches
+
+    objects = nearest_objects(scene, found["bbox"])
+    yield "bbox", "perfect boxes", matches(perfect_boxes(scene, objects), "bbox")
+    if "segm" in found:
+        with_masks = perfect_masks(scene, objects)
+        yield "segm", "perfect masks", matches(with_masks, "segm")
+        assert with_masks.dt_mask is not None
+        ious = ious_in_perfect_boxes(scene, objects, with_masks.dt_mask, found["segm"].ious)
+        yield "segm", "perfect boxes", matches(scene, "segm", ious)
+    objects = nearest_objects(scene, found["bbox"], same_class=False)
+    classes = np.where(objects >= 0, scene.gt_class[objects], scene.dt_class)
+    order = np.lexsort((classes, scene.dt_image))
+    reclassed = scene.with_classes(classes, order)
+    for task, assignment in found.items():
+        ious = [
+            x[order[rows] - rows.start]
+            for x, rows in zip(assignment.ious, scene.dt_slices, strict=True)
+        ]
+        yield task, "perfect classes", matches(reclassed, task, ious)
+    if "segm" in found:
+        sides = (mask_side, 2 * mask_side)
+        for side, of_side in zip(sides, grid_matches(scene, found["segm"], sides), strict=True):
+            yield "segm", grid_name(side), of_side
+
+
+def grid_name(side: int) -> str:
+    return f"{side} x {side} grid only"

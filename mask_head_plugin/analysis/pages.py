@@ -1,0 +1,73 @@
+"""Writes an analysis: analysis.md, analysis.json and analysis.html."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..durable_files import write_durably
+from ..pages.render import check_packages, render
+from ..pages.tables import escape_markdown, markdown
+from .analysis import Analysis, as_json
+from .curves import threshold_flag
+from .pictures import LEGEND, gallery
+from .sections import facts, sections
+
+MARKDOWN_FILE, JSON_FILE, HTML_FILE = "analysis.md", "analysis.json", "analysis.html"
+TEMPLATE = Path(__file__).with_name("analysis.html.j2")
+
+
+def write_pages(analysis: Analysis, folder: Path) -> None:
+    """Writes the three files, over those of an earlier time.
+
+    Args:
+        analysis: of a run.
+        folder: made if missing.
+
+    Raises:
+        ConfigError: if analysis.html needs packages that are missing; the others are then there.
+        OSError: if a file cannot be written.
+    """
+    content = json.dumps(as_json(analysis), indent=1)
+    write_durably(folder / JSON_FILE, content + "\n")
+    write_durably(folder / MARKDOWN_FILE, render_markdown(analysis))
+    check_packages(HTML_FILE, folder / MARKDOWN_FILE)
+    write_durably(folder / HTML_FILE, render_html(analysis))
+
+
+def render_markdown(analysis: Analysis) -> str:
+    """Returns analysis.md."""
+    parts = [f"# {escape_markdown(_title(analysis))}"]
+    parts.append(_list(f"{name}: {escape_markdown(text)}" for name, text in facts(analysis)))
+    parts += ["## Findings", _list(map(escape_markdown, analysis.diagnosis))]
+    for section in sections(analysis):
+        parts += [f"## {section.title}", section.text, markdown(section.table)]
+        if section.key == "classes" and (flag := threshold_flag(analysis.thresholds)):
+            parts += ["For tools/demo.py and tools/predict.py:", f"```bash\n{flag}\n```"]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_html(analysis: Analysis) -> str:
+    """Returns analysis.html. Needs jinja2 and plotly."""
+    from .figures import figures  # needs plotly
+
+    return render(
+        TEMPLATE,
+        title=_title(analysis),
+        facts=facts(analysis),
+        findings=analysis.diagnosis,
+        sections=sections(analysis),
+        flag=threshold_flag(analysis.thresholds),
+        figures=figures(analysis),
+        gallery=gallery(analysis),
+        legend=LEGEND,
+    )
+
+
+def _title(analysis: Analysis) -> str:
+    return f"What the model gets wrong on {analysis.files.dataset}"
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,287 @@
+"""Pictures of an analysis: the worst images, and typical errors of each kind.
+
+True objects are tinted and what was detected is outlined, so that the two can be told apart without
+colours.
+
+Shape alphabet: H, W sides of an image or of the part that is shown, in pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from ..evaluation.drawing import ByteArray, LabelStyle, scaled, tint_mask, write_label
+from ..evaluation.image_counts import image_counts
+from ..evaluation.mask_window import mask_window
+from ..evaluation.matching import FloatArray
+from ..image_files import read_image
+from ..messages import one_line
+from ..pages.pictures import MOST_BYTES, Picture, css_colour, data_uri
+from .analysis import Analysis
+from .errors import KINDS, LEFT_OUT, MEANINGS, MISSED, RIGHT
+from .run_files import image_folder
+from .scene import IntArray
+
+logger = logging.getLogger(__name__)
+
+NUM_WORST = 12
+NUM_OF_KIND = 6
+SIDE = 640
+"""Pixels of a picture's longer side, enlarged by a click; the page shows it smaller."""
+LARGEST_SCALE = 6
+MARGIN = 0.35
+"""Of what an error is about, on each side."""
+LEAST_MARGIN = 12
+
+# Okabe and Ito's: what is true, found rightly, found wrongly.
+TRUE, RIGHTLY, WRONGLY = (np.array(x) for x in ((86, 180, 233), (0, 158, 115), (213, 94, 0)))
+LEGEND = (
+    ("true object (tinted)", css_colour(TRUE)),
+    ("found rightly (outline)", css_colour(RIGHTLY)),
+    ("found wrongly (outline)", css_colour(WRONGLY)),
+)
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """Pictures under a heading."""
+
+    title: str
+    note: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Rows of pictures; ``problem`` says why there are none, if so."""
+
+    rows: list[PictureRow]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A detection to draw: its row in the scene, colour and label."""
+
+    row: int
+    colour: npt.NDArray[Any]
+    label: str
+
+
+def gallery(analysis: Analysis) -> Gallery:
+    """Returns the pictures, as far as the images are here."""
+    folder = image_folder(analysis.files, analysis.findings.scene.file_names[0])
+    if folder is None:
+        return Gallery([], "The images are not here; name their folder with --images.")
+    rows, size, problems = [], 0, []
+    for title, note, makers in [_worst(analysis), *_of_kinds(analysis)]:
+        pictures = []
+        for make in tqdm(makers, f"pictures: {title}", leave=False):
+            try:
+                picture = make.picture(analysis, folder)
+            except (OSError, ValueError) as error:
+                problems.append(one_line(error))
+                continue
+            size += len(picture.uri)
+            if size < 2 * MOST_BYTES:
+                pictures.append(picture)
+        if pictures:
+            rows.append(PictureRow(title, note, pictures))
+    if problems:
+        logger.warning("%d images cannot be shown, e.g. %s", len(problems), problems[0])
+    return Gallery(rows, "" if rows else f"No image can be shown: {(problems or ['no errors'])[0]}")
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A picture to be drawn.
+
+    Attributes:
+        image: index of the image.
+        title: what it shows.
+        note: numbers of it.
+        objects: to tint.
+        outlines: detections to outline.
+        about: boxes that the picture is cut to; the whole image if empty.
+    """
+
+    image: int
+    title: str
+    note: str
+    objects: IntArray
+    outlines: list[Outline]
+    about: list[FloatArray]
+
+    def picture(self, analysis: Analysis, folder: Path) -> Picture:
+        """Returns it drawn; raises OSError or ValueError if the image cannot be read."""
+        scene = analysis.findings.scene
+        path = folder / scene.file_names[self.image]
+        image = read_image(str(path), "RGB")
+        height, width = scene.image_hw[self.image].tolist()
+        if height and image.shape[:2] != (height, width):
+            raise ValueError(f"{path} is {image.shape[:2]} pixels, its annotation {height, width}")
+        region = _region(self.about, image.shape[:2])
+        uri = data_uri(_draw(analysis, image, region, self.objects, self.outlines))
+        return Picture(self.title, self.note, uri)
+
+
+def _worst(analysis: Analysis) -> tuple[str, str, list[_Wanted]]:
+    """Returns the images with the lowest F1, of equals those with the most objects."""
+    findings = analysis.findings
+    scene, assignment = findings.scene, findings.found[findings.main_task]
+    at = assignment.at(0.5)
+    kept = _is_kept(analysis)[assignment.rows]
+    counts = image_counts(replace(at, dt_ignored=at.dt_ignored | ~kept), min_score=-np.inf)
+    order = np.lexsort((-counts.objects - counts.detections, counts.f1))
+    kinds = findings.errors[findings.main_task][0.5].kind
+    wanted = []
+    for k in [int(x) for x in order[:NUM_WORST] if counts.f1[x] < 1]:
+        shown = np.flatnonzero(kept & (at.dt_image == k) & (kinds != LEFT_OUT))
+        outlines = [_outline(analysis, int(n), kinds) for n in shown]
+        false = int(counts.detections[k] - counts.found[k])
+        note = f"{counts.found[k]} of {counts.objects[k]} found, {false} false"
+        title = f"{scene.file_names[k]}: F1 {100 * counts.f1[k]:.0f}"
+        wanted.append(_Wanted(k, title, note, _objects(analysis, k), outlines, []))
+    note = "By F1 at IoU 0.5 of detections above the best threshold of their class."
+    return "The worst images", note, wanted
+
+
+def _is_kept(analysis: Analysis) -> npt.NDArray[np.bool_]:
+    """Returns (D,) whether a detection is above the best threshold of its class."""
+    scene = analysis.findings.scene
+    best = {x.class_name: x.score for x in analysis.thresholds if x.score == x.score}
+    least = np.array([best.get(name, 0.5) for name in scene.class_names])
+    return scene.dt_score > least[scene.dt_class]
+
+
+def _of_kinds(analysis: Analysis) -> Iterator[tuple[str, str, list[_Wanted]]]:
+    """Yields, for each kind of error, those that cost most, each of another image."""
+    findings = analysis.findings
+    errors = findings.errors[findings.main_task][0.5]
+    assignment = findings.found[findings.main_task]
+    for kind, name in enumerate(KINDS):
+        if kind == MISSED:
+            rank = np.flatnonzero(errors.missed)
+            middle = np.median(findings.scene.gt_area[rank]) if len(rank) else 0
+            rank = rank[np.argsort(np.abs(findings.scene.gt_area[rank] - middle), kind="stable")]
+            images: npt.NDArray[Any] = findings.scene.gt_image
+            note = f"{MEANINGS[name].capitalize()}; of middle size."
+        else:
+            rank = np.flatnonzero(errors.kind == kind)
+            rank = rank[np.argsort(-assignment.matches.dt_score[rank], kind="stable")]
+            images = assignment.matches.dt_image
+            note = f"{MEANINGS[name].capitalize()}; the best-scored, which cost most."
+        _, first = np.unique(images[rank], return_index=True)
+        chosen = rank[np.sort(first)][:NUM_OF_KIND]
+        make = _missed if kind == MISSED else _false
+        yield f"Errors: {name}", note, [make(analysis, int(k)) for k in chosen]
+
+
+def _false(analysis: Analysis, n: int) -> _Wanted:
+    findings = analysis.findings
+    scene, assignment = findings.scene, findings.found[findings.main_task]
+    errors = findings.errors[findings.main_task][0.5]
+    row, about = int(assignment.rows[n]), int(errors.about[n])
+    image = int(scene.dt_image[row])
+    objects = np.array(
+        [about] if about >= 0 and errors.kind[n] != KINDS.index("background") else []
+    )
+    outlines = [_outline(analysis, n, errors.kind)]
+    if errors.kind[n] == KINDS.index("duplicate"):
+        first = np.flatnonzero((errors.kind == RIGHT) & (errors.about == about))
+        outlines += [_outline(analysis, int(k), errors.kind) for k in first]
+    boxes = [scene.dt_box[row], *(scene.gt_box[k] for k in objects.astype(int))]
+    true = f"; true: {scene.class_names[scene.gt_class[about]]}" if len(objects) else ""
+    iou = assignment.ious[image][row - scene.dt_slices[image].start]
+    overlap = f", IoU {iou[about - scene.gt_slices[image].start]:.2f}" if len(objects) else ""
+    title = f"{scene.class_names[scene.dt_class[row]]} {scene.dt_score[row]:.2f}{true}{overlap}"
+    return _Wanted(image, title, scene.file_names[image], objects.astype(int), outlines, boxes)
+
+
+def _missed(analysis: Analysis, g: int) -> _Wanted:
+    scene = analysis.findings.scene
+    image = int(scene.gt_image[g])
+    title = f"{scene.class_names[scene.gt_class[g]]}, {scene.gt_area[g]:.0f} px"
+    return _Wanted(image, title, scene.file_names[image], np.array([g]), [], [scene.gt_box[g]])
+
+
+def _outline(analysis: Analysis, n: int, kinds: npt.NDArray[np.int8]) -> Outline:
+    findings = analysis.findings
+    row = int(findings.found[findings.main_task].rows[n])
+    name = findings.scene.class_names[findings.scene.dt_class[row]]
+    colour = RIGHTLY if kinds[n] == RIGHT else WRONGLY
+    return Outline(row, colour, f"{name} {findings.scene.dt_score[row]:.2f}")
+
+
+def _objects(analysis: Analysis, image: int) -> IntArray:
+    """Returns the objects of an image, crowds left out."""
+    scene = analysis.findings.scene
+    gt = scene.gt_slices[image]
+    return np.arange(gt.start, gt.stop)[~scene.gt_crowd[gt]]
+
+
+def _region(boxes: Sequence[FloatArray], image_hw: Any) -> tuple[int, int, int, int]:
+    """Returns x0, y0, x1, y1 of the part to show, in whole pixels within the image."""
+    height, width = image_hw
+    if not boxes:
+        return 0, 0, width, height
+    low = np.min([x[:2] for x in boxes], axis=0)
+    high = np.max([x[:2] + x[2:] for x in boxes], axis=0)
+    margin = np.maximum(MARGIN * (high - low), LEAST_MARGIN)
+    x0, y0 = np.floor(low - margin).clip(0, [width - 1, height - 1]).astype(int).tolist()
+    x1, y1 = np.ceil(high + margin).clip([x0 + 1, y0 + 1], [width, height]).astype(int).tolist()
+    return x0, y0, x1, y1
+
+
+def _draw(
+    analysis: Analysis,
+    image: ByteArray,
+    region: tuple[int, int, int, int],
+    objects: IntArray,
+    outlines: Sequence[Outline],
+) -> ByteArray:
+    scene = analysis.findings.scene
+    x0, y0, x1, y1 = region
+    scale = min(SIDE / max(x1 - x0, y1 - y0), LARGEST_SCALE)
+    canvas = scaled(np.ascontiguousarray(image[y0:y1, x0:x1]), scale)
+    true_masks = scene.gt_mask or [None] * len(scene.gt_box)
+    found_masks = scene.dt_mask or [None] * len(scene.dt_box)
+    for g in objects.tolist():
+        bits = _bits(true_masks[g], scene.gt_box[g], region, canvas)
+        tint_mask(canvas, bits, TRUE, TRUE.tolist(), 1)
+    for outline in outlines:
+        bits = _bits(found_masks[outline.row], scene.dt_box[outline.row], region, canvas)
+        contours, _ = cv2.findContours(bits, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        # On white, so that it shows on any image.
+        cv2.drawContours(canvas, contours, -1, (255, 255, 255), 4, cv2.LINE_AA)
+        cv2.drawContours(canvas, contours, -1, outline.colour.tolist(), 2, cv2.LINE_AA)
+    if len(outlines) <= 3:  # of more, labels would hide what is to be seen
+        for outline in outlines:
+            x, y = ((scene.dt_box[outline.row, :2] - (x0, y0)) * scale).astype(int).tolist()
+            write_label(canvas, outline.label, max(x, 0), max(y - 4, 0), LabelStyle(0.5))
+    return canvas
+
+
+def _bits(
+    rle: Any, box: FloatArray, region: tuple[int, int, int, int], canvas: ByteArray
+) -> ByteArray:
+    """Returns the (H, W) pixels of the canvas in a mask; without one, in the box."""
+    x0, y0, x1, y1 = region
+    if rle is None:
+        bits = np.zeros((y1 - y0, x1 - x0), np.uint8)
+        left, top = np.round(box[:2] - (x0, y0)).astype(int).tolist()
+        right, bottom = np.round(box[:2] + box[2:] - (x0, y0)).astype(int).tolist()
+        bits[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = 1
+    else:
+        bits = mask_window(rle).within(y0, x0, (y1 - y0, x1 - x0))
+    size = canvas.shape[1], canvas.shape[0]
+    return np.asarray(cv2.resize(bits, size, interpolation=cv2.INTER_NEAREST), np.uint8)

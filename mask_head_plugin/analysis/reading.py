@@ -1,0 +1,171 @@
+"""Results and annotations as one scene, and why they may not fit each other."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from ..config import ConfigError
+from ..evaluation.coco_ap import GroundTruth, as_bytes
+from ..messages import listed, one_line
+from ..run_lengths import annotation_rle
+from .scene import IntArray, Scene
+
+logger = logging.getLogger(__name__)
+
+Record = Mapping[str, Any]
+
+
+def read_scene(annotations: Path, results: Sequence[Record], source: Path) -> Scene:
+    """Returns what results and annotations hold.
+
+    Args:
+        annotations: a COCO or LVIS file.
+        results: detections in COCO's result format, with ``mask_score`` where masks are ranked by
+            that; boxes may be missing where there are masks.
+        source: the file of the results, for errors.
+
+    Raises:
+        ConfigError: if the two do not fit, naming the file and the ids or the entry.
+    """
+    try:
+        content = json.loads(annotations.read_text())
+        is_lvis = any("neg_category_ids" in image for image in content["images"])
+        truth = GroundTruth(str(annotations), is_lvis=is_lvis)
+        if not content.get("annotations"):
+            raise ConfigError(f"{annotations} has no annotations to compare with")
+        _check_ids(results, truth, source)
+        with_masks = truth.has_masks and _have_masks(results, source, annotations)
+        sizes = {x["id"]: (x.get("height"), x.get("width")) for x in content["images"]}
+        checked = [_checked(x, k, source, sizes, with_masks) for k, x in enumerate(results)]
+        found = truth.detections(checked, "segm" if with_masks else "bbox")
+    except ConfigError:
+        raise
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{annotations} and {source} cannot be compared: {one_line(error)}"
+        ) from error
+    boxes = [checked[x["id"] - 1]["bbox"] for x in found]
+    scores = [checked[x["id"] - 1]["score"] for x in found]
+    names = {x["id"]: str(x.get("file_name", x["id"])) for x in content["images"]}
+    return _scene(truth, names, found, boxes, scores, with_masks)
+
+
+def _check_ids(results: Sequence[Record], truth: GroundTruth, source: Path) -> None:
+    """Raises a ConfigError if results are of other images or categories than the annotations."""
+    for key, known, what in (
+        ("image_id", set(truth.image_ids), "images"),
+        ("category_id", set(truth.category_ids), "categories"),
+    ):
+        lacking = next((k for k, x in enumerate(results) if key not in x), None)
+        if lacking is not None:
+            raise ConfigError(f"{source}: entry {lacking} has no {key}")
+        unknown = sorted({str(x[key]) for x in results if x[key] not in known})
+        if unknown:
+            ours = listed([str(x) for x in sorted(known, key=str)], 4)
+            raise ConfigError(
+                f"{source} has detections of {what} that {truth.json_file} does not: {key} "
+                f"{listed(unknown, 4)} (it has {ours}); name the file that was evaluated"
+            )
+
+
+def _have_masks(results: Sequence[Record], source: Path, annotations: Path) -> bool:
+    """Returns whether results have masks; warns if the annotations have some and they do not."""
+    without = [k for k, x in enumerate(results) if not x.get("segmentation")]
+    if without and len(without) < len(results):
+        raise ConfigError(
+            f"{source}: {len(without)} of {len(results)} detections have no segmentation, e.g. "
+            f"entry {without[0]}; masks need one for each"
+        )
+    if without:
+        logger.warning(
+            "%s has boxes only: the masks of %s are not compared with anything", source, annotations
+        )
+    return not without
+
+
+def _checked(
+    result: Record, number: int, source: Path, sizes: Mapping[Any, Any], with_masks: bool
+) -> dict[str, Any]:
+    """Returns a detection with score, box and, if asked for, the mask as RLE."""
+    where = f"{source}: entry {number} (image {result['image_id']!r})"
+    checked: dict[str, Any] = {key: result[key] for key in ("image_id", "category_id")}
+    for key in ("score", "mask_score"):
+        if key in result or key == "score":
+            checked[key] = _number(result.get(key), f"{where}: {key}")
+    if with_masks:
+        try:
+            rle = annotation_rle(result["segmentation"], sizes[result["image_id"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{where}: its segmentation is none: {one_line(error)}") from error
+        checked["segmentation"] = as_bytes(rle)
+    box = result.get("bbox")
+    if box is None and with_masks:
+        box = coco_mask.toBbox(checked["segmentation"]).tolist()
+    if not isinstance(box, list) or len(box) != 4:
+        raise ConfigError(f"{where}: bbox is {box!r}, not [x, y, width, height]")
+    checked["bbox"] = [_number(x, f"{where}: bbox") for x in box]
+    return checked
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{what} is {value!r}, not a finite number")
+    return float(value)
+
+
+def _scene(
+    truth: GroundTruth,
+    file_names: Mapping[Any, str],
+    found: Sequence[Record],
+    boxes: Sequence[Any],
+    scores: Sequence[float],
+    with_masks: bool,
+) -> Scene:
+    true = truth.coco.dataset["annotations"]
+    images = [truth.coco.imgs[k + 1] for k in range(len(truth.image_ids))]
+    dt_image, dt_class = _indices(found)
+    gt_image, gt_class = _indices(true)
+    dt, gt = np.lexsort((dt_class, dt_image)), np.lexsort((gt_class, gt_image))
+    masks = [_mask(x, images[x["image_id"] - 1]) for x in true] if with_masks else []
+    gt_box = [x.get("bbox") or coco_mask.toBbox(masks[k]).tolist() for k, x in enumerate(true)]
+    lenient = {(k, c - 1) for k, x in enumerate(images) for c in x["not_exhaustive_category_ids"]}
+    return Scene(
+        image_ids=truth.image_ids,
+        file_names=[file_names[x] for x in truth.image_ids],
+        image_hw=np.array([[x["height"], x["width"]] for x in images]),
+        class_names=[str(x) for x in truth.class_names],
+        dt_image=dt_image[dt],
+        dt_class=dt_class[dt],
+        dt_score=np.array(scores, float)[dt],
+        dt_mask_score=np.array([x["score"] for x in found], float)[dt],
+        dt_box=np.array(boxes, float).reshape(-1, 4)[dt],
+        dt_mask=[found[k]["segmentation"] for k in dt] if with_masks else None,
+        gt_image=gt_image[gt],
+        gt_class=gt_class[gt],
+        gt_crowd=np.array([x["iscrowd"] for x in true], bool)[gt],
+        gt_area=np.array([x["area"] for x in true], float)[gt],
+        gt_box=np.array(gt_box, float).reshape(-1, 4)[gt],
+        gt_mask=[masks[k] for k in gt] if with_masks else None,
+        lenient=frozenset(lenient) if truth.is_lvis else frozenset(),
+    )
+
+
+def _indices(records: Sequence[Record]) -> tuple[IntArray, IntArray]:
+    """Returns the index of the image and of the class of each of the engine's records."""
+    images, classes = ([x[key] for x in records] for key in ("image_id", "category_id"))
+    return np.array(images, np.int64) - 1, np.array(classes, np.int64) - 1
+
+
+def _mask(annotation: Record, image: Record) -> Any:
+    """Returns an object's mask as compressed RLE; an empty one where the polygons enclose none."""
+    image_hw = image["height"], image["width"]
+    rle = annotation_rle(annotation["segmentation"], image_hw)
+    return as_bytes(rle or coco_mask.encode(np.zeros(image_hw, np.uint8, order="F")))

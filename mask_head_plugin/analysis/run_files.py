@@ -1,0 +1,177 @@
+"""Which files an analysis is made of: results, their annotations, the images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ..config import ConfigError, load_config
+from ..data import register_coco_files
+from ..evaluation.coco_ap import COCO_MAX_DETECTIONS
+from ..messages import listed, one_line
+
+RESULTS, METRICS, CONFIG = "coco_instances_results.json", "metrics.json", "config.yaml"
+MASK_SIDE = 28
+"""M of the paper's mask branch (Figure 4, right), where no config says another."""
+OTHER_FOLDERS = ("keypoints",)
+"""Of an evaluation, with results that are neither boxes nor masks."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run.
+
+    Attributes:
+        results: detections in COCO's result format.
+        annotations: of the same images, a COCO file.
+        image_folders: where the images may be that the annotations name, the likeliest first.
+        dataset: name of the data set, or of the annotation file where that is not known.
+        max_detections: of an image and class that count; all if negative.
+        mask_side: M, sides of the mask branch's output.
+    """
+
+    results: Path
+    annotations: Path
+    image_folders: tuple[Path, ...]
+    dataset: str
+    max_detections: int
+    mask_side: int
+
+
+def find_run_files(
+    run: Path, annotations: Path | None = None, images: Path | None = None, dataset: str = ""
+) -> RunFiles:
+    """Finds the files of a run.
+
+    Args:
+        run: a folder that train_net.py or detectron2 wrote, or a file of results.
+        annotations: a COCO file; None for the one that the run was evaluated with.
+        images: a folder; None to look for it.
+        dataset: name of the evaluated data set, where a run has several.
+
+    Raises:
+        ConfigError: if there are no results, or several and no ``dataset``, or no annotations.
+    """
+    results = _results(run, dataset)
+    metrics = _evaluation(results.with_name(METRICS))
+    cfg = _config(results)
+    name = dataset or str(metrics.get("dataset") or _only_dataset(cfg))
+    known = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
+    if annotations is None:
+        recorded = metrics.get("annotations") or (known and known.get("json_file"))
+        if not recorded:
+            raise ConfigError(
+                f"{results} does not say what it was evaluated with: add --annotations FILE, the "
+                "COCO file of these images"
+            )
+        annotations = Path(recorded)
+    if not annotations.is_file():
+        raise ConfigError(
+            f"annotations {annotations} are not there; name the COCO file of these images with "
+            "--annotations FILE"
+        )
+    if images is not None and not images.is_dir():
+        raise ConfigError(f"--images {images} is not a folder")
+    root = known.get("image_root") if known is not None else None
+    return RunFiles(
+        results=results,
+        annotations=annotations,
+        image_folders=(images,) if images else tuple(_places(annotations, root)),
+        dataset=name or annotations.stem,
+        max_detections=int(metrics.get("max_detections") or COCO_MAX_DETECTIONS),
+        mask_side=_mask_side(cfg),
+    )
+
+
+def _results(run: Path, dataset: str) -> Path:
+    if run.is_file():
+        return run
+    if not run.is_dir():
+        raise ConfigError(f"{run} is neither a run's folder nor a file of results")
+    places = [run / RESULTS, run / "inference" / RESULTS, *run.glob(f"inference/*/{RESULTS}")]
+    found = [x for x in places if x.is_file() and x.parent.name not in OTHER_FOLDERS]
+    if dataset and len(found) > 1:
+        found = [x for x in found if x.parent.name == dataset] or found
+    if not found:
+        raise ConfigError(
+            f"{run} has no {RESULTS}, nor has its folder inference: evaluate the run first, with "
+            "train_net.py --eval-only, or name a file of results"
+        )
+    if len(found) > 1:
+        names = listed(sorted(x.parent.name for x in found))
+        raise ConfigError(
+            f"{run} has results of several data sets: name one of {names} (--dataset)"
+        )
+    return found[0]
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    """Returns what MaskEvaluator noted beside results; nothing where another evaluator ran."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):  # detectron2's metrics.json has a record in each line
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _config(results: Path) -> CfgNode | None:
+    """Returns the run's config, its data sets registered; None if it cannot be read here."""
+    for folder in results.absolute().parents[:3]:
+        if (folder / CONFIG).is_file():
+            try:
+                cfg = load_config(str(folder / CONFIG))
+                register_coco_files(cfg)
+            except (ConfigError, OSError, KeyError, AssertionError):
+                return None
+            return cfg
+    return None
+
+
+def _only_dataset(cfg: CfgNode | None) -> str:
+    names = list(cfg.DATASETS.TEST) if cfg is not None else []
+    return names[0] if len(names) == 1 else ""
+
+
+def _mask_side(cfg: CfgNode | None) -> int:
+    """Returns M: FCNMaskHead doubles the side of what it is given."""
+    return 2 * int(cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION) if cfg is not None else MASK_SIDE
+
+
+def _places(annotations: Path, root: str | None) -> Iterator[Path]:
+    if root:
+        yield Path(root)
+    folder = annotations.parent
+    split = annotations.stem.removeprefix("instances_")
+    for base in (folder, folder.parent):
+        yield from (base, base / "images", base / split)
+
+
+def image_folder(files: RunFiles, file_name: str) -> Path | None:
+    """Returns the folder of a run's images, that of the given one; None if it is not here."""
+    return next((x for x in files.image_folders if (x / file_name).is_file()), None)
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Returns a file's detections in COCO's result format.
+
+    Raises:
+        ConfigError: if it is no such file.
+    """
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as results: {one_line(error)}") from error
+    if isinstance(results, dict) and "annotations" in results:
+        results = results["annotations"]  # predictions.json of tools/demo.py
+    if not isinstance(results, list) or not all(isinstance(x, dict) for x in results):
+        raise ConfigError(
+            f"{path} is no file of results: COCO's format is a list of detections, with image_id, "
+            "category_id, score, bbox and segmentation"
+        )
+    return results

@@ -1,0 +1,132 @@
+"""All detections and objects of a data set, and how much they overlap.
+
+Shape alphabet: I images, K classes; D detections and G objects of all images, d and g of one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from ..evaluation.matching import BoolArray, FloatArray
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Detections and objects, ordered by image and then by class.
+
+    Attributes:
+        image_ids: I, of the annotation file, ascending.
+        file_names: I.
+        image_hw: (I, 2) height and width in pixels, 0 where the file does not say.
+        class_names: K.
+        dt_image: (D,) index of the image.
+        dt_class: (D,) index of the class.
+        dt_score: (D,) of the detection.
+        dt_mask_score: (D,) what ranks masks.
+        dt_box: (D, 4) x, y, width, height in pixels.
+        dt_mask: D compressed RLEs, None without masks.
+        gt_image: (G,).
+        gt_class: (G,).
+        gt_crowd: (G,) regions of many objects.
+        gt_area: (G,) in pixels, that decides what is small.
+        gt_box: (G, 4).
+        gt_mask: G compressed RLEs, None without masks.
+        lenient: images and classes that LVIS did not annotate exhaustively.
+    """
+
+    image_ids: Sequence[Any]
+    file_names: Sequence[str]
+    image_hw: IntArray
+    class_names: Sequence[str]
+    dt_image: IntArray
+    dt_class: IntArray
+    dt_score: FloatArray
+    dt_mask_score: FloatArray
+    dt_box: FloatArray
+    dt_mask: Sequence[Any] | None
+    gt_image: IntArray
+    gt_class: IntArray
+    gt_crowd: BoolArray
+    gt_area: FloatArray
+    gt_box: FloatArray
+    gt_mask: Sequence[Any] | None
+    lenient: frozenset[tuple[int, int]] = frozenset()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What can be evaluated: "bbox", and "segm" where there are masks."""
+        return ("bbox",) if self.dt_mask is None or self.gt_mask is None else ("bbox", "segm")
+
+    @property
+    def dt_slices(self) -> list[slice]:
+        return image_slices(self.dt_image, len(self.image_ids))
+
+    @property
+    def gt_slices(self) -> list[slice]:
+        return image_slices(self.gt_image, len(self.image_ids))
+
+    def score(self, task: str) -> FloatArray:
+        """Returns (D,) what ranks detections of a task."""
+        return self.dt_score if task == "bbox" else self.dt_mask_score
+
+    def dt_area(self, task: str) -> FloatArray:
+        """Returns (D,) areas in pixels."""
+        if task == "bbox":
+            return self.dt_box[:, 2] * self.dt_box[:, 3]
+        assert self.dt_mask is not None
+        return mask_areas(self.dt_mask)
+
+    def ious(self, task: str) -> list[FloatArray]:
+        """Returns the (d, g) IoUs of each image; of crowds, the share of the detection in them."""
+        pairs = zip(self.dt_slices, self.gt_slices, strict=True)
+        what = {"bbox": "IoU of boxes", "segm": "IoU of masks"}[task]
+        progress = tqdm(pairs, what, total=len(self.image_ids), leave=False, unit="image")
+        return [self._image_ious(task, dt, gt) for dt, gt in progress]
+
+    def _image_ious(self, task: str, dt: slice, gt: slice) -> FloatArray:
+        if dt.start == dt.stop or gt.start == gt.stop:
+            return np.zeros((dt.stop - dt.start, gt.stop - gt.start))
+        crowd = self.gt_crowd[gt].astype(np.uint8).tolist()
+        if task == "bbox":
+            return np.asarray(coco_mask.iou(self.dt_box[dt], self.gt_box[gt], crowd))
+        assert self.dt_mask is not None and self.gt_mask is not None
+        return np.asarray(coco_mask.iou(self.dt_mask[dt], self.gt_mask[gt], crowd))
+
+    def with_classes(self, classes: IntArray, order: IntArray) -> Scene:
+        """Returns the scene with other classes of the detections, which change places.
+
+        Args:
+            classes: (D,) of the detections as they are now.
+            order: (D,) detections by image and new class.
+        """
+        masks = self.dt_mask
+        return replace(
+            self,
+            dt_class=classes[order],
+            dt_score=self.dt_score[order],
+            dt_mask_score=self.dt_mask_score[order],
+            dt_box=self.dt_box[order],
+            dt_mask=None if masks is None else [masks[k] for k in order],
+        )
+
+
+def image_slices(images: npt.NDArray[Any], num_images: int) -> list[slice]:
+    """Returns where each image has its own among what is ordered by image, n."""
+    ends = np.searchsorted(images, np.arange(num_images + 1)).tolist()
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
+
+
+def mask_areas(masks: Sequence[Any]) -> FloatArray:
+    """Returns the number of pixels of each of n compressed RLEs, (n,)."""
+    # One by one: with NumPy 2, pycocotools fails on lists of more than 255.
+    return np.array([float(coco_mask.area(rle)) for rle in masks])

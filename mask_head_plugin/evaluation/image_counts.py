@@ -1,0 +1,57 @@
+"""What was found in each image, and on which images models differ.
+
+Shape alphabet: I images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .matching import Matches
+
+MIN_SCORE = 0.5
+MOST_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class ImageCounts:
+    """Of each of I images: objects found, detections, and objects there are, at IoU 0.5."""
+
+    found: npt.NDArray[np.int64]
+    detections: npt.NDArray[np.int64]
+    objects: npt.NDArray[np.int64]
+
+    @property
+    def f1(self) -> npt.NDArray[np.float64]:
+        """(I,) 1 where there is nothing to find and nothing was detected."""
+        total = self.detections + self.objects
+        return np.where(total > 0, 2 * self.found / np.maximum(total, 1), 1.0)
+
+
+def image_counts(matches: Matches, min_score: float = MIN_SCORE) -> ImageCounts:
+    """Counts what was found in each image among the detections of at least a score."""
+    half = int(np.argmin(np.abs(matches.iou_thresholds - 0.5)))
+    counted = ~matches.dt_ignored[0, half] & (matches.dt_score >= min_score)
+    found = counted & matches.dt_matched[0, half]
+    size = len(matches.image_ids)
+    return ImageCounts(
+        np.bincount(matches.dt_image[found], minlength=size),
+        np.bincount(matches.dt_image[counted], minlength=size),
+        np.bincount(matches.gt_image[~matches.gt_ignored[0]], minlength=size),
+    )
+
+
+def most_disputed(counts: Sequence[ImageCounts], most: int = MOST_IMAGES) -> list[int]:
+    """Returns the images in which F1 differs most between variants, the most first.
+
+    Of equals that with the larger spread of objects found. None where all variants agree.
+    """
+    f1 = np.stack([c.f1 for c in counts])
+    found = np.stack([c.found for c in counts])
+    spread, spread_found = np.ptp(f1, axis=0), np.ptp(found, axis=0)
+    order = np.lexsort((-spread_found, -spread))
+    return [int(k) for k in order[:most] if len(counts) == 1 or spread[k] > 0]

@@ -1,0 +1,1 @@
+"""One style for pages of results: template, tables, figures, pictures."""

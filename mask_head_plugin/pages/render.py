@@ -1,0 +1,47 @@
+"""Pages from templates that extend ``page.html.j2``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..messages import ConfigError
+
+PACKAGES = ("jinja2", "plotly")
+
+
+def check_packages(page: str, written: Path) -> None:
+    """Raises a ConfigError if a page cannot be made here.
+
+    Args:
+        page: name of its file.
+        written: what is there without it.
+    """
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{written} is written; {page} needs {' and '.join(missing)}: "
+            "pip install -e '.[report]' in the folder of mask_head_plugin"
+        )
+
+
+def render(template: Path, **values: Any) -> str:
+    """Returns a page that holds all it needs, scripts too. Needs jinja2 and plotly.
+
+    Args:
+        template: a file that extends ``page.html.j2``.
+        **values: what the template shows; ``title`` and ``figures`` are asked for by all.
+    """
+    # Imported here, so that the package works where the extra is missing.
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    loader = jinja2.FileSystemLoader([template.parent, Path(__file__).parent])
+    settings: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(
+        loader=loader, trim_blocks=True, lstrip_blocks=True, **settings
+    )
+    page = environment.get_template(template.name)
+    return page.render(version=__version__, plotly_js=get_plotlyjs(), **values)

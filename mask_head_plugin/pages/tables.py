@@ -1,0 +1,77 @@
+"""Tables of pages, the same for Markdown and HTML."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+NOTHING = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+        key: its name in a link such as ``report.html#sort=-difference``.
+        label: what stands above it.
+        meaning: a sentence on it.
+        is_text: whether it holds texts and not numbers.
+        is_optional: whether it is left out where it has no content.
+    """
+
+    key: str
+    label: str
+    meaning: str
+    is_text: bool = False
+    is_optional: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell shows, and by what it is sorted: a number, nan for none, or a text."""
+
+    text: str
+    value: float | str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, and a row of cells for each variant."""
+
+    columns: list[Column]
+    rows: list[list[Cell]]
+
+
+def number(value: float, form: str = ".2f") -> str:
+    """Returns a number with a true minus, a dash for nan."""
+    return f"{value:{form}}".replace("-", MINUS) if math.isfinite(value) else NOTHING
+
+
+def markdown(table: Table) -> str:
+    """Returns a table as GitHub's Markdown has it; numbers to the right."""
+    cells: list[Sequence[Any]] = [[cell.text for cell in row] for row in table.rows]
+    lines = [_markdown_row([column.label for column in table.columns])]
+    lines.append("|" + "|".join("---" if c.is_text else "---:" for c in table.columns) + "|")
+    return "\n".join([*lines, *map(_markdown_row, cells)])
+
+
+def _markdown_row(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(map(escape_markdown, texts)) + " |"
+
+
+def escape_markdown(text: str) -> str:
+    """Returns a text that Markdown shows as it is, in one line."""
+    for sign, shown in {"&": "&amp;", "<": "&lt;", ">": "&gt;"}.items():
+        text = text.replace(sign, shown)
+    # An underscore within a word has no meaning; config keys stay readable.
+    return " ".join(re.sub(r"[\\`*|\[\]~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text).split())
+
+
+def code_markdown(text: str) -> str:
+    """Returns a text as code; a backtick in it, which would end it, becomes a quote."""
+    return f"`{text.replace('`', chr(39))}`"

@@ -1,0 +1,143 @@
+"""Oracles: exact where one branch alone is wrong, and blind to what is not theirs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from made_scene import (
+    crowded_content,
+    detection,
+    encode,
+    objects_of,
+    perfect,
+    rectangle,
+    ring,
+    scene_of,
+)
+from pycocotools import mask as coco_mask
+
+from mask_head_plugin.analysis.measures import measure
+from mask_head_plugin.analysis.oracles import cut_to_box, grid_ious, grid_name
+from mask_head_plugin.evaluation.mask_window import mask_window
+
+A, B = rectangle(10, 10, 40, 40), rectangle(80, 60, 40, 40)
+
+
+def aps(folder, content, results, task="segm"):
+    findings = measure(scene_of(folder, content, results), 100, 28)
+    base = findings.value(task, "AP", "AP")
+    own = [x for x in findings.measures.values() if (x.task, x.group) == (task, "oracle")]
+    return {"as it is": base, **{x.name: base + x.value for x in own}}
+
+
+def test_with_only_masks_wrong_perfect_masks_give_100_and_nothing_else_helps(tmp_path):
+    content = crowded_content()
+
+    def spoil(result):
+        mask = coco_mask.decode(result["segmentation"])
+        x, y, w, h = (int(v) for v in result["bbox"])
+        mask[y + 2 : y + h - 2, x + 2 : x + w - 2] = 0
+        result["segmentation"] = encode(mask)
+
+    found = aps(tmp_path, content, perfect(content, spoil))
+    assert found["perfect masks"] == pytest.approx(100) and found["as it is"] < 60
+    assert found["perfect boxes"] == found["perfect classes"] == found["as it is"]
+
+
+def test_with_only_classes_wrong_perfect_classes_give_100_and_nothing_else_helps(tmp_path):
+    content = crowded_content()
+
+    def spoil(result):
+        if result["image_id"] % 2:
+            result["category_id"] = result["category_id"] % 3 + 1
+
+    for task in ("bbox", "segm"):
+        found = aps(tmp_path, content, perfect(content, spoil), task)
+        assert found["perfect classes"] == pytest.approx(100) and found["as it is"] < 75
+        assert found["perfect boxes"] == pytest.approx(found["as it is"])
+
+
+def test_with_only_boxes_wrong_perfect_boxes_give_100_for_boxes_and_masks(tmp_path):
+    content = crowded_content()
+
+    def spoil(result):
+        """Cuts a fifth off the box at its left, and of the mask what was there."""
+        x, y, w, h = result["bbox"]
+        cut = w // 5
+        result["bbox"] = [x + cut, y, w - cut, h]
+        mask = coco_mask.decode(result["segmentation"])
+        mask[:, : int(x + cut)] = 0
+        result["segmentation"] = encode(mask)
+
+    results = perfect(content, spoil)
+    for task in ("bbox", "segm"):
+        found = aps(tmp_path, content, results, task)
+        assert found["perfect boxes"] == pytest.approx(100) and found["as it is"] < 75
+        assert found["perfect classes"] == pytest.approx(found["as it is"])
+    # The mask branch cannot paint outside of the box: perfect masks are cut off as well.
+    assert found["perfect masks"] == pytest.approx(found["as it is"])
+
+
+def test_duplicates_are_no_branch_s_fault(tmp_path):
+    content = objects_of([(1, 1, A), (1, 1, B)])
+    results = [detection(1, 1, A, 0.9), detection(1, 1, A, 0.8), detection(1, 1, B, 0.7)]
+    found = aps(tmp_path, content, results)
+    grids = {grid_name(28), grid_name(56)}
+    assert len({value for name, value in found.items() if name not in grids}) == 1
+
+
+def test_with_nothing_detected_no_branch_helps_and_the_grid_allows_what_it_does(tmp_path):
+    found = aps(tmp_path, objects_of([(1, 1, A), (1, 1, B)]), [])
+    grids = {grid_name(28): 100.0, grid_name(56): 100.0}
+    assert found == {"as it is": 0, **dict.fromkeys(found, 0.0), **grids}
+
+
+def test_a_crowd_is_no_object_to_be_perfect_with(tmp_path):
+    content = objects_of([(1, 1, A), (1, 1, rectangle(60, 50, 80, 60))], crowds=[1])
+    found = aps(tmp_path, content, [detection(1, 1, A, 0.5), detection(1, 1, B, 0.9)])
+    assert set(found.values()) == {100.0}
+
+
+def test_of_tied_scores_the_file_s_order_decides_as_in_the_evaluation(tmp_path):
+    content = objects_of([(1, 1, A)])
+    wrong, right = detection(1, 1, B, 0.5), detection(1, 1, A, 0.5)
+    assert aps(tmp_path, content, [right, wrong])["perfect masks"] == 100
+    assert aps(tmp_path, content, [wrong, right])["perfect masks"] == pytest.approx(50)
+
+
+def test_detections_of_overlapping_objects_get_the_object_that_they_found(tmp_path):
+    """Each box is nearer to the other object's, but that one is taken by a better detection."""
+    first, second = rectangle(20, 20, 40, 40), rectangle(26, 20, 40, 40)
+    content = objects_of([(1, 1, first), (1, 1, second)])
+    results = [detection(1, 1, first, 0.9), detection(1, 1, rectangle(22, 20, 40, 40), 0.8)]
+    assert aps(tmp_path, content, results, "bbox")["perfect boxes"] == 100
+
+
+def test_a_mask_is_cut_to_the_pixels_whose_centre_is_in_the_box():
+    cut = coco_mask.decode(cut_to_box(_bytes(A), np.array([20.4, 5.6, 500.0, 10.0])))
+    expected = A.copy()
+    expected[:, :20], expected[16:] = 0, 0
+    assert (cut == expected).all()
+    assert coco_mask.area(cut_to_box(_bytes(A), np.array([200.0, 5, 5, 5]))) == 0
+
+
+def test_a_grid_loses_thin_parts_and_a_finer_one_less():
+    thin = np.maximum(ring(20, 10, 100) * (np.arange(160) % 4 == 0)[None].astype(np.uint8), 0)
+    masks = [_bytes(x) for x in (A, thin)]
+    boxes = np.array([coco_mask.toBbox(x) for x in masks])
+    coarse, fine = grid_ious(masks, boxes, [14, 112])
+    assert coarse[0] > 0.99 < fine[0]
+    assert coarse[1] < 0.3 < 0.9 < fine[1]
+
+
+def test_windows_are_the_decoded_masks():
+    full = np.ones((7, 5), np.uint8)
+    for mask in (A, ring(0, 0, 60), full, np.zeros((4, 6), np.uint8), np.eye(6, dtype=np.uint8)):
+        rle = coco_mask.encode(np.asfortranarray(mask))
+        window = mask_window(rle)
+        assert (window.within(0, 0, mask.shape) == mask).all()
+        assert list(window.bits.shape) == coco_mask.toBbox(rle)[:1:-1].tolist()
+
+
+def _bytes(mask):
+    return coco_mask.encode(np.asfortranarray(mask))

@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Says what a trained model gets wrong, why, and what more training of which branch can win."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+EXAMPLES = """
+Examples:
+  A run of train_net.py, after its evaluation:
+    python tools/analyze.py output/run1
+  Any file in COCO's result format, of detectron2 or of anyone:
+    python tools/analyze.py results.json --annotations instances_val2017.json --images val2017
+
+In the folder of --output, by default that of the results, earlier ones are replaced:
+  analysis.html  One page that needs no network: findings in words, what each kind of error costs,
+                 what perfect masks, boxes or classes would win, mask quality, curves, confusions,
+                 pictures of the worst images and of each kind of error.
+                 Needs pip install -e '.[report]'.
+  analysis.md    Findings and tables, for a README.
+  analysis.json  All numbers.
+
+Exit code: 0; 2 if files are missing or do not fit each other.
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder or a results file")
+    parser.add_argument(
+        "--annotations", type=Path, metavar="FILE", help="COCO file (default: the run's own)"
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="for pictures (default: searched for)"
+    )
+    parser.add_argument(
+        "--dataset", default="", metavar="NAME", help="which one, if a run was evaluated on several"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="default: the folder of the results"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+    from mask_head_plugin.analysis import run_analysis
+
+    logging.basicConfig(level=logging.WARNING, format="analyze.py: %(message)s")
+    try:
+        folder = run_analysis(args.run, args.output, args.annotations, args.images, args.dataset)
+    except (ConfigError, OSError) as error:
+        print(f"analyze.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{folder / 'analysis.md'}, {folder / 'analysis.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
