@@ -57,14 +57,14 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     elif not bit_masks.is_cuda and not torch.isfinite(boxes).all():
         bad = len(boxes) - int(torch.isfinite(boxes).all(dim=1).sum())
         raise ValueError(f"{bad} of {len(boxes)} boxes have NaN or infinite coordinates")
+    if len(boxes) == 0:
+        return boxes.new_zeros(0, size, size, dtype=torch.bool)
     if bit_masks.dtype == torch.bool:
         bit_masks = bit_masks.view(torch.uint8)  # becomes float32 twice as fast
     crop = _crop_with_operator if one_operator else _crop_by_sums
     chunks = zip(bit_masks.split(CHUNK), boxes.split(CHUNK), strict=True)
     targets = [crop(masks, chunk, size) >= 0.5 for masks, chunk in chunks]
-    if len(targets) == 1:
-        return targets[0]
-    return torch.cat(targets) if targets else boxes.new_zeros(0, size, size, dtype=torch.bool)
+    return targets[0] if len(targets) == 1 else torch.cat(targets)
 
 
 def _crop_with_operator(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:

@@ -117,7 +117,7 @@ def test_masks_are_batched_in_chunks_of_columns(monkeypatch):
         np.concatenate([corner, corner + rng.uniform(3, 30, (9, 2))], 1)
     ).float()
     expected = encode_masks(masks, boxes, (50, 50))
-    monkeypatch.setattr(mask_rle, "MAX_COLUMNS", 7)
+    monkeypatch.setitem(mask_rle.MAX_COLUMNS, "cpu", 7)
     with CountOperators() as count:
         assert encode_masks(masks, boxes, (50, 50)) == expected
     chunks = count.calls["aten.nonzero.default"]
