@@ -12,7 +12,8 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from .config import ConfigError, load_config, module_name
+from .config import ConfigError, load_config
+from .config_imports import module_name
 
 logger = logging.getLogger(__name__)
 

@@ -81,7 +81,7 @@ def ablate(args: argparse.Namespace) -> int:
 
     from mask_head_plugin import ConfigError, ablation
     from mask_head_plugin.ablation.report import write_report
-    from mask_head_plugin.config import import_options
+    from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.durable_files import sole_writer
 
     if args.draws < 2:

@@ -92,7 +92,7 @@ def main() -> int:
     from mask_head_plugin.comparison import compare_all, compare_config
     from mask_head_plugin.comparison.compare import MARKDOWN_FILE
     from mask_head_plugin.comparison.measurement import DIFFERENT, EQUAL, TOO_FEW
-    from mask_head_plugin.config import import_options
+    from mask_head_plugin.config_imports import import_options
 
     exit_codes = {EQUAL: 0, TOO_FEW: 1, DIFFERENT: 3}
     logging.basicConfig(format="%(message)s")

@@ -54,7 +54,7 @@ def main() -> int:
     args = parse_args()
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError
-    from mask_head_plugin.config import import_options
+    from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.demo import run_demo
 
     opts = [*import_options(args.imports), *args.opts, *args.pairs]

@@ -86,7 +86,7 @@ def main() -> int:
     args = parse_args()
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError
-    from mask_head_plugin.config import import_options
+    from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.deploy.export import ExportOptions, export_model
 
     logging.basicConfig(format="%(message)s")

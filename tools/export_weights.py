@@ -24,7 +24,7 @@ def main() -> None:
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.checkpoint import export_safetensors
-    from mask_head_plugin.config import resolve_imports
+    from mask_head_plugin.config_imports import resolve_imports
     from mask_head_plugin.user_code import import_modules
 
     try:

@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()  # flags may follow the step
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError
-    from mask_head_plugin.config import import_options
+    from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.engine import Trainer
     from mask_head_plugin.engine.replay import replay_step
     from mask_head_plugin.user_code import load_config_and_code

@@ -57,7 +57,7 @@ def main() -> int:
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.ablation.report import write_report
-    from mask_head_plugin.config import resolve_imports
+    from mask_head_plugin.config_imports import resolve_imports
     from mask_head_plugin.user_code import import_modules
 
     logging.basicConfig(level=logging.WARNING, format="report.py: %(message)s")
