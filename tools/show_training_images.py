@@ -42,15 +42,15 @@ def main() -> None:
 
 def write_sheet(args: argparse.Namespace) -> Path:
     """Returns the picture's path."""
-    from mask_head_plugin.config import import_options
     from mask_head_plugin.config_check.unread_keys import own_keys
+    from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.data.training_sheet import write_training_sheet
     from mask_head_plugin.engine import Trainer
     from mask_head_plugin.engine.run import check_and_register
     from mask_head_plugin.user_code import load_config_and_code
 
     cfg = load_config_and_code(args.config_file, [*import_options(args.imports), *args.opts])
-    check_and_register(cfg, train=True, own=own_keys(args.config_file, args.opts))
+    check_and_register(cfg, train=True, own=own_keys(args.config_file, args.opts[::2]))
     loader = Trainer.build_train_loader(cfg)
     loader.go_to(max(cfg.SEED, 0), args.iteration)
     samples = list(islice(chain.from_iterable(loader), NUM_IMAGES))

@@ -29,12 +29,13 @@ from detectron2.config import CfgNode
 
 from ..config import (
     ConfigError,
+    flatten,
     merge_opts,
     merge_overrides,
     read_config,
-    resolve_imports,
-    split_imports,
 )
+from ..config_check.unread_keys import own_keys
+from ..config_imports import resolve_imports, split_imports
 from ..messages import nearest_name, one_line
 
 REQUIRED = {
@@ -58,6 +59,7 @@ class Ablation:
         seeds: of the trials of each variant.
         baseline: name of the variant that the others are compared with.
         configs: the complete config of each variant, in the order of the file.
+        own_keys: those that each variant, its size, its CONFIG or the options set.
         paper: published figures by variant and metric, in percent.
     """
 
@@ -66,6 +68,7 @@ class Ablation:
     seeds: tuple[int, ...]
     baseline: str
     configs: dict[str, CfgNode]
+    own_keys: dict[str, set[str]]
     paper: dict[str, dict[str, float]]
 
 
@@ -102,19 +105,24 @@ def load_ablation(
     imports, opts = split_imports(opts)
     imports = [*resolve_imports(content["IMPORTS"], str(path), path.parent), *imports]
     named = ["IMPORTS", json.dumps(imports)]
-    base = read_config(str(path.parent / sizes[size]["CONFIG"]), named, is_named=False)
-    merge_overrides(base, sizes[size].get("OVERRIDES", {}), f"{path}: size {size!r}")
+    config_file = str(path.parent / sizes[size]["CONFIG"])
+    base = read_config(config_file, named, is_named=False)
+    of_size = sizes[size].get("OVERRIDES") or {}
+    merge_overrides(base, of_size, f"{path}: size {size!r}")
     merge_opts(base, opts)
-    configs = {}
+    configs, own = {}, {}
     for name, overrides in all_overrides.items():
         configs[name] = base.clone()
         merge_overrides(configs[name], overrides, f"{path}: variant {name!r}")
+        of_variant = flatten(CfgNode(overrides or {}))
+        own[name] = own_keys(config_file, flatten(CfgNode(of_size)), opts[::2], of_variant)
     return Ablation(
         content["TITLE"],
         content["METRIC"],
         tuple(content["SEEDS"]),
         content["BASELINE"],
         configs,
+        own,
         content["PAPER"],
     )
 

@@ -75,7 +75,7 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
         with _naming(trial.variant):
             cfg = trial.cfg.clone()
             cfg.OUTPUT_DIR = str(output)
-            check_and_register(cfg, train=True)
+            check_and_register(cfg, train=True, own=ablation.own_keys[trial.variant])
     for trial in trials:
         check_hash(trial)
     return trials

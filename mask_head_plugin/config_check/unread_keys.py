@@ -7,7 +7,7 @@ the small one here. So the parts are built, see dry_build.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -163,22 +163,25 @@ def _needed(cfg: CfgNode, key: str) -> str | None:
     return None
 
 
-def own_keys(config_file: str, opts: Sequence[str]) -> set[str]:
-    """Returns the keys that a file and "KEY VALUE" pairs set themselves, without its ``_BASE_``.
+def own_keys(config_file: str, *layers: Collection[str]) -> set[str]:
+    """Returns the keys that a file sets, without its ``_BASE_``, and those set on top of it.
 
-    Pairs that choose another backbone leave nothing of what the file says of its own one.
+    A layer that chooses another backbone leaves nothing of what was said of the one before.
 
     Args:
         config_file: as for load_config, which has read it; "" is none.
-        opts: as for load_config.
+        layers: keys that are set later, such as those of the command line, in this order.
     """
     text = Path(config_file).read_text(encoding="utf-8") if config_file else ""
     of_file = flatten(CfgNode(yaml.safe_load(text) or {}))
     if len(of_file) > len(flatten(get_cfg())) / 2:  # the record of a run, with all keys there are
         of_file = {}
-    if "MODEL.BACKBONE.NAME" in opts[::2]:
-        of_file = {key: x for key, x in of_file.items() if not key.startswith(BACKBONE)}
-    return {*of_file, *opts[::2]}
+    own = set(of_file)
+    for layer in layers:
+        if "MODEL.BACKBONE.NAME" in layer:
+            own = {key for key in own if not key.startswith(BACKBONE)}
+        own.update(layer)
+    return own
 
 
 def report_unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] | None = None) -> None:

@@ -13,9 +13,10 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import ConfigError, import_options
+from ..config import ConfigError
 from ..config_check import check_config
 from ..config_check.unread_keys import own_keys, report_unread_keys
+from ..config_imports import import_options
 from ..data import check_registered_datasets, register_coco_files
 from ..dataset_check import check_dataset_files
 from ..user_code import import_modules, load_config_and_code
@@ -44,7 +45,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
         train=not args.eval_only,
         num_processes=num_processes,
         log_rank=rank,
-        own=own_keys(args.config_file, args.opts),
+        own=own_keys(args.config_file, args.opts[::2]),
     )
     check_dataset_files(cfg, train=not args.eval_only)
     cfg.freeze()

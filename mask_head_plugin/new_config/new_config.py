@@ -291,7 +291,7 @@ def _checked(config_file: Path, device: Device) -> tuple[CfgNode, list[Finding]]
     cfg: CfgNode = read_config(str(config_file))
     cfg.OUTPUT_DIR = str(config_file.parent / "output")
     cfg.MODEL.DEVICE = device.kind if device.is_here else "cpu"
-    check_and_register(cfg, train=True, own=own_keys(str(config_file), ()))
+    check_and_register(cfg, train=True, own=own_keys(str(config_file)))
     sources = sources_of((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     found = find_faults(cfg, sources)
     if errors := errors_of(found):

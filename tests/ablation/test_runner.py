@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import CONFIGS
+from detectron2.config import CfgNode
 from quick_processes import run_script
 
 from mask_head_plugin import ConfigError
@@ -23,9 +24,11 @@ from mask_head_plugin.ablation import (
     plan,
     run,
     run_trial,
+    runner,
     write_description,
 )
 from mask_head_plugin.ablation.trial_folder import folder_name, write_record
+from mask_head_plugin.config import flatten
 from mask_head_plugin.data import shapes
 from mask_head_plugin.durable_files import locked, sole_writer
 
@@ -123,6 +126,26 @@ def test_variants_seeds_and_options_can_be_chosen(ablation, tmp_path):
         trials_of(ablation, tmp_path, variants=["dice / alone"])
     with pytest.raises(ConfigError, match=r"--seed \[1, 1\] are not all"):
         trials_of(ablation, tmp_path, seeds=[1, 1])
+
+
+def test_keys_without_effect_are_told_of_what_the_user_sets_and_not_of_bases(
+    ablation, tmp_path, monkeypatch
+):
+    content = yaml.safe_load(ablation.read_text())
+    content["SIZES"]["shapes"]["OVERRIDES"]["MODEL"]["BACKBONE"] = {"FREEZE_AT": 1}
+    timm = {"BACKBONE": {"NAME": "build_timm_fpn_backbone"}, "TIMM": {"NAME": "resnet10t"}}
+    content["VARIANTS"]["timm"] = {"MODEL": timm}
+    ablation.write_text(yaml.safe_dump(content))
+    asked = []
+    monkeypatch.setattr(runner, "check_and_register", lambda cfg, train, own: asked.append(own))
+    trials_of(ablation, tmp_path, opts=["INPUT.CROP.TYPE", "relative"])
+    plain, dice, timm = asked
+    assert {"INPUT.CROP.TYPE", "SOLVER.WARMUP_ITERS", "MODEL.BACKBONE.FREEZE_AT"} <= plain
+    assert dice - plain == {"MODEL.ROI_MASK_HEAD.LOSSES"}
+    assert timm - plain == {"MODEL.BACKBONE.NAME", "MODEL.TIMM.NAME"}
+    assert plain - timm == {"MODEL.BACKBONE.FREEZE_AT"}, "is of the backbone that it had"
+    of_base = yaml.safe_load((CONFIGS / "Base-Small.yaml").read_text())
+    assert set(flatten(CfgNode(of_base))) - plain
 
 
 def test_a_variant_that_cannot_run_is_named_before_anything_runs(ablation, tmp_path):

@@ -71,7 +71,7 @@ def test_a_config_passes_the_checks_of_training_without_a_warning(tmp_path, monk
     cfg = load_config(str(output))
     cfg.OUTPUT_DIR = str(tmp_path / "output")
     with caplog.at_level(logging.WARNING):
-        check_and_register(cfg, train=True, own=own_keys(str(output), ()))
+        check_and_register(cfg, train=True, own=own_keys(str(output)))
     assert [x.getMessage() for x in caplog.records if "no CUDA" not in x.getMessage()] == []
     assert cfg.DATASETS.TEST == ("cells_val",) and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
     assert cfg.INPUT.MASK_FORMAT == "polygon" and cfg.TEST.EVAL_PERIOD > 0
