@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from typing import Any
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))  # they share flags
+import flags
 
 EXAMPLES = """
 Examples:
@@ -29,16 +31,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="a file of configs/")
-    parser.add_argument("--resume", action="store_true", help="from OUTPUT_DIR's last checkpoint")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
-    parser.add_argument("--num-gpus", type=int, default=1, help="on each machine (default 1)")
-    parser.add_argument("--num-machines", type=int, default=1, help="in all (default 1)")
-    parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0")
-    port = 2**15 + 2**14 + hash(os.getuid()) % 2**14  # as detectron2: one for each user
-    url = f"tcp://127.0.0.1:{port}"
-    parser.add_argument("--dist-url", default=url, help="tcp://host:port of machine 0, if several")
-    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
-    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+    flags.add_run(parser)
+    flags.add_code(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     return parser.parse_args()
 

@@ -24,9 +24,9 @@ FloatArray = npt.NDArray[np.float64]
 class ImageFileMapper(DatasetMapper):
     """detectron2's DatasetMapper with the images of ``read_image``, and INPUT.LSJ.
 
-    Differs from it also in that bit masks do not reach into padding, that polygons which become
-    bit masks are cropped by their pixels, without shapely, and that a cropped image may have no
-    objects.
+    Differs from it also in that masks which are cropped, or are run lengths, become bit masks
+    whatever the mask format is, that bit masks do not reach into padding, that no crop needs the
+    package shapely, and that a cropped image may have no objects.
     """
 
     @classmethod
@@ -35,9 +35,6 @@ class ImageFileMapper(DatasetMapper):
         if is_train and cfg.INPUT.LSJ.ENABLED:
             flips = [x for x in arguments["augmentations"] if isinstance(x, T.RandomFlip)]
             arguments["augmentations"] = [*large_scale_jitter(cfg), *flips]
-            # Of a polygon that a crop cuts into pieces, detectron2's boxes and areas need the
-            # pieces; pixels are simpler.
-            arguments["instance_mask_format"] = "bitmask"
             arguments["recompute_boxes"] = cfg.MODEL.MASK_ON
         return arguments
 
@@ -74,14 +71,34 @@ class ImageFileMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: Any
     ) -> None:
-        annotations = dataset_dict["annotations"]
-        if all(x.get("iscrowd", 0) for x in annotations):  # detectron2's asks for boxes of masks
-            del dataset_dict["annotations"]
-            dataset_dict["instances"] = utils.annotations_to_instances([], image_shape)
-            return
-        if self.instance_mask_format == "bitmask":
+        is_used = {"segmentation": self.use_instance_mask, "keypoints": self.use_keypoint}
+        objects = [
+            {key: value for key, value in x.items() if is_used.get(key, True)}
+            for x in dataset_dict.pop("annotations")
+            if not x.get("iscrowd", 0)
+        ]
+        mask_format = "bitmask" if _needs_pixels(objects, transforms) else self.instance_mask_format
+        if mask_format == "bitmask":
             transforms = _of_bit_masks(transforms)
-        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        flipped = {"keypoint_hflip_indices": self.keypoint_hflip_indices}
+        objects = [
+            utils.transform_instance_annotations(x, transforms, image_shape, **flipped)
+            for x in objects
+        ]
+        instances = utils.annotations_to_instances(objects, image_shape, mask_format=mask_format)
+        if self.recompute_boxes and objects:
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        dataset_dict["instances"] = utils.filter_empty_instances(instances)
+
+
+def _needs_pixels(objects: list[dict[str, Any]], transforms: T.TransformList) -> bool:
+    """Returns whether masks of an image have to be bit masks.
+
+    Run lengths are no polygons. Of a polygon that a crop cuts into pieces, boxes and areas need the
+    pieces, for which detectron2 asks shapely; pixels are simpler.
+    """
+    is_cropped = any(isinstance(x, T.CropTransform) for x in transforms.transforms)
+    return is_cropped or any(not isinstance(x.get("segmentation", []), list) for x in objects)
 
 
 def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:

@@ -1,4 +1,4 @@
-"""LazyConfig models of detectron2's with the plugin's modules.
+"""LazyConfigs of detectron2's with the plugin's modules, and the plugin's mapper of images.
 
 A YAML config chooses modules by their names in registries, a LazyConfig by classes, its
 ``_target_``. The plugin's classes take detectron2's arguments, so only targets change.
@@ -6,6 +6,7 @@ A YAML config chooses modules by their names in registries, a LazyConfig by clas
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import detectron2
 from detectron2.config import LazyConfig
+from detectron2.data import DatasetMapper
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, MaskRCNNConvUpsampleHead
@@ -22,6 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .config import ConfigError
+from .image_file_mapper import ImageFileMapper
 from .messages import nearest_name, one_line
 from .modeling import FCNMaskHead, MaskRCNN, MultiLevelRoIPooler
 from .modeling.fast_rcnn import ClassSelectiveOutputLayers
@@ -75,18 +78,36 @@ def use_plugin_modules(model: DictConfig) -> DictConfig:
     Raises:
         ConfigError: if it has no mask head of detectron2's.
     """
-    found = set(map(_target, calls(model)))
+    found = set(map(target_of, calls(model)))
     if not {MaskRCNNConvUpsampleHead, FCNMaskHead} & found:
         raise ConfigError(
             "the model has no MaskRCNNConvUpsampleHead, detectron2's mask head, to put the "
             "plugin's in its place"
         )
     for node in calls(model):
-        target = _target(node)
+        target = target_of(node)
         if target is FastRCNNOutputLayers and node.get("cls_agnostic_bbox_reg", False):
             continue  # nothing to select
         node._target_ = PLUGIN_TARGETS.get(target, node._target_)
     return model
+
+
+def use_plugin_mapper(dataloader: DictConfig) -> DictConfig:
+    """Puts ImageFileMapper into the loaders of a LazyConfig where detectron2's mapper is, in place.
+
+    detectron2's fails on polygons under large-scale jitter without the package shapely, on run
+    lengths unless told ``bitmask``, and then lets masks reach into padding.
+
+    Args:
+        dataloader: such as ``model_zoo.get_config("common/data/coco.py").dataloader``.
+
+    Returns:
+        The same.
+    """
+    for node in calls(dataloader):
+        if target_of(node) is DatasetMapper:
+            node._target_ = ImageFileMapper
+    return dataloader
 
 
 def use_stock_modules(model: DictConfig) -> DictConfig:
@@ -96,9 +117,9 @@ def use_stock_modules(model: DictConfig) -> DictConfig:
     """
     stock = {plugin: stock for stock, plugin in PLUGIN_TARGETS.items()}
     for node in calls(model):
-        if _target(node) is MaskRCNN:
+        if target_of(node) is MaskRCNN:
             node.pop("mask_output", None)
-        node._target_ = stock.get(_target(node), node._target_)
+        node._target_ = stock.get(target_of(node), node._target_)
     return model
 
 
@@ -115,13 +136,13 @@ def calls(node: Any) -> Iterator[DictConfig]:
             yield from calls(node[key])
 
 
-def _target(node: DictConfig) -> Any:
+def target_of(node: DictConfig) -> Any:
     """Returns the class; a config that was saved as YAML has its name."""
     return locate(node._target_) if isinstance(node._target_, str) else node._target_
 
 
 def counterpart(name: str) -> tuple[DictConfig, ...]:
-    """Returns the parts of a LazyConfig of detectron2's, its model with the plugin's modules.
+    """Returns the parts of a LazyConfig of detectron2's with the plugin's modules and mapper.
 
     Args:
         name: in detectron2's configs/, such as ``new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py``,
@@ -135,6 +156,7 @@ def counterpart(name: str) -> tuple[DictConfig, ...]:
     """
     stock = LazyConfig.load(str(find_stock_config(name)))
     use_plugin_modules(stock.model)
+    use_plugin_mapper(stock.dataloader)
     return tuple(stock[part] for part in PARTS)
 
 
@@ -190,29 +212,69 @@ def load_lazy_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
     try:
         for override in overrides:
             _check_override(cfg, override)
-        return LazyConfig.apply_overrides(cfg, list(overrides))
+        LazyConfig.apply_overrides(cfg, list(overrides))
     except ConfigError:
         raise
     except Exception as error:  # hydra's, if it is installed, omegaconf's, or detectron2's own
         raise ConfigError(f"options {' '.join(overrides)}: {one_line(error)}") from error
+    _check_arguments(cfg)
+    return cfg
 
 
 def _check_override(cfg: DictConfig, override: str) -> None:
     key, mark, _ = override.partition("=")
     if not mark:
         raise ConfigError(f"option {override} has no '='; write key=value: train.max_iter=1000")
-    parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent) if parent else cfg
-    is_known = OmegaConf.is_config(node) and (
-        "_target_" in node or name in node or isinstance(node, ListConfig)
-    )
-    if not is_known and key not in READ_BY_DETECTRON2:
-        siblings = list(node) if isinstance(node, DictConfig) else []
-        nearest = nearest_name(name, siblings)
-        raise ConfigError(
-            f"option {override}: the config has no {key}"
-            + (f"; did you mean {key.removesuffix(name)}{nearest}?" if nearest else "")
-        )
+    names = key.split(".")
+    for k, name in enumerate(names):
+        node = OmegaConf.select(cfg, ".".join(names[:k])) if k else cfg
+        if not isinstance(node, DictConfig) or key in READ_BY_DETECTRON2:
+            return  # apply_overrides says what is wrong with a list or a value
+        is_argument = "_target_" in node and k == len(names) - 1  # see _check_arguments
+        if name not in list(node) and not is_argument:
+            nearest = nearest_name(name, list(node))
+            meant = ".".join([*names[:k], nearest or "", *names[k + 1 :]])
+            raise ConfigError(
+                f"option {override}: the config has no {'.'.join(names[: k + 1])}"
+                + (f"; did you mean {meant}?" if nearest else "")
+            )
+
+
+def _check_arguments(cfg: DictConfig) -> None:
+    """Refuses arguments that what is instantiated does not take, before anything is."""
+    for node in calls(cfg):
+        try:
+            target = target_of(node)
+        except Exception as error:  # of pydoc, hydra, or the module that is imported
+            place = f"{node._get_full_key('_target_')}: {node._target_}"
+            raise ConfigError(f"{place} cannot be imported: {one_line(error)}") from error
+        accepted = _argument_names(target)
+        unknown = [str(x) for x in node if x not in (*accepted, "_target_")]
+        if accepted and unknown:
+            nearest = nearest_name(unknown[0], accepted)
+            raise ConfigError(
+                f"{node._get_full_key(unknown[0])}: {getattr(target, '__name__', target)} takes no "
+                f"argument {unknown[0]}"
+                + (f"; did you mean {node._get_full_key(nearest)}?" if nearest else "")
+            )
+
+
+def _argument_names(target: Any) -> list[str]:
+    """Returns the names of what a class or function takes, or none if it may take any.
+
+    ``**kwargs`` of a class go to the one that it inherits from.
+    """
+    names: list[str] = []
+    classes = target.__mro__ if isinstance(target, type) else ()
+    for function in [vars(x)["__init__"] for x in classes if "__init__" in vars(x)] or [target]:
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):  # not written in Python
+            return []
+        names += [x.name for x in parameters if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)]
+        if not any(x.kind is x.VAR_KEYWORD for x in parameters):
+            return names
+    return []
 
 
 def settings_of(cfg: DictConfig) -> list[str]:

@@ -7,16 +7,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_config
+from detectron2 import model_zoo
+from detectron2.config import instantiate
 from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, PolygonMasks
 from made_data import encode
 from pycocotools import mask as coco_mask
 
 from mask_head_plugin.image_file_mapper import ImageFileMapper
+from mask_head_plugin.lazy_config import use_plugin_mapper
 
 SIDE = 64
 JITTER = ("INPUT.LSJ.ENABLED", "True", "INPUT.LSJ.IMAGE_SIZE", str(SIDE))
 HW = (50, 70)
 FORMATS = ("polygon", "bitmask")
+POLYGONS = ("INPUT.MASK_FORMAT", "polygon")
 SHAPES = [
     [[4.5, 3.0, 60.2, 5.5, 58.0, 14.0, 15.0, 12.0, 14.0, 44.0, 4.0, 45.0]],  # an L
     [[20.0, 18, 66, 18, 66, 46, 56, 46, 56, 28, 30, 28, 30, 46, 20, 46]],  # open below
@@ -128,7 +133,7 @@ def test_jitter_is_of_training_alone(folder):
     )
 
 
-def test_bit_masks_of_cropped_polygons_need_no_shapely(folder):
+def test_crops_make_bit_masks_of_polygons_and_need_no_shapely(folder):
     crop = [
         "INPUT.CROP.ENABLED",
         "True",
@@ -137,12 +142,38 @@ def test_bit_masks_of_cropped_polygons_need_no_shapely(folder):
         "INPUT.CROP.SIZE",
         "[30, 40]",
     ]
-    cfg = small_config(
-        "Base-Small.yaml", *crop, "INPUT.MASK_FORMAT", "bitmask", "INPUT.MIN_SIZE_TRAIN", "(0,)"
-    )
+    cfg = small_config("Base-Small.yaml", *crop, *POLYGONS, "INPUT.MIN_SIZE_TRAIN", "(0,)")
     np.random.seed(3)
     polygons = ImageFileMapper(cfg)(record(folder, as_rle=False))["instances"].gt_masks.tensor
     np.random.seed(3)
     rles = ImageFileMapper(cfg)(record(folder, as_rle=True))["instances"].gt_masks.tensor
     assert polygons.shape == rles.shape == (len(rles), 30, 40)
     assert (polygons != rles).float().mean() < 0.01
+
+
+def test_run_lengths_are_bit_masks_whatever_the_mask_format_is(folder):
+    own = ImageFileMapper(small_config("Base-Small.yaml", *POLYGONS))
+    polygons, rles = (own(record(folder, as_rle=x))["instances"].gt_masks for x in (False, True))
+    assert isinstance(polygons, PolygonMasks) and isinstance(rles, BitMasks)
+
+
+@pytest.mark.parametrize("as_rle", [False, True], ids=["polygons", "run lengths"])
+def test_a_lazy_config_with_jitter_maps_what_a_yaml_config_does(folder, as_rle):
+    loader = use_plugin_mapper(
+        model_zoo.get_config("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py").dataloader
+    )
+    resize, crop, _ = loader.train.mapper.augmentations
+    resize.target_height = resize.target_width = SIDE
+    crop.crop_size = (SIDE, SIDE)
+    lazy, yaml = instantiate(loader.train.mapper), mapper()
+    given = record(folder, as_rle=as_rle)
+    for seed in range(10):
+        samples = []
+        for each in (lazy, yaml):
+            np.random.seed(seed)
+            samples.append(each(given))
+        one, two = samples
+        assert torch.equal(one["image"], two["image"])
+        assert torch.equal(one["instances"].gt_masks.tensor, two["instances"].gt_masks.tensor)
+        assert torch.equal(one["instances"].gt_boxes.tensor, two["instances"].gt_boxes.tensor)
+    assert loader.test.mapper._target_ is ImageFileMapper

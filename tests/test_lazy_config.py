@@ -16,6 +16,7 @@ from made_training import assert_same_losses_and_gradients, make_batch
 from omegaconf import OmegaConf
 
 from mask_head_plugin import ConfigError
+from mask_head_plugin.image_file_mapper import ImageFileMapper
 from mask_head_plugin.lazy_config import (
     PLUGIN_TARGETS,
     counterpart,
@@ -79,6 +80,9 @@ def test_counterpart_differs_in_the_plugins_modules_only(path):
     assert ours.keys() == stock.keys()
     differing = {key for key, value in stock.items() if ours[key] != value}
     assert {key.rpartition(".")[2] for key in differing} == {"_target_"}
+    mappers = {f".dataloader.{x}.mapper._target_" for x in ("train", "test")}
+    assert {ours[key] for key in mappers} == {ImageFileMapper}
+    differing -= mappers
     for key in differing:
         assert STOCK_TARGETS[ours[key]] is stock[key]
     expected = {".model.roi_heads.mask_head._target_"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,20 @@ def add_config_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
 
 
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of detectron2's train_net.py: what to do, and in how many processes."""
+    parser.add_argument("--resume", action="store_true", help="from the run's last checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
+    parser.add_argument("--num-gpus", type=int, default=1, help="on each machine (default 1)")
+    parser.add_argument("--num-machines", type=int, default=1, help="in all (default 1)")
+    parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0")
+    port = 2**15 + 2**14 + hash(os.getuid()) % 2**14  # as detectron2: one for each user
+    url = f"tcp://127.0.0.1:{port}"
+    parser.add_argument("--dist-url", default=url, help="tcp://host:port of machine 0, if several")
+
+
 def add_code(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--import``, whose values ``config.import_options`` takes as ``imports``."""
+    """Adds ``--import``, whose values ``config_imports.import_options`` takes as ``imports``."""
     code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
     parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import instantiate
+from detectron2.data import DatasetMapper
+from detectron2.data.transforms import FixedSizeCrop
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
@@ -31,8 +34,10 @@ from ..checkpoint import MaskHeadCheckpointer, WeightsPolicy
 from ..checkpoint.run_folder import set_aside_earlier_run
 from ..config import ConfigError, read_config
 from ..data import check_registered_datasets
-from ..lazy_config import SETTINGS, load_lazy_config, settings_of
+from ..lazy_config import SETTINGS, calls, load_lazy_config, settings_of, target_of
 from ..modeling import to_channels_last
+
+logger = logging.getLogger(__name__)
 
 OWN_FILES = "Your own files go into DATASETS.COCO_FILES"
 OWN_FILES_HERE = "A config file may register yours: register_coco_instances(...)"
@@ -101,6 +106,8 @@ def _train(cfg: DictConfig, model: torch.nn.Module, *, resume: bool) -> None:
     train = cfg.train
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    if comm.is_main_process():
+        _warn_of_stock_mapper(cfg)
     loader = instantiate(cfg.dataloader.train)
     places = {"device_ids": None} if torch.device(train.device).type == "cpu" else {}
     model = create_ddp_model(model, **train.ddp, **places)
@@ -128,6 +135,16 @@ def _train(cfg: DictConfig, model: torch.nn.Module, *, resume: bool) -> None:
         ]
     trainer.register_hooks(others)
     trainer.train(trainer.iter + 1 if resume else 0, train.max_iter)
+
+
+def _warn_of_stock_mapper(cfg: DictConfig) -> None:
+    targets = set(map(target_of, calls(cfg.dataloader.train)))
+    if {DatasetMapper, FixedSizeCrop} <= targets:
+        logger.warning(
+            "dataloader.train.mapper: detectron2's DatasetMapper needs the package shapely to crop "
+            "polygons, and lets bit masks reach into padding; call "
+            "mask_head_plugin.lazy_config.use_plugin_mapper(dataloader) in the config file"
+        )
 
 
 def _evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict[str, Any]:

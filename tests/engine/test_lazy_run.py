@@ -18,15 +18,15 @@ ON_CPU = ("train.device=cpu", "train.amp.enabled=False")
 SMALL = """
 from detectron2.model_zoo import get_config
 from made_lazy import shrink
-from mask_head_plugin.lazy_config import PARTS, use_plugin_modules
+from mask_head_plugin.lazy_config import PARTS, use_plugin_mapper, use_plugin_modules
 
 _cfg = get_config("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py")
 model, dataloader, optimizer, lr_multiplier, train = (_cfg[x] for x in PARTS)
 shrink(use_plugin_modules(model))
+use_plugin_mapper(dataloader)
 for _size in ("target_height", "target_width"):
     dataloader.train.mapper.augmentations[0][_size] = 96
 dataloader.train.mapper.augmentations[1].crop_size = (96, 96)
-dataloader.train.mapper.instance_mask_format = "bitmask"
 dataloader.train.total_batch_size = 2
 dataloader.train.num_workers = dataloader.test.num_workers = 0
 dataloader.test.mapper.augmentations[0].short_edge_length = 96
@@ -70,7 +70,25 @@ def test_a_run_trains_goes_on_and_is_evaluated(tmp_path):
         (("train.amp.enabled=False",), r"train.device is cuda, .*add train.device=cpu"),
         (("train.device=cpu",), r"train.amp.enabled is for GPUs; add train.amp.enabled=False"),
         (("train.max_itr=3",), r"the config has no train.max_itr; did you mean train.max_iter\?"),
-        (("trein.max_iter=3",), r"the config has no trein.max_iter"),
+        (("trein.max_iter=3",), r"no trein; did you mean train.max_iter\?"),
+        (
+            ("model.roi_heads.mask_hed.losses=[]",),
+            r"mask_hed; did you .*roi_heads.mask_head.losses",
+        ),
+        (
+            ("model.roi_heads.mask_head.losess=[]",),
+            r"^model.roi_heads.mask_head.losess: FCNMaskHead takes no argument losess; did you "
+            r"mean model.roi_heads.mask_head.losses\?",
+        ),
+        (("model.roi_heads.num_clases=5",), r"StandardROIHeads takes no .*roi_heads.num_classes\?"),
+        (
+            ("dataloader.train.mapper.instance_mask_fromat=bitmask",),
+            r"takes no .* did you mean dataloader.train.mapper.instance_mask_format",
+        ),
+        (
+            ("dataloader.evaluator._target_=mask_head_plugin.evaluation.MaskEvaluatr",),
+            r"^dataloader.evaluator._target_: .*MaskEvaluatr cannot be imported",
+        ),
         (("train.max_iter",), r"option train.max_iter has no '='"),
         (("train.max_iter=[",), r"options train.max_iter=\[: "),
         (
