@@ -38,9 +38,11 @@ def in_one_process(folder: Path) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def make_model() -> torch.nn.Module:
+def make_model(timm_name: str = "") -> torch.nn.Module:
+    """Builds a detector with a small ResNet or, by its name, a model of timm's."""
     torch.manual_seed(1)
-    return build_model(small_config("Base-MaskRCNN-FPN.yaml"))
+    opts = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", timm_name]
+    return build_model(small_config("Base-MaskRCNN-FPN.yaml", *(opts if timm_name else [])))
 
 
 def losses_of_step(model: torch.nn.Module, step: int, rank: int) -> torch.Tensor:
@@ -65,14 +67,14 @@ def step_down(model: torch.nn.Module) -> None:
                 parameter.grad = None
 
 
-def train(output: str, die_at_first: bool = False) -> None:
+def train(output: str, die_at_first: bool = False, timm_name: str = "") -> None:
     """Writes each step's mean of the losses over the processes, and facts of the run."""
     again = launch.restarted(output)
     if die_at_first and not again and comm.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums as the reference does, whose proposals would else differ
-    model = make_model()
+    model = make_model(timm_name)
     model.unread = torch.nn.Linear(1, 1)  # as a level of the pyramid that no head reads
     wrapped = distribute(model)
     means = []

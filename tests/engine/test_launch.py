@@ -26,10 +26,9 @@ from mask_head_plugin.engine import launch
 from mask_head_plugin.engine.launch import RankError
 
 
-@pytest.fixture(scope="module")
-def reference() -> torch.Tensor:
-    """(S, L) means of what one process loses on both halves, by the random numbers of both."""
-    model = make_model()
+def reference(timm_name: str = "") -> torch.Tensor:
+    """Returns (S, L) means of what one process loses on both halves, by their random numbers."""
+    model = make_model(timm_name)
     means = []
     for step in range(NUM_STEPS):
         halves = torch.stack([losses_of_step(model, step, rank) for rank in range(2)])
@@ -39,9 +38,9 @@ def reference() -> torch.Tensor:
     return torch.stack(means)
 
 
-def check(folder: Path, reference: torch.Tensor) -> dict:
+def check(folder: Path, timm_name: str = "") -> dict:
     facts = torch.load(folder / "facts.pth")
-    torch.testing.assert_close(facts["losses"], reference, rtol=1e-5, atol=0)
+    torch.testing.assert_close(facts["losses"], reference(timm_name), rtol=1e-5, atol=0)
     assert facts["unread"] is None
     assert not facts["searches"], "parameters without a gradient are looked for in the first step"
     assert facts["shared"] == [3, 3], "all evaluate what the first one saves"
@@ -59,22 +58,25 @@ def start_by(method: str, monkeypatch) -> None:
     monkeypatch.setattr(launch, "_launch_config", config)
 
 
-def test_two_processes_by_flags_train_as_one_on_both_halves(tmp_path, reference, monkeypatch):
+def test_two_processes_by_flags_train_a_backbone_of_timm_as_one_on_both_halves(
+    tmp_path, monkeypatch
+):
     start_by(fork_server().get_start_method(), monkeypatch)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    launch.launch(train, 2, 1, 0, "tcp://127.0.0.1:1", (str(tmp_path),), device="cpu")
-    facts = check(tmp_path, reference)
+    name, place = "mobilenetv3_small_050", (2, 1, 0, "tcp://127.0.0.1:1")
+    launch.launch(train, *place, (str(tmp_path), False, name), device="cpu")
+    facts = check(tmp_path, name)
     assert not facts["restarted"]
     assert facts["threads"] == max(len(os.sched_getaffinity(0)) // 2, 1)
 
 
-def test_two_processes_by_torchrun_do_so_too_after_a_restart(tmp_path, reference):
+def test_two_processes_by_torchrun_do_so_too_after_a_restart(tmp_path):
     made_run = str(ROOT / "tests" / "engine" / "made_run.py")
     at_once = ["--run-path", "--start-method", fork_server().get_start_method()]
     flags = ["--nproc-per-node", "2", "--max-restarts", "1", *at_once]
     result = run_script(torch.distributed.run.__file__, *flags, made_run, str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert check(tmp_path, reference)["restarted"]
+    assert check(tmp_path)["restarted"]
 
 
 def test_train_net_trains_code_of_the_user_in_two_processes_and_scales_the_batch(tmp_path):
