@@ -116,8 +116,11 @@ class TimmModel(NamedTuple):
         )
 
     def build_without_memory(self) -> Any:
-        with torch.device("meta"):
-            return self.build().eval()
+        try:
+            with torch.device("meta"):
+                return self.build().eval()
+        except NotImplementedError:  # timm 1.0.26 and before compute the widths of a RegNet
+            return self.build().eval().to("meta")
 
 
 def _unfit(name: str, error: Exception) -> ConfigError:
