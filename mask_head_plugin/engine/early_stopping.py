@@ -102,8 +102,8 @@ class EarlyStopping(HookBase):
             return False
         told = "a number" if best is None else f"better than {best:.4f}, of iteration {best_at}"
         logger.info(
-            "ending this run after iteration %d: for %d evaluations %s was not %s",
-            *(iteration, waited, self._metric, told),
+            "ending this run after iteration %d: in the last %d evaluation%s %s was not %s",
+            *(iteration, waited, "s" * (waited > 1), self._metric, told),
         )
         return True
 

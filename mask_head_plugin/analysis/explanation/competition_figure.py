@@ -1,0 +1,110 @@
+"""Independent masks beside masks that compete (the paper's Table 2b), on one RoI of the image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .model_stages import Stages
+from .style import BLUE, CHOSEN, FAINT, INK, blank, page_figure
+
+MOST_CLASSES = 6
+"""That are shown: the chosen one, and those with most in either mask branch."""
+
+SIGMOID = "Sigmoid, as in Mask R-CNN: each class says by itself whether a pixel is its own"
+SOFTMAX = "Softmax: the classes and the background share each pixel"
+
+
+def competition_figure(stages: Stages, number: int, sigmoid: Tensor, softmax: Tensor) -> Figure:
+    """Draws the masks of a RoI by two mask branches, and what the classes get of one pixel.
+
+    Args:
+        stages: of the image, by the model of the first branch.
+        number: of the detection.
+        sigmoid: (K, M, M) probabilities of the independent masks.
+        softmax: (K, M, M) of those that share each pixel with each other and the background.
+    """
+    chosen = int(stages.classes[number])
+    classes = _shown(chosen, sigmoid, softmax)
+    pixel = claimed_pixel(sigmoid, chosen)
+    name = stages.names[chosen]
+    figure = page_figure(6.8, f"Do the classes compete for a pixel? One box (“{name}”), two models")
+    halves: Any = figure.subfigures(2, 1)
+    for half, text, probs in zip(halves, (SIGMOID, SOFTMAX), (sigmoid, softmax), strict=True):
+        half.suptitle(text, x=0.01, ha="left", color=INK, fontsize=9)
+        shown = {stages.names[k]: probs[k] for k in classes}
+        if text == SOFTMAX:
+            shown["background"] = 1 - probs.sum(0)
+            if len(classes) < len(probs):
+                shown["other classes"] = probs.sum(0) - probs[classes].sum(0)
+        rows = half.add_gridspec(2, 1, height_ratios=(1, 1.5))
+        strip = rows[0].subgridspec(1, len(classes) + 2)
+        for place, (label, each) in enumerate(shown.items()):
+            axes = half.add_subplot(strip[place])
+            _draw_map(axes, each, label, pixel, is_chosen=label == name)
+        values = {label: float(each[pixel]) for label, each in shown.items()}
+        _draw_bars(half.add_subplot(rows[1]), values, name, shared=text == SOFTMAX)
+    return figure
+
+
+def told_in_words(stages: Stages, number: int) -> str:
+    """Returns what the picture shows."""
+    name = stages.names[stages.classes[number]]
+    return (
+        f"The masks of one box (“{name}”) for each class, by sigmoids and by a softmax. Bars show "
+        "what each class gets of one pixel: by the softmax they add up to 1."
+    )
+
+
+def claimed_pixel(sigmoid: Tensor, chosen: int) -> tuple[int, int]:
+    """Returns row and column of the pixel of a mask that other classes claim most, too.
+
+    Args:
+        sigmoid: (K, M, M) independent probabilities.
+        chosen: the class of the box, whose mask it is.
+    """
+    others = sigmoid.sum(0) - sigmoid[chosen]
+    own = sigmoid[chosen] >= min(0.5, float(sigmoid[chosen].max()))
+    row, column = divmod(int(others.where(own, -1.0).argmax()), sigmoid.shape[2])
+    return row, column
+
+
+def _shown(chosen: int, sigmoid: Tensor, softmax: Tensor) -> list[int]:
+    """Returns the classes that are shown, in their order."""
+    most = (sigmoid.flatten(1).mean(1) + softmax.flatten(1).mean(1)).argsort(descending=True)
+    others = [k for k in most.tolist() if k != chosen]
+    return sorted([chosen, *others[: MOST_CLASSES - 1]])
+
+
+def _draw_map(
+    axes: Axes, probs: Tensor, label: str, pixel: tuple[int, int], *, is_chosen: bool
+) -> None:
+    blank(axes)
+    axes.imshow(probs.numpy(), vmin=0, vmax=1, cmap="gray")
+    axes.plot(pixel[1], pixel[0], "o", mfc="none", mec=CHOSEN, markersize=7, markeredgewidth=1.8)
+    axes.set_xlabel(label, fontweight="bold" if is_chosen else "normal")
+
+
+def _draw_bars(axes: Axes, values: dict[str, float], name: str, *, shared: bool) -> None:
+    """Draws what each class gets of the pixel."""
+    colours = {label: CHOSEN if label == name else BLUE for label in values}
+    colours["background"] = FAINT
+    labels = list(values)
+    bars = axes.barh(labels, list(values.values()), color=[colours[x] for x in labels], height=0.7)
+    axes.bar_label(bars, [f"{x:.2f}" for x in values.values()], padding=3, fontsize=7.5)
+    axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (3, 2)))
+    axes.text(0.51, -0.75, "in the mask from here on", fontsize=7, color=INK, va="center")
+    axes.set(xlim=(0, 1.08), ylim=(len(labels) - 0.5, -1.1), xticks=np.linspace(0, 1, 6))
+    claims = sum(value >= 0.5 for label, value in values.items() if label != "background")
+    told = (
+        f"{claims} of {len(values)} classes claim the circled pixel, and none takes it from another"
+    )
+    if shared:
+        told = "What one class gains of the circled pixel the others lose: bars add up to 1"
+    axes.set_xlabel(f"Probability. {told}.", loc="left")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,122 @@
+"""Draws what Mask R-CNN does with a user's image; what ``tools/explain.py`` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import CfgNode
+from matplotlib import rc_context
+from torch import Tensor
+
+from ...config import ConfigError
+from ...config_check import check_config
+from ...data import shapes
+from ...engine.predictor import BGRPredictor, load_predictor
+from ...image_files import read_image
+from ...user_code import load_config_and_code
+from . import competition_figure, pooling_figure, stages_figure
+from .model_stages import ByteArray, Stages, class_probs, features_of_box, run_stages
+from .style import FONTS, save
+
+COMPETING = [["softmax_cross_entropy", 1.0]]
+
+EMBEDDED_IMAGE = 22
+"""The number of the validation image that is drawn where no image is named."""
+
+
+def explain(
+    config_file: str,
+    weights: str,
+    image_file: str,
+    output: Path,
+    *,
+    opts: Sequence[str] = (),
+    detection: int = 1,
+    num_bins: int = 0,
+    softmax_weights: str = "",
+) -> list[Path]:
+    """Writes the pictures as PNG and SVG.
+
+    Args:
+        config_file: of a model with a mask branch.
+        weights: of it.
+        image_file: that it runs on; "" is an image of the embedded data set.
+        output: a folder, made if missing. Pictures of an earlier call are written over.
+        opts: "KEY VALUE" pairs in one flat list.
+        detection: whose RoI is shown, counted from 1, the best score first.
+        num_bins: that the picture of RoI pooling has along each side; 0 for what makes bins of
+            about two cells, as the paper's figure has them.
+        softmax_weights: of a model of the same config but for its mask loss, which is
+            softmax_cross_entropy. Without them there is no picture of classes that compete.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: if a setting or file cannot be used, or there is no such detection.
+        OSError: if a picture cannot be written.
+    """
+    if num_bins < 0:
+        raise ConfigError(f"--bins {num_bins}: it must be at least 1, or 0 to choose them")
+    cfg = _config(config_file, weights, opts)
+    image = read_image(image_file, "RGB") if image_file else embedded_image()
+    predictor = load_predictor(cfg)
+    stages = run_stages(predictor, image)
+    if not 1 <= detection <= len(stages.boxes):
+        raise ConfigError(f"--detection {detection}: the model finds {len(stages.boxes)} objects")
+    number = detection - 1
+    probs = class_probs(
+        predictor.model.roi_heads.mask_head, stages.region_features[number : number + 1]
+    )
+    competing = None
+    if softmax_weights:
+        if stages.classes_compete or len(probs) == 1:
+            raise ConfigError(
+                f"--softmax-weights: masks of {config_file} compete already, or there is one for "
+                "all classes (MODEL.ROI_MASK_HEAD.LOSSES, CLS_AGNOSTIC_MASK); name a model with "
+                "independent masks in --config-file and --weights"
+            )
+        competing = _competing_probs(cfg, softmax_weights, image, stages, number)
+    output.mkdir(parents=True, exist_ok=True)
+    with rc_context(FONTS):
+        figure = stages_figure.stages_figure(stages, number, probs)
+        written = save(figure, output, "stages", stages_figure.told_in_words(stages, number))
+        figure = pooling_figure.pooling_figure(stages, number, num_bins)
+        told = pooling_figure.told_in_words(stages, number)
+        written += save(figure, output, "roi_pooling", told)
+        if competing is not None:
+            figure = competition_figure.competition_figure(stages, number, probs, competing)
+            told = competition_figure.told_in_words(stages, number)
+            written += save(figure, output, "competition", told)
+    return written
+
+
+def embedded_image() -> ByteArray:
+    """Returns an (H, W, 3) RGB validation image of the embedded data set, drawn anew."""
+    rng = np.random.RandomState(shapes.SPLIT_SEEDS["val"])
+    for _ in range(EMBEDDED_IMAGE):
+        image, _ = shapes.draw_image(rng)
+    return image
+
+
+def _config(config_file: str, weights: str, opts: Sequence[str]) -> CfgNode:
+    cfg = load_config_and_code(config_file, [*opts, "MODEL.WEIGHTS", weights])
+    check_config(cfg, train=False, evaluate=False)
+    return cfg
+
+
+def _competing_probs(
+    cfg: CfgNode, weights: str, image: ByteArray, stages: Stages, number: int
+) -> Tensor:
+    """Returns the (K, M, M) masks of the other model for the same box."""
+    other = cfg.clone()
+    other.defrost()
+    other.MODEL.ROI_MASK_HEAD.LOSSES = COMPETING
+    other.MODEL.WEIGHTS = weights
+    check_config(other, train=False, evaluate=False)
+    predictor: BGRPredictor = load_predictor(other)
+    k = int(stages.classes[number])
+    features = features_of_box(predictor, image, stages.rois[number], k)
+    return class_probs(predictor.model.roi_heads.mask_head, features)

@@ -1,0 +1,213 @@
+"""The paper's Figure 3 on the user's image: what RoI pooling reads, and what rounding moves."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
+from matplotlib.patheffects import withStroke
+
+from .model_stages import Stages
+from .pooling_reads import ROUNDED, WAYS, FloatArray, Reads, pooling_reads
+from .style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    VERMILION,
+    Style,
+    blank,
+    page_figure,
+)
+
+WHAT_IT_DOES = {
+    "RoIPool": "Rounds box and bins to whole cells.\nA bin is the largest of its cells.",
+    "RoIWarp": "Rounds the box to whole cells.\nA bin is the mean of points between cells.",
+    "RoIAlign": "Rounds nothing.\nA bin is the mean of points, each read from four cells.",
+    "PrRoIPool": "Rounds nothing, has no points.\nA bin is the mean of all that lies in it.",
+}
+
+MARGIN = 2.0
+"""Cells that are drawn around a RoI."""
+
+MOST_ELONGATED = 0.6
+"""Shorter side of what is drawn, as a share of the longer one."""
+
+PANEL_INCHES, LEGEND_INCHES, WORDS_INCHES = 3.1, 0.9, 2.3
+"""Width of a panel; heights of the legend, and of the titles and words together."""
+
+CELLS_OF_BIN, MOST_BINS = 2, 7
+"""Along a side, where the number of bins is not given."""
+
+HALO = [withStroke(linewidth=2, foreground="white")]
+
+
+def pooling_figure(stages: Stages, number: int, num_bins: int) -> Figure:
+    """Draws four ways of pooling a detection's box, beside each other.
+
+    Args:
+        stages: of the image.
+        number: of the detection.
+        num_bins: along each side; 0 for bins of about CELLS_OF_BIN cells.
+    """
+    level = int(stages.map_of[number])
+    box = stages.rois[number] / stages.strides[level]
+    map_hw = stages.map_hws[level]
+    side = np.prod(box[2:] - box[:2]) ** 0.5
+    num_bins = num_bins or int(np.clip(round(side / CELLS_OF_BIN), 2, MOST_BINS))
+    reads = [pooling_reads(way, box, map_hw, num_bins, stages.sampling_ratio) for way in WAYS]
+    name = stages.names[stages.classes[number]]
+    cell = stages.pixels * stages.strides[level]
+    view = _view(reads, map_hw)
+    ratio = (view[3] - view[1]) / (view[2] - view[0])
+    title = f"What RoI pooling reads of the feature map, for the box of “{name}”"
+    heights = (PANEL_INCHES * ratio, PANEL_INCHES * ratio, LEGEND_INCHES)
+    figure = page_figure(sum(heights) + WORDS_INCHES, title)
+    rows = figure.add_gridspec(3, 2, height_ratios=heights)
+    for place, each in enumerate(reads):
+        axes = figure.add_subplot(rows[place // 2, place % 2])
+        _draw_image(axes, stages, level, view)
+        _draw_reads(axes, each, box)
+        moved = (each.box - box) * np.tile(cell, 2)
+        _draw_displacement(axes, each, box, moved)
+        axes.set_title(each.way)
+        said = f"{WHAT_IT_DOES[each.way]}\n{_told_displacement(each, reads, moved, cell)}"
+        axes.set_xlabel(said, loc="left", multialignment="left")
+    told = (
+        f"Grey grid: cells of the feature map, {cell[0]:.3g} x {cell[1]:.3g} px of the image each. "
+        f"Drawn are {num_bins} x {num_bins} bins;\nin the mask branch of this model it is "
+        f"{' x '.join(map(str, stages.pooled_hw))}. Each becomes one number per "
+        "channel."
+    )
+    _draw_legend(figure.add_subplot(rows[2, :]), told)
+    return figure
+
+
+def told_in_words(stages: Stages, number: int) -> str:
+    """Returns what the picture shows."""
+    name = stages.names[stages.classes[number]]
+    return (
+        f"The box of “{name}” on the grid of the feature map, pooled in four ways: RoIPool and "
+        "RoIWarp round it to whole cells, RoIAlign and PrRoIPool do not."
+    )
+
+
+def _view(reads: list[Reads], map_hw: tuple[int, int]) -> FloatArray:
+    """Returns x0, y0, x1, y1 of what is drawn, in cells: around all boxes, and on the map."""
+    boxes = np.array([each.box for each in reads])
+    low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    half = (high - low) / 2 + MARGIN
+    half = np.maximum(half, MOST_ELONGATED * half.max())
+    middle, end = (low + high) / 2, np.array(map_hw[::-1])
+    middle = np.where(end > 2 * half, np.clip(middle, half, np.maximum(end - half, half)), end / 2)
+    return np.concatenate([middle - half, middle + half])
+
+
+def _draw_image(axes: Axes, stages: Stages, level: int, view: FloatArray) -> None:
+    """Draws the image, pale, under the grid of the cells of a feature map."""
+    blank(axes)
+    height, width = stages.image.shape[:2]
+    across, down = (width, height) / stages.pixels / stages.strides[level]
+    axes.imshow(stages.image, extent=(0, across, down, 0), alpha=0.5)
+    map_h, map_w = stages.map_hws[level]
+    x0, x1 = max(view[0], 0), min(view[2], map_w)
+    y0, y1 = max(view[1], 0), min(view[3], map_h)
+    style: Style = {"color": FAINT, "linewidth": 0.4}
+    axes.hlines(np.arange(np.ceil(y0), np.floor(y1) + 1), x0, x1, **style)
+    axes.vlines(np.arange(np.ceil(x0), np.floor(x1) + 1), y0, y1, **style)
+    axes.set(xlim=(view[0], view[2]), ylim=(view[3], view[1]), aspect="equal")
+
+
+def _marked_bin(num_bins: int) -> tuple[int, int]:
+    """Returns row and column of the bin that is drawn in full: at the side that moves most."""
+    return num_bins // 2, num_bins - 1
+
+
+def _draw_reads(axes: Axes, reads: Reads, box: FloatArray) -> None:
+    """Draws the RoI as it is used, its bins, its points, and the cells that one bin reads."""
+    x0, y0, x1, y1 = reads.box
+    num_bins = len(reads.x.weights)
+    row, column = _marked_bin(num_bins)
+    cells = reads.bin_cells(row, column)
+    for i, j in np.argwhere(cells > 0):
+        share = 0.25 + 0.6 * cells[i, j] / cells.max()
+        axes.add_patch(Rectangle((j, i), 1, 1, facecolor=ORANGE, alpha=share, linewidth=0))
+    inner: Style = {"color": BLUE, "linewidth": 0.8}
+    axes.hlines(np.linspace(y0, y1, num_bins + 1), x0, x1, **inner)
+    axes.vlines(np.linspace(x0, x1, num_bins + 1), y0, y1, **inner)
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=BLUE, lw=1.8))
+    exact: Style = {"fill": False, "ec": INK, "lw": 1.4, "ls": (0, (3, 2))}
+    axes.add_patch(Rectangle((box[0], box[1]), box[2] - box[0], box[3] - box[1], **exact))
+    xs, ys = np.meshgrid(reads.x.samples.ravel(), reads.y.samples.ravel())
+    axes.plot(xs.ravel(), ys.ravel(), "o", color=BLUE, markersize=2)
+    if reads.x.samples.size:
+        _draw_point(axes, reads, row, column)
+
+
+def _draw_point(axes: Axes, reads: Reads, row: int, column: int) -> None:
+    """Draws the points of a bin, and from which cells the first of them is read."""
+    ys, xs = reads.y.samples[row], reads.x.samples[column]
+    for i, j in itertools.product(reads.y.neighbours[row, 0], reads.x.neighbours[column, 0]):
+        line: Style = {"color": INK, "linewidth": 1, "zorder": 3}
+        axes.plot([xs[0], j + 0.5], [ys[0], i + 0.5], "-", **line)
+        axes.plot(j + 0.5, i + 0.5, "s", color=INK, markersize=3, zorder=3)
+    for y, x in itertools.product(ys, xs):
+        axes.plot(x, y, "o", color=VERMILION, markersize=4, zorder=4)
+
+
+def _draw_displacement(axes: Axes, reads: Reads, box: FloatArray, moved: FloatArray) -> None:
+    """Draws arrows from the edges of the box to where rounding puts them, with pixels."""
+    if reads.way not in ROUNDED:
+        return
+    middle = (box[:2] + box[2:]) / 2
+    for edge, is_across in enumerate((True, False, True, False)):
+        tail = (box[edge], middle[1]) if is_across else (middle[0], box[edge])
+        head = (reads.box[edge], tail[1]) if is_across else (tail[0], reads.box[edge])
+        arrow: Style = {"arrowstyle": "-|>", "mutation_scale": 8, "color": GREEN, "lw": 1.8}
+        axes.add_patch(FancyArrowPatch(tail, head, shrinkA=0, shrinkB=0, zorder=5, **arrow))
+        text: Style = {"color": GREEN, "fontsize": 7, "fontweight": "bold", "zorder": 6}
+        text |= {"ha": "center", "va": "bottom"} if is_across else {"ha": "left", "va": "center"}
+        place = np.add(tail, head) / 2 + ((0, -0.3) if is_across else (0.3, 0))
+        words = f"{abs(moved[edge]):.1f} px"
+        said = axes.text(place[0], place[1], words, path_effects=HALO, **text)
+        said.set_in_layout(False)
+
+
+def _told_displacement(
+    reads: Reads, all_reads: list[Reads], moved: FloatArray, cell: FloatArray
+) -> str:
+    """Returns what rounding does, in pixels of the image."""
+    if reads.way not in ROUNDED:
+        return "The box stays where it is: 0 px."
+    aligned = next(each for each in all_reads if each.way == "RoIAlign")
+    marked = _marked_bin(len(reads.x.weights))
+    off = (reads.bin_centre(*marked) - aligned.bin_centre(*marked)) * cell
+    across, down = moved[2] - moved[0], moved[3] - moved[1]
+    return (
+        f"The box gets {abs(across):.1f} px {'wider' if across > 0 else 'narrower'} and "
+        f"{abs(down):.1f} px {'taller' if down > 0 else 'shorter'}. What\n"
+        f"the marked bin reads lies {np.hypot(*off):.1f} px from RoIAlign's."
+    )
+
+
+def _draw_legend(axes: Axes, told: str) -> None:
+    axes.axis("off")
+    dots: Style = {"markersize": 4, "linestyle": "none"}
+    handles = [
+        Line2D([], [], color=INK, linestyle=(0, (3, 2)), label="the box that the model predicted"),
+        Line2D([], [], color=BLUE, label="the box and the bins that are used"),
+        Line2D([], [], color=GREEN, marker=">", markersize=4, label="what rounding moves, in px"),
+        Line2D([], [], color=BLUE, marker=".", label="points that are read", **dots),
+        Line2D([], [], color=VERMILION, marker="o", label="points of the marked bin", **dots),
+        Line2D([], [], color=INK, marker="s", label="the four cells of one point", **dots),
+        Patch(facecolor=ORANGE, alpha=0.8, label="cells that the marked bin reads,"),
+        Patch(facecolor="none", label="darker where they count more"),
+    ]
+    layout: Style = {"loc": "upper left", "ncol": 3, "alignment": "left", "borderaxespad": 0}
+    legend = axes.legend(handles=handles, frameon=False, title=told, columnspacing=1, **layout)
+    legend.set_in_layout(False)  # else it would narrow the panels

@@ -1,0 +1,128 @@
+"""What four ways of RoI pooling read of a feature map, asked of the operators themselves.
+
+Cells are found by pooling maps in which one row or one column is 1, so they are what the operator
+reads, whatever it is. Sampling points are those of ``ops.axis_weights``.
+
+Positions are in cells: 0 is the outer edge of the first cell, so its centre is at 0.5.
+
+Shape alphabet: P bins along an axis, G samples per bin and axis, H and W sides of the map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...ops import precise_roi_pool, roi_align, roi_pool, roi_warp
+from ...ops.axis_weights import roi_align_samples, round_to_cells
+
+FloatArray = npt.NDArray[np.float64]
+
+BEYOND = 3
+"""Cells around a RoI in which a rounded one may read."""
+
+WAYS = ("RoIPool", "RoIWarp", "RoIAlign", "PrRoIPool")
+"""In the order of their invention."""
+
+ROUNDED = ("RoIPool", "RoIWarp")
+
+
+@dataclass(frozen=True)
+class AxisReads:
+    """What a way of pooling reads along one axis.
+
+    Attributes:
+        start: of the RoI as it is used, rounded or not.
+        end: of it.
+        weights: (P, H or W) with which a bin reads a row or column; 1 where it takes the maximum.
+        samples: (P, G) points; G is 0 if there are none. NaN off the map.
+        neighbours: (P, G, 2) the cells that each is read from.
+    """
+
+    start: float
+    end: float
+    weights: FloatArray
+    samples: FloatArray
+    neighbours: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a way of pooling reads of a map for one RoI."""
+
+    way: str
+    y: AxisReads
+    x: AxisReads
+
+    @property
+    def box(self) -> FloatArray:
+        """(4,) x0, y0, x1, y1 of the RoI as it is used."""
+        return np.array([self.x.start, self.y.start, self.x.end, self.y.end])
+
+    def bin_cells(self, row: int, column: int) -> FloatArray:
+        """Returns the (H, W) weights of the cells that a bin reads."""
+        return np.outer(self.y.weights[row], self.x.weights[column])
+
+    def bin_centre(self, row: int, column: int) -> FloatArray:
+        """Returns (2,) x and y of the middle of the cells that a bin reads, by their weights."""
+        middles = []
+        for weights in (self.x.weights[column], self.y.weights[row]):
+            centres = np.arange(len(weights)) + 0.5
+            middles.append((weights * centres).sum() / max(weights.sum(), 1e-12))
+        return np.array(middles)
+
+
+def pooling_reads(
+    way: str, box: FloatArray, map_hw: tuple[int, int], num_bins: int, sampling_ratio: int
+) -> Reads:
+    """Returns what a way of pooling reads.
+
+    Args:
+        way: one of WAYS.
+        box: (4,) x0, y0, x1, y1 of the RoI.
+        map_hw: H and W.
+        num_bins: P.
+        sampling_ratio: G of RoIWarp and RoIAlign; 0 for as many as the RoI has cells per bin.
+    """
+    operators: dict[str, Callable[..., Tensor]] = {
+        "RoIPool": roi_pool,
+        "RoIWarp": partial(roi_warp, sampling_ratio=sampling_ratio),
+        "RoIAlign": partial(roi_align, sampling_ratio=sampling_ratio, aligned=True),
+        "PrRoIPool": precise_roi_pool,
+    }
+    roi = torch.tensor([[0.0, *box]])
+    by_axis = []
+    for axis, (start, end, length) in enumerate(
+        ((box[1], box[3], map_hw[0]), (box[0], box[2], map_hw[1]))
+    ):
+        lines = range(max(math.floor(start) - BEYOND, 0), min(math.ceil(end) + BEYOND, length))
+        weights = np.zeros((num_bins, length))
+        pooled = operators[way](_lit_lines(lines, axis, map_hw), roi, num_bins)[0]
+        # The other axis reads all of a line, by weights that add up to 1.
+        weights[:, lines] = pooled.amax(2 - axis).T.numpy()
+        edges = torch.tensor([start], dtype=torch.float32), torch.tensor([end], dtype=torch.float32)
+        used = round_to_cells(*edges) if way in ROUNDED else edges
+        samples, neighbours = np.empty((num_bins, 0)), np.empty((num_bins, 0, 2), np.int64)
+        if way in ("RoIWarp", "RoIAlign"):
+            table = roi_align_samples(*used, num_bins, length, sampling_ratio)
+            # A sample is where the weights of its two cells say; cells are counted by centres.
+            place = (table.cell * table.weight).sum(3)[0] + 0.5
+            samples = torch.where(table.inside[0], place, torch.nan).double().numpy()
+            neighbours = table.cell[0].long().numpy()
+        by_axis.append(AxisReads(float(used[0]), float(used[1]), weights, samples, neighbours))
+    return Reads(way, *by_axis)
+
+
+def _lit_lines(lines: range, axis: int, map_hw: tuple[int, int]) -> Tensor:
+    """Returns a (1, C, H, W) map with a channel for each of C rows (or columns), which is 1."""
+    lit = torch.zeros(1, len(lines), *map_hw)
+    for channel, line in enumerate(lines):
+        lit[0, channel].select(axis, line).fill_(1)
+    return lit

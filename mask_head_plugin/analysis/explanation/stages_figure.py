@@ -1,0 +1,181 @@
+"""The paper's Figure 1 on the user's image: proposals, boxes with classes, K masks, one mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from matplotlib.patches import Rectangle
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from .model_stages import FloatArray, Stages
+from .style import CHOSEN, CLASS_COLOURS, INK, Style, blank, page_figure
+
+MOST_PROPOSALS = 25
+MOST_MASKS = 8
+"""In the strip: of more classes, those that the mask branch gives most to, and the chosen one."""
+
+SURE = 0.5
+"""Score from which detections are drawn."""
+
+
+def stages_figure(stages: Stages, number: int, probs: Tensor) -> Figure:
+    """Draws what the stages of the model make of an image.
+
+    Args:
+        stages: of the image.
+        number: of the detection whose masks are shown.
+        probs: (K, M, M) masks of that detection, for each class; K is 1 if they are class-agnostic.
+    """
+    figure = page_figure(7.4, "From region proposals to a mask")
+    rows = figure.add_gridspec(3, 1, height_ratios=(1, 0.55, 1))
+    first, last = (rows[k].subgridspec(1, 2) for k in (0, 2))
+    proposals = stages.proposals[:MOST_PROPOSALS]
+    _draw_proposals(figure.add_subplot(first[0]), stages, proposals)
+    _draw_detections(figure.add_subplot(first[1]), stages, number)
+    _draw_strip(figure, rows[1], stages, number, probs)
+    _draw_crop(figure.add_subplot(last[0]), stages, number)
+    _draw_pasted(figure.add_subplot(last[1]), stages, number)
+    return figure
+
+
+def told_in_words(stages: Stages, number: int) -> str:
+    """Returns what the picture shows."""
+    name = stages.names[stages.classes[number]]
+    return (
+        f"Four stages on one image: {len(stages.proposals)} proposals; the boxes that the box "
+        f"branch kept, with their classes; the masks of the {name} for each class, of which one is "
+        "chosen; and that mask resized to its box in the image."
+    )
+
+
+def _image(axes: Axes, stages: Stages, title: str, told: str) -> None:
+    blank(axes)
+    axes.imshow(stages.image, alpha=0.85)
+    axes.set_title(title)
+    axes.set_xlabel(told, loc="left", multialignment="left")
+
+
+def _box(axes: Axes, box: FloatArray, colour: str, width: float, **style: Any) -> None:
+    x0, y0, x1, y1 = box - 0.5  # imshow has the centre of a pixel at whole numbers
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=width, **style))
+
+
+def _drawn(stages: Stages, number: int) -> dict[int, str]:
+    """Returns the detections that are drawn and their colours, the chosen one last."""
+    sure = [k for k, score in enumerate(stages.scores) if score >= SURE and k != number]
+    colours = {k: CLASS_COLOURS[int(stages.classes[k]) % len(CLASS_COLOURS)] for k in sure}
+    return {**colours, number: CHOSEN}
+
+
+def _draw_proposals(axes: Axes, stages: Stages, proposals: FloatArray) -> None:
+    told = (
+        f"The {len(proposals)} likeliest of {len(stages.proposals)} boxes that may\n"
+        "hold an object, of whatever class"
+    )
+    _image(axes, stages, "1  Region proposals", told)
+    for box in proposals:
+        _box(axes, box, "white", 1.6, alpha=0.7)
+        _box(axes, box, INK, 0.6)
+
+
+def _draw_detections(axes: Axes, stages: Stages, number: int) -> None:
+    told = (
+        "The box branch refines the boxes, drops doubles, and says\n"
+        "what is in each. Thick: the box that stages 3 and 4 follow"
+    )
+    _image(axes, stages, "2  Boxes and classes", told)
+    for k, colour in _drawn(stages, number).items():
+        _box(axes, stages.boxes[k], colour, 2.6 if k == number else 1.2)
+        x0, y0 = stages.boxes[k][:2]
+        room = 0.06 * stages.image.shape[0]  # above the box
+        text: Style = {"fontsize": 7, "color": "white", "va": "bottom" if y0 > room else "top"}
+        name = f"{stages.names[stages.classes[k]]} {stages.scores[k]:.0%}"
+        back = {"facecolor": colour, "pad": 1, "linewidth": 0}
+        axes.text(x0, y0, name, bbox=back, **text)
+
+
+def strip_classes(stages: Stages, number: int, probs: Tensor) -> list[int]:
+    """Returns the classes whose masks are shown, in their order."""
+    chosen = int(stages.classes[number])
+    if len(probs) <= MOST_MASKS:
+        return list(range(len(probs)))
+    others = probs.flatten(1).mean(1).argsort(descending=True).tolist()
+    return sorted([chosen, *[k for k in others if k != chosen][: MOST_MASKS - 1]])
+
+
+def _draw_strip(
+    figure: Figure, row: SubplotSpec, stages: Stages, number: int, probs: Tensor
+) -> None:
+    classes, chosen = strip_classes(stages, number, probs), int(stages.classes[number])
+    agnostic = len(probs) == 1
+    several = figure.add_subfigure(row)
+    told = "one for each class, which know nothing of each other"
+    if agnostic:
+        told = "one for all classes"
+    elif stages.classes_compete:
+        told = "one for each class, which compete for each pixel"
+    picks = "" if agnostic else ".\nThe class of the box picks one"
+    which = f"; {len(classes)} of {len(probs)} are shown" if len(classes) < len(probs) else ""
+    said = f"The mask branch draws masks of {probs.shape[1]} x {probs.shape[2]} pixels, {told}"
+    style: Style = {"x": 0.01, "ha": "left", "color": INK}
+    several.suptitle("3  Masks of one box", fontsize=9, **style)
+    several.supxlabel(f"{said}{picks}{which}.", fontsize=7.5, multialignment="left", **style)
+    for axes, k in zip(np.atleast_1d(several.subplots(1, len(classes))), classes, strict=True):
+        blank(axes)
+        axes.imshow(probs[k].numpy(), vmin=0, vmax=1, cmap="gray")
+        is_chosen = agnostic or k == chosen
+        name = "any class" if agnostic else stages.names[k]
+        axes.set_xlabel(f"{name}: picked" if is_chosen and not agnostic else name)
+        if is_chosen:
+            axes.xaxis.label.set_fontweight("bold")
+            for side in axes.spines.values():
+                side.set(color=CHOSEN, linewidth=3)
+
+
+def _draw_crop(axes: Axes, stages: Stages, number: int) -> None:
+    """Draws the chosen mask in its box, pixel by pixel."""
+    x0, y0, x1, y1 = stages.boxes[number]
+    told = (
+        "The mask is stretched over its box. A pixel belongs to it\n"
+        "from a probability of 0.5 on: inside the line"
+    )
+    _image(axes, stages, "4  Resized to the box", told)
+    probs = stages.mask_probs[number].numpy()
+    side = len(probs)
+    extent = (x0 - 0.5, x1 - 0.5, y1 - 0.5, y0 - 0.5)
+    axes.imshow(probs, extent=extent, vmin=0, vmax=1, cmap="gray", alpha=0.75)
+    # Around the box, masks are zero: a ring of pixels closes the line.
+    steps = (np.arange(-1, side + 1) + 0.5) / side
+    xs, ys = x0 - 0.5 + steps * (x1 - x0), y0 - 0.5 + steps * (y1 - y0)
+    if probs.max() > 0.5:
+        axes.contour(xs, ys, np.pad(probs, 1), [0.5], colors=[CHOSEN], linewidths=1.4)
+    axes.set(**_around(stages.boxes[number], stages.image.shape[:2]))
+
+
+def _around(box: FloatArray, image_hw: tuple[int, int]) -> Style:
+    """Returns limits of axes around a box, of the shape of the image and inside it."""
+    height, width = image_hw
+    share = max((box[2] - box[0]) / width, (box[3] - box[1]) / height) * 1.3
+    half = min(share, 1) * np.array([width, height]) / 2
+    middle = np.clip((box[:2] + box[2:]) / 2, half, (width, height) - half) - 0.5
+    (left, top), (right, bottom) = middle - half, middle + half
+    return {"xlim": (left, right), "ylim": (bottom, top)}
+
+
+def _draw_pasted(axes: Axes, stages: Stages, number: int) -> None:
+    told = f"The masks of all boxes that score {SURE:.0%} or more.\nDashed: that of stages 3 and 4"
+    _image(axes, stages, "5  Masks in the image", told)
+    for k, colour in _drawn(stages, number).items():
+        mask = coco_mask.decode(stages.pasted(k)[0])
+        layer = np.zeros((*mask.shape, 4))
+        layer[..., :3] = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        layer[..., 3] = 0.55 * mask
+        axes.imshow(layer)
+        if mask.any() and not mask.all():
+            axes.contour(mask, [0.5], colors=[colour], linewidths=1)
+    _box(axes, stages.boxes[number], INK, 1, linestyle=(0, (3, 2)))

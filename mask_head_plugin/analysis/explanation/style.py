@@ -1,0 +1,85 @@
+"""How the explaining pictures look, and how they are written: PNG and SVG, as wide as a page."""
+
+from __future__ import annotations
+
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ...durable_files import write_durably
+
+PAGE_INCHES = 6.5
+"""Width of the text on a page of A4 or US letter paper."""
+
+DPI = 160
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE, ORANGE, VERMILION, GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"
+PURPLE, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
+CLASS_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW)
+CHOSEN = VERMILION
+INK, FAINT = "#222222", "#8a8a8a"
+
+Style = dict[str, Any]
+
+FONTS: Any = {
+    "font.size": 7.5,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelcolor": INK,
+    "figure.titlesize": 11,
+    "figure.titleweight": "bold",
+    "svg.hashsalt": "mask_head_plugin",  # else ids of an SVG are random
+}
+"""Settings to draw and to save a figure with."""
+
+
+def page_figure(height: float, title: str) -> Figure:
+    """Returns an empty figure of a page's width with a title, its height in inches."""
+    figure = Figure(figsize=(PAGE_INCHES, height), layout="constrained", facecolor="white")
+    figure.suptitle(title, x=0.01, ha="left", color=INK)
+    return figure
+
+
+def blank(axes: Axes) -> None:
+    """Takes ticks and their labels from axes, and keeps the frame."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_color(FAINT)
+
+
+def save(figure: Figure, folder: Path, name: str, told: str) -> list[Path]:
+    """Writes ``name.png`` and ``name.svg``.
+
+    Args:
+        figure: to draw.
+        folder: there is one.
+        name: of the files.
+        told: what the picture shows, in words, for those who do not see it: the files say it, too.
+
+    Returns:
+        The files.
+    """
+    written = []
+    said: dict[str, dict[str, Any]] = {
+        "png": {"Description": told},
+        "svg": {"Description": told, "Date": None},
+    }
+    for kind, metadata in said.items():
+        content = BytesIO()
+        figure.savefig(content, format=kind, dpi=DPI, metadata=metadata)
+        path = folder / f"{name}.{kind}"
+        write_durably(path, partial(_write, content.getvalue()))
+        written.append(path)
+    return written
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)

@@ -1,0 +1,179 @@
+"""The pictures of tools/explain.py: what they are drawn from, and that all are made."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHECKPOINT, CONFIGS, small_config
+from matplotlib import rc_context
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.analysis.explanation import pooling_figure, stages_figure
+from mask_head_plugin.analysis.explanation.competition_figure import claimed_pixel
+from mask_head_plugin.analysis.explanation.explain import embedded_image, explain
+from mask_head_plugin.analysis.explanation.model_stages import (
+    class_probs,
+    features_of_box,
+    run_stages,
+)
+from mask_head_plugin.analysis.explanation.style import DPI, FONTS, PAGE_INCHES, save
+from mask_head_plugin.engine.predictor import BGRPredictor, load_predictor
+from mask_head_plugin.structures import run_lengths
+
+SHAPES = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
+ON_CPU = ["MODEL.DEVICE", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return load_predictor(load_config(SHAPES, [*ON_CPU, "MODEL.WEIGHTS", str(CHECKPOINT)]))
+
+
+@pytest.fixture(scope="module")
+def stages(predictor):
+    return run_stages(predictor, embedded_image())
+
+
+def test_the_stages_end_with_what_the_model_finds(predictor, stages):
+    found = predictor(stages.image[:, :, ::-1])["instances"]
+    assert len(found) == len(stages.boxes) > 1
+    np.testing.assert_allclose(stages.boxes, found.pred_boxes.tensor, atol=1e-4)
+    np.testing.assert_array_equal(stages.classes, found.pred_classes)
+    assert (np.diff(stages.scores) <= 0).all()
+    for number, expected in enumerate(run_lengths(found.pred_masks)):
+        mask = coco_mask.decode(stages.pasted(number)[0])
+        np.testing.assert_array_equal(mask, coco_mask.decode(expected))
+
+
+def test_the_mask_of_the_class_of_the_box_is_the_one_that_is_picked(predictor, stages):
+    head = predictor.model.roi_heads.mask_head
+    for number, k in enumerate(stages.classes):
+        probs = class_probs(head, stages.region_features[number : number + 1])
+        assert probs.shape == (5, 28, 28)
+        torch.testing.assert_close(probs[k], stages.mask_probs[number])
+
+
+def test_a_second_model_is_given_the_same_box(predictor, stages):
+    features = features_of_box(predictor, stages.image, stages.rois[1], int(stages.classes[1]))
+    torch.testing.assert_close(features, stages.region_features[1:2])
+    assert "inference" not in vars(predictor.model)
+
+
+def made_stages(name: str, *opts: str):
+    """Runs an untrained model on an image that it scales up."""
+    rare = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "3"]
+    torch.manual_seed(0)
+    made = BGRPredictor(small_config(name, *rare, *opts))
+    image = np.random.default_rng(0).integers(0, 256, (48, 60, 3)).astype(np.uint8)
+    return made, run_stages(made, image)
+
+
+STOCK = ["MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
+HEAD = "MODEL.ROI_MASK_HEAD."
+
+
+@pytest.mark.parametrize(
+    ("name", "opts"),
+    [
+        ("Base-MaskRCNN-C4.yaml", []),
+        ("Base-MaskRCNN-FPN.yaml", [*STOCK, HEAD + "NAME", "MaskRCNNConvUpsampleHead"]),
+        ("Base-MaskRCNN-FPN.yaml", [HEAD + "CLS_AGNOSTIC_MASK", "True"]),
+        ("Base-MaskRCNN-FPN.yaml", [HEAD + "LOSSES", '[["softmax_cross_entropy", 1.0]]']),
+        ("misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", []),
+    ],
+)
+def test_other_models_are_drawn_as_well(name, opts):
+    made, found = made_stages(name, *opts)
+    probs = class_probs(made.model.roi_heads.mask_head, found.region_features[:1])
+    k = 0 if len(probs) == 1 else found.classes[0]
+    torch.testing.assert_close(probs[k], found.mask_probs[0], atol=1e-5, rtol=1e-4)
+    assert found.classes_compete == ("softmax" in str(opts))
+    if found.classes_compete:
+        assert probs.sum(0).max() < 1
+    assert (found.pooled_hw, found.sampling_ratio) == ((14, 14), 0)
+    assert found.boxes[:, 2].max() <= 60 and found.rois[:, 2].max() <= 120
+    pooling_figure.pooling_figure(found, 0, 0)
+    stages_figure.stages_figure(found, 0, probs)
+
+
+def test_of_many_classes_the_strip_has_the_chosen_one_and_those_with_most(stages):
+    probs = torch.zeros(80, 28, 28)
+    probs[60:67] = torch.arange(1, 8)[:, None, None] / 8
+    chosen = int(stages.classes[0])
+    assert stages_figure.strip_classes(stages, 0, probs) == [chosen, *range(60, 67)]
+
+
+def test_the_circled_pixel_is_the_one_of_the_mask_that_most_classes_claim():
+    chosen = [[0.9, 0.8, 0.4], [0.6, 0.9, 0.1]]
+    others = [[0.2, 0.7, 1.0], [0.1, 0.6, 0.9]]
+    assert claimed_pixel(torch.tensor([others, chosen]), 1) == (0, 1)
+    assert claimed_pixel(torch.tensor([others, chosen]) / 3, 1) == (1, 1), "the mask has no pixel"
+
+
+def test_all_pictures_are_made_no_wider_than_a_page_and_say_what_they_show(tmp_path):
+    written = explain(
+        SHAPES,
+        str(CHECKPOINT),
+        "",
+        tmp_path,
+        opts=ON_CPU,
+        detection=2,
+        softmax_weights=str(CHECKPOINT),
+    )
+    names = ("stages", "roi_pooling", "competition")
+    assert [x.name for x in written] == [f"{x}.{kind}" for x in names for kind in ("png", "svg")]
+    for path in written:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                assert image.width == PAGE_INCHES * DPI and len(image.text["Description"]) > 50
+        else:
+            root = ElementTree.parse(path).getroot()
+            assert float(root.get("width").removesuffix("pt")) == PAGE_INCHES * 72
+            assert "box" in "".join(root.itertext())
+
+
+def test_the_pictures_are_the_same_each_time(stages, predictor, tmp_path):
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        with rc_context(FONTS):
+            figure = pooling_figure.pooling_figure(stages, 0, 3)
+            files.append(save(figure, tmp_path / name, "x", "words"))
+    assert [x.read_bytes() for x in files[0]] == [x.read_bytes() for x in files[1]]
+
+
+COMPETING = ["MODEL.ROI_MASK_HEAD.LOSSES", '[["softmax_cross_entropy", 1.0]]']
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"detection": 99}, r"--detection 99: the model finds \d+ objects"),
+        ({"detection": 0}, "--detection 0"),
+        ({"num_bins": -1}, "--bins -1: it must be at least 1"),
+        ({"image_file": "missing.jpg"}, "missing.jpg"),
+        ({"weights": "missing.pth"}, "file missing.pth does not exist"),
+        ({"softmax_weights": "missing.pth"}, "file missing.pth does not exist"),
+        ({"opts": ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0"]}, "finds no object in this image"),
+        ({"opts": ["MODEL.MASK_ON", "False"]}, "no mask branch"),
+        ({"opts": COMPETING, "softmax_weights": str(CHECKPOINT)}, "compete already"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named_and_nothing_is_written(changed, message, tmp_path):
+    arguments = {
+        "config_file": SHAPES,
+        "weights": str(CHECKPOINT),
+        "image_file": "",
+        "output": tmp_path / "out",
+        **changed,
+    }
+    arguments["opts"] = [*ON_CPU, *changed.get("opts", [])]
+    with pytest.raises(ConfigError, match=message):
+        explain(**arguments)
+    assert not list(Path(tmp_path).rglob("*.png"))

@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Draws, on your image, what Mask R-CNN's stages do and what its RoI pooling reads."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import flags
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "shapes" / "mask_rcnn_shapes.yaml"
+WEIGHTS = ROOT / "checkpoints" / "mask_rcnn_shapes.safetensors"
+
+EXAMPLES = """
+Examples:
+  The model of this repository on an image of its own:
+    python tools/explain.py
+  Your model on your image, the second best detection:
+    python tools/explain.py --config-file ... --weights output/run1/model_final.pth \\
+        --input photo.jpg --detection 2 --output output/explained
+
+In the folder of --output, each as PNG and SVG, as wide as a page (docs/explain.md explains them):
+  stages         From region proposals to a mask: the paper's Figure 1 on your image.
+  roi_pooling    What RoIPool, RoIWarp, RoIAlign and PrRoIPool read of the feature map for one box,
+                 and by how many pixels rounding moves it: the paper's Figure 3 on your image.
+  competition    With --softmax-weights: what classes get of a pixel if their masks are independent,
+                 and if they compete (the paper's Table 2b).
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", metavar="FILE", help="the model's config")
+    parser.add_argument("--weights", metavar="FILE", help="the model's weights")
+    parser.add_argument("--input", metavar="IMAGE", help="your image; default: an embedded one")
+    folder = Path("output/explain")
+    parser.add_argument(
+        "--output", type=Path, default=folder, metavar="FOLDER", help=f"default {folder}"
+    )
+    parser.add_argument(
+        *("--detection",),
+        type=int,
+        default=1,
+        metavar="N",
+        help="whose box and mask are shown, by falling score (default 1)",
+    )
+    parser.add_argument(
+        *("--bins",),
+        type=int,
+        default=0,
+        metavar="N",
+        help="of RoI pooling on a side (default: so that one has about two cells)",
+    )
+    parser.add_argument(
+        "--softmax-weights", default="", metavar="FILE", help="of a model whose masks compete"
+    )
+    flags.add_code(parser)
+    flags.add_opts(parser)
+    args = parser.parse_args()
+    if bool(args.config_file) != bool(args.weights):
+        parser.error("--config-file and --weights belong together: give both or neither")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    from mask_head_plugin import ConfigError
+    from mask_head_plugin.analysis.explanation.explain import explain
+    from mask_head_plugin.config import import_options
+
+    try:
+        written = explain(
+            args.config_file or str(CONFIG),
+            args.weights or str(WEIGHTS),
+            args.input or "",
+            args.output,
+            opts=[*import_options(args.imports), *args.opts],
+            detection=args.detection,
+            num_bins=args.bins,
+            softmax_weights=args.softmax_weights,
+        )
+    except (ConfigError, OSError) as error:
+        print(f"explain.py: {error}", file=sys.stderr)
+        return 2
+    for path in written:
+        print(path)
+    if not args.softmax_weights:
+        print("for competition.png add --softmax-weights; docs/explain.md says how to train them")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
