@@ -1,6 +1,7 @@
 # make train   environment if missing, then Mask R-CNN on the embedded data set, on CPU or GPU
 # make test    environment if missing, then all tests
-# make lint    environment if missing, then ruff and mypy
+# make lint    environment if missing, then ruff, mypy, and links and anchors of the site
+# make docs    environment if missing, then the site of docs/ in output/site
 # make gpu     environment if missing, then 25 minutes of measurements on one GPU; GPU_FLAGS=--quick: 8
 # make test-oldest   all tests with the lowest versions that setup.cfg allows, on Python 3.10
 # make clean   removes the environments, caches and the embedded data set; results stay
@@ -15,6 +16,8 @@ BOOTSTRAP_PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v py
 CONFIG ?= configs/shapes/mask_rcnn_shapes.yaml
 # Two processes of one thread each; who has no tests left takes over some of the other's.
 IN_PROCESSES := -n 2 --dist worksteal
+# Warnings, such as links to nowhere, are errors; the theme's advertisement is not shown.
+SITE = NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/.complete
@@ -22,7 +25,7 @@ else
 ENVIRONMENT := own-environment
 endif
 
-.PHONY: train test test-oldest lint gpu clean own-environment
+.PHONY: train test test-oldest lint docs gpu clean own-environment
 
 train: $(ENVIRONMENT)
 	$(PYTHON) train_net.py --config-file $(CONFIG)
@@ -39,6 +42,11 @@ lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+	$(SITE) --quiet
+
+docs: $(ENVIRONMENT)
+	$(SITE)
+	@echo "The site is in output/site: open output/site/index.html"
 
 gpu: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/gpu_campaign.py $(GPU_FLAGS)

@@ -17,12 +17,12 @@ Examples:
   Train on COCO with 8 GPUs, either way:
     python train_net.py --num-gpus 8 --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
     torchrun --nproc-per-node 8 train_net.py --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
-  Go on after an interruption; evaluate weights (.pth, .pkl or .safetensors):
+  Continue after an interruption; evaluate weights (.pth, .pkl or .safetensors):
     python train_net.py --resume --config-file ... OUTPUT_DIR output/run1
     python train_net.py --eval-only --config-file ... MODEL.WEIGHTS output/run1/model_final.pth
 Any config key may follow the flags: SOLVER.BASE_LR 0.005 SOLVER.MAX_ITER 20000
 Results are in OUTPUT_DIR: log.txt, metrics.json, TensorBoard events, model_final.pth, inference/
-and contact_sheet_*.png (validation images, ground truth beside predictions).
+and contact_sheet_*.png (validation images, ground truth next to predictions).
 """
 
 

@@ -18,7 +18,7 @@ Python; it may find PyTorch and onnxruntime in this one through a .pth file:
   python -m venv rivals && rivals/bin/pip install mayaku openvino onnxruntime
   python benchmarks/deploy.py --rivals rivals/bin/python
 
-The weights are random, scaled so that the model finds as many objects as it may.
+The weights are random, scaled so that the model finds the most objects allowed.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Worker:
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        for line in self.process.stdout:  # what packages print is no answer
+        for line in self.process.stdout:  # what packages print is not an answer
             if line.startswith(ANSWER):
                 answer: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
                 return answer

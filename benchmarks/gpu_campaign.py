@@ -46,7 +46,7 @@ In the folder of --output:
   NAME.json, NAME.log, and traces, plots and pictures of the parts
 
 Use a GPU that does nothing else. Attach campaign.md and campaign.json to an issue of the project.
-Exit codes: 0 all parts are done; 1 a part failed or was cut off; 2 there is no GPU; 130 Ctrl-C.
+Exit codes: 0 all parts are done; 1 a part failed or was cut off; 2 without a GPU; 130 Ctrl-C.
 """
 
 
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     shares = [part.quick_seconds if args.quick else part.seconds for part in chosen]
     end = time.monotonic() + sum(shares)
     for index, part in enumerate(chosen):
-        # What earlier parts have left over is this one's, too.
+        # This part may also use what earlier parts have left over.
         seconds = end - time.monotonic() - sum(shares[index + 1 :])
         left = int(end - time.monotonic())
         print(

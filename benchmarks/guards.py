@@ -69,7 +69,7 @@ def models(sizes: Sizes) -> list[tuple[str, int, int, list[str]]]:
 def measure(
     config: str, num_images: int, side: int, opts: list[str], device: str, repeats: int, busy: int
 ) -> dict[str, Any]:
-    # So small a rate that the guard, which is at work here, too, has no reason to stop.
+    # The rate is so small that the guard, also at work here, has no reason to stop.
     opts = [*OPTS, *opts, "MODEL.DEVICE", device, "SOLVER.BASE_LR", "1e-8"]
     cfg: CfgNode = load_config(str(CONFIGS / config), opts)
     model = Trainer.build_model(cfg)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The mask branch: this plugin beside detectron2's and torchvision's.
+"""The mask branch: this plugin against detectron2's and torchvision's.
 
 head: FCN mask head and binary cross-entropy of 128 RoIs of 14 x 14 x 256, K classes, forward and
 backward, and inference. target: 28 x 28 targets of 128 RoIs from bit masks of 800 x 1333. step: one
@@ -12,7 +12,7 @@ inference: the same model, 100 masks that fill their boxes in each of two images
 A time is the median of several runs, all sides in turn; ratios are detectron2 / ours. Memory is the
 peak of what PyTorch allocates. With --busy N, times are taken while N other processes compute.
 
-Writes a table, a JSON file with machine, versions and date, and a plot beside it.
+Writes a table, a JSON file with machine, versions and date, and a plot next to it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Masks out of the model and their evaluation: this plugin beside detectron2 and pycocotools.
+"""Masks out of the model and their evaluation: this plugin against detectron2 and pycocotools.
 
 output: masks of 28 x 28 and their boxes to COCO run lengths; detectron2 pastes them into images and
 encodes these. evaluation: AP of made data (images of 480 x 640 with 7 objects and 20 detections of
 80 classes) from result dictionaries; detectron2's COCOEvaluator has pycocotools as engine. Boundary
-AP, which it does not have, is timed beside that. Reading images and inference are in neither.
+AP, which it does not compute, is timed separately. Reading images and inference are in neither.
 
 A time is the median of several runs, all sides in turn; ratios are detectron2 / ours. Memory is by
 how much the process grows at most, in a run of its own; with --device cuda, where masks are made on
@@ -12,7 +12,7 @@ the GPU and encoded on the CPU, it is the peak of what PyTorch allocates on the 
 detectron2's masks alone would take more than --limit-gb, its side is left out and that size is
 given.
 
-Writes a table, a JSON file with machine, versions and date, and a plot beside it.
+Writes a table, a JSON file with machine, versions and date, and a plot next to it.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def synchronizer(device: str) -> Callable[[], None]:
 def peak_resident_megabytes(step: Callable[[], object]) -> float:
     """Returns how much the process's memory grows at most during a step, sampled.
 
-    Sees what libraries other than PyTorch allocate, too; on Linux.
+    Also sees what libraries other than PyTorch allocate; on Linux.
     """
     statm, page, done = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE"), threading.Event()
     sizes = [int(statm.read_text().split()[1])]
@@ -204,7 +204,7 @@ def write_json(results: dict[str, Any], path: Path) -> None:
 def write_results(
     results: dict[str, Any], path: Path, plot: Callable[[list[dict[str, Any]], Path], None]
 ) -> None:
-    """Writes results as JSON and, by ``plot``, their ``rows`` as a picture beside it."""
+    """Writes results as JSON and, by ``plot``, their ``rows`` as a picture next to it."""
     write_json(results, path)
     picture = path.with_suffix(".png")
     plot(results["rows"], picture)

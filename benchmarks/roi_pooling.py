@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""RoI pooling: this plugin beside torchvision's operators and detectron2's ROIPooler.
+"""RoI pooling: this plugin against torchvision's operators and detectron2's ROIPooler.
 
 All run in one process on the same inputs: 256 RoIs an image of 800 x 1333, C = 256. The operators
 see one map of stride 8, the poolers an FPN of strides 4 to 32. PrROIPool, the exact integral, has
@@ -10,7 +10,7 @@ peak of what PyTorch allocates during one forward and backward pass, beyond inpu
 the CPU by its profiler, on CUDA by its allocator. With --busy N, times are taken while N other
 processes compute.
 
-Writes a table, a JSON file with machine, versions and date, and a plot beside it.
+Writes a table, a JSON file with machine, versions and date, and a plot next to it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def comparisons(
     yield Comparison(
         "pooler", partial(stock, pyramid, box_lists), partial(ours, pyramid, box_lists), pyramid
     )
-    if device != "cpu":  # there our operators are for what torchvision has not
+    if device != "cpu":  # there our operators are for what torchvision lacks
         return
     single = [pyramid[1]]
     arguments = (single[0], rois, size, 1 / 8)

@@ -9,7 +9,7 @@ import warnings
 
 with warnings.catch_warnings():
     # detectron2 and fvcore script some functions as they are imported, and PyTorch warns of each.
-    # Only while they are imported: your own calls of torch.jit.script warn as ever.
+    # Only while they are imported: your own calls of torch.jit.script still warn.
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
     from .detectron2_import import IMPORT_ERROR, refuse
 
@@ -20,7 +20,7 @@ with warnings.catch_warnings():
 # What this package logs appears wherever you let detectron2's log appear.
 logging.getLogger(__name__).parent = logging.getLogger("detectron2")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["ConfigError", "add_mask_head_config", "data", "load_config", "modeling"]
 

@@ -1,7 +1,7 @@
 """The names of a model's classes: kept with the model and its predictions, and matched by name.
 
 A model numbers its classes as the data that it was trained on did. Another data set may hold the
-same classes in another order, so numbers alone say nothing: whoever brings weights or predictions
+same classes in another order, so numbers alone say nothing: code that brings weights or predictions
 to a data set matches the two here.
 
 Shape alphabet: K classes of a model, N detections.
@@ -22,7 +22,7 @@ from .config import ConfigError
 from .messages import listed
 
 _KEY = "_class_names"
-"""Attribute of models and of Instances. Instances take a name with an underscore for no field."""
+"""Attribute of models and Instances, which do not treat a name with an underscore as a field."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ClassMatch:
         """Matches the classes of ``source``, such as a file, with those of ``owner``.
 
         Raises:
-            ConfigError: if a name occurs twice in either list, so that it tells no class.
+            ConfigError: if a name occurs twice in either list, so that it is ambiguous.
         """
         for names, whose in ((found, source), (wanted, owner)):
             twice = [name for name, count in Counter(names).items() if count > 1]
@@ -79,7 +79,7 @@ def name_classes(model: nn.Module, names: Sequence[str] | None) -> None:
 
     Args:
         model: any that returns a list of ``{"instances": ...}``.
-        names: of its K classes, in the order of its rows; None if nobody knows them. That takes
+        names: of its K classes, in the order of its rows; None if unknown. That takes
             away the hook, which torch.jit.script could not compile.
     """
     for key in [k for k, x in model._forward_hooks.items() if x is _name_predictions]:
@@ -122,13 +122,13 @@ def check_trained(found: Sequence[str], wanted: Sequence[str], dataset: str) -> 
         dataset: its name.
 
     Raises:
-        ConfigError: if the model has not all of them, or names occur twice.
+        ConfigError: if the model lacks some of them, or names occur twice.
     """
     owner = f"data set {dataset!r}"
     match = ClassMatch.of(found, wanted, source="the model", owner=owner)
     if match.new:
         raise ConfigError(
-            f"{owner} has classes that the model does not ({match}); evaluate on data with the "
+            f"{owner} has classes that the model lacks ({match}); evaluate on data with the "
             f"model's classes: {listed(found)}"
         )
     return match

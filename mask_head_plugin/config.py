@@ -20,6 +20,9 @@ from .messages import nearest_name, one_line
 
 DEFAULT_LOSSES = (("binary_cross_entropy", 1.0),)
 
+PACKAGED = Path(__file__).parent / "configs"
+"""The configs that come with the package, whether it is installed or used from its repository."""
+
 _ADDRESS = re.compile(r"\w[\w+.-]*://.*")
 
 
@@ -30,25 +33,23 @@ def add_mask_head_config(cfg: CfgNode) -> None:
         cfg: a config from ``detectron2.config.get_cfg()``; changed in place.
     """
     # What ``instances.pred_masks`` is after inference: "bitmask", detectron2's (N, H, W) tensor, or
-    # "rle", run lengths, for which META_ARCHITECTURE must be MaskRCNN.
+    # "rle", run lengths, which needs META_ARCHITECTURE MaskRCNN.
     cfg.MODEL.MASK_OUTPUT = "bitmask"
 
     # Whether weights that do not fit the model are an error. If not, what fits is loaded and the
-    # rest is logged; a run is never resumed so.
+    # rest is logged. --resume always needs weights that fit.
     cfg.MODEL.WEIGHTS_STRICT = True
 
-    # build_timm_fpn_backbone: a model of timm under a feature pyramid (modeling/timm_backbone.py).
+    # build_timm_fpn_backbone: a model of timm under a feature pyramid; docs/backbones.md.
     timm = cfg.MODEL.TIMM = CfgNode()
-    timm.NAME = "convnext_tiny"  # timm's name for it
-    # Where MODEL.WEIGHTS is empty the backbone starts from CHECKPOINT, a file with timm's names
-    # (safetensors, or a torch file), or if PRETRAINED from timm's hub, or else from random weights.
-    timm.CHECKPOINT = ""
-    timm.PRETRAINED = False
+    timm.NAME = "convnext_tiny"  # the model's name in timm
+    timm.CHECKPOINT = ""  # weights with timm's names (safetensors, torch) if MODEL.WEIGHTS is empty
+    timm.PRETRAINED = False  # if both are empty: weights from timm's hub, not random ones
     timm.OUT_INDICES = []  # which of the model's maps, as timm counts them; [] is all from stride 4
-    timm.DROP_PATH_RATE = 0.0  # stochastic depth (arXiv 1603.09382), if the model knows it
-    timm.NORM = ""  # "" keeps its batch norms; "FrozenBN" or "SyncBN" replaces them
+    timm.DROP_PATH_RATE = 0.0  # stochastic depth (arXiv 1603.09382), if the model supports it
+    timm.NORM = ""  # "" keeps the model's batch norms; "FrozenBN" or "SyncBN" replaces them
 
-    # What a bin makes of its samples: "mean" (the paper's) or "max" (Mask R-CNN Table 2c).
+    # How the samples of a bin become one value: "mean" (the paper's) or "max" (its Table 2c).
     cfg.MODEL.ROI_BOX_HEAD.POOLER_REDUCTION = "mean"
     cfg.MODEL.ROI_MASK_HEAD.POOLER_REDUCTION = "mean"
 
@@ -56,67 +57,71 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # over which the weight grows from 0]. The default is the paper's (Mask R-CNN section 3: average
     # binary cross-entropy on the ground-truth class's mask).
     cfg.MODEL.ROI_MASK_HEAD.LOSSES = [list(term) for term in DEFAULT_LOSSES]
-    cfg.MODEL.ROI_MASK_HEAD.LOSS_WEIGHT = 1.0  # of their sum, beside box and class losses
+    cfg.MODEL.ROI_MASK_HEAD.LOSS_WEIGHT = 1.0  # factor of the sum of LOSSES
 
-    # Parameters of the losses, explained in modeling/mask_loss.py. Losses of your own may have
-    # sections here, too.
+    # Parameters of the losses; docs/mask_losses.md. Your own losses can have sections here.
     params = cfg.MODEL.ROI_MASK_HEAD.LOSS_PARAMS = CfgNode(new_allowed=True)
-    params.DICE = CfgNode({"EPS": 1.0})  # pixels, as the other EPS
-    params.FOCAL = CfgNode({"GAMMA": 2.0, "ALPHA": 0.25})  # arXiv 1708.02002
-    params.TVERSKY = CfgNode({"ALPHA": 0.3, "BETA": 0.7, "EPS": 1.0})  # arXiv 1706.05721
-    params.SOFT_IOU = CfgNode({"EPS": 1.0})
+    params.DICE = CfgNode({"EPS": 1.0})  # smoothing of dice, in pixels
+    focal = params.FOCAL = CfgNode()
+    focal.GAMMA = 2.0  # how much less pixels count that are right (arXiv 1708.02002)
+    focal.ALPHA = 0.25  # weight of the object's pixels, against 1 - ALPHA; -1 for no weights
+    tversky = params.TVERSKY = CfgNode()
+    tversky.ALPHA = 0.3  # weight of pixels added by mistake (arXiv 1706.05721)
+    tversky.BETA = 0.7  # weight of pixels missed
+    tversky.EPS = 1.0  # smoothing of tversky, in pixels
+    params.SOFT_IOU = CfgNode({"EPS": 1.0})  # smoothing of soft_iou, in pixels
 
-    # Hidden layers of MLPMaskHead and their units (Table 2e has two or three of 1024).
-    cfg.MODEL.ROI_MASK_HEAD.NUM_FC = 2
-    cfg.MODEL.ROI_MASK_HEAD.FC_DIM = 1024
+    cfg.MODEL.ROI_MASK_HEAD.NUM_FC = 2  # hidden layers of MLPMaskHead (Table 2e has two or three)
+    cfg.MODEL.ROI_MASK_HEAD.FC_DIM = 1024  # units of each hidden layer of MLPMaskHead
 
-    # Mask scoring (Mask Scoring R-CNN, arXiv 1903.00241): a network beside the mask head predicts
-    # the IoU of each mask, and masks are ranked by class score times IoU.
+    # Mask scoring (Mask Scoring R-CNN, arXiv 1903.00241): a second network predicts the IoU of each
+    # mask, and masks are ranked by class score times IoU. For COCO and LVIS, without TEST.AUG.
     scoring = cfg.MODEL.ROI_MASK_HEAD.SCORING = CfgNode()
     scoring.ENABLED = False
-    scoring.LOSS_WEIGHT = 1.0
-    scoring.CONV_DIM = 256  # channels of its four convolutions
-    scoring.FC_DIM = 1024  # units of its two hidden linear layers
+    scoring.LOSS_WEIGHT = 1.0  # weight of the loss of mask scoring
+    scoring.CONV_DIM = 256  # channels of mask scoring's four convolutions
+    scoring.FC_DIM = 1024  # units of mask scoring's two hidden linear layers
 
-    # How weights are learnt; docs/recipes.md says when to use what. "SGD", or "AdamW" with BETAS.
+    # "SGD" or "AdamW"; docs/recipes.md says when to use which.
     cfg.SOLVER.OPTIMIZER = "SGD"
-    cfg.SOLVER.BETAS = [0.9, 0.999]
+    cfg.SOLVER.BETAS = [0.9, 0.999]  # AdamW's two decay rates
 
-    # Factors of the learning rate by name of a module or parameter; the longest name counts.
+    # [name, factor] pairs: the learning rate of a module or parameter; the longest name counts.
     cfg.SOLVER.LR_FACTORS = []
 
     # The backbone's last layer learns at this times the base rate, the one before at its square,
     # and so on (arXiv 2106.08254). What a layer is: modeling/backbone_layers.py.
     cfg.SOLVER.LAYER_DECAY = 1.0
 
-    # Parts in which a process computes its share of IMS_PER_BATCH before each step.
+    # Parts in which a process computes its share of IMS_PER_BATCH before each update.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
 
-    # Above 0: an exponential moving average of the weights, of which each step keeps this share, is
-    # evaluated and saved in their place.
+    # Above 0: an exponential moving average of the weights, of which each iteration keeps this
+    # share, is evaluated and saved instead of the weights.
     cfg.SOLVER.EMA_DECAY = 0.0
 
-    # Large-scale jitter of training images (Simple Copy-Paste, arXiv 2012.07177, section 3), in
-    # place of INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN and CROP; see image_file_mapper.py.
-    # IMAGE_SIZE is the side in pixels of the square that each image becomes; scales are those of
-    # the image in that square: 1 fits into it.
-    scales = {"MIN_SCALE": 0.1, "MAX_SCALE": 2.0}
-    cfg.INPUT.LSJ = CfgNode({"ENABLED": False, "IMAGE_SIZE": 1024, **scales})
+    # Large-scale jitter of training images (Simple Copy-Paste, arXiv 2012.07177, section 3) instead
+    # of INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN and CROP.
+    lsj = cfg.INPUT.LSJ = CfgNode()
+    lsj.ENABLED = False
+    lsj.IMAGE_SIZE = 1024  # side in pixels of the square that each image becomes
+    lsj.MIN_SCALE = 0.1  # smallest scale; 1 fits the image into the square
+    lsj.MAX_SCALE = 2.0  # largest scale; the same unit
 
-    # Share of the training images that get objects of another one (same paper); 0 pastes nothing.
-    # See data/copy_paste.py.
+    # Share of the training images that get objects of another image pasted onto them (arXiv
+    # 2012.07177); docs/recipes.md.
     cfg.INPUT.COPY_PASTE = CfgNode({"PROBABILITY": 0.0})
 
-    # Of model_<iteration>.pth keep only the newest so many; 0 keeps all.
+    # How many of the newest model_<iteration>.pth to keep; 0 keeps all.
     cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
 
-    # A metric of the evaluation, such as "segm/AP": the weights of the best one are kept as
-    # model_best.pth; needs TEST.EVAL_PERIOD. "" keeps none. Losses of TEST.EVAL_LOSS, such as
+    # A metric of the evaluation, such as "segm/AP": the weights with the best value are kept as
+    # model_best.pth. Needs TEST.EVAL_PERIOD. "" keeps none. Losses of TEST.EVAL_LOSS, such as
     # "validation/total_loss", are better when they are lower.
     cfg.SOLVER.CHECKPOINT_BEST_METRIC = ""
 
     # Ends a run after PATIENCE evaluations in a row in which METRIC was not better than before; ""
-    # ends none. Metrics are those of CHECKPOINT_BEST_METRIC, and better as there.
+    # ends none. Metrics, and which values are better, are those of CHECKPOINT_BEST_METRIC.
     cfg.SOLVER.EARLY_STOPPING = CfgNode({"METRIC": "", "PATIENCE": 5})
 
     # Whether evaluation adds the losses on DATASETS.TEST, means over images, as validation/
@@ -127,17 +132,18 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # with at least this score (see evaluation/semantic.py). 0 leaves them out.
     cfg.TEST.SEMANTIC_THRESHOLD = 0.0
 
-    # The user's own data sets in COCO instances format: ["name", "annotations.json", "images/"].
-    # Paths start at the current folder or, where nothing is there, at $DETECTRON2_DATASETS. The
-    # names can then stand in DATASETS.TRAIN and DATASETS.TEST.
+    # Your data sets in COCO instances format: ["name", "annotations.json", "images/"]. Paths start
+    # at the current folder or, if nothing is there, at $DETECTRON2_DATASETS. Use the names in
+    # DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FILES = []
 
-    # Code of yours that registers what the config names: modules, and .py files (from the folder of
-    # this file, or the current one). Run before anything is built. See read_config for whose count.
+    # Your code that registers what the config names: modules, and .py files (looked for in the
+    # folder of this file, then in the current one). Runs before anything is built;
+    # docs/your_own_code.md says whose entries count.
     cfg.IMPORTS = []
 
-    # Faults of the data sets' files and images, found before training (dataset_check/findings.py):
-    # "error" stops at them, "warn" goes on, "off" does not look.
+    # Faults of annotation files and images, looked for before training: "error" stops if there are
+    # any, "warn" continues, "off" does not look.
     cfg.DATASETS.CHECK = "error"
 
 
@@ -155,6 +161,18 @@ def load_config(
     return cfg
 
 
+def find_config_file(name: str) -> str:
+    """Returns the path of a config file: yours, or else the one that comes with the package.
+
+    Args:
+        name: a path, or the name of a file below ``configs/`` such as
+            ``coco/mask_rcnn_R_50_FPN_1x.yaml``, with or without ``configs/`` in front. A name that
+            fits no file, "" among them, is returned as it is.
+    """
+    packaged = PACKAGED / name.removeprefix("configs/")
+    return name if Path(name).is_file() or not packaged.is_file() else str(packaged)
+
+
 def read_config(
     config_file: str = "", opts: Sequence[str] = (), *, is_named: bool = True
 ) -> CfgNode:
@@ -165,8 +183,8 @@ def read_config(
     stranger's: what it wants to import is an error unless the file or the options name it.
 
     Args:
-        config_file: a YAML file, with ``_BASE_`` if it likes. Unsafe YAML tags are refused, and
-            so is a ``_BASE_`` on another machine.
+        config_file: a YAML file as ``find_config_file`` takes it; it may have a ``_BASE_``. Unsafe
+            YAML tags are refused, and so is a ``_BASE_`` on another machine.
         opts: "KEY VALUE" pairs in one flat list, as after the flags of ``train_net.py``.
         is_named: whether the user has named this file. If not, its IMPORTS are like a ``_BASE_``'s.
 
@@ -177,6 +195,7 @@ def read_config(
         ConfigError: if the file does not exist or is not YAML, or a key does not exist or has the
             wrong type; the nearest existing key is named.
     """
+    config_file = find_config_file(config_file)
     cfg = get_cfg()
     add_mask_head_config(cfg)
     wanted = _merge_file(cfg, config_file) if config_file else {}
@@ -202,7 +221,7 @@ def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> Non
         ConfigError: if a key does not exist or has the wrong type.
     """
     if "IMPORTS" in (overrides or {}):
-        raise ConfigError(f"{source}: IMPORTS stands at the top of the file, for all variants")
+        raise ConfigError(f"{source}: IMPORTS belongs at the top of the file, for all variants")
     try:
         cfg.merge_from_other_cfg(CfgNode(overrides or {}))
     except (KeyError, ValueError, AssertionError) as error:
@@ -213,7 +232,7 @@ def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> Non
 
 
 def _check_values(cfg: CfgNode, source: str) -> None:
-    """Refuses keys that stand without a value, where a file has ``KEY:`` and nothing behind."""
+    """Refuses keys without a value, where a file has only ``KEY:``."""
     defaults = get_cfg()
     add_mask_head_config(defaults)
     known = set(_keys(defaults))
@@ -244,7 +263,7 @@ class _LocalBases(CfgNode):
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
-        address = _ADDRESS.search(filename)  # behind the folder, where fvcore took it for a path
+        address = _ADDRESS.search(filename)  # after the folder, where fvcore took it for a path
         if address:
             raise OSError(
                 f"{address[0]} is on another machine; download it, look at it, and name your copy"
@@ -254,14 +273,14 @@ class _LocalBases(CfgNode):
             > MOST_VALUES
         ):
             raise OSError(
-                f"written out, its aliases (*name) are over {MOST_VALUES} values, with which few "
-                "lines can fill the memory; write values out"
+                f"written out, its aliases (*name) are over {MOST_VALUES} values, so a few "
+                "lines could fill the memory; write the values out"
             )
         return Path(filename).open(encoding="utf-8")
 
 
 def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Returns how many values a YAML node has, those behind aliases counted at each."""
+    """Returns how many values a YAML node has, those of aliases counted at each use."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -318,9 +337,9 @@ def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
     """
     flags = [text for text in opts if text.startswith("--")]
     if flags:
-        raise ConfigError(f"{flags[0]} stands behind KEY VALUE pairs; flags go before them")
+        raise ConfigError(f"{flags[0]} must come before the KEY VALUE options")
     if len(opts) % 2:
-        raise ConfigError(f"options are pairs 'KEY VALUE', but {opts[-1]!r} has no partner")
+        raise ConfigError(f"options are KEY VALUE pairs, but {opts[-1]!r} has no value")
     keys = set(_keys(cfg))
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if key in set(_sections(cfg)):
@@ -355,7 +374,7 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
 
 def _unknown(cfg: CfgNode, key: str) -> str:
     nearest = nearest_name(key, [*_sections(cfg), *_keys(cfg)])
-    return f"there is no config key {key!r}" + (f"; did you mean {nearest}?" if nearest else "")
+    return f"config key {key!r} does not exist" + (f"; did you mean {nearest}?" if nearest else "")
 
 
 def flatten(cfg: CfgNode) -> dict[str, Any]:
@@ -385,7 +404,7 @@ def _value(cfg: CfgNode, key: str) -> Any:
 
 
 def _similar_file(path: str) -> str:
-    folder = Path(path).parent
-    names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
-    nearest = nearest_name(Path(path).name, names)
-    return f"; did you mean {folder / nearest}?" if nearest else ""
+    name = Path(path)
+    folders = (name.parent, PACKAGED / name.parent)
+    nearest = nearest_name(name.name, sorted(p.name for x in folders for p in x.glob("*.yaml")))
+    return f"; did you mean {name.parent / nearest}?" if nearest else ""

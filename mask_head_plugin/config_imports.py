@@ -49,7 +49,7 @@ def resolve_imports(entries: object, source: str, folder: Path | None = None) ->
         folder: where files are looked for, before the current folder.
 
     Raises:
-        ConfigError: if it is no such list, or a file is missing.
+        ConfigError: if it is not such a list, or a file is missing.
     """
     if not isinstance(entries, list) or not all(isinstance(x, str) and x for x in entries):
         raise ConfigError(f"{source}: IMPORTS takes a list of modules and .py files, not {entries}")
@@ -62,7 +62,7 @@ def resolve_imports(entries: object, source: str, folder: Path | None = None) ->
         files = [x / path for x in folders if (x / path).is_file()]
         if is_file and not files:
             places = " or ".join(str(x.resolve()) for x in folders)
-            raise ConfigError(f"{source}: IMPORTS names {entry}, which is no file in {places}")
+            raise ConfigError(f"{source}: IMPORTS names {entry}, which is not a file in {places}")
         if files and (is_file or not _is_module(entry)):
             found.append(str(files[0].resolve()))
         else:

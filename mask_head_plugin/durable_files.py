@@ -23,7 +23,7 @@ def write_durably(
 ) -> None:
     """Writes a file under another name in its folder, brings it onto the disk and renames it.
 
-    So its name never means half a file, whenever a kill comes and whoever else writes it.
+    So its name never means half a file, whenever a kill comes and whatever else writes it.
 
     Args:
         path: the file; its folder is made if missing.

@@ -42,7 +42,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF
 IMAGE_WIDTH, IMAGE_LENGTH = 256, 257
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 LFS_POINTER = b"version https://git-lfs"
-"""How what Git LFS leaves in place of a file begins, until it is pulled."""
+"""How the pointer begins that Git LFS leaves instead of a file, until it is pulled."""
 
 _REPLACE = "put the right file there, or leave the image out"
 WHAT_TO_DO = {
@@ -94,7 +94,7 @@ def read_image(path: str, image_format: str) -> npt.NDArray[Any]:
 
 
 def in_format(image: Image.Image, image_format: str) -> npt.NDArray[Any]:
-    """Returns an image of 8 bits as ``read_image`` does; in other modes of Pillow's, too.
+    """Returns an image of 8 bits as ``read_image`` does; also in other modes of Pillow's.
 
     Differs from detectron2's convert_PIL_to_numpy in that YUV-BT.601 is float32: its models fail on
     the float64 that it gives.
@@ -123,7 +123,7 @@ def open_image(path: str) -> Iterator[OpenedImage]:
 
 
 def _opened(path: str) -> IO[bytes]:
-    if "://" in path:  # Imported here: files on this machine are read without detectron2, too.
+    if "://" in path:  # Imported here: local files can be read without detectron2.
         from detectron2.utils.file_io import PathManager
 
         return PathManager.open(path, "rb")
@@ -136,7 +136,7 @@ def _check_regular(path: str) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise _RefusalError("image-file-is-folder", "is a folder")
     if not stat.S_ISREG(status.st_mode):  # a pipe would never end
-        raise _RefusalError("image-unreadable", "is no regular file")
+        raise _RefusalError("image-unreadable", "is not a regular file")
     if status.st_size == 0:
         raise _RefusalError("image-file-empty", "has 0 bytes")
 
@@ -180,13 +180,9 @@ class OpenedImage:
                 "image-elongated", f"has {sides} pixels, sides of over {MOST_ELONGATED} : 1"
             )
         if image.mode == "F":
-            raise _RefusalError(
-                "image-depth", "has floating-point samples, for which no white is known"
-            )
+            raise _RefusalError("image-depth", "has floating-point samples, whose white is unknown")
         if image.mode == "I" and image.format not in ("PNG", "PPM"):
-            raise _RefusalError(
-                "image-depth", "has samples of 32 bits, for which no white is known"
-            )
+            raise _RefusalError("image-depth", "has samples of 32 bits, whose white is unknown")
 
     @property
     def is_animated(self) -> bool:
@@ -233,7 +229,9 @@ def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             reason = "is a Git LFS pointer, not the image, which `git lfs pull` fetches"
             raise _RefusalError("git-lfs-pointer", reason) from None
-        reason = "is no image that Pillow knows: it is damaged, or must be converted, e.g. to PNG"
+        reason = (
+            "is not an image that Pillow reads: it is damaged, or must be converted, e.g. to PNG"
+        )
         raise _RefusalError("image-unreadable", reason) from None
 
 
@@ -248,7 +246,7 @@ def _tiff_tag(image: Any, tag: int) -> Any:
 
 
 def _is_deep(image: ImageFile.ImageFile, file: IO[bytes]) -> bool:
-    """Returns whether samples have 16 bits, of which Pillow hands out the upper 8."""
+    """Returns whether samples have 16 bits, of which Pillow returns the upper 8."""
     if image.format == "TIFF":
         return max(_tiff_tag(image, BITS_PER_SAMPLE) or (1,)) > 8
     if image.format == "JPEG2000":

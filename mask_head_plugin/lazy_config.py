@@ -201,7 +201,7 @@ def load_lazy_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
         ConfigError: if the file or an override cannot be used, or a part is missing.
     """
     if not file.endswith(".py") or not Path(file).is_file():
-        raise ConfigError(f"config file {file} is no .py file; name one, such as of configs/lazy/")
+        raise ConfigError(f"config file {file} is not a .py file; name one, e.g. of configs/lazy/")
     try:
         cfg = LazyConfig.load(file)
     except (SyntaxError, ImportError, OmegaConfBaseException) as error:

@@ -29,7 +29,7 @@ def peak_megabytes(step: Callable[[], object], device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop are no news
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop are not of interest
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     kineto: Any = profiler.profiler

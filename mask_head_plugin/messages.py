@@ -13,7 +13,7 @@ class ConfigError(ValueError):
 
 
 def listed(names: Sequence[str], limit: int = NAMES_IN_ERROR) -> str:
-    """Returns the first names, and how many there are besides."""
+    """Returns the first names, and how many more there are."""
     rest = len(names) - limit
     told = ", ".join(names[:limit]) or "none"
     return told + (f" and {rest} more" if rest > 0 else "")
@@ -37,11 +37,11 @@ def nearest_name(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str 
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """Returns what an error says, in one line, cut behind ``limit`` characters."""
+    """Returns what an error says, in one line, cut after ``limit`` characters."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split())[:limit]
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error that may go on with where it happened."""
+    """Returns the first line of an error that may continue with where it happened."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

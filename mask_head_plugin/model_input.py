@@ -27,7 +27,7 @@ IMAGE_FORMATS = ("BGR", "RGB", "L", "YUV-BT.601")
 
 LARGEST_UNSCALED = 3
 """Where INPUT.MIN_SIZE_TEST is 0, the model sees images at full size up to a square with sides of
-so many times INPUT.MAX_SIZE_TEST. Beyond, memory would run out: 14 GB for 12,000 x 9,000."""
+this many times INPUT.MAX_SIZE_TEST. Beyond, memory would run out: 14 GB for 12,000 x 9,000."""
 
 YUV_OF_RGB = ((0.299, 0.587, 0.114), (-0.14713, -0.28886, 0.436), (0.615, -0.51499, -0.10001))
 GREY_OF_RGB = (19595, 38470, 7471)
@@ -51,7 +51,7 @@ def rgb_in_format(rgb: ByteArray, image_format: str) -> npt.NDArray[Any]:
             return ((grey + (1 << 15)) >> 16).astype(np.uint8)[..., None]
         case "YUV-BT.601":
             return np.dot(rgb / 255.0, np.array(YUV_OF_RGB).T).astype(np.float32)
-    raise ValueError(f"image format {image_format!r} is none of {IMAGE_FORMATS}")
+    raise ValueError(f"image format {image_format!r} is not one of {IMAGE_FORMATS}")
 
 
 def is_scaled_down(image_hw: tuple[int, int], min_size: int, max_size: int) -> bool:

@@ -17,7 +17,7 @@ Rle = dict[str, Any]
 
 
 def rle_of_changes(changes: npt.NDArray[np.int64], image_hw: tuple[int, int]) -> Rle:
-    """Returns the encoding, counts as bytes, of a mask that changes where it is told.
+    """Returns the encoding, counts as bytes, of a mask that changes at given places.
 
     Args:
         changes: (X,) ``x * H + y`` of each pixel that differs from the one before it, going down

@@ -1,6 +1,6 @@
 """Names in detectron2's registries and catalogs, which this package shares with the user's project.
 
-Both may want ``MaskRCNN`` or ``shapes_train``. Whoever registers first, the user's own has the
+Both may want ``MaskRCNN`` or ``shapes_train``. Whichever registers first, the user's own has the
 name: a project must not break because it imports this package.
 """
 

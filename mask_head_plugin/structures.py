@@ -50,7 +50,7 @@ class RLEMasks(Tensor):
     rles: list[Rle]
     image_hw: tuple[int, int]
 
-    # Methods reach __torch_dispatch__ as they are: their results are no RLEMasks.
+    # Methods reach __torch_dispatch__ as they are: their results are not RLEMasks.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __new__(
@@ -131,7 +131,7 @@ class RLEMasks(Tensor):
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
     ) -> npt.NDArray[Any]:
-        """Returns the (N, H, W) array, bool unless told."""
+        """Returns the (N, H, W) array, bool by default."""
         if copy is False:
             raise ValueError("masks are decoded into a new array: copy cannot be False")
         return self.numpy().astype(dtype or bool, copy=False)

@@ -31,7 +31,7 @@ def import_modules(entries: Sequence[str]) -> None:
     """Imports modules and files, and logs each; what this process has imported is not run again.
 
     A file becomes a module of its name, whose folder is searched after all others: processes that
-    are started anew find there what they are sent.
+    are started afresh find there what they are sent.
 
     Args:
         entries: ``cfg.IMPORTS`` of ``config.read_config``.

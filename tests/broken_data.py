@@ -107,7 +107,7 @@ class Case:
         image_id: that the finding names.
         annotation_id: likewise.
         after_fix: whether a corrected copy still has the record: "kept", "left out", or "none" if
-            there is no such copy.
+            such a copy cannot be made.
     """
 
     name: str
@@ -681,7 +681,7 @@ _runs("a run is a float", "rle-counts", {**_GOOD, "counts": [10.5, 5, _PIXELS - 
 _runs("a run is text", "rle-counts", {**_GOOD, "counts": ["10", 5, _PIXELS - 15]})
 _runs("runs do not reach the end", "rle-sum", {**_GOOD, "counts": [10, 5]})
 _runs("runs go beyond the end", "rle-sum", {**_GOOD, "counts": [10, 5, _PIXELS]})
-_runs("there are no runs", "rle-sum", {**_GOOD, "counts": []})
+_runs("the list of runs is empty", "rle-sum", {**_GOOD, "counts": []})
 _runs("encoded runs are cut off", "rle-sum", {**_GOOD, "counts": _COUNTS[:3]})
 _runs("encoded runs are cut off in a number", "rle-corrupt", {**_GOOD, "counts": _COUNTS[:4]})
 _runs("encoded runs have a foreign character", "rle-corrupt", {**_GOOD, "counts": _COUNTS + "~"})

@@ -73,7 +73,7 @@ def _run_from_the_root() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _embedded_images(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A part of the embedded data set, for processes that tests start, too: all takes 20 s."""
+    """A part of the embedded data set, also for processes that tests start: all takes 20 s."""
     os.environ["DETECTRON2_DATASETS"] = str(tmp_path_factory.mktemp("datasets"))
     for split, count in EMBEDDED_IMAGES.items():
         shapes.NUM_IMAGES[split] = count
@@ -295,7 +295,7 @@ def load_script(path: str):
 def load_triton_kernels(name: str):
     """Imports ops/roi_pooling_triton.py under a name of its own.
 
-    Its kernels are decorated anew: for Triton's interpreter where TRITON_INTERPRET is 1.
+    Its kernels are decorated again: for Triton's interpreter where TRITON_INTERPRET is 1.
     """
     path = ROOT / "mask_head_plugin" / "ops" / "roi_pooling_triton.py"
     spec = importlib.util.spec_from_file_location(f"mask_head_plugin.ops.{name}", path)

@@ -129,7 +129,7 @@ def write_ablation(
 
     Args:
         folder: to write.
-        annotations: a COCO file, beside it a folder ``images``.
+        annotations: a COCO file, next to a folder ``images``.
         qualities: of the detections by variant, 0 to 1.
         seeds: of each variant.
         description: entries of ablation.json in place of these.

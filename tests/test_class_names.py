@@ -48,7 +48,7 @@ STRAIGHT, REVERSED = "names_straight", "names_reversed"
 
 
 def write_export(source: Path, target: Path, names: list[str]) -> None:
-    """Writes an annotation file anew, as a tool does that numbers its categories from 1."""
+    """Rewrites an annotation file, as a tool does that numbers its categories from 1."""
     content = json.loads(source.read_text())
     name_of = {x["id"]: x["name"] for x in content["categories"]}
     content["categories"] = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
@@ -254,7 +254,7 @@ def test_the_demo_shows_names_of_the_weights_with_data_of_other_classes(data, tm
     content = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [x["name"] for x in content["categories"]] == NAMES
     assert [x["id"] for x in content["categories"]] == [1, 6, 3, 4, 5]  # 2 is the file's tree
-    assert "free ones for star" in caplog.text
+    assert "new category ids for star" in caplog.text
 
 
 def test_a_predictor_has_the_names_of_its_weights(data):

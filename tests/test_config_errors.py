@@ -27,7 +27,7 @@ def write(tmp_path, text, name="x.yaml"):
     [
         (
             "MODEL:\n  ROI_HEAD:\n    NUM_CLASSES: 3\n",
-            r"'MODEL.ROI_HEAD'; did you mean MODEL.ROI_HEADS\?$",
+            r"'MODEL.ROI_HEAD' does not exist; did you mean MODEL.ROI_HEADS\?$",
         ),
         ("MODEL:\n  ROI_MASK_HEAD:\n    LOSES: []\n", "did you mean MODEL.ROI_MASK_HEAD.LOSSES?"),
         (
@@ -66,9 +66,9 @@ def test_missing_file_names_the_nearest_one():
         (["SOLVER.BASE_RL", "1"], "option SOLVER.BASE_RL: .*did you mean SOLVER.BASE_LR?"),
         (["NUM_CLASSES", "1"], "did you mean MODEL.*NUM_CLASSES"),
         (["SOLVER.MAX_ITER", "1.5"], "type int"),
-        (["SOLVER.MAX_ITER"], "no partner"),
-        (["OUTPUT_DIR", "x", "--resume"], "^--resume stands behind KEY VALUE pairs"),
-        (["--resume", "OUTPUT_DIR", "x"], "^--resume stands behind KEY VALUE pairs"),
+        (["SOLVER.MAX_ITER"], "has no value"),
+        (["OUTPUT_DIR", "x", "--resume"], "^--resume must come before the KEY VALUE options"),
+        (["--resume", "OUTPUT_DIR", "x"], "^--resume must come before the KEY VALUE options"),
         (["SOLVER", "1"], "option SOLVER is a section"),
         (["SOLVER.MAX_ITER.X", "1"], "SOLVER.MAX_ITER.X"),
     ],

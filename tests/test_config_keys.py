@@ -1,14 +1,17 @@
-"""docs/config_keys.md says who reads each key, as recorded while models and runs are made.
+"""docs/config_keys.md says what each key means, from config.py, and who reads it, as recorded.
 
-``python tests/test_config_keys.py`` writes the table anew.
+``python tests/test_config_keys.py`` writes the page.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import sys
 import tempfile
+import textwrap
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
@@ -31,14 +34,25 @@ from mask_head_plugin.engine import Trainer
 from mask_head_plugin.shared_names import PACKAGE
 
 TABLE = ROOT / "docs" / "config_keys.md"
-TITLE = """# Who reads which config key
+TITLE = """# All config keys
 
-Each key of this plugin, and each key of detectron2 that a config or a page here names, as recorded
-by `python tests/test_config_keys.py`, which writes this page.
+Look up what a key does and who reads it. Do not edit this page: `python tests/test_config_keys.py`
+writes it, from the comments in `mask_head_plugin/config.py` and from what is read while models are
+built and a run trains.
 
 *model*: when the model is built, by any trainer. *loader*, *solver*, *DefaultTrainer*: those of
-detectron2. *Trainer*: this plugin's Trainer, checkpointer or evaluation. *call*:
-`register_coco_files(cfg)` or `check_dataset_files(cfg)`. *tools*: `train_net.py` and others.
+detectron2. *Trainer*: this package's Trainer, checkpointer or evaluation. *call*:
+`register_coco_files(cfg)` or `check_dataset_files(cfg)`. *tools*: `train_net.py` and the tools.
+
+## Keys of this package
+
+| key | default | read by | meaning |
+|---|---|---|---|
+"""
+STOCK_TITLE = """
+## Keys of detectron2
+
+Those that a config or a page here names. They keep detectron2's meaning and defaults.
 
 | key | read by |
 |---|---|
@@ -177,9 +191,52 @@ def record(folder: Path) -> dict[str, set[str]]:
     return Noting.readers
 
 
+def meanings() -> dict[str, str]:
+    """Returns what the comments in ``add_mask_head_config`` say of each of the plugin's keys.
+
+    A comment at the end of a statement is of its keys, one above it of all statements up to the
+    next empty line. A section's comment is of the keys in it that have none.
+    """
+    source = textwrap.dedent(inspect.getsource(add_mask_head_config))
+    lines = source.splitlines()
+    function = ast.parse(source).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    sections, found, above, last_line = {"cfg": ""}, dict[str, str](), "", 0
+    for statement in function.body:
+        if not isinstance(statement, ast.Assign):
+            last_line = statement.end_lineno or 0
+            continue
+        *aliases, target = sorted(map(ast.unparse, statement.targets), key=lambda x: "." in x)
+        comments = lines[last_line : statement.lineno - 1]
+        if "" in comments or any(x.lstrip().startswith("#") for x in comments):
+            above = " ".join(x.strip(" #") for x in comments if x.strip())
+        last_line = statement.end_lineno or 0
+        start, _, rest = target.partition(".")
+        if start not in sections:
+            continue
+        name = sections[start] + rest
+        sections |= dict.fromkeys(aliases, f"{name}.")
+        _, _, own = lines[last_line - 1].partition("  # ")
+        for key in plugin_keys():
+            if key == name or key.startswith(f"{name}."):
+                found[key] = f"{own[:1].upper()}{own[1:]}." if own else above
+    return found
+
+
 def table(readers: dict[str, set[str]]) -> str:
-    rows = [f"| `{key}` | {', '.join(sorted(readers[key]))} |\n" for key in sorted(named_keys())]
-    return TITLE + "".join(rows)
+    told, values = meanings(), known_keys()
+    page = TITLE
+    for key in sorted(plugin_keys()):
+        meaning = told[key].replace("``", "`").replace("|", "\\|")
+        page += f"| `{key}` | `{values[key]!r}` | {_parts(readers[key])} | {meaning} |\n"
+    page += STOCK_TITLE
+    for key in sorted(named_keys() - plugin_keys()):
+        page += f"| `{key}` | {_parts(readers[key])} |\n"
+    return page
+
+
+def _parts(readers: set[str]) -> str:
+    return ", ".join(sorted(readers))
 
 
 @pytest.fixture(scope="module")
@@ -197,18 +254,9 @@ def test_the_page_says_who_reads_each_key(readers):
     assert missing == [], "run python tests/test_config_keys.py"
 
 
-def test_the_readme_says_which_of_the_plugins_keys_need_its_trainer(readers):
-    rows = re.findall(r"^\| `([A-Z_.{,}*]+)` \|.*?\| (model|Trainer|call) \|", README, re.MULTILINE)
-    assert len(rows) >= 16
-    for name, part in rows:
-        pattern = re.escape(name).replace(r"\*", ".*").replace(r"\{BOX,MASK\}", "(BOX|MASK)")
-        keys = [key for key in known_keys() if re.fullmatch(pattern, key)]
-        assert keys and all(part in readers[key] for key in keys), name
-        if part == "Trainer":
-            assert all(readers[key] == {"Trainer"} for key in keys), name
-
-
-README = (ROOT / "README.md").read_text()
+def test_every_key_of_the_plugin_is_explained_in_a_sentence():
+    told = meanings()
+    assert [key for key in plugin_keys() if len(told.get(key, "")) < 15] == []
 
 
 if __name__ == "__main__":

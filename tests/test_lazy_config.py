@@ -60,7 +60,7 @@ def flat(node, prefix=""):
         return {k: v for key, value in items for k, v in flat(value, f"{prefix}.{key}").items()}
     if isinstance(node, functools.partial):
         return {prefix: (node.func, node.args, node.keywords)}
-    # Each load makes functions anew, of the same code.
+    # Each load makes new functions, of the same code.
     return {prefix: getattr(node, "__code__", node)}
 
 

@@ -24,7 +24,7 @@ def test_formats_are_detectron2s(image_format):
 
 
 def test_an_unknown_format_is_named():
-    with pytest.raises(ValueError, match="'HSV' is none of"):
+    with pytest.raises(ValueError, match="'HSV' is not one of"):
         model_input.rgb_in_format(np.zeros((1, 1, 3), np.uint8), "HSV")
 
 

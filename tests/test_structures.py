@@ -1,4 +1,4 @@
-"""RLEMasks: what one does with pred_masks works as on the tensor that they stand for."""
+"""RLEMasks: what one does with pred_masks works as on the tensor that they replace."""
 
 from __future__ import annotations
 

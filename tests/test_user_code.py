@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch):
 
 
 def write_code(path, text="", name="theirs.yaml"):
-    """Writes a module that counts its runs, and beside it a config that imports it."""
+    """Writes a module that counts its runs, and a config next to it that imports it."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"import builtins\nbuiltins.{path.stem}_runs = globals()\n{text}")
     config = {"_BASE_": SHAPES, "IMPORTS": [path.name]}
@@ -96,7 +96,7 @@ def test_an_ablation_imports_what_its_own_file_names(place):
     path.write_text(yaml.safe_dump({**ABLATION, "IMPORTS": ["payload.py"]}))
     assert load_ablation(path, "shapes").configs["a"].IMPORTS == wanted
     path.write_text(yaml.safe_dump({**ABLATION, "VARIANTS": {"a": {"IMPORTS": ["payload.py"]}}}))
-    with pytest.raises(ConfigError, match="variant 'a': IMPORTS stands at the top of the file"):
+    with pytest.raises(ConfigError, match="variant 'a': IMPORTS belongs at the top of the file"):
         load_ablation(path, "shapes", ["IMPORTS", "payload.py"])
 
 
@@ -109,7 +109,7 @@ def test_an_ablation_imports_what_its_own_file_names(place):
         ("needs_another.py", "{}/needs_another.py, line 3: ModuleNotFoundError: .*nowhere_at_all"),
         ("folder/json.py", "json.py: Python knows another module json, .*; rename the file$"),
         ("with.dot.py", "with.dot.py: a module has no dot in its name; rename the file$"),
-        ("nowhere.py", "option IMPORTS: IMPORTS names nowhere.py, which is no file in {}$"),
+        ("nowhere.py", "option IMPORTS: IMPORTS names nowhere.py, which is not a file in {}$"),
         ("nowhere_at_all", "No module named 'nowhere_at_all'; a file is named by its path"),
         ("[3]", r"IMPORTS takes a list of modules and .py files, not \[3\]$"),
         ("{", "No module named '{{'"),

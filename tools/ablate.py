@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
         "--variant", action="append", default=[], metavar="NAME", help="only these; repeatable"
     )
     parser.add_argument(
-        "--seed", action="append", type=int, default=[], help="in place of the file's; repeatable"
+        "--seed", action="append", type=int, default=[], help="instead of the file's; repeatable"
     )
     parser.add_argument("--cluster", choices=["local", "slurm", "debug"], default="local")
     parser.add_argument("--jobs", type=int, default=1, help="trials at once (default 1)")
@@ -106,7 +106,7 @@ def ablate(args: argparse.Namespace) -> int:
         try:
             ablation.run(trials, cluster, lambda t: tqdm.write(f"{t.name}: {_state(t, metric)}"))
         except KeyboardInterrupt:
-            print("ablate.py: stopped; the same command goes on from here", file=sys.stderr)
+            print("ablate.py: stopped; the same command continues from here", file=sys.stderr)
             return 130
     failed = [trial for trial in trials if not trial.is_finished]
     for trial in failed:
@@ -128,7 +128,7 @@ def _time_left(trials: list[Trial], cluster: Cluster) -> str:
 
 
 def _state(trial: Trial, metric: str) -> str:
-    """Returns how a trial stands, in a few words."""
+    """Returns the state of a trial, in a few words."""
     if trial.is_finished:
         value = trial.result(metric)
         return trial.state if math.isnan(value) else f"{metric} {value:.2f}"

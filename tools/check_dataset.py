@@ -134,10 +134,10 @@ def refuse_wrong_paths(args: argparse.Namespace) -> None:
     from mask_head_plugin.dataset_check.new_files import refuse_existing
 
     if not Path(args.json).is_file():
-        raise ConfigError(f"--json {args.json}: there is no such file")
+        raise ConfigError(f"--json {args.json}: the file does not exist")
     for folder in args.images:
         if not Path(folder).is_dir():
-            raise ConfigError(f"--images {folder}: there is no such folder")
+            raise ConfigError(f"--images {folder}: the folder does not exist")
     outputs = [path for path in (args.fix, *parts_paths(args)) if path]
     if args.output and args.output.resolve() in {
         path.resolve() for path in (Path(args.json), *outputs)
@@ -148,7 +148,7 @@ def refuse_wrong_paths(args: argparse.Namespace) -> None:
     refuse_existing(outputs, "--fix or --write")
     for kind in args.accept:
         if kind not in KINDS:
-            raise ConfigError(f"--accept {kind}: there is no such kind of finding")
+            raise ConfigError(f"--accept {kind}: unknown kind; docs/findings.md lists all")
 
 
 def print_findings(json_file: str, found: list[Finding]) -> None:

@@ -34,7 +34,7 @@ Any config key may follow the flags: MODEL.DEVICE cpu TEST.DETECTIONS_PER_IMAGE 
 
 In the folder of --output:
   comparison.md      verdict; detections compared one by one; AP of both with the 95% interval of
-                     the difference, beside the published AP; time and memory of an image
+                     the difference, next to the published AP; time and memory of an image
   comparison.json    the same and every image that differs, for scripts
   pictures/          the images that differ most, or if none does the first ones
   stock/, plugin/    metrics.json, coco_instances_results.json, matches of each model

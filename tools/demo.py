@@ -14,7 +14,7 @@ Examples:
     python tools/demo.py --config-file configs/shapes/mask_rcnn_shapes.yaml \\
         --input datasets/shapes_v1/val --output output/demo \\
         --opts MODEL.WEIGHTS checkpoints/mask_rcnn_shapes.safetensors
-  Images, patterns and videos together, sure detections only, with semantic maps:
+  Images, patterns and videos together, confident detections only, with semantic maps:
     python tools/demo.py --config-file ... --input a.jpg 'photos/**/*.png' street.mp4 \\
         --output output/demo --confidence-threshold 0.8 --semantic --opts MODEL.WEIGHTS ...
 

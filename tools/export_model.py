@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="pad every image to this size in place of taking any, as TensorRT likes it",
+        help="pad every image to this size instead of taking any; TensorRT needs it",
     )
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX, 16 to 20 (default 17)")
     parser.add_argument(
@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the model in the folder, of whatever format, once the new one is whole",
+        help="replace the model in the folder, of any format, once the new one is complete",
     )
     flags.add_code(parser)
     flags.add_opts(parser)

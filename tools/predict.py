@@ -14,7 +14,7 @@ Examples:
   A folder of images:
     python tools/predict.py --model output/exported --input datasets/shapes_v1/val \\
         --output output/predicted
-  Images, patterns and videos together, sure detections only, with semantic maps:
+  Images, patterns and videos together, confident detections only, with semantic maps:
     python tools/predict.py --model output/exported --input a.jpg 'photos/**/*.png' street.mp4 \\
         --output output/predicted --confidence-threshold 0.8 --semantic --batch-size 8
 

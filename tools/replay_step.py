@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Repeats a training step that was stopped for a loss or gradient that is not finite.
 
-Shows which layer computed the first such value, beside the images of the batch.
+Shows which layer computed the first such value, and the images of the batch.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ In the folder, earlier reports are replaced:
                with their intervals, learning curves, classes, precision and recall, and the images
                on which the variants disagree most. Needs pip install -e '.[report]'.
 
-An interval of a difference is over validation images: they are drawn anew, with replacement, the
-same for both variants. It says nothing of training anew; for that, the spread over seeds is beside
-it. Trials that are missing or have failed are listed. The images must be on this machine; without
-them the report has no pictures.
+An interval of a difference is over validation images: they are resampled, with replacement, the
+same for both variants. It says nothing about training again; the spread over seeds does. Trials
+that are missing or have failed are listed. The images must be on this machine; without them the
+report has no pictures.
 
 Exit code: 0; 2 if the folder cannot be reported.
 """
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=1000,
         metavar="N",
-        help="how often images are drawn anew for an interval (default 1000)",
+        help="how often images are resampled for an interval (default 1000)",
     )
     flags.add_code(parser)
     return parser.parse_args()

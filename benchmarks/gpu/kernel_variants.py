@@ -73,7 +73,7 @@ class Poolings:
 
 @contextlib.contextmanager
 def kernel_with(**changes: Any) -> Iterator[None]:
-    """Exchanges constants of ops.roi_pooling_triton; the kernel is compiled anew for them."""
+    """Replaces constants of ops.roi_pooling_triton; the kernel is recompiled for them."""
     kernels = roi_pooling_operator.kernels
     before = {name: getattr(kernels, name) for name in changes}
     try:

@@ -2,7 +2,7 @@
 """The checkpoint of this repository in stock detectron2 and in the plugin: the same detections?
 
 What tools/compare_zoo.py does, on the embedded data set; its page and pictures are in a folder
-beside the JSON file.
+next to the JSON file.
 """
 
 from __future__ import annotations

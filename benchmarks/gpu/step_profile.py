@@ -3,7 +3,7 @@
 
 On CUDA a third side is measured: the plugin's model with channels-last weights. The rows are the
 kernels with the most time of the device, by PyTorch's profiler. Traces for chrome://tracing or
-https://ui.perfetto.dev are written beside the JSON file. R50-FPN, two images of 512 px, K = 80.
+https://ui.perfetto.dev are written next to the JSON file. R50-FPN, two images of 512 px, K = 80.
 """
 
 from __future__ import annotations

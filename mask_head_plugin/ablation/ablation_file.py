@@ -5,7 +5,7 @@ METRIC: segm/AP                 # as in metrics.json
 SEEDS: [1, 2, 3]
 SIZES:                          # the same ablation on other data
   shapes:
-    CONFIG: ../shapes/mask_rcnn_shapes.yaml     # beside the ablation file
+    CONFIG: ../shapes/mask_rcnn_shapes.yaml     # from the ablation file's folder
     OVERRIDES: {SOLVER: {MAX_ITER: 1000}}       # of every variant; may be left out
 BASELINE: ROIAlign              # the variant that the others are compared with
 VARIANTS:                       # name: config overrides
@@ -86,7 +86,7 @@ def load_ablation(
         size: one of its SIZES.
         opts: "KEY VALUE" pairs in one flat list, for all variants, before what they change.
         variants: names of those to take, the baseline among them; all if empty.
-        seeds: in place of the file's.
+        seeds: instead of the file's.
 
     Raises:
         ConfigError: if the file does not have that form, a name in it does not exist, or a variant
@@ -138,7 +138,7 @@ def _chosen(content: dict[str, Any], names: list[str], path: str) -> dict[str, A
             if name not in variants:
                 hint = nearest_name(str(name), [str(v) for v in variants])
                 raise ConfigError(
-                    f"{path}: {key} names {name!r}, which is no variant"
+                    f"{path}: {key} names {name!r}, which is not a variant"
                     + (f"; did you mean {hint!r}?" if hint else "")
                 )
     if names and content["BASELINE"] not in names:
@@ -152,14 +152,14 @@ def _check_seeds(where: str, seeds: list[Any]) -> None:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A SafeLoader that refuses a key that stands twice, where YAML's last one would win."""
+    """A SafeLoader that refuses a key that appears twice, where YAML's last one would win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} stands twice", node.start_mark
+                    None, None, f"{key!r} appears twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
 
@@ -180,7 +180,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     for key, kind in REQUIRED.items():
         if not isinstance(content.get(key), kind) or not content[key]:
-            raise ConfigError(f"{path}: {key} must be a {kind.__name__} that is not empty")
+            raise ConfigError(f"{path}: {key} must be a non-empty {kind.__name__}")
     _check_seeds(f"{path}: SEEDS", content["SEEDS"])
     for name, size in content["SIZES"].items():
         known = isinstance(size, dict) and not set(size) - {"CONFIG", "OVERRIDES"}

@@ -29,7 +29,7 @@ class Cluster:
         partition: of Slurm; empty for its default, as the next two.
         account: whom Slurm charges.
         qos: quality of service, by Slurm's name.
-        minutes: time limit of a Slurm job; a job that reaches it, or is preempted, goes on from its
+        minutes: time limit of a Slurm job; a job that reaches it, or is preempted, resumes from its
             checkpoint in a new one.
     """
 
@@ -54,7 +54,7 @@ class Cluster:
     def check(self) -> None:
         """Raises ConfigError, by the flags of tools/ablate.py, if the numbers do not fit."""
         if self.jobs < 1:
-            raise ConfigError(f"--jobs {self.jobs}: at least one trial runs at once")
+            raise ConfigError(f"--jobs {self.jobs}: it must be at least 1")
         gpus = torch.cuda.device_count()
         if self.num_gpus < 0 or (self.kind != "slurm" and self.num_gpus * self.jobs > gpus):
             raise ConfigError(

@@ -75,7 +75,7 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
             write_durably(trial.folder / HASH_FILE, config_hash(trial.cfg) + "\n")
             launch(_train, max(num_gpus, 1), args=(trial.cfg,), device=trial.cfg.MODEL.DEVICE)
             record = _measure(trial)
-        except Exception as error:  # of any kind: the other trials go on
+        except Exception as error:  # of any kind: the other trials continue
             last = traceback.format_exception_only(error)[-1].strip()
             record = {"status": FAILED, "error": last, "traceback": traceback.format_exc()}
         record["seconds"] = round(time.monotonic() - start, 1)

@@ -48,7 +48,7 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
     """Returns the trials of an ablation, seed by seed, and checks that all of them can run.
 
     The machine that plans need not be the one that trains: the device follows from ``num_gpus``,
-    and whether it is there is looked at where the trial runs.
+    and whether it is there is checked where the trial runs.
 
     Args:
         ablation: of ``load_ablation``.
@@ -114,7 +114,7 @@ def write_description(output: Path, description: dict[str, Any]) -> None:
 
 
 def describe(ablation: Ablation, *, file: str, size: str, command: str) -> dict[str, Any]:
-    """Returns what ablation.json says of an ablation: all that a report needs beside the trials."""
+    """Returns what ablation.json says of an ablation: what a report needs besides the trials."""
     baseline = flatten(ablation.configs[ablation.baseline])
     variants = [
         {
@@ -144,7 +144,7 @@ def run(
     """Runs the trials that are not finished.
 
     Shows the iterations of all trials with the time left. A trial that fails does not stop the
-    others. On an interruption, trials that run are stopped; they go on from their checkpoints when
+    others. On an interruption, trials that run are stopped; they resume from their checkpoints when
     the ablation is started again.
 
     Args:

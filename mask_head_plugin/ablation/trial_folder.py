@@ -5,7 +5,7 @@ metrics.json, TensorBoard events, checkpoints, inference/) and
 
 - ``trial.json``: how it ended, its metrics and its cost, see run_trial;
 - ``environment.txt``: versions and hardware; ``num_parameters.txt``;
-- ``config_hash.txt``: by which a trial is taken up with the same config only;
+- ``config_hash.txt``: so that a trial is only resumed with the same config;
 - ``submitit/``: the logs of the process that ran it.
 
 The ablation's folder has ``ablation.json``, see runner.describe, from which the report is made.
@@ -65,7 +65,7 @@ class Trial:
         return f"{self.variant}, seed {self.seed}"
 
     def record(self) -> dict[str, Any]:
-        """Returns what trial.json says, ``{}`` if the trial has not ended yet."""
+        """Returns what trial.json says, ``{}`` if the trial is still running."""
         return read_object(self.folder / TRIAL_FILE) if self.snapshot is None else self.snapshot
 
     @property
@@ -81,7 +81,7 @@ class Trial:
 
     @property
     def state(self) -> str:
-        """What a reader has to know of a trial that is not finished."""
+        """What readers need to know about an unfinished trial."""
         if (status := self.record().get("status")) in (FINISHED, FAILED):
             return str(status)
         logged = self._logged()
@@ -93,7 +93,7 @@ class Trial:
 
     @property
     def inference(self) -> Path:
-        """The folder of the evaluation; of several test sets each has one of its own."""
+        """The folder of the evaluation; with several test sets, each has its own."""
         own = self.folder / "inference" / self.dataset
         return own if own.is_dir() else self.folder / "inference"
 
@@ -107,9 +107,9 @@ class Trial:
         return _number(self.record().get(key))
 
     def iteration(self) -> int:
-        """Returns how many iterations are done, as far as it was logged."""
+        """Returns how many iterations are done, as far as logged."""
         total = int(self.cfg.SOLVER.MAX_ITER)
-        # An evaluation that is repeated counts on.
+        # A repeated evaluation continues the count.
         return total if self.is_finished else min(self._logged(), total)
 
     def _logged(self) -> int:
@@ -144,7 +144,7 @@ def check_hash(trial: Trial) -> None:
 
 
 def folder_name(variant: str) -> str:
-    """Returns a variant's name as it can stand in a path, distinct for distinct names."""
+    """Returns a variant's name as it can be part of a path, distinct for distinct names."""
     safe = re.sub(r"[^\w.-]+", "_", variant).strip("_.") or "variant"
     if safe == variant:
         return safe
@@ -197,5 +197,5 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float:
-    """Returns a number of a JSON file, nan if it is none."""
+    """Returns a number of a JSON file, nan if it is not a number."""
     return float(value) if isinstance(value, int | float) else math.nan

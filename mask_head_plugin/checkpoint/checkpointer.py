@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill, a full disk and a damaged file; loading and exporting weights.
 
 A checkpoint ``model_0000999.pth`` appears under its name only when it is whole and on the disk, and
-``model_0000999.pth.sha256`` beside it holds its checksum, in the format of ``sha256sum --check``.
+``model_0000999.pth.sha256`` next to it holds its checksum, in the format of ``sha256sum --check``.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _CLASSIFIER = re.compile(r"(^|\.)box_predictor(\.\d+)?\.cls_score\.weight$")
 class MaskHeadCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer that also reads ``.safetensors`` and lets no file run code.
 
-    Weights that do not fit the model are an error, or told, and rows of classes are matched by
-    name: see weight_fit.py and class_rows.py. The names stay with the model, so that whoever
-    evaluates or draws what it predicts can match them: see class_names.py.
+    Weights that do not fit the model are an error, or logged, and rows of classes are matched by
+    name: see weight_fit.py and class_rows.py. The names stay with the model, so that evaluation and
+    drawing can match its predictions: see class_names.py.
 
-    Checkpoints are written beside their name and renamed, so a kill or a full disk leaves the old
-    ones as they are; a run is resumed from the newest one that is intact.
+    Checkpoints are written under a temporary name and renamed, so a kill or a full disk leaves the
+    old ones untouched; a run is resumed from the newest intact one.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
     def _write(self, basename: str, data: dict[str, Any]) -> None:
         if "://" in self.save_dir:
             raise ConfigError(
-                f"{self.save_dir} is no folder of this machine, and checkpoints are written to one "
-                "that is; name such a folder and copy them from there"
+                f"{self.save_dir} is not a local folder, and checkpoints can only be written to "
+                "one; name a local folder and copy them afterwards"
             )
         path = Path(self.save_dir) / basename
         logger.info("saving checkpoint %s", path)
@@ -143,7 +143,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             file = local_copy(address, path_manager=self.path_manager)
             return super().load(file + mark + query, checkpointables)
         finally:
-            self._parsed_url_during_load = None  # else a load after one that failed fails, too
+            self._parsed_url_during_load = None  # else a load after a failed one also fails
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._source = filename
@@ -153,7 +153,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             checkpoint["matching_heuristics"] = True
         if query:
             raise ConfigError(
-                f"MODEL.WEIGHTS {filename}: behind its '?' stands {', '.join(query)}, but only "
+                f"MODEL.WEIGHTS {filename}: {', '.join(query)} after the '?' is unknown; only "
                 "matching_heuristics=True is known"
             )
         return checkpoint
@@ -198,7 +198,7 @@ def _without_numpy_scalars(value: Any) -> Any:
 
 
 def write_checkpoint(path: Path, data: dict[str, Any]) -> None:
-    """Writes a torch file and its checksum, so that the name never stands for half a file.
+    """Writes a torch file and its checksum, so that half a file never has the name.
 
     Raises:
         ConfigError: if it cannot be written. What was there before is still there.
@@ -210,11 +210,11 @@ def write_checkpoint(path: Path, data: dict[str, Any]) -> None:
         hashing = _HashingFile(file)
         try:
             torch.save(data, cast(IO[bytes], hashing))
-        except RuntimeError as error:  # torch's writer hides what went wrong behind its own
+        except RuntimeError as error:  # torch's writer hides the cause in its own error
             raise hashing.error or error from error
         digests.append(hashing.digest.hexdigest())
 
-    # Between the two renames there is no checksum, rather than that of another file.
+    # Between the two renames the checksum is missing, rather than that of another file.
     write_run_file(path, save, before_rename=lambda: checksum.unlink(missing_ok=True))
     write_run_file(checksum, f"{digests[0]}  {path.name}\n")
 
@@ -244,14 +244,14 @@ def write_run_file(
     content: str | Callable[[IO[bytes]], object],
     before_rename: Callable[[], object] = lambda: None,
 ) -> None:
-    """Does what write_durably does; an error is a ConfigError that says how to go on."""
+    """Does what write_durably does; an error is a ConfigError that says how to continue."""
     try:
         write_durably(path, content, before_rename)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
         raise ConfigError(
             f"{path} was not written: {error.strerror or error} ({free / 1e6:.0f} MB are free). "
-            "Older checkpoints are untouched: make room, then go on with --resume"
+            "Older checkpoints are untouched: make room, then continue with --resume"
         ) from error
 
 
@@ -272,7 +272,7 @@ def export_safetensors(
         class_names: in the order of the model's rows, if the checkpoint does not name its classes.
 
     Raises:
-        ConfigError: if the file is no checkpoint, a weight does not fit float16, or the checkpoint
+        ConfigError: if it is not a checkpoint, a weight does not fit float16, or the checkpoint
             names other classes or another number of them than it has.
         OSError: if the output cannot be written.
     """
@@ -284,7 +284,7 @@ def export_safetensors(
         )
     if content.get("matching_heuristics"):
         raise ConfigError(
-            f"{checkpoint} has names of another project; load it as MODEL.WEIGHTS first"
+            f"{checkpoint} has parameter names of another project; load it as MODEL.WEIGHTS first"
         )
     weights = without_prefix(content["model"])
     tensors = {name: torch.as_tensor(weight).contiguous() for name, weight in weights.items()}

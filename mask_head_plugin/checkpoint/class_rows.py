@@ -35,7 +35,7 @@ def match_classes(
 ) -> Sequence[str] | None:
     """Moves rows of classes to where the model has the class of that name, if both name theirs.
 
-    Rows of classes that the weights do not have are as the model starts; the log tells them.
+    Rows of classes that the weights do not have keep their initial values; the log lists them.
 
     Args:
         weights: tensors by the model's names; those with rows per class are exchanged.
@@ -43,7 +43,7 @@ def match_classes(
         found: the classes of the weights, in the order of their rows.
         policy: what the run asks for.
         source: the file.
-        resuming: whether a run goes on; its classes never change.
+        resuming: whether a run is resumed; its classes never change.
 
     Returns:
         The classes that the model has with these weights, in the order of its rows; None if nobody
@@ -65,7 +65,7 @@ def match_classes(
     if resuming:
         raise ConfigError(
             f"{source} cannot be resumed with other classes ({match}); resume with the data sets "
-            "of that run, or start anew with it as MODEL.WEIGHTS"
+            "of that run, or start a new run with it as MODEL.WEIGHTS"
         )
     if policy.keeps_classes and (match.new or match.dropped):
         return found
@@ -107,7 +107,7 @@ def _check_rows(
         if num_background and name in weights and len(weights[name]) != expected:
             raise ConfigError(
                 f"{source} names {len(found)} classes, but {name} has {len(weights[name])} rows, "
-                f"not {expected}; name its classes anew"
+                f"not {expected}; write its class names again"
             )
 
 
@@ -120,7 +120,7 @@ def num_classes_of(model: torch.nn.Module) -> int | None:
 
 
 def _has_known_rows(model: torch.nn.Module) -> bool:
-    """Whether class_tensors finds all layers with rows per class, as far as can be told."""
+    """Whether class_tensors finds all layers with rows per class, as far as is known."""
     heads = [
         x.mask_head
         for x in model.modules()
@@ -162,7 +162,7 @@ def _moved(
 def class_tensors(model: torch.nn.Module) -> dict[str, int]:
     """Returns the names of tensors with rows per class, with the number of rows of background.
 
-    Rows of a class lie together, in the order of the classes, and background's behind them. Layers
+    Rows of a class lie together, in the order of the classes, followed by the background's. Layers
     of box predictors, mask heads and mask scoring count, unless they are the same for all classes.
     """
     modules = list(model.named_modules())
@@ -200,5 +200,5 @@ def file_classes(checkpoint: Mapping[str, Any], source: str) -> list[str] | None
     if names is None:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
-        raise ConfigError(f"{source}: its class_names are not a list of names; write them anew")
+        raise ConfigError(f"{source}: its class_names are not a list of names; write them again")
     return names

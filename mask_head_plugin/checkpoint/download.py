@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from detectron2.utils.file_io import Detectron2Handler, PathManager
+from detectron2.utils.file_io import Detectron2Handler, PathHandler, PathManager
 
 from ..config import ConfigError
 from ..messages import one_line
@@ -14,6 +14,29 @@ from ..messages import one_line
 RANDOM_WEIGHTS = (
     "start from random weights, as configs/Base-Small.yaml and configs/misc/scratch_*.yaml do"
 )
+
+
+class PackageHandler(PathHandler):
+    """Opens weights that come with the package: ``mask_head_plugin://mask_rcnn_shapes.safetensors``.
+
+    detectron2 has ``detectron2://`` for its own. Nothing is downloaded.
+    """
+
+    PREFIX = "mask_head_plugin://"
+    FOLDER = Path(__file__).parents[1] / "checkpoints"
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.PREFIX]
+
+    def _get_local_path(self, path: str, *_: Any, **__: Any) -> str:
+        file = self.FOLDER / path.removeprefix(self.PREFIX)
+        if not file.is_file():
+            names = ", ".join(sorted(x.name for x in self.FOLDER.glob("*.safetensors")))
+            raise ConfigError(f"{path} does not exist; the package has {names}")
+        return str(file)
+
+
+PathManager.register_handler(PackageHandler())
 
 
 def local_copy(
@@ -24,7 +47,8 @@ def local_copy(
     """Returns the path of weights, downloaded unless they are in detectron2's cache.
 
     Args:
-        address: a URL, ``detectron2://...`` or ``catalog://...``; a path is returned as it is.
+        address: a URL, ``detectron2://...``, ``catalog://...`` or ``mask_head_plugin://...``; a
+            path is returned as it is.
         advice: what to do with a file that was downloaded elsewhere.
         path_manager: knows the kinds of address.
 

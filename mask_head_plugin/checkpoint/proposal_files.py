@@ -34,7 +34,7 @@ def read_proposals(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = read_plain_pickle(file)
         if not isinstance(content, dict):
-            raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, no proposals")
+            raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, not proposals")
         for old, new in (("indexes", "ids"), ("scores", "objectness_logits")):  # Detectron's
             if old in content:
                 content[new] = content.pop(old)

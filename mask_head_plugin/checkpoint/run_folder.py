@@ -17,7 +17,7 @@ LAST_CHECKPOINT = "last_checkpoint"
 """Names the file to resume from, as in detectron2."""
 
 FINISHED_ITERATION = "finished_iteration"
-"""Names the last checkpoint of which all that is done behind it was done, see hooks.Resume."""
+"""Iteration of the newest checkpoint whose evaluation and logging also finished (hooks.Resume)."""
 
 BEST_CHECKPOINT = "model_best"
 """Without extension. Holds weights alone, so no run resumes from it."""
@@ -30,7 +30,7 @@ EARLY_STOPPING = "early_stopping.json"
 def checkpoint_files(folder: Path) -> list[Path]:
     """Returns the checkpoints that a run can resume from, the first choice first.
 
-    That is the one that ``last_checkpoint`` names, but for a later iteration that was written after
+    That is the one that ``last_checkpoint`` names, unless a later iteration was written after
     that; then the others by falling iteration. Times alone do not order files that were copied.
     """
     tag = folder / LAST_CHECKPOINT
@@ -40,7 +40,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     files = [path for path in files if path.stem != BEST_CHECKPOINT]
 
     def rank(path: Path) -> tuple[bool, bool, int, int]:
-        time, iteration = path.lstat().st_mtime_ns, _iteration(path.stem)  # of dead links, too
+        time, iteration = path.lstat().st_mtime_ns, _iteration(path.stem)  # also of dead links
         is_later = time > tag_time and 0 <= _iteration(Path(tagged).stem) < iteration
         return is_later, path.name == tagged, iteration, time
 
@@ -76,30 +76,29 @@ def newest_intact(folder: Path) -> Path:
 def find_damage(path: Path) -> str:
     """Returns what is wrong with a checkpoint file, in words, or "" if it is intact.
 
-    A file without a checksum beside it, as detectron2 writes it, is judged by the checksums inside
-    it.
+    A file without a checksum file, as detectron2 writes it, is judged by the checksums inside it.
     """
     if not path.is_file():
-        return "is a folder" if path.is_dir() else "is a link to nothing"
+        return "is a folder" if path.is_dir() else "is a broken link"
     if path.stat().st_size == 0:
         return "is empty"
     checksum = path.with_name(f"{path.name}.sha256")
     if checksum.is_file():
         if _sha256(path) != checksum.read_bytes().partition(b" ")[0].decode(errors="replace"):
-            return f"is not the file of which {checksum.name} is the checksum"
+            return f"does not match its checksum in {checksum.name}"
         return ""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError) as error:
-        return f"is truncated or no checkpoint ({error})"
+        return f"is truncated or not a checkpoint ({error})"
     return f"has a damaged part ({damaged})" if damaged else ""
 
 
 def set_aside_earlier_run(folder: Path) -> None:
     """Moves the checkpoints and metrics of an earlier run to ``earlier_run_<n>`` in the folder.
 
-    Else a run that starts anew could later be resumed from a checkpoint that is not its own.
+    Otherwise a new run could later be resumed from a checkpoint that is not its own.
     """
     moved = [
         *folder.glob("model_*.pth*"),
@@ -123,8 +122,8 @@ def set_aside_earlier_run(folder: Path) -> None:
     if metrics.is_file():
         shutil.copy2(metrics, aside)  # not moved: the writer has it open, and empties it
     logger.warning(
-        "%s held an earlier run, and this one starts anew (--resume would have gone on): the "
-        "earlier checkpoints and metrics are now in %s",
+        "%s held an earlier run, and this one starts from the beginning (--resume would continue "
+        "it): the earlier checkpoints and metrics are now in %s",
         folder,
         aside,
     )

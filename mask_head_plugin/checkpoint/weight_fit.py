@@ -25,7 +25,7 @@ ADVICE = f"give weights of this config, or {LENIENT}"
 MODULES_IN_ERROR = 12
 
 _TRUNKS = ("backbone.bottom_up.", "backbone.net.", "backbone.")
-"""Where models have what ImageNet trains; the first that a model has. What else stands in
+"""Where models have what ImageNet trains; the first that a model has. Anything else in
 ``backbone.`` is new, such as the pyramid's convolutions."""
 _RES5 = "roi_heads.res5."
 _MADE_ANEW = ("pixel_mean", "pixel_std", "num_batches_tracked")
@@ -40,12 +40,12 @@ class WeightsPolicy:
         class_names: the K classes of the model, in its order, if known: rows of weights that name
             their classes are moved to the rows of those names.
         keeps_classes: whether weights of other classes keep theirs: of a model that only predicts,
-            ``class_names`` is no more than the order that serves best.
+            ``class_names`` is only the preferred order.
         strict: whether weights that do not fit are an error.
         whole: whether the weights must fill the whole model, since nothing will train it.
         surplus: whether the weights of a detector may hold more than the model.
         advice: what to do about weights that do not fit.
-        input_format: INPUT.FORMAT, if known: weights of another order of colours are told.
+        input_format: INPUT.FORMAT, if known: weights of another order of colours are logged.
     """
 
     class_names: Sequence[str] | None = None
@@ -126,11 +126,11 @@ def check_test_classes(policy: WeightsPolicy, cfg: CfgNode) -> None:
     """Checks, before a model is trained, that it can be evaluated on DATASETS.TEST.
 
     Raises:
-        ConfigError: if a data set has classes that the model has not.
+        ConfigError: if a data set has classes that the model lacks.
     """
     for name in cfg.DATASETS.TEST if policy.class_names else ():
         categories = None
-        with contextlib.suppress(ConfigError):  # missing files are told by those who read them
+        with contextlib.suppress(ConfigError):  # whoever reads missing files reports them
             categories = dataset_categories(cfg.DATASETS, name)
         if categories:
             check_trained(policy.class_names or (), [str(x) for x in categories.values()], name)
@@ -139,7 +139,7 @@ def check_test_classes(policy: WeightsPolicy, cfg: CfgNode) -> None:
 def _known_names(
     datasets: CfgNode, names: Iterable[str], num_classes: int | None
 ) -> list[str] | None:
-    """Returns the class names of the first data set that is known to have so many, or None."""
+    """Returns the class names of the first data set known to have that many, or None."""
     for name in names:
         with contextlib.suppress(ConfigError):  # such as a file that is not on this machine
             categories = dataset_categories(datasets, name)
@@ -190,7 +190,7 @@ def refuse_or_tell(
     class_layers: Iterable[str] = (),
     named: bool = False,
 ) -> None:
-    """Decides on weights that were compared with their model; tells the log what starts anew.
+    """Decides on weights that were compared with their model; logs what starts untrained.
 
     Weights of a whole detector, and those of which nothing will be trained, must fit in full.
     Those of a backbone must fill what they are of.
@@ -199,7 +199,7 @@ def refuse_or_tell(
         fit: see compare.
         policy: what the run asks for.
         source: the file.
-        resuming: whether a run goes on, which takes nothing but its own weights.
+        resuming: whether a run is resumed, which takes only its own weights.
         class_layers: names of the model's tensors with rows per class.
         named: whether the file names its classes.
 
@@ -209,9 +209,9 @@ def refuse_or_tell(
     """
     if not fit.fitting:
         raise ConfigError(
-            f"{source}: nothing in it fits the model; {fit}; give weights of this config. A "
-            "backbone whose names are ends of the model's, such as res2.0.conv1.weight, needs "
-            "?matching_heuristics=True behind the name of the file"
+            f"{source}: nothing in it fits the model; {fit}; give weights of this config. For a "
+            "backbone whose names are ends of the model's, such as res2.0.conv1.weight, append "
+            "?matching_heuristics=True to the name of the file"
         )
     whole = resuming or policy.whole or _is_detector(fit)
     if whole:
@@ -224,7 +224,7 @@ def refuse_or_tell(
     if not wrong:
         if fit.missing or fit.unexpected:
             logger.info(
-                "%s fills %s; starts anew: %s; not used: %s",
+                "%s fills %s; not in it, so untrained: %s; not used: %s",
                 source,
                 grouped(fit.fitting),
                 grouped(fit.missing),
@@ -237,11 +237,9 @@ def refuse_or_tell(
             f"of its backbone {len(half_filled)} are missing: {grouped(half_filled)}; in all {fit}"
         )
     if resuming:
-        advice = "resume with the config of that run, or start anew with it as MODEL.WEIGHTS"
+        advice = "resume with the config of that run, or start a new run with it as MODEL.WEIGHTS"
     elif not policy.strict:
-        logger.warning(
-            "%s does not fit the model and is loaded as far as it does: %s", source, told
-        )
+        logger.warning("%s does not fit the model; only what fits is loaded: %s", source, told)
         return
     elif fit.wrong_shape and set(fit.wrong_shape) <= set(class_layers):
         nameless = "the file does not name its classes (tools/export_weights.py --classes-of does)"

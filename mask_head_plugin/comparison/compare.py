@@ -75,7 +75,7 @@ def compare_all(
     opts: Sequence[str] = (),
     min_score: float = 0.5,
 ) -> dict[str, Comparison | str]:
-    """Compares both models of every baseline in ZOO_MODELS, going on after failures.
+    """Compares both models of every baseline in ZOO_MODELS, continuing after failures.
 
     Args:
         weights: "zoo", or a folder of weights; see ``zoo.find_weights``.
@@ -105,7 +105,7 @@ def compare_all(
             results[model.config] = compare_config(
                 model.config, weights, dataset, folder, num_images, opts, min_score
             )
-        except Exception as error:  # such as a GPU without memory for the largest: the rest goes on
+        except Exception as error:  # e.g. the largest exceeds the GPU's memory: do the others
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             results[model.config] = kind + one_line(error)
             logger.warning("%s was not compared: %s", model.config, results[model.config])
@@ -115,9 +115,9 @@ def compare_all(
 
 def _check_numbers(num_images: int | None, min_score: float) -> None:
     if num_images is not None and num_images < 1:
-        raise ConfigError(f"--num-images {num_images} is not at least 1")
+        raise ConfigError(f"--num-images {num_images} must be at least 1")
     if not 0 <= min_score < 1:
-        raise ConfigError(f"--score {min_score} is not at least 0 and below 1")
+        raise ConfigError(f"--score {min_score} must be at least 0 and below 1")
 
 
 def check_output(output: Path) -> None:
@@ -143,7 +143,7 @@ def prepare_dataset(cfg: CfgNode, dataset: str | None) -> None:
         dataset: its name; None for the first of DATASETS.TEST.
 
     Raises:
-        ConfigError: if it is not there, or has not the model's classes.
+        ConfigError: if it is missing, or lacks the model's classes.
     """
     names = cfg.DATASETS.TEST if dataset is None else (dataset,)
     if not names:

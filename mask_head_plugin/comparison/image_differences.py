@@ -94,7 +94,7 @@ class ImageDifferences:
 
     @property
     def is_equal(self) -> bool:
-        # Written so that a nan is no equality.
+        # Written so that nan does not count as equal.
         small = self.box <= BOX_TOLERANCE and self.score <= SCORE_TOLERANCE
         return self.same_set and small and self.far_mask_pixels == 0
 
@@ -147,7 +147,7 @@ def match(stock: Found, plugin: Found) -> list[Pair]:
 
 
 def _in_order(stock: Found, pairs: Sequence[Pair]) -> bool:
-    """Returns whether pairs stand in the same order in both lists, but for ties."""
+    """Returns whether pairs have the same order in both lists, except for ties."""
     scores = np.array([stock.scores[i].item() for i, _ in pairs])
     places = np.array([j for _, j in pairs])
     swapped = np.triu(places[:, None] > places)

@@ -73,7 +73,7 @@ def build_lazy_pair(file: str, cfg: CfgNode) -> list[torch.nn.Module]:
         cfg: what that returned.
 
     Raises:
-        ConfigError: if there is no stock model of the kind.
+        ConfigError: if the model has no stock counterpart.
     """
     lazy = load_lazy_config(file)
     OmegaConf.update(lazy, SETTINGS[CLASSES], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
@@ -93,7 +93,7 @@ def instantiate_or_refuse(model: DictConfig) -> torch.nn.Module:
     try:
         built: torch.nn.Module = instantiate(model)
     except TypeError as error:
-        raise ConfigError(f"there is no stock model to compare with: {error}") from error
+        raise ConfigError(f"the stock model to compare with cannot be made: {error}") from error
     return built
 
 

@@ -117,7 +117,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that was compared, as it stands in comparison.json."""
+    """All that was compared, as in comparison.json."""
 
     config: str
     weights: str

@@ -126,7 +126,7 @@ def write_table(results: Mapping[str, Comparison | str], path: Path) -> None:
 
     Args:
         results: by config, a comparison or why there is none.
-        path: the file to write; the comparison of a config is in a folder of its name beside it.
+        path: the file to write; the comparison of a config is in a folder of its name next to it.
     """
     header = ["config", "verdict", "images", "detections", "scores", "boxes, px", "mask pixels"]
     header += ["mask AP stock", "plugin", "95% interval", "published", "s/image stock", "plugin"]
@@ -242,7 +242,7 @@ def _draw(image: ByteArray, found: Drawn, factor: int) -> ByteArray:
 def _draw_difference(image: ByteArray, sides: Sequence[Drawn], factor: int) -> ByteArray:
     """Returns the image in grey, with the pixels in red that other masks cover in the two models.
 
-    Masks are compared by class: how many cover a pixel. Those that are not shown count, too.
+    Masks are compared by class: how many cover a pixel. Those that are not shown also count.
     """
     differing = np.zeros(image.shape[:2], bool)
     for k in {k for side in sides for k in side.classes}:

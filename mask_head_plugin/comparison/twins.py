@@ -62,7 +62,7 @@ def load_model_config(config: ModelConfig, opts: Sequence[str]) -> CfgNode:
     defaults = ["MODEL.MASK_OUTPUT", "rle"] if config.is_zoo_file else []
     cfg = load_config_and_code(config.file, [*defaults, *opts])
     if not cfg.MODEL.MASK_ON:
-        raise ConfigError(f"MODEL.MASK_ON is False in {config.file}: there are no masks to compare")
+        raise ConfigError(f"MODEL.MASK_ON is False in {config.file}: it has no masks to compare")
     return cfg
 
 
@@ -73,7 +73,7 @@ def twin_configs(cfg: CfgNode) -> tuple[CfgNode, CfgNode]:
         cfg: with either's.
 
     Raises:
-        ConfigError: if a setting is one that detectron2 has not, so that there is no stock side.
+        ConfigError: if detectron2 lacks a setting, so that a stock side cannot be made.
     """
     stock, plugin = _renamed(cfg, STOCK_NAMES), _renamed(cfg, PLUGIN_NAMES)
     if plugin.MODEL.META_ARCHITECTURE != "MaskRCNN":
@@ -90,7 +90,7 @@ def twin_configs(cfg: CfgNode) -> tuple[CfgNode, CfgNode]:
     try:
         check_config(stock, train=False)
     except ConfigError as error:
-        raise ConfigError(f"there is no stock model to compare with: {error}") from error
+        raise ConfigError(f"the stock model to compare with cannot be made: {error}") from error
     return stock, plugin
 
 

@@ -38,7 +38,7 @@ class ZooModel:
         train_gigabytes: memory of a GPU in training; None where none is published.
         box_ap: percent on the validation set; None where none is published.
         mask_ap: likewise.
-        source: where the figures stand.
+        source: where the figures are published.
     """
 
     config: str
@@ -94,7 +94,7 @@ ZOO_MODELS = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A config file, and what it is called in the zoo (None if it is no counterpart)."""
+    """A config file, and what it is called in the zoo (None if it has no counterpart)."""
 
     file: str
     zoo_name: str | None

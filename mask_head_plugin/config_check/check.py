@@ -52,7 +52,7 @@ def check_config(
         raise ConfigError("DATASETS.TRAIN is empty: give a --config-file, or name a data set")
     check_host_values(cfg, train=train, trainer=trainer)
     check_mask_branch(cfg)
-    weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # detectron2 takes options behind a ?
+    weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # detectron2 takes options after a ?
     if weights and "://" not in weights and not Path(weights).is_file():
         raise ConfigError(f"MODEL.WEIGHTS: file {weights} does not exist")
     if train:
@@ -114,7 +114,7 @@ def _check_output_folder(name: str) -> None:
     if not there.is_dir():
         raise ConfigError(f"{told}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{told}: {there} may not be changed")
+        raise ConfigError(f"{told}: you may not write to {there}")
 
 
 def _split_at_what_exists(path: Path) -> tuple[Path, list[str]]:

@@ -20,7 +20,7 @@ import torch
 T = TypeVar("T")
 
 MOST_SECONDS = 60.0
-"""A lock that another thread held as the process was copied stays locked in the copy, for good."""
+"""A lock that another thread held as the process was copied stays locked in the copy forever."""
 
 
 class ChildError(RuntimeError):
@@ -31,7 +31,7 @@ def call_in_child(call: Callable[[], T]) -> T:
     """Returns what a call returns that is made in a copy of this process.
 
     The copy is made by fork(), as workers of a data loader are, so it starts at once and knows all
-    that is registered here; CUDA cannot be used in it. Where there is no fork() to rely on (macOS,
+    that is registered here; CUDA cannot be used in it. Where fork() is not reliable (macOS,
     Windows, no process left) the call is made here, and only the random generators of Python,
     NumPy and PyTorch are as before.
 
@@ -76,7 +76,7 @@ def _answer(call: Callable[[], Any], sender: Connection) -> NoReturn:
         gc.freeze()  # objects of the other process are not the copy's to finalize
         torch.set_num_threads(1)  # OpenMP waits for ever for the threads that were not copied
         sender.send((call(), None))
-    except BaseException as error:  # SystemExit, too
+    except BaseException as error:  # also SystemExit
         sender.send((None, f"{type(error).__name__}: {error}"))
     finally:
         os._exit(0)

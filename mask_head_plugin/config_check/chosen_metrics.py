@@ -88,7 +88,7 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
     if not 0 < cfg.TEST.EVAL_PERIOD < cfg.SOLVER.MAX_ITER:
         raise ConfigError(
             f"{key} {metric!r} needs several evaluations to choose from, but TEST.EVAL_PERIOD "
-            f"{cfg.TEST.EVAL_PERIOD} gives one, behind iteration {cfg.SOLVER.MAX_ITER}; set it to "
+            f"{cfg.TEST.EVAL_PERIOD} gives one, after iteration {cfg.SOLVER.MAX_ITER}; set it to "
             f"e.g. {max(cfg.SOLVER.MAX_ITER // 10, 1)}, or leave the metric out"
         )
     name, own = of_dataset(names, metric)
@@ -109,7 +109,7 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         nearest = nearest_name(own, known)
         common = ", ".join(x for x in known if "-" not in x)  # not those of each class
         hint = f"did you mean {nearest!r}?" if nearest else f"there are {common}"
-        raise ConfigError(f"{key} {metric!r} is no metric of {name}; {hint}")
+        raise ConfigError(f"{key} {metric!r} is not a metric of {name}; {hint}")
 
 
 def _metrics(cfg: CfgNode, name: str) -> list[str]:

@@ -33,12 +33,12 @@ def wrong_colours(cfg: CfgNode) -> str | None:
     """Returns what is wrong, and the fix, or None.
 
     Args:
-        cfg: its INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD have as many channels.
+        cfg: its INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD have one entry per channel.
     """
     order, model = cfg.INPUT.FORMAT, cfg.MODEL
     if all(0 < x <= 1 for x in model.PIXEL_MEAN):
         return (
-            f"MODEL.PIXEL_MEAN {model.PIXEL_MEAN} is of pixels in [0, 1], but here they are in "
+            f"MODEL.PIXEL_MEAN {model.PIXEL_MEAN} is for pixels in [0, 1], but here they are in "
             "[0, 255]; multiply it and MODEL.PIXEL_STD by 255"
         )
     if order not in ("BGR", "RGB"):

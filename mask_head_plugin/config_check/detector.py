@@ -92,7 +92,8 @@ def _check_anchors(cfg: CfgNode) -> None:
         if len(nested) not in (1, num_maps):
             raise ConfigError(
                 f"MODEL.ANCHOR_GENERATOR.{key} has {len(nested)} lists for {num_maps} maps, "
-                f"MODEL.RPN.IN_FEATURES {cfg.MODEL.RPN.IN_FEATURES}; give one for each, or one"
+                f"MODEL.RPN.IN_FEATURES {cfg.MODEL.RPN.IN_FEATURES}; give one list for each, or "
+                "one for all"
             )
         if not all(x and all(_is_positive(value) for value in x) for x in nested):
             raise ConfigError(

@@ -163,4 +163,4 @@ def _told(key: str, value: Any, choices: Sequence[Any], nearest: Any) -> str:
         hint = f"did you mean {nearest!r}?" if nearest else f"choose from {sorted(choices)}"
         return f"{key} {value!r} is not registered; {hint}"
     hint = f"; did you mean {nearest!r}?" if nearest else ""
-    return f"{key} {value!r} is none of {tuple(choices)}{hint}"
+    return f"{key} {value!r} is not one of {tuple(choices)}{hint}"

@@ -40,7 +40,7 @@ LIBRARIES = {
     *sys.stdlib_module_names,
     *("torch", "torchvision", "fvcore", "iopath", "yacs", "numpy", "PIL", "cv2"),
 }
-"""Their errors are of who calls them."""
+"""Their errors are attributed to their callers."""
 
 NO_FAULT = re.compile(r"\bmeta\b|forked subprocess", re.IGNORECASE)
 """What PyTorch says of tensors without values, and of CUDA in a child process."""
@@ -55,13 +55,13 @@ OBJECT = {
 
 
 class DryPart(NamedTuple):
-    """What came of building one part of a run.
+    """The result of building one part of a run.
 
     Attributes:
         keys_read: full names of the keys that it has read.
         error: what stopped it, in one line, without addresses in memory.
-        is_refusal: whether detectron2 or this package raised that error of itself. If not, a user's
-            module did, or one that needs values, which "meta" has not.
+        is_refusal: whether detectron2 or this package itself raised that error. If not, a user's
+            module did, or one that needs values, which "meta" lacks.
     """
 
     keys_read: frozenset[str]
@@ -146,7 +146,7 @@ def _built(build: Callable[[CfgNode], object], cfg: CfgNode) -> DryPart:
     keys_read = _Keys()
     try:
         build(_Recording.of(cfg, "", keys_read))
-    except Exception as error:  # of whatever a user has registered
+    except Exception as error:  # of anything that a user has registered
         return DryPart(frozenset(keys_read), _told(error), _is_refusal(error))
     return DryPart(frozenset(keys_read), None)
 
@@ -202,7 +202,7 @@ class _Keys(set[str]):
 
 
 class _Recording(CfgNode):
-    """A config that notes the full names of the keys that are read, in its copies, too."""
+    """A config that notes the full names of the keys that are read, also in its copies."""
 
     @classmethod
     def of(cls, node: CfgNode, prefix: str, keys_read: _Keys) -> _Recording:

@@ -36,7 +36,7 @@ def check_mask_branch(cfg: CfgNode) -> None:
 def _check_pooler(cfg: CfgNode, head: str) -> None:
     kind, reduction = cfg.MODEL[head].POOLER_TYPE, cfg.MODEL[head].POOLER_REDUCTION
     if not kind and head == "ROI_MASK_HEAD" and issubclass(_mask_head(cfg), ClassSelection):
-        raise ConfigError(f"MODEL.{head}.POOLER_TYPE '' is none of {POOLER_TYPES}")
+        raise ConfigError(f"MODEL.{head}.POOLER_TYPE '' is not one of {POOLER_TYPES}")
     if kind not in POOLER_TYPES and reduction != "mean":
         raise ConfigError(f"MODEL.{head}: {kind} is detectron2's and has no POOLER_REDUCTION")
     try:
@@ -92,7 +92,7 @@ def _check_mask_head(cfg: CfgNode) -> None:
 def _check_mask_output(cfg: CfgNode) -> None:
     output, name = cfg.MODEL.MASK_OUTPUT, cfg.MODEL.META_ARCHITECTURE
     if output not in MASK_OUTPUTS:
-        raise ConfigError(f"MODEL.MASK_OUTPUT {output!r} is none of {MASK_OUTPUTS}")
+        raise ConfigError(f"MODEL.MASK_OUTPUT {output!r} is not one of {MASK_OUTPUTS}")
     if output == "rle" and not issubclass(registered_class(META_ARCH_REGISTRY, name), MaskRCNN):
         own = registered_name(META_ARCH_REGISTRY, MaskRCNN)  # MaskRCNN may be the user's
         raise ConfigError(

@@ -35,14 +35,14 @@ def check_recipe(cfg: CfgNode, num_processes: int) -> None:
     if solver.OPTIMIZER not in OPTIMIZERS:
         nearest = nearest_name(solver.OPTIMIZER, OPTIMIZERS, cutoff=0.3)
         hint = f"; did you mean {nearest}?" if nearest else ""
-        raise ConfigError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER!r} is none of {OPTIMIZERS}{hint}")
+        raise ConfigError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER!r} is not one of {OPTIMIZERS}{hint}")
     if len(solver.BETAS) != 2 or not all(_is_number(x) and 0 <= x < 1 for x in solver.BETAS):
         raise ConfigError(
             f"SOLVER.BETAS {solver.BETAS} must be two numbers from 0 to below 1, e.g. [0.9, 0.999]"
         )
     if solver.OPTIMIZER == "AdamW" and solver.BASE_LR >= HIGH_FOR_ADAMW:
         logger.warning(
-            "SOLVER.BASE_LR %g is a rate for SGD; AdamW usually learns at 0.0001 to 0.001, and "
+            "SOLVER.BASE_LR %g suits SGD; AdamW usually learns at 0.0001 to 0.001, and "
             "diverges at such a one",
             solver.BASE_LR,
         )
@@ -63,12 +63,12 @@ def check_rates(cfg: CfgNode, trainer: type[DefaultTrainer]) -> None:
     """Refuses learning rates by module or layer that do not fit the model, which is tried out.
 
     Raises:
-        ConfigError: as the trainer's optimizer tells it.
+        ConfigError: in the words of the trainer's optimizer.
     """
     if not cfg.SOLVER.LR_FACTORS and cfg.SOLVER.LAYER_DECAY == 1:
         return
     parts = dry_build(cfg, train=True, trainer=trainer)
-    if parts[0].error:  # there is no model: whoever builds it for good tells
+    if parts[0].error:  # the model failed to build; the real build reports it
         return
     for part in parts[1:]:
         kind, _, told = (part.error or "").partition(": ")
@@ -81,7 +81,7 @@ def _check_lr_factors(factors: list[Any]) -> None:
         is_pair = isinstance(entry, list | tuple) and len(entry) == 2
         if not is_pair or not isinstance(entry[0], str) or not entry[0]:
             raise ConfigError(
-                f"SOLVER.LR_FACTORS: {entry!r} is no pair of a module's name and a factor, such as "
+                f"SOLVER.LR_FACTORS: {entry!r} is not a module's name and a factor, such as "
                 '["backbone", 0.1]'
             )
         if not _is_number(entry[1]) or not 0 < entry[1] < math.inf:
@@ -101,7 +101,7 @@ def _check_parts(cfg: CfgNode, num_processes: int) -> None:
     if parts < 1 or own % parts:
         raise ConfigError(
             f"SOLVER.ACCUMULATE_STEPS {parts}: a process computes {own} images a step (SOLVER."
-            f"IMS_PER_BATCH {images}), which cannot be divided into so many parts; set it to "
+            f"IMS_PER_BATCH {images}), which cannot be divided into that many parts; set it to "
             f"{_nearest_divisor(own, parts)}"
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from ..config import ConfigError, add_mask_head_config, flatten
+from ..config import ConfigError, add_mask_head_config, find_config_file, flatten
 from .dry_build import dry_build
 from .timm_keys import has_timm_backbone
 
@@ -118,7 +118,7 @@ def unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] = ()) -> dict
 
     Args:
         cfg: a complete config that check_config passes.
-        train: whether the model will be trained; if not, keys of training are not looked at.
+        train: whether the model will be trained; if not, keys of training are not checked.
         own: the keys that the user has set. Of these, a backbone's count with any value.
     """
     defaults = get_cfg()
@@ -172,7 +172,7 @@ def own_keys(config_file: str, *layers: Collection[str]) -> set[str]:
         config_file: as for load_config, which has read it; "" is none.
         layers: keys that are set later, such as those of the command line, in this order.
     """
-    text = Path(config_file).read_text(encoding="utf-8") if config_file else ""
+    text = Path(find_config_file(config_file)).read_text(encoding="utf-8") if config_file else ""
     of_file = flatten(CfgNode(yaml.safe_load(text) or {}))
     if len(of_file) > len(flatten(get_cfg())) / 2:  # the record of a run, with all keys there are
         of_file = {}

@@ -80,7 +80,7 @@ def check_values(cfg: CfgNode) -> None:
             raise ConfigError(f"{key} is {values[key]}; it must be above 0")
     key = "SOLVER.CLIP_GRADIENTS.CLIP_TYPE"
     if values[key] not in CLIP_TYPES:
-        raise ConfigError(f"{key} {values[key]!r} is none of {CLIP_TYPES}")
+        raise ConfigError(f"{key} {values[key]!r} is not one of {CLIP_TYPES}")
     for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
         if not all(isinstance(name, str) for name in values[key]):
             raise ConfigError(f"{key} {values[key]} is not a list of names")
@@ -172,7 +172,7 @@ def _check_jitter(given: CfgNode) -> None:
         )
     if lsj.ENABLED and given.FORMAT == "YUV-BT.601":
         raise ConfigError(
-            "INPUT.LSJ.ENABLED pads images with 128, which is no grey in INPUT.FORMAT YUV-BT.601; "
+            "INPUT.LSJ.ENABLED pads images with 128, which is not grey in INPUT.FORMAT YUV-BT.601; "
             "set INPUT.FORMAT to BGR or RGB, or INPUT.LSJ.ENABLED to False"
         )
 
@@ -208,14 +208,14 @@ def is_rising(values: Sequence[Any], *, least: float, most: float = math.inf) ->
 
 
 def _num_channels(image_format: str) -> int:
-    """Returns how many channels images of an INPUT.FORMAT have; Pillow's modes are some, too."""
+    """Returns how many channels images of an INPUT.FORMAT have; Pillow's modes also count."""
     try:
         _, _, channels = in_format(Image.new("RGB", (1, 1)), image_format).shape
     except (ValueError, KeyError) as error:
         nearest = nearest_name(image_format, IMAGE_FORMATS)
         hint = f"; did you mean {nearest!r}?" if nearest else ""
         raise ConfigError(
-            f"INPUT.FORMAT {image_format!r} is none of {IMAGE_FORMATS}, nor a mode of Pillow's "
+            f"INPUT.FORMAT {image_format!r} is not one of {IMAGE_FORMATS}, nor a mode of Pillow's "
             f"with channels{hint}"
         ) from error
     return int(channels)
@@ -228,5 +228,5 @@ def _check_sizes(key: str, sizes: Sequence[Any], limit_key: str, limit: int) -> 
         if size > limit:
             raise ConfigError(
                 f"{key}: {size} is above {limit_key} {limit}, to which it would be cut down; raise "
-                "that one, too"
+                "that one as well"
             )

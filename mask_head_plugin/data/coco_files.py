@@ -1,7 +1,7 @@
 """The user's own COCO-format files as data sets, by config: DATASETS.COCO_FILES.
 
-detectron2's ``load_coco_json`` numbers the classes of each file by itself, so a validation file
-that lacks a category shifts all classes behind it. Here one list of categories holds for all data
+detectron2's ``load_coco_json`` numbers the classes of each file separately, so a validation file
+that lacks a category shifts all later classes. Here one list of categories holds for all data
 sets of a config, the first training set's; files are matched to it by category id and name.
 """
 
@@ -83,14 +83,14 @@ def register_coco_files(cfg: CfgNode) -> None:
 def register_found_coco_files(cfg: CfgNode, names: Sequence[str]) -> None:
     """Registers those of some data sets of DATASETS.COCO_FILES that are on this machine.
 
-    For tools that data makes better but that do without. What is not here is told in a warning.
+    For tools that are better with data but work without. A warning names what is not here.
 
     Args:
         cfg: of a model; not changed.
         names: of the data sets that are needed. Files of others, which may be large, are not read.
 
     Raises:
-        ConfigError: as register_coco_files, but for missing files and folders.
+        ConfigError: as register_coco_files, except for missing files and folders.
     """
     here, missing = [], []
     for entry in (x for x in _entries(cfg.DATASETS) if x[0] in names):
@@ -272,7 +272,7 @@ def _entries(datasets: CfgNode) -> list[tuple[str, str, str]]:
                 f"DATASETS.COCO_FILES: {name!r} is not a name: letters, digits and _ . + - only"
             )
     if len(set(names)) < len(names):
-        raise ConfigError(f"DATASETS.COCO_FILES: a name stands twice in {names}")
+        raise ConfigError(f"DATASETS.COCO_FILES: a name appears twice in {names}")
     return entries
 
 

@@ -96,7 +96,7 @@ def paste_objects(
 ) -> None:
     """Pastes objects of one sample onto another, which changes.
 
-    Pixels of the chosen objects are the source's from then on, in the image and in ``sem_seg`` if
+    Pixels of the chosen objects now are the source's, in the image and in ``sem_seg`` if
     there is one. Objects below lose them. Other objects of the source of which half or more lies in
     those pixels come along with what of them does: windows of a facade, say, which are seen then.
     Objects without a pixel are dropped, and boxes are those of the pixels. Masks become bit masks:
@@ -112,7 +112,7 @@ def paste_objects(
             a pixel at least must lie inside.
 
     Raises:
-        ConfigError: if there are no ``instances``, or objects without masks.
+        ConfigError: if ``instances`` are missing, or objects have no masks.
     """
     image_hw = _image_hw(sample)
     theirs = _moved(bit_masks(source), image_hw, top_left).numpy()

@@ -42,7 +42,7 @@ IntArray = npt.NDArray[np.int64]
 ByteArray = npt.NDArray[np.uint8]
 
 FOLDER = "shapes_v1"
-"""Named anew whenever a byte of the data changes: an existing folder is taken as it is."""
+"""Renamed whenever a byte of the data changes: an existing folder is used without a check."""
 IMAGE_HW = (96, 128)
 NUM_IMAGES = {"train": 1600, "val": 200}
 SPLIT_SEEDS = {"train": 1703, "val": 6870}
@@ -247,7 +247,7 @@ def write_split(folder: Path, split: str, num_images: int) -> None:
 def ensure_shapes(folder: Path) -> None:
     """Makes the data set in ``folder`` unless that exists.
 
-    It is written beside its final place and renamed, so an interrupted run leaves nothing that
+    It is written under a temporary name and renamed, so an interrupted run leaves nothing that
     looks finished, and of several processes the first to finish wins.
     """
     if folder.is_dir():

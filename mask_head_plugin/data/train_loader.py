@@ -1,10 +1,10 @@
 """Training batches that a resumed run gets again: batch k is a function of the seed and k alone.
 
-detectron2 groups samples by aspect ratio behind the workers and draws augmentations from whatever
-state the generators of a worker are in, so its batches depend on the number of workers and start
-anew in a resumed run. Here batches are composed of indices, in the main process, and each sample
+detectron2 groups samples by aspect ratio after the workers and draws augmentations from whatever
+state the generators of a worker are in, so its batches depend on the number of workers and differ
+in a resumed run. Here batches are composed of indices, in the main process, and each sample
 is augmented with generators that are seeded by its place in the run. Nothing of this needs saving:
-to go on at iteration k, the first k lists of indices are passed over.
+to continue at iteration k, the first k lists of indices are skipped.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def kept_generators() -> Iterator[None]:
 
 
 def seed_cpu_generators(*key: int) -> None:
-    """Seeds the same generators as seed_generators, but for those of devices."""
+    """Seeds the same generators as seed_generators, except those of devices."""
     torch.default_generator.manual_seed(_seed_python_and_numpy(key))
 
 
@@ -142,7 +142,7 @@ class TrainLoader:
         if isinstance(parts["dataset"], IterableDataset):
             raise ConfigError(
                 f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} is an IterableDataset, whose order "
-                "cannot be taken up again; override build_train_loader with detectron2's loader"
+                "cannot be resumed; override build_train_loader with detectron2's loader"
             )
         self._cfg = cfg
         records: Sequence[Record] = parts["dataset"]

@@ -1,4 +1,4 @@
-"""Faults of COCO files and their images: found, told with the way out, and repaired in a copy."""
+"""Faults of COCO files and their images: found, reported with the fix, and repaired in a copy."""
 
 from .check import CheckOptions, check_coco_file
 from .config_datasets import check_dataset_files

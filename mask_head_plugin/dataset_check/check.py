@@ -54,7 +54,7 @@ class CheckOptions:
 
 @dataclass
 class Facts:
-    """What a check learns of a file beside its faults.
+    """What a check learns about a file besides its faults.
 
     Attributes:
         categories: names by id.

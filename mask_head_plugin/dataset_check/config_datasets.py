@@ -73,9 +73,9 @@ class CheckedFile:
     Attributes:
         findings: all.
         categories: names by id.
-        rle_example: the id of an annotation that is no crowd and has run lengths, in a list.
+        rle_example: the id of a non-crowd annotation with run lengths, in a list.
         files: paths of the images.
-        objects: ids of images that have any, each with the number of its objects that are no crowd.
+        objects: ids of images that have any, each with the number of its non-crowd objects.
     """
 
     findings: list[Finding]
@@ -88,19 +88,19 @@ class CheckedFile:
 def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
     """Checks the files of DATASETS.TRAIN and DATASETS.TEST as DATASETS.CHECK says.
 
-    All findings are in ``OUTPUT_DIR/dataset_check.json``. Data sets that are no COCO files, and the
-    embedded one, are not checked.
+    All findings are in ``OUTPUT_DIR/dataset_check.json``. Data sets other than COCO files, and
+    the embedded one, are not checked.
 
     Args:
         cfg: a config whose data sets are registered.
-        train: whether the model will be trained; if not, only DATASETS.TEST is looked at.
+        train: whether the model will be trained; if not, only DATASETS.TEST is checked.
 
     Raises:
-        ConfigError: if CHECK is ``error`` and there are errors, or CHECK is none of its values.
+        ConfigError: if CHECK is ``error`` and there are errors, or CHECK is not one of its values.
     """
     mode = cfg.DATASETS.CHECK
     if mode not in MODES:
-        raise ConfigError(f"DATASETS.CHECK {mode!r} is none of {MODES}")
+        raise ConfigError(f"DATASETS.CHECK {mode!r} is not one of {MODES}")
     names = (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)
     sources = sources_of(names) if mode != "off" else []
     if not sources:
@@ -118,8 +118,8 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
             logger.log(level, "%s", finding)
     if errors and mode == "error":
         raise ConfigError(
-            f"{describe_errors(errors, sources)}\nAll are in {report}. DATASETS.CHECK warn goes on "
-            "in spite of errors, off does not look for them."
+            f"{describe_errors(errors, sources)}\nAll are in {report}. DATASETS.CHECK warn "
+            "continues in spite of errors, off does not look for them."
         )
 
 
@@ -187,7 +187,7 @@ def _num_classes(cfg: CfgNode, source: CocoSource) -> int | None:
 
 
 def _disagreements(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
-    """detectron2 numbers the classes of each file by itself, so all must list the same."""
+    """detectron2 numbers the classes of each file separately, so all must list the same."""
     by_name = {source.name: result for source, result in checked.items()}
     reference = next((name for name in cfg.DATASETS.TRAIN if name in by_name), None)
     found: list[Finding] = []
@@ -229,7 +229,7 @@ def _in_both_splits(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> lis
         for how, pairs in shared_images(train, test):
             share = f"{len(pairs)} of {len(test)} ({len(pairs) / len(test):.1%}) images"
             example = " and ".join(map(quote_path, pairs[0]))
-            message = f"{share} of {name!r} are in the training data, too: {how}, such as {example}"
+            message = f"{share} of {name!r} are also in the training data: {how}, such as {example}"
             found.append(Finding("image-in-both-splits", source.json_file, message))
     return found
 
@@ -354,7 +354,7 @@ def _fingerprint(files: Iterable[str]) -> str:
     for path in files:
         try:
             status = os.stat(path)  # noqa: PTH116  # makes no Path of each of many files
-            # The last tells of permissions, too.
+            # The last also changes with permissions.
             times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
             digest.update(f"{path}\0{status.st_size}\0{times}\n".encode())
         except (OSError, ValueError):

@@ -64,7 +64,7 @@ def fix_coco_file(
     if not check_sections(content, found):
         raise _unfixable(found[0])
     options = options or CheckOptions()
-    # How many classes a model has is no fault of the file.
+    # The number of classes of a model is not a fault of the file.
     root = join_folders(content, image_root)
     if not isinstance(image_root, str) and len(image_root) > 1:
         what = f"file_name starts from {root} now: train with this image folder"

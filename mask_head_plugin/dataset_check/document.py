@@ -61,8 +61,8 @@ class Document:
         counts: how many records each section had.
         changes: what was done.
         losses: findings by section and index in the input, of records that are left out or lose
-            pixels. A record whose content another one keeps is no loss, nor are the annotations of
-            an image that is one.
+            pixels. A record whose content another one keeps is not a loss, nor are the annotations
+            of a lost image.
         images: the image records by id.
         files: image records by normalised file name.
         annotations: by image id.
@@ -85,7 +85,7 @@ class Document:
         self.index()
 
     def _keep_objects(self, section: str) -> None:
-        """Notes where each record was, and leaves out what is none."""
+        """Notes where each record was, and leaves out what is not a record."""
         singular = {"categories": "category", "images": "image", "annotations": "annotation"}
         for index, record in enumerate(self.content[section]):
             if isinstance(record, dict):

@@ -28,7 +28,7 @@ BOTH_ARE_WRONG = {"mask-of-another-image"}
 
 
 def is_wholesale(count: int, total: int) -> bool:
-    """Returns whether so many records with a fault are a fault of the export, not chance."""
+    """Returns whether this many faulty records mean a faulty export rather than chance."""
     return count > total / 2 or (count >= FEW and count > WHOLESALE_SHARE * total)
 
 
@@ -126,7 +126,7 @@ def repair_normalised_boxes(document: Document, finding: Finding) -> bool:
     """Takes boxes that are shares of the image around masks that are in pixels.
 
     Returns:
-        Whether that could be done: not where the masks are shares, too.
+        Whether that could be done: not if the masks are also shares.
     """
     annotations = document.content["annotations"]
     if within_one(polygons_of(annotations)):

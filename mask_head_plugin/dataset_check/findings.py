@@ -25,7 +25,7 @@ LEAVES_OUT = "--fix leaves it out"
 
 
 class Kind(NamedTuple):
-    """What is known of a kind of finding.
+    """What is known about a kind of finding.
 
     Attributes:
         severity: one of SEVERITIES.
@@ -78,7 +78,7 @@ KINDS: dict[str, Kind] = {
         WARNING, "delete the copies that do not fit their image, as of a track left on in CVAT"
     ),
     "image-without-objects": Kind(
-        WARNING, "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on these images, too"
+        WARNING, "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to also train on these images"
     ),
     "image-over-detections": Kind(
         WARNING, "raise TEST.DETECTIONS_PER_IMAGE above the most objects of an image"
@@ -202,7 +202,7 @@ KINDS: dict[str, Kind] = {
     ),
     "polygon-over-edge": Kind(WARNING, "cut it at the image's edge, where detectron2 cuts it"),
     "polygon-without-area": Kind(ERROR, "draw it again", LEAVES_OUT),
-    "mask-below-a-pixel": Kind(WARNING, "leave it out if it is no object"),
+    "mask-below-a-pixel": Kind(WARNING, "leave it out unless it is an object"),
     "rle-malformed": Kind(
         ERROR, "write {'size': [height, width], 'counts': ...}, as pycocotools", LEAVES_OUT
     ),

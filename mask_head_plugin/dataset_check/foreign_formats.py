@@ -10,7 +10,7 @@ from ..image_files import LFS_POINTER
 from .findings import Findings
 
 _START = 4096
-"""Characters of a text that tell what it is."""
+"""Characters of a text that are enough to recognise it."""
 
 _ARCHIVES = {b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive"}
 _BY_SUPERVISION = "convert the data set with supervision (docs/your_data.md)"
@@ -31,7 +31,7 @@ _TEXTS: tuple[tuple[str, str], ...] = (
 
 
 def foreign_bytes(data: bytes, found: Findings) -> bool:
-    """Returns whether a file is no text of annotations, and notes what it is.
+    """Returns whether a file is something other than text of annotations, and notes what.
 
     Args:
         data: of the file.

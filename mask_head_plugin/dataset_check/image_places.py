@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 MOST_FILES = 1_000_000
-"""Beyond these a folder is not searched: it is none of one data set."""
+"""Larger folders are not searched: they do not belong to one data set."""
 
 Parts = tuple[str, ...]
 
@@ -44,7 +44,7 @@ class ImagePlaces:
             name: ``file_name`` of a record.
 
         Returns:
-            None if there is no such file, or several that match equally well.
+            None if no file matches, or several match equally well.
         """
         for wanted in _spellings(name):
             nearest = self._nearest(wanted)
@@ -115,7 +115,7 @@ def _common_end(a: Parts, b: Parts) -> int:
 
 
 def _walk(root: str) -> Iterator[str]:
-    """Yields the files below a folder, relative to it; linked folders, too, each once."""
+    """Yields the files below a folder, relative to it, also in linked folders, each once."""
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = sorted(

@@ -23,7 +23,7 @@ from .findings import Findings, Place, quote_path
 
 TEXT_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 THREADS = 8
-FEW_FILES = 2000  # are looked at in a second
+FEW_FILES = 2000  # are checked in a second
 
 Problem = tuple[str, str]
 """Kind and message of a finding."""
@@ -195,7 +195,7 @@ def _problems(image: ListedImage, facts: ImageFacts, honoured: bool) -> Iterable
     elif facts.orientation != 1 and facts.stored_hw == facts.image_hw and not honoured:
         # An error, not a warning: the wrong way round, all objects are trained on other pixels, and
         # nothing else will ever say so. Where images turned by 90 degrees show that the annotation
-        # tool minds the tag, this one is right, too.
+        # tool minds the tag, this one is also right.
         yield (
             "exif-undecidable",
             f"of {stored} has {turned}: it is read turned, and the size does not "

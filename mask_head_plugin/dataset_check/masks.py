@@ -1,4 +1,4 @@
-"""Boxes and masks of annotations beside each other and the image.
+"""Boxes and masks of annotations, compared with each other and with the image.
 
 Nothing is handed to pycocotools before it is known to be sound: its C code believes run lengths.
 Run lengths are decoded here with NumPy.
@@ -32,8 +32,8 @@ ROUNDING = 0.01
 # are: their boxes end one pixel before their masks do.
 ONE_PIXEL = 1.01
 # Below this IoU of its box and the box of its mask, an object that is found exactly by its mask is
-# not a sure object for the region proposal network (MODEL.RPN.IOU_THRESHOLDS). Small objects lose
-# IoU quickly: two pixels are always accepted.
+# not a certain object for the region proposal network (MODEL.RPN.IOU_THRESHOLDS). Small objects
+# lose IoU quickly: two pixels are always accepted.
 LEAST_IOU, TWO_PIXELS = 0.7, 2.01
 # detectron2 drops boxes with a side up to this (filter_empty_instances).
 NO_LENGTH = 1e-5
@@ -71,7 +71,7 @@ class Mask(NamedTuple):
         area: in pixels, as detectron2 fills it.
         hollow_area: the same where rings within rings are holes.
         flat: whether it has no height or no width, as a line.
-        inside: whether it lies within the image, but for a pixel.
+        inside: whether it lies within the image, up to a pixel.
     """
 
     box: Box
@@ -90,7 +90,7 @@ def check_box_and_mask(
     lvis: bool,
     masks: bool,
 ) -> Mask | None:
-    """Checks the box and the mask of an annotation, beside the image where its size is known.
+    """Checks the box and the mask of an annotation, and the image if its size is known.
 
     Args:
         annotation: the record.
@@ -274,7 +274,7 @@ class _Checker:
         return np.array(counts, np.int64)
 
     def compare(self, box: Box, mask: Mask | None, image_hw: tuple[int, int]) -> None:
-        """Notes what is wrong with a box beside its mask and the image."""
+        """Notes what is wrong with a box, given its mask and the image."""
         height, width = image_hw
         sides, flat = (box[2] - box[0], box[3] - box[1]), mask is not None and mask.flat
         if min(sides) <= NO_LENGTH:
@@ -315,7 +315,7 @@ def decode_counts(text: str) -> IntArray | None:
 
     A number is characters of five bits, low bits first, each but the last with a sixth bit set; the
     last one's fifth bit is the sign. From the fourth on they are differences to the number two
-    before. Lengths may come out negative: such a string is corrupt, too.
+    before. Lengths may come out negative: such a string is also corrupt.
     """
     try:
         codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
@@ -350,7 +350,7 @@ def runs_box(runs: IntArray, height: int) -> Box | None:
         return None
     columns = (starts // height, lasts // height)
     top, bottom = (starts % height).min(), (lasts % height).max() + 1
-    if (columns[0] != columns[1]).any():  # a run goes on at the top of the next column
+    if (columns[0] != columns[1]).any():  # a run continues at the top of the next column
         top, bottom = 0, height
     return float(columns[0][0]), float(top), float(columns[1][-1] + 1), float(bottom)
 

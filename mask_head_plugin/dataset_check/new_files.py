@@ -12,7 +12,7 @@ from ..durable_files import write_durably
 
 
 def refuse_existing(paths: Iterable[Path], flag: str) -> None:
-    """Raises ConfigError if a file that is to be written exists; ``flag`` is who names it."""
+    """Raises ConfigError if a file to write exists already; ``flag`` names it."""
     for path in paths:
         if os.path.lexists(path):
             raise ConfigError(f"{flag}: {path} exists; name a new file")

@@ -26,7 +26,7 @@ Bools = npt.NDArray[np.bool_]
 # Of COCO 2017, 1.2% of the annotations are crowds, and hardly an image has nothing else.
 MANY_CROWDS, MANY_LOST_IMAGES = 0.10, 0.05
 FEW_CROWDS = 10
-"""Crowds that a small file may have, as long as their images have objects, too."""
+"""Crowds that a small file may have, as long as their images also have objects."""
 
 MANY_WITHOUT_OBJECTS = 0.10
 """Images; of COCO 2017 it is 0.9%."""
@@ -87,7 +87,7 @@ class Shares:
         Args:
             annotations: the section, from which the examples are named.
             found: gets the findings. Those of masks that leave their image are of another kind
-                where the mask is on another image, too.
+                if the mask is also on another image.
         """
         self._check_crowds(found)
         self._check_images(found)
@@ -184,7 +184,7 @@ class Shares:
             "mask-on-several-images",
             f"{_share(len(others), len(rows))} masks are on several images, the same point for "
             f"point: that of annotation {quote(example.get('id'))} of image "
-            f"{quote(example.get('image_id'))} is on image {quote(other)}, too",
+            f"{quote(example.get('image_id'))} is also on image {quote(other)}",
         )
 
 

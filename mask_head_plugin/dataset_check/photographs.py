@@ -16,7 +16,7 @@ from pathlib import Path
 
 THREADS = 8
 PROBE = 4096
-"""Bytes in the middle of a file, which tell most files of one size apart."""
+"""Bytes in the middle of a file, which distinguish most files of one size."""
 
 ROBOFLOW = re.compile(r"(?:_(?:jpe?g|png|bmp|tiff?|webp))?\.rf\.\w{16,}$", re.IGNORECASE)
 """Roboflow gives each augmented version of an image a digest of its own."""
@@ -95,7 +95,7 @@ def _whole_photograph(stem: str, patterns: Iterable[re.Pattern[str]], grids: set
 
 
 def _is_grid(name: str, places: Places) -> bool:
-    """Returns whether pairs of numbers behind a name are columns and rows of tiles."""
+    """Returns whether pairs of numbers after a name are columns and rows of tiles."""
     numbers = {(int(x), int(y)) for x, y in places}
     texts = [text for place in places for text in place]
     columns, rows = ({pair[axis] for pair in numbers} for axis in (0, 1))
@@ -118,7 +118,7 @@ def content_keys(
     Reads only files of one size, and whole ones only where their middles are the same.
 
     Args:
-        paths: of files; empty ones and those that cannot be read are no copies.
+        paths: of files; empty and unreadable ones do not count as copies.
         shared: of keys by path, those worth another look; by default, all that occur twice.
     """
     keys: dict[str, Hashable] = {path: _size(path) for path in paths}

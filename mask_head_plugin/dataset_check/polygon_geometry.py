@@ -18,7 +18,7 @@ Box = tuple[float, float, float, float]
 
 
 SOME_POINTS = 16
-"""Of a polygon tell whether it lies in another."""
+"""Points of a polygon, enough to see whether it lies in another."""
 
 
 class Outline(NamedTuple):

@@ -29,7 +29,7 @@ def _move(records: list[Record], key: str, value: Any) -> None:
 
 
 def _renumber(section: str, groups: str, key: str, repeated: Repair) -> Repair:
-    """Returns a repair that gives a record a number as id, in what refers to it, too.
+    """Returns a repair that gives a record, and what refers to it, a number as id.
 
     Args:
         section: of the record.
@@ -100,7 +100,7 @@ def _merge_image(document: Document, image: Record) -> str | None:
     for annotation in moved:
         shape = [annotation.get(key) for key in ("category_id", "bbox", "segmentation")]
         if any([x.get(k) for k in ("category_id", "bbox", "segmentation")] == shape for x in kept):
-            document.drop(annotation, "the other record of its file has it, too", merged=True)
+            document.drop(annotation, "the other record of its file also has it", merged=True)
         else:
             annotation["image_id"] = first.get("id")
             kept.append(annotation)
@@ -144,7 +144,7 @@ def _annotation_id(document: Document, annotation: Record) -> str | None:
 
 
 def _fill(document: Document, annotation: Record) -> str | None:
-    """Adds what the rest of the annotation tells."""
+    """Adds what follows from the rest of the annotation."""
     done = []
     if annotation.get("id") is None:
         done.append(_new_id(document, annotation))

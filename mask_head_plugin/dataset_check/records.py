@@ -112,7 +112,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def check_id(what: str, value: Any, found: Findings, at: Place) -> None:
-    """Notes an id that is no whole number, or that a float64 does not hold."""
+    """Notes an id that is not a whole number, or that a float64 does not hold."""
     if type(value) is not int:
         message = f"the {what} id {quote(value)} is of type {type(value).__name__}"
         found.add("id-not-integer", message, at)
@@ -151,7 +151,7 @@ def check_images(images: list[Any], found: Findings, *, lvis: bool = False) -> S
         check_id("image", i, found, at)
         if isinstance(i, Hashable):
             if i in sizes:
-                message = f"the image id stands twice, here with {quote_path(image.get(name_key))}"
+                message = f"the image id appears twice, here with {quote_path(image.get(name_key))}"
                 found.add("duplicate-image-id", message, at)
             sizes.setdefault(i, size)
     if not images:
@@ -187,7 +187,7 @@ def _check_file_name(
         message = f"its file {quote_path(name)} is not within the image folder"
         found.add("file-name-outside", message, at)
     elif name in seen and seen[name] != at.image_id:
-        message = f"its file {quote_path(name)} is that of image {quote(seen[name])}, too"
+        message = f"its file {quote_path(name)} is also that of image {quote(seen[name])}"
         found.add("duplicate-file-name", message, at)
     seen.setdefault(name, at.image_id)
 

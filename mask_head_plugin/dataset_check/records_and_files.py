@@ -1,4 +1,4 @@
-"""Image files beside their records: where a missing one is, and whose size is wrong.
+"""Image files compared with their records: where a missing one is, and whose size is wrong.
 
 images.py says what is wrong with a file; this module finds out why.
 """
@@ -102,7 +102,7 @@ def _look_for_files(images: list[Any], image_root: str, found: Findings) -> None
     places = ImagePlaces(image_root)
     names = {k: images[found[k].index]["file_name"] for k in lost}
     found_at = {name: _place(name, image_root, places) for name in set(names.values())}
-    # A file that records mean by different names, but for the separator, is not known to be this.
+    # A file whose records use names that differ in more than the separator is not known to be it.
     others = {x["file_name"] for x in images if isinstance(x, dict) and file_name(x, lvis=False)}
     meaning = defaultdict(set)
     for name in others:

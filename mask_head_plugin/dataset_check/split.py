@@ -22,7 +22,7 @@ Content = dict[str, Any]
 def keep_categories(content: Content, names: Sequence[str]) -> Content:
     """Returns a file's content with some categories only, and the annotations of these.
 
-    All images stay: without annotations they are examples of what is none of the categories.
+    All images stay: without annotations they show what none of the categories is.
 
     Args:
         content: that the check finds no errors in.
@@ -58,7 +58,7 @@ def split(
         seed: of the choice; the same one makes the same parts.
 
     Raises:
-        ConfigError: if the share is none, or all images are of one photograph.
+        ConfigError: if the share is not one, or all images are of one photograph.
     """
     if not 0 < share < 1:
         raise ConfigError(f"--split {share}: give a share between 0 and 1, such as 0.2")

@@ -15,7 +15,7 @@ Pairs = list[tuple[str, str]]
 
 
 def shared_images(train: Images, test: Images) -> list[tuple[str, Pairs]]:
-    """Returns the images of the test data that the training data have, too.
+    """Returns the images of the test data that the training data also have.
 
     Args:
         train: image folder and path of each training image.
@@ -41,7 +41,7 @@ def shared_images(train: Images, test: Images) -> list[tuple[str, Pairs]]:
 
 
 def _matches(train: Images, test: Images, keys: Mapping[str, Hashable]) -> Pairs:
-    """Returns the pairs of images that have one key; None is no key."""
+    """Returns the pairs of images that share a key; None does not count."""
     first: dict[Hashable, str] = {}
     for _, path in train:
         first.setdefault(keys.get(path), path)

@@ -84,7 +84,7 @@ def run_demo(
         inputs: images, videos, folders of them, patterns such as ``photos/*.jpg``.
         output: a folder, made if missing. Nothing in it is overwritten.
         confidence_threshold: detections need a higher score; 0 to 1.
-        semantic: write semantic maps, too.
+        semantic: also write semantic maps.
 
     Returns:
         What went wrong, a line for each input that has no result, or only a part.
@@ -108,7 +108,7 @@ def demo_config(
     """Returns a checked config whose model drops detections below the threshold.
 
     Raises:
-        ConfigError: if it cannot be used; without weights, too.
+        ConfigError: if it cannot be used, or names no weights.
     """
     cfg = load_config_and_code(config_file, opts)
     if not cfg.MODEL.WEIGHTS:
@@ -124,7 +124,7 @@ def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
     """Returns names and category ids of a model's classes; numbers where the names are unknown.
 
     Ids are those that the first data set of DATASETS.TEST, or else TRAIN, has for the classes of
-    these names; classes that it has not get ids above its own. The annotation files of
+    these names; classes that it lacks get ids above its own. The annotation files of
     DATASETS.COCO_FILES need not be on this machine.
 
     Args:
@@ -135,8 +135,8 @@ def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
     if names is None:
         count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         logger.warning(
-            "classes are numbers, for the weights do not name them, nor %d classes of a data set: "
-            "%s",
+            "classes are shown as numbers: the weights do not name them, and no data set has %d "
+            "classes: %s",
             count,
             unknown or f"{listed(list(id_of))} are {len(id_of)}",
         )
@@ -146,7 +146,7 @@ def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
     free = itertools.count(max(id_of.values(), default=0) + 1)
     if missing:
         logger.warning(
-            "category ids are free ones for %s: %s",
+            "new category ids for %s: %s",
             listed(missing),
             unknown or f"the data set has {listed(list(id_of))}",
         )

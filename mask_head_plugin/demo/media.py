@@ -1,4 +1,4 @@
-"""Images and videos: found, told apart, read, and named so that results overwrite nothing.
+"""Images and videos: found, distinguished, read, and named so that results overwrite nothing.
 
 Shape alphabet: H, W image height and width in pixels.
 """
@@ -56,7 +56,7 @@ WRITTEN_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
 DEFAULT_FPS = 25.0
 STEADY = 1.5
-"""The longest interval between frames may be so many times the shortest: clocks round."""
+"""The longest interval between frames may be this many times the shortest: clocks round."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
     paths = {path.resolve(): path for given in inputs for path in _files_of(given)}
     sources, taken = [], set()
     for path in paths.values():
-        # What cannot be told is read as an image, which says what is wrong with it.
+        # Whatever is not recognised is read as an image, which says what is wrong with it.
         is_video = kind_of(path) == "video"
         stem, number = path.stem, 1
         # Also of endings apart: semantic maps are all .png. And in small letters, for file systems
-        # that do not tell them from large ones.
+        # that do not distinguish them from large ones.
         while stem.lower() in taken:
             number += 1
             stem = f"{path.stem}_{number}"
@@ -97,7 +97,7 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """Returns what a file is by its first bytes, or else by its ending; None if neither tells."""
+    """Returns what a file is by its first bytes, or else by its ending; None if neither decides."""
     with contextlib.suppress(OSError):
         if path.is_file():  # a pipe would never end
             with path.open("rb") as file:
@@ -194,7 +194,7 @@ def _files_of(given: str) -> list[Path]:
     path = Path(given).expanduser()
     if path.is_dir():
         visible = sorted(x for x in path.iterdir() if not x.name.startswith("."))
-        # A link that leads nowhere is no folder, and named as unreadable.
+        # A broken link is not a folder, and is reported as unreadable.
         files = [x for x in visible if not x.is_dir() and kind_of(x) is not None]
         if not files:
             raise ConfigError(
@@ -215,7 +215,7 @@ def _files_of(given: str) -> list[Path]:
             f"--input: {given} does not exist; check the path (--input takes all words up to the "
             "next flag)"
         )
-    matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # absolute patterns, too
+    matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # also absolute patterns
     files = [x for x in map(Path, matches) if x.is_file()]
     if not files:
         raise ConfigError(f"--input: no file matches {given}")

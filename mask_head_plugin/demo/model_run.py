@@ -68,13 +68,13 @@ class ModelRun:
         Args:
             model: what finds objects.
             output: a folder, made once the model runs; see check_output.
-            semantic: write semantic maps, too.
+            semantic: also write semantic maps.
             batch_size: how many images or frames the model gets at a time.
         """
         self.model, self.predictions = model, Predictions(model.categories)
         self.output, self.semantic, self.batch_size = output, semantic, batch_size
         self._problems: list[str] = []
-        self._scaled: set[Path] = set()  # inputs of which it was told
+        self._scaled: set[Path] = set()  # inputs for which it was logged
 
     def run(self, sources: Sequence[Source]) -> list[str]:
         """Writes overlays, semantic maps and predictions.json, also after an interruption.
@@ -178,8 +178,8 @@ class ModelRun:
         if longest is not None and item.source.path not in self._scaled:
             self._scaled.add(item.source.path)
             logger.warning(
-                "%s: the model sees its %d x %d pixels scaled to INPUT.MAX_SIZE_TEST %d, for at "
-                "full size memory would run out; cut it into tiles if objects are small",
+                "%s: the model sees its %d x %d pixels scaled to INPUT.MAX_SIZE_TEST %d, because "
+                "at full size memory would run out; cut it into tiles if objects are small",
                 item.source.path,
                 width,
                 height,
@@ -212,7 +212,7 @@ class ModelRun:
 
 
 def check_threshold(confidence_threshold: float) -> None:
-    """Raises ConfigError if it is none."""
+    """Raises ConfigError if it is not a score."""
     if not 0 <= confidence_threshold <= 1:
         raise ConfigError(f"--confidence-threshold {confidence_threshold} is not from 0 to 1")
 

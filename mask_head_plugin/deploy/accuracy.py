@@ -1,4 +1,4 @@
-"""How much a quantised model has lost: AP beside the trained model's, and how far the two agree.
+"""How much a quantised model has lost: its AP against the trained model's, and their agreement.
 
 Quantisation moves every number, so differences of single numbers, as in ``parity``, tell nothing.
 
@@ -39,10 +39,10 @@ MOST_AP_LOSS = 1.0
 be by chance, for the images are few: where the 95% interval of the difference has 0 in it."""
 
 LEAST_AGREEMENT = 0.9
-"""Share of sure detections that both must have, and mean IoU that their masks must have."""
+"""Share of confident detections that both must have, and mean IoU that their masks must have."""
 
 SURE = 0.5
-"""The score from which on a detection of either model has to be one of the other's."""
+"""The score from which on the other model must also have a detection."""
 
 SIDES = ("trained", "exported")
 
@@ -58,7 +58,7 @@ class Accuracy:
         counts: detections of the trained model in each image.
         mask_side: M, of models with masks.
         num_sure: detections that either model has with a score of at least SURE.
-        num_agreeing: those of them that the other has, too.
+        num_agreeing: those of them that the other also has.
         ious: of the masks of detections that both have.
         dataset: that AP was computed on, and its number of images; None if none was there.
         ap: by task, the trained model's (baseline) and the exported one's (value).

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NO_CANDIDATE = float("-inf")
-"""The score of a box that is not looked at."""
+"""The score of a box that is not considered."""
 
 
 def class_nms(
@@ -27,7 +27,7 @@ def class_nms(
         boxes: (G, R, 4), inside the image.
         scores: (G, R); NO_CANDIDATE for those that are out.
         iou_threshold: in [0, 1].
-        limit: as many of a group are enough; below 0: all.
+        limit: how many of a group are enough; below 0: all.
         image_edge: (4,), above all coordinates.
 
     Returns:

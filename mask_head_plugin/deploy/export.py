@@ -164,8 +164,8 @@ def _made(
     if compared.unlike:
         more = f" (and {len(compared.unlike) - 1} more differences)" if compared.unlike[1:] else ""
         raise ConfigError(
-            f"--format {options.file_format}: nothing was written, for the exported model differs "
-            f"from the trained one. {compared.unlike[0]}{more}"
+            f"--format {options.file_format}: nothing was written, because the exported model "
+            f"differs from the trained one. {compared.unlike[0]}{more}"
         )
     tell(f"done, {sum(x.stat().st_size for x in folder.iterdir()) / 1e6:.1f} MB")
     return _describe(cfg, model, options, path, compared), compared
@@ -179,7 +179,7 @@ def _checked_config(config_file: str, opts: Sequence[str]) -> CfgNode:
     check_config(cfg, train=False, evaluate=False)
     if cfg.INPUT.FORMAT not in IMAGE_FORMATS:
         raise ConfigError(
-            f"INPUT.FORMAT {cfg.INPUT.FORMAT!r} is none of {listed(IMAGE_FORMATS)}, and the "
+            f"INPUT.FORMAT {cfg.INPUT.FORMAT!r} is not one of {listed(IMAGE_FORMATS)}, and the "
             "runtime of exported models reads no other"
         )
     if cfg.INPUT.MAX_SIZE_TEST < 1:
@@ -215,14 +215,14 @@ def _calibration_images(cfg: CfgNode, options: ExportOptions) -> list[str]:
     """Returns the images that int8 is calibrated on; none for other precisions."""
     for path in options.calibration_images:
         if not Path(path).is_file():
-            raise ConfigError(f"--calibration-images: {path} is no file")
+            raise ConfigError(f"--calibration-images: {path} is not a file")
     if options.precision != "int8" or options.calibration_images:
         return list(options.calibration_images)
     try:
         return images_of_dataset(usable_dataset(cfg, "TRAIN"), NUM_CALIBRATION_IMAGES)
     except ConfigError as error:
         raise ConfigError(
-            f"--precision int8 needs images to calibrate on: name --calibration-images, for {error}"
+            f"--precision int8 needs images to calibrate on: name --calibration-images: {error}"
         ) from error
 
 
@@ -242,9 +242,7 @@ def _samples(cfg: CfgNode, options: ExportOptions, images: Sequence[str]) -> lis
             return []  # more of its images are compared than samples are
     samples = sample_images(cfg, images, options.size)
     if not samples and options.precision == "int8":
-        raise ConfigError(
-            f"--precision int8 needs images to compare on: name --images, for {reason}"
-        )
+        raise ConfigError(f"--precision int8 needs images to compare on: name --images: {reason}")
     if not samples:
         logger.warning("%s: the comparison is on made images alone; name --images", reason)
     return samples
@@ -325,13 +323,13 @@ def _quantise(
 
 
 def check_options(options: ExportOptions) -> None:
-    """Raises a ConfigError, naming the flag, if there is no such export."""
+    """Raises a ConfigError, naming the flag, if such an export does not exist."""
     for flag, value, choices in (
         ("--format", options.file_format, MODEL_FILES),
         ("--precision", options.precision, PRECISIONS),
     ):
         if value not in choices:
-            raise ConfigError(f"{flag} {value!r} is none of {listed(list(choices))}")
+            raise ConfigError(f"{flag} {value!r} is not one of {listed(list(choices))}")
     if options.precision == "int8" and options.file_format != "onnx":
         raise ConfigError(f"--precision int8 is ONNX's, and --format is {options.file_format}")
     if options.calibration_images and options.precision != "int8":
@@ -361,7 +359,7 @@ def _describe(
     predictor = last_predictor(model)
     exportable = ExportableMaskRCNN(model)
     names = class_names_of(model)
-    categories = model_categories(cfg, names)  # tells what is not known of them
+    categories = model_categories(cfg, names)  # logs what is not known of them
     is_onnx = options.file_format == "onnx"
     weights = Path(local_copy(cfg.MODEL.WEIGHTS.partition("?")[0]))
     packages = ["mask_head_plugin", "torch", "torchvision", *(["onnx"] if is_onnx else [])]

@@ -117,7 +117,7 @@ class ExportableMaskRCNN(nn.Module):
         """Returns the (R, 4) boxes of detectron2's find_top_rpn_proposals, best first.
 
         Only the best anchors of a map are made boxes. A map with fewer than are wanted is filled up
-        with anchors that are no candidates, so that sizes are fixed up to the suppression.
+        with anchors that are not candidates, so that sizes are fixed up to the suppression.
         """
         rpn = self.model.proposal_generator
         maps = [features[name] for name in rpn.in_features]
@@ -189,7 +189,7 @@ class ExportableMaskRCNN(nn.Module):
         """
         is_finite = boxes.isfinite().all(dim=1) & probs.isfinite().all(dim=1)
         num_classes = probs.shape[1] - 1
-        # Without -1 for K: ONNX cannot tell it where there is no box.
+        # Without -1 for K: ONNX cannot infer it without boxes.
         by_class = boxes.reshape(-1, boxes.shape[1] // 4, 4)
         by_class = _clip(by_class, image_edge).transpose(0, 1)
         by_class = by_class.expand(num_classes, -1, -1)
@@ -253,7 +253,7 @@ def _clip(boxes: Tensor, image_edge: Tensor) -> Tensor:
 
 
 def _best(kept: Tensor, scores: Tensor, limit: int) -> Tensor:
-    """Returns the flat indices of what was kept, best first and no more than the limit."""
+    """Returns the flat indices of what was kept, best first and at most the limit."""
     order = scores.reshape(-1)[kept].sort(descending=True)[1]
     return kept[order[:limit] if limit >= 0 else order]
 

@@ -78,7 +78,7 @@ def _changes(
     # A pixel on the threshold belongs to the mask.
     y = np.where(inside[column, row], np.floor(y) + 1, np.ceil(y)).clip(0, height)
     changes, times = np.unique(x[column] * height + y.astype(np.int64), return_counts=True)
-    # Between an even number of changes at one place there is no pixel: runs of neighbouring
+    # An even number of changes at one place encloses no pixel: runs of neighbouring
     # columns that meet at the image's edge merge, and crossings closer than a pixel vanish.
     changes = changes[times % 2 == 1]
     return changes[changes < height * width]

@@ -111,7 +111,7 @@ class ModelDescription:
         format_version: FORMAT_VERSION.
         model: the file.
         num_classes: K.
-        class_names: of the K classes; None if nobody knows them.
+        class_names: of the K classes; None if unknown.
         category_ids: that predictions have in COCO files; None where names are unknown.
         input: what it is given.
         outputs: names of its outputs, in order.
@@ -167,7 +167,7 @@ def read_model_folder(folder: Path) -> ModelDescription:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        kind = f"{folder} has no {DESCRIPTION}" if folder.is_dir() else f"{folder} is no folder"
+        kind = f"{folder} has no {DESCRIPTION}" if folder.is_dir() else f"{folder} is not a folder"
         raise ModelFolderError(f"{kind}; export a model with tools/export_model.py") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path} cannot be read: {one_line(error)}") from error
@@ -234,7 +234,7 @@ def _check_file(path: Path, sha256: str) -> None:
             f"{error.strerror}"
         ) from error
     if is_missing:
-        raise ModelFolderError(f"{path} is missing, which {DESCRIPTION} beside it describes")
+        raise ModelFolderError(f"{path} is missing, which {DESCRIPTION} next to it describes")
     if is_other:
         raise ModelFolderError(
             f"{path} is not the file that {DESCRIPTION} describes: its SHA-256 differs, as of a "

@@ -27,7 +27,7 @@ def sole_export(output: Path) -> Iterator[None]:
             tempfile.TemporaryFile(dir=output).close()
         except OSError as error:
             raise ConfigError(
-                f"--output {output} is no folder that can be written to: {error.strerror}"
+                f"--output {output} is not a folder that can be written to: {error.strerror}"
             ) from error
         try:
             stack.enter_context(locked_folder(output))
@@ -59,7 +59,7 @@ def write_model(output: Path, folder: Path, description: ModelDescription) -> No
     Args:
         output: where they go.
         folder: where they are.
-        description: of the model, which becomes a file, too.
+        description: of the model, which also becomes a file.
 
     Raises:
         OSError: if a file cannot be written; what was in the folder is still there then.

@@ -121,7 +121,7 @@ class Parity:
 def matched(expected: Outputs, found: Outputs) -> npt.NDArray[np.int64]:
     """Returns (P, 2) rows of detections of one class at the same place, best first.
 
-    Rounding may exchange detections whose scores are all but equal, so order alone tells nothing.
+    Rounding may swap detections whose scores are almost equal, so order alone means nothing.
     """
     pairs, free = [], np.ones(len(found["scores"]), bool)
     for row, (box, number) in enumerate(zip(expected["boxes"], expected["classes"], strict=True)):

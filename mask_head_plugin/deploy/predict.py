@@ -71,7 +71,7 @@ def run_predict(
         inputs: images, videos, folders of them, patterns such as ``photos/*.jpg``.
         output: a folder, made if missing. Nothing in it is overwritten.
         confidence_threshold: detections need a higher score; 0 to 1.
-        semantic: write semantic maps, too.
+        semantic: also write semantic maps.
         batch_size: how many images the model gets at a time.
         threads: that onnxruntime computes with; all of the machine if None.
 

@@ -38,7 +38,7 @@ KNOWN_PACKAGES = ("torch", "torchvision", "fvcore", "detectron2", "mask_head_plu
 
 
 def check_architecture(cfg: CfgNode) -> None:
-    """Refuses what the config alone tells, before weights are read that may not fit either.
+    """Refuses what the config alone rules out, before weights are read that may not fit either.
 
     Raises:
         ConfigError: naming the key.
@@ -93,7 +93,7 @@ def check_traces(exportable: ExportableMaskRCNN) -> None:
             expected, found = (_tensors(x(*examples[1])) for x in (part, trace))
         except Exception as error:  # whatever code of others may raise
             raise ConfigError(
-                f"{key}: {name} cannot be exported, for PyTorch cannot trace it: "
+                f"{key}: {name} cannot be exported, because PyTorch cannot trace it: "
                 f"{first_line(error)}"
             ) from error
         same = len(expected) == len(found) and all(
@@ -102,8 +102,8 @@ def check_traces(exportable: ExportableMaskRCNN) -> None:
         )
         if not same:
             raise ConfigError(
-                f"{key}: {name} cannot be exported, for its trace computes something else on an "
-                "input of another size: keep sizes as tensors, and take no branch on values"
+                f"{key}: {name} cannot be exported, because its trace computes something else on "
+                "an input of another size: keep sizes as tensors, and take no branch on values"
             )
 
 
@@ -165,7 +165,7 @@ def _check_pooler(section: str, pooler: Any) -> None:
         )
     if pooler.pooler_type == "PrROIPool":
         raise ConfigError(
-            f"{section}.POOLER_TYPE: PrROIPool cannot be exported, for no operator of ONNX or "
+            f"{section}.POOLER_TYPE: PrROIPool cannot be exported, because no operator of ONNX or "
             "torchvision integrates; train with ROIAlignV2"
         )
     if pooler.reduction == "max" and pooler.pooler_type != "ROIPool":
@@ -178,7 +178,7 @@ def _check_pooler(section: str, pooler: Any) -> None:
 def _check_mask_head(head: Any) -> None:
     if type(head).forward not in MASK_HEAD_FORWARDS:
         raise ConfigError(
-            f"MODEL.ROI_MASK_HEAD.NAME: {type(head).__name__} cannot be exported, for it has a "
+            f"MODEL.ROI_MASK_HEAD.NAME: {type(head).__name__} cannot be exported, because it has a "
             "forward of its own; give it `layers`, as detectron2's BaseMaskRCNNHead has"
         )
     if not isinstance(head, ClassSelection):

@@ -26,7 +26,7 @@ from .mask_paste import FloatArray, paste_masks
 from .model_folder import ModelDescription, ModelFolderError, read_model_folder
 
 MOST_THREADS = 1024
-"""onnxruntime hangs or dies where it is told to start more than the machine lets it."""
+"""onnxruntime hangs or dies if asked to start more than the machine allows."""
 
 INSTALL = 'pip install "mask_head_plugin[deploy]", or pip install onnxruntime'
 
@@ -119,7 +119,7 @@ class Predictor:
 
         Raises:
             ModelFolderError: if the model returns what ``model.json`` does not say.
-            ValueError: if an image is none, naming its place.
+            ValueError: if an image cannot be used, naming its place.
         """
         if isinstance(images, np.ndarray):
             return self._predict(_checked(images, "the image"))
@@ -157,8 +157,8 @@ class Predictor:
         is_class = (classes >= 0) & (classes < num_classes)
         if classes.dtype.kind not in "iu" or not is_class.all():
             raise ModelFolderError(
-                f"{self._path} returns classes that are no numbers from 0 to {num_classes - 1}, as "
-                "model.json has them; export the model again"
+                f"{self._path} returns classes that are not numbers from 0 to {num_classes - 1}, "
+                "as model.json has them; export the model again"
             )
 
     def _in_image(

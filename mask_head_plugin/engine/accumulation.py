@@ -1,7 +1,7 @@
 """A batch computed in parts, whose gradients are added up to one step: less memory, the same batch.
 
 The step is that of the whole batch as far as losses are means over images, as those of the RPN are,
-or parts have as many RoIs as each other; else each part counts alike, just as processes do in
+or parts have equally many RoIs; otherwise each part counts alike, just as processes do in
 DistributedDataParallel. Batch normalization sees a part at a time.
 """
 

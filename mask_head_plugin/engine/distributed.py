@@ -39,7 +39,7 @@ def share_buffers(model: nn.Module) -> None:
     """Gives all processes the batch statistics of the first.
 
     Each has averaged its own, and the first's are in the checkpoint: without this, evaluation in
-    several processes would be of a model that nobody has.
+    several processes would describe a model that nobody has.
     """
     if comm.get_world_size() > 1:
         for buffer in model.buffers():

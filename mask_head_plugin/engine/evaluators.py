@@ -61,7 +61,7 @@ def build_evaluator(
             return PascalVOCDetectionEvaluator(dataset_name)
         case kind:
             raise ValueError(
-                f"data set {dataset_name!r} has evaluator_type {kind!r}, for which there is no "
+                f"data set {dataset_name!r} has evaluator_type {kind!r}, which has no "
                 "evaluator; set it in its metadata, e.g. to 'coco'"
             )
 

@@ -21,11 +21,12 @@ FAILED_FOLDER = "failed_steps"
 
 
 LEAST_SCALE = 2.0**-24
-"""Of the losses with AMP; what is infinite in spite of it is so by itself. float16 has no less."""
+"""Scale of the losses with AMP, the least that float16 has. A gradient that overflows even at this
+scale is genuinely infinite."""
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on, in one line that names the iteration, the images and the fix."""
+    """A run that cannot continue, in one line that names the iteration, the images and the fix."""
 
 
 class StepGuard(HookBase):
@@ -41,7 +42,7 @@ class StepGuard(HookBase):
         Args:
             model: as it is trained, in DistributedDataParallel or not.
             cfg: gives OUTPUT_DIR and the settings that messages name. With SOLVER.AMP gradients are
-                looked at where the scaler, which finds its factor by infinite ones, finds none.
+                checked where the scaler, which finds its factor by infinite ones, finds none.
         """
         self.seed = 0  # the run's; a resumed run learns it late
         self._model, self._cfg = model, cfg
@@ -57,7 +58,7 @@ class StepGuard(HookBase):
             self._batch, self._losses = inputs[0] if inputs else [], {}
 
     def _note_losses(self, model: nn.Module, _: object, losses: Any) -> None:
-        # A model with a run_step of its own may return something else: that is not looked at.
+        # A model with a run_step of its own may return something else, which is not checked.
         if model.training and isinstance(losses, Mapping | torch.Tensor):
             named = losses if isinstance(losses, Mapping) else {"total_loss": losses}
             self._losses = {
@@ -101,7 +102,7 @@ class StepGuard(HookBase):
         return {name: each.grad for name, each in named if each.grad is not None}
 
     def _stop_if_not_finite(self, gradients: dict[str, torch.Tensor]) -> None:
-        """Looks at each value, since the norm of large gradients may be infinite by itself."""
+        """Looks at each value, since the norm of large finite gradients may be infinite."""
         values = {name: loss.sum().item() for name, loss in self._losses.items()}
         terms = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
         layers = [name for name, each in gradients.items() if not each.isfinite().all()]
@@ -157,7 +158,7 @@ class StepGuard(HookBase):
             f"SOLVER.ACCUMULATE_STEPS (now {self._cfg.SOLVER.ACCUMULATE_STEPS}), or lower "
             f"SOLVER.IMS_PER_BATCH (now {self._cfg.SOLVER.IMS_PER_BATCH}), {size} or "
             f"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE (now {heads.BATCH_SIZE_PER_IMAGE}); on CUDA "
-            "SOLVER.AMP.ENABLED True helps, too"
+            "SOLVER.AMP.ENABLED True also helps"
         )
 
 

@@ -1,4 +1,4 @@
-"""Hooks of detectron2's trainer that let a run go on, after a kill, as if nothing had happened."""
+"""Hooks of detectron2's trainer that let a run continue after a kill as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         Args:
             checkpointer: writes the files.
             period: iterations from one to the next.
-            keep_last: how many to keep beside ``model_final``; 0 keeps all.
+            keep_last: how many to keep besides ``model_final``; 0 keeps all.
         """
         super().__init__(checkpointer, period)
         self._keep_last = keep_last
@@ -77,7 +77,7 @@ class BestCheckpointer(hooks.HookBase):
         self._last_seen, self._has_warned = -1, False
 
     def before_train(self) -> None:
-        # Evaluations before the checkpoint's iteration were looked at when they were made.
+        # Evaluations before the checkpoint's iteration were considered when they were made.
         self._last_seen = self.trainer.start_iter - 2
         if self.trainer.start_iter > 0 and self._record.is_file():
             try:
@@ -120,7 +120,7 @@ def warn_of_missing_metric(key: str, metric: str, latest: Mapping[str, Any]) -> 
     """Warns, once there was an evaluation, that it did not give the metric that a key names."""
     names = [name for name in latest if "/AP" in name]
     if names:
-        told = "%s %r is no metric of the evaluation; there are %s"
+        told = "%s %r is not a metric of the evaluation; it has %s"
         logger.warning(told, key, metric, ", ".join(names))
     return bool(names)
 
@@ -145,7 +145,7 @@ class MetricPrinter(events.CommonMetricPrinter):
 
 
 class JSONWriter(events.JSONWriter):
-    """JSONWriter that goes on behind the lines of an interrupted run."""
+    """JSONWriter that continues after the lines of an interrupted run."""
 
     def __init__(self, json_file: Path) -> None:
         super().__init__(str(json_file), SMOOTHING_WINDOW)
@@ -164,7 +164,7 @@ class JSONWriter(events.JSONWriter):
         with self._path.open("rb") as file:
             for line in file:
                 entry = _entry(line)
-                if entry is None:  # of this kill or, with lines behind it, of an earlier one
+                if entry is None:  # of this kill or, followed by other lines, of an earlier one
                     continue
                 if entry["iteration"] > start_iter:
                     break
@@ -179,7 +179,7 @@ class JSONWriter(events.JSONWriter):
 
 
 class TensorboardXWriter(events.TensorboardXWriter):
-    """TensorboardXWriter that hides what an interrupted run wrote behind its last checkpoint."""
+    """TensorboardXWriter that hides what an interrupted run wrote after its last checkpoint."""
 
     def go_on(self, start_iter: int, **_: bool) -> None:
         """Makes TensorBoard forget points from ``start_iter`` on."""
@@ -188,23 +188,23 @@ class TensorboardXWriter(events.TensorboardXWriter):
 
 
 class Resume(hooks.HookBase):
-    """Takes a run up where its checkpoint left it. Registered behind the trainer's other hooks.
+    """Continues a run where its checkpoint left it. Registered after the trainer's other hooks.
 
     A checkpoint is written before the evaluation of the same iteration, so that a failing
-    evaluation costs no training. ``finished_iteration`` says of which checkpoint all that stands
-    behind it was done; if that is not the last one, it is done first. What was logged after the
-    checkpoint is dropped, since it will be logged again. An iteration that has ended a run early is
-    never noted, so that a resumed run evaluates it, and ends, again.
+    evaluation costs no training. ``finished_iteration`` names the newest checkpoint whose
+    evaluation and logging finished; if that is not the last one, they are done first. What was
+    logged after the checkpoint is dropped, since it will be logged again. An iteration that has
+    ended a run early is never noted, so that a resumed run evaluates it, and ends, again.
     """
 
     def __init__(self, others: Sequence[hooks.HookBase]) -> None:
         """
         Args:
-            others: the trainer's. From the evaluation on they are behind the checkpoint; only the
+            others: the trainer's. From the evaluation on they come after the checkpoint; only the
                 main process has a checkpointer and writers.
         """
         evaluations = [k for k, x in enumerate(others) if isinstance(x, hooks.EvalHook)]
-        self._behind_checkpoint = list(others[min(evaluations, default=len(others)) :])
+        self._after_checkpoint = list(others[min(evaluations, default=len(others)) :])
         writers = [y for x in others if isinstance(x, hooks.PeriodicWriter) for y in x._writers]
         self._files = [x for x in writers if isinstance(x, JSONWriter | TensorboardXWriter)]
         checkpointers = (x for x in others if isinstance(x, hooks.PeriodicCheckpointer))
@@ -229,7 +229,7 @@ class Resume(hooks.HookBase):
                 )
         trainer.iter = trainer.storage.iter = last
         if not is_done:
-            for hook in self._behind_checkpoint:
+            for hook in self._after_checkpoint:
                 hook.after_step()
             self.after_step()
 

@@ -34,7 +34,7 @@ from .guards import TrainingError
 logger = logging.getLogger(__name__)
 
 WORKER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets in the environment of a process that it starts; submitit can, too."""
+"""What torchrun sets in the environment of a process that it starts; submitit also can."""
 
 NO_ID = "none"
 """torchrun's --rdzv-id where the user gave none."""
@@ -65,19 +65,19 @@ def launch(
     In a process of torchrun's it calls ``main_func`` right there, whatever the numbers are.
     Otherwise it starts the processes, or none if it takes but one.
 
-    Differs from detectron2's: works without GPUs, too; where one process fails, all end, and its
+    Differs from detectron2's: also works without GPUs; where one process fails, all end, and its
     error is raised here. One machine alone takes any free port, so that two runs do not collide.
 
     Args:
         main_func: can be pickled, and ``args`` too.
-        num_gpus_per_machine: processes on this machine; as many on each.
+        num_gpus_per_machine: processes on this machine; the same number on each.
         num_machines: in all.
         machine_rank: of this machine, 0 to num_machines - 1.
         dist_url: ``tcp://host:port`` of machine 0, for several machines.
         args: of main_func.
         timeout: for a process to wait for the others, here and in each exchange between them.
         device: MODEL.DEVICE. Processes talk through NCCL on ``cuda``, through gloo on ``cpu`` and
-            where there is no GPU.
+            without a GPU.
 
     Raises:
         ConfigError: if the numbers fit neither each other nor the GPUs; that of a process, with its
@@ -156,7 +156,7 @@ def first_on_machine() -> Iterator[None]:
 
 
 def restarted(output_dir: str) -> bool:
-    """Returns whether torchrun has started this run before, so that it has to go on.
+    """Returns whether torchrun has started this run before, so that it must resume.
 
     It starts processes again after a failure and when machines come or go, with the same command.
     Which run OUTPUT_DIR is of is noted there. To be called by all processes.
@@ -166,7 +166,7 @@ def restarted(output_dir: str) -> bool:
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", NO_ID)
     path = Path(output_dir) / RUN_ID_FILE
-    # torchrun does not count a start that a change of machines has caused; then the id tells.
+    # torchrun does not count a start that a change of machines has caused; then the id shows it.
     known = run_id != NO_ID and path.is_file() and path.read_text() == run_id
     # A machine that has just come counts from 0.
     again = any(comm.all_gather(known or _restart_count() > 0))
@@ -196,7 +196,7 @@ def _backend(device: str) -> str:
 
 
 def _check_processes(flag: str, num_processes: int, device: str) -> None:
-    """Raises ConfigError unless this machine can have so many processes."""
+    """Raises ConfigError unless this machine can have that many processes."""
     if num_processes < 1:
         raise ConfigError(f"{flag}: it must be at least 1")
     if num_processes == 1:
@@ -204,7 +204,9 @@ def _check_processes(flag: str, num_processes: int, device: str) -> None:
     if _backend(device) == "gloo":
         cores = max(os.cpu_count() or 1, 2)  # two, to try it out, anywhere
         if num_processes > cores:
-            raise ConfigError(f"{flag}: without GPUs that takes as many cores; there are {cores}")
+            raise ConfigError(
+                f"{flag}: without GPUs each process needs a core; this machine has {cores}"
+            )
         return
     if num_processes > torch.cuda.device_count():
         raise ConfigError(
@@ -299,7 +301,7 @@ def _work(
     except TrainingError:
         raise
     except RuntimeError:
-        # Perhaps only since another process has ended: then that one is to be noticed first.
+        # Perhaps only since another process has ended: then that one must be noticed first.
         time.sleep(FOLLOWERS_DELAY)
         raise
     dist.destroy_process_group()
@@ -311,7 +313,7 @@ def _explain(error: ChildFailedError) -> ConfigError | TrainingError | RankError
     if failure.exitcode < 0:
         memory = " (out of memory?)" if failure.signal_name() == "SIGKILL" else ""
         return RankError(
-            f"rank {rank} was killed by {failure.signal_name()}{memory}; go on with --resume"
+            f"rank {rank} was killed by {failure.signal_name()}{memory}; continue with --resume"
         )
     if not isinstance(failure.message, dict):
         return RankError(f"rank {rank} ended with exit code {failure.exitcode}")

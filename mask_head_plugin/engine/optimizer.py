@@ -87,13 +87,13 @@ def parameter_groups(
         multiplied. What timm's no_weight_decay names has none.
 
     Raises:
-        ConfigError: if a name of ``lr_factors`` is none of the model's or nothing in it is trained,
+        ConfigError: if a name of ``lr_factors`` is not in the model or nothing in it is trained,
             or the layers of the backbone are not known.
     """
     names = [name for name, each in model.named_parameters() if each.requires_grad]
     _check_prefixes([prefix for prefix, _ in lr_factors], names, model)
     rates: list[Callable[[str], float]] = []
-    if bias_lr_factor != 1:  # get_default_optimizer_params would set it in place of the others
+    if bias_lr_factor != 1:  # get_default_optimizer_params would set it instead of the others
         rates.append(lambda name: bias_lr_factor if name.rpartition(".")[2] == "bias" else 1.0)
     if lr_factors:
         rates.append(lambda name: _factor_of(name, lr_factors))

@@ -42,7 +42,7 @@ class BGRPredictor(DefaultPredictor):
             shortest = longest
         self.aug = ResizeShortestEdge([shortest, shortest], longest)
         as_rgb = Image.fromarray(np.ascontiguousarray(original_image[:, :, ::-1]))
-        seen = in_format(as_rgb, self.cfg.INPUT.FORMAT)  # Pillow's other modes, too
+        seen = in_format(as_rgb, self.cfg.INPUT.FORMAT)  # also Pillow's other modes
         output: dict[str, Any] = super().__call__(seen)
         return output
 
@@ -62,14 +62,14 @@ def load_predictor(cfg: CfgNode) -> BGRPredictor:
 
     Its ``metadata.thing_classes`` are the names of the classes that it predicts: those that the
     weights name, or for weights without names those of the first data set of DATASETS.TEST, or else
-    TRAIN. There are none if that has another number of classes. No data set need be registered or
+    TRAIN. They are unknown if that has another number of classes. No data set need be registered or
     on this machine.
 
     Args:
         cfg: of the model; not changed.
 
     Raises:
-        ConfigError: if there are no weights, or they cannot be read or do not fill the model.
+        ConfigError: if weights are missing, cannot be read or do not fill the model.
     """
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS is empty: name the file of a trained model")

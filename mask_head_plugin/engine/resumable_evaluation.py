@@ -1,4 +1,4 @@
-"""Evaluation of a model on a data set, taken up where an interrupted one stopped."""
+"""Evaluation of a model on a data set, continued where an interrupted one stopped."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def evaluate_dataset(
         model: returned in the training mode that it came in.
         dataset_name: of DATASETS.TEST.
         loader: of all its images, in the data set's order.
-        evaluator: only a MaskEvaluator takes up predictions.
+        evaluator: only a MaskEvaluator continues predictions.
 
     Returns:
         What the evaluator returns; on other processes than the first, nothing.
@@ -79,7 +79,9 @@ def evaluate_dataset(
             )
             records = DatasetCatalog.get(dataset_name)
             if len(records) != len(loader.dataset):  # type: ignore[arg-type]  # it has a length
-                raise ValueError(f"the loader of {dataset_name} is not of all its images in order")
+                raise ValueError(
+                    f"the loader of {dataset_name} does not give all its images in order"
+                )
             left = [k for k, record in enumerate(records) if record["image_id"] not in finished]
             if not left:
                 evaluator.reset()

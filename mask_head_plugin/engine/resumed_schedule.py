@@ -51,17 +51,17 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any
         told = ("SGD", "AdamW") if is_adam else ("AdamW", "SGD")
         raise ConfigError(
             "the checkpoint's optimizer is {}, and SOLVER.OPTIMIZER is {}: it cannot change in a "
-            "run; set it back, or start anew with the checkpoint as MODEL.WEIGHTS".format(*told)
+            "run; set it back, or start a new run with it as MODEL.WEIGHTS".format(*told)
         )
     if GROUPS in state and state[GROUPS] != group_names(optimizer, model):
-        raise ConfigError(_unfit("other parameters have a learning rate of their own"))
+        raise ConfigError(_unfit("other parameters have their own learning rate"))
 
 
 def _unfit(cause: object) -> str:
     return (
         f"the checkpoint's optimizer does not fit this config ({cause}): MODEL.BACKBONE."
         "FREEZE_AT and SOLVER.LR_FACTORS, LAYER_DECAY, BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and "
-        "WEIGHT_DECAY_NORM cannot change in a run; set them back, or start anew with the "
+        "WEIGHT_DECAY_NORM cannot change in a run; set them back, or start a new run with the "
         "checkpoint as MODEL.WEIGHTS"
     )
 
@@ -89,7 +89,7 @@ def load_keeping_config(optimizer: Optimizer, scheduler: Any, load: Callable[[],
             values.pop("initial_lr", None)
         for key, value in values.items():
             if group[key] != value:
-                changed[f"{NAMES[key]} {_told(value)} in place of {_told(group[key])}"] = None
+                changed[f"{NAMES[key]} {_told(value)} instead of {_told(group[key])}"] = None
         group.update(values)
     if changed:
         logger.warning("as the config says, other than the checkpoint: %s", ", ".join(changed))

@@ -13,7 +13,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import ConfigError
+from ..config import ConfigError, find_config_file
 from ..config_check import check_config
 from ..config_check.unread_keys import own_keys, report_unread_keys
 from ..config_imports import import_options
@@ -30,11 +30,12 @@ def set_up(args: argparse.Namespace) -> CfgNode:
     """Returns the run's config, frozen, with its data sets registered and checked.
 
     Args:
-        args: the flags of train_net.py.
+        args: the flags of train_net.py; ``config_file`` becomes the path of the file found.
 
     Raises:
         ConfigError: if something does not fit, before anything is built.
     """
+    args.config_file = find_config_file(args.config_file)  # default_setup also opens it
     cfg = load_config_and_code(args.config_file, [*import_options(args.imports), *args.opts])
     num_processes = launch.process_count(args.num_gpus, args.num_machines, cfg.MODEL.DEVICE)
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
@@ -62,7 +63,7 @@ def check_and_register(
 ) -> None:
     """Checks a config, which changes as register_coco_files says, and its data sets.
 
-    Process ``log_rank`` logs into OUTPUT_DIR from then on. Warnings of keys without effect are of
+    Process ``log_rank`` then logs into OUTPUT_DIR. Warnings of keys without effect are of
     those in ``own``, or of all. Raises ConfigError.
     """
     check_config(cfg, train=train, num_processes=num_processes, trainer=Trainer)
@@ -74,7 +75,7 @@ def check_and_register(
 
 
 def join_run(cfg: CfgNode) -> None:
-    """Lets a new process of a run know of the log, the user's code and the data sets."""
+    """Gives a new process of a run the log, the user's code and the data sets."""
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
     import_modules(cfg.IMPORTS)
     register_coco_files(cfg)
@@ -92,7 +93,7 @@ def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] 
 
     Raises:
         ConfigError: if weights do not fit.
-        TrainingError: if the training cannot go on.
+        TrainingError: if the training cannot continue.
     """
     if comm.get_world_size() > 1:  # --num-gpus
         join_run(cfg)

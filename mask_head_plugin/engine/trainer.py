@@ -139,7 +139,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Returns DefaultTrainer's hooks and those that make a run repeatable.
 
-        As there, the evaluation is behind the checkpoint, and the writers are the last.
+        As there, the evaluation comes after the checkpoint, and the writers come last.
         """
         cfg = self.cfg
         before: list[HookBase] = [StepSeed(), hooks.IterationTimer(), hooks.LRScheduler()]
@@ -149,16 +149,16 @@ class Trainer(DefaultTrainer):
             alone = cfg.clone()
             alone.defrost()
             alone.DATALOADER.NUM_WORKERS = 0
-            loader = self.build_train_loader(alone)  # of its own: training's goes on untouched
+            loader = self.build_train_loader(alone)  # separate: training's is left untouched
             num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
             period, model = cfg.TEST.EVAL_PERIOD, self.evaluated_model
             before.append(PreciseBN(period, model, loader, num_iter))
         evaluate = functools.partial(self._evaluate, self.test_with_losses)
         evaluation = hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)
-        behind: list[HookBase] = [evaluation]
+        after: list[HookBase] = [evaluation]
         if cfg.TEST.AUG.ENABLED:
             evaluate_tta = functools.partial(self._evaluate, self.test_with_tta)
-            behind.append(hooks.EvalHook(0, evaluate_tta))
+            after.append(hooks.EvalHook(0, evaluate_tta))
         solver = cfg.SOLVER
         if comm.is_main_process():
             before.append(
@@ -167,18 +167,18 @@ class Trainer(DefaultTrainer):
                 )
             )
             if solver.CHECKPOINT_BEST_METRIC:
-                behind.append(BestCheckpointer(self.checkpointer, solver.CHECKPOINT_BEST_METRIC))
+                after.append(BestCheckpointer(self.checkpointer, solver.CHECKPOINT_BEST_METRIC))
         if solver.EARLY_STOPPING.METRIC:
             end = (solver.EARLY_STOPPING.METRIC, solver.EARLY_STOPPING.PATIENCE)
-            behind.append(EarlyStopping(self.checkpointer, evaluation, *end))
+            after.append(EarlyStopping(self.checkpointer, evaluation, *end))
         if comm.is_main_process():
-            behind.append(hooks.PeriodicWriter(self.build_writers(), period=20))
-        return [*before, *behind]
+            after.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return [*before, *after]
 
     def _evaluate(self, evaluate: Callable[[CfgNode, torch.nn.Module], Results]) -> Results:
         share_buffers(self.evaluated_model)
         results = evaluate(self.cfg, self.evaluated_model)
-        # Those with augmentation come behind the others, and replace none.
+        # Those with augmentation are added to the others, and replace none.
         self._last_eval_results = {**getattr(self, "_last_eval_results", {}), **results}
         return results
 
@@ -213,11 +213,11 @@ class Trainer(DefaultTrainer):
         """Loads the newest intact checkpoint of OUTPUT_DIR, or else MODEL.WEIGHTS.
 
         Args:
-            resume: whether to go on from a checkpoint. If not, what an earlier run has left in
+            resume: whether to continue from a checkpoint. If not, what an earlier run has left in
                 OUTPUT_DIR is moved to a folder in it, so that nobody takes it for this run's.
 
         Raises:
-            ConfigError: if no checkpoint is intact, or the newest is behind SOLVER.MAX_ITER.
+            ConfigError: if no checkpoint is intact, or the newest is past SOLVER.MAX_ITER.
         """
         goes_on = resume and comm.all_gather(self.checkpointer.has_checkpoint())[0]
         if goes_on:  # as the main process has it: another may not see the file
@@ -230,7 +230,8 @@ class Trainer(DefaultTrainer):
             if self.average:
                 self.average.start(self.model)
         if resume and not goes_on:
-            logger.warning("no checkpoint in OUTPUT_DIR %s: starting anew", self.cfg.OUTPUT_DIR)
+            where = self.cfg.OUTPUT_DIR
+            logger.warning("no checkpoint in OUTPUT_DIR %s: starting from the beginning", where)
         elif not resume:
             comm.synchronize()  # MODEL.WEIGHTS may be of that run, and others still read them
             if comm.is_main_process():
@@ -274,7 +275,7 @@ class Trainer(DefaultTrainer):
 
     def _end_if_stopped(self) -> None:
         if self.is_stopped:
-            self.iter = self.max_iter  # as behind the last step
+            self.iter = self.max_iter  # as after the last step
             raise StoppedEarly
 
     def run_step(self) -> None:
@@ -311,7 +312,7 @@ class Trainer(DefaultTrainer):
         if self.cfg.SEED < 0:
             self.seed = seed
         elif seed != self.cfg.SEED:
-            logger.warning("SEED %d in place of the checkpoint's %d", self.cfg.SEED, seed)
+            logger.warning("SEED %d instead of the checkpoint's %d", self.cfg.SEED, seed)
         self.restored_scalars = state_dict.get("scalars", {})
 
     @classmethod
@@ -337,7 +338,7 @@ class Trainer(DefaultTrainer):
         checkpointer = MaskHeadCheckpointer(model, cfg.OUTPUT_DIR, policy=policy)
         if resume and not (cfg.MODEL.WEIGHTS or checkpointer.has_checkpoint()):
             raise ConfigError(
-                f"there is no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}; name another OUTPUT_DIR, "
+                f"no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}; name another OUTPUT_DIR, "
                 "or give MODEL.WEIGHTS"
             )
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
@@ -359,7 +360,7 @@ class Trainer(DefaultTrainer):
     ) -> Results:
         """Evaluates a model on DATASETS.TEST; see DefaultTrainer.test.
 
-        Other than there, an evaluation that was interrupted goes on with the images that it had
+        Unlike there, an interrupted evaluation continues with the images that it had
         left, if nothing that predictions depend on has changed.
         """
         if isinstance(evaluators, DatasetEvaluator):
@@ -377,7 +378,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test_with_losses(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
         """Does what ``test`` does; with TEST.EVAL_LOSS, results have the losses as well."""
-        # First, since predictions are taken up after a kill, and losses are not.
+        # First, since predictions continue after a kill, and losses do not.
         losses = validation_losses(cfg, model) if cfg.TEST.EVAL_LOSS else {}
         results = cls.test(cfg, model)
         add_losses(cfg, results, losses)

@@ -18,13 +18,13 @@ from .distributed import undistributed
 logger = logging.getLogger(__name__)
 
 TRAINED, COUNT = "trained_weights", "num_averaged"
-"""What a checkpoint has of an average besides the averaged weights."""
+"""What a checkpoint holds for an average in addition to the averaged weights."""
 
 
 class WeightAverage(AveragedModel):
     """torch's AveragedModel, whose average is short at first, and which a run can be resumed with.
 
-    Batch statistics are averaged, too. ``module`` is the averaged model, of the same class as the
+    Batch statistics are also averaged. ``module`` is the averaged model, of the same class as the
     one that is trained, and like it in training mode.
     """
 
@@ -50,7 +50,7 @@ class WeightAverage(AveragedModel):
         super().update_parameters(model)
 
     def start(self, model: nn.Module) -> None:
-        """Starts anew with what was loaded into ``module``, and hands it to the trained model."""
+        """Starts from what was loaded into ``module``, and gives it to the trained model."""
         inner = undistributed(model)
         inner.load_state_dict(self.module.state_dict())
         name_classes(inner, class_names_of(self.module))
@@ -78,6 +78,6 @@ def resume_average(average: WeightAverage | None, model: nn.Module, state: dict[
     if average and has_average:
         average.n_averaged.fill_(state[COUNT])
     elif average:
-        logger.warning("the checkpoint has no average of the weights: one is begun here")
+        logger.warning("the checkpoint has no average of the weights: a new one starts here")
     elif has_average:
         logger.warning("SOLVER.EMA_DECAY is 0: the checkpoint's average of the weights is dropped")

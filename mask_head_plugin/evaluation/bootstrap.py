@@ -1,4 +1,4 @@
-"""How sure a difference of AP is: COCO's AP of the validation images drawn anew, many times.
+"""How certain a difference of AP is: COCO's AP on many resamples of the validation images.
 
 Images are drawn with replacement, and the models compared are given the same draws, so that what
 makes an image hard for all of them cancels (paired bootstrap). Detections are matched to objects
@@ -6,14 +6,14 @@ once; a draw only changes how often each counts. This equals an evaluation of a 
 the images are physically repeated: a class of which no object was drawn has no AP and is left out
 of the mean, as the engine does. COCOeval itself removes ids of images that are there twice.
 
-Detections of a class are gone through in the engine's order, by falling score, ties by the index
+Detections of a class are processed in the engine's order, by falling score, ties by the index
 of the image and then by the position in the file; the copies of one follow each other. This order
 is the same in all draws.
 
-Images drawn anew say nothing about training anew: that is what several seeds are for.
+Resampling images says nothing about training again: that is what several seeds are for.
 
-In 500 made experiments (200 images, 3 classes) the 95% interval had the true difference of AP, AP50
-and AP75 in it 93 to 95% of the time, for a large and a small difference. Where classes have few
+In 500 synthetic experiments (200 images, 3 classes) the 95% interval contained the true difference
+of AP, AP50 and AP75 93 to 95% of the time, for a large and a small difference. If classes have few
 objects it is slightly narrow (100 images, 10 classes: 93 to 94% of 1000 experiments).
 
 Shape alphabet: I images, K classes, D detections, S draws; n detections of one class.
@@ -57,7 +57,7 @@ class PairedDifference:
     Attributes:
         metric: one of METRICS.
         value: of the variant, the mean over its training seeds.
-        baseline: likewise.
+        baseline: of the baseline.
         difference: value - baseline.
         low: of the 95% interval of the difference over images: the 2.5th percentile of the draws.
         high: the 97.5th.
@@ -105,7 +105,7 @@ class _Curve:
         return np.where(self.has_objects, total / len(_RECALLS), np.nan)
 
     def sampled(self) -> FloatArray:
-        """Returns (S, 101) precision at each recall, 0 where it is not reached; nan likewise."""
+        """Returns (S, 101) precision at each recall, 0 if not reached; nan without objects."""
         samples = np.zeros((len(self.precision), len(_RECALLS)))
         for row, precision, num_recalls in zip(
             samples, self.precision, self.num_recalls, strict=True
@@ -122,7 +122,7 @@ def image_weights(num_images: int, num_draws: int, seed: int) -> IntArray:
     The same seed gives the same draws, and the first of many are the draws of few.
 
     Raises:
-        ValueError: if there are no images or draws to make.
+        ValueError: if the number of images or draws is 0.
     """
     if num_images < 1 or num_draws < 1:
         raise ValueError(
@@ -165,7 +165,7 @@ def precision_recall(matches: Matches, iou: float = 0.5) -> FloatArray:
         iou: one of ``matches.iou_thresholds``.
 
     Raises:
-        ValueError: if iou is none of them.
+        ValueError: if iou is not one of them.
     """
     cells = [(_area_index(matches, "all"), _iou_index(matches, iou))]
     weights = _as_they_are(matches)
@@ -180,7 +180,7 @@ def precision_recall(matches: Matches, iou: float = 0.5) -> FloatArray:
 def resampled_ap(
     matches: Matches, weights: npt.NDArray[np.integer], metrics: Sequence[str] = METRICS
 ) -> dict[str, FloatArray]:
-    """Returns the metrics, (S,) each in percent, of data sets with each image so many times.
+    """Returns the metrics, (S,) each in percent, of data sets with each image repeated that often.
 
     Args:
         matches: of any task.
@@ -212,15 +212,15 @@ def compare(
 
     Args:
         variant: one for each training seed, of the same task and images.
-        baseline: likewise; their numbers of seeds may differ.
+        baseline: the same of the baseline; their numbers of seeds may differ.
         metrics: of METRICS.
-        num_draws: how often the images are drawn anew. In a draw the difference is that of the
+        num_draws: how often the images are resampled. In a draw the difference is that of the
             means over seeds. Draws without anything that counts for a metric are left out of it.
         seed: of the draws.
 
     Raises:
-        ValueError: if there are no matches or less than two draws; if two are of different images,
-            classes or objects, which the message names; and as ``resampled_ap``.
+        ValueError: if matches are missing, or draws are fewer than two; if two are of different
+            images, classes or objects, which the message names; and as ``resampled_ap``.
     """
     variants = {"baseline": baseline, "variant": variant}
     return compare_all(variants, "baseline", metrics, num_draws, seed)["variant"]
@@ -237,10 +237,10 @@ def compare_all(
 
     Args:
         variants: the matches of each, one for each training seed; the baseline is among them.
-        baseline_name: which one that is. It is compared with itself too: its differences are 0.
+        baseline_name: which one that is. It is also compared with itself: its differences are 0.
         metrics: as in ``compare``.
-        num_draws: likewise.
-        seed: likewise.
+        num_draws: as in ``compare``.
+        seed: as in ``compare``.
 
     Raises:
         ValueError: as ``compare``; if baseline_name is not among the variants.
@@ -296,7 +296,7 @@ def _standard_deviation(values: FloatArray) -> float:
 def _check_comparable(variants: Mapping[str, Sequence[Matches]], baseline_name: str) -> None:
     for name, of_seeds in variants.items():
         if not of_seeds:
-            raise ValueError(f"there are no matches of {name!r}")
+            raise ValueError(f"the matches of {name!r} are missing")
     first = variants[baseline_name][0]
     shared = ("image_ids", "class_names", "area_names", "iou_thresholds")
     # The objects too: without them the same images could be of another annotation file.

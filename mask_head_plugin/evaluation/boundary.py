@@ -4,7 +4,7 @@ The boundary of a mask is what an erosion takes off it: its pixels within d of i
 image's edge. d is 2% of the image's diagonal. Boundary AP is COCO's AP with the minimum of mask
 and boundary IoU.
 
-Only the surroundings of a mask are looked at, and only where mask IoU reaches the lowest threshold:
+Only the surroundings of a mask are read, and only where mask IoU reaches the lowest threshold:
 below, the minimum does not count whatever it is.
 """
 

@@ -49,7 +49,7 @@ class GroundTruth:
         class_names: of the categories.
         is_lvis: whether images say which classes were looked for (federated annotation).
         has_annotations: False for files of test images, which have no such list; an empty list
-            says that there are no objects.
+            says that it has no objects.
         has_masks: whether any annotation has a segmentation.
         coco: the engine's COCO object.
     """
@@ -61,13 +61,13 @@ class GroundTruth:
             is_lvis: whether to evaluate as LVIS does.
 
         Raises:
-            ValueError: if the file is no COCO file, or an annotation names no image or category
+            ValueError: if it is not a COCO file, or an annotation names no image or category
                 of it; with the file and the annotation's id.
         """
         content = json.loads(Path(json_file).read_text())
         missing = [key for key in ("images", "categories") if key not in content]
         if missing:
-            raise ValueError(f"{json_file} is no COCO file: it has no {missing}")
+            raise ValueError(f"{json_file} is not a COCO file: it has no {missing}")
         for key, needed in (("images", ("id",)), ("categories", ("id", "name"))):
             for number, x in enumerate(content[key]):
                 if any(name not in x for name in needed):
@@ -183,8 +183,8 @@ class GroundTruth:
             Those of the file's categories; for LVIS, those that count there.
 
         Raises:
-            ValueError: if an image is not in the file, a mask has not its size, or there is nothing
-                to compare with.
+            ValueError: if an image is not in the file, a mask has another size, or the file has
+                nothing to compare with.
         """
         if task != "bbox" and not self.has_masks:
             raise ValueError(f"{self.json_file} has no masks to compare with")
@@ -198,7 +198,7 @@ class GroundTruth:
                     f"a prediction is of image {result['image_id']!r}, not one of {self.json_file}"
                 )
             if result["category_id"] not in self._category_numbers:
-                continue  # a class that the model knows and this file has not
+                continue  # a class that the model knows and this file lacks
             detection: dict[str, Any] = {
                 "id": number + 1,
                 "image_id": self._image_numbers[result["image_id"]],
@@ -263,7 +263,7 @@ class Evaluation:
             detections: from ``truth.detections``.
             task: "bbox" or "segm".
             max_detections: how many of an image and class count; all if negative.
-            ious: in place of the engine's.
+            ious: instead of the engine's.
         """
         self.truth, self.detections, self.max_detections = truth, detections, max_detections
         found = COCO()
@@ -272,7 +272,7 @@ class Evaluation:
         engine = COCOeval_faster(
             truth.coco, found, task, print_function=_say_nothing, lvis_style=truth.is_lvis
         )
-        # LVIS has no limit of a class's detections beside that of an image.
+        # LVIS limits the detections of an image, not of a class.
         limit = max_detections if max_detections >= 0 else max(len(detections), 1)
         self.limit = LVIS_MAX_DETECTIONS if truth.is_lvis else limit
         engine.params.maxDets = [self.limit]

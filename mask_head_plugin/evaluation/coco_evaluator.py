@@ -29,7 +29,7 @@ from .semantic import check_class_names, evaluate_semantic
 
 logger = logging.getLogger(__name__)
 
-CLASS_COLUMNS = 3  # classes beside each other in the table of classes
+CLASS_COLUMNS = 3  # classes side by side in the table of classes
 
 TaskResults = OrderedDict[str, dict[str, float]]
 
@@ -55,12 +55,12 @@ class MaskEvaluator(DatasetEvaluator):
     Writes to the output folder:
 
     - ``coco_instances_results.json``: all detections in COCO's format; with mask scoring each has a
-      ``mask_score`` beside its ``score``.
+      ``mask_score`` and a ``score``.
     - ``metrics.json``: all metrics, also by class and size.
     - ``matches_<task>.npz``: which detections found an object, see matching.Matches.
 
-    Differs from COCOEvaluator: without any detection AP is 0 and not nan, and there is no
-    ``instances_predictions.pth``.
+    Differs from COCOEvaluator: without any detection AP is 0 and not nan, and
+    ``instances_predictions.pth`` is not written.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class MaskEvaluator(DatasetEvaluator):
 
         Raises:
             ValueError: if a task is unknown, no detections would count, the data set has no
-                annotation file and there is no folder to write one, or the file is no COCO file.
+                annotation file and no folder to write one to, or the file is not a COCO file.
         """
         if max_dets_per_image == 0:
             raise ValueError("max_dets_per_image is 0: none would count; -1 counts all")
@@ -171,8 +171,8 @@ class MaskEvaluator(DatasetEvaluator):
             outputs: its outputs, with ``instances``.
 
         Raises:
-            ValueError: if an output has no instances, a class that the data set has not, or a score
-                that is no number, or an id is neither a whole number nor text.
+            ValueError: if an output has no instances, a class that the data set lacks, or a score
+                that is not a number, or an id is neither a whole number nor text.
             ConfigError: if the data set has classes that the model does not.
         """
         category_ids = self._category_ids
@@ -313,7 +313,7 @@ class MaskEvaluator(DatasetEvaluator):
 
 
 def counted_detections(per_image: int) -> int:
-    """Returns how many detections of an image count in AP where a model may return so many.
+    """Returns how many detections of an image count in AP where a model may return that many.
 
     COCO's limit of 100 would cap recall where images hold more objects.
 

@@ -1,4 +1,4 @@
-"""One picture to judge a model by: validation images, ground truth beside predictions.
+"""One picture to judge a model by: validation images, ground truth next to predictions.
 
 Shape alphabet: H, W image height and width in pixels.
 """
@@ -39,7 +39,7 @@ LABEL_STYLE = LabelStyle(scale=0.45)
 
 @dataclass(frozen=True)
 class LabelledMask:
-    """One instance to draw: its (H, W) bool mask, its class and the text beside it."""
+    """One instance to draw: its (H, W) bool mask, its class and its label."""
 
     mask: npt.NDArray[np.bool_]
     class_index: int

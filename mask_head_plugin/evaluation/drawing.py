@@ -78,7 +78,7 @@ def write_label(canvas: ByteArray, text: str, x: int, y: int, style: LabelStyle)
         canvas: (H, W, 3).
         text: what getTextSize takes: other signs than ASCII become question marks.
         x: of the label's left edge.
-        y: of the line that the text stands on.
+        y: of the baseline of the text.
         style: size and colour.
     """
     width, above, below = style.extent(text)

@@ -34,7 +34,7 @@ class Group:
 
     Attributes:
         ious: (d, g), detections by falling score.
-        crowd: (g,) objects that stand for many: they match any number of detections, and do not
+        crowd: (g,) objects that represent many: they match any number of detections, and do not
             count.
         ignored: (A, g) objects that do not count in an area range, crowds among them.
         outside: (A, d) detections whose own area is outside of a range, or that are not to count

@@ -31,7 +31,7 @@ class PredictionLog:
             folder: where the files are; None keeps predictions in memory.
             dataset_name: any text.
             fingerprint: of all that predictions depend on; earlier ones with another are removed.
-                Empty if it is not known: then nothing is taken up.
+                Empty if it is not known: then nothing is continued.
             rank: of this process.
         """
         self._name = "predictions_" + re.sub(r"[^\w-]", "_", dataset_name)

@@ -77,7 +77,7 @@ def _timm_names(model: nn.Module) -> tuple[Any, dict[str, str]]:
     prefix, trunk = next(trunks, ("", None))
     if trunk is None:
         return None, {}
-    import timm  # of an extra: whoever has a model of timm's has it
+    import timm  # of an extra: a model of timm implies it
 
     with torch.device("meta"):
         whole = timm.create_model(trunk.pretrained_cfg["architecture"])

@@ -22,7 +22,7 @@ TENSOR_CORES = (8, 0)
 def to_channels_last(model: nn.Module) -> None:
     """Makes a model's weights channels-last where that is faster; the model computes the same.
 
-    Its convolutions then hand on channels-last maps, and RoI pooling reads such maps in place.
+    Its convolutions then return channels-last maps, and RoI pooling reads such maps in place.
 
     On CUDA, tensor cores take only such maps; cuDNN copies others. Older GPUs keep their layout.
 
@@ -63,7 +63,7 @@ class WeightGradientFromCopies(Conv2d):
         return x if self.activation is None else self.activation(x)
 
     def __prepare_scriptable__(self) -> Conv2d:
-        """Returns what torch.jit.script compiles in place of this."""
+        """Returns what torch.jit.script compiles instead of this."""
         return stand_in(self, Conv2d)
 
 

@@ -24,7 +24,7 @@ def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor)
         (R, M, M) logits, equal to ``predictor(features)[arange(R), classes]``.
     """
     num_rois = features.shape[0]
-    # Numbers, also in a trace: an ONNX runtime would infer them, and cannot where there is no RoI.
+    # Numbers, also in a trace: an ONNX runtime would infer them, and cannot without RoIs.
     channels, height, width = (int(size) for size in features.shape[1:])
     rows = predictor.weight.flatten(1)[classes]
     pixels = features.reshape(num_rois, channels, height * width)

@@ -32,7 +32,7 @@ class ScoresAndFeatures(NamedTuple):
 class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
     """FastRCNNOutputLayers without the box deltas of other classes than the ground truth's.
 
-    Same parameters, losses and gradients. In training ``forward`` hands out the features in place
+    Same parameters, losses and gradients. In training ``forward`` returns the features instead
     of the deltas, since classes are not known before ``losses``; inference is detectron2's.
     """
 
@@ -44,7 +44,7 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
         return ScoresAndFeatures(self.cls_score(x), x)
 
     def __prepare_scriptable__(self) -> FastRCNNOutputLayers:
-        """Returns what torch.jit.script compiles in place of this."""
+        """Returns what torch.jit.script compiles instead of this."""
         return stand_in(self, FastRCNNOutputLayers)
 
     def losses(self, predictions: Predictions, proposals: list[Instances]) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ class ClassSelection(nn.Module):
         return losses
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Returns what torch.jit.script compiles in place of this: detectron2's mask head.
+        """Returns what torch.jit.script compiles instead of this: detectron2's mask head.
 
         Raises:
             ValueError: if detectron2's head would not compute the same.
@@ -156,7 +156,7 @@ class ClassSelection(nn.Module):
 
     @torch.no_grad()
     def _log(self, mask_probs: Tensor, gt_masks: Tensor) -> None:
-        """Logs detectron2's mask statistics and, at vis_period, masks beside their targets."""
+        """Logs detectron2's mask statistics and, at vis_period, masks next to their targets."""
         storage = get_event_storage()
         if id(storage) != self._storage_id:  # of another run
             self._storage_id, self._num_pixels = id(storage), 0
@@ -282,7 +282,7 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
     def predictor_features(self, features: Tensor) -> Tensor:
         """Returns the (R, C, M, M) input of the predictor for (R, C, P, P) region features."""
         for name, layer in self.named_children():
-            if name == "predictor":  # by name: torch.export hands out stand-ins of modules
+            if name == "predictor":  # by name: torch.export gives substitutes of modules
                 break
             features = layer(features)
         return features
@@ -325,11 +325,15 @@ class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
             input_shape: channels, height and width of the region features; a square.
             num_classes: K, foreground classes; 1 for class-agnostic masks.
             fc_dims: units of each hidden layer, one or more.
-            losses, loss_params, loss_weight, vis_period, iou_head, iou_loss_weight: see
-                FCNMaskHead.
+            losses: as for FCNMaskHead, and so are those that follow.
+            loss_params: see FCNMaskHead.
+            loss_weight: see FCNMaskHead.
+            vis_period: see FCNMaskHead.
+            iou_head: see FCNMaskHead.
+            iou_loss_weight: see FCNMaskHead.
 
         Raises:
-            ValueError: if there is no hidden layer, the shape is not a square, or ``losses`` or
+            ValueError: if no hidden layer is asked for, the shape is not a square, or ``losses`` or
                 ``loss_params`` cannot be used.
         """
         super().__init__(loss_weight=loss_weight, vis_period=vis_period)

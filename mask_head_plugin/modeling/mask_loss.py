@@ -39,7 +39,7 @@ def couples_classes(activation: Callable[[Tensor, Tensor], Tensor]) -> Callable[
 
     Args:
         activation: turns (R, K, M, M) class logits and (R,) classes into the (R, M, M)
-            probabilities of each RoI's mask, in place of the sigmoid.
+            probabilities of each RoI's mask, instead of the sigmoid.
     """
 
     def mark(loss: LossT) -> LossT:
@@ -130,7 +130,7 @@ def dice(
 ) -> Tensor:
     """``1 - (2 sum(p g) + eps) / (sum(p^2) + sum(g^2) + eps)``, in [0, 1] (V-Net, 1606.04797).
 
-    Alone and from scratch it can stay at masks of one value; usually it stands beside
+    Alone and from scratch it can get stuck at masks of one value; usually it is added to
     binary_cross_entropy.
 
     Args: see binary_cross_entropy.
@@ -180,7 +180,7 @@ def tversky(
     """``1 - (TP + eps) / (TP + alpha FP + beta FN + eps)``, in [0, 1) (1706.05721).
 
     TP = sum(p g), FP = sum(p (1 - g)), FN = sum((1 - p) g). With alpha = beta = 0.5 it is Dice with
-    p and g in place of their squares (and half of eps).
+    p and g instead of their squares (and half of eps).
 
     Args: see binary_cross_entropy.
         alpha: what a false positive counts, 0 and above.
@@ -216,8 +216,8 @@ def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None =
     """The Lovász extension of 1 - IoU at the hinge errors; 0 and above (1705.08790 equation 9).
 
     Errors ``m = max(0, 1 - z (2g - 1))`` are sorted, largest first; each counts with the IoU that
-    its pixel costs on top of those before it. Not bounded above: beside, or after,
-    binary_cross_entropy it is stabler than alone.
+    its pixel costs on top of those before it. Not bounded above: added to
+    binary_cross_entropy, or after it, training is more stable than alone.
 
     Args: see binary_cross_entropy; gt_masks in {0, 1}.
     """
@@ -265,8 +265,9 @@ def boundary_distance(
     """Mean over the pixels of ``p phi``, phi the signed distance to the mask's boundary in pixels.
 
     The boundary loss of 1812.07032 (equation 5); negative inside, so that it may be below 0. It
-    knows of no region, and alone it ends in empty masks: beside a region loss, with a small weight
-    that is ramped up (a third number in LOSSES). RoIs whose target has no boundary count as 0.
+    ignores the region, and alone it ends in empty masks: add it to a region loss, with a small
+    weight that is ramped up (a third number in LOSSES). RoIs whose target has no boundary count
+    as 0.
 
     Args: see binary_cross_entropy.
     """

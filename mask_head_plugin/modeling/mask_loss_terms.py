@@ -91,10 +91,10 @@ def parse_losses(
     Args:
         losses: ``[name, weight]`` or ``[name, weight, ramp_iters]`` of each term.
         parameters: for names in capitals, values of parameters in capitals; those of losses that
-            are not terms are looked at, too.
+            are not terms are also checked.
 
     Raises:
-        ValueError: naming the key and the choices, if there is no term, an entry has another form,
+        ValueError: naming the key and the choices, if no term is given, an entry has another form,
             a name is unknown or repeated, a number is out of its range, or terms do not go
             together.
     """
@@ -110,7 +110,7 @@ def parse_losses(
         if name not in checked:  # has no section
             checked[name] = _check_parameters(name, {})
         if name in [term.name for term in terms]:
-            raise ValueError(f"{_where(losses)}: {name!r} stands twice; add its weights")
+            raise ValueError(f"{_where(losses)}: {name!r} appears twice; add its weights")
         ramp_iters = ramp[0] if ramp else 0
         terms.append(MaskLossTerm(name, float(weight), ramp_iters, checked[name]))
     if not terms:
@@ -184,10 +184,10 @@ def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _find_name(key: str, names: Sequence[str], where: str) -> str:
-    """Returns which of some lower-case names a config key in capitals stands for."""
+    """Returns which of some lower-case names a config key in capitals means."""
     choices = {name.upper(): name for name in names}
     if key not in choices:
-        raise ValueError(f"{where}.{key}: there is no such name; choose from {sorted(choices)}")
+        raise ValueError(f"{where}.{key} does not exist; choose from {sorted(choices)}")
     return choices[key]
 
 

@@ -1,6 +1,6 @@
-"""Mask scoring: how well a mask fits, predicted beside it (Mask Scoring R-CNN, arXiv 1903.00241).
+"""Mask scoring: predicts how well a mask fits (Mask Scoring R-CNN, arXiv 1903.00241).
 
-A detection's score says how sure its class is, not how good its mask is. Here a small network
+A detection's score says how certain its class is, not how good its mask is. Here a small network
 predicts the mask's IoU with its instance, and class score times IoU ranks the masks.
 
 Shape alphabet: R RoIs, K classes, C channels, P side of the region features, M mask side (2P).

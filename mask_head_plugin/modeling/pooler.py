@@ -172,7 +172,7 @@ class MultiLevelRoIPooler(nn.Module):
         return self._operator()(features, rois, self.output_size, self.scales, levels=levels)
 
     def __prepare_scriptable__(self) -> ROIPooler:
-        """Returns what torch.jit.script compiles in place of this.
+        """Returns what torch.jit.script compiles instead of this.
 
         Raises:
             ValueError: if detectron2's pooler does not know how to pool so.

@@ -41,7 +41,7 @@ class MaskRCNN(GeneralizedRCNN):
         """
         super().__init__(**arguments)
         if mask_output not in MASK_OUTPUTS:
-            raise ValueError(f"mask_output {mask_output!r} is none of {MASK_OUTPUTS}")
+            raise ValueError(f"mask_output {mask_output!r} is not one of {MASK_OUTPUTS}")
         self.mask_output = mask_output
         self.datasets = datasets
 
@@ -68,7 +68,7 @@ class MaskRCNN(GeneralizedRCNN):
         return outputs
 
     def __prepare_scriptable__(self) -> GeneralizedRCNN:
-        """Returns what torch.jit.script compiles in place of this; it does no postprocessing."""
+        """Returns what torch.jit.script compiles instead of this; it does no postprocessing."""
         return stand_in(copy_sharing_tensors(self), GeneralizedRCNN)
 
 

@@ -94,7 +94,7 @@ def _build(cfg: CfgNode, model: TimmModel, key: str, names: list[str]) -> TimmBa
     """
     keys = cfg.MODEL.TIMM
     if keys.NORM not in NORMS:
-        raise ConfigError(f"MODEL.TIMM.NORM {keys.NORM!r} is none of {NORMS}")
+        raise ConfigError(f"MODEL.TIMM.NORM {keys.NORM!r} is not one of {NORMS}")
     if not 0 <= keys.DROP_PATH_RATE < 1:
         raise ConfigError(f"MODEL.TIMM.DROP_PATH_RATE {keys.DROP_PATH_RATE} is not in [0, 1)")
     levels = _chosen_levels(model, list(keys.OUT_INDICES), key, names)
@@ -153,7 +153,7 @@ class TimmBackbone(Backbone):
 class SimplePyramid(SimpleFeaturePyramid):
     """detectron2's simple feature pyramid, p2 to p6, for images of any size.
 
-    Differs from detectron2: it says how images are to be padded. Its own is for square images
+    Differs from detectron2: it says how images must be padded. detectron2's is for square images
     (its padding_constraints have "size_divisiblity", which nothing reads).
     """
 
@@ -171,7 +171,7 @@ class SimplePyramid(SimpleFeaturePyramid):
         (map_name, shape), *_ = net.output_shape().items()
         if shape.stride != 16:
             raise ConfigError(
-                f"MODEL.TIMM.NAME {name} has maps of stride {shape.stride} alone, and the pyramid "
+                f"MODEL.TIMM.NAME {name} has only maps of stride {shape.stride}, and the pyramid "
                 "of a plain transformer needs 16; take another, such as vit_small_patch16_224 or "
                 "swin_tiny_patch4_window7_224"
             )
@@ -264,7 +264,7 @@ def _positions(
     """Returns where among the parameters those of the module of a map are.
 
     Raises:
-        ConfigError: if it has none, or timm does not tell which module it is.
+        ConfigError: if it has none, or timm does not expose which module it is.
     """
     flat = level.module.replace(".", "_")  # some of timm's wrappers flatten, some put it deeper
     own = [x for x in (level.module, flat, f"model.{level.module}") if _has_module(net, x)]

@@ -172,7 +172,7 @@ def model_settings(name: str) -> Any:
     if not timm.is_model(name):
         nearest = nearest_name(name, timm.list_models())
         hint = f"did you mean {nearest}?" if nearest else "set it, e.g. to convnext_tiny"
-        raise ConfigError(f"MODEL.TIMM.NAME {name!r} is no model of timm; {hint}")
+        raise ConfigError(f"MODEL.TIMM.NAME {name!r} is not a model of timm; {hint}")
     try:
         return models.get_pretrained_cfg(name) or models.PretrainedCfg()
     except RuntimeError as error:

@@ -37,7 +37,7 @@ def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
         try:
             _reach_hub(model.name)
             return model.build(pretrained=True, **arguments)
-        except Exception as error:  # of whatever client the hub has; httpx's are no OSError
+        except Exception as error:  # of any client that the hub has; httpx's are not OSErrors
             raise ConfigError(
                 f"MODEL.TIMM.PRETRAINED: the weights of {model.name} could not be downloaded "
                 f"({one_line(error)}); fetch them on another machine and set MODEL.TIMM.CHECKPOINT"
@@ -56,7 +56,7 @@ def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
 def _reach_hub(name: str) -> None:
     """Asks timm's hub for a model that was not downloaded before, once.
 
-    The hub's client would try for minutes where there is no network.
+    The hub's client would try for minutes without a network.
     """
     hub, repository = importlib.import_module("huggingface_hub"), model_settings(name).hf_hub_id
     if repository and not hub.try_to_load_from_cache(repository, "model.safetensors"):

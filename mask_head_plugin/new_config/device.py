@@ -20,7 +20,7 @@ MOST_CORES = 16
 
 @dataclass(frozen=True)
 class Device:
-    """Where a config is to be trained.
+    """Where a config will be trained.
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
@@ -61,7 +61,7 @@ class Device:
         return 4 * self.view_pixels
 
     def fitting_batch(self, view_pixels: float) -> int:
-        """Returns how many images of so many pixels a step can have."""
+        """Returns how many images of that many pixels a training step can have."""
         batch = self.batch_size
         while batch > 1 and batch * view_pixels * BYTES_PER_PIXEL > USABLE * self.memory:
             batch //= 2

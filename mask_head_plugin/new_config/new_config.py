@@ -108,7 +108,7 @@ class NewConfig:
 
 
 def write_new_config(request: Request) -> NewConfig:
-    """Writes a config, and the parts of a split if there are no validation data.
+    """Writes a config, and the parts of a split if validation data are missing.
 
     The config is loaded and checked as train_net.py does, and some iterations are trained, before
     any file is written.
@@ -160,9 +160,9 @@ def _refuse_wrong_paths(request: Request) -> None:
         if data is None:
             continue
         if not data.json_file.is_file():
-            raise ConfigError(f"--{flag} {data.json_file}: there is no such file")
+            raise ConfigError(f"--{flag} {data.json_file}: the file does not exist")
         if not data.images.is_dir():
-            raise ConfigError(f"--{flag}-images {data.images}: there is no such folder")
+            raise ConfigError(f"--{flag}-images {data.images}: the folder does not exist")
     output = request.output
     if output.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--output {output}: name a file that ends in .yaml, such as cells.yaml")

@@ -10,8 +10,8 @@ from .device import Device
 PASSES = 40
 """Over the images, as few hundred of them need with pretrained weights."""
 LEAST_VIEWS, MOST_VIEWS = 24_000, 1_440_000
-"""Images or crops in all: a detector's heads start anew however few images there are, and the most
-are those of COCO's 1x schedule."""
+"""Images or crops in all: a detector's heads start untrained however few images there are, and the
+most are those of COCO's 1x schedule."""
 CPU_MINUTES = 40
 LEAST_ITERATIONS = 300
 EVALUATIONS = 4

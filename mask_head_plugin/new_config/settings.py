@@ -29,7 +29,7 @@ RARE = 0.1
 MOST_REPEATED = 4
 """Times that an image with the rarest class may be seen in a pass over all images."""
 POSITIVE_SHARE = 0.25
-"""detectron2's: of the RoIs that train the heads, so many are objects."""
+"""detectron2's share of objects among the RoIs that train the heads."""
 
 
 def choose_settings(
@@ -99,7 +99,7 @@ def file_settings(
         Setting("DATASETS.TRAIN", names[:1]),
     ]
     without = (
-        "" if names[1:] else "There is no other photograph to validate on, so no AP is measured."
+        "" if names[1:] else "No other photograph is left to validate on, so no AP is measured."
     )
     settings.append(Setting("DATASETS.TEST", names[1:], without))
     return [*settings, Setting("OUTPUT_DIR", output_dir)]
@@ -197,7 +197,7 @@ def _detections(train: DataFacts, val: DataFacts | None) -> Setting:
     number = max(COCO_DETECTIONS, math.ceil(SPARE * most / 50) * 50)
     why = f"The most crowded image has {most} objects, and some detections are wrong."
     if number > COCO_DETECTIONS:
-        why += " Above 100, AP counts so many, too, where COCO's counts 100."
+        why += " Above 100, AP counts as many, where COCO's counts 100."
     return Setting("TEST.DETECTIONS_PER_IMAGE", number, why)
 
 
@@ -209,8 +209,8 @@ def _input_settings(train: DataFacts, size: InputSize, device: Device) -> list[S
         why = f"Short edge of the images in evaluation. At it {shown}."
         if size.smallest < 0.95 * SMALLEST:
             why += (
-                f" Better were {SMALLEST}, at {size.wanted}, but that is more than {device} can "
-                "train on in good time or memory; cutting the images into tiles helps."
+                f" {SMALLEST}, at {size.wanted}, would be better but takes more time or memory "
+                f"than {device} has; cutting the images into tiles helps."
             )
     settings = [Setting("INPUT.MIN_SIZE_TEST", size.short_edge, why)]
     if size.short_edge:
@@ -289,7 +289,7 @@ def _solver_settings(schedule: Schedule, backbone: Backbone, device: Device) -> 
     else:
         why += (
             f". The rule: {PASSES}, but {LEAST_VIEWS:,} images at least, since the heads start "
-            f"anew, and {MOST_VIEWS:,} at most, as in COCO's 1x schedule."
+            f"untrained, and {MOST_VIEWS:,} at most, as in COCO's 1x schedule."
         )
     settings = [
         Setting("SOLVER.IMS_PER_BATCH", schedule.batch_size, f"Images in a step, for {device}."),

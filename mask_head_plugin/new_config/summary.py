@@ -1,4 +1,4 @@
-"""What a user is told of a new config: what it is for, how to run it, what that takes."""
+"""What the console says about a new config: what it is for, how to run it, what that takes."""
 
 from __future__ import annotations
 

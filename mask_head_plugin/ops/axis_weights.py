@@ -44,8 +44,8 @@ class AxisWeights:
     """The cells that the bins of R RoIs read along one axis, and their weights.
 
     Attributes:
-        cell: (R, P, B) int32 in [0, L). Slots behind a bin's last cell repeat one of its cells.
-        weight: (R, P, B), 0 in the slots behind.
+        cell: (R, P, B) int32 in [0, L). Slots after a bin's last cell repeat one of its cells.
+        weight: (R, P, B), 0 in the slots after it.
         count: (R,) slots that the bins of a RoI use at most; 0 if it has nothing on the map.
     """
 

@@ -22,7 +22,7 @@ PIECE = (1 << 15) - 1
 
 MAX_COPY = 9 << 19
 """Elements of a map that are copied at a time: 18 MB of float32. The allocator uses the memory of
-two such copies again; that of more comes anew from the system, which takes longer than the copy."""
+two such copies again; more must come from the system, which takes longer than the copy."""
 
 Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
 
@@ -126,7 +126,7 @@ def _split_by_size(entries: Tensor) -> Iterator[Tensor]:
 
 
 def split_into_blocks(parts: Sequence[Part], max_entries: int) -> list[Block]:
-    """Puts RoIs together that use about as many slots per bin.
+    """Groups RoIs that use about equally many slots per bin.
 
     Args:
         parts: of all maps.

@@ -35,8 +35,8 @@ LIST_ENTRIES = 1 << 22
 """Entries of the sparse matrix held at a time: 32 MB. A thousand RoIs have fewer."""
 
 BATCH_ELEMENTS = 1 << 22
-"""Elements of bins held beside the result at a time: 16 MB of float32, which the allocator reuses;
-but at least 1 / MAX_BATCHES of the result."""
+"""Elements of bins held at a time in addition to the result: 16 MB of float32, which the allocator
+reuses; but at least 1 / MAX_BATCHES of the result."""
 
 MAX_BATCHES = 4
 

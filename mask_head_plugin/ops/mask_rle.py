@@ -37,7 +37,7 @@ def encode_masks(
 ) -> list[Rle]:
     """Encodes masks as they lie in the image; equal to pasting and encoding them with detectron2.
 
-    Equal byte for byte to ``pycocotools.mask.encode`` of ``paste_masks_in_image``, but for pixels
+    Equal byte for byte to ``pycocotools.mask.encode`` of ``paste_masks_in_image``, except pixels
     whose value lies within rounding of the threshold. A threshold below 0.5 widens masks beyond
     their boxes, by up to half a mask pixel, as detectron2 does on CUDA; on the CPU it cuts them one
     image pixel off the box.
@@ -122,7 +122,7 @@ def _crossings(
 
     Returns:
         (X,) int64 ``index * (H W + 1) + x * H + y`` of the first pixel of the new state, y up to H;
-        ascending. Pairs of the same position, between which there is no pixel, are in it too.
+        ascending. It includes pairs of the same position, which enclose no pixel.
     """
     height, width = image_hw
     side = grid.shape[1] - 2
@@ -152,16 +152,16 @@ def _first_row(
     side: int,
     threshold: float,
 ) -> Tensor:
-    """Returns the first row of pixels behind a crossing.
+    """Returns the first row of pixels after a crossing.
 
     Where the line between two mask rows meets the threshold, rounded up; then the pixel there and
-    the one above are looked at as grid_sample computes them, whose rounding is another.
+    the one above are computed as grid_sample does, which rounds differently.
 
     Args:
         corners: (4, X) mask values above left, above right, below left, below right.
         west: (X,) distance to the left ones, in [0, 1).
         row: (X,) mask row of the upper ones; -1 for the zeros before the first.
-        new: (X,) bool, state behind the crossing.
+        new: (X,) bool, state after the crossing.
         box: (X, 4).
         side: M.
         threshold: as in encode_masks.
@@ -193,7 +193,7 @@ def _runs(positions: Tensor, num_masks: int, image_hw: tuple[int, int]) -> list[
     """
     height, width = image_hw
     num_pixels = height * width
-    # Between an even number of changes at one place there is no pixel: runs of neighbouring
+    # An even number of changes at one place encloses no pixel: runs of neighbouring
     # columns that meet at the image's edge merge, and crossings closer than a pixel vanish.
     places = positions.cpu().numpy()  # all at once: each operator below would wait for the device
     first = np.flatnonzero(np.diff(places, prepend=-1))

@@ -71,7 +71,7 @@ def _crop_with_operator(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Torchvision's operator, which does not wait for the device and breaks no graph.
 
     Called without torchvision's function, which in deterministic mode takes another way for the
-    gradient's sake: it samples all pixels of a mask, and there is no gradient here.
+    sake of gradients: it samples all pixels of a mask, and gradients are not needed here.
     """
     index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
     rois = torch.cat([index, boxes], dim=1)

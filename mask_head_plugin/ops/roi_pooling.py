@@ -5,12 +5,12 @@ Sampling on a RoI is separable (see axis_weights): the weight of cell (y, x) in 
 so a bin of 4 x 4 cells reads each once, however many samples lie in it. The product runs in
 ``embedding_bag``, with the channels-last map as the table and a bin as a bag: on x86 a vectorized
 kernel (FBGEMM) on all threads. Backward is the product with the transposed matrix, a cell as a bag,
-so it adds in a fixed order and writes each cell once. Measured beside it and left, being slower:
+so it adds in a fixed order and writes each cell once. Also measured, and slower:
 two dense products per RoI, one RoI at a time or in batches; a sparse CSR matrix; embedding_bag's
 own backward.
 
-Operators are few and large: PyTorch splits each over all threads, and beside another busy process a
-thread that has its share late holds up the others for about 8 ms, each time. So a call makes one
+Operators are few and large: PyTorch splits each over all threads, and next to another busy process,
+a thread that has its share late holds up the others for about 8 ms, each time. So a call makes one
 product per map, whatever R and C. A map that is not channels-last is copied; a large one, image by
 image and in blocks of channels, with a product each. The matrix is laid out in pieces of PIECE
 entries, which PyTorch leaves to one thread, as it does the copy of an image.

@@ -38,7 +38,7 @@ MAX_BLOCK_BYTES = 512
 """Channels of one program, in bytes of a map: a warp's 32 threads with 16 bytes each."""
 
 TILE_ROWS = 4
-"""Y: rows of cells that are read at once. A bin of up to 3 cells a side touches as many."""
+"""Y: rows of cells that are read at once. A bin of up to 3 cells a side touches that many."""
 
 COMPILER_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 """Without fusion, sample coordinates are rounded as in axis_weights."""
@@ -124,7 +124,7 @@ def _launch(
         )
 
 
-# Compiled anew for sides of maps that are 1 or multiples of 16 otherwise.
+# Otherwise it is recompiled for sides of maps that are 1 or multiples of 16.
 _SIDES = [f"{side}{i}" for side in ("height", "width") for i in range(MAX_MAPS)]
 
 

@@ -19,7 +19,7 @@ Traceback (most recent call last):
 _pickle.UnpicklingError: it names os.system, which is not part of weights or arrays; ...
 
 How: ``scan_pickle`` goes through the instructions without following any and refuses what would
-exhaust memory, stack or time; then an unpickler that knows stand-ins for NumPy's functions, and
+exhaust memory, stack or time; then an unpickler that knows substitutes for NumPy's functions, and
 nothing else, follows them; then arrays and plain containers are made of what that gave.
 """
 
@@ -42,12 +42,12 @@ MAX_DEPTH = 100
 MOST_REPEATS = 10
 """How often, on average, a pickle may use what it holds, where each use takes memory or time."""
 SPARE_BYTES = 1 << 20
-"""What it may use besides, be the file as small as it may."""
+"""What it may use in addition, however small the file."""
 DISTRUST = "do not trust it, get the weights or arrays alone"
 
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 _OF_NUMBERS = (None, None, None, -1, -1, 0)
-"""State of NumPy's types of numbers but for the order of bytes: no subarray, fields nor flags."""
+"""State of NumPy's types of numbers except the order of bytes: no subarray, fields nor flags."""
 _MOST_SIDES = 64  # of NumPy's arrays
 _INSTRUCTIONS = {
     *("MARK", "STOP", "PROTO", "FRAME", "NONE", "NEWTRUE", "NEWFALSE"),
@@ -57,7 +57,7 @@ _INSTRUCTIONS = {
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND"),
     *("APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "BINPERSID"),
     *("GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
-    # What these name is judged when it is looked up.
+    # What these name is checked when it is looked up.
     *("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"),
 }
 """Of a pickle. Left out are those of registered extensions and of tricks with the stack."""
@@ -66,7 +66,7 @@ _GETS = {"GET", "BINGET", "LONG_BINGET"}
 FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BUILD"}
 _SPARE_HANDED = 16 << 20
-"""Bytes that functions may be handed besides: most of them copy nothing."""
+"""Bytes that functions may get in addition: most of them copy nothing."""
 _SPARE_NUMBERS = 1000  # not all picklers number their objects without gaps
 
 
@@ -136,7 +136,7 @@ def refused_name(name: str) -> str:
 
 @dataclass(slots=True)
 class Seen:
-    """What a scan knows of an object; one that is remembered and filled later is the same one.
+    """What a scan knows about an object; one that is remembered and filled later is the same one.
 
     Attributes:
         depth: of the containers in it.
@@ -166,7 +166,7 @@ def scan_pickle(
     copy it).
 
     Args:
-        file: read from where it stands to behind the pickle.
+        file: read from its position to the end of the pickle.
         size: bytes of the file.
         describe: called for each instruction but those for marks and remembered objects with its
             name, its argument and the objects that it takes; returns what describes the object that
@@ -290,7 +290,7 @@ class _Dtype:
 
     def __init__(self, name: Any, *_flags: Any) -> None:
         if not (isinstance(name, str) and _DTYPE.fullmatch(name)):
-            raise pickle.UnpicklingError(f"it has an array of {name!r}, which are no numbers")
+            raise pickle.UnpicklingError(f"it has an array of {name!r}, which are not numbers")
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -309,7 +309,7 @@ class _Array:
     value: npt.NDArray[Any] | np.generic | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        shape, dtype, is_fortran, data = state[-4:]  # behind a version, if any
+        shape, dtype, is_fortran, data = state[-4:]  # after a version, if any
         self.value = _array(data, dtype, shape, "F" if is_fortran else "C")
 
 
@@ -395,7 +395,7 @@ _STAND_INS: dict[tuple[str, str], _Function] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Makes stand-ins of arrays, and refuses every other global."""
+    """Makes substitutes of arrays, and refuses every other global."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
@@ -415,10 +415,10 @@ class _Plain:
             size: bytes of the file.
         """
         self._size, self._copied = size, 0
-        self._done: dict[int, Any] = {}  # what became of what was met before, by id
+        self._done: dict[int, Any] = {}  # what was made of objects met before, by id
 
     def of(self, value: Any) -> Any:
-        """Returns the value with arrays in the place of their stand-ins."""
+        """Returns the value with arrays instead of their substitutes."""
         if value is None or isinstance(value, bool | int | float | str | bytes | bytearray):
             return value
         if id(value) in self._done:

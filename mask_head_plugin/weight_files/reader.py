@@ -1,7 +1,7 @@
 """Weights from elsewhere, read so that nothing in a file can run or fill the memory.
 
 Torch files are read with ``weights_only=True``, pickles by plain_pickle, safetensors by their
-library. What a file is, is judged by its content.
+library. The content of a file decides what it is.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _SIZED = ("bytearray", "Tensor", "Storage")
 _DICTS = ("OrderedDict", "Counter", "defaultdict")
 _HASHED = (*_DICTS, "set")
 _SPARE_COMPARED = 1 << 24
-"""Weight of keys that may be compared besides: a dictionary can have a thousand odd ones."""
+"""Weight of keys that may be compared in addition: a dictionary can have a thousand odd ones."""
 _LONGEST_NAME = 1000
 _ELEMENT_BYTES = {
     **dict.fromkeys(
@@ -135,7 +135,7 @@ def check_head(path: Path) -> bytes:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Whether a JSON header stands behind its length, which the library limits to 100 MB."""
+    """Whether a JSON header follows its length, which the library limits to 100 MB."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
 
 
@@ -266,7 +266,7 @@ class _TorchPickle:
             )
         if name in ("SETITEM", "SETITEMS") and not first.is_dict:
             raise pickle.UnpicklingError(
-                f"its pickle sets items of what is no dictionary; {DISTRUST}"
+                f"its pickle sets items of something other than a dictionary; {DISTRUST}"
             )
         if name == "BINPERSID":
             _check_storage(first.value, self._size, self._records)

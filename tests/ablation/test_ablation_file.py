@@ -103,7 +103,7 @@ def write(path, **changes):
         ),
         ({"VARIANTS": {"a": {"SEED": "many"}}}, r"variant 'a': SEED takes a value of type int"),
         ({"VARIANTS": {"a": [3]}}, r"variant 'a' does not hold"),
-        ({"BASELINE": "c"}, r"BASELINE names 'c', which is no variant"),
+        ({"BASELINE": "c"}, r"BASELINE names 'c', which is not a variant"),
         ({"PAPER": {"aa": {"segm/AP": 1.0}}}, r"PAPER names 'aa'.*did you mean 'a'"),
         ({"PAPER": {"a": 3}}, r"PAPER of 'a' must name figures"),
         ({"PAPER": {"a": {"segm/AP": "high"}}}, r"PAPER of 'a' must name figures"),
@@ -115,7 +115,7 @@ def write(path, **changes):
             r"SOLVER.MAX_ITER has no value",
         ),
         ({"SEEDS": [1, "2"]}, r"SEEDS \[1, '2'\] are not all whole"),
-        ({"TITLE": None}, r"TITLE must be a str that is not empty"),
+        ({"TITLE": None}, r"TITLE must be a non-empty str"),
         ({"VARIANT": {}}, r"unknown keys \['VARIANT'\]"),
         ({"SIZES": {"coco": {"CONFIG": "x.yaml"}}}, r"no size 'shapes'; choose from \['coco'\]"),
         ({"SIZES": {"shapes": {"BASE": "x.yaml"}}}, r"size 'shapes' needs a CONFIG"),
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_named(changes, message, tmp_path):
 def test_a_variant_that_stands_twice_is_refused(tmp_path):
     path = write(tmp_path / "ablation.yaml")
     path.write_text(path.read_text() + "  b:\n    SEED: 4\n")
-    with pytest.raises(ConfigError, match=r"'b' stands twice"):
+    with pytest.raises(ConfigError, match=r"'b' appears twice"):
         load_ablation(path, "shapes")
 
 

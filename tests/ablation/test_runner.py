@@ -53,7 +53,7 @@ def six_images(tmp_path_factory):
 
 @pytest.fixture
 def ablation(tmp_path, six_images):
-    """A file with a baseline and a variant whose name cannot stand in a path."""
+    """A file with a baseline and a variant whose name cannot be part of a path."""
     content = {
         "TITLE": "Losses",
         "METRIC": "segm/AP",
@@ -120,7 +120,7 @@ def test_variants_seeds_and_options_can_be_chosen(ablation, tmp_path):
     opts = ["SOLVER.MAX_ITER", "7"]
     trials = trials_of(ablation, tmp_path, variants=["bce"], seeds=[5], opts=opts)
     assert [(t.variant, t.seed, t.cfg.SOLVER.MAX_ITER) for t in trials] == [("bce", 5, 7)]
-    with pytest.raises(ConfigError, match="--variant names 'dise', which is no variant"):
+    with pytest.raises(ConfigError, match="--variant names 'dise', which is not a variant"):
         trials_of(ablation, tmp_path, variants=["bce", "dise"])
     with pytest.raises(ConfigError, match="--variant lacks the baseline, 'bce'"):
         trials_of(ablation, tmp_path, variants=["dice / alone"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from urllib import request
 from urllib.error import URLError
 
@@ -35,6 +36,14 @@ def test_weights_of_a_config_that_cannot_be_downloaded_are_one_line(caplog):
         "configs/Base-Small.yaml and configs/misc/scratch_*.yaml do"
     )
     assert not [x for x in caplog.records if x.levelname == "ERROR"]
+
+
+def test_weights_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = local_copy("mask_head_plugin://mask_rcnn_shapes.safetensors")
+    assert Path(file).stat().st_size > 1e6
+    with pytest.raises(ConfigError, match=r"the package has mask_rcnn_shapes\.safetensors$"):
+        local_copy("mask_head_plugin://mask_rcnn_circles.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -78,5 +87,5 @@ def test_a_path_manager_of_ones_own_is_asked_for_weights_and_none_for_a_folder_t
         checkpointer.path_manager = path_manager
         checkpointer.load(address)
         assert torch.equal(next(model.parameters()), expected)
-        with pytest.raises(ConfigError, match="stored://runs is no folder of this machine"):
+        with pytest.raises(ConfigError, match="stored://runs is not a local folder"):
             checkpointer.save("model_final")

@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(folder, caplog, da
     assert resumed_weight(folder) == 1
     (text,) = (x.getMessage() for x in caplog.records if x.levelname == "WARNING")
     assert "resuming from the older" in text and "model_0000019.pth" in text
-    assert "model_0000029.pth is" in text
+    assert "model_0000029.pth " in text
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit])
@@ -89,7 +89,7 @@ def test_without_any_intact_checkpoint_each_is_named_with_its_damage(folder):
         truncate(folder / f"{name}.pth")
     with pytest.raises(ConfigError) as error:
         resumed_weight(folder)
-    for text in (*NAMES, "no checkpoint", "is not the file of which", "without --resume"):
+    for text in (*NAMES, "no checkpoint", "does not match its checksum in", "without --resume"):
         assert text in str(error.value)
 
 
@@ -119,7 +119,7 @@ def test_a_folder_and_a_link_to_nothing_are_told_and_passed_over(folder, caplog)
     with caplog.at_level("WARNING"):
         assert resumed_weight(folder) == 2
     assert "model_0000039.pth is a folder" in caplog.text
-    assert "model_0000049.pth is a link to nothing" in caplog.text
+    assert "model_0000049.pth is a broken link" in caplog.text
 
 
 def test_a_kill_between_a_checkpoint_and_its_mark_does_not_hide_it(folder):
@@ -151,7 +151,7 @@ def test_the_best_weights_and_unfinished_files_are_nothing_to_resume_from(folder
 
 
 def test_a_full_disk_leaves_the_older_checkpoints_and_says_so(folder):
-    """A limit on the size of files stands for the end of the disk."""
+    """A limit on the size of files simulates the end of the disk."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     model = nn.Linear(400, 400)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -177,7 +177,7 @@ def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
 
 
 def test_overwriting_never_pairs_a_file_with_the_checksum_of_another(folder, monkeypatch):
-    """Whatever moment the kill comes at, the name stands for an intact file."""
+    """Whatever moment the kill comes at, the name means an intact file."""
     path = folder / "model_final.pth"
     moments = 0
     for call in range(1, 20):

@@ -15,7 +15,7 @@ SIDE = 20
 
 
 def made(scores=SCORES, order=None) -> Found:
-    """Returns detections of 10 x 10 pixels beside each other, whose masks fill their boxes."""
+    """Returns detections of 10 x 10 pixels side by side, whose masks fill their boxes."""
     count = len(scores)
     x0 = torch.arange(count) * 12.0
     boxes = torch.stack([x0, torch.full((count,), 4.0), x0 + 10, torch.full((count,), 14.0)], 1)

@@ -110,7 +110,7 @@ def test_a_misspelt_value_that_detectron2_does_not_read_is_a_warning(
 def test_values_of_training_are_not_looked_at_in_evaluation(tmp_path, caplog):
     checked(tmp_path, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosinLR", train=False)
     assert "SOLVER" not in caplog.text
-    with pytest.raises(ConfigError, match=r"RESNETS.NORM 'BM' is none of .*'BN'\?"):
+    with pytest.raises(ConfigError, match=r"RESNETS.NORM 'BM' is not one of .*'BN'\?"):
         checked(tmp_path, "MODEL.RESNETS.NORM", "BM", train=False)
 
 
@@ -174,18 +174,18 @@ class OwnTrainer(DefaultTrainer):
 def test_what_the_users_trainer_builds_passes(tmp_path, caplog):
     checked(tmp_path, "SOLVER.LR_SCHEDULER_NAME", "Own", trainer=OwnTrainer)
     assert "Own" not in caplog.text
-    with pytest.raises(ConfigError, match=r"LR_SCHEDULER_NAME 'Own' is none of"):
+    with pytest.raises(ConfigError, match=r"LR_SCHEDULER_NAME 'Own' is not one of"):
         checked(tmp_path, "SOLVER.LR_SCHEDULER_NAME", "Own")
     opts = ["SOLVER.LR_SCHEDULER_NAME", "Own", "DATALOADER.SAMPLER_TRAIN", "TrainingSamplr"]
     checked(tmp_path, *opts, trainer=OwnTrainer)
-    assert "DATALOADER.SAMPLER_TRAIN 'TrainingSamplr' is none of" in caplog.text
+    assert "DATALOADER.SAMPLER_TRAIN 'TrainingSamplr' is not one of" in caplog.text
 
 
 def test_formats_that_detectron2_reads_pass(tmp_path, monkeypatch, caplog):
     checked(tmp_path, "INPUT.FORMAT", "HSV")
     with pytest.raises(ConfigError, match=r"PIXEL_MEAN .*: INPUT.FORMAT CMYK has 4 channels"):
         checked(tmp_path, "INPUT.FORMAT", "CMYK")
-    with pytest.raises(ConfigError, match=r"INPUT.FORMAT 'F' is none of"):  # has no channels
+    with pytest.raises(ConfigError, match=r"INPUT.FORMAT 'F' is not one of"):  # has no channels
         checked(tmp_path, "INPUT.FORMAT", "F")
     known = detection_utils.annotations_to_instances
 
@@ -204,7 +204,7 @@ def test_a_box_loss_that_a_subclass_has_passes(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setitem(PROPOSAL_GENERATOR_REGISTRY._obj_map, "OwnRPN", OwnRPN)
     own = ["MODEL.RPN.BBOX_REG_LOSS_TYPE", "wing"]
-    with pytest.raises(ConfigError, match=r"RPN.BBOX_REG_LOSS_TYPE 'wing' is none of"):
+    with pytest.raises(ConfigError, match=r"RPN.BBOX_REG_LOSS_TYPE 'wing' is not one of"):
         checked(tmp_path, *own)
     checked(tmp_path, *own, "MODEL.PROPOSAL_GENERATOR.NAME", "OwnRPN")
     assert "wing" not in caplog.text
@@ -313,7 +313,7 @@ def test_what_a_user_registers_passes_with_its_own_values(
 ):
     monkeypatch.setitem(registry._obj_map, "own", own)
     checked(tmp_path, key, "own", *opts, "MODEL.MASK_OUTPUT", "bitmask")
-    assert "is none of" not in caplog.text and "registered" not in caplog.text
+    assert "is not one of" not in caplog.text and "registered" not in caplog.text
 
 
 def test_a_model_of_another_kind_reads_none_of_these(tmp_path, monkeypatch, caplog):
@@ -334,7 +334,7 @@ def test_a_module_that_cannot_be_tried_is_left_in_peace(tmp_path, monkeypatch, c
     monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "own", build_asking_model)
     opts = ["MODEL.META_ARCHITECTURE", "own", "MODEL.MASK_OUTPUT", "bitmask"]
     cfg = checked(tmp_path, *opts, "MODEL.RESNETS.NORM", "own_norm")
-    assert "MODEL.RESNETS.NORM 'own_norm' is none of" in caplog.text
+    assert "MODEL.RESNETS.NORM 'own_norm' is not one of" in caplog.text
     assert unread_keys(cfg, train=True) == {}
-    with pytest.raises(ConfigError, match=r"WARMUP_METHOD 'liner' is none of .*'linear'"):
+    with pytest.raises(ConfigError, match=r"WARMUP_METHOD 'liner' is not one of .*'linear'"):
         checked(tmp_path, *opts, "SOLVER.WARMUP_METHOD", "liner")

@@ -108,7 +108,7 @@ def test_a_value_is_refused_only_where_detectron2_refuses_it(
     register(monkeypatch, registry, build)
     check_config(config(tmp_path, *opts), train=True)
     (told,) = [x for x in caplog.messages if x.startswith(opts[-2])]
-    assert " is none of " in told
+    assert " is not one of " in told
 
 
 @functools.lru_cache
@@ -138,7 +138,7 @@ def test_checks_leave_nothing_in_the_users_modules_and_draw_no_numbers(tmp_path,
     cfg, before = config(tmp_path, *OWN, "MODEL.FPN.OUT_CHANNELS", "64"), states()
     check_config(cfg, train=True)
     assert unread_keys(cfg, train=True) == {}
-    with pytest.raises(ConfigError, match=r"^MODEL.FPN.NORM 'GM' is none of .*'GN'"):
+    with pytest.raises(ConfigError, match=r"^MODEL.FPN.NORM 'GM' is not one of .*'GN'"):
         check_config(config(tmp_path, *OWN, "MODEL.FPN.NORM", "GM"), train=True)
     assert BUILT == [] and grid.cache_info().currsize == 0
     assert states() == before

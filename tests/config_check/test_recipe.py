@@ -21,7 +21,7 @@ def config(name: str, *opts: str):
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        (["SOLVER.OPTIMIZER", "adam"], r"'adam' is none of .*; did you mean AdamW"),
+        (["SOLVER.OPTIMIZER", "adam"], r"'adam' is not one of .*; did you mean AdamW"),
         (["SOLVER.BETAS", "[0.9, 1.0]"], r"SOLVER\.BETAS .* from 0 to below 1"),
         (["SOLVER.BETAS", "[0.9]"], r"SOLVER\.BETAS .* two numbers"),
         (["SOLVER.BETAS", "['a', 0.9]"], r"SOLVER\.BETAS .* two numbers"),
@@ -29,7 +29,10 @@ def config(name: str, *opts: str):
         (["SOLVER.LAYER_DECAY", "1.1"], r"LAYER_DECAY is 1\.1; .* at most 1"),
         (["SOLVER.EMA_DECAY", "1.0"], r"EMA_DECAY is 1\.0; it must be below 1"),
         (["SOLVER.EMA_DECAY", "-0.1"], r"EMA_DECAY is -0\.1"),
-        ([FACTORS, "['backbone', 0.1]"], r"'backbone' is no pair .*such as \[\"backbone\", 0\.1\]"),
+        (
+            [FACTORS, "['backbone', 0.1]"],
+            r"'backbone' is not a module's name .*such as \[\"backbone\", 0\.1\]",
+        ),
         ([FACTORS, "[['backbone', '0.1']]"], r"the factor of 'backbone' is '0\.1'; it must be"),
         ([FACTORS, "[['backbone', 0.0]]"], r"is 0\.0; it must be above 0 .*FREEZE_AT"),
         ([FACTORS, "[['a', 2.0], ['a', 3.0]]"], r"has 'a' twice"),
@@ -51,7 +54,7 @@ def test_the_images_of_a_process_are_divided():
 
 def test_adamw_at_a_rate_for_sgd_is_warned_of(caplog):
     check_recipe(config(FPN, "SOLVER.OPTIMIZER", "AdamW"), 1)
-    assert "SOLVER.BASE_LR 0.02 is a rate for SGD" in caplog.text
+    assert "SOLVER.BASE_LR 0.02 suits SGD" in caplog.text
     caplog.clear()
     check_recipe(config(FPN, "SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.0005"), 1)
     check_recipe(config(FPN), 1)

@@ -59,7 +59,7 @@ def test_pixels_near_those_of_a_timm_model_pass(tmp_path):
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        (["MODEL.TIMM.NAME", "convnext_tny"], "is no model of timm; did you mean convnext_tiny"),
+        (["MODEL.TIMM.NAME", "convnext_tny"], "is not a model of timm; did you mean convnext_tiny"),
         (["MODEL.TIMM.NAME", "resnet50.a9"], r"timm has no such weights; it has resnet50\.a1_in1k"),
         (["MODEL.TIMM.NAME", "hf-hub:timm/resnet50.a1_in1k"], "is an address; give timm's own nam"),
         (["MODEL.TIMM.CHECKPOINT", "nowhere.pth"], "CHECKPOINT nowhere.pth does not exist; save"),

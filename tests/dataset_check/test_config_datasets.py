@@ -150,7 +150,7 @@ def test_off_does_not_look(tmp_path, data, monkeypatch):
 
 
 def test_another_value_is_refused(tmp_path, data):
-    with pytest.raises(ConfigError, match=r"DATASETS.CHECK 'no' is none of \('error', 'warn'"):
+    with pytest.raises(ConfigError, match=r"DATASETS.CHECK 'no' is not one of \('error', 'warn'"):
         run(configure(tmp_path, data, "DATASETS.CHECK", "no"))
 
 

@@ -158,7 +158,7 @@ def test_of_images_that_share_a_text_as_id_no_annotation_is_given_to_the_wrong_o
 
 
 def test_one_record_for_each_annotation_becomes_one_for_each_file(good):
-    """Some tools list an image anew for each object in it."""
+    """Some tools list an image once for each object in it."""
     second = {**good.image(1), "id": 50}
     good.content["images"].append(second)
     good.annotation(12)["image_id"] = 50

@@ -153,7 +153,7 @@ def test_no_other_change_opens_the_way_for_losses_of_most_images(good, other_cha
         fix(good.write())
     message = str(info.value)
     assert "39 of 4" in message and "39 by image-unreadable" in message and "\n" not in message
-    assert "no image that Pillow knows" in message and not (good.folder / "fixed.json").exists()
+    assert "not an image that Pillow reads" in message and not (good.folder / "fixed.json").exists()
 
 
 def test_losses_of_most_records_are_taken_if_the_user_says_so(good):

@@ -161,7 +161,10 @@ def test_masks_on_several_images_are_counted_once_each(good):
     for k, annotation in enumerate(add_objects(good, 8)):
         annotation |= {"segmentation": [SQUARE], "bbox": [10, 10, 30, 30]} if k < 4 else {}
     found = only(good, "mask-on-several-images")
-    assert "4 of 14" in found.message and "annotation 100 of image 1 is on image 2" in found.message
+    assert (
+        "4 of 14" in found.message
+        and "annotation 100 of image 1 is also on image 2" in found.message
+    )
 
 
 def test_run_lengths_on_several_images_are_found_too(good):

@@ -74,7 +74,9 @@ def test_a_run_warns_with_the_count(tmp_path, monkeypatch, caplog):
         caplog.clear()
         with caplog.at_level("WARNING"):
             run(configure(tmp_path, data))
-        assert "4 of 4 (100.0%) images of 'checked_val' are in the training data" in caplog.text
+        assert (
+            "4 of 4 (100.0%) images of 'checked_val' are also in the training data" in caplog.text
+        )
     report = json.loads((tmp_path / "output" / "dataset_check.json").read_text())
     assert [x["kind"] for x in report["findings"]] == ["image-in-both-splits"]
     assert report["findings"][0]["file"] == str(data["val"].json_file)

@@ -38,7 +38,7 @@ NUM_FRAMES = 12
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of six images of the embedded data set, beside their annotations."""
+    """A folder of six images of the embedded data set, next to their annotations."""
     folder = tmp_path_factory.mktemp("shapes")
     shapes.write_split(folder, "val", 6)
     return folder / "val"
@@ -508,7 +508,7 @@ def test_equal_names_are_numbered_and_equal_files_taken_once(images, tmp_path):
         (["--config-file", "configs/nowhere.yaml"], "configs/nowhere.yaml does not exist"),
         (["--opts", "MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--opts", "MODEL.WEIGHTS", ""], "no weights: add --opts MODEL.WEIGHTS FILE"),
-        (["--opts", "MODEL.WEIGHTS"], "has no partner"),
+        (["--opts", "MODEL.WEIGHTS"], "has no value"),
         (["--opts", "MODEL.WEIGHTS", "{tmp}/file"], "file was not loaded"),
         (["--opts", "INPUT.FORMAT", "BRG"], "INPUT.FORMAT"),
         (["--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "7"], "of another shape: roi_heads."),

@@ -328,7 +328,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_export(tmp_path,
     monkeypatch.setattr(export, "_made", None)
     (tmp_path / "file").touch()
     for name in ("file", "file/below"):
-        with pytest.raises(ConfigError, match=f"--output .*{name} is no folder that can be"):
+        with pytest.raises(ConfigError, match=f"--output .*{name} is not a folder that can be"):
             exported(tmp_path / name)
 
 
@@ -361,8 +361,11 @@ def test_a_size_that_memory_does_not_hold_is_named(tmp_path):
         (ExportOptions("torchscript", opset=17), "--opset is ONNX's"),
         (ExportOptions("onnx", opset=15), "--opset 15 is not from 16 to 20"),
         (ExportOptions("onnx", size=(0, 64)), "--size 0 64"),
-        (ExportOptions("tflite"), "--format 'tflite' is none of onnx, torchscript"),
-        (ExportOptions("onnx", precision="int4"), "--precision 'int4' is none of fp32, fp16, int8"),
+        (ExportOptions("tflite"), "--format 'tflite' is not one of onnx, torchscript"),
+        (
+            ExportOptions("onnx", precision="int4"),
+            "--precision 'int4' is not one of fp32, fp16, int8",
+        ),
         (ExportOptions("torchscript", precision="int8"), "--precision int8 is ONNX's"),
         (
             ExportOptions("onnx", calibration_images=["a.png"]),

@@ -94,8 +94,8 @@ def test_images_in_which_nothing_is_found_calibrate_nothing(data, tmp_path):
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("DATASETS.TRAIN", r"name --calibration-images, for data set 'nowhere' is not registered"),
-        ("DATASETS.TEST", r"name --images, for data set 'nowhere' is not registered"),
+        ("DATASETS.TRAIN", r"name --calibration-images: data set 'nowhere' is not registered"),
+        ("DATASETS.TEST", r"name --images: data set 'nowhere' is not registered"),
     ],
 )
 def test_missing_data_sets_are_told_before_anything_is_converted(
@@ -116,7 +116,7 @@ def test_a_missing_calibration_image_is_told_before_anything_is_converted(
 ):
     monkeypatch.setattr(export, "converted", None)
     options = ExportOptions("onnx", precision="int8", calibration_images=["nowhere.png"])
-    with pytest.raises(ConfigError, match=r"--calibration-images: nowhere.png is no file"):
+    with pytest.raises(ConfigError, match=r"--calibration-images: nowhere.png is not a file"):
         export_model(SHAPES, data, tmp_path, options)
 
 

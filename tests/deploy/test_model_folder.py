@@ -151,5 +151,5 @@ def test_missing_folders_and_descriptions_are_named(folder):
     (folder / DESCRIPTION).unlink()
     with pytest.raises(ModelFolderError, match=f"has no {DESCRIPTION}"):
         read_model_folder(folder)
-    with pytest.raises(ModelFolderError, match="is no folder"):
+    with pytest.raises(ModelFolderError, match="is not a folder"):
         read_model_folder(folder / "missing")

@@ -58,7 +58,7 @@ def test_images_and_videos_become_the_files_of_the_demo(folder, inputs, tmp_path
     )
     assert code == 1 and f"results are in {tmp_path}" in out
     lines = [line for line in err.splitlines() if line.startswith("predict.py: ")]
-    assert len(lines) == 1 and "2b.png: is no image" in lines[0]
+    assert len(lines) == 1 and "2b.png: is not an image" in lines[0]
     names = {str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*") if x.is_file()}
     pngs = [f"{k}.png" for k in range(4)]
     frames = [f"semantic/clip/{k:06d}.png" for k in range(NUM_FRAMES)]
@@ -123,7 +123,7 @@ def test_the_threshold_drops_detections_and_says_what_the_export_has_dropped(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "{tmp}/nowhere"], "nowhere is no folder"),
+        (["--model", "{tmp}/nowhere"], "nowhere is not a folder"),
         (["--model", "{tmp}/boxes", "--semantic"], "--semantic paints masks, and the model in"),
         (["--model", "{tmp}/scripted"], "export with --format onnx"),
         (["--input", "nowhere.jpg"], "nowhere.jpg does not exist"),

@@ -202,7 +202,7 @@ def test_outputs_that_the_description_does_not_have_are_named(tmp_path, change, 
 
 
 def test_wrong_arguments_are_named(folder, tmp_path):
-    with pytest.raises(ModelFolderError, match="nowhere is no folder"):
+    with pytest.raises(ModelFolderError, match="nowhere is not a folder"):
         Predictor(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="threads is 0"):
         Predictor(folder, threads=0)

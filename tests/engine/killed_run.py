@@ -1,6 +1,6 @@
 """Short runs that are killed, at whatever moment, and resumed.
 
-A kill is an exception that nobody handles: nothing is written behind it.
+A kill is an exception that nobody handles: nothing is written after it.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ def train(cfg, *, resume: bool = False) -> Trainer:
     return trainer
 
 
-def train_until_killed(cfg, monkeypatch, owner, name: str, call: int, *, behind: bool = False):
-    """Kills a run in the given call of a method, before or behind what the method does."""
+def train_until_killed(cfg, monkeypatch, owner, name: str, call: int, *, after: bool = False):
+    """Kills a run in the given call of a method, before or after what the method does."""
     original, calls = getattr(owner, name), []
 
     def method(*args, **kwargs):
         calls.append(None)
-        if len(calls) == call and not behind:
+        if len(calls) == call and not after:
             raise Killed
         result = original(*args, **kwargs)
         if len(calls) == call:

@@ -86,16 +86,16 @@ KILLS = {
     "in a step after an evaluation that was no better": (Trainer, "run_step", 7, False),
     "in the last evaluation": (Trainer, "test", 4, False),
     "between the last evaluation and the last weights": (MaskHeadCheckpointer, "save", 3, False),
-    "behind the last weights": (MaskHeadCheckpointer, "save", 3, True),
+    "after the last weights": (MaskHeadCheckpointer, "save", 3, True),
 }
 
 
-@pytest.mark.parametrize(("owner", "name", "call", "behind"), KILLS.values(), ids=KILLS)
+@pytest.mark.parametrize(("owner", "name", "call", "after"), KILLS.values(), ids=KILLS)
 def test_a_killed_and_resumed_run_ends_where_the_undisturbed_does(
-    tmp_path, undisturbed, monkeypatch, owner, name, call, behind
+    tmp_path, undisturbed, monkeypatch, owner, name, call, after
 ):
     cfg = stopping(tmp_path)
-    train_until_killed(cfg, monkeypatch, owner, name, call, behind=behind)
+    train_until_killed(cfg, monkeypatch, owner, name, call, after=after)
     assert train(cfg, resume=True).iter == 8
     assert_same_run(tmp_path, undisturbed)
 
@@ -186,7 +186,7 @@ def test_a_metric_that_an_evaluation_does_not_give_ends_nothing_and_is_said(tmp_
             hook.after_step()
     assert not trainer.is_stopped
     assert (
-        caplog.text.count("METRIC 'segm/APx' is no metric of the evaluation; there are segm") == 1
+        caplog.text.count("METRIC 'segm/APx' is not a metric of the evaluation; it has segm") == 1
     )
 
 

@@ -73,7 +73,7 @@ def test_a_bad_loss_stops_the_run_before_the_step(tmp_path, value, period):
     assert all(torch.equal(x, before[name]) for name, x in weights(trainer).items())
 
 
-def test_a_bad_gradient_behind_good_losses_names_its_layers(tmp_path):
+def test_a_bad_gradient_after_good_losses_names_its_layers(tmp_path):
     trainer = make_trainer(tmp_path)
     weight = trainer.model.roi_heads.mask_head.predictor.weight
     weight.register_hook(lambda x: x * float("nan") if trainer.iter == 1 else x)

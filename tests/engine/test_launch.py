@@ -138,7 +138,9 @@ def test_more_processes_than_gpus_or_cores_are_refused(monkeypatch):
         launch.launch(print, 2, device="cuda:1")
     assert launch.process_count(2, 3, "cuda") == 6
     assert launch.process_count(2, 1, "cpu") == 2
-    with pytest.raises(ConfigError, match=r"--num-gpus 9999: without GPUs .* cores; there are"):
+    with pytest.raises(
+        ConfigError, match=r"--num-gpus 9999: without GPUs .* core; this machine has"
+    ):
         launch.launch(print, 9999, device="cpu")
 
 
@@ -209,8 +211,12 @@ def test_the_first_process_of_a_machine_goes_first(of_torchrun, monkeypatch):
         ("config", ConfigError, r"^rank 1: x.json is broken; mend it$"),
         ("error", RankError, r"(?s)^rank 1 failed\n.*in fail\n.*RuntimeError: the weather$"),
         ("exit", RankError, "^rank 1 ended with exit code 7$"),
-        ("SIGKILL", RankError, r"^rank 1 was killed by SIGKILL \(out of memory\?\); go on with --"),
-        ("SIGSEGV", RankError, r"^rank 1 was killed by SIGSEGV; go on with --resume$"),
+        (
+            "SIGKILL",
+            RankError,
+            r"^rank 1 was killed by SIGKILL \(out of memory\?\); continue with --",
+        ),
+        ("SIGSEGV", RankError, r"^rank 1 was killed by SIGSEGV; continue with --resume$"),
     ],
 )
 def test_one_process_that_fails_ends_all_with_its_error(how, kind, message, monkeypatch):

@@ -118,7 +118,7 @@ def test_config_files_that_cannot_be_used_are_named(tmp_path):
         (tmp_path / "x.py").write_text(content)
         with pytest.raises(ConfigError, match=message):
             run(tmp_path / "x.py")
-    with pytest.raises(ConfigError, match=r"is no \.py file"):
+    with pytest.raises(ConfigError, match=r"is not a \.py file"):
         run(CONFIGS / "Base-Small.yaml")
     with pytest.raises(ConfigError, match=r"--eval-only needs train\.init_checkpoint"):
         run(LAZY / "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py", *ON_CPU, eval_only=True)

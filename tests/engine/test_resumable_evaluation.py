@@ -66,7 +66,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(tmp_path):
         assert results[task] == pytest.approx(expected[task], nan_ok=True)
     again = Counting(model)
     Trainer.test(cfg, again)
-    assert len(again.seen) == 5, "a finished evaluation starts anew"
+    assert len(again.seen) == 5, "a finished evaluation is repeated"
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -57,12 +57,12 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize(("owner", "name", "call", "behind"), KILLS.values(), ids=KILLS)
+@pytest.mark.parametrize(("owner", "name", "call", "after"), KILLS.values(), ids=KILLS)
 def test_a_killed_and_resumed_run_ends_bit_by_bit_as_the_undisturbed(
-    tmp_path, undisturbed, monkeypatch, owner, name, call, behind
+    tmp_path, undisturbed, monkeypatch, owner, name, call, after
 ):
     cfg = config(tmp_path)
-    train_until_killed(cfg, monkeypatch, owner, name, call, behind=behind)
+    train_until_killed(cfg, monkeypatch, owner, name, call, after=after)
     assert not (tmp_path / "model_final.pth").exists()
     train(cfg, resume=True)
     assert_same_run(tmp_path, undisturbed)
@@ -113,7 +113,7 @@ def test_the_seed_of_a_run_without_one_is_in_its_checkpoint(tmp_path, monkeypatc
 
 
 def test_an_evaluation_that_fails_is_made_up_for(tmp_path, undisturbed, monkeypatch):
-    """Behind an error, other than behind a kill, the writers write what they have."""
+    """After an error, unlike after a kill, the writers write what they have."""
     cfg = config(tmp_path)
 
     def fail(*_):
@@ -130,7 +130,7 @@ def test_an_evaluation_that_fails_is_made_up_for(tmp_path, undisturbed, monkeypa
 def test_a_run_that_was_killed_in_its_last_evaluation_evaluates_again(
     tmp_path, undisturbed, monkeypatch
 ):
-    """The last evaluation stands at iteration MAX_ITER, as in the undisturbed run."""
+    """The last evaluation is at iteration MAX_ITER, as in the undisturbed run."""
     cfg = config(tmp_path)
     monkeypatch.setattr("mask_head_plugin.engine.trainer._draw_contact_sheets", lambda _: None)
     with monkeypatch.context() as patch:
@@ -152,13 +152,13 @@ def test_a_resumed_run_learns_as_its_config_says_not_as_the_checkpoint_does(tmp_
     trainer.scheduler.step()
     assert weights["lr"] == pytest.approx(0.003 * (1 + math.cos(math.pi * 5 / 8)) / 2)
     told = " ".join(caplog.messages)
-    assert "learning rate 0.003 in place of 0.03, momentum 0.8 in place of 0.9" in told
-    assert "SEED 5 in place of the checkpoint's 3" in told
+    assert "learning rate 0.003 instead of 0.03, momentum 0.8 instead of 0.9" in told
+    assert "SEED 5 instead of the checkpoint's 3" in told
 
     caplog.clear()
     trainer = Trainer(config(tmp_path, "SEED", "-1"))
     trainer.resume_or_load(resume=True)
-    assert trainer.seed == 3 and "in place of" not in " ".join(caplog.messages)
+    assert trainer.seed == 3 and "instead of" not in " ".join(caplog.messages)
 
     with pytest.raises(ConfigError, match=r"optimizer does not fit .*FREEZE_AT and .* set them ba"):
         Trainer(config(tmp_path, "MODEL.BACKBONE.FREEZE_AT", "2")).resume_or_load(resume=True)
@@ -167,7 +167,7 @@ def test_a_resumed_run_learns_as_its_config_says_not_as_the_checkpoint_does(tmp_
 def test_what_a_resumed_run_cannot_take_up_of_its_optimizer_is_refused(tmp_path):
     factors = ["SOLVER.LR_FACTORS", '[["roi_heads.mask_head.mask_fcn1", 2.0]]']
     train(config(tmp_path, *factors, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()"))
-    rest = "other parameters have a learning rate of their own.*SOLVER.LR_FACTORS"
+    rest = "other parameters have their own learning rate.*SOLVER.LR_FACTORS"
     for opts, message in (
         (["SOLVER.LR_FACTORS", '[["roi_heads.mask_head.mask_fcn2", 2.0]]'], rest),
         ([*factors, "SOLVER.OPTIMIZER", "AdamW"], r"is SGD, and SOLVER\.OPTIMIZER is AdamW"),
@@ -190,7 +190,7 @@ def test_a_finished_run_that_is_made_longer_keeps_its_last_evaluation(tmp_path, 
     assert metrics(tmp_path)[:2] == metrics(undisturbed)[:2]
 
 
-def test_a_checkpoint_behind_the_last_iteration_is_refused(tmp_path):
+def test_a_checkpoint_after_the_last_iteration_is_refused(tmp_path):
     train(config(tmp_path))
     with pytest.raises(ConfigError, match=r"iteration 7, but SOLVER\.MAX_ITER is 5; raise it"):
         train(config(tmp_path, "SOLVER.MAX_ITER", "5"), resume=True)
@@ -213,7 +213,7 @@ def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     assert {path.name for path in tmp_path.glob("*.sha256")} == {f"{x}.sha256" for x in names}
 
 
-def test_lines_behind_one_that_an_earlier_kill_tore_are_kept(tmp_path):
+def test_lines_after_one_that_an_earlier_kill_tore_are_kept(tmp_path):
     lines = ['{"iteration": 1, "lr": 0.1}', '{"iteration": 2, "l', '{"iteration": 3, "lr": 0.2}']
     path = tmp_path / "metrics.json"
     path.write_text("\n".join([*lines, '{"iteration": 6, "lr": 0.3}', '{"iteration": 7']))
@@ -259,7 +259,7 @@ def test_an_evaluation_of_a_run_without_checkpoints_is_refused(tmp_path):
 
 
 class Validation(HookBase):
-    """As users write them: logs a value, and stands before the writers."""
+    """As users write them: logs a value, and comes before the writers."""
 
     def after_step(self) -> None:
         self.trainer.storage.put_scalar("validation", self.trainer.iter, smoothing_hint=False)

@@ -122,7 +122,7 @@ def test_a_run_may_drop_its_average_or_begin_one(run, tmp_path, monkeypatch, cap
     without, _ = train(config(tmp_path), monkeypatch)
     begun = Trainer(config(tmp_path, *AVERAGE, "SOLVER.MAX_ITER", "3"))
     begun.resume_or_load(resume=True)
-    assert "one is begun here" in caplog.text
+    assert "a new one starts here" in caplog.text
     for model in (begun.model, begun.evaluated_model):
         assert same(model.state_dict(), without.model.state_dict())
 

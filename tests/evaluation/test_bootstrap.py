@@ -1,4 +1,4 @@
-"""AP of images drawn anew, against pycocotools on data sets with the images repeated."""
+"""AP of resampled images, against pycocotools on data sets with the images repeated."""
 
 from __future__ import annotations
 
@@ -357,7 +357,7 @@ def test_wrong_input_is_refused():
     for weights in ([[0.5, 1.5]], [[-1, 3]]):
         with pytest.raises(ValueError, match="weights must be integers from 0 on"):
             resampled_ap(matches, np.array(weights))
-    with pytest.raises(ValueError, match="there are no matches of 'variant'"):
+    with pytest.raises(ValueError, match="the matches of 'variant' are missing"):
         compare([], [matches])
     with pytest.raises(ValueError, match="num_draws must be at least 2, not 1"):
         compare([matches], [matches], num_draws=1)

@@ -292,7 +292,9 @@ def test_few_detections_can_be_asked_for(limit, tmp_path):
 
 
 def test_a_file_that_is_not_coco_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"truth.json is no COCO file: it has no \['images', 'cat"):
+    with pytest.raises(
+        ValueError, match=r"truth.json is not a COCO file: it has no \['images', 'cat"
+    ):
         write_truth(tmp_path, {"annotations": []})
 
 

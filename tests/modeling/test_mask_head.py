@@ -254,8 +254,8 @@ def test_images_without_positives_among_others_are_skipped():
     )
     with EventStorage(0):
         alone = head(features, [make_positives(4)])["loss_mask"]
-        beside = head(features, [empty, make_positives(4)])["loss_mask"]
-    assert torch.equal(alone, beside)
+        together = head(features, [empty, make_positives(4)])["loss_mask"]
+    assert torch.equal(alone, together)
 
 
 def test_statistics_of_another_storage_are_not_mixed_in():

@@ -257,7 +257,7 @@ CORNER = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
         (soft_iou, {"eps": 1.0}, 1 - (0.5 + 1) / (2 + 1 - 0.5 + 1)),
         # All errors are 1, and together they cost the whole IoU.
         (lovasz_hinge, {}, 1.0),
-        # Distances: 0.5 inside (negative), 0.5 beside, sqrt(2) - 0.5 across.
+        # Distances: 0.5 inside (negative), 0.5 next to it, sqrt(2) - 0.5 across.
         (boundary_distance, {}, 0.5 * (-0.5 + 0.5 + 0.5 + math.sqrt(2) - 0.5) / 4),
         # Difference -1/2 at the corner, 1/2 elsewhere; replicated, each Sobel edge is 3 or 1.
         (edge_agreement, {}, (4 * 3**2 + 4 * 1**2) / 8),
@@ -416,7 +416,7 @@ def test_autocast_leaves_losses_in_float32(name, dtype):
         ([["dice", 1.0, 0.5]], {}, "LOSSES.*ramp 0.5 of 'dice'"),
         ([["dice", 1.0], ["dice", 2.0]], {}, "LOSSES.*twice"),
         ([["dice", 1.0], ["softmax_cross_entropy", 1.0]], {}, "LOSSES.*do not go together"),
-        ([["dice", 1.0]], {"DISE": {}}, "LOSS_PARAMS.DISE: there is no.*choose from .*DICE"),
+        ([["dice", 1.0]], {"DISE": {}}, "LOSS_PARAMS.DISE does not exist.*choose from .*DICE"),
         ([["dice", 1.0]], {"DICE": {"EPSS": 1}}, r"LOSS_PARAMS.DICE.EPSS.*choose from \['EPS'\]"),
         ([["dice", 1.0]], {"DICE": {"EPS": "1"}}, "LOSS_PARAMS.DICE.EPS: '1' is not a finite"),
         ([["dice", 1.0]], {"DICE": {"EPS": 0}}, "LOSS_PARAMS.DICE: eps is 0; it must be above 0"),
@@ -425,7 +425,7 @@ def test_autocast_leaves_losses_in_float32(name, dtype):
         ([["dice", 1.0]], {"TVERSKY": {"BETA": -1}}, "LOSS_PARAMS.TVERSKY: beta is -1; it must"),
         ([["dice", 1.0]], {"TVERSKY": {"ALPHA": 0, "BETA": 0}}, "LOSS_PARAMS.TVERSKY: .*not both"),
         ([["dice", 1.0]], {"DICE": None}, "LOSS_PARAMS.DICE is None and not a section"),
-        ([["dice", 1.0]], {"dice": {}}, "LOSS_PARAMS.dice: there is no such name"),
+        ([["dice", 1.0]], {"dice": {}}, "LOSS_PARAMS.dice does not exist"),
         ([["dice", 10**400]], {}, "LOSSES.*weight 1000.* of 'dice'"),
     ],
 )

@@ -193,7 +193,7 @@ def test_the_kernel_for_all_levels_takes_what_it_is_given_on_cuda(pooler_type):
 
 @pytest.mark.usefixtures("untried")
 def test_a_kernel_that_does_not_run_is_reported_once_and_replaced(caplog):
-    """There is no GPU that a kernel could run on, or the CPU is none."""
+    """A GPU that a kernel could run on is missing, or only the CPU is asked for."""
     features, boxes = make_input(SCALES)
     module = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2", 32, 3)
     with caplog.at_level(logging.WARNING, logger="mask_head_plugin"):

@@ -117,6 +117,6 @@ def test_default_predictor_returns_run_lengths(twins):
 
 
 def test_unknown_output_is_refused():
-    with pytest.raises(ValueError, match="mask_output 'polygon' is none of"):
+    with pytest.raises(ValueError, match="mask_output 'polygon' is not one of"):
         build_model(small_config("Base-MaskRCNN-FPN.yaml", "MODEL.MASK_OUTPUT", "polygon"))
     assert issubclass(MaskRCNN, torch.nn.Module)

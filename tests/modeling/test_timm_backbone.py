@@ -105,11 +105,11 @@ def test_frozen_norms_keep_their_statistics():
 @pytest.mark.parametrize(
     ("name", "opts", "message"),
     [
-        ("resnet5", (), r"'resnet5' is no model of timm; did you mean resnet\w+\?"),
+        ("resnet5", (), r"'resnet5' is not a model of timm; did you mean resnet\w+\?"),
         ("mixer_s32_224", (), "does not take images of other sizes"),
         ("inception_v4", (), "cuts off the borders"),
         (SMALL, ("MODEL.TIMM.OUT_INDICES", "[7]"), r"OUT_INDICES: mobilenet.*not \[7\]"),
-        (SMALL, ("MODEL.TIMM.NORM", "GN"), "NORM 'GN' is none of"),
+        (SMALL, ("MODEL.TIMM.NORM", "GN"), "NORM 'GN' is not one of"),
         (SMALL, ("MODEL.FPN.IN_FEATURES", "['res9']"), r"IN_FEATURES: .* gives .*not 'res9'"),
     ],
 )

@@ -143,7 +143,7 @@ def test_a_dilated_res5_has_the_stride_of_res4_and_the_weights_of_the_model():
         (
             "vit_small_patch8_224",
             VITDET,
-            "maps of stride 8 alone, .* take another, such as vit",
+            "only maps of stride 8, .* take another, such as vit",
         ),
         ("vit_small_patch14_dinov2", VITDET, r"be divisible by patch size \(14\)"),
         (PLAIN, (), r"FPN.IN_FEATURES: vit_tiny.* gives \['res4'\], not 'res2'"),

@@ -97,7 +97,7 @@ def test_more_channels_than_a_block(channels, operator):
 
 @pytest.mark.parametrize("size", [7, 14])
 def test_sides_of_as_many_cells_as_bins(size, operator):
-    """Their samples lie at cell edges, and their number is no matter of rounding."""
+    """Their samples lie at cell edges, and their number does not depend on rounding."""
     gpu = operator is on_gpu
     sides = torch.arange(1, 65 if gpu else 4) * float(size)
     rois = torch.zeros(len(sides), 5)

@@ -1,4 +1,4 @@
-"""plain_pickle stands alone, its examples are true, and a small pickle stays small in memory."""
+"""plain_pickle needs no other module, its examples are true, and it keeps memory small."""
 
 from __future__ import annotations
 

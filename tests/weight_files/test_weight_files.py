@@ -58,7 +58,7 @@ def text(value: str) -> bytes:
 
 
 def array_parts(dtype="f4") -> tuple[bytes, bytes]:
-    """The instructions of an array of two numbers before and behind its shape."""
+    """The instructions of an array of two numbers before and after its shape."""
     start = b"\x80\x02}" + text("w") + b"cnumpy.core.multiarray\n_reconstruct\n"
     start += b"cnumpy\nndarray\nK\x00\x85c_codecs\nencode\n" + text("b") + text("latin1")
     start += b"\x86R\x87R(K\x01"
@@ -803,5 +803,5 @@ def test_a_config_may_have_some_aliases(tmp_path):
 def test_a_config_cannot_fill_the_memory_with_aliases(tmp_path, text):
     path = tmp_path / "a.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"a\.yaml .*aliases.*write values out"):
+    with pytest.raises(ConfigError, match=r"a\.yaml .*aliases.*write the values out"):
         load_config(str(path))

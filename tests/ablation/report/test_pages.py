@@ -387,7 +387,7 @@ def test_a_browser_sorts_the_table_and_has_no_complaints(made, tmp_path):
     clicked = tmp_path / "clicked.html"
     clicked.write_text(page.replace("</body>", click))
     assert browse(clicked, "", tmp_path / "1") == (falling, "")
-    # The order can be in the address, too; and a page that would fetch something is found out.
+    # The order can also be in the address; and a page that would fetch something is found out.
     wrong = tmp_path / "wrong.html"
     wrong.write_text(page.replace("</body>", '<img src="https://example.org/x.png"></body>'))
     order, complaints = browse(wrong, "#sort=AP", tmp_path / "2")

@@ -1,0 +1,39 @@
+"""Makes the site's pages from files that are not in docs/: README, CONTRIBUTING and CHANGELOG.
+
+In the repository a link goes from folder to folder, on the site from page to page: these hooks
+rewrite it. MkDocs then checks it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+LICENSE = "https://www.apache.org/licenses/LICENSE-2.0"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds a page for each file of PAGES."""
+    for name, page in PAGES.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Returns a page with its links as they are on the site."""
+    prefix = "" if page.file.src_path in PAGES.values() else "../"
+    for name, target in PAGES.items():
+        markdown = markdown.replace(f"]({prefix}{name}", f"]({target}")
+    if not prefix:
+        markdown = re.sub(r"\]\(docs/", "](", markdown).replace("](LICENSE)", f"]({LICENSE})")
+    return markdown
