@@ -238,7 +238,9 @@ def test_our_poolers_are_refused_in_heads_of_a_user_that_do_not_build_them(
     if base is PerClassMaskROIHeads:
         checked(tmp_path, *opts)
     else:
-        with pytest.raises(ConfigError, match=r"^MODEL.ROI_BOX_HEAD.POOLER_TYPE 'ROIWarp' is not one"):
+        with pytest.raises(
+            ConfigError, match=r"^MODEL.ROI_BOX_HEAD.POOLER_TYPE 'ROIWarp' is not one"
+        ):
             checked(tmp_path, *opts)
 
 
