@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..class_names import class_names_of
 from ..comparison.measurement import choose_images
 from ..evaluation import MaskEvaluator, bootstrap, counted_detections
-from ..evaluation.bootstrap import PairedDifference
+from ..evaluation.difference import PairedDifference
 from ..evaluation.matching import Matches
 from ..messages import ConfigError
 from ..modeling.rcnn import rle_postprocess

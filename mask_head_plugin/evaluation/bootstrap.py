@@ -10,11 +10,13 @@ Detections of a class are processed in the engine's order, by falling score, tie
 of the image and then by the position in the file; the copies of one follow each other. This order
 is the same in all draws.
 
-Resampling images says nothing about training again: that is what several seeds are for.
+Resampling images says nothing about training again: that is what several seeds are for (see
+difference).
 
-In 500 synthetic experiments (200 images, 3 classes) the 95% interval contained the true difference
-of AP, AP50 and AP75 93 to 95% of the time, for a large and a small difference. If classes have few
-objects it is slightly narrow (100 images, 10 classes: 93 to 94% of 1000 experiments).
+In 500 synthetic experiments (200 images, 3 classes) the 95% interval over images contained the true
+difference of AP, AP50 and AP75 93 to 95% of the time, for a large and a small difference. If
+classes have few objects it is slightly narrow (100 images, 10 classes: 93 to 94% of 1000
+experiments).
 
 Shape alphabet: I images, K classes, D detections, S draws; n detections of one class.
 """
@@ -28,16 +30,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .coco_ap import METRICS
+from .difference import PairedDifference, difference_of
 from .matching import FloatArray, Matches
 
 IntArray = npt.NDArray[np.int32]
 """Of counts: NumPy adds these up much faster than int64, and exactly."""
-
-CONFIDENCE = 95.0
-"""Percent of the draws that are within the interval."""
-
-DETECTABLE_ERRORS = 1.96 + 0.84
-"""Standard errors of a difference that a two-sided test at 5% finds 80% of the time."""
 
 CHUNK_ELEMENTS = 1 << 17
 """Size of the (S, n) arrays: what is done at once stays in the processor's cache."""
@@ -48,35 +45,6 @@ _RECALLS: FloatArray = np.linspace(0.0, 1.0, 101)  # as pycocotools has them, to
 
 Cell = tuple[int, int]
 """An area range and an IoU threshold, by their indices: what has a precision-recall curve."""
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """A metric of one model against a baseline's, in percent; nan where nothing counts.
-
-    Attributes:
-        metric: one of METRICS.
-        value: of the variant, the mean over its training seeds.
-        baseline: of the baseline.
-        difference: value - baseline.
-        low: of the 95% interval of the difference over images: the 2.5th percentile of the draws.
-        high: the 97.5th.
-        seed_std: standard deviation of the variant's value over its seeds (with n - 1 in the
-            denominator); nan with one seed. It is not in the interval.
-        detectable: how large the true difference would have to be for validation sets like this
-            one to show it (its 95% interval without 0) 80% of the time: 1.96 + 0.84 standard
-            deviations of the drawn differences. Half the interval's width would be too little:
-            a true difference of that size is missed every other time.
-    """
-
-    metric: str
-    value: float
-    baseline: float
-    difference: float
-    low: float
-    high: float
-    seed_std: float
-    detectable: float
 
 
 @dataclass(frozen=True)
@@ -235,6 +203,9 @@ def compare_all(
 ) -> dict[str, dict[str, PairedDifference]]:
     """Returns ``compare`` of each variant with the same baseline, all on the same draws.
 
+    Intervals with training in them widen with the number of variants: they hold all true
+    differences at once.
+
     Args:
         variants: the matches of each, one for each training seed; the baseline is among them.
         baseline_name: which one that is. It is also compared with itself: its differences are 0.
@@ -259,38 +230,17 @@ def compare_all(
     }
     return {
         name: {
-            metric: _comparison(
+            metric: difference_of(
                 metric,
                 np.stack([x[metric] for x in of_seeds]),
                 np.stack([x[metric] for x in samples[baseline_name]]),
+                len(first.image_ids),
+                max(len(variants) - 1, 1),
             )
             for metric in metrics
         }
         for name, of_seeds in samples.items()
     }
-
-
-def _comparison(metric: str, variant: FloatArray, baseline: FloatArray) -> PairedDifference:
-    """Takes (number of seeds, 1 + S): the images as they are, then the draws."""
-    value, base = variant.mean(axis=0), baseline.mean(axis=0)
-    drawn = (value - base)[1:]
-    drawn = drawn[~np.isnan(drawn)]
-    tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(drawn, [tail, 100 - tail]) if len(drawn) else (np.nan, np.nan)
-    return PairedDifference(
-        metric=metric,
-        value=float(value[0]),
-        baseline=float(base[0]),
-        difference=float(value[0] - base[0]),
-        low=float(low),
-        high=float(high),
-        seed_std=_standard_deviation(variant[:, 0]),
-        detectable=DETECTABLE_ERRORS * _standard_deviation(drawn),
-    )
-
-
-def _standard_deviation(values: FloatArray) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else float("nan")
 
 
 def _check_comparable(variants: Mapping[str, Sequence[Matches]], baseline_name: str) -> None:

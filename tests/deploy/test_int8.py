@@ -18,7 +18,7 @@ from mask_head_plugin.deploy.accuracy import Accuracy
 from mask_head_plugin.deploy.export import ExportOptions, export_model
 from mask_head_plugin.deploy.model_folder import read_model_folder
 from mask_head_plugin.deploy.runtime import Predictor
-from mask_head_plugin.evaluation.bootstrap import PairedDifference
+from mask_head_plugin.evaluation.difference import PairedDifference
 
 SHAPES = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
 WEIGHTS = ["MODEL.WEIGHTS", str(CHECKPOINT)]
@@ -156,7 +156,21 @@ def ap_of(found, low, high):
     return Accuracy(
         counts=[1],
         dataset="9 images of mine",
-        ap={"segm": PairedDifference("AP", found, 83.0, found - 83.0, low, high, 0.0, 0.0)},
+        ap={
+            "segm": PairedDifference(
+                metric="AP",
+                value=found,
+                baseline=83.0,
+                difference=found - 83.0,
+                low=low,
+                high=high,
+                image_low=low,
+                image_high=high,
+                seed_std=0.0,
+                detectable=0.0,
+                has_training=False,
+            )
+        },
     )
 
 

@@ -31,7 +31,7 @@ from ...pages.figures import (
 from ...pages.tables import number as formatted
 from ..trial_folder import Trial
 from .study import Study, Variant, mean
-from .tables import BETTER, NOISE, WORSE, verdict
+from .tables import BETTER, NOISE, ONE_SEED, WORSE, verdict
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -39,6 +39,7 @@ VERDICTS = {
     BETTER: ("#0072b2", "triangle-right"),
     WORSE: ("#d55e00", "triangle-left"),
     NOISE: (GREY, "circle-open"),
+    ONE_SEED: (GREY, "diamond-open"),
 }
 EMPTY: list[Any] = [None]
 """Coordinates of a trace that shows in the legend only."""

@@ -34,7 +34,7 @@ def plot_intervals(study: Study, path: Path) -> bool:
             [comparison.difference - comparison.low],
             [comparison.high - comparison.difference],
         ]
-        label = "95% interval over images" if row == 0 else None
+        label = "95% interval, seeds and images" if row == 0 else None
         style: dict[str, Any] = {"fmt": "o", "color": COLOURS[0], "capsize": 4, "label": label}
         axes.errorbar([comparison.difference], [row], xerr=interval, **style)
         # With one seed all variants see the same batches.

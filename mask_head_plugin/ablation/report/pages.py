@@ -101,7 +101,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
         "seeds": ", ".join(map(str, study.seeds)),
         "finished trials": f"{len(finished)} of {len(study.trials)}",
         "iterations": _distinct(f"{int(r['iterations'])}" for r in records if r.get("iterations")),
-        "intervals": f"95%, paired bootstrap over images, {study.num_draws} draws",
+        "intervals": f"95%, seeds and images (paired bootstrap, {study.num_draws} draws)",
         "date": " to ".join(period),
         "machine": _distinct(machine(trial) for trial in finished),
         "versions": _distinct(_versions(r) for r in records),

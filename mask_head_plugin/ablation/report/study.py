@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ...config import ConfigError
-from ...evaluation.bootstrap import PairedDifference, compare_all
+from ...evaluation.bootstrap import compare_all
 from ...evaluation.coco_ap import METRICS
+from ...evaluation.difference import PairedDifference
 from ...evaluation.matching import Matches
 from ..trial_folder import ABLATION_FILE, ENVIRONMENT_FILE, TRIAL_FILE, Trial, read_object
 

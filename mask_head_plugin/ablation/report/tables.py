@@ -7,27 +7,30 @@ import math
 from collections.abc import Callable
 from textwrap import shorten
 
-from ...evaluation.bootstrap import PairedDifference
 from ...evaluation.coco_ap import METRICS
+from ...evaluation.difference import PairedDifference
 from ...pages.tables import NOTHING, Cell, Column, Table, number
 from .study import Study, Variant, mean
 
 BASELINE, BETTER, WORSE, NOISE = "baseline", "better", "worse", "within noise"
-MARKS = {BETTER: "▲ ", WORSE: "▼ ", NOISE: "≈ "}
-SEEDS_VARY = ", seeds vary more"
+ONE_SEED = "one seed: unknown"
+MARKS = {BETTER: "▲ ", WORSE: "▼ ", NOISE: "≈ ", ONE_SEED: "? "}
 MOST_OF_ERROR = 300
 """Characters of an error that are shown; all of it is in trial.json."""
-MANY_COMPARISONS = 5
-"""From so many on, the report says that some intervals miss the truth by chance."""
 
 
 def verdict(comparison: PairedDifference) -> str:
-    """Returns what the interval of a difference says; nothing where there is no interval."""
+    """Returns what the interval of a difference says; nothing where there is no interval.
+
+    An interval over images alone shows no difference: training again may turn it round.
+    """
     if not (math.isfinite(comparison.low) and math.isfinite(comparison.high)):
         return ""
-    if comparison.low > 0:
-        return BETTER
-    return WORSE if comparison.high < 0 else NOISE
+    if comparison.low <= 0 <= comparison.high:
+        return NOISE
+    if not comparison.has_training:
+        return ONE_SEED
+    return BETTER if comparison.low > 0 else WORSE
 
 
 def build_table(study: Study) -> Table:
@@ -102,7 +105,7 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
     ]
 
 
-DETECTABLE = "A true difference of this size would be found on 80% of such validation sets."
+DETECTABLE = "A true difference of this size would be found by 80% of such studies."
 
 
 def _metric_column(key: str) -> Column:
@@ -148,16 +151,7 @@ def finding(study: Study, variant: Variant) -> str:
         return BASELINE
     comparison = study.comparison(variant)
     found = verdict(comparison) if comparison else ""
-    return MARKS.get(found, "") + found + (SEEDS_VARY if is_doubtful(study, variant) else "")
-
-
-def is_doubtful(study: Study, variant: Variant) -> bool:
-    """Returns whether an interval excludes 0, but seeds vary by more than the difference."""
-    comparison = study.comparison(variant)
-    if comparison is None or verdict(comparison) not in (BETTER, WORSE):
-        return False
-    spreads = [v.std(study.metric) for v in (variant, study.baseline)]
-    return any(abs(comparison.difference) < x for x in spreads)  # nan is not larger
+    return MARKS.get(found, "") + found
 
 
 def changed_keys(variant: Variant) -> list[str]:
@@ -216,14 +210,19 @@ def findings(study: Study) -> list[str]:
         comparison = study.comparison(variant)
         if comparison is not None:
             grouped.setdefault(verdict(comparison), []).append(variant)
-    phrases = {BETTER: "Better than", WORSE: "Worse than", NOISE: "Within noise of"}
+    phrases = {
+        BETTER: "Better than",
+        WORSE: "Worse than",
+        NOISE: "Within noise of",
+        ONE_SEED: "Not to be told from training noise, with one seed, from",
+    }
     for kind, phrase in phrases.items():
         if kind in grouped:
             listed = "; ".join(_with_difference(study, v) for v in grouped[kind])
             sentences.append(f"{phrase} {study.baseline.name}: {listed}.")
     if grouped:
-        sentences += [_detectable_range(study), *_chance(sum(map(len, grouped.values())))]
-    return [*sentences, *_seed_sentences(study), *_missing(study)]
+        sentences += [_detectable_range(study), *_what_intervals_hold(study)]
+    return [*sentences, *_missing(study)]
 
 
 def _with_difference(study: Study, variant: Variant) -> str:
@@ -240,36 +239,30 @@ def _detectable_range(study: Study) -> str:
     low, high = number(min(limits)), number(max(limits))
     extent = low if low == high else f"{low} to {high} (depending on the variant)"
     return (
-        f"Validation sets like this one find a true difference of {extent} 80% of the time, and "
-        "smaller ones less often: “within noise” does not mean equal."
+        f"Studies like this one find a true difference of {extent} 80% of the time, and smaller "
+        "ones less often: “within noise” does not mean equal."
     )
 
 
-def _chance(num_compared: int) -> list[str]:
-    if num_compared < MANY_COMPARISONS:
-        return []
-    return [
-        f"Of {num_compared} intervals of 95%, {number(num_compared / 20, '.2g')} on average miss "
-        "the true difference by chance."
-    ]
-
-
-def _seed_sentences(study: Study) -> list[str]:
-    """Returns what is known of training noise, of which the intervals say nothing."""
-    spreads = {v.name: v.std(study.metric) for v in study.variants}
-    known = {name: x for name, x in spreads.items() if math.isfinite(x)}
-    if not known:
-        return ["One seed each: nothing is known of the noise of training."]
-    name = max(known, key=lambda n: known[n])
-    sentences = [
-        "The intervals are over validation images, not over trainings; the standard deviation over "
-        f"seeds is at most {known[name]:.2f} ({name})."
-    ]
-    doubtful = [v.name for v in study.variants if is_doubtful(study, v)]
-    if doubtful:
+def _what_intervals_hold(study: Study) -> list[str]:
+    compared = [c for v in study.variants if (c := study.comparison(v)) is not None]
+    sentences = []
+    if any(c.has_training for c in compared):
+        at_once = f", for all {len(compared)} comparisons at once (Bonferroni)"
         sentences.append(
-            "The interval excludes 0, but seeds vary by more than the difference, which the noise "
-            f"of training may explain: {'; '.join(doubtful)}."
+            "The 95% intervals hold the noise of training (seeds) and of the validation images"
+            f"{at_once if len(compared) > 1 else ''}."
+        )
+    if any(not c.has_training for c in compared):
+        sentences.append(
+            "With one seed an interval holds the images alone, and nothing is known of the noise "
+            "of training: run more seeds (--seed 1 --seed 2 --seed 3)."
+        )
+    spreads = {v.name: x for v in study.variants if math.isfinite(x := v.std(study.metric))}
+    if spreads:
+        name = max(spreads, key=lambda n: spreads[n])
+        sentences.append(
+            f"The standard deviation over seeds is at most {spreads[name]:.2f} ({name})."
         )
     return sentences
 

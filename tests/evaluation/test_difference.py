@@ -1,0 +1,77 @@
+"""Intervals of differences: Student's t, and how often they hold the truth."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_script
+
+from mask_head_plugin.evaluation.difference import difference_of, student_t
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "expected"),
+    [  # of printed tables
+        *((0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 4, 2.776), (0.995, 4, 4.604)),
+        *((0.975, 10, 2.228), (0.95, 30, 1.697), (0.975, math.inf, 1.960), (0.5, 3, 0.0)),
+    ],
+)
+def test_quantiles_are_student_s(probability, freedom, expected):
+    assert student_t(probability, freedom) == pytest.approx(expected, abs=6e-4)
+
+
+def constant_over_images(values, num_draws=50):
+    return np.repeat(np.array(values, float)[:, None], 1 + num_draws, axis=1)
+
+
+def test_where_images_change_nothing_it_is_welch_s():
+    """By hand: variances 1 and 4 over 3 seeds; error (5/3)^0.5; freedom (5/3)^2 / (17/18)."""
+    variant, baseline = constant_over_images([10, 11, 12]), constant_over_images([4, 6, 8])
+    found = difference_of("AP", variant, baseline, num_images=100)
+    reach = student_t(0.975, 25 / 9 * 18 / 17) * math.sqrt(5 / 3)
+    assert (found.value, found.baseline, found.difference) == (11, 6, 5)
+    assert found.high - 5 == pytest.approx(reach) == 5 - found.low
+    assert found.image_low == found.image_high == 5 and found.has_training
+    assert found.seed_std == 1
+    assert found.detectable == pytest.approx(reach + 0.84 * math.sqrt(5 / 3))
+    several = difference_of("AP", variant, baseline, num_images=100, num_compared=5)
+    wider = student_t(0.995, 25 / 9 * 18 / 17) * math.sqrt(5 / 3)
+    assert several.high - 5 == pytest.approx(wider) and wider > reach
+
+
+def test_where_seeds_change_nothing_it_is_the_bootstrap_s():
+    draws = np.random.default_rng(0).normal(3, 2, 4000)
+    variant = np.stack([np.r_[3, draws]] * 3)
+    found = difference_of("AP", variant, np.zeros_like(variant), num_images=10**6)
+    np.testing.assert_allclose([found.low, found.high], [3 - 3.92, 3 + 3.92], rtol=0.05)
+    np.testing.assert_allclose(
+        [found.low, found.high], [found.image_low, found.image_high], rtol=0.1
+    )
+
+
+def test_one_seed_has_the_images_alone():
+    draws = np.random.default_rng(0).normal(3, 2, 400)
+    variant = np.r_[3, draws][None]
+    found = difference_of("AP", variant, np.zeros_like(variant), num_images=100)
+    assert (found.low, found.high) == (found.image_low, found.image_high)
+    assert not found.has_training and math.isnan(found.seed_std)
+
+
+def test_draws_of_which_nothing_counts_are_left_out():
+    values = constant_over_images([1, 2])
+    values[0, 3] = values[1, 7] = np.nan
+    found = difference_of("AP", values, constant_over_images([1, 2]), num_images=9)
+    assert found.difference == 0 and math.isfinite(found.low)
+    nothing = difference_of("AP", values * np.nan, values, num_images=9)
+    assert math.isnan(nothing.low) and math.isnan(nothing.difference)
+
+
+def test_simulated_studies_hold_the_truth(monkeypatch):
+    """In short; 500 of each size are a benchmark. Intervals over images alone are shown to fail."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    coverage = load_script("benchmarks/interval_coverage.py")
+    row = coverage.simulate(num_seeds=3, num_studies=60, num_images=60, true_difference=0.0)
+    assert row["holds the truth"] >= 90
+    assert row["images alone"] <= 85
