@@ -71,7 +71,7 @@ def main() -> int:
     # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.analysis.explanation.explain import explain
-    from mask_head_plugin.config import import_options
+    from mask_head_plugin.config_imports import import_options
 
     try:
         written = explain(

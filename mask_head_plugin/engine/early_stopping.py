@@ -71,7 +71,8 @@ class EarlyStopping(HookBase):
 
     def after_step(self) -> None:
         trainer = self.trainer
-        is_evaluated = (trainer.iter + 1) % self._evaluation._period == 0
+        period = self._evaluation._period
+        is_evaluated = period > 0 and (trainer.iter + 1) % period == 0
         if not is_evaluated or trainer.iter + 1 == trainer.max_iter:
             return
         # The main process alone has the metrics.

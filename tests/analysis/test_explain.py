@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT, CONFIGS, small_config
-from matplotlib import rc_context
+from conftest import CHECKPOINT, CONFIGS, load_script, small_config
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -22,7 +21,7 @@ from mask_head_plugin.analysis.explanation.model_stages import (
     features_of_box,
     run_stages,
 )
-from mask_head_plugin.analysis.explanation.style import DPI, FONTS, PAGE_INCHES, save
+from mask_head_plugin.analysis.explanation.style import DPI, PAGE_INCHES
 from mask_head_plugin.engine.predictor import BGRPredictor, load_predictor
 from mask_head_plugin.structures import run_lengths
 
@@ -138,14 +137,17 @@ def test_all_pictures_are_made_no_wider_than_a_page_and_say_what_they_show(tmp_p
             assert "box" in "".join(root.itertext())
 
 
-def test_the_pictures_are_the_same_each_time(stages, predictor, tmp_path):
-    files = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        with rc_context(FONTS):
-            figure = pooling_figure.pooling_figure(stages, 0, 3)
-            files.append(save(figure, tmp_path / name, "x", "words"))
-    assert [x.read_bytes() for x in files[0]] == [x.read_bytes() for x in files[1]]
+def test_the_tool_says_in_one_line_what_is_wrong(monkeypatch, capsys, tmp_path):
+    tool = load_script("tools/explain.py")
+    flags = ["--input", str(tmp_path / "missing.jpg"), "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["explain.py", *flags, "--opts", *ON_CPU])
+    assert tool.main() == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("explain.py: ")]
+    assert "missing.jpg" in line
+    monkeypatch.setattr("sys.argv", ["explain.py", "--weights", "x.pth"])
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert "--config-file and --weights belong together" in capsys.readouterr().err
 
 
 COMPETING = ["MODEL.ROI_MASK_HEAD.LOSSES", '[["softmax_cross_entropy", 1.0]]']

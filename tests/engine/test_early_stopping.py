@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -35,16 +36,18 @@ def _few_shapes():
         yield
 
 
-@pytest.fixture(autouse=True)
-def _made_evaluation(monkeypatch):
-    evaluated = []
+@pytest.fixture(autouse=True, scope="module")
+def evaluated(_few_shapes):
+    """The iterations of evaluations."""
+    seen = []
 
     def test(_cfg, _model):
-        evaluated.append(get_event_storage().iter)
-        return {"bbox": {"AP": AP.get(evaluated[-1], 0.0)}}
+        seen.append(get_event_storage().iter)
+        return {"bbox": {"AP": AP.get(seen[-1], 0.0)}}
 
-    monkeypatch.setattr(Trainer, "test", staticmethod(test))
-    return evaluated
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "test", staticmethod(test))
+        yield seen
 
 
 def stopping(folder, *opts: str):
@@ -52,38 +55,34 @@ def stopping(folder, *opts: str):
     return config(
         *(folder, "SOLVER.EARLY_STOPPING.METRIC", "bbox/AP", "SOLVER.EARLY_STOPPING.PATIENCE"),
         *("2", "TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "14", "SOLVER.CHECKPOINT_PERIOD", "3"),
-        *opts,
+        *("TEST.EXPECTED_RESULTS", '[["bbox", "AP", 30.0, 0.1]]', *opts),
     )
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, _few_shapes):
-    folder = tmp_path_factory.mktemp("undisturbed")
+def undisturbed(tmp_path_factory, evaluated):
+    """Returns the folder of a run that has ended early, its trainer, and what was done in it."""
+    folder, drawn = tmp_path_factory.mktemp("undisturbed"), []
+    evaluated.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Trainer,
-            "test",
-            staticmethod(lambda *_: {"bbox": {"AP": AP.get(get_event_storage().iter, 0.0)}}),
-        )
-        train(stopping(folder))
-    return folder
+        patch.setattr(Trainer, "draw_contact_sheets", lambda *_: drawn.append(1))
+        trainer = train(stopping(folder))
+    return SimpleNamespace(folder=folder, trainer=trainer, evaluated=evaluated[:], drawn=drawn)
 
 
-def test_a_run_ends_once_patience_is_over_with_all_that_its_end_gives(
-    tmp_path, _made_evaluation, monkeypatch
-):
-    drawn = []
-    monkeypatch.setattr(Trainer, "draw_contact_sheets", lambda *_: drawn.append(1))
-    trainer = train(stopping(tmp_path, "TEST.EXPECTED_RESULTS", '[["bbox", "AP", 30.0, 0.1]]'))
+def test_a_run_ends_once_patience_is_over_with_all_that_its_end_gives(undisturbed):
+    trainer, folder = undisturbed.trainer, undisturbed.folder
     assert (trainer.iter, trainer.max_iter, trainer.is_stopped) == (8, 8, True)
-    assert _made_evaluation == [1, 3, 5, 7], "and not a second time at the end"
-    assert final_state(tmp_path)["iteration"] == 7 and drawn == [1]
+    assert undisturbed.evaluated == [1, 3, 5, 7], "and not a second time at the end"
+    assert final_state(folder)["iteration"] == 7 and undisturbed.drawn == [1]
     assert trainer._last_eval_results["bbox"]["AP"] == 30.0
-    assert json.loads((tmp_path / "model_best.json").read_text())["iteration"] == 3
+    assert json.loads((folder / "model_best.json").read_text())["iteration"] == 3
+    lines = metrics(folder)
+    assert lines[-1]["iteration"] == "7" and lines[-1]["bbox/AP"] == "30.0"
+    assert "total_loss" in lines[-1]
 
 
 KILLS = {
-    "in a step after an evaluation that was no better": (Trainer, "run_step", 7, False),
     "in the last evaluation": (Trainer, "test", 4, False),
     "between the last evaluation and the last weights": (MaskHeadCheckpointer, "save", 3, False),
     "after the last weights": (MaskHeadCheckpointer, "save", 3, True),
@@ -97,21 +96,21 @@ def test_a_killed_and_resumed_run_ends_where_the_undisturbed_does(
     cfg = stopping(tmp_path)
     train_until_killed(cfg, monkeypatch, owner, name, call, after=after)
     assert train(cfg, resume=True).iter == 8
-    assert_same_run(tmp_path, undisturbed)
+    assert_same_run(tmp_path, undisturbed.folder)
 
 
-def test_a_run_that_has_ended_early_ends_there_again(tmp_path, undisturbed):
-    train(stopping(tmp_path))
-    trainer = train(stopping(tmp_path), resume=True)
-    assert (trainer.iter, trainer.is_stopped) == (8, True)
-    assert_same_run(tmp_path, undisturbed)
-
-
-def test_with_more_patience_it_goes_on_as_if_it_had_never_ended(tmp_path):
-    train(stopping(tmp_path))
-    trainer = train(stopping(tmp_path, "SOLVER.EARLY_STOPPING.PATIENCE", "3"), resume=True)
-    assert (trainer.iter, trainer.is_stopped) == (10, True)
-    record = json.loads((tmp_path / "early_stopping.json").read_text())
+def test_a_run_that_has_ended_early_ends_there_again_or_goes_on_with_more_patience(
+    tmp_path, undisturbed
+):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed.folder, folder)
+    again = train(stopping(folder), resume=True)
+    assert (again.iter, again.is_stopped) == (8, True)
+    assert_same_run(folder, undisturbed.folder)
+    more = ["SOLVER.EARLY_STOPPING.PATIENCE", "3", "TEST.EXPECTED_RESULTS", "[]"]
+    longer = train(stopping(folder, *more), resume=True)
+    assert (longer.iter, longer.is_stopped) == (10, True)
+    record = json.loads((folder / "early_stopping.json").read_text())
     assert record["values"] == [[k, AP[k]] for k in (1, 3, 5, 7, 9)]
 
 
@@ -188,9 +187,3 @@ def test_a_metric_that_an_evaluation_does_not_give_ends_nothing_and_is_said(tmp_
     assert (
         caplog.text.count("METRIC 'segm/APx' is not a metric of the evaluation; it has segm") == 1
     )
-
-
-def test_metrics_are_written_up_to_the_end(undisturbed):
-    lines = metrics(undisturbed)
-    assert lines[-1]["iteration"] == "7" and lines[-1]["bbox/AP"] == "30.0"
-    assert "total_loss" in lines[-1]
