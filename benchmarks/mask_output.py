@@ -2,9 +2,10 @@
 """Masks out of the model and their evaluation: this plugin against detectron2 and pycocotools.
 
 output: masks of 28 x 28 and their boxes to COCO run lengths; detectron2 pastes them into images and
-encodes these. evaluation: AP of made data (images of 480 x 640 with 7 objects and 20 detections of
-80 classes) from result dictionaries; detectron2's COCOEvaluator has pycocotools as engine. Boundary
-AP, which it does not compute, is timed separately. Reading images and inference are in neither.
+encodes these. evaluation: AP of synthetic data (images of 480 x 640 with 7 objects and 20
+detections of 80 classes) from result dictionaries; detectron2's COCOEvaluator has pycocotools as
+engine. Boundary AP, which it does not compute, is timed separately. Reading images and inference
+are in neither.
 
 A time is the median of several runs, all sides in turn; ratios are detectron2 / ours. Memory is by
 how much the process grows at most, in a run of its own; with --device cuda, where masks are made on
@@ -78,7 +79,7 @@ def paste_and_encode(probs: Tensor, boxes: Tensor, image_hw: tuple[int, int]) ->
 
 
 def make_annotations(num_images: int, folder: Path) -> tuple[str, list[list[dict[str, Any]]]]:
-    """Registers made ground truth; returns its name and the results of each image.
+    """Registers synthetic ground truth; returns its name and the results of each image.
 
     A third of the detections are objects moved by a few pixels.
     """

@@ -94,7 +94,7 @@ class ImageFileMapper(DatasetMapper):
 def _needs_pixels(objects: list[dict[str, Any]], transforms: T.TransformList) -> bool:
     """Returns whether masks of an image have to be bit masks.
 
-    Run lengths are no polygons. Of a polygon that a crop cuts into pieces, boxes and areas need the
+    Run lengths are not polygons. If a crop cuts a polygon into pieces, boxes and areas need the
     pieces, for which detectron2 asks shapely; pixels are simpler.
     """
     is_cropped = any(isinstance(x, T.CropTransform) for x in transforms.transforms)

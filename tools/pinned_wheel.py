@@ -1,4 +1,4 @@
-"""A wheel of the package index, downloaded with its hash checked. Needs Python and pip alone."""
+"""A wheel of the package index, downloaded with its hash checked. Needs only Python and pip."""
 
 from __future__ import annotations
 

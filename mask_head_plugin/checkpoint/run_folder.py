@@ -20,7 +20,7 @@ FINISHED_ITERATION = "finished_iteration"
 """Iteration of the newest checkpoint whose evaluation and logging also finished (hooks.Resume)."""
 
 BEST_CHECKPOINT = "model_best"
-"""Without extension. Holds weights alone, so no run resumes from it."""
+"""Without extension. Holds only weights, so no run resumes from it."""
 
 
 EARLY_STOPPING = "early_stopping.json"

@@ -24,7 +24,7 @@ STOCK_NAMES = {
     "PerClassMaskRes5ROIHeads": "Res5ROIHeads",
     "FCNMaskHead": "MaskRCNNConvUpsampleHead",
 }
-"""The plugin's modules and those whose place they take; other names stay as they are."""
+"""The plugin's modules and those that they replace; other names stay the same."""
 PLUGIN_NAMES = {stock: plugin for plugin, stock in STOCK_NAMES.items()}
 
 

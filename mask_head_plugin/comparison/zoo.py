@@ -12,7 +12,7 @@ from ..messages import nearest_name
 
 MODEL_ZOO = "https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md"
 ZOO_WEIGHTS = "zoo"
-"""In the place of a path: download them."""
+"""Instead of a path: download them."""
 WEIGHT_SUFFIXES = (".pkl", ".pth", ".safetensors")
 ZOO_FOLDERS = {
     "coco": ("COCO-InstanceSegmentation/", ""),
@@ -37,7 +37,7 @@ class ZooModel:
         inference_seconds: per image, batch of 1 on a V100.
         train_gigabytes: memory of a GPU in training; None where none is published.
         box_ap: percent on the validation set; None where none is published.
-        mask_ap: likewise.
+        mask_ap: the same for masks.
         source: where the figures are published.
     """
 

@@ -1,4 +1,4 @@
-"""Training batches that a resumed run gets again: batch k is a function of the seed and k alone.
+"""Training batches that a resumed run gets again: batch k is a function of only the seed and k.
 
 detectron2 groups samples by aspect ratio after the workers and draws augmentations from whatever
 state the generators of a worker are in, so its batches depend on the number of workers and differ

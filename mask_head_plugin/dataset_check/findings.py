@@ -1,4 +1,4 @@
-"""What a data set check finds: one line a fault, with the file, the ids, the fault and the fix."""
+"""What a data set check finds: a line per fault, with the file, the ids, the fault and the fix."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ KINDS: dict[str, Kind] = {
     "only-crowds": Kind(
         ERROR, "set iscrowd to 0 if these are single objects (--fix with --crowds-are-objects)"
     ),
-    "no-masks": Kind(ERROR, "set MODEL.MASK_ON False to train boxes alone, or export the masks"),
+    "no-masks": Kind(ERROR, "set MODEL.MASK_ON False to train boxes only, or export the masks"),
     "no-categories": Kind(ERROR, "list the categories"),
     "image-folder-missing": Kind(ERROR, "give the folder that file_name starts from"),
     "normalised-coordinates": Kind(

@@ -116,4 +116,4 @@ _CONTENTS: dict[str, Callable[[Any], bool]] = {
         isinstance(x, list) and _has(_first(x), "image_id", "category_id")
     ),
 }
-"""By what a file is, in words, how that is seen in what it holds."""
+"""What a file is, in words, and how its content shows it."""

@@ -52,7 +52,7 @@ def photograph_names(file_names: Sequence[str]) -> list[str | None]:
 
     Names end with the place of a tile (``bay_512_1024``, ``bay_r1_c2``, ``bay_tile7``), its corners
     (``bay_0_0_512_512``, as SAHI writes), or Roboflow's mark of a version (``bay.rf.<digest>``).
-    Two numbers alone are the place of a tile where all of them make a grid: dates and times, or a
+    Just two numbers are the place of a tile if all of them make a grid: dates and times, or a
     scene and a frame, do not.
 
     Args:

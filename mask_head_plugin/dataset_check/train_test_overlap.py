@@ -22,7 +22,7 @@ def shared_images(train: Images, test: Images) -> list[tuple[str, Pairs]]:
         test: the same of the test images.
 
     Returns:
-        For each way to tell (in words) that has any, the pairs of paths, test image first. An image
+        For each way to recognise a pair (in words), the pairs of paths, test image first. An image
         is counted in the first way that tells.
     """
     left = list(test)

@@ -244,7 +244,7 @@ def _samples(cfg: CfgNode, options: ExportOptions, images: Sequence[str]) -> lis
     if not samples and options.precision == "int8":
         raise ConfigError(f"--precision int8 needs images to compare on: name --images: {reason}")
     if not samples:
-        logger.warning("%s: the comparison is on made images alone; name --images", reason)
+        logger.warning("%s: only synthetic images are compared; name --images", reason)
     return samples
 
 

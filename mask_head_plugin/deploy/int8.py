@@ -44,7 +44,7 @@ def quantise(path: Path, images: Sequence[str], read: Callable[[str], Inputs]) -
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         prepared, result = Path(folder, "prepared.onnx"), Path(folder, path.name)
-        # Shapes alone: its optimisation may write operators of onnxruntime's own.
+        # Only shapes: its optimisation may write operators of onnxruntime's own.
         quant_pre_process(path, prepared, skip_symbolic_shape=True, skip_optimization=True)
         quantize_static(
             prepared,

@@ -1,4 +1,4 @@
-"""Where an exported model goes: one export at a time, and whole models alone."""
+"""Where an exported model goes: one export at a time, and only complete models."""
 
 from __future__ import annotations
 

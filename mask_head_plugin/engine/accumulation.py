@@ -31,7 +31,7 @@ class AccumulatingTrainer(SimpleTrainer):
 
     Attributes:
         seed: of the run. Each part has random numbers of its own, which depend on seed, iteration,
-            rank and part, so that it can be repeated alone.
+            rank and part, so that it can be repeated separately.
         part: that is being computed, from 0.
     """
 

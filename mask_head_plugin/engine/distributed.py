@@ -12,7 +12,7 @@ def distribute(model: nn.Module, *, in_parts: bool = False) -> nn.Module:
     """Returns the model in DistributedDataParallel if there are several processes.
 
     Parameters without a gradient, as of a level of the pyramid that no head reads, are looked for
-    in the first step alone. Which have one must not change from step to step.
+    in the first step only. Which have one must not change from step to step.
 
     Args:
         model: on its device.

@@ -75,7 +75,7 @@ class EarlyStopping(HookBase):
         is_evaluated = period > 0 and (trainer.iter + 1) % period == 0
         if not is_evaluated or trainer.iter + 1 == trainer.max_iter:
             return
-        # The main process alone has the metrics.
+        # Only the main process has the metrics.
         if comm.all_gather(comm.is_main_process() and self._is_over())[0]:
             self._end()
 

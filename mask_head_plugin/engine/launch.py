@@ -66,7 +66,7 @@ def launch(
     Otherwise it starts the processes, or none if it takes but one.
 
     Differs from detectron2's: also works without GPUs; where one process fails, all end, and its
-    error is raised here. One machine alone takes any free port, so that two runs do not collide.
+    error is raised here. A single machine takes any free port, so that two runs do not collide.
 
     Args:
         main_func: can be pickled, and ``args`` too.

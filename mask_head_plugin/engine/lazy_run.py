@@ -3,7 +3,7 @@
 The loop, its hooks and its files are detectron2's. The plugin's are what lies around it: weights
 that do not fit are an error and no file of weights runs code, checkpoints appear when they are
 whole, and processes start on CPUs as on GPUs. Trainer's other promises, such as a resumed run that
-equals one that was not interrupted, are of YAML configs alone.
+equals one that was not interrupted, are for YAML configs only.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def parameter_groups(
         model: not in DistributedDataParallel.
         base_lr: what the factors multiply.
         lr_factors: pairs of a module's or parameter's name and a factor of the learning rate of all
-            that is in it. Of several the one with the longest name counts, alone.
+            that is in it. Of several, only the one with the longest name counts.
         layer_decay: the last layer of the backbone learns at the base rate times this, the layer
             before at that times this, and so on to its input (BEiT, arXiv 2106.08254, as timm's
             param_groups_layer_decay). All else learns at the base rate. For what a layer is, see

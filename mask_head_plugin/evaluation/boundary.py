@@ -98,7 +98,7 @@ def limit_by_boundary(
         ious: (d, g) mask IoUs of the detections and objects of an image and class.
         detections: d compressed RLEs.
         objects: g compressed RLEs.
-        crowd: (g,) objects for which mask IoU alone counts, as it does not say where they end.
+        crowd: (g,) objects for which only mask IoU counts, as it does not say where they end.
 
     Returns:
         (d, g). IoUs below MIN_IOU are left as they are.

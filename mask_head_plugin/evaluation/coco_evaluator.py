@@ -35,7 +35,7 @@ TaskResults = OrderedDict[str, dict[str, float]]
 
 
 class MaskEvaluator(DatasetEvaluator):
-    """AP of boxes, masks and boundaries, in the place of detectron2's COCO and LVIS evaluators.
+    """AP of boxes, masks and boundaries, instead of detectron2's COCO and LVIS evaluators.
 
     Results are ``{"bbox": ..., "segm": ..., "boundary": ...}`` with detectron2's keys (AP, AP50,
     AP75, APs, APm, APl, AP-<class>; for LVIS also APr, APc, APf). Boundary AP is COCO's AP with the
@@ -242,7 +242,7 @@ class MaskEvaluator(DatasetEvaluator):
         if self._have_masks(results):
             return TASKS
         if results and "segmentation" in results[0]:
-            logger.warning("%s has no masks: boxes are evaluated alone", self._truth.json_file)
+            logger.warning("%s has no masks: only boxes are evaluated", self._truth.json_file)
         return ("bbox",)
 
     def _have_masks(self, results: Results) -> bool:

@@ -15,7 +15,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def is_captured() -> bool:
     """Whether the code that runs is being written down, by a trace or by torch.export.
 
-    What comes out holds tensors and operators alone, PyTorch's and torchvision's (exported on CUDA,
+    The result holds only tensors and operators, PyTorch's and torchvision's (exported on CUDA,
     also this package's for RoI pooling), and must be right for other numbers of boxes than those of
     its example.
     """

@@ -22,7 +22,7 @@ class MaskRCNN(GeneralizedRCNN):
 
     ``rle``: an RLEMasks. No image-sized mask is drawn at any time. ``bitmask``: detectron2's
     (N, H, W) tensor. Training and inference without postprocessing (which test-time augmentation
-    uses) are detectron2's. So are traces, scripts and exports, which hold tensors alone.
+    uses) are detectron2's. So are traces, scripts and exports, which hold only tensors.
     """
 
     @configurable

@@ -47,7 +47,7 @@ class PerClassMaskROIHeads(StandardROIHeads):
 class PerClassMaskRes5ROIHeads(Res5ROIHeads):
     """Res5ROIHeads (C4: box and mask share res5) whose features come from MultiLevelRoIPooler.
 
-    Its pooler is configured by MODEL.ROI_BOX_HEAD alone, as in detectron2.
+    Its pooler is configured only by MODEL.ROI_BOX_HEAD, as in detectron2.
     """
 
     @classmethod

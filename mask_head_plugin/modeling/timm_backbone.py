@@ -229,7 +229,7 @@ def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> No
     """Stops learning in the first stages, numbered as those of detectron2's ResNets.
 
     Args:
-        net: timm's model with its features alone; frozen batch norms use their running statistics.
+        net: timm's model without its classifier; frozen batch norms use their running statistics.
         levels: all its maps.
         freeze_at: 0 freezes nothing; 1 what comes before the stage of stride 4; k from 2 on all up
             to the end of res<k>, the stage of stride 2^k. Of a plain transformer, 1 to 3 the
@@ -244,7 +244,7 @@ def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> No
         last = _positions(net, parameters, inner[-1])[-1]
     else:
         first = next(level for level in levels if level.stride >= 4)
-        if len({level.stride for level in levels}) == 1:  # timm has named its last blocks alone
+        if len({level.stride for level in levels}) == 1:  # timm has named only its last blocks
             first = first._replace(module=first.module.partition(".")[0])
         last = _positions(net, parameters, first)[0] - 1
     for _, parameter in parameters[: last + 1]:

@@ -110,7 +110,7 @@ class TimmModel(NamedTuple):
         return model
 
     def build(self, **arguments: Any) -> Any:
-        """Returns timm's model with its features alone."""
+        """Returns timm's model without its classifier."""
         return timm_part().create_model(
             self.name, features_only=True, in_chans=self.channels, **self.arguments, **arguments
         )

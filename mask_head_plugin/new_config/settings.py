@@ -283,7 +283,7 @@ def _solver_settings(schedule: Schedule, backbone: Backbone, device: Device) -> 
     )
     if schedule.is_cut:
         why += (
-            f", for about {CPU_MINUTES} minutes on {device}. With more time, raise this alone: the "
+            f", for about {CPU_MINUTES} minutes on {device}. With more time, raise only this: the "
             "learning rate falls to 0 at its end, wherever that is."
         )
     else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .axis_weights import MAX_MAP_SIZES, AxisSamples, AxisWeights
 
 PIECE = (1 << 15) - 1
-"""Elements up to which an operator of PyTorch runs on the calling thread alone."""
+"""Elements up to which an operator of PyTorch runs on the calling thread only."""
 
 MAX_COPY = 9 << 19
 """Elements of a map that are copied at a time: 18 MB of float32. The allocator uses the memory of

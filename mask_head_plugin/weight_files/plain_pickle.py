@@ -303,7 +303,7 @@ class _Dtype:
 class _Array:
     """An array on its way out of a pickle.
 
-    NumPy's own would take shapes beyond its data, and objects in the place of numbers.
+    NumPy's own would take shapes beyond its data, and objects instead of numbers.
     """
 
     value: npt.NDArray[Any] | np.generic | None = None
@@ -342,7 +342,7 @@ def _scalar(dtype: _Dtype, data: Any) -> _Array:
 
 
 def _reconstruct(kind: Any, shape: Any, dtype: Any) -> _Array:
-    """Takes what NumPy's arrays are pickled with alone: its own would make one of any shape."""
+    """Takes only what NumPy's arrays are pickled with: its own would make one of any shape."""
     if kind is not _NDARRAY or shape != (0,) or dtype not in ("b", b"b"):
         raise pickle.UnpicklingError(f"it makes an array in a way that NumPy does not; {DISTRUST}")
     return _Array()

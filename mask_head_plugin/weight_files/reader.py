@@ -121,7 +121,7 @@ def file_errors(path: Path) -> Iterator[None]:
 
 
 def check_head(path: Path) -> bytes:
-    """Returns how a file starts; refuses what is often downloaded in the place of weights."""
+    """Returns how a file starts; refuses what is often downloaded instead of weights."""
     if path.is_dir():
         raise pickle.UnpicklingError("it is a folder: name a file in it")
     with path.open("rb") as file:

@@ -27,7 +27,7 @@ from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.early_stopping import EarlyStopping
 
 AP = {1: 10.0, 3: 30.0, 5: 20.0, 7: 30.0, 9: 25.0, 11: 31.0}
-"""By iteration. Patience 2 is over at 7, since 30.0 is no better than 30.0, and 3 at 9."""
+"""By iteration. Patience 2 is over at 7, since 30.0 is not better than 30.0, and 3 at 9."""
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's of n
 
 
 def make_distinct(seed, **kwargs):
-    """Made data with distinct scores, crowds, objects of all areas, and more classes."""
+    """Synthetic data with distinct scores, crowds, objects of all areas, and more classes."""
     content, results = make_coco(seed, num_classes=5, num_images=9, **kwargs)
     rng = np.random.default_rng(seed)
     scores = rng.permutation(len(results)) / len(results)
@@ -88,7 +88,7 @@ def make_matches(true, scores, images, *, classes=None, num_images=None, objects
 
 
 def random_matches(seed, num_images, quality, *, num_classes=2, truth_seed=0):
-    """Matches of a made model: each image has four objects, some found, and false positives."""
+    """Synthetic matches: each image has four objects, some found, and false positives."""
     rng, truth_rng = np.random.default_rng(seed), np.random.default_rng(truth_seed)
     objects = np.stack(
         [

@@ -157,7 +157,7 @@ def test_a_model_of_masks_on_boxes_alone_is_evaluated_on_boxes(made, tmp_path, c
         del x["segmentation"]
     (tmp_path / "truth.json").write_text(json.dumps(content))
     results = evaluate(MaskEvaluator(made[0], semantic_threshold=0.5), outputs_of(*made))
-    assert list(results) == ["bbox"] and "boxes are evaluated alone" in caplog.text
+    assert list(results) == ["bbox"] and "only boxes are evaluated" in caplog.text
 
 
 def test_a_class_called_background_is_refused_before_the_work(made, tmp_path):
