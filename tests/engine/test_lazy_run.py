@@ -1,4 +1,4 @@
-"""tools/lazyconfig_train_net.py: LazyConfigs train, resume and are evaluated; errors say the key."""
+"""tools/lazyconfig_train_net.py: LazyConfigs train, resume, are evaluated; errors name the key."""
 
 from __future__ import annotations
 
