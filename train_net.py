@@ -30,7 +30,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="a file of configs/")
+    parser.add_argument(
+        "--config-file", default="", metavar="FILE", help="your file, or one of configs/"
+    )
     flags.add_run(parser)
     flags.add_code(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")

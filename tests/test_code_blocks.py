@@ -205,6 +205,18 @@ def test_commands_are_in_fenced_blocks():
         assert not pattern.search(outside), page
 
 
+def test_the_readme_is_short_and_no_measurement_is_given_twice():
+    assert len(PAGES[0].read_text().splitlines()) <= 150
+    figures = [
+        set(re.findall(r"\d+\.?\d* (?:ms|MB)|[1-9]\d\.\d\d+", line))
+        for page in PAGES
+        for line in set(page.read_text().splitlines())
+        if line.startswith("| ")
+    ]
+    measured = [frozenset(x) for x in figures if len(x) >= 2]
+    assert len(measured) > 20 and len(measured) == len(set(measured))
+
+
 @pytest.mark.parametrize("start", RUN)
 def test_command_runs(start, tmp_path, monkeypatch, embedded_photos):
     monkeypatch.chdir(tmp_path)

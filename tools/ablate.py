@@ -28,8 +28,8 @@ Examples:
         --output output/mask_loss_coco --cluster slurm --num-gpus 8 --partition gpu --time 2880 \\
         --jobs 4
 
-Started again with the same --output it runs what is missing or has failed, from the last
-checkpoints; Ctrl-C, a crash or a preemption lose nothing else. On a CPU, several trials with a
+Start it again with the same --output, and it runs what is missing or failed, from the last
+checkpoints: Ctrl-C, a crash or a preemption lose nothing else. On a CPU, several trials with a
 thread each are faster than one with several threads. --output then has report.md and report.html,
 and a folder for each trial with its log, metrics, events and checkpoints.
 """
@@ -50,15 +50,15 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--cluster", choices=["local", "slurm", "debug"], default="local")
     parser.add_argument("--jobs", type=int, default=1, help="trials at once (default 1)")
-    parser.add_argument("--num-gpus", type=int, default=0, help="of each trial (default 0: CPU)")
-    parser.add_argument("--partition", default="", help="of Slurm, as the next three")
-    parser.add_argument("--account", default="", help="whom it charges")
-    parser.add_argument("--qos", default="", help="its quality of service")
+    parser.add_argument("--num-gpus", type=int, default=0, help="GPUs per trial (default 0: CPU)")
+    parser.add_argument("--partition", default="", help="Slurm partition")
+    parser.add_argument("--account", default="", help="Slurm account to charge")
+    parser.add_argument("--qos", default="", help="Slurm quality of service")
     parser.add_argument(
-        "--time", type=int, default=24 * 60, metavar="MINUTES", help="limit of a job"
+        "--time", type=int, default=24 * 60, metavar="MINUTES", help="time limit of a Slurm job"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (default 1000)")
+    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws (default 1000)")
     flags.add_code(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for all variants")
     return parser.parse_args()

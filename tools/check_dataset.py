@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="DIR",
-        help="the folder that file_name starts from; of several, the one that has the file",
+        help="the folder that file_name starts from; with several, whichever has the file",
     )
     parser.add_argument("--num-classes", type=int, metavar="K", help="MODEL.ROI_HEADS.NUM_CLASSES")
     parser.add_argument("--lvis", action="store_true", help="the file is in LVIS's format")

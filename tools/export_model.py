@@ -51,12 +51,12 @@ def parse_args() -> argparse.Namespace:
         metavar=("H", "W"),
         help="pad every image to this size instead of taking any; TensorRT needs it",
     )
-    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX, 16 to 20 (default 17)")
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset, 16 to 20 (default 17)")
     parser.add_argument(
         "--precision",
         choices=("fp32", "fp16", "int8"),
         default="fp32",
-        help="of the layers; inputs and outputs are float32 (default fp32); int8 is ONNX's",
+        help="of the layers; inputs and outputs are float32 (default fp32); int8 needs onnx",
     )
     parser.add_argument(
         "--calibration-images",

@@ -16,9 +16,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of detectron2's train_net.py: what to do, and in how many processes."""
     parser.add_argument("--resume", action="store_true", help="from the run's last checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
-    parser.add_argument("--num-gpus", type=int, default=1, help="on each machine (default 1)")
-    parser.add_argument("--num-machines", type=int, default=1, help="in all (default 1)")
-    parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs on each machine (default 1)")
+    parser.add_argument("--num-machines", type=int, default=1, help="machines in total (default 1)")
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, help="number of this machine, from 0"
+    )
     port = 2**15 + 2**14 + hash(os.getuid()) % 2**14  # as detectron2: one for each user
     url = f"tcp://127.0.0.1:{port}"
     parser.add_argument("--dist-url", default=url, help="tcp://host:port of machine 0, if several")
@@ -37,7 +39,7 @@ def add_opts(parser: argparse.ArgumentParser) -> None:
 
 def add_output(parser: argparse.ArgumentParser, metavar: str = "FOLDER") -> None:
     parser.add_argument(
-        "--output", type=Path, required=True, metavar=metavar, help="made if missing"
+        "--output", type=Path, required=True, metavar=metavar, help="created if missing"
     )
 
 

@@ -24,7 +24,7 @@ The files are checked as by tools/check_dataset.py; errors stop it. A comment at
 it has its value. Before the config is written it is loaded, checked and tried for some iterations,
 which give an estimate of time and memory. docs/new_config.md has the rules.
 
-Beside the config, without --val: cells.train.json and cells.val.json, the two parts.
+Next to the config, without --val: cells.train.json and cells.val.json, the two parts.
 Exit code: 0; 2 if the arguments or the files are wrong.
 """
 
@@ -54,15 +54,15 @@ def parse_args() -> argparse.Namespace:
         "--split",
         type=float,
         metavar="SHARE",
-        help="of the images that become validation data without --val (default: 0.2)",
+        help="share of the images that become validation data without --val (default: 0.2)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        help="to train on (default: the GPU of this machine, if it has one)",
+        help="device to train on (default: the GPU of this machine, if it has one)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args()
     if args.val is None and args.val_images is not None:
         parser.error("--val-images needs --val")

@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
         help="images or frames that are read before the model gets them (default 1)",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="of onnxruntime (default: one per core)"
+        "--threads", type=int, metavar="N", help="threads of onnxruntime (default: one per core)"
     )
     return parser.parse_args()
 
