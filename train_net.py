@@ -23,6 +23,7 @@ Examples:
 Any config key may follow the flags: SOLVER.BASE_LR 0.005 SOLVER.MAX_ITER 20000
 Results are in OUTPUT_DIR: log.txt, metrics.json, TensorBoard events, model_final.pth, inference/
 and contact_sheet_*.png (validation images, ground truth next to predictions).
+What the model gets wrong, and why: python tools/analyze.py OUTPUT_DIR
 """
 
 

@@ -14,6 +14,8 @@ Examples:
     python tools/analyze.py output/run1
   Any file in COCO's result format, of detectron2 or of anyone:
     python tools/analyze.py results.json --annotations instances_val2017.json --images val2017
+  What got better and worse since another run, with intervals:
+    python tools/analyze.py output/run2 --compare output/run1
 
 In the folder of --output, by default that of the results, earlier ones are replaced:
   analysis.html  One page that needs no network: findings in words, what each kind of error costs,
@@ -44,6 +46,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: the folder of the results"
     )
+    parser.add_argument(
+        "--compare", type=Path, metavar="RUN2", help="another run on the same images"
+    )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=300,
+        metavar="N",
+        help="how often images are drawn anew for the intervals of --compare (default 300)",
+    )
     return parser.parse_args()
 
 
@@ -55,7 +67,15 @@ def main() -> int:
 
     logging.basicConfig(level=logging.WARNING, format="analyze.py: %(message)s")
     try:
-        folder = run_analysis(args.run, args.output, args.annotations, args.images, args.dataset)
+        folder = run_analysis(
+            args.run,
+            args.output,
+            args.annotations,
+            args.images,
+            args.dataset,
+            other=args.compare,
+            num_draws=args.draws,
+        )
     except (ConfigError, OSError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 2

@@ -65,6 +65,7 @@ def main() -> int:
             args.input,
             args.output,
             args.confidence_threshold,
+            thresholds=args.class_thresholds,
             semantic=args.semantic,
         )
     except (ConfigError, OSError) as error:

@@ -61,4 +61,11 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         metavar="SCORE",
         help="detections need a higher score (0 to 1; default 0.5)",
     )
+    parser.add_argument(
+        "--class-thresholds",
+        nargs="+",
+        default=[],
+        metavar="NAME=SCORE",
+        help="classes that need another score; tools/analyze.py finds the best ones",
+    )
     parser.add_argument("--semantic", action="store_true", help="also write semantic maps")

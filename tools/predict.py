@@ -76,6 +76,7 @@ def main() -> int:
             args.input,
             args.output,
             args.confidence_threshold,
+            thresholds=args.class_thresholds,
             semantic=args.semantic,
             batch_size=args.batch_size,
             threads=args.threads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..evaluation.bootstrap import class_ap
+from ..evaluation.image_counts import ImageCounts, image_counts
 from ..evaluation.matching import FloatArray
 from .curves import (
     ClassGap,
@@ -69,7 +70,7 @@ class Analysis:
     @cached_property
     def confusion(self) -> npt.NDArray[np.int64]:
         task = self.findings.main_task
-        return confusion(self.findings.scene, self.findings.found[task], self.thresholds)
+        return confusion(self.findings.scene, self.findings.found[task], self.is_kept)
 
     @cached_property
     def reliability(self) -> Reliability:
@@ -78,11 +79,27 @@ class Analysis:
 
     @cached_property
     def gaps(self) -> list[ClassGap]:
-        return class_gaps(self.findings.scene, self.findings.found[self.findings.main_task])
+        # Of boxes: a rough mask is no fault of the score.
+        return class_gaps(self.findings.scene, self.findings.found["bbox"])
 
     @cached_property
     def densities(self) -> list[Density]:
         return ap_by_density(self.findings.found[self.findings.main_task].matches)
+
+    @cached_property
+    def is_kept(self) -> npt.NDArray[np.bool_]:
+        """(D,) whether a detection is above the best threshold of its class."""
+        scene = self.findings.scene
+        best = {x.class_name: x.score for x in self.thresholds if math.isfinite(x.score)}
+        least = np.array([best.get(name, 0.5) for name in scene.class_names])
+        return scene.dt_score > least[scene.dt_class]
+
+    @cached_property
+    def image_counts(self) -> ImageCounts:
+        """What was found in each image, at IoU 0.5, by detections above those thresholds."""
+        assignment = self.findings.found[self.findings.main_task]
+        at, kept = assignment.at(0.5), self.is_kept[assignment.rows]
+        return image_counts(replace(at, dt_ignored=at.dt_ignored | ~kept), min_score=-math.inf)
 
     @cached_property
     def quality_rows(self) -> list[QualityRow]:
@@ -123,10 +140,10 @@ def analyze(files: RunFiles) -> Analysis:
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:
-    """Returns all numbers of an analysis, None for what is not known."""
+    """Returns all numbers of an analysis, nan for what is not known."""
     findings, files = analysis.findings, analysis.files
     scene = findings.scene
-    content = {
+    return {
         "results": str(files.results),
         "annotations": str(files.annotations),
         "dataset": files.dataset,
@@ -156,7 +173,6 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
         },
         "density": [vars(x) for x in analysis.densities],
     }
-    return _plain(content)
 
 
 def _task_json(analysis: Analysis, task: str) -> dict[str, Any]:
@@ -183,12 +199,3 @@ def _task_json(analysis: Analysis, task: str) -> dict[str, Any]:
 
 def _named(names: Any, values: Any) -> dict[str, float]:
     return {name: float(x) for name, x in zip(names, values, strict=True)}
-
-
-def _plain(value: Any) -> Any:
-    """Returns nested results as JSON can hold them: None for nan."""
-    if isinstance(value, dict):
-        return {key: _plain(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config import ConfigError
 from .analysis import analyze
+from .compare import compare
 from .pages import write_pages
 from .run_files import find_run_files
 
@@ -15,6 +17,8 @@ def run_analysis(
     annotations: Path | None = None,
     images: Path | None = None,
     dataset: str = "",
+    other: Path | None = None,
+    num_draws: int = 300,
 ) -> Path:
     """Analyses a run and writes analysis.md, analysis.json and analysis.html.
 
@@ -24,6 +28,8 @@ def run_analysis(
         annotations: a COCO file; None for the one that the run was evaluated with.
         images: a folder; None to look for it.
         dataset: name of the evaluated data set, where a run has several.
+        other: another run on the same images, to compare with.
+        num_draws: of the images, for the intervals of differences; at least 2.
 
     Returns:
         The folder.
@@ -34,5 +40,13 @@ def run_analysis(
     """
     files = find_run_files(run, annotations, images, dataset)
     folder = output or files.results.parent
-    write_pages(analyze(files), folder)
+    if num_draws < 2:
+        raise ConfigError(f"--draws {num_draws} makes no interval; take 2 at least, better 300")
+    # Found first: a wrong name is told before the work.
+    files_of_other = other and find_run_files(other, files.annotations, images, dataset)
+    analysis = analyze(files)
+    comparison = None
+    if files_of_other:
+        comparison = compare(analysis, analyze(files_of_other), num_draws)
+    write_pages(analysis, folder, comparison)
     return folder

@@ -151,24 +151,25 @@ def threshold_flag(thresholds: list[Threshold]) -> str:
 
 
 def confusion(
-    scene: Scene, assignment: Assignment, thresholds: list[Threshold]
+    scene: Scene, assignment: Assignment, kept: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int64]:
     """Returns (K + 1, K + 1) how often objects of a class, in rows, were found as another.
 
-    Of detections above their class's threshold, whatever the classes, an object takes the best one
-    that overlaps it with IoU 0.5. The last column counts objects that nothing found, the last row
-    detections that found nothing. Crowds, and what lies in them, are left out.
+    Whatever the classes, an object takes the best detection that overlaps it with IoU 0.5. The last
+    column counts objects that nothing found, the last row detections that found nothing. Crowds,
+    and what lies in them, are left out.
+
+    Args:
+        scene: all detections and objects.
+        assignment: of the task.
+        kept: (D,) detections that are sure enough to be looked at.
     """
     num_classes = len(scene.class_names)
     counts = np.zeros((num_classes + 1, num_classes + 1), np.int64)
-    least = np.full(num_classes, 0.5)
-    of_name = {x.class_name: x.score for x in thresholds if x.score == x.score}
-    for k, name in enumerate(scene.class_names):
-        least[k] = of_name.get(name, 0.5)
     at = assignment.at(0.5)
     in_crowd = np.zeros(len(scene.dt_image), bool)
     in_crowd[assignment.rows[at.dt_ignored[0, 0]]] = True
-    kept = (scene.dt_score > least[scene.dt_class]) & ~in_crowd
+    kept = kept & ~in_crowd
     for dt, gt, ious in zip(scene.dt_slices, scene.gt_slices, assignment.ious, strict=True):
         rows = np.arange(dt.start, dt.stop)[kept[dt]]
         rows = rows[np.argsort(-scene.dt_score[rows], kind="stable")]

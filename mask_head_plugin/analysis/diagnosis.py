@@ -14,7 +14,7 @@ from ..messages import listed
 from ..pages.tables import number
 from .curves import ClassGap
 from .errors import KINDS, MEANINGS
-from .mask_quality import BoxOffsets, MaskQuality
+from .mask_quality import BoxOffsets, MaskQuality, quality_rows
 from .measures import Findings
 from .oracles import grid_name
 
@@ -24,6 +24,8 @@ LEAST_SHIFT = 1.0
 """Pixels from which boxes that lie to one side are."""
 LEAST_AREA = 0.05
 """Share by which masks have to be too large or too small."""
+LEAST_WEAK = 0.05
+"""By which the mean mask IoU of a group has to be below that of all."""
 LEAST_CONFUSED = 0.1
 """Share of a class's objects that another class takes."""
 LEAST_GAP = 0.1
@@ -63,6 +65,7 @@ def diagnose(
         *_grid(findings, mask_side),
         *_shift(offsets),
         *_area(quality),
+        *_weak_masks(findings, quality),
         *_confused(findings, confusion),
         *_scores(gaps),
     ]
@@ -162,6 +165,23 @@ def _area(quality: MaskQuality | None) -> Iterator[str]:
         yield (
             f"Masks are too {size}: their area is {100 * ratio:.0f}% of the true one (median of "
             f"{len(quality.objects):,} found objects)."
+        )
+
+
+def _weak_masks(findings: Findings, quality: MaskQuality | None) -> Iterator[str]:
+    """Yields on which objects masks are worst: by size, shape and fill."""
+    if quality is None or not len(quality.objects):
+        return
+    usual, *rows = quality_rows(findings.scene, quality)
+    weak = [
+        f"{x.name} ({x.group}): IoU {100 * x.iou:.0f}, {x.count:,} objects"
+        for x in sorted(rows, key=lambda x: x.iou)
+        if x.count >= FEW and x.group != "class" and usual.iou - x.iou >= LEAST_WEAK
+    ]
+    if weak:
+        yield (
+            f"Masks are worst on {'; '.join(weak[:2])}. Of all found objects it is "
+            f"{100 * usual.iou:.0f}."
         )
 
 

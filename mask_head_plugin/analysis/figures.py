@@ -103,7 +103,7 @@ def _error_maps(analysis: Analysis) -> Figure | None:
     quality = analysis.quality
     if quality is None or not len(quality.objects):
         return None
-    titles = ["missing from the mask", "too much in the mask"]
+    titles = ["missing", "too much"]
     figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.06)
     # The cells' middles as shares of the box, 0 to 1 being the box itself.
     places = -MAP_MARGIN + (np.arange(MAP_SIDE) + 0.5) / MAP_SIDE * (1 + 2 * MAP_MARGIN)
@@ -121,8 +121,15 @@ def _error_maps(analysis: Analysis) -> Figure | None:
             hovertemplate="x %{x:.2f}, y %{y:.2f}: %{z:.1f}%<extra></extra>",
         )
         figure.add_trace(heatmap, row=1, col=column)
-        box = {"x0": 0, "x1": 1, "y0": 0, "y1": 1, "line": {"color": "white", "dash": "dot"}}
-        figure.add_shape(type="rect", row=1, col=column, **box)
+        box = go.Scatter(
+            x=[0, 1, 1, 0, 0],
+            y=[0, 0, 1, 1, 0],
+            mode="lines",
+            line={"color": "white", "dash": "dot", "width": 1.5},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+        figure.add_trace(box, row=1, col=column)
     lay_out(figure, 420)
     figure.update_xaxes(showgrid=False, constrain="domain")
     figure.update_yaxes(autorange="reversed", showgrid=False, constrain="domain")
@@ -186,11 +193,18 @@ def _reliability(analysis: Analysis) -> Figure | None:
     )
     lay_out(figure, 420)
     figure.update_xaxes(title_text="score", range=[0, 1])
-    figure.update_yaxes(title_text="share that is right", range=[0, 1.02], secondary_y=False)
+    figure.update_yaxes(
+        title_text="share that is right", range=[0, 1.02], dtick=0.2, secondary_y=False
+    )
     # The bars lie below and leave the lines readable.
     most = 1.05 * float(found.count.max())
     figure.update_yaxes(
-        title_text="detections", range=[0, most], secondary_y=True, showgrid=False, side="right"
+        title_text="detections",
+        range=[0, most],
+        secondary_y=True,
+        showgrid=False,
+        side="right",
+        tickmode="auto",
     )
     figure.update_layout(yaxis={"overlaying": "y2"}, yaxis2={"overlaying": None})
     caption = (

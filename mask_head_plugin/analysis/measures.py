@@ -67,16 +67,13 @@ class Measure:
             return average_precision(self.matches, self.metric) - self.base.value
         return average_precision(self.matches, self.metric)
 
-    def samples(self, weights: npt.NDArray[np.int32]) -> FloatArray:
-        """Returns the figure of data sets with each image so many times.
+    def aps(self, weights: npt.NDArray[np.int32]) -> FloatArray:
+        """Returns (S,) the AP, nothing taken off, of data sets with each image so many times.
 
         Args:
             weights: (S, I), see bootstrap.image_weights.
         """
-        values = resampled_ap(self.matches, weights, (self.metric,))[self.metric]
-        if self.base is None:
-            return values
-        return values - self.base.samples(weights)
+        return resampled_ap(self.matches, weights, (self.metric,))[self.metric]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,48 +7,53 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..durable_files import write_durably
+from ..evaluation.coco_evaluator import without_nan
 from ..pages.render import check_packages, render
 from ..pages.tables import escape_markdown, markdown
 from .analysis import Analysis, as_json
+from .compare import Comparison, comparison_json
 from .curves import threshold_flag
-from .pictures import LEGEND, gallery
-from .sections import facts, sections
+from .pictures import LEGEND, changed_most, gallery
+from .sections import Section, comparison_sections, facts, sections
 
 MARKDOWN_FILE, JSON_FILE, HTML_FILE = "analysis.md", "analysis.json", "analysis.html"
 TEMPLATE = Path(__file__).with_name("analysis.html.j2")
 
 
-def write_pages(analysis: Analysis, folder: Path) -> None:
+def write_pages(analysis: Analysis, folder: Path, comparison: Comparison | None = None) -> None:
     """Writes the three files, over those of an earlier time.
 
     Args:
         analysis: of a run.
         folder: made if missing.
+        comparison: with another run, if there is one.
 
     Raises:
         ConfigError: if analysis.html needs packages that are missing; the others are then there.
         OSError: if a file cannot be written.
     """
-    content = json.dumps(as_json(analysis), indent=1)
-    write_durably(folder / JSON_FILE, content + "\n")
-    write_durably(folder / MARKDOWN_FILE, render_markdown(analysis))
+    content = as_json(analysis)
+    if comparison is not None:
+        content["comparison"] = comparison_json(comparison)
+    write_durably(folder / JSON_FILE, json.dumps(without_nan(content), indent=1) + "\n")
+    write_durably(folder / MARKDOWN_FILE, render_markdown(analysis, comparison))
     check_packages(HTML_FILE, folder / MARKDOWN_FILE)
-    write_durably(folder / HTML_FILE, render_html(analysis))
+    write_durably(folder / HTML_FILE, render_html(analysis, comparison))
 
 
-def render_markdown(analysis: Analysis) -> str:
+def render_markdown(analysis: Analysis, comparison: Comparison | None = None) -> str:
     """Returns analysis.md."""
     parts = [f"# {escape_markdown(_title(analysis))}"]
     parts.append(_list(f"{name}: {escape_markdown(text)}" for name, text in facts(analysis)))
-    parts += ["## Findings", _list(map(escape_markdown, analysis.diagnosis))]
-    for section in sections(analysis):
+    parts += ["## Findings", _list(map(escape_markdown, _findings(analysis, comparison)))]
+    for section in _sections(analysis, comparison):
         parts += [f"## {section.title}", section.text, markdown(section.table)]
         if section.key == "classes" and (flag := threshold_flag(analysis.thresholds)):
             parts += ["For tools/demo.py and tools/predict.py:", f"```bash\n{flag}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def render_html(analysis: Analysis) -> str:
+def render_html(analysis: Analysis, comparison: Comparison | None = None) -> str:
     """Returns analysis.html. Needs jinja2 and plotly."""
     from .figures import figures  # needs plotly
 
@@ -56,13 +61,22 @@ def render_html(analysis: Analysis) -> str:
         TEMPLATE,
         title=_title(analysis),
         facts=facts(analysis),
-        findings=analysis.diagnosis,
-        sections=sections(analysis),
+        findings=_findings(analysis, comparison),
+        sections=_sections(analysis, comparison),
         flag=threshold_flag(analysis.thresholds),
         figures=figures(analysis),
         gallery=gallery(analysis),
+        changed=None if comparison is None else changed_most(analysis, comparison.other),
         legend=LEGEND,
     )
+
+
+def _findings(analysis: Analysis, comparison: Comparison | None) -> list[str]:
+    return [*(comparison.sentences() if comparison else []), *analysis.diagnosis]
+
+
+def _sections(analysis: Analysis, comparison: Comparison | None) -> list[Section]:
+    return [*(comparison_sections(comparison) if comparison else []), *sections(analysis)]
 
 
 def _title(analysis: Analysis) -> str:

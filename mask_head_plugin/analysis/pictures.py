@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from ..evaluation.drawing import ByteArray, LabelStyle, scaled, tint_mask, write_label
-from ..evaluation.image_counts import image_counts
+from ..evaluation.image_counts import most_disputed
 from ..evaluation.mask_window import mask_window
 from ..evaluation.matching import FloatArray
 from ..image_files import read_image
@@ -33,6 +33,7 @@ from .scene import IntArray
 
 logger = logging.getLogger(__name__)
 
+NOT_HERE = "The images are not here; name their folder with --images."
 NUM_WORST = 12
 NUM_OF_KIND = 6
 SIDE = 640
@@ -81,7 +82,7 @@ def gallery(analysis: Analysis) -> Gallery:
     """Returns the pictures, as far as the images are here."""
     folder = image_folder(analysis.files, analysis.findings.scene.file_names[0])
     if folder is None:
-        return Gallery([], "The images are not here; name their folder with --images.")
+        return Gallery([], NOT_HERE)
     rows, size, problems = [], 0, []
     for title, note, makers in [_worst(analysis), *_of_kinds(analysis)]:
         pictures = []
@@ -136,31 +137,49 @@ class _Wanted:
 
 def _worst(analysis: Analysis) -> tuple[str, str, list[_Wanted]]:
     """Returns the images with the lowest F1, of equals those with the most objects."""
-    findings = analysis.findings
-    scene, assignment = findings.scene, findings.found[findings.main_task]
-    at = assignment.at(0.5)
-    kept = _is_kept(analysis)[assignment.rows]
-    counts = image_counts(replace(at, dt_ignored=at.dt_ignored | ~kept), min_score=-np.inf)
+    counts = analysis.image_counts
     order = np.lexsort((-counts.objects - counts.detections, counts.f1))
-    kinds = findings.errors[findings.main_task][0.5].kind
-    wanted = []
-    for k in [int(x) for x in order[:NUM_WORST] if counts.f1[x] < 1]:
-        shown = np.flatnonzero(kept & (at.dt_image == k) & (kinds != LEFT_OUT))
-        outlines = [_outline(analysis, int(n), kinds) for n in shown]
-        false = int(counts.detections[k] - counts.found[k])
-        note = f"{counts.found[k]} of {counts.objects[k]} found, {false} false"
-        title = f"{scene.file_names[k]}: F1 {100 * counts.f1[k]:.0f}"
-        wanted.append(_Wanted(k, title, note, _objects(analysis, k), outlines, []))
+    wanted = [_whole(analysis, int(k)) for k in order[:NUM_WORST] if counts.f1[k] < 1]
     note = "By F1 at IoU 0.5 of detections above the best threshold of their class."
     return "The worst images", note, wanted
 
 
-def _is_kept(analysis: Analysis) -> npt.NDArray[np.bool_]:
-    """Returns (D,) whether a detection is above the best threshold of its class."""
-    scene = analysis.findings.scene
-    best = {x.class_name: x.score for x in analysis.thresholds if x.score == x.score}
-    least = np.array([best.get(name, 0.5) for name in scene.class_names])
-    return scene.dt_score > least[scene.dt_class]
+def _whole(analysis: Analysis, image: int, run: str = "") -> _Wanted:
+    """Returns a picture of all that is in an image and was found there by a run."""
+    findings, counts = analysis.findings, analysis.image_counts
+    assignment = findings.found[findings.main_task]
+    kinds = findings.errors[findings.main_task][0.5].kind
+    kept = analysis.is_kept[assignment.rows]
+    shown = np.flatnonzero(kept & (assignment.matches.dt_image == image) & (kinds != LEFT_OUT))
+    outlines = [_outline(analysis, int(n), kinds) for n in shown]
+    false = int(counts.detections[image] - counts.found[image])
+    note = f"{counts.found[image]} of {counts.objects[image]} found, {false} false"
+    title = f"{run or findings.scene.file_names[image]}: F1 {100 * counts.f1[image]:.0f}"
+    return _Wanted(image, title, note, _objects(analysis, image), outlines, [])
+
+
+def changed_most(analysis: Analysis, other: Analysis) -> Gallery:
+    """Returns the images whose F1 differs most between two runs, both pictures of each.
+
+    Args:
+        analysis: of the run.
+        other: of the one that it is compared with, on the same images.
+    """
+    counts = [x.image_counts for x in (analysis, other)]
+    folder = image_folder(analysis.files, analysis.findings.scene.file_names[0])
+    chosen = most_disputed(counts)
+    if not chosen or folder is None:
+        return Gallery([], NOT_HERE if chosen else "Both runs find the same, at IoU 0.5.")
+    rows = []
+    for k in tqdm(chosen, "pictures: images that changed most", leave=False):
+        wanted = [(analysis, "this run"), (other, "the other run")]
+        try:
+            pictures = [_whole(x, k, name).picture(x, folder) for x, name in wanted]
+        except (OSError, ValueError) as error:
+            logger.warning("an image cannot be shown: %s", one_line(error))
+            continue
+        rows.append(PictureRow(analysis.findings.scene.file_names[k], "", pictures))
+    return Gallery(rows)
 
 
 def _of_kinds(analysis: Analysis) -> Iterator[tuple[str, str, list[_Wanted]]]:

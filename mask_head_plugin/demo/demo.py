@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 
 from ..config import ConfigError
@@ -24,6 +25,7 @@ from ..user_code import load_config_and_code
 from .media import find_sources
 from .model_run import ModelRun, check_output, check_threshold
 from .predictions import Categories, Detections
+from .thresholds import class_thresholds, parsed_thresholds
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +33,25 @@ logger = logging.getLogger(__name__)
 class EagerModel:
     """A model that detectron2 runs, with its class names."""
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(
+        self, cfg: CfgNode, confidence_threshold: float, thresholds: Sequence[str] = ()
+    ) -> None:
         """Loads the model.
 
         Args:
             cfg: of ``demo_config``.
+            confidence_threshold: of classes that have none of their own.
+            thresholds: "NAME=SCORE" of classes that do.
 
         Raises:
-            ConfigError: if the weights cannot be read or do not fill the model.
+            ConfigError: if the weights cannot be read or do not fill the model, or it has not such
+                a class.
         """
         self.predictor = load_predictor(cfg)
         names = self.predictor.metadata.get("thing_classes")
         self.categories = model_categories(cfg, names)
+        least = class_thresholds(self.categories.names, confidence_threshold, thresholds)
+        self._least = torch.from_numpy(least) if thresholds else None
 
     def find(self, images: Sequence[ByteArray]) -> list[Detections]:
         """See Model."""
@@ -53,6 +62,8 @@ class EagerModel:
         if "instances" not in output:
             raise ConfigError(f"the model finds no instances, it returns {sorted(output)} only")
         instances = output["instances"].to("cpu")
+        if self._least is not None:  # the model has dropped what no class keeps
+            instances = instances[instances.scores > self._least[instances.pred_classes]]
         return Detections(
             instances.pred_classes.tolist(),
             instances.scores.tolist(),
@@ -74,6 +85,7 @@ def run_demo(
     output: Path,
     confidence_threshold: float = 0.5,
     *,
+    thresholds: Sequence[str] = (),
     semantic: bool = False,
 ) -> list[str]:
     """Runs a model on images and videos.
@@ -84,6 +96,7 @@ def run_demo(
         inputs: images, videos, folders of them, patterns such as ``photos/*.jpg``.
         output: a folder, made if missing. Nothing in it is overwritten.
         confidence_threshold: detections need a higher score; 0 to 1.
+        thresholds: "NAME=SCORE" of classes that need another one.
         semantic: also write semantic maps.
 
     Returns:
@@ -96,10 +109,12 @@ def run_demo(
     check_threshold(confidence_threshold)
     sources = find_sources(inputs)
     check_output(output, sources, semantic=semantic)
-    cfg = demo_config(config_file, opts, output, confidence_threshold)
+    lowest = min([confidence_threshold, *parsed_thresholds(thresholds).values()])
+    cfg = demo_config(config_file, opts, output, lowest)
     if semantic and not cfg.MODEL.MASK_ON:
         raise ConfigError("--semantic paints masks, and MODEL.MASK_ON is False")
-    return ModelRun(EagerModel(cfg), output, semantic=semantic).run(sources)
+    model = EagerModel(cfg, confidence_threshold, thresholds)
+    return ModelRun(model, output, semantic=semantic).run(sources)
 
 
 def demo_config(

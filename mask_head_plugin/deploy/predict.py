@@ -11,6 +11,7 @@ import numpy as np
 from ..demo.media import find_sources
 from ..demo.model_run import ModelRun, check_output, check_threshold
 from ..demo.predictions import Categories, Detections
+from ..demo.thresholds import class_thresholds
 from ..evaluation.drawing import ByteArray
 from ..messages import ConfigError
 from ..model_input import is_scaled_down
@@ -22,13 +23,20 @@ logger = logging.getLogger(__name__)
 class ExportedModel:
     """A model that onnxruntime runs."""
 
-    def __init__(self, predictor: Predictor, confidence_threshold: float) -> None:
+    def __init__(
+        self, predictor: Predictor, confidence_threshold: float, thresholds: Sequence[str] = ()
+    ) -> None:
         """
         Args:
             predictor: of the model.
             confidence_threshold: detections need a higher score; 0 to 1.
+            thresholds: "NAME=SCORE" of classes that need another one.
+
+        Raises:
+            ConfigError: if the model has not such a class.
         """
-        self.predictor, self.threshold = predictor, confidence_threshold
+        self.predictor = predictor
+        self.least = class_thresholds(predictor.class_names, confidence_threshold, thresholds)
         names = predictor.class_names
         ids = predictor.description.category_ids or list(range(1, len(names) + 1))
         self.categories = Categories(names, ids)
@@ -38,7 +46,7 @@ class ExportedModel:
         return [self._detections(found) for found in self.predictor(images)]
 
     def _detections(self, found: Prediction) -> Detections:
-        kept = np.flatnonzero(found.scores > self.threshold)
+        kept = np.flatnonzero(found.scores > self.least[found.class_ids])
         return Detections(
             found.class_ids[kept].tolist(),
             found.scores[kept].tolist(),
@@ -60,6 +68,7 @@ def run_predict(
     output: Path,
     confidence_threshold: float = 0.5,
     *,
+    thresholds: Sequence[str] = (),
     semantic: bool = False,
     batch_size: int = 1,
     threads: int | None = None,
@@ -71,6 +80,7 @@ def run_predict(
         inputs: images, videos, folders of them, patterns such as ``photos/*.jpg``.
         output: a folder, made if missing. Nothing in it is overwritten.
         confidence_threshold: detections need a higher score; 0 to 1.
+        thresholds: "NAME=SCORE" of classes that need another one.
         semantic: also write semantic maps.
         batch_size: how many images the model gets at a time.
         threads: that onnxruntime computes with; all of the machine if None.
@@ -94,13 +104,13 @@ def run_predict(
     description = predictor.description
     if semantic and description.mask is None:
         raise ConfigError(f"--semantic paints masks, and the model in {folder} has none")
-    if confidence_threshold < description.score_threshold:
+    model = ExportedModel(predictor, confidence_threshold, thresholds)
+    if float(model.least.min()) < description.score_threshold:
         logger.warning(
-            "--confidence-threshold %g: the model in %s was exported with "
+            "a threshold of %g: the model in %s was exported with "
             "MODEL.ROI_HEADS.SCORE_THRESH_TEST %g and finds nothing below",
-            confidence_threshold,
+            float(model.least.min()),
             folder,
             description.score_threshold,
         )
-    model = ExportedModel(predictor, confidence_threshold)
     return ModelRun(model, output, semantic=semantic, batch_size=batch_size).run(sources)

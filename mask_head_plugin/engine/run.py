@@ -102,12 +102,16 @@ def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] 
     logger.info("running on %s, processes: %d", *what)
     if cfg.IMPORTS:
         logger.info("code of yours that has run (IMPORTS): %s", ", ".join(cfg.IMPORTS))
+    results: dict[str, Any] | None
     if args.eval_only:
         model = Trainer.load_model(cfg, resume=args.resume)
         results = Trainer.evaluate(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
-        return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=launch.restarted(cfg.OUTPUT_DIR) or args.resume)
-    return trainer.train()
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=launch.restarted(cfg.OUTPUT_DIR) or args.resume)
+        results = trainer.train()
+    if comm.is_main_process() and results and "bbox" in results:
+        logger.info("what the model gets wrong: python tools/analyze.py %s", cfg.OUTPUT_DIR)
+    return results

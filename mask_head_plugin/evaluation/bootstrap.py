@@ -118,9 +118,16 @@ def class_ap(matches: Matches, metric: str = "AP") -> FloatArray:
     Raises:
         ValueError: as ``resampled_ap``.
     """
+    return resampled_class_ap(matches, _as_they_are(matches), metric)[:, 0]
+
+
+def resampled_class_ap(
+    matches: Matches, weights: npt.NDArray[np.integer], metric: str = "AP"
+) -> FloatArray:
+    """Returns the metric of each class, (K, S), as ``resampled_ap`` does that of all."""
     cells = _cells(matches, metric)
-    aps = _class_aps(matches, _as_they_are(matches), cells)
-    return 100 * _mean_of_counted(np.stack([aps[cell][:, 0] for cell in cells]), axis=0)
+    aps = _class_aps(matches, _checked(weights, matches), cells)
+    return 100 * _mean_of_counted(np.stack([aps[cell] for cell in cells]), axis=0)
 
 
 def precision_recall(matches: Matches, iou: float = 0.5) -> FloatArray:

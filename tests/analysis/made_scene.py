@@ -28,6 +28,12 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
+def decode(result: dict[str, Any]) -> np.ndarray:
+    """Returns the pixels of a result's mask."""
+    rle = result["segmentation"]
+    return coco_mask.decode({"size": rle["size"], "counts": rle["counts"].encode()})
+
+
 def objects_of(masks: Sequence[tuple[int, int, np.ndarray]], crowds: Sequence[int] = ()) -> Any:
     """Returns a COCO file's content with masks given as image, category (1 to 3) and pixels."""
     annotations = [
@@ -72,7 +78,7 @@ def ring(x: int, y: int, size: int) -> np.ndarray:
     return ((radius <= size / 2) & (radius > size / 6)).astype(np.uint8)
 
 
-def crowded_content(num_images: int = 12, seed: int = 3) -> Any:
+def crowded_content(num_images: int = 24, seed: int = 3) -> Any:
     """Returns a data set of rings and rectangles, 4 an image, each with room around it."""
     rng = np.random.default_rng(seed)
     masks = []

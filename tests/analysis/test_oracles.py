@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from made_scene import (
     crowded_content,
+    decode,
     detection,
     encode,
     objects_of,
@@ -34,7 +35,7 @@ def test_with_only_masks_wrong_perfect_masks_give_100_and_nothing_else_helps(tmp
     content = crowded_content()
 
     def spoil(result):
-        mask = coco_mask.decode(result["segmentation"])
+        mask = decode(result)
         x, y, w, h = (int(v) for v in result["bbox"])
         mask[y + 2 : y + h - 2, x + 2 : x + w - 2] = 0
         result["segmentation"] = encode(mask)
@@ -65,7 +66,7 @@ def test_with_only_boxes_wrong_perfect_boxes_give_100_for_boxes_and_masks(tmp_pa
         x, y, w, h = result["bbox"]
         cut = w // 5
         result["bbox"] = [x + cut, y, w - cut, h]
-        mask = coco_mask.decode(result["segmentation"])
+        mask = decode(result)
         mask[:, : int(x + cut)] = 0
         result["segmentation"] = encode(mask)
 

@@ -167,6 +167,18 @@ def test_the_threshold_drops_detections(images, result, tmp_path):
     assert min(a["score"] for a in strict["annotations"]) > 0.999
 
 
+def test_classes_with_a_threshold_of_their_own_need_that_score(images, tmp_path):
+    every, _ = run([images], tmp_path / "every", confidence_threshold=0.0)
+    kwargs = {"confidence_threshold": 0.9, "thresholds": ["ring=0", "star=0.99"]}
+    content, _ = run([images], tmp_path / "own", **kwargs)
+    least = {"ring": 0, "star": 0.99}
+    expected = [a for a in every["annotations"] if a["score"] > least.get(a["category_name"], 0.9)]
+    assert [a["score"] for a in content["annotations"]] == [a["score"] for a in expected]
+    assert (
+        len({a["category_name"] for a in expected}) > 2 < len(expected) < len(every["annotations"])
+    )
+
+
 @pytest.fixture(scope="module")
 def weights_of_other_models(tmp_path_factory):
     """Makes .pth files: the checkpoint's weights where they fit, random ones elsewhere."""
@@ -505,6 +517,7 @@ def test_equal_names_are_numbered_and_equal_files_taken_once(images, tmp_path):
         (["--output", "{tmp}/full", "--semantic"], "full has semantic already"),
         (["--confidence-threshold", "1.5"], "--confidence-threshold 1.5 is not from 0 to 1"),
         (["--confidence-threshold", "nan"], "nan is not from 0 to 1"),
+        (["--class-thresholds", "rung=0.5"], "no class 'rung'; did you mean 'ring'?"),
         (["--config-file", "configs/nowhere.yaml"], "configs/nowhere.yaml does not exist"),
         (["--opts", "MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--opts", "MODEL.WEIGHTS", ""], "no weights: add --opts MODEL.WEIGHTS FILE"),
@@ -585,7 +598,14 @@ def test_help_shows_flags_files_and_examples(capsys):
     text = capsys.readouterr().out
     for word in (
         *("--config-file", "--input", "--video-input", "--output", "--confidence-threshold"),
-        *("--opts", "--semantic", "predictions.json", "semantic_value", "python tools/demo.py"),
+        *(
+            "--class-thresholds",
+            "--opts",
+            "--semantic",
+            "predictions.json",
+            "semantic_value",
+            "python tools/demo.py",
+        ),
     ):
         assert word in text
 

@@ -120,6 +120,23 @@ def test_the_threshold_drops_detections_and_says_what_the_export_has_dropped(
     assert caplog.text.count("was exported with MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.05") == 1
 
 
+def test_classes_with_a_threshold_of_their_own_need_that_score(folder, inputs, tmp_path, capsys):
+    args = ["--model", folder, "--input", inputs / "0.png", "--output"]
+    every = _scores(tmp_path / "every", capsys, [*args, tmp_path / "every"])
+    assert len(every) == 2
+    for name, score in every.items():
+        flags = ["--class-thresholds", f"{name}={score}"]
+        rest = _scores(tmp_path / name, capsys, [*args, tmp_path / name, *flags])
+        assert rest == {x: y for x, y in every.items() if x != name}
+
+
+def _scores(output, capsys, args):
+    """Returns the scores by class name of what is found in one image."""
+    assert tool(capsys, *args)[0] == 0
+    content = json.loads((output / "predictions.json").read_text())
+    return {x["category_name"]: x["score"] for x in content["annotations"]}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -129,6 +146,10 @@ def test_the_threshold_drops_detections_and_says_what_the_export_has_dropped(
         (["--input", "nowhere.jpg"], "nowhere.jpg does not exist"),
         (["--output", "{tmp}/used"], "used has 0.png already"),
         (["--confidence-threshold", "2"], "--confidence-threshold 2.0 is not from 0 to 1"),
+        (["--class-thresholds", "cat"], "'cat' is not NAME=SCORE with a score of 0 to 1"),
+        (["--class-thresholds", "cat=2"], "'cat=2' is not NAME=SCORE with a score of 0 to 1"),
+        (["--class-thresholds", "cat=0.1", "cat=0.2"], "--class-thresholds has 'cat' twice"),
+        (["--class-thresholds", "cow=0.1"], "the model has no class 'cow'"),
         (["--batch-size", "0"], "--batch-size 0 is not 1 or more"),
         (["--threads", "-1"], "--threads -1 is not from 1 to 1024"),
         (["--threads", "100000"], "--threads 100000 is not from 1 to 1024"),

@@ -18,6 +18,7 @@ from plotly.subplots import make_subplots
 
 from ...evaluation.bootstrap import class_ap, precision_recall
 from ...evaluation.coco_ap import METRICS
+from ...pages.differences import BETTER, NOISE, ONE_SEED, WORSE, verdict
 from ...pages.figures import (
     BLACK,
     COLOURS,
@@ -31,7 +32,6 @@ from ...pages.figures import (
 from ...pages.tables import number as formatted
 from ..trial_folder import Trial
 from .study import Study, Variant, mean
-from .tables import BETTER, NOISE, ONE_SEED, WORSE, verdict
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -20,6 +20,7 @@ from .tables import build_table, changed_keys, findings, paper_table, unfinished
 
 MARKDOWN_FILE, HTML_FILE, PLOT_FILE = "report.md", "report.html", "intervals.png"
 TEMPLATE = "report.html.j2"
+ANALYSES_NOTE = "Pages of tools/analyze.py, or the commands that write them."
 PAPER_NOTE = "The paper's figures are of its own models and data; compare differences, not values."
 
 
@@ -58,6 +59,7 @@ def render_markdown(study: Study, picture: str = "") -> str:
     paper = paper_table(study)
     if paper.rows:
         parts += ["## The paper's figures beside ours", markdown(paper), PAPER_NOTE]
+    parts += ["## What each variant gets wrong", ANALYSES_NOTE, _list(_analyses_markdown(study))]
     unfinished = unfinished_table(study)
     if unfinished.rows:
         parts += ["## Trials that have not finished", markdown(unfinished)]
@@ -82,6 +84,8 @@ def render_html(study: Study) -> str:
         paper_note=PAPER_NOTE,
         figures=figures(study),
         gallery=side_by_side(study),
+        analyses=analyses(study),
+        analyses_note=ANALYSES_NOTE,
         unfinished=unfinished_table(study),
         command=repeat_command(study),
     )
@@ -114,6 +118,33 @@ def repeat_command(study: Study) -> str:
     """Returns the command that ran the ablation, as far as it is known."""
     command = study.description.get("command") or ""
     return shlex.join(command) if isinstance(command, list) else str(command)
+
+
+def analyses(study: Study) -> list[tuple[str, str, str]]:
+    """Returns name, command and, where it has run, the page of each variant's analysis.
+
+    Of the first finished seed, compared with the baseline's.
+    """
+    baseline = study.baseline.finished[:1]
+    found = []
+    for variant in study.variants:
+        for trial in variant.finished[:1]:
+            command = ["python", "tools/analyze.py", str(trial.inference)]
+            if baseline and trial is not baseline[0]:
+                command += ["--compare", str(baseline[0].inference)]
+            page = trial.inference / "analysis.html"
+            relative = page.relative_to(trial.folder.parent.parent).as_posix()
+            found.append((variant.name, shlex.join(command), relative if page.is_file() else ""))
+    return found
+
+
+def _analyses_markdown(study: Study) -> list[str]:
+    return [
+        f"[{escape_markdown(name)}]({page})"
+        if page
+        else f"{escape_markdown(name)}: {code_markdown(command)}"
+        for name, command, page in analyses(study)
+    ]
 
 
 def _title(study: Study) -> str:

@@ -9,28 +9,13 @@ from textwrap import shorten
 
 from ...evaluation.coco_ap import METRICS
 from ...evaluation.difference import PairedDifference
+from ...pages.differences import BETTER, MARKS, NOISE, ONE_SEED, WORSE, verdict, with_interval
 from ...pages.tables import NOTHING, Cell, Column, Table, number
 from .study import Study, Variant, mean
 
-BASELINE, BETTER, WORSE, NOISE = "baseline", "better", "worse", "within noise"
-ONE_SEED = "one seed: unknown"
-MARKS = {BETTER: "▲ ", WORSE: "▼ ", NOISE: "≈ ", ONE_SEED: "? "}
+BASELINE = "baseline"
 MOST_OF_ERROR = 300
 """Characters of an error that are shown; all of it is in trial.json."""
-
-
-def verdict(comparison: PairedDifference) -> str:
-    """Returns what the interval of a difference says; nothing where there is no interval.
-
-    An interval over images alone shows no difference: training again may turn it round.
-    """
-    if not (math.isfinite(comparison.low) and math.isfinite(comparison.high)):
-        return ""
-    if comparison.low <= 0 <= comparison.high:
-        return NOISE
-    if not comparison.has_training:
-        return ONE_SEED
-    return BETTER if comparison.low > 0 else WORSE
 
 
 def build_table(study: Study) -> Table:
@@ -163,12 +148,6 @@ def with_spread(variant: Variant, key: str) -> str:
     """Returns a mean over seeds with their standard deviation, if there is more than one."""
     spread = variant.std(key)
     return number(variant.mean(key)) + (f" ± {spread:.2f}" if math.isfinite(spread) else "")
-
-
-def with_interval(comparison: PairedDifference) -> str:
-    """Returns a difference as ``+0.50 (-0.10 to +1.10)``."""
-    low, high = number(comparison.low, "+.2f"), number(comparison.high, "+.2f")
-    return f"{number(comparison.difference, '+.2f')} ({low} to {high})"
 
 
 def paper_table(study: Study) -> Table:

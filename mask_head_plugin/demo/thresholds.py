@@ -1,0 +1,61 @@
+"""Which scores detections need: one for all classes, others for some.
+
+Shape alphabet: K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..messages import ConfigError, listed, nearest_name
+
+
+def class_thresholds(
+    class_names: Sequence[str], default: float, by_class: Sequence[str]
+) -> npt.NDArray[np.float64]:
+    """Returns the score that detections of each class need more than, (K,).
+
+    Args:
+        class_names: K, of the model.
+        default: for classes without one of their own.
+        by_class: values of ``--class-thresholds``.
+
+    Raises:
+        ConfigError: as ``parsed_thresholds``; if the model has no such class.
+    """
+    given = parsed_thresholds(by_class)
+    unknown = [name for name in given if name not in class_names]
+    if unknown:
+        near = nearest_name(unknown[0], class_names)
+        hint = f"did you mean {near!r}?" if near else f"it has {listed(class_names)}"
+        raise ConfigError(f"--class-thresholds: the model has no class {unknown[0]!r}; {hint}")
+    return np.array([given.get(name, default) for name in class_names])
+
+
+def parsed_thresholds(by_class: Sequence[str]) -> dict[str, float]:
+    """Returns the scores by class name.
+
+    Args:
+        by_class: each "NAME=SCORE", 0 to 1.
+
+    Raises:
+        ConfigError: if one is not that, or a class has two.
+    """
+    given: dict[str, float] = {}
+    for text in by_class:
+        name, _, value = text.rpartition("=")
+        try:
+            score = float(value)
+        except ValueError:
+            score = -1.0
+        if not name or not 0 <= score <= 1:
+            raise ConfigError(
+                f"--class-thresholds {text!r} is not NAME=SCORE with a score of 0 to 1"
+            )
+        if name in given:
+            raise ConfigError(f"--class-thresholds has {name!r} twice")
+        given[name] = score
+    return given

@@ -1,0 +1,36 @@
+"""Differences of two models in words: better, worse, or within the noise."""
+
+from __future__ import annotations
+
+import math
+
+from ..evaluation.difference import PairedDifference
+from .tables import number
+
+BETTER, WORSE, NOISE = "better", "worse", "within noise"
+ONE_SEED = "one seed: unknown"
+MARKS = {BETTER: "▲ ", WORSE: "▼ ", NOISE: "≈ ", ONE_SEED: "? "}
+
+
+def verdict(comparison: PairedDifference) -> str:
+    """Returns what the interval of a difference says; nothing where there is no interval.
+
+    An interval over images alone shows no difference: training again may turn it round.
+    """
+    found = verdict_of_images(comparison)
+    return found if found in ("", NOISE) or comparison.has_training else ONE_SEED
+
+
+def verdict_of_images(comparison: PairedDifference) -> str:
+    """Returns what the interval says of these two models as they are, were other images drawn."""
+    if not (math.isfinite(comparison.low) and math.isfinite(comparison.high)):
+        return ""
+    if comparison.low <= 0 <= comparison.high:
+        return NOISE
+    return BETTER if comparison.low > 0 else WORSE
+
+
+def with_interval(comparison: PairedDifference) -> str:
+    """Returns a difference as ``+0.50 (-0.10 to +1.10)``."""
+    low, high = number(comparison.low, "+.2f"), number(comparison.high, "+.2f")
+    return f"{number(comparison.difference, '+.2f')} ({low} to {high})"

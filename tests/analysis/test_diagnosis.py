@@ -1,0 +1,131 @@
+"""A model that is spoilt in one way is told what is wrong with it, and nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from made_scene import HW, crowded_content, decode, encode, perfect, rectangle
+
+from mask_head_plugin.analysis.analysis import analyze
+from mask_head_plugin.analysis.run_files import find_run_files
+from mask_head_plugin.ops import crop_masks, encode_masks
+
+
+@pytest.fixture
+def analysis_of(tmp_path):
+    """Returns a function from detections of crowded_content to their analysis."""
+
+    def analysis(results):
+        (tmp_path / "annotations.json").write_text(json.dumps(crowded_content()))
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        return analyze(find_run_files(tmp_path / "results.json", tmp_path / "annotations.json"))
+
+    return analysis
+
+
+def told(sentences, *starts):
+    """Returns the sentences that start so; each start has one."""
+    found = [[x for x in sentences if x.startswith(start)] for start in starts]
+    assert [len(x) for x in found] == [1] * len(starts), sentences
+    return [x[0] for x in found]
+
+
+def untold(sentences, *starts):
+    assert not [x for x in sentences if x.startswith(starts)], sentences
+
+
+SHIFT, AREA, CLASSES, SCORES = "Boxes lie", "Masks are too", "Classes are taken", "Scores of some"
+
+
+def test_a_perfect_model_is_told_nothing_but_its_ap(analysis_of):
+    sentences = analysis_of(perfect(crowded_content())).diagnosis
+    told(sentences, "AP is 100.0 for boxes (AP50 100.0) and 100.0 for masks")
+    untold(sentences, SHIFT, AREA, CLASSES, SCORES, "Errors of", "By branch")
+
+
+def test_shrunk_mask_logits_are_masks_that_are_too_small(analysis_of):
+    """Logits of a good mask, lowered by a constant: the branch paints too little."""
+
+    def shrink(result):
+        x, y, w, h = result["bbox"]
+        box = torch.tensor([[x, y, x + w, y + h]])
+        bits = torch.from_numpy(decode(result)[None])
+        soft = torch.nn.functional.avg_pool2d(
+            crop_masks(bits, box, 28).float()[None], 9, 1, 4, count_include_pad=True
+        )
+        logits = 8 * (soft[0] - 0.5) - 2.5
+        result["segmentation"] = _text(encode_masks(logits.sigmoid(), box, HW)[0])
+
+    analysis = analysis_of(perfect(crowded_content(), shrink))
+    sentences = analysis.diagnosis
+    area, branch = told(sentences, AREA, "By branch")
+    assert "too small" in area and branch.endswith("Most is to be won with the mask branch.")
+    assert "perfect boxes would win 0.0" in branch
+    untold(sentences, SHIFT, CLASSES, SCORES, "Errors of boxes")
+    missing, extra = analysis.quality.missing.sum(), analysis.quality.extra.sum()
+    assert missing > 10 * extra
+
+
+def test_boxes_shifted_by_three_pixels_are_told_with_size_and_side(analysis_of):
+    def shift(result):
+        x, y, w, h = result["bbox"]
+        result["bbox"] = [x + 3, y, w, h]
+        mask = np.roll(decode(result), 3, 1)
+        mask[:, :3] = 0
+        result["segmentation"] = encode(mask)
+
+    analysis = analysis_of(perfect(crowded_content(), shift))
+    (sentence,) = told(analysis.diagnosis, SHIFT)
+    assert sentence.startswith("Boxes lie 3.0 px too far right")
+    untold(analysis.diagnosis, AREA, CLASSES, SCORES)
+    oracles = {x.name: x.value for x in analysis.findings.measures.values() if x.task == "bbox"}
+    base = analysis.findings.value("bbox", "AP", "AP")
+    assert oracles["perfect boxes"] == pytest.approx(100 - base)
+    assert oracles["perfect classes"] == 0 and base < 80
+
+
+def test_two_exchanged_class_rows_are_named_as_confused(analysis_of):
+    def exchange(result):
+        result["category_id"] = {1: 1, 2: 3, 3: 2}[result["category_id"]]
+
+    analysis = analysis_of(perfect(crowded_content(), exchange))
+    sentence, branch = told(analysis.diagnosis, CLASSES, "By branch")
+    assert "100% of cat as bird" in sentence and "100% of bird as cat" in sentence
+    assert "dog" not in sentence and "with the classifier" in branch
+    untold(analysis.diagnosis, SHIFT, AREA)
+    assert analysis.findings.value("segm", "error", "class", 0.5) == pytest.approx(200 / 3)
+
+
+def test_the_halved_score_of_a_class_is_found_and_its_threshold_is_half(analysis_of):
+    """AP does not see it, as it ranks the detections of a class among themselves."""
+
+    def halve(result):
+        if result["category_id"] == 2:
+            result["score"] /= 2
+
+    def with_background(results):
+        corner = {"bbox": [150, 110, 8, 8], "segmentation": encode(rectangle(150, 110, 8, 8))}
+        return [*results, *({**x, **corner, "score": 0.3 * x["score"]} for x in results)]
+
+    usual = analysis_of(with_background(perfect(crowded_content())))
+    untold(usual.diagnosis, SCORES)
+    halved = analysis_of(with_background(perfect(crowded_content(), halve)))
+    assert halved.findings.value("segm", "AP", "AP") == 100
+    (sentence,) = told(halved.diagnosis, SCORES)
+    assert "cat (too low" in sentence and "dog" not in sentence and "bird" not in sentence
+    before, after = ({x.class_name: x.score for x in a.thresholds} for a in (usual, halved))
+    assert after["cat"] == pytest.approx(before["cat"] / 2, abs=0.02)
+    assert after["dog"] == before["dog"] and after["bird"] == before["bird"]
+
+
+def test_nothing_detected_is_told_in_one_sentence(analysis_of):
+    sentences = analysis_of([]).diagnosis
+    assert sentences[0] == "Nothing was detected: AP is 0, and every object is missed."
+    untold(sentences, SHIFT, AREA, CLASSES, SCORES, "Errors of")
+
+
+def _text(rle):
+    return {"size": rle["size"], "counts": rle["counts"].decode()}

@@ -1,0 +1,192 @@
+"""The pages and the tool, as a user runs it: all kinds of runs, and results that do not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import load_script
+from made_scene import (
+    HW,
+    crowded_content,
+    decode,
+    detection,
+    encode,
+    objects_of,
+    perfect,
+    rectangle,
+)
+
+pytest.importorskip("plotly", reason="analysis.html needs the extra 'report'")
+
+
+def write_run(folder, content, results, name="run"):
+    """Writes a run as train_net.py leaves it, with images beside the annotations."""
+    (folder / "images").mkdir(exist_ok=True)
+    for image in content["images"]:
+        picture = np.full((*HW, 3), 90, np.uint8)
+        cv2.imwrite(str(folder / "images" / image["file_name"]), picture)
+    annotations = folder / "annotations.json"
+    annotations.write_text(json.dumps(content))
+    inference = folder / name / "inference"
+    inference.mkdir(parents=True)
+    (inference / "coco_instances_results.json").write_text(json.dumps(results))
+    metrics = {"dataset": "made", "annotations": str(annotations), "max_detections": 100}
+    (inference / "metrics.json").write_text(json.dumps(metrics))
+    return folder / name
+
+
+def worse(result):
+    """Every second image: masks without their middle, and cats taken for birds."""
+    if result["image_id"] % 2:
+        mask = decode(result)
+        x, y, w, h = (int(v) for v in result["bbox"])
+        mask[y + 4 : y + h - 4, x + 4 : x + w - 4] = 0
+        result["segmentation"] = encode(mask)
+        result["category_id"] = {1: 1, 2: 3, 3: 3}[result["category_id"]]
+
+
+def tool(capsys, *args):
+    """Runs tools/analyze.py in this process; returns exit code, stdout, stderr."""
+    module = load_script("tools/analyze.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["analyze.py", *map(str, args)])
+        code = module.main()
+    return code, *capsys.readouterr()
+
+
+def without_library(page):
+    scripts = re.findall(r"<script[^>]*>.*?</script>", page, re.DOTALL)
+    return page.replace(max(scripts, key=len), "")
+
+
+def test_a_run_becomes_three_files_that_agree(tmp_path, capsys):
+    content = crowded_content()
+    content["categories"][0]["name"] = "dog <b>|x|</b>"
+    run = write_run(tmp_path, content, perfect(content, worse))
+    code, out, _ = tool(capsys, run)
+    folder = run / "inference"
+    assert code == 0 and str(folder / "analysis.html") in out
+    found = json.loads((folder / "analysis.json").read_text())
+    text = (folder / "analysis.md").read_text()
+    page = without_library((folder / "analysis.html").read_text())
+    for sentence in found["diagnosis"]:
+        assert sentence.replace("<", "&lt;")[:40] in page.replace("&#39;", "'")
+    ap = f"{found['tasks']['segm']['AP']:.1f}"
+    assert f"| masks | {ap} |" in text and f">{ap}</td>" in page
+    flag = re.search(r"```bash\n(--class-thresholds .*)\n```", text).group(1)
+    assert " bird=" in flag and "--class-thresholds 'dog <b>|x|</b>=" in flag
+    # Pictures are in it, nothing is fetched, and no name is taken for markup.
+    assert page.count('src="data:image/jpeg') >= 6 and not re.search(r'(src|href)="http', page)
+    assert "<b>|x|" not in page and "dog <b>" not in text
+    assert found["tasks"]["bbox"]["errors"]["0.5"]["class"]["count"] > 0
+    assert found["num_objects"] == 96
+
+
+def test_compared_with_another_run_all_figures_have_intervals(tmp_path, capsys):
+    content = crowded_content()
+    good = write_run(tmp_path, content, perfect(content), "good")
+    bad = write_run(tmp_path, content, perfect(content, worse), "bad")
+    args = ("--draws", 40, "--output", tmp_path / "out")
+    code, _, _ = tool(capsys, bad, "--compare", good, *args)
+    assert code == 0
+    found = json.loads((tmp_path / "out" / "analysis.json").read_text())["comparison"]
+    assert found["results"] == str(good / "inference" / "coco_instances_results.json")
+    by_key = {(x["task"], x["group"], x["name"], x["threshold"]): x for x in found["differences"]}
+    ap = by_key["segm", "AP", "AP", 0]
+    assert ap["other"] == 100 and ap["difference"] == pytest.approx(ap["value"] - 100)
+    assert ap["low"] <= ap["difference"] <= ap["high"] < 0 and ap["finding"] == "worse"
+    # What is lost by an error is worse if it is more.
+    assert by_key["bbox", "error", "class", 0.5]["finding"] == "worse"
+    assert by_key["bbox", "error", "class", 0.5]["difference"] > 0
+    assert by_key["segm", "class", "cat", 0]["difference"] < -40
+    page = (tmp_path / "out" / "analysis.html").read_text()
+    assert "Images that changed most" in page and "this run: F1" in page
+    same = tool(capsys, good, "--compare", good, *args)
+    assert same[0] == 0
+    found = json.loads((tmp_path / "out" / "analysis.json").read_text())["comparison"]
+    assert {x["difference"] for x in found["differences"]} <= {0.0, None}
+
+
+def test_boxes_without_masks_are_analysed_alone(tmp_path, capsys):
+    content = crowded_content()
+    results = [{k: v for k, v in x.items() if k != "segmentation"} for x in perfect(content)]
+    run = write_run(tmp_path, content, results)
+    code, _, _ = tool(capsys, run)
+    text = (run / "inference" / "analysis.md").read_text()
+    assert code == 0 and "There are no masks to compare" in text and "| boxes | 100.0" in text
+    assert "Mask quality" not in text
+
+
+def test_nothing_detected_and_unreadable_images_still_make_pages(tmp_path, capsys):
+    run = write_run(tmp_path, crowded_content(), [])
+    (tmp_path / "images" / "1.png").write_text("no image")
+    assert tool(capsys, run)[0] == 0
+    assert "Nothing was detected" in (run / "inference" / "analysis.md").read_text()
+
+
+def test_a_results_file_of_anyone_needs_only_its_annotations(tmp_path, capsys):
+    content = crowded_content()
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(perfect(content)))
+    code, _, err = tool(capsys, file)
+    assert code == 2 and "--annotations FILE" in err
+    assert tool(capsys, file, "--annotations", tmp_path / "ann.json")[0] == 0
+    assert "name their folder with --images" in (tmp_path / "analysis.html").read_text()
+
+
+CONTENT = objects_of([(1, 1, rectangle(10, 10, 40, 40))])
+RIGHT = detection(1, 1, rectangle(10, 10, 40, 40))
+MISFITS = {
+    "image_id": ([{**RIGHT, "image_id": 7}], "images that .* does not: image_id 7"),
+    "category_id": ([{**RIGHT, "category_id": 0}], "categories that .* category_id 0"),
+    "size": (
+        [{**RIGHT, "segmentation": {"size": [5, 5], "counts": "0"}}],
+        r"entry 0 \(image 1\): its segmentation is none: an RLE has the size",
+    ),
+    "some without": ([RIGHT, {**RIGHT, "segmentation": None}], "1 of 2 detections have no segm"),
+    "score": ([{**RIGHT, "score": float("nan")}], "score is nan"),
+    "box": ([{**RIGHT, "bbox": [1, 2, 3]}], r"bbox is \[1, 2, 3\]"),
+    "no list": ({"x": 1}, "no file of results"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_results_that_do_not_fit_are_named(tmp_path, capsys, case):
+    results, message = MISFITS[case]
+    run = write_run(tmp_path, CONTENT, results)
+    code, out, err = tool(capsys, run)
+    assert code == 2 and not out and err.count("\n") == 1
+    assert re.search(message, err) and "coco_instances_results.json" in err
+
+
+def test_folders_without_or_with_several_results_say_what_to_do(tmp_path, capsys):
+    code, _, err = tool(capsys, tmp_path)
+    assert code == 2 and "--eval-only" in err
+    run = write_run(tmp_path, CONTENT, [RIGHT])
+    for name in ("one", "two", "keypoints"):
+        (run / "inference" / name).mkdir()
+        for file in ("coco_instances_results.json", "metrics.json"):
+            content = (run / "inference" / file).read_text()
+            (run / "inference" / name / file).write_text(content)
+    (run / "inference" / "coco_instances_results.json").unlink()
+    code, _, err = tool(capsys, run)
+    assert code == 2 and "one, two" in err and "--dataset" in err
+    assert tool(capsys, run, "--dataset", "two")[0] == 0
+    assert (run / "inference" / "two" / "analysis.html").is_file()
+    (tmp_path / "annotations.json").unlink()
+    code, _, err = tool(capsys, run, "--dataset", "one")
+    assert code == 2 and "annotations.json are not there" in err
+
+
+def test_other_objects_cannot_be_compared(tmp_path, capsys):
+    run = write_run(tmp_path, CONTENT, [RIGHT])
+    code, _, err = tool(capsys, run, "--compare", tmp_path / "none")
+    assert code == 2 and "none" in err
+    code, _, err = tool(capsys, run, "--compare", run, "--draws", 1)
+    assert code == 2 and "--draws 1" in err
