@@ -72,7 +72,8 @@ def assign(
     """
     ious = scene.ious(task) if ious is None else ious
     ranges = np.array([AREAS[name] for name in areas])
-    dt_outside = _outside(scene.dt_area(task), ranges)
+    area = scene.dt_area(task) if len(areas) > 1 else np.zeros(len(scene.dt_image))
+    dt_outside = _outside(area, ranges)
     if scene.lenient:
         pairs = zip(scene.dt_image.tolist(), scene.dt_class.tolist(), strict=True)
         dt_outside = dt_outside | np.array([pair in scene.lenient for pair in pairs])

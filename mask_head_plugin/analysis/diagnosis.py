@@ -207,8 +207,8 @@ def _scores(gaps: list[ClassGap]) -> Iterator[str]:
     if len(known) < 2:
         return
     told = []
+    usual = float(np.median([x.gap for x in known]))
     for one in known:
-        usual = float(np.median([x.gap for x in known if x is not one]))
         if abs(one.gap - usual) >= LEAST_GAP:
             word = "low" if one.gap > usual else "high"
             told.append(

@@ -35,6 +35,8 @@ MEANINGS = {
     "perfect boxes": "each detection on its object's true box, its mask no longer cut off",
     "perfect classes": "each detection under its object's class",
 }
+MOST_THROUGH_GRID = 10_000
+"""Objects that go through the grid; of more, every second, third, …: AP moves by a tenth."""
 WINDOWS_TOGETHER = 64
 """Of objects of similar size that go through the grid at once."""
 
@@ -148,6 +150,9 @@ def grid_matches(scene: Scene, assignment: Assignment, sides: Sequence[int]) -> 
     assert scene.gt_mask is not None
     base = assignment.matches
     counted = np.flatnonzero(~base.gt_ignored[0])
+    counted = counted[:: max(-(-len(counted) // MOST_THROUGH_GRID), 1)]
+    left_out = np.ones(len(scene.gt_image), bool)
+    left_out[counted] = False
     masks = [scene.gt_mask[k] for k in counted.tolist()]
     for iou in grid_ious(masks, scene.gt_box[counted], sides):
         matched = iou >= np.minimum(base.iou_thresholds, 1 - 1e-10)[:, None]
@@ -159,7 +164,7 @@ def grid_matches(scene: Scene, assignment: Assignment, sides: Sequence[int]) -> 
             dt_score=iou,
             dt_matched=matched[None],
             dt_ignored=np.zeros((1, *matched.shape), bool),
-            gt_ignored=base.gt_ignored[:1],
+            gt_ignored=left_out[None],
         )
 
 

@@ -44,7 +44,7 @@ def read_scene(annotations: Path, results: Sequence[Record], source: Path) -> Sc
         _check_ids(results, truth, source)
         with_masks = truth.has_masks and _have_masks(results, source, annotations)
         sizes = {x["id"]: (x.get("height"), x.get("width")) for x in content["images"]}
-        checked = [_checked(x, k, source, sizes, with_masks) for k, x in enumerate(results)]
+        checked = _checked(results, source, sizes, with_masks)
         found = truth.detections(checked, "segm" if with_masks else "bbox")
     except ConfigError:
         raise
@@ -92,33 +92,54 @@ def _have_masks(results: Sequence[Record], source: Path, annotations: Path) -> b
 
 
 def _checked(
-    result: Record, number: int, source: Path, sizes: Mapping[Any, Any], with_masks: bool
-) -> dict[str, Any]:
-    """Returns a detection with score, box and, if asked for, the mask as RLE."""
-    where = f"{source}: entry {number} (image {result['image_id']!r})"
-    checked: dict[str, Any] = {key: result[key] for key in ("image_id", "category_id")}
-    for key in ("score", "mask_score"):
-        if key in result or key == "score":
-            checked[key] = _number(result.get(key), f"{where}: {key}")
-    if with_masks:
-        try:
-            rle = annotation_rle(result["segmentation"], sizes[result["image_id"]])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{where}: its segmentation is none: {one_line(error)}") from error
-        checked["segmentation"] = as_bytes(rle)
-    box = result.get("bbox")
-    if box is None and with_masks:
-        box = coco_mask.toBbox(checked["segmentation"]).tolist()
-    if not isinstance(box, list) or len(box) != 4:
-        raise ConfigError(f"{where}: bbox is {box!r}, not [x, y, width, height]")
-    checked["bbox"] = [_number(x, f"{where}: bbox") for x in box]
+    results: Sequence[Record], source: Path, sizes: Mapping[Any, Any], with_masks: bool
+) -> list[dict[str, Any]]:
+    """Returns detections with score, box and, if asked for, the mask as RLE."""
+    checked = []
+    for number, result in enumerate(results):
+        one = {key: result[key] for key in ("image_id", "category_id")}
+        if with_masks:
+            try:
+                rle = annotation_rle(result["segmentation"], sizes[result["image_id"]])
+                one["segmentation"] = as_bytes(rle)
+            except (ValueError, KeyError, TypeError) as error:
+                where = f"{source}: entry {number} (image {result['image_id']!r})"
+                raise ConfigError(f"{where}: its segmentation is none: {one_line(error)}") from None
+        box = result.get("bbox")
+        if box is None and with_masks:
+            box = coco_mask.toBbox(one["segmentation"]).tolist()
+        one |= {"score": result.get("score"), "bbox": box}
+        if "mask_score" in result:
+            one["mask_score"] = result["mask_score"]
+        checked.append(one)
+    for key, count in (("score", None), ("mask_score", None), ("bbox", 4)):
+        _check_numbers([(k, x[key]) for k, x in enumerate(checked) if key in x], key, count, source)
     return checked
 
 
-def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{what} is {value!r}, not a finite number")
-    return float(value)
+def _check_numbers(
+    values: Sequence[tuple[int, Any]], key: str, count: int | None, source: Path
+) -> None:
+    """Raises a ConfigError unless each value is a finite number, or a list of so many.
+
+    Args:
+        values: numbers of entries, and what they have.
+        key: where they have it.
+        count: length of a list; None for a number.
+        source: the file of the results.
+    """
+    try:
+        array = np.array([x for _, x in values], float)
+        if array.shape[1:] == (() if count is None else (count,)) and np.isfinite(array).all():
+            return
+    except (ValueError, TypeError):
+        pass
+    expected = "a finite number" if count is None else "[x, y, width, height] in finite numbers"
+    for number, value in values:
+        numbers = [value] if count is None else value
+        fits = isinstance(numbers, list) and len(numbers) == (count or 1)
+        if not fits or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+            raise ConfigError(f"{source}: entry {number}: {key} is {value!r}, not {expected}")
 
 
 def _scene(

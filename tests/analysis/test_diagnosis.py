@@ -113,7 +113,7 @@ def test_the_halved_score_of_a_class_is_found_and_its_threshold_is_half(analysis
     usual = analysis_of(with_background(perfect(crowded_content())))
     untold(usual.diagnosis, SCORES)
     halved = analysis_of(with_background(perfect(crowded_content(), halve)))
-    assert halved.findings.value("segm", "AP", "AP") == 100
+    assert halved.findings.value("segm", "AP", "AP") == pytest.approx(100)
     (sentence,) = told(halved.diagnosis, SCORES)
     assert "cat (too low" in sentence and "dog" not in sentence and "bird" not in sentence
     before, after = ({x.class_name: x.score for x in a.thresholds} for a in (usual, halved))

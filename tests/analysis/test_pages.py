@@ -65,7 +65,7 @@ def without_library(page):
 
 
 def test_a_run_becomes_three_files_that_agree(tmp_path, capsys):
-    content = crowded_content()
+    content = crowded_content(12)
     content["categories"][0]["name"] = "dog <b>|x|</b>"
     run = write_run(tmp_path, content, perfect(content, worse))
     code, out, _ = tool(capsys, run)
@@ -82,16 +82,16 @@ def test_a_run_becomes_three_files_that_agree(tmp_path, capsys):
     assert " bird=" in flag and "--class-thresholds 'dog <b>|x|</b>=" in flag
     # Pictures are in it, nothing is fetched, and no name is taken for markup.
     assert page.count('src="data:image/jpeg') >= 6 and not re.search(r'(src|href)="http', page)
-    assert "<b>|x|" not in page and "dog <b>" not in text
+    assert "<b>|x|" not in page and "dog <b>" not in text.replace(flag, "")
     assert found["tasks"]["bbox"]["errors"]["0.5"]["class"]["count"] > 0
-    assert found["num_objects"] == 96
+    assert found["num_objects"] == 48
 
 
 def test_compared_with_another_run_all_figures_have_intervals(tmp_path, capsys):
-    content = crowded_content()
+    content = crowded_content(12)
     good = write_run(tmp_path, content, perfect(content), "good")
     bad = write_run(tmp_path, content, perfect(content, worse), "bad")
-    args = ("--draws", 40, "--output", tmp_path / "out")
+    args = ("--draws", 10, "--output", tmp_path / "out")
     code, _, _ = tool(capsys, bad, "--compare", good, *args)
     assert code == 0
     found = json.loads((tmp_path / "out" / "analysis.json").read_text())["comparison"]
@@ -113,7 +113,7 @@ def test_compared_with_another_run_all_figures_have_intervals(tmp_path, capsys):
 
 
 def test_boxes_without_masks_are_analysed_alone(tmp_path, capsys):
-    content = crowded_content()
+    content = crowded_content(12)
     results = [{k: v for k, v in x.items() if k != "segmentation"} for x in perfect(content)]
     run = write_run(tmp_path, content, results)
     code, _, _ = tool(capsys, run)
@@ -123,14 +123,14 @@ def test_boxes_without_masks_are_analysed_alone(tmp_path, capsys):
 
 
 def test_nothing_detected_and_unreadable_images_still_make_pages(tmp_path, capsys):
-    run = write_run(tmp_path, crowded_content(), [])
+    run = write_run(tmp_path, crowded_content(12), [])
     (tmp_path / "images" / "1.png").write_text("no image")
     assert tool(capsys, run)[0] == 0
     assert "Nothing was detected" in (run / "inference" / "analysis.md").read_text()
 
 
 def test_a_results_file_of_anyone_needs_only_its_annotations(tmp_path, capsys):
-    content = crowded_content()
+    content = crowded_content(12)
     (tmp_path / "ann.json").write_text(json.dumps(content))
     file = tmp_path / "results.json"
     file.write_text(json.dumps(perfect(content)))

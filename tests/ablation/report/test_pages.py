@@ -338,6 +338,18 @@ def test_numbers_have_a_true_minus_and_no_nan():
     )
 
 
+def test_analyses_are_linked_where_they_are_and_else_their_commands_told(copied):
+    inference = copied / "variant_1" / "seed_1" / "inference"
+    baseline = copied / "variant_0" / "seed_1" / "inference"
+    text, page = render(copied)
+    command = f"python tools/analyze.py {inference} --compare {baseline}"
+    assert f"`{command}`" in text and f"<code>{command}</code>" in page
+    (inference / "analysis.html").write_text("a page")
+    text, page = render(copied)
+    assert "](variant_1/seed_1/inference/analysis.html)" in text and command not in text
+    assert '<a href="variant_1/seed_1/inference/analysis.html">a|b &lt;script&gt;' in page
+
+
 def run_tool(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
     return runpy.run_path(str(ROOT / "tools" / "report.py"))["main"]()
