@@ -53,6 +53,7 @@ NOT_RUN = {
     "tools/show_training_images.py": "needs your config; that of the shapes runs here",
     "tools/demo.py": "is run on few images by tests/demo/test_demo.py",
     "tools/predict.py": "is run on a model of known results by tests/deploy/test_predict.py",
+    "tools/analyze.py": "needs a run's results; tests/analysis/test_analysis_pages.py has such",
     "tools/explain.py": "draws for a minute; tests/analysis/test_explain.py does, on a small model",
     "tools/export_model.py": "takes a minute; tests/deploy/test_export.py exports small models",
     "tools/export_weights.py": "needs a run's weights; tests/checkpoint has such",
