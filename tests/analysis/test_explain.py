@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,18 @@ def test_other_models_are_drawn_as_well(name, opts):
     assert found.boxes[:, 2].max() <= 60 and found.rois[:, 2].max() <= 120
     pooling_figure.pooling_figure(found, 0, 0)
     stages_figure.stages_figure(found, 0, probs)
+
+
+@pytest.mark.parametrize("roi", [[121, 2, 127.5, 95], [2, 90, 120, 95.7], [125, 94, 128, 96]])
+def test_rounded_boxes_are_drawn_whole_on_no_more_than_a_page(stages, roi):
+    """At the border of the map, where they reach beyond it, as well."""
+    rois = np.array([roi, *stages.rois[1:]], np.float64)
+    figure = pooling_figure.pooling_figure(replace(stages, rois=rois), 0, 0)
+    assert figure.get_figheight() < 9.6
+    rounded = figure.axes[0]
+    cells = np.array(roi) / 4
+    assert rounded.get_xlim()[0] < cells[0] - 1 and rounded.get_xlim()[1] > cells[2] + 2
+    assert rounded.get_ylim()[1] < cells[1] - 1 and rounded.get_ylim()[0] > cells[3] + 2
 
 
 def test_of_many_classes_the_strip_has_the_chosen_one_and_those_with_most(stages):

@@ -61,7 +61,7 @@ def told_in_words(stages: Stages, number: int) -> str:
 
 
 def claimed_pixel(sigmoid: Tensor, chosen: int) -> tuple[int, int]:
-    """Returns row and column of the pixel of a mask that other classes claim most, too.
+    """Returns row and column of the pixel of a mask that other classes claim most.
 
     Args:
         sigmoid: (K, M, M) independent probabilities.

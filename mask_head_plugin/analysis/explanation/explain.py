@@ -94,7 +94,7 @@ def explain(
 
 
 def embedded_image() -> ByteArray:
-    """Returns an (H, W, 3) RGB validation image of the embedded data set, drawn anew."""
+    """Returns an (H, W, 3) RGB validation image of the embedded data set."""
     rng = np.random.RandomState(shapes.SPLIT_SEEDS["val"])
     for _ in range(EMBEDDED_IMAGE):
         image, _ = shapes.draw_image(rng)

@@ -36,7 +36,7 @@ MARGIN = 2.0
 """Cells that are drawn around a RoI."""
 
 MOST_ELONGATED = 0.6
-"""Shorter side of what is drawn, as a share of the longer one."""
+"""Height of what is drawn, at least, as a share of its width."""
 
 PANEL_INCHES, LEGEND_INCHES, WORDS_INCHES = 3.1, 0.9, 2.3
 """Width of a panel; heights of the legend, and of the titles and words together."""
@@ -63,7 +63,7 @@ def pooling_figure(stages: Stages, number: int, num_bins: int) -> Figure:
     reads = [pooling_reads(way, box, map_hw, num_bins, stages.sampling_ratio) for way in WAYS]
     name = stages.names[stages.classes[number]]
     cell = stages.pixels * stages.strides[level]
-    view = _view(reads, map_hw)
+    view = _view(reads)
     ratio = (view[3] - view[1]) / (view[2] - view[0])
     title = f"What RoI pooling reads of the feature map, for the box of “{name}”"
     heights = (PANEL_INCHES * ratio, PANEL_INCHES * ratio, LEGEND_INCHES)
@@ -97,14 +97,13 @@ def told_in_words(stages: Stages, number: int) -> str:
     )
 
 
-def _view(reads: list[Reads], map_hw: tuple[int, int]) -> FloatArray:
-    """Returns x0, y0, x1, y1 of what is drawn, in cells: around all boxes, and on the map."""
+def _view(reads: list[Reads]) -> FloatArray:
+    """Returns x0, y0, x1, y1 of what is drawn around all boxes, in cells; never a tall picture."""
     boxes = np.array([each.box for each in reads])
     low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
-    half = (high - low) / 2 + MARGIN
-    half = np.maximum(half, MOST_ELONGATED * half.max())
-    middle, end = (low + high) / 2, np.array(map_hw[::-1])
-    middle = np.where(end > 2 * half, np.clip(middle, half, np.maximum(end - half, half)), end / 2)
+    across, down = (high - low) / 2 + MARGIN
+    half = np.array([max(across, down), max(down, MOST_ELONGATED * across)])
+    middle = (low + high) / 2
     return np.concatenate([middle - half, middle + half])
 
 

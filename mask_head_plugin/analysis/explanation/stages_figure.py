@@ -91,12 +91,14 @@ def _draw_detections(axes: Axes, stages: Stages, number: int) -> None:
     _image(axes, stages, "2  Boxes and classes", told)
     for k, colour in _drawn(stages, number).items():
         _box(axes, stages.boxes[k], colour, 2.6 if k == number else 1.2)
-        x0, y0 = stages.boxes[k][:2]
+        x0, y0, x1, _ = stages.boxes[k]
         room = 0.06 * stages.image.shape[0]  # above the box
         text: Style = {"fontsize": 7, "color": "white", "va": "bottom" if y0 > room else "top"}
         name = f"{stages.names[stages.classes[k]]} {stages.scores[k]:.0%}"
         back = {"facecolor": colour, "pad": 1, "linewidth": 0}
-        axes.text(x0, y0, name, bbox=back, **text)
+        is_right = x0 > 0.7 * stages.image.shape[1]
+        text["ha"] = "right" if is_right else "left"
+        axes.text(x1 if is_right else x0, y0, name, bbox=back, **text)
 
 
 def strip_classes(stages: Stages, number: int, probs: Tensor) -> list[int]:
@@ -112,14 +114,14 @@ def _draw_strip(
     figure: Figure, row: SubplotSpec, stages: Stages, number: int, probs: Tensor
 ) -> None:
     classes, chosen = strip_classes(stages, number, probs), int(stages.classes[number])
-    agnostic = len(probs) == 1
+    agnostic = len(probs) == 1 < len(stages.names)
     several = figure.add_subfigure(row)
     told = "one for each class, which know nothing of each other"
-    if agnostic:
-        told = "one for all classes"
+    if len(probs) == 1:
+        told = "one for all classes" if agnostic else "one for the only class"
     elif stages.classes_compete:
         told = "one for each class, which compete for each pixel"
-    picks = "" if agnostic else ".\nThe class of the box picks one"
+    picks = "" if len(probs) == 1 else ".\nThe class of the box picks one"
     which = f"; {len(classes)} of {len(probs)} are shown" if len(classes) < len(probs) else ""
     said = f"The mask branch draws masks of {probs.shape[1]} x {probs.shape[2]} pixels, {told}"
     style: Style = {"x": 0.01, "ha": "left", "color": INK}
@@ -130,7 +132,7 @@ def _draw_strip(
         axes.imshow(probs[k].numpy(), vmin=0, vmax=1, cmap="gray")
         is_chosen = agnostic or k == chosen
         name = "any class" if agnostic else stages.names[k]
-        axes.set_xlabel(f"{name}: picked" if is_chosen and not agnostic else name)
+        axes.set_xlabel(f"{name}: picked" if is_chosen and len(probs) > 1 else name)
         if is_chosen:
             axes.xaxis.label.set_fontweight("bold")
             for side in axes.spines.values():
