@@ -82,7 +82,7 @@ def pooling_figure(stages: Stages, number: int, num_bins: int) -> Figure:
         f"Grey grid: cells of the feature map, {cell[0]:.3g} x {cell[1]:.3g} px of the image each. "
         f"Drawn are {num_bins} x {num_bins} bins;\nin the mask branch of this model it is "
         f"{' x '.join(map(str, stages.pooled_hw))}. Each becomes one number per "
-        "channel."
+        f"channel.{_told_border(view, map_hw)}"
     )
     _draw_legend(figure.add_subplot(rows[2, :]), told)
     return figure
@@ -192,6 +192,11 @@ def _told_displacement(
         f"{abs(down):.1f} px {'taller' if down > 0 else 'shorter'}. What\n"
         f"the marked bin reads lies {np.hypot(*off):.1f} px from RoIAlign's."
     )
+
+
+def _told_border(view: FloatArray, map_hw: tuple[int, int]) -> str:
+    is_inside = (view[:2] >= 0).all() and (view[2:] <= map_hw[::-1]).all()
+    return "" if is_inside else " White: beyond the map."
 
 
 def _draw_legend(axes: Axes, told: str) -> None:
