@@ -23,12 +23,14 @@ def declared_files() -> set[str]:
     return {str(x.relative_to(PACKAGE)) for p in patterns for x in PACKAGE.glob(p)}
 
 
-def test_a_wheel_holds_configs_template_and_checkpoint():
+def test_a_wheel_holds_configs_templates_and_checkpoint():
     shipped = {f"configs/{x.relative_to(CONFIGS)}" for x in CONFIGS.rglob("*") if x.suffix != ".md"}
     files = {x for x in shipped if (PACKAGE / x).is_file() and "__pycache__" not in x}
     assert len(files) > 50
-    others = {"ablation/report/report.html.j2", "checkpoints/mask_rcnn_shapes.safetensors"}
-    assert files | others <= declared_files()
+    templates = {str(x.relative_to(PACKAGE)) for x in PACKAGE.rglob("*.j2")}
+    assert len(templates) > 2
+    checkpoint = {"checkpoints/mask_rcnn_shapes.safetensors"}
+    assert files | templates | checkpoint <= declared_files()
 
 
 @pytest.mark.parametrize("name", [NAME, f"configs/{NAME}"])
