@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--part", action="append", choices=names, metavar="NAME", help="only this part; repeatable"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("output/gpu"), metavar="DIR", help="made if missing"
+        "--output", type=Path, default=Path("output/gpu"), metavar="DIR", help="created if missing"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     return parser.parse_args(argv)

@@ -26,7 +26,7 @@ def write_durably(
     So its name never means half a file, whenever a kill comes and whatever else writes it.
 
     Args:
-        path: the file; its folder is made if missing.
+        path: the file; its folder is created if missing.
         content: a text, written as UTF-8, or a function that is given a binary file.
         before_rename: called when the new file is whole.
 
@@ -108,7 +108,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps other runs from a folder, which is made if missing, and clears it of half files.
+    """Keeps other runs from a folder, which is created if missing, and clears it of half files.
 
     Raises:
         ConfigError: if another one is writing into it.

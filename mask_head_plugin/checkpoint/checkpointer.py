@@ -266,7 +266,7 @@ def export_safetensors(
 
     Args:
         checkpoint: any file that read_checkpoint reads.
-        output: the file to write; its folder is made if missing.
+        output: the file to write; its folder is created if missing.
         half: store matrices and convolution kernels as float16, which halves the file. Vectors
             (biases, normalisation statistics) keep their type: their range matters.
         class_names: in the order of the model's rows, if the checkpoint does not name its classes.

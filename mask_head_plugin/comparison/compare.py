@@ -39,7 +39,7 @@ def compare_config(
         config: of the model zoo, or a file; see ``zoo.find_config``.
         weights: a file, a folder or "zoo"; see ``zoo.find_weights``.
         dataset: a registered data set or one of DATASETS.COCO_FILES; None for the config's own.
-        output: a folder, made if missing, for comparison.md, comparison.json and pictures.
+        output: a folder, created if missing, for comparison.md, comparison.json and pictures.
         num_images: spread evenly over the data set; None for all.
         opts: "KEY VALUE" pairs in one flat list.
         min_score: detections above it are counted for the verdict.
@@ -55,7 +55,7 @@ def compare_config(
     check_output(output)
     prepare_dataset(cfg, dataset)
     if not found.is_lazy:
-        twin_configs(cfg)  # what it complains of is known before anything is downloaded
+        twin_configs(cfg)  # its complaints come before anything is downloaded
     path = find_weights(weights, found)
     twins = load_twins(cfg, path, found.file if found.is_lazy else "")
     name = choose_images(cfg.DATASETS.TEST[0], num_images, output)
@@ -63,7 +63,7 @@ def compare_config(
         comparison = compare_twins(twins, found, path, name, output, min_score)
         pictures = write_pictures(twins, comparison, output)
     write_markdown(comparison, pictures, output / MARKDOWN_FILE)
-    comparison.write(output / JSON_FILE)  # last: where it is, a comparison is complete
+    comparison.write(output / JSON_FILE)  # last: its presence means that the comparison is complete
     return comparison
 
 
@@ -80,7 +80,7 @@ def compare_all(
     Args:
         weights: "zoo", or a folder of weights; see ``zoo.find_weights``.
         dataset: of all; None for each config's own.
-        output: a folder; each baseline has one of its own in it, and the table of all is
+        output: a folder; each baseline gets its own folder in it, and the table of all is
             comparison.md.
         num_images: see compare_config, as what follows.
         opts: of all configs.

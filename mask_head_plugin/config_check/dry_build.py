@@ -1,7 +1,7 @@
-"""A config tried out: the parts of a run are built from it without memory, data or weights.
+"""Tries a config: builds the parts of a run from it without memory, data or weights.
 
 They are built on PyTorch's "meta" device, which allocates nothing, from a config that notes which
-keys are read, and in a child process, since modules of a user may keep tensors or draw random
+keys are read, and in a child process, since a user's modules may keep tensors or draw random
 numbers. What they write to disk stays.
 """
 
@@ -75,7 +75,7 @@ def dry_build(
     """Builds a model and its mapper and, for training, schedule and loader, each on its own.
 
     Args:
-        cfg: a complete config; it stays as it is.
+        cfg: a complete config; not changed.
         train: whether the model will be trained.
         trainer: gives optimizer and schedule. The loader is left out where its
             ``build_train_loader`` is a user's, since that one would read the data.

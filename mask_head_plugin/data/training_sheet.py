@@ -22,7 +22,7 @@ def write_training_sheet(cfg: CfgNode, samples: Sequence[dict[str, Any]], path: 
     Args:
         cfg: gives INPUT.FORMAT and, by DATASETS.TRAIN, the names of the classes.
         samples: with ``image`` (C, H, W) and ``instances`` with ``gt_classes`` and ``gt_masks``.
-        path: the PNG to write; its folder is made if missing.
+        path: the PNG to write; its folder is created if missing.
 
     Raises:
         OSError: if the picture cannot be written.

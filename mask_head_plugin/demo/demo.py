@@ -94,7 +94,7 @@ def run_demo(
         config_file: a YAML file.
         opts: "KEY VALUE" pairs in one flat list.
         inputs: images, videos, folders of them, patterns such as ``photos/*.jpg``.
-        output: a folder, made if missing. Nothing in it is overwritten.
+        output: a folder, created if missing. Nothing in it is overwritten.
         confidence_threshold: detections need a higher score; 0 to 1.
         thresholds: "NAME=SCORE" of classes that need another one.
         semantic: also write semantic maps.

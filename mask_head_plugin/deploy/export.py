@@ -105,7 +105,7 @@ def export_model(
     Args:
         config_file: a YAML file.
         opts: "KEY VALUE" pairs in one flat list, MODEL.WEIGHTS among them.
-        output: the folder, made if missing.
+        output: the folder, created if missing.
         options: of the export.
         images: files to compare both models on; those of DATASETS.TEST if there are none.
         overwrite: replace a model that is in the folder.

@@ -38,7 +38,7 @@ def save_step(
     ``weights_only=True``.
 
     Args:
-        path: the file; its folder is made if missing.
+        path: the file; its folder is created if missing.
         model: in DistributedDataParallel or not.
         batch: as the model takes it.
         losses: of the step.

@@ -55,7 +55,7 @@ def write_contact_sheet(
         cfg: gives the test-time transforms.
         model: a detectron2 model; its training mode is restored.
         dataset_name: a registered data set with instances in detectron2's standard format.
-        path: the PNG to write; its folder is made if missing.
+        path: the PNG to write; its folder is created if missing.
         min_score: detections below are not drawn.
 
     Raises:
@@ -88,7 +88,7 @@ def write_pairs(
     Args:
         pairs: (H, W, 3) RGB pictures of ``draw_masks``.
         titles: what the left and the right ones show.
-        path: the PNG to write; its folder is made if missing.
+        path: the PNG to write; its folder is created if missing.
 
     Raises:
         OSError: if the picture cannot be written.
