@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=300,
         metavar="N",
-        help="how often images are drawn anew for the intervals of --compare (default 300)",
+        help="how often images are resampled for the intervals of --compare (default 300)",
     )
     return parser.parse_args()
 

@@ -79,7 +79,7 @@ class Analysis:
 
     @cached_property
     def gaps(self) -> list[ClassGap]:
-        # Of boxes: a rough mask is no fault of the score.
+        # Of boxes: a rough mask is not a fault of the score.
         return class_gaps(self.findings.scene, self.findings.found["bbox"])
 
     @cached_property

@@ -83,7 +83,7 @@ def _summary(findings: Findings) -> Iterator[str]:
     ]
     yield f"AP is {' and '.join(told)}."
     if "segm" not in scene.tasks:
-        yield "There are no masks to compare: all that follows is of boxes."
+        yield "The run has no masks: everything below is about boxes."
 
 
 def _errors(findings: Findings) -> Iterator[str]:

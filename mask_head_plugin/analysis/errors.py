@@ -7,7 +7,7 @@ what AP wins is what the kind costs.
 
 Differs from tidecv: matching and AP are COCO's, so the AP is the one of the evaluation (tidecv
 counts a class that has detections and no objects as AP 0, and takes the first of equal IoUs); and
-detections that a crowd takes up are no errors.
+detections that a crowd absorbs do not count as errors.
 
 Shape alphabet: N detections that count, G objects; n and g of an image.
 """

@@ -32,7 +32,7 @@ FILLS = {"thin, below 0.4": (0, 0.4), "0.4 to 0.7": (0.4, 0.7), "full, from 0.7"
 """Share of the box that the mask covers."""
 SHAPES = ("one part", "several parts", "holes")
 SMALLEST_PART = 4
-"""Pixels: less is no part or hole, but a slip of the annotation."""
+"""Pixels: less is a slip of the annotation, not a part or hole."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """The figures of an analysis: APs, what repairs win, what perfect branches win.
 
-Each is made from matches, so that all of them can be computed of images drawn anew, too.
+Each is made from matches, so that all of them can also be computed on resampled images.
 
 Shape alphabet: S draws of I images.
 """

@@ -56,7 +56,7 @@ def find_run_files(
         dataset: name of the evaluated data set, where a run has several.
 
     Raises:
-        ConfigError: if there are no results, or several and no ``dataset``, or no annotations.
+        ConfigError: if results or annotations are missing, or several fit without ``dataset``.
     """
     results = _results(run, dataset)
     metrics = _evaluation(results.with_name(METRICS))
@@ -112,7 +112,7 @@ def _results(run: Path, dataset: str) -> Path:
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    """Returns what MaskEvaluator noted beside results; nothing where another evaluator ran."""
+    """Returns what MaskEvaluator noted next to results; nothing if another evaluator ran."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):  # detectron2's metrics.json has a record in each line
@@ -161,7 +161,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """Returns a file's detections in COCO's result format.
 
     Raises:
-        ConfigError: if it is no such file.
+        ConfigError: if it is not such a file.
     """
     try:
         results = json.loads(path.read_text())
@@ -171,7 +171,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         results = results["annotations"]  # predictions.json of tools/demo.py
     if not isinstance(results, list) or not all(isinstance(x, dict) for x in results):
         raise ConfigError(
-            f"{path} is no file of results: COCO's format is a list of detections, with image_id, "
-            "category_id, score, bbox and segmentation"
+            f"{path} is not a file of results: COCO's format is a list of detections, with "
+            "image_id, category_id, score, bbox and segmentation"
         )
     return results

@@ -29,9 +29,9 @@ ORACLE_TEXT = (
     "resolution, with perfect boxes, classes and scores."
 )
 COMPARISON_TEXT = (
-    "Of the same images, drawn anew many times (paired bootstrap). Of what is lost or still to be "
-    "won, less is better. What does not differ at all is left out. Nothing is said of training "
-    "anew: that takes several seeds."
+    "On the same images, resampled many times (paired bootstrap). For what is lost or could still "
+    "be won, less is better. What does not differ at all is left out. This says nothing about "
+    "training again: that takes several seeds."
 )
 QUALITY_TEXT = (
     "Of objects whose box was found (IoU 0.5, right class), whatever the mask. Boundary IoU looks "
@@ -52,7 +52,7 @@ class Section:
 
     Attributes:
         key: its place in a link.
-        title: what stands above it.
+        title: what is written above it.
         text: what its numbers mean.
         table: may be without rows, where there are figures only.
     """

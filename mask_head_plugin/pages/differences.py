@@ -13,7 +13,7 @@ MARKS = {BETTER: "▲ ", WORSE: "▼ ", NOISE: "≈ ", ONE_SEED: "? "}
 
 
 def verdict(comparison: PairedDifference) -> str:
-    """Returns what the interval of a difference says; nothing where there is no interval.
+    """Returns what the interval of a difference says; nothing without an interval.
 
     An interval over images alone shows no difference: training again may turn it round.
     """

@@ -25,7 +25,7 @@ pytest.importorskip("plotly", reason="analysis.html needs the extra 'report'")
 
 
 def write_run(folder, content, results, name="run"):
-    """Writes a run as train_net.py leaves it, with images beside the annotations."""
+    """Writes a run as train_net.py leaves it, with images next to the annotations."""
     (folder / "images").mkdir(exist_ok=True)
     for image in content["images"]:
         picture = np.full((*HW, 3), 90, np.uint8)
@@ -118,7 +118,7 @@ def test_boxes_without_masks_are_analysed_alone(tmp_path, capsys):
     run = write_run(tmp_path, content, results)
     code, _, _ = tool(capsys, run)
     text = (run / "inference" / "analysis.md").read_text()
-    assert code == 0 and "There are no masks to compare" in text and "| boxes | 100.0" in text
+    assert code == 0 and "The run has no masks" in text and "| boxes | 100.0" in text
     assert "Mask quality" not in text
 
 

@@ -137,7 +137,7 @@ class Study:
         matches = self.matches(task)
         if not names or self.baseline.name not in matches or len(matches) < 2:
             return {}
-        logger.info("drawing images anew %d times to compare %s", self.num_draws, task)
+        logger.info("resampling the images %d times to compare %s", self.num_draws, task)
         try:
             compared = compare_all(matches, self.baseline.name, tuple(names), self.num_draws)
         except ValueError as error:  # not of the same images
@@ -153,7 +153,7 @@ def read_study(directory: Path, num_draws: int) -> Study:
         num_draws: of the bootstrap.
 
     Raises:
-        ConfigError: if there is no ablation.json, it lacks something, nothing is finished, or there
+        ConfigError: if ablation.json is missing or lacks something, nothing is finished, or there
             are less than two draws.
     """
     if num_draws < 2:

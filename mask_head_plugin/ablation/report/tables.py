@@ -151,7 +151,7 @@ def with_spread(variant: Variant, key: str) -> str:
 
 
 def paper_table(study: Study) -> Table:
-    """Returns the paper's figures beside ours; no rows where there are none."""
+    """Returns the paper's figures next to ours; no rows without any."""
     columns = [
         Column("variant", "variant", "", True),
         Column("metric", "metric", "", True),

@@ -62,7 +62,7 @@ def save(figure: Figure, folder: Path, name: str, told: str) -> list[Path]:
         figure: to draw.
         folder: there is one.
         name: of the files.
-        told: what the picture shows, in words, for those who do not see it: the files say it, too.
+        told: what the picture shows, in words, for those who do not see it; the files also say it.
 
     Returns:
         The files.
