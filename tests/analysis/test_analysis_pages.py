@@ -152,7 +152,7 @@ MISFITS = {
     "some without": ([RIGHT, {**RIGHT, "segmentation": None}], "1 of 2 detections have no segm"),
     "score": ([{**RIGHT, "score": float("nan")}], "score is nan"),
     "box": ([{**RIGHT, "bbox": [1, 2, 3]}], r"bbox is \[1, 2, 3\]"),
-    "no list": ({"x": 1}, "no file of results"),
+    "no list": ({"x": 1}, "not a file of results"),
 }
 
 
