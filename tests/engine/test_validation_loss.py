@@ -27,6 +27,7 @@ from mask_head_plugin.engine.validation_loss import (
 from mask_head_plugin.image_file_mapper import ImageFileMapper
 
 LOSS = ["TEST.EVAL_LOSS", "True"]
+NORM_IN_HEAD = ["MODEL.ROI_MASK_HEAD.NORM", "BN"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +47,7 @@ def few_config(*opts: str):
 
 def test_they_are_the_means_over_images_of_the_training_losses():
     """By detectron2's own loop over a model in training mode whose normalization is frozen."""
-    cfg = few_config()
+    cfg = few_config(*NORM_IN_HEAD)
     model = made_model(cfg)
     found = validation_losses(cfg, model)["test_few_val"]
     for module in model.modules():
@@ -68,7 +69,7 @@ def test_they_are_the_means_over_images_of_the_training_losses():
 
 
 def test_the_model_and_the_random_numbers_stay_as_they_are(tmp_path):
-    cfg = few_config()
+    cfg = few_config(*NORM_IN_HEAD)
     model = made_model(cfg)
     model.backbone.eval()
     before = copy.deepcopy(model.state_dict())
