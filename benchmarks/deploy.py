@@ -294,6 +294,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draws times, memory, start-up and size of the files."""
     from matplotlib.figure import Figure
 
+    from mask_head_plugin.pages.plots import COLOURS, label_bars, save_plot
+
     figure = Figure(figsize=(14, 3.5), layout="constrained")
     counts = sorted(int(key[3:]) for key in rows[0] if key.startswith("ms_"))
     titles = {
@@ -304,12 +306,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     }
     panels = figure.subplots(1, len(titles), sharey=True)
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
-        bars = axes.barh([row["contender"] for row in rows], [row[key] for row in rows])
-        axes.bar_label(bars, fmt="{:,.4g}", padding=2, fontsize=8)
+        bars = axes.barh(
+            [row["contender"] for row in rows], [row[key] for row in rows], color=COLOURS[0]
+        )
+        label_bars(axes, bars, "{:,.4g}")
         axes.margins(x=0.2)
         axes.set_title(title, fontsize=9)
     axes.invert_yaxis()
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path)
 
 
 def parse_args() -> argparse.Namespace:

@@ -269,21 +269,25 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draws times and memory of each side as shares of detectron2's."""
     from matplotlib.figure import Figure
 
+    from mask_head_plugin.pages.plots import COLOURS, label_bars, save_plot
+
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     names = [f"{row['what']}\nK = {row['classes'] or 'any'}" for row in rows]
     for axes, unit in zip(figure.subplots(1, 2), ("ms", "mb"), strict=True):
         for k, who in enumerate(("torchvision", "ours")):
             found = [(n, row) for n, row in enumerate(rows) if f"{who}_{unit}" in row]
             shares = [row[f"{who}_{unit}"] / row[f"detectron2_{unit}"] for _, row in found]
-            bars = axes.barh([n + 0.4 * k for n, _ in found], shares, height=0.38, label=who)
-            axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-        axes.axvline(1, color="black", linewidth=1)
+            bars = axes.barh(
+                [n + 0.4 * k for n, _ in found], shares, height=0.38, label=who, color=COLOURS[k]
+            )
+            label_bars(axes, bars, "%.2f")
+        axes.axvline(1, color="black", linewidth=1, zorder=0)
         axes.set_yticks([n + 0.2 for n in range(len(rows))], names)
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("time, share of detectron2's" if unit == "ms" else "peak memory, share")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path)
 
 
 def main() -> None:

@@ -187,6 +187,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draws time and memory of both sides, logarithmic."""
     from matplotlib.figure import Figure
 
+    from mask_head_plugin.pages.plots import COLOURS, label_bars, save_plot
+
     figure = Figure(figsize=(11, 5), layout="constrained")
     names = [f"{row['what']}\n{row['masks']} masks, {row['size']}" for row in rows]
     for axes, unit in zip(figure.subplots(1, 2), ("ms", "mb"), strict=True):
@@ -195,15 +197,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 (n, row[f"{who}_{unit}"]) for n, row in enumerate(rows) if f"{who}_{unit}" in row
             ]
             values = [max(value, 1) for _, value in found]
-            bars = axes.barh([n + 0.4 * k for n, _ in found], values, height=0.38, label=who)
-            axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
+            bars = axes.barh(
+                [n + 0.4 * k for n, _ in found], values, height=0.38, label=who, color=COLOURS[k]
+            )
+            label_bars(axes, bars, "{:,.0f}")
         axes.set_xscale("log")
         axes.set_yticks([n + 0.2 for n in range(len(rows))], names, fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.set_xlabel("milliseconds" if unit == "ms" else "peak memory, MB")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path)
 
 
 def measure(sides: Sides, repeats: int, busy: int, device: str) -> dict[str, Any]:

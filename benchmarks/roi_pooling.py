@@ -153,12 +153,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draws the ratios of forward + backward at the largest number of threads or images."""
     from matplotlib.figure import Figure
 
+    from mask_head_plugin.pages.plots import COLOURS, label_bars, save_plot
+
     most = max((row["threads"], row["images"]) for row in rows)
     rows = [row for row in rows if (row["threads"], row["images"]) == most]
     cases = sorted({(r["output_size"], r["sampling_ratio"], r["layout"]) for r in rows})
     whats = list(dict.fromkeys(row["what"] for row in rows))
     figure = Figure(figsize=(9, 1.2 + 1.1 * len(cases)), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=COLOURS)
     thickness = 0.8 / len(whats)
     for k, what in enumerate(whats):
         found = {
@@ -169,8 +172,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         places = [n + k * thickness for n, case in enumerate(cases) if case in found]
         ratios = [found[case]["forward_backward_ratio"] for case in cases if case in found]
         bars = axes.barh(places, ratios, height=thickness, label=what)
-        axes.bar_label(bars, fmt="%.1fx", padding=3, fontsize=8)
-    axes.axvline(1, color="black", linewidth=1)
+        label_bars(axes, bars, "%.1fx")
+    axes.axvline(1, color="black", linewidth=1, zorder=0)
     middle = 0.4 - thickness / 2
     axes.set_yticks(
         [n + middle for n in range(len(cases))],
@@ -186,7 +189,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     )
     axes.set_title(f"{most[1]} images, {most[0]} threads")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path)
 
 
 def main() -> None:

@@ -24,6 +24,9 @@ In the folder, earlier reports are replaced:
   report.html  One file that needs no network: the table to be sorted by a click, the differences
                with their intervals, learning curves, classes, precision and recall, and the images
                on which the variants disagree most. Needs pip install -e '.[report]'.
+  report.csv, report.tex            The table for programs and for LaTeX (booktabs).
+  intervals, learning, precision-recall   The plots as .svg and .pdf. In report.html, the camera
+               above a figure saves it as SVG.
 
 An interval of a difference is over validation images: they are resampled, with replacement, the
 same for both variants. It says nothing about training again; the spread over seeds does. Trials

@@ -125,7 +125,7 @@ def _error_maps(analysis: Analysis) -> Figure | None:
             x=[0, 1, 1, 0, 0],
             y=[0, 0, 1, 1, 0],
             mode="lines",
-            line={"color": "white", "dash": "dot", "width": 1.5},
+            line={"color": "rgb(255,255,255)", "dash": "dot", "width": 1.5},
             hoverinfo="skip",
             showlegend=False,
         )

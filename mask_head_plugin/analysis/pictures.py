@@ -272,11 +272,12 @@ def _draw(
     x0, y0, x1, y1 = region
     scale = min(SIDE / max(x1 - x0, y1 - y0), LARGEST_SCALE)
     canvas = scaled(np.ascontiguousarray(image[y0:y1, x0:x1]), scale)
+    below = canvas.copy()
     true_masks = scene.gt_mask or [None] * len(scene.gt_box)
     found_masks = scene.dt_mask or [None] * len(scene.dt_box)
     for g in objects.tolist():
         bits = _bits(true_masks[g], scene.gt_box[g], region, canvas)
-        tint_mask(canvas, bits, TRUE, TRUE.tolist(), 1)
+        tint_mask(canvas, below, bits, TRUE, TRUE.tolist(), 1)
     for outline in outlines:
         bits = _bits(found_masks[outline.row], scene.dt_box[outline.row], region, canvas)
         contours, _ = cv2.findContours(bits, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)

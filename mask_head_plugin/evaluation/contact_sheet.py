@@ -19,20 +19,27 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.evaluation.evaluator import inference_context
-from detectron2.utils.colormap import colormap
 from tqdm import tqdm
 
 from ..class_names import class_names_of, matched_predictions
 from ..image_file_mapper import ImageFileMapper
 from ..image_files import read_image
-from .drawing import FONT, ByteArray, LabelStyle, Rectangle, scaled, tint_mask, write_labels
+from .drawing import (
+    FONT,
+    ByteArray,
+    LabelStyle,
+    Rectangle,
+    class_colour,
+    scaled,
+    tint_mask,
+    write_labels,
+)
 
 NUM_IMAGES = 12
 NUM_COLUMNS = 3
 TILE_HW = (300, 400)
 MARGIN = 6
 HEADER_HEIGHT = 28
-COLOURS = colormap(rgb=True)
 WHITE = (255, 255, 255)
 LABEL_STYLE = LabelStyle(scale=0.45)
 
@@ -103,11 +110,12 @@ def draw_masks(image: ByteArray, masks: Sequence[LabelledMask]) -> ByteArray:
     """Returns the (H, W, 3) RGB image, scaled to a tile, with masks tinted, outlined and named."""
     scale = min(TILE_HW[0] / image.shape[0], TILE_HW[1] / image.shape[1])
     canvas = scaled(image, scale)
+    below = canvas.copy()
     size = canvas.shape[1], canvas.shape[0]
-    for item in masks:
-        colour = COLOURS[item.class_index % len(COLOURS)]
+    for item in sorted(masks, key=lambda x: -np.count_nonzero(x.mask)):  # small ones on top
+        colour = class_colour(item.class_index)
         mask = cv2.resize(item.mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-        tint_mask(canvas, np.asarray(mask, np.uint8), colour, WHITE)
+        tint_mask(canvas, below, np.asarray(mask, np.uint8), colour, WHITE)
     places = [_place(item.mask, scale) for item in masks]
     styles = [LABEL_STYLE] * len(masks)
     write_labels(canvas, [item.label for item in masks], places, styles)  # no mask covers one

@@ -27,6 +27,11 @@ Rectangle = tuple[int, int, int, int]
 MASK_OPACITY = 0.45
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 GOLDEN_RATIO = 0.618034
+CLASS_COLOURS = (
+    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
+    *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
+)
+"""RGB: Okabe and Ito's colours, which colour-blind readers can tell apart."""
 MOST_HIDDEN = 0.1
 """Share of an instance's box that a label may cover."""
 
@@ -45,6 +50,11 @@ class LabelStyle:
         return width + 4 * self.thickness, height + 4 * self.thickness, 3 * self.thickness
 
 
+def in_grey(image: ByteArray) -> ByteArray:
+    """Returns an (H, W, 3) RGB image in grey, so that all colours are those of what is drawn."""
+    return np.asarray(cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
+
+
 def scaled(image: ByteArray, scale: float) -> ByteArray:
     """Returns an (H, W, 3) image of ``scale`` times its sides, of a pixel at least."""
     size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
@@ -53,19 +63,28 @@ def scaled(image: ByteArray, scale: float) -> ByteArray:
 
 
 def tint_mask(
-    canvas: ByteArray, mask: ByteArray, colour: Colour, outline: Sequence[float], thickness: int = 1
+    canvas: ByteArray,
+    image: ByteArray,
+    mask: ByteArray,
+    colour: Colour,
+    outline: Sequence[float],
+    thickness: int = 1,
 ) -> None:
     """Tints and outlines, in place, the pixels of a mask; holes stay as they are.
 
+    The tint is over the image, not over what is drawn already: where masks overlap, colours would
+    mix to those of other classes.
+
     Args:
         canvas: (H, W, 3).
+        image: (H, W, 3) pixels below all masks.
         mask: (H, W) of 0 and 1.
         colour: of the tint.
         outline: colour of the outline.
         thickness: of the outline in pixels.
     """
     inside = mask > 0
-    tinted = canvas[inside] * (1 - MASK_OPACITY) + colour * MASK_OPACITY
+    tinted = image[inside] * (1 - MASK_OPACITY) + colour * MASK_OPACITY
     canvas[inside] = tinted.astype(np.uint8)
     contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(canvas, contours, -1, outline, thickness, cv2.LINE_AA)
@@ -97,6 +116,13 @@ def instance_colour(number: int) -> Colour:
     return np.array([round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value)])
 
 
+def class_colour(class_index: int) -> Colour:
+    """Returns an RGB colour that nearby classes do not have."""
+    if class_index < len(CLASS_COLOURS):
+        return np.array(CLASS_COLOURS[class_index])
+    return instance_colour(class_index)
+
+
 def draw_instances(
     image: ByteArray,
     labels: Sequence[str],
@@ -125,7 +151,7 @@ def draw_instances(
     for i in sorted(range(len(labels)), key=lambda i: -areas[i]):
         outline = [float(x) for x in colours[i]]
         if rles is not None:
-            _tint_rle(canvas, rles[i], places[i], colours[i], thickness)
+            _tint_rle(canvas, image, rles[i], places[i], colours[i], thickness)
         else:
             x0, y0, x1, y1 = places[i]
             cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), outline, 2 * thickness)
@@ -180,14 +206,20 @@ def _pixels_of(box: npt.NDArray[Any], rle: Mapping[str, Any] | None) -> Rectangl
 
 
 def _tint_rle(
-    canvas: ByteArray, rle: Mapping[str, Any], place: Rectangle, colour: Colour, thickness: int
+    canvas: ByteArray,
+    image: ByteArray,
+    rle: Mapping[str, Any],
+    place: Rectangle,
+    colour: Colour,
+    thickness: int,
 ) -> None:
     x0, y0, x1, y1 = place
     # Only the mask's part of the picture is walked, with room for the outline.
     x0, y0 = max(x0 - thickness, 0), max(y0 - thickness, 0)
     part = np.s_[y0 : y1 + thickness, x0 : x1 + thickness]
     mask = np.ascontiguousarray(coco_mask.decode(rle)[part])
-    tint_mask(canvas[part], mask, colour, [float(x) for x in colour], thickness)
+    outline = [float(x) for x in colour]
+    tint_mask(canvas[part], image[part], mask, colour, outline, thickness)
 
 
 def _light(colour: Colour) -> list[float]:

@@ -2,11 +2,14 @@
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; what a colour says, a
 marker, a dash or a text says, too. Plotly takes texts for HTML: names are escaped.
+
+The page draws them (``figures.js``), in colours of the reader's theme and for the width there is.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import textwrap
 from dataclasses import dataclass
 from typing import Any
@@ -15,34 +18,55 @@ BLACK, GREY = "#1a1a1a", "#6b6b6b"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("solid", "dash", "dot", "dashdot")
 FONT = {"family": "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", "size": 13}
+BAND, GRID, MIDDLE = "#e8e8e8", "#ececec", "#f7f7f7"
+"""Of what lies behind: a range, lines, the middle of a scale with two ends."""
 CONFIG = {
     "displaylogo": False,
     "responsive": True,
     "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
 }
+DARK_COLOURS = {
+    BLACK: "#f0f0f0",
+    GREY: "#a3a3a3",
+    BAND: "#3d3d3d",
+    GRID: "#383838",
+    MIDDLE: "#2b2b2b",
+    "#d9d9d9": "#4a4a4a",
+    "rgb(36,36,36)": "#d6d6d6",
+    "#ffffff": "#262626",
+    "white": "#1c1c1c",
+    "#0072b2": "#3fa2dc",
+    "#d55e00": "#f0823a",
+    "#009e73": "#2fc79b",
+}
+"""What colours become in a dark theme; others stay. ``white`` and rgb(...) are plotly's own."""
 NAME_WIDTH = 30
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with what stands above and below it, as plain text."""
+    """A figure with what stands above and below it, as plain text.
+
+    Attributes:
+        name: of files and links.
+        title: above it.
+        caption: below the title.
+        figure: plotly's.
+        min_width: pixels below which it is scrolled sideways; 0 if it fits any width.
+    """
 
     name: str
     title: str
     caption: str
     figure: Any
+    min_width: int = 0
 
-    def to_html(self) -> str:
-        """Returns its element and script, without plotly.js."""
-        return str(
-            self.figure.to_html(
-                config=CONFIG,
-                full_html=False,
-                include_plotlyjs=False,
-                div_id=f"figure-{self.name}",
-                default_height=f"{self.figure.layout.height}px",
-            )
-        )
+    def to_json(self) -> str:
+        """Returns what the page draws it from, for a script element."""
+        image = {"toImageButtonOptions": {"format": "svg", "filename": self.name}}
+        spec = {**json.loads(self.figure.to_json()), "config": {**CONFIG, **image}}
+        # Where the browser looks for the end of the script, and what begins a comment.
+        return json.dumps(spec).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
 def lay_out(figure: Any, height: int) -> None:
@@ -56,12 +80,14 @@ def lay_out(figure: Any, height: int) -> None:
         template="simple_white",
         font=FONT,
         height=height,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 60, "r": 20, "t": 40, "b": 50},
         legend={"tracegroupgap": 2},
         hoverlabel={"align": "left"},
     )
-    figure.update_xaxes(automargin=True, showgrid=True, gridcolor="#ececec")
-    figure.update_yaxes(automargin=True, showgrid=True, gridcolor="#ececec")
+    figure.update_xaxes(automargin=True, showgrid=True, gridcolor=GRID)
+    figure.update_yaxes(automargin=True, showgrid=True, gridcolor=GRID)
 
 
 def plotly_text(name: str) -> str:

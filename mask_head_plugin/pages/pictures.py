@@ -15,17 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from ..evaluation.drawing import ByteArray, instance_colour
+from ..evaluation.drawing import ByteArray
 
 JPEG_QUALITY = 88
 MOST_BYTES = 2_300_000
 """Of all pictures as text, so that the page with plotly.js (4.8 MB) stays below 8 MB."""
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-CLASS_COLOURS = (
-    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
-    *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
-)
 
 
 @dataclass(frozen=True)
@@ -54,13 +48,6 @@ def resized_mask(rle: Mapping[str, Any], size: tuple[int, int]) -> Any:
     """Returns a mask's run lengths in a picture of another size, W and H."""
     mask = cv2.resize(coco_mask.decode(rle), size, interpolation=cv2.INTER_NEAREST)
     return coco_mask.encode(np.asfortranarray(mask))
-
-
-def class_colour(class_index: int) -> npt.NDArray[Any]:
-    """Returns a colour, 0 to 255, that nearby classes do not have."""
-    if class_index < len(CLASS_COLOURS):
-        return np.array(CLASS_COLOURS[class_index])
-    return instance_colour(class_index)
 
 
 def css_colour(colour: npt.NDArray[Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..messages import ConfigError
+from .figures import DARK_COLOURS
 
 PACKAGES = ("jinja2", "plotly")
 
@@ -44,4 +45,5 @@ def render(template: Path, **values: Any) -> str:
         loader=loader, trim_blocks=True, lstrip_blocks=True, **settings
     )
     page = environment.get_template(template.name)
-    return page.render(version=__version__, plotly_js=get_plotlyjs(), **values)
+    shared = {"version": __version__, "plotly_js": get_plotlyjs(), "dark_colours": DARK_COLOURS}
+    return page.render(**shared, **values)

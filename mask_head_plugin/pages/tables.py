@@ -1,7 +1,9 @@
-"""Tables of pages, the same for Markdown and HTML."""
+"""Tables of pages, the same for Markdown, HTML, CSV and LaTeX."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
 from collections.abc import Sequence
@@ -10,6 +12,22 @@ from typing import Any
 
 NOTHING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
+LATEX_SIGNS = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    MINUS: "$-$",
+    NOTHING: "--",
+    "±": r"$\pm$",
+    "▲": r"$\uparrow$",
+    "▼": r"$\downarrow$",
+    "≈": r"$\approx$",
+}
+"""What LaTeX takes for commands, and signs of ours that its fonts lack."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,40 @@ def markdown(table: Table) -> str:
     lines = [_markdown_row([column.label for column in table.columns])]
     lines.append("|" + "|".join("---" if c.is_text else "---:" for c in table.columns) + "|")
     return "\n".join([*lines, *map(_markdown_row, cells)])
+
+
+def as_csv(table: Table) -> str:
+    """Returns a table for programs: keys above, numbers in full, nothing where there is none."""
+    written = io.StringIO()
+    writer = csv.writer(written, lineterminator="\n")
+    writer.writerow([column.key for column in table.columns])
+    for row in table.rows:
+        values = [cell.value for cell in row]
+        writer.writerow(["" if isinstance(x, float) and math.isnan(x) else x for x in values])
+    return written.getvalue()
+
+
+def latex(table: Table) -> str:
+    """Returns a table for a paper, with the lines of the package booktabs; as the page shows it."""
+    alignment = "".join("l" if column.is_text else "r" for column in table.columns)
+    rows = [[escape_latex(cell.text) for cell in row] for row in table.rows]
+    lines = [
+        "% needs \\usepackage{booktabs}",
+        f"\\begin{{tabular}}{{{alignment}}}",
+        "\\toprule",
+        " & ".join(escape_latex(column.label) for column in table.columns) + " \\\\",
+        "\\midrule",
+        *(" & ".join(row) + " \\\\" for row in rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def escape_latex(text: str) -> str:
+    """Returns a text that LaTeX shows as it is, in one line."""
+    shown = "".join(LATEX_SIGNS.get(sign, sign) for sign in text)
+    return " ".join(shown.split())
 
 
 def _markdown_row(texts: Sequence[str]) -> str:

@@ -45,11 +45,26 @@ def test_a_mask_is_tinted_where_it_is_and_its_hole_keeps_the_image():
     assert drawn[100, 99, 0] > 180  # and that of the hole
 
 
+def test_colours_of_masks_that_overlap_do_not_mix():
+    image = np.full((200, 300, 3), 100, np.uint8)
+    rles = [encode(block(20, 180, 20, 280)), encode(block(80, 120, 100, 200))]
+    colours = [np.array([200, 0, 0]), np.array([0, 0, 200])]
+    drawn = draw_instances(image, ["", ""], colours, np.zeros((2, 4)), rles)
+    assert drawn[40, 40].tolist() == [145, 55, 55] and drawn[100, 150].tolist() == [55, 55, 145]
+
+
+def test_pictures_in_grey_leave_colours_to_what_is_drawn():
+    image = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    grey = drawing.in_grey(image)
+    assert (grey == grey[:, :, :1]).all() and grey.std() > 10
+
+
 def test_the_outline_of_a_part_equals_that_of_the_whole_picture():
     mask = block(40, 150, 20, 120) ^ block(60, 90, 30, 70)
     drawn, whole = draw([mask]), np.zeros((200, 300, 3), np.uint8)
     colour = instance_colour(0)
-    drawing.tint_mask(whole, mask.astype(np.uint8), colour, [float(x) for x in colour])
+    below, outline = whole.copy(), [float(x) for x in colour]
+    drawing.tint_mask(whole, below, mask.astype(np.uint8), colour, outline)
     assert np.array_equal(drawn[40:], whole[40:])  # below the label
 
 

@@ -20,10 +20,12 @@ from ...evaluation.bootstrap import class_ap, precision_recall
 from ...evaluation.coco_ap import METRICS
 from ...pages.differences import BETTER, NOISE, ONE_SEED, WORSE, verdict
 from ...pages.figures import (
+    BAND,
     BLACK,
     COLOURS,
     DASHES,
     GREY,
+    MIDDLE,
     Figure,
     lay_out,
     plotly_text,
@@ -31,7 +33,7 @@ from ...pages.figures import (
 )
 from ...pages.tables import number as formatted
 from ..trial_folder import Trial
-from .study import Study, Variant, mean
+from .study import Study, Variant
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -46,6 +48,8 @@ EMPTY: list[Any] = [None]
 ROW_HEIGHT = 44
 MOST_CLASSES = 40
 CLASSES_WITH_NUMBERS = 20
+CELL_WIDTH, NAMES_WIDTH = 38, 240
+"""Pixels of a number in a cell, and of what stands beside the cells."""
 SMOOTHED_SHARE = 20
 """Losses are averaged over this part of the logged iterations: a twentieth."""
 PR_THRESHOLDS = (0.5, 0.75)
@@ -124,7 +128,7 @@ def _add_intervals(figure: Any, study: Study, key: str, column: int) -> None:
         base=[-x for x in limits],
         orientation="h",
         width=0.5,
-        marker={"color": "#e8e8e8"},
+        marker={"color": BAND},
         hoverinfo="skip",
         name="found on fewer than 80%",
         showlegend=column == 1,
@@ -216,16 +220,20 @@ def _learning_curves(study: Study) -> Figure | None:
             series = [found for log in logs[variant.name] if (found := _series(log, key))]
             if not series:
                 continue
-            x, y = _mean_curve(series) if evaluated else _smoothed(*_mean_curve(series))
+            x, curves = _common(series)
+            if not evaluated:
+                x, curves = _smoothed(x, curves)
             style = _line(study, variant, number)
             label = {"legendgroup": str(number), "showlegend": column == 1}
-            mode = "lines+markers" if evaluated else "lines"
-            figure.add_trace(go.Scatter(x=x, y=y, mode=mode, **style, **label), row=1, col=column)
+            style["mode"] = "lines+markers" if evaluated else "lines"
+            _add_curve(figure, column, x, curves, style | label)
     if not figure.data:
         return None
     _lay_out(figure, 420, study)
     figure.update_xaxes(title_text="iteration", rangemode="tozero")
-    caption = "One line per variant: the mean over its seeds."
+    caption = (
+        "One line per variant: the mean over its seeds, in a band from the lowest to the highest."
+    )
     if not evaluated:
         caption += (
             " Losses, for there was no evaluation during training; smoothed. Where variants differ "
@@ -250,20 +258,43 @@ def _series(log: Iterable[dict[str, Any]], key: str) -> dict[int, float]:
     return series
 
 
-def _mean_curve(series: Sequence[dict[int, float]]) -> tuple[FloatArray, FloatArray]:
-    """Returns iterations that all series have, and the mean there."""
+def _common(series: Sequence[dict[int, float]]) -> tuple[FloatArray, FloatArray]:
+    """Returns the I iterations that all S series have, and the (S, I) values there."""
     common = sorted(set.intersection(*map(set, series)))
-    values = [mean(x[iteration] for x in series) for iteration in common]
+    values = [[x[iteration] for iteration in common] for x in series]
     return np.array(common, float), np.array(values, float)
 
 
-def _smoothed(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Returns running means, without the ends; of an empty curve itself."""
-    if not len(y):
-        return x, y
-    width = len(y) // SMOOTHED_SHARE // 2 * 2 + 1
-    half = width // 2
-    return x[half : len(x) - half], np.convolve(y, np.ones(width) / width, "valid")
+def _smoothed(x: FloatArray, curves: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Returns running means of (S, I) curves, without the ends; of empty curves themselves."""
+    if not len(x):
+        return x, curves
+    width = len(x) // SMOOTHED_SHARE // 2 * 2 + 1
+    half, window = width // 2, np.ones(width) / width
+    smooth = np.stack([np.convolve(y, window, "valid") for y in curves])
+    return x[half : len(x) - half], smooth
+
+
+def _add_curve(
+    figure: Any, column: int, x: FloatArray, curves: FloatArray, style: dict[str, Any]
+) -> None:
+    """Adds the mean of (S, I) curves of a variant and, of several, what they cover."""
+    place = {"row": 1, "col": column}
+    if len(curves) > 1:
+        red, green, blue = (int(style["line"]["color"][k : k + 2], 16) for k in (1, 3, 5))
+        band = go.Scatter(
+            x=[*x, *x[::-1]],
+            y=[*curves.max(0), *curves.min(0)[::-1]],
+            fill="toself",
+            fillcolor=f"rgba({red},{green},{blue},0.18)",
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            legendgroup=style["legendgroup"],
+            showlegend=False,
+        )
+        figure.add_trace(band, **place)
+    figure.add_trace(go.Scatter(x=x, y=curves.mean(0), **style), **place)
 
 
 def _classes(study: Study) -> Figure | None:
@@ -291,7 +322,7 @@ def _classes(study: Study) -> Figure | None:
             [[plotly_text(classes[k]), plotly_text(v.name)] for k in shown] for v in others
         ],
         hovertemplate="%{customdata[1]}<br>%{customdata[0]}: %{text}<extra></extra>",
-        colorscale=[[0, "#d55e00"], [0.5, "#f7f7f7"], [1, "#0072b2"]],
+        colorscale=[[0, "#d55e00"], [0.5, MIDDLE], [1, "#0072b2"]],
         zmin=-max(limit, 1e-9),
         zmax=max(limit, 1e-9),
         xgap=2,
@@ -305,7 +336,7 @@ def _classes(study: Study) -> Figure | None:
     _lay_out(figure, 90 + 7 * min(longest, 30) + len(others) * max(ROW_HEIGHT, 18 * lines + 8))
     ticks = [plotly_text(textwrap.shorten(classes[k], 30, placeholder="…")) for k in shown]
     figure.update_xaxes(tickvals=list(range(len(shown))), ticktext=ticks, showgrid=False, ticks="")
-    figure.update_xaxes(tickangle=0 if len(shown) * longest < 110 else -90, showline=False)
+    figure.update_xaxes(autotickangles=[0, -90], showline=False)
     figure.update_yaxes(
         tickvals=heatmap.y, ticktext=names, showgrid=False, ticks="", showline=False
     )
@@ -313,7 +344,8 @@ def _classes(study: Study) -> Figure | None:
     if len(shown) < len(classes):
         caption += f" Of {len(classes)} classes the {len(shown)} that differ most."
     title = f"Difference of each class's {study.task}/{metric} to {study.baseline.name}"
-    return Figure("classes", title, caption, figure)
+    width = NAMES_WIDTH + CELL_WIDTH * len(shown) * (len(shown) <= CLASSES_WITH_NUMBERS)
+    return Figure("classes", title, caption, figure, width)
 
 
 def _most_different(ap_differences: FloatArray) -> list[int]:
@@ -335,15 +367,14 @@ def _precision_recall(study: Study) -> Figure | None:
         for number, variant in enumerate(study.variants):
             if variant.name in matches:
                 curves = [precision_recall(m, threshold) for m in matches[variant.name]]
-                style = _line(study, variant, number)
+                style = _line(study, variant, number) | {"mode": "lines"}
                 label = {"legendgroup": str(number), "showlegend": column == 1}
-                trace = go.Scatter(x=recall, y=np.mean(curves, 0), mode="lines", **style, **label)
-                figure.add_trace(trace, row=1, col=column)
+                _add_curve(figure, column, recall, np.stack(curves), style | label)
     _lay_out(figure, 460, study)
     figure.update_xaxes(title_text="recall", range=[0, 1])
     figure.update_yaxes(range=[0, 1.02])
     figure.update_yaxes(title_text="precision", col=1)
-    caption = f"Precision of {study.task} at each recall: mean over classes and seeds."
+    caption = f"Precision of {study.task} at each recall: mean over classes; seeds as above."
     return Figure("precision-recall", "Precision and recall", caption, figure)
 
 

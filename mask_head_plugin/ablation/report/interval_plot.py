@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ...pages.plots import COLOURS, save_plot
 from .study import Study
 
 ROW_INCHES = 0.42
-COLOURS = ("#0072B2", "#D55E00")  # Okabe-Ito: ours, the paper's
 
 
 def plot_intervals(study: Study, path: Path) -> bool:
@@ -18,7 +18,7 @@ def plot_intervals(study: Study, path: Path) -> bool:
 
     Args:
         study: the ablation.
-        path: of the PNG.
+        path: of the PNG; SVG and PDF are beside it.
 
     Returns:
         Whether there was anything to draw.
@@ -55,5 +55,5 @@ def plot_intervals(study: Study, path: Path) -> bool:
     axes.set_xlabel(f"{study.metric} minus that of {baseline.name}")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path)
     return True

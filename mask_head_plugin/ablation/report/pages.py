@@ -8,24 +8,37 @@ needs, scripts and pictures too, and opens without a network.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...durable_files import write_durably
+from ...pages.figures import Figure
 from ...pages.render import check_packages, render
-from ...pages.tables import Table, code_markdown, escape_markdown, markdown, number
+from ...pages.tables import (
+    Table,
+    as_csv,
+    code_markdown,
+    escape_markdown,
+    latex,
+    markdown,
+    number,
+)
 from .pictures import side_by_side
 from .study import Study, machine, read_study
 from .tables import build_table, changed_keys, findings, paper_table, unfinished_table
 
 MARKDOWN_FILE, HTML_FILE, PLOT_FILE = "report.md", "report.html", "intervals.png"
+CSV_FILE, LATEX_FILE = "report.csv", "report.tex"
 TEMPLATE = "report.html.j2"
 ANALYSES_NOTE = "Pages of tools/analyze.py, or the commands that write them."
 PAPER_NOTE = "The paper's figures are of its own models and data; compare differences, not values."
 
 
 def write_report(directory: Path, num_draws: int = 1000) -> None:
-    """Writes report.md, its intervals.png and report.html, over those of an earlier time.
+    """Writes report.md, its intervals.png, report.html and files for a paper, over earlier ones.
+
+    Those are the table as report.csv and report.tex, and plots as SVG and PDF.
 
     Args:
         directory: has ablation.json and the trials, of which some may be missing.
@@ -36,13 +49,21 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
             packages that are missing; report.md is then there.
         OSError: if a report cannot be written.
     """
+    from ...pages.plots import save_curves  # matplotlib takes a second
     from .interval_plot import plot_intervals
 
     study = read_study(directory, num_draws)
     picture = PLOT_FILE if plot_intervals(study, directory / PLOT_FILE) else ""
     write_durably(directory / MARKDOWN_FILE, render_markdown(study, picture))
+    table = build_table(study)
+    write_durably(directory / CSV_FILE, as_csv(table))
+    write_durably(directory / LATEX_FILE, latex(_without(table, "differs")))
     check_packages(HTML_FILE, directory / MARKDOWN_FILE)
-    write_durably(directory / HTML_FILE, render_html(study))
+    from .figures import figures  # needs plotly
+
+    shown = figures(study)
+    write_durably(directory / HTML_FILE, render_html(study, shown))
+    save_curves(shown, directory)
 
 
 def render_markdown(study: Study, picture: str = "") -> str:
@@ -69,10 +90,8 @@ def render_markdown(study: Study, picture: str = "") -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def render_html(study: Study) -> str:
-    """Returns report.html. Needs jinja2 and plotly."""
-    from .figures import figures  # needs plotly
-
+def render_html(study: Study, shown: Sequence[Figure]) -> str:
+    """Returns report.html with figures. Needs jinja2 and plotly."""
     return render(
         Path(__file__).with_name(TEMPLATE),
         title=_title(study),
@@ -82,7 +101,7 @@ def render_html(study: Study) -> str:
         baseline=study.variants.index(study.baseline),
         paper=paper_table(study),
         paper_note=PAPER_NOTE,
-        figures=figures(study),
+        figures=shown,
         gallery=side_by_side(study),
         analyses=analyses(study),
         analyses_note=ANALYSES_NOTE,

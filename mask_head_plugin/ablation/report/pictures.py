@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...config import ConfigError, load_config
 from ...data import register_coco_files
-from ...evaluation.drawing import ByteArray, draw_instances, scaled
+from ...evaluation.drawing import ByteArray, class_colour, draw_instances, in_grey, scaled
 from ...evaluation.image_counts import MIN_SCORE, ImageCounts, image_counts, most_disputed
 from ...evaluation.matching import Matches
 from ...image_files import read_image
@@ -24,7 +24,6 @@ from ...messages import one_line
 from ...pages.pictures import (
     MOST_BYTES,
     Picture,
-    class_colour,
     css_colour,
     data_uri,
     resized_mask,
@@ -113,7 +112,7 @@ def _draw(
         record = records[image_id]
         truth = _true_masks(record)
         image = read_image(record["file_name"], "RGB")
-        image = scaled(image, SIDE / max(image.shape[:2]))
+        image = in_grey(scaled(image, SIDE / max(image.shape[:2])))
         row = [_picture(image, "ground truth", f"{len(truth)} objects", truth, names)]
         for trial, found in predicted.items():
             title = f"{trial.variant}, seed {trial.seed}"

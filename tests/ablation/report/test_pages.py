@@ -27,10 +27,13 @@ from mask_head_plugin.ablation.report.tables import build_table
 from mask_head_plugin.evaluation.bootstrap import compare_all
 from mask_head_plugin.evaluation.image_counts import ImageCounts, most_disputed
 from mask_head_plugin.evaluation.matching import Matches
+from mask_head_plugin.pages import plots
 from mask_head_plugin.pages import render as page_render
-from mask_head_plugin.pages.tables import MINUS, NOTHING, escape_markdown, number
+from mask_head_plugin.pages.tables import MINUS, NOTHING, as_csv, escape_markdown, number
 
 pytest.importorskip("plotly", reason="report.html needs the extra 'report'")
+
+from mask_head_plugin.ablation.report.figures import figures
 
 NUM_DRAWS = 40
 QUALITIES = {"baseline": 0.9, "a|b <script>alert(1)</script> & **c**": 0.5, "about the same": 0.9}
@@ -54,8 +57,10 @@ def made(tmp_path_factory, annotations):
 
 
 @pytest.fixture
-def copied(made, tmp_path):
-    """A copy to break, without a pages."""
+def copied(made, tmp_path, monkeypatch):
+    """A copy to break, without its pages, for which no plots for papers are made."""
+    for name in ("save_curves", "_save_for_papers"):
+        monkeypatch.setattr(plots, name, lambda *_: None)
     folder = tmp_path / "ablation"
     shutil.copytree(made[0], folder)
     for name in ("report.md", "report.html"):
@@ -359,6 +364,32 @@ def test_the_tool_reports(copied, monkeypatch):
     assert run_tool(monkeypatch, str(copied), "--draws", "20") == 0
     assert (copied / "report.html").is_file()
     assert "20 draws" in (copied / "report.md").read_text()
+
+
+def test_the_table_and_the_plots_are_there_for_papers(made):
+    folder = made[0]
+    table = build_table(read_study(folder, NUM_DRAWS))
+    assert (folder / "report.csv").read_text() == as_csv(table)
+    assert (folder / "report.tex").read_text().count("\\\\\n") == len(QUALITIES) + 1
+    plotted = {x.name for x in folder.iterdir() if x.suffix in (".svg", ".pdf")}
+    names = ("intervals", "learning", "precision-recall")
+    assert plotted == {f"{name}{suffix}" for name in names for suffix in (".svg", ".pdf")}
+
+
+def test_curves_show_the_spread_over_seeds(made):
+    study = read_study(made[0], NUM_DRAWS)
+    (learning,) = [x.figure for x in figures(study) if x.name == "learning"]
+    trial_curves = [[row["total_loss"] for row in trial.log()] for trial in study.baseline.finished]
+    band, line = learning.data[:2]
+    assert band.fill == "toself" and line.line.color == "#1a1a1a"
+    half = len(band.x) // 2
+    assert list(band.x[:half]) == list(line.x) == list(band.x[half:][::-1])
+    assert len(trial_curves) > 1
+    middle = np.array(line.y)
+    assert (np.array(band.y[:half]) >= middle).all() and (
+        np.array(band.y[half:][::-1]) <= middle
+    ).all()
+    assert np.ptp(np.array(band.y[:half]) - np.array(band.y[half:][::-1])) > 0
 
 
 def test_the_tool_teaches_and_names_errors(tmp_path, monkeypatch, capsys):
