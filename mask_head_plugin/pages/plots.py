@@ -14,7 +14,7 @@ from .figures import COLOURS as COLOURS
 from .figures import Figure
 
 FOR_PAPERS: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-SETTINGS = {"svg.hashsalt": "mask_head_plugin", "pdf.fonttype": 42}
+SETTINGS: Any = {"svg.hashsalt": "mask_head_plugin", "pdf.fonttype": 42}
 """The same plot is the same bytes; text in PDFs is TrueType, as publishers ask."""
 PANEL_INCHES = (3.4, 2.9)
 STYLES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}

@@ -48,7 +48,7 @@ def test_a_plot_for_papers_shows_what_the_page_does():
     )
     (axes,) = _curves(figure("pr", band, curve())).axes
     (line,) = axes.lines
-    assert line.get_xdata() == [0, 0.5, 1] and line.get_linestyle() == "--"
+    assert list(line.get_xdata()) == [0, 0.5, 1] and line.get_linestyle() == "--"
     assert (line.get_color(), line.get_label()) == ("#0072b2", NAME)
     assert (axes.get_xlabel(), axes.get_xlim()) == ("recall", (0, 1))
     (band,) = axes.collections
