@@ -24,6 +24,7 @@ In the folder of --output, by default that of the results, earlier ones are repl
                  Needs pip install -e '.[report]'.
   analysis.md    Findings and tables, for a README.
   analysis.json  All numbers.
+  analysis_tables/  Each table as .csv, and as .tex for a paper.
 
 Exit code: 0; 2 if files are missing or do not fit each other.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..durable_files import write_durably
 from ..evaluation.coco_evaluator import without_nan
 from ..pages.render import check_packages, render
-from ..pages.tables import escape_markdown, markdown
+from ..pages.tables import as_csv, escape_markdown, latex, markdown
 from .analysis import Analysis, as_json
 from .compare import Comparison, comparison_json
 from .curves import threshold_flag
@@ -17,11 +17,12 @@ from .pictures import LEGEND, changed_most, gallery
 from .sections import Section, comparison_sections, facts, sections
 
 MARKDOWN_FILE, JSON_FILE, HTML_FILE = "analysis.md", "analysis.json", "analysis.html"
+PAPER_FOLDER = "analysis_tables"
 TEMPLATE = Path(__file__).with_name("analysis.html.j2")
 
 
 def write_pages(analysis: Analysis, folder: Path, comparison: Comparison | None = None) -> None:
-    """Writes the three files, over those of an earlier time.
+    """Writes the three files and tables for a paper, over those of an earlier time.
 
     Args:
         analysis: of a run.
@@ -37,6 +38,10 @@ def write_pages(analysis: Analysis, folder: Path, comparison: Comparison | None 
         content["comparison"] = comparison_json(comparison)
     write_durably(folder / JSON_FILE, json.dumps(without_nan(content), indent=1) + "\n")
     write_durably(folder / MARKDOWN_FILE, render_markdown(analysis, comparison))
+    for section in _sections(analysis, comparison):
+        path = folder / PAPER_FOLDER / section.key
+        write_durably(path.with_suffix(".csv"), as_csv(section.table))
+        write_durably(path.with_suffix(".tex"), latex(section.table))
     check_packages(HTML_FILE, folder / MARKDOWN_FILE)
     write_durably(folder / HTML_FILE, render_html(analysis, comparison))
 

@@ -85,6 +85,9 @@ def test_a_run_becomes_three_files_that_agree(tmp_path, capsys):
     assert "<b>|x|" not in page and "dog <b>" not in text.replace(flag, "")
     assert found["tasks"]["bbox"]["errors"]["0.5"]["class"]["count"] > 0
     assert found["num_objects"] == 48
+    for_papers = {x.name for x in (folder / "analysis_tables").iterdir()}
+    assert {"classes.csv", "classes.tex"} <= for_papers
+    assert "dog \\textless{}b" in (folder / "analysis_tables" / "classes.tex").read_text()
 
 
 def test_compared_with_another_run_all_figures_have_intervals(tmp_path, capsys):
