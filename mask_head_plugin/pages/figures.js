@@ -1,4 +1,4 @@
-// Draws the page's figures from the JSON behind each, again when the theme or the width changes.
+// Draws the page's figures from the JSON after each, again when the theme or the width changes.
 (() => {
   const NARROW = 600;  // pixels
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -12,7 +12,7 @@
       JSON.stringify(DARK_COLOURS[colour] ?? colour)));
   }
 
-  // Plots that stand side by side go below each other.
+  // Plots that are side by side move below each other.
   function stack(layout) {
     const axes = Object.keys(layout).filter((key) => /^xaxis\d*$/.test(key));
     if (axes.length < 2) return;

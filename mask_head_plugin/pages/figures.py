@@ -1,7 +1,7 @@
 """Interactive figures of pages. Import it where plotly is installed (extra ``report``).
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; what a colour says, a
-marker, a dash or a text says, too. Plotly takes texts for HTML: names are escaped.
+marker, a dash or a text also says. Plotly takes texts for HTML: names are escaped.
 
 The page draws them (``figures.js``), in colours of the reader's theme and for the width there is.
 """
@@ -19,7 +19,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("solid", "dash", "dot", "dashdot")
 FONT = {"family": "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", "size": 13}
 BAND, GRID, MIDDLE = "#e8e8e8", "#ececec", "#f7f7f7"
-"""Of what lies behind: a range, lines, the middle of a scale with two ends."""
+"""Of the background: a range, lines, the middle of a scale with two ends."""
 CONFIG = {
     "displaylogo": False,
     "responsive": True,
@@ -45,7 +45,7 @@ NAME_WIDTH = 30
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with what stands above and below it, as plain text.
+    """A figure with the texts above and below it, as plain text.
 
     Attributes:
         name: of files and links.

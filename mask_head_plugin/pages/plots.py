@@ -21,7 +21,7 @@ STYLES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 
 
 def save_plot(figure: Plot, path: Path) -> None:
-    """Writes a figure of matplotlib as PNG, and beside it as SVG and PDF.
+    """Writes a figure of matplotlib as PNG, and next to it as SVG and PDF.
 
     Args:
         figure: of matplotlib.
@@ -46,7 +46,7 @@ def save_curves(figures: Sequence[Figure], folder: Path) -> None:
 
 
 def label_bars(axes: Any, bars: Any, form: str) -> None:
-    """Writes the number of each bar beside it, on white, so that no line strikes it through."""
+    """Writes the number of each bar next to it, on white, so that no line strikes it through."""
     ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     axes.bar_label(bars, fmt=form, padding=3, fontsize=8, bbox=ground, zorder=5)
 

@@ -36,7 +36,7 @@ class Column:
 
     Attributes:
         key: its name in a link such as ``report.html#sort=-difference``.
-        label: what stands above it.
+        label: what is written above it.
         meaning: a sentence on it.
         is_text: whether it holds texts and not numbers.
         is_optional: whether it is left out where it has no content.

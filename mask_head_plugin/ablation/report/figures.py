@@ -1,7 +1,7 @@
 """The report's interactive figures. Import it where plotly is installed (extra ``report``).
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; what a colour says, a
-marker, a dash or a text says, too. Plotly takes texts for HTML: names are escaped.
+marker, a dash or a text also says. Plotly takes texts for HTML: names are escaped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ROW_HEIGHT = 44
 MOST_CLASSES = 40
 CLASSES_WITH_NUMBERS = 20
 CELL_WIDTH, NAMES_WIDTH = 38, 240
-"""Pixels of a number in a cell, and of what stands beside the cells."""
+"""Pixels of a number in a cell, and of the text next to the cells."""
 SMOOTHED_SHARE = 20
 """Losses are averaged over this part of the logged iterations: a twentieth."""
 PR_THRESHOLDS = (0.5, 0.75)

@@ -1,4 +1,4 @@
-"""The picture beside report.md: differences to the baseline with their intervals."""
+"""The picture next to report.md: differences to the baseline with their intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def plot_intervals(study: Study, path: Path) -> bool:
 
     Args:
         study: the ablation.
-        path: of the PNG; SVG and PDF are beside it.
+        path: of the PNG; SVG and PDF are next to it.
 
     Returns:
         Whether there was anything to draw.

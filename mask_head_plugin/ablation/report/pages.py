@@ -42,11 +42,11 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
 
     Args:
         directory: has ablation.json and the trials, of which some may be missing.
-        num_draws: of the bootstrap behind the intervals; at least 2.
+        num_draws: of the bootstrap for the intervals; at least 2.
 
     Raises:
-        ConfigError: if the folder is no ablation's or has no finished trial, or report.html needs
-            packages that are missing; report.md is then there.
+        ConfigError: if the folder is not an ablation's or has no finished trial, or report.html
+            needs packages that are missing; report.md is then there.
         OSError: if a report cannot be written.
     """
     from ...pages.plots import save_curves  # matplotlib takes a second
@@ -79,7 +79,7 @@ def render_markdown(study: Study, picture: str = "") -> str:
     parts += ["### What differs", _list(_changed_keys(study))]
     paper = paper_table(study)
     if paper.rows:
-        parts += ["## The paper's figures beside ours", markdown(paper), PAPER_NOTE]
+        parts += ["## The paper's figures next to ours", markdown(paper), PAPER_NOTE]
     parts += ["## What each variant gets wrong", ANALYSES_NOTE, _list(_analyses_markdown(study))]
     unfinished = unfinished_table(study)
     if unfinished.rows:

@@ -48,7 +48,7 @@ class Gallery:
     Attributes:
         rows: name of the image and its pictures.
         classes: name and CSS colour of those that are shown.
-        problem: why there are no pictures, if there are none.
+        problem: why pictures are missing, if so.
     """
 
     rows: list[tuple[str, list[Picture]]]
@@ -163,7 +163,7 @@ def _class_indices(dataset: str) -> Any:
     mapping = metadata.get("thing_dataset_id_to_contiguous_id")
     if mapping:
         return mapping.__getitem__
-    return lambda category: category  # MaskEvaluator numbers them from 0 where there are no ids
+    return lambda category: category  # MaskEvaluator numbers them from 0 without ids
 
 
 def _true_masks(record: Mapping[str, Any]) -> list[Instance]:

@@ -1,4 +1,4 @@
-"""Independent masks beside masks that compete (the paper's Table 2b), on one RoI of the image."""
+"""Independent masks next to masks that compete (the paper's Table 2b), on one RoI of the image."""
 
 from __future__ import annotations
 

@@ -49,13 +49,13 @@ def explain(
         num_bins: that the picture of RoI pooling has along each side; 0 for what makes bins of
             about two cells, as the paper's figure has them.
         softmax_weights: of a model of the same config but for its mask loss, which is
-            softmax_cross_entropy. Without them there is no picture of classes that compete.
+            softmax_cross_entropy. Without them the picture of competing classes is left out.
 
     Returns:
         The files.
 
     Raises:
-        ConfigError: if a setting or file cannot be used, or there is no such detection.
+        ConfigError: if a setting or file cannot be used, or the detection does not exist.
         OSError: if a picture cannot be written.
     """
     if num_bins < 0:

@@ -48,7 +48,7 @@ HALO = [withStroke(linewidth=2, foreground="white")]
 
 
 def pooling_figure(stages: Stages, number: int, num_bins: int) -> Figure:
-    """Draws four ways of pooling a detection's box, beside each other.
+    """Draws four ways of pooling a detection's box, side by side.
 
     Args:
         stages: of the image.

@@ -56,7 +56,7 @@ def told_in_words(stages: Stages, number: int) -> str:
 def _image(axes: Axes, stages: Stages, title: str, told: str) -> None:
     blank(axes)
     axes.imshow(stages.image, alpha=0.85)
-    axes.set_anchor("NW")  # so that the words have half a page, also beside a tall image
+    axes.set_anchor("NW")  # so that the words have half a page, also next to a tall image
     axes.set_title(title)
     axes.set_xlabel(told, loc="left", multialignment="left")
 

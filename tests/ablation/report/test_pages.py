@@ -143,7 +143,7 @@ def test_the_paper_s_figures_stand_beside_ours(made):
     cells = table_cells(folder)
     assert (cells[STRANGE]["paper"], cells[STRANGE]["paper-difference"]) == ("24.8", f"{MINUS}5.5")
     assert cells["about the same"]["paper"] == NOTHING
-    rows = markdown_rows((folder / "report.md").read_text(), "The paper's figures beside ours")
+    rows = markdown_rows((folder / "report.md").read_text(), "The paper's figures next to ours")
     box = next(row for row in rows if row[1] == "bbox/AP")
     assert box[2] == "28.2" and box[4] == NOTHING and " to " in box[5]
 
