@@ -136,7 +136,7 @@ def _error_maps(analysis: Analysis) -> Figure | None:
     for column in (1, 2):
         figure.update_yaxes(scaleanchor=f"x{column if column > 1 else ''}", col=column)
     caption = (
-        f"Mean of {quality.num_mapped:,} found objects, each in coordinates of its true box "
+        f"Mean of {len(quality.objects):,} found objects, each in coordinates of its true box "
         "(dotted; 0 is left and top, 1 right and bottom)."
     )
     return Figure("error-maps", "Where masks are wrong", caption, figure)

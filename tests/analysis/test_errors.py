@@ -134,6 +134,23 @@ def test_ap_is_that_of_the_evaluation_with_ties_and_crowds(tmp_path, made):
         assert average_precision(findings.found[task].matches) == pytest.approx(metrics["AP"])
 
 
+def test_lvis_files_are_evaluated_by_lvis_s_rules(tmp_path):
+    """Classes that were not looked for in an image, or not all objects of which are annotated."""
+    content, results = make_coco(5, num_images=12)
+    ids = [x["id"] for x in content["categories"]]
+    for k, image in enumerate(content["images"]):
+        image["neg_category_ids"] = ids[: k % 3]
+        image["not_exhaustive_category_ids"] = ids[: k % 2]
+    for x in content["annotations"]:
+        x["iscrowd"] = 0
+    findings = findings_of(tmp_path, content, results)
+    truth = GroundTruth(str(tmp_path / "annotations.json"), is_lvis=True)
+    for task in ("bbox", "segm"):
+        metrics = Evaluation(truth, truth.detections(results, task), task).metrics()
+        for name in ("AP", "AP50", "APs"):
+            assert findings.value(task, "AP", name) == pytest.approx(metrics[name], abs=1e-9)
+
+
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 def test_errors_equal_a_slow_reference(tmp_path, made, task):
     """Each false positive again from the definition, image by image, with a loop for each pair."""
