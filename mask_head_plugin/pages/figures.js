@@ -36,7 +36,7 @@
     const lines = layout.showlegend === false ? 0 : named.reduce((sum, trace) => sum + trace.name.split("<br>").length, 0);
     const room = lines > 1 || named.length > 1 ? 20 * lines + 10 : 0;
     layout.legend = { ...layout.legend, orientation: "v", x: 0, xanchor: "left", xref: "paper", y: 0, yanchor: "bottom", yref: "container" };
-    layout.margin = { ...layout.margin, l: 10, r: 10, t: 40, b: 60 + room };
+    layout.margin = { ...layout.margin, l: 10, t: 40, b: 60 + room };
     layout.height += room;
     layout.font = { ...layout.font, size: 12 };
     for (const trace of spec.data) {
