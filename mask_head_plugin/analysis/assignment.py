@@ -79,10 +79,11 @@ def assign(
         dt_outside = dt_outside | np.array([pair in scene.lenient for pair in pairs])
     gt_ignored = scene.gt_crowd | _outside(scene.gt_area, ranges)
     score, dt_slices, gt_slices = scene.score(task), scene.dt_slices, scene.gt_slices
+    # The best of an image and class first; what has the same score stays in its order.
+    order = np.lexsort((-score, scene.dt_class, scene.dt_image))
     groups, rows, objects = [], [], []
     for image, dt, gt in _pairs(scene):
-        # The best first; what has the same score stays in its order.
-        best = dt.start + np.argsort(-score[dt], kind="stable")
+        best = order[dt]
         best = best[:max_detections] if max_detections >= 0 else best
         own = slice(gt.start - gt_slices[image].start, gt.stop - gt_slices[image].start)
         iou = ious[image][best - dt_slices[image].start, own]
