@@ -219,7 +219,7 @@ def test_more_than_255_classes_take_16_bits_and_have_numbers_for_names(
     assert found.dtype == np.uint16 and np.array_equal(found, paint(content, content["images"][0]))
     assert found.max() > 255
     assert content["categories"][299] == {"id": 300, "name": "300", "semantic_value": 300}
-    assert "nor 300 classes of a data set: ring, star, cross, crescent, arrow are 5" in caplog.text
+    assert "no data set has 300 classes: ring, star, cross, crescent, arrow are 5" in caplog.text
 
 
 def test_class_names_come_from_coco_files_and_are_numbers_without_them(images, tmp_path, caplog):
