@@ -117,6 +117,10 @@ def compare(analysis: Analysis, other: Analysis, num_draws: int, seed: int = 0) 
                 "two runs are compared on the same images and objects"
             )
     count = len(scene.image_ids)
+    if count < 2:
+        raise ConfigError(
+            f"{analysis.files.annotations} has one image: two runs are compared on several"
+        )
     as_they_are = np.ones((1, count), np.int32)
     weights = np.concatenate([as_they_are, image_weights(count, num_draws, seed)])
 

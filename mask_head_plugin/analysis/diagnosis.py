@@ -127,6 +127,12 @@ def _grid(findings: Findings, side: int) -> Iterator[str]:
         return
     base = findings.value("segm", "AP", "AP")
     own, double = (base + findings.value("segm", "oracle", grid_name(x)) for x in (side, 2 * side))
+    if own < base:
+        yield (
+            f"A {side} x {side} grid allows an AP of {number(own, '.1f')} at most, and these masks "
+            "have more: they are not from a mask branch of that size."
+        )
+        return
     yield (
         f"The mask branch's {side} x {side} grid alone would allow an AP of {number(own, '.1f')}, "
         f"one of {2 * side} x {2 * side} {number(double, '.1f')}"

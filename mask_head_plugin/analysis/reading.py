@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pycocotools import mask as coco_mask
 from ..config import ConfigError
 from ..evaluation.coco_ap import GroundTruth, as_bytes
 from ..messages import listed, one_line
-from ..run_lengths import annotation_rle
+from ..run_lengths import annotation_rle, first_broken
 from .scene import IntArray, Scene
 
 logger = logging.getLogger(__name__)
@@ -35,12 +36,10 @@ def read_scene(annotations: Path, results: Sequence[Record], source: Path) -> Sc
     Raises:
         ConfigError: if the two do not fit, naming the file and the ids or the entry.
     """
+    content = _read_annotations(annotations)
     try:
-        content = json.loads(annotations.read_text())
         is_lvis = any("neg_category_ids" in image for image in content["images"])
         truth = GroundTruth(str(annotations), is_lvis=is_lvis)
-        if not content.get("annotations"):
-            raise ConfigError(f"{annotations} has no annotations to compare with")
         _check_ids(results, truth, source)
         with_masks = truth.has_masks and _have_masks(results, source, annotations)
         sizes = {x["id"]: (x.get("height"), x.get("width")) for x in content["images"]}
@@ -58,6 +57,41 @@ def read_scene(annotations: Path, results: Sequence[Record], source: Path) -> Sc
     return _scene(truth, names, found, boxes, scores, with_masks)
 
 
+def _read_annotations(path: Path) -> dict[str, Any]:
+    """Returns the content of an annotation file.
+
+    Raises:
+        ConfigError: if nothing can be compared with it.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as annotations: {one_line(error)}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise ConfigError(f"{path} is not a COCO file of annotations: it has no list of images")
+    objects = content.get("annotations") or []
+    if all(x.get("iscrowd") for x in objects):
+        what = "only crowds" if objects else "no annotations"
+        raise ConfigError(f"{path} has {what}: there is nothing to compare with")
+    categories = content.get("categories", [])
+    for key, records in (("id", content["images"]), ("name", categories)):
+        values = [repr(x.get(key)) for x in records]
+        twice = next((x for x, count in Counter(values).items() if count > 1), None)
+        if twice is not None:
+            what = "image" if key == "id" else "category"
+            raise ConfigError(f"{path} has two of {what} {twice}; tools/check_dataset.py has a fix")
+    encoded = [x for x in objects if isinstance(x.get("segmentation"), dict)]
+    encoded = [x for x in encoded if isinstance(x["segmentation"].get("counts"), str)]
+    broken = first_broken([x["segmentation"] for x in encoded])
+    if broken is not None:
+        raise ConfigError(f"{path}: annotation {encoded[broken].get('id')!r}: {BROKEN_COUNTS}")
+    return content
+
+
+SCORE_ROUNDING = 1e-5
+BROKEN_COUNTS = "the counts of its mask do not make up an image of its size; write them again"
+
+
 def _check_ids(results: Sequence[Record], truth: GroundTruth, source: Path) -> None:
     """Raises a ConfigError if results are of other images or categories than the annotations."""
     for key, known, what in (
@@ -67,9 +101,9 @@ def _check_ids(results: Sequence[Record], truth: GroundTruth, source: Path) -> N
         lacking = next((k for k, x in enumerate(results) if key not in x), None)
         if lacking is not None:
             raise ConfigError(f"{source}: entry {lacking} has no {key}")
-        unknown = sorted({str(x[key]) for x in results if x[key] not in known})
+        unknown = sorted({repr(x[key]) for x in results if x[key] not in known})
         if unknown:
-            ours = listed([str(x) for x in sorted(known, key=str)], 4)
+            ours = listed([repr(x) for x in sorted(known, key=lambda x: (str(type(x)), x))], 4)
             raise ConfigError(
                 f"{source} has detections of {what} that {truth.json_file} does not: {key} "
                 f"{listed(unknown, 4)} (it has {ours}); name the file that was evaluated"
@@ -100,20 +134,36 @@ def _checked(
         one = {key: result[key] for key in ("image_id", "category_id")}
         if with_masks:
             try:
+                if not isinstance(result["segmentation"], list | dict):
+                    raise TypeError("it is neither polygons nor an RLE")
                 rle = annotation_rle(result["segmentation"], sizes[result["image_id"]])
                 one["segmentation"] = as_bytes(rle)
             except (ValueError, KeyError, TypeError) as error:
                 where = f"{source}: entry {number} (image {result['image_id']!r})"
-                raise ConfigError(f"{where}: its segmentation is none: {one_line(error)}") from None
-        box = result.get("bbox")
-        if box is None and with_masks:
-            box = coco_mask.toBbox(one["segmentation"]).tolist()
-        one |= {"score": result.get("score"), "bbox": box}
+                told = f"its segmentation cannot be read: {one_line(error)}"
+                raise ConfigError(f"{where}: {told}") from None
+        one |= {"score": result.get("score"), "bbox": result.get("bbox")}
         if "mask_score" in result:
             one["mask_score"] = result["mask_score"]
         checked.append(one)
+    if with_masks and (broken := first_broken([x["segmentation"] for x in checked])) is not None:
+        where = f"{source}: entry {broken} (image {checked[broken]['image_id']!r})"
+        raise ConfigError(f"{where}: {BROKEN_COUNTS}")
+    for one in checked:
+        if with_masks and one["bbox"] is None:
+            one["bbox"] = coco_mask.toBbox(one["segmentation"]).tolist()
     for key, count in (("score", None), ("mask_score", None), ("bbox", 4)):
         _check_numbers([(k, x[key]) for k, x in enumerate(checked) if key in x], key, count, source)
+    for number, one in enumerate(checked):
+        if not -SCORE_ROUNDING <= one["score"] <= 1 + SCORE_ROUNDING:
+            raise ConfigError(
+                f"{source}: entry {number}: score is {one['score']}, not 0 to 1; are they percent?"
+            )
+        if min(one["bbox"][2:]) < 0:
+            raise ConfigError(
+                f"{source}: entry {number}: bbox is {one['bbox']}, of negative size; it must be "
+                "[x, y, width, height]"
+            )
     return checked
 
 
@@ -132,13 +182,13 @@ def _check_numbers(
         array = np.array([x for _, x in values], float)
         if array.shape[1:] == (() if count is None else (count,)) and np.isfinite(array).all():
             return
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         pass
     expected = "a finite number" if count is None else "[x, y, width, height] in finite numbers"
     for number, value in values:
         numbers = [value] if count is None else value
         fits = isinstance(numbers, list) and len(numbers) == (count or 1)
-        if not fits or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+        if not fits or not all(isinstance(x, int | float) and abs(x) < math.inf for x in numbers):
             raise ConfigError(f"{source}: entry {number}: {key} is {value!r}, not {expected}")
 
 

@@ -165,7 +165,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """
     try:
         results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as results: {one_line(error)}") from error
     if isinstance(results, dict) and "annotations" in results:
         results = results["annotations"]  # predictions.json of tools/demo.py

@@ -150,13 +150,53 @@ MISFITS = {
     "category_id": ([{**RIGHT, "category_id": 0}], "categories that .* category_id 0"),
     "size": (
         [{**RIGHT, "segmentation": {"size": [5, 5], "counts": "0"}}],
-        r"entry 0 \(image 1\): its segmentation is none: an RLE has the size",
+        r"entry 0 \(image 1\): its segmentation cannot be read: an RLE has the size",
     ),
     "some without": ([RIGHT, {**RIGHT, "segmentation": None}], "1 of 2 detections have no segm"),
     "score": ([{**RIGHT, "score": float("nan")}], "score is nan"),
     "box": ([{**RIGHT, "bbox": [1, 2, 3]}], r"bbox is \[1, 2, 3\]"),
     "no list": ({"x": 1}, "not a file of results"),
+    "text as id": ([{**RIGHT, "image_id": "1"}], r"image_id '1' \(it has 1"),
+    "no mask": ([{**RIGHT, "segmentation": "x"}], "neither polygons nor an RLE"),
+    "broken counts": (
+        [{**RIGHT, "segmentation": {**RIGHT["segmentation"], "counts": "zzzz!!!"}}],
+        r"entry 0 \(image 1\): the counts of its mask do not make up an image",
+    ),
+    "percent": ([{**RIGHT, "score": 99.2}], "entry 0: score is 99.2, not 0 to 1; are they percent"),
+    "corners": ([{**RIGHT, "bbox": [5, 5, -2, 3]}], "entry 0: bbox is .* of negative size"),
+    "huge": ([{**RIGHT, "score": 10**400}], "entry 0: score is 1000"),
 }
+
+BAD_ANNOTATIONS = {
+    "a list": ([], "is not a COCO file of annotations"),
+    "twice": ({**CONTENT, "images": CONTENT["images"] * 2}, "has two of image 1"),
+    "names": ({**CONTENT, "categories": CONTENT["categories"] * 2}, "has two of category '"),
+    "none": ({**CONTENT, "annotations": []}, "has no annotations: there is nothing to compare"),
+    "crowds": (
+        {**CONTENT, "annotations": [{**x, "iscrowd": 1} for x in CONTENT["annotations"]]},
+        "has only crowds",
+    ),
+    "counts": (
+        {
+            **CONTENT,
+            "annotations": [
+                {**x, "segmentation": {**RIGHT["segmentation"], "counts": "0"}}
+                for x in CONTENT["annotations"]
+            ],
+        },
+        "annotation 1: the counts of its mask",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANNOTATIONS)
+def test_annotations_that_nothing_can_be_compared_with_are_named(tmp_path, capsys, case):
+    content, message = BAD_ANNOTATIONS[case]
+    run = write_run(tmp_path, CONTENT, [RIGHT])
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    code, out, err = tool(capsys, run)
+    assert code == 2 and not out and err.count("\n") == 1
+    assert message in err and "annotations.json" in err
 
 
 @pytest.mark.parametrize("case", MISFITS)

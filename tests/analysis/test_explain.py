@@ -129,6 +129,8 @@ def test_the_circled_pixel_is_the_one_of_the_mask_that_most_classes_claim():
 
 
 def test_all_pictures_are_made_no_wider_than_a_page_and_say_what_they_show(tmp_path):
+    other = tmp_path / "another.safetensors"  # no softmax is at hand; any weights draw
+    other.write_bytes(CHECKPOINT.read_bytes())
     written = explain(
         SHAPES,
         str(CHECKPOINT),
@@ -136,7 +138,7 @@ def test_all_pictures_are_made_no_wider_than_a_page_and_say_what_they_show(tmp_p
         tmp_path,
         opts=ON_CPU,
         detection=2,
-        softmax_weights=str(CHECKPOINT),
+        softmax_weights=str(other),
     )
     names = ("stages", "roi_pooling", "competition")
     assert [x.name for x in written] == [f"{x}.{kind}" for x in names for kind in ("png", "svg")]
@@ -178,6 +180,7 @@ COMPETING = ["MODEL.ROI_MASK_HEAD.LOSSES", '[["softmax_cross_entropy", 1.0]]']
         ({"opts": ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0"]}, "finds no object in this image"),
         ({"opts": ["MODEL.MASK_ON", "False"]}, "no mask branch"),
         ({"opts": COMPETING, "softmax_weights": str(CHECKPOINT)}, "compete already"),
+        ({"softmax_weights": str(CHECKPOINT)}, "the first model has the same"),
     ],
 )
 def test_what_cannot_be_drawn_is_named_and_nothing_is_written(changed, message, tmp_path):

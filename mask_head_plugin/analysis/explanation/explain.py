@@ -65,7 +65,10 @@ def explain(
     predictor = load_predictor(cfg)
     stages = run_stages(predictor, image)
     if not 1 <= detection <= len(stages.boxes):
-        raise ConfigError(f"--detection {detection}: the model finds {len(stages.boxes)} objects")
+        raise ConfigError(
+            f"--detection {detection}: the model finds {len(stages.boxes)} objects; name one of "
+            "them, from 1 on"
+        )
     number = detection - 1
     probs = class_probs(
         predictor.model.roi_heads.mask_head, stages.region_features[number : number + 1]
@@ -111,6 +114,11 @@ def _competing_probs(
     cfg: CfgNode, weights: str, image: ByteArray, stages: Stages, number: int
 ) -> Tensor:
     """Returns the (K, M, M) masks of the other model for the same box."""
+    if Path(weights).resolve() == Path(cfg.MODEL.WEIGHTS).resolve():
+        raise ConfigError(
+            f"--softmax-weights {weights}: the first model has the same; name weights that were "
+            "trained with MODEL.ROI_MASK_HEAD.LOSSES [['softmax_cross_entropy', 1.0]]"
+        )
     other = cfg.clone()
     other.defrost()
     other.MODEL.ROI_MASK_HEAD.LOSSES = COMPETING

@@ -1,0 +1,57 @@
+"""Compressed counts: whether they make up an image, before pycocotools is given them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+
+from mask_head_plugin.run_lengths import MOST_CHARACTERS, as_text, first_broken
+
+GOOD = coco_mask.encode(np.asfortranarray(np.eye(5, 7, dtype=np.uint8)))
+
+
+def makes_up_slowly(counts: bytes, size) -> bool:
+    """As pycocotools' rleFrString reads it, in plain Python."""
+    numbers, place = [], 0
+    while place < len(counts):
+        value = width = 0
+        more = True
+        while more:
+            if place >= len(counts) or not 48 <= counts[place] < 48 + 64:
+                return False
+            bits = counts[place] - 48
+            value |= (bits & 31) << (5 * width)
+            more, place, width = bool(bits & 32), place + 1, width + 1
+        if width > MOST_CHARACTERS:
+            return False
+        if bits & 16:
+            value -= 1 << (5 * width)
+        numbers.append(value + (numbers[-2] if len(numbers) > 2 else 0))
+    return bool(numbers) and min(numbers) >= 0 and sum(numbers) == size[0] * size[1]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40), st.floats(0, 1))
+def test_what_pycocotools_writes_is_whole(seed, height, width, share):
+    bits = np.random.default_rng(seed).random((height, width)) < share
+    rle = coco_mask.encode(np.asfortranarray(bits, dtype=np.uint8))
+    assert first_broken([rle, as_text(rle)]) is None
+    assert makes_up_slowly(rle["counts"], rle["size"])
+
+
+@given(st.integers(0, 2**32 - 1), st.binary(max_size=12), st.integers(0, 30))
+def test_damaged_counts_are_found_as_a_slow_reader_finds_them(seed, patch, place):
+    bits = np.random.default_rng(seed).random((9, 11)) < 0.3
+    rle = coco_mask.encode(np.asfortranarray(bits, dtype=np.uint8))
+    counts = rle["counts"][:place] + patch + rle["counts"][place + len(patch) :]
+    is_whole = makes_up_slowly(counts, rle["size"])
+    found = first_broken([GOOD, {**rle, "counts": counts}, GOOD])
+    assert found == (None if is_whole else 1)
+
+
+@pytest.mark.parametrize("counts", ["", "zzzz!!!", "é", "0", "51", "o" * 9])
+def test_these_are_broken(counts):
+    assert first_broken([{"size": [5, 7], "counts": counts}]) == 0
+    assert first_broken([]) is None
