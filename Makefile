@@ -70,7 +70,7 @@ $(1)/bin/python -m pip install --no-deps --no-build-isolation -e .
 endef
 
 own-environment:
-	@$(PYTHON) -c "import cv2, faster_coco_eval, fvcore, pycocotools, safetensors, submitit, tabulate, torchvision, tqdm, yaml" || \
+	@$(PYTHON) -c "import cv2, faster_coco_eval, fvcore, mpmath, pycocotools, safetensors, submitit, tabulate, torchvision, tqdm, yaml" || \
 		{ echo "First: $(PYTHON) -m pip install -r requirements.txt" >&2; exit 1; }
 	@$(PYTHON) tools/install_detectron2.py --check || \
 		{ echo "To install detectron2: $(PYTHON) tools/install_detectron2.py" >&2; exit 1; }

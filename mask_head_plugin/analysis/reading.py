@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
+SCORE_ROUNDING = 1e-5
+"""By which a score may lie outside of 0 to 1: exported models round."""
+
+BROKEN_COUNTS = "the counts of its mask do not make up an image of its size; write them again"
+
 
 def read_scene(annotations: Path, results: Sequence[Record], source: Path) -> Scene:
     """Returns what results and annotations hold.
@@ -70,10 +75,17 @@ def _read_annotations(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise ConfigError(f"{path} is not a COCO file of annotations: it has no list of images")
     objects = content.get("annotations") or []
+    categories = content.get("categories") or []
+    for key, records in (
+        ("images", content["images"]),
+        ("annotations", objects),
+        ("categories", categories),
+    ):
+        if not isinstance(records, list) or not all(isinstance(x, dict) for x in records):
+            raise ConfigError(f"{path}: {key} is not a list of objects; export the file again")
     if all(x.get("iscrowd") for x in objects):
         what = "only crowds" if objects else "no annotations"
         raise ConfigError(f"{path} has {what}: there is nothing to compare with")
-    categories = content.get("categories", [])
     for key, records in (("id", content["images"]), ("name", categories)):
         values = [repr(x.get(key)) for x in records]
         twice = next((x for x, count in Counter(values).items() if count > 1), None)
@@ -81,15 +93,16 @@ def _read_annotations(path: Path) -> dict[str, Any]:
             what = "image" if key == "id" else "category"
             raise ConfigError(f"{path} has two of {what} {twice}; tools/check_dataset.py has a fix")
     encoded = [x for x in objects if isinstance(x.get("segmentation"), dict)]
-    encoded = [x for x in encoded if isinstance(x["segmentation"].get("counts"), str)]
+    encoded = [
+        x
+        for x in encoded
+        if isinstance(x["segmentation"].get("counts"), str)
+        and np.shape(x["segmentation"].get("size")) == (2,)
+    ]
     broken = first_broken([x["segmentation"] for x in encoded])
     if broken is not None:
         raise ConfigError(f"{path}: annotation {encoded[broken].get('id')!r}: {BROKEN_COUNTS}")
     return content
-
-
-SCORE_ROUNDING = 1e-5
-BROKEN_COUNTS = "the counts of its mask do not make up an image of its size; write them again"
 
 
 def _check_ids(results: Sequence[Record], truth: GroundTruth, source: Path) -> None:

@@ -169,6 +169,7 @@ MISFITS = {
 
 BAD_ANNOTATIONS = {
     "a list": ([], "is not a COCO file of annotations"),
+    "no object": ({**CONTENT, "annotations": [1]}, "annotations is not a list of objects"),
     "twice": ({**CONTENT, "images": CONTENT["images"] * 2}, "has two of image 1"),
     "names": ({**CONTENT, "categories": CONTENT["categories"] * 2}, "has two of category '"),
     "none": ({**CONTENT, "annotations": []}, "has no annotations: there is nothing to compare"),
