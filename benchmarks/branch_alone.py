@@ -1,0 +1,183 @@
+"""Trains the mask branch alone: true boxes, features that do not change, nothing else learns.
+
+A whole training mixes what is to be compared (a pooler, a loss) with the noise of proposals,
+classification and backbone. Here a fresh mask head learns from region features that were computed
+once, and its masks are compared on validation objects. A training takes seconds, so that many seeds
+are cheap; what it cannot show is how backbone and boxes would have adapted.
+
+Shape alphabet: R objects, K classes, C channels, P pooled side, M = 2P mask side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from detectron2.layers import ShapeSpec
+from torch import Tensor
+
+from mask_head_plugin.config import DEFAULT_LOSSES
+from mask_head_plugin.modeling import FCNMaskHead
+from mask_head_plugin.modeling.mask_head import Losses
+from mask_head_plugin.modeling.mask_loss_terms import weighted_mask_losses
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What the mask branch sees of objects.
+
+    Attributes:
+        features: (R, C, P, P) of their boxes.
+        targets: (R, M, M) bool, their masks within the boxes.
+        classes: (R,) int64 in [0, K).
+    """
+
+    features: Tensor
+    targets: Tensor
+    classes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a head is trained: Adam, and a cosine from the learning rate to 0.
+
+    Attributes:
+        iterations: updates of the weights.
+        batch_size: objects of one, drawn without replacement until all had their turn.
+        learning_rate: at the start, after WARM_UP iterations.
+        conv_dims: output channels of the 3 x 3 convolutions and, last, of the deconvolution.
+    """
+
+    iterations: int = 600
+    batch_size: int = 48
+    learning_rate: float = 2e-3
+    conv_dims: Sequence[int] = (32, 32, 32)
+
+    def factor(self, iteration: int) -> float:
+        """Returns the factor of the learning rate, 0 to 1."""
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(iteration / self.iterations, 1))
+        return min((iteration + 1) / WARM_UP, 1) * cosine
+
+
+WARM_UP = 20
+
+OnIteration = Callable[[int, FCNMaskHead, float], None]
+
+
+def train_head(
+    train: Objects,
+    num_classes: int,
+    seed: int,
+    schedule: Schedule | None = None,
+    losses: Losses = DEFAULT_LOSSES,
+    on_iteration: OnIteration | None = None,
+) -> FCNMaskHead:
+    """Trains a fresh FCNMaskHead on objects; in float32, and on their device.
+
+    Args:
+        train: the objects, one or more.
+        num_classes: K; 1 is a class-agnostic head, whatever the classes of the objects.
+        seed: of initial weights and batches. Heads of the same sizes and seed start from the same
+            weights and see the objects in the same order.
+        schedule: Schedule() if None.
+        losses: as MODEL.ROI_MASK_HEAD.LOSSES; ``softmax_cross_entropy`` lets classes compete.
+        on_iteration: called before the first update and after each with the number of updates, the
+            head, and the loss of the last (nan before the first), e.g. for learning curves. It gets
+            the head after ``backward``: ``p.grad`` are the gradients of the last update.
+    """
+    schedule = schedule or Schedule()
+    device = train.features.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        shape = ShapeSpec(channels=train.features.shape[1])
+        head = FCNMaskHead(
+            shape, num_classes=num_classes, conv_dims=schedule.conv_dims, losses=losses
+        )
+    head = head.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(head.parameters(), schedule.learning_rate)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
+    batches = _Batches(len(train), schedule.batch_size, seed)
+    if on_iteration is not None:
+        on_iteration(0, head, float("nan"))
+    for iteration in range(schedule.iterations):
+        chosen = batches.draw().to(device)
+        loss = _loss(head, train, chosen, iteration)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        rate.step()
+        if on_iteration is not None:
+            on_iteration(iteration + 1, head, float(loss.detach()))
+    return head.eval()
+
+
+def predict(head: FCNMaskHead, objects: Objects, all_classes: bool = False) -> Tensor:
+    """Returns the logits of each object's own class, (R, M, M), or of all, (R, K, M, M).
+
+    Args:
+        head: trained.
+        objects: whose targets are not read.
+        all_classes: for losses that couple the classes, and to read one as the other.
+    """
+    parts = []
+    with torch.inference_mode():
+        for rows in torch.arange(len(objects)).split(PREDICTED_AT_ONCE):
+            features = objects.features[rows]
+            if all_classes:
+                parts.append(head.class_logits(features))
+            else:
+                parts.append(head.selected_logits(features, _rows(head, objects.classes[rows])))
+    return torch.cat(parts).clone()  # an inference tensor knows no gradient
+
+
+PREDICTED_AT_ONCE = 128
+
+
+def mask_iou(pred_masks: Tensor, targets: Tensor) -> Tensor:
+    """Returns the (R,) IoU of masks on the grid of the boxes; 1 where both are empty.
+
+    Args:
+        pred_masks: (R, M, M) bool.
+        targets: (R, M, M) bool.
+    """
+    both = (pred_masks & targets).flatten(1).sum(1)
+    either = (pred_masks | targets).flatten(1).sum(1)
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+
+
+def _loss(head: FCNMaskHead, objects: Objects, rows: Tensor, iteration: int) -> Tensor:
+    features, classes = objects.features[rows], _rows(head, objects.classes[rows])
+    if head.losses[0].activation is None:
+        logits = head.selected_logits(features, classes)
+    else:
+        logits = head.class_logits(features)
+    terms = weighted_mask_losses(head.losses, logits, classes, objects.targets[rows], iteration)
+    return torch.stack(list(terms.values())).sum()
+
+
+def _rows(head: FCNMaskHead, classes: Tensor) -> Tensor:
+    """Returns the output channel of each object."""
+    return torch.zeros_like(classes) if head.num_classes == 1 else classes
+
+
+class _Batches:
+    """Indices of objects in random order; each comes once before any comes again."""
+
+    def __init__(self, num_objects: int, batch_size: int, seed: int) -> None:
+        if num_objects < 1:
+            raise ValueError("a mask head needs at least one object to learn from")
+        self._num_objects, self._batch_size = num_objects, batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._left = torch.empty(0, dtype=torch.int64)
+
+    def draw(self) -> Tensor:
+        while len(self._left) < self._batch_size:
+            order = torch.randperm(self._num_objects, generator=self._generator)
+            self._left = torch.cat([self._left, order])
+        batch, self._left = self._left.split([self._batch_size, len(self._left) - self._batch_size])
+        return batch
