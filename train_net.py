@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))  # they share flags
-import flags
+from typing import Any
 
 EXAMPLES = """
 Examples:
@@ -27,6 +25,26 @@ What the model gets wrong, and why: python tools/analyze.py OUTPUT_DIR
 """
 
 
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of detectron2's train_net.py: what to do, and in how many processes."""
+    parser.add_argument("--resume", action="store_true", help="from the run's last checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs on each machine (default 1)")
+    parser.add_argument("--num-machines", type=int, default=1, help="machines in total (default 1)")
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, help="number of this machine, from 0"
+    )
+    port = 2**15 + 2**14 + hash(os.getuid()) % 2**14  # as detectron2: one for each user
+    url = f"tcp://127.0.0.1:{port}"
+    parser.add_argument("--dist-url", default=url, help="tcp://host:port of machine 0, if several")
+
+
+def add_code(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--import``, whose values ``config_imports.import_options`` takes as ``imports``."""
+    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
+    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -34,8 +52,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--config-file", default="", metavar="FILE", help="your file, or one of configs/"
     )
-    flags.add_run(parser)
-    flags.add_code(parser)
+    add_run(parser)
+    add_code(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     return parser.parse_args()
 

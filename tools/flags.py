@@ -1,35 +1,20 @@
-"""Flags that several tools have. It imports nothing heavy: ``--help`` needs no PyTorch."""
+"""Flags that several tools share. Nothing heavy is imported: ``--help`` needs no PyTorch."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import sys
 from pathlib import Path
 from typing import Any
+
+# train_net.py defines its flags itself, so that it also runs when copied alone.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from train_net import add_code as add_code
+from train_net import add_run as add_run
 
 
 def add_config_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
-
-
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of detectron2's train_net.py: what to do, and in how many processes."""
-    parser.add_argument("--resume", action="store_true", help="from the run's last checkpoint")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
-    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs on each machine (default 1)")
-    parser.add_argument("--num-machines", type=int, default=1, help="machines in total (default 1)")
-    parser.add_argument(
-        "--machine-rank", type=int, default=0, help="number of this machine, from 0"
-    )
-    port = 2**15 + 2**14 + hash(os.getuid()) % 2**14  # as detectron2: one for each user
-    url = f"tcp://127.0.0.1:{port}"
-    parser.add_argument("--dist-url", default=url, help="tcp://host:port of machine 0, if several")
-
-
-def add_code(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--import``, whose values ``config_imports.import_options`` takes as ``imports``."""
-    code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
-    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
 
 
 def add_opts(parser: argparse.ArgumentParser) -> None:
