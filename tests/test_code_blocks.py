@@ -218,6 +218,59 @@ def test_the_readme_is_short_and_no_measurement_is_given_twice():
     assert len(measured) > 20 and len(measured) == len(set(measured))
 
 
+MEASURED = re.compile(
+    r"(?<![\w./-])(\d[\d,.]*[ -](?:ms|s|seconds|minutes|hours|MB|GB|AP)\b"
+    r"|(?!0\.0*\d(?!\d))\d+\.\d\d+(?![\d.])|\d+\.\d+%)"
+)
+"""A time, size or AP, a percentage with decimals, or two decimals; not 0.01 and other settings."""
+
+TWICE = {
+    "3.8%": "of studies, in ablations; of a training step, in gpu_kernel",
+    "0.64": "0.8 times 0.8, in recipes; a bound of an interval, in real_images",
+}
+"""Figures that two pages have by chance, with what each one is."""
+
+
+def measured_figures(text: str) -> tuple[set[str], set[str]]:
+    """Returns the figures of a page: those of its sentences, and those of its tables."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|Python 3\.\d+ to 3\.\d+", "", text)
+    rows = "\n".join(re.findall(r"^\|.*$", text, re.MULTILINE))
+    sentences = " ".join(re.sub(r"^\|.*$", "", text, flags=re.MULTILINE).split())
+    return set(MEASURED.findall(sentences)), set(MEASURED.findall(rows))
+
+
+def figures_on_two_pages(pages: dict[str, str]) -> set[tuple[str, frozenset[str]]]:
+    """Returns the figures in a sentence of one page that another page has as well."""
+    known = {name: measured_figures(text) for name, text in pages.items()}
+    return {
+        (figure, frozenset((one, other)))
+        for one, (sentences, _) in known.items()
+        for other, figures in known.items()
+        for figure in sentences & (figures[0] | figures[1])
+        if one != other
+    }
+
+
+def test_a_measured_figure_is_on_one_page():
+    pages = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
+    assert sum(len(measured_figures(text)[0]) for text in pages.values()) > 40
+    repeated = figures_on_two_pages(pages)
+    assert [x for x in repeated if x[0] not in TWICE] == []
+    assert set(TWICE) == {x[0] for x in repeated}, "exceptions that are no longer needed"
+
+
+def test_a_measured_figure_on_two_pages_is_found():
+    made = {
+        "a": "It took 4.9 ms\nand 0.01.",
+        "b": "| 4.9 ms |",
+        "c": "Took 4.9\nms; 0.01; `4.9 ms`.",
+    }
+    assert figures_on_two_pages(made) == {
+        ("4.9 ms", frozenset(pair)) for pair in ("ab", "ac", "bc")
+    }
+
+
 @pytest.mark.parametrize("start", RUN)
 def test_command_runs(start, tmp_path, monkeypatch, embedded_photos):
     monkeypatch.chdir(tmp_path)
