@@ -57,7 +57,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--time", type=int, default=24 * 60, metavar="MINUTES", help="time limit of a Slurm job"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan, its time, and the seeds it needs to show --difference; then stop",
+    )
+    parser.add_argument(
+        "--difference",
+        type=float,
+        default=1.0,
+        metavar="AP",
+        help="the difference of METRIC that --dry-run is to plan for (default 1)",
+    )
     parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws (default 1000)")
     flags.add_code(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for all variants")
@@ -84,6 +95,8 @@ def ablate(args: argparse.Namespace) -> int:
     from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.durable_files import sole_writer
 
+    if not 0 < args.difference < math.inf:
+        raise ConfigError(f"--difference {args.difference}: must be a number above 0")
     if args.draws < 2:
         raise ConfigError(f"--draws {args.draws}: an interval needs two at least")
     slurm = {"partition": args.partition, "account": args.account, "qos": args.qos}
@@ -97,6 +110,9 @@ def ablate(args: argparse.Namespace) -> int:
         for trial in trials:
             print(f"{_state(trial, metric):>12}  {trial.name}  ->  {trial.folder}")
         print(f"{len(trials)} trials, {_time_left(trials, cluster)} with {args.jobs} at once")
+        num_compared = max(len(study.configs) - 1, 1)
+        plan = (args.output, metric, args.difference, len(study.seeds), num_compared)
+        print("\n".join(ablation.power_lines(*plan)))
         return 0
     cluster.check_commands()
     command = shlex.join(["python", *sys.argv])

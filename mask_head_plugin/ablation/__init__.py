@@ -2,6 +2,7 @@
 
 from .ablation_file import Ablation, load_ablation
 from .cluster import Cluster
+from .power import power_lines
 from .runner import describe, estimate_seconds, plan, run, write_description
 from .trial_folder import Trial
 
@@ -13,6 +14,7 @@ __all__ = [
     "estimate_seconds",
     "load_ablation",
     "plan",
+    "power_lines",
     "run",
     "write_description",
 ]

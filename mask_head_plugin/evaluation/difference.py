@@ -118,6 +118,26 @@ def difference_of(
     )
 
 
+def detectable_difference(
+    num_seeds: int, seed_std: float, image_error: float, num_images: int, num_compared: int = 1
+) -> float:
+    """Returns how large a true difference must be for a study to show it 80% of the time.
+
+    Args:
+        num_seeds: of each of the two models, 2 or more.
+        seed_std: standard deviation of the metric over seeds.
+        image_error: standard error of the difference over draws of the images.
+        num_images: that were drawn from.
+        num_compared: see difference_of.
+    """
+    of_seeds = seed_std**2 / num_seeds
+    total = image_error**2 + 2 * of_seeds
+    spread = image_error**4 / max(num_images - 1, 1) + 2 * of_seeds**2 / (num_seeds - 1)
+    freedom = max(total**2 / spread, num_seeds - 1) if spread > 0 else math.inf
+    reach = student_t(1 - (1 - LEVEL) / num_compared / 2, freedom)
+    return (reach + POWER_ERRORS) * math.sqrt(total)
+
+
 def _error_of_both(
     variant: FloatArray, baseline: FloatArray, of_images: float, num_images: int
 ) -> tuple[float, float]:

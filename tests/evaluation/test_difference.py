@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 
-from mask_head_plugin.evaluation.difference import difference_of, student_t
+from mask_head_plugin.evaluation.difference import (
+    detectable_difference,
+    difference_of,
+    student_t,
+)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,19 @@ def test_one_seed_has_the_images_alone():
     found = difference_of("AP", variant, np.zeros_like(variant), num_images=100)
     assert (found.low, found.high) == (found.image_low, found.image_high)
     assert not found.has_training and math.isnan(found.seed_std)
+
+
+def test_what_a_plan_can_show_is_what_the_study_says_afterwards():
+    """Seeds with a standard deviation of 2 and images with an error of 0.5."""
+    draws = np.random.default_rng(0).normal(0, 1, 400)
+    draws *= 0.5 / draws.std(ddof=1)
+    baseline = constant_over_images([8, 10, 12], num_draws=400)
+    variant = baseline + 3 + np.r_[0, draws]
+    found = difference_of("AP", variant, baseline, num_images=50, num_compared=2)
+    planned = detectable_difference(3, 2.0, 0.5, num_images=50, num_compared=2)
+    assert planned == pytest.approx(found.detectable)
+    assert planned > detectable_difference(3, 2.0, 0.5, num_images=50)
+    assert planned > detectable_difference(4, 2.0, 0.5, num_images=50, num_compared=2)
 
 
 def test_draws_of_which_nothing_counts_are_left_out():

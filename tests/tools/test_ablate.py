@@ -94,6 +94,7 @@ def test_without_slurm_that_is_one_line_and_the_plan_can_be_seen(tool, monkeypat
     assert code == 2 and err[-1].startswith("ablate.py: --cluster slurm: sbatch and srun not found")
     code, out, _ = tool("--cluster", "slurm", "--num-gpus", "8", "--dry-run")
     assert code == 0 and "1 trials, of unknown length until one has run on its GPUs" in out
+    assert "A difference of 1 takes" in out
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,136 @@
+"""How many seeds and images an ablation needs to show a difference, before it is run."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..evaluation.difference import detectable_difference
+from .report.study import Study, read_study
+from .trial_folder import ABLATION_FILE
+
+ASSUMED_SEED_STD = 1.3
+"""AP, where no variant has two finished seeds yet: about what `make train` varies by."""
+ASSUMED_IMAGE_ERROR = 1.1
+"""AP for ASSUMED_IMAGES, where nothing can be compared yet: the embedded data set's."""
+ASSUMED_IMAGES = 200
+MOST_SEEDS = 1000
+IMAGE_FACTORS = (1, 4, 16)
+"""Sizes of a test set, relative to the present one, for which a plan is made until one will do."""
+DRAWS = 200
+INTERVAL_OF_NORMAL = 2 * 1.96
+"""Standard errors from one end of a 95% interval to the other."""
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """What makes two trainings of one config differ, in percent AP.
+
+    Attributes:
+        seed_std: standard deviation of the metric over seeds.
+        seeds_from: how many seeds that was measured on; 0 for an assumption.
+        image_error: standard error of a difference that the images alone cause, for
+            ``num_images``.
+        images_from: how many comparisons that was measured on; 0 for an assumption.
+        num_images: of the test set.
+    """
+
+    seed_std: float
+    seeds_from: int
+    image_error: float
+    images_from: int
+    num_images: int
+
+
+def measured_spreads(output: Path) -> Spreads:
+    """Returns the spreads of the trials finished in an ablation's folder; else assumed ones."""
+    study = read_study(output, DRAWS) if (output / ABLATION_FILE).exists() else None
+    stds = [] if study is None else [v for v in study.variants if len(v.values(study.metric)) > 1]
+    seed_std, seeds_from = ASSUMED_SEED_STD, 0
+    if study is not None and stds:
+        seeds_from = sum(len(variant.values(study.metric)) for variant in stds)
+        seed_std = math.sqrt(statistics.mean(v.std(study.metric) ** 2 for v in stds))
+    errors = [] if study is None else _image_errors(study)
+    if study is None or not errors:
+        return Spreads(seed_std, seeds_from, ASSUMED_IMAGE_ERROR, 0, ASSUMED_IMAGES)
+    num_images = len(study.matches(study.task)[study.baseline.name][0].image_ids)
+    return Spreads(seed_std, seeds_from, statistics.mean(errors), len(errors), num_images)
+
+
+def _image_errors(study: Study) -> list[float]:
+    """Returns the standard errors by images alone of the comparisons that can be made."""
+    found = [study.comparison(variant) for variant in study.variants]
+    widths = [c.image_high - c.image_low for c in found if c is not None]
+    return [width / INTERVAL_OF_NORMAL for width in widths if math.isfinite(width) and width > 0]
+
+
+def seeds_needed(wanted: float, spreads: Spreads, num_images: int, num_compared: int) -> int | None:
+    """Returns how many seeds of each variant show a difference; None for more than MOST_SEEDS.
+
+    Args:
+        wanted: the true difference, in percent AP.
+        spreads: of ``measured_spreads``.
+        num_images: of the test set.
+        num_compared: variants against one baseline.
+    """
+
+    def is_enough(num_seeds: int) -> bool:
+        found = detectable(spreads, num_seeds, num_images, num_compared)
+        return found <= wanted
+
+    low, high = 1, MOST_SEEDS
+    if not is_enough(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
+
+
+def detectable(spreads: Spreads, num_seeds: int, num_images: int, num_compared: int) -> float:
+    """Returns the smallest true difference that such a study shows 80% of the time."""
+    image_error = spreads.image_error * math.sqrt(spreads.num_images / num_images)
+    return detectable_difference(num_seeds, spreads.seed_std, image_error, num_images, num_compared)
+
+
+def power_lines(
+    output: Path, metric: str, wanted: float, num_seeds: int, num_compared: int
+) -> list[str]:
+    """Returns what a plan can show, as sentences.
+
+    Args:
+        output: the ablation's folder; need not exist.
+        metric: such as ``segm/AP``.
+        wanted: the difference that you want to show.
+        num_seeds: that are planned.
+        num_compared: variants against the baseline.
+    """
+    spreads = measured_spreads(output)
+    images = spreads.num_images
+    lines = [
+        f"Spread of {metric}: {spreads.seed_std:.2f} between seeds "
+        f"({_source(spreads.seeds_from, 'trials')}), {spreads.image_error:.2f} "
+        f"from {images} images ({_source(spreads.images_from, 'comparison(s)')})"
+    ]
+    if num_seeds > 1:
+        planned = detectable(spreads, num_seeds, images, num_compared)
+        lines.append(
+            f"{num_seeds} seeds show a true difference of {planned:.2f} in 4 of 5 such studies"
+        )
+    else:
+        lines.append("1 seed shows no difference: its interval lacks the noise of training")
+    for factor in IMAGE_FACTORS:
+        needed = seeds_needed(wanted, spreads, images * factor, num_compared)
+        seeds = (
+            "more seeds than anyone has" if needed is None else f"{needed} seeds of each variant"
+        )
+        lines.append(f"A difference of {wanted:g} takes {seeds} with {images * factor} images")
+        if needed is not None:
+            break
+    return lines
+
+
+def _source(number: int, what: str) -> str:
+    return f"measured on {number} {what}" if number else "assumed until trials have finished"
