@@ -1,0 +1,380 @@
+#!/usr/bin/env python3
+r"""How far RoIAlign's samples are from the exact mean of the bilinear surface; no training.
+
+RoIs of many sizes and shapes are laid at random on the maps of a trained model, and pooled by
+samples and exactly (PrROIPool). An error is the root mean square over bins and channels, in percent
+of that of what is pooled (its distance to the channel's mean over the map). Sizes are the width of
+a bin in cells. Intervals are of 95%, over images: all RoIs and bins of an image are drawn together.
+
+Writes tables, and a JSON file with machine, versions and date. Seconds per image; other models:
+
+    python benchmarks/sampling_error.py --name facades --weights output/facades/model_final.pth \
+        --config-file configs/facades/mask_rcnn_facades.yaml --output output/error_facades.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes
+from measure import machine, write_json
+from sampling_case import (
+    BEST,
+    GAUSS,
+    MIDPOINT,
+    WAYS,
+    Case,
+    add_case_arguments,
+    case_of,
+    interval,
+    pooler_of,
+    two_point_align,
+)
+from tabulate import tabulate
+from torch import Tensor
+
+from mask_head_plugin.evaluation.bootstrap import image_weights
+from mask_head_plugin.ops import precise_roi_pool, roi_align
+
+NUM_BINS = 7
+WIDTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""Of a bin, in cells."""
+ASPECTS = (1, 2, 4, 8)
+ASPECT_WIDTH = 1.5
+"""Square root of a bin's area in cells, where the aspect ratio varies."""
+OFFSETS = (0.21, 0.23, 0.25, 0.26, 0.27, BEST, 0.28, GAUSS, 0.30, 0.32)
+ROIS = 12
+"""Of one size, on one map."""
+
+COST_ROIS, COST_IMAGES = 256, 6
+"""That the time of pooling is of."""
+
+BASELINE = "4 samples"
+
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "1 sample": partial(roi_align, sampling_ratio=1),
+    "4 samples": partial(roi_align, sampling_ratio=2),
+    "16 samples": partial(roi_align, sampling_ratio=4),
+    "adaptive": partial(roi_align, sampling_ratio=0),
+    "Gauss points": partial(two_point_align, offset=GAUSS),
+    "best points": partial(two_point_align, offset=BEST),
+}
+
+
+def random_rois(
+    rng: np.random.Generator, map_hw: tuple[int, int], side_hw: tuple[float, float], count: int
+) -> Tensor:
+    """Returns (count, 5) RoIs of one size in cells, which lie in the map; none if it is smaller."""
+    room = np.array(map_hw) - np.array(side_hw)
+    if (room < 0).any():
+        return torch.empty(0, 5)
+    y, x = (rng.uniform(0, 1, (count, 2)) * room).T
+    columns = [np.zeros(count), x, y, x + side_hw[1], y + side_hw[0]]
+    return torch.tensor(np.stack(columns, axis=1), dtype=torch.float32)
+
+
+def squared_errors(
+    feature: Tensor,
+    rois: Tensor,
+    methods: dict[str, Callable[..., Tensor]],
+    num_bins: int = NUM_BINS,
+) -> dict[str, float]:
+    """Returns the sum over bins and channels of the squared error of each method, and "signal"."""
+    exact = precise_roi_pool(feature, rois, num_bins).double()
+    sums = {
+        name: float((method(feature, rois, num_bins).double() - exact).square().sum())
+        for name, method in methods.items()
+    }
+    middle = feature.double().mean((2, 3))[..., None, None]
+    return {**sums, "signal": float((exact - middle).square().sum())}
+
+
+class Table:
+    """Sums of squared errors by setting, method and image, and their ratios with intervals."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
+
+    def add(self, setting: tuple[Any, ...], image: int, sums: dict[str, float]) -> None:
+        self._sums.setdefault(setting, {})[image] = sums
+
+    def rows(self, names: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Returns a row for each setting and method: percent, low and high."""
+        rows = []
+        for setting, by_image in sorted(self._sums.items()):
+            weights = image_weights(len(by_image), 1000, seed=0)
+            signal = np.array([x["signal"] for x in by_image.values()])
+            for method in next(iter(by_image.values())):
+                if method == "signal":
+                    continue
+                error = np.array([x[method] for x in by_image.values()])
+                draws = np.sqrt((weights @ error) / (weights @ signal))
+                low, high = interval(100 * draws)
+                ratios = self._ratios(by_image, weights, method)
+                rows.append(
+                    {
+                        **dict(zip(names, setting, strict=True)),
+                        "method": method,
+                        "error": round(100 * float(np.sqrt(error.sum() / signal.sum())), 3),
+                        "low": round(low, 3),
+                        "high": round(high, 3),
+                        **ratios,
+                    }
+                )
+        return rows
+
+    @staticmethod
+    def _ratios(by_image: dict[int, dict[str, float]], weights: Any, method: str) -> dict[str, Any]:
+        """Returns the error relative to that of four samples, and its interval (paired draws)."""
+        if BASELINE not in next(iter(by_image.values())):
+            return {}
+        own, base = (np.array([x[name] for x in by_image.values()]) for name in (method, BASELINE))
+        low, high = interval(np.sqrt((weights @ own) / (weights @ base)))
+        return {
+            "ratio": round(float(np.sqrt(own.sum() / base.sum())), 3),
+            "ratio low": round(low, 3),
+            "ratio high": round(high, 3),
+        }
+
+
+def by_offset(rng: np.random.Generator, feature: Tensor, image: int, table: Table) -> None:
+    """Adds the errors of two points an axis, by their distance from the middle of the bin."""
+    methods = {f"{a:.4f}": partial(two_point_align, offset=a) for a in OFFSETS}
+    for width in (0.5, 1.0, 2.0):
+        rois = random_rois(rng, (feature.shape[2], feature.shape[3]), (NUM_BINS * width,) * 2, ROIS)
+        if len(rois):
+            table.add((width,), image, squared_errors(feature, rois, methods))
+
+
+def by_size(rng: np.random.Generator, maps: list[Tensor], image: int, tables: list[Table]) -> None:
+    """Adds the errors by width of a bin and level, and by aspect ratio on the finest map."""
+    for level, feature in enumerate(maps):
+        map_hw = (feature.shape[2], feature.shape[3])
+        for width in WIDTHS:
+            rois = random_rois(rng, map_hw, (NUM_BINS * width,) * 2, ROIS)
+            if len(rois):
+                tables[0].add((level, width), image, squared_errors(feature, rois, METHODS))
+    map_hw = (maps[0].shape[2], maps[0].shape[3])
+    for aspect in ASPECTS:
+        long, short = (NUM_BINS * ASPECT_WIDTH * aspect**power for power in (0.5, -0.5))
+        lying, standing = (
+            random_rois(rng, map_hw, sides, ROIS // 2) for sides in ((short, long), (long, short))
+        )
+        if len(lying) and len(standing):
+            rois = torch.cat([lying, standing])
+            tables[1].add((aspect,), image, squared_errors(maps[0], rois, METHODS))
+
+
+def unread_shares(width: float, offsets: tuple[float, ...], num_phases: int = 4096) -> float:
+    """Returns the share of the cells with their centre in a square bin that no sample reads.
+
+    Args:
+        width: of a bin, in cells.
+        offsets: of the samples along an axis from the middle of the bin, in its width.
+        num_phases: places of the bin relative to the cells.
+    """
+    start = (torch.arange(num_phases) + 0.5) / num_phases
+    cells = torch.arange(-2, int(width) + 5)
+    inside = (cells >= start[:, None]) & (cells < start[:, None] + width)
+    points = start[:, None] + width * (0.5 + torch.tensor(offsets, dtype=torch.float64))
+    # A sample reads the cells closer than one cell to it.
+    read = ((cells - points[:, :, None]).abs() < 1).any(1) & inside
+    return 1 - float(read.sum() / inside.sum()) ** 2
+
+
+def unread_rows() -> list[dict[str, Any]]:
+    """Returns the shares of unread cells, in percent."""
+    patterns = {
+        "1 sample": (0.0,),
+        "4 samples": (-MIDPOINT, MIDPOINT),
+        "16 samples": (-0.375, -0.125, 0.125, 0.375),
+        "Gauss points": (-GAUSS, GAUSS),
+        "best points": (-BEST, BEST),
+    }
+    widths = sorted({*WIDTHS, *np.arange(0.25, 8.1, 0.25).tolist()})
+    return [
+        {"width": width, "method": name, "unread": round(100 * unread_shares(width, offsets), 2)}
+        for name, offsets in patterns.items()
+        for width in widths
+    ]
+
+
+def expected_errors(width: float, offsets: list[float], correlation: float) -> list[float]:
+    """Returns the root mean squared error along one axis for two points, by their distance.
+
+    Over places of the bin, on a piecewise linear function through random values at the cells, with
+    variance 1 and a correlation that falls by a factor from cell to cell.
+
+    Args:
+        width: of the bin, in cells.
+        offsets: distances of the points from the middle of the bin, in its width.
+        correlation: of neighbouring cells, 0 to 1.
+    """
+    phases = (np.arange(256) + 0.5) / 256
+    cells = np.arange(-1, int(np.ceil(width)) + 3)
+    covariance = correlation ** np.abs(cells[:, None] - cells)
+
+    def hat(t: np.ndarray) -> np.ndarray:
+        return np.maximum(0, 1 - np.abs(t[:, None] - cells))
+
+    inner = (np.arange(2000) + 0.5) / 2000
+    exact = np.stack([hat(phase + width * inner).mean(0) for phase in phases])
+    errors = []
+    for offset in offsets:
+        points = [hat(phases + width * (0.5 + sign * offset)) for sign in (-1, 1)]
+        weights = sum(points) / 2 - exact
+        errors.append(float(np.sqrt(np.einsum("pi,ij,pj->p", weights, covariance, weights).mean())))
+    return errors
+
+
+def theory_rows() -> list[dict[str, Any]]:
+    """Returns the best distance, and how much more the others err, by width and correlation."""
+    grid = np.arange(0.2, 0.3401, 0.001).tolist()
+    rows = []
+    for correlation in (0.0, 0.5, 0.9):
+        for width in WIDTHS:
+            *errors, midpoint, gauss, best = expected_errors(
+                width, [*grid, MIDPOINT, GAUSS, BEST], correlation
+            )
+            rows.append(
+                {
+                    "correlation": correlation,
+                    "width": width,
+                    "best offset": round(grid[int(np.argmin(errors))], 3),
+                    "least": round(min(errors), 5),
+                    "midpoint": round(midpoint / min(errors), 3),
+                    "gauss": round(gauss / min(errors), 3),
+                    "0.2753": round(best / min(errors), 3),
+                }
+            )
+    return rows
+
+
+def bin_widths(case: Case, limit: int) -> list[dict[str, Any]]:
+    """Returns how wide the bins of the data set's own objects are, for both heads.
+
+    The share of bins with sides above two cells is of those along an axis.
+    """
+    rows = []
+    scenes = list(case.scenes("TEST", limit))
+    for head, pooler in (("box", case.box_pooler), ("mask", case.mask_pooler)):
+        widths = []
+        for scene in scenes:
+            boxes = scene.objects.gt_boxes
+            scale = torch.tensor(pooler.scales)[pooler._assign_levels([boxes])]
+            sides = (boxes.tensor[:, 2:] - boxes.tensor[:, :2]) * scale[:, None]
+            widths.append(sides / pooler.output_size[0])
+        all_widths = torch.cat(widths).flatten()
+        q = [round(float(x), 2) for x in all_widths.quantile(torch.tensor([0.05, 0.5, 0.95]))]
+        rows.append(
+            {
+                "head": head,
+                "bins": pooler.output_size[0],
+                "objects": len(all_widths) // 2,
+                "5%": q[0],
+                "median": q[1],
+                "95%": q[2],
+                "above 2, %": round(100 * float((all_widths > 2).float().mean()), 2),
+                "one adaptive sample, %": round(100 * float((all_widths <= 1).float().mean()), 2),
+            }
+        )
+    return rows
+
+
+def own_rois(case: Case, maps: list[Tensor], boxes: Any, image: int, table: Table) -> None:
+    """Adds the errors for the image's own objects at the levels they are pooled from."""
+    for head, pooler in (("box", case.box_pooler), ("mask", case.mask_pooler)):
+        levels, sums = pooler._assign_levels([boxes]), {}
+        for level, scale in enumerate(pooler.scales):
+            rois = boxes.tensor[levels == level] * scale
+            if len(rois) == 0:
+                continue
+            rois = torch.cat([torch.zeros(len(rois), 1), rois], dim=1)
+            found = squared_errors(maps[level], rois, METHODS, pooler.output_size[0])
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value
+        table.add((head,), image, sums)
+
+
+class Costs:
+    """Processor time of the mask branch's pooler for each way, forward, on one thread."""
+
+    def __init__(self, case: Case) -> None:
+        self._poolers = {name: pooler_of(name, case.mask_pooler) for name in WAYS}
+        self._seconds: dict[str, list[float]] = {name: [] for name in self._poolers}
+
+    def add(self, maps: list[Tensor], boxes: Any) -> None:
+        """Pools an image's objects over and over; the time of other processes does not count."""
+        many = Boxes(boxes.tensor.repeat(-(-COST_ROIS // len(boxes)), 1)[:COST_ROIS])
+        for name, pooler in self._poolers.items():
+            start = time.process_time()
+            pooler(maps, [many])
+            self._seconds[name].append(time.process_time() - start)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns the median over images; the first warms up."""
+        return [
+            {"way": name, "ms": round(1e3 * float(np.median(seconds[1:] or seconds)), 1)}
+            for name, seconds in self._seconds.items()
+        ]
+
+
+def measure(case: Case, num_images: int) -> dict[str, Any]:
+    """Returns all rows of a case."""
+    rng = np.random.default_rng(0)
+    sizes, aspects, offsets, own, costs = Table(), Table(), Table(), Table(), Costs(case)
+    for image, scene in enumerate(case.scenes("TEST", num_images)):
+        maps = case.maps(scene.image)
+        by_size(rng, maps, image, [sizes, aspects])
+        by_offset(rng, maps[0], image, offsets)
+        own_rois(case, maps, scene.objects.gt_boxes, image, own)
+        if image < COST_IMAGES:
+            costs.add(maps, scene.objects.gt_boxes)
+    return {
+        "images": image + 1,
+        "strides": case.strides,
+        "sizes": sizes.rows(("level", "width")),
+        "aspects": aspects.rows(("aspect",)),
+        "offsets": offsets.rows(("width",)),
+        "own": own.rows(("head",)),
+        "costs": costs.rows(),
+        "bin widths": bin_widths(case, num_images),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/sampling/error_shapes.json"))
+    add_case_arguments(parser)
+    args = parser.parse_args()
+    case = case_of(args)
+    results = measure(case, args.images)
+    print(tabulate(results["bin widths"], headers="keys", tablefmt="github"))
+    for key in ("own", "sizes"):
+        print(tabulate(results[key], headers="keys", tablefmt="github"))
+    theory = {"unread": unread_rows(), "theory": theory_rows()}
+    write_json(
+        {
+            **machine("cpu"),
+            **case.facts,
+            "name": case.name,
+            "cost RoIs": COST_ROIS,
+            **results,
+            **theory,
+        },
+        args.output,
+    )
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""One trained model, evaluated with every way to pool; nothing is trained.
+
+Box and mask head get the way's features at test time. Backbone and proposals are computed once, so
+all ways see the same. Differences in AP are free of training noise; they hold how much worse a way
+reads the maps and how far its features are from those the heads have learned from (mismatch).
+Intervals are of the images: paired draws, the same for all ways, at 95% for all ways at once
+(Bonferroni).
+
+Writes a table, and a JSON file with machine, versions and date. Minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import machine, write_json
+from sampling_case import BASELINE, NAMES, Case, add_case_arguments, case_of, interval, pooler_of
+from tabulate import tabulate
+from tqdm import tqdm
+
+from mask_head_plugin.engine.evaluators import build_evaluator
+from mask_head_plugin.evaluation.bootstrap import image_weights, resampled_ap
+from mask_head_plugin.evaluation.matching import Matches
+from mask_head_plugin.modeling.rcnn import rle_postprocess
+
+METRICS = ("AP", "AP50", "AP75")
+TASKS = ("bbox", "segm")
+NUM_DRAWS = 1000
+
+
+@torch.inference_mode()
+def predict_all(case: Case, limit: int, folder: Path) -> None:
+    """Writes results and matches of each way to its folder in ``folder``."""
+    model, heads = case.model, case.model.roi_heads
+    evaluators = {}
+    for name in NAMES:
+        evaluators[name] = build_evaluator(case.cfg, case.cfg.DATASETS.TEST[0], str(folder / name))
+        evaluators[name].reset()
+    pairs = {
+        name: (pooler_of(name, case.box_pooler), pooler_of(name, case.mask_pooler))
+        for name in NAMES
+    }
+    for number, inputs in enumerate(tqdm(case.test_loader(), case.name, unit="image")):
+        if number == limit:
+            break
+        images = model.preprocess_image(inputs)
+        features = model.backbone(images.tensor)
+        proposals, _ = model.proposal_generator(images, features, None)
+        for name, poolers in pairs.items():
+            heads.box_pooler, heads.mask_pooler = poolers
+            found, _ = heads(images, features, proposals, None)
+            output = rle_postprocess(found[0], inputs[0]["height"], inputs[0]["width"])
+            evaluators[name].process(inputs, [{"instances": output}])
+    for evaluator in evaluators.values():
+        evaluator.evaluate()
+
+
+def differences(matches: dict[str, Matches], num_images: int) -> list[dict[str, Any]]:
+    """Returns a row for each way and metric.
+
+    Args:
+        matches: by way.
+        num_images: that were predicted, the first of the data set; others do not count.
+    """
+    total = len(matches[BASELINE].image_ids)
+    used = np.arange(min(num_images, total))
+    drawn = np.zeros((NUM_DRAWS + 1, total), np.int32)
+    drawn[0, used] = 1
+    drawn[1:, used] = image_weights(len(used), NUM_DRAWS, seed=0)
+    values = {name: resampled_ap(x, drawn, METRICS) for name, x in matches.items()}
+    level, rows = 1 - 0.05 / (len(matches) - 1), []
+    for name, of_way in values.items():
+        for metric in METRICS:
+            change = of_way[metric] - values[BASELINE][metric]
+            low, high = interval(change[1:], level)
+            rows.append(
+                {
+                    "way": name,
+                    "metric": metric,
+                    "value": round(float(of_way[metric][0]), 2),
+                    "difference": round(float(change[0]), 2),
+                    "low": round(low, 2),
+                    "high": round(high, 2),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/sampling/exchange_shapes.json"))
+    add_case_arguments(parser)
+    args = parser.parse_args()
+    case = case_of(args)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        predict_all(case, args.images, folder)
+        tasks = {
+            task: differences(
+                {name: Matches.load(folder / name / f"matches_{task}.npz") for name in NAMES},
+                args.images,
+            )
+            for task in TASKS
+        }
+    for task, rows in tasks.items():
+        print(task)
+        print(tabulate(rows, headers="keys", tablefmt="github"))
+    pooler = case.cfg.MODEL.ROI_MASK_HEAD
+    trained = f"{pooler.POOLER_TYPE}, POOLER_SAMPLING_RATIO {pooler.POOLER_SAMPLING_RATIO}"
+    facts = {"name": args.name, "images": args.images, "trained with": trained, **case.facts}
+    write_json({**machine("cpu"), **facts, **tasks}, args.output)
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

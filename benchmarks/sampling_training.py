@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+r"""Ways to pool, each with mask heads of its own that are trained on the same fixed maps.
+
+A trained model's maps are pooled within true boxes by each way, once. On each, a fresh FCNMaskHead
+learns with several seeds; then the masks of validation objects are compared with the truth by their
+IoU in the image. Intervals hold images and training, for all ways at once. Trainings that are done
+are kept in --work, so an interrupted command goes on where it was.
+
+Writes a table, and a JSON file with machine, versions and date. Minutes; large RoIs:
+
+    python benchmarks/sampling_training.py --name "shapes, large" --finest --bins 7 \
+        --work output/sampling/large --output output/sampling/training_large.json \
+        INPUT.MIN_SIZE_TEST 192
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from branch_alone import Objects, Schedule, predict, train_head
+from measure import machine, write_json
+from pycocotools import mask as coco_mask
+from sampling_case import BASELINE, NAMES, Case, add_case_arguments, case_of, pooler_of
+from tabulate import tabulate
+from torch import Tensor
+
+from mask_head_plugin.evaluation.bootstrap import image_weights
+from mask_head_plugin.evaluation.difference import difference_of
+from mask_head_plugin.modeling import MultiLevelRoIPooler
+from mask_head_plugin.ops import crop_masks, encode_masks
+
+NUM_DRAWS = 1000
+WAYS = tuple(name for name in NAMES if name not in ("16 samples", "RoIWarp"))
+
+
+def pooled_objects(
+    case: Case, split: str, limits: tuple[int, int], num_bins: int, finest: bool, ways: list[str]
+) -> dict[str, Any]:
+    """Returns what heads learn from and are measured with.
+
+    Args:
+        case: gives maps and objects.
+        split: TRAIN or TEST.
+        limits: how many images and objects at most.
+        num_bins: P.
+        finest: whether all RoIs are read from the finest map.
+        ways: to pool.
+
+    Returns:
+        ``features`` by way (R, C, P, P); ``targets`` (R, 2P, 2P) bool; ``classes``, ``images``
+        (R,); ``boxes`` (R, 4); ``truth``, R run lengths.
+    """
+    scales = case.mask_pooler.scales[: 1 if finest else None]
+    like = MultiLevelRoIPooler(num_bins, scales, 2, "ROIAlignV2")
+    poolers = {way: pooler_of(way, like) for way in ways}
+    features: dict[str, list[Tensor]] = {way: [] for way in ways}
+    parts: list[dict[str, Tensor]] = []
+    truth: list[Any] = []
+    for index, scene in enumerate(case.scenes(split, limits[0])):
+        objects, maps = scene.objects, case.maps(scene.image)[: len(scales)]
+        for way, pooler in poolers.items():
+            features[way].append(pooler(maps, [objects.gt_boxes]).clone().contiguous())
+        boxes, bits = objects.gt_boxes.tensor, objects.gt_masks.tensor
+        parts.append(
+            {
+                "targets": crop_masks(bits, boxes, 2 * num_bins),
+                "classes": objects.gt_classes,
+                "boxes": boxes,
+                "images": torch.full((len(boxes),), index),
+            }
+        )
+        if split == "TEST":
+            columns = np.asfortranarray(bits.permute(1, 2, 0).numpy().astype(np.uint8))
+            truth += coco_mask.encode(columns)
+        if sum(len(part["classes"]) for part in parts) >= limits[1]:
+            break
+    joined = {key: torch.cat([part[key] for part in parts])[: limits[1]] for key in parts[0]}
+    pooled = {way: torch.cat(x)[: limits[1]] for way, x in features.items()}
+    return {**joined, "features": pooled, "truth": truth[: limits[1]]}
+
+
+def settings_digest(case: Case, *settings: Any) -> str:
+    """Returns a name for what comes from a model with these settings."""
+    key = json.dumps([case.facts, case.cfg.INPUT.MIN_SIZE_TEST, settings])
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def kept_objects(folder: Path, case: Case, *settings: Any) -> dict[str, Any]:
+    """Returns ``pooled_objects`` of these settings, from the folder if it has them."""
+    path = folder / f"objects-{settings_digest(case, *settings)}.pt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(pooled_objects(case, *settings), path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content
+
+
+def image_iou(mask_probs: Tensor, boxes: Tensor, truth: list[Any]) -> np.ndarray:
+    """Returns the (R,) IoU of masks with the true ones, pasted into their images."""
+    ious = []
+    for probs, box, rle in zip(mask_probs, boxes, truth, strict=True):
+        hw = (int(rle["size"][0]), int(rle["size"][1]))
+        found = encode_masks(probs[None], box[None], hw)
+        ious.append(coco_mask.iou(found, [rle], [0])[0, 0])
+    return np.array(ious)
+
+
+def train_way(
+    data: tuple[dict[str, Any], dict[str, Any]],
+    num_classes: int,
+    way: str,
+    seed: int,
+    schedule: Schedule,
+) -> np.ndarray:
+    """Returns the (R,) IoU of the test objects, of a head that learned from a way's features."""
+    learned, measured = (
+        Objects(
+            x["features"][way].contiguous(memory_format=torch.channels_last),
+            x["targets"],
+            x["classes"],
+        )
+        for x in data
+    )
+    head = train_head(learned, num_classes, seed, schedule)
+    return image_iou(predict(head, measured).sigmoid(), data[1]["boxes"], data[1]["truth"])
+
+
+def statistics(ious: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns (N, 1 + S) values in percent: of the images as they are, then of each draw.
+
+    Args:
+        ious: (N, R) by seed and object.
+        images: (R,) index of each object's image.
+    """
+    numbers, place = np.unique(images, return_inverse=True)
+    draws = image_weights(len(numbers), NUM_DRAWS, seed=0)
+    weights = np.concatenate([np.ones((1, len(numbers)), draws.dtype), draws])
+    counts = weights @ np.bincount(place)
+    values = {"mean IoU": ious, "IoU > 0.5": ious > 0.5, "IoU > 0.75": ious > 0.75}
+    return {
+        name: np.stack([100 * (weights @ np.bincount(place, row)) / counts for row in x])
+        for name, x in values.items()
+    }
+
+
+def compare(ious: dict[str, np.ndarray], images: np.ndarray) -> list[dict[str, Any]]:
+    """Returns a row for each way and statistic, with the interval of its difference."""
+    values = {way: statistics(x, images) for way, x in ious.items()}
+    rows = []
+    for way, of_way in values.items():
+        for name, own in of_way.items():
+            found = difference_of(
+                name, own, values[BASELINE][name], len(np.unique(images)), max(len(ious) - 1, 1)
+            )
+            rows.append(
+                {
+                    "way": way,
+                    "statistic": name,
+                    "value": round(found.value, 3),
+                    "difference": round(found.difference, 3),
+                    "low": round(found.low, 3),
+                    "high": round(found.high, 3),
+                    "seed std": round(found.seed_std, 3),
+                    "detectable": round(found.detectable, 3),
+                    "by seed": [round(float(x), 2) for x in own[:, 0]],
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/sampling/training_shapes.json"))
+    parser.add_argument("--work", type=Path, default=Path("output/sampling/shapes"))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=NAMES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--bins", type=int, default=14, help="of a RoI on a side (default 14)")
+    parser.add_argument("--finest", action="store_true", help="read all RoIs from the finest map")
+    parser.add_argument("--train-images", type=int, default=400)
+    parser.add_argument("--objects", type=int, nargs=2, default=[1200, 800], help="at most")
+    parser.add_argument("--iterations", type=int, default=300)
+    add_case_arguments(parser)
+    args = parser.parse_args()
+    if BASELINE not in args.ways:
+        parser.error(f"--ways needs {BASELINE!r}, which the others are compared with")
+    case = case_of(args)
+    pooling = args.bins, args.finest, args.ways
+    limits = (args.train_images, args.objects[0]), (args.images, args.objects[1])
+    train, test = (
+        kept_objects(args.work, case, split, limit, *pooling)
+        for split, limit in zip(("TRAIN", "TEST"), limits, strict=True)
+    )
+    num_classes = case.cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    schedule = Schedule(args.iterations, 32, 5e-3, (16, 16))
+    digest = settings_digest(case, limits, pooling[:2], args.iterations)
+    start, ious = time.perf_counter(), {way: [] for way in args.ways}
+    for seed in args.seeds:
+        for way in args.ways:
+            kept = args.work / f"{digest}-{way.replace(' ', '_')}-{seed}.npy"
+            if not kept.exists():
+                np.save(kept, train_way((train, test), num_classes, way, seed, schedule))
+                print(f"{way}, seed {seed}: {100 * np.load(kept).mean():.2f}", flush=True)
+            ious[way].append(np.load(kept))
+    rows = compare({way: np.stack(x) for way, x in ious.items()}, test["images"].numpy())
+    shown = [{k: v for k, v in row.items() if k != "by seed"} for row in rows]
+    print(tabulate(shown, headers="keys", tablefmt="github"))
+    facts = {
+        "name": args.name,
+        "bins": args.bins,
+        "finest": args.finest,
+        "seeds": args.seeds,
+        "opts": args.opts,
+        "iterations": args.iterations,
+        "objects": {"train": len(train["classes"]), "test": len(test["classes"])},
+        "images": len(test["images"].unique()),
+        "seconds": round(time.perf_counter() - start),
+    }
+    write_json({**machine("cpu"), **case.facts, **facts, "rows": rows}, args.output)
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
