@@ -1,6 +1,6 @@
 """Mask R-CNN's mask branch as a detectron2 plugin. Importing it registers everything.
 
-Without detectron2 nothing is registered, and only what needs none of it can be imported, such as
+Without detectron2, nothing is registered, and you can only import what does not need it, such as
 ``deploy.runtime``.
 """
 

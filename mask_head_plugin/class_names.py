@@ -1,8 +1,8 @@
 """The names of a model's classes: kept with the model and its predictions, and matched by name.
 
-A model numbers its classes as the data that it was trained on did. Another data set may hold the
-same classes in another order, so numbers alone say nothing: code that brings weights or predictions
-to a data set matches the two here.
+A model numbers its classes like its training data. Another data set may hold the same classes in
+another order, so numbers alone say nothing. Code that uses weights or predictions with a data set
+matches their classes here.
 
 Shape alphabet: K classes of a model, N detections.
 """
@@ -75,12 +75,12 @@ class ClassMatch:
 
 
 def name_classes(model: nn.Module, names: Sequence[str] | None) -> None:
-    """Notes the class names of a model, which its predictions carry from then on.
+    """Sets the class names of a model, which its predictions carry from then on.
 
     Args:
         model: any that returns a list of ``{"instances": ...}``.
-        names: of its K classes, in the order of its rows; None if unknown. That takes
-            away the hook, which torch.jit.script could not compile.
+        names: of its K classes, in the order of its rows; None if unknown, which removes the hook
+            (torch.jit.script cannot compile it).
     """
     for key in [k for k, x in model._forward_hooks.items() if x is _name_predictions]:
         del model._forward_hooks[key]
@@ -107,14 +107,14 @@ def class_names_of(model: Any) -> list[str] | None:
 def predicted_names(instances: Instances) -> list[str] | None:
     """Returns the class names that a model's output carries, or None if unknown.
 
-    Only the Instances that the model returned carry them, not what is made from these.
+    Only the Instances that the model returned carry them, not objects derived from these.
     """
     names: list[str] | None = getattr(instances, _KEY, None)
     return names
 
 
 def check_trained(found: Sequence[str], wanted: Sequence[str], dataset: str) -> ClassMatch:
-    """Matches the classes of a data set, all of which a model must have.
+    """Matches the classes of a data set with those of a model, which must have all of them.
 
     Args:
         found: the classes of the model.
@@ -141,7 +141,7 @@ def matched_predictions(
 
     Args:
         instances: N detections; not changed.
-        found: the classes of the model, None if unknown: then they are taken for the data set's.
+        found: the classes of the model; if None, they are assumed to be the data set's.
         wanted: the classes of the data set. Detections of others are left out.
         dataset: its name.
 

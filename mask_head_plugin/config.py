@@ -1,4 +1,4 @@
-"""The plugin's config keys, and config files read with errors that a person can act on."""
+"""The plugin's config keys, and reading of config files with errors that you can act on."""
 
 from __future__ import annotations
 
@@ -150,9 +150,9 @@ def add_mask_head_config(cfg: CfgNode) -> None:
 def load_config(
     config_file: str = "", opts: Sequence[str] = (), *, is_named: bool = True
 ) -> CfgNode:
-    """Returns what ``read_config`` does, for a model on this machine.
+    """Returns the config of ``read_config``, adapted to this machine.
 
-    Where MODEL.DEVICE asks for CUDA and there is none it becomes ``cpu``, with a log line.
+    If MODEL.DEVICE asks for CUDA and there is none, it becomes ``cpu``, with a log line.
     """
     cfg = read_config(config_file, opts, is_named=is_named)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -167,7 +167,7 @@ def find_config_file(name: str) -> str:
     Args:
         name: a path, or the name of a file below ``configs/`` such as
             ``coco/mask_rcnn_R_50_FPN_1x.yaml``, with or without ``configs/`` in front. A name that
-            fits no file, "" among them, is returned as it is.
+            fits no file, such as "", is returned as it is.
     """
     packaged = PACKAGED / name.removeprefix("configs/")
     return name if Path(name).is_file() or not packaged.is_file() else str(packaged)
@@ -178,9 +178,10 @@ def read_config(
 ) -> CfgNode:
     """Returns detectron2's and the plugin's defaults, overridden by a file and then by options.
 
-    Nothing is run, IMPORTS neither (``user_code.import_modules`` does that). IMPORTS of the file
-    and of the options are put together, and files in it become absolute. A ``_BASE_`` may be a
-    stranger's: what it wants to import is an error unless the file or the options name it.
+    Nothing is run, not even IMPORTS (``user_code.import_modules`` does that). IMPORTS of the file
+    and of the options are joined, and their files become absolute paths. A ``_BASE_`` may be a
+    stranger's: if it wants to import something that neither file nor options name, that is an
+    error.
 
     Args:
         config_file: a YAML file as ``find_config_file`` takes it; it may have a ``_BASE_``. Unsafe
@@ -232,7 +233,7 @@ def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> Non
 
 
 def _check_values(cfg: CfgNode, source: str) -> None:
-    """Refuses keys without a value, where a file has only ``KEY:``."""
+    """Refuses keys without a value, such as a lone ``KEY:``."""
     defaults = get_cfg()
     add_mask_head_config(defaults)
     known = set(_keys(defaults))
@@ -250,8 +251,8 @@ def _refuse_what_is_no_file(config_file: str) -> None:
         )
     if config_file.endswith(".py"):
         raise ConfigError(
-            f"config file {config_file} is Python, which would run: LazyConfig files are for "
-            "tools/lazyconfig_train_net.py; name a YAML file"
+            f"config file {config_file} is Python, which would run; name a YAML file (LazyConfig "
+            f"files are for tools/lazyconfig_train_net.py)"
         )
 
 
@@ -259,11 +260,11 @@ MOST_VALUES = 100_000
 
 
 class _LocalBases(CfgNode):
-    """Opens a config file and what ``_BASE_`` names, from file to file, on this machine only."""
+    """Opens a config file and, recursively, its ``_BASE_``; only files on this machine."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
-        address = _ADDRESS.search(filename)  # after the folder, where fvcore took it for a path
+        address = _ADDRESS.search(filename)  # follows the folder if fvcore took it for a path
         if address:
             raise OSError(
                 f"{address[0]} is on another machine; download it, look at it, and name your copy"
@@ -280,7 +281,7 @@ class _LocalBases(CfgNode):
 
 
 def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Returns how many values a YAML node has, those of aliases counted at each use."""
+    """Returns how many values a YAML node has, counting aliases at each use."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -293,14 +294,14 @@ def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
 
 
 def _merge_file(cfg: CfgNode, config_file: str) -> dict[str, list[str]]:
-    """Merges a file and its bases; returns what each of them wants to import."""
+    """Merges a file and its bases; returns the modules that each wants to import."""
     wanted: dict[str, list[str]] = {}
 
     class Reader(_LocalBases):
         @classmethod
         def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
             content: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe)
-            entries = content.pop("IMPORTS", None) or []  # of the bases is popped already
+            entries = content.pop("IMPORTS", None) or []  # already popped from the bases
             wanted[filename] = resolve_imports(entries, filename, Path(filename).parent)
             return content
 
@@ -320,7 +321,7 @@ def _merge_file(cfg: CfgNode, config_file: str) -> dict[str, list[str]]:
     except OSError as error:
         raise ConfigError(f"{config_file} or a _BASE_ of it: {one_line(error)}") from error
     except RecursionError as error:
-        raise ConfigError(f"{config_file} is its own _BASE_, or nested too deeply") from error
+        raise ConfigError(f"{config_file} is its own _BASE_, or is nested too deeply") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{config_file} is not plain YAML: {one_line(error)}") from error
     except (KeyError, ValueError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""IMPORTS of configs and ``--import``: whose code a run may execute, and where it is.
+"""IMPORTS of configs and ``--import``: whose code a run may execute, and where to find it.
 
 Nothing runs here; ``user_code.import_modules`` does that.
 """
@@ -16,12 +16,12 @@ from .messages import ConfigError
 
 
 def import_options(codes: Sequence[str]) -> list[str]:
-    """Returns what the flag ``--import`` names as "KEY VALUE" pairs."""
+    """Returns the values of the flag ``--import`` as "KEY VALUE" pairs."""
     return [text for code in codes for text in ("IMPORTS", code)]
 
 
 def split_imports(opts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns what IMPORTS names in "KEY VALUE" pairs, and the other pairs.
+    """Separates IMPORTS from the other "KEY VALUE" pairs; returns its entries, and the others.
 
     The value may be a list or, without quotes and brackets, one module or file.
     """
@@ -40,11 +40,12 @@ def split_imports(opts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def resolve_imports(entries: object, source: str, folder: Path | None = None) -> list[str]:
-    """Returns entries of IMPORTS as they hold in any folder: names of modules, absolute files.
+    """Returns entries of IMPORTS in a form that is valid in any folder: module names, absolute
+    paths.
 
     Args:
-        entries: a list of texts; a file ends in ``.py``. The name of a module that Python does not
-            find may be that of a file in one of the folders.
+        entries: a list of texts; a file ends in ``.py``. A name that Python does not find as a
+            module may be that of a file in one of the folders.
         source: where they come from, for errors.
         folder: where files are looked for, before the current folder.
 
@@ -82,7 +83,7 @@ def _is_module(name: str) -> bool:
 def refuse_imports(named: Sequence[str], wanted: Sequence[str], file: str) -> None:
     """Raises ConfigError if a file that the user has not named wants code that is not named either.
 
-    The same module elsewhere is as good, since only what is named will run.
+    The same module in another place passes, since only what is named will run.
     """
     modules = {module_name(entry) for entry in named}
     unnamed = [entry for entry in wanted if module_name(entry) not in modules]

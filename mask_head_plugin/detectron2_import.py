@@ -1,7 +1,7 @@
-"""Whether detectron2, and with it PyTorch, can be imported.
+"""Checks whether detectron2, and with it PyTorch, can be imported.
 
-Training, evaluation and export need it. Reading and drawing images and running an exported model do
-not, and must work on a machine without it.
+Training, evaluation and export need it. Reading and drawing images and running an exported model
+must work on a machine without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one way to write a file whole, and locks that end with the process that holds them."""
+"""Writes files so that they are complete or absent; locks that end with their process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO
 from .messages import ConfigError
 
 UNFINISHED = ".unfinished"
-"""How the names of files end that are being written, or that a kill has left half written."""
+"""Ending of the names of files that are being written, or that a kill left incomplete."""
 
 
 def write_durably(
@@ -21,14 +21,14 @@ def write_durably(
     content: str | Callable[[IO[bytes]], object],
     before_rename: Callable[[], object] = lambda: None,
 ) -> None:
-    """Writes a file under another name in its folder, brings it onto the disk and renames it.
+    """Writes a file under another name in its folder, syncs it to disk and renames it.
 
-    So its name never means half a file, whenever a kill comes and whatever else writes it.
+    So its name never means half a file, even after a kill or with other writers.
 
     Args:
         path: the file; its folder is created if missing.
         content: a text, written as UTF-8, or a function that is given a binary file.
-        before_rename: called when the new file is whole.
+        before_rename: called when the new file is complete.
 
     Raises:
         OSError: if it cannot be written; the old file is as it was.
@@ -53,7 +53,7 @@ def write_durably(
         unfinished.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # not all file systems bring a name onto the disk
+        with contextlib.suppress(OSError):  # not all file systems can sync a name
             os.fsync(folder)
     finally:
         os.close(folder)
@@ -93,7 +93,7 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder itself, for no file of locks to be left in it.
+    """Holds a lock on a folder itself, so that no lock file is left in it.
 
     Raises:
         BlockingIOError: if another process, or this one, holds it.
@@ -108,7 +108,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps other runs from a folder, which is created if missing, and clears it of half files.
+    """Keeps other runs out of a folder, which is created if missing, and removes incomplete files.
 
     Raises:
         ConfigError: if another one is writing into it.

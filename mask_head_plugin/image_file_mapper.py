@@ -24,9 +24,9 @@ FloatArray = npt.NDArray[np.float64]
 class ImageFileMapper(DatasetMapper):
     """detectron2's DatasetMapper with the images of ``read_image``, and INPUT.LSJ.
 
-    Differs from it also in that masks which are cropped, or are run lengths, become bit masks
-    whatever the mask format is, that bit masks do not reach into padding, that no crop needs the
-    package shapely, and that a cropped image may have no objects.
+    Other differences: masks that are cropped, or are run lengths, become bit masks whatever the
+    mask format is; bit masks do not reach into padding; crops do not need the package shapely; a
+    cropped image may have no objects.
     """
 
     @classmethod
@@ -42,7 +42,7 @@ class ImageFileMapper(DatasetMapper):
         """Returns what detectron2's models take.
 
         Args:
-            dataset_dict: a record in detectron2's standard format, which stays as it is.
+            dataset_dict: a record in detectron2's standard format; not changed.
 
         Raises:
             ImageFileError: if the image cannot be used.
@@ -51,7 +51,7 @@ class ImageFileMapper(DatasetMapper):
         image = read_image(record["file_name"], self.image_format)
         utils.check_image_size(record, image)
         labels = record.pop("sem_seg_file_name", None)
-        # Values of a label map are classes, which nothing may scale.
+        # Values of a label map are classes, which must not be scaled.
         label_map = None if labels is None else utils.read_image(labels, "L").squeeze(2)
         seen = T.AugInput(image, sem_seg=label_map)
         transforms = self.augmentations(seen)
@@ -92,10 +92,10 @@ class ImageFileMapper(DatasetMapper):
 
 
 def _needs_pixels(objects: list[dict[str, Any]], transforms: T.TransformList) -> bool:
-    """Returns whether masks of an image have to be bit masks.
+    """Returns whether masks of an image must be bit masks.
 
     Run lengths are not polygons. If a crop cuts a polygon into pieces, boxes and areas need the
-    pieces, for which detectron2 asks shapely; pixels are simpler.
+    pieces. detectron2 uses shapely for that; pixels are simpler.
     """
     is_cropped = any(isinstance(x, T.CropTransform) for x in transforms.transforms)
     return is_cropped or any(not isinstance(x.get("segmentation", []), list) for x in objects)
@@ -105,9 +105,9 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     """Returns detectron2's augmentations of INPUT.LSJ, as its new_baselines have them.
 
     An image is scaled to fit a square with sides of INPUT.LSJ.IMAGE_SIZE times a factor between
-    MIN_SCALE and MAX_SCALE, and becomes IMAGE_SIZE large: a random part of what is larger, and
-    128 in each channel right of and below what is smaller (of label maps, the value that the loss
-    ignores).
+    MIN_SCALE and MAX_SCALE, and then brought to IMAGE_SIZE: of a larger image, a random part is
+    taken; a smaller one is padded on the right and below with 128 in each channel (label maps with
+    the value that the loss ignores).
     """
     lsj, ignored = cfg.INPUT.LSJ, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     side = lsj.IMAGE_SIZE
@@ -118,7 +118,7 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
 
 
 class _ResizeScale(T.ResizeScale):
-    """Leaves a pixel of the shorter side of a long image, where detectron2's would fail."""
+    """Keeps a pixel on the shorter side of a long image, where detectron2's would fail."""
 
     def _get_resize(self, image: npt.NDArray[Any], scale: float) -> T.Transform:
         shorter, longer = sorted(image.shape[:2])
@@ -126,7 +126,7 @@ class _ResizeScale(T.ResizeScale):
 
 
 class _ShiftedPolygons(T.CropTransform):
-    """A crop that polygons may reach beyond, since bit masks of its size cut them."""
+    """A crop that does not cut polygons, since bit masks of its size do."""
 
     def apply_polygons(self, polygons: list[FloatArray]) -> list[FloatArray]:
         """Returns (V, 2) polygons, x and y in pixels, relative to the crop."""
@@ -134,7 +134,7 @@ class _ShiftedPolygons(T.CropTransform):
 
 
 def _of_bit_masks(transforms: T.TransformList) -> T.TransformList:
-    """Returns what transforms of an image do with masks that end as bit masks."""
+    """Returns an image's transforms, adapted to masks that become bit masks."""
     own: list[T.Transform] = []
     for x in transforms.transforms:
         if type(x) is T.CropTransform:

@@ -1,7 +1,7 @@
-"""What the pixels of an image file are: one answer for check, training, evaluation and demo.
+"""Reads the pixels of image files, in the same way for check, training, evaluation and demo.
 
 Pillow decodes; the rules, which docs/image_files.md states for users, are here. A file that they do
-not cover is refused with an ImageFileError, whose one line names the file.
+not cover is refused with an ImageFileError of one line that names the file.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from .messages import ConfigError, one_line
 from .model_input import IMAGE_FORMATS, rgb_in_format
 
 MOST_ELONGATED = 200
-"""Longer over shorter side. Beyond it, scaling to INPUT.MAX_SIZE_* may leave no pixel in height."""
+"""Longer over shorter side. Beyond it, scaling to INPUT.MAX_SIZE_* may leave less than one pixel.
+"""
 
 LOWEST_WHITE = 64
-"""Upper byte of 16 bits. Samples that are all below it use 14 bits or fewer: white is unknown."""
+"""Upper byte of 16 bits. If all samples are below, they use 14 bits or fewer: white is unknown."""
 
 EXIF_ORIENTATION = 274
 TURNS = {
@@ -42,7 +43,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF
 IMAGE_WIDTH, IMAGE_LENGTH = 256, 257
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 LFS_POINTER = b"version https://git-lfs"
-"""How the pointer begins that Git LFS leaves instead of a file, until it is pulled."""
+"""Start of the pointer that Git LFS leaves instead of a file until it is pulled."""
 
 _REPLACE = "put the right file there, or leave the image out"
 WHAT_TO_DO = {
@@ -56,7 +57,7 @@ WHAT_TO_DO = {
     "image-truncated": _REPLACE,
     "image-unreadable": _REPLACE,
 }
-"""Of each kind of fault that makes an ImageFileError."""
+"""What to do about each kind of fault in an ImageFileError."""
 
 
 class ImageFileError(ConfigError):
@@ -77,10 +78,11 @@ class _RefusalError(Exception):
 
 
 def read_image(path: str, image_format: str) -> npt.NDArray[Any]:
-    """Returns the pixels of a file; detectron2's function of this name for more kinds of file.
+    """Returns the pixels of a file; like detectron2's function of this name, for more kinds of
+    file.
 
     Args:
-        path: of the file, in any form that detectron2's PathManager opens.
+        path: of the file; anything that detectron2's PathManager opens.
         image_format: a value of INPUT.FORMAT: BGR, RGB, L or YUV-BT.601.
 
     Returns:
@@ -94,10 +96,10 @@ def read_image(path: str, image_format: str) -> npt.NDArray[Any]:
 
 
 def in_format(image: Image.Image, image_format: str) -> npt.NDArray[Any]:
-    """Returns an image of 8 bits as ``read_image`` does; also in other modes of Pillow's.
+    """Returns an image of 8 bits as ``read_image`` does; also takes other modes of Pillow.
 
     Differs from detectron2's convert_PIL_to_numpy in that YUV-BT.601 is float32: its models fail on
-    the float64 that it gives.
+    the float64 that it returns.
     """
     if image_format in IMAGE_FORMATS:
         return rgb_in_format(np.asarray(image.convert("RGB")), image_format)
@@ -192,7 +194,7 @@ class OpenedImage:
 
     @property
     def needs_decoding(self) -> bool:
-        """Whether only the pixels show that they can be used."""
+        """Whether only decoding shows that the pixels can be used."""
         return self._is_deep or self.image.mode.startswith("I")
 
     def pixels(self) -> Image.Image:
@@ -246,7 +248,7 @@ def _tiff_tag(image: Any, tag: int) -> Any:
 
 
 def _is_deep(image: ImageFile.ImageFile, file: IO[bytes]) -> bool:
-    """Returns whether samples have 16 bits, of which Pillow returns the upper 8."""
+    """Returns whether samples have 16 bits, of which Pillow returns only the upper 8."""
     if image.format == "TIFF":
         return max(_tiff_tag(image, BITS_PER_SAMPLE) or (1,)) > 8
     if image.format == "JPEG2000":
@@ -267,8 +269,8 @@ def _jpeg2000_bits(file: IO[bytes]) -> int:
 def _ends_in_zeros(file: IO[bytes]) -> bool:
     """Returns whether zeros took the place of a JPEG's last pixels, which decode to grey.
 
-    Broken downloads look so. Zeros after the end marker are padding that some cameras write; the
-    marker of a preview comes before the pixels start.
+    Broken downloads look like this. Zeros after the end marker are padding that some cameras write;
+    the marker of a preview comes before the pixels start.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 64, 0))
@@ -280,10 +282,10 @@ def _ends_in_zeros(file: IO[bytes]) -> bool:
 
 
 def orientation_of(get_exif: Callable[[], Any]) -> int:
-    """Returns the orientation, 1 to 8, of the data that a function returns; 1 if there is none."""
+    """Returns the orientation, 1 to 8, in the data that a function returns; 1 if there is none."""
     try:
         orientation = get_exif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # of damaged data, which says nothing of the pixels
+    except Exception:  # of damaged data, which says nothing about the pixels
         return 1
     return orientation if orientation in range(1, 9) else 1
 

@@ -1,4 +1,4 @@
-"""LazyConfigs of detectron2's with the plugin's modules, and the plugin's mapper of images.
+"""Puts the plugin's modules and image mapper into detectron2's LazyConfigs.
 
 A YAML config chooses modules by their names in registries, a LazyConfig by classes, its
 ``_target_``. The plugin's classes take detectron2's arguments, so only targets change.
@@ -40,7 +40,7 @@ PLUGIN_TARGETS = {
     FastRCNNOutputLayers: ClassSelectiveOutputLayers,
     MaskRCNNConvUpsampleHead: FCNMaskHead,
 }
-"""detectron2's classes and those that take their place; subclasses of the user's stay."""
+"""detectron2's classes and their replacements; a user's subclasses stay."""
 
 PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 """Names that detectron2's lazyconfig_train_net.py reads in a config file."""
@@ -54,10 +54,10 @@ SETTINGS = {
     "DATASETS.TRAIN": "dataloader.train.dataset.names",
     "DATASETS.TEST": "dataloader.test.dataset.names",
 }
-"""Keys of a YAML config and where a LazyConfig has the same."""
+"""Keys of a YAML config and their places in a LazyConfig."""
 
 READ_BY_DETECTRON2 = ("train.seed", "train.cudnn_benchmark")
-"""Keys that its default_setup reads where they are set."""
+"""Keys that detectron2's default_setup reads if they are set."""
 
 SOURCE_VARIABLE = "DETECTRON2_SOURCE"
 PROJECTS = "projects/"
@@ -66,8 +66,8 @@ PROJECTS = "projects/"
 def use_plugin_modules(model: DictConfig) -> DictConfig:
     """Puts the plugin's modules into a LazyConfig model, in place.
 
-    ROI pooling, box regression (where it is by class), mask head and the model around them, in any
-    ROI heads: FPN, C4, cascade. All other nodes stay, and so do the names of parameters.
+    It replaces RoI pooling, box regression (if it is by class), mask head and the model around
+    them, in any ROI heads: FPN, C4, cascade. All other nodes and the names of parameters stay.
 
     Args:
         model: such as ``model_zoo.get_config("common/models/mask_rcnn_fpn.py").model``.
@@ -81,8 +81,8 @@ def use_plugin_modules(model: DictConfig) -> DictConfig:
     found = set(map(target_of, calls(model)))
     if not {MaskRCNNConvUpsampleHead, FCNMaskHead} & found:
         raise ConfigError(
-            "the model has no MaskRCNNConvUpsampleHead, detectron2's mask head, to put the "
-            "plugin's in its place"
+            "the model has no MaskRCNNConvUpsampleHead (detectron2's mask head) that the plugin's "
+            "could replace"
         )
     for node in calls(model):
         target = target_of(node)
@@ -93,10 +93,10 @@ def use_plugin_modules(model: DictConfig) -> DictConfig:
 
 
 def use_plugin_mapper(dataloader: DictConfig) -> DictConfig:
-    """Puts ImageFileMapper into the loaders of a LazyConfig where detectron2's mapper is, in place.
+    """Replaces detectron2's mapper by ImageFileMapper in the loaders of a LazyConfig, in place.
 
-    detectron2's fails on polygons under large-scale jitter without the package shapely, on run
-    lengths unless told ``bitmask``, and then lets masks reach into padding.
+    detectron2's fails on polygons under large-scale jitter without the package shapely, and on run
+    lengths without ``bitmask``, with which its masks reach into padding.
 
     Args:
         dataloader: such as ``model_zoo.get_config("common/data/coco.py").dataloader``.
@@ -111,9 +111,10 @@ def use_plugin_mapper(dataloader: DictConfig) -> DictConfig:
 
 
 def use_stock_modules(model: DictConfig) -> DictConfig:
-    """Takes the plugin's modules out of a LazyConfig model again, in place.
+    """Replaces the plugin's modules in a LazyConfig model by detectron2's, in place.
 
-    What only they know is left out or, if it changes results, stays for detectron2's to refuse.
+    Arguments that only the plugin's know are dropped; those that change results stay, so that
+    detectron2's refuse them.
     """
     stock = {plugin: stock for stock, plugin in PLUGIN_TARGETS.items()}
     for node in calls(model):
@@ -124,7 +125,7 @@ def use_stock_modules(model: DictConfig) -> DictConfig:
 
 
 def calls(node: Any) -> Iterator[DictConfig]:
-    """Yields each node that is instantiated, also in lists; an interpolation is another's value."""
+    """Yields each node that is instantiated, also in lists; interpolations are skipped."""
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield node
@@ -161,7 +162,7 @@ def counterpart(name: str) -> tuple[DictConfig, ...]:
 
 
 def find_stock_config(name: str) -> Path:
-    """Finds a config file of detectron2's.
+    """Finds one of detectron2's config files.
 
     The installed package has those of its configs/. Projects are in the source tree only: in
     $DETECTRON2_SOURCE, or where the package was installed from with ``pip install -e``.
@@ -194,8 +195,8 @@ def load_lazy_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Args:
         file: a ``.py`` file that the user has named.
-        overrides: ``key=value`` as detectron2 takes them. A key that is new must be an argument of
-            something that is instantiated; detectron2 adds any other and nothing reads it.
+        overrides: ``key=value`` as detectron2 takes them. A new key must be an argument of
+            something that is instantiated; detectron2 would add any other key, which nothing reads.
 
     Raises:
         ConfigError: if the file or an override cannot be used, or a part is missing.
@@ -215,7 +216,7 @@ def load_lazy_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
         LazyConfig.apply_overrides(cfg, list(overrides))
     except ConfigError:
         raise
-    except Exception as error:  # hydra's, if it is installed, omegaconf's, or detectron2's own
+    except Exception as error:  # from hydra if it is installed, omegaconf, or detectron2
         raise ConfigError(f"options {' '.join(overrides)}: {one_line(error)}") from error
     _check_arguments(cfg)
     return cfg
@@ -241,11 +242,11 @@ def _check_override(cfg: DictConfig, override: str) -> None:
 
 
 def _check_arguments(cfg: DictConfig) -> None:
-    """Refuses arguments that what is instantiated does not take, before anything is."""
+    """Refuses arguments that a class does not take, before anything is instantiated."""
     for node in calls(cfg):
         try:
             target = target_of(node)
-        except Exception as error:  # of pydoc, hydra, or the module that is imported
+        except Exception as error:  # from pydoc, hydra, or the imported module
             place = f"{node._get_full_key('_target_')}: {node._target_}"
             raise ConfigError(f"{place} cannot be imported: {one_line(error)}") from error
         accepted = _argument_names(target)
@@ -260,9 +261,9 @@ def _check_arguments(cfg: DictConfig) -> None:
 
 
 def _argument_names(target: Any) -> list[str]:
-    """Returns the names of what a class or function takes, or none if it may take any.
+    """Returns the argument names of a class or function; none if it takes any.
 
-    ``**kwargs`` of a class go to the one that it inherits from.
+    ``**kwargs`` of a class are those of its base class.
     """
     names: list[str] = []
     classes = target.__mro__ if isinstance(target, type) else ()
@@ -278,7 +279,7 @@ def _argument_names(target: Any) -> list[str]:
 
 
 def settings_of(cfg: DictConfig) -> list[str]:
-    """Returns what SETTINGS names as "KEY VALUE" pairs of a YAML config."""
+    """Returns the SETTINGS of a LazyConfig as "KEY VALUE" pairs of a YAML config."""
     pairs: list[str] = []
     for key, path in SETTINGS.items():
         value = OmegaConf.select(cfg, path)

@@ -1,4 +1,4 @@
-"""The machine that something runs on: what it is, its memory in a step, its float32."""
+"""The machine: its processor, the memory that a step takes, its float32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cpu_name() -> str:
 
 
 def peak_megabytes(step: Callable[[], object], device: str) -> float:
-    """Returns the peak of PyTorch's allocations, by its allocator or on the CPU by its profiler."""
+    """Returns the peak of PyTorch's allocations, from allocator or, on the CPU, profiler."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -40,10 +40,10 @@ def peak_megabytes(step: Callable[[], object], device: str) -> float:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Makes CUDA compute in float32 what it computes in TF32, which has 10 bits of mantissa.
+    """Makes CUDA compute in float32 instead of TF32, which has a mantissa of 10 bits.
 
-    PyTorch's convolutions do the latter by default, so that two of the same sum, by algorithms for
-    different layouts, agree to three digits only.
+    PyTorch's convolutions use TF32 by default. Two algorithms for different layouts then agree to
+    only three digits.
     """
     backends: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [backend.allow_tf32 for backend in backends]

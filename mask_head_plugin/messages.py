@@ -22,9 +22,8 @@ def listed(names: Sequence[str], limit: int = NAMES_IN_ERROR) -> str:
 def nearest_name(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str | None:
     """Returns the choice that ``name`` most likely meant, or None if none is near.
 
-    ``cutoff`` is how much must be alike, from 0 to 1; names of two letters need less than others.
-    Upper and lower case are the same here. A dotted name whose last part exists elsewhere is
-    matched by that part first.
+    ``cutoff`` is the required similarity, from 0 to 1; names of two letters need less. Case is
+    ignored. A dotted name whose last part exists elsewhere is matched by that part first.
     """
     folded = {choice.casefold(): choice for choice in choices if choice}
     leaf = name.casefold().rpartition(".")[2]

@@ -1,8 +1,8 @@
-"""From the pixels of an image to what a model takes: order of the channels, and size.
+"""Turns the pixels of an image into a model's input: order of the channels, and size.
 
-detectron2's numbers without detectron2, for models that run without it. NumPy does all of it.
-Where Pillow is installed it resizes images of 8 bits, faster than NumPy and as detectron2 does; the
-two differ by one grey level at most, where Pillow takes the columns before the rows.
+Gives detectron2's numbers without detectron2, for models that run without it, in NumPy. If Pillow
+is installed, it resizes images of 8 bits, faster than NumPy and as detectron2 does. The two differ
+by at most one grey level, where Pillow resizes columns before rows.
 
 Shape alphabet: H, W image height and width in pixels; C channels; T taps of a resampling filter.
 """
@@ -55,7 +55,7 @@ def rgb_in_format(rgb: ByteArray, image_format: str) -> npt.NDArray[Any]:
 
 
 def is_scaled_down(image_hw: tuple[int, int], min_size: int, max_size: int) -> bool:
-    """Returns whether an image is scaled to ``max_size`` though ``min_size`` 0 keeps sizes."""
+    """Returns whether an image is scaled to ``max_size`` although ``min_size`` 0 keeps sizes."""
     largest = (LARGEST_UNSCALED * max_size) ** 2
     return min_size == 0 and image_hw[0] * image_hw[1] > largest
 
@@ -68,13 +68,13 @@ def model_hw(
     Args:
         image_hw: H, W.
         min_size: of the shorter side; 0 keeps the size, see LARGEST_UNSCALED.
-        max_size: that the longer side may not exceed.
-        room: height and width that a model of fixed size has; the image is made to fit.
+        max_size: limit of the longer side.
+        room: height and width of a model with a fixed input size, into which the image must fit.
     """
     height, width = float(image_hw[0]), float(image_hw[1])
     shortest = max_size if is_scaled_down(image_hw, min_size, max_size) else min_size
     if shortest > 0:
-        # In detectron2's order of operations, for sizes at half a pixel are rounded.
+        # In detectron2's order of operations, because sizes at half a pixel are rounded.
         scale = float(shortest) / min(image_hw)
         if height < width:
             height, width = float(shortest), scale * width
@@ -127,7 +127,7 @@ def _filtered(image: ByteArray, after: int, axis: int) -> ByteArray:
 
 
 def _filter_taps(before: int, after: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Returns the (T, after) cells that each new pixel is made of, and their weights."""
+    """Returns the (T, after) cells that make up each new pixel, and their weights."""
     scale = before / after
     reach = max(scale, 1.0)
     centre = (np.arange(after) + 0.5) * scale

@@ -1,4 +1,4 @@
-"""COCO's run-length encoding: of places where a mask changes, and of annotations.
+"""COCO's run-length encoding, from places where a mask changes and from annotations.
 
 Shape alphabet: H, W height and width of the image in pixels; X changes of a mask.
 """
@@ -17,7 +17,7 @@ Rle = dict[str, Any]
 
 
 def rle_of_changes(changes: npt.NDArray[np.int64], image_hw: tuple[int, int]) -> Rle:
-    """Returns the encoding, counts as bytes, of a mask that changes at given places.
+    """Returns the encoding (counts as bytes) of a mask that changes at given places.
 
     Args:
         changes: (X,) ``x * H + y`` of each pixel that differs from the one before it, going down
@@ -34,7 +34,7 @@ def as_text(rle: Mapping[str, Any]) -> Rle:
 
 
 def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
-    """Returns an annotation's segmentation as one compressed RLE, None where it has none.
+    """Returns an annotation's segmentation as one compressed RLE; None if it has none.
 
     Args:
         segmentation: polygons, or an RLE with compressed or uncompressed counts.
@@ -70,12 +70,12 @@ def polygons_rle(polygons: Sequence[Sequence[float]], image_hw: tuple[int, int])
 
 
 def first_broken(rles: Sequence[Mapping[str, Any]]) -> int | None:
-    """Returns the index of the first encoding whose compressed counts do not make up its image.
+    """Returns the index of the first encoding whose compressed counts do not add up to its image.
 
-    pycocotools takes any counts: of a damaged one it reads and writes beyond the mask, or never
-    ends. Its format: a number is one or more characters of 6 bits from "0" on, 5 bits of value and
-    one that says that more follow, the lowest first, negative numbers in two's complement; from the
-    fourth number on, each is the difference to the one before the last.
+    pycocotools takes any counts: with damaged ones it reads and writes beyond the mask, or never
+    ends. The format: a number is one or more characters of 6 bits, starting at "0": 5 bits of
+    value, lowest first, and one that says whether more follow. Negative numbers are in two's
+    complement. From the fourth number on, each is the difference to the number two before.
 
     Args:
         rles: with compressed counts, as bytes or text.
@@ -93,7 +93,7 @@ def first_broken(rles: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 MOST_CHARACTERS = 8
-"""Of a number: 40 bits, more than any image needs."""
+"""Most characters of a number: 40 bits, more than any image needs."""
 
 
 def _make_up(texts: Sequence[bytes], areas: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -105,7 +105,7 @@ def _make_up(texts: Sequence[bytes], areas: npt.NDArray[np.int64]) -> npt.NDArra
     fits[owner[(values < 0) | (values > 63)]] = False
     is_last = values & 32 == 0
     ends = np.cumsum(lengths)[fits] - 1
-    fits[owner[ends[~is_last[ends]]]] = False  # the last number goes on
+    fits[owner[ends[~is_last[ends]]]] = False  # the last number is not finished
     # Numbers: where each begins, how many characters it has, and its value.
     starts_text = np.zeros(len(values), bool)
     starts_text[(np.cumsum(lengths) - lengths)[lengths > 0]] = True

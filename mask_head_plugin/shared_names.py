@@ -1,7 +1,7 @@
 """Names in detectron2's registries and catalogs, which this package shares with the user's project.
 
-Both may want ``MaskRCNN`` or ``shapes_train``. Whichever registers first, the user's own has the
-name: a project must not break because it imports this package.
+Both may want ``MaskRCNN`` or ``shapes_train``. The user's own gets the name, whichever registers
+first: a project must not break because it imports this package.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _YieldingRegistry(Registry):
             self._obj_map[name] = other
             name, obj = f"{PACKAGE}.{name}", own
             logger.warning(
-                "%s is %s's; that of this package is %r in the %s registry",
+                "%s belongs to %s; this package's is registered as %r in the %s registry",
                 own.__name__,
                 other.__module__,
                 name,
@@ -57,7 +57,8 @@ class _YieldingRegistry(Registry):
 
 
 def register_dataset(name: str, load: Callable[[], list[dict[str, Any]]], **metadata: Any) -> None:
-    """Registers a data set of this package, which goes when the user registers one of that name.
+    """Registers a data set of this package, which gives way when the user registers one of that
+    name.
 
     Args:
         name: in detectron2's catalogs. If it is taken, nothing changes.
@@ -65,7 +66,9 @@ def register_dataset(name: str, load: Callable[[], list[dict[str, Any]]], **meta
         metadata: what its Metadata holds.
     """
     if name in DatasetCatalog:
-        logger.warning("data set %s was registered before; kept, without this package's", name)
+        logger.warning(
+            "data set %s was registered before and is kept; this package's is not registered", name
+        )
         return
     DatasetCatalog.__class__ = _YieldingCatalog
     DatasetCatalog.register(name, load)
@@ -74,18 +77,20 @@ def register_dataset(name: str, load: Callable[[], list[dict[str, Any]]], **meta
 
 class _YieldingCatalog(type(DatasetCatalog)):  # type: ignore[misc]
     def register(self, name: str, func: Callable[[], Any]) -> None:
-        metadata = MetadataCatalog.data.get(name)  # its own get would make one
+        metadata = MetadataCatalog.data.get(name)  # its own get would create one
         if isinstance(metadata, _YieldingMetadata):
             metadata.give_way()
         super().register(name, func)
 
 
 class _YieldingMetadata(Metadata):
-    """Of a data set of this package, until someone sets a value to another one."""
+    """Metadata of a data set of this package, until someone changes a value."""
 
     def give_way(self) -> None:
         """Becomes the empty metadata of a data set that is not registered yet."""
-        logger.warning("data set %s is now another one than this package's", self.name)
+        logger.warning(
+            "data set %s is no longer this package's: its metadata was changed", self.name
+        )
         DatasetCatalog.pop(self.name, None)
         for key in set(vars(self)) - {"name"}:
             delattr(self, key)

@@ -1,4 +1,4 @@
-"""Instance masks kept as run lengths: what ``instances.pred_masks`` holds with MASK_OUTPUT rle.
+"""Instance masks as run lengths: what ``instances.pred_masks`` holds with MASK_OUTPUT rle.
 
 Shape alphabet: N masks, H and W sides of the image.
 """
@@ -35,9 +35,9 @@ class RLEMasks(Tensor):
     """The masks of one image: detectron2's (N, H, W) bool tensor, kept as run lengths.
 
     A tensor without memory of its own. Selecting masks, joining those of one image, copying and
-    moving to a device give RLEMasks again. Whatever else PyTorch or NumPy do with a bool tensor is
-    done with the decoded one: a loop and an integer index decode one mask at a time, everything
-    else all N, which takes N * H * W bytes for that moment.
+    moving to a device give RLEMasks again. All other operations of PyTorch or NumPy work on the
+    decoded tensor: a loop and an integer index decode one mask at a time, everything else decodes
+    all N, which takes N * H * W bytes for that moment.
 
     Differs from the tensor: what an operation returns is a copy, never a view, and the masks
     cannot be changed in place. Set MODEL.MASK_OUTPUT to bitmask for code that needs either.
@@ -195,7 +195,7 @@ _KEEP_ENCODINGS = ("_to_copy", "alias", "clone", "detach")
 
 
 def _are_of_one_image(masks: Sequence[Any], dim: int = 0) -> bool:
-    """Whether joining along ``dim`` lists the masks of one image one after the other."""
+    """Returns whether joining along ``dim`` lists the masks of one image one after the other."""
     are_rles = all(isinstance(x, RLEMasks) for x in masks)
     return dim in (0, -3) and are_rles and len({x.image_hw for x in masks}) == 1
 

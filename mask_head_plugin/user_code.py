@@ -1,4 +1,4 @@
-"""Runs the user's own code, for what it registers: losses, backbones, data sets."""
+"""Runs the user's own code, which registers losses, backbones and data sets."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ logger = logging.getLogger(__name__)
 def load_config_and_code(
     config_file: str, opts: Sequence[str], *, is_named: bool = True
 ) -> CfgNode:
-    """Returns what ``config.load_config`` does, once the code that it names has run (IMPORTS)."""
+    """Returns the config of ``config.load_config``, after running its IMPORTS."""
     cfg = load_config(config_file, opts, is_named=is_named)
     import_modules(cfg.IMPORTS)
     return cfg
 
 
 def import_modules(entries: Sequence[str]) -> None:
-    """Imports modules and files, and logs each; what this process has imported is not run again.
+    """Imports modules and files, and logs each; what this process has already imported is not run
+    again.
 
-    A file becomes a module of its name, whose folder is searched after all others: processes that
-    are started afresh find there what they are sent.
+    A file becomes a module of its name. Its folder is searched after all others, so that new
+    processes find the classes of objects that they are sent.
 
     Args:
         entries: ``cfg.IMPORTS`` of ``config.read_config``.
@@ -61,7 +62,7 @@ def _search_also(folder: Path) -> None:
 
 
 def _check_name(name: str, path: Path) -> None:
-    """Raises ConfigError unless the file is what Python finds by its name."""
+    """Raises ConfigError unless Python finds this file under its name."""
     if "." in name:
         raise ConfigError(f"IMPORTS {path}: a module has no dot in its name; rename the file")
     spec = importlib.util.find_spec(name)

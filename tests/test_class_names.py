@@ -169,7 +169,9 @@ def test_evaluators_that_know_numbers_only_refuse_another_order(data, monkeypatc
     MaskHeadCheckpointer(model, policy=WeightsPolicy()).load(str(CHECKPOINT))
     register_coco_files(cfg)
     evaluator = COCOEvaluator(REVERSED, output_dir=cfg.OUTPUT_DIR)
-    with pytest.raises(ConfigError, match="COCOEvaluator takes the classes of names_reversed"):
+    with pytest.raises(
+        ConfigError, match="COCOEvaluator needs the classes of names_reversed in the model's order"
+    ):
         Trainer.test(cfg, model, evaluator)
 
 

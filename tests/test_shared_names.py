@@ -34,8 +34,8 @@ def test_a_name_in_a_registry_is_the_users_whoever_comes_first(own_first, caplog
     assert registered_name(registry, own) == "mask_head_plugin.MaskRCNN"
     (text,) = caplog.messages
     assert text == (
-        "MaskRCNN is their_project.models's; that of this package is 'mask_head_plugin.MaskRCNN' "
-        "in the META_ARCH registry"
+        "MaskRCNN belongs to their_project.models; this package's is registered as "
+        "'mask_head_plugin.MaskRCNN' in the META_ARCH registry"
     )
 
 
@@ -81,7 +81,7 @@ def test_a_data_set_of_the_users_takes_the_name(shapes, caplog):
         "thing_classes": ["cell"],
         "json_file": "x.json",
     }
-    assert f"data set {shapes} is now another one than this package's" in caplog.text
+    assert f"data set {shapes} is no longer this package's" in caplog.text
     with pytest.raises(AssertionError, match="already registered"):
         DatasetCatalog.register(shapes, list)
 
@@ -119,7 +119,7 @@ def test_a_name_that_is_taken_stays_so(caplog):
         register_dataset("test_taken", lambda: [{}], evaluator_type="coco")
         assert DatasetCatalog.get("test_taken") == []
         assert "test_taken" not in MetadataCatalog
-        assert "was registered before; kept" in caplog.text
+        assert "was registered before and is kept" in caplog.text
     finally:
         DatasetCatalog.remove("test_taken")
 

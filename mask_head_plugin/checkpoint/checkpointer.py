@@ -1,7 +1,8 @@
 """Checkpoints that survive a kill, a full disk and a damaged file; loading and exporting weights.
 
-A checkpoint ``model_0000999.pth`` appears under its name only when it is whole and on the disk, and
-``model_0000999.pth.sha256`` next to it holds its checksum, in the format of ``sha256sum --check``.
+A checkpoint ``model_0000999.pth`` appears under its name only when it is complete and on the disk,
+and ``model_0000999.pth.sha256`` next to it holds its checksum, in the format of ``sha256sum
+--check``.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         Args:
             model: loaded into, and saved.
             save_dir: the folder of its checkpoints.
-            policy: what weights must be; by default, whatever fits in full, or fills a backbone,
+            policy: which weights to accept; by default, those that fit in full or fill a backbone,
                 with the classes that the file names.
             checkpointables: see DetectionCheckpointer.
         """
@@ -77,8 +78,8 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         """Saves the model, all checkpointables and ``kwargs`` as ``{name}.pth``.
 
         Raises:
-            ConfigError: if the disk is full or not writable; older checkpoints are as they were. Or
-                if the folder is an address, whatever the path manager would do with it.
+            ConfigError: if the disk is full or not writable (older checkpoints stay untouched), or
+                if the folder is an address, even one that the path manager could write to.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -114,7 +115,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         return bool(checkpoint_files(Path(self.save_dir)))
 
     def get_checkpoint_file(self) -> str:
-        """Returns the newest intact checkpoint; all processes are given the main one's answer.
+        """Returns the newest intact checkpoint; all processes get the main one's answer.
 
         Raises:
             ConfigError: if there are checkpoints but none is intact; each is named with its damage.
@@ -131,7 +132,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         return newest
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Loads weights, and checkpointables: all by default, with which a run is resumed.
+        """Loads weights and checkpointables: by default all of these, which resumes a run.
 
         Raises:
             ConfigError: if the file cannot be downloaded or used, or does not fit the model.
@@ -143,7 +144,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             file = local_copy(address, path_manager=self.path_manager)
             return super().load(file + mark + query, checkpointables)
         finally:
-            self._parsed_url_during_load = None  # else a load after a failed one also fails
+            self._parsed_url_during_load = None  # otherwise a load after a failed one also fails
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._source = filename
@@ -183,11 +184,11 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             named=named is not None,
         )
         name_classes(self.model, names)
-        return None  # all is said
+        return None  # the log already says everything
 
 
 def _without_numpy_scalars(value: Any) -> Any:
-    """Returns a state in which NumPy's numbers, which loading would refuse, are Python's."""
+    """Returns a state with NumPy's numbers, which loading would refuse, as Python's."""
     if isinstance(value, np.generic):
         return value.item()
     if type(value) in (list, tuple):
@@ -198,7 +199,7 @@ def _without_numpy_scalars(value: Any) -> Any:
 
 
 def write_checkpoint(path: Path, data: dict[str, Any]) -> None:
-    """Writes a torch file and its checksum, so that half a file never has the name.
+    """Writes a torch file and its checksum, so that the name never means half a file.
 
     Raises:
         ConfigError: if it cannot be written. What was there before is still there.
@@ -220,7 +221,7 @@ def write_checkpoint(path: Path, data: dict[str, Any]) -> None:
 
 
 class _HashingFile:
-    """A file that hashes what is written, and keeps the error of a write that fails."""
+    """A file that hashes what is written, and keeps the error of a failed write."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.digest = hashlib.sha256()
@@ -272,8 +273,8 @@ def export_safetensors(
         class_names: in the order of the model's rows, if the checkpoint does not name its classes.
 
     Raises:
-        ConfigError: if it is not a checkpoint, a weight does not fit float16, or the checkpoint
-            names other classes or another number of them than it has.
+        ConfigError: if it is not a checkpoint, if a weight does not fit float16, or if the names
+            differ from those in the checkpoint or from its number of classes.
         OSError: if the output cannot be written.
     """
     content = read_checkpoint(checkpoint)
@@ -292,7 +293,7 @@ def export_safetensors(
     for name in filter(_CLASSIFIER.search, tensors if names else ()):
         if len(tensors[name]) != len(names) + 1:  # and background
             raise ConfigError(
-                f"{checkpoint}: {name} has rows for {len(tensors[name]) - 1} classes, and "
+                f"{checkpoint}: {name} has rows for {len(tensors[name]) - 1} classes, but "
                 f"{len(names)} are named"
             )
     if half:

@@ -1,4 +1,4 @@
-"""Which rows of weights belong to which class, and where a model has the class of that name.
+"""Matches rows of weights with a model's classes, by class name.
 
 Shape alphabet: K classes.
 """
@@ -46,7 +46,7 @@ def match_classes(
         resuming: whether a run is resumed; its classes never change.
 
     Returns:
-        The classes that the model has with these weights, in the order of its rows; None if nobody
+        The classes of the model with these weights, in the order of its rows; None if neither side
         names them.
 
     Raises:
@@ -116,11 +116,11 @@ def num_classes_of(model: torch.nn.Module) -> int | None:
     for module in model.modules():
         if isinstance(module, ROIHeads):
             return int(module.num_classes)
-    return getattr(model, "num_classes", None)  # of detectors without ROI heads, as RetinaNet
+    return getattr(model, "num_classes", None)  # of detectors without ROI heads, such as RetinaNet
 
 
 def _has_known_rows(model: torch.nn.Module) -> bool:
-    """Whether class_tensors finds all layers with rows per class, as far as is known."""
+    """Returns whether class_tensors is known to find all layers with rows per class."""
     heads = [
         x.mask_head
         for x in model.modules()
@@ -139,14 +139,14 @@ def _moved(
 ) -> torch.Tensor:
     """Returns a class layer's tensor as it starts, with the file's rows of classes that both have.
 
-    One of another layout is returned as it is, and found not to fit later on.
+    A tensor of another layout is returned as it is; later checks find that it does not fit.
 
     Args:
         weight: of the file.
         start: of the model.
         moved_from: classes of the file.
         moved_to: classes of the model, as many.
-        sizes: numbers of the file's classes, of the model's, and of background's rows.
+        sizes: how many classes the file and the model have, and how many rows are for background.
     """
     found, own, num_background = sizes
     rows, own_rows = len(weight) - num_background, len(start) - num_background
@@ -160,10 +160,11 @@ def _moved(
 
 
 def class_tensors(model: torch.nn.Module) -> dict[str, int]:
-    """Returns the names of tensors with rows per class, with the number of rows of background.
+    """Returns the names of tensors with rows per class, each with its number of background rows.
 
-    Rows of a class lie together, in the order of the classes, followed by the background's. Layers
-    of box predictors, mask heads and mask scoring count, unless they are the same for all classes.
+    The rows of a class are adjacent, in the order of the classes, followed by those of the
+    background. Layers of box predictors, mask heads and mask scoring count unless they are
+    class-agnostic.
     """
     modules = list(model.named_modules())
     boxes = [(name, x) for name, x in modules if isinstance(x, FastRCNNOutputLayers)]

@@ -1,4 +1,4 @@
-"""Weights that an address names, on this machine."""
+"""Finds or downloads weights that are named by an address."""
 
 from __future__ import annotations
 

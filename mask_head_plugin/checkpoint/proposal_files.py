@@ -1,4 +1,4 @@
-"""Precomputed proposals, read so that nothing in a file can run or fill the memory."""
+"""Reads precomputed proposals; nothing in a file can run or fill the memory."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def read_proposals(path: Path) -> dict[str, Any]:
 
 
 def check_proposal_files(cfg: CfgNode, split: str) -> None:
-    """Reads the proposal files of a config where the model asks for proposals.
+    """Checks the proposal files of a config whose model asks for proposals.
 
-    detectron2 unpickles them after that; what passed here is safe for it to read.
+    detectron2 unpickles them afterwards; files that pass here are safe for it to read.
 
     Args:
         cfg: a config.

@@ -1,4 +1,4 @@
-"""The checkpoints in a run's folder: which are there, which are whole, which one to resume from."""
+"""The checkpoints in a run's folder: which exist, which are intact, which one to resume from."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ EARLY_STOPPING = "early_stopping.json"
 def checkpoint_files(folder: Path) -> list[Path]:
     """Returns the checkpoints that a run can resume from, the first choice first.
 
-    That is the one that ``last_checkpoint`` names, unless a later iteration was written after
-    that; then the others by falling iteration. Times alone do not order files that were copied.
+    That is the one that ``last_checkpoint`` names, unless a later iteration was written afterwards;
+    then the others, latest iteration first. Times alone do not order copied files.
     """
     tag = folder / LAST_CHECKPOINT
     tagged = tag.read_bytes().strip().decode(errors="replace") if tag.is_file() else ""
@@ -40,7 +40,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     files = [path for path in files if path.stem != BEST_CHECKPOINT]
 
     def rank(path: Path) -> tuple[bool, bool, int, int]:
-        time, iteration = path.lstat().st_mtime_ns, _iteration(path.stem)  # also of dead links
+        time, iteration = path.lstat().st_mtime_ns, _iteration(path.stem)  # also for dead links
         is_later = time > tag_time and 0 <= _iteration(Path(tagged).stem) < iteration
         return is_later, path.name == tagged, iteration, time
 
@@ -54,10 +54,10 @@ def _iteration(stem: str) -> int:
 
 
 def newest_intact(folder: Path) -> Path:
-    """Returns the first of the checkpoint_files that is intact; the damage of others is logged.
+    """Returns the first intact file of checkpoint_files; the log describes the damage of others.
 
     Raises:
-        ConfigError: if none is; all are named with their damage.
+        ConfigError: if none is intact; names them all with their damage.
     """
     damages: list[str] = []
     for path in checkpoint_files(folder):
@@ -76,7 +76,8 @@ def newest_intact(folder: Path) -> Path:
 def find_damage(path: Path) -> str:
     """Returns what is wrong with a checkpoint file, in words, or "" if it is intact.
 
-    A file without a checksum file, as detectron2 writes it, is judged by the checksums inside it.
+    If there is no checksum file, as with detectron2's checkpoints, the checksums inside the file
+    decide.
     """
     if not path.is_file():
         return "is a folder" if path.is_dir() else "is a broken link"
@@ -98,7 +99,7 @@ def find_damage(path: Path) -> str:
 def set_aside_earlier_run(folder: Path) -> None:
     """Moves the checkpoints and metrics of an earlier run to ``earlier_run_<n>`` in the folder.
 
-    Otherwise a new run could later be resumed from a checkpoint that is not its own.
+    Otherwise a new run could later resume from a checkpoint of the earlier one.
     """
     moved = [
         *folder.glob("model_*.pth*"),

@@ -1,4 +1,4 @@
-"""Whether weights fit a model, and what becomes of those that do not."""
+"""Checks whether weights fit a model, and decides what to do if they do not."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ ADVICE = f"give weights of this config, or {LENIENT}"
 MODULES_IN_ERROR = 12
 
 _TRUNKS = ("backbone.bottom_up.", "backbone.net.", "backbone.")
-"""Where models have what ImageNet trains; the first that a model has. Anything else in
-``backbone.`` is new, such as the pyramid's convolutions."""
+"""Where models keep what ImageNet trains; the first prefix that a model has counts. Anything else
+in ``backbone.`` is new, such as the pyramid's convolutions.
+"""
 _RES5 = "roi_heads.res5."
 _MADE_ANEW = ("pixel_mean", "pixel_std", "num_batches_tracked")
-"""Ends of names whose values come from the config, or count for nothing."""
+"""Endings of names whose values come from the config, or do not matter."""
 
 
 @dataclass(frozen=True)
 class WeightsPolicy:
-    """What weights must be for a model.
+    """Which weights a model accepts.
 
     Attributes:
         class_names: the K classes of the model, in its order, if known: rows of weights that name
             their classes are moved to the rows of those names.
-        keeps_classes: whether weights of other classes keep theirs: of a model that only predicts,
-            ``class_names`` is only the preferred order.
+        keeps_classes: whether weights of other classes keep theirs. For a model that only predicts,
+            ``class_names`` is just the preferred order.
         strict: whether weights that do not fit are an error.
         whole: whether the weights must fill the whole model, since nothing will train it.
         surplus: whether the weights of a detector may hold more than the model.
         advice: what to do about weights that do not fit.
-        input_format: INPUT.FORMAT, if known: weights of another order of colours are logged.
+        input_format: INPUT.FORMAT, if known: weights for another colour order are logged.
     """
 
     class_names: Sequence[str] | None = None
@@ -73,7 +74,7 @@ class WeightsPolicy:
 
         Args:
             datasets: the section DATASETS of its config. Weights of the classes of the first data
-                set of TEST, or else TRAIN, take the order that these have there.
+                set of TEST, or else TRAIN, take that data set's order.
             num_classes: K, None for a model without classes.
         """
         named = (*datasets.TEST[:1], *datasets.TRAIN[:1]) if isinstance(datasets, CfgNode) else ()
@@ -85,9 +86,9 @@ class Fit:
     """How the names and shapes of weights compare with a model's.
 
     Attributes:
-        fitting: names of the model that have a value of the right shape.
-        missing: names of the model that have none.
-        unexpected: names of values that have no place in the model.
+        fitting: names in the model that have a value of the right shape.
+        missing: names in the model that have none.
+        unexpected: names of values without a place in the model.
         wrong_shape: by the model's name, the shape of the value and that of its place.
     """
 
@@ -117,7 +118,7 @@ def class_names(cfg: CfgNode, split: str = "TRAIN") -> list[str] | None:
         split: ``TRAIN`` or ``TEST``.
 
     Returns:
-        Those of the first data set of the split, or None if it does not name K classes.
+        The names of the first data set of the split, or None if it does not name K classes.
     """
     return _known_names(cfg.DATASETS, cfg.DATASETS[split][:1], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
 
@@ -130,7 +131,7 @@ def check_test_classes(policy: WeightsPolicy, cfg: CfgNode) -> None:
     """
     for name in cfg.DATASETS.TEST if policy.class_names else ():
         categories = None
-        with contextlib.suppress(ConfigError):  # whoever reads missing files reports them
+        with contextlib.suppress(ConfigError):  # the code that reads files reports missing ones
             categories = dataset_categories(cfg.DATASETS, name)
         if categories:
             check_trained(policy.class_names or (), [str(x) for x in categories.values()], name)
@@ -139,7 +140,7 @@ def check_test_classes(policy: WeightsPolicy, cfg: CfgNode) -> None:
 def _known_names(
     datasets: CfgNode, names: Iterable[str], num_classes: int | None
 ) -> list[str] | None:
-    """Returns the class names of the first data set known to have that many, or None."""
+    """Returns the class names of the first data set known to have K classes, or None."""
     for name in names:
         with contextlib.suppress(ConfigError):  # such as a file that is not on this machine
             categories = dataset_categories(datasets, name)
@@ -160,9 +161,10 @@ def compare(
     Args:
         weights: shapes by name.
         model: shapes of the model's ``state_dict()``.
-        missing: names of the model for which loading found no value. That is up to the modules:
-            detectron2's and torch's normalization fill in what old files lack.
-        by_ends: whether names that found no place, be it for their shape, are ends of the model's.
+        missing: names in the model for which loading found no value. Modules decide that:
+            normalization layers of detectron2 and torch fill in what old files lack.
+        by_ends: whether names without a place, even because of their shape, are endings of the
+            model's.
     """
     lacking = [name for name in missing if name in model and not name.endswith(_MADE_ANEW)]
     wrong_shape: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
@@ -190,10 +192,11 @@ def refuse_or_tell(
     class_layers: Iterable[str] = (),
     named: bool = False,
 ) -> None:
-    """Decides on weights that were compared with their model; logs what starts untrained.
+    """Decides whether weights that were compared with their model may be loaded; logs what starts
+    untrained.
 
-    Weights of a whole detector, and those of which nothing will be trained, must fit in full.
-    Those of a backbone must fill what they are of.
+    Weights of a whole detector, and those of a model that will not be trained, must fit in full.
+    Those of a backbone must fill the backbone.
 
     Args:
         fit: see compare.
@@ -205,12 +208,12 @@ def refuse_or_tell(
 
     Raises:
         ConfigError: if they do not fit, unless the policy is not strict and no run is resumed.
-            Missing, unexpected and wrong-shape names are listed by module.
+            It lists missing, unexpected and wrong-shape names by module.
     """
     if not fit.fitting:
         raise ConfigError(
             f"{source}: nothing in it fits the model; {fit}; give weights of this config. For a "
-            "backbone whose names are ends of the model's, such as res2.0.conv1.weight, append "
+            f"backbone whose names are endings of the model's, such as res2.0.conv1.weight, append "
             "?matching_heuristics=True to the name of the file"
         )
     whole = resuming or policy.whole or _is_detector(fit)
@@ -256,7 +259,7 @@ def refuse_or_tell(
 
 
 def _is_detector(fit: Fit) -> bool:
-    """Whether weights are of more than a backbone; of C4's, res5 is in the ROI heads."""
+    """Returns whether weights hold more than a backbone; C4 has its res5 in the ROI heads."""
     heads = ("proposal_generator.", "roi_heads.")
     placed = [*fit.fitting, *fit.wrong_shape]
     return any(not name.startswith(("backbone.", _RES5)) for name in placed) or any(
@@ -265,7 +268,7 @@ def _is_detector(fit: Fit) -> bool:
 
 
 def _half_filled(fit: Fit) -> list[str]:
-    """Returns what is missing of the modules of a backbone that are not missing as a whole."""
+    """Returns what is missing from backbone modules that are only partly there."""
     names = [*fit.fitting, *fit.missing, *fit.wrong_shape]
     trunk = next((x for x in _TRUNKS if any(name.startswith(x) for name in names)), _TRUNKS[-1])
     return [
@@ -280,7 +283,7 @@ def _half_filled(fit: Fit) -> list[str]:
 def matched_by_ends(
     weights: dict[str, torch.Tensor], model: torch.nn.Module, author: str, source: str
 ) -> dict[str, torch.Tensor]:
-    """Returns weights by the model's names, of which their own are ends.
+    """Returns weights under the model's names, of which their own names are endings.
 
     Args:
         weights: tensors by name.
@@ -289,7 +292,7 @@ def matched_by_ends(
         source: the file.
 
     Raises:
-        ConfigError: if a name is the end of several of the model's.
+        ConfigError: if a name is the ending of several in the model.
     """
     try:
         matched: dict[str, torch.Tensor] = align_and_update_state_dicts(
@@ -304,7 +307,7 @@ def matched_by_ends(
 
 
 def without_prefix(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns weights without the ``module.`` that a data-parallel model has before its names."""
+    """Returns weights without the ``module.`` that a data-parallel model puts before its names."""
     prefix = "module."
     if not all(name.startswith(prefix) for name in weights):
         return dict(weights)
@@ -312,7 +315,7 @@ def without_prefix(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grouped(names: Iterable[str]) -> str:
-    """Returns names in one line: all if they are few, or else modules with their numbers."""
+    """Returns names in one line: all if they are few, otherwise modules with their numbers."""
     names = list(names)
     if len(names) <= NAMES_IN_ERROR:
         return ", ".join(names) or "nothing"

@@ -1,4 +1,4 @@
-"""Configs that would fail or mislead, refused before anything is built."""
+"""Refuses configs that would fail or mislead, before anything is built."""
 
 from .check import check_config
 

@@ -1,4 +1,4 @@
-"""Refuses, before anything is built, values that nothing recognises."""
+"""Refuses values that nothing recognises, before anything is built."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def check_config(
     num_processes: int = 1,
     trainer: type[DefaultTrainer] = DefaultTrainer,
 ) -> None:
-    """Checks names, numbers and files of a config; it makes no file or folder.
+    """Checks the names, numbers and files of a config without creating any file or folder.
 
-    What the plugin reads must be what it knows. Values that detectron2 reads are refused only where
-    it refuses them itself: what you have registered passes.
+    Values that the plugin reads must be known to it. Values that detectron2 reads are refused only
+    where detectron2 refuses them, so whatever you have registered passes.
 
     Args:
         cfg: a complete config.
@@ -100,13 +100,15 @@ def _check_device(cfg: CfgNode, train: bool) -> None:
 
 
 def _check_output_folder(name: str) -> None:
-    """Refuses a folder that is not there and cannot be made, or in which nothing can be written."""
+    """Refuses a folder that cannot be created, or that cannot be written to."""
     told = f"OUTPUT_DIR {name!r} cannot be written"
     if "://" in name:
-        raise ConfigError(f"{told}: it is an address; name a local folder, and copy it afterwards")
+        raise ConfigError(
+            f"{told}: it is an address; name a local folder, and copy its files afterwards"
+        )
     try:
         there, missing = _split_at_what_exists(Path(name).absolute())
-        for part in missing:  # a name that is too long is so in any folder
+        for part in missing:  # the name is too long for any folder
             _split_at_what_exists(there / part)
     except (OSError, ValueError) as error:  # it has a zero byte
         cause = error.strerror if isinstance(error, OSError) else error
@@ -118,7 +120,7 @@ def _check_output_folder(name: str) -> None:
 
 
 def _split_at_what_exists(path: Path) -> tuple[Path, list[str]]:
-    """Returns the nearest folder that is there, or link to nothing, and the names below it."""
+    """Returns the nearest folder that exists (or dangling link), and the names below it."""
     missing: list[str] = []
     while True:
         try:

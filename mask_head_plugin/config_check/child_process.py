@@ -1,4 +1,4 @@
-"""Calls that leave nothing in this process: no cached tensor, no random number drawn."""
+"""Calls that leave no trace in this process: no cached tensor, no random number drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 T = TypeVar("T")
 
 MOST_SECONDS = 60.0
-"""A lock that another thread held as the process was copied stays locked in the copy forever."""
+"""A lock that another thread held when the process was copied stays locked in the copy."""
 
 
 class ChildError(RuntimeError):
@@ -28,20 +28,20 @@ class ChildError(RuntimeError):
 
 
 def call_in_child(call: Callable[[], T]) -> T:
-    """Returns what a call returns that is made in a copy of this process.
+    """Makes a call in a copy of this process and returns its result.
 
-    The copy is made by fork(), as workers of a data loader are, so it starts at once and knows all
-    that is registered here; CUDA cannot be used in it. Where fork() is not reliable (macOS,
-    Windows, no process left) the call is made here, and only the random generators of Python,
-    NumPy and PyTorch are as before.
+    The copy is made by fork(), as workers of a data loader are, so it starts at once and knows
+    everything that is registered here, but cannot use CUDA. Where fork() is unreliable (macOS,
+    Windows) or fails, the call is made in this process, and only the random generators of Python,
+    NumPy and PyTorch are restored.
 
     Args:
-        call: returns what can be pickled, and raises no errors.
+        call: must return something that can be pickled, and raise no errors.
 
     Raises:
         ChildError: if the copy ended, or did not answer within MOST_SECONDS.
     """
-    for stream in (sys.stdout, sys.stderr):  # or the copy would print the rest of it again
+    for stream in (sys.stdout, sys.stderr):  # or the copy would print it again
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -71,10 +71,10 @@ def _fork() -> int | None:
 
 
 def _answer(call: Callable[[], Any], sender: Connection) -> NoReturn:
-    """Sends the result and its error, and ends the process without what runs at an exit."""
+    """Sends the result or error, and ends the process without running exit handlers."""
     try:
-        gc.freeze()  # objects of the other process are not the copy's to finalize
-        torch.set_num_threads(1)  # OpenMP waits for ever for the threads that were not copied
+        gc.freeze()  # the copy must not finalize objects of the other process
+        torch.set_num_threads(1)  # OpenMP would wait forever for threads that were not copied
         sender.send((call(), None))
     except BaseException as error:  # also SystemExit
         sender.send((None, f"{type(error).__name__}: {error}"))

@@ -1,6 +1,6 @@
-"""Whether the metrics that a run chooses by are among those that its evaluations will give.
+"""Checks that evaluations will give the metrics by which a run makes its choices.
 
-SOLVER.CHECKPOINT_BEST_METRIC chooses weights, SOLVER.EARLY_STOPPING.METRIC the end of the run.
+SOLVER.CHECKPOINT_BEST_METRIC chooses the weights, SOLVER.EARLY_STOPPING.METRIC the end of the run.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..messages import nearest_name
 BEST, STOPPING = "SOLVER.CHECKPOINT_BEST_METRIC", "SOLVER.EARLY_STOPPING.METRIC"
 
 VALIDATION, TOTAL_LOSS = "validation", "total_loss"
-"""Where results have the losses of TEST.EVAL_LOSS, and the name of their sum."""
+"""Where results hold the losses of TEST.EVAL_LOSS, and the name of their sum."""
 
 
 def check_chosen_metrics(cfg: CfgNode) -> None:
-    """Refuses a metric that would choose nothing, or be looked for in vain.
+    """Refuses a metric that no evaluation will give, or that can never choose anything.
 
     Raises:
         ConfigError: naming what is missing, or the nearest metric.
@@ -51,7 +51,7 @@ def chosen_metrics(cfg: CfgNode) -> dict[str, str]:
 
 
 def improves(metric: str, value: float, best: float | None) -> bool:
-    """Returns whether a value of a metric is better than the best so far; None is none so far.
+    """Returns whether a value of a metric is better than the best so far (None: there is none yet).
 
     Losses are better when they are lower, and all other metrics when they are higher.
     """
@@ -61,15 +61,15 @@ def improves(metric: str, value: float, best: float | None) -> bool:
 
 
 def is_validation_loss(metric: str) -> bool:
-    """Returns whether a metric is a loss of TEST.EVAL_LOSS, of the only data set or of one."""
+    """Returns whether a metric is a loss of TEST.EVAL_LOSS, with or without a data set's name."""
     return metric.split("/")[-2:-1] == [VALIDATION]
 
 
 def of_dataset(names: Sequence[str], metric: str) -> tuple[str, str]:
-    """Returns the data set that a metric is of, "" if it names none, and its name there.
+    """Returns the data set that a metric names ("" if none), and the metric's name within it.
 
     Args:
-        names: DATASETS.TEST; of several, metrics start with one of them.
+        names: DATASETS.TEST; if there are several, metrics start with one of them.
         metric: as in ``metrics.json``.
     """
     if len(names) == 1:
@@ -113,7 +113,9 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
 
 
 def _metrics(cfg: CfgNode, name: str) -> list[str]:
-    """Returns what MaskEvaluator gives for a data set; nothing where another evaluator may."""
+    """Returns the metrics of MaskEvaluator for a data set; none where another evaluator may be
+    used.
+    """
     own, metadata = coco_classes(cfg), MetadataCatalog.get(name)
     kind = "coco" if name in own else metadata.get("evaluator_type")
     if kind not in ("coco", "lvis") or cfg.MODEL.KEYPOINT_ON:

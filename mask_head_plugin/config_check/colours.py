@@ -1,4 +1,4 @@
-"""Whether INPUT.FORMAT is the order of colours that means and pretrained weights are made for."""
+"""Checks that INPUT.FORMAT is the order of colours that means and pretrained weights expect."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ IMAGENET_BGR = {
     "PIXEL_MEAN": ((103.5, 116.3, 123.7), 2.0),
     "PIXEL_STD": ((57.375, 57.12, 58.395), 0.3),
 }
-"""Statistics of ImageNet's channels, and how far those in use (Caffe's, torchvision's) are off."""
+"""Statistics of ImageNet's channels, and how far those in use (Caffe's, torchvision's) deviate."""
 
 NEAR = 2.0
-"""How far means and deviations may be from a model's: its authors round, such as 0.498 to 0.5."""
+"""How far means and deviations may be from a model's: authors round, e.g. 0.498 to 0.5."""
 
 ZOO = ("detectron2://", "catalog://", "https://dl.fbaipublicfiles.com/detectron")
 RGB_IN_ZOO = ("/torchvision/", "/ViTDet/")
-"""Parts of the addresses of the zoo's weights that are trained on RGB; all others are on BGR."""
+"""Parts of the addresses of zoo weights that were trained on RGB; all others were trained on BGR.
+"""
 
 ORDER_BY_AUTHOR = {"torchvision": "RGB", "Caffe2": "BGR", "pycls": "BGR"}
 """Order of the colours that ImageNet models were trained on, by the ``__author__`` in the file."""
@@ -63,7 +64,7 @@ def wrong_colours(cfg: CfgNode) -> str | None:
 
 
 def _wrong_for_timm(cfg: CfgNode) -> str | None:
-    """Returns what contradicts the pretrained weights of a timm model, and what is right."""
+    """Returns what contradicts the pretrained weights of a timm model, and the right values."""
     order, model = cfg.INPUT.FORMAT, cfg.MODEL
     if not (has_timm_backbone(cfg) and (model.TIMM.CHECKPOINT or model.TIMM.PRETRAINED)):
         return None
@@ -88,7 +89,7 @@ def warn_of_colours(input_format: str, author: str, source: str) -> None:
 
     Args:
         input_format: INPUT.FORMAT, or "" if it is not known.
-        author: who has made the file, as it says itself.
+        author: who made the file, as the file says.
         source: its path.
     """
     trained = ORDER_BY_AUTHOR.get(author, input_format)

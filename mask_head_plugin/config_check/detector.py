@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_features(cfg: CfgNode, *, train: bool) -> None:
-    """Checks the parts of a detector that are of detectron2's two-stage kind; others pass.
+    """Checks the parts of a detectron2 two-stage detector; parts of other kinds pass.
 
     Args:
         cfg: a config that check_host_values passes.
@@ -112,13 +112,13 @@ def _check_matcher(section: str, node: CfgNode, num_thresholds: int) -> None:
     if len(thresholds) != num_thresholds or not is_rising(thresholds, least=0, most=1):
         example = [0.3, 0.7] if num_thresholds == 2 else [0.5]
         raise ConfigError(
-            f"{section}.IOU_THRESHOLDS {thresholds}: {num_thresholds} rising between 0 and 1, "
-            f"e.g. {example}"
+            f"{section}.IOU_THRESHOLDS {thresholds} must be {num_thresholds} rising between 0 and "
+            f"1, e.g. {example}"
         )
     if len(labels) != num_thresholds + 1 or not set(labels) <= {-1, 0, 1}:
         raise ConfigError(
-            f"{section}.IOU_LABELS {labels}: one more than IOU_THRESHOLDS, each 0 (background), "
-            "-1 (ignored) or 1 (object)"
+            f"{section}.IOU_LABELS {labels}: give one more than IOU_THRESHOLDS, each 0 "
+            f"(background), -1 (ignored) or 1 (object)"
         )
 
 
@@ -127,8 +127,8 @@ def _check_proposals(cfg: CfgNode, generator: type, *, train: bool) -> None:
     precomputed = name == "PrecomputedProposals"
     if precomputed != loads and (precomputed or generator in (RPN, RRPN)):  # a user's may read them
         raise ConfigError(
-            "MODEL.LOAD_PROPOSALS True and MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals need "
-            f"each other; now they are {loads} and {name}"
+            "MODEL.LOAD_PROPOSALS True and MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals must "
+            f"be set together; now they are {loads} and {name}"
         )
     for split in ("TRAIN", "TEST") if train else ("TEST",):
         files, names = cfg.DATASETS[f"PROPOSAL_FILES_{split}"], cfg.DATASETS[split]
@@ -147,7 +147,8 @@ def _check_heads(cfg: CfgNode, heads: type, maps: dict[str, ShapeSpec] | None) -
     if issubclass(heads, Res5ROIHeads):
         if len(names) != 1:
             raise ConfigError(
-                f"MODEL.ROI_HEADS.NAME {heads.__name__} is for one map, as of ResNet-C4, and "
+                f"MODEL.ROI_HEADS.NAME {heads.__name__} takes one map, such as that of ResNet-C4, "
+                f"but "
                 f"MODEL.ROI_HEADS.IN_FEATURES has {len(names)}; with FPN take PerClassMaskROIHeads"
             )
         return

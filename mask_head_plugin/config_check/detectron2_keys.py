@@ -1,8 +1,8 @@
-"""Values that belong to detectron2: it is asked whether it takes them, as it is installed.
+"""Values that belong to detectron2: the installed detectron2 decides whether it takes them.
 
-A norm, a backbone or a sampler that you have registered, or that a newer detectron2 knows, is as
-good as those named here: these are only for the hint. What is neither registered nor named here is
-tried, see dry_build.
+A norm, backbone or sampler that you have registered, or that a newer detectron2 knows, is as good
+as those named here, which only serve as hints. A value that is neither registered nor named here is
+tried; see dry_build.
 """
 
 from __future__ import annotations
@@ -80,17 +80,17 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
 }
-"""What keys without a registry hold in detectron2, as far as this package knows."""
+"""Values that detectron2 takes for keys without a registry, as far as this package knows."""
 
 
 def registered_class(registry: Registry, name: str) -> type:
-    """Returns the class that has a name, or ``object``, of which nothing is known."""
+    """Returns the class of that name, or ``object`` if it is unknown."""
     found = registry.get(name) if name in registry else None
     return found if isinstance(found, type) else object
 
 
 def check_host_values(cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer]) -> None:
-    """Refuses values that detectron2 refuses, and warns of others that look misspelt.
+    """Refuses values that detectron2 refuses, and warns about others that look misspelt.
 
     Args:
         cfg: a complete config.
@@ -123,7 +123,7 @@ def check_host_values(cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer
 
 
 def _unknown_values(cfg: CfgNode) -> dict[str, Sequence[Any]]:
-    """Returns the known values of each key that has another one."""
+    """Returns the known values of each key whose value is not one of them."""
     known = {key: [name for name, _ in registry] for key, registry in REGISTRIES.items()}
     known["MODEL.PROPOSAL_GENERATOR.NAME"].append("PrecomputedProposals")
     heads = registered_class(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)
@@ -153,7 +153,7 @@ def _with(cfg: CfgNode, key: str, value: Any) -> CfgNode:
 
 
 def _usual(key: str, choices: Sequence[Any]) -> Any:
-    """Returns detectron2's default, or any choice if that is none."""
+    """Returns detectron2's default, or any choice if the default is not one."""
     default = flatten(get_cfg())[key]
     return default if default in choices else choices[0]
 

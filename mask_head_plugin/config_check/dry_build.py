@@ -1,8 +1,8 @@
 """Tries a config: builds the parts of a run from it without memory, data or weights.
 
-They are built on PyTorch's "meta" device, which allocates nothing, from a config that notes which
-keys are read, and in a child process, since a user's modules may keep tensors or draw random
-numbers. What they write to disk stays.
+They are built on PyTorch's "meta" device, which allocates nothing, from a config that records which
+keys are read, and in a child process, since your modules may keep tensors or draw random numbers.
+Files that they write to disk stay.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LIBRARIES = {
 """Their errors are attributed to their callers."""
 
 NO_FAULT = re.compile(r"\bmeta\b|forked subprocess", re.IGNORECASE)
-"""What PyTorch says of tensors without values, and of CUDA in a child process."""
+"""What PyTorch says about tensors without values, and about CUDA in a child process."""
 
 OBJECT = {
     "bbox": [0, 0, 2, 2],
@@ -58,10 +58,10 @@ class DryPart(NamedTuple):
     """The result of building one part of a run.
 
     Attributes:
-        keys_read: full names of the keys that it has read.
-        error: what stopped it, in one line, without addresses in memory.
-        is_refusal: whether detectron2 or this package itself raised that error. If not, a user's
-            module did, or one that needs values, which "meta" lacks.
+        keys_read: full names of the keys that the part read.
+        error: what stopped it, in one line, without memory addresses.
+        is_refusal: whether detectron2 or this package raised that error itself. If not, it came
+            from a user's module, or from one that needs values, which "meta" lacks.
     """
 
     keys_read: frozenset[str]
@@ -77,8 +77,8 @@ def dry_build(
     Args:
         cfg: a complete config; not changed.
         train: whether the model will be trained.
-        trainer: gives optimizer and schedule. The loader is left out where its
-            ``build_train_loader`` is a user's, since that one would read the data.
+        trainer: gives optimizer and schedule. If ``build_train_loader`` is a user's, the loader is
+            not built, since it would read the data.
     """
     try:
         return call_in_child(partial(build_parts, cfg, train=train, trainer=trainer))
@@ -87,7 +87,7 @@ def dry_build(
 
 
 def dry_backbone(cfg: CfgNode) -> tuple[dict[str, ShapeSpec], DryPart]:
-    """Returns the maps that a config's backbone gives, none if it could not be built."""
+    """Returns the maps that a config's backbone gives; none if it could not be built."""
     shapes: dict[str, ShapeSpec] = {}
 
     def build(cfg: CfgNode) -> None:
@@ -133,7 +133,7 @@ def build_parts(
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keeps the logs of what will be built, and logged, again."""
+    """Silences logs, since the parts will be built, and logged, again."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -166,7 +166,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _try_box_losses(model: nn.Module) -> None:
-    """Calls detectron2's losses of boxes without boxes: they look at their kind only then."""
+    """Calls detectron2's box losses without boxes: only then do they check their type."""
     none, boxes = torch.zeros(0, device="cpu"), torch.zeros(0, 4, device="cpu")
     for module in model.modules():
         if isinstance(module, FastRCNNOutputLayers):
@@ -195,14 +195,14 @@ def _told(error: Exception) -> str:
 
 
 class _Keys(set[str]):
-    """Stays the same one in copies of the config."""
+    """The same object in all copies of the config."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Keys:
         return self
 
 
 class _Recording(CfgNode):
-    """A config that notes the full names of the keys that are read, also in its copies."""
+    """A config that records the full names of the keys that are read, also in its copies."""
 
     @classmethod
     def of(cls, node: CfgNode, prefix: str, keys_read: _Keys) -> _Recording:
@@ -222,7 +222,7 @@ class _Recording(CfgNode):
         return dict.__getitem__(self, key)
 
     def __iter__(self) -> Iterator[str]:
-        return dict.__iter__(self)  # with it Python asks __getitem__ for dict(x), **x, x | {}
+        return dict.__iter__(self)  # makes Python call __getitem__ for dict(x), **x, x | {}
 
     def get(self, key: str, default: Any = None) -> Any:
         with contextlib.suppress(KeyError):
@@ -243,7 +243,7 @@ class _Recording(CfgNode):
         return dict.values(self)
 
     def _immutable(self, is_immutable: bool) -> None:
-        """Of freeze() and defrost(), which in yacs ask for values()."""
+        """Used by freeze() and defrost(), which call values() in yacs."""
         self.__dict__[CfgNode.IMMUTABLE] = is_immutable
         values: ValuesView[Any] = dict.values(self)
         for value in values:

@@ -1,4 +1,4 @@
-"""Whether what the plugin owns fits: poolers, mask heads, their losses, and the form of masks."""
+"""Checks the plugin's own keys: poolers, mask heads, their losses, and the form of masks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _check_pooler(cfg: CfgNode, head: str) -> None:
 
 
 def _check_mask_head(cfg: CfgNode) -> None:
-    """Refuses settings of the plugin's mask heads where another head would ignore them."""
+    """Refuses settings for the plugin's mask heads that another head would ignore."""
     head = cfg.MODEL.ROI_MASK_HEAD
     losses = tuple(tuple(entry) for entry in head.LOSSES)
     choices = [

@@ -1,4 +1,4 @@
-"""How weights are learnt: the optimizer, rates by module and layer, averages, batches in parts."""
+"""Checks how weights are learnt: optimizer, rates by module and layer, average, batch parts."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def check_recipe(cfg: CfgNode, num_processes: int) -> None:
         )
     if solver.OPTIMIZER == "AdamW" and solver.BASE_LR >= HIGH_FOR_ADAMW:
         logger.warning(
-            "SOLVER.BASE_LR %g suits SGD; AdamW usually learns at 0.0001 to 0.001, and "
-            "diverges at such a one",
+            "SOLVER.BASE_LR %g suits SGD; AdamW usually learns at 0.0001 to 0.001 and diverges at "
+            "higher rates",
             solver.BASE_LR,
         )
     if not 0 < solver.LAYER_DECAY <= 1:
@@ -60,7 +60,7 @@ def check_recipe(cfg: CfgNode, num_processes: int) -> None:
 
 
 def check_rates(cfg: CfgNode, trainer: type[DefaultTrainer]) -> None:
-    """Refuses learning rates by module or layer that do not fit the model, which is tried out.
+    """Refuses learning rates by module or layer that do not fit the model, by trying them.
 
     Raises:
         ConfigError: in the words of the trainer's optimizer.

@@ -1,7 +1,7 @@
-"""Keys that are set and that nothing reads, so that a run is not what its config says.
+"""Finds keys that are set but that nothing reads, so that a run is not what its config says.
 
-Who reads a key depends on others: MODEL.RESNETS.DEPTH is read by detectron2's ResNets and not by
-the small one here. So the parts are built, see dry_build.
+Who reads a key depends on other keys: detectron2's ResNets read MODEL.RESNETS.DEPTH, the small one
+here does not. So the parts are built; see dry_build.
 """
 
 from __future__ import annotations
@@ -29,21 +29,23 @@ READ_LATER = (
     *("SOLVER.LAYER_DECAY", "SOLVER.ACCUMULATE_STEPS", "SOLVER.EMA_DECAY", "TEST."),
     "SOLVER.EARLY_STOPPING.",
 )
-"""Keys, or beginnings of keys, that the trainer, the loaders and the evaluation read as they run,
-where NEEDED does not say otherwise."""
+"""Keys, or beginnings of keys, that the trainer, the loaders and the evaluation read while they
+run, unless NEEDED says otherwise.
+"""
 
 EVALUATION = ("MODEL.", "TEST.", "INPUT.MAX_SIZE_TEST")
-"""Beginnings of the keys that count where nothing is trained."""
+"""Beginnings of the keys that count when nothing is trained."""
 
 BACKBONE = ("MODEL.BACKBONE.", "MODEL.RESNETS.", "MODEL.TIMM.")
-"""Beginnings of the keys that say which backbone it is: without effect, it is another one."""
+"""Beginnings of the keys that choose the backbone: if one has no effect, you get another backbone.
+"""
 
 FOR_TIMM = {
     "MODEL.RESNETS.DEPTH": "choose the model with MODEL.TIMM.NAME",
     "MODEL.RESNETS.NORM": "set MODEL.TIMM.NORM",
     "MODEL.RESNETS.OUT_FEATURES": "set MODEL.TIMM.OUT_INDICES",
 }
-"""What to do instead where the backbone is timm's."""
+"""What to do instead if the backbone is timm's."""
 
 NOTHING = "nothing in this config reads it"
 
@@ -107,19 +109,19 @@ NEEDED: dict[str, tuple[str, Callable[[CfgNode], Any]]] = {
         lambda x: x.MODEL.ROI_MASK_HEAD.SCORING.ENABLED,
     ),
 }
-"""What else must be set for keys, or beginnings of keys, that are read in any case."""
+"""What else must be set for keys, or beginnings of keys, that are always read."""
 
 WITHOUT_JITTER = ("INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.CROP.")
-"""Beginnings of the keys in whose place INPUT.LSJ sets the size of training images."""
+"""Beginnings of the keys that INPUT.LSJ replaces: it sets the size of training images."""
 
 
 def unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] = ()) -> dict[str, str]:
-    """Returns the keys that are not as in detectron2's defaults and change nothing, with the cause.
+    """Returns the keys that differ from detectron2's defaults but change nothing, with the cause.
 
     Args:
         cfg: a complete config that check_config passes.
         train: whether the model will be trained; if not, keys of training are not checked.
-        own: the keys that the user has set. Of these, a backbone's count with any value.
+        own: the keys that the user has set. A backbone's keys among them count with any value.
     """
     defaults = get_cfg()
     add_mask_head_config(defaults)
@@ -137,7 +139,7 @@ def unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] = ()) -> dict
     read: set[str] = set()
     errors = [part.error for part in parts if part.error]
     if errors:
-        logger.info("keys that nothing reads were not looked for: %s", errors[0])
+        logger.info("keys without effect were not looked for: %s", errors[0])
     else:
         read = read.union(*(part.keys_read for part in parts))
     for key in set_keys:
@@ -150,7 +152,7 @@ def unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] = ()) -> dict
 
 
 def _needed(cfg: CfgNode, key: str) -> str | None:
-    """Returns what must be set for a key to have an effect and is not."""
+    """Returns what a key needs, but lacks, to have an effect."""
     if cfg.INPUT.LSJ.ENABLED and key.startswith(WITHOUT_JITTER):
         return "INPUT.LSJ.ENABLED False"
     for start, (needed, is_given) in NEEDED.items():
@@ -166,15 +168,15 @@ def _needed(cfg: CfgNode, key: str) -> str | None:
 def own_keys(config_file: str, *layers: Collection[str]) -> set[str]:
     """Returns the keys that a file sets, without its ``_BASE_``, and those set on top of it.
 
-    A layer that chooses another backbone leaves nothing of what was said of the one before.
+    A layer that chooses another backbone drops what earlier layers set for theirs.
 
     Args:
-        config_file: as for load_config, which has read it; "" is none.
+        config_file: as load_config takes it; "" for none.
         layers: keys that are set later, such as those of the command line, in this order.
     """
     text = Path(find_config_file(config_file)).read_text(encoding="utf-8") if config_file else ""
     of_file = flatten(CfgNode(yaml.safe_load(text) or {}))
-    if len(of_file) > len(flatten(get_cfg())) / 2:  # the record of a run, with all keys there are
+    if len(of_file) > len(flatten(get_cfg())) / 2:  # a run's record, which holds every key
         of_file = {}
     own = set(of_file)
     for layer in layers:
@@ -190,11 +192,11 @@ def report_unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] | None
     Args:
         cfg: as for unread_keys.
         train: as for unread_keys.
-        own: the keys that the user has set, if that is known. What a ``_BASE_`` sets is for many
-            configs, and need not be read by each.
+        own: the keys that the user has set, if known. A ``_BASE_`` sets keys for many configs, not
+            all of which read each.
 
     Raises:
-        ConfigError: if the user has set a key of a backbone, and this one does not read it.
+        ConfigError: if the user has set a backbone key that this backbone does not read.
     """
     values = flatten(cfg)
     for key, cause in unread_keys(cfg, train=train, own=own or ()).items():
@@ -209,7 +211,7 @@ def report_unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] | None
 
 
 def _instead(cfg: CfgNode, key: str) -> str:
-    """Returns what to do with a key that the backbone does not read."""
+    """Returns what to do about a key that the backbone does not read."""
     if has_timm_backbone(cfg):
         return f"remove it, and {FOR_TIMM[key]}" if key in FOR_TIMM else "remove it"
     if key.startswith("MODEL.BACKBONE."):

@@ -1,6 +1,6 @@
-"""What single config keys may hold, as tables, and pairs of solver, input and test keys that clash.
+"""Tables of what single config keys may hold, and checks of solver, input and test keys that clash.
 
-Only values are here that would otherwise fail late, fail without naming the key, or do nothing.
+Only values that would otherwise fail late, fail without naming the key, or do nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
 }
 
 MOST_WORKERS = 1024
-"""More would only bring the machine down."""
+"""More would only overwhelm the machine."""
 
 SHARES = (
     *(ROI + "SCORE_THRESH_TEST", ROI + "NMS_THRESH_TEST", RPN + "NMS_THRESH"),
@@ -62,7 +62,7 @@ CLIP_TYPES = ("value", "norm", "full_model")
 
 
 def check_values(cfg: CfgNode) -> None:
-    """Checks keys that need no other to be judged.
+    """Checks keys that can be judged on their own.
 
     Raises:
         ConfigError: naming the key, its value and what it could be.
@@ -107,14 +107,13 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     if not per_run and images % num_processes:
         near = max(images // num_processes, 1) * num_processes
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {images} is of all processes together and cannot be divided by "
-            f"{num_processes}; set it to {near}"
+            f"SOLVER.IMS_PER_BATCH {images} counts the images of all processes and cannot be "
+            f"divided by {num_processes}; set it to {near}"
         )
     loader = cfg.DATALOADER
     if loader.NUM_WORKERS > MOST_WORKERS:
         raise ConfigError(
-            f"DATALOADER.NUM_WORKERS is {loader.NUM_WORKERS} processes; it can be {MOST_WORKERS} "
-            "at most"
+            f"DATALOADER.NUM_WORKERS is {loader.NUM_WORKERS}; it can be {MOST_WORKERS} at most"
         )
     if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and not loader.REPEAT_THRESHOLD > 0:
         raise ConfigError(
@@ -159,7 +158,8 @@ def check_input(cfg: CfgNode) -> None:
             )
     if not all(x > 0 for x in cfg.MODEL.PIXEL_STD):
         raise ConfigError(
-            f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}: pixels are divided by it, so it is above 0"
+            f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}: pixels are divided by it, so it must be above "
+            f"0"
         )
 
 
@@ -181,7 +181,7 @@ def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
     """Checks what inference and an evaluation, perhaps days later, need."""
     test = cfg.TEST
     if test.DETECTIONS_PER_IMAGE == 0:
-        raise ConfigError("TEST.DETECTIONS_PER_IMAGE is 0: none would be left; -1 keeps all")
+        raise ConfigError("TEST.DETECTIONS_PER_IMAGE is 0, which keeps no detections; -1 keeps all")
     if not evaluate:
         return
     if not train and not cfg.DATASETS.TEST:
@@ -195,7 +195,7 @@ def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
         return
     _check_sizes("TEST.AUG.MIN_SIZES", test.AUG.MIN_SIZES, "TEST.AUG.MAX_SIZE", test.AUG.MAX_SIZE)
     if not test.AUG.MIN_SIZES:
-        raise ConfigError("TEST.AUG.MIN_SIZES is empty, with TEST.AUG.ENABLED; e.g. (400, 800)")
+        raise ConfigError("TEST.AUG.ENABLED needs TEST.AUG.MIN_SIZES, e.g. (400, 800)")
     for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
         if cfg.MODEL[key]:
             raise ConfigError(f"TEST.AUG.ENABLED does not work with MODEL.{key}; turn one off")
@@ -227,6 +227,6 @@ def _check_sizes(key: str, sizes: Sequence[Any], limit_key: str, limit: int) -> 
             raise ConfigError(f"{key}: {size!r} is not a number of pixels")
         if size > limit:
             raise ConfigError(
-                f"{key}: {size} is above {limit_key} {limit}, to which it would be cut down; raise "
-                "that one as well"
+                f"{key}: {size} is above {limit_key} {limit}, which would cut it; raise that key "
+                f"as well"
             )

@@ -1,8 +1,8 @@
-"""A batch computed in parts, whose gradients are added up to one step: less memory, the same batch.
+"""Computes a batch in parts and adds up their gradients: less memory, the same batch.
 
-The step is that of the whole batch as far as losses are means over images, as those of the RPN are,
-or parts have equally many RoIs; otherwise each part counts alike, just as processes do in
-DistributedDataParallel. Batch normalization sees a part at a time.
+The step equals that of the whole batch if losses are means over images, as the RPN's are, or if all
+parts have equally many RoIs. Otherwise each part counts alike, just as processes do in
+DistributedDataParallel. Batch normalization sees one part at a time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from ..data import seed_generators
 class AccumulatingTrainer(SimpleTrainer):
     """SimpleTrainer whose step computes its batch in parts.
 
-    ``after_backward`` of its hooks is called after each part, so that a guard sees whose losses are
-    at fault. Gradients are shared among processes once a step, and clipped by the optimizer once
-    they are complete.
+    Hooks get ``after_backward`` after each part, so that a guard sees which losses are at fault.
+    Processes share gradients once per step, and the optimizer clips them once they are complete.
 
     Attributes:
-        seed: of the run. Each part has random numbers of its own, which depend on seed, iteration,
-            rank and part, so that it can be repeated separately.
-        part: that is being computed, from 0.
+        seed: the run's. The random numbers of a part depend on seed, iteration, rank and part, so
+            that it can be repeated separately.
+        part: the one being computed, from 0.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class AccumulatingTrainer(SimpleTrainer):
         """
         Args:
             model: see SimpleTrainer.
-            data_loader: gives lists of samples, whose number can be divided by ``num_parts``.
+            data_loader: gives lists of samples with lengths divisible by ``num_parts``.
             optimizer: see SimpleTrainer.
             num_parts: SOLVER.ACCUMULATE_STEPS.
         """
@@ -75,7 +74,7 @@ class AccumulatingTrainer(SimpleTrainer):
         self._step()
 
     def _shared_at_last(self) -> contextlib.AbstractContextManager[None]:
-        """Keeps the gradients of all parts but the last in this process."""
+        """Shares no gradients with other processes until the last part."""
         is_parallel = isinstance(self.model, nn.parallel.DistributedDataParallel)
         if is_parallel and self.part < self.num_parts - 1:
             no_sync: contextlib.AbstractContextManager[None] = self.model.no_sync()
@@ -117,7 +116,7 @@ def build_inner_trainer(
     amp: bool,
     num_parts: int,
 ) -> SimpleTrainer:
-    """Returns detectron2's trainer of steps or, for batches in several parts, one of this module.
+    """Returns detectron2's step trainer or, for batches in several parts, one of this module.
 
     Args:
         model: see SimpleTrainer, as the next two.

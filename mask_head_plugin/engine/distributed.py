@@ -1,4 +1,4 @@
-"""A model in several processes: wrapped, unwrapped, and with the same buffers."""
+"""Models in several processes: wrapped, unwrapped, and with equal buffers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import nn
 
 
 def distribute(model: nn.Module, *, in_parts: bool = False) -> nn.Module:
-    """Returns the model in DistributedDataParallel if there are several processes.
+    """Returns the model, in DistributedDataParallel if there are several processes.
 
-    Parameters without a gradient, as of a level of the pyramid that no head reads, are looked for
-    in the first step only. Which have one must not change from step to step.
+    Parameters without a gradient, such as those of a pyramid level that no head reads, are looked
+    for in the first step only. They must be the same in every step.
 
     Args:
         model: on its device.
         in_parts: whether gradients of several backward passes are shared at once, by ``no_sync``.
-            Such parameters are then looked for in each step: PyTorch's static graph would have to
-            share the first pass's, which in a resumed run is that of another step.
+            Parameters without a gradient are then looked for in each step, because PyTorch's static
+            graph would have to share the first pass, which differs in a resumed run.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     devices = None if on_cpu or comm.get_world_size() == 1 else [comm.get_local_rank()]
-    # After the first step gradients are added up in another order, and so they would be after a
-    # run's first step and not yet after the step of a resumed one. Of three processes on, sums of
-    # other rounding: runs on the CPU are resumed bit by bit.
+    # After its first step, PyTorch adds up gradients in another order. A resumed run would change
+    # orders at another step, and from three processes on the sums would be rounded differently. But
+    # runs on the CPU resume bit by bit.
     keep_order = in_parts or (on_cpu and comm.get_world_size() > 2)
     return create_ddp_model(
         model,
@@ -38,8 +38,8 @@ def distribute(model: nn.Module, *, in_parts: bool = False) -> nn.Module:
 def share_buffers(model: nn.Module) -> None:
     """Gives all processes the batch statistics of the first.
 
-    Each has averaged its own, and the first's are in the checkpoint: without this, evaluation in
-    several processes would describe a model that nobody has.
+    Each process has averaged its own, and the checkpoint holds the first's. Without this, an
+    evaluation in several processes would describe a model that nobody has.
     """
     if comm.get_world_size() > 1:
         for buffer in model.buffers():

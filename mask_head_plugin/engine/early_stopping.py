@@ -1,8 +1,8 @@
-"""Ends a run of which a metric has stopped getting better (SOLVER.EARLY_STOPPING).
+"""Ends a run when a metric has stopped getting better (SOLVER.EARLY_STOPPING).
 
-``early_stopping.json`` has what each evaluation gave, by iteration. All that is decided follows
-from it, so a resumed run ends where one that was never interrupted does: evaluations that are done
-again replace their entries.
+``early_stopping.json`` holds the metric of each evaluation, by iteration. All decisions follow from
+it, and evaluations that are repeated replace their entries. So a resumed run ends where an
+uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class StoppedEarly(BaseException):
-    """Ends the loop of a trainer. No error, and so not to be caught by those who catch errors."""
+    """Ends the loop of a trainer. Not an Exception, so code that catches those lets it pass."""
 
 
 class EarlyStopping(HookBase):
     """Ends a run after ``patience`` evaluations in a row without a better value of a metric.
 
-    The run then has a ``model_final.pth``, as if its last iteration had been this one.
+    The run then has a ``model_final.pth``, as if this had been its last iteration.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class EarlyStopping(HookBase):
         self._has_warned = False
 
     def before_train(self) -> None:
-        """Takes up the evaluations of the run that is resumed, as far as its checkpoint goes.
+        """Reads the evaluations of the resumed run up to its checkpoint.
 
-        What ended a run that is made longer is one iteration later.
+        If a stopped run is extended, the evaluation that stopped it is one iteration later.
         """
         start = self.trainer.start_iter
         if comm.is_main_process() and start > 0 and self._record.is_file():
@@ -80,7 +80,7 @@ class EarlyStopping(HookBase):
             self._end()
 
     def _is_over(self) -> bool:
-        """Notes the value of this iteration; returns whether patience is over."""
+        """Records the value of this iteration; returns whether patience has run out."""
         latest, iteration = self.trainer.storage.latest(), self.trainer.iter
         value, noted_at = latest.get(self._metric, (None, -1))
         if value is None or noted_at != iteration:

@@ -1,4 +1,4 @@
-"""Which evaluator judges a data set, and where its results go."""
+"""Chooses the evaluator of a data set, and where its results go."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def build_evaluator(
     Args:
         cfg: gives the output folder and the detections per image.
         dataset_name: a registered data set.
-        output_folder: where results go; if None ``OUTPUT_DIR/inference``, or a folder of the
-            data set's name in it if there are several in DATASETS.TEST.
+        output_folder: where results go; if None ``OUTPUT_DIR/inference``, or a folder in it with
+            the data set's name if DATASETS.TEST has several.
 
     Raises:
         ValueError: if the type is unknown.

@@ -1,7 +1,7 @@
-"""SOLVER.CLIP_GRADIENTS for models of which not every parameter has a gradient.
+"""SOLVER.CLIP_GRADIENTS for models in which some parameters have no gradient.
 
-detectron2's clipping by value fails in PyTorch where a parameter has none, such as those of a level
-of the pyramid that no head reads, and it has no ``full_model``, which configs of other projects
+detectron2's clipping by value fails in PyTorch where a parameter has no gradient, such as those of
+a pyramid level that no head reads. It also lacks ``full_model``, which configs of other projects
 ask for.
 """
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 
 def clip_gradients(optimizer: Optimizer, clip: CfgNode) -> None:
-    """Lets an optimizer clip gradients before each step; with AMP, those that are unscaled.
+    """Lets an optimizer clip gradients before each step; with AMP, after they are unscaled.
 
     Args:
         optimizer: changed in place.

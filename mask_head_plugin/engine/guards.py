@@ -1,4 +1,4 @@
-"""Stops a training run before it is spoilt, with an error that says at which images to look."""
+"""Stops a training run before its weights are spoilt, with an error that names the images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from ..messages import first_line, listed
 from .replay import Sample, save_step
 
 FAILED_FOLDER = "failed_steps"
-"""Folder of OUTPUT_DIR for the batches of steps that failed."""
+"""Folder in OUTPUT_DIR for the batches of failed steps."""
 
 
 LEAST_SCALE = 2.0**-24
-"""Scale of the losses with AMP, the least that float16 has. A gradient that overflows even at this
-scale is genuinely infinite."""
+"""The smallest loss scale with AMP, float16's smallest number. A gradient that overflows even at
+this scale is genuinely infinite.
+"""
 
 
 class TrainingError(RuntimeError):
@@ -30,23 +31,24 @@ class TrainingError(RuntimeError):
 
 
 class StepGuard(HookBase):
-    """Looks at losses and gradients of every step before the weights are changed.
+    """Checks the losses and gradients of every step before the weights change.
 
-    Registered with the inner trainer (SimpleTrainer, AMPTrainer), it sees batch and losses by hooks
-    on the model. Costs one pass over the gradients; where detectron2 waits for the losses, it waits
-    a little earlier.
+    It is registered with the inner trainer (SimpleTrainer, AMPTrainer) and sees batch and losses
+    through hooks on the model. It costs one pass over the gradients, and waits for the device a
+    little before detectron2 would wait for the losses.
     """
 
     def __init__(self, model: nn.Module, cfg: CfgNode) -> None:
         """
         Args:
             model: as it is trained, in DistributedDataParallel or not.
-            cfg: gives OUTPUT_DIR and the settings that messages name. With SOLVER.AMP gradients are
-                checked where the scaler, which finds its factor by infinite ones, finds none.
+            cfg: gives OUTPUT_DIR and the settings that messages name. With SOLVER.AMP, gradients
+                are checked only at the smallest scale: above it, the scaler uses infinite gradients
+                to find its factor.
         """
-        self.seed = 0  # the run's; a resumed run learns it late
+        self.seed = 0  # the run's; unknown at first in a resumed run
         self._model, self._cfg = model, cfg
-        # Once: walking through the modules of R50-FPN takes longer than the look at its gradients.
+        # Once: walking through the modules of R50-FPN takes longer than checking its gradients.
         self._parameters = dict(model.named_parameters())
         self._batch: list[Sample] = []
         self._losses: dict[str, torch.Tensor] = {}
@@ -66,7 +68,7 @@ class StepGuard(HookBase):
             }
 
     def after_backward(self) -> None:
-        """Raises TrainingError, on all processes, where a loss or gradient is not finite."""
+        """Raises TrainingError in all processes if a loss or gradient is not finite."""
         terms = [loss if loss.dim() == 0 else loss.sum() for loss in self._losses.values()]
         scaler = getattr(self.trainer, "grad_scaler", None)
         if scaler is None:
@@ -77,11 +79,11 @@ class StepGuard(HookBase):
     def _look_at(
         self, terms: list[torch.Tensor], gradients: dict[str, torch.Tensor], scaler: Any = None
     ) -> float:
-        """Raises TrainingError where a term or gradient is not finite; waits for the device once.
+        """Raises TrainingError if a term or gradient is not finite; waits for the device once.
 
         Returns:
-            The factor by which the scaler multiplies losses, 1 without one. It comes with the
-            answer: scaler.get_scale() would wait for it alone.
+            The factor by which the scaler multiplies losses; 1 without a scaler. It is fetched
+            together with the check: scaler.get_scale() would wait for the device again.
         """
         if gradients:
             terms = [*terms, torch.nn.utils.get_total_norm(list(gradients.values()))]
@@ -90,7 +92,7 @@ class StepGuard(HookBase):
         is_bad = (~torch.stack(terms).sum().isfinite()).to(torch.float32)
         factor = torch.ones_like(is_bad)
         answer = torch.stack([is_bad, factor if scaler is None else scaler.scale(factor)])
-        if comm.get_world_size() > 1:  # all stop together, or the others would wait for this one
+        if comm.get_world_size() > 1:  # or the others would wait for this process
             torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
         found, scale = answer.tolist()
         if found:
@@ -102,7 +104,7 @@ class StepGuard(HookBase):
         return {name: each.grad for name, each in named if each.grad is not None}
 
     def _stop_if_not_finite(self, gradients: dict[str, torch.Tensor]) -> None:
-        """Looks at each value, since the norm of large finite gradients may be infinite."""
+        """Checks each value, since the norm of large finite gradients may be infinite."""
         values = {name: loss.sum().item() for name, loss in self._losses.items()}
         terms = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
         layers = [name for name, each in gradients.items() if not each.isfinite().all()]
@@ -135,7 +137,7 @@ class StepGuard(HookBase):
         return path
 
     def explain(self, error: BaseException) -> TrainingError | None:
-        """Returns an error with images and remedy, where memory ran out or boxes diverged.
+        """Returns an error with images and remedy if memory ran out or boxes diverged.
 
         Returns:
             None for other errors.

@@ -1,4 +1,4 @@
-"""Hooks of detectron2's trainer that let a run continue after a kill as if nothing had happened."""
+"""Trainer hooks that let a run continue after a kill as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ SMOOTHING_WINDOW = 20
 
 
 class StepSeed(hooks.HookBase):
-    """Makes what a step draws (proposals, RoIs, dropout) a function of seed, iteration and rank."""
+    """Makes a step's random draws (proposals, RoIs, dropout) a function of seed, iteration and
+    rank.
+    """
 
     def before_step(self) -> None:
         seed_generators(self.trainer.seed, self.trainer.iter, comm.get_rank())
 
 
 class PreciseBN(hooks.PreciseBN):
-    """PreciseBN whose batches depend on the iteration, not on how often it has run."""
+    """PreciseBN with batches that depend on the iteration, not on how often it has run."""
 
     def update_stats(self) -> None:
         if not self._disabled and isinstance(self._data_loader, TrainLoader):
@@ -41,13 +43,15 @@ class PreciseBN(hooks.PreciseBN):
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """PeriodicCheckpointer that keeps the last checkpoints only, also those of before a resume."""
+    """PeriodicCheckpointer that keeps only the newest checkpoints, including those from before a
+    resume.
+    """
 
     def __init__(self, checkpointer: MaskHeadCheckpointer, period: int, keep_last: int) -> None:
         """
         Args:
             checkpointer: writes the files.
-            period: iterations from one to the next.
+            period: iterations between checkpoints.
             keep_last: how many to keep besides ``model_final``; 0 keeps all.
         """
         super().__init__(checkpointer, period)
@@ -60,7 +64,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
 
 class BestCheckpointer(hooks.HookBase):
-    """Keeps the weights of the best evaluation, as ``model_best.pth``, also over a resume.
+    """Keeps the weights of the best evaluation as ``model_best.pth``, across resumes.
 
     ``model_best.json`` says which evaluation that was.
     """
@@ -69,7 +73,8 @@ class BestCheckpointer(hooks.HookBase):
         """
         Args:
             checkpointer: writes the file.
-            metric: as in ``metrics.json``, such as ``segm/AP``; better is what improves() says.
+            metric: as in ``metrics.json``, such as ``segm/AP``; improves() says which values are
+                better.
         """
         self._checkpointer, self._metric = checkpointer, metric
         self._record = Path(checkpointer.save_dir) / f"{BEST_CHECKPOINT}.json"
@@ -117,7 +122,7 @@ class BestCheckpointer(hooks.HookBase):
 
 
 def warn_of_missing_metric(key: str, metric: str, latest: Mapping[str, Any]) -> bool:
-    """Warns, once there was an evaluation, that it did not give the metric that a key names."""
+    """Warns, after an evaluation, that it did not give the metric that a key names."""
     names = [name for name in latest if "/AP" in name]
     if names:
         told = "%s %r is not a metric of the evaluation; it has %s"
@@ -126,7 +131,7 @@ def warn_of_missing_metric(key: str, metric: str, latest: Mapping[str, Any]) -> 
 
 
 class MetricPrinter(events.CommonMetricPrinter):
-    """CommonMetricPrinter without the losses of TEST.EVAL_LOSS, of which it would show a median.
+    """CommonMetricPrinter without the losses of TEST.EVAL_LOSS, whose median it would show.
 
     It also is silent at the end of a run that was stopped early.
     """
@@ -152,12 +157,12 @@ class JSONWriter(events.JSONWriter):
         self._path = json_file
 
     def go_on(self, start_iter: int, *, is_finished: bool) -> None:
-        """Drops the lines from ``start_iter`` on, and what a kill left of a line.
+        """Drops the lines from ``start_iter`` on, and a line that a kill cut off.
 
         Args:
             start_iter: the first iteration that will be logged again.
-            is_finished: whether only the last evaluation is left to be done again. If not, one that
-                ended a shorter run stays.
+            is_finished: whether only the last evaluation is to be repeated. If not, the evaluation
+                that ended a shorter run stays.
         """
         last = -1
         kept: list[bytes] = []
@@ -179,7 +184,9 @@ class JSONWriter(events.JSONWriter):
 
 
 class TensorboardXWriter(events.TensorboardXWriter):
-    """TensorboardXWriter that hides what an interrupted run wrote after its last checkpoint."""
+    """TensorboardXWriter that hides points which an interrupted run wrote after its last
+    checkpoint.
+    """
 
     def go_on(self, start_iter: int, **_: bool) -> None:
         """Makes TensorBoard forget points from ``start_iter`` on."""
@@ -188,20 +195,21 @@ class TensorboardXWriter(events.TensorboardXWriter):
 
 
 class Resume(hooks.HookBase):
-    """Continues a run where its checkpoint left it. Registered after the trainer's other hooks.
+    """Continues a run from its checkpoint. Register it after the trainer's other hooks.
 
     A checkpoint is written before the evaluation of the same iteration, so that a failing
     evaluation costs no training. ``finished_iteration`` names the newest checkpoint whose
-    evaluation and logging finished; if that is not the last one, they are done first. What was
-    logged after the checkpoint is dropped, since it will be logged again. An iteration that has
-    ended a run early is never noted, so that a resumed run evaluates it, and ends, again.
+    evaluation and logging also finished; if a later checkpoint exists, its evaluation and logging
+    come first. Whatever was logged after the checkpoint is dropped, since it will be logged again.
+    An iteration that ended a run early is never recorded there, so that a resumed run evaluates it
+    again and ends.
     """
 
     def __init__(self, others: Sequence[hooks.HookBase]) -> None:
         """
         Args:
-            others: the trainer's. From the evaluation on they come after the checkpoint; only the
-                main process has a checkpointer and writers.
+            others: the trainer's hooks. The evaluation and all that follow it come after the
+                checkpoint; only the main process has a checkpointer and writers.
         """
         evaluations = [k for k, x in enumerate(others) if isinstance(x, hooks.EvalHook)]
         self._after_checkpoint = list(others[min(evaluations, default=len(others)) :])
@@ -237,7 +245,7 @@ class Resume(hooks.HookBase):
         if self.trainer.is_stopped:
             return
         if self._checkpointer and (self.trainer.iter + 1) % self._checkpointer.period == 0:
-            for writer in self._files:  # or an evaluation would be noted as done, but not written
+            for writer in self._files:  # before the evaluation is recorded as done
                 writer.write()
             self._note_finished(self.trainer.iter)
 
@@ -250,7 +258,7 @@ class Resume(hooks.HookBase):
         write_run_file(self._mark, str(iteration))
 
     def _finished_iteration(self) -> int:
-        """Returns -1 where no run has left one, or where this is not the main process."""
+        """Returns -1 if no run has left one, or if this is not the main process."""
         try:
             return int(self._mark.read_bytes()) if self._checkpointer else -1
         except (OSError, ValueError):
@@ -258,7 +266,7 @@ class Resume(hooks.HookBase):
 
 
 def scalar_state(storage: events.EventStorage) -> dict[str, dict[str, Any]]:
-    """Returns what writers may still need of the logged scalars, for a checkpoint."""
+    """Returns, for a checkpoint, those logged scalars that writers may still need."""
     hints = storage.smoothing_hints()
     return {
         name: {

@@ -1,6 +1,6 @@
 """Starts the processes of a run: by detectron2's flags or by torchrun, on GPUs or on CPUs.
 
-Both ways end in the same function, which reads from the environment what torchrun sets there. The
+Both ways end in the same function, which reads the environment variables that torchrun sets. The
 flags go to ``torch.distributed.launcher``, which is what torchrun itself calls.
 """
 
@@ -34,15 +34,17 @@ from .guards import TrainingError
 logger = logging.getLogger(__name__)
 
 WORKER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets in the environment of a process that it starts; submitit also can."""
+"""Environment variables that torchrun sets for a process that it starts; submitit can set them as
+well.
+"""
 
 NO_ID = "none"
-"""torchrun's --rdzv-id where the user gave none."""
+"""torchrun's --rdzv-id if the user gave none."""
 
 RUN_ID_FILE = "torchrun_id"
 
 FOLLOWERS_DELAY = 2.0
-"""Seconds; far more than what passes until the end of another process is noticed (0.1)."""
+"""Seconds; far more than it takes to notice that another process has ended (0.1)."""
 
 
 class RankError(RuntimeError):
@@ -62,28 +64,28 @@ def launch(
 ) -> None:
     """Calls ``main_func(*args)`` in each process of a run; see detectron2's function of this name.
 
-    In a process of torchrun's it calls ``main_func`` right there, whatever the numbers are.
-    Otherwise it starts the processes, or none if it takes but one.
+    In a process that torchrun started, it calls ``main_func`` directly, whatever the numbers are.
+    Otherwise it starts the processes, or none if one is enough.
 
-    Differs from detectron2's: also works without GPUs; where one process fails, all end, and its
-    error is raised here. A single machine takes any free port, so that two runs do not collide.
+    Differs from detectron2's: it also works without GPUs; if one process fails, all end, and its
+    error is raised here; a single machine takes any free port, so that two runs do not collide.
 
     Args:
-        main_func: can be pickled, and ``args`` too.
+        main_func: must be picklable, as must ``args``.
         num_gpus_per_machine: processes on this machine; the same number on each.
         num_machines: in all.
         machine_rank: of this machine, 0 to num_machines - 1.
         dist_url: ``tcp://host:port`` of machine 0, for several machines.
         args: of main_func.
-        timeout: for a process to wait for the others, here and in each exchange between them.
+        timeout: how long a process waits for the others, here and in each exchange between them.
         device: MODEL.DEVICE. Processes talk through NCCL on ``cuda``, through gloo on ``cpu`` and
             without a GPU.
 
     Raises:
-        ConfigError: if the numbers fit neither each other nor the GPUs; that of a process, with its
-            rank in front.
-        TrainingError: that of a process.
-        RankError: if a process failed otherwise, with its traceback, or was killed.
+        ConfigError: if the numbers do not fit each other or the GPUs. Also that of a process, with
+            its rank in front.
+        TrainingError: as raised in a process.
+        RankError: if a process was killed, or failed in another way; with its traceback.
     """
     num_processes = process_count(num_gpus_per_machine, num_machines, device)
     if is_worker():
@@ -104,17 +106,17 @@ def launch(
             elastic_launch(config, _work)(main_func, args, device, timeout)
     except ChildFailedError as error:
         raise _explain(error) from None
-    except SignalException as error:  # it has ended the processes
+    except SignalException as error:  # it has already ended the processes
         raise SystemExit(128 + error.sigval) from None
 
 
 def is_worker() -> bool:
-    """Returns whether this process is one of several that something has started for one run."""
+    """Returns whether this process is one of several that were started for one run."""
     return all(key in os.environ for key in WORKER_KEYS)
 
 
 def process_rank() -> int:
-    """Returns this process's number in the run, also where detectron2 cannot know it yet."""
+    """Returns this process's number in the run, even before detectron2 knows it."""
     return int(os.environ["RANK"]) if is_worker() else 0
 
 
@@ -129,7 +131,7 @@ def process_count(num_gpus_per_machine: int, num_machines: int, device: str) -> 
         if num_gpus_per_machine not in (1, here):
             raise ConfigError(
                 f"--num-gpus {num_gpus_per_machine}, but torchrun has started {here} processes "
-                "here: leave it out"
+                f"here: remove the flag"
             )
         _check_processes(f"torchrun --nproc-per-node {here}", here, device)
         return int(os.environ["WORLD_SIZE"])
@@ -141,8 +143,8 @@ def process_count(num_gpus_per_machine: int, num_machines: int, device: str) -> 
 def first_on_machine() -> Iterator[None]:
     """Lets the first process of each machine do something before the others do it.
 
-    The others then find what it has left, and where it fails they have not printed the same error.
-    Works before processes are a group.
+    The others then find its results, and if it fails, the error is printed once. Works before the
+    processes form a group.
     """
     if not is_worker():
         yield
@@ -158,17 +160,17 @@ def first_on_machine() -> Iterator[None]:
 def restarted(output_dir: str) -> bool:
     """Returns whether torchrun has started this run before, so that it must resume.
 
-    It starts processes again after a failure and when machines come or go, with the same command.
-    Which run OUTPUT_DIR is of is noted there. To be called by all processes.
+    torchrun restarts processes with the same command after a failure and when machines come or go.
+    A file in OUTPUT_DIR records which run it belongs to. All processes must call this.
 
     Args:
         output_dir: OUTPUT_DIR; it exists.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", NO_ID)
     path = Path(output_dir) / RUN_ID_FILE
-    # torchrun does not count a start that a change of machines has caused; then the id shows it.
+    # torchrun does not count starts caused by a change of machines; the id reveals those.
     known = run_id != NO_ID and path.is_file() and path.read_text() == run_id
-    # A machine that has just come counts from 0.
+    # A machine that has just joined counts from 0.
     again = any(comm.all_gather(known or _restart_count() > 0))
     if comm.is_main_process() and run_id != NO_ID:
         path.write_text(run_id)
@@ -183,7 +185,7 @@ def _restart_count() -> int:
 def _store() -> Store:
     """Returns where the processes of a run exchange their addresses.
 
-    torchrun's store outlives a restart, with the addresses of the processes that are gone.
+    torchrun's store outlives a restart and still holds the addresses of the ended processes.
     """
     store = next(rendezvous("env://", timeout=DEFAULT_TIMEOUT))[0]
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -196,13 +198,13 @@ def _backend(device: str) -> str:
 
 
 def _check_processes(flag: str, num_processes: int, device: str) -> None:
-    """Raises ConfigError unless this machine can have that many processes."""
+    """Raises ConfigError unless this machine can run that many processes."""
     if num_processes < 1:
         raise ConfigError(f"{flag}: it must be at least 1")
     if num_processes == 1:
         return
     if _backend(device) == "gloo":
-        cores = max(os.cpu_count() or 1, 2)  # two, to try it out, anywhere
+        cores = max(os.cpu_count() or 1, 2)  # two are allowed anywhere, to try it out
         if num_processes > cores:
             raise ConfigError(
                 f"{flag}: without GPUs each process needs a core; this machine has {cores}"
@@ -218,7 +220,7 @@ def _check_processes(flag: str, num_processes: int, device: str) -> None:
 
 
 def _check_machines(world_size: int, on_this_machine: int) -> None:
-    """Raises ConfigError unless the machines fit each other and can be started again."""
+    """Raises ConfigError unless the machines fit each other and can be restarted."""
     if world_size % on_this_machine:
         raise ConfigError(
             f"{on_this_machine} of {world_size} processes are on this machine: give each machine "
@@ -227,7 +229,7 @@ def _check_machines(world_size: int, on_this_machine: int) -> None:
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if shared and restarts and world_size > on_this_machine:
-        # Machines may count a restart differently, so the count cannot tell old from new.
+        # Machines may count restarts differently, so the count cannot tell old from new.
         raise ConfigError(
             f"torchrun --max-restarts {restarts} on several machines needs --rdzv-backend c10d "
             "and, in its environment, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
@@ -301,14 +303,14 @@ def _work(
     except TrainingError:
         raise
     except RuntimeError:
-        # Perhaps only since another process has ended: then that one must be noticed first.
+        # Perhaps only because another process has ended, which must be noticed first.
         time.sleep(FOLLOWERS_DELAY)
         raise
     dist.destroy_process_group()
 
 
 def _explain(error: ChildFailedError) -> ConfigError | TrainingError | RankError:
-    """Returns what the process that failed first has raised."""
+    """Returns the error of the process that failed first."""
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
         memory = " (out of memory?)" if failure.signal_name() == "SIGKILL" else ""
@@ -326,7 +328,9 @@ def _explain(error: ChildFailedError) -> ConfigError | TrainingError | RankError
 
 @contextlib.contextmanager
 def _quiet_launcher() -> Iterator[None]:
-    """Keeps torch from logging the failure that is about to be raised, and its signal handlers."""
+    """Keeps torch from logging the failure that is about to be raised, and from replacing signal
+    handlers.
+    """
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = [signal.getsignal(number) for number in signals]
     logging.disable(logging.CRITICAL)

@@ -1,9 +1,9 @@
 """What tools/lazyconfig_train_net.py does: detectron2's training loop on a LazyConfig.
 
-The loop, its hooks and its files are detectron2's. The plugin's are what lies around it: weights
-that do not fit are an error and no file of weights runs code, checkpoints appear when they are
-whole, and processes start on CPUs as on GPUs. Trainer's other promises, such as a resumed run that
-equals one that was not interrupted, are for YAML configs only.
+The loop, its hooks and its files are detectron2's. The plugin adds its rules around it: weights
+that do not fit are an error, no weights file runs code, checkpoints appear only when complete, and
+processes start on CPUs as well as GPUs. Trainer's other promises, such as exact resume, hold for
+YAML configs only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 OWN_FILES = "Your own files go into DATASETS.COCO_FILES"
 OWN_FILES_HERE = "A config file may register yours: register_coco_instances(...)"
-"""Words of check_registered_datasets, and what they are in a LazyConfig."""
+"""Wording of check_registered_datasets, and its counterpart for a LazyConfig."""
 
 
 def set_up(args: argparse.Namespace) -> DictConfig:
@@ -142,7 +142,7 @@ def _warn_of_stock_mapper(cfg: DictConfig) -> None:
     if {DatasetMapper, FixedSizeCrop} <= targets:
         logger.warning(
             "dataloader.train.mapper: detectron2's DatasetMapper needs the package shapely to crop "
-            "polygons, and lets bit masks reach into padding; call "
+            "polygons, and extends bit masks into padding; call "
             "mask_head_plugin.lazy_config.use_plugin_mapper(dataloader) in the config file"
         )
 

@@ -1,4 +1,4 @@
-"""The optimizer of a run: which of SGD and AdamW, and which parameters learn how fast."""
+"""The optimizer of a run: SGD or AdamW, and which parameters learn how fast."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ logger = logging.getLogger(__name__)
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """Returns the optimizer of SOLVER.OPTIMIZER for the parameters that are not frozen.
 
-    With this package's keys at their defaults it is detectron2's, with the same groups of
-    parameters.
+    With this package's keys at their defaults, it is detectron2's, with the same parameter groups.
 
     Args:
         cfg: its SOLVER is read.
@@ -74,17 +73,17 @@ def parameter_groups(
         base_lr: what the factors multiply.
         lr_factors: pairs of a module's or parameter's name and a factor of the learning rate of all
             that is in it. Of several, only the one with the longest name counts.
-        layer_decay: the last layer of the backbone learns at the base rate times this, the layer
-            before at that times this, and so on to its input (BEiT, arXiv 2106.08254, as timm's
-            param_groups_layer_decay). All else learns at the base rate. For what a layer is, see
-            modeling.backbone_layers.
-        weight_decay_norm: of normalization layers; None as all else.
-        weight_decay_bias: of biases; None as all else.
+        layer_decay: the last layer of the backbone learns at this times the base rate, the one
+            before at its square, and so on to the input (BEiT, arXiv 2106.08254, as timm's
+            param_groups_layer_decay). Everything else learns at the base rate.
+            modeling.backbone_layers defines what a layer is.
+        weight_decay_norm: of normalization layers; None for the common value.
+        weight_decay_bias: of biases; None for the common value.
         bias_lr_factor: multiplies the learning rate of biases.
 
     Returns:
-        Groups for an optimizer, as few as there are different values. A parameter's factors are
-        multiplied. What timm's no_weight_decay names has none.
+        Groups for an optimizer, one for each combination of values. The factors of a parameter are
+        multiplied. Parameters that timm's no_weight_decay names have no weight decay.
 
     Raises:
         ConfigError: if a name of ``lr_factors`` is not in the model or nothing in it is trained,
@@ -93,7 +92,7 @@ def parameter_groups(
     names = [name for name, each in model.named_parameters() if each.requires_grad]
     _check_prefixes([prefix for prefix, _ in lr_factors], names, model)
     rates: list[Callable[[str], float]] = []
-    if bias_lr_factor != 1:  # get_default_optimizer_params would set it instead of the others
+    if bias_lr_factor != 1:  # detectron2's function would drop the other factors
         rates.append(lambda name: bias_lr_factor if name.rpartition(".")[2] == "bias" else 1.0)
     if lr_factors:
         rates.append(lambda name: _factor_of(name, lr_factors))
@@ -148,8 +147,8 @@ def _check_prefixes(prefixes: Sequence[str], trained: Sequence[str], model: nn.M
             continue
         if any(_is_in(name, prefix) for name in known):
             raise ConfigError(
-                f"SOLVER.LR_FACTORS: all parameters of {prefix!r} are frozen, as by "
-                "MODEL.BACKBONE.FREEZE_AT; leave it out"
+                f"SOLVER.LR_FACTORS: all parameters of {prefix!r} are frozen, e.g. by "
+                "MODEL.BACKBONE.FREEZE_AT; remove the entry"
             )
         modules = [name for name, _ in model.named_modules() if name]
         nearest = nearest_name(prefix, [*modules, *known])

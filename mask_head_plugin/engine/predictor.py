@@ -22,16 +22,16 @@ from ..modeling import to_channels_last
 
 
 class BGRPredictor(DefaultPredictor):
-    """DefaultPredictor for BGR images, whatever INPUT.FORMAT is, and however large.
+    """DefaultPredictor for BGR images of any size, whatever INPUT.FORMAT is.
 
-    Differs from detectron2's in that it knows L and YUV-BT.601, and in that huge images are scaled
-    to INPUT.MAX_SIZE_TEST where INPUT.MIN_SIZE_TEST 0 would keep their size.
+    Differs from detectron2's: it knows L and YUV-BT.601, and it scales huge images to
+    INPUT.MAX_SIZE_TEST where INPUT.MIN_SIZE_TEST 0 would keep their size.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         converted = cfg.clone()
         converted.defrost()
-        converted.INPUT.FORMAT = "BGR"  # taken as it is given; it refuses all but BGR and RGB
+        converted.INPUT.FORMAT = "BGR"  # passed on as it is; detectron2 refuses all but BGR and RGB
         super().__init__(converted)
         self.cfg = cfg.clone()
 
@@ -60,10 +60,10 @@ class BGRPredictor(DefaultPredictor):
 def load_predictor(cfg: CfgNode) -> BGRPredictor:
     """Returns detectron2's predictor for BGR images, with MODEL.WEIGHTS of any of our formats.
 
-    Its ``metadata.thing_classes`` are the names of the classes that it predicts: those that the
-    weights name, or for weights without names those of the first data set of DATASETS.TEST, or else
-    TRAIN. They are unknown if that has another number of classes. No data set need be registered or
-    on this machine.
+    Its ``metadata.thing_classes`` names the classes that it predicts: those of the weights or, for
+    weights without names, those of the first data set of DATASETS.TEST, or else TRAIN. They are
+    unknown if that data set has another number of classes. Data sets need not be registered or on
+    this machine.
 
     Args:
         cfg: of the model; not changed.

@@ -32,7 +32,7 @@ def save_step(
     losses: dict[str, float],
     seeds: tuple[int, ...],
 ) -> None:
-    """Writes what is needed to repeat a step: batch, weights and the key of its random numbers.
+    """Writes everything needed to repeat a step: batch, weights and seeds.
 
     The file holds tensors and plain values only, so ``torch.load`` reads it with
     ``weights_only=True``.
@@ -42,15 +42,15 @@ def save_step(
         model: in DistributedDataParallel or not.
         batch: as the model takes it.
         losses: of the step.
-        seeds: what generators were seeded with before it: seed, iteration, rank and, of a step in
-            parts, the part.
+        seeds: what generators were seeded with before the step: seed, iteration, rank and, for a
+            step in parts, the part.
     """
     content = {
         "model": undistributed(model).state_dict(),
         "batch": [{key: _plain(value) for key, value in x.items()} for x in batch],
         "losses": losses,
         "seeds": list(seeds),
-        "class_names": class_names_of(model),  # of its weights, as every checkpoint has them
+        "class_names": class_names_of(model),  # the classes of its weights, as in every checkpoint
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(path, content)
@@ -58,7 +58,7 @@ def save_step(
 
 @dataclass(frozen=True)
 class Replay:
-    """What a step does when it is repeated, in its order; names of modules and parameters."""
+    """What a step does when it is repeated: names of modules and parameters, in order."""
 
     batch: list[Sample]
     losses: dict[str, float]
@@ -67,16 +67,16 @@ class Replay:
     bad_weights: list[str]
     """Weights that were not finite before the step."""
     bad_outputs: list[str]
-    """Modules with an output that is not finite, the first to compute one first."""
+    """Modules with an output that is not finite, in the order of their computation."""
     bad_gradients: list[str]
-    """Parameters with a gradient that is not finite, the last layers first."""
+    """Parameters with a gradient that is not finite, last layers first."""
 
 
 def replay_step(model: nn.Module, path: Path) -> Replay:
-    """Repeats the forward and backward pass of a saved step, and looks at every module.
+    """Repeats the forward and backward pass of a saved step, and checks every module.
 
     Args:
-        model: of the run's config, as its trainer builds it; its weights are replaced.
+        model: as the trainer builds it from the run's config; its weights are replaced.
         path: a file of save_step.
 
     Raises:

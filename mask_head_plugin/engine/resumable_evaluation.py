@@ -1,4 +1,4 @@
-"""Evaluation of a model on a data set, continued where an interrupted one stopped."""
+"""Evaluates a model on a data set, and continues an evaluation that was interrupted."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ NOT_PREDICTION = (
     *("MODEL.WEIGHTS", "MODEL.DEVICE", "TEST.EXPECTED_RESULTS", "TEST.EVAL_PERIOD"),
     *("TEST.SEMANTIC_THRESHOLD", "TEST.EVAL_LOSS"),
 )
-"""Keys of the sections MODEL, INPUT and TEST on which predictions do not depend."""
+"""Keys of the sections MODEL, INPUT and TEST that do not affect predictions."""
 
 PROPOSALS = ("PROPOSAL_FILES_TEST", "PRECOMPUTED_PROPOSAL_TOPK_TEST")
-"""Keys of DATASETS on which they do."""
+"""Keys of DATASETS that do."""
 
 
 def evaluate_dataset(
@@ -42,17 +42,17 @@ def evaluate_dataset(
     loader: DataLoader[Any],
     evaluator: DatasetEvaluator,
 ) -> dict[str, Any]:
-    """detectron2's inference_on_dataset, without images that an interrupted run has predicted.
+    """detectron2's inference_on_dataset, skipping images that an interrupted run has predicted.
 
     Args:
         cfg: with the model's and the test settings.
-        model: returned in the training mode that it came in.
+        model: its training mode is restored afterwards.
         dataset_name: of DATASETS.TEST.
         loader: of all its images, in the data set's order.
         evaluator: only a MaskEvaluator continues predictions.
 
     Returns:
-        What the evaluator returns; on other processes than the first, nothing.
+        What the evaluator returns; nothing in processes other than the first.
 
     Raises:
         ConfigError: if the data set has the model's classes in another order, which only a
@@ -64,9 +64,8 @@ def evaluate_dataset(
         evaluator.predicted_classes = found
     elif found and wanted and found != [str(name) for name in wanted]:
         raise ConfigError(
-            f"{type(evaluator).__name__} takes the classes of {dataset_name} to be numbered as the "
-            "model's, which are in another order or not the same; evaluate with weights of its "
-            "classes, and alone in DATASETS.TEST"
+            f"{type(evaluator).__name__} needs the classes of {dataset_name} in the model's order, "
+            f"but they differ; evaluate it alone in DATASETS.TEST, with weights of its classes"
         )
     if isinstance(evaluator, MaskEvaluator):
         evaluator.resume(prediction_fingerprint(cfg, model, dataset_name))
@@ -99,7 +98,7 @@ def evaluate_dataset(
 
 @contextlib.contextmanager
 def worker_errors_in_one_line() -> Iterator[None]:
-    """Takes the traceback from a ConfigError that a worker of a loader has sent."""
+    """Removes the traceback from a ConfigError that a loader worker sent."""
     try:
         yield
     except ConfigError as error:
@@ -108,10 +107,10 @@ def worker_errors_in_one_line() -> Iterator[None]:
 
 
 def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: str) -> str:
-    """Returns a hash of what predictions depend on, the same on all processes.
+    """Returns a hash of everything predictions depend on, the same in all processes.
 
-    Weights and iteration; the config's MODEL, INPUT and TEST and its proposal files; the names of
-    classes; the annotation file's size and time, or the records of a data set without one.
+    That is weights and iteration; MODEL, INPUT, TEST and the proposal files of the config; class
+    names; size and time of the annotation file, or the records of a data set without one.
     """
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in model.state_dict().items():
@@ -128,7 +127,7 @@ def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: s
         settings[section].pop(leaf, None)
     digest.update(settings.dump().encode())
     digest.update(repr([cfg.DATASETS[key] for key in PROPOSALS]).encode())
-    with contextlib.suppress(AssertionError):  # raised where no training is under way
+    with contextlib.suppress(AssertionError):  # raised if no training is under way
         digest.update(f"iteration {get_event_storage().iter} ".encode())
     metadata = MetadataCatalog.get(dataset_name)
     digest.update(f"{type(model).__name__} {dataset_name} ".encode())

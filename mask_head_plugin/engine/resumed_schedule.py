@@ -1,7 +1,7 @@
-"""A resumed run learns at the rate that its config says, not at the checkpoint's.
+"""Makes a resumed run learn at the rate of its config, not the checkpoint's.
 
-An optimizer's state has its hyperparameters in it, so those of the checkpoint would replace those
-of a config that was changed in between, and the run's config.yaml would not be true.
+An optimizer's state includes its hyperparameters. So the checkpoint's would replace those of a
+config that has changed since, and the run's config.yaml would be wrong.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ NAMES = {
     "betas": "betas",
     "weight_decay": "weight decay",
 }
-"""What of a group's values comes from SOLVER."""
+"""Which values of a group come from SOLVER."""
 
 GROUPS = "parameter_groups"
 """Where a checkpoint has the names of each group's parameters, if the config groups them."""
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
-    """Refuses a checkpoint whose optimizer's state is of other parameters or another optimizer.
+    """Refuses a checkpoint of another optimizer, or of one with other parameters.
 
-    PyTorch takes it, where numbers of parameters agree.
+    PyTorch would accept it if the numbers of parameters agree.
 
     Args:
         optimizer: as the config makes it.
@@ -43,7 +43,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any
         state: the checkpoint's of the trainer.
 
     Raises:
-        ConfigError: naming what must be as it was.
+        ConfigError: naming what must not change.
     """
     saved = state["_trainer"]["optimizer"]["param_groups"][0]
     is_adam = "betas" in optimizer.param_groups[0]
@@ -67,13 +67,13 @@ def _unfit(cause: object) -> str:
 
 
 def load_keeping_config(optimizer: Optimizer, scheduler: Any, load: Callable[[], None]) -> None:
-    """Loads the states of optimizer and scheduler, then sets what the config says.
+    """Loads the states of optimizer and scheduler, then applies the config's values.
 
     Args:
         optimizer: as the config makes it.
-        scheduler: of detectron2's kind, LRMultiplier. The learning rate of another kind is the
-            checkpoint's.
-        load: does it.
+        scheduler: detectron2's LRMultiplier. With any other, the checkpoint's learning rate is
+            used.
+        load: loads the states.
 
     Raises:
         ConfigError: if the optimizer's groups of parameters are not those of the checkpoint.
@@ -92,7 +92,7 @@ def load_keeping_config(optimizer: Optimizer, scheduler: Any, load: Callable[[],
                 changed[f"{NAMES[key]} {_told(value)} instead of {_told(group[key])}"] = None
         group.update(values)
     if changed:
-        logger.warning("as the config says, other than the checkpoint: %s", ", ".join(changed))
+        logger.warning("changed by the config since the checkpoint: %s", ", ".join(changed))
     if isinstance(scheduler, LRMultiplier):
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, scheduler.get_lr(), strict=True):

@@ -61,10 +61,10 @@ def check_and_register(
     log_rank: int | None = None,
     own: Collection[str] | None = None,
 ) -> None:
-    """Checks a config, which changes as register_coco_files says, and its data sets.
+    """Checks a config and its data sets; the config changes as register_coco_files says.
 
-    Process ``log_rank`` then logs into OUTPUT_DIR. Warnings of keys without effect are of
-    those in ``own``, or of all. Raises ConfigError.
+    Process ``log_rank`` then logs into OUTPUT_DIR. Keys without effect are reported if they are in
+    ``own``, or all of them if that is None. Raises ConfigError.
     """
     check_config(cfg, train=train, num_processes=num_processes, trainer=Trainer)
     if log_rank is not None:
@@ -75,7 +75,7 @@ def check_and_register(
 
 
 def join_run(cfg: CfgNode) -> None:
-    """Gives a new process of a run the log, the user's code and the data sets."""
+    """Sets up log, user's code and data sets in a new process of a run."""
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
     import_modules(cfg.IMPORTS)
     register_coco_files(cfg)

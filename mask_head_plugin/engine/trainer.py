@@ -79,15 +79,16 @@ Results = OrderedDict[str, Any]
 class Trainer(DefaultTrainer):
     """DefaultTrainer for every data set that detectron2 registers or DATASETS.COCO_FILES names.
 
-    A run that was interrupted, at whatever moment, and resumed with the same config and number of
-    processes ends with the weights of one that was not; on the CPU bit by bit.
+    A run that is interrupted at any moment and resumed with the same config and number of processes
+    ends with the same weights as an uninterrupted one; on the CPU bit by bit.
 
     Attributes:
-        seed: of all that is random: SEED, or drawn if that is negative. A resumed run without SEED
-            has that of its checkpoint.
-        average: of the weights, with SOLVER.EMA_DECAY; else None.
-        is_stopped: whether SOLVER.EARLY_STOPPING has ended the run; max_iter then is where.
-        restored_scalars: what a checkpoint holds of the logged scalars, see hooks.scalar_state.
+        seed: of all random numbers: SEED, or drawn if SEED is negative. A resumed run without SEED
+            takes its checkpoint's.
+        average: the average of the weights with SOLVER.EMA_DECAY; otherwise None.
+        is_stopped: whether SOLVER.EARLY_STOPPING has ended the run; max_iter is then the last
+            iteration.
+        restored_scalars: logged scalars from the checkpoint; see hooks.scalar_state.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -128,7 +129,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
         self.register_hooks([Resume(self._hooks)])
         if comm.is_main_process():
-            # Behind the writers: what goes wrong here loses no metrics.
+            # After the writers, so that a failure here loses no metrics.
             self.register_hooks([hooks.CallbackHook(after_train=_draw_contact_sheets)])
 
     @property
@@ -139,7 +140,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Returns DefaultTrainer's hooks and those that make a run repeatable.
 
-        As there, the evaluation comes after the checkpoint, and the writers come last.
+        As in DefaultTrainer, the evaluation follows the checkpoint, and the writers come last.
         """
         cfg = self.cfg
         before: list[HookBase] = [StepSeed(), hooks.IterationTimer(), hooks.LRScheduler()]
@@ -178,7 +179,7 @@ class Trainer(DefaultTrainer):
     def _evaluate(self, evaluate: Callable[[CfgNode, torch.nn.Module], Results]) -> Results:
         share_buffers(self.evaluated_model)
         results = evaluate(self.cfg, self.evaluated_model)
-        # Those with augmentation are added to the others, and replace none.
+        # Results with augmentation are added to the others.
         self._last_eval_results = {**getattr(self, "_last_eval_results", {}), **results}
         return results
 
@@ -213,16 +214,16 @@ class Trainer(DefaultTrainer):
         """Loads the newest intact checkpoint of OUTPUT_DIR, or else MODEL.WEIGHTS.
 
         Args:
-            resume: whether to continue from a checkpoint. If not, what an earlier run has left in
-                OUTPUT_DIR is moved to a folder in it, so that nobody takes it for this run's.
+            resume: whether to continue from a checkpoint. If not, files of an earlier run in
+                OUTPUT_DIR are moved to a folder in it, so that nobody takes them for this run's.
 
         Raises:
             ConfigError: if no checkpoint is intact, or the newest is past SOLVER.MAX_ITER.
         """
         goes_on = resume and comm.all_gather(self.checkpointer.has_checkpoint())[0]
-        if goes_on:  # as the main process has it: another may not see the file
+        if goes_on:  # the main process's: others may not see the file
             self.checkpointer.load(self.checkpointer.get_checkpoint_file())
-            self.start_iter = self.iter + 1  # the checkpoint's was finished
+            self.start_iter = self.iter + 1  # the checkpoint's iteration was finished
             logger.info("resumed: MODEL.WEIGHTS %r is not read", self.cfg.MODEL.WEIGHTS)
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
@@ -233,7 +234,7 @@ class Trainer(DefaultTrainer):
             where = self.cfg.OUTPUT_DIR
             logger.warning("no checkpoint in OUTPUT_DIR %s: starting from the beginning", where)
         elif not resume:
-            comm.synchronize()  # MODEL.WEIGHTS may be of that run, and others still read them
+            comm.synchronize()  # other processes may still read MODEL.WEIGHTS of that run
             if comm.is_main_process():
                 set_aside_earlier_run(Path(self.cfg.OUTPUT_DIR))
         if self.start_iter > self.max_iter:
@@ -267,7 +268,7 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
-        self._end_if_stopped()  # in the evaluation with which the first run ended
+        self._end_if_stopped()  # during the evaluation that ended the first run
 
     def after_step(self) -> None:
         super().after_step()
@@ -303,8 +304,8 @@ class Trainer(DefaultTrainer):
         load_keeping_config(self.optimizer, self.scheduler, load)
         if state_dict.get("world_size") != comm.get_world_size():
             logger.warning(
-                "the checkpoint is of a run with %s processes, this one has %d: images come in "
-                "another order from here on",
+                "the checkpoint comes from a run with %s processes, this one has %d: images come "
+                "in another order from now on",
                 state_dict.get("world_size", "unknown"),
                 comm.get_world_size(),
             )
@@ -328,7 +329,7 @@ class Trainer(DefaultTrainer):
 
         Args:
             cfg: gives MODEL.WEIGHTS.
-            resume: whether the newest checkpoint in OUTPUT_DIR, if any, is taken instead.
+            resume: whether to take the newest checkpoint in OUTPUT_DIR instead.
 
         Raises:
             ConfigError: if the weights cannot be read or do not fit, or ``resume`` finds none.
@@ -360,8 +361,8 @@ class Trainer(DefaultTrainer):
     ) -> Results:
         """Evaluates a model on DATASETS.TEST; see DefaultTrainer.test.
 
-        Unlike there, an interrupted evaluation continues with the images that it had
-        left, if nothing that predictions depend on has changed.
+        Unlike DefaultTrainer's, an interrupted evaluation continues with the remaining images if
+        nothing that affects predictions has changed.
         """
         if isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
@@ -400,7 +401,7 @@ class Trainer(DefaultTrainer):
         logger.info("evaluating with test-time augmentation")
         if cfg.MODEL.ROI_MASK_HEAD.SCORING.ENABLED:
             logger.warning(
-                "test-time augmentation knows no mask scores: here class scores rank the masks"
+                "test-time augmentation computes no mask scores: class scores rank the masks"
             )
         evaluators = [
             cls.build_evaluator(cfg, name, inference_folder(cfg, "inference_TTA", name))
@@ -423,7 +424,7 @@ class Trainer(DefaultTrainer):
 
 
 def _forget_unmatched_classes(cfg: CfgNode, model: torch.nn.Module) -> None:
-    """Takes the file's class names from a model that trains on data whose classes have no names.
+    """Drops the file's class names from a model that trains on data without class names.
 
     Raises:
         ConfigError: if MODEL.WEIGHTS_STRICT.
@@ -432,12 +433,12 @@ def _forget_unmatched_classes(cfg: CfgNode, model: torch.nn.Module) -> None:
     if names is None or class_names(cfg) is not None:
         return
     told = (
-        f"{cfg.MODEL.WEIGHTS} names its classes ({listed(names)}), and DATASETS.TRAIN does not, so "
-        "that rows cannot be matched by name; set thing_classes in the metadata of the data set"
+        f"{cfg.MODEL.WEIGHTS} names its classes ({listed(names)}), but DATASETS.TRAIN does not, so "
+        f"rows cannot be matched by name; set thing_classes in the metadata of the data set"
     )
     if cfg.MODEL.WEIGHTS_STRICT:
-        raise ConfigError(f"{told}, or MODEL.WEIGHTS_STRICT False to take rows in their order")
-    logger.warning("%s; rows are taken in their order", told)
+        raise ConfigError(f"{told}, or MODEL.WEIGHTS_STRICT False to keep rows in their order")
+    logger.warning("%s; rows keep their order", told)
     name_classes(model, None)
 
 

@@ -1,8 +1,8 @@
 """The training losses on the validation images (TEST.EVAL_LOSS), without learning from them.
 
-What an image gives depends on the weights, the image and its place in the data set: not on
-processes, workers or iteration. So the curves of two runs can be compared, and a resumed run has
-those of one that was never interrupted, on the CPU bit by bit.
+The losses of an image depend on the weights, the image and its place in the data set, not on
+processes, workers or iteration. So you can compare the curves of two runs, and a resumed run has
+the same curves as an uninterrupted one, on the CPU bit by bit.
 """
 
 from __future__ import annotations
@@ -43,31 +43,31 @@ Losses = dict[str, float]
 Record = dict[str, Any]
 
 SEED = 0
-"""Of the anchors and RoIs that are drawn: one for all runs, whatever their SEED is."""
+"""Seed of the anchors and RoIs that are drawn: the same for all runs, whatever their SEED."""
 
 SECONDS_TO_REPORT = 10
 
 DIFFERENT_IN_TRAINING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
-"""Besides the backbone, whose stochastic depth is of many kinds."""
+"""In addition to the backbone, which has many kinds of stochastic depth."""
 
 
 def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, Losses]:
     """Returns the losses of a model on each data set of DATASETS.TEST, and their sum.
 
-    They are means over images, each of which is a batch of its own. As in training, anchors and
-    RoIs are drawn, and images without objects are left out (FILTER_EMPTY_ANNOTATIONS). As in
-    inference, images have the size of INPUT.MIN_SIZE_TEST, nothing is augmented or dropped out, and
-    batch normalization uses its running statistics. A term whose weight grows has its full weight.
+    They are means over images, each a batch of its own. As in training, anchors and RoIs are drawn,
+    and images without objects are left out (FILTER_EMPTY_ANNOTATIONS). As in inference, images have
+    the size of INPUT.MIN_SIZE_TEST, nothing is augmented or dropped out, and batch normalization
+    uses its running statistics. A term with a ramp has its full weight.
 
     Args:
         cfg: of the run.
         model: in DistributedDataParallel or not; stays as it is.
 
     Returns:
-        By data set and the model's name of the loss; on other processes than the first, nothing.
+        Losses by data set and by the model's names; nothing in processes other than the first.
 
     Raises:
-        ConfigError: if a data set has no annotations, or numbers its classes otherwise than the
+        ConfigError: if a data set has no annotations, or numbers its classes differently from the
             model.
     """
     model, found = undistributed(model), {}
@@ -83,7 +83,7 @@ def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, Losses]:
 
 
 def add_losses(cfg: CfgNode, results: dict[str, Any], losses: dict[str, Losses]) -> None:
-    """Puts what validation_losses has found among the results of an evaluation."""
+    """Adds the losses of validation_losses to the results of an evaluation."""
     for name, means in losses.items():
         of_name = results if len(cfg.DATASETS.TEST) == 1 else results[name]
         of_name[VALIDATION] = means
@@ -93,8 +93,8 @@ def check_losses(cfg: CfgNode, model: nn.Module) -> None:
     """Computes the losses of one image of each data set, so that a run does not fail late.
 
     Raises:
-        ConfigError: as validation_losses does, or if the config chooses by a loss that the model
-            does not have.
+        ConfigError: as validation_losses does, or if the config names a loss that the model does
+            not have.
     """
     model = undistributed(model)
     for name in cfg.DATASETS.TEST:
@@ -119,8 +119,8 @@ def _records(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[Record]:
     found, wanted = class_names_of(model), MetadataCatalog.get(dataset_name).get("thing_classes")
     if found and wanted and found != [str(name) for name in wanted]:
         raise ConfigError(
-            f"TEST.EVAL_LOSS: {dataset_name} has the classes {listed(wanted)} and the model "
-            f"{listed(found)}, which must be the same in the same order; set it to False"
+            f"TEST.EVAL_LOSS: {dataset_name} has the classes {listed(wanted)}, but the model has "
+            f"{listed(found)}: they must be the same, in the same order; or set it to False"
         )
     files = cfg.DATASETS.PROPOSAL_FILES_TEST
     proposals = (
@@ -131,7 +131,7 @@ def _records(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[Record]:
             dataset_name,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             proposal_files=[proposals[dataset_name]] if proposals else None,
-            check_consistency=False,  # it would print a table
+            check_consistency=False,  # that would print a table
         )
     except AssertionError:  # no image is left
         records = [{}]
@@ -146,7 +146,7 @@ def _records(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[Record]:
 def _losses_of_images(
     cfg: CfgNode, model: nn.Module, records: Sequence[Record], indices: Sequence[int]
 ) -> list[Losses]:
-    """Returns the losses of the images with some indices, each loss a number."""
+    """Returns the losses of the images with the given indices, as numbers."""
     arguments = {**ImageFileMapper.from_config(cfg, is_train=False), "is_train": True}
     chosen = [records[index] for index in indices]
     if not chosen:  # fewer images than processes
@@ -163,7 +163,8 @@ def _losses_of_images(
         for context in (worker_errors_in_one_line(), kept_generators(), torch.no_grad()):
             stack.enter_context(context)
         inner = stack.enter_context(_losses_as_in_inference(model))
-        # Of its own, so that nothing is logged; so late that the weights of terms have grown.
+        # A separate storage, so that nothing is logged; a late iteration, so that ramps are
+        # complete.
         stack.enter_context(EventStorage(sys.maxsize))
         for index, batch in zip(indices, loader, strict=True):
             seed_generators(SEED, index)

@@ -1,7 +1,7 @@
 """An exponential moving average of a model's weights, which is evaluated and saved in its place.
 
-An average of the weights of many steps is often better than those of the last step, most so while
-the learning rate is high (Polyak and Juditsky, 1992; as in Mean Teacher, arXiv 1703.01780).
+An average over many steps is often better than the last step's weights, above all while the
+learning rate is high (Polyak and Juditsky, 1992; as in Mean Teacher, arXiv 1703.01780).
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ TRAINED, COUNT = "trained_weights", "num_averaged"
 
 
 class WeightAverage(AveragedModel):
-    """torch's AveragedModel, whose average is short at first, and which a run can be resumed with.
+    """torch's AveragedModel with a shorter average at first, which a run can be resumed with.
 
     Batch statistics are also averaged. ``module`` is the averaged model, of the same class as the
-    one that is trained, and like it in training mode.
+    trained one and in the same training mode.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         """
         Args:
             model: copied; not in DistributedDataParallel.
-            decay: share of the average that a step keeps, from 0 to below 1. It is less in the
-                first steps, (1 + n) / (10 + n) after n, so that the weights that a run starts with
-                are soon forgotten.
+            decay: share of the average that a step keeps, from 0 to below 1. It is lower in the
+                first steps, (1 + n) / (10 + n) after n, so that the initial weights are soon
+                forgotten.
         """
         super().__init__(model, use_buffers=True)
         self._decay = decay
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Adds the weights of a step to the average; the first are the average.
+        """Adds the weights of a step to the average; the first ones become the average.
 
         Args:
             model: in DistributedDataParallel or not.
@@ -50,14 +50,14 @@ class WeightAverage(AveragedModel):
         super().update_parameters(model)
 
     def start(self, model: nn.Module) -> None:
-        """Starts from what was loaded into ``module``, and gives it to the trained model."""
+        """Starts from the weights loaded into ``module``, and copies them to the trained model."""
         inner = undistributed(model)
         inner.load_state_dict(self.module.state_dict())
         name_classes(inner, class_names_of(self.module))
         self.n_averaged.zero_()
 
     def trained(self, model: nn.Module) -> dict[str, Any]:
-        """Returns, for a checkpoint with the averaged weights, what else a resumed run needs."""
+        """Returns what a resumed run needs besides the averaged weights of the checkpoint."""
         return {TRAINED: undistributed(model).state_dict(), COUNT: int(self.n_averaged)}
 
 
@@ -65,10 +65,10 @@ def resume_average(average: WeightAverage | None, model: nn.Module, state: dict[
     """Gives a model its own weights after the averaged ones of a checkpoint were loaded.
 
     Args:
-        average: of the run, with the checkpoint's weights in it; None if it has none, then they
-            are in the model.
-        model: that is trained.
-        state: the checkpoint's of the trainer; without ``trained()`` where its run had no average.
+        average: the run's, filled with the checkpoint's weights; None if the run keeps none, in
+            which case the model is filled.
+        model: the trained one.
+        state: the trainer's in the checkpoint; without ``trained()`` if its run had no average.
     """
     has_average = TRAINED in state
     if average:

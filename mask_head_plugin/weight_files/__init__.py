@@ -1,4 +1,4 @@
-"""Weights and pickles of strangers, read so that nothing in a file can run or fill the memory."""
+"""Reads weights and pickles of strangers; nothing in a file can run or fill the memory."""
 
 from .plain_pickle import read_plain_pickle
 from .reader import check_head, file_errors, read_checkpoint

@@ -1,6 +1,6 @@
-r"""Pickles of arrays and plain containers, read so that nothing can run or fill the memory.
+r"""Reads pickles of arrays and plain containers; nothing in them can run or fill the memory.
 
-Needs NumPy only. What such a pickle holds comes out as it is:
+Needs only NumPy. You get what such a pickle holds:
 
 >>> import io, pickle
 >>> import numpy as np
@@ -8,9 +8,9 @@ Needs NumPy only. What such a pickle holds comes out as it is:
 >>> read_plain_pickle(io.BytesIO(pickle.dumps(weights)))
 {'conv1': array([0., 1., 2.]), 'names': ['cat', 'dog']}
 
-A pickle is a program, and this one tells a shell to say hello: push the function that the global
-``os.system`` names, push a tuple of a text, call the one with the other, stop. ``pickle.load``
-would do so. Here the first instruction is the last:
+A pickle is a program, and this one tells a shell to say hello: push the function ``os.system``,
+push a tuple with a text, call the function with the tuple, stop. ``pickle.load`` would do so. Here
+the first instruction ends it:
 
 >>> program = b"cos\nsystem\n" + b"(S'echo hello'\nt" + b"R" + b"."
 >>> read_plain_pickle(io.BytesIO(program))  # doctest: +ELLIPSIS
@@ -18,9 +18,9 @@ Traceback (most recent call last):
     ...
 _pickle.UnpicklingError: it names os.system, which is not part of weights or arrays; ...
 
-How: ``scan_pickle`` goes through the instructions without following any and refuses what would
-exhaust memory, stack or time; then an unpickler that knows substitutes for NumPy's functions, and
-nothing else, follows them; then arrays and plain containers are made of what that gave.
+How it works: ``scan_pickle`` goes through the instructions without following any, and refuses what
+would exhaust memory, stack or time. Then an unpickler that knows only substitutes for NumPy's
+functions follows them. Its result is turned into arrays and plain containers.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ import numpy.typing as npt
 MAX_DEPTH = 100
 """Containers within containers: comparing deeper ones can overflow the interpreter's stack."""
 MOST_REPEATS = 10
-"""How often, on average, a pickle may use what it holds, where each use takes memory or time."""
+"""How often, on average, a pickle may use its content where each use takes memory or time."""
 SPARE_BYTES = 1 << 20
-"""What it may use in addition, however small the file."""
-DISTRUST = "do not trust it, get the weights or arrays alone"
+"""How much more it may use, however small the file."""
+DISTRUST = "do not trust it; get the weights or arrays alone"
 
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 _OF_NUMBERS = (None, None, None, -1, -1, 0)
-"""State of NumPy's types of numbers except the order of bytes: no subarray, fields nor flags."""
+"""State of NumPy's number types except the byte order: no subarray, fields or flags."""
 _MOST_SIDES = 64  # of NumPy's arrays
 _INSTRUCTIONS = {
     *("MARK", "STOP", "PROTO", "FRAME", "NONE", "NEWTRUE", "NEWFALSE"),
@@ -57,24 +57,24 @@ _INSTRUCTIONS = {
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND"),
     *("APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "BINPERSID"),
     *("GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
-    # What these name is checked when it is looked up.
+    # The names in these are checked when they are looked up.
     *("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"),
 }
-"""Of a pickle. Left out are those of registered extensions and of tricks with the stack."""
+"""Instructions of a pickle, except those for registered extensions and stack tricks."""
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
 FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BUILD"}
 _SPARE_HANDED = 16 << 20
-"""Bytes that functions may get in addition: most of them copy nothing."""
+"""How many more bytes functions may get: most of them copy nothing."""
 _SPARE_NUMBERS = 1000  # not all picklers number their objects without gaps
 
 
 def read_plain_pickle(file: BinaryIO) -> Any:
     """Reads a pickle of NumPy arrays, numbers, text, bytes, lists, tuples and dictionaries.
 
-    Arrays come in this machine's order of bytes and can be written to; an OrderedDict comes as a
-    dict. Text of Python 2 is read as latin1, as detectron2 does.
+    Arrays get this machine's byte order and can be written to; an OrderedDict becomes a dict. Text
+    of Python 2 is read as latin1, as detectron2 does.
 
     Args:
         file: a binary file that can seek; the pickle is at its start.
@@ -91,7 +91,7 @@ def read_plain_pickle(file: BinaryIO) -> Any:
         return _Plain(size).of(_ArrayUnpickler(file, encoding="latin1").load())
     except pickle.UnpicklingError as error:
         raise pickle.UnpicklingError(_one_line(str(error))) from error
-    except Exception as error:  # bytes of no format are taken for any instruction
+    except Exception as error:  # random bytes can look like any instruction
         detail = _one_line(f"{type(error).__name__}: {error}")
         raise pickle.UnpicklingError(
             f"it is truncated or corrupt ({detail}); get it again"
@@ -103,7 +103,7 @@ def _one_line(text: str) -> str:
 
 
 def _refuse_keys(name: str, argument: Any, taken: Sequence[Seen]) -> bool:
-    """Refuses every odd key; returns whether an object would be one."""
+    """Refuses odd keys; returns whether an object would be one."""
     if any(key.described for key in keys_of(name, taken)):
         raise _odd_key()
     return name.startswith("TUPLE") or is_odd_number(argument)
@@ -116,32 +116,33 @@ def _odd_key() -> pickle.UnpicklingError:
 
 
 def is_odd_number(value: Any) -> bool:
-    """Whether others can be made to have its hash, so that a dictionary of them takes forever.
+    """Returns whether a value's hash can be forged, so that a dictionary of such keys takes
+    forever.
 
-    Numbers that are their own hash cannot, nor can text: its hash depends on a secret of the
-    process. Tuples can.
+    That of a tuple can. Numbers that are their own hash, and text, whose hash depends on a secret
+    of the process, are safe.
     """
     return isinstance(value, int) and abs(value) >= sys.hash_info.modulus
 
 
 def keys_of(name: str, taken: Sequence[Seen]) -> Sequence[Seen]:
-    """Returns what an instruction makes keys of a dictionary, of the objects that it takes."""
+    """Returns those objects that an instruction turns into keys of a dictionary."""
     return taken[::2] if name == "DICT" else taken[1::2] if name.startswith("SETITEM") else ()
 
 
 def refused_name(name: str) -> str:
-    """Returns the words for a pickle that names what may run."""
+    """Returns the message for a pickle that names something that may run."""
     return f"it names {name}, which is not part of weights or arrays; {DISTRUST}"
 
 
 @dataclass(slots=True)
 class Seen:
-    """What a scan knows about an object; one that is remembered and filled later is the same one.
+    """What a scan knows about an object. A remembered object that is filled later keeps its entry.
 
     Attributes:
         depth: of the containers in it.
-        weight: objects, and bytes of text and numbers, in it; what is held twice counts twice.
-        described: what the caller's ``describe`` has made of it.
+        weight: objects in it, and bytes of text and numbers; what it holds twice counts twice.
+        described: what the caller's ``describe`` returned for it.
         is_held: whether it is in another, or was handed to a function.
     """
 
@@ -156,24 +157,23 @@ def scan_pickle(
     size: int,
     describe: Callable[[str, Any, Sequence[Seen]], Any] = lambda *_: None,
 ) -> None:
-    """Goes through the instructions of one pickle without following any.
+    """Checks the instructions of one pickle without following any.
 
     Refuses what would let a small file fill the memory, overflow the stack or never end: lengths
-    beyond the file, gaps in the table of remembered objects (it is made as long as the largest
-    number in it), containers nested without end or filled when others hold them already (so that
-    their size is not known yet), tuples that hold each other many times over (to be a key, each is
-    counted through), and functions called many times with the same large argument (each call may
-    copy it).
+    beyond the file, gaps in the table of remembered objects (it grows to the largest number),
+    containers nested without end, containers filled after others hold them (whose size was not
+    known before), tuples that hold each other many times over (hashing a key visits each), and
+    functions called many times with the same large argument (each call may copy it).
 
     Args:
         file: read from its position to the end of the pickle.
         size: bytes of the file.
-        describe: called for each instruction but those for marks and remembered objects with its
-            name, its argument and the objects that it takes; returns what describes the object that
-            it gives, or raises an UnpicklingError.
+        describe: called for each instruction, except those for marks and remembered objects, with
+            its name, its argument and the objects that it takes. Returns a description of the
+            resulting object, or raises an UnpicklingError.
 
     Raises:
-        pickle.UnpicklingError: for what is refused.
+        pickle.UnpicklingError: if the pickle is refused.
         Exception: of any kind, if it is truncated or corrupt.
     """
     stack: list[Seen] = []
@@ -218,7 +218,7 @@ def _check_instruction(name: str, argument: Any, size: int) -> None:
 
 
 def _number(argument: Any, num_remembered: int) -> int:
-    """Returns the number under which an object is remembered; some instructions give none."""
+    """Returns the number under which an object is remembered; not all instructions give one."""
     number = num_remembered if argument is None else int(argument)
     if number > num_remembered + _SPARE_NUMBERS:
         raise pickle.UnpicklingError(
@@ -228,7 +228,9 @@ def _number(argument: Any, num_remembered: int) -> int:
 
 
 def _result(name: str, argument: Any, taken: Sequence[Seen], described: Any) -> Seen:
-    """Returns what an instruction gives: the first that it takes, filled, or a new object."""
+    """Returns the result of an instruction: the first object that it takes, now filled, or a new
+    one.
+    """
     into = taken[0] if name in FILLS else Seen(0, 1, described)
     inside = taken[1:] if name in FILLS else taken
     if into.is_held:
@@ -257,7 +259,9 @@ def _check_result(name: str, seen: Seen, size: int) -> None:
 
 
 def _effects() -> dict[str, tuple[int, bool, bool]]:
-    """Returns per instruction: objects taken below the mark, to a mark or not, whether it gives."""
+    """Returns, by instruction: how many objects it takes below the mark, whether it takes a mark,
+    whether it gives an object.
+    """
     effects = {}
     for opcode in pickletools.opcodes:
         before = opcode.stack_before
@@ -271,7 +275,7 @@ _EFFECTS = _effects()
 
 
 class _Function:
-    """What a pickle may call; without attributes, so that it can change none."""
+    """A function that a pickle may call; without attributes, so that none can be changed."""
 
     __slots__ = ("_call",)
 
@@ -286,7 +290,7 @@ class _Function:
 
 
 class _Dtype:
-    """A type of numbers on its way out of a pickle."""
+    """A number type while it is being unpickled."""
 
     def __init__(self, name: Any, *_flags: Any) -> None:
         if not (isinstance(name, str) and _DTYPE.fullmatch(name)):
@@ -295,15 +299,17 @@ class _Dtype:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[2:] != _OF_NUMBERS:
-            raise pickle.UnpicklingError("it has an array of a type with fields, no numbers")
+            raise pickle.UnpicklingError(
+                "it has an array of a type with fields, which are not numbers"
+            )
         if state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
-    """An array on its way out of a pickle.
+    """An array while it is being unpickled.
 
-    NumPy's own would take shapes beyond its data, and objects instead of numbers.
+    NumPy's own class would accept shapes beyond the data, and objects instead of numbers.
     """
 
     value: npt.NDArray[Any] | np.generic | None = None
@@ -319,7 +325,7 @@ def _array(
     content = data.encode("latin1") if isinstance(data, str) else data  # a str of Python 2
     if len(shape) > _MOST_SIDES or not all(0 <= side <= sys.maxsize for side in shape):
         raise pickle.UnpicklingError(
-            "it has an array of a shape that none has; the file is corrupt"
+            "it has an array with an impossible shape; the file is corrupt"
         )
     if math.prod(shape) * dtype.dtype.itemsize != len(content):
         raise pickle.UnpicklingError(
@@ -342,7 +348,9 @@ def _scalar(dtype: _Dtype, data: Any) -> _Array:
 
 
 def _reconstruct(kind: Any, shape: Any, dtype: Any) -> _Array:
-    """Takes only what NumPy's arrays are pickled with: its own would make one of any shape."""
+    """Accepts only the arguments that NumPy pickles: its own function would make an array of any
+    shape.
+    """
     if kind is not _NDARRAY or shape != (0,) or dtype not in ("b", b"b"):
         raise pickle.UnpicklingError(f"it makes an array in a way that NumPy does not; {DISTRUST}")
     return _Array()
@@ -361,7 +369,7 @@ def _ordered(pairs: Sequence[tuple[Any, Any]] = ()) -> _Ordered:
 
 
 class _Ordered(dict[Any, Any]):
-    """An OrderedDict; attributes that a pickle gives it are dropped."""
+    """An OrderedDict that drops attributes set by a pickle."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -395,7 +403,7 @@ _STAND_INS: dict[tuple[str, str], _Function] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Makes substitutes of arrays, and refuses every other global."""
+    """Unpickles substitutes of arrays, and refuses every other global."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
@@ -404,7 +412,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 class _Plain:
-    """Makes plain containers and arrays of what an _ArrayUnpickler made.
+    """Turns the result of an _ArrayUnpickler into plain containers and arrays.
 
     Its arrays are views: a pickle can name the same bytes any number of times.
     """
@@ -415,7 +423,7 @@ class _Plain:
             size: bytes of the file.
         """
         self._size, self._copied = size, 0
-        self._done: dict[int, Any] = {}  # what was made of objects met before, by id
+        self._done: dict[int, Any] = {}  # results for objects met before, by id
 
     def of(self, value: Any) -> Any:
         """Returns the value with arrays instead of their substitutes."""
@@ -441,7 +449,7 @@ class _Plain:
         raise pickle.UnpicklingError(f"it has a {type(value).__name__.strip('_')} without content")
 
     def _copy(self, view: npt.NDArray[Any] | np.generic) -> npt.NDArray[Any] | np.generic:
-        """Returns what can be written, in this machine's order of bytes."""
+        """Returns a writable array in this machine's byte order."""
         self._copied += view.nbytes
         if self._copied > self._size + SPARE_BYTES:
             raise pickle.UnpicklingError(

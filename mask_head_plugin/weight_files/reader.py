@@ -1,7 +1,7 @@
-"""Weights from elsewhere, read so that nothing in a file can run or fill the memory.
+"""Reads weights from elsewhere; nothing in a file can run or fill the memory.
 
 Torch files are read with ``weights_only=True``, pickles by plain_pickle, safetensors by their
-library. The content of a file decides what it is.
+library. The content of a file decides its format.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ _NOT_WEIGHTS = (
 
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
 _SIZED = ("bytearray", "Tensor", "Storage")
-"""Ends of names of types that torch admits; called with a number, each takes as much memory."""
+"""Endings of type names that torch admits; called with a number, each allocates that much memory.
+"""
 _DICTS = ("OrderedDict", "Counter", "defaultdict")
 _HASHED = (*_DICTS, "set")
 _SPARE_COMPARED = 1 << 24
-"""Weight of keys that may be compared in addition: a dictionary can have a thousand odd ones."""
+"""How much more weight of keys may be compared: a dictionary can have a thousand odd ones."""
 _LONGEST_NAME = 1000
 _ELEMENT_BYTES = {
     **dict.fromkeys(
@@ -66,7 +67,7 @@ _ELEMENT_BYTES = {
     **dict.fromkeys(("ComplexFloat", "Double", "Long"), 8),
     "ComplexDouble": 16,
 }
-"""By the name of a type of storage, without "Storage"."""
+"""By name of the storage type, without "Storage"."""
 _STORAGE_ID = (5, 6)  # values: "storage", type, key, device, number of elements, old ones a view
 
 
@@ -78,8 +79,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             safetensors, under whatever name.
 
     Returns:
-        ``model``: tensors or arrays by name. With ``matching_heuristics`` their names are to be
-        matched by their ends. ``class_names`` where the file has them, and what else a torch file
+        ``model``: tensors or arrays by name. With ``matching_heuristics``, names are to be matched
+        by their endings. ``class_names`` if the file has them, and anything else that a torch file
         holds.
 
     Raises:
@@ -106,7 +107,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Turns whatever a stranger's bytes led to into an error that names the file."""
+    """Turns whatever error a stranger's bytes cause into one that names the file."""
     try:
         yield
     except OSError as error:
@@ -121,7 +122,7 @@ def file_errors(path: Path) -> Iterator[None]:
 
 
 def check_head(path: Path) -> bytes:
-    """Returns how a file starts; refuses what is often downloaded instead of weights."""
+    """Returns the start of a file; refuses what is often downloaded instead of weights."""
     if path.is_dir():
         raise pickle.UnpicklingError("it is a folder: name a file in it")
     with path.open("rb") as file:
@@ -181,7 +182,7 @@ def _check_archive(file: BinaryIO, size: int) -> None:
             "it is a TorchScript archive, which is code: save its state_dict()"
         )
     if "data.pkl" not in files:
-        raise pickle.UnpicklingError("it is a zip archive, but not of torch's")
+        raise pickle.UnpicklingError("it is a zip archive, but not one of torch's")
     if len({name.casefold() for name in files}) < len(files):
         raise pickle.UnpicklingError(f"it has records of the same name; {DISTRUST}")
     declared = sum(record.file_size for record in records)
@@ -197,11 +198,11 @@ def _check_archive(file: BinaryIO, size: int) -> None:
 
 
 def _check_directory(file: BinaryIO, size: int) -> None:
-    """Refuses an archive whose list of records is not the same one for torch and for zipfile.
+    """Refuses an archive in which torch and zipfile would find different lists of records.
 
-    Torch looks for it where the end of the file says, zipfile directly before that end. The end is
-    a record of 22 bytes; that of a zip64 archive, which torch writes, has before it one of 56
-    bytes and one of 20 that says where the former is.
+    Torch looks where the end record says, zipfile directly before that record, which has 22 bytes.
+    In a zip64 archive, which torch writes, a record of 56 bytes precedes it, and one of 20 that
+    says where the former is.
     """
     file.seek(max(size - 98, 0))
     end = file.read()
@@ -222,15 +223,15 @@ def _check_directory(file: BinaryIO, size: int) -> None:
 
 @dataclass(slots=True)
 class _Described:
-    """What is known of an object in a torch file's pickle.
+    """What is known about an object in a torch file's pickle.
 
     Attributes:
         name: if it is a global, without its module.
         is_dict: whether it is a dictionary of some kind.
-        value: of a number, a short text or a global's name; of these in a tuple, if it has as many
-            as name a storage.
-        is_odd: whether others can be made to have its hash.
-        num_odd: such objects in it; of a dictionary, among its keys.
+        value: of a number, a short text or a global's name; of a tuple of these, if it is as long
+            as one that names a storage.
+        is_odd: whether its hash can be forged.
+        num_odd: number of odd objects in it; for a dictionary, among its keys.
     """
 
     name: str = ""
@@ -241,9 +242,9 @@ class _Described:
 
 
 class _TorchPickle:
-    """Refuses what torch admits and takes memory, or reads and writes beyond a tensor's.
+    """Refuses what torch admits although it takes memory, or reads and writes beyond a tensor.
 
-    That is calls that make objects of a given size and, in older versions of torch (seen: 2.6),
+    That is: calls that make objects of a given size; and in older versions of torch (seen in 2.6),
     storages longer than their bytes in the file, and items set in anything but dictionaries.
     """
 
@@ -286,9 +287,9 @@ class _TorchPickle:
         return result
 
     def _count_odd(self, into: _Described, name: str, called: str, taken: Sequence[Seen]) -> None:
-        """Counts the odd objects that come into another; refuses too many as keys.
+        """Counts the odd objects put into another; refuses too many as keys.
 
-        Keys of the same hash are compared with each other, which takes as long as they are.
+        Keys with equal hashes are compared with each other, which takes longer the longer they are.
         """
         if called and called not in _HASHED:
             return
@@ -306,7 +307,7 @@ class _TorchPickle:
 
 
 def _is_odd(name: str, argument: Any, called: str) -> bool:
-    """Whether others can be made to have an object's hash; those of tensors and bytes are safe."""
+    """Returns whether an object's hash can be forged; those of tensors and bytes are safe."""
     if called:
         return not called.startswith(("_rebuild", "encode", "Parameter"))
     return name.startswith("TUPLE") or is_odd_number(argument)
@@ -321,10 +322,10 @@ def _value(argument: Any, taken: Sequence[_Described]) -> Any:
 
 
 def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) -> None:
-    """Refuses a tensor's storage that is longer than what the file has of it.
+    """Refuses a tensor's storage that is longer than its bytes in the file.
 
     Args:
-        identity: the tuple by which a pickle of torch's names a storage, as _Seen has it.
+        identity: the tuple by which torch's pickles name a storage, in the form of _Seen.
         size: bytes of the file.
         records: as in _TorchPickle.
     """
@@ -344,7 +345,7 @@ def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) 
 
 
 def _zoo_checkpoint(content: Any) -> Any:
-    """Returns a model zoo's pickle in the form of a checkpoint; Detectron's have other names."""
+    """Returns a model zoo's pickle in the form of a checkpoint; Detectron's use other names."""
     if not isinstance(content, dict) or ("model" in content and "__author__" in content):
         return content
     blobs = content.get("blobs", content)  # backbones have none around them

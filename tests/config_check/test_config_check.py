@@ -159,11 +159,11 @@ FIVE = re.escape("['p2', 'p3', 'p4', 'p5', 'p6']")
         ("SOLVER.BASE_LR_END", "-1.0", "is -1.0; it must be at least 0"),
         ("MODEL.RPN.BBOX_REG_WEIGHTS", "(0.0, 1.0, 1.0, 1.0)", "must be four.*above 0"),
         ("OUTPUT_DIR", "a\0b", "cannot be written"),
-        ("MODEL.PIXEL_STD", "[-1.0, 1.0, 1.0]", "so it is above 0"),
+        ("MODEL.PIXEL_STD", "[-1.0, 1.0, 1.0]", "so it must be above 0"),
         ("MODEL.PIXEL_STD", "['a', 1.0, 1.0]", "INPUT.FORMAT BGR has 3 channels"),
-        ("DATALOADER.NUM_WORKERS", "100000", "is 100000 processes; it can be 1024 at most"),
+        ("DATALOADER.NUM_WORKERS", "100000", "is 100000; it can be 1024 at most"),
         ("MODEL.PIXEL_STD", "[0.0, 1.0, 1.0]", "pixels are divided by it"),
-        ("TEST.DETECTIONS_PER_IMAGE", "0", "is 0: none would be left; -1 keeps all"),
+        ("TEST.DETECTIONS_PER_IMAGE", "0", "is 0, which keeps no detections; -1 keeps all"),
         # maps, anchors, matchers
         ("MODEL.RPN.IN_FEATURES", "['p2', 'p9']", f"the backbone gives {FIVE}, not 'p9'"),
         ("MODEL.ROI_HEADS.IN_FEATURES", "['res4']", f"the backbone gives {FIVE}, not 'res4'"),
@@ -201,8 +201,12 @@ REPEATS = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
 @pytest.mark.parametrize(
     ("config", "opts", "message"),
     [
-        (FPN, PROPOSALS, "LOAD_PROPOSALS True and .* PrecomputedProposals need each other.*RPN"),
-        (FPN, PRECOMPUTED, "need each other; now they are False and PrecomputedProposals"),
+        (
+            FPN,
+            PROPOSALS,
+            "LOAD_PROPOSALS True and .* PrecomputedProposals must be set together.*RPN",
+        ),
+        (FPN, PRECOMPUTED, "must be set together; now they are False and PrecomputedProposals"),
         (
             FPN,
             [*PROPOSALS, *PRECOMPUTED],
@@ -213,7 +217,7 @@ REPEATS = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
         (C4, KEYPOINTS, "KEYPOINT_ON: PerClassMaskRes5ROIHeads has no keypoints; take"),
         (FPN, [*CROP, "INPUT.CROP.SIZE", "[2.0, 2.0]"], r"TYPE relative_range takes shares.*0.9"),
         (FPN, [*CROP, "INPUT.CROP.TYPE", "absolute"], r"TYPE absolute takes pixels .*384"),
-        (FPN, [*AUGMENTED, "TEST.AUG.MIN_SIZES", "()"], "AUG.MIN_SIZES is empty, with"),
+        (FPN, [*AUGMENTED, "TEST.AUG.MIN_SIZES", "()"], "AUG.ENABLED needs TEST.AUG.MIN_SIZES"),
         (FPN, [*AUGMENTED, "TEST.AUG.MAX_SIZE", "900"], "1000 is above TEST.AUG.MAX_SIZE 900"),
         (FPN, [*FIXED_STEP, "SOLVER.NUM_DECAYS", "0"], "SOLVER.NUM_DECAYS is 0; it must be"),
         (FPN, REPEATS, "repeats nothing with DATALOADER.REPEAT_THRESHOLD 0.0; set it to"),
@@ -234,7 +238,7 @@ REPEATS = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
         (
             FPN,
             ["MODEL.ROI_HEADS.NAME", "PerClassMaskRes5ROIHeads"],
-            "is for one map, as of ResNet-C4, .* has 4; with FPN take PerClassMaskROIHeads",
+            "such as that of ResNet-C4, .* has 4; with FPN take PerClassMaskROIHeads",
         ),
         (C4, ["MODEL.ROI_HEADS.NAME", "PerClassMaskROIHeads"], "BOX_HEAD.NAME '' is not regis"),
         (FPN, ["MODEL.FPN.IN_FEATURES", "['res9']"], "NAME .* cannot be built from .*FPN: .*res9"),

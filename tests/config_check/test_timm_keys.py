@@ -69,11 +69,11 @@ def test_pixels_near_those_of_a_timm_model_pass(tmp_path):
         ),
         (
             ["MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"],
-            "R-50.pkl is of a backbone of detectron2's, not of MODEL.TIMM.NAME convnext_tiny; set",
+            "belongs to a backbone of detectron2, not to MODEL.TIMM.NAME convnext_tiny; set",
         ),
         (
             ["MODEL.ROI_HEADS.NAME", "PerClassMaskRes5ROIHeads", *ONE_MAP],
-            "has res5 of detectron2's ResNets, of which convnext_tiny has no weights; take PerCl",
+            "contains res5 of detectron2's ResNets, for which convnext_tiny has no weights",
         ),
     ],
 )

@@ -84,7 +84,9 @@ def test_a_name_of_what_is_frozen_is_refused():
         "SOLVER.LR_FACTORS",
         '[["backbone.bottom_up.res2", 2]]',
     ]
-    with pytest.raises(ConfigError, match=r"'backbone\.bottom_up\.res2' are frozen, as by MODEL\."):
+    with pytest.raises(
+        ConfigError, match=r"'backbone\.bottom_up\.res2' are frozen, e\.g\. by MODEL\."
+    ):
         rates(SMALL, *opts)
 
 

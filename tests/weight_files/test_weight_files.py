@@ -407,7 +407,7 @@ TORCH_FILES = {
     "script": (lambda: script(), "TorchScript"),
     "compressed": (compressed_bomb, "claim 30"),
     "claim of size": (lie_about_size, "claim 2000"),
-    "other zip": (lambda: archive(None, [("x.npy", b"x", zipfile.ZIP_STORED)]), "not of torch"),
+    "other zip": (lambda: archive(None, [("x.npy", b"x", zipfile.ZIP_STORED)]), "not one of torch"),
     "longer storage": (lambda: changed_record(torch_bytes(WEIGHTS), longer_storage), "corrupt"),
     "longer storage, old": (lambda: longer_storage_of_old(), "corrupt"),
     "storage of fewer than none": (
