@@ -1,8 +1,8 @@
 """The user's own COCO-format files as data sets, by config: DATASETS.COCO_FILES.
 
 detectron2's ``load_coco_json`` numbers the classes of each file separately, so a validation file
-that lacks a category shifts all later classes. Here one list of categories holds for all data
-sets of a config, the first training set's; files are matched to it by category id and name.
+that lacks a category shifts all later classes. Here, all data sets of a config use one list of
+categories, the first training set's; files are matched to it by category id and name.
 """
 
 from __future__ import annotations
@@ -33,29 +33,31 @@ from ..messages import listed, nearest_name
 logger = logging.getLogger(__name__)
 
 Categories = dict[int, str]
-"""Class name by COCO category id, in ascending order of the id: the order of the class indices."""
+"""Class name by COCO category id, in ascending order of the id, which is the order of the class
+indices.
+"""
 
 
 @dataclass(frozen=True)
 class CocoFile:
-    """What a config needs to know of a COCO instances file before anything is trained."""
+    """What a config needs to know about a COCO instances file before training."""
 
     json_file: str
     image_root: str
     categories: Categories
     used: frozenset[int]
-    """Ids of the categories that anything is annotated with."""
+    """Ids of the categories that have annotations."""
     has_rle: bool
-    """Whether any instance that is not a crowd has a mask in run-length encoding."""
+    """Whether any non-crowd object has a run-length mask."""
 
 
 def register_coco_files(cfg: CfgNode) -> None:
     """Registers the data sets of DATASETS.COCO_FILES and fits the config to them.
 
-    Class names and numbers come from the files. INPUT.MASK_FORMAT becomes ``bitmask`` where the
-    files need it (run-length masks of single objects); that is logged. Nothing is written: an
-    evaluator that asks for the annotations of a file that lists other categories gets a copy in
-    OUTPUT_DIR (``CocoFileMetadata``).
+    Class names and numbers come from the files. INPUT.MASK_FORMAT becomes ``bitmask`` if the files
+    need it (run-length masks of single objects), which is logged. Nothing is written yet: if a file
+    lists other categories, evaluators get a copy in OUTPUT_DIR when they ask for the annotations
+    (``CocoFileMetadata``).
 
     Args:
         cfg: a config that is not frozen. INPUT.MASK_FORMAT may change.
@@ -69,7 +71,7 @@ def register_coco_files(cfg: CfgNode) -> None:
     for name, file in files.items():
         _check_categories(name, file, reference)
         _register(name, file, reference[1], Path(cfg.OUTPUT_DIR))
-    # At test time masks are not loaded.
+    # Masks are not loaded at test time.
     with_rle = [
         files[name].json_file
         for name in cfg.DATASETS.TRAIN
@@ -81,13 +83,13 @@ def register_coco_files(cfg: CfgNode) -> None:
 
 
 def register_found_coco_files(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Registers those of some data sets of DATASETS.COCO_FILES that are on this machine.
+    """Registers those of the given data sets of DATASETS.COCO_FILES that are on this machine.
 
-    For tools that are better with data but work without. A warning names what is not here.
+    For tools that work better with the data but can do without. A warning names what is missing.
 
     Args:
         cfg: of a model; not changed.
-        names: of the data sets that are needed. Files of others, which may be large, are not read.
+        names: of the data sets needed. Other files, which may be large, are not read.
 
     Raises:
         ConfigError: as register_coco_files, except for missing files and folders.
@@ -132,7 +134,7 @@ def check_registered_datasets(cfg: CfgNode, *, train: bool = True) -> None:
 
     Args:
         cfg: a config whose COCO_FILES are registered.
-        train: whether the model will be trained; if not, DATASETS.TRAIN need not be here.
+        train: whether the model will be trained; if not, DATASETS.TRAIN may be missing.
 
     Raises:
         ConfigError: if a data set is not registered (the nearest name is given) or not on this
@@ -175,25 +177,25 @@ def datasets_root() -> Path:
 
 
 def find_in_datasets(path: str) -> str:
-    """Returns ``path``, or its place below ``$DETECTRON2_DATASETS`` where only that exists."""
+    """Returns ``path``, or its place below ``$DETECTRON2_DATASETS`` if only that exists."""
     given = Path(path).expanduser()
     below_root = datasets_root() / given
     return str(below_root if not given.exists() and below_root.exists() else given)
 
 
 def read_coco_file(json_file: str, image_root: str) -> CocoFile:
-    """Reads what CocoFile holds.
+    """Reads a CocoFile.
 
     Raises:
-        ConfigError: if the file or the folder is missing, the file is not JSON, or its categories
-            cannot be used. Its images and annotations are left to ``check_dataset_files``.
+        ConfigError: if the file or folder is missing, the file is not JSON, or its categories
+            cannot be used. ``check_dataset_files`` checks images and annotations.
     """
     for what, path, found in (
         ("annotation file", json_file, Path(json_file).is_file()),
         ("image folder", image_root, Path(image_root).is_dir()),
     ):
         _require_file(what, path, found)
-    # Read once per process and state of the file: COCO's own takes seconds.
+    # Read once per process while the file stays the same: COCO's own takes seconds.
     return _read_coco_file(json_file, image_root, Path(json_file).stat().st_mtime_ns)
 
 
@@ -207,7 +209,7 @@ def _require_file(what: str, path: str, found: bool) -> None:
 
 @functools.cache
 def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
-    del mtime_ns  # only tells states of the file apart
+    del mtime_ns  # only distinguishes states of the file
     found = Findings(json_file)
     content = read_content(json_file, found)
     names: dict[Any, str] = {}
@@ -227,8 +229,8 @@ def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
 def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
     """Returns the categories of a data set in the order of its classes, or None if unknown.
 
-    Takes them from detectron2's catalog, or from the annotation file: a data set of COCO_FILES need
-    not be registered yet, and one of ``register_coco_instances`` need not be loaded.
+    They come from detectron2's catalog or from the annotation file: data sets of COCO_FILES need
+    not be registered yet, and those of ``register_coco_instances`` need not be loaded.
 
     Args:
         datasets: the section DATASETS of a config.
@@ -246,7 +248,7 @@ def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
     if names is not None and json_file in (None, metadata.get("source_json_file", json_file)):
         id_of = {k: i for i, k in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
         ids = [id_of.get(k, -1) for k in range(len(names))]
-        # Where ids are not known they count from 1, as COCO's own do.
+        # Unknown ids count from 1, as COCO's do.
         return dict(zip(ids if -1 not in ids else range(1, len(names) + 1), names, strict=True))
     json_file = json_file or files_of(name)[0]
     if not json_file or not Path(json_file).is_file():
@@ -260,9 +262,9 @@ def _entries(datasets: CfgNode) -> list[tuple[str, str, str]]:
         triple = isinstance(entry, list | tuple) and len(entry) == 3
         if not triple or not all(isinstance(x, str) for x in entry):
             raise ConfigError(
-                f"DATASETS.COCO_FILES: {entry!r} is not [name, annotations.json, image folder]; of "
-                "images in several folders, tools/check_dataset.py --images FOLDER FOLDER --fix "
-                "FILE writes annotations for one"
+                f"DATASETS.COCO_FILES: {entry!r} is not [name, annotations.json, image folder]; if "
+                f"the images are in several folders, tools/check_dataset.py --images FOLDER FOLDER "
+                f"--fix FILE writes annotations for one folder"
             )
         entries.append((entry[0], entry[1], entry[2]))
     names = [name for name, _, _ in entries]
@@ -290,7 +292,7 @@ def _reference_categories(cfg: CfgNode, files: dict[str, CocoFile]) -> tuple[str
 
 
 def _check_categories(name: str, file: CocoFile, reference: tuple[str, Categories]) -> None:
-    """Raises ConfigError unless each used category of a file is of the reference, id and name."""
+    """Raises ConfigError unless the reference has each used category of a file, by id and name."""
     reference_name, known = reference
     ids_by_name = {category: i for i, category in known.items()}
     for i, category in file.categories.items():
@@ -312,14 +314,14 @@ def _check_categories(name: str, file: CocoFile, reference: tuple[str, Categorie
 class CocoFileMetadata(Metadata):
     """The metadata of a data set of COCO_FILES.
 
-    ``json_file`` is for evaluators, detectron2's as well as the plugin's. They stop where the file
-    lists fewer classes than the model has. So a file that lacks some, or has others that it does
-    not use, is copied with the model's list when ``json_file`` is first read.
+    ``json_file`` is for evaluators, detectron2's and the plugin's. They fail if the file lists
+    fewer classes than the model has. So if a file lacks some, or lists unused others, it is copied
+    with the model's list when ``json_file`` is first read.
     """
 
     @functools.cached_property
     def json_file(self) -> str:
-        """The path of the annotations to evaluate with; written first where that is a copy."""
+        """The path of the annotations to evaluate with; if that is a copy, it is written first."""
         source = Path(self.source_json_file)
         ids = self.thing_dataset_id_to_contiguous_id
         wanted = [{"id": i, "name": self.thing_classes[index]} for i, index in ids.items()]
@@ -328,16 +330,18 @@ class CocoFileMetadata(Metadata):
         content = json.loads(source.read_text(encoding="utf-8"))
         path = Path(self.output_dir) / "coco_files" / f"{self.name}.json"
         write_durably(path, json.dumps({**content, "categories": wanted}))
-        logger.info("%s lists other categories than the model has; copied to %s", source, path)
+        logger.info(
+            "%s lists other categories than the model: copied with the model's to %s", source, path
+        )
         return str(path)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns all entries, as detectron2's does, ``json_file`` among them."""
+        """Returns all entries including ``json_file``, as detectron2's does."""
         return {**super().as_dict(), "json_file": self.json_file}
 
 
 def _register(name: str, file: CocoFile, categories: Categories, output_dir: Path) -> None:
-    """Puts a file into detectron2's catalogs, replacing an entry that an earlier config made."""
+    """Puts a file into detectron2's catalogs, replacing an earlier config's entry."""
     if name in DatasetCatalog.list():
         if not MetadataCatalog.get(name).get("from_coco_files", False):
             raise ConfigError(f"DATASETS.COCO_FILES: {name!r} is registered already; rename yours")
@@ -364,7 +368,7 @@ def _loader(file: CocoFile, class_indices: dict[int, int]) -> Callable[[], list[
                 f"the categories of {file.json_file} have changed since it was registered; call "
                 "register_coco_files again"
             )
-        # Without a name it leaves the category ids alone.
+        # Without a name, it does not change the category ids.
         records = load_coco_json(file.json_file, file.image_root)
         for record in records:
             for annotation in record["annotations"]:

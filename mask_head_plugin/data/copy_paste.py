@@ -1,7 +1,7 @@
 """Copy-paste: objects of one training image pasted onto another, with their masks.
 
 Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation",
-CVPR 2021. Pasted without blending, which in the paper's ablation gains nothing.
+CVPR 2021. Objects are pasted without blending, which gains nothing in the paper's ablation.
 
 Shape alphabet: N objects of an image, H and W height and width of the image in pixels.
 """
@@ -25,11 +25,12 @@ BoolArray = npt.NDArray[np.bool_]
 
 KEY = "INPUT.COPY_PASTE.PROBABILITY"
 SHARE_COMING_ALONG = 0.5
-"""An object comes with those that are pasted if at least this share of it lies in them."""
+"""An object comes along if at least this share of it lies in the pasted ones."""
 
 
 def check_copy_paste(cfg: CfgNode) -> None:
-    """Refuses INPUT.COPY_PASTE where what training needs cannot be pasted, or cut, with an object.
+    """Refuses INPUT.COPY_PASTE if training needs something that cannot be pasted or cut with an
+    object.
 
     Raises:
         ConfigError: naming the other key.
@@ -48,8 +49,8 @@ class CopyPasteMapper:
     """Maps a record and, with some probability, pastes objects of another record onto it.
 
     That record is any of the data set, with equal chances whatever the sampler, and goes through
-    the same augmentations. A random number of its objects, from one to all, is chosen. What the
-    samples of the mapper are without copy-paste they stay, but for the pasted pixels.
+    the same augmentations. A random number of its objects, from one to all, is chosen. Apart from
+    the pasted pixels, samples are those that the mapper gives without copy-paste.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class CopyPasteMapper:
             return sample
         chosen = np.random.permutation(num_objects)[: np.random.randint(1, num_objects + 1)]
         room = np.subtract(_image_hw(sample), _image_hw(source))
-        # The smaller image of two is anywhere in the larger one.
+        # The smaller image may be anywhere in the larger one.
         top, left = np.random.randint(np.minimum(room, 0), np.maximum(room, 0) + 1).tolist()
         paste_objects(sample, source, chosen, (top, left))
         return sample
@@ -94,22 +95,23 @@ class CopyPasteMapper:
 def paste_objects(
     sample: Sample, source: Sample, chosen: npt.NDArray[np.int64], top_left: tuple[int, int]
 ) -> None:
-    """Pastes objects of one sample onto another, which changes.
+    """Pastes objects of one sample onto another, in place.
 
-    Pixels of the chosen objects now are the source's, in the image and in ``sem_seg`` if
-    there is one. Objects below lose them. Other objects of the source of which half or more lies in
-    those pixels come along with what of them does: windows of a facade, say, which are seen then.
-    Objects without a pixel are dropped, and boxes are those of the pixels. Masks become bit masks:
-    a polygon cannot have the holes. Overlaps between objects of one image stay. ``pasted_from``
-    becomes the source's file. Where no chosen object lies in the image, nothing changes.
+    The pixels of the chosen objects become the source's, in the image and in ``sem_seg`` if there
+    is one. Objects below lose them. Other objects of the source that lie in those pixels by half or
+    more come along, cut to them: with a facade come its windows, which would be visible otherwise.
+    Objects without pixels are dropped, and boxes enclose the pixels that are left. Masks become bit
+    masks, since a polygon cannot have the holes. Overlaps between objects of one image stay.
+    ``pasted_from`` becomes the source's file. If no chosen object lies in the image, nothing
+    changes.
 
     Args:
         sample: with ``image`` (C, H, W) and ``instances`` that have ``gt_boxes``, ``gt_classes``
             and ``gt_masks``.
         source: as ``sample``; its size may differ.
         chosen: indices of its objects.
-        top_left: the row and column of ``sample`` where the source begins, negative ones outside;
-            a pixel at least must lie inside.
+        top_left: the row and column of ``sample`` where the source begins; may be negative, but at
+            least one pixel must lie inside.
 
     Raises:
         ConfigError: if ``instances`` are missing, or objects have no masks.
@@ -146,7 +148,7 @@ def _objects(sample: Sample) -> Instances:
     objects = sample.get("instances")
     if objects is None or (len(objects) and not objects.has("gt_masks")):
         raise ConfigError(
-            f"{KEY} needs objects with masks, and the mapper gives none for "
+            f"{KEY} needs objects with masks, but the mapper gives none for "
             f"{sample.get('file_name')}; set it to 0"
         )
     return objects
@@ -179,7 +181,7 @@ def _areas(masks: BoolArray) -> npt.NDArray[np.int64]:
 
 
 def _without_masks(objects: Instances, are_kept: BoolArray, image_hw: tuple[int, int]) -> Instances:
-    """Returns those of (N,) objects that are kept, on an image of another size."""
+    """Returns the (N,) objects that are kept, on an image of another size."""
     fields: dict[str, Any] = objects[torch.from_numpy(are_kept)].get_fields()
     return Instances(image_hw, **{name: x for name, x in fields.items() if name != "gt_masks"})
 

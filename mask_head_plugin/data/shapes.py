@@ -1,4 +1,4 @@
-"""The embedded data set: outlines that boxes do not tell apart, made from integers on first use.
+"""The embedded data set: shapes that boxes cannot tell apart, drawn with integers on first use.
 
 Five classes with thin parts, holes and notches, overlapping each other on a textured background:
 ring (a hole), star (spikes), cross (thin arms), crescent (a concave side), arrow (a thin shaft).
@@ -50,10 +50,10 @@ CLASS_NAMES = ("ring", "star", "cross", "crescent", "arrow")
 
 S = 4
 UNIT = 1 << 12
-"""Outlines are given in a square of [-UNIT, UNIT]."""
+"""Outlines are given in the square [-UNIT, UNIT]."""
 TURN = 720
 """Directions in a full turn; half a degree each."""
-# Rounded sines of a table this coarse are the same on every libm: none lies near a rounding edge.
+# The rounded sines of so coarse a table are the same on every libm: none is close to a tie.
 SINE = np.array([round(UNIT * math.sin(2 * math.pi * k / TURN)) for k in range(TURN)], np.int64)
 
 MAX_TILT = 40
@@ -245,10 +245,10 @@ def write_split(folder: Path, split: str, num_images: int) -> None:
 
 
 def ensure_shapes(folder: Path) -> None:
-    """Makes the data set in ``folder`` unless that exists.
+    """Draws the data set into ``folder`` unless that exists.
 
     It is written under a temporary name and renamed, so an interrupted run leaves nothing that
-    looks finished, and of several processes the first to finish wins.
+    looks finished, and the first of several processes to finish wins.
     """
     if folder.is_dir():
         return
@@ -268,7 +268,7 @@ def ensure_shapes(folder: Path) -> None:
 
 
 def load_shapes(folder: Path, split: str) -> list[dict[str, Any]]:
-    """Returns a split in detectron2's standard format, making the data set on first use."""
+    """Returns a split in detectron2's standard format; draws the data set on first use."""
     ensure_shapes(folder)
     annotations = str(folder / "annotations" / f"{split}.json")
     return load_coco_json(annotations, str(folder / split), f"shapes_{split}")
@@ -277,7 +277,7 @@ def load_shapes(folder: Path, split: str) -> list[dict[str, Any]]:
 def register_shapes() -> None:
     """Registers ``shapes_train`` and ``shapes_val`` in detectron2's catalogs.
 
-    A data set of the user's by that name, registered before or later, takes its place.
+    If a user's data set has that name, registered before or later, it takes their place.
     """
     folder = datasets_root() / FOLDER
     for split in NUM_IMAGES:

@@ -1,10 +1,10 @@
-"""Training batches that a resumed run gets again: batch k is a function of only the seed and k.
+"""Training batches that are the same in a resumed run: batch k depends only on the seed and k.
 
 detectron2 groups samples by aspect ratio after the workers and draws augmentations from whatever
 state the generators of a worker are in, so its batches depend on the number of workers and differ
-in a resumed run. Here batches are composed of indices, in the main process, and each sample
-is augmented with generators that are seeded by its place in the run. Nothing of this needs saving:
-to continue at iteration k, the first k lists of indices are skipped.
+in a resumed run. Here, the main process composes batches of indices, and each sample is augmented
+with generators seeded by its place in the run. Nothing needs to be saved: to continue at iteration
+k, the first k lists of indices are skipped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Record = dict[str, Any]
 Mapper = Callable[[Record], Any]
 
 MAX_DECLINED = 100
-"""Images in a row that a mapper may decline, by returning None, before that is an error."""
+"""How many images in a row a mapper may decline, by returning None."""
 
 FILES_LISTED = 20
 
@@ -51,7 +51,7 @@ def seed_generators(*key: int) -> None:
         key: non-negative integers, such as seed, iteration and rank.
     """
     seed = _seed_python_and_numpy(key)
-    # torch.manual_seed would, each time, note for later where CUDA was to be seeded.
+    # torch.manual_seed would record, each time, a later call that seeds CUDA.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)
@@ -59,7 +59,7 @@ def seed_generators(*key: int) -> None:
 
 @contextlib.contextmanager
 def kept_generators() -> Iterator[None]:
-    """Gives the global generators of the CPU their state back at the end."""
+    """Restores the state of the CPU's global generators at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -75,7 +75,7 @@ def seed_cpu_generators(*key: int) -> None:
 
 
 def _seed_python_and_numpy(key: Sequence[int]) -> int:
-    """Returns the seed that is left for torch."""
+    """Returns the remaining seed, for torch."""
     words = np.random.SeedSequence(key).generate_state(4, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(words[1:3].view(np.uint32))
@@ -96,20 +96,19 @@ class ImageNamingMapper:
         """Maps a record.
 
         Raises:
-            ConfigError: if the mapper fails, whatever its error is.
+            ConfigError: if the mapper fails with any error.
         """
         described = describe(record)  # the mapper may change the record
         try:
             return self._mapper(record)
         except ImageFileError as error:
             raise ConfigError(
-                f"{described} {error.reason}; repair it, or leave it out of the data set"
+                f"{described} {error.reason}; repair it, or remove it from the data set"
             ) from error
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(
-                f"{described} cannot be loaded: {reason}; repair it, or leave it out of the data "
-                "set"
+                f"{described} cannot be loaded: {reason}; repair it, or remove it from the data set"
             ) from error
 
 
@@ -119,14 +118,14 @@ def describe(record: Record) -> str:
 
 
 class TrainLoader:
-    """Endless batches of mapped samples, from any iteration on.
+    """Endless batches of mapped samples, starting from any iteration.
 
-    Composition of a batch, order of its samples and their augmentation depend on (seed, iteration,
-    rank, number of processes), not on workers or on what ran before.
+    The samples of a batch, their order and their augmentation depend on (seed, iteration, rank,
+    number of processes), not on workers or on what ran before.
 
-    Differs from detectron2's loader in that a sample that the mapper fails on is an error which
-    names the file, whatever the number of workers, and in that one that the mapper declines (None)
-    is replaced by an image drawn from the sample's own generator.
+    Differs from detectron2's loader: if the mapper fails on a sample, the error names the file,
+    with any number of workers; and a sample that the mapper declines (None) is replaced by an image
+    drawn from the sample's own generator.
     """
 
     def __init__(self, cfg: CfgNode, mapper: Mapper | None = None) -> None:
@@ -137,7 +136,7 @@ class TrainLoader:
             mapper: from a record to what the model takes; if None ImageFileMapper.
         """
         check_copy_paste(cfg)
-        with kept_generators():  # a sampler comes with it, and draws
+        with kept_generators():  # it creates a sampler, which draws
             parts = build_detection_train_loader.from_config(cfg, mapper or ImageFileMapper(cfg))
         if isinstance(parts["dataset"], IterableDataset):
             raise ConfigError(
@@ -162,11 +161,11 @@ class TrainLoader:
         self._seed, self._start = 0, 0
 
     def go_to(self, seed: int, iteration: int) -> None:
-        """Sets the seed, and the iteration whose batch the next iterator gives first."""
+        """Sets the seed, and the iteration from which the next iterator starts."""
         self._seed, self._start = seed, iteration
 
     def __iter__(self) -> Iterator[list[Any]]:
-        # detectron2's samplers take their seed from NumPy's generator, and no two the same way.
+        # detectron2's samplers take their seed from NumPy's generator, each in another way.
         with kept_generators():
             seed_cpu_generators(self._seed)
             parts = build_detection_train_loader.from_config(
@@ -182,13 +181,13 @@ class TrainLoader:
             batch_sampler=batches,
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
-            # Else the loader would draw from torch's own, as often as one is made.
+            # Otherwise each new loader would draw from torch's own generator.
             generator=torch.Generator().manual_seed(self._seed),
         )
         return self._checked(iter(loader), batches)
 
     def _checked(self, loaded: Iterator[list[Any]], batches: _Batches) -> Iterator[list[Any]]:
-        """Passes batches on; what a worker could not load becomes one error."""
+        """Passes batches on; raises one error for a sample that a worker could not load."""
         while True:
             try:
                 batch = next(loaded)
@@ -200,8 +199,8 @@ class TrainLoader:
                 raise ConfigError(
                     f"a data loader worker died in iteration {places[0].iteration} "
                     f"({first_line(error)}) while these were loaded: "
-                    f"{listed(files, FILES_LISTED)}. If memory ran out lower "
-                    "DATALOADER.NUM_WORKERS; else look at these files"
+                    f"{listed(files, FILES_LISTED)}. If memory ran out, lower "
+                    f"DATALOADER.NUM_WORKERS; otherwise look at these files"
                 ) from error
             batches.pending.popleft()
             for sample in batch:
@@ -222,14 +221,14 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Stands for a sample that could not be loaded: workers cannot send all exceptions whole."""
+    """Replaces a sample that could not be loaded: workers cannot send every exception."""
 
     message: str
     details: str
 
 
 class _Batches(Sampler[list[_Place]]):
-    """Lists of places, one a batch, endlessly; with groups, each of one group."""
+    """Endless lists of places, one per batch; with groups, each batch is from one group."""
 
     def __init__(
         self, sampler: Sampler[int], batch_size: int, groups: list[bool] | None, start: int
@@ -256,13 +255,13 @@ class _Batches(Sampler[list[_Place]]):
 
 
 class _Samples(Dataset[Any]):
-    """Mapped samples by place."""
+    """Mapped samples, by place."""
 
     def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int, rank: int) -> None:
         self._records, self._mapper, self._seed, self._rank = records, mapper, seed, rank
 
     def __getitems__(self, places: list[_Place]) -> list[Any]:
-        with kept_generators():  # once a batch: it takes longer than seeding
+        with kept_generators():  # once per batch: it takes longer than seeding
             return [self[place] for place in places]
 
     def __getitem__(self, place: _Place) -> Any:
@@ -282,11 +281,11 @@ class _Samples(Dataset[Any]):
 
 
 def _aspect_groups(records: Sequence[Record]) -> list[bool]:
-    """Returns for each record whether it is wider than high, as detectron2 groups them."""
+    """Returns for each record whether it is wider than it is high, as detectron2 groups them."""
     for record in records:
         if not ("width" in record and "height" in record):
             raise ConfigError(
                 f"{describe(record)} has no width and height, which "
-                "DATALOADER.ASPECT_RATIO_GROUPING needs; give them or set it to False"
+                f"DATALOADER.ASPECT_RATIO_GROUPING needs; add them, or set it to False"
             )
     return [record["width"] > record["height"] for record in records]

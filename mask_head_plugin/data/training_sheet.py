@@ -1,4 +1,4 @@
-"""One picture of what a model is trained on: images as augmented, with and without their masks."""
+"""One picture of what a model is trained on: augmented images, without and with their masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .copy_paste import bit_masks
 
 
 def write_training_sheet(cfg: CfgNode, samples: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws samples of a training loader, pixels left and masks right, into one PNG.
+    """Draws samples of a training loader into one PNG: pixels on the left, masks on the right.
 
     Args:
         cfg: gives INPUT.FORMAT and, by DATASETS.TRAIN, the names of the classes.

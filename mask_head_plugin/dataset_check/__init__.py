@@ -1,4 +1,6 @@
-"""Faults of COCO files and their images: found, reported with the fix, and repaired in a copy."""
+"""Finds faults of COCO files and their images, reports each with its fix, and repairs them in a
+copy.
+"""
 
 from .check import CheckOptions, check_coco_file
 from .config_datasets import check_dataset_files

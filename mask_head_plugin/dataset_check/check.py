@@ -1,8 +1,8 @@
 """Checks a COCO instances file and its images before anything is trained with them.
 
-What is checked is what breaks detectron2's ``load_coco_json``, its DatasetMapper and masks,
-pycocotools or the evaluation of this package, and what they would take without a word and train on
-wrongly: see ``findings.KINDS`` for the list.
+It looks for whatever breaks detectron2's ``load_coco_json``, its DatasetMapper and masks,
+pycocotools or this package's evaluation, and for whatever they would silently misread.
+``findings.KINDS`` is the list.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .records import Sizes, check_annotation_fields, check_categories, check_ima
 from .records_and_files import check_files
 from .whole_export import check_whole
 
-FEW_ANNOTATIONS = 50_000  # are checked in a second
+FEW_ANNOTATIONS = 50_000  # files are checked in a second
 
 
 @dataclass
@@ -39,8 +39,8 @@ class CheckOptions:
         num_classes: of the model, None if not known.
         lvis: whether the file is LVIS's.
         masks: whether objects need masks, as MODEL.MASK_ON says.
-        files: whether to look at the image files.
-        decode: whether to decode all of them.
+        files: whether to check the image files.
+        decode: whether to decode all image files.
         known_files: facts of files that need not be read again.
     """
 
@@ -54,7 +54,7 @@ class CheckOptions:
 
 @dataclass
 class Facts:
-    """What a check learns about a file besides its faults.
+    """What a check learns about a file, apart from its faults.
 
     Attributes:
         categories: names by id.
@@ -87,12 +87,12 @@ def check_coco_file(
 
 
 def read_content(json_file: str, found: Findings, *, compact: bool = True) -> Any:
-    """Returns what a JSON file holds; None, with a finding, if it cannot be read.
+    """Returns the content of a JSON file; None, and adds a finding, if it cannot be read.
 
     Args:
         json_file: its path.
         found: gets the finding.
-        compact: whether polygons may come as arrays of numbers, for which COCO's take 1 GB less.
+        compact: whether polygons may become arrays of numbers, which saves 1 GB for COCO.
     """
     try:
         data = Path(json_file).read_bytes()
@@ -117,18 +117,18 @@ def read_content(json_file: str, found: Findings, *, compact: bool = True) -> An
 
 
 def _compact(record: dict[str, Any]) -> dict[str, Any]:
-    """Makes arrays of a parsed object's polygons, where these are lists of numbers."""
+    """Turns a parsed object's polygons into arrays if they are lists of numbers."""
     polygons = record.get("segmentation")
     if type(polygons) is list:
         for k, polygon in enumerate(polygons):
             if type(polygon) is list and polygon:
-                with contextlib.suppress(TypeError, OverflowError):  # the check will say why not
+                with contextlib.suppress(TypeError, OverflowError):  # the check will report it
                     polygons[k] = array("d", polygon)
     return record
 
 
 def _parse(text: str, found: Findings, object_hook: Callable[[dict[str, Any]], Any] | None) -> Any:
-    # None of millions of new objects is garbage; looking for some takes longer than parsing.
+    # None of the millions of new objects is garbage; looking for it takes longer than parsing.
     gc.disable()
     try:
         return json.loads(text, object_hook=object_hook)
@@ -144,7 +144,7 @@ def _parse(text: str, found: Findings, object_hook: Callable[[dict[str, Any]], A
         found.add(kind, f"the file is not JSON at {place}: {error.msg}")
     except RecursionError:
         found.add("json-syntax", "the file is nested too deeply")
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         found.add("json-syntax", f"the file has {quote(str(error))}")
     finally:
         gc.enable()
@@ -192,7 +192,7 @@ def _check_annotations(
     sizes: Sizes,
     options: CheckOptions,
 ) -> None:
-    """Checks each annotation, and what shares of them have."""
+    """Checks each annotation, and then shares of them."""
     if not annotations:
         found.add("no-annotations", "the file has no annotations")
         return

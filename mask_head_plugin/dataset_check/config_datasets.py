@@ -1,7 +1,7 @@
-"""The check of a config's data sets before the first iteration: DATASETS.CHECK.
+"""Checks a config's data sets before the first iteration: DATASETS.CHECK.
 
-What a check of a file found is kept in ``$XDG_CACHE_HOME/mask_head_plugin`` (or ``~/.cache``), so a
-second run with the same annotations and image files only looks at the sizes and times of these.
+Results are cached in ``$XDG_CACHE_HOME/mask_head_plugin`` (or ``~/.cache``), so that a second run
+with the same annotations and image files only looks at their sizes and times.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ REPORT = "dataset_check.json"
 
 @dataclass(frozen=True)
 class CocoSource:
-    """A registered data set that is a file in COCO's or LVIS's format.
+    """A registered data set in a file of COCO's or LVIS's format.
 
     Attributes:
         name: in the catalog.
@@ -68,14 +68,14 @@ class CocoSource:
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """What a check found, as it is kept.
+    """What a check found, as it is cached.
 
     Attributes:
         findings: all.
         categories: names by id.
-        rle_example: the id of a non-crowd annotation with run lengths, in a list.
+        rle_example: a list with the id of a non-crowd annotation with run lengths, or empty.
         files: paths of the images.
-        objects: ids of images that have any, each with the number of its non-crowd objects.
+        objects: number of non-crowd objects by image id, for images that have any.
     """
 
     findings: list[Finding]
@@ -88,7 +88,7 @@ class CheckedFile:
 def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
     """Checks the files of DATASETS.TRAIN and DATASETS.TEST as DATASETS.CHECK says.
 
-    All findings are in ``OUTPUT_DIR/dataset_check.json``. Data sets other than COCO files, and
+    Writes all findings to ``OUTPUT_DIR/dataset_check.json``. Data sets that are not COCO files, and
     the embedded one, are not checked.
 
     Args:
@@ -113,7 +113,7 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
     if any(finding.severity != HINT for finding in found):
         logger.warning("findings in the data sets (all in %s):\n%s", report, summary_table(found))
     for finding in found:
-        if finding.severity != ERROR and finding.index < 0:  # a table does not hold the shares
+        if finding.severity != ERROR and finding.index < 0:  # a table would not show the shares
             level = logging.INFO if finding.severity == HINT else logging.WARNING
             logger.log(level, "%s", finding)
     if errors and mode == "error":
@@ -124,11 +124,11 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
 
 
 def find_faults(cfg: CfgNode, sources: Sequence[CocoSource]) -> list[Finding]:
-    """Returns the faults of data sets, each alone and together, in a config.
+    """Returns the faults of a config's data sets, one by one and taken together.
 
     Args:
         cfg: a config whose data sets are registered.
-        sources: those of them that are files.
+        sources: the data sets that are files.
     """
     checked = {
         source: check_with_cache(source, _num_classes(cfg, source), masks=cfg.MODEL.MASK_ON)
@@ -151,7 +151,7 @@ def write_report(found: Sequence[Finding], path: Path) -> None:
 
 
 def sources_of(names: Iterable[str]) -> list[CocoSource]:
-    """Returns the data sets that are files, each pair of file and folder once."""
+    """Returns the data sets that are files; each pair of file and folder once."""
     sources: dict[tuple[str, str], CocoSource] = {}
     for name in names:
         metadata = MetadataCatalog.get(name)
@@ -172,9 +172,9 @@ def sources_of(names: Iterable[str]) -> list[CocoSource]:
 
 
 def files_of(name: str) -> tuple[str, str]:
-    """Returns the annotation file and the image folder of a data set, empty where it has none.
+    """Returns the annotation file and the image folder of a data set; empty if it has none.
 
-    Of a data set of COCO_FILES that is the user's file, not the copy for evaluators.
+    For a data set of COCO_FILES, that is the user's file, not the copy for evaluators.
     """
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("source_json_file") or metadata.get("json_file", "")
@@ -182,7 +182,7 @@ def files_of(name: str) -> tuple[str, str]:
 
 
 def _num_classes(cfg: CfgNode, source: CocoSource) -> int | None:
-    # A file of COCO_FILES may lack categories that another one has.
+    # A file of COCO_FILES may lack categories of another one.
     return None if source.matched else cfg.MODEL.ROI_HEADS.NUM_CLASSES
 
 
@@ -207,14 +207,14 @@ def _disagreements(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list
 
 
 def _leave_training(cfg: CfgNode, source: CocoSource) -> bool:
-    """Returns whether images without objects, if a data set has some, are not trained on."""
+    """Returns whether training skips images without objects, if a data set has any."""
     return source.name in cfg.DATASETS.TRAIN and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
 
 
 def _in_both_splits(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
-    """Looks for the training images in the data sets of DATASETS.TEST."""
+    """Looks for training images in the data sets of DATASETS.TEST."""
     found: list[Finding] = []
-    # A data set in both is known once only, by the name in TRAIN.
+    # A data set in both is listed once, under its name in TRAIN.
     of_name = {
         name: next((x for x in checked if files_of(name) == (x.json_file, x.image_root)), None)
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
@@ -237,7 +237,7 @@ def _in_both_splits(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> lis
 def _more_objects_than_detections(
     cfg: CfgNode, checked: dict[CocoSource, CheckedFile]
 ) -> list[Finding]:
-    """Looks for images of DATASETS.TEST in which no model with this config can find all objects."""
+    """Looks for images of DATASETS.TEST with more objects than a model of this config can find."""
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     tested = [files_of(name) for name in cfg.DATASETS.TEST]
     found: list[Finding] = []
@@ -247,18 +247,18 @@ def _more_objects_than_detections(
             most = max(above, key=lambda image: above[image])
             share = f"{len(above)} of {len(result.files)} images"
             message = (
-                f"{share} have more objects than TEST.DETECTIONS_PER_IMAGE, {limit}, lets a model "
-                f"find; image {quote(most)} has {above[most]}"
+                f"{share} have more objects than the {limit} that TEST.DETECTIONS_PER_IMAGE lets a "
+                f"model find; image {quote(most)} has {above[most]}"
             )
             found.append(Finding("image-over-detections", source.json_file, message))
     return found
 
 
 def _wrong_mask_format(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
-    """PolygonMasks cannot hold run lengths; crowds are not trained on."""
+    """Reports run lengths, which PolygonMasks cannot hold; crowds do not matter in training."""
     if not cfg.MODEL.MASK_ON or cfg.INPUT.MASK_FORMAT != "polygon":
         return []
-    message = "the mask is run lengths, INPUT.MASK_FORMAT is polygon"
+    message = "the mask is run lengths, but INPUT.MASK_FORMAT is polygon"
     return [
         Finding("rle-needs-bitmask", source.json_file, message, None, *result.rle_example)
         for source, result in checked.items()
@@ -267,7 +267,7 @@ def _wrong_mask_format(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> 
 
 
 def describe_errors(errors: Sequence[Finding], sources: Iterable[CocoSource]) -> str:
-    """Returns the first errors of data sets, and the commands that write corrected copies."""
+    """Returns a text with the first errors, and the commands that write corrected copies."""
     lines = [f"the data sets have {len(errors)} errors:"]
     lines += [f"  {finding}" for finding in errors[:SHOWN]]
     if len(errors) > SHOWN:
@@ -289,7 +289,7 @@ def _fix_command(source: CocoSource) -> str:
 def check_with_cache(
     source: CocoSource, num_classes: int | None = None, *, masks: bool = True
 ) -> CheckedFile:
-    """Checks a data set, or returns what an earlier check of the same files found.
+    """Checks a data set, or returns the result of an earlier check of the same files.
 
     Args:
         source: the data set.
@@ -316,7 +316,7 @@ def check_with_cache(
     example = facts.formats.examples.get("run lengths")
     examples = [] if example is None else [example]
     result = CheckedFile(found, facts.categories, examples, files, _objects_by_image(content))
-    # A file that is missing may come to be elsewhere in the folder, which no file listed shows.
+    # A missing file may appear elsewhere in the folder, which the listed files would not show.
     if path and not any(x.kind in ("image-file-missing", "image-file-elsewhere") for x in found):
         _write_cache(path, result, before)
     return result
@@ -330,31 +330,31 @@ def _objects_by_image(content: Any) -> list[tuple[Any, int]]:
 
 
 def _cache_path(source: CocoSource, num_classes: int | None, masks: bool) -> Path | None:
-    """Returns the place for what a check finds: by content of the file, arguments and checker."""
+    """Returns where to cache a check, by content of the file, arguments and code of the check."""
     digest = hashlib.sha256()
-    # As text: relative paths mean another file in another folder.
+    # As text: a relative path means another file in another folder.
     arguments = [source.json_file, source.image_root, source.lvis, num_classes, masks, os.getcwd()]  # noqa: PTH109
     digest.update(json.dumps(arguments).encode())
     try:
-        # The reader of images decides findings as well.
+        # Findings also depend on the image reader.
         for code in (*sorted(Path(__file__).parent.glob("*.py")), Path(image_files.__file__)):
             digest.update(code.read_bytes())
         with Path(source.json_file).open("rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
         root = os.getenv("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    except (OSError, RuntimeError):  # no such file, which the check will say; no home
+    except (OSError, RuntimeError):  # no such file, which the check will report; or no home folder
         return None
     return Path(root) / "mask_head_plugin" / "dataset_checks" / f"{digest.hexdigest()}.json"
 
 
 def _fingerprint(files: Iterable[str]) -> str:
-    """Returns a digest of the names, sizes and times of files; missing ones count as such."""
+    """Returns a digest of the names, sizes and times of files; missing ones are marked."""
     digest = hashlib.sha256()
     for path in files:
         try:
             status = os.stat(path)  # noqa: PTH116  # makes no Path of each of many files
-            # The last also changes with permissions.
+            # The last one also changes with permissions.
             times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
             digest.update(f"{path}\0{status.st_size}\0{times}\n".encode())
         except (OSError, ValueError):
@@ -374,7 +374,7 @@ def _write_cache(path: Path, result: CheckedFile, fingerprint: str) -> None:
     try:
         write_durably(path, json.dumps(content))
     except OSError as error:
-        logger.info("the result of the check is not kept: %s", error)
+        logger.info("the result of the check cannot be cached: %s", error)
 
 
 def _read_cache(path: Path) -> CheckedFile | None:
@@ -386,5 +386,5 @@ def _read_cache(path: Path) -> CheckedFile | None:
         categories = dict(content["categories"])
         objects = [(image, number) for image, number in content["objects"]]
         return CheckedFile(findings, categories, content["rle_example"], content["files"], objects)
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
         return None

@@ -1,7 +1,7 @@
-"""A corrected copy of a COCO file: what has one right answer is repaired, the rest is left out.
+"""Writes a corrected copy of a COCO file: repairs what has one right answer, drops the rest.
 
-The check decides: what it calls an error is repaired once; if it is one still, the record is left
-out. So the copy passes the check. Every change is listed with its reason.
+The check decides: each error is repaired once; if it is still an error, the record is dropped. So
+the copy passes the check. Every change is listed with its reason.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ def fix_coco_file(
     accepted: Collection[str] = (),
     crowds_are_objects: bool = False,
 ) -> list[Change]:
-    """Writes a copy of a COCO file that the check finds no errors in, and a list of the changes.
+    """Writes a copy of a COCO file that passes the check, and a list of the changes.
 
     Args:
         json_file: the annotations.
         image_root: the folder of the images, or several; then names in the copy start from the
             folder above all of them.
         output: the copy; must not exist. The list is ``<output>.changes.json``.
-        options: as of the check.
-        accepted: kinds of finding that may cost most records, whose copy is refused else.
+        options: those of the check.
+        accepted: kinds of finding that may cost most records; without this, such a copy is refused.
         crowds_are_objects: whether annotations with ``iscrowd`` 1 are single objects.
 
     Returns:
         The changes.
 
     Raises:
-        ConfigError: if the output exists or cannot be written, or the file has faults that no one
-            right answer mends.
+        ConfigError: if the output exists or cannot be written, or if the file has faults without
+            one right repair.
     """
     refuse_existing((output, changes_path(output)), "--fix")
     content, changes = _read_leniently(json_file)
@@ -64,10 +64,10 @@ def fix_coco_file(
     if not check_sections(content, found):
         raise _unfixable(found[0])
     options = options or CheckOptions()
-    # The number of classes of a model is not a fault of the file.
+    # Another number of classes in the model is not a fault of the file.
     root = join_folders(content, image_root)
     if not isinstance(image_root, str) and len(image_root) > 1:
-        what = f"file_name starts from {root} now: train with this image folder"
+        what = f"file_name now starts from {root}: train with this image folder"
         changes.append(Change("changed", "image-file-elsewhere", "", -1, None, None, what))
     document = Document(content, root, dataclasses.replace(options, num_classes=None))
     repair(document, json_file, accepted, crowds_are_objects=crowds_are_objects)
@@ -83,7 +83,7 @@ def changes_path(output: Path) -> Path:
 
 
 def _read_leniently(json_file: str) -> tuple[Any, list[Change]]:
-    """Returns what a file holds, also if it is in another Unicode encoding."""
+    """Returns the content of a file, even in another Unicode encoding."""
     found = Findings(json_file)
     content = read_content(json_file, found, compact=False)
     if not found:
@@ -102,13 +102,13 @@ def _read_leniently(json_file: str) -> tuple[Any, list[Change]]:
 
 
 def _unfixable(finding: Finding) -> ConfigError:
-    return ConfigError(f"--fix cannot mend this: {finding}")
+    return ConfigError(f"--fix cannot repair this: {finding}")
 
 
 def repair(
     document: Document, json_file: str, accepted: Collection[str], *, crowds_are_objects: bool
 ) -> None:
-    """Repairs and leaves out until the check finds no errors, and then areas that are not masks'.
+    """Repairs and drops records until the check finds no errors, and then corrects areas.
 
     Args:
         document: changed in place.
@@ -131,14 +131,14 @@ def repair(
             continue
         section = next(s for s in SECTION_ORDER if any(x.section == s for x in errors))
         faults = [x for x in errors if x.section == section]
-        # Boxes come last: it takes sound masks to judge them.
+        # Boxes come last: judging them takes sound masks.
         others = [x for x in faults if x.kind not in BOX_KINDS]
         if not others and boxes_are_left:
             boxes_are_left = False
             if repair_boxes(document, faults, accepted):
                 continue
         faults = others or faults
-        # One finding of a record at a time: a repair may be of another's cause, or change ids.
+        # One finding per record at a time: a repair may also remove another's cause, or change ids.
         first_of_record = {x.index: x for x in reversed(faults)}
         for index in sorted(first_of_record):
             _treat(document, first_of_record[index], tried)
@@ -152,7 +152,7 @@ def repair(
 def _make_objects(document: Document, json_file: str) -> None:
     for index, annotation in enumerate(document.content["annotations"]):
         if annotation.get("iscrowd") == 1:
-            message = "iscrowd was 1, crowds are objects by request"
+            message = "iscrowd was 1, and you asked for crowds as objects"
             document.finding = Finding(
                 "crowd-by-export", json_file, message, section="annotations", index=index
             )
@@ -170,7 +170,7 @@ def _repair_whole(document: Document, findings: list[Finding]) -> None:
     """Repairs a fault of the whole file.
 
     Raises:
-        ConfigError: if it has no repair, or comes of what was left out.
+        ConfigError: if it has no repair, or results from dropped records.
     """
     for finding in findings:
         if finding.kind == "normalised-coordinates" and repair_normalised_boxes(document, finding):

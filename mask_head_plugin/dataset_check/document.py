@@ -1,4 +1,4 @@
-"""A parsed COCO file that is being repaired: its records by what refers to them, and the changes.
+"""A parsed COCO file under repair: its records, indexed by what refers to them, and the changes.
 
 Shape alphabet: H, W sides of an image.
 """
@@ -19,11 +19,11 @@ from .records import MAX_ID, file_name
 
 Record = dict[str, Any]
 
-# Categories first, then images: annotations refer to both.
+# Categories first, then images, because annotations refer to both.
 SECTION_ORDER = ("categories", "images", "annotations")
 
 DISTORTING = {"polygon-outside", "polygon-odd", "crowd-polygon"}
-"""Kinds whose repair loses pixels of a mask, or decides what only the author knows."""
+"""Kinds whose repair loses pixels of a mask, or decides something only the author knows."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Document:
     Attributes:
         counts: how many records each section had.
         changes: what was done.
-        losses: findings by section and index in the input, of records that are left out or lose
+        losses: findings, by section and index in the input, of records that are dropped or lose
             pixels. A record whose content another one keeps is not a loss, nor are the annotations
             of a lost image.
         images: the image records by id.
@@ -85,7 +85,7 @@ class Document:
         self.index()
 
     def _keep_objects(self, section: str) -> None:
-        """Notes where each record was, and leaves out what is not a record."""
+        """Records the place of each record, and drops what is not a record."""
         singular = {"categories": "category", "images": "image", "annotations": "annotation"}
         for index, record in enumerate(self.content[section]):
             if isinstance(record, dict):
@@ -101,7 +101,7 @@ class Document:
         self.content[section][:] = [x for x in self.content[section] if isinstance(x, dict)]
 
     def index(self) -> None:
-        """Notes which records belong together."""
+        """Indexes which records belong together."""
         content, lvis = self.content, self.options.lvis
         self.images = _by_key(content["images"], "id")
         self.files: dict[str, list[Record]] = defaultdict(list)
@@ -120,14 +120,14 @@ class Document:
         }
 
     def remove_dropped(self) -> None:
-        """Takes the records that were dropped out of the content."""
+        """Removes dropped records from the content."""
         for section in SECTION_ORDER:
             records = self.content[section]
             records[:] = [x for x in records if id(x) not in self._dropped]
 
     def facts(self, image: Record) -> ImageFacts | None:
-        """Returns what the file of an image says, if it can be used."""
-        # The text that records_and_files.listed_images has, by which the files are known.
+        """Returns the facts of an image's file, if it can be used."""
+        # The same text as in records_and_files.listed_images, by which the files are known.
         path = os.path.join(self.image_root, str(image.get("file_name")))  # noqa: PTH118  # as there
         facts = self.options.known_files.get(path)
         return None if facts is None or facts.problem else facts
@@ -139,7 +139,7 @@ class Document:
         return (images[0]["height"], images[0]["width"]) if images else None
 
     def mask(self, annotation: Record) -> tuple[Box, Any] | None:
-        """Returns the box around a sound mask within the image, and its run lengths."""
+        """Returns the box around a sound mask, cut to the image, and its run lengths."""
         image_hw = self.image_hw(annotation)
         return None if image_hw is None else checked_mask(annotation, image_hw)
 
@@ -147,9 +147,9 @@ class Document:
         """Leaves a record out.
 
         Args:
-            record: an image goes with its annotations unless it is merged.
-            reason: for the list of changes.
-            merged: whether another record keeps what it says, so that nothing is lost.
+            record: an image is dropped with its annotations unless it is merged.
+            reason: goes into the list of changes.
+            merged: whether another record keeps its content, so that nothing is lost.
         """
         section, index, *_ = self._places[id(record)]
         self._dropped.add(id(record))
@@ -178,7 +178,7 @@ class Document:
         self.changes.append(Change(action, self.finding.kind, *self._places[id(record)], what))
 
     def new_id(self, section: str, wanted: Any) -> int:
-        """Returns a free id: the number that a text means, else the next."""
+        """Returns a free id: the number that a text means, or else the next one."""
         taken = self._taken[section]
         number = _as_number(wanted)
         if number is None or number in taken or (number == 0 and section == "annotations"):

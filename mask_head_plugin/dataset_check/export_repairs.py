@@ -1,4 +1,4 @@
-"""What --fix decides for a whole export: which repairs hold for all records, and what to refuse.
+"""Decides for a whole export which repairs apply to all records, and when --fix refuses.
 
 Shape alphabet: H, W sides of an image.
 """
@@ -24,16 +24,16 @@ NEARLY_ALL = 0.95
 BOX_KINDS = {"box-mismatch", "box-outside", "box-negative", "box-without-area"}
 AREA_KINDS = {"area-of-box", "area-suspicious"}
 BOTH_ARE_WRONG = {"mask-of-another-image"}
-"""Of two records with this fault one is right or none: a tenth record of it shows a habit."""
+"""How many records with this fault may be chance: of two, one may be right; ten show a habit."""
 
 
 def is_wholesale(count: int, total: int) -> bool:
-    """Returns whether this many faulty records mean a faulty export rather than chance."""
+    """Returns whether this many faulty records point to a faulty export rather than chance."""
     return count > total / 2 or (count >= FEW and count > WHOLESALE_SHARE * total)
 
 
 def refuse_losses(document: Document, accepted: Collection[str]) -> None:
-    """Raises if a copy without what was left out or cut would hide what is wrong with the export.
+    """Raises if a copy with so much dropped or cut would hide what is wrong with the export.
 
     Args:
         document: repaired so far.
@@ -81,8 +81,8 @@ class _Boxes(NamedTuple):
 def repair_boxes(document: Document, errors: Iterable[Finding], accepted: Collection[str]) -> bool:
     """Repairs the boxes of all annotations if they are wrong in the whole export.
 
-    Boxes that are written as corners become what COCO writes, as loose as they were; others are
-    taken around the masks.
+    Boxes written as corners become COCO's form, as loose as they were; others are replaced by the
+    boxes around the masks.
 
     Args:
         document: whose images have sizes.
@@ -93,7 +93,7 @@ def repair_boxes(document: Document, errors: Iterable[Finding], accepted: Collec
         Whether anything was changed.
 
     Raises:
-        ConfigError: if the masks may as well be the ones that are wrong.
+        ConfigError: if the masks could be the wrong ones instead.
     """
     wrong = [x for x in errors if x.kind in BOX_KINDS]
     annotations = document.content["annotations"]
@@ -102,7 +102,7 @@ def repair_boxes(document: Document, errors: Iterable[Finding], accepted: Collec
     by_index = {x.index: x for x in wrong}
     boxes = [x for annotation in annotations if (x := _boxes(document, annotation))]
     if _nearly_all(_is_corners(x) for x in boxes):
-        right, what = _from_corners, "the box is now {}, it was written as [x0, y0, x1, y1]"
+        right, what = _from_corners, "the box is now {}; it was written as [x0, y0, x1, y1]"
     else:
         if not {x.kind for x in wrong} <= set(accepted):
             _refuse_if_masks_may_be_wrong(document, boxes, wrong)
@@ -123,10 +123,10 @@ def repair_boxes(document: Document, errors: Iterable[Finding], accepted: Collec
 
 
 def repair_normalised_boxes(document: Document, finding: Finding) -> bool:
-    """Takes boxes that are shares of the image around masks that are in pixels.
+    """Replaces boxes given as shares of the image by the boxes around masks in pixels.
 
     Returns:
-        Whether that could be done: not if the masks are also shares.
+        Whether that was possible: not if the masks are also shares.
     """
     annotations = document.content["annotations"]
     if within_one(polygons_of(annotations)):
@@ -147,9 +147,9 @@ def repair_normalised_boxes(document: Document, finding: Finding) -> bool:
 
 
 def repair_areas(document: Document, finding: Finding) -> None:
-    """Gives each annotation whose area is not its mask's the number of its pixels.
+    """Sets the area of each annotation to its number of pixels where it is not the mask's.
 
-    A smaller area of several polygons stays: it may be that of a mask with a hole.
+    A smaller area of several polygons stays: the mask may have a hole.
     """
     document.index()
     for k, annotation in enumerate(document.content["annotations"]):
@@ -193,7 +193,7 @@ def _nearly_all(votes: Iterable[bool]) -> bool:
 
 
 def _is_corners(boxes: _Boxes) -> bool:
-    """Whether the numbers fit the mask, or the image where there is none, as [x0, y0, x1, y1]."""
+    """Returns whether the numbers fit the mask, or else the image, as [x0, y0, x1, y1]."""
     x0, y0, x1, y1 = corners = boxes.numbers
     if x0 >= x1 or y0 >= y1 or not _is_inside(corners, boxes.image_hw):
         return False
@@ -220,7 +220,7 @@ def _xywh(box: Box) -> list[float]:
 def _refuse_if_masks_may_be_wrong(
     document: Document, boxes: list[_Boxes], wrong: list[Finding]
 ) -> None:
-    """Raises if the boxes may be right: are the masks sound, and not the boxes in another form?"""
+    """Raises if the boxes may be right, because masks are unsound or in another form."""
     pairs = [x for x in boxes if x.around_mask is not None]
     unsound = len(document.losses["annotations"])
     doubt = ""
@@ -254,7 +254,7 @@ def _is_scaled(boxes: _Boxes) -> bool:
 
 
 def _has_area_of_mask(boxes: _Boxes) -> bool:
-    """Whether the annotation's area is its mask's, which two of three facts then agree on."""
+    """Returns whether area and mask agree, so that two of three facts do."""
     area: Any = boxes.annotation.get("area")
     return is_finite(area) and abs(area - boxes.mask_pixels) <= 0.1 * boxes.mask_pixels + 10
 

@@ -1,4 +1,4 @@
-"""What a data set check finds: a line per fault, with the file, the ids, the fault and the fix."""
+"""Findings of a data set check: one line per fault, with file, ids, fault and fix."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from tabulate import tabulate
 from ..image_files import WHAT_TO_DO
 
 ERROR, WARNING, HINT = SEVERITIES = ("error", "warning", "hint")
-"""An error stops training. A warning does not: either detectron2 handles it rightly (COCO 2017 has
-a box without height and polygons that leave the image by a rounding), or it trains or measures
-something that the author may not have meant. A hint is worth knowing and needs no action."""
+"""An error stops training. A warning does not: either detectron2 handles it correctly (COCO 2017
+has a box without height, and polygons that leave the image by rounding), or it trains or measures
+something that the author may not have meant. A hint is good to know and needs no action.
+"""
 
 
 REPAIRS = "--fix does"
@@ -30,8 +31,8 @@ class Kind(NamedTuple):
     Attributes:
         severity: one of SEVERITIES.
         fix: what to do.
-        by_fix: what --fix does of that. A test holds it against ``repairs.REPAIRS`` and what a
-            corrected copy has.
+        by_fix: what --fix does about it. A test compares it with ``repairs.REPAIRS`` and corrected
+            copies.
     """
 
     severity: str
@@ -75,7 +76,8 @@ KINDS: dict[str, Kind] = {
     "area-of-box": Kind(WARNING, "write the number of pixels of each mask into area", REPAIRS),
     "ring-as-hole": Kind(WARNING, "write masks with holes as run lengths"),
     "mask-on-several-images": Kind(
-        WARNING, "delete the copies that do not fit their image, as of a track left on in CVAT"
+        WARNING,
+        "delete the copies that do not fit their image, e.g. of a track that was left on in CVAT",
     ),
     "image-without-objects": Kind(
         WARNING, "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to also train on these images"
@@ -83,9 +85,9 @@ KINDS: dict[str, Kind] = {
     "image-over-detections": Kind(
         WARNING, "raise TEST.DETECTIONS_PER_IMAGE above the most objects of an image"
     ),
-    "image-in-both-splits": Kind(WARNING, "keep all of a photograph in one of the two"),
+    "image-in-both-splits": Kind(WARNING, "keep all parts of a photograph in one of the two"),
     "unused-category": Kind(HINT, "leave it out if the model needs no row for it"),
-    # Ids, of all records.
+    # Ids of all records.
     "id-not-integer": Kind(
         ERROR, "write ids as whole numbers without quotes", REPAIRS_OR_LEAVES_OUT
     ),
@@ -132,22 +134,23 @@ KINDS: dict[str, Kind] = {
     "image-truncated": Kind(ERROR, WHAT_TO_DO["image-truncated"], LEAVES_OUT),
     "image-depth": Kind(ERROR, WHAT_TO_DO["image-depth"], LEAVES_OUT),
     "image-elongated": Kind(ERROR, WHAT_TO_DO["image-elongated"], LEAVES_OUT),
-    "image-animated": Kind(WARNING, "see that the annotations are of the first frame"),
+    "image-animated": Kind(WARNING, "make sure that the annotations are for the first frame"),
     "image-size-mismatch": Kind(
         ERROR, "annotate the file in use, or put the annotated file there", LEAVES_OUT
     ),
     "image-size-alike": Kind(ERROR, "take height and width from the file", REPAIRS),
     "image-transposed": Kind(
-        ERROR, "exchange width and height if the annotations fit the file", LEAVES_OUT
+        ERROR, "swap width and height if the annotations fit the file", LEAVES_OUT
     ),
     "exif-size": Kind(
         ERROR,
-        "turn the pixels by the tag and annotate them so, or remove the tag from the file",
+        "turn the pixels as the tag says and annotate those, or remove the tag from the file",
         LEAVES_OUT,
     ),
     "exif-undecidable": Kind(
         ERROR,
-        "look whether the annotations fit; then write the pixels as they fit, without tag",
+        "check whether the annotations fit; then save the pixels in the orientation that fits, "
+        "without the tag",
         LEAVES_OUT,
     ),
     # Annotation records.
@@ -215,19 +218,20 @@ KINDS: dict[str, Kind] = {
     "empty-mask": Kind(ERROR, "draw the mask, or leave the annotation out", LEAVES_OUT),
     "crowd-polygon": Kind(
         ERROR,
-        "set iscrowd to 0 if it is one object, else write run lengths: crowds are not trained on",
+        "set iscrowd to 0 if it is one object, otherwise write run lengths: crowds are not trained "
+        "on",
         REPAIRS,
     ),
     "mixed-formats": Kind(WARNING, "set INPUT.MASK_FORMAT to bitmask, which reads both"),
 }
-"""All kinds of fault, each with its severity and what to do."""
+"""All kinds of fault, each with severity and fix."""
 
 SECTION_NAMES = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A record: its section, where it is in it, and the ids that it has."""
+    """A record: its section, its place in the section, and its ids."""
 
     section: str = ""
     index: int = -1
@@ -243,11 +247,11 @@ class Finding:
         kind: of KINDS.
         file: the annotation file.
         message: what is wrong.
-        image_id: as in the file, None if it is of no single image.
-        annotation_id: likewise.
+        image_id: as in the file; None if the fault does not belong to one image.
+        annotation_id: as in the file; None if the fault does not belong to one annotation.
         section: ``images``, ``annotations``, ``categories``, or empty for the whole file.
         index: of the record in its section, from 0; -1 for the whole file.
-        right_value: what the field should hold, where the check knows it.
+        right_value: what the field should hold, if the check knows it.
     """
 
     kind: str
@@ -266,7 +270,7 @@ class Finding:
 
     @property
     def fix(self) -> str:
-        """What to do, and what of that --fix does."""
+        """What to do, and what --fix does about it."""
         kind = KINDS[self.kind]
         return f"{kind.fix} ({kind.by_fix})" if kind.by_fix else kind.fix
 
@@ -307,19 +311,19 @@ class Findings(list[Finding]):
         place: Place | None = None,
         right_value: int | str | None = None,
     ) -> None:
-        """Notes a finding of a kind of KINDS, of the whole file if no place is given."""
+        """Adds a finding; without a place, it concerns the whole file."""
         at = place or Place()
         ids = (plain_id(at.image_id), plain_id(at.annotation_id))
         self.append(Finding(kind, self.file, message, *ids, at.section, at.index, right_value))
 
 
 def quote(value: Any) -> str:
-    """Returns a value as in code, in one line and cut if it is long."""
+    """Returns a value as in code, in one line, shortened if it is long."""
     return _SHORT.repr(value)
 
 
 def quote_path(path: Any) -> str:
-    """Returns a path as in code, in one line and whole: a cut one cannot be looked up."""
+    """Returns a path as in code, in one line and never shortened: nobody could look it up."""
     return repr(path) if isinstance(path, str) and len(path) <= LONGEST_PATH else quote(path)
 
 
@@ -338,18 +342,18 @@ def plain_id(value: Any) -> int | str | None:
 
 
 def errors_of(findings: Iterable[Finding]) -> list[Finding]:
-    """Returns those that stop training."""
+    """Returns the findings that stop training."""
     return [finding for finding in findings if finding.severity == ERROR]
 
 
 def count_by_severity(findings: Iterable[Finding]) -> dict[str, int]:
-    """Returns how many errors, warnings and hints there are, under these plurals."""
+    """Returns the numbers of errors, warnings and hints, with these plurals as keys."""
     counts = Counter(finding.severity for finding in findings)
     return {f"{severity}s": counts[severity] for severity in SEVERITIES}
 
 
 def by_kind(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
-    """Returns findings by kind: errors first, hints last, then by falling number."""
+    """Returns findings by kind: errors first, hints last; within these, the most frequent first."""
     groups: dict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
         groups[finding.kind].append(finding)

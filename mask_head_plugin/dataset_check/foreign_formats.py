@@ -1,4 +1,4 @@
-"""Files that are given for COCO instances and are something else: what they are, what to do."""
+"""Recognises files that are not COCO instances: what they are, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..image_files import LFS_POINTER
 from .findings import Findings
 
 _START = 4096
-"""Characters of a text that are enough to recognise it."""
+"""How many characters are enough to recognise a text."""
 
 _ARCHIVES = {b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive"}
 _BY_SUPERVISION = "convert the data set with supervision (docs/your_data.md)"
@@ -20,18 +20,22 @@ _TEXTS: tuple[tuple[str, str], ...] = (
     (rf"\s*\d+({_NUMBER}){{4,}}[ \t]*(\r?\n|$)", f"YOLO labels of one image; {_BY_SUPERVISION}"),
     (
         r"(?s)(?!\s*[\[{]).*^(names|nc)[ \t]*:",
-        f"a YAML file, as YOLO's list of a data set; {_BY_SUPERVISION}",
+        f"a YAML file, such as YOLO's description of a data set; {_BY_SUPERVISION}",
     ),
     (r"\s*(<\?xml[^>]*>\s*)?<annotations>", "CVAT's XML; export as COCO 1.0 there"),
     (r"\s*(<\?xml[^>]*>\s*)?<annotation\b", f"Pascal VOC's XML of one image; {_BY_DATUMARO}"),
-    (r"(?i)\s*<(!doctype\s+html|html)", "a web page, as of a download that needs a login"),
+    (
+        r"(?i)\s*<(!doctype\s+html|html)",
+        "a web page, such as that of a download that needs a login",
+    ),
     (r"\s*#?filename,file_size,", "VIA's CSV; export annotations in COCO format there"),
 )
 """Regular expressions of a file's start, with what it is."""
 
 
 def foreign_bytes(data: bytes, found: Findings) -> bool:
-    """Returns whether a file is something other than text of annotations, and notes what.
+    """Returns whether a file is not a text with annotations, and adds a finding that says what it
+    is.
 
     Args:
         data: of the file.
@@ -48,7 +52,7 @@ def foreign_bytes(data: bytes, found: Findings) -> bool:
 
 
 def foreign_text(text: str) -> str:
-    """Returns what a text that is not JSON is, empty if that is not known."""
+    """Returns what a text that is not JSON is; empty if unknown."""
     start = text[:_START]
     for pattern, what in _TEXTS:
         if re.match(pattern, start, re.MULTILINE):
@@ -57,7 +61,7 @@ def foreign_text(text: str) -> str:
 
 
 def foreign_json(content: Any) -> str:
-    """Returns what parsed JSON is where it is not COCO instances, empty if that is not known."""
+    """Returns what parsed JSON is if it is not COCO instances; empty if unknown."""
     for what, matches in _CONTENTS.items():
         if matches(content):
             return f"the file is {what}"
@@ -88,7 +92,7 @@ def _is_via(content: Any) -> bool:
 
 
 _CONTENTS: dict[str, Callable[[Any], bool]] = {
-    "a list of detections with scores, which a model wrote; give the annotations": _is_detections,
+    "a list of detections with scores, written by a model; give the annotations": _is_detections,
     f"labelme's of one image; {_BY_SUPERVISION}": lambda x: (
         _has(x, "shapes") and (_has(x, "imagePath") or _has(x, "imageData"))
     ),
@@ -116,4 +120,4 @@ _CONTENTS: dict[str, Callable[[Any], bool]] = {
         isinstance(x, list) and _has(_first(x), "image_id", "category_id")
     ),
 }
-"""What a file is, in words, and how its content shows it."""
+"""What a file is, in words, and a test of its content."""

@@ -12,12 +12,12 @@ from ..config import ConfigError
 
 
 def join_folders(content: Any, folders: str | Sequence[str]) -> str:
-    """Makes the file names of a file start from one folder above several.
+    """Makes file names start from one folder above several.
 
     Args:
         content: of a COCO file; ``file_name`` is changed in place if there are several folders.
-        folders: that names start from: of each image, the one that has it. What none has is looked
-            for in the first.
+        folders: where names start. Each image is taken from the folder that has it; missing ones
+            are assumed to be in the first.
 
     Returns:
         The folder that the names start from now.
@@ -45,7 +45,7 @@ def _folder_of(name: str, root: str, starts: Sequence[str]) -> str:
         a, b = (Path(root, start, name) for start in (having[0], other))
         if not filecmp.cmp(a, b, shallow=False):
             raise ConfigError(
-                f"--images: {a} and {b} are different images of one name, so the "
-                "annotations of neither are known; rename one in its folder and in the file"
+                f"--images: {a} and {b} are different images with one name, so it is unclear which "
+                f"one the annotations are for; rename one in its folder and in the file"
             )
     return having[0] if having else starts[0]

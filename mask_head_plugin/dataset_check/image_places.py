@@ -1,7 +1,7 @@
-r"""Where the file of an image is that its record does not name rightly.
+r"""Finds the file of an image whose record has the wrong name.
 
-Export tools write names with another separator (``images\0.jpg``), of another machine
-(``/home/me/images/0.jpg``), in another case, or without the folder that the file is in.
+Export tools write names with another separator (``images\0.jpg``), from another machine
+(``/home/me/images/0.jpg``), in another case, or without the file's folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Parts = tuple[str, ...]
 
 
 class ImagePlaces:
-    """The files below an image folder, read once, when a file is looked for first.
+    """The files below an image folder, listed once, when one is first looked for.
 
     Args:
         image_root: the folder that ``file_name`` starts from.
@@ -34,7 +34,7 @@ class ImagePlaces:
         self._by_name: dict[str, dict[str, Parts]] | None = None
 
     def locate(self, name: str) -> str | None:
-        """Returns the path within the folder of the file that a name means.
+        """Returns the path, within the folder, of the file that a name means.
 
         Case, separator and the way accents are written do not matter. Folders at the start may be
         missing in the name or in the path, but none may differ: ``val/1.jpg`` is not
@@ -55,15 +55,15 @@ class ImagePlaces:
         return None
 
     def namesakes(self, name: str) -> list[str]:
-        """Returns the files with the name's last part whose folders fit the name best, if any."""
+        """Returns the files with that last part whose folders fit the name best, if any."""
         nearest = (self._nearest(wanted) for wanted in _spellings(name))
         return next((paths for paths in nearest if paths), [])
 
     def _nearest(self, wanted: Parts) -> list[str]:
-        """Returns the paths that share most of their end with what is wanted.
+        """Returns the paths that share the longest ending with the wanted one.
 
-        The image folder's own name counts, as of ``day/1.jpg`` in a folder ``day``. Where that
-        does not tell, a path that is all that is wanted is nearer than one with more folders.
+        The image folder's own name counts, as for ``day/1.jpg`` in a folder ``day``. If that does
+        not decide, a path without further folders is closer than one with more.
         """
         ranks = {
             path: (
@@ -91,12 +91,12 @@ def locate(image_root: str, name: str) -> str | None:
 
 
 def _spellings(name: str) -> list[Parts]:
-    """Returns what a name may mean: Label Studio writes ``a%20cat.jpg``."""
+    """Returns the readings of a name: Label Studio writes ``a%20cat.jpg``."""
     return [parts for x in (name, unquote(name)) if (parts := _parts(x))]
 
 
 def _parts(path: str) -> Parts:
-    """Returns the folders and the name; archives made on Windows leave backslashes in names."""
+    """Splits a path into folders and name; archives made on Windows leave backslashes in names."""
     return tuple(x for x in re.split(r"[\\/]+", path) if x not in ("", "."))
 
 
@@ -105,7 +105,7 @@ def _folded(parts: Parts) -> Parts:
 
 
 def _common_end(a: Parts, b: Parts) -> int:
-    """Returns how many of the last parts of two paths are the same."""
+    """Returns how many parts two paths share at their end."""
     same = 0
     for x, y in zip(reversed(a), reversed(b), strict=False):
         if x != y:

@@ -1,8 +1,7 @@
-"""Image files: whether each can be used, and with the size that the annotations have.
+"""Checks whether image files can be used, and have the sizes that the annotations say.
 
-Files are not decoded as long as their structure says that they are whole: a JPEG ends with its end
-marker, the chunks of a PNG reach to IEND and have the right checksums. What does not end so, and
-other formats, is decoded.
+Files are not decoded if their structure shows that they are complete: a JPEG that ends with its end
+marker, a PNG whose chunks reach IEND with correct checksums. All others are decoded.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ class ImageFacts(NamedTuple):
     """What a file says.
 
     Attributes:
-        problem: why it cannot be used, if so.
+        problem: why it cannot be used, or None.
         stored_hw: size of the stored pixels, before the EXIF orientation.
         orientation: EXIF's, 1 if there is none.
-        animated: whether it has more frames.
+        animated: whether it has several frames.
     """
 
     problem: Problem | None = None
@@ -68,7 +67,7 @@ class ImageFacts(NamedTuple):
 
 
 def inspect_image(path: str, *, decode: bool = False) -> ImageFacts:
-    """Looks at a file as training will.
+    """Reads a file as training will.
 
     Args:
         path: of the file.
@@ -78,7 +77,7 @@ def inspect_image(path: str, *, decode: bool = False) -> ImageFacts:
         with open_image(path) as opened:
             image, is_png = opened.image, opened.image.format == "PNG"
             stored_hw, animated = opened.stored_hw, opened.is_animated
-            # Before Pillow turns a TIFF and takes the tag away.
+            # Before Pillow turns a TIFF and removes the tag.
             orientation = 1 if is_png else orientation_of(image.getexif)
             if decode or opened.needs_decoding or not _looks_whole(image, opened.file):
                 opened.pixels()
@@ -90,7 +89,7 @@ def inspect_image(path: str, *, decode: bool = False) -> ImageFacts:
 
 
 def _looks_whole(image: Image.Image, file: IO[bytes]) -> bool:
-    """Returns whether a file ends as its format says; False where that is not known.
+    """Returns whether a file ends as its format requires; False if that is unknown.
 
     A PNG with text after its pixels, which may be EXIF data, does not count as whole.
     """
@@ -126,7 +125,7 @@ def check_image_files(
     decode: bool = False,
     known: dict[str, ImageFacts] | None = None,
 ) -> None:
-    """Notes the files that cannot be used, or have another size than their records.
+    """Adds findings for files that cannot be used, or whose size differs from their record's.
 
     Args:
         images: of the annotation file.
@@ -155,9 +154,9 @@ def check_image_files(
 
 
 def _orientation_is_honoured(images: Iterable[ListedImage], facts: dict[str, ImageFacts]) -> bool:
-    """Returns whether the tool that wrote the file showed images turned as their EXIF data says.
+    """Returns whether the annotation tool showed images turned as their EXIF data says.
 
-    Images turned by 90 degrees tell, by the size in their records; those turned by 180 degrees or
+    The recorded sizes of images turned by 90 degrees reveal it; those turned by 180 degrees or
     mirrored do not.
     """
     honoured = [
@@ -193,11 +192,11 @@ def _problems(image: ListedImage, facts: ImageFacts, honoured: bool) -> Iterable
         else:
             yield "image-size-mismatch", f"is {seen}, the record has {listed}"
     elif facts.orientation != 1 and facts.stored_hw == facts.image_hw and not honoured:
-        # An error, not a warning: the wrong way round, all objects are trained on other pixels, and
-        # nothing else will ever say so. Where images turned by 90 degrees show that the annotation
-        # tool minds the tag, this one is also right.
+        # An error, not a warning: the wrong way round, all objects are trained on wrong pixels, and
+        # nothing else would reveal it. If images turned by 90 degrees show that the annotation tool
+        # respects the tag, this one is also right.
         yield (
             "exif-undecidable",
-            f"of {stored} has {turned}: it is read turned, and the size does not "
-            "tell whether the annotations were made on the turned image",
+            f"of {stored} has {turned}: it is read turned, and its size does not show whether the "
+            f"annotations were made on the turned image",
         )

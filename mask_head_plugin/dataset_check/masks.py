@@ -1,7 +1,7 @@
-"""Boxes and masks of annotations, compared with each other and with the image.
+"""Compares boxes and masks of annotations with each other and with the image.
 
-Nothing is handed to pycocotools before it is known to be sound: its C code believes run lengths.
-Run lengths are decoded here with NumPy.
+pycocotools only gets masks that are known to be sound: its C code trusts run lengths. Run lengths
+are decoded here with NumPy.
 
 Shape alphabet: H, W sides of the image in pixels; n runs of a mask.
 """
@@ -26,24 +26,25 @@ from .records import Sizes, is_finite, listed_id
 
 IntArray = npt.NDArray[np.int64]
 
-# Coordinates have two decimals in COCO: what leaves the image by less is a rounding.
+# COCO's coordinates have two decimals: leaving the image by less is rounding.
 ROUNDING = 0.01
-# Tools that give whole pixels, or count the last pixel in or out, are off by one. COCO's crowds
-# are: their boxes end one pixel before their masks do.
+# Tools that write whole pixels, or count the last pixel in or out, are off by one. So are COCO's
+# crowds: their boxes end one pixel before their masks.
 ONE_PIXEL = 1.01
-# Below this IoU of its box and the box of its mask, an object that is found exactly by its mask is
-# not a certain object for the region proposal network (MODEL.RPN.IOU_THRESHOLDS). Small objects
-# lose IoU quickly: two pixels are always accepted.
+# Below this IoU between its box and the box of its mask, a perfect proposal for the mask would not
+# count as this object in the RPN (MODEL.RPN.IOU_THRESHOLDS). Small objects lose IoU quickly, so two
+# pixels are always accepted.
 LEAST_IOU, TWO_PIXELS = 0.7, 2.01
 # detectron2 drops boxes with a side up to this (filter_empty_instances).
 NO_LENGTH = 1e-5
 MAX_CHARACTERS = 7
-"""Of one number in compressed run lengths: five bits each, for counts below 2^32."""
+"""Most characters of one number in compressed run lengths: five bits each, for counts below 2^32.
+"""
 
 
 @dataclass
 class MaskFormats:
-    """How the masks of single objects are written: an annotation of each way, by its id."""
+    """How the masks of single objects are written: the id of one annotation for each form."""
 
     examples: dict[str, Any] = field(default_factory=dict)
 
@@ -55,7 +56,7 @@ class MaskFormats:
                     self.examples.setdefault(name, annotation.get("id"))
 
     def check(self, found: Findings) -> None:
-        """Notes a file that has both."""
+        """Adds a finding if a file has both forms."""
         if len(self.examples) == 2:
             of = " and ".join(
                 f"{name} (annotation {quote(i)})" for name, i in self.examples.items()
@@ -68,9 +69,9 @@ class Mask(NamedTuple):
 
     Attributes:
         box: around it.
-        area: in pixels, as detectron2 fills it.
-        hollow_area: the same where rings within rings are holes.
-        flat: whether it has no height or no width, as a line.
+        area: in pixels, filled as in detectron2.
+        hollow_area: the same with rings within rings as holes.
+        flat: whether it has no height or no width, like a line.
         inside: whether it lies within the image, up to a pixel.
     """
 
@@ -101,7 +102,7 @@ def check_box_and_mask(
         masks: whether each annotation must have a mask.
 
     Returns:
-        The mask if it is sound in itself.
+        The mask, if it is sound in itself.
     """
     checker = _Checker(annotation, index, found)
     box = checker.box() if annotation.get("bbox") is not None else None
@@ -145,7 +146,7 @@ class _Checker:
         self._found.add(kind, message, Place("annotations", self._index, *ids))
 
     def box(self) -> Box | None:
-        """Returns the box if it is one, even without area."""
+        """Returns the box if it is valid, even with an area of 0."""
         box = self._annotation["bbox"]
         if type(box) is not list or len(box) != 4 or not {int, float}.issuperset(map(type, box)):
             self._note("box-malformed", f"the box is {quote(box)}, not four numbers")
@@ -160,7 +161,7 @@ class _Checker:
         return x, y, x + width, y + height
 
     def mask(self, image_hw: tuple[int, int] | None, lvis: bool) -> Mask | None:
-        """Returns the mask if it is sound; what needs an unknown image size is not checked."""
+        """Returns the mask if it is sound; checks that need an unknown image size are skipped."""
         mask = self._annotation["segmentation"]
         if isinstance(mask, dict) and lvis:
             self._note(
@@ -200,7 +201,7 @@ class _Checker:
                 return mask._replace(inside=False)
         if min(sides) <= NO_LENGTH:
             return mask._replace(flat=True)
-        # Only where the mean width is below a pixel may there be none inside.
+        # Only if the mean width is below a pixel can there be none inside.
         if mask.area < max(sides) and not mask_util.area(polygons_rle(polygons, image_hw)):
             if mask.area < ROUNDING**2:
                 self._note("polygon-without-area", "all points of the mask are on a line")
@@ -212,7 +213,7 @@ class _Checker:
         return mask
 
     def _outline(self, polygon: Any, k: int) -> Outline | None:
-        """Returns a polygon of the mask if it is one."""
+        """Returns a polygon of the mask if it is valid."""
         if not isinstance(polygon, list | array):
             self._note("polygon-not-numbers", f"polygon {k} is {quote(polygon)}")
         elif not polygon:
@@ -254,7 +255,7 @@ class _Checker:
         if (runs < 0).any():
             self._note("rle-counts", f"a run has the length {runs.min()}")
             return None
-        # The largest first: a sum of many beyond int64 could come out as anything.
+        # The largest first: a sum beyond int64 could give any value.
         if runs.max(initial=0) > math.prod(image_hw) or runs.sum() != math.prod(image_hw):
             message = f"the runs have {runs.sum()} pixels, the image {math.prod(image_hw)}"
             self._note("rle-sum", message)
@@ -274,7 +275,7 @@ class _Checker:
         return np.array(counts, np.int64)
 
     def compare(self, box: Box, mask: Mask | None, image_hw: tuple[int, int]) -> None:
-        """Notes what is wrong with a box, given its mask and the image."""
+        """Adds findings about a box, given its mask and the image."""
         height, width = image_hw
         sides, flat = (box[2] - box[0], box[3] - box[1]), mask is not None and mask.flat
         if min(sides) <= NO_LENGTH:
@@ -291,7 +292,7 @@ class _Checker:
             return
         if mask is None:
             return
-        # Annotators cut at the image's edge or do not.
+        # Some annotators cut at the image's edge, others do not.
         a, b = _clip(box, image_hw), _clip(mask.box, image_hw)
         off = max(abs(x - y) for x, y in zip(a, b, strict=True))
         if off > ONE_PIXEL:
@@ -302,7 +303,7 @@ class _Checker:
             self._note("box-mismatch" if wrong else "box-loose", message + hint)
 
     def _as_corners(self, mask: Mask | None) -> str:
-        """Returns a hint where the box fits the mask as [x0, y0, x1, y1]."""
+        """Returns a hint if the box fits the mask as [x0, y0, x1, y1]."""
         if mask is None:
             return ""
         box = self._annotation["bbox"]
@@ -311,11 +312,11 @@ class _Checker:
 
 
 def decode_counts(text: str) -> IntArray | None:
-    """Returns the (n,) run lengths of COCO's compressed string, None if it is none.
+    """Returns the (n,) run lengths of COCO's compressed string; None if it is invalid.
 
     A number is characters of five bits, low bits first, each but the last with a sixth bit set; the
-    last one's fifth bit is the sign. From the fourth on they are differences to the number two
-    before. Lengths may come out negative: such a string is also corrupt.
+    last one's fifth bit is the sign. From the fourth number on, they are differences to the number
+    two before. If lengths come out negative, the string is corrupt as well.
     """
     try:
         codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
@@ -337,7 +338,7 @@ def decode_counts(text: str) -> IntArray | None:
 
 
 def runs_box(runs: IntArray, height: int) -> Box | None:
-    """Returns the box around the pixels of a mask, None if it has none.
+    """Returns the box around the pixels of a mask; None if it has none.
 
     Args:
         runs: (n,) lengths that cover the image, down the columns, background first.

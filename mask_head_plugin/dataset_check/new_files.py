@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and never over another one."""
+"""Writes files completely or not at all, and never over another one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def refuse_existing(paths: Iterable[Path], flag: str) -> None:
 
 
 def write_new_files(texts: Mapping[Path, str], flag: str) -> None:
-    """Writes several new files; if one cannot be written, none is there.
+    """Writes several new files; if one cannot be written, none is left.
 
     Args:
-        texts: what each file is to hold, as UTF-8.
+        texts: content of each file, written as UTF-8.
         flag: of the command line, for messages.
 
     Raises:
@@ -33,7 +33,7 @@ def write_new_files(texts: Mapping[Path, str], flag: str) -> None:
     path = Path()
     try:
         for path, text in texts.items():
-            # Fails if another process has made the file since.
+            # Fails if another process has created the file since.
             write_durably(path, text, before_rename=partial(path.touch, exist_ok=False))
             written.append(path)
     except OSError as error:

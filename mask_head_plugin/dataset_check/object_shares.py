@@ -1,8 +1,8 @@
-"""What detectron2 takes without a word for a share of the objects, and the author may not mean.
+"""What detectron2 silently does to a share of the objects, though the author may not mean it.
 
 Crowds are neither trained on nor measured; a ring within a ring is filled; ``area`` sorts objects
-into small, medium and large, whatever their masks are. Each may be right for an object, so a file
-is judged by how many it has, and each finding says the share.
+into small, medium and large, whatever their masks are. Each may be right for single objects, so a
+file is judged by its share of them, which each finding states.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from .records import Sizes, is_finite, listed_id
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-# Of COCO 2017, 1.2% of the annotations are crowds, and hardly an image has nothing else.
+# In COCO 2017, 1.2% of the annotations are crowds, and hardly any image has nothing else.
 MANY_CROWDS, MANY_LOST_IMAGES = 0.10, 0.05
 FEW_CROWDS = 10
-"""Crowds that a small file may have, as long as their images also have objects."""
+"""How many crowds a small file may have, as long as their images also have objects."""
 
 MANY_WITHOUT_OBJECTS = 0.10
-"""Images; of COCO 2017 it is 0.9%."""
+"""Share of images; 0.9% in COCO 2017."""
 
 SOME = 0.001
-"""Objects whose area is off; below this share it may be chance."""
+"""Share of objects with a wrong area; below it, they may be chance."""
 MUCH_OFF = 2.5
-"""How many times the mask an area is, or the area a mask, where it is surely not meant so."""
+"""Ratio between area and mask, either way, that is surely unintended."""
 MEDIUM, LARGE = 32.0**2, 96.0**2
-"""Pixels from which on an object is medium and large in COCO's metric."""
+"""From how many pixels an object is medium or large in COCO's metric."""
 
 
 class Shares:
-    """Collects what the annotations of a file have, and judges it as a whole.
+    """Collects facts about the annotations of a file, and judges them as a whole.
 
     Args:
         sizes: of the images.
@@ -51,12 +51,12 @@ class Shares:
         self._total = self._crowds = 0
         self._with_objects: set[Hashable] = set()
         self._with_crowds: set[Hashable] = set()
-        # Rows of numbers: as objects of Python, those of COCO's 860,000 would take 300 MB.
+        # Rows of numbers: as Python objects, COCO's 860,000 annotations would take 300 MB.
         self._areas = array("d")
         self._masks = array("q")
 
     def note(self, annotation: Mapping[str, Any], index: int, mask: Mask | None) -> None:
-        """Takes an annotation in.
+        """Adds an annotation.
 
         Args:
             annotation: the record.
@@ -82,12 +82,12 @@ class Shares:
             self._masks.extend((index, hash(image_id), _digest(annotation["segmentation"])))
 
     def check(self, annotations: list[Any], found: Findings) -> None:
-        """Notes what is not as it seems.
+        """Adds findings about shares of the annotations.
 
         Args:
             annotations: the section, from which the examples are named.
-            found: gets the findings. Those of masks that leave their image are of another kind
-                if the mask is also on another image.
+            found: gets the findings. Masks that leave their image become another kind of finding if
+                they are also on another image.
         """
         self._check_crowds(found)
         self._check_images(found)
@@ -104,17 +104,17 @@ class Shares:
                 "crowd-by-export",
                 f"{_share(self._crowds, self._total)} annotations have iscrowd 1, so nothing is "
                 f"trained or measured on them; {_share(lost, images)} annotated images have no "
-                "other annotation and leave training",
+                f"other annotation and are not trained on",
             )
         if self._crowds == self._total:
-            message = f"all {self._total} annotations have iscrowd 1: nothing is left to train"
+            message = f"all {self._total} annotations have iscrowd 1: nothing is left to train on"
             found.add("only-crowds", message)
 
     def _check_images(self, found: Findings) -> None:
         images = len(self._sizes)
         empty = images - len(self._with_crowds | self._with_objects)
         if self._total and empty >= max(1, MANY_WITHOUT_OBJECTS * images):
-            message = f"{_share(empty, images)} images have no annotation and leave training"
+            message = f"{_share(empty, images)} images have no annotation and are not trained on"
             found.add("image-without-objects", message)
 
     def _check_areas(self, annotations: list[Any], found: Findings) -> None:
@@ -123,7 +123,7 @@ class Shares:
         if not len(index):
             return
         with np.errstate(all="ignore"):  # absurd coordinates have absurd areas
-            # A count of pixels and the area within a polygon differ by a share of its length.
+            # The number of pixels and a polygon's area differ in proportion to its length.
             fits, fits_hollow = (
                 np.abs(area - x) <= 0.1 * x + width + height for x in (filled, hollow)
             )
@@ -132,7 +132,7 @@ class Shares:
             of_box = ~ring & ~fits & (np.abs(area - box) <= 0.01 * box + 1) & (filled < 0.9 * box)
             other = ~ring & ~fits & ~of_box
             ratio = area / filled
-        if other.mean() <= 0.5:  # else it is a habit, however little each is off
+        if other.mean() <= 0.5:  # otherwise it is a habit, however small the differences
             other &= (ratio < 1 / MUCH_OFF) | (ratio > MUCH_OFF)
         moved = _size_class(area) != _size_class(filled)
         for kind, which, what in (
@@ -156,7 +156,7 @@ class Shares:
             )
 
     def _check_repeated_masks(self, annotations: list[Any], found: Findings) -> None:
-        """Looks for masks that are the same, point for point, on several images."""
+        """Looks for masks that are identical, point for point, on several images."""
         rows = np.reshape(self._masks, (-1, 3))
         rows = rows[np.lexsort(rows.T[1:])]  # by mask, then image
         first_of_image = np.r_[True, (rows[1:, 1:] != rows[:-1, 1:]).any(1)][: len(rows)]
@@ -172,7 +172,7 @@ class Shares:
             for index, _, digest in repeated
         }
         foreign = {x.index for x in found if x.kind == "polygon-outside" and x.index in others}
-        # The box of a mask that is not of this image leaves it by the same fault.
+        # If a mask belongs to another image, so does its box.
         found[:] = [x for x in found if not (x.kind == "box-outside" and x.index in foreign)]
         for k, finding in enumerate(found):
             if finding.kind == "polygon-outside" and finding.index in foreign:
@@ -197,12 +197,12 @@ def _size_class(area: Floats) -> npt.NDArray[np.int64]:
 
 
 def _factor(ratio: Floats) -> str:
-    """Returns by how much areas are off, in words."""
+    """Returns how far areas are off, in words."""
     return f"{np.median(ratio):.3g} times it in the middle" if len(ratio) else ""
 
 
 def _digest(segmentation: Any) -> int:
-    """Returns a number that equal masks share, and others hardly ever."""
+    """Returns a number that is equal for equal masks, and hardly ever for others."""
     if isinstance(segmentation, Mapping):
         counts = segmentation["counts"]
         return hash((tuple(counts) if isinstance(counts, list) else counts, *segmentation["size"]))

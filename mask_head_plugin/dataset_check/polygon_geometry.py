@@ -1,4 +1,4 @@
-"""Polygons of a mask: the box around each, its area, and which lie within another.
+"""Geometry of a mask's polygons: the box around each, its area, and which lie within another.
 
 Shape alphabet: P points of a polygon.
 """
@@ -18,7 +18,7 @@ Box = tuple[float, float, float, float]
 
 
 SOME_POINTS = 16
-"""Points of a polygon, enough to see whether it lies in another."""
+"""How many points of a polygon are enough to see whether it lies in another."""
 
 
 class Outline(NamedTuple):
@@ -29,7 +29,7 @@ class Outline(NamedTuple):
 
 
 def outline(polygon: Any) -> Outline | None:
-    """Returns what is asked of a list or array of coordinates, None if not all are finite."""
+    """Returns the outline of a list or array of coordinates; None if not all are finite."""
     try:
         points = _points(polygon)
     except OverflowError:
@@ -57,11 +57,11 @@ def areas(polygons: Sequence[Any], outlines: Sequence[Outline]) -> tuple[float, 
     """Returns the area of a mask in pixels: filled, as detectron2 has it, and hollow.
 
     Hollow means that a polygon within another one is a hole, and one within that is filled again.
-    Both are the sum over the polygons where none is within another; parts that overlap count twice.
+    Without nesting, both are the sum over the polygons; parts that overlap count twice.
 
     Args:
         polygons: the coordinates of each.
-        outlines: of the same.
+        outlines: of the same polygons.
     """
     total = sum(x.area for x in outlines)
     if len(outlines) == 1:
@@ -75,7 +75,7 @@ def areas(polygons: Sequence[Any], outlines: Sequence[Outline]) -> tuple[float, 
 
 
 def _depths(polygons: Sequence[Any], outlines: Sequence[Outline]) -> list[int]:
-    """Returns within how many of the others each polygon lies."""
+    """Returns, for each polygon, how many others it lies in."""
     x0, y0, x1, y1 = np.array([x.box for x in outlines]).T
     sizes = np.array([x.area for x in outlines])
     # [k, j]: whether the box of polygon k lies in that of j, which is larger.
@@ -87,13 +87,15 @@ def _depths(polygons: Sequence[Any], outlines: Sequence[Outline]) -> list[int]:
 
 
 def _lies_within(inner: Points, outer: Points) -> bool:
-    """Returns whether most points of a polygon are inside another; single ones may touch it."""
+    """Returns whether most points of a polygon are inside another; a few may touch it."""
     some = inner[:: max(1, len(inner) // SOME_POINTS)]
     return bool(np.mean([_is_inside(point, outer) for point in some]) > 0.5)
 
 
 def _is_inside(point: Points, polygon: Points) -> bool:
-    """Returns whether a ray from a point (2,) crosses the edges of a polygon (P, 2) oddly often."""
+    """Returns whether a ray from a point (2,) crosses the edges of a polygon (P, 2) an odd number
+    of times.
+    """
     (x0, y0), (x1, y1) = polygon.T, np.roll(polygon, -1, axis=0).T
     x, y = point
     crossed = (y0 > y) != (y1 > y)

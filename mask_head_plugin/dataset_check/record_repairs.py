@@ -1,6 +1,6 @@
-"""The repairs of a corrected copy: each mends one kind of finding where one answer is right.
+"""The repairs of a corrected copy: each repairs one kind of finding that has one right answer.
 
-A repair changes a record and returns what it did; with None the record is left out.
+A repair changes a record and returns what it did; if it returns None, the record is dropped.
 
 Shape alphabet: H, W sides of an image.
 """
@@ -29,13 +29,13 @@ def _move(records: list[Record], key: str, value: Any) -> None:
 
 
 def _renumber(section: str, groups: str, key: str, repeated: Repair) -> Repair:
-    """Returns a repair that gives a record, and what refers to it, a number as id.
+    """Returns a repair that replaces a record's id by a number, also in what refers to it.
 
     Args:
         section: of the record.
-        groups: the attribute of Document that has what refers to it.
-        key: that these refer by.
-        repeated: the repair where several records have the id.
+        groups: the attribute of Document with the records that refer to it.
+        key: the field by which these refer to it.
+        repeated: the repair if several records have the id.
     """
 
     def repair(document: Document, record: Record) -> str | None:
@@ -52,12 +52,12 @@ def _renumber(section: str, groups: str, key: str, repeated: Repair) -> Repair:
 
 
 def _merge_category(document: Document, record: Record) -> str | None:
-    """Two of one name are one class."""
+    """Merges two categories of one name."""
     first = next(
         group[0] for group in document.categories.values() if group[0].get("name") == record["name"]
     )
     _move(document.members.get(record["id"], []), "category_id", first["id"])
-    document.drop(record, f"its annotations are now of {first['id']!r}", merged=True)
+    document.drop(record, f"its annotations now have category {first['id']!r}", merged=True)
     return None
 
 
@@ -70,7 +70,7 @@ def _repeated_category(document: Document, record: Record) -> str | None:
 
 def _size_from_file(document: Document, image: Record) -> str | None:
     facts = document.facts(image)
-    if facts is None or facts.orientation != 1:  # not known, or not which way round
+    if facts is None or facts.orientation != 1:  # unknown, or in an unknown order
         return None
     image["height"], image["width"] = facts.image_hw
     return "height and width are now {} and {}, the file's".format(*facts.image_hw)
@@ -83,16 +83,18 @@ def _repeated_image(document: Document, image: Record) -> str | None:
         return None
     for other in same:
         if not document.is_dropped(other):
-            document.drop(other, "several images have its id, so its annotations are not known")
+            document.drop(
+                other, "several images have its id, so it is unclear which annotations are its own"
+            )
     return None
 
 
 def _merge_image(document: Document, image: Record) -> str | None:
-    """Annotations of a file hold for it, whichever of its records they name."""
+    """Annotations of a file belong to it, whichever of its records they name."""
     same = document.files.get(file_name(image, False) or "", [])
     first = next(x for x in same if not document.is_dropped(x))
     if first is image:
-        return "it is the one record of its file now"
+        return "it is now the only record of its file"
     if any(first.get(side) != image.get(side) for side in ("height", "width")):
         return None
     kept = document.annotations.setdefault(first.get("id"), [])
@@ -104,7 +106,7 @@ def _merge_image(document: Document, image: Record) -> str | None:
         else:
             annotation["image_id"] = first.get("id")
             kept.append(annotation)
-    reason = f"its annotations are now of image {first.get('id')!r}, which has the same file"
+    reason = f"its annotations now belong to image {first.get('id')!r}, which has the same file"
     document.drop(image, reason, merged=True)
     return None
 
@@ -115,7 +117,7 @@ def _file_elsewhere(document: Document, image: Record) -> str | None:
 
 
 def _references(document: Document, annotation: Record) -> str | None:
-    """Ids that are right as numbers: "7" and 7.0."""
+    """Converts ids that are right as numbers: "7" and 7.0."""
     done = []
     for key, known in (("image_id", document.images), ("category_id", document.categories)):
         value = annotation.get(key)
@@ -144,7 +146,7 @@ def _annotation_id(document: Document, annotation: Record) -> str | None:
 
 
 def _fill(document: Document, annotation: Record) -> str | None:
-    """Adds what follows from the rest of the annotation."""
+    """Adds fields that follow from the rest of the annotation."""
     done = []
     if annotation.get("id") is None:
         done.append(_new_id(document, annotation))
@@ -168,7 +170,7 @@ def _iscrowd(document: Document, annotation: Record) -> str | None:
 
 
 def _drop_keypoints(document: Document, annotation: Record) -> str | None:
-    """Masks are trained without them."""
+    """Drops keypoints, which masks do not need."""
     del document
     del annotation["keypoints"]
     annotation.pop("num_keypoints", None)
@@ -193,7 +195,7 @@ def _area_from_mask(document: Document, annotation: Record) -> str | None:
 
 
 def _crowd_runs(document: Document, annotation: Record) -> str | None:
-    """The same pixels as run lengths; whether it is a crowd at all is the annotator's to say."""
+    """Writes the same pixels as run lengths; only the annotator knows whether it is a crowd."""
     found = document.mask(annotation)
     if found is None:
         return None
@@ -219,7 +221,7 @@ def _flatten(document: Document, annotation: Record) -> str | None:
 
 
 def _drop_parts(document: Document, annotation: Record) -> str | None:
-    """What encloses nothing adds nothing; detectron2 leaves out the same parts."""
+    """Drops polygons that enclose nothing, as detectron2 does."""
     del document
     given = annotation["segmentation"]
     kept = [x for x in given if not isinstance(x, list) or (len(x) >= 6 and len(x) % 2 == 0)]
@@ -250,7 +252,7 @@ def clip_polygon(polygon: Polygon, image_hw: tuple[int, int]) -> Polygon:
         image_hw: H, W.
 
     Returns:
-        The same, empty if nothing is within.
+        The same; empty if nothing is inside.
     """
     height, width = image_hw
     points = np.asarray(polygon, float).reshape(-1, 2)
@@ -266,7 +268,7 @@ def clip_polygon(polygon: Polygon, image_hw: tuple[int, int]) -> Polygon:
             if b >= 0:
                 kept.append(end)
         points = np.array(kept).reshape(-1, 2)
-    points = points.clip(0, [width, height])  # what rounding left outside
+    points = points.clip(0, [width, height])  # points that rounding left outside
     flat: Polygon = points.ravel().tolist()
     return flat
 
@@ -311,4 +313,4 @@ REPAIRS: dict[tuple[str, str], Repair] = {
         )
     },
 }
-"""By section and kind of the finding."""
+"""Repairs by section and kind of the finding."""

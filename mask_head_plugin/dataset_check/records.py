@@ -1,4 +1,4 @@
-"""The records of a COCO file: sections, categories, images, and the fields of annotations."""
+"""Checks the records of a COCO file: sections, categories, images, and fields of annotations."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .foreign_formats import foreign_json
 SECTIONS = tuple(SECTION_NAMES)
 ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd")
 MAX_ID = 1 << 53
-"""From here on not every whole number is a float64, in which metrics hold ids."""
+"""From here on, a float64, in which metrics hold ids, cannot hold every whole number."""
 
 MOST_AREA = 1.1
-"""Of an object, in images: polygons and boxes may leave one by a pixel."""
+"""Most area of an object, in images: polygons and boxes may leave the image by a pixel."""
 
 Sizes = dict[Hashable, tuple[int, int] | None]
 """(height, width) by image id; None where the record has no valid size."""
 
 
 def max_pixels() -> float:
-    """Returns above how many pixels Pillow, with which detectron2 reads, refuses an image."""
+    """Returns how many pixels Pillow, which detectron2 reads with, accepts in an image."""
     limit = Image.MAX_IMAGE_PIXELS
     return math.inf if limit is None else 2 * limit
 
 
 def check_sections(content: Any, found: Findings) -> bool:
-    """Returns whether the three sections are there, as lists; what is not is noted."""
+    """Returns whether the three sections are there, as lists; adds a finding for each that is not."""
     foreign = foreign_json(content)
     if foreign:
         found.add("not-a-coco-file", foreign)
@@ -57,10 +57,10 @@ def check_categories(
         categories: the section.
         found: gets the findings.
         num_classes: of the model, None if not known.
-        lvis: whether class indices will be ids - 1, as detectron2 has it for LVIS.
+        lvis: whether class indices will be ids - 1, as in detectron2 for LVIS.
 
     Returns:
-        Names by id, of those that have both.
+        Names by id, for categories that have both.
     """
     names: dict[Hashable, str] = {}
     first_of_name: dict[str, Hashable] = {}
@@ -112,7 +112,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def check_id(what: str, value: Any, found: Findings, at: Place) -> None:
-    """Notes an id that is not a whole number, or that a float64 does not hold."""
+    """Adds a finding for an id that is not a whole number, or that a float64 cannot hold."""
     if type(value) is not int:
         message = f"the {what} id {quote(value)} is of type {type(value).__name__}"
         found.add("id-not-integer", message, at)
@@ -129,7 +129,7 @@ def check_images(images: list[Any], found: Findings, *, lvis: bool = False) -> S
         lvis: whether files are named by ``coco_url``.
 
     Returns:
-        Sizes by id, of all records that have an id.
+        Sizes by id, for all records that have an id.
     """
     sizes: Sizes = {}
     first_of_file: dict[str, Any] = {}
@@ -193,14 +193,14 @@ def _check_file_name(
 
 
 def is_outside(name: str) -> bool:
-    """Returns whether a normalised path leaves the folder that it starts from."""
+    """Returns whether a normalised path leads out of the folder where it starts."""
     return name.startswith("/") or name.split("/")[0] == ".."
 
 
 def file_name(image: Mapping[str, Any], lvis: bool) -> str | None:
-    """Returns the normalised path that a record gives, None if it is not a path.
+    """Returns the normalised path in a record; None if it is not a path.
 
-    For LVIS it is made as detectron2 makes it, of the last two parts of ``coco_url``.
+    For LVIS, it is made of the last two parts of ``coco_url``, as in detectron2.
     """
     name = image.get("coco_url" if lvis else "file_name")
     if not isinstance(name, str) or not name.strip() or "\0" in name:
@@ -224,7 +224,7 @@ def check_annotation_fields(
     lvis: bool,
     masks: bool,
 ) -> None:
-    """Checks all of an annotation but its box and mask.
+    """Checks an annotation, except its box and mask.
 
     Args:
         annotation: the record.
@@ -269,7 +269,7 @@ def check_annotation_fields(
         size = sizes.get(listed_id(image_id, sizes))
         if size is not None and area > MOST_AREA * math.prod(size):
             found.add("area-invalid", f"area is {area}, the image has {math.prod(size)}", at)
-    keypoints = get("keypoints")  # detectron2 reads them whether they are used or not
+    keypoints = get("keypoints")  # detectron2 reads them even if they are not used
     if keypoints and not (
         isinstance(keypoints, list) and len(keypoints) % 3 == 0 and all(map(is_finite, keypoints))
     ):
@@ -279,7 +279,7 @@ def check_annotation_fields(
 
 
 def listed_id(value: Any, known: Mapping[Hashable, Any]) -> Hashable:
-    """Returns the listed id that an annotation means, None if there is none.
+    """Returns the listed id that an annotation means; None if there is none.
 
     VIA lists images by number, but writes "7" into annotations.
     """
@@ -298,7 +298,7 @@ def listed_id(value: Any, known: Mapping[Hashable, Any]) -> Hashable:
 
 
 def is_finite(value: Any) -> bool:
-    """Returns whether a value is a number that a float64 holds, and no bool."""
+    """Returns whether a value is a number, not a bool, that a float64 can hold."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Parts of a data set: the annotations of some categories, and a split for training and validation.
+"""Makes parts of a data set: some of its categories, or a split for training and validation.
 
 Shape alphabet: G photographs, K categories.
 """
@@ -20,16 +20,16 @@ Content = dict[str, Any]
 
 
 def keep_categories(content: Content, names: Sequence[str]) -> Content:
-    """Returns a file's content with some categories only, and the annotations of these.
+    """Returns a file's content with only some categories and their annotations.
 
-    All images stay: without annotations they show what none of the categories is.
+    All images stay: those without annotations show what none of the categories looks like.
 
     Args:
-        content: that the check finds no errors in.
+        content: must have passed the check without errors.
         names: of the categories.
 
     Raises:
-        ConfigError: if the file has none of a name; the nearest one is given.
+        ConfigError: if the file lacks a category; the nearest name is given.
     """
     known = [category["name"] for category in content["categories"]]
     for name in names:
@@ -52,13 +52,13 @@ def split(
     the same share of its annotations in validation, as far as photographs can be told apart.
 
     Args:
-        content: that the check finds no errors in.
+        content: must have passed the check without errors.
         image_root: the folder of its images.
         share: of the images that go to validation, between 0 and 1.
-        seed: of the choice; the same one makes the same parts.
+        seed: of the choice; the same seed gives the same parts.
 
     Raises:
-        ConfigError: if the share is not one, or all images are of one photograph.
+        ConfigError: if the share is not between 0 and 1, or all images are of one photograph.
     """
     if not 0 < share < 1:
         raise ConfigError(f"--split {share}: give a share between 0 and 1, such as 0.2")
@@ -96,9 +96,10 @@ def _counts(content: Content, group_of_image: dict[Any, int], num_groups: int) -
 
 
 def _choose(counts: Any, share: float, seed: int) -> Any:
-    """Returns (G,) which photographs go to validation: each that brings all shares nearer.
+    """Returns (G,) which photographs go to validation: each one that brings the shares closer to
+    the goal.
 
-    Large ones come first, so that small ones can make up for what these do to the shares.
+    Large ones come first, so that small ones can even out the shares.
     """
     totals = counts.sum(0)
     shares = counts[:, totals > 0] / totals[totals > 0]

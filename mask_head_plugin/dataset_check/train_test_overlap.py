@@ -1,6 +1,6 @@
-"""Images that are in the training data and in the test data, which makes every score too good.
+"""Finds images that are in both training and test data, which makes every score too good.
 
-The same file, the same bytes under another name, or parts of one photograph, by their names.
+They may be the same file, the same bytes under another name, or parts of one photograph, by name.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ Pairs = list[tuple[str, str]]
 
 
 def shared_images(train: Images, test: Images) -> list[tuple[str, Pairs]]:
-    """Returns the images of the test data that the training data also have.
+    """Returns the test images that are also in the training data.
 
     Args:
         train: image folder and path of each training image.
-        test: the same of the test images.
+        test: the same for the test images.
 
     Returns:
         For each way to recognise a pair (in words), the pairs of paths, test image first. An image
-        is counted in the first way that tells.
+        counts only for the first way that recognises it.
     """
     left = list(test)
     found = []
@@ -41,7 +41,7 @@ def shared_images(train: Images, test: Images) -> list[tuple[str, Pairs]]:
 
 
 def _matches(train: Images, test: Images, keys: Mapping[str, Hashable]) -> Pairs:
-    """Returns the pairs of images that share a key; None does not count."""
+    """Returns the pairs of images that share a key; None is ignored."""
     first: dict[Hashable, str] = {}
     for _, path in train:
         first.setdefault(keys.get(path), path)
@@ -68,7 +68,7 @@ def _by_name(train: Images, test: Images) -> Pairs:
 
 
 def _identity(path: str) -> Hashable:
-    """Returns what a file has in common with its links."""
+    """Returns an identity that a file shares with its links."""
     try:
         status = os.stat(path)  # noqa: PTH116  # makes no Path of each of many files
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Faults that only a file as a whole shows: its units, the numbering of its classes, repetitions.
+"""Finds faults that show only in a file as a whole: units, the numbering of classes, repetitions.
 
 Most have no one right answer, so a corrected copy is refused.
 """
@@ -13,13 +13,13 @@ from .findings import Findings, quote
 from .records import listed_id
 
 FEW = 10
-"""Records with a fault that may be chance."""
+"""How many records may have a fault by chance."""
 
 
 def check_whole(
     content: dict[str, list[Any]], categories: Mapping[Hashable, str], found: Findings
 ) -> None:
-    """Looks for faults that are in all records of a file, and for categories without any.
+    """Looks for faults in all records of a file, and for categories without annotations.
 
     Args:
         content: its sections.
@@ -48,7 +48,9 @@ def polygons_of(annotations: list[dict[str, Any]]) -> Iterator[Any]:
 
 
 def within_one(lists: Iterator[Any]) -> bool:
-    """Whether there are many lists of numbers, all between 0 and 1. Most files end it at once."""
+    """Returns whether there are many lists of numbers, all between 0 and 1; most files fail at
+    once.
+    """
     count = 0
     for numbers in lists:
         try:
@@ -77,10 +79,10 @@ def _check_shift(
 def _check_use(
     annotations: list[dict[str, Any]], categories: Mapping[Hashable, str], found: Findings
 ) -> None:
-    """Notes categories that nothing is annotated with, and a background that something is."""
+    """Adds findings for categories without annotations, and for a background category with some."""
     used = {listed_id(x.get("category_id"), categories) for x in annotations} - {None}
     unused = [name for i, name in categories.items() if i not in used]
-    if used and unused:  # else the ids are wrong
+    if used and unused:  # otherwise the ids are wrong
         found.add(
             "unused-category",
             f"{len(unused)} of {len(categories)} categories have no annotation: "
@@ -88,7 +90,7 @@ def _check_use(
         )
     for i, name in categories.items():
         if i in used and name.strip("_ ").lower() == "background":
-            message = f"category {quote(i)} is {quote(name)}, which models have of their own"
+            message = f"category {quote(i)} is {quote(name)}, which models have built in"
             found.add("background-category", message)
 
 

@@ -120,7 +120,8 @@ def test_no_command_is_given_that_would_refuse(tmp_path, data):
     [
         (
             1,
-            "1 of 4 images have more objects than TEST.DETECTIONS_PER_IMAGE, 1, lets a model find; "
+            "1 of 4 images have more objects than the 1 that TEST.DETECTIONS_PER_IMAGE lets a "
+            "model find; "
             "image 1 has 2",
         ),
         (2, ""),

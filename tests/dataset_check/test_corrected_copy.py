@@ -44,7 +44,7 @@ def test_a_corrected_copy_passes_the_check_trains_and_lists_what_it_changed(good
     before = good.write(broken.break_it(good)).json_file.read_bytes()
     has_error = bool(errors_of(check(good)))
     if broken.after_fix == "none":
-        with pytest.raises(ConfigError, match=rf"cannot mend .*\[{broken.kind}\]") as info:
+        with pytest.raises(ConfigError, match=rf"cannot repair .*\[{broken.kind}\]") as info:
             fix(good)
         assert "\n" not in str(info.value) and not (good.folder / "fixed.json").exists()
         assert good.json_file.read_bytes() == before

@@ -59,7 +59,7 @@ def test_brush_masks_with_iscrowd_1_are_counted(good):
 def test_images_that_only_have_crowds_are_counted_even_if_they_are_few(good):
     as_brush_mask(good.annotation(15), 1)
     found = only(good, "crowd-by-export")
-    assert "1 of 4 (25.0%) annotated images have no other annotation and leave" in found.message
+    assert "1 of 4 (25.0%) annotated images have no other annotation and are" in found.message
 
 
 def test_a_share_of_crowds_as_cocos_is_no_fault(good):
@@ -200,7 +200,7 @@ def test_masks_of_whole_images_may_be_alike(good):
 def test_images_without_annotations_are_counted(good):
     good.content["annotations"] = [x for x in good.content["annotations"] if x["image_id"] != 4]
     found = only(good, "image-without-objects")
-    assert "1 of 4 (25.0%) images have no annotation and leave training" in found.message
+    assert "1 of 4 (25.0%) images have no annotation and are not" in found.message
 
 
 @pytest.mark.parametrize("empty", [None, [], {}])

@@ -68,7 +68,7 @@ def test_an_absolute_name_outside_the_folder_is_said_to_exist(good, tmp_path):
     good.path(2).rename(other / "2.png")
     good.image(2)["file_name"] = str(other / "2.png")
     (found,) = check(good.write())
-    assert found.kind == "file-name-outside" and "there is such a file" in found.message
+    assert found.kind == "file-name-outside" and "but such a file exists" in found.message
 
 
 def wrong_sizes(good):

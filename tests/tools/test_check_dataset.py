@@ -115,7 +115,7 @@ def test_of_two_images_with_one_name_none_is_taken(tmp_path, run_tool):
     assert run_tool(*flags)[0] == 0  # a copy
     (data.folder / "night" / "2.png").write_bytes(data.path(4).read_bytes())
     code, _, err = run_tool(*flags)
-    assert code == 2 and "different images of one name" in err and err.count("\n") == 1
+    assert code == 2 and "different images with one name" in err and err.count("\n") == 1
 
 
 def test_a_filter_writes_the_categories_that_are_asked_for(tmp_path, run_tool):
