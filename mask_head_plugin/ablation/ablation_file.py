@@ -59,7 +59,7 @@ class Ablation:
         seeds: of the trials of each variant.
         baseline: name of the variant that the others are compared with.
         configs: the complete config of each variant, in the order of the file.
-        own_keys: those that each variant, its size, its CONFIG or the options set.
+        own_keys: for each variant, the keys that it, its size, its CONFIG or the options set.
         paper: published figures by variant and metric, in percent.
     """
 
@@ -84,13 +84,13 @@ def load_ablation(
     Args:
         path: a YAML file as above.
         size: one of its SIZES.
-        opts: "KEY VALUE" pairs in one flat list, for all variants, before what they change.
+        opts: "KEY VALUE" pairs in one flat list, applied to all variants before their own changes.
         variants: names of those to take, the baseline among them; all if empty.
-        seeds: instead of the file's.
+        seeds: used instead of the file's.
 
     Raises:
-        ConfigError: if the file does not have that form, a name in it does not exist, or a variant
-            does not fit its base config; names the file, the variant and the key.
+        ConfigError: if the file has another form, a name in it does not exist, or a variant does
+            not fit its base config; names the file, the variant and the key.
     """
     path = Path(path)
     content = _read(path)
@@ -152,7 +152,7 @@ def _check_seeds(where: str, seeds: list[Any]) -> None:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A SafeLoader that refuses a key that appears twice, where YAML's last one would win."""
+    """A SafeLoader that refuses repeated keys, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

@@ -1,4 +1,4 @@
-"""Where the trials of an ablation run: in processes of this machine, or as jobs of Slurm."""
+"""Starts the trials of an ablation: in processes of this machine, or as Slurm jobs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Cluster:
 
     Attributes:
         kind: "local" (processes on this machine), "slurm", or "debug" (in this process).
-        jobs: trials at once.
+        jobs: how many trials run at once.
         num_gpus: of each trial; 0 for the CPU.
-        partition: of Slurm; empty for its default, as the next two.
-        account: whom Slurm charges.
+        partition: of Slurm; empty for its default, like the next two.
+        account: the one that Slurm charges.
         qos: quality of service, by Slurm's name.
         minutes: time limit of a Slurm job; a job that reaches it, or is preempted, resumes from its
             checkpoint in a new one.
@@ -45,14 +45,14 @@ class Cluster:
     def threads(self) -> int:
         """Threads of each trial: its share of this machine's cores.
 
-        0 leaves it to PyTorch: where OMP_NUM_THREADS says how many, and on the nodes of Slurm.
+        0 leaves it to PyTorch: if OMP_NUM_THREADS is set, and on Slurm's nodes.
         """
         if self.kind == "slurm" or os.environ.get("OMP_NUM_THREADS"):
             return 0
         return max(len(os.sched_getaffinity(0)) // self.jobs, 1)
 
     def check(self) -> None:
-        """Raises ConfigError, by the flags of tools/ablate.py, if the numbers do not fit."""
+        """Raises ConfigError, naming flags of tools/ablate.py, if the numbers do not fit."""
         if self.jobs < 1:
             raise ConfigError(f"--jobs {self.jobs}: it must be at least 1")
         gpus = torch.cuda.device_count()
@@ -62,7 +62,7 @@ class Cluster:
             )
 
     def check_commands(self) -> None:
-        """Raises ConfigError if this machine does not have the cluster's commands."""
+        """Raises ConfigError if this machine lacks the cluster's commands."""
         missing = [command for command in SLURM_COMMANDS if shutil.which(command) is None]
         if self.kind == "slurm" and missing:
             raise ConfigError(
@@ -74,13 +74,13 @@ class Cluster:
         """Starts one trial.
 
         Args:
-            job: can be pickled.
+            job: must be picklable.
             folder: for its logs.
             slot: 0 to jobs - 1; trials that run at the same time on this machine have different
-                ones, and GPUs accordingly.
+                slots, which decide their GPUs.
 
         Raises:
-            ConfigError: if Slurm does not take the job, with its reason.
+            ConfigError: if Slurm refuses the job, with its reason.
         """
         executor = self._slurm(folder) if self.kind == "slurm" else self._local(folder, slot)
         try:
@@ -92,7 +92,7 @@ class Cluster:
         executor = submitit.LocalExecutor(folder)
         first = slot * self.num_gpus
         visible = tuple(range(first, first + self.num_gpus))
-        # Local jobs have no time limit; submitit wants one.
+        # Local jobs have no time limit, but submitit wants one.
         year = 60 * 24 * 365
         executor.update_parameters(
             timeout_min=year, visible_gpus=visible, gpus_per_node=self.num_gpus

@@ -42,7 +42,9 @@ PARAMETERS_FILE = "num_parameters.txt"
 
 
 class TrialJob(submitit.helpers.Checkpointable):
-    """What submitit pickles and calls; called again with the same trial after a preemption."""
+    """The job that submitit pickles and calls; after a preemption, it is called again with the same
+    trial.
+    """
 
     def __init__(self, trial: Trial, num_gpus: int, threads: int) -> None:
         self.trial, self.num_gpus, self.threads = trial, num_gpus, threads
@@ -56,12 +58,12 @@ class TrialJob(submitit.helpers.Checkpointable):
 def run_trial(trial: Trial, num_gpus: int = 0) -> None:
     """Trains and evaluates a trial, from its last checkpoint if it has one.
 
-    Leaves trial.json: variant, seed, status ("finished" or "failed"), error,
-    iterations, seconds (of this run), seconds_per_iteration (median), peak_memory_mb (on CUDA what
-    PyTorch allocates, otherwise the process's), num_parameters, results (by task, in percent),
-    device, versions, commit, finished_at. An error is written there and not raised.
+    Writes trial.json: variant, seed, status ("finished" or "failed"), error, iterations, seconds
+    (of this run), seconds_per_iteration (median), peak_memory_mb (on CUDA what PyTorch allocates,
+    otherwise the process's), num_parameters, results (by task, in percent), device, versions,
+    commit, finished_at. An error is written there and not raised.
 
-    Where another process is at the same trial, waits for it.
+    If another process is running the same trial, this waits for it.
     """
     trial.folder.mkdir(parents=True, exist_ok=True)
     with locked(trial.folder / "lock"):
@@ -75,7 +77,7 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
             write_durably(trial.folder / HASH_FILE, config_hash(trial.cfg) + "\n")
             launch(_train, max(num_gpus, 1), args=(trial.cfg,), device=trial.cfg.MODEL.DEVICE)
             record = _measure(trial)
-        except Exception as error:  # of any kind: the other trials continue
+        except Exception as error:  # any error: the other trials continue
             last = traceback.format_exception_only(error)[-1].strip()
             record = {"status": FAILED, "error": last, "traceback": traceback.format_exc()}
         record["seconds"] = round(time.monotonic() - start, 1)
@@ -109,7 +111,7 @@ def _train(cfg: CfgNode) -> None:
 
 
 def _measure(trial: Trial) -> dict[str, Any]:
-    """Returns what a finished training has reached and cost."""
+    """Returns the results and costs of a finished training."""
     rows = read_json_lines(trial.folder / METRICS_FILE)
     on_cuda = [float(x["max_mem_mb"]) for x in rows if x.get("max_mem_mb")]
     found = json.loads((trial.inference / METRICS_FILE).read_text())

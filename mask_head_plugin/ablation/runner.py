@@ -1,6 +1,6 @@
-"""Runs the trials of an ablation, on this machine or on a Slurm cluster, and takes them up again.
+"""Runs the trials of an ablation, on this machine or on a Slurm cluster, and resumes them.
 
-See trial_folder.py for what their folders hold.
+trial_folder.py describes their folders.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ ESTIMATE_ITERATIONS = 8
 def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
     """Returns the trials of an ablation, seed by seed, and checks that all of them can run.
 
-    The machine that plans need not be the one that trains: the device follows from ``num_gpus``,
-    and whether it is there is checked where the trial runs.
+    The machine that plans may differ from the one that trains: ``num_gpus`` decides the device, and
+    the machine that runs the trial checks whether it exists.
 
     Args:
         ablation: of ``load_ablation``.
@@ -56,8 +56,8 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
         num_gpus: of each trial; 0 for the CPU.
 
     Raises:
-        ConfigError: if a config cannot be used, a data set is missing, or a trial in the folder was
-            run with another config, with the variant's name; or IMPORTS fails.
+        ConfigError: if a config cannot be used, a data set is missing, a trial in the folder was
+            run with another config (names the variant), or IMPORTS fails.
     """
     trials = []
     for seed in ablation.seeds:
@@ -82,21 +82,21 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
 
 
 def _device(device: str, num_gpus: int) -> str:
-    """Returns what MODEL.DEVICE a trial trains with."""
+    """Returns the MODEL.DEVICE of a trial."""
     is_cuda = device.startswith("cuda")
     if num_gpus and not is_cuda:
         raise ConfigError(
             f"MODEL.DEVICE {device} does not use the GPUs of --num-gpus {num_gpus}; set it to "
-            "cuda, or leave --num-gpus out"
+            f"cuda, or remove --num-gpus"
         )
     return "cpu" if is_cuda and not num_gpus else device
 
 
 def write_description(output: Path, description: dict[str, Any]) -> None:
-    """Writes ablation.json; variants and seeds that it had stay.
+    """Writes ablation.json; keeps the variants and seeds that it already has.
 
     Raises:
-        ConfigError: if the folder is of another ablation, size or baseline.
+        ConfigError: if the folder belongs to another ablation, size or baseline.
     """
     path = output / ABLATION_FILE
     known = read_object(path)
@@ -114,7 +114,7 @@ def write_description(output: Path, description: dict[str, Any]) -> None:
 
 
 def describe(ablation: Ablation, *, file: str, size: str, command: str) -> dict[str, Any]:
-    """Returns what ablation.json says of an ablation: what a report needs besides the trials."""
+    """Returns the content of ablation.json: what a report needs besides the trials."""
     baseline = flatten(ablation.configs[ablation.baseline])
     variants = [
         {
@@ -144,23 +144,23 @@ def run(
     """Runs the trials that are not finished.
 
     Shows the iterations of all trials with the time left. A trial that fails does not stop the
-    others. On an interruption, trials that run are stopped; they resume from their checkpoints when
-    the ablation is started again.
+    others. An interruption stops the running trials; they resume from their checkpoints when you
+    start the ablation again.
 
     Args:
         trials: of ``plan``.
-        cluster: where to.
+        cluster: where to run them.
         report: called with each trial that has ended.
 
     Raises:
-        ConfigError: if Slurm does not take a job.
+        ConfigError: if Slurm refuses a job.
     """
     waiting = [trial for trial in trials if not trial.is_finished]
     total = sum(int(trial.cfg.SOLVER.MAX_ITER) for trial in trials)
     running: dict[int, tuple[Trial, submitit.Job[None]]] = {}
     with tqdm(total=total, unit="it", desc=f"{len(trials)} trials", smoothing=0.05) as progress:
         progress.update(sum(trial.iteration() for trial in trials))
-        progress.initial = progress.n  # the time left counts what this run does
+        progress.initial = progress.n  # the time left only counts what this run does
         try:
             while waiting or running:
                 free = [slot for slot in range(cluster.jobs) if slot not in running]

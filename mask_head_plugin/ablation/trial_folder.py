@@ -5,7 +5,7 @@ metrics.json, TensorBoard events, checkpoints, inference/) and
 
 - ``trial.json``: how it ended, its metrics and its cost, see run_trial;
 - ``environment.txt``: versions and hardware; ``num_parameters.txt``;
-- ``config_hash.txt``: so that a trial is only resumed with the same config;
+- ``config_hash.txt``: ensures that a trial is only resumed with the same config;
 - ``submitit/``: the logs of the process that ran it.
 
 The ablation's folder has ``ablation.json``, see runner.describe, from which the report is made.
@@ -49,8 +49,8 @@ class Trial:
         seed: its seed.
         folder: where its files are, or would be.
         dataset: the test set.
-        cfg: its complete config; OUTPUT_DIR is the folder. None where the folder is only read.
-        snapshot: what ``record`` returns; None to look into the folder each time.
+        cfg: its complete config; OUTPUT_DIR is the folder. None if the folder is only read.
+        snapshot: what ``record`` returns; None to read the folder each time.
     """
 
     variant: str
@@ -65,12 +65,12 @@ class Trial:
         return f"{self.variant}, seed {self.seed}"
 
     def record(self) -> dict[str, Any]:
-        """Returns what trial.json says, ``{}`` if the trial is still running."""
+        """Returns the content of trial.json; ``{}`` while the trial is running."""
         return read_object(self.folder / TRIAL_FILE) if self.snapshot is None else self.snapshot
 
     @property
     def known_hash(self) -> str:
-        """The hash of the config that the folder's training was started with, if any was."""
+        """The hash of the config that the folder's training was started with, if it was started."""
         with contextlib.suppress(OSError):
             return (self.folder / HASH_FILE).read_text().strip()
         return ""
@@ -98,16 +98,16 @@ class Trial:
         return own if own.is_dir() else self.folder / "inference"
 
     def result(self, key: str) -> float:
-        """Returns a metric such as ``segm/AP`` in percent, nan if there is none."""
+        """Returns a metric such as ``segm/AP`` in percent; nan if there is none."""
         task, _, metric = key.partition("/")
         return _number(((self.record().get("results") or {}).get(task) or {}).get(metric))
 
     def cost(self, key: str) -> float:
-        """Returns a number of trial.json, nan if there is none."""
+        """Returns a number from trial.json; nan if there is none."""
         return _number(self.record().get(key))
 
     def iteration(self) -> int:
-        """Returns how many iterations are done, as far as logged."""
+        """Returns how many iterations are done, according to the log."""
         total = int(self.cfg.SOLVER.MAX_ITER)
         # A repeated evaluation continues the count.
         return total if self.is_finished else min(self._logged(), total)
@@ -116,16 +116,16 @@ class Trial:
         return max((row["iteration"] + 1 for row in self.log()), default=0)
 
     def log(self) -> list[dict[str, Any]]:
-        """Returns what detectron2 logged at iterations, in their order."""
+        """Returns what detectron2 logged, in the order of iterations."""
         rows: dict[int, dict[str, Any]] = {}
         for row in read_json_lines(self.folder / METRICS_FILE):
-            # Of iterations that a resumed training did twice, the last.
+            # If a resumed training repeated iterations, the last record of each.
             if isinstance(row.get("iteration"), int):
                 rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
         return [rows[iteration] for iteration in sorted(rows)]
 
     def matches(self, task: str) -> Matches | None:
-        """Returns who found what, None (and a warning) where the file is missing or broken."""
+        """Returns the matches; None, with a warning, if the file is missing or broken."""
         path = self.inference / f"matches_{task}.npz"
         try:
             return Matches.load(path)
@@ -144,7 +144,7 @@ def check_hash(trial: Trial) -> None:
 
 
 def folder_name(variant: str) -> str:
-    """Returns a variant's name as it can be part of a path, distinct for distinct names."""
+    """Returns a variant's name in a form for paths, distinct for distinct names."""
     safe = re.sub(r"[^\w.-]+", "_", variant).strip("_.") or "variant"
     if safe == variant:
         return safe
@@ -152,7 +152,7 @@ def folder_name(variant: str) -> str:
 
 
 def config_hash(cfg: CfgNode) -> str:
-    """Returns a hash of all that a trial's result may depend on."""
+    """Returns a hash of everything that a trial's result may depend on."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = ""
@@ -160,7 +160,7 @@ def config_hash(cfg: CfgNode) -> str:
 
 
 def write_record(trial: Trial, record: dict[str, Any]) -> None:
-    """Writes trial.json, whole or not at all."""
+    """Writes trial.json, completely or not at all."""
     content = {
         "variant": trial.variant,
         "seed": trial.seed,
@@ -171,14 +171,14 @@ def write_record(trial: Trial, record: dict[str, Any]) -> None:
 
 
 def seconds_per_iteration(folder: Path) -> float | None:
-    """Returns the median of what a training logged, None if it has logged nothing."""
+    """Returns the median of what a training logged; None if it logged nothing."""
     times = [x.get("time") for x in read_json_lines(folder / METRICS_FILE)]
     known = [x for x in times if isinstance(x, float)]
     return statistics.median(known) if known else None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file of JSON lines, without a last line that is half written."""
+    """Returns the objects in a file of JSON lines, without an incomplete last line."""
     rows = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -189,7 +189,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Returns a JSON object, ``{}`` where there is none or only half of it."""
+    """Returns a JSON object; ``{}`` if it is missing or incomplete."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
@@ -197,5 +197,5 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float:
-    """Returns a number of a JSON file, nan if it is not a number."""
+    """Returns a value of a JSON file as a number; nan if it is not one."""
     return float(value) if isinstance(value, int | float) else math.nan

@@ -25,7 +25,7 @@ Sizes = dict[Hashable, tuple[int, int] | None]
 
 
 def max_pixels() -> float:
-    """Returns how many pixels Pillow, which detectron2 reads with, accepts in an image."""
+    """Returns the most pixels of an image that Pillow, detectron2's reader, accepts."""
     limit = Image.MAX_IMAGE_PIXELS
     return math.inf if limit is None else 2 * limit
 

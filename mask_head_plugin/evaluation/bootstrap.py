@@ -1,21 +1,21 @@
-"""How certain a difference of AP is: COCO's AP on many resamples of the validation images.
+"""COCO's AP on many resamples of the validation images, which show how certain a difference is.
 
-Images are drawn with replacement, and the models compared are given the same draws, so that what
+Images are drawn with replacement, and all models compared get the same draws, so that whatever
 makes an image hard for all of them cancels (paired bootstrap). Detections are matched to objects
 once; a draw only changes how often each counts. This equals an evaluation of a data set in which
-the images are physically repeated: a class of which no object was drawn has no AP and is left out
-of the mean, as the engine does. COCOeval itself removes ids of images that are there twice.
+the images are physically repeated: a class without drawn objects has no AP and does not enter the
+mean, as in the engine. COCOeval itself removes repeated image ids.
 
 Detections of a class are processed in the engine's order, by falling score, ties by the index
-of the image and then by the position in the file; the copies of one follow each other. This order
-is the same in all draws.
+of the image and then by the position in the file; the copies of a detection follow each other. This
+order is the same in all draws.
 
 Resampling images says nothing about training again: that is what several seeds are for (see
 difference).
 
 In 500 synthetic experiments (200 images, 3 classes) the 95% interval over images contained the true
 difference of AP, AP50 and AP75 93 to 95% of the time, for a large and a small difference. If
-classes have few objects it is slightly narrow (100 images, 10 classes: 93 to 94% of 1000
+classes have few objects, it is slightly too narrow (100 images, 10 classes: 93 to 94% of 1000
 experiments).
 
 Shape alphabet: I images, K classes, D detections, S draws; n detections of one class.
@@ -34,28 +34,28 @@ from .difference import PairedDifference, difference_of
 from .matching import FloatArray, Matches
 
 IntArray = npt.NDArray[np.int32]
-"""Of counts: NumPy adds these up much faster than int64, and exactly."""
+"""Type of counts: NumPy adds these up much faster than int64, and exactly."""
 
 CHUNK_ELEMENTS = 1 << 17
-"""Size of the (S, n) arrays: what is done at once stays in the processor's cache."""
+"""Size of the (S, n) arrays, so that they stay in the processor's cache."""
 
 _AREAS = {"APs": "small", "APm": "medium", "APl": "large"}
 _IOUS = {"AP50": 0.5, "AP75": 0.75}
 _RECALLS: FloatArray = np.linspace(0.0, 1.0, 101)  # as pycocotools has them, to the last bit
 
 Cell = tuple[int, int]
-"""An area range and an IoU threshold, by their indices: what has a precision-recall curve."""
+"""An area range and an IoU threshold, by index, which have one precision-recall curve."""
 
 
 @dataclass(frozen=True)
 class _Curve:
     """A class's precision and recall at its true positives, in S draws.
 
-    Between true positives precision only falls, and among the copies of one it only rises. So the
-    best precision from some recall on is that of the last copy of a true positive.
+    Between true positives, precision only falls; among the copies of one, it only rises. So the
+    best precision from some recall on is that of a true positive's last copy.
 
     Attributes:
-        precision: (S, n) 0 to 1, interpolated: the best from here on.
+        precision: (S, n) 0 to 1, interpolated: the best from this detection on.
         num_recalls: (S, n) how many of the 101 recalls are reached.
         has_objects: (S,) whether any was drawn; if not, the curve means nothing.
     """
@@ -85,9 +85,9 @@ class _Curve:
 
 
 def image_weights(num_images: int, num_draws: int, seed: int) -> IntArray:
-    """Returns (num_draws, num_images) how often each image is drawn; a row's sum is num_images.
+    """Returns (num_draws, num_images): how often each image is drawn. A row sums to num_images.
 
-    The same seed gives the same draws, and the first of many are the draws of few.
+    The same seed gives the same draws, and more draws begin with the same ones.
 
     Raises:
         ValueError: if the number of images or draws is 0.
@@ -124,7 +124,7 @@ def class_ap(matches: Matches, metric: str = "AP") -> FloatArray:
 def resampled_class_ap(
     matches: Matches, weights: npt.NDArray[np.integer], metric: str = "AP"
 ) -> FloatArray:
-    """Returns the metric of each class, (K, S), as ``resampled_ap`` does that of all."""
+    """Returns the metric of each class, (K, S), as ``resampled_ap`` does for all classes."""
     cells = _cells(matches, metric)
     aps = _class_aps(matches, _checked(weights, matches), cells)
     return 100 * _mean_of_counted(np.stack([aps[cell] for cell in cells]), axis=0)
@@ -133,7 +133,7 @@ def resampled_class_ap(
 def precision_recall(matches: Matches, iou: float = 0.5) -> FloatArray:
     """Returns COCO's interpolated precision at recalls 0, 0.01, ..., 1: (101,) 0 to 1.
 
-    It is the mean over the classes that have objects (nan if none has), for objects of all areas.
+    The mean over the classes that have objects (nan if none has), for objects of all areas.
 
     Args:
         matches: of any task.
@@ -155,12 +155,12 @@ def precision_recall(matches: Matches, iou: float = 0.5) -> FloatArray:
 def resampled_ap(
     matches: Matches, weights: npt.NDArray[np.integer], metrics: Sequence[str] = METRICS
 ) -> dict[str, FloatArray]:
-    """Returns the metrics, (S,) each in percent, of data sets with each image repeated that often.
+    """Returns the metrics, (S,) each in percent, of data sets with images repeated by weight.
 
     Args:
         matches: of any task.
-        weights: (S, I) how often each image is there, as of ``image_weights``.
-        metrics: of METRICS.
+        weights: (S, I) how often each image is repeated, e.g. from ``image_weights``.
+        metrics: names from METRICS.
 
     Raises:
         ValueError: if the weights are not integers from 0 on for each image, or too large to be
@@ -186,16 +186,16 @@ def compare(
     """Returns how a variant differs from a baseline in each metric.
 
     Args:
-        variant: one for each training seed, of the same task and images.
-        baseline: the same of the baseline; their numbers of seeds may differ.
-        metrics: of METRICS.
-        num_draws: how often the images are resampled. In a draw the difference is that of the
-            means over seeds. Draws without anything that counts for a metric are left out of it.
+        variant: matches of each training seed, for the same task and images.
+        baseline: the same for the baseline; the numbers of seeds may differ.
+        metrics: names from METRICS.
+        num_draws: how often the images are resampled. The difference in a draw is that of the means
+            over seeds. A metric skips draws in which nothing counts for it.
         seed: of the draws.
 
     Raises:
-        ValueError: if matches are missing, or draws are fewer than two; if two are of different
-            images, classes or objects, which the message names; and as ``resampled_ap``.
+        ValueError: if matches are missing, if there are fewer than two draws, if two matches have
+            different images, classes or objects (names them), and as ``resampled_ap``.
     """
     variants = {"baseline": baseline, "variant": variant}
     return compare_all(variants, "baseline", metrics, num_draws, seed)["variant"]
@@ -210,12 +210,12 @@ def compare_all(
 ) -> dict[str, dict[str, PairedDifference]]:
     """Returns ``compare`` of each variant with the same baseline, all on the same draws.
 
-    Intervals with training in them widen with the number of variants: they hold all true
+    Intervals that include training widen with the number of variants: they hold all true
     differences at once.
 
     Args:
         variants: the matches of each, one for each training seed; the baseline is among them.
-        baseline_name: which one that is. It is also compared with itself: its differences are 0.
+        baseline_name: the baseline. It is also compared with itself: its differences are 0.
         metrics: as in ``compare``.
         num_draws: as in ``compare``.
         seed: as in ``compare``.
@@ -256,7 +256,7 @@ def _check_comparable(variants: Mapping[str, Sequence[Matches]], baseline_name: 
             raise ValueError(f"the matches of {name!r} are missing")
     first = variants[baseline_name][0]
     shared = ("image_ids", "class_names", "area_names", "iou_thresholds")
-    # The objects too: without them the same images could be of another annotation file.
+    # Also the objects: otherwise, the same images could come from another annotation file.
     objects = ("gt_image", "gt_class", "gt_ignored")
     for name, of_seeds in variants.items():
         for number, matches in enumerate(of_seeds):
@@ -271,7 +271,7 @@ def _check_comparable(variants: Mapping[str, Sequence[Matches]], baseline_name: 
 def _class_aps(
     matches: Matches, weights: IntArray, cells: Iterable[Cell]
 ) -> dict[Cell, FloatArray]:
-    """Returns (K, S) AP of each class, 0 to 1; nan where none of its objects was drawn."""
+    """Returns the (K, S) AP of each class, 0 to 1; nan if none of its objects was drawn."""
     shape = (len(matches.class_names), len(weights))
     aps = {cell: np.full(shape, np.nan) for cell in cells}
     for k, (detections, objects) in enumerate(_by_class(matches)):
@@ -311,14 +311,14 @@ def _curve(
     Args:
         drawn: (S, n) how often each is there.
         is_counted: (n,) whether it is in the curve.
-        is_true: (n,) whether it is a true positive; only such as are counted.
+        is_true: (n,) whether it is a true positive; only for counted ones.
         num_objects: (S,) how many there are.
     """
     hits = _running_count(drawn, is_true)
     ranks = _running_count(drawn, is_counted).compress(is_true[is_counted], axis=1)
     precision = hits / np.maximum(ranks, 1)  # ranks are 0 before the first that is drawn
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    # The same division and comparison as in pycocotools: what is reached is so to the last bit.
+    # The same division and comparison as in pycocotools, so recalls are reached to the last bit.
     recall = hits / np.maximum(num_objects, 1)[:, None]
     return _Curve(precision, _num_reached(recall), num_objects > 0)
 
@@ -329,7 +329,7 @@ def _running_count(drawn: IntArray, is_chosen: npt.NDArray[np.bool_]) -> IntArra
 
 
 def _num_reached(recall: FloatArray) -> IntArray:
-    """Returns how many of _RECALLS are not above; searchsorted(side="right"), but fast."""
+    """Returns how many of _RECALLS are reached; like searchsorted(side="right"), but fast."""
     nearest = (recall * (len(_RECALLS) - 1) + 0.5).astype(np.int32)
     return nearest + (_RECALLS.take(nearest) <= recall)
 
@@ -339,7 +339,7 @@ def _by_class(
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     """Returns indices of each class's detections, in the order of the engine, and objects."""
     borders = np.arange(1, len(matches.class_names))
-    # Stable: what has the same score stays ordered by image and position.
+    # Stable: equal scores stay ordered by image and position.
     detections = np.lexsort((-matches.dt_score, matches.dt_class))
     objects = np.argsort(matches.gt_class, kind="stable")
     return list(
@@ -352,7 +352,7 @@ def _by_class(
 
 
 def _cells(matches: Matches, metric: str) -> list[Cell]:
-    """Returns those whose APs' mean is the metric."""
+    """Returns the curves whose mean AP is the metric."""
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}, not one of {METRICS}")
     area = _area_index(matches, _AREAS.get(metric, "all"))
@@ -392,7 +392,7 @@ def _checked(weights: npt.NDArray[np.integer], matches: Matches) -> IntArray:
 
 
 def _mean_of_counted(values: FloatArray, axis: int) -> FloatArray:
-    """Returns the mean without nan; nan where nothing else is."""
+    """Returns the mean without nan; nan if there is nothing else."""
     is_counted = ~np.isnan(values)
     total = np.where(is_counted, values, 0.0).sum(axis=axis)
     with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that we want

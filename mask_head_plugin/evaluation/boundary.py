@@ -1,11 +1,11 @@
 """Boundary IoU (arXiv 2103.16562): how well outlines agree, where mask IoU sees mostly insides.
 
-The boundary of a mask is what an erosion takes off it: its pixels within d of its contour or of the
-image's edge. d is 2% of the image's diagonal. Boundary AP is COCO's AP with the minimum of mask
-and boundary IoU.
+The boundary of a mask is what an erosion removes: its pixels within d of its contour or of the
+image's edge. d is 2% of the image's diagonal. Boundary AP is COCO's AP with the minimum of mask and
+boundary IoU.
 
-Only the surroundings of a mask are read, and only where mask IoU reaches the lowest threshold:
-below, the minimum does not count whatever it is.
+Only the surroundings of a mask are read, and only if mask IoU reaches the lowest threshold: below
+it, the minimum does not matter.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def window_boundary(mask: MaskWindow, distance: int) -> Boundary:
     bits = mask.bits
     if bits.size == 0:
         return Boundary(mask.top, mask.left, bits)
-    # Around the cut there is nothing but zeros, of the image or beyond it: one row of them will do.
+    # Around the cut are only zeros, inside the image or beyond: one row of them is enough.
     padded = cv2.copyMakeBorder(bits, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     inside: Any = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=distance)
     return Boundary(mask.top, mask.left, np.ascontiguousarray(bits - inside[1:-1, 1:-1]))
@@ -92,16 +92,16 @@ def limit_by_boundary(
     objects: Sequence[Any],
     crowd: Sequence[bool],
 ) -> npt.NDArray[np.float64]:
-    """Returns mask IoUs, or boundary IoUs where these are lower.
+    """Returns mask IoUs, or boundary IoUs where those are lower.
 
     Args:
         ious: (d, g) mask IoUs of the detections and objects of an image and class.
         detections: d compressed RLEs.
         objects: g compressed RLEs.
-        crowd: (g,) objects for which only mask IoU counts, as it does not say where they end.
+        crowd: (g,) objects for which only mask IoU counts, since their outlines are not exact.
 
     Returns:
-        (d, g). IoUs below MIN_IOU are left as they are.
+        (d, g). IoUs below MIN_IOU stay as they are.
     """
     limited = ious.copy()
     of_detections: dict[int, Boundary] = {}

@@ -1,8 +1,8 @@
 """AP of one task by COCO's or LVIS's rules, computed by faster-coco-eval.
 
-The engine gets ids of its own, 1 to the number of images, classes and annotations: ids that are
-text or do not fit a float64 then work, and the annotation id 0, which pycocotools takes for
-"unmatched", does too.
+The engine gets ids of its own, 1 to the number of images, classes and annotations. So ids that are
+text or do not fit a float64 work, as does the annotation id 0, which pycocotools takes for
+"unmatched".
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm", "boundary")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-"""In percent, as everywhere; nan where nothing counts."""
+"""In percent, as everywhere; nan if nothing counts."""
 
 COCO_MAX_DETECTIONS = 100
 ALL_DETECTIONS = -1
 LVIS_MAX_DETECTIONS = 300
 AREA_SUFFIXES = {"small": "s", "medium": "m", "large": "l"}
 FREQUENCIES = ("r", "c", "f")
-FEW_PAIRS = 5000  # of images and classes have their boundaries compared in a few seconds
+FEW_PAIRS = 5000  # so many images and classes take a few seconds
 
 Pair = tuple[int, int]
 """An image and a class, by the engine's ids."""
@@ -45,11 +45,11 @@ class GroundTruth:
 
     Attributes:
         image_ids: the file's, ascending; the engine's id of the k-th is k + 1.
-        category_ids: the file's, likewise.
+        category_ids: the file's, ascending; the engine's id of the k-th is k + 1.
         class_names: of the categories.
         is_lvis: whether images say which classes were looked for (federated annotation).
-        has_annotations: False for files of test images, which have no such list; an empty list
-            says that it has no objects.
+        has_annotations: False for files of test images, which lack this list; an empty list means
+            that there are no objects.
         has_masks: whether any annotation has a segmentation.
         coco: the engine's COCO object.
     """
@@ -61,8 +61,8 @@ class GroundTruth:
             is_lvis: whether to evaluate as LVIS does.
 
         Raises:
-            ValueError: if it is not a COCO file, or an annotation names no image or category
-                of it; with the file and the annotation's id.
+            ValueError: if it is not a COCO file, or an annotation names an unknown image or
+                category; with the file and the annotation's id.
         """
         content = json.loads(Path(json_file).read_text())
         missing = [key for key in ("images", "categories") if key not in content]
@@ -147,7 +147,7 @@ class GroundTruth:
         }
 
     def _area(self, annotation: Mapping[str, Any], copied: Mapping[str, Any]) -> Any:
-        """Returns the area that the file gives, or else that of the box, or else of the mask."""
+        """Returns the file's area, or else the box's, or else the mask's."""
         if annotation.get("area") is not None:
             return annotation["area"]
         if "bbox" in copied:
@@ -157,7 +157,7 @@ class GroundTruth:
         return int(coco_mask.area(as_bytes(rle))) if rle else 0
 
     def _segmentation(self, annotation: Mapping[str, Any]) -> Any:
-        """Returns polygons as they are, and run lengths checked: the engine believes them."""
+        """Returns polygons as they are, and run lengths checked, since the engine trusts them."""
         found, image_hw = annotation.get("segmentation"), self._sizes[annotation["image_id"]]
         if not found:
             return coco_mask.encode(np.zeros(image_hw, np.uint8, order="F"))
@@ -180,7 +180,7 @@ class GroundTruth:
             task: "bbox" or "segm".
 
         Returns:
-            Those of the file's categories; for LVIS, those that count there.
+            Detections of the file's categories; for LVIS, those that count there.
 
         Raises:
             ValueError: if an image is not in the file, a mask has another size, or the file has
@@ -198,7 +198,7 @@ class GroundTruth:
                     f"a prediction is of image {result['image_id']!r}, not one of {self.json_file}"
                 )
             if result["category_id"] not in self._category_numbers:
-                continue  # a class that the model knows and this file lacks
+                continue  # a class that the model knows but this file lacks
             detection: dict[str, Any] = {
                 "id": number + 1,
                 "image_id": self._image_numbers[result["image_id"]],
@@ -226,7 +226,7 @@ class GroundTruth:
             )
 
     def _as_lvis(self, detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Keeps the best of each image, and of these the classes that were looked for there."""
+        """Keeps the best detections of each image, if their class was looked for there."""
         per_image = defaultdict(list)
         for detection in detections:
             per_image[detection["image_id"]].append(detection)
@@ -243,10 +243,10 @@ class Evaluation:
     """The engine's result for one task.
 
     Attributes:
-        ious: (d, g) IoUs of each pair of an image and a class that has both; see Matches for the
-            order of the detections.
+        ious: (d, g) IoUs for each image and class that has both; see Matches for the order of the
+            detections.
         precision: (T, 101, K, A) at the limit of detections; -1 where a class has no objects.
-        recall: (T, K, A), likewise.
+        recall: (T, K, A), at the same limit; -1 where a class has no objects.
     """
 
     def __init__(
@@ -262,8 +262,8 @@ class Evaluation:
             truth: the ground truth.
             detections: from ``truth.detections``.
             task: "bbox" or "segm".
-            max_detections: how many of an image and class count; all if negative.
-            ious: instead of the engine's.
+            max_detections: how many count per image and class; all if negative.
+            ious: used instead of the engine's.
         """
         self.truth, self.detections, self.max_detections = truth, detections, max_detections
         found = COCO()
@@ -272,7 +272,7 @@ class Evaluation:
         engine = COCOeval_faster(
             truth.coco, found, task, print_function=_say_nothing, lvis_style=truth.is_lvis
         )
-        # LVIS limits the detections of an image, not of a class.
+        # LVIS limits the detections per image, not per class.
         limit = max_detections if max_detections >= 0 else max(len(detections), 1)
         self.limit = LVIS_MAX_DETECTIONS if truth.is_lvis else limit
         engine.params.maxDets = [self.limit]
@@ -291,7 +291,7 @@ class Evaluation:
         """Returns AP, AP50, AP75, APs, APm, APl and AR, in percent; nan where nothing counts.
 
         Args:
-            classes: indices of those to take the mean of; None for all.
+            classes: indices of the classes to average over; None for all.
         """
         chosen = slice(None) if classes is None else list(classes)
         precision, recall = self.precision[:, :, chosen], self.recall[:, chosen]
@@ -333,7 +333,7 @@ class Evaluation:
         return Evaluation(self.truth, self.detections, "segm", self.max_detections, ious)
 
     def matches(self) -> Matches:
-        """Returns what the APs are made of; see Matches."""
+        """Returns the data behind the APs; see Matches."""
         objects, detections = self._by_pair()
         pairs = sorted({*objects, *detections})
         groups = [self._group(p, objects.get(p, []), detections.get(p, [])) for p in pairs]
@@ -357,7 +357,7 @@ class Evaluation:
         )
 
     def _by_pair(self) -> tuple[dict[Pair, list[Any]], dict[Pair, list[Any]]]:
-        """Returns objects, and detections by falling score up to the limit, of each pair."""
+        """Returns, for each pair, objects, and detections by falling score up to the limit."""
         grouped = []
         for items in (self.truth.coco.dataset["annotations"], self.detections):
             of_pair: dict[Pair, list[Any]] = defaultdict(list)
@@ -372,14 +372,14 @@ class Evaluation:
     def _group(self, pair: Pair, objects: Sequence[Any], detections: Sequence[Any]) -> Group:
         crowd = np.array([x["iscrowd"] for x in objects], bool)
         outside = self._is_outside(detections)
-        if self.truth.is_lvis:  # what was not looked for exhaustively cannot be wrong
+        if self.truth.is_lvis:  # a class that was not looked for exhaustively cannot be wrong
             image = self.truth.coco.imgs[pair[0]]
             outside = outside | (pair[1] in image["not_exhaustive_category_ids"])
         ious = self.ious.get(pair, np.zeros((len(detections), len(objects))))
         return Group(ious, crowd, crowd | self._is_outside(objects), outside)
 
     def _is_outside(self, annotations: Sequence[Any]) -> Any:
-        """Returns (A, n) whether areas are outside of the ranges."""
+        """Returns (A, n): whether areas are outside the ranges."""
         areas = np.array([x["area"] for x in annotations], float)
         low, high = self._area_ranges.T[:, :, None]
         return (areas < low) | (areas > high)
@@ -391,7 +391,7 @@ def _mean_percent(values: FloatArray) -> float:
 
 
 def _text_last(value: Any) -> tuple[bool, Any]:
-    """A sorting key for ids of which some may be text."""
+    """A sorting key for ids, some of which may be text."""
     return isinstance(value, str), value
 
 
@@ -402,4 +402,4 @@ def as_bytes(rle: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _say_nothing(*_: object) -> None:
-    """The engine's progress messages, of which there are many."""
+    """Hides the engine's many progress messages."""

@@ -29,7 +29,7 @@ from .semantic import check_class_names, evaluate_semantic
 
 logger = logging.getLogger(__name__)
 
-CLASS_COLUMNS = 3  # classes side by side in the table of classes
+CLASS_COLUMNS = 3  # columns of the table of classes
 
 TaskResults = OrderedDict[str, dict[str, float]]
 
@@ -42,10 +42,10 @@ class MaskEvaluator(DatasetEvaluator):
     minimum of mask and boundary IoU (arXiv 2103.16562). Masks are ranked by ``mask_scores`` where
     detections have them, boxes always by ``scores``.
 
-    Predictions are written to the output folder as they come. After ``resume``, images that an
-    interrupted evaluation has predicted need not be predicted again.
+    Predictions are written to the output folder as they come. After ``resume``, images predicted by
+    an interrupted evaluation need not be predicted again.
 
-    Predictions of a model whose class names are known count as the class of that name, whatever
+    If a model's class names are known, its predictions count for the class of that name, whatever
     its number in the data set.
 
     Attributes:
@@ -77,11 +77,11 @@ class MaskEvaluator(DatasetEvaluator):
         Args:
             dataset_name: a registered data set. Without a ``json_file`` in its metadata, it is
                 written to the output folder in COCO's format first.
-            tasks: of "bbox", "segm", "boundary"; None for all that predictions allow.
+            tasks: some of "bbox", "segm", "boundary"; None for all that predictions allow.
             distributed: whether to collect the predictions of all processes.
             output_dir: where files go; None for none.
-            max_dets_per_image: detections of an image and class that count; COCO's 100 if None,
-                all if negative. LVIS always takes the best 300 of an image.
+            max_dets_per_image: how many detections count per image and class; COCO's 100 if None,
+                all if negative. LVIS always takes the best 300 per image.
             semantic_threshold: above 0, the metrics of semantic segmentation that
                 ``semantic.evaluate_semantic`` gives for detections with at least this score are
                 added as "semantic".
@@ -91,7 +91,7 @@ class MaskEvaluator(DatasetEvaluator):
                 annotation file and no folder to write one to, or the file is not a COCO file.
         """
         if max_dets_per_image == 0:
-            raise ValueError("max_dets_per_image is 0: none would count; -1 counts all")
+            raise ValueError("max_dets_per_image is 0, so that none would count; -1 counts all")
         unknown = set(tasks or ()) - set(TASKS)
         if unknown:
             raise ValueError(f"unknown tasks {sorted(unknown)}; choose from {TASKS}")
@@ -113,8 +113,9 @@ class MaskEvaluator(DatasetEvaluator):
         """Looks for the predictions of an interrupted evaluation.
 
         Args:
-            fingerprint: of all that predictions depend on (weights, settings, images). Those made
-                with another one are not taken, and deleted by ``reset``. Empty: none are taken.
+            fingerprint: of everything that predictions depend on (weights, settings, images).
+                Predictions with another fingerprint are ignored, and deleted by ``reset``. If
+                empty, all are ignored.
         """
         self._log = PredictionLog(
             self._folder,
@@ -133,7 +134,7 @@ class MaskEvaluator(DatasetEvaluator):
     def _category_ids(self) -> list[Any]:
         """The annotation file's category id of each class.
 
-        Asked for late: detectron2 notes them when the data set is loaded.
+        A property, because detectron2 only sets them when the data set is loaded.
         """
         metadata = MetadataCatalog.get(self._dataset_name)
         mapping = metadata.get("thing_dataset_id_to_contiguous_id")
@@ -145,13 +146,14 @@ class MaskEvaluator(DatasetEvaluator):
         if count != len(ids):
             raise ValueError(
                 f"{self._dataset_name} has {count} classes, {self._truth.json_file} {len(ids)} "
-                "categories, and its metadata no thing_dataset_id_to_contiguous_id to tell which"
+                "categories, and its metadata lacks the thing_dataset_id_to_contiguous_id that "
+                "tells which"
             )
         return ids
 
     @property
     def _class_names(self) -> list[str]:
-        """Names of the file's categories, the metadata's where there are some."""
+        """Names of the file's categories; the metadata's if it has any."""
         names = self._names_by_category
         return [names[category] for category in self._truth.category_ids]
 
@@ -171,8 +173,8 @@ class MaskEvaluator(DatasetEvaluator):
             outputs: its outputs, with ``instances``.
 
         Raises:
-            ValueError: if an output has no instances, a class that the data set lacks, or a score
-                that is not a number, or an id is neither a whole number nor text.
+            ValueError: if an output has no instances, a class that the data set lacks or a score
+                that is not a number, or if an id is neither a whole number nor text.
             ConfigError: if the data set has classes that the model does not.
         """
         category_ids = self._category_ids
@@ -184,13 +186,13 @@ class MaskEvaluator(DatasetEvaluator):
             instances = output["instances"]
             found = predicted_names(instances) or self.predicted_classes
             instances = instances.to("cpu")
-            if len(names) == len(category_ids):  # else nobody names those that the file lacks
+            if len(names) == len(category_ids):  # otherwise nobody names those that the file lacks
                 instances = matched_predictions(instances, found, names, self._dataset_name)
             image_id = _plain_id("image_id", x["image_id"])
             self._log.append(image_id, coco_results(instances, image_id, category_ids))
 
     def evaluate(self) -> TaskResults:
-        """Returns the metrics; on other processes than the first, nothing."""
+        """Returns the metrics; nothing in processes other than the first."""
         lines = self._log.lines()
         if self._distributed:
             comm.synchronize()
@@ -313,7 +315,7 @@ class MaskEvaluator(DatasetEvaluator):
 
 
 def counted_detections(per_image: int) -> int:
-    """Returns how many detections of an image count in AP where a model may return that many.
+    """Returns how many detections per image count in AP if a model may return that many.
 
     COCO's limit of 100 would cap recall where images hold more objects.
 
@@ -357,7 +359,7 @@ def coco_results(instances: Instances, image_id: Any, category_ids: Sequence[Any
 
 
 def _annotation_file(dataset_name: str, folder: Path | None) -> str:
-    """Returns the path of a data set's annotations in COCO's format, written first if need be."""
+    """Returns the path of a data set's annotations in COCO's format; writes them if needed."""
     metadata = MetadataCatalog.get(dataset_name)
     if not metadata.get("json_file"):
         if folder is None:
@@ -369,7 +371,7 @@ def _annotation_file(dataset_name: str, folder: Path | None) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """Returns nested results with None for nan, which JSON does not have."""
+    """Returns nested results with None for nan, which JSON lacks."""
     if isinstance(value, dict):
         return {key: without_nan(x) for key, x in value.items()}
     if isinstance(value, list):
@@ -378,7 +380,7 @@ def without_nan(value: Any) -> Any:
 
 
 def _plain_id(field: str, value: Any) -> int | str:
-    """Returns an id as JSON can hold it: data sets made with NumPy or pandas have its integers."""
+    """Returns an id as JSON can hold it; NumPy and pandas make data sets with NumPy's integers."""
     if isinstance(value, str):
         return value
     try:

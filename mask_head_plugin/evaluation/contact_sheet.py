@@ -1,4 +1,4 @@
-"""One picture to judge a model by: validation images, ground truth next to predictions.
+"""One picture that shows how good a model is: validation images, ground truth next to predictions.
 
 Shape alphabet: H, W image height and width in pixels.
 """
@@ -56,14 +56,14 @@ class LabelledMask:
 def write_contact_sheet(
     cfg: CfgNode, model: torch.nn.Module, dataset_name: str, path: Path, min_score: float = 0.5
 ) -> None:
-    """Draws images spread over a data set, ground truth left and predictions right, into one PNG.
+    """Draws images spread over a data set into one PNG, ground truth left and predictions right.
 
     Args:
         cfg: gives the test-time transforms.
         model: a detectron2 model; its training mode is restored.
         dataset_name: a registered data set with instances in detectron2's standard format.
         path: the PNG to write; its folder is created if missing.
-        min_score: detections below are not drawn.
+        min_score: detections with a lower score are not drawn.
 
     Raises:
         OSError: if the picture cannot be written.
@@ -72,7 +72,7 @@ def write_contact_sheet(
     chosen = np.unique(np.linspace(0, len(records) - 1, NUM_IMAGES, dtype=int))
     names = MetadataCatalog.get(dataset_name).thing_classes
     found = class_names_of(model)
-    # The mapper drops annotations, so that the model sees what it sees at evaluation.
+    # The mapper drops annotations, so that the model sees the same as in evaluation.
     mapper = ImageFileMapper(cfg, is_train=False)
     pairs = []
     with inference_context(model), torch.no_grad():
@@ -94,7 +94,7 @@ def write_pairs(
 
     Args:
         pairs: (H, W, 3) RGB pictures of ``draw_masks``.
-        titles: what the left and the right ones show.
+        titles: what the left and the right pictures show.
         path: the PNG to write; its folder is created if missing.
 
     Raises:
@@ -123,7 +123,7 @@ def draw_masks(image: ByteArray, masks: Sequence[LabelledMask]) -> ByteArray:
 
 
 def _place(mask: npt.NDArray[np.bool_], scale: float) -> Rectangle:
-    """Returns the pixels of the scaled picture that a mask takes up; empty for an empty mask."""
+    """Returns the part of the scaled picture that a mask takes up; empty for an empty mask."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     if len(rows) == 0:
         return 0, 0, 0, 0
@@ -132,7 +132,7 @@ def _place(mask: npt.NDArray[np.bool_], scale: float) -> Rectangle:
 
 
 def _true_masks(record: dict[str, Any], names: Sequence[str]) -> list[LabelledMask]:
-    # Nothing else of an annotation is drawn; keypoints, for one, need a length of their own.
+    # Nothing else in an annotation is drawn; keypoints would even need a fixed length.
     keys = ("bbox", "bbox_mode", "category_id", "segmentation", "iscrowd")
     annotations = [
         {key: a[key] for key in keys if key in a}

@@ -1,7 +1,7 @@
 """Instances drawn into pictures: tinted masks, outlines and labels.
 
-Not by detectron2's Visualizer because that fills holes, which would hide the very outlines that
-pictures are for. The order of the colour channels is the caller's: colours are in the picture's.
+detectron2's Visualizer fills holes, which would hide the very outlines that pictures are for.
+Colours are in the channel order of the caller's picture.
 
 Shape alphabet: H, W height and width of the picture in pixels; N instances.
 """
@@ -45,18 +45,18 @@ class LabelStyle:
     ink: Sequence[float] = (255, 255, 255)
 
     def extent(self, text: str) -> tuple[int, int, int]:
-        """Returns the label's width and what of it is above and below the line of the text."""
+        """Returns the label's width, and its height above and below the baseline of the text."""
         (width, height), _ = cv2.getTextSize(text, FONT, self.scale, self.thickness)
         return width + 4 * self.thickness, height + 4 * self.thickness, 3 * self.thickness
 
 
 def in_grey(image: ByteArray) -> ByteArray:
-    """Returns an (H, W, 3) RGB image in grey, so that all colours are those of what is drawn."""
+    """Returns an (H, W, 3) RGB image in grey, so that only what is drawn has colours."""
     return np.asarray(cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
 
 
 def scaled(image: ByteArray, scale: float) -> ByteArray:
-    """Returns an (H, W, 3) image of ``scale`` times its sides, of a pixel at least."""
+    """Returns an (H, W, 3) image with sides of ``scale`` times the length, at least one pixel."""
     size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
@@ -70,10 +70,10 @@ def tint_mask(
     outline: Sequence[float],
     thickness: int = 1,
 ) -> None:
-    """Tints and outlines, in place, the pixels of a mask; holes stay as they are.
+    """Tints and outlines the pixels of a mask, in place; holes stay as they are.
 
-    The tint is over the image, not over what is drawn already: where masks overlap, colours would
-    mix to those of other classes.
+    The tint is mixed with the image, not with what is already drawn: otherwise, the colours of
+    overlapping masks would mix to those of other classes.
 
     Args:
         canvas: (H, W, 3).
@@ -91,11 +91,12 @@ def tint_mask(
 
 
 def write_label(canvas: ByteArray, text: str, x: int, y: int, style: LabelStyle) -> None:
-    """Writes a text on black, in place, moved to where it does not leave canvas left or above.
+    """Writes a text on black, in place, moved so that it does not leave the canvas on the left or
+    above.
 
     Args:
         canvas: (H, W, 3).
-        text: what getTextSize takes: other signs than ASCII become question marks.
+        text: as getTextSize takes it: characters outside ASCII become question marks.
         x: of the label's left edge.
         y: of the baseline of the text.
         style: size and colour.
@@ -109,15 +110,15 @@ def write_label(canvas: ByteArray, text: str, x: int, y: int, style: LabelStyle)
 
 
 def instance_colour(number: int) -> Colour:
-    """Returns a bright colour; those of nearby numbers differ most."""
+    """Returns a bright colour; nearby numbers get very different ones."""
     hue = (0.45 + number * GOLDEN_RATIO) % 1
-    # After eight, hues come near each other.
+    # After eight, hues become similar.
     saturation, value = ((0.8, 1.0), (0.45, 1.0), (0.95, 0.75))[number // 8 % 3]
     return np.array([round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value)])
 
 
 def class_colour(class_index: int) -> Colour:
-    """Returns an RGB colour that nearby classes do not have."""
+    """Returns an RGB colour that differs from those of nearby classes."""
     if class_index < len(CLASS_COLOURS):
         return np.array(CLASS_COLOURS[class_index])
     return instance_colour(class_index)
@@ -133,16 +134,16 @@ def draw_instances(
     """Returns a copy of an image with instances drawn into it, one mask decoded at a time.
 
     Lines and letters grow with the image. Large instances are drawn first, so that none hides
-    another. A label is above, in or below its instance, inside the image. One that would hide an
-    earlier label or much of an instance, wherever it is put, is left out: where there are hundreds
-    of small instances, one would see labels only.
+    another. A label is above, in or below its instance, inside the image. A label that would hide
+    an earlier one or much of an instance in any place is omitted: with hundreds of small instances,
+    you would see only labels.
 
     Args:
         image: (H, W, 3).
         labels: of N instances, the most important first.
         colours: N.
         boxes: (N, 4) XYXY in pixels.
-        rles: N masks of the image's size. Boxes are drawn only if this is None.
+        rles: N masks of the image's size; if None, boxes are drawn instead.
     """
     canvas = np.ascontiguousarray(image).copy()
     scale, thickness = _line_size(image.shape[0], image.shape[1])
@@ -166,7 +167,7 @@ def write_labels(
     places: Sequence[Rectangle],
     styles: Sequence[LabelStyle],
 ) -> None:
-    """Labels instances, in place, where there is room; see draw_instances.
+    """Labels instances where there is room, in place; see draw_instances.
 
     Args:
         canvas: (H, W, 3).
@@ -197,7 +198,7 @@ def _line_size(height: int, width: int) -> tuple[float, int]:
 
 
 def _pixels_of(box: npt.NDArray[Any], rle: Mapping[str, Any] | None) -> Rectangle:
-    """Returns the pixels that a mask, or else a box, takes up; empty for an empty mask."""
+    """Returns the part of the image that a mask, or else a box, covers; empty for an empty mask."""
     if rle is not None:
         x, y, width, height = (int(v) for v in coco_mask.toBbox(rle))
         return x, y, x + width, y + height
@@ -214,7 +215,7 @@ def _tint_rle(
     thickness: int,
 ) -> None:
     x0, y0, x1, y1 = place
-    # Only the mask's part of the picture is walked, with room for the outline.
+    # Only the mask's part of the picture is processed, with room for the outline.
     x0, y0 = max(x0 - thickness, 0), max(y0 - thickness, 0)
     part = np.s_[y0 : y1 + thickness, x0 : x1 + thickness]
     mask = np.ascontiguousarray(coco_mask.decode(rle)[part])
@@ -236,9 +237,9 @@ def _fitting_style(text: str, style: LabelStyle, canvas: ByteArray) -> LabelStyl
 def _label_spots(
     text: str, place: Rectangle, style: LabelStyle, canvas: ByteArray
 ) -> Iterator[Rectangle]:
-    """Yields where a label may be, the best first: above an instance, at its top, below it.
+    """Yields places for a label, best first: above an instance, at its top, below it.
 
-    Nothing where the canvas is too small for any letters.
+    Yields nothing if the canvas is too small for letters.
     """
     width, above, below = style.extent(text)
     if width >= canvas.shape[1] or above + below >= canvas.shape[0]:

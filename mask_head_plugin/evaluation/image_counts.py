@@ -19,7 +19,7 @@ MOST_IMAGES = 8
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """Of each of I images: objects found, detections, and objects there are, at IoU 0.5."""
+    """For each of I images: objects found, detections, and all objects, at IoU 0.5."""
 
     found: npt.NDArray[np.int64]
     detections: npt.NDArray[np.int64]
@@ -27,13 +27,13 @@ class ImageCounts:
 
     @property
     def f1(self) -> npt.NDArray[np.float64]:
-        """(I,) 1 where there is nothing to find and nothing was detected."""
+        """(I,) F1; 1 if there is nothing to find and nothing was detected."""
         total = self.detections + self.objects
         return np.where(total > 0, 2 * self.found / np.maximum(total, 1), 1.0)
 
 
 def image_counts(matches: Matches, min_score: float = MIN_SCORE) -> ImageCounts:
-    """Counts what was found in each image among the detections of at least a score."""
+    """Counts what was found in each image by detections with at least a given score."""
     half = int(np.argmin(np.abs(matches.iou_thresholds - 0.5)))
     counted = ~matches.dt_ignored[0, half] & (matches.dt_score >= min_score)
     found = counted & matches.dt_matched[0, half]
@@ -46,9 +46,10 @@ def image_counts(matches: Matches, min_score: float = MIN_SCORE) -> ImageCounts:
 
 
 def most_disputed(counts: Sequence[ImageCounts], most: int = MOST_IMAGES) -> list[int]:
-    """Returns the images in which F1 differs most between variants, the most first.
+    """Returns the images on which F1 differs most between variants, largest difference first.
 
-    Of equals that with the larger spread of objects found. None where all variants agree.
+    Among equals, the larger spread of objects found comes first. Images on which all variants agree
+    are omitted.
     """
     f1 = np.stack([c.f1 for c in counts])
     found = np.stack([c.found for c in counts])

@@ -1,4 +1,4 @@
-"""The part of an image that a mask takes up, decoded without the rest of the image.
+"""Decodes only that part of an image which a mask takes up.
 
 Shape alphabet: H, W sides of the image; h, w of a window, in pixels.
 """

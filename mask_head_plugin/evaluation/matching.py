@@ -1,8 +1,8 @@
-"""Which detection found which object: COCO's greedy matching, for whole data sets at once.
+"""COCO's greedy matching of detections and objects, for whole data sets at once.
 
-The evaluation engine keeps its matches to itself, and statistics over images (resampling them,
-comparing two models on them) need them. They are computed again here from the engine's IoUs, in
-arrays: the k-th best detection of every image and class at the same time.
+The evaluation engine does not give out its matches, but statistics over images (resampling them,
+comparing two models on them) need them. So they are computed here from the engine's IoUs, in
+arrays: the k-th best detections of all images and classes at the same time.
 
 Shape alphabet: D detections, G objects (ground truth), A area ranges, T IoU thresholds; B groups
 (an image and a class), d and g detections and objects of the group with most.
@@ -21,7 +21,7 @@ MAX_ELEMENTS = 1 << 22
 """Size of the (B, A, T, g) arrays of groups that are matched together."""
 
 SAME_OBJECT_IOU = 0.5
-"""From where on two masks count as the same object, where nothing else is asked for."""
+"""IoU from which two masks count as the same object by default."""
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int32]
@@ -34,11 +34,11 @@ class Group:
 
     Attributes:
         ious: (d, g), detections by falling score.
-        crowd: (g,) objects that represent many: they match any number of detections, and do not
+        crowd: (g,) regions with many objects: they match any number of detections, and do not
             count.
         ignored: (A, g) objects that do not count in an area range, crowds among them.
-        outside: (A, d) detections whose own area is outside of a range, or that are not to count
-            when they match nothing: then they are left out.
+        outside: (A, d) detections that are ignored if they match nothing, because their own area is
+            outside a range or for another reason.
     """
 
     ious: FloatArray
@@ -49,13 +49,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Matches:
-    """What an AP is made of; ``matches_<task>.npz`` holds these arrays by these names.
+    """The data behind an AP; ``matches_<task>.npz`` holds these arrays under these names.
 
-    Detections are ordered by image, then class, then falling score, at most the evaluator's limit
-    of an image and class. A stable sort of a class's detections by score gives the order in which
-    the engine goes through them, ties included. Those with ``dt_ignored`` are left out; of the
-    others, ``dt_matched`` says which are true positives. Recall is in shares of the objects of the
-    class that are not ``gt_ignored``.
+    Detections are ordered by image, then class, then falling score, up to the evaluator's limit per
+    image and class. A stable sort of a class's detections by score gives the order of the engine,
+    ties included. Those with ``dt_ignored`` do not count; among the others, ``dt_matched`` marks
+    true positives. Recall is a share of the class's objects that are not ``gt_ignored``.
 
     Attributes:
         image_ids: (I,) ids in the annotation file, as text.
@@ -97,8 +96,8 @@ class Matches:
 def match(groups: Sequence[Group], thresholds: FloatArray) -> tuple[IntArray, BoolArray]:
     """Matches the detections of each group to its objects as COCO does.
 
-    A detection takes, of the objects that are not taken and have at least the threshold's IoU with
-    it, the one with the highest; the later one of equals; one that counts before any that does not.
+    Among the free objects whose IoU with it reaches the threshold, a detection takes the one with
+    the highest IoU; the later one of equals; and any that counts before one that does not.
 
     Args:
         groups: of different images or classes.
@@ -106,7 +105,7 @@ def match(groups: Sequence[Group], thresholds: FloatArray) -> tuple[IntArray, Bo
 
     Returns:
         (A, T, D) the object that each detection found, by its index in the group, -1 for none; and
-        ``ignored`` (see Matches). The groups' detections are one after the other.
+        ``ignored`` (see Matches). The detections of the groups follow each other.
     """
     num_areas = groups[0].outside.shape[0] if groups else 1
     num_detections = [group.outside.shape[1] for group in groups]
@@ -144,7 +143,9 @@ def _chunks(groups: Sequence[Group], size_of_pair: int) -> Iterator[list[int]]:
 
 
 def _match_together(groups: Sequence[Group], thresholds: FloatArray) -> tuple[IntArray, BoolArray]:
-    """Returns (B, A, T, d) objects that were found, and ``ignored`` because the match is."""
+    """Returns the (B, A, T, d) objects found, and ``ignored`` for those that match an ignored
+    object.
+    """
     num_detections, num_objects = np.max([group.ious.shape for group in groups], axis=0)
     num_areas = len(groups[0].ignored)
     ious = np.full((len(groups), num_detections, num_objects), -1.0)

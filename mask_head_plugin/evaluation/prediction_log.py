@@ -1,7 +1,7 @@
-"""Predictions of an evaluation, written to disk as they come.
+"""Writes the predictions of an evaluation to disk as they come.
 
-A line of JSON an image, so that a crash loses no image but the one being written, and an evaluation
-that is started again finds what is done.
+Each image is one line of JSON, so that a crash loses only the image being written, and an
+evaluation that is started again finds what is done.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Results = list[dict[str, Any]]
 
 
 class PredictionLog:
-    """One file a process, ``predictions_<data set>.<fingerprint>.rank<n>.jsonl``.
+    """One file per process, ``predictions_<data set>.<fingerprint>.rank<n>.jsonl``.
 
     Attributes:
-        finished: image ids that earlier runs have predicted; the same on each process that sees the
+        finished: image ids that earlier runs have predicted; the same in each process that sees the
             folder.
     """
 
@@ -30,8 +30,8 @@ class PredictionLog:
         Args:
             folder: where the files are; None keeps predictions in memory.
             dataset_name: any text.
-            fingerprint: of all that predictions depend on; earlier ones with another are removed.
-                Empty if it is not known: then nothing is continued.
+            fingerprint: of everything that predictions depend on; predictions with another one are
+                removed. Empty if unknown: then nothing is continued.
             rank: of this process.
         """
         self._name = "predictions_" + re.sub(r"[^\w-]", "_", dataset_name)
@@ -62,7 +62,7 @@ class PredictionLog:
             if not path.name.startswith(own):  # others of this run may be open already
                 path.unlink(missing_ok=True)
         path = self._folder / f"{own}rank{self._rank}.jsonl"
-        # Behind a line that a crash cut off a new one starts; without a fingerprint, a new file.
+        # Starts a new line after one that a crash cut off; without a fingerprint, a new file.
         broken = bool(self._fingerprint) and path.is_file() and not _ends_with_newline(path)
         self._file = path.open("a" if self._fingerprint else "w")
         if broken:
@@ -76,7 +76,7 @@ class PredictionLog:
             self._file.flush()
 
     def lines(self) -> list[str]:
-        """Returns this process's lines, with those of earlier runs on the first."""
+        """Returns this process's lines; the first process adds those of earlier runs."""
         return [*(self._earlier.values() if self._rank == 0 else ()), *self._lines]
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class PredictionLog:
 
 
 def merge_lines(lines: Iterable[str]) -> Results:
-    """Returns the results of all images; of an image that is there twice only once."""
+    """Returns the results of all images; repeated images only once."""
     predictions = (json.loads(line) for line in lines)
     by_image = {x["image_id"]: x["results"] for x in predictions}
     return list(itertools.chain.from_iterable(by_image.values()))
@@ -108,7 +108,7 @@ def _image_id(line: str) -> Any:
 
 
 def _complete_lines(path: Path) -> list[str]:
-    """Returns the lines of a file without any that a crash cut off."""
+    """Returns the lines of a file, except one that a crash cut off."""
     complete = []
     for line in path.read_text().splitlines():
         try:

@@ -1,7 +1,7 @@
-"""Semantic metrics of instance results: how many pixels get the right class.
+"""Semantic metrics for instance results: how many pixels get the right class.
 
 Instances are painted into one map of classes per image, for ground truth and for predictions, and
-the two maps are counted against each other. The numbers have the names, units and rules of
+the two maps are compared pixel by pixel. The numbers have the names, units and rules of
 detectron2's SemSegEvaluator.
 
 In a map, 0 is background, k + 1 is the contiguous class k, and IGNORED is a pixel that does not
@@ -28,7 +28,7 @@ Confusion = npt.NDArray[np.int64]
 
 IGNORED = -1
 BACKGROUND = "background"
-FEW_IMAGES = 20  # are done before a progress bar is of use
+FEW_IMAGES = 20  # images are done before a progress bar is useful
 
 
 def semantic_map(
@@ -38,23 +38,23 @@ def semantic_map(
     image_hw: tuple[int, int],
     threshold: float,
 ) -> SemanticMap:
-    """Returns the (H, W) map of an image's detections: the best-scored one that covers a pixel.
+    """Returns the (H, W) map of an image's detections; a pixel gets the best-scored one covering
+    it.
 
     Args:
         rles: a COCO RLE with compressed counts, bytes or str, of each detection.
         classes: their contiguous classes, 0 to K - 1.
         scores: what ranks them; of equal scores the first comes out on top.
         image_hw: height and width of the image in pixels.
-        threshold: detections with a score below are left out; one that equals it is kept.
+        threshold: detections with a lower score are dropped; one that equals it is kept.
 
     Raises:
-        ValueError: if the arguments differ in length or the size of an RLE, of whatever score, is
-            not image_hw.
+        ValueError: if the arguments differ in length, or the size of any RLE is not image_hw.
     """
     for rle in rles:
         check_rle_size(rle, image_hw)
     kept = [x for x in zip(scores, rles, classes, strict=True) if x[0] >= threshold]
-    # The last painted is on top. A stable sort of the reversed list puts the first of a tie there.
+    # The last one painted is on top: in a stable sort of the reversed list, the first of a tie.
     kept = sorted(reversed(kept), key=lambda x: x[0])
     return _paint([(rle, k + 1) for _, rle, k in kept], image_hw)
 
@@ -64,12 +64,12 @@ def ground_truth_map(
     image_hw: tuple[int, int],
     contiguous_id: Mapping[int, int],
 ) -> SemanticMap:
-    """Returns the (H, W) map of an image's annotations: the smallest one that covers a pixel.
+    """Returns the (H, W) map of an image's annotations; a pixel gets the smallest one covering it.
 
-    Smallest is by pixels of the mask; of equal ones the later annotation is on top. Pixels of
-    crowd regions are IGNORED, because such a region is outlined loosely and has background in it.
-    The pixels that an ordinary instance covers too are not: its outline is exact, so their class
-    is known. An annotation without a polygon of three points covers nothing.
+    The size is the mask's number of pixels; among equals, the later annotation is on top. Pixels of
+    crowd regions are IGNORED, because their outlines are loose and include background, unless an
+    ordinary instance also covers them: its outline is exact, so their class is known. An annotation
+    without a polygon of three points covers nothing.
 
     Args:
         annotations: COCO annotations: ``category_id``, ``segmentation`` (polygons, or an RLE with
@@ -119,10 +119,10 @@ def semantic_metrics(confusion: Confusion, class_names: Sequence[str]) -> dict[s
     """Returns SemSegEvaluator's metrics in percent: mIoU, fwIoU, mACC, pACC, IoU- and ACC-<name>.
 
     Background is a class like the others, first and named "background". A class without
-    ground-truth pixels is nan and left out of the means, though predictions of it count against
-    the classes that they cover.
+    ground-truth pixels is nan and does not enter the means, but predictions of it count against the
+    classes that they cover.
 
-    Differs from SemSegEvaluator: no boundary IoU, and without any pixel fwIoU is nan like the
+    Differs from SemSegEvaluator: there is no boundary IoU; without any pixel, fwIoU is nan like the
     other means, not 0.
 
     Args:
@@ -130,7 +130,7 @@ def semantic_metrics(confusion: Confusion, class_names: Sequence[str]) -> dict[s
         class_names: K different names without background.
 
     Raises:
-        ValueError: if the names do not fit the matrix, or one is there twice or is "background".
+        ValueError: if the names do not fit the matrix, or a name occurs twice or is "background".
     """
     names = check_class_names(class_names)
     if confusion.shape != (len(names), len(names)):
@@ -165,18 +165,18 @@ def evaluate_semantic(
     Args:
         coco: pycocotools' COCO, or an object with its ``imgs`` and ``imgToAnns``.
         results: COCO's list of results, with the file's category ids and RLEs as segmentation.
-            Where one has a ``mask_score``, that is its score. Those of other images are left out.
+            A ``mask_score`` takes the place of the score. Results of other images are ignored.
         image_ids: the images to count, with or without results.
         contiguous_id: maps the file's category ids to classes 0 to K - 1.
         class_names: K names in the order of these classes.
-        threshold: the least score of a detection that counts.
+        threshold: lowest score of a detection that counts.
 
     Raises:
         KeyError: if an image is not in the file or a category id not in contiguous_id.
-        ValueError: if an RLE is not of its image's size, which the message names; for names as in
-            ``semantic_metrics``.
+        ValueError: if the size of an RLE is not its image's (names the image); for class names, as
+            in ``semantic_metrics``.
     """
-    check_class_names(class_names)  # before the work, not after it
+    check_class_names(class_names)  # before the work, not afterwards
     results_of = defaultdict(list)
     for result in results:
         results_of[result["image_id"]].append(result)
@@ -203,8 +203,8 @@ def evaluate_semantic(
 
 
 def _paint(layers: Iterable[tuple[Any, int]], image_hw: tuple[int, int]) -> SemanticMap:
-    """Returns a map of background with the values of (RLE, value) pairs, the last on top."""
-    # Column by column like the decoded masks, so that both are walked in the order of memory.
+    """Returns a background map with (RLE, value) pairs painted into it, the last on top."""
+    # Column by column like the decoded masks, so that both are read in the order of memory.
     painted = np.zeros(image_hw, np.int32, order="F")
     for rle, value in layers:
         np.copyto(painted, value, where=mask_util.decode(rle).view(np.bool_))
@@ -218,10 +218,10 @@ def _contiguous_class(record: Mapping[str, Any], contiguous_id: Mapping[int, int
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
-    """Returns the names with background before them.
+    """Returns the names, preceded by background.
 
     Raises:
-        ValueError: if a name is there twice or is "background".
+        ValueError: if a name occurs twice or is "background".
     """
     names = [BACKGROUND, *class_names]
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -316,7 +316,7 @@ def test_all_of_300_perfect_detections_count_where_no_limit_is_asked_for(tmp_pat
             found = evaluate(evaluator, outputs_of(name, content, results))
             for task in ("bbox", "segm", "boundary"):
                 assert least <= round(found[task]["AP"], 6) <= most, (limit, task)
-        with pytest.raises(ValueError, match="is 0: none would count; -1 counts all"):
+        with pytest.raises(ValueError, match="is 0, so that none would count; -1 counts all"):
             MaskEvaluator(name, max_dets_per_image=0)
     finally:
         DatasetCatalog.remove(name)

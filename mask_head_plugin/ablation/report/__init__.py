@@ -1,4 +1,4 @@
-"""What an ablation found, as Markdown, HTML and pictures."""
+"""Reports the results of an ablation as Markdown, HTML and pictures."""
 
 from .pages import write_report
 

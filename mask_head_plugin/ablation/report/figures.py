@@ -1,7 +1,7 @@
 """The report's interactive figures. Import it where plotly is installed (extra ``report``).
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; what a colour says, a
-marker, a dash or a text also says. Plotly takes texts for HTML: names are escaped.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; whatever a colour shows, a
+marker, a dash or a text shows as well. Plotly reads texts as HTML, so names are escaped.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ VERDICTS = {
     ONE_SEED: (GREY, "diamond-open"),
 }
 EMPTY: list[Any] = [None]
-"""Coordinates of a trace that shows in the legend only."""
+"""Coordinates of a trace that appears only in the legend."""
 ROW_HEIGHT = 44
 MOST_CLASSES = 40
 CLASSES_WITH_NUMBERS = 20
 CELL_WIDTH, NAMES_WIDTH = 38, 240
 """Pixels of a number in a cell, and of the text next to the cells."""
 SMOOTHED_SHARE = 20
-"""Losses are averaged over this part of the logged iterations: a twentieth."""
+"""Losses are averaged over this share of the logged iterations."""
 PR_THRESHOLDS = (0.5, 0.75)
 
 
@@ -105,7 +105,7 @@ def _other_metrics(study: Study) -> Figure | None:
 
 
 def _compared(study: Study, key: str) -> list[Variant]:
-    """Returns the variants with a difference to show."""
+    """Returns the variants that have a difference to show."""
     found = [v for v in study.variants if v is not study.baseline]
     pairs = [(v, study.comparison(v, key)) for v in found]
     return [v for v, c in pairs if c is not None and math.isfinite(c.difference)]
@@ -205,7 +205,7 @@ def _lay_out_rows(figure: Any, study: Study) -> None:
 
 
 def _learning_curves(study: Study) -> Figure | None:
-    """Returns AP over the iterations or, where it was measured once, losses."""
+    """Returns AP over the iterations or, if it was measured only once, losses."""
     logs = {v.name: [trial.log() for trial in _with_log(v)] for v in study.variants}
     measured = [
         {row["iteration"] for row in log if row.get(study.metric) is not None}
@@ -236,14 +236,14 @@ def _learning_curves(study: Study) -> Figure | None:
     )
     if not evaluated:
         caption += (
-            " Losses, for there was no evaluation during training; smoothed. Where variants differ "
-            "in their losses, the curves show whether they converge, not which is better."
+            " Smoothed losses, since there was no evaluation during training. If variants have "
+            "different losses, the curves show whether they converge, not which is better."
         )
     return Figure("learning", "Learning curves", caption, figure)
 
 
 def _with_log(variant: Variant) -> Sequence[Trial]:
-    """Returns the finished trials; of a variant without any, those that have failed."""
+    """Returns the finished trials or, for a variant without any, the failed ones."""
     return variant.finished or variant.trials
 
 
@@ -266,7 +266,9 @@ def _common(series: Sequence[dict[int, float]]) -> tuple[FloatArray, FloatArray]
 
 
 def _smoothed(x: FloatArray, curves: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Returns running means of (S, I) curves, without the ends; of empty curves themselves."""
+    """Returns running means of (S, I) curves, without the ends; empty curves are returned as they
+    are.
+    """
     if not len(x):
         return x, curves
     width = len(x) // SMOOTHED_SHARE // 2 * 2 + 1
@@ -278,7 +280,9 @@ def _smoothed(x: FloatArray, curves: FloatArray) -> tuple[FloatArray, FloatArray
 def _add_curve(
     figure: Any, column: int, x: FloatArray, curves: FloatArray, style: dict[str, Any]
 ) -> None:
-    """Adds the mean of (S, I) curves of a variant and, of several, what they cover."""
+    """Adds the mean of a variant's (S, I) curves and, if there are several, the band that they
+    cover.
+    """
     place = {"row": 1, "col": column}
     if len(curves) > 1:
         red, green, blue = (int(style["line"]["color"][k : k + 2], 16) for k in (1, 3, 5))
@@ -349,7 +353,7 @@ def _classes(study: Study) -> Figure | None:
 
 
 def _most_different(ap_differences: FloatArray) -> list[int]:
-    """Returns the classes to show, all in their order or those that differ most, these first."""
+    """Returns the classes to show: all in their order, or those that differ most, largest first."""
     if ap_differences.shape[1] <= MOST_CLASSES:
         return list(range(ap_differences.shape[1]))
     largest = np.abs(np.nan_to_num(ap_differences)).max(0)

@@ -1,8 +1,8 @@
-"""Writes what an ablation has found: report.md for a paper or a README, report.html to look into.
+"""Writes an ablation's results: report.md for a paper or a README, report.html to explore.
 
 Both are made from the ablation's folder alone (ablation.json and the trials' folders), at any time:
-trials that are missing or have failed are listed, and the others reported. report.html holds all it
-needs, scripts and pictures too, and opens without a network.
+trials that are missing or have failed are listed, and the others reported. report.html includes its
+scripts and pictures, and opens without a network.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ PAPER_NOTE = "The paper's figures are of its own models and data; compare differ
 
 
 def write_report(directory: Path, num_draws: int = 1000) -> None:
-    """Writes report.md, its intervals.png, report.html and files for a paper, over earlier ones.
+    """Writes report.md, its intervals.png, report.html and files for a paper; replaces earlier
+    ones.
 
     Those are the table as report.csv and report.tex, and plots as SVG and PDF.
 
     Args:
-        directory: has ablation.json and the trials, of which some may be missing.
+        directory: has ablation.json and the trials, some of which may be missing.
         num_draws: of the bootstrap for the intervals; at least 2.
 
     Raises:
         ConfigError: if the folder is not an ablation's or has no finished trial, or report.html
-            needs packages that are missing; report.md is then there.
+            needs packages that are missing; report.md is written before that.
         OSError: if a report cannot be written.
     """
     from ...pages.plots import save_curves  # matplotlib takes a second
@@ -111,7 +112,7 @@ def render_html(study: Study, shown: Sequence[Figure]) -> str:
 
 
 def facts(study: Study) -> list[tuple[str, str]]:
-    """Returns names and texts of what a reader has to know of an ablation as a whole."""
+    """Returns names and texts of the facts about an ablation as a whole."""
     finished = study.finished
     records = [trial.record() for trial in finished]
     dates = sorted(str(r["finished_at"])[:10] for r in records if r.get("finished_at"))
@@ -134,15 +135,15 @@ def facts(study: Study) -> list[tuple[str, str]]:
 
 
 def repeat_command(study: Study) -> str:
-    """Returns the command that ran the ablation, as far as it is known."""
+    """Returns the command that ran the ablation, as far as known."""
     command = study.description.get("command") or ""
     return shlex.join(command) if isinstance(command, list) else str(command)
 
 
 def analyses(study: Study) -> list[tuple[str, str, str]]:
-    """Returns name, command and, where it has run, the page of each variant's analysis.
+    """Returns name, command and, if it has run, the page of each variant's analysis.
 
-    Of the first finished seed, compared with the baseline's.
+    Uses the first finished seed, compared with the baseline's.
     """
     baseline = study.baseline.finished[:1]
     found = []
@@ -172,7 +173,7 @@ def _title(study: Study) -> str:
 
 
 def _num_images(study: Study) -> str:
-    """Returns on how many images the metric was measured, nothing if that is not known."""
+    """Returns the number of images that the metric was measured on; nothing if unknown."""
     for of_seeds in study.matches(study.task).values():
         return number(len(of_seeds[0].image_ids), ",.0f")
     return ""
@@ -185,7 +186,7 @@ def _versions(record: dict[str, Any]) -> str:
 
 
 def _short_commit(commit: str) -> str:
-    """Returns a commit's first characters, with the + of files that differed from it."""
+    """Returns a commit's first characters, with a + if files differed from it."""
     return commit[:12].rstrip("+") + "+" * commit.endswith("+")
 
 
@@ -194,7 +195,7 @@ def _distinct(texts: Any) -> str:
 
 
 def _changed_keys(study: Study) -> list[str]:
-    """Returns for each variant in Markdown how its config differs from the baseline's."""
+    """Returns Markdown that says how each variant's config differs from the baseline's."""
     return [
         f"{escape_markdown(variant.name)}: "
         + ("; ".join(map(code_markdown, changed_keys(variant))) or "the baseline")
@@ -209,7 +210,7 @@ def _without(table: Table, key: str) -> Table:
 
 
 def _explained(table: Table) -> list[Any]:
-    """Returns the columns that need a sentence under the table."""
+    """Returns the columns that need an explanation below the table."""
     unexplained = {"variant", "differs", "AP50", "AP75", "APs", "APm", "APl"}
     return [c for c in table.columns if c.meaning and c.key not in unexplained]
 

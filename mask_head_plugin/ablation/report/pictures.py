@@ -47,7 +47,7 @@ class Gallery:
 
     Attributes:
         rows: name of the image and its pictures.
-        classes: name and CSS colour of those that are shown.
+        classes: name and CSS colour of the classes shown.
         problem: why pictures are missing, if so.
     """
 
@@ -57,13 +57,13 @@ class Gallery:
 
 
 def side_by_side(study: Study) -> Gallery:
-    """Returns the images with the largest spread of F1 between variants, of the first seeds.
+    """Returns the images with the largest spread of F1 between variants, for the first seeds.
 
-    A gallery without rows says why: the report is whole without pictures.
+    A gallery without rows says why: the report is complete without pictures.
     """
     shown = {t: m for v in study.variants for t, m in _first_with_masks(v.finished)}
     if not shown:
-        return Gallery([], [], "No finished trial has masks that were evaluated.")
+        return Gallery([], [], "No finished trial has evaluated masks.")
     try:
         records, names = _dataset(next(iter(shown)), study.dataset)
         _check_classes(next(iter(shown.values())), study.dataset)
@@ -102,7 +102,9 @@ def _draw(
     first = next(iter(shown.values()))
     chosen = most_disputed(list(counts.values()))
     if not chosen:
-        return Gallery([], [], f"All variants find the same, at IoU 0.5 and score {MIN_SCORE}.")
+        return Gallery(
+            [], [], f"All variants find the same objects at IoU 0.5 and score {MIN_SCORE}."
+        )
     ids = [str(first.image_ids[k]) for k in chosen]
     predicted = {trial: _predictions(trial, ids) for trial in shown}
     rows: list[tuple[str, list[Picture]]] = []
@@ -127,7 +129,7 @@ def _draw(
 
 
 def _predictions(trial: Trial, ids: Sequence[str]) -> dict[str, list[Instance]]:
-    """Returns the sure detections of some images, by image id as text, the best first."""
+    """Returns the confident detections of some images, by image id as text, best first."""
     results = json.loads((trial.inference / "coco_instances_results.json").read_text())
     found: dict[str, list[tuple[float, Any, Rle]]] = {image_id: [] for image_id in ids}
     for result in results:
@@ -145,7 +147,8 @@ def _predictions(trial: Trial, ids: Sequence[str]) -> dict[str, list[Instance]]:
 def _check_classes(matches: Matches, dataset: str) -> None:
     """Raises ValueError unless the classes of the data set are those of the evaluation.
 
-    Predictions are stored by category id, which tells no class once the file has other categories.
+    Predictions are stored by category id, which no longer identifies a class if the file's
+    categories have changed.
     """
     metadata = MetadataCatalog.get(dataset)
     names = list(map(str, matches.class_names))
@@ -180,7 +183,7 @@ def _true_masks(record: Mapping[str, Any]) -> list[Instance]:
 def _picture(
     image: ByteArray, title: str, note: str, instances: Sequence[Instance], names: Sequence[str]
 ) -> Picture:
-    """Draws instances into an image that is scaled already; one mask is decoded at a time."""
+    """Draws instances into an image that is already scaled; decodes one mask at a time."""
     size = (image.shape[1], image.shape[0])
     rles = [resized_mask(rle, size) for _, rle in instances]
     labels = [names[k] for k, _ in instances]

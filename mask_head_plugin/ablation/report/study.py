@@ -1,4 +1,4 @@
-"""What an ablation has left in its folder, as the report reads it; parts of it may be missing."""
+"""Reads an ablation's folder for the report; parts of it may be missing."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Variant:
 
     Attributes:
         name: of the variant.
-        differs: config values by flattened key where it differs from the baseline.
-        trials: one for each seed, in the order of the seeds, run or not.
+        differs: config values that differ from the baseline's, by flattened key.
+        trials: one for each seed, in the order of the seeds, whether run or not.
         paper: published figures by metric, in percent.
     """
 
@@ -52,7 +52,7 @@ class Variant:
         return mean(self.values(key))
 
     def std(self, key: str) -> float:
-        """Returns the standard deviation over seeds, nan where there are fewer than two."""
+        """Returns the standard deviation over seeds; nan for fewer than two."""
         values = self.values(key)
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
@@ -105,7 +105,7 @@ class Study:
         return [trial for trial in self.trials if trial.is_finished]
 
     def matches(self, task: str) -> dict[str, list[Matches]]:
-        """Returns, of the variants that have any, the matches of their finished trials."""
+        """Returns the matches of finished trials, for the variants that have any."""
         if task not in self._matches:
             found = {
                 variant.name: [m for t in variant.finished if (m := t.matches(task)) is not None]
@@ -118,7 +118,7 @@ class Study:
     def comparisons(self) -> dict[str, dict[str, PairedDifference]]:
         """Comparisons with the baseline, by variant and by metric such as ``segm/AP50``.
 
-        Of the main task's metrics and of those that the paper gives; the baseline has none.
+        For the main task's metrics and those that the paper gives; the baseline has none.
         """
         found: dict[str, dict[str, PairedDifference]] = {v.name: {} for v in self.variants}
         wanted = [f"{self.task}/{name}" for name in METRICS]
@@ -130,7 +130,7 @@ class Study:
         return found
 
     def comparison(self, variant: Variant, key: str = "") -> PairedDifference | None:
-        """Returns how a variant differs from the baseline, by default in the main metric."""
+        """Returns how a variant differs from the baseline; by default, in the main metric."""
         return self.comparisons[variant.name].get(key or self.metric)
 
     def _compare(self, task: str, names: list[str]) -> dict[str, dict[str, PairedDifference]]:
@@ -140,7 +140,7 @@ class Study:
         logger.info("resampling the images %d times to compare %s", self.num_draws, task)
         try:
             compared = compare_all(matches, self.baseline.name, tuple(names), self.num_draws)
-        except ValueError as error:  # not of the same images
+        except ValueError as error:  # they are for different images
             raise ConfigError(f"{task} of the variants cannot be compared: {error}") from error
         return {name: c for name, c in compared.items() if name != self.baseline.name}
 
@@ -153,11 +153,11 @@ def read_study(directory: Path, num_draws: int) -> Study:
         num_draws: of the bootstrap.
 
     Raises:
-        ConfigError: if ablation.json is missing or lacks something, nothing is finished, or there
-            are less than two draws.
+        ConfigError: if ablation.json is missing or lacks something, no trial has finished, or there
+            are fewer than two draws.
     """
     if num_draws < 2:
-        raise ConfigError(f"{num_draws} draws make no interval; take 2 at least, better 1000")
+        raise ConfigError(f"{num_draws} draws make no interval; take at least 2, better 1000")
     path = directory / ABLATION_FILE
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -191,13 +191,13 @@ def _variants(directory: Path, description: dict[str, Any]) -> Iterable[Variant]
 
 
 def mean(values: Iterable[float]) -> float:
-    """Returns the mean, nan of nothing."""
+    """Returns the mean; nan if there are no values."""
     values = list(values)
     return statistics.mean(values) if values else math.nan
 
 
 def machine(trial: Trial) -> str:
-    """Returns on what a trial ran, as far as it is known."""
+    """Returns the device that a trial ran on, as far as known."""
     environment = ""
     with contextlib.suppress(OSError):
         environment = (trial.folder / ENVIRONMENT_FILE).read_text(encoding="utf-8")

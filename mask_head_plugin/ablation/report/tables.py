@@ -15,7 +15,7 @@ from .study import Study, Variant, mean
 
 BASELINE = "baseline"
 MOST_OF_ERROR = 300
-"""Characters of an error that are shown; all of it is in trial.json."""
+"""Most characters shown of an error; trial.json has all of it."""
 
 
 def build_table(study: Study) -> Table:
@@ -31,18 +31,20 @@ def build_table(study: Study) -> Table:
 
 
 def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
-    """Returns the columns, each with what makes a variant's cell."""
+    """Returns the columns, each with a function that makes a variant's cell."""
     main, task, baseline = study.metric, study.task, study.baseline
     name = main.partition("/")[2]
     others = [f"{task}/{metric}" for metric in METRICS if f"{task}/{metric}" != main]
     return [
         (Column("variant", "variant", "", True), lambda v: Cell(v.name, v.name)),
         (
-            Column("differs", "what differs", f"Config keys other than {baseline.name}'s.", True),
+            Column(
+                "differs", "what differs", f"Config keys that differ from {baseline.name}'s.", True
+            ),
             lambda v: _text_cell("; ".join(changed_keys(v))),
         ),
         (
-            Column("seeds", "seeds", "Finished trials of those planned."),
+            Column("seeds", "seeds", "Finished trials, of all planned."),
             lambda v: Cell(f"{len(v.finished)}/{len(v.trials)}", float(len(v.finished))),
         ),
         (
@@ -68,7 +70,9 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
             if task != "boundary"
         ),
         (
-            Column("paper", "paper", f"The paper's {main}, of its model and data.", False, True),
+            Column(
+                "paper", "paper", f"The paper's {main}, for its own model and data.", False, True
+            ),
             lambda v: _number_cell(v.paper.get(main, math.nan), ".1f"),
         ),
         (
@@ -80,7 +84,7 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
             lambda v: _number_cell(mean(v.costs("seconds_per_iteration")), ".3f"),
         ),
         (
-            Column("memory", "peak MB", "Memory in training, the most of all seeds."),
+            Column("memory", "peak MB", "Memory in training; the highest of all seeds."),
             lambda v: _number_cell(max(v.costs("peak_memory_mb"), default=math.nan), ",.0f"),
         ),
         (
@@ -140,7 +144,7 @@ def finding(study: Study, variant: Variant) -> str:
 
 
 def changed_keys(variant: Variant) -> list[str]:
-    """Returns ``KEY: value`` of what differs from the baseline, values as in YAML and JSON."""
+    """Returns ``KEY: value`` for each difference from the baseline, values as in YAML and JSON."""
     return [f"{key}: {json.dumps(value)}" for key, value in variant.differs.items()]
 
 
@@ -151,7 +155,7 @@ def with_spread(variant: Variant, key: str) -> str:
 
 
 def paper_table(study: Study) -> Table:
-    """Returns the paper's figures next to ours; no rows without any."""
+    """Returns the paper's figures next to ours; no rows if there are none."""
     columns = [
         Column("variant", "variant", "", True),
         Column("metric", "metric", "", True),
@@ -182,7 +186,7 @@ def paper_table(study: Study) -> Table:
 
 
 def findings(study: Study) -> list[str]:
-    """Returns in plain sentences what was found, what is noise and what is missing."""
+    """Says in plain sentences what was found, what is noise and what is missing."""
     sentences = []
     grouped: dict[str, list[Variant]] = {}
     for variant in study.variants:
@@ -193,7 +197,7 @@ def findings(study: Study) -> list[str]:
         BETTER: "Better than",
         WORSE: "Worse than",
         NOISE: "Within noise of",
-        ONE_SEED: "Not to be told from training noise, with one seed, from",
+        ONE_SEED: "With one seed, not distinguishable from training noise against",
     }
     for kind, phrase in phrases.items():
         if kind in grouped:
@@ -229,13 +233,13 @@ def _what_intervals_hold(study: Study) -> list[str]:
     if any(c.has_training for c in compared):
         at_once = f", for all {len(compared)} comparisons at once (Bonferroni)"
         sentences.append(
-            "The 95% intervals hold the noise of training (seeds) and of the validation images"
+            "The 95% intervals include the noise of training (seeds) and of the validation images"
             f"{at_once if len(compared) > 1 else ''}."
         )
     if any(not c.has_training for c in compared):
         sentences.append(
-            "With one seed an interval holds the images alone, and nothing is known of the noise "
-            "of training: run more seeds (--seed 1 --seed 2 --seed 3)."
+            "With one seed, an interval includes only the images; the noise of training is "
+            "unknown: run more seeds (--seed 1 --seed 2 --seed 3)."
         )
     spreads = {v.name: x for v in study.variants if math.isfinite(x := v.std(study.metric))}
     if spreads:

@@ -204,7 +204,7 @@ def test_trials_that_failed_or_are_missing_are_listed_and_the_others_reported(co
     assert rows[1][3] == "FloatingPointError: Loss became &lt;inf&gt; at iteration 83"
     assert "Loss became &lt;inf&gt;" in page and "3 of 6 trials have not finished" in text
     assert [cells["seeds"] for cells in table_cells(copied).values()] == ["1/2"] * 3
-    assert "With one seed an interval holds the images alone" in text
+    assert "With one seed, an interval includes only the images" in text
     assert table_cells(copied)[STRANGE]["finding"] == "? one seed: unknown"
     assert "±" not in text.split("## Variants")[1].split("\n- ")[0]
 
@@ -231,7 +231,7 @@ def test_without_masks_boxes_are_reported(copied):
     for path in [*copied.glob("*/*/inference/matches_[sb][eo][gu]*.npz")]:
         path.unlink()
     text, page = render(copied)
-    assert "No finished trial has masks" in page and "Within noise of baseline: a" in text
+    assert "No finished trial has evaluated masks" in page and "Within noise of baseline: a" in text
     assert "boundary AP" not in text.split("## Variants")[1]
 
 
