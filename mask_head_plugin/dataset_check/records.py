@@ -31,7 +31,7 @@ def max_pixels() -> float:
 
 
 def check_sections(content: Any, found: Findings) -> bool:
-    """Returns whether the three sections are there, as lists; adds a finding for each that is not."""
+    """Returns whether the three sections are lists; adds a finding for each that is not."""
     foreign = foreign_json(content)
     if foreign:
         found.add("not-a-coco-file", foreign)

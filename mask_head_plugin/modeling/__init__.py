@@ -1,4 +1,4 @@
-"""Detectron2 modules of the mask branch. Importing this package registers them."""
+"""detectron2 modules of the mask branch. Importing this package registers them."""
 
 from .channels_last import to_channels_last
 from .mask_head import FCNMaskHead, MLPMaskHead

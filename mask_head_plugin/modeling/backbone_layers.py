@@ -1,7 +1,7 @@
-"""The layers of a pretrained backbone, from its input on: which parameter is in which.
+"""Maps the parameters of a pretrained backbone to its layers, counted from the input.
 
-A layer is a stage of detectron2's ResNets and RegNets, and of timm's models a block, as their
-``group_matcher`` tells.
+A layer is a stage in detectron2's ResNets and RegNets, and a block in timm's models, by their
+``group_matcher``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from ..config import ConfigError
 
 _STAGE = re.compile(r"(?:backbone(?:\.bottom_up)?|roi_heads)\.(?:stem|(?:res|s)(\d+))\.")
-"""Starts of names in detectron2's ResNets, also where the ROI heads have res5, and RegNets."""
+"""How names start in detectron2's ResNets (also with res5 in the ROI heads) and RegNets."""
 
 
 def backbone_layers(model: nn.Module) -> dict[str, int]:
@@ -25,7 +25,8 @@ def backbone_layers(model: nn.Module) -> dict[str, int]:
         model: a detector; its backbone is one of detectron2's ResNets or RegNets, or timm's.
 
     Returns:
-        Layers by name of the parameter. Layers that add to the backbone, as an FPN's, have none.
+        Layers by name of the parameter, without parameters that are added to the backbone, such as
+        an FPN's.
 
     Raises:
         ConfigError: if the layers of the backbone are not known.
@@ -42,7 +43,7 @@ def backbone_layers(model: nn.Module) -> dict[str, int]:
 
 
 def undecayed_parameters(model: nn.Module) -> set[str]:
-    """Returns the names of parameters that, says timm, take no weight decay, such as positions."""
+    """Returns the names of parameters that timm exempts from weight decay, such as positions."""
     whole, names = _timm_names(model)
     told = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else ()
     return {name for name, original in names.items() if original in told}
@@ -53,9 +54,9 @@ def _timm_layers(model: nn.Module) -> dict[str, int]:
     if not hasattr(whole, "group_matcher"):
         kind = type(whole or getattr(model, "backbone", model)).__name__
         raise ConfigError(
-            f"SOLVER.LAYER_DECAY needs to know the layers of the backbone, and those of {kind} are "
-            "not known: only those of detectron2's ResNets and RegNets, and of timm's models with "
-            "a group_matcher. Set it to 1.0; SOLVER.LR_FACTORS takes any module"
+            f"SOLVER.LAYER_DECAY needs to know the layers of the backbone, but those of {kind} are "
+            f"unknown: only those of detectron2's ResNets and RegNets, and of timm's models with a "
+            f"group_matcher, are known. Set it to 1.0; SOLVER.LR_FACTORS takes any module"
         )
     from timm.models import group_parameters
 
@@ -65,19 +66,19 @@ def _timm_layers(model: nn.Module) -> dict[str, int]:
 
 
 def _timm_names(model: nn.Module) -> tuple[Any, dict[str, str]]:
-    """Returns the timm model of which a detector has a part, and the names of what is in that part.
+    """Returns the timm model that a detector uses in part, and the names of the used parameters.
 
-    timm's feature extractors have a model's parameters under other names, and no group_matcher.
+    timm's feature extractors rename a model's parameters and lack group_matcher.
 
     Returns:
-        The whole model, without memory; names there by name in the detector. None without timm.
+        The whole model, without memory, and its names by the detector's names. None without timm.
     """
     named = model.named_modules()
     trunks = (x for x in named if hasattr(x[1], "feature_info") and hasattr(x[1], "pretrained_cfg"))
     prefix, trunk = next(trunks, ("", None))
     if trunk is None:
         return None, {}
-    import timm  # of an extra: a model of timm implies it
+    import timm  # an extra; a timm model implies that it is installed
 
     with torch.device("meta"):
         whole = timm.create_model(trunk.pretrained_cfg["architecture"])

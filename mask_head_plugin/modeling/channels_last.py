@@ -1,4 +1,4 @@
-"""Channels-last models, whose convolutions are faster, their weight gradients included."""
+"""Channels-last models, whose convolutions are faster, including their weight gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .graph_capture import is_captured, stand_in
 
 MIN_ELEMENTS = 1 << 18
-"""Elements of one image's map, 1 MB of float32, from which copies for the weight gradient pay."""
+"""Elements of one image's map (1 MB of float32) from which copies for the weight gradient pay."""
 
 
 TENSOR_CORES = (8, 0)
@@ -26,11 +26,11 @@ def to_channels_last(model: nn.Module) -> None:
 
     On CUDA, tensor cores take only such maps; cuDNN copies others. Older GPUs keep their layout.
 
-    On a CPU, forward and the gradient to the map are faster so. Not so the gradient to 3 x 3
-    weights on AVX2: with 256 channels and two maps of 128 x 128 oneDNN takes 1.74 s, from
-    contiguous maps 0.47 s, and copying both takes 0.08 s (two cores of an AMD EPYC). 1 x 1 and
-    7 x 7 kernels and maps of less than 1 MB gain nothing. Processors with AVX512 run another
-    kernel and were not measured: they keep oneDNN's way.
+    On a CPU, the forward pass and the gradient to the map are faster. The gradient to 3 x 3 weights
+    is not, on AVX2: with 256 channels and two maps of 128 x 128, oneDNN takes 1.74 s, but 0.47 s
+    from contiguous maps, and copying both takes 0.08 s (two cores of an AMD EPYC). 1 x 1 and 7 x 7
+    kernels and maps of less than 1 MB gain nothing. Processors with AVX512 run another kernel,
+    which was not measured: they use oneDNN as it is.
     """
     device = next(model.parameters()).device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < TENSOR_CORES:
@@ -48,9 +48,9 @@ def _is_ordinary(conv: Conv2d) -> bool:
 
 
 class WeightGradientFromCopies(Conv2d):
-    """detectron2's Conv2d that takes the gradient to its weights from contiguous maps.
+    """detectron2's Conv2d, computing the gradient to its weights from contiguous maps.
 
-    The same parameters and results; gradients are the same to rounding.
+    Parameters and results are the same; gradients are the same up to rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:

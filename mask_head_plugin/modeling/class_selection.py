@@ -1,4 +1,4 @@
-"""The outputs of one class for each RoI, without those of the others where that is faster.
+"""Computes one class's outputs for each RoI, and skips the other classes where that is faster.
 
 Shape alphabet: R RoIs, K classes, C channels, M mask side, D hidden units.
 """
@@ -24,7 +24,7 @@ def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor)
         (R, M, M) logits, equal to ``predictor(features)[arange(R), classes]``.
     """
     num_rois = features.shape[0]
-    # Numbers, also in a trace: an ONNX runtime would infer them, and cannot without RoIs.
+    # Numbers, also in a trace: an ONNX runtime would have to infer them, which fails without RoIs.
     channels, height, width = (int(size) for size in features.shape[1:])
     rows = predictor.weight.flatten(1)[classes]
     pixels = features.reshape(num_rois, channels, height * width)
@@ -38,10 +38,11 @@ def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, si
     """Applies, to each RoI, only its class's rows of a linear layer with a whole mask per class.
 
     RoIs of one class share a matrix product: gathering (M M, D) weights per RoI would cost more
-    than computing all classes. On CUDA all are computed, since grouping would wait for the device,
-    and in a trace, which would hold the groups of its example. On paper: 128 RoIs, 80 classes of
-    28 x 28 and D = 1024 are 16 GFLOP, 0.3 ms forward on an H100 in float32 (60 TFLOP/s), of a step
-    of tens of ms; a product grouped on the device would save most of it. Not measured.
+    than computing all classes. All classes are computed on CUDA, since grouping would wait for the
+    device, and in a trace, which would hold the groups of its example. An estimate, not measured:
+    128 RoIs, 80 classes of 28 x 28 and D = 1024 are 16 GFLOP, or 0.3 ms forward on an H100 in
+    float32 (60 TFLOP/s), in a step of tens of ms; a product grouped on the device would save most
+    of it.
 
     Args:
         hidden: (R, D).
@@ -54,7 +55,7 @@ def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, si
     """
     if hidden.is_cuda or is_captured():
         logits = predictor(hidden)
-        # Sizes in numbers, see select_class_logits.
+        # Sizes as numbers, see select_class_logits.
         logits = logits.reshape(logits.shape[0], predictor.out_features // side**2, side, side)
         return of_class(logits, classes)
     order = classes.argsort(stable=True)
@@ -73,9 +74,10 @@ def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, si
 
 
 def of_class(class_logits: Tensor, classes: Tensor) -> Tensor:
-    """Returns the (R, M, M) of (R, K, M, M) that are of each RoI's class.
+    """Returns the (R, M, M) masks of each RoI's class from (R, K, M, M).
 
-    By gather: indices of the RoIs would be those of its example in a trace, device included.
+    Uses gather: in a trace, indices of the RoIs would be those of its example, including the
+    device.
     """
     index = classes[:, None, None, None].expand(-1, 1, *class_logits.shape[2:])
     return class_logits.gather(1, index)[:, 0]

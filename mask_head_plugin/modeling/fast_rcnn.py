@@ -1,8 +1,8 @@
 """detectron2's box predictor, computing in training the one box per RoI that is used.
 
-Class-wise box regression has 4 K outputs, of which its loss uses the 4 of the ground-truth class:
-the situation of the mask branch (see mask_head), with the same answer. At LVIS's 1203 classes the
-unused outputs are the largest product of the box head.
+Class-wise box regression has 4 K outputs, but its loss uses only the 4 of the ground-truth class.
+The mask branch is in the same situation (see mask_head), with the same solution. With LVIS's 1203
+classes, the unused outputs are the largest product of the box head.
 
 Shape alphabet: R RoIs, K classes, D features.
 """
@@ -23,14 +23,14 @@ Predictions = tuple[Tensor, Tensor]
 
 
 class ScoresAndFeatures(NamedTuple):
-    """What ``forward`` gives in training, where it cannot know yet which deltas are needed."""
+    """What ``forward`` returns in training, when it cannot know yet which deltas are needed."""
 
     scores: Tensor
     features: Tensor
 
 
 class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
-    """FastRCNNOutputLayers without the box deltas of other classes than the ground truth's.
+    """FastRCNNOutputLayers that only computes the box deltas of the ground-truth class.
 
     Same parameters, losses and gradients. In training ``forward`` returns the features instead
     of the deltas, since classes are not known before ``losses``; inference is detectron2's.
@@ -63,9 +63,9 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
     def _select(self, predictions: Predictions, proposals: list[Instances]) -> Predictions:
         """Returns the scores and the (R, 4) deltas of each RoI's ground-truth class.
 
-        They have the shape of class-agnostic deltas, which detectron2's methods take as they are.
-        Background RoIs get the deltas of some class; no loss reads them. Deltas of all classes,
-        made in evaluation mode, stay.
+        They have the shape of class-agnostic deltas, which detectron2's methods accept. Background
+        RoIs get the deltas of some class, which no loss reads. Deltas of all classes, computed in
+        evaluation mode, stay as they are.
         """
         if not isinstance(predictions, ScoresAndFeatures):
             return predictions
@@ -75,13 +75,13 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
         classes = torch.cat([x.gt_classes for x in proposals]).clamp(0, self.num_classes - 1)
         weight = self.bbox_pred.weight.unflatten(0, (self.num_classes, -1))
         bias = self.bbox_pred.bias.unflatten(0, (self.num_classes, -1))
-        # embedding adds up whole rows in backward; the gradient of an index is scattered one by one
+        # embedding adds up whole rows in backward; indexing would scatter gradients one by one
         rows = F.embedding(classes, weight.flatten(1)).unflatten(1, weight.shape[1:])
         return scores, torch.bmm(rows, features[:, :, None])[:, :, 0] + bias[classes]
 
 
 def make_class_selective(box_predictor: Any) -> Any:
-    """Makes detectron2's own box predictor class-selective, in place, where it predicts per class.
+    """Makes detectron2's own box predictor class-selective, in place, if it predicts per class.
 
     In place, so that the parameters stay as they were initialised from the generator's state.
     Other predictors, a user's or a cascade's, are returned as they are.

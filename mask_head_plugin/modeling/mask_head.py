@@ -1,4 +1,4 @@
-"""The mask branch: region features in, the one mask per RoI that is used out.
+"""The mask branch: from region features to the one mask per RoI that is used.
 
 A per-class head has K output channels and uses one: the ground-truth class's in training, the
 predicted class's in inference. The last layer is linear in each pixel (or in the whole mask), so
@@ -44,9 +44,10 @@ NO_PARAMETERS: LossParams = {}
 
 
 class ClassSelection(nn.Module):
-    """What the plugin's mask heads share: losses, statistics and inference on the masks in use.
+    """The common part of the plugin's mask heads: losses, statistics and inference on the masks in
+    use.
 
-    A mixin for subclasses of detectron2's BaseMaskRCNNHead that give ``selected_logits`` and
+    A mixin for subclasses of detectron2's BaseMaskRCNNHead that define ``selected_logits`` and
     ``class_logits``.
     """
 
@@ -79,10 +80,10 @@ class ClassSelection(nn.Module):
         ]
         if iou_head is not None and "iou" in [term.name for term in self.losses]:
             raise ValueError(
-                "mask scoring logs loss_mask_iou: give the mask loss 'iou' another name"
+                "mask scoring already logs loss_mask_iou: give the mask loss 'iou' another name"
             )
-        # Pixels that are wrong, of ground truth 1, and wrong among these, since the last log; how
-        # many there were; and where they are logged. Not part of checkpoints.
+        # Since the last log: wrong pixels, pixels of ground truth 1, wrong ones among these, and
+        # their total number; and where they are logged. Not part of checkpoints.
         counts = torch.zeros(3, dtype=torch.int64)
         self.register_buffer("_pixel_counts", counts, persistent=False)
         self._num_pixels = 0
@@ -94,7 +95,7 @@ class ClassSelection(nn.Module):
         """
         Args:
             features: (R, C, P, P) region features.
-            instances: per image; R in all. Training: the positives, with ``proposal_boxes``,
+            instances: by image; R in all. Training: the positives, with ``proposal_boxes``,
                 ``gt_classes``, ``gt_masks``. Inference: detections with ``pred_classes``.
 
         Returns:
@@ -114,7 +115,7 @@ class ClassSelection(nn.Module):
             mask_logits = self.class_logits(features)
             mask_probs = activation(mask_logits.detach(), classes)
         if not self.training:
-            # Not of len(), which in a trace is the number of its example.
+            # Not len(), which in a trace is the number of its example.
             counts = [x.pred_classes.shape[0] for x in instances]
             for x, probs in zip(instances, mask_probs[:, None].split(counts), strict=True):
                 x.pred_masks = probs
@@ -125,7 +126,7 @@ class ClassSelection(nn.Module):
                         x.mask_scores = x.scores * iou_per_image
             return instances
         gt_masks = crop_gt_masks(instances, mask_probs)
-        # detectron2's masks crop to bool; a user's may crop to shares in [0, 1].
+        # detectron2's masks crop to bool; a user's may crop to fractions in [0, 1].
         gt_bits = gt_masks if gt_masks.dtype == torch.bool else gt_masks > 0.5
         if torch.is_grad_enabled():  # not in PreciseBN and TEST.EVAL_LOSS, which learn nothing
             self._log(mask_probs, gt_bits)
@@ -214,8 +215,8 @@ def check_mask_losses(head_cfg: CfgNode) -> None:
     terms = parse_losses(head_cfg.LOSSES, head_cfg.LOSS_PARAMS)
     if head_cfg.CLS_AGNOSTIC_MASK and terms[0].activation is not None:
         raise ValueError(
-            f"MODEL.ROI_MASK_HEAD.LOSSES: {terms[0].name!r} lets classes compete, and with "
-            "CLS_AGNOSTIC_MASK there is but one"
+            f"MODEL.ROI_MASK_HEAD.LOSSES: {terms[0].name!r} lets classes compete, but with "
+            f"CLS_AGNOSTIC_MASK there is only one"
         )
 
 
@@ -224,9 +225,9 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
     """Mask R-CNN figure 4: 3x3 convolutions, a 2x2 deconvolution, and one mask per class.
 
     Layers, initialisation and parameter names are those of detectron2's MaskRCNNConvUpsampleHead,
-    so checkpoints fit both ways; it works in every ROIHeads that takes that head. Other than there,
-    only the logits in use are computed, the losses come from MASK_LOSS_REGISTRY, and accuracy
-    statistics are summed on the device and read once per STATISTICS_PERIOD.
+    so checkpoints fit both ways; it works in every ROIHeads that takes that head. Differences: only
+    the logits in use are computed, the losses come from MASK_LOSS_REGISTRY, and accuracy statistics
+    are summed on the device and read once per STATISTICS_PERIOD.
     """
 
     predictor: nn.Conv2d
@@ -325,7 +326,7 @@ class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
             input_shape: channels, height and width of the region features; a square.
             num_classes: K, foreground classes; 1 for class-agnostic masks.
             fc_dims: units of each hidden layer, one or more.
-            losses: as for FCNMaskHead, and so are those that follow.
+            losses: see FCNMaskHead.
             loss_params: see FCNMaskHead.
             loss_weight: see FCNMaskHead.
             vis_period: see FCNMaskHead.
@@ -385,7 +386,9 @@ class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
 def log_statistics(
     storage: EventStorage, num_pixels: int, num_wrong: int, num_positive: int, num_missed: int
 ) -> None:
-    """Puts accuracy, false positive and false negative rate of mask pixels, detectron2's names."""
+    """Logs accuracy, false positive and false negative rate of mask pixels, under detectron2's
+    names.
+    """
     num_negative = num_pixels - num_positive
     storage.put_scalar("mask_rcnn/accuracy", 1 - num_wrong / max(num_pixels, 1))
     storage.put_scalar("mask_rcnn/false_positive", (num_wrong - num_missed) / max(num_negative, 1))
@@ -398,7 +401,7 @@ def crop_gt_masks(instances: list[Instances], mask_logits: Tensor) -> Tensor:
     Polygons are rasterised by pycocotools, as in detectron2.
 
     Args:
-        instances: per image, R in all, with ``proposal_boxes`` and ``gt_masks``.
+        instances: by image, R in all, with ``proposal_boxes`` and ``gt_masks``.
         mask_logits: (R, M, M); gives M and the device.
     """
     size, targets = mask_logits.shape[-1], []

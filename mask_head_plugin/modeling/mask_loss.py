@@ -50,11 +50,11 @@ def couples_classes(activation: Callable[[Tensor, Tensor], Tensor]) -> Callable[
 
 
 def mean_over_rois(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns the mean of (R,) values; 0 with a graph where there are none.
+    """Returns the mean of (R,) values; 0 with a graph if there are none.
 
     Args:
-        values: (R,), one of each RoI.
-        weights: (R,), 0 and above; None for all equal.
+        values: (R,), one for each RoI.
+        weights: (R,), 0 and above; None for equal weights.
     """
     if weights is None:
         return values.sum() / max(len(values), 1)
@@ -130,7 +130,7 @@ def dice(
 ) -> Tensor:
     """``1 - (2 sum(p g) + eps) / (sum(p^2) + sum(g^2) + eps)``, in [0, 1] (V-Net, 1606.04797).
 
-    Alone and from scratch it can get stuck at masks of one value; usually it is added to
+    Alone and from scratch, it can get stuck at masks of one value, so it is usually added to
     binary_cross_entropy.
 
     Args: see binary_cross_entropy.
@@ -154,8 +154,8 @@ def focal(
 ) -> Tensor:
     """Mean over the pixels of ``-a (1 - q)^gamma log q``; 0 and above (1708.02002 equation 5).
 
-    q is p where g = 1 and 1 - p where g = 0; a is alpha or 1 - alpha likewise. Its mean is far
-    below that of binary_cross_entropy, which it equals for gamma = 0 and alpha = -1.
+    q is p where g = 1 and 1 - p where g = 0; in the same way, a is alpha or 1 - alpha. Its mean is
+    far below that of binary_cross_entropy, which it equals for gamma = 0 and alpha = -1.
 
     Args: see binary_cross_entropy.
         gamma: 0, or 1 and above (between, the gradient has a pole where q = 1).
@@ -183,8 +183,8 @@ def tversky(
     p and g instead of their squares (and half of eps).
 
     Args: see binary_cross_entropy.
-        alpha: what a false positive counts, 0 and above.
-        beta: what a false negative counts, 0 and above.
+        alpha: weight of a false positive, 0 and above.
+        beta: weight of a false negative, 0 and above.
         eps: pixels, see dice.
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
@@ -215,9 +215,9 @@ def soft_iou(
 def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """The Lovász extension of 1 - IoU at the hinge errors; 0 and above (1705.08790 equation 9).
 
-    Errors ``m = max(0, 1 - z (2g - 1))`` are sorted, largest first; each counts with the IoU that
-    its pixel costs on top of those before it. Not bounded above: added to
-    binary_cross_entropy, or after it, training is more stable than alone.
+    Errors ``m = max(0, 1 - z (2g - 1))`` are sorted, largest first; each is weighted by the IoU
+    that its pixel costs on top of those before it. The loss has no upper bound; training is more
+    stable if it is added to binary_cross_entropy, or follows it.
 
     Args: see binary_cross_entropy; gt_masks in {0, 1}.
     """
@@ -226,7 +226,7 @@ def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None =
     gt = gt.gather(1, order)
     total = gt.sum(1, keepdim=True)
     union = total + (1 - gt).cumsum(1)
-    # Both are 0 only before the first pixel of an empty mask, and there is none before the first.
+    # Both are 0 only before the first pixel of an empty mask, which is no entry here.
     lost_iou = 1 - (total - gt.cumsum(1)) / union.clamp(min=1)
     steps = torch.diff(lost_iou, dim=1, prepend=torch.zeros_like(total))
     return mean_over_rois((errors.relu() * steps).sum(1), weights)
@@ -235,14 +235,14 @@ def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None =
 def signed_distance(gt_masks: Tensor) -> Tensor:
     """Returns the distance of each pixel centre to the mask's boundary, negative inside.
 
-    The exact Euclidean distance to the nearest pixel of the other kind, less the half pixel to its
+    The exact Euclidean distance to the nearest pixel of the other kind, minus the half pixel to its
     edge, computed on the masks' device: first along columns, then along rows.
 
     Args:
         gt_masks: (R, M, M); above 0.5 is inside.
 
     Returns:
-        (R, M, M) in pixels; 0 for masks that are all of one kind.
+        (R, M, M) in pixels; 0 for masks with pixels of only one kind.
     """
     inside = gt_masks > 0.5
     steps = torch.arange(inside.shape[-1], device=inside.device, dtype=gt_masks.dtype)
@@ -264,10 +264,10 @@ def boundary_distance(
 ) -> Tensor:
     """Mean over the pixels of ``p phi``, phi the signed distance to the mask's boundary in pixels.
 
-    The boundary loss of 1812.07032 (equation 5); negative inside, so that it may be below 0. It
-    ignores the region, and alone it ends in empty masks: add it to a region loss, with a small
-    weight that is ramped up (a third number in LOSSES). RoIs whose target has no boundary count
-    as 0.
+    The boundary loss of 1812.07032 (equation 5); negative inside, so that the loss may be below 0.
+    It ignores the region, so alone it leads to empty masks: add it to a region loss, with a small
+    weight that is ramped up (a third number in LOSSES). RoIs whose target has no boundary count as
+    0.
 
     Args: see binary_cross_entropy.
     """
@@ -280,7 +280,7 @@ def edge_agreement(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None
     """Mean of ``|S * p - S * g|^2`` over the pixels and both Sobel filters S; 0 and above.
 
     The edge agreement loss of 1809.07069 with p = 2 (equation 3). The border is replicated, so that
-    a mask cut off by its RoI makes no edge there.
+    a mask cut off by its RoI has no edge there.
 
     Args: see binary_cross_entropy.
     """

@@ -41,7 +41,7 @@ class MaskLossTerm:
 
     @property
     def activation(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """What couples_classes was given, or None for a sigmoid."""
+        """The activation given to couples_classes, or None for a sigmoid."""
         return getattr(self.loss, "activation", None)
 
     def weight_at(self, iteration: int) -> float:
@@ -57,7 +57,7 @@ def weighted_mask_losses(
     gt_masks: Tensor,
     iteration: int,
 ) -> dict[str, Tensor]:
-    """Evaluates a weighted sum of losses, term by term, in float32 at least, also under autocast.
+    """Evaluates a weighted sum of losses, term by term, at least in float32, even under autocast.
 
     Args:
         terms: from parse_losses.
@@ -90,13 +90,12 @@ def parse_losses(
 
     Args:
         losses: ``[name, weight]`` or ``[name, weight, ramp_iters]`` of each term.
-        parameters: for names in capitals, values of parameters in capitals; those of losses that
-            are not terms are also checked.
+        parameters: by name of the loss in capitals, values by name of the parameter in capitals;
+            those of unused losses are also checked.
 
     Raises:
-        ValueError: naming the key and the choices, if no term is given, an entry has another form,
-            a name is unknown or repeated, a number is out of its range, or terms do not go
-            together.
+        ValueError: naming the key and the choices, if there is no term, an entry has another form,
+            a name is unknown or repeated, a number is out of range, or terms cannot be combined.
     """
     checked = {}
     for section, values in parameters.items():
@@ -117,8 +116,8 @@ def parse_losses(
         raise ValueError(f"{_where(losses)}: give at least one, such as ['dice', 1.0]")
     if len({term.activation for term in terms}) > 1:
         raise ValueError(
-            f"{_where(losses)}: losses with a softmax and with a sigmoid do not go together, since "
-            "inference has one of them"
+            f"{_where(losses)}: losses with a softmax and with a sigmoid cannot be combined, since "
+            f"inference uses one of the two"
         )
     return terms
 
@@ -150,8 +149,8 @@ def _check_entry(losses: Sequence[Sequence[Any]], entry: Any) -> Sequence[Any]:
 def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
     """Returns the keyword arguments of a loss from its section of LOSS_PARAMS.
 
-    The loss is called once, without RoIs: it looks at its parameters, and what is wrong with a
-    user's loss shows before training.
+    The loss is called once, without RoIs, so that it checks its parameters, and errors in a user's
+    loss show before training.
     """
     where, loss = f"{PARAMS}.{name.upper()}", MASK_LOSS_REGISTRY.get(name)
     signature = inspect.signature(loss).parameters.values()
@@ -177,14 +176,14 @@ def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
         raise ValueError(f"{where}: the loss {name!r} fails without RoIs: {error!r}") from error
     if not (isinstance(value, Tensor) and value.dim() == 0 and value == 0 and value.requires_grad):
         raise ValueError(
-            f"{where}: without RoIs the loss {name!r} returns {value}, and not a scalar 0 with a "
-            "graph; let mean_over_rois take the mean of its (R,) values"
+            f"{where}: without RoIs the loss {name!r} returns {value} instead of a scalar 0 with a "
+            f"graph; let mean_over_rois take the mean of its (R,) values"
         )
     return arguments
 
 
 def _find_name(key: str, names: Sequence[str], where: str) -> str:
-    """Returns which of some lower-case names a config key in capitals means."""
+    """Returns which of the lower-case choices a config key in capitals means."""
     choices = {name.upper(): name for name in names}
     if key not in choices:
         raise ValueError(f"{where}.{key} does not exist; choose from {sorted(choices)}")
@@ -192,7 +191,7 @@ def _find_name(key: str, names: Sequence[str], where: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a number that a float can hold."""
+    """Returns whether a value is a number that a float can hold."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return abs(value) <= sys.float_info.max  # math.isfinite fails for long integers

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 class MaskIoUHead(nn.Module):
     """Predicts the IoU of a mask with its instance, for each class (section 3.2 and figure 3).
 
-    Region features and the mask, halved by a maximum to their size, go through four 3x3
-    convolutions, the last with stride 2, and three linear layers.
+    Region features and the mask, max-pooled to their size, go through four 3x3 convolutions, the
+    last with stride 2, and three linear layers.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class MaskIoUHead(nn.Module):
         """
         Args:
             features: (R, C, P, P) region features.
-            mask_probs: (R, M, M); not trained by the prediction made from them.
+            mask_probs: (R, M, M); get no gradient from the prediction.
             classes: (R,) int64 in [0, K).
 
         Returns:
@@ -70,10 +70,11 @@ class MaskIoUHead(nn.Module):
 def mask_iou_targets(
     mask_bits: Tensor, gt_masks: Tensor, box_area: Tensor, gt_area: Tensor
 ) -> Tensor:
-    """Returns the IoU of predicted masks with whole instances, not only with their part in the RoI.
+    """Returns the IoU of predicted masks with whole instances, not only with the parts in their
+    RoIs.
 
-    Both masks are counted in mask pixels. What of the instance lies outside the RoI is missed by
-    any prediction: ``overlap / (predicted + instance - overlap)``.
+    Both masks are counted in mask pixels. Any prediction misses the part of the instance outside
+    the RoI: ``overlap / (predicted + instance - overlap)``.
 
     Args:
         mask_bits: (R, M, M) bool, the prediction.

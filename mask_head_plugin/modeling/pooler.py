@@ -35,19 +35,20 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "ROIWarp": roi_warp,
     "PrROIPool": precise_roi_pool,
 }
-"""Of the types that are not an ops.roi_align."""
+"""Functions of the types that are not an ops.roi_align."""
 
 
 SMALL_ELEMENTS = 1 << 18
 """Elements of maps and results together below which torchvision's operators are faster on the CPU,
-without a gradient: 3 times at 10 RoIs of 7 x 7 x 64, as fast at about 100."""
+without a gradient: 3 times as fast with 10 RoIs of 7 x 7 x 64, equally fast with about 100.
+"""
 
 
 class MultiLevelRoIPooler(nn.Module):
     """Pools each box from the feature map that fits its size; a drop-in for detectron2's ROIPooler.
 
     A box goes to level ``floor(canonical_level + log2(sqrt(area) / canonical_box_size))``, clamped
-    to the levels there are: equation 1 of the FPN paper (arXiv 1612.03144).
+    to the existing levels: equation 1 of the FPN paper (arXiv 1612.03144).
 
     =========================== ============================ =====================================
     pooled                      on the CPU                   on CUDA
@@ -59,13 +60,13 @@ class MultiLevelRoIPooler(nn.Module):
     ROIAlign and ROIWarp, max   ops.roi_align, ops.roi_warp  as on CPU
     =========================== ============================ =====================================
 
-    On the CPU, torchvision's ROIAlign takes a few RoIs of small maps (SMALL_ELEMENTS) at inference.
-    The Triton kernel reads channels_last maps; others are copied. "Deterministic" is
-    torch.use_deterministic_algorithms. Where Triton is missing or does not compile the kernel for
-    some type or size, a log line says so once and torchvision's operator takes its place. Traces
-    and exports hold torchvision's operators (a loop over groups of RoIs would hold those of its
-    example), but exports on CUDA the Triton kernel's; scripts hold detectron2's ROIPooler. None
-    knows PrROIPool and maxima of samples, and scripts do not know ROIWarp.
+    On the CPU, torchvision's ROIAlign handles a few RoIs of small maps (SMALL_ELEMENTS) in
+    inference. The Triton kernel reads channels_last maps; others are copied. "Deterministic" is
+    torch.use_deterministic_algorithms. If Triton is missing or does not compile the kernel for some
+    type or size, a log line says so once, and torchvision's operator takes its place. Traces and
+    exports hold torchvision's operators (a loop over groups of RoIs would hold those of its
+    example), but exports on CUDA hold the Triton kernel's; scripts hold detectron2's ROIPooler.
+    None of them supports PrROIPool or maxima of samples, and scripts do not support ROIWarp.
 
     On the CPU, a program of torch.compile calls the same operators through ops.compiled_pooling.
 
@@ -94,12 +95,12 @@ class MultiLevelRoIPooler(nn.Module):
                 pixel centres at +0.5) or ``PrROIPool`` (integral over the bin).
             canonical_box_size: side in pixels of a box that belongs to ``canonical_level``.
             canonical_level: log2 of the stride of that level.
-            reduction: ``mean`` or ``max`` of the samples of a bin (Table 2c). ROIPool is a maximum
-                either way; PrROIPool has no samples and takes ``mean`` only.
+            reduction: ``mean`` or ``max`` of the samples of a bin (Table 2c). ROIPool is always a
+                maximum; PrROIPool has no samples and takes only ``mean``.
 
         Raises:
-            ValueError: if ``pooler_type`` or ``reduction`` is unknown, they do not go together, or
-                ``scales`` do not form a pyramid.
+            ValueError: if ``pooler_type`` or ``reduction`` is unknown, if they cannot be combined,
+                or if ``scales`` do not form a pyramid.
         """
         super().__init__()
         check_pooler(pooler_type, reduction)
@@ -120,10 +121,11 @@ class MultiLevelRoIPooler(nn.Module):
         self.canonical_box_size = canonical_box_size
         self.canonical_level = canonical_level
         self.min_level = int(levels[0])
-        # For torch.jit.script, which confuses modules that are made while it runs (see stand_in).
+        # For torch.jit.script, which confuses modules that are created while it runs (see
+        # stand_in).
         self._scriptable = []
         averaged = pooler_type in ("ROIAlign", "ROIAlignV2") and reduction == "mean"
-        # detectron2's knows no map with more cells than the image has pixels.
+        # detectron2's cannot handle a map with more cells than the image has pixels.
         if (averaged or pooler_type == "ROIPool") and self.min_level >= 0:
             canonical = canonical_box_size, canonical_level
             arguments = self.output_size, scales, sampling_ratio, pooler_type
@@ -140,7 +142,7 @@ class MultiLevelRoIPooler(nn.Module):
 
         Raises:
             ValueError: if the number of maps or of images does not fit or, on the CPU, a box
-                coordinate is NaN or infinite. On CUDA that fails an assertion on the device, which
+                coordinate is NaN or infinite. On CUDA, that fails an assertion on the device, which
                 shows at the next synchronisation.
         """
         if len(features) != len(self.scales):
@@ -175,7 +177,7 @@ class MultiLevelRoIPooler(nn.Module):
         """Returns what torch.jit.script compiles instead of this.
 
         Raises:
-            ValueError: if detectron2's pooler does not know how to pool so.
+            ValueError: if detectron2's pooler cannot pool in this way.
         """
         if not self._scriptable:
             raise ValueError(self._refusal("scripted"))
@@ -189,9 +191,9 @@ class MultiLevelRoIPooler(nn.Module):
         )
 
     def _is_small(self, features: list[Tensor], rois: Tensor) -> bool:
-        """Whether laying out weights would take longer than torchvision's plain loops.
+        """Returns whether laying out weights would take longer than torchvision's plain loops.
 
-        These crash on boxes that end before they start, and with an adaptive grid on vast ones.
+        Those crash on boxes that end before they start, and with an adaptive grid on huge ones.
         """
         if features[0].is_cuda or self.sampling_ratio <= 0:
             return False
@@ -209,7 +211,7 @@ class MultiLevelRoIPooler(nn.Module):
         return self._levels_of_areas(torch.cat([boxes.area() for boxes in box_lists]))
 
     def _levels_of_areas(self, area: Tensor) -> Tensor:
-        # Equation 1 of the FPN paper, rounded as detectron2 does. A box that ends before it starts
+        # Equation 1 of the FPN paper, rounded as in detectron2. A box that ends before it starts
         # along one axis has a negative area there, and no level.
         relative_size = torch.sqrt(area.clamp(min=0)) / self.canonical_box_size
         level = torch.floor(self.canonical_level + torch.log2(relative_size + 1e-8))
@@ -246,8 +248,8 @@ class MultiLevelRoIPooler(nn.Module):
     def _pool_by_level(self, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
         """Pools with torchvision's operators, then puts the result into the order of the boxes.
 
-        They want boxes of the type of the maps. Boxes in half precision would be moved by pixels,
-        so half-precision maps are pooled in float32, as autocast does.
+        They need boxes of the maps' type. Half precision would move boxes by pixels, so
+        half-precision maps are pooled in float32, as under autocast.
         """
         dtype = torch.promote_types(features[0].dtype, torch.float32)
         rois, scales = self._quantize(rois.to(dtype), levels)
@@ -263,7 +265,7 @@ class MultiLevelRoIPooler(nn.Module):
                 options = (self.sampling_ratio, self._aligned)
                 pooled.append(torchvision_roi_align(*arguments, *options))
         result = torch.cat(pooled)
-        # Of the RoIs' number, also for torch.export, which does not know that the levels add up.
+        # As many as RoIs, also for torch.export, which does not know that the levels add up.
         zeros = torch.zeros_like(rois[:, :1, None, None]).expand(-1, *result.shape[1:])
         return zeros.index_put((torch.cat(by_level),), result).to(features[0].dtype)
 
@@ -276,7 +278,7 @@ class MultiLevelRoIPooler(nn.Module):
         return pooled
 
     def _quantize(self, rois: Tensor, levels: Tensor) -> tuple[Tensor, tuple[float, ...]]:
-        """Returns RoIs and scales with which ROIAlign computes what is asked for.
+        """Returns RoIs and scales with which ROIAlign computes the chosen kind of pooling.
 
         ROIWarp is ROIAlign (aligned) on RoIs rounded to cells of their level.
         """
@@ -288,14 +290,14 @@ class MultiLevelRoIPooler(nn.Module):
         return torch.cat([rois[:, :1], start, end], dim=1), (1.0,) * len(self.scales)
 
     def pool_for_export(self, features: list[Tensor], boxes: Tensor) -> Tensor:
-        """Pools boxes of one image by operators that exporters know, R = 0 included.
+        """Pools boxes of one image with operators that exporters know, including R = 0.
 
         Args:
             features: one (1, C, Hi, Wi) map per scale.
             boxes: (R, 4), no coordinate NaN or infinite.
 
         Returns:
-            (R, C, P, P); of ROIAlign, ROIAlignV2, ROIWarp and ROIPool what ``forward`` gives.
+            (R, C, P, P); for ROIAlign, ROIAlignV2, ROIWarp and ROIPool, the result of ``forward``.
         """
         sides = boxes[:, 2:] - boxes[:, :2]
         rois = F.pad(boxes, [1, 0])  # all of image 0
@@ -309,7 +311,7 @@ class MultiLevelRoIPooler(nn.Module):
 
 
 def check_pooler(pooler_type: str, reduction: str) -> None:
-    """Raises a ValueError if MultiLevelRoIPooler cannot pool so."""
+    """Raises a ValueError if MultiLevelRoIPooler cannot pool in this way."""
     if pooler_type not in POOLER_TYPES:
         raise ValueError(f"unknown POOLER_TYPE {pooler_type!r}; choose from {POOLER_TYPES}")
     if reduction not in REDUCTIONS:
@@ -319,10 +321,10 @@ def check_pooler(pooler_type: str, reduction: str) -> None:
 
 
 def boxes_to_rois(box_lists: Sequence[Boxes]) -> Tensor:
-    """Returns (R, 5) RoIs, image index and box, without waiting for the device."""
+    """Returns (R, 5) RoIs (image index and box) without waiting for the device."""
     rois = []
     for image, boxes in enumerate(box_lists):
-        index = torch.full_like(boxes.tensor[:, :1], image)  # not of len(), a number in a trace
+        index = torch.full_like(boxes.tensor[:, :1], image)  # not len(), a fixed number in a trace
         rois.append(torch.cat([index, boxes.tensor], dim=1))
     return torch.cat(rois)
 
@@ -334,8 +336,8 @@ def check_finite(rois: Tensor) -> None:
         rois: (R, 5).
 
     Raises:
-        ValueError: on the CPU, with their number. On CUDA an assertion fails on the device, without
-            waiting for it.
+        ValueError: on the CPU, with their number. On CUDA, an assertion fails on the device,
+            without waiting for it.
     """
     finite = torch.isfinite(rois)
     if rois.is_cuda:
@@ -347,7 +349,7 @@ def check_finite(rois: Tensor) -> None:
 
 @torch.compiler.assume_constant_result
 def can_pool_at_once(*kernel: Any) -> bool:
-    """Whether ops.roi_pooling_operator works; torch.compile keeps the answer.
+    """Returns whether ops.roi_pooling_operator works; torch.compile keeps the answer.
 
     Args: see _try_kernel.
     """
@@ -364,15 +366,15 @@ def _try_kernel(
     sampling_ratio: int,
     aligned: bool,
 ) -> bool:
-    """Runs ops.roi_pooling_operator forward and backward, compiled for what is given.
+    """Runs ops.roi_pooling_operator forward and backward, compiled for the given type and sizes.
 
-    What goes wrong is logged.
+    Failures are logged.
     """
     operator = _operator()
     if operator is None:
         return False
     try:
-        # The first call may be one of inference.
+        # The first call may be in inference.
         with torch.inference_mode(False), torch.enable_grad():
             shape = 1, num_channels, 1, 1
             feature = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
@@ -401,7 +403,7 @@ def _operator() -> Callable[..., Tensor] | None:
 
 def _log_replacement(what: str, error: Exception) -> None:
     logging.getLogger(__name__).warning(
-        "RoI pooling in one kernel is not available, torchvision's operator takes its place: "
+        "RoI pooling in one kernel is not available, so torchvision's operator takes its place: "
         f"{what}: {type(error).__name__}: {error}"
     )
 
@@ -432,9 +434,9 @@ def build_pooler(
 
 
 def with_stock_pooler_types(cfg: CfgNode) -> CfgNode:
-    """Returns a copy of the config from which detectron2's heads can build poolers of their own.
+    """Returns a copy of the config from which detectron2's heads can build their own pooler.
 
-    They build one before a subclass can exchange it, and refuse types that they do not know.
+    They build one before a subclass can replace it, and refuse types that they do not know.
     """
     cfg = cfg.clone()
     cfg.defrost()

@@ -1,4 +1,4 @@
-"""Mask R-CNN whose masks leave the model as run lengths."""
+"""Mask R-CNN that returns masks as run lengths."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MASK_OUTPUTS = ("rle", "bitmask")
 
 @register_in(META_ARCH_REGISTRY)
 class MaskRCNN(GeneralizedRCNN):
-    """GeneralizedRCNN with a choice of what ``pred_masks`` holds after inference.
+    """GeneralizedRCNN with a choice of the form of ``pred_masks`` after inference.
 
-    ``rle``: an RLEMasks. No image-sized mask is drawn at any time. ``bitmask``: detectron2's
-    (N, H, W) tensor. Training and inference without postprocessing (which test-time augmentation
-    uses) are detectron2's. So are traces, scripts and exports, which hold only tensors.
+    ``rle``: an RLEMasks. Image-sized masks are never drawn. ``bitmask``: detectron2's (N, H, W)
+    tensor. Training and inference without postprocessing (which test-time augmentation uses) are
+    detectron2's. So are traces, scripts and exports, which hold only tensors.
     """
 
     @configurable
@@ -32,7 +32,7 @@ class MaskRCNN(GeneralizedRCNN):
         """
         Args:
             mask_output: "rle" or "bitmask".
-            datasets: the section DATASETS of the config, by which a checkpointer finds the order
+            datasets: the section DATASETS of the config, from which a checkpointer takes the order
                 of the classes.
             arguments: of GeneralizedRCNN.
 
@@ -59,7 +59,7 @@ class MaskRCNN(GeneralizedRCNN):
         """See GeneralizedRCNN.inference."""
         if self.mask_output == "bitmask" or not do_postprocess or is_captured():
             return super().inference(batched_inputs, detected_instances, do_postprocess)
-        # Not by overriding _postprocess, which GeneralizedRCNN calls as its own static method.
+        # Overriding _postprocess has no effect: GeneralizedRCNN calls its own static method.
         results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
         outputs = []
         for x, found in zip(batched_inputs, results, strict=True):
@@ -77,16 +77,16 @@ def rle_postprocess(instances: Instances, output_height: int, output_width: int)
 
     Args:
         instances: detections at the size that the model saw, with ``pred_masks`` (N, 1, M, M) or
-            without; changed in place, as there.
+            without; changed in place, as in detectron2.
         output_height: pixels.
         output_width: pixels.
 
     Returns:
-        Detections at the output size; those whose box is empty there are left out.
+        Detections at the output size, without those whose box is empty there.
     """
     if not instances.has("pred_masks"):
         return detector_postprocess(instances, output_height, output_width)
-    # By another name the probabilities go through with their detections and are not pasted.
+    # Under another name, the probabilities pass through with their detections and are not pasted.
     instances.set("mask_probs", instances.pred_masks[:, 0])
     instances.remove("pred_masks")
     result = detector_postprocess(instances, output_height, output_width)

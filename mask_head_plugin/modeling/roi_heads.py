@@ -1,6 +1,6 @@
 """detectron2's ROI heads with the plugin's pooler and class-selective box regression.
 
-The mask head is chosen apart from them, by MODEL.ROI_MASK_HEAD.NAME.
+MODEL.ROI_MASK_HEAD.NAME chooses the mask head separately.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .pooler import build_pooler, with_stock_pooler_types
 class PerClassMaskROIHeads(StandardROIHeads):
     """StandardROIHeads (FPN, DC5) whose box and mask features come from MultiLevelRoIPooler."""
 
-    # Lets torch.jit.script leave out branches, as detectron2 does for StandardROIHeads itself.
+    # Lets torch.jit.script omit branches, as detectron2 does for StandardROIHeads itself.
     __constants__ = ("mask_on", "keypoint_on", "training")
 
     @classmethod

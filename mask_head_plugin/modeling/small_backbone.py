@@ -1,7 +1,7 @@
 """A backbone that learns the embedded data set from random weights within minutes on a CPU.
 
-detectron2's smallest ResNets (18 and 34) have a fixed width of 64, and its ResNet-50 is slow to
-train from scratch however narrow. This one has ResNet's stem and one basic block per stage.
+detectron2's smallest ResNets (18 and 34) have a fixed width of 64, and even a narrow ResNet-50 is
+slow to train from scratch. This one has ResNet's stem and one basic block per stage.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Backbones of timm, with their ImageNet weights, with and without a feature pyramid.
+"""Backbones of timm with ImageNet weights, with or without a feature pyramid.
 
-Maps have the names of detectron2's ResNets, by stride: ``res2`` (4 pixels) to ``res5`` (32), so
-that heads and pyramid of a ResNet config need no change.
+Maps are named by stride like those of detectron2's ResNets, ``res2`` (4 pixels) to ``res5`` (32),
+so that heads and pyramid of a ResNet config need no change.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     A plain vision transformer, which has one map of stride 16, gets the simple feature pyramid of
     ViTDet (arXiv 2203.16527) instead, p2 to p6.
 
-    Weights come from MODEL.TIMM.CHECKPOINT or, if PRETRAINED, from timm's hub, but only where
-    MODEL.WEIGHTS is empty: a detector's weights hold the backbone's.
+    Weights come from MODEL.TIMM.CHECKPOINT or, if PRETRAINED, from timm's hub, but only if
+    MODEL.WEIGHTS is empty: a detector's weights include the backbone's.
 
     Args:
-        cfg: MODEL.TIMM; BACKBONE.FREEZE_AT, see ``freeze_stages``; all of FPN, of which
-            IN_FEATURES may be empty, for all maps from stride 4 on.
+        cfg: MODEL.TIMM; BACKBONE.FREEZE_AT, see ``freeze_stages``; all of FPN, whose IN_FEATURES
+            may be empty for all maps from stride 4 on.
         input_shape: channels of the image.
 
     Raises:
         ConfigError: if timm or the model is missing, the model does not give such maps, or the
-            weights cannot be read or are another model's.
+            weights cannot be read or belong to another model.
     """
     fpn = cfg.MODEL.FPN
     model = TimmModel.probe(cfg.MODEL.TIMM.NAME, input_shape.channels)
@@ -63,12 +63,12 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 @register_in(BACKBONE_REGISTRY)
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """Builds a timm model whose maps the heads take as they are, such as one map of DC5.
+    """Builds a timm model whose maps go directly to the heads, such as the one map of DC5.
 
     Args:
         cfg: MODEL.TIMM and BACKBONE.FREEZE_AT, as for ``build_timm_fpn_backbone``;
-            RESNETS.OUT_FEATURES, names of the maps; RESNETS.RES5_DILATION, of which 2 keeps res5 at
-            a stride of 16.
+            RESNETS.OUT_FEATURES, names of the maps; RESNETS.RES5_DILATION, where 2 keeps res5 at a
+            stride of 16.
         input_shape: channels of the image.
 
     Raises:
@@ -89,8 +89,8 @@ def _build(cfg: CfgNode, model: TimmModel, key: str, names: list[str]) -> TimmBa
     Args:
         cfg: of the builders.
         model: which.
-        key: that names the maps which are asked for, for an error.
-        names: its value; all, if empty.
+        key: the config key that names the maps; used in an error.
+        names: its value; if empty, all maps.
     """
     keys = cfg.MODEL.TIMM
     if keys.NORM not in NORMS:
@@ -104,7 +104,7 @@ def _build(cfg: CfgNode, model: TimmModel, key: str, names: list[str]) -> TimmBa
     source = _pretrained_source(cfg)
     try:
         net = build_pretrained(model, source, **arguments) if source else model.build(**arguments)
-    except TypeError as error:  # the model was built before, without that
+    except TypeError as error:  # the model was built before, without this argument
         raise ConfigError(
             f"MODEL.TIMM.DROP_PATH_RATE: {model.name} has no stochastic depth ({one_line(error)}); "
             "set it to 0"
@@ -127,8 +127,8 @@ class TimmBackbone(Backbone):
     def __init__(self, net: nn.Module, levels: Sequence[Level]) -> None:
         """
         Args:
-            net: gives a list of maps, one for each level.
-            levels: strides rising.
+            net: returns a list of maps, one for each level.
+            levels: in order of rising strides.
         """
         super().__init__()
         self.net = net
@@ -153,15 +153,15 @@ class TimmBackbone(Backbone):
 class SimplePyramid(SimpleFeaturePyramid):
     """detectron2's simple feature pyramid, p2 to p6, for images of any size.
 
-    Differs from detectron2: it says how images must be padded. detectron2's is for square images
-    (its padding_constraints have "size_divisiblity", which nothing reads).
+    Differs from detectron2: it says how images must be padded. detectron2's only works for square
+    images (its padding_constraints say "size_divisiblity", which nothing reads).
     """
 
     def __init__(self, net: TimmBackbone, name: str, out_channels: int, norm: str) -> None:
         """
         Args:
-            net: gives one map, of stride 16.
-            name: of its model, for an error.
+            net: returns one map of stride 16.
+            name: of its model; used in an error.
             out_channels: of the pyramid.
             norm: of its convolutions, for detectron2's get_norm.
 
@@ -171,8 +171,8 @@ class SimplePyramid(SimpleFeaturePyramid):
         (map_name, shape), *_ = net.output_shape().items()
         if shape.stride != 16:
             raise ConfigError(
-                f"MODEL.TIMM.NAME {name} has only maps of stride {shape.stride}, and the pyramid "
-                "of a plain transformer needs 16; take another, such as vit_small_patch16_224 or "
+                f"MODEL.TIMM.NAME {name} has only maps of stride {shape.stride}, but the pyramid "
+                f"of a plain transformer needs 16; take another, such as vit_small_patch16_224 or "
                 "swin_tiny_patch4_window7_224"
             )
         top = LastLevelMaxPool()
@@ -188,7 +188,7 @@ class SimplePyramid(SimpleFeaturePyramid):
 
 
 def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[str]) -> list[Level]:
-    """Returns the levels that are asked for: of each name the last, from stride 4 on.
+    """Returns the wanted levels: the last of each name, from stride 4 on.
 
     Raises:
         ConfigError: naming MODEL.TIMM.OUT_INDICES, or ``key``.
@@ -205,8 +205,8 @@ def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[s
     strides = [level.stride for level in chosen]
     if not levels or "" in levels:
         raise ConfigError(
-            f"MODEL.TIMM.NAME {model.name} has maps of strides {strides}, and a detector here "
-            "needs 4, 8, 16 or 32; take another model, such as convnext_tiny"
+            f"MODEL.TIMM.NAME {model.name} has maps of strides {strides}, but a detector here "
+            f"needs 4, 8, 16 or 32; take another model, such as convnext_tiny"
         )
     if indices and len(levels) < len(indices):
         raise ConfigError(f"MODEL.TIMM.OUT_INDICES {indices} have strides {strides}; take one each")
@@ -217,7 +217,7 @@ def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[s
 
 
 def _pretrained_source(cfg: CfgNode) -> str:
-    """Returns a path, "hub", or "" where the weights of the detector hold those of the backbone."""
+    """Returns a path, "hub", or "" if the weights of the detector include those of the backbone."""
     checkpoint, is_pretrained = cfg.MODEL.TIMM.CHECKPOINT, cfg.MODEL.TIMM.PRETRAINED
     is_tried_out = torch.get_default_device().type == "meta"
     if cfg.MODEL.WEIGHTS or is_tried_out:
@@ -226,14 +226,14 @@ def _pretrained_source(cfg: CfgNode) -> str:
 
 
 def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> None:
-    """Stops learning in the first stages, numbered as those of detectron2's ResNets.
+    """Freezes the first stages, numbered as in detectron2's ResNets.
 
     Args:
         net: timm's model without its classifier; frozen batch norms use their running statistics.
         levels: all its maps.
-        freeze_at: 0 freezes nothing; 1 what comes before the stage of stride 4; k from 2 on all up
-            to the end of res<k>, the stage of stride 2^k. Of a plain transformer, 1 to 3 the
-            embedding, and from 4 on all.
+        freeze_at: 0 freezes nothing; 1 freezes everything before the stage of stride 4; k from 2 on
+            freezes everything up to the end of res<k>, the stage of stride 2^k. For a plain
+            transformer, 1 to 3 freeze the embedding, and 4 and more everything.
     """
     if freeze_at < 1:
         return
@@ -244,7 +244,7 @@ def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> No
         last = _positions(net, parameters, inner[-1])[-1]
     else:
         first = next(level for level in levels if level.stride >= 4)
-        if len({level.stride for level in levels}) == 1:  # timm has named only its last blocks
+        if len({level.stride for level in levels}) == 1:  # timm names only the last blocks
             first = first._replace(module=first.module.partition(".")[0])
         last = _positions(net, parameters, first)[0] - 1
     for _, parameter in parameters[: last + 1]:
@@ -261,10 +261,10 @@ def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> No
 def _positions(
     net: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]], level: Level
 ) -> list[int]:
-    """Returns where among the parameters those of the module of a map are.
+    """Returns the range of parameters that belong to the module of a map.
 
     Raises:
-        ConfigError: if it has none, or timm does not expose which module it is.
+        ConfigError: if it has none, or timm does not expose the module.
     """
     flat = level.module.replace(".", "_")  # some of timm's wrappers flatten, some put it deeper
     own = [x for x in (level.module, flat, f"model.{level.module}") if _has_module(net, x)]

@@ -1,4 +1,4 @@
-"""Models of timm: what is known of one before it is built, and whether a detector can use it."""
+"""Facts about timm models before they are built, and whether a detector can use them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..config import ConfigError
 from ..messages import listed, nearest_name, one_line
 
 PROBE_HW = (96, 160)
-"""Pixels of the image by which it is known whether a model takes images of any size."""
+"""Size of the image that shows whether a model takes images of any size."""
 
 ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
-"""How timm's models of a fixed size are asked to take others; the first that works is taken."""
+"""Arguments that make timm models of a fixed size take others; the first that work are used."""
 
 
 class Level(NamedTuple):
     """One map of a timm model.
 
     Attributes:
-        name: as detectron2's ResNets name theirs, by stride: res2 (4 pixels) to res5 (32). A res5
-            that is dilated keeps its name. Others are "", such as one of 14 pixels.
+        name: as in detectron2's ResNets, by stride: res2 (4 pixels) to res5 (32). A dilated res5
+            keeps its name. Other maps, such as one of 14 pixels, have "".
         out_index: for timm's ``out_indices``.
         channels: of the map.
         stride: pixels of the image per cell.
-        module: the name, in the model, of what gives it.
+        module: name of the module that returns it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Level(NamedTuple):
 
 
 class TimmModel(NamedTuple):
-    """What is known of a timm model before it is built.
+    """Facts about a timm model before it is built.
 
     Attributes:
         name: timm's.
@@ -58,7 +58,7 @@ class TimmModel(NamedTuple):
         """Builds the model without memory and shows it a small image.
 
         Raises:
-            ConfigError: if timm or the model is missing, or its maps are of no use for images of
+            ConfigError: if timm or the model is missing, or its maps cannot be used for images of
                 any size.
         """
         settings = model_settings(name)
@@ -66,7 +66,7 @@ class TimmModel(NamedTuple):
         for arguments in ANY_SIZE if settings.fixed_input_size else ({},):
             try:
                 return cls(name, channels, arguments, [])._with_levels()
-            except (ConfigError, TypeError) as error:  # TypeError: it knows no such argument
+            except (ConfigError, TypeError) as error:  # TypeError: it does not know this argument
                 refusals.append(error)
         told = [error for error in refusals if isinstance(error, ConfigError)]
         raise told[0] if told else _unfit(name, refusals[-1])
@@ -88,14 +88,14 @@ class TimmModel(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether all its maps have one size, as those of a plain vision transformer."""
+        """Whether all its maps have one size, like those of a plain vision transformer."""
         return len({level.stride for level in self.levels}) == 1
 
     def dilated(self) -> TimmModel:
         """Returns the model whose last stage is dilated, so that the stride stays at 16.
 
         Raises:
-            ConfigError: if timm cannot build it so.
+            ConfigError: if timm cannot build it this way.
         """
         levels = [level._replace(stride=min(level.stride, 16)) for level in self.levels]
         arguments = {**self.arguments, "output_stride": 16}
@@ -131,7 +131,9 @@ def _unfit(name: str, error: Exception) -> ConfigError:
 
 
 def _check_maps(model: TimmModel, net: nn.Module) -> None:
-    """Raises ConfigError unless maps of a small image have the sizes that their strides promise."""
+    """Raises ConfigError unless maps of a small image have the sizes that follow from their
+    strides.
+    """
     try:
         with torch.device("meta"), torch.no_grad():
             maps = net(torch.zeros(1, model.channels, *PROBE_HW))
@@ -157,7 +159,7 @@ def gives_nhwc(net: nn.Module) -> bool:
 
 
 def model_settings(name: str) -> Any:
-    """Returns timm's PretrainedCfg of a model, by its name with or without a tag of its weights.
+    """Returns timm's PretrainedCfg of a model, by its name with or without a weights tag.
 
     Raises:
         ConfigError: if timm or the model is missing.

@@ -18,11 +18,11 @@ from .timm_model import TimmModel, model_settings, timm_part
 logger = logging.getLogger(__name__)
 
 HUB_SECONDS = 15.0
-"""How long timm's hub may take to answer."""
+"""Seconds that timm's hub may take to answer."""
 
 
 def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
-    """Returns timm's model, filled.
+    """Returns timm's model with its weights.
 
     Args:
         model: what to build.
@@ -30,14 +30,14 @@ def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
         arguments: of ``TimmModel.build``.
 
     Raises:
-        ConfigError: if the weights cannot be read or are another model's.
+        ConfigError: if the weights cannot be read or belong to another model.
     """
     logger.info("backbone %s starts from the weights of %s", model.name, source)
     if source == "hub":
         try:
             _reach_hub(model.name)
             return model.build(pretrained=True, **arguments)
-        except Exception as error:  # of any client that the hub has; httpx's are not OSErrors
+        except Exception as error:  # of any client that the hub uses; httpx's are not OSErrors
             raise ConfigError(
                 f"MODEL.TIMM.PRETRAINED: the weights of {model.name} could not be downloaded "
                 f"({one_line(error)}); fetch them on another machine and set MODEL.TIMM.CHECKPOINT"
@@ -54,7 +54,7 @@ def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
 
 
 def _reach_hub(name: str) -> None:
-    """Asks timm's hub for a model that was not downloaded before, once.
+    """Asks timm's hub once for a model that was not downloaded before.
 
     The hub's client would try for minutes without a network.
     """
@@ -68,11 +68,11 @@ def _is_not_unexpected(record: logging.LogRecord) -> bool:
 
 
 def read_backbone(path: Path, model: TimmModel) -> dict[str, Tensor]:
-    """Reads weights of a timm model by timm's names; nothing in the file can run.
+    """Reads weights of a timm model under timm's names; nothing in the file can run.
 
     Args:
         path: safetensors or a torch file, of the whole model or without its classifier.
-        model: which it should be of.
+        model: the one that they should belong to.
 
     Raises:
         ConfigError: if it cannot be read, or does not have the model's names and shapes.
@@ -91,8 +91,8 @@ def read_backbone(path: Path, model: TimmModel) -> dict[str, Tensor]:
     if missing or other:
         told = f"has no {listed(missing)}" if missing else f"has other shapes of {listed(other)}"
         raise ConfigError(
-            f"{key} is not of {model.name}: it {told}; set MODEL.TIMM.NAME to the model that it is "
-            "of, with timm's names of weights"
+            f"{key} does not belong to {model.name}: it {told}; set MODEL.TIMM.NAME to its model; "
+            f"the file must have timm's names"
         )
     return weights
 
@@ -109,17 +109,17 @@ def check_backbone_file(path: Path, name: str) -> None:
 
 
 def _advice(error: ConfigError) -> str:
-    """Returns what to do with a checkpoint of timm's train.py, which has the run's arguments."""
+    """Returns what to do with a checkpoint of timm's train.py, which holds the run's arguments."""
     if "argparse.Namespace" not in str(error):
         return ""
     return (
-        ". If it is a checkpoint of your own training with timm, timm's clean_checkpoint.py saves "
-        "its weights alone"
+        ". If it is a checkpoint of your own training with timm, timm's clean_checkpoint.py "
+        "extracts its weights"
     )
 
 
 def _expected_shapes(model: TimmModel) -> dict[str, torch.Size]:
-    """Returns the weights that a file must have: all but classifier and counters of batches."""
+    """Returns the weights that a file must have: all except the classifier and batch counters."""
     with torch.device("meta"):
         whole = timm_part().create_model(model.name, **model.arguments)
     classifier = whole.pretrained_cfg.get("classifier") or ()

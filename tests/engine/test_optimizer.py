@@ -167,7 +167,7 @@ def test_what_timm_says_not_to_decay_does_not():
 
 
 def test_layers_of_an_unknown_backbone_are_refused():
-    with pytest.raises(ConfigError, match=r"those of Linear are not known: .* Set it to 1\.0"):
+    with pytest.raises(ConfigError, match=r"those of Linear are unknown: .* Set it to 1\.0"):
         model = torch.nn.Module()
         model.backbone = torch.nn.Linear(1, 1)
         parameter_groups(model, 1.0, layer_decay=0.5)

@@ -415,7 +415,7 @@ def test_autocast_leaves_losses_in_float32(name, dtype):
         ([5], {}, r"LOSSES.*5 is not \[name"),
         ([["dice", 1.0, 0.5]], {}, "LOSSES.*ramp 0.5 of 'dice'"),
         ([["dice", 1.0], ["dice", 2.0]], {}, "LOSSES.*twice"),
-        ([["dice", 1.0], ["softmax_cross_entropy", 1.0]], {}, "LOSSES.*do not go together"),
+        ([["dice", 1.0], ["softmax_cross_entropy", 1.0]], {}, "LOSSES.*cannot be combined"),
         ([["dice", 1.0]], {"DISE": {}}, "LOSS_PARAMS.DISE does not exist.*choose from .*DICE"),
         ([["dice", 1.0]], {"DICE": {"EPSS": 1}}, r"LOSS_PARAMS.DICE.EPSS.*choose from \['EPS'\]"),
         ([["dice", 1.0]], {"DICE": {"EPS": "1"}}, "LOSS_PARAMS.DICE.EPS: '1' is not a finite"),

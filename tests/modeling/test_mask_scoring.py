@@ -131,7 +131,7 @@ def test_loss_is_the_weighted_squared_error_of_the_iou_of_the_predicted_masks():
 
 def test_a_mask_loss_cannot_take_the_name_of_the_iou_loss(monkeypatch):
     monkeypatch.setitem(MASK_LOSS_REGISTRY._obj_map, "iou", soft_iou)
-    with pytest.raises(ValueError, match="mask scoring logs loss_mask_iou"):
+    with pytest.raises(ValueError, match="mask scoring already logs loss_mask_iou"):
         make_head(losses=[["dice", 1.0], ["iou", 1.0]])
 
 
