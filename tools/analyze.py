@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Says what a trained model gets wrong, why, and what more training of which branch can win."""
+"""Says what a trained model gets wrong and why, and what a better branch could win."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXAMPLES = """
 Examples:
   A run of train_net.py, after its evaluation:
     python tools/analyze.py output/run1
-  Any file in COCO's result format, of detectron2 or of anyone:
+  Any file in COCO's result format, from detectron2 or elsewhere:
     python tools/analyze.py results.json --annotations instances_val2017.json --images val2017
   What got better and worse since another run, with intervals:
     python tools/analyze.py output/run2 --compare output/run1

@@ -18,13 +18,13 @@ DETAILS_PER_KIND = 5
 
 EXAMPLES = """
 Examples:
-  What is wrong with a data set, for people; all of it, for programs:
+  What is wrong with a data set, for you to read; all of it as JSON, for programs:
     python tools/check_dataset.py --json all.json --images images/ --output report.json
   Decode every pixel, which also finds damage in the middle of files (takes longer):
     python tools/check_dataset.py --json all.json --images images/ --decode
-  A corrected copy; what it changed and left out, with reasons, is in fixed.json.changes.json:
+  A corrected copy; fixed.json.changes.json lists what was changed and left out, with reasons:
     python tools/check_dataset.py --json all.json --images images/ --fix fixed.json
-  Of two folders and the categories cat and dog, parts.train.json and parts.val.json:
+  From two folders, the categories cat and dog, split into parts.train.json and parts.val.json:
     python tools/check_dataset.py --json all.json --images day/ night/ --categories cat dog \\
         --split 0.2 --write parts.json
 
@@ -33,7 +33,7 @@ copes with it, or trains or measures something that you may not have meant. A hi
 Each line names the file, the ids, the fault and what to do. docs/your_data.md has the details.
 
 --fix repairs what has one right answer and leaves out the rest, but refuses to leave out or cut
-most images or annotations: then the export is wrong. The input is never written to.
+most images or annotations, since then the export is wrong. The input is never changed.
 
 Exit code: 0 without errors (with --fix or --write: the files are written); 1 with errors; 2 if the
 arguments are wrong or no corrected copy can be made.
@@ -70,20 +70,22 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="set iscrowd 0 everywhere: CVAT, datumaro and supervision write 1 for run lengths",
     )
-    parts = parser.add_argument_group("parts of it, or of the file if it has no errors")
+    parts = parser.add_argument_group(
+        "with --fix: parts of the copy; otherwise parts of the file, which must have no errors"
+    )
     parts.add_argument("--write", type=Path, metavar="FILE", help="what to write")
     parts.add_argument("--categories", nargs="+", metavar="NAME", help="keep only these")
     parts.add_argument(
         "--split",
         type=float,
         metavar="SHARE",
-        help="write FILE.train.json and FILE.val.json, which has this share of the images; all "
-        "tiles, versions and copies of a photograph are in the same one",
+        help="write FILE.train.json and FILE.val.json; the latter has this share of the images; "
+        "all tiles, versions and copies of a photograph are in the same file",
     )
     parts.add_argument("--seed", type=int, default=0, help="of --split (default: 0)")
     args = parser.parse_args()
     if (args.write is None) != (args.categories is None and args.split is None):
-        parser.error("--write needs --categories or --split, and these need --write")
+        parser.error("--write needs --categories or --split, and either of them needs --write")
     if args.fix is None and (args.accept or args.crowds_are_objects):
         parser.error("--accept and --crowds-are-objects need --fix")
     if args.lvis and (len(args.images) > 1 or args.split is not None):
@@ -178,7 +180,7 @@ def write_parts(args: argparse.Namespace) -> None:
     from mask_head_plugin.dataset_check.split import keep_categories, split
 
     content = json.loads((args.fix or Path(args.json)).read_text(encoding="utf-8"))
-    # Names in the corrected copy start from the folder above all.
+    # Names in the corrected copy start from the folder above all of them.
     root = join_folders({} if args.fix else content, args.images)
     if args.categories:
         content = keep_categories(content, args.categories)

@@ -14,7 +14,7 @@ Examples:
   A model of the zoo on 500 images of COCO; the weights are downloaded:
     python tools/compare_zoo.py --config COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml \\
         --weights zoo --dataset coco_2017_val --num-images 500 --output output/zoo_R_50_FPN_3x
-  The same without network, from a file that was fetched before:
+  The same without a network, from a file that you fetched before:
     python tools/compare_zoo.py --config COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml \\
         --weights model_final_f10217.pkl --output output/zoo_R_50_FPN_3x
   A new baseline, whose config is Python (a LazyConfig, which runs):
@@ -26,28 +26,27 @@ Examples:
   Your own weights and data:
     python tools/compare_zoo.py --config configs/mine/cells.yaml --weights model_final.pth \\
         --dataset cells_val --output output/zoo_cells
-  Every mask baseline of the zoo, 500 images each, on the data set of its own:
+  Every mask baseline of the zoo, each on 500 images of its own data set:
     python tools/compare_zoo.py --all --weights zoo --num-images 500 --output output/zoo
 
 Any config key may follow the flags: MODEL.DEVICE cpu TEST.DETECTIONS_PER_IMAGE 300
-(of a LazyConfig those of evaluation, by the same names)
+(for a LazyConfig, only those of evaluation, under the same names)
 
 In the folder of --output:
   comparison.md      verdict; detections compared one by one; AP of both with the 95% interval of
                      the difference, next to the published AP; time and memory of an image
   comparison.json    the same and every image that differs, for scripts
-  pictures/          the images that differ most, or if none does the first ones
-  stock/, plugin/    metrics.json, coco_instances_results.json, matches of each model
-With --all, comparison.md is the table of all; each baseline has a folder of its own.
+  pictures/ the images that differ most, or the first ones if none differs stock/, plugin/
+  metrics.json, coco_instances_results.json, matches of each model
+With --all, comparison.md is the table of all baselines; each has its own folder.
 
 Verdicts and exit codes:
   0  equal: the same detections in the same order (up to ties), scores within 1e-4, boxes within
      1e-3 pixels, mask pixels that differ only next to the threshold
   1  not enough detections: nothing differs, but fewer than 100 detections have a score above
      --score. Random weights detect nothing, so they prove nothing
-  2  the run was given up, for a reason that is printed in one line
-  3  different
-With --all the highest of all codes; 130 after Ctrl-C.
+  2 the run was abandoned; one line says why 3  different
+With --all, the highest of all codes; 130 after Ctrl-C.
 """
 GIVEN_UP = 2
 

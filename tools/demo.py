@@ -20,9 +20,9 @@ Examples:
 
 In the folder of --output, where nothing is overwritten:
   NAME               The image or video with masks, outlines and labels (boxes, if the model has no
-                     masks). Labels that would hide small instances are left out. Of two inputs of
-                     one name the second is NAME_2. Videos are .avi where the input is or its size
-                     is odd, else .mp4; they have no sound and a constant frame rate.
+                     masks). Labels that would hide small instances are left out. If two inputs have
+                     one name, the second becomes NAME_2. Videos are .avi if the input is or its
+                     size is odd, otherwise .mp4; they have no sound and a constant frame rate.
                      Class names are those of the weights; no data set is needed.
   predictions.json   A COCO file that pycocotools' COCO opens: "images" with file_name and, of a
                      video, frame (from 0); "categories"; "annotations" with category_id,
@@ -31,8 +31,8 @@ In the folder of --output, where nothing is overwritten:
   semantic/NAME.png  With --semantic; of a video semantic/NAME/FRAME.png. A pixel is 0 (background)
                      or the "semantic_value" of a category, the best-scored one where instances
                      overlap; in 8 bits, or in 16 if there are more than 255 classes.
-Exit code: 0; 1 if some inputs have no or only a partial result, which are named; 2 if the run was
-given up.
+Exit code: 0; 1 if some inputs have no result or only part of one (they are named); 2 if the run was
+abandoned.
 """
 
 

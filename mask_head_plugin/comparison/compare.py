@@ -33,7 +33,7 @@ def compare_config(
 ) -> Comparison:
     """Compares both models of a config and writes the comparison.
 
-    On CUDA without TF32: what differs is the models, not the algorithms of convolutions.
+    On CUDA, TF32 is off, so that the models differ and not the convolution algorithms.
 
     Args:
         config: of the model zoo, or a file; see ``zoo.find_config``.
@@ -55,7 +55,7 @@ def compare_config(
     check_output(output)
     prepare_dataset(cfg, dataset)
     if not found.is_lazy:
-        twin_configs(cfg)  # its complaints come before anything is downloaded
+        twin_configs(cfg)  # reports errors before anything is downloaded
     path = find_weights(weights, found)
     twins = load_twins(cfg, path, found.file if found.is_lazy else "")
     name = choose_images(cfg.DATASETS.TEST[0], num_images, output)
@@ -79,18 +79,18 @@ def compare_all(
 
     Args:
         weights: "zoo", or a folder of weights; see ``zoo.find_weights``.
-        dataset: of all; None for each config's own.
+        dataset: used for all; None for each config's own.
         output: a folder; each baseline gets its own folder in it, and the table of all is
             comparison.md.
-        num_images: see compare_config, as what follows.
+        num_images: see compare_config.
         opts: of all configs.
         min_score: detections above it are counted for the verdict.
 
     Returns:
-        By config, its comparison, or in one line why there is none.
+        By config, its comparison, or one line that says why there is none.
 
     Raises:
-        ConfigError: if what all have in common cannot be used.
+        ConfigError: if an argument that they share cannot be used.
         OSError: if the table cannot be written.
     """
     _check_numbers(num_images, min_score)
@@ -105,7 +105,7 @@ def compare_all(
             results[model.config] = compare_config(
                 model.config, weights, dataset, folder, num_images, opts, min_score
             )
-        except Exception as error:  # e.g. the largest exceeds the GPU's memory: do the others
+        except Exception as error:  # e.g. out of memory: the others continue
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             results[model.config] = kind + one_line(error)
             logger.warning("%s was not compared: %s", model.config, results[model.config])
@@ -124,7 +124,7 @@ def check_output(output: Path) -> None:
     """Makes the output folder.
 
     Raises:
-        ConfigError: if it cannot be made or has a comparison already.
+        ConfigError: if it cannot be created or already has a comparison.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def check_output(output: Path) -> None:
 
 
 def prepare_dataset(cfg: CfgNode, dataset: str | None) -> None:
-    """Registers a data set, which becomes the only one of DATASETS.TEST.
+    """Registers a data set and makes it the only one in DATASETS.TEST.
 
     Args:
         cfg: of a model; changed in place.

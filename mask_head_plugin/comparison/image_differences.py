@@ -1,4 +1,4 @@
-"""How far two models' detections of one image are apart.
+"""Measures how far two models' detections in one image differ.
 
 Shape alphabet: N detections of one model, M side of its masks, H and W sides of the image.
 """
@@ -20,15 +20,15 @@ from ..evaluation.matching import SAME_OBJECT_IOU
 MASK_THRESHOLD = 0.5
 SCORE_TOLERANCE = 1e-4
 BOX_TOLERANCE = 1e-3  # pixels
-THRESHOLD_TOLERANCE = 1e-4  # of a mask's value at a pixel, around MASK_THRESHOLD
+THRESHOLD_TOLERANCE = 1e-4  # for a mask's value at a pixel, around MASK_THRESHOLD
 
 Pair = tuple[int, int]
-"""Indices of what is the same detection: the stock model's, the plugin's."""
+"""Indices of one detection: in the stock model's list and in the plugin's."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Detections of one image, in its own size, on the CPU, by falling score.
+    """Detections of one image, at its own size, on the CPU, by falling score.
 
     Attributes:
         boxes: (N, 4) XYXY in pixels.
@@ -50,7 +50,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Cut:
-    """What ends a list of detections: MODEL.ROI_HEADS.SCORE_THRESH_TEST, DETECTIONS_PER_IMAGE."""
+    """What cuts a list of detections: MODEL.ROI_HEADS.SCORE_THRESH_TEST, DETECTIONS_PER_IMAGE."""
 
     score: float
     count: int
@@ -58,21 +58,21 @@ class Cut:
 
 @dataclass(frozen=True)
 class ImageDifferences:
-    """Of one image; the largest where there are several.
+    """The differences in one image; the largest of each kind.
 
     Attributes:
         image_id: of the data set.
-        num_detections: of the model that has fewer.
-        num_confident: those above the score that counts.
+        num_detections: those of the model that has fewer.
+        num_confident: those above the confidence score.
         same_set: whether both found the same objects in the same order, up to ties: neighbours
-            whose scores differ by rounding may change places, and one that is by rounding at the
-            cut may be left out.
-        num_unmatched: detections of either without one of the other at their place.
-        box: pixels, over the matched ones, as what follows.
+            whose scores differ by rounding may swap places, and a detection within rounding of the
+            cut may be missing.
+        num_unmatched: detections of either model without a counterpart at their place.
+        box: pixels; over the matched detections, as are the following.
         score: of the scores.
         mask_prob: of the probabilities of the mask head.
         mask_pixels: how many differ.
-        far_mask_pixels: how many of these do though their value in the stock model's mask is
+        far_mask_pixels: how many of them differ although their value in the stock model's mask is
             further than THRESHOLD_TOLERANCE from the threshold.
     """
 
@@ -89,7 +89,7 @@ class ImageDifferences:
 
     @property
     def differs(self) -> bool:
-        """Whether there is anything to see."""
+        """Whether anything differs."""
         return self.num_unmatched > 0 or self.mask_pixels > 0 or not self.is_equal
 
     @property
@@ -132,7 +132,9 @@ def compare_images(
 
 
 def match(stock: Found, plugin: Found) -> list[Pair]:
-    """Pairs detections of the same class and place: the nearest, the stock model's best first."""
+    """Pairs detections of the same class and place: the nearest ones, starting with the stock
+    model's best.
+    """
     iou = pairwise_iou(Boxes(stock.boxes), Boxes(plugin.boxes))
     allowed = (iou >= SAME_OBJECT_IOU) & (stock.classes[:, None] == plugin.classes)
     distance = (stock.boxes[:, None] - plugin.boxes).abs().amax(-1)
@@ -155,7 +157,7 @@ def _in_order(stock: Found, pairs: Sequence[Pair]) -> bool:
 
 
 def _all_at_cut(found: Found, unmatched: Sequence[int], other: Found, cut: Cut) -> bool:
-    """Returns whether the other model may have left these out because of rounding at the cut."""
+    """Returns whether the other model may lack these because of rounding at the cut."""
     end = cut.score
     if len(other) >= cut.count:
         end = max(end, other.scores.min().item())
@@ -167,7 +169,7 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 
 def _differing_pixels(stock: Found, plugin: Found, pairs: Sequence[Pair]) -> tuple[int, int]:
-    """Returns how many pixels of the masks differ, and how many of them far from the threshold."""
+    """Returns how many mask pixels differ, and how many of those are far from the threshold."""
     num_pixels = num_far = 0
     for i, j in pairs:
         differing = torch.as_tensor(stock.masks[i]) != torch.as_tensor(plugin.masks[j])

@@ -1,4 +1,6 @@
-"""The two models of a LazyConfig, and the settings that a comparison reads in a YAML config."""
+"""Builds the two models of a LazyConfig, with the settings that a comparison reads from YAML
+configs.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,11 @@ PREDICTOR_SETTINGS = {
 SIZE_SETTINGS = {"INPUT.MIN_SIZE_TEST": "short_edge_length", "INPUT.MAX_SIZE_TEST": "max_size"}
 CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 READ_SECTIONS = ("DATASETS.", "DATALOADER.", "IMPORTS", "OUTPUT_DIR", "MODEL.DEVICE")
-"""Keys, or their beginnings, that a comparison reads of any model."""
+"""Keys, or their beginnings, that a comparison reads for any model."""
 
 
 def load_lazy_model_config(file: str, opts: Sequence[str]) -> CfgNode:
-    """Returns the settings of a LazyConfig model as a YAML config has them.
+    """Returns the settings of a LazyConfig model in the form of a YAML config.
 
     Args:
         file: of detectron2 or of ours; it runs.
@@ -52,14 +54,14 @@ def load_lazy_model_config(file: str, opts: Sequence[str]) -> CfgNode:
     resize = _resize(lazy, file)
     for key, argument in SIZE_SETTINGS.items():
         pairs += [key, str(resize[argument])]
-    pairs += ["MODEL.WEIGHTS", ""]  # they are given apart from the config
+    pairs += ["MODEL.WEIGHTS", ""]  # they are given separately
     cfg = load_config_and_code("", [*pairs, *opts])
     before, after = flatten(read_config(opts=pairs)), flatten(cfg)
     known = {*PREDICTOR_SETTINGS, *SIZE_SETTINGS, CLASSES, "MODEL.MASK_OUTPUT"}
     for key, value in after.items():
         if value != before[key] and key not in known and not key.startswith(READ_SECTIONS):
             raise ConfigError(
-                f"option {key}: {file} is a LazyConfig, which has no such key; of the model you "
+                f"option {key}: {file} is a LazyConfig, which has no such key; for its model, you "
                 f"can set {', '.join(sorted(known))}"
             )
     return cfg
@@ -93,7 +95,7 @@ def instantiate_or_refuse(model: DictConfig) -> torch.nn.Module:
     try:
         built: torch.nn.Module = instantiate(model)
     except TypeError as error:
-        raise ConfigError(f"the stock model to compare with cannot be made: {error}") from error
+        raise ConfigError(f"the stock model to compare with cannot be built: {error}") from error
     return built
 
 
@@ -103,7 +105,7 @@ def _box_predictors(lazy: DictConfig) -> list[DictConfig]:
 
 
 def _resize(lazy: DictConfig, file: str) -> DictConfig:
-    """Returns the one augmentation of evaluation, a ResizeShortestEdge."""
+    """Returns the only augmentation in evaluation, a ResizeShortestEdge."""
     found = list(calls(lazy.dataloader.test.mapper.augmentations))
     if [x._target_ for x in found] != [T.ResizeShortestEdge]:
         raise ConfigError(

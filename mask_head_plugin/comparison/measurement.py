@@ -1,7 +1,7 @@
 """Measures both models on the same images: detections, AP, time and memory.
 
-Both models run in turn on every image. What they find is compared detection by detection, and both
-are evaluated by the same evaluator.
+Both models run in turn on every image. Their results are compared detection by detection, and the
+same evaluator evaluates both.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from .zoo import ModelConfig, ZooModel
 
 EQUAL, DIFFERENT, TOO_FEW = "equal", "different", "not enough detections"
 MIN_CONFIDENT = 100
-MEASURED_IMAGES = 3  # for memory, those with most detections
+MEASURED_IMAGES = 3  # for memory: those with most detections
 SIDES = ("stock", "plugin")
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The differences of all images; see image_differences.ImageDifferences.
+    """The differences over all images; see image_differences.ImageDifferences.
 
     Attributes:
         images: how many.
-        detections: that both models have at least.
+        detections: how many both models have at least.
         confident: those above the score that counts.
         images_with_other_set: in which the ordered sets differ.
         unmatched: detections of either model in all images.
@@ -89,7 +89,7 @@ class Agreement:
 
     @property
     def verdict(self) -> str:
-        """A difference is one however few detections there are; equality takes MIN_CONFIDENT."""
+        """A difference counts with any number of detections; equality needs MIN_CONFIDENT."""
         if not self.all_equal:
             return DIFFERENT
         return EQUAL if self.confident >= MIN_CONFIDENT else TOO_FEW
@@ -108,7 +108,7 @@ class APComparison:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs a model: medians of seconds, the peak of memory."""
+    """What one image costs a model: median seconds, peak memory."""
 
     network_seconds: float
     seconds: float
@@ -117,7 +117,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that was compared, as in comparison.json."""
+    """Everything that was compared, as in comparison.json."""
 
     config: str
     weights: str
@@ -143,7 +143,7 @@ class Comparison:
 
 
 def choose_images(dataset: str, num_images: int | None, folder: Path) -> str:
-    """Registers a data set of some images, which evaluators take for a whole one.
+    """Registers a part of a data set, which evaluators treat as a complete one.
 
     Args:
         dataset: registered.
@@ -151,7 +151,7 @@ def choose_images(dataset: str, num_images: int | None, folder: Path) -> str:
         folder: for the annotation file of the chosen ones.
 
     Returns:
-        Its name; the data set's own where all are chosen.
+        Its name; the data set's own if all images are chosen.
     """
     records = DatasetCatalog.get(dataset)
     if num_images is None or num_images >= len(records):
@@ -242,7 +242,7 @@ def _evaluator(cfg: CfgNode, dataset: str, folder: Path) -> MaskEvaluator:
 
 
 def compare_ap(evaluators: dict[str, MaskEvaluator], output: Path) -> dict[str, APComparison]:
-    """Returns the APs by task; nothing where the data set has no annotations.
+    """Returns the APs by task; nothing if the data set has no annotations.
 
     Args:
         evaluators: of "stock" and "plugin", with all predictions.
@@ -275,7 +275,9 @@ def _costs(watched: dict[str, TimedModel], crowded: Sequence[dict[str, Any]]) ->
 
 
 def _median_warm(seconds: list[float]) -> float:
-    """Returns the median without the first, which initialises things, if there are others."""
+    """Returns the median without the first value, which includes initialisation, if there are
+    others.
+    """
     return statistics.median(seconds[1:] or seconds)
 
 

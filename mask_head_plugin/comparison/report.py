@@ -1,4 +1,4 @@
-"""What a comparison of two models leaves to read: Markdown tables, and pictures."""
+"""Writes the report of a comparison: Markdown tables and pictures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EXPLANATIONS = {
     EQUAL: "the same ordered detections, and no difference beyond the tolerances",
     DIFFERENT: "differences beyond the tolerances",
     TOO_FEW: "no difference beyond the tolerances, but too few detections to prove anything: "
-    "random weights detect nothing, so they prove nothing",
+    "random weights, for example, detect nothing",
 }
 
 
@@ -44,7 +44,7 @@ def write_markdown(comparison: Comparison, pictures: Sequence[Path], path: Path)
 
     Args:
         comparison: what was measured.
-        pictures: in the order in which to name them, in the folder of ``path`` or below.
+        pictures: in the order in which to list them, in the folder of ``path`` or below.
         path: the file to write.
     """
     a = comparison.agreement
@@ -57,8 +57,8 @@ def write_markdown(comparison: Comparison, pictures: Sequence[Path], path: Path)
         f"Data: `{comparison.dataset}`, {a.images} images.",
         f"## Detections\n\n{_agreement_table(comparison)}",
         "Detections are matched by class and place; the order may differ where scores are within "
-        f"{SCORE_TOLERANCE:g}. Boxes and masks are in the image's own size. Next to the threshold: "
-        f"the mask's value at the pixel is within {THRESHOLD_TOLERANCE:g} of 0.5.",
+        f"{SCORE_TOLERANCE:g}. Boxes and masks are in the image's own size. A pixel is "
+        f"next to the threshold if the mask's value there is within {THRESHOLD_TOLERANCE:g} of 0.5.",
         f"## AP in percent\n\n{_ap_table(comparison)}",
         f"## Time and memory of an image\n\n{_cost_table(comparison)}",
         f"On {comparison.device}. Medians; one image at a time, both models in turn, without "
@@ -125,7 +125,7 @@ def write_table(results: Mapping[str, Comparison | str], path: Path) -> None:
     """Writes one table of many comparisons.
 
     Args:
-        results: by config, a comparison or why there is none.
+        results: by config, a comparison, or why there is none.
         path: the file to write; the comparison of a config is in a folder of its name next to it.
     """
     header = ["config", "verdict", "images", "detections", "scores", "boxes, px", "mask pixels"]
@@ -161,12 +161,12 @@ def _table_row(name: str, x: Comparison) -> list[str]:
 
 
 def write_pictures(twins: Twins, comparison: Comparison, output: Path) -> list[Path]:
-    """Draws the images that differ most; where none does, the first ones.
+    """Draws the images that differ most, or the first ones if none differs.
 
     Args:
         twins: the models, which run again on these images.
-        comparison: says which.
-        output: the folder that gets a folder of pictures.
+        comparison: says which images.
+        output: the folder in which a folder of pictures is created.
 
     Returns:
         The files, in order.
@@ -191,7 +191,7 @@ def write_pictures(twins: Twins, comparison: Comparison, output: Path) -> list[P
 
 @dataclass(frozen=True)
 class Drawn:
-    """One model's detections of an image by falling score, of which the first ones are shown."""
+    """One model's detections in an image, by falling score; the first ones are shown."""
 
     labels: list[str]
     classes: list[int]
@@ -240,9 +240,10 @@ def _draw(image: ByteArray, found: Drawn, factor: int) -> ByteArray:
 
 
 def _draw_difference(image: ByteArray, sides: Sequence[Drawn], factor: int) -> ByteArray:
-    """Returns the image in grey, with the pixels in red that other masks cover in the two models.
+    """Returns the image in grey, with pixels in red that are covered by different masks in the two
+    models.
 
-    Masks are compared by class: how many cover a pixel. Those that are not shown also count.
+    Compares, by class, how many masks cover a pixel, including masks that are not shown.
     """
     differing = np.zeros(image.shape[:2], bool)
     for k in {k for side in sides for k in side.classes}:

@@ -14,11 +14,11 @@ from .image_differences import Found
 
 
 class TimedModel:
-    """Runs a model as users do, and sees where its network ends and its postprocessing starts.
+    """Runs a model as users do, and times its network and its postprocessing separately.
 
     Attributes:
-        network_seconds: of each call, up to the result of the ROI heads.
-        seconds: of each call, with postprocessing.
+        network_seconds: for each call, up to the result of the ROI heads.
+        seconds: for each call, with postprocessing.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -69,8 +69,8 @@ class TimedModel:
         end = self._now()
         self.network_seconds.append(end - self._start)
         found = results[0][0]
-        # Boxes are copied, since postprocessing scales them in place. By their new name the masks
-        # go through another postprocessing without being pasted.
+        # Boxes are copied, since postprocessing scales them in place. Under their new name, the
+        # masks pass through another postprocessing without being pasted.
         self._raw = Instances(
             found.image_size,
             pred_boxes=Boxes(found.pred_boxes.tensor.clone()),

@@ -1,4 +1,4 @@
-"""One config and one file of weights, built twice: as stock detectron2 and as the plugin."""
+"""Builds one config with one weights file twice: as stock detectron2 and as the plugin."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STOCK_NAMES = {
     "PerClassMaskRes5ROIHeads": "Res5ROIHeads",
     "FCNMaskHead": "MaskRCNNConvUpsampleHead",
 }
-"""The plugin's modules and those that they replace; other names stay the same."""
+"""The plugin's modules and the ones they replace; other names stay the same."""
 PLUGIN_NAMES = {stock: plugin for plugin, stock in STOCK_NAMES.items()}
 
 
@@ -37,7 +37,7 @@ class Twins:
         stock: detectron2's model.
         plugin: ours.
         num_tensors: parameters and buffers that came from the file, in each.
-        num_values: numbers in them.
+        num_values: how many numbers they hold.
     """
 
     cfg: CfgNode
@@ -62,7 +62,7 @@ def load_model_config(config: ModelConfig, opts: Sequence[str]) -> CfgNode:
     defaults = ["MODEL.MASK_OUTPUT", "rle"] if config.is_zoo_file else []
     cfg = load_config_and_code(config.file, [*defaults, *opts])
     if not cfg.MODEL.MASK_ON:
-        raise ConfigError(f"MODEL.MASK_ON is False in {config.file}: it has no masks to compare")
+        raise ConfigError(f"MODEL.MASK_ON is False in {config.file}: there are no masks to compare")
     return cfg
 
 
@@ -70,10 +70,10 @@ def twin_configs(cfg: CfgNode) -> tuple[CfgNode, CfgNode]:
     """Returns the config with detectron2's and with the plugin's modules.
 
     Args:
-        cfg: with either's.
+        cfg: with modules of either.
 
     Raises:
-        ConfigError: if detectron2 lacks a setting, so that a stock side cannot be made.
+        ConfigError: if detectron2 lacks a setting, so that a stock model cannot be built.
     """
     stock, plugin = _renamed(cfg, STOCK_NAMES), _renamed(cfg, PLUGIN_NAMES)
     if plugin.MODEL.META_ARCHITECTURE != "MaskRCNN":
@@ -82,22 +82,22 @@ def twin_configs(cfg: CfgNode) -> tuple[CfgNode, CfgNode]:
     head = stock.MODEL.ROI_MASK_HEAD
     if issubclass(ROI_MASK_HEAD_REGISTRY.get(head.NAME), ClassSelection):
         raise ConfigError(f"MODEL.ROI_MASK_HEAD.NAME {head.NAME} has no counterpart in detectron2")
-    head.LOSS_WEIGHT = 1.0  # of training only
+    head.LOSS_WEIGHT = 1.0  # only for training
     if not any(entry[0] == "softmax_cross_entropy" for entry in head.LOSSES):
-        # The softmax changes inference, other losses do not.
+        # The softmax changes inference; other losses do not.
         head.LOSSES = [list(term) for term in DEFAULT_LOSSES]
     check_config(plugin, train=False)
     try:
         check_config(stock, train=False)
     except ConfigError as error:
-        raise ConfigError(f"the stock model to compare with cannot be made: {error}") from error
+        raise ConfigError(f"the stock model to compare with cannot be built: {error}") from error
     return stock, plugin
 
 
 def _renamed(cfg: CfgNode, names: dict[str, str]) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.WEIGHTS = ""  # they are given apart from the config
+    cfg.MODEL.WEIGHTS = ""  # they are given separately
     cfg.MODEL.META_ARCHITECTURE = names.get(
         cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE
     )
@@ -109,12 +109,12 @@ def _renamed(cfg: CfgNode, names: dict[str, str]) -> CfgNode:
 def load_twins(cfg: CfgNode, weights: Path, lazy_file: str = "") -> Twins:
     """Builds both models and loads the same weights into each.
 
-    Both keep the memory layout that detectron2 gives them, so that what differs is the plugin's.
+    Both keep detectron2's memory layout, so that only the plugin makes a difference.
 
     Args:
-        cfg: with either's modules.
+        cfg: with modules of either.
         weights: any format that MaskHeadCheckpointer reads.
-        lazy_file: the LazyConfig of the models, of which ``cfg`` are the settings.
+        lazy_file: the LazyConfig of the models, with ``cfg`` as its settings.
 
     Raises:
         ConfigError: if a model cannot be built, or the weights are not exactly those of the models;
@@ -135,12 +135,12 @@ def load_twins(cfg: CfgNode, weights: Path, lazy_file: str = "") -> Twins:
 
 
 def load_exactly(model: torch.nn.Module, weights: Path, cfg: CfgNode) -> None:
-    """Loads weights of which every one must have its place, and every place its weight.
+    """Loads weights, all of which must have a place in the model, which they must fill.
 
-    Rows of classes are moved to where the first data set of DATASETS.TEST has them.
+    Rows of classes are moved to the order of the first data set of DATASETS.TEST.
 
     Raises:
-        ConfigError: if that is not so, or the file cannot be read.
+        ConfigError: if they do not fit, or the file cannot be read.
     """
     policy = WeightsPolicy.from_config(cfg, train=False)
     policy = replace(policy, strict=True, advice="compare with weights of this config")

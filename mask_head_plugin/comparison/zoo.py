@@ -12,7 +12,7 @@ from ..messages import nearest_name
 
 MODEL_ZOO = "https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md"
 ZOO_WEIGHTS = "zoo"
-"""Instead of a path: download them."""
+"""Given instead of a path: download them."""
 WEIGHT_SUFFIXES = (".pkl", ".pth", ".safetensors")
 ZOO_FOLDERS = {
     "coco": ("COCO-InstanceSegmentation/", ""),
@@ -23,7 +23,7 @@ ZOO_FOLDERS = {
     "lazy": ("COCO-InstanceSegmentation/", ""),
     "new_baselines": ("new_baselines/", ""),
 }
-"""Folder of our configs: folder of the zoo, and what our file names have in front."""
+"""By folder of our configs: the zoo's folder, and the prefix of our file names."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class ZooModel:
     Attributes:
         config: its name in the zoo, without ``.yaml`` or ``.py``.
         model_id: of the training run; part of the weights' URL.
-        train_seconds: per iteration of 16 images on 8 V100; None where published otherwise.
+        train_seconds: per iteration of 16 images on 8 V100; None if published in another form.
         inference_seconds: per image, batch of 1 on a V100.
-        train_gigabytes: memory of a GPU in training; None where none is published.
-        box_ap: percent on the validation set; None where none is published.
+        train_gigabytes: memory of a GPU in training; None if not published.
+        box_ap: percent on the validation set; None if not published.
         mask_ap: the same for masks.
         source: where the figures are published.
     """
@@ -94,7 +94,7 @@ ZOO_MODELS = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A config file, and what it is called in the zoo (None if it has no counterpart)."""
+    """A config file, and its name in the zoo (None if it has no counterpart)."""
 
     file: str
     zoo_name: str | None
@@ -119,7 +119,7 @@ def find_config(config: str) -> ModelConfig:
             path.
 
     Raises:
-        ConfigError: if there is neither; the nearest name of the table is given.
+        ConfigError: if neither exists; gives the nearest name in the table.
     """
     if Path(config).is_file():
         return ModelConfig(config, _zoo_name(Path(config)), is_zoo_file=False)
@@ -145,7 +145,7 @@ def _zoo_file(name: str) -> str | None:
 
 
 def _zoo_name(file: Path) -> str | None:
-    """Returns the name of the zoo's config of which a file of ours is the counterpart."""
+    """Returns the name of the zoo's config that corresponds to a file of ours."""
     folder, prefix = ZOO_FOLDERS.get(file.parent.name, ("", ""))
     name = folder + file.stem.removeprefix(prefix)
     is_counterpart = folder and file.stem.startswith(prefix) and _zoo_file(name + file.suffix)

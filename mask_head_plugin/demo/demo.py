@@ -1,4 +1,4 @@
-"""Runs a trained model of detectron2's on images and videos; see ``model_run``.
+"""Runs a trained detectron2 model on images and videos; see ``model_run``.
 
 Shape alphabet: K classes.
 """
@@ -40,12 +40,12 @@ class EagerModel:
 
         Args:
             cfg: of ``demo_config``.
-            confidence_threshold: of classes that have none of their own.
-            thresholds: "NAME=SCORE" of classes that do.
+            confidence_threshold: for classes without one of their own.
+            thresholds: "NAME=SCORE" for classes that have one.
 
         Raises:
-            ConfigError: if the weights cannot be read or do not fill the model, or it has not such
-                a class.
+            ConfigError: if the weights cannot be read or do not fill the model, or a class is not
+                the model's.
         """
         self.predictor = load_predictor(cfg)
         names = self.predictor.metadata.get("thing_classes")
@@ -62,7 +62,7 @@ class EagerModel:
         if "instances" not in output:
             raise ConfigError(f"the model finds no instances, it returns {sorted(output)} only")
         instances = output["instances"].to("cpu")
-        if self._least is not None:  # the model has dropped what no class keeps
+        if self._least is not None:  # the model has already dropped what no class keeps
             instances = instances[instances.scores > self._least[instances.pred_classes]]
         return Detections(
             instances.pred_classes.tolist(),
@@ -96,11 +96,11 @@ def run_demo(
         inputs: images, videos, folders of them, patterns such as ``photos/*.jpg``.
         output: a folder, created if missing. Nothing in it is overwritten.
         confidence_threshold: detections need a higher score; 0 to 1.
-        thresholds: "NAME=SCORE" of classes that need another one.
+        thresholds: "NAME=SCORE" for classes that need another one.
         semantic: also write semantic maps.
 
     Returns:
-        What went wrong, a line for each input that has no result, or only a part.
+        What went wrong: a line for each input without a complete result.
 
     Raises:
         ConfigError: if a setting, a file or the output folder cannot be used.
@@ -112,7 +112,7 @@ def run_demo(
     lowest = min([confidence_threshold, *parsed_thresholds(thresholds).values()])
     cfg = demo_config(config_file, opts, output, lowest)
     if semantic and not cfg.MODEL.MASK_ON:
-        raise ConfigError("--semantic paints masks, and MODEL.MASK_ON is False")
+        raise ConfigError("--semantic needs masks, but MODEL.MASK_ON is False")
     model = EagerModel(cfg, confidence_threshold, thresholds)
     return ModelRun(model, output, semantic=semantic).run(sources)
 
@@ -138,9 +138,9 @@ def demo_config(
 def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
     """Returns names and category ids of a model's classes; numbers where the names are unknown.
 
-    Ids are those that the first data set of DATASETS.TEST, or else TRAIN, has for the classes of
-    these names; classes that it lacks get ids above its own. The annotation files of
-    DATASETS.COCO_FILES need not be on this machine.
+    Ids are those of the first data set of DATASETS.TEST, or else TRAIN, for classes of the same
+    names; classes that it lacks get ids above its own. The annotation files of DATASETS.COCO_FILES
+    need not be on this machine.
 
     Args:
         cfg: of the model.

@@ -1,4 +1,5 @@
-"""Images and videos: found, distinguished, read, and named so that results overwrite nothing.
+"""Finds, distinguishes and reads images and videos, and names them so that results overwrite
+nothing.
 
 Shape alphabet: H, W image height and width in pixels.
 """
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["image", "video"]
 
-# Also of files that nothing here reads: they are named, not passed over.
+# Also for files that nothing here reads: they are named, not skipped silently.
 IMAGE_SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".cr2", ".cr3", ".arw", ".dcm", ".dib", ".dng", ".exr", ".gif"),
     *(".hdr", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx"),
@@ -39,7 +40,7 @@ VIDEO_SUFFIXES = {
     *(".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogg"),
     *(".ogv", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
 }
-# How files start, for endings that say nothing.
+# How files start, for unknown endings.
 IMAGE_START = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0{4}|P[1-6]\s+[\d#]|II[*+]\0|MM\0[*+]"
     rb"|RIFF.{4}WEBP|.{4}ftyp(avi[fs]|he[iv][cxms]|mif1|msf1)|\0{3}\x0c(jP  |JXL )"
@@ -51,7 +52,7 @@ VIDEO_START = re.compile(
     re.DOTALL,
 )
 START_LENGTH = 189
-# What OpenCV always writes. The overlay of another kind becomes a .png or an .mp4.
+# What OpenCV can always write. Overlays of other kinds become .png or .mp4.
 WRITTEN_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
 DEFAULT_FPS = 25.0
@@ -69,13 +70,13 @@ class Source:
 
 
 class LeftOutError(Exception):
-    """Why an input has no result, or only a part."""
+    """Why an input has no result, or only part of one."""
 
 
 def find_sources(inputs: Iterable[str]) -> list[Source]:
     """Returns the images and videos of --input, each once, with different names for overlays.
 
-    Of a folder, files that end or start as images and videos do count, those of sub-folders not.
+    In a folder, files that end or start like images and videos count; sub-folders do not.
 
     Raises:
         ConfigError: if an input does not exist or holds nothing.
@@ -83,11 +84,11 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
     paths = {path.resolve(): path for given in inputs for path in _files_of(given)}
     sources, taken = [], set()
     for path in paths.values():
-        # Whatever is not recognised is read as an image, which says what is wrong with it.
+        # An unrecognised file is read as an image, which reports what is wrong with it.
         is_video = kind_of(path) == "video"
         stem, number = path.stem, 1
-        # Also of endings apart: semantic maps are all .png. And in small letters, for file systems
-        # that do not distinguish them from large ones.
+        # Names also differ without endings, since semantic maps are all .png, and in lower case,
+        # for file systems that ignore case.
         while stem.lower() in taken:
             number += 1
             stem = f"{path.stem}_{number}"
@@ -97,7 +98,7 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """Returns what a file is by its first bytes, or else by its ending; None if neither decides."""
+    """Returns what a file is, by its first bytes or else its ending; None if neither decides."""
     with contextlib.suppress(OSError):
         if path.is_file():  # a pipe would never end
             with path.open("rb") as file:
@@ -112,10 +113,10 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def read_bgr(path: Path) -> ByteArray:
-    """Returns an image as (H, W, 3) BGR, as ``image_files`` has it.
+    """Returns an image as (H, W, 3) BGR, as ``image_files`` reads it.
 
     Raises:
-        LeftOutError: if its pixels cannot be used; says what the data set check would have you do.
+        LeftOutError: if its pixels cannot be used; with the data set check's advice.
     """
     try:
         return np.ascontiguousarray(read_image(str(path), "BGR"))
@@ -139,8 +140,8 @@ class Frames:
         """Yields (H, W, 3) BGR.
 
         Raises:
-            LeftOutError: if no frame can be decoded or, after those that can, if over a second is
-                missing of what the header says: less may be the header's rounding.
+            LeftOutError: if no frame can be decoded or, after the last one, if over a second of the
+                header's length is missing (less may be rounding).
         """
         video = _open_video(self._path)
         try:
@@ -164,7 +165,7 @@ class Frames:
 
 
 def num_frames(source: Source) -> int:
-    """Returns how many images a source has; of a video, what its header says."""
+    """Returns how many images a source has; for a video, as its header says."""
     if not source.is_video:
         return 1
     video = _open_video(source.path)
@@ -198,12 +199,13 @@ def _files_of(given: str) -> list[Path]:
         files = [x for x in visible if not x.is_dir() and kind_of(x) is not None]
         if not files:
             raise ConfigError(
-                f"--input: folder {path} holds no images or videos; of sub-folders give a pattern "
-                f"such as '{path}/**/*.jpg'"
+                f"--input: folder {path} holds no images or videos; for sub-folders, give a "
+                f"pattern such as '{path}/**/*.jpg'"
             )
         if any(x.is_dir() for x in visible):
             logger.warning(
-                "--input: sub-folders of %s are left out; a pattern such as '%s/**/*.jpg' has them",
+                "--input: sub-folders of %s are skipped; a pattern such as '%s/**/*.jpg' includes "
+                "them",
                 path,
                 path,
             )
@@ -223,7 +225,9 @@ def _files_of(given: str) -> list[Path]:
 
 
 def _overlay_suffix(path: Path, is_video: bool) -> str:
-    """Returns the input's own ending where OpenCV writes such files of its size, else another."""
+    """Returns the input's own ending if OpenCV writes such files of this size, otherwise another
+    one.
+    """
     suffix = path.suffix.lower()
     if not is_video:
         return path.suffix if suffix in WRITTEN_IMAGES else ".png"
@@ -245,9 +249,9 @@ def _is_odd(width: int, height: int) -> bool:
 
 
 def _open_video(path: Path) -> cv2.VideoCapture:
-    # What is wrong with a file is said once, by us.
+    # We report what is wrong with a file, once.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    # OpenCV 4.8 has the one, OpenCV 5 the other.
+    # OpenCV 4.8 has one of them, OpenCV 5 the other.
     set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel
     set_log_level(2)  # LOG_LEVEL_ERROR
     return cv2.VideoCapture(str(path))

@@ -1,4 +1,4 @@
-"""A model, whatever runs it, on images and videos: what it finds becomes pictures and JSON.
+"""Runs a model, whatever executes it, on images and videos; writes pictures and JSON.
 
 Needs neither detectron2 nor PyTorch.
 
@@ -32,7 +32,7 @@ SEMANTIC_FOLDER = "semantic"
 
 
 class Model(Protocol):
-    """What finds objects in images."""
+    """Something that finds objects in images."""
 
     @property
     def categories(self) -> Categories:
@@ -42,12 +42,12 @@ class Model(Protocol):
         """Returns what is in each of a batch of (H, W, 3) BGR images.
 
         Raises:
-            ConfigError: if the model finds no instances at all, ever. Whatever else it raises
-                leaves out an image.
+            ConfigError: if the model can never find instances. Any other error only skips the
+                image.
         """
 
     def longest_side(self, image_hw: tuple[int, int]) -> int | None:
-        """Returns INPUT.MAX_SIZE_TEST for an image that is scaled though its size was to stay."""
+        """Returns INPUT.MAX_SIZE_TEST for an image that is scaled although sizes should be kept."""
 
 
 class _Item(NamedTuple):
@@ -67,7 +67,7 @@ class ModelRun:
         """
         Args:
             model: what finds objects.
-            output: a folder, made once the model runs; see check_output.
+            output: a folder, created once the model runs; see check_output.
             semantic: also write semantic maps.
             batch_size: how many images or frames the model gets at a time.
         """
@@ -80,10 +80,10 @@ class ModelRun:
         """Writes overlays, semantic maps and predictions.json, also after an interruption.
 
         Returns:
-            What went wrong, a line for each source that has no result, or only a part.
+            What went wrong: a line for each source without a complete result.
 
         Raises:
-            ConfigError: if the folder cannot be made, or the model finds no instances.
+            ConfigError: if the folder cannot be created, or the model finds no instances.
             OSError: if a result cannot be written.
         """
         try:
@@ -152,14 +152,16 @@ class ModelRun:
         self._problems.append(f"{source.path}: {error}")
 
     def _find(self, batch: Sequence[_Item]) -> Iterator[tuple[_Item, Detections | LeftOutError]]:
-        """Yields each image of a batch with what is in it, or with why the model failed."""
+        """Yields each image of a batch with its detections, or with the reason why the model
+        failed.
+        """
         for item in batch:
             self._tell_of_scaling(item)
         try:
             results = self.model.find([item.image for item in batch])
         except ConfigError:
             raise
-        except Exception as error:  # one image that the model cannot take must not cost the others
+        except Exception as error:  # the other images continue
             logger.debug("the model failed", exc_info=True)
             if len(batch) > 1:
                 for item in batch:
@@ -187,7 +189,7 @@ class ModelRun:
             )
 
     def _draw(self, item: _Item, found: Detections, keeper: ColourKeeper) -> ByteArray:
-        """Returns the overlay of a BGR image, and notes what was found for predictions.json."""
+        """Returns the overlay of a BGR image, and records its detections for predictions.json."""
         height, width = item.image.shape[:2]
         self.predictions.add(found, {**item.record, "height": height, "width": width})
         names = self.predictions.categories.names
@@ -218,7 +220,7 @@ def check_threshold(confidence_threshold: float) -> None:
 
 
 def check_output(output: Path, sources: Iterable[Source], *, semantic: bool) -> None:
-    """Raises ConfigError if the output folder has something that would be overwritten."""
+    """Raises ConfigError if something in the output folder would be overwritten."""
     written = [PREDICTIONS, *([SEMANTIC_FOLDER] if semantic else []), *(s.overlay for s in sources)]
     for name in written:
         if (output / name).exists():
@@ -229,7 +231,7 @@ def instance_semantic_map(found: Detections, image_hw: tuple[int, int]) -> Seman
     """Returns the (H, W) map of class + 1, 0 for background; the best-scored detection is on top.
 
     Args:
-        found: detections; masks are ranked by ``mask_scores`` where there are some.
+        found: detections; masks are ranked by ``mask_scores`` if there are any.
         image_hw: H, W.
     """
     scores = found.scores if found.mask_scores is None else found.mask_scores
@@ -237,7 +239,7 @@ def instance_semantic_map(found: Detections, image_hw: tuple[int, int]) -> Seman
 
 
 def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    """Yields items in lists; also those that come before a LeftOutError."""
+    """Yields items in lists, including those before a LeftOutError."""
     batch: list[_Item] = []
     try:
         for item in items:

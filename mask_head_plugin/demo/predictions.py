@@ -1,4 +1,4 @@
-"""What a model finds in images and videos: as records of a COCO file, and from frame to frame.
+"""Detections in images and videos: as records of a COCO file, and tracked from frame to frame.
 
 Shape alphabet: N detections of an image.
 """
@@ -23,7 +23,7 @@ FRAMES_REMEMBERED = 8  # as detectron2's VideoVisualizer
 
 @dataclass(frozen=True)
 class Detections:
-    """What a model found in one image, the best first.
+    """What a model found in one image, best first.
 
     Attributes:
         classes: N contiguous classes.
@@ -59,7 +59,7 @@ class Categories:
 
 @dataclass
 class Predictions:
-    """A COCO file in the making."""
+    """A COCO file that is being built."""
 
     categories: Categories
     images: list[dict[str, Any]] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Predictions:
 
         Args:
             found: detections.
-            image: ``file_name``, ``height`` and ``width``; of a video also ``frame``.
+            image: ``file_name``, ``height`` and ``width``; for a video also ``frame``.
         """
         image = {"id": len(self.images) + 1, **image}
         self.images.append(image)
@@ -111,7 +111,7 @@ class KnownObject:
         number: of its colour.
         category: its class.
         shape: its last box [x, y, width, height] or run lengths.
-        missed: frames since.
+        missed: frames since then.
     """
 
     number: int
@@ -123,8 +123,8 @@ class KnownObject:
 class ColourKeeper:
     """Keeps the colour of an object from frame to frame.
 
-    Without it, colours would jump whenever the order of the scores changes. An object is known by
-    its class and by overlapping itself where it was last found, FRAMES_REMEMBERED frames long.
+    Without it, colours would jump whenever the order of the scores changes. An object is recognised
+    by its class and by overlapping its last place, for up to FRAMES_REMEMBERED frames.
     """
 
     def __init__(self) -> None:

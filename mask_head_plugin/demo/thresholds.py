@@ -1,4 +1,4 @@
-"""Which scores detections need: one for all classes, others for some.
+"""Score thresholds of detections: one for all classes, others for some.
 
 Shape alphabet: K classes.
 """
@@ -16,11 +16,11 @@ from ..messages import ConfigError, listed, nearest_name
 def class_thresholds(
     class_names: Sequence[str], default: float, by_class: Sequence[str]
 ) -> npt.NDArray[np.float64]:
-    """Returns the score that detections of each class need more than, (K,).
+    """Returns the (K,) scores that detections of each class must exceed.
 
     Args:
         class_names: K, of the model.
-        default: for classes without one of their own.
+        default: for classes without their own.
         by_class: values of ``--class-thresholds``.
 
     Raises:
@@ -42,7 +42,7 @@ def parsed_thresholds(by_class: Sequence[str]) -> dict[str, float]:
         by_class: each "NAME=SCORE", 0 to 1.
 
     Raises:
-        ConfigError: if one is not that, or a class has two.
+        ConfigError: if an entry has another form, or a class has two.
     """
     given: dict[str, float] = {}
     for text in by_class:

@@ -1,7 +1,7 @@
-"""Anchors by k-means on the boxes, at the size at which the model sees them.
+"""Fits anchors by k-means to the boxes, at the size at which the model sees them.
 
-detectron2's anchors are all combinations of sizes and aspect ratios, so the two are clustered each
-by itself, in logarithms: an error of a factor counts the same for small and for large boxes.
+detectron2's anchors are all combinations of sizes and aspect ratios, so the two are clustered
+separately, in logarithms: an error by a factor counts the same for small and large boxes.
 
 Shape alphabet: R objects, S sizes, A aspect ratios.
 """
@@ -20,9 +20,9 @@ SIZES_PER_LEVEL = 2
 NUM_RATIOS = 3
 COCO_SIZES, COCO_RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 SAMPLES = 4000
-"""Boxes that a clustering sees, at most about so many."""
+"""About how many boxes a clustering sees at most."""
 LEAST_STEP = 1.15
-"""Factor between neighbours; nearer ones would be one anchor twice."""
+"""Least factor between neighbours; closer ones would be one anchor twice."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Anchors:
         levels: names of the maps.
         sizes: sides in pixels for each level, ascending.
         ratios: height over width.
-        covered: share of the boxes that overlap the best anchor by half, if it is on their centre.
+        covered: share of the boxes that overlap the best anchor on their centre by half.
         covered_by_default: the same with COCO's anchors.
     """
 
@@ -70,7 +70,9 @@ def choose_anchors(object_hw: FloatArray, class_of: IntArray) -> Anchors:
 
 
 def balanced_sample(values: FloatArray, class_of: IntArray) -> FloatArray:
-    """Returns quantiles of the values of each class, their number growing as the square root."""
+    """Returns quantiles of the values of each class; their number is the square root of the
+    class's.
+    """
     counts = np.sqrt(np.bincount(class_of))
     wanted = np.ceil(counts / counts.sum() * min(SAMPLES, len(values))).astype(int)
     parts = [
@@ -107,7 +109,7 @@ def clusters(values: FloatArray, number: int) -> FloatArray:
 
 
 def covered_share(object_hw: FloatArray, sizes: object, ratios: object) -> float:
-    """Returns the share of the boxes that an anchor of their centre overlaps by half (IoU).
+    """Returns the share of the boxes that an anchor on their centre overlaps by half (IoU).
 
     Args:
         object_hw: (R, 2) heights and widths.
@@ -125,7 +127,9 @@ def covered_share(object_hw: FloatArray, sizes: object, ratios: object) -> float
 
 
 def _levels(small: float, large: float) -> list[str]:
-    """Returns the maps for objects between two sides, which are 3 to 16 cells of one of them."""
+    """Returns the maps for objects between two sides, such that each is 3 to 16 cells on one of
+    them.
+    """
     names, strides = list(STRIDES), np.array(list(STRIDES.values()))
     top = min(int(np.searchsorted(12 * strides, large)), len(names) - 1)
     bottom = min(int(np.searchsorted(16 * strides, small, side="right")), top)

@@ -1,4 +1,4 @@
-"""The model that a config starts from, by what is installed."""
+"""Chooses the model that a config starts from, among what is installed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Backbone:
     """A base config and what a config adds to it.
 
     Attributes:
-        name: for people.
+        name: shown to the user.
         base: file in ``configs/``.
-        rate_per_image: learning rate for each image of a batch.
-        why_learning_rate: where that is from.
-        pixels_per_second: that a core of a CPU trains on; see docs/new_config.md.
+        rate_per_image: learning rate per image of a batch.
+        why_learning_rate: where that comes from.
+        pixels_per_second: how many one CPU core trains on; see docs/new_config.md.
         settings: keys of the backbone.
-        advice: what would make a better config, for people.
+        advice: what would make a better config, shown to the user.
     """
 
     name: str
@@ -45,17 +45,17 @@ class Backbone:
     advice: str = ""
 
     def learning_rate(self, batch_size: int) -> float:
-        """Returns it for a batch: in proportion to the images."""
+        """Returns the learning rate for a batch, in proportion to its images."""
         return float(f"{self.rate_per_image * batch_size:.2g}")
 
     def head_levels(self, levels: Sequence[str]) -> list[str]:
-        """Returns the maps that the heads read, if not those of the base config."""
+        """Returns the maps that the heads read, if they differ from the base config's."""
         few = self.base == SMALL and levels[-1] in ("p5", "p6")
         return [*ROI_LEVELS] if few else []
 
 
 def choose_backbone(device: Device) -> Backbone:
-    """Returns the best backbone for a device that needs nothing which is not here."""
+    """Returns the best backbone for a device among those that need no installation or download."""
     if device.kind == "cuda":
         return Backbone(
             "R50-FPN", R50_FPN, R50_RATE, "As detectron2's for R50-FPN: 0.02 for 16 images.", 0
@@ -83,7 +83,7 @@ def choose_backbone(device: Device) -> Backbone:
 
 def _lite0_settings(file: Path) -> list[Setting]:
     why = "ImageNet weights, by tools/fetch_backbone.py efficientnet_lite0; a CPU can train it."
-    pixels = "Of the pixels that these weights were trained on, 0 to 255."
+    pixels = "As for the pixels that these weights were trained on, 0 to 255."
     return [
         Setting("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", why),
         Setting("MODEL.TIMM.NAME", LITE0),

@@ -19,8 +19,7 @@ class Setting:
     Attributes:
         key: with its sections, such as ``MODEL.MASK_ON``.
         value: numbers, texts and lists of them.
-        why: the comment above the key; none where it is empty, as for a key that goes with the one
-            before.
+        why: the comment above the key; empty for none, as for a key that belongs to the one before.
     """
 
     key: str
@@ -80,7 +79,7 @@ def _value_lines(start: str, value: Any, indent: str) -> list[str]:
 
 def _flow(value: Any) -> str:
     """Returns a value in one line."""
-    # In a list, a text is quoted as YAML needs it and no end of document follows.
+    # In a list, YAML quotes a text as needed, without an end of document.
     text: str = yaml.safe_dump(
         [value], default_flow_style=True, width=float("inf"), allow_unicode=True
     )

@@ -1,4 +1,4 @@
-"""What a COCO file says of its objects: sizes, numbers, classes, how the masks are written.
+"""Reads facts about the objects of a COCO file: sizes, numbers, classes, the form of masks.
 
 Shape alphabet: N images, R objects (no crowds), K classes.
 """
@@ -22,7 +22,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a config is fitted to.
+    """The facts that a config is fitted to.
 
     Attributes:
         image_hw: (N, 2) heights and widths.
@@ -71,7 +71,7 @@ class DataFacts:
 
     @cached_property
     def image_shares(self) -> FloatArray:
-        """(K,) the share of the images with objects that has a class, as samplers count it."""
+        """(K,) the share of each class among the images with objects, as samplers count it."""
         pairs = np.unique(np.stack([self.image_of, self.class_of]), axis=1)
         shares: FloatArray = np.bincount(pairs[1], minlength=len(self.class_names)) / len(
             np.unique(self.image_of)
@@ -80,10 +80,10 @@ class DataFacts:
 
 
 def read_facts(json_file: str) -> DataFacts:
-    """Returns what a file says of its objects.
+    """Returns the facts about a file.
 
     Args:
-        json_file: that the data set check finds no errors in.
+        json_file: must have passed the data set check without errors.
 
     Raises:
         ConfigError: if the file cannot be read, or no object has a box with an area.
@@ -96,11 +96,11 @@ def read_facts(json_file: str) -> DataFacts:
 
 
 def facts_of(content: dict[str, Any], json_file: str) -> DataFacts:
-    """Returns the same of what a file holds."""
+    """Returns the facts about a file's content."""
     images = {image["id"]: k for k, image in enumerate(content["images"])}
     categories = sorted(content["categories"], key=lambda category: category["id"])
     classes = {category["id"]: k for k, category in enumerate(categories)}
-    # detectron2 leaves boxes without area out of training.
+    # detectron2 does not train on boxes without area.
     objects = [x for x in content["annotations"] if not x.get("iscrowd") and min(x["bbox"][2:]) > 0]
     if not objects:
         raise ConfigError(

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 
 BYTES_PER_PIXEL = 3000
-"""Of the image, in a training step with float32. EfficientNet-Lite0 takes as much on a CPU, R50-FPN
-half of it on a GPU (3.4 GB for two images, by detectron2's model zoo)."""
+"""Bytes per pixel of the image in a training step with float32. EfficientNet-Lite0 takes as much on
+a CPU, R50-FPN half of it on a GPU (3.4 GB for two images, by detectron2's model zoo).
+"""
 USABLE = 0.6
-"""Share of the memory that a step may take: crowded images need more than others."""
+"""Share of the memory that a step may take; the rest is for crowded images, which need more."""
 UNKNOWN_GPU = 8e9
-"""Bytes of a GPU that is not in this machine: most have more."""
+"""Assumed bytes of a GPU that is not in this machine: most have more."""
 MOST_CORES = 16
-"""More make the small model of a CPU hardly faster."""
+"""More would hardly make a CPU's small model faster."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Device:
     Attributes:
         kind: ``cpu`` or ``cuda``.
         is_here: whether this machine has it.
-        memory: its bytes, those of a GPU or of the machine.
-        cores: of the processor, which this process may use.
+        memory: bytes of the GPU or of the machine.
+        cores: how many this process may use.
     """
 
     kind: str
@@ -36,12 +37,12 @@ class Device:
 
     @property
     def batch_size(self) -> int:
-        """Images in a step, if memory allows: on a CPU more would only make steps longer."""
+        """Images in a step, if memory allows: on a CPU, more would only make steps longer."""
         return 8 if self.kind == "cuda" else 2
 
     @property
     def usual_short_edge(self) -> int:
-        """The shorter side that images get where no object asks for more: detectron2's on a GPU."""
+        """The shorter side of images if no object needs more; on a GPU, detectron2's."""
         return 800 if self.kind == "cuda" else 448
 
     @property
@@ -52,7 +53,7 @@ class Device:
 
     @property
     def crop_side(self) -> int:
-        """The side of a crop that is neither slow nor without context."""
+        """The side of a crop that is fast but still has context."""
         return 800 if self.kind == "cuda" else 320
 
     @property
@@ -78,7 +79,7 @@ def find_device(kind: str | None) -> Device:
     """Returns a device.
 
     Args:
-        kind: ``cpu`` or ``cuda``; None is the GPU where there is one.
+        kind: ``cpu`` or ``cuda``; None for the GPU if there is one.
     """
     cores = min(len(os.sched_getaffinity(0)), MOST_CORES)
     has_gpu = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""The size at which a model sees images, from the sizes of the objects.
+"""Chooses the size at which a model sees images, from the sizes of the objects.
 
 Shape alphabet: N images, R objects.
 """
@@ -20,12 +20,12 @@ MOST_MAGNIFIED = 4
 CONTEXT = 3
 """How many times the side of a large object (the 90th percentile) a crop must have."""
 LARGEST_CROP = 0.75
-"""Of the image's side; larger ones save nothing."""
+"""Largest crop, as a share of the image's side; larger ones save nothing."""
 STEP = 32
 USUAL_ELONGATION = 5 / 3
 MOST_ELONGATED = 3.0
 WHOLE_JITTER = (0.8, 0.85, 0.9, 0.95, 1.0)
-"""As detectron2's 640 to 800 pixels."""
+"""Like detectron2's 640 to 800 pixels."""
 CROP_JITTER = (0.8, 0.9, 1.0, 1.1, 1.2)
 
 
@@ -35,13 +35,13 @@ class InputSize:
 
     Attributes:
         short_edge: that images are scaled to; 0 keeps their size.
-        longest: that the longer side may have.
+        longest: limit of the longer side.
         crop: share of height and width that training sees, or pixels where ``short_edge`` is 0;
             None for whole images.
-        view_pixels: of what training sees of an image, on average.
-        image_pixels: of a whole image in evaluation, on average.
+        view_pixels: pixels of an image that training sees, on average.
+        image_pixels: pixels of a whole image in evaluation, on average.
         object_scale: (R,) pixels seen for each pixel of an object's image.
-        smallest: side in pixels seen that a tenth of the objects is below.
+        smallest: side, in pixels seen, below which a tenth of the objects are.
         wanted: the short edge at which that would be SMALLEST, 0 if images need not be scaled.
     """
 
@@ -66,8 +66,8 @@ class InputSize:
 def choose_input_size(facts: DataFacts, device: Device) -> InputSize:
     """Returns the size for a data set on a device.
 
-    Images keep their size where that is large enough for the objects and small enough for the
-    device, and objects are not more alike relative to their images. Else all get one short edge.
+    Images keep their size if it is large enough for the objects and small enough for the device,
+    unless object sizes vary less relative to their images. Otherwise all get one short edge.
 
     Args:
         facts: of the training data.
@@ -136,7 +136,7 @@ def _crop_share(edge: int, elongation: float, large_object: float, device: Devic
 
 
 def _scaled(facts: DataFacts, edge: int, crop: float | None, wanted: int) -> InputSize:
-    # A few panoramas among other images are made smaller, rather than to fill the memory.
+    # A few panoramas among other images are scaled down, so that they do not fill the memory.
     elongation = np.percentile(facts.elongations, 95).clip(USUAL_ELONGATION, MOST_ELONGATED)
     longest = math.ceil(edge * elongation / STEP) * STEP
     scale = np.minimum(edge / facts.short_sides, longest / facts.image_hw.max(axis=1))

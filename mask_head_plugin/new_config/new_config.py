@@ -1,4 +1,4 @@
-"""Writes a config for a data set: files are read and checked, keys fitted and tried, all before."""
+"""Writes a config for a data set after checking the files, fitting keys and trying them."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Request:
         train: training data.
         val: validation data; None splits the training data.
         output: the config.
-        split_share: of the images that go to validation where ``val`` is None.
+        split_share: share of the images that go to validation if ``val`` is None.
         seed: of the split.
-        device: ``cpu`` or ``cuda``; None is the GPU where there is one.
-        overwrite: whether files that are there are replaced.
+        device: ``cpu`` or ``cuda``; None for the GPU if there is one.
+        overwrite: whether existing files are replaced.
     """
 
     train: DataFiles
@@ -84,7 +84,7 @@ class Request:
 
 @dataclass(frozen=True)
 class NewConfig:
-    """A config that is written, and what is known of it.
+    """A written config, and facts about it.
 
     Attributes:
         files: the config, and the annotations of a split.
@@ -94,7 +94,7 @@ class NewConfig:
         device: to train on.
         schedule: of the training.
         warnings: of the data sets.
-        estimate: of a trial; None where the device is not here.
+        estimate: from a trial; None if this machine lacks the device.
     """
 
     files: list[Path]
@@ -114,7 +114,7 @@ def write_new_config(request: Request) -> NewConfig:
     any file is written.
 
     Args:
-        request: what for.
+        request: what to write.
 
     Raises:
         ConfigError: if a path is wrong, a data set has errors, or no config can be fitted to it.
@@ -177,7 +177,7 @@ def _refuse_wrong_paths(request: Request) -> None:
 
 
 def _check_files(request: Request) -> None:
-    """Checks the files as training does, which then knows them already.
+    """Checks the files as training does, which then uses the cached result.
 
     Raises:
         ConfigError: if there are errors.
@@ -195,7 +195,7 @@ def _check_files(request: Request) -> None:
 
 
 def _split(request: Request) -> dict[str, dict[str, Any]]:
-    """Returns the parts for training and validation; none where they would lack objects."""
+    """Returns the parts for training and validation; none if they would lack objects."""
     content = json.loads(request.train.json_file.read_text(encoding="utf-8"))
     root = str(request.train.images)
     names = [image["file_name"] for image in content["images"]]
@@ -223,7 +223,7 @@ def _facts(
 def _data_sets(
     request: Request, parts: Mapping[str, Any], folder: Path, name: str
 ) -> list[tuple[str, Path, Path]]:
-    """Returns name, annotations and images of the data sets, with paths that hold anywhere."""
+    """Returns name, annotations and images of the data sets, with absolute paths."""
     if parts:
         files = {
             part: DataFiles(folder / path.name, request.train.images)
@@ -238,7 +238,7 @@ def _data_sets(
 
 
 def _free_name(name: str) -> str:
-    """Returns a name that no data set of detectron2 or of the plugin has."""
+    """Returns a name that no data set of detectron2 or the plugin uses."""
     taken = name in DatasetCatalog.list() and not MetadataCatalog.get(name).get(
         "from_coco_files", False
     )

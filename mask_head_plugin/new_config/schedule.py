@@ -1,4 +1,4 @@
-"""How long to train, from the number of images and what the device can do."""
+"""Chooses how long to train, from the number of images and the speed of the device."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from .device import Device
 
 PASSES = 40
-"""Over the images, as few hundred of them need with pretrained weights."""
+"""Passes over the images, as a few hundred of them need with pretrained weights."""
 LEAST_VIEWS, MOST_VIEWS = 24_000, 1_440_000
-"""Images or crops in all: a detector's heads start untrained however few images there are, and the
-most are those of COCO's 1x schedule."""
+"""Images or crops in all. The least, because a detector's heads always start untrained; the most,
+as in COCO's 1x schedule.
+"""
 CPU_MINUTES = 40
 LEAST_ITERATIONS = 300
 EVALUATIONS = 4
 EVALUATION_SHARE = 0.25
-"""Of the time of training that evaluations may take."""
+"""Share of the training time that evaluations may take."""
 FORWARD_SHARE = 0.3
-"""Of the time of a training step that its forward pass takes."""
+"""Share of a training step that its forward pass takes."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Schedule:
         iterations: steps.
         passes: over the images.
         warmup: iterations.
-        period: iterations from one evaluation and checkpoint to the next.
-        is_cut: whether the time of a CPU ended it.
+        period: iterations between evaluations, and between checkpoints.
+        is_cut: whether the time limit of a CPU shortened it.
     """
 
     batch_size: int
@@ -53,10 +54,10 @@ def choose_schedule(
 
     Args:
         device: to train on.
-        num_images: that are trained on.
-        view_pixels: of what training sees of each, on average.
-        evaluated_pixels: of all images of an evaluation.
-        pixels_per_second: that a core trains on.
+        num_images: in the training data.
+        view_pixels: pixels of each that training sees, on average.
+        evaluated_pixels: pixels of all images in an evaluation.
+        pixels_per_second: how many one core trains on.
     """
     batch_size = device.fitting_batch(view_pixels)
     views = min(max(PASSES * num_images, LEAST_VIEWS), MOST_VIEWS)

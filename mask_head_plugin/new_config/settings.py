@@ -1,4 +1,4 @@
-"""The keys of a config with their values and, for who reads it, the reasons.
+"""The keys of a config, with their values and the reasons for its readers.
 
 Shape alphabet: N images, R objects, K classes.
 """
@@ -25,9 +25,9 @@ COCO_DETECTIONS = 100
 SPARE = 1.25
 """Detections for each object of the most crowded image, as some detections are wrong."""
 RARE = 0.1
-"""Share of the images below which a class is rare."""
+"""Share of the images below which a class counts as rare."""
 MOST_REPEATED = 4
-"""Times that an image with the rarest class may be seen in a pass over all images."""
+"""How many times an image with the rarest class may be seen in a pass over all images."""
 POSITIVE_SHARE = 0.25
 """detectron2's share of objects among the RoIs that train the heads."""
 
@@ -35,7 +35,7 @@ POSITIVE_SHARE = 0.25
 def choose_settings(
     train: DataFacts, val: DataFacts | None, backbone: Backbone, device: Device
 ) -> tuple[list[Setting], Schedule]:
-    """Returns all keys but those that name files, and the schedule.
+    """Returns all keys except those that name files, and the schedule.
 
     Args:
         train: the training data.
@@ -89,7 +89,7 @@ def file_settings(
         files: name, annotations and image folder of the training data and, if there are any, of
             the validation data.
         output_dir: of the run.
-        split: how validation data came about.
+        split: says where the validation data come from.
     """
     entries = [[name, str(json_file), str(images)] for name, json_file, images in files]
     names = [name for name, _, _ in files]
@@ -136,7 +136,7 @@ def _anchor_settings(anchors: Anchors, backbone: Backbone) -> list[Setting]:
             "Height over width, by k-means.",
         ),
         Setting(
-            "MODEL.RPN.IN_FEATURES", anchors.levels, "Maps of which objects are 3 to 16 cells."
+            "MODEL.RPN.IN_FEATURES", anchors.levels, "Maps on which objects are 3 to 16 cells."
         ),
         *([Setting("MODEL.ROI_HEADS.IN_FEATURES", heads)] if heads else []),
     ]
@@ -152,8 +152,8 @@ def _head_settings(
     why = f"The classes of the file, with their objects: {listed(told, CLASSES_LISTED)}."
     if unused := [train.class_names[k] for k in order if not counts[k]]:
         why += (
-            f" Without any: {listed(unused, CLASSES_LISTED)}; a model learns nothing of these, and "
-            "tools/check_dataset.py --categories leaves them out."
+            f" Without any: {listed(unused, CLASSES_LISTED)}; a model learns nothing about these; "
+            f"tools/check_dataset.py --categories removes them."
         )
     detections = int(_detections(train, val).value)
     settings = [Setting("MODEL.ROI_HEADS.NUM_CLASSES", len(counts), why)]
@@ -161,7 +161,7 @@ def _head_settings(
         seen = _objects_in_view(train, size)
         rois = 2 ** round(math.log2(min(max(seen / POSITIVE_SHARE, 64), 256)))
         why = (
-            f"RoIs an image that train the heads, a quarter of them objects: three of four images "
+            f"RoIs per image that train the heads, a quarter of them objects: three of four images "
             f"show training {seen:.0f} objects or fewer. More take a CPU longer."
         )
         settings.append(Setting("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", rois, why))
@@ -202,11 +202,11 @@ def _detections(train: DataFacts, val: DataFacts | None) -> Setting:
 
 
 def _input_settings(train: DataFacts, size: InputSize, device: Device) -> list[Setting]:
-    shown = f"a tenth of the objects is below {size.smallest:.0f} pixels (root of the box's area)"
+    shown = f"a tenth of the objects are below {size.smallest:.0f} pixels (root of the box's area)"
     if not size.short_edge:
         why = f"0 keeps the images' own size, at which {shown}."
     else:
-        why = f"Short edge of the images in evaluation. At it {shown}."
+        why = f"Short edge of the images in evaluation, at which {shown}."
         if size.smallest < 0.95 * SMALLEST:
             why += (
                 f" {SMALLEST}, at {size.wanted}, would be better but takes more time or memory "
@@ -219,7 +219,7 @@ def _input_settings(train: DataFacts, size: InputSize, device: Device) -> list[S
         "several sizes, of which one is drawn" if size.short_edge else "the same size"
     )
     if size.crop is not None:
-        why += ". They are of the crops below, so that objects are as large as in evaluation"
+        why += ". They belong to the crops below, so that objects are as large as in evaluation"
     settings.append(Setting("INPUT.MIN_SIZE_TRAIN", size.train_sizes, why + "."))
     if size.short_edge:
         settings.append(Setting("INPUT.MAX_SIZE_TRAIN", size.longest))
@@ -284,7 +284,7 @@ def _solver_settings(schedule: Schedule, backbone: Backbone, device: Device) -> 
     if schedule.is_cut:
         why += (
             f", for about {CPU_MINUTES} minutes on {device}. With more time, raise only this: the "
-            "learning rate falls to 0 at its end, wherever that is."
+            f"learning rate falls to 0 at its end, wherever that is."
         )
     else:
         why += (

@@ -1,4 +1,4 @@
-"""What the console says about a new config: what it is for, how to run it, what that takes."""
+"""The console's summary of a new config: what it is for, how to run it, what that takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def summary(new: NewConfig) -> str:
 
 
 def _warnings(new: NewConfig) -> list[str]:
-    """Returns the first warning of each kind, which may spoil what a model learns or an AP says."""
+    """Returns the first warning of each kind that may spoil what a model learns or an AP says."""
     lines = []
     for kind, group in by_kind(new.warnings).items():
         more = f" (and {len(group) - 1} more of {kind})" if len(group) > 1 else ""
@@ -35,7 +35,7 @@ def _warnings(new: NewConfig) -> list[str]:
 def _estimate(new: NewConfig) -> str:
     estimate, iterations = new.estimate, new.schedule.iterations
     if estimate is None:
-        return f"{iterations:,} iterations; without this device here, their time is not known"
+        return f"{iterations:,} iterations; their time is unknown: this machine lacks the device"
     training = _minutes(iterations * estimate.seconds_per_iteration)
     words = f"{training} for {iterations:,} iterations of {estimate.seconds_per_iteration:.2f} s"
     if new.val is not None:
@@ -43,7 +43,7 @@ def _estimate(new: NewConfig) -> str:
         evaluations = -(-iterations // new.schedule.period)
         words += f", {_minutes(seconds)} for each of {evaluations} evaluations"
     memory = f"{estimate.memory / 1e9:.1f} GB of memory"
-    return f"estimate: {words}, {memory}; measured in {TIMED} iterations of it just now"
+    return f"estimate: {words}, {memory}; measured just now in {TIMED} iterations"
 
 
 def _minutes(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""A few iterations of a config, for an estimate of its time and memory."""
+"""Tries a few iterations of a config, to estimate its time and memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ EVALUATED = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a training will take.
+    """Estimated costs of a training.
 
     Attributes:
         seconds_per_iteration: median of the trial.
         seconds_per_image: of an evaluation; 0 if there is none.
-        memory: bytes: of the process, or of the GPU.
+        memory: bytes of the process, or of the GPU.
     """
 
     seconds_per_iteration: float
@@ -34,7 +34,7 @@ class Estimate:
 
 
 def try_config(cfg: CfgNode) -> Estimate:
-    """Trains some iterations from random weights, evaluates some images, and throws all away.
+    """Trains some iterations from random weights, evaluates some images, and discards the results.
 
     Args:
         cfg: a config whose data sets are registered.
@@ -43,7 +43,7 @@ def try_config(cfg: CfgNode) -> Estimate:
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0  # started, they would take longer than the trial
     cfg.MODEL.WEIGHTS = ""  # nothing is downloaded
-    cfg.SOLVER.BASE_LR = 1e-6  # without warmup more might diverge
+    cfg.SOLVER.BASE_LR = 1e-6  # without warm-up, a higher one might diverge
     model = Trainer.build_model(cfg)
     loader = Trainer.build_train_loader(cfg)
     loader.go_to(0, 0)

@@ -1,1 +1,1 @@
-"""One style for pages of results: template, tables, figures, pictures."""
+"""The common style of result pages: template, tables, figures, pictures."""

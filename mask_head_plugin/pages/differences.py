@@ -13,16 +13,16 @@ MARKS = {BETTER: "▲ ", WORSE: "▼ ", NOISE: "≈ ", ONE_SEED: "? "}
 
 
 def verdict(comparison: PairedDifference) -> str:
-    """Returns what the interval of a difference says; nothing without an interval.
+    """Returns the verdict of an interval; empty without an interval.
 
-    An interval over images alone shows no difference: training again may turn it round.
+    An interval over images alone gives no verdict: training again may reverse the difference.
     """
     found = verdict_of_images(comparison)
     return found if found in ("", NOISE) or comparison.has_training else ONE_SEED
 
 
 def verdict_of_images(comparison: PairedDifference) -> str:
-    """Returns what the interval says of these two models as they are, were other images drawn."""
+    """Returns the verdict for these two trained models, over other draws of the images."""
     if not (math.isfinite(comparison.low) and math.isfinite(comparison.high)):
         return ""
     if comparison.low <= 0 <= comparison.high:

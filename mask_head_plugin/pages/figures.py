@@ -1,9 +1,9 @@
 """Interactive figures of pages. Import it where plotly is installed (extra ``report``).
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; what a colour says, a
-marker, a dash or a text also says. Plotly takes texts for HTML: names are escaped.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; whatever a colour shows, a
+marker, a dash or a text shows as well. Plotly reads texts as HTML, so names are escaped.
 
-The page draws them (``figures.js``), in colours of the reader's theme and for the width there is.
+The page draws them (``figures.js``) in colours of the reader's theme and for the available width.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ DARK_COLOURS = {
     "#d55e00": "#f0823a",
     "#009e73": "#2fc79b",
 }
-"""What colours become in a dark theme; others stay. ``white`` and rgb(...) are plotly's own."""
+"""Replacements of colours in a dark theme; others stay. ``white`` and rgb(...) are plotly's own."""
 NAME_WIDTH = 30
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with the texts above and below it, as plain text.
+    """A figure with title and caption, as plain text.
 
     Attributes:
         name: of files and links.
@@ -62,10 +62,10 @@ class Figure:
     min_width: int = 0
 
     def to_json(self) -> str:
-        """Returns what the page draws it from, for a script element."""
+        """Returns the data from which the page draws it, for a script element."""
         image = {"toImageButtonOptions": {"format": "svg", "filename": self.name}}
         spec = {**json.loads(self.figure.to_json()), "config": {**CONFIG, **image}}
-        # Where the browser looks for the end of the script, and what begins a comment.
+        # What would end the script or begin a comment in a browser.
         return json.dumps(spec).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
@@ -91,10 +91,10 @@ def lay_out(figure: Any, height: int) -> None:
 
 
 def plotly_text(name: str) -> str:
-    """Returns a name as plotly shows it as it is."""
+    """Returns a name, escaped so that plotly shows it unchanged."""
     return html.escape(name, quote=False).replace("%{", "%&#123;")
 
 
 def wrapped(name: str) -> str:
-    """Returns a name as plotly shows it, in lines."""
+    """Returns a name for plotly, broken into lines."""
     return "<br>".join(plotly_text(line) for line in textwrap.wrap(name, NAME_WIDTH) or [name])

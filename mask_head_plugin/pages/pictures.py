@@ -1,4 +1,4 @@
-"""Pictures of pages: as data URIs, in colours of classes.
+"""Pictures for pages: as data URIs, in the colours of classes.
 
 Shape alphabet: H, W sides of a picture in pixels.
 """
@@ -19,7 +19,7 @@ from ..evaluation.drawing import ByteArray
 
 JPEG_QUALITY = 88
 MOST_BYTES = 2_300_000
-"""Of all pictures as text, so that the page with plotly.js (4.8 MB) stays below 8 MB."""
+"""Most bytes of all pictures as text, so that the page with plotly.js (4.8 MB) stays below 8 MB."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Plots of matplotlib: files for a page and for a paper, in the pages' colours."""
+"""matplotlib plots for pages and papers, in the pages' colours."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .figures import Figure
 
 FOR_PAPERS: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 SETTINGS: Any = {"svg.hashsalt": "mask_head_plugin", "pdf.fonttype": 42}
-"""The same plot is the same bytes; text in PDFs is TrueType, as publishers ask."""
+"""Equal plots give equal bytes; text in PDFs is TrueType, as publishers require."""
 PANEL_INCHES = (3.4, 2.9)
 STYLES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 
 
 def save_plot(figure: Plot, path: Path) -> None:
-    """Writes a figure of matplotlib as PNG, and next to it as SVG and PDF.
+    """Writes a matplotlib figure as PNG, and next to it as SVG and PDF.
 
     Args:
-        figure: of matplotlib.
+        figure: a matplotlib figure.
         path: of the PNG.
     """
     figure.savefig(path, dpi=120)
@@ -32,7 +32,7 @@ def save_plot(figure: Plot, path: Path) -> None:
 
 
 def save_curves(figures: Sequence[Figure], folder: Path) -> None:
-    """Writes those figures of a page that are curves as NAME.svg and NAME.pdf.
+    """Writes those of a page's figures that are curves as NAME.svg and NAME.pdf.
 
     Plotly itself needs a browser for that; from the page, its camera button saves any figure.
 
@@ -46,7 +46,7 @@ def save_curves(figures: Sequence[Figure], folder: Path) -> None:
 
 
 def label_bars(axes: Any, bars: Any, form: str) -> None:
-    """Writes the number of each bar next to it, on white, so that no line strikes it through."""
+    """Writes each bar's number next to it, on white, so that no line crosses it."""
     ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     axes.bar_label(bars, fmt=form, padding=3, fontsize=8, bbox=ground, zorder=5)
 
@@ -58,7 +58,7 @@ def _save_for_papers(figure: Plot, path: Path) -> None:
 
 
 def _curves(figure: Figure) -> Plot:
-    """Returns a plot of matplotlib with the curves of one of plotly's, in one row of panels."""
+    """Returns a matplotlib plot with the curves of a plotly figure, in one row of panels."""
     source = figure.figure
     names = sorted({trace.xaxis or "x" for trace in source.data}, key=lambda x: int(x[1:] or 1))
     width, height = PANEL_INCHES
@@ -82,7 +82,7 @@ def _curves(figure: Figure) -> Plot:
 
 def _add(axes: Any, trace: Any) -> None:
     x, y = list(trace.x), [float("nan") if value is None else value for value in trace.y]
-    if trace.fill == "toself":  # the band of a curve: there above, and back below
+    if trace.fill == "toself":  # the band of a curve: forth along the top, back along the bottom
         half = len(x) // 2
         colour = [int(part) / 255 for part in trace.fillcolor[5:].split(",")[:3]]
         axes.fill_between(x[:half], y[:half], y[half:][::-1], color=colour, alpha=0.2, lw=0)
@@ -100,5 +100,5 @@ def _add(axes: Any, trace: Any) -> None:
 
 
 def _plain(text: str) -> str:
-    """Returns what plotly takes for HTML as a text."""
+    """Returns plotly's HTML as plain text."""
     return html.unescape(text.replace("<br>", " ").replace("%&#123;", "%{"))

@@ -14,11 +14,11 @@ PACKAGES = ("jinja2", "plotly")
 
 
 def check_packages(page: str, written: Path) -> None:
-    """Raises a ConfigError if a page cannot be made here.
+    """Raises a ConfigError if a page cannot be made on this machine.
 
     Args:
         page: name of its file.
-        written: what is there without it.
+        written: what was written without it.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
@@ -29,13 +29,13 @@ def check_packages(page: str, written: Path) -> None:
 
 
 def render(template: Path, **values: Any) -> str:
-    """Returns a page that holds all it needs, scripts too. Needs jinja2 and plotly.
+    """Returns a self-contained page, including its scripts. Needs jinja2 and plotly.
 
     Args:
         template: a file that extends ``page.html.j2``.
         **values: what the template shows; ``title`` and ``figures`` are asked for by all.
     """
-    # Imported here, so that the package works where the extra is missing.
+    # Imported here, so that the package works without the extra.
     import jinja2
     from plotly.offline import get_plotlyjs
 

@@ -1,4 +1,4 @@
-"""Tables of pages, the same for Markdown, HTML, CSV and LaTeX."""
+"""Tables for pages, the same in Markdown, HTML, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LATEX_SIGNS = {
     "▼": r"$\downarrow$",
     "≈": r"$\approx$",
 }
-"""What LaTeX takes for commands, and signs of ours that its fonts lack."""
+"""Characters that LaTeX reads as commands, and signs of ours that its fonts lack."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Column:
 
     Attributes:
         key: its name in a link such as ``report.html#sort=-difference``.
-        label: what is written above it.
-        meaning: a sentence on it.
-        is_text: whether it holds texts and not numbers.
-        is_optional: whether it is left out where it has no content.
+        label: the heading above it.
+        meaning: a sentence about it.
+        is_text: whether it holds texts instead of numbers.
+        is_optional: whether it is omitted if it has no content.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows, and by what it is sorted: a number, nan for none, or a text."""
+    """What a cell shows, and its sorting value: a number, nan for none, or a text."""
 
     text: str
     value: float | str
@@ -66,12 +66,12 @@ class Table:
 
 
 def number(value: float, form: str = ".2f") -> str:
-    """Returns a number with a true minus, a dash for nan."""
+    """Returns a number with a true minus sign; a dash for nan."""
     return f"{value:{form}}".replace("-", MINUS) if math.isfinite(value) else NOTHING
 
 
 def markdown(table: Table) -> str:
-    """Returns a table as GitHub's Markdown has it; numbers to the right."""
+    """Returns a table in GitHub's Markdown, with numbers on the right."""
     cells: list[Sequence[Any]] = [[cell.text for cell in row] for row in table.rows]
     lines = [_markdown_row([column.label for column in table.columns])]
     lines.append("|" + "|".join("---" if c.is_text else "---:" for c in table.columns) + "|")
@@ -79,7 +79,7 @@ def markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """Returns a table for programs: keys above, numbers in full, nothing where there is none."""
+    """Returns a table for programs: keys as headings, numbers in full, empty cells for none."""
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\n")
     writer.writerow([column.key for column in table.columns])
@@ -90,7 +90,7 @@ def as_csv(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """Returns a table for a paper, with the lines of the package booktabs; as the page shows it."""
+    """Returns a table for a paper, as the page shows it, with the rules of the package booktabs."""
     alignment = "".join("l" if column.is_text else "r" for column in table.columns)
     rows = [[escape_latex(cell.text) for cell in row] for row in table.rows]
     lines = [
@@ -107,7 +107,7 @@ def latex(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Returns a text that LaTeX shows as it is, in one line."""
+    """Returns a text, escaped for LaTeX, in one line."""
     shown = "".join(LATEX_SIGNS.get(sign, sign) for sign in text)
     return " ".join(shown.split())
 
@@ -117,7 +117,7 @@ def _markdown_row(texts: Sequence[str]) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Returns a text that Markdown shows as it is, in one line."""
+    """Returns a text, escaped for Markdown, in one line."""
     for sign, shown in {"&": "&amp;", "<": "&lt;", ">": "&gt;"}.items():
         text = text.replace(sign, shown)
     # An underscore within a word has no meaning; config keys stay readable.

@@ -75,7 +75,7 @@ def test_a_counterpart_has_its_stock_model_too(small):
         assert modules[0].startswith("detectron2.") and modules[1].startswith("mask_head_plugin.")
     file.write_text(file.read_text() + "model.roi_heads.mask_pooler.reduction = 'max'\n")
     with pytest.raises(
-        ConfigError, match=r"stock model to compare with cannot be made: .*reduction"
+        ConfigError, match=r"stock model to compare with cannot be built: .*reduction"
     ):
         twins.load_twins(cfg, weights, str(file))
 

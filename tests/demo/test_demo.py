@@ -527,7 +527,7 @@ def test_equal_names_are_numbered_and_equal_files_taken_once(images, tmp_path):
         (["--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "7"], "of another shape: roi_heads."),
         (
             ["--semantic", "--opts", *NO_MASKS],
-            "--semantic paints masks, and MODEL.MASK_ON is False",
+            "--semantic needs masks, but MODEL.MASK_ON is False",
         ),
     ],
 )
