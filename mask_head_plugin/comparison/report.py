@@ -57,8 +57,8 @@ def write_markdown(comparison: Comparison, pictures: Sequence[Path], path: Path)
         f"Data: `{comparison.dataset}`, {a.images} images.",
         f"## Detections\n\n{_agreement_table(comparison)}",
         "Detections are matched by class and place; the order may differ where scores are within "
-        f"{SCORE_TOLERANCE:g}. Boxes and masks are in the image's own size. A pixel is "
-        f"next to the threshold if the mask's value there is within {THRESHOLD_TOLERANCE:g} of 0.5.",
+        f"{SCORE_TOLERANCE:g}. Boxes and masks are in the image's own size. A pixel "
+        f"is next to the threshold if the mask's value is within {THRESHOLD_TOLERANCE:g} of 0.5.",
         f"## AP in percent\n\n{_ap_table(comparison)}",
         f"## Time and memory of an image\n\n{_cost_table(comparison)}",
         f"On {comparison.device}. Medians; one image at a time, both models in turn, without "

@@ -1,4 +1,4 @@
-"""Trained models outside of Python's laboratory: export, and a runtime without PyTorch.
+"""Trained models outside of PyTorch: export, and a runtime.
 
 Import from the modules: the runtime must not load what the exporter needs.
 """

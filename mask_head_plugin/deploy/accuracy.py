@@ -1,6 +1,7 @@
-"""How much a quantised model has lost: its AP against the trained model's, and their agreement.
+"""Measures what a quantised model has lost: its AP against the trained model's, and their
+agreement.
 
-Quantisation moves every number, so differences of single numbers, as in ``parity``, tell nothing.
+Quantisation changes every number, so differences of single numbers, as in ``parity``, say nothing.
 
 Shape alphabet: R detections, M mask side.
 """
@@ -35,19 +36,20 @@ from .samples import Sample, read_sample, usable_dataset
 logger = logging.getLogger(__name__)
 
 MOST_AP_LOSS = 1.0
-"""Points of AP, of boxes and of masks, by which the two may differ. More is tolerated where it may
-be by chance, for the images are few: where the 95% interval of the difference has 0 in it."""
+"""Points of AP, of boxes and of masks, by which the two may differ. More is tolerated if it may be
+chance because there are few images: if the 95% interval of the difference includes 0.
+"""
 
 LEAST_AGREEMENT = 0.9
 """Share of confident detections that both must have, and mean IoU that their masks must have."""
 
 SURE = 0.5
-"""The score from which on the other model must also have a detection."""
+"""Score from which the other model must also have a detection."""
 
 SIDES = ("trained", "exported")
 
 MOST_IMAGES = 200
-"""Of a data set, spread evenly, that both models are run on."""
+"""Most images of a data set, spread evenly, that both models are run on."""
 
 
 @dataclass
@@ -58,9 +60,9 @@ class Accuracy:
         counts: detections of the trained model in each image.
         mask_side: M, of models with masks.
         num_sure: detections that either model has with a score of at least SURE.
-        num_agreeing: those of them that the other also has.
+        num_agreeing: those that the other model also has.
         ious: of the masks of detections that both have.
-        dataset: that AP was computed on, and its number of images; None if none was there.
+        dataset: the one that AP was computed on, and its number of images; None if there was none.
         ap: by task, the trained model's (baseline) and the exported one's (value).
     """
 
@@ -90,13 +92,15 @@ class Accuracy:
 
     @property
     def agreement(self) -> dict[str, float]:
-        """Returns the share of detections that agree, and the mean IoU of masks; 1 of none."""
+        """Returns the share of detections that agree, and the mean IoU of masks; 1 if there are
+        none.
+        """
         shares = {"detections": self.num_agreeing / self.num_sure if self.num_sure else 1.0}
         return {**shares, **({"masks": float(np.mean(self.ious))} if self.ious else {})}
 
     @property
     def unlike(self) -> list[str]:
-        """Returns what differs beyond the tolerance, a line each."""
+        """Returns what differs beyond the tolerance, one line each."""
         lines = [
             f"{task} AP on {self.dataset} is {ap.value:.2f}, and the trained model's "
             f"{ap.baseline:.2f}; {MOST_AP_LOSS:g} point is tolerated"
@@ -128,7 +132,7 @@ def compare_accuracy(
     samples: Sequence[Sample],
     size: tuple[int, int] | None,
 ) -> Accuracy:
-    """Runs both models on images and on DATASETS.TEST where that is on this machine.
+    """Runs both models on images and, if it is on this machine, on DATASETS.TEST.
 
     Args:
         cfg: of the model.
@@ -190,7 +194,7 @@ def _in_image(outputs: Outputs, seen_hw: Any, image_hw: tuple[int, int]) -> Inst
 
     Args:
         outputs: by name.
-        seen_hw: at which the model saw the image.
+        seen_hw: size at which the model saw the image.
         image_hw: H, W.
     """
     tensors = {name: torch.from_numpy(values) for name, values in outputs.items()}

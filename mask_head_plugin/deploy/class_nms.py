@@ -13,21 +13,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NO_CANDIDATE = float("-inf")
-"""The score of a box that is not considered."""
+"""Score of a box that is not considered."""
 
 
 def class_nms(
     boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int, image_edge: Tensor
 ) -> Tensor:
-    """Keeps the boxes that overlap no better one of their group by more than the threshold.
+    """Keeps boxes that do not overlap a better one of their group by more than the threshold.
 
     Differs from torchvision.ops.batched_nms in that groups never touch each other by rounding.
 
     Args:
         boxes: (G, R, 4), inside the image.
-        scores: (G, R); NO_CANDIDATE for those that are out.
+        scores: (G, R); NO_CANDIDATE for excluded boxes.
         iou_threshold: in [0, 1].
-        limit: how many of a group are enough; below 0: all.
+        limit: most boxes kept in a group; below 0: all.
         image_edge: (4,), above all coordinates.
 
     Returns:
@@ -40,7 +40,7 @@ def class_nms(
     # In float64, moving a group away from the others does not round its boxes.
     group = (index // scores.shape[1]).double()[:, None]
     apart = boxes.reshape(-1, 4)[index].double() + group * (image_edge.max().double() + 1)
-    # torch.export takes for granted that two boxes are kept at least: two empty ones, the last.
+    # torch.export assumes that at least two boxes are kept: two empty ones, the last.
     apart = F.pad(apart, [0, 0, 0, 2])
     ranks = F.pad(scores.reshape(-1)[index].double(), [0, 2], value=NO_CANDIDATE)
     kept = torchvision.ops.nms(apart, ranks, iou_threshold)
@@ -52,7 +52,7 @@ class _NonMaxSuppression(torch.autograd.Function):
 
     @staticmethod
     def forward(_ctx: Any, _boxes: Tensor, scores: Tensor, *_options: Any) -> Tensor:
-        """Returns something of the right shape: a trace needs no more."""
+        """Returns any result of the right shape, which is enough for a trace."""
         return torch.zeros(min(scores.numel(), 1), 3, dtype=torch.int64)
 
     @staticmethod

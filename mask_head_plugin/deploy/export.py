@@ -1,7 +1,8 @@
-"""Writes a trained model as a file that runs without its code, and makes sure that it is the same.
+"""Exports a trained model as a file that runs without its code, and checks that it gives the same
+results.
 
-What cannot be exported is refused before anything is converted. The file gets its name only once it
-has been run and found to agree with the trained model.
+Models that cannot be exported are refused before anything is converted. The file gets its name only
+after it has been run and agrees with the trained model.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ PASTE = (
 PRECISIONS = (*TOLERANCES, "int8")
 
 LARGEST_TOO_SMALL = 64
-"""Up to this side torch.export takes a map for one whose size is fixed, at a stride of 32."""
+"""Up to this side, torch.export treats a map of stride 32 as one of fixed size."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ExportOptions:
         size: height and width of every image, padded; None for any size.
         opset: of ONNX; None for DEFAULT_OPSET.
         precision: one of PRECISIONS.
-        calibration_images: files that int8 is calibrated on; none for some of DATASETS.TRAIN.
+        calibration_images: files that int8 is calibrated on; empty for some of DATASETS.TRAIN.
     """
 
     file_format: str
@@ -107,7 +108,7 @@ def export_model(
         opts: "KEY VALUE" pairs in one flat list, MODEL.WEIGHTS among them.
         output: the folder, created if missing.
         options: of the export.
-        images: files to compare both models on; those of DATASETS.TEST if there are none.
+        images: files to compare both models on; if empty, some of DATASETS.TEST.
         overwrite: replace a model that is in the folder.
 
     Returns:
@@ -115,7 +116,7 @@ def export_model(
 
     Raises:
         ConfigError: if a setting, a file or the folder cannot be used, if something of the model
-            cannot be exported, or if what was exported is not the same. No file is left then.
+            cannot be exported, or if the exported model differs. No file is left then.
         OSError: if a file cannot be written.
     """
     check_options(options)
@@ -196,17 +197,17 @@ def _compared(
     made: Sequence[Sample],
     options: ExportOptions,
 ) -> Parity | Accuracy:
-    """Runs the trained and the exported model on the user's images and on made ones."""
+    """Runs the trained and the exported model on the user's images and on synthetic ones."""
     if options.precision != "int8":
         tolerance = TOLERANCES[options.precision]
         return compare(model, run, [*samples, *made], tolerance, options.size)
-    for sample in made:  # other sizes, and images in which nothing is found
+    for sample in made:  # other sizes, and images in which little is found
         run(sample.image)
     return compare_accuracy(cfg, model, run, samples, options.size)
 
 
 def _progress() -> Callable[[str], None]:
-    """Returns a function that logs what is being done, and the seconds since now."""
+    """Returns a function that logs what is being done, with the seconds since this call."""
     start = time.perf_counter()
     return lambda text: logger.info("%4.0f s  %s", time.perf_counter() - start, text)
 
@@ -230,7 +231,7 @@ def _samples(cfg: CfgNode, options: ExportOptions, images: Sequence[str]) -> lis
     """Returns the user's images that both models are compared on.
 
     Raises:
-        ConfigError: if int8 has no images to be compared on, nor a data set.
+        ConfigError: if int8 has neither images nor a data set to compare on.
     """
     reason = "no image of DATASETS.TEST is on this machine"
     if options.precision == "int8" and not images:
@@ -239,7 +240,7 @@ def _samples(cfg: CfgNode, options: ExportOptions, images: Sequence[str]) -> lis
         except ConfigError as error:
             reason = str(error)
         else:
-            return []  # more of its images are compared than samples are
+            return []  # more of its images than these samples are compared
     samples = sample_images(cfg, images, options.size)
     if not samples and options.precision == "int8":
         raise ConfigError(f"--precision int8 needs images to compare on: name --images: {reason}")
@@ -264,7 +265,7 @@ def _check_sizes(samples: Sequence[Sample], options: ExportOptions) -> None:
 
 @contextlib.contextmanager
 def _named_errors(options: ExportOptions) -> Iterator[None]:
-    """Makes whatever an exporter or a runtime may raise a ConfigError."""
+    """Turns any error of an exporter or a runtime into a ConfigError."""
     try:
         yield
     except ConfigError:
@@ -278,7 +279,7 @@ def _named_errors(options: ExportOptions) -> Iterator[None]:
 
 
 def _exportable(model: Any, options: ExportOptions) -> ExportableMaskRCNN:
-    """Returns what is converted."""
+    """Returns the module that is converted."""
     if options.precision != "fp16":
         return ExportableMaskRCNN(model).eval()
     exportable = ExportableMaskRCNN(copy.deepcopy(model))
@@ -289,7 +290,7 @@ def _exportable(model: Any, options: ExportOptions) -> ExportableMaskRCNN:
 def _converted(
     exportable: ExportableMaskRCNN, samples: Sequence[Sample], options: ExportOptions, folder: Path
 ) -> Path:
-    # Not a square: torch.export might take equal sides for one.
+    # Not a square: torch.export might treat equal sides as one.
     image = next(
         (x.image for x in samples if x.image.shape[1] != x.image.shape[2]), samples[0].image
     )
@@ -304,7 +305,7 @@ def _quantise(
     options: ExportOptions,
     images: Sequence[str],
 ) -> None:
-    """Makes a converted model 8 bits wide.
+    """Quantises a converted model to 8 bits.
 
     Raises:
         ConfigError: if the model finds nothing in the images.
@@ -331,13 +332,15 @@ def check_options(options: ExportOptions) -> None:
         if value not in choices:
             raise ConfigError(f"{flag} {value!r} is not one of {listed(list(choices))}")
     if options.precision == "int8" and options.file_format != "onnx":
-        raise ConfigError(f"--precision int8 is ONNX's, and --format is {options.file_format}")
+        raise ConfigError(
+            f"--precision int8 is only for ONNX, but --format is {options.file_format}"
+        )
     if options.calibration_images and options.precision != "int8":
         raise ConfigError(
-            f"--calibration-images are for --precision int8, and it is {options.precision}"
+            f"--calibration-images are only for --precision int8, but it is {options.precision}"
         )
     if options.opset is not None and options.file_format != "onnx":
-        raise ConfigError(f"--opset is ONNX's, and --format is {options.file_format}")
+        raise ConfigError(f"--opset is only for ONNX, but --format is {options.file_format}")
     if options.opset is not None and options.opset not in OPSETS:
         raise ConfigError(f"--opset {options.opset} is not from {OPSETS[0]} to {OPSETS[-1]}")
     if options.size is not None and min(options.size) < 1:

@@ -1,8 +1,9 @@
 """A trained Mask R-CNN as one function of tensors, which every exporter of PyTorch can follow.
 
 detectron2's models pass lists of Instances and take Python's branches on numbers of boxes. This
-module holds the same layers, with the same weights, and does what lies between them with tensors
-alone: any image size and any number of detections, none included. There is one image at a time.
+module holds the same layers with the same weights, and computes everything between them with
+tensors only: for any image size and any number of detections, including none. It takes one image at
+a time.
 
 Shape alphabet: L feature maps of the RPN, A anchors a place, R RoIs, K classes, C channels, M mask
 side, H and W image or map sides.
@@ -27,7 +28,7 @@ from .class_nms import NO_CANDIDATE, class_nms
 
 
 class ExportableMaskRCNN(nn.Module):
-    """Images in, detections out, as ``model.inference(..., do_postprocess=False)`` finds them.
+    """Returns the detections of ``model.inference(..., do_postprocess=False)`` for an image.
 
     Its layers are those of the model, not copies. deploy.refusals says which models it takes.
     """
@@ -62,7 +63,7 @@ class ExportableMaskRCNN(nn.Module):
         return [*names, "mask_scores"] if self.has_mask_scores else names
 
     def halve(self) -> None:
-        """Makes the weights of all layers half precision, in place."""
+        """Converts the weights of all layers to half precision, in place."""
         heads = self.model.roi_heads
         self.model.backbone.half()
         self.model.proposal_generator.rpn_head.half()
@@ -74,8 +75,8 @@ class ExportableMaskRCNN(nn.Module):
         """
         Args:
             image: (C, H, W) float32 pixels as the model's config reads them, already resized.
-            image_hw: (2,) int64, the part at the top left that is image; the rest is padding,
-                whatever is in it. None if all is image.
+            image_hw: (2,) int64, the size of the image, at the top left; the rest is padding with
+                any content. None if there is no padding.
 
         Returns:
             Best first: boxes (R, 4) in pixels of ``image``, scores (R,), classes (R,) int64, with
@@ -116,8 +117,8 @@ class ExportableMaskRCNN(nn.Module):
     def _propose(self, features: dict[str, Tensor], image_edge: Tensor) -> Tensor:
         """Returns the (R, 4) boxes of detectron2's find_top_rpn_proposals, best first.
 
-        Only the best anchors of a map are made boxes. A map with fewer than are wanted is filled up
-        with anchors that are not candidates, so that sizes are fixed up to the suppression.
+        Only the best anchors of a map become boxes. A map with too few is filled up with anchors
+        that are not candidates, so that sizes are fixed until the suppression.
         """
         rpn = self.model.proposal_generator
         maps = [features[name] for name in rpn.in_features]
@@ -162,7 +163,7 @@ class ExportableMaskRCNN(nn.Module):
     def _find_cascade(
         self, maps: list[Tensor], boxes: Tensor, image_edge: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores are the mean of all stages', boxes the last one's, as in CascadeROIHeads."""
+        """Scores are the mean over all stages, boxes those of the last, as in CascadeROIHeads."""
         heads = self.model.roi_heads
         probs = []
         for stage, (head, predictor) in enumerate(
@@ -182,7 +183,7 @@ class ExportableMaskRCNN(nn.Module):
         """Returns the boxes, scores and classes of detectron2's fast_rcnn_inference.
 
         Args:
-            predictor: its thresholds count.
+            predictor: gives the thresholds.
             boxes: (R, 4 K), or (R, 4) for class-agnostic boxes.
             probs: (R, K + 1).
             image_edge: see _prepare.
@@ -220,7 +221,7 @@ class ExportableMaskRCNN(nn.Module):
 
 
 def last_predictor(model: Any) -> Any:
-    """Returns the box predictor, of a cascade the last one's, whose thresholds count."""
+    """Returns the box predictor (of a cascade, the last one), whose thresholds count."""
     predictor = model.roi_heads.box_predictor
     return predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
 
@@ -253,13 +254,13 @@ def _clip(boxes: Tensor, image_edge: Tensor) -> Tensor:
 
 
 def _best(kept: Tensor, scores: Tensor, limit: int) -> Tensor:
-    """Returns the flat indices of what was kept, best first and at most the limit."""
+    """Returns the flat indices of kept boxes, best first, at most the limit."""
     order = scores.reshape(-1)[kept].sort(descending=True)[1]
     return kept[order[:limit] if limit >= 0 else order]
 
 
 def _scalar(size: Any) -> Tensor:
-    """Returns a size as an int64 tensor that a trace computes and does not keep as a number."""
+    """Returns a size as an int64 tensor, which a trace computes instead of fixing it."""
     return torch.full((), size, dtype=torch.int64)
 
 
@@ -268,7 +269,7 @@ def _is_res5(heads: nn.Module) -> bool:
 
 
 def plugin_pooler(pooler: Any) -> Any:
-    """Returns the plugin's pooler that computes what one of detectron2's does.
+    """Returns the plugin's counterpart of a detectron2 pooler.
 
     Args:
         pooler: a MultiLevelRoIPooler, which is returned, or a ROIPooler.

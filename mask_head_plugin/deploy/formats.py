@@ -1,4 +1,4 @@
-"""The formats of an exported model: how its files are made, and how they are run.
+"""Formats of exported models: how to write their files, and how to run them.
 
 Shape alphabet: C channels, H and W image sides.
 """
@@ -29,13 +29,12 @@ Inputs = tuple[Tensor, ...]
 
 
 def to_onnx(model: ExportableMaskRCNN, inputs: Inputs, opset: int, path: Path) -> None:
-    """Writes a checked model of ONNX's own operators.
+    """Writes and checks a model with only ONNX's own operators.
 
-    Its weights are in a file of their own, EXTERNAL_DATA, where they are too large for ONNX's file
-    (2 GB).
+    Weights too large for an ONNX file (2 GB) go into a separate file, EXTERNAL_DATA.
 
-    It is the trace that is written down: PyTorch's exporter of exported programs is many times
-    slower, and cannot write the suppression of all classes as one operator.
+    It uses PyTorch's exporter of traces: the exporter of exported programs is many times slower,
+    and cannot write the suppression of all classes as one operator.
     """
     import onnx  # of the extra "deploy", as onnxruntime
 
@@ -88,8 +87,8 @@ def converted(
     """
     path = folder / MODEL_FILES[file_format]
     with torch.no_grad(), warnings.catch_warnings():
-        # Of what a trace fixes, such as the number of channels, and of interfaces that PyTorch
-        # advises against: what comes out is compared with the model.
+        # Warnings about what a trace fixes, such as the number of channels, and about interfaces
+        # that PyTorch advises against: the result is compared with the model.
         warnings.simplefilter("ignore")
         if file_format == "onnx":
             to_onnx(model, inputs, opset, path)
@@ -118,12 +117,12 @@ def runner(path: Path, file_format: str, names: Sequence[str], size: tuple[int, 
 
 
 def model_inputs(image: Tensor, size: tuple[int, int] | None) -> Inputs:
-    """Returns what an exported model is given for an image that fits into its size."""
+    """Returns an exported model's inputs for an image that fits into its size."""
     return (image,) if size is None else padded(image, size)
 
 
 def padded(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Returns the image with zeros at the right and below, and its own height and width."""
+    """Returns the image padded with zeros on the right and below, and its own height and width."""
     below, right = size[0] - image.shape[1], size[1] - image.shape[2]
     filled = torch.nn.functional.pad(image, [0, right, 0, below])
     return filled, torch.tensor(image.shape[1:])

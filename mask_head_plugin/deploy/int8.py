@@ -1,8 +1,8 @@
 """Static quantisation of an ONNX model: weights and activations of its layers in 8 bits.
 
-Activations get the range that they have on calibration images. Boxes, scores and RoI pooling stay
-float32, as inputs and outputs do. What comes out are ONNX's own QuantizeLinear and DequantizeLinear
-around each layer, which runtimes fuse into integer layers.
+The ranges of activations are measured on calibration images. Boxes, scores, RoI pooling, inputs and
+outputs stay float32. The result has ONNX's own QuantizeLinear and DequantizeLinear around each
+layer, which runtimes fuse into integer layers.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from .formats import Inputs
 NUM_CALIBRATION_IMAGES = 64
 
 QUANTISED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Relu")
-"""Those of layers. ReLU is one of them so that it becomes part of the layer before it."""
+"""Operators of layers. ReLU is included so that it becomes part of the layer before it."""
 
 PREDICTORS = ("objectness_logits", "anchor_deltas", "cls_score", "bbox_pred")
-"""Layers that scores and boxes come from stay float32: they are small, and 256 steps are coarse."""
+"""Layers that compute scores and boxes stay float32: they are small, and 256 steps are coarse."""
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
 
 def quantise(path: Path, images: Sequence[str], read: Callable[[str], Inputs]) -> None:
-    """Makes weights and activations of a model 8 bits wide, in its file.
+    """Quantises weights and activations of a model to 8 bits, in its file.
 
     Args:
         path: of a float32 model of ONNX.
-        images: to calibrate on; the model should find something in one of them at least, for what
-            its mask head is given to be known.
+        images: to calibrate on; the model should find something in at least one, so that its mask
+            head gets inputs.
         read: returns the inputs of the model for an image.
     """
     import onnx
@@ -44,7 +44,7 @@ def quantise(path: Path, images: Sequence[str], read: Callable[[str], Inputs]) -
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         prepared, result = Path(folder, "prepared.onnx"), Path(folder, path.name)
-        # Only shapes: its optimisation may write operators of onnxruntime's own.
+        # Only shapes: optimisation may write operators that only onnxruntime knows.
         quant_pre_process(path, prepared, skip_symbolic_shape=True, skip_optimization=True)
         quantize_static(
             prepared,
@@ -54,7 +54,7 @@ def quantise(path: Path, images: Sequence[str], read: Callable[[str], Inputs]) -
             op_types_to_quantize=list(QUANTISED_OPERATORS),
             nodes_to_exclude=_kept(onnx.load(prepared).graph),
             per_channel=True,
-            # Of 7 bits: sums of products of 8 overflow 16 bits on processors without VNNI, so that
+            # 7 bits: with 8, sums of products overflow 16 bits on processors without VNNI, so that
             # results would depend on the machine.
             reduce_range=True,
             activation_type=QuantType.QUInt8,
@@ -66,7 +66,7 @@ def quantise(path: Path, images: Sequence[str], read: Callable[[str], Inputs]) -
 
 
 def _kept(graph: Any) -> list[str]:
-    """Returns the names of nodes that stay float32: predictors, and products of no weights."""
+    """Returns the names of nodes that stay float32: predictors, and products without weights."""
     weights = {x.name for x in graph.initializer}
     return [
         node.name
@@ -77,7 +77,7 @@ def _kept(graph: Any) -> list[str]:
 
 
 def _reader(images: Sequence[str], read: Callable[[str], Inputs]) -> Any:
-    """Returns what onnxruntime takes calibration images from."""
+    """Returns onnxruntime's reader of calibration images."""
     from onnxruntime.quantization import CalibrationDataReader
 
     def feeds() -> Iterator[Feed]:

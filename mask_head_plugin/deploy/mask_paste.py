@@ -1,11 +1,11 @@
-"""Masks from probabilities to run lengths, without PyTorch and without drawing them.
+"""Turns mask probabilities into run lengths, without PyTorch and without drawing masks.
 
-``ops.mask_rle`` in NumPy, a mask at a time: along each column of pixels that a box has, the pasted
-surface is linear between the mask's rows, and the runs are where it crosses the threshold. Time and
-memory of a mask are the width of its box times M, however tall the box and the image.
+``ops.mask_rle`` in NumPy, one mask at a time: along each pixel column of a box, the pasted surface
+is linear between the mask's rows, and runs begin and end where it crosses the threshold. A mask
+takes time and memory in proportion to the width of its box times M, however tall box and image are.
 
-Differs from ``ops.mask_rle`` in that a crossing within rounding of a pixel's centre may be taken to
-be on its other side.
+Differs from ``ops.mask_rle``: a crossing within rounding of a pixel's centre may fall on its other
+side.
 
 Shape alphabet: R RoIs, M mask side, H and W sides of the image, J pixel columns of a box, X
 crossings.
@@ -25,7 +25,7 @@ NOTHING = np.zeros(0, np.int64)
 def paste_masks(
     mask_probs: FloatArray, boxes: FloatArray, image_hw: tuple[int, int], threshold: float
 ) -> list[Rle]:
-    """Returns the encodings, counts as text, of masks as they lie in the image.
+    """Returns the encodings (counts as text) of masks at their places in the image.
 
     Args:
         mask_probs: (R, M, M) in [0, 1]. NaN counts as 0.

@@ -1,4 +1,4 @@
-"""Where an exported model goes: one export at a time, and only complete models."""
+"""The folder of an exported model: one export at a time, and only complete models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .model_folder import DESCRIPTION, EXTERNAL_DATA, MODEL_FILES, ModelDescript
 
 @contextlib.contextmanager
 def sole_export(output: Path) -> Iterator[None]:
-    """Makes the folder and keeps other exports from it; one that stays empty is removed again.
+    """Creates the folder and keeps other exports out of it; if it stays empty, it is removed again.
 
     Raises:
         ConfigError: if the folder cannot be written to, or another export does.
@@ -45,7 +45,7 @@ def sole_export(output: Path) -> Iterator[None]:
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises a ConfigError if the folder has a model that is not to be overwritten."""
+    """Raises a ConfigError if the folder has a model that must not be overwritten."""
     taken = [name for name in (DESCRIPTION, *MODEL_FILES.values()) if (output / name).exists()]
     if taken and not overwrite:
         raise ConfigError(
@@ -54,7 +54,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def write_model(output: Path, folder: Path, description: ModelDescription) -> None:
-    """Copies the files of a model; those that were there are gone only once the new are whole.
+    """Copies the files of a model; old ones are removed only when the new ones are complete.
 
     Args:
         output: where they go.
@@ -62,12 +62,12 @@ def write_model(output: Path, folder: Path, description: ModelDescription) -> No
         description: of the model, which also becomes a file.
 
     Raises:
-        OSError: if a file cannot be written; what was in the folder is still there then.
+        OSError: if a file cannot be written; the folder then keeps its content.
     """
     described, files = output / DESCRIPTION, [description.model.file, *description.model.data]
 
     def write(rest: list[str]) -> None:
-        if not rest:  # all are whole; the old description would speak of other files
+        if not rest:  # all are complete; the old description would describe other files
             described.unlink(missing_ok=True)
             return
         with (folder / rest[0]).open("rb") as source:

@@ -1,4 +1,4 @@
-"""How far an exported model is from the trained one, detection by detection.
+"""Measures how far an exported model is from the trained one, detection by detection.
 
 Shape alphabet: R detections, M mask side.
 """
@@ -26,15 +26,15 @@ TOLERANCES: Mapping[str, Mapping[str, float]] = {
     "fp32": {"boxes": 1e-2, "scores": 1e-4, "mask_probs": 1e-3, "mask_scores": 1e-4},
     "fp16": {"boxes": 2.0, "scores": 2e-2, "mask_probs": 1e-1, "mask_scores": 2e-2},
 }
-"""Largest difference of each output that is rounding: boxes in pixels of the model's input.
+"""Largest difference of each output that counts as rounding: boxes in pixels of the model's input.
 
-Those of masks hold for logits of trained models, of which few exceed 10. Rounding grows with them:
-a DC5 model with random weights and logits of about 25 differs by up to 2e-3 from its export, and
-both by up to 4e-3 from float64.
+The one of masks holds for logits of trained models, few of which exceed 10. Rounding grows with
+them: a DC5 model with random weights and logits of about 25 differs by up to 2e-3 from its export,
+and both by up to 4e-3 from float64.
 """
 
 ROUNDING = 1e-3
-"""Of pixel values up to 255: less than a model in float32 tells apart."""
+"""Change of pixel values (up to 255): less than a float32 model can distinguish."""
 
 
 @dataclass
@@ -46,9 +46,9 @@ class Parity:
         largest: the largest difference of each output so far.
         mask_side: M, of models with masks.
         counts: detections of each image.
-        unlike: what differs beyond the tolerance, a line each.
-        undecided: images on which the trained model itself finds other things after a change of the
-            size of rounding, as where hundreds of proposals of one colour have one score.
+        unlike: what differs beyond the tolerance, one line each.
+        undecided: images in which the trained model itself finds other things after a change of the
+            size of rounding, e.g. where hundreds of proposals of one colour have equal scores.
     """
 
     tolerance: Mapping[str, float]
@@ -71,7 +71,8 @@ class Parity:
         if "mask_probs" in expected:
             self.mask_side = expected["mask_probs"].shape[-1]
         pairs = matched(expected, found)
-        # Of detections with the score of the cut, as one colour has them, either may have others.
+        # Among detections with the score of the cut, e.g. of one colour, either model may choose
+        # others.
         a, b = expected["boxes"][pairs[:, 0]], found["boxes"][pairs[:, 1]]
         is_apart = np.abs(a - b).max(axis=1, initial=0) > self.tolerance["boxes"]
         is_sure = expected["scores"][pairs[:, 0]] > cut + self.tolerance["scores"]
@@ -99,7 +100,7 @@ class Parity:
                 )
 
     def include(self, other: Parity) -> None:
-        """Adds what was compared elsewhere, with the same tolerance."""
+        """Adds another comparison with the same tolerance."""
         self.mask_side = other.mask_side or self.mask_side
         self.counts += other.counts
         self.unlike += other.unlike
@@ -152,7 +153,7 @@ def compare(
         size: height and width that the exported model pads images to, or None.
 
     Returns:
-        What was compared; unlike also where rounding decides on every image.
+        What was compared; also unlike if rounding decides on every image.
     """
     parity = Parity(tolerance)
     predictor = last_predictor(model)
@@ -178,7 +179,9 @@ def compare(
 
 
 def _rounding(image: Tensor) -> Tensor:
-    """Returns changes of an image, the same in each call, that the model should not notice."""
+    """Returns changed copies of an image, the same in each call, that the model should not
+    distinguish.
+    """
     generator = torch.Generator().manual_seed(0)
     return (2 * torch.rand(image.shape, generator=generator) - 1) * ROUNDING
 
@@ -187,7 +190,7 @@ def _rounding(image: Tensor) -> Tensor:
 def eager_outputs(
     model: GeneralizedRCNN, image: Tensor, size: tuple[int, int] | None = None
 ) -> Outputs:
-    """Returns what the trained model finds in an image, by the names of the exported outputs.
+    """Returns the trained model's detections in an image, under the names of the exported outputs.
 
     Args:
         model: in evaluation mode.

@@ -1,4 +1,4 @@
-"""An exported model on images and videos, with the pictures and files of the demo."""
+"""Runs an exported model on images and videos; writes the pictures and files of the demo."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class ExportedModel:
         Args:
             predictor: of the model.
             confidence_threshold: detections need a higher score; 0 to 1.
-            thresholds: "NAME=SCORE" of classes that need another one.
+            thresholds: "NAME=SCORE" for classes that need another one.
 
         Raises:
-            ConfigError: if the model has not such a class.
+            ConfigError: if a class is not the model's.
         """
         self.predictor = predictor
         self.least = class_thresholds(predictor.class_names, confidence_threshold, thresholds)
@@ -80,13 +80,13 @@ def run_predict(
         inputs: images, videos, folders of them, patterns such as ``photos/*.jpg``.
         output: a folder, created if missing. Nothing in it is overwritten.
         confidence_threshold: detections need a higher score; 0 to 1.
-        thresholds: "NAME=SCORE" of classes that need another one.
+        thresholds: "NAME=SCORE" for classes that need another one.
         semantic: also write semantic maps.
         batch_size: how many images the model gets at a time.
         threads: that onnxruntime computes with; all of the machine if None.
 
     Returns:
-        What went wrong, a line for each input that has no result, or only a part.
+        What went wrong: a line for each input without a complete result.
 
     Raises:
         ConfigError: if an argument, the model or the output folder cannot be used.
@@ -103,7 +103,7 @@ def run_predict(
     predictor = Predictor(folder, threads=threads)
     description = predictor.description
     if semantic and description.mask is None:
-        raise ConfigError(f"--semantic paints masks, and the model in {folder} has none")
+        raise ConfigError(f"--semantic needs masks, but the model in {folder} has none")
     model = ExportedModel(predictor, confidence_threshold, thresholds)
     if float(model.least.min()) < description.score_threshold:
         logger.warning(

@@ -1,4 +1,4 @@
-"""What cannot be exported, named by its config key before anything is exported."""
+"""Refuses what cannot be exported, naming its config key, before anything is exported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..modeling.rcnn import MaskRCNN
 from ..modeling.roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
 from .exportable import ExportableMaskRCNN, mask_probs, plugin_pooler
 
-# A subclass may do anything, so types are compared as they are.
+# A subclass may do anything, so exact types are compared.
 META_ARCHITECTURES = (GeneralizedRCNN, MaskRCNN)
 ROI_HEADS = (
     *(StandardROIHeads, PerClassMaskROIHeads, CascadeROIHeads),
@@ -38,7 +38,7 @@ KNOWN_PACKAGES = ("torch", "torchvision", "fvcore", "detectron2", "mask_head_plu
 
 
 def check_architecture(cfg: CfgNode) -> None:
-    """Refuses what the config alone rules out, before weights are read that may not fit either.
+    """Refuses what the config alone rules out, before weights are read.
 
     Raises:
         ConfigError: naming the key.
@@ -54,7 +54,7 @@ def check_architecture(cfg: CfgNode) -> None:
 
 
 def check_exportable(model: Any) -> None:
-    """Refuses what ExportableMaskRCNN would compute otherwise than the model.
+    """Refuses parts that ExportableMaskRCNN would compute differently from the model.
 
     Raises:
         ConfigError: naming the key.
@@ -79,10 +79,10 @@ def check_exportable(model: Any) -> None:
 
 
 def check_traces(exportable: ExportableMaskRCNN) -> None:
-    """Traces what is the user's own, and compares the traces on a map of another size.
+    """Traces the user's own parts, and compares the traces on a map of another size.
 
     Raises:
-        ConfigError: naming the key of a part that a trace does not hold.
+        ConfigError: naming the key of a part that cannot be traced correctly.
     """
     for key, part, examples in _parts(exportable):
         if all(_is_known(module) for module in part.modules()):
@@ -91,7 +91,7 @@ def check_traces(exportable: ExportableMaskRCNN) -> None:
         try:
             trace = torch.jit.trace(part, examples[0], check_trace=False, strict=False)
             expected, found = (_tensors(x(*examples[1])) for x in (part, trace))
-        except Exception as error:  # whatever code of others may raise
+        except Exception as error:  # any error of somebody else's code
             raise ConfigError(
                 f"{key}: {name} cannot be exported, because PyTorch cannot trace it: "
                 f"{first_line(error)}"
@@ -108,7 +108,7 @@ def check_traces(exportable: ExportableMaskRCNN) -> None:
 
 
 def _parts(exportable: ExportableMaskRCNN) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yields the key of each part that may be of the user's code, the part, and two inputs."""
+    """Yields the key of each part that may be the user's code, the part, and two inputs."""
     model = exportable.model
     backbone, heads = model.backbone, model.roi_heads
     side = 2 * max(backbone.size_divisibility, 32)
@@ -140,7 +140,7 @@ def _parts(exportable: ExportableMaskRCNN) -> Iterator[tuple[str, nn.Module, Any
 
 
 class _MaskProbs(nn.Module):
-    """What is exported of a mask head."""
+    """The parts of a mask head that are exported."""
 
     head: Any
 

@@ -1,4 +1,4 @@
-"""An exported model without detectron2 or PyTorch: NumPy, pycocotools and onnxruntime.
+"""Runs an exported model without detectron2 or PyTorch: NumPy, pycocotools and onnxruntime.
 
     predictor = Predictor("output/exported")
     found = predictor(image)                     # (H, W, 3) uint8 in BGR, as of cv2.imread
@@ -33,7 +33,7 @@ INSTALL = 'pip install "mask_head_plugin[deploy]", or pip install onnxruntime'
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model found in one image, the best first.
+    """What a model found in one image, best first.
 
     Attributes:
         boxes: (R, 4) float32, XYXY in pixels of the image.
@@ -58,7 +58,7 @@ class Prediction:
         return len(self.scores)
 
     def mask(self, index: int) -> npt.NDArray[np.bool_]:
-        """Returns the pixels of a mask, (H, W).
+        """Returns the (H, W) pixels of a mask.
 
         Raises:
             ValueError: if the model has no masks.
@@ -88,7 +88,7 @@ class Predictor:
         Args:
             folder: of the model, exported with ``--format onnx``.
             threads: that onnxruntime computes with; all of the machine if None.
-            providers: of onnxruntime, the preferred first.
+            providers: of onnxruntime, in order of preference.
 
         Raises:
             ModelFolderError: if the folder has no model that can be run, naming the file.
@@ -110,16 +110,16 @@ class Predictor:
     def __call__(self, images: Sequence[ByteArray]) -> list[Prediction]: ...
 
     def __call__(self, images: ByteArray | Sequence[ByteArray]) -> Prediction | list[Prediction]:
-        """Returns what is in an image, or in each of several of any sizes.
+        """Returns the detections in an image, or in each of several images of any sizes.
 
         They are run one after the other: each takes all threads.
 
         Args:
-            images: (H, W, 3) uint8 in BGR, whatever the model takes, as of cv2.imread.
+            images: (H, W, 3) uint8 in BGR, as from cv2.imread, whatever the model takes.
 
         Raises:
-            ModelFolderError: if the model returns what ``model.json`` does not say.
-            ValueError: if an image cannot be used, naming its place.
+            ModelFolderError: if the model's output contradicts ``model.json``.
+            ValueError: if an image cannot be used, naming its position.
         """
         if isinstance(images, np.ndarray):
             return self._predict(_checked(images, "the image"))
@@ -143,7 +143,7 @@ class Predictor:
         return self._in_image(found, seen_hw, image_hw)
 
     def _check_outputs(self, found: dict[str, Any]) -> None:
-        """Raises a ModelFolderError if outputs have not the shapes and classes they should."""
+        """Raises a ModelFolderError unless outputs have the right shapes and classes."""
         count, num_classes = len(found["scores"]), len(self.class_names)
         side = self.description.mask.side if self.description.mask is not None else 0
         shapes = {"boxes": (count, 4), "mask_probs": (count, side, side)}
@@ -164,7 +164,7 @@ class Predictor:
     def _in_image(
         self, found: dict[str, Any], seen_hw: tuple[int, int], image_hw: tuple[int, int]
     ) -> Prediction:
-        """Returns detections in pixels of the image; those whose box is empty there are left out.
+        """Returns detections in pixels of the image, without those whose box is empty there.
 
         Args:
             found: outputs of the model by name.
@@ -224,11 +224,11 @@ def _session(
     except ImportError as error:
         raise ImportError(f"{path} needs onnxruntime: {INSTALL} ({one_line(error)})") from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors, which are raised; warnings are for who made the file
+    options.log_severity_level = 3  # errors are raised; warnings are for the file's author
     options.intra_op_num_threads = threads or 0
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    except Exception as error:  # it has many, none of which inherits from one of its own
+    except Exception as error:  # it has many error classes without a common one
         raise ModelFolderError(
             f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: "
             f"{one_line(error, 600)}"
@@ -252,7 +252,7 @@ def _session(
 
 
 def _fits(shape: Sequence[Any], expected: Sequence[Any]) -> bool:
-    """Returns whether the shape of an input has the expected numbers, and letters for any size."""
+    """Returns whether the shape of an input has the expected numbers, and names for any size."""
     return len(shape) == len(expected) and all(
         (a == b) if isinstance(b, int) else not isinstance(a, int)
         for a, b in zip(shape, expected, strict=True)

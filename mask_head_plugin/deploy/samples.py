@@ -1,4 +1,4 @@
-"""Images on which an exported model is calibrated, and compared with the trained one.
+"""Images for calibrating an exported model and comparing it with the trained one.
 
 Shape alphabet: C channels, H and W image sides.
 """
@@ -84,7 +84,7 @@ def usable_dataset(cfg: CfgNode, key: str) -> str:
         key: "TRAIN" or "TEST".
 
     Raises:
-        ConfigError: if there is none, saying why not.
+        ConfigError: if there is none; says why.
     """
     reasons = []
     for name in cfg.DATASETS[key]:
@@ -118,7 +118,7 @@ def made_images(cfg: CfgNode, size: tuple[int, int] | None, divisor: int) -> Ite
     Args:
         cfg: of the model.
         size: height and width that no image may exceed, or None.
-        divisor: of the sides that the backbone wants.
+        divisor: of the sides, as the backbone needs it.
     """
     side = cfg.INPUT.MIN_SIZE_TEST or 160
     side = min(side, cfg.INPUT.MAX_SIZE_TEST, *(size or ()))

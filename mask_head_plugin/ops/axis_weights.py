@@ -1,9 +1,9 @@
-"""RoI sampling along one axis: which cells a bin reads, with which weights.
+"""RoI sampling along one axis: the cells that a bin reads, and their weights.
 
 A bilinear sample of a map F at (y, x) is ``sum_i sum_j hat(y - i) hat(x - j) F[i, j]`` with
 ``hat(t) = max(0, 1 - |t|)``: a factor in y times a factor in x. The samples of a bin are all pairs
-of its y and x coordinates, so their mean is such a product too, and so is the integral over the
-bin. A whole RoI is ``Wy F Wx^T``, where each row of W holds the weights of one bin:
+of its y and x coordinates, so their mean is also such a product, as is the integral over the bin. A
+whole RoI is ``Wy F Wx^T``, where each row of W holds the weights of one bin:
 
     ROIAlign    W[p, i] = mean of hat(t - i) over the samples t of bin p
     ROIWarp     the same, on edges rounded to cells
@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 MAX_MAP_SIZES = 8
-"""The adaptive sampling grid stops growing for RoIs longer than this many feature maps."""
+"""The adaptive sampling grid does not grow beyond RoIs of this many feature maps."""
 
 MAX_CELL = 1 << 22
-"""Edges that are rounded to cells are first clamped to this distance from the map's origin."""
+"""Edges are clamped to this distance from the map's origin before they are rounded to cells."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class AxisWeights:
     Attributes:
         cell: (R, P, B) int32 in [0, L). Slots after a bin's last cell repeat one of its cells.
         weight: (R, P, B), 0 in the slots after it.
-        count: (R,) slots that the bins of a RoI use at most; 0 if it has nothing on the map.
+        count: (R,) most slots that a bin of the RoI uses; 0 if the RoI is off the map.
     """
 
     cell: Tensor
@@ -61,7 +61,7 @@ class AxisSamples:
     Attributes:
         cell: (R, P, G, V) int32 in [0, L): the cells below and above a sample.
         weight: (R, P, G, V) of the type of the edges; their sum over V is 1.
-        inside: (R, P, G) whether there is such a sample and it counts (border rule).
+        inside: (R, P, G) whether the sample exists and counts (border rule).
         count: (R,) samples per bin of each RoI; 0 if it has none on the map.
     """
 
@@ -81,8 +81,8 @@ def roi_align_samples(
 ) -> AxisSamples:
     """Lays out the samples of ROIAlign along one axis (Mask R-CNN section 3).
 
-    Coordinates are computed in torchvision's order of operations: rounded otherwise, a sample next
-    to -1 or to L may fall on the other side of the jump to 0.
+    Coordinates are computed in torchvision's order of operations: with other rounding, a sample
+    next to -1 or L might land on the other side of the jump to 0.
 
     Args:
         start: (R,) lower edges, in cells.
@@ -90,8 +90,8 @@ def roi_align_samples(
             ones.
         num_bins: P.
         num_cells: L, at least 1.
-        sampling_ratio: G; 0 and below for ``ceil(RoI side / P)``, at most as much as a RoI of
-            MAX_MAP_SIZES feature maps has.
+        sampling_ratio: G; 0 and below for ``ceil(RoI side / P)``, at most as many as for a RoI of
+            MAX_MAP_SIZES feature maps.
         aligned: True shifts by half a cell (cell centres at +0.5); False does not, and takes sides
             below one cell as one cell.
     """
@@ -109,7 +109,7 @@ def roi_align_samples(
     bin_size, steps = bin_size[:, None, None], grid.clamp(min=1)[:, None, None]
     t = start[:, None, None] + bins * bin_size + (samples + 0.5) * bin_size / steps
     inside = (samples < grid[:, None, None]) & (t >= -1.0) & (t <= num_cells)
-    # Off the map t does not matter, and may have overflowed.
+    # Off the map, t does not matter and may have overflowed.
     t = torch.where(inside, t.clamp(0, num_cells - 1), 0)
     low = t.floor()
     count = torch.where(inside.flatten(1).any(dim=1), grid, 0).int()
@@ -155,10 +155,10 @@ def precise_roi_pool_weights(
 ) -> AxisWeights:
     """Weights of PrROIPool along one axis (arXiv 1807.11590), differentiable in the edges.
 
-    They are the limit of ROIAlign's for a growing fixed sampling ratio. In particular a RoI that
-    ends before it starts is mirrored, and a bin of length 0 reads the one point where it lies.
+    They are the limit of ROIAlign's weights as a fixed sampling ratio grows. In particular, a RoI
+    that ends before it starts is mirrored, and a bin of length 0 reads the point where it lies.
     Edges are compared with cells in float64. The rest is computed relative to a bin's first cell,
-    where float32 is as good; or in float64 too if the edges need a gradient, which divides by the
+    where float32 is as good, or also in float64 if the edges need a gradient, which divides by the
     length of a bin.
 
     Args: see roi_align_samples.
@@ -200,7 +200,7 @@ def round_to_cells(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """Quantizes RoIs as ROIPool does (Fast R-CNN, and torchvision's roi_pool).
 
     Both edges are rounded half away from zero, and the cell of the upper one belongs to the RoI. A
-    RoI has at least one cell, also where it ends before it starts.
+    RoI has at least one cell, even if it ends before it starts.
 
     Args:
         start: (R,) lower edges, in cells.
@@ -208,7 +208,7 @@ def round_to_cells(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The outer edges of the first and of the last cell: whole numbers, at least 1 apart.
-        Edges beyond MAX_CELL are moved there.
+        Edges beyond MAX_CELL are clamped to it.
     """
     start, end = (_round(edge.clamp(-MAX_CELL, MAX_CELL)) for edge in (start, end))
     return start, torch.maximum(start, end) + 1

@@ -1,4 +1,4 @@
-"""Which cells of a feature map the bins of RoIs read, RoIs of like size together.
+"""The cells of a feature map that the bins of RoIs read, with RoIs of similar size together.
 
 Shape alphabet: see roi_pooling.
 """
@@ -18,22 +18,23 @@ from torch import Tensor
 from .axis_weights import MAX_MAP_SIZES, AxisSamples, AxisWeights
 
 PIECE = (1 << 15) - 1
-"""Elements up to which an operator of PyTorch runs on the calling thread only."""
+"""Elements up to which an operator of PyTorch runs only on the calling thread."""
 
 MAX_COPY = 9 << 19
-"""Elements of a map that are copied at a time: 18 MB of float32. The allocator uses the memory of
-two such copies again; more must come from the system, which takes longer than the copy."""
+"""Elements of a map that are copied at a time: 18 MB of float32. The allocator reuses the memory of
+two such copies; more would come from the system, which takes longer than the copy.
+"""
 
 Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """r RoIs of like size that are pooled from one view."""
+    """r RoIs of similar size that are pooled from one view."""
 
     view: int  # see views
     rows: Tensor  # (r,) their places among all RoIs
-    y: Any  # AxisWeights or AxisSamples, whose cells are where a row begins in the table of cells
+    y: Any  # AxisWeights or AxisSamples; cells along y are row starts in the table of cells
     x: Any
 
     @property
@@ -43,7 +44,7 @@ class Part:
 
     @cached_property
     def off_map(self) -> tuple[Tensor, Tensor] | None:
-        """Which bins have weights of 0 only, (r, P) along y and (r, Q) along x; None if none."""
+        """Which bins have only weights of 0, (r, P) along y and (r, Q) along x; None if none."""
         y, x = ((axis.weight == 0).all(dim=2) for axis in (self.y, self.x))
         return (y, x) if y.any() or x.any() else None
 
@@ -53,7 +54,7 @@ class Block(NamedTuple):
 
     part: Part
     places: Tensor  # (n,) in the part
-    y_slots: int  # per bin along each axis; both 0 if the RoIs have nothing on the map
+    y_slots: int  # per bin along each axis; both 0 if the RoIs are off the map
     x_slots: int
 
     @property
@@ -89,8 +90,8 @@ def lay_out(
         levels: (R,) the map of each.
         scales: cells per pixel of each map.
         output_size: (P, Q).
-        axis: gives weights or samples from edges in cells, number of bins and number of cells.
-        num_samples: per bin and axis, of a RoI of less than a cell per bin.
+        axis: returns weights or samples for edges in cells, number of bins and number of cells.
+        num_samples: per bin and axis, for a RoI of less than a cell per bin.
     """
     parts, image = [], rois[:, 0].int()
     for view, (level, images) in enumerate(views(maps)):
@@ -99,7 +100,7 @@ def lay_out(
         rows = torch.nonzero(here)[:, 0]
         boxes = rois[rows, 1:] * scales[level]
         first_row = (image[rows] - images.start) * height
-        # In cells; the adaptive grid of larger RoIs does not grow.
+        # In cells; the adaptive grid does not grow for larger RoIs.
         spans = (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(0, MAX_MAP_SIZES * max(height, width))
         entries = 2 * (spans + max(output_size) * num_samples)
         for index in _split_by_size(entries):
@@ -112,7 +113,7 @@ def lay_out(
 
 
 def _split_by_size(entries: Tensor) -> Iterator[Tensor]:
-    """Yields the indices of large RoIs first: in equal shape, samples of the largest count for all.
+    """Yields indices, large RoIs first: all RoIs of a part get as many samples as its largest.
 
     Args:
         entries: (r,) samples and cells along the longer axis.
@@ -130,7 +131,7 @@ def split_into_blocks(parts: Sequence[Part], max_entries: int) -> list[Block]:
 
     Args:
         parts: of all maps.
-        max_entries: of a block, if it has more than one RoI.
+        max_entries: limit of a block with more than one RoI.
     """
     blocks = []
     for part in parts:
@@ -145,7 +146,7 @@ def split_into_blocks(parts: Sequence[Part], max_entries: int) -> list[Block]:
 
 
 def _slots(axis: AxisWeights | AxisSamples) -> list[int]:
-    """Returns slots per bin of each RoI, rounded up to 1, 2, 3, 4, 6, 8, 12, … if there are."""
+    """Returns slots per bin of each RoI, rounded up to 1, 2, 3, 4, 6, 8, 12, …; 0 stays."""
     mantissa, exponent = torch.frexp(axis.count.float())
     slots = torch.ldexp((mantissa * 4).ceil() / 4, exponent)
     rounded: list[int] = slots.clamp(max=axis.cell.shape[2]).int().tolist()
@@ -168,13 +169,13 @@ def sum_type(feature: Tensor) -> torch.dtype:
 
 
 def is_copied(feature: Tensor) -> bool:
-    """Whether the table of a map's cells is a copy."""
+    """Returns whether the table of a map's cells is a copy."""
     last = feature.is_contiguous(memory_format=torch.channels_last)
     return not last or feature.dtype != sum_type(feature)
 
 
 def views(maps: Sequence[Tensor]) -> list[tuple[int, slice]]:
-    """Cuts maps into what is pooled from at a time: whole ones, or a few images of one to copy.
+    """Cuts maps into pieces to pool from: whole maps, or a few images of a map that is copied.
 
     Returns:
         Index of the map and its images, in turn.
@@ -190,7 +191,7 @@ def views(maps: Sequence[Tensor]) -> list[tuple[int, slice]]:
 
 
 def channel_blocks(feature: Tensor) -> list[slice]:
-    """Returns all channels of a view, or those to copy at a time: whole cache lines of 16 float32.
+    """Returns all channels of a view, or those copied at a time: whole cache lines of 16 float32.
 
     Args:
         feature: one image if there are several blocks.
@@ -212,8 +213,8 @@ def as_table(feature: Tensor) -> Tensor:
 def transposed(matrices: Tensor) -> Tensor:
     """Returns a copy of matrices (n, a, b) as (n, b, a), contiguous.
 
-    To channel_shuffle each is one pixel of a channels-last image: it copies a matrix in blocks, on
-    one thread in less time than ``contiguous`` takes on two.
+    channel_shuffle sees each as one pixel of a channels-last image. It copies a matrix in blocks,
+    and on one thread is faster than ``contiguous`` on two.
     """
     num_matrices, a, b = matrices.shape
     pixels = matrices.contiguous().flatten(1)[:, None, None].permute(0, 3, 1, 2)

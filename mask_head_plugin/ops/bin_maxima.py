@@ -1,4 +1,4 @@
-"""Bins that are the maximum of their cells, or of their samples: weighted sums of four cells.
+"""Bins that are the maximum of their cells, or of their samples (weighted sums of four cells).
 
 Shape alphabet: see roi_pooling; S samples of a bin, V = 4 cells of a sample.
 """
@@ -30,7 +30,7 @@ GROUP_ELEMENTS = 1 << 24
 
 
 class LargestCell(torch.autograd.Function):
-    """torchvision's ROIPool; backward, its own operator is not deterministic on CUDA."""
+    """torchvision's ROIPool with another backward pass: its own is not deterministic on CUDA."""
 
     @staticmethod
     def forward(
@@ -64,7 +64,7 @@ class LargestCell(torch.autograd.Function):
             dtype = torch.int32 if shape.numel() < 1 << 31 else torch.int64
             channel = torch.arange(shape[1], dtype=dtype, device=grad.device)
             plane = (images.to(dtype)[:, None] * shape[1] + channel) * math.prod(shape[2:])
-            # Bins off the map, or without a number that can be the maximum.
+            # Bins off the map, or without a value that can be the maximum.
             values = grad[rows].masked_fill_(cells < 0, 0)
             places = (plane[:, :, None, None] + cells).clamp_(min=0).flatten()
             total = grad.new_zeros(shape.numel()).index_add_(0, places, values.flatten())
@@ -142,9 +142,9 @@ def _samples(table: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
 
 
 def _largest(table: Tensor, block: Block, needed: bool) -> tuple[Tensor, Tensor]:
-    """Returns the largest sample of each bin, (n, P Q, C), and its number if that is needed.
+    """Returns the largest sample of each bin, (n, P Q, C), and its index if that is needed.
 
-    A bin without samples is 0. Channels go in turns where the samples of a single RoI are many.
+    A bin without samples is 0. If a single RoI has many samples, channels are processed in turns.
     """
     cells, weights = _cells(block)
     outside = _outside(block)
@@ -165,13 +165,13 @@ def _largest(table: Tensor, block: Block, needed: bool) -> tuple[Tensor, Tensor]
 
 
 def _grad_of_view(blocks: list[Block], like: Tensor, grad: Tensor, winner: Tensor) -> Tensor:
-    """Hands the gradient of each bin to the cells of its largest sample.
+    """Adds the gradient of each bin to the cells of its largest sample.
 
     Args:
         blocks: of the view.
         like: the view, without its values.
-        grad: to the bins, (R, P Q, C).
-        winner: number of the largest sample of each bin, (R, P Q, C) int32.
+        grad: of the bins, (R, P Q, C).
+        winner: index of the largest sample of each bin, (R, P Q, C) int32.
 
     Returns:
         The gradient to the view.

@@ -36,7 +36,8 @@ LIST_ENTRIES = 1 << 22
 
 BATCH_ELEMENTS = 1 << 22
 """Elements of bins held at a time in addition to the result: 16 MB of float32, which the allocator
-reuses; but at least 1 / MAX_BATCHES of the result."""
+reuses, but at least 1 / MAX_BATCHES of the result.
+"""
 
 MAX_BATCHES = 4
 
@@ -123,7 +124,7 @@ def _off_map(block: Block) -> Tensor:
 
 
 class _Matrix:
-    """Rows of the sparse matrix: the bins of n RoIs of one map, as bags of cells."""
+    """Rows of the sparse matrix: the bins of n RoIs on one map, as bags of cells."""
 
     def __init__(self, batch: list[Block], weights: Iterable[Tensor]) -> None:
         """
@@ -159,7 +160,7 @@ class _Matrix:
 
 
 def _grads_of_maps(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Returns the gradient to each map, or None where it is not needed.
+    """Returns the gradient of each map, or None where it is not needed.
 
     It is the product with the transposed matrix: a cell is a bag of bins.
 
@@ -215,8 +216,8 @@ def _transposed(
         sizes: number of cells of each view, in their order.
 
     Returns:
-        For each view its entries' bins (int32, among all R P Q) and weights, without weights of 0,
-        and where those of each cell begin.
+        For each view, the bins (int32, among all R P Q) and weights of its entries, without weights
+        of 0, and where the entries of each cell begin.
     """
     numbers, num_cells = list(sizes), sum(sizes.values())
     first_cells = list(accumulate(sizes.values(), initial=0))
@@ -261,7 +262,7 @@ def _grads_of_weights(ctx: Any, grad: Tensor) -> list[Tensor | None]:
             d_weights = torch.autograd.grad(bins, weights, rows)
             for (part, places, ky, kx), d in zip(batch, d_weights, strict=True):
                 grad_y, grad_x = grads[part]
-                # Products and sums, which autocast leaves alone.
+                # Products and sums, which autocast does not change.
                 grad_y[places, :, :ky] += (d * over_x(part.x.weight[places, :, :kx])).sum((2, 4))
                 grad_x[places, :, :kx] += (d * over_y(part.y.weight[places, :, :ky])).sum((1, 3))
     return [axis for part in ctx.parts for axis in grads[part]]

@@ -1,8 +1,8 @@
 """RoI pooling for torch.compile: the operators of roi_pooling as one node of a graph.
 
-How roi_pooling lays out its work depends on the boxes, and a graph cannot. So a compiled program
+roi_pooling lays out its work depending on the boxes, which a graph cannot. So a compiled program
 calls ``torch.ops.mask_head_plugin.pool_rois``, which runs the same code outside of the graph. Its
-gradient computes the forward pass once more.
+gradient repeats the forward pass.
 
 Shape alphabet: see roi_pooling.
 """
@@ -45,7 +45,7 @@ def _pooled(
         levels: (R,).
         output_size: (P, Q).
         scales: of each map.
-        name: of the operator; what it does not take of the following is ignored.
+        name: of the operator; arguments below that it does not take are ignored.
         sampling_ratio: see roi_align.
         aligned: see roi_align.
         reduction: see roi_align.
@@ -60,7 +60,8 @@ def _pooled(
         options["aligned"] = aligned
     operator: Any = _OPERATORS[name]
     pooled: Tensor = operator(maps, rois, tuple(output_size), scales, levels=levels, **options)
-    # Strides must be those of new_bins, also of sides of 1, and nothing may be an input's.
+    # Strides must be those of new_bins, even for sides of 1, and no output may share an input's
+    # memory.
     bins = pooled.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     return bins.permute(0, 3, 1, 2)
 
@@ -85,7 +86,7 @@ def new_bins(
     schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor[]",
 )
 def _gradients(grad: Tensor, maps: Sequence[Tensor], rois: Tensor, *options: Any) -> list[Tensor]:
-    """Returns the gradients to the maps and to the RoIs, zeros where an operator has none."""
+    """Returns the gradients of the maps and the RoIs; zeros where an operator has none."""
 
     def differentiate() -> list[Tensor]:
         inputs = [x.detach().requires_grad_() for x in (*maps, rois)]
@@ -96,7 +97,7 @@ def _gradients(grad: Tensor, maps: Sequence[Tensor], rois: Tensor, *options: Any
             torch.zeros_like(x) if d is None else torch.empty_like(x).copy_(d) for x, d in pairs
         ]
 
-    # An operator runs where autograd is switched off; a new thread does not.
+    # Autograd is switched off in an operator, but not in a new thread.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(differentiate).result()
 

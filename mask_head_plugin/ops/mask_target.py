@@ -1,8 +1,9 @@
 """Mask targets: the part of a full-size bit mask that lies in a box, at the mask head's resolution.
 
-A target is ROIAlign of the mask, at least 0.5 (Mask R-CNN section 3: "the intersection between an
-RoI and its associated ground-truth mask"). ROIAlign is separable (see axis_weights), so a target
-sums rows of the box's pixels and then columns of these sums; the rest of the image is not read.
+A target is ROIAlign of the mask, thresholded at 0.5 (Mask R-CNN section 3: "the intersection
+between an RoI and its associated ground-truth mask"). ROIAlign is separable (see axis_weights), so
+a target sums rows of the box's pixels and then columns of these sums; the rest of the image is not
+read.
 
 Shape alphabet: R RoIs, H and W sides of the image, M mask side, h and w pixels that a RoI touches.
 """
@@ -17,17 +18,17 @@ from torch.nn.functional import embedding_bag
 from .axis_weights import roi_align_weights
 
 CHUNK = 128
-"""RoIs whose weights, or on CUDA whose masks, are held as float32 at a time."""
+"""RoIs whose weights (on CUDA, whose masks) are held as float32 at a time."""
 
 WINDOW_PIXELS = 1 << 22
-"""Pixels that windows of several RoIs hold as float32 at a time: 16 MB."""
+"""Pixels that the windows of several RoIs hold as float32 at a time: 16 MB."""
 
 
 def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Crops each mask to its box and resizes it; equal to detectron2's BitMasks.crop_and_resize.
 
-    Differs from it only by rounding, for pixels of which about half is foreground; and for boxes
-    longer than MAX_MAP_SIZES images, whose sampling grid stops growing.
+    Differs from it only by rounding, for pixels that are about half foreground, and for boxes
+    longer than MAX_MAP_SIZES images, where the sampling grid stops growing.
 
     Args:
         bit_masks: (R, H, W) bool, or any type with 0 and 1.
@@ -68,10 +69,10 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _crop_with_operator(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Torchvision's operator, which does not wait for the device and breaks no graph.
+    """Torchvision's operator, which does not wait for the device or break graphs.
 
-    Called without torchvision's function, which in deterministic mode takes another way for the
-    sake of gradients: it samples all pixels of a mask, and gradients are not needed here.
+    torchvision's function is bypassed: in deterministic mode, it samples all pixels of a mask for
+    the sake of gradients, which are not needed here.
     """
     index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
     rois = torch.cat([index, boxes], dim=1)
@@ -88,7 +89,7 @@ def _crop_by_sums(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     span = _rounded_widths(right - left + 1).clamp(max=width)
     left = torch.minimum(left, width - span)
     windows = list(zip(top.tolist(), bottom.tolist(), left.tolist(), span.tolist(), strict=True))
-    # The column sums of all RoIs are read from one table, where those of a RoI begin at `first`.
+    # The column sums of all RoIs are in one table, where a RoI's begin at `first`.
     tables, num_rows, first = [], 0, torch.zeros_like(left)
     for w in span.unique().tolist():
         for group in torch.nonzero(span == w)[:, 0].split(max(WINDOW_PIXELS // (height * w), 1)):
@@ -111,7 +112,7 @@ def _crop_by_sums(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _rounded_widths(widths: Tensor) -> Tensor:
-    """Returns widths rounded up to 32, 48, 64, 96, 128, …: few, so few groups of RoIs."""
+    """Returns widths rounded up to 32, 48, 64, 96, 128, …: few values make few groups of RoIs."""
     mantissa, exponent = torch.frexp(widths.float())
     return torch.ldexp((mantissa * 4).ceil() / 4, exponent).clamp(min=32).to(widths.dtype)
 

@@ -4,26 +4,26 @@ Sampling on a RoI is separable (see axis_weights): the weight of cell (y, x) in 
 ``Wy[p, y] Wx[q, x]``. Samples that share cells are merged along each axis before the map is read,
 so a bin of 4 x 4 cells reads each once, however many samples lie in it. The product runs in
 ``embedding_bag``, with the channels-last map as the table and a bin as a bag: on x86 a vectorized
-kernel (FBGEMM) on all threads. Backward is the product with the transposed matrix, a cell as a bag,
-so it adds in a fixed order and writes each cell once. Also measured, and slower:
-two dense products per RoI, one RoI at a time or in batches; a sparse CSR matrix; embedding_bag's
-own backward.
+kernel (FBGEMM) on all threads. Backward is the product with the transposed matrix, with a cell as a
+bag, so it adds in a fixed order and writes each cell once. Also measured, and slower: two dense
+products per RoI, one RoI at a time or in batches; a sparse CSR matrix; embedding_bag's own
+backward.
 
 Operators are few and large: PyTorch splits each over all threads, and next to another busy process,
-a thread that has its share late holds up the others for about 8 ms, each time. So a call makes one
-product per map, whatever R and C. A map that is not channels-last is copied; a large one, image by
-image and in blocks of channels, with a product each. The matrix is laid out in pieces of PIECE
-entries, which PyTorch leaves to one thread, as it does the copy of an image.
+a delayed thread makes the others wait for about 8 ms each time. So a call makes one product per
+map, whatever R and C. A map that is not channels-last is copied; a large one, image by image and in
+blocks of channels, with a product for each. The matrix is laid out in pieces of PIECE entries,
+which PyTorch leaves to one thread, like the copy of an image.
 
 A maximum needs its samples one by one: ``reduction="max"`` computes them, group by group. ROIPool
 is torchvision's.
 
 All functions run on any device and are deterministic (maxima on CUDA only where
-torch.use_deterministic_algorithms asks for it). Beside the result they hold lists of about
-bin_sums.LIST_ENTRIES cells and weights at most, copies of bin_layout.MAX_COPY elements of a map
-that is not channels-last or of half precision (for maxima, of an image of it), bins of
-bin_sums.BATCH_ELEMENTS, and for maxima samples of bin_maxima.GROUP_ELEMENTS, or those of one RoI if
-these are more.
+torch.use_deterministic_algorithms asks for it). In addition to the result, they hold at most: lists
+of about bin_sums.LIST_ENTRIES cells and weights; copies of bin_layout.MAX_COPY elements of a map
+that is not channels-last or in half precision (for maxima, of one of its images); bins of
+bin_sums.BATCH_ELEMENTS; and for maxima, samples of bin_maxima.GROUP_ELEMENTS, or those of one RoI
+if these are more.
 
 Shape alphabet: N images, C channels, H and W sides of a feature map, L feature maps, R RoIs (r of
 one part, n of one block or matrix), P and Q pooled height and width, K slots for the cells of a bin
@@ -68,9 +68,9 @@ def roi_align(
     """ROIAlign of Mask R-CNN section 3: bilinear samples in each bin, nothing rounded.
 
     With ``reduction="mean"`` equal to ``torchvision.ops.roi_align`` up to rounding. Differs from it
-    in the default of ``aligned``, where a RoI ends before it starts (no crash), and for RoIs longer
-    than axis_weights.MAX_MAP_SIZES feature maps (the adaptive grid, and with it memory, stops
-    growing).
+    in the default of ``aligned``, for RoIs that end before they start (no crash), and for RoIs
+    longer than axis_weights.MAX_MAP_SIZES feature maps (the adaptive grid, and with it memory,
+    stops growing).
 
     Args:
         features: (N, C, H, W), or a list of L such maps that differ in H and W. A channels_last map
@@ -84,7 +84,7 @@ def roi_align(
         aligned: True puts pixel centres at +0.5 (detectron2's ROIAlignV2); False is detectron's
             ROIAlign, which takes sides below one cell as one cell.
         reduction: ``mean`` or ``max`` of the samples of a bin (Table 2c). Samples outside the map
-            count as 0 in the mean and do not enter the maximum; a bin without any is 0.
+            count as 0 in the mean and do not enter the maximum; a bin without samples is 0.
         levels: (R,) integers in [0, L): the map that each RoI is pooled from; needed for L > 1.
 
     Returns:
@@ -113,15 +113,15 @@ def roi_warp(
     """ROIWarp as Mask R-CNN section 3 describes it: a quantized RoI, then bilinear samples.
 
     The RoI is quantized as in ROIPool: edges rounded half away from zero, the cell of the upper
-    edge included, at least one cell (axis_weights.round_to_cells; Fast R-CNN). Within it samples
-    lie as in ``roi_align(aligned=True)``, cell centres at +0.5: a RoI of P cells a side with one
-    sample a bin gives just these cells, as ROIPool does.
+    edge included, at least one cell (axis_weights.round_to_cells; Fast R-CNN). Within it, samples
+    lie as in ``roi_align(aligned=True)``, with cell centres at +0.5: a RoI of P cells a side with
+    one sample per bin gives exactly these cells, like ROIPool.
 
     Differs from the formula of its paper (Instance-aware Semantic Segmentation via Multi-task
     Network Cascades, arXiv 1512.04412), which quantizes nothing. That paper's released code does
     round, includes the upper cell in its backward pass only, and takes one sample, from a bin's
-    corner, with cell centres at whole numbers. As there, samples outside the map do not enter a
-    maximum.
+    corner, with cell centres at whole numbers. As in that code, samples outside the map do not
+    enter a maximum.
 
     Args and Returns: see roi_align.
     """
@@ -145,9 +145,10 @@ def precise_roi_pool(
 ) -> Tensor:
     """PrROIPool (arXiv 1807.11590): the mean of the bilinear surface over each bin, no samples.
 
-    The limit of ``roi_align`` for a growing fixed sampling ratio, with its border rule. Differs
-    from the original there (which takes the map as 0 beyond its border cells' centres plus one), in
-    ``aligned`` and for bins without area (0 in the original, the value at their place here).
+    It is the limit of ``roi_align`` as a fixed sampling ratio grows. Differs from the original in
+    the border rule, which is that of ``roi_align`` (the original takes the map as 0 beyond its
+    border cells' centres plus one), in ``aligned``, and for bins without area (0 in the original,
+    the value at their place here).
 
     Args: see roi_align.
 
@@ -169,10 +170,10 @@ def roi_pool(
 ) -> Tensor:
     """ROIPool (Fast R-CNN section 2.1): the maximum of the cells in each bin of a quantized RoI.
 
-    Equal to ``torchvision.ops.roi_pool``, whose forward pass it runs: NaN never is the maximum.
-    Differs in the gradient, which is deterministic on CUDA where torch.use_deterministic_algorithms
-    asks for it, in half precision, which is pooled in float32, and in edges of over
-    axis_weights.MAX_CELL cells, which are moved there.
+    Equal to ``torchvision.ops.roi_pool``, whose forward pass it runs: NaN is never the maximum.
+    Differs in the gradient, which is deterministic on CUDA if torch.use_deterministic_algorithms
+    asks for it, in half precision, which is pooled in float32, and in edges beyond
+    axis_weights.MAX_CELL cells, which are clamped.
 
     Args: see roi_align.
 
@@ -210,7 +211,7 @@ def _pool(
     if len(rois) == 0:  # views keep the graph without reading the maps
         return torch.cat([x[:0, :, :1, :1].expand(-1, -1, *size) for x in maps])
     parts = lay_out(maps, rois, levels, scales, size, axis, max(sampling_ratio, 2))
-    # Weights are inputs of their own, for their gradient.
+    # Weights are separate inputs, for their gradient.
     weights = [axis.weight for part in parts for axis in (part.y, part.x)]
     pooled: Tensor = function.apply(parts, len(rois), len(maps), *maps, *weights)
     return pooled.unflatten(1, size).permute(0, 3, 1, 2)
@@ -223,7 +224,7 @@ def _check(
     spatial_scale: float | Sequence[float],
     levels: Tensor | None,
 ) -> tuple[list[Tensor], Tensor, Tensor, list[float], tuple[int, int]]:
-    """Returns maps, RoIs in the type to compute in, levels, scales and (P, Q).
+    """Returns maps, RoIs in the computing type, levels, scales and (P, Q).
 
     Raises ValueError for inputs that do not fit.
     """

@@ -1,8 +1,8 @@
 """ROIAlign from all feature maps of a pyramid as one operator of PyTorch, for CUDA.
 
-``torch.ops.mask_head_plugin.multilevel_roi_align`` has a gradient and shapes without values, so
-torch.compile and torch.export see one operator, and CUDA graphs hold it: nothing is copied to the
-device and nothing waits for it. Its kernel is that of roi_pooling_triton.
+``torch.ops.mask_head_plugin.multilevel_roi_align`` has a gradient and a fake kernel, so
+torch.compile and torch.export see one operator. CUDA graphs can hold it, since nothing is copied to
+the device and nothing waits for it. The kernel is in roi_pooling_triton.
 
 Shape alphabet: see roi_pooling_triton.
 """
@@ -32,7 +32,7 @@ def multilevel_roi_align(
 ) -> Tensor:
     """ROIAlign of each RoI from its own map; equal to ops.roi_align up to rounding.
 
-    Nothing here looks at values, so it does not wait for the device: coordinates must be finite,
+    It does not check values, so that it need not wait for the device: coordinates must be finite,
     image indices in [0, N) and levels in [0, L). RoIs get no gradient.
 
     Args:
@@ -122,7 +122,7 @@ def _gradients(
     sampling_ratio: int,
     aligned: bool,
 ) -> list[Tensor]:
-    """Returns the gradients of all maps, also of those that need none: a RoI adds to its own."""
+    """Returns the gradients of all maps, even of those that need none: a RoI adds to its own map."""
     shapes = _map_shapes(grad, num_images, heights, widths)
     sums = [grad.new_zeros(x, dtype=torch.float32).permute(0, 3, 1, 2) for x in shapes]
     bins = grad.permute(0, 2, 3, 1).contiguous()

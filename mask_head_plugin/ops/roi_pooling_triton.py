@@ -1,11 +1,11 @@
 """ROIAlign from all feature maps of a pyramid in one CUDA kernel, forward and backward.
 
 torchvision's operator pools from one map, so detectron2 runs it once per level and waits for the
-device each time to learn how many RoIs a level has. Here every RoI chooses its map in the kernel,
+device each time to learn how many RoIs a level has. Here, every RoI chooses its map in the kernel,
 so one launch serves all levels and nothing waits. Sums are kept in float32 whatever the type of the
 maps. Channels run along the threads: a channels_last map is read, and its gradient added to, in
-vectors of 16 bytes. The maps are arguments of the kernel and not a table of addresses, because the
-compiler must know that addresses are multiples of 16 bytes to do so.
+vectors of 16 bytes. The maps are arguments of the kernel instead of a table of addresses, because
+the compiler must know for this that addresses are multiples of 16 bytes.
 
 A program of the grid handles one row of bins of one RoI, for a block of channels. Samples that
 share cells are merged along both axes. Along y, the samples of a row of bins become weights of the
@@ -32,10 +32,10 @@ from torch import Tensor
 from .axis_weights import MAX_MAP_SIZES
 
 MAX_MAPS = 5
-"""L of one launch: the levels P2 to P6 of a pyramid."""
+"""Most maps of one launch: the levels P2 to P6 of a pyramid."""
 
 MAX_BLOCK_BYTES = 512
-"""Channels of one program, in bytes of a map: a warp's 32 threads with 16 bytes each."""
+"""Channels of one program, in bytes of a map: 16 bytes for each of a warp's 32 threads."""
 
 TILE_ROWS = 4
 """Y: rows of cells that are read at once. A bin of up to 3 cells a side touches that many."""
@@ -102,7 +102,7 @@ def _launch(
     block = min(triton.next_power_of_2(num_channels), MAX_BLOCK_BYTES // maps[0].element_size())
     unused = MAX_MAPS - len(maps)
     filled, scales = [*maps, *[maps[0]] * unused], [*scales, *[scales[0]] * unused]
-    # Triton launches on the current device, which need not be that of the tensors.
+    # Triton launches on the current device, which may differ from that of the tensors.
     with torch.cuda.device_of(pooled):
         roi_align_kernel[(num_rois * height, triton.cdiv(num_channels, block))](
             *filled,
@@ -124,7 +124,7 @@ def _launch(
         )
 
 
-# Otherwise it is recompiled for sides of maps that are 1 or multiples of 16.
+# Otherwise it is recompiled for map sides that are 1 or multiples of 16.
 _SIDES = [f"{side}{i}" for side in ("height", "width") for i in range(MAX_MAPS)]
 
 
@@ -183,7 +183,7 @@ def roi_align_kernel(
     row, last_row = _window(y_start, y_bin, y_grid, p, height)
     weights = _weights(row, tile_rows, y_start, y_bin, y_grid, p, height)
     nothing = tl.full((block_channels,), 0.0, dtype=tl.float32)
-    # Of the columns at `low` and right of it: sums of cells; backward, of their gradients.
+    # For the columns at `low` and right of it: sums of cells; backward, of their gradients.
     low, left, right = tl.full((), -2, dtype=tl.int32), nothing, nothing
     for q in range(pooled_width):
         total = nothing
@@ -213,7 +213,7 @@ def roi_align_kernel(
 @triton.jit
 def _move(low, x, left, right, cells, used, num_channels, width, row, last_row, weights,
           start, bin_size, grid, bin, height, backward: tl.constexpr):  # fmt: skip
-    """Returns the columns at x and right of it for those at low: reads, or adds, what is needed."""
+    """Moves from the columns at low to those at x: reads, or adds, what is needed."""
     nothing = tl.full((left.shape[0],), 0.0, dtype=tl.float32)
     if backward:
         _add_column(low, left, cells, used, num_channels, width, row, last_row, weights,
@@ -241,7 +241,7 @@ def _column(x, total, cells, used, num_channels, width, row, last_row, weights,
             start, bin_size, grid, bin, height):  # fmt: skip
     """Adds the cells of a column to a total, by the weights of a bin's samples along y.
 
-    Columns beyond the map are left out.
+    Columns beyond the map are skipped.
     """
     if (x >= 0) & (x < width):
         tile, mask = _tile(x, cells, used, num_channels, width, row, weights)
@@ -270,7 +270,7 @@ def _add_column(x, values, cells, used, num_channels, width, row, last_row, weig
 
 @triton.jit
 def _tile(x, cells, used, num_channels, width, row, weights):
-    """Returns the addresses of the cells of a column from a row on, and which are needed."""
+    """Returns the addresses of a column's cells, starting at a row, and which are needed."""
     cell = (row + tl.arange(0, weights.shape[0])).to(tl.int64) * width + x
     tile = cells[None, :] + cell[:, None] * num_channels
     return tile, (weights != 0)[:, None] & used[None, :]
@@ -306,7 +306,7 @@ def _sample(start, bin_size, grid, bin, k, num_cells):
     """Returns whether a sample counts, the cell below it, and the weight of the next one."""
     t = start + bin * bin_size + _divide((k + 0.5) * bin_size, grid)
     inside = (t >= -1.0) & (t <= num_cells)
-    t = tl.where(t > 0.0, t, 0.0)  # also what overflowed to NaN
+    t = tl.where(t > 0.0, t, 0.0)  # also values that overflowed to NaN
     t = tl.where(t < num_cells - 1.0, t, num_cells - 1.0)
     low = tl.floor(t).to(tl.int32)
     return inside, low, t - low
@@ -315,7 +315,7 @@ def _sample(start, bin_size, grid, bin, k, num_cells):
 @triton.jit
 def _window(start, bin_size, grid, bin, num_cells):
     """Returns the first and the last cell that the samples of a bin touch."""
-    grid = tl.maximum(grid, 1)  # also of a RoI without samples
+    grid = tl.maximum(grid, 1)  # also for a RoI without samples
     _, one_end, _ = _sample(start, bin_size, grid, bin, 0, num_cells)
     _, other_end, _ = _sample(start, bin_size, grid, bin, grid - 1, num_cells)
     # A RoI that ends before it starts is mirrored.
@@ -327,7 +327,7 @@ def _weights(first, num_rows: tl.constexpr, start, bin_size, grid, bin, num_cell
     """Returns the sums of the weights that the samples of a bin give to some cells."""
     row = first + tl.arange(0, num_rows)
     weights = tl.full((num_rows,), 0.0, dtype=tl.float32)
-    # Where samples are many, only those near the cells.
+    # If there are many samples, only those near the cells.
     spacing, offset = _divide(bin_size, tl.maximum(grid, 1)), first - start - bin * bin_size
     ordered = spacing > 0
     spacing = tl.where(ordered, spacing, 1.0)
@@ -346,6 +346,6 @@ def _weights(first, num_rows: tl.constexpr, start, bin_size, grid, bin, num_cell
 def _divide(x, y):
     """Divides as IEEE 754 says; ``/`` becomes a product with 1 / y, rounded twice.
 
-    A RoI side of exactly 7 k cells has k samples a bin; 7 k * (1 / 7), rounded up, may be k + 1.
+    A RoI side of exactly 7 k cells has k samples per bin; 7 k * (1 / 7), rounded up, may be k + 1.
     """
     return tl.div_rn(x, y * 1.0)

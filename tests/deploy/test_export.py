@@ -358,7 +358,7 @@ def test_a_size_that_memory_does_not_hold_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ExportOptions("torchscript", opset=17), "--opset is ONNX's"),
+        (ExportOptions("torchscript", opset=17), "--opset is only for ONNX"),
         (ExportOptions("onnx", opset=15), "--opset 15 is not from 16 to 20"),
         (ExportOptions("onnx", size=(0, 64)), "--size 0 64"),
         (ExportOptions("tflite"), "--format 'tflite' is not one of onnx, torchscript"),
@@ -366,10 +366,10 @@ def test_a_size_that_memory_does_not_hold_is_named(tmp_path):
             ExportOptions("onnx", precision="int4"),
             "--precision 'int4' is not one of fp32, fp16, int8",
         ),
-        (ExportOptions("torchscript", precision="int8"), "--precision int8 is ONNX's"),
+        (ExportOptions("torchscript", precision="int8"), "--precision int8 is only for ONNX"),
         (
             ExportOptions("onnx", calibration_images=["a.png"]),
-            "--calibration-images are for --precision int8, and it is fp32",
+            "--calibration-images are only for --precision int8, but it is fp32",
         ),
     ],
 )

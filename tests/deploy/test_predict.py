@@ -141,7 +141,7 @@ def _scores(output, capsys, args):
     ("flags", "message"),
     [
         (["--model", "{tmp}/nowhere"], "nowhere is not a folder"),
-        (["--model", "{tmp}/boxes", "--semantic"], "--semantic paints masks, and the model in"),
+        (["--model", "{tmp}/boxes", "--semantic"], "--semantic needs masks, but the model in"),
         (["--model", "{tmp}/scripted"], "export with --format onnx"),
         (["--input", "nowhere.jpg"], "nowhere.jpg does not exist"),
         (["--output", "{tmp}/used"], "used has 0.png already"),
