@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""The analysis of a run at COCO's size: 5000 images, 35,000 objects, 100,000 detections, made.
+"""Times the analysis of a synthetic run of COCO's size: 5000 images, 35,000 objects, 100,000
+detections.
 
 Objects are polygons of 24 points, 12 to 180 pixels across, in images of 640 x 480 with 80 classes;
-each has two or three detections near it, some of another class. It has no image files, so no
-pictures are drawn. The time is of one run in a process of its own, with the start of Python.
+each has two or three detections near it, some of another class. There are no image files, so no
+pictures are drawn. The time is for one run in its own process, including the start of Python.
 
 Writes a table and a JSON file with machine, versions and date.
 """

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The data set check at COCO's size: 118,000 images and 860,000 annotations, made.
+"""Times the data set check on synthetic data of COCO's size: 118,000 images, 860,000 annotations.
 
 Polygons have 25 points on average, as COCO's. Image files are hard links to one small JPEG with
-records of its size, so headers are read for all of them and no pixels: what COCO's would need to be
-read from a disk comes on top. Times are of one run in a process of its own, with files in the
-operating system's cache; memory is that process's peak, with the interpreter, PyTorch and
-detectron2, which take 0.7 GB of it. "again" is a second run, which finds the result of the first.
+records of its size, so headers are read for all of them but no pixels: reading COCO's files from a
+disk would come on top. Times are for one run in its own process, with files in the operating
+system's cache; memory is that process's peak, including 0.7 GB for the interpreter, PyTorch and
+detectron2. "again" is a second run, which finds the first one's result.
 
 Writes a table and a JSON file with machine, versions and date.
 """
@@ -47,7 +47,7 @@ def make_images(folder: Path, num_images: int) -> None:
 
 
 def make_annotations(path: Path, num_images: int, num_annotations: int) -> None:
-    """Writes the file piece by piece: it is larger than what is made of it at a time."""
+    """Writes the file piece by piece, to save memory."""
     rng, extent = np.random.default_rng(0), np.array(IMAGE_HW[::-1])
     sizes = {"height": IMAGE_HW[0], "width": IMAGE_HW[1]}
     images = [{"id": i + 1, "file_name": f"{i + 1:012d}.jpg", **sizes} for i in range(num_images)]

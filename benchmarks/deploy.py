@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """Times one Mask R-CNN (R50-FPN) trained and exported: latency, throughput, memory, start, size.
 
-Each contender runs in a process of its own, on one resized image, from pixels to boxes, scores,
-classes and mask probabilities (none draws masks in the image). They take turns, so that what else
-the machine does slows all of them:
+Each contender runs in its own process, on one resized image, from pixels to boxes, scores, classes
+and mask probabilities (none draws masks in the image). They take turns, so that other work on the
+machine slows all of them:
 
   stock         detectron2's classes, eager
   plugin        this package's, eager
   torchscript   tools/export_model.py --format torchscript
   onnxruntime   tools/export_model.py --format onnx
   openvino      the same file, in OpenVINO
-  mayaku        mayaku's `convert-d2` and `export onnx` of the same weights. That file holds the
-                backbone and the FPN alone: onnxruntime runs it, mayaku's own PyTorch code the rest.
+  mayaku        mayaku's `convert-d2` and `export onnx` of the same weights. That file holds only
+  backbone and FPN: onnxruntime runs it, mayaku's own PyTorch code the rest.
 
 The last two need packages that are not this project's. Make an environment for them and name its
 Python; it may find PyTorch and onnxruntime in this one through a .pth file:
@@ -161,7 +161,7 @@ def work(name: str, folder: Path, args: argparse.Namespace) -> None:
 
 
 def peak_megabytes_of_process() -> int:
-    """Returns the peak since this program began; ru_maxrss has that of its parent in it."""
+    """Returns the peak since this program began; ru_maxrss would include its parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return round(int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 1024)
 
@@ -187,7 +187,7 @@ class Worker:
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        for line in self.process.stdout:  # what packages print is not an answer
+        for line in self.process.stdout:  # output of packages is not an answer
             if line.startswith(ANSWER):
                 answer: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
                 return answer
@@ -206,7 +206,7 @@ class Worker:
 
 
 def measure_all(workers: list[Worker], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns the figures of each worker. They take turns: the machine may be busy at times."""
+    """Returns the figures of each worker. They take turns, as the machine may be busy at times."""
     for worker in workers:
         for _ in range(args.warm_up):
             worker.run(1)
@@ -261,7 +261,7 @@ def prepare(folder: Path, side: int, rivals: str | None) -> None:
 
 
 def make_detecting(model: Any, image: Any) -> None:
-    """Scales the last layers of a random model so that its outputs vary as a trained one's."""
+    """Scales the last layers of a random model so that its outputs vary like a trained one's."""
     import torch
 
     heads, rpn = model.roi_heads.box_predictor, model.proposal_generator.rpn_head

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures on a GPU what this project could not measure without one, in one command.
+"""Measures, in one command, everything about this project that needs a GPU.
 
 Every part runs in a process of its own, so a part that fails, hangs or loses the GPU does not stop
 the others. Whatever happens, the page says what was measured and what was not.
@@ -34,7 +34,7 @@ Examples:
     python benchmarks/gpu_campaign.py
   The most important figures, at most 8 minutes:
     python benchmarks/gpu_campaign.py --quick
-  Two parts again; the others stay as the folder has them:
+  Two parts again; the others stay as they are in the folder:
     python benchmarks/gpu_campaign.py --part pooler --part kernel_variants
   Without a GPU, with tiny sizes and kernels in Triton's interpreter: shows that everything
   runs, and measures nothing:
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Returns the environment of the parts."""
+    """Returns the environment variables of the parts."""
     variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
     paths = [str(BENCHMARKS), str(ROOT), variables.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -91,7 +91,7 @@ def run_command(command: list[str], variables: dict[str, str], log: Path, second
         Its exit code.
 
     Raises:
-        subprocess.TimeoutExpired: if it took too long; it and what it started are killed.
+        subprocess.TimeoutExpired: if it took too long; it and its children are killed.
     """
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -112,7 +112,7 @@ def run_command(command: list[str], variables: dict[str, str], log: Path, second
 
 
 def run_part(part: Part, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Runs a part and returns how it ended and what results it left, whole or not."""
+    """Runs a part and returns how it ended, and its results, complete or not."""
     path, log = part.results(args.output), args.output / f"{part.name}.log"
     path.unlink(missing_ok=True)
     start, told = time.monotonic(), ""
@@ -150,7 +150,7 @@ def write(campaign: dict[str, Any], folder: Path) -> None:
 
 
 def earlier_parts(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Returns what the folder has of other parts, where only some are asked for."""
+    """Returns the folder's results of other parts, if only some parts run."""
     path = args.output / "campaign.json"
     if not (args.part and path.is_file()):
         return {}
@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> int:
 
         if not torch.cuda.is_available():
             print(
-                "gpu_campaign.py: PyTorch finds no GPU; look at nvidia-smi and torch.version.cuda, "
-                "or try what it does with --device cpu",
+                "gpu_campaign.py: PyTorch finds no GPU; check nvidia-smi and torch.version.cuda, "
+                "or try --device cpu",
                 file=sys.stderr,
             )
             return 2
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     shares = [part.quick_seconds if args.quick else part.seconds for part in chosen]
     end = time.monotonic() + sum(shares)
     for index, part in enumerate(chosen):
-        # This part may also use what earlier parts have left over.
+        # This part may also use time that earlier parts have left.
         seconds = end - time.monotonic() - sum(shares[index + 1 :])
         left = int(end - time.monotonic())
         print(

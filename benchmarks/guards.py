@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What exact resume and the guards cost in a training step.
+"""Measures what exact resume and the guards cost in a training step.
 
 step: forward, backward and SGD of Mask R-CNN R50-FPN with two images of 512 px, and of the embedded
-data set's small model with four images of 96 px. guard: the look at losses and gradients before the
-weights change. seeds: seeding the step and each image, and restoring the generators.
+data set's small model with four images of 96 px. guard: the check of losses and gradients before
+the weights change. seeds: seeding the step and each image, and restoring the generators.
 
-A time is the median of several runs, all in turn. Writes a table, and a JSON file with machine,
+Times are medians of several runs, all in turn. Writes a table, and a JSON file with machine,
 versions and date.
 """
 
@@ -69,7 +69,7 @@ def models(sizes: Sizes) -> list[tuple[str, int, int, list[str]]]:
 def measure(
     config: str, num_images: int, side: int, opts: list[str], device: str, repeats: int, busy: int
 ) -> dict[str, Any]:
-    # The rate is so small that the guard, also at work here, has no reason to stop.
+    # The rate is so small that the guard, which also works here, has no reason to stop.
     opts = [*OPTS, *opts, "MODEL.DEVICE", device, "SOLVER.BASE_LR", "1e-8"]
     cfg: CfgNode = load_config(str(CONFIGS / config), opts)
     model = Trainer.build_model(cfg)

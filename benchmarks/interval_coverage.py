@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""How often the interval of a difference of AP holds the truth, in studies whose truth is known.
+"""Measures how often the interval of a difference of AP holds the truth, in studies with known
+truth.
 
-A made study: a baseline and a variant, each trained with several seeds and evaluated on the same
-images. An image shows 1 to 8 objects. A detection finds its object if a normal number is below the
-sum of the model's quality, the seed's, the image's, the image's for this model, and the image's for
-this seed; else it is a false one. The true difference of AP is that of very many images and seeds.
+A simulated study has a baseline and a variant, each trained with several seeds and evaluated on the
+same images. An image shows 1 to 8 objects. A detection finds its object if a normal number is below
+the sum of the model's quality, the seed's, the image's, the image's for this model, and the image's
+for this seed; otherwise it is false. The true difference of AP is that of very many images and
+seeds.
 
 Writes a table, and a JSON file with machine, versions and date. About 10 minutes on one core.
 """
@@ -25,11 +27,11 @@ from mask_head_plugin.evaluation.bootstrap import average_precision, compare
 from mask_head_plugin.evaluation.matching import Matches
 
 IMAGE, IMAGE_OF_MODEL, IMAGE_OF_SEED = 0.6, 0.3, 0.3
-"""Standard deviations of quality, in those of a detection's own chance."""
+"""Standard deviations of quality, in units of a detection's own standard deviation."""
 SEED = 0.1
 MOST_OBJECTS = 8
 SAME, BETTER = 0.0, 0.3
-"""Quality that the variant has more than the baseline."""
+"""How much more quality the variant has than the baseline."""
 
 Generator = np.random.Generator
 
@@ -103,7 +105,7 @@ def simulate(
 
     Args:
         num_seeds: of each model.
-        num_studies: made.
+        num_studies: to simulate.
         num_images: of each.
         true_difference: 0 for two models that are the same; None for two that differ.
     """

@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""The mask branch: this plugin against detectron2's and torchvision's.
+"""Compares this plugin's mask branch with detectron2's and torchvision's.
 
 head: FCN mask head and binary cross-entropy of 128 RoIs of 14 x 14 x 256, K classes, forward and
 backward, and inference. target: 28 x 28 targets of 128 RoIs from bit masks of 800 x 1333. step: one
 training step of Mask R-CNN R50-FPN, two images of 512 px with 8 polygons each, 512 RoIs an image.
-On CUDA, where Python takes longer than so few images, also four of 800 px; and ours contiguous,
-which is in the JSON file only.
-inference: the same model, 100 masks that fill their boxes in each of two images, as bit masks of
-1080 px or run lengths.
+On CUDA, where Python takes longer than so few images, also with four of 800 px, and ours also
+contiguous, which is only in the JSON file. inference: the same model, 100 masks that fill their
+boxes in each of two images, as bit masks of 1080 px or run lengths.
 
-A time is the median of several runs, all sides in turn; ratios are detectron2 / ours. Memory is the
+Times are medians of several runs, all sides in turn; ratios are detectron2 / ours. Memory is the
 peak of what PyTorch allocates. With --busy N, times are taken while N other processes compute.
 
 Writes a table, a JSON file with machine, versions and date, and a plot next to it.
@@ -59,7 +58,7 @@ Inputs = tuple[Any, ...]
 
 
 class FixedTargets:
-    """Masks that were cropped before, so that only head and loss are measured."""
+    """Masks that are already cropped, so that only head and loss are measured."""
 
     def __init__(self, targets: Tensor) -> None:
         self.targets = targets
@@ -125,7 +124,7 @@ def infer(model: nn.Module, amp: bool, device: str, make_inputs: Callable[[], In
 
 
 def head_sides(num_classes: int, training: bool, amp: bool, sizes: Sizes, device: str) -> Sides:
-    # As the poolers hand them over: torchvision's and detectron2's contiguous, ours channels-last.
+    # As the poolers return them: torchvision's and detectron2's contiguous, ours channels-last.
     shape = sizes.head_rois, sizes.num_channels, POOLED_SIDE, POOLED_SIDE
     features = torch.randn(shape, device=device)
     last = features.contiguous(memory_format=torch.channels_last)
@@ -197,7 +196,7 @@ def make_batch(
 
 def make_models(num_classes: int, sizes: Sizes, device: str) -> dict[str, nn.Module]:
     """Returns both models, with the same weights."""
-    # All detections count, or random weights would find none.
+    # All detections count, since random weights would find none otherwise.
     opts = [*sizes.model_opts, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     models = {
         name: make_model(num_classes, name == "ours", device, opts)
@@ -235,7 +234,7 @@ def inference_sides(num_classes: int, amp: bool, sizes: Sizes, device: str) -> S
 
 @torch.no_grad()
 def use_statistics_of(model: nn.Module, batch: list[dict[str, Any]]) -> None:
-    """Makes a batch's statistics those of inference: a network without any overflows."""
+    """Uses a batch's statistics in inference: without any, the network overflows."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -245,7 +244,7 @@ def use_statistics_of(model: nn.Module, batch: list[dict[str, Any]]) -> None:
 
 @torch.no_grad()
 def fill_boxes(mask_head: nn.Module) -> None:
-    """Makes masks that are rectangles: random weights would draw noise, a run for each pixel."""
+    """Makes rectangular masks: random weights would draw noise, with a run for each pixel."""
     mask_head.predictor.weight.zero_()
     mask_head.predictor.bias.fill_(4.0)
 

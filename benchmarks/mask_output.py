@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Masks out of the model and their evaluation: this plugin against detectron2 and pycocotools.
+"""Compares the output of masks and their evaluation with detectron2 and pycocotools.
 
 output: masks of 28 x 28 and their boxes to COCO run lengths; detectron2 pastes them into images and
 encodes these. evaluation: AP of synthetic data (images of 480 x 640 with 7 objects and 20
@@ -7,11 +7,10 @@ detections of 80 classes) from result dictionaries; detectron2's COCOEvaluator h
 engine. Boundary AP, which it does not compute, is timed separately. Reading images and inference
 are in neither.
 
-A time is the median of several runs, all sides in turn; ratios are detectron2 / ours. Memory is by
-how much the process grows at most, in a run of its own; with --device cuda, where masks are made on
-the GPU and encoded on the CPU, it is the peak of what PyTorch allocates on the GPU. Where
-detectron2's masks alone would take more than --limit-gb, its side is left out and that size is
-given.
+Times are medians of several runs, all sides in turn; ratios are detectron2 / ours. Memory is the
+most by which the process grows, in a separate run; with --device cuda, where masks are made on the
+GPU and encoded on the CPU, it is the peak of what PyTorch allocates on the GPU. If detectron2's
+masks alone would take more than --limit-gb, its side is not run and that size is given.
 
 Writes a table, a JSON file with machine, versions and date, and a plot next to it.
 """
@@ -131,7 +130,7 @@ def make_annotations(num_images: int, folder: Path) -> tuple[str, list[list[dict
 def evaluate_with_detectron2(name: str, results: list[list[dict[str, Any]]]) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = COCOEvaluator(name, ("bbox", "segm"), distributed=False)
-        # What process() leaves there; detectron2 changes it.
+        # What process() stores there; detectron2 changes it.
         evaluator._predictions = [{"instances": [dict(x) for x in found]} for found in results]
         evaluator.evaluate()
 

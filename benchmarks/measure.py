@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes, times, peak memory, and what they were measured on."""
+"""Shared by the benchmarks: sizes, times, peak memory, and the machine."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from mask_head_plugin.machine import cpu_name
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the benchmarks measure with.
+    """Sizes that the benchmarks measure with.
 
     Attributes:
         image_hw: images whose maps RoIs are pooled from, and those of bit masks.
         num_channels: of the maps.
-        rois_per_image: that are pooled.
+        rois_per_image: how many are pooled.
         roi_sides: their least and greatest side in pixels.
         pooled_sides: of the pooled squares.
         head_rois: RoIs in the mask head.
         step_side: side of the square images of a training step and of inference, in pixels.
-        large_step_side: of those of a step on a GPU that is to be busy.
-        output_images: height and width of images that masks are put out for.
-        output_counts: masks of one such image.
+        large_step_side: the same for a step that keeps a GPU busy.
+        output_images: height and width of images for which masks are output.
+        output_counts: numbers of masks in one such image.
         exact_sides: k of the RoIs whose sides are k times the pooled side.
         profiled_steps: training steps in a trace.
         model_opts: config keys of R50-FPN.
@@ -93,7 +93,7 @@ def add_tiny_argument(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const=TINY,
         default=FULL,
-        help="sizes that show in seconds that the script works; its times then mean nothing",
+        help="tiny sizes, to see within seconds that the script works; its times then mean nothing",
     )
 
 
@@ -107,13 +107,13 @@ def add_busy_argument(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="measure while N other processes keep a processor busy each",
+        help="measure while N other processes each keep a processor busy",
     )
 
 
 @contextlib.contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Runs processes that compute without a pause, as a loader's worker or another job does."""
+    """Runs processes that compute without a pause, like a loader's worker or another job."""
     command = [sys.executable, "-c", SPIN.format(os.getpid())]
     processes = [subprocess.Popen(command) for _ in range(count)]
     try:
@@ -138,8 +138,8 @@ def median_times(
         steps: what to time.
         repeats: rounds that count.
         device: ``cpu`` or ``cuda``.
-        busy: other processes that compute all the while.
-        warm_up: first rounds that do not count: in them CUDA compiles, and cuDNN looks for its
+        busy: how many other processes compute at the same time.
+        warm_up: first rounds that do not count, in which CUDA compiles and cuDNN chooses its
             algorithms.
     """
     wait = synchronizer(device)
@@ -156,14 +156,14 @@ def median_times(
 
 
 def synchronizer(device: str) -> Callable[[], None]:
-    """Returns what waits until the device has done all that it was given."""
+    """Returns a function that waits until the device has finished its work."""
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def peak_resident_megabytes(step: Callable[[], object]) -> float:
     """Returns how much the process's memory grows at most during a step, sampled.
 
-    Also sees what libraries other than PyTorch allocate; on Linux.
+    It includes allocations of libraries other than PyTorch; works on Linux.
     """
     statm, page, done = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE"), threading.Event()
     sizes = [int(statm.read_text().split()[1])]
@@ -183,7 +183,7 @@ def peak_resident_megabytes(step: Callable[[], object]) -> float:
 
 
 def machine(device: str) -> dict[str, object]:
-    """Returns what a reader needs to judge the figures."""
+    """Returns facts about the machine that a reader needs to judge the figures."""
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""RoI pooling: this plugin against torchvision's operators and detectron2's ROIPooler.
+"""Compares this plugin's RoI pooling with torchvision's operators and detectron2's ROIPooler.
 
 All run in one process on the same inputs: 256 RoIs an image of 800 x 1333, C = 256. The operators
 see one map of stride 8, the poolers an FPN of strides 4 to 32. PrROIPool, the exact integral, has
 no counterpart in torchvision: it is compared with the adaptive grid of torchvision's roi_align.
 
-A time is the median of several runs, stock and ours in turn; ratios are stock / ours. Memory is the
+Times are medians of several runs, stock and ours in turn; ratios are stock / ours. Memory is the
 peak of what PyTorch allocates during one forward and backward pass, beyond inputs and results: on
 the CPU by its profiler, on CUDA by its allocator. With --busy N, times are taken while N other
 processes compute.
@@ -76,7 +76,7 @@ def make_map(num_images: int, stride: int, layout: str, sizes: Sizes, device: st
 def comparisons(
     size: int, ratio: int, layout: str, num_images: int, sizes: Sizes, device: str
 ) -> Iterator[Comparison]:
-    """Yields what is compared for one output size, sampling ratio and layout of the maps."""
+    """Yields the comparisons for one output size, sampling ratio and layout of the maps."""
     generator = torch.Generator().manual_seed(0)
     boxes = [b.to(device) for b in make_boxes(num_images, sizes, generator)]
     index = torch.arange(num_images, device=device).repeat_interleave(sizes.rois_per_image)
@@ -88,7 +88,7 @@ def comparisons(
     yield Comparison(
         "pooler", partial(stock, pyramid, box_lists), partial(ours, pyramid, box_lists), pyramid
     )
-    if device != "cpu":  # there our operators are for what torchvision lacks
+    if device != "cpu":  # there, our operators are for what torchvision lacks
         return
     single = [pyramid[1]]
     arguments = (single[0], rois, size, 1 / 8)
@@ -105,7 +105,7 @@ def comparisons(
 def measure(comparison: Comparison, repeats: int, busy: int, device: str) -> dict[str, float]:
     """Returns times, memory and ratios of both sides of a comparison."""
     calls = {"stock": comparison.stock, "ours": comparison.ours}
-    # Each in the layout of its result: a gradient comes as the next layer makes it.
+    # Each in the layout of its result, in which the next layer returns a gradient.
     gradients = {who: torch.ones_like(call()) for who, call in calls.items()}
     pooled: dict[str, Tensor] = {}
 

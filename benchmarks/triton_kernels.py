@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the CUDA kernel of RoI pooling compiles to, and what it moves; needs no GPU.
+"""Shows what the CUDA kernel of RoI pooling compiles to and what it moves; needs no GPU.
 
 Triton brings NVIDIA's assembler and disassembler, so the machine code for an A100 (sm_80) and an
 H100 (sm_90) can be made and read anywhere: registers, spills, how wide the loads, stores and atomic

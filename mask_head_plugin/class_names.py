@@ -142,7 +142,7 @@ def matched_predictions(
     Args:
         instances: N detections; not changed.
         found: the classes of the model; if None, they are assumed to be the data set's.
-        wanted: the classes of the data set. Detections of others are left out.
+        wanted: the classes of the data set. Detections of other classes are dropped.
         dataset: its name.
 
     Raises:

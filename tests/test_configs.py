@@ -1,4 +1,4 @@
-"""The configs of the model zoo and their counterparts here differ in the plugin's keys only."""
+"""The model zoo's configs and their counterparts here differ only in the plugin's keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A detectron2 project of somebody else's, with a DefaultTrainer and this plugin's names."""
+"""Somebody else's detectron2 project, with a DefaultTrainer and this plugin's names."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""The kernel of RoI pooling against torchvision's, forward and backward, in every type and layout.
+"""Compares the RoI pooling kernel with torchvision's, forward and backward, in every type and
+layout.
 
-RoIs have sides of exactly k times the pooled side, in cells, for each k of the table of sizes:
-there a division that is rounded twice takes one sample more. Others are of all sizes, over the
-border and off the map. torchvision pools the same values in float32, level by level.
+Some RoIs have sides of exactly k times the pooled side, in cells, for each k in the table of sizes:
+there, a division that is rounded twice would take one sample more. Others have all sizes, cross the
+border or lie off the map. torchvision pools the same values in float32, level by level.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def make_rois(size: int, sizes: Sizes, generator: torch.Generator) -> tuple[Tens
 def make_maps(
     size: int, sizes: Sizes, dtype: torch.dtype, layout: str, device: str
 ) -> list[Tensor]:
-    """Returns a map for each level on which the widest RoI with an exact side has room."""
+    """Returns a map for each level, large enough for the widest RoI with an exact side."""
     hw = 4 * size + 3, max(sizes.exact_sides) * size + 3
     shape = NUM_IMAGES, sizes.num_channels, *hw
     memory_format = getattr(torch, layout)
@@ -85,7 +86,7 @@ def with_gradients(
 def largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
     """Returns the largest difference as a share of the largest expected value of its tensor.
 
-    NaN where a tensor has one, which Python's ``max`` may leave out.
+    NaN if a tensor has one, which Python's ``max`` might hide.
     """
     errors = [
         (mine.float() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)
@@ -100,7 +101,7 @@ def compare(
     """Returns the errors of one case; in half precision, results are rounded once."""
     rois, levels = (x.to(device) for x in make_rois(size, sizes, torch.Generator().manual_seed(0)))
     maps = make_maps(size, sizes, dtype, layout, device)
-    # What the next layer would hand back has the type of the maps.
+    # The gradient from the next layer would have the type of the maps.
     weights = torch.randn(len(rois), sizes.num_channels, size, size, device=device).to(dtype)
     ours = with_gradients(
         lambda x: roi_pooling_operator.multilevel_roi_align(
@@ -144,7 +145,7 @@ def main() -> None:
         torch.manual_seed(0)
         try:
             row |= compare(dtype, layout, size, ratio, args.sizes, args.device)
-        except Exception as error:  # the other cases go on
+        except Exception as error:  # the other cases continue
             traceback.print_exc()
             row |= {"agrees": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
         results["rows"].append(row)

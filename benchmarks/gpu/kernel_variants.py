@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The kernel of RoI pooling compiled in other ways, and torchvision's: time of the device alone.
+"""Times the RoI pooling kernel, compiled in other ways, and torchvision's, on the device alone.
 
-A variant changes one thing: bytes of channels of a program, warps of a program, rows of a tile, the
-layout of the maps (contiguous ones are copied first, which counts), one launch for all levels or
-one a level. "samples one by one" is torchvision's kernel, which merges no samples, on the
-contiguous maps that it wants. Ratio 0. Times are medians of triton.testing.do_bench, which empties
-the L2 cache before each run and waits only at the end.
+A variant changes one thing: bytes of channels per program, warps per program, rows of a tile, the
+layout of the maps (copying contiguous ones is included), or one launch for each level instead of
+one for all. "samples one by one" is torchvision's kernel, which merges no samples, on the
+contiguous maps that it needs. The sampling ratio is 0. Times are medians of
+triton.testing.do_bench, which empties the L2 cache before each run and waits only at the end.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Poolings:
         self.rois = boxes_to_rois(box_lists)
         pooler = MultiLevelRoIPooler(size, SCALES, 0, "ROIAlignV2")
         self.levels = pooler._assign_levels(box_lists).int()
-        # Looked up before: to know how many RoIs a level has takes a wait.
+        # Computed before: learning how many RoIs a level has takes a wait.
         self.by_level = [torch.where(self.levels == level)[0] for level in range(len(SCALES))]
 
     def at_once(self, maps: list[Tensor]) -> list[Tensor]:
@@ -138,7 +138,7 @@ def measure_all(dtype: str, size: int, sizes: Sizes, device: str) -> Iterator[di
         try:
             with kernel_with(**changes):
                 yield row | measure(pool, inputs, device)
-        except Exception as error:  # such as one that does not compile: the others go on
+        except Exception as error:  # such as one that does not compile: the others continue
             traceback.print_exc()
             yield row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--types", choices=list(TYPES), nargs="+", default=["fp32", "fp16"])
     parser.add_argument(
-        "--seconds", type=float, default=180, help="no variant is started when these are over"
+        "--seconds", type=float, default=180, help="start no variant after this time"
     )
     add_tiny_argument(parser)
     args = parser.parse_args()

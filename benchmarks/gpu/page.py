@@ -1,4 +1,4 @@
-"""The page of gpu_campaign.py: verdicts first, then what each part found."""
+"""The page of gpu_campaign.py: verdicts first, then the results of each part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SKIPPED_COLUMNS = ("busy", "threads")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Returns rows as a Markdown table; what is missing in one is empty."""
+    """Returns rows as a Markdown table; missing values are empty."""
     shown = [{k: _cell(v) for k, v in row.items() if k not in SKIPPED_COLUMNS} for row in rows]
     return tabulate(shown, headers="keys", tablefmt="github", disable_numparse=True)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The checkpoint of this repository in stock detectron2 and in the plugin: the same detections?
+"""Checks that this repository's checkpoint gives the same detections in detectron2 and the plugin.
 
-What tools/compare_zoo.py does, on the embedded data set; its page and pictures are in a folder
-next to the JSON file.
+Runs tools/compare_zoo.py on the embedded data set; its page and pictures are in a folder next to
+the JSON file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parts of gpu_campaign.py: which script each runs, with what, and for how long at most."""
+"""The parts of gpu_campaign.py: the script and flags of each, and its time limit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Part:
 
     Attributes:
         name: as given to --part; its results are ``NAME.json`` in the output folder.
-        what: it finds out.
+        what: what it finds out.
         script: in benchmarks/.
-        seconds: that are kept free for it.
+        seconds: reserved for it.
         quick_seconds: the same with --quick.
         flags: of the script.
-        quick_flags: more of them with --quick.
-        tiny_flags: more of them on the CPU.
+        quick_flags: additional ones with --quick.
+        tiny_flags: additional ones on the CPU.
     """
 
     name: str
@@ -119,7 +119,7 @@ PARTS = (
     ),
     Part(
         "guards",
-        "what the guard of a step and its seeds cost",
+        "what the guards and seeds of a step cost",
         "guards.py",
         50,
         20,
@@ -137,7 +137,7 @@ PARTS = (
     ),
     Part(
         "kernel_variants",
-        "the kernel of RoI pooling with other blocks, warps, tiles and layouts",
+        "the RoI pooling kernel with other blocks, warps, tiles and layouts",
         "gpu/kernel_variants.py",
         240,
         50,

@@ -1,4 +1,4 @@
-"""What the project promises of a GPU, and whether the results of gpu_campaign.py keep it."""
+"""The project's promises about GPUs, and whether the results of gpu_campaign.py keep them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 @dataclass(frozen=True)
 class Promise:
     """Attributes:
-    what: is promised.
+    what: the promise, in words.
     part: that measures it.
-    judge: returns None where its results do not have the figure.
+    judge: returns None if the results do not have the figure.
     """
 
     what: str
@@ -27,7 +27,7 @@ class Promise:
     judge: Callable[[Results], Judgement | None]
 
     def verdict(self, results: dict[str, Results]) -> dict[str, str]:
-        """Returns a row of the page from the results of all parts that left any."""
+        """Returns a row of the page from the results of all parts that have any."""
         found, figure, verdict = results.get(self.part), f"no results of {self.part}", NOT_MEASURED
         if found is not None and found.get("gpu") is None:
             figure = "no GPU"
@@ -37,7 +37,7 @@ class Promise:
             except (KeyError, TypeError, ValueError) as error:  # of a part that was cut off
                 judged, figure = None, f"{type(error).__name__}: {error}"
             else:
-                figure = f"{self.part} did not come to it"
+                figure = f"{self.part} was cut off before it"
             if judged is not None:
                 figure, verdict = judged[0], MET if judged[1] else NOT_MET
         return {"promise": self.what, "verdict": verdict, "figure": figure, "part": self.part}
@@ -102,7 +102,7 @@ def guard_costs_little(results: Results) -> Judgement | None:
 
 
 def all_agree(results: Results) -> Judgement | None:
-    """Judges all cases; those that a part which was cut off did not come to, as not agreeing."""
+    """Judges all cases; cases missing because the part was cut off count as not agreeing."""
     agreeing = sum(x["agrees"] for x in results["rows"])
     return f"{agreeing} of {results['cases']} cases", agreeing == results["cases"]
 

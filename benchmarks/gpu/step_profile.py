@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What a training step of detectron2's model and of the plugin's spends its time on.
+"""Profiles a training step of detectron2's model and of the plugin's.
 
-On CUDA a third side is measured: the plugin's model with channels-last weights. The rows are the
-kernels with the most time of the device, by PyTorch's profiler. Traces for chrome://tracing or
+On CUDA, a third side is measured: the plugin's model with channels-last weights. The rows are the
+kernels that take most device time, by PyTorch's profiler. Traces for chrome://tracing or
 https://ui.perfetto.dev are written next to the JSON file. R50-FPN, two images of 512 px, K = 80.
 """
 
@@ -40,7 +40,7 @@ def profile_step(
         seconds = time.perf_counter() - start
     profiler.export_chrome_trace(str(trace))
     attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    # On CUDA, operators have the time of the kernels that they start: those themselves are left.
+    # On CUDA, operators include the time of the kernels that they start, so only kernels count.
     events = [
         x
         for x in profiler.key_averages()

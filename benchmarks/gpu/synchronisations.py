@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Where a training step and an inference wait for the GPU: detectron2's model and the plugin's.
+"""Finds where a training step and an inference wait for the GPU, in detectron2's model and the
+plugin's.
 
-torch.cuda.set_sync_debug_mode warns of each wait; a wait counts for the innermost file of
-detectron2 or the plugin that led to it, and what the backward pass does for "backward pass".
-PyTorch does not warn of every kind of wait, so a count is a lower bound. A step is that of
-detectron2's SimpleTrainer or AMPTrainer, optimizer and logged losses included; the plugin's has
+torch.cuda.set_sync_debug_mode warns about each wait. A wait counts for the innermost file of
+detectron2 or the plugin that led to it; waits of the backward pass count as "backward pass".
+PyTorch does not warn about every kind of wait, so counts are lower bounds. A step is that of
+detectron2's SimpleTrainer or AMPTrainer, including optimizer and logged losses; the plugin's has
 its StepGuard. R50-FPN, two images of 512 px with 8 objects each.
 """
 
@@ -86,7 +87,7 @@ def training_step(
             objects = sample["instances"]
             polygons, hw = objects.gt_masks.polygons, objects.image_size
             objects.gt_masks = BitMasks.from_polygon_masks(polygons, *hw)
-    # So small a rate that the losses of random weights stay finite.
+    # A rate so small that the losses of random weights stay finite.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9)
     trainer = (AMPTrainer if amp else SimpleTrainer)(model, itertools.repeat(batch), optimizer)
     if guarded:
@@ -131,7 +132,7 @@ def count(make: Callable[[str], Callable[[], object]], device: str) -> dict[str,
     for side in SIDES:
         torch.manual_seed(0)
         step = make(side)
-        for _ in range(2):  # what is done once only, such as compiling kernels
+        for _ in range(2):  # what is done only once, such as compiling kernels
             step()
         with counted_waits(device) as counts[side]:
             step()
@@ -148,7 +149,7 @@ def main() -> None:
     for what, make in settings(args.sizes, args.device):
         try:
             counts = count(make, args.device)
-        except Exception as error:  # the others go on
+        except Exception as error:  # the others continue
             traceback.print_exc()
             told = f"{type(error).__name__}: {error}".splitlines()[0]
             results["rows"].append({"what": what, "file": told})

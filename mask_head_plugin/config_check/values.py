@@ -1,6 +1,6 @@
 """Tables of what single config keys may hold, and checks of solver, input and test keys that clash.
 
-Only values that would otherwise fail late, fail without naming the key, or do nothing.
+It covers only values that would otherwise fail late, fail without naming the key, or do nothing.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class BGRPredictor(DefaultPredictor):
         return output
 
     def scales_down(self, height: int, width: int) -> bool:
-        """Returns whether an image is scaled to INPUT.MAX_SIZE_TEST though the config keeps sizes.
+        """Returns whether an image is scaled to INPUT.MAX_SIZE_TEST although sizes are kept.
 
         Args:
             height: in pixels.

@@ -325,7 +325,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def load_model(cls, cfg: CfgNode, *, resume: bool = False) -> torch.nn.Module:
-        """Builds a model to evaluate, and fills it.
+        """Builds a model for evaluation and loads its weights.
 
         Args:
             cfg: gives MODEL.WEIGHTS.
@@ -387,7 +387,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
-        """Evaluates a model on DATASETS.TEST, with augmentation too if TEST.AUG.ENABLED."""
+        """Evaluates a model on DATASETS.TEST; if TEST.AUG.ENABLED, also with augmentation."""
         results = cls.test_with_losses(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(cls.test_with_tta(cfg, model))

@@ -127,7 +127,7 @@ def _cells(block: Block) -> tuple[Tensor, Tensor]:
 
 
 def _outside(block: Block) -> Tensor:
-    """Returns which samples do not count, (n P Q, S)."""
+    """Returns which of the (n P Q, S) samples do not count."""
     part, places, gy, gx = block
     inside = over_y(part.y.inside[places, :, :gy]) & over_x(part.x.inside[places, :, :gx])
     return ~inside.flatten(3).flatten(0, 2)

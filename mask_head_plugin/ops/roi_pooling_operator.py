@@ -122,7 +122,7 @@ def _gradients(
     sampling_ratio: int,
     aligned: bool,
 ) -> list[Tensor]:
-    """Returns the gradients of all maps, even of those that need none: a RoI adds to its own map."""
+    """Returns the gradients of all maps, even if not needed: each RoI adds to its own map."""
     shapes = _map_shapes(grad, num_images, heights, widths)
     sums = [grad.new_zeros(x, dtype=torch.float32).permute(0, 3, 1, 2) for x in shapes]
     bins = grad.permute(0, 2, 3, 1).contiguous()

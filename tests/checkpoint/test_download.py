@@ -1,4 +1,4 @@
-"""Weights that cannot be downloaded: one line that says what to fetch, and the way out."""
+"""If weights cannot be downloaded, one line says what to fetch and what to do instead."""
 
 from __future__ import annotations
 

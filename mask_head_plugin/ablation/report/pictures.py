@@ -170,7 +170,7 @@ def _class_indices(dataset: str) -> Any:
 
 
 def _true_masks(record: Mapping[str, Any]) -> list[Instance]:
-    """Returns the objects of an image, crowds left out."""
+    """Returns the objects of an image, without crowds."""
     image_hw = record["height"], record["width"]
     return [
         (annotation["category_id"], rle)
