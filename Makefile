@@ -14,7 +14,7 @@ OLDEST_PYTHON ?= python3.10
 PYTHON ?= $(VENV)/bin/python
 BOOTSTRAP_PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))) python3)
 CONFIG ?= configs/shapes/mask_rcnn_shapes.yaml
-# Two processes of one thread each; who has no tests left takes over some of the other's.
+# Two processes of one thread each; an idle one takes over tests of the other.
 IN_PROCESSES := -n 2 --dist worksteal
 # Warnings, such as broken links, are errors (but not with --quiet); hides an advertisement.
 SITE = NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
@@ -51,7 +51,7 @@ docs: $(ENVIRONMENT)
 gpu: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/gpu_campaign.py $(GPU_FLAGS)
 
-# The stamp comes last, so an interrupted installation is taken up again.
+# The stamp comes last, so an interrupted installation is resumed.
 $(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py tools/pinned_wheel.py
 	@echo "Setting up $(VENV): about 6 GB (PyTorch with its CUDA libraries), some minutes"
 	$(BOOTSTRAP_PYTHON) -m venv $(VENV)

@@ -105,7 +105,7 @@ class Case:
         kind: of the finding that it must give.
         break_it: changes the data set; returns the file's text where that is not its content.
         image_id: that the finding names.
-        annotation_id: likewise.
+        annotation_id: the same for the annotation.
         after_fix: whether a corrected copy still has the record: "kept", "left out", or "none" if
             such a copy cannot be made.
     """

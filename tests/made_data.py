@@ -1,4 +1,4 @@
-"""Synthetic ground truth and detections, with all that an evaluation can stumble over."""
+"""Synthetic ground truth and detections, with everything that an evaluation can stumble over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of exported models whose detections are known: graphs of a few operators."""
+"""Folders of exported models with known detections: graphs of a few operators."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Processes of tests that do not first import PyTorch and detectron2, which takes seconds of each.
+"""Processes for tests that need not import PyTorch and detectron2 first, which takes seconds.
 
-They are forks of one clean process of Python, which has imported them and done nothing else.
+They are forks of one clean Python process, which has imported both and done nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IMPORTED = ("mask_head_plugin.engine.run", "torch.utils.tensorboard")
 
 @functools.cache
 def fork_server() -> multiprocessing.context.ForkServerContext:
-    """Returns the context whose processes are such forks; once started, the server stays."""
+    """Returns the context that makes such forks; once started, the server stays."""
     import pytest  # the forks import this module, and need no pytest
 
     context = multiprocessing.get_context("forkserver")
@@ -44,8 +44,8 @@ def run_script(
         script: a path, relative to ``cwd``.
         args: of the script.
         cwd: its current folder.
-        env: its environment, in place of this process's. What is read of it as the package is
-            imported is as it was in this process when the first script was run.
+        env: its environment, in place of this process's. Variables that are read while the package
+            is imported keep the values of this process at the first script.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [f"{folder}/{name}" for name in ("stdout", "stderr")]

@@ -96,7 +96,7 @@ def test_nearest_name_prefers_the_same_leaf():
     assert nearest_name("zzz", choices) is None
 
 
-def test_without_cuda_the_device_becomes_cpu_and_that_is_said(caplog, monkeypatch):
+def test_without_cuda_the_device_becomes_cpu_and_that_is_logged(caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert load_config().MODEL.DEVICE == "cpu"
     assert "MODEL.DEVICE is now cpu" in caplog.text

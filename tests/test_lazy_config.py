@@ -133,7 +133,7 @@ def test_a_model_without_a_mask_head_is_refused():
         use_plugin_modules(retinanet)
 
 
-def test_modules_are_exchanged_once_and_by_name_too():
+def test_modules_are_exchanged_once_and_by_name_as_well():
     model = model_zoo.get_config("common/models/cascade_rcnn.py").model
     model.roi_heads.mask_head._target_ = (
         "detectron2.modeling.roi_heads.mask_head.MaskRCNNConvUpsampleHead"

@@ -46,7 +46,7 @@ def test_a_file_of_your_own_goes_before_the_packages(tmp_path, monkeypatch):
     assert load_config(NAME).SEED == 7
 
 
-def test_a_misspelt_config_of_the_package_is_told_the_nearest(tmp_path, monkeypatch):
+def test_a_misspelt_config_of_the_package_is_reported_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=rf"did you mean {re.escape(NAME)}\?"):
         load_config(NAME.replace("R_50", "R50"))

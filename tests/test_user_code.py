@@ -138,7 +138,7 @@ def test_code_runs_once_in_a_process_and_the_log_says_so(place, caplog):
     assert caplog.text.count(f"IMPORTS runs code of yours: {place}/counted.py") == 1
 
 
-def test_processes_that_are_started_anew_receive_what_a_file_defines(place):
+def test_processes_that_are_started_again_receive_what_a_file_defines(place):
     write_code(place / "folder" / "sent_along.py", "def answer(pipe):\n    pipe.send(42)\n")
     import_modules(load_config("folder/theirs.yaml").IMPORTS)
     here, there = multiprocessing.Pipe()

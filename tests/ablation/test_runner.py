@@ -128,7 +128,7 @@ def test_variants_seeds_and_options_can_be_chosen(ablation, tmp_path):
         trials_of(ablation, tmp_path, seeds=[1, 1])
 
 
-def test_keys_without_effect_are_told_of_what_the_user_sets_and_not_of_bases(
+def test_keys_without_effect_are_reported_if_the_user_sets_them_not_bases(
     ablation, tmp_path, monkeypatch
 ):
     content = yaml.safe_load(ablation.read_text())

@@ -234,7 +234,7 @@ def test_waits_and_variants_are_compared(campaign):
     assert found["verdict"] == "met"
 
 
-def test_what_a_program_says_of_the_machine_is_told_apart_from_its_failure(campaign):
+def test_a_programs_output_is_distinguished_from_its_failure(campaign):
     output_of = load_script("benchmarks/gpu/environment.py").output_of
     assert output_of(sys.executable, "-c", "print(' 5 W ')") == "5 W"
     assert output_of(sys.executable, "-c", "") == "none"

@@ -26,7 +26,7 @@ def test_export_reads_what_loading_reads(tmp_path):
         assert all(torch.equal(exported[name], x) for name, x in weights.items())
 
 
-def test_export_refuses_what_is_no_checkpoint_and_what_float16_cannot_hold(tmp_path):
+def test_export_refuses_files_that_are_not_checkpoints_and_values_beyond_float16(tmp_path):
     (tmp_path / "text.pth").write_text("no")
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"conv1_w": np.ones(2)}))
     torch.save({"model": {"weight": torch.full((2, 2), 1e6)}}, tmp_path / "large.pth")

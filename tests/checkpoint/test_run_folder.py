@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(folder, caplog, da
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit])
-def test_damage_is_found_without_a_checksum_too(folder, damage):
+def test_damage_is_found_even_without_a_checksum(folder, damage):
     """Of a flipped bit the checksums inside the file tell."""
     path = folder / "model_0000029.pth"
     path.with_name("model_0000029.pth.sha256").unlink()
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_was_chosen_by_hand_is_taken(folder):
     assert resumed_weight(folder) == 0
 
 
-def test_a_folder_and_a_link_to_nothing_are_told_and_passed_over(folder, caplog):
+def test_a_folder_and_a_link_to_nothing_are_reported_and_skipped(folder, caplog):
     shutil.copy(folder / "model_0000029.pth.sha256", folder / "model_0000039.pth.sha256")
     (folder / "model_0000039.pth").mkdir()
     (folder / "model_0000049.pth").symlink_to("nowhere")

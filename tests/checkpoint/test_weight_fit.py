@@ -247,7 +247,7 @@ def test_a_detector_that_does_not_fit_is_an_error_unless_lenient(tmp_path, caplo
     assert fault in caplog.text
 
 
-def test_many_names_are_told_by_module(tmp_path):
+def test_many_names_are_reported_by_module(tmp_path):
     weights = filled(model_of())
     fewer = {n: x for n, x in weights.items() if not n.startswith(("roi_heads", "backbone.fpn"))}
     with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""Differences of detections on made lists whose answers are worked out by hand."""
+"""Differences of detections in synthetic lists, with answers worked out by hand."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_both_models_of_a_lazy_config_are_called_equal(small, tmp_path):
     assert found.agreement.score < 1e-4 and 0 < found.agreement.mask_prob
 
 
-def test_a_counterpart_has_its_stock_model_too(small):
+def test_a_counterpart_has_its_stock_model_as_well(small):
     file, weights = small
     ours = (
         "from mask_head_plugin.lazy_config import use_plugin_modules\nuse_plugin_modules(model)\n"

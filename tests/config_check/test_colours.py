@@ -1,4 +1,4 @@
-"""Weights that were trained on another order of colours than the config's are told."""
+"""Weights trained on another order of colours than the config's are reported."""
 
 from __future__ import annotations
 

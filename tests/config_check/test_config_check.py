@@ -444,7 +444,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused(make, told, tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "y/" + "x" * 300, "x/" * 3000, "\ud800"], ids=len)
-def test_an_output_folder_whose_name_cannot_be_is_refused(name, tmp_path):
+def test_an_output_folder_with_an_impossible_name_is_refused(name, tmp_path):
     cfg = load_config(str(CONFIGS / FPN))
     cfg.OUTPUT_DIR = f"{tmp_path}/{name}"
     with pytest.raises(ConfigError, match=r"^OUTPUT_DIR '.*' cannot be written: ") as caught:
@@ -465,7 +465,7 @@ def test_evaluation_needs_no_training_set(tmp_path):
     check_config(cfg, train=False)
 
 
-def test_random_weights_that_stay_frozen_are_told(tmp_path, caplog):
+def test_random_weights_that_stay_frozen_are_reported(tmp_path, caplog):
     opts = ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", ""]
     check_config(load_config(str(CONFIGS / FPN), opts), train=True)
     assert "FREEZE_AT 2 keeps the first stages at random values; set it to 0" in caplog.text

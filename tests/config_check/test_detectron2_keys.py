@@ -114,7 +114,7 @@ def test_values_of_training_are_not_looked_at_in_evaluation(tmp_path, caplog):
         checked(tmp_path, "MODEL.RESNETS.NORM", "BM", train=False)
 
 
-def test_several_wrong_values_are_told_one_by_one_the_right_ones_never(tmp_path, monkeypatch):
+def test_several_wrong_values_are_reported_one_by_one_and_right_ones_never(tmp_path, monkeypatch):
     knowing_norm(monkeypatch)
     wrong = ["MODEL.RESNETS.NORM", "own_norm", "MODEL.FPN.FUSE_TYPE", "summ"]
     wrong += ["SOLVER.WARMUP_METHOD", "liner"]

@@ -1,4 +1,4 @@
-"""A config with a backbone of timm is refused before anything is built, with what is right."""
+"""A wrong config of a timm backbone is refused before anything is built, with the right value."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def test_only_training_files_decide_the_mask_format(tmp_path):
     assert configure(tmp_path, train, val).INPUT.MASK_FORMAT == "polygon"
 
 
-def test_a_file_that_changed_is_read_anew(tmp_path):
+def test_a_file_that_changed_is_read_again(tmp_path):
     train = write_files(tmp_path, "train", CATEGORIES)
     val = write_files(tmp_path, "val", CATEGORIES)
     configure(tmp_path, train, val)
@@ -229,7 +229,7 @@ def test_a_file_that_changed_is_read_anew(tmp_path):
     configure(tmp_path, train, val, num_classes=4)
 
 
-def test_changing_the_mask_format_is_said(tmp_path, caplog):
+def test_changing_the_mask_format_is_reported(tmp_path, caplog):
     train = write_files(tmp_path, "train", CATEGORIES, segmentation=rle())
     val = write_files(tmp_path, "val", CATEGORIES)
     with caplog.at_level("INFO"):

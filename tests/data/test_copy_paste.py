@@ -1,4 +1,4 @@
-"""Copy-paste: after pasting, each pixel and its labels are of the image that is on top."""
+"""Copy-paste: after pasting, each pixel and its labels belong to the image on top."""
 
 from __future__ import annotations
 

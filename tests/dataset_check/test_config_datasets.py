@@ -1,4 +1,4 @@
-"""DATASETS.CHECK: what stops training, what is logged, what is kept between runs."""
+"""DATASETS.CHECK: what stops training, what is logged, what is cached between runs."""
 
 from __future__ import annotations
 
@@ -283,7 +283,9 @@ def test_a_test_file_that_lacks_a_category_is_checked_itself(tmp_path, data):
     assert str(val.json_file) in str(info.value)
 
 
-def test_what_is_no_coco_file_is_said_and_what_is_made_is_not_checked(tmp_path, caplog, cache):
+def test_files_that_are_not_coco_are_reported_and_the_embedded_set_is_not_checked(
+    tmp_path, caplog, cache
+):
     DatasetCatalog.register("by_function", list)
     try:
         cfg = configure(tmp_path, {})

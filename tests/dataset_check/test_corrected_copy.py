@@ -128,7 +128,7 @@ def test_a_polygon_with_a_point_at_the_end_of_all_numbers_is_cut():
     assert max(everything[::2]) == HW[1] and max(everything[1::2]) == HW[0]
 
 
-def test_a_box_comes_from_run_lengths_too(good):
+def test_a_box_comes_from_run_lengths_as_well(good):
     good.annotation(13).update(bbox=[1, 2], segmentation=encode(40, 30, 60, 55))
     fixed, _ = fix(good.write())
     assert fixed.annotation(13)["bbox"] == [40, 30, 20, 25]
@@ -171,7 +171,7 @@ def test_one_record_for_each_annotation_becomes_one_for_each_file(good):
     }
 
 
-def test_images_left_out_take_their_annotations_and_say_why(good):
+def test_images_left_out_take_their_annotations_along_and_say_why(good):
     good.path(2).write_bytes(b"")
     fixed, changes = fix(good)
     assert {x["image_id"] for x in fixed.content["annotations"]} == {1, 3, 4}
@@ -180,7 +180,7 @@ def test_images_left_out_take_their_annotations_and_say_why(good):
     assert all("its image was left out: its file" in x.what for x in of_annotations)
 
 
-def test_a_file_of_which_nothing_is_left_is_refused(good):
+def test_a_file_with_nothing_left_is_refused(good):
     for annotation in good.content["annotations"]:
         annotation["segmentation"] = "mask.png"
     expected = r"6 of 6 annotations would be left out or cut \(6 by segmentation-type\)"

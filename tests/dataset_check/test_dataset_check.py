@@ -1,4 +1,4 @@
-"""The data set check: each way to break a data set is told apart, and nothing broken trains."""
+"""The data set check distinguishes each way to break a data set, and nothing broken trains."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mask_head_plugin.dataset_check.masks import decode_counts, runs_box
 from mask_head_plugin.image_file_mapper import ImageFileMapper
 from mask_head_plugin.image_files import read_image
 
-# Faults of a config or of LVIS, or of the way to the file: tests of their own.
+# Faults of a config, of LVIS or of the path have separate tests.
 ELSEWHERE = {
     *("json-missing", "num-classes", "category-id-range", "categories-disagree"),
     "rle-needs-bitmask",
@@ -120,7 +120,7 @@ COMPANIONS = {
 }
 
 
-def test_all_kinds_are_told_apart():
+def test_all_kinds_are_distinguished():
     tested = {broken.kind for broken in CASES}
     assert tested == set(KINDS) - ELSEWHERE
     assert len(tested) > 40 and len({broken.name for broken in CASES}) == len(CASES)

@@ -165,7 +165,7 @@ def test_losses_of_most_records_are_taken_if_the_user_says_so(good):
     assert sum(x.action == "left out" for x in changes) == 39 + 41
 
 
-def test_what_only_a_later_round_shows_is_refused_too(many):
+def test_faults_that_only_a_later_round_shows_are_refused_as_well(many):
     """Without a size nothing is known of masks, so they are checked when it has been repaired."""
     del many.image(1)["height"]
     for annotation in many.content["annotations"]:

@@ -106,7 +106,7 @@ def test_areas_may_differ_from_the_outline_by_the_pixels_along_it(good):
     assert check(good.write()) == []
 
 
-def test_areas_of_the_boxes_are_told_from_others(good):
+def test_areas_of_the_boxes_are_distinguished_from_others(good):
     good.annotation(14)["area"] = 39.5 * 40.75
     found = only(good, "area-of-box")
     assert "1 of 5 (20.0%) objects have the area of their box" in found.message
@@ -122,7 +122,7 @@ def test_a_ring_whose_area_says_that_it_is_a_hole_is_found_and_a_filled_one_is_n
     assert "1 of 5" in found.message and "area 500, its mask 900 pixels" in found.message
 
 
-def test_the_area_in_pixels_of_a_mask_with_a_hole_tells_it_too(good):
+def test_the_area_in_pixels_of_a_mask_with_a_hole_tells_it_as_well(good):
     mask = mask_util.decode(mask_util.frPyObjects([[12.3, 9, 52, 20.5, 30, 55]], *HW))[..., 0]
     hole = mask_util.decode(mask_util.frPyObjects([[25.0, 20, 40, 24, 31, 40]], *HW))[..., 0]
     good.annotation(11).update(
@@ -167,7 +167,7 @@ def test_masks_on_several_images_are_counted_once_each(good):
     )
 
 
-def test_run_lengths_on_several_images_are_found_too(good):
+def test_run_lengths_on_several_images_are_found_as_well(good):
     for i, image_id in ((14, 3), (15, 4)):
         good.annotation(i).update(image_id=image_id)
         good.annotation(i).update(segmentation=encode(9, 9, 30, 30), bbox=[9, 9, 21, 21], area=441)

@@ -18,7 +18,7 @@ def good(tmp_path):
     return make_good(tmp_path)
 
 
-def test_a_file_below_the_folder_is_said_with_its_whole_name_and_machine_readable(good):
+def test_a_file_below_the_folder_is_reported_with_its_whole_name_and_machine_readable(good):
     below = good.images / "images"
     below.mkdir()
     good.path(2).rename(below / f"{LONG}.png")
@@ -52,7 +52,7 @@ def test_a_file_in_another_folder_is_named_but_not_taken(good):
     assert found.kind == "image-file-missing" and "'train/2.png' there" in found.message
 
 
-def test_files_of_which_one_is_meant_are_named(good):
+def test_a_file_that_can_only_mean_one_place_is_named(good):
     for folder in ("a", "b"):
         (good.images / folder).mkdir()
         (good.images / folder / "2.png").write_bytes(good.path(2).read_bytes())
@@ -62,7 +62,7 @@ def test_files_of_which_one_is_meant_are_named(good):
     assert "'a/2.png', 'b/2.png' there have the same name" in found.message
 
 
-def test_an_absolute_name_outside_the_folder_is_said_to_exist(good, tmp_path):
+def test_an_absolute_name_outside_the_folder_is_reported_to_exist(good, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     good.path(2).rename(other / "2.png")

@@ -1,4 +1,4 @@
-"""Splits keep photographs whole and categories balanced; filters keep what is asked for."""
+"""Splits keep photographs whole and categories balanced; filters keep the chosen categories."""
 
 from __future__ import annotations
 

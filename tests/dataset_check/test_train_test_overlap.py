@@ -15,7 +15,7 @@ def write(folder, **contents):
     return [(str(folder), str(folder / name)) for name in contents]
 
 
-def test_each_image_is_told_once_in_the_surest_way(tmp_path):
+def test_each_image_is_reported_once_by_its_surest_sign(tmp_path):
     train = write(
         tmp_path / "train",
         **{"a.png": b"a" * 9000, "b.png": b"b" * 9000, "c_0_0.png": b"c", "d.png": b"d" * 7000},

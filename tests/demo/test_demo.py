@@ -1,4 +1,4 @@
-"""tools/demo.py as a user runs it: what lies in the output folder, and errors of one line."""
+"""tools/demo.py as a user runs it: the files in the output folder, and errors of one line."""
 
 from __future__ import annotations
 
@@ -362,7 +362,7 @@ def test_a_video_that_ends_early_is_reported_and_what_it_has_is_kept(images, tmp
 
 
 @pytest.mark.parametrize("name", ["odd.avi", "odd.webm"])
-def test_a_video_of_odd_size_keeps_it_and_what_changes_is_said(images, tmp_path, caplog, name):
+def test_a_video_of_odd_size_keeps_it_and_what_changes_is_reported(images, tmp_path, caplog, name):
     image = cv2.imread(str(images / "000001.png"))[:95, :127]
     write_video(tmp_path / "odd.avi", [image] * 3, backend=cv2.CAP_OPENCV_MJPEG)
     (tmp_path / "odd.avi").rename(tmp_path / name)
@@ -373,7 +373,7 @@ def test_a_video_of_odd_size_keeps_it_and_what_changes_is_said(images, tmp_path,
     assert line in caplog.text
 
 
-def test_frames_at_changing_intervals_are_told(monkeypatch):
+def test_frames_at_changing_intervals_are_reported(monkeypatch):
     class Video:
         def __init__(self, times):
             self._times, self._now = times, -1
@@ -434,7 +434,7 @@ def test_an_image_that_the_model_fails_on_does_not_cost_the_others(images, tmp_p
     assert len(content["images"]) == 6
 
 
-def test_a_huge_image_is_scaled_where_the_config_keeps_sizes_and_that_is_told(
+def test_a_huge_image_is_scaled_where_the_config_keeps_sizes_and_that_is_reported(
     images, tmp_path, monkeypatch, caplog
 ):
     seen = stub_model(monkeypatch)
@@ -483,7 +483,7 @@ def test_files_of_a_folder_that_look_like_images_are_named_if_they_cannot_be_rea
     assert (tmp_path / "out" / "clip.mp4").is_file()
 
 
-def test_sub_folders_that_are_left_out_are_said(images, tmp_path, caplog):
+def test_sub_folders_that_are_left_out_are_reported(images, tmp_path, caplog):
     for name in ("x.png", "sub/y.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((images / "000001.png").read_bytes())

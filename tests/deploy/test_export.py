@@ -284,7 +284,7 @@ def test_images_on_which_rounding_decides_say_nothing_of_an_export(others, unlik
     assert "left out, since rounding decides there: blank" in str(found)
 
 
-def test_nothing_is_overwritten_unless_told(tmp_path):
+def test_nothing_is_overwritten_by_default(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"mine")
     with pytest.raises(ConfigError, match=r"has model.onnx already.*--overwrite"):
         export_model(SHAPES, OPTS, tmp_path, ExportOptions("torchscript"))
@@ -307,7 +307,7 @@ def exported(folder):
     return export_model(SHAPES, OPTS, folder, ExportOptions("onnx"), overwrite=True)
 
 
-def test_what_was_there_is_gone_once_the_new_model_is_whole(made, tmp_path, monkeypatch):
+def test_the_old_model_is_removed_once_the_new_one_is_complete(made, tmp_path, monkeypatch):
     exported(tmp_path)
     old = read_model_folder(tmp_path)
 
@@ -344,7 +344,7 @@ def test_two_exports_into_one_folder_are_refused(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_comparison_on_nothing_is_told(made, tmp_path, caplog):
+def test_a_comparison_on_nothing_is_reported(made, tmp_path, caplog):
     exported(tmp_path)
     assert "the model found nothing in any image" in caplog.text
 

@@ -98,7 +98,7 @@ def test_images_in_which_nothing_is_found_calibrate_nothing(data, tmp_path):
         ("DATASETS.TEST", r"name --images: data set 'nowhere' is not registered"),
     ],
 )
-def test_missing_data_sets_are_told_before_anything_is_converted(
+def test_missing_data_sets_are_reported_before_anything_is_converted(
     data, missing, message, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(export, "converted", None)
@@ -111,7 +111,7 @@ def test_missing_data_sets_are_told_before_anything_is_converted(
         )
 
 
-def test_a_missing_calibration_image_is_told_before_anything_is_converted(
+def test_a_missing_calibration_image_is_reported_before_anything_is_converted(
     data, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(export, "converted", None)

@@ -87,7 +87,7 @@ def test_batches_give_the_same_files(folder, inputs, tmp_path, capsys):
     assert one == three and len(one) == 6
 
 
-def test_frames_before_the_end_of_a_damaged_video_are_kept_in_batches_too(
+def test_frames_before_the_end_of_a_damaged_video_are_kept_in_batches_as_well(
     folder, inputs, tmp_path, capsys
 ):
     codec = cv2.VideoWriter.fourcc(*"MJPG")

@@ -115,7 +115,7 @@ def test_the_model_gets_its_channels(tmp_path, image_format, brightest):
         (np.zeros((0, 4, 3), np.uint8), r"image 1 is an array \(0, 4, 3\)"),
     ],
 )
-def test_what_is_no_image_is_named(folder, image, message):
+def test_a_file_that_is_not_an_image_is_named(folder, image, message):
     with pytest.raises(ValueError, match=message):
         Predictor(folder)([IMAGE, image])
 

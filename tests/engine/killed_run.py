@@ -1,4 +1,4 @@
-"""Short runs that are killed, at whatever moment, and resumed.
+"""Short runs that are killed at any moment and resumed.
 
 A kill is an exception that nobody handles: nothing is written after it.
 """

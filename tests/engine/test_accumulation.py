@@ -183,6 +183,6 @@ def test_random_numbers_of_a_step_do_not_depend_on_what_ran_before():
     assert drawn[:2] == drawn[2:] and drawn[0] != drawn[1]
 
 
-def test_a_batch_of_ones_own_loader_that_cannot_be_divided_is_refused():
+def test_a_batch_of_your_own_loader_that_cannot_be_divided_is_refused():
     with pytest.raises(ConfigError, match=r"gave 3 images, .* into SOLVER\.ACCUMULATE_STEPS 2"):
         step_of(made_trainer(Squares(), 2, [torch.tensor(1.0)] * 3))

@@ -70,7 +70,7 @@ def undisturbed(tmp_path_factory, evaluated):
     return SimpleNamespace(folder=folder, trainer=trainer, evaluated=evaluated[:], drawn=drawn)
 
 
-def test_a_run_ends_once_patience_is_over_with_all_that_its_end_gives(undisturbed):
+def test_a_run_ends_completely_once_patience_is_over(undisturbed):
     trainer, folder = undisturbed.trainer, undisturbed.folder
     assert (trainer.iter, trainer.max_iter, trainer.is_stopped) == (8, 8, True)
     assert undisturbed.evaluated == [1, 3, 5, 7], "and not a second time at the end"
@@ -174,7 +174,7 @@ def test_all_processes_end_as_the_first_says(tmp_path, monkeypatch):
     assert hook.trainer.is_stopped and hook.trainer.max_iter == 5
 
 
-def test_a_metric_that_an_evaluation_does_not_give_ends_nothing_and_is_said(tmp_path, caplog):
+def test_a_metric_that_an_evaluation_does_not_give_ends_nothing_and_is_reported(tmp_path, caplog):
     hook = made_hook(tmp_path, "segm/APx", patience=1)
     trainer = SimpleNamespace(max_iter=100, is_stopped=False)
     hook.trainer = trainer

@@ -231,7 +231,7 @@ def test_out_of_memory_says_which_images_and_what_to_lower(tmp_path, error):
         assert text in message, text
 
 
-def test_weights_that_diverged_are_told_before_there_are_losses_and_replayed(tmp_path):
+def test_weights_that_diverged_are_reported_before_there_are_losses_and_replayed(tmp_path):
     """detectron2's RPN raises by itself, and without a name."""
     trainer = make_trainer(tmp_path)
     with torch.no_grad():

@@ -77,7 +77,7 @@ def test_the_name_of_a_parameter_is_one_and_half_a_name_is_none():
         rates(SMALL, "SOLVER.LR_FACTORS", '[["roi_heads.mask", 5.0]]')
 
 
-def test_a_name_of_what_is_frozen_is_refused():
+def test_a_name_of_a_frozen_module_is_refused():
     opts = [
         "MODEL.BACKBONE.FREEZE_AT",
         "2",

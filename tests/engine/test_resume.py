@@ -1,4 +1,4 @@
-"""A run that is killed, at whatever moment, and resumed ends as if nothing had happened."""
+"""A run that is killed at any moment and resumed ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_after_the_last_iteration_is_refused(tmp_path):
         train(config(tmp_path, "SOLVER.MAX_ITER", "5"), resume=True)
 
 
-def test_a_run_that_starts_anew_moves_the_earlier_one_aside(tmp_path, undisturbed):
+def test_a_run_that_starts_again_moves_the_earlier_one_aside(tmp_path, undisturbed):
     cfg = config(tmp_path, "SOLVER.MAX_ITER", "4")
     train(cfg)
     first = (tmp_path / "model_final.pth").read_bytes(), metrics(tmp_path)

@@ -1,4 +1,4 @@
-"""train_net.py as a user runs it: train, resume, evaluate; what lies in OUTPUT_DIR afterwards."""
+"""train_net.py as a user runs it: train, resume, evaluate; the files in OUTPUT_DIR afterwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = "configs/shapes/mask_rcnn_shapes.yaml"
 
 
 def run_anew(*command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script as a user does: in a process that imports all by itself."""
+    """Runs a script as a user does: in a process that does all imports itself."""
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
 
 
@@ -93,7 +93,7 @@ def test_training_prints_the_time_left_and_the_ap_table(trained):
     assert {"bbox", "segm", "boundary", "ring"} <= set(table)
 
 
-def test_the_device_and_a_changed_mask_format_are_said_and_logged(run, trained):
+def test_the_device_and_a_changed_mask_format_are_reported_and_logged(run, trained):
     log = (run.output / "log.txt").read_text()
     for text in ("INPUT.MASK_FORMAT is now bitmask", "running on cpu"):
         assert trained.stdout.count(text) == 1 and log.count(text) >= 1

@@ -73,7 +73,7 @@ def run(tmp_path_factory):
         return folder, *train(cfg, patch)
 
 
-def test_the_average_is_what_is_evaluated_drawn_and_saved(run):
+def test_the_average_is_evaluated_drawn_and_saved(run):
     folder, trainer, seen = run
     averaged, trained = trainer.average.module.state_dict(), trainer.model.state_dict()
     assert not same(averaged, trained) and not same(seen[0], seen[1])

@@ -300,7 +300,7 @@ def test_an_interval_narrows_with_more_images():
     assert widths[1] == pytest.approx(widths[0] / 4, rel=0.35)  # the root of 16 times as many
 
 
-def test_a_metric_of_which_nothing_counts_is_nan():
+def test_a_metric_without_anything_that_counts_is_nan():
     matches = make_matches([False, False], [0.5, 0.4], [0, 1], objects=[])
     result = compare([matches] * 2, [matches], ["AP"], num_draws=5)["AP"]
     numbers = [v for k, v in vars(result).items() if isinstance(v, float)]

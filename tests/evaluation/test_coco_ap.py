@@ -200,7 +200,7 @@ def mask_area(annotation):
     return int(coco_mask.area(annotation["segmentation"]))
 
 
-def test_detections_of_a_class_that_the_file_has_not_are_left_out(tmp_path):
+def test_detections_of_a_class_that_the_file_lacks_are_left_out(tmp_path):
     content, results = make_coco(1)
     truth = write_truth(tmp_path, content)
     expected = evaluate(truth, results, "bbox").metrics()

@@ -342,7 +342,7 @@ def test_ids_of_numpy_are_those_of_python(made, tmp_path):
     assert repr(found) == repr(expected)  # some are nan
 
 
-def test_an_id_that_is_none_is_told_with_its_field(made):
+def test_an_invalid_id_is_reported_with_its_field(made):
     name, content, results = made
     inputs, outputs = next(iter(outputs_of(name, content, results)))
     evaluator = MaskEvaluator(name)

@@ -76,7 +76,7 @@ def test_what_a_plan_can_show_is_what_the_study_says_afterwards():
     assert planned > detectable_difference(4, 2.0, 0.5, num_images=50, num_compared=2)
 
 
-def test_draws_of_which_nothing_counts_are_left_out():
+def test_draws_without_anything_that_counts_are_skipped():
     values = constant_over_images([1, 2])
     values[0, 3] = values[1, 7] = np.nan
     found = difference_of("AP", values, constant_over_images([1, 2]), num_images=9)

@@ -1,4 +1,4 @@
-"""Operators whose results a GPU would have to be waited for, by the file that runs them.
+"""Operators that make a step wait for the GPU, by the file that runs them.
 
 Counted on the CPU with the two operators that CUDA has of its own put in: RoI pooling in one
 kernel and torchvision's crop of bit masks. Neither waits. ``make gpu`` counts on a GPU.

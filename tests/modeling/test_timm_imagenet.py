@@ -1,4 +1,4 @@
-"""The weights that tools/fetch_backbone.py fetches know what is on photographs.
+"""The weights that tools/fetch_backbone.py fetches recognise photographs.
 
 Skips where they were not fetched, or the shared photographs are absent.
 """

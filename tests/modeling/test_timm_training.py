@@ -153,7 +153,7 @@ def test_a_dilated_res5_has_the_stride_of_res4_and_the_weights_of_the_model():
         (SMALL, ("MODEL.TIMM.DROP_PATH_RATE", "1.0"), r"DROP_PATH_RATE 1.0 is not in \[0, 1\)"),
     ],
 )
-def test_what_a_model_cannot_do_is_told_with_a_way_out(name, opts, message):
+def test_what_a_model_cannot_do_is_reported_with_a_way_out(name, opts, message):
     with pytest.raises(ConfigError, match=message):
         build_backbone(config(name, *opts))
 

@@ -67,7 +67,7 @@ def test_what_holds_no_weights_alone_is_refused_with_what_to_do(form, message, t
         start_from(path)
 
 
-def test_a_hub_that_cannot_be_reached_is_asked_once_and_told_with_another_way(monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_reported_with_another_way(monkeypatch):
     def fail(repository, *, timeout):
         asked.append((repository, timeout))
         raise RuntimeError("no route\nto host")

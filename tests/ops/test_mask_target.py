@@ -96,7 +96,7 @@ def test_the_path_for_cuda_gives_the_same(monkeypatch):
     check_equals_detectron2(random_masks(5, (30, 40), 1), torch.tensor([[3.0, 4, 30, 25]] * 5), 7)
 
 
-def test_deterministic_mode_on_cuda_takes_the_operator_too(monkeypatch):
+def test_deterministic_mode_on_cuda_takes_the_operator_as_well(monkeypatch):
     """torchvision's function samples every pixel there; tensors without values need no GPU."""
     module = sys.modules["torchvision.ops.roi_align"]
     monkeypatch.setattr(module, "is_compile_supported", lambda device_type: device_type == "cuda")

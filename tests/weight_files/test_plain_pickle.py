@@ -147,7 +147,7 @@ def test_a_type_of_numbers_has_no_fields_and_flags(state):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"\x80\x02]", b"a.", b"\x80\x02(."])
-def test_half_a_pickle_is_told(content):
+def test_half_a_pickle_is_reported(content):
     with pytest.raises(pickle.UnpicklingError, match="truncated or corrupt"):
         read_plain_pickle(io.BytesIO(content))
 

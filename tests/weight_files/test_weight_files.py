@@ -508,7 +508,7 @@ def test_safetensors_with_a_lie_are_refused(tmp_path, kind):
     ],
     ids=["empty", "lfs", "page", "indented", "gzip", "nonsense", "text"],
 )
-def test_what_is_no_file_of_weights_is_told(tmp_path, name, content, advice):
+def test_what_is_no_file_of_weights_is_reported(tmp_path, name, content, advice):
     (tmp_path / name).write_bytes(content)
     for read in (read_checkpoint, read_proposals):
         with pytest.raises(ConfigError, match=rf"{name} was not loaded.*") as caught:
@@ -516,7 +516,7 @@ def test_what_is_no_file_of_weights_is_told(tmp_path, name, content, advice):
         assert advice in str(caught.value)
 
 
-def test_folders_and_missing_files_are_told(tmp_path):
+def test_folders_and_missing_files_are_reported(tmp_path):
     with pytest.raises(ConfigError, match="it is a folder"):
         read_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match=r"none\.pth cannot be read: No such file"):

@@ -170,7 +170,7 @@ def test_names_are_escaped_everywhere(made):
     assert "<script>" not in text and "\\*\\*c\\*\\*" in text
 
 
-def test_what_is_nan_is_a_dash(made, copied):
+def test_nan_is_a_dash(made, copied):
     for path in copied.glob("variant_0/seed_*/trial.json"):
         record = json.loads(path.read_text())
         record["results"]["segm"]["APs"] = None
