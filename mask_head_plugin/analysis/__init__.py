@@ -1,4 +1,4 @@
-"""What a trained model gets wrong, and what more training of which branch can still win."""
+"""Finds what a trained model gets wrong, and what a better branch could still win."""
 
 from .analyze import run_analysis
 

@@ -1,4 +1,4 @@
-"""Which object each detection of a scene found, and the APs that follow.
+"""Matches the detections and objects of a scene, and gives the APs that follow.
 
 Shape alphabet: D detections and G objects; N detections that count, at most the limit of an image
 and class; A area ranges, T IoU thresholds.
@@ -23,13 +23,13 @@ THRESHOLDS: FloatArray = np.linspace(0.5, 0.95, 10)
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """The matches of a scene's task.
+    """The matches of a scene for one task.
 
     Attributes:
         matches: by COCO's rules, the N detections ordered by image, class and falling score.
-        rows: (N,) which detections of the scene these are.
+        rows: (N,) their indices among the scene's detections.
         partner: (A, T, N) the object that each found, by its index in the scene; -1 for none.
-        ious: of each image, (d, g) of all its detections and objects.
+        ious: for each image, (d, g) of all its detections and objects.
     """
 
     matches: Matches
@@ -66,9 +66,9 @@ def assign(
     Args:
         scene: all of them.
         task: "bbox" or "segm".
-        max_detections: of an image and class that count; all if negative.
-        ious: of ``scene.ious(task)``, if they are known.
-        areas: names of AREAS, "all" the first.
+        max_detections: how many count per image and class; all if negative.
+        ious: from ``scene.ious(task)``, if already computed.
+        areas: names from AREAS, "all" first.
     """
     ious = scene.ious(task) if ious is None else ious
     ranges = np.array([AREAS[name] for name in areas])
@@ -79,7 +79,7 @@ def assign(
         dt_outside = dt_outside | np.array([pair in scene.lenient for pair in pairs])
     gt_ignored = scene.gt_crowd | _outside(scene.gt_area, ranges)
     score, dt_slices, gt_slices = scene.score(task), scene.dt_slices, scene.gt_slices
-    # The best of an image and class first; what has the same score stays in its order.
+    # Best first within an image and class; equal scores keep their order.
     order = np.lexsort((-score, scene.dt_class, scene.dt_image))
     groups, rows, objects = [], [], []
     for image, dt, gt in _pairs(scene):
@@ -122,5 +122,5 @@ def _pairs(scene: Scene) -> Iterator[tuple[int, slice, slice]]:
 
 
 def _outside(areas: FloatArray, ranges: FloatArray) -> BoolArray:
-    """Returns (A, n) whether areas are outside of the ranges."""
+    """Returns (A, n): whether areas are outside the ranges."""
     return (areas < ranges[:, :1]) | (areas > ranges[:, 1:])

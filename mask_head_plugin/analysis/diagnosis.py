@@ -1,4 +1,4 @@
-"""What the figures of an analysis say, in sentences: the largest losses first, each with its size.
+"""Puts the figures of an analysis into sentences: the largest losses first, each with its size.
 
 Shape alphabet: K classes, P pairs of a detection and its object.
 """
@@ -19,19 +19,19 @@ from .measures import Findings
 from .oracles import grid_name
 
 LEAST_WON = 0.5
-"""AP in percent from which a repair is worth a sentence."""
+"""Gain of AP, in percent, from which a repair gets a sentence."""
 LEAST_SHIFT = 1.0
-"""Pixels from which boxes that lie to one side are."""
+"""Pixels from which boxes that are off to one side get one."""
 LEAST_AREA = 0.05
-"""Share by which masks have to be too large or too small."""
+"""Share by which masks must be too large or too small."""
 LEAST_WEAK = 0.05
-"""By which the mean mask IoU of a group has to be below that of all."""
+"""How far the mean mask IoU of a group must be below that of all."""
 LEAST_CONFUSED = 0.1
-"""Share of a class's objects that another class takes."""
+"""Share of a class's objects that are found as another class."""
 LEAST_GAP = 0.1
-"""By which the scores of a class have to differ from their chance to be right, beyond others'."""
+"""How far the scores of a class must differ from its precision, beyond other classes."""
 FEW = 20
-"""Pairs, objects or detections: less allow no sentence."""
+"""Pairs, objects or detections: fewer get no sentence."""
 TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
 BRANCHES = {
     "perfect masks": "mask branch",
@@ -54,9 +54,9 @@ def diagnose(
         findings: errors and figures.
         mask_side: M of the model.
         offsets: of boxes.
-        quality: of masks, if there are some.
+        quality: of masks, if there are any.
         confusion: see curves.confusion.
-        gaps: of each class with detections.
+        gaps: for each class with detections.
     """
     return [
         *_summary(findings),
@@ -87,7 +87,7 @@ def _summary(findings: Findings) -> Iterator[str]:
 
 
 def _errors(findings: Findings) -> Iterator[str]:
-    """Yields which kinds of errors cost most at IoU 0.5."""
+    """Yields the kinds of errors that cost most at IoU 0.5."""
     for task in findings.scene.tasks:
         won = {name: findings.value(task, "error", name, 0.5) for name in KINDS}
         ranked = sorted(won, key=lambda name: -np.nan_to_num(won[name]))
@@ -104,7 +104,7 @@ def _errors(findings: Findings) -> Iterator[str]:
 
 
 def _branches(findings: Findings) -> Iterator[str]:
-    """Yields which branch more training can win most with."""
+    """Yields the branch whose improvement would win most."""
     task = findings.main_task
     won = {
         name: findings.value(task, "oracle", name)
@@ -116,7 +116,7 @@ def _branches(findings: Findings) -> Iterator[str]:
         return
     told = [f"{name} would win {number(won[name], '.1f')}" for name in ranked]
     yield (
-        f"By branch, AP of {TASK_NAMES[task]}: {', '.join(told)}. Most is to be won with the "
+        f"By branch, AP of {TASK_NAMES[task]}: {', '.join(told)}. Most can be won with the "
         f"{BRANCHES[ranked[0]]}."
     )
 
@@ -129,8 +129,8 @@ def _grid(findings: Findings, side: int) -> Iterator[str]:
     own, double = (base + findings.value("segm", "oracle", grid_name(x)) for x in (side, 2 * side))
     if own < base:
         yield (
-            f"A {side} x {side} grid allows an AP of {number(own, '.1f')} at most, and these masks "
-            "have more: they are not from a mask branch of that size."
+            f"A {side} x {side} grid allows an AP of {number(own, '.1f')} at most, but these masks "
+            f"have more: they do not come from a mask branch of that size."
         )
         return
     yield (
@@ -147,7 +147,7 @@ def _grid(findings: Findings, side: int) -> Iterator[str]:
 
 
 def _shift(offsets: BoxOffsets) -> Iterator[str]:
-    """Yields whether boxes lie to one side, or are too large or small, all of them alike."""
+    """Yields whether all boxes are off to one side, or too large or too small."""
     if len(offsets.edges) < FEW:
         return
     middle = np.median(offsets.edges, axis=0)
@@ -175,7 +175,7 @@ def _area(quality: MaskQuality | None) -> Iterator[str]:
 
 
 def _weak_masks(findings: Findings, quality: MaskQuality | None) -> Iterator[str]:
-    """Yields on which objects masks are worst: by size, shape and fill."""
+    """Yields the objects with the worst masks: by size, shape and fill."""
     if quality is None or not len(quality.objects):
         return
     usual, *rows = quality_rows(findings.scene, quality)
@@ -186,13 +186,13 @@ def _weak_masks(findings: Findings, quality: MaskQuality | None) -> Iterator[str
     ]
     if weak:
         yield (
-            f"Masks are worst on {'; '.join(weak[:2])}. Of all found objects it is "
+            f"Masks are worst on {'; '.join(weak[:2])}. The mean of all found objects is "
             f"{100 * usual.iou:.0f}."
         )
 
 
 def _confused(findings: Findings, confusion: npt.NDArray[np.int64]) -> Iterator[str]:
-    """Yields the pairs of classes that are taken for each other."""
+    """Yields the pairs of classes that are confused."""
     names = findings.scene.class_names
     objects = confusion[:-1].sum(1)
     shares = confusion[:-1, :-1] / np.maximum(objects, 1)[:, None]
@@ -204,11 +204,11 @@ def _confused(findings: Findings, confusion: npt.NDArray[np.int64]) -> Iterator[
         if shares[true, found] >= LEAST_CONFUSED:
             told.append(f"{100 * shares[true, found]:.0f}% of {names[true]} as {names[found]}")
     if told:
-        yield f"Classes are taken for each other: {'; '.join(told)}."
+        yield f"Classes are confused: {'; '.join(told)}."
 
 
 def _scores(gaps: list[ClassGap]) -> Iterator[str]:
-    """Yields the classes whose scores mean less or more than those of the others."""
+    """Yields the classes whose scores mean less or more than those of other classes."""
     known = [x for x in gaps if x.count >= FEW]
     if len(known) < 2:
         return
@@ -222,6 +222,7 @@ def _scores(gaps: list[ClassGap]) -> Iterator[str]:
             )
     if told:
         yield (
-            f"Scores of some classes do not mean what those of others do: {listed(told, 4)}. One "
+            f"Scores of some classes mean something else than those of other classes: "
+            f"{listed(told, 4)}. One "
             "threshold for all is wrong; use the thresholds by class."
         )

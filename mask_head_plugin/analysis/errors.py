@@ -1,9 +1,9 @@
-"""What each false positive and each missed object is an error of, and the AP that its repair wins.
+"""Finds the kind of each error, and the AP that is won if a kind is repaired.
 
 After TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV
 2020): a detection without an object is of the wrong class, badly located, both, a duplicate, or on
 background; an object that no detection comes near is missed. Kinds are repaired one at a time, and
-what AP wins is what the kind costs.
+the AP won is the cost of that kind.
 
 Differs from tidecv: matching and AP are COCO's, so the AP is the one of the evaluation (tidecv
 counts a class that has detections and no objects as AP 0, and takes the first of equal IoUs); and
@@ -30,12 +30,12 @@ MEANINGS = {
     "both": "wrong class and not in the right place",
     "duplicate": "an object that a better detection has found",
     "background": "where no object is",
-    "missed": "an object that nothing comes near",
+    "missed": "an object without any detection close to it",
 }
 CLASS, LOCATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(6)
 RIGHT, LEFT_OUT = -1, -2
 BACKGROUND_IOU = 0.1
-"""Up to this IoU a detection is on background (TIDE's t_b)."""
+"""Up to this IoU, a detection is on background (TIDE's t_b)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +44,11 @@ class Errors:
 
     Attributes:
         threshold: IoU from which an object is found.
-        kind: (N,) index of KINDS, RIGHT, or LEFT_OUT for what counts neither way.
-        about: (N,) the object, by its index in the scene, that a detection found, or comes nearest
-            to; -1 for none.
-        repaired: (N,) errors of class or location that, repaired, find their object. Of several
-            about one object it is the best-scored; the others go away.
+        kind: (N,) index of KINDS, RIGHT, or LEFT_OUT for detections that do not count.
+        about: (N,) the object, by its index in the scene, that a detection found or is closest to;
+            -1 for none.
+        repaired: (N,) errors of class or location that would find their object if repaired. Of
+            several about one object, it is the best-scored one; the others are removed.
         missed: (G,) objects that are missed even when all detections are repaired.
     """
 
@@ -102,10 +102,10 @@ def find_errors(scene: Scene, assignment: Assignment, threshold: float) -> Error
 def _kinds(
     iou: npt.NDArray[np.float64], same: BoolArray, threshold: float
 ) -> tuple[npt.NDArray[np.int8], IntArray]:
-    """Returns the kind of each of an image's n false positives, and the object it is about.
+    """Returns the kind of each of an image's n false positives, and its object.
 
     Args:
-        iou: (n, g) with the image's objects, crowds left out.
+        iou: (n, g) with the image's objects, without crowds.
         same: (n, g) whether the class is the same.
         threshold: IoU from which an object is found.
     """
@@ -116,7 +116,7 @@ def _kinds(
     of_class, of_others = iou * same, iou * ~same
     nearest, other, any_class = (x.argmax(1) for x in (of_class, of_others, iou))
     iou_class, iou_other = of_class[row, nearest], of_others[row, other]
-    # In the order in which tidecv asks.
+    # In tidecv's order.
     conditions = [
         (iou_class >= BACKGROUND_IOU) & (iou_class <= threshold),
         iou_other >= threshold,
@@ -137,7 +137,7 @@ def _repair(
     repaired: BoolArray,
     reached: BoolArray,
 ) -> None:
-    """Notes, of an image's false positives, those whose repair finds an object, and the objects."""
+    """Records which of an image's false positives find an object if repaired, and the objects."""
     can = wrong[np.isin(kind[wrong], (CLASS, LOCATION)) & ~found[about[wrong]]]
     can = can[np.argsort(-at.dt_score[can], kind="stable")]
     objects, first = np.unique(about[can], return_index=True)
@@ -146,15 +146,15 @@ def _repair(
 
 
 def repaired_matches(scene: Scene, assignment: Assignment, errors: Errors, kind: int) -> Matches:
-    """Returns what the matches at the errors' threshold would be without one kind of errors.
+    """Returns the matches at the errors' threshold without one kind of errors.
 
     Errors of class and location find their object, once for each object; all other wrong detections
-    of a kind go away; missed objects are not asked for.
+    of that kind are removed; missed objects are no longer required.
 
     Args:
         scene: all detections and objects.
         assignment: of the task.
-        errors: of the same.
+        errors: of the same task.
         kind: index of KINDS.
     """
     at = assignment.at(errors.threshold)
@@ -173,13 +173,13 @@ def repaired_matches(scene: Scene, assignment: Assignment, errors: Errors, kind:
 
 
 def without_false_positives(assignment: Assignment, threshold: float) -> Matches:
-    """Returns the matches at a threshold without the detections that are wrong."""
+    """Returns the matches at a threshold without wrong detections."""
     at = assignment.at(threshold)
     return replace(at, dt_ignored=at.dt_ignored | ~at.dt_matched)
 
 
 def without_misses(scene: Scene, assignment: Assignment, errors: Errors) -> Matches:
-    """Returns the matches at the errors' threshold without the objects that are not found."""
+    """Returns the matches at the errors' threshold without objects that were not found."""
     at = assignment.at(errors.threshold)
     lost = np.ones(len(scene.gt_image), bool)
     lost[errors.about[errors.kind == RIGHT]] = False

@@ -21,7 +21,7 @@ from .measures import ERROR_THRESHOLDS
 
 BAR_HEIGHT = 30
 MOST_CLASSES = 40
-"""Of a matrix of confusions; of more classes, those with most confusions."""
+"""Most classes in a matrix of confusions; of more, those with most confusions."""
 CLASSES_WITH_NUMBERS = 15
 TASK_PATTERNS = {"bbox": "", "segm": "/"}
 
@@ -105,7 +105,7 @@ def _error_maps(analysis: Analysis) -> Figure | None:
         return None
     titles = ["missing", "too much"]
     figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.06)
-    # The cells' middles as shares of the box, 0 to 1 being the box itself.
+    # Centres of the cells as shares of the box, which is 0 to 1.
     places = -MAP_MARGIN + (np.arange(MAP_SIDE) + 0.5) / MAP_SIDE * (1 + 2 * MAP_MARGIN)
     top = max(float(np.max([quality.missing, quality.extra])), 1e-3)
     for column, values in enumerate((quality.missing, quality.extra), 1):
@@ -245,12 +245,12 @@ def _confusion(analysis: Analysis) -> Figure | None:
         "objects that nothing found, the last row detections where no object is."
     )
     if len(shown) < len(names):
-        caption += f" Of {len(names) - 1} classes the {len(shown) - 1} that are confused most."
+        caption += f" Of {len(names) - 1} classes, the {len(shown) - 1} that are confused most."
     return Figure("confusion", "What is taken for what", caption, figure)
 
 
 def _confused_most(counts: Any) -> list[int]:
-    """Returns the classes to show in their order, and background."""
+    """Returns the classes to show, in their order, and background."""
     num_classes = len(counts) - 1
     off = counts[:-1, :-1] * (1 - np.eye(num_classes, dtype=int))
     order = np.argsort(-(off.sum(0) + off.sum(1)), kind="stable")[:MOST_CLASSES]

@@ -1,6 +1,6 @@
-"""The figures of an analysis: APs, what repairs win, what perfect branches win.
+"""The figures of an analysis: APs, gains by repairs, gains by perfect branches.
 
-Each is made from matches, so that all of them can also be computed on resampled images.
+Each is computed from matches, and so also on resampled images.
 
 Shape alphabet: S draws of I images.
 """
@@ -29,9 +29,9 @@ from .oracles import oracle_matches
 from .scene import Scene
 
 ERROR_THRESHOLDS = (0.5, 0.75)
-"""IoUs at which errors are told apart: TIDE's, and a strict one, where masks differ more."""
+"""IoUs at which errors are classified: TIDE's, and a strict one, where masks differ more."""
 SPECIAL_KINDS = ("false positives", "false negatives")
-"""TIDE's summary: all that is found wrongly, all that is not found."""
+"""TIDE's summary: all false detections, all objects that are not found."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +41,11 @@ class Measure:
     Attributes:
         task: "bbox" or "segm".
         group: "AP", "error" or "oracle".
-        name: what it is of: a metric, a kind of error, an oracle.
-        matches: what the AP is made of.
-        metric: one of METRICS; with matches of one threshold AP is that of this threshold.
-        base: whose value is taken off: then the figure is what is won.
-        threshold: IoU of an error, else 0.
+        name: a metric, a kind of error or an oracle.
+        matches: the data behind the AP.
+        metric: one of METRICS; with matches of one threshold, AP is the one at this threshold.
+        base: a figure whose value is subtracted, so that the rest is the gain.
+        threshold: IoU of an error, otherwise 0.
     """
 
     task: str
@@ -62,13 +62,13 @@ class Measure:
 
     @cached_property
     def value(self) -> float:
-        """The figure of the images as they are."""
+        """The figure for the images as they are."""
         if self.base is not None:
             return average_precision(self.matches, self.metric) - self.base.value
         return average_precision(self.matches, self.metric)
 
     def aps(self, weights: npt.NDArray[np.int32]) -> FloatArray:
-        """Returns (S,) the AP, nothing taken off, of data sets with each image so many times.
+        """Returns the (S,) AP, without the base, of data sets with images repeated by weight.
 
         Args:
             weights: (S, I), see bootstrap.image_weights.
@@ -78,7 +78,7 @@ class Measure:
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What matching and errors of a scene are, and the figures that follow.
+    """Matches and errors of a scene, and the figures that follow.
 
     Attributes:
         scene: all detections and objects.
@@ -106,7 +106,7 @@ def measure(scene: Scene, max_detections: int, mask_side: int) -> Findings:
 
     Args:
         scene: all detections and objects.
-        max_detections: of an image and class that count; all if negative.
+        max_detections: how many count per image and class; all if negative.
         mask_side: M of the model.
     """
     found = {task: assign(scene, task, max_detections) for task in scene.tasks}

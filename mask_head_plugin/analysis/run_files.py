@@ -1,4 +1,4 @@
-"""Which files an analysis is made of: results, their annotations, the images."""
+"""Finds the files of an analysis: results, their annotations, the images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..messages import listed, one_line
 
 RESULTS, METRICS, CONFIG = "coco_instances_results.json", "metrics.json", "config.yaml"
 MASK_SIDE = 28
-"""M of the paper's mask branch (Figure 4, right), where no config says another."""
+"""M of the paper's mask branch (Figure 4, right), used if there is no config."""
 OTHER_FOLDERS = ("keypoints",)
-"""Of an evaluation, with results that are neither boxes nor masks."""
+"""Keys of an evaluation whose results are neither boxes nor masks."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class RunFiles:
     Attributes:
         results: detections in COCO's result format.
         annotations: of the same images, a COCO file.
-        image_folders: where the images may be that the annotations name, the likeliest first.
-        dataset: name of the data set, or of the annotation file where that is not known.
-        max_detections: of an image and class that count; all if negative.
+        image_folders: where the annotated images may be, likeliest first.
+        dataset: name of the data set or, if unknown, of the annotation file.
+        max_detections: how many count per image and class; all if negative.
         mask_side: M, sides of the mask branch's output.
     """
 
@@ -53,7 +53,7 @@ def find_run_files(
         run: a folder that train_net.py or detectron2 wrote, or a file of results.
         annotations: a COCO file; None for the one that the run was evaluated with.
         images: a folder; None to look for it.
-        dataset: name of the evaluated data set, where a run has several.
+        dataset: name of the evaluated data set, if the run has several.
 
     Raises:
         ConfigError: if results or annotations are missing, or several fit without ``dataset``.
@@ -73,7 +73,7 @@ def find_run_files(
         annotations = Path(recorded)
     if not annotations.is_file():
         raise ConfigError(
-            f"annotations {annotations} are not there; name the COCO file of these images with "
+            f"annotations {annotations} do not exist; name the COCO file of these images with "
             "--annotations FILE"
         )
     if images is not None and not images.is_dir():
@@ -112,7 +112,7 @@ def _results(run: Path, dataset: str) -> Path:
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    """Returns what MaskEvaluator noted next to results; nothing if another evaluator ran."""
+    """Returns MaskEvaluator's record next to results; empty if another evaluator ran."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):  # detectron2's metrics.json has a record in each line
@@ -121,7 +121,7 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 
 def _config(results: Path) -> CfgNode | None:
-    """Returns the run's config, its data sets registered; None if it cannot be read here."""
+    """Returns the run's config, with its data sets registered; None if it cannot be read here."""
     for folder in results.absolute().parents[:3]:
         if (folder / CONFIG).is_file():
             try:
@@ -139,7 +139,7 @@ def _only_dataset(cfg: CfgNode | None) -> str:
 
 
 def _mask_side(cfg: CfgNode | None) -> int:
-    """Returns M: FCNMaskHead doubles the side of what it is given."""
+    """Returns M: FCNMaskHead doubles the side of its input."""
     return 2 * int(cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION) if cfg is not None else MASK_SIDE
 
 
@@ -153,7 +153,7 @@ def _places(annotations: Path, root: str | None) -> Iterator[Path]:
 
 
 def image_folder(files: RunFiles, file_name: str) -> Path | None:
-    """Returns the folder of a run's images, that of the given one; None if it is not here."""
+    """Returns the image folder of the given data set; None if it is not on this machine."""
     return next((x for x in files.image_folders if (x / file_name).is_file()), None)
 
 

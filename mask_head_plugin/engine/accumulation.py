@@ -119,7 +119,7 @@ def build_inner_trainer(
     """Returns detectron2's step trainer or, for batches in several parts, one of this module.
 
     Args:
-        model: see SimpleTrainer, as the next two.
+        model: see SimpleTrainer.
         data_loader: gives batches.
         optimizer: of the model.
         amp: SOLVER.AMP.ENABLED.

@@ -225,7 +225,7 @@ def test_folders_without_or_with_several_results_say_what_to_do(tmp_path, capsys
     assert (run / "inference" / "two" / "analysis.html").is_file()
     (tmp_path / "annotations.json").unlink()
     code, _, err = tool(capsys, run, "--dataset", "one")
-    assert code == 2 and "annotations.json are not there" in err
+    assert code == 2 and "annotations.json do not exist" in err
 
 
 def test_other_objects_cannot_be_compared(tmp_path, capsys):

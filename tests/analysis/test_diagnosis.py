@@ -37,7 +37,8 @@ def untold(sentences, *starts):
     assert not [x for x in sentences if x.startswith(starts)], sentences
 
 
-SHIFT, AREA, CLASSES, SCORES = "Boxes lie", "Masks are too", "Classes are taken", "Scores of some"
+SHIFT, AREA, CLASSES, SCORES = "Boxes "
+    "lie", "Masks are too", "Classes are confused", "Scores of some"
 
 
 def test_a_perfect_model_is_told_nothing_but_its_ap(analysis_of):

@@ -86,7 +86,9 @@ def test_draws_without_anything_that_counts_are_skipped():
 
 
 def test_simulated_studies_hold_the_truth(monkeypatch):
-    """In short; 500 of each size are a benchmark. Intervals over images alone are shown to fail."""
+    """A short version; the benchmark has 500 of each size. Shows that intervals over images alone
+    fail.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     coverage = load_script("benchmarks/interval_coverage.py")
     row = coverage.simulate(num_seeds=3, num_studies=60, num_images=60, true_difference=0.0)

@@ -1,4 +1,4 @@
-"""A trial trains and evaluates what it was given, and nothing is left of it."""
+"""A trial trains and evaluates its config and leaves nothing behind."""
 
 from __future__ import annotations
 

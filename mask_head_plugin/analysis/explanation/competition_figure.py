@@ -13,20 +13,22 @@ from .model_stages import Stages
 from .style import BLUE, CHOSEN, FAINT, INK, blank, page_figure
 
 MOST_CLASSES = 6
-"""That are shown: the chosen one, and those with most in either mask branch."""
+"""Most classes shown: the chosen one, and those with most in either mask branch."""
 
 SIGMOID = "Sigmoid, as in Mask R-CNN: each class says by itself whether a pixel is its own"
 SOFTMAX = "Softmax: the classes and the background share each pixel"
 
 
 def competition_figure(stages: Stages, number: int, sigmoid: Tensor, softmax: Tensor) -> Figure:
-    """Draws the masks of a RoI by two mask branches, and what the classes get of one pixel.
+    """Draws the masks of a RoI by two mask branches, and the share of one pixel that each class
+    gets.
 
     Args:
         stages: of the image, by the model of the first branch.
         number: of the detection.
         sigmoid: (K, M, M) probabilities of the independent masks.
-        softmax: (K, M, M) of those that share each pixel with each other and the background.
+        softmax: (K, M, M) probabilities of masks that share each pixel with each other and the
+            background.
     """
     chosen = int(stages.classes[number])
     classes = _shown(chosen, sigmoid, softmax)
@@ -61,11 +63,11 @@ def told_in_words(stages: Stages, number: int) -> str:
 
 
 def claimed_pixel(sigmoid: Tensor, chosen: int) -> tuple[int, int]:
-    """Returns row and column of the pixel of a mask that other classes claim most.
+    """Returns row and column of the mask's pixel that other classes claim most.
 
     Args:
         sigmoid: (K, M, M) independent probabilities.
-        chosen: the class of the box, whose mask it is.
+        chosen: the class of the box.
     """
     others = sigmoid.sum(0) - sigmoid[chosen]
     own = sigmoid[chosen] >= min(0.5, float(sigmoid[chosen].max()))
@@ -74,7 +76,7 @@ def claimed_pixel(sigmoid: Tensor, chosen: int) -> tuple[int, int]:
 
 
 def _shown(chosen: int, sigmoid: Tensor, softmax: Tensor) -> list[int]:
-    """Returns the classes that are shown, in their order."""
+    """Returns the classes to show, in their order."""
     most = (sigmoid.flatten(1).mean(1) + softmax.flatten(1).mean(1)).argsort(descending=True)
     others = [k for k in most.tolist() if k != chosen]
     return sorted([chosen, *others[: MOST_CLASSES - 1]])
@@ -90,7 +92,7 @@ def _draw_map(
 
 
 def _draw_bars(axes: Axes, values: dict[str, float], name: str, *, shared: bool) -> None:
-    """Draws what each class gets of the pixel."""
+    """Draws the share of the pixel that each class gets."""
     colours = {label: CHOSEN if label == name else BLUE for label in values}
     colours["background"] = FAINT
     labels = list(values)

@@ -1,4 +1,4 @@
-"""What the stages of Mask R-CNN make of one image, noted while the model runs (paper, Figure 1).
+"""Records the stages of Mask R-CNN on one image while the model runs (paper, Figure 1).
 
 Shape alphabet: H, W image height and width in pixels; A proposals, N detections, K classes, C
 channels, P pooled side, M mask side.
@@ -40,10 +40,10 @@ class Stages:
         names: K.
         mask_probs: (N, M, M) of the class of each detection.
         rois: (N, 4) the boxes in pixels of the network's input.
-        map_of: (N,) which of the feature maps each is pooled from.
+        map_of: (N,) index of the feature map that each is pooled from.
         map_hws: height and width of each map.
         strides: of each map, in pixels of the network's input.
-        region_features: (N, C, P, P) that the mask head was given.
+        region_features: (N, C, P, P), the input of the mask head.
         pixels: of the image per pixel of the network's input, x and y.
         classes_compete: whether the masks of the classes share each pixel.
         pooled_hw: bins of a RoI, down and across.
@@ -75,7 +75,7 @@ class Stages:
 
 
 def run_stages(predictor: BGRPredictor, image: ByteArray) -> Stages:
-    """Runs a model on an image and notes what its stages do.
+    """Runs a model on an image and records its stages.
 
     Args:
         predictor: with a box and a mask branch.
@@ -101,7 +101,7 @@ def run_stages(predictor: BGRPredictor, image: ByteArray) -> Stages:
     features, (found,) = seen["masked"]
     if len(found) == 0:
         raise ConfigError(
-            "the model finds no object in this image, and the pictures follow one: take another "
+            "the model finds no object in this image, but the pictures need one: take another "
             "image, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST"
         )
     order = found.scores.argsort(descending=True, stable=True)
@@ -140,7 +140,9 @@ def run_stages(predictor: BGRPredictor, image: ByteArray) -> Stages:
 
 
 def mask_activation(mask_head: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Returns by what the classes of a mask head compete; None for sigmoids, as detectron2's."""
+    """Returns the activation by which a mask head's classes compete; None for sigmoids, as in
+    detectron2.
+    """
     activation: Callable[[Tensor, Tensor], Tensor] | None = None
     if hasattr(mask_head, "class_logits"):
         activation = mask_head.losses[0].activation
@@ -165,7 +167,7 @@ def class_probs(mask_head: Any, features: Tensor) -> Tensor:
 
 
 def features_of_box(predictor: BGRPredictor, image: ByteArray, box: FloatArray, k: int) -> Tensor:
-    """Returns what the mask head of a model is given for a box of another, (1, C, P, P).
+    """Returns the mask head's (1, C, P, P) input for a box of another model.
 
     Args:
         predictor: with a mask branch.
@@ -211,7 +213,7 @@ def _hooks(notes: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]
 
 
 def _sampling_ratio(pooler: Any) -> int:
-    """Returns that of a pooler of this plugin or of detectron2; 0 if it has no points."""
+    """Returns the sampling ratio of this plugin's or detectron2's pooler; 0 if it has no points."""
     first = pooler.level_poolers[0] if isinstance(pooler, ROIPooler) else pooler
     return int(getattr(first, "sampling_ratio", 0))
 

@@ -29,20 +29,20 @@ WHAT_IT_DOES = {
     "RoIPool": "Rounds box and bins to whole cells.\nA bin is the largest of its cells.",
     "RoIWarp": "Rounds the box to whole cells.\nA bin is the mean of points between cells.",
     "RoIAlign": "Rounds nothing.\nA bin is the mean of points, each read from four cells.",
-    "PrRoIPool": "Rounds nothing, has no points.\nA bin is the mean of all that lies in it.",
+    "PrRoIPool": "Rounds nothing and has no points.\nA bin is the mean of everything in it.",
 }
 
 MARGIN = 2.0
-"""Cells that are drawn around a RoI."""
+"""How many cells are drawn around a RoI."""
 
 MOST_ELONGATED = 0.6
-"""Height of what is drawn, at least, as a share of its width."""
+"""Least height of the drawn part, as a share of its width."""
 
 PANEL_INCHES, LEGEND_INCHES, WORDS_INCHES = 3.1, 0.9, 2.3
 """Width of a panel; heights of the legend, and of the titles and words together."""
 
 CELLS_OF_BIN, MOST_BINS = 2, 7
-"""Along a side, where the number of bins is not given."""
+"""Cells of a bin along a side, if the number of bins is not given."""
 
 HALO = [withStroke(linewidth=2, foreground="white")]
 
@@ -98,7 +98,7 @@ def told_in_words(stages: Stages, number: int) -> str:
 
 
 def _view(reads: list[Reads]) -> FloatArray:
-    """Returns x0, y0, x1, y1 of what is drawn around all boxes, in cells; never a tall picture."""
+    """Returns x0, y0, x1, y1, in cells, of the part to draw around all boxes, which is never tall."""
     boxes = np.array([each.box for each in reads])
     low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
     across, down = (high - low) / 2 + MARGIN
@@ -108,7 +108,7 @@ def _view(reads: list[Reads]) -> FloatArray:
 
 
 def _draw_image(axes: Axes, stages: Stages, level: int, view: FloatArray) -> None:
-    """Draws the image, pale, under the grid of the cells of a feature map."""
+    """Draws the image, faded, under the grid of a feature map's cells."""
     blank(axes)
     height, width = stages.image.shape[:2]
     across, down = (width, height) / stages.pixels / stages.strides[level]
@@ -123,12 +123,12 @@ def _draw_image(axes: Axes, stages: Stages, level: int, view: FloatArray) -> Non
 
 
 def _marked_bin(num_bins: int) -> tuple[int, int]:
-    """Returns row and column of the bin that is drawn in full: at the side that moves most."""
+    """Returns row and column of the bin that is drawn in detail, at the side that moves most."""
     return num_bins // 2, num_bins - 1
 
 
 def _draw_reads(axes: Axes, reads: Reads, box: FloatArray) -> None:
-    """Draws the RoI as it is used, its bins, its points, and the cells that one bin reads."""
+    """Draws the RoI as used, its bins, its points, and the cells that one bin reads."""
     x0, y0, x1, y1 = reads.box
     num_bins = len(reads.x.weights)
     row, column = _marked_bin(num_bins)
@@ -149,7 +149,7 @@ def _draw_reads(axes: Axes, reads: Reads, box: FloatArray) -> None:
 
 
 def _draw_point(axes: Axes, reads: Reads, row: int, column: int) -> None:
-    """Draws the points of a bin, and from which cells the first of them is read."""
+    """Draws the points of a bin, and the cells that the first of them reads."""
     ys, xs = reads.y.samples[row], reads.x.samples[column]
     for i, j in itertools.product(reads.y.neighbours[row, 0], reads.x.neighbours[column, 0]):
         line: Style = {"color": INK, "linewidth": 1, "zorder": 3}
@@ -160,7 +160,7 @@ def _draw_point(axes: Axes, reads: Reads, row: int, column: int) -> None:
 
 
 def _draw_displacement(axes: Axes, reads: Reads, box: FloatArray, moved: FloatArray) -> None:
-    """Draws arrows from the edges of the box to where rounding puts them, with pixels."""
+    """Draws arrows from the edges of the box to their rounded places, labelled in pixels."""
     if reads.way not in ROUNDED:
         return
     middle = (box[:2] + box[2:]) / 2
@@ -180,7 +180,7 @@ def _draw_displacement(axes: Axes, reads: Reads, box: FloatArray, moved: FloatAr
 def _told_displacement(
     reads: Reads, all_reads: list[Reads], moved: FloatArray, cell: FloatArray
 ) -> str:
-    """Returns what rounding does, in pixels of the image."""
+    """Describes what rounding does, in pixels of the image."""
     if reads.way not in ROUNDED:
         return "The box stays where it is: 0 px."
     aligned = next(each for each in all_reads if each.way == "RoIAlign")
@@ -214,4 +214,4 @@ def _draw_legend(axes: Axes, told: str) -> None:
     ]
     layout: Style = {"loc": "upper left", "ncol": 3, "alignment": "left", "borderaxespad": 0}
     legend = axes.legend(handles=handles, frameon=False, title=told, columnspacing=1, **layout)
-    legend.set_in_layout(False)  # else it would narrow the panels
+    legend.set_in_layout(False)  # otherwise it would narrow the panels

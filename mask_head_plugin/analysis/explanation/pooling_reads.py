@@ -1,7 +1,7 @@
-"""What four ways of RoI pooling read of a feature map, asked of the operators themselves.
+"""Finds what four ways of RoI pooling read from a feature map, by running the operators themselves.
 
 Cells are found by pooling maps in which one row or one column is 1, so they are what the operator
-reads, whatever it is. Sampling points are those of ``ops.axis_weights``.
+really reads. Sampling points are those of ``ops.axis_weights``.
 
 Positions are in cells: 0 is the outer edge of the first cell, so its centre is at 0.5.
 
@@ -26,24 +26,24 @@ from ...ops.axis_weights import roi_align_samples, round_to_cells
 FloatArray = npt.NDArray[np.float64]
 
 BEYOND = 3
-"""Cells around a RoI in which a rounded one may read."""
+"""Cells around a RoI that a rounded one may read."""
 
 WAYS = ("RoIPool", "RoIWarp", "RoIAlign", "PrRoIPool")
-"""In the order of their invention."""
+"""Ways of pooling, in the order of their invention."""
 
 ROUNDED = ("RoIPool", "RoIWarp")
 
 
 @dataclass(frozen=True)
 class AxisReads:
-    """What a way of pooling reads along one axis.
+    """What one way of pooling reads along one axis.
 
     Attributes:
-        start: of the RoI as it is used, rounded or not.
-        end: of it.
+        start: lower edge of the RoI as used, rounded or not.
+        end: upper edge.
         weights: (P, H or W) with which a bin reads a row or column; 1 where it takes the maximum.
         samples: (P, G) points; G is 0 if there are none. NaN off the map.
-        neighbours: (P, G, 2) the cells that each is read from.
+        neighbours: (P, G, 2) the cells that each point reads.
     """
 
     start: float
@@ -55,7 +55,7 @@ class AxisReads:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a way of pooling reads of a map for one RoI."""
+    """What one way of pooling reads from a map for one RoI."""
 
     way: str
     y: AxisReads
@@ -63,7 +63,7 @@ class Reads:
 
     @property
     def box(self) -> FloatArray:
-        """(4,) x0, y0, x1, y1 of the RoI as it is used."""
+        """(4,) x0, y0, x1, y1 of the RoI as used."""
         return np.array([self.x.start, self.y.start, self.x.end, self.y.end])
 
     def bin_cells(self, row: int, column: int) -> FloatArray:
@@ -82,7 +82,7 @@ class Reads:
 def pooling_reads(
     way: str, box: FloatArray, map_hw: tuple[int, int], num_bins: int, sampling_ratio: int
 ) -> Reads:
-    """Returns what a way of pooling reads.
+    """Returns what one way of pooling reads.
 
     Args:
         way: one of WAYS.
@@ -105,14 +105,14 @@ def pooling_reads(
         lines = range(max(math.floor(start) - BEYOND, 0), min(math.ceil(end) + BEYOND, length))
         weights = np.zeros((num_bins, length))
         pooled = operators[way](_lit_lines(lines, axis, map_hw), roi, num_bins)[0]
-        # The other axis reads all of a line, by weights that add up to 1.
+        # The other axis reads a whole line, with weights that add up to 1.
         weights[:, lines] = pooled.amax(2 - axis).T.numpy()
         edges = torch.tensor([start], dtype=torch.float32), torch.tensor([end], dtype=torch.float32)
         used = round_to_cells(*edges) if way in ROUNDED else edges
         samples, neighbours = np.empty((num_bins, 0)), np.empty((num_bins, 0, 2), np.int64)
         if way in ("RoIWarp", "RoIAlign"):
             table = roi_align_samples(*used, num_bins, length, sampling_ratio)
-            # A sample is where the weights of its two cells say; cells are counted by centres.
+            # The weights of its two cells give the place of a sample; cells are counted by centres.
             place = (table.cell * table.weight).sum(3)[0] + 0.5
             samples = torch.where(table.inside[0], place, torch.nan).double().numpy()
             neighbours = table.cell[0].long().numpy()
@@ -121,7 +121,7 @@ def pooling_reads(
 
 
 def _lit_lines(lines: range, axis: int, map_hw: tuple[int, int]) -> Tensor:
-    """Returns a (1, C, H, W) map with a channel for each of C rows (or columns), which is 1."""
+    """Returns a (1, C, H, W) map in which channel c has ones in row (or column) c."""
     lit = torch.zeros(1, len(lines), *map_hw)
     for channel, line in enumerate(lines):
         lit[0, channel].select(axis, line).fill_(1)

@@ -1,4 +1,4 @@
-"""How the explaining pictures look, and how they are written: PNG and SVG, as wide as a page."""
+"""Style and writing of the explaining pictures: PNG and SVG, as wide as a page."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ FONTS: Any = {
     "axes.labelcolor": INK,
     "figure.titlesize": 11,
     "figure.titleweight": "bold",
-    "svg.hashsalt": "mask_head_plugin",  # else ids of an SVG are random
+    "svg.hashsalt": "mask_head_plugin",  # otherwise ids in an SVG are random
 }
-"""Settings to draw and to save a figure with."""
+"""Settings for drawing and saving a figure."""
 
 
 def page_figure(height: float, title: str) -> Figure:
@@ -48,7 +48,7 @@ def page_figure(height: float, title: str) -> Figure:
 
 
 def blank(axes: Axes) -> None:
-    """Takes ticks and their labels from axes, and keeps the frame."""
+    """Removes ticks and labels from axes, and keeps the frame."""
     axes.set_xticks([])
     axes.set_yticks([])
     for side in axes.spines.values():
@@ -60,9 +60,10 @@ def save(figure: Figure, folder: Path, name: str, told: str) -> list[Path]:
 
     Args:
         figure: to draw.
-        folder: there is one.
+        folder: must exist.
         name: of the files.
-        told: what the picture shows, in words, for those who do not see it; the files also say it.
+        told: what the picture shows, in words, for readers who cannot see it; also stored in the
+            files.
 
     Returns:
         The files.
