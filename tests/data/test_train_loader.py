@@ -151,7 +151,7 @@ def fail_on_image_4(record):
 def test_an_image_that_cannot_be_loaded_is_named(workers):
     source = loader("DATALOADER.NUM_WORKERS", workers, mapper=fail_on_image_4)
     message = r"^image_4\.png \(image_id 104\) cannot be loaded: OSError: image file is truncated; "
-    with pytest.raises(ConfigError, match=message + "repair it, or leave it out"):
+    with pytest.raises(ConfigError, match=message + "repair it, or remove it"):
         batches(source, 0, 0, 7)
 
 

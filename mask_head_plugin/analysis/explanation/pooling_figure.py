@@ -98,7 +98,7 @@ def told_in_words(stages: Stages, number: int) -> str:
 
 
 def _view(reads: list[Reads]) -> FloatArray:
-    """Returns x0, y0, x1, y1, in cells, of the part to draw around all boxes, which is never tall."""
+    """Returns x0, y0, x1, y1, in cells, of the part to draw around all boxes; it is never tall."""
     boxes = np.array([each.box for each in reads])
     low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
     across, down = (high - low) / 2 + MARGIN
