@@ -191,7 +191,7 @@ def compare_twins(
     Args:
         twins: the models.
         config: what they were built from, for the report.
-        weights: likewise.
+        weights: the same for the weights.
         dataset: a registered data set.
         output: gets a folder with the evaluator's files for each model.
         min_score: detections above it are counted for the verdict.

@@ -51,7 +51,7 @@ def write_markdown(comparison: Comparison, pictures: Sequence[Path], path: Path)
     sections = [
         f"# {comparison.config}: stock detectron2 and the plugin",
         f"Verdict: **{comparison.verdict}** ({EXPLANATIONS[comparison.verdict]}).",
-        f"Weights: `{comparison.weights}` (sha256 {comparison.weights_sha256[:16]}). Of it, both "
+        f"Weights: `{comparison.weights}` (sha256 {comparison.weights_sha256[:16]}). From it, both "
         f"models got {comparison.num_tensors} tensors with {comparison.num_values} values; none "
         "is missing, left over or of another shape.",
         f"Data: `{comparison.dataset}`, {a.images} images.",
@@ -240,8 +240,7 @@ def _draw(image: ByteArray, found: Drawn, factor: int) -> ByteArray:
 
 
 def _draw_difference(image: ByteArray, sides: Sequence[Drawn], factor: int) -> ByteArray:
-    """Returns the image in grey, with pixels in red that are covered by different masks in the two
-    models.
+    """Returns the image in grey; pixels covered by different masks in the two models are red.
 
     Compares, by class, how many masks cover a pixel, including masks that are not shown.
     """

@@ -135,7 +135,7 @@ def load_twins(cfg: CfgNode, weights: Path, lazy_file: str = "") -> Twins:
 
 
 def load_exactly(model: torch.nn.Module, weights: Path, cfg: CfgNode) -> None:
-    """Loads weights, all of which must have a place in the model, which they must fill.
+    """Loads weights that must fill the model, with nothing left over.
 
     Rows of classes are moved to the order of the first data set of DATASETS.TEST.
 

@@ -175,7 +175,7 @@ def _problems(image: ListedImage, facts: ImageFacts, honoured: bool) -> Iterable
         yield facts.problem
         return
     if facts.animated:
-        yield "image-animated", "has several pages or frames, of which the first is read"
+        yield "image-animated", "has several pages or frames; only the first is read"
     if image.image_hw is None:
         return
     turned = f"EXIF orientation {facts.orientation}"

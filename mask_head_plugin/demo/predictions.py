@@ -28,7 +28,7 @@ class Detections:
     Attributes:
         classes: N contiguous classes.
         scores: N.
-        mask_scores: N, from a model with mask scoring, else None.
+        mask_scores: N, from a model with mask scoring; otherwise None.
         boxes: (N, 4) XYXY in pixels.
         rles: N masks with str counts, None from a model without masks.
     """
@@ -157,7 +157,9 @@ class ColourKeeper:
 def _class_iou(
     shapes: Any, classes: Sequence[int], known: Sequence[KnownObject]
 ) -> npt.NDArray[np.float64]:
-    """Returns the (N, len(known)) IoU of masks, else of boxes; 0 where classes differ."""
+    """Returns the (N, len(known)) IoU of masks, or of boxes if there are none; 0 where classes
+    differ.
+    """
     others: Any = [x.shape for x in known]
     if not isinstance(shapes, list):
         others = np.array(others)

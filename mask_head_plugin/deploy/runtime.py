@@ -42,7 +42,7 @@ class Prediction:
         class_names: R; numbers from 1 if the model does not name its classes.
         masks: R masks in COCO's run-length encoding, counts as text; None from a model without
             masks.
-        mask_scores: (R,) float32, from a model with mask scoring, else None.
+        mask_scores: (R,) float32, from a model with mask scoring; otherwise None.
         image_size: H, W.
     """
 

@@ -265,7 +265,7 @@ def _write_parts(request: Request, parts: Mapping[str, Any], folder: Path) -> li
 
 
 def _base(output: Path, backbone: Backbone) -> str:
-    """Returns ``_BASE_``: relative for a config in the folder of this project's, else absolute."""
+    """Returns ``_BASE_``: relative for a config in this project's folder, otherwise absolute."""
     base = CONFIGS / backbone.base
     if output.resolve().is_relative_to(CONFIGS):
         return os.path.relpath(base, output.resolve().parent)

@@ -216,7 +216,7 @@ def _input_settings(train: DataFacts, size: InputSize, device: Device) -> list[S
     if size.short_edge:
         settings.append(Setting("INPUT.MAX_SIZE_TEST", size.longest))
     why = "Training sees " + (
-        "several sizes, of which one is drawn" if size.short_edge else "the same size"
+        "several sizes, one of which is drawn" if size.short_edge else "the same size"
     )
     if size.crop is not None:
         why += ". They belong to the crops below, so that objects are as large as in evaluation"

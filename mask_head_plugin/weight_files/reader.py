@@ -339,7 +339,7 @@ def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) 
     available = size if records is None else records.get(f"data/{key}", 0)
     if kind != "storage" or not 0 <= num_bytes <= available:
         raise pickle.UnpicklingError(
-            f"its pickle claims {num_bytes} bytes for a storage of which the file has {available}; "
+            f"its pickle claims {num_bytes} bytes for a storage, but the file has {available}; "
             "it is truncated or corrupt: get it again"
         )
 

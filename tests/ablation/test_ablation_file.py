@@ -122,13 +122,13 @@ def write(path, **changes):
         ({"SIZES": {"shapes": {"CONFIG": "x.yaml"}}}, r"x.yaml does not exist"),
     ],
 )
-def test_what_does_not_fit_is_named(changes, message, tmp_path):
+def test_an_entry_that_does_not_fit_is_named(changes, message, tmp_path):
     path = write(tmp_path / "ablation.yaml", **changes)
     with pytest.raises(ConfigError, match=message):
         load_ablation(path, "shapes")
 
 
-def test_a_variant_that_stands_twice_is_refused(tmp_path):
+def test_a_repeated_variant_is_refused(tmp_path):
     path = write(tmp_path / "ablation.yaml")
     path.write_text(path.read_text() + "  b:\n    SEED: 4\n")
     with pytest.raises(ConfigError, match=r"'b' appears twice"):

@@ -1,4 +1,4 @@
-"""Trials of an ablation: planned, run, failed, interrupted, taken up again."""
+"""Trials of an ablation: planned, run, failed, interrupted, resumed."""
 
 from __future__ import annotations
 

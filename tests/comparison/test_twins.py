@@ -87,7 +87,7 @@ def test_an_option_wins_over_the_run_lengths_of_zoo_configs(tmp_path):
     ],
     ids=lambda opts: opts[1],
 )
-def test_what_detectron2_has_not_is_refused(opts, tmp_path):
+def test_settings_that_detectron2_lacks_are_refused(opts, tmp_path):
     with pytest.raises(ConfigError, match=r"counterpart|the stock model"):
         twins.twin_configs(load_cfg(CONFIG, *opts, folder=tmp_path))
 

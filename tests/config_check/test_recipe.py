@@ -1,4 +1,4 @@
-"""Optimizers, rates, averages and parts that cannot be are refused before training."""
+"""Impossible optimizers, rates, averages and parts are refused before training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config(name: str, *opts: str):
         ([PARTS, "4", "SOLVER.REFERENCE_WORLD_SIZE", "8"], r"computes 2 images .* set it to 2"),
     ],
 )
-def test_what_cannot_be_is_refused_with_what_could(opts, message):
+def test_impossible_values_are_refused_with_possible_ones(opts, message):
     with pytest.raises(ConfigError, match=message):
         check_recipe(config(FPN, *opts), 1)
 

@@ -1,4 +1,4 @@
-"""Faults of a whole export: repaired where one answer is right, refused where none is."""
+"""Faults of a whole export: repaired if there is one right answer, otherwise refused."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_boxes_that_are_wrong_throughout_are_made_right(many, write, expected, r
 
 
 def test_corners_are_read_as_such_where_few_boxes_show_it(many):
-    """A box at the image's corner looks the same in both ways to write it, or nearly."""
+    """A box at the image's corner looks nearly the same in both forms."""
     for annotation, box in zip(many.content["annotations"], BOXES, strict=True):
         annotation["bbox"] = as_corners(None, box)
     for annotation in many.content["annotations"][:5]:
@@ -166,7 +166,7 @@ def test_losses_of_most_records_are_taken_if_the_user_says_so(good):
 
 
 def test_faults_that_only_a_later_round_shows_are_refused_as_well(many):
-    """Without a size nothing is known of masks, so they are checked when it has been repaired."""
+    """Without a size, masks cannot be judged, so they are checked once it is repaired."""
     del many.image(1)["height"]
     for annotation in many.content["annotations"]:
         annotation["segmentation"][0][0] -= 300

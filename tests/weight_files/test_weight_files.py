@@ -418,7 +418,7 @@ TORCH_FILES = {
     "storage of more bits": (with_pickle_changed(b"FloatS", b"DoubleS"), "claims 32 bytes"),
     "storage that is not there": (
         with_pickle_changed(text("0"), text("7")),
-        "of which the file has 0",
+        "but the file has 0",
     ),
     "storage without a length": (with_pickle_changed(LENGTH, b"Nt"), "names no storage"),
     "storage of a module": (with_pickle_changed(b"FloatStorage", b"nn"), "names no storage"),
