@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,21 @@ from .messages import ConfigError
 
 UNFINISHED = ".unfinished"
 """Ending of the names of files that are being written, or that a kill left incomplete."""
+
+
+def make_output_folder(folder: Path) -> None:
+    """Makes the folder that --output names, so that one that cannot be used is told before work.
+
+    Raises:
+        ConfigError: if it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--output {folder} is not a folder that can be written to: {error.strerror}"
+        ) from error
 
 
 def write_durably(

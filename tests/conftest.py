@@ -80,7 +80,8 @@ def _embedded_images(tmp_path_factory: pytest.TempPathFactory) -> None:
         DatasetCatalog.remove(f"shapes_{split}")
         MetadataCatalog.remove(f"shapes_{split}")
     shapes.register_shapes()
-    shapes.ensure_shapes(shapes.datasets_root() / shapes.FOLDER)
+    for split in EMBEDDED_IMAGES:
+        shapes.ensure_shapes(shapes.datasets_root() / shapes.FOLDER, split)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -24,7 +24,7 @@ TOOLS = [
 ]
 # From the ground up. The modules of a part may import their own part and the layers below it.
 LAYERS = (
-    {"messages", "model_input", "run_lengths"},
+    {"messages", "model_input", "progress", "run_lengths"},
     {"config_imports", "detectron2_import", "machine", "ops", "shared_names"},
     {"config", "structures"},
     {"class_names", "durable_files", "image_files", "user_code"},

@@ -21,10 +21,11 @@ In the folder of --output, by default that of the results, earlier ones are repl
   analysis.html  One page that needs no network: findings in words, what each kind of error costs,
                  what perfect masks, boxes or classes would win, mask quality, curves, confusions,
                  pictures of the worst images and of each kind of error.
-                 Needs pip install -e '.[report]'.
+                 It and the figures need pip install -e '.[report]'.
   analysis.md    Findings and tables, for a README.
   analysis.json  All numbers.
-  analysis_tables/  Each table as .csv, and as .tex for a paper.
+  analysis_tables/   Each table as .csv, and as .tex for a paper.
+  analysis_figures/  Each figure as .svg and .pdf, for a paper.
 
 Exit code: 0; 2 if files are missing or do not fit each other.
 """

@@ -22,11 +22,10 @@ Examples:
 In the folder, earlier reports are replaced:
   report.md    For a paper or a README: findings, the table with costs, the paper's figures.
   report.html  One file that needs no network: the table, sorted by a click, the differences with
-  their intervals, learning curves, classes, precision and recall, and the images
-               on which the variants disagree most. Needs pip install -e '.[report]'.
+               their intervals, learning curves, classes, precision and recall, and the images on
+               which the variants disagree most. Needs pip install -e '.[report]'.
   report.csv, report.tex            The table for programs and for LaTeX (booktabs).
-  intervals, learning, precision-recall   The plots as .svg and .pdf. In report.html, the camera
-               above a figure saves it as SVG.
+  intervals, other-metrics, learning, classes, precision-recall   The figures as .svg and .pdf.
 
 With two seeds or more, the interval of a difference includes the noise of the validation images and
 of training; with one seed, only that of the images (docs/ablations.md). Missing and failed trials

@@ -100,7 +100,10 @@ class Trial:
     def result(self, key: str) -> float:
         """Returns a metric such as ``segm/AP`` in percent; nan if there is none."""
         task, _, metric = key.partition("/")
-        return _number(((self.record().get("results") or {}).get(task) or {}).get(metric))
+        found: Any = self.record().get("results")
+        for name in (task, metric):
+            found = found.get(name) if isinstance(found, dict) else None
+        return _number(found)
 
     def cost(self, key: str) -> float:
         """Returns a number from trial.json; nan if there is none."""

@@ -171,7 +171,10 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
             "count": analysis.reliability.count.tolist(),
             "error": analysis.reliability.error,
         },
-        "density": [vars(x) for x in analysis.densities],
+        "density": [
+            {"name": x.name, "images": x.images, "objects": x.objects, "ap": x.ap}
+            for x in analysis.densities
+        ],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config import ConfigError
+from ..durable_files import make_output_folder
 from .analysis import analyze
 from .compare import compare
 from .pages import write_pages
@@ -42,7 +43,8 @@ def run_analysis(
     folder = output or files.results.parent
     if num_draws < 2:
         raise ConfigError(f"--draws {num_draws} makes no interval; take 2 at least, better 300")
-    # Found first: a wrong name is told before the work.
+    # Before the work, which takes a minute: what is wrong with names.
+    make_output_folder(folder)
     files_of_other = other and find_run_files(other, files.annotations, images, dataset)
     analysis = analyze(files)
     comparison = None

@@ -12,25 +12,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from tqdm import tqdm
 
 from ..config import ConfigError
-from ..evaluation.bootstrap import image_weights, resampled_class_ap
+from ..evaluation.bootstrap import image_weights
 from ..evaluation.difference import PairedDifference, difference_of
 from ..evaluation.matching import FloatArray
 from ..pages.differences import BETTER, WORSE, verdict_of_images, with_interval
 from ..pages.tables import number
 from .analysis import Analysis
 from .diagnosis import TASK_NAMES
-from .measures import Measure
+from .resampled import BY_CLASS, CALIBRATION, Key, resampled_figures
 
-Key = tuple[str, str, str, float]
-"""Task, group, name and threshold of a figure."""
-Weights = npt.NDArray[np.int32]
 SHARED = ("image_ids", "class_names", "gt_image", "gt_class", "gt_crowd", "gt_box")
 """What two scenes must have in common."""
+LESS_IS_BETTER = ("error", "oracle", CALIBRATION)
+"""Groups of figures: what is lost, or is still to be won."""
 MOST_NAMED = 5
+ONE_TRAINING = (
+    "Intervals are over images only: each run is one training, and another seed may turn a "
+    "difference round. “Better” is said of these two models, not of their settings."
+)
 
 
 @dataclass(frozen=True)
@@ -38,25 +39,20 @@ class Difference:
     """How a figure of a run differs from that of the other one.
 
     Attributes:
-        task: "bbox" or "segm".
-        group: "AP", "error", "oracle" or "class".
-        name: of the figure.
-        threshold: IoU of an error, else 0.
+        key: which figure.
         paired: values, difference and interval.
     """
 
-    task: str
-    group: str
-    name: str
-    threshold: float
+    key: Key
     paired: PairedDifference
 
     @property
     def finding(self) -> str:
-        """Whether the run is better; of what is still to be won, less is better."""
+        """Whether the run is better."""
         found = verdict_of_images(self.paired)
-        is_loss = self.group in ("error", "oracle")
-        return {BETTER: WORSE, WORSE: BETTER}.get(found, found) if is_loss else found
+        if self.key.group in LESS_IS_BETTER:
+            return {BETTER: WORSE, WORSE: BETTER}.get(found, found)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,18 +74,19 @@ class Comparison:
     def sentences(self) -> list[str]:
         """Returns what got better and worse, in words."""
         aps = [
-            f"AP of {TASK_NAMES[x.task]} from {number(x.paired.baseline, '.1f')} to "
+            f"AP of {TASK_NAMES[x.key.task]} from {number(x.paired.baseline, '.1f')} to "
             f"{number(x.paired.value, '.1f')}, {with_interval(x.paired)}, {x.finding}"
             for x in self.differences
-            if x.group == "AP" and x.name == "AP"
+            if x.key.group == x.key.name == "AP"
         ]
-        told = [f"Compared with {self.other.files.results}: {'; '.join(aps)}."]
-        parts = [x for x in self.differences if x.task == self.other.findings.main_task]
+        told = [f"Compared with {self.other.files.results}: {'; '.join(aps)}. {ONE_TRAINING}"]
+        task, groups = self.other.findings.main_task, ("AP", BY_CLASS + "AP")
+        parts = [x for x in self.differences if x.key.task == task and x.key.group in groups]
         for kind in (BETTER, WORSE):
             names = [
-                f"{x.name} {number(x.paired.difference, '+.1f')}"
+                f"{x.key.name} {number(x.paired.difference, '+.1f')}"
                 for x in sorted(parts, key=lambda x: -abs(x.paired.difference))
-                if x.finding == kind and x.group in ("class", "AP") and x.name != "AP"
+                if x.finding == kind and x.key.name != "AP"
             ]
             if names:
                 more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
@@ -123,40 +120,13 @@ def compare(analysis: Analysis, other: Analysis, num_draws: int, seed: int = 0) 
         )
     as_they_are = np.ones((1, count), np.int32)
     weights = np.concatenate([as_they_are, image_weights(count, num_draws, seed)])
-
-    def difference(key: Key, ours: FloatArray, others: FloatArray) -> Difference:
-        return Difference(*key, difference_of(key[2], ours[None], others[None], count))
-
-    differences = []
-    samples = [_Samples(weights), _Samples(weights)]
-    theirs = other.findings.measures
-    shared = [(key, x) for key, x in analysis.findings.measures.items() if key in theirs]
-    for key, measure in tqdm(shared, "comparing the runs", unit="figure", leave=False):
-        differences.append(difference(key, samples[0](measure), samples[1](theirs[key])))
-    for task in set(scene.tasks) & set(scene_of_other.tasks):
-        aps = [
-            resampled_class_ap(x.findings.found[task].matches, weights) for x in (analysis, other)
-        ]
-        for name, ours, others in zip(scene.class_names, *aps, strict=True):
-            differences.append(difference((task, "class", name, 0.0), ours, others))
+    ours, theirs = (resampled_figures(x, weights) for x in (analysis, other))
+    differences = [
+        Difference(key, difference_of(key.name, ours[key][None], theirs[key][None], count))
+        for key in ours
+        if key in theirs
+    ]
     return Comparison(other, differences, analysis.image_counts.f1, other.image_counts.f1)
-
-
-class _Samples:
-    """Figures of all draws; what several figures are compared with is computed once."""
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-        self._of_bases: dict[int, FloatArray] = {}
-
-    def __call__(self, measure: Measure) -> FloatArray:
-        values = measure.aps(self._weights)
-        if measure.base is None:
-            return values
-        key = id(measure.base)
-        if key not in self._of_bases:
-            self._of_bases[key] = measure.base.aps(self._weights)
-        return values - self._of_bases[key]
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
@@ -165,10 +135,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "results": str(comparison.other.files.results),
         "differences": [
             {
-                "task": x.task,
-                "group": x.group,
-                "name": x.name,
-                "threshold": x.threshold,
+                **x.key._asdict(),
                 "value": x.paired.value,
                 "other": x.paired.baseline,
                 "difference": x.paired.difference,

@@ -1,10 +1,12 @@
 """What scores say: the best thresholds, confusions, how far a score is the chance to be right.
 
-Shape alphabet: K classes, N detections that count, B bins of scores.
+Shape alphabet: K classes, N detections that count, n those of one class, B bins of scores; S draws
+of I images.
 """
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
 
@@ -59,14 +61,25 @@ class Reliability:
     error: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Density:
-    """AP of the images with so many objects."""
+    """AP of the images with so many objects.
+
+    Attributes:
+        name: of the range.
+        chosen: (I,) the images.
+        objects: in these.
+        ap: in percent.
+    """
 
     name: str
-    images: int
+    chosen: npt.NDArray[np.bool_]
     objects: int
     ap: float
+
+    @property
+    def images(self) -> int:
+        return int(self.chosen.sum())
 
 
 @dataclass(frozen=True)
@@ -108,15 +121,36 @@ def best_thresholds(scene: Scene, assignment: Assignment) -> list[Threshold]:
     return thresholds
 
 
+def f1_curves(
+    score: FloatArray,
+    right: npt.NDArray[np.bool_],
+    drawn: npt.NDArray[np.integer],
+    num_objects: npt.NDArray[np.integer],
+) -> FloatArray:
+    """Returns (S, n) the F1 of a class's detections from the best down to each one.
+
+    It is -1 where the next one has the same score: of equal scores all are taken or none.
+
+    Args:
+        score: (n,) falling.
+        right: (n,) whether each found an object.
+        drawn: (S, n) how often each is there.
+        num_objects: (S,) of the class.
+    """
+    hits, taken = (drawn * right).cumsum(1), drawn.cumsum(1)
+    f1 = 2 * hits / np.maximum(taken + num_objects[:, None], 1)
+    f1[:, :-1][:, score[:-1] == score[1:]] = -1
+    return np.asarray(f1, float)
+
+
 def _best_threshold(
     name: str, score: FloatArray, right: npt.NDArray[np.bool_], num_objects: int
 ) -> Threshold:
     order = np.argsort(-score, kind="stable")
-    score, hits = score[order], right[order].cumsum()
-    taken = np.arange(1, len(score) + 1)
-    f1 = 2 * hits / (taken + num_objects)
-    # Of equal scores all are taken or none.
-    f1[:-1][score[:-1] == score[1:]] = -1
+    score, right = score[order], right[order]
+    hits, taken = right.cumsum(), np.arange(1, len(score) + 1)
+    once = np.ones((1, len(score)), np.int64)
+    f1 = f1_curves(score, right, once, np.array([num_objects]))[0]
     at_half = int((score > 0.5).sum())
     f1_at_half = float(2 * hits[at_half - 1] / (at_half + num_objects)) if at_half else 0.0
     if not len(score) or not hits[-1]:
@@ -146,7 +180,8 @@ def _short_number(low: float, high: float) -> float:
 
 def threshold_flag(thresholds: list[Threshold]) -> str:
     """Returns the thresholds as a flag of tools/demo.py and tools/predict.py."""
-    pairs = [shlex.quote(f"{x.class_name}={x.score:g}") for x in thresholds if x.score == x.score]
+    known = [x for x in thresholds if not math.isnan(x.score)]
+    pairs = [shlex.quote(f"{x.class_name}={x.score!r}") for x in known]
     return f"--class-thresholds {' '.join(pairs)}" if pairs else ""
 
 
@@ -191,26 +226,42 @@ def _count(classes: IntArray, num_classes: int) -> IntArray:
     return np.bincount(classes, minlength=num_classes)
 
 
-def reliability(matches: Matches, score: FloatArray, class_index: int | None = None) -> Reliability:
+def reliability(matches: Matches, score: FloatArray) -> Reliability:
     """Returns how often detections of a score are right.
 
     Args:
         matches: at one IoU threshold.
         score: (N,) 0 to 1.
-        class_index: of the class; None for all.
+    """
+    sums = bin_sums(matches, score).sum(1)
+    count, total, right = sums
+    with np.errstate(invalid="ignore"):
+        mean, precision = total / count, right / count
+    return Reliability(mean, precision, count.astype(np.int64), float(calibration_error(sums)))
+
+
+def bin_sums(matches: Matches, score: FloatArray) -> FloatArray:
+    """Returns (3, I, B): of each image and bin of scores, detections, their scores, those right.
+
+    Args:
+        matches: at one IoU threshold.
+        score: (N,) 0 to 1.
     """
     counted = ~matches.dt_ignored[0, 0]
-    if class_index is not None:
-        counted = counted & (matches.dt_class == class_index)
     score, right = score[counted], matches.dt_matched[0, 0, counted]
     place = (score * NUM_BINS).astype(int).clip(0, NUM_BINS - 1)
-    count = np.bincount(place, minlength=NUM_BINS)
-    with np.errstate(invalid="ignore"):
-        mean = np.bincount(place, score, NUM_BINS) / count
-        precision = np.bincount(place, right, NUM_BINS) / count
-    gaps = np.nan_to_num(np.abs(mean - precision))
-    error = float((gaps * count).sum() / max(count.sum(), 1))
-    return Reliability(mean, precision, count, error)
+    shape = len(matches.image_ids), NUM_BINS
+    place += NUM_BINS * matches.dt_image[counted]
+    values = np.ones(len(score)), score, right
+    sums = [np.bincount(place, x, shape[0] * shape[1]).reshape(shape) for x in values]
+    return np.stack(sums)
+
+
+def calibration_error(sums: FloatArray) -> FloatArray:
+    """Returns the expected calibration error, (...), 0 to 1, of sums over images, (3, ..., B)."""
+    count, total, right = sums
+    error = np.abs(total - right).sum(-1) / np.maximum(count.sum(-1), 1)
+    return np.asarray(error, float)
 
 
 def ap_by_density(matches: Matches) -> list[Density]:
@@ -227,7 +278,7 @@ def ap_by_density(matches: Matches) -> list[Density]:
     chosen = np.stack([_between(num_objects, low, high) for low, high in ranges])
     aps = resampled_ap(matches, chosen.astype(np.int32), ("AP",))["AP"]
     return [
-        Density(_range_name(*r), int(x.sum()), int(num_objects[x].sum()), float(ap))
+        Density(_range_name(*r), x, int(num_objects[x].sum()), float(ap))
         for r, x, ap in zip(ranges, chosen, aps, strict=True)
     ]
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from ..evaluation.boundary import boundary_distance, boundary_iou, window_boundary
 from ..evaluation.mask_window import MaskWindow, mask_window
-from ..evaluation.matching import FloatArray
+from ..evaluation.matching import BoolArray, FloatArray
+from ..progress import progress
 from .assignment import AREAS, Assignment
 from .scene import IntArray, Scene
 
@@ -122,7 +122,7 @@ def mask_quality(scene: Scene, offsets: BoxOffsets) -> MaskQuality:
     shape = np.zeros(count, np.int64)
     maps = np.zeros((2, MAP_SIDE, MAP_SIDE))
     pairs = zip(rows.tolist(), objects.tolist(), strict=True)
-    for k, (row, g) in enumerate(tqdm(pairs, "masks of found objects", total=count, leave=False)):
+    for k, (row, g) in enumerate(progress(pairs, "masks of found objects", total=count)):
         true, found = mask_window(scene.gt_mask[g]), mask_window(scene.dt_mask[row])
         if not true.bits.size:
             continue
@@ -188,6 +188,11 @@ def _resampled(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def quality_rows(scene: Scene, quality: MaskQuality) -> list[QualityRow]:
     """Returns mean qualities: of all pairs, by size, shape, fill and class."""
+    return [_row(group, name, of, quality) for group, name, of in quality_groups(scene, quality)]
+
+
+def quality_groups(scene: Scene, quality: MaskQuality) -> list[tuple[str, str, BoolArray]]:
+    """Returns how pairs are grouped: by what, the group's name, and (P,) which are in it."""
     area, classes = scene.gt_area[quality.objects], scene.gt_class[quality.objects]
     groups = [("all", "all", np.ones(len(area), bool))]
     # As COCO's ranges, but an object at the border of two is in one.
@@ -200,10 +205,10 @@ def quality_rows(scene: Scene, quality: MaskQuality) -> list[QualityRow]:
     ]
     if len(scene.class_names) > 1:
         groups += [("class", name, classes == k) for k, name in enumerate(scene.class_names)]
-    return [_row(group, name, chosen, quality) for group, name, chosen in groups if chosen.any()]
+    return [x for x in groups if x[2].any()]
 
 
-def _row(group: str, name: str, chosen: npt.NDArray[np.bool_], quality: MaskQuality) -> QualityRow:
+def _row(group: str, name: str, chosen: BoolArray, quality: MaskQuality) -> QualityRow:
     return QualityRow(
         group,
         name,

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
 from ..evaluation.mask_window import MaskWindow, mask_window
 from ..evaluation.matching import FloatArray, Matches
 from ..ops import crop_masks, encode_masks
+from ..progress import progress
 from .assignment import Assignment, assign
 from .errors import BACKGROUND_IOU
 from .scene import IntArray, Scene, mask_areas
@@ -74,7 +74,7 @@ def ious_in_perfect_boxes(
         [x.start for x in slices] for slices in (scene.dt_slices, scene.gt_slices)
     )
     true_areas = mask_areas(scene.gt_mask)
-    for k in tqdm(np.flatnonzero(objects >= 0).tolist(), "perfect boxes", leave=False):
+    for k in progress(np.flatnonzero(objects >= 0).tolist(), "perfect boxes"):
         g, image = objects[k], scene.dt_image[k]
         place = k - dt_start[image], g - gt_start[image]
         true_area, area = true_areas[g], float(coco_mask.area(scene.dt_mask[k]))
@@ -90,7 +90,7 @@ def perfect_masks(scene: Scene, objects: IntArray) -> Scene:
     """Returns the scene with the mask of each detection that of its object, cut to its box."""
     assert scene.dt_mask is not None and scene.gt_mask is not None
     masks = list(scene.dt_mask)
-    for k in tqdm(np.flatnonzero(objects >= 0).tolist(), "perfect masks", leave=False):
+    for k in progress(np.flatnonzero(objects >= 0).tolist(), "perfect masks"):
         masks[k] = cut_to_box(scene.gt_mask[objects[k]], scene.dt_box[k])
     return replace(scene, dt_mask=masks)
 
@@ -176,12 +176,12 @@ def grid_ious(masks: Sequence[Any], boxes: FloatArray, sides: Sequence[int]) -> 
         boxes: (n, 4) x, y, width, height.
         sides: M of each.
     """
-    windows = [mask_window(rle) for rle in tqdm(masks, "true masks", leave=False)]
+    windows = [mask_window(rle) for rle in progress(masks, "true masks")]
     largest = np.array([max(x.bits.shape) for x in windows])
     order = np.argsort(largest, kind="stable")
     ious = np.zeros((len(sides), len(masks)))
     chunks = range(0, len(order), WINDOWS_TOGETHER)
-    for start in tqdm(chunks, "true masks through the grid", leave=False):
+    for start in progress(chunks, "true masks through the grid"):
         chunk = order[start : start + WINDOWS_TOGETHER]
         ious[:, chunk] = _grid_ious([windows[k] for k in chunk.tolist()], boxes[chunk], sides)
     return ious

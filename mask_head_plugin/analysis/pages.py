@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..durable_files import write_durably
 from ..evaluation.coco_evaluator import without_nan
+from ..pages.figures import Figure
 from ..pages.render import check_packages, render
 from ..pages.tables import as_csv, escape_markdown, latex, markdown
 from .analysis import Analysis, as_json
 from .compare import Comparison, comparison_json
+from .comparison_sections import comparison_sections
 from .curves import threshold_flag
 from .pictures import LEGEND, changed_most, gallery
-from .sections import Section, comparison_sections, facts, sections
+from .sections import Section, facts, sections
 
 MARKDOWN_FILE, JSON_FILE, HTML_FILE = "analysis.md", "analysis.json", "analysis.html"
-PAPER_FOLDER = "analysis_tables"
+TABLE_FOLDER, FIGURE_FOLDER = "analysis_tables", "analysis_figures"
 TEMPLATE = Path(__file__).with_name("analysis.html.j2")
 
 
 def write_pages(analysis: Analysis, folder: Path, comparison: Comparison | None = None) -> None:
-    """Writes the three files and tables for a paper, over those of an earlier time.
+    """Writes the three files, and tables and figures for a paper, over those of an earlier time.
 
     Args:
         analysis: of a run.
@@ -39,11 +42,19 @@ def write_pages(analysis: Analysis, folder: Path, comparison: Comparison | None 
     write_durably(folder / JSON_FILE, json.dumps(without_nan(content), indent=1) + "\n")
     write_durably(folder / MARKDOWN_FILE, render_markdown(analysis, comparison))
     for section in _sections(analysis, comparison):
-        path = folder / PAPER_FOLDER / section.key
+        path = folder / TABLE_FOLDER / section.key
         write_durably(path.with_suffix(".csv"), as_csv(section.table))
         write_durably(path.with_suffix(".tex"), latex(section.table))
     check_packages(HTML_FILE, folder / MARKDOWN_FILE)
-    write_durably(folder / HTML_FILE, render_html(analysis, comparison))
+    # Both take a second or more to import; plotly is an extra.
+    from ..pages.paper_plots import save_figures
+    from .comparison_figures import comparison_figures
+    from .figures import figures
+
+    shown = {**(comparison_figures(comparison) if comparison else {}), **figures(analysis)}
+    write_durably(folder / HTML_FILE, render_html(analysis, shown, comparison))
+    (folder / FIGURE_FOLDER).mkdir(exist_ok=True)
+    save_figures(list(itertools.chain(*shown.values())), folder / FIGURE_FOLDER)
 
 
 def render_markdown(analysis: Analysis, comparison: Comparison | None = None) -> str:
@@ -58,10 +69,10 @@ def render_markdown(analysis: Analysis, comparison: Comparison | None = None) ->
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def render_html(analysis: Analysis, comparison: Comparison | None = None) -> str:
-    """Returns analysis.html. Needs jinja2 and plotly."""
-    from .figures import figures  # needs plotly
-
+def render_html(
+    analysis: Analysis, shown: dict[str, list[Figure]], comparison: Comparison | None = None
+) -> str:
+    """Returns analysis.html with the figures of each section. Needs jinja2 and plotly."""
     return render(
         TEMPLATE,
         title=_title(analysis),
@@ -69,7 +80,7 @@ def render_html(analysis: Analysis, comparison: Comparison | None = None) -> str
         findings=_findings(analysis, comparison),
         sections=_sections(analysis, comparison),
         flag=threshold_flag(analysis.thresholds),
-        figures=figures(analysis),
+        figures=shown,
         gallery=gallery(analysis),
         changed=None if comparison is None else changed_most(analysis, comparison.other),
         legend=LEGEND,

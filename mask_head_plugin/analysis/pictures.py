@@ -17,7 +17,6 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from ..evaluation.drawing import ByteArray, LabelStyle, scaled, tint_mask, write_label
 from ..evaluation.image_counts import most_disputed
@@ -26,6 +25,7 @@ from ..evaluation.matching import FloatArray
 from ..image_files import read_image
 from ..messages import one_line
 from ..pages.pictures import MOST_BYTES, Picture, css_colour, data_uri
+from ..progress import progress
 from .analysis import Analysis
 from .errors import KINDS, LEFT_OUT, MEANINGS, MISSED, RIGHT
 from .run_files import image_folder
@@ -86,7 +86,7 @@ def gallery(analysis: Analysis) -> Gallery:
     rows, size, problems = [], 0, []
     for title, note, makers in [_worst(analysis), *_of_kinds(analysis)]:
         pictures = []
-        for make in tqdm(makers, f"pictures: {title}", leave=False):
+        for make in progress(makers, f"pictures: {title}"):
             try:
                 picture = make.picture(analysis, folder)
             except (OSError, ValueError) as error:
@@ -171,7 +171,7 @@ def changed_most(analysis: Analysis, other: Analysis) -> Gallery:
     if not chosen or folder is None:
         return Gallery([], NOT_HERE if chosen else "Both runs find the same, at IoU 0.5.")
     rows = []
-    for k in tqdm(chosen, "pictures: images that changed most", leave=False):
+    for k in progress(chosen, "pictures: images that changed most"):
         wanted = [(analysis, "this run"), (other, "the other run")]
         try:
             pictures = [_whole(x, k, name).picture(x, folder) for x, name in wanted]

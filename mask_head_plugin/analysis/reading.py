@@ -26,6 +26,9 @@ Record = Mapping[str, Any]
 SCORE_ROUNDING = 1e-5
 """By which a score may lie outside of 0 to 1: exported models round."""
 
+NUMBERS = {int, float}
+"""What JSON has; a bool is an int for isinstance."""
+
 BROKEN_COUNTS = "the counts of its mask do not make up an image of its size; write them again"
 
 
@@ -192,8 +195,12 @@ def _check_numbers(
         source: the file of the results.
     """
     try:
+        written = [x for _, x in values] if count is None else [y for _, x in values for y in x]
         array = np.array([x for _, x in values], float)
-        if array.shape[1:] == (() if count is None else (count,)) and np.isfinite(array).all():
+        # NumPy takes "0.9" and true for numbers.
+        fits = set(map(type, written)) <= NUMBERS
+        fits = fits and array.shape[1:] == (() if count is None else (count,))
+        if fits and np.isfinite(array).all():
             return
     except (ValueError, TypeError, OverflowError):
         pass
@@ -201,7 +208,7 @@ def _check_numbers(
     for number, value in values:
         numbers = [value] if count is None else value
         fits = isinstance(numbers, list) and len(numbers) == (count or 1)
-        if not fits or not all(isinstance(x, int | float) and abs(x) < math.inf for x in numbers):
+        if not fits or not all(type(x) in NUMBERS and abs(x) < math.inf for x in numbers):
             raise ConfigError(f"{source}: entry {number}: {key} is {value!r}, not {expected}")
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
 from ..evaluation.matching import BoolArray, FloatArray
+from ..progress import progress
 
 IntArray = npt.NDArray[np.int64]
 
@@ -90,8 +90,8 @@ class Scene:
         """Returns the (d, g) IoUs of each image; of crowds, the share of the detection in them."""
         pairs = zip(self.dt_slices, self.gt_slices, strict=True)
         what = {"bbox": "IoU of boxes", "segm": "IoU of masks"}[task]
-        progress = tqdm(pairs, what, total=len(self.image_ids), leave=False, unit="image")
-        return [self._image_ious(task, dt, gt) for dt, gt in progress]
+        told = progress(pairs, what, "image", len(self.image_ids))
+        return [self._image_ious(task, dt, gt) for dt, gt in told]
 
     def _image_ious(self, task: str, dt: slice, gt: slice) -> FloatArray:
         if dt.start == dt.stop or gt.start == gt.stop:

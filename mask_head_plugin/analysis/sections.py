@@ -6,13 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..evaluation.coco_ap import METRICS
-from ..pages.differences import MARKS, with_interval
 from ..pages.tables import Cell, Column, Table, number
 from .analysis import Analysis
-from .compare import Comparison, Difference
 from .diagnosis import TASK_NAMES
 from .errors import KINDS, MEANINGS
 from .measures import ERROR_THRESHOLDS, SPECIAL_KINDS
@@ -27,11 +23,6 @@ ORACLE_TEXT = (
     "AP with one branch of the model perfect and the others as they are: the most that more work "
     "on this branch can win. A grid only: the objects themselves, cut out and pasted at this "
     "resolution, with perfect boxes, classes and scores."
-)
-COMPARISON_TEXT = (
-    "On the same images, resampled many times (paired bootstrap). For what is lost or could still "
-    "be won, less is better. What does not differ at all is left out. This says nothing about "
-    "training again: that takes several seeds."
 )
 QUALITY_TEXT = (
     "Of objects whose box was found (IoU 0.5, right class), whatever the mask. Boundary IoU looks "
@@ -191,44 +182,6 @@ def _density_table(analysis: Analysis) -> Table:
         for x in analysis.densities
     ]
     return Table(columns, rows)
-
-
-def comparison_sections(comparison: Comparison) -> list[Section]:
-    """Returns what differs from the other run: figures, and classes by the size of the change."""
-    figures = [x for x in comparison.differences if x.group != "class"]
-    classes = [x for x in comparison.differences if x.group == "class"]
-    classes.sort(key=lambda x: -abs(np.nan_to_num(x.paired.difference)))
-    made = [
-        Section("compared", "Compared with the other run", COMPARISON_TEXT, _differences(figures)),
-        Section("compared-classes", "AP by class, compared", "", _differences(classes)),
-    ]
-    return [x for x in made if x.table.rows]
-
-
-def _differences(differences: Sequence[Difference]) -> Table:
-    columns = [
-        Column("figure", "figure", "", True),
-        Column("task", "of", "", True),
-        Column("other", "other run", ""),
-        Column("value", "this run", ""),
-        Column("difference", "difference", "With its 95% interval over images."),
-        Column("finding", "finding", "Whether the interval excludes 0.", True),
-    ]
-    rows = []
-    for x in differences:
-        if math.isnan(x.paired.difference) or x.paired.low == x.paired.high == 0:
-            continue
-        row = [_text(_figure_name(x)), _text(TASK_NAMES[x.task])]
-        row += [_value(x.paired.baseline), _value(x.paired.value)]
-        row.append(Cell(with_interval(x.paired), x.paired.difference))
-        rows.append([*row, _text(MARKS.get(x.finding, "") + x.finding)])
-    return Table(columns, rows)
-
-
-def _figure_name(difference: Difference) -> str:
-    if difference.group == "error":
-        return f"AP{100 * difference.threshold:.0f} lost by {difference.name}"
-    return f"to win with {difference.name}" if difference.group == "oracle" else difference.name
 
 
 def facts(analysis: Analysis) -> list[tuple[str, str]]:

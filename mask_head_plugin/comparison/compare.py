@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 
 from ..config import ConfigError
 from ..data import check_registered_datasets, register_coco_files
+from ..durable_files import make_output_folder
 from ..machine import full_float32
 from ..messages import one_line
 from .measurement import Comparison, choose_images, compare_twins
@@ -124,12 +125,9 @@ def check_output(output: Path) -> None:
     """Makes the output folder.
 
     Raises:
-        ConfigError: if it cannot be created or already has a comparison.
+        ConfigError: if it cannot be written to or already has a comparison.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {output} is not a folder that can be made: {error}") from error
+    make_output_folder(output)
     for name in (JSON_FILE, MARKDOWN_FILE):
         if (output / name).exists():
             raise ConfigError(f"--output {output} has {name} already; name another folder")

@@ -33,8 +33,8 @@ import numpy as np
 import numpy.typing as npt
 import pycocotools.mask as mask_util
 from detectron2.data.datasets import load_coco_json
-from tqdm import tqdm
 
+from ..progress import progress
 from ..shared_names import register_dataset
 from .coco_files import datasets_root
 
@@ -230,7 +230,7 @@ def write_split(folder: Path, split: str, num_images: int) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     (folder / split).mkdir(parents=True)
-    for image_id in tqdm(range(1, num_images + 1), f"making shapes_{split}", unit="image"):
+    for image_id in progress(range(1, num_images + 1), f"making shapes_{split}", "image"):
         image, instances = draw_image(rng)
         name = f"{image_id:06d}.png"
         (folder / split / name).write_bytes(encode_png(image))
@@ -244,32 +244,33 @@ def write_split(folder: Path, split: str, num_images: int) -> None:
     (folder / "annotations" / f"{split}.json").write_text(text)
 
 
-def ensure_shapes(folder: Path) -> None:
-    """Draws the data set into ``folder`` unless that exists.
+def ensure_shapes(folder: Path, split: str) -> None:
+    """Makes a split of the data set in ``folder`` unless it is there.
 
-    It is written under a temporary name and renamed, so an interrupted run leaves nothing that
-    looks finished, and the first of several processes to finish wins.
+    It is written under a temporary name and renamed, the annotations last, so that an interrupted
+    run leaves nothing that looks finished. Several processes write the same bytes.
     """
-    if folder.is_dir():
+    annotations = Path("annotations") / f"{split}.json"
+    if (folder / annotations).is_file():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
-        for split, num_images in NUM_IMAGES.items():
-            write_split(unfinished, split, num_images)
-        unfinished.chmod(0o755)
-        unfinished.rename(folder)
-    except OSError:  # another process was first; a rename onto its folder fails
-        if not folder.is_dir():
-            raise
+        write_split(unfinished, split, NUM_IMAGES[split])
+        try:
+            (unfinished / split).rename(folder / split)
+        except OSError:  # the images of another process, which has been first or interrupted
+            if not (folder / split).is_dir():
+                raise
+        (unfinished / annotations).replace(folder / annotations)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    logging.getLogger(__name__).info("shapes data set is in %s", folder)
+    logging.getLogger(__name__).info("shapes_%s is in %s", split, folder)
 
 
 def load_shapes(folder: Path, split: str) -> list[dict[str, Any]]:
-    """Returns a split in detectron2's standard format; draws the data set on first use."""
-    ensure_shapes(folder)
+    """Returns a split in detectron2's standard format, making it on first use."""
+    ensure_shapes(folder, split)
     annotations = str(folder / "annotations" / f"{split}.json")
     return load_coco_json(annotations, str(folder / split), f"shapes_{split}")
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from ..durable_files import make_output_folder
 from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.semantic import SemanticMap, semantic_map
 from ..messages import ConfigError
@@ -86,12 +87,7 @@ class ModelRun:
             ConfigError: if the folder cannot be created, or the model finds no instances.
             OSError: if a result cannot be written.
         """
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"--output {self.output} is not a folder that can be made: {error}"
-            ) from error
+        make_output_folder(self.output)
         total = sum(num_frames(source) for source in sources)
         try:
             with tqdm(total=total, desc="running the model", unit="image") as progress:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..durable_files import locked_folder, write_durably
+from ..durable_files import locked_folder, make_output_folder, write_durably
 from ..messages import ConfigError
 from .model_folder import DESCRIPTION, EXTERNAL_DATA, MODEL_FILES, ModelDescription
 
@@ -22,13 +21,7 @@ def sole_export(output: Path) -> Iterator[None]:
     """
     is_new = not output.exists()
     with contextlib.ExitStack() as stack:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=output).close()
-        except OSError as error:
-            raise ConfigError(
-                f"--output {output} is not a folder that can be written to: {error.strerror}"
-            ) from error
+        make_output_folder(output)
         try:
             stack.enter_context(locked_folder(output))
         except BlockingIOError as error:

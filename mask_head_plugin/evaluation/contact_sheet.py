@@ -19,11 +19,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.evaluation.evaluator import inference_context
-from tqdm import tqdm
 
 from ..class_names import class_names_of, matched_predictions
 from ..image_file_mapper import ImageFileMapper
 from ..image_files import read_image
+from ..progress import progress
 from .drawing import (
     FONT,
     ByteArray,
@@ -76,7 +76,7 @@ def write_contact_sheet(
     mapper = ImageFileMapper(cfg, is_train=False)
     pairs = []
     with inference_context(model), torch.no_grad():
-        for index in tqdm(chosen, "drawing the contact sheet", unit="image"):
+        for index in progress(chosen, "drawing the contact sheet", "image"):
             record = records[index]
             instances = model([mapper(record)])[0]["instances"].to("cpu")
             instances = matched_predictions(instances, found, names, dataset_name)

@@ -21,6 +21,8 @@ from made_scene import (
     rectangle,
 )
 
+from mask_head_plugin.pages import paper_plots
+
 pytest.importorskip("plotly", reason="analysis.html needs the extra 'report'")
 
 
@@ -50,11 +52,21 @@ def worse(result):
         result["category_id"] = {1: 1, 2: 3, 3: 3}[result["category_id"]]
 
 
-def tool(capsys, *args):
-    """Runs tools/analyze.py in this process; returns exit code, stdout, stderr."""
+def tool(capsys, *args, plots=None):
+    """Runs tools/analyze.py in this process; returns exit code, stdout, stderr.
+
+    Figures for papers take seconds to write: they are drawn only, into ``plots`` if that is given.
+    """
+
+    def draw(figures, folder):
+        assert folder.name == "analysis_figures" and folder.is_dir()
+        if plots is not None:
+            plots.update({x.name: paper_plots.paper_plot(x) for x in figures})
+
     module = load_script("tools/analyze.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["analyze.py", *map(str, args)])
+        patch.setattr(paper_plots, "save_figures", draw)
         code = module.main()
     return code, *capsys.readouterr()
 
@@ -95,7 +107,8 @@ def test_compared_with_another_run_all_figures_have_intervals(tmp_path, capsys):
     good = write_run(tmp_path, content, perfect(content), "good")
     bad = write_run(tmp_path, content, perfect(content, worse), "bad")
     args = ("--draws", 10, "--output", tmp_path / "out")
-    code, _, _ = tool(capsys, bad, "--compare", good, *args)
+    plots = {}
+    code, _, _ = tool(capsys, bad, "--compare", good, *args, plots=plots)
     assert code == 0
     found = json.loads((tmp_path / "out" / "analysis.json").read_text())["comparison"]
     assert found["results"] == str(good / "inference" / "coco_instances_results.json")
@@ -106,7 +119,9 @@ def test_compared_with_another_run_all_figures_have_intervals(tmp_path, capsys):
     # What is lost by an error is worse if it is more.
     assert by_key["bbox", "error", "class", 0.5]["finding"] == "worse"
     assert by_key["bbox", "error", "class", 0.5]["difference"] > 0
-    assert by_key["segm", "class", "cat", 0]["difference"] < -40
+    assert by_key["segm", "class AP", "cat", 0]["difference"] < -40
+    for name in ("compared-sizes", "compared-by-class", "errors", "confusion", "error-maps"):
+        assert plots[name].axes, "is drawn for papers as well"
     page = (tmp_path / "out" / "analysis.html").read_text()
     assert "Images that changed most" in page and "this run: F1" in page
     same = tool(capsys, good, "--compare", good, *args)
@@ -154,6 +169,9 @@ MISFITS = {
     ),
     "some without": ([RIGHT, {**RIGHT, "segmentation": None}], "1 of 2 detections have no segm"),
     "score": ([{**RIGHT, "score": float("nan")}], "score is nan"),
+    "text as score": ([RIGHT, {**RIGHT, "score": "0.9"}], "entry 1: score is '0.9', not a finite"),
+    "true as score": ([RIGHT, {**RIGHT, "score": True}], "entry 1: score is True, not a finite"),
+    "text in a box": ([{**RIGHT, "bbox": [1, 2, 3, "4"]}], "entry 0: bbox is .*'4'"),
     "box": ([{**RIGHT, "bbox": [1, 2, 3]}], r"bbox is \[1, 2, 3\]"),
     "no list": ({"x": 1}, "not a file of results"),
     "text as id": ([{**RIGHT, "image_id": "1"}], r"image_id '1' \(it has 1"),
@@ -226,6 +244,17 @@ def test_folders_without_or_with_several_results_say_what_to_do(tmp_path, capsys
     (tmp_path / "annotations.json").unlink()
     code, _, err = tool(capsys, run, "--dataset", "one")
     assert code == 2 and "annotations.json do not exist" in err
+
+
+def test_an_output_that_is_no_folder_is_told_before_the_work(tmp_path, capsys):
+    run = write_run(tmp_path, CONTENT, [RIGHT])
+    (run / "inference" / "coco_instances_results.json").write_text("would be refused")
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "file/below"):
+        code, out, err = tool(capsys, run, "--output", tmp_path / name)
+        assert code == 2 and not out and err.count("\n") == 1
+        assert f"--output {tmp_path / name} is not a folder that can be written to" in err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_other_objects_cannot_be_compared(tmp_path, capsys):

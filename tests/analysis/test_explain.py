@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mask_head_plugin import ConfigError, load_config
+from mask_head_plugin.analysis.explanation import explain as explain_module
 from mask_head_plugin.analysis.explanation import pooling_figure, stages_figure
 from mask_head_plugin.analysis.explanation.competition_figure import claimed_pixel
 from mask_head_plugin.analysis.explanation.explain import embedded_image, explain
@@ -173,7 +174,8 @@ COMPETING = ["MODEL.ROI_MASK_HEAD.LOSSES", '[["softmax_cross_entropy", 1.0]]']
     [
         ({"detection": 99}, r"--detection 99: the model finds \d+ objects"),
         ({"detection": 0}, "--detection 0"),
-        ({"num_bins": -1}, "--bins -1: it must be at least 1"),
+        ({"num_bins": -1}, "--bins -1: from 1 to 14 can be told apart"),
+        ({"num_bins": 15}, "--bins 15: from 1 to 14"),
         ({"image_file": "missing.jpg"}, "missing.jpg"),
         ({"weights": "missing.pth"}, "file missing.pth does not exist"),
         ({"softmax_weights": "missing.pth"}, "file missing.pth does not exist"),
@@ -195,3 +197,48 @@ def test_what_cannot_be_drawn_is_named_and_nothing_is_written(changed, message, 
     with pytest.raises(ConfigError, match=message):
         explain(**arguments)
     assert not list(Path(tmp_path).rglob("*.png"))
+
+
+def test_an_output_that_is_no_folder_is_told_before_the_model_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(explain_module, "load_predictor", None)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"--output .*file is not a folder that can be written"):
+        explain(SHAPES, str(CHECKPOINT), "", tmp_path / "file", opts=ON_CPU)
+
+
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "softmax_cross_entropy"])
+def test_weights_that_a_run_trained_without_a_softmax_are_noticed(tmp_path, caplog, loss):
+    cfg = load_config(SHAPES, ["MODEL.ROI_MASK_HEAD.LOSSES", f'[["{loss}", 1.0]]'])
+    weights = str(tmp_path / "model_final.pth")
+    explain_module._warn_of_other_losses(weights)
+    (tmp_path / "config.yaml").write_text("no: config")
+    explain_module._warn_of_other_losses(weights)
+    assert "--softmax-weights" not in caplog.text, "nothing is known of them"
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    explain_module._warn_of_other_losses(weights)
+    told = [x for x in caplog.messages if loss in x and str(tmp_path / "config.yaml") in x]
+    assert len(told) == (loss == "binary_cross_entropy")
+
+
+@pytest.mark.parametrize("score", [0.5, 0.4])
+def test_the_last_stage_names_boxes_that_are_sure_only_if_there_are_some(stages, score):
+    number = len(stages.scores) - 1
+    scores = np.full_like(stages.scores, score)
+    figure = stages_figure.stages_figure(
+        replace(stages, scores=scores), number, stages.mask_probs[number : number + 1]
+    )
+    told = " ".join(axes.get_xlabel() for axes in figure.axes)
+    assert ("No box scores 50% or more" in told) == (score < 0.5)
+    assert ("masks of all boxes that score 50%" in told) == (score >= 0.5)
+
+
+@pytest.mark.parametrize("hw", [(900, 90), (90, 900), (96, 128)])
+def test_of_very_long_images_the_part_with_the_box_is_shown(stages, hw):
+    for x, y in ((0, 0), (hw[1] - 60, hw[0] - 50)):
+        moved = np.array([x, y, x + 60, y + 50], float)
+        long = replace(stages, image=np.zeros((*hw, 3), np.uint8), boxes=moved[None])
+        x0, y0, x1, y1 = stages_figure.shown_part(long, 0)
+        assert 0 <= x0 <= moved[0] and moved[2] <= x1 <= hw[1]
+        assert 0 <= y0 <= moved[1] and moved[3] <= y1 <= hw[0]
+        assert max(x1 - x0, y1 - y0) == min(max(hw), 2.5 * min(hw))
+    assert (stages_figure.shown_part(stages, 0)[2:] == stages.image.shape[1::-1]).all()

@@ -89,7 +89,7 @@ def test_the_best_threshold_is_between_the_last_hit_and_the_first_miss(tmp_path)
     assert 0 <= dog.score < 0.3 and (dog.precision, dog.recall) == (0.75, 1)
     assert dog.f1_at_half == pytest.approx(4 / 6)
     assert cat.f1 == 0 and math.isnan(cat.score)
-    assert threshold_flag([dog, cat]) == f"--class-thresholds dog={dog.score:g}"
+    assert threshold_flag([dog, cat]) == f"--class-thresholds dog={dog.score}"
     results.pop()
     scene = scene_of(tmp_path, objects_of(objects), results)
     dog = best_thresholds(scene, assign(scene, "segm", 100))[0]
@@ -101,6 +101,12 @@ def test_of_equal_scores_a_threshold_takes_all_or_none(tmp_path):
     scene = scene_of(tmp_path, objects_of([(1, 1, A)]), results)
     (best,) = best_thresholds(scene, assign(scene, "segm", 100))
     assert best.f1 == pytest.approx(2 / 3) and best.score < 0.5
+
+
+def test_a_threshold_in_the_flag_is_the_number_itself():
+    for score in (0.9999995, 0.1 + 0.2, 1e-5):
+        text = threshold_flag([Threshold("dog", score, 1, 1, 1, 1)])
+        assert float(text.partition("dog=")[2]) == score
 
 
 def test_names_with_spaces_are_quoted_in_the_flag():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -110,7 +111,8 @@ def test_all_classes_and_occlusion_occur():
 
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
     folder = tmp_path / "shapes_v9"
-    monkeypatch.setattr(shapes, "NUM_IMAGES", {"val": 3})
+    monkeypatch.setattr(shapes, "NUM_IMAGES", {"val": 3, "train": 3})
+    file = folder / "annotations" / "val.json"
 
     def fail(*args):
         raise KeyboardInterrupt
@@ -118,10 +120,22 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, monkeyp
     with monkeypatch.context() as broken:
         broken.setattr(shapes, "coco_annotation", fail)
         with pytest.raises(KeyboardInterrupt):
-            shapes.ensure_shapes(folder)
-    assert list(tmp_path.iterdir()) == []
-    shapes.ensure_shapes(folder)
-    before = (folder / "annotations" / "val.json").stat().st_mtime_ns
-    shapes.ensure_shapes(folder)
-    assert (folder / "annotations" / "val.json").stat().st_mtime_ns == before
+            shapes.ensure_shapes(folder, "val")
+    assert [p.name for p in tmp_path.rglob("*")] == ["shapes_v9", "annotations"]
+    with monkeypatch.context() as broken:  # between the images and the annotations
+        broken.setattr(Path, "replace", fail)
+        with pytest.raises(KeyboardInterrupt):
+            shapes.ensure_shapes(folder, "val")
+    assert not file.exists()
+    shapes.ensure_shapes(folder, "val")
+    before = file.stat().st_mtime_ns
+    shapes.ensure_shapes(folder, "val")
+    assert file.stat().st_mtime_ns == before
     assert [p.name for p in tmp_path.iterdir()] == ["shapes_v9"]
+
+
+def test_only_the_split_that_is_used_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "NUM_IMAGES", {"val": 2, "train": 1})
+    assert len(shapes.load_shapes(tmp_path / "shapes", "val")) == 2
+    assert {x.name for x in (tmp_path / "shapes").iterdir()} == {"annotations", "val"}
+    assert len(shapes.load_shapes(tmp_path / "shapes", "train")) == 1

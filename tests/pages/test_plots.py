@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure as Plot
 
 pytest.importorskip("plotly", reason="figures need the extra 'report'")
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
+from mask_head_plugin.evaluation.difference import PairedDifference
+from mask_head_plugin.pages.differences import BETTER
 from mask_head_plugin.pages.figures import DARK_COLOURS, Figure, lay_out, plotly_text
-from mask_head_plugin.pages.plots import _curves, label_bars, save_curves
+from mask_head_plugin.pages.intervals import (
+    VERDICTS,
+    IntervalRow,
+    add_intervals,
+    lay_out_rows,
+    row_heights,
+)
+from mask_head_plugin.pages.paper_plots import paper_plot, save_figures
+from mask_head_plugin.pages.plots import label_bars
 
 NAME = "a & <b>"
 
@@ -31,29 +43,103 @@ def curve(**settings):
     return go.Scatter(x=[0, 0.5, 1], y=[3, None, 1], **style, **settings)
 
 
-def test_curves_are_drawn_for_papers_the_same_each_time_and_other_figures_are_not(tmp_path):
-    figures = [figure("pr", curve()), figure("classes", go.Heatmap(z=[[1.0]]))]
+def test_figures_are_files_for_papers_the_same_each_time(tmp_path):
+    scale = [[0, "#ffffff"], [1, "#0072b2"]]
+    heatmap = go.Heatmap(z=[[1.0]], x=["a"], y=["b"], colorscale=scale)
+    figures = [figure("pr", curve()), figure("map", heatmap)]
     contents = []
     for folder in (tmp_path / "1", tmp_path / "2"):
         folder.mkdir()
-        save_curves(figures, folder)
+        save_figures(figures, folder)
         contents.append({x.name: x.read_bytes() for x in folder.iterdir()})
-    assert contents[0] == contents[1] and set(contents[0]) == {"pr.svg", "pr.pdf"}
-    assert contents[0]["pr.svg"].startswith(b"<?xml") and contents[0]["pr.pdf"][:4] == b"%PDF"
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {"pr.svg", "pr.pdf", "map.svg", "map.pdf"}
+    assert contents[0]["pr.svg"].startswith(b"<?xml") and contents[0]["map.pdf"][:4] == b"%PDF"
 
 
 def test_a_plot_for_papers_shows_what_the_page_does():
     band = go.Scatter(
         x=[0, 1, 1, 0], y=[4, 2, 1, 3], fill="toself", fillcolor="rgba(0,114,178,0.18)"
     )
-    (axes,) = _curves(figure("pr", band, curve())).axes
+    (axes,) = paper_plot(figure("pr", band, curve())).axes
     (line,) = axes.lines
     assert list(line.get_xdata()) == [0, 0.5, 1] and line.get_linestyle() == "--"
-    assert (line.get_color(), line.get_label()) == ("#0072b2", NAME)
+    assert (to_hex(line.get_color()), line.get_label()) == ("#0072b2", NAME)
     assert (axes.get_xlabel(), axes.get_xlim()) == ("recall", (0, 1))
     (band,) = axes.collections
     (outline,) = band.get_paths()
     assert {tuple(x) for x in outline.vertices.tolist()} == {(0, 4), (1, 2), (1, 1), (0, 3)}
+
+
+def test_bars_for_papers_have_their_lengths_names_and_numbers():
+    bars = [
+        go.Bar(x=[3.0, None], y=["one", plotly_text(NAME)], text=["3.0", "none"], **style)
+        for style in (
+            {"orientation": "h", "name": "boxes", "marker": {"color": "#0072b2"}},
+            {"orientation": "h", "name": "masks", "marker": {"color": "#d55e00"}},
+        )
+    ]
+    made = figure("bars", *bars)
+    made.figure.update_layout(barmode="group", bargap=0.2)
+    made.figure.update_yaxes(autorange="reversed")
+    (axes,) = paper_plot(made).axes
+    boxes, masks = (c.patches[0] for c in axes.containers)
+    assert boxes.get_width() == masks.get_width() == 3
+    assert boxes.get_y() + boxes.get_height() == pytest.approx(masks.get_y()), "one below the other"
+    assert axes.yaxis.get_inverted()
+    assert [x.get_text() for x in axes.get_yticklabels()] == ["one", NAME]
+    assert [x.get_text() for x in axes.texts] == ["3.0", "none"] * 2
+
+
+def test_a_heatmap_for_papers_has_the_values_in_their_places():
+    heatmap = go.Heatmap(
+        z=[[0, 100], [50, None]],
+        x=["a", "b"],
+        y=["c", "d"],
+        text=[["0", "100"], ["50", ""]],
+        texttemplate="%{text}",
+        colorscale=[[0, "#ffffff"], [1, "#0072b2"]],
+        zmin=0,
+        zmax=100,
+        colorbar={"title": {"text": "%"}},
+    )
+    axes, bar = paper_plot(figure("map", heatmap)).axes
+    (cells,) = axes.collections
+    assert cells.get_array().filled(-1).ravel().tolist() == [0, 100, 50, -1]
+    assert [x.get_text() for x in axes.get_xticklabels()] == ["a", "b"]
+    numbers = {x.get_text(): (x.get_position(), x.get_color()) for x in axes.texts}
+    assert numbers["100"] == ((1, 0), "white") and numbers["50"] == ((0, 1), "black")
+    assert bar.get_ylabel() == "%"
+
+
+def test_intervals_are_on_the_page_and_in_the_plot_for_papers_as_they_were_measured():
+    paired = PairedDifference("AP", 3, 1, 2, 0.5, 3, 0.5, 3, math.nan, 1, False)
+    made = make_subplots(rows=1, cols=2)
+    heights = row_heights(["dog", NAME])
+    for column in (1, 2):
+        add_intervals(made, heights, [IntervalRow(NAME, paired, BETTER)], column)
+    lay_out_rows(made, heights)
+    assert len(made.layout.shapes) == 2, "zero is marked in each panel"
+    plot = paper_plot(Figure("intervals", "", "", made))
+    axes, _ = plot.axes
+    ((line, _, (interval,)),) = [x.lines for x in axes.containers if x[0].get_xdata()[0] == 2]
+    assert interval.get_segments()[0].tolist() == [[0.5, 1], [3, 1]]
+    assert [x.get_text() for x in axes.get_yticklabels()] == ["dog", NAME]
+    assert line.get_marker() == ">" and axes.get_xlim()[0] <= 0
+    names = [x.get_text() for x in plot.legends[0].get_texts()]
+    assert names == list(VERDICTS), "each once"
+
+
+def test_what_has_a_second_axis_is_drawn_below_on_that():
+    made = make_subplots(specs=[[{"secondary_y": True}]])
+    made.add_trace(go.Bar(x=[0.5], y=[300], width=0.1), secondary_y=True)
+    made.add_trace(curve())
+    lay_out(made, 300)
+    made.update_yaxes(range=[0, 400], title_text="detections", secondary_y=True)
+    axes, twin = paper_plot(Figure("x", "", "", made)).axes
+    assert twin.patches[0].get_height() == 300 and twin.get_ylim() == (0, 400)
+    assert twin.get_ylabel() == "detections" and axes.get_zorder() > twin.get_zorder()
+    assert len(axes.lines) == 1 and not axes.patches
 
 
 def test_no_line_strikes_through_the_number_of_a_bar():

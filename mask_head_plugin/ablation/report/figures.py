@@ -18,34 +18,25 @@ from plotly.subplots import make_subplots
 
 from ...evaluation.bootstrap import class_ap, precision_recall
 from ...evaluation.coco_ap import METRICS
-from ...pages.differences import BETTER, NOISE, ONE_SEED, WORSE, verdict
+from ...pages.differences import verdict
 from ...pages.figures import (
     BAND,
     BLACK,
     COLOURS,
     DASHES,
-    GREY,
     MIDDLE,
     Figure,
     lay_out,
     plotly_text,
     wrapped,
 )
+from ...pages.intervals import ROW_HEIGHT, IntervalRow, add_intervals, lay_out_rows, row_heights
 from ...pages.tables import number as formatted
 from ..trial_folder import Trial
 from .study import Study, Variant
 
 FloatArray = npt.NDArray[np.float64]
 
-VERDICTS = {
-    BETTER: ("#0072b2", "triangle-right"),
-    WORSE: ("#d55e00", "triangle-left"),
-    NOISE: (GREY, "circle-open"),
-    ONE_SEED: (GREY, "diamond-open"),
-}
-EMPTY: list[Any] = [None]
-"""Coordinates of a trace that appears only in the legend."""
-ROW_HEIGHT = 44
 MOST_CLASSES = 40
 CLASSES_WITH_NUMBERS = 20
 CELL_WIDTH, NAMES_WIDTH = 38, 240
@@ -73,13 +64,13 @@ def _metric_differences(study: Study) -> Figure | None:
     figure = make_subplots(rows=1, cols=1)
     _add_intervals(figure, study, study.metric, 1)
     _add_paper(figure, study)
-    _lay_out_rows(figure, study)
+    lay_out_rows(figure, _rows(study))
     figure.update_xaxes(
         title_text=f"{study.metric} minus that of {plotly_text(study.baseline.name)}"
     )
     caption = (
-        "Lines are 95% intervals over the images (paired bootstrap). Fewer than 80% of validation "
-        "sets like this one would find a true difference within the grey bar."
+        "Lines are 95% intervals over seeds and images; with one seed, over images alone. Fewer "
+        "than 80% of studies like this one would find a true difference within the grey bar."
     )
     title = f"Difference of {study.metric} to {study.baseline.name}"
     return Figure("differences", title, caption, figure)
@@ -96,7 +87,7 @@ def _other_metrics(study: Study) -> Figure | None:
     )
     for column, key in enumerate(keys, 1):
         _add_intervals(figure, study, key, column)
-    _lay_out_rows(figure, study)
+    lay_out_rows(figure, _rows(study))
     caption = (
         "As above, of small, medium and large objects (APs, APm, APl) and of single thresholds."
     )
@@ -113,19 +104,16 @@ def _compared(study: Study, key: str) -> list[Variant]:
 
 def _rows(study: Study) -> dict[str, int]:
     """Returns the height of each compared variant, the first on top."""
-    names = [v.name for v in study.variants if v is not study.baseline]
-    return {name: len(names) - k for k, name in enumerate(names)}
+    return row_heights([v.name for v in study.variants if v is not study.baseline])
 
 
 def _add_intervals(figure: Any, study: Study, key: str, column: int) -> None:
     heights = _rows(study)
-    variants = _compared(study, key)
-    place = {"row": 1, "col": column}
-    limits = [c.detectable for v in variants if (c := study.comparison(v, key)) is not None]
+    compared = [(v, c) for v in _compared(study, key) if (c := study.comparison(v, key))]
     bars = go.Bar(
-        y=[heights[v.name] for v in variants],
-        x=[2 * x for x in limits],
-        base=[-x for x in limits],
+        y=[heights[v.name] for v, _ in compared],
+        x=[2 * c.detectable for _, c in compared],
+        base=[-c.detectable for _, c in compared],
         orientation="h",
         width=0.5,
         marker={"color": BAND},
@@ -134,36 +122,9 @@ def _add_intervals(figure: Any, study: Study, key: str, column: int) -> None:
         showlegend=column == 1,
         legendgroup="detectable",
     )
-    figure.add_trace(bars, **place)
-    figure.add_vline(x=0, line={"color": BLACK, "width": 1}, **place)
-    for kind, (colour, symbol) in VERDICTS.items():
-        shown = [(v, c) for v in variants if (c := study.comparison(v, key)) and verdict(c) == kind]
-        trace = go.Scatter(
-            x=[c.difference for _, c in shown] or EMPTY,
-            y=[heights[v.name] for v, _ in shown] or EMPTY,
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [c.high - c.difference for _, c in shown],
-                "arrayminus": [c.difference - c.low for _, c in shown],
-                "color": colour,
-                "thickness": 2,
-                "width": 5,
-            },
-            customdata=[[plotly_text(v.name), f"{c.low:+.2f} to {c.high:+.2f}"] for v, c in shown],
-            hovertemplate="%{customdata[0]}<br>%{x:+.2f} (%{customdata[1]})<extra></extra>",
-            mode="markers",
-            marker={
-                "color": colour,
-                "symbol": symbol,
-                "size": 11,
-                "line": {"width": 2, "color": colour},
-            },
-            name=kind,
-            legendgroup=kind,
-            showlegend=column == 1,
-        )
-        figure.add_trace(trace, **place)
+    figure.add_trace(bars, row=1, col=column)
+    rows = [IntervalRow(v.name, c, verdict(c)) for v, c in compared]
+    add_intervals(figure, heights, rows, column)
 
 
 def _add_paper(figure: Any, study: Study) -> None:
@@ -182,26 +143,6 @@ def _add_paper(figure: Any, study: Study) -> None:
             hovertemplate="paper: %{x:+.1f}<extra></extra>",
         )
     )
-
-
-def _lay_out_rows(figure: Any, study: Study) -> None:
-    heights = _rows(study)
-    lines = max(len(wrapped(name).split("<br>")) for name in heights)
-    height = 150 + len(heights) * max(ROW_HEIGHT, 18 * lines + 8)
-    _lay_out(figure, height)
-    figure.update_layout(
-        bargap=0,
-        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "yref": "container"},
-    )
-    figure.update_layout(legend={"y": 0.995, "yanchor": "top"}, margin={"t": 70})
-    figure.update_yaxes(
-        tickvals=list(heights.values()),
-        ticktext=[wrapped(name) for name in heights],
-        range=[0.4, len(heights) + 0.6],
-        showgrid=True,
-        ticks="",
-    )
-    figure.update_xaxes(tickformat="+", zeroline=False)
 
 
 def _learning_curves(study: Study) -> Figure | None:

@@ -50,7 +50,7 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
             needs packages that are missing; report.md is written before that.
         OSError: if a report cannot be written.
     """
-    from ...pages.plots import save_curves  # matplotlib takes a second
+    from ...pages.paper_plots import save_figures  # matplotlib takes a second
     from .interval_plot import plot_intervals
 
     study = read_study(directory, num_draws)
@@ -64,7 +64,8 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
 
     shown = figures(study)
     write_durably(directory / HTML_FILE, render_html(study, shown))
-    save_curves(shown, directory)
+    # The differences are intervals.svg already, with single seeds.
+    save_figures([x for x in shown if x.name != "differences"], directory)
 
 
 def render_markdown(study: Study, picture: str = "") -> str:
@@ -124,7 +125,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
         "baseline": study.baseline.name,
         "seeds": ", ".join(map(str, study.seeds)),
         "finished trials": f"{len(finished)} of {len(study.trials)}",
-        "iterations": _distinct(f"{int(r['iterations'])}" for r in records if r.get("iterations")),
+        "iterations": _distinct(f"{x:.0f}" for t in finished if (x := t.cost("iterations")) > 0),
         "intervals": f"95%, seeds and images (paired bootstrap, {study.num_draws} draws)",
         "date": " to ".join(period),
         "machine": _distinct(machine(trial) for trial in finished),
@@ -180,9 +181,9 @@ def _num_images(study: Study) -> str:
 
 
 def _versions(record: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {version}" for name, version in (record.get("versions") or {}).items()
-    )
+    versions = record.get("versions")
+    found = versions.items() if isinstance(versions, dict) else ()
+    return ", ".join(f"{name} {version}" for name, version in found)
 
 
 def _short_commit(commit: str) -> str:

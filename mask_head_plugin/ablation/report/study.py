@@ -60,6 +60,13 @@ class Variant:
         return [x for x in (t.cost(key) for t in self.finished) if math.isfinite(x)]
 
 
+ENTRIES = {
+    **dict.fromkeys(("title", "metric", "baseline", "dataset"), str),
+    **dict.fromkeys(("seeds", "variants"), list),
+}
+"""What ablation.json has at least, and of which type."""
+
+
 @dataclass(frozen=True)
 class Study:
     """An ablation's folder.
@@ -165,7 +172,7 @@ def read_study(directory: Path, num_draws: int) -> Study:
         baseline = study.baseline.name
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; is {directory} an ablation?") from error
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ConfigError(f"{path} does not describe an ablation: {error!r}") from error
     if not study.finished:
         states = "; ".join(f"{t.variant}, seed {t.seed}: {t.state}" for t in study.trials[:3])
@@ -176,9 +183,15 @@ def read_study(directory: Path, num_draws: int) -> Study:
 
 
 def _variants(directory: Path, description: dict[str, Any]) -> Iterable[Variant]:
-    missing = {"title", "metric", "baseline", "dataset", "seeds", "variants"} - set(description)
+    missing = set(ENTRIES) - set(description)
     if missing:
         raise KeyError(", ".join(sorted(missing)))
+    for key, kind in ENTRIES.items():
+        if not isinstance(description[key], kind):
+            raise TypeError(f"{key} is {description[key]!r}")
+    published = description.get("paper") or {}
+    if not isinstance(published, dict):
+        raise TypeError(f"paper is {published!r}")
     for entry in description["variants"]:
         name = entry["name"]
         trials = []
@@ -186,7 +199,7 @@ def _variants(directory: Path, description: dict[str, Any]) -> Iterable[Variant]
             folder = directory / entry["folder"] / f"seed_{seed}"
             record = read_object(folder / TRIAL_FILE)
             trials.append(Trial(name, seed, folder, description["dataset"], snapshot=record))
-        paper = (description.get("paper") or {}).get(name, {})
+        paper = published.get(name, {})
         yield Variant(name, entry.get("differs") or {}, tuple(trials), paper)
 
 

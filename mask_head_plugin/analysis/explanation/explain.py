@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,17 +11,24 @@ from detectron2.config import CfgNode
 from matplotlib import rc_context
 from torch import Tensor
 
-from ...config import ConfigError
+from ...config import ConfigError, read_config
 from ...config_check import check_config
 from ...data import shapes
+from ...durable_files import make_output_folder
 from ...engine.predictor import BGRPredictor, load_predictor
 from ...image_files import read_image
 from ...user_code import load_config_and_code
+from ..run_files import CONFIG
 from . import competition_figure, pooling_figure, stages_figure
 from .model_stages import ByteArray, Stages, class_probs, features_of_box, run_stages
 from .style import FONTS, save
 
+MOST_BINS = 14
+"""Along a side: those of the paper's mask branch."""
+
 COMPETING = [["softmax_cross_entropy", 1.0]]
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_IMAGE = 22
 """The number of the validation image that is drawn where no image is named."""
@@ -58,9 +66,13 @@ def explain(
         ConfigError: if a setting or file cannot be used, or the detection does not exist.
         OSError: if a picture cannot be written.
     """
-    if num_bins < 0:
-        raise ConfigError(f"--bins {num_bins}: it must be at least 1, or 0 to choose them")
+    if not 0 <= num_bins <= MOST_BINS:
+        raise ConfigError(
+            f"--bins {num_bins}: from 1 to {MOST_BINS} can be told apart in a picture; 0 chooses "
+            "them"
+        )
     cfg = _config(config_file, weights, opts)
+    make_output_folder(output)
     image = read_image(image_file, "RGB") if image_file else embedded_image()
     predictor = load_predictor(cfg)
     stages = run_stages(predictor, image)
@@ -82,7 +94,6 @@ def explain(
                 "independent masks in --config-file and --weights"
             )
         competing = _competing_probs(cfg, softmax_weights, image, stages, number)
-    output.mkdir(parents=True, exist_ok=True)
     with rc_context(FONTS):
         figure = stages_figure.stages_figure(stages, number, probs)
         written = save(figure, output, "stages", stages_figure.told_in_words(stages, number))
@@ -94,6 +105,23 @@ def explain(
             told = competition_figure.told_in_words(stages, number)
             written += save(figure, output, "competition", told)
     return written
+
+
+def _warn_of_other_losses(weights: str) -> None:
+    """Warns if the config that a run saved next to its weights has no softmax."""
+    saved = Path(weights).with_name(CONFIG)
+    if not saved.is_file():
+        return
+    try:
+        losses = read_config(str(saved), is_named=False).MODEL.ROI_MASK_HEAD.LOSSES
+    except (ConfigError, OSError, KeyError, AssertionError):  # of another program
+        return
+    if COMPETING[0][0] not in [name for name, *_ in losses]:
+        logger.warning(
+            "--softmax-weights %s: %s says that they were trained with MODEL.ROI_MASK_HEAD.LOSSES "
+            "%s; the picture shows them as if they competed",
+            *(weights, saved, losses),
+        )
 
 
 def embedded_image() -> ByteArray:
@@ -119,6 +147,7 @@ def _competing_probs(
             f"--softmax-weights {weights}: the first model has the same; name weights that were "
             "trained with MODEL.ROI_MASK_HEAD.LOSSES [['softmax_cross_entropy', 1.0]]"
         )
+    _warn_of_other_losses(weights)
     other = cfg.clone()
     other.defrost()
     other.MODEL.ROI_MASK_HEAD.LOSSES = COMPETING

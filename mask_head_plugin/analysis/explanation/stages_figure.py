@@ -19,6 +19,9 @@ MOST_PROPOSALS = 25
 MOST_MASKS = 8
 """In the strip: of more classes, those that the mask branch gives most to, and the chosen one."""
 
+MOST_ELONGATED = 2.5
+"""Longer images are shown in part: as long as this times their width, or wide."""
+
 SURE = 0.5
 """Score from which detections are drawn."""
 
@@ -35,7 +38,7 @@ def stages_figure(stages: Stages, number: int, probs: Tensor) -> Figure:
     rows = figure.add_gridspec(3, 1, height_ratios=(1, 0.55, 1))
     first, last = (rows[k].subgridspec(1, 2) for k in (0, 2))
     proposals = stages.proposals[:MOST_PROPOSALS]
-    _draw_proposals(figure.add_subplot(first[0]), stages, proposals)
+    _draw_proposals(figure.add_subplot(first[0]), stages, number, proposals)
     _draw_detections(figure.add_subplot(first[1]), stages, number)
     _draw_strip(figure, rows[1], stages, number, probs)
     _draw_crop(figure.add_subplot(last[0]), stages, number)
@@ -53,12 +56,29 @@ def told_in_words(stages: Stages, number: int) -> str:
     )
 
 
-def _image(axes: Axes, stages: Stages, title: str, told: str) -> None:
+def _image(axes: Axes, stages: Stages, number: int, title: str, told: str) -> FloatArray:
+    """Draws the image, or the part of it around a detection; returns x0, y0, x1, y1 of that."""
     blank(axes)
+    size = np.array(stages.image.shape[1::-1], float)
+    view = shown_part(stages, number)
+    if (view[2:] - view[:2] < size).any():
+        title += " (part of the image)"
+    x0, y0, x1, y1 = view - 0.5
     axes.imshow(stages.image, alpha=0.85)
     axes.set_anchor("NW")  # so that the words have half a page, also next to a tall image
     axes.set_title(title)
     axes.set_xlabel(told, loc="left", multialignment="left")
+    axes.set(xlim=(x0, x1), ylim=(y1, y0))
+    return view
+
+
+def shown_part(stages: Stages, number: int) -> FloatArray:
+    """Returns x0, y0, x1, y1 of the image, of a very long one a part with the detection."""
+    size = np.array(stages.image.shape[1::-1], float)
+    half = np.minimum(size, MOST_ELONGATED * size.min()) / 2
+    box = stages.boxes[number]
+    middle = np.clip((box[:2] + box[2:]) / 2, half, size - half)
+    return np.concatenate([middle - half, middle + half])
 
 
 def _box(axes: Axes, box: FloatArray, colour: str, width: float, **style: Any) -> None:
@@ -73,12 +93,12 @@ def _drawn(stages: Stages, number: int) -> dict[int, str]:
     return {**colours, number: CHOSEN}
 
 
-def _draw_proposals(axes: Axes, stages: Stages, proposals: FloatArray) -> None:
+def _draw_proposals(axes: Axes, stages: Stages, number: int, proposals: FloatArray) -> None:
     told = (
         f"The {len(proposals)} likeliest of {len(stages.proposals)} boxes that may\n"
         "hold an object, of whatever class"
     )
-    _image(axes, stages, "1  Region proposals", told)
+    _image(axes, stages, number, "1  Region proposals", told)
     for box in proposals:
         _box(axes, box, "white", 1.6, alpha=0.7)
         _box(axes, box, INK, 0.6)
@@ -89,15 +109,16 @@ def _draw_detections(axes: Axes, stages: Stages, number: int) -> None:
         "The box branch refines the boxes, drops doubles, and says\n"
         "what is in each. Thick: the box that stages 3 and 4 follow"
     )
-    _image(axes, stages, "2  Boxes and classes", told)
+    view = _image(axes, stages, number, "2  Boxes and classes", told)
     for k, colour in _drawn(stages, number).items():
         _box(axes, stages.boxes[k], colour, 2.6 if k == number else 1.2)
         x0, y0, x1, _ = stages.boxes[k]
-        room = 0.06 * stages.image.shape[0]  # above the box
+        room = view[1] + 0.06 * (view[3] - view[1])  # above the box
         text: Style = {"fontsize": 7, "color": "white", "va": "bottom" if y0 > room else "top"}
+        text["clip_on"] = True
         name = f"{stages.names[stages.classes[k]]} {stages.scores[k]:.0%}"
         back = {"facecolor": colour, "pad": 1, "linewidth": 0}
-        is_right = x0 > 0.7 * stages.image.shape[1]
+        is_right = x0 > view[0] + 0.7 * (view[2] - view[0])
         text["ha"] = "right" if is_right else "left"
         axes.text(x1 if is_right else x0, y0, name, bbox=back, **text)
 
@@ -147,7 +168,7 @@ def _draw_crop(axes: Axes, stages: Stages, number: int) -> None:
         "The mask is stretched over its box. A pixel belongs to it\n"
         "from a probability of 0.5 on: inside the line"
     )
-    _image(axes, stages, "4  Resized to the box", told)
+    _image(axes, stages, number, "4  Resized to the box", told)
     probs = stages.mask_probs[number].numpy()
     side = len(probs)
     extent = (x0 - 0.5, x1 - 0.5, y1 - 0.5, y0 - 0.5)
@@ -157,22 +178,25 @@ def _draw_crop(axes: Axes, stages: Stages, number: int) -> None:
     xs, ys = x0 - 0.5 + steps * (x1 - x0), y0 - 0.5 + steps * (y1 - y0)
     if probs.max() > 0.5:
         axes.contour(xs, ys, np.pad(probs, 1), [0.5], colors=[CHOSEN], linewidths=1.4)
-    axes.set(**_around(stages.boxes[number], stages.image.shape[:2]))
+    axes.set(**_around(stages, number))
 
 
-def _around(box: FloatArray, image_hw: tuple[int, int]) -> Style:
-    """Returns limits of axes around a box, of the shape of the image and inside it."""
-    height, width = image_hw
-    share = max((box[2] - box[0]) / width, (box[3] - box[1]) / height) * 1.3
-    half = min(share, 1) * np.array([width, height]) / 2
-    middle = np.clip((box[:2] + box[2:]) / 2, half, (width, height) - half) - 0.5
+def _around(stages: Stages, number: int) -> Style:
+    """Returns limits of axes around a box, of the shape of what is shown of the image."""
+    box, view = stages.boxes[number], shown_part(stages, number)
+    size, shape = np.array(stages.image.shape[1::-1], float), view[2:] - view[:2]
+    share = 1.3 * ((box[2:] - box[:2]) / shape).max()
+    half = np.minimum(share * shape, size) / 2
+    middle = np.clip((box[:2] + box[2:]) / 2, half, size - half) - 0.5
     (left, top), (right, bottom) = middle - half, middle + half
     return {"xlim": (left, right), "ylim": (bottom, top)}
 
 
 def _draw_pasted(axes: Axes, stages: Stages, number: int) -> None:
     told = f"The masks of all boxes that score {SURE:.0%} or more.\nDashed: that of stages 3 and 4"
-    _image(axes, stages, "5  Masks in the image", told)
+    if not (stages.scores >= SURE).any():
+        told = f"No box scores {SURE:.0%} or more.\nDashed: the one that stages 3 and 4 follow"
+    _image(axes, stages, number, "5  Masks in the image", told)
     for k, colour in _drawn(stages, number).items():
         mask = coco_mask.decode(stages.pasted(k)[0])
         layer = np.zeros((*mask.shape, 4))

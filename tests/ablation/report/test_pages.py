@@ -27,7 +27,7 @@ from mask_head_plugin.ablation.report.tables import build_table
 from mask_head_plugin.evaluation.bootstrap import compare_all
 from mask_head_plugin.evaluation.image_counts import ImageCounts, most_disputed
 from mask_head_plugin.evaluation.matching import Matches
-from mask_head_plugin.pages import plots
+from mask_head_plugin.pages import paper_plots, plots
 from mask_head_plugin.pages import render as page_render
 from mask_head_plugin.pages.tables import MINUS, NOTHING, as_csv, escape_markdown, number
 
@@ -59,8 +59,8 @@ def made(tmp_path_factory, annotations):
 @pytest.fixture
 def copied(made, tmp_path, monkeypatch):
     """A copy to break, without its pages, for which no plots for papers are made."""
-    for name in ("save_curves", "_save_for_papers"):
-        monkeypatch.setattr(plots, name, lambda *_: None)
+    for module, name in ((paper_plots, "save_figures"), (plots, "save_for_papers")):
+        monkeypatch.setattr(module, name, lambda *_: None)
     folder = tmp_path / "ablation"
     shutil.copytree(made[0], folder)
     for name in ("report.md", "report.html"):
@@ -275,6 +275,26 @@ def test_a_folder_that_is_no_ablation_is_an_error(copied, tmp_path):
         pages.write_report(copied)
 
 
+@pytest.mark.parametrize(("key", "value"), [("dataset", None), ("seeds", 5), ("paper", 5)])
+def test_entries_of_another_type_are_an_error(copied, key, value):
+    path = copied / "ablation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ConfigError, match=r"does not describe an ablation: .*(5|None)"):
+        read_study(copied, 2)
+
+
+def test_what_a_damaged_trial_says_is_not_known(copied):
+    study = read_study(copied, 2)
+    before, *_ = study.finished
+    known = before.result("segm/AP")
+    for trial in study.finished:
+        trial.record().update(iterations="x", versions=[1], results={"segm": "x"})
+    assert not {"iterations", "versions"} & set(dict(pages.facts(study)))
+    assert math.isfinite(known) and math.isnan(before.result("segm/AP"))
+    before.record()["results"] = "x"
+    assert math.isnan(before.result("segm/AP"))
+
+
 def test_trials_of_other_images_are_an_error(copied):
     path = copied / "variant_1" / "seed_1" / "inference" / "matches_segm.npz"
     matches = Matches.load(path)
@@ -372,7 +392,7 @@ def test_the_table_and_the_plots_are_there_for_papers(made):
     assert (folder / "report.csv").read_text() == as_csv(table)
     assert (folder / "report.tex").read_text().count("\\\\\n") == len(QUALITIES) + 1
     plotted = {x.name for x in folder.iterdir() if x.suffix in (".svg", ".pdf")}
-    names = ("intervals", "learning", "precision-recall")
+    names = ("intervals", "other-metrics", "learning", "classes", "precision-recall")
     assert plotted == {f"{name}{suffix}" for name in names for suffix in (".svg", ".pdf")}
 
 

@@ -1,0 +1,117 @@
+"""The tables of a comparison of two runs, the same for Markdown and HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..pages.differences import BETTER, MARKS, WORSE, with_interval
+from ..pages.tables import NOTHING, Cell, Column, Table, number
+from .compare import ONE_TRAINING, Comparison, Difference
+from .diagnosis import TASK_NAMES
+from .resampled import BOUNDARY, BY_CLASS, CALIBRATION, DENSITY, F1, F1_AT_HALF, IOU
+from .sections import Section
+
+TEXT = (
+    "On the same images, resampled many times (paired bootstrap). For errors, what is still to be "
+    f"won and the calibration error, less is better. {ONE_TRAINING} Of a hundred figures in which "
+    "two models are alike, chance alone calls five better or worse. What does not differ at all "
+    "is left out."
+)
+MASK_TEXT = (
+    "Mean IoUs of the objects whose box each run found; these may be other objects in the two runs."
+)
+CLASS_TEXT = (
+    "Differences with their intervals, the largest first. F1 is with the best threshold of each "
+    "run, chosen again for each draw of images."
+)
+NAMES = {
+    F1: "F1 with the best thresholds, mean of classes",
+    F1_AT_HALF: "F1 with a threshold of 0.5, mean of classes",
+    CALIBRATION: "calibration error of scores",
+}
+
+
+def comparison_sections(comparison: Comparison) -> list[Section]:
+    """Returns what differs from the other run: figures, masks, classes."""
+    shown = [x for x in comparison.differences if _differs(x)]
+    classes = [x for x in shown if x.key.group.startswith(BY_CLASS)]
+    of_all = [x for x in shown if not x.key.group.startswith(BY_CLASS)]
+    masks = [x for x in of_all if x.key.group in (IOU, BOUNDARY)]
+    others = [x for x in of_all if x.key.group not in (IOU, BOUNDARY)]
+    made = [
+        Section("compared", "Compared with the other run", TEXT, _table(others)),
+        Section("compared-masks", "Mask quality, compared", MASK_TEXT, _table(masks)),
+        Section("compared-classes", "Classes, compared", CLASS_TEXT, _classes(classes)),
+    ]
+    return [x for x in made if x.table.rows]
+
+
+def _differs(difference: Difference) -> bool:
+    paired = difference.paired
+    return not math.isnan(paired.difference) and not paired.low == paired.high == 0
+
+
+def _table(differences: Sequence[Difference]) -> Table:
+    columns = [
+        Column("figure", "figure", "", True),
+        Column("task", "of", "", True),
+        Column("other", "other run", ""),
+        Column("value", "this run", ""),
+        Column("difference", "difference", "With its 95% interval over images."),
+        Column("finding", "finding", "Whether the interval excludes 0.", True),
+    ]
+    rows = []
+    for x in differences:
+        names = figure_name(x), TASK_NAMES[x.key.task]
+        values = x.paired.baseline, x.paired.value
+        rows.append(
+            [
+                *(Cell(name, name) for name in names),
+                *(Cell(number(value, ".1f"), value) for value in values),
+                Cell(with_interval(x.paired), x.paired.difference),
+                Cell(MARKS.get(x.finding, "") + x.finding, x.finding),
+            ]
+        )
+    return Table(columns, rows)
+
+
+def figure_name(difference: Difference) -> str:
+    """Returns what a figure is, in words."""
+    _, group, name, threshold = difference.key
+    if group == "error":
+        return f"AP{100 * threshold:.0f} lost by {name}"
+    if group == "oracle":
+        return f"to win with {name}"
+    if group == DENSITY:
+        return f"AP of images with {name} object{'' if name == '1' else 's'}"
+    if group in (IOU, BOUNDARY):
+        return group if name == "all" else f"{group}, {name}"
+    return NAMES.get(group, name)
+
+
+def _classes(differences: Sequence[Difference]) -> Table:
+    """Returns a row for each class and a column for each kind of figure."""
+    heads = list(dict.fromkeys((x.key.task, x.key.group) for x in differences))
+    found = {(x.key.name, x.key.task, x.key.group): x for x in differences}
+    names = dict.fromkeys(
+        x.key.name for x in sorted(differences, key=lambda x: -abs(x.paired.difference))
+    )
+    columns = [Column("class", "class", "", True)]
+    for task, group in heads:
+        label = group.removeprefix(BY_CLASS)
+        label += f" of {TASK_NAMES[task]}" * (label == "AP")
+        columns.append(Column(label.lower().replace(" ", "-"), label, "Difference."))
+    rows = []
+    for name in names:
+        cells = [_difference(found.get((name, *head))) for head in heads]
+        rows.append([Cell(name, name), *cells])
+    return Table(columns, rows)
+
+
+def _difference(difference: Difference | None) -> Cell:
+    if difference is None:
+        return Cell(NOTHING, math.nan)
+    found = difference.finding
+    mark = MARKS[found] if found in (BETTER, WORSE) else ""
+    return Cell(mark + with_interval(difference.paired), difference.paired.difference)
