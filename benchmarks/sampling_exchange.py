@@ -35,10 +35,10 @@ NUM_DRAWS = 1000
 
 
 @torch.inference_mode()
-def predict_all(case: Case, limit: int, folder: Path) -> None:
-    """Writes results and matches of each way to its folder in ``folder``."""
+def predict_all(case: Case, limit: int, folder: Path) -> list[str]:
+    """Writes results and matches of each way to its folder in ``folder``; returns the images."""
     model, heads = case.model, case.model.roi_heads
-    evaluators = {}
+    evaluators, image_ids = {}, []
     for name in NAMES:
         evaluators[name] = build_evaluator(case.cfg, case.cfg.DATASETS.TEST[0], str(folder / name))
         evaluators[name].reset()
@@ -49,6 +49,7 @@ def predict_all(case: Case, limit: int, folder: Path) -> None:
     for number, inputs in enumerate(tqdm(case.test_loader(), case.name, unit="image")):
         if number == limit:
             break
+        image_ids.append(str(inputs[0]["image_id"]))
         images = model.preprocess_image(inputs)
         features = model.backbone(images.tensor)
         proposals, _ = model.proposal_generator(images, features, None)
@@ -59,18 +60,18 @@ def predict_all(case: Case, limit: int, folder: Path) -> None:
             evaluators[name].process(inputs, [{"instances": output}])
     for evaluator in evaluators.values():
         evaluator.evaluate()
+    return image_ids
 
 
-def differences(matches: dict[str, Matches], num_images: int) -> list[dict[str, Any]]:
+def differences(matches: dict[str, Matches], image_ids: list[str]) -> list[dict[str, Any]]:
     """Returns a row for each way and metric.
 
     Args:
         matches: by way.
-        num_images: that were predicted, the first of the data set; others do not count.
+        image_ids: that were predicted; others do not count.
     """
-    total = len(matches[BASELINE].image_ids)
-    used = np.arange(min(num_images, total))
-    drawn = np.zeros((NUM_DRAWS + 1, total), np.int32)
+    used = np.nonzero(np.isin(matches[BASELINE].image_ids, image_ids))[0]
+    drawn = np.zeros((NUM_DRAWS + 1, len(matches[BASELINE].image_ids)), np.int32)
     drawn[0, used] = 1
     drawn[1:, used] = image_weights(len(used), NUM_DRAWS, seed=0)
     values = {name: resampled_ap(x, drawn, METRICS) for name, x in matches.items()}
@@ -102,11 +103,11 @@ def main() -> None:
     case = case_of(args)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        predict_all(case, args.images, folder)
+        image_ids = predict_all(case, args.images, folder)
         tasks = {
             task: differences(
                 {name: Matches.load(folder / name / f"matches_{task}.npz") for name in NAMES},
-                args.images,
+                image_ids,
             )
             for task in TASKS
         }
@@ -115,7 +116,7 @@ def main() -> None:
         print(tabulate(rows, headers="keys", tablefmt="github"))
     pooler = case.cfg.MODEL.ROI_MASK_HEAD
     trained = f"{pooler.POOLER_TYPE}, POOLER_SAMPLING_RATIO {pooler.POOLER_SAMPLING_RATIO}"
-    facts = {"name": args.name, "images": args.images, "trained with": trained, **case.facts}
+    facts = {"name": args.name, "images": len(image_ids), "trained with": trained, **case.facts}
     write_json({**machine("cpu"), **facts, **tasks}, args.output)
     print(f"written to {args.output}")
 

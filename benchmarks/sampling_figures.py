@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws the figures of docs/roi_align_sampling.md from the results in docs/results/.
 
-With --take FOLDER it first copies results of the other sampling_*.py from there, on one line a row
-so that they stay small.
+With --take FOLDER it first copies results of the other sampling_*.py from there, packed: a table is
+a row of names and rows of values.
 """
 
 from __future__ import annotations
@@ -30,29 +30,48 @@ Rows = list[dict[str, Any]]
 def read_results(folder: Path) -> Results:
     """Returns the results by name, such as ``error_shapes``."""
     return {
-        path.stem.removeprefix(PREFIX): json.loads(path.read_text())
+        path.stem.removeprefix(PREFIX): unpacked(json.loads(path.read_text()))
         for path in sorted(folder.glob(f"{PREFIX}*.json"))
     }
 
 
 def take_results(source: Path, folder: Path) -> None:
-    """Copies the results of a folder, rows on one line each."""
+    """Copies the results of a folder, packed."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.json")):
         if path.name.split("_")[0] in ("error", "exchange", "training", "equivariance"):
             content = json.loads(path.read_text())
-            (folder / f"{PREFIX}{path.name}").write_text(compact(content) + "\n")
+            (folder / f"{PREFIX}{path.name}").write_text(packed(content) + "\n")
 
 
-def compact(content: dict[str, Any]) -> str:
-    """Returns JSON with an item, and an item of a list, on each line."""
+def packed(content: dict[str, Any]) -> str:
+    """Returns JSON with tables as names of columns and rows of values, a row on each line."""
     lines = []
     for key, value in content.items():
         text = json.dumps(value)
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
-        lines.append(f" {json.dumps(key)}: {text}")
+        if is_table(value):
+            columns = list(value[0])
+            rows = [columns, *([row[name] for name in columns] for row in value)]
+            text = "[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) + "]"
+        lines.append(f"{json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def is_table(value: Any) -> bool:
+    """Whether a value is a list of dictionaries with the same keys."""
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return False
+    return all(list(row) == list(value[0]) for row in value)
+
+
+def unpacked(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns what ``packed`` was given."""
+    tables = {
+        key: [dict(zip(value[0], row, strict=True)) for row in value[1:]]
+        for key, value in content.items()
+        if isinstance(value, list) and value and isinstance(value[0], list)
+    }
+    return {**content, **tables}
 
 
 def where(rows: Rows, **wanted: Any) -> Rows:
@@ -62,7 +81,8 @@ def where(rows: Rows, **wanted: Any) -> Rows:
 
 def curve(axes: Any, rows: Rows, x: str, label: str, index: int, y: str = "error") -> None:
     """Draws rows as a curve with the band of its interval."""
-    style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index], "markersize": 4}
+    colours = (*COLOURS, "#1a1a1a")
+    style = {"color": colours[index % len(colours)], "marker": MARKERS[index], "markersize": 4}
     style["linestyle"] = DASHES[index % len(DASHES)]
     places = [row[x] for row in rows]
     axes.plot(places, [row[y] for row in rows], label=label, **style)
@@ -147,7 +167,8 @@ def plot_differences(axes: Any, rows: Rows, xlabel: str, title: str, single: boo
     """Draws the differences of ways with their intervals."""
     baseline = rows[0].get("by seed", [])
     for line, row in enumerate(rows):
-        reach = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
+        low, high = (row.get(f"paired {end}", row[end]) for end in ("low", "high"))
+        reach = [[row["difference"] - low], [high - row["difference"]]]
         axes.errorbar([row["difference"]], [line], xerr=reach, fmt="o", color=COLOURS[0], capsize=3)
         if single:
             points = [a - b for a, b in zip(row["by seed"], baseline, strict=True)]

@@ -3,12 +3,14 @@ r"""Ways to pool, each with mask heads of its own that are trained on the same f
 
 A trained model's maps are pooled within true boxes by each way, once. On each, a fresh FCNMaskHead
 learns with several seeds; then the masks of validation objects are compared with the truth by their
-IoU in the image. Intervals hold images and training, for all ways at once. Trainings that are done
+IoU in the image. Intervals hold images and training, for all ways at once. "paired" ones take
+seed by seed the difference of two heads that started from the same weights and saw the objects in
+the same order, so that what a seed does to both cancels; the others do not. Trainings that are done
 are kept in --work, so an interrupted command goes on where it was.
 
 Writes a table, and a JSON file with machine, versions and date. Minutes; large RoIs:
 
-    python benchmarks/sampling_training.py --name "shapes, large" --finest --bins 7 \
+    python benchmarks/sampling_training.py --name "shapes, large" --finest --bins 4 \
         --work output/sampling/large --output output/sampling/training_large.json \
         INPUT.MIN_SIZE_TEST 192
 """
@@ -157,9 +159,10 @@ def compare(ious: dict[str, np.ndarray], images: np.ndarray) -> list[dict[str, A
     rows = []
     for way, of_way in values.items():
         for name, own in of_way.items():
-            found = difference_of(
-                name, own, values[BASELINE][name], len(np.unique(images)), max(len(ious) - 1, 1)
-            )
+            base = values[BASELINE][name]
+            sizes = len(np.unique(images)), max(len(ious) - 1, 1)
+            found = difference_of(name, own, base, *sizes)
+            paired = difference_of(name, own - base, np.zeros_like(base), *sizes)
             rows.append(
                 {
                     "way": way,
@@ -168,6 +171,8 @@ def compare(ious: dict[str, np.ndarray], images: np.ndarray) -> list[dict[str, A
                     "difference": round(found.difference, 3),
                     "low": round(found.low, 3),
                     "high": round(found.high, 3),
+                    "paired low": round(paired.low, 3),
+                    "paired high": round(paired.high, 3),
                     "seed std": round(found.seed_std, 3),
                     "detectable": round(found.detectable, 3),
                     "by seed": [round(float(x), 2) for x in own[:, 0]],

@@ -154,5 +154,6 @@ def test_each_script_runs_on_two_images_and_its_figure_is_drawn(scripts, monkeyp
         f"sampling_{name}.png"
         for name in ("error", "offsets", "exchange", "training", "equivariance")
     }
-    rows = json.loads((results / "sampling_training_shapes.json").read_text())["rows"]
+    rows = scripts["figures"].read_results(results)["training_shapes"]["rows"]
+    assert rows == json.loads((output / "training_shapes.json").read_text())["rows"]
     assert {row["way"] for row in rows} == {"four samples", "RoIPool"}
