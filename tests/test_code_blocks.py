@@ -227,6 +227,8 @@ MEASURED = re.compile(
 TWICE = {
     "3.8%": "of studies, in ablations; of a training step, in gpu_kernel",
     "0.64": "0.8 times 0.8, in recipes; a bound of an interval, in real_images",
+    "0.75": "an IoU, in analysis; a bound of an interval, in roi_align_sampling",
+    "1.11": "a difference of AP, in new_config; a bound of an interval, in roi_align_sampling",
 }
 """Figures that two pages have by chance, with what each one is."""
 
