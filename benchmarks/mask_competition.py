@@ -1,0 +1,318 @@
+#!/usr/bin/env python3
+"""Why independent masks? The mask branch alone, trained with and without competing classes.
+
+Mask R-CNN's Table 2b compares a sigmoid per class with a softmax over classes. Several things
+change at once there. This study changes one at a time, on made objects (made_objects.py) in their
+true boxes and with their true classes, so that detection plays no part: a small stem and the
+plugin's FCNMaskHead with its own losses are trained with each arm, each number of classes, each
+confusion and each seed, and each result is read out in five ways.
+
+Every training is one file in --output; a second start trains what is missing. The summary, with
+intervals over training and images, goes to --json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from detectron2.layers import ShapeSpec
+from made_objects import MadeObjects, make_objects
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mask_head_plugin.modeling.class_selection import of_class
+from mask_head_plugin.modeling.mask_head import FCNMaskHead
+from mask_head_plugin.modeling.mask_loss import (
+    binary_cross_entropy,
+    softmax_cross_entropy,
+    softmax_probs,
+)
+
+FloatArray = npt.NDArray[np.float64]
+CHANNELS = 16
+BATCH = 8
+RATE = 0.1
+OTHER_RATES = (0.025, 0.4)
+CONFUSIONS = (0.0, 0.5)
+CURVE = (62, 125, 250, 500, 1000, 2000, 4000, 8000)
+"""Iterations after which a model is evaluated."""
+NUM_TRAINING, NUM_TEST = 16384, 1000
+TRAINING, TUNING, TEST = 1, 2, 3
+"""Seeds of the objects; the seeds of a study are those of weights and order alone."""
+THRESHOLDS = np.linspace(0.02, 0.98, 49)
+SEEDS = (1, 2, 3, 4, 5)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Attributes:
+        loss: of (R, K, M, M) logits over the background's, (R,) classes and (R, M, M) masks.
+        extra: outputs of the head besides one per class: the background's.
+        even: whether the background starts as likely as all classes together.
+        agnostic: whether all classes share one output.
+    """
+
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    extra: int = 0
+    even: bool = False
+    agnostic: bool = False
+
+
+def _own_sigmoid(logits: Tensor, classes: Tensor, masks: Tensor) -> Tensor:
+    return binary_cross_entropy(of_class(logits, classes), masks)
+
+
+def _all_sigmoids(logits: Tensor, classes: Tensor, masks: Tensor) -> Tensor:
+    """Binary cross-entropy of every class: the masks of other classes are to be empty."""
+    target = F.one_hot(classes, logits.shape[1])[:, :, None, None] * masks[:, None]
+    pixels = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return pixels.sum(1).mean()
+
+
+ARMS = {
+    "sigmoid": Arm(_own_sigmoid),
+    "softmax": Arm(softmax_cross_entropy),
+    "softmax, even start": Arm(softmax_cross_entropy, even=True),
+    "softmax, learned background": Arm(softmax_cross_entropy, extra=1),
+    "sigmoid of every class": Arm(_all_sigmoids),
+    "class-agnostic": Arm(_own_sigmoid, agnostic=True),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of the study.
+
+    Attributes:
+        arm: a name in ARMS.
+        num_classes: K.
+        confusion: see made_objects.
+        rate: base learning rate, with a cosine schedule after 100 iterations of warm-up.
+        iterations: of BATCH objects.
+        seed: of weights and order.
+    """
+
+    arm: str
+    num_classes: int
+    confusion: float
+    rate: float
+    iterations: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        arm = self.arm.replace(",", "").replace(" ", "_")
+        return (
+            f"{arm}-{self.num_classes}-{self.confusion}-{self.rate}-{self.iterations}-{self.seed}"
+        )
+
+
+class MaskBranch(nn.Module):
+    """A stem that turns images into 14 x 14 region features, and the plugin's mask head."""
+
+    def __init__(self, arm: Arm, num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, stride in ((3, 2), (CHANNELS, 1)):
+            convolution = nn.Conv2d(inputs, CHANNELS, 3, stride, 1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(CHANNELS), nn.ReLU()]
+        self.stem = nn.Sequential(*layers)
+        self.num_outputs = 1 if arm.agnostic else num_classes + arm.extra
+        shape = ShapeSpec(channels=CHANNELS, height=14, width=14)
+        self.head = FCNMaskHead(shape, num_classes=self.num_outputs, conv_dims=[CHANNELS] * 3)
+        self.arm, self.num_classes = arm, num_classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns (R, K, M, M) logits over the background's, of (R, 3, SIDE, SIDE) images."""
+        logits = self.head.class_logits(self.stem(images))
+        if self.arm.extra:
+            logits = logits[:, :-1] - logits[:, -1:]
+        if self.arm.even:
+            logits = logits - math.log(self.num_classes)
+        return logits.expand(-1, self.num_classes, -1, -1) if self.arm.agnostic else logits
+
+
+def train(training: Training, objects: MadeObjects, tests: Tests) -> dict[str, Any]:
+    """Returns what a training has reached: curves, gradients, and the IoU of each test object."""
+    torch.manual_seed(training.seed)
+    arm = ARMS[training.arm]
+    model = MaskBranch(arm, training.num_classes).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=training.rate, momentum=0.9)
+    images, masks = torch.from_numpy(objects.images), torch.from_numpy(objects.masks).float()
+    classes = torch.from_numpy(objects.classes)
+    curve = []
+    for iteration in range(1, training.iterations + 1):
+        batch = torch.randint(len(images), (BATCH,))
+        optimizer.param_groups[0]["lr"] = training.rate * schedule(iteration, training.iterations)
+        loss = arm.loss(model(images[batch]), classes[batch], masks[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if iteration in CURVE or iteration == training.iterations:
+            curve.append({"iteration": iteration, **tests.curve_point(model)})
+    return {"curve": curve, **tests.final(model)}
+
+
+def schedule(iteration: int, iterations: int) -> float:
+    """Returns the factor of the learning rate: linear for 100 iterations, then a cosine."""
+    return min(iteration / 100, 1.0) * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+
+
+class Tests:
+    """What a model is tested with.
+
+    Args:
+        num_classes: K.
+        confusion: see made_objects.
+        num_test: objects; half as many tune the threshold.
+    """
+
+    def __init__(self, num_classes: int, confusion: float, num_test: int) -> None:
+        self.tuning = make_objects(TUNING, num_test // 2, num_classes, confusion)
+        self.test = make_objects(TEST, num_test, num_classes, confusion)
+
+    def curve_point(self, model: MaskBranch) -> dict[str, Any]:
+        ious = read_out(logits_of(model, self.test), self.test)
+        point = {name: float(values.mean()) for name, values in ious.items()}
+        return {**point, "gradients": gradients(model, self.test)}
+
+    def final(self, model: MaskBranch) -> dict[str, Any]:
+        tuning = logits_of(model, self.tuning)
+        logits = logits_of(model, self.test)
+        ious = read_out(logits, self.test)
+        thresholds = {}
+        for name, probs_of in TUNED.items():
+            probs = probs_of(tuning, _tensor(self.tuning.classes)).numpy()
+            reached = [iou(probs > t, self.tuning.masks).mean() for t in THRESHOLDS]
+            thresholds[name] = float(THRESHOLDS[int(np.argmax(reached))])
+            probs = probs_of(logits, _tensor(self.test.classes)).numpy()
+            ious[name] = iou(probs > thresholds[name], self.test.masks)
+        said = logits.sigmoid().sum((2, 3)).argmax(1).numpy()
+        return {
+            "thresholds": thresholds,
+            "class_accuracy": float((said == self.test.classes).mean()),
+            "ious": {name: values.round(4).tolist() for name, values in ious.items()},
+        }
+
+
+def own_probs(logits: Tensor, classes: Tensor) -> Tensor:
+    """Returns the (R, M, M) probability of the class where only it and the background exist."""
+    return of_class(logits, classes).sigmoid()
+
+
+TUNED = {"own class, tuned": own_probs, "softmax, tuned": softmax_probs}
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array)
+
+
+@torch.no_grad()
+def logits_of(model: MaskBranch, objects: MadeObjects) -> Tensor:
+    """Returns the (N, K, M, M) logits of a model in evaluation mode."""
+    model.eval()
+    logits = torch.cat([model(part) for part in _tensor(objects.images).split(100)])
+    model.train()
+    return logits
+
+
+def read_out(logits: Tensor, objects: MadeObjects) -> dict[str, FloatArray]:
+    """Returns the (N,) IoUs of the true class's masks, read in three ways that tune nothing."""
+    classes = _tensor(objects.classes)
+    own = of_class(logits, classes)
+    masks = {
+        "own class against background": own > 0,
+        "softmax at 0.5": softmax_probs(logits, classes) > 0.5,
+        "largest": own >= logits.amax(1).clamp(min=0),
+    }
+    return {name: iou(mask.numpy(), objects.masks) for name, mask in masks.items()}
+
+
+def iou(found: npt.NDArray[np.bool_], true: npt.NDArray[np.bool_]) -> FloatArray:
+    """Returns the (N,) IoUs of (N, M, M) masks."""
+    union = (found | true).sum((1, 2))
+    return np.asarray((found & true).sum((1, 2)) / np.maximum(union, 1), np.float64)
+
+
+def gradients(model: MaskBranch, objects: MadeObjects) -> dict[str, float]:
+    """Returns the mean size of the loss's gradient by a logit of a RoI's mask, times its pixels.
+
+    Of the class of the RoI inside its mask and outside, and of all other classes together.
+    """
+    part = slice(0, 64)
+    masks, classes = _tensor(objects.masks[part]), _tensor(objects.classes[part])
+    model.eval()
+    with torch.no_grad():
+        logits = model(_tensor(objects.images[part]))
+    model.train()
+    logits = logits.clone().requires_grad_()
+    loss = model.arm.loss(logits, classes, masks.float())
+    (size,) = torch.autograd.grad(loss, logits)
+    size = size.abs() * masks.numel()
+    own = of_class(size, classes)
+    others = size.sum(1) - own
+    return {
+        "own class inside": float(own[masks].mean()),
+        "own class outside": float(own[~masks].mean()),
+        "other classes inside": float(others[masks].mean()),
+        "other classes outside": float(others[~masks].mean()),
+    }
+
+
+def plan(short: int, long: int, seeds: Sequence[int]) -> list[Training]:
+    """Returns the trainings of the study, the most telling first.
+
+    Args:
+        short: iterations of most.
+        long: iterations of sigmoid and softmax to convergence, with 10 classes.
+        seeds: of each.
+    """
+    two = ("sigmoid", "softmax")
+    others = tuple(arm for arm in ARMS if arm not in two)
+    parts: list[tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...], float, int]] = [
+        (two, (10,), CONFUSIONS, RATE, short),
+        (others, (10,), CONFUSIONS, RATE, short),
+        (two, (1, 2, 5, 20, 40), (CONFUSIONS[0],), RATE, short),
+        (two, (2, 40), (CONFUSIONS[1],), RATE, short),
+        (two, (10,), CONFUSIONS, RATE, long),
+        *((two, (10,), (CONFUSIONS[0],), rate, short) for rate in OTHER_RATES),
+    ]
+    return [
+        Training(arm, num_classes, confusion, rate, iterations, seed)
+        for arms, counts, confusions, rate, iterations in parts
+        for num_classes, confusion, arm, seed in itertools.product(counts, confusions, arms, seeds)
+    ]
+
+
+def run(trainings: list[Training], output: Path, num_objects: int, num_test: int) -> None:
+    """Trains what has no file yet."""
+    output.mkdir(parents=True, exist_ok=True)
+    left = [x for x in trainings if not (output / f"{x.name}.json").exists()]
+    steps = tqdm(total=sum(x.iterations for x in left), unit="it", smoothing=0.05)
+    groups = itertools.groupby(left, key=lambda x: (x.num_classes, x.confusion))
+    for (num_classes, confusion), group in groups:
+        objects = make_objects(TRAINING, num_objects, num_classes, confusion)
+        tests = Tests(num_classes, confusion, num_test)
+        for training in group:
+            start = time.monotonic()
+            result = train(training, objects, tests)
+            seconds = round(time.monotonic() - start, 1)
+            content = {**dataclasses.asdict(training), "seconds": seconds, **result}
+            path = output / f"{training.name}.json"
+            path.with_suffix(".part").write_text(json.dumps(content))
+            path.with_suffix(".part").rename(path)
+            steps.update(training.iterations)
