@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""Reads the mask logits of trained models in other ways than they were trained for.
+
+Table 2b of Mask R-CNN trains with a softmax and reads a pixel as an object's where its probability
+is at least one half. Is the gap to the sigmoid one of training or of this reading? Here the models
+of `tools/ablate.py --config-file configs/ablations/independent_vs_softmax.yaml` are evaluated again
+with the same weights, boxes and classes, only their mask logits are read differently; and once more
+in the true boxes with the true classes. Nothing is trained. Writes a table and a JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from measure import machine, write_json
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+from mask_head_plugin.ablation.report.study import Study, read_study
+from mask_head_plugin.checkpoint import MaskHeadCheckpointer
+from mask_head_plugin.config import load_config
+from mask_head_plugin.engine import Trainer
+from mask_head_plugin.engine.evaluators import build_evaluator
+from mask_head_plugin.evaluation.bootstrap import compare_all
+from mask_head_plugin.evaluation.matching import Matches
+from mask_head_plugin.modeling.class_selection import of_class
+from mask_head_plugin.modeling.mask_loss import softmax_probs
+from mask_head_plugin.modeling.rcnn import rle_postprocess
+
+BASELINE = ("sigmoid", "own class against background")
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4)
+METRICS = ("AP", "AP50", "AP75")
+
+Reading = Callable[[Tensor, Tensor], Tensor]
+
+
+def own_class(class_logits: Tensor, classes: Tensor) -> Tensor:
+    """Returns ``p_k / (p_k + p_background)``: the sigmoid of the class's logit."""
+    return of_class(class_logits, classes).sigmoid()
+
+
+def largest(class_logits: Tensor, classes: Tensor) -> Tensor:
+    """Returns a number above one half where the class beats all others and the background."""
+    logits = class_logits.scatter(1, classes[:, None, None, None].expand_as(class_logits[:, :1]), 0)
+    return (of_class(class_logits, classes) - logits.amax(1).clamp(min=0)).sigmoid()
+
+
+def at_threshold(threshold: float, reading: Reading) -> Reading:
+    """Returns a reading by which a probability of ``threshold`` becomes one half, linearly."""
+
+    def read(class_logits: Tensor, classes: Tensor) -> Tensor:
+        probs = reading(class_logits, classes)
+        above = 0.5 + 0.5 * (probs - threshold) / (1 - threshold)
+        return torch.where(probs < threshold, 0.5 * probs / threshold, above)
+
+    return read
+
+
+READINGS: dict[str, Reading] = {
+    "own class against background": own_class,
+    "softmax at 0.5": softmax_probs,
+    "largest": largest,
+    **{f"softmax at {t}": at_threshold(t, softmax_probs) for t in THRESHOLDS},
+    **{f"own class at {t}": at_threshold(t, own_class) for t in THRESHOLDS},
+}
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, cfg: CfgNode, in_true_boxes: bool, num_images: int | None
+) -> dict[str, Matches]:
+    """Returns who found what with each reading, of the images of the first test set."""
+    dataset = cfg.DATASETS.TEST[0]
+    truth = {x["image_id"]: x for x in DatasetCatalog.get(dataset)}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder) / str(number) for number, name in enumerate(READINGS)}
+        evaluators = {name: build_evaluator(cfg, dataset, str(paths[name])) for name in READINGS}
+        for evaluator in evaluators.values():
+            evaluator.reset()
+        for inputs in itertools.islice(Trainer.build_test_loader(cfg, dataset), num_images):
+            given = [true_instances(truth[x["image_id"]], x) for x in inputs]
+            for name, outputs in read_all(model, inputs, given if in_true_boxes else None):
+                evaluators[name].process(inputs, outputs)
+        for evaluator in evaluators.values():
+            evaluator.evaluate()
+        return {name: Matches.load(path / "matches_segm.npz") for name, path in paths.items()}
+
+
+def read_all(
+    model: Any, inputs: list[dict[str, Any]], given: list[Instances] | None
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yields the model's outputs by each reading, in its own boxes or in given ones."""
+    head = model.roi_heads.mask_head
+    images = model.preprocess_image(inputs)
+    features = model.backbone(images.tensor)
+    if given is None:
+        proposals, _ = model.proposal_generator(images, features, None)
+        given, _ = model.roi_heads(images, features, proposals, None)
+    for name, reading in READINGS.items():
+        head.losses = [SimpleNamespace(activation=reading)]
+        found = model.roi_heads.forward_with_given_boxes(
+            features, [Instances(x.image_size, **x.get_fields()) for x in given]
+        )
+        yield (
+            name,
+            [
+                {"instances": rle_postprocess(x, y["height"], y["width"])}
+                for x, y in zip(found, inputs, strict=True)
+            ],
+        )
+
+
+def true_instances(record: dict[str, Any], seen: dict[str, Any]) -> Instances:
+    """Returns an image's objects as detections of the image that the model sees."""
+    height, width = seen["image"].shape[1:]
+    objects = [x for x in record["annotations"] if not x.get("iscrowd", 0)]
+    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
+    instances = Instances((height, width))
+    instances.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+    instances.pred_boxes.scale(width / record["width"], height / record["height"])
+    instances.pred_classes = torch.tensor([x["category_id"] for x in objects], dtype=torch.int64)
+    instances.scores = torch.ones(len(objects))
+    return instances
+
+
+def load_model(folder: Path) -> tuple[torch.nn.Module, CfgNode]:
+    """Returns a trial's final model, for inference, and its config."""
+    cfg = load_config(str(folder / "config.yaml"))
+    model = Trainer.build_model(cfg)
+    MaskHeadCheckpointer(model).load(str(folder / "model_final.pth"))
+    return model.eval(), cfg
+
+
+def measure(study: Study, num_images: int | None, num_draws: int) -> dict[str, Any]:
+    """Returns, in boxes found and in true boxes, what each variant reaches by each reading."""
+    parts: dict[str, dict[str, list[Matches]]] = {"boxes found": {}, "true boxes": {}}
+    for trial in tqdm(study.finished, unit="model"):
+        model, cfg = load_model(trial.folder)
+        for part, found in parts.items():
+            in_true_boxes = part == "true boxes"
+            matches = evaluate(model, cfg, in_true_boxes, num_images)
+            for name, of_reading in matches.items():
+                found.setdefault(f"{trial.variant}: {name}", []).append(of_reading)
+    return {part: rows(found, num_draws) for part, found in parts.items()}
+
+
+def rows(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, Any]]:
+    """Returns the AP of each row and its difference to the sigmoid, read as it was trained."""
+    compared = compare_all(found, ": ".join(BASELINE), METRICS, num_draws)
+    return [
+        {
+            "row": name,
+            "seeds": len(found[name]),
+            **{metric: round(by_metric[metric].value, 2) for metric in METRICS},
+            "difference": round(by_metric["AP"].difference, 2),
+            "interval": [round(by_metric["AP"].low, 2), round(by_metric["AP"].high, 2)],
+        }
+        for name, by_metric in compared.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", type=Path, required=True, help="an ablation's --output")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws (default 1000)")
+    parser.add_argument("--images", type=int, help="only so many (default: all)")
+    args = parser.parse_args()
+    study = read_study(args.input, args.draws)
+    found = measure(study, args.images, args.draws)
+    for part, table in found.items():
+        print(f"\n{part}\n{tabulate(table, headers='keys')}")
+    if args.json:
+        write_json(args.json, {"machine": machine("cpu"), "trials": len(study.finished), **found})
+
+
+if __name__ == "__main__":
+    main()
