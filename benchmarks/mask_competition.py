@@ -13,6 +13,7 @@ intervals over training and images, goes to --json.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -26,8 +27,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from competition_summary import summarise
 from detectron2.layers import ShapeSpec
 from made_objects import MadeObjects, make_objects
+from measure import machine, write_json
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -316,3 +320,28 @@ def run(trainings: list[Training], output: Path, num_objects: int, num_test: int
             path.with_suffix(".part").write_text(json.dumps(content))
             path.with_suffix(".part").rename(path)
             steps.update(training.iterations)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the trainings")
+    parser.add_argument("--json", type=Path, help="where the summary goes")
+    parser.add_argument("--short", type=int, default=2000, help="iterations of most trainings")
+    parser.add_argument("--long", type=int, default=8000, help="iterations of those to the end")
+    parser.add_argument("--objects", type=int, default=NUM_TRAINING, help="to learn from")
+    parser.add_argument("--tests", type=int, default=NUM_TEST, help="to test with")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default 1 to 5")
+    args = parser.parse_args()
+    trainings = plan(args.short, args.long, args.seeds)
+    run(trainings, args.output, args.objects, args.tests)
+    found = summarise(args.output, RATE, args.short, args.long)
+    for name in ("gap", "arms", "readings", "rates", "sure"):
+        print(f"\n{name}\n{tabulate(found[name], headers='keys')}")
+    if args.json:
+        write_json({"machine": machine("cpu"), "trainings": len(trainings), **found}, args.json)
+
+
+if __name__ == "__main__":
+    main()

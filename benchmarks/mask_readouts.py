@@ -184,7 +184,7 @@ def main() -> None:
     for part, table in found.items():
         print(f"\n{part}\n{tabulate(table, headers='keys')}")
     if args.json:
-        write_json(args.json, {"machine": machine("cpu"), "trials": len(study.finished), **found})
+        write_json({"machine": machine("cpu"), "trials": len(study.finished), **found}, args.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+r"""Independent masks and masks that compete, on the maps of a trained model; also real images.
+
+A trained model's maps are pooled within true boxes. On these, fresh mask heads learn with a sigmoid
+of each object's class, with a softmax over classes, and with one mask for all classes; each is read
+in several ways. Intervals hold images and training, for all rows at once. The maps were learned
+with a sigmoid, and the classes are the true ones, so that neither boxes nor classes play a part.
+
+    python benchmarks/mask_real_images.py --work output/masks/shapes \
+        --output output/masks/shapes.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from branch_alone import Objects, Schedule, mask_iou, predict, train_head
+from mask_readouts import largest, own_class
+from measure import machine, write_json
+from sampling_case import BASELINE, add_case_arguments, case_of
+from sampling_training import image_iou, pooled_objects, statistics
+from tabulate import tabulate
+from torch import Tensor
+
+from mask_head_plugin.evaluation.difference import difference_of
+from mask_head_plugin.modeling.mask_loss import softmax_probs
+
+FloatArray = npt.NDArray[np.float64]
+ARMS = {
+    "sigmoid": "binary_cross_entropy",
+    "softmax": "softmax_cross_entropy",
+    "class-agnostic": "binary_cross_entropy",
+}
+OWN, SOFTMAX, LARGEST = "own class against background", "softmax at 0.5", "largest"
+READINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    OWN: own_class,
+    SOFTMAX: softmax_probs,
+    LARGEST: largest,
+}
+TUNED = {"own class, tuned": own_class, "softmax, tuned": softmax_probs}
+THRESHOLDS = np.linspace(0.05, 0.95, 19)
+
+
+def objects_of(data: dict[str, Any]) -> Objects:
+    """Returns the objects of ``pooled_objects`` as a head takes them."""
+    features = data["features"][BASELINE].contiguous(memory_format=torch.channels_last)
+    return Objects(features, data["targets"], data["classes"])
+
+
+def read(
+    arm: str, num_classes: int, seed: int, schedule: Schedule, data: tuple[Any, Any]
+) -> dict[str, FloatArray]:
+    """Trains a head and returns the (R,) IoU of the test objects by each reading.
+
+    Thresholds are tuned on the objects that the head learned from.
+    """
+    learned, measured = objects_of(data[0]), objects_of(data[1])
+    outputs = 1 if arm == "class-agnostic" else num_classes
+    head = train_head(learned, outputs, seed, schedule, [(ARMS[arm], 1.0)])
+    classes = [x.classes * (outputs > 1) for x in (learned, measured)]
+    logits = [predict(head, x, all_classes=True) for x in (learned, measured)]
+    probs = {name: reading(logits[1], classes[1]) for name, reading in READINGS.items()}
+    for name, reading in TUNED.items():
+        known, found = (reading(x, y) for x, y in zip(logits, classes, strict=True))
+        reached = [float(mask_iou(known > t, learned.targets).mean()) for t in THRESHOLDS]
+        threshold = float(THRESHOLDS[int(np.argmax(reached))])
+        above = 0.5 + 0.5 * (found - threshold) / (1 - threshold)
+        probs[name] = torch.where(found < threshold, 0.5 * found / threshold, above)
+    boxes, truth = data[1]["boxes"], data[1]["truth"]
+    return {name: image_iou(x, boxes, truth) for name, x in probs.items()}
+
+
+def compare(
+    ious: dict[tuple[str, str], list[FloatArray]], images: FloatArray
+) -> list[dict[str, Any]]:
+    """Returns the mean IoU of each arm and reading, and its difference to the sigmoid's."""
+    values = {key: statistics(np.stack(x), images)["mean IoU"] for key, x in ious.items()}
+    rows = []
+    for (arm, reading), own in values.items():
+        base_reading = TUNED_OF.get(reading, OWN)
+        base = values["sigmoid", base_reading]
+        found = difference_of("IoU", own, base, len(np.unique(images)), len(values) - 2)
+        rows.append(
+            {
+                "arm": arm,
+                "reading": reading,
+                "seeds": len(own),
+                "iou": round(found.value, 2),
+                "std": round(found.seed_std, 2),
+                "difference": round(found.difference, 2),
+                "low": round(found.low, 2),
+                "high": round(found.high, 2),
+            }
+        )
+    return rows
+
+
+TUNED_OF = {name: "own class, tuned" for name in TUNED}
+"""Rows with tuned thresholds are compared with the sigmoid with a tuned one."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the trainings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--bins", type=int, default=14, help="of a RoI on a side (default 14)")
+    parser.add_argument("--train-images", type=int, default=400)
+    parser.add_argument("--objects", type=int, nargs=2, default=[1200, 800], help="at most")
+    parser.add_argument("--iterations", type=int, default=1000)
+    add_case_arguments(parser)
+    args = parser.parse_args()
+    case = case_of(args)
+    pooling = args.bins, False, [BASELINE]
+    train = pooled_objects(case, "TRAIN", (args.train_images, args.objects[0]), *pooling)
+    test = pooled_objects(case, "TEST", (args.images, args.objects[1]), *pooling)
+    num_classes = case.cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    schedule = Schedule(args.iterations, 32, 5e-3, (16, 16))
+    args.work.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    ious: dict[tuple[str, str], list[FloatArray]] = {}
+    for seed in args.seeds:
+        for arm in ARMS:
+            kept = args.work / f"{arm}-{args.iterations}-{seed}.npz"
+            if not kept.exists():
+                np.savez(kept, **read(arm, num_classes, seed, schedule, (train, test)))
+                print(f"{arm}, seed {seed}: {100 * np.load(kept)[OWN].mean():.2f}", flush=True)
+            for reading, values in np.load(kept).items():
+                if arm == "softmax" or reading in (OWN, "own class, tuned"):
+                    ious.setdefault((arm, reading), []).append(values)
+    rows = compare(ious, test["images"].numpy())
+    print(tabulate(rows, headers="keys"))
+    facts = {
+        "name": args.name,
+        "bins": args.bins,
+        "classes": num_classes,
+        "iterations": args.iterations,
+        "objects": {"train": len(train["classes"]), "test": len(test["classes"])},
+        "images": len(test["images"].unique()),
+        "seconds": round(time.perf_counter() - start),
+    }
+    write_json({**machine("cpu"), **case.facts, **facts, "rows": rows}, args.output)
+
+
+if __name__ == "__main__":
+    main()
