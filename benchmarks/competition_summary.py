@@ -102,8 +102,7 @@ def summarise(folder: Path, rate: float, short: int, long: int) -> dict[str, Any
         "gap": compared(results, _gap(settings, rate, short)),
         "arms": compared(results, _arms(settings, results, rate, short)),
         "readings": compared(results, _readings(settings, rate, (short, long))),
-        "rates": compared(results, _rates(results, short)),
-        "sure": _by_certainty(results, rate, long),
+        "sure": _by_certainty(results, rate, short),
         "curves": _curves(results, rate, long),
         "gradients": _gradients(results, rate, short),
         "seconds": round(sum(x["seconds"] for of in results.trainings.values() for x in of)),
@@ -148,19 +147,12 @@ def _readings(
                     yield labels, key, reading, key, usual
 
 
-def _rates(results: Results, short: int) -> Iterable[Row]:
-    for rate in sorted({key[3] for key in results.trainings}):
-        setting = (10, 0.0, rate, short)
-        for reading in (SOFTMAX, SOFTMAX_TUNED):
-            yield {"rate": rate}, ("softmax", *setting), reading, ("sigmoid", *setting), OWN
-
-
-def _by_certainty(results: Results, rate: float, long: int) -> list[dict[str, Any]]:
+def _by_certainty(results: Results, rate: float, short: int) -> list[dict[str, Any]]:
     """Returns mean IoU of objects whose class the best classifier gets right, and of the others."""
     table = []
     for arm, num_classes, confusion, of_rate, iterations in results.trainings:
         key = (arm, num_classes, confusion, of_rate, iterations)
-        if not confusion or of_rate != rate or iterations != long:
+        if not confusion or of_rate != rate or iterations != short:
             continue
         test = make_objects(3, results.ious(key, OWN).shape[1], num_classes, confusion)
         is_sure = test.nearest == test.classes

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "docs/results", ROOT / "docs"
 WIDTH = 7.4
 CONFUSIONS = {0.0: "colours tell the class", 0.5: "colours confuse the classes"}
+CERTAIN = 0.0
 READINGS = {
     SOFTMAX: (COLOURS[1], "s", "as trained: a pixel is the object's from 0.5 on"),
     OWN: (COLOURS[0], "o", "own class against background"),
@@ -31,30 +32,22 @@ Rows = list[dict[str, Any]]
 
 
 def draw_gap(rows: Rows) -> Figure:
-    """The difference to the sigmoid against the number of classes."""
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(CONFUSIONS), sharey=True)
-    for axes, (confusion, title) in zip(panels, CONFUSIONS.items(), strict=True):
-        for number, (reading, (colour, marker, label)) in enumerate(READINGS.items()):
-            found = [r for r in rows if r["confusion"] == confusion and r["reading"] == reading]
-            found.sort(key=lambda row: row["classes"])
-            x = [row["classes"] * 1.05 ** (number - 1) for row in found]
-            y = [row["difference"] for row in found]
-            style: dict[str, Any] = {
-                "color": colour,
-                "marker": marker,
-                "capsize": 3,
-                "label": label,
-            }
-            axes.errorbar(x, y, yerr=_reach(found), markersize=5, linewidth=1.2, **style)
-        axes.axhline(0, color="black", linewidth=1)
-        axes.set(xscale="log", title=title, xlabel="classes")
-        axes.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("mask IoU, softmax minus sigmoid")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False)
+    """The difference to the sigmoid against the number of classes that colours tell apart."""
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for number, (reading, (colour, marker, label)) in enumerate(READINGS.items()):
+        found = [r for r in rows if r["confusion"] == CERTAIN and r["reading"] == reading]
+        found.sort(key=lambda row: row["classes"])
+        x = [row["classes"] * 1.05 ** (number - 1) for row in found]
+        y = [row["difference"] for row in found]
+        style: dict[str, Any] = {"color": colour, "marker": marker, "capsize": 3, "label": label}
+        axes.errorbar(x, y, yerr=_reach(found), markersize=5, linewidth=1.2, **style)
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set(xscale="log", xlabel="classes", ylabel="mask IoU, softmax minus sigmoid")
+    axes.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", frameon=False)
     return figure
 
 
@@ -99,28 +92,22 @@ def draw_arms(rows: Rows) -> Figure:
 def draw_curves(rows: Rows) -> Figure:
     """Learning curves to the end, with the standard deviation over seeds."""
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(CONFUSIONS), sharey=True)
-    for axes, (confusion, title) in zip(panels, CONFUSIONS.items(), strict=True):
-        for arm, reading in (("sigmoid", OWN), ("softmax", OWN), ("softmax", SOFTMAX)):
-            wanted = {"arm": arm, "reading": reading, "confusion": confusion}
-            found = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
-            x = [row["iteration"] for row in found]
-            y = [row["iou"] for row in found]
-            colour = ARM_STYLES[arm][0]
-            line = ":" if arm == "softmax" and reading == OWN else ARM_STYLES[arm][1]
-            label = arm if arm == "sigmoid" else f"softmax, read as {_short(reading)}"
-            axes.plot(x, y, color=colour, linestyle=line, marker="o", markersize=3, label=label)
-            band = [row["std"] for row in found]
-            low = [a - b for a, b in zip(y, band, strict=True)]
-            high = [a + b for a, b in zip(y, band, strict=True)]
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-        axes.set(xscale="log", title=title, xlabel="iterations", ylim=(0, 100))
-        axes.set_xticks([62, 250, 1000, 4000, 8000], ["62", "250", "1000", "4000", "8000"])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("mask IoU (%)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    axes = figure.subplots()
+    for arm, reading in (("sigmoid", OWN), ("softmax", OWN), ("softmax", SOFTMAX)):
+        found = [row for row in rows if (row["arm"], row["reading"]) == (arm, reading)]
+        x = [row["iteration"] for row in found]
+        y = [row["iou"] for row in found]
+        colour, line = ARM_STYLES[arm]
+        line = ":" if arm == "softmax" and reading == OWN else line
+        label = arm if arm == "sigmoid" else f"softmax, read as {_short(reading)}"
+        axes.plot(x, y, color=colour, linestyle=line, marker="o", markersize=3, label=label)
+        low, high = ([row["iou"] + sign * row["std"] for row in found] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    axes.set(xscale="log", xlabel="iterations", ylabel="mask IoU (%)", ylim=(0, 100))
+    axes.set_xticks([62, 250, 1000, 4000, 8000], ["62", "250", "1000", "4000", "8000"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", frameon=False)
     return figure
 
 

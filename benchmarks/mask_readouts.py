@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -32,13 +33,16 @@ from mask_head_plugin.checkpoint import MaskHeadCheckpointer
 from mask_head_plugin.config import load_config
 from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.evaluators import build_evaluator
-from mask_head_plugin.evaluation.bootstrap import compare_all
+from mask_head_plugin.evaluation.bootstrap import compare_all, image_weights, resampled_ap
+from mask_head_plugin.evaluation.difference import difference_of
 from mask_head_plugin.evaluation.matching import Matches
 from mask_head_plugin.modeling.class_selection import of_class
 from mask_head_plugin.modeling.mask_loss import softmax_probs
 from mask_head_plugin.modeling.rcnn import rle_postprocess
 
-BASELINE = ("sigmoid", "own class against background")
+TRAINED = {"sigmoid": "own class against background", "softmax": "softmax at 0.5"}
+"""Variants, and the readings that they are trained for."""
+BASELINE = f"sigmoid: {TRAINED['sigmoid']}"
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4)
 METRICS = ("AP", "AP50", "AP75")
 
@@ -152,12 +156,42 @@ def measure(study: Study, num_images: int | None, num_draws: int) -> dict[str, A
             matches = evaluate(model, cfg, in_true_boxes, num_images)
             for name, of_reading in matches.items():
                 found.setdefault(f"{trial.variant}: {name}", []).append(of_reading)
-    return {part: rows(found, num_draws) for part, found in parts.items()}
+    tables = {part: rows(found, num_draws) for part, found in parts.items()}
+    return tables | {f"readings, {part}": paired(found, num_draws) for part, found in parts.items()}
+
+
+def paired(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, Any]]:
+    """Returns how far each reading of the same models is from the one they were trained for.
+
+    Seeds are pairs here: training moves a difference only as far as it moves both unequally.
+    """
+    first = next(iter(found.values()))[0]
+    num_images = len(first.image_ids)
+    draws = image_weights(num_images, num_draws, seed=0)
+    weights = np.concatenate([np.ones((1, num_images), draws.dtype), draws])
+    aps = {
+        name: np.stack([resampled_ap(matches, weights, ("AP",))["AP"] for matches in of_seeds])
+        for name, of_seeds in found.items()
+    }
+    pairs = [
+        (name, f"{variant}: {trained}")
+        for variant, trained in TRAINED.items()
+        for name in found
+        if name.startswith(f"{variant}: ") and name != f"{variant}: {trained}"
+    ]
+    table = []
+    for name, usual in pairs:
+        moved = aps[name] - aps[usual]
+        result = difference_of("AP", moved, np.zeros_like(moved), num_images, len(pairs))
+        interval = [round(result.low, 2), round(result.high, 2)]
+        row = {"row": name, "seeds": len(moved), "from": usual}
+        table.append({**row, "difference": round(result.difference, 2), "interval": interval})
+    return table
 
 
 def rows(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, Any]]:
     """Returns the AP of each row and its difference to the sigmoid, read as it was trained."""
-    compared = compare_all(found, ": ".join(BASELINE), METRICS, num_draws)
+    compared = compare_all(found, BASELINE, METRICS, num_draws)
     return [
         {
             "row": name,
