@@ -102,6 +102,8 @@ def summarise(folder: Path, rate: float, short: int, long: int) -> dict[str, Any
         "gap": compared(results, _gap(settings, rate, short)),
         "arms": compared(results, _arms(settings, results, rate, short)),
         "readings": compared(results, _readings(settings, rate, (short, long))),
+        "ends": compared(results, _ends(settings, rate, long)),
+        "causes": compared(results, _causes(settings, rate, short)),
         "sure": _by_certainty(results, rate, short),
         "curves": _curves(results, rate, long),
         "gradients": _gradients(results, rate, short),
@@ -145,6 +147,25 @@ def _readings(
                 if reading != usual and num_classes == READ_CLASSES:
                     labels = {"confusion": confusion, "iterations": length}
                     yield labels, key, reading, key, usual
+
+
+def _ends(settings: list[tuple[int, float]], rate: float, long: int) -> Iterable[Row]:
+    """Yields what is left of the gap after the long schedule."""
+    for num_classes, confusion in settings:
+        setting = (num_classes, confusion, rate, long)
+        for reading, base_reading in ((SOFTMAX, OWN), (SOFTMAX_TUNED, OWN_TUNED)):
+            labels = {"classes": num_classes, "confusion": confusion}
+            yield labels, ("softmax", *setting), reading, ("sigmoid", *setting), base_reading
+
+
+def _causes(settings: list[tuple[int, float]], rate: float, short: int) -> Iterable[Row]:
+    """Yields the softmax against sigmoids that classify as well, without competition."""
+    for num_classes, confusion in settings:
+        setting = (num_classes, confusion, rate, short)
+        base = ("sigmoid of every class", *setting)
+        for reading, base_reading in ((OWN, OWN), (SOFTMAX_TUNED, OWN_TUNED)):
+            labels = {"classes": num_classes, "confusion": confusion}
+            yield labels, ("softmax", *setting), reading, base, base_reading
 
 
 def _by_certainty(results: Results, rate: float, short: int) -> list[dict[str, Any]]:

@@ -334,7 +334,7 @@ def main() -> None:
     trainings = plan(args.short, args.long, args.seeds)
     run(trainings, args.output, args.objects, args.tests)
     found = summarise(args.output, RATE, args.short, args.long)
-    for name in ("gap", "arms", "readings", "sure"):
+    for name in ("gap", "arms", "readings", "ends", "causes", "sure"):
         print(f"\n{name}\n{tabulate(found[name], headers='keys')}")
     if args.json:
         write_json({"machine": machine("cpu"), "trainings": len(trainings), **found}, args.json)
