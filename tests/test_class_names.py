@@ -204,7 +204,7 @@ def test_training_on_data_without_names_does_not_keep_those_of_the_file(data, tm
     cfg.MODEL.WEIGHTS_STRICT = False
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
-    assert class_names_of(trainer.model) is None and "in their order" in caplog.text
+    assert class_names_of(trainer.model) is None and "keep their order" in caplog.text
 
 
 def overlap(a, b) -> float:
@@ -327,7 +327,7 @@ def test_weights_that_are_saved_again_keep_their_names(data, tmp_path):
 
 def test_weights_are_exported_with_as_many_names_as_rows(tmp_path):
     save_file(load_file(CHECKPOINT), tmp_path / "a.safetensors")
-    with pytest.raises(ConfigError, match=r"cls_score\.weight has rows for 5 classes, and 2 are"):
+    with pytest.raises(ConfigError, match=r"cls_score\.weight has rows for 5 classes, but 2 are"):
         names = ["cat", "dog"]
         export_safetensors(
             tmp_path / "a.safetensors", tmp_path / "b.safetensors", class_names=names

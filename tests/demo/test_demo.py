@@ -490,7 +490,7 @@ def test_sub_folders_that_are_left_out_are_reported(images, tmp_path, caplog):
     assert [s.path.name for s in find_sources([str(tmp_path / "sub")])] == ["y.png"]
     assert not caplog.text
     assert [s.path.name for s in find_sources([str(tmp_path)])] == ["x.png"]
-    assert f"sub-folders of {tmp_path} are left out" in caplog.text
+    assert f"sub-folders of {tmp_path} are skipped" in caplog.text
     both = find_sources([f"{tmp_path}/**/*.png"])  # a pattern as the message gives
     assert {s.path.name for s in both} == {"x.png", "y.png"}
 

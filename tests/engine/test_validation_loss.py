@@ -126,7 +126,7 @@ def test_images_without_objects_are_left_out_as_in_training(monkeypatch):
     [
         ([{"file_name": "x.png", "image_id": 1}], None, "has no annotations to compute losses"),
         ([{"file_name": "x.png", "annotations": []}], None, "has no annotations to compute losses"),
-        (None, ["a", "b", "c", "d", "e"], "has the classes a, b, c, d, e and the model .*ring"),
+        (None, ["a", "b", "c", "d", "e"], "has the classes a, b, c, d, e, but the model has ring"),
     ],
 )
 def test_data_sets_that_give_no_losses_are_named_before_training(

@@ -69,7 +69,9 @@ def test_weights_of_another_model_are_refused(change, tmp_path):
     else:
         weights["blocks.0.0.conv_pw.weight"] = torch.zeros(1, 2, 3)
     save_file(weights, tmp_path / "x.safetensors")
-    with pytest.raises(ConfigError, match=r"x\.safetensors is not of mobilenet.*blocks\.0\.0"):
+    with pytest.raises(
+        ConfigError, match=r"x\.safetensors does not belong to mobilenet.*blocks\.0\.0"
+    ):
         build_backbone(config(SMALL, "MODEL.TIMM.CHECKPOINT", tmp_path / "x.safetensors"))
 
 
