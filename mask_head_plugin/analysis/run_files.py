@@ -61,7 +61,10 @@ def find_run_files(
     results = _results(run, dataset)
     metrics = _evaluation(results.with_name(METRICS))
     cfg = _config(results)
-    name = dataset or str(metrics.get("dataset") or _only_dataset(cfg))
+    evaluated = str(metrics.get("dataset") or "")
+    if dataset and evaluated and dataset not in (evaluated, results.parent.name):
+        raise ConfigError(f"--dataset {dataset}: {results} has the results of {evaluated}")
+    name = dataset or evaluated or _only_dataset(cfg)
     known = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
     if annotations is None:
         recorded = metrics.get("annotations") or (known and known.get("json_file"))

@@ -240,6 +240,8 @@ def test_folders_without_or_with_several_results_say_what_to_do(tmp_path, capsys
     code, _, err = tool(capsys, run)
     assert code == 2 and "one, two" in err and "--dataset" in err
     assert tool(capsys, run, "--dataset", "two")[0] == 0
+    code, _, err = tool(capsys, run / "inference" / "two", "--dataset", "other")
+    assert code == 2 and "--dataset other: " in err and "has the results of made" in err
     assert (run / "inference" / "two" / "analysis.html").is_file()
     (tmp_path / "annotations.json").unlink()
     code, _, err = tool(capsys, run, "--dataset", "one")
