@@ -30,6 +30,7 @@ import torch
 from competition_summary import summarise
 from detectron2.layers import ShapeSpec
 from made_objects import MadeObjects, make_objects
+from mask_readouts import own_class
 from measure import machine, write_json
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -212,12 +213,7 @@ class Tests:
         }
 
 
-def own_probs(logits: Tensor, classes: Tensor) -> Tensor:
-    """Returns the (R, M, M) probability of the class where only it and the background exist."""
-    return of_class(logits, classes).sigmoid()
-
-
-TUNED = {"own class, tuned": own_probs, "softmax, tuned": softmax_probs}
+TUNED = {"own class, tuned": own_class, "softmax, tuned": softmax_probs}
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:

@@ -79,6 +79,9 @@ READINGS: dict[str, Reading] = {
     **{f"own class at {t}": at_threshold(t, own_class) for t in THRESHOLDS},
 }
 
+COMPARED = ("own class against background", "softmax at 0.5", "largest", "softmax at 0.2")
+"""Readings whose change gets an interval: those that the page shows, so that few share a table."""
+
 
 @torch.no_grad()
 def evaluate(
@@ -176,8 +179,8 @@ def paired(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, An
     pairs = [
         (name, f"{variant}: {trained}")
         for variant, trained in TRAINED.items()
-        for name in found
-        if name.startswith(f"{variant}: ") and name != f"{variant}: {trained}"
+        for name in (f"{variant}: {reading}" for reading in COMPARED if reading != trained)
+        if name in found
     ]
     table = []
     for name, usual in pairs:

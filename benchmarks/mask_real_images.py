@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from branch_alone import Objects, Schedule, mask_iou, predict, train_head
-from mask_readouts import largest, own_class
+from mask_readouts import at_threshold, largest, own_class
 from measure import machine, write_json
 from sampling_case import BASELINE, add_case_arguments, case_of
 from sampling_training import image_iou, pooled_objects, statistics
@@ -68,11 +68,10 @@ def read(
     logits = [predict(head, x, all_classes=True) for x in (learned, measured)]
     probs = {name: reading(logits[1], classes[1]) for name, reading in READINGS.items()}
     for name, reading in TUNED.items():
-        known, found = (reading(x, y) for x, y in zip(logits, classes, strict=True))
+        known = reading(logits[0], classes[0])
         reached = [float(mask_iou(known > t, learned.targets).mean()) for t in THRESHOLDS]
         threshold = float(THRESHOLDS[int(np.argmax(reached))])
-        above = 0.5 + 0.5 * (found - threshold) / (1 - threshold)
-        probs[name] = torch.where(found < threshold, 0.5 * found / threshold, above)
+        probs[name] = at_threshold(threshold, reading)(logits[1], classes[1])
     boxes, truth = data[1]["boxes"], data[1]["truth"]
     return {name: image_iou(x, boxes, truth) for name, x in probs.items()}
 
