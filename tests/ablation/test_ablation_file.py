@@ -34,10 +34,10 @@ def test_every_variant_is_a_config_that_passes_the_check(file, size, tmp_path):
     assert ablation.baseline in ablation.configs and set(ablation.paper) <= set(ablation.configs)
     for cfg in ablation.configs.values():
         cfg.OUTPUT_DIR = str(tmp_path)
-        cfg.MODEL.TIMM.CHECKPOINT = ""  # is fetched first, and not here
+        cfg.MODEL.TIMM.CHECKPOINT = ""  # a real run fetches it first
         check_config(cfg, train=True)
     texts = {cfg.dump() for cfg in ablation.configs.values()}
-    assert len(texts) == len(ablation.configs), "no two variants are the same"
+    assert len(texts) == len(ablation.configs), "all variants differ"
 
 
 def test_table_2c_sets_both_heads():
@@ -122,7 +122,7 @@ def write(path, **changes):
         ({"SIZES": {"shapes": {"CONFIG": "x.yaml"}}}, r"x.yaml does not exist"),
     ],
 )
-def test_an_entry_that_does_not_fit_is_named(changes, message, tmp_path):
+def test_an_error_names_the_entry_that_does_not_fit(changes, message, tmp_path):
     path = write(tmp_path / "ablation.yaml", **changes)
     with pytest.raises(ConfigError, match=message):
         load_ablation(path, "shapes")

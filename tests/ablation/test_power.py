@@ -20,17 +20,17 @@ SPREADS = Spreads(seed_std=1.0, seeds_from=6, image_error=0.2, images_from=2, nu
 
 
 @pytest.mark.parametrize("wanted", [0.7, 1.0, 3.0])
-def test_one_seed_less_is_too_few(wanted):
+def test_the_number_of_seeds_needed_is_the_smallest_that_suffices(wanted):
     needed = seeds_needed(wanted, SPREADS, 500, num_compared=2)
     assert detectable(SPREADS, needed, 500, 2) <= wanted < detectable(SPREADS, needed - 1, 500, 2)
 
 
-def test_no_number_of_seeds_makes_up_for_too_few_images():
+def test_more_seeds_cannot_make_up_for_too_few_images():
     assert seeds_needed(0.5, SPREADS, 500, num_compared=1) is None
     assert seeds_needed(0.5, SPREADS, 4 * 500, num_compared=1) is not None
 
 
-def test_without_trials_it_says_what_it_assumes(tmp_path):
+def test_without_trials_the_assumptions_are_stated(tmp_path):
     spreads = measured_spreads(tmp_path / "missing")
     assert (spreads.seeds_from, spreads.images_from, spreads.num_images) == (0, 0, ASSUMED_IMAGES)
     spread, planned, *needed = power_lines(tmp_path / "missing", "segm/AP", 8.0, 3, 1)
@@ -38,11 +38,11 @@ def test_without_trials_it_says_what_it_assumes(tmp_path):
     assert needed == ["A difference of 8 takes 2 seeds of each variant with 200 images"]
 
 
-def test_one_seed_shows_nothing(tmp_path):
+def test_one_seed_detects_no_difference(tmp_path):
     assert "1 seed shows no difference" in power_lines(tmp_path, "segm/AP", 8.0, 1, 1)[1]
 
 
-def test_spreads_come_from_the_trials_that_have_finished(tmp_path):
+def test_spreads_are_measured_on_finished_trials(tmp_path):
     annotations = write_dataset(tmp_path / "data")
     folder = tmp_path / "out"
     records = write_ablation(folder, annotations, {"baseline": 0.9, "other": 0.5})

@@ -38,7 +38,7 @@ DEBUG = Cluster("debug")
 
 @pytest.fixture(scope="module")
 def six_images(tmp_path_factory):
-    """Overrides that make a run of the shapes config a matter of seconds."""
+    """Returns overrides that reduce a run of the shapes config to seconds."""
     folder = tmp_path_factory.mktemp("six")
     for split in ("train", "val"):
         shapes.write_split(folder, split, 6)
@@ -53,7 +53,7 @@ def six_images(tmp_path_factory):
 
 @pytest.fixture
 def ablation(tmp_path, six_images):
-    """A file with a baseline and a variant whose name cannot be part of a path."""
+    """Writes an ablation file with a baseline and a variant whose name is not a valid path."""
     content = {
         "TITLE": "Losses",
         "METRIC": "segm/AP",
@@ -75,7 +75,7 @@ def ablation(tmp_path, six_images):
 
 @pytest.fixture
 def fake_training(monkeypatch):
-    """Replaces training; returns the (variant's loss, seed) of each that was asked for."""
+    """Replaces training; returns the fake and the (loss, seed) pairs that it was called with."""
     asked = []
 
     def train(cfg):
@@ -102,7 +102,7 @@ def trials_of(ablation, tmp_path, **kwargs):
     return plan(load_ablation(ablation, "shapes", **kwargs), tmp_path / "out")
 
 
-def test_trials_have_folders_seeds_and_the_variants_config(ablation, tmp_path):
+def test_each_trial_has_its_folder_seed_and_config(ablation, tmp_path):
     trials = trials_of(ablation, tmp_path)
     assert [(t.variant, t.seed, t.cfg.SEED) for t in trials] == [
         ("bce", 1, 1),
@@ -128,7 +128,7 @@ def test_variants_seeds_and_options_can_be_chosen(ablation, tmp_path):
         trials_of(ablation, tmp_path, seeds=[1, 1])
 
 
-def test_keys_without_effect_are_reported_if_the_user_sets_them_not_bases(
+def test_ineffective_keys_are_reported_if_set_by_the_user_but_not_if_set_by_a_base(
     ablation, tmp_path, monkeypatch
 ):
     content = yaml.safe_load(ablation.read_text())
@@ -143,12 +143,12 @@ def test_keys_without_effect_are_reported_if_the_user_sets_them_not_bases(
     assert {"INPUT.CROP.TYPE", "SOLVER.WARMUP_ITERS", "MODEL.BACKBONE.FREEZE_AT"} <= plain
     assert dice - plain == {"MODEL.ROI_MASK_HEAD.LOSSES"}
     assert timm - plain == {"MODEL.BACKBONE.NAME", "MODEL.TIMM.NAME"}
-    assert plain - timm == {"MODEL.BACKBONE.FREEZE_AT"}, "is of the backbone that it had"
+    assert plain - timm == {"MODEL.BACKBONE.FREEZE_AT"}, "belongs to the backbone that was replaced"
     of_base = yaml.safe_load((CONFIGS / "Base-Small.yaml").read_text())
     assert set(flatten(CfgNode(of_base))) - plain
 
 
-def test_a_variant_that_cannot_run_is_named_before_anything_runs(ablation, tmp_path):
+def test_an_invalid_variant_is_named_before_anything_runs(ablation, tmp_path):
     content = yaml.safe_load(ablation.read_text())
     content["VARIANTS"]["dice / alone"] = {"MODEL": {"ROI_MASK_HEAD": {"LOSSES": [["dise", 1]]}}}
     ablation.write_text(yaml.safe_dump(content))
@@ -157,15 +157,13 @@ def test_a_variant_that_cannot_run_is_named_before_anything_runs(ablation, tmp_p
     assert not list((tmp_path / "out").glob("*/seed_*"))
 
 
-def test_a_folder_of_other_settings_is_refused(ablation, tmp_path, fake_training):
+def test_a_folder_with_other_settings_is_refused(ablation, tmp_path, fake_training):
     run(trials_of(ablation, tmp_path), DEBUG)
     with pytest.raises(ConfigError, match="was run with another config than bce, seed 1 has now"):
         trials_of(ablation, tmp_path, opts=["SOLVER.BASE_LR", "0.1"])
 
 
-def test_an_interrupted_trial_is_not_taken_up_with_other_settings(
-    ablation, tmp_path, fake_training
-):
+def test_an_interrupted_trial_is_not_resumed_with_other_settings(ablation, tmp_path, fake_training):
     train, _ = fake_training
     train.interrupted = {("binary_cross_entropy", 1)}
     with pytest.raises(KeyboardInterrupt):
@@ -174,7 +172,7 @@ def test_an_interrupted_trial_is_not_taken_up_with_other_settings(
         trials_of(ablation, tmp_path, opts=["SOLVER.BASE_LR", "0.1"])
 
 
-def test_one_command_at_a_time(tmp_path):
+def test_only_one_command_may_run_in_a_folder(tmp_path):
     first, second, third = (sole_writer(tmp_path / "new") for _ in range(3))
     with first, pytest.raises(ConfigError, match="another run is"):
         second.__enter__()
@@ -182,7 +180,7 @@ def test_one_command_at_a_time(tmp_path):
         pass
 
 
-def test_descriptions_of_one_ablation_are_merged_and_others_refused(ablation, tmp_path):
+def test_descriptions_of_the_same_ablation_are_merged_and_others_refused(ablation, tmp_path):
     def described(**kwargs):
         chosen = load_ablation(ablation, "shapes", **kwargs)
         return describe(chosen, file="f", size="shapes", command="c")
@@ -197,7 +195,7 @@ def test_descriptions_of_one_ablation_are_merged_and_others_refused(ablation, tm
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"status": "failed"}', "\udcff"])
-def test_damaged_records_count_as_trials_to_run(text, ablation, tmp_path):
+def test_trials_with_damaged_records_run_again(text, ablation, tmp_path):
     trial = trials_of(ablation, tmp_path)[0]
     trial.folder.mkdir(parents=True)
     for name in ("trial.json", "metrics.json"):
@@ -205,7 +203,7 @@ def test_damaged_records_count_as_trials_to_run(text, ablation, tmp_path):
     assert not trial.is_finished and trial.iteration() == 0
 
 
-def test_the_description_says_what_differs(ablation):
+def test_the_description_lists_how_each_variant_differs(ablation):
     description = describe(load_ablation(ablation, "shapes"), file="f", size="shapes", command="c")
     assert [x["differs"] for x in description["variants"]] == [
         {},
@@ -225,7 +223,7 @@ def test_a_trial_records_its_result_and_its_cost(ablation, tmp_path, fake_traini
     assert record["num_parameters"] == 12 and record["peak_memory_mb"] > 10
 
 
-def test_a_failed_trial_stops_no_other_and_is_run_again(ablation, tmp_path, fake_training):
+def test_a_failed_trial_does_not_stop_the_others_and_runs_again(ablation, tmp_path, fake_training):
     train, asked = fake_training
     train.broken = {("dice", 1)}
     ended = []
@@ -237,11 +235,11 @@ def test_a_failed_trial_stops_no_other_and_is_run_again(ablation, tmp_path, fake
     train.broken = set()
     asked.clear()
     run(trials_of(ablation, tmp_path), DEBUG)
-    assert asked == [("dice", 1)], "only what had failed"
+    assert asked == [("dice", 1)], "only the failed trial"
     assert all(t.is_finished for t in trials)
 
 
-def test_an_interruption_leaves_what_is_done(ablation, tmp_path, fake_training):
+def test_after_an_interruption_finished_trials_are_kept(ablation, tmp_path, fake_training):
     train, asked = fake_training
     train.interrupted = {("binary_cross_entropy", 2)}
     with pytest.raises(KeyboardInterrupt):
@@ -252,7 +250,7 @@ def test_an_interruption_leaves_what_is_done(ablation, tmp_path, fake_training):
     assert asked == [("binary_cross_entropy", 2), ("dice", 2)]
 
 
-def test_a_trial_that_another_process_runs_is_waited_for(ablation, tmp_path, fake_training):
+def test_a_trial_that_another_process_is_running_is_waited_for(ablation, tmp_path, fake_training):
     _, asked = fake_training
     trial = trials_of(ablation, tmp_path)[0]
     trial.folder.mkdir(parents=True)
@@ -263,27 +261,29 @@ def test_a_trial_that_another_process_runs_is_waited_for(ablation, tmp_path, fak
         assert asked == []
         write_record(trial, {"status": "finished"})
     thread.join()
-    assert asked == [], "the other process had finished it"
+    assert asked == [], "the other process has finished it"
 
 
-def test_time_left_follows_the_speed_of_the_trials(ablation, tmp_path, fake_training):
+def test_the_estimate_uses_the_measured_speed_of_the_trials(ablation, tmp_path, fake_training):
     trials = trials_of(ablation, tmp_path)
     run(trials[:2], DEBUG)
     assert estimate_seconds(trials, Cluster(jobs=2)) == pytest.approx(2 * 3 * 1.5 / 2)
 
 
-def test_without_a_speed_some_steps_are_tried(ablation, tmp_path):
+def test_without_a_measured_speed_a_few_iterations_are_timed(ablation, tmp_path):
     trials = trials_of(ablation, tmp_path)
     assert 0 < estimate_seconds(trials, Cluster()) < 300
-    assert estimate_seconds(trials, Cluster("slurm", num_gpus=99)) is None, "not on these GPUs"
+    assert estimate_seconds(trials, Cluster("slurm", num_gpus=99)) is None, (
+        "this machine lacks those GPUs"
+    )
 
 
-def test_a_preempted_job_runs_the_same_trial(ablation, tmp_path):
+def test_a_preempted_job_restarts_the_same_trial(ablation, tmp_path):
     trial = trials_of(ablation, tmp_path)[0]
     assert run_trial.TrialJob(trial, 2, 0).checkpoint().function.trial is trial
 
 
-def test_gpus_that_the_trials_machine_lacks_fail_it_instead_of_training_on_the_cpu(
+def test_a_trial_fails_on_a_machine_without_the_requested_gpus(
     ablation, tmp_path, fake_training, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -293,8 +293,8 @@ def test_gpus_that_the_trials_machine_lacks_fail_it_instead_of_training_on_the_c
     assert fake_training[1] == []
 
 
-def test_the_device_follows_from_the_gpus_of_a_trial(ablation, tmp_path, monkeypatch):
-    """Not from those of the machine that plans."""
+def test_the_device_depends_on_the_gpus_requested_for_a_trial(ablation, tmp_path, monkeypatch):
+    """The GPUs of the machine that plans do not matter."""
     content = yaml.safe_load(ablation.read_text())
     del content["SIZES"]["shapes"]["OVERRIDES"]["MODEL"]
     ablation.write_text(yaml.safe_dump(content))
@@ -310,8 +310,8 @@ def test_the_device_follows_from_the_gpus_of_a_trial(ablation, tmp_path, monkeyp
         plan(cpu, tmp_path / "out", 8)
 
 
-def test_processes_train_and_a_lost_one_is_noted(ablation, tmp_path):
-    """The whole tool with real trainings: one variant has a loss of the user's, one diverges."""
+def test_parallel_trials_train_and_a_failed_one_is_reported(ablation, tmp_path):
+    """Runs the whole tool with real training: one variant uses the user's loss, one diverges."""
     content = yaml.safe_load(ablation.read_text())
     content["SEEDS"] = [1]
     files = content["SIZES"]["shapes"]["OVERRIDES"]["DATASETS"]["COCO_FILES"]

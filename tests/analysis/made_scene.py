@@ -1,4 +1,4 @@
-"""Made data sets of rectangles and rings, and detections of them that are wrong in one way."""
+"""Synthetic data sets of rectangles and rings, and detections with one kind of mistake."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def decode(result: dict[str, Any]) -> np.ndarray:
 
 
 def objects_of(masks: Sequence[tuple[int, int, np.ndarray]], crowds: Sequence[int] = ()) -> Any:
-    """Returns a COCO file's content with masks given as image, category (1 to 3) and pixels."""
+    """Builds a COCO file's content from masks given as (image, category from 1 to 3, pixels)."""
     annotations = [
         {
             "id": k + 1,
@@ -79,7 +79,7 @@ def ring(x: int, y: int, size: int) -> np.ndarray:
 
 
 def crowded_content(num_images: int = 24, seed: int = 3) -> Any:
-    """Returns a data set of rings and rectangles, 4 an image, each with room around it."""
+    """Returns a data set of separate rings and rectangles, 4 per image."""
     rng = np.random.default_rng(seed)
     masks = []
     for image in range(1, num_images + 1):
@@ -97,7 +97,7 @@ def crowded_content(num_images: int = 24, seed: int = 3) -> Any:
 
 
 def perfect(content: Any, change: Callable[[dict[str, Any]], None] = lambda _: None) -> list[Any]:
-    """Returns each object as a detection, changed; scores fall a little from one to the next."""
+    """Returns every object as a detection, edited by `change`, with slightly decreasing scores."""
     results = []
     for k, x in enumerate(content["annotations"]):
         result = {key: x[key] for key in ("image_id", "category_id", "bbox", "segmentation")}

@@ -1,4 +1,4 @@
-"""The pages and the tool, as a user runs it: all kinds of runs, and results that do not fit."""
+"""The analysis tool as a user runs it: its pages for all kinds of runs, and its errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytest.importorskip("plotly", reason="analysis.html needs the extra 'report'")
 
 
 def write_run(folder, content, results, name="run"):
-    """Writes a run as train_net.py leaves it, with images next to the annotations."""
+    """Writes a run as train_net.py would, with images next to the annotations."""
     (folder / "images").mkdir(exist_ok=True)
     for image in content["images"]:
         picture = np.full((*HW, 3), 90, np.uint8)
@@ -43,7 +43,7 @@ def write_run(folder, content, results, name="run"):
 
 
 def worse(result):
-    """Every second image: masks without their middle, and cats taken for birds."""
+    """Removes the middle of every mask and turns cats into birds, in every second image."""
     if result["image_id"] % 2:
         mask = decode(result)
         x, y, w, h = (int(v) for v in result["bbox"])
@@ -55,7 +55,7 @@ def worse(result):
 def tool(capsys, *args, plots=None):
     """Runs tools/analyze.py in this process; returns exit code, stdout, stderr.
 
-    Figures for papers take seconds to write: they are drawn only, into ``plots`` if that is given.
+    Saving figures for papers takes seconds, so they are only drawn, into ``plots`` by name.
     """
 
     def draw(figures, folder):
@@ -76,7 +76,7 @@ def without_library(page):
     return page.replace(max(scripts, key=len), "")
 
 
-def test_a_run_becomes_three_files_that_agree(tmp_path, capsys):
+def test_the_json_markdown_and_html_of_a_run_agree(tmp_path, capsys):
     content = crowded_content(12)
     content["categories"][0]["name"] = "dog <b>|x|</b>"
     run = write_run(tmp_path, content, perfect(content, worse))
@@ -92,7 +92,7 @@ def test_a_run_becomes_three_files_that_agree(tmp_path, capsys):
     assert f"| masks | {ap} |" in text and f">{ap}</td>" in page
     flag = re.search(r"```bash\n(--class-thresholds .*)\n```", text).group(1)
     assert " bird=" in flag and "--class-thresholds 'dog <b>|x|</b>=" in flag
-    # Pictures are in it, nothing is fetched, and no name is taken for markup.
+    # The page embeds its pictures, fetches nothing, and escapes names.
     assert page.count('src="data:image/jpeg') >= 6 and not re.search(r'(src|href)="http', page)
     assert "<b>|x|" not in page and "dog <b>" not in text.replace(flag, "")
     assert found["tasks"]["bbox"]["errors"]["0.5"]["class"]["count"] > 0
@@ -102,7 +102,7 @@ def test_a_run_becomes_three_files_that_agree(tmp_path, capsys):
     assert "dog \\textless{}b" in (folder / "analysis_tables" / "classes.tex").read_text()
 
 
-def test_compared_with_another_run_all_figures_have_intervals(tmp_path, capsys):
+def test_a_comparison_with_another_run_gives_every_figure_an_interval(tmp_path, capsys):
     content = crowded_content(12)
     good = write_run(tmp_path, content, perfect(content), "good")
     bad = write_run(tmp_path, content, perfect(content, worse), "bad")
@@ -116,12 +116,12 @@ def test_compared_with_another_run_all_figures_have_intervals(tmp_path, capsys):
     ap = by_key["segm", "AP", "AP", 0]
     assert ap["other"] == 100 and ap["difference"] == pytest.approx(ap["value"] - 100)
     assert ap["low"] <= ap["difference"] <= ap["high"] < 0 and ap["finding"] == "worse"
-    # What is lost by an error is worse if it is more.
+    # For errors, a larger loss of AP is worse.
     assert by_key["bbox", "error", "class", 0.5]["finding"] == "worse"
     assert by_key["bbox", "error", "class", 0.5]["difference"] > 0
     assert by_key["segm", "class AP", "cat", 0]["difference"] < -40
     for name in ("compared-sizes", "compared-by-class", "errors", "confusion", "error-maps"):
-        assert plots[name].axes, "is drawn for papers as well"
+        assert plots[name].axes, "is also drawn for papers"
     page = (tmp_path / "out" / "analysis.html").read_text()
     assert "Images that changed most" in page and "this run: F1" in page
     same = tool(capsys, good, "--compare", good, *args)
@@ -130,7 +130,7 @@ def test_compared_with_another_run_all_figures_have_intervals(tmp_path, capsys):
     assert {x["difference"] for x in found["differences"]} <= {0.0, None}
 
 
-def test_boxes_without_masks_are_analysed_alone(tmp_path, capsys):
+def test_a_run_with_boxes_only_is_analysed(tmp_path, capsys):
     content = crowded_content(12)
     results = [{k: v for k, v in x.items() if k != "segmentation"} for x in perfect(content)]
     run = write_run(tmp_path, content, results)
@@ -140,14 +140,14 @@ def test_boxes_without_masks_are_analysed_alone(tmp_path, capsys):
     assert "Mask quality" not in text
 
 
-def test_nothing_detected_and_unreadable_images_still_make_pages(tmp_path, capsys):
+def test_a_run_without_detections_or_readable_images_still_gets_pages(tmp_path, capsys):
     run = write_run(tmp_path, crowded_content(12), [])
     (tmp_path / "images" / "1.png").write_text("no image")
     assert tool(capsys, run)[0] == 0
     assert "Nothing was detected" in (run / "inference" / "analysis.md").read_text()
 
 
-def test_a_results_file_of_anyone_needs_only_its_annotations(tmp_path, capsys):
+def test_a_results_file_from_any_tool_needs_only_annotations(tmp_path, capsys):
     content = crowded_content(12)
     (tmp_path / "ann.json").write_text(json.dumps(content))
     file = tmp_path / "results.json"
@@ -209,7 +209,7 @@ BAD_ANNOTATIONS = {
 
 
 @pytest.mark.parametrize("case", BAD_ANNOTATIONS)
-def test_annotations_that_nothing_can_be_compared_with_are_named(tmp_path, capsys, case):
+def test_an_error_names_annotations_that_cannot_be_used(tmp_path, capsys, case):
     content, message = BAD_ANNOTATIONS[case]
     run = write_run(tmp_path, CONTENT, [RIGHT])
     (tmp_path / "annotations.json").write_text(json.dumps(content))
@@ -219,7 +219,7 @@ def test_annotations_that_nothing_can_be_compared_with_are_named(tmp_path, capsy
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_results_that_do_not_fit_are_named(tmp_path, capsys, case):
+def test_an_error_names_results_that_do_not_fit(tmp_path, capsys, case):
     results, message = MISFITS[case]
     run = write_run(tmp_path, CONTENT, results)
     code, out, err = tool(capsys, run)
@@ -227,7 +227,7 @@ def test_results_that_do_not_fit_are_named(tmp_path, capsys, case):
     assert re.search(message, err) and "coco_instances_results.json" in err
 
 
-def test_folders_without_or_with_several_results_say_what_to_do(tmp_path, capsys):
+def test_folders_with_no_or_several_results_are_refused_with_advice(tmp_path, capsys):
     code, _, err = tool(capsys, tmp_path)
     assert code == 2 and "--eval-only" in err
     run = write_run(tmp_path, CONTENT, [RIGHT])
@@ -248,7 +248,7 @@ def test_folders_without_or_with_several_results_say_what_to_do(tmp_path, capsys
     assert code == 2 and "annotations.json do not exist" in err
 
 
-def test_an_output_that_is_no_folder_is_told_before_the_work(tmp_path, capsys):
+def test_an_unusable_output_folder_is_refused_before_the_work(tmp_path, capsys):
     run = write_run(tmp_path, CONTENT, [RIGHT])
     (run / "inference" / "coco_instances_results.json").write_text("would be refused")
     (tmp_path / "file").write_text("mine")
@@ -259,7 +259,7 @@ def test_an_output_that_is_no_folder_is_told_before_the_work(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_other_objects_cannot_be_compared(tmp_path, capsys):
+def test_a_run_that_cannot_be_compared_is_refused(tmp_path, capsys):
     run = write_run(tmp_path, CONTENT, [RIGHT])
     code, _, err = tool(capsys, run, "--compare", tmp_path / "none")
     assert code == 2 and "none" in err

@@ -1,4 +1,4 @@
-"""Two runs compared: each figure on resampled images is that of images that are really repeated."""
+"""Comparison of two runs: resampled figures equal those of images that are really repeated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUM_IMAGES = 6
 
 
 def spoilt(result):
-    """Masks of cats lack their middle; some objects are not found, others of another class."""
+    """Damages the masks of cats, confuses some classes and lowers some scores."""
     number = result["image_id"]
     if result["category_id"] == 2:
         mask = decode(result)
@@ -43,7 +43,7 @@ def analysis_of(folder, content, results, name="run"):
 
 
 def repeated(content, results, weights):
-    """Returns content and results with each image there so many times."""
+    """Returns content and results with each image repeated as often as its weight says."""
     images, objects, detections = [], [], []
     for image, count in zip(content["images"], weights, strict=True):
         for _ in range(count):
@@ -57,7 +57,7 @@ def repeated(content, results, weights):
 
 
 def told(analysis: Analysis) -> dict[Key, float]:
-    """Returns the figures as the pages show them, in percent."""
+    """Returns the figures that the pages show, in percent."""
     found = {Key(*x.key): x.value for x in analysis.findings.measures.values()}
     for task in analysis.findings.scene.tasks:
         for name, ap in zip(analysis.class_names, analysis.class_ap(task), strict=True):
@@ -79,7 +79,7 @@ def told(analysis: Analysis) -> dict[Key, float]:
     return found
 
 
-def test_each_figure_of_a_draw_is_that_of_really_repeated_images(tmp_path):
+def test_resampled_figures_equal_those_of_repeated_images(tmp_path):
     content = crowded_content(NUM_IMAGES)
     content["annotations"] = content["annotations"][:-3]  # so that images differ in their objects
     results = perfect(content, spoilt)
@@ -91,10 +91,10 @@ def test_each_figure_of_a_draw_is_that_of_really_repeated_images(tmp_path):
         values = {key: drawn[key][number] for key in expected}
         assert values == pytest.approx(expected, abs=1e-9, nan_ok=True)
         others = [drawn[key][number] for key in set(drawn) - set(expected)]
-        assert np.isnan(others).all(), "are of classes and objects that were not drawn"
+        assert np.isnan(others).all(), "classes and objects that were not drawn have no figure"
 
 
-def test_intervals_are_percentiles_of_paired_draws_and_say_that_training_is_not_in_them(tmp_path):
+def test_intervals_are_percentiles_of_paired_draws_and_exclude_training_noise(tmp_path):
     content = crowded_content(NUM_IMAGES)
     ours = analysis_of(tmp_path, content, perfect(content, spoilt), "ours")
     theirs = analysis_of(tmp_path, content, perfect(content), "theirs")
@@ -118,7 +118,7 @@ def test_intervals_are_percentiles_of_paired_draws_and_say_that_training_is_not_
     assert cat[labels.index("mask IoU")].text.startswith(f"▼ {MINUS}")
 
 
-def test_the_base_of_several_figures_is_resampled_once(tmp_path, monkeypatch):
+def test_a_shared_base_figure_is_resampled_once(tmp_path, monkeypatch):
     content = crowded_content(NUM_IMAGES)
     analysis = analysis_of(tmp_path, content, perfect(content))
     asked = []
@@ -129,7 +129,7 @@ def test_the_base_of_several_figures_is_resampled_once(tmp_path, monkeypatch):
     assert len(asked) == len(analysis.findings.measures) + len(bases)
 
 
-def test_a_difference_between_panels_of_a_figure_is_that_of_the_table(tmp_path):
+def test_the_figure_shows_the_differences_of_the_table(tmp_path):
     pytest.importorskip("plotly", reason="figures need the extra 'report'")
     from mask_head_plugin.analysis.comparison_figures import comparison_figures
 

@@ -1,4 +1,4 @@
-"""A model that is spoilt in one way is told what is wrong with it, and nothing else."""
+"""The diagnosis of a model with one known fault names that fault and nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mask_head_plugin.ops import crop_masks, encode_masks
 
 @pytest.fixture
 def analysis_of(tmp_path):
-    """Returns a function from detections of crowded_content to their analysis."""
+    """Returns a function that analyses detections of crowded_content."""
 
     def analysis(results):
         (tmp_path / "annotations.json").write_text(json.dumps(crowded_content()))
@@ -26,14 +26,14 @@ def analysis_of(tmp_path):
     return analysis
 
 
-def told(sentences, *starts):
-    """Returns the sentences that start so; each start has one."""
+def sentences_starting(sentences, *starts):
+    """Returns the one sentence that begins with each of `starts`."""
     found = [[x for x in sentences if x.startswith(start)] for start in starts]
     assert [len(x) for x in found] == [1] * len(starts), sentences
     return [x[0] for x in found]
 
 
-def untold(sentences, *starts):
+def no_sentence_starts(sentences, *starts):
     assert not [x for x in sentences if x.startswith(starts)], sentences
 
 
@@ -41,14 +41,14 @@ SHIFT, AREA = "Boxes lie", "Masks are too"
 CLASSES, SCORES = "Classes are confused", "Scores of some"
 
 
-def test_a_perfect_model_is_told_nothing_but_its_ap(analysis_of):
+def test_a_perfect_model_gets_its_ap_and_no_findings(analysis_of):
     sentences = analysis_of(perfect(crowded_content())).diagnosis
-    told(sentences, "AP is 100.0 for boxes (AP50 100.0) and 100.0 for masks")
-    untold(sentences, SHIFT, AREA, CLASSES, SCORES, "Errors of", "By branch")
+    sentences_starting(sentences, "AP is 100.0 for boxes (AP50 100.0) and 100.0 for masks")
+    no_sentence_starts(sentences, SHIFT, AREA, CLASSES, SCORES, "Errors of", "By branch")
 
 
-def test_shrunk_mask_logits_are_masks_that_are_too_small(analysis_of):
-    """Logits of a good mask, lowered by a constant: the branch paints too little."""
+def test_lowered_mask_logits_are_diagnosed_as_masks_that_are_too_small(analysis_of):
+    """Subtracts a constant from the logits of good masks, which shrinks the masks."""
 
     def shrink(result):
         x, y, w, h = result["bbox"]
@@ -62,15 +62,15 @@ def test_shrunk_mask_logits_are_masks_that_are_too_small(analysis_of):
 
     analysis = analysis_of(perfect(crowded_content(), shrink))
     sentences = analysis.diagnosis
-    area, branch = told(sentences, AREA, "By branch")
+    area, branch = sentences_starting(sentences, AREA, "By branch")
     assert "too small" in area and branch.endswith("Most can be won with the mask branch.")
     assert "perfect boxes would win 0.0" in branch
-    untold(sentences, SHIFT, CLASSES, SCORES, "Errors of boxes")
+    no_sentence_starts(sentences, SHIFT, CLASSES, SCORES, "Errors of boxes")
     missing, extra = analysis.quality.missing.sum(), analysis.quality.extra.sum()
     assert missing > 10 * extra
 
 
-def test_boxes_shifted_by_three_pixels_are_told_with_size_and_side(analysis_of):
+def test_shifted_boxes_are_diagnosed_with_distance_and_direction(analysis_of):
     def shift(result):
         x, y, w, h = result["bbox"]
         result["bbox"] = [x + 3, y, w, h]
@@ -79,29 +79,29 @@ def test_boxes_shifted_by_three_pixels_are_told_with_size_and_side(analysis_of):
         result["segmentation"] = encode(mask)
 
     analysis = analysis_of(perfect(crowded_content(), shift))
-    (sentence,) = told(analysis.diagnosis, SHIFT)
+    (sentence,) = sentences_starting(analysis.diagnosis, SHIFT)
     assert sentence.startswith("Boxes lie 3.0 px too far right")
-    untold(analysis.diagnosis, AREA, CLASSES, SCORES)
+    no_sentence_starts(analysis.diagnosis, AREA, CLASSES, SCORES)
     oracles = {x.name: x.value for x in analysis.findings.measures.values() if x.task == "bbox"}
     base = analysis.findings.value("bbox", "AP", "AP")
     assert oracles["perfect boxes"] == pytest.approx(100 - base)
     assert oracles["perfect classes"] == 0 and base < 80
 
 
-def test_two_exchanged_class_rows_are_named_as_confused(analysis_of):
+def test_two_swapped_classes_are_diagnosed_as_confused(analysis_of):
     def exchange(result):
         result["category_id"] = {1: 1, 2: 3, 3: 2}[result["category_id"]]
 
     analysis = analysis_of(perfect(crowded_content(), exchange))
-    sentence, branch = told(analysis.diagnosis, CLASSES, "By branch")
+    sentence, branch = sentences_starting(analysis.diagnosis, CLASSES, "By branch")
     assert "100% of cat as bird" in sentence and "100% of bird as cat" in sentence
     assert "dog" not in sentence and "with the classifier" in branch
-    untold(analysis.diagnosis, SHIFT, AREA)
+    no_sentence_starts(analysis.diagnosis, SHIFT, AREA)
     assert analysis.findings.value("segm", "error", "class", 0.5) == pytest.approx(200 / 3)
 
 
-def test_the_halved_score_of_a_class_is_found_and_its_threshold_is_half(analysis_of):
-    """AP does not see it, as it ranks the detections of a class among themselves."""
+def test_halved_scores_of_a_class_are_found_and_halve_its_threshold(analysis_of):
+    """AP cannot show this, because it only ranks detections within a class."""
 
     def halve(result):
         if result["category_id"] == 2:
@@ -112,20 +112,20 @@ def test_the_halved_score_of_a_class_is_found_and_its_threshold_is_half(analysis
         return [*results, *({**x, **corner, "score": 0.3 * x["score"]} for x in results)]
 
     usual = analysis_of(with_background(perfect(crowded_content())))
-    untold(usual.diagnosis, SCORES)
+    no_sentence_starts(usual.diagnosis, SCORES)
     halved = analysis_of(with_background(perfect(crowded_content(), halve)))
     assert halved.findings.value("segm", "AP", "AP") == pytest.approx(100)
-    (sentence,) = told(halved.diagnosis, SCORES)
+    (sentence,) = sentences_starting(halved.diagnosis, SCORES)
     assert "cat (too low" in sentence and "dog" not in sentence and "bird" not in sentence
     before, after = ({x.class_name: x.score for x in a.thresholds} for a in (usual, halved))
     assert after["cat"] == pytest.approx(before["cat"] / 2, abs=0.02)
     assert after["dog"] == before["dog"] and after["bird"] == before["bird"]
 
 
-def test_nothing_detected_is_told_in_one_sentence(analysis_of):
+def test_a_run_without_detections_gets_a_single_sentence(analysis_of):
     sentences = analysis_of([]).diagnosis
     assert sentences[0] == "Nothing was detected: AP is 0, and every object is missed."
-    untold(sentences, SHIFT, AREA, CLASSES, SCORES, "Errors of")
+    no_sentence_starts(sentences, SHIFT, AREA, CLASSES, SCORES, "Errors of")
 
 
 def _text(rle):

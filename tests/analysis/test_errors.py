@@ -1,4 +1,4 @@
-"""Errors told apart: each hand-made mistake is of its kind, and its repair wins what it cost."""
+"""Kinds of errors: each synthetic mistake gets its kind, and repairing it restores the lost AP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ A, B = rectangle(10, 10, 40, 40), rectangle(80, 60, 40, 40)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Data that an evaluation can stumble over, and the evaluation's own figures."""
+    """Returns a difficult data set, its results and the metrics of the evaluation."""
     content, results = make_coco(4, num_images=12)
     path = tmp_path_factory.mktemp("made") / "truth.json"
     path.write_text(json.dumps(content))
@@ -48,7 +48,7 @@ def counts(findings, task="bbox", threshold=0.5):
     return {name: errors.count(k) for k, name in enumerate(KINDS) if errors.count(k)}
 
 
-# Two objects of one class; the first is found, something is wrong with the second.
+# Two objects of one class: the first is found, and the second has the named error.
 CASES = {
     "class": [detection(1, 1, A), detection(1, 2, B, 0.8)],
     "location": [detection(1, 1, A), detection(1, 1, np.roll(B, 20, 1), 0.8)],
@@ -58,17 +58,18 @@ CASES = {
 
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("task", ["bbox", "segm"])
-def test_a_lost_object_is_won_back_by_the_repair_of_its_kind_alone(tmp_path, kind, task):
+def test_a_lost_object_is_regained_only_by_the_repair_of_its_error(tmp_path, kind, task):
     content = objects_of([(1, 1, A), (1, 1, B)])
     findings = findings_of(tmp_path, content, CASES[kind])
     assert counts(findings, task) == {kind: 1}
-    # One of two found: precision 1 up to recall 0.5, which is 51 of the 101 recalls.
+    # One object of two is found: precision is 1 up to recall 0.5, which covers 51 of the 101
+    # recalls.
     assert findings.value(task, "AP", "AP50") == pytest.approx(5100 / 101)
     expected = {name: 0.0 for name in KINDS} | {kind: 100 - 5100 / 101}
     assert won(findings, task) == pytest.approx(expected)
 
 
-def test_wrong_detections_above_right_ones_cost_what_their_removal_wins(tmp_path):
+def test_false_detections_cost_exactly_what_their_removal_regains(tmp_path):
     wrong = {
         "background": detection(1, 1, rectangle(120, 5, 30, 30), 0.95),
         "both": detection(1, 1, np.roll(B, 20, 1), 0.95),
@@ -77,22 +78,22 @@ def test_wrong_detections_above_right_ones_cost_what_their_removal_wins(tmp_path
     for kind, extra in wrong.items():
         findings = findings_of(tmp_path, content, [detection(1, 1, A), detection(1, 2, B), extra])
         assert counts(findings) == {kind: 1}
-        # The class of A has precision 1/2 at all recalls, the other is perfect.
+        # The class of A has precision 1/2 at all recalls; the other class is perfect.
         assert won(findings)[kind] == pytest.approx(25)
         assert findings.value("bbox", "AP", "AP50") == pytest.approx(75)
 
 
-def test_a_duplicate_costs_the_precision_of_what_is_below_it(tmp_path):
+def test_a_duplicate_lowers_the_precision_of_all_lower_scores(tmp_path):
     content = objects_of([(1, 1, A), (1, 1, B)])
     results = [detection(1, 1, A, 0.9), detection(1, 1, A, 0.8), detection(1, 1, B, 0.7)]
     findings = findings_of(tmp_path, content, results)
     assert counts(findings) == {"duplicate": 1}
-    # 51 recalls at precision 1, 50 at 2/3.
+    # 51 recalls have precision 1, and 50 have 2/3.
     assert findings.value("bbox", "AP", "AP50") == pytest.approx((5100 + 5000 * 2 / 3) / 101)
     assert won(findings)["duplicate"] == pytest.approx(5000 / 3 / 101)
 
 
-def test_of_two_errors_about_one_object_one_is_repaired_and_the_other_goes(tmp_path):
+def test_of_two_errors_about_one_object_only_one_is_repaired(tmp_path):
     content = objects_of([(1, 1, A), (1, 1, B)])
     shifted = [detection(1, 1, np.roll(B, k, 1), score) for k, score in ((20, 0.8), (22, 0.7))]
     findings = findings_of(tmp_path, content, [detection(1, 1, A), *shifted])
@@ -101,14 +102,14 @@ def test_of_two_errors_about_one_object_one_is_repaired_and_the_other_goes(tmp_p
     assert won(findings)["location"] == pytest.approx(100 - findings.value("bbox", "AP", "AP50"))
 
 
-def test_what_a_crowd_takes_up_is_no_error(tmp_path):
+def test_a_detection_within_a_crowd_is_not_an_error(tmp_path):
     content = objects_of([(1, 1, A), (1, 1, rectangle(60, 50, 80, 60))], crowds=[1])
     results = [detection(1, 1, A, 0.5), detection(1, 1, B, 0.9)]
     findings = findings_of(tmp_path, content, results)
     assert counts(findings) == {} and findings.value("bbox", "AP", "AP50") == 100
 
 
-def test_a_rough_mask_in_a_right_box_is_an_error_of_masks_only(tmp_path):
+def test_a_rough_mask_in_a_correct_box_is_an_error_of_masks_only(tmp_path):
     content = objects_of([(1, 1, A)])
     rough = A.copy()
     rough[11:49, 11:40] = 0  # a frame, with A's box
@@ -116,15 +117,15 @@ def test_a_rough_mask_in_a_right_box_is_an_error_of_masks_only(tmp_path):
     assert counts(findings) == {} and counts(findings, "segm") == {"location": 1}
 
 
-def test_with_nothing_detected_all_objects_are_missed(tmp_path):
+def test_without_detections_all_objects_are_missed(tmp_path):
     findings = findings_of(tmp_path, objects_of([(1, 1, A), (2, 2, B)]), [])
     assert counts(findings) == {"missed": 2}
     assert findings.value("bbox", "AP", "AP") == 0
-    # Without the objects nothing is asked for, and nothing counts.
+    # With the missed objects removed, no object is left and AP is undefined.
     assert np.isnan(won(findings)["missed"])
 
 
-def test_ap_is_that_of_the_evaluation_with_ties_and_crowds(tmp_path, made):
+def test_ap_equals_the_evaluation_s_with_ties_and_crowds(tmp_path, made):
     content, results, evaluations = made
     findings = findings_of(tmp_path, content, results)
     for task, metrics in evaluations.items():
@@ -134,8 +135,8 @@ def test_ap_is_that_of_the_evaluation_with_ties_and_crowds(tmp_path, made):
         assert average_precision(findings.found[task].matches) == pytest.approx(metrics["AP"])
 
 
-def test_lvis_files_are_evaluated_by_lvis_s_rules(tmp_path):
-    """Classes that were not looked for in an image, or not all objects of which are annotated."""
+def test_lvis_files_are_evaluated_by_lvis_rules(tmp_path):
+    """Some classes are negative or not exhaustively annotated in some images."""
     content, results = make_coco(5, num_images=12)
     ids = [x["id"] for x in content["categories"]]
     for k, image in enumerate(content["images"]):
@@ -153,7 +154,7 @@ def test_lvis_files_are_evaluated_by_lvis_s_rules(tmp_path):
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 def test_errors_equal_a_slow_reference(tmp_path, made, task):
-    """Each false positive again from the definition, image by image, with a loop for each pair."""
+    """The reference classifies each false positive from the definition, with plain loops."""
     content, results, _ = made
     findings = findings_of(tmp_path, content, results)
     scene, assignment = findings.scene, findings.found[task]

@@ -1,4 +1,4 @@
-"""The pictures of tools/explain.py: what they are drawn from, and that all are made."""
+"""The pictures of tools/explain.py and the data behind them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def stages(predictor):
     return run_stages(predictor, embedded_image())
 
 
-def test_the_stages_end_with_what_the_model_finds(predictor, stages):
+def test_the_stages_end_with_the_models_detections(predictor, stages):
     found = predictor(stages.image[:, :, ::-1])["instances"]
     assert len(found) == len(stages.boxes) > 1
     np.testing.assert_allclose(stages.boxes, found.pred_boxes.tensor, atol=1e-4)
@@ -52,7 +52,7 @@ def test_the_stages_end_with_what_the_model_finds(predictor, stages):
         np.testing.assert_array_equal(mask, coco_mask.decode(expected))
 
 
-def test_the_mask_of_the_class_of_the_box_is_the_one_that_is_picked(predictor, stages):
+def test_the_mask_of_the_predicted_class_is_selected(predictor, stages):
     head = predictor.model.roi_heads.mask_head
     for number, k in enumerate(stages.classes):
         probs = class_probs(head, stages.region_features[number : number + 1])
@@ -60,14 +60,14 @@ def test_the_mask_of_the_class_of_the_box_is_the_one_that_is_picked(predictor, s
         torch.testing.assert_close(probs[k], stages.mask_probs[number])
 
 
-def test_a_second_model_is_given_the_same_box(predictor, stages):
+def test_a_second_model_gets_the_same_box(predictor, stages):
     features = features_of_box(predictor, stages.image, stages.rois[1], int(stages.classes[1]))
     torch.testing.assert_close(features, stages.region_features[1:2])
     assert "inference" not in vars(predictor.model)
 
 
 def made_stages(name: str, *opts: str):
-    """Runs an untrained model on an image that it scales up."""
+    """Runs an untrained model on an image that it enlarges."""
     rare = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "3"]
     torch.manual_seed(0)
     made = BGRPredictor(small_config(name, *rare, *opts))
@@ -89,7 +89,7 @@ HEAD = "MODEL.ROI_MASK_HEAD."
         ("misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", []),
     ],
 )
-def test_other_models_are_drawn_as_well(name, opts):
+def test_models_of_other_architectures_and_losses_are_drawn(name, opts):
     made, found = made_stages(name, *opts)
     probs = class_probs(made.model.roi_heads.mask_head, found.region_features[:1])
     k = 0 if len(probs) == 1 else found.classes[0]
@@ -104,8 +104,8 @@ def test_other_models_are_drawn_as_well(name, opts):
 
 
 @pytest.mark.parametrize("roi", [[121, 2, 127.5, 95], [2, 90, 120, 95.7], [125, 94, 128, 96]])
-def test_rounded_boxes_are_drawn_whole_on_no_more_than_a_page(stages, roi):
-    """At the border of the map, where they reach beyond it, as well."""
+def test_rounded_boxes_are_shown_completely_on_one_page(stages, roi):
+    """Includes boxes at and beyond the border of the map."""
     rois = np.array([roi, *stages.rois[1:]], np.float64)
     figure = pooling_figure.pooling_figure(replace(stages, rois=rois), 0, 0)
     assert figure.get_figheight() < 9.6
@@ -115,22 +115,22 @@ def test_rounded_boxes_are_drawn_whole_on_no_more_than_a_page(stages, roi):
     assert rounded.get_ylim()[1] < cells[1] - 1 and rounded.get_ylim()[0] > cells[3] + 2
 
 
-def test_of_many_classes_the_strip_has_the_chosen_one_and_those_with_most(stages):
+def test_with_many_classes_the_strip_shows_the_chosen_and_the_most_probable(stages):
     probs = torch.zeros(80, 28, 28)
     probs[60:67] = torch.arange(1, 8)[:, None, None] / 8
     chosen = int(stages.classes[0])
     assert stages_figure.strip_classes(stages, 0, probs) == [chosen, *range(60, 67)]
 
 
-def test_the_circled_pixel_is_the_one_of_the_mask_that_most_classes_claim():
+def test_the_circled_pixel_of_the_mask_is_claimed_by_the_most_classes():
     chosen = [[0.9, 0.8, 0.4], [0.6, 0.9, 0.1]]
     others = [[0.2, 0.7, 1.0], [0.1, 0.6, 0.9]]
     assert claimed_pixel(torch.tensor([others, chosen]), 1) == (0, 1)
-    assert claimed_pixel(torch.tensor([others, chosen]) / 3, 1) == (1, 1), "the mask has no pixel"
+    assert claimed_pixel(torch.tensor([others, chosen]) / 3, 1) == (1, 1), "the mask is empty"
 
 
-def test_all_pictures_are_made_no_wider_than_a_page_and_say_what_they_show(tmp_path):
-    other = tmp_path / "another.safetensors"  # no softmax is at hand; any weights draw
+def test_all_pictures_fit_a_page_and_have_descriptions(tmp_path):
+    other = tmp_path / "another.safetensors"  # stands in for softmax weights
     other.write_bytes(CHECKPOINT.read_bytes())
     written = explain(
         SHAPES,
@@ -153,7 +153,7 @@ def test_all_pictures_are_made_no_wider_than_a_page_and_say_what_they_show(tmp_p
             assert "box" in "".join(root.itertext())
 
 
-def test_the_tool_says_in_one_line_what_is_wrong(monkeypatch, capsys, tmp_path):
+def test_the_tool_reports_errors_in_one_line(monkeypatch, capsys, tmp_path):
     tool = load_script("tools/explain.py")
     flags = ["--input", str(tmp_path / "missing.jpg"), "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["explain.py", *flags, "--opts", *ON_CPU])
@@ -185,7 +185,7 @@ COMPETING = ["MODEL.ROI_MASK_HEAD.LOSSES", '[["softmax_cross_entropy", 1.0]]']
         ({"softmax_weights": str(CHECKPOINT)}, "the first model has the same"),
     ],
 )
-def test_what_cannot_be_drawn_is_named_and_nothing_is_written(changed, message, tmp_path):
+def test_an_error_names_what_cannot_be_drawn_and_nothing_is_written(changed, message, tmp_path):
     arguments = {
         "config_file": SHAPES,
         "weights": str(CHECKPOINT),
@@ -199,7 +199,7 @@ def test_what_cannot_be_drawn_is_named_and_nothing_is_written(changed, message, 
     assert not list(Path(tmp_path).rglob("*.png"))
 
 
-def test_an_output_that_is_no_folder_is_told_before_the_model_runs(tmp_path, monkeypatch):
+def test_an_unusable_output_folder_is_refused_before_the_model_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(explain_module, "load_predictor", None)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match=r"--output .*file is not a folder that can be written"):
@@ -207,13 +207,13 @@ def test_an_output_that_is_no_folder_is_told_before_the_model_runs(tmp_path, mon
 
 
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "softmax_cross_entropy"])
-def test_weights_that_a_run_trained_without_a_softmax_are_noticed(tmp_path, caplog, loss):
+def test_weights_trained_without_softmax_are_reported(tmp_path, caplog, loss):
     cfg = load_config(SHAPES, ["MODEL.ROI_MASK_HEAD.LOSSES", f'[["{loss}", 1.0]]'])
     weights = str(tmp_path / "model_final.pth")
     explain_module._warn_of_other_losses(weights)
     (tmp_path / "config.yaml").write_text("no: config")
     explain_module._warn_of_other_losses(weights)
-    assert "--softmax-weights" not in caplog.text, "nothing is known of them"
+    assert "--softmax-weights" not in caplog.text, "nothing to warn about without a readable config"
     (tmp_path / "config.yaml").write_text(cfg.dump())
     explain_module._warn_of_other_losses(weights)
     told = [x for x in caplog.messages if loss in x and str(tmp_path / "config.yaml") in x]
@@ -221,7 +221,7 @@ def test_weights_that_a_run_trained_without_a_softmax_are_noticed(tmp_path, capl
 
 
 @pytest.mark.parametrize("score", [0.5, 0.4])
-def test_the_last_stage_names_boxes_that_are_sure_only_if_there_are_some(stages, score):
+def test_the_last_stage_mentions_confident_boxes_only_if_there_are_some(stages, score):
     number = len(stages.scores) - 1
     scores = np.full_like(stages.scores, score)
     figure = stages_figure.stages_figure(
@@ -233,7 +233,7 @@ def test_the_last_stage_names_boxes_that_are_sure_only_if_there_are_some(stages,
 
 
 @pytest.mark.parametrize("hw", [(900, 90), (90, 900), (96, 128)])
-def test_of_very_long_images_the_part_with_the_box_is_shown(stages, hw):
+def test_very_long_images_are_cropped_around_the_box(stages, hw):
     for x, y in ((0, 0), (hw[1] - 60, hw[0] - 50)):
         moved = np.array([x, y, x + 60, y + 50], float)
         long = replace(stages, image=np.zeros((*hw, 3), np.uint8), boxes=moved[None])

@@ -1,4 +1,4 @@
-"""Oracles: exact where one branch alone is wrong, and blind to what is not theirs."""
+"""Oracles: each one is exact where only its branch is wrong, and ignores all other errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def aps(folder, content, results, task="segm"):
     return {"as it is": base, **{x.name: base + x.value for x in own}}
 
 
-def test_with_only_masks_wrong_perfect_masks_give_100_and_nothing_else_helps(tmp_path):
+def test_if_only_masks_are_wrong_only_perfect_masks_help_and_give_100(tmp_path):
     content = crowded_content()
 
     def spoil(result):
@@ -45,7 +45,7 @@ def test_with_only_masks_wrong_perfect_masks_give_100_and_nothing_else_helps(tmp
     assert found["perfect boxes"] == found["perfect classes"] == found["as it is"]
 
 
-def test_with_only_classes_wrong_perfect_classes_give_100_and_nothing_else_helps(tmp_path):
+def test_if_only_classes_are_wrong_only_perfect_classes_help_and_give_100(tmp_path):
     content = crowded_content()
 
     def spoil(result):
@@ -58,11 +58,11 @@ def test_with_only_classes_wrong_perfect_classes_give_100_and_nothing_else_helps
         assert found["perfect boxes"] == pytest.approx(found["as it is"])
 
 
-def test_with_only_boxes_wrong_perfect_boxes_give_100_for_boxes_and_masks(tmp_path):
+def test_if_only_boxes_are_wrong_perfect_boxes_give_100_for_boxes_and_masks(tmp_path):
     content = crowded_content()
 
     def spoil(result):
-        """Cuts a fifth off the box at its left, and of the mask what was there."""
+        """Cuts off the left fifth of the box and of the mask within."""
         x, y, w, h = result["bbox"]
         cut = w // 5
         result["bbox"] = [x + cut, y, w - cut, h]
@@ -75,11 +75,11 @@ def test_with_only_boxes_wrong_perfect_boxes_give_100_for_boxes_and_masks(tmp_pa
         found = aps(tmp_path, content, results, task)
         assert found["perfect boxes"] == pytest.approx(100) and found["as it is"] < 75
         assert found["perfect classes"] == pytest.approx(found["as it is"])
-    # The mask branch cannot paint outside of the box: perfect masks are cut off as well.
+    # The mask branch cannot paint outside the box, so perfect masks would still be cut off.
     assert found["perfect masks"] == pytest.approx(found["as it is"])
 
 
-def test_duplicates_are_no_branch_s_fault(tmp_path):
+def test_no_oracle_repairs_duplicates(tmp_path):
     content = objects_of([(1, 1, A), (1, 1, B)])
     results = [detection(1, 1, A, 0.9), detection(1, 1, A, 0.8), detection(1, 1, B, 0.7)]
     found = aps(tmp_path, content, results)
@@ -87,34 +87,34 @@ def test_duplicates_are_no_branch_s_fault(tmp_path):
     assert len({value for name, value in found.items() if name not in grids}) == 1
 
 
-def test_with_nothing_detected_no_branch_helps_and_the_grid_allows_what_it_does(tmp_path):
+def test_without_detections_oracles_gain_nothing_but_grid_limits_are_known(tmp_path):
     found = aps(tmp_path, objects_of([(1, 1, A), (1, 1, B)]), [])
     grids = {grid_name(28): 100.0, grid_name(56): 100.0}
     assert found == {"as it is": 0, **dict.fromkeys(found, 0.0), **grids}
 
 
-def test_a_crowd_is_no_object_to_be_perfect_with(tmp_path):
+def test_oracles_ignore_crowds(tmp_path):
     content = objects_of([(1, 1, A), (1, 1, rectangle(60, 50, 80, 60))], crowds=[1])
     found = aps(tmp_path, content, [detection(1, 1, A, 0.5), detection(1, 1, B, 0.9)])
     assert set(found.values()) == {100.0}
 
 
-def test_of_tied_scores_the_file_s_order_decides_as_in_the_evaluation(tmp_path):
+def test_tied_scores_keep_the_order_of_the_file_as_in_the_evaluation(tmp_path):
     content = objects_of([(1, 1, A)])
     wrong, right = detection(1, 1, B, 0.5), detection(1, 1, A, 0.5)
     assert aps(tmp_path, content, [right, wrong])["perfect masks"] == 100
     assert aps(tmp_path, content, [wrong, right])["perfect masks"] == pytest.approx(50)
 
 
-def test_detections_of_overlapping_objects_get_the_object_that_they_found(tmp_path):
-    """Each box is nearer to the other object's, but that one is taken by a better detection."""
+def test_detections_of_overlapping_objects_keep_the_object_they_matched(tmp_path):
+    """The second box is nearer to the first object, which a better detection has matched."""
     first, second = rectangle(20, 20, 40, 40), rectangle(26, 20, 40, 40)
     content = objects_of([(1, 1, first), (1, 1, second)])
     results = [detection(1, 1, first, 0.9), detection(1, 1, rectangle(22, 20, 40, 40), 0.8)]
     assert aps(tmp_path, content, results, "bbox")["perfect boxes"] == 100
 
 
-def test_a_mask_is_cut_to_the_pixels_whose_centre_is_in_the_box():
+def test_a_mask_is_cut_to_the_pixels_with_centres_in_the_box():
     cut = coco_mask.decode(cut_to_box(_bytes(A), np.array([20.4, 5.6, 500.0, 10.0])))
     expected = A.copy()
     expected[:, :20], expected[16:] = 0, 0
@@ -122,7 +122,7 @@ def test_a_mask_is_cut_to_the_pixels_whose_centre_is_in_the_box():
     assert coco_mask.area(cut_to_box(_bytes(A), np.array([200.0, 5, 5, 5]))) == 0
 
 
-def test_a_grid_loses_thin_parts_and_a_finer_one_less():
+def test_a_coarse_grid_loses_thin_parts_and_a_finer_one_less():
     thin = np.maximum(ring(20, 10, 100) * (np.arange(160) % 4 == 0)[None].astype(np.uint8), 0)
     masks = [_bytes(x) for x in (A, thin)]
     boxes = np.array([coco_mask.toBbox(x) for x in masks])
@@ -131,7 +131,7 @@ def test_a_grid_loses_thin_parts_and_a_finer_one_less():
     assert coarse[1] < 0.3 < 0.9 < fine[1]
 
 
-def test_windows_are_the_decoded_masks():
+def test_mask_windows_equal_the_decoded_masks():
     full = np.ones((7, 5), np.uint8)
     for mask in (A, ring(0, 0, 60), full, np.zeros((4, 6), np.uint8), np.eye(6, dtype=np.uint8)):
         rle = coco_mask.encode(np.asfortranarray(mask))

@@ -1,4 +1,4 @@
-"""What the picture of RoI pooling shows is what the operators read."""
+"""The picture of RoI pooling shows exactly what the operators read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mask_head_plugin.ops import precise_roi_pool, roi_align, roi_pool, roi_warp
 MAP_HW, BINS, RATIO = (20, 24), 3, 2
 BOXES = [
     [3.3, 4.6, 14.9, 11.2],
-    [0.0, 0.0, 24.0, 20.0],  # all of the map
-    [17.4, 12.1, 24.9, 21.3],  # over its border
+    [0.0, 0.0, 24.0, 20.0],  # the whole map
+    [17.4, 12.1, 24.9, 21.3],  # across the border of the map
     [5.1, 5.2, 5.9, 5.8],  # within one cell
 ]
 OPERATORS = {
@@ -31,9 +31,7 @@ def made_map(seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("box", BOXES)
 @pytest.mark.parametrize("way", ["RoIWarp", "RoIAlign", "PrRoIPool"])
-def test_the_cells_of_a_bin_are_those_that_get_a_gradient_and_their_weights_give_its_value(
-    way, box
-):
+def test_the_cells_and_weights_of_a_bin_equal_the_operators_gradient(way, box):
     reads = pooling_reads(way, np.array(box), MAP_HW, BINS, RATIO)
     feature = made_map().requires_grad_()
     pooled = OPERATORS[way](feature, torch.tensor([[0.0, *box]]))[0, 0]
@@ -43,10 +41,10 @@ def test_the_cells_of_a_bin_are_those_that_get_a_gradient_and_their_weights_give
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_the_cells_of_a_bin_of_roi_pool_are_those_of_which_one_can_be_its_maximum(box):
+def test_the_cells_of_a_roi_pool_bin_are_those_that_can_be_its_maximum(box):
     reads = pooling_reads("RoIPool", np.array(box), MAP_HW, BINS, RATIO)
     maps = torch.zeros(1, MAP_HW[0] * MAP_HW[1], *MAP_HW)
-    maps.flatten(2)[0].fill_diagonal_(1)  # a cell each
+    maps.flatten(2)[0].fill_diagonal_(1)  # one map per cell
     pooled = OPERATORS["RoIPool"](maps, torch.tensor([[0.0, *box]]))[0]
     for row, column in np.ndindex(BINS, BINS):
         expected = pooled[:, row, column].unflatten(0, MAP_HW)
@@ -55,8 +53,8 @@ def test_the_cells_of_a_bin_of_roi_pool_are_those_of_which_one_can_be_its_maximu
 
 @pytest.mark.parametrize("box", BOXES)
 @pytest.mark.parametrize("way", ["RoIWarp", "RoIAlign"])
-def test_the_mean_of_the_map_at_the_points_is_what_the_operator_gives(way, box):
-    """The map is read by grid_sample, which counts from outer edges, as the picture does."""
+def test_the_mean_over_the_sample_points_equals_the_operators_output(way, box):
+    """The reference, grid_sample, measures from outer edges, as the picture does."""
     reads = pooling_reads(way, np.array(box), MAP_HW, BINS, RATIO)
     assert reads.y.samples.shape == (BINS, RATIO)
     feature = made_map()
@@ -72,7 +70,7 @@ def test_the_mean_of_the_map_at_the_points_is_what_the_operator_gives(way, box):
 
 
 @pytest.mark.parametrize("way", ["RoIWarp", "RoIAlign"])
-def test_the_neighbours_of_a_point_are_the_cells_around_it(way):
+def test_each_sample_point_is_interpolated_from_the_cells_around_it(way):
     reads = pooling_reads(way, np.array(BOXES[0]), MAP_HW, BINS, RATIO)
     for axis in (reads.x, reads.y):
         low = np.floor(axis.samples - 0.5)
@@ -80,8 +78,8 @@ def test_the_neighbours_of_a_point_are_the_cells_around_it(way):
         np.testing.assert_array_equal(axis.neighbours[..., 1], low + 1)
 
 
-def test_only_what_rounds_moves_the_box_by_less_than_two_cells():
-    """By hand: 3.3, 4.6, 14.9, 11.2 become 3, 5, 15, 11, and the last cells belong to the box."""
+def test_only_rounding_operators_move_the_box_and_by_less_than_two_cells():
+    """3.3, 4.6, 14.9, 11.2 round to 3, 5, 15, 11, and the last cells belong to the box."""
     box = np.array(BOXES[0])
     for way in WAYS:
         used = pooling_reads(way, box, MAP_HW, BINS, RATIO).box
@@ -89,6 +87,6 @@ def test_only_what_rounds_moves_the_box_by_less_than_two_cells():
         np.testing.assert_allclose(used, expected, atol=1e-5)
 
 
-def test_a_bin_is_where_its_cells_are():
+def test_a_bin_is_centred_on_its_cells():
     reads = pooling_reads("RoIPool", np.array([2.0, 4.0, 7.0, 9.0]), (20, 20), 3, 0)
     np.testing.assert_allclose(reads.bin_centre(0, 2), [7.0, 5.0])  # cells 6, 7 across; 4, 5 down

@@ -1,4 +1,4 @@
-"""Mask quality, offsets, thresholds, confusions and scores, on cases worked by hand."""
+"""Mask quality, offsets, thresholds, confusions and scores, checked against hand-worked cases."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def quality_of(folder, content, results):
     return scene, mask_quality(scene, box_offsets(scene, assign(scene, "bbox", 100)))
 
 
-def test_a_mask_that_lacks_its_right_quarter_is_measured_and_mapped_there(tmp_path):
+def test_a_mask_without_its_right_quarter_is_measured_and_mapped_correctly(tmp_path):
     cut = A.copy()
     cut[:, 40:] = 0
     found = detection(1, 1, cut, bbox=[10, 10, 40, 40])
@@ -49,7 +49,7 @@ def test_a_mask_that_lacks_its_right_quarter_is_measured_and_mapped_there(tmp_pa
     assert (missing[:, places[inside] < 0.7] == 0).all() and not quality.extra.any()
 
 
-def test_quality_is_told_by_size_shape_fill_and_class(tmp_path):
+def test_quality_is_reported_by_size_shape_fill_and_class(tmp_path):
     two = np.maximum(rectangle(100, 10, 5, 40), rectangle(135, 10, 5, 40))
     masks = [(1, 1, A), (1, 2, ring(20, 60, 50)), (1, 3, two)]
     results = [detection(image, category, mask) for image, category, mask in masks]
@@ -64,7 +64,7 @@ def test_quality_is_told_by_size_shape_fill_and_class(tmp_path):
     assert counts["class", "dog"] == counts["class", "cat"] == counts["class", "bird"] == 1
 
 
-def test_offsets_are_those_of_the_edges_and_of_found_objects_only(tmp_path):
+def test_offsets_are_measured_at_the_edges_of_found_objects_only(tmp_path):
     found = [
         detection(1, 1, A, bbox=[12, 9, 40, 44]),
         detection(1, 1, B, bbox=[0, 100, 10, 10]),
@@ -74,8 +74,8 @@ def test_offsets_are_those_of_the_edges_and_of_found_objects_only(tmp_path):
     assert offsets.edges.tolist() == [[2, -1, 2, 3]]
 
 
-def test_the_best_threshold_is_between_the_last_hit_and_the_first_miss(tmp_path):
-    """Two hits, a miss at 0.6, a hit at 0.3: F1 is 4/5, 4/6 and 6/7 of as many."""
+def test_the_best_threshold_lies_between_the_last_hit_and_the_first_miss(tmp_path):
+    """Hits at 0.9 and 0.8, a miss at 0.6 and a hit at 0.3: F1 is 4/5, 4/6, then 6/7."""
     objects = [(1, 1, A), (1, 1, B), (2, 1, A), (2, 2, B)]
     results = [
         detection(1, 1, A, 0.9),
@@ -96,14 +96,14 @@ def test_the_best_threshold_is_between_the_last_hit_and_the_first_miss(tmp_path)
     assert 0.6 <= dog.score < 0.8 and dog.f1 == pytest.approx(4 / 5)
 
 
-def test_of_equal_scores_a_threshold_takes_all_or_none(tmp_path):
+def test_a_threshold_accepts_all_or_none_of_tied_scores(tmp_path):
     results = [detection(1, 1, A, 0.5), detection(1, 1, rectangle(0, 100, 10, 10), 0.5)]
     scene = scene_of(tmp_path, objects_of([(1, 1, A)]), results)
     (best,) = best_thresholds(scene, assign(scene, "segm", 100))
     assert best.f1 == pytest.approx(2 / 3) and best.score < 0.5
 
 
-def test_a_threshold_in_the_flag_is_the_number_itself():
+def test_the_flag_gives_thresholds_at_full_precision():
     for score in (0.9999995, 0.1 + 0.2, 1e-5):
         text = threshold_flag([Threshold("dog", score, 1, 1, 1, 1)])
         assert float(text.partition("dog=")[2]) == score
@@ -114,7 +114,7 @@ def test_names_with_spaces_are_quoted_in_the_flag():
     assert flag == "--class-thresholds 'traffic light=0.25'"
 
 
-def test_confusions_count_each_object_and_each_sure_detection_once(tmp_path):
+def test_confusions_count_each_object_and_each_confident_detection_once(tmp_path):
     far = rectangle(0, 100, 10, 10)
     objects = [(1, 1, A), (1, 2, B), (2, 2, A), (2, 3, B)]
     results = [
@@ -132,7 +132,7 @@ def test_confusions_count_each_object_and_each_sure_detection_once(tmp_path):
     assert (counts == expected).all()
 
 
-def test_reliability_is_the_share_of_hits_by_score(tmp_path):
+def test_reliability_is_the_fraction_of_hits_by_score(tmp_path):
     results = [detection(1, 1, A, 0.95), detection(1, 1, B, 0.92)]
     results += [detection(1, 1, rectangle(0, 100, 10, 10), s) for s in (0.94, 0.32)]
     scene = scene_of(tmp_path, objects_of([(1, 1, A), (1, 1, B)]), results)
@@ -144,7 +144,7 @@ def test_reliability_is_the_share_of_hits_by_score(tmp_path):
     assert found.error == pytest.approx((3 * gap + 0.32) / 4)
 
 
-def test_ap_by_density_is_that_of_the_images_alone(tmp_path):
+def test_ap_by_density_is_computed_on_the_images_of_that_density(tmp_path):
     small = [rectangle(4 + 18 * (k % 8), 4 + 40 * (k // 8), 12, 12) for k in range(9)]
     objects = [(1, 1, A), *((2, 1, x) for x in small)]
     results = [detection(1, 1, A), *(detection(2, 1, x) for x in small[:4])]

@@ -1,4 +1,4 @@
-"""Differences of detections in synthetic lists, with answers worked out by hand."""
+"""Comparison of two lists of detections, on synthetic lists with hand-worked answers."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def test_equal_lists_have_no_difference():
     assert result.num_detections == result.num_confident == 4
 
 
-def test_confident_detections_are_those_that_both_have():
+def test_a_detection_is_confident_only_if_both_scores_reach_the_minimum():
     assert compare(made(), made([0.9, 0.5, 0.49, 0.4]), min_score=0.5).num_confident == 1
 
 
 @pytest.mark.parametrize(("scores", "same"), [([0.9, 0.80005, 0.8, 0.6], True), (SCORES, False)])
-def test_the_order_may_differ_between_ties_only(scores, same):
+def test_only_tied_detections_may_change_their_order(scores, same):
     result = compare(made(scores), made(scores, order=[0, 2, 1, 3]))
     assert result.same_set == result.is_equal == same
     assert result.num_unmatched == 0 and result.score == 0
 
 
-def test_a_detection_too_many_is_another_set():
+def test_an_extra_detection_makes_the_sets_different():
     for sides in ((made(), made(SCORES[:3])), (made(SCORES[:3]), made())):
         result = compare(*sides)
         assert not result.same_set and not result.is_equal and result.num_unmatched == 1
@@ -63,27 +63,27 @@ def test_a_detection_too_many_is_another_set():
 @pytest.mark.parametrize(
     ("last", "cut", "same"),
     [
-        (0.05005, CUT, True),  # rounded below the score threshold
+        (0.05005, CUT, True),  # just below the score threshold after rounding
         (0.0502, CUT, False),
-        (0.6999, Cut(0.05, 3), True),  # tied with the last that the other list had room for
+        (0.6999, Cut(0.05, 3), True),  # tied with the last of a full list
         (0.6998, Cut(0.05, 3), True),
-        (0.6998, Cut(0.05, 4), False),  # it had room
+        (0.6998, Cut(0.05, 4), False),  # the other list was not full
     ],
 )
-def test_a_detection_at_the_cut_may_be_left_out(last, cut, same):
+def test_a_detection_at_the_cut_may_be_missing_from_one_list(last, cut, same):
     assert compare(made([0.9, 0.8, 0.7, last]), made(SCORES[:3]), cut).same_set == same
 
 
-def test_another_class_or_place_is_no_counterpart():
+def test_detections_of_another_class_or_place_do_not_match():
     changed = made()
     changed.classes[0] = 1
     assert compare(made(), changed).num_unmatched == 2
     moved = made()
-    moved.boxes[0] += 6  # IoU below a half
+    moved.boxes[0] += 6  # IoU below 0.5
     assert compare(made(), moved).num_unmatched == 2
 
 
-def test_the_nearest_of_overlapping_detections_is_the_counterpart():
+def test_overlapping_detections_are_matched_to_the_nearest():
     stock = pick(made([0.9, 0.9]), [0, 0])
     stock.boxes[1, 2] += 2
     result = compare(stock, pick(stock, [1, 0]))
@@ -91,7 +91,7 @@ def test_the_nearest_of_overlapping_detections_is_the_counterpart():
 
 
 @pytest.mark.parametrize(("shift", "equal"), [(5e-4, True), (5e-3, False)])
-def test_boxes_may_differ_by_a_thousandth_of_a_pixel(shift, equal):
+def test_boxes_may_differ_by_at_most_a_thousandth_of_a_pixel(shift, equal):
     plugin = made()
     plugin.boxes[2, 3] += shift
     result = compare(made(), plugin)
@@ -100,31 +100,31 @@ def test_boxes_may_differ_by_a_thousandth_of_a_pixel(shift, equal):
 
 
 @pytest.mark.parametrize(("shift", "equal"), [(5e-5, True), (5e-4, False)])
-def test_scores_may_differ_by_a_ten_thousandth(shift, equal):
+def test_scores_may_differ_by_at_most_a_ten_thousandth(shift, equal):
     result = compare(made(), made([x - shift for x in SCORES]))
     assert result.score == pytest.approx(shift, rel=1e-2)
     assert result.same_set and result.is_equal == equal
 
 
 @pytest.mark.parametrize(("value", "far"), [(0.50005, 0), (0.5002, 1), (0.49995, 0), (1.0, 1)])
-def test_mask_pixels_may_differ_next_to_the_threshold_only(value, far):
+def test_mask_pixels_may_differ_only_near_the_threshold(value, far):
     stock, plugin = made(), made()
     stock.mask_probs[1] = value
     plugin.mask_probs[1] = 0.5
-    plugin.masks[1, 9, 17] = False  # the middle of the box, where the surface has the value
+    plugin.masks[1, 9, 17] = False  # the middle of the box, where the probability is exact
     result = compare(stock, plugin)
     assert (result.mask_pixels, result.far_mask_pixels) == (1, far)
     assert result.mask_prob == pytest.approx(abs(value - 0.5), rel=1e-2)
     assert result.is_equal == (far == 0) and result.differs
 
 
-def test_nan_is_no_equality():
+def test_nan_is_never_equal():
     plugin = made()
     plugin.scores[0] = torch.nan
     assert not compare(made(), plugin).is_equal
 
 
-def test_nothing_found_is_nothing_different():
+def test_two_empty_lists_are_equal():
     result = compare(made([]), made([]))
     assert result.is_equal and result.num_confident == 0
     assert compare(made(), made([])).num_unmatched == 4

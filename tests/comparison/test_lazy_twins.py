@@ -1,4 +1,4 @@
-"""Comparisons of LazyConfig models: settings as of a YAML config, and both models of one file."""
+"""Comparisons of LazyConfig models: settings from the config, and both models built from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ dataloader.test.mapper.augmentations[0].short_edge_length = 96
 
 @pytest.fixture
 def small(tmp_path):
-    """A small model's config file, and weights of it."""
+    """Returns the config file of a small model, and a file with its weights."""
     file, weights = tmp_path / "small.py", tmp_path / "small.pth"
     file.write_text(SMALL_FILE)
     model = instantiate(LazyConfig.load(str(file)).model)
@@ -38,7 +38,7 @@ def small(tmp_path):
     return file, weights
 
 
-def test_settings_are_those_of_the_lazy_config():
+def test_settings_are_read_from_the_lazy_config():
     cfg = twins.load_model_config(find_config(NEW), [])
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (800, 1333)
     assert cfg.DATASETS.TEST == ("coco_2017_val",) and cfg.INPUT.FORMAT == "BGR"
@@ -47,12 +47,12 @@ def test_settings_are_those_of_the_lazy_config():
     assert (cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.MASK_OUTPUT) == (100, "rle")
 
 
-def test_options_that_a_lazy_model_does_not_read_are_refused():
+def test_options_that_a_lazy_model_ignores_are_refused():
     with pytest.raises(ConfigError, match=r"option MODEL.RPN.NMS_THRESH: .*LazyConfig"):
         twins.load_model_config(find_config(NEW), ["MODEL.RPN.NMS_THRESH", "0.6"])
 
 
-def test_both_models_of_a_lazy_config_are_called_equal(small, tmp_path):
+def test_the_two_models_of_a_lazy_config_compare_as_equal(small, tmp_path):
     file, weights = small
     opts = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.001"]
     args = (str(file), str(weights), None, tmp_path / "out", 3, opts, 0.001)
@@ -61,7 +61,7 @@ def test_both_models_of_a_lazy_config_are_called_equal(small, tmp_path):
     assert found.agreement.score < 1e-4 and 0 < found.agreement.mask_prob
 
 
-def test_a_counterpart_has_its_stock_model_as_well(small):
+def test_a_config_that_uses_our_modules_also_gets_a_stock_model(small):
     file, weights = small
     ours = (
         "from mask_head_plugin.lazy_config import use_plugin_modules\nuse_plugin_modules(model)\n"
@@ -91,7 +91,7 @@ def test_models_without_masks_or_with_other_augmentations_are_refused(small):
         twins.load_model_config(find_config(str(file)), [])
 
 
-def test_a_counterpart_of_ours_is_compared_under_its_published_figures():
+def test_our_copy_of_a_zoo_config_is_compared_with_the_published_figures():
     found = find_config(str(CONFIGS / "lazy" / f"{NEW}.py"))
     assert found.published.model_id == 42047764
     assert twins.load_model_config(found, []).MODEL.MASK_OUTPUT == "rle"

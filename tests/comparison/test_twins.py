@@ -1,4 +1,4 @@
-"""Two models from one config and one file: its modules swapped, exactly the weights of the file."""
+"""A stock model and a plugin model built from the same config and weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def names(cfg):
 
 
 def write_weights(path, change):
-    """Writes the checkpoint in the zoo's format, changed."""
+    """Writes the checkpoint in the zoo's format after `change` has edited its weights."""
     weights = {name: x.astype(np.float32) for name, x in load_file(CHECKPOINT).items()}
     change(weights)
     path.write_bytes(pickle.dumps({"model": weights, "__author__": "Detectron2 Model Zoo"}))
@@ -55,7 +55,7 @@ def write_weights(path, change):
         ),
     ],
 )
-def test_configs_differ_in_the_swapped_names_only(config, heads, tmp_path):
+def test_the_two_configs_differ_only_in_the_swapped_names(config, heads, tmp_path):
     stock, plugin = twins.twin_configs(load_cfg(config, folder=tmp_path))
     assert names(plugin) == ("MaskRCNN", heads[0], "FCNMaskHead")
     assert names(stock) == ("GeneralizedRCNN", heads[1], "MaskRCNNConvUpsampleHead")
@@ -66,11 +66,11 @@ def test_configs_differ_in_the_swapped_names_only(config, heads, tmp_path):
     assert stock == plugin
 
 
-def test_names_are_those_that_the_other_tests_swap():
+def test_stock_names_match_those_that_the_other_tests_swap():
     assert twins.STOCK_NAMES == STOCK_NAMES
 
 
-def test_an_option_wins_over_the_run_lengths_of_zoo_configs(tmp_path):
+def test_a_mask_output_option_overrides_the_default_for_zoo_configs(tmp_path):
     zoo = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
     cfg = load_cfg(zoo, "MODEL.MASK_OUTPUT", "bitmask", folder=tmp_path)
     assert twins.twin_configs(cfg)[1].MODEL.MASK_OUTPUT == "bitmask"
@@ -92,7 +92,7 @@ def test_settings_that_detectron2_lacks_are_refused(opts, tmp_path):
         twins.twin_configs(load_cfg(CONFIG, *opts, folder=tmp_path))
 
 
-def test_losses_that_leave_inference_alone_do_not_matter(tmp_path):
+def test_losses_that_do_not_affect_inference_are_accepted(tmp_path):
     losses = ("MODEL.ROI_MASK_HEAD.LOSSES", "[['dice', 1.0]]")
     twins.twin_configs(load_cfg(CONFIG, *losses, folder=tmp_path))
 
@@ -107,7 +107,7 @@ def loaded(tmp_path_factory):
     return twins.load_twins(load_cfg(folder=tmp_path_factory.mktemp("twins")), CHECKPOINT)
 
 
-def test_both_models_have_every_weight_of_the_file(loaded):
+def test_both_models_load_every_weight_of_the_file(loaded):
     weights = load_file(CHECKPOINT)
     assert loaded.num_tensors == len(weights)
     assert loaded.num_values == sum(x.size for x in weights.values())
@@ -120,7 +120,7 @@ def test_both_models_have_every_weight_of_the_file(loaded):
     assert type(loaded.plugin.roi_heads.mask_head).__module__.startswith("mask_head_plugin.")
 
 
-def test_the_zoos_pickles_give_the_same_weights(loaded, tmp_path):
+def test_weights_from_a_zoo_pickle_are_identical(loaded, tmp_path):
     path = write_weights(tmp_path / "zoo.pkl", lambda weights: None)
     again = twins.load_twins(load_cfg(folder=tmp_path), path)
     for name, value in loaded.plugin.state_dict().items():
@@ -166,7 +166,7 @@ def test_pickles_with_code_and_other_files_are_refused(loaded, tmp_path, capsys)
     assert "code of the pickle ran" not in capsys.readouterr().out
 
 
-def test_watching_changes_no_result_and_leaves_no_hook(loaded):
+def test_timing_changes_no_result_and_leaves_no_hook(loaded):
     x = DatasetMapper(loaded.cfg, is_train=False)(DatasetCatalog.get("shapes_val")[0])
     for model in (loaded.stock, loaded.plugin):
         watched = timed_model.TimedModel(model)
@@ -182,7 +182,7 @@ def test_watching_changes_no_result_and_leaves_no_hook(loaded):
         assert not model.roi_heads._forward_hooks
 
 
-def test_peak_memory_is_of_what_lives_at_a_time():
+def test_peak_memory_counts_only_tensors_alive_at_the_same_time():
     def step():
         for _ in range(3):
             torch.zeros(1_000_000)

@@ -1,4 +1,4 @@
-"""The table of the model zoo against detectron2's, and where configs and weights are found."""
+"""The table of published model zoo results, and the lookup of configs and weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ URLS = _ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX
 
 
 @pytest.mark.parametrize("model", ZOO_MODELS, ids=lambda x: x.config)
-def test_every_row_is_a_config_and_a_model_of_the_zoo(model):
+def test_every_row_matches_a_config_and_a_model_of_the_zoo(model):
     assert Path(find_config(model.config).file).is_file()
     assert URLS[model.config].startswith(f"{model.model_id}/")
     assert model.source.endswith("detectron2/blob/main/MODEL_ZOO.md")
@@ -34,7 +34,7 @@ def test_every_row_is_a_config_and_a_model_of_the_zoo(model):
     assert model.box_ap is None or abs(model.box_ap - model.mask_ap) < 7
 
 
-def test_the_table_has_every_mask_baseline_of_coco_and_lvis():
+def test_the_table_contains_every_mask_baseline_of_coco_and_lvis():
     listed = {x.config for x in ZOO_MODELS}
     folders = ("COCO-InstanceSegmentation/", "LVISv0.5-InstanceSegmentation/", "new_baselines/")
     assert {x for x in URLS if x.startswith(folders)} <= listed
@@ -59,7 +59,7 @@ def test_a_lazy_config_is_found_by_its_name_in_the_zoo(name):
     assert Path(found.file).is_file() and found.published.mask_ap == 43.7
 
 
-def test_where_the_zoo_has_both_kinds_the_ending_decides():
+def test_the_file_ending_decides_between_yaml_and_lazy_configs():
     name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
     assert [find_config(name + x).is_lazy for x in ("", ".yaml", ".py")] == [False, False, True]
 
@@ -83,12 +83,12 @@ def test_where_the_zoo_has_both_kinds_the_ending_decides():
         ("lazy/vitdet/COCO/mask_rcnn_vitdet_b_100ep.py", None),
     ],
 )
-def test_counterparts_know_their_name_in_the_zoo(file, name):
+def test_our_configs_know_their_counterpart_in_the_zoo(file, name):
     found = find_config(str(CONFIGS / file))
     assert found.zoo_name == name and not found.is_zoo_file
 
 
-def test_an_unknown_config_is_refused_with_the_nearest():
+def test_an_unknown_config_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=f"mask_rcnn_R_5_.*did you mean {R50}.yaml"):
         find_config("COCO-InstanceSegmentation/mask_rcnn_R_5_FPN_3x.yaml")
     with pytest.raises(ConfigError, match=f"did you mean {NEW}.py"):
@@ -115,7 +115,7 @@ def test_weights_in_a_folder_are_found_by_zoo_name_or_model_id(tmp_path, name):
     assert find_weights(str(tmp_path), find_config(R50)) == path
 
 
-def test_a_file_of_weights_is_taken_as_it_is_and_a_missing_one_refused():
+def test_a_weights_file_is_used_directly_and_a_missing_one_is_refused():
     assert find_weights(str(CHECKPOINT), find_config(R50)) == CHECKPOINT
     with pytest.raises(ConfigError, match=r"no/such.pkl does not exist"):
         find_weights("no/such.pkl", find_config(R50))
@@ -138,7 +138,9 @@ def test_weights_are_downloaded_once_from_the_zoos_url(tmp_path, monkeypatch):
     assert paths[0].is_relative_to(tmp_path)
 
 
-def test_without_network_one_line_names_the_url_and_the_way_by_path(tmp_path, monkeypatch):
+def test_without_network_the_error_gives_the_url_and_explains_how_to_use_a_local_file(
+    tmp_path, monkeypatch
+):
     def fail(*_, **__):
         raise urllib.error.URLError("no network")
 
@@ -152,6 +154,6 @@ def test_without_network_one_line_names_the_url_and_the_way_by_path(tmp_path, mo
     assert "--weights PATH" in message and "\n" not in message
 
 
-def test_a_config_without_weights_in_the_zoo_says_so():
+def test_a_config_without_zoo_weights_is_refused_with_advice():
     with pytest.raises(ConfigError, match=r"no weights for .*shapes.yaml; give --weights"):
         find_weights("zoo", find_config(str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")))

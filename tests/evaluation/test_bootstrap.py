@@ -1,4 +1,4 @@
-"""AP of resampled images, against pycocotools on data sets with the images repeated."""
+"""AP of resampled images, compared with pycocotools on data sets with repeated images."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from mask_head_plugin.evaluation.matching import Matches
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
 
-pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's of nan
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy warns of nan
 
 
 def make_distinct(seed, **kwargs):
-    """Synthetic data with distinct scores, crowds, objects of all areas, and more classes."""
+    """Returns synthetic data with distinct scores, crowds, objects of all areas and 5 classes."""
     content, results = make_coco(seed, num_classes=5, num_images=9, **kwargs)
     rng = np.random.default_rng(seed)
     scores = rng.permutation(len(results)) / len(results)
@@ -40,7 +40,7 @@ def make_distinct(seed, **kwargs):
 
 
 def repeat(content, results, counts):
-    """The data set in which the k-th image, by id, is there counts[k] times."""
+    """Returns the data set with the k-th image, sorted by id, repeated counts[k] times."""
     images, annotations, repeated = [], [], []
     ids = sorted(x["id"] for x in content["images"])
     by_id = {x["id"]: x for x in content["images"]}
@@ -55,15 +55,15 @@ def repeat(content, results, counts):
 
 
 def make_matches(true, scores, images, *, classes=None, num_images=None, objects=None):
-    """Matches of one area range and threshold.
+    """Builds the matches of one area range and threshold.
 
     Args:
         true: whether each detection is a true positive.
-        scores: of each.
-        images: of each.
-        classes: of each; None for one class.
-        num_images: None for those that the detections are in.
-        objects: (image, class) of each; None for one of each true positive.
+        scores: score of each detection.
+        images: image index of each detection.
+        classes: class index of each detection; None for a single class.
+        num_images: None for the number of images that have detections.
+        objects: (image, class) of each object; None for one object per true positive.
     """
     true, images = np.array(true, bool), np.array(images, np.int32)
     classes = np.zeros_like(images) if classes is None else np.array(classes, np.int32)
@@ -88,7 +88,7 @@ def make_matches(true, scores, images, *, classes=None, num_images=None, objects
 
 
 def random_matches(seed, num_images, quality, *, num_classes=2, truth_seed=0):
-    """Synthetic matches: each image has four objects, some found, and false positives."""
+    """Builds synthetic matches: four objects per image, some of them found, and false positives."""
     rng, truth_rng = np.random.default_rng(seed), np.random.default_rng(truth_seed)
     objects = np.stack(
         [
@@ -110,7 +110,7 @@ def random_matches(seed, num_images, quality, *, num_classes=2, truth_seed=0):
 
 
 def pycocotools_precision(true, num_objects):
-    """The loop of COCOeval.accumulate, for detections by falling score."""
+    """Copies the loop of COCOeval.accumulate, for detections in order of decreasing score."""
     hits = np.cumsum(true).astype(float)
     misses = np.cumsum(~true).astype(float)
     recall, precision = hits / num_objects, hits / (misses + hits + np.spacing(1))
@@ -133,12 +133,12 @@ def test_draws_equal_pycocotools_on_repeated_images(task, seed, tmp_path):
         expected = [100 * x if x > -1 else np.nan for x in stats]
         np.testing.assert_allclose([actual[name][draw] for name in METRICS], expected, atol=1e-9)
     values = [np.unique(actual[name][~np.isnan(actual[name])]) for name in METRICS]
-    assert min(map(len, values)) > 2, "or it proves little"
+    assert min(map(len, values)) > 2, "too few distinct values to compare"
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm", "boundary"])
 @pytest.mark.parametrize("make", [make_coco, make_distinct])
-def test_images_as_they_are_have_the_evaluators_ap(make, task, tmp_path):
+def test_unit_weights_give_the_evaluators_ap(make, task, tmp_path):
     content, results = make(5, most_copies=12)
     evaluation = evaluate(write_truth(tmp_path, content), results, task)
     matches, expected = evaluation.matches(), evaluation.metrics()
@@ -166,9 +166,12 @@ def test_hand_worked_example():
     # Image 0: its object is found first. Image 1: a false positive, then its object.
     matches = make_matches([True, False, True], [0.9, 0.8, 0.5], [0, 1, 1])
     weights = np.array([[1, 1], [2, 0], [0, 2], [2, 1]])
-    # As they are: precision 1 up to recall 1/2, which are 51 recalls, then 2/3 for the other 50.
-    # Image 1 twice: two wrong, then precision 1/3 and 1/2; the best from anywhere on is 1/2.
-    # Image 0 twice: recall 2/3 at precision 1, 67 recalls; then 3 of 4 for the other 34.
+    # Each image once: precision 1 up to recall 1/2, which covers 51 recalls, then 2/3 for the other
+    # 50.
+    # Image 1 twice: two misses first, then precision 1/3 and 1/2; the maximum from any recall on is
+    # 1/2.
+    # Image 0 twice: precision 1 up to recall 2/3, which covers 67 recalls, then 3/4 for the other
+    # 34.
     expected = [(51 + 50 * 2 / 3) / 1.01, 100, 50, (67 + 34 * 3 / 4) / 1.01]
     actual = resampled_ap(matches, weights, ["AP", "AP50"])
     np.testing.assert_allclose(actual["AP"], expected, atol=1e-9)
@@ -179,7 +182,7 @@ def test_hand_worked_example():
 
 
 def test_a_class_without_drawn_objects_is_left_out_of_the_mean():
-    # Class 0 in image 0: found. Class 1 in image 1: not found. Class 2: never there.
+    # Class 0 in image 0 is found, class 1 in image 1 is not, and class 2 has no objects.
     matches = make_matches(
         [True, False, False],
         [0.9, 0.8, 0.7],
@@ -194,7 +197,7 @@ def test_a_class_without_drawn_objects_is_left_out_of_the_mean():
     np.testing.assert_array_equal(class_ap(matches, "AP50"), [100, 0, np.nan])
 
 
-def test_recalls_are_reached_to_the_last_bit_as_in_pycocotools():
+def test_recalls_round_exactly_as_in_pycocotools():
     rng = np.random.default_rng(0)
     for num_objects in range(1, 230):
         true = rng.random(2 * num_objects) < 0.6
@@ -214,12 +217,12 @@ def test_tied_scores_are_ordered_by_image_and_position_in_all_draws():
     np.testing.assert_allclose(resampled_ap(first_true, weights, ["AP50"])["AP50"], 100)
     np.testing.assert_allclose(resampled_ap(first_false, weights, ["AP50"])["AP50"], [50, 75, 25])
     one_image = make_matches([True, False], [0.5, 0.5], [0, 0])
-    # Copies follow each other: true, true, false, false.
+    # Copies of a detection are adjacent: true, true, false, false.
     np.testing.assert_allclose(resampled_ap(one_image, np.array([[2]]), ["AP50"])["AP50"], 100)
 
 
 @pytest.mark.parametrize("size", [1, 100, 1000])
-def test_draws_do_not_depend_on_how_many_are_done_at_once(size, monkeypatch):
+def test_draws_do_not_depend_on_the_chunk_size(size, monkeypatch):
     matches, weights = random_matches(0, 20, 0.7), image_weights(20, 50, 0)
     expected = resampled_ap(matches, weights, ["AP"])["AP"]
     alone = [resampled_ap(matches, row[None], ["AP"])["AP"][0] for row in weights]
@@ -228,18 +231,18 @@ def test_draws_do_not_depend_on_how_many_are_done_at_once(size, monkeypatch):
     np.testing.assert_array_equal(alone, expected)
 
 
-def test_each_draw_has_as_many_images_and_the_same_seed_the_same_draws():
+def test_each_draw_keeps_the_number_of_images_and_depends_only_on_the_seed():
     weights = image_weights(40, 2000, seed=3)
     assert weights.shape == (2000, 40) and (weights.sum(axis=1) == 40).all()
     np.testing.assert_array_equal(weights, image_weights(40, 2000, seed=3))
     np.testing.assert_array_equal(weights[:10], image_weights(40, 10, seed=3))
     assert (weights != image_weights(40, 2000, seed=4)).any()
-    # Binomial: of 40 with probability 1/40 each.
+    # Binomial: 40 trials with probability 1/40.
     np.testing.assert_allclose(weights.mean(axis=0), 1, atol=0.12)
     assert weights.var() == pytest.approx(1 - 1 / 40, abs=0.02)
 
 
-def test_a_model_does_not_differ_from_itself():
+def test_a_model_compared_with_itself_has_no_difference():
     seeds = [random_matches(s, 30, 0.7) for s in range(3)]
     result = compare(seeds, seeds, num_draws=50, metrics=["AP", "AP50"])["AP50"]
     assert result.difference == result.image_low == result.image_high == 0
@@ -249,7 +252,7 @@ def test_a_model_does_not_differ_from_itself():
     assert result.value == result.baseline == np.mean([average_precision(x) for x in seeds])
 
 
-def test_a_comparison_is_of_the_means_over_seeds_on_the_same_draws():
+def test_a_comparison_uses_means_over_seeds_on_the_same_draws():
     variant = [random_matches(s, 30, 0.9) for s in range(3)]
     baseline = [random_matches(s, 30, 0.5) for s in (7, 8)]
     result = compare(variant, baseline, ["AP50"], num_draws=200, seed=1)["AP50"]
@@ -276,7 +279,7 @@ def test_a_comparison_is_of_the_means_over_seeds_on_the_same_draws():
     assert np.isnan(one.seed_std)
 
 
-def test_all_compared_at_once_equal_each_alone():
+def test_joint_comparisons_equal_single_ones_with_wider_intervals():
     runs = {q: [random_matches(s, 20, float(q)) for s in range(2)] for q in ("0.5", "0.6", "0.9")}
     together = compare_all(runs, "0.5", ["AP"], num_draws=40, seed=2)
     assert list(together) == list(runs)
@@ -286,7 +289,7 @@ def test_all_compared_at_once_equal_each_alone():
         for field in ("image_low", "image_high", "seed_std"):
             assert getattr(together[name]["AP"], field) == getattr(alone["AP"], field)
         widths = [x.high - x.low for x in (together[name]["AP"], alone["AP"])]
-        assert widths[0] > widths[1] or name == "0.5", "all of them hold at once"
+        assert widths[0] > widths[1] or name == "0.5", "the joint interval is wider"
     assert together["0.5"]["AP"].image_low == together["0.5"]["AP"].image_high == 0
 
 
@@ -297,10 +300,10 @@ def test_an_interval_narrows_with_more_images():
         result = compare(runs[1:], runs[:1], ["AP50"], num_draws=300)["AP50"]
         assert result.detectable > (result.high - result.low) / 2
         widths.append(result.high - result.low)
-    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.35)  # the root of 16 times as many
+    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.35)  # 16 times as many images
 
 
-def test_a_metric_without_anything_that_counts_is_nan():
+def test_a_metric_is_nan_if_nothing_counts():
     matches = make_matches([False, False], [0.5, 0.4], [0, 1], objects=[])
     result = compare([matches] * 2, [matches], ["AP"], num_draws=5)["AP"]
     numbers = [v for k, v in vars(result).items() if isinstance(v, float)]
@@ -308,8 +311,8 @@ def test_a_metric_without_anything_that_counts_is_nan():
     assert np.isnan(class_ap(matches)).all() and np.isnan(precision_recall(matches)).all()
 
 
-def test_draws_without_anything_that_counts_are_left_out_of_the_interval():
-    # The only object is in one of three images: not drawn in (2/3)^3 = 30% of the draws.
+def test_draws_in_which_nothing_counts_are_left_out_of_the_interval():
+    # The only object is in one of three images; (2/3)^3 = 30% of the draws leave that image out.
     matches = make_matches([True, False], [0.9, 0.5], [0, 1], num_images=3)
     worse = replace(matches, dt_matched=np.zeros_like(matches.dt_matched))
     result = compare([matches], [worse], ["AP"], num_draws=50)["AP"]
@@ -338,7 +341,7 @@ def test_without_detections_ap_is_zero():
     ],
 )
 @pytest.mark.parametrize("number", [0, 1])
-def test_matches_of_other_data_are_refused(number, change, field):
+def test_matches_from_different_data_are_refused(number, change, field):
     matches = make_matches([True, False], [0.9, 0.8], [0, 2])
     other = [matches, matches]
     other[number] = replace(matches, **change)

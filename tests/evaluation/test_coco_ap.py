@@ -1,4 +1,4 @@
-"""The engine against pycocotools and lvis-api, and boundary AP against its definition."""
+"""The evaluation against pycocotools and lvis-api, and boundary AP against its definition."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def official(content, results, task, max_detections=100, engine=COCOeval):
 
 
 def slow_boundary(mask):
-    """The mask's pixels from which some pixel outside, of the mask or the image, is within d."""
+    """Returns the mask's pixels within distance d of a pixel outside the mask or the image."""
     d = max(round(0.02 * (mask.shape[0] ** 2 + mask.shape[1] ** 2) ** 0.5), 1)
     boundary = np.zeros_like(mask)
     for y, x in np.argwhere(mask):
@@ -63,7 +63,8 @@ def slow_boundary(mask):
 
 
 class SlowBoundaryEval(COCOeval):
-    """pycocotools with IoUs from the definition of boundary AP (arXiv 2103.16562 section 5)."""
+    """pycocotools with IoUs computed by the definition of boundary AP (arXiv 2103.16562, section
+    5)."""
 
     def computeIoU(self, imgId, catId):  # noqa: N802, N803  # as in pycocotools
         ious = super().computeIoU(imgId, catId)
@@ -86,7 +87,7 @@ def assert_equal(evaluation, expected):
     np.testing.assert_allclose(evaluation.precision, precision, atol=1e-9)
     np.testing.assert_allclose(evaluation.recall, recall, atol=1e-9)
     if expected.params.maxDets[-1] != 100:
-        return  # pycocotools' own summary does not see other limits
+        return  # pycocotools' own summary assumes the limit 100
     metrics = evaluation.metrics()
     stats = [100 * x if x > -1 else float("nan") for x in expected.stats[:6]]
     np.testing.assert_allclose([metrics[name] for name in NAMES], stats, atol=1e-6)
@@ -101,7 +102,7 @@ def test_equals_pycocotools(task, seed, tmp_path):
 
 
 @pytest.mark.parametrize("max_detections", [100, 150])
-def test_equals_pycocotools_with_more_detections_than_count(max_detections, tmp_path):
+def test_equals_pycocotools_with_detections_beyond_the_limit(max_detections, tmp_path):
     content, results = make_coco(3, num_classes=1, most_copies=80)
     counts = np.unique([x["image_id"] for x in results], return_counts=True)[1]
     assert counts.max() > max_detections
@@ -115,7 +116,9 @@ def test_boundary_equals_the_definition(seed, tmp_path):
     evaluation = evaluate(write_truth(tmp_path, content), results, "boundary")
     assert_equal(evaluation, official(content, results, "segm", engine=SlowBoundaryEval))
     masks = evaluate(write_truth(tmp_path, content), results, "segm")
-    assert evaluation.metrics()["AP"] < masks.metrics()["AP"] - 1, "or it proves little"
+    assert evaluation.metrics()["AP"] < masks.metrics()["AP"] - 1, (
+        "the two metrics must differ clearly"
+    )
 
 
 def test_boundary_of_a_hand_worked_example():
@@ -125,8 +128,8 @@ def test_boundary_of_a_hand_worked_example():
     assert (boundary.top, boundary.left, boundary.bits.shape) == (10, 0, (10, 10))
     assert boundary.bits.sum() == 100 - 64 and boundary.bits[5, 0] == 1
     shifted = mask_boundary(coco_mask.encode(np.asfortranarray(np.roll(mask, 1, 0))))
-    # Rows 10 to 19 and 11 to 20, 36 pixels each: rows 12 to 18 have both sides in common, and of
-    # the rows 11 and 19 one is a full row of one mask and two pixels of the other.
+    # Rows 10 to 19 and 11 to 20, 36 pixels each. Rows 12 to 18 share both side pixels; in each of
+    # rows 11 and 19, one mask has a full row and the other two pixels.
     expected = (7 * 2 + 2 * 2) / (36 + 36 - 18)
     assert boundary_iou(boundary, shifted) == pytest.approx(expected)
     empty = mask_boundary(coco_mask.encode(np.zeros((40, 30), np.uint8, order="F")))
@@ -134,7 +137,7 @@ def test_boundary_of_a_hand_worked_example():
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm", "boundary"])
-def test_the_saved_matches_make_the_same_ap(task, tmp_path):
+def test_the_saved_matches_give_the_same_ap(task, tmp_path):
     content, results = make_coco(5, most_copies=12)
     evaluation = evaluate(write_truth(tmp_path, content), results, task)
     evaluation.matches().save(tmp_path / "matches.npz")
@@ -157,7 +160,7 @@ def test_the_saved_matches_make_the_same_ap(task, tmp_path):
         np.testing.assert_allclose(precision[places], curve, atol=1e-12)
 
 
-def test_any_ids_work_and_do_not_matter(tmp_path):
+def test_any_ids_are_accepted_and_do_not_change_the_result(tmp_path):
     content, results = make_coco(2)
     expected = evaluate(write_truth(tmp_path, content), results, "segm").metrics()
     names = {x["id"]: f"scene/{x['id']}" for x in content["images"]}
@@ -169,7 +172,7 @@ def test_any_ids_work_and_do_not_matter(tmp_path):
     content["annotations"][0]["id"] = 0
     content["annotations"][1]["id"] = "the second"
     changed = evaluate(write_truth(tmp_path, content), results, "segm").metrics()
-    assert changed["AP50"] == pytest.approx(expected["AP50"], abs=5), "ties are ordered by image"
+    assert changed["AP50"] == pytest.approx(expected["AP50"], abs=5), "other ids only reorder ties"
     assert np.isfinite(changed["AP"])
 
 
@@ -185,7 +188,7 @@ def test_without_detections_ap_is_zero_and_without_objects_nan(tmp_path):
     assert write_truth(tmp_path, content).has_annotations is False
 
 
-def test_an_area_that_the_file_lacks_is_that_of_the_box_or_else_of_the_mask(tmp_path):
+def test_a_missing_area_is_computed_from_the_box_or_else_the_mask(tmp_path):
     content, results = make_coco(1)
     for key, expected in (("bbox", lambda x: x["bbox"][2] * x["bbox"][3]), ("", mask_area)):
         kept = {"id", "image_id", "category_id", "iscrowd", "segmentation", key}
@@ -200,7 +203,7 @@ def mask_area(annotation):
     return int(coco_mask.area(annotation["segmentation"]))
 
 
-def test_detections_of_a_class_that_the_file_lacks_are_left_out(tmp_path):
+def test_detections_of_a_class_not_in_the_file_are_left_out(tmp_path):
     content, results = make_coco(1)
     truth = write_truth(tmp_path, content)
     expected = evaluate(truth, results, "bbox").metrics()
@@ -244,7 +247,7 @@ def test_annotations_that_cannot_be_evaluated_are_refused(change, message, tmp_p
         evaluate(write_truth(tmp_path, content), results, "segm")
 
 
-def test_objects_without_mask_are_missed_and_said(tmp_path, caplog):
+def test_objects_without_a_mask_count_as_missed_and_are_reported(tmp_path, caplog):
     content, results = make_coco(1)
     for x in content["annotations"]:
         x["iscrowd"] = None
@@ -284,7 +287,7 @@ def test_images_and_categories_that_cannot_be_used_are_refused(key, change, mess
 
 
 @pytest.mark.parametrize("limit", [1, 5])
-def test_few_detections_can_be_asked_for(limit, tmp_path):
+def test_the_limit_can_be_lowered(limit, tmp_path):
     content, results = make_coco(3, num_classes=1, most_copies=20)
     evaluation = evaluate(write_truth(tmp_path, content), results, "segm", limit)
     most = np.unique(evaluation.matches().dt_image, return_counts=True)[1].max()
@@ -299,7 +302,8 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path):
 
 
 def make_lvis(seed):
-    """Federated annotations: classes that were not looked for, or not exhaustively, in an image."""
+    """Returns federated annotations: each image has unchecked and not exhaustively annotated
+    classes."""
     content, results = make_coco(seed, num_classes=6, most_copies=9)
     rng = np.random.default_rng(seed)
     for k, category in enumerate(content["categories"]):
@@ -320,7 +324,7 @@ def make_lvis(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_lvis_equals_lvis_api(seed, task, tmp_path, monkeypatch):
     lvis = pytest.importorskip("lvis")
-    monkeypatch.setattr(np, "float", float, raising=False)  # which lvis 0.5.3 still asks for
+    monkeypatch.setattr(np, "float", float, raising=False)  # lvis 0.5.3 still uses it
     content, results = make_lvis(seed)
     truth = write_truth(tmp_path, content, is_lvis=True)
     results = copy.deepcopy(results)
@@ -337,7 +341,7 @@ def test_lvis_equals_lvis_api(seed, task, tmp_path, monkeypatch):
         assert ours[name] == pytest.approx(100 * value if value > -1 else np.nan, nan_ok=True), name
 
 
-def test_matches_of_lvis_make_the_same_ap(tmp_path):
+def test_matches_of_lvis_give_the_same_ap(tmp_path):
     content, results = make_lvis(1)
     evaluation = evaluate(write_truth(tmp_path, content, is_lvis=True), results, "segm")
     matches = evaluation.matches()
@@ -351,14 +355,15 @@ def test_matches_of_lvis_make_the_same_ap(tmp_path):
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 @pytest.mark.parametrize(("name", "limit"), [("coco_photos_val", 100), ("nuclei_val", 400)])
 def test_equals_pycocotools_on_real_annotations(name, limit, task):
-    """Photographs with crowds and polygons; microscopy with hundreds of objects an image."""
+    """Tests photographs with crowds and polygons, and microscopy with hundreds of objects per
+    image."""
     path = SHARED_DATA / name / "annotations.json"
     if not path.is_file():
         pytest.skip(f"{path} is not on this machine")
     content, rng = json.loads(path.read_text()), np.random.default_rng(0)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(path))
-    some = {image["id"] for image in content["images"][::3]}  # pycocotools takes long for all
+    some = {image["id"] for image in content["images"][::3]}  # pycocotools is slow
     results = []
     for annotation in content["annotations"]:
         for _ in range(rng.integers(0, 3) if annotation["image_id"] in some else 0):

@@ -1,4 +1,4 @@
-"""MaskEvaluator: what it takes, returns and writes, in one process and in two."""
+"""MaskEvaluator: inputs, results and output files, in one process and in two."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def register(name, path, content):
 
 @pytest.fixture
 def made(tmp_path):
-    """A registered data set and the outputs of a model on it, by image."""
+    """Yields a registered data set's name and content, and the results of a model on it."""
     content, results = make_coco(7, most_copies=9)
     path = tmp_path / "truth.json"
     path.write_text(json.dumps(content))
@@ -47,7 +47,7 @@ def made(tmp_path):
 
 
 def outputs_of(name, content, results, *, dense=False, mask_scores=False):
-    """Yields inputs and outputs of a model that made these results."""
+    """Yields the inputs and outputs of a model with the given results."""
     classes = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
     by_image = defaultdict(list)
     for result in results:
@@ -91,7 +91,7 @@ def test_boxes_and_masks_equal_detectron2s_evaluator(made, tmp_path):
     assert 0 < ours["boundary"]["AP"] < ours["segm"]["AP"]
 
 
-def test_dense_masks_and_run_lengths_give_the_same(made):
+def test_dense_masks_and_run_lengths_give_the_same_metrics(made):
     results = [evaluate(MaskEvaluator(made[0]), outputs_of(*made, dense=d)) for d in (False, True)]
     assert without_nan(results[0]["boundary"]) == without_nan(results[1]["boundary"])
 
@@ -123,10 +123,12 @@ def test_metrics_and_matches_are_written(made, tmp_path):
         names = MetadataCatalog.get(made[0]).thing_classes
         assert list(by_class) == names and "APs" in by_class[names[0]]
         assert Matches.load(tmp_path / f"matches_{task}.npz").dt_matched.any()
-    assert not list(tmp_path.glob("predictions_*")), "what was evaluated is in the result file"
+    assert not list(tmp_path.glob("predictions_*")), (
+        "the prediction log is removed after the evaluation"
+    )
 
 
-def test_mask_scores_rank_masks_only(made, tmp_path):
+def test_mask_scores_affect_only_the_ranking_of_masks(made, tmp_path):
     plain = evaluate(MaskEvaluator(made[0]), outputs_of(*made))
     evaluator = MaskEvaluator(made[0], output_dir=str(tmp_path))
     scored = evaluate(evaluator, outputs_of(*made, mask_scores=True))
@@ -136,8 +138,8 @@ def test_mask_scores_rank_masks_only(made, tmp_path):
         assert result["mask_score"] == pytest.approx(1 - result["score"])
 
 
-def test_category_ids_that_detectron2_notes_late_are_found(made, tmp_path):
-    """register_coco_instances tells the metadata only when the data set is loaded."""
+def test_category_ids_that_detectron2_registers_late_are_used(made, tmp_path):
+    """register_coco_instances fills in the metadata only when the data set is loaded."""
     name = made[0]
     late = f"late_{name}"
     register_coco_instances(late, {}, str(tmp_path / "truth.json"), "")
@@ -146,12 +148,12 @@ def test_category_ids_that_detectron2_notes_late_are_found(made, tmp_path):
     DatasetCatalog.get(late)
     found = evaluate(evaluator, outputs_of(*made))
     assert found["segm"]["AP"] == pytest.approx(expected["segm"]["AP"])
-    assert found["segm"]["AP"] > 5, "or it proves little"
+    assert found["segm"]["AP"] > 5, "AP must be well above 0"
     DatasetCatalog.remove(late)
     MetadataCatalog.remove(late)
 
 
-def test_a_model_of_masks_on_boxes_alone_is_evaluated_on_boxes(made, tmp_path, caplog):
+def test_without_mask_annotations_only_boxes_are_evaluated(made, tmp_path, caplog):
     content = {**made[1], "annotations": [dict(x) for x in made[1]["annotations"]]}
     for x in content["annotations"]:
         del x["segmentation"]
@@ -160,7 +162,7 @@ def test_a_model_of_masks_on_boxes_alone_is_evaluated_on_boxes(made, tmp_path, c
     assert list(results) == ["bbox"] and "only boxes are evaluated" in caplog.text
 
 
-def test_a_class_called_background_is_refused_before_the_work(made, tmp_path):
+def test_a_class_called_background_is_refused_before_evaluation(made, tmp_path):
     content = {**made[1], "categories": [dict(x) for x in made[1]["categories"]]}
     content["categories"][0]["name"] = "background"
     (tmp_path / "truth.json").write_text(json.dumps(content))
@@ -169,7 +171,7 @@ def test_a_class_called_background_is_refused_before_the_work(made, tmp_path):
 
 
 @pytest.mark.parametrize("tasks", [("segm",), ("boundary",), ("bbox", "boundary")])
-def test_only_the_tasks_that_are_asked_for(made, tasks):
+def test_only_the_requested_tasks_are_evaluated(made, tasks):
     assert tuple(evaluate(MaskEvaluator(made[0], tasks), outputs_of(*made))) == tasks
 
 
@@ -178,30 +180,28 @@ def test_semantic_metrics_on_request(made):
     assert 0 < results["semantic"]["mIoU"] < results["semantic"]["pACC"] <= 100
 
 
-def test_boxes_alone_are_evaluated(made):
+def test_predictions_without_masks_are_evaluated_on_boxes(made):
     pairs = list(outputs_of(*made))
     for _, outputs in pairs:
         outputs[0]["instances"].remove("pred_masks")
     assert list(evaluate(MaskEvaluator(made[0]), pairs)) == ["bbox"]
 
 
-def test_nothing_detected_is_an_ap_of_zero_and_nothing_predicted_none(made, caplog):
+def test_ap_is_zero_without_detections_and_missing_without_predictions(made, caplog):
     results = evaluate(MaskEvaluator(made[0]), outputs_of(made[0], made[1], []))
     assert {task: results[task]["AP"] for task in results} == dict.fromkeys(results, 0)
     assert evaluate(MaskEvaluator(made[0]), []) == {}
     assert "nothing was predicted" in caplog.text
 
 
-def test_a_file_without_annotations_gives_results_and_no_metrics(made, tmp_path):
+def test_a_file_without_annotations_gives_results_but_no_metrics(made, tmp_path):
     path = tmp_path / "truth.json"
     path.write_text(json.dumps({k: v for k, v in made[1].items() if k != "annotations"}))
     assert evaluate(MaskEvaluator(made[0], output_dir=str(tmp_path)), outputs_of(*made)) == {}
     assert len(json.loads((tmp_path / "coco_instances_results.json").read_text())) == len(made[2])
 
 
-def test_images_without_any_object_have_metrics_that_are_no_numbers_as_in_detectron2(
-    made, tmp_path
-):
+def test_without_any_objects_metrics_are_nan_as_in_detectron2(made, tmp_path):
     name, content, _ = made
     (tmp_path / "truth.json").write_text(json.dumps({**content, "annotations": []}))
     ours = MaskEvaluator(name, output_dir=str(tmp_path), semantic_threshold=0.5)
@@ -232,7 +232,7 @@ def test_resuming_after_a_crash_gives_the_same_metrics(made, tmp_path):
         assert without_nan(results[task]) == without_nan(metrics)
 
 
-def test_other_weights_take_up_nothing(made, tmp_path):
+def test_predictions_of_other_weights_are_not_reused(made, tmp_path):
     crashed = MaskEvaluator(made[0], output_dir=str(tmp_path))
     crashed.resume("weights 1")
     crashed.reset()
@@ -250,7 +250,7 @@ def test_other_weights_take_up_nothing(made, tmp_path):
         ("nan", "image 5: the model gave scores that are NaN or infinite"),
     ],
 )
-def test_outputs_that_cannot_be_evaluated_are_refused(made, output, message):
+def test_invalid_outputs_are_refused(made, output, message):
     if isinstance(output, str):
         instances = Instances(HW, pred_boxes=Boxes(torch.zeros(1, 4)))
         instances.scores = torch.tensor([float("nan") if output == "nan" else 0.5])
@@ -268,7 +268,7 @@ def test_unknown_tasks_are_refused(made):
 
 
 def run_rank(rank, folder, queue):
-    """Evaluates every second image on one of two processes."""
+    """Evaluates every second image in one of two processes."""
     init = f"file://{folder}/rendezvous"
     torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
     content, results = make_coco(7, most_copies=9)
@@ -280,7 +280,7 @@ def run_rank(rank, folder, queue):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_give_the_metrics_of_one(made, tmp_path):
+def test_two_processes_give_the_same_metrics_as_one(made, tmp_path):
     context = fork_server()
     queue = context.SimpleQueue()
     torch.multiprocessing.start_processes(
@@ -292,7 +292,7 @@ def test_two_processes_give_the_metrics_of_one(made, tmp_path):
         assert without_nan(results[0][task]) == without_nan(metrics)
 
 
-def test_all_of_300_perfect_detections_count_where_no_limit_is_asked_for(tmp_path):
+def test_all_of_300_perfect_detections_count_without_a_limit(tmp_path):
     masks = np.zeros((300, *HW), np.uint8)
     for k in range(300):
         masks[k, k // 20 * 4 : k // 20 * 4 + 3, k % 20 * 4 : k % 20 * 4 + 3] = 1
@@ -323,11 +323,11 @@ def test_all_of_300_perfect_detections_count_where_no_limit_is_asked_for(tmp_pat
         MetadataCatalog.remove(name)
 
 
-def test_as_many_detections_count_as_a_model_may_return_but_no_fewer_than_cocos():
+def test_the_limit_is_that_of_the_model_but_at_least_cocos():
     assert [counted_detections(k) for k in (-1, -5, 3, 100, 400)] == [-1, -1, 100, 100, 400]
 
 
-def test_ids_of_numpy_are_those_of_python(made, tmp_path):
+def test_numpy_ids_are_accepted(made, tmp_path):
     name, content, results = made
     expected = evaluate(MaskEvaluator(name), outputs_of(name, content, results))
     pairs = [
@@ -339,7 +339,7 @@ def test_ids_of_numpy_are_those_of_python(made, tmp_path):
     del metadata.thing_dataset_id_to_contiguous_id
     metadata.thing_dataset_id_to_contiguous_id = {np.int64(i): k for i, k in mapping.items()}
     found = evaluate(MaskEvaluator(name, output_dir=str(tmp_path / "out")), pairs)
-    assert repr(found) == repr(expected)  # some are nan
+    assert repr(found) == repr(expected)  # nan != nan, so compare as text
 
 
 def test_an_invalid_id_is_reported_with_its_field(made):
@@ -351,7 +351,7 @@ def test_an_invalid_id_is_reported_with_its_field(made):
         evaluator.process([{**inputs[0], "image_id": 1.5}], outputs)
 
 
-def test_json_has_null_for_nan_however_deep():
+def test_nested_nan_becomes_null_in_json():
     found = coco_evaluator.without_nan(
         {"segm": {"AP": float("nan"), "by_size": [1.0, float("nan"), ["x"]]}}
     )

@@ -1,4 +1,4 @@
-"""Contact sheets: masks are drawn with their holes, whatever the image's shape."""
+"""Contact sheets: masks keep their holes, labels hide nothing small, and any image fits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mask_head_plugin.evaluation.contact_sheet import (
 )
 
 
-def test_the_hole_of_a_mask_keeps_the_image():
+def test_the_image_shows_through_the_hole_of_a_mask():
     image = np.zeros((75, 100, 3), np.uint8)
     mask = np.zeros((75, 100), bool)
     mask[15:60, 20:80] = True
@@ -29,7 +29,7 @@ def test_the_hole_of_a_mask_keeps_the_image():
     assert not drawn[5 * 4, 50 * 4].any()
 
 
-def test_classes_have_their_own_colours():
+def test_classes_have_different_colours():
     image, mask = np.zeros((30, 40, 3), np.uint8), np.ones((30, 40), bool)
     colours = {
         tuple(draw_masks(image, [LabelledMask(mask, index, "")])[150, 200]) for index in range(5)
@@ -37,7 +37,7 @@ def test_classes_have_their_own_colours():
     assert len(colours) == 5
 
 
-def test_labels_cover_no_small_objects_and_are_there_where_there_is_room():
+def test_labels_cover_no_small_objects_and_appear_where_there_is_room():
     image = np.full((300, 400, 3), 90, np.uint8)
 
     def drawn(masks, label):
@@ -48,13 +48,13 @@ def test_labels_cover_no_small_objects_and_are_there_where_there_is_room():
         y, x = 20 * (k // 15), 26 * (k % 15)
         crowd[k, y + 3 : y + 11, x + 3 : x + 13] = True
     changed = (drawn(crowd, "crescent 0.98") != drawn(crowd, "")).any(axis=2)
-    assert changed[crowd.any(axis=0)].mean() < 0.01  # there is room for some below the last row
+    assert changed[crowd.any(axis=0)].mean() < 0.01  # a few labels fit below the last row
     few = crowd[[16, 58, 140]]
     changed = (drawn(few, "crescent 0.98") != drawn(few, "")).any(axis=2)
     assert changed.any() and not changed[few.any(axis=0)].any()
 
 
-def test_keypoints_and_other_fields_of_annotations_do_not_matter():
+def test_keypoints_and_other_fields_of_annotations_are_ignored():
     square = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
     plain = {"bbox": [10, 10, 20, 20], "bbox_mode": 1, "category_id": 0, "segmentation": [square]}
     record = {"height": 40, "width": 50}
@@ -81,7 +81,7 @@ def test_any_image_fits_its_tile(height, width, empty):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 12])
-def test_any_number_of_pairs_fills_rows(count):
+def test_any_number_of_pairs_is_arranged_in_rows(count):
     pair = np.zeros((TILE_HW[0], 2 * TILE_HW[1], 3), np.uint8)
     sheet = _arrange([pair] * count, ("left", "right"))
     assert sheet.shape[1] == min(count, NUM_COLUMNS) * (2 * TILE_HW[1] + 12)

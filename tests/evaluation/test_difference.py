@@ -1,4 +1,4 @@
-"""Intervals of differences: Student's t, and how often they hold the truth."""
+"""Intervals of differences: Student's t, and how often they contain the true difference."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mask_head_plugin.evaluation.difference import (
 
 @pytest.mark.parametrize(
     ("probability", "freedom", "expected"),
-    [  # of printed tables
+    [  # from printed tables
         *((0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 4, 2.776), (0.995, 4, 4.604)),
         *((0.975, 10, 2.228), (0.95, 30, 1.697), (0.975, math.inf, 1.960), (0.5, 3, 0.0)),
     ],
 )
-def test_quantiles_are_student_s(probability, freedom, expected):
+def test_quantiles_match_tables_of_student_s_t(probability, freedom, expected):
     assert student_t(probability, freedom) == pytest.approx(expected, abs=6e-4)
 
 
@@ -30,8 +30,8 @@ def constant_over_images(values, num_draws=50):
     return np.repeat(np.array(values, float)[:, None], 1 + num_draws, axis=1)
 
 
-def test_where_images_change_nothing_it_is_welch_s():
-    """By hand: variances 1 and 4 over 3 seeds; error (5/3)^0.5; freedom (5/3)^2 / (17/18)."""
+def test_without_image_noise_the_interval_is_welch_s():
+    """Hand-worked: variances 1 and 4 over 3 seeds; error (5/3)^0.5; freedom (5/3)^2 / (17/18)."""
     variant, baseline = constant_over_images([10, 11, 12]), constant_over_images([4, 6, 8])
     found = difference_of("AP", variant, baseline, num_images=100)
     reach = student_t(0.975, 25 / 9 * 18 / 17) * math.sqrt(5 / 3)
@@ -45,7 +45,7 @@ def test_where_images_change_nothing_it_is_welch_s():
     assert several.high - 5 == pytest.approx(wider) and wider > reach
 
 
-def test_where_seeds_change_nothing_it_is_the_bootstrap_s():
+def test_without_seed_noise_the_interval_is_the_bootstrap_s():
     draws = np.random.default_rng(0).normal(3, 2, 4000)
     variant = np.stack([np.r_[3, draws]] * 3)
     found = difference_of("AP", variant, np.zeros_like(variant), num_images=10**6)
@@ -55,7 +55,7 @@ def test_where_seeds_change_nothing_it_is_the_bootstrap_s():
     )
 
 
-def test_one_seed_has_the_images_alone():
+def test_with_one_seed_the_interval_includes_only_the_images():
     draws = np.random.default_rng(0).normal(3, 2, 400)
     variant = np.r_[3, draws][None]
     found = difference_of("AP", variant, np.zeros_like(variant), num_images=100)
@@ -63,8 +63,8 @@ def test_one_seed_has_the_images_alone():
     assert not found.has_training and math.isnan(found.seed_std)
 
 
-def test_what_a_plan_can_show_is_what_the_study_says_afterwards():
-    """Seeds with a standard deviation of 2 and images with an error of 0.5."""
+def test_the_plan_predicts_the_detectable_difference_of_the_study():
+    """Seeds have a standard deviation of 2, and images an error of 0.5."""
     draws = np.random.default_rng(0).normal(0, 1, 400)
     draws *= 0.5 / draws.std(ddof=1)
     baseline = constant_over_images([8, 10, 12], num_draws=400)
@@ -76,7 +76,7 @@ def test_what_a_plan_can_show_is_what_the_study_says_afterwards():
     assert planned > detectable_difference(4, 2.0, 0.5, num_images=50, num_compared=2)
 
 
-def test_draws_without_anything_that_counts_are_skipped():
+def test_draws_in_which_nothing_counts_are_skipped():
     values = constant_over_images([1, 2])
     values[0, 3] = values[1, 7] = np.nan
     found = difference_of("AP", values, constant_over_images([1, 2]), num_images=9)
@@ -85,10 +85,9 @@ def test_draws_without_anything_that_counts_are_skipped():
     assert math.isnan(nothing.low) and math.isnan(nothing.difference)
 
 
-def test_simulated_studies_hold_the_truth(monkeypatch):
-    """A short version; the benchmark has 500 of each size. Shows that intervals over images alone
-    fail.
-    """
+def test_intervals_of_simulated_studies_contain_the_true_difference(monkeypatch):
+    """Runs a short version of the benchmark, which simulates 500 studies of each size. Intervals
+    over images alone contain the true difference too rarely."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     coverage = load_script("benchmarks/interval_coverage.py")
     row = coverage.simulate(num_seeds=3, num_studies=60, num_images=60, true_difference=0.0)

@@ -1,4 +1,4 @@
-"""Drawn instances: holes stay, neighbours differ, labels stay inside and hide nothing small."""
+"""Drawn instances: holes stay visible, neighbours differ, and labels hide nothing small."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def block(y0, y1, x0, x1, image_hw=(200, 300)):
     return mask
 
 
-def test_a_mask_is_tinted_where_it_is_and_its_hole_keeps_the_image():
+def test_only_the_pixels_of_a_mask_are_tinted_and_holes_keep_the_image():
     mask = block(50, 150, 60, 200)
     mask[80:120, 100:160] = False
     image = np.full((200, 300, 3), 100, np.uint8)
@@ -42,10 +42,10 @@ def test_a_mask_is_tinted_where_it_is_and_its_hole_keeps_the_image():
     assert drawn[70, 70].tolist() == [145, 55, 55]  # 0.55 of the image, 0.45 of the colour
     assert drawn[100, 130].tolist() == drawn[190, 250].tolist() == [100, 100, 100]
     assert drawn[100, 60, 0] > 180 > 20 > drawn[100, 60, 1]  # the outline
-    assert drawn[100, 99, 0] > 180  # and that of the hole
+    assert drawn[100, 99, 0] > 180  # the outline of the hole
 
 
-def test_colours_of_masks_that_overlap_do_not_mix():
+def test_colours_of_overlapping_masks_do_not_mix():
     image = np.full((200, 300, 3), 100, np.uint8)
     rles = [encode(block(20, 180, 20, 280)), encode(block(80, 120, 100, 200))]
     colours = [np.array([200, 0, 0]), np.array([0, 0, 200])]
@@ -53,13 +53,13 @@ def test_colours_of_masks_that_overlap_do_not_mix():
     assert drawn[40, 40].tolist() == [145, 55, 55] and drawn[100, 150].tolist() == [55, 55, 145]
 
 
-def test_pictures_in_grey_leave_colours_to_what_is_drawn():
+def test_pictures_are_converted_to_grey():
     image = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
     grey = drawing.in_grey(image)
     assert (grey == grey[:, :, :1]).all() and grey.std() > 10
 
 
-def test_the_outline_of_a_part_equals_that_of_the_whole_picture():
+def test_the_outline_drawn_on_a_crop_equals_that_on_the_whole_picture():
     mask = block(40, 150, 20, 120) ^ block(60, 90, 30, 70)
     drawn, whole = draw([mask]), np.zeros((200, 300, 3), np.uint8)
     colour = instance_colour(0)
@@ -68,7 +68,7 @@ def test_the_outline_of_a_part_equals_that_of_the_whole_picture():
     assert np.array_equal(drawn[40:], whole[40:])  # below the label
 
 
-def test_neighbours_differ_and_a_small_instance_is_not_hidden_by_a_large_one():
+def test_a_small_instance_stays_visible_on_a_large_one_and_neighbours_differ():
     drawn = draw([block(80, 100, 80, 100), block(60, 190, 40, 250), block(60, 190, 250, 290)])
     assert len({tuple(drawn[y, x]) for y, x in ((90, 90), (150, 150), (150, 270))}) == 3
     assert np.abs(drawn[90, 80] - instance_colour(0)).max() < 30  # its outline
@@ -101,7 +101,7 @@ def test_labels_stay_inside_any_picture(data, height, width):
     draw([block(y0, y1, x0, x1, (height, width))], [text])
 
 
-def test_a_label_covers_the_pixels_that_its_spot_says():
+def test_a_label_covers_exactly_the_pixels_of_its_spot():
     canvas = np.full((100, 200, 3), 7, np.uint8)
     style = LabelStyle(0.5, 2)
     spot = next(drawing._label_spots("x 0.93", (50, 60, 90, 90), style, canvas))
@@ -124,17 +124,17 @@ def test_a_label_that_would_hide_small_instances_is_left_out(monkeypatch):
     assert labels_drawn(monkeypatch, [crowd[200]]) == ["label 0"]
 
 
-def test_labels_do_not_overlap_and_give_way_to_the_first(monkeypatch):
+def test_labels_do_not_overlap_and_the_first_ones_win(monkeypatch):
     same = [block(50, 150, 60, 200)] * 5
     assert labels_drawn(monkeypatch, same) == ["label 0", "label 1", "label 2"]
 
 
 @pytest.mark.parametrize("image_hw", [(1, 1), (1, 500), (3000, 4000)])
-def test_lines_grow_with_the_image(image_hw):
+def test_lines_get_thicker_on_large_images(image_hw):
     scale, thickness = drawing._line_size(*image_hw)
     assert thickness == (3 if image_hw == (3000, 4000) else 1) and scale >= 0.35
 
 
-def test_contact_sheets_use_the_same_drawing():
+def test_contact_sheets_use_the_shared_drawing_functions():
     source = (ROOT / "mask_head_plugin" / "evaluation" / "contact_sheet.py").read_text()
     assert "findContours" not in source and "tint_mask(" in source

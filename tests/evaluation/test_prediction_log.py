@@ -1,4 +1,4 @@
-"""Predictions on disk: a crash loses nothing that was written, and nothing foreign is taken up."""
+"""The log of predictions: a crash loses no written prediction, and no foreign ones are reused."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def write(folder, fingerprint, image_ids, *, name="val", rank=0):
     return log
 
 
-def test_predictions_are_on_disk_before_the_log_is_closed(tmp_path):
+def test_each_prediction_is_on_disk_before_the_log_is_closed(tmp_path):
     write(tmp_path, "abc", [1, "x/2"])
     (path,) = tmp_path.glob("predictions_val.abc.rank0.jsonl")
     assert [json.loads(line)["image_id"] for line in path.read_text().splitlines()] == [1, "x/2"]
 
 
-def test_an_interrupted_evaluation_is_taken_up(tmp_path):
+def test_an_interrupted_evaluation_resumes(tmp_path):
     write(tmp_path, "abc", [1, 2])
     write(tmp_path, "abc", [3], rank=1)
     log = PredictionLog(tmp_path, "val", "abc", 0)
@@ -34,10 +34,12 @@ def test_an_interrupted_evaluation_is_taken_up(tmp_path):
     log.append(4, results_of(4))
     assert [x["image_id"] for x in merge_lines(log.lines())] == [1, 2, 3, 4]
     assert PredictionLog(tmp_path, "val", "abc", 0).finished == {1, 2, 3, 4}
-    assert PredictionLog(tmp_path, "val", "abc", 1).lines() == [], "the first process has them"
+    assert PredictionLog(tmp_path, "val", "abc", 1).lines() == [], (
+        "only the first process returns the old predictions"
+    )
 
 
-def test_a_line_that_was_cut_off_is_predicted_again(tmp_path):
+def test_an_image_with_a_truncated_line_is_predicted_again(tmp_path):
     write(tmp_path, "abc", [1, 2]).close()
     path = tmp_path / "predictions_val.abc.rank0.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
@@ -49,7 +51,7 @@ def test_a_line_that_was_cut_off_is_predicted_again(tmp_path):
     assert PredictionLog(tmp_path, "val", "abc", 0).finished == {1, 2}
 
 
-def test_other_fingerprints_are_deleted_and_other_data_sets_stay(tmp_path):
+def test_logs_with_other_fingerprints_are_deleted_and_other_data_sets_kept(tmp_path):
     write(tmp_path, "old", [1])
     write(tmp_path, "old", [1], name="val_2")
     log = PredictionLog(tmp_path, "val", "new", 0)
@@ -59,7 +61,7 @@ def test_other_fingerprints_are_deleted_and_other_data_sets_stay(tmp_path):
     assert names == {"predictions_val.new.rank0.jsonl", "predictions_val_2.old.rank0.jsonl"}
 
 
-def test_files_that_other_processes_have_opened_stay(tmp_path):
+def test_a_log_that_another_process_has_open_is_kept(tmp_path):
     for fingerprint in ("", "abc"):
         second = write(tmp_path, fingerprint, [2], rank=1)
         first = PredictionLog(tmp_path, "val", fingerprint, 0)
@@ -69,7 +71,7 @@ def test_files_that_other_processes_have_opened_stay(tmp_path):
         assert len(path.read_text().splitlines()) == 2
 
 
-def test_without_a_fingerprint_every_start_is_a_new_one(tmp_path):
+def test_without_a_fingerprint_every_start_is_from_scratch(tmp_path):
     log = write(tmp_path, "", [1, 2])
     log.start()
     log.append(3, results_of(3))
@@ -79,7 +81,7 @@ def test_without_a_fingerprint_every_start_is_a_new_one(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_image_that_is_there_twice_counts_once():
+def test_an_image_that_occurs_twice_counts_once():
     lines = [json.dumps({"image_id": k, "results": results_of(k)}) for k in (1, 2, 1)]
     assert [x["image_id"] for x in merge_lines(lines)] == [1, 2]
 

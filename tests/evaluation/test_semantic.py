@@ -1,4 +1,4 @@
-"""Semantic metrics: maps by hand and against loops over pixels, metrics against detectron2's."""
+"""Semantic maps against hand-worked ones and loops over pixels; metrics against detectron2's."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def slow_ground_truth_map(masks, classes, crowds, hw):
 
 @st.composite
 def labelled_masks(draw):
-    """A size, masks of that size as lists of bool, and a class and an integer for each."""
+    """Draws a size, masks of that size as lists of bool, and a class and an integer per mask."""
     height, width = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     row = st.lists(st.booleans(), min_size=width, max_size=width)
     mask = st.lists(row, min_size=height, max_size=height)
@@ -129,7 +129,7 @@ def test_ground_truth_map_equals_a_loop_over_pixels(labelled):
     assert actual.tolist() == slow_ground_truth_map(masks, classes, crowds, hw)
 
 
-def test_the_best_score_is_on_top_wherever_it_stands_in_the_list():
+def test_the_best_score_is_on_top_regardless_of_order():
     rles = [
         encode(rectangle(0, 0, 2, 4)),
         encode(rectangle(1, 0, 2, 4)),
@@ -138,23 +138,23 @@ def test_the_best_score_is_on_top_wherever_it_stands_in_the_list():
     assert semantic_map(rles, [0, 1, 2], [0.6, 0.9, 0.7], HW, 0.5).tolist() == [[1, 2, 2, 3, 0]] * 4
 
 
-def test_of_equal_scores_the_first_is_on_top():
+def test_the_first_of_equal_scores_is_on_top():
     rles = [encode(rectangle(0, 0, 3, 4)), encode(rectangle(2, 0, 2, 4))]
     assert semantic_map(rles, [1, 0], [0.5, 0.5], HW, 0.5).tolist() == [[2, 2, 2, 1, 0]] * 4
 
 
-def test_a_score_that_equals_the_threshold_is_kept_and_one_below_is_not():
+def test_the_threshold_is_inclusive():
     rles = [encode(rectangle(0, 0, 1, 4)), encode(rectangle(1, 0, 1, 4))]
     scores = [0.7, math.nextafter(0.7, 0)]
     assert semantic_map(rles, [0, 1], scores, HW, 0.7).tolist() == [[1, 0, 0, 0, 0]] * 4
 
 
-def test_nothing_gives_background():
+def test_no_detections_or_annotations_give_background():
     assert semantic_map([], [], [], HW, 0.5).tolist() == [[0] * 5] * 4
     assert map_of([]) == [[0] * 5] * 4
 
 
-def test_every_form_of_segmentation_gives_its_pixels():
+def test_every_form_of_segmentation_is_decoded():
     mask = rectangle(1, 0, 3, 2) | rectangle(0, 3, 2, 1)
     forms = [
         [polygon(1, 0, 3, 2), polygon(0, 3, 2, 1)],
@@ -166,7 +166,7 @@ def test_every_form_of_segmentation_gives_its_pixels():
     assert [map_of([annotate(form, 7)]) for form in forms] == [expected] * 4
 
 
-def test_the_smaller_mask_is_on_top_in_either_order_and_of_equal_ones_the_later():
+def test_the_smaller_mask_is_on_top_and_of_equal_sizes_the_later():
     large, small = annotate([polygon(0, 0, 3, 4)], 11), annotate([polygon(2, 0, 2, 4)], 7)
     assert map_of([large, small]) == map_of([small, large]) == [[1, 1, 2, 2, 0]] * 4
     equal = annotate([polygon(1, 0, 3, 4)], 30)
@@ -174,13 +174,13 @@ def test_the_smaller_mask_is_on_top_in_either_order_and_of_equal_ones_the_later(
     assert map_of([equal, large]) == [[1, 1, 1, 3, 0]] * 4
 
 
-def test_size_is_counted_in_pixels_and_not_taken_from_the_file():
+def test_size_is_counted_in_pixels_and_not_read_from_the_file():
     large = annotate([polygon(0, 0, 3, 4)], 11, area=1)
     small = annotate([polygon(2, 0, 2, 4)], 7, area=99)
     assert map_of([small, large]) == [[1, 1, 2, 2, 0]] * 4
 
 
-def test_crowd_pixels_are_ignored_but_for_those_of_an_ordinary_instance():
+def test_crowd_pixels_are_ignored_except_where_an_ordinary_object_is():
     crowd = annotate(encode_uncompressed(rectangle(2, 0, 2, 4)), 11, iscrowd=1)
     ordinary = annotate([polygon(0, 0, 3, 4)], 7, iscrowd=0)
     for items in ([crowd, ordinary], [ordinary, crowd]):
@@ -188,13 +188,13 @@ def test_crowd_pixels_are_ignored_but_for_those_of_an_ordinary_instance():
 
 
 @pytest.mark.parametrize("segmentation", [[], [[1, 1, 3, 3]], [[0, 0, 3, 0, 3, 4, 0]], None])
-def test_a_segmentation_that_encloses_nothing_covers_nothing(segmentation):
+def test_a_segmentation_without_area_covers_nothing(segmentation):
     assert map_of([annotate(segmentation)]) == [[0] * 5] * 4
     if segmentation:
         assert map_of([annotate([*segmentation, polygon(0, 0, 1, 4)])]) == [[1, 0, 0, 0, 0]] * 4
 
 
-def test_rles_that_do_not_fit_are_refused():
+def test_rles_of_the_wrong_size_are_refused():
     wrong = encode(rectangle(0, 0, 1, 1, (5, 4)))
     with pytest.raises(ValueError, match=r"RLE has the size \(5, 4\), the image \(4, 5\)"):
         semantic_map([wrong], [0], [0.1], HW, 0.5)
@@ -214,20 +214,20 @@ def test_an_unknown_category_is_refused():
         map_of([annotate([polygon(0, 0, 2, 2)], 8)])
 
 
-def test_confusion_counts_pairs_with_the_truth_in_rows_and_without_ignored_pixels():
+def test_confusion_has_the_truth_in_rows_and_skips_ignored_pixels():
     truth = np.array([[0, 1, 1], [2, IGNORED, 2]], np.int32)
     predicted = np.array([[0, 1, 2], [2, 1, 0]], np.int32)
     actual = confusion_matrix(truth, predicted, 2)
     assert actual.tolist() == [[1, 0, 0], [0, 1, 1], [1, 0, 1]] and actual.dtype == np.int64
 
 
-def test_confusion_of_ignored_or_no_pixels_is_zero():
+def test_confusion_of_only_ignored_or_no_pixels_is_zero():
     for truth in (np.full((2, 3), IGNORED, np.int32), np.zeros((0, 3), np.int32)):
         assert confusion_matrix(truth, np.zeros_like(truth), 2).tolist() == [[0] * 3] * 3
 
 
 @pytest.mark.parametrize("values", [(3, 0), (-2, 0), (0, 3), (0, -1)])
-def test_confusion_refuses_values_that_are_no_class(values):
+def test_confusion_refuses_values_that_are_not_classes(values):
     truth, predicted = (np.full((1, 1), value, np.int32) for value in values)
     with pytest.raises(ValueError, match=("truth" if values[0] else "predicted") + " has other"):
         confusion_matrix(truth, predicted, 2)
@@ -238,8 +238,8 @@ def test_confusion_refuses_maps_of_different_shape():
         confusion_matrix(np.zeros((2, 3), np.int32), np.zeros((3, 2), np.int32), 1)
 
 
-def test_metrics_of_a_matrix_by_hand():
-    """Background: 6 of 8 found, 1 wrong; cat: 1 of 2, 2 wrong; dog: nowhere true, once found."""
+def test_metrics_of_a_hand_worked_matrix():
+    """Background: 6 of 8 found, 1 wrong. Cat: 1 of 2 found, 2 wrong. Dog: none true, 1 wrong."""
     confusion = np.array([[6, 1, 1], [1, 1, 0], [0, 0, 0]])
     actual = semantic_metrics(confusion, ["cat", "dog"])
     expected = {
@@ -260,7 +260,7 @@ def test_metrics_of_a_matrix_by_hand():
 
 @pytest.fixture(scope="module")
 def stock_metrics():
-    """A function that lets SemSegEvaluator work on maps, without files."""
+    """Yields a function that runs detectron2's SemSegEvaluator on maps in memory."""
     name, maps = "semantic_maps_in_memory", {}
     names = ["background", *NAMES]
     DatasetCatalog.register(name, lambda: [{"file_name": "image", "sem_seg_file_name": "truth"}])
@@ -301,7 +301,7 @@ def test_metrics_equal_those_of_sem_seg_evaluator(stock_metrics, seed, num_true,
     assert actual == pytest.approx(expected, nan_ok=True)
 
 
-def test_metrics_without_a_pixel_are_nan_and_warn_of_nothing():
+def test_metrics_without_pixels_are_nan_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert all(map(math.isnan, semantic_metrics(np.zeros((2, 2), np.int64), ["cat"]).values()))
@@ -319,7 +319,7 @@ def test_names_that_collide_or_do_not_fit_are_refused():
 
 
 def build_coco(annotations_of, load=COCO):
-    """A COCO of images of HW with the given annotations of each image id."""
+    """Builds a COCO object with images of size HW and the given annotations by image id."""
     annotations = [
         {"id": 100 * image_id + i, "image_id": image_id, "area": 1, "bbox": [0, 0, 1, 1], **item}
         for image_id, items in annotations_of.items()
@@ -350,8 +350,8 @@ def load_faster_coco():
 
 
 @pytest.mark.parametrize("load", [COCO, load_faster_coco])
-def test_an_evaluation_by_hand(load):
-    """Image 1 has a cat of 8 pixels, found with 4 more of a dog; image 2 a dog, not found."""
+def test_a_hand_worked_evaluation(load):
+    """Image 1: a cat of 8 pixels, found, and 4 false pixels of a dog. Image 2: a dog, missed."""
     truth = {1: [annotate([polygon(0, 0, 2, 4)], 11)], 2: [annotate([polygon(0, 0, 1, 4)], 7)]}
     results = [
         detect(rectangle(2, 0, 1, 4), 7, 0.6),
@@ -368,7 +368,7 @@ def test_an_evaluation_by_hand(load):
     assert math.isnan(actual["IoU-tree"])
 
 
-def test_ground_truth_as_results_is_perfect_and_crowds_do_not_count():
+def test_ground_truth_given_as_results_scores_100_and_crowds_do_not_count():
     coco = build_coco(
         {
             1: [
@@ -390,7 +390,7 @@ def test_ground_truth_as_results_is_perfect_and_crowds_do_not_count():
     }
 
 
-def test_a_mask_score_stands_in_for_the_score():
+def test_a_mask_score_replaces_the_score():
     coco = build_coco({1: [annotate([polygon(0, 0, 5, 4)], 11)]})
     whole = rectangle(0, 0, 5, 4)
     dog = detect(whole, 7, 0.9)
@@ -400,16 +400,16 @@ def test_a_mask_score_stands_in_for_the_score():
     assert evaluate(coco, [detect(whole, 11, 0.9, mask_score=0.4)], [1])["pACC"] == 0
 
 
-def test_no_detections_leave_background():
+def test_without_detections_everything_is_background():
     actual = evaluate(build_coco({1: [annotate([polygon(0, 0, 5, 2)], 11)], 2: []}), [], [1, 2])
     assert (actual["pACC"], actual["IoU-background"], actual["IoU-cat"]) == (75, 75, 0)
 
 
-def test_no_images_give_nan():
+def test_without_images_metrics_are_nan():
     assert all(map(math.isnan, evaluate(build_coco({1: []}), [], []).values()))
 
 
-def test_an_rle_of_another_size_names_its_image():
+def test_an_error_about_an_rle_of_the_wrong_size_names_the_image():
     coco, wrong = build_coco({5: [], 6: []}), rectangle(0, 0, 1, 1, (5, 4))
     for score in (0.9, 0.1):
         with pytest.raises(ValueError, match=r"image 6: an RLE has the size \(5, 4\)"):
@@ -426,13 +426,13 @@ def test_unknown_ids_are_refused():
         evaluate(coco, [detect(rectangle(0, 0, 1, 1), 8, 0.9)], [1])
 
 
-def test_a_class_beyond_the_names_is_refused():
+def test_a_class_without_a_name_is_refused():
     coco = build_coco({1: [annotate([polygon(0, 0, 2, 2)], 30)]})
     with pytest.raises(ValueError, match="image 1: truth has other values"):
         evaluate_semantic(coco, [], [1], CONTIGUOUS_ID, ["cat", "dog"], 0.5)
 
 
-def test_only_many_images_show_progress(capsys):
+def test_progress_is_shown_only_for_many_images(capsys):
     coco = build_coco({i: [] for i in range(1, FEW_IMAGES + 2)})
     evaluate(coco, [], list(coco.imgs)[:FEW_IMAGES])
     assert capsys.readouterr().err == ""
@@ -440,7 +440,7 @@ def test_only_many_images_show_progress(capsys):
     assert "semantic maps" in capsys.readouterr().err
 
 
-def test_one_mask_is_decoded_at_a_time(monkeypatch):
+def test_masks_are_decoded_one_at_a_time(monkeypatch):
     kinds = []
 
     def decode(rle):

@@ -25,7 +25,7 @@ def avx2(monkeypatch):
 
 
 class LayoutsOfWeightGradients(TorchDispatchMode):
-    """Records whether each weight gradient was taken from contiguous maps."""
+    """Records whether each weight gradient was computed from contiguous maps."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ def weight_gradients_are_contiguous(conv, channels=16, side=128, **to):
     return contiguous
 
 
-def test_only_large_maps_under_3_x_3_kernels_are_copied(monkeypatch):
+def test_maps_are_copied_only_if_large_and_for_3_x_3_kernels(monkeypatch):
     off = {"enabled": False}
     large = Conv2d(16, 8, 3, padding=1)
     assert weight_gradients_are_contiguous(large, **off)
@@ -55,14 +55,16 @@ def test_only_large_maps_under_3_x_3_kernels_are_copied(monkeypatch):
     assert not weight_gradients_are_contiguous(large, side=127, **off)
     assert not weight_gradients_are_contiguous(Conv2d(16, 8, 1), **off)
     assert not weight_gradients_are_contiguous(Conv2d(16, 16, 3, groups=16), **off)
-    assert not weight_gradients_are_contiguous(large, enabled=True)  # oneDNN's bfloat16 kernels
+    assert not weight_gradients_are_contiguous(
+        large, enabled=True
+    )  # bfloat16 uses oneDNN's kernels
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert not weight_gradients_are_contiguous(large, **off)
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "weight", "bias", "x"])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_results_and_gradients_equal_those_of_an_ordinary_convolution(frozen, stride):
+def test_results_and_gradients_equal_an_ordinary_convolution(frozen, stride):
     torch.manual_seed(0)
     more = {"padding": 2, "dilation": 2, "norm": nn.GroupNorm(2, 4), "activation": nn.ELU()}
     ordinary = Conv2d(16, 4, 3, stride=stride, **more)
@@ -103,7 +105,7 @@ def test_a_model_has_the_same_losses_gradients_and_state(monkeypatch):
         assert relative_error(new_gradients[name], gradient) < 2e-3
 
 
-def test_gradients_have_gradients(monkeypatch):
+def test_second_derivatives_are_correct(monkeypatch):
     monkeypatch.setattr(channels_last, "MIN_ELEMENTS", 1)
     weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     x = torch.randn(1, 3, 4, 5, dtype=torch.float64, requires_grad=True)
@@ -113,7 +115,7 @@ def test_gradients_have_gradients(monkeypatch):
     )
 
 
-def test_evaluation_runs_traces_and_scripts_as_before():
+def test_evaluation_tracing_and_scripting_still_work():
     conv = nn.Sequential(Conv2d(16, 4, 3, padding=1)).eval()
     x = torch.randn(1, 16, 128, 128)
     expected = conv(x)
@@ -127,7 +129,7 @@ def test_evaluation_runs_traces_and_scripts_as_before():
         assert torch.equal(scripted(x), conv(x)) and torch.equal(traced(x), conv(x))
 
 
-def test_what_detectron2_runs_runs_still():
+def test_inputs_that_only_detectron2_supports_still_work():
     conv = nn.Sequential(Conv2d(16, 4, 3, padding="same"), Conv2d(4, 16, 3, padding=1))
     x = torch.randn(2, 16, 128, 128)
     expected = conv(x)
@@ -153,7 +155,7 @@ def test_functional_gradients_are_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True)])
-def test_only_gpus_with_tensor_cores_for_float32_take_channels_last(
+def test_only_gpus_with_tensor_cores_for_float32_use_channels_last(
     capability, expected, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)

@@ -1,4 +1,4 @@
-"""torch.compile puts the mask head with its losses, and the pooler, into one graph each."""
+"""torch.compile captures the mask head with its losses, and the pooler, as one graph each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPE = ShapeSpec(channels=4, height=7, width=7)
 
 
 class HeadAndLoss(nn.Module):
-    """What the head does with tensors, without detectron2's Instances and logs."""
+    """The tensor operations of the head, without detectron2's Instances and logging."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -35,11 +35,11 @@ class HeadAndLoss(nn.Module):
 
 
 @pytest.mark.parametrize("name", [name for name, _ in MASK_LOSS_REGISTRY])
-def test_the_mask_head_with_its_loss_is_one_graph(name):
-    torch._dynamo.reset()  # it compiles a function for a limited number of modules
+def test_the_mask_head_and_its_loss_compile_to_one_graph(name):
+    torch._dynamo.reset()  # it limits how often a function is recompiled
     module = HeadAndLoss(name)
     inputs = torch.randn(5, 4, 7, 7), torch.randint(0, 3, (5,)), torch.rand(5, 14, 14) > 0.5
-    compiled = torch.compile(module, backend="eager", fullgraph=True)  # raises at a break
+    compiled = torch.compile(module, backend="eager", fullgraph=True)  # raises at a graph break
     expected, actual = module(*inputs), compiled(*inputs)
     torch.testing.assert_close(actual, expected)
     weight = module.head.predictor.weight
@@ -51,7 +51,7 @@ def test_the_mask_head_with_its_loss_is_one_graph(name):
     ("pooler_type", "reduction"),
     [*((name, "mean") for name in POOLER_TYPES), ("ROIAlignV2", "max")],
 )
-def test_the_pooler_is_one_graph_with_the_same_gradients(pooler_type, reduction):
+def test_the_pooler_compiles_to_one_graph_with_the_same_gradients(pooler_type, reduction):
     torch._dynamo.reset()
     pooler = MultiLevelRoIPooler(3, [1 / 4, 1 / 8], 2, pooler_type, 16, 2, reduction)
     maps = [torch.randn(2, 4, side, side, requires_grad=True) for side in (16, 8)]
@@ -61,7 +61,7 @@ def test_the_pooler_is_one_graph_with_the_same_gradients(pooler_type, reduction)
     def pool(maps, boxes):
         return pooler(maps, [Boxes(boxes[:2]), Boxes(boxes[2:])])
 
-    compiled = torch.compile(pool, backend="aot_eager", fullgraph=True)  # raises at a break
+    compiled = torch.compile(pool, backend="aot_eager", fullgraph=True)  # raises at a graph break
     expected, actual = pool(maps, boxes), compiled(maps, boxes)
     torch.testing.assert_close(actual, expected)
     inputs = [*maps, boxes] if pooler_type == "PrROIPool" else maps
@@ -70,14 +70,14 @@ def test_the_pooler_is_one_graph_with_the_same_gradients(pooler_type, reduction)
     torch.testing.assert_close(*gradients)
 
 
-def test_the_operator_of_graphs_follows_the_rules_of_operators():
+def test_the_custom_operator_passes_opcheck():
     rois = torch.tensor([[0, 1.0, 2, 9, 12], [0, 3, 3, 20, 10]])
     maps = [torch.randn(1, 2, side, side, requires_grad=True) for side in (8, 4)]
     levels, options = torch.tensor([0, 1]), ("roi_align", 0, True, "mean")
     torch.library.opcheck(pool_rois, (maps, rois, levels, [3, 2], [0.25, 0.125], *options))
 
 
-def test_mask_targets_are_one_graph():
+def test_mask_targets_compile_to_one_graph():
     torch._dynamo.reset()
     bit_masks, corners = torch.rand(5, 20, 30) > 0.5, torch.rand(5, 2) * 10
     boxes = torch.cat([corners, corners + 1 + torch.rand(5, 2) * 20], dim=1)

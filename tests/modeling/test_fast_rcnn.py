@@ -1,4 +1,4 @@
-"""The class-selective box predictor against detectron2's with the same parameters."""
+"""The class-selective box predictor compared with detectron2's, with the same parameters."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_losses_and_gradients_equal_stock(counts, num_objects, loss_type):
         assert stock.bbox_pred.weight.grad.abs().max() > 0
 
 
-def test_boxes_in_training_equal_stock():
+def test_predicted_boxes_in_training_equal_stock():
     ours, stock = make_twins()
     proposals, features = make_proposals((6, 3), 6), torch.randn(9, WIDTH, dtype=torch.float64)
     for method in ("predict_boxes_for_gt_classes", "predict_boxes"):
@@ -73,7 +73,9 @@ def test_boxes_in_training_equal_stock():
         assert relative_error(actual, expected) <= 1e-12, method
 
 
-@pytest.mark.parametrize("num_classes", [3, NUM_CLASSES])  # 4 x 3 deltas are as many as features
+@pytest.mark.parametrize(
+    "num_classes", [3, NUM_CLASSES]
+)  # 4 x 3 deltas equal the number of features
 def test_losses_in_evaluation_mode_equal_stock(num_classes):
     ours, stock = (x.eval() for x in make_twins(num_classes=num_classes))
     proposals, features = make_proposals((6,), 3), torch.randn(6, WIDTH, dtype=torch.float64)
@@ -83,14 +85,14 @@ def test_losses_in_evaluation_mode_equal_stock(num_classes):
     assert losses[0] == losses[1]
 
 
-def test_inference_is_that_of_detectron2():
+def test_inference_equals_detectron2():
     ours, stock = make_twins()
     features = torch.randn(9, WIDTH, dtype=torch.float64)
     for actual, expected in zip(ours.eval()(features), stock.eval()(features), strict=True):
         assert torch.equal(actual, expected)
 
 
-def test_class_agnostic_single_class_and_foreign_predictors_stay_as_they_are():
+def test_class_agnostic_single_class_and_foreign_predictors_are_not_replaced():
     class Foreign(FastRCNNOutputLayers):
         pass
 
@@ -102,7 +104,7 @@ def test_class_agnostic_single_class_and_foreign_predictors_stay_as_they_are():
     assert type(make_class_selective(foreign)) is Foreign
 
 
-def test_roi_heads_start_from_the_weights_that_detectron2_would_draw():
+def test_roi_heads_get_the_same_initial_weights_as_detectron2():
     cfg = small_config("Base-MaskRCNN-FPN.yaml")
     shapes = {f"p{k}": ShapeSpec(channels=16, stride=2**k) for k in range(2, 6)}
     weights = []

@@ -1,4 +1,4 @@
-"""Traces, scripts, ONNX files and exports of the plugin are right for other images than theirs.
+"""Traces, scripts, ONNX files and exports of the plugin give correct results for other images.
 
 Shape alphabet: R RoIs.
 """
@@ -58,11 +58,11 @@ def make_image(height, width):
 
 @functools.cache
 def make_model(name):
-    """Returns a model that finds another number of objects in each image, in one of them none."""
+    """Returns a model that finds a different number of objects in each image, including none."""
     limits = "MODEL.RPN.POST_NMS_TOPK_TEST", "60", "TEST.DETECTIONS_PER_IMAGE", "20"
     model = build_model(small_config(*MODELS[name], *limits)).eval()
     generator = torch.Generator().manual_seed(0)
-    model.pixel_std *= 100  # untrained layers would let activations grow
+    model.pixel_std *= 100  # keeps activations of untrained layers small
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "predictor" in key:
@@ -82,7 +82,7 @@ def detect(model, *images):
 
 
 def detect_and_paste(model, image):
-    """Masks of the image's size."""
+    """Returns detections with masks of the image's size."""
     size = {"height": image.shape[1], "width": image.shape[2]}
     return model.inference([{"image": image, **size}])[0]["instances"]
 
@@ -116,7 +116,7 @@ def trace(model, images, infer):
     ("name", "infer"), [("FPN", detect_and_paste), *((name, detect) for name in MODELS)]
 )
 @torch.no_grad()
-def test_a_trace_is_right_for_other_images(name, infer):
+def test_a_trace_works_for_other_images(name, infer):
     model = make_model(name)
     traced = trace(model, (make_image(80, 100),), infer)
     for hw in IMAGE_HWS:
@@ -124,7 +124,7 @@ def test_a_trace_is_right_for_other_images(name, infer):
 
 
 @torch.no_grad()
-def test_a_trace_of_two_images_gives_each_its_masks():
+def test_a_trace_of_two_images_returns_masks_for_each():
     model = make_model("FPN")
     traced = trace(model, (make_image(80, 100), make_image(60, 90)), detect)
     for first, second in itertools.pairwise(IMAGE_HWS):
@@ -135,7 +135,7 @@ def test_a_trace_of_two_images_gives_each_its_masks():
 
 @pytest.mark.parametrize("name", ["scoring", "MLP", "ROIWarp"])
 @torch.no_grad()
-def test_onnx_is_right_for_other_images(name):
+def test_onnx_works_for_other_images(name):
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     model, image, file = make_model(name), make_image(80, 100), io.BytesIO()
@@ -155,7 +155,7 @@ def test_onnx_is_right_for_other_images(name):
 
 @pytest.mark.parametrize("meta_architecture", ["MaskRCNN", "GeneralizedRCNN"])
 @torch.no_grad()
-def test_a_script_is_right_for_other_images(meta_architecture):
+def test_a_script_works_for_other_images(meta_architecture):
     model = copy.deepcopy(make_model("FPN"))
     if meta_architecture == "GeneralizedRCNN":
         model.__class__ = GeneralizedRCNN
@@ -171,7 +171,7 @@ def test_a_script_is_right_for_other_images(meta_architecture):
         check_same(convert_scripted_instances(actual), instances)
 
 
-def test_scripting_leaves_the_model_as_it_is():
+def test_scripting_does_not_change_the_model():
     model = copy.deepcopy(make_model("C4"))
     to_channels_last(model)
     types = [type(module) for module in model.modules()]
@@ -191,7 +191,7 @@ def test_scripting_leaves_the_model_as_it_is():
         ("ROIWarp", r"POOLER_TYPE ROIWarp with POOLER_REDUCTION mean cannot be scripted"),
     ],
 )
-def test_what_detectron2_cannot_compute_is_not_scripted(module, message):
+def test_options_that_detectron2_cannot_compute_are_refused_by_scripting(module, message):
     model = build_model(small_config(*MODELS[module])).eval()
     with pytest.raises(ValueError, match=message):
         scripting_with_instances(model, FIELDS)
@@ -223,7 +223,7 @@ DYNAMIC = torch.export.Dim.DYNAMIC
 
 @pytest.mark.parametrize("pooler_type", ["ROIAlignV2", "ROIWarp", "ROIPool"])
 def test_torch_export_pools_any_number_of_boxes(pooler_type):
-    """detectron2's pooler is exported for its example's number of boxes alone."""
+    """detectron2's pooler is exported with the number of boxes of its example fixed."""
     module = PoolerOnTensors(MultiLevelRoIPooler(7, (1 / 4, 1 / 8), 0, pooler_type, 32, 3))
 
     def make_inputs(height, width, *counts):

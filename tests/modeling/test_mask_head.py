@@ -1,4 +1,4 @@
-"""The mask heads: selected prediction equals dense prediction, logging, loss terms."""
+"""The mask heads: selected prediction equals dense prediction; logging and loss terms."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def test_selected_rows_of_a_linear_layer_equal_dense_prediction(classes, width):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("cls_agnostic", [False, True])
 @pytest.mark.parametrize("make", [make_head, make_mlp])
-def test_whole_head_equals_its_dense_form(make, cls_agnostic, dtype, num_instances):
-    """Loss, gradient of every weight, and inference; repeated and absent classes."""
+def test_each_head_equals_its_dense_form(make, cls_agnostic, dtype, num_instances):
+    """Compares the loss, all gradients and inference, with repeated and absent classes."""
     head = make(1 if cls_agnostic else 5).to(dtype)
     nn.init.normal_(head.predictor.weight)
     instances, features = make_positives(num_instances, 3), torch.randn(num_instances, 4, 7, 7)
@@ -121,7 +121,7 @@ def test_whole_head_equals_its_dense_form(make, cls_agnostic, dtype, num_instanc
 
 
 @pytest.mark.parametrize("make", [make_head, make_mlp])
-def test_softmax_head_predicts_the_softmax_of_all_classes(make):
+def test_the_softmax_head_predicts_the_softmax_over_all_classes(make):
     head = make(3, losses=[["softmax_cross_entropy", 1.0]])
     nn.init.normal_(head.predictor.weight)
     instances, features = make_positives(5), torch.randn(5, 4, 7, 7)
@@ -136,7 +136,7 @@ def test_softmax_head_predicts_the_softmax_of_all_classes(make):
     torch.testing.assert_close(probs, softmax_probs(logits, instances.gt_classes))
 
 
-def test_mlp_needs_hidden_layers_and_square_features():
+def test_the_mlp_requires_hidden_layers_and_square_features():
     with pytest.raises(ValueError, match="NUM_FC above 0"):
         MLPMaskHead(ShapeSpec(channels=4, height=7, width=7), num_classes=3, fc_dims=[])
     with pytest.raises(ValueError, match="square"):
@@ -145,7 +145,7 @@ def test_mlp_needs_hidden_layers_and_square_features():
 
 @pytest.mark.parametrize("losses", [DEFAULT_LOSSES, [["softmax_cross_entropy", 1.0]]])
 @pytest.mark.parametrize("make", [make_head, make_mlp])
-def test_autocast_gives_the_loss_of_full_precision(make, losses):
+def test_autocast_gives_nearly_the_loss_of_full_precision(make, losses):
     head = make(3, losses=losses)
     instances, features = make_positives(4), torch.randn(4, 4, 7, 7)
     nn.init.normal_(head.predictor.weight)
@@ -175,12 +175,12 @@ def test_class_agnostic_head_has_one_channel_and_ignores_classes(cls_agnostic):
     features = torch.randn(1, 4, 7, 7).expand(4, -1, -1, -1)
     instances.pred_classes = torch.tensor([0, 1, 2, 0])
     probs = head(features, [instances])[0].pred_masks
-    # The batched product may round each RoI in its own way.
+    # The batched product may round each RoI differently.
     torch.testing.assert_close(probs[0], probs[3])
     assert torch.allclose(probs[0], probs[1], atol=1e-4) == cls_agnostic
 
 
-def test_statistics_are_those_of_all_pixels_since_the_last_log():
+def test_statistics_include_all_pixels_since_the_last_log():
     head = make_head()
     nn.init.normal_(head.predictor.weight)
     instances = make_positives(5)
@@ -205,7 +205,7 @@ def test_statistics_are_those_of_all_pixels_since_the_last_log():
     assert latest["mask_rcnn/false_positive"] == pytest.approx(false_positive)
 
 
-def test_masks_and_targets_are_drawn_at_the_visualisation_period():
+def test_masks_and_targets_are_drawn_every_visualisation_period():
     head = make_head(vis_period=2)
     instances = make_positives(3)
     with EventStorage(0) as storage:
@@ -218,12 +218,12 @@ def test_masks_and_targets_are_drawn_at_the_visualisation_period():
     assert counts == [3, 0, 3, 0]
 
 
-def test_state_dict_has_detectron2s_names_only():
+def test_the_state_dict_has_only_detectron2s_names():
     names = {"mask_fcn1.weight", "mask_fcn1.bias", "deconv.weight", "deconv.bias"}
     assert set(make_head().state_dict()) == names | {"predictor.weight", "predictor.bias"}
 
 
-def test_single_loss_is_named_as_in_detectron2_and_several_by_term():
+def test_one_loss_is_named_as_in_detectron2_and_several_by_term():
     MASK_LOSS_REGISTRY._do_register(
         "twice_bce", lambda z, g, w=None: 2 * binary_cross_entropy(z, g)
     )
@@ -258,7 +258,7 @@ def test_images_without_positives_among_others_are_skipped():
     assert torch.equal(alone, together)
 
 
-def test_statistics_of_another_storage_are_not_mixed_in():
+def test_statistics_of_another_event_storage_are_discarded():
     head, instances = make_head(), make_positives(3)
     with EventStorage(0):
         head(torch.randn(3, 4, 7, 7), [instances])
@@ -267,9 +267,9 @@ def test_statistics_of_another_storage_are_not_mixed_in():
         assert head._num_pixels == 3 * 14 * 14
 
 
-def test_targets_that_are_shares_count_as_such_in_the_loss():
+def test_fractional_targets_enter_the_loss_unrounded():
     class Shares:
-        """Like BitMasks, but crops to the share of foreground."""
+        """Like BitMasks, but crops to the fraction of foreground."""
 
         def crop_and_resize(self, boxes, size):
             return torch.full((len(boxes), size, size), 0.25)
@@ -283,7 +283,7 @@ def test_targets_that_are_shares_count_as_such_in_the_loss():
     torch.testing.assert_close(loss, expected)
 
 
-def test_a_config_without_the_plugins_keys_names_the_call():
+def test_the_error_for_a_config_without_the_plugins_keys_says_what_to_call():
     from detectron2.config import get_cfg
 
     with pytest.raises(KeyError, match="add_mask_head_config"):

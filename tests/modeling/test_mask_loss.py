@@ -1,4 +1,4 @@
-"""Each mask loss by hand, against slow Python, and what all of them must have in common."""
+"""Mask losses: hand-worked examples, slow Python references, and properties that all share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIGMOID_NAMES = [name for name in NAMES if name != "softmax_cross_entropy"]
 
 
 def call(name, mask_logits, gt_masks, weights=None, **parameters):
-    """Calls any loss with (R, M, M) logits; the coupled one gets two more classes at -1 and 0.5."""
+    """Calls a loss with (R, M, M) logits; softmax gets two more classes, at -1 and 0.5."""
     loss = MASK_LOSS_REGISTRY.get(name)
     if name != "softmax_cross_entropy":
         return loss(mask_logits, gt_masks, weights, **parameters)
@@ -53,7 +53,7 @@ def random_masks(num_rois=3, side=5, dtype=torch.float64):
     return logits, gt
 
 
-# Slow references: one RoI as nested lists -> value.
+# Slow references: they map one RoI, given as nested lists, to the value of the loss.
 
 
 def sigmoid(z):
@@ -110,7 +110,7 @@ def slow_soft_iou(z, g, eps=1.0):
 
 
 def slow_lovasz(z, g):
-    """Sets of wrong pixels grow in the order of their errors; each costs what IoU it takes."""
+    """Adds wrong pixels in order of decreasing error; each counts by how much IoU it costs."""
     flat = [(max(0.0, 1 - a * (2 * b - 1)), b) for a, b in zip(flatten(z), flatten(g), strict=True)]
     flat.sort(key=lambda pair: -pair[0])
     positives, lost, value = sum(b for _, b in flat), 0.0, 0.0
@@ -174,7 +174,7 @@ SLOW = {
 }
 
 
-def test_there_are_the_nine_losses_of_the_design():
+def test_every_registered_loss_has_a_slow_reference():
     assert sorted(SLOW) == NAMES
 
 
@@ -204,7 +204,7 @@ def test_gradient_of_softmax_to_all_classes():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_falls_with_a_gradient_as_the_prediction_moves_to_the_target(name):
+def test_moving_towards_the_target_lowers_the_loss_along_its_gradient(name):
     logits, gt = random_masks()
     target = (2 * gt - 1) * 4
     path = [(logits + (target - logits) * step).requires_grad_() for step in (0, 0.25, 0.5, 0.75)]
@@ -227,14 +227,14 @@ def test_is_finite_at_extreme_logits_and_uniform_targets(name, level, fill, dtyp
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_of_no_rois_is_zero_with_a_graph(name):
+def test_without_rois_the_loss_is_zero_and_differentiable(name):
     logits = torch.zeros(0, 3, 3, requires_grad=True)
     loss = call(name, logits, torch.zeros(0, 3, 3))
     loss.backward()
     assert loss == 0 and logits.grad is not None
 
 
-# By hand.
+# Hand-worked examples.
 
 
 def test_binary_cross_entropy_of_a_hand_worked_example():
@@ -255,11 +255,12 @@ CORNER = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
         (focal, {"gamma": 2.0, "alpha": 0.25}, (0.25 + 3 * 0.75) / 4 * 0.25 * math.log(2)),
         (tversky, {"eps": 1.0}, 1 - (0.5 + 1) / (0.5 + 0.3 * 1.5 + 0.7 * 0.5 + 1)),
         (soft_iou, {"eps": 1.0}, 1 - (0.5 + 1) / (2 + 1 - 0.5 + 1)),
-        # All errors are 1, and together they cost the whole IoU.
+        # All errors are 1, and together they cost the whole IoU, so the loss is 1.
         (lovasz_hinge, {}, 1.0),
-        # Distances: 0.5 inside (negative), 0.5 next to it, sqrt(2) - 0.5 across.
+        # Signed distances: -0.5 at the corner, 0.5 next to it, sqrt(2) - 0.5 diagonally.
         (boundary_distance, {}, 0.5 * (-0.5 + 0.5 + 0.5 + math.sqrt(2) - 0.5) / 4),
-        # Difference -1/2 at the corner, 1/2 elsewhere; replicated, each Sobel edge is 3 or 1.
+        # Difference -1/2 at the corner, 1/2 elsewhere; with replicated borders each Sobel edge is 3
+        # or 1.
         (edge_agreement, {}, (4 * 3**2 + 4 * 1**2) / 8),
     ],
 )
@@ -268,7 +269,9 @@ def test_hand_worked_example(loss, parameters, expected):
 
 
 def test_softmax_of_a_hand_worked_example():
-    class_logits = torch.tensor([math.log(2), math.log(5)]).view(1, 2, 1, 1).double()  # 2, 5, and 1
+    class_logits = (
+        torch.tensor([math.log(2), math.log(5)]).view(1, 2, 1, 1).double()
+    )  # exp: 2, 5, and 1
     one, classes = torch.ones(1, 1, 1, dtype=torch.float64), torch.tensor([0])
     assert float(softmax_probs(class_logits, classes)) == pytest.approx(2 / 8)
     loss = softmax_cross_entropy
@@ -287,7 +290,7 @@ def test_signed_distance_equals_the_slow_reference():
     torch.testing.assert_close(signed_distance(gt), expected)
 
 
-# What the losses have to do with each other.
+# Relations between the losses.
 
 
 def test_softmax_of_one_class_equals_binary_cross_entropy():
@@ -298,7 +301,7 @@ def test_softmax_of_one_class_equals_binary_cross_entropy():
     torch.testing.assert_close(softmax_probs(logits[:, None], classes), logits.sigmoid())
 
 
-def test_softmax_equals_torchs_with_a_background_channel():
+def test_softmax_equals_torchs_cross_entropy_with_a_background_channel():
     class_logits, gt = torch.randn(2, 4, 3, 3), torch.randint(0, 2, (2, 3, 3))
     classes = torch.tensor([3, 1])
     labels = (classes[:, None, None] + 1) * gt  # 0 is the background
@@ -307,7 +310,7 @@ def test_softmax_equals_torchs_with_a_background_channel():
     torch.testing.assert_close(softmax_cross_entropy(class_logits, classes, gt.float()), expected)
 
 
-def test_focal_with_zero_gamma_equals_bce_and_otherwise_fvcore():
+def test_focal_with_zero_gamma_equals_bce_and_with_defaults_fvcore():
     logits, gt = random_masks()
     torch.testing.assert_close(
         focal(logits, gt, gamma=0.0, alpha=-1.0), binary_cross_entropy(logits, gt)
@@ -325,25 +328,25 @@ def test_tversky_with_halves_is_unsquared_dice_and_with_ones_soft_iou():
     torch.testing.assert_close(tversky(logits, gt, alpha=1.0, beta=1.0), soft_iou(logits, gt))
 
 
-def test_lovasz_of_hard_errors_is_the_lost_iou():
+def test_lovasz_of_confident_predictions_is_the_lost_iou():
     gt = torch.zeros(1, 4, 4)
     gt[0, :2] = 1
     predicted = gt.clone()
-    predicted[0, 0, 0], predicted[0, 3, :2] = 0, 1  # 7 of 10 in the union are right
-    # Right pixels are beyond the margin, wrong ones have error 1.
+    predicted[0, 0, 0], predicted[0, 3, :2] = 0, 1  # 7 of the union's 10 pixels are right
+    # Right pixels lie beyond the margin; wrong ones have error 1.
     logits = torch.where(predicted == gt, 2.0 * (2 * gt - 1), 0.0)
     assert float(lovasz_hinge(logits, gt)) == pytest.approx(1 - 7 / 10)
 
 
-def test_edges_of_masks_that_are_cut_off_do_not_count():
+def test_the_border_of_the_mask_is_not_an_edge():
     gt = torch.ones(1, 5, 5)
     assert float(edge_agreement(torch.full_like(gt, -1e4), gt)) == 0
 
 
-# From the config.
+# Configuration.
 
 
-def test_default_parameters_in_the_config_are_those_of_the_functions():
+def test_default_parameters_in_the_config_equal_those_of_the_functions():
     cfg = get_cfg()
     add_mask_head_config(cfg)
     in_functions = {}
@@ -372,7 +375,7 @@ def test_terms_are_weighted_ramped_up_and_named():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_half_precision_logits_are_compared_in_float32(name, dtype):
+def test_losses_of_half_precision_logits_are_computed_in_float32(name, dtype):
     logits, gt = random_masks(dtype=torch.float32)
     logits = logits.to(dtype)
     terms, classes = parse_losses([[name, 1.0]], {}), torch.zeros(3, dtype=torch.int64)
@@ -387,7 +390,7 @@ def test_half_precision_logits_are_compared_in_float32(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_leaves_losses_in_float32(name, dtype):
-    """edge_agreement convolves, and autocast takes convolutions in half precision."""
+    """edge_agreement convolves, and autocast would run convolutions in half precision."""
     logits, gt = random_masks(dtype=torch.float32)
     logits = logits[:, None] if name == "softmax_cross_entropy" else logits
     terms, classes = parse_losses([[name, 1.0]], {}), torch.zeros(3, dtype=torch.int64)
@@ -429,7 +432,7 @@ def test_autocast_leaves_losses_in_float32(name, dtype):
         ([["dice", 10**400]], {}, "LOSSES.*weight 1000.* of 'dice'"),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_its_key(losses, parameters, message):
+def test_invalid_losses_and_parameters_are_refused_by_key(losses, parameters, message):
     with pytest.raises(ValueError, match=f"MODEL.ROI_MASK_HEAD.{message}"):
         parse_losses(losses, parameters)
 
@@ -465,7 +468,7 @@ def test_a_registered_loss_that_would_fail_in_training_is_refused(loss, message,
         parse_losses([[loss.__name__, 1.0]], {})
 
 
-def test_a_registered_loss_may_have_capitals(monkeypatch):
+def test_parameters_of_a_registered_loss_may_contain_capitals(monkeypatch):
     def capital_loss(mask_logits, gt_masks, weights=None, *, Scale=1.0):  # noqa: N803
         return Scale * mean_over_rois(mask_logits.flatten(1).mean(1), weights)
 

@@ -1,4 +1,4 @@
-"""Mask scoring: targets by hand, training, ranking of masks only."""
+"""Mask scoring: hand-worked targets, training, and a ranking of masks only."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def make_head(**kwargs):
     )
 
 
-def test_target_of_a_hand_worked_example():
+def test_hand_worked_targets():
     bits, gt = torch.zeros(2, 2, 4, 4, dtype=torch.bool)
     bits[:, :2] = True  # 8 pixels
-    gt[:, 1:3] = True  # 8 pixels, 4 of them in common
+    gt[:, 1:3] = True  # 8 pixels, 4 of them shared
     box_area = torch.tensor([16.0, 16.0])
     gt_area = torch.tensor([8.0, 20.0])  # the second has 12 pixels outside its RoI
     expected = [4 / (8 + 8 - 4), 4 / (8 + 20 - 4)]
     assert mask_iou_targets(bits, gt, box_area, gt_area).tolist() == pytest.approx(expected)
 
 
-def test_part_in_the_roi_is_never_larger_than_the_whole_instance():
+def test_the_part_within_the_roi_never_exceeds_the_whole_instance():
     gt = torch.zeros(2, 4, 4, dtype=torch.bool)
-    gt[:, 1:3] = True  # 8 mask pixels, where the instance's area is 6, and where the box has none
+    gt[:, 1:3] = True  # 8 pixels; the first instance's area is 6, the second box's 0
     target = mask_iou_targets(gt, gt, torch.tensor([16.0, 0.0]), torch.tensor([6.0, 0.0]))
     assert target.tolist() == [1.0, 1.0]
 
 
-def test_target_of_empty_masks_is_zero():
+def test_the_target_of_empty_masks_is_zero():
     nothing = torch.zeros(1, 4, 4, dtype=torch.bool)
     area = torch.tensor([16.0])
     assert mask_iou_targets(nothing, nothing, area, 0 * area).tolist() == [0.0]
@@ -50,19 +50,19 @@ def test_target_of_empty_masks_is_zero():
 
 
 @pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
-def test_areas_are_those_of_whole_instances(mask_format):
+def test_areas_are_measured_on_whole_instances(mask_format):
     rng = np.random.default_rng(0)
     instances = random_instances(4, (40, 40), 3, rng, mask_format)
     instances.proposal_boxes = Boxes(torch.tensor([[0.0, 0, 4, 5]] * 4))
     boxes, masks = instance_areas([instances, instances[:0]], torch.device("cpu"))
     assert boxes.tolist() == [20.0] * 4
     bits = random_instances(4, (40, 40), 3, np.random.default_rng(0), "bitmask").gt_masks.tensor
-    # Polygons are rasterised with half a pixel of difference along their outline.
+    # Polygon areas differ from pixel counts by up to half a pixel along the outline.
     tolerance = 0 if mask_format == "bitmask" else 40
     assert (masks - bits.flatten(1).sum(1)).abs().max() <= tolerance
 
 
-def test_iou_loss_trains_the_iou_head_and_not_the_masks():
+def test_the_iou_loss_trains_only_the_iou_head():
     head = make_head(iou_loss_weight=2.0)
     instances = random_instances(5, (64, 64), 3, np.random.default_rng(0), "bitmask")
     instances.proposal_boxes = instances.gt_boxes
@@ -90,7 +90,7 @@ def test_training_without_positives_and_inference_without_detections():
     assert head.eval()(torch.zeros(0, 4, 7, 7), [nothing])[0].mask_scores.shape == (0,)
 
 
-def test_mask_score_is_class_score_times_iou_of_the_predicted_class():
+def test_the_mask_score_is_the_class_score_times_the_predicted_iou():
     head = make_head().eval()
     detections = Instances((64, 64))
     detections.pred_classes = torch.tensor([2, 0, 1])
@@ -100,7 +100,9 @@ def test_mask_score_is_class_score_times_iou_of_the_predicted_class():
         head.iou_head.predictor.bias.copy_(torch.tensor([0.6, 5.0, -3.0]))
         head.iou_head.predictor.weight.zero_()
         (result,) = head(features, [detections])
-    torch.testing.assert_close(result.mask_scores, torch.tensor([0.0, 0.3, 0.4]))  # in [0, 1]
+    torch.testing.assert_close(
+        result.mask_scores, torch.tensor([0.0, 0.3, 0.4])
+    )  # the IoU is clamped to [0, 1]
     assert result.scores.tolist() == pytest.approx([0.9, 0.5, 0.4])
 
 
@@ -111,7 +113,7 @@ def test_boxes_without_scores_get_masks_without_mask_scores():
     assert result.has("pred_masks") and not result.has("mask_scores")
 
 
-def test_loss_is_the_weighted_squared_error_of_the_iou_of_the_predicted_masks():
+def test_the_loss_is_the_weighted_squared_error_of_the_predicted_iou():
     head = make_head(iou_loss_weight=2.0)
     torch.nn.init.normal_(head.iou_head.predictor.weight)
     torch.nn.init.normal_(head.predictor.weight)
@@ -124,12 +126,12 @@ def test_loss_is_the_weighted_squared_error_of_the_iou_of_the_predicted_masks():
     gt = instances.gt_masks.crop_and_resize(instances.gt_boxes.tensor, 14)
     areas = instance_areas([instances], torch.device("cpu"))
     target = mask_iou_targets(probs > 0.5, gt, *areas)
-    assert target.std() > 0.01, "all the same would prove less"
+    assert target.std() > 0.01, "targets must differ"
     expected = 2 * (head.iou_head(features, probs, classes) - target).square().mean()
     torch.testing.assert_close(loss, expected)
 
 
-def test_a_mask_loss_cannot_take_the_name_of_the_iou_loss(monkeypatch):
+def test_no_mask_loss_may_have_the_name_of_the_iou_loss(monkeypatch):
     monkeypatch.setitem(MASK_LOSS_REGISTRY._obj_map, "iou", soft_iou)
     with pytest.raises(ValueError, match="mask scoring already logs loss_mask_iou"):
         make_head(losses=[["dice", 1.0], ["iou", 1.0]])
@@ -139,7 +141,7 @@ def test_a_mask_loss_cannot_take_the_name_of_the_iou_loss(monkeypatch):
     "name", ["Base-MaskRCNN-FPN.yaml", "Base-MaskRCNN-C4.yaml", "Base-MaskRCNN-DC5.yaml"]
 )
 @pytest.mark.parametrize("head", ["FCNMaskHead", "MLPMaskHead"])
-def test_whole_models_train_and_predict_with_it(name, head):
+def test_whole_models_train_and_predict_with_mask_scoring(name, head):
     opts = ["MODEL.ROI_MASK_HEAD.NAME", head, "MODEL.ROI_MASK_HEAD.SCORING.ENABLED", "True"]
     opts += ["MODEL.ROI_MASK_HEAD.FC_DIM", "8", "MODEL.ROI_MASK_HEAD.SCORING.FC_DIM", "8"]
     opts += ["MODEL.ROI_MASK_HEAD.SCORING.CONV_DIM", "8"]

@@ -1,4 +1,4 @@
-"""Whole models: plugin against stock end to end, checkpoints both ways, other ROI heads."""
+"""Whole models: plugin and stock end to end, checkpoints in both directions, other ROI heads."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BASES = {"FPN": "Base-MaskRCNN-FPN.yaml", "C4": "Base-MaskRCNN-C4.yaml"}
 
 @pytest.mark.parametrize("base", BASES)
 def test_end_to_end_losses_and_gradients_equal_stock(base):
-    # Normalised as the zoo's models are: statistics of so small a batch would magnify rounding.
+    # FrozenBN, as in the zoo: batch statistics of so small a batch would amplify rounding.
     plugin, stock = build_twins(small_config(BASES[base], "MODEL.RESNETS.NORM", "FrozenBN"))
     batch = make_batch()
     assert_same_losses_and_gradients(plugin, stock, batch)
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_checkpoints_fit_both_ways(base, tmp_path):
+def test_checkpoints_load_in_both_directions(base, tmp_path):
     cfg = small_config(BASES[base])
     for source, target in ((cfg, stock_config(cfg)), (stock_config(cfg), cfg)):
         saved, loaded = build_model(source), build_model(target)
@@ -51,7 +51,7 @@ def test_images_without_objects_train_without_nan(base, counts):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_no_detections_are_a_normal_result(base):
+def test_an_image_without_detections_is_a_normal_result(base):
     plugin = build_model(
         small_config(BASES[base], "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.1")
     ).eval()

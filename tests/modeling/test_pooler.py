@@ -1,4 +1,4 @@
-"""MultiLevelRoIPooler against detectron2's ROIPooler."""
+"""MultiLevelRoIPooler compared with detectron2's ROIPooler."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_input(scales, num_images=2, dtype=torch.float32):
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 @pytest.mark.parametrize("pooler_type", STOCK_TYPES)
 def test_equals_detectron2s_pooler(pooler_type, sampling_ratio, scales):
-    # Boxes of 8 to 90 pixels; the canonical size spreads them over all levels.
+    # Boxes measure 8 to 90 pixels; the canonical size spreads them over all levels.
     arguments = (7, scales, sampling_ratio, pooler_type, 32, 3)
     features, boxes = make_input(scales)
     plugin_features = [x.clone().requires_grad_() for x in features]
@@ -64,12 +64,14 @@ def test_equals_detectron2s_pooler(pooler_type, sampling_ratio, scales):
     (actual * weights).sum().backward()
     (expected * weights).sum().backward()
     for x, y in zip(plugin_features, stock_features, strict=True):
-        assert y.grad.abs().max() > 0, "a level without boxes proves nothing"
+        assert y.grad.abs().max() > 0, "every level needs boxes"
         assert relative_error(x.grad, y.grad) <= 1e-6
 
 
 @pytest.mark.parametrize(("pooler_type", "reduction"), OPERATORS)
-def test_each_box_is_pooled_by_its_operator_from_the_level_of_equation_1(pooler_type, reduction):
+def test_each_box_is_pooled_from_the_level_of_equation_1_by_the_chosen_operator(
+    pooler_type, reduction
+):
     features, boxes = make_input(SCALES)
     arguments = (7, SCALES, 2, pooler_type, 32, 3, reduction)
     actual = MultiLevelRoIPooler(*arguments)(features, boxes)
@@ -84,7 +86,7 @@ def test_each_box_is_pooled_by_its_operator_from_the_level_of_equation_1(pooler_
     assert seen == {0, 1, 2}
 
 
-def test_no_boxes_give_an_empty_result_with_a_gradient():
+def test_without_boxes_the_result_is_empty_and_differentiable():
     features, _ = make_input(SCALES)
     features = [x.requires_grad_() for x in features]
     pooled = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2")(
@@ -94,7 +96,7 @@ def test_no_boxes_give_an_empty_result_with_a_gradient():
     pooled.sum().backward()
 
 
-def test_unknown_type_reduction_and_broken_pyramid_are_refused_by_name():
+def test_unknown_options_and_irregular_pyramids_are_refused_by_name():
     with pytest.raises(ValueError, match=r"POOLER_TYPE 'RoiAlign'.*ROIAlignV2"):
         MultiLevelRoIPooler(7, SCALES, 0, "RoiAlign")
     with pytest.raises(ValueError, match=r"POOLER_REDUCTION 'sum'.*'mean', 'max'"):
@@ -105,14 +107,14 @@ def test_unknown_type_reduction_and_broken_pyramid_are_refused_by_name():
         MultiLevelRoIPooler(7, (1 / 4, 1 / 16), 0, "ROIAlign")
 
 
-def test_boxes_that_are_not_finite_are_refused_and_not_dropped():
+def test_boxes_that_are_not_finite_are_refused():
     features, boxes = make_input(SCALES)
     boxes[1].tensor[2, 0] = float("nan")
     with pytest.raises(ValueError, match="1 of 18 boxes have NaN"):
         MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2")(features, boxes)
 
 
-def test_no_images_give_an_empty_result():
+def test_without_images_the_result_is_empty():
     features = [torch.zeros(0, 3, 8, 8), torch.zeros(0, 3, 4, 4)]
     assert MultiLevelRoIPooler(7, SCALES[:2], 0, "ROIAlignV2")(features, []).shape == (0, 3, 7, 7)
 
@@ -123,8 +125,8 @@ def test_impossible_scales_are_refused(scales):
         MultiLevelRoIPooler(7, scales, 0, "ROIAlignV2")
 
 
-def test_a_map_may_have_more_cells_than_the_image_has_pixels():
-    """Which detectron2's pooler, that scripts hold, does not know."""
+def test_a_map_may_be_larger_than_the_image():
+    """Scripts use detectron2's pooler, which does not support this."""
     feature, boxes = torch.randn(1, 2, 16, 20), Boxes(torch.tensor([[1.0, 2, 7, 5]]))
     fine = MultiLevelRoIPooler(3, [2.0], 2, "ROIAlignV2")
     expected = ops.roi_align(feature, torch.tensor([[0.0, 1, 2, 7, 5]]), 3, 2.0, 2)
@@ -143,7 +145,7 @@ def test_wrong_number_of_maps_or_images_is_refused():
 
 
 @pytest.mark.parametrize("pooler_type", ["ROIPool", "ROIWarp", "ROIAlign", "ROIAlignV2"])
-def test_a_trace_pools_other_boxes_than_its_example(pooler_type):
+def test_a_trace_works_for_other_boxes(pooler_type):
     features, boxes = make_input(SCALES)
     pooler = MultiLevelRoIPooler(7, SCALES, 0, pooler_type, 32, 3)
 
@@ -158,7 +160,7 @@ def test_a_trace_pools_other_boxes_than_its_example(pooler_type):
     assert relative_error(traced(*features, *others), expected) <= 1e-5
 
 
-def test_what_cannot_be_traced_says_so():
+def test_the_error_for_untraceable_options_names_them():
     features, boxes = make_input(SCALES)
     pooler = MultiLevelRoIPooler(7, SCALES, 0, "PrROIPool")
     with pytest.raises(ValueError, match="PrROIPool with POOLER_REDUCTION mean cannot be traced"):
@@ -167,7 +169,7 @@ def test_what_cannot_be_traced_says_so():
 
 @pytest.fixture
 def untried():
-    """What kernels are known to work is forgotten before and after a test."""
+    """Clears the cache of kernels that are known to work, before and after a test."""
     for function in (pooler._try_kernel, pooler._operator):
         function.cache_clear()
     yield
@@ -176,15 +178,15 @@ def untried():
 
 
 def at_once(module, features, boxes):
-    """Pools on the CPU as on CUDA."""
+    """Pools on the CPU in the way that is used on CUDA."""
     rois, levels = pooler.boxes_to_rois(boxes), module._assign_levels(boxes)
     return module._pool_at_once(features, rois, levels)
 
 
 @pytest.mark.usefixtures("interpreted_operator", "untried")
 @pytest.mark.parametrize("pooler_type", ["ROIWarp", "ROIAlign", "ROIAlignV2"])
-def test_the_kernel_for_all_levels_takes_what_it_is_given_on_cuda(pooler_type):
-    """On CUDA only the first call below runs; here with the kernel interpreted."""
+def test_the_multilevel_kernel_accepts_the_inputs_it_gets_on_cuda(pooler_type):
+    """Runs the call that CUDA uses, with the kernel interpreted on the CPU."""
     features, boxes = make_input(SCALES)
     module = MultiLevelRoIPooler(2, SCALES, 1, pooler_type, 32, 3)
     actual = at_once(module, features, boxes)
@@ -192,8 +194,8 @@ def test_the_kernel_for_all_levels_takes_what_it_is_given_on_cuda(pooler_type):
 
 
 @pytest.mark.usefixtures("untried")
-def test_a_kernel_that_does_not_run_is_reported_once_and_replaced(caplog):
-    """A GPU that a kernel could run on is missing, or only the CPU is asked for."""
+def test_a_kernel_that_fails_is_reported_once_and_replaced(caplog):
+    """The kernel fails here because the CPU is not a GPU that Triton supports."""
     features, boxes = make_input(SCALES)
     module = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2", 32, 3)
     with caplog.at_level(logging.WARNING, logger="mask_head_plugin"):
@@ -204,9 +206,7 @@ def test_a_kernel_that_does_not_run_is_reported_once_and_replaced(caplog):
 
 
 @pytest.mark.usefixtures("untried")
-def test_without_triton_torchvision_takes_its_place_with_one_line_for_all_sizes(
-    monkeypatch, caplog
-):
+def test_without_triton_torchvision_replaces_the_kernel_with_one_warning(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "mask_head_plugin.ops.roi_pooling_operator", None)
     features, boxes = make_input(SCALES)
     with caplog.at_level(logging.WARNING, logger="mask_head_plugin"):
@@ -217,7 +217,7 @@ def test_without_triton_torchvision_takes_its_place_with_one_line_for_all_sizes(
 
 
 @pytest.mark.usefixtures("untried")
-def test_a_type_that_the_kernel_fails_for_later_is_reported_once_and_replaced(
+def test_a_kernel_that_fails_for_another_dtype_is_reported_once_and_replaced(
     interpreted_operator, monkeypatch, caplog
 ):
     kernels = sys.modules[interpreted_operator.__module__].kernels
@@ -244,16 +244,16 @@ def test_a_type_that_the_kernel_fails_for_later_is_reported_once_and_replaced(
 
 
 @pytest.mark.usefixtures("interpreted_operator", "untried")
-def test_the_kernel_is_tried_with_gradients_on():
-    """The first call may be one of inference, and its outcome is kept."""
+def test_the_trial_run_of_a_kernel_enables_gradients():
+    """The first call may be an inference, and its outcome is cached."""
     arguments = torch.device("cpu"), torch.float32, 1, 1, (1, 1), 0, True
     with torch.inference_mode():
         assert pooler.can_pool_at_once(*arguments)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_on_cuda_maps_are_made_channels_last_and_nothing_waits_for_the_device(layout, monkeypatch):
-    """With tensors that have no values, and so need no GPU; reading one would fail."""
+def test_on_cuda_maps_become_channels_last_without_synchronisation(layout, monkeypatch):
+    """Uses fake tensors, which need no GPU and cannot be read."""
     pytest.importorskip("triton")
     monkeypatch.setattr(pooler, "can_pool_at_once", lambda *kernel: True)
     with fake_gpu(), CountOperators() as count:
@@ -266,8 +266,8 @@ def test_on_cuda_maps_are_made_channels_last_and_nothing_waits_for_the_device(la
     assert count.calls["aten.clone.default"] == copies
 
 
-def test_on_cuda_torch_export_sees_one_operator(monkeypatch):
-    """Strict export traces as torch.compile does, and fails where that would break the graph."""
+def test_on_cuda_torch_export_captures_one_operator(monkeypatch):
+    """Strict export traces like torch.compile, and fails at a graph break."""
     pytest.importorskip("triton")
     monkeypatch.setattr(pooler, "_try_kernel", lambda *kernel: True)
 
@@ -298,7 +298,7 @@ def make_fake_input(layout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pooler_type", ["ROIPool", "ROIWarp", "ROIAlign", "ROIAlignV2"])
-def test_torchvisions_operators_pool_half_precision_maps_without_moving_boxes(pooler_type, dtype):
+def test_half_precision_maps_are_pooled_by_torchvision_without_moving_boxes(pooler_type, dtype):
     features, boxes = make_input(SCALES)
     module = MultiLevelRoIPooler(7, SCALES, 0, pooler_type, 32, 3)
     rois, levels = pooler.boxes_to_rois(boxes), module._assign_levels(boxes)
@@ -311,7 +311,7 @@ def test_torchvisions_operators_pool_half_precision_maps_without_moving_boxes(po
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pooler_type", POOLER_TYPES)
-def test_half_precision_maps_are_pooled_like_single_ones(pooler_type, dtype):
+def test_half_precision_maps_give_the_results_of_single_precision(pooler_type, dtype):
     features, boxes = make_input(SCALES)
     module = MultiLevelRoIPooler(7, SCALES, 0, pooler_type, 32, 3)
     actual = module([x.to(dtype) for x in features], boxes)
@@ -321,7 +321,7 @@ def test_half_precision_maps_are_pooled_like_single_ones(pooler_type, dtype):
 
 
 @pytest.mark.parametrize("pooler_type", POOLER_TYPES)
-def test_strange_boxes_are_pooled_to_finite_values(pooler_type):
+def test_degenerate_boxes_are_pooled_to_finite_values(pooler_type):
     features, _ = make_input(SCALES)
     strange = torch.tensor([[9.0, 7, 3, 2], [5, 5, 5, 5], [-1e9, -1e9, 1e9, 1e9], [3e38, 0, 9, 9]])
     boxes = [Boxes(strange), Boxes(torch.zeros(0, 4))]
@@ -331,7 +331,7 @@ def test_strange_boxes_are_pooled_to_finite_values(pooler_type):
 @pytest.mark.cuda
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("pooler_type", "reduction"), OPERATORS)
-def test_on_cuda_as_on_the_cpu(pooler_type, reduction, deterministic, monkeypatch):
+def test_cuda_equals_the_cpu(pooler_type, reduction, deterministic, monkeypatch):
     module = MultiLevelRoIPooler(7, SCALES, 2, pooler_type, 32, 3, reduction)
     features, boxes = make_input(SCALES)
     results = []
@@ -350,7 +350,7 @@ def test_on_cuda_as_on_the_cpu(pooler_type, reduction, deterministic, monkeypatc
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("pooler_type", ["ROIWarp", "ROIAlignV2"])
-def test_the_kernel_for_all_levels_does_not_wait_for_the_device(pooler_type):
+def test_the_multilevel_kernel_does_not_wait_for_the_device(pooler_type):
     module = MultiLevelRoIPooler(7, SCALES, 2, pooler_type, 32, 3)
     features, boxes = make_input(SCALES)
     inputs = [x.cuda().requires_grad_() for x in features]

@@ -1,4 +1,4 @@
-"""MaskRCNN: run lengths out of the model are the masks that detectron2 pastes."""
+"""MaskRCNN: the run lengths that it returns equal the masks that detectron2 pastes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_inputs():
     return [{"image": image.float(), "height": 150, "width": 190}, {"image": image.float()}]
 
 
-def test_masks_equal_those_that_detectron2_pastes(twins):
+def test_masks_equal_those_of_detectron2(twins):
     _, plugin, stock = twins
     with torch.no_grad():
         ours, theirs = plugin(make_inputs()), stock(make_inputs())
@@ -44,7 +44,7 @@ def test_masks_equal_those_that_detectron2_pastes(twins):
         assert expected.pred_masks.any() and not expected.pred_masks.all()
 
 
-def test_bitmask_and_unpostprocessed_output_are_detectron2s(twins):
+def test_bitmask_and_raw_outputs_have_detectron2s_format(twins):
     _, plugin, _ = twins
     with torch.no_grad():
         raw = plugin.inference(make_inputs(), do_postprocess=False)
@@ -56,12 +56,13 @@ def test_bitmask_and_unpostprocessed_output_are_detectron2s(twins):
     assert build_model(small_config("Base-MaskRCNN-FPN.yaml", "MODEL.MASK_OUTPUT", "bitmask"))
 
 
-def test_operations_are_counted_as_detectron2s_tools_do_it(twins):
-    """They trace the model, which hands out run lengths otherwise."""
+def test_operations_are_counted_by_detectron2s_tools(twins):
+    """The tools trace the model, which cannot return run lengths then."""
     _, plugin, stock = twins
     for inputs in ([{**make_inputs()[0], "height": 70, "width": 90}], make_inputs()[1:]):
         ours, theirs = (flop_count_operators(model, inputs) for model in (plugin, stock))
-        # The mask of one class is predicted by a bmm, those of all by a convolution.
+        # The plugin predicts the mask of one class with a bmm; stock predicts all with a
+        # convolution.
         assert 0.9 * theirs["conv"] < ours["conv"] < theirs["conv"] and ours["bmm"] > 0
     assert plugin.mask_output == "rle"
     adapter = TracingAdapter(plugin, make_inputs()[1:], allow_non_tensor=True)
@@ -95,7 +96,7 @@ def test_an_image_without_detections_has_no_masks():
     assert output["instances"].pred_masks.shape == (0, 150, 190)
 
 
-def test_augmentation_at_test_time_gives_dense_masks(twins):
+def test_test_time_augmentation_gives_dense_masks(twins):
     cfg, plugin, _ = twins
     cfg = cfg.clone()
     cfg.TEST.AUG.MIN_SIZES = (64,)
@@ -116,7 +117,7 @@ def test_default_predictor_returns_run_lengths(twins):
     assert all(coco_mask.decode(rle).shape == (60, 80) for rle in masks.rles)
 
 
-def test_unknown_output_is_refused():
+def test_an_unknown_mask_output_is_refused():
     with pytest.raises(ValueError, match="mask_output 'polygon' is not one of"):
         build_model(small_config("Base-MaskRCNN-FPN.yaml", "MODEL.MASK_OUTPUT", "polygon"))
     assert issubclass(MaskRCNN, torch.nn.Module)

@@ -1,4 +1,4 @@
-"""ROI heads of the plugin against detectron2's, on the same features, proposals and weights."""
+"""The plugin's ROI heads against detectron2's, on the same features, proposals and weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def train_once(heads: nn.Module, features, proposals, targets):
 
 @pytest.fixture
 def _stock_loss_in_the_type_of_its_logits(monkeypatch):
-    """Lets detectron2's mask loss be compared in float64.
+    """Makes detectron2's mask loss comparable in float64.
 
     It casts targets to float32, and PyTorch returns the loss in the type of the targets.
     """
@@ -74,7 +74,7 @@ def _stock_loss_in_the_type_of_its_logits(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_equal_stock(case, mask_format, dtype):
     rng = np.random.default_rng(3)
-    # Normalised as the zoo's models are: batch statistics in res5 would magnify rounding.
+    # FrozenBN, as in the zoo: batch statistics in res5 would amplify rounding.
     cfg = small_config(CASES[case][0], "MODEL.RESNETS.NORM", "FrozenBN")
     plugin, stock = build_twins(cfg)
     targets = [random_instances(n, IMAGE_HW, 5, rng, mask_format, dtype) for n in (5, 3)]
@@ -85,7 +85,7 @@ def test_losses_and_gradients_equal_stock(case, mask_format, dtype):
     stock_losses, stock_gradients = train_once(stock_heads, features, proposals, targets)
     assert losses.keys() == stock_losses.keys()
     for name, expected in stock_losses.items():
-        assert expected > 0.01, f"{name} proves nothing at {expected}"
+        assert expected > 0.01, f"{name} is too small to compare: {expected}"
         assert relative_error(losses[name], expected) <= TOLERANCE[dtype], name
     assert gradients.keys() == stock_gradients.keys()
     for name, expected in stock_gradients.items():
@@ -129,7 +129,7 @@ def test_training_without_any_object_gives_finite_losses_and_gradients(case):
     losses, gradients = train_once(plugin.roi_heads, features, proposals, targets)
     assert losses["loss_mask"] == 0
     assert all(torch.isfinite(loss) for loss in losses.values())
-    # DistributedDataParallel needs a gradient, if a zero one, for each parameter of the mask head.
+    # DistributedDataParallel needs a gradient, even if zero, for each parameter of the mask head.
     for name, gradient in gradients.items():
         if name.startswith("mask_head"):
             assert gradient is not None and gradient.abs().max() == 0, name
@@ -150,7 +150,7 @@ def test_inference_without_detections_returns_empty_masks(case):
     assert [x.pred_masks.shape for x in outputs] == [(0, 1, side, side)] * 2
 
 
-def test_rotated_pooler_of_detectron2_is_still_available():
+def test_detectron2s_rotated_pooler_is_still_available():
     cfg = small_config(
         "Base-MaskRCNN-FPN.yaml", "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated"
     )

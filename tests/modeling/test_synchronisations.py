@@ -1,6 +1,6 @@
-"""Operators that make a step wait for the GPU, by the file that runs them.
+"""Operators that make a training step or an inference wait for the GPU, by the file that runs them.
 
-Counted on the CPU with the two operators that CUDA has of its own put in: RoI pooling in one
+Counts on the CPU, with stand-ins for the two operators that only CUDA has: RoI pooling in one
 kernel and torchvision's crop of bit masks. Neither waits. ``make gpu`` counts on a GPU.
 """
 
@@ -29,7 +29,7 @@ WAITING_OPERATORS = {
 WAITING_METHODS = {torch.Tensor.tolist, torch.Tensor.cpu}
 
 ON_CPU_ALONE = {"detectron2/layers/mask_ops.py"}
-"""Where detectron2 pastes masks one by one on the CPU, and in chunks on CUDA."""
+"""detectron2 pastes masks one by one on the CPU, but in chunks on CUDA."""
 
 
 MASK_TARGET = "mask_head_plugin/ops/mask_target.py"
@@ -37,7 +37,7 @@ RUN_LENGTHS = "mask_head_plugin/ops/mask_rle.py"
 
 
 class Waits(TorchDispatchMode):
-    """Counts them by file."""
+    """Counts synchronising calls by file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Waits(TorchDispatchMode):
 
 
 class WaitingMethods(TorchFunctionMode):
-    """Counts what reads a tensor's memory without an operator."""
+    """Counts calls that read a tensor's memory without an operator."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()
@@ -100,13 +100,13 @@ def as_on_cuda(monkeypatch):
         return zeros.expand(len(rois), features[0].shape[1], *self.output_size)
 
     monkeypatch.setattr(MultiLevelRoIPooler, "forward", forward)
-    # The check of coordinates is that of the CPU.
+    # CUDA has no check of coordinates, so the CPU's is replaced.
     monkeypatch.setattr(mask_target, "_crop_by_sums", mask_target._crop_with_operator)
 
 
 @pytest.mark.usefixtures("as_on_cuda")
 @pytest.mark.parametrize("base", ["Base-MaskRCNN-FPN.yaml", "Base-MaskRCNN-C4.yaml"])
-def test_the_plugin_waits_no_more_often_than_detectron2(base):
+def test_the_plugin_synchronises_no_more_often_than_detectron2(base):
     limits = "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "20"
     plugin, stock = build_twins(small_config(base, *limits))
     batch = make_batch(mask_format="bitmask")
@@ -121,18 +121,19 @@ def test_the_plugin_waits_no_more_often_than_detectron2(base):
 
     for ours, stocks in zip(counts["plugin"], counts["stock"], strict=True):
         theirs = sum(n for file, n in stocks.items() if file not in ON_CPU_ALONE)
-        # Run lengths end on the CPU; detectron2's masks are still on the device.
+        # Run lengths are copied to the CPU, whereas detectron2's masks stay on the device.
         assert sum(ours.values()) - ours[RUN_LENGTHS] <= theirs, (ours, stocks)
     training, inference = (
         {file: n for file, n in count.items() if file.startswith("mask_head_plugin")}
         for count in counts["plugin"]
     )
-    assert training == {MASK_TARGET: len(batch)}  # the check of coordinates, which the CPU makes
-    # How many columns of pixels, how many crossings, and these.
+    assert training == {MASK_TARGET: len(batch)}  # the check of coordinates, done on the CPU
+    # Three reads per image: the number of pixel columns, the number of crossings, and the
+    # crossings.
     assert inference == {RUN_LENGTHS: 3 * len(batch)}
 
 
-def test_an_operator_that_waits_is_counted_where_it_is_called():
+def test_a_synchronising_operator_is_attributed_to_its_caller():
     with Waits() as waits:
         torch.ones(3)[torch.ones(3) > 0].tolist()
     assert waits.by_file == {"elsewhere": 2}

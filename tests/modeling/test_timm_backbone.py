@@ -1,4 +1,4 @@
-"""build_timm_fpn_backbone: timm's own features, weights by timm's names, stages frozen in order."""
+"""build_timm_fpn_backbone: timm's own features, weights under timm's names, frozen stages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config(name=SMALL, *opts):
 
 
 def randomised(name: str) -> torch.nn.Module:
-    """timm's model with statistics of batch norm that are not those of an empty one."""
+    """Returns timm's model with non-trivial batch norm statistics."""
     torch.manual_seed(0)
     model = timm.create_model(name)
     for module in model.modules():
@@ -33,7 +33,7 @@ def randomised(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", [SMALL, "convnext_atto", "resnet18d", "swin_s3_tiny_224"])
-def test_maps_are_those_of_timm_with_the_same_weights(name, tmp_path):
+def test_maps_equal_those_of_timm_with_the_same_weights(name, tmp_path):
     file = tmp_path / "weights.safetensors"
     save_file(randomised(name).state_dict(), file)
     backbone = build_backbone(config(name, "MODEL.TIMM.CHECKPOINT", file)).eval()
@@ -54,7 +54,7 @@ def test_maps_are_those_of_timm_with_the_same_weights(name, tmp_path):
     assert list(backbone.output_shape()) == ["p2", "p3", "p4", "p5", "p6"]
 
 
-def test_where_detector_weights_are_named_the_backbone_file_is_not_read():
+def test_the_backbone_file_is_not_read_if_detector_weights_are_given():
     opts = "MODEL.TIMM.CHECKPOINT", "nowhere.safetensors", "MODEL.WEIGHTS", "model_final.pth"
     build_backbone(config(SMALL, *opts))
     with pytest.raises(ConfigError, match=r"CHECKPOINT nowhere\.safetensors does not exist"):
@@ -84,7 +84,7 @@ def test_weights_of_another_model_are_refused(change, tmp_path):
         (3, ["conv_stem", "blocks.0", "blocks.1"], ["blocks.2", "blocks.4"]),
     ],
 )
-def test_stages_freeze_as_those_of_a_resnet_do(freeze_at, frozen, learning):
+def test_stages_freeze_in_the_same_order_as_a_resnets(freeze_at, frozen, learning):
     backbone = build_backbone(config(SMALL, "MODEL.BACKBONE.FREEZE_AT", freeze_at))
     net = backbone.bottom_up.net
     for name in frozen:
@@ -115,19 +115,19 @@ def test_frozen_norms_keep_their_statistics():
         (SMALL, ("MODEL.FPN.IN_FEATURES", "['res9']"), r"IN_FEATURES: .* gives .*not 'res9'"),
     ],
 )
-def test_what_gives_no_pyramid_is_refused(name, opts, message):
+def test_models_and_options_that_give_no_pyramid_are_refused(name, opts, message):
     with pytest.raises(ConfigError, match=message):
         build_backbone(config(name, *opts))
 
 
-def test_a_backbone_can_be_tried_out_without_memory_or_weights():
+def test_a_backbone_can_be_built_on_the_meta_device_without_weights():
     cfg = config(SMALL, "MODEL.TIMM.CHECKPOINT", "nowhere", "MODEL.BACKBONE.FREEZE_AT", 2)
     with torch.device("meta"):
         backbone = build_backbone(cfg)
     assert all(x.is_meta for x in backbone.parameters())
 
 
-def test_pixels_are_those_that_timm_states():
+def test_pixel_statistics_are_those_published_by_timm():
     mean, std = pretrained_pixels("tf_efficientnet_lite0")
     assert mean == std == [127.5] * 3
     assert TimmModel.probe("convnext_atto", 3).levels[0].stride == 4

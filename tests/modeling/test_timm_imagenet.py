@@ -1,6 +1,6 @@
-"""The weights that tools/fetch_backbone.py fetches recognise photographs.
+"""The weights fetched by tools/fetch_backbone.py recognise photographs.
 
-Skips where they were not fetched, or the shared photographs are absent.
+Skips if the weights have not been fetched or the shared photographs are missing.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ WORDS = {
     "teddy bear": "teddy",
     "toilet": "toilet",
 }
-"""What ImageNet calls some of COCO's categories."""
+"""ImageNet's words for some of COCO's categories."""
 
 LEAST_SIDE = 128  # pixels
 
 
 def crops():
-    """Yields categories and RGB crops (224, 224, 3) of large objects, a margin around each."""
+    """Yields categories and RGB crops (224, 224, 3) of large objects, with a margin."""
     content = json.loads((PHOTOS / "annotations.json").read_text())
     names = {x["id"]: x["name"] for x in content["categories"]}
     files = {x["id"]: x["file_name"] for x in content["images"]}
@@ -54,7 +54,7 @@ def crops():
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="needs tools/fetch_backbone.py")
 @pytest.mark.skipif(not PHOTOS.exists(), reason="needs the shared photographs")
-def test_the_fetched_weights_name_what_is_on_photographs():
+def test_the_fetched_weights_recognise_objects_on_photographs():
     model = timm.create_model(NAME).eval()
     model.load_state_dict(load_file(WEIGHTS))
     categories, images = zip(*crops(), strict=True)

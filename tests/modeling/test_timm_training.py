@@ -1,4 +1,4 @@
-"""Detectors with backbones of timm train, find, resume and are captured as others are."""
+"""Detectors with timm backbones train, detect, resume, and can be traced and scripted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def record(height=64, width=96):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_a_detector_learns_in_each_part_and_finds(family):
+def test_every_part_of_a_detector_gets_gradients_and_it_detects(family):
     model = build_model(config(*MODELS[family]))
     with EventStorage():
         losses = model([record(), record(70, 50)])
@@ -58,7 +58,7 @@ def test_a_detector_learns_in_each_part_and_finds(family):
     assert all(torch.isfinite(x) for x in losses.values())
     trunk = getattr(model.backbone, "bottom_up", getattr(model.backbone, "net", None))
     parameters = dict(trunk.named_parameters())
-    # Of what has none, processes that train together would wait for the gradient.
+    # Distributed training would wait for the gradient of a parameter that has none.
     assert parameters and [name for name, x in parameters.items() if x.grad is None] == []
     model.eval()
     model.roi_heads.box_predictor.test_score_thresh = 0.0
@@ -69,7 +69,7 @@ def test_a_detector_learns_in_each_part_and_finds(family):
 
 @pytest.mark.parametrize("family", ["ConvNeXt", "Swin"])
 @torch.no_grad()
-def test_maps_do_not_depend_on_the_order_in_memory(family):
+def test_maps_do_not_depend_on_the_memory_format(family):
     backbone = build_backbone(config(*MODELS[family])).eval()
     image = torch.rand(1, 3, 64, 96)
     expected = backbone(image)
@@ -78,7 +78,7 @@ def test_maps_do_not_depend_on_the_order_in_memory(family):
         assert relative_error(features, expected[name]) <= 1e-4, name
 
 
-def test_a_step_in_low_precision_has_losses_near_those_in_full():
+def test_losses_in_low_precision_are_close_to_full_precision():
     model, losses = build_model(config(SMALL)), []
     for enabled in (False, True):
         torch.manual_seed(0)
@@ -93,7 +93,7 @@ def test_a_step_in_low_precision_has_losses_near_those_in_full():
     ("name", "capture"), [(SMALL, "trace"), (SMALL, "script"), ("convnext_atto", "script")]
 )
 @torch.no_grad()
-def test_a_captured_backbone_is_right_for_other_images(name, capture):
+def test_a_captured_backbone_works_for_other_images(name, capture):
     backbone = build_backbone(config(name)).eval().bottom_up
     image, other = torch.rand(1, 3, 64, 96), torch.rand(2, 3, 96, 128)
     if capture == "trace":
@@ -109,7 +109,7 @@ def test_a_captured_backbone_is_right_for_other_images(name, capture):
         assert relative_error(found[key], features) <= 1e-5, key
 
 
-def test_names_of_weights_are_timms_and_those_of_detectron2():
+def test_weights_have_timms_names_in_the_trunk_and_detectron2s_elsewhere():
     stock = set(
         build_model(
             config(SMALL, "MODEL.BACKBONE.NAME", "build_small_resnet_fpn_backbone")
@@ -123,13 +123,15 @@ def test_names_of_weights_are_timms_and_those_of_detectron2():
     assert f"{trunk}net.blocks.0.0.conv_pw.weight" in own
 
 
-def test_a_dilated_res5_has_the_stride_of_res4_and_the_weights_of_the_model():
+def test_a_dilated_res5_has_the_stride_of_res4_and_the_same_weights():
     plain = ("MODEL.RESNETS.OUT_FEATURES", "['res5']", "MODEL.BACKBONE.NAME", "build_timm_backbone")
     dilated = build_backbone(config("resnet10t", *DC5, "MODEL.BACKBONE.FREEZE_AT", "4")).eval()
     usual = build_backbone(config("resnet10t", *plain)).eval()
     assert dilated.output_shape()["res5"].stride == dilated.size_divisibility == 16
     usual.load_state_dict(dilated.state_dict())
-    assert dilated.net.layer4[0].conv1.weight.requires_grad  # res5, though its stride is res4's
+    assert dilated.net.layer4[
+        0
+    ].conv1.weight.requires_grad  # res5 is not frozen, although its stride is res4's
     assert not dilated.net.layer3[0].conv1.weight.requires_grad
     image = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
@@ -153,12 +155,12 @@ def test_a_dilated_res5_has_the_stride_of_res4_and_the_weights_of_the_model():
         (SMALL, ("MODEL.TIMM.DROP_PATH_RATE", "1.0"), r"DROP_PATH_RATE 1.0 is not in \[0, 1\)"),
     ],
 )
-def test_what_a_model_cannot_do_is_reported_with_a_way_out(name, opts, message):
+def test_an_unsupported_option_is_refused_with_advice(name, opts, message):
     with pytest.raises(ConfigError, match=message):
         build_backbone(config(name, *opts))
 
 
-def test_a_plain_transformer_freezes_its_embedding_or_all_of_it():
+def test_a_plain_transformer_freezes_its_embedding_or_everything():
     def learning(freeze_at):
         backbone = build_backbone(config(PLAIN, *VITDET, "MODEL.BACKBONE.FREEZE_AT", freeze_at))
         names = [name for name, x in backbone.net.named_parameters() if x.requires_grad]
@@ -181,7 +183,7 @@ def few_shapes():
     MetadataCatalog.remove("test_timm_train")
 
 
-def test_stochastic_depth_is_resumed_bit_by_bit(few_shapes, tmp_path):
+def test_stochastic_depth_resumes_bit_by_bit(few_shapes, tmp_path):
     opts = [
         *("DATASETS.TRAIN", few_shapes, "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path),
         *("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "SEED", 3),

@@ -1,4 +1,4 @@
-"""Weights of timm's models are read from whatever timm writes, or refused with the file's name."""
+"""Weights in every format that timm writes are loaded; others are refused with the file's name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def start_from(path):
 
 
 @pytest.mark.parametrize("form", ["torch", "safetensors", "parallel", "ten classes", "tag"])
-def test_files_of_timm_are_read(form, tmp_path):
+def test_files_written_by_timm_are_loaded(form, tmp_path):
     path, content = tmp_path / "x", dict(weights())
     if form == "parallel":
         content = {f"module.{name}": x for name, x in content.items()}
@@ -52,7 +52,7 @@ def test_files_of_timm_are_read(form, tmp_path):
         ("folder", r"x.pth.tar was not loaded: it is a folder: name a file in it"),
     ],
 )
-def test_what_holds_no_weights_alone_is_refused_with_what_to_do(form, message, tmp_path):
+def test_other_files_are_refused_with_advice(form, message, tmp_path):
     path = tmp_path / "x.pth.tar"
     training = {"epoch": 3, "state_dict": weights(), "state_dict_ema": weights()}
     if form == "folder":
@@ -67,7 +67,7 @@ def test_what_holds_no_weights_alone_is_refused_with_what_to_do(form, message, t
         start_from(path)
 
 
-def test_a_hub_that_cannot_be_reached_is_asked_once_and_reported_with_another_way(monkeypatch):
+def test_an_unreachable_hub_is_asked_once_and_reported_with_an_alternative(monkeypatch):
     def fail(repository, *, timeout):
         asked.append((repository, timeout))
         raise RuntimeError("no route\nto host")

@@ -1,4 +1,4 @@
-"""The trained checkpoint of the repository: detections equal stock's, stock tools take them."""
+"""The repository's trained checkpoint: detections equal stock's, and stock tools accept them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def predictors(cfg):
 
 
 def raw_detections(predictor, image):
-    """Returns detections at the network's resolution, masks as probabilities."""
+    """Returns detections at the network's resolution, with masks as probabilities."""
     with torch.no_grad():
         inputs = [{"image": torch.as_tensor(image[:, :, ::-1].transpose(2, 0, 1).copy())}]
         return predictor.model.inference(inputs, do_postprocess=False)[0]
@@ -50,7 +50,7 @@ def test_every_weight_of_the_checkpoint_is_used(cfg, predictors, caplog):
 
 
 def test_detections_equal_stock(predictors):
-    """Same ordered set; mask pixels may differ only next to the threshold."""
+    """Checks the same ordered set; mask pixels may differ only near the threshold."""
     total = 0
     for record in DatasetCatalog.get("shapes_val")[:NUM_IMAGES]:
         image = cv2.imread(record["file_name"])
@@ -61,7 +61,7 @@ def test_detections_equal_stock(predictors):
             continue
         assert (actual.scores - expected.scores).abs().max() <= 1e-4
         assert (boxes - expected_boxes).abs().max() <= 1e-3
-        # Probabilities at pixels, as detectron2 thresholds them; the image is not resized.
+        # Pasted probabilities, before detectron2's threshold; the image is not resized.
         pasted, stock_pasted = (
             _do_paste_mask(x.pred_masks, x.pred_boxes.tensor, *image.shape[:2], skip_empty=False)[0]
             for x in (actual, expected)
@@ -77,7 +77,7 @@ def test_detections_equal_stock(predictors):
 
 
 def test_the_model_detects_well(cfg, predictors, tmp_path):
-    """Stock COCOEvaluator on the plugin's outputs."""
+    """Runs the stock COCOEvaluator on the plugin's outputs."""
     loader = build_detection_test_loader(cfg, "shapes_val")
     evaluator = COCOEvaluator("shapes_val", output_dir=str(tmp_path))
     results = inference_on_dataset(predictors[0].model, loader, evaluator)

@@ -1,4 +1,4 @@
-"""The weights along one axis, by hand and against exact fractions."""
+"""The weights along one axis, against hand-worked examples and exact fractions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mask_head_plugin.ops.axis_weights import (
 
 
 def dense(axis, num_cells: int) -> torch.Tensor:
-    """Returns the weights as full rows, (R, P, L)."""
+    """Returns the weights as complete rows, (R, P, L)."""
     rows = axis.weight.new_zeros(*axis.cell.shape[:2], num_cells)
     return rows.scatter_add(2, axis.cell.long(), axis.weight)
 
 
 def exact_mean_of_hat(low: Fraction, high: Fraction, cell: int, num_cells: int) -> Fraction:
-    """The mean of a cell's hat, with its border, over [low, high], by trapezoids between kinks."""
+    """Averages a cell's hat function, with its border rule, over [low, high] by exact trapezoids."""
 
     def hat(t: Fraction) -> Fraction:
         return max(Fraction(0), 1 - abs(min(max(t, Fraction(0)), Fraction(num_cells - 1)) - cell))
@@ -38,7 +38,7 @@ def exact_mean_of_hat(low: Fraction, high: Fraction, cell: int, num_cells: int) 
     return area / (high - low)
 
 
-def test_roi_align_example_of_the_docstring():
+def test_roi_align_weights_match_the_docstrings_example():
     start, end = torch.tensor([1.5]), torch.tensor([3.5])  # 1.0 and 3.0 after the half-cell shift
     axis = roi_align_weights(start, end, 1, 10, 2, True)
     assert (axis.cell.tolist(), axis.weight.tolist()) == ([[[1, 2, 3]]], [[[0.25, 0.5, 0.25]]])
@@ -49,13 +49,13 @@ def test_roi_align_example_of_the_docstring():
     ("start", "end", "expected"),
     [(1.0, 3.0, [0, 0.25, 0.5, 0.25, 0]), (1.0, 2.0, [0, 0.5, 0.5, 0, 0])],
 )
-def test_precise_examples_of_the_docstring(start, end, expected):
+def test_precise_weights_match_the_docstrings_examples(start, end, expected):
     edges = torch.tensor([start]), torch.tensor([end])
     axis = precise_roi_pool_weights(*edges, 1, 5, aligned=False)
     assert dense(axis, 5).tolist() == [[expected]]
 
 
-def test_samples_far_apart_take_one_slot_each_and_not_all_cells_between():
+def test_distant_samples_store_only_the_cells_that_they_read():
     axis = roi_align_weights(torch.tensor([0.0]), torch.tensor([100.0]), 1, 100, 2, True)
     assert axis.cell.tolist() == [[[24, 25, 74, 75]]]  # samples at 24.5 and 74.5
     assert axis.weight.tolist() == [[[0.25] * 4]]
@@ -73,7 +73,7 @@ anywhere = st.floats(-30, 30, width=32)
     num_cells=st.integers(1, 6),
 )
 def test_precise_weights_equal_exact_integrals(start, end, num_bins, num_cells):
-    """Kinks, borders, inverted and empty bins; edges that are exact in float64."""
+    """Covers kinks, borders, inverted and empty bins, with edges that are exact in float64."""
     axis = precise_roi_pool_weights(
         torch.tensor([start], dtype=torch.float64),
         torch.tensor([end], dtype=torch.float64),
@@ -85,8 +85,8 @@ def test_precise_weights_equal_exact_integrals(start, end, num_bins, num_cells):
     a, b = Fraction(start) - Fraction(1, 2), Fraction(end) - Fraction(1, 2)
     for p in range(num_bins):
         low, high = sorted(a + (b - a) * k / num_bins for k in (p, p + 1))
-        # Where a bin is so short that its edges round to each other, it has a point's weights; on
-        # the jumps at -1 and L, either side's.
+        # The edges of a very short bin may round to the same point; at the jumps at -1 and L, that
+        # point may fall on either side.
         if low != high and high - low < 1e-9 and min(abs(low + 1), abs(low - num_cells)) < 1e-9:
             continue
         for cell in range(num_cells):
@@ -112,12 +112,12 @@ def test_precise_weights_of_empty_bins_have_finite_gradients():
     assert torch.isfinite(start.grad).all()
 
 
-def test_rounding_is_that_of_c():
+def test_half_coordinates_are_rounded_as_in_c():
     edges = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 0.49999997, 8388607.0])
     start, end = round_to_cells(edges, edges)
     assert start.tolist() == [1, 2, 3, -1, -2, 0, MAX_CELL]
     assert (end - start).tolist() == [1] * 7
 
 
-def test_inverted_roi_has_one_cell():
+def test_an_inverted_roi_has_one_cell():
     assert [x.item() for x in round_to_cells(torch.tensor([5.2]), torch.tensor([1.0]))] == [5, 6]

@@ -1,4 +1,4 @@
-"""Operators on another device than the CPU: none mixes tensors of two, which a GPU would refuse."""
+"""Operators on a device other than the CPU: none mixes tensors of two devices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPERATORS = {
 
 
 def on_both(function, *tensors):
-    """Returns the results of a function on the CPU, and on the other device."""
+    """Returns the results of a function on the CPU and on the other device."""
     expected = function(*tensors)
     with OtherDevice():
         actual = function(
@@ -79,21 +79,21 @@ def test_mask_targets_run_on_any_device():
     assert torch.equal(actual.values, expected)
 
 
-def test_run_lengths_come_from_any_device():
+def test_run_lengths_are_encoded_from_any_device():
     masks, boxes = torch.rand(5, 28, 28), torch.tensor([[3.0, 4, 30, 25]] * 5)
     expected, actual = on_both(lambda *x: ops.encode_masks(*x, (50, 60)), masks, boxes)
     assert actual == expected
 
 
-def test_two_devices_are_refused():
-    """What the tests above rely on."""
+def test_the_simulated_device_refuses_to_mix_devices():
+    """The tests above rely on this."""
     values, index = torch.rand(3), torch.tensor([2, 0])
     with OtherDevice():
         there, there_index = torch.arange(3, device=DEVICE), OnOtherDevice(index)
         assert torch.equal((there + 1)[index].values, torch.tensor([3, 1]))
         assert there.tolist() == [0, 1, 2] and int(there.max()) == 2
         assert torch.tensor([7, 8], device=DEVICE).values.tolist() == [7, 8]
-        assert (there * torch.tensor(2)).device == DEVICE  # a number of the CPU is welcome
+        assert (there * torch.tensor(2)).device == DEVICE  # a scalar on the CPU is allowed
         for mixed in (lambda: there + values, lambda: values[there_index]):
             with pytest.raises(RuntimeError, match="two devices"):
                 mixed()

@@ -1,4 +1,4 @@
-"""Run lengths of masks against detectron2's paste and pycocotools' encoding, and by hand."""
+"""Run lengths of masks: detectron2's paste, pycocotools' encoding, and hand-worked examples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mask_head_plugin.ops import encode_masks, mask_rle
 
 
 def paste_and_encode(mask_probs, boxes, image_hw, threshold=0.5):
-    """detectron2's way, on the whole image as on CUDA (see encode_masks)."""
+    """Pastes with detectron2 on the whole image, as on CUDA (see encode_masks)."""
     pasted, _ = _do_paste_mask(mask_probs[:, None], boxes, *image_hw, skip_empty=False)
     return [encode_bits((mask >= threshold).numpy()) for mask in pasted]
 
@@ -43,7 +43,7 @@ def smooth_masks(num_masks, side, seed):
 
 
 def slow_pixel(mask, box, y, x):
-    """The value of a pixel in exact Python floats: bilinear, with zeros around the mask."""
+    """Computes the value of a pixel in Python floats: bilinear, with zeros around the mask."""
     side = len(mask)
     v = (y + 0.5 - box[1]) / (box[3] - box[1]) * side - 0.5
     u = (x + 0.5 - box[0]) / (box[2] - box[0]) * side - 0.5
@@ -53,15 +53,15 @@ def slow_pixel(mask, box, y, x):
     return total
 
 
-def test_column_of_a_hand_worked_example():
-    # The module's example: rows 1 and 0.2 at y = 1 and 3.
+def test_hand_worked_column():
+    # The example of the module's docstring: rows 1 and 0.2 at y = 1 and 3.
     mask = torch.tensor([[[1.0, 1.0], [0.2, 0.2]]])
     (rle,) = encode_masks(mask, torch.tensor([[0.0, 0, 4, 4]]), (6, 4))
     assert coco_mask.decode(rle)[:, 1].tolist() == [1, 1, 0, 0, 0, 0]
     assert rle["size"] == [6, 4]
 
 
-def test_runs_of_neighbouring_columns_merge():
+def test_runs_that_cross_columns_are_merged():
     (rle,) = encode_masks(torch.ones(1, 3, 3), torch.tensor([[0.0, 0, 2, 5]]), (5, 4))
     assert rle == coco_mask.frPyObjects({"counts": [0, 10, 10], "size": [5, 4]}, 5, 4)
 
@@ -88,7 +88,7 @@ def test_equals_detectron2_on_thousands_of_masks():
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
-def test_any_mask_equals_detectron2_but_for_pixels_on_the_threshold(data):
+def test_any_mask_equals_detectron2_except_at_the_threshold(data):
     side = data.draw(st.integers(1, 6), "M")
     image_hw = data.draw(st.tuples(st.integers(1, 25), st.integers(1, 25)), "image_hw")
     threshold = data.draw(st.sampled_from([0.5, 0.3, 0.7, 1.0]), "threshold")
@@ -122,7 +122,7 @@ def test_masks_are_batched_in_chunks_of_columns(monkeypatch):
         assert encode_masks(masks, boxes, (50, 50)) == expected
     chunks = count.calls["aten.nonzero.default"]
     assert chunks > 10
-    # What else would wait for a GPU: the number of columns.
+    # The only other synchronisation on a GPU: reading the number of columns.
     assert count.calls["aten._local_scalar_dense.default"] == 1
 
 
@@ -135,20 +135,20 @@ def test_boxes_without_pixels_have_empty_masks():
     assert all(rle["size"] == [20, 25] for rle in rles)
 
 
-def test_a_box_smaller_than_a_pixel_that_holds_a_centre_has_that_pixel():
+def test_a_tiny_box_around_a_pixel_centre_gives_that_pixel():
     (rle,) = encode_masks(torch.ones(1, 7, 7), torch.tensor([[3.4, 5.4, 3.6, 5.6]]), (20, 25))
     assert np.argwhere(coco_mask.decode(rle)).tolist() == [[5, 3]]
 
 
-def test_saturated_masks_reach_pixels_on_the_edge_of_their_box():
+def test_saturated_masks_include_pixels_on_the_edge_of_the_box():
     boxes, full = torch.tensor([[1.5, 2.5, 4.5, 6.5]]), torch.ones(1, 4, 4)
     (closed,) = encode_masks(full, boxes, (9, 9))
     (open_,) = encode_masks(full * 0.999, boxes, (9, 9))
-    assert int(coco_mask.area(closed)) == 4 * 5 - 4, "corners have a quarter of the value"
+    assert int(coco_mask.area(closed)) == 4 * 5 - 4, "corners have only a quarter of the value"
     assert int(coco_mask.area(open_)) == 2 * 3
 
 
-def test_a_threshold_below_one_half_widens_masks():
+def test_a_low_threshold_extends_masks_beyond_the_box():
     boxes = torch.tensor([[10.0, 10, 20, 20]])
     narrow, wide = (encode_masks(torch.ones(1, 2, 2), boxes, (40, 40), t)[0] for t in (0.5, 0.1))
     assert int(coco_mask.area(narrow)) < 100 < int(coco_mask.area(wide))
@@ -156,12 +156,12 @@ def test_a_threshold_below_one_half_widens_masks():
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0, 0.6, float("nan")])
-def test_uniform_masks_on_the_whole_image(fill):
+def test_uniform_masks_cover_all_or_none_of_the_image(fill):
     (rle,) = encode_masks(torch.full((1, 5, 5), fill), torch.tensor([[-9.0, -9, 99, 99]]), (30, 20))
     assert int(coco_mask.area(rle)) == (600 if fill >= 0.5 else 0)
 
 
-def test_no_masks_and_half_precision():
+def test_no_masks_and_half_precision_masks_are_encoded():
     assert encode_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (5, 5)) == []
     masks, boxes = smooth_masks(3, 28, 1).half(), torch.tensor([[1.0, 2, 30, 40]] * 3)
     assert encode_masks(masks, boxes, (50, 50)) == encode_masks(masks.float(), boxes, (50, 50))
@@ -177,13 +177,13 @@ def test_no_masks_and_half_precision():
         ((torch.zeros(2, 5, 5), torch.zeros(2, 4), (9, 9), 0.0), "threshold 0.0"),
     ],
 )
-def test_what_has_no_encoding_is_refused(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         encode_masks(*arguments)
 
 
 @pytest.mark.cuda
-def test_on_cuda_equals_the_cpu():
+def test_cuda_equals_the_cpu():
     masks, boxes = smooth_masks(50, 28, 2), torch.rand(50, 4) * 50
     boxes[:, 2:] += boxes[:, :2] + 1
     on_cuda = encode_masks(masks.cuda(), boxes.cuda(), (120, 110))

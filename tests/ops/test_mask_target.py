@@ -1,4 +1,4 @@
-"""Targets from bit masks against detectron2's, and by hand."""
+"""Targets from bit masks, compared with detectron2's and with hand-worked examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mask_head_plugin.ops import crop_masks, mask_target
 
 
 def exact_shares(bit_masks, boxes, size):
-    """What is compared with 0.5, in float64."""
+    """Returns the fraction of foreground, in float64, that is compared with 0.5."""
     rois = torch.cat([torch.arange(len(boxes))[:, None], boxes], dim=1).double()
     return roi_align(bit_masks[:, None].double(), rois, size, 1.0, 0, True)[:, 0]
 
@@ -30,7 +30,7 @@ def random_masks(num_masks, hw, seed):
 
 
 def check_equals_detectron2(bit_masks, boxes, size):
-    """Returns how many pixels differ; each must be one of about half foreground."""
+    """Returns the number of differing pixels; each must be about half foreground."""
     actual = crop_masks(bit_masks, boxes, size)
     expected = BitMasks(bit_masks).crop_and_resize(boxes, size)
     assert actual.dtype == torch.bool and actual.shape == expected.shape
@@ -41,13 +41,13 @@ def check_equals_detectron2(bit_masks, boxes, size):
 
 
 @pytest.mark.parametrize("size", [14, 28])
-def test_equals_detectron2_but_for_ties(size):
+def test_equals_detectron2_except_for_ties(size):
     bit_masks = random_masks(70, (90, 130), size)
     rng = np.random.default_rng(0)
     corner = rng.uniform(-10, [120, 80], (70, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(1, 100, (70, 2))], axis=1)
     different = check_equals_detectron2(bit_masks, torch.from_numpy(boxes).float(), size)
-    assert different <= 5, "ties are rare where boxes are not at whole pixels"
+    assert different <= 5, "ties are rare unless boxes lie on whole pixels"
 
 
 @settings(deadline=None, max_examples=60)
@@ -60,18 +60,18 @@ def test_equals_detectron2_but_for_ties(size):
     hw=st.tuples(st.integers(4, 20), st.integers(4, 20)),  # boxes of at most MAX_MAP_SIZES images
     size=st.integers(1, 5),
 )
-def test_any_ordered_box_equals_detectron2_but_for_ties(boxes, hw, size):
+def test_any_ordered_box_equals_detectron2_except_for_ties(boxes, hw, size):
     boxes = torch.tensor([[x, y, x + w / 4, y + h / 4] for x, y, w, h in boxes])
     check_equals_detectron2(random_masks(len(boxes), hw, 0), boxes, size)
 
 
 @pytest.mark.parametrize(("shape", "size"), [((1, 4, 4), 0), ((1, 0, 4), 2), ((1, 4, 0), 2)])
-def test_sizes_of_nothing_are_refused(shape, size):
+def test_sizes_of_zero_are_refused(shape, size):
     with pytest.raises(ValueError, match="none may be 0"):
         crop_masks(torch.zeros(shape, dtype=torch.bool), torch.zeros(1, 4), size)
 
 
-def test_a_box_of_whole_pixels_gives_these_pixels():
+def test_a_box_of_whole_pixels_gives_exactly_those_pixels():
     mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]).bool()[None]
     target = crop_masks(mask, torch.tensor([[1.0, 0, 3, 2]]), 2)
     assert target.tolist() == [[[True, True], [False, True]]]
@@ -83,7 +83,7 @@ def test_inverted_and_outside_boxes_have_no_target():
     assert not crop_masks(masks, boxes, 4).any()
 
 
-def test_no_masks():
+def test_no_masks_give_an_empty_target():
     assert crop_masks(torch.zeros(0, 9, 9, dtype=torch.bool), torch.zeros(0, 4), 4).shape == (
         0,
         4,
@@ -91,13 +91,13 @@ def test_no_masks():
     )
 
 
-def test_the_path_for_cuda_gives_the_same(monkeypatch):
+def test_the_cuda_path_gives_the_same(monkeypatch):
     monkeypatch.setattr(mask_target, "_crop_by_sums", mask_target._crop_with_operator)
     check_equals_detectron2(random_masks(5, (30, 40), 1), torch.tensor([[3.0, 4, 30, 25]] * 5), 7)
 
 
-def test_deterministic_mode_on_cuda_takes_the_operator_as_well(monkeypatch):
-    """torchvision's function samples every pixel there; tensors without values need no GPU."""
+def test_deterministic_mode_on_cuda_also_uses_the_operator(monkeypatch):
+    """torchvision's function would sample every pixel; fake tensors need no GPU."""
     module = sys.modules["torchvision.ops.roi_align"]
     monkeypatch.setattr(module, "is_compile_supported", lambda device_type: device_type == "cuda")
     monkeypatch.setattr(module, "_roi_align", lambda *arguments: pytest.fail("samples every pixel"))
@@ -114,7 +114,7 @@ def test_deterministic_mode_on_cuda_takes_the_operator_as_well(monkeypatch):
     assert count.calls["torchvision.roi_align.default"] == 1
 
 
-def test_wrong_input_is_refused():
+def test_invalid_input_is_refused():
     masks = torch.zeros(2, 9, 9, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"boxes \(R, 4\), not \(2, 9, 9\) and \(3, 4\)"):
         crop_masks(masks, torch.zeros(3, 4), 4)
@@ -122,8 +122,8 @@ def test_wrong_input_is_refused():
         crop_masks(masks, torch.tensor([[0.0, 0, 1, 1], [0, float("nan"), 1, 1]]), 4)
 
 
-def test_operators_are_few_whatever_the_number_of_boxes():
-    """Beside another busy process each waits for its slower thread."""
+def test_the_number_of_operators_does_not_grow_with_the_number_of_boxes():
+    """Each operator waits for its slowest thread, which takes long if another process is busy."""
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(128, 2, generator=generator) * 150
     boxes = torch.cat([corner, corner + 3 + 140 * torch.rand(128, 2, generator=generator)], dim=1)

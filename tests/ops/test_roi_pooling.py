@@ -1,4 +1,4 @@
-"""The RoI pooling operators against torchvision, a slow reference, and by hand."""
+"""The RoI pooling operators against torchvision, slow references and hand-worked examples."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def bilinear(feature, y: float, x: float) -> torch.Tensor:
-    """One sample of a (C, H, W) map with the border rule of torchvision."""
+    """Samples a (C, H, W) map at one point, with torchvision's border rule."""
     height, width = feature.shape[1:]
     if y < -1 or y > height or x < -1 or x > width:
         return torch.zeros_like(feature[:, 0, 0])
@@ -60,7 +60,7 @@ def bilinear(feature, y: float, x: float) -> torch.Tensor:
 
 
 def slow_roi_align(features, rois, size, scale, ratio, aligned, reduction="mean", warp=False):
-    """The definition, sample by sample; RoIs in any order, the adaptive grid capped."""
+    """Computes the definition sample by sample; RoIs in any order, with the adaptive grid capped."""
     shift = 0.5 if aligned else 0.0
     height, width = features.shape[2:]
     pooled = features.new_zeros(len(rois), features.shape[1], size, size)
@@ -94,7 +94,7 @@ def slow_roi_align(features, rois, size, scale, ratio, aligned, reduction="mean"
 
 
 def slow_cells(start, end):
-    """Edges rounded half away from zero, the upper cell included, at least one cell."""
+    """Rounds edges half away from zero; includes the upper cell, and at least one cell."""
     start, end = (math.copysign(math.floor(abs(v) + 0.5), v) for v in (start, end))
     return start, max(end, start) + 1
 
@@ -174,7 +174,7 @@ coordinates = st.floats(-300, 300, width=32)
     aligned=st.booleans(),
 )
 def test_any_finite_box_equals_the_slow_reference(boxes, hw, size, ratio, aligned):
-    """Inverted, zero-area, far outside and huge boxes, one-pixel maps."""
+    """Covers inverted, empty, distant and huge boxes, and one-pixel maps."""
     features = torch.randn(1, 2, *hw, dtype=torch.float64)
     rois = torch.tensor([[0, *box] for box in boxes], dtype=torch.float64)
     actual = roi_align(features, rois, size, 0.25, ratio, aligned)
@@ -218,9 +218,9 @@ def test_roi_pool_of_any_finite_box_equals_the_slow_reference(boxes, hw, size):
 @pytest.mark.parametrize("spread", [1.0, 4.0])
 def test_roi_pool_equals_torchvision(spread, channels_last, dtype):
     generator = torch.Generator().manual_seed(3)
-    # Few different values, so that maxima are tied: the gradient goes to the first.
+    # Few distinct values cause tied maxima, whose gradient goes to the first.
     features = torch.randint(0, 4, (2, 5, 19, 23), generator=generator).to(dtype)
-    features[:, 0, 3:9, 3:9] = float("nan")  # all cells of some bins, in some channels
+    features[:, 0, 3:9, 3:9] = float("nan")  # some bins are entirely NaN, in some channels
     features[:, 1, 4, 3:5] = float("inf")
     features[:, 2, 8:14, 8:14] = float("nan")
     if channels_last:
@@ -238,7 +238,7 @@ def test_roi_pool_equals_torchvision(spread, channels_last, dtype):
     assert relative_error(*gradients) <= TOLERANCE[dtype]
 
 
-def test_roi_warp_of_as_many_cells_as_bins_gives_the_cells():
+def test_with_one_cell_per_bin_roi_warp_and_roi_pool_return_the_cells():
     features = torch.randn(1, 3, 9, 9)
     rois = torch.tensor([[0.0, 8.9, 17, 30, 36.2]])  # cells 2 to 7 and 4 to 9, of 4 pixels
     expected = features[:, :, 4:9, 2:7]
@@ -248,8 +248,8 @@ def test_roi_warp_of_as_many_cells_as_bins_gives_the_cells():
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-def test_precise_roi_pool_is_the_product_of_its_weights(aligned):
-    """The weights are compared with exact integrals in test_axis_weights."""
+def test_precise_roi_pool_equals_the_product_of_its_weights(aligned):
+    """test_axis_weights compares the weights with exact integrals."""
     features = torch.randn(2, 3, 9, 12, dtype=torch.float64)
     rois = random_rois(40, (36, 48), torch.Generator().manual_seed(0), 2.0)
     wy, wx = (
@@ -266,7 +266,7 @@ def test_precise_roi_pool_is_the_product_of_its_weights(aligned):
 @pytest.mark.parametrize("aligned", [True, False])
 def test_precise_roi_pool_is_the_limit_of_roi_align(aligned):
     features = torch.randn(2, 3, 7, 8, dtype=torch.float64)
-    # In order, inverted, without area, and over the border.
+    # Ordered, inverted, without area, and across the border.
     rois = torch.tensor(
         [[0, 3.0, 2, 25, 19], [1, 22, 20, 5, 1], [0, 9, 9, 9, 9], [1, -9, -30, 50, 13]],
         dtype=torch.float64,
@@ -276,7 +276,7 @@ def test_precise_roi_pool_is_the_limit_of_roi_align(aligned):
         float((roi_align(features, rois, 3, 0.25, ratio, aligned) - expected).abs().max())
         for ratio in (16, 256)
     ]
-    # First order: a sample next to the jump at the border counts or not.
+    # Convergence is first order, because samples near the jump at the border count or do not.
     assert errors[1] <= errors[0] / 8 and errors[1] <= 0.02
 
 
@@ -292,8 +292,8 @@ def test_gradient_of_precise_roi_pool_to_boxes():
     assert torch.autograd.gradcheck(pool, (features, boxes))
 
 
-def test_samples_next_to_the_jump_fall_on_torchvisions_side():
-    """At -1 and at the map's size the border rule jumps; rounding decides which side counts."""
+def test_samples_next_to_the_border_jump_are_treated_as_in_torchvision():
+    """At -1 and at the map's size the border rule jumps, and rounding decides the side."""
     generator = torch.Generator().manual_seed(1)
     features = torch.full((1, 1, 13, 13), 7.0)
     start = -1 - torch.rand(4000, generator=generator) * 3
@@ -307,7 +307,7 @@ def test_samples_next_to_the_jump_fall_on_torchvisions_side():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_gradient(name):
-    # Distinct values, well apart: a maximum stays where it is under gradcheck's steps.
+    # Distinct, well separated values keep the maxima in place under gradcheck's steps.
     features = torch.randperm(120, dtype=torch.float64).view(2, 2, 5, 6) / 30
     rois = torch.tensor(
         [[0, 1.0, 2, 17, 15], [1, -4, 3, 30, 9], [1, 2, 2, 2, 2]], dtype=torch.float64
@@ -317,7 +317,7 @@ def test_gradient(name):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_no_rois_give_an_empty_result_with_a_gradient(name):
+def test_without_rois_the_result_is_empty_and_differentiable(name):
     maps = [
         torch.randn(2, 3, 5, 6, requires_grad=True),
         torch.randn(2, 3, 2, 3, requires_grad=True),
@@ -353,7 +353,7 @@ def test_levels_choose_the_map(name, channels_last):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_limits_of_memory_do_not_change_the_result(name, channels_last, monkeypatch):
+def test_memory_limits_do_not_change_the_result(name, channels_last, monkeypatch):
     generator = torch.Generator().manual_seed(6)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = torch.randn(2, 40, 19, 23, generator=generator).contiguous(memory_format=layout)
@@ -376,7 +376,7 @@ def test_limits_of_memory_do_not_change_the_result(name, channels_last, monkeypa
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_strange_boxes_give_finite_values(name):
+def test_degenerate_boxes_give_finite_values(name):
     boxes = [
         [5.0, 5, 5, 5],
         [9, 7, 3, 2],
@@ -392,10 +392,10 @@ def test_strange_boxes_give_finite_values(name):
         pooled = OPERATORS[name](features, rois, 3)
         pooled.sum().backward()
         assert torch.isfinite(pooled).all() and torch.isfinite(features.grad).all()
-        assert pooled[2:4].abs().max() == 0, "off the map"
+        assert pooled[2:4].abs().max() == 0, "boxes off the map give 0"
 
 
-def test_infinite_features_elsewhere_do_not_matter():
+def test_infinite_features_outside_the_box_have_no_effect():
     features = torch.zeros(1, 1, 20, 20)
     features[0, 0, 0, 0] = float("inf")
     features[0, 0, 15:] = float("nan")
@@ -405,7 +405,7 @@ def test_infinite_features_elsewhere_do_not_matter():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_boxes_that_are_not_finite_are_counted_in_the_error(value):
+def test_the_error_counts_boxes_that_are_not_finite(value):
     rois = torch.zeros(5, 5)
     rois[1:3, 2] = value
     with pytest.raises(ValueError, match="2 of 5 RoIs have NaN or infinite"):
@@ -418,12 +418,12 @@ def test_memory_does_not_grow_with_the_box():
         assert axis.weight.numel() <= 2 * 7 * 10
 
 
-def test_result_is_channels_last():
+def test_the_result_is_channels_last():
     pooled = roi_align(torch.randn(1, 4, 8, 8), torch.tensor([[0.0, 0, 0, 8, 8]] * 2), 3)
     assert pooled.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_slice_of_a_channels_last_batch_is_read_where_it_is():
+def test_a_slice_of_a_channels_last_batch_is_not_copied():
     features = torch.randn(3, 4, 8, 8).contiguous(memory_format=torch.channels_last)
     table = bin_layout.as_table(features[1:])
     assert table.data_ptr() == features[1:].data_ptr() and table.shape == (128, 4)
@@ -463,12 +463,12 @@ def test_half_precision_features_are_pooled_in_float32(dtype, name):
         (torch.zeros(1, 1, 4, 4), torch.tensor([[-1.0, 0, 0, 1, 1]]), r"not all in \[0, 1\)"),
     ],
 )
-def test_wrong_shapes_and_image_indices_are_refused(features, rois, message):
+def test_invalid_shapes_and_image_indices_are_refused(features, rois, message):
     with pytest.raises(ValueError, match=message):
         roi_align(features, rois, 2)
 
 
-def test_wrong_levels_scales_and_reductions_are_refused():
+def test_invalid_levels_scales_and_reductions_are_refused():
     maps, rois = [torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 2, 2)], torch.zeros(3, 5)
     with pytest.raises(ValueError, match=r"2 feature maps need levels of shape \(3,\), not None"):
         roi_align(maps, rois, 2, (1.0, 0.5))
@@ -485,7 +485,7 @@ def test_wrong_levels_scales_and_reductions_are_refused():
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_forward_and_backward_under_autocast_stay_in_float32(name):
+def test_autocast_does_not_change_results_or_gradients(name):
     features = torch.randn(2, 4, 20, 20, requires_grad=True)
     rois = random_rois(9, (20, 20), torch.Generator().manual_seed(0)).float()
     inputs = (features, rois.requires_grad_()) if name == "precise" else (features,)
@@ -500,7 +500,7 @@ def test_forward_and_backward_under_autocast_stay_in_float32(name):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_bins_off_the_map_are_zero_beside_infinite_features():
+def test_bins_off_the_map_are_zero_next_to_infinite_features():
     features = torch.zeros(1, 1, 10, 10)
     features[..., -1] = float("inf")
     rois = torch.tensor([[0.0, 2, 2, 40, 8]])
@@ -509,7 +509,7 @@ def test_bins_off_the_map_are_zero_beside_infinite_features():
         assert pooled[..., 0].min() > 1e38 and (pooled[..., 2:] == 0).all()
 
 
-def test_precise_roi_pool_in_float32_does_not_depend_on_who_needs_a_gradient():
+def test_precise_roi_pool_is_accurate_in_float32_with_and_without_gradients():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 2, 40, 1300, generator=generator)
     corner = torch.rand(200, 2, generator=generator) * torch.tensor([1290.0, 35])
@@ -531,8 +531,8 @@ def test_half_precision_gradients_are_summed_in_float32(monkeypatch):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_one_huge_box_does_not_cost_the_others(name):
-    """The samples of a box of many maps are laid out for it alone."""
+def test_one_huge_box_does_not_increase_the_memory_of_the_others(name):
+    """Samples of a box much larger than the map are laid out for that box only."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 2, 100, 120, generator=generator)
     rois = random_rois(300, (100, 120), generator, num_images=1).float()
@@ -552,7 +552,7 @@ class LargeOperators(TorchDispatchMode):
     """Counts the operators that PyTorch splits over its threads."""
 
     GRAIN = 1 << 15
-    """Elements from which it does, in all but embedding_bag."""
+    """Number of elements from which PyTorch uses threads, except in embedding_bag."""
 
     def __init__(self):
         super().__init__()
@@ -572,8 +572,8 @@ class LargeOperators(TorchDispatchMode):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["align", "warp", "precise", "pool"])
-def test_as_few_large_operators_for_many_rois_and_channels_as_for_few(name, layout):
-    """Each waits for all threads, and with other processes at work one of them comes late."""
+def test_the_number_of_large_operators_does_not_grow_with_rois_or_channels(name, layout):
+    """Each waits for all threads, and other busy processes delay one of them."""
     generator = torch.Generator().manual_seed(0)
     counts = []
     for num_rois, num_channels in ((200, 32), (800, 64)):
@@ -605,7 +605,7 @@ def test_impossible_scales_are_refused(scale):
             operator(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5), 2, scale)
 
 
-def test_coordinates_that_overflow_when_scaled_are_counted():
+def test_coordinates_that_overflow_when_scaled_are_reported():
     rois = torch.tensor([[0, 3e38, 0, 3e38, 5]])
     with pytest.raises(ValueError, match="1 of 1 RoIs have NaN or infinite"):
         roi_align(torch.zeros(1, 1, 4, 4), rois, 2, 2.0)

@@ -1,4 +1,4 @@
-"""The CUDA kernel: run by Triton's interpreter on the CPU, compiled for two GPUs, run on a GPU."""
+"""The CUDA kernel: interpreted on the CPU, compiled for two GPUs, and run on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCALES = (0.25, 0.125)
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.cuda)])
 def operator(request):
-    """Pools by the interpreter, or on a GPU; takes and returns tensors of the CPU."""
+    """Pools in Triton's interpreter or on a GPU; inputs and results are on the CPU."""
     if request.param == "cuda":
         return on_gpu
     return request.getfixturevalue("interpreted_operator")
@@ -49,13 +49,13 @@ def make_rois():
     rois[:, 3:] = rois[:, 1:3] + torch.rand(7, 2, generator=generator) * 30
     rois[:, 0] = torch.arange(7) % 2
     rois[1, 3] = rois[1, 1] - 5  # inverted
-    rois[2, 1:] = torch.tensor([-30.0, -20, 90, 70])  # over the border
-    rois[3, 1:] = 900  # off the map, and without area
+    rois[2, 1:] = torch.tensor([-30.0, -20, 90, 70])  # across the border
+    rois[3, 1:] = 900  # off the map, without area
     return rois, torch.tensor([0, 0, 1, 1, 0, 1, 0])
 
 
 def with_gradients(pool, maps):
-    """Returns what a pooling function makes of maps, and gradients of a weighted sum of it."""
+    """Returns the pooled maps, and the gradients of a weighted sum of them."""
     inputs = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in maps]
     pooled = pool(inputs)
     weights = torch.linspace(-1, 1, pooled.numel()).view(pooled.shape)
@@ -67,7 +67,7 @@ def assert_equal_to_the_cpu_operator(operator, maps, rois, levels, size, scales,
     actual = with_gradients(lambda x: operator(x, rois, levels, *options), maps)
     wide = [x.float() for x in maps]
     expected = with_gradients(lambda x: ops.roi_align(x, rois, *options, levels=levels), wide)
-    # Sums in another order; in half precision, rounded once.
+    # Sums are taken in another order; half precision rounds once.
     tolerance = 5e-6 if maps[0].dtype == torch.float32 else torch.finfo(maps[0].dtype).eps
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.shape == theirs.shape and mine.dtype == maps[0].dtype
@@ -89,15 +89,15 @@ def test_half_precision_maps_are_summed_in_float32(dtype, layout, operator):
 
 
 @pytest.mark.parametrize("channels", [128 + 2, 256])
-def test_more_channels_than_a_block(channels, operator):
+def test_more_channels_than_fit_a_block(channels, operator):
     maps, (rois, levels) = make_maps(channels=channels), make_rois()
     options = ((1, 2), SCALES, 1, True)
     assert_equal_to_the_cpu_operator(operator, maps, rois[:3], levels[:3], *options)
 
 
 @pytest.mark.parametrize("size", [7, 14])
-def test_sides_of_as_many_cells_as_bins(size, operator):
-    """Their samples lie at cell edges, and their number does not depend on rounding."""
+def test_sides_that_are_multiples_of_the_number_of_bins(size, operator):
+    """Samples lie at cell edges, and rounding must not change their number."""
     gpu = operator is on_gpu
     sides = torch.arange(1, 65 if gpu else 4) * float(size)
     rois = torch.zeros(len(sides), 5)
@@ -110,7 +110,7 @@ def test_sides_of_as_many_cells_as_bins(size, operator):
 
 @pytest.mark.parametrize("ratio", [0, 2], ids=["adaptive", "far apart"])
 def test_bins_taller_than_a_tile(ratio, operator):
-    """9 cells a bin: of adaptive samples, those near a tile; of two, cells without any between."""
+    """Bins have 9 cells: adaptive samples are adjacent; with two, most cells are not sampled."""
     rois = torch.tensor([[0.0, 1.3, 0.6, 3.9, 18.4], [0.0, 3, 19, 1, 2]])
     levels = torch.zeros(2, dtype=torch.int64)
     options = ((2, 1), (1.0,), ratio, True)
@@ -118,14 +118,14 @@ def test_bins_taller_than_a_tile(ratio, operator):
     assert_equal_to_the_cpu_operator(operator, maps, rois, levels, *options)
 
 
-def test_boxes_of_numbers_near_the_largest_and_levels_without_any(operator):
+def test_boxes_with_huge_coordinates_and_levels_without_boxes(operator):
     rois = torch.tensor([[0, -1e9, -1e9, 1e9, 1e9], [1, 1e30, 0, 2e30, 9], [0, -40, -40, -20, -20]])
     levels = torch.ones(3, dtype=torch.int64)
     maps = make_maps(channels=2)
     assert_equal_to_the_cpu_operator(operator, maps, rois, levels, (2, 2), SCALES, 0, True)
 
 
-def test_as_many_maps_as_arguments_and_no_more(operator):
+def test_at_most_five_maps_are_accepted(operator):
     maps = [torch.randn(1, 3, 4, 5) for _ in range(6)]
     rois = torch.tensor([[0.0, 0, 0, 4, 3]]).repeat(5, 1)
     levels, scales = torch.arange(5), (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -136,14 +136,14 @@ def test_as_many_maps_as_arguments_and_no_more(operator):
         operator(maps, rois, levels, (1, 2), (*scales, 0.5), 1, True)
 
 
-def test_no_rois(operator):
+def test_without_rois_the_result_is_empty_and_differentiable(operator):
     maps, (rois, levels) = [x.requires_grad_() for x in make_maps()], make_rois()
     pooled = operator(maps, rois[:0], levels[:0], (2, 2), SCALES, 2, True)
     pooled.sum().backward()
     assert pooled.shape == (0, 5, 2, 2) and maps[0].grad.abs().max() == 0
 
 
-def test_levels_and_rois_with_strides(operator):
+def test_strided_levels_and_rois_are_accepted(operator):
     maps, (rois, levels) = make_maps(channels=3), make_rois()
     expected = operator(maps, rois, levels, (2, 2), SCALES, 1, True)
     strided = levels.int().repeat_interleave(2)[::2], rois.repeat(1, 2)[:, :5]
@@ -151,7 +151,7 @@ def test_levels_and_rois_with_strides(operator):
     assert torch.equal(actual, expected)
 
 
-def test_what_does_not_fit_is_refused(operator):
+def test_inconsistent_arguments_are_refused(operator):
     maps, (rois, levels) = make_maps(channels=3), make_rois()
     options = ((2, 2), SCALES, 1, True)
     with pytest.raises(ValueError, match="must agree in N, C, type"):
@@ -162,8 +162,8 @@ def test_what_does_not_fit_is_refused(operator):
         operator(maps, torch.zeros(7, 6), levels, *options)
 
 
-def test_is_one_operator_with_a_gradient_for_compilers(interpreted_operator):
-    """What torch.compile and torch.export rely on: schema, fake kernel, autograd."""
+def test_compilers_see_one_differentiable_operator(interpreted_operator):
+    """torch.compile and torch.export rely on its schema, fake kernel and autograd."""
     maps = [torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(2)]
     rois, levels = torch.tensor([[0.0, 0.5, 0.5, 3, 2]]), torch.ones(1, dtype=torch.int32)
     operator = torch.ops.mask_head_plugin.multilevel_roi_align.default
@@ -177,7 +177,7 @@ def test_is_one_operator_with_a_gradient_for_compilers(interpreted_operator):
 
 
 @pytest.mark.cuda
-def test_more_rois_than_an_axis_of_a_grid_has_blocks():
+def test_more_rois_than_a_grid_axis_allows():
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(66_000, 2, generator=generator) * 10
     index = torch.zeros(66_000, 1)
@@ -191,15 +191,15 @@ def test_more_rois_than_an_axis_of_a_grid_has_blocks():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_runs_where_the_maps_are():
+def test_the_kernel_runs_on_the_gpu_of_the_maps():
     maps, (rois, levels), options = make_maps(), make_rois(), ((2, 2), SCALES, 2, True)
     actual = on_gpu(maps, rois, levels, *options, device="cuda:1")
     assert torch.equal(actual, on_gpu(maps, rois, levels, *options))
 
 
 @pytest.mark.cuda
-def test_a_cuda_graph_holds_it():
-    """Nothing in it waits for the device or copies to it."""
+def test_a_cuda_graph_can_capture_the_operator():
+    """A capture fails if the operator waits for the device or copies to it."""
     maps, (rois, levels) = [x.cuda() for x in make_maps()], (x.cuda() for x in make_rois())
     arguments = maps, rois, levels, (2, 2), SCALES, 2, True
     expected = roi_pooling_operator.multilevel_roi_align(*arguments)
@@ -211,8 +211,8 @@ def test_a_cuda_graph_holds_it():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_each_column_is_visited_once_a_row_of_bins(backward, triton_interpreter, monkeypatch):
-    """Cells read, or added to with atomics, per channel; one by one, samples visit four each."""
+def test_each_column_is_visited_once_per_row_of_bins(backward, triton_interpreter, monkeypatch):
+    """Counts cells read or added to, per channel; a kernel without tiles reads 4 per sample."""
     kernels = load_triton_kernels("interpreted")
     visits, tile = [], kernels._tile
 
@@ -237,31 +237,34 @@ def test_each_column_is_visited_once_a_row_of_bins(backward, triton_interpreter,
 @pytest.mark.parametrize(
     ("capability", "dtype"), [(80, "fp32"), (90, "fp32"), (90, "fp16"), (90, "bf16")]
 )
-def test_compiles_for_gpus_that_need_not_be_there(capability, dtype, backward, monkeypatch):
-    """The machine code of an A100 (sm_80) and of an H100 (sm_90), from Triton's own assembler."""
+def test_the_kernel_compiles_for_gpus_that_are_not_present(
+    capability, dtype, backward, monkeypatch
+):
+    """Checks machine code for an A100 (sm_80) and an H100 (sm_90) from Triton's own assembler."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     report = load_script("benchmarks/triton_kernels.py")
     compiled = report.compile_kernel(report.Variant(capability, dtype, backward))
     ptx = compiled.asm["ptx"]
     assert f".target sm_{capability}" in ptx and compiled.asm["cubin"]
     assert "add.rn.f32" in ptx and bool(re.search(r"\b(atom|red)\.global", ptx)) == backward
-    # ceil(side / 7) of a side of 21 cells is 4 where 21 / 7 is 21 * (1 / 7), rounded twice.
+    # A side of 21 cells has ceil(21 / 7) = 3 samples, but 4 if computed as 21 * (1 / 7), rounded
+    # twice.
     assert re.search(r"div\.rn(\.ftz)?\.f32", ptx)
     approximate = re.findall(r"\b(?:div\.full|div\.approx|rcp|fma)\S*", ptx)
-    assert not approximate, "samples are counted and placed as on the CPU"
-    # Whole vectors of channels, in the cells' loads, the bins' stores and the gradients' atomics.
+    assert not approximate, "sample counts and positions must equal the CPU's"
+    # The cells' loads, the bins' stores and the gradients' atomics use whole vectors of channels.
     code = report.machine_code(compiled)
     assert code["spilled"] == 0
     if backward:
         assert max(code["loads"]) == (128 if dtype == "fp32" else 64)  # four bins
-        if capability == 90:  # an A100 has none
+        if capability == 90:  # an A100 has no vector atomics
             assert all("F32x4" in name for name in code["atomics"])
     else:
         assert code["loads"][128] >= 4 and list(code["stores"]) == [128]
 
 
-def test_what_a_call_moves_stays_within_its_bounds_on_paper():
-    """Two images with 512 boxes each, 7 x 7 bins, as many samples as cells (triton_kernels.py)."""
+def test_the_estimated_memory_traffic_stays_within_bounds():
+    """Two images with 512 boxes each, 7 x 7 bins, adaptive samples (triton_kernels.py)."""
     report = load_script("benchmarks/triton_kernels.py")
     work = report.work_row(512, 7, 0, "fp32")
     assert work["by samples, 1000"] >= 2.5 * work["cells, 1000"]
@@ -269,8 +272,8 @@ def test_what_a_call_moves_stays_within_its_bounds_on_paper():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gradients_take_the_memory_of_the_maps_once(dtype, interpreted_operator):
-    """And, of half-precision maps, that of their float32 sums."""
+def test_gradients_need_no_more_memory_than_the_maps(dtype, interpreted_operator):
+    """For half-precision maps, their float32 sums come on top."""
     sides, channels = ((64, 96), (32, 48)), 32
     maps = [torch.zeros(1, channels, *x, dtype=dtype, requires_grad=True) for x in sides]
     rois, levels = torch.tensor([[0.0, 1, 1, 9, 9]]), torch.zeros(1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""tools/compare_zoo.py as a user runs it: verdicts, files, exit codes, errors of one line."""
+"""The command line of tools/compare_zoo.py: verdicts, files, exit codes and one-line errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mask_head_plugin.comparison.zoo import ZOO_MODELS, find_config
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
 NUM_IMAGES = 16
-# So few images have some thirty sure detections; the others prove as much of equality.
+# So few images have only about thirty confident detections; a low threshold adds enough to compare.
 MANY = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0005"]
 JOB = ["--config", CONFIG, "--weights", CHECKPOINT]
 
@@ -43,20 +43,21 @@ def result(tmp_path_factory):
     return output, compare.compare_config(*args)
 
 
-def test_the_same_weights_are_called_equal(result):
+def test_identical_weights_are_reported_as_equal(result):
     output, found = result
     assert found.verdict == "equal"
     agreement = found.agreement
     assert agreement.images == NUM_IMAGES and agreement.confident >= 100
     assert agreement.images_with_other_set == agreement.far_mask_pixels == 0
-    # The two compute masks in different ways: no difference at all would mean one model run twice.
+    # The two models compute masks differently: a difference of exactly 0 would mean that one model
+    # ran twice.
     assert agreement.score < 1e-4 and agreement.box < 1e-3 and 0 < agreement.mask_prob
     written = json.loads((output / "comparison.json").read_text())
     assert written["verdict"] == "equal" and written["agreement"]["score"] == agreement.score
     assert written["num_tensors"] == 140 and len(written["weights_sha256"]) == 64
 
 
-def test_ap_is_that_of_the_chosen_images_and_equal_in_both(result):
+def test_ap_is_computed_on_the_chosen_images_and_equal_for_both_models(result):
     output, found = result
     assert list(found.ap) == ["bbox", "segm", "boundary"]
     for task, ap in found.ap.items():
@@ -66,13 +67,13 @@ def test_ap_is_that_of_the_chosen_images_and_equal_in_both(result):
             assert metrics["num_images"] == NUM_IMAGES and metrics[task]["AP"] == value
 
 
-def test_costs_are_of_both_models(result):
+def test_costs_are_reported_for_both_models(result):
     for cost in result[1].costs.values():
         assert 0 < cost.network_seconds < cost.seconds < 10 and 1 < cost.peak_megabytes < 1000
     assert result[1].costs["stock"] != result[1].costs["plugin"]
 
 
-def test_markdown_and_pictures_can_be_read(result):
+def test_the_markdown_report_links_valid_pictures(result):
     output, found = result
     text = (output / "comparison.md").read_text()
     assert "Verdict: **equal**" in text and f"{found.ap['segm'].plugin:.3f}" in text
@@ -84,7 +85,7 @@ def test_markdown_and_pictures_can_be_read(result):
         assert f"](pictures/{path.name})" in text
 
 
-def test_images_are_spread_over_the_data_set(tmp_path):
+def test_images_are_chosen_evenly_over_the_data_set(tmp_path):
     name = measurement.choose_images("shapes_val", 3, tmp_path)
     records = DatasetCatalog.get("shapes_val")
     chosen = [x["image_id"] for x in DatasetCatalog.get(name)]
@@ -100,7 +101,7 @@ def test_images_are_spread_over_the_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("layer", "amount"), [("mask_head.predictor.weight", 0.05), ("box_predictor.cls_score.bias", 1)]
 )
-def test_other_weights_in_one_layer_are_called_different(layer, amount, tmp_path):
+def test_changed_weights_in_one_layer_are_reported_as_different(layer, amount, tmp_path):
     config = find_config(CONFIG)
     cfg = twins.load_model_config(config, MANY)
     cfg.OUTPUT_DIR = str(tmp_path)
@@ -118,7 +119,7 @@ def test_other_weights_in_one_layer_are_called_different(layer, amount, tmp_path
         assert found.agreement.score > 1e-4
 
 
-def test_few_detections_prove_nothing(capsys, tmp_path):
+def test_too_few_detections_give_no_verdict(capsys, tmp_path):
     output = tmp_path / "few"
     code, out, _ = tool(capsys, *JOB, "--output", output, "--num-images", 3, *MANY[:2])
     assert code == 1 and "not enough detections" in out and str(output / "comparison.md") in out
@@ -136,7 +137,7 @@ def test_few_detections_prove_nothing(capsys, tmp_path):
         ({"confident": 0, "all_equal": False}, "different"),
     ],
 )
-def test_verdicts(result, changed, verdict):
+def test_the_verdict_depends_on_agreement_and_number_of_detections(result, changed, verdict):
     agreement = measurement.Agreement(**{**vars(result[1].agreement), "confident": 100, **changed})
     assert agreement.verdict == verdict
 
@@ -162,7 +163,9 @@ def test_errors_are_one_line(args, message, capsys, tmp_path):
     assert err.startswith("compare_zoo.py: ") and message in err
 
 
-def test_all_goes_on_after_failures_and_ends_in_one_table(result, monkeypatch, capsys, tmp_path):
+def test_all_continues_after_failures_and_ends_with_one_table(
+    result, monkeypatch, capsys, tmp_path
+):
     answers = iter([result[1], ConfigError("no weights"), MemoryError("too\nlarge")])
     asked = []
 
@@ -182,7 +185,7 @@ def test_all_goes_on_after_failures_and_ends_in_one_table(result, monkeypatch, c
     assert f"- {ZOO_MODELS[1].config}: no weights" in text and "MemoryError: too large" in text
 
 
-def test_help_teaches_by_examples(capsys):
+def test_help_gives_examples(capsys):
     with pytest.raises(SystemExit) as stop:
         tool(capsys, "--help")
     text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The report: its numbers are the trials', and it is whole where trials are not."""
+"""The report shows the trials' figures, and stays complete when trials are missing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def annotations(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, annotations):
-    """An ablation with its pages, and the trials' records. Not to be changed."""
+    """Returns the folder of an ablation with its report, and the records; must not be changed."""
     folder = tmp_path_factory.mktemp("ablation")
     paper = {"baseline": {"segm/AP": 30.3}, STRANGE: {"segm/AP": 24.8, "bbox/AP": 28.2}}
     records = write_ablation(folder, annotations, QUALITIES, paper=paper)
@@ -58,7 +58,7 @@ def made(tmp_path_factory, annotations):
 
 @pytest.fixture
 def copied(made, tmp_path, monkeypatch):
-    """A copy to break, without its pages, for which no plots for papers are made."""
+    """Returns a copy to modify, without its report, and turns off plots for papers."""
     for module, name in ((paper_plots, "save_figures"), (plots, "save_for_papers")):
         monkeypatch.setattr(module, name, lambda *_: None)
     folder = tmp_path / "ablation"
@@ -74,14 +74,14 @@ def render(folder: Path) -> tuple[str, str]:
 
 
 def table_cells(folder: Path) -> dict[str, dict[str, str]]:
-    """Returns what the table shows, by variant and column."""
+    """Returns the cells of the table by variant and column."""
     table = build_table(read_study(folder, NUM_DRAWS))
     keys = [column.key for column in table.columns]
     return {row[0].text: {k: c.text for k, c in zip(keys, row, strict=True)} for row in table.rows}
 
 
 def without_library(page: str) -> str:
-    """Returns the page without plotly.js, which names sites that it does not fetch."""
+    """Returns the page without plotly.js, which mentions sites that it does not fetch."""
     scripts = re.findall(r"<script[^>]*>.*?</script>", page, re.DOTALL)
     return page.replace(max(scripts, key=len), "")
 
@@ -95,7 +95,7 @@ def edit(path: Path, **entries) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
-def test_figures_are_those_of_the_trials(made):
+def test_the_report_shows_the_figures_of_the_trials(made):
     folder, records = made
     text, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
     header, _, *rows = markdown_rows(text, "Variants")
@@ -113,7 +113,7 @@ def test_figures_are_those_of_the_trials(made):
         assert cells["params"] == "1.23 M" and cells["seeds"] == "2/2"
 
 
-def test_intervals_are_the_bootstrap_s_and_the_verdict_follows_from_them(made):
+def test_intervals_come_from_the_bootstrap_and_decide_the_verdict(made):
     folder, records = made
     matches = {
         name: [
@@ -138,7 +138,7 @@ def test_intervals_are_the_bootstrap_s_and_the_verdict_follows_from_them(made):
     assert "Worse than baseline: a\\|b" in text and "Within noise of baseline: about" in text
 
 
-def test_the_paper_s_figures_stand_beside_ours(made):
+def test_the_papers_figures_appear_next_to_ours(made):
     folder, _ = made
     cells = table_cells(folder)
     assert (cells[STRANGE]["paper"], cells[STRANGE]["paper-difference"]) == ("24.8", f"{MINUS}5.5")
@@ -148,13 +148,13 @@ def test_the_paper_s_figures_stand_beside_ours(made):
     assert box[2] == "28.2" and box[4] == NOTHING and " to " in box[5]
 
 
-def test_columns_without_content_are_left_out(copied):
+def test_empty_columns_are_left_out(copied):
     edit(copied / "ablation.json", paper={})
     cells = table_cells(copied)["baseline"]
     assert "paper" not in cells and "paper-difference" not in cells and "APl" in cells
 
 
-def test_the_page_needs_nothing_from_elsewhere(made):
+def test_the_page_loads_nothing_from_other_sites(made):
     page = without_library((made[0] / "report.html").read_text())
     assert not re.search(r"https?:|@import|url\(", page)
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', page)) == {"data:"}
@@ -164,13 +164,13 @@ def test_the_page_needs_nothing_from_elsewhere(made):
 def test_names_are_escaped_everywhere(made):
     page = without_library((made[0] / "report.html").read_text())
     assert "<script>alert(1)" not in page and html.escape(STRANGE, quote=False) in page
-    # In the figures plotly takes names for HTML, and the browser scripts for the end of scripts.
+    # In figures, plotly reads names as HTML, and a browser would end the script at `</script>`.
     assert "a|b \\u0026lt;script\\u0026gt;" in page or "a|b &lt;script&gt;" in page
     text = (made[0] / "report.md").read_text()
     assert "<script>" not in text and "\\*\\*c\\*\\*" in text
 
 
-def test_nan_is_a_dash(made, copied):
+def test_nan_is_shown_as_a_dash(made, copied):
     for path in copied.glob("variant_0/seed_*/trial.json"):
         record = json.loads(path.read_text())
         record["results"]["segm"]["APs"] = None
@@ -183,7 +183,7 @@ def test_nan_is_a_dash(made, copied):
     assert not re.search(r"\bnan\b", text + shown, re.IGNORECASE)
 
 
-def test_commits_are_short_and_tell_a_dirty_tree(copied):
+def test_commits_are_short_and_mark_uncommitted_changes(copied):
     study = read_study(copied, 2)
     for commit, shown in (("ab" * 20, "ab" * 6), ("ab" * 20 + "+", "ab" * 6 + "+"), ("c+", "c+")):
         for trial in study.finished:
@@ -191,7 +191,7 @@ def test_commits_are_short_and_tell_a_dirty_tree(copied):
         assert dict(pages.facts(study))["commit"] == shown
 
 
-def test_trials_that_failed_or_are_missing_are_listed_and_the_others_reported(copied):
+def test_failed_and_missing_trials_are_listed_and_the_others_reported(copied):
     failed = copied / "variant_1" / "seed_1" / "trial.json"
     edit(failed, status="failed", error="FloatingPointError: Loss became <inf>\nat iteration 83")
     (copied / "variant_2" / "seed_2" / "trial.json").write_text('{"status": "fin')
@@ -209,7 +209,7 @@ def test_trials_that_failed_or_are_missing_are_listed_and_the_others_reported(co
     assert "±" not in text.split("## Variants")[1].split("\n- ")[0]
 
 
-def test_a_variant_without_a_finished_trial_has_a_row_of_dashes(copied):
+def test_a_variant_without_finished_trials_has_a_row_of_dashes(copied):
     shutil.rmtree(copied / "variant_1")
     text, page = render(copied)
     cells = table_cells(copied)[STRANGE]
@@ -224,7 +224,7 @@ def test_without_the_baseline_nothing_is_compared(copied):
     assert "figure-precision-recall" in page and table_cells(copied)[STRANGE]["AP"] != NOTHING
 
 
-def test_without_masks_boxes_are_reported(copied):
+def test_a_run_without_masks_is_reported_by_its_boxes(copied):
     edit(copied / "ablation.json", metric="bbox/AP", paper={})
     for path in copied.glob("*/*/trial.json"):
         edit(path, results={"bbox": json.loads(path.read_text())["results"]["bbox"]})
@@ -235,7 +235,7 @@ def test_without_masks_boxes_are_reported(copied):
     assert "boundary AP" not in text.split("## Variants")[1]
 
 
-def test_without_matches_there_are_values_and_no_intervals(copied):
+def test_without_matches_values_are_shown_without_intervals(copied):
     for path in copied.glob("*/*/inference/matches_segm.npz"):
         path.write_bytes(b"PK half an archive")
     cells = table_cells(copied)["about the same"]
@@ -250,7 +250,7 @@ def test_a_metric_without_an_interval_is_reported(copied):
     assert "figure-other-metrics" in render(copied)[1]
 
 
-def test_a_missing_image_costs_the_pictures_only(copied, annotations, tmp_path):
+def test_missing_images_leave_out_only_the_pictures(copied, annotations, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(annotations.parent, moved)
     for path in copied.glob("*/*/config.yaml"):
@@ -261,7 +261,7 @@ def test_a_missing_image_costs_the_pictures_only(copied, annotations, tmp_path):
     assert f"The images of {DATASET} cannot be shown here" in page and "<img" not in page
 
 
-def test_a_folder_that_is_no_ablation_is_an_error(copied, tmp_path):
+def test_a_folder_without_a_usable_ablation_is_an_error(copied, tmp_path):
     with pytest.raises(ConfigError, match=r"ablation\.json"):
         pages.write_report(tmp_path)
     with pytest.raises(ConfigError, match="1 draws"):
@@ -276,14 +276,14 @@ def test_a_folder_that_is_no_ablation_is_an_error(copied, tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value"), [("dataset", None), ("seeds", 5), ("paper", 5)])
-def test_entries_of_another_type_are_an_error(copied, key, value):
+def test_an_entry_of_the_wrong_type_is_an_error(copied, key, value):
     path = copied / "ablation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(ConfigError, match=r"does not describe an ablation: .*(5|None)"):
         read_study(copied, 2)
 
 
-def test_what_a_damaged_trial_says_is_not_known(copied):
+def test_values_of_a_damaged_trial_are_left_out(copied):
     study = read_study(copied, 2)
     before, *_ = study.finished
     known = before.result("segm/AP")
@@ -295,7 +295,7 @@ def test_what_a_damaged_trial_says_is_not_known(copied):
     assert math.isnan(before.result("segm/AP"))
 
 
-def test_trials_of_other_images_are_an_error(copied):
+def test_trials_evaluated_on_other_images_are_an_error(copied):
     path = copied / "variant_1" / "seed_1" / "inference" / "matches_segm.npz"
     matches = Matches.load(path)
     matches.image_ids[0] = "x"
@@ -304,7 +304,7 @@ def test_trials_of_other_images_are_an_error(copied):
         pages.write_report(copied, NUM_DRAWS)
 
 
-def test_without_the_extra_there_is_markdown_and_an_error(copied, monkeypatch):
+def test_without_the_report_extra_markdown_is_written_and_html_is_an_error(copied, monkeypatch):
     monkeypatch.setattr(page_render, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"jinja2 and plotly.*\[report\]"):
         pages.write_report(copied, NUM_DRAWS)
@@ -341,7 +341,7 @@ def test_pictures_show_ground_truth_first_then_each_variant(made):
     assert {name for name, _ in gallery.classes} <= {"class 0", "class 1"}
 
 
-def test_pictures_are_left_out_once_the_categories_have_changed(made, annotations):
+def test_pictures_are_left_out_if_the_categories_have_changed(made, annotations):
     before = annotations.read_text()
     content = json.loads(before)
     names = [x["name"] for x in content["categories"]]
@@ -355,7 +355,7 @@ def test_pictures_are_left_out_once_the_categories_have_changed(made, annotation
     assert gallery.rows == [] and "its categories have changed" in gallery.problem
 
 
-def test_numbers_have_a_true_minus_and_no_nan():
+def test_numbers_use_a_true_minus_and_never_show_nan():
     assert (number(-1.234), number(math.nan), number(0.5, "+.1f")) == (
         f"{MINUS}1.23",
         NOTHING,
@@ -363,7 +363,7 @@ def test_numbers_have_a_true_minus_and_no_nan():
     )
 
 
-def test_analyses_are_linked_where_they_are_and_else_their_commands_told(copied):
+def test_existing_analyses_are_linked_and_missing_ones_get_a_command(copied):
     inference = copied / "variant_1" / "seed_1" / "inference"
     baseline = copied / "variant_0" / "seed_1" / "inference"
     text, page = render(copied)
@@ -380,13 +380,13 @@ def run_tool(monkeypatch, *arguments: str) -> int:
     return runpy.run_path(str(ROOT / "tools" / "report.py"))["main"]()
 
 
-def test_the_tool_reports(copied, monkeypatch):
+def test_the_tool_writes_the_report(copied, monkeypatch):
     assert run_tool(monkeypatch, str(copied), "--draws", "20") == 0
     assert (copied / "report.html").is_file()
     assert "20 draws" in (copied / "report.md").read_text()
 
 
-def test_the_table_and_the_plots_are_there_for_papers(made):
+def test_the_table_and_the_plots_are_also_written_for_papers(made):
     folder = made[0]
     table = build_table(read_study(folder, NUM_DRAWS))
     assert (folder / "report.csv").read_text() == as_csv(table)
@@ -412,7 +412,7 @@ def test_curves_show_the_spread_over_seeds(made):
     assert np.ptp(np.array(band.y[:half]) - np.array(band.y[half:][::-1])) > 0
 
 
-def test_the_tool_teaches_and_names_errors(tmp_path, monkeypatch, capsys):
+def test_the_tool_has_help_and_reports_errors(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_tool(monkeypatch, "--help")
     taught = capsys.readouterr().out
@@ -422,7 +422,7 @@ def test_the_tool_teaches_and_names_errors(tmp_path, monkeypatch, capsys):
 
 
 def browse(page: Path, fragment: str, profile: Path) -> tuple[list[str], str]:
-    """Returns the variants in the order in which a browser shows them, and what it complains of."""
+    """Opens the page in a browser; returns the variants in the displayed order, and any errors."""
     command = [
         *(str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu"),
         *("--disable-background-networking", "--enable-logging=stderr"),
@@ -438,7 +438,7 @@ def browse(page: Path, fragment: str, profile: Path) -> tuple[list[str], str]:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium to open the page in")
-def test_a_browser_sorts_the_table_and_has_no_complaints(made, tmp_path):
+def test_a_browser_sorts_the_table_without_errors(made, tmp_path):
     folder, records = made
     page = (folder / "report.html").read_text()
     names = list(QUALITIES)
@@ -452,14 +452,14 @@ def test_a_browser_sorts_the_table_and_has_no_complaints(made, tmp_path):
     clicked = tmp_path / "clicked.html"
     clicked.write_text(page.replace("</body>", click))
     assert browse(clicked, "", tmp_path / "1") == (falling, "")
-    # The order can also be in the address; and a page that would fetch something is found out.
+    # The address can set the order, and the browser reports a page that tries to fetch something.
     wrong = tmp_path / "wrong.html"
     wrong.write_text(page.replace("</body>", '<img src="https://example.org/x.png"></body>'))
     order, complaints = browse(wrong, "#sort=AP", tmp_path / "2")
     assert order == rising and "Content Security Policy" in complaints
 
 
-def test_the_interval_picture_is_there_where_there_are_intervals(made, copied):
+def test_the_report_shows_the_interval_picture_only_with_intervals(made, copied):
     assert "![Differences to the baseline with their intervals](intervals.png)" in (
         (made[0] / "report.md").read_text()
     )
