@@ -1,4 +1,4 @@
-"""A small good data set, and the ways in which it is broken."""
+"""A small valid data set and the ways to break it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LFS_POINTER = (
 
 @dataclass
 class DataSet:
-    """A data set on disk; ``content`` is what its annotation file holds after ``write``."""
+    """A data set on disk; ``write`` saves ``content`` as its annotation file."""
 
     folder: Path
     content: Content
@@ -67,7 +67,7 @@ def encode(x0: int, y0: int, x1: int, y1: int, hw: tuple[int, int] = HW) -> dict
 
 
 def make_good(folder: Path, seed: int = 0) -> DataSet:
-    """Writes two JPEGs and two PNGs, five objects and a crowd of two categories."""
+    """Writes two JPEGs and two PNGs with five objects and one crowd, in two categories."""
     images = folder / "images"
     images.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -98,16 +98,16 @@ Break = Callable[[DataSet], str | bytes | None]
 
 @dataclass(frozen=True)
 class Case:
-    """A way to break the good data set.
+    """A way to break the valid data set.
 
     Attributes:
-        name: of the way.
-        kind: of the finding that it must give.
-        break_it: changes the data set; returns the file's text where that is not its content.
-        image_id: that the finding names.
-        annotation_id: the same for the annotation.
+        name: of the case.
+        kind: kind of the finding that must be reported.
+        break_it: changes the data set; returns the text to write if it is not the content as JSON.
+        image_id: image id that the finding must name.
+        annotation_id: annotation id that the finding must name.
         after_fix: whether a corrected copy still has the record: "kept", "left out", or "none" if
-            such a copy cannot be made.
+            no such copy can be made.
     """
 
     name: str
@@ -122,7 +122,7 @@ CASES: list[Case] = []
 
 
 def case(kind: str, *ids: Any, name: str = "", after_fix: str = "kept") -> Callable[[Break], Break]:
-    """Adds a way to break the data set."""
+    """Registers the decorated function as a way to break the data set."""
 
     def add(break_it: Break) -> Break:
         label = name or break_it.__name__.strip("_")
@@ -133,7 +133,7 @@ def case(kind: str, *ids: Any, name: str = "", after_fix: str = "kept") -> Calla
 
 
 def set_in_annotation(name: str, kind: str, key: str, value: Any, after_fix: str = "kept") -> None:
-    """Adds a case where annotation 13 of image 2 has a wrong value."""
+    """Registers a case in which annotation 13 of image 2 has an invalid value."""
 
     def break_it(data: DataSet) -> None:
         data.annotation(13)[key] = copy.deepcopy(value)
@@ -143,7 +143,7 @@ def set_in_annotation(name: str, kind: str, key: str, value: Any, after_fix: str
 
 
 def set_in_image(name: str, kind: str, key: str, value: Any, after_fix: str = "kept") -> None:
-    """Adds a case where image 2 has a wrong value."""
+    """Registers a case in which image 2 has an invalid value."""
 
     def break_it(data: DataSet) -> None:
         data.image(2)[key] = value
@@ -152,7 +152,7 @@ def set_in_image(name: str, kind: str, key: str, value: Any, after_fix: str = "k
 
 
 def change_image_file(name: str, kind: str, change: Callable[[Path], Any], i: int = 1) -> None:
-    """Adds a case where the file of an image is changed."""
+    """Registers a case in which an image file is changed."""
 
     def break_it(data: DataSet) -> None:
         change(data.path(i))
@@ -419,7 +419,7 @@ def _truncate(path: Path, bytes_left: int | None = None) -> None:
 
 
 def _zero_end(path: Path) -> None:
-    """As of a download into a file of the full size that broke off."""
+    """Imitates an interrupted download into a file of the full size."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
 
@@ -534,7 +534,7 @@ set_in_annotation("iscrowd is text", "iscrowd-invalid", "iscrowd", "0")
 set_in_annotation("area is NaN", "area-invalid", "area", NAN)
 set_in_annotation("area is negative", "area-invalid", "area", -1)
 set_in_annotation("area is text", "area-invalid", "area", "620")
-set_in_annotation("it is to be ignored", "ignore-flag", "ignore", 1, "left out")
+set_in_annotation("annotation is marked ignored", "ignore-flag", "ignore", 1, "left out")
 
 set_in_annotation("keypoints are text", "keypoints-invalid", "keypoints", "nose")
 set_in_annotation("keypoints are null", "keypoints-invalid", "keypoints", [None] * 51)
@@ -658,7 +658,7 @@ def mask_is_below_a_pixel(data):
 
 
 def _runs(name: str, kind: str, mask: Any, after_fix: str = "left out") -> None:
-    """Adds a case with run lengths as the mask of annotation 13, box [0, 0, 20, 30]."""
+    """Registers a case with run lengths as the mask of annotation 13, box [0, 0, 20, 30]."""
 
     def break_it(data: DataSet) -> None:
         data.annotation(13).update(bbox=[0, 0, 20, 30], segmentation=copy.deepcopy(mask))
@@ -710,7 +710,7 @@ def crowd_is_a_polygon(data):
 
 
 def many_objects(data):
-    """Exchanges the objects of the good data set for twelve others, and returns them."""
+    """Replaces all objects of the data set with twelve others, and returns them."""
     for number in range(12):
         x0, y0 = 5 + number, 5 + number
         annotation = {"id": 100 + number, "image_id": 1, "category_id": 3 + 4 * (number % 2)}
@@ -784,18 +784,18 @@ VALUES = st.one_of(
 
 
 def containers(value):
-    """Returns all objects and lists of parsed JSON."""
+    """Returns all objects and lists within parsed JSON."""
     children = value.values() if isinstance(value, dict) else value
     below = [x for child in children if isinstance(child, dict | list) for x in containers(child)]
     return [value, *below]
 
 
 def mutate(content: Content, draw: Callable[[Any], Any]) -> Content:
-    """Returns a copy in which one to three values at random places are others or gone.
+    """Returns a copy with one to three values at random places replaced or removed.
 
     Args:
-        content: of an annotation file.
-        draw: of hypothesis' ``data()``.
+        content: content of an annotation file.
+        draw: the ``draw`` method of hypothesis' ``data()``.
     """
     content = copy.deepcopy(content)
     for _ in range(draw(st.integers(1, 3))):

@@ -1,4 +1,4 @@
-"""What several test modules build: small models, their stock twins, random inputs.
+"""Shared by several test modules: small models, their stock twins, random inputs.
 
 Shape alphabet: N images, R RoIs, K classes.
 """
@@ -31,14 +31,14 @@ from mask_head_plugin.data import shapes
 from mask_head_plugin.machine import full_float32
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tools"))  # where a tool that is run finds those in its own folder
+sys.path.append(str(ROOT / "tools"))  # tools import each other from their folder
 CONFIGS = ROOT / "configs"
 CONFIG_FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "ablations")
 CHECKPOINT = ROOT / "checkpoints" / "mask_rcnn_shapes.safetensors"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 EMBEDDED_IMAGES = {"train": 20, "val": 60}
-"""As many of the embedded data set are drawn for the tests."""
+"""Number of images of the embedded data set that the tests use."""
 
 STOCK_NAMES = {
     "PerClassMaskROIHeads": "StandardROIHeads",
@@ -67,13 +67,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _run_from_the_root() -> None:
-    """Tests name configs and tools from there."""
+    """Changes to the project's root, because tests name configs and tools relative to it."""
     os.chdir(ROOT)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _embedded_images(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A part of the embedded data set, also for processes that tests start: all takes 20 s."""
+    """Draws only part of the embedded data set, also for child processes: all of it takes 20 s."""
     os.environ["DETECTRON2_DATASETS"] = str(tmp_path_factory.mktemp("datasets"))
     for split, count in EMBEDDED_IMAGES.items():
         shapes.NUM_IMAGES[split] = count
@@ -86,14 +86,14 @@ def _embedded_images(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Tensors of tests are small: a second thread gains nothing, and waits on a busy machine."""
+    """Uses one thread: test tensors are small, and a second thread only waits on a busy machine."""
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _yaml_is_parsed_once() -> Iterator[None]:
-    """Tests load the same few config files hundreds of times, and PyYAML takes 20 ms for one."""
+    """Caches parsed YAML: tests load the same config files hundreds of times, 20 ms for each."""
 
     def remembered(parse: Callable[..., Any], copied: Callable[[Any], Any]) -> Callable[..., Any]:
         known: dict[Any, Any] = {}
@@ -116,16 +116,17 @@ def _yaml_is_parsed_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _float32_on_a_gpu() -> Iterator[None]:
-    """Convolutions of tests are compared to more digits than TF32 has."""
+    """Turns off TF32, because tests compare convolutions to more digits than it has."""
     with full_float32():
         yield
 
 
 @pytest.fixture(autouse=True)
 def _logs_reach_pytest(monkeypatch) -> None:
-    """setup_logger keeps logs from caplog; detectron2's trainer calls it unless INFO is enabled.
+    """Lets logs reach caplog, regardless of what earlier tests have set.
 
-    Whatever a test before left: a benchmark silences the plugin's log.
+    setup_logger stops the propagation of logs, and detectron2's trainer calls it unless INFO is
+    enabled; benchmarks silence the plugin's log.
     """
     logging.getLogger("detectron2").setLevel(logging.DEBUG)
     logging.getLogger("mask_head_plugin").setLevel(logging.NOTSET)
@@ -137,13 +138,13 @@ def _logs_reach_pytest(monkeypatch) -> None:
 def _seeded() -> None:
     if torch.cuda.is_available():
         torch.manual_seed(0)
-    else:  # torch.manual_seed notes the stack, for the day that there is a GPU
+    else:  # without a GPU, torch.manual_seed slowly records the stack
         torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture
 def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels that are loaded run on the CPU. Triton before 3.3 does not undo what it changes."""
+    """Runs kernels loaded by a test on the CPU; undoes what Triton before 3.3 leaves changed."""
     triton = pytest.importorskip("triton")
     importlib.import_module(
         "mask_head_plugin.ops.roi_pooling_triton"
@@ -152,7 +153,7 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     changed = (language, language.core, language.math, language.tensor)
     before = [dict(vars(owner)) for owner in changed]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    # tl.sum is itself written in Triton, and was compiled code when Triton was imported.
+    # tl.sum is itself written in Triton and was compiled when Triton was imported.
     add = language.standard._sum_combine
     language.sum = lambda x, axis: language.reduce(x, axis, add)
     yield
@@ -168,7 +169,7 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def interpreted_operator(
     triton_interpreter: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., torch.Tensor]:
-    """ops.roi_pooling_operator.multilevel_roi_align, with its kernel interpreted."""
+    """Returns ops.roi_pooling_operator.multilevel_roi_align with its kernel interpreted."""
     from mask_head_plugin.ops import roi_pooling_operator
 
     monkeypatch.setattr(roi_pooling_operator, "kernels", load_triton_kernels("interpreted"))
@@ -176,7 +177,7 @@ def interpreted_operator(
 
 
 def fake_gpu() -> FakeTensorMode:
-    """A mode in which tensors have no values, so that "cuda" needs no GPU."""
+    """Returns a mode of tensors without values, in which "cuda" needs no GPU."""
     mode = FakeTensorMode()
     try:
         with mode:
@@ -199,7 +200,7 @@ class CountOperators(TorchDispatchMode):
 
 
 def small_config(name: str, *opts: str) -> CfgNode:
-    """Returns a config of configs/ with a network that trains in a blink."""
+    """Returns a config of configs/ with a network that trains in an instant."""
     return load_config(str(CONFIGS / name), [*SMALL_RESNET, *opts])
 
 
@@ -217,7 +218,8 @@ def build_twins(cfg: CfgNode) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Returns the plugin's model and the stock model with equal weights, neither trained."""
     torch.manual_seed(1)
     plugin, stock = build_model(cfg), build_model(stock_config(cfg))
-    # detectron2 starts the predictors near zero; larger weights make masks and scores that differ.
+    # detectron2 initialises the predictors near zero; larger weights give distinct masks and
+    # scores.
     with torch.no_grad():
         for name, parameter in plugin.named_parameters():
             if "predictor" in name:
@@ -234,7 +236,7 @@ def random_instances(
     mask_format: str,
     dtype: torch.dtype = torch.float32,
 ) -> Instances:
-    """Returns ground truth: boxes at least 8 pixels wide with an octagon in each."""
+    """Returns ground truth: boxes at least 8 pixels wide, each with an octagon."""
     height, width = image_hw
     size = rng.uniform(8, min(image_hw) * 0.7, (num_instances, 2))
     corner = rng.uniform(0, 1, (num_instances, 2)) * (np.array([width, height]) - size)
@@ -273,12 +275,12 @@ def random_proposals(
 
 
 def copy_instances(instances: list[Instances]) -> list[Instances]:
-    """Returns deep copies: detectron2's heads change what they are given."""
+    """Returns deep copies, because detectron2's heads modify their arguments."""
     return copy.deepcopy(instances)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Returns the largest difference as a share of the largest expected value."""
+    """Returns the largest difference divided by the largest expected value."""
     scale = expected.abs().max().item() if expected.numel() else 0.0
     difference = (actual - expected).abs().max().item() if expected.numel() else 0.0
     return difference / max(scale, torch.finfo(expected.dtype).tiny)
@@ -294,9 +296,9 @@ def load_script(path: str):
 
 
 def load_triton_kernels(name: str):
-    """Imports ops/roi_pooling_triton.py under a name of its own.
+    """Imports ops/roi_pooling_triton.py again, under another name.
 
-    Its kernels are decorated again: for Triton's interpreter where TRITON_INTERPRET is 1.
+    This compiles its kernels again, for Triton's interpreter if TRITON_INTERPRET is 1.
     """
     path = ROOT / "mask_head_plugin" / "ops" / "roi_pooling_triton.py"
     spec = importlib.util.spec_from_file_location(f"mask_head_plugin.ops.{name}", path)

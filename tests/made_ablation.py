@@ -1,4 +1,4 @@
-"""A made ablation folder, as the runner leaves it: detections are moved copies of the objects."""
+"""A synthetic ablation folder, as the runner writes it, with shifted objects as detections."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_dataset(folder: Path, num_images: int = 10, num_classes: int = 2) -> P
 
 
 def detections(content: Mapping[str, Any], quality: float, seed: int) -> list[dict[str, Any]]:
-    """Returns COCO results; of quality 1 every object is found as it is."""
+    """Returns COCO results; with quality 1, every object is found exactly."""
     rng = np.random.default_rng(seed)
     categories = [category["id"] for category in content["categories"]]
     results = []
@@ -108,7 +108,7 @@ def write_trial(
 
 
 def log_lines(seed: int) -> list[str]:
-    """Returns detectron2's metrics.json, with a last line that is half written."""
+    """Returns the lines of detectron2's metrics.json, the last one incomplete."""
     rng = np.random.default_rng(seed)
     rows = []
     for iteration in range(19, NUM_ITERATIONS, 20):
@@ -128,11 +128,11 @@ def write_ablation(
     """Writes an ablation whose first variant is the baseline; returns the trials' records.
 
     Args:
-        folder: to write.
+        folder: folder to create.
         annotations: a COCO file, next to a folder ``images``.
-        qualities: of the detections by variant, 0 to 1.
-        seeds: of each variant.
-        description: entries of ablation.json in place of these.
+        qualities: quality of the detections, 0 to 1, by variant.
+        seeds: seeds of each variant.
+        description: entries of ablation.json that replace the defaults.
     """
     files = [[DATASET, str(annotations), str(annotations.parent / "images")]]
     cfg = load_config("", ["DATASETS.COCO_FILES", str(files)])

@@ -1,4 +1,4 @@
-"""Synthetic ground truth and detections, with everything that an evaluation can stumble over."""
+"""Synthetic ground truth and detections that cover the difficult cases of an evaluation."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
 def make_coco(
     seed: int, *, num_classes: int = 3, num_images: int = 6, most_copies: int = 4
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns annotations and results: crowds, images without objects or detections, tied scores,
-    areas that are not the masks', wrong classes; no order.
+    """Returns annotations and results in random order.
+
+    They include crowds, images without objects or detections, tied scores, wrong classes, and
+    areas that differ from the masks'.
 
     Args:
-        seed: of the generator.
+        seed: seed of the random generator.
         num_classes: K.
-        num_images: N, the last without objects.
-        most_copies: of an object among the detections, moved by some pixels.
+        num_images: N; the last image has no objects.
+        most_copies: an object has fewer detections than this, each shifted by some pixels.
     """
     rng = np.random.default_rng(seed)
     images = [

@@ -1,4 +1,4 @@
-"""LazyConfig models that train in a blink."""
+"""LazyConfig models that train in an instant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from made_training import IMAGE_HW
 
 
 def shrink(model):
-    """Makes a LazyConfig's full-size model fit for a test: narrow backbone, FPN and heads."""
+    """Shrinks a full-size LazyConfig model for tests: narrow backbone, FPN and heads."""
     backbone, heads = model.backbone, model.roi_heads
     heads.num_classes, heads.batch_size_per_image = 5, 32
     predictors = heads.box_predictors if "box_predictors" in heads else [heads.box_predictor]
@@ -45,7 +45,7 @@ def shrink(model):
 
 
 def narrow_stages(norm, **_):
-    """Takes the place of ResNet.make_default_stages: one block each."""
+    """Replaces ResNet.make_default_stages: one block per stage."""
     sizes = ((8, 16, 1), (16, 24, 2), (24, 32, 2), (32, 40, 2))
     return [
         ResNet.make_stage(

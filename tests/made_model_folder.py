@@ -1,4 +1,4 @@
-"""Folders of exported models with known detections: graphs of a few operators."""
+"""Folders of exported models with known detections, built from a few operators."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from mask_head_plugin.deploy.model_folder import (
 )
 
 SHARES = np.array([[0.1, 0.2, 0.6, 0.9], [0.5, 0.0, 1.0, 0.4], [0.3, 0.3, 0.4, 0.35]], np.float32)
-"""Boxes as shares of the image's width and height."""
+"""Boxes as fractions of the image's width and height."""
 SCORES = np.array([0.9, 0.6, 0.2], np.float32)
-"""Of a white image; of others they are less, in proportion to the brightest pixel."""
+"""Scores on a white image; on others they are proportional to the brightest pixel."""
 CLASSES = np.array([1, 0, 1])
 MASK_PROBS = np.random.default_rng(0).uniform(size=(3, 14, 14)).astype(np.float32)
 
@@ -39,17 +39,17 @@ def write_model_folder(
     channels: int = 3,
     **changes: Any,
 ) -> ModelDescription:
-    """Writes a model that finds the same objects, as shares, in every image.
+    """Writes a model that finds the same objects, relative to the image size, in every image.
 
     Args:
-        folder: made if missing.
-        masks: whether it has masks.
+        folder: created if missing.
+        masks: whether the model predicts masks.
         scoring: whether the masks have scores.
-        count: of the three objects.
-        shares: their boxes.
-        opset: of ONNX.
-        channels: of the input.
-        changes: of ``model.json``; those of its ``input`` as a dict.
+        count: number of objects, up to 3.
+        shares: boxes of the objects, as fractions of the image.
+        opset: ONNX opset.
+        channels: number of input channels.
+        changes: values to replace in ``model.json``; those of its ``input`` as a dict.
     """
     folder.mkdir(parents=True, exist_ok=True)
     changed_input = changes.pop("input", {})

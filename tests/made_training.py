@@ -1,4 +1,4 @@
-"""Batches with made objects, and what models do with them in training."""
+"""Batches with synthetic objects, and functions that train models on them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def losses_and_gradients(model, batch):
 
 
 def assert_same_losses_and_gradients(plugin, stock, batch):
-    """As far as float rounding allows."""
+    """Compares losses and gradients as closely as float rounding allows."""
     losses, gradients = losses_and_gradients(plugin, batch)
     stock_losses, stock_gradients = losses_and_gradients(stock, batch)
     assert losses.keys() == stock_losses.keys() and "loss_mask" in losses

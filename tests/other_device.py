@@ -1,6 +1,6 @@
-"""Tensors that are on another device than the CPU, with values, and without a GPU.
+"""Tensors on a simulated device other than the CPU, with values, without a GPU.
 
-What reads a tensor of the CPU and one of the GPU in one operator fails on a GPU only: here as well.
+An operator that mixes CPU and GPU tensors fails only on a GPU; this module makes it fail anywhere.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
-"""Stands for the GPU: PyTorch needs no driver to name it."""
+"""Stands in for the GPU; PyTorch needs no driver for it."""
 
 BETWEEN_DEVICES = ("aten::_to_copy", "aten::copy_")
 
 
 class OnOtherDevice(torch.Tensor):
-    """Says that it is on DEVICE; its values are a tensor of the CPU."""
+    """Claims to be on DEVICE; its values are a tensor on the CPU."""
 
     values: torch.Tensor
 
@@ -57,10 +57,10 @@ def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
 
 
 class OtherDevice(TorchDispatchMode):
-    """Makes tensors that are asked for on DEVICE OnOtherDevice."""
+    """Turns tensors requested on DEVICE into OnOtherDevice."""
 
     def __enter__(self) -> Any:
-        # Makes tensors of lists without asking a mode.
+        # torch.tensor creates tensors without asking a mode.
         self._patch = mock.patch.object(torch, "tensor", tensor)
         self._patch.start()
         return super().__enter__()

@@ -1,4 +1,4 @@
-"""Processes for tests that need not import PyTorch and detectron2 first, which takes seconds.
+"""Processes for tests that skip the import of PyTorch and detectron2, which takes seconds.
 
 They are forks of one clean Python process, which has imported both and done nothing else.
 """
@@ -18,19 +18,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = ("mask_head_plugin.engine.run", "torch.utils.tensorboard")
-"""What the clean process has imported."""
+"""Modules that the clean process imports."""
 
 
 @functools.cache
 def fork_server() -> multiprocessing.context.ForkServerContext:
-    """Returns the context that makes such forks; once started, the server stays."""
-    import pytest  # the forks import this module, and need no pytest
+    """Returns the context that creates such forks; the server keeps running once started."""
+    import pytest  # the forks import this module but do not need pytest
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.delenv("OMP_NUM_THREADS", raising=False)  # for its forks to choose
+        patch.delenv("OMP_NUM_THREADS", raising=False)  # the forks choose
         forkserver.ensure_running()
     return context
 
@@ -38,14 +38,14 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
 def run_script(
     script: str, *args: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script as ``subprocess.run([sys.executable, script, *args], ...)`` does, with output.
+    """Runs a script like ``subprocess.run([sys.executable, script, *args], ...)``, with output.
 
     Args:
         script: a path, relative to ``cwd``.
-        args: of the script.
+        args: arguments of the script.
         cwd: its current folder.
-        env: its environment, in place of this process's. Variables that are read while the package
-            is imported keep the values of this process at the first script.
+        env: its environment, instead of this process's. Variables that the package reads when it
+            is imported keep their values from the first call.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [f"{folder}/{name}" for name in ("stdout", "stderr")]
@@ -69,7 +69,7 @@ def _run(
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    if "OMP_NUM_THREADS" in environment:  # which is read as PyTorch is imported
+    if "OMP_NUM_THREADS" in environment:  # PyTorch reads it only when imported
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *args]

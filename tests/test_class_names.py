@@ -1,7 +1,7 @@
-"""Names and rows of classes stay together, by every way into a model.
+"""Class names and their rows of weights stay together, however a model is loaded.
 
-The checkpoint numbers its classes from ring to arrow; here the same images are exported again with
-the classes in reverse. Numbers alone then name nearly every detection wrongly.
+The checkpoint orders its classes from ring to arrow; here the same images are also exported with
+the classes in reverse order. Class numbers alone would then name nearly every detection wrongly.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STRAIGHT, REVERSED = "names_straight", "names_reversed"
 
 
 def write_export(source: Path, target: Path, names: list[str]) -> None:
-    """Rewrites an annotation file, as a tool does that numbers its categories from 1."""
+    """Rewrites an annotation file like a tool that numbers its categories from 1."""
     content = json.loads(source.read_text())
     name_of = {x["id"]: x["name"] for x in content["categories"]}
     content["categories"] = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
@@ -78,7 +78,7 @@ def _forget_data_sets():
 
 
 def config(data, *opts, test=(REVERSED,)):
-    """The config of the checkpoint, with the data sets of this module instead of its own."""
+    """Returns the checkpoint's config with this module's data sets instead of its own."""
     files = {STRAIGHT: "straight.json", REVERSED: "reversed.json"}
     entries = [[name, str(data / files[name]), str(data / "val")] for name in test]
     return load_config(
@@ -114,7 +114,7 @@ def test_trainer_evaluates_by_name(data, right_ap):
 
 
 @pytest.mark.parametrize("evaluator", [MaskEvaluator, COCOEvaluator])
-def test_weights_loaded_before_the_data_set_is_registered_take_its_order(
+def test_weights_loaded_before_the_data_set_is_registered_are_evaluated_by_name(
     data, right_ap, evaluator, tmp_path
 ):
     cfg = config(data, "MODEL.WEIGHTS", "")
@@ -125,11 +125,11 @@ def test_weights_loaded_before_the_data_set_is_registered_take_its_order(
     assert evaluate(cfg, predictor.model, found) == pytest.approx(right_ap)
 
 
-def test_a_model_that_knew_no_data_set_is_evaluated_by_name(data, right_ap, tmp_path):
+def test_a_model_built_without_a_data_set_is_evaluated_by_name(data, right_ap, tmp_path):
     model = build_model(config(data, test=())).eval()
     MaskHeadCheckpointer(model).load(str(CHECKPOINT))
     assert class_names_of(model) == NAMES
-    name = REVERSED  # registered as detectron2 does it: it names its classes when it is loaded
+    name = REVERSED  # detectron2 sets class names when it loads the data set
     register_coco_instances(name, {}, str(data / "reversed.json"), str(data / "val"))
     cfg = config(data, test=())
     evaluator = MaskEvaluator(name, output_dir=str(tmp_path / "stock"))
@@ -139,7 +139,7 @@ def test_a_model_that_knew_no_data_set_is_evaluated_by_name(data, right_ap, tmp_
     assert Trainer.test(cfg, model)["segm"]["AP"] == pytest.approx(right_ap)
 
 
-def test_each_data_set_of_several_is_evaluated_by_name(data, right_ap):
+def test_each_of_several_data_sets_is_evaluated_by_name(data, right_ap):
     cfg = config(data, test=(STRAIGHT,))
     register_coco_files(cfg)
     other = config(data)
@@ -163,7 +163,7 @@ def test_test_time_augmentation_is_evaluated_by_name(data):
     assert found[0] == pytest.approx(found[1]) and found[0] > 50
 
 
-def test_evaluators_that_know_numbers_only_refuse_another_order(data, monkeypatch):
+def test_an_evaluator_that_uses_only_numbers_refuses_another_class_order(data, monkeypatch):
     cfg = config(data)
     model = build_model(cfg)
     MaskHeadCheckpointer(model, policy=WeightsPolicy()).load(str(CHECKPOINT))
@@ -194,7 +194,7 @@ def test_a_data_set_with_other_classes_is_refused_by_evaluation_and_training(dat
         Trainer(small)
 
 
-def test_training_on_data_without_names_does_not_keep_those_of_the_file(data, tmp_path, caplog):
+def test_training_on_data_without_class_names_drops_those_of_the_weights(data, tmp_path, caplog):
     records = DatasetCatalog.get("shapes_val")[:2]
     DatasetCatalog.register(STRAIGHT, lambda: records)
     cfg = config(data, "OUTPUT_DIR", str(tmp_path), test=())
@@ -212,7 +212,8 @@ def overlap(a, b) -> float:
 
 
 def count_names(predictions: Path, annotations: Path) -> tuple[int, int]:
-    """Returns how many detections have name and id of the object there, and how many have not."""
+    """Returns how many detections have the name and id of the object at their place, and how many
+    not."""
     truth, right, wrong = COCO(str(annotations)), 0, 0
     for found in json.loads(predictions.read_text())["annotations"]:
         for x in truth.imgToAnns[int(Path(found["file_name"]).stem)]:
@@ -224,7 +225,7 @@ def count_names(predictions: Path, annotations: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_the_demo_names_detections_as_the_file_of_weights_does(data, suffix, tmp_path):
+def test_the_demo_uses_the_class_names_of_the_weights(data, suffix, tmp_path):
     weights = tmp_path / f"model{suffix}"
     if suffix == ".pth":
         content = {name: x.float() for name, x in load_file(CHECKPOINT).items()}
@@ -246,7 +247,9 @@ def test_the_demo_names_detections_as_the_file_of_weights_does(data, suffix, tmp
         assert overlays[0] == overlays[1]
 
 
-def test_the_demo_shows_names_of_the_weights_with_data_of_other_classes(data, tmp_path, caplog):
+def test_the_demo_keeps_the_names_of_the_weights_if_the_data_has_other_classes(
+    data, tmp_path, caplog
+):
     text = (data / "straight.json").read_text().replace('"star"', '"tree"')
     (tmp_path / "other.json").write_text(text)
     files = [["names_other", str(tmp_path / "other.json"), str(tmp_path / "no images here")]]
@@ -259,10 +262,10 @@ def test_the_demo_shows_names_of_the_weights_with_data_of_other_classes(data, tm
     assert "new category ids for star" in caplog.text
 
 
-def test_a_predictor_has_the_names_of_its_weights(data):
+def test_a_predictor_uses_the_class_names_of_its_weights(data):
     cfg = config(data)
     cfg.freeze()
-    predictor = load_predictor(cfg)  # in the order of the data set
+    predictor = load_predictor(cfg)  # in the data set's order
     assert predictor.metadata.thing_classes == class_names_of(predictor.model) == NAMES[::-1]
     missing = config(data, "DATASETS.COCO_FILES", f"[['{REVERSED}','no.json','no']]")
     assert load_predictor(missing).metadata.thing_classes == NAMES
@@ -272,7 +275,7 @@ def test_a_predictor_has_the_names_of_its_weights(data):
         load_predictor(config(data, "MODEL.WEIGHTS", ""))
 
 
-def test_a_predictor_of_weights_without_names_has_those_of_its_data(data, tmp_path):
+def test_a_predictor_of_unnamed_weights_uses_the_names_of_its_data(data, tmp_path):
     save_file(load_file(CHECKPOINT), tmp_path / "a.safetensors")
     cfg = config(data, "MODEL.WEIGHTS", str(tmp_path / "a.safetensors"))
     assert load_predictor(cfg).metadata.thing_classes == NAMES[::-1]
@@ -280,7 +283,7 @@ def test_a_predictor_of_weights_without_names_has_those_of_its_data(data, tmp_pa
     assert load_predictor(cfg).metadata.get("thing_classes") is None
 
 
-def test_both_models_of_a_comparison_take_the_order_of_the_data(data):
+def test_both_models_of_a_comparison_use_the_class_order_of_the_data(data):
     cfg = config(data, "MODEL.WEIGHTS", "")
     register_coco_files(cfg)
     twins = load_twins(cfg, CHECKPOINT)
@@ -301,7 +304,7 @@ def test_both_models_of_a_comparison_take_the_order_of_the_data(data):
         load_twins(cfg, CHECKPOINT)
 
 
-def test_a_contact_sheet_names_predictions_as_the_weights_do(data, monkeypatch, tmp_path):
+def test_a_contact_sheet_uses_the_class_names_of_the_weights(data, monkeypatch, tmp_path):
     drawn: dict[str, list[list[str]]] = {}
     for name in (STRAIGHT, REVERSED):
         cfg = config(data, test=(name,))
@@ -316,7 +319,7 @@ def test_a_contact_sheet_names_predictions_as_the_weights_do(data, monkeypatch, 
     assert drawn[STRAIGHT] == drawn[REVERSED] and any(drawn[STRAIGHT])
 
 
-def test_weights_that_are_saved_again_keep_their_names(data, tmp_path):
+def test_saved_weights_keep_their_class_names(data, tmp_path):
     model = build_model(config(data, test=()))
     checkpointer = MaskHeadCheckpointer(model, str(tmp_path))
     checkpointer.load(str(CHECKPOINT))
@@ -325,7 +328,7 @@ def test_weights_that_are_saved_again_keep_their_names(data, tmp_path):
     assert class_names_of(copy.deepcopy(model)) == NAMES
 
 
-def test_weights_are_exported_with_as_many_names_as_rows(tmp_path):
+def test_weights_are_exported_only_with_one_name_per_row(tmp_path):
     save_file(load_file(CHECKPOINT), tmp_path / "a.safetensors")
     with pytest.raises(ConfigError, match=r"cls_score\.weight has rows for 5 classes, but 2 are"):
         names = ["cat", "dog"]
@@ -334,7 +337,7 @@ def test_weights_are_exported_with_as_many_names_as_rows(tmp_path):
         )
 
 
-def test_a_head_whose_rows_are_unknown_keeps_its_order_and_is_not_trained_in_another(data):
+def test_a_head_with_unknown_rows_keeps_its_class_order_and_refuses_others(data):
     @ROI_MASK_HEAD_REGISTRY.register()
     class HeadOfMine(torch.nn.Module):
         def __init__(self, cfg, input_shape):
@@ -358,7 +361,7 @@ def found_in_image(*classes: int) -> Instances:
     return Instances((9, 9), pred_classes=torch.tensor(classes), pred_boxes=boxes)
 
 
-def test_predictions_are_numbered_as_the_data_set_does():
+def test_predictions_are_renumbered_to_the_classes_of_the_data_set():
     instances = found_in_image(0, 2, 1)
     result = matched_predictions(instances, ["cat", "dog", "eel"], ["eel", "cat", "dog"], "d")
     assert result.pred_classes.tolist() == [1, 0, 2]
@@ -368,7 +371,9 @@ def test_predictions_are_numbered_as_the_data_set_does():
     assert fewer.pred_boxes.tensor[:, 0].tolist() == [4, 8]
     assert len(matched_predictions(found_in_image(), ["a"], ["b", "a"][1:], "d")) == 0
     assert matched_predictions(instances, None, ["eel"], "d") is instances
-    numbered = matched_predictions(instances, ["7", "8", "9"], [9, 8, 7], "d")  # as JSON may have
+    numbered = matched_predictions(
+        instances, ["7", "8", "9"], [9, 8, 7], "d"
+    )  # JSON may contain numbers
     assert numbered.pred_classes.tolist() == [2, 0, 1]
     for wanted, told in ((["cat", "fox"], "new: fox; dropped: dog, eel"), (["cat"] * 2, "twice")):
         with pytest.raises(ConfigError, match=told):
@@ -380,7 +385,7 @@ class Constant(torch.nn.Module):
         return {"loss": 0} if self.training else [{"instances": x} for x in inputs]
 
 
-def test_names_go_with_the_predictions_of_a_model_also_inside_another():
+def test_class_names_accompany_predictions_also_from_a_wrapped_model():
     model = Constant()
     name_classes(model, None)
     assert predicted_names(model.eval()([found_in_image(0)])[0]["instances"]) is None

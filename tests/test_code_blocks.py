@@ -1,8 +1,8 @@
-"""Commands and code in README and docs are right: flags, config keys, files, names.
+"""Commands and code in README and docs are correct: flags, config keys, files, names.
 
-Python blocks run, a few of them shortened. Shell commands are given to the parser of their script,
-and what follows as KEY VALUE to the config. Those that also run are in RUN; NOT_RUN says of all
-others why not, and what runs instead.
+Python blocks run, a few of them shortened. Shell commands are checked by their script's parser,
+and their KEY VALUE options by the config. RUN lists the commands that also run; NOT_RUN states
+for all others why they do not run, and what tests them instead.
 """
 
 from __future__ import annotations
@@ -33,55 +33,55 @@ from mask_head_plugin.modeling import MASK_LOSS_REGISTRY
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 YOURS = re.compile(r"(configs/mine/|my_|your_|output/|photos|all\.json|train\.json|coco/)")
-"""Files that a reader has, or that an earlier command writes."""
+"""Files that the reader has or that an earlier command writes."""
 
 RUN = {
     "tools/check_dataset.py --json photos.json": (),
     "tools/show_training_images.py --config-file configs/shapes": ("--output", "sheet.png"),
 }
-"""Commands that run here, by their beginning, with what shortens them."""
+"""Commands that run here, by their first words, with the flags that shorten them."""
 
 NOT_RUN = {
-    "train_net.py": "trains or evaluates; tests/engine/test_train_net.py does, in two iterations",
-    "torchrun": "trains in several processes; tests/engine/test_launch.py does, on the CPU",
+    "train_net.py": "trains or evaluates; tests/engine/test_train_net.py runs two iterations",
+    "torchrun": "trains in several processes; tests/engine/test_launch.py does so on the CPU",
     "srun": "needs Slurm",
-    "tools/ablate.py": "trains many models; tests/tools/test_ablate.py does, in two iterations",
+    "tools/ablate.py": "trains many models; tests/tools/test_ablate.py runs two iterations",
     "tools/report.py": "needs a finished ablation; tests/ablation/report/test_pages.py has one",
     "tools/compare_zoo.py": "takes minutes, or downloads; tests/tools/test_compare_zoo.py runs it",
-    "tools/check_dataset.py": "needs your files; tests/tools/test_check_dataset.py has such",
-    "tools/new_config.py": "needs your files; tests/new_config/test_new_config.py has such",
-    "tools/show_training_images.py": "needs your config; that of the shapes runs here",
-    "tools/demo.py": "is run on few images by tests/demo/test_demo.py",
-    "tools/predict.py": "is run on a model of known results by tests/deploy/test_predict.py",
-    "tools/analyze.py": "needs a run's results; tests/analysis/test_analysis_pages.py has such",
-    "tools/explain.py": "draws for a minute; tests/analysis/test_explain.py does, on a small model",
+    "tools/check_dataset.py": "needs your files; tests/tools/test_check_dataset.py writes some",
+    "tools/new_config.py": "needs your files; tests/new_config/test_new_config.py writes some",
+    "tools/show_training_images.py": "needs your config; the command for the shapes runs here",
+    "tools/demo.py": "takes long; tests/demo/test_demo.py runs it on few images",
+    "tools/predict.py": "needs your model; tests/deploy/test_predict.py runs it on a synthetic one",
+    "tools/analyze.py": "needs a run's results; tests/analysis/test_analysis_pages.py has some",
+    "tools/explain.py": "takes a minute; tests/analysis/test_explain.py uses a small model",
     "tools/export_model.py": "takes a minute; tests/deploy/test_export.py exports small models",
-    "tools/export_weights.py": "needs a run's weights; tests/checkpoint has such",
+    "tools/export_weights.py": "needs a run's weights; tests/checkpoint has some",
     "tools/replay_step.py": "needs a failed step; tests/engine/test_guards.py makes one",
-    "tools/fetch_backbone.py": "downloads; tests/tools/test_fetch_backbone.py does without",
+    "tools/fetch_backbone.py": "downloads; tests/tools/test_fetch_backbone.py replaces it",
     "tools/install_detectron2.py": "installs; tests/tools/test_install_detectron2.py runs it",
-    "tools/lazyconfig_train_net.py": "trains; tests/engine/test_lazy_run.py does, shortened",
-    "benchmarks/": "measures for minutes; tests/benchmarks runs each with tiny sizes",
-    "make": "installs, or runs for minutes; its targets are compared with the Makefile",
-    "pip": "installs; its extras and files are compared with setup.cfg",
+    "tools/lazyconfig_train_net.py": "trains; tests/engine/test_lazy_run.py runs a few iterations",
+    "benchmarks/": "measures for minutes; tests/benchmarks uses tiny sizes",
+    "make": "installs, or runs for minutes; a test compares its targets with the Makefile",
+    "pip": "installs; a test compares its extras and files with setup.cfg",
     "-m venv": "installs another tool",
     "datumaro-env/": "is another tool",
     "git clone": "downloads",
     "export": "sets a variable of your machine",
-    ".ci/run": "is what runs these tests",
+    ".ci/run": "runs these tests",
 }
-"""Commands that are parsed and do not run, by their beginning, with the reason."""
+"""Commands that are only parsed, by their first words, with the reason."""
 
 NOT_RUN_PYTHON = {
     "import submitit": "needs Slurm",
     "import supervision": "supervision is not installed with requirements.txt",
     "inference_on_dataset(model": "needs your model; tests/evaluation has one",
 }
-"""Python blocks that are compiled and do not run, by a line of theirs, with the reason."""
+"""Python blocks that are only compiled, by one of their lines, with the reason."""
 
 
 class Block(NamedTuple):
-    """A fenced block: the page, the line where it starts, its language and its text."""
+    """A fenced block: the page, its first line, its language and its text."""
 
     page: str
     line: int
@@ -106,7 +106,7 @@ def of(*languages: str) -> Any:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """Returns the words of each command of a shell block, ``python`` left out."""
+    """Returns the words of each command of a shell block, without ``python``."""
     text = block.text.replace("\\\n", " ").replace("$seed", "1")
     text = re.sub(r"^(for .*; do|done)$", "", text, flags=re.MULTILINE)
     lines = [line for part in text.splitlines() for line in part.split(" && ")]
@@ -121,12 +121,12 @@ ALL_COMMANDS = [
 
 
 class Parsed(BaseException):
-    """Ends a script once its flags are read."""
+    """Raised to end a script once its flags are parsed."""
 
 
 @pytest.fixture(scope="module")
 def parse() -> Any:
-    """A function from a script and its words to its parsed flags."""
+    """Returns a function that parses the words of a command with its script's parser."""
     original = argparse.ArgumentParser.parse_args
 
     def stop(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
@@ -146,7 +146,7 @@ def parse() -> Any:
 
 
 def check_flags(script: str, flags: argparse.Namespace) -> None:
-    """Checks the files, keys and names that the flags of a script have."""
+    """Checks the files, keys and names in the flags of a script."""
     file = getattr(flags, "config_file", None) or ""
     opts = list(getattr(flags, "opts", []))
     assert not file or YOURS.match(file) or (ROOT / file).is_file(), f"{file} does not exist"
@@ -199,14 +199,14 @@ def test_every_command_runs_or_has_a_reason_not_to():
     assert [x for x in reasons if not any(y.startswith(x) for y in ALL_COMMANDS)] == []
 
 
-def test_commands_are_in_fenced_blocks():
+def test_commands_appear_only_in_fenced_blocks():
     pattern = re.compile(r"^    (python|make|pip|torchrun|git) ", re.MULTILINE)
     for page in PAGES:
         outside = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         assert not pattern.search(outside), page
 
 
-def test_the_readme_is_short_and_no_measurement_is_given_twice():
+def test_the_readme_is_short_and_no_row_of_measurements_appears_twice():
     assert len(PAGES[0].read_text().splitlines()) <= 150
     figures = [
         set(re.findall(r"\d+\.?\d* (?:ms|MB)|[1-9]\d\.\d\d+", line))
@@ -222,7 +222,8 @@ MEASURED = re.compile(
     r"(?<![\w./-])(\d[\d,.]*[ -](?:ms|s|seconds|minutes|hours|MB|GB|AP)\b"
     r"|(?!0\.0*\d(?!\d))\d+\.\d\d+(?![\d.])|\d+\.\d+%)"
 )
-"""A time, size or AP, a percentage with decimals, or two decimals; not 0.01 and other settings."""
+"""Matches a time, size or AP, a percentage with decimals, or two decimals, but not settings like
+0.01."""
 
 TWICE = {
     "3.8%": "of studies, in ablations; of a training step, in gpu_kernel",
@@ -230,11 +231,11 @@ TWICE = {
     "0.75": "an IoU, in analysis; a bound of an interval, in roi_align_sampling",
     "1.11": "a difference of AP, in new_config; a bound of an interval, in roi_align_sampling",
 }
-"""Figures that two pages have by chance, with what each one is."""
+"""Figures that appear on two pages by chance, with the meaning of each."""
 
 
 def measured_figures(text: str) -> tuple[set[str], set[str]]:
-    """Returns the figures of a page: those of its sentences, and those of its tables."""
+    """Returns the figures in a page's sentences, and those in its tables."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"`[^`]*`|\]\([^)]*\)|Python 3\.\d+ to 3\.\d+", "", text)
     rows = "\n".join(re.findall(r"^\|.*$", text, re.MULTILINE))
@@ -243,7 +244,7 @@ def measured_figures(text: str) -> tuple[set[str], set[str]]:
 
 
 def figures_on_two_pages(pages: dict[str, str]) -> set[tuple[str, frozenset[str]]]:
-    """Returns the figures in a sentence of one page that another page has as well."""
+    """Returns the figures in a sentence of one page that also appear on another page."""
     known = {name: measured_figures(text) for name, text in pages.items()}
     return {
         (figure, frozenset((one, other)))
@@ -254,15 +255,15 @@ def figures_on_two_pages(pages: dict[str, str]) -> set[tuple[str, frozenset[str]
     }
 
 
-def test_a_measured_figure_is_on_one_page():
+def test_a_measured_figure_appears_on_one_page_only():
     pages = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
     assert sum(len(measured_figures(text)[0]) for text in pages.values()) > 40
     repeated = figures_on_two_pages(pages)
     assert [x for x in repeated if x[0] not in TWICE] == []
-    assert set(TWICE) == {x[0] for x in repeated}, "exceptions that are no longer needed"
+    assert set(TWICE) == {x[0] for x in repeated}, "some exceptions are no longer needed"
 
 
-def test_a_measured_figure_on_two_pages_is_found():
+def test_a_measured_figure_that_appears_on_two_pages_is_found():
     made = {
         "a": "It took 4.9 ms\nand 0.01.",
         "b": "| 4.9 ms |",
@@ -290,7 +291,7 @@ def test_command_runs(start, tmp_path, monkeypatch, embedded_photos):
 
 @pytest.fixture
 def embedded_photos(tmp_path) -> Path:
-    """A folder with the tutorial's ``photos/`` and ``photos.json``."""
+    """Returns a folder with the tutorial's ``photos/`` and ``photos.json``."""
     folder = tmp_path / "embedded"
     folder.mkdir()
     DatasetCatalog.get("shapes_val")
@@ -302,7 +303,7 @@ def embedded_photos(tmp_path) -> Path:
 
 @pytest.fixture
 def given(tmp_path, monkeypatch) -> dict[str, Any]:
-    """What a reader has where a Python block starts: files, and names of the lines around it."""
+    """Prepares the files and names that a reader has at the start of a Python block."""
     monkeypatch.chdir(tmp_path)
     for folder in ("output/onnx", "output/photos_onnx"):
         write_model_folder(tmp_path / folder)
@@ -327,13 +328,13 @@ def test_python_block_runs(block, given):
     exec(code, given)
 
 
-def test_every_reason_for_a_python_block_is_in_use():
+def test_every_reason_not_to_run_a_python_block_is_used():
     texts = [block.text for block in BLOCKS if block.language == "python"]
     assert [x for x in NOT_RUN_PYTHON if not any(x in text for text in texts)] == []
 
 
 @of("yaml")
-def test_yaml_block_is_a_config(block, tmp_path, monkeypatch):
+def test_yaml_block_is_a_valid_config(block, tmp_path, monkeypatch):
     (tmp_path / "configs" / "mine").mkdir(parents=True)
     for path in CONFIGS.iterdir():
         (tmp_path / "configs" / path.name).symlink_to(path)

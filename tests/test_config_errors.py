@@ -1,4 +1,4 @@
-"""Errors of load_config and train_net.py: one line with the nearest key, exit code 2."""
+"""Errors of load_config and train_net.py: one line with the nearest key, and exit code 2."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def write(tmp_path, text, name="x.yaml"):
         ("OUTPUT_DIR:\n", "OUTPUT_DIR has no value; default './output'"),
     ],
 )
-def test_broken_files_are_explained_in_one_line(tmp_path, text, message):
+def test_errors_in_config_files_are_explained_in_one_line(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(ConfigError, match=message) as info:
         load_config(path)
     assert path in str(info.value) and "\n" not in str(info.value)
 
 
-def test_missing_file_names_the_nearest_one():
+def test_the_error_for_a_missing_file_names_the_nearest_one():
     with pytest.raises(
         ConfigError, match=r"does not exist; did you mean .*mask_rcnn_shapes.yaml\?"
     ):
@@ -73,7 +73,7 @@ def test_missing_file_names_the_nearest_one():
         (["SOLVER.MAX_ITER.X", "1"], "SOLVER.MAX_ITER.X"),
     ],
 )
-def test_broken_options_are_explained(opts, message):
+def test_errors_in_options_are_explained(opts, message):
     with pytest.raises(ConfigError, match=message):
         load_config("", opts)
 
@@ -83,7 +83,7 @@ def test_broken_options_are_explained(opts, message):
     key=st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=20),
     value=st.text(max_size=10),
 )
-def test_any_option_either_works_or_is_a_config_error(key, value):
+def test_any_option_works_or_raises_a_config_error(key, value):
     try:
         load_config("", [key, value])
     except ConfigError as error:
@@ -96,7 +96,7 @@ def test_nearest_name_prefers_the_same_leaf():
     assert nearest_name("zzz", choices) is None
 
 
-def test_without_cuda_the_device_becomes_cpu_and_that_is_logged(caplog, monkeypatch):
+def test_without_cuda_the_device_becomes_cpu_with_a_log_message(caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert load_config().MODEL.DEVICE == "cpu"
     assert "MODEL.DEVICE is now cpu" in caplog.text
@@ -104,7 +104,8 @@ def test_without_cuda_the_device_becomes_cpu_and_that_is_logged(caplog, monkeypa
 
 @pytest.fixture
 def run_train_net(monkeypatch, capsys):
-    """Runs train_net.py in this process; returns its exit code and lines of stderr."""
+    """Returns a function that runs train_net.py in this process, for its exit code and stderr
+    lines."""
 
     def run(*args: str) -> tuple[int, list[str]]:
         monkeypatch.setattr(sys, "argv", ["train_net.py", *args])
@@ -122,7 +123,7 @@ def test_train_net_exits_with_2_and_one_line(run_train_net):
     )
 
 
-def test_more_gpus_than_there_are_is_an_error(run_train_net):
+def test_requesting_more_gpus_than_available_is_an_error(run_train_net):
     code, lines = run_train_net("--num-gpus", "99")
     assert code == 2 and "--num-gpus 99" in lines[-1]
 

@@ -1,4 +1,4 @@
-"""docs/config_keys.md says what each key means, from config.py, and who reads it, as recorded.
+"""docs/config_keys.md explains every key with config.py's comments, and shows which code reads it.
 
 ``python tests/test_config_keys.py`` writes the page.
 """
@@ -52,7 +52,7 @@ detectron2. *Trainer*: this package's Trainer, checkpointer or evaluation. *call
 STOCK_TITLE = """
 ## Keys of detectron2
 
-Those that a config or a page here names. They keep detectron2's meaning and defaults.
+Keys that a config or a page here mentions. They keep detectron2's meaning and defaults.
 
 | key | read by |
 |---|---|
@@ -73,7 +73,7 @@ PARTS = {
 NO_READERS = ("yacs.", "fvcore.", "detectron2.config", "copy", "contextlib", __name__, "__main__")
 OWN_NO_READERS = {f"{PACKAGE}.config", f"{PACKAGE}.config_check.dry_build"}
 NOBODY = {"VERSION": "file format", "IMPORTS": "tools", "DATASETS.CHECK": "call"}
-"""Keys that are read before a config can be watched."""
+"""Keys that are read before reads of a config can be recorded."""
 
 HEAD = "MODEL.ROI_MASK_HEAD."
 TIMM = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t"]
@@ -90,7 +90,7 @@ FAMILIES = [
 
 
 class Noting(dry_build._Recording):
-    """Notes which module reads a key."""
+    """Records which module reads a key."""
 
     readers: dict[str, set[str]] = defaultdict(set)
 
@@ -98,12 +98,12 @@ class Noting(dry_build._Recording):
         value = super().__getitem__(key)
         frame = sys._getframe(1)
         while frame and _is_no_reader(frame.f_globals["__name__"]):
-            if frame.f_code.co_name == "dump":  # reads all, for a file or a log
+            if frame.f_code.co_name == "dump":  # reads every key, to write a file or a log
                 return value
             frame = frame.f_back
         if frame and not isinstance(value, CfgNode):
             module = frame.f_globals["__name__"]
-            if frame.f_code.co_name == "prediction_fingerprint":  # asks whether configs differ
+            if frame.f_code.co_name == "prediction_fingerprint":  # compares whole configs
                 return value
             part = next((x for start, x in PARTS.items() if module.startswith(start)), None)
             if part:
@@ -126,7 +126,7 @@ def plugin_keys() -> set[str]:
 
 
 def named_keys() -> set[str]:
-    """Returns the plugin's keys, and those of detectron2's that configs or pages name."""
+    """Returns the plugin's keys, and those of detectron2 that configs or pages mention."""
     named = plugin_keys()
     for path in CONFIGS.rglob("*.yaml"):
         named |= set(_dotted(yaml.safe_load(path.read_text())))
@@ -137,14 +137,14 @@ def named_keys() -> set[str]:
 
 
 def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted names of a YAML file, also those in the variants of an ablation."""
+    """Yields the dotted keys of a YAML file, including those in variants of an ablation."""
     for key, value in node.items() if isinstance(node, dict) else ():
         yield prefix + str(key)
         yield from _dotted(value, f"{prefix}{key}." if str(key).isupper() else "")
 
 
 def record(folder: Path) -> dict[str, set[str]]:
-    """Returns who reads each key as models are built, a run trains, and data sets are set up."""
+    """Records who reads each key while models are built, a run trains and data sets are set up."""
     Noting.readers.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dry_build, "_Recording", Noting)
@@ -192,10 +192,10 @@ def record(folder: Path) -> dict[str, set[str]]:
 
 
 def meanings() -> dict[str, str]:
-    """Returns what the comments in ``add_mask_head_config`` say of each of the plugin's keys.
+    """Returns the explanation of each of the plugin's keys in ``add_mask_head_config``.
 
-    A comment at the end of a statement is of its keys, one above it of all statements up to the
-    next empty line. A section's comment is of the keys in it that have none.
+    A comment at the end of a statement explains its keys; one above it explains all statements up
+    to the next empty line. A section's comment explains its keys that have no comment.
     """
     source = textwrap.dedent(inspect.getsource(add_mask_head_config))
     lines = source.splitlines()
@@ -248,7 +248,7 @@ def test_every_named_key_has_a_reader(readers):
     assert [key for key in named_keys() if not readers[key]] == []
 
 
-def test_the_page_says_who_reads_each_key(readers):
+def test_the_page_shows_who_reads_each_key(readers):
     written, expected = TABLE.read_text().splitlines(), table(readers).splitlines()
     missing = [line for line in expected if line not in written]
     assert missing == [], "run python tests/test_config_keys.py"

@@ -1,4 +1,4 @@
-"""The model zoo's configs and their counterparts here differ only in the plugin's keys."""
+"""Configs of the model zoo and their counterparts here differ only in the plugin's keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mask_head_plugin import add_mask_head_config
 from mask_head_plugin.config import flatten
 
 ZOO = Path(model_zoo.__file__).parent / "configs"
-# Zoo folder -> our folder and prefix.
+# Maps a folder of the zoo to our folder and prefix.
 FOLDERS = {
     "COCO-InstanceSegmentation": ("coco", ""),
     "LVISv0.5-InstanceSegmentation": ("lvis", "v0.5_"),
@@ -47,7 +47,7 @@ def counterpart(zoo_file: Path) -> Path:
 
 
 @pytest.mark.parametrize("zoo_file", zoo_files(), ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_counterpart_differs_in_the_plugins_keys_only(zoo_file):
+def test_a_counterpart_differs_only_in_the_plugins_keys(zoo_file):
     ours, zoo = merged(counterpart(zoo_file), plugin=True), merged(zoo_file, plugin=False)
     differing = {key for key, value in zoo.items() if ours[key] != value}
     assert differing <= PLUGIN_KEYS
@@ -64,7 +64,7 @@ def flatten_new_keys() -> set[str]:
     return set(flatten(plugin)) - set(flatten(get_cfg()))
 
 
-def test_the_zoo_is_covered():
+def test_every_mask_config_of_the_zoo_has_a_counterpart():
     assert len(zoo_files()) == 28
     assert len([p for p in zoo_files() if p.parent.name == "COCO-InstanceSegmentation"]) == 11
 
@@ -74,7 +74,7 @@ def test_every_config_merges_and_states_its_version(path):
     assert merged(path, plugin=True)["VERSION"] == 2
 
 
-def test_plugin_defaults_leave_a_stock_config_as_it_is():
+def test_plugin_defaults_do_not_change_a_stock_config():
     stock, plugin = get_cfg(), get_cfg()
     add_mask_head_config(plugin)
     both = flatten(plugin)

@@ -1,4 +1,4 @@
-"""A file is written whole or not at all, and a lock ends with its process."""
+"""Files are written completely or not at all, and a lock ends with its process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_texts_and_bytes_are_written_and_nothing_else_is_left(tmp_path):
+def test_texts_and_bytes_are_written_without_leftovers(tmp_path):
     write_durably(tmp_path / "new" / "a.txt", "é\n")
     write_durably(tmp_path / "new" / "b.bin", lambda file: file.write(b"\xff"))
     assert (tmp_path / "new" / "a.txt").read_bytes() == "é\n".encode()
@@ -24,7 +24,9 @@ def test_texts_and_bytes_are_written_and_nothing_else_is_left(tmp_path):
 
 
 @pytest.mark.parametrize("owner, name", [(os, "fsync"), (Path, "replace")])
-def test_what_fails_leaves_the_old_file_and_no_half_one(owner, name, tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_partial_one(
+    owner, name, tmp_path, monkeypatch
+):
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -37,9 +39,9 @@ def test_what_fails_leaves_the_old_file_and_no_half_one(owner, name, tmp_path, m
     assert path.read_text() == "old" and names_in(tmp_path) == ["a.txt"]
 
 
-def test_processes_of_one_number_on_two_machines_do_not_disturb_each_other(tmp_path, monkeypatch):
+def test_processes_with_the_same_id_on_two_machines_do_not_interfere(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 7)
-    path = tmp_path / ("a" * 240 + ".json")  # as long as names may be
+    path = tmp_path / ("a" * 240 + ".json")  # the longest name that a file system allows
 
     def write_meanwhile(file):
         file.write(b"outer")
@@ -50,14 +52,14 @@ def test_processes_of_one_number_on_two_machines_do_not_disturb_each_other(tmp_p
     assert path.read_text() == "outer" and names_in(tmp_path) == [path.name]
 
 
-def test_a_sole_writer_clears_what_a_killed_one_left(tmp_path):
+def test_a_sole_writer_removes_the_unfinished_files_of_a_killed_one(tmp_path):
     (tmp_path / ".model_0000009.pth.4711.unfinished").write_bytes(b"half")
     (tmp_path / "model_0000009.pth").write_bytes(b"whole")
     with sole_writer(tmp_path):
         assert names_in(tmp_path) == ["model_0000009.pth", "writer.lock"]
 
 
-def test_no_other_place_renames_a_file_over_its_name():
+def test_only_durable_files_replaces_and_locks_files():
     places = [
         path.relative_to(ROOT).as_posix()
         for path in [*(ROOT / "mask_head_plugin").rglob("*.py"), *(ROOT / "tools").glob("*.py")]

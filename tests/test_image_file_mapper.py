@@ -1,4 +1,4 @@
-"""Large-scale jitter: detectron2's transforms of images, and masks that do not leave the image."""
+"""Large-scale jitter: detectron2's transforms of images, and masks that stay within the image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMATS = ("polygon", "bitmask")
 POLYGONS = ("INPUT.MASK_FORMAT", "polygon")
 SHAPES = [
     [[4.5, 3.0, 60.2, 5.5, 58.0, 14.0, 15.0, 12.0, 14.0, 44.0, 4.0, 45.0]],  # an L
-    [[20.0, 18, 66, 18, 66, 46, 56, 46, 56, 28, 30, 28, 30, 46, 20, 46]],  # open below
+    [[20.0, 18, 66, 18, 66, 46, 56, 46, 56, 28, 30, 28, 30, 46, 20, 46]],  # open at the bottom
     [[33.0, 32.0, 36.5, 32.0, 36.5, 36.0], [46.0, 32.0, 52.0, 32.0, 52.0, 44.0]],
 ]  # fmt: skip
 
@@ -65,7 +65,7 @@ def stock_augmentations():
     )
 
 
-def test_images_and_label_maps_are_what_detectron2s_transforms_make(folder):
+def test_images_and_label_maps_equal_detectron2s_transforms(folder):
     own = mapper()
     given = {**record(folder, as_rle=True), "sem_seg_file_name": str(folder / "labels.png")}
     sizes = set()
@@ -82,11 +82,11 @@ def test_images_and_label_maps_are_what_detectron2s_transforms_make(folder):
         padding = sample["sem_seg"] == 255
         sizes.add(int(padding.sum()))
         assert (sample["image"][:, padding] == 128).all()
-        assert not sample["instances"].gt_masks.tensor[:, padding].any(), "no mask is in padding"
+        assert not sample["instances"].gt_masks.tensor[:, padding].any(), "no mask covers padding"
     assert len(sizes) > 5 and 0 in sizes
 
 
-def test_polygons_give_the_pixels_of_bit_masks_and_boxes_are_tight(folder):
+def test_polygons_and_bit_masks_give_the_same_pixels_and_tight_boxes(folder):
     own = {x: mapper("INPUT.MASK_FORMAT", x, "INPUT.LSJ.MIN_SCALE", "0.7") for x in FORMATS}
     for seed in range(30):
         samples = []
@@ -101,16 +101,16 @@ def test_polygons_give_the_pixels_of_bit_masks_and_boxes_are_tight(folder):
             assert (tight[:, 2:] > tight[:, :2]).all()
         for k in range(len(SHAPES)):
             one, two = (x.gt_masks.tensor[x.gt_classes == k].any(dim=0) for x in (polygons, rles))
-            # Outlines differ by up to one and a half pixels of the file, 1.8 times as large here.
+            # Outlines differ by up to 1.5 pixels of the file, which are 1.8 times as large here.
             assert not (core(one) & ~two).any() and not (core(two) & ~one).any()
 
 
 def core(mask):
-    outside = {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}  # cut objects end there
+    outside = {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}  # objects end at the border
     return torch.as_tensor(cv2.erode(mask.numpy().astype(np.uint8), np.ones((7, 7)), **outside)) > 0
 
 
-def test_a_long_image_keeps_a_pixel_of_its_shorter_side(folder):
+def test_an_elongated_image_keeps_at_least_one_pixel_of_its_shorter_side(folder):
     own = mapper("INPUT.LSJ.MAX_SCALE", "0.11")
     place = {"file_name": str(folder / "long.png"), "image_id": 1, "height": 6, "width": 900}
     sample = own({**place, "annotations": []})
@@ -126,14 +126,14 @@ def test_an_image_may_have_only_crowds(folder):
     assert len(ImageFileMapper(cropped)(given)["instances"]) == 0
 
 
-def test_jitter_is_of_training_alone(folder):
+def test_jitter_applies_only_to_training(folder):
     cfg = small_config("Base-Small.yaml", *JITTER)
     assert (
         ImageFileMapper(cfg, is_train=False)(record(folder, as_rle=False))["image"].shape[1] == 96
     )
 
 
-def test_crops_make_bit_masks_of_polygons_and_need_no_shapely(folder):
+def test_crops_turn_polygons_into_bit_masks_without_shapely(folder):
     crop = [
         "INPUT.CROP.ENABLED",
         "True",
@@ -151,14 +151,14 @@ def test_crops_make_bit_masks_of_polygons_and_need_no_shapely(folder):
     assert (polygons != rles).float().mean() < 0.01
 
 
-def test_run_lengths_are_bit_masks_whatever_the_mask_format_is(folder):
+def test_run_lengths_become_bit_masks_for_every_mask_format(folder):
     own = ImageFileMapper(small_config("Base-Small.yaml", *POLYGONS))
     polygons, rles = (own(record(folder, as_rle=x))["instances"].gt_masks for x in (False, True))
     assert isinstance(polygons, PolygonMasks) and isinstance(rles, BitMasks)
 
 
 @pytest.mark.parametrize("as_rle", [False, True], ids=["polygons", "run lengths"])
-def test_a_lazy_config_with_jitter_maps_what_a_yaml_config_does(folder, as_rle):
+def test_a_lazy_config_with_jitter_gives_the_samples_of_a_yaml_config(folder, as_rle):
     loader = use_plugin_mapper(
         model_zoo.get_config("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py").dataloader
     )

@@ -1,4 +1,4 @@
-"""Every kind of image file means the same pixels to check, training, evaluation and demo."""
+"""Every kind of image file gives the same pixels to check, training, evaluation and demo."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ AS_STORED = {
     7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
     8: lambda x: np.rot90(x, -1),
 }
-"""How upright pixels are stored in a file of each orientation, as the EXIF standard defines it."""
+"""Maps an EXIF orientation to the stored form of upright pixels, as the standard defines it."""
 
 
 def cv_image(values):
-    """Saves by OpenCV, which writes 16 bits a sample and floats."""
+    """Saves with OpenCV, which can write 16 bits per sample and floats."""
     values = values[..., [2, 1, 0, *range(3, values.shape[2])]] if values.ndim == 3 else values
 
     def save(path):
@@ -89,7 +89,7 @@ def damaged_png(path):
 
 
 def png_with_exif_last(orientation):
-    """EXIF data may follow the pixels of a PNG."""
+    """Writes the EXIF data of a PNG after its pixels, which is allowed."""
 
     def save(path):
         pil_image(np.ascontiguousarray(AS_STORED[orientation](SMOOTH)))(path)
@@ -121,7 +121,8 @@ BITS = np.where(GREY > 100, 255, 0).astype(np.uint8)
 PALETTE = Image.fromarray(SMOOTH).quantize(16)
 FLOATS = Image.fromarray(GREY.astype(np.float32) / 255)
 
-# By file name: how to make it, and its pixels as RGB or the kind of finding that says why not.
+# Maps a file name to the function that writes it and to its RGB pixels, or to the kind of finding
+# if it cannot be read.
 FILES = {
     "8 bits.png": (pil_image(COLOUR), COLOUR),
     "8 bits grey.png": (pil_image(GREY), rgb(GREY)),
@@ -206,7 +207,7 @@ FILES = {
     "no bytes.jpg": (raw(b""), "image-file-empty"),
     "photo.heic": (raw(b"\0\0\0\x18ftypheic" + bytes(40)), "image-unreadable"),
 }  # fmt: skip
-if int(PIL.__version__.split(".")[0]) >= 13:  # Pillow 12 cannot read what it writes
+if int(PIL.__version__.split(".")[0]) >= 13:  # Pillow 12 cannot read its own files
     FILES["ycbcr.tif"] = (pil_image(SMOOTH, "YCbCr"), SMOOTH)
 if features.check("avif"):
     FILES["8 bits.avif"] = (pil_image(SMOOTH, quality=95), SMOOTH)
@@ -217,7 +218,7 @@ BAD = {name: kind for name, (_, kind) in FILES.items() if isinstance(kind, str)}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All FILES, and ``all.json`` with a record of each that has its upright size."""
+    """Writes all FILES, and ``all.json`` with a record of each in its upright size."""
     folder = tmp_path_factory.mktemp("kinds")
     (folder / "images").mkdir()
     images, annotations = [], []
@@ -239,7 +240,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def check_kinds(folder):
-    """Kinds of error of each file, by name, as the check finds them."""
+    """Returns the kinds of error that the check finds, by file name."""
     names = list(FILES)
     found = check_coco_file(str(folder / "all.json"), str(folder / "images"), CheckOptions())
     kinds = {name: set() for name in names}
@@ -270,7 +271,7 @@ def of_channels(image_format):
 
 @pytest.fixture
 def loaders(folder):
-    """Makes the Trainer's loaders of some files, for images of their own size."""
+    """Yields a function that makes the Trainer's loaders of some files, without resizing."""
     name = "kinds_of_image"
 
     def make(names, image_format):
@@ -306,7 +307,7 @@ def by_name(batches):
 
 
 def expected(name, image_format):
-    """Returns the (C, H, W) image, by other means than the package's."""
+    """Computes the (C, H, W) image independently of the package."""
     pixels = GOOD[name]
     if image_format == "YUV-BT.601":
         weights = [[0.299, 0.587, 0.114], [-0.14713, -0.28886, 0.436], [0.615, -0.51499, -0.10001]]
@@ -326,7 +327,7 @@ def assert_right(name, image, image_format):
 
 
 def seen_by_demo(folder, image_format, monkeypatch, output):
-    """Returns what the demo's model gets, by file name, and its problems by file name."""
+    """Returns the images that the demo's model gets, by file name, and its list of problems."""
     seen = []
 
     def model(inputs):
@@ -352,7 +353,7 @@ def seen_by_demo(folder, image_format, monkeypatch, output):
     return dict(zip(names, seen, strict=True)), problems
 
 
-def test_the_check_passes_what_can_be_read_and_names_what_cannot(check_kinds):
+def test_the_check_accepts_readable_files_and_reports_the_others(check_kinds):
     turned_by_180 = {name for name in GOOD if name.startswith(("turn 2", "turn 3", "turn 4"))}
     undecided = {name: kinds for name, kinds in check_kinds.items() if name in turned_by_180}
     assert all(kinds <= {"exif-undecidable"} for kinds in undecided.values())
@@ -378,7 +379,7 @@ def test_training_evaluation_and_demo_see_the_same_pixels(
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_training_and_evaluation_name_the_file_that_cannot_be_read(folder, loaders, name):
+def test_training_and_evaluation_name_an_unreadable_file(folder, loaders, name):
     for loader in loaders([name], "BGR"):
         with pytest.raises(ConfigError, match=re.escape(str(folder / "images" / name))) as caught:
             next(iter(loader))
@@ -388,14 +389,14 @@ def test_training_and_evaluation_name_the_file_that_cannot_be_read(folder, loade
     assert refused.value.kind == BAD[name] and refused.value.reason in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_named():
+def test_the_error_names_a_missing_file():
     with pytest.raises(ImageFileError, match=r"nowhere\.png does not exist"):
         read_image("nowhere.png", "RGB")
 
 
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_plain_files_give_what_detectron2s_mapper_gives(folder, is_train, image_format):
+def test_plain_files_give_the_same_samples_as_detectron2s_mapper(folder, is_train, image_format):
     cfg = small_config("Base-MaskRCNN-FPN.yaml", *of_channels(image_format))
     (record,) = records(folder, ["8 bits.png"])
     corners = [5.0, 5, 50, 5, 50, 30, 5, 30]
@@ -418,7 +419,7 @@ def test_plain_files_give_what_detectron2s_mapper_gives(folder, is_train, image_
     assert stock.keys() == ours.keys()
     is_float = image_format == "YUV-BT.601"
     assert ours["image"].dtype == (torch.float32 if is_float else torch.uint8)
-    # detectron2's models fail on its float64.
+    # detectron2 returns float64, on which its models fail.
     torch.testing.assert_close(
         ours["image"], stock["image"], check_dtype=False, rtol=0, atol=1e-5 if is_float else 0
     )

@@ -1,4 +1,4 @@
-"""Imports point one way: each part of the package uses the layers below its own, and no other.
+"""Imports point one way: each part of the package uses only the layers below its own.
 
 Nothing imports tools, tests or benchmarks. Only the tools import train_net.py, for its flags.
 """
@@ -22,7 +22,7 @@ TOOLS = [
     for path in (ROOT / "train_net.py", *sorted((ROOT / "tools").glob("*.py")))
     if "def main(" in path.read_text()
 ]
-# From the ground up. The modules of a part may import their own part and the layers below it.
+# From the bottom up. A module may import its own part and the layers below.
 LAYERS = (
     {"messages", "model_input", "progress", "run_lengths"},
     {"config_imports", "detectron2_import", "machine", "ops", "shared_names"},
@@ -79,7 +79,7 @@ def violations(source: str, module: str) -> list[str]:
 
 
 def circle(sources: dict[str, str]) -> list[str]:
-    """Returns modules that import each other in a circle, of the sources by module; or none."""
+    """Returns the modules that import each other in a circle, or an empty list."""
     graph: dict[str, set[str | None]] = {}
     for module, source in sources.items():
         graph[module] = {_module_of(name, sources) for name in imported_names(source, module)}
@@ -98,11 +98,11 @@ def _module_of(name: str, sources: Iterable[str]) -> str | None:
 
 
 def modules() -> dict[str, Path]:
-    """Returns the modules of the package and the scripts above it, by dotted name."""
+    """Returns the package's modules and the scripts above it, by dotted name."""
     found = {}
     for path in [*sorted((ROOT / PACKAGE).rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]:
         parts = path.relative_to(ROOT).with_suffix("").parts
-        # The package's own __init__ is a part; those of its folders belong to the folder.
+        # The package's own __init__ is a part; the __init__ of a folder belongs to that folder.
         found[".".join(parts)] = path
     found["train_net"] = ROOT / "train_net.py"
     return found
@@ -115,7 +115,7 @@ def test_imports_point_one_way():
     assert problems == []
 
 
-def test_no_modules_import_each_other():
+def test_there_are_no_circular_imports():
     assert circle({module: path.read_text() for module, path in modules().items()}) == []
     made = {"p.a": "from .b import c", "p.b": "from . import d", "p.d": "import p.a"}
     assert set(circle(made)) == {"p.a", "p.b", "p.d"}
@@ -139,13 +139,13 @@ def test_a_wrong_import_is_found():
         assert violations(source, module), source
 
 
-def test_every_part_of_the_package_has_a_rule():
+def test_every_part_of_the_package_is_assigned_to_a_layer():
     assert {module.split(".")[1] for module in modules() if module.startswith(PACKAGE)} <= set(
         LAYER_OF
     )
 
 
-def test_importing_the_package_loads_neither_trainer_nor_tools_and_warns_of_nothing():
+def test_importing_the_package_loads_no_trainer_or_tools_and_warns_of_nothing():
     code = """
 import sys, mask_head_plugin
 print(*(m for m in sys.modules if "mask_head_plugin" in m))
@@ -160,21 +160,23 @@ warnings.warn("`torch.jit.script` is deprecated", FutureWarning)
     before, _, after = result.stderr.partition("imported\n")
     for kind in ("FutureWarning", "pkg_resources"):
         assert kind not in before
-    assert "FutureWarning: `torch.jit.script` is deprecated" in after, "of the user's own call"
+    assert "FutureWarning: `torch.jit.script` is deprecated" in after, (
+        "a user's own call still warns"
+    )
 
 
-def test_a_warning_that_the_plugin_causes_fails_a_test():
+def test_a_warning_caused_by_the_plugin_fails_a_test():
     with pytest.raises(RuntimeWarning):
         warnings.warn_explicit("x", RuntimeWarning, "x.py", 1, module="mask_head_plugin.ops.x")
 
 
-def test_train_net_can_be_copied_alone_into_another_project():
+def test_train_net_can_be_copied_into_another_project():
     names = imported_names((ROOT / "train_net.py").read_text(), "train_net")
     assert {name.split(".")[0] for name in names} <= {PACKAGE, *sys.stdlib_module_names}
 
 
-def test_help_and_wrong_flags_need_no_heavy_package():
-    """Each tool in one process, where importing PyTorch and the like is an error."""
+def test_help_and_unknown_flags_need_no_heavy_package():
+    """Runs all tools in one process in which importing a heavy package is an error."""
     code = """
 import pathlib, runpy, sys
 class Refused:

@@ -1,4 +1,4 @@
-"""LazyConfig files differ from detectron2's in the plugin's modules only, and compute the same."""
+"""LazyConfig files: only the plugin's modules differ from detectron2's, results are equal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STOCK_TARGETS = {plugin: stock for stock, plugin in PLUGIN_TARGETS.items()}
 
 
 def stock_name(path: Path) -> str | None:
-    """Returns the name of the file of detectron2's that a file of ours is the counterpart of."""
+    """Returns the name of detectron2's counterpart of one of our files."""
     folder = path.parent.relative_to(LAZY)
     if folder.parts[:1] == ("vitdet",):
         return f"{VITDET}/{folder.relative_to('vitdet')}/{path.name}"
@@ -45,7 +45,7 @@ COUNTERPARTS = [path for path in sorted(LAZY.rglob("*.py")) if stock_name(path)]
 
 
 def load_both(path: Path):
-    """Returns detectron2's config, or skips where there is none, and ours."""
+    """Returns detectron2's config and ours; skips if the former is missing."""
     try:
         stock = LazyConfig.load(str(find_stock_config(stock_name(path))))
     except ConfigError as error:
@@ -60,7 +60,7 @@ def flat(node, prefix=""):
         return {k: v for key, value in items for k, v in flat(value, f"{prefix}.{key}").items()}
     if isinstance(node, functools.partial):
         return {prefix: (node.func, node.args, node.keywords)}
-    # Each load makes new functions, of the same code.
+    # Each load creates new functions from the same code.
     return {prefix: getattr(node, "__code__", node)}
 
 
@@ -75,7 +75,7 @@ def content(cfg):
 @pytest.mark.parametrize(
     "path", COUNTERPARTS, ids=lambda p: str(p.relative_to(LAZY).with_suffix(""))
 )
-def test_counterpart_differs_in_the_plugins_modules_only(path):
+def test_a_counterpart_differs_only_in_the_plugins_modules(path):
     stock, ours = map(content, load_both(path))
     assert ours.keys() == stock.keys()
     differing = {key for key, value in stock.items() if ours[key] != value}
@@ -91,13 +91,13 @@ def test_counterpart_differs_in_the_plugins_modules_only(path):
     assert expected <= differing and len(differing) >= 3
 
 
-def test_the_lazy_configs_of_the_zoo_are_covered():
+def test_every_lazy_config_of_the_zoo_has_a_counterpart():
     zoo = [*ZOO.glob("COCO-InstanceSegmentation/*.py"), *ZOO.glob("new_baselines/*.py")]
     assert {stock_name(path) for path in COUNTERPARTS} >= {str(x.relative_to(ZOO)) for x in zoo}
     assert len(zoo) == 17
 
 
-def test_those_of_vitdet_are_covered():
+def test_every_vitdet_config_has_a_counterpart():
     try:
         source = find_stock_config(f"{VITDET}/common/coco_loader_lsj.py").parents[1]
     except ConfigError as error:
@@ -106,7 +106,7 @@ def test_those_of_vitdet_are_covered():
     assert {x.relative_to(LAZY / "vitdet") for x in LAZY.rglob("vitdet/*/*.py")} == files
 
 
-def test_a_config_of_detectron2s_source_tree_is_found_there(tmp_path, monkeypatch):
+def test_a_config_in_detectron2s_source_tree_is_found(tmp_path, monkeypatch):
     name = f"{VITDET}/COCO/mask_rcnn_vitdet_b_100ep.py"
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_text(
@@ -122,7 +122,7 @@ def test_a_config_of_detectron2s_source_tree_is_found_there(tmp_path, monkeypatc
         counterpart(name)
 
 
-def test_a_config_that_this_detectron2_lacks_is_named():
+def test_the_error_names_a_config_that_this_detectron2_lacks():
     with pytest.raises(ConfigError, match=r"has no config new_baselines/mask_rcnn_R_5\.py"):
         counterpart("new_baselines/mask_rcnn_R_5.py")
 
@@ -133,14 +133,14 @@ def test_a_model_without_a_mask_head_is_refused():
         use_plugin_modules(retinanet)
 
 
-def test_modules_are_exchanged_once_and_by_name_as_well():
+def test_modules_are_replaced_only_once_and_also_if_given_by_name():
     model = model_zoo.get_config("common/models/cascade_rcnn.py").model
     model.roi_heads.mask_head._target_ = (
         "detectron2.modeling.roi_heads.mask_head.MaskRCNNConvUpsampleHead"
     )
     once = flat(OmegaConf.to_container(use_plugin_modules(model)))
     assert flat(OmegaConf.to_container(use_plugin_modules(model))) == once
-    # Class-agnostic boxes leave nothing to select, and the cascade's ROI heads are detectron2's.
+    # Class-agnostic boxes have no rows to select, and the cascade keeps detectron2's ROI heads.
     changed = {key for key, value in once.items() if value in STOCK_TARGETS}
     heads = "roi_heads.mask_head", "roi_heads.mask_pooler", "roi_heads.box_pooler"
     assert changed == {"._target_", *(f".{x}._target_" for x in heads)}
@@ -158,7 +158,7 @@ FAMILIES = {
 
 
 def twins(name: str):
-    """Returns the plugin's and the stock model of a shrunken LazyConfig, with equal weights."""
+    """Returns the plugin's and the stock model of a shrunk LazyConfig, with equal weights."""
     models = []
     for change in (use_plugin_modules, lambda model: model):
         cfg = LazyConfig.load(str(ZOO / name)).model
@@ -167,8 +167,9 @@ def twins(name: str):
         models.append(instantiate(change(cfg)))
     plugin, stock = models
     assert list(plugin.state_dict()) == list(stock.state_dict())
-    # detectron2 starts the predictors near zero; larger weights make masks and scores that differ.
-    # Not those of boxes, which a cascade would move out of the image.
+    # detectron2 initialises the predictors near zero; larger weights give distinct masks and
+    # scores. Box predictors are left alone, because a cascade would move the boxes out of the
+    # image.
     with torch.no_grad():
         for parameter_name, parameter in plugin.named_parameters():
             if "predictor" in parameter_name and "bbox_pred" not in parameter_name:
@@ -180,7 +181,7 @@ def twins(name: str):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_gradients_and_detections_equal_stock(family):
     if family == "ViTDet":
-        pytest.importorskip("timm")  # which detectron2's ViT imports
+        pytest.importorskip("timm")  # detectron2's ViT imports it
     plugin, stock = twins(FAMILIES[family])
     batch = make_batch(sem_seg_classes=54 if family == "panoptic" else 0)
     assert_same_losses_and_gradients(plugin, stock, batch)

@@ -1,4 +1,4 @@
-"""Images reach a model without detectron2 as they do with it."""
+"""Preparing images without detectron2 gives the same input as with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ rng = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("image_format", IMAGE_FORMATS)
-def test_formats_are_detectron2s(image_format):
+def test_image_formats_equal_detectron2s(image_format):
     rgb = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
     found = model_input.rgb_in_format(rgb, image_format)
     right = convert_PIL_to_numpy(Image.fromarray(rgb), image_format)
@@ -23,7 +23,7 @@ def test_formats_are_detectron2s(image_format):
     assert found.dtype == (np.float32 if image_format == "YUV-BT.601" else np.uint8)
 
 
-def test_an_unknown_format_is_named():
+def test_the_error_names_an_unknown_format():
     with pytest.raises(ValueError, match="'HSV' is not one of"):
         model_input.rgb_in_format(np.zeros((1, 1, 3), np.uint8), "HSV")
 
@@ -36,7 +36,7 @@ def sizes(number):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sizes_of_8_bits_are_detectron2s_bit_for_bit(channels):
+def test_resized_8_bit_images_equal_detectron2s_bit_for_bit(channels):
     for h, w, *hw in sizes(40):
         image = rng.integers(0, 256, (h, w, channels)).astype(np.uint8)
         right = ResizeTransform(h, w, *hw).apply_image(image)
@@ -44,7 +44,7 @@ def test_sizes_of_8_bits_are_detectron2s_bit_for_bit(channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_without_pillow_a_pixel_differs_by_one_grey_level_at_most(channels, monkeypatch):
+def test_without_pillow_pixels_differ_by_at_most_one_grey_level(channels, monkeypatch):
     monkeypatch.setattr(model_input, "Image", None)
     for h, w, *hw in sizes(40):
         image = rng.integers(0, 256, (h, w, channels)).astype(np.uint8)
@@ -55,14 +55,14 @@ def test_without_pillow_a_pixel_differs_by_one_grey_level_at_most(channels, monk
         assert np.abs(found.astype(int) - right).max() <= limit, (h, w, hw)
 
 
-def test_floats_are_interpolated_as_detectron2_does():
+def test_resized_floats_equal_detectron2s():
     for h, w, *hw in sizes(40):
         image = rng.standard_normal((h, w, 3)).astype(np.float32)
         right = ResizeTransform(h, w, *hw).apply_image(image)
         np.testing.assert_allclose(resized(image, tuple(hw)), right, atol=1e-4)
 
 
-def test_the_size_is_that_of_detectron2s_rule():
+def test_the_size_follows_detectron2s_rule():
     for _ in range(2000):
         h, w = (int(x) for x in rng.integers(20, 2000, 2))
         shortest, longest = int(rng.choice([96, 800])), int(rng.choice([333, 1333]))
@@ -70,13 +70,13 @@ def test_the_size_is_that_of_detectron2s_rule():
         assert model_hw((h, w), shortest, longest) == right
 
 
-def test_size_0_keeps_the_size_until_memory_would_run_out():
+def test_size_0_keeps_the_image_size_up_to_a_memory_limit():
     assert model_hw((300, 299), 0, 100) == (300, 299)
     assert not is_scaled_down((300, 300), 0, 100) and is_scaled_down((300, 301), 0, 100)
     assert model_hw((300, 301), 0, 100) == (100, 100)
 
 
-def test_an_image_fits_into_a_model_of_fixed_size():
+def test_an_image_is_scaled_to_fit_a_model_of_fixed_size():
     assert model_hw((480, 640), 800, 1333, (800, 1088)) == (800, 1067)
     assert model_hw((480, 640), 800, 1333, (640, 640)) == (480, 640)
     assert model_hw((640, 480), 800, 1333, (800, 1333)) == (800, 600)

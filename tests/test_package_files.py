@@ -1,4 +1,4 @@
-"""What a wheel of the package holds, and how an installed package finds it."""
+"""Contents of the package's wheel, and how an installed package finds its files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def declared_files() -> set[str]:
     return {str(x.relative_to(PACKAGE)) for p in patterns for x in PACKAGE.glob(p)}
 
 
-def test_a_wheel_holds_configs_templates_and_checkpoint():
+def test_a_wheel_contains_configs_templates_and_checkpoint():
     shipped = {f"configs/{x.relative_to(CONFIGS)}" for x in CONFIGS.rglob("*") if x.suffix != ".md"}
     files = {x for x in shipped if (PACKAGE / x).is_file() and "__pycache__" not in x}
     assert len(files) > 50
@@ -39,14 +39,14 @@ def test_a_config_of_the_package_is_found_from_any_folder(name, tmp_path, monkey
     assert load_config(name).SOLVER.MAX_ITER == load_config(str(CONFIGS / NAME)).SOLVER.MAX_ITER
 
 
-def test_a_file_of_your_own_goes_before_the_packages(tmp_path, monkeypatch):
+def test_a_local_file_takes_precedence_over_the_packages(tmp_path, monkeypatch):
     (tmp_path / "coco").mkdir()
     (tmp_path / NAME).write_text("SEED: 7")
     monkeypatch.chdir(tmp_path)
     assert load_config(NAME).SEED == 7
 
 
-def test_a_misspelt_config_of_the_package_is_reported_the_nearest(tmp_path, monkeypatch):
+def test_the_error_for_a_misspelt_config_suggests_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=rf"did you mean {re.escape(NAME)}\?"):
         load_config(NAME.replace("R_50", "R50"))

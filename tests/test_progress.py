@@ -1,4 +1,4 @@
-"""Progress bars do not fill the files that output is piped to."""
+"""Progress bars do not clutter files that output is redirected to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_quick_work_shows_a_bar_in_a_terminal_and_nothing_in_a_file(
     assert is_terminal or not told
 
 
-def test_long_work_shows_the_time_left_in_a_file_as_well(capsys, monkeypatch):
+def test_long_work_also_shows_the_time_left_in_a_file(capsys, monkeypatch):
     monkeypatch.setattr("mask_head_plugin.progress.SECONDS_IN_FILES", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     list(progress([1, 2], "working"))

@@ -1,4 +1,4 @@
-"""Compressed counts: whether they make up an image, before pycocotools is given them."""
+"""Compressed counts are validated before they are given to pycocotools."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GOOD = coco_mask.encode(np.asfortranarray(np.eye(5, 7, dtype=np.uint8)))
 
 
 def makes_up_slowly(counts: bytes, size) -> bool:
-    """As pycocotools' rleFrString reads it, in plain Python."""
+    """Validates counts like pycocotools' rleFrString, in plain Python."""
     numbers, place = [], 0
     while place < len(counts):
         value = width = 0
@@ -34,7 +34,7 @@ def makes_up_slowly(counts: bytes, size) -> bool:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40), st.floats(0, 1))
-def test_what_pycocotools_writes_is_whole(seed, height, width, share):
+def test_counts_written_by_pycocotools_are_valid(seed, height, width, share):
     bits = np.random.default_rng(seed).random((height, width)) < share
     rle = coco_mask.encode(np.asfortranarray(bits, dtype=np.uint8))
     assert first_broken([rle, as_text(rle)]) is None
@@ -42,7 +42,7 @@ def test_what_pycocotools_writes_is_whole(seed, height, width, share):
 
 
 @given(st.integers(0, 2**32 - 1), st.binary(max_size=12), st.integers(0, 30))
-def test_damaged_counts_are_found_as_a_slow_reader_finds_them(seed, patch, place):
+def test_damaged_counts_are_found_as_by_a_slow_reference(seed, patch, place):
     bits = np.random.default_rng(seed).random((9, 11)) < 0.3
     rle = coco_mask.encode(np.asfortranarray(bits, dtype=np.uint8))
     counts = rle["counts"][:place] + patch + rle["counts"][place + len(patch) :]
@@ -52,6 +52,6 @@ def test_damaged_counts_are_found_as_a_slow_reader_finds_them(seed, patch, place
 
 
 @pytest.mark.parametrize("counts", ["", "zzzz!!!", "é", "0", "51", "o" * 9])
-def test_these_are_broken(counts):
+def test_invalid_counts_are_found(counts):
     assert first_broken([{"size": [5, 7], "counts": counts}]) == 0
     assert first_broken([]) is None

@@ -1,4 +1,4 @@
-"""Names that the user's project wants are the user's, whoever registers first."""
+"""The user's project takes precedence for registered names, whoever registers first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def made(name: str, module: str) -> type:
 
 
 @pytest.mark.parametrize("own_first", [True, False])
-def test_a_name_in_a_registry_is_the_users_whoever_comes_first(own_first, caplog):
+def test_the_users_registration_takes_precedence_in_either_order(own_first, caplog):
     registry = Registry("META_ARCH")
     own = made("MaskRCNN", "mask_head_plugin.modeling.rcnn")
     theirs = made("MaskRCNN", "their_project.models")
@@ -39,7 +39,7 @@ def test_a_name_in_a_registry_is_the_users_whoever_comes_first(own_first, caplog
     )
 
 
-def test_two_of_the_users_objects_may_not_have_one_name():
+def test_two_user_objects_with_the_same_name_are_refused():
     registry = Registry("META_ARCH")
     register_in(registry)(made("MaskRCNN", "mask_head_plugin.modeling.rcnn"))
     registry.register(made("MaskRCNN", "their_project.models"))
@@ -55,7 +55,7 @@ def test_two_of_the_users_objects_may_not_have_one_name():
         (BACKBONE_REGISTRY, modeling.build_small_resnet_fpn_backbone),
     ],
 )
-def test_the_packages_own_names_give_way_in_detectron2s_registries(registry, own, monkeypatch):
+def test_the_packages_names_yield_in_detectron2s_registries(registry, own, monkeypatch):
     monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
     theirs = made(own.__name__, "their_project")
     registry.register(theirs)
@@ -64,7 +64,7 @@ def test_the_packages_own_names_give_way_in_detectron2s_registries(registry, own
 
 @pytest.fixture
 def shapes():
-    """A data set of the package's in the catalogs."""
+    """Yields the name of a data set that this package has registered."""
     name = "test_their_shapes"
     register_dataset(name, lambda: [{"ours": 1}], evaluator_type="coco", thing_classes=["ring"])
     yield name
@@ -72,7 +72,7 @@ def shapes():
     MetadataCatalog.pop(name, None)
 
 
-def test_a_data_set_of_the_users_takes_the_name(shapes, caplog):
+def test_a_data_set_of_the_user_replaces_the_packages(shapes, caplog):
     DatasetCatalog.register(shapes, lambda: [{"theirs": 1}])
     assert DatasetCatalog.get(shapes) == [{"theirs": 1}]
     MetadataCatalog.get(shapes).set(thing_classes=["cell"], json_file="x.json")
@@ -86,7 +86,7 @@ def test_a_data_set_of_the_users_takes_the_name(shapes, caplog):
         DatasetCatalog.register(shapes, list)
 
 
-def test_metadata_of_the_users_may_come_before_the_data_set(shapes):
+def test_the_user_may_set_metadata_before_registering_the_data_set(shapes):
     metadata = MetadataCatalog.get(shapes)
     metadata.set(evaluator_type="coco", thing_classes=["cell"])
     DatasetCatalog.register(shapes, list)
@@ -101,19 +101,19 @@ def test_metadata_of_the_users_may_come_before_the_data_set(shapes):
         metadata.thing_classes = ["tree"]
 
 
-def test_coco_instances_of_the_users_take_the_name(shapes):
+def test_coco_instances_of_the_user_replace_the_packages_data_set(shapes):
     register_coco_instances(shapes, {"thing_classes": ["cell"]}, "cells.json", "cells/")
     assert MetadataCatalog.get(shapes).json_file == "cells.json"
 
 
-def test_what_detectron2_notes_of_a_data_set_leaves_it_as_it_is(shapes):
+def test_metadata_set_by_detectron2_does_not_replace_the_data_set(shapes):
     MetadataCatalog.get(shapes).thing_classes = ["ring"]
     MetadataCatalog.get(shapes).thing_colors = [(1, 2, 3)]
     assert DatasetCatalog.get(shapes) == [{"ours": 1}]
     assert MetadataCatalog.get(shapes).evaluator_type == "coco"
 
 
-def test_a_name_that_is_taken_stays_so(caplog):
+def test_the_package_does_not_replace_an_existing_name(caplog):
     DatasetCatalog.register("test_taken", list)
     try:
         register_dataset("test_taken", lambda: [{}], evaluator_type="coco")
@@ -124,6 +124,6 @@ def test_a_name_that_is_taken_stays_so(caplog):
         DatasetCatalog.remove("test_taken")
 
 
-def test_the_embedded_data_set_gives_way():
+def test_the_embedded_data_set_yields_to_the_users():
     assert type(MetadataCatalog.get("shapes_train")).__name__ == "_YieldingMetadata"
     assert logging.getLogger("mask_head_plugin").parent is logging.getLogger("detectron2")

@@ -1,4 +1,4 @@
-"""RLEMasks: what one does with pred_masks works as on the tensor that they replace."""
+"""RLEMasks: operations on pred_masks give the same result as on the dense tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make(num_masks=4, seed=0):
 
 
 def same(actual, expected) -> bool:
-    """Whether two results of an operation are the same in type, device and value."""
+    """Returns whether two results are equal in type, device and value."""
     if isinstance(expected, torch.Tensor):
         alike = (actual.dtype, actual.device, actual.shape) == (
             *(expected.dtype, expected.device, expected.shape),
@@ -109,13 +109,13 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_works_on_the_tensor_gives_the_same(name):
+def test_operations_give_the_same_result_as_on_the_tensor(name):
     tensor, masks = make()
     assert same(OPERATIONS[name](masks), OPERATIONS[name](tensor))
 
 
 @pytest.mark.parametrize("index", [0, -1, np.int64(2), torch.tensor(1)])
-def test_an_integer_gives_the_tensor_of_one_mask(index):
+def test_an_integer_index_gives_one_mask_as_a_tensor(index):
     tensor, masks = make()
     assert type(masks[index]) is torch.Tensor and torch.equal(masks[index], tensor[index])
 
@@ -132,13 +132,13 @@ def test_an_integer_gives_the_tensor_of_one_mask(index):
     ],
     ids=str,
 )
-def test_rows_give_run_lengths(index):
+def test_selected_rows_stay_run_lengths(index):
     tensor, masks = make()
     chosen = masks[index]
     assert isinstance(chosen, RLEMasks) and chosen.image_hw == HW
     if isinstance(index, torch.Tensor):
         expected = tensor[index].numpy()
-    else:  # tensors take no negative steps
+    else:  # tensors do not support negative steps
         expected = tensor.numpy()[index if isinstance(index, slice) or len(index) else slice(0)]
     assert np.array_equal(np.asarray(chosen), expected)
 
@@ -158,7 +158,7 @@ def test_copies_stay_run_lengths(keep):
     assert isinstance(kept, RLEMasks) and torch.equal(kept.dense(), tensor)
 
 
-def test_indices_that_do_not_fit_are_refused():
+def test_invalid_indices_are_refused():
     tensor, masks = make()
     for index in [4, [True, False], torch.tensor([7]), 1.5, torch.zeros(0, dtype=torch.bool)]:
         for given in (tensor, masks):
@@ -175,7 +175,7 @@ def test_indices_that_do_not_fit_are_refused():
         lambda m: torch.nn.init.constant_(m, 1),
     ],
 )
-def test_what_needs_masks_in_memory_names_the_way_out(change):
+def test_operations_that_need_dense_masks_are_refused_with_advice(change):
     tensor, masks = make()
     with pytest.raises(
         RuntimeError, match=r"pred_masks\.dense\(\).* MODEL\.MASK_OUTPUT to bitmask"
@@ -185,7 +185,7 @@ def test_what_needs_masks_in_memory_names_the_way_out(change):
 
 
 def test_decoded_masks_are_on_the_device_of_the_detections():
-    """On "meta" nothing has values, so that any machine can be asked where results are."""
+    """Tensors on "meta" have no values, so any machine can check the device of the results."""
     masks = make()[1].to("meta")
     assert isinstance(masks, RLEMasks) and masks.device.type == "meta"
     for result in (
@@ -197,30 +197,30 @@ def test_decoded_masks_are_on_the_device_of_the_detections():
         masks[:, 0],
     ):
         assert result.device.type == "meta"
-    assert np.array_equal(masks.numpy(), make()[0].numpy()), "NumPy is on the CPU"
+    assert np.array_equal(masks.numpy(), make()[0].numpy()), "NumPy arrays are on the CPU"
 
 
-def test_areas_are_numbers_of_pixels():
+def test_areas_are_pixel_counts():
     tensor, masks = make()
     assert same(masks.area(), tensor.sum(dim=(1, 2)))
     assert same(masks[:0].area(), tensor[:0].sum(dim=(1, 2)))
 
 
-def test_no_masks_are_a_tensor_of_none():
+def test_zero_masks_behave_like_an_empty_tensor():
     tensor, masks = make(0)
     for name in ("sum of pixels", "float", "any along pixels", "np.asarray", "numpy of a loop"):
         assert same(OPERATIONS[name](masks), OPERATIONS[name](tensor))
     assert masks.shape == (0, *HW) and list(masks) == []
 
 
-def test_numpy_takes_dtype_and_copy():
+def test_numpy_conversion_supports_dtype_and_copy():
     tensor, masks = make()
     assert np.array_equal(np.array(masks, dtype=float), tensor.numpy().astype(float))
     with pytest.raises(ValueError, match="copy"):
         masks.__array__(copy=False)
 
 
-def test_instances_select_join_and_move_them():
+def test_instances_can_select_join_and_move_masks():
     tensor, masks = make()
     other_tensor, other = make(2, seed=1)
     instances = [Instances(HW, pred_masks=m) for m in (masks, other)]
@@ -232,8 +232,8 @@ def test_instances_select_join_and_move_them():
     assert np.array_equal(filtered.numpy(), tensor.numpy()[[0, 3]])
 
 
-def test_objects_that_a_tracker_has_lost_join_those_of_the_next_frame():
-    """What detectron2's trackers do; they themselves need SciPy."""
+def test_objects_lost_by_a_tracker_join_those_of_the_next_frame():
+    """Repeats what detectron2's trackers do, because they need SciPy."""
     results = []
     for masks in make():
         previous = copy.deepcopy(Instances(HW, pred_masks=masks))
@@ -258,7 +258,7 @@ def test_masks_of_another_size_are_refused():
 
 @pytest.mark.parametrize("mode", [ColorMode.IMAGE, ColorMode.IMAGE_BW])
 @pytest.mark.parametrize("video", [False, True])
-def test_visualizers_draw_the_same_picture(video, mode):
+def test_visualizers_draw_the_same_picture_as_for_dense_masks(video, mode):
     pictures = []
     for masks in make():
         instances = Instances(HW)

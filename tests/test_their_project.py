@@ -1,4 +1,4 @@
-"""Somebody else's detectron2 project, with a DefaultTrainer and this plugin's names."""
+"""A user's detectron2 project with a DefaultTrainer and this plugin's modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TheirTrainer(DefaultTrainer):
 
 @pytest.fixture
 def their_files(tmp_path):
-    """Four images of the embedded data set as COCO files, and their names."""
+    """Yields COCO_FILES entries with four images of the embedded data set."""
     metadata = MetadataCatalog.get("shapes_val")
     DatasetCatalog.get("shapes_val")
     content = json.loads(Path(metadata.json_file).read_text())
@@ -45,7 +45,7 @@ def their_files(tmp_path):
         MetadataCatalog.pop(name, None)
 
 
-def test_it_trains_and_evaluates_and_its_log_has_the_table(their_files, tmp_path):
+def test_a_default_trainer_trains_evaluates_and_logs_the_table(their_files, tmp_path):
     cfg = get_cfg()
     add_mask_head_config(cfg)
     cfg.merge_from_file(

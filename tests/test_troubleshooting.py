@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages that exist."""
+"""Every message quoted in docs/troubleshooting.md exists in the code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 
 
 def texts_in_code() -> Iterator[str]:
-    """Yields the texts in the code's source; what an f-string inserts is ``{}``."""
+    """Yields the strings of the code; ``{}`` stands for the inserted values of an f-string."""
     for folder in ("mask_head_plugin", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -25,7 +25,7 @@ def texts_in_code() -> Iterator[str]:
 
 
 def quoted_messages(page: str) -> list[str]:
-    """Returns what the first column of the page's tables quotes."""
+    """Returns the messages quoted in the first column of the page's tables."""
     cells = re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)
     return [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
 

@@ -1,4 +1,4 @@
-"""IMPORTS: whose code runs, how files and modules are found, and what an error says."""
+"""IMPORTS: whose code is run, how files and modules are found, and the errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ABLATION = {
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """A current folder of its own; what is imported there is forgotten afterwards."""
+    """Changes to an empty folder, and removes modules imported by the test afterwards."""
     known = set(sys.modules)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
@@ -43,14 +43,14 @@ def place(tmp_path, monkeypatch):
 
 
 def write_code(path, text="", name="theirs.yaml"):
-    """Writes a module that counts its runs, and a config next to it that imports it."""
+    """Writes a module that counts its runs, next to a config that imports it."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"import builtins\nbuiltins.{path.stem}_runs = globals()\n{text}")
     config = {"_BASE_": SHAPES, "IMPORTS": [path.name]}
     (path.parent / name).write_text(yaml.safe_dump(config))
 
 
-def test_what_the_named_file_and_the_options_name_is_put_together(place):
+def test_imports_of_the_config_file_and_the_options_are_combined(place):
     for stem in ("code_a", "code_b", "code_c"):
         write_code(place / "configs" / f"{stem}.py")
     write_code(place / "code_d.py")
@@ -58,13 +58,13 @@ def test_what_the_named_file_and_the_options_name_is_put_together(place):
     cfg = load_config("configs/theirs.yaml", opts)
     files = [str(place / "configs" / f"code_{x}.py") for x in "ca"] + [str(place / "code_d.py")]
     assert cfg.IMPORTS == [*files, "json"] and cfg.SEED == 3
-    assert "code_c" not in sys.modules, "reading runs nothing"
+    assert "code_c" not in sys.modules, "reading a config runs no code"
     assert load_config("configs/theirs.yaml").IMPORTS == files[:1]
     (place / "config.yaml").write_text(cfg.dump())
     assert load_config(str(place / "config.yaml")).IMPORTS == cfg.IMPORTS
 
 
-def test_a_base_imports_only_what_the_user_names(place):
+def test_a_base_config_may_only_import_what_the_user_names(place):
     write_code(place / "stranger" / "payload.py")
     for own in ({}, {"IMPORTS": ["json"]}):
         (place / "mine.yaml").write_text(yaml.safe_dump({"_BASE_": "stranger/theirs.yaml", **own}))
@@ -84,7 +84,7 @@ def test_a_base_imports_only_what_the_user_names(place):
     assert "payload" not in sys.modules
 
 
-def test_an_ablation_imports_what_its_own_file_names(place):
+def test_an_ablation_imports_what_its_file_names(place):
     write_code(place / "payload.py")
     path = place / "ablation.yaml"
     path.write_text(yaml.safe_dump(ABLATION))
@@ -115,7 +115,7 @@ def test_an_ablation_imports_what_its_own_file_names(place):
         ("{", "No module named '{{'"),
     ],
 )
-def test_what_cannot_be_imported_is_one_line_with_place_and_reason(entry, message, place):
+def test_an_import_error_is_one_line_with_place_and_reason(entry, message, place):
     write_code(place / "fails_deeper.py", "def f(x):\n    # a comment\n    1 / x\n\n\nf(0)\n")
     write_code(place / "not_python.py", "def f(:\n")
     write_code(place / "exits.py", "raise SystemExit(3)\n")
@@ -128,7 +128,7 @@ def test_what_cannot_be_imported_is_one_line_with_place_and_reason(entry, messag
     assert "\n" not in str(found.value)
 
 
-def test_code_runs_once_in_a_process_and_the_log_says_so(place, caplog):
+def test_code_runs_once_per_process_and_is_logged(place, caplog):
     write_code(
         place / "counted.py", "import sys\nsys.counted_runs = getattr(sys, 'counted_runs', 0) + 1"
     )
@@ -138,7 +138,7 @@ def test_code_runs_once_in_a_process_and_the_log_says_so(place, caplog):
     assert caplog.text.count(f"IMPORTS runs code of yours: {place}/counted.py") == 1
 
 
-def test_processes_that_are_started_again_receive_what_a_file_defines(place):
+def test_child_processes_can_use_functions_from_an_imported_file(place):
     write_code(place / "folder" / "sent_along.py", "def answer(pipe):\n    pipe.send(42)\n")
     import_modules(load_config("folder/theirs.yaml").IMPORTS)
     here, there = multiprocessing.Pipe()
@@ -161,7 +161,7 @@ TOOLS = {
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_every_tool_that_meets_names_imports(tool, place, monkeypatch, capsys):
+def test_every_tool_reports_import_errors(tool, place, monkeypatch, capsys):
     (place / "x.png").touch()
     write_code(place / "broken.py", "raise ValueError('my own')")
     path = ROOT / ("" if tool == "train_net" else "tools") / f"{tool}.py"
@@ -175,7 +175,7 @@ def test_every_tool_that_meets_names_imports(tool, place, monkeypatch, capsys):
     )
 
 
-def test_a_step_to_replay_does_not_bring_code(place, monkeypatch, capsys):
+def test_replaying_a_step_runs_no_code_of_its_config(place, monkeypatch, capsys):
     write_code(place / "payload.py", name="config.yaml")
     monkeypatch.setattr(sys, "argv", ["replay_step.py", "failed_steps/step.pth"])
     with pytest.raises(SystemExit):
@@ -183,8 +183,8 @@ def test_a_step_to_replay_does_not_bring_code(place, monkeypatch, capsys):
     assert "config.yaml asks to run" in capsys.readouterr().err and "payload" not in sys.modules
 
 
-def test_the_page_works_as_written(place):
-    """Its config file; the command is run by test_launch, in two processes."""
+def test_the_documented_example_works(place):
+    """Checks the config file; test_launch runs the command in two processes."""
     page = (ROOT / "docs" / "your_own_code.md").read_text()
     (place / "configs").symlink_to(CONFIGS)
     for name, language in (("my_code.py", "python"), ("mine.yaml", "yaml")):

@@ -1,4 +1,4 @@
-"""Export. What is read is tested in test_weight_files.py, and what fits in test_weight_fit.py."""
+"""Exporting weights. test_weight_files.py tests reading; test_weight_fit.py tests what fits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mask_head_plugin import ConfigError
 from mask_head_plugin.checkpoint import export_safetensors
 
 
-def test_export_reads_what_loading_reads(tmp_path):
+def test_export_accepts_every_file_that_loading_accepts(tmp_path):
     weights = {"a.weight": torch.rand(2, 3), "a.bias": torch.rand(2)}
     arrays = {f"module.{name}": x.numpy() for name, x in weights.items()}
     torch.save(weights, tmp_path / "bare.pth")

@@ -1,4 +1,4 @@
-"""If weights cannot be downloaded, one line says what to fetch and what to do instead."""
+"""If weights cannot be downloaded, one line says what to download and what else to do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _without_network(monkeypatch, tmp_path):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
 
 
-def test_weights_of_a_config_that_cannot_be_downloaded_are_one_line(caplog):
+def test_a_failed_download_of_a_configs_weights_is_one_line(caplog):
     with pytest.raises(ConfigError) as error:
         MaskHeadCheckpointer(torch.nn.Linear(2, 2)).load(f"{R50}?matching_heuristics=True")
     assert str(error.value) == (
@@ -38,7 +38,7 @@ def test_weights_of_a_config_that_cannot_be_downloaded_are_one_line(caplog):
     assert not [x for x in caplog.records if x.levelname == "ERROR"]
 
 
-def test_weights_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch):
+def test_weights_in_the_package_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = local_copy("mask_head_plugin://mask_rcnn_shapes.safetensors")
     assert Path(file).stat().st_size > 1e6
@@ -49,17 +49,17 @@ def test_weights_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "address", ["https://there.is.nothing/x.pth", "catalog://Nobody/knows", "catalog://ImageNetP/x"]
 )
-def test_any_address_of_weights_may_fail(address):
+def test_a_failed_download_from_any_address_is_reported(address):
     with pytest.raises(ConfigError, match=r"could not be downloaded .* name it with --weights"):
         local_copy(address, "name it with --weights PATH")
 
 
-def test_a_file_is_taken_as_it_is(tmp_path):
+def test_a_local_file_is_used_directly(tmp_path):
     assert local_copy(str(tmp_path / "x.pth")) == str(tmp_path / "x.pth")
 
 
 class FolderHandler(PathHandler):
-    """Knows ``stored://x`` as the file x of a folder."""
+    """Resolves ``stored://x`` to the file x in a folder."""
 
     def __init__(self, folder):
         self.folder = folder

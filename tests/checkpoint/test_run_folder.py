@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and checked before use: else the older one is taken."""
+"""Checkpoints are written completely or not at all, and verified before use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = ("model_0000009", "model_0000019", "model_0000029")
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Holds three checkpoints of different weights."""
+    """Returns a folder with three checkpoints of different weights."""
     model = nn.Linear(20, 30)
     checkpointer = MaskHeadCheckpointer(model, str(tmp_path))
     for k, name in enumerate(NAMES):
@@ -66,7 +66,7 @@ def swap(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, swap])
-def test_a_damaged_checkpoint_is_named_and_the_older_one_used(folder, caplog, damage):
+def test_a_damaged_checkpoint_is_reported_and_an_older_one_used(folder, caplog, damage):
     damage(folder / "model_0000029.pth")
     assert resumed_weight(folder) == 1
     (text,) = (x.getMessage() for x in caplog.records if x.levelname == "WARNING")
@@ -75,8 +75,8 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(folder, caplog, da
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit])
-def test_damage_is_found_even_without_a_checksum(folder, damage):
-    """Of a flipped bit the checksums inside the file tell."""
+def test_damage_is_found_even_without_a_checksum_file(folder, damage):
+    """Checksums within the file reveal a flipped bit."""
     path = folder / "model_0000029.pth"
     path.with_name("model_0000029.pth.sha256").unlink()
     assert find_damage(path) == ""
@@ -84,7 +84,7 @@ def test_damage_is_found_even_without_a_checksum(folder, damage):
     assert find_damage(path)
 
 
-def test_without_any_intact_checkpoint_each_is_named_with_its_damage(folder):
+def test_without_an_intact_checkpoint_the_error_names_each_damage(folder):
     for name in NAMES:
         truncate(folder / f"{name}.pth")
     with pytest.raises(ConfigError) as error:
@@ -93,26 +93,26 @@ def test_without_any_intact_checkpoint_each_is_named_with_its_damage(folder):
         assert text in str(error.value)
 
 
-def test_the_checksum_is_that_of_sha256sum(folder):
+def test_the_checksum_file_can_be_verified_by_sha256sum(folder):
     checked = subprocess.run(
         ["sha256sum", "--check", "model_0000019.pth.sha256"], cwd=folder, capture_output=True
     )
     assert checked.returncode == 0
 
 
-def test_checkpoints_of_detectron2_are_resumed(tmp_path):
+def test_detectron2s_checkpoints_are_resumed(tmp_path):
     model = nn.Linear(20, 30)
     nn.init.constant_(model.weight, 5)
     DetectionCheckpointer(model, str(tmp_path)).save("model_0000004")
     assert resumed_weight(tmp_path) == 5
 
 
-def test_a_checkpoint_that_was_chosen_by_hand_is_taken(folder):
+def test_a_checkpoint_chosen_in_last_checkpoint_is_used(folder):
     (folder / "last_checkpoint").write_text("model_0000009.pth")
     assert resumed_weight(folder) == 0
 
 
-def test_a_folder_and_a_link_to_nothing_are_reported_and_skipped(folder, caplog):
+def test_folders_and_broken_links_are_reported_and_skipped(folder, caplog):
     shutil.copy(folder / "model_0000029.pth.sha256", folder / "model_0000039.pth.sha256")
     (folder / "model_0000039.pth").mkdir()
     (folder / "model_0000049.pth").symlink_to("nowhere")
@@ -122,13 +122,13 @@ def test_a_folder_and_a_link_to_nothing_are_reported_and_skipped(folder, caplog)
     assert "model_0000049.pth is a broken link" in caplog.text
 
 
-def test_a_kill_between_a_checkpoint_and_its_mark_does_not_hide_it(folder):
+def test_a_checkpoint_without_its_entry_in_last_checkpoint_is_found(folder):
     write_checkpoint(folder / "model_0000039.pth", {"model": {"weight": torch.ones(1)}})
     assert newest_intact(folder).name == "model_0000039.pth"
 
 
 @pytest.mark.parametrize("mark", ["model_final.pth", "model_0000029.pth"])
-def test_times_of_a_copied_folder_do_not_choose_the_checkpoint(folder, mark):
+def test_file_times_of_a_copied_folder_do_not_decide_the_checkpoint(folder, mark):
     shutil.copy(folder / "model_0000029.pth", folder / "model_final.pth")
     (folder / "last_checkpoint").write_text(mark)
     newer = (folder / "last_checkpoint").stat().st_mtime + 1
@@ -139,19 +139,19 @@ def test_times_of_a_copied_folder_do_not_choose_the_checkpoint(folder, mark):
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xff\xfe", b"../../etc/passwd", b"model_9999999.pth"])
-def test_a_damaged_mark_costs_nothing(folder, mark):
+def test_a_damaged_last_checkpoint_file_is_ignored(folder, mark):
     (folder / "last_checkpoint").write_bytes(mark)
     assert resumed_weight(folder) == 2
 
 
-def test_the_best_weights_and_unfinished_files_are_nothing_to_resume_from(folder):
+def test_best_weights_and_unfinished_files_are_not_resumed(folder):
     for name in ("model_best.pth", ".model_0000039.pth.unfinished"):
         shutil.copy(folder / "model_0000009.pth", folder / name)
     assert [path.stem for path in checkpoint_files(folder)] == list(reversed(NAMES))
 
 
-def test_a_full_disk_leaves_the_older_checkpoints_and_says_so(folder):
-    """A limit on the size of files simulates the end of the disk."""
+def test_a_full_disk_keeps_older_checkpoints_and_is_reported(folder):
+    """Simulates a full disk by a limit on file sizes."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     model = nn.Linear(400, 400)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_says_so(folder):
     assert newest_intact(folder).name == "model_0000029.pth"
 
 
-def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
+def test_the_error_names_a_read_only_folder(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
@@ -177,7 +177,7 @@ def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
 
 
 def test_overwriting_never_pairs_a_file_with_the_checksum_of_another(folder, monkeypatch):
-    """Whatever moment the kill comes at, the name means an intact file."""
+    """The name refers to an intact file, whenever the process is killed."""
     path = folder / "model_final.pth"
     moments = 0
     for call in range(1, 20):
@@ -213,8 +213,8 @@ def test_old_checkpoints_are_removed_by_iteration(folder):
     assert names == kept | {"model_final.pth"}
 
 
-def test_a_copy_of_the_folder_is_resumed_from_the_same_checkpoint(folder):
-    """Copying may give files times of its own, in an order of its own."""
+def test_a_copied_folder_is_resumed_from_the_same_checkpoint(folder):
+    """Copying may change file times and their order."""
     shutil.copy(folder / "model_0000029.pth", folder / "model_final.pth")
     for mark in ("model_0000029.pth", "model_final.pth"):
         (folder / "last_checkpoint").write_text(mark)
@@ -223,14 +223,14 @@ def test_a_copy_of_the_folder_is_resumed_from_the_same_checkpoint(folder):
         assert newest_intact(folder).name == mark
 
 
-def test_a_checkpoint_of_another_name_is_resumed_if_it_is_marked(tmp_path):
+def test_a_checkpoint_with_another_name_is_resumed_if_last_checkpoint_names_it(tmp_path):
     model = nn.Linear(20, 30)
     nn.init.constant_(model.weight, 6)
     MaskHeadCheckpointer(model, str(tmp_path)).save("mine_0000004")
     assert resumed_weight(tmp_path) == 6
 
 
-def test_numbers_of_numpy_in_a_state_do_not_keep_a_run_from_resuming(tmp_path):
+def test_numpy_numbers_in_a_state_do_not_prevent_resuming(tmp_path):
     class Best:
         def __init__(self, value):
             self.value = value

@@ -1,4 +1,4 @@
-"""Weights that fit are loaded, and those that do not are an error that says what to do."""
+"""Weights that fit are loaded; others are an error that says what to do."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def model_of(name="FPN", *opts) -> nn.Module:
 
 
 def filled(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of the model's shapes that no model starts with."""
+    """Returns weights of the model's shapes with values that differ from any initialisation."""
     generator = torch.Generator().manual_seed(3)
     return {
         name: torch.rand(x.shape, generator=generator) + 1 if x.is_floating_point() else x + 7
@@ -65,7 +65,7 @@ def filled(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load(network, path, policy=None, *, resume=False, **content):
-    """Saves the content as a torch file, if there is any, and loads that."""
+    """Loads a file into the network, after saving the content to it, if any is given."""
     if content:
         torch.save(content, path)
     progress = {"progress": nn.Linear(1, 1)} if resume else {}
@@ -78,7 +78,7 @@ def differing(model, expected) -> list[str]:
 
 
 def caffe2_name(name: str) -> str:
-    """The name that Caffe2 has for a tensor of detectron2's ResNet."""
+    """Returns Caffe2's name for a tensor of detectron2's ResNet."""
     name = name.replace("stem.conv1.norm", "res_conv1_bn").replace("stem.conv1", "conv1")
     for own, other in (("shortcut", "branch1"), ("conv1", "branch2a"), ("conv2", "branch2b")):
         name = re.sub(rf"^(res\d\.\d+)\.{own}", rf"\1.{other}", name)
@@ -90,7 +90,7 @@ def caffe2_name(name: str) -> str:
 
 
 def trunk_of(model) -> dict[str, torch.Tensor]:
-    """Tensors that ImageNet trains, by the model's names."""
+    """Returns the tensors that are pretrained on ImageNet, by the model's names."""
     trunk = re.compile(r"backbone\.(bottom_up\.)?(stem|res\d)\.|roi_heads\.res5\.")
     found = {n: x for n, x in filled(model).items() if trunk.match(n)}
     assert len(found) > 200
@@ -118,7 +118,7 @@ def imagenet_torchvision(model, path):
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 @pytest.mark.parametrize("write", [imagenet_caffe2, imagenet_torchvision])
 @pytest.mark.parametrize("name", BASES)
-def test_backbones_of_the_zoo_load_and_the_log_says_what_starts_new(
+def test_pretrained_backbones_load_and_the_log_lists_untrained_parts(
     tmp_path, caplog, name, write, norm
 ):
     model = model_of(name, "MODEL.RESNETS.NORM", norm)
@@ -139,15 +139,15 @@ def test_backbones_of_the_zoo_load_and_the_log_says_what_starts_new(
     assert "fc" in told[0].partition("not used")[2]
 
 
-def test_old_backbones_without_statistics_fill_frozen_normalization(tmp_path):
-    """detectron2's FrozenBN fills in what old files lack."""
+def test_old_backbones_without_statistics_load_into_frozen_batch_norm(tmp_path):
+    """detectron2's FrozenBN supplies the missing statistics."""
     model = model_of("FPN", "MODEL.RESNETS.NORM", "FrozenBN")
     weights = {n: x for n, x in trunk_of(model).items() if ".running_" not in n}
     load(model, tmp_path / "old.pth", model=weights)
     assert differing(model, weights) == []
 
 
-def test_a_query_asks_for_matching_by_ends(tmp_path):
+def test_a_query_enables_matching_by_name_endings(tmp_path):
     model = model_of()
     weights = {short(name): x for name, x in trunk_of(model).items()}
     torch.save(weights, tmp_path / "timm.pth")
@@ -160,7 +160,7 @@ def test_a_query_asks_for_matching_by_ends(tmp_path):
 
 
 @pytest.mark.parametrize("by_ends", [True, False])
-def test_a_half_filled_module_is_an_error_unless_lenient(tmp_path, caplog, by_ends):
+def test_a_partly_filled_module_is_an_error_unless_lenient(tmp_path, caplog, by_ends):
     model = model_of()
     weights = trunk_of(model)
     gone = [name for name in weights if ".res3.1." in name]
@@ -195,7 +195,7 @@ def test_a_backbone_of_another_shape_is_an_error_unless_lenient(tmp_path, by_end
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_detectors_of_all_formats_fill_the_whole_model(tmp_path, caplog, name):
+def test_detectors_in_all_formats_load_completely(tmp_path, caplog, name):
     model = model_of(name)
     weights = filled(model)
     old = {
@@ -247,7 +247,7 @@ def test_a_detector_that_does_not_fit_is_an_error_unless_lenient(tmp_path, caplo
     assert fault in caplog.text
 
 
-def test_many_names_are_reported_by_module(tmp_path):
+def test_long_lists_of_names_are_grouped_by_module(tmp_path):
     weights = filled(model_of())
     fewer = {n: x for n, x in weights.items() if not n.startswith(("roi_heads", "backbone.fpn"))}
     with pytest.raises(ConfigError) as caught:
@@ -261,7 +261,7 @@ def test_many_names_are_reported_by_module(tmp_path):
     assert grouped([f"x{i}" for i in range(18)]).endswith(" and 6 more")
 
 
-def test_evaluation_refuses_a_backbone(tmp_path):
+def test_evaluation_refuses_backbone_weights(tmp_path):
     model = model_of()
     imagenet_caffe2(model, tmp_path / "R-50.pkl")
     with pytest.raises(ConfigError, match=r"R-50\.pkl does not fit .*missing: .*roi_heads"):
@@ -275,7 +275,7 @@ def test_a_run_is_never_resumed_with_weights_that_do_not_fit(tmp_path, fault):
         load(model_of(), tmp_path / "last.pth", LENIENT, resume=True, **content)
 
 
-def test_a_load_after_one_that_failed_is_not_hindered(tmp_path):
+def test_a_failed_load_does_not_affect_the_next(tmp_path):
     model = model_of()
     weights = filled(model)
     torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "bad.pth")
@@ -287,7 +287,7 @@ def test_a_load_after_one_that_failed_is_not_hindered(tmp_path):
     assert differing(model, weights) == []
 
 
-def test_compare_is_pure_and_names_each_fault():
+def test_compare_reports_each_kind_of_mismatch():
     own = {"a.w": torch.Size([2]), "a.b": torch.Size([2]), "c": torch.Size([1])}
     found = {"a.w": torch.Size([2]), "a.b": torch.Size([3]), "x": torch.Size([1])}
     fit = compare(found, own, ["a.b", "c"])
@@ -316,7 +316,7 @@ def with_classes(head, names):
 
 
 def rows(state, tensors, names):
-    """The rows of each class and of background, by tensor and name."""
+    """Returns the rows of each class and of background, by tensor and name."""
     found = {}
     for tensor, num_background in tensors.items():
         weight = state[tensor]
@@ -339,7 +339,7 @@ def rows(state, tensors, names):
     ],
     ids=["order", "some new", "more", "one", "another one"],
 )
-def test_rows_go_where_the_class_of_that_name_is(tmp_path, caplog, head, names):
+def test_rows_are_assigned_to_the_class_with_the_same_name(tmp_path, caplog, head, names):
     source = with_classes(head, CLASSES)
     weights = filled(source)
     model = with_classes(head, names)
@@ -367,7 +367,7 @@ def test_rows_go_where_the_class_of_that_name_is(tmp_path, caplog, head, names):
     assert ("another order" in told) == (sorted(names) == CLASSES)
 
 
-def test_the_same_classes_in_order_are_left_alone(tmp_path, caplog):
+def test_classes_in_the_same_order_are_not_moved(tmp_path, caplog):
     model, policy = model_of(), WeightsPolicy(CLASSES)
     weights = filled(model)
     with caplog.at_level(logging.INFO):
@@ -396,14 +396,14 @@ def test_another_number_of_classes_without_names_is_an_error_with_both_ways_out(
     assert differing(model, rest) == []
 
 
-def test_classes_never_change_in_a_resumed_run(tmp_path):
+def test_a_resumed_run_cannot_change_its_classes(tmp_path):
     content = {"model": filled(model_of()), "class_names": CLASSES, "progress": {}}
     for names in (CLASSES[::-1], [*CLASSES[:4], "fox"]):
         with pytest.raises(ConfigError, match="cannot be resumed with other classes"):
             load(model_of(), tmp_path / "last.pth", WeightsPolicy(names), resume=True, **content)
 
 
-def test_evaluation_takes_another_order_but_no_untrained_class(tmp_path):
+def test_evaluation_accepts_another_class_order_but_no_untrained_class(tmp_path):
     content = {"model": filled(model_of()), "class_names": CLASSES}
     load(model_of(), tmp_path / "a.pth", WeightsPolicy(CLASSES[::-1], whole=True), **content)
     policy = WeightsPolicy([*CLASSES[:4], "fox"], whole=True)
@@ -420,13 +420,13 @@ def test_evaluation_takes_another_order_but_no_untrained_class(tmp_path):
         ([1, 2], "are not a list of names"),
     ],
 )
-def test_names_that_tell_no_rows_are_an_error(tmp_path, names, told):
+def test_invalid_class_names_are_an_error(tmp_path, names, told):
     with pytest.raises(ConfigError, match=rf"a\.pth.* {told}"):
         content = {"model": filled(model_of()), "class_names": names}
         load(model_of(), tmp_path / "a.pth", WeightsPolicy(CLASSES), **content)
 
 
-def test_checkpoints_and_exported_weights_name_their_classes(tmp_path):
+def test_checkpoints_and_exported_weights_contain_their_class_names(tmp_path):
     cfg = small_config(BASES["FPN"])
     policy = WeightsPolicy.from_config(cfg, train=True)
     names = MetadataCatalog.get("shapes_train").thing_classes
@@ -447,7 +447,7 @@ def test_checkpoints_and_exported_weights_name_their_classes(tmp_path):
                 assert torch.equal(found[key], values)
 
 
-def test_export_names_classes_of_files_that_do_not(tmp_path, monkeypatch, capsys):
+def test_export_can_add_missing_class_names(tmp_path, monkeypatch, capsys):
     torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "a.pth")
     output = tmp_path / "a.safetensors"
 
@@ -463,9 +463,9 @@ def test_export_names_classes_of_files_that_do_not(tmp_path, monkeypatch, capsys
         export_safetensors(output, tmp_path / "b.safetensors", class_names=["cat"])
     with pytest.raises(SystemExit) as ended:
         export("coco_2071")
-    assert ended.value.code == 2, "as train_net.py and the other tools"
+    assert ended.value.code == 2, "the exit code of train_net.py and the other tools"
     assert "--classes-of coco_2071" in capsys.readouterr().err
-    # Nothing has loaded it yet, so its metadata have no classes.
+    # The data set has not been loaded yet, so its metadata has no classes.
     categories = [{"id": 7, "name": "fox"}, {"id": 2, "name": "owl"}]
     annotations = tmp_path / "own.json"
     content = {"images": [], "annotations": [], "categories": categories}
@@ -480,7 +480,7 @@ def test_export_names_classes_of_files_that_do_not(tmp_path, monkeypatch, capsys
         assert json.loads(file.metadata()["class_names"]) == ["owl", "fox"]
 
 
-def test_class_names_are_known_only_where_they_are_the_models():
+def test_class_names_are_used_only_if_they_match_the_model():
     cfg = small_config(BASES["FPN"])
     assert class_names(cfg, "TEST") == list(MetadataCatalog.get("shapes_val").thing_classes)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4

@@ -1,4 +1,4 @@
-"""Weights trained on another order of colours than the config's are reported."""
+"""A warning is logged if weights were trained on another colour order than the config's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mask_head_plugin.checkpoint import MaskHeadCheckpointer, WeightsPolicy
         ("somebody", "RGB", False),
     ],
 )
-def test_a_file_says_by_its_author_what_it_was_trained_on(
+def test_the_author_of_a_file_tells_its_colour_order(
     tmp_path, caplog, author, input_format, is_told
 ):
     model = torch.nn.Linear(2, 2)

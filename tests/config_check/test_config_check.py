@@ -1,4 +1,4 @@
-"""check_config: values that no model answers to are refused with the key and what it could be."""
+"""check_config: invalid values are refused with their key and possible values."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
         ),
     ],
 )
-def test_impossible_values_are_refused(opts, message, tmp_path):
+def test_invalid_values_are_refused(opts, message, tmp_path):
     opts = ["OUTPUT_DIR", str(tmp_path), *opts]
     cfg = load_config(str(CONFIGS / "Base-MaskRCNN-FPN.yaml"), opts)
     with pytest.raises(ConfigError, match=message):
@@ -111,7 +111,7 @@ FIVE = re.escape("['p2', 'p3', 'p4', 'p5', 'p6']")
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        # what one key may hold
+        # values that one key may have
         ("SOLVER.BASE_LR", "0.0", "is 0.0; it must be above 0"),
         ("SOLVER.BASE_LR", "1e999", "is inf; it must be above 0"),
         ("SOLVER.GAMMA", "-0.1", "is -0.1; it must be above 0"),
@@ -182,7 +182,7 @@ FIVE = re.escape("['p2', 'p3', 'p4', 'p5', 'p6']")
         ("MODEL.RPN.BBOX_REG_WEIGHTS", "(1.0, 1.0)", "must be four: x, y, w, h"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused_with_its_key(key, value, message, tmp_path):
+def test_an_invalid_value_is_refused_with_its_key(key, value, message, tmp_path):
     cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path), key, value])
     with pytest.raises(ConfigError, match=f"^{re.escape(key)}.*{message}"):
         check_config(cfg, train=True)
@@ -247,7 +247,7 @@ REPEATS = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
         (FPN, ["MODEL.MASK_ON", "False", *SCORING], "SCORING.ENABLED has no effect .*MASK_ON Fa"),
     ],
 )
-def test_keys_that_do_not_fit_each_other_are_refused(config, opts, message, tmp_path):
+def test_incompatible_keys_are_refused(config, opts, message, tmp_path):
     cfg = load_config(str(CONFIGS / config), ["OUTPUT_DIR", str(tmp_path), *opts])
     with pytest.raises(ConfigError, match=message):
         check_config(cfg, train=True)
@@ -278,7 +278,7 @@ SMALL = "Base-Small.yaml"
         ),
     ],
 )
-def test_colours_in_the_wrong_order_are_refused_in_training_and_said_in_evaluation(
+def test_wrong_colour_order_is_refused_in_training_and_reported_in_evaluation(
     config, opts, message, tmp_path, caplog
 ):
     shapes = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"]
@@ -289,7 +289,7 @@ def test_colours_in_the_wrong_order_are_refused_in_training_and_said_in_evaluati
     assert "unless the weights were trained so" in caplog.text
 
 
-def test_colours_in_the_right_order_pass(tmp_path):
+def test_the_correct_colour_order_passes(tmp_path):
     weights = ["MODEL.WEIGHTS", "detectron2://ImageNetPretrained/torchvision/R-50.pkl"]
     opts = ["OUTPUT_DIR", str(tmp_path), *RGB, *RGB_MEAN, *weights]
     check_config(load_config(str(CONFIGS / FPN), opts), train=True)
@@ -328,7 +328,7 @@ TWO = [*OFTEN, "DATASETS.TEST", "('coco_2017_val', 'shapes_val')"]
         ),
     ],
 )
-def test_a_best_metric_that_would_choose_nothing_is_refused(opts, message, tmp_path):
+def test_a_best_metric_that_is_never_measured_is_refused(opts, message, tmp_path):
     for key in (BEST, STOPPING):
         own = [key if text == BEST else text for text in opts]
         cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path), *own])
@@ -344,7 +344,7 @@ def test_a_best_metric_that_would_choose_nothing_is_refused(opts, message, tmp_p
         (179, r"never end this run: .*PATIENCE 179 and .*PERIOD 500 need 90000 iter.* is 90000"),
     ],
 )
-def test_a_patience_that_ends_no_run_is_refused(patience, message, tmp_path):
+def test_a_patience_that_can_never_stop_a_run_is_refused(patience, message, tmp_path):
     opts = [*OFTEN, STOPPING, "segm/AP", "SOLVER.EARLY_STOPPING.PATIENCE", str(patience)]
     cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path), *opts])
     with pytest.raises(ConfigError, match=message):
@@ -367,11 +367,11 @@ def test_a_patience_that_ends_no_run_is_refused(patience, message, tmp_path):
         [*TWO, BEST, "shapes_val/segm/AP-ring"],
     ],
 )
-def test_a_best_metric_that_evaluations_give_passes(opts, tmp_path):
+def test_a_best_metric_that_evaluations_measure_passes(opts, tmp_path):
     check_config(load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path), *opts]), train=True)
 
 
-def test_a_best_metric_may_be_of_a_class_of_the_users_files(tmp_path):
+def test_a_best_metric_may_name_a_class_of_the_users_files(tmp_path):
     image = {"id": 1, "file_name": "x.png", "height": 9, "width": 9}
     categories = [{"id": 7, "name": "cell"}]
     content = {"images": [image], "annotations": [], "categories": categories}
@@ -384,7 +384,7 @@ def test_a_best_metric_may_be_of_a_class_of_the_users_files(tmp_path):
         check_config(load_config(str(CONFIGS / FPN), [*own, BEST, "segm/AP-cel"]), train=True)
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused_unless_it_scales(tmp_path):
+def test_a_batch_that_processes_cannot_share_is_refused_unless_it_is_scaled(tmp_path):
     opts = ["OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "16"]
     cfg = load_config(str(CONFIGS / FPN), opts)
     check_config(cfg, train=True, num_processes=8)
@@ -403,22 +403,22 @@ def test_an_evaluation_needs_a_data_set(tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.name)
-def test_every_config_passes_that_is_no_mere_base(path, tmp_path, caplog):
+def test_every_complete_config_passes(path, tmp_path, caplog):
     cfg = load_config(str(path), ["OUTPUT_DIR", str(tmp_path)])
     if path.name == "Base-MaskRCNN.yaml":  # has neither backbone nor heads
         pytest.skip("for other bases only")
     if not cfg.DATASETS.TRAIN:
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("shapes_train",)
-    cfg.MODEL.TIMM.CHECKPOINT = ""  # is fetched first, and not here
+    cfg.MODEL.TIMM.CHECKPOINT = ""  # a real run fetches it first
     check_config(cfg, train=True)
     unread = list(unread_keys(cfg, train=True))
-    if has_timm_backbone(cfg):  # its _BASE_ sets a ResNet's keys for others
+    if has_timm_backbone(cfg):  # its _BASE_ also sets keys of a ResNet
         unread = [key for key in unread if not key.startswith("MODEL.RESNETS.")]
     assert unread == [] and "is not one of" not in caplog.text
 
 
 @pytest.mark.parametrize("there", [".", "not/yet/there"])
-def test_no_file_or_folder_is_made(there, tmp_path):
+def test_the_check_creates_no_file_or_folder(there, tmp_path):
     for opts in ([], ["MODEL.RESNETS.NORM", "BM"]):
         cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path / there), *opts])
         with pytest.raises(ConfigError) if opts else contextlib.nullcontext():
@@ -437,7 +437,9 @@ def test_no_file_or_folder_is_made(there, tmp_path):
 )
 def test_an_output_folder_that_cannot_be_made_is_refused(make, told, tmp_path, monkeypatch):
     make(tmp_path / "x")
-    monkeypatch.setattr("os.access", lambda path, _: path != tmp_path / "x")  # root may always
+    monkeypatch.setattr(
+        "os.access", lambda path, _: path != tmp_path / "x"
+    )  # root may write anywhere
     cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path / "x" / "y")])
     with pytest.raises(ConfigError, match=rf"^OUTPUT_DIR '.*x/y' cannot be written: .*{told}"):
         check_config(cfg, train=True)
@@ -452,7 +454,7 @@ def test_an_output_folder_with_an_impossible_name_is_refused(name, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_weights_with_options_behind_them_are_found(tmp_path):
+def test_weights_with_a_query_are_found(tmp_path):
     (tmp_path / "x.pth").touch()
     weights = f"{tmp_path / 'x.pth'}?matching_heuristics=True"
     opts = ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", weights]
@@ -465,7 +467,7 @@ def test_evaluation_needs_no_training_set(tmp_path):
     check_config(cfg, train=False)
 
 
-def test_random_weights_that_stay_frozen_are_reported(tmp_path, caplog):
+def test_frozen_random_weights_are_reported(tmp_path, caplog):
     opts = ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", ""]
     check_config(load_config(str(CONFIGS / FPN), opts), train=True)
     assert "FREEZE_AT 2 keeps the first stages at random values; set it to 0" in caplog.text

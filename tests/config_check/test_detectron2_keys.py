@@ -1,4 +1,4 @@
-"""Values that are detectron2's: what it takes, or what a user has registered with it, passes."""
+"""Values of detectron2's keys pass if detectron2 or a user's registered module accepts them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def checked(tmp_path, *opts, config=FPN, train=True, trainer=Trainer) -> CfgNode
         ([MASK + "NAME", "FCNMaskHed"], "'FCNMaskHead'"),
     ],
 )
-def test_a_misspelt_value_that_detectron2_refuses_is_one_line_with_the_nearest_name(
+def test_a_misspelt_value_refused_by_detectron2_is_one_line_with_the_nearest_name(
     opts, nearest, tmp_path
 ):
     with pytest.raises(ConfigError) as caught:
@@ -99,7 +99,7 @@ def test_a_misspelt_value_that_detectron2_refuses_is_one_line_with_the_nearest_n
         (["MODEL.ROI_KEYPOINT_HEAD.NAME", "KRCNNHead"], "'KRCNNConvDeconvUpsampleHead'"),
     ],
 )
-def test_a_misspelt_value_that_detectron2_does_not_read_is_a_warning(
+def test_a_misspelt_value_that_detectron2_does_not_read_is_only_a_warning(
     opts, nearest, tmp_path, caplog
 ):
     checked(tmp_path, *opts)
@@ -107,14 +107,14 @@ def test_a_misspelt_value_that_detectron2_does_not_read_is_a_warning(
     assert told.startswith(f"{opts[0]} {opts[1]!r} is n") and f"did you mean {nearest}?" in told
 
 
-def test_values_of_training_are_not_looked_at_in_evaluation(tmp_path, caplog):
+def test_training_values_are_not_checked_in_evaluation(tmp_path, caplog):
     checked(tmp_path, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosinLR", train=False)
     assert "SOLVER" not in caplog.text
     with pytest.raises(ConfigError, match=r"RESNETS.NORM 'BM' is not one of .*'BN'\?"):
         checked(tmp_path, "MODEL.RESNETS.NORM", "BM", train=False)
 
 
-def test_several_wrong_values_are_reported_one_by_one_and_right_ones_never(tmp_path, monkeypatch):
+def test_several_wrong_values_are_reported_one_by_one_without_valid_ones(tmp_path, monkeypatch):
     knowing_norm(monkeypatch)
     wrong = ["MODEL.RESNETS.NORM", "own_norm", "MODEL.FPN.FUSE_TYPE", "summ"]
     wrong += ["SOLVER.WARMUP_METHOD", "liner"]
@@ -127,7 +127,7 @@ def test_several_wrong_values_are_reported_one_by_one_and_right_ones_never(tmp_p
 
 
 def knowing_norm(monkeypatch):
-    """A newer detectron2, or the user, knows one more norm."""
+    """Imitates a newer detectron2, or a user's change, with an additional norm."""
     get_norm = batch_norm.get_norm
 
     def newer(norm, out_channels):
@@ -139,7 +139,7 @@ def knowing_norm(monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["MODEL.RESNETS.NORM", "MODEL.FPN.NORM", MASK + "NORM"])
-def test_a_norm_that_get_norm_knows_passes(key, tmp_path, monkeypatch, caplog):
+def test_a_norm_that_get_norm_accepts_passes(key, tmp_path, monkeypatch, caplog):
     knowing_norm(monkeypatch)
     checked(tmp_path, key, "own_norm")
     assert "own_norm" not in caplog.text
@@ -159,7 +159,7 @@ def test_a_schedule_of_a_newer_detectron2_passes(tmp_path, monkeypatch, caplog):
 
 
 class OwnTrainer(DefaultTrainer):
-    """Of a user's project."""
+    """A trainer of a user's project."""
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
@@ -171,7 +171,7 @@ class OwnTrainer(DefaultTrainer):
         raise AssertionError("reads the data")
 
 
-def test_what_the_users_trainer_builds_passes(tmp_path, caplog):
+def test_values_that_the_users_trainer_accepts_pass(tmp_path, caplog):
     checked(tmp_path, "SOLVER.LR_SCHEDULER_NAME", "Own", trainer=OwnTrainer)
     assert "Own" not in caplog.text
     with pytest.raises(ConfigError, match=r"LR_SCHEDULER_NAME 'Own' is not one of"):
@@ -181,11 +181,13 @@ def test_what_the_users_trainer_builds_passes(tmp_path, caplog):
     assert "DATALOADER.SAMPLER_TRAIN 'TrainingSamplr' is not one of" in caplog.text
 
 
-def test_formats_that_detectron2_reads_pass(tmp_path, monkeypatch, caplog):
+def test_formats_that_detectron2_can_read_pass(tmp_path, monkeypatch, caplog):
     checked(tmp_path, "INPUT.FORMAT", "HSV")
     with pytest.raises(ConfigError, match=r"PIXEL_MEAN .*: INPUT.FORMAT CMYK has 4 channels"):
         checked(tmp_path, "INPUT.FORMAT", "CMYK")
-    with pytest.raises(ConfigError, match=r"INPUT.FORMAT 'F' is not one of"):  # has no channels
+    with pytest.raises(
+        ConfigError, match=r"INPUT.FORMAT 'F' is not one of"
+    ):  # has no fixed channels
         checked(tmp_path, "INPUT.FORMAT", "F")
     known = detection_utils.annotations_to_instances
 
@@ -197,7 +199,7 @@ def test_formats_that_detectron2_reads_pass(tmp_path, monkeypatch, caplog):
     assert "contour" not in caplog.text
 
 
-def test_a_box_loss_that_a_subclass_has_passes(tmp_path, monkeypatch, caplog):
+def test_a_box_loss_of_a_subclass_passes(tmp_path, monkeypatch, caplog):
     class OwnRPN(RPN):
         def losses(self, *_):
             return {}
@@ -210,7 +212,7 @@ def test_a_box_loss_that_a_subclass_has_passes(tmp_path, monkeypatch, caplog):
     assert "wing" not in caplog.text
 
 
-def test_a_pooler_type_of_a_newer_detectron2_passes_and_ours_are_kept(
+def test_a_newer_detectron2s_pooler_type_passes_and_ours_are_still_checked(
     tmp_path, monkeypatch, caplog
 ):
     class NewerPooler(pooler.ROIPooler):
@@ -229,7 +231,7 @@ def test_a_pooler_type_of_a_newer_detectron2_passes_and_ours_are_kept(
 
 
 @pytest.mark.parametrize("base", [StandardROIHeads, PerClassMaskROIHeads])
-def test_our_poolers_are_refused_in_heads_of_a_user_that_do_not_build_them(
+def test_our_pooler_types_are_refused_by_user_heads_that_do_not_support_them(
     base, tmp_path, monkeypatch
 ):
     own = type("OwnHeads", (base,), {})
@@ -245,7 +247,7 @@ def test_our_poolers_are_refused_in_heads_of_a_user_that_do_not_build_them(
 
 
 class OwnHeads(ROIHeads):
-    """Heads that read other keys, and other values, than detectron2's."""
+    """Heads with other keys and values than detectron2's."""
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -261,7 +263,7 @@ class OwnHeads(ROIHeads):
 
 
 class OwnAnchors(DefaultAnchorGenerator.__base__):
-    """Anchors of points, with sizes in another form."""
+    """Point anchors, with sizes in another form."""
 
     def __init__(self, cfg, input_shape):
         super().__init__()
@@ -310,7 +312,7 @@ NO_MASKS = ["MODEL.MASK_ON", "False"]
         ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, type("Own", (GeneralizedRCNN,), {}), []),
     ],
 )
-def test_what_a_user_registers_passes_with_its_own_values(
+def test_registered_user_modules_pass_with_values_of_their_own(
     key, registry, own, opts, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setitem(registry._obj_map, "own", own)
@@ -318,7 +320,7 @@ def test_what_a_user_registers_passes_with_its_own_values(
     assert "is not one of" not in caplog.text and "registered" not in caplog.text
 
 
-def test_a_model_of_another_kind_reads_none_of_these(tmp_path, monkeypatch, caplog):
+def test_a_model_that_reads_none_of_the_keys_only_gets_warnings(tmp_path, monkeypatch, caplog):
     def build_own_model(cfg):
         return nn.Linear(1, 1)
 
@@ -328,7 +330,7 @@ def test_a_model_of_another_kind_reads_none_of_these(tmp_path, monkeypatch, capl
     assert "did you mean 'build_resnet_backbone'" in caplog.text
 
 
-def test_a_module_that_cannot_be_tried_is_left_in_peace(tmp_path, monkeypatch, caplog):
+def test_a_module_that_cannot_be_built_on_meta_is_not_checked(tmp_path, monkeypatch, caplog):
     def build_asking_model(cfg):
         assert torch.zeros(1).item() == 0, "fails on the device meta"
         return nn.Linear(1, 1)

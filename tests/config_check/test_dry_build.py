@@ -1,4 +1,4 @@
-"""What is built to check a config leaves no trace, and only detectron2's own refusals count."""
+"""Building modules to check a config leaves no trace, and only detectron2's own errors count."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def register(monkeypatch, registry, build):
 
 
 def build_swin(cfg, input_shape):
-    """Has stochastic depth, whose rates are values of a tensor."""
+    """Builds a backbone whose stochastic depth needs the values of a tensor."""
     small = {"depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
     bottom_up = SwinTransformer(embed_dim=24, out_indices=(0, 1, 2, 3), **small)
     return FPN(bottom_up, ["p0", "p1", "p2", "p3"], 64, top_block=LastLevelMaxPool())
 
 
-def test_a_backbone_that_needs_values_passes_with_one_line(tmp_path, monkeypatch, caplog):
+def test_a_backbone_that_needs_values_passes_with_a_warning(tmp_path, monkeypatch, caplog):
     register(monkeypatch, BACKBONE_REGISTRY, build_swin)
     check_config(config(tmp_path, *OWN), train=True)
     (told,) = [x for x in caplog.messages if "cannot be built" in x]
@@ -58,7 +58,7 @@ def test_a_backbone_that_needs_values_passes_with_one_line(tmp_path, monkeypatch
     [RuntimeError("my file is broken"), TypeError("x"), KeyError("x"), SystemExit(3)],
     ids=repr,
 )
-def test_an_error_of_a_users_backbone_is_no_fault_of_the_config(
+def test_an_error_within_a_users_backbone_is_not_blamed_on_the_config(
     error, tmp_path, monkeypatch, caplog
 ):
     def build(cfg, input_shape):
@@ -86,7 +86,7 @@ def build_with_norm(cfg):
 
 
 def build_refused_elsewhere(cfg):
-    """Is refused by detectron2 whatever the norm, with an address that depends on it."""
+    """Fails in detectron2 for any norm, with an address in the message that depends on the norm."""
     objects = [object() for _ in range(9 if cfg.MODEL.RESNETS.NORM == "own_norm" else 999)]
     ROIPooler(7, [0.25], 0, objects[-1])
 
@@ -102,7 +102,7 @@ NORM = ["MODEL.RESNETS.NORM", "own_norm"]
         (META_ARCH_REGISTRY, build_refused_elsewhere, [*OWN_MODEL, *NORM]),
     ],
 )
-def test_a_value_is_refused_only_where_detectron2_refuses_it(
+def test_a_value_is_refused_only_if_detectron2_itself_refuses_it(
     registry, build, opts, tmp_path, monkeypatch, caplog
 ):
     register(monkeypatch, registry, build)
@@ -132,7 +132,7 @@ def states():
     return random.getstate(), numbers[1].tolist(), numbers[2], torch.get_rng_state().tolist()
 
 
-def test_checks_leave_nothing_in_the_users_modules_and_draw_no_numbers(tmp_path, monkeypatch):
+def test_checks_do_not_change_user_modules_or_random_state(tmp_path, monkeypatch):
     register(monkeypatch, BACKBONE_REGISTRY, build_with_traces)
     grid.cache_clear(), BUILT.clear()
     cfg, before = config(tmp_path, *OWN, "MODEL.FPN.OUT_CHANNELS", "64"), states()
@@ -144,7 +144,9 @@ def test_checks_leave_nothing_in_the_users_modules_and_draw_no_numbers(tmp_path,
     assert states() == before
 
 
-def test_without_fork_the_checks_are_made_here_and_draw_no_numbers(tmp_path, monkeypatch):
+def test_without_fork_the_checks_run_in_this_process_and_keep_the_random_state(
+    tmp_path, monkeypatch
+):
     def refused():
         raise BlockingIOError("no process left")
 
@@ -156,7 +158,7 @@ def test_without_fork_the_checks_are_made_here_and_draw_no_numbers(tmp_path, mon
     grid.cache_clear()
 
 
-def test_a_child_that_does_not_answer_is_ended(tmp_path, monkeypatch, caplog):
+def test_a_child_process_that_hangs_is_killed(tmp_path, monkeypatch, caplog):
     lock, children = threading.Lock(), []
     fork = os.fork
 
@@ -165,7 +167,7 @@ def test_a_child_that_does_not_answer_is_ended(tmp_path, monkeypatch, caplog):
         return children[-1]
 
     def build(cfg, input_shape):
-        with lock:  # held by a thread that no copy has
+        with lock:  # held by a thread that a fork does not copy
             return build_resnet_fpn_backbone(cfg, input_shape)
 
     register(monkeypatch, BACKBONE_REGISTRY, build)
@@ -179,7 +181,7 @@ def test_a_child_that_does_not_answer_is_ended(tmp_path, monkeypatch, caplog):
             os.kill(child, 0)
 
 
-def test_a_child_of_a_process_with_busy_threads_answers(tmp_path, monkeypatch, caplog):
+def test_a_child_of_a_process_with_busy_threads_finishes(tmp_path, monkeypatch, caplog):
     def build(cfg, input_shape):
         with torch.device("cpu"):
             torch.mm(torch.ones(512, 512), torch.ones(512, 512))
@@ -215,7 +217,7 @@ READS = {
 
 
 @pytest.mark.parametrize("how", READS)
-def test_every_way_to_read_a_section_is_noted(how, tmp_path, monkeypatch):
+def test_every_way_to_read_a_section_is_recorded(how, tmp_path, monkeypatch):
     def build(cfg):
         READS[how](cfg.MODEL.RETINANET)
         other = cfg.clone()

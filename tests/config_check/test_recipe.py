@@ -1,4 +1,4 @@
-"""Impossible optimizers, rates, averages and parts are refused before training."""
+"""Invalid optimizers, learning rates, averages and accumulation are refused before training."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def config(name: str, *opts: str):
         ([PARTS, "4", "SOLVER.REFERENCE_WORLD_SIZE", "8"], r"computes 2 images .* set it to 2"),
     ],
 )
-def test_impossible_values_are_refused_with_possible_ones(opts, message):
+def test_invalid_values_are_refused_with_valid_ones(opts, message):
     with pytest.raises(ConfigError, match=message):
         check_recipe(config(FPN, *opts), 1)
 
 
-def test_the_images_of_a_process_are_divided():
+def test_accumulation_divides_the_images_of_one_process():
     check_recipe(config(FPN, PARTS, "16"), 1)
     with pytest.raises(ConfigError, match="computes 2 images a step"):
         check_recipe(config(FPN, PARTS, "16"), 8)
 
 
-def test_adamw_at_a_rate_for_sgd_is_warned_of(caplog):
+def test_adamw_with_a_learning_rate_for_sgd_gives_a_warning(caplog):
     check_recipe(config(FPN, "SOLVER.OPTIMIZER", "AdamW"), 1)
     assert "SOLVER.BASE_LR 0.02 suits SGD" in caplog.text
     caplog.clear()
@@ -61,13 +61,13 @@ def test_adamw_at_a_rate_for_sgd_is_warned_of(caplog):
     assert not caplog.messages
 
 
-def test_factors_are_tried_on_the_model_before_anything_is_built():
+def test_factors_are_checked_against_the_model_before_it_is_built():
     with pytest.raises(ConfigError, match=r"'backbonn' matches no .* did you mean 'backbone'\?$"):
         check_rates(config(SMALL, FACTORS, "[['backbonn', 0.1]]"), Trainer)
     check_rates(config(SMALL, FACTORS, "[['backbone', 0.1]]", "SOLVER.LAYER_DECAY", "0.9"), Trainer)
 
 
-def test_keys_of_the_other_optimizer_are_named():
+def test_keys_of_the_other_optimizer_are_reported():
     other = ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.MOMENTUM", "0.8", "SOLVER.NESTEROV", "True"]
     parts = [PARTS, "2", "SOLVER.EMA_DECAY", "0.9", FACTORS, "[['backbone', 0.1]]"]
     found = unread_keys(config(SMALL, *other, *parts, "SOLVER.LAYER_DECAY", "0.9"), train=True)

@@ -1,4 +1,4 @@
-"""A wrong config of a timm backbone is refused before anything is built, with the right value."""
+"""An invalid config of a timm backbone is refused before the build, with the correct value."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def checked(tmp_path, *opts):
         ([*TIMM, "MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]"], "is trained with others"),
     ],
 )
-def test_pixels_that_contradict_a_timm_model_are_refused_with_the_right_ones(
+def test_pixel_statistics_that_contradict_a_timm_model_are_refused_with_the_correct_ones(
     opts, message, tmp_path
 ):
     with pytest.raises(ConfigError, match=message):
         checked(tmp_path, *opts)
 
 
-def test_pixels_near_those_of_a_timm_model_pass(tmp_path):
+def test_pixel_statistics_close_to_those_of_a_timm_model_pass(tmp_path):
     rounded = ["MODEL.PIXEL_MEAN", "[126.99, 127.0, 127.5]"]
     checked(tmp_path, *LITE, *rounded, "MODEL.PIXEL_STD", "[128.01, 128.0, 127.5]")
     checked(tmp_path, *TIMM, *IMAGENET)
     random = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone"]
-    checked(tmp_path, *random)  # any are right for weights that are not pretrained
+    checked(tmp_path, *random)  # random weights allow any statistics
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_pixels_near_those_of_a_timm_model_pass(tmp_path):
         ),
     ],
 )
-def test_what_a_timm_backbone_cannot_start_from_is_refused(opts, message, tmp_path):
+def test_impossible_initial_weights_of_a_timm_backbone_are_refused(opts, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         checked(tmp_path, *TIMM, *IMAGENET, *opts)
 
@@ -85,12 +85,12 @@ def test_what_a_timm_backbone_cannot_start_from_is_refused(opts, message, tmp_pa
 def test_without_timm_the_error_says_what_to_install(monkeypatch, tmp_path):
     for name in [x for x in sys.modules if x.partition(".")[0] == "timm"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "timm", None)  # so Python notes what is not there
+    monkeypatch.setitem(sys.modules, "timm", None)  # makes the import fail
     with pytest.raises(ConfigError, match=r"needs timm, which is not installed .*: pip install ti"):
         checked(tmp_path, *TIMM)
     checked(tmp_path)
 
 
-def test_stages_with_weights_of_their_own_may_be_frozen(tmp_path, caplog):
+def test_stages_with_pretrained_weights_may_be_frozen(tmp_path, caplog):
     checked(tmp_path, *TIMM, *IMAGENET, "MODEL.BACKBONE.FREEZE_AT", "2")
     assert "random values" not in caplog.text

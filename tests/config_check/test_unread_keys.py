@@ -1,4 +1,4 @@
-"""Keys that are set and change nothing are named, with the cause."""
+"""Keys that are set without effect are reported with the reason."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ HEAD = "MODEL.ROI_MASK_HEAD."
         (FPN, ["GLOBAL.HACK", "2.0"], NOTHING),
     ],
 )
-def test_a_key_without_effect_is_named_with_the_cause(config, opts, cause, caplog):
+def test_a_key_without_effect_is_reported_with_the_reason(config, opts, cause, caplog):
     cfg = load_config(str(CONFIGS / config), ["MODEL.DEVICE", "cpu", *opts])
     report_unread_keys(cfg, train=True)
     (message,) = caplog.messages
@@ -80,11 +80,11 @@ def test_a_key_without_effect_is_named_with_the_cause(config, opts, cause, caplo
         (C4, ["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "7", "TEST.EVAL_PERIOD", "9", "SEED", "1"]),
     ],
 )
-def test_keys_with_an_effect_are_not_named(config, opts):
+def test_keys_with_an_effect_are_not_reported(config, opts):
     assert unread_keys(load_config(str(CONFIGS / config), opts), train=True) == {}
 
 
-def test_large_scale_jitter_takes_the_place_of_other_sizes_and_crops():
+def test_large_scale_jitter_replaces_other_sizes_and_crops():
     replaced = ["INPUT.MIN_SIZE_TRAIN", "(300,)", "INPUT.MAX_SIZE_TRAIN", "500"]
     replaced += ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.CROP.ENABLED", "True"]
     jitter = ["INPUT.LSJ.ENABLED", "True", "INPUT.LSJ.IMAGE_SIZE", "96"]
@@ -94,13 +94,13 @@ def test_large_scale_jitter_takes_the_place_of_other_sizes_and_crops():
     assert unread_keys(cfg, train=True) == expected
 
 
-def test_keys_of_training_are_not_looked_at_in_evaluation():
+def test_training_keys_are_not_checked_in_evaluation():
     cfg = load_config(str(CONFIGS / FPN), [*COSINE, "MODEL.RESNETS.DEPTH", "101"])
     assert list(unread_keys(cfg, train=True)) == ["SOLVER.STEPS"]
     assert unread_keys(cfg, train=False) == {}
 
 
-def test_what_a_base_sets_is_no_fault_of_who_builds_on_it(tmp_path, caplog):
+def test_keys_set_by_a_base_are_not_blamed_on_the_derived_config(tmp_path, caplog):
     file, base = tmp_path / "x.yaml", str(CONFIGS / FPN)
     file.write_text(
         f"_BASE_: {base}\nMODEL: {{FPN: {{OUT_CHANNELS: 64}}, RETINANET: {{NORM: GN}}}}"
@@ -147,15 +147,13 @@ TIMM = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "re
         (SMALL, TIMM[2:], "TIMM.NAME resnet10t has no effect: .*NAME to build_timm_fpn_backbone"),
     ],
 )
-def test_a_backbone_key_that_the_user_sets_and_the_backbone_does_not_read_is_refused(
-    config, opts, message
-):
+def test_a_user_key_that_the_backbone_does_not_read_is_refused(config, opts, message):
     cfg = load_config(str(CONFIGS / config), opts)
     with pytest.raises(ConfigError, match=message):
         report_unread_keys(cfg, train=True, own=own_keys("", opts[::2]))
 
 
-def test_a_freeze_that_a_backbone_of_the_user_does_not_read_is_refused(monkeypatch):
+def test_freeze_at_is_refused_if_the_users_backbone_does_not_read_it(monkeypatch):
     def build_bare(cfg, input_shape):
         return build_small_resnet_fpn_backbone(load_config(str(CONFIGS / SMALL)), input_shape)
 
@@ -166,7 +164,7 @@ def test_a_freeze_that_a_backbone_of_the_user_does_not_read_is_refused(monkeypat
         report_unread_keys(cfg, train=True, own=own_keys("", opts[::2]))
 
 
-def test_keys_of_a_base_or_of_the_record_of_a_run_stop_nothing(tmp_path, caplog):
+def test_keys_from_a_base_or_from_a_runs_record_do_not_stop_the_run(tmp_path, caplog):
     cfg = load_config(str(CONFIGS / SMALL), TIMM)
     report_unread_keys(
         cfg, train=True, own=own_keys("", TIMM[::2])
@@ -181,7 +179,7 @@ def test_keys_of_a_base_or_of_the_record_of_a_run_stop_nothing(tmp_path, caplog)
     assert "has no effect" not in caplog.text
 
 
-def test_a_module_that_cannot_be_built_without_values_is_left_in_peace(monkeypatch):
+def test_a_module_that_cannot_be_built_without_values_is_not_checked(monkeypatch):
     def build_asking_resnet(cfg, input_shape):
         assert torch.zeros(1).item() == 0, "fails on the device meta"
 
@@ -190,7 +188,7 @@ def test_a_module_that_cannot_be_built_without_values_is_left_in_peace(monkeypat
     assert unread_keys(load_config(str(CONFIGS / FPN), opts), train=True) == {}
 
 
-def test_the_config_is_as_before_and_no_random_number_is_drawn():
+def test_the_check_changes_neither_the_config_nor_the_random_state():
     cfg = load_config(str(CONFIGS / SMALL))
     cfg.freeze()
     before, state = cfg.dump(), torch.get_rng_state()
@@ -198,7 +196,7 @@ def test_the_config_is_as_before_and_no_random_number_is_drawn():
     assert cfg.dump() == before and torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_small_backbone_freezes_and_fuses_as_its_keys_say():
+def test_the_small_backbone_follows_its_freeze_and_fuse_keys():
     def trained(*opts):
         backbone = build_backbone(small_config(SMALL, *opts)).bottom_up
         return {

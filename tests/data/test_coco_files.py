@@ -1,4 +1,4 @@
-"""DATASETS.COCO_FILES: one numbering of classes, mask format by content, errors that name files."""
+"""DATASETS.COCO_FILES: consistent class numbers, mask format by content, errors that name files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rle() -> dict:
 
 
 def write_files(folder, name, categories, *, segmentation=POLYGON, crowd_rle=False, used=None):
-    """Writes one image per used category, each with one instance, and returns the config entry."""
+    """Writes one image per used category, each with one object, and returns the config entry."""
     images = folder / name
     images.mkdir(parents=True)
     content = {"images": [], "annotations": [], "categories": []}
@@ -83,7 +83,7 @@ def configure(tmp_path, train, val, num_classes=3):
 CATEGORIES = {3: "cat", 7: "dog", 9: "owl"}
 
 
-def test_classes_are_numbered_by_the_training_file_even_where_a_file_lacks_some(tmp_path):
+def test_the_training_file_numbers_the_classes_for_all_files(tmp_path):
     train = write_files(tmp_path, "train", CATEGORIES)
     val = write_files(tmp_path, "val", {9: "owl"})
     configure(tmp_path, train, val)
@@ -93,7 +93,7 @@ def test_classes_are_numbered_by_the_training_file_even_where_a_file_lacks_some(
     assert DatasetCatalog.get("test_val")[0]["annotations"][0]["category_id"] == 2  # stock: 0
 
 
-def test_only_an_evaluator_gets_a_file_written_and_the_user_s_file_stays_the_source(tmp_path):
+def test_a_rewritten_file_is_made_only_for_evaluators(tmp_path):
     train = write_files(tmp_path, "train", CATEGORIES)
     val = write_files(tmp_path, "val", {9: "owl"})
     cfg = configure(tmp_path, train, val)
@@ -109,7 +109,7 @@ def test_only_an_evaluator_gets_a_file_written_and_the_user_s_file_stays_the_sou
     assert files_of("test_val") == tuple(val[1:])
 
 
-def test_perfect_predictions_score_100_where_the_file_lacks_a_category(tmp_path):
+def test_perfect_detections_score_100_if_the_file_lacks_a_category(tmp_path):
     train = write_files(tmp_path, "train", CATEGORIES)
     val = write_files(tmp_path, "val", {7: "dog", 9: "owl"})
     cfg = configure(tmp_path, train, val)
@@ -154,15 +154,15 @@ def test_disagreeing_categories_are_an_error_naming_both_data_sets(tmp_path, cat
     assert "DATASETS.TRAIN '()' to evaluate only" in str(info.value)
 
 
-def test_wrong_number_of_classes_names_both_numbers(tmp_path):
+def test_the_error_for_a_wrong_number_of_classes_gives_both_numbers(tmp_path):
     train = write_files(tmp_path, "train", CATEGORIES)
     val = write_files(tmp_path, "val", CATEGORIES)
     with pytest.raises(ConfigError, match=r"NUM_CLASSES is 80, but .*test_train.* has 3 classes"):
         configure(tmp_path, train, val, num_classes=80)
 
 
-def test_categories_that_nothing_is_annotated_with_stop_nothing(tmp_path):
-    """labelme lists _background_, Roboflow a class 0 of the project's name."""
+def test_unused_categories_cause_no_error(tmp_path):
+    """labelme adds _background_, and Roboflow a class 0 named after the project."""
     train = write_files(tmp_path, "train", {0: "_background_", **CATEGORIES}, used=CATEGORIES)
     val = write_files(tmp_path, "val", {0: "animals", **CATEGORIES, 12: "yak"}, used=CATEGORIES)
     configure(tmp_path, train, val, num_classes=4)
@@ -172,7 +172,7 @@ def test_categories_that_nothing_is_annotated_with_stop_nothing(tmp_path):
     assert [x["name"] for x in evaluated["categories"]] == ["_background_", "cat", "dog", "owl"]
 
 
-def test_boxes_without_masks_are_loaded_and_measured_where_the_model_has_no_masks(tmp_path):
+def test_boxes_without_masks_are_loaded_and_evaluated_for_a_model_without_masks(tmp_path):
     files = [
         write_files(tmp_path, split, CATEGORIES, segmentation=[]) for split in ("train", "val")
     ]
@@ -197,7 +197,7 @@ def test_boxes_without_masks_are_loaded_and_measured_where_the_model_has_no_mask
     [(POLYGON, False, "polygon"), (POLYGON, True, "polygon"), (rle(), False, "bitmask")],
     ids=["polygons", "polygons and a run-length crowd", "run-length"],
 )
-def test_mask_format_follows_the_files_and_loads(tmp_path, segmentation, crowd_rle, expected):
+def test_the_mask_format_follows_the_files_and_loads(tmp_path, segmentation, crowd_rle, expected):
     options = {"segmentation": segmentation, "crowd_rle": crowd_rle}
     train = write_files(tmp_path, "train", CATEGORIES, **options)
     val = write_files(tmp_path, "val", CATEGORIES, **options)
@@ -220,7 +220,7 @@ def test_only_training_files_decide_the_mask_format(tmp_path):
     assert configure(tmp_path, train, val).INPUT.MASK_FORMAT == "polygon"
 
 
-def test_a_file_that_changed_is_read_again(tmp_path):
+def test_a_changed_file_is_read_again(tmp_path):
     train = write_files(tmp_path, "train", CATEGORIES)
     val = write_files(tmp_path, "val", CATEGORIES)
     configure(tmp_path, train, val)
@@ -237,7 +237,7 @@ def test_changing_the_mask_format_is_reported(tmp_path, caplog):
     assert f"MASK_FORMAT is now bitmask: run-length masks in {train[1]}" in caplog.text
 
 
-def test_a_tool_that_does_without_data_registers_what_is_there_and_names_the_rest(tmp_path, caplog):
+def test_a_tool_that_needs_no_data_registers_existing_files_and_logs_the_others(tmp_path, caplog):
     train = write_files(tmp_path, "train", CATEGORIES)
     cfg = configure(tmp_path, train, write_files(tmp_path, "val", CATEGORIES))
     (train, train_json, images), val = cfg.DATASETS.COCO_FILES
@@ -252,7 +252,7 @@ def test_a_tool_that_does_without_data_registers_what_is_there_and_names_the_res
     assert cfg.DATASETS.COCO_FILES == [[train, train_json, images], val]
 
 
-def test_registering_again_replaces_and_built_in_names_are_kept(tmp_path):
+def test_registering_again_replaces_and_built_in_names_are_refused(tmp_path):
     train = write_files(tmp_path, "train", CATEGORIES)
     val = write_files(tmp_path, "val", CATEGORIES)
     configure(tmp_path, train, val)
@@ -289,7 +289,7 @@ def test_registering_again_replaces_and_built_in_names_are_kept(tmp_path):
         (["a", "{no_name}", "."], "no_name.json: .*category 1 has no name"),
     ],
 )
-def test_unusable_entries_are_named(tmp_path, entry, message):
+def test_invalid_entries_are_named(tmp_path, entry, message):
     paths = {"json": write_files(tmp_path, "train", CATEGORIES)[1]}
     cat = {"id": 1, "name": "cat"}
     contents = {
@@ -316,14 +316,14 @@ def test_unusable_entries_are_named(tmp_path, entry, message):
         register_coco_files(cfg)
 
 
-def test_a_built_in_data_set_that_is_not_there_names_its_path():
+def test_the_error_for_a_missing_built_in_data_set_names_its_path():
     cfg = small_config("Base-MaskRCNN-FPN.yaml", "DATASETS.TRAIN", "('coco_2017_train',)")
     with pytest.raises(ConfigError, match=r"'coco_2017_train' is not on this machine: .*train2017"):
         check_registered_datasets(cfg)
     check_registered_datasets(cfg, train=False)
 
 
-def test_unregistered_data_set_names_the_nearest():
+def test_the_error_for_an_unregistered_data_set_suggests_the_nearest():
     cfg = small_config("Base-MaskRCNN-FPN.yaml", "DATASETS.TRAIN", "('shapes_trian',)")
     with pytest.raises(
         ConfigError, match="'shapes_trian' is not registered; did you mean 'shapes_train'"
@@ -335,7 +335,7 @@ def test_unregistered_data_set_names_the_nearest():
     ("name", "extra"),
     [("lvis_v1_train", "lvis"), ("cityscapes_fine_instance_seg_train", "cityscapes")],
 )
-def test_data_sets_that_need_a_package_name_the_extra(monkeypatch, name, extra):
+def test_the_error_for_a_missing_package_names_the_extra(monkeypatch, name, extra):
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     cfg = small_config("Base-MaskRCNN-FPN.yaml", "DATASETS.TRAIN", f"('{name}',)")
     with pytest.raises(ConfigError, match=rf"pip install -e '\.\[{extra}\]'"):

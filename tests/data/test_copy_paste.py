@@ -1,4 +1,4 @@
-"""Copy-paste: after pasting, each pixel and its labels belong to the image on top."""
+"""Copy-paste: each pixel and its labels belong to the topmost object."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAME = "test_copy_paste"
 
 
 def made_sample(rng, hw, num_objects, value):
-    """Returns rectangles with holes, some empty, on an image in which each pixel is different."""
+    """Returns rectangles with holes, some empty, on an image whose pixels all differ."""
     masks = np.zeros((num_objects, *hw), bool)
     for mask in masks:
         y, x = (rng.integers(0, n) for n in hw)
@@ -49,7 +49,7 @@ def made_sample(rng, hw, num_objects, value):
 
 
 def pasted_pixel_by_pixel(ours, theirs, chosen, top, left):
-    """Returns, pixel by pixel, whether a pixel is pasted, and what remains of all masks."""
+    """Computes pixel by pixel where objects are pasted and what remains of all masks."""
     height, width = ours.shape[1:]
     pasted = np.zeros((height, width), bool)
     remaining = np.zeros((len(ours) + len(theirs), height, width), bool)
@@ -78,7 +78,7 @@ sides = st.tuples(st.integers(1, 8), st.integers(1, 8))
     seed=st.integers(0, 2**31), hw=sides, other_hw=sides, top=st.integers(-5, 5),
     left=st.integers(-5, 5), num_ours=st.integers(0, 4), num_theirs=st.integers(1, 4),
 )  # fmt: skip
-def test_pixels_and_labels_are_of_the_topmost_object(
+def test_pixels_and_labels_belong_to_the_topmost_object(
     seed, hw, other_hw, top, left, num_ours, num_theirs
 ):
     rng = np.random.default_rng(seed)
@@ -94,7 +94,7 @@ def test_pixels_and_labels_are_of_the_topmost_object(
         assert "pasted_from" not in sample and torch.equal(sample["image"], before)
         assert len(sample["instances"]) == num_ours
         return
-    assert np.array_equal(sample["image"][0] >= 100, pasted), "pixels are the source's there"
+    assert np.array_equal(sample["image"][0] >= 100, pasted), "pasted pixels come from the source"
     rows, columns = np.nonzero(pasted)
     assert torch.equal(
         sample["image"][0, rows, columns], source["image"][0, rows - top, columns - left]
@@ -109,7 +109,9 @@ def test_pixels_and_labels_are_of_the_topmost_object(
         rows, columns = np.nonzero(mask)
         assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     union = (ours.any(axis=0) & ~pasted) | pasted
-    assert np.array_equal(objects.gt_masks.tensor.any(dim=0), union), "no labelled pixel is lost"
+    assert np.array_equal(objects.gt_masks.tensor.any(dim=0), union), (
+        "every labelled pixel keeps a label"
+    )
 
 
 def square(x, y, side):
@@ -129,7 +131,7 @@ def as_bits(sample):
     return {**sample, "instances": objects}
 
 
-def test_polygons_and_bit_masks_give_the_same_and_train_together():
+def test_polygons_and_bit_masks_give_the_same_result_and_train_together():
     ours, theirs = [(2, 2, 20), (25, 25, 10), (6, 6, 4)], [(5, 5, 12), (24, 24, 12), (26, 26, 3)]
     chosen = np.array([0, 1])
     mixed = made_polygons(ours, 1)
@@ -138,7 +140,7 @@ def test_polygons_and_bit_masks_give_the_same_and_train_together():
     paste_objects(bits, as_bits(made_polygons(theirs, 2)), chosen, (0, 0))
     masks = mixed["instances"].gt_masks.tensor
     assert torch.equal(masks, bits["instances"].gt_masks.tensor)
-    # The two hidden squares are gone, and the one in a pasted square has come along.
+    # The two hidden squares are gone; the square within a pasted one was pasted with it.
     assert mixed["instances"].gt_classes.tolist() == [0, 0, 1, 2]
     assert masks.flatten(1).sum(1).tolist() == [400 - 144, 144, 144, 9]
     batch = [made_polygons(ours, 1)["instances"], mixed["instances"]]
@@ -153,7 +155,7 @@ def test_polygons_and_bit_masks_give_the_same_and_train_together():
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """Images of two sizes with a small and a large square each, and a crowd."""
+    """Registers images of two sizes, each with a small and a large square and a crowd."""
     folder = tmp_path_factory.mktemp("images")
     made = []
     for k, (height, width) in enumerate([(40, 60), (60, 40), (40, 60), (60, 40), (60, 60)]):
@@ -190,7 +192,7 @@ def batches(source, iteration, count):
 
 
 def as_plain(batch):
-    """Returns what two batches are compared by."""
+    """Returns the content of a batch in a form that can be compared."""
     return [
         (
             *(x["file_name"], x.get("pasted_from"), x["image"].tolist()),
@@ -201,16 +203,16 @@ def as_plain(batch):
     ]
 
 
-def test_a_resumed_run_and_workers_paste_the_same(records):
+def test_resumed_runs_and_workers_paste_the_same_objects(records):
     jitter = ("INPUT.LSJ.ENABLED", "True", "INPUT.LSJ.IMAGE_SIZE", "48")
     whole = [as_plain(x) for x in batches(loader(*PASTE, *jitter), 0, 6)]
     resumed = batches(loader(*PASTE, *jitter, "DATALOADER.NUM_WORKERS", "2"), 3, 3)
     assert [as_plain(x) for x in resumed] == whole[3:]
     sources = {sample[1] for batch in whole for sample in batch} - {None}
-    assert len(sources) > 2, "objects are of several images"
+    assert len(sources) > 2, "objects come from several images"
 
 
-def test_without_a_paste_an_image_is_as_if_there_were_no_copy_paste(records):
+def test_images_without_a_paste_are_unchanged(records):
     plain = batches(loader(), 0, 8)
     some = batches(loader("INPUT.COPY_PASTE.PROBABILITY", "0.5"), 0, 8)
     number_pasted = 0
@@ -225,13 +227,13 @@ def test_without_a_paste_an_image_is_as_if_there_were_no_copy_paste(records):
     assert 3 <= number_pasted <= 13
 
 
-def test_crowds_are_neither_pasted_nor_pasted_over_with_labels(records):
+def test_crowds_are_neither_pasted_nor_labelled(records):
     for sample in itertools.chain(*batches(loader(*PASTE), 0, 6)):
         areas = bit_masks(sample).flatten(1).sum(1)
         assert len(areas) <= 4 and areas.max() < 24 * 24  # the crowds are 38 x 38
 
 
-def test_smaller_images_land_anywhere_in_larger_ones():
+def test_smaller_images_are_pasted_anywhere_in_larger_ones():
     def map_record(index):
         sample = made_polygons([(2, 2, 4)], index)
         if index:
@@ -248,7 +250,7 @@ def test_smaller_images_land_anywhere_in_larger_ones():
     assert boxes[:, 1].max() > 45
 
 
-def test_what_a_mapper_declines_or_has_no_objects_is_not_pasted():
+def test_declined_images_and_images_without_objects_are_not_pasted():
     empty = Instances((40, 40), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0).long())
     for other in (None, {**made_polygons([(2, 2, 4)], 2), "instances": empty}):
         answers = {"own": made_polygons([(1, 1, 3)], 1), "other": other, "declined": None}
@@ -256,7 +258,7 @@ def test_what_a_mapper_declines_or_has_no_objects_is_not_pasted():
         assert "pasted_from" not in mapper("own") and mapper("declined") is None
 
 
-def test_objects_without_masks_are_an_error_that_names_the_image():
+def test_the_error_for_objects_without_masks_names_the_image():
     sample = {**made_polygons([(2, 2, 4)], 1), "file_name": "a.png"}
     sample["instances"].remove("gt_masks")
     mapper = CopyPasteMapper(lambda _: sample, [0], 1.0)
@@ -274,7 +276,7 @@ def test_objects_without_masks_are_an_error_that_names_the_image():
         (["MODEL.MASK_ON", "False"], r"PROBABILITY 1\.0 cuts objects out .*MODEL\.MASK_ON True"),
     ],
 )
-def test_what_cannot_be_pasted_is_refused(opts, message):
+def test_models_that_need_other_annotations_are_refused(opts, message):
     cfg = small_config("Base-Small.yaml", *PASTE, *opts)
     with pytest.raises(ConfigError, match=message):
         check_copy_paste(cfg)
@@ -296,12 +298,12 @@ def test_what_cannot_be_pasted_is_refused(opts, message):
         ([*PASTE, "MODEL.KEYPOINT_ON", "True"], r"does not work with MODEL\.KEYPOINT_ON"),
     ],
 )
-def test_values_that_cannot_be_are_refused_before_anything_is_built(opts, message):
+def test_invalid_values_are_refused_before_anything_is_built(opts, message):
     with pytest.raises(ConfigError, match=message):
         check_config(small_config("Base-Small.yaml", *opts), train=True)
 
 
-def test_the_sheet_of_training_images_shows_them_with_their_masks(records, tmp_path):
+def test_the_sheet_shows_training_images_with_their_masks(records, tmp_path):
     source = loader(*PASTE)
     cfg = small_config("Base-Small.yaml", "DATASETS.TRAIN", f"('{NAME}',)")
     path = tmp_path / "new" / "sheet.png"

@@ -1,4 +1,4 @@
-"""The embedded data set: the same bytes everywhere, and what its module promises of it."""
+"""The embedded data set: identical bytes on every machine, and the properties it promises."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from mask_head_plugin.data import shapes
 
-# SHA-256 over the first 8 images of val and their annotations, as first made.
+# SHA-256 of the first 8 images of val and their annotations, as first generated.
 DIGEST = "2b16a8e187b9cb010bb30e88105b3f1d711ce4fb5843465bf83b9fe21ef8f9ee"
 
 
@@ -35,7 +35,7 @@ def test_every_byte_is_the_same_on_every_machine(split):
     assert digest.hexdigest() == DIGEST
 
 
-def test_png_is_read_back_by_pillow(split):
+def test_pillow_reads_the_png_files(split):
     rng = np.random.RandomState(0)
     image = rng.randint(0, 256, (97, 301, 3)).astype(np.uint8)  # several stored blocks
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(shapes.encode_png(image)))), image)
@@ -51,7 +51,7 @@ def test_annotations_agree_with_their_masks(split):
         assert mask_util.toBbox(annotation["segmentation"]).tolist() == annotation["bbox"]
 
 
-def test_instances_of_an_image_do_not_overlap():
+def test_objects_of_an_image_do_not_overlap():
     rng = np.random.RandomState(5)
     for _ in range(5):
         _, instances = shapes.draw_image(rng)
@@ -64,14 +64,14 @@ def test_rings_have_holes_and_all_outlines_fill_their_square():
     for name in shapes.CLASS_NAMES:
         contours = shapes.place(shapes.outline(name), 40 * 64, 100, 0, np.array([48 * 64, 48 * 64]))
         inside = shapes.rasterize(contours, (96, 96)) > 8
-        # The crescent's centre is 0.35 radii inside its bite.
+        # The crescent's centre lies 0.35 radii inside its bite.
         assert inside[48, 48] == (name not in ("ring", "crescent"))
         columns = np.flatnonzero(inside.any(axis=0))
         assert columns[0] <= 16 and columns[-1] >= (60 if name == "crescent" else 84), name
 
 
 def even_odd(x: int, y: int, contours) -> bool:
-    """The textbook test of one point, in exact integers."""
+    """Tests one point by the even-odd rule, in exact integers."""
     inside = False
     for points in contours:
         for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]], strict=True):
@@ -91,7 +91,7 @@ def even_odd(x: int, y: int, contours) -> bool:
         max_size=2,
     )
 )
-def test_rasterisation_equals_testing_each_sample_point(polygons):
+def test_rasterisation_equals_testing_every_sample_point(polygons):
     coverage = shapes.rasterize([np.array(p) for p in polygons], (7, 8))
     pitch = 64 // shapes.S
     expected = np.zeros((7, 8), int)
@@ -109,7 +109,7 @@ def test_all_classes_and_occlusion_occur():
     assert classes == set(range(len(shapes.CLASS_NAMES)))
 
 
-def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_no_files_that_look_finished(tmp_path, monkeypatch):
     folder = tmp_path / "shapes_v9"
     monkeypatch.setattr(shapes, "NUM_IMAGES", {"val": 3, "train": 3})
     file = folder / "annotations" / "val.json"
@@ -134,7 +134,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["shapes_v9"]
 
 
-def test_only_the_split_that_is_used_is_made(tmp_path, monkeypatch):
+def test_only_the_used_split_is_generated(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "NUM_IMAGES", {"val": 2, "train": 1})
     assert len(shapes.load_shapes(tmp_path / "shapes", "val")) == 2
     assert {x.name for x in (tmp_path / "shapes").iterdir()} == {"annotations", "val"}

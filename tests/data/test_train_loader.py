@@ -1,4 +1,4 @@
-"""TrainLoader: batch k is a function of (seed, k), and errors name the image."""
+"""TrainLoader: batch k depends only on (seed, k), and errors name the image."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _data_set():
 
 
 def draw(record):
-    """A mapper that draws from each generator an augmentation may use."""
+    """Maps a record to random numbers from every generator that augmentations may use."""
     numbers = (random.random(), np.random.rand(), torch.rand(1).item())
     return record["image_id"] - 100, numbers
 
@@ -63,25 +63,25 @@ UNGROUPED = ("DATALOADER.ASPECT_RATIO_GROUPING", "False")
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), start=st.integers(0, 40), grouped=st.booleans())
-def test_batches_from_any_iteration_on_are_those_of_the_whole_run(seed, start, grouped):
+def test_batches_from_any_iteration_equal_those_of_the_whole_run(seed, start, grouped):
     source = loader(*(() if grouped else UNGROUPED))
     assert batches(source, seed, start, 3) == batches(source, seed, 0, start + 3)[start:]
 
 
-def test_other_seeds_give_other_batches():
+def test_different_seeds_give_different_batches():
     assert batches(loader(), 1, 0, 4) != batches(loader(), 2, 0, 4)
 
 
-def test_a_sample_is_augmented_otherwise_in_each_epoch():
+def test_a_sample_is_augmented_differently_in_each_epoch():
     seen = [numbers for batch in batches(loader(), 0, 0, 50) for _, numbers in batch]
     assert len(set(seen)) == 100
 
 
-def test_processes_augment_the_same_place_otherwise(monkeypatch):
-    """Each process has its own part of the order, and its own random numbers for it."""
+def test_processes_augment_the_same_position_differently(monkeypatch):
+    """Each process has its own part of the order, with its own random numbers."""
     comm = "detectron2.utils.comm"
     monkeypatch.setattr(f"{comm}.get_world_size", lambda: 2)
-    monkeypatch.setattr(f"{comm}.all_gather", lambda x: [x, x])  # of the sampler's seed
+    monkeypatch.setattr(f"{comm}.all_gather", lambda x: [x, x])  # shares the sampler's seed
     found = []
     for rank in range(2):
         monkeypatch.setattr(f"{comm}.get_rank", lambda rank=rank: rank)
@@ -89,7 +89,7 @@ def test_processes_augment_the_same_place_otherwise(monkeypatch):
     numbers = [[x for batch in each for _, x in batch] for each in found]
     assert not set(numbers[0]) & set(numbers[1])
     both = [index for pair in zip(*found, strict=True) for batch in pair for index, _ in batch]
-    assert Counter(both) == dict.fromkeys(range(7), 4), "together they go through all images"
+    assert Counter(both) == dict.fromkeys(range(7), 4), "together they use all images"
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
@@ -99,31 +99,31 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
         loader("SOLVER.IMS_PER_BATCH", "3")
 
 
-def test_an_epoch_has_each_image_once():
+def test_an_epoch_contains_each_image_once():
     indices = [index for batch in batches(loader(*UNGROUPED), 5, 0, 7) for index, _ in batch]
     assert sorted(indices[:7]) == sorted(indices[7:]) == list(range(7))
 
 
-def test_images_of_a_batch_are_all_wide_or_all_not():
+def test_the_images_of_a_batch_are_all_wide_or_all_not():
     found = [[index for index, _ in batch] for batch in batches(loader(), 3, 0, 60)]
     wide = [[SIZES[index][0] > SIZES[index][1] for index in batch] for batch in found]
     assert all(len(set(each)) == 1 for each in wide)
     counts = Counter(index for batch in found for index in batch)
-    assert max(counts.values()) - min(counts.values()) <= 2, "no image is left out"
+    assert max(counts.values()) - min(counts.values()) <= 2, "all images are used"
 
 
-def test_workers_change_nothing():
+def test_workers_do_not_change_the_batches():
     assert batches(loader("DATALOADER.NUM_WORKERS", "2"), 8, 1, 4) == batches(loader(), 8, 1, 4)
 
 
-def test_repeated_images_can_be_taken_up_again():
+def test_repeated_sampling_can_be_resumed():
     sampler = ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
     source = loader(*sampler, "DATALOADER.REPEAT_THRESHOLD", "0.9")
     assert batches(source, 4, 5, 3) == batches(source, 4, 0, 8)[5:]
     assert batches(source, 4, 0, 8) != batches(source, 5, 0, 8)
 
 
-def test_loading_leaves_the_generators_as_they_were():
+def test_loading_does_not_change_the_random_generators():
     seed_generators(1)
     expected = draw({"image_id": 0})[1]
     seed_generators(1)
@@ -148,7 +148,7 @@ def fail_on_image_4(record):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_an_image_that_cannot_be_loaded_is_named(workers):
+def test_the_error_names_an_image_that_cannot_be_loaded(workers):
     source = loader("DATALOADER.NUM_WORKERS", workers, mapper=fail_on_image_4)
     message = r"^image_4\.png \(image_id 104\) cannot be loaded: OSError: image file is truncated; "
     with pytest.raises(ConfigError, match=message + "repair it, or remove it"):
@@ -161,13 +161,13 @@ def die_on_image_4(record):
     return draw(record)
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_the_images_of_its_batch():
+def test_a_killed_worker_ends_the_run_and_the_error_names_the_images():
     source = loader("DATALOADER.NUM_WORKERS", "1", mapper=die_on_image_4)
     with pytest.raises(ConfigError, match=r"worker .*died.*image_4\.png.*lower DATALOADER\.NUM_WO"):
         batches(source, 0, 0, 7)
 
 
-def test_a_declined_image_is_replaced_the_same_way_in_each_run():
+def test_a_declined_image_is_replaced_in_the_same_way_in_every_run():
     source = loader(*UNGROUPED, mapper=lambda x: None if x["image_id"] == 104 else draw(x))
     found = batches(source, 0, 0, 14)
     assert all(index != 4 for batch in found for index, _ in batch)
@@ -175,7 +175,7 @@ def test_a_declined_image_is_replaced_the_same_way_in_each_run():
     assert batches(source, 0, 9, 5) == found[9:]
 
 
-def test_a_mapper_that_declines_everything_is_an_error():
+def test_a_mapper_that_declines_all_images_is_an_error():
     with pytest.raises(ConfigError, match=rf"declined {MAX_DECLINED} images.*image_\d\.png"):
         batches(loader(mapper=lambda _: None), 0, 0, 1)
 

@@ -1,4 +1,4 @@
-"""DATASETS.CHECK: what stops training, what is logged, what is cached between runs."""
+"""DATASETS.CHECK: what stops training, what is logged, and what is cached between runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def data(tmp_path, cache):
 
 @pytest.fixture
 def registered():
-    """Registers data sets as a user of detectron2 does, until the end of the test."""
+    """Yields a function that registers data sets for the duration of a test."""
     names = []
 
     def register(name, data):
@@ -68,7 +68,7 @@ def run(cfg):
     check_dataset_files(cfg)
 
 
-def test_evaluation_does_not_ask_for_the_training_data(tmp_path, data, registered):
+def test_evaluation_does_not_need_the_training_data(tmp_path, data, registered):
     registered("lost_train", data["train"])
     cfg = configure(tmp_path, data, "DATASETS.CHECK", "error")
     cfg.DATASETS.TRAIN = ("lost_train",)
@@ -80,14 +80,14 @@ def test_evaluation_does_not_ask_for_the_training_data(tmp_path, data, registere
         check_dataset_files(cfg)
 
 
-def test_a_good_data_set_passes_and_leaves_an_empty_report(tmp_path, data):
+def test_a_valid_data_set_passes_with_an_empty_report(tmp_path, data):
     run(configure(tmp_path, data))
     report = json.loads((tmp_path / "output" / "dataset_check.json").read_text())
     assert report == {"errors": 0, "warnings": 0, "hints": 0, "findings": []}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_errors_stop_with_ten_of_them_their_number_the_report_and_the_command(
+def test_the_error_lists_ten_findings_their_number_the_report_and_the_command(
     tmp_path, data, split
 ):
     broken = data[split]
@@ -107,7 +107,7 @@ def test_errors_stop_with_ten_of_them_their_number_the_report_and_the_command(
     assert f"--images {broken.images} --fix " in command and str(broken.json_file) in command
 
 
-def test_no_command_is_given_that_would_refuse(tmp_path, data):
+def test_no_fix_command_is_suggested_if_it_would_fail(tmp_path, data):
     data["train"].content["annotations"] = [data["train"].annotation(16)]  # a crowd
     data["train"].write()
     with pytest.raises(ConfigError, match="only-crowds") as info:
@@ -128,7 +128,7 @@ def test_no_command_is_given_that_would_refuse(tmp_path, data):
         (-1, ""),
     ],
 )
-def test_images_with_more_objects_than_may_be_detected_are_counted(tmp_path, data, limit, told):
+def test_images_with_more_objects_than_can_be_detected_are_counted(tmp_path, data, limit, told):
     for _ in ("checked", "checked before"):
         run(configure(tmp_path, data, "TEST.DETECTIONS_PER_IMAGE", str(limit)))
         report = json.loads((tmp_path / "output" / "dataset_check.json").read_text())
@@ -136,7 +136,7 @@ def test_images_with_more_objects_than_may_be_detected_are_counted(tmp_path, dat
         assert all(x["file"] == str(data["val"].json_file) for x in report["findings"])
 
 
-def test_warn_logs_what_error_would_stop_at(tmp_path, data, caplog):
+def test_warn_only_logs_errors(tmp_path, data, caplog):
     data["train"].annotation(13)["area"] = -1
     data["train"].write()
     with caplog.at_level(logging.WARNING):
@@ -144,18 +144,18 @@ def test_warn_logs_what_error_would_stop_at(tmp_path, data, caplog):
     assert "area-invalid" in caplog.text and "annotation 13" in caplog.text
 
 
-def test_off_does_not_look(tmp_path, data, monkeypatch):
+def test_off_skips_the_check(tmp_path, data, monkeypatch):
     monkeypatch.setattr(module, "check_with_cache", None)
     run(configure(tmp_path, data, "DATASETS.CHECK", "off"))
     assert not (tmp_path / "output" / "dataset_check.json").exists()
 
 
-def test_another_value_is_refused(tmp_path, data):
+def test_any_other_value_is_refused(tmp_path, data):
     with pytest.raises(ConfigError, match=r"DATASETS.CHECK 'no' is not one of \('error', 'warn'"):
         run(configure(tmp_path, data, "DATASETS.CHECK", "no"))
 
 
-def test_a_second_run_reads_nothing_again_but_repeats_the_warnings(
+def test_a_second_run_reads_only_the_cache_and_repeats_the_warnings(
     tmp_path, data, monkeypatch, caplog
 ):
     data["train"].annotation(13)["bbox"] = [0, 0, 22, 32]
@@ -189,7 +189,7 @@ def test_a_changed_image_or_annotation_is_checked_again(tmp_path, data, cache):
         run(configure(tmp_path, data))
 
 
-def test_changed_permissions_are_looked_at_again(tmp_path, data, cache, caplog):
+def test_images_with_changed_permissions_are_checked_again(tmp_path, data, cache, caplog):
     run(configure(tmp_path, data))
     path = data["train"].path(3)
     path.chmod(0o600 if path.stat().st_mode & 0o777 != 0o600 else 0o644)
@@ -200,7 +200,7 @@ def test_changed_permissions_are_looked_at_again(tmp_path, data, cache, caplog):
 
 
 @pytest.mark.parametrize("name", ["masks.py", "image_files.py"])
-def test_what_other_code_found_is_not_believed(tmp_path, data, cache, monkeypatch, name):
+def test_the_cache_is_not_used_after_the_code_has_changed(tmp_path, data, cache, monkeypatch, name):
     run(configure(tmp_path, data))
     before, read_bytes = set(cache.iterdir()), Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda p: read_bytes(p) + b"#" * (p.name == name))
@@ -208,7 +208,7 @@ def test_what_other_code_found_is_not_believed(tmp_path, data, cache, monkeypatc
     assert len(before) == 2 and len(set(cache.iterdir()) - before) == 2
 
 
-def test_a_damaged_cache_is_not_believed(tmp_path, data, cache):
+def test_a_damaged_cache_is_ignored(tmp_path, data, cache):
     data["train"].annotation(13)["area"] = -1
     data["train"].write()
     with pytest.raises(ConfigError, match="area-invalid"):
@@ -221,14 +221,14 @@ def test_a_damaged_cache_is_not_believed(tmp_path, data, cache):
             run(configure(tmp_path, data))
 
 
-def test_without_a_place_for_the_cache_the_check_works(tmp_path, data, monkeypatch):
+def test_the_check_works_without_a_writable_cache(tmp_path, data, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
     run(configure(tmp_path, data))
     run(configure(tmp_path, data))
 
 
-def test_data_sets_that_are_registered_by_code_are_checked(tmp_path, data, registered):
+def test_data_sets_registered_by_code_are_checked(tmp_path, data, registered):
     data["train"].annotation(13)["category_id"] = 99
     registered("by_code", data["train"].write())
     cfg = configure(tmp_path, {})
@@ -237,7 +237,7 @@ def test_data_sets_that_are_registered_by_code_are_checked(tmp_path, data, regis
         run(cfg)
 
 
-def test_categories_of_train_and_test_that_disagree_are_named(tmp_path, data, registered):
+def test_categories_that_differ_between_train_and_test_are_reported(tmp_path, data, registered):
     data["val"].content["categories"][1]["name"] = "fox"
     registered("code_train", data["train"])
     registered("code_val", data["val"].write())
@@ -250,7 +250,7 @@ def test_categories_of_train_and_test_that_disagree_are_named(tmp_path, data, re
     )
 
 
-def test_the_model_must_have_as_many_classes(tmp_path, data, registered):
+def test_the_number_of_classes_must_match_the_model(tmp_path, data, registered):
     registered("by_code", data["train"])
     cfg = configure(tmp_path, {}, "MODEL.ROI_HEADS.NUM_CLASSES", "3")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("by_code",), ()
@@ -258,7 +258,7 @@ def test_the_model_must_have_as_many_classes(tmp_path, data, registered):
         run(cfg)
 
 
-def test_run_lengths_need_bit_masks(tmp_path, data, registered):
+def test_run_lengths_require_bit_masks(tmp_path, data, registered):
     data["train"].annotation(13).update(bbox=[0, 0, 20, 30], segmentation=encode(0, 0, 20, 30))
     registered("by_code", data["train"].write())
     cfg = configure(tmp_path, {})
@@ -268,11 +268,11 @@ def test_run_lengths_need_bit_masks(tmp_path, data, registered):
     cfg.INPUT.MASK_FORMAT = "bitmask"
     run(cfg)
     cfg.INPUT.MASK_FORMAT = "polygon"
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ("by_code",)  # at test time masks are not loaded
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ("by_code",)  # evaluation does not load masks
     run(cfg)
 
 
-def test_a_test_file_that_lacks_a_category_is_checked_itself(tmp_path, data):
+def test_a_test_file_that_lacks_a_category_is_checked(tmp_path, data):
     val = data["val"]
     val.content["categories"] = val.content["categories"][:1]
     val.content["annotations"] = [
@@ -283,9 +283,7 @@ def test_a_test_file_that_lacks_a_category_is_checked_itself(tmp_path, data):
     assert str(val.json_file) in str(info.value)
 
 
-def test_files_that_are_not_coco_are_reported_and_the_embedded_set_is_not_checked(
-    tmp_path, caplog, cache
-):
+def test_non_coco_data_sets_are_logged_and_the_embedded_one_is_not_checked(tmp_path, caplog, cache):
     DatasetCatalog.register("by_function", list)
     try:
         cfg = configure(tmp_path, {})

@@ -1,4 +1,4 @@
-"""Corrected copies: they pass the check and train, and every change is listed."""
+"""Corrected copies pass the check, can be used for training, and list every change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WHOLE_FILE_REPAIRS = {"json-encoding", "normalised-coordinates", *AREA_KINDS}
 
 
 def fix(data: DataSet, **choices):
-    """Returns the corrected copy as a data set, and the changes."""
+    """Returns the corrected copy as a data set, and the list of changes."""
     output = data.folder / "fixed.json"
     changes = fix_coco_file(str(data.json_file), str(data.images), output, **choices)
     assert json.loads(changes_path(output).read_text()) == [
@@ -40,7 +40,7 @@ def good(tmp_path):
 
 
 @pytest.mark.parametrize("broken", CASES, ids=lambda x: x.name.replace(" ", "-"))
-def test_a_corrected_copy_passes_the_check_trains_and_lists_what_it_changed(good, broken):
+def test_a_corrected_copy_passes_the_check_trains_and_lists_its_changes(good, broken):
     before = good.write(broken.break_it(good)).json_file.read_bytes()
     has_error = bool(errors_of(check(good)))
     if broken.after_fix == "none":
@@ -54,7 +54,7 @@ def test_a_corrected_copy_passes_the_check_trains_and_lists_what_it_changed(good
     assert errors_of(check(fixed)) == []
     assert len(read_as_in_training(fixed)) > 0
     assert bool(changes) == has_error
-    # Nothing is lost without being listed, and what has one right answer is kept.
+    # Every loss is listed, and records with a single correct repair are kept.
     left_out = [x for x in changes if x.action == "left out"]
     for section, count in counts.items():
         lost = {x.index for x in left_out if x.section == section}
@@ -64,8 +64,8 @@ def test_a_corrected_copy_passes_the_check_trains_and_lists_what_it_changed(good
     assert bool(real) == (broken.after_fix == "left out")
 
 
-def test_what_a_finding_says_of_fix_is_what_it_does():
-    """The cases' outcomes, which the test before this one proves, and the table of repairs."""
+def test_each_finding_states_correctly_what_fix_does():
+    """Compares the cases' outcomes, proved by the previous test, with the table of repairs."""
     outcomes = defaultdict(set)
     for broken in CASES:
         outcomes[broken.kind].add(broken.after_fix)
@@ -74,7 +74,7 @@ def test_what_a_finding_says_of_fix_is_what_it_does():
         findings.TRIES: {"kept", "none"},
         findings.REPAIRS_OR_LEAVES_OUT: {"kept", "left out"},
         findings.LEAVES_OUT: {"left out"},
-        "": {"none", "left out"},  # that something is left out need not be said
+        "": {"none", "left out"},  # leaving something out need not be stated
     }
     repaired = {kind for _, kind in REPAIRS} | WHOLE_FILE_REPAIRS
     for kind, (severity, fix, by_fix) in findings.KINDS.items():
@@ -84,7 +84,7 @@ def test_what_a_finding_says_of_fix_is_what_it_does():
         assert "--fix does" not in fix and "--fix leaves" not in fix, kind
 
 
-def test_a_good_file_is_copied_as_it_is(good):
+def test_a_valid_file_is_copied_unchanged(good):
     content = json.loads(good.json_file.read_text())
     fixed, changes = fix(good)
     assert fixed.content == content and changes == []
@@ -99,7 +99,7 @@ def test_an_existing_file_is_not_overwritten(good):
         assert output.read_bytes() == before
 
 
-def test_polygons_are_cut_and_box_and_area_follow(good):
+def test_polygons_are_cut_and_box_and_area_updated(good):
     good.annotation(13)["segmentation"] = [rectangle(-30, -40, 20, 30)]
     fixed, changes = fix(good.write())
     annotation = fixed.annotation(13)
@@ -110,7 +110,7 @@ def test_polygons_are_cut_and_box_and_area_follow(good):
     ]
 
 
-def test_a_concave_polygon_is_cut_to_the_same_pixels():
+def test_a_cut_concave_polygon_covers_the_same_pixels():
     star = [40.0, -20.0, 50.0, 25.0, 100.0, 30.0, 50.0, 40.0, 40.0, 90.0, 30.0, 40.0, -20.0, 30.0]
     cut = clip_polygon(star, HW)
     assert min(cut) >= 0 and max(cut[::2]) <= HW[1] and max(cut[1::2]) <= HW[0]
@@ -119,7 +119,7 @@ def test_a_concave_polygon_is_cut_to_the_same_pixels():
     assert abs(large[30:90, 30:110].astype(int) - small).sum() <= 0.02 * small.sum()
 
 
-def test_a_polygon_with_a_point_at_the_end_of_all_numbers_is_cut():
+def test_a_polygon_with_points_near_the_largest_float_is_cut():
     right = clip_polygon([1.7e308, 40, 70, 30, 70, 50], HW)
     assert right == pytest.approx([80, 50, 80, 30, 70, 30, 70, 50])
     left = clip_polygon([-1e308, 40, 70, 30, 70, 50], HW)
@@ -128,13 +128,13 @@ def test_a_polygon_with_a_point_at_the_end_of_all_numbers_is_cut():
     assert max(everything[::2]) == HW[1] and max(everything[1::2]) == HW[0]
 
 
-def test_a_box_comes_from_run_lengths_as_well(good):
+def test_a_box_can_be_computed_from_run_lengths(good):
     good.annotation(13).update(bbox=[1, 2], segmentation=encode(40, 30, 60, 55))
     fixed, _ = fix(good.write())
     assert fixed.annotation(13)["bbox"] == [40, 30, 20, 25]
 
 
-def test_new_ids_are_followed_by_what_refers_to_them(good):
+def test_references_are_updated_to_new_ids(good):
     for number, image in enumerate(good.content["images"]):
         image["id"] = f"{number + 1:02d}" if number < 2 else f"image {number}"
     names = {1: "01", 2: "02", 3: "image 2", 4: "image 3"}
@@ -147,7 +147,7 @@ def test_new_ids_are_followed_by_what_refers_to_them(good):
     assert {1, 2} <= set(files)
 
 
-def test_of_images_that_share_a_text_as_id_no_annotation_is_given_to_the_wrong_one(good):
+def test_annotations_of_an_ambiguous_text_id_are_left_out(good):
     for i in (2, 4):
         for annotation in good.content["annotations"]:
             annotation["image_id"] = {i: "x"}.get(annotation["image_id"], annotation["image_id"])
@@ -157,8 +157,8 @@ def test_of_images_that_share_a_text_as_id_no_annotation_is_given_to_the_wrong_o
     assert len([x for x in changes if x.action == "left out"]) == 5
 
 
-def test_one_record_for_each_annotation_becomes_one_for_each_file(good):
-    """Some tools list an image once for each object in it."""
+def test_several_records_of_the_same_image_are_merged(good):
+    """Some tools list an image once per object."""
     second = {**good.image(1), "id": 50}
     good.content["images"].append(second)
     good.annotation(12)["image_id"] = 50
@@ -171,7 +171,7 @@ def test_one_record_for_each_annotation_becomes_one_for_each_file(good):
     }
 
 
-def test_images_left_out_take_their_annotations_along_and_say_why(good):
+def test_images_are_left_out_with_their_annotations_and_the_reason(good):
     good.path(2).write_bytes(b"")
     fixed, changes = fix(good)
     assert {x["image_id"] for x in fixed.content["annotations"]} == {1, 3, 4}
@@ -188,8 +188,8 @@ def test_a_file_with_nothing_left_is_refused(good):
         fix(good.write())
 
 
-def test_a_fault_of_the_whole_export_is_not_hidden_by_repairs(good):
-    """With x and y exchanged, boxes around what is left of the masks would pass as good."""
+def test_repairs_do_not_hide_a_fault_of_the_whole_export(good):
+    """If x and y are swapped, boxes fitted to the cut masks would wrongly pass."""
     for annotation in many_objects(good):
         polygon = annotation["segmentation"][0]
         annotation["segmentation"] = [[x + 30 for x in polygon]]
@@ -199,7 +199,7 @@ def test_a_fault_of_the_whole_export_is_not_hidden_by_repairs(good):
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_any_mutation_is_mended_or_refused(tmp_path_factory, data):
+def test_any_mutated_file_is_repaired_or_refused(tmp_path_factory, data):
     mutated = make_good(tmp_path_factory.mktemp("mutated"))
     mutated.content = mutate(mutated.content, data.draw)
     try:

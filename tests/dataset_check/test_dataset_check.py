@@ -1,4 +1,4 @@
-"""The data set check distinguishes each way to break a data set, and nothing broken trains."""
+"""The data set check names every way to break a data set; whatever passes can be trained on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mask_head_plugin.dataset_check.masks import decode_counts, runs_box
 from mask_head_plugin.image_file_mapper import ImageFileMapper
 from mask_head_plugin.image_files import read_image
 
-# Faults of a config, of LVIS or of the path have separate tests.
+# Faults of a config, of LVIS or of the path are tested separately.
 ELSEWHERE = {
     *("json-missing", "num-classes", "category-id-range", "categories-disagree"),
     "rle-needs-bitmask",
@@ -54,7 +54,7 @@ def training_mapper(mask_format: str) -> ImageFileMapper:
 
 
 def read_as_in_training(data) -> list[list]:
-    """Reads all images and masks as training does, as polygons and as bit masks."""
+    """Loads all images and masks as in training, as polygons and as bit masks."""
     records = load_coco_json(str(data.json_file), str(data.images))
     categories = {x["id"]: k for k, x in enumerate(data.content["categories"])}
     found = []
@@ -66,7 +66,7 @@ def read_as_in_training(data) -> list[list]:
                 for x in record["annotations"]
             )
             if mask_format == "polygon" and has_runs:
-                continue  # such data sets need bit masks, see rle-needs-bitmask
+                continue  # run lengths need bit masks, see rle-needs-bitmask
             for annotation in record["annotations"]:
                 annotation["category_id"] = categories[annotation["category_id"]]
             found.append(mapper(record)["instances"])
@@ -78,13 +78,13 @@ def good(tmp_path):
     return make_good(tmp_path)
 
 
-def test_the_good_data_set_has_no_findings_and_can_be_read(good):
+def test_the_valid_data_set_has_no_findings_and_can_be_loaded(good):
     assert check(good) == [] == check(good, decode=True, num_classes=2)
     assert sum(len(instances) for instances in read_as_in_training(good)) == 10
 
 
 @pytest.mark.parametrize("broken", CASES, ids=lambda x: x.name.replace(" ", "-"))
-def test_each_way_to_break_a_data_set_gives_its_finding(good, broken):
+def test_each_broken_data_set_gives_its_finding(good, broken):
     good.write(broken.break_it(good))
     found = check(good)
     fitting = [
@@ -99,7 +99,7 @@ def test_each_way_to_break_a_data_set_gives_its_finding(good, broken):
     for name, i in (("image", broken.image_id), ("annotation", broken.annotation_id)):
         assert i is None or f"{name} {i}" in line
     assert fitting[0].fix in line and len(fitting[0].fix) > 10
-    # No other error hides it, or comes with it, except what the same value also breaks.
+    # No other error hides it or accompanies it, except errors caused by the same value.
     kinds = {x.kind for x in errors_of(found)}
     assert kinds <= {broken.kind, *COMPANIONS.get(broken.kind, ())}
 
@@ -120,17 +120,17 @@ COMPANIONS = {
 }
 
 
-def test_all_kinds_are_distinguished():
+def test_the_cases_cover_all_kinds():
     tested = {broken.kind for broken in CASES}
     assert tested == set(KINDS) - ELSEWHERE
     assert len(tested) > 40 and len({broken.name for broken in CASES}) == len(CASES)
 
 
-def test_every_kind_says_what_to_do():
+def test_every_kind_has_a_severity_and_advice():
     assert all(kind.severity in SEVERITIES and kind.fix for kind in KINDS.values())
 
 
-def test_no_broken_data_set_is_without_an_error_and_fails_in_training(tmp_path):
+def test_a_broken_data_set_without_an_error_still_trains(tmp_path):
     for number, broken in enumerate(CASES):
         data = make_good(tmp_path / str(number))
         data.write(broken.break_it(data))
@@ -146,7 +146,7 @@ def test_real_data_sets_have_no_findings(kind, split):
         pytest.skip(f"real images are not at {SHARED_DATA}")
     folder = SHARED_DATA / f"{kind}_{split}"
     found = check_coco_file(str(folder / "annotations.json"), str(folder / "images"))
-    # Some dozen photographs do not have all of COCO's categories.
+    # A few dozen photographs do not contain all of COCO's categories.
     assert {x.kind for x in found} <= ({"unused-category"} if kind == "coco_photos" else set())
 
 
@@ -155,24 +155,24 @@ def test_the_shapes_have_no_findings(tmp_path):
     assert check_coco_file(str(tmp_path / "annotations/val.json"), str(tmp_path / "val")) == []
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
+def test_a_missing_file_and_a_folder_are_reported(tmp_path):
     for path in (tmp_path / "nowhere.json", tmp_path):
         (found,) = check_coco_file(str(path), str(tmp_path))
         assert found.kind == "json-missing" and str(found).startswith(str(path))
 
 
-def test_syntax_errors_give_line_and_column(good):
+def test_syntax_errors_are_reported_with_line_and_column(good):
     good.write('{"images": [],\n "annotations": [1, 2,, 3]}')
     (found,) = check(good)
     assert found.kind == "json-syntax" and "line 2, column 23" in found.message
 
 
-def test_the_number_of_classes_is_compared(good):
+def test_the_number_of_classes_is_checked(good):
     (found,) = check(good, num_classes=80)
     assert found.kind == "num-classes" and "2 categories, the model 80" in found.message
 
 
-def test_many_faults_of_one_file_are_all_found(good):
+def test_several_faults_of_one_file_are_all_reported(good):
     for key, value in (("bbox", [0, 0, NAN, 1]), ("area", -1), ("iscrowd", 7)):
         good.annotation(13)[key] = value
     good.annotation(14)["category_id"] = 99
@@ -184,24 +184,24 @@ def test_many_faults_of_one_file_are_all_found(good):
     }
 
 
-def test_boxes_may_be_a_pixel_off_as_those_of_cocos_crowds(good):
+def test_boxes_may_be_off_by_a_pixel_as_in_cocos_crowds(good):
     good.annotation(16)["bbox"] = [30, 20, 39, 29]
     good.annotation(11)["bbox"] = [10, 11, 31, 19]
     assert check(good.write()) == []
 
 
-def test_a_box_of_corners_is_recognised(good):
+def test_a_box_given_as_corners_is_recognised(good):
     good.annotation(14)["bbox"] = [10.5, 10, 50, 50.75]
     (found,) = check(good.write())
     assert "[x0, y0, x1, y1]" in found.message
 
 
-def test_images_turned_by_90_degrees_vouch_for_those_turned_by_180(good):
+def test_images_turned_by_90_degrees_settle_those_turned_by_180(good):
     exif = Image.Exif()
     for i, orientation, hw in ((1, 3, HW), (3, 6, HW[::-1])):
         exif[274] = orientation
         Image.new("RGB", hw[::-1]).save(good.path(i), exif=exif)
-    assert check(good) == []  # stored 80 x 60 with a quarter turn: seen as the record's 60 x 80
+    assert check(good) == []  # the quarter turn shows that records have upright sizes
 
 
 def test_damage_in_the_middle_of_a_png_is_found_by_its_checksums(good):
@@ -214,15 +214,15 @@ def test_damage_in_the_middle_of_a_png_is_found_by_its_checksums(good):
     assert (found.kind, found.image_id) == ("image-truncated", 2)
 
 
-def test_a_png_whose_checksum_alone_is_wrong_is_read_as_in_training(good):
+def test_a_png_with_only_a_wrong_checksum_is_read_as_in_training(good):
     path = good.path(2)
     data = path.read_bytes()
-    path.write_bytes(data[:-16] + bytes(4) + data[-12:])  # of the last chunk with pixels
+    path.write_bytes(data[:-16] + bytes(4) + data[-12:])  # checksum of the last chunk with pixels
     assert check(good) == []
     assert read_image(str(path), "RGB").shape == (*HW, 3)
 
 
-def test_whole_images_are_not_decoded(good, monkeypatch):
+def test_complete_images_are_not_decoded(good, monkeypatch):
     def fail(self):
         raise AssertionError("decoded")
 
@@ -230,7 +230,7 @@ def test_whole_images_are_not_decoded(good, monkeypatch):
     assert check(good) == []
 
 
-def test_a_pipe_is_not_waited_for(good):
+def test_the_check_does_not_wait_for_a_pipe(good):
     good.path(1).unlink()
     os.mkfifo(good.path(1))
     (found,) = check(good)
@@ -238,7 +238,7 @@ def test_a_pipe_is_not_waited_for(good):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
-def test_modes_that_detectron2_reads_are_accepted(tmp_path, mode):
+def test_image_modes_that_detectron2_can_read_are_accepted(tmp_path, mode):
     suffix = "png" if mode in ("1", "L", "LA", "P", "RGBA") else "jpg"
     path = tmp_path / f"image.{suffix}"
     Image.new("RGB", (20, 10), (9, 90, 200)).convert(mode).save(path)
@@ -264,12 +264,12 @@ def check_lvis(good):
     return check_coco_file(str(good.write().json_file), f"{good.folder}/", options)
 
 
-def test_lvis_names_files_by_url_and_has_no_crowds(good):
+def test_lvis_records_may_have_urls_and_no_crowd_flag(good):
     lvis(good)
     assert check_lvis(good) == []
 
 
-def test_lvis_needs_polygons_and_ids_without_gaps(good):
+def test_lvis_requires_polygons_and_ids_without_gaps(good):
     lvis(good)
     good.annotation(13)["segmentation"] = encode(0, 0, 20, 30)
     good.content["categories"][1]["id"] = 9
@@ -282,7 +282,7 @@ def test_lvis_needs_polygons_and_ids_without_gaps(good):
     }
 
 
-def test_the_table_counts_kinds_errors_first(good):
+def test_the_summary_table_lists_errors_first(good):
     good.annotation(13)["bbox"] = [0, 0, 22, 32]
     for i in (11, 12):
         good.annotation(i)["area"] = -1
@@ -293,7 +293,7 @@ def test_the_table_counts_kinds_errors_first(good):
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 300), max_size=30), st.integers(1, 40))
-def test_run_lengths_are_decoded_as_pycocotools_does(lengths, height):
+def test_run_lengths_are_decoded_as_by_pycocotools(lengths, height):
     total = sum(lengths)
     width = -(-total // height) or 1
     runs = [*lengths, height * width - total]
@@ -320,7 +320,7 @@ def test_any_text_is_decoded_or_refused(text):
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_no_mutation_crashes_the_check_and_what_passes_can_be_trained_with(good, data):
+def test_no_mutation_crashes_the_check_and_mutations_that_pass_can_be_loaded(good, data):
     content = mutate(good.content, data.draw)
     found = Findings("mutated.json")
     check_content(json.loads(json.dumps(content)), str(good.images), found, CheckOptions())
@@ -338,7 +338,7 @@ def make_good_again(good):
 
 @settings(deadline=None, max_examples=100)
 @given(st.binary(max_size=60), st.integers(0, 2000))
-def test_any_bytes_are_json_or_a_finding(tmp_path_factory, junk, position):
+def test_any_bytes_are_valid_json_or_give_a_finding(tmp_path_factory, junk, position):
     folder = tmp_path_factory.mktemp("junk")
     data = make_good(folder)
     text = data.json_file.read_bytes()
@@ -350,13 +350,15 @@ def test_any_bytes_are_json_or_a_finding(tmp_path_factory, junk, position):
     ("key", "value", "kind"),
     [("height", "60", "image-size-invalid"), ("width", None, "image-missing-key")],
 )
-def test_masks_of_an_image_without_a_size_are_checked_with_that_of_the_file(good, key, value, kind):
+def test_masks_of_an_image_without_a_size_are_checked_against_the_files_size(
+    good, key, value, kind
+):
     good.image(2)[key] = value
     good.annotation(13)["segmentation"] = [rectangle(0, 0, 500, 500)]
     assert {x.kind for x in check(good.write())} == {kind, "polygon-outside"}
 
 
-def test_masks_of_an_image_that_is_not_listed_are_checked_in_themselves(good):
+def test_masks_of_an_unknown_image_are_still_checked(good):
     good.annotation(13).update(image_id=99, segmentation=[[0, 0, 20, 0, 20]])
     good.annotation(14).update(image_id=99, segmentation={"size": [60, 80], "counts": [7]})
     kinds = {(x.kind, x.annotation_id) for x in errors_of(check(good.write()))}
@@ -367,7 +369,7 @@ def test_masks_of_an_image_that_is_not_listed_are_checked_in_themselves(good):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_tiff_has_the_size_that_training_sees(tmp_path, orientation):
+def test_a_turned_tiff_has_the_size_used_in_training(tmp_path, orientation):
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     path = str(tmp_path / "a.tif")

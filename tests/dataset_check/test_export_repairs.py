@@ -1,4 +1,4 @@
-"""Faults of a whole export: repaired if there is one right answer, otherwise refused."""
+"""Faults of a whole export are repaired if there is one correct repair, and refused otherwise."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def good(tmp_path):
 
 @pytest.fixture
 def many(good):
-    """Twelve objects, of one size, on a diagonal."""
+    """Returns a data set with twelve objects of the same size on a diagonal."""
     many_objects(good)
     return good
 
 
 def add_images(data, count):
-    """Gives the data set more images, each with one object."""
+    """Adds images to the data set, each with one object."""
     for i in range(100, 100 + count):
         Image.new("RGB", HW[::-1], (i, 0, 0)).save(data.images / f"{i}.png")
         data.content["images"].append(
@@ -47,7 +47,7 @@ def masks(content):
 
 @pytest.mark.parametrize("key", ["image_id", "category_id"])
 @pytest.mark.parametrize("as_text", [str, float])
-def test_references_of_another_type_become_the_numbers_that_they_mean(many, key, as_text):
+def test_references_of_another_type_become_matching_numbers(many, key, as_text):
     many.image(1)["id"] = 0  # VIA counts from 0
     for annotation in many.content["annotations"]:
         annotation["image_id"] = 0
@@ -58,7 +58,7 @@ def test_references_of_another_type_become_the_numbers_that_they_mean(many, key,
     assert fixed.content == expected
 
 
-def test_image_ids_as_text_become_the_numbers_that_annotations_have(many):
+def test_image_ids_as_text_become_the_numbers_used_by_annotations(many):
     many.image(1)["id"] = "0"
     for annotation in many.content["annotations"]:
         annotation["image_id"] = 0
@@ -80,18 +80,18 @@ def as_loose_corners(box, mask_box):
     ("write", "expected"),
     [
         (as_corners, BOXES),
-        # As loose as the author drew them.
+        # The repair keeps the boxes as loose as they were drawn.
         (as_loose_corners, [[x - 2, y - 1, 24, 22] for x, y, _, _ in BOXES]),
-        (lambda box, _: [box[0] + 10, box[1] + 10, 20, 20], BOXES),  # the centre first
+        (lambda box, _: [box[0] + 10, box[1] + 10, 20, 20], BOXES),  # given by their centre
         (lambda box, _: [0, 0, 80, 60], BOXES),
         (lambda box, _: [box[0], box[1], -20, -20], BOXES),
-        (lambda box, _: [2 * x for x in box], BOXES),  # of the image before it was made smaller
+        (lambda box, _: [2 * x for x in box], BOXES),  # drawn on an image of twice the size
         (lambda box, _: [x / 80 for x in box], BOXES),
     ],
     ids=["corners", "loose-corners", "centre", "image", "negative", "doubled", "shares"],
 )
 @pytest.mark.parametrize("run_lengths", [False, True])
-def test_boxes_that_are_wrong_throughout_are_made_right(many, write, expected, run_lengths):
+def test_boxes_that_are_all_wrong_are_repaired(many, write, expected, run_lengths):
     for annotation, box in zip(many.content["annotations"], BOXES, strict=True):
         x0, y0, x1, y1 = (int(x) for x in as_corners(None, box))
         annotation["bbox"] = write(box, box)
@@ -105,8 +105,8 @@ def test_boxes_that_are_wrong_throughout_are_made_right(many, write, expected, r
     assert errors_of(check(fixed)) == []
 
 
-def test_corners_are_read_as_such_where_few_boxes_show_it(many):
-    """A box at the image's corner looks nearly the same in both forms."""
+def test_corners_are_recognised_from_a_few_clear_boxes(many):
+    """A box at the image's corner looks almost the same in both forms."""
     for annotation, box in zip(many.content["annotations"], BOXES, strict=True):
         annotation["bbox"] = as_corners(None, box)
     for annotation in many.content["annotations"][:5]:
@@ -123,7 +123,7 @@ def test_corners_are_read_as_such_where_few_boxes_show_it(many):
     ],
     ids=["exchanged", "halved"],
 )
-def test_boxes_are_not_fitted_to_masks_that_may_be_wrong(many, change, doubt):
+def test_boxes_are_not_refitted_if_the_masks_may_be_wrong(many, change, doubt):
     for k, annotation in enumerate(many.content["annotations"]):
         polygon = rectangle(10 + k, 20 + 2 * k, 30 + k, 30 + 2 * k)
         annotation["bbox"] = [10 + k, 20 + 2 * k, 20, 10]
@@ -137,7 +137,7 @@ def test_boxes_are_not_fitted_to_masks_that_may_be_wrong(many, change, doubt):
 
 
 @pytest.mark.parametrize("other_change", ["none", "id", "not-object", "size", "merge"])
-def test_no_other_change_opens_the_way_for_losses_of_most_images(good, other_change):
+def test_other_repairs_do_not_permit_the_loss_of_most_images(good, other_change):
     add_images(good, 36)
     for image in good.content["images"][:-1]:
         (good.images / image["file_name"]).write_bytes(b"<html>")
@@ -156,7 +156,7 @@ def test_no_other_change_opens_the_way_for_losses_of_most_images(good, other_cha
     assert "not an image that Pillow reads" in message and not (good.folder / "fixed.json").exists()
 
 
-def test_losses_of_most_records_are_taken_if_the_user_says_so(good):
+def test_losing_most_records_is_possible_if_the_user_accepts_it(good):
     add_images(good, 36)
     for image in good.content["images"][:-1]:
         (good.images / image["file_name"]).write_bytes(b"")
@@ -165,8 +165,8 @@ def test_losses_of_most_records_are_taken_if_the_user_says_so(good):
     assert sum(x.action == "left out" for x in changes) == 39 + 41
 
 
-def test_faults_that_only_a_later_round_shows_are_refused_as_well(many):
-    """Without a size, masks cannot be judged, so they are checked once it is repaired."""
+def test_faults_that_appear_only_after_a_repair_are_also_refused(many):
+    """Masks of an image without a size are checked only once the size is repaired."""
     del many.image(1)["height"]
     for annotation in many.content["annotations"]:
         annotation["segmentation"][0][0] -= 300
@@ -174,7 +174,7 @@ def test_faults_that_only_a_later_round_shows_are_refused_as_well(many):
         fix(many.write())
 
 
-def test_a_refusal_does_not_blame_the_file_for_what_was_left_out(good):
+def test_a_refusal_names_the_records_that_would_be_left_out(good):
     for image in good.content["images"]:
         (good.images / image["file_name"]).unlink()
     with pytest.raises(ConfigError) as info:
@@ -183,7 +183,7 @@ def test_a_refusal_does_not_blame_the_file_for_what_was_left_out(good):
     assert "image-file-missing" in str(info.value)
 
 
-def test_crowds_become_objects_by_request_only(many):
+def test_crowds_become_objects_only_on_request(many):
     for annotation, box in zip(many.content["annotations"], BOXES, strict=True):
         x0, y0, x1, y1 = (int(x) for x in as_corners(None, box))
         annotation.update(iscrowd=1, segmentation=encode(x0, y0, x1, y1))
@@ -195,7 +195,7 @@ def test_crowds_become_objects_by_request_only(many):
     assert [x.index for x in changes] == list(range(1, 12))
 
 
-def test_areas_of_boxes_become_those_of_masks(many):
+def test_areas_of_boxes_are_replaced_with_areas_of_masks(many):
     triangles = [[x, y, x + 20, y, x, y + 20] for x, y, _, _ in BOXES]
     for annotation, triangle in zip(many.content["annotations"], triangles, strict=True):
         annotation["segmentation"] = [triangle]
@@ -208,7 +208,7 @@ def test_areas_of_boxes_become_those_of_masks(many):
     assert "area-of-box" not in {x.kind for x in check(fixed)}
 
 
-def test_files_elsewhere_are_named_rightly(good):
+def test_names_of_files_in_other_places_are_corrected(good):
     for image in good.content["images"]:
         image["file_name"] = "D:\\photos\\" + image["file_name"].upper()
     fixed, _ = fix(good.write())
@@ -216,7 +216,7 @@ def test_files_elsewhere_are_named_rightly(good):
     assert len(fixed.content["annotations"]) == 6
 
 
-def test_sizes_that_are_all_alike_become_the_files(good):
+def test_identical_wrong_sizes_are_replaced_with_the_files_sizes(good):
     for image in good.content["images"]:
         image.update(height=8, width=8)
     before = copy.deepcopy(good.write().content)

@@ -1,4 +1,4 @@
-"""docs/findings.md lists what the data set check finds, from its catalogue.
+"""docs/findings.md is generated from the catalogue of the data set check.
 
 ``python tests/dataset_check/test_findings_page.py`` writes it.
 """

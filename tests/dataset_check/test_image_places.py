@@ -1,4 +1,4 @@
-r"""Where a file is that a record does not name rightly: case, separator, folder, accents."""
+r"""Finding files despite errors in a record: case, separators, folders, accents."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def root(tmp_path):
         ("1.jpg", "images/1.jpg"),
         ("C:\\Users\\me\\set\\a\\2.jpg", "a/2.jpg"),
         ("/home/me/set/b/2.jpg", "b/2.jpg"),
-        ("2.jpg", None),  # two are called so
+        ("2.jpg", None),  # ambiguous
         ("A/photo.jpg", "a/Photo.JPG"),
         ("./er//3.jpg", "deep/er/3.jpg"),
         ("x/4.jpg", "x\\4.jpg"),
@@ -47,7 +47,7 @@ def test_a_file_is_found_by_the_end_of_its_path(root, name, place):
     assert locate(root, name) == place
 
 
-def test_of_names_that_differ_in_case_the_one_as_written_is_meant(tmp_path):
+def test_of_names_that_differ_in_case_the_exact_one_is_found(tmp_path):
     for name in ("a/X.jpg", "b/x.jpg"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"")
@@ -71,7 +71,7 @@ def test_of_equal_names_the_one_without_further_folders_or_in_the_root_of_that_n
     assert places.locate("2.jpg") is None and places.namesakes("2.jpg") == ["a/2.jpg", "b/2.jpg"]
 
 
-def test_linked_folders_are_searched_and_circles_end(root, tmp_path):
+def test_linked_folders_are_searched_and_circular_links_end(root, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "7.jpg").write_bytes(b"")
@@ -80,5 +80,5 @@ def test_linked_folders_are_searched_and_circles_end(root, tmp_path):
     assert locate(root, "7.jpg") == "link/7.jpg"
 
 
-def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
+def test_a_missing_folder_contains_nothing(tmp_path):
     assert locate(str(tmp_path / "nowhere"), "0.jpg") is None

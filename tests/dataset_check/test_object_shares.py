@@ -1,4 +1,4 @@
-"""What is taken without a word: crowds, areas, rings, and masks on several images, with shares."""
+"""Findings about proportions of a file: crowds, areas, rings, and masks on several images."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def good(tmp_path):
 
 
 def only(data, kind):
-    """Returns the one finding of a file that has no other."""
+    """Returns the single finding of a file."""
     (found,) = check(data.write())
     assert found.kind == kind, found
     return found
 
 
 def add_objects(data, count, **fields):
-    """Adds objects that differ by a shift, on all four images; returns them."""
+    """Adds slightly shifted objects on all four images, and returns them."""
     added = []
     for k in range(count):
         x = k / 100
@@ -47,7 +47,7 @@ def as_brush_mask(annotation, k):
     annotation["segmentation"] = encode(10, 10, 30 + k, 30)
 
 
-def test_brush_masks_with_iscrowd_1_are_counted(good):
+def test_brush_masks_exported_as_crowds_are_counted(good):
     for k, annotation in enumerate(add_objects(good, 20)[:10]):
         as_brush_mask(annotation, k)
     found = only(good, "crowd-by-export")
@@ -56,19 +56,19 @@ def test_brush_masks_with_iscrowd_1_are_counted(good):
     assert "0 of 4 (0.0%) annotated images have no other annotation" in found.message
 
 
-def test_images_that_only_have_crowds_are_counted_even_if_they_are_few(good):
+def test_images_with_only_crowds_are_reported_even_if_few(good):
     as_brush_mask(good.annotation(15), 1)
     found = only(good, "crowd-by-export")
     assert "1 of 4 (25.0%) annotated images have no other annotation and are" in found.message
 
 
-def test_a_share_of_crowds_as_cocos_is_no_fault(good):
+def test_a_proportion_of_crowds_like_cocos_is_accepted(good):
     for k, annotation in enumerate(add_objects(good, 600)[:9]):  # 10 of 606; COCO has 1.2%
         as_brush_mask(annotation, k)
     assert check(good.write()) == []
 
 
-def test_crowds_alone_are_an_error_that_says_what_to_set(good):
+def test_a_file_with_only_crowds_is_an_error_with_advice(good):
     for annotation in good.content["annotations"]:
         as_brush_mask(annotation, annotation["id"])
     found = check(good.write())
@@ -81,7 +81,7 @@ def test_crowds_alone_are_an_error_that_says_what_to_set(good):
     ("factor", "words"),
     [(0, "0 times"), (0.01, "0.01 times"), (1.5, "1.5 times"), (100 / 3, "33.3 times")],
 )
-def test_areas_that_are_not_those_of_the_masks_are_counted(good, factor, words):
+def test_areas_that_differ_from_the_masks_are_counted(good, factor, words):
     for annotation in [*good.content["annotations"], *add_objects(good, 20)]:
         annotation["area"] = min(annotation["area"] * factor, 1.05 * HW[0] * HW[1])
     found = only(good, "area-suspicious")
@@ -89,7 +89,7 @@ def test_areas_that_are_not_those_of_the_masks_are_counted(good, factor, words):
     assert "count in another of APs, APm and APl" in found.message
 
 
-def test_a_single_area_of_one_is_found_and_its_size_class_is_counted(good):
+def test_a_single_wrong_area_is_found_with_its_size_class(good):
     good.annotation(11)["area"] = 1
     found = only(good, "area-suspicious")
     assert "1 of 5 (20.0%)" in found.message and "and so 0 count in another" in found.message
@@ -100,13 +100,13 @@ def test_a_single_area_of_one_is_found_and_its_size_class_is_counted(good):
     assert "and so 1 count in another" in only(good, "area-suspicious").message
 
 
-def test_areas_may_differ_from_the_outline_by_the_pixels_along_it(good):
+def test_areas_may_differ_by_pixels_along_the_outline(good):
     for annotation in add_objects(good, 20):
         annotation["area"] = 900 + np.random.default_rng(annotation["id"]).uniform(-60, 60)
     assert check(good.write()) == []
 
 
-def test_areas_of_the_boxes_are_distinguished_from_others(good):
+def test_box_areas_are_distinguished_from_other_wrong_areas(good):
     good.annotation(14)["area"] = 39.5 * 40.75
     found = only(good, "area-of-box")
     assert "1 of 5 (20.0%) objects have the area of their box" in found.message
@@ -114,7 +114,7 @@ def test_areas_of_the_boxes_are_distinguished_from_others(good):
     assert "so 1 count in another" in found.message  # 32 x 32 = 1024 lies between
 
 
-def test_a_ring_whose_area_says_that_it_is_a_hole_is_found_and_a_filled_one_is_not(good):
+def test_a_ring_is_found_if_its_area_excludes_the_hole(good):
     good.annotation(11).update(bbox=[10, 10, 30, 30], segmentation=[SQUARE, INNER], area=900)
     assert check(good.write()) == []
     good.annotation(11)["area"] = 500
@@ -122,7 +122,7 @@ def test_a_ring_whose_area_says_that_it_is_a_hole_is_found_and_a_filled_one_is_n
     assert "1 of 5" in found.message and "area 500, its mask 900 pixels" in found.message
 
 
-def test_the_area_in_pixels_of_a_mask_with_a_hole_tells_it_as_well(good):
+def test_a_ring_is_also_found_by_the_pixel_area_of_its_mask(good):
     mask = mask_util.decode(mask_util.frPyObjects([[12.3, 9, 52, 20.5, 30, 55]], *HW))[..., 0]
     hole = mask_util.decode(mask_util.frPyObjects([[25.0, 20, 40, 24, 31, 40]], *HW))[..., 0]
     good.annotation(11).update(
@@ -139,21 +139,21 @@ def test_the_area_in_pixels_of_a_mask_with_a_hole_tells_it_as_well(good):
         ([SQUARE], 900, 900),
         ([SQUARE, INNER], 900, 500),
         ([INNER, SQUARE], 900, 500),
-        ([SQUARE, INNER, rectangle(20, 20, 30, 30)], 900, 600),  # an island in the hole
+        ([SQUARE, INNER, rectangle(20, 20, 30, 30)], 900, 600),  # an island within the hole
         ([SQUARE, rectangle(50, 10, 60, 20)], 1000, 1000),
         ([SQUARE, rectangle(40, 10, 50, 20)], 1000, 1000),  # edge to edge
         ([SQUARE, rectangle(30, 30, 50, 50)], 1300, 1300),  # overlapping
         ([SQUARE, SQUARE], 1800, 1800),
-        ([TRIANGLE, rectangle(30, 30, 38, 38)], 514, 514),  # in the box, not in the triangle
+        ([TRIANGLE, rectangle(30, 30, 38, 38)], 514, 514),  # in the triangle's box but outside it
         ([TRIANGLE, rectangle(12, 12, 16, 16)], 450, 434),
     ],
 )
-def test_areas_filled_and_hollow(polygons, filled, hollow):
+def test_areas_with_and_without_holes(polygons, filled, hollow):
     outlines = [outline(polygon) for polygon in polygons]
     assert areas(polygons, outlines) == (filled, hollow)
 
 
-def test_the_area_within_huge_coordinates_costs_no_warning():
+def test_the_area_of_huge_coordinates_causes_no_warning():
     assert outline([0, 0, 1e200, 0, 1e200, 1e200]).area == np.inf
 
 
@@ -167,7 +167,7 @@ def test_masks_on_several_images_are_counted_once_each(good):
     )
 
 
-def test_run_lengths_on_several_images_are_found_as_well(good):
+def test_run_lengths_on_several_images_are_also_found(good):
     for i, image_id in ((14, 3), (15, 4)):
         good.annotation(i).update(image_id=image_id)
         good.annotation(i).update(segmentation=encode(9, 9, 30, 30), bbox=[9, 9, 21, 21], area=441)
@@ -175,7 +175,7 @@ def test_run_lengths_on_several_images_are_found_as_well(good):
     assert kinds == {"mixed-formats", "mask-on-several-images"}
 
 
-def test_a_mask_of_another_image_is_not_to_be_cut(good):
+def test_a_mask_copied_from_another_image_is_an_error(good):
     for image_id in (1, 2, 3):
         good.image(image_id)["width"] = HW[1]
     wide = rectangle(20, 20, 79, 59)
@@ -191,7 +191,7 @@ def test_a_mask_of_another_image_is_not_to_be_cut(good):
     assert "the same mask is on image 1" in str(errors_of(found)[0])
 
 
-def test_masks_of_whole_images_may_be_alike(good):
+def test_masks_of_whole_images_may_be_identical(good):
     whole = {"segmentation": [rectangle(0, 0, 80, 60)], "bbox": [0, 0, 80, 60], "area": 4800}
     add_objects(good, 4, **whole)
     assert check(good.write()) == []
@@ -204,7 +204,7 @@ def test_images_without_annotations_are_counted(good):
 
 
 @pytest.mark.parametrize("empty", [None, [], {}])
-def test_a_file_of_boxes_is_one_line_and_fits_a_model_without_masks(good, empty):
+def test_a_file_of_boxes_gives_one_finding_and_suits_a_model_without_masks(good, empty):
     for annotation in good.content["annotations"]:
         annotation["segmentation"] = empty
     found = only(good, "no-masks")
@@ -212,7 +212,7 @@ def test_a_file_of_boxes_is_one_line_and_fits_a_model_without_masks(good, empty)
     assert check(good, masks=False) == []
 
 
-def test_without_masks_some_objects_may_lack_them(good):
+def test_for_a_model_without_masks_some_objects_may_lack_them(good):
     good.annotation(11)["segmentation"] = []
     del good.annotation(12)["segmentation"]
     good.annotation(13)["segmentation"] = [[0, 0, 20, 0, 20]]

@@ -1,4 +1,4 @@
-"""Image files that are elsewhere, of another size than all records say, or Git LFS's pointers."""
+"""Image files in other places, of other sizes, or replaced by Git LFS pointers; foreign formats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_file_below_the_folder_is_reported_with_its_whole_name_and_machine_rea
 
 
 @pytest.mark.parametrize("name", ["missing", "unreadable"])
-def test_names_are_never_cut(good, name):
+def test_names_are_never_truncated(good, name):
     good.path(2).rename(good.images / f"{LONG}.txt")
     good.image(2)["file_name"] = f"{LONG}.txt" if name == "unreadable" else f"{LONG}.png"
     (good.images / f"{LONG}.txt").write_text("no image")
@@ -38,13 +38,13 @@ def test_names_are_never_cut(good, name):
     assert found.kind == f"image-{'file-' * (name == 'missing')}{name}" and LONG in str(found)
 
 
-def test_a_file_that_another_record_names_is_not_taken_for_a_missing_one(good):
+def test_a_file_used_by_another_record_is_not_offered_for_a_missing_one(good):
     good.image(2)["file_name"] = "photos/4.png"
     (found,) = check(good.write())
     assert (found.kind, found.right_value) == ("image-file-missing", None)
 
 
-def test_a_file_in_another_folder_is_named_but_not_taken(good):
+def test_a_file_in_another_folder_is_suggested_but_not_used(good):
     (good.images / "train").mkdir()
     good.path(2).rename(good.images / "train" / "2.png")
     good.image(2)["file_name"] = "val/2.png"
@@ -52,7 +52,7 @@ def test_a_file_in_another_folder_is_named_but_not_taken(good):
     assert found.kind == "image-file-missing" and "'train/2.png' there" in found.message
 
 
-def test_a_file_that_can_only_mean_one_place_is_named(good):
+def test_all_files_with_the_same_name_are_suggested(good):
     for folder in ("a", "b"):
         (good.images / folder).mkdir()
         (good.images / folder / "2.png").write_bytes(good.path(2).read_bytes())
@@ -76,15 +76,15 @@ def wrong_sizes(good):
         image.update(height=28, width=28)
 
 
-def test_sizes_that_are_all_alike_while_the_masks_fit_the_files(good):
+def test_identical_sizes_are_blamed_if_masks_fit_the_files(good):
     wrong_sizes(good)
-    good.content["annotations"].pop()  # the crowd, whose run lengths tell the size themselves
+    good.content["annotations"].pop()  # the crowd, because run lengths contain the size
     found = check(good.write())
     assert [x.kind for x in found] == ["image-size-alike"] * 4
     assert "is 80 x 60, the record has 28 x 28, as all records do" in str(found[0])
 
 
-def test_run_lengths_tell_the_size_of_their_image(good):
+def test_run_lengths_reveal_the_size_of_their_image(good):
     wrong_sizes(good)
     for annotation in good.content["annotations"]:
         annotation.update(segmentation=encode(9, 9, 20, 20), bbox=[9, 9, 11, 11], area=121)
@@ -92,7 +92,7 @@ def test_run_lengths_tell_the_size_of_their_image(good):
     assert kinds == {"image-size-alike"}
 
 
-def test_masks_that_fit_the_small_size_do_not_blame_the_records(good):
+def test_the_records_are_not_blamed_if_masks_fit_the_small_size(good):
     wrong_sizes(good)
     good.content["annotations"].pop()
     for annotation in good.content["annotations"]:
@@ -100,7 +100,7 @@ def test_masks_that_fit_the_small_size_do_not_blame_the_records(good):
     assert {x.kind for x in check(good.write()) if x.severity == "error"} == {"image-size-mismatch"}
 
 
-def test_masks_that_fit_neither_do_not_blame_the_records(good):
+def test_the_records_are_not_blamed_if_masks_fit_neither_size(good):
     wrong_sizes(good)
     good.content["annotations"].pop()
     for annotation in good.content["annotations"]:
@@ -124,7 +124,7 @@ def test_masks_that_fit_neither_do_not_blame_the_records(good):
         ("[\nnames: 3", ""),
     ],
 )
-def test_texts_of_other_tools_are_named(good, text, what):
+def test_text_formats_of_other_tools_are_recognised(good, text, what):
     assert (what in foreign_text(text)) if what else foreign_text(text) == ""
     (found,) = check(good.write(text))
     assert (found.kind == "not-a-coco-file") == bool(what)
@@ -161,19 +161,19 @@ COCO = {"images": [], "categories": []}
         (5, ""),
     ],
 )
-def test_contents_of_other_tools_are_named_in_one_line(good, content, what):
+def test_json_formats_of_other_tools_are_recognised_in_one_line(good, content, what):
     assert (what in foreign_json(content)) if what else foreign_json(content) == ""
     if what:
         (found,) = check(good.write(json.dumps(content)))
         assert found.kind == "not-a-coco-file"
 
 
-def test_an_archive_is_named(good):
+def test_an_archive_is_recognised(good):
     (found,) = check(good.write(b"PK\x03\x04" + bytes(range(256))))
     assert found.kind == "not-a-coco-file" and "unpack" in found.message
 
 
-def test_pointers_of_git_lfs_are_named(good):
+def test_git_lfs_pointers_are_recognised(good):
     good.path(1).write_text(LFS_POINTER)
     (found,) = check(good)
     assert found.kind == "git-lfs-pointer" and "git lfs pull" in found.fix

@@ -1,4 +1,4 @@
-"""Splits keep photographs whole and categories balanced; filters keep the chosen categories."""
+"""Splits keep photographs together and categories balanced; filters keep the chosen categories."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mask_head_plugin.dataset_check.train_test_overlap import shared_images
 
 
 def data_set(names, categories=("cat",), folder=None):
-    """Returns the content of a file with an object of each category in turn in each image."""
+    """Returns a file's content with one object per image, in alternating categories."""
     content = {"images": [], "annotations": [], "info": {"year": 2026}}
     content["categories"] = [{"id": 5 * k, "name": x} for k, x in enumerate(categories, start=1)]
     for k, name in enumerate(names):
@@ -65,14 +65,14 @@ def data_set(names, categories=("cat",), folder=None):
         ([], [f"roof_tile_{k}.jpg" for k in range(50)]),
     ],
 )
-def test_names_tell_tiles_and_versions_of_one_photograph(one_photograph, others):
+def test_tiles_and_versions_of_a_photograph_are_recognised_by_name(one_photograph, others):
     given = [name or k for k, name in enumerate(photograph_names(one_photograph + others))]
     names, of_others = given[: len(one_photograph)], given[len(one_photograph) :]
     assert len(set(names)) == min(1, len(one_photograph)) and 0 not in names
     assert len(set(of_others)) == len(others) and not set(of_others) & set(names)
 
 
-def test_files_of_one_content_are_one_photograph(tmp_path):
+def test_files_with_identical_content_are_one_photograph(tmp_path):
     data_set(["a.png", "b.png", "c.png"], folder=tmp_path)
     (tmp_path / "d.png").write_bytes((tmp_path / "b.png").read_bytes())
     names = ["a.png", "b.png", "c.png", "d.png", "missing.png"]
@@ -80,14 +80,14 @@ def test_files_of_one_content_are_one_photograph(tmp_path):
     assert groups[1] == groups[3] and len(set(groups)) == 4
 
 
-def test_the_check_finds_no_photograph_in_both_parts_of_a_split(tmp_path):
+def test_no_photograph_is_in_both_parts_of_a_split(tmp_path):
     names = [f"{place}_{k}_0_{k + 99}_99.png" for place in ("bay", "cape") for k in range(10)]
     parts = split(data_set(names), str(tmp_path), 0.5)
     paths = [[(str(tmp_path), str(tmp_path / x["file_name"])) for x in p["images"]] for p in parts]
     assert [len(x) for x in paths] == [10, 10] and shared_images(*paths) == []
 
 
-def test_a_split_parts_no_photograph_loses_nothing_and_has_the_share(tmp_path):
+def test_a_split_keeps_photographs_together_loses_nothing_and_has_the_requested_size(tmp_path):
     tiles = [f"{k:02d}_{x}_{y}.png" for k in range(40) for x in (0, 64) for y in (0, 64)]
     content = data_set(tiles, ("cat", "dog", "fox"))
     train, val = split(content, str(tmp_path), 0.25, seed=3)
@@ -102,8 +102,8 @@ def test_a_split_parts_no_photograph_loses_nothing_and_has_the_share(tmp_path):
         assert part["categories"] == content["categories"] and part["info"] == content["info"]
 
 
-def test_a_split_has_each_category_in_both_parts(tmp_path):
-    """By chance, none of the four foxes would be in validation in 4 of 10 splits."""
+def test_both_parts_of_a_split_have_all_categories(tmp_path):
+    """A purely random split would have no foxes in validation in 4 of 10 cases."""
     content = data_set([f"{k}.png" for k in range(200)], ("cat", "dog"))
     content["categories"].append({"id": 99, "name": "fox"})
     for annotation in content["annotations"][::50]:
@@ -120,19 +120,19 @@ def test_the_seed_decides_the_split(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 20, float("nan")])
-def test_a_share_that_is_none_is_refused(tmp_path, share):
+def test_an_invalid_fraction_is_refused(tmp_path, share):
     with pytest.raises(ConfigError, match="between 0 and 1"):
         split(data_set(["a.png", "b.png"]), str(tmp_path), share)
 
 
-def test_one_photograph_is_not_split(tmp_path):
+def test_a_single_photograph_cannot_be_split(tmp_path):
     names = [f"a_x{x}_y{y}.png" for x in range(3) for y in range(3)]
     with pytest.raises(ConfigError, match="all 9 images are of one photograph"):
         split(data_set(names), str(tmp_path), 0.2)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
-def test_no_part_is_empty(tmp_path, share):
+def test_neither_part_is_empty(tmp_path, share):
     assert all(x["images"] for x in split(data_set(["a.png", "b.png"]), str(tmp_path), share))
 
 
@@ -147,7 +147,7 @@ def test_a_filter_keeps_categories_their_annotations_and_all_images():
 
 
 @pytest.mark.parametrize("name", ["file/parts.json", f"{'n' * 300}.json"])
-def test_a_path_that_cannot_be_written_is_named_as_given_and_leaves_nothing(tmp_path, name):
+def test_the_error_names_a_path_that_cannot_be_written_and_nothing_is_left(tmp_path, name):
     (tmp_path / "file").touch()
     paths = [tmp_path / "first.json", tmp_path / name]
     with pytest.raises(ConfigError, match=f"--write: {paths[1]} cannot be written"):
@@ -155,7 +155,7 @@ def test_a_path_that_cannot_be_written_is_named_as_given_and_leaves_nothing(tmp_
     assert [x.name for x in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_file_that_another_process_makes_meanwhile_is_kept(tmp_path, monkeypatch):
+def test_a_file_created_meanwhile_by_another_process_is_kept(tmp_path, monkeypatch):
     path, fsync = tmp_path / "parts.json", os.fsync
 
     def make_meanwhile(descriptor):

@@ -1,4 +1,4 @@
-"""Images in both splits: the same file, the same bytes, parts of one photograph by name."""
+"""Images in both splits: the same file, the same bytes, or parts of one photograph by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def write(folder, **contents):
     return [(str(folder), str(folder / name)) for name in contents]
 
 
-def test_each_image_is_reported_once_by_its_surest_sign(tmp_path):
+def test_each_image_is_reported_once_by_its_clearest_sign(tmp_path):
     train = write(
         tmp_path / "train",
         **{"a.png": b"a" * 9000, "b.png": b"b" * 9000, "c_0_0.png": b"c", "d.png": b"d" * 7000},
@@ -36,7 +36,7 @@ def test_each_image_is_reported_once_by_its_surest_sign(tmp_path):
     ]
 
 
-def test_two_files_of_one_name_in_two_folders_are_no_photograph(tmp_path):
+def test_the_same_name_in_two_folders_is_not_one_photograph(tmp_path):
     train, test = (
         write(tmp_path / folder, **{"0001.png": folder.encode(), "scene_01_0001.png": b"s" * 2})
         for folder in ("train", "test")
@@ -45,7 +45,7 @@ def test_two_files_of_one_name_in_two_folders_are_no_photograph(tmp_path):
     assert shared_images(train, test) == []
 
 
-def test_only_files_of_one_size_are_read_and_whole_ones_only_if_their_middles_agree(
+def test_only_files_of_equal_size_are_read_and_completely_only_if_samples_agree(
     tmp_path, monkeypatch
 ):
     train = write(
@@ -64,13 +64,13 @@ def test_only_files_of_one_size_are_read_and_whole_ones_only_if_their_middles_ag
     assert sorted(read["_probe"]) == ["b", "b", "c", "c"] and sorted(read["_whole"]) == ["c", "c"]
 
 
-def test_a_run_warns_with_the_count(tmp_path, monkeypatch, caplog):
+def test_a_run_logs_the_number_of_shared_images(tmp_path, monkeypatch, caplog):
     from broken_data import make_good
     from test_config_datasets import configure, run
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = {split: make_good(tmp_path / split) for split in ("train", "val")}
-    for _ in range(2):  # read, and from the cache
+    for _ in range(2):  # first checked, then read from the cache
         caplog.clear()
         with caplog.at_level("WARNING"):
             run(configure(tmp_path, data))

@@ -25,7 +25,7 @@ def dense(axis, num_cells: int) -> torch.Tensor:
 
 
 def exact_mean_of_hat(low: Fraction, high: Fraction, cell: int, num_cells: int) -> Fraction:
-    """Averages a cell's hat function, with its border rule, over [low, high] by exact trapezoids."""
+    """Averages a cell's hat function, with border rule, over [low, high] by exact trapezoids."""
 
     def hat(t: Fraction) -> Fraction:
         return max(Fraction(0), 1 - abs(min(max(t, Fraction(0)), Fraction(num_cells - 1)) - cell))

@@ -60,7 +60,7 @@ def bilinear(feature, y: float, x: float) -> torch.Tensor:
 
 
 def slow_roi_align(features, rois, size, scale, ratio, aligned, reduction="mean", warp=False):
-    """Computes the definition sample by sample; RoIs in any order, with the adaptive grid capped."""
+    """Computes the definition sample by sample; RoIs in any order, the adaptive grid capped."""
     shift = 0.5 if aligned else 0.0
     height, width = features.shape[2:]
     pooled = features.new_zeros(len(rois), features.shape[1], size, size)
