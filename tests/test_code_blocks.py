@@ -193,7 +193,7 @@ def test_commands_are_accepted_by_their_scripts(block, parse, monkeypatch):
                 check_flags(script, parse(script, words[scripts[0] + 1 :]))
 
 
-def test_every_command_runs_or_has_a_reason_not_to():
+def test_every_command_runs_or_has_a_reason_why_not():
     reasons = [*RUN, *NOT_RUN]
     assert [x for x in ALL_COMMANDS if not x.startswith(tuple(reasons))] == []
     assert [x for x in reasons if not any(y.startswith(x) for y in ALL_COMMANDS)] == []

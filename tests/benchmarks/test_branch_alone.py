@@ -1,4 +1,4 @@
-"""The mask branch trained alone learns, repeats itself, and reads classes as asked."""
+"""The mask branch trained alone: it learns, is reproducible, and selects classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def objects(alone):
-    """Masks that their features show: channels are the mask, the class, and noise."""
+    """Returns objects whose features contain the mask, the class, and noise."""
     generator = torch.Generator().manual_seed(0)
     targets = torch.zeros(40, 8, 8, dtype=torch.bool)
     for k, target in enumerate(targets):
@@ -32,13 +32,13 @@ def schedule(alone):
 
 
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "softmax_cross_entropy"])
-def test_a_head_learns_what_its_features_show(alone, objects, schedule, loss):
+def test_a_head_learns_masks_contained_in_its_features(alone, objects, schedule, loss):
     head = alone.train_head(objects, 2, 1, schedule, [[loss, 1.0]])
     logits = alone.predict(head, objects)
     assert alone.mask_iou(logits > 0, objects.targets).mean() > 0.9
 
 
-def test_the_same_seed_gives_the_same_head_and_another_seed_another(alone, objects, schedule):
+def test_only_the_seed_decides_the_trained_head(alone, objects, schedule):
     short = alone.Schedule(**{**vars(schedule), "iterations": 3})
     first, again, other = (
         alone.predict(alone.train_head(objects, 2, s, short), objects) for s in (1, 1, 2)
@@ -46,21 +46,21 @@ def test_the_same_seed_gives_the_same_head_and_another_seed_another(alone, objec
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_own_logits_are_those_of_the_class_among_all(alone, objects, schedule):
+def test_own_class_logits_equal_those_selected_from_all_classes(alone, objects, schedule):
     head = alone.train_head(objects, 2, 1, alone.Schedule(**{**vars(schedule), "iterations": 1}))
     everything = alone.predict(head, objects, all_classes=True)
     own = everything[torch.arange(len(objects)), objects.classes]
     assert torch.allclose(alone.predict(head, objects), own, atol=1e-6)
 
 
-def test_learning_is_watched_from_before_the_first_update(alone, objects, schedule):
+def test_training_is_observed_from_before_the_first_update(alone, objects, schedule):
     seen = []
     short = alone.Schedule(**{**vars(schedule), "iterations": 2})
     alone.train_head(objects, 1, 1, short, on_iteration=lambda k, head, loss: seen.append(k))
     assert seen == [0, 1, 2]
 
 
-def test_batches_show_each_object_once_before_any_again(alone):
+def test_batches_contain_each_object_once_per_pass(alone):
     batches = alone._Batches(7, 3, seed=0)
     drawn = torch.cat([batches.draw() for _ in range(7)])
     for turn in drawn.split(7):
@@ -75,7 +75,7 @@ def test_iou_of_two_empty_masks_is_1(alone):
     assert alone.mask_iou(masks, targets).tolist() == [1.0, 0.5]
 
 
-def test_no_objects_are_refused(alone, objects):
+def test_training_without_objects_is_refused(alone, objects):
     none = alone.Objects(objects.features[:0], objects.targets[:0], objects.classes[:0])
     with pytest.raises(ValueError, match="at least one object"):
         alone.train_head(none, 2, 1)

@@ -1,4 +1,4 @@
-"""The campaign for a GPU, on the CPU with tiny sizes; and what it makes of failures."""
+"""The GPU campaign, run on the CPU with tiny sizes, and its handling of failures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def campaign(monkeypatch):
 
 
 def in_this_process(command, variables, log, seconds):
-    """Stands in for run_command, whose processes would each import PyTorch for seconds."""
+    """Replaces run_command, whose processes would import PyTorch for seconds each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command[1:])
         try:
@@ -82,7 +82,9 @@ def part_of(campaign, tmp_path, name, code, seconds=10):
     return part(name, "made", str(script), seconds, seconds)
 
 
-def test_a_part_that_fails_hangs_or_leaves_nothing_harms_no_other(campaign, tmp_path, monkeypatch):
+def test_parts_that_fail_hang_or_write_nothing_do_not_affect_the_others(
+    campaign, tmp_path, monkeypatch
+):
     good = 'results.write_text(\'{"rows": [{"a": 1}]}\')'
     hang = (
         "import subprocess, time\n"
@@ -106,10 +108,12 @@ def test_a_part_that_fails_hangs_or_leaves_nothing_harms_no_other(campaign, tmp_
     found = json.loads((folder / "campaign.json").read_text())["parts"]
     assert found["crash"]["status"] == "failed" and "CUDA error" in found["crash"]["told"]
     assert found["hang"]["status"] == "cut off" and "hanging" in found["hang"]["told"]
-    assert found["hang"]["results"] == {"rows": [{"a": 1}]}, "what it left counts"
+    assert found["hang"]["results"] == {"rows": [{"a": 1}]}, (
+        "results written before the end are kept"
+    )
     child = Path("/proc", (folder / "hang.json.pid").read_text(), "status")
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        assert "State:\tZ" in child.read_text(), "what it started ends with it"
+        assert "State:\tZ" in child.read_text(), "its child processes are killed"
     assert found["nothing"]["status"] == "failed" and "no results" in found["nothing"]["told"]
     assert found["half"]["told"] == "exit code 1: no more" and found["half"]["results"] is None
     assert found["good"] | {"seconds": 0} == {
@@ -120,7 +124,7 @@ def test_a_part_that_fails_hangs_or_leaves_nothing_harms_no_other(campaign, tmp_
     }
     page = (folder / "campaign.md").read_text()
     assert "cut off" in page and "CUDA error" in page
-    # One part again; the others stay.
+    # Running a single part again keeps the results of the others.
     (tmp_path / "crash.py").write_text(
         f"import sys, pathlib\n{good}".replace("results", "pathlib.Path(sys.argv[2])", 1)
     )
@@ -129,7 +133,7 @@ def test_a_part_that_fails_hangs_or_leaves_nothing_harms_no_other(campaign, tmp_
     assert again["crash"]["status"] == "done" and again["hang"] == found["hang"]
 
 
-def test_without_a_gpu_the_real_campaign_says_so(campaign, tmp_path, capsys, monkeypatch):
+def test_without_a_gpu_the_real_campaign_is_refused(campaign, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert campaign.main(["--output", str(tmp_path / "out")]) == 2
     assert "--device cpu" in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -140,7 +144,7 @@ class ParsedError(Exception):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_scripts_know_the_flags_that_they_get_on_a_gpu(campaign, quick, tmp_path, monkeypatch):
+def test_scripts_accept_the_flags_used_on_a_gpu(campaign, quick, tmp_path, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def only_parse(parser, *arguments):
@@ -156,7 +160,7 @@ def test_scripts_know_the_flags_that_they_get_on_a_gpu(campaign, quick, tmp_path
         assert args.device == "cuda" and args.output == tmp_path / f"{part.name}.json"
 
 
-def test_all_parts_take_25_minutes_and_quick_8(campaign):
+def test_all_parts_take_at_most_25_minutes_and_8_with_quick(campaign):
     assert sum(x.seconds for x in campaign.PARTS) <= 25 * 60
     assert sum(x.quick_seconds for x in campaign.PARTS) <= 8 * 60
 
@@ -199,7 +203,7 @@ def test_promises_are_judged_by_the_worst_case(campaign):
     assert "1.20 times (detectron2: 1.67 times)" in [x["figure"] for x in found.values()]
 
 
-def test_the_kernel_agrees_in_all_cases_or_not_at_all(campaign):
+def test_the_kernel_must_agree_in_all_cases(campaign):
     def judge(*agrees):
         results = {"cases": 2, "rows": [{"agrees": x} for x in agrees]}
         (found,) = verdicts(campaign, "correctness", results).values()
@@ -207,7 +211,9 @@ def test_the_kernel_agrees_in_all_cases_or_not_at_all(campaign):
 
     assert judge(True, True) == ("met", "2 of 2 cases")
     assert judge(True, False) == ("not met", "1 of 2 cases")
-    assert judge(True) == ("not met", "1 of 2 cases"), "the part was cut off"
+    assert judge(True) == ("not met", "1 of 2 cases"), (
+        "an incomplete part does not meet the promise"
+    )
     largest_error = load_script("benchmarks/gpu/correctness.py").largest_error
     one, nan = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
     assert largest_error([one, one], [one, one]) == 0
@@ -215,7 +221,7 @@ def test_the_kernel_agrees_in_all_cases_or_not_at_all(campaign):
     assert math.isnan(largest_error([nan, one], [one, one]))
 
 
-def test_waits_and_variants_are_compared(campaign):
+def test_synchronisations_and_kernel_variants_are_judged(campaign):
     totals = [
         {"what": "training step, polygons", "detectron2": 96, "ours": 83},
         {"what": "inference", "detectron2": 39, "ours": 40},
@@ -234,7 +240,7 @@ def test_waits_and_variants_are_compared(campaign):
     assert found["verdict"] == "met"
 
 
-def test_a_programs_output_is_distinguished_from_its_failure(campaign):
+def test_the_output_of_a_program_is_distinguished_from_its_failure(campaign):
     output_of = load_script("benchmarks/gpu/environment.py").output_of
     assert output_of(sys.executable, "-c", "print(' 5 W ')") == "5 W"
     assert output_of(sys.executable, "-c", "") == "none"
@@ -243,7 +249,7 @@ def test_a_programs_output_is_distinguished_from_its_failure(campaign):
     assert output_of("no-such-program").startswith("not known: ")
 
 
-def test_a_wait_counts_for_the_innermost_file_of_the_packages(campaign):
+def test_a_synchronisation_is_attributed_to_the_innermost_file_of_the_packages(campaign):
     module = load_script("benchmarks/gpu/synchronisations.py")
 
     def run(file, code, **names):

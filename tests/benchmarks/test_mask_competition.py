@@ -1,4 +1,4 @@
-"""The study of independent masks: its made objects, its arms, and the ways to read a mask."""
+"""The study of independent masks: its synthetic objects, its variants, and its mask readouts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def readouts():
 
 
 @pytest.mark.parametrize("num_classes", [1, 7, 40])
-def test_the_class_tells_the_colour_and_nothing_of_the_mask(num_classes):
+def test_the_class_determines_the_colour_but_not_the_mask(num_classes):
     from made_objects import make_objects
 
     few, many = make_objects(5, 60, 1, 0.0), make_objects(5, 60, num_classes, 0.0)
@@ -47,15 +47,15 @@ def test_outlines_fill_their_box():
     assert np.mean([side.any(1) for side in sides]) > 0.99
 
 
-def test_confusion_is_what_the_best_classifier_cannot_tell():
+def test_confusion_limits_the_accuracy_of_the_best_classifier():
     from made_objects import make_objects
 
     right = [np.mean((o := make_objects(1, 300, 10, c)).nearest == o.classes) for c in (0, 0.3, 1)]
     assert right[0] == 1 > right[1] > right[2] > 0.1
 
 
-def test_with_one_class_softmax_and_sigmoid_are_one_training(study):
-    """The check of the study: without competitors the gap is 0."""
+def test_with_one_class_softmax_and_sigmoid_train_identically(study):
+    """Validates the study: without competing classes, the gap must be 0."""
     from made_objects import make_objects
 
     objects, tests = make_objects(1, 64, 1, 0.0), study.Tests(1, 0.0, 8)
@@ -69,7 +69,7 @@ def test_with_one_class_softmax_and_sigmoid_are_one_training(study):
 
 
 @pytest.mark.parametrize("num_classes", [3, 8])
-def test_an_even_start_gives_the_background_one_half(study, num_classes):
+def test_an_even_start_gives_the_background_a_probability_of_one_half(study, num_classes):
     torch.manual_seed(0)
     model = study.MaskBranch(study.ARMS["softmax, even start"], num_classes)
     with torch.no_grad():
@@ -89,8 +89,8 @@ def test_a_learned_background_is_the_last_output(study):
     torch.testing.assert_close(found.exp() / (1 + found.exp().sum(1, keepdim=True)), expected)
 
 
-def test_readings_are_what_their_names_say(readouts):
-    """One pixel a RoI: logits of three classes, the background's is 0."""
+def test_each_readout_computes_what_its_name_states(readouts):
+    """Uses one pixel per RoI and three classes; the background's logit is 0."""
     logits = torch.tensor([[2.0, 1.9, 0.1], [0.5, 3.0, 0.0], [-0.2, -1.0, -3.0]])[..., None, None]
     classes = torch.tensor([0, 0, 0])
     exp = logits[..., 0, 0].exp()
@@ -104,7 +104,7 @@ def test_readings_are_what_their_names_say(readouts):
         assert found.tolist() == (softmax >= threshold).tolist()
 
 
-def test_the_summary_compares_what_is_there(study, tmp_path, monkeypatch, capsys):
+def test_the_summary_compares_the_trained_variants(study, tmp_path, monkeypatch, capsys):
     plan = [
         study.Training(arm, 10, 0.0, study.RATE, iterations, seed)
         for arm, iterations in (

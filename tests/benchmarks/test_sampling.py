@@ -1,4 +1,4 @@
-"""The studies of RoIAlign's sampling: their parts against known answers, and each script once."""
+"""The studies of RoIAlign's sampling: known answers, and one short run of each script."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def features():
 ROIS = torch.tensor([[0, 2.3, 1.7, 9.1, 12.4], [0, 3.0, 3.0, 3.9, 3.5]], dtype=torch.float64)
 
 
-def test_two_points_a_quarter_bin_from_the_middle_are_the_papers_four_samples(scripts, features):
+def test_two_points_a_quarter_bin_from_the_middle_equal_the_papers_four_samples(scripts, features):
     actual = scripts["case"].two_point_align(features, ROIS, 3)
     assert torch.allclose(actual, roi_align(features, ROIS, 3, sampling_ratio=2), atol=1e-12)
 
 
-def test_two_points_are_the_mean_of_grid_samples_at_their_places(scripts, features):
-    """An independent way: PyTorch's grid_sample."""
+def test_two_points_equal_the_mean_of_grid_samples_at_their_places(scripts, features):
+    """grid_sample of PyTorch is an independent reference."""
     offset, (x0, y0, x1, y1) = 0.2753, ROIS[0, 1:].tolist()
     places = np.array([(k + 0.5 + s * offset) / 3 for k in range(3) for s in (-1, 1)])
     x, y = torch.tensor(x0 + (x1 - x0) * places), torch.tensor(y0 + (y1 - y0) * places)
@@ -49,8 +49,8 @@ def test_two_points_are_the_mean_of_grid_samples_at_their_places(scripts, featur
     assert torch.allclose(actual, expected, atol=1e-12)
 
 
-def test_gauss_points_integrate_cubics_that_midpoints_do_not(scripts):
-    """What Gauss's points are for; a bilinear surface is no cubic."""
+def test_gauss_points_integrate_cubics_but_midpoints_do_not(scripts):
+    """Gauss points are optimal for polynomials, but a bilinear surface is not one."""
     case = scripts["case"]
     for offset, is_exact in ((case.GAUSS, True), (case.MIDPOINT, False)):
         mean = ((0.5 - offset) ** 3 + (0.5 + offset) ** 3) / 2
@@ -59,15 +59,15 @@ def test_gauss_points_integrate_cubics_that_midpoints_do_not(scripts):
 
 @pytest.mark.parametrize("correlation", [0.0, 0.9])
 @pytest.mark.parametrize("width", [0.3, 0.7, 1.0])
-def test_the_best_offset_does_not_depend_on_bins_up_to_a_cell(scripts, width, correlation):
+def test_the_best_offset_is_the_same_for_all_bins_up_to_one_cell(scripts, width, correlation):
     error, case = scripts["error"], scripts["case"]
     grid = [case.BEST - 0.01, case.BEST, case.BEST + 0.01]
     errors = error.expected_errors(width, [*grid, case.MIDPOINT, case.GAUSS], correlation)
     assert errors[1] == min(errors)
 
 
-def test_the_expected_error_is_that_of_the_operators_on_random_maps(scripts):
-    """The formula against pooling itself: rows of random cells, bins of a cell and a half."""
+def test_the_expected_error_equals_that_of_pooling_random_maps(scripts):
+    """Compares the formula with pooling of rows of random cells, with bins of 1.5 cells."""
     rng = torch.Generator().manual_seed(0)
     row = torch.randn(1, 400, 1, 60, generator=rng, dtype=torch.float64).expand(-1, -1, 3, -1)
     x = 5 + 20 * torch.rand(200, generator=rng, dtype=torch.float64)
@@ -78,15 +78,15 @@ def test_the_expected_error_is_that_of_the_operators_on_random_maps(scripts):
     assert measured.item() == pytest.approx(expected, rel=0.05)
 
 
-def test_unread_cells_by_hand(scripts):
-    """Four samples: at 2 cells all are read; at 8, points 4 apart read 2 of 4 cells on an axis."""
+def test_hand_worked_fractions_of_unread_cells(scripts):
+    """Four samples read a bin of 2 cells completely, but only 4 of 8 cells along each axis."""
     unread = scripts["error"].unread_shares
     assert unread(2.0, (-0.25, 0.25)) == 0
     assert unread(8.0, (-0.25, 0.25)) == pytest.approx(1 - 0.5**2)
     assert unread(1.0, (0.0,)) == 0
 
 
-def test_a_whole_shift_of_a_map_is_exact_and_two_halves_make_it(scripts, features):
+def test_shifting_a_map_by_a_whole_cell_is_exact(scripts, features):
     moved = scripts["equivariance"].moved
     features = features.float()
     whole = moved(features, 1.0)
@@ -94,7 +94,7 @@ def test_a_whole_shift_of_a_map_is_exact_and_two_halves_make_it(scripts, feature
     assert torch.allclose(moved(moved(features, 0.5), 0.0), moved(features, 0.5), atol=1e-5)
 
 
-def test_an_object_that_nothing_changed_has_not_moved(scripts):
+def test_an_unchanged_object_has_not_moved(scripts):
     masks = torch.rand(2, 8, 8)
     out = {"features": masks[:, None], "boxes": torch.rand(2, 4), "masks": masks}
     found = scripts["equivariance"].changes(out, out, torch.tensor([[0.0, 0, 4, 4]] * 2), 0.0)
@@ -102,10 +102,10 @@ def test_an_object_that_nothing_changed_has_not_moved(scripts):
     assert found["IoU"].min() == 100
 
 
-def test_statistics_weigh_images_by_how_often_they_are_drawn(scripts):
+def test_statistics_weight_images_by_how_often_they_are_drawn(scripts):
     values = scripts["training"].statistics(np.array([[1.0, 0.0, 0.6]]), np.array([0, 0, 1]))
     assert values["mean IoU"][0, 0] == pytest.approx(100 * 1.6 / 3)
-    # Two images: a draw has the first twice, both, or the second twice.
+    # With two images, a draw contains the first twice, both, or the second twice.
     assert set(values["mean IoU"][0].round(3)) == {50.0, 53.333, 60.0}
 
 
@@ -114,7 +114,7 @@ def run(script, monkeypatch, *flags):
     script.main()
 
 
-def test_each_script_runs_on_two_images_and_its_figure_is_drawn(scripts, monkeypatch, tmp_path):
+def test_each_script_runs_on_two_images_and_draws_its_figure(scripts, monkeypatch, tmp_path):
     error = scripts["error"]
     monkeypatch.setattr(error, "WIDTHS", (0.5, 1.0))
     monkeypatch.setattr(error, "ROIS", 2)

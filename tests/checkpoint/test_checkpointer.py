@@ -26,7 +26,7 @@ def test_export_accepts_every_file_that_loading_accepts(tmp_path):
         assert all(torch.equal(exported[name], x) for name, x in weights.items())
 
 
-def test_export_refuses_files_that_are_not_checkpoints_and_values_beyond_float16(tmp_path):
+def test_export_refuses_other_files_and_values_too_large_for_float16(tmp_path):
     (tmp_path / "text.pth").write_text("no")
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"conv1_w": np.ones(2)}))
     torch.save({"model": {"weight": torch.full((2, 2), 1e6)}}, tmp_path / "large.pth")

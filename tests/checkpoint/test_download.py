@@ -71,7 +71,7 @@ class FolderHandler(PathHandler):
         return str(self.folder / path.removeprefix("stored://"))
 
 
-def test_a_path_manager_of_your_own_is_asked_for_weights_and_none_for_a_folder_to_write(tmp_path):
+def test_a_users_path_manager_finds_weights_but_an_output_folder_must_be_local(tmp_path):
     path_manager = PathManager()
     path_manager.register_handler(FolderHandler(tmp_path))
     kept = torch.nn.Linear(2, 3)

@@ -376,7 +376,7 @@ def test_classes_in_the_same_order_are_not_moved(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("named", ["neither", "file", "data"])
-def test_another_number_of_classes_without_names_is_an_error_with_both_ways_out(tmp_path, named):
+def test_another_number_of_classes_without_names_is_an_error_with_advice(tmp_path, named):
     content = {"model": filled(with_classes("FPN", CLASSES))}
     if named == "file":
         content["class_names"] = CLASSES

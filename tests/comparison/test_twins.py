@@ -156,7 +156,7 @@ class Code:
         return print, ("code of the pickle ran",)
 
 
-def test_pickles_with_code_and_other_files_are_refused(loaded, tmp_path, capsys):
+def test_pickles_with_code_or_without_weights_are_refused(loaded, tmp_path, capsys):
     path = write_weights(tmp_path / "code.pkl", lambda weights: weights.update(x=Code()))
     other = tmp_path / "list.pkl"
     other.write_bytes(pickle.dumps([1, 2]))

@@ -395,7 +395,7 @@ def test_a_batch_that_processes_cannot_share_is_refused_unless_it_is_scaled(tmp_
     check_config(cfg, train=True, num_processes=3)
 
 
-def test_an_evaluation_needs_a_data_set(tmp_path):
+def test_evaluation_requires_a_data_set(tmp_path):
     cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "()"])
     check_config(cfg, train=True)
     with pytest.raises(ConfigError, match=r"DATASETS.TEST is empty: name a data set"):
@@ -435,7 +435,7 @@ def test_the_check_creates_no_file_or_folder(there, tmp_path):
     ],
     ids=["a file", "a link to nothing", "a read-only folder"],
 )
-def test_an_output_folder_that_cannot_be_made_is_refused(make, told, tmp_path, monkeypatch):
+def test_an_output_folder_that_cannot_be_created_is_refused(make, told, tmp_path, monkeypatch):
     make(tmp_path / "x")
     monkeypatch.setattr(
         "os.access", lambda path, _: path != tmp_path / "x"
@@ -461,7 +461,7 @@ def test_weights_with_a_query_are_found(tmp_path):
     check_config(load_config(str(CONFIGS / "Base-MaskRCNN-FPN.yaml"), opts), train=True)
 
 
-def test_evaluation_needs_no_training_set(tmp_path):
+def test_evaluation_does_not_need_a_training_set(tmp_path):
     opts = ["DATASETS.TRAIN", "()", "OUTPUT_DIR", str(tmp_path)]
     cfg = load_config(str(CONFIGS / "Base-MaskRCNN-FPN.yaml"), opts)
     check_config(cfg, train=False)

@@ -145,7 +145,7 @@ def test_perfect_detections_score_100_if_the_file_lacks_a_category(tmp_path):
         ({3: "cat", 11: "emu"}, r"'emu' \(id 11\) does not exist there"),
     ],
 )
-def test_disagreeing_categories_are_an_error_naming_both_data_sets(tmp_path, categories, message):
+def test_the_error_for_contradictory_categories_names_both_data_sets(tmp_path, categories, message):
     train = write_files(tmp_path, "train", CATEGORIES)
     val = write_files(tmp_path, "val", categories)
     with pytest.raises(ConfigError, match=message) as info:

@@ -55,7 +55,7 @@ def test_of_names_that_differ_in_case_the_exact_one_is_found(tmp_path):
     assert places.locate("x.jpg") == "b/x.jpg" and places.locate("X.jpg") == "a/X.jpg"
 
 
-def test_of_equal_names_the_one_without_further_folders_or_in_the_root_of_that_name_is_meant(
+def test_of_files_with_the_same_name_the_one_closest_to_the_root_is_found(
     tmp_path,
 ):
     root = tmp_path / "day"

@@ -18,7 +18,7 @@ def good(tmp_path):
     return make_good(tmp_path)
 
 
-def test_a_file_below_the_folder_is_reported_with_its_whole_name_and_machine_readable(good):
+def test_a_file_in_a_subfolder_is_reported_with_its_full_name_and_as_a_value(good):
     below = good.images / "images"
     below.mkdir()
     good.path(2).rename(below / f"{LONG}.png")
@@ -62,7 +62,7 @@ def test_all_files_with_the_same_name_are_suggested(good):
     assert "'a/2.png', 'b/2.png' there have the same name" in found.message
 
 
-def test_an_absolute_name_outside_the_folder_is_reported_to_exist(good, tmp_path):
+def test_a_file_with_an_absolute_name_outside_the_folder_is_reported(good, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     good.path(2).rename(other / "2.png")

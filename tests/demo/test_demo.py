@@ -1,4 +1,4 @@
-"""tools/demo.py as a user runs it: the files in the output folder, and errors of one line."""
+"""tools/demo.py as a user runs it: the files in the output folder, and one-line errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NUM_FRAMES = 12
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of six images of the embedded data set, next to their annotations."""
+    """Writes six images of the embedded data set, with their annotations next to the folder."""
     folder = tmp_path_factory.mktemp("shapes")
     shapes.write_split(folder, "val", 6)
     return folder / "val"
@@ -46,7 +46,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def video(images, tmp_path_factory):
-    """An image that moves to the right."""
+    """Writes a video in which an image moves to the right."""
     path = tmp_path_factory.mktemp("video") / "moving.avi"
     image = cv2.imread(str(images / "000001.png"))
     write_video(path, [np.roll(image, 2 * i, axis=1) for i in range(NUM_FRAMES)])
@@ -62,14 +62,14 @@ def write_video(path, frames, fps=10.0, backend=cv2.CAP_ANY):
 
 
 def run(inputs, output, *opts, **kwargs):
-    """Returns the content of predictions.json and what went wrong."""
+    """Returns the content of predictions.json and the list of problems."""
     opts = ["MODEL.DEVICE", "cpu", *WEIGHTS, *opts]
     problems = run_demo(CONFIG, opts, [str(x) for x in inputs], output, **kwargs)
     return json.loads((output / "predictions.json").read_text()), problems
 
 
 def paint(content, image) -> np.ndarray:
-    """Returns an image's semantic map from predictions.json, by another way than the demo's."""
+    """Computes an image's semantic map from predictions.json, independently of the demo."""
     value = {c["id"]: c["semantic_value"] for c in content["categories"]}
     painted = np.zeros((image["height"], image["width"]), int)
     found = [a for a in content["annotations"] if a["image_id"] == image["id"]]
@@ -97,7 +97,7 @@ def result(images, tmp_path_factory):
     return output, content
 
 
-def test_each_image_has_an_overlay_of_its_name_and_size(images, result):
+def test_each_image_gets_an_overlay_with_its_name_and_size(images, result):
     output, content = result
     for path in images.iterdir():
         image, overlay = cv2.imread(str(path)), cv2.imread(str(output / path.name))
@@ -105,7 +105,7 @@ def test_each_image_has_an_overlay_of_its_name_and_size(images, result):
     assert len(content["images"]) == 6
 
 
-def test_predictions_open_with_pycocotools_and_find_the_true_objects(images, result):
+def test_predictions_can_be_read_by_pycocotools_and_match_the_true_objects(images, result):
     output, content = result
     found = COCO(str(output / "predictions.json"))
     truth = COCO(str(images.parent / "annotations" / "val.json"))
@@ -130,7 +130,7 @@ def test_predictions_open_with_pycocotools_and_find_the_true_objects(images, res
     assert hits >= 0.8 * len(content["annotations"]) >= 5
 
 
-def test_semantic_maps_have_the_values_that_the_categories_say(result):
+def test_semantic_maps_have_the_values_given_in_the_categories(result):
     output, content = result
     values = set()
     for image in content["images"]:
@@ -159,7 +159,7 @@ def test_a_model_without_masks_gives_boxes(images, result, tmp_path):
     assert (tmp_path / name).read_bytes() != (result[0] / name).read_bytes()
 
 
-def test_the_threshold_drops_detections(images, result, tmp_path):
+def test_the_threshold_removes_detections(images, result, tmp_path):
     strict, _ = run([images], tmp_path / "strict", confidence_threshold=0.999)
     every, _ = run([images], tmp_path / "every", confidence_threshold=0.0)
     counts = [len(x["annotations"]) for x in (strict, result[1], every)]
@@ -167,7 +167,7 @@ def test_the_threshold_drops_detections(images, result, tmp_path):
     assert min(a["score"] for a in strict["annotations"]) > 0.999
 
 
-def test_classes_with_a_threshold_of_their_own_need_that_score(images, tmp_path):
+def test_class_thresholds_replace_the_general_one(images, tmp_path):
     every, _ = run([images], tmp_path / "every", confidence_threshold=0.0)
     kwargs = {"confidence_threshold": 0.9, "thresholds": ["ring=0", "star=0.99"]}
     content, _ = run([images], tmp_path / "own", **kwargs)
@@ -181,7 +181,7 @@ def test_classes_with_a_threshold_of_their_own_need_that_score(images, tmp_path)
 
 @pytest.fixture(scope="module")
 def weights_of_other_models(tmp_path_factory):
-    """Makes .pth files: the checkpoint's weights where they fit, random ones elsewhere."""
+    """Returns a function that writes weights of other models: the checkpoint's where they fit."""
 
     def make(*opts: str) -> str:
         cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", *opts])
@@ -195,7 +195,7 @@ def weights_of_other_models(tmp_path_factory):
     return make
 
 
-def test_mask_scores_are_written_and_rank_the_semantic_map(
+def test_mask_scores_are_written_and_decide_the_semantic_map(
     images, weights_of_other_models, tmp_path
 ):
     opts = ["MODEL.ROI_MASK_HEAD.SCORING.ENABLED", "True"]
@@ -208,7 +208,7 @@ def test_mask_scores_are_written_and_rank_the_semantic_map(
         assert np.array_equal(found, paint(content, image))
 
 
-def test_more_than_255_classes_take_16_bits_and_have_numbers_for_names(
+def test_more_than_255_classes_use_16_bits_and_numbers_as_names(
     images, weights_of_other_models, tmp_path, caplog
 ):
     opts = ["MODEL.ROI_HEADS.NUM_CLASSES", "300"]
@@ -222,7 +222,7 @@ def test_more_than_255_classes_take_16_bits_and_have_numbers_for_names(
     assert "no data set has 300 classes: ring, star, cross, crescent, arrow are 5" in caplog.text
 
 
-def test_class_names_come_from_coco_files_and_are_numbers_without_them(images, tmp_path, caplog):
+def test_class_names_come_from_coco_files_and_otherwise_are_numbers(images, tmp_path, caplog):
     file = json.loads((images.parent / "annotations" / "val.json").read_text())
     for category in file["categories"]:
         category["name"] += "!"
@@ -233,7 +233,7 @@ def test_class_names_come_from_coco_files_and_are_numbers_without_them(images, t
     path.write_text(json.dumps(file))
     opts = ["DATASETS.COCO_FILES", repr([["demo_mine", str(path), str(images)]])]
     opts += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "('demo_mine',)"]
-    nameless = tmp_path / "nameless.safetensors"  # weights that name other classes are refused
+    nameless = tmp_path / "nameless.safetensors"  # weights with other class names would be refused
     save_file(load_file(CHECKPOINT), nameless)
     opts += ["MODEL.WEIGHTS", str(nameless)]
     content, _ = run([images / "000001.png"], tmp_path / "a", *opts)
@@ -245,7 +245,7 @@ def test_class_names_come_from_coco_files_and_are_numbers_without_them(images, t
     assert "mine.json does not exist" in caplog.text
 
 
-def test_a_video_becomes_a_video_and_its_objects_keep_their_colours(video, tmp_path):
+def test_a_video_gives_a_video_in_which_objects_keep_their_colours(video, tmp_path):
     content, problems = run([video], tmp_path, semantic=True)
     assert problems == []
     assert [x["frame"] for x in content["images"]] == list(range(NUM_FRAMES))
@@ -280,11 +280,11 @@ def test_colours_follow_objects_of_the_same_class():
     assert keeper.numbers(detections(left, right)) == [0, 1]
     assert keeper.numbers(detections([51, 0, 61, 10], [1, 0, 11, 10])) == [1, 0]
     assert keeper.numbers(detections(left, right, classes=[0, 1])) == [0, 2]
-    assert keeper.numbers(detections(left, left)) == [0, 3]  # one of two takes it over
+    assert keeper.numbers(detections(left, left)) == [0, 3]  # only one of the two inherits it
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
-def test_an_object_that_is_missed_keeps_its_colour_for_eight_frames(with_masks):
+def test_a_missed_object_keeps_its_colour_for_eight_frames(with_masks):
     def found(*columns):
         boxes = [[x, 0, x + 10, 10] for x in columns]
         rles = [coco_mask.frPyObjects([[x, 0, x + 10, 0, x + 10, 10, x, 10]], 99, 99)[0]
@@ -301,7 +301,7 @@ def test_an_object_that_is_missed_keeps_its_colour_for_eight_frames(with_masks):
     assert keeper.numbers(found(right, left)) == [2, 0]
 
 
-def test_images_of_any_kind_are_read(images, tmp_path):
+def test_images_of_any_kind_can_be_read(images, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     image = Image.open(images / "000001.png")
@@ -310,7 +310,7 @@ def test_images_of_any_kind_are_read(images, tmp_path):
     image.save(folder / "frames.gif")
     image.save(folder / "photo.jpg")
     exif = Image.Exif()
-    exif[274] = 6  # to be turned by 90 degrees
+    exif[274] = 6  # must be turned by 90 degrees
     image.save(folder / "turned.jpg", exif=exif)
     (folder / ".hidden.png").write_text("no image")
     (folder / "notes.txt").write_text("no image")
@@ -323,7 +323,7 @@ def test_images_of_any_kind_are_read(images, tmp_path):
     assert cv2.imread(str(tmp_path / "out" / "turned.jpg")).shape == (128, 96, 3)
 
 
-def test_damaged_inputs_are_named_and_the_others_go_on(images, video, tmp_path, capsys):
+def test_damaged_inputs_are_reported_and_the_others_processed(images, video, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no image")
     whole = (images / "000001.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
@@ -351,7 +351,7 @@ def test_damaged_inputs_are_named_and_the_others_go_on(images, video, tmp_path, 
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 1
 
 
-def test_a_video_that_ends_early_is_reported_and_what_it_has_is_kept(images, tmp_path):
+def test_a_truncated_video_is_reported_and_its_frames_are_kept(images, tmp_path):
     image = cv2.imread(str(images / "000001.png"))
     write_video(tmp_path / "long.avi", [image] * 30)
     content = (tmp_path / "long.avi").read_bytes()
@@ -362,7 +362,7 @@ def test_a_video_that_ends_early_is_reported_and_what_it_has_is_kept(images, tmp
 
 
 @pytest.mark.parametrize("name", ["odd.avi", "odd.webm"])
-def test_a_video_of_odd_size_keeps_it_and_what_changes_is_reported(images, tmp_path, caplog, name):
+def test_a_video_keeps_its_odd_size_and_changes_to_it_are_reported(images, tmp_path, caplog, name):
     image = cv2.imread(str(images / "000001.png"))[:95, :127]
     write_video(tmp_path / "odd.avi", [image] * 3, backend=cv2.CAP_OPENCV_MJPEG)
     (tmp_path / "odd.avi").rename(tmp_path / name)
@@ -373,7 +373,7 @@ def test_a_video_of_odd_size_keeps_it_and_what_changes_is_reported(images, tmp_p
     assert line in caplog.text
 
 
-def test_frames_at_changing_intervals_are_reported(monkeypatch):
+def test_irregular_frame_times_are_detected(monkeypatch):
     class Video:
         def __init__(self, times):
             self._times, self._now = times, -1
@@ -396,7 +396,7 @@ def test_frames_at_changing_intervals_are_reported(monkeypatch):
 
 
 def stub_model(monkeypatch, fail=lambda image: None):
-    """Makes the demo run a model that finds nothing; returns the images that it gets."""
+    """Replaces the demo's model with one that finds nothing; returns the images that it gets."""
     seen = []
 
     def model(inputs):
@@ -420,7 +420,9 @@ def stub_predictor(cfg, model):
     return predictor
 
 
-def test_an_image_that_the_model_fails_on_does_not_cost_the_others(images, tmp_path, monkeypatch):
+def test_an_image_on_which_the_model_fails_does_not_affect_the_others(
+    images, tmp_path, monkeypatch
+):
     def fail(image):
         if image[:, 0, 0].tolist() == [1, 2, 3]:
             raise RuntimeError("out of\nmemory")
@@ -434,9 +436,7 @@ def test_an_image_that_the_model_fails_on_does_not_cost_the_others(images, tmp_p
     assert len(content["images"]) == 6
 
 
-def test_a_huge_image_is_scaled_where_the_config_keeps_sizes_and_that_is_reported(
-    images, tmp_path, monkeypatch, caplog
-):
+def test_a_huge_image_is_scaled_down_and_that_is_reported(images, tmp_path, monkeypatch, caplog):
     seen = stub_model(monkeypatch)
     image = images / "000001.png"  # 128 x 96
     content, problems = run([image], tmp_path / "a", "INPUT.MAX_SIZE_TEST", "32")
@@ -449,7 +449,7 @@ def test_a_huge_image_is_scaled_where_the_config_keeps_sizes_and_that_is_reporte
     assert seen[1].shape == (3, 96, 128) and caplog.text.count("scaled to") == 1
 
 
-def test_files_of_a_folder_that_look_like_images_are_named_if_they_cannot_be_read(
+def test_files_in_a_folder_that_look_like_images_are_reported_if_unreadable(
     images, tmp_path, monkeypatch
 ):
     stub_model(monkeypatch)
@@ -483,7 +483,7 @@ def test_files_of_a_folder_that_look_like_images_are_named_if_they_cannot_be_rea
     assert (tmp_path / "out" / "clip.mp4").is_file()
 
 
-def test_sub_folders_that_are_left_out_are_reported(images, tmp_path, caplog):
+def test_skipped_sub_folders_are_reported(images, tmp_path, caplog):
     for name in ("x.png", "sub/y.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((images / "000001.png").read_bytes())
@@ -491,11 +491,11 @@ def test_sub_folders_that_are_left_out_are_reported(images, tmp_path, caplog):
     assert not caplog.text
     assert [s.path.name for s in find_sources([str(tmp_path)])] == ["x.png"]
     assert f"sub-folders of {tmp_path} are skipped" in caplog.text
-    both = find_sources([f"{tmp_path}/**/*.png"])  # a pattern as the message gives
+    both = find_sources([f"{tmp_path}/**/*.png"])  # the pattern suggested by the message
     assert {s.path.name for s in both} == {"x.png", "y.png"}
 
 
-def test_equal_names_are_numbered_and_equal_files_taken_once(images, tmp_path):
+def test_files_with_the_same_name_are_numbered_and_repeated_inputs_used_once(images, tmp_path):
     for name in ("a/x.png", "b/x.png", "b/X.jpg", "b/x_2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((images / "000001.png").read_bytes())
@@ -556,7 +556,7 @@ def test_errors_are_one_line(images, tmp_path, capsys, flags, message):
     assert (tmp_path / "used" / "000001.png").read_text() == "a result"
 
 
-def test_keys_may_follow_without_opts_and_an_input_is_never_overwritten(images, tmp_path, capsys):
+def test_options_may_follow_without_opts_and_inputs_are_never_overwritten(images, tmp_path, capsys):
     args = ["--config-file", CONFIG, "--video-input", images / "000001.png", "--output"]
     pairs = ["MODEL.DEVICE", "cpu", *WEIGHTS]
     assert tool(capsys, *args, tmp_path, *pairs)[0] == 0
@@ -564,7 +564,7 @@ def test_keys_may_follow_without_opts_and_an_input_is_never_overwritten(images, 
     assert code == 2 and "has 000001.png already" in err
 
 
-def test_an_interrupted_run_leaves_its_predictions(images, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_run_keeps_its_predictions(images, tmp_path, capsys, monkeypatch):
     def interrupt(path):
         raise KeyboardInterrupt
 
@@ -620,7 +620,7 @@ def test_photographs(tmp_path):
     assert all((tmp_path / path.name).is_file() for path in photos)
 
 
-def test_a_panoptic_model_gives_its_instances(images, tmp_path):
+def test_a_panoptic_model_writes_its_instances(images, tmp_path):
     config = str(CONFIGS / "panoptic" / "panoptic_fpn_R_50_1x.yaml")
     opts = [*SMALL_RESNET, "MODEL.SEM_SEG_HEAD.CONVS_DIM", "8", "MODEL.SEM_SEG_HEAD.NORM", ""]
     weights = tmp_path / "model.pth"

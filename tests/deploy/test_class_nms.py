@@ -1,4 +1,4 @@
-"""Suppression in groups, against a slow reference."""
+"""Class-wise suppression, compared with a slow reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def slow(boxes, scores, threshold) -> set[int]:
     return set(kept)
 
 
-def test_better_box_of_the_same_group_suppresses():
+def test_a_better_box_suppresses_within_its_group():
     box, other = [0.0, 0.0, 10.0, 10.0], [50.0, 0.0, 60.0, 10.0]
     boxes = torch.tensor([[box, box, other], [box, other, other]])
     scores = torch.tensor([[0.5, 0.9, 0.1], [0.2, NO_CANDIDATE, 0.3]])
@@ -30,7 +30,7 @@ def test_better_box_of_the_same_group_suppresses():
     assert sorted(kept.tolist()) == [1, 2, 3, 5]
 
 
-def test_random_boxes_agree_with_a_slow_reference():
+def test_random_boxes_give_the_result_of_the_slow_reference():
     corners = torch.rand(4, 40, 2) * 60
     boxes = torch.cat([corners, corners + torch.rand(4, 40, 2) * 20], dim=2)
     scores = torch.rand(4, 40).masked_fill(torch.rand(4, 40) < 0.2, NO_CANDIDATE)
@@ -40,19 +40,19 @@ def test_random_boxes_agree_with_a_slow_reference():
         assert len(kept) == len(set(kept.tolist()))
 
 
-def test_empty_boxes_suppress_nothing():
+def test_boxes_without_area_suppress_nothing():
     boxes = torch.tensor([[[5.0, 5.0, 5.0, 5.0], [5.0, 5.0, 5.0, 5.0], [0.0, 0.0, 9.0, 9.0]]])
     assert len(class_nms(boxes, torch.tensor([[0.9, 0.8, 0.7]]), 0.5, -1, EDGE)) == 3
 
 
-def test_nothing_is_kept_of_no_boxes_and_of_no_candidates():
+def test_no_boxes_or_candidates_give_an_empty_result():
     assert class_nms(torch.zeros(3, 0, 4), torch.zeros(3, 0), 0.5, -1, EDGE).tolist() == []
     scores = torch.full((3, 2), NO_CANDIDATE)
     assert class_nms(torch.zeros(3, 2, 4), scores, 0.5, -1, EDGE).tolist() == []
 
 
-def test_many_groups_keep_boxes_as_they_are():
-    """Moved apart in float32, boxes of the last group would be rounded to a tenth of a pixel."""
+def test_many_groups_do_not_lose_precision():
+    """Offsetting groups in float32 would round boxes of the last one to a tenth of a pixel."""
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 5.0001]])
     boxes = boxes.expand(2000, -1, -1)
     scores = torch.tensor([0.9, 0.8]).expand(2000, -1)

@@ -1,4 +1,4 @@
-"""The file that is written is the trained model, and nothing is written that is not."""
+"""An exported file equals the trained model; otherwise nothing is written."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ def check_parity(model, run, images, size=None) -> Parity:
     return parity
 
 
-def test_onnx_model_finds_what_the_trained_one_does_at_any_size(model, onnx_folder):
+def test_the_onnx_model_equals_the_trained_one_at_any_size(model, onnx_folder):
     run = runner(onnx_folder / "model.onnx", "onnx", NAMES, None)
     check_parity(model, run, samples((96, 128), (33, 40), (70, 201), (200, 111)))
 
 
-def test_onnx_model_has_no_custom_operators(onnx_folder):
+def test_the_onnx_model_has_no_custom_operators(onnx_folder):
     graph = onnx.load(onnx_folder / "model.onnx")
     assert {node.domain for node in graph.graph.node} == {""}
     assert [(x.domain, x.version) for x in graph.opset_import] == [("", 17)]
     assert [x.name for x in graph.graph.output] == NAMES
 
 
-def test_description_says_how_to_use_the_model(onnx_folder):
+def test_the_description_contains_what_the_runtime_needs(onnx_folder):
     found = read_model_folder(onnx_folder)
     assert found.outputs == NAMES
     assert found.class_names == ["ring", "star", "cross", "crescent", "arrow"]
@@ -96,8 +96,8 @@ def test_description_says_how_to_use_the_model(onnx_folder):
     assert found.weights.sha256 == sha256_of(CHECKPOINT)
 
 
-def test_the_runtime_finds_what_the_trained_model_does(onnx_folder, tmp_path):
-    """From the pixels of a BGR image to class names and run lengths."""
+def test_the_runtime_finds_what_the_trained_model_finds(onnx_folder, tmp_path):
+    """Compares from the pixels of a BGR image to class names and run lengths."""
     eager = load_predictor(load_config(SHAPES, [*OPTS, "MODEL.DEVICE", "cpu"]))
     shapes.write_split(tmp_path, "val", 4)
     images = [cv2.imread(str(path)) for path in sorted((tmp_path / "val").iterdir())]
@@ -111,17 +111,17 @@ def test_the_runtime_finds_what_the_trained_model_does(onnx_folder, tmp_path):
         np.testing.assert_allclose(found.scores, right.scores, atol=1e-4)
         different = [np.sum(found.mask(k) != m.numpy()) for k, m in enumerate(right.pred_masks)]
         num_masks, num_different = num_masks + len(found), num_different + sum(different)
-    assert num_masks > 20 and num_different <= 2  # on the threshold
+    assert num_masks > 20 and num_different <= 2  # pixels at the threshold
 
 
-def test_fixed_size_takes_smaller_images(model, tmp_path):
+def test_a_model_of_fixed_size_accepts_smaller_images(model, tmp_path):
     exportable, size = ExportableMaskRCNN(model).eval(), (96, 160)
     images = samples((90, 150), (96, 40))
     path = converted(exportable, padded(images[0].image, size), "onnx", 16, tmp_path)
     check_parity(model, runner(path, "onnx", NAMES, size), images, size)
 
 
-def test_torchscript_finds_what_the_trained_model_does_at_any_size(model, tmp_path):
+def test_the_torchscript_model_equals_the_trained_one_at_any_size(model, tmp_path):
     images = samples((96, 128), (33, 40), (70, 201))
     exportable = ExportableMaskRCNN(model).eval()
     path = converted(exportable, (images[0].image,), "torchscript", 17, tmp_path)
@@ -133,7 +133,7 @@ def test_torchscript_finds_what_the_trained_model_does_at_any_size(model, tmp_pa
 
 
 class Pyramid(nn.Module):
-    """A backbone of three operators, so that torch.export takes seconds."""
+    """A backbone with three operators, so that torch.export takes only seconds."""
 
     size_divisibility, padding_constraints = 16, {}
 
@@ -149,7 +149,7 @@ class Pyramid(nn.Module):
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="needs PyTorch 2.7")
-def test_exported_program_finds_what_the_trained_model_does_at_any_size(tmp_path):
+def test_the_exported_program_equals_the_trained_model_at_any_size(tmp_path):
     cfg = small_config(
         "shapes/mask_rcnn_shapes.yaml",
         *("MODEL.ROI_MASK_HEAD.NUM_CONV", "0", "MODEL.PIXEL_STD", "[16.0, 16.0, 16.0]"),
@@ -176,8 +176,10 @@ def test_exported_program_finds_what_the_trained_model_does_at_any_size(tmp_path
     assert max(parity.counts) > 1
 
 
-def test_weights_too_large_for_a_file_of_onnx_are_in_one_beside_it(model, tmp_path, monkeypatch):
-    """PyTorch writes a file for each weight then."""
+def test_weights_too_large_for_an_onnx_file_are_stored_in_one_data_file(
+    model, tmp_path, monkeypatch
+):
+    """PyTorch would write one file per weight."""
     write_model_folder(tmp_path / "made")
 
     def export_large(_model, _inputs, path, **_options):
@@ -223,7 +225,7 @@ def test_half_precision_layers_keep_float32_outputs(model):
         ("classes", 1, "the exported model lacks"),
     ],
 )
-def test_model_that_differs_is_not_written(output, change, message, tmp_path, monkeypatch):
+def test_a_model_that_differs_is_not_written(output, change, message, tmp_path, monkeypatch):
     def wrong(*_args):
         def run(image):
             found = dict(truth(image))
@@ -234,7 +236,7 @@ def test_model_that_differs_is_not_written(output, change, message, tmp_path, mo
 
     cfg = load_config(SHAPES, [*OPTS, "MODEL.DEVICE", "cpu"])
     trained = load_predictor(cfg).model.eval()
-    truth = lambda image: export_outputs(trained, image)  # noqa: E731  # of this test alone
+    truth = lambda image: export_outputs(trained, image)  # noqa: E731  # only for this test
     monkeypatch.setattr(export, "converted", lambda *_: b"")
     monkeypatch.setattr(export, "runner", wrong)
     with pytest.raises(ConfigError, match=message):
@@ -257,8 +259,8 @@ def export_outputs(trained, image):
     ],
     ids=["same elsewhere", "other elsewhere", "nowhere else"],
 )
-def test_images_on_which_rounding_decides_say_nothing_of_an_export(others, unlike, monkeypatch):
-    """On ``blank`` the trained model takes any of two tied proposals, and the export a third."""
+def test_images_decided_by_rounding_are_excluded_from_the_comparison(others, unlike, monkeypatch):
+    """On ``blank``, the trained model picks one of two tied proposals, and the export a third."""
 
     def detection(left):
         boxes = np.array([[left, 10, left + 20, 30]], np.float32)
@@ -284,7 +286,7 @@ def test_images_on_which_rounding_decides_say_nothing_of_an_export(others, unlik
     assert "left out, since rounding decides there: blank" in str(found)
 
 
-def test_nothing_is_overwritten_by_default(tmp_path):
+def test_nothing_is_overwritten_without_the_flag(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"mine")
     with pytest.raises(ConfigError, match=r"has model.onnx already.*--overwrite"):
         export_model(SHAPES, OPTS, tmp_path, ExportOptions("torchscript"))
@@ -293,7 +295,7 @@ def test_nothing_is_overwritten_by_default(tmp_path):
 
 @pytest.fixture
 def made(onnx_folder, monkeypatch):
-    """An export that takes no time."""
+    """Replaces the export with a quick copy."""
     description, parity = read_model_folder(onnx_folder), Parity(TOLERANCES["fp32"], counts=[0, 0])
 
     def copy(*args):
@@ -307,7 +309,7 @@ def exported(folder):
     return export_model(SHAPES, OPTS, folder, ExportOptions("onnx"), overwrite=True)
 
 
-def test_the_old_model_is_removed_once_the_new_one_is_complete(made, tmp_path, monkeypatch):
+def test_the_old_model_is_replaced_only_by_a_complete_new_one(made, tmp_path, monkeypatch):
     exported(tmp_path)
     old = read_model_folder(tmp_path)
 
@@ -324,7 +326,7 @@ def test_the_old_model_is_removed_once_the_new_one_is_complete(made, tmp_path, m
     assert sorted(x.name for x in tmp_path.iterdir()) == ["model.json", "model.onnx"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_before_the_export(tmp_path, monkeypatch):
+def test_an_unusable_output_folder_is_refused_before_the_export(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_made", None)
     (tmp_path / "file").touch()
     for name in ("file", "file/below"):
@@ -332,7 +334,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_export(tmp_path,
             exported(tmp_path / name)
 
 
-def test_two_exports_into_one_folder_are_refused(tmp_path, monkeypatch):
+def test_two_exports_to_one_folder_are_refused(tmp_path, monkeypatch):
     def export_again(*_args):
         with pytest.raises(ConfigError, match="another export is writing to --output"):
             exported(tmp_path / "new")
@@ -344,12 +346,12 @@ def test_two_exports_into_one_folder_are_refused(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_comparison_on_nothing_is_reported(made, tmp_path, caplog):
+def test_a_comparison_without_any_detections_is_reported(made, tmp_path, caplog):
     exported(tmp_path)
     assert "the model found nothing in any image" in caplog.text
 
 
-def test_a_size_that_memory_does_not_hold_is_named(tmp_path):
+def test_a_size_that_does_not_fit_in_memory_is_reported(tmp_path):
     with pytest.raises(ConfigError, match="--format onnx: the export failed"):
         export_model(SHAPES, OPTS, tmp_path / "x", ExportOptions("onnx", (10**7, 10**7)))
     assert not (tmp_path / "x").exists()
@@ -373,7 +375,7 @@ def test_a_size_that_memory_does_not_hold_is_named(tmp_path):
         ),
     ],
 )
-def test_options_that_do_not_fit_are_named(options, message, tmp_path):
+def test_invalid_options_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         export_model(SHAPES, OPTS, tmp_path, options)
 
@@ -389,15 +391,15 @@ def test_options_that_do_not_fit_are_named(options, message, tmp_path):
         (("INPUT.MAX_SIZE_TEST", "0"), "INPUT.MAX_SIZE_TEST is 0"),
     ],
 )
-def test_what_the_config_tells_is_refused_before_weights_are_read(opts, message, tmp_path):
+def test_configs_that_cannot_be_exported_are_refused_before_weights_are_loaded(
+    opts, message, tmp_path
+):
     with pytest.raises(ConfigError, match=message):
         export_model(SHAPES, [*OPTS, *opts], tmp_path / "x", ExportOptions("onnx"))
     assert not (tmp_path / "x").exists()
 
 
-def test_an_image_too_small_for_torch_export_is_named_before_anything_is_converted(
-    tmp_path, monkeypatch
-):
+def test_an_image_too_small_for_torch_export_is_refused_before_conversion(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "converted", None)
     cv2.imwrite(str(tmp_path / "low.png"), np.zeros((64, 96, 3), np.uint8))
     options, images = ExportOptions("exported_program"), [str(tmp_path / "low.png")]
@@ -407,7 +409,7 @@ def test_an_image_too_small_for_torch_export_is_named_before_anything_is_convert
     export._check_sizes(samples((64, 96)), ExportOptions("onnx"))
 
 
-def test_old_torch_export_is_refused(tmp_path, monkeypatch):
+def test_an_old_pytorch_is_refused_for_torch_export(tmp_path, monkeypatch):
     monkeypatch.delattr(torch.compiler, "is_exporting", raising=False)
     with pytest.raises(ConfigError, match=r"exported_program needs PyTorch 2.7"):
         export_model(SHAPES, OPTS, tmp_path, ExportOptions("exported_program"))
@@ -436,7 +438,7 @@ def test_detections_are_matched_by_class_and_place():
     assert borderline.unlike == []
 
 
-def test_of_detections_with_the_score_of_the_cut_either_model_may_have_others():
+def test_detections_tied_at_the_cut_may_differ_between_the_models():
     def outputs(left):
         boxes = np.array([[0, 0, 50, 50], [left, 0, left + 100, 100]], float)
         return {"boxes": boxes, "classes": np.zeros(2, int), "scores": np.array([0.9, 0.5])}
@@ -448,7 +450,7 @@ def test_of_detections_with_the_score_of_the_cut_either_model_may_have_others():
 
 
 class Moody(nn.Module):
-    """Takes a branch on the size of its input, in Python."""
+    """A module whose forward branches on the size of its input, in Python."""
 
     def __init__(self, layer):
         super().__init__()
@@ -471,11 +473,11 @@ class Moody(nn.Module):
 @pytest.mark.parametrize(
     ("key", "part"), [("MODEL.BACKBONE.NAME", "backbone"), ("MODEL.ROI_BOX_HEAD.NAME", "box_head")]
 )
-def test_part_of_yours_that_a_trace_does_not_hold_is_refused_with_its_key(key, part):
+def test_a_user_module_that_a_trace_cannot_capture_is_refused_with_its_key(key, part):
     model = build_model(small_config("shapes/mask_rcnn_shapes.yaml")).eval()
     owner = model if part == "backbone" else model.roi_heads
     moody = Moody(getattr(owner, part))
-    if part == "backbone":  # 64 x 128 and 64 x 64 take the same branch
+    if part == "backbone":  # the sizes 64 x 128 and 64 x 64 would take the same branch
         moody.forward = lambda x: {k: v * int(x.shape[-1]) for k, v in moody.layer(x).items()}
     setattr(owner, part, moody)
     with pytest.raises(ConfigError, match=f"{key}: Moody cannot be exported"):
@@ -483,7 +485,7 @@ def test_part_of_yours_that_a_trace_does_not_hold_is_refused_with_its_key(key, p
 
 
 class OneByOne(MaskRCNNConvUpsampleHead):
-    """Changes the logits of each RoI in a Python loop, which a trace has for its example's RoIs."""
+    """Changes each RoI's logits in a Python loop, which a trace unrolls for its example only."""
 
     def layers(self, x):
         logits = super().layers(x)
@@ -492,7 +494,7 @@ class OneByOne(MaskRCNNConvUpsampleHead):
         return logits
 
 
-def test_mask_head_of_yours_whose_trace_forgets_the_last_roi_is_refused():
+def test_a_user_mask_head_that_depends_on_the_number_of_rois_is_refused():
     model = build_model(small_config("shapes/mask_rcnn_shapes.yaml")).eval()
     shape = ShapeSpec(channels=16, width=14, height=14)
     head = OneByOne(shape, num_classes=5, conv_dims=[16, 16]).requires_grad_(False)
@@ -502,7 +504,7 @@ def test_mask_head_of_yours_whose_trace_forgets_the_last_roi_is_refused():
         check_traces(ExportableMaskRCNN(model))
 
 
-def test_mask_activation_of_yours_is_refused_with_its_key():
+def test_a_user_mask_activation_is_refused_with_its_key():
     def activation(class_logits, classes):
         return class_logits[torch.arange(len(classes)), classes].sigmoid()
 

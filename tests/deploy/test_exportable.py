@@ -1,4 +1,4 @@
-"""The module that is exported computes what the trained model does, whatever its parts are."""
+"""The exportable module computes the same as the trained model, for all kinds of parts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MODELS = {
 
 
 def detecting_model(name: str, *opts: str) -> torch.nn.Module:
-    """Returns a model with random weights that finds something."""
+    """Returns a model with random weights that detects something."""
     cfg = small_config(
         name, *opts, "MODEL.RPN.PRE_NMS_TOPK_TEST", "60", "TEST.DETECTIONS_PER_IMAGE", "20"
     )
@@ -81,12 +81,12 @@ def detecting_model(name: str, *opts: str) -> torch.nn.Module:
 
 @torch.no_grad()
 def spread(model, image, layer, deviation) -> None:
-    """Scales a layer's weights so that its outputs have the standard deviation."""
+    """Scales a layer's weights until its outputs have the given standard deviation."""
     outputs = []
     hook = layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
     eager_outputs(model, image)
     hook.remove()
-    if outputs:  # mask heads that select classes use the weights alone
+    if outputs:  # mask heads that select classes do not call the layer
         layer.weight *= deviation / torch.cat([x.flatten() for x in outputs]).std()
     else:
         layer.weight *= 100
@@ -108,12 +108,12 @@ def check_same(expected, found, names) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_trace_finds_what_the_model_finds_in_an_image_of_another_size(name):
+def test_a_trace_works_for_an_image_of_another_size(name):
     model = detecting_model(*MODELS[name])
     check_exportable(model)
     exportable = ExportableMaskRCNN(model).eval()
     image, example = (noise(*hw)[: len(model.pixel_mean)] for hw in ((104, 88), (72, 100)))
-    with torch.no_grad(), torch.jit.optimized_execution(False):  # optimizing takes longest of all
+    with torch.no_grad(), torch.jit.optimized_execution(False):  # optimizing would take longest
         trace = torch.jit.trace(exportable, example, check_trace=False)
         found = trace(image)
     expected = eager_outputs(model, image)
@@ -122,7 +122,7 @@ def test_trace_finds_what_the_model_finds_in_an_image_of_another_size(name):
 
 
 @torch.no_grad()
-def test_anchors_whose_score_is_not_finite_make_no_proposals():
+def test_anchors_without_a_finite_score_give_no_proposals():
     model, image = detecting_model(FPN), noise(72, 100)
 
     def overflow(_head, _inputs, outputs):
@@ -140,7 +140,7 @@ def test_anchors_whose_score_is_not_finite_make_no_proposals():
     check_same(expected, exportable(image), exportable.output_names)
 
 
-def test_what_is_outside_the_image_of_a_fixed_size_does_not_count():
+def test_padding_of_a_fixed_size_has_no_effect():
     model = detecting_model(FPN)
     exportable = ExportableMaskRCNN(model).eval()
     image = noise(72, 100)
@@ -153,7 +153,7 @@ def test_what_is_outside_the_image_of_a_fixed_size_does_not_count():
 
 
 @pytest.mark.parametrize("format_of", ["eager", "trace"])
-def test_no_detections_are_empty_tensors(format_of):
+def test_an_image_without_detections_gives_empty_tensors(format_of):
     model = detecting_model(FPN, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0", *SCORING)
     exportable = ExportableMaskRCNN(model).eval()
     with torch.no_grad(), torch.jit.optimized_execution(False):
@@ -179,7 +179,7 @@ def test_no_detections_are_empty_tensors(format_of):
         ("MODEL.PROPOSAL_GENERATOR.NAME", ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN")),
     ],
 )
-def test_what_cannot_be_exported_is_refused_with_its_key(key, opts):
+def test_parts_that_cannot_be_exported_are_refused_with_their_key(key, opts):
     model = build_model(small_config(FPN, *opts))
     with pytest.raises(ConfigError, match=key):
         check_exportable(model)

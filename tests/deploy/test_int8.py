@@ -1,4 +1,4 @@
-"""Layers in 8 bits: calibrated on images of the user's, refused if they cost accuracy."""
+"""8-bit layers: calibrated on the user's images, and refused if they cost accuracy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WEIGHTS = ["MODEL.WEIGHTS", str(CHECKPOINT)]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Options of a config whose data sets are a few shapes."""
+    """Returns options of a config whose data sets contain a few shapes."""
     folder = tmp_path_factory.mktemp("data")
     shapes.write_split(folder, "train", 6)
     shapes.write_split(folder, "val", 6)
@@ -40,16 +40,16 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(data, tmp_path_factory):
-    """A folder, and how far its model is from the trained one."""
+    """Exports to int8; returns the folder and the comparison with the trained model."""
     folder = tmp_path_factory.mktemp("int8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accuracy, "MOST_AP_LOSS", 10)  # one mask of so few is worth a point
+        patch.setattr(accuracy, "MOST_AP_LOSS", 10)  # with few images, one mask is worth a point
         return folder, export_model(SHAPES, data, folder, ExportOptions("onnx", precision="int8"))
 
 
 @pytest.fixture
 def no_conversion(exported, monkeypatch):
-    """Takes the model of ``exported`` for that of any conversion."""
+    """Replaces the conversion with a copy of the model in ``exported``."""
 
     def copy(*args):
         return Path(shutil.copy(exported[0] / "model.onnx", args[-1]))
@@ -57,17 +57,17 @@ def no_conversion(exported, monkeypatch):
     monkeypatch.setattr(export, "converted", copy)
 
 
-def test_int8_model_is_small_and_has_no_custom_operators(exported):
+def test_the_int8_model_is_small_and_has_no_custom_operators(exported):
     folder, _ = exported
     model = onnx.load(folder / "model.onnx")
     assert {node.domain for node in model.graph.node} == {""}
     assert [(x.domain, x.version) for x in model.opset_import] == [("", 17)]
-    # A byte for each weight, of which the checkpoint has two.
+    # Weights take one byte each, half of the checkpoint's.
     assert (folder / "model.onnx").stat().st_size < 0.65 * CHECKPOINT.stat().st_size
     assert read_model_folder(folder).model.precision == "int8"
 
 
-def test_int8_model_finds_the_objects_that_the_trained_one_does(exported):
+def test_the_int8_model_finds_the_same_objects_as_the_trained_one(exported):
     _, found = exported
     assert found.dataset == "6 images of few_val" and len(found.counts) == 6
     assert set(found.ap) == {"bbox", "segm"}
@@ -75,13 +75,13 @@ def test_int8_model_finds_the_objects_that_the_trained_one_does(exported):
     assert found.num_sure > 12 and min(found.agreement.values()) > 0.9
 
 
-def test_int8_model_runs_where_nothing_is_found(exported):
+def test_the_int8_model_runs_on_an_image_without_detections(exported):
     found = Predictor(exported[0], threads=1)(np.full((40, 61, 3), 128, np.uint8))
     assert len(found) == 0 and found.masks == []
 
 
 @pytest.mark.usefixtures("no_conversion")
-def test_images_in_which_nothing_is_found_calibrate_nothing(data, tmp_path):
+def test_calibration_images_without_detections_are_refused(data, tmp_path):
     cv2.imwrite(str(tmp_path / "blank.png"), np.full((96, 128, 3), 128, np.uint8))
     options = ExportOptions(
         "onnx", precision="int8", calibration_images=[str(tmp_path / "blank.png")]
@@ -121,7 +121,7 @@ def test_a_missing_calibration_image_is_reported_before_anything_is_converted(
 
 
 def outputs(scores, *, shift=0.0):
-    """Detections of one class in a row, each of 10 x 10 pixels, with masks of two by two."""
+    """Returns detections of one class in a row, 10 x 10 pixels each, with 2 x 2 masks."""
     left = 20.0 * np.arange(len(scores)) + shift
     masks = np.zeros((len(scores), 2, 2), np.float32)
     masks[:, 0] = 0.9
@@ -133,10 +133,11 @@ def outputs(scores, *, shift=0.0):
     }
 
 
-def test_agreement_is_the_share_of_sure_detections_that_both_have():
+def test_agreement_is_the_fraction_of_confident_detections_found_by_both():
     compared = Accuracy()
     compared.add(outputs([0.9, 0.9, 0.6]), outputs([0.9, 0.4]))
-    # Sure are three of the one and one of the other; its second finds its like, though not sure.
+    # Three detections of the first model and one of the second are confident; a confident one may
+    # match an unsure one, here 0.4.
     assert (compared.num_agreeing, compared.num_sure) == (3, 4)
     assert compared.unlike == ["detections agree by 75.0%, and 90% is the least"]
     moved = Accuracy()
@@ -144,9 +145,9 @@ def test_agreement_is_the_share_of_sure_detections_that_both_have():
     assert moved.agreement == {"detections": 0.0}
 
 
-def test_agreement_of_masks_is_their_mean_iou():
+def test_mask_agreement_is_the_mean_iou():
     compared, found = Accuracy(), outputs([0.9, 0.9, 0.2])
-    found["mask_probs"][0] = 0.9  # four cells, of which the trained model has two
+    found["mask_probs"][0] = 0.9  # 4 cells, of which the trained model has 2
     compared.add(outputs([0.9, 0.9, 0.2]), found)
     assert compared.ious == [0.5, 1.0]
     assert compared.unlike == ["masks agree by 75.0%, and 90% is the least"]
@@ -179,11 +180,11 @@ def ap_of(found, low, high):
     [
         (ap_of(82.1, -1.2, -0.6), True),
         (ap_of(81.9, -1.4, -0.8), False),
-        (ap_of(80.0, -7.0, 1.0), True),  # as chance has it on few images
+        (ap_of(80.0, -7.0, 1.0), True),  # within chance on few images
         (ap_of(84.5, 1.0, 2.0), False),
     ],
 )
-def test_a_point_of_ap_may_be_lost(ap, is_like):
+def test_a_loss_of_up_to_one_point_of_ap_is_accepted(ap, is_like):
     assert (ap.unlike == []) == is_like
     assert "AP on 9 images of mine: segm 8" in str(ap) and "(trained 83.00)" in str(ap)
 

@@ -1,4 +1,4 @@
-"""Masks pasted without PyTorch are those of the eager model."""
+"""Masks pasted without PyTorch equal those of the eager model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDING = 1e-5
 
 
 def surface(probs, box, image_hw):
-    """Returns the (H, W) values of a pasted mask, by grid_sample."""
+    """Computes the (H, W) values of a pasted mask with grid_sample."""
     (height, width), (x0, y0, x1, y1) = image_hw, box
     x = (np.arange(width) + 0.5 - x0) / (x1 - x0) * 2 - 1
     y = (np.arange(height) + 0.5 - y0) / (y1 - y0) * 2 - 1
@@ -26,7 +26,7 @@ def surface(probs, box, image_hw):
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7])
-def test_masks_are_those_of_the_eager_model_but_for_pixels_on_the_threshold(threshold):
+def test_masks_equal_the_eager_models_except_at_the_threshold(threshold):
     rng = np.random.default_rng(0)
     image_hw = 83, 117
     for side in (7, 28):
@@ -49,7 +49,7 @@ def test_masks_are_those_of_the_eager_model_but_for_pixels_on_the_threshold(thre
         assert np.mean(same) > 0.6
 
 
-def test_a_hand_worked_column():
+def test_hand_worked_column():
     """The example of ops/mask_rle.py: pixels 0 and 1 of 4 rows belong to the mask."""
     mask = np.array([[[1, 1], [0.2, 0.2]]], np.float32)
     (rle,) = paste_masks(mask, np.array([[-2, 0, 4, 4]], np.float32), (6, 1), 0.5)
@@ -58,13 +58,13 @@ def test_a_hand_worked_column():
 
 
 def test_a_pixel_on_the_threshold_belongs_to_the_mask():
-    """Rows of 1 and 0 lie at pixels 0 and 2, so that pixel 1 has exactly 0.5."""
+    """Rows of 1 and 0 lie on pixels 0 and 2, which gives pixel 1 exactly 0.5."""
     mask = np.array([[[1, 1], [0, 0]]], np.float32)
     (rle,) = paste_masks(mask, np.array([[-2, -0.5, 4, 3.5]], np.float32), (4, 1), 0.5)
     assert coco_mask.decode(rle)[:, 0].tolist() == [1, 1, 0, 0]
 
 
-def test_boxes_without_area_or_outside_have_empty_masks():
+def test_boxes_without_area_or_outside_the_image_give_empty_masks():
     boxes = np.array(
         [[5, 5, 5, 9], [9, 5, 5, 9], [np.nan, 0, 5, 5], [0, 0, np.inf, 5], [90, 90, 99, 99]],
         np.float32,
@@ -78,7 +78,7 @@ def test_boxes_without_area_or_outside_have_empty_masks():
     assert paste_masks(probs[:0], boxes[:0], (20, 30), 0.5) == []
 
 
-def test_a_mask_over_the_whole_image_is_one_run():
+def test_a_mask_covering_the_image_is_a_single_run():
     (rle,) = paste_masks(
         np.ones((1, 28, 28), np.float32), np.array([[-9, -9, 99, 99]], np.float32), (50, 40), 0.5
     )
@@ -86,8 +86,8 @@ def test_a_mask_over_the_whole_image_is_one_run():
     assert rle["counts"] == coco_mask.encode(np.ones((50, 40), np.uint8, "F"))["counts"].decode()
 
 
-def test_a_large_image_is_never_drawn():
-    """Masks of 8000 x 8000 pixels, 64 MB each as bytes, take a fraction of one in memory."""
+def test_pasting_never_allocates_a_full_image():
+    """A mask of 8000 x 8000 pixels would take 64 MB as bytes."""
     rng = np.random.default_rng(0)
     boxes = np.tile(np.array([[100, 100, 7900, 7900]], np.float32), (5, 1))
     probs = rng.uniform(size=(5, 28, 28)).astype(np.float32)

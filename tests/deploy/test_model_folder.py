@@ -1,4 +1,4 @@
-"""A folder that holds no usable model is an error in one line that names the file and the key."""
+"""An unusable model folder is an error in one line that names the file and the key."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_what_was_written_is_read(folder):
+def test_a_written_description_is_read_back(folder):
     assert read_model_folder(folder) == DESCRIBED
 
 
-def test_keys_of_later_versions_are_left_aside(folder):
+def test_unknown_keys_of_later_versions_are_ignored(folder):
     document = json.loads(DESCRIBED.to_json())
     document["new"] = document["model"]["new"] = 1
     (folder / DESCRIPTION).write_text(json.dumps(document))
@@ -101,7 +101,7 @@ def test_keys_of_later_versions_are_left_aside(folder):
         (lambda d: d.update(mask_scoring=False), "outputs is"),
     ],
 )
-def test_wrong_entries_are_named(folder, change, message):
+def test_invalid_entries_are_named(folder, change, message):
     document = json.loads(DESCRIBED.to_json())
     change(document)
     (folder / DESCRIPTION).write_text(json.dumps(document))
@@ -114,20 +114,20 @@ def test_wrong_entries_are_named(folder, change, message):
 @pytest.mark.parametrize(
     "text", [b"{", b"", b"\xff\xfe", b"[]", b"3", b"null", b"[" * 100_000], ids=repr
 )
-def test_broken_descriptions_are_named(folder, text):
+def test_unreadable_descriptions_are_reported(folder, text):
     (folder / DESCRIPTION).write_bytes(text)
     with pytest.raises(ModelFolderError, match=DESCRIPTION):
         read_model_folder(folder)
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1], b"", CONTENT + b"1"])
-def test_a_model_that_was_cut_off_or_exchanged_is_refused(folder, content):
+def test_a_truncated_or_replaced_model_is_refused(folder, content):
     (folder / "model.onnx").write_bytes(content)
     with pytest.raises(ModelFolderError, match=r"model.onnx is not the file .* SHA-256"):
         read_model_folder(folder)
 
 
-def test_data_that_the_model_reads_is_checked_with_it(folder):
+def test_external_data_of_the_model_is_verified(folder):
     document = json.loads(DESCRIBED.to_json())
     document["model"]["data"] = {"model.onnx.data": hashlib.sha256(b"weights").hexdigest()}
     (folder / DESCRIPTION).write_text(json.dumps(document))
@@ -140,14 +140,14 @@ def test_data_that_the_model_reads_is_checked_with_it(folder):
         read_model_folder(folder)
 
 
-def test_descriptions_without_data_are_read(folder):
+def test_descriptions_without_external_data_are_accepted(folder):
     document = json.loads(DESCRIBED.to_json())
     del document["model"]["data"]
     (folder / DESCRIPTION).write_text(json.dumps(document))
     assert read_model_folder(folder) == DESCRIBED
 
 
-def test_missing_folders_and_descriptions_are_named(folder):
+def test_missing_folders_and_descriptions_are_reported(folder):
     (folder / DESCRIPTION).unlink()
     with pytest.raises(ModelFolderError, match=f"has no {DESCRIPTION}"):
         read_model_folder(folder)

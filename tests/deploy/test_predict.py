@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Four images of different sizes, a file that is none, a video."""
+    """Writes four images of different sizes, a file that is not an image, and a video."""
     folder = tmp_path_factory.mktemp("inputs")
     for index, (height, width) in enumerate(((48, 90), (70, 40), (48, 90), (30, 31))):
         image = np.full((height, width, 3), 60, np.uint8)
@@ -52,7 +52,7 @@ def tool(capsys, *args):
     return code, *capsys.readouterr()
 
 
-def test_images_and_videos_become_the_files_of_the_demo(folder, inputs, tmp_path, capsys):
+def test_images_and_videos_give_the_same_files_as_the_demo(folder, inputs, tmp_path, capsys):
     code, out, err = tool(
         capsys, "--model", folder, "--input", inputs, "--output", tmp_path, "--semantic"
     )
@@ -87,7 +87,7 @@ def test_batches_give_the_same_files(folder, inputs, tmp_path, capsys):
     assert one == three and len(one) == 6
 
 
-def test_frames_before_the_end_of_a_damaged_video_are_kept_in_batches_as_well(
+def test_batches_keep_the_frames_before_the_end_of_a_damaged_video(
     folder, inputs, tmp_path, capsys
 ):
     codec = cv2.VideoWriter.fourcc(*"MJPG")
@@ -107,7 +107,7 @@ def test_frames_before_the_end_of_a_damaged_video_are_kept_in_batches_as_well(
     assert counts[0] == counts[1] > 2
 
 
-def test_the_threshold_drops_detections_and_says_what_the_export_has_dropped(
+def test_the_threshold_removes_detections_and_the_exports_own_threshold_is_reported(
     folder, inputs, tmp_path, capsys, caplog
 ):
     counts = []
@@ -120,7 +120,7 @@ def test_the_threshold_drops_detections_and_says_what_the_export_has_dropped(
     assert caplog.text.count("was exported with MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.05") == 1
 
 
-def test_classes_with_a_threshold_of_their_own_need_that_score(folder, inputs, tmp_path, capsys):
+def test_class_thresholds_replace_the_general_one(folder, inputs, tmp_path, capsys):
     args = ["--model", folder, "--input", inputs / "0.png", "--output"]
     every = _scores(tmp_path / "every", capsys, [*args, tmp_path / "every"])
     assert len(every) == 2
@@ -131,7 +131,7 @@ def test_classes_with_a_threshold_of_their_own_need_that_score(folder, inputs, t
 
 
 def _scores(output, capsys, args):
-    """Returns the scores by class name of what is found in one image."""
+    """Returns the scores of one image's detections, by class name."""
     assert tool(capsys, *args)[0] == 0
     content = json.loads((output / "predictions.json").read_text())
     return {x["category_name"]: x["score"] for x in content["annotations"]}
@@ -172,14 +172,16 @@ def test_errors_are_one_line(folder, inputs, tmp_path, capsys, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_onnxruntime_is_one_line(folder, inputs, tmp_path, capsys, monkeypatch):
+def test_the_error_for_a_missing_onnxruntime_is_one_line(
+    folder, inputs, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     code, _, err = tool(capsys, "--model", folder, "--input", inputs, "--output", tmp_path)
     assert code == 2 and "needs onnxruntime: pip install" in err and err.count("\n") == 1
 
 
 class Failing:
-    """A model that fails on dark images, and finds a box in others."""
+    """A model that fails on dark images and finds one box in all others."""
 
     categories = Categories(["thing"], [1])
 
@@ -196,7 +198,7 @@ class Failing:
         return None
 
 
-def test_an_image_that_fails_costs_the_others_of_its_batch_nothing(tmp_path):
+def test_an_image_that_fails_does_not_affect_the_others_of_its_batch(tmp_path):
     for index in range(5):
         image = np.full((12, 12, 3), 0 if index == 1 else 99, np.uint8)
         cv2.imwrite(str(tmp_path / f"{index}.png"), image)

@@ -1,4 +1,4 @@
-"""The runtime of exported models: results, wrong input, and that it needs no PyTorch."""
+"""The runtime of exported models: results, invalid input, and independence from PyTorch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_results_are_in_pixels_of_the_image(folder):
         assert (found.mask(k) != coco_mask.decode(rle)).sum() <= 1  # rounding
 
 
-def test_a_list_gives_what_each_image_gives_whatever_the_sizes(folder):
+def test_a_list_of_images_gives_the_results_of_single_ones(folder):
     rng = np.random.default_rng(0)
     predictor = Predictor(folder, threads=1)
     images = [rng.integers(0, 200, (h, w, 3), np.uint8) for h, w in ((48, 90), (1, 1), (300, 20))]
@@ -59,7 +59,7 @@ def test_a_list_gives_what_each_image_gives_whatever_the_sizes(folder):
     assert predictor([]) == []
 
 
-def test_a_model_of_fixed_size_gives_the_same(tmp_path, folder):
+def test_a_model_of_fixed_size_gives_the_same_results(tmp_path, folder):
     write_model_folder(tmp_path, input={"size": (70, 100)})
     found, right = Predictor(tmp_path)(IMAGE), Predictor(folder)(IMAGE)
     np.testing.assert_allclose(found.boxes, right.boxes, atol=1e-4)
@@ -67,7 +67,7 @@ def test_a_model_of_fixed_size_gives_the_same(tmp_path, folder):
     np.testing.assert_allclose(Predictor(tmp_path)(IMAGE[:, :9]).scores, SCORES)
 
 
-def test_models_without_masks_with_mask_scores_or_names_and_with_nothing_found(tmp_path):
+def test_models_without_masks_with_mask_scores_without_names_or_without_detections(tmp_path):
     write_model_folder(tmp_path / "boxes", masks=False)
     found = Predictor(tmp_path / "boxes")(IMAGE)
     assert found.masks is None and len(found.boxes) == 3
@@ -82,7 +82,7 @@ def test_models_without_masks_with_mask_scores_or_names_and_with_nothing_found(t
     assert found.boxes.shape == (0, 4) and found.masks == [] == found.class_names
 
 
-def test_boxes_are_clipped_and_those_that_are_empty_left_out(tmp_path):
+def test_boxes_are_clipped_and_empty_ones_left_out(tmp_path):
     shares = np.array([[-1, 0.5, 0.5, 2], [1.2, 0, 1.5, 1], [0.2, 0.2, 0.4, 0.4]], np.float32)
     write_model_folder(tmp_path, shares=shares, scoring=True)
     found = Predictor(tmp_path)(IMAGE)
@@ -96,8 +96,8 @@ def test_boxes_are_clipped_and_those_that_are_empty_left_out(tmp_path):
     ("image_format", "brightest"),
     [("BGR", 200), ("RGB", 200), ("L", round(200 * 0.114)), ("YUV-BT.601", 0.436 * 200 / 255)],
 )
-def test_the_model_gets_its_channels(tmp_path, image_format, brightest):
-    """Of a blue image: the brightest value of its grey is 0.114, of its YUV 0.436 times blue."""
+def test_the_model_gets_the_channels_of_its_input_format(tmp_path, image_format, brightest):
+    """For a blue image, grey is 0.114 times and the largest YUV value 0.436 times blue."""
     channels = 1 if image_format == "L" else 3
     write_model_folder(tmp_path, channels=channels, input={"format": image_format})
     blue = np.zeros((20, 30, 3), np.uint8)
@@ -115,7 +115,7 @@ def test_the_model_gets_its_channels(tmp_path, image_format, brightest):
         (np.zeros((0, 4, 3), np.uint8), r"image 1 is an array \(0, 4, 3\)"),
     ],
 )
-def test_a_file_that_is_not_an_image_is_named(folder, image, message):
+def test_an_argument_that_is_not_an_image_is_named(folder, image, message):
     with pytest.raises(ValueError, match=message):
         Predictor(folder)([IMAGE, image])
 
@@ -157,7 +157,7 @@ def rewritten(**changes):
 
 
 def truncate_and_vouch(folder):
-    """A file that was cut off before its hash was taken."""
+    """Simulates a file that was truncated before its hash was computed."""
     break_bytes(folder)
     sha256 = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
     rewritten(model__sha256=sha256)(folder)
@@ -179,7 +179,7 @@ def truncate_and_vouch(folder):
         (break_size, r"\[3, 60, 80\] as the image, and model.json says .* \[3, 60, 90\]"),
     ],
 )
-def test_a_broken_or_foreign_folder_is_named_in_one_line(tmp_path, break_it, message):
+def test_an_unusable_folder_is_reported_in_one_line(tmp_path, break_it, message):
     write_model_folder(tmp_path)
     break_it(tmp_path)
     with pytest.raises(ModelFolderError, match=message) as caught:
@@ -194,14 +194,14 @@ def test_a_broken_or_foreign_folder_is_named_in_one_line(tmp_path, break_it, mes
         (rewritten(mask__side=28), r"mask_probs of shape \(3, 14, 14\) for 3 detections"),
     ],
 )
-def test_outputs_that_the_description_does_not_have_are_named(tmp_path, change, message):
+def test_outputs_that_contradict_the_description_are_reported(tmp_path, change, message):
     write_model_folder(tmp_path)
     change(tmp_path)
     with pytest.raises(ModelFolderError, match=message):
         Predictor(tmp_path)(IMAGE)
 
 
-def test_wrong_arguments_are_named(folder, tmp_path):
+def test_invalid_arguments_are_reported(folder, tmp_path):
     with pytest.raises(ModelFolderError, match="nowhere is not a folder"):
         Predictor(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="threads is 0"):
@@ -210,7 +210,7 @@ def test_wrong_arguments_are_named(folder, tmp_path):
         Predictor(folder, threads=100_000)
 
 
-def test_a_missing_onnxruntime_is_named_with_what_to_install(folder, monkeypatch):
+def test_the_error_for_a_missing_onnxruntime_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r'pip install "mask_head_plugin\[deploy\]"'):
         runtime.Predictor(folder)
@@ -229,7 +229,7 @@ NO_TORCH = ("torch", "torchvision", "detectron2", "fvcore", "iopath", "faster_co
 
 
 def run_without(*modules, code):
-    """Runs code in a process that cannot import some modules."""
+    """Runs code in a process in which some modules cannot be imported."""
     start = BLOCKED.format(
         blocked=modules, paths=[str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
     )
@@ -237,7 +237,7 @@ def run_without(*modules, code):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_the_runtime_needs_neither_torch_nor_detectron2_nor_pillow_nor_opencv(folder):
+def test_the_runtime_needs_no_torch_detectron2_pillow_or_opencv(folder):
     code = f"""
 import numpy as np
 from mask_head_plugin.deploy.runtime import Predictor
@@ -267,7 +267,7 @@ print(hasattr(mask_head_plugin, "other"))
     assert lines[3] == "False"
 
 
-def test_predict_needs_neither_torch_nor_detectron2(folder, tmp_path):
+def test_predict_needs_no_torch_or_detectron2(folder, tmp_path):
     code = f"""
 import cv2, runpy, numpy as np
 cv2.imwrite({str(tmp_path / "a.png")!r}, np.full((48, 90, 3), 255, np.uint8))

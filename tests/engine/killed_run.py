@@ -1,6 +1,6 @@
-"""Short runs that are killed at any moment and resumed.
+"""Short runs that are killed at a chosen moment and resumed.
 
-A kill is an exception that nobody handles: nothing is written after it.
+A kill is an unhandled exception, after which nothing is written.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Killed(BaseException):
 
 @contextlib.contextmanager
 def few_shapes() -> Iterator[None]:
-    """Registers test_few_train and test_few_val, of a few of the embedded images."""
+    """Registers test_few_train and test_few_val with a few of the embedded images."""
     for split, count in (("train", 7), ("val", 3)):
         records = DatasetCatalog.get(f"shapes_{split}")[:count]
         DatasetCatalog.register(f"test_few_{split}", lambda records=records: records)
         classes = MetadataCatalog.get("shapes_val").thing_classes
         metadata = MetadataCatalog.get(f"test_few_{split}")
         metadata.set(thing_classes=classes, evaluator_type="coco")
-    with pytest.MonkeyPatch.context() as patch:  # a third of the time of a run this short
+    with pytest.MonkeyPatch.context() as patch:  # would take a third of such a short run
         patch.setattr(Trainer, "draw_contact_sheets", lambda *_: None)
         yield
     for split in ("train", "val"):
@@ -81,7 +81,7 @@ def train(cfg, *, resume: bool = False) -> Trainer:
 
 
 def train_until_killed(cfg, monkeypatch, owner, name: str, call: int, *, after: bool = False):
-    """Kills a run in the given call of a method, before or after what the method does."""
+    """Kills a run in the given call of a method, before or after the method's own work."""
     original, calls = getattr(owner, name), []
 
     def method(*args, **kwargs):
@@ -101,7 +101,7 @@ def train_until_killed(cfg, monkeypatch, owner, name: str, call: int, *, after: 
 
 def metrics(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    # repr: nan equals nan
+    # repr, because nan != nan
     return [{k: repr(v) for k, v in line.items() if k not in TIMES} for line in lines]
 
 

@@ -1,6 +1,6 @@
-"""What the processes of a run do in the tests: train a little, fail, or are killed.
+"""Work for the processes of a test run: they train a little, fail, or are killed.
 
-As a script it is what torchrun starts: ``made_run.py OUTPUT`` trains.
+As a script, it is started by torchrun: ``made_run.py OUTPUT`` trains.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NUM_STEPS = 2
 
 @contextlib.contextmanager
 def in_one_process(folder: Path) -> Iterator[None]:
-    """Makes this process the only one of a group, so that DistributedDataParallel works."""
+    """Makes this process the only member of a group, as DistributedDataParallel requires."""
     place = {"store": dist.FileStore(str(folder / "store"), 1), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **place)
     try:
@@ -39,14 +39,14 @@ def in_one_process(folder: Path) -> Iterator[None]:
 
 
 def make_model(timm_name: str = "") -> torch.nn.Module:
-    """Builds a detector with a small ResNet or, by its name, a model of timm's."""
+    """Builds a detector with a small ResNet or a named timm backbone."""
     torch.manual_seed(1)
     opts = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", timm_name]
     return build_model(small_config("Base-MaskRCNN-FPN.yaml", *(opts if timm_name else [])))
 
 
 def losses_of_step(model: torch.nn.Module, step: int, rank: int) -> torch.Tensor:
-    """Returns the losses of a rank's half of the batch, by that rank's random numbers."""
+    """Returns the losses of a rank's half of the batch, with that rank's random numbers."""
     rng = np.random.default_rng(10 * step + rank)
     height, width = 64, 64 + 32 * rank
     image = torch.as_tensor(rng.integers(0, 256, (3, height, width)), dtype=torch.uint8)
@@ -59,7 +59,7 @@ def losses_of_step(model: torch.nn.Module, step: int, rank: int) -> torch.Tensor
 
 
 def step_down(model: torch.nn.Module) -> None:
-    """Takes a step of gradient descent."""
+    """Updates the weights by gradient descent."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -68,14 +68,14 @@ def step_down(model: torch.nn.Module) -> None:
 
 
 def train(output: str, die_at_first: bool = False, timm_name: str = "") -> None:
-    """Writes each step's mean of the losses over the processes, and facts of the run."""
+    """Trains, and writes each step's losses, averaged over processes, with facts about the run."""
     again = launch.restarted(output)
     if die_at_first and not again and comm.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums as the reference does, whose proposals would else differ
+    torch.set_num_threads(1)  # sums in the reference's order, or proposals would differ
     model = make_model(timm_name)
-    model.unread = torch.nn.Linear(1, 1)  # as a level of the pyramid that no head reads
+    model.unread = torch.nn.Linear(1, 1)  # like an unused level of the pyramid
     wrapped = distribute(model)
     means = []
     for step in range(NUM_STEPS):
@@ -104,12 +104,12 @@ def train(output: str, die_at_first: bool = False, timm_name: str = "") -> None:
 
 
 def fail(how: str) -> None:
-    """Fails in process 1 while the other one waits for it."""
+    """Fails in process 1 while process 0 waits for it."""
     torch.ones(1)
     if comm.get_rank() == 1:
         match how:
             case "config":
-                raise ConfigError("x.json is broken; mend it")
+                raise ConfigError("x.json is broken; fix it")
             case "error":
                 raise RuntimeError("the weather")
             case "exit":

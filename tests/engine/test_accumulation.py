@@ -1,4 +1,4 @@
-"""A batch in parts gives the step of the whole batch, for models without batch normalization."""
+"""For models without batch norm, an accumulated step equals the step of the whole batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_NORM = [
 
 
 def made_batch(num_images: int = 4) -> list[dict]:
-    """Images of one size, with at least as many objects as RoIs with masks are drawn."""
+    """Returns images of one size, with at least as many objects as sampled mask RoIs."""
     rng, batch = np.random.default_rng(5), []
     for number in range(num_images):
         image = torch.as_tensor(rng.integers(0, 256, (3, 64, 64)), dtype=torch.uint8)
@@ -61,8 +61,8 @@ def gradients_of_step(num_parts: int) -> dict[str, torch.Tensor]:
     return {**found, "total_loss": torch.tensor(storage.latest()["total_loss"][0])}
 
 
-def test_the_step_is_that_of_the_large_batch(monkeypatch):
-    """Drawn are the first of the candidates, since parts draw other random numbers."""
+def test_an_accumulated_step_equals_that_of_the_large_batch(monkeypatch):
+    """Samples the first candidates, because the parts would draw different random numbers."""
     monkeypatch.setattr(sampling.torch, "randperm", lambda n, **_: torch.arange(n))
     whole, parts = gradients_of_step(1), gradients_of_step(2)
     assert set(whole) == set(parts) and len(whole) > 40
@@ -75,7 +75,7 @@ def test_the_step_is_that_of_the_large_batch(monkeypatch):
 
 
 class Squares(nn.Module):
-    """Its loss is that of the mean over samples, of which a hand can take the gradient."""
+    """Its loss is a mean over samples, whose gradient is easy to compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,8 +91,8 @@ def step_of(trainer) -> float:
     return 1 - trainer.model.weight.item()
 
 
-def test_gradients_are_clipped_once_they_are_complete():
-    """Of parts with gradients 1 and 5 the mean is 3, and clipped 2; clipped each, it were 1.5."""
+def test_gradients_are_clipped_after_accumulation():
+    """Gradients 1 and 5 average to 3, clipped to 2; clipping each first would give 1.5."""
     batch = [torch.tensor(1.0), torch.tensor(5.0)]
     assert step_of(made_trainer(Squares(), 2, batch)) == 3
     clipped = made_trainer(Squares(), 2, batch)
@@ -102,7 +102,7 @@ def test_gradients_are_clipped_once_they_are_complete():
     assert step_of(clipped) == 2
 
 
-def test_with_amp_the_loss_of_each_part_is_scaled_and_the_step_is_not():
+def test_amp_scales_the_loss_of_each_part_but_not_the_step():
     batch = [torch.tensor(1.0), torch.tensor(5.0)]
     trainer = made_trainer(Squares(), 2, batch, amp=True)
     assert isinstance(trainer, AccumulatingAMPTrainer)
@@ -122,8 +122,8 @@ def test_with_amp_the_loss_of_each_part_is_scaled_and_the_step_is_not():
     assert trainer.model.weight.item() == before and trainer.grad_scaler.get_scale() == 2.0**119
 
 
-def test_processes_share_gradients_once_a_step(tmp_path, monkeypatch):
-    """In DistributedDataParallel a hook sees each sum over processes."""
+def test_processes_share_gradients_once_per_step(tmp_path, monkeypatch):
+    """A hook of DistributedDataParallel records each sum over processes."""
     with in_one_process(tmp_path):
         monkeypatch.setattr(comm, "get_world_size", lambda: 2)
         model = distribute(Squares(), in_parts=True)
@@ -143,7 +143,7 @@ def test_processes_share_gradients_once_a_step(tmp_path, monkeypatch):
         assert sums == [3.0, 3.0, 3.0]
 
 
-def test_a_bad_loss_names_the_images_of_its_part_which_can_be_repeated(tmp_path):
+def test_a_bad_loss_names_the_images_of_its_part_and_can_be_replayed(tmp_path):
     model = made_model("OUTPUT_DIR", str(tmp_path))
     trainer = made_trainer(model, 2, made_batch())
     trainer.seed = 7
@@ -169,7 +169,7 @@ def test_a_bad_loss_names_the_images_of_its_part_which_can_be_repeated(tmp_path)
     assert replay.losses == replay.saved_losses
 
 
-def test_random_numbers_of_a_step_do_not_depend_on_what_ran_before():
+def test_random_numbers_of_a_step_do_not_depend_on_previous_work():
     drawn = []
 
     class Drawing(Squares):
@@ -183,6 +183,6 @@ def test_random_numbers_of_a_step_do_not_depend_on_what_ran_before():
     assert drawn[:2] == drawn[2:] and drawn[0] != drawn[1]
 
 
-def test_a_batch_of_your_own_loader_that_cannot_be_divided_is_refused():
+def test_a_batch_of_the_users_loader_that_cannot_be_divided_is_refused():
     with pytest.raises(ConfigError, match=r"gave 3 images, .* into SOLVER\.ACCUMULATE_STEPS 2"):
         step_of(made_trainer(Squares(), 2, [torch.tensor(1.0)] * 3))

@@ -1,4 +1,4 @@
-"""SOLVER.EARLY_STOPPING: when a run ends, what it leaves, and that a kill changes neither."""
+"""SOLVER.EARLY_STOPPING: when a run ends, what it writes, and that a kill changes neither."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.early_stopping import EarlyStopping
 
 AP = {1: 10.0, 3: 30.0, 5: 20.0, 7: 30.0, 9: 25.0, 11: 31.0}
-"""By iteration. Patience 2 is over at 7, since 30.0 is not better than 30.0, and 3 at 9."""
+"""AP by iteration. Patience 2 ends at 7, because a second 30.0 is no improvement, and 3 at 9."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +38,7 @@ def _few_shapes():
 
 @pytest.fixture(autouse=True, scope="module")
 def evaluated(_few_shapes):
-    """The iterations of evaluations."""
+    """Yields the iterations at which evaluations took place."""
     seen = []
 
     def test(_cfg, _model):
@@ -51,7 +51,7 @@ def evaluated(_few_shapes):
 
 
 def stopping(folder, *opts: str):
-    """Returns the config of a run whose checkpoints are between evaluations (2) and at one (5)."""
+    """Returns the config of a run with checkpoints between evaluations (2) and at one (5)."""
     return config(
         *(folder, "SOLVER.EARLY_STOPPING.METRIC", "bbox/AP", "SOLVER.EARLY_STOPPING.PATIENCE"),
         *("2", "TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "14", "SOLVER.CHECKPOINT_PERIOD", "3"),
@@ -61,7 +61,7 @@ def stopping(folder, *opts: str):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, evaluated):
-    """Returns the folder of a run that has ended early, its trainer, and what was done in it."""
+    """Returns the folder, the trainer and the evaluations of a run that has stopped early."""
     folder, drawn = tmp_path_factory.mktemp("undisturbed"), []
     evaluated.clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -70,10 +70,10 @@ def undisturbed(tmp_path_factory, evaluated):
     return SimpleNamespace(folder=folder, trainer=trainer, evaluated=evaluated[:], drawn=drawn)
 
 
-def test_a_run_ends_completely_once_patience_is_over(undisturbed):
+def test_a_run_stops_completely_when_patience_is_exhausted(undisturbed):
     trainer, folder = undisturbed.trainer, undisturbed.folder
     assert (trainer.iter, trainer.max_iter, trainer.is_stopped) == (8, 8, True)
-    assert undisturbed.evaluated == [1, 3, 5, 7], "and not a second time at the end"
+    assert undisturbed.evaluated == [1, 3, 5, 7], "no second evaluation at the end"
     assert final_state(folder)["iteration"] == 7 and undisturbed.drawn == [1]
     assert trainer._last_eval_results["bbox"]["AP"] == 30.0
     assert json.loads((folder / "model_best.json").read_text())["iteration"] == 3
@@ -90,7 +90,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize(("owner", "name", "call", "after"), KILLS.values(), ids=KILLS)
-def test_a_killed_and_resumed_run_ends_where_the_undisturbed_does(
+def test_a_killed_and_resumed_run_stops_where_the_uninterrupted_run_does(
     tmp_path, undisturbed, monkeypatch, owner, name, call, after
 ):
     cfg = stopping(tmp_path)
@@ -99,9 +99,7 @@ def test_a_killed_and_resumed_run_ends_where_the_undisturbed_does(
     assert_same_run(tmp_path, undisturbed.folder)
 
 
-def test_a_run_that_has_ended_early_ends_there_again_or_goes_on_with_more_patience(
-    tmp_path, undisturbed
-):
+def test_a_stopped_run_stops_again_on_resume_unless_patience_is_raised(tmp_path, undisturbed):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed.folder, folder)
     again = train(stopping(folder), resume=True)
@@ -114,8 +112,8 @@ def test_a_run_that_has_ended_early_ends_there_again_or_goes_on_with_more_patien
     assert record["values"] == [[k, AP[k]] for k in (1, 3, 5, 7, 9)]
 
 
-def test_values_of_a_timeline_that_was_left_are_forgotten(tmp_path):
-    """Of a run killed at iteration 9 and resumed at 4, say; or of an earlier run, at 0."""
+def test_values_of_an_abandoned_continuation_are_dropped(tmp_path):
+    """They come from a run that was killed at 9 and resumed at 4, or from an earlier run."""
     record = tmp_path / "early_stopping.json"
     values = [[1, 10.0], [3, 30.0], [9, 50.0]]
     for start, metric, expected in ((4, "bbox/AP", [1, 3]), (4, "segm/AP", []), (0, "bbox/AP", [])):
@@ -151,7 +149,7 @@ def ends_at(folder, metric: str, values: list[float]) -> int | None:
     return None
 
 
-def test_losses_get_better_by_falling_and_nan_never_does(tmp_path):
+def test_losses_improve_by_falling_and_nan_is_never_an_improvement(tmp_path):
     loss = "shapes_val/validation/loss_mask"
     assert improves(loss, 1.0, 2.0) and not improves(loss, 2.0, 2.0)
     assert improves("segm/AP", 2.0, 1.0) and improves("validation/segm/AP", 2.0, 1.0)
@@ -164,8 +162,8 @@ def test_losses_get_better_by_falling_and_nan_never_does(tmp_path):
     assert ends_at(tmp_path, "segm/AP", [math.nan, math.nan]) == 1
 
 
-def test_all_processes_end_as_the_first_says(tmp_path, monkeypatch):
-    """Only that one has metrics; the others would wait for it in the next step."""
+def test_all_processes_stop_when_the_first_one_does(tmp_path, monkeypatch):
+    """Only the first process has metrics; the others would wait for it in the next step."""
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     monkeypatch.setattr(comm, "all_gather", lambda own: [True, own])
     hook = made_hook(tmp_path, "segm/AP")
@@ -174,7 +172,7 @@ def test_all_processes_end_as_the_first_says(tmp_path, monkeypatch):
     assert hook.trainer.is_stopped and hook.trainer.max_iter == 5
 
 
-def test_a_metric_that_an_evaluation_does_not_give_ends_nothing_and_is_reported(tmp_path, caplog):
+def test_a_metric_that_is_never_measured_stops_nothing_and_is_reported(tmp_path, caplog):
     hook = made_hook(tmp_path, "segm/APx", patience=1)
     trainer = SimpleNamespace(max_iter=100, is_stopped=False)
     hook.trainer = trainer

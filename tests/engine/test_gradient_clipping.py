@@ -1,4 +1,4 @@
-"""SOLVER.CLIP_GRADIENTS does what detectron2's does, also where a parameter has no gradient."""
+"""SOLVER.CLIP_GRADIENTS works as in detectron2, and also if a parameter has no gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mask_head_plugin.engine import Trainer
 
 
 def clipped(build, clip_type: str, gradients: list[torch.Tensor | None]) -> list[torch.Tensor]:
-    """Returns weights after a step from zero with learning rate 1."""
+    """Returns the weights after a step from zero with learning rate 1."""
     opts = ["SOLVER.BASE_LR", "1.0", "SOLVER.MOMENTUM", "0.0", "SOLVER.WEIGHT_DECAY", "0.0"]
     opts += ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "1.0"]
     opts += ["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type]
@@ -30,7 +30,7 @@ def made_gradients() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("clip_type", ["value", "norm"])
-def test_it_clips_as_detectron2_does(clip_type):
+def test_clipping_equals_detectron2s(clip_type):
     ours = clipped(Trainer.build_optimizer, clip_type, made_gradients())
     stock = clipped(build_optimizer, clip_type, made_gradients())
     assert torch.equal(torch.stack(ours), torch.stack(stock))
@@ -44,7 +44,7 @@ def test_the_full_model_is_clipped_by_the_norm_of_all_gradients():
 
 
 @pytest.mark.parametrize("clip_type", ["value", "norm", "full_model"])
-def test_parameters_without_a_gradient_are_left_as_they_are(clip_type):
+def test_parameters_without_a_gradient_are_not_changed(clip_type):
     gradients = [torch.tensor([0.1, 0.2, 0.3]), None]
     weights = clipped(Trainer.build_optimizer, clip_type, gradients)
     assert torch.equal(weights[1], torch.zeros(3))

@@ -1,4 +1,4 @@
-"""A step with a value that is not finite, or without memory, ends the run with its images named."""
+"""A step with a non-finite value, or without memory, ends the run and its images are named."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def spoil_loss(trainer: Trainer, iteration: int, value: float) -> None:
-    """Makes the mask loss of an iteration what it must not be."""
+    """Multiplies the mask loss of an iteration by a value such as nan."""
     head, original = trainer.model.roi_heads.mask_head, trainer.model.roi_heads.mask_head.forward
 
     def forward(*args):
@@ -54,8 +54,8 @@ def spoil_loss(trainer: Trainer, iteration: int, value: float) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("period", [1, 20])
-def test_a_bad_loss_stops_the_run_before_the_step(tmp_path, value, period):
-    """At any metric period: detectron2 looks only at losses that it logs, after the step."""
+def test_a_bad_loss_stops_the_run_before_the_update(tmp_path, value, period):
+    """At any metric period; detectron2 only checks losses that it logs, and after the update."""
     trainer = make_trainer(tmp_path)
     trainer._trainer.gather_metric_period = period
     spoil_loss(trainer, 2, value)
@@ -73,7 +73,7 @@ def test_a_bad_loss_stops_the_run_before_the_step(tmp_path, value, period):
     assert all(torch.equal(x, before[name]) for name, x in weights(trainer).items())
 
 
-def test_a_bad_gradient_after_good_losses_names_its_layers(tmp_path):
+def test_a_bad_gradient_is_reported_with_its_layers(tmp_path):
     trainer = make_trainer(tmp_path)
     weight = trainer.model.roi_heads.mask_head.predictor.weight
     weight.register_hook(lambda x: x * float("nan") if trainer.iter == 1 else x)
@@ -81,11 +81,11 @@ def test_a_bad_gradient_after_good_losses_names_its_layers(tmp_path):
         trainer.train()
 
 
-def test_gradients_whose_norm_overflows_are_no_reason_to_stop(tmp_path):
+def test_an_overflowing_gradient_norm_does_not_stop_the_run(tmp_path):
     trainer = make_trainer(tmp_path, "SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "1e-30")
     weight = trainer.model.roi_heads.mask_head.predictor.weight
     weight.register_hook(lambda x: x + 1e25)
-    trainer.before_train = lambda: None  # the step alone
+    trainer.before_train = lambda: None  # only the step
     trainer.after_train = lambda: None
     trainer.before_step = trainer.after_step = lambda: None
     trainer.train()
@@ -93,13 +93,13 @@ def test_gradients_whose_norm_overflows_are_no_reason_to_stop(tmp_path):
 
 
 class Scaler:
-    """Stands for AMP's, which needs CUDA. It has no get_scale, which would wait for the device."""
+    """Stands in for AMP's scaler, which needs CUDA; has no get_scale, which would synchronise."""
 
     def __init__(self, factor: float) -> None:
         self.scale = lambda outputs: outputs * factor
 
 
-def test_with_amp_gradients_that_no_scale_makes_finite_stop_the_run(tmp_path):
+def test_amp_gradients_that_are_infinite_at_the_lowest_scale_stop_the_run(tmp_path):
     trainer = make_trainer(tmp_path)
     weight = trainer.model.roi_heads.mask_head.predictor.weight
     weight.register_hook(lambda x: x * float("inf") if trainer.iter == 2 else x)
@@ -108,12 +108,12 @@ def test_with_amp_gradients_that_no_scale_makes_finite_stop_the_run(tmp_path):
         trainer.train()
 
 
-def test_with_amp_gradients_that_a_lower_scale_may_make_finite_do_not(tmp_path):
+def test_amp_gradients_that_a_lower_scale_may_make_finite_do_not_stop_the_run(tmp_path):
     trainer = make_trainer(tmp_path)
     weight = trainer.model.roi_heads.mask_head.predictor.weight
     weight.register_hook(lambda x: x * float("inf"))
     trainer._trainer.grad_scaler = Scaler(2.0**-23)
-    trainer._guard.trainer.optimizer.step = lambda: None  # as the scaler leaves it out
+    trainer._guard.trainer.optimizer.step = lambda: None  # the scaler skips it
     trainer._hooks = trainer._hooks[:3]  # no evaluation
     trainer.train()
 
@@ -130,7 +130,7 @@ class Anything(torch.nn.Module):
 
 
 @pytest.mark.parametrize("output", [({"loss": torch.ones(())}, None), {"n": 1}, {}, None])
-def test_models_that_give_no_losses_are_left_alone(tmp_path, output):
+def test_models_that_return_no_losses_are_not_checked(tmp_path, output):
     cfg = small_config("Base-Small.yaml", "OUTPUT_DIR", str(tmp_path))
     model = Anything(output)
     guard = StepGuard(model, cfg)
@@ -139,7 +139,7 @@ def test_models_that_give_no_losses_are_left_alone(tmp_path, output):
     guard.after_backward()
 
 
-def test_losses_of_several_values_are_looked_at(tmp_path):
+def test_losses_with_several_values_are_checked(tmp_path):
     losses = {"a": torch.ones(1), "b": torch.tensor([1.0, float("nan")]), "c": torch.ones(())}
     model = Anything(losses)
     guard = StepGuard(model, small_config("Base-Small.yaml", "OUTPUT_DIR", str(tmp_path)))
@@ -162,7 +162,7 @@ def test_a_saved_step_is_replayed_exactly_and_its_layer_is_found(tmp_path, mask_
     assert replay.bad_weights == replay.bad_outputs == replay.bad_gradients == []
     assert replay.losses.keys() == replay.saved_losses.keys()
     for name, value in replay.saved_losses.items():
-        if name != "loss_mask":  # the test's, not the model's
+        if name != "loss_mask":  # was set by the test
             assert replay.losses[name] == value, name
     content = torch.load(path, weights_only=True)
     content["model"]["roi_heads.mask_head.deconv.bias"][0] = float("inf")
@@ -212,7 +212,7 @@ def test_replay_refuses_other_files(tmp_path):
         MemoryError(),
     ],
 )
-def test_out_of_memory_says_which_images_and_what_to_lower(tmp_path, error):
+def test_an_out_of_memory_error_names_images_and_keys_to_lower(tmp_path, error):
     trainer = make_trainer(tmp_path)
 
     def fail(*_):
@@ -231,8 +231,8 @@ def test_out_of_memory_says_which_images_and_what_to_lower(tmp_path, error):
         assert text in message, text
 
 
-def test_weights_that_diverged_are_reported_before_there_are_losses_and_replayed(tmp_path):
-    """detectron2's RPN raises by itself, and without a name."""
+def test_diverged_weights_are_reported_before_any_losses_and_can_be_replayed(tmp_path):
+    """detectron2's RPN raises an error of its own here, which names no image."""
     trainer = make_trainer(tmp_path)
     with torch.no_grad():
         trainer.model.backbone.fpn_output2.weight.fill_(1e38)
@@ -244,7 +244,7 @@ def test_weights_that_diverged_are_reported_before_there_are_losses_and_replayed
     assert replay.losses == {} and replay.bad_outputs[0].startswith("backbone.fpn_output2")
 
 
-def test_other_errors_pass_unchanged(tmp_path):
+def test_other_errors_are_not_changed(tmp_path):
     trainer = make_trainer(tmp_path)
 
     def fail(*_):
@@ -255,7 +255,7 @@ def test_other_errors_pass_unchanged(tmp_path):
         trainer.train()
 
 
-def test_the_tool_prints_the_layer_and_refuses_in_one_line(tmp_path, capsys, monkeypatch):
+def test_the_tool_prints_the_layer_and_reports_errors_in_one_line(tmp_path, capsys, monkeypatch):
     trainer = make_trainer(tmp_path)
     (tmp_path / "config.yaml").write_text(trainer.cfg.dump())
     path = tmp_path / "failed_steps" / "iteration_2_rank_0.pth"

@@ -1,4 +1,4 @@
-"""launch: processes by detectron2's flags and by torchrun, and what is seen when one of them fails.
+"""Launching processes by detectron2's flags and by torchrun, and errors if one of them fails.
 
 Shape alphabet: S steps, L loss terms.
 """
@@ -27,7 +27,7 @@ from mask_head_plugin.engine.launch import RankError
 
 
 def reference(timm_name: str = "") -> torch.Tensor:
-    """Returns (S, L) means of what one process loses on both halves, by their random numbers."""
+    """Returns (S, L) mean losses of one process on both halves, with their random numbers."""
     model = make_model(timm_name)
     means = []
     for step in range(NUM_STEPS):
@@ -42,14 +42,14 @@ def check(folder: Path, timm_name: str = "") -> dict:
     facts = torch.load(folder / "facts.pth")
     torch.testing.assert_close(facts["losses"], reference(timm_name), rtol=1e-5, atol=0)
     assert facts["unread"] is None
-    assert not facts["searches"], "parameters without a gradient are looked for in the first step"
-    assert facts["shared"] == [3, 3], "all evaluate what the first one saves"
+    assert not facts["searches"], "unused parameters are searched only in the first step"
+    assert facts["shared"] == [3, 3], "all processes evaluate the weights of the first"
     assert (facts["world_size"], facts["local_size"], facts["backend"]) == (2, 2, "gloo")
     return facts
 
 
 def start_by(method: str, monkeypatch) -> None:
-    """Has processes start at once; those of ``spawn`` import for seconds."""
+    """Starts processes quickly; with ``spawn`` they would import for seconds."""
     plain = launch._launch_config
 
     def config(*args):
@@ -58,9 +58,7 @@ def start_by(method: str, monkeypatch) -> None:
     monkeypatch.setattr(launch, "_launch_config", config)
 
 
-def test_two_processes_by_flags_train_a_backbone_of_timm_as_one_on_both_halves(
-    tmp_path, monkeypatch
-):
+def test_two_processes_started_by_flags_train_as_one_process_on_both_halves(tmp_path, monkeypatch):
     start_by(fork_server().get_start_method(), monkeypatch)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     name, place = "mobilenetv3_small_050", (2, 1, 0, "tcp://127.0.0.1:1")
@@ -70,7 +68,7 @@ def test_two_processes_by_flags_train_a_backbone_of_timm_as_one_on_both_halves(
     assert facts["threads"] == max(len(os.sched_getaffinity(0)) // 2, 1)
 
 
-def test_two_processes_by_torchrun_do_so_too_after_a_restart(tmp_path):
+def test_two_processes_started_by_torchrun_also_train_after_a_restart(tmp_path):
     made_run = str(ROOT / "tests" / "engine" / "made_run.py")
     at_once = ["--run-path", "--start-method", fork_server().get_start_method()]
     flags = ["--nproc-per-node", "2", "--max-restarts", "1", *at_once]
@@ -79,8 +77,8 @@ def test_two_processes_by_torchrun_do_so_too_after_a_restart(tmp_path):
     assert check(tmp_path)["restarted"]
 
 
-def test_train_net_trains_code_of_the_user_in_two_processes_and_scales_the_batch(tmp_path):
-    """The command of docs/your_own_code.md, with a loss, a backbone and a data set of its own."""
+def test_train_net_trains_the_users_code_in_two_processes_and_scales_the_batch(tmp_path):
+    """Runs the command of docs/your_own_code.md, with its loss, backbone and data set."""
     page = (ROOT / "docs" / "your_own_code.md").read_text()
     code, text = (re.findall(rf"```{x}\n(.*?)```", page, re.DOTALL)[0] for x in ("python", "bash"))
     (tmp_path / "my_code.py").write_text(code)
@@ -105,7 +103,7 @@ def test_train_net_trains_code_of_the_user_in_two_processes_and_scales_the_batch
     assert f"IMPORTS:\n- {tmp_path}/my_code.py\n" in (output / "config.yaml").read_text()
 
 
-def test_a_single_process_is_this_one():
+def test_a_single_process_is_not_launched_separately():
     pids = []
     launch.launch(lambda pids: pids.append(os.getpid()), 1, args=(pids,))
     assert pids == [os.getpid()]
@@ -124,7 +122,7 @@ def test_a_single_process_is_this_one():
         ((1, 2, 0, "tcp://a"), "--dist-url tcp://a: .* needs tcp://host:port"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(numbers, message):
+def test_invalid_numbers_are_refused(numbers, message):
     with pytest.raises(ConfigError, match=message):
         launch.launch(print, *numbers, device="cpu")
 
@@ -146,7 +144,7 @@ def test_more_processes_than_gpus_or_cores_are_refused(monkeypatch):
 
 @pytest.fixture
 def of_torchrun(monkeypatch):
-    """Sets what torchrun sets in a process's environment; returns how to change it."""
+    """Sets torchrun's environment variables; returns a function to change them."""
 
     def change(**values: str) -> None:
         for key, value in values.items():
@@ -157,7 +155,7 @@ def of_torchrun(monkeypatch):
     return change
 
 
-def test_what_torchrun_cannot_do_is_refused(of_torchrun):
+def test_unsupported_torchrun_settings_are_refused(of_torchrun):
     assert launch.process_rank() == 1
     with pytest.raises(
         ConfigError, match="--num-gpus 3, but torchrun has started 2 processes here"
@@ -171,13 +169,13 @@ def test_what_torchrun_cannot_do_is_refused(of_torchrun):
         launch.launch(print, 1, device="cpu")
 
 
-def test_a_restart_is_known_by_its_count_or_by_the_id_of_the_run(of_torchrun, tmp_path):
+def test_a_restart_is_recognised_by_its_count_or_the_id_of_the_run(of_torchrun, tmp_path):
     output = str(tmp_path)
     assert not launch.restarted(output)
     of_torchrun(TORCHELASTIC_RESTART_COUNT="1")
     assert launch.restarted(output)
     of_torchrun(TORCHELASTIC_RESTART_COUNT="0")
-    assert not launch.restarted(output)  # a run without an id leaves none
+    assert not launch.restarted(output)  # a run without an id stores none
     of_torchrun(TORCHELASTIC_RUN_ID="a")
     assert not launch.restarted(output)
     assert launch.restarted(output)
@@ -185,7 +183,7 @@ def test_a_restart_is_known_by_its_count_or_by_the_id_of_the_run(of_torchrun, tm
     assert not launch.restarted(output)
 
 
-def test_the_first_process_of_a_machine_goes_first(of_torchrun, monkeypatch):
+def test_the_first_process_of_a_machine_runs_before_the_others(of_torchrun, monkeypatch):
     order = []
     store = torch.distributed.HashStore()
     monkeypatch.setattr(launch, "_store", lambda: store)
@@ -208,7 +206,7 @@ def test_the_first_process_of_a_machine_goes_first(of_torchrun, monkeypatch):
 @pytest.mark.parametrize(
     ("how", "kind", "message"),
     [
-        ("config", ConfigError, r"^rank 1: x.json is broken; mend it$"),
+        ("config", ConfigError, r"^rank 1: x.json is broken; fix it$"),
         ("error", RankError, r"(?s)^rank 1 failed\n.*in fail\n.*RuntimeError: the weather$"),
         ("exit", RankError, "^rank 1 ended with exit code 7$"),
         (
@@ -219,8 +217,8 @@ def test_the_first_process_of_a_machine_goes_first(of_torchrun, monkeypatch):
         ("SIGSEGV", RankError, r"^rank 1 was killed by SIGSEGV; continue with --resume$"),
     ],
 )
-def test_one_process_that_fails_ends_all_with_its_error(how, kind, message, monkeypatch):
-    start_by("fork", monkeypatch)  # not for work in threads
+def test_one_failing_process_ends_all_with_its_error(how, kind, message, monkeypatch):
+    start_by("fork", monkeypatch)  # unsafe with threads, but fast
     start = time.monotonic()
     with pytest.raises(kind, match=message):
         launch.launch(fail, 2, args=(how,), device="cpu")

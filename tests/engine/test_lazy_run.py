@@ -1,4 +1,4 @@
-"""tools/lazyconfig_train_net.py: LazyConfigs train, resume, are evaluated; errors name the key."""
+"""tools/lazyconfig_train_net.py: LazyConfigs train, resume and evaluate; errors name the key."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(file, *opts, resume=False, eval_only=False):
     lazy_run.train_or_evaluate(argparse.Namespace(config_file=str(file), opts=list(opts), **flags))
 
 
-def test_a_run_trains_goes_on_and_is_evaluated(tmp_path):
+def test_a_run_trains_resumes_and_is_evaluated(tmp_path):
     file, folder = tmp_path / "small.py", tmp_path / "run"
     file.write_text(SMALL)
     test = choose_images("shapes_val", 3, tmp_path)
@@ -102,14 +102,14 @@ def test_a_run_trains_goes_on_and_is_evaluated(tmp_path):
     ],
     ids=lambda x: x[-1] if isinstance(x, tuple) else "",
 )
-def test_what_does_not_fit_is_one_line(opts, message, monkeypatch):
+def test_errors_are_one_line_with_the_nearest_key(opts, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=message) as error:
         run(LAZY / "new_baselines" / "mask_rcnn_R_50_FPN_100ep_LSJ.py", *opts)
     assert "\n" not in str(error.value)
 
 
-def test_config_files_that_cannot_be_used_are_named(tmp_path):
+def test_unusable_config_files_are_named(tmp_path):
     for content, message in (
         ("train = dict()", r"x.py sets no model and no dataloader and no optimizer"),
         ("train = ", r"config file .*x.py: .*syntax error"),

@@ -1,4 +1,4 @@
-"""Which parameters learn how fast: by module, by layer of the backbone, with which optimizer."""
+"""Learning rates by module and by layer of the backbone, for each optimizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def on_meta(cfg) -> torch.nn.Module:
 
 
 def rates(config: str, *opts: str) -> dict[str, float]:
-    """Returns the learning rate of each parameter that is trained, at a base rate of 1."""
+    """Returns the learning rate of each trained parameter, at a base rate of 1."""
     cfg = small_config(config, *RATE, *opts)
     return rates_of(*optimizer_and_model(cfg))
 
@@ -47,7 +47,7 @@ def rates_of(optimizer, model) -> dict[str, float]:
         ["SOLVER.NESTEROV", "True", "SOLVER.WEIGHT_DECAY_NORM", "0.001"],
     ],
 )
-def test_with_the_defaults_the_optimizer_is_detectron2s(opts):
+def test_by_default_the_optimizer_equals_detectron2s(opts):
     cfg = small_config(SMALL, *opts)
     model = on_meta(cfg)
     ours, stock = Trainer.build_optimizer(cfg, model), build_optimizer(cfg, model)
@@ -56,7 +56,7 @@ def test_with_the_defaults_the_optimizer_is_detectron2s(opts):
     assert group_names(ours, model) == group_names(stock, model)
 
 
-def test_the_longest_name_counts_and_factors_of_bias_multiply():
+def test_the_longest_matching_name_decides_and_the_bias_factor_multiplies():
     factors = '[["backbone", 0.1], ["backbone.bottom_up.res4", 0.5], ["roi_heads.mask_head", 2.0]]'
     found = rates(SMALL, "SOLVER.LR_FACTORS", factors, "SOLVER.BIAS_LR_FACTOR", "3.0")
     assert {name.split(".")[0] for name in found} == {"backbone", "proposal_generator", "roi_heads"}
@@ -69,7 +69,7 @@ def test_the_longest_name_counts_and_factors_of_bias_multiply():
         assert rate == pytest.approx(expected * (3.0 if name.endswith(".bias") else 1.0)), name
 
 
-def test_the_name_of_a_parameter_is_one_and_half_a_name_is_none():
+def test_factors_match_complete_names_only():
     name = "roi_heads.mask_head.predictor.weight"
     found = rates(SMALL, "SOLVER.LR_FACTORS", f'[["{name}", 5.0]]')
     assert [x for x, rate in found.items() if rate != 1] == [name]
@@ -77,7 +77,7 @@ def test_the_name_of_a_parameter_is_one_and_half_a_name_is_none():
         rates(SMALL, "SOLVER.LR_FACTORS", '[["roi_heads.mask", 5.0]]')
 
 
-def test_a_name_of_a_frozen_module_is_refused():
+def test_a_factor_for_a_frozen_module_is_refused():
     opts = [
         "MODEL.BACKBONE.FREEZE_AT",
         "2",
@@ -117,7 +117,7 @@ def test_layers_of_a_resnet_are_its_stages(config, res5):
 
 
 class OnTop(torch.nn.Module):
-    """A detector with a backbone of timm's."""
+    """A detector with a timm backbone."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -128,8 +128,8 @@ class OnTop(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_vit2"])
-def test_layers_of_timms_models_are_those_of_timm(name):
-    """timm's own groups, of the whole model, have the same ratios from layer to layer."""
+def test_layers_of_timm_models_follow_timm(name):
+    """timm's own groups of the whole model have the same ratios from layer to layer."""
     optim = pytest.importorskip("timm.optim")
     with torch.device("meta"):
         model = OnTop(name)
@@ -155,7 +155,7 @@ def test_layers_of_timms_models_are_those_of_timm(name):
     assert len(own) > 10 and len(ratios) == 1
 
 
-def test_what_timm_says_not_to_decay_does_not():
+def test_parameters_that_timm_excludes_from_decay_are_not_decayed():
     with torch.device("meta"):
         model = OnTop("test_vit2")
     groups = parameter_groups(model, 1.0)
@@ -173,7 +173,7 @@ def test_layers_of_an_unknown_backbone_are_refused():
         parameter_groups(model, 1.0, layer_decay=0.5)
 
 
-def test_adamw_takes_its_betas_and_no_decay_of_norms():
+def test_adamw_uses_its_betas_and_no_decay_for_norms():
     opts = ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.BETAS", "[0.8, 0.95]"]
     cfg = small_config(SMALL, *opts, "SOLVER.BASE_LR", "0.001", "SOLVER.WEIGHT_DECAY", "0.05")
     optimizer, model = optimizer_and_model(cfg)
@@ -186,7 +186,7 @@ def test_adamw_takes_its_betas_and_no_decay_of_norms():
     assert {x for name, x in decays.items() if ".norm." not in name} == {0.05}
 
 
-def test_a_lazy_config_takes_the_same_groups():
+def test_a_lazy_config_can_use_the_same_groups():
     cfg = small_config(SMALL)
     model = on_meta(cfg)
     lazy = LazyCall(torch.optim.AdamW)(

@@ -1,4 +1,4 @@
-"""Evaluations that are interrupted go on where they stopped, if nothing has changed."""
+"""Interrupted evaluations resume where they stopped, unless something has changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = "test_five_shapes"
 
 @pytest.fixture(scope="module", autouse=True)
 def _five_shapes():
-    """A data set without an annotation file."""
+    """Registers a data set without an annotation file."""
     records = DatasetCatalog.get("shapes_val")[:5]
     DatasetCatalog.register(NAME, lambda: records)
     classes = MetadataCatalog.get("shapes_val").thing_classes
@@ -33,7 +33,7 @@ def _five_shapes():
 
 
 class Counting(torch.nn.Module):
-    """Counts the images that a model sees, and stops before one of them."""
+    """Records the images that a model gets, and stops before one of them."""
 
     def __init__(self, model, stop_before=None):
         super().__init__()
@@ -54,14 +54,14 @@ def make(tmp_path, *opts):
     return cfg, Trainer.build_model(cfg)
 
 
-def test_an_interrupted_evaluation_goes_on_and_gives_the_same(tmp_path):
+def test_an_interrupted_evaluation_resumes_with_the_same_result(tmp_path):
     cfg, model = make(tmp_path)
     expected = Trainer.test(cfg, Counting(model))
     with pytest.raises(KeyboardInterrupt):
         Trainer.test(cfg, Counting(model, stop_before=3))
     rest = Counting(model)
     results = Trainer.test(cfg, rest)
-    assert len(rest.seen) == 2, "two of five images were left"
+    assert len(rest.seen) == 2, "only the remaining two images are predicted"
     for task in ("bbox", "segm", "boundary"):
         assert results[task] == pytest.approx(expected[task], nan_ok=True)
     again = Counting(model)
@@ -70,7 +70,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch, workers):
+def test_an_unreadable_image_is_reported_in_one_line(tmp_path, monkeypatch, workers):
     cfg, model = make(tmp_path, "DATALOADER.NUM_WORKERS", workers)
     records = [dict(record) for record in DatasetCatalog.get(NAME)]
     records[2]["file_name"] = str(tmp_path / "truncated.png")
@@ -84,7 +84,7 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch
     assert "\n" not in message and "repair it" in message
 
 
-def test_a_crash_of_the_metrics_loses_no_prediction(tmp_path, monkeypatch):
+def test_a_crash_in_the_metrics_loses_no_predictions(tmp_path, monkeypatch):
     cfg, model = make(tmp_path)
     counting = Counting(model)
 
@@ -100,7 +100,7 @@ def test_a_crash_of_the_metrics_loses_no_prediction(tmp_path, monkeypatch):
     assert counting.seen == []
 
 
-def test_the_fingerprint_tells_what_predictions_depend_on(tmp_path):
+def test_the_fingerprint_depends_on_everything_that_affects_predictions(tmp_path):
     cfg, model = make(tmp_path)
     first = prediction_fingerprint(cfg, model, NAME)
     same, _ = make(tmp_path, "MODEL.WEIGHTS", "", "SOLVER.BASE_LR", "0.5")
@@ -121,7 +121,7 @@ def test_the_fingerprint_tells_what_predictions_depend_on(tmp_path):
     assert prediction_fingerprint(cfg, model, NAME) != first
 
 
-def test_writing_the_copy_of_a_file_for_evaluators_changes_nothing(tmp_path):
+def test_rewriting_the_evaluators_copy_of_a_file_does_not_change_the_fingerprint(tmp_path):
     image = {"id": 1, "file_name": "a.png", "height": 8, "width": 8}
     (tmp_path / "images").mkdir()
     entries = []

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed ends as if nothing had happened."""
+"""A run that is killed at any moment and resumed ends exactly as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize(("owner", "name", "call", "after"), KILLS.values(), ids=KILLS)
-def test_a_killed_and_resumed_run_ends_bit_by_bit_as_the_undisturbed(
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_by_bit(
     tmp_path, undisturbed, monkeypatch, owner, name, call, after
 ):
     cfg = config(tmp_path)
@@ -75,7 +75,7 @@ RECIPE = [
 ]
 
 
-def test_a_run_with_average_and_parts_and_adamw_is_resumed_bit_by_bit(tmp_path, monkeypatch):
+def test_a_run_with_average_accumulation_and_adamw_resumes_bit_by_bit(tmp_path, monkeypatch):
     (tmp_path / "expected").mkdir()
     expected = train(config(tmp_path / "expected", *RECIPE))
     cfg = config(tmp_path / "killed", *RECIPE)
@@ -87,14 +87,14 @@ def test_a_run_with_average_and_parts_and_adamw_is_resumed_bit_by_bit(tmp_path, 
     assert int(trainer.average.n_averaged) == MAX_ITER
 
 
-def test_workers_change_nothing(tmp_path, undisturbed, monkeypatch):
+def test_workers_do_not_change_a_resumed_run(tmp_path, undisturbed, monkeypatch):
     cfg = config(tmp_path, "DATALOADER.NUM_WORKERS", "2")
     train_until_killed(cfg, monkeypatch, Trainer, "run_step", 6)
     train(cfg, resume=True)
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_precise_batch_statistics_are_those_of_the_undisturbed_run(tmp_path, monkeypatch):
+def test_precise_batch_statistics_equal_those_of_the_uninterrupted_run(tmp_path, monkeypatch):
     opts = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"]
     for name in ("killed", "expected"):
         (tmp_path / name).mkdir()
@@ -105,15 +105,15 @@ def test_precise_batch_statistics_are_those_of_the_undisturbed_run(tmp_path, mon
     assert_same_run(tmp_path / "killed", tmp_path / "expected")
 
 
-def test_the_seed_of_a_run_without_one_is_in_its_checkpoint(tmp_path, monkeypatch):
+def test_a_random_seed_is_stored_in_the_checkpoint(tmp_path, monkeypatch):
     cfg = config(tmp_path, "SEED", "-1")
     train_until_killed(cfg, monkeypatch, Trainer, "run_step", 6)
     seed = torch.load(tmp_path / "model_0000003.pth", weights_only=True)["trainer"]["seed"]
     assert train(cfg, resume=True).seed == seed
 
 
-def test_an_evaluation_that_fails_is_made_up_for(tmp_path, undisturbed, monkeypatch):
-    """After an error, unlike after a kill, the writers write what they have."""
+def test_a_failed_evaluation_is_repeated_on_resume(tmp_path, undisturbed, monkeypatch):
+    """After an error, unlike after a kill, the writers still write what they have."""
     cfg = config(tmp_path)
 
     def fail(*_):
@@ -127,10 +127,10 @@ def test_an_evaluation_that_fails_is_made_up_for(tmp_path, undisturbed, monkeypa
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_run_that_was_killed_in_its_last_evaluation_evaluates_again(
+def test_a_run_killed_in_its_last_evaluation_repeats_it_on_resume(
     tmp_path, undisturbed, monkeypatch
 ):
-    """The last evaluation is at iteration MAX_ITER, as in the undisturbed run."""
+    """The last evaluation is logged at iteration MAX_ITER, as in the uninterrupted run."""
     cfg = config(tmp_path)
     monkeypatch.setattr("mask_head_plugin.engine.trainer._draw_contact_sheets", lambda _: None)
     with monkeypatch.context() as patch:
@@ -140,9 +140,9 @@ def test_a_run_that_was_killed_in_its_last_evaluation_evaluates_again(
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_resumed_run_learns_as_its_config_says_not_as_the_checkpoint_does(tmp_path, caplog):
+def test_a_resumed_run_uses_the_settings_of_its_config_not_of_the_checkpoint(tmp_path, caplog):
     train(config(tmp_path, "SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()"))
-    logging.getLogger("detectron2").propagate = True  # else not, if that was the first trainer
+    logging.getLogger("detectron2").propagate = True  # the first trainer turns it off
     changed = ["SOLVER.BASE_LR", "0.003", "SOLVER.WEIGHT_DECAY", "0.5", "SOLVER.MOMENTUM", "0.8"]
     trainer = Trainer(config(tmp_path, *changed, "SEED", "5"))
     trainer.resume_or_load(resume=True)
@@ -164,7 +164,7 @@ def test_a_resumed_run_learns_as_its_config_says_not_as_the_checkpoint_does(tmp_
         Trainer(config(tmp_path, "MODEL.BACKBONE.FREEZE_AT", "2")).resume_or_load(resume=True)
 
 
-def test_what_a_resumed_run_cannot_take_up_of_its_optimizer_is_refused(tmp_path):
+def test_optimizer_changes_that_cannot_be_resumed_are_refused(tmp_path):
     factors = ["SOLVER.LR_FACTORS", '[["roi_heads.mask_head.mask_fcn1", 2.0]]']
     train(config(tmp_path, *factors, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()"))
     rest = "other parameters have their own learning rate.*SOLVER.LR_FACTORS"
@@ -177,12 +177,12 @@ def test_what_a_resumed_run_cannot_take_up_of_its_optimizer_is_refused(tmp_path)
             Trainer(config(tmp_path, *opts)).resume_or_load(resume=True)
 
 
-def test_two_runs_do_not_write_into_one_folder(tmp_path):
+def test_two_runs_cannot_write_to_the_same_folder(tmp_path):
     with sole_writer(tmp_path), pytest.raises(ConfigError, match="another run is writing into"):
         train(config(tmp_path))
 
 
-def test_a_finished_run_that_is_made_longer_keeps_its_last_evaluation(tmp_path, undisturbed):
+def test_extending_a_finished_run_keeps_its_last_evaluation(tmp_path, undisturbed):
     train(config(tmp_path))
     train(config(tmp_path, "SOLVER.MAX_ITER", "10"), resume=True)
     evaluated = [int(x["iteration"]) for x in metrics(tmp_path) if "bbox/AP" in x]
@@ -190,13 +190,13 @@ def test_a_finished_run_that_is_made_longer_keeps_its_last_evaluation(tmp_path, 
     assert metrics(tmp_path)[:2] == metrics(undisturbed)[:2]
 
 
-def test_a_checkpoint_after_the_last_iteration_is_refused(tmp_path):
+def test_a_checkpoint_beyond_max_iter_is_refused(tmp_path):
     train(config(tmp_path))
     with pytest.raises(ConfigError, match=r"iteration 7, but SOLVER\.MAX_ITER is 5; raise it"):
         train(config(tmp_path, "SOLVER.MAX_ITER", "5"), resume=True)
 
 
-def test_a_run_that_starts_again_moves_the_earlier_one_aside(tmp_path, undisturbed):
+def test_a_new_run_moves_an_earlier_one_aside(tmp_path, undisturbed):
     cfg = config(tmp_path, "SOLVER.MAX_ITER", "4")
     train(cfg)
     first = (tmp_path / "model_final.pth").read_bytes(), metrics(tmp_path)
@@ -213,7 +213,7 @@ def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     assert {path.name for path in tmp_path.glob("*.sha256")} == {f"{x}.sha256" for x in names}
 
 
-def test_lines_after_one_that_an_earlier_kill_tore_are_kept(tmp_path):
+def test_log_lines_after_a_truncated_one_are_kept(tmp_path):
     lines = ['{"iteration": 1, "lr": 0.1}', '{"iteration": 2, "l', '{"iteration": 3, "lr": 0.2}']
     path = tmp_path / "metrics.json"
     path.write_text("\n".join([*lines, '{"iteration": 6, "lr": 0.3}', '{"iteration": 7']))
@@ -223,7 +223,7 @@ def test_lines_after_one_that_an_earlier_kill_tore_are_kept(tmp_path):
     assert path.read_text().splitlines() == [lines[0], lines[2]]
 
 
-def test_precise_batch_statistics_take_a_loader_of_detectron2(tmp_path):
+def test_precise_batch_statistics_accept_detectron2s_loader(tmp_path):
     class Stock(Trainer):
         @classmethod
         def build_train_loader(cls, cfg):
@@ -235,14 +235,14 @@ def test_precise_batch_statistics_take_a_loader_of_detectron2(tmp_path):
     assert (tmp_path / "model_final.pth").exists()
 
 
-def test_results_with_augmentation_stand_beside_the_others(tmp_path, monkeypatch):
+def test_results_with_test_time_augmentation_are_added_to_the_others(tmp_path, monkeypatch):
     cfg = config(tmp_path, "TEST.AUG.ENABLED", "True", "SOLVER.MAX_ITER", "1")
     monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": 1.0}})
     monkeypatch.setattr(Trainer, "test_with_tta", lambda *_: {"bbox_TTA": {"AP": 2.0}})
     assert train(cfg)._last_eval_results == {"bbox": {"AP": 1.0}, "bbox_TTA": {"AP": 2.0}}
 
 
-def test_no_contact_sheet_is_drawn_after_a_last_step_that_failed(tmp_path, monkeypatch):
+def test_no_contact_sheet_is_drawn_if_the_last_step_failed(tmp_path, monkeypatch):
     def fail(_):
         raise KeyboardInterrupt
 
@@ -253,19 +253,19 @@ def test_no_contact_sheet_is_drawn_after_a_last_step_that_failed(tmp_path, monke
         train(config(tmp_path, "SOLVER.MAX_ITER", "1"))
 
 
-def test_an_evaluation_of_a_run_without_checkpoints_is_refused(tmp_path):
+def test_evaluating_a_run_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no checkpoint in OUTPUT_DIR .*give MODEL\.WEIGHTS"):
         Trainer.load_model(config(tmp_path), resume=True)
 
 
 class Validation(HookBase):
-    """As users write them: logs a value, and comes before the writers."""
+    """A typical user hook: logs a value, and runs before the writers."""
 
     def after_step(self) -> None:
         self.trainer.storage.put_scalar("validation", self.trainer.iter, smoothing_hint=False)
 
 
-def test_a_hook_that_is_inserted_before_the_writers_is_logged_and_taken_up(tmp_path, monkeypatch):
+def test_a_users_hook_before_the_writers_is_logged_and_resumed(tmp_path, monkeypatch):
     class Own(Trainer):
         def build_hooks(self):
             result = super().build_hooks()
@@ -290,14 +290,14 @@ def _kill(*_):
     raise Killed
 
 
-def test_a_run_that_is_made_longer_keeps_its_evaluation_at_any_period(tmp_path):
+def test_extending_a_run_keeps_its_evaluation_for_any_period(tmp_path):
     train(config(tmp_path, "SOLVER.MAX_ITER", "3"))
     train(config(tmp_path, "SOLVER.MAX_ITER", "4"), resume=True)
     assert [int(x["iteration"]) for x in metrics(tmp_path) if "bbox/AP" in x] == [3, 4]
 
 
-def test_the_mark_of_another_run_counts_for_nothing(tmp_path, monkeypatch):
-    """Its checkpoints were removed by hand."""
+def test_the_finished_iteration_of_another_run_is_ignored(tmp_path, monkeypatch):
+    """The user has deleted that run's checkpoints."""
     cfg = config(tmp_path, "SOLVER.MAX_ITER", "5")
     (tmp_path / "finished_iteration").write_text("3")
     train_until_killed(cfg, monkeypatch, MaskEvaluator, "evaluate", 1)
@@ -308,7 +308,7 @@ def test_the_mark_of_another_run_counts_for_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "record", [b"", b'{"metric": ', b"[5]", b'{"metric": "segm/AP", "value": "x"}']
 )
-def test_a_damaged_record_of_the_best_weights_costs_no_resume(tmp_path, record):
+def test_a_damaged_record_of_the_best_weights_does_not_prevent_resuming(tmp_path, record):
     (tmp_path / "model_best.json").write_bytes(record)
     hook = hooks.BestCheckpointer(
         MaskHeadCheckpointer(torch.nn.Linear(2, 2), str(tmp_path)), "segm/AP"

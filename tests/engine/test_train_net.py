@@ -1,4 +1,4 @@
-"""train_net.py as a user runs it: train, resume, evaluate; the files in OUTPUT_DIR afterwards."""
+"""train_net.py as a user runs it: train, resume, evaluate; the files in OUTPUT_DIR."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CONFIG = "configs/shapes/mask_rcnn_shapes.yaml"
 
 
 def run_anew(*command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script as a user does: in a process that does all imports itself."""
+    """Runs a script like a user, in a process that does all imports itself."""
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Runs train_net.py on a six-image data set; returns the finished process."""
+    """Returns a function that runs train_net.py on a data set of six images."""
     folder = tmp_path_factory.mktemp("run")
     for split in ("train", "val"):
         shapes.write_split(folder / "data", split, 6)
@@ -57,7 +57,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(run):
-    # The embedded set's config asks for bit masks already; here the files are to ask for them.
+    # The embedded set's config already sets bit masks; here they must follow from the files.
     opts = ["SOLVER.MAX_ITER", "20", "SOLVER.WARMUP_ITERS", "1", "INPUT.MASK_FORMAT", "polygon"]
     result = run(*opts, "SOLVER.IMS_PER_BATCH", "2", start=run_anew)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -75,7 +75,7 @@ def metrics(run) -> list[dict]:
     return [json.loads(line) for line in (run.output / "metrics.json").read_text().splitlines()]
 
 
-def test_training_leaves_checkpoint_metrics_events_log_and_contact_sheet(run, trained):
+def test_training_writes_checkpoint_metrics_events_log_and_contact_sheet(run, trained):
     names = {path.name for path in run.output.iterdir()}
     assert {"model_final.pth", "metrics.json", "log.txt", "config.yaml", "inference"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
@@ -93,20 +93,20 @@ def test_training_prints_the_time_left_and_the_ap_table(trained):
     assert {"bbox", "segm", "boundary", "ring"} <= set(table)
 
 
-def test_the_device_and_a_changed_mask_format_are_reported_and_logged(run, trained):
+def test_the_device_and_a_changed_mask_format_are_printed_and_logged(run, trained):
     log = (run.output / "log.txt").read_text()
     for text in ("INPUT.MASK_FORMAT is now bitmask", "running on cpu"):
         assert trained.stdout.count(text) == 1 and log.count(text) >= 1
 
 
-def test_resume_goes_on_from_the_last_checkpoint(run, trained):
+def test_resume_continues_from_the_last_checkpoint(run, trained):
     result = run("--resume", "SOLVER.MAX_ITER", "22", "SOLVER.WARMUP_ITERS", "1")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Starting training from iteration 20" in result.stdout
     assert [x["iteration"] for x in metrics(run) if "loss_mask" in x][-1] == 21
 
 
-def test_evaluation_of_exported_weights_equals_that_of_the_checkpoint(run, trained, tmp_path):
+def test_exported_weights_are_evaluated_like_the_checkpoint(run, trained, tmp_path):
     results = []
     path = tmp_path / "x" / "weights.safetensors"
     export_safetensors(run.output / "model_final.pth", path)
@@ -117,7 +117,7 @@ def test_evaluation_of_exported_weights_equals_that_of_the_checkpoint(run, train
     assert results[0] == results[1] != "[]"
 
 
-def test_half_precision_export_rounds_kernels_only(run, trained, tmp_path):
+def test_half_precision_export_rounds_only_kernels(run, trained, tmp_path):
     path = tmp_path / "half.safetensors"
     export_safetensors(run.output / "model_final.pth", path, half=True)
     exact = torch.load(run.output / "model_final.pth", weights_only=True)["model"]
@@ -161,11 +161,11 @@ def test_help_shows_detectron2s_flags_and_examples():
         assert flag in result.stdout
 
 
-def test_train_net_is_under_80_lines():
+def test_train_net_has_fewer_than_80_lines():
     assert len((ROOT / "train_net.py").read_text().splitlines()) < 80
 
 
-def test_checkpoint_of_the_repository_is_small():
+def test_the_repositorys_checkpoint_is_small():
     assert CHECKPOINT.stat().st_size < 3e6
 
 
@@ -198,7 +198,7 @@ def coco_files(kind: str) -> list[str]:
     ],
     ids=["nuclei", "photographs"],
 )
-def test_real_images_train(config, opts, tmp_path):
+def test_real_images_can_be_trained_on(config, opts, tmp_path):
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real images are not at {SHARED_DATA}")
     fixed = ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path)]

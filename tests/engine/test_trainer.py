@@ -1,4 +1,4 @@
-"""Trainer: the evaluator that a data set asks for."""
+"""Trainer: choosing the evaluator of a data set."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def test_coco_data_sets_get_the_mask_evaluator():
     assert isinstance(evaluator, MaskEvaluator) and evaluator._max_detections == 100
 
 
-def test_all_detections_that_a_model_may_return_are_evaluated():
+def test_all_detections_allowed_by_the_config_are_evaluated():
     cfg = small_config("Base-MaskRCNN-FPN.yaml", "TEST.DETECTIONS_PER_IMAGE", "400")
     assert Trainer.build_evaluator(cfg, "shapes_val")._max_detections == 400
 
 
-def test_all_detections_are_evaluated_where_a_model_may_return_all():
+def test_without_a_limit_all_detections_are_evaluated():
     cfg = small_config("Base-MaskRCNN-FPN.yaml", "TEST.DETECTIONS_PER_IMAGE", "-1")
     assert Trainer.build_evaluator(cfg, "shapes_val")._max_detections == ALL_DETECTIONS
 
@@ -36,25 +36,25 @@ def test_keypoints_and_proposals_are_evaluated_by_detectron2():
     assert isinstance(Trainer.build_evaluator(cfg, "shapes_val"), COCOEvaluator)
 
 
-def test_several_data_sets_have_folders_of_their_own(tmp_path):
+def test_each_of_several_data_sets_has_its_own_folder(tmp_path):
     opts = ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "('shapes_val', 'shapes_train')"]
     cfg = small_config("Base-MaskRCNN-FPN.yaml", *opts)
     folders = [Trainer.build_evaluator(cfg, name)._folder for name in cfg.DATASETS.TEST]
     assert folders == [tmp_path / "inference" / name for name in cfg.DATASETS.TEST]
 
 
-def test_the_type_of_the_data_set_decides():
+def test_the_evaluator_type_of_the_data_set_decides():
     evaluator = Trainer.build_evaluator(small_config("Base-MaskRCNN-FPN.yaml"), "voc_2007_val")
     assert isinstance(evaluator, PascalVOCDetectionEvaluator)
 
 
-def test_unknown_type_is_named():
+def test_an_unknown_evaluator_type_is_named():
     MetadataCatalog.get("test_strange").evaluator_type = "strange"
     with pytest.raises(ValueError, match="'test_strange' has evaluator_type 'strange'"):
         Trainer.build_evaluator(small_config("Base-MaskRCNN-FPN.yaml"), "test_strange")
 
 
-def test_models_on_the_cpu_convolve_channels_last():
+def test_models_on_the_cpu_use_channels_last():
     model = Trainer.build_model(small_config("Base-MaskRCNN-FPN.yaml"))
     weight = model.roi_heads.mask_head.mask_fcn1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""TEST.EVAL_LOSS: what the losses are, and that computing them changes nothing else."""
+"""TEST.EVAL_LOSS: the values of the losses, and that computing them changes nothing else."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def few_config(*opts: str):
     return small_config("Base-Small.yaml", "DATASETS.TEST", "('test_few_val',)", *LOSS, *opts)
 
 
-def test_they_are_the_means_over_images_of_the_training_losses():
-    """By detectron2's own loop over a model in training mode whose normalization is frozen."""
+def test_validation_losses_are_means_of_the_training_losses_over_images():
+    """Compares with detectron2's loop over a model in training mode with frozen batch norm."""
     cfg = few_config(*NORM_IN_HEAD)
     model = made_model(cfg)
     found = validation_losses(cfg, model)["test_few_val"]
@@ -68,7 +68,7 @@ def test_they_are_the_means_over_images_of_the_training_losses():
     assert set(found) == {"total_loss", *images[0]} and found["loss_mask"] > 0
 
 
-def test_the_model_and_the_random_numbers_stay_as_they_are(tmp_path):
+def test_the_model_and_the_random_state_do_not_change(tmp_path):
     cfg = few_config(*NORM_IN_HEAD)
     model = made_model(cfg)
     model.backbone.eval()
@@ -84,7 +84,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_are(tmp_path):
     assert torch.equal(torch.get_rng_state(), drawn[2])
 
 
-def test_processes_modes_and_seeds_change_no_digit(monkeypatch):
+def test_processes_modes_and_seeds_do_not_change_the_losses(monkeypatch):
     cfg = few_config()
     model = made_model(cfg)
     expected = validation_losses(cfg, model)
@@ -100,7 +100,7 @@ def test_processes_modes_and_seeds_change_no_digit(monkeypatch):
     assert found == expected and [len(part) for part in parts] == [0, 1, 1, 1]
 
 
-def test_a_term_whose_weight_grows_has_its_full_weight():
+def test_a_ramped_loss_term_has_its_full_weight():
     losses = ["MODEL.ROI_MASK_HEAD.LOSSES"]
     full = few_config(*losses, '[["dice", 2.0]]')
     growing = few_config(*losses, '[["dice", 2.0, 1000]]')
@@ -129,7 +129,7 @@ def test_images_without_objects_are_left_out_as_in_training(monkeypatch):
         (None, ["a", "b", "c", "d", "e"], "has the classes a, b, c, d, e, but the model has ring"),
     ],
 )
-def test_data_sets_that_give_no_losses_are_named_before_training(
+def test_data_sets_without_usable_losses_are_named_before_training(
     records, classes, message, monkeypatch, tmp_path
 ):
     if records:
@@ -143,15 +143,13 @@ def test_data_sets_that_give_no_losses_are_named_before_training(
         check_losses(cfg, model)
 
 
-def test_a_loss_that_the_model_does_not_have_is_refused_before_training(tmp_path):
+def test_a_loss_unknown_to_the_model_is_refused_before_training(tmp_path):
     best = ["SOLVER.CHECKPOINT_BEST_METRIC", "validation/loss_masc"]
     with pytest.raises(ConfigError, match=r"loss_masc': the losses of this model are .*loss_mask"):
         train(config(tmp_path, *LOSS, *best))
 
 
-def test_a_killed_run_logs_the_losses_of_the_undisturbed_and_learns_as_without_them(
-    tmp_path, monkeypatch
-):
+def test_a_killed_run_logs_the_same_losses_and_training_is_unaffected(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "test", lambda *_: {})
     short = [
         *("SOLVER.CHECKPOINT_BEST_METRIC", "validation/total_loss", "SOLVER.MAX_ITER", "4"),
@@ -172,7 +170,7 @@ def test_a_killed_run_logs_the_losses_of_the_undisturbed_and_learns_as_without_t
         assert torch.equal(expected.model.state_dict()[name], weight), name
 
 
-def test_they_are_the_losses_of_the_average_in_distributed_training_in_parts(tmp_path, monkeypatch):
+def test_losses_use_the_average_in_distributed_training_with_accumulation(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "test", lambda *_: {})
     recipe = ["SOLVER.EMA_DECAY", "0.9", "SOLVER.ACCUMULATE_STEPS", "2"]
     cfg = config(tmp_path, *LOSS, *recipe, "SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "0")
@@ -184,7 +182,7 @@ def test_they_are_the_losses_of_the_average_in_distributed_training_in_parts(tmp
     assert Trainer.evaluate(cfg, final)["validation"] == found
 
 
-def test_the_terminal_shows_the_losses_of_training_alone(tmp_path, caplog, monkeypatch):
+def test_the_terminal_shows_only_training_losses(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(Trainer, "test", lambda *_: {})
     caplog.set_level("INFO")
     train(config(tmp_path, *LOSS, "SOLVER.MAX_ITER", "5"))

@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, that it is evaluated and saved, and a resumed run's."""
+"""The average of the weights: its values, its use in evaluation and checkpoints, and resuming."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.weight_average import WeightAverage
 
 
-def test_the_average_forgets_the_first_weights_and_then_keeps_its_share():
-    """By hand: the first weights, then (1 + n) / (10 + n) of it or, if that is less, the decay."""
+def test_the_average_drops_the_first_weights_and_then_decays():
+    """Each update keeps (1 + n) / (10 + n) of the average, up to the decay; the first keeps
+    nothing."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = WeightAverage(model, 0.6)
     expected = {}
@@ -45,7 +46,7 @@ AVERAGE = ["SOLVER.EMA_DECAY", "0.9"]
 
 
 def train(cfg, monkeypatch, *, resume: bool = False) -> tuple[Trainer, list[dict]]:
-    """Returns the trainer of a run, and the weights of each model that it evaluated or drew."""
+    """Trains; returns the trainer and the weights of each model that it evaluated or drew."""
     seen = []
 
     def note(_cfg, model):
@@ -83,13 +84,13 @@ def test_the_average_is_evaluated_drawn_and_saved(run):
     best = torch.load(folder / "model_best.pth", weights_only=True)
     assert same(best["model"], averaged) and "trainer" not in best
     loaded = Trainer.build_model(trainer.cfg)
-    MaskHeadCheckpointer(loaded).load(str(folder / "model_final.pth"))  # as everybody does
+    MaskHeadCheckpointer(loaded).load(str(folder / "model_final.pth"))  # the usual way
     assert same(loaded.state_dict(), averaged)
     assert class_names_of(loaded) == class_names_of(trainer.model)
 
 
-def test_precise_batch_statistics_are_those_of_the_average(run):
-    """Of the last step: the momentum of the trained model's moved them less."""
+def test_precise_batch_statistics_are_computed_for_the_average(run):
+    """They are those of the last batch, which the momentum of the trained model would not give."""
     _, trainer, _ = run
     name = "backbone.bottom_up.stem.conv1.norm.running_mean"
     norm = trainer.average.module.get_submodule(name.rpartition(".")[0])
@@ -103,7 +104,7 @@ def test_precise_batch_statistics_are_those_of_the_average(run):
     torch.testing.assert_close(norm.running_mean, before)
 
 
-def test_averaging_leaves_the_training_as_it_is(run, tmp_path, monkeypatch):
+def test_averaging_does_not_affect_training(run, tmp_path, monkeypatch):
     _, trainer, _ = run
     without, _ = train(config(tmp_path), monkeypatch)
     assert same(without.model.state_dict(), trainer.model.state_dict())
@@ -112,7 +113,7 @@ def test_averaging_leaves_the_training_as_it_is(run, tmp_path, monkeypatch):
     assert set(final["trainer"]).isdisjoint({"trained_weights", "num_averaged"})
 
 
-def test_a_run_may_drop_its_average_or_begin_one(run, tmp_path, monkeypatch, caplog):
+def test_a_resumed_run_may_drop_or_start_the_average(run, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     folder, trainer, _ = run
     dropped = Trainer(config(folder))
@@ -127,7 +128,7 @@ def test_a_run_may_drop_its_average_or_begin_one(run, tmp_path, monkeypatch, cap
         assert same(model.state_dict(), without.model.state_dict())
 
 
-def test_weights_from_elsewhere_are_trained_and_the_average_begins_with_them(run, tmp_path):
+def test_pretrained_weights_are_trained_and_start_the_average(run, tmp_path):
     folder, trainer, _ = run
     file = folder / "model_best.pth"
     weights = ["MODEL.WEIGHTS", str(file)]

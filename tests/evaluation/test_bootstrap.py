@@ -154,7 +154,7 @@ def test_unit_weights_give_the_evaluators_ap(make, task, tmp_path):
         np.testing.assert_allclose(precision_recall(matches, float(iou)), curve, atol=1e-12)
 
 
-def test_matches_of_lvis_have_the_evaluators_ap(tmp_path):
+def test_lvis_matches_give_the_evaluators_ap(tmp_path):
     content, results = make_lvis(1)
     evaluation = evaluate(write_truth(tmp_path, content, is_lvis=True), results, "segm")
     for name in METRICS:
@@ -350,7 +350,7 @@ def test_matches_from_different_data_are_refused(number, change, field):
         compare_all({"base": [matches], "mine": other}, "base", ["AP"], num_draws=2)
 
 
-def test_wrong_input_is_refused():
+def test_invalid_arguments_are_refused():
     matches = make_matches([True, False], [0.9, 0.8], [0, 1])
     with pytest.raises(ValueError, match=r"metric is 'AR', not one of .*'APl'"):
         average_precision(matches, "AR")

@@ -96,7 +96,7 @@ def test_dense_masks_and_run_lengths_give_the_same_metrics(made):
     assert without_nan(results[0]["boundary"]) == without_nan(results[1]["boundary"])
 
 
-def test_the_result_file_is_in_cocos_format(made, tmp_path):
+def test_the_results_file_has_cocos_format(made, tmp_path):
     evaluate(MaskEvaluator(made[0], output_dir=str(tmp_path)), outputs_of(*made))
     written = json.loads((tmp_path / "coco_instances_results.json").read_text())
     keys = ("image_id", "category_id", "score")

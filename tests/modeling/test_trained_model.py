@@ -76,7 +76,7 @@ def test_detections_equal_stock(predictors):
     assert total >= 100
 
 
-def test_the_model_detects_well(cfg, predictors, tmp_path):
+def test_the_model_has_a_high_ap(cfg, predictors, tmp_path):
     """Runs the stock COCOEvaluator on the plugin's outputs."""
     loader = build_detection_test_loader(cfg, "shapes_val")
     evaluator = COCOEvaluator("shapes_val", output_dir=str(tmp_path))

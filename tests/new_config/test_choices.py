@@ -1,4 +1,4 @@
-"""What a config is fitted to: sizes, crops, anchors, detections, samplers, schedules.
+"""Settings chosen for a data set: sizes, crops, anchors, detections, samplers, schedules.
 
 Shape alphabet: N images, R objects.
 """
@@ -23,7 +23,7 @@ CPU, GPU = Device("cpu", True, 24e9, 2), Device("cuda", False, 12e9, 2)
 
 
 def made_facts(image_hw, sides, *, per_image=None, classes=1) -> DataFacts:
-    """Returns facts of square objects with given sides, spread over the images in turn."""
+    """Returns facts about square objects with given sides, distributed over the images in turn."""
     image_hw, sides = np.array(image_hw), np.asarray(sides, float)
     return DataFacts(
         image_hw=image_hw,
@@ -41,7 +41,7 @@ def values(facts: DataFacts, device: Device = CPU) -> dict:
     return {setting.key: setting.value for setting in settings}
 
 
-def test_images_whose_objects_are_large_enough_keep_their_size():
+def test_images_with_large_enough_objects_keep_their_size():
     size = choose_input_size(made_facts([(200, 300)] * 4, np.linspace(16, 150, 40)), CPU)
     assert (size.short_edge, size.train_sizes, size.crop) == (0, [0], None)
 
@@ -49,7 +49,7 @@ def test_images_whose_objects_are_large_enough_keep_their_size():
 @pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.mark.parametrize("hw", [(256, 256), (480, 640), (3000, 4000), (900, 300)])
 @pytest.mark.parametrize("smallest", [2, 9, 40])
-def test_the_smallest_tenth_has_16_pixels_where_the_device_allows(hw, smallest, device):
+def test_the_smallest_tenth_of_objects_has_16_pixels_if_the_device_allows(hw, smallest, device):
     facts = made_facts([hw] * 3, np.linspace(smallest, 3 * smallest, 90))
     size = choose_input_size(facts, device)
     limit = size.short_edge + 32 if size.short_edge else max(hw)
@@ -64,7 +64,7 @@ def test_the_smallest_tenth_has_16_pixels_where_the_device_allows(hw, smallest, 
         assert size.view_pixels < size.image_pixels
 
 
-def test_crops_are_scaled_as_whole_images_are():
+def test_crops_are_scaled_like_whole_images():
     facts = made_facts([(256, 256), (520, 696)], np.tile([9.0, 24, 40], 40))
     size = choose_input_size(facts, CPU)
     assert size.crop is not None and size.short_edge
@@ -72,24 +72,24 @@ def test_crops_are_scaled_as_whole_images_are():
     assert middle == round(size.crop * size.short_edge)
 
 
-def test_polygons_that_are_cropped_become_bit_masks():
+def test_cropped_polygons_become_bit_masks():
     large = values(made_facts([(2000, 2000)], np.linspace(10, 30, 50)))
     assert large["INPUT.CROP.ENABLED"] and large["INPUT.MASK_FORMAT"] == "bitmask"
     small = values(made_facts([(400, 400)], np.linspace(20, 60, 50)))
     assert "INPUT.CROP.ENABLED" not in small and small["INPUT.MASK_FORMAT"] == "polygon"
 
 
-def test_objects_alike_in_pixels_keep_images_of_different_size_as_they_are():
-    """As of one microscope: the same cells in fields of different size."""
+def test_images_of_different_size_are_not_scaled_if_objects_have_the_same_pixel_size():
+    """The same cells, photographed by one microscope in fields of different sizes."""
     facts = made_facts([(300, 300), (900, 900)], np.tile([20.0, 22, 24, 26], 20))
     size = choose_input_size(facts, CPU)
     assert size.short_edge == 0 and isinstance(size.crop, int)
-    # Relative to their images they are alike: photographs of one thing from near and far.
+    # These objects have the same size relative to their images: photographs from near and far.
     photos = made_facts([(300, 300), (900, 900)], np.tile([20.0, 60], 40))
     assert choose_input_size(photos, CPU).short_edge > 0
 
 
-def test_anchors_are_the_sizes_and_ratios_that_boxes_have():
+def test_anchors_match_the_sizes_and_ratios_of_boxes():
     rng = np.random.default_rng(0)
     sides = np.repeat([10.0, 27, 80, 180, 15, 320, 40, 120], 200)
     ratio = np.tile([0.25, 1.0, 3.0], 1000)[: len(sides)] * np.exp(rng.normal(0, 0.03, len(sides)))
@@ -113,14 +113,14 @@ def test_a_rare_class_of_large_objects_gets_anchors():
 
 
 @pytest.mark.parametrize("side", [3.0, 30.0, 700.0])
-def test_boxes_that_are_all_alike_still_give_different_anchors(side):
+def test_identical_boxes_still_give_different_anchors(side):
     anchors = choose_anchors(np.full((7, 2), side), np.zeros(7, int))
     flat = [size for level in anchors.sizes for size in level]
     assert len(set(flat)) == len(flat) == 2 * len(anchors.levels)
     assert len(set(anchors.ratios)) == 3 and anchors.covered == 1
 
 
-def test_the_covered_share_is_that_of_the_best_iou():
+def test_the_covered_fraction_is_computed_from_the_best_iou():
     rng = np.random.default_rng(1)
     boxes, sizes, ratios = np.exp(rng.uniform(1, 6, (200, 2))), (16, 64), (0.5, 2.0)
 
@@ -133,7 +133,7 @@ def test_the_covered_share_is_that_of_the_best_iou():
     assert covered_share(boxes, sizes, ratios) == np.mean(expected)
 
 
-def test_detections_and_proposals_suffice_for_the_most_crowded_image():
+def test_limits_allow_for_the_most_crowded_image():
     given = values(made_facts([(512, 512)] * 2, np.full(740, 20.0), per_image=370))
     assert given["TEST.DETECTIONS_PER_IMAGE"] >= 1.2 * 370
     assert given["MODEL.RPN.POST_NMS_TOPK_TEST"] >= 2 * 370
@@ -141,8 +141,8 @@ def test_detections_and_proposals_suffice_for_the_most_crowded_image():
 
 
 @pytest.mark.parametrize("rare_images", [1, 4])
-def test_rare_classes_are_seen_more_often_but_not_too_often(rare_images):
-    """The factors are detectron2's own, of the threshold that is written."""
+def test_rare_classes_are_repeated_moderately(rare_images):
+    """Computes detectron2's own factors from the written threshold."""
     num_images = 1000
     facts = made_facts([(512, 512)] * num_images, np.full(num_images + rare_images, 40.0))
     facts.class_of[num_images:] = 1
@@ -159,12 +159,14 @@ def test_rare_classes_are_seen_more_often_but_not_too_often(rare_images):
     assert "DATALOADER.SAMPLER_TRAIN" not in values(made_facts([(512, 512)] * 9, [40.0] * 9))
 
 
-def test_the_schedule_follows_images_and_device():
+def test_the_schedule_depends_on_the_images_and_the_device():
     few = choose_schedule(GPU, 50, 4e5, 0, 0)
     many = choose_schedule(GPU, 5000, 4e5, 0, 0)
     huge = choose_schedule(GPU, 10**6, 4e5, 0, 0)
     assert [x.iterations * x.batch_size for x in (few, many, huge)] == [24_000, 200_000, 1_440_000]
-    assert not few.is_cut and few.batch_size == 4, "8 would take two thirds of the memory"
+    assert not few.is_cut and few.batch_size == 4, (
+        "a batch of 8 would take two thirds of the memory"
+    )
     slow, fast = (choose_schedule(Device("cpu", True, 24e9, k), 500, 2e5, 0, 1.5e5) for k in (2, 8))
     assert slow.is_cut and slow.iterations * 3 < fast.iterations
     assert slow.iterations * slow.batch_size * 2e5 / (2 * 1.5e5) == pytest.approx(2400, rel=0.05)
@@ -180,7 +182,7 @@ def test_evaluations_take_a_small_part_of_the_time():
         assert evaluations == 1 or share <= 0.25
 
 
-def test_crowds_and_flat_boxes_do_not_count_and_classes_are_in_order_of_their_ids():
+def test_crowds_and_flat_boxes_are_ignored_and_classes_sorted_by_id():
     square = {"bbox": [0, 0, 30, 20], "segmentation": [[0, 0, 30, 0, 30, 20]]}
     content = {
         "images": [{"id": 7, "height": 50, "width": 60}],
@@ -196,7 +198,7 @@ def test_crowds_and_flat_boxes_do_not_count_and_classes_are_in_order_of_their_id
     assert facts.object_hw.tolist() == [[20, 30]] and not facts.has_run_lengths
 
 
-def test_rendered_settings_are_yaml_with_their_values_and_reasons():
+def test_rendered_settings_are_yaml_with_values_and_reasons():
     settings = [
         Setting("A.B.TEXT", "no: #1", "why " * 60),
         Setting("A.LIST", [[1, 2], [3]]),

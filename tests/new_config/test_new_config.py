@@ -1,4 +1,5 @@
-"""Configs are whole or not there, pass the checks of train_net.py, and split by photograph."""
+"""Configs are written completely or not at all, pass train_net.py's checks, and split by
+photograph."""
 
 from __future__ import annotations
 
@@ -26,14 +27,14 @@ TILES = [f"photo{k}_x{x}_y0.png" for k in range(6) for x in (0, 96)]
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch, tmp_path):
-    """A device that trains on few pixels, a trial that takes no time, checks that are not kept."""
+    """Simulates a small device, skips the trial, and uses a temporary cache."""
     monkeypatch.setattr(new_config, "find_device", lambda kind: Device(kind or "cpu", True, 1e8, 2))
     monkeypatch.setattr(new_config, "try_config", lambda cfg: Estimate(0.5, 0.1, 2e9))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def make_files(folder, names=TILES, *, objects=2, kinds=("polygons",), classes=("a", "b")):
-    """Writes images and a COCO file with objects of each kind of mask in turn."""
+    """Writes images and a COCO file, with alternating kinds of masks."""
     images = folder / "images"
     images.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -61,12 +62,12 @@ def write(folder, content):
     return DataFiles(folder / "all.json", folder / "images")
 
 
-def test_a_config_passes_the_checks_of_training_without_a_warning(tmp_path, monkeypatch, caplog):
+def test_a_config_passes_the_checks_of_training_without_warnings(tmp_path, monkeypatch, caplog):
     data = make_files(tmp_path / "data")
     output = tmp_path / "configs" / "cells.yaml"
     new = write_new_config(Request(data, None, output))
     assert new.files == [output, *(output.with_suffix(f".{x}.json") for x in ("train", "val"))]
-    monkeypatch.chdir(tmp_path / "data" / "images")  # paths hold anywhere
+    monkeypatch.chdir(tmp_path / "data" / "images")  # paths must work from any folder
     caplog.clear()
     cfg = load_config(str(output))
     cfg.OUTPUT_DIR = str(tmp_path / "output")
@@ -77,7 +78,7 @@ def test_a_config_passes_the_checks_of_training_without_a_warning(tmp_path, monk
     assert cfg.INPUT.MASK_FORMAT == "polygon" and cfg.TEST.EVAL_PERIOD > 0
 
 
-def test_a_config_in_configs_names_its_base_relative_to_it(tmp_path, monkeypatch):
+def test_a_config_within_configs_has_a_relative_base(tmp_path, monkeypatch):
     data = make_files(tmp_path / "data")
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "Base-Small.yaml").write_text(
@@ -89,12 +90,14 @@ def test_a_config_in_configs_names_its_base_relative_to_it(tmp_path, monkeypatch
     assert yaml.safe_load(output.read_text())["_BASE_"] == "../Base-Small.yaml"
 
 
-def test_a_split_parts_no_photograph_and_a_seed_repeats_it(tmp_path):
+def test_a_split_keeps_photographs_together_and_is_reproducible(tmp_path):
     data = make_files(tmp_path / "data", kinds=("polygons", "run lengths"))
     parts = []
     for name in ("one", "two"):
         new = write_new_config(Request(data, None, tmp_path / f"{name}.yaml", split_share=0.34))
-        assert f"warning: {tmp_path / name}.train.json" in summary(new), "not of the trial's copy"
+        assert f"warning: {tmp_path / name}.train.json" in summary(new), (
+            "warnings name the written file"
+        )
         files = [tmp_path / f"{name}.{part}.json" for part in ("train", "val")]
         parts.append([json.loads(file.read_text()) for file in files])
     assert parts[0] == parts[1]
@@ -103,7 +106,7 @@ def test_a_split_parts_no_photograph_and_a_seed_repeats_it(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["one.png"], ["a_x0_y0.png", "a_x96_y0.png"]])
-def test_one_photograph_trains_without_validation(tmp_path, names):
+def test_a_single_photograph_is_trained_on_without_validation(tmp_path, names):
     data = make_files(tmp_path / "data", names)
     output = tmp_path / "one.yaml"
     new = write_new_config(Request(data, None, output))
@@ -112,7 +115,7 @@ def test_one_photograph_trains_without_validation(tmp_path, names):
     assert new.files == [output] and "validation" not in summary(new)
 
 
-def test_mixed_masks_are_bit_masks_and_classes_without_objects_are_named(tmp_path):
+def test_mixed_masks_become_bit_masks_and_unused_classes_are_named(tmp_path):
     kinds = ("polygons", "run lengths")
     data = make_files(tmp_path / "data", kinds=kinds, classes=("a", "b", "nobody"))
     new = write_new_config(Request(data, data, tmp_path / "mixed.yaml"))
@@ -120,12 +123,14 @@ def test_mixed_masks_are_bit_masks_and_classes_without_objects_are_named(tmp_pat
     assert "MASK_FORMAT: bitmask" in text and "NUM_CLASSES: 3" in text
     assert "Without any: nobody" in text
     told = summary(new)
-    assert "image-in-both-splits" in told and "mixed-formats" in told, "warnings of the data"
+    assert "image-in-both-splits" in told and "mixed-formats" in told, (
+        "warnings about the data are shown"
+    )
     assert told.endswith(f"python train_net.py --config-file {tmp_path / 'mixed.yaml'}")
     assert "for each of" in told and "2.0 GB" in told
 
 
-def test_more_than_300_objects_an_image_are_all_allowed_for(tmp_path):
+def test_more_than_300_objects_per_image_are_allowed_for(tmp_path):
     data = make_files(tmp_path / "data", ["a.png", "b.png"], objects=310)
     write_new_config(Request(data, data, tmp_path / "many.yaml"))
     assert (
@@ -133,7 +138,7 @@ def test_more_than_300_objects_an_image_are_all_allowed_for(tmp_path):
     )
 
 
-def test_a_config_for_a_gpu_starts_from_the_zoo_and_scales_with_gpus(tmp_path, monkeypatch):
+def test_a_config_for_a_gpu_is_based_on_the_zoo_and_scales_with_gpus(tmp_path, monkeypatch):
     gpu = Device("cuda", False, 8e9, 2)
     monkeypatch.setattr(new_config, "find_device", lambda kind: gpu)
     data = make_files(tmp_path / "data")
@@ -145,7 +150,7 @@ def test_a_config_for_a_gpu_starts_from_the_zoo_and_scales_with_gpus(tmp_path, m
 
 
 @pytest.mark.parametrize("fault", ["box", "none", "crowds", "syntax"])
-def test_errors_of_the_data_stop_it_and_leave_nothing(tmp_path, fault):
+def test_errors_in_the_data_stop_the_tool_and_nothing_is_written(tmp_path, fault):
     data = make_files(tmp_path / "data")
     content = json.loads(data.json_file.read_text())
     if fault == "box":
@@ -163,7 +168,7 @@ def test_errors_of_the_data_stop_it_and_leave_nothing(tmp_path, fault):
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_is_overwritten_unless_asked_and_never_the_input(tmp_path):
+def test_nothing_is_overwritten_without_the_flag_and_the_input_never(tmp_path):
     data = make_files(tmp_path / "data")
     output = tmp_path / "cells.yaml"
     output.with_suffix(".val.json").write_text("mine")
@@ -192,7 +197,7 @@ def test_a_config_that_fails_its_trial_is_not_written(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("cells*"))
 
 
-def test_the_tool_ends_in_the_command_and_tells_wrong_input_in_one_line(
+def test_the_tool_ends_with_the_command_and_reports_errors_in_one_line(
     tmp_path, monkeypatch, capsys
 ):
     tool = load_script("tools/new_config.py")

@@ -1,4 +1,4 @@
-"""Plots for papers, and what the page draws its figures from."""
+"""Figures of the page, and plots for papers drawn from the same data."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def curve(**settings):
     return go.Scatter(x=[0, 0.5, 1], y=[3, None, 1], **style, **settings)
 
 
-def test_figures_are_files_for_papers_the_same_each_time(tmp_path):
+def test_figures_for_papers_are_reproducible_files(tmp_path):
     scale = [[0, "#ffffff"], [1, "#0072b2"]]
     heatmap = go.Heatmap(z=[[1.0]], x=["a"], y=["b"], colorscale=scale)
     figures = [figure("pr", curve()), figure("map", heatmap)]
@@ -57,7 +57,7 @@ def test_figures_are_files_for_papers_the_same_each_time(tmp_path):
     assert contents[0]["pr.svg"].startswith(b"<?xml") and contents[0]["map.pdf"][:4] == b"%PDF"
 
 
-def test_a_plot_for_papers_shows_what_the_page_does():
+def test_a_plot_for_papers_shows_the_same_as_the_page():
     band = go.Scatter(
         x=[0, 1, 1, 0], y=[4, 2, 1, 3], fill="toself", fillcolor="rgba(0,114,178,0.18)"
     )
@@ -71,7 +71,7 @@ def test_a_plot_for_papers_shows_what_the_page_does():
     assert {tuple(x) for x in outline.vertices.tolist()} == {(0, 4), (1, 2), (1, 1), (0, 3)}
 
 
-def test_bars_for_papers_have_their_lengths_names_and_numbers():
+def test_bars_for_papers_have_the_same_lengths_names_and_numbers():
     bars = [
         go.Bar(x=[3.0, None], y=["one", plotly_text(NAME)], text=["3.0", "none"], **style)
         for style in (
@@ -85,13 +85,15 @@ def test_bars_for_papers_have_their_lengths_names_and_numbers():
     (axes,) = paper_plot(made).axes
     boxes, masks = (c.patches[0] for c in axes.containers)
     assert boxes.get_width() == masks.get_width() == 3
-    assert boxes.get_y() + boxes.get_height() == pytest.approx(masks.get_y()), "one below the other"
+    assert boxes.get_y() + boxes.get_height() == pytest.approx(masks.get_y()), (
+        "bars of a group are adjacent"
+    )
     assert axes.yaxis.get_inverted()
     assert [x.get_text() for x in axes.get_yticklabels()] == ["one", NAME]
     assert [x.get_text() for x in axes.texts] == ["3.0", "none"] * 2
 
 
-def test_a_heatmap_for_papers_has_the_values_in_their_places():
+def test_a_heatmap_for_papers_has_its_values_in_place():
     heatmap = go.Heatmap(
         z=[[0, 100], [50, None]],
         x=["a", "b"],
@@ -112,14 +114,14 @@ def test_a_heatmap_for_papers_has_the_values_in_their_places():
     assert bar.get_ylabel() == "%"
 
 
-def test_intervals_are_on_the_page_and_in_the_plot_for_papers_as_they_were_measured():
+def test_intervals_on_the_page_and_in_plots_show_the_measured_values():
     paired = PairedDifference("AP", 3, 1, 2, 0.5, 3, 0.5, 3, math.nan, 1, False)
     made = make_subplots(rows=1, cols=2)
     heights = row_heights(["dog", NAME])
     for column in (1, 2):
         add_intervals(made, heights, [IntervalRow(NAME, paired, BETTER)], column)
     lay_out_rows(made, heights)
-    assert len(made.layout.shapes) == 2, "zero is marked in each panel"
+    assert len(made.layout.shapes) == 2, "each panel marks zero"
     plot = paper_plot(Figure("intervals", "", "", made))
     axes, _ = plot.axes
     ((line, _, (interval,)),) = [x.lines for x in axes.containers if x[0].get_xdata()[0] == 2]
@@ -127,10 +129,10 @@ def test_intervals_are_on_the_page_and_in_the_plot_for_papers_as_they_were_measu
     assert [x.get_text() for x in axes.get_yticklabels()] == ["dog", NAME]
     assert line.get_marker() == ">" and axes.get_xlim()[0] <= 0
     names = [x.get_text() for x in plot.legends[0].get_texts()]
-    assert names == list(VERDICTS), "each once"
+    assert names == list(VERDICTS), "each verdict appears once in the legend"
 
 
-def test_what_has_a_second_axis_is_drawn_below_on_that():
+def test_traces_on_a_second_axis_are_drawn_behind_on_that_axis():
     made = make_subplots(specs=[[{"secondary_y": True}]])
     made.add_trace(go.Bar(x=[0.5], y=[300], width=0.1), secondary_y=True)
     made.add_trace(curve())
@@ -142,7 +144,7 @@ def test_what_has_a_second_axis_is_drawn_below_on_that():
     assert len(axes.lines) == 1 and not axes.patches
 
 
-def test_no_line_strikes_through_the_number_of_a_bar():
+def test_no_line_crosses_the_number_of_a_bar():
     axes = Plot().subplots()
     label_bars(axes, axes.barh([0], [0.9]), "%.2f")
     line = axes.axvline(1)
@@ -151,7 +153,7 @@ def test_no_line_strikes_through_the_number_of_a_bar():
     assert number.get_bbox_patch().get_facecolor() == to_rgba("white")
 
 
-def test_the_page_gets_all_of_a_figure_and_no_end_of_its_script():
+def test_the_page_gets_the_complete_figure_with_its_script_escaped():
     made = figure("x", curve(text="</script><!--"))
     text = made.to_json()
     assert "<" not in text and "&" not in text
@@ -159,4 +161,4 @@ def test_the_page_gets_all_of_a_figure_and_no_end_of_its_script():
     assert spec["data"][0]["text"] == "</script><!--"
     assert spec["config"]["toImageButtonOptions"] == {"format": "svg", "filename": "x"}
     drawn = {x for x in DARK_COLOURS if f'"{x}"' in text}
-    assert {"#0072b2", "#ececec", "rgb(36,36,36)"} <= drawn, "are what a dark theme exchanges"
+    assert {"#0072b2", "#ececec", "rgb(36,36,36)"} <= drawn, "the dark theme replaces these colours"

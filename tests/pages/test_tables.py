@@ -1,4 +1,4 @@
-"""Tables for programs and for papers."""
+"""Tables as CSV for programs and as LaTeX for papers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ROWS = [
 ]
 
 
-def test_programs_get_numbers_in_full_and_nothing_for_nan():
+def test_csv_has_full_precision_and_empty_cells_for_nan():
     rows = list(csv.reader(io.StringIO(as_csv(Table(COLUMNS, ROWS)))))
     assert rows == [["variant", "AP"], ['a_b, "c" & {d}\\', "-1.4999"], ["▲ better", ""]]
 
 
-def test_latex_shows_what_the_page_does_and_takes_nothing_for_a_command():
+def test_latex_shows_the_same_as_the_page_and_is_escaped():
     lines = latex(Table(COLUMNS, ROWS)).splitlines()
     assert lines[1:4] == ["\\begin{tabular}{lr}", "\\toprule", "variant & AP, \\% \\\\"]
     assert lines[5:7] == [

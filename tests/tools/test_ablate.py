@@ -1,4 +1,4 @@
-"""tools/ablate.py on a login node of Slurm, with commands that only note what they are given."""
+"""tools/ablate.py on a Slurm login node, with fake commands that record their arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMANDS = {
 
 @pytest.fixture
 def tool(capsys, tmp_path):
-    """Runs tools/ablate.py in this process; returns exit code, stdout, lines of stderr."""
+    """Returns a function that runs tools/ablate.py and returns exit code, stdout, stderr lines."""
     spec = importlib.util.spec_from_file_location("ablate_tool", ROOT / "tools" / "ablate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -51,7 +51,7 @@ def tool(capsys, tmp_path):
 
 @pytest.fixture
 def slurm(monkeypatch, tmp_path):
-    """A login node without GPU; returns the folder of its commands."""
+    """Simulates a login node without a GPU; yields the folder of its commands."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, script in COMMANDS.items():
@@ -64,7 +64,7 @@ def slurm(monkeypatch, tmp_path):
     SlurmJob.watcher.clear()
 
 
-def test_slurm_trains_on_the_gpus_that_it_reserves(tool, slurm, tmp_path):
+def test_slurm_trials_train_on_the_reserved_gpus(tool, slurm, tmp_path):
     flags = ["--num-gpus", "8", "--partition", "long", "--account", "lab", "--qos", "high"]
     code, _, err = tool("--cluster", "slurm", "--time", "77", *flags)
     script = (slurm / "sbatch.script").read_text()
@@ -73,22 +73,24 @@ def test_slurm_trains_on_the_gpus_that_it_reserves(tool, slurm, tmp_path):
     (path,) = tmp_path.rglob("77_submitted.pkl")
     job = pickle.loads(path.read_bytes()).function
     assert (job.trial.cfg.MODEL.DEVICE, job.num_gpus) == ("cuda", 8)
-    assert code == 1 and "bce, seed 1 failed" in err[-2], "Slurm said so"
+    assert code == 1 and "bce, seed 1 failed" in err[-2], "sacct reports FAILED"
 
 
-def test_slurms_own_defaults_stay_where_no_flag_names_them(tool, slurm):
+def test_without_flags_slurms_own_defaults_apply(tool, slurm):
     tool("--cluster", "slurm")
     script = (slurm / "sbatch.script").read_text()
     assert not any(f"--{name}" in script for name in ("partition", "account", "qos", "gpus"))
 
 
-def test_a_job_that_slurm_refuses_is_one_line(tool, slurm):
+def test_a_job_refused_by_slurm_is_reported_in_one_line(tool, slurm):
     (slurm / "sbatch").write_text("#!/bin/sh\necho 'Invalid account' >&2; exit 1\n")
     code, _, err = tool("--cluster", "slurm", "--account", "nobody")
     assert code == 2 and err[-1] == "ablate.py: sbatch refused a job: Invalid account"
 
 
-def test_without_slurm_that_is_one_line_and_the_plan_can_be_seen(tool, monkeypatch, tmp_path):
+def test_a_missing_slurm_is_reported_in_one_line_and_a_dry_run_still_works(
+    tool, monkeypatch, tmp_path
+):
     monkeypatch.setenv("PATH", "/nowhere")
     code, _, err = tool("--cluster", "slurm", "--num-gpus", "8")
     assert code == 2 and err[-1].startswith("ablate.py: --cluster slurm: sbatch and srun not found")
@@ -98,22 +100,22 @@ def test_without_slurm_that_is_one_line_and_the_plan_can_be_seen(tool, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_trials_share_the_cores_unless_the_user_says_how_many_threads(monkeypatch):
+def test_trials_share_the_cores_unless_the_user_sets_the_threads(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [Cluster(jobs=jobs).threads for jobs in (1, 5, 99)] == [12, 2, 1]
-    assert Cluster("slurm").threads == 0, "its nodes have other cores"
+    assert Cluster("slurm").threads == 0, "the nodes may have other cores"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert [Cluster(jobs=jobs).threads for jobs in (1, 5)] == [0, 0]
 
 
-def test_a_trial_has_the_threads_that_it_is_given(monkeypatch):
+def test_a_trial_uses_its_number_of_threads(monkeypatch):
     monkeypatch.setattr(run_trial, "run_trial", lambda *_: None)
     before = torch.get_num_threads()
     try:
         run_trial.TrialJob(None, 0, 5)()
         assert torch.get_num_threads() == 5
         run_trial.TrialJob(None, 0, 0)()
-        assert torch.get_num_threads() == 5, "as PyTorch has it"
+        assert torch.get_num_threads() == 5, "0 leaves PyTorch's setting"
     finally:
         torch.set_num_threads(before)

@@ -24,7 +24,7 @@ def broken(tmp_path_factory):
 
 @pytest.fixture
 def run_tool(monkeypatch, capsys):
-    """Runs the script's main() and returns its exit code, output and errors."""
+    """Returns a function that runs the script's main(), for its exit code, output and errors."""
     spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "check_dataset.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
@@ -37,7 +37,7 @@ def run_tool(monkeypatch, capsys):
     return run
 
 
-def test_errors_are_tabulated_written_as_json_and_give_exit_code_1(broken, tmp_path, run_tool):
+def test_errors_are_printed_written_as_json_and_give_exit_code_1(broken, tmp_path, run_tool):
     output = tmp_path / "report.json"
     code, out, _ = run_tool(
         "--json", broken.json_file, "--images", broken.images, "--output", output
@@ -62,7 +62,7 @@ def test_a_corrected_copy_is_written_and_passes(broken, tmp_path, run_tool):
     assert code == 0 and "0 errors, 0 warnings" in out
 
 
-def test_what_a_copy_leaves_out_is_counted_by_section(tmp_path, run_tool):
+def test_records_left_out_of_a_copy_are_counted_by_section(tmp_path, run_tool):
     data = make_good(tmp_path)
     data.content["categories"].append(data.content["categories"][0])  # no annotation is lost
     data.write()
@@ -72,7 +72,7 @@ def test_what_a_copy_leaves_out_is_counted_by_section(tmp_path, run_tool):
 
 
 @pytest.mark.parametrize("flags", [("--output", "good.json"), ("--output", "x", "--fix", "x")])
-def test_a_report_overwrites_no_annotations(tmp_path, run_tool, flags, monkeypatch):
+def test_a_report_never_overwrites_annotations(tmp_path, run_tool, flags, monkeypatch):
     data = make_good(tmp_path).write()
     monkeypatch.chdir(tmp_path)
     data.json_file.rename("good.json")
@@ -82,7 +82,7 @@ def test_a_report_overwrites_no_annotations(tmp_path, run_tool, flags, monkeypat
     assert (tmp_path / "good.json").read_bytes() == before and not (tmp_path / "x").exists()
 
 
-def test_a_data_set_in_several_folders_is_checked_mended_and_split(tmp_path, run_tool):
+def test_a_data_set_in_several_folders_is_checked_fixed_and_split(tmp_path, run_tool):
     data = make_good(tmp_path / "data").write()
     (data.folder / "night" / "2").mkdir(parents=True)
     data.path(2).rename(data.folder / "night" / "2.png")
@@ -107,7 +107,7 @@ def test_a_data_set_in_several_folders_is_checked_mended_and_split(tmp_path, run
     assert code == 2 and "parts.train.json exists" in err
 
 
-def test_of_two_images_with_one_name_none_is_taken(tmp_path, run_tool):
+def test_different_images_with_the_same_name_are_refused(tmp_path, run_tool):
     data = make_good(tmp_path / "data").write()
     (data.folder / "night").mkdir()
     flags = ("--json", data.json_file, "--images", data.images, data.folder / "night")
@@ -118,7 +118,7 @@ def test_of_two_images_with_one_name_none_is_taken(tmp_path, run_tool):
     assert code == 2 and "different images with one name" in err and err.count("\n") == 1
 
 
-def test_a_filter_writes_the_categories_that_are_asked_for(tmp_path, run_tool):
+def test_a_filter_keeps_only_the_requested_categories(tmp_path, run_tool):
     data = make_good(tmp_path / "data").write()
     output = tmp_path / "dogs.json"
     flags = ("--json", data.json_file, "--images", data.images, "--write", output)
@@ -127,7 +127,7 @@ def test_a_filter_writes_the_categories_that_are_asked_for(tmp_path, run_tool):
     assert [x["id"] for x in json.loads(output.read_text())["annotations"]] == [12, 14, 16]
 
 
-def test_no_part_is_written_of_a_file_with_errors(broken, tmp_path, run_tool):
+def test_a_file_with_errors_is_not_split(broken, tmp_path, run_tool):
     flags = ("--json", broken.json_file, "--images", broken.images)
     code, out, _ = run_tool(*flags, "--write", tmp_path / "parts.json", "--split", "0.5")
     assert code == 1 and "correct the errors first, or add --fix" in out
@@ -144,13 +144,13 @@ def test_no_part_is_written_of_a_file_with_errors(broken, tmp_path, run_tool):
         ("--lvis", "--split", "0.2", "--write", "x.json"),
     ],
 )
-def test_flags_that_do_nothing_alone_are_refused(broken, run_tool, flags):
+def test_flags_that_need_another_flag_are_refused(broken, run_tool, flags):
     with pytest.raises(SystemExit) as info:
         run_tool("--json", broken.json_file, "--images", broken.images, *flags)
     assert info.value.code == 2
 
 
-def test_what_cannot_be_mended_gives_exit_code_2_and_one_line(broken, tmp_path, run_tool):
+def test_a_file_that_cannot_be_fixed_gives_exit_code_2_and_one_line(broken, tmp_path, run_tool):
     half = tmp_path / "half.json"
     half.write_bytes(broken.json_file.read_bytes()[:300])
     code, _, err = run_tool(
@@ -161,7 +161,7 @@ def test_what_cannot_be_mended_gives_exit_code_2_and_one_line(broken, tmp_path, 
     assert "json-truncated" in line
 
 
-def test_paths_that_are_not_there_give_exit_code_2(broken, run_tool):
+def test_missing_paths_give_exit_code_2(broken, run_tool):
     for flags, named in (
         (("--json", "nowhere.json", "--images", broken.images), "--json nowhere.json"),
         (("--json", broken.json_file, "--images", "nowhere"), "--images nowhere"),
@@ -170,7 +170,7 @@ def test_paths_that_are_not_there_give_exit_code_2(broken, run_tool):
         assert code == 2 and f"check_dataset.py: {named}: " in err
 
 
-def test_train_net_stops_before_it_builds_anything(broken, tmp_path):
+def test_train_net_stops_before_anything_is_built(broken, tmp_path):
     files = [["broken_train", str(broken.json_file), str(broken.images)]]
     opts = [
         *("DATASETS.COCO_FILES", repr(files), "DATASETS.TRAIN", "('broken_train',)"),

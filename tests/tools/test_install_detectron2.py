@@ -1,4 +1,4 @@
-"""tools/install_detectron2.py: repacking, and messages for what can go wrong. Without network."""
+"""tools/install_detectron2.py, without network: repacking, and messages for common problems."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def source_wheel(tmp_path):
     return path
 
 
-def test_repacking_keeps_detectron2_only_and_removes_the_prefix(installer, source_wheel, tmp_path):
+def test_repacking_keeps_only_detectron2_and_removes_the_prefix(installer, source_wheel, tmp_path):
     with zipfile.ZipFile(installer.repack(source_wheel, tmp_path)) as wheel:
         content = {name: wheel.read(name).decode() for name in wheel.namelist()}
     info = f"detectron2-{installer.VERSION}.dist-info"
@@ -66,13 +66,13 @@ def test_pip_accepts_the_repacked_wheel(installer, source_wheel, tmp_path):
     assert (tmp_path / "site" / "detectron2" / "__init__.py").is_file()
 
 
-def test_installed_detectron2_is_left_alone(installer, monkeypatch, capsys):
+def test_an_installed_detectron2_is_not_touched(installer, monkeypatch, capsys):
     monkeypatch.setattr(installer, "install", lambda wheel: pytest.fail("must not install"))
     assert installer.main([]) == 0
     assert "nothing to do: detectron2" in capsys.readouterr().out
 
 
-def test_check_tells_version_place_and_compiled_module(installer, capsys):
+def test_check_prints_version_place_and_compiled_module(installer, capsys):
     assert installer.main(["--check"]) == 0
     output = capsys.readouterr().out
     assert "detectron2 0." in output and "compiled module detectron2._C" in output
@@ -84,7 +84,7 @@ def test_check_without_detectron2_exits_with_1(installer, monkeypatch, capsys):
     assert "not installed" in capsys.readouterr().out
 
 
-def test_wrong_hash_is_refused(installer, source_wheel, monkeypatch, capsys):
+def test_a_wrong_hash_is_refused(installer, source_wheel, monkeypatch, capsys):
     monkeypatch.setattr(installer, "describe_installed", lambda: None)
     assert installer.main(["--wheel", str(source_wheel)]) == 1
     error = capsys.readouterr().err
@@ -93,7 +93,7 @@ def test_wrong_hash_is_refused(installer, source_wheel, monkeypatch, capsys):
     )
 
 
-def test_missing_wheel_is_named(installer, monkeypatch, capsys):
+def test_a_missing_wheel_is_named(installer, monkeypatch, capsys):
     monkeypatch.setattr(installer, "describe_installed", lambda: None)
     assert installer.main(["--wheel", "nowhere.whl"]) == 1
     assert "nowhere.whl is not a file" in capsys.readouterr().err
@@ -116,7 +116,7 @@ def test_failures_of_pip_are_explained(installer, monkeypatch, tmp_path, output,
     assert output in str(info.value)
 
 
-def test_missing_requirement_is_named(installer, monkeypatch):
+def test_a_missing_requirement_is_named(installer, monkeypatch):
     stderr = "ModuleNotFoundError: No module named 'torch'"
     result = subprocess.CompletedProcess([], 1, stdout="", stderr=stderr)
     monkeypatch.setattr(installer.subprocess, "run", lambda *args, **kwargs: result)
@@ -124,7 +124,7 @@ def test_missing_requirement_is_named(installer, monkeypatch):
         installer.describe_installed()
 
 
-def test_broken_installation_is_not_overwritten(installer, monkeypatch):
+def test_a_broken_installation_is_not_overwritten(installer, monkeypatch):
     result = subprocess.CompletedProcess([], 1, stdout="", stderr="ImportError: libx")
     monkeypatch.setattr(installer.subprocess, "run", lambda *args, **kwargs: result)
     with pytest.raises(installer.FetchError, match="does not import"):

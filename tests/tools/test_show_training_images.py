@@ -1,4 +1,4 @@
-"""tools/show_training_images.py: a picture of what training sees, and errors in one line."""
+"""tools/show_training_images.py: a picture of what training sees, and one-line errors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def run(monkeypatch, *arguments):
     tool.main()
 
 
-def test_it_draws_what_training_sees_and_warns_of_own_keys_alone(monkeypatch, tmp_path, caplog):
+def test_the_picture_is_drawn_without_warnings_about_keys_of_a_base(monkeypatch, tmp_path, caplog):
     timm = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t"]
-    config = CONFIGS / "shapes" / "mask_rcnn_shapes.yaml"  # whose _BASE_ has keys of a ResNet
+    config = CONFIGS / "shapes" / "mask_rcnn_shapes.yaml"  # its _BASE_ sets keys of a ResNet
     picture = tmp_path / "seen.png"
     opts = [*timm, "OUTPUT_DIR", tmp_path, "SEED", 3, "INPUT.COPY_PASTE.PROBABILITY", 1.0]
     run(monkeypatch, "--config-file", config, "--output", picture, *opts)
@@ -25,7 +25,7 @@ def test_it_draws_what_training_sees_and_warns_of_own_keys_alone(monkeypatch, tm
     assert "has no effect" not in caplog.text
 
 
-def test_a_wrong_key_is_one_line(monkeypatch, tmp_path, capsys):
+def test_an_unknown_key_is_reported_in_one_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, "--config-file", CONFIGS / "Base-Small.yaml", "INPUT.COPY", 1)
     told = capsys.readouterr().err

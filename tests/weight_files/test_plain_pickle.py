@@ -1,4 +1,4 @@
-"""plain_pickle needs no other module, its examples are true, and it keeps memory small."""
+"""plain_pickle imports no other package, its examples are correct, and it limits memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def text(length: int) -> bytes:
     return b"X" + struct.pack("<I", length) + b"a" * length
 
 
-def test_it_needs_neither_torch_nor_detectron2_and_its_examples_are_true():
+def test_it_needs_no_torch_or_detectron2_and_its_examples_are_correct():
     code = """
 import builtins, doctest, importlib.util, sys
 for name in ("torch", "detectron2", "safetensors", "mask_head_plugin"):
@@ -40,10 +40,10 @@ print(doctest.testmod(module))
 
 
 REPEATED = {
-    # each call copies a text of a million bytes
+    # every call copies a text of a million bytes
     "encoded text": b"\x80\x02" + ENCODE + b"q\0" + text(10**6) + b"\x8c\x06latin1\x86q\1]("
     + b"h\0h\1R" * 3000 + b"e.",
-    # as many references as are in the list of pairs
+    # as many references as there are pairs in the list
     "dictionaries": b"\x80\x02" + ORDERED + b"q\0](" + b"".join(
         b"]M%ba" % struct.pack("<H", k) + b"Na" for k in range(5_000)
     ) + b"eq\1\x85q\2](" + b"h\0h\2R" * 3000 + b"e.",
@@ -54,12 +54,12 @@ REPEATED = {
 
 
 @pytest.mark.parametrize("kind", REPEATED)
-def test_functions_are_not_handed_the_same_large_argument_again_and_again(kind):
+def test_functions_cannot_get_the_same_large_argument_repeatedly(kind):
     with pytest.raises(pickle.UnpicklingError, match=r"hands \d+ bytes to functions in a file of"):
         read_plain_pickle(io.BytesIO(REPEATED[kind]))
 
 
-def test_what_numpy_itself_pickles_twice_is_read():
+def test_an_array_that_numpy_pickles_twice_can_be_read():
     array = np.arange(10**5)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         content = [array, array, {"again": array}, (array, [array])]
@@ -77,12 +77,12 @@ def test_what_numpy_itself_pickles_twice_is_read():
         ORDERED + b"q\1]q\0\x85Rh\0K\1a\x86.",  # an argument
     ],
 )
-def test_a_container_that_another_holds_is_not_filled(content):
+def test_a_container_within_another_cannot_be_filled(content):
     with pytest.raises(pickle.UnpicklingError, match="fills a container that another already"):
         read_plain_pickle(io.BytesIO(b"\x80\x02" + content))
 
 
-def test_what_ordinary_picklers_fill_is_read():
+def test_pickles_filled_in_the_ordinary_way_can_be_read():
     shared = [1, {"a": [2.5] * 3}]
     content = {
         "long": [[k] for k in range(1100)],  # filled in two steps
@@ -112,7 +112,7 @@ FLOAT = b"cnumpy\ndtype\nU\2f4K\0K\1\x87R"
         (b"J\xff\xff\xff\xff\x85", "an impossible shape"),
     ],
 )
-def test_a_shape_is_not_multiplied_before_it_is_checked(shape, told):
+def test_a_shape_is_checked_before_it_is_multiplied(shape, told):
     start = b"\x80\x02" + RECONSTRUCT + b"K\0\x85U\1b\x87R(K\1"
     with pytest.raises(pickle.UnpicklingError, match=told):
         read_plain_pickle(io.BytesIO(start + shape + FLOAT + b"\x89U\0tb."))
@@ -128,8 +128,8 @@ def test_a_shape_is_not_multiplied_before_it_is_checked(shape, told):
         RECONSTRUCT.replace(b"cnumpy\nndarray", b"cnumpy\ndtype") + b"K\0\x85U\1b\x87R",
     ],
 )
-def test_arrays_are_made_only_as_numpy_pickles_them(made):
-    """detectron2 reads proposals once more, with NumPy's functions."""
+def test_arrays_are_only_created_in_the_way_numpy_pickles_them(made):
+    """detectron2 reads proposals again, with NumPy's functions."""
     state = b"(K\1K\1\x85" + FLOAT + b"\x89U\4\0\0\0\0tb."
     usual = RECONSTRUCT + b"K\0\x85U\1b\x87R"
     assert read_plain_pickle(io.BytesIO(b"\x80\x02" + usual + state)).tolist() == [0]
@@ -140,14 +140,14 @@ def test_arrays_are_made_only_as_numpy_pickles_them(made):
 @pytest.mark.parametrize(
     "state", [(("<f4", (2**30,)), None, None, -1, -1, 0), (None,) * 3 + (-1, -1, 1)]
 )
-def test_a_type_of_numbers_has_no_fields_and_flags(state):
+def test_a_dtype_with_fields_or_flags_is_refused(state):
     content = b"\x80\x02" + FLOAT + pickle.dumps((3, "<", *state), 2)[2:-1] + b"b."
     with pytest.raises(pickle.UnpicklingError, match="a type with fields"):
         read_plain_pickle(io.BytesIO(content))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"\x80\x02]", b"a.", b"\x80\x02(."])
-def test_half_a_pickle_is_reported(content):
+def test_a_truncated_pickle_is_reported(content):
     with pytest.raises(pickle.UnpicklingError, match="truncated or corrupt"):
         read_plain_pickle(io.BytesIO(content))
 
@@ -159,7 +159,7 @@ def test_errors_are_one_line():
 
 
 @pytest.mark.parametrize("key", [0, -1, 2**60, "a", b"a", True])
-def test_usual_keys_are_read(key):
+def test_ordinary_keys_can_be_read(key):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         content = pickle.dumps({key: 1, "other": {key: 2}}, protocol)
         assert read_plain_pickle(io.BytesIO(content)) == {key: 1, "other": {key: 2}}
@@ -167,7 +167,7 @@ def test_usual_keys_are_read(key):
 
 @pytest.mark.parametrize("key", [2**61 - 1, -(2**61), 10 * (2**61 - 1), (1, 2), ()])
 @pytest.mark.parametrize("as_other", [False, True])
-def test_keys_that_could_share_a_hash_are_refused(key, as_other):
+def test_keys_with_a_possible_hash_collision_are_refused(key, as_other):
     content = {"a": {"b": 1, key: 2}} if as_other else {key: 1}
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         with pytest.raises(pickle.UnpicklingError, match=r"a key that is neither|key of type"):
@@ -175,7 +175,7 @@ def test_keys_that_could_share_a_hash_are_refused(key, as_other):
 
 
 @pytest.mark.parametrize("pair", [list, tuple])
-def test_keys_that_could_share_a_hash_are_refused_from_functions(pair):
+def test_keys_with_a_possible_hash_collision_are_refused_in_ordered_dicts(pair):
     def ordered(*keys):  # as Python 2 pickles an OrderedDict
         pairs = pickle.dumps([pair([key, (1, 2)]) for key in keys], 2)
         return io.BytesIO(b"\x80\x02" + ORDERED + pairs[2:-1] + b"\x85R.")

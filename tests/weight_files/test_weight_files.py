@@ -1,4 +1,4 @@
-"""Files from elsewhere: they load to equal values, or are refused by name with nothing executed."""
+"""Untrusted files load with equal values, or are refused by name without running any code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Call:
 
 @pytest.fixture(autouse=True)
 def _canary(tmp_path, monkeypatch):
-    """Whatever a file makes in the current folder is noticed."""
+    """Fails the test if loading a file has created the canary in the current folder."""
     monkeypatch.chdir(tmp_path)
     yield
     assert not (tmp_path / CANARY).exists()
@@ -58,7 +58,7 @@ def text(value: str) -> bytes:
 
 
 def array_parts(dtype="f4") -> tuple[bytes, bytes]:
-    """The instructions of an array of two numbers before and after its shape."""
+    """Returns the pickle instructions of an array of two numbers, before and after its shape."""
     start = b"\x80\x02}" + text("w") + b"cnumpy.core.multiarray\n_reconstruct\n"
     start += b"cnumpy\nndarray\nK\x00\x85c_codecs\nencode\n" + text("b") + text("latin1")
     start += b"\x86R\x87R(K\x01"
@@ -73,13 +73,13 @@ def arrays_with(shape: bytes, dtype="f4") -> bytes:
 
 
 def tuples_in_tuples(number: int) -> bytes:
-    """The instructions of a tuple of 2 ** number objects, in five bytes for each doubling."""
+    """Returns instructions for a tuple of 2 ** number objects, with five bytes per doubling."""
     doubled = [b"h%c\x86q%c" % (k, k + 1) for k in range(number)]
     return b"K\x01\x85q\x00" + b"".join(doubled)
 
 
 def arrays_of_one_memory(number: int, size: int) -> bytes:
-    """A pickle whose arrays all have the same bytes."""
+    """Returns a pickle whose arrays all share the same bytes."""
     content = b"\x80\x03}"
     for k in range(number):
         content += text(f"w{k}") + b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00"
@@ -91,7 +91,7 @@ def arrays_of_one_memory(number: int, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", ["pkl", "pth"])
-def test_a_key_that_takes_forever_to_count_through_is_refused(tmp_path, suffix):
+def test_a_key_that_would_take_forever_to_hash_is_refused(tmp_path, suffix):
     content = b"\x80\x02}" + tuples_in_tuples(60) + b"K\x01s."
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content if suffix == "pkl" else torch_archive(content))
@@ -115,7 +115,7 @@ def test_arrays_of_the_same_bytes_cannot_fill_the_memory(tmp_path):
         *("torch FloatTensor", "torch DoubleStorage"),
     ],
 )
-def test_a_torch_file_takes_no_more_memory_than_it_has(tmp_path, called):
+def test_a_torch_file_cannot_allocate_more_memory_than_its_size(tmp_path, called):
     path = tmp_path / "a.pth"
     call = b"c" + called.replace(" ", "\n").encode() + b"\nJ" + struct.pack("<i", 1 << 30)
     path.write_bytes(torch_archive(b"\x80\x02}" + text("model") + call + b"\x85Rs."))
@@ -125,7 +125,7 @@ def test_a_torch_file_takes_no_more_memory_than_it_has(tmp_path, called):
         read_checkpoint(path)
 
 
-def test_a_torch_file_cannot_have_a_text_copied_again_and_again(tmp_path):
+def test_a_torch_file_cannot_copy_a_text_repeatedly(tmp_path):
     path = tmp_path / "a.pth"
     start = b"\x80\x02}" + text("model") + b"c_codecs\nencode\nq\x00" + text("a" * 10**6)
     calls = text("latin1") + b"\x86q\x01](" + b"h\x00h\x01R" * 3000 + b"es."
@@ -134,7 +134,7 @@ def test_a_torch_file_cannot_have_a_text_copied_again_and_again(tmp_path):
         read_checkpoint(path)
 
 
-def test_a_tensor_that_repeats_one_number_is_refused(tmp_path):
+def test_a_tensor_that_repeats_its_storage_is_refused(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"model": {"w": torch.zeros(1).expand(10_000, 10_000)}}, path)
     with pytest.raises(ConfigError, match=r"'w' of shape \(10000, 10000\) repeats what it stores"):
@@ -151,8 +151,8 @@ def doubled(number: int) -> list:
 
 
 @pytest.mark.parametrize("changed", ["zip64", "zip"])
-def test_a_file_that_torch_and_zipfile_read_differently_is_refused(tmp_path, changed):
-    """Two archives of the same length, of which torch finds the first and zipfile the second."""
+def test_a_file_that_torch_and_zipfile_would_read_differently_is_refused(tmp_path, changed):
+    """Two archives of the same length; torch reads the first, and zipfile the second."""
     good = torch_bytes({"model": WEIGHTS}) if changed == "zip64" else torch_archive_of(WEIGHTS)
     (tmp_path / "good.pth").write_bytes(good)
     assert torch.equal(read_checkpoint(tmp_path / "good.pth")["model"]["w"], WEIGHTS["w"])
@@ -170,7 +170,7 @@ def torch_archive_of(weights) -> bytes:
 
 
 @pytest.mark.parametrize("ending", [b"more", b"PK\5\6" + bytes(16) + b"\4\0more"])
-def test_a_torch_archive_ends_with_its_directory(tmp_path, ending):
+def test_data_after_the_directory_of_a_torch_archive_is_refused(tmp_path, ending):
     (tmp_path / "a.pth").write_bytes(torch_bytes({"model": WEIGHTS}) + ending)
     with pytest.raises(ConfigError, match=r"a\.pth was not loaded"):
         read_checkpoint(tmp_path / "a.pth")
@@ -193,7 +193,7 @@ ODD_KEYS = {
 
 @pytest.mark.parametrize("kind", ODD_KEYS)
 @pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
-def test_a_torch_file_has_few_keys_that_could_share_a_hash(tmp_path, kind, new_format):
+def test_a_torch_file_with_many_possible_hash_collisions_is_refused(tmp_path, kind, new_format):
     path = tmp_path / "a.pth"
     for number in (100, 4000):
         content = {"model": WEIGHTS, "keys": ODD_KEYS[kind](number)}
@@ -204,7 +204,7 @@ def test_a_torch_file_has_few_keys_that_could_share_a_hash(tmp_path, kind, new_f
         read_checkpoint(path)
 
 
-def test_ordinary_keys_in_a_torch_file_are_not_counted(tmp_path):
+def test_ordinary_keys_in_a_torch_file_are_not_limited(tmp_path):
     tensors = {f"w{k}": torch.zeros(2) for k in range(300)}
     content = {
         "model": tensors,
@@ -217,14 +217,14 @@ def test_ordinary_keys_in_a_torch_file_are_not_counted(tmp_path):
     assert list(read_checkpoint(tmp_path / "a.pth")["old"]) == list(tensors)
 
 
-def test_errors_do_not_print_lists_that_hold_each_other(tmp_path):
+def test_errors_do_not_print_nested_lists_in_full(tmp_path):
     (tmp_path / "p.pkl").write_bytes(pickle.dumps(proposals(bbox_mode=doubled(12))))
     with pytest.raises(ConfigError, match=r"bbox_mode \[+\.\.\."):
         read_proposals(tmp_path / "p.pkl")
 
 
 def torch_archive(content: bytes) -> bytes:
-    """A file of torch's with a pickle of one's own."""
+    """Returns a torch file with the given pickle."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a/data.pkl", content)
@@ -232,7 +232,7 @@ def torch_archive(content: bytes) -> bytes:
     return file.getvalue()
 
 
-def test_the_hand_made_array_is_one(tmp_path):
+def test_the_synthetic_array_is_valid(tmp_path):
     (tmp_path / "a.pkl").write_bytes(arrays_with(b"K\x02\x85"))
     assert read_checkpoint(tmp_path / "a.pkl")["model"]["w"].tolist() == [0, 0]
 
@@ -303,7 +303,7 @@ PICKLES = {
 
 @pytest.mark.parametrize("kind", PICKLES)
 @pytest.mark.parametrize("name", ["evil.pkl", "evil"])
-def test_a_pickle_that_is_more_than_arrays_is_refused(tmp_path, kind, name):
+def test_a_pickle_with_anything_but_arrays_is_refused(tmp_path, kind, name):
     make, offence = PICKLES[kind]
     content = make()
     (tmp_path / name).write_bytes(content)
@@ -337,7 +337,7 @@ def torch_bytes(value, **kwargs) -> bytes:
 
 
 def changed_record(content: bytes, change) -> bytes:
-    """A torch file whose pickle is changed."""
+    """Returns a torch file with a changed pickle."""
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         records = [(x.filename.partition("/")[2], file.read(x)) for x in file.infolist()]
     return archive(
@@ -357,7 +357,7 @@ def compressed_bomb() -> bytes:
 
 def lie_about_size() -> bytes:
     content = torch_bytes({"w": torch.arange(4.0)})
-    # Both sizes of the storage in the directory at the end.
+    # Both sizes of the storage in the central directory, at the end.
     at = content.rindex(b"archive/data/0") - 46
     claim = struct.pack("<II", 2_000_000_000, 2_000_000_000)
     assert content[at : at + 4] == b"PK\x01\x02"
@@ -374,7 +374,7 @@ def longer_storage(content: bytes) -> bytes:
 
 
 def with_pickle_changed(old: bytes, new: bytes):
-    """Makes a torch file of weights with other instructions in the place of some."""
+    """Returns a function that makes a torch file with some pickle instructions replaced."""
 
     def change(content: bytes) -> bytes:
         assert content.count(old) == 1
@@ -461,7 +461,7 @@ def longer_storage_of_old() -> bytes:
 
 @pytest.mark.parametrize("kind", TORCH_FILES)
 @pytest.mark.parametrize("name", ["evil.pth", "evil.pyth", "evil.pkl", "evil"])
-def test_a_torch_file_that_is_more_than_weights_is_refused(tmp_path, kind, name):
+def test_a_torch_file_with_anything_but_weights_is_refused(tmp_path, kind, name):
     make, offence = TORCH_FILES[kind]
     (tmp_path / name).write_bytes(make())
     with pytest.raises(ConfigError) as caught:
@@ -469,7 +469,9 @@ def test_a_torch_file_that_is_more_than_weights_is_refused(tmp_path, kind, name)
     told = str(caught.value)
     assert f"{name} was not loaded" in told
     assert offence in told
-    assert "\n" not in told and "weights_only" not in told, "advises to run the code"
+    assert "\n" not in told and "weights_only" not in told, (
+        "the error must not advise running the code"
+    )
 
 
 def safetensors_bytes(header: bytes, length: int | None = None, data=bytes(16)) -> bytes:
@@ -488,7 +490,7 @@ SAFETENSORS = {
 
 
 @pytest.mark.parametrize("kind", SAFETENSORS)
-def test_safetensors_with_a_lie_are_refused(tmp_path, kind):
+def test_safetensors_with_wrong_sizes_are_refused(tmp_path, kind):
     (tmp_path / "evil.safetensors").write_bytes(SAFETENSORS[kind])
     with pytest.raises(ConfigError, match=r"evil\.safetensors was not loaded: it is truncated"):
         read_checkpoint(tmp_path / "evil.safetensors")
@@ -508,7 +510,7 @@ def test_safetensors_with_a_lie_are_refused(tmp_path, kind):
     ],
     ids=["empty", "lfs", "page", "indented", "gzip", "nonsense", "text"],
 )
-def test_what_is_no_file_of_weights_is_reported(tmp_path, name, content, advice):
+def test_files_without_weights_are_reported(tmp_path, name, content, advice):
     (tmp_path / name).write_bytes(content)
     for read in (read_checkpoint, read_proposals):
         with pytest.raises(ConfigError, match=rf"{name} was not loaded.*") as caught:
@@ -544,7 +546,7 @@ def test_truncated_files_are_refused(tmp_path_factory, share, kind):
     kind=st.sampled_from(["pkl", "pth", "old", "safetensors"]),
     changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4),
 )
-def test_changed_bytes_end_in_weights_or_in_an_error_with_the_name(tmp_path_factory, kind, changes):
+def test_changed_bytes_give_weights_or_an_error_with_the_name(tmp_path_factory, kind, changes):
     path = tmp_path_factory.mktemp("bits") / f"bits.{kind}"
     weights = {"w": torch.arange(4.0), "b": torch.ones(3)}
     if kind == "safetensors":
@@ -585,9 +587,9 @@ def assert_equal(found):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("name", ["model_final.pkl", "model_final", "model_final.pth"])
-def test_pickles_of_the_zoo_load_to_equal_values(tmp_path, protocol, name):
+def test_pickles_of_the_zoo_load_with_equal_values(tmp_path, protocol, name):
     content = pickle.dumps({"model": ARRAYS, "__author__": "zoo"}, protocol=protocol)
-    # NumPy 1 named its core otherwise; the zoo's files do.
+    # The zoo's files use NumPy 1's name of its core module.
     if protocol < 2:
         content = content.replace(b"numpy._core", b"numpy.core")
     (tmp_path / name).write_bytes(content)
@@ -598,11 +600,11 @@ def test_pickles_of_the_zoo_load_to_equal_values(tmp_path, protocol, name):
     checkpoint = read_checkpoint(tmp_path / name)
     assert checkpoint["__author__"] == "zoo" and not checkpoint.get("matching_heuristics")
     assert_equal(checkpoint["model"])
-    torch.from_numpy(checkpoint["model"]["matrix"]).add_(1)  # can be written
+    torch.from_numpy(checkpoint["model"]["matrix"]).add_(1)  # must be writable
 
 
-def test_pickles_of_python_2_load_to_equal_values(tmp_path):
-    """There bytes were str, which protocol 2 keeps in other instructions."""
+def test_pickles_of_python_2_load_with_equal_values(tmp_path):
+    """In Python 2, bytes were str, which protocol 2 stores with other instructions."""
     start = b"\x80\x02}q\x01U\x07conv1_wq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03"
     start += b"cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87Rq\x05(K\x01K\x02\x85cnumpy\ndtype\nq\x06"
     start += (
@@ -619,7 +621,7 @@ def test_pickles_of_python_2_load_to_equal_values(tmp_path):
     assert (checkpoint["model"]["conv1_w"] == values).all()
 
 
-def test_detectron_has_its_weights_in_blobs(tmp_path):
+def test_weights_of_detectron_are_read_from_blobs(tmp_path):
     content = {"blobs": {"conv1_w": np.ones(2), "conv1_w_momentum": np.ones(2)}, "cfg": "A: 1"}
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(content, 2))
     checkpoint = read_checkpoint(tmp_path / "model.pkl")
@@ -628,7 +630,7 @@ def test_detectron_has_its_weights_in_blobs(tmp_path):
 
 @pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("name", ["a.pth", "a.pt", "a", "a.pkl", "a.pyth"])
-def test_torch_files_load_to_equal_values(tmp_path, new_format, name):
+def test_torch_files_load_with_equal_values(tmp_path, new_format, name):
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model(torch.randn(4, 3)).sum().backward()
@@ -650,7 +652,7 @@ def test_torch_files_load_to_equal_values(tmp_path, new_format, name):
     assert torch.equal(momentum, optimizer.state_dict()["state"][0]["momentum_buffer"])
 
 
-def test_bare_weights_and_those_of_pycls_load(tmp_path):
+def test_bare_weights_and_weights_of_pycls_can_be_loaded(tmp_path):
     torch.save(WEIGHTS, tmp_path / "bare.pth")
     torch.save(
         {"model_state": {**WEIGHTS, "n.num_batches_tracked": WEIGHTS["w"]}}, tmp_path / "x.pyth"
@@ -676,7 +678,7 @@ def proposals(**changes):
 
 
 @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
-def test_proposals_load_to_equal_values(tmp_path, protocol):
+def test_proposals_load_with_equal_values(tmp_path, protocol):
     old_names = {"ids": "indexes", "objectness_logits": "scores"}
     for names in ({}, old_names):
         content = {names.get(key, key): value for key, value in proposals().items()}
@@ -703,13 +705,13 @@ def test_proposals_load_to_equal_values(tmp_path, protocol):
         (lambda: [1], "holds a list"),
     ],
 )
-def test_proposals_that_are_more_or_less_are_refused(tmp_path, content, offence):
+def test_invalid_proposals_are_refused(tmp_path, content, offence):
     (tmp_path / "p.pkl").write_bytes(pickle.dumps(content()))
     with pytest.raises(ConfigError, match=rf"p\.pkl was not loaded: .*{offence}"):
         read_proposals(tmp_path / "p.pkl")
 
 
-def test_the_loaders_read_proposals_with_care(tmp_path):
+def test_data_loaders_read_proposals_safely(tmp_path):
     (tmp_path / "p.pkl").write_bytes(pickle.dumps(proposals(ids=touch())))
     opts = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"]
     opts += ["MODEL.LOAD_PROPOSALS", "True", "DATASETS.PROPOSAL_FILES_TRAIN", "('p.pkl',)"]
@@ -720,7 +722,7 @@ def test_the_loaders_read_proposals_with_care(tmp_path):
         Trainer.build_test_loader(cfg, "shapes_val")
 
 
-def test_proposals_make_no_more_memory_for_detectron2_than_here(tmp_path):
+def test_proposals_cannot_allocate_memory_when_detectron2_reads_them(tmp_path):
     box = np.zeros((2, 4), np.float32)
     made = Call(np.ndarray)
     made.reduced = (np.ndarray, ((10**9,), "O"), box.__reduce__()[2])
@@ -730,7 +732,7 @@ def test_proposals_make_no_more_memory_for_detectron2_than_here(tmp_path):
         read_proposals(tmp_path / "p.pkl")
 
 
-def test_detectron2_reads_the_proposals_that_passed(tmp_path):
+def test_detectron2_reads_proposals_that_passed(tmp_path):
     (tmp_path / "p.pkl").write_bytes(pickle.dumps(proposals()))
     name = "two_images_with_proposals"
     DatasetCatalog.register(
@@ -760,7 +762,7 @@ def test_detectron2_reads_the_proposals_that_passed(tmp_path):
         ("_BASE_: tagged.yaml", "not plain YAML"),
     ],
 )
-def test_configs_run_nothing_and_fetch_nothing(tmp_path, monkeypatch, content, told):
+def test_configs_run_no_code_and_download_nothing(tmp_path, monkeypatch, content, told):
     def opened(*_, **__):
         raise AssertionError("the network was asked")
 
@@ -773,7 +775,7 @@ def test_configs_run_nothing_and_fetch_nothing(tmp_path, monkeypatch, content, t
     assert told in str(caught.value) and "a.yaml" in str(caught.value)
 
 
-def test_config_files_are_yaml_of_this_machine(tmp_path):
+def test_config_files_must_be_local_yaml(tmp_path):
     (tmp_path / "lazy.py").write_text(f"open({CANARY!r}, 'w')")
     with pytest.raises(ConfigError, match=r"lazy\.py is Python, which would run"):
         load_config(str(tmp_path / "lazy.py"))
@@ -783,8 +785,8 @@ def test_config_files_are_yaml_of_this_machine(tmp_path):
     assert load_config(str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml"))
 
 
-def test_a_config_may_have_some_aliases(tmp_path):
-    """The config.yaml of a run has, where keys share a list."""
+def test_a_config_may_contain_some_aliases(tmp_path):
+    """A run's config.yaml contains aliases if keys share a list."""
     (tmp_path / "a.yaml").write_text(
         "INPUT: {MIN_SIZE_TRAIN: &x [5, 6]}\nTEST: {AUG: {MIN_SIZES: *x}}"
     )
@@ -800,7 +802,7 @@ def test_a_config_may_have_some_aliases(tmp_path):
     ],
     ids=["doubled", "itself"],
 )
-def test_a_config_cannot_fill_the_memory_with_aliases(tmp_path, text):
+def test_aliases_in_a_config_cannot_fill_the_memory(tmp_path, text):
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"a\.yaml .*aliases.*write the values out"):
