@@ -101,7 +101,7 @@ class Case:
     """A way to break the valid data set.
 
     Attributes:
-        name: of the case.
+        name: name of the case.
         kind: kind of the finding that must be reported.
         break_it: changes the data set; returns the text to write if it is not the content as JSON.
         image_id: image id that the finding must name.
@@ -174,7 +174,7 @@ def file_is_blank(data):
 
 
 @case("json-truncated", after_fix="none")
-def file_ends_in_the_middle(data):
+def file_is_truncated(data):
     text = json.dumps(data.content)
     return text[: len(text) // 2]
 
@@ -185,17 +185,17 @@ def file_lacks_its_last_bracket(data):
 
 
 @case("json-syntax", after_fix="none")
-def file_has_a_comma_too_many(data):
+def file_has_an_extra_comma(data):
     return json.dumps(data.content, indent=1).replace('"images": [', '"images": [,')
 
 
 @case("json-syntax", after_fix="none")
-def file_is_nested_without_end(data):
+def file_is_nested_endlessly(data):
     return "[" * 200_000 + "}"
 
 
 @case("json-syntax", after_fix="none")
-def file_has_a_number_of_thousands_of_digits(data):
+def file_has_a_number_with_thousands_of_digits(data):
     return '{"images": ' + "9" * 5000 + "}"
 
 
@@ -216,12 +216,12 @@ def file_is_latin_1(data):
 
 
 @case("json-not-object", after_fix="none")
-def file_holds_a_list(data):
+def file_contains_a_list(data):
     return json.dumps(data.content["categories"])
 
 
 @case("not-a-coco-file", after_fix="none")
-def file_holds_annotations_alone(data):
+def file_contains_only_annotations(data):
     return json.dumps(data.content["annotations"])
 
 
@@ -264,7 +264,7 @@ def no_categories(data):
 
 
 @case("category-not-object")
-def category_is_a_text(data):
+def category_is_text(data):
     data.content["categories"].append("fox")
 
 
@@ -284,12 +284,12 @@ def category_name_is_a_number(data):
 
 
 @case("category-name", after_fix="none")
-def category_name_is_half_a_character(data):
+def category_name_is_a_lone_surrogate(data):
     data.content["categories"][0]["name"] = "\ud800"
 
 
 @case("duplicate-category-id", after_fix="none")
-def two_categories_have_one_id(data):
+def two_categories_have_the_same_id(data):
     data.content["categories"].append({"id": 3, "name": "fox"})
 
 
@@ -299,7 +299,7 @@ def category_is_listed_twice(data):
 
 
 @case("duplicate-category-name")
-def two_categories_have_one_name(data):
+def two_categories_have_the_same_name(data):
     data.content["categories"].append({"id": 9, "name": "cat"})
     data.annotation(13)["category_id"] = 9
 
@@ -336,7 +336,7 @@ def image_has_no_file_name(data):
 
 
 @case("duplicate-image-id", 2, after_fix="left out")
-def two_images_have_one_id(data):
+def two_images_have_the_same_id(data):
     data.image(4)["id"] = 2
 
 
@@ -379,18 +379,26 @@ set_in_image("height is zero", "image-size-invalid", "height", 0)
 set_in_image("width is negative", "image-size-invalid", "width", -80)
 set_in_image("width is NaN", "image-size-invalid", "width", NAN)
 set_in_image("image beyond the pixel limit", "image-too-large", "width", 10**9, "left out")
-set_in_image("height is not the file's", "image-size-mismatch", "height", 61, "left out")
+set_in_image("height differs from the file's", "image-size-mismatch", "height", 61, "left out")
 set_in_image("file name is a number", "file-name-invalid", "file_name", 2, "left out")
 set_in_image("file name is empty", "file-name-invalid", "file_name", "", "left out")
-set_in_image("file name has a zero", "file-name-invalid", "file_name", "a\0b", "left out")
+set_in_image("file name has a null byte", "file-name-invalid", "file_name", "a\0b", "left out")
 set_in_image(
-    "file name is half a character", "file-name-invalid", "file_name", "\ud800", "left out"
+    "file name is a lone surrogate", "file-name-invalid", "file_name", "\ud800", "left out"
 )
 set_in_image("file name is absolute", "file-name-outside", "file_name", "/etc/passwd", "left out")
-set_in_image("file name climbs out", "file-name-outside", "file_name", "a/../../20.png", "left out")
-set_in_image("file name climbs to a file", "image-file-elsewhere", "file_name", "a/../../2.png")
-set_in_image("file name has a folder too many", "image-file-elsewhere", "file_name", "images/2.png")
-set_in_image("file name is Windows'", "image-file-elsewhere", "file_name", "C:\\images\\2.png")
+set_in_image(
+    "file name leads out of the folder",
+    "file-name-outside",
+    "file_name",
+    "a/../../20.png",
+    "left out",
+)
+set_in_image("file name leads back to a file", "image-file-elsewhere", "file_name", "a/../../2.png")
+set_in_image("file name has an extra folder", "image-file-elsewhere", "file_name", "images/2.png")
+set_in_image(
+    "file name is a Windows path", "image-file-elsewhere", "file_name", "C:\\images\\2.png"
+)
 set_in_image("file name is in capitals", "image-file-elsewhere", "file_name", "2.PNG")
 set_in_image("file is missing", "image-file-missing", "file_name", "20.png", "left out")
 
@@ -401,12 +409,12 @@ def file_name_is_absolute_but_within(data):
 
 
 @case("image-transposed", 2, after_fix="left out")
-def height_and_width_are_exchanged(data):
+def height_and_width_are_swapped(data):
     data.image(2).update(height=HW[1], width=HW[0])
 
 
 @case("duplicate-file-name", 4)
-def two_images_have_one_file(data):
+def two_images_have_the_same_file(data):
     data.image(4)["file_name"] = "./2.png"
 
 
@@ -467,16 +475,18 @@ change_image_file("png is truncated", "image-truncated", _truncate, 2)
 change_image_file("png lacks its last chunk", "image-truncated", lambda p: _truncate(p, 2000), 2)
 change_image_file("png has no pixels", "image-truncated", _without_pixels, 2)
 change_image_file("bmp is truncated", "image-truncated", _bmp)
-change_image_file("image has no bytes", "image-file-empty", lambda p: p.write_bytes(b""))
-change_image_file("image is a pointer", "git-lfs-pointer", lambda p: p.write_text(LFS_POINTER))
-change_image_file("image is a text", "image-unreadable", lambda p: p.write_text("<html>"))
+change_image_file("image file has no bytes", "image-file-empty", lambda p: p.write_bytes(b""))
+change_image_file(
+    "image is a git lfs pointer", "git-lfs-pointer", lambda p: p.write_text(LFS_POINTER)
+)
+change_image_file("image is a text file", "image-unreadable", lambda p: p.write_text("<html>"))
 change_image_file("image is a folder", "image-file-is-folder", _folder)
 change_image_file("image has 12 of 16 bits", "image-depth", _deep)
 change_image_file("image is a line", "image-elongated", _line)
 change_image_file("exif turns by 90 degrees", "exif-size", _exif(6))
-change_image_file("exif of a png turns it", "exif-size", _exif(6), 2)
+change_image_file("exif of a png turns by 90 degrees", "exif-size", _exif(6), 2)
 change_image_file("exif turns by 180 degrees", "exif-undecidable", _exif(3))
-change_image_file("exif of a png turns by 180", "exif-undecidable", _exif(3), 2)
+change_image_file("exif of a png turns by 180 degrees", "exif-undecidable", _exif(3), 2)
 change_image_file("exif mirrors", "exif-undecidable", _exif(2))
 
 
@@ -502,7 +512,7 @@ for _key in ("image_id", "category_id", "segmentation"):
     set_in_annotation(f"no {_key}", "annotation-missing-key", _key, None, "left out")
 for _key in ("id", "bbox", "area", "iscrowd"):
     set_in_annotation(f"no {_key}", "annotation-missing-key", _key, None)
-set_in_annotation("two annotations have one id", "duplicate-annotation-id", "id", 12)
+set_in_annotation("two annotations have the same id", "duplicate-annotation-id", "id", 12)
 set_in_annotation("annotation id is zero", "annotation-id-not-positive", "id", 0)
 set_in_annotation("annotation id is negative", "annotation-id-not-positive", "id", -4)
 CASES.append(
@@ -518,7 +528,7 @@ set_in_annotation("annotation id is beyond float64", "id-too-large", "id", 1 << 
 set_in_annotation("image is not listed", "unknown-image", "image_id", 99, "left out")
 CASES.append(
     Case(
-        "image id is text here only",
+        "only this image id is text",
         "id-as-text",
         lambda data: data.annotation(13).update(image_id="2"),
         "'2'",
@@ -526,7 +536,7 @@ CASES.append(
     )
 )
 set_in_annotation("category is not listed", "unknown-category", "category_id", 5, "left out")
-set_in_annotation("category id is text here only", "id-as-text", "category_id", "3")
+set_in_annotation("only this category id is text", "id-as-text", "category_id", "3")
 set_in_annotation("category id is a float", "id-not-integer", "category_id", 3.0)
 set_in_annotation("iscrowd is 2", "iscrowd-invalid", "iscrowd", 2, "left out")
 set_in_annotation("iscrowd is false", "iscrowd-invalid", "iscrowd", False)
@@ -540,20 +550,20 @@ set_in_annotation("keypoints are text", "keypoints-invalid", "keypoints", "nose"
 set_in_annotation("keypoints are null", "keypoints-invalid", "keypoints", [None] * 51)
 set_in_annotation("keypoints lack a number", "keypoints-invalid", "keypoints", [5, 5])
 set_in_annotation("keypoints are NaN", "keypoints-invalid", "keypoints", [NAN, 5, 2])
-set_in_annotation("area is the unscaled image's", "area-invalid", "area", 10 * HW[0] * HW[1])
+set_in_annotation("area is that of the unscaled image", "area-invalid", "area", 10 * HW[0] * HW[1])
 
 # Boxes.
 set_in_annotation("box is empty", "box-malformed", "bbox", [])
 set_in_annotation("box has three numbers", "box-malformed", "bbox", [0, 0, 20])
-set_in_annotation("box has a text", "box-malformed", "bbox", [0, 0, "20", 30])
+set_in_annotation("box contains text", "box-malformed", "bbox", [0, 0, "20", 30])
 set_in_annotation("box is NaN", "box-not-finite", "bbox", [0, 0, NAN, 30])
 set_in_annotation("box is infinite", "box-not-finite", "bbox", [0, 0, INFINITY, 30])
 set_in_annotation("box is a huge integer", "box-not-finite", "bbox", [0, 0, 10**400, 30])
 set_in_annotation("box is negative", "box-negative", "bbox", [20, 30, -20, -30])
 set_in_annotation("box is zero", "box-without-area", "bbox", [0, 0, 0, 30])
 set_in_annotation("box leaves the image", "box-outside", "bbox", [0, 0, 20, 90])
-set_in_annotation("box is elsewhere", "box-mismatch", "bbox", [40, 20, 20, 30])
-set_in_annotation("box is larger by pixels", "box-loose", "bbox", [0, 0, 22, 32])
+set_in_annotation("box is in another place", "box-mismatch", "bbox", [40, 20, 20, 30])
+set_in_annotation("box is larger by two pixels", "box-loose", "bbox", [0, 0, 22, 32])
 
 # Masks.
 set_in_annotation("mask is text", "segmentation-type", "segmentation", "mask.png", "left out")
@@ -637,7 +647,7 @@ set_in_annotation(
     "left out",
 )
 set_in_annotation(
-    "polygon is a level line",
+    "polygon is a horizontal line",
     "polygon-without-area",
     "segmentation",
     [[0, 5, 10, 5, 20, 5]],
@@ -671,8 +681,8 @@ _COUNTS = _GOOD["counts"]
 _PIXELS = HW[0] * HW[1]
 _runs("run lengths without size", "rle-malformed", {"counts": _COUNTS})
 _runs("run lengths without counts", "rle-malformed", {"size": list(HW)})
-_runs("run lengths of three sides", "rle-malformed", {**_GOOD, "size": [60, 80, 3]})
-_runs("run lengths of float sides", "rle-malformed", {**_GOOD, "size": [60.0, 80.0]})
+_runs("run lengths with three sizes", "rle-malformed", {**_GOOD, "size": [60, 80, 3]})
+_runs("run lengths with float sizes", "rle-malformed", {**_GOOD, "size": [60.0, 80.0]})
 _runs("run lengths are a number", "rle-malformed", {**_GOOD, "counts": 5})
 _runs("run lengths of the transposed image", "rle-size", encode(0, 0, 20, 30, HW[::-1]))
 _runs("run lengths of another image", "rle-size", encode(0, 0, 20, 30, (120, 160)))
@@ -682,22 +692,20 @@ _runs("a run is text", "rle-counts", {**_GOOD, "counts": ["10", 5, _PIXELS - 15]
 _runs("runs do not reach the end", "rle-sum", {**_GOOD, "counts": [10, 5]})
 _runs("runs go beyond the end", "rle-sum", {**_GOOD, "counts": [10, 5, _PIXELS]})
 _runs("the list of runs is empty", "rle-sum", {**_GOOD, "counts": []})
-_runs("encoded runs are cut off", "rle-sum", {**_GOOD, "counts": _COUNTS[:3]})
-_runs("encoded runs are cut off in a number", "rle-corrupt", {**_GOOD, "counts": _COUNTS[:4]})
+_runs("encoded runs are truncated", "rle-sum", {**_GOOD, "counts": _COUNTS[:3]})
+_runs("encoded runs are truncated within a number", "rle-corrupt", {**_GOOD, "counts": _COUNTS[:4]})
 _runs("encoded runs have a foreign character", "rle-corrupt", {**_GOOD, "counts": _COUNTS + "~"})
-_runs("encoded runs have a letter of no alphabet", "rle-corrupt", {**_GOOD, "counts": "ä" * 9})
+_runs("encoded runs have a non-ascii letter", "rle-corrupt", {**_GOOD, "counts": "ä" * 9})
 _runs("encoded runs are empty", "rle-corrupt", {**_GOOD, "counts": ""})
 _runs("encoded runs end in a number", "rle-corrupt", {**_GOOD, "counts": _COUNTS + "o"})
-_runs(
-    "encoded runs have a number without end", "rle-corrupt", {**_GOOD, "counts": "o" * 5000 + "0"}
-)
+_runs("encoded runs have an endless number", "rle-corrupt", {**_GOOD, "counts": "o" * 5000 + "0"})
 _runs("mask has no pixels", "empty-mask", {**_GOOD, "counts": [_PIXELS]})
 _runs("encoded mask has no pixels", "empty-mask", encode(0, 0, 0, 0))
-_runs("box is off the run lengths", "box-mismatch", encode(40, 30, 60, 55), "kept")
+_runs("box does not fit the run lengths", "box-mismatch", encode(40, 30, 60, 55), "kept")
 
 
 @case("mixed-formats")
-def masks_are_of_both_formats(data):
+def masks_have_both_formats(data):
     data.annotation(13).update(bbox=[0, 0, 20, 30], segmentation=_GOOD)
 
 
@@ -722,20 +730,20 @@ def many_objects(data):
 
 
 @case("normalised-coordinates", after_fix="none")
-def boxes_and_polygons_are_shares_of_the_image(data):
+def boxes_and_polygons_are_fractions_of_the_image(data):
     for annotation in many_objects(data):
         annotation["bbox"] = [x / 80 for x in annotation["bbox"]]
         annotation["segmentation"] = [[x / 80 for x in annotation["segmentation"][0]]]
 
 
 @case("normalised-coordinates", after_fix="none")
-def polygons_alone_are_shares_of_the_image(data):
+def only_polygons_are_fractions_of_the_image(data):
     for annotation in many_objects(data):
         annotation["segmentation"] = [[x / 80 for x in annotation["segmentation"][0]]]
 
 
 @case("normalised-coordinates")
-def boxes_alone_are_shares_of_the_image(data):
+def only_boxes_are_fractions_of_the_image(data):
     for annotation in many_objects(data):
         annotation["bbox"] = [x / 80 for x in annotation["bbox"]]
 

@@ -1,4 +1,4 @@
-"""Shared by several test modules: small models, their stock twins, random inputs.
+"""Fixtures and functions shared by the tests: small models, their stock twins, random inputs.
 
 Shape alphabet: N images, R RoIs, K classes.
 """
@@ -144,11 +144,9 @@ def _seeded() -> None:
 
 @pytest.fixture
 def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs kernels loaded by a test on the CPU; undoes what Triton before 3.3 leaves changed."""
+    """Runs kernels loaded by a test on the CPU; undoes changes that Triton before 3.3 leaves."""
     triton = pytest.importorskip("triton")
-    importlib.import_module(
-        "mask_head_plugin.ops.roi_pooling_triton"
-    )  # whose kernels stay compiled
+    importlib.import_module("mask_head_plugin.ops.roi_pooling_triton")  # its kernels stay compiled
     language = triton.language
     changed = (language, language.core, language.math, language.tensor)
     before = [dict(vars(owner)) for owner in changed]
@@ -177,7 +175,7 @@ def interpreted_operator(
 
 
 def fake_gpu() -> FakeTensorMode:
-    """Returns a mode of tensors without values, in which "cuda" needs no GPU."""
+    """Returns a mode in which tensors have no values and "cuda" needs no GPU."""
     mode = FakeTensorMode()
     try:
         with mode:
@@ -215,7 +213,7 @@ def stock_config(cfg: CfgNode) -> CfgNode:
 
 
 def build_twins(cfg: CfgNode) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Returns the plugin's model and the stock model with equal weights, neither trained."""
+    """Returns the plugin's model and the stock model with equal, untrained weights."""
     torch.manual_seed(1)
     plugin, stock = build_model(cfg), build_model(stock_config(cfg))
     # detectron2 initialises the predictors near zero; larger weights give distinct masks and
@@ -287,7 +285,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def load_script(path: str):
-    """Imports a script of the project, such as one of benchmarks/."""
+    """Imports a script of the project, such as one in benchmarks/."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

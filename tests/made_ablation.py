@@ -145,7 +145,7 @@ def write_ablation(
             record = write_trial(trial, variant, seed, annotations, results, cfg)
             records.setdefault(variant, {})[seed] = record
     described = {
-        "title": "Made variants",
+        "title": "Synthetic variants",
         "metric": "segm/AP",
         "baseline": next(iter(qualities)),
         "size": "tiny",

@@ -60,7 +60,7 @@ class OtherDevice(TorchDispatchMode):
     """Turns tensors requested on DEVICE into OnOtherDevice."""
 
     def __enter__(self) -> Any:
-        # torch.tensor creates tensors without asking a mode.
+        # Dispatch modes do not intercept torch.tensor.
         self._patch = mock.patch.object(torch, "tensor", tensor)
         self._patch.start()
         return super().__enter__()

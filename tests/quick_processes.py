@@ -1,4 +1,4 @@
-"""Processes for tests that skip the import of PyTorch and detectron2, which takes seconds.
+"""Starts processes without importing PyTorch and detectron2 again, which takes seconds.
 
 They are forks of one clean Python process, which has imported both and done nothing else.
 """

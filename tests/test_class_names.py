@@ -212,8 +212,7 @@ def overlap(a, b) -> float:
 
 
 def count_names(predictions: Path, annotations: Path) -> tuple[int, int]:
-    """Returns how many detections have the name and id of the object at their place, and how many
-    not."""
+    """Counts detections with the correct name and id for the object at their place, and others."""
     truth, right, wrong = COCO(str(annotations)), 0, 0
     for found in json.loads(predictions.read_text())["annotations"]:
         for x in truth.imgToAnns[int(Path(found["file_name"]).stem)]:

@@ -222,8 +222,7 @@ MEASURED = re.compile(
     r"(?<![\w./-])(\d[\d,.]*[ -](?:ms|s|seconds|minutes|hours|MB|GB|AP)\b"
     r"|(?!0\.0*\d(?!\d))\d+\.\d\d+(?![\d.])|\d+\.\d+%)"
 )
-"""Matches a time, size or AP, a percentage with decimals, or two decimals, but not settings like
-0.01."""
+"""Matches times, sizes, AP, percentages with decimals, and two decimals, but not 0.01."""
 
 TWICE = {
     "3.8%": "of studies, in ablations; of a training step, in gpu_kernel",

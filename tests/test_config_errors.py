@@ -104,8 +104,7 @@ def test_without_cuda_the_device_becomes_cpu_with_a_log_message(caplog, monkeypa
 
 @pytest.fixture
 def run_train_net(monkeypatch, capsys):
-    """Returns a function that runs train_net.py in this process, for its exit code and stderr
-    lines."""
+    """Returns a function that runs train_net.py and returns its exit code and stderr lines."""
 
     def run(*args: str) -> tuple[int, list[str]]:
         monkeypatch.setattr(sys, "argv", ["train_net.py", *args])

@@ -73,7 +73,7 @@ PARTS = {
 NO_READERS = ("yacs.", "fvcore.", "detectron2.config", "copy", "contextlib", __name__, "__main__")
 OWN_NO_READERS = {f"{PACKAGE}.config", f"{PACKAGE}.config_check.dry_build"}
 NOBODY = {"VERSION": "file format", "IMPORTS": "tools", "DATASETS.CHECK": "call"}
-"""Keys that are read before reads of a config can be recorded."""
+"""Keys that are read before the recording can start."""
 
 HEAD = "MODEL.ROI_MASK_HEAD."
 TIMM = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t"]

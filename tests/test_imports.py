@@ -145,7 +145,7 @@ def test_every_part_of_the_package_is_assigned_to_a_layer():
     )
 
 
-def test_importing_the_package_loads_no_trainer_or_tools_and_warns_of_nothing():
+def test_importing_the_package_loads_no_trainer_or_tools_and_gives_no_warning():
     code = """
 import sys, mask_head_plugin
 print(*(m for m in sys.modules if "mask_head_plugin" in m))

@@ -1,4 +1,4 @@
-"""LazyConfig files: only the plugin's modules differ from detectron2's, results are equal."""
+"""LazyConfig files: only the plugin's modules differ from detectron2's, and results agree."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ OPERATIONS = {
     "as an index": lambda m: (ROW + torch.zeros(HW))[m],
     "select": lambda m: m.index_select(0, torch.tensor([2, 0])),
     "any": lambda m: m.any(dim=0),
-    "any at all": lambda m: bool(m.any()),
+    "any pixel": lambda m: bool(m.any()),
     "any along pixels": lambda m: m.flatten(1).any(1),
     "max": lambda m: m.max(),
     "argmax": lambda m: m.float().argmax(0),
@@ -233,7 +233,7 @@ def test_instances_can_select_join_and_move_masks():
 
 
 def test_objects_lost_by_a_tracker_join_those_of_the_next_frame():
-    """Repeats what detectron2's trackers do, because they need SciPy."""
+    """Imitates detectron2's trackers, which need SciPy."""
     results = []
     for masks in make():
         previous = copy.deepcopy(Instances(HW, pred_masks=masks))

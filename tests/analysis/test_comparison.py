@@ -1,4 +1,4 @@
-"""Comparison of two runs: resampled figures equal those of images that are really repeated."""
+"""Comparison of two runs: resampled figures equal those of images that are actually repeated."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def repeated(content, results, weights):
     return {**content, "images": images, "annotations": objects}, detections
 
 
-def told(analysis: Analysis) -> dict[Key, float]:
+def shown_figures(analysis: Analysis) -> dict[Key, float]:
     """Returns the figures that the pages show, in percent."""
     found = {Key(*x.key): x.value for x in analysis.findings.measures.values()}
     for task in analysis.findings.scene.tasks:
@@ -81,12 +81,12 @@ def told(analysis: Analysis) -> dict[Key, float]:
 
 def test_resampled_figures_equal_those_of_repeated_images(tmp_path):
     content = crowded_content(NUM_IMAGES)
-    content["annotations"] = content["annotations"][:-3]  # so that images differ in their objects
+    content["annotations"] = content["annotations"][:-3]  # gives images different objects
     results = perfect(content, spoilt)
     weights = np.array([[1] * NUM_IMAGES, [2, 0, 1, 0, 2, 1]], np.int32)
     drawn = resampled_figures(analysis_of(tmp_path, content, results), weights)
     for number, row in enumerate(weights.tolist()):
-        expected = told(analysis_of(tmp_path, *repeated(content, results, row)))
+        expected = shown_figures(analysis_of(tmp_path, *repeated(content, results, row)))
         assert set(expected) <= set(drawn)
         values = {key: drawn[key][number] for key in expected}
         assert values == pytest.approx(expected, abs=1e-9, nan_ok=True)

@@ -125,7 +125,7 @@ def test_without_detections_all_objects_are_missed(tmp_path):
     assert np.isnan(won(findings)["missed"])
 
 
-def test_ap_equals_the_evaluation_s_with_ties_and_crowds(tmp_path, made):
+def test_ap_equals_that_of_the_evaluation_with_ties_and_crowds(tmp_path, made):
     content, results, evaluations = made
     findings = findings_of(tmp_path, content, results)
     for task, metrics in evaluations.items():

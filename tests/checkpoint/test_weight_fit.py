@@ -1,4 +1,4 @@
-"""Weights that fit are loaded; others are an error that says what to do."""
+"""Weights that fit are loaded; others raise an error that says what to do."""
 
 from __future__ import annotations
 

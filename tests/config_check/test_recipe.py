@@ -41,7 +41,7 @@ def config(name: str, *opts: str):
         ([PARTS, "4", "SOLVER.REFERENCE_WORLD_SIZE", "8"], r"computes 2 images .* set it to 2"),
     ],
 )
-def test_invalid_values_are_refused_with_valid_ones(opts, message):
+def test_invalid_values_are_refused_with_suggestions(opts, message):
     with pytest.raises(ConfigError, match=message):
         check_recipe(config(FPN, *opts), 1)
 

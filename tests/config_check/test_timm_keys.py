@@ -1,4 +1,4 @@
-"""An invalid config of a timm backbone is refused before the build, with the correct value."""
+"""Invalid configs of timm backbones are refused early, with the correct value."""
 
 from __future__ import annotations
 

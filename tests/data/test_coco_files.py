@@ -252,7 +252,7 @@ def test_a_tool_that_needs_no_data_registers_existing_files_and_logs_the_others(
     assert cfg.DATASETS.COCO_FILES == [[train, train_json, images], val]
 
 
-def test_registering_again_replaces_and_built_in_names_are_refused(tmp_path):
+def test_registering_again_replaces_a_data_set_unless_it_is_built_in(tmp_path):
     train = write_files(tmp_path, "train", CATEGORIES)
     val = write_files(tmp_path, "val", CATEGORIES)
     configure(tmp_path, train, val)

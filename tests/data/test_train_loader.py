@@ -72,7 +72,7 @@ def test_different_seeds_give_different_batches():
     assert batches(loader(), 1, 0, 4) != batches(loader(), 2, 0, 4)
 
 
-def test_a_sample_is_augmented_differently_in_each_epoch():
+def test_a_sample_is_augmented_differently_in_each_pass():
     seen = [numbers for batch in batches(loader(), 0, 0, 50) for _, numbers in batch]
     assert len(set(seen)) == 100
 
@@ -99,7 +99,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
         loader("SOLVER.IMS_PER_BATCH", "3")
 
 
-def test_an_epoch_contains_each_image_once():
+def test_a_pass_contains_each_image_once():
     indices = [index for batch in batches(loader(*UNGROUPED), 5, 0, 7) for index, _ in batch]
     assert sorted(indices[:7]) == sorted(indices[7:]) == list(range(7))
 

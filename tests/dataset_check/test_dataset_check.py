@@ -1,4 +1,4 @@
-"""The data set check names every way to break a data set; whatever passes can be trained on."""
+"""The data set check identifies every kind of fault; data sets that pass can be trained on."""
 
 from __future__ import annotations
 

@@ -620,7 +620,7 @@ def test_photographs(tmp_path):
     assert all((tmp_path / path.name).is_file() for path in photos)
 
 
-def test_a_panoptic_model_writes_its_instances(images, tmp_path):
+def test_a_panoptic_model_writes_its_objects(images, tmp_path):
     config = str(CONFIGS / "panoptic" / "panoptic_fpn_R_50_1x.yaml")
     opts = [*SMALL_RESNET, "MODEL.SEM_SEG_HEAD.CONVS_DIM", "8", "MODEL.SEM_SEG_HEAD.NORM", ""]
     weights = tmp_path / "model.pth"

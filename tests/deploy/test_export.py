@@ -97,7 +97,7 @@ def test_the_description_contains_what_the_runtime_needs(onnx_folder):
 
 
 def test_the_runtime_finds_what_the_trained_model_finds(onnx_folder, tmp_path):
-    """Compares from the pixels of a BGR image to class names and run lengths."""
+    """Covers everything from the pixels of a BGR image to class names and run lengths."""
     eager = load_predictor(load_config(SHAPES, [*OPTS, "MODEL.DEVICE", "cpu"]))
     shapes.write_split(tmp_path, "val", 4)
     images = [cv2.imread(str(path)) for path in sorted((tmp_path / "val").iterdir())]

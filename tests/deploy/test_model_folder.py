@@ -1,4 +1,4 @@
-"""An unusable model folder is an error in one line that names the file and the key."""
+"""An unusable model folder raises a one-line error that names the file and the key."""
 
 from __future__ import annotations
 

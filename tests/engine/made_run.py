@@ -1,4 +1,4 @@
-"""Work for the processes of a test run: they train a little, fail, or are killed.
+"""Functions for the processes of a test run: they train briefly, fail, or get killed.
 
 As a script, it is started by torchrun: ``made_run.py OUTPUT`` trains.
 """

@@ -1,4 +1,4 @@
-"""A step with a non-finite value, or without memory, ends the run and its images are named."""
+"""A step that is not finite or runs out of memory ends the run, with an error naming its images."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_an_out_of_memory_error_names_images_and_keys_to_lower(tmp_path, error):
 
 
 def test_diverged_weights_are_reported_before_any_losses_and_can_be_replayed(tmp_path):
-    """detectron2's RPN raises an error of its own here, which names no image."""
+    """detectron2's RPN would raise an error that does not name the images."""
     trainer = make_trainer(tmp_path)
     with torch.no_grad():
         trainer.model.backbone.fpn_output2.weight.fill_(1e38)

@@ -46,7 +46,7 @@ KILLS = {
     "in a step": (Trainer, "run_step", 6, False),
     "before the first checkpoint": (Trainer, "run_step", 2, False),
     "in the middle of a checkpoint": (os, "fsync", 9, False),
-    "between a checkpoint and its mark as the last": (
+    "between a checkpoint and last_checkpoint": (
         *(MaskHeadCheckpointer, "tag_last_checkpoint"),
         *(2, False),
     ),

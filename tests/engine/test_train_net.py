@@ -24,8 +24,8 @@ from mask_head_plugin.engine import Trainer
 CONFIG = "configs/shapes/mask_rcnn_shapes.yaml"
 
 
-def run_anew(*command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script like a user, in a process that does all imports itself."""
+def run_in_new_process(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script as a user would, including all imports."""
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
 
 
@@ -59,7 +59,7 @@ def run(tmp_path_factory):
 def trained(run):
     # The embedded set's config already sets bit masks; here they must follow from the files.
     opts = ["SOLVER.MAX_ITER", "20", "SOLVER.WARMUP_ITERS", "1", "INPUT.MASK_FORMAT", "polygon"]
-    result = run(*opts, "SOLVER.IMS_PER_BATCH", "2", start=run_anew)
+    result = run(*opts, "SOLVER.IMS_PER_BATCH", "2", start=run_in_new_process)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -152,7 +152,7 @@ def test_a_model_without_masks_trains_and_draws_no_sheet(run, tmp_path):
 
 
 def test_help_shows_detectron2s_flags_and_examples():
-    result = run_anew("train_net.py", "--help")
+    result = run_in_new_process("train_net.py", "--help")
     assert result.returncode == 0
     for flag in (
         *("--config-file", "--resume", "--eval-only", "--num-gpus"),
@@ -198,7 +198,7 @@ def coco_files(kind: str) -> list[str]:
     ],
     ids=["nuclei", "photographs"],
 )
-def test_real_images_can_be_trained_on(config, opts, tmp_path):
+def test_training_works_on_real_images(config, opts, tmp_path):
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real images are not at {SHARED_DATA}")
     fixed = ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path)]

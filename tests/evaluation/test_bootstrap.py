@@ -166,12 +166,9 @@ def test_hand_worked_example():
     # Image 0: its object is found first. Image 1: a false positive, then its object.
     matches = make_matches([True, False, True], [0.9, 0.8, 0.5], [0, 1, 1])
     weights = np.array([[1, 1], [2, 0], [0, 2], [2, 1]])
-    # Each image once: precision 1 up to recall 1/2, which covers 51 recalls, then 2/3 for the other
-    # 50.
-    # Image 1 twice: two misses first, then precision 1/3 and 1/2; the maximum from any recall on is
-    # 1/2.
-    # Image 0 twice: precision 1 up to recall 2/3, which covers 67 recalls, then 3/4 for the other
-    # 34.
+    # Each image once: precision 1 for 51 recalls (up to 1/2), then 2/3 for the other 50.
+    # Image 1 twice: after two misses, precision is 1/3 and 1/2; its running maximum is 1/2.
+    # Image 0 twice: precision 1 for 67 recalls (up to 2/3), then 3/4 for the other 34.
     expected = [(51 + 50 * 2 / 3) / 1.01, 100, 50, (67 + 34 * 3 / 4) / 1.01]
     actual = resampled_ap(matches, weights, ["AP", "AP50"])
     np.testing.assert_allclose(actual["AP"], expected, atol=1e-9)

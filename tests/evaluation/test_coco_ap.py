@@ -63,8 +63,7 @@ def slow_boundary(mask):
 
 
 class SlowBoundaryEval(COCOeval):
-    """pycocotools with IoUs computed by the definition of boundary AP (arXiv 2103.16562, section
-    5)."""
+    """pycocotools with IoUs by the definition of boundary AP (arXiv 2103.16562, section 5)."""
 
     def computeIoU(self, imgId, catId):  # noqa: N802, N803  # as in pycocotools
         ious = super().computeIoU(imgId, catId)
@@ -302,8 +301,7 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path):
 
 
 def make_lvis(seed):
-    """Returns federated annotations: each image has unchecked and not exhaustively annotated
-    classes."""
+    """Returns federated annotations, with some classes unchecked or not exhaustive per image."""
     content, results = make_coco(seed, num_classes=6, most_copies=9)
     rng = np.random.default_rng(seed)
     for k, category in enumerate(content["categories"]):
@@ -355,8 +353,7 @@ def test_matches_of_lvis_give_the_same_ap(tmp_path):
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 @pytest.mark.parametrize(("name", "limit"), [("coco_photos_val", 100), ("nuclei_val", 400)])
 def test_equals_pycocotools_on_real_annotations(name, limit, task):
-    """Tests photographs with crowds and polygons, and microscopy with hundreds of objects per
-    image."""
+    """Covers photographs with crowds and polygons, and microscopy with hundreds of objects."""
     path = SHARED_DATA / name / "annotations.json"
     if not path.is_file():
         pytest.skip(f"{path} is not on this machine")

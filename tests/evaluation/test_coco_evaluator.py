@@ -175,7 +175,7 @@ def test_only_the_requested_tasks_are_evaluated(made, tasks):
     assert tuple(evaluate(MaskEvaluator(made[0], tasks), outputs_of(*made))) == tasks
 
 
-def test_semantic_metrics_on_request(made):
+def test_semantic_metrics_are_computed_on_request(made):
     results = evaluate(MaskEvaluator(made[0], semantic_threshold=0.5), outputs_of(*made))
     assert 0 < results["semantic"]["mIoU"] < results["semantic"]["pACC"] <= 100
 

@@ -22,7 +22,7 @@ from mask_head_plugin.evaluation.difference import (
         *((0.975, 10, 2.228), (0.95, 30, 1.697), (0.975, math.inf, 1.960), (0.5, 3, 0.0)),
     ],
 )
-def test_quantiles_match_tables_of_student_s_t(probability, freedom, expected):
+def test_quantiles_match_tables_of_students_t(probability, freedom, expected):
     assert student_t(probability, freedom) == pytest.approx(expected, abs=6e-4)
 
 
@@ -30,7 +30,7 @@ def constant_over_images(values, num_draws=50):
     return np.repeat(np.array(values, float)[:, None], 1 + num_draws, axis=1)
 
 
-def test_without_image_noise_the_interval_is_welch_s():
+def test_without_image_noise_the_interval_is_welchs():
     """Hand-worked: variances 1 and 4 over 3 seeds; error (5/3)^0.5; freedom (5/3)^2 / (17/18)."""
     variant, baseline = constant_over_images([10, 11, 12]), constant_over_images([4, 6, 8])
     found = difference_of("AP", variant, baseline, num_images=100)
@@ -45,7 +45,7 @@ def test_without_image_noise_the_interval_is_welch_s():
     assert several.high - 5 == pytest.approx(wider) and wider > reach
 
 
-def test_without_seed_noise_the_interval_is_the_bootstrap_s():
+def test_without_seed_noise_the_interval_is_that_of_the_bootstrap():
     draws = np.random.default_rng(0).normal(3, 2, 4000)
     variant = np.stack([np.r_[3, draws]] * 3)
     found = difference_of("AP", variant, np.zeros_like(variant), num_images=10**6)

@@ -1,4 +1,4 @@
-"""Drawn instances: holes stay visible, neighbours differ, and labels hide nothing small."""
+"""Drawn objects: holes stay visible, neighbours differ, and labels hide nothing small."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_outline_drawn_on_a_crop_equals_that_on_the_whole_picture():
     assert np.array_equal(drawn[40:], whole[40:])  # below the label
 
 
-def test_a_small_instance_stays_visible_on_a_large_one_and_neighbours_differ():
+def test_a_small_object_stays_visible_on_a_large_one_and_neighbours_differ():
     drawn = draw([block(80, 100, 80, 100), block(60, 190, 40, 250), block(60, 190, 250, 290)])
     assert len({tuple(drawn[y, x]) for y, x in ((90, 90), (150, 150), (150, 270))}) == 3
     assert np.abs(drawn[90, 80] - instance_colour(0)).max() < 30  # its outline
@@ -118,7 +118,7 @@ def labels_drawn(monkeypatch, masks) -> list[str]:
     return texts
 
 
-def test_a_label_that_would_hide_small_instances_is_left_out(monkeypatch):
+def test_a_label_that_would_hide_small_objects_is_left_out(monkeypatch):
     crowd = [block(y, y + 6, x, x + 6) for y in range(0, 200, 12) for x in range(0, 300, 12)]
     assert labels_drawn(monkeypatch, crowd) == []
     assert labels_drawn(monkeypatch, [crowd[200]]) == ["label 0"]

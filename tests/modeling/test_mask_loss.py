@@ -110,7 +110,7 @@ def slow_soft_iou(z, g, eps=1.0):
 
 
 def slow_lovasz(z, g):
-    """Adds wrong pixels in order of decreasing error; each counts by how much IoU it costs."""
+    """Sums the errors in decreasing order, each weighted with the IoU that its pixel costs."""
     flat = [(max(0.0, 1 - a * (2 * b - 1)), b) for a, b in zip(flatten(z), flatten(g), strict=True)]
     flat.sort(key=lambda pair: -pair[0])
     positives, lost, value = sum(b for _, b in flat), 0.0, 0.0

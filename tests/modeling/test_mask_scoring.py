@@ -1,4 +1,4 @@
-"""Mask scoring: hand-worked targets, training, and a ranking of masks only."""
+"""Mask scoring: hand-worked targets, training, and its effect on the ranking of masks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_hand_worked_targets():
     assert mask_iou_targets(bits, gt, box_area, gt_area).tolist() == pytest.approx(expected)
 
 
-def test_the_part_within_the_roi_never_exceeds_the_whole_instance():
+def test_the_part_within_the_roi_never_exceeds_the_whole_object():
     gt = torch.zeros(2, 4, 4, dtype=torch.bool)
     gt[:, 1:3] = True  # 8 pixels; the first instance's area is 6, the second box's 0
     target = mask_iou_targets(gt, gt, torch.tensor([16.0, 0.0]), torch.tensor([6.0, 0.0]))
@@ -50,7 +50,7 @@ def test_the_target_of_empty_masks_is_zero():
 
 
 @pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
-def test_areas_are_measured_on_whole_instances(mask_format):
+def test_areas_are_measured_on_whole_objects(mask_format):
     rng = np.random.default_rng(0)
     instances = random_instances(4, (40, 40), 3, rng, mask_format)
     instances.proposal_boxes = Boxes(torch.tensor([[0.0, 0, 4, 5]] * 4))

@@ -40,7 +40,7 @@ def make_features(case: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def train_once(heads: nn.Module, features, proposals, targets):
-    """Returns losses and the gradient of each parameter and feature map."""
+    """Returns losses and the gradient of each parameter and map."""
     heads.train()
     heads.zero_grad()
     features = {name: x.clone().requires_grad_() for name, x in features.items()}

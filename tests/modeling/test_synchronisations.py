@@ -100,7 +100,7 @@ def as_on_cuda(monkeypatch):
         return zeros.expand(len(rois), features[0].shape[1], *self.output_size)
 
     monkeypatch.setattr(MultiLevelRoIPooler, "forward", forward)
-    # CUDA has no check of coordinates, so the CPU's is replaced.
+    # The check of coordinates, which only the CPU makes, stays and is counted below.
     monkeypatch.setattr(mask_target, "_crop_by_sums", mask_target._crop_with_operator)
 
 
@@ -128,8 +128,7 @@ def test_the_plugin_synchronises_no_more_often_than_detectron2(base):
         for count in counts["plugin"]
     )
     assert training == {MASK_TARGET: len(batch)}  # the check of coordinates, done on the CPU
-    # Three reads per image: the number of pixel columns, the number of crossings, and the
-    # crossings.
+    # Three reads per image: the numbers of pixel columns and of crossings, and the crossings.
     assert inference == {RUN_LENGTHS: 3 * len(batch)}
 
 

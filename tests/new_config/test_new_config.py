@@ -1,5 +1,4 @@
-"""Configs are written completely or not at all, pass train_net.py's checks, and split by
-photograph."""
+"""Written configs are complete, pass train_net.py's checks, and split by photograph."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def test_precise_roi_pool_is_the_limit_of_roi_align(aligned):
         float((roi_align(features, rois, 3, 0.25, ratio, aligned) - expected).abs().max())
         for ratio in (16, 256)
     ]
-    # Convergence is first order, because samples near the jump at the border count or do not.
+    # Convergence is only first order, because the border rule is discontinuous.
     assert errors[1] <= errors[0] / 8 and errors[1] <= 0.02
 
 

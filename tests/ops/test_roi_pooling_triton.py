@@ -247,8 +247,7 @@ def test_the_kernel_compiles_for_gpus_that_are_not_present(
     ptx = compiled.asm["ptx"]
     assert f".target sm_{capability}" in ptx and compiled.asm["cubin"]
     assert "add.rn.f32" in ptx and bool(re.search(r"\b(atom|red)\.global", ptx)) == backward
-    # A side of 21 cells has ceil(21 / 7) = 3 samples, but 4 if computed as 21 * (1 / 7), rounded
-    # twice.
+    # A side of 21 cells has ceil(21 / 7) = 3 samples; 21 * (1 / 7), rounded twice, would give 4.
     assert re.search(r"div\.rn(\.ftz)?\.f32", ptx)
     approximate = re.findall(r"\b(?:div\.full|div\.approx|rcp|fma)\S*", ptx)
     assert not approximate, "sample counts and positions must equal the CPU's"
@@ -273,7 +272,7 @@ def test_the_estimated_memory_traffic_stays_within_bounds():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gradients_need_no_more_memory_than_the_maps(dtype, interpreted_operator):
-    """For half-precision maps, their float32 sums come on top."""
+    """Half-precision maps also need their float32 sums."""
     sides, channels = ((64, 96), (32, 48)), 32
     maps = [torch.zeros(1, channels, *x, dtype=dtype, requires_grad=True) for x in sides]
     rois, levels = torch.tensor([[0.0, 1, 1, 9, 9]]), torch.zeros(1, dtype=torch.int64)

@@ -132,7 +132,7 @@ def test_intervals_on_the_page_and_in_plots_show_the_measured_values():
     assert names == list(VERDICTS), "each verdict appears once in the legend"
 
 
-def test_traces_on_a_second_axis_are_drawn_behind_on_that_axis():
+def test_traces_on_a_second_axis_are_drawn_behind_the_others():
     made = make_subplots(specs=[[{"secondary_y": True}]])
     made.add_trace(go.Bar(x=[0.5], y=[300], width=0.1), secondary_y=True)
     made.add_trace(curve())

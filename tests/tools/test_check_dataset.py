@@ -24,7 +24,7 @@ def broken(tmp_path_factory):
 
 @pytest.fixture
 def run_tool(monkeypatch, capsys):
-    """Returns a function that runs the script's main(), for its exit code, output and errors."""
+    """Returns a function that runs main() and returns its exit code, stdout and stderr."""
     spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "check_dataset.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

@@ -19,7 +19,7 @@ from mask_head_plugin.comparison.zoo import ZOO_MODELS, find_config
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
 NUM_IMAGES = 16
-# So few images have only about thirty confident detections; a low threshold adds enough to compare.
+# So few images have only about 30 confident detections; a low threshold gives enough of them.
 MANY = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0005"]
 JOB = ["--config", CONFIG, "--weights", CHECKPOINT]
 

@@ -1,4 +1,4 @@
-"""plain_pickle imports no other package, its examples are correct, and it limits memory."""
+"""plain_pickle needs no torch or detectron2, its examples are correct, and it limits memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ REPEATED = {
     "dictionaries": b"\x80\x02" + ORDERED + b"q\0](" + b"".join(
         b"]M%ba" % struct.pack("<H", k) + b"Na" for k in range(5_000)
     ) + b"eq\1\x85q\2](" + b"h\0h\2R" * 3000 + b"e.",
-    "a list that is filled once it is remembered": b"\x80\x02" + ORDERED + b"q\0]q\1(" + b"".join(
+    "a list that is filled after it is memoized": b"\x80\x02" + ORDERED + b"q\0]q\1(" + b"".join(
         b"]M%ba" % struct.pack("<H", k) + b"Na" for k in range(5_000)
     ) + b"e0](".replace(b"0", b"\x85q\2") + b"h\0h\2R" * 3000 + b"e.",
 }  # fmt: skip

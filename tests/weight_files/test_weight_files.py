@@ -255,7 +255,7 @@ PICKLES = {
     ),
     "getattr": (lambda: pickle.dumps(Call(getattr, np.ndarray, "tofile")), "builtins.getattr"),
     "apply": (lambda: pickle.dumps(Call(np.load, CANARY)), "numpy.load"),
-    "runner of numpy": (
+    "code runner of numpy": (
         lambda: b"cnumpy.testing._private.utils\nrunstring\n(S'x'\n}tR.",
         "numpy.testing._private.utils.runstring",
     ),
@@ -293,7 +293,7 @@ PICKLES = {
     "table of objects": (lambda: b"\x80\x02}r\xff\xff\xff\x7f.", "up to 2147483647"),
     "deep key": (lambda: DEEP_KEY, "nests over 100"),
     "deep list": (lambda: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".", "nests over 100"),
-    "list in itself": (lambda: b"\x80\x02]q\x00h\x00a.", "no weights"),
+    "list containing itself": (lambda: b"\x80\x02]q\x00h\x00a.", "no weights"),
     "set": (lambda: pickle.dumps({"w": {1, 2}}, 2), "set"),
     "no stack": (lambda: b"\x80\x02s.", "truncated or corrupt"),
     "no end": (lambda: b"\x80\x02}", "truncated or corrupt"),
@@ -409,14 +409,14 @@ TORCH_FILES = {
     "claim of size": (lie_about_size, "claim 2000"),
     "other zip": (lambda: archive(None, [("x.npy", b"x", zipfile.ZIP_STORED)]), "not one of torch"),
     "longer storage": (lambda: changed_record(torch_bytes(WEIGHTS), longer_storage), "corrupt"),
-    "longer storage, old": (lambda: longer_storage_of_old(), "corrupt"),
-    "storage of fewer than none": (
+    "longer storage in the old format": (lambda: longer_storage_of_old(), "corrupt"),
+    "storage of negative length": (
         with_pickle_changed(LENGTH, b"J\xff\xff\xff\xfft"),
         "claims -4 bytes",
     ),
-    "storage of one more": (with_pickle_changed(LENGTH, b"K\x05t"), "claims 20 bytes"),
-    "storage of more bits": (with_pickle_changed(b"FloatS", b"DoubleS"), "claims 32 bytes"),
-    "storage that is not there": (
+    "storage with an extra element": (with_pickle_changed(LENGTH, b"K\x05t"), "claims 20 bytes"),
+    "storage with more bits": (with_pickle_changed(b"FloatS", b"DoubleS"), "claims 32 bytes"),
+    "missing storage": (
         with_pickle_changed(text("0"), text("7")),
         "but the file has 0",
     ),
@@ -426,7 +426,7 @@ TORCH_FILES = {
     "item of a tensor": (with_pickle_changed(TENSOR_END, b"RK\x00K\x05ss."), "sets items"),
     "items of a tensor": (with_pickle_changed(TENSOR_END, b"R(K\x00K\x05us."), "sets items"),
     "record twice": (lambda: record_twice("archive/data/0"), "records of the same name"),
-    "record twice but for case": (
+    "record twice except for case": (
         lambda: record_twice("archive/DATA.pkl"),
         "records of the same name",
     ),
