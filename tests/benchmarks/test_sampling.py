@@ -38,7 +38,7 @@ def test_two_points_a_quarter_bin_from_the_middle_equal_the_papers_four_samples(
 
 
 def test_two_points_equal_the_mean_of_grid_samples_at_their_places(scripts, features):
-    """grid_sample of PyTorch is an independent reference."""
+    """PyTorch's grid_sample is an independent reference."""
     offset, (x0, y0, x1, y1) = 0.2753, ROIS[0, 1:].tolist()
     places = np.array([(k + 0.5 + s * offset) / 3 for k in range(3) for s in (-1, 1)])
     x, y = torch.tensor(x0 + (x1 - x0) * places), torch.tensor(y0 + (y1 - y0) * places)
@@ -50,7 +50,7 @@ def test_two_points_equal_the_mean_of_grid_samples_at_their_places(scripts, feat
 
 
 def test_gauss_points_integrate_cubics_but_midpoints_do_not(scripts):
-    """Gauss points are optimal for polynomials, but a bilinear surface is not one."""
+    """Gauss points are optimal for polynomials, but a bilinear surface is not a polynomial."""
     case = scripts["case"]
     for offset, is_exact in ((case.GAUSS, True), (case.MIDPOINT, False)):
         mean = ((0.5 - offset) ** 3 + (0.5 + offset) ** 3) / 2
@@ -79,7 +79,7 @@ def test_the_expected_error_equals_that_of_pooling_random_maps(scripts):
 
 
 def test_hand_worked_fractions_of_unread_cells(scripts):
-    """Four samples read a bin of 2 cells completely, but only 4 of 8 cells along each axis."""
+    """Four samples read every cell of a 2-cell bin, but only 4 of 8 cells along each axis."""
     unread = scripts["error"].unread_shares
     assert unread(2.0, (-0.25, 0.25)) == 0
     assert unread(8.0, (-0.25, 0.25)) == pytest.approx(1 - 0.5**2)

@@ -1,4 +1,4 @@
-"""The log of predictions: a crash loses no written prediction, and no foreign ones are reused."""
+"""The log of predictions: a crash loses no written prediction, and other runs' are not reused."""
 
 from __future__ import annotations
 

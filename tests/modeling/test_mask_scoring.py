@@ -36,7 +36,7 @@ def test_hand_worked_targets():
 
 def test_the_part_within_the_roi_never_exceeds_the_whole_object():
     gt = torch.zeros(2, 4, 4, dtype=torch.bool)
-    gt[:, 1:3] = True  # 8 pixels; the first instance's area is 6, the second box's 0
+    gt[:, 1:3] = True  # 8 pixels; the first object's area is 6, the second object's 0
     target = mask_iou_targets(gt, gt, torch.tensor([16.0, 0.0]), torch.tensor([6.0, 0.0]))
     assert target.tolist() == [1.0, 1.0]
 
@@ -100,9 +100,8 @@ def test_the_mask_score_is_the_class_score_times_the_predicted_iou():
         head.iou_head.predictor.bias.copy_(torch.tensor([0.6, 5.0, -3.0]))
         head.iou_head.predictor.weight.zero_()
         (result,) = head(features, [detections])
-    torch.testing.assert_close(
-        result.mask_scores, torch.tensor([0.0, 0.3, 0.4])
-    )  # the IoU is clamped to [0, 1]
+    # The IoU is clamped to [0, 1].
+    torch.testing.assert_close(result.mask_scores, torch.tensor([0.0, 0.3, 0.4]))
     assert result.scores.tolist() == pytest.approx([0.9, 0.5, 0.4])
 
 
