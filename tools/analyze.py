@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -68,6 +69,9 @@ def main() -> int:
     from mask_head_plugin.analysis import run_analysis
 
     logging.basicConfig(level=logging.WARNING, format="analyze.py: %(message)s")
+    # Nothing large is in a cycle, and looking for some among the millions of small objects of
+    # a large file would take a tenth of the time.
+    gc.disable()
     try:
         folder = run_analysis(
             args.run,

@@ -78,21 +78,25 @@ def assign(
         pairs = zip(scene.dt_image.tolist(), scene.dt_class.tolist(), strict=True)
         dt_outside = dt_outside | np.array([pair in scene.lenient for pair in pairs])
     gt_ignored = scene.gt_crowd | _outside(scene.gt_area, ranges)
-    score, dt_slices, gt_slices = scene.score(task), scene.dt_slices, scene.gt_slices
-    # Best first within an image and class; equal scores keep their order.
-    order = np.lexsort((-score, scene.dt_class, scene.dt_image))
-    groups, rows, objects = [], [], []
-    for image, dt, gt in _pairs(scene):
-        best = order[dt]
-        best = best[:max_detections] if max_detections >= 0 else best
-        own = slice(gt.start - gt_slices[image].start, gt.stop - gt_slices[image].start)
-        iou = ious[image][best - dt_slices[image].start, own]
-        groups.append(Group(iou, scene.gt_crowd[gt], gt_ignored[:, gt], dt_outside[:, best]))
-        rows.append(best)
-        objects.append(np.full(len(best), gt.start))
-    partner, ignored = match(groups, THRESHOLDS)
-    row = np.concatenate([np.zeros(0, np.int64), *rows])
-    first = np.concatenate([np.zeros(0, np.int64), *objects])
+    score = scene.score(task)
+    row = _counted(scene, score, max_detections)
+    # What has no object of its class in its image finds nothing, and needs no matching.
+    partner = np.full((len(ranges), len(THRESHOLDS), len(row)), -1, np.int64)
+    ignored = np.repeat(dt_outside[:, None, row], len(THRESHOLDS), axis=1)
+    dt_starts, gt_starts = ([x.start for x in y] for y in (scene.dt_slices, scene.gt_slices))
+    groups: list[Group] = []
+    places: list[int] = []
+    first: list[int] = []
+    for image, dt, gt in _pairs(scene, row):
+        own = row[dt]
+        objects = slice(gt.start - gt_starts[image], gt.stop - gt_starts[image])
+        iou = ious[image][own - dt_starts[image], objects]
+        groups.append(Group(iou, scene.gt_crowd[gt], gt_ignored[:, gt], dt_outside[:, own]))
+        places.extend(range(dt.start, dt.stop))
+        first.extend([gt.start] * len(own))
+    if groups:
+        found, ignored[:, :, places] = match(groups, THRESHOLDS)
+        partner[:, :, places] = np.where(found < 0, -1, found + np.array(first))
     matches = Matches(
         image_ids=np.array([str(x) for x in scene.image_ids], dtype=str),
         class_names=np.array(scene.class_names, dtype=str),
@@ -107,15 +111,25 @@ def assign(
         gt_class=scene.gt_class.astype(np.int32),
         gt_ignored=gt_ignored,
     )
-    return Assignment(matches, row, np.where(partner < 0, -1, partner + first), ious)
+    return Assignment(matches, row, partner, ious)
 
 
-def _pairs(scene: Scene) -> Iterator[tuple[int, slice, slice]]:
-    """Yields each image and class that has detections or objects, with the slices of both."""
+def _counted(scene: Scene, score: FloatArray, max_detections: int) -> IntArray:
+    """Returns the N detections that count, ordered by image, class and falling score."""
+    # Equal scores keep their order.
+    order = np.lexsort((-score, scene.dt_class, scene.dt_image))
+    if max_detections < 0:
+        return order
+    keys = scene.dt_image[order] * len(scene.class_names) + scene.dt_class[order]
+    return order[np.arange(len(order)) - np.searchsorted(keys, keys) < max_detections]
+
+
+def _pairs(scene: Scene, row: IntArray) -> Iterator[tuple[int, slice, slice]]:
+    """Yields each image and class that has both, with the slices of N detections and objects."""
     num_classes = len(scene.class_names)
-    dt = scene.dt_image * num_classes + scene.dt_class
+    dt = scene.dt_image[row] * num_classes + scene.dt_class[row]
     gt = scene.gt_image * num_classes + scene.gt_class
-    keys = np.union1d(dt, gt)
+    keys = np.intersect1d(dt, gt)
     borders = [np.searchsorted(x, keys, side).tolist() for x in (dt, gt) for side in _SIDES]
     for key, dt_start, dt_stop, gt_start, gt_stop in zip(keys.tolist(), *borders, strict=True):
         yield key // num_classes, slice(dt_start, dt_stop), slice(gt_start, gt_stop)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ..evaluation.matching import BoolArray, Matches
+from ..evaluation.matching import BoolArray, FloatArray, Matches
 from .assignment import Assignment
 from .scene import IntArray, Scene, image_slices
 
@@ -76,8 +76,6 @@ def find_errors(scene: Scene, assignment: Assignment, threshold: float) -> Error
     about = np.where(at.dt_ignored[0, 0], -1, partner).astype(np.int64)
     found = np.zeros(len(scene.gt_image), bool)
     found[about[about >= 0]] = True
-    repaired = np.zeros(len(partner), bool)
-    reached = found.copy()
     counted = image_slices(at.dt_image, len(scene.image_ids))
     dt_slices, gt_slices = scene.dt_slices, scene.gt_slices
     for image, own in enumerate(counted):
@@ -93,10 +91,10 @@ def find_errors(scene: Scene, assignment: Assignment, threshold: float) -> Error
         of_image, nearest = _kinds(iou, same, threshold)
         kind[wrong] = of_image
         about[wrong] = objects[nearest] if len(objects) else -1
-        _repair(wrong, at, kind, about, found, repaired, reached)
     kind[at.dt_ignored[0, 0]] = LEFT_OUT
-    missed = ~reached & ~scene.gt_crowd
-    return Errors(threshold, kind, about, repaired, missed)
+    repaired = _repaired(at.dt_score, kind, about, found)
+    found[about[repaired]] = True
+    return Errors(threshold, kind, about, repaired, missed=~found & ~scene.gt_crowd)
 
 
 def _kinds(
@@ -116,33 +114,28 @@ def _kinds(
     of_class, of_others = iou * same, iou * ~same
     nearest, other, any_class = (x.argmax(1) for x in (of_class, of_others, iou))
     iou_class, iou_other = of_class[row, nearest], of_others[row, other]
-    # In tidecv's order.
-    conditions = [
-        (iou_class >= BACKGROUND_IOU) & (iou_class <= threshold),
-        iou_other >= threshold,
-        iou_class >= threshold,
-        iou[row, any_class] <= BACKGROUND_IOU,
-    ]
-    kinds = np.select(conditions, [LOCATION, CLASS, DUPLICATE, BACKGROUND], BOTH).astype(np.int8)
-    about = np.select(conditions[:3], [nearest, other, nearest], any_class)
-    return kinds, about.astype(np.int64)
+    # In tidecv's order, the last that is written holds.
+    kinds, about = np.full(count, BOTH, np.int8), any_class.astype(np.int64)
+    kinds[iou[row, any_class] <= BACKGROUND_IOU] = BACKGROUND
+    for chosen, kind, objects in (
+        (iou_class >= threshold, DUPLICATE, nearest),
+        (iou_other >= threshold, CLASS, other),
+        ((iou_class >= BACKGROUND_IOU) & (iou_class <= threshold), LOCATION, nearest),
+    ):
+        kinds[chosen], about[chosen] = kind, objects[chosen]
+    return kinds, about
 
 
-def _repair(
-    wrong: IntArray,
-    at: Matches,
-    kind: npt.NDArray[np.int8],
-    about: IntArray,
-    found: BoolArray,
-    repaired: BoolArray,
-    reached: BoolArray,
-) -> None:
-    """Records which of an image's false positives find an object if repaired, and the objects."""
-    can = wrong[np.isin(kind[wrong], (CLASS, LOCATION)) & ~found[about[wrong]]]
-    can = can[np.argsort(-at.dt_score[can], kind="stable")]
-    objects, first = np.unique(about[can], return_index=True)
+def _repaired(
+    score: FloatArray, kind: npt.NDArray[np.int8], about: IntArray, found: BoolArray
+) -> BoolArray:
+    """Returns which of the N detections find an object if repaired, the best-scored one each."""
+    can = np.flatnonzero(((kind == CLASS) | (kind == LOCATION)) & ~found[about])
+    can = can[np.argsort(-score[can], kind="stable")]
+    _, first = np.unique(about[can], return_index=True)
+    repaired = np.zeros(len(kind), bool)
     repaired[can[first]] = True
-    reached[objects] = True
+    return repaired
 
 
 def repaired_matches(scene: Scene, assignment: Assignment, errors: Errors, kind: int) -> Matches:

@@ -73,14 +73,17 @@ def ious_in_perfect_boxes(
     dt_start, gt_start = (
         [x.start for x in slices] for slices in (scene.dt_slices, scene.gt_slices)
     )
-    true_areas = mask_areas(scene.gt_mask)
-    for k in progress(np.flatnonzero(objects >= 0).tolist(), "perfect boxes"):
-        g, image = objects[k], scene.dt_image[k]
+    true_areas = mask_areas(scene.gt_mask).tolist()
+    paired = np.flatnonzero(objects >= 0)
+    own = cut_to_boxes([scene.dt_mask[k] for k in paired.tolist()], scene.gt_box[objects[paired]])
+    triples = zip(paired.tolist(), objects[paired].tolist(), own, strict=True)
+    for k, g, in_true_box in progress(triples, "perfect boxes", total=len(paired)):
+        image = int(scene.dt_image[k])
         place = k - dt_start[image], g - gt_start[image]
         true_area, area = true_areas[g], float(coco_mask.area(scene.dt_mask[k]))
         lost = true_area - float(coco_mask.area(cut[k]))
         common = ious[image][place] * (area + true_area) / (1 + ious[image][place]) + lost
-        kept = float(coco_mask.area(cut_to_box(scene.dt_mask[k], scene.gt_box[g]))) + lost
+        kept = float(coco_mask.area(in_true_box)) + lost
         common = min(common, true_area, kept)
         repaired[image][place] = common / max(kept + true_area - common, 1)
     return repaired
@@ -90,25 +93,30 @@ def perfect_masks(scene: Scene, objects: IntArray) -> Scene:
     """Returns the scene with the mask of each detection that of its object, cut to its box."""
     assert scene.dt_mask is not None and scene.gt_mask is not None
     masks = list(scene.dt_mask)
-    for k in progress(np.flatnonzero(objects >= 0).tolist(), "perfect masks"):
-        masks[k] = cut_to_box(scene.gt_mask[objects[k]], scene.dt_box[k])
+    paired = np.flatnonzero(objects >= 0)
+    true = [scene.gt_mask[g] for g in objects[paired].tolist()]
+    cut = cut_to_boxes(true, scene.dt_box[paired])
+    for k, rle in zip(
+        paired.tolist(), progress(cut, "perfect masks", total=len(paired)), strict=True
+    ):
+        masks[k] = rle
     return replace(scene, dt_mask=masks)
 
 
-def cut_to_box(rle: Any, box: FloatArray) -> Any:
-    """Returns what of a mask lies in a box: the pixels whose centre does.
+def cut_to_boxes(rles: Sequence[Any], boxes: FloatArray) -> Iterator[Any]:
+    """Yields what of each mask lies in its box: the pixels whose centre does.
 
     Args:
-        rle: a compressed RLE.
-        box: (4,) x, y, width, height.
+        rles: n compressed RLEs.
+        boxes: (n, 4) x, y, width, height.
     """
-    height, width = rle["size"]
-    low = np.round(box[:2]).clip(0, [width, height])
-    high = np.round(box[:2] + box[2:]).clip(0, [width, height])
-    pixels = np.concatenate([low, np.maximum(high - low, 0)])
-    return coco_mask.merge(
-        [rle, *coco_mask.frPyObjects(pixels[None], height, width)], intersect=True
-    )
+    width_height = np.array([x["size"][::-1] for x in rles]).reshape(-1, 2)
+    low = np.round(boxes[:, :2]).clip(0, width_height)
+    high = np.round(boxes[:, :2] + boxes[:, 2:]).clip(0, width_height)
+    pixels = np.concatenate([low, np.maximum(high - low, 0)], axis=1)
+    for k, rle in enumerate(rles):
+        box = coco_mask.frPyObjects(pixels[k : k + 1], *rle["size"])
+        yield coco_mask.merge([rle, *box], intersect=True)
 
 
 def nearest_objects(scene: Scene, boxes: Assignment, *, same_class: bool = True) -> IntArray:

@@ -42,5 +42,8 @@ def save_for_papers(figure: Plot, path: Path) -> None:
         path: of one of the files.
     """
     with matplotlib.rc_context(SETTINGS):
+        # Laid out once instead of for each file.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         for suffix, metadata in FOR_PAPERS.items():
             figure.savefig(path.with_suffix(suffix), metadata=metadata, dpi=DPI)
