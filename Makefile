@@ -1,12 +1,13 @@
-# make train   environment if missing, then Mask R-CNN on the embedded data set, on CPU or GPU
-# make test    environment if missing, then all tests
-# make lint    environment if missing, then ruff, mypy, and links and anchors of the site
-# make docs    environment if missing, then the site of docs/ in output/site
-# make gpu     environment if missing, then 25 minutes of measurements on one GPU; GPU_FLAGS=--quick: 8
-# make test-oldest   all tests with the lowest versions that setup.cfg allows, on Python 3.10
-# make clean   removes the environments, caches and the embedded data set; results stay
+# make train   trains Mask R-CNN on the embedded data set, on a GPU or CPU
+# make test    runs all tests
+# make lint    runs ruff and mypy, and checks the links and anchors of the site
+# make docs    builds the site of docs/ in output/site
+# make gpu     measures on one GPU for 25 minutes (8 with GPU_FLAGS=--quick)
+# make test-oldest   runs all tests with the lowest versions that setup.cfg allows, on Python 3.10
+# make clean   removes the environments, caches and the embedded data set, but no results
 #
-# PYTHON=...   an interpreter of your own environment, with detectron2, instead of .venv
+# All but clean first set up the environment if it is missing.
+# PYTHON=...   uses the interpreter of your own environment with detectron2 instead of .venv
 
 VENV := .venv
 OLDEST := .venv-oldest
@@ -14,9 +15,10 @@ OLDEST_PYTHON ?= python3.10
 PYTHON ?= $(VENV)/bin/python
 BOOTSTRAP_PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v python$(v))) python3)
 CONFIG ?= configs/shapes/mask_rcnn_shapes.yaml
-# Two processes of one thread each; an idle one takes over tests of the other.
+# Two processes with one thread each; when one is idle, it takes over tests of the other.
 IN_PROCESSES := -n 2 --dist worksteal
-# Warnings, such as broken links, are errors (but not with --quiet); hides an advertisement.
+# With --strict, warnings such as broken links are errors (but not with --quiet). The variable hides
+# an advertisement.
 SITE = NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
@@ -51,7 +53,7 @@ docs: $(ENVIRONMENT)
 gpu: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/gpu_campaign.py $(GPU_FLAGS)
 
-# The stamp comes last, so an interrupted installation is resumed.
+# The stamp is written last, so an interrupted installation is resumed.
 $(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py tools/pinned_wheel.py
 	@echo "Setting up $(VENV): about 6 GB (PyTorch with its CUDA libraries), some minutes"
 	$(BOOTSTRAP_PYTHON) -m venv $(VENV)

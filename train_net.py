@@ -10,9 +10,9 @@ from typing import Any
 
 EXAMPLES = """
 Examples:
-  Train on the embedded data set, on whatever device there is:
+    Train on the embedded data set, on a GPU if there is one:
     python train_net.py --config-file configs/shapes/mask_rcnn_shapes.yaml
-  Train on COCO with 8 GPUs, either way:
+    Train on COCO with 8 GPUs, in either way:
     python train_net.py --num-gpus 8 --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
     torchrun --nproc-per-node 8 train_net.py --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
   Continue after an interruption; evaluate weights (.pth, .pkl or .safetensors):
@@ -21,26 +21,26 @@ Examples:
 Any config key may follow the flags: SOLVER.BASE_LR 0.005 SOLVER.MAX_ITER 20000
 Results are in OUTPUT_DIR: log.txt, metrics.json, TensorBoard events, model_final.pth, inference/
 and contact_sheet_*.png (validation images, ground truth next to predictions).
-What the model gets wrong, and why: python tools/analyze.py OUTPUT_DIR
+To see what the model gets wrong, and why: python tools/analyze.py OUTPUT_DIR
 """
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of detectron2's train_net.py: what to do, and in how many processes."""
-    parser.add_argument("--resume", action="store_true", help="from the run's last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs on each machine (default 1)")
     parser.add_argument("--num-machines", type=int, default=1, help="machines in total (default 1)")
-    parser.add_argument("--machine-rank", type=int, default=0, help="this machine's, from 0")
-    port = 2**15 + 2**14 + hash(os.getuid()) % 2**14  # like detectron2's, one for each user
+    parser.add_argument("--machine-rank", type=int, default=0, help="its number, from 0")
+    port = 2**15 + 2**14 + hash(os.getuid()) % 2**14  # as in detectron2: one for each user
     url = f"tcp://127.0.0.1:{port}"
     parser.add_argument("--dist-url", default=url, help="tcp://host:port of machine 0, if several")
 
 
 def add_code(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--import``, whose values ``config_imports.import_options`` takes as ``imports``."""
+    """Adds ``--import``; ``config_imports.import_options`` takes its values, ``imports``."""
     code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
-    parser.add_argument("--import", **code, help="module or .py file of yours to run; repeatable")
+    parser.add_argument("--import", **code, help="your module or .py file to run; repeatable")
 
 
 def parse_args() -> argparse.Namespace:

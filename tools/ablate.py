@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs an ablation: trains every variant with every seed, and ends in a report."""
+"""Runs an ablation: trains every variant with every seed and writes a report."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 Examples:
-  What would run, and about how long it would take:
+    List what would run and about how long it would take:
     python tools/ablate.py --config-file configs/ablations/mask_loss.yaml \\
         --output output/mask_loss --dry-run
-  Two trials at once on this machine, on the embedded data set; a shorter schedule for all:
+    Two trials at a time on this machine, on the embedded data set, with a shorter schedule for all:
     python tools/ablate.py --config-file configs/ablations/mask_loss.yaml \\
         --output output/mask_loss --jobs 2 SOLVER.MAX_ITER 500
-  The same on COCO, on a Slurm cluster, 8 GPUs a trial, 4 trials at once:
+    The same on COCO, on a Slurm cluster, 8 GPUs per trial, 4 trials at a time:
     python tools/ablate.py --config-file configs/ablations/mask_loss.yaml --size coco \\
         --output output/mask_loss_coco --cluster slurm --num-gpus 8 --partition gpu --time 2880 \\
         --jobs 4
 
-Start it again with the same --output, and it runs what is missing or failed, from the last
-checkpoints: Ctrl-C, a crash or a preemption lose nothing else. On a CPU, several trials with a
-thread each are faster than one with several threads. --output then has report.md and report.html,
-and a folder for each trial with its log, metrics, events and checkpoints.
+To continue after Ctrl-C, a crash or a preemption, run the same command again: it runs the missing
+and failed trials, each from its last checkpoint. On a CPU, several trials with one thread each are
+faster than one with several threads. At the end, --output contains report.md, report.html, and a
+folder for each trial with its log, metrics, events and checkpoints.
 """
 
 
@@ -43,31 +43,35 @@ def parse_args() -> argparse.Namespace:
     flags.add_output(parser, "DIR")
     parser.add_argument("--size", default="shapes", help="one of the file's SIZES (default shapes)")
     parser.add_argument(
-        "--variant", action="append", default=[], metavar="NAME", help="only these; repeatable"
+        "--variant", action="append", default=[], metavar="NAME", help="only this one; repeatable"
     )
     parser.add_argument(
-        "--seed", action="append", type=int, default=[], help="instead of the file's; repeatable"
+        "--seed",
+        action="append",
+        type=int,
+        default=[],
+        help="used instead of the file's; repeatable",
     )
     parser.add_argument("--cluster", choices=["local", "slurm", "debug"], default="local")
-    parser.add_argument("--jobs", type=int, default=1, help="trials at once (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time (default 1)")
     parser.add_argument("--num-gpus", type=int, default=0, help="GPUs per trial (default 0: CPU)")
     parser.add_argument("--partition", default="", help="Slurm partition")
     parser.add_argument("--account", default="", help="Slurm account to charge")
     parser.add_argument("--qos", default="", help="Slurm quality of service")
     parser.add_argument(
-        "--time", type=int, default=24 * 60, metavar="MINUTES", help="time limit of a Slurm job"
+        "--time", type=int, default=24 * 60, metavar="MINUTES", help="time limit for a Slurm job"
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the plan, its time, and the seeds it needs to show --difference; then stop",
+        help="print the plan, its time, and the seeds needed to detect --difference, then stop",
     )
     parser.add_argument(
         "--difference",
         type=float,
         default=1.0,
         metavar="AP",
-        help="the difference of METRIC that --dry-run is to plan for (default 1)",
+        help="the difference in METRIC that --dry-run plans for (default 1)",
     )
     parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws (default 1000)")
     flags.add_code(parser)
@@ -98,7 +102,7 @@ def ablate(args: argparse.Namespace) -> int:
     if not 0 < args.difference < math.inf:
         raise ConfigError(f"--difference {args.difference}: must be a number above 0")
     if args.draws < 2:
-        raise ConfigError(f"--draws {args.draws}: an interval needs two at least")
+        raise ConfigError(f"--draws {args.draws}: an interval needs at least two")
     slurm = {"partition": args.partition, "account": args.account, "qos": args.qos}
     cluster = ablation.Cluster(args.cluster, args.jobs, args.num_gpus, minutes=args.time, **slurm)
     cluster.check()
@@ -109,7 +113,7 @@ def ablate(args: argparse.Namespace) -> int:
     if args.dry_run:
         for trial in trials:
             print(f"{_state(trial, metric):>12}  {trial.name}  ->  {trial.folder}")
-        print(f"{len(trials)} trials, {_time_left(trials, cluster)} with {args.jobs} at once")
+        print(f"{len(trials)} trials, {_time_left(trials, cluster)} with {args.jobs} at a time")
         num_compared = max(len(study.configs) - 1, 1)
         plan = (args.output, metric, args.difference, len(study.seeds), num_compared)
         print("\n".join(ablation.power_lines(*plan)))
@@ -139,12 +143,12 @@ def _time_left(trials: list[Trial], cluster: Cluster) -> str:
 
     seconds = estimate_seconds(trials, cluster)
     if seconds is None:
-        return "of unknown length until one has run on its GPUs,"
+        return "of unknown length until one has run on these GPUs,"
     return f"about {timedelta(seconds=round(seconds))} of training left"
 
 
 def _state(trial: Trial, metric: str) -> str:
-    """Returns the state of a trial, in a few words."""
+    """Returns the state of a trial in a few words."""
     if trial.is_finished:
         value = trial.result(metric)
         return trial.state if math.isnan(value) else f"{metric} {value:.2f}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Says what a trained model gets wrong and why, and what a better branch could win."""
+"""Shows what a trained model gets wrong and why, and how much AP a better branch could win."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ EXAMPLES = """
 Examples:
   A run of train_net.py, after its evaluation:
     python tools/analyze.py output/run1
-  Any file in COCO's result format, from detectron2 or elsewhere:
+    Any file in COCO's result format, from detectron2 or another tool:
     python tools/analyze.py results.json --annotations instances_val2017.json --images val2017
-  What got better and worse since another run, with intervals:
+    What got better and worse compared with another run, with intervals:
     python tools/analyze.py output/run2 --compare output/run1
 
-In the folder of --output, by default that of the results, earlier ones are replaced:
-  analysis.html  One page that needs no network: findings in words, what each kind of error costs,
+Files in the folder of --output, by default that of the results; earlier ones are replaced:
+  analysis.html  One page that works offline: findings in words, the cost of each kind of error,
                  what perfect masks, boxes or classes would win, mask quality, curves, confusions,
                  pictures of the worst images and of each kind of error.
-                 It and the figures need pip install -e '.[report]'.
+                 The page and the figures need pip install -e '.[report]'.
   analysis.md    Findings and tables, for a README.
   analysis.json  All numbers.
   analysis_tables/   Each table as .csv, and as .tex for a paper.
   analysis_figures/  Each figure as .svg and .pdf, for a paper.
 
-Exit code: 0; 2 if files are missing or do not fit each other.
+Exit code: 0; 2 if files are missing or do not match.
 """
 
 
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
         "--images", type=Path, metavar="FOLDER", help="for pictures (default: searched for)"
     )
     parser.add_argument(
-        "--dataset", default="", metavar="NAME", help="which one, if a run was evaluated on several"
+        "--dataset", default="", metavar="NAME", help="the one to analyse if the run has several"
     )
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: the folder of the results"
@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=300,
         metavar="N",
-        help="how often images are resampled for the intervals of --compare (default 300)",
+        help="number of times that --compare resamples the images for its intervals (default 300)",
     )
     return parser.parse_args()
 

@@ -18,22 +18,24 @@ DETAILS_PER_KIND = 5
 
 EXAMPLES = """
 Examples:
-  What is wrong with a data set, for you to read; all of it as JSON, for programs:
+    Show what is wrong with a data set; also write all findings as JSON for programs:
     python tools/check_dataset.py --json all.json --images images/ --output report.json
-  Decode every pixel, which also finds damage in the middle of files (takes longer):
+    Decode every pixel, which also finds damage in the middle of a file but takes longer:
     python tools/check_dataset.py --json all.json --images images/ --decode
-  A corrected copy; fixed.json.changes.json lists what was changed and left out, with reasons:
+    Write a corrected copy; fixed.json.changes.json lists what was changed or left out, and why:
     python tools/check_dataset.py --json all.json --images images/ --fix fixed.json
-  From two folders, the categories cat and dog, split into parts.train.json and parts.val.json:
+    Take cats and dogs from two folders and split them into parts.train.json and parts.val.json:
     python tools/check_dataset.py --json all.json --images day/ night/ --categories cat dog \\
         --split 0.2 --write parts.json
 
 An error stops training, which runs the same check (DATASETS.CHECK). A warning does not: detectron2
-copes with it, or trains or measures something that you may not have meant. A hint needs no action.
-Each line names the file, the ids, the fault and what to do. docs/your_data.md has the details.
+handles the data, or trains or measures something that you may not have meant. A hint needs no
+action. Each line names the file and the ids, and says what is wrong and what to do.
+docs/your_data.md has the details.
 
---fix repairs what has one right answer and leaves out the rest, but refuses to leave out or cut
-most images or annotations, since then the export is wrong. The input is never changed.
+--fix repairs faults that have exactly one correct repair and leaves out the others. If that would
+leave out or clip most images or annotations, the export itself is wrong, and nothing is written.
+The input is never changed.
 
 Exit code: 0 without errors (with --fix or --write: the files are written); 1 with errors; 2 if the
 arguments are wrong or no corrected copy can be made.
@@ -50,20 +52,20 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="DIR",
-        help="the folder that file_name starts from; with several, whichever has the file",
+        help="the folder that file_name is relative to; with several, the one that has the file",
     )
     parser.add_argument("--num-classes", type=int, metavar="K", help="MODEL.ROI_HEADS.NUM_CLASSES")
     parser.add_argument("--lvis", action="store_true", help="the file is in LVIS's format")
     parser.add_argument("--decode", action="store_true", help="decode all images")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all findings as JSON")
     fix = parser.add_argument_group("a corrected copy")
-    fix.add_argument("--fix", type=Path, metavar="FILE", help="write it")
+    fix.add_argument("--fix", type=Path, metavar="FILE", help="write the copy to FILE")
     fix.add_argument(
         "--accept",
         nargs="+",
         default=[],
         metavar="KIND",
-        help="write it even if findings of these kinds cost most images or annotations",
+        help="write the copy even if findings of these kinds cost most images or annotations",
     )
     fix.add_argument(
         "--crowds-are-objects",
@@ -73,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     parts = parser.add_argument_group(
         "with --fix: parts of the copy; otherwise parts of the file, which must have no errors"
     )
-    parts.add_argument("--write", type=Path, metavar="FILE", help="what to write")
+    parts.add_argument("--write", type=Path, metavar="FILE", help="the file to write")
     parts.add_argument("--categories", nargs="+", metavar="NAME", help="keep only these")
     parts.add_argument(
         "--split",
@@ -82,14 +84,14 @@ def parse_args() -> argparse.Namespace:
         help="write FILE.train.json and FILE.val.json; the latter has this share of the images; "
         "all tiles, versions and copies of a photograph are in the same file",
     )
-    parts.add_argument("--seed", type=int, default=0, help="of --split (default: 0)")
+    parts.add_argument("--seed", type=int, default=0, help="seed of --split (default: 0)")
     args = parser.parse_args()
     if (args.write is None) != (args.categories is None and args.split is None):
         parser.error("--write needs --categories or --split, and either of them needs --write")
     if args.fix is None and (args.accept or args.crowds_are_objects):
         parser.error("--accept and --crowds-are-objects need --fix")
     if args.lvis and (len(args.images) > 1 or args.split is not None):
-        parser.error("LVIS's files name images by address: --lvis takes one folder and no --split")
+        parser.error("LVIS's files name images by URL: --lvis needs a single folder and no --split")
     return args
 
 
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     print_findings(args.json, found)
     if args.output:
         write_report(found, args.output)
-        print(f"all findings are in {args.output}")
+        print(f"wrote all findings to {args.output}")
     if args.fix is not None:
         changes = fix_coco_file(
             args.json,
@@ -120,10 +122,10 @@ def run(args: argparse.Namespace) -> int:
         sections = ", ".join(f"{section}: {count}" for section, count in left_out.items())
         told = f"{total} records left out" + (f" ({sections})" if total else "")
         print(f"{args.fix}: {len(changes) - total} changes, {told}")
-        print(f"they are listed in {changes_path(args.fix)}")
+        print(f"{changes_path(args.fix)} lists them")
     elif errors_of(found):
         if args.write:
-            print(f"{args.write} is not written: correct the errors first, or add --fix FILE")
+            print(f"{args.write} was not written: correct the errors first, or add --fix FILE")
         return 1
     if args.write:
         write_parts(args)
@@ -145,12 +147,12 @@ def refuse_wrong_paths(args: argparse.Namespace) -> None:
         path.resolve() for path in (Path(args.json), *outputs)
     }:
         raise ConfigError(
-            f"--output {args.output} is the file of --json, --fix or --write; name another"
+            f"--output {args.output} is also the file of --json, --fix or --write; choose another"
         )
     refuse_existing(outputs, "--fix or --write")
     for kind in args.accept:
         if kind not in KINDS:
-            raise ConfigError(f"--accept {kind}: unknown kind; docs/findings.md lists all")
+            raise ConfigError(f"--accept {kind}: unknown kind; docs/findings.md lists all kinds")
 
 
 def print_findings(json_file: str, found: list[Finding]) -> None:
@@ -180,7 +182,7 @@ def write_parts(args: argparse.Namespace) -> None:
     from mask_head_plugin.dataset_check.split import keep_categories, split
 
     content = json.loads((args.fix or Path(args.json)).read_text(encoding="utf-8"))
-    # Names in the corrected copy start from the folder above all of them.
+    # Names in the corrected copy are relative to the folder that contains all of them.
     root = join_folders({} if args.fix else content, args.images)
     if args.categories:
         content = keep_categories(content, args.categories)

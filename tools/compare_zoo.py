@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares stock detectron2 with this plugin: the same config, weights and images, in one run."""
+"""Compares stock detectron2 with this plugin on the same config, weights and images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Examples:
   A model of the zoo on 500 images of COCO; the weights are downloaded:
     python tools/compare_zoo.py --config COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml \\
         --weights zoo --dataset coco_2017_val --num-images 500 --output output/zoo_R_50_FPN_3x
-  The same without a network, from a file that you fetched before:
+    The same without a network, with weights that you downloaded before:
     python tools/compare_zoo.py --config COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml \\
         --weights model_final_f10217.pkl --output output/zoo_R_50_FPN_3x
-  A new baseline, whose config is Python (a LazyConfig, which runs):
+    One of detectron2's new baselines, whose config is Python code (a LazyConfig):
     python tools/compare_zoo.py --config new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ.py \\
         --weights zoo --dataset coco_2017_val --num-images 500 --output output/zoo_R_50_400ep
   The checkpoint of this repository on the embedded data set (no downloads, a minute):
@@ -32,21 +32,22 @@ Examples:
 Any config key may follow the flags: MODEL.DEVICE cpu TEST.DETECTIONS_PER_IMAGE 300
 (for a LazyConfig, only those of evaluation, under the same names)
 
-In the folder of --output:
+Files in the folder of --output:
   comparison.md      verdict; detections compared one by one; AP of both with the 95% interval of
-                     the difference, next to the published AP; time and memory of an image
-  comparison.json    the same and every image that differs, for scripts
-  pictures/ the images that differ most, or the first ones if none differs stock/, plugin/
-  metrics.json, coco_instances_results.json, matches of each model
-With --all, comparison.md is the table of all baselines; each has its own folder.
+                     the difference, next to the published AP; time and memory per image
+  comparison.json    the same, and every image that differs, for scripts
+  pictures/          the images that differ most, or the first ones if none differs
+  stock/, plugin/    metrics.json, coco_instances_results.json and matches of each model
+With --all, comparison.md is the table of all baselines, and each has its own folder.
 
 Verdicts and exit codes:
   0  equal: the same detections in the same order (up to ties), scores within 1e-4, boxes within
      1e-3 pixels, mask pixels that differ only next to the threshold
-  1  not enough detections: nothing differs, but fewer than 100 detections have a score above
+    1  not enough detections: nothing differs, but fewer than 100 detections have a score above
      --score. Random weights detect nothing, so they prove nothing
-  2 the run was abandoned; one line says why 3  different
-With --all, the highest of all codes; 130 after Ctrl-C.
+  2  the comparison failed; one line says why
+  3  different
+With --all, the exit code is the highest of all; 130 after Ctrl-C.
 """
 GIVEN_UP = 2
 
@@ -64,20 +65,23 @@ def parse_args() -> argparse.Namespace:
         "--weights",
         required=True,
         metavar="zoo|PATH",
-        help="zoo downloads them; a file (.pkl, .pth, .safetensors); or a folder with files named "
+        help="zoo to download them; a file (.pkl, .pth, .safetensors); or a folder of files named "
         "as in the zoo (model_final_f10217.pkl) or by model id (137849600.pkl)",
     )
     parser.add_argument("--dataset", metavar="NAME", help="default: the config's DATASETS.TEST")
     flags.add_output(parser, "DIR")
     parser.add_argument(
-        "--num-images", type=int, metavar="N", help="spread over the data set; default: all"
+        "--num-images",
+        type=int,
+        metavar="N",
+        help="how many, spread over the data set (default: all)",
     )
     parser.add_argument(
         "--score",
         type=float,
         default=0.5,
         metavar="S",
-        help="detections above it count for the verdict (default 0.5)",
+        help="the verdict counts detections with a higher score (default 0.5)",
     )
     flags.add_code(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys")
@@ -107,7 +111,7 @@ def main() -> int:
         print(f"compare_zoo.py: {error}", file=sys.stderr)
         return GIVEN_UP
     except KeyboardInterrupt:
-        print(f"compare_zoo.py: stopped; what was done is in {args.output}", file=sys.stderr)
+        print(f"compare_zoo.py: stopped; results so far are in {args.output}", file=sys.stderr)
         return 130
     codes = []
     for name, result in results.items():

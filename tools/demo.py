@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs a trained model on images and videos: overlays, a COCO file, semantic maps."""
+"""Runs a trained model on images and videos; writes overlays, a COCO file and semantic maps."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Examples:
     python tools/demo.py --config-file ... --input a.jpg 'photos/**/*.png' street.mp4 \\
         --output output/demo --confidence-threshold 0.8 --semantic --opts MODEL.WEIGHTS ...
 
-In the folder of --output, where nothing is overwritten:
-  NAME               The image or video with masks, outlines and labels (boxes, if the model has no
-                     masks). Labels that would hide small instances are left out. If two inputs have
-                     one name, the second becomes NAME_2. Videos are .avi if the input is or its
-                     size is odd, otherwise .mp4; they have no sound and a constant frame rate.
-                     Class names are those of the weights; no data set is needed.
-  predictions.json   A COCO file that pycocotools' COCO opens: "images" with file_name and, of a
+Files in the folder of --output, where nothing is overwritten:
+  NAME               The image or video with masks, outlines and labels (boxes if the model has no
+                     masks). Labels that would hide small objects are left out. If two inputs have
+                     the same name, the second becomes NAME_2. A video is .avi if the input is .avi
+                     or has an odd size, otherwise .mp4; it has no sound and a constant frame rate.
+                     Class names come from the weights; you do not need a data set.
+  predictions.json   A COCO file that pycocotools' COCO opens: "images" with file_name and, for a
                      video, frame (from 0); "categories"; "annotations" with category_id,
                      category_name, score, mask_score (if the model has mask scoring), bbox
                      [x, y, width, height], segmentation (run lengths) and area.
-  semantic/NAME.png  With --semantic; of a video semantic/NAME/FRAME.png. A pixel is 0 (background)
-                     or the "semantic_value" of a category, the best-scored one where instances
-                     overlap; in 8 bits, or in 16 if there are more than 255 classes.
-Exit code: 0; 1 if some inputs have no result or only part of one (they are named); 2 if the run was
-abandoned.
+  semantic/NAME.png  With --semantic; for a video, semantic/NAME/FRAME.png. A pixel is 0
+                     (background) or the "semantic_value" of a category, the one with the best
+                     score where objects overlap; 8 bits, or 16 with more than 255 classes.
+Exit code: 0; 1 if some inputs have no result or only part of one (the tool names them); 2 if the
+demo could not run.
 """
 
 
@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     flags.add_code(parser)
     flags.add_opts(parser)
     parser.add_argument(
-        "pairs", nargs=argparse.REMAINDER, default=[], help="the same without --opts"
+        "pairs", nargs=argparse.REMAINDER, default=[], help="the same, without --opts"
     )
     return parser.parse_args()
 
@@ -72,7 +72,7 @@ def main() -> int:
         print(f"demo.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"demo.py: stopped; what was done is in {args.output}", file=sys.stderr)
+        print(f"demo.py: stopped; results so far are in {args.output}", file=sys.stderr)
         return 130
     for problem in problems:
         print(f"demo.py: {problem}", file=sys.stderr)

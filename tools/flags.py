@@ -1,4 +1,4 @@
-"""Flags that several tools share. Nothing heavy is imported: ``--help`` needs no PyTorch."""
+"""Flags that several tools share. Heavy imports are avoided, so ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_output(parser: argparse.ArgumentParser, metavar: str = "FOLDER") -> None
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
-    """Adds what the demo and its counterpart for exported models read and write."""
+    """Adds the input and output flags of the demo and of its counterpart for exported models."""
     parser.add_argument(
         "--input",
         "--video-input",
@@ -44,13 +44,13 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.5,
         metavar="SCORE",
-        help="detections need a higher score (0 to 1; default 0.5)",
+        help="keep detections with a higher score (0 to 1; default 0.5)",
     )
     parser.add_argument(
         "--class-thresholds",
         nargs="+",
         default=[],
         metavar="NAME=SCORE",
-        help="classes that need another score; tools/analyze.py finds the best ones",
+        help="thresholds for single classes; tools/analyze.py finds the best ones",
     )
     parser.add_argument("--semantic", action="store_true", help="also write semantic maps")

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Installs detectron2 from a package index that does not have it.
 
-detectron2 is not on PyPI, but the wheel ``labgym==3.1.2`` is. It holds detectron2's Python sources
-in ``LabGym/detectron2/``. With the import prefix ``LabGym.`` removed, every file equals upstream
-commit e9f7e2ba15abd7badcb05ef6f5076f06b36a9c5b. This script downloads that wheel (its hash is
-checked), repacks the folder as a wheel of its own under detectron2's licence, and installs it.
+detectron2 is not on PyPI, but the wheel ``labgym==3.1.2`` is. It contains detectron2's Python
+sources in ``LabGym/detectron2/``. With the import prefix ``LabGym.`` removed, every file equals
+upstream commit e9f7e2ba15abd7badcb05ef6f5076f06b36a9c5b. This script downloads that wheel, checks
+its hash, repacks the folder as a separate wheel under detectron2's licence, and installs it.
 
-The compiled module ``detectron2._C`` is not part of it. It serves rotated boxes and deformable
-convolution; mask_head_plugin needs neither.
+The compiled module ``detectron2._C`` is not included. Only rotated boxes and deformable convolution
+need it; mask_head_plugin uses neither.
 
-If ``import detectron2`` already works, nothing happens, so running this twice is harmless.
+If ``import detectron2`` already works, the script does nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ UPSTREAM_COMMIT = "e9f7e2ba15abd7badcb05ef6f5076f06b36a9c5b"
 VERSION = f"0.6+{UPSTREAM_COMMIT[:7]}"
 LICENSE_FILE = Path(__file__).resolve().parents[1] / "LICENSE"
 
-# What upstream's setup.py asks for at that commit.
+# The requirements in upstream's setup.py at that commit.
 REQUIREMENTS = (
     "Pillow>=7.1",
     "matplotlib",
@@ -52,7 +52,7 @@ REQUIREMENTS = (
     "hydra-core>=1.1",
     "black",
     "packaging",
-    # model_zoo imports pkg_resources, which setuptools 82 dropped.
+    # model_zoo imports pkg_resources, which setuptools 82 removed.
     "setuptools<81",
 )
 
@@ -69,10 +69,10 @@ that wheel is included.
 
 
 def describe_installed() -> str | None:
-    """Returns a line about the detectron2 that ``import`` finds, or None if there is none.
+    """Returns a line about the installed detectron2, or None if there is none.
 
-    The import runs in a child process: a broken installation must not take this script down, and a
-    fresh process sees what was installed a moment ago.
+    The import runs in a child process, because a broken installation could crash this script, and
+    only a new process sees a package that was just installed.
     """
     probe = (
         "import importlib.util, detectron2\n"
@@ -86,7 +86,7 @@ def describe_installed() -> str | None:
     missing = re.search(r"No module named '(?!detectron2)(\w+)'", result.stderr)
     if missing:
         raise FetchError(
-            f"detectron2 is there, but it needs {missing[1]!r}, which is not: "
+            f"detectron2 is installed, but it needs {missing[1]!r}, which is not: "
             f"{sys.executable} -m pip install -r requirements.txt"
         )
     if importlib.util.find_spec("detectron2") is not None:
@@ -101,7 +101,7 @@ def describe_installed() -> str | None:
 def repack(source_wheel: Path, folder: Path) -> Path:
     """Writes the wheel ``detectron2-<VERSION>`` into ``folder`` and returns its path.
 
-    The same input gives the same bytes: entries are sorted and carry a fixed date.
+    The same input gives the same bytes: entries are sorted and have a fixed date.
     """
     files: dict[str, bytes] = {}
     with zipfile.ZipFile(source_wheel) as source:
@@ -134,7 +134,7 @@ def repack(source_wheel: Path, folder: Path) -> Path:
 
 
 def record(files: dict[str, bytes], record_name: str) -> str:
-    """Returns the text of a wheel's RECORD: a line with name, hash and size for each file."""
+    """Returns the text of a wheel's RECORD: one line per file, with its name, hash and size."""
     lines = []
     for name, content in sorted(files.items()):
         digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
@@ -143,7 +143,7 @@ def record(files: dict[str, bytes], record_name: str) -> str:
 
 
 def install(source_wheel: Path | None) -> None:
-    """Installs the repacked wheel, from ``source_wheel`` or downloaded."""
+    """Repacks ``source_wheel``, or else the downloaded wheel, and installs the result."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if source_wheel is None:

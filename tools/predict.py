@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs an exported model on images and videos, without detectron2 or PyTorch; see tools/demo.py."""
+"""Runs an exported model on images and videos, without PyTorch or detectron2."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Examples:
     python tools/predict.py --model output/exported --input a.jpg 'photos/**/*.png' street.mp4 \\
         --output output/predicted --confidence-threshold 0.8 --semantic --batch-size 8
 
-It needs
+Install what it needs with
     pip install numpy pillow opencv-python-headless pycocotools tqdm onnxruntime
     pip install --no-deps .
 
-In the folder of --output, where nothing is overwritten:
-  NAME               The image or video with masks, outlines and labels (boxes, if the model has no
-                     masks), as tools/demo.py draws them.
-  predictions.json A COCO file with scores and run-length masks, as from tools/demo.py.
-  semantic/NAME.png  With --semantic; of a video semantic/NAME/FRAME.png. A pixel is 0 (background)
-                     or the "semantic_value" of a category, the best-scored one where instances
-                     overlap.
-Exit code: 0; 1 if some inputs have no result or only part of one (they are named); 2 if the run was
-abandoned.
+Files in the folder of --output, where nothing is overwritten (the same as tools/demo.py writes):
+  NAME               The image or video with masks, outlines and labels (boxes if the model has no
+                     masks).
+  predictions.json   A COCO file with scores and run-length masks.
+  semantic/NAME.png  With --semantic; for a video, semantic/NAME/FRAME.png. A pixel is 0
+                     (background) or the "semantic_value" of a category, the one with the best
+                     score where objects overlap.
+Exit code: 0; 1 if some inputs have no result or only part of one (the tool names them); 2 if the
+tool could not run.
 """
 
 
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="what tools/export_model.py --format onnx wrote",
+        help="the folder that tools/export_model.py --format onnx wrote",
     )
     flags.add_inputs(parser)
     parser.add_argument(
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="how many images or frames are read at a time (default 1)",
+        help="number of images or frames to read at a time (default 1)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads of onnxruntime (default: one per core)"
@@ -61,8 +61,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Importing the package registers it with detectron2 if that is installed, which takes seconds
-    # and is not needed here.
+    # Importing the package registers it with an installed detectron2, which takes seconds and is
+    # not needed here.
     sys.modules.setdefault("detectron2", None)  # type: ignore[arg-type]  # counts as not installed
     try:
         from mask_head_plugin.deploy.predict import run_predict
@@ -85,7 +85,7 @@ def main() -> int:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"predict.py: stopped; what was done is in {args.output}", file=sys.stderr)
+        print(f"predict.py: stopped; results so far are in {args.output}", file=sys.stderr)
         return 130
     for problem in problems:
         print(f"predict.py: {problem}", file=sys.stderr)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Repeats a training step that was stopped because a loss or gradient was not finite.
 
-Shows which layer computed the first such value, and the images of the batch.
+Shows the first layer whose output is not finite, and the images of the batch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Example:
   python tools/replay_step.py output/run1/failed_steps/iteration_1234_rank_0.pth
-The step is repeated on the CPU with the config.yaml of the run, or with --config-file. Any config
-key may follow: MODEL.ROI_MASK_HEAD.LOSSES '[["dice", 1.0]]'
+The step is repeated on the CPU with the config.yaml of the run, or with --config-file. You can add
+any config key: MODEL.ROI_MASK_HEAD.LOSSES '[["dice", 1.0]]'
 """
 
 
@@ -27,8 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", type=Path, help="a file of OUTPUT_DIR/failed_steps")
-    parser.add_argument("--config-file", metavar="FILE", help="default: config.yaml of OUTPUT_DIR")
+    parser.add_argument("step", type=Path, help="a file in OUTPUT_DIR/failed_steps")
+    parser.add_argument("--config-file", metavar="FILE", help="default: config.yaml in OUTPUT_DIR")
     flags.add_code(parser)
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs of the config")
     args = parser.parse_intermixed_args()  # flags may follow the step

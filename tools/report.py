@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the report of an ablation again: report.md and report.html in its folder."""
+"""Rewrites the report of an ablation: report.md and report.html in its folder."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from pathlib import Path
 import flags
 
 EXAMPLES = """
-tools/ablate.py writes the reports itself when the trials have ended. Use this in between, with the
-trials that have finished so far, or for other settings.
+tools/ablate.py writes the report when all trials have ended. Use this tool before that, for a
+report on the trials finished so far, or to change the number of draws.
 
 Examples:
   python tools/report.py output/ablations/mask_loss
-  Quick, with coarser intervals:
+    Faster, with less precise intervals:
     python tools/report.py output/ablations/mask_loss --draws 200
 
-In the folder, earlier reports are replaced:
-  report.md    For a paper or a README: findings, the table with costs, the paper's figures.
-  report.html  One file that needs no network: the table, sorted by a click, the differences with
-               their intervals, learning curves, classes, precision and recall, and the images on
-               which the variants disagree most. Needs pip install -e '.[report]'.
+Files in the folder (earlier reports are replaced):
+  report.md    For a paper or a README: findings, the table with costs, the results in the Mask
+               R-CNN paper.
+  report.html  One file that works offline: a table that you can sort, differences with their
+               intervals, learning curves, classes, precision and recall, and the images on which
+               the variants disagree most. Needs pip install -e '.[report]'.
   report.csv, report.tex            The table for programs and for LaTeX (booktabs).
   intervals, other-metrics, learning, classes, precision-recall   The figures as .svg and .pdf.
 
-With two seeds or more, the interval of a difference includes the noise of the validation images and
-of training; with one seed, only that of the images (docs/ablations.md). Missing and failed trials
-are listed. Without the images on this machine, the report has no pictures.
+With two seeds or more, the interval of a difference covers the noise of the validation images and
+of training; with one seed, only that of the images (docs/ablations.md). The report lists missing
+and failed trials. It has no pictures if the images are not on this machine.
 
-Exit code: 0; 2 if the folder cannot be reported.
+Exit code: 0; 2 if no report can be written.
 """
 
 
@@ -47,7 +48,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=1000,
         metavar="N",
-        help="how often images are resampled for an interval (default 1000)",
+        help="number of times that images are resampled for an interval (default 1000)",
     )
     flags.add_code(parser)
     return parser.parse_args()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws training images as a config augments them, with and without their masks, into one PNG."""
+"""Draws training images, augmented as a config says, with and without their masks, in one PNG."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ EXAMPLES = """
 Example:
   python tools/show_training_images.py --config-file configs/shapes/mask_rcnn_shapes.yaml \\
       INPUT.COPY_PASTE.PROBABILITY 1.0
-Any config key may follow. The images are those of a run with that SEED (0 unless it is set), in its
-order: --iteration 1000 shows the images from iteration 1000 on.
+Any config key may follow the flags. The images are those of a run with the config's SEED (0 if it
+has none), in the same order: --iteration 1000 shows the images from iteration 1000 on.
 """
 NUM_IMAGES = 12
 
@@ -24,7 +24,7 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config_file(parser)
-    parser.add_argument("--iteration", type=int, default=0, help="the first one shown (default 0)")
+    parser.add_argument("--iteration", type=int, default=0, help="the first to show (default 0)")
     parser.add_argument(
         "--output", type=Path, metavar="PNG", help="default: training_images.png in OUTPUT_DIR"
     )

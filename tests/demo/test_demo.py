@@ -582,7 +582,7 @@ def test_an_interrupted_run_keeps_its_predictions(images, tmp_path, capsys, monk
         "cpu",
         *WEIGHTS,
     )
-    assert code == 130 and "stopped; what was done is in" in err
+    assert code == 130 and "stopped; results so far are in" in err
     assert (tmp_path / "predictions.json").is_file()
 
 

@@ -1,4 +1,4 @@
-"""detectron2's config of this name with the plugin's modules."""
+"""detectron2's config of the same name with the plugin's modules."""
 
 from mask_head_plugin.lazy_config import counterpart
 
