@@ -2,9 +2,10 @@
 """Times the analysis of a synthetic run of COCO's size: 5000 images, 35,000 objects, 100,000
 detections.
 
-Objects are polygons of 24 points, 12 to 180 pixels across, in images of 640 x 480 with 80 classes;
-each has two or three detections near it, some of another class. There are no image files, so no
-pictures are drawn. The time is for one run in its own process, including the start of Python.
+Objects are polygons with 24 points, 12 to 180 pixels across, in images of 640 x 480 with 80
+classes. Each object has two or three detections near it, some of them with another class. Without
+image files, no pictures are drawn. The time is for one run in a separate process, including the
+start of Python.
 
 Writes a table and a JSON file with machine, versions and date.
 """
@@ -30,7 +31,7 @@ HEIGHT, WIDTH, NUM_CLASSES, NUM_POINTS, PER_IMAGE = 480, 640, 80, 24, 7
 
 
 def make_run(folder: Path, num_images: int) -> tuple[int, int]:
-    """Writes annotations and results; returns the numbers of objects and detections."""
+    """Writes annotations and results, and returns the numbers of objects and detections."""
     rng = np.random.default_rng(0)
     angle = np.arange(NUM_POINTS) * 2 * np.pi / NUM_POINTS
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)

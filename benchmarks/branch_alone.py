@@ -1,9 +1,9 @@
-"""Trains the mask branch alone: true boxes, features that do not change, nothing else learns.
+"""Trains only the mask branch, on fixed features of ground-truth boxes.
 
-A whole training mixes what is to be compared (a pooler, a loss) with the noise of proposals,
-classification and backbone. Here a fresh mask head learns from region features that were computed
-once, and its masks are compared on validation objects. A training takes seconds, so that many seeds
-are cheap; what it cannot show is how backbone and boxes would have adapted.
+In a full training run, the effect of a pooler or a loss is mixed with the noise of proposals,
+classification and backbone. Here, a new mask head is trained on region features that were computed
+once, and its masks are compared on validation objects. One training run takes seconds, so many
+seeds are affordable. It cannot show how the backbone and the box branch would have adapted.
 
 Shape alphabet: R objects, K classes, C channels, P pooled side, M = 2P mask side.
 """
@@ -26,11 +26,11 @@ from mask_head_plugin.modeling.mask_loss_terms import weighted_mask_losses
 
 @dataclass(frozen=True)
 class Objects:
-    """What the mask branch sees of objects.
+    """Inputs and targets of the mask branch.
 
     Attributes:
-        features: (R, C, P, P) of their boxes.
-        targets: (R, M, M) bool, their masks within the boxes.
+        features: (R, C, P, P), pooled from the boxes of the objects.
+        targets: (R, M, M) bool, the masks within the boxes.
         classes: (R,) int64 in [0, K).
     """
 
@@ -44,12 +44,12 @@ class Objects:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a head is trained: Adam, and a cosine from the learning rate to 0.
+    """Settings for training a head with Adam and a learning rate that follows a cosine to 0.
 
     Attributes:
-        iterations: updates of the weights.
-        batch_size: objects of one, drawn without replacement until all had their turn.
-        learning_rate: at the start, after WARM_UP iterations.
+        iterations: number of updates of the weights.
+        batch_size: objects per update, drawn without replacement until all have been used.
+        learning_rate: the highest rate, after WARM_UP iterations.
         conv_dims: output channels of the 3 x 3 convolutions and, last, of the deconvolution.
     """
 
@@ -77,18 +77,18 @@ def train_head(
     losses: Losses = DEFAULT_LOSSES,
     on_iteration: OnIteration | None = None,
 ) -> FCNMaskHead:
-    """Trains a fresh FCNMaskHead on objects; in float32, and on their device.
+    """Trains a new FCNMaskHead in float32, on the device of the objects.
 
     Args:
-        train: the objects, one or more.
-        num_classes: K; 1 is a class-agnostic head, whatever the classes of the objects.
-        seed: of initial weights and batches. Heads of the same sizes and seed start from the same
-            weights and see the objects in the same order.
+        train: one or more objects.
+        num_classes: K; with 1, the head is class-agnostic, whatever the classes of the objects.
+        seed: seed of initial weights and batches. Heads with the same sizes and seed start from the
+            same weights and see the objects in the same order.
         schedule: Schedule() if None.
-        losses: as MODEL.ROI_MASK_HEAD.LOSSES; ``softmax_cross_entropy`` lets classes compete.
-        on_iteration: called before the first update and after each with the number of updates, the
-            head, and the loss of the last (nan before the first), e.g. for learning curves. It gets
-            the head after ``backward``: ``p.grad`` are the gradients of the last update.
+        losses: as in MODEL.ROI_MASK_HEAD.LOSSES; ``softmax_cross_entropy`` makes classes compete.
+        on_iteration: called before the first update and after every update with the number of
+            updates so far, the head, and the loss of the last update (nan before the first), for
+            example to record learning curves. ``p.grad`` still has the gradients of that update.
     """
     schedule = schedule or Schedule()
     device = train.features.device
@@ -117,12 +117,12 @@ def train_head(
 
 
 def predict(head: FCNMaskHead, objects: Objects, all_classes: bool = False) -> Tensor:
-    """Returns the logits of each object's own class, (R, M, M), or of all, (R, K, M, M).
+    """Returns the logits of each object's own class, (R, M, M), or of all classes, (R, K, M, M).
 
     Args:
-        head: trained.
-        objects: whose targets are not read.
-        all_classes: for losses that couple the classes, and to read one as the other.
+        head: a trained head.
+        objects: the objects to predict masks for; their targets are not used.
+        all_classes: return all classes. A loss that couples the classes needs them.
     """
     parts = []
     with torch.inference_mode():
@@ -132,14 +132,14 @@ def predict(head: FCNMaskHead, objects: Objects, all_classes: bool = False) -> T
                 parts.append(head.class_logits(features))
             else:
                 parts.append(head.selected_logits(features, _rows(head, objects.classes[rows])))
-    return torch.cat(parts).clone()  # an inference tensor knows no gradient
+    return torch.cat(parts).clone()  # gradients cannot flow through an inference tensor
 
 
 PREDICTED_AT_ONCE = 128
 
 
 def mask_iou(pred_masks: Tensor, targets: Tensor) -> Tensor:
-    """Returns the (R,) IoU of masks on the grid of the boxes; 1 where both are empty.
+    """Returns the (R,) IoU of masks on the grid of their boxes; 1 if both masks are empty.
 
     Args:
         pred_masks: (R, M, M) bool.
@@ -166,11 +166,11 @@ def _rows(head: FCNMaskHead, classes: Tensor) -> Tensor:
 
 
 class _Batches:
-    """Indices of objects in random order; each comes once before any comes again."""
+    """Draws indices of objects in random order; every object is drawn before one is repeated."""
 
     def __init__(self, num_objects: int, batch_size: int, seed: int) -> None:
         if num_objects < 1:
-            raise ValueError("a mask head needs at least one object to learn from")
+            raise ValueError("a mask head needs at least one object to train on")
         self._num_objects, self._batch_size = num_objects, batch_size
         self._generator = torch.Generator().manual_seed(seed)
         self._left = torch.empty(0, dtype=torch.int64)

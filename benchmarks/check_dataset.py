@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Times the data set check on synthetic data of COCO's size: 118,000 images, 860,000 annotations.
 
-Polygons have 25 points on average, as COCO's. Image files are hard links to one small JPEG with
-records of its size, so headers are read for all of them but no pixels: reading COCO's files from a
-disk would come on top. Times are for one run in its own process, with files in the operating
-system's cache; memory is that process's peak, including 0.7 GB for the interpreter, PyTorch and
-detectron2. "again" is a second run, which finds the first one's result.
+Polygons have 25 points on average, like COCO's. Image files are hard links to one small JPEG, and
+the records have its size, so the headers of all files are read but no pixels. Reading COCO's files
+from a disk would take extra time. Times are for one run in a separate process, with files in the
+operating system's cache; memory is the peak of that process, including 0.7 GB for the interpreter,
+PyTorch and detectron2. "again" is a second run, which reuses the result of the first.
 
 Writes a table and a JSON file with machine, versions and date.
 """
@@ -34,7 +34,7 @@ MEAN_POINTS, NUM_CLASSES = 25, 80
 
 
 def make_images(folder: Path, num_images: int) -> None:
-    """Writes one image and links to it; a file has a limited number of links."""
+    """Writes an image and links to it, and a new one every 10,000 files: links are limited."""
     folder.mkdir()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*IMAGE_HW, 3), np.uint8))
     for index in tqdm(range(num_images), "making images", unit="file"):
@@ -47,7 +47,7 @@ def make_images(folder: Path, num_images: int) -> None:
 
 
 def make_annotations(path: Path, num_images: int, num_annotations: int) -> None:
-    """Writes the file piece by piece, to save memory."""
+    """Writes the file piece by piece to save memory."""
     rng, extent = np.random.default_rng(0), np.array(IMAGE_HW[::-1])
     sizes = {"height": IMAGE_HW[0], "width": IMAGE_HW[1]}
     images = [{"id": i + 1, "file_name": f"{i + 1:012d}.jpg", **sizes} for i in range(num_images)]

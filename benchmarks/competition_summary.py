@@ -1,4 +1,4 @@
-"""What the trainings of mask_competition.py say, with intervals over training and images.
+"""Summarises the results of mask_competition.py, with intervals over training and images.
 
 Shape alphabet: N seeds, I test objects, S draws.
 """
@@ -21,7 +21,7 @@ from mask_head_plugin.evaluation.difference import difference_of
 
 FloatArray = npt.NDArray[np.float64]
 Key = tuple[str, int, float, float, int]
-"""Arm, number of classes, confusion, learning rate and iterations."""
+"""Arm, number of classes, confusion, learning rate, iterations."""
 
 NUM_DRAWS = 1000
 READ_CLASSES = 10
@@ -31,7 +31,7 @@ COMPETING = ("softmax", "softmax, even start", "softmax, learned background")
 
 
 class Results:
-    """The trainings of a folder.
+    """The training results in a folder.
 
     Args:
         folder: the ``--output`` of mask_competition.py.
@@ -55,18 +55,18 @@ class Results:
 
 
 def drawn_means(ious: FloatArray) -> FloatArray:
-    """Returns (N, 1 + S) means: of the objects as they are, and of draws of them."""
+    """Returns (N, 1 + S) means: first over all objects, then over S resamples of them."""
     num_objects = ious.shape[1]
     weights = image_weights(num_objects, NUM_DRAWS, seed=0)
     return np.concatenate([ious.mean(1, keepdims=True), ious @ weights.T / num_objects], 1)
 
 
 Row = tuple[dict[str, Any], Key, str, Key, str]
-"""Labels; a training and how it is read; what it is compared with and how that is read."""
+"""Labels; a training and its reading; the baseline and its reading."""
 
 
 def compared(results: Results, rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Returns the differences of a table; their intervals hold all at once."""
+    """Returns the differences of a table, with intervals that are valid together."""
     present = [r for r in rows if results.has(r[1], r[2]) and results.has(r[3], r[4])]
     table = []
     for labels, key, reading, base, base_reading in present:
@@ -74,7 +74,7 @@ def compared(results: Results, rows: Iterable[Row]) -> list[dict[str, Any]]:
         variant, baseline = drawn_means(ious), drawn_means(base_ious)
         value, std = float(variant[:, 0].mean()), float(variant[:, 0].std(ddof=1))
         base_value = float(baseline[:, 0].mean())
-        if key == base:  # one training read in two ways: its seeds are pairs
+        if key == base:  # the same training read in two ways, so its seeds are paired
             variant, baseline = variant - baseline, np.zeros_like(baseline)
         found = difference_of("IoU", variant, baseline, ious.shape[1], len(present))
         table.append(
@@ -95,7 +95,7 @@ def compared(results: Results, rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def summarise(folder: Path, rate: float, short: int, long: int) -> dict[str, Any]:
-    """Returns all tables of the study; of trainings that are missing, no rows."""
+    """Returns all tables of the study, without rows for missing trainings."""
     results = Results(folder)
     settings = sorted({(key[1], key[2]) for key in results.trainings})
     return {
@@ -138,7 +138,7 @@ def _arms(
 def _readings(
     settings: list[tuple[int, float]], rate: float, lengths: tuple[int, int]
 ) -> Iterable[Row]:
-    """Yields how far each reading is from the one that a model was trained for."""
+    """Yields rows that compare each reading with the one that the model was trained for."""
     trained = {"sigmoid": OWN, "softmax": SOFTMAX}
     for length, (num_classes, confusion) in itertools.product(lengths, settings):
         for arm, usual in trained.items():
@@ -150,7 +150,7 @@ def _readings(
 
 
 def _ends(settings: list[tuple[int, float]], rate: float, long: int) -> Iterable[Row]:
-    """Yields what is left of the gap after the long schedule."""
+    """Yields rows for the gap that remains after the long schedule."""
     for num_classes, confusion in settings:
         setting = (num_classes, confusion, rate, long)
         for reading, base_reading in ((SOFTMAX, OWN), (SOFTMAX_TUNED, OWN_TUNED)):
@@ -159,7 +159,7 @@ def _ends(settings: list[tuple[int, float]], rate: float, long: int) -> Iterable
 
 
 def _causes(settings: list[tuple[int, float]], rate: float, short: int) -> Iterable[Row]:
-    """Yields the softmax against sigmoids that classify as well, without competition."""
+    """Yields rows that compare the softmax with sigmoids that classify but do not compete."""
     for num_classes, confusion in settings:
         setting = (num_classes, confusion, rate, short)
         base = ("sigmoid of every class", *setting)
@@ -169,7 +169,7 @@ def _causes(settings: list[tuple[int, float]], rate: float, short: int) -> Itera
 
 
 def _by_certainty(results: Results, rate: float, short: int) -> list[dict[str, Any]]:
-    """Returns mean IoU of objects whose class the best classifier gets right, and of the others."""
+    """Returns the mean IoU of objects that the best classifier gets right, and of the others."""
     table = []
     for arm, num_classes, confusion, of_rate, iterations in results.trainings:
         key = (arm, num_classes, confusion, of_rate, iterations)

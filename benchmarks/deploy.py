@@ -1,24 +1,24 @@
 #!/usr/bin/env python3
-"""Times one Mask R-CNN (R50-FPN) trained and exported: latency, throughput, memory, start, size.
+"""Compares eager and exported Mask R-CNN (R50-FPN): latency, throughput, memory, start, file size.
 
-Each contender runs in its own process, on one resized image, from pixels to boxes, scores, classes
-and mask probabilities (none draws masks in the image). They take turns, so that other work on the
-machine slows all of them:
+Each contender runs in a separate process on one resized image, from pixels to boxes, scores,
+classes and mask probabilities; none of them draws masks into the image. They take turns, so other
+work on the machine slows all of them equally:
 
   stock         detectron2's classes, eager
-  plugin        this package's, eager
+  plugin        this package's classes, eager
   torchscript   tools/export_model.py --format torchscript
   onnxruntime   tools/export_model.py --format onnx
-  openvino      the same file, in OpenVINO
-  mayaku        mayaku's `convert-d2` and `export onnx` of the same weights. That file holds only
-  backbone and FPN: onnxruntime runs it, mayaku's own PyTorch code the rest.
+  openvino      the same file, run by OpenVINO
+  mayaku        mayaku's `convert-d2` and `export onnx` with the same weights. The file contains
+                only backbone and FPN, which onnxruntime runs; mayaku's PyTorch code runs the rest.
 
-The last two need packages that are not this project's. Make an environment for them and name its
-Python; it may find PyTorch and onnxruntime in this one through a .pth file:
+The last two need packages that this project does not use. Make an environment for them and pass its
+Python; it may find PyTorch and onnxruntime in this environment through a .pth file:
   python -m venv rivals && rivals/bin/pip install mayaku openvino onnxruntime
   python benchmarks/deploy.py --rivals rivals/bin/python
 
-The weights are random, scaled so that the model finds the most objects allowed.
+The weights are random, scaled so that the model finds as many objects as it may return.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CONTENDERS = ("stock", "plugin", "torchscript", "onnxruntime", *RIVALS)
 ANSWER = "answer: "
 
 Run = Callable[[list[Any]], int]
-"""Takes (C, H, W) float32 arrays and returns how many objects were found."""
+"""Takes (C, H, W) float32 arrays and returns the number of objects found."""
 
 
 def eager(folder: Path, opts: list[str]) -> Run:
@@ -58,7 +58,7 @@ def eager(folder: Path, opts: list[str]) -> Run:
 
     opts = ["MODEL.WEIGHTS", str(folder / "model.pth"), "MODEL.DEVICE", "cpu", *opts]
     cfg: CfgNode = load_config(CONFIG, opts)
-    if opts[4:]:  # as detectron2 itself loads it, without the plugin's memory format
+    if opts[4:]:  # loaded as in detectron2, without the plugin's memory format
         from detectron2.checkpoint import DetectionCheckpointer
         from detectron2.modeling import build_model
 
@@ -134,7 +134,7 @@ def mayaku(folder: Path, threads: int) -> Run:
 
 
 def work(name: str, folder: Path, args: argparse.Namespace) -> None:
-    """Runs a contender as often as its standard input says, in a process that does nothing else."""
+    """Runs a contender for each line of standard input, which says how many images to pass."""
     start = time.perf_counter()
     import numpy as np
 
@@ -161,7 +161,7 @@ def work(name: str, folder: Path, args: argparse.Namespace) -> None:
 
 
 def peak_megabytes_of_process() -> int:
-    """Returns the peak since this program began; ru_maxrss would include its parent's."""
+    """Returns the peak since this program started; ru_maxrss would include its parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return round(int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 1024)
 
@@ -187,14 +187,14 @@ class Worker:
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        for line in self.process.stdout:  # output of packages is not an answer
+        for line in self.process.stdout:  # skips the output of packages
             if line.startswith(ANSWER):
                 answer: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
                 return answer
         raise RuntimeError(f"{self.row['contender']} ended")
 
     def run(self, count: int) -> float:
-        """Returns the milliseconds for some images in one call."""
+        """Runs ``count`` images in one call and returns the milliseconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{count}\n")
         self.process.stdin.flush()
@@ -206,7 +206,7 @@ class Worker:
 
 
 def measure_all(workers: list[Worker], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns the figures of each worker. They take turns, as the machine may be busy at times."""
+    """Returns the results of each worker. Workers take turns, because other work may slow them."""
     for worker in workers:
         for _ in range(args.warm_up):
             worker.run(1)
@@ -224,7 +224,7 @@ def measure_all(workers: list[Worker], args: argparse.Namespace) -> list[dict[st
 
 
 def prepare(folder: Path, side: int, rivals: str | None) -> None:
-    """Writes weights, an image and all exported files into a folder."""
+    """Writes the weights, an image and all exported files to a folder."""
     import cv2
     import numpy as np
     import torch
@@ -261,7 +261,7 @@ def prepare(folder: Path, side: int, rivals: str | None) -> None:
 
 
 def make_detecting(model: Any, image: Any) -> None:
-    """Scales the last layers of a random model so that its outputs vary like a trained one's."""
+    """Scales the last layers of a random model so its outputs vary like those of a trained one."""
     import torch
 
     heads, rpn = model.roi_heads.box_predictor, model.proposal_generator.rpn_head
@@ -285,13 +285,13 @@ def size_mb(folder: Path, name: str) -> float:
         "torchscript": ["torchscript/model.torchscript.pt"],
         "onnxruntime": ["onnx/model.onnx"],
         "openvino": ["onnx/model.onnx"],
-        "mayaku": ["mayaku.pth", "mayaku.onnx"],  # its heads are in the former
+        "mayaku": ["mayaku.pth", "mayaku.onnx"],  # the heads are in the first file
     }.get(name, ["model.pth"])
     return round(sum((folder / file).stat().st_size for file in files) / 1e6, 1)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws times, memory, start-up and size of the files."""
+    """Draws times, memory, start-up time and file sizes."""
     from matplotlib.figure import Figure
 
     from mask_head_plugin.pages.plots import COLOURS, label_bars, save_plot
@@ -321,18 +321,20 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks/deploy.json"))
-    parser.add_argument("--rivals", metavar="PYTHON", help="of the environment with the rivals")
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 4, 8], help="in one call")
+    parser.add_argument(
+        "--rivals", metavar="PYTHON", help="Python of the environment with the rivals"
+    )
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 4, 8], help="images per call")
     parser.add_argument(
         "--side", type=int, default=800, help="shorter side of the image, in pixels"
     )
     parser.add_argument(
-        "--repeats", type=int, default=4, help="of each time; fewer of several images"
+        "--repeats", type=int, default=4, help="runs per measurement; fewer with several images"
     )
-    parser.add_argument("--warm-up", type=int, default=2, help="runs that do not count")
+    parser.add_argument("--warm-up", type=int, default=2, help="runs before the measurement")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--folder", type=Path, help="keep the exported files here, and use them")
+    parser.add_argument("--folder", type=Path, help="keep and reuse the exported files here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Measures, in one command, everything about this project that needs a GPU.
+"""Runs all measurements of this project that need a GPU.
 
-Every part runs in a process of its own, so a part that fails, hangs or loses the GPU does not stop
-the others. Whatever happens, the page says what was measured and what was not.
+Every part runs in a separate process, so a part that fails, hangs or loses the GPU does not stop
+the others. The page always says what was measured and what was not.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ Examples:
     python benchmarks/gpu_campaign.py
   The most important figures, at most 8 minutes:
     python benchmarks/gpu_campaign.py --quick
-  Two parts again; the others stay as they are in the folder:
+    Two parts again; the results of the others stay in the folder:
     python benchmarks/gpu_campaign.py --part pooler --part kernel_variants
-  Without a GPU, with tiny sizes and kernels in Triton's interpreter: shows that everything
-  runs, and measures nothing:
+    Without a GPU, with tiny sizes and kernels in Triton's interpreter, to see that everything
+  runs; the times mean nothing:
     python benchmarks/gpu_campaign.py --device cpu
 
-In the folder of --output:
+Files in the folder of --output:
   campaign.md     verdict for each promise of the project, then the tables of all parts
   campaign.json   the same for scripts, with the results of each part
   NAME.json, NAME.log, and traces, plots and pictures of the parts
 
-Use a GPU that does nothing else. Attach campaign.md and campaign.json to an issue of the project.
-Exit codes: 0 all parts are done; 1 a part failed or was cut off; 2 without a GPU; 130 Ctrl-C.
+Use an idle GPU. Attach campaign.md and campaign.json to an issue of the project.
+Exit codes: 0 all parts are done; 1 a part failed or was cut off; 2 no GPU; 130 Ctrl-C.
 """
 
 
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         epilog=EPILOG.format(parts=listed),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="less of everything, 8 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer measurements, 8 minutes")
     parser.add_argument(
         "--part", action="append", choices=names, metavar="NAME", help="only this part; repeatable"
     )
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Returns the environment variables of the parts."""
+    """Returns the environment variables for the parts."""
     variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
     paths = [str(BENCHMARKS), str(ROOT), variables.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -85,13 +85,13 @@ def environment(device: str) -> dict[str, str]:
 
 
 def run_command(command: list[str], variables: dict[str, str], log: Path, seconds: float) -> int:
-    """Runs a program with its output in a file.
+    """Runs a program and writes its output to a file.
 
     Returns:
-        Its exit code.
+        The exit code.
 
     Raises:
-        subprocess.TimeoutExpired: if it took too long; it and its children are killed.
+        subprocess.TimeoutExpired: if it takes too long; the program and its children are killed.
     """
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -112,7 +112,7 @@ def run_command(command: list[str], variables: dict[str, str], log: Path, second
 
 
 def run_part(part: Part, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Runs a part and returns how it ended, and its results, complete or not."""
+    """Runs a part and returns its status and its results, which may be incomplete."""
     path, log = part.results(args.output), args.output / f"{part.name}.log"
     path.unlink(missing_ok=True)
     start, told = time.monotonic(), ""
@@ -150,7 +150,7 @@ def write(campaign: dict[str, Any], folder: Path) -> None:
 
 
 def earlier_parts(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Returns the folder's results of other parts, if only some parts run."""
+    """Returns the earlier results in the folder if only some parts run."""
     path = args.output / "campaign.json"
     if not (args.part and path.is_file()):
         return {}
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     shares = [part.quick_seconds if args.quick else part.seconds for part in chosen]
     end = time.monotonic() + sum(shares)
     for index, part in enumerate(chosen):
-        # This part may also use time that earlier parts have left.
+        # A part may also use the time that earlier parts did not need.
         seconds = end - time.monotonic() - sum(shares[index + 1 :])
         left = int(end - time.monotonic())
         print(

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measures what exact resume and the guards cost in a training step.
+"""Measures the cost of exact resume and of the guards in a training step.
 
 step: forward, backward and SGD of Mask R-CNN R50-FPN with two images of 512 px, and of the embedded
 data set's small model with four images of 96 px. guard: the check of losses and gradients before
 the weights change. seeds: seeding the step and each image, and restoring the generators.
 
-Times are medians of several runs, all in turn. Writes a table, and a JSON file with machine,
+Times are medians of several alternating runs. Writes a table, and a JSON file with machine,
 versions and date.
 """
 
@@ -39,7 +39,7 @@ from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.guards import StepGuard
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# Batch statistics: a frozen network with random weights overflows.
+# With frozen normalisation, a network with random weights overflows.
 OPTS = ["MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"]
 
 
@@ -59,7 +59,7 @@ def draw_seeds(num_images: int) -> None:
 
 
 def models(sizes: Sizes) -> list[tuple[str, int, int, list[str]]]:
-    """Returns config, number of images and their side, and options of each model."""
+    """Returns the config, the number of images, their side and the options of each model."""
     return [
         ("Base-MaskRCNN-FPN.yaml", 2, sizes.step_side, list(sizes.model_opts)),
         ("shapes/mask_rcnn_shapes.yaml", 4, 96, []),
@@ -69,7 +69,7 @@ def models(sizes: Sizes) -> list[tuple[str, int, int, list[str]]]:
 def measure(
     config: str, num_images: int, side: int, opts: list[str], device: str, repeats: int, busy: int
 ) -> dict[str, Any]:
-    # The rate is so small that the guard, which also works here, has no reason to stop.
+    # With this small learning rate, the guard, which is also active here, never stops the run.
     opts = [*OPTS, *opts, "MODEL.DEVICE", device, "SOLVER.BASE_LR", "1e-8"]
     cfg: CfgNode = load_config(str(CONFIGS / config), opts)
     model = Trainer.build_model(cfg)
@@ -98,7 +98,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks/guards.json"))
-    parser.add_argument("--repeats", type=int, default=10, help="runs per time, the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=10, help="runs per measurement; their median is reported"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     add_busy_argument(parser)

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Measures how often the interval of a difference of AP holds the truth, in studies with known
-truth.
+"""Measures how often the interval of a difference in AP contains the true difference.
 
 A simulated study has a baseline and a variant, each trained with several seeds and evaluated on the
-same images. An image shows 1 to 8 objects. A detection finds its object if a normal number is below
-the sum of the model's quality, the seed's, the image's, the image's for this model, and the image's
-for this seed; otherwise it is false. The true difference of AP is that of very many images and
-seeds.
+same images. An image shows 1 to 8 objects. A detection finds its object if a normal random number
+is below a sum of five qualities: those of the model, of the seed, of the image, of the image for
+this model, and of the image for this seed. Otherwise it is a false positive. The true difference in
+AP is computed from very many images and seeds.
 
-Writes a table, and a JSON file with machine, versions and date. About 10 minutes on one core.
+Writes a table, and a JSON file with machine, versions and date. Takes about 10 minutes on one core.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from mask_head_plugin.evaluation.bootstrap import average_precision, compare
 from mask_head_plugin.evaluation.matching import Matches
 
 IMAGE, IMAGE_OF_MODEL, IMAGE_OF_SEED = 0.6, 0.3, 0.3
-"""Standard deviations of quality, in units of a detection's own standard deviation."""
+"""Standard deviations of the qualities, in units of the standard deviation of one detection."""
 SEED = 0.1
 MOST_OBJECTS = 8
 SAME, BETTER = 0.0, 0.3
-"""How much more quality the variant has than the baseline."""
+"""By how much the quality of the variant exceeds that of the baseline."""
 
 Generator = np.random.Generator
 
 
 def make_matches(rng: Generator, num_objects: Any, quality: Any) -> Matches:
-    """Returns one class's matches at IoU 0.5.
+    """Returns the matches of a single class at IoU 0.5, for I images.
 
     Args:
-        rng: draws.
-        num_objects: (I,).
-        quality: (I,).
+        rng: source of the random numbers.
+        num_objects: (I,), objects in each image.
+        quality: (I,), quality of the detections in each image.
     """
     image = np.repeat(np.arange(len(num_objects)), num_objects)
     found = rng.normal(size=len(image)) < quality[image]
@@ -87,7 +86,7 @@ def make_study(
 
 @lru_cache
 def true_difference_of(more_quality: float) -> float:
-    """Returns the difference of AP50, in percent, of 400 seeds on 500 images each."""
+    """Returns the mean difference in AP50, in percent, over 400 seeds with 500 images each."""
     rng = np.random.default_rng(1)
     differences = []
     for _ in range(400):
@@ -101,13 +100,13 @@ def true_difference_of(more_quality: float) -> float:
 def simulate(
     num_seeds: int, num_studies: int, num_images: int, true_difference: float | None = None
 ) -> dict[str, Any]:
-    """Returns a row: in how many percent of the studies the intervals hold the truth.
+    """Returns a row: the percentage of studies whose interval contains the truth.
 
     Args:
-        num_seeds: of each model.
-        num_studies: to simulate.
-        num_images: of each.
-        true_difference: 0 for two models that are the same; None for two that differ.
+        num_seeds: seeds per model.
+        num_studies: studies to simulate.
+        num_images: images per study.
+        true_difference: 0 to compare two equal models, None to compare two that differ.
     """
     more = SAME if true_difference == 0 else BETTER
     truth = 0.0 if true_difference == 0 else true_difference_of(BETTER)

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: sizes, times, peak memory, and the machine."""
+"""Functions that the benchmarks share: sizes, times, peak memory, and the machine."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from mask_head_plugin.machine import cpu_name
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that the benchmarks measure with.
+    """Sizes of the inputs that the benchmarks use.
 
     Attributes:
-        image_hw: images whose maps RoIs are pooled from, and those of bit masks.
-        num_channels: of the maps.
-        rois_per_image: how many are pooled.
-        roi_sides: their least and greatest side in pixels.
-        pooled_sides: of the pooled squares.
+        image_hw: size of the images for RoI pooling and of bit masks.
+        num_channels: channels of the maps.
+        rois_per_image: RoIs that are pooled per image.
+        roi_sides: smallest and largest side of a RoI, in pixels.
+        pooled_sides: sides of the pooled RoIs, in bins.
         head_rois: RoIs in the mask head.
         step_side: side of the square images of a training step and of inference, in pixels.
         large_step_side: the same for a step that keeps a GPU busy.
-        output_images: height and width of images for which masks are output.
-        output_counts: numbers of masks in one such image.
-        exact_sides: k of the RoIs whose sides are k times the pooled side.
+        output_images: height and width of the images for which masks are encoded.
+        output_counts: numbers of masks in one of these images.
+        exact_sides: values of k for RoIs whose side is exactly k times the pooled side.
         profiled_steps: training steps in a trace.
         model_opts: config keys of R50-FPN.
     """
@@ -93,7 +93,7 @@ def add_tiny_argument(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const=TINY,
         default=FULL,
-        help="tiny sizes, to see within seconds that the script works; its times then mean nothing",
+        help="tiny sizes, to see within seconds that the script works; the times mean nothing",
     )
 
 
@@ -113,7 +113,7 @@ def add_busy_argument(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Runs processes that compute without a pause, like a loader's worker or another job."""
+    """Runs processes that compute without a pause, like a data loader worker or another job."""
     command = [sys.executable, "-c", SPIN.format(os.getpid())]
     processes = [subprocess.Popen(command) for _ in range(count)]
     try:
@@ -132,14 +132,14 @@ def median_times(
     busy: int = 0,
     warm_up: int = 1,
 ) -> list[float]:
-    """Runs some steps in turn, several times, and returns the median milliseconds of each.
+    """Runs the steps in turn for several rounds; returns the median milliseconds of each.
 
     Args:
-        steps: what to time.
-        repeats: rounds that count.
+        steps: the functions to time.
+        repeats: rounds that are measured.
         device: ``cpu`` or ``cuda``.
-        busy: how many other processes compute at the same time.
-        warm_up: first rounds that do not count, in which CUDA compiles and cuDNN chooses its
+        busy: number of other processes that compute at the same time.
+        warm_up: rounds before the measurement, in which CUDA compiles and cuDNN chooses its
             algorithms.
     """
     wait = synchronizer(device)
@@ -161,9 +161,9 @@ def synchronizer(device: str) -> Callable[[], None]:
 
 
 def peak_resident_megabytes(step: Callable[[], object]) -> float:
-    """Returns how much the process's memory grows at most during a step, sampled.
+    """Returns the largest growth of the process's memory during a step.
 
-    It includes allocations of libraries other than PyTorch; works on Linux.
+    The memory is sampled and includes allocations by libraries other than PyTorch. Works on Linux.
     """
     statm, page, done = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE"), threading.Event()
     sizes = [int(statm.read_text().split()[1])]
@@ -183,7 +183,7 @@ def peak_resident_megabytes(step: Callable[[], object]) -> float:
 
 
 def machine(device: str) -> dict[str, object]:
-    """Returns facts about the machine that a reader needs to judge the figures."""
+    """Returns the facts about the machine that readers need to interpret the measurements."""
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),
@@ -204,7 +204,7 @@ def write_json(results: dict[str, Any], path: Path) -> None:
 def write_results(
     results: dict[str, Any], path: Path, plot: Callable[[list[dict[str, Any]], Path], None]
 ) -> None:
-    """Writes results as JSON and, by ``plot``, their ``rows`` as a picture next to it."""
+    """Writes results as JSON, and a picture of their ``rows``, drawn by ``plot``, next to it."""
     write_json(results, path)
     picture = path.with_suffix(".png")
     plot(results["rows"], picture)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Compares this plugin's RoI pooling with torchvision's operators and detectron2's ROIPooler.
 
-All run in one process on the same inputs: 256 RoIs an image of 800 x 1333, C = 256. The operators
-see one map of stride 8, the poolers an FPN of strides 4 to 32. PrROIPool, the exact integral, has
-no counterpart in torchvision: it is compared with the adaptive grid of torchvision's roi_align.
+All run in one process on the same inputs: 256 RoIs per image of 800 x 1333, C = 256. The operators
+get one map with stride 8, the poolers an FPN with strides 4 to 32. torchvision has no exact
+integral like PrROIPool, so it is compared with the adaptive grid of torchvision's roi_align.
 
-Times are medians of several runs, stock and ours in turn; ratios are stock / ours. Memory is the
-peak of what PyTorch allocates during one forward and backward pass, beyond inputs and results: on
-the CPU by its profiler, on CUDA by its allocator. With --busy N, times are taken while N other
-processes compute.
+Times are medians of several runs, alternating stock and ours; ratios are stock / ours. Memory is
+the peak that PyTorch allocates during one forward and backward pass, in addition to inputs and
+results: measured by the profiler on the CPU, and by the allocator on CUDA. With --busy N, N other
+processes compute during the measurement.
 
 Writes a table, a JSON file with machine, versions and date, and a plot next to it.
 """
@@ -45,7 +45,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 class Comparison(NamedTuple):
-    """Two callables with the same inputs and result, and the maps that get gradients."""
+    """Two functions with the same inputs and result, and the maps that get gradients."""
 
     what: str
     stock: Callable[[], Tensor]
@@ -54,7 +54,7 @@ class Comparison(NamedTuple):
 
 
 def make_boxes(num_images: int, sizes: Sizes, generator: torch.Generator) -> list[Tensor]:
-    """Returns boxes for each image, sides of 16 to 600 pixels, even in their logarithm."""
+    """Returns boxes for each image, with sides spread evenly on a logarithmic scale."""
     height, width = sizes.image_hw
     least, greatest = sizes.roi_sides
     shape = (sizes.rois_per_image, 2)
@@ -88,7 +88,7 @@ def comparisons(
     yield Comparison(
         "pooler", partial(stock, pyramid, box_lists), partial(ours, pyramid, box_lists), pyramid
     )
-    if device != "cpu":  # there, our operators are for what torchvision lacks
+    if device != "cpu":  # on other devices, our operators only do what torchvision cannot
         return
     single = [pyramid[1]]
     arguments = (single[0], rois, size, 1 / 8)
@@ -105,7 +105,7 @@ def comparisons(
 def measure(comparison: Comparison, repeats: int, busy: int, device: str) -> dict[str, float]:
     """Returns times, memory and ratios of both sides of a comparison."""
     calls = {"stock": comparison.stock, "ours": comparison.ours}
-    # Each in the layout of its result, in which the next layer returns a gradient.
+    # The next layer returns a gradient in the layout of the result.
     gradients = {who: torch.ones_like(call()) for who, call in calls.items()}
     pooled: dict[str, Tensor] = {}
 
@@ -150,7 +150,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the ratios of forward + backward at the largest number of threads or images."""
+    """Draws the ratios of forward + backward for the largest number of threads and images."""
     from matplotlib.figure import Figure
 
     from mask_head_plugin.pages.plots import COLOURS, label_bars, save_plot
@@ -185,7 +185,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.08)
     axes.set_xlabel(
-        "times as fast as stock, forward + backward (precise_roi_pool: as torchvision's roi_align)"
+        "times as fast as stock, forward + backward (precise_roi_pool: vs. torchvision's roi_align)"
     )
     axes.set_title(f"{most[1]} images, {most[0]} threads")
     axes.legend()
@@ -197,12 +197,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks/roi_pooling.json"))
-    parser.add_argument("--repeats", type=int, default=5, help="runs per time, the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="runs per measurement; their median is reported"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--images", type=int, nargs="+", default=[2])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--ratios", type=int, nargs="+", default=[0, 2], help="sampling ratios")
-    parser.add_argument("--sides", type=int, nargs="+", help="pooled sides, if not 7 and 14")
+    parser.add_argument("--sides", type=int, nargs="+", help="pooled sides (default 7 and 14)")
     add_busy_argument(parser)
     add_tiny_argument(parser)
     args = parser.parse_args()

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Shows what the CUDA kernel of RoI pooling compiles to and what it moves; needs no GPU.
+"""Shows the machine code and the memory traffic of the CUDA kernel of RoI pooling, without a GPU.
 
-Triton brings NVIDIA's assembler and disassembler, so the machine code for an A100 (sm_80) and an
-H100 (sm_90) can be made and read anywhere: registers, spills, how wide the loads, stores and atomic
-additions are. The second table counts what a call moves: the cells that its RoIs visit, and from
-them the bytes. Its times are bounds on paper, not measurements: what DRAM and the L2 cache of an
-H100 need at least, if nothing else takes time.
+Triton includes NVIDIA's assembler and disassembler, so the machine code for an A100 (sm_80) and an
+H100 (sm_90) can be generated and read on any machine: registers, spills, and the width of loads,
+stores and atomic additions. The second table counts the cells that the RoIs of a call read, and
+derives the bytes from them. Its times are computed, not measured: they are lower bounds, as if only
+the DRAM and the L2 cache of an H100 took time.
 
-Prints both tables as Markdown, and writes what is in them as JSON.
+Prints both tables as Markdown and writes them as JSON.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from mask_head_plugin.ops.axis_weights import AxisSamples, roi_align_samples
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 DRAM_BYTES_PER_SECOND = 3.35e12
-"""Of an H100 SXM, from NVIDIA's data sheet."""
+"""For an H100 SXM, from NVIDIA's data sheet."""
 
 L2_BYTES_PER_SECOND = 5.5e12
-"""Of an H100, as microbenchmarks of others report it; NVIDIA gives no number."""
+"""For an H100, as reported by published microbenchmarks; NVIDIA gives no number."""
 
 IMAGE_HW, STRIDES, NUM_CHANNELS, NUM_IMAGES = (800, 1344), (4, 8, 16, 32), 256, 2
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What the kernel is compiled for."""
+    """Settings that the kernel is compiled for."""
 
     capability: int
     dtype: str
@@ -57,7 +57,7 @@ class Variant:
 
 
 def compile_kernel(variant: Variant) -> Any:
-    """Returns what Triton compiles a variant to, for maps of a multiple of 16 channels."""
+    """Compiles a variant with Triton, for maps whose number of channels is a multiple of 16."""
     kernel = kernels.roi_align_kernel
     maps = "fp32" if variant.backward else variant.dtype  # gradients are summed in float32
     constants = {
@@ -74,8 +74,8 @@ def compile_kernel(variant: Variant) -> Any:
     for i in range(kernels.MAX_MAPS):
         signature[f"map{i}"] = f"*{maps}"
         signature |= {f"height{i}": "i32", f"width{i}": "i32", f"scale{i}": "fp32"}
-    # Triton before 3.3 has no type "constexpr", another name for their values and for what is
-    # known to be a multiple of 16.
+    # Before 3.3, Triton has no type "constexpr", and uses other names for the constants and for the
+    # arguments that are multiples of 16.
     is_old = "constants" in inspect.signature(ASTSource).parameters
     names = [x for x in kernel.arg_names if not (is_old and x in constants)]
     aligned = [x for x in kernel.arg_names if signature[x][0] == "*" or x == "num_channels"]
@@ -101,12 +101,12 @@ def compile_kernel(variant: Variant) -> Any:
 
 
 def machine_code(compiled: Any) -> dict[str, Any]:
-    """Returns what the machine code of a compiled kernel uses.
+    """Returns the resources and instructions of a compiled kernel.
 
     Returns:
-        Registers of a thread, bytes of a thread that are spilled to memory, bytes of shared memory,
-        the number of instructions; how often each width, in bits, is loaded from and stored to
-        global memory, and each form of atomic addition there.
+        Registers per thread, bytes per thread that are spilled to memory, bytes of shared memory,
+        and the number of instructions; the number of loads from and stores to global memory by
+        width in bits; and the number of atomic additions by form.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -134,7 +134,7 @@ def _cuobjdump(option: str, file: str) -> str:
 
 
 def _widths(opcodes: list[str], name: str) -> dict[int, int]:
-    """Returns how many instructions of a name there are by the bits that a thread moves."""
+    """Counts the instructions with this name by the number of bits that a thread moves."""
     bits = []
     for opcode in opcodes:
         if opcode.split(".")[0] == name:
@@ -145,13 +145,13 @@ def _widths(opcodes: list[str], name: str) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call moves, by the number of cells that all RoIs visit.
+    """Memory traffic of one call, as numbers of cells and bins.
 
     Attributes:
-        touched: different cells of the maps.
-        visits: cells that the kernel reads, or adds to.
-        by_samples: cells that it would visit with four for every sample, as torchvision's does.
-        bins: of all RoIs.
+        touched: different cells of the maps that are read.
+        visits: reads of a cell by the kernel, or additions to one.
+        by_samples: reads if each sample read four cells, as in torchvision's kernel.
+        bins: bins of all RoIs.
     """
 
     touched: int
@@ -161,7 +161,7 @@ class Work:
 
 
 def random_rois(num_rois: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns boxes of 16 to 600 pixels a side, even in the logarithm, and their levels."""
+    """Returns boxes with sides of 16 to 600 pixels, log-uniform, and their levels."""
     height, width = IMAGE_HW
     sides = 16 * (600 / 16) ** torch.rand(num_rois, 2, generator=generator)
     corner = torch.rand(num_rois, 2, generator=generator)
@@ -171,7 +171,7 @@ def random_rois(num_rois: int, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def count_work(rois_per_image: int, size: int, ratio: int) -> Work:
-    """Counts for NUM_IMAGES images with an FPN."""
+    """Counts the traffic for NUM_IMAGES images with an FPN."""
     generator = torch.Generator().manual_seed(0)
     touched = visits = by_samples = 0
     for _ in range(NUM_IMAGES):

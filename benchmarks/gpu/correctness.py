@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Compares the RoI pooling kernel with torchvision's, forward and backward, in every type and
-layout.
+"""Compares the RoI pooling kernel with torchvision's, forward and backward, in all types and
+layouts.
 
-Some RoIs have sides of exactly k times the pooled side, in cells, for each k in the table of sizes:
-there, a division that is rounded twice would take one sample more. Others have all sizes, cross the
-border or lie off the map. torchvision pools the same values in float32, level by level.
+Some RoIs have sides of exactly k times the pooled side, in cells, for each k in the table of sizes.
+For these, a division that is rounded twice would add a sample. The others have random sizes, cross
+the border or lie outside the map. torchvision pools the same values in float32, level by level.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def make_rois(size: int, sizes: Sizes, generator: torch.Generator) -> tuple[Tens
     rois, levels = [], []
     for level, scale in enumerate(SCALES):
         for k in sizes.exact_sides:
-            # Powers of 2 and whole cells: nothing is rounded before the side is divided.
+            # Powers of 2 and whole cells, so nothing is rounded before the side is divided.
             width, height = k * size / scale, (1 + k % 4) * size / scale
             rois.append([k % NUM_IMAGES, 4.0, 4.0, 4.0 + width, 4.0 + height])
             levels.append(level)
@@ -84,9 +84,9 @@ def with_gradients(
 
 
 def largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Returns the largest difference as a share of the largest expected value of its tensor.
+    """Returns the largest difference, relative to the largest expected value of its tensor.
 
-    NaN if a tensor has one, which Python's ``max`` might hide.
+    The result is NaN if a tensor contains NaN, which Python's ``max`` might hide.
     """
     errors = [
         (mine.float() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)
@@ -98,7 +98,7 @@ def largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
 def compare(
     dtype: torch.dtype, layout: str, size: int, ratio: int, sizes: Sizes, device: str
 ) -> dict[str, Any]:
-    """Returns the errors of one case; in half precision, results are rounded once."""
+    """Returns the errors of one case. In half precision, results are rounded once."""
     rois, levels = (x.to(device) for x in make_rois(size, sizes, torch.Generator().manual_seed(0)))
     maps = make_maps(size, sizes, dtype, layout, device)
     # The gradient from the next layer would have the type of the maps.
@@ -114,8 +114,8 @@ def compare(
     theirs = with_gradients(
         lambda x: by_torchvision(x, rois, levels, size, ratio), wide, weights.float()
     )
-    # In float32, places of samples some hundred cells away are rounded to 3e-5 cells, which nvcc
-    # does once where the kernel does it twice: 1.5e-5 of the largest value with two samples a bin.
+    # In float32, sample positions some hundred cells from the origin are rounded to 3e-5 cells,
+    # once by nvcc and twice by the kernel: 1.5e-5 of the largest value with two samples per bin.
     tolerance = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
     errors = largest_error(ours[:1], theirs[:1]), largest_error(ours[1:], theirs[1:])
     return {
@@ -123,7 +123,7 @@ def compare(
         "forward error": f"{errors[0]:.1e}",
         "backward error": f"{errors[1]:.1e}",
         "allowed": f"{tolerance:.1e}",
-        "agrees": all(error <= tolerance for error in errors),  # False where one is NaN
+        "agrees": all(error <= tolerance for error in errors),  # False if one is NaN
     }
 
 

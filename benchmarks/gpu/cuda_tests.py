@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the tests that need a GPU with pytest: how many pass, and which fail and why."""
+"""Runs the tests that need a GPU, and reports how many pass, which fail, and why."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MARK = "cuda"
 
 
 def files_with_gpu_tests() -> list[str]:
-    """Returns the test files with the marker: pytest would import all others in vain."""
+    """Returns the test files with the marker, so pytest does not have to import the others."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(x.relative_to(ROOT)) for x in files if f"mark.{MARK}" in x.read_text()]
 
 
 def read_report(path: Path) -> list[dict[str, Any]]:
-    """Returns, from a JUnit file, the outcome of each test and, in one line, why."""
+    """Reads a JUnit file and returns the outcome of each test, with the reason in one line."""
     rows = []
     for case in ElementTree.parse(path).iter("testcase"):
         outcome, told = "passed", ""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Describes what gpu_campaign.py measured on: GPU, driver, versions, code."""
+"""Describes the environment of gpu_campaign.py: GPU, driver, versions, code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def output_of(*command: str) -> str:
-    """Returns a program's output, "none" if it is empty, or why the program failed."""
+    """Returns the output of a program, "none" if it is empty, or the reason why it failed."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Times the RoI pooling kernel, compiled in other ways, and torchvision's, on the device alone.
+"""Times variants of the RoI pooling kernel, and torchvision's kernel, without launch overhead.
 
-A variant changes one thing: bytes of channels per program, warps per program, rows of a tile, the
-layout of the maps (copying contiguous ones is included), or one launch for each level instead of
-one for all. "samples one by one" is torchvision's kernel, which merges no samples, on the
-contiguous maps that it needs. The sampling ratio is 0. Times are medians of
-triton.testing.do_bench, which empties the L2 cache before each run and waits only at the end.
+A variant changes one setting: bytes of channels per program, warps per program, rows of a tile, the
+layout of the maps (the time to copy contiguous ones is included), or one launch per level instead
+of one for all. "samples one by one" is torchvision's kernel, which does not merge samples, on the
+contiguous maps that it needs. The sampling ratio is 0. Times are medians from
+triton.testing.do_bench, which clears the L2 cache before each run and waits only at the end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Pool = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Poolings:
-    """Ways to pool the same RoIs."""
+    """Different ways to pool the same RoIs."""
 
     def __init__(self, size: int, sizes: Sizes, device: str) -> None:
         boxes = make_boxes(NUM_IMAGES, sizes, torch.Generator().manual_seed(0))
@@ -47,7 +47,7 @@ class Poolings:
         self.rois = boxes_to_rois(box_lists)
         pooler = MultiLevelRoIPooler(size, SCALES, 0, "ROIAlignV2")
         self.levels = pooler._assign_levels(box_lists).int()
-        # Computed before: learning how many RoIs a level has takes a wait.
+        # Computed in advance, because finding the RoIs of a level waits for the device.
         self.by_level = [torch.where(self.levels == level)[0] for level in range(len(SCALES))]
 
     def at_once(self, maps: list[Tensor]) -> list[Tensor]:
@@ -86,7 +86,7 @@ def kernel_with(**changes: Any) -> Iterator[None]:
 
 
 def variants(poolings: Poolings) -> Iterator[tuple[str, Pool, str, dict[str, Any]]]:
-    """Yields name, function, layout of the maps, and changed constants of the kernel."""
+    """Yields the name, function, layout of the maps and changed constants of each variant."""
     options = roi_pooling_operator.kernels.COMPILER_OPTIONS
     yield "as it is", poolings.at_once, "channels_last", {}
     yield "samples one by one", poolings.one_by_one, "contiguous_format", {}
@@ -138,7 +138,7 @@ def measure_all(dtype: str, size: int, sizes: Sizes, device: str) -> Iterator[di
         try:
             with kernel_with(**changes):
                 yield row | measure(pool, inputs, device)
-        except Exception as error:  # such as one that does not compile: the others continue
+        except Exception as error:  # for example if it does not compile; the others continue
             traceback.print_exc()
             yield row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--types", choices=list(TYPES), nargs="+", default=["fp32", "fp16"])
     parser.add_argument(
-        "--seconds", type=float, default=180, help="start no variant after this time"
+        "--seconds", type=float, default=180, help="do not start a variant after this time"
     )
     add_tiny_argument(parser)
     args = parser.parse_args()
@@ -162,7 +162,7 @@ def main() -> None:
                 print(row, flush=True)
                 write_json(results, args.output)
                 if time.monotonic() > end:
-                    print(f"{args.seconds:.0f} s are over: the rest is not measured")
+                    print(f"{args.seconds:.0f} s are over: the other variants are not measured")
                     return
 
 

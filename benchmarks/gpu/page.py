@@ -1,4 +1,4 @@
-"""The page of gpu_campaign.py: verdicts first, then the results of each part."""
+"""Writes the page of gpu_campaign.py: verdicts first, then the results of each part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SKIPPED_COLUMNS = ("busy", "threads")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Returns rows as a Markdown table; missing values are empty."""
+    """Returns the rows as a Markdown table with empty cells for missing values."""
     shown = [{k: _cell(v) for k, v in row.items() if k not in SKIPPED_COLUMNS} for row in rows]
     return tabulate(shown, headers="keys", tablefmt="github", disable_numparse=True)
 
@@ -22,13 +22,13 @@ def _cell(value: Any) -> str:
 
 
 def verdicts(outcomes: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-    """Returns the row of each promise."""
+    """Returns the verdict on each promise as a table row."""
     results = {name: x["results"] for name, x in outcomes.items() if x["results"] is not None}
     return [promise.verdict(results) for promise in PROMISES]
 
 
 def write_page(campaign: dict[str, Any]) -> str:
-    """Returns the page.
+    """Returns the page as Markdown.
 
     Args:
         campaign: the content of campaign.json.
@@ -39,8 +39,9 @@ def write_page(campaign: dict[str, Any]) -> str:
         "# mask_head_plugin on a GPU",
         "",
         f"{campaign['date']}, `{campaign['command']}`, {campaign['device']}. "
-        f"{count} of {len(promises)} promises are met. Ratios are detectron2 / plugin, times "
-        "medians of several runs in turn. Convolutions use TF32, PyTorch's default; not in parity.",
+        f"{count} of {len(promises)} promises are met. Ratios are detectron2 / plugin; times are "
+        "medians of several alternating runs. Convolutions use TF32, PyTorch's default, except in "
+        "parity.",
         "",
         "## Promises",
         "",

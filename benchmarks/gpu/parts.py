@@ -11,17 +11,17 @@ BENCHMARKS = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the campaign, run in a process of its own.
+    """One part of the campaign, which runs in a separate process.
 
     Attributes:
-        name: as given to --part; its results are ``NAME.json`` in the output folder.
-        what: what it finds out.
-        script: in benchmarks/.
-        seconds: reserved for it.
+        name: the value for --part; the results are ``NAME.json`` in the output folder.
+        what: a description of what is measured.
+        script: its path in benchmarks/.
+        seconds: time reserved for it.
         quick_seconds: the same with --quick.
-        flags: of the script.
-        quick_flags: additional ones with --quick.
-        tiny_flags: additional ones on the CPU.
+        flags: flags of the script.
+        quick_flags: additional flags with --quick.
+        tiny_flags: additional flags on the CPU.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Part:
     tiny_flags: tuple[str, ...] = ()
 
     def command(self, folder: Path, device: str, *, quick: bool) -> list[str]:
-        """Returns the command line; on the CPU with tiny sizes."""
+        """Returns the command line. On the CPU, sizes are tiny."""
         more = self.tiny_flags if device == "cpu" else self.quick_flags if quick else ()
         output = ["--output", str(self.results(folder)), "--device", device]
         return [sys.executable, str(BENCHMARKS / self.script), *output, *self.flags, *more]
@@ -119,7 +119,7 @@ PARTS = (
     ),
     Part(
         "guards",
-        "what the guards and seeds of a step cost",
+        "the cost of the guards and seeds of a step",
         "guards.py",
         50,
         20,

@@ -9,17 +9,19 @@ from typing import Any
 
 Results = dict[str, Any]
 Judgement = tuple[str, bool]
-"""The figure, and whether it is as promised."""
+"""The measured value, and whether it is as promised."""
 
 MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 
 
 @dataclass(frozen=True)
 class Promise:
-    """Attributes:
-    what: the promise, in words.
-    part: that measures it.
-    judge: returns None if the results do not have the figure.
+    """A promise and how to judge it.
+
+    Attributes:
+        what: the promise, in words.
+        part: the part that measures it.
+        judge: returns None if the results do not have the value.
     """
 
     what: str
@@ -27,14 +29,14 @@ class Promise:
     judge: Callable[[Results], Judgement | None]
 
     def verdict(self, results: dict[str, Results]) -> dict[str, str]:
-        """Returns a row of the page from the results of all parts that have any."""
+        """Returns a row of the page, from the results of all parts that have results."""
         found, figure, verdict = results.get(self.part), f"no results of {self.part}", NOT_MEASURED
         if found is not None and found.get("gpu") is None:
             figure = "no GPU"
         elif found is not None:
             try:
                 judged = self.judge(found)
-            except (KeyError, TypeError, ValueError) as error:  # of a part that was cut off
+            except (KeyError, TypeError, ValueError) as error:  # the part was cut off
                 judged, figure = None, f"{type(error).__name__}: {error}"
             else:
                 figure = f"{self.part} was cut off before it"
@@ -44,7 +46,7 @@ class Promise:
 
 
 def rows_of(results: Results, **values: Any) -> list[Results]:
-    """Returns the rows that have these values."""
+    """Returns the rows with these values."""
     return [x for x in results["rows"] if all(x.get(k) == v for k, v in values.items())]
 
 
@@ -62,7 +64,7 @@ def pooler_is_faster(results: Results, *, images: int) -> Judgement | None:
 def is_faster(
     results: Results, *, what: str, classes: int | None, times: float
 ) -> Judgement | None:
-    """Judges every row of a subject by the least time ratio."""
+    """Judges the rows of a subject by their smallest time ratio."""
     values = {"what": what} if classes is None else {"what": what, "classes": classes}
     ratios = [x["time_ratio"] for x in rows_of(results, **values) if "time_ratio" in x]
     return (f"{min(ratios)}x", min(ratios) >= times) if ratios else None
@@ -85,7 +87,7 @@ def classes_cost_little(results: Results) -> Judgement | None:
 
 
 def channels_last_is_as_fast(results: Results) -> Judgement | None:
-    """Judges whether Trainer.build_model is right to make models on CUDA channels-last."""
+    """Judges whether channels-last models are as fast, as Trainer.build_model assumes on CUDA."""
     whats = STEP, LARGE_STEP
     rows = [row for what in whats for row in rows_of(results, what=what, classes=80)]
     ratios = [x["ours_ms"] / x["contiguous_ms"] for x in rows if "contiguous_ms" in x]
@@ -102,7 +104,7 @@ def guard_costs_little(results: Results) -> Judgement | None:
 
 
 def all_agree(results: Results) -> Judgement | None:
-    """Judges all cases; cases missing because the part was cut off count as not agreeing."""
+    """Judges all cases. Cases that are missing because the part was cut off do not agree."""
     agreeing = sum(x["agrees"] for x in results["rows"])
     return f"{agreeing} of {results['cases']} cases", agreeing == results["cases"]
 
@@ -131,7 +133,7 @@ def waits_are_fewer(results: Results) -> Judgement | None:
 
 
 def no_variant_is_faster(results: Results) -> Judgement | None:
-    """Judges the constants of the kernel, by the sum of both passes; 5% are noise."""
+    """Judges the constants of the kernel by the time of both passes; 5% counts as noise."""
     best: tuple[float, str] | None = None
     for mine in rows_of(results, variant="as it is"):
         for other in rows_of(results, type=mine["type"], P=mine["P"]):
@@ -151,7 +153,7 @@ LARGE_STEP = "training step, four large images"  # of mask_branch, which imports
 PROMISES = (
     Promise("the kernel's values and gradients are torchvision's", "correctness", all_agree),
     Promise("the tests that need a GPU pass", "cuda_tests", tests_pass),
-    Promise("a trained model finds what it finds in detectron2", "parity", is_equal),
+    Promise("a trained model gives the same detections as in detectron2", "parity", is_equal),
     Promise(f"{POOLER}, 2 images: at least 1.5x", "pooler", partial(pooler_is_faster, images=2)),
     Promise(f"{POOLER}, 16 images: at least 1.5x", "pooler", partial(pooler_is_faster, images=16)),
     Promise(
@@ -185,12 +187,12 @@ PROMISES = (
         partial(is_faster, what=LARGE_STEP, classes=80, times=1.15),
     ),
     Promise(
-        "a training step in float32 is not over 5% faster with a contiguous model",
+        "a training step in float32 is at most 5% faster with a contiguous model",
         "mask_branch",
         channels_last_is_as_fast,
     ),
     Promise(
-        "a training step in mixed precision is not over 5% faster with a contiguous model",
+        "a training step in mixed precision is at most 5% faster with a contiguous model",
         "mask_branch_amp",
         channels_last_is_as_fast,
     ),
@@ -200,17 +202,17 @@ PROMISES = (
         partial(needs_less_memory, what=STEP, classes=80, share=1.0),
     ),
     Promise(
-        "more classes cost little: a step with 1203 takes at most 1.1 times one with 80",
+        "more classes cost little: a step with 1203 takes at most 1.1 times as long as one with 80",
         "mask_branch",
         classes_cost_little,
     ),
     Promise(
-        "inference with masks out, R50-FPN: not slower than detectron2",
+        "inference with mask output, R50-FPN: not slower than detectron2",
         "mask_branch",
         partial(is_faster, what="inference", classes=80, times=1.0),
     ),
     Promise(
-        "inference with masks out: no more memory than detectron2",
+        "inference with mask output: no more memory than detectron2",
         "mask_branch",
         partial(needs_less_memory, what="inference", classes=80, share=1.0),
     ),
@@ -232,7 +234,7 @@ PROMISES = (
     ),
     Promise("guard and seeds take at most 1% of a step of R50-FPN", "guards", guard_costs_little),
     Promise(
-        "no other block, warps, tile or layout is over 5% faster than the kernel's",
+        "no other block, warps, tile or layout is more than 5% faster than the kernel's",
         "kernel_variants",
         no_variant_is_faster,
     ),

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Profiles a training step of detectron2's model and of the plugin's.
 
-On CUDA, a third side is measured: the plugin's model with channels-last weights. The rows are the
-kernels that take most device time, by PyTorch's profiler. Traces for chrome://tracing or
-https://ui.perfetto.dev are written next to the JSON file. R50-FPN, two images of 512 px, K = 80.
+On CUDA, the plugin's model with channels-last weights is profiled as well. The rows are the kernels
+that take most device time according to PyTorch's profiler. Traces for chrome://tracing or
+https://ui.perfetto.dev are written next to the JSON file. The model is R50-FPN with K = 80, on two
+images of 512 px.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NUM_CLASSES, NUM_ROWS = 80, 20
 def profile_step(
     step: Callable[[], object], num_steps: int, device: str, trace: Path
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Returns the longest kernels of a step, and its times in milliseconds."""
+    """Returns the longest kernels of a step, and the times of the step in milliseconds."""
     wait = synchronizer(device)
     for _ in range(3):
         step()
@@ -40,7 +41,7 @@ def profile_step(
         seconds = time.perf_counter() - start
     profiler.export_chrome_trace(str(trace))
     attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    # On CUDA, operators include the time of the kernels that they start, so only kernels count.
+    # On CUDA, the time of an operator includes that of its kernels, so only kernels are counted.
     events = [
         x
         for x in profiler.key_averages()

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Finds where a training step and an inference wait for the GPU, in detectron2's model and the
-plugin's.
+"""Finds where training and inference wait for the GPU, in detectron2's model and the plugin's.
 
-torch.cuda.set_sync_debug_mode warns about each wait. A wait counts for the innermost file of
-detectron2 or the plugin that led to it; waits of the backward pass count as "backward pass".
-PyTorch does not warn about every kind of wait, so counts are lower bounds. A step is that of
-detectron2's SimpleTrainer or AMPTrainer, including optimizer and logged losses; the plugin's has
-its StepGuard. R50-FPN, two images of 512 px with 8 objects each.
+torch.cuda.set_sync_debug_mode warns about each wait. A wait is attributed to the innermost file of
+detectron2 or the plugin in its call stack; waits in the backward pass count as "backward pass".
+PyTorch does not warn about every kind of wait, so the counts are lower bounds. A step is one of
+detectron2's SimpleTrainer or AMPTrainer, including optimizer and logged losses; for the plugin, it
+includes StepGuard. The model is R50-FPN, on two images of 512 px with 8 objects each.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ SIDES = ("detectron2", "ours")
 
 @contextlib.contextmanager
 def counted_waits(device: str) -> Iterator[Counter[str]]:
-    """Counts, by file, the operations that wait for the device."""
+    """Counts the operations that wait for the device, by file."""
     counts: Counter[str] = Counter()
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -63,7 +62,7 @@ def counted_waits(device: str) -> Iterator[Counter[str]]:
 
 
 def place_of(frame: FrameType | None) -> str:
-    """Returns the file that a wait counts for: warnings of the backward pass come at its end."""
+    """Returns the file that a wait is attributed to; the backward pass warns only at its end."""
     in_backward = False
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -87,7 +86,7 @@ def training_step(
             objects = sample["instances"]
             polygons, hw = objects.gt_masks.polygons, objects.image_size
             objects.gt_masks = BitMasks.from_polygon_masks(polygons, *hw)
-    # A rate so small that the losses of random weights stay finite.
+    # With this small learning rate, the losses of random weights stay finite.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9)
     trainer = (AMPTrainer if amp else SimpleTrainer)(model, itertools.repeat(batch), optimizer)
     if guarded:
@@ -103,7 +102,7 @@ def training_step(
 
 
 def pooler_step(side: str, sizes: Sizes, device: str) -> Callable[[], None]:
-    """Returns RoI pooling forward and backward."""
+    """Returns a function that runs RoI pooling forward and backward."""
     size = sizes.pooled_sides[0]
     found = next(comparisons(size, 0, "contiguous_format", 2, sizes, device))
     pool = found.ours if side == "ours" else found.stock
@@ -115,7 +114,7 @@ def settings(
 ) -> Iterator[tuple[str, Callable[[str], Callable[[], object]]]]:
     models = make_models(NUM_CLASSES, sizes, device)
     kinds = [("polygons", False), ("bit masks", False)]
-    if device == "cuda":  # AMPTrainer wants it
+    if device == "cuda":  # AMPTrainer needs CUDA
         kinds.append(("bit masks", True))
     for masks, amp in kinds:
 
@@ -132,7 +131,7 @@ def count(make: Callable[[str], Callable[[], object]], device: str) -> dict[str,
     for side in SIDES:
         torch.manual_seed(0)
         step = make(side)
-        for _ in range(2):  # what is done only once, such as compiling kernels
+        for _ in range(2):  # work that is done only once, such as compiling kernels
             step()
         with counted_waits(device) as counts[side]:
             step()
