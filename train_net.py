@@ -10,9 +10,9 @@ from typing import Any
 
 EXAMPLES = """
 Examples:
-    Train on the embedded data set, on a GPU if there is one:
+  Train on the embedded data set, on a GPU if there is one:
     python train_net.py --config-file configs/shapes/mask_rcnn_shapes.yaml
-    Train on COCO with 8 GPUs, in either way:
+  Train on COCO with 8 GPUs, in either way:
     python train_net.py --num-gpus 8 --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
     torchrun --nproc-per-node 8 train_net.py --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
   Continue after an interruption; evaluate weights (.pth, .pkl or .safetensors):

@@ -34,9 +34,9 @@ Examples:
     python benchmarks/gpu_campaign.py
   The most important figures, at most 8 minutes:
     python benchmarks/gpu_campaign.py --quick
-    Two parts again; the results of the others stay in the folder:
+  Two parts again; the results of the others stay in the folder:
     python benchmarks/gpu_campaign.py --part pooler --part kernel_variants
-    Without a GPU, with tiny sizes and kernels in Triton's interpreter, to see that everything
+  Without a GPU, with tiny sizes and kernels in Triton's interpreter, to see that everything
   runs; the times mean nothing:
     python benchmarks/gpu_campaign.py --device cpu
 

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 Examples:
-    List what would run and about how long it would take:
+  List what would run and about how long it would take:
     python tools/ablate.py --config-file configs/ablations/mask_loss.yaml \\
         --output output/mask_loss --dry-run
-    Two trials at a time on this machine, on the embedded data set, with a shorter schedule for all:
+  Two trials at a time on this machine, on the embedded data set, with a shorter schedule for all:
     python tools/ablate.py --config-file configs/ablations/mask_loss.yaml \\
         --output output/mask_loss --jobs 2 SOLVER.MAX_ITER 500
-    The same on COCO, on a Slurm cluster, 8 GPUs per trial, 4 trials at a time:
+  The same on COCO, on a Slurm cluster, 8 GPUs per trial, 4 trials at a time:
     python tools/ablate.py --config-file configs/ablations/mask_loss.yaml --size coco \\
         --output output/mask_loss_coco --cluster slurm --num-gpus 8 --partition gpu --time 2880 \\
         --jobs 4

@@ -13,9 +13,9 @@ EXAMPLES = """
 Examples:
   A run of train_net.py, after its evaluation:
     python tools/analyze.py output/run1
-    Any file in COCO's result format, from detectron2 or another tool:
+  Any file in COCO's result format, from detectron2 or another tool:
     python tools/analyze.py results.json --annotations instances_val2017.json --images val2017
-    What got better and worse compared with another run, with intervals:
+  What got better and worse compared with another run, with intervals:
     python tools/analyze.py output/run2 --compare output/run1
 
 Files in the folder of --output, by default that of the results; earlier ones are replaced:

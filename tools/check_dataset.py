@@ -18,13 +18,13 @@ DETAILS_PER_KIND = 5
 
 EXAMPLES = """
 Examples:
-    Show what is wrong with a data set; also write all findings as JSON for programs:
+  Show what is wrong with a data set; also write all findings as JSON for programs:
     python tools/check_dataset.py --json all.json --images images/ --output report.json
-    Decode every pixel, which also finds damage in the middle of a file but takes longer:
+  Decode every pixel, which also finds damage in the middle of a file but takes longer:
     python tools/check_dataset.py --json all.json --images images/ --decode
-    Write a corrected copy; fixed.json.changes.json lists what was changed or left out, and why:
+  Write a corrected copy; fixed.json.changes.json lists what was changed or left out, and why:
     python tools/check_dataset.py --json all.json --images images/ --fix fixed.json
-    Take cats and dogs from two folders and split them into parts.train.json and parts.val.json:
+  Take cats and dogs from two folders and split them into parts.train.json and parts.val.json:
     python tools/check_dataset.py --json all.json --images day/ night/ --categories cat dog \\
         --split 0.2 --write parts.json
 

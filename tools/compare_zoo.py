@@ -14,10 +14,10 @@ Examples:
   A model of the zoo on 500 images of COCO; the weights are downloaded:
     python tools/compare_zoo.py --config COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml \\
         --weights zoo --dataset coco_2017_val --num-images 500 --output output/zoo_R_50_FPN_3x
-    The same without a network, with weights that you downloaded before:
+  The same without a network, with weights that you downloaded before:
     python tools/compare_zoo.py --config COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml \\
         --weights model_final_f10217.pkl --output output/zoo_R_50_FPN_3x
-    One of detectron2's new baselines, whose config is Python code (a LazyConfig):
+  One of detectron2's new baselines, whose config is Python code (a LazyConfig):
     python tools/compare_zoo.py --config new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ.py \\
         --weights zoo --dataset coco_2017_val --num-images 500 --output output/zoo_R_50_400ep
   The checkpoint of this repository on the embedded data set (no downloads, a minute):
@@ -43,7 +43,7 @@ With --all, comparison.md is the table of all baselines, and each has its own fo
 Verdicts and exit codes:
   0  equal: the same detections in the same order (up to ties), scores within 1e-4, boxes within
      1e-3 pixels, mask pixels that differ only next to the threshold
-    1  not enough detections: nothing differs, but fewer than 100 detections have a score above
+  1  not enough detections: nothing differs, but fewer than 100 detections have a score above
      --score. Random weights detect nothing, so they prove nothing
   2  the comparison failed; one line says why
   3  different

@@ -17,7 +17,7 @@ EXAMPLES = """
 Examples:
   The model of this repository on an embedded image:
     python tools/explain.py
-    Your model on your image, with the second-best detection:
+  Your model on your image, with the second-best detection:
     python tools/explain.py --config-file ... --weights output/run1/model_final.pth \\
         --input photo.jpg --detection 2 --output output/explained
 

@@ -15,11 +15,11 @@ Examples:
   The checkpoint of this repository as ONNX:
     python tools/export_model.py --config-file configs/shapes/mask_rcnn_shapes.yaml \\
         --weights checkpoints/mask_rcnn_shapes.safetensors --format onnx --output output/onnx
-    For a fixed image size and another score threshold, compared on your own images:
+  For a fixed image size and another score threshold, compared on your own images:
     python tools/export_model.py --config-file ... --weights ... --format onnx \\
         --output output/onnx --size 800 1344 --images photos/*.jpg \\
         --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.3
-    With layers in 8 bits, calibrated on images of DATASETS.TRAIN and compared on DATASETS.TEST:
+  With layers in 8 bits, calibrated on images of DATASETS.TRAIN and compared on DATASETS.TEST:
     python tools/export_model.py --config-file ... --weights ... --format onnx \\
         --output output/int8 --precision int8
 

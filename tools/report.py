@@ -16,7 +16,7 @@ report on the trials finished so far, or to change the number of draws.
 
 Examples:
   python tools/report.py output/ablations/mask_loss
-    Faster, with less precise intervals:
+  Faster, with less precise intervals:
     python tools/report.py output/ablations/mask_loss --draws 200
 
 Files in the folder (earlier reports are replaced):
