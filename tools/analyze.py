@@ -41,7 +41,10 @@ def parse_args() -> argparse.Namespace:
         "--annotations", type=Path, metavar="FILE", help="COCO file (default: the run's own)"
     )
     parser.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="for pictures (default: searched for)"
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="image folder for the pictures (default: searched for)",
     )
     parser.add_argument(
         "--dataset", default="", metavar="NAME", help="the one to analyse if the run has several"
