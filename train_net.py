@@ -31,7 +31,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs on each machine (default 1)")
     parser.add_argument("--num-machines", type=int, default=1, help="machines in total (default 1)")
-    parser.add_argument("--machine-rank", type=int, default=0, help="this machine, from 0")
+    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
     port = 2**15 + 2**14 + hash(os.getuid()) % 2**14  # as in detectron2: one for each user
     url = f"tcp://127.0.0.1:{port}"
     parser.add_argument("--dist-url", default=url, help="tcp://host:port of machine 0, if several")
