@@ -9,8 +9,9 @@ import argparse
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +21,25 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data import detection_utils as utils
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from mask_head_plugin import load_config
 from mask_head_plugin.data.coco_files import register_coco_files
 from mask_head_plugin.engine.predictor import load_predictor
+from mask_head_plugin.evaluation.difference import LEVEL, student_t
 from mask_head_plugin.image_file_mapper import ImageFileMapper
 from mask_head_plugin.modeling import MultiLevelRoIPooler
+from mask_head_plugin.modeling.pooler import boxes_to_rois
 from mask_head_plugin.ops import roi_align
 
 ROOT = Path(__file__).resolve().parents[1]
 
+PoolerMaker = Callable[[MultiLevelRoIPooler], MultiLevelRoIPooler]
+
 MIDPOINT, GAUSS, BEST = 0.25, 0.5 / math.sqrt(3), (3 - math.sqrt(6)) / 2
-"""Distance of two points from a bin's middle, in its width: the paper's, Gauss's for two points,
-and that with the least expected error on a bilinear surface (docs/roi_align_sampling.md)."""
-
-WAYS: dict[str, tuple[str, int]] = {
-    "four samples": ("ROIAlignV2", 2),
-    "one sample": ("ROIAlignV2", 1),
-    "16 samples": ("ROIAlignV2", 4),
-    "adaptive": ("ROIAlignV2", 0),
-    "PrROIPool": ("PrROIPool", 0),
-    "no half-pixel shift": ("ROIAlign", 2),
-    "RoIWarp": ("ROIWarp", 2),
-    "RoIPool": ("ROIPool", 0),
-}
-"""POOLER_TYPE and POOLER_SAMPLING_RATIO."""
-
-OFFSETS = {"Gauss points": GAUSS, "best points": BEST}
-
-BASELINE = "four samples"
-
-NAMES = (*WAYS, *OFFSETS)
+"""Distance of two points from the middle of a bin, in its width: the paper's, Gauss's, and
+the one with the least expected error along an axis (docs/roi_align_sampling.md)."""
 
 
 def two_point_align(
@@ -83,28 +70,66 @@ def two_point_align(
     return total / 4
 
 
-class TwoPointPooler(MultiLevelRoIPooler):
-    """A MultiLevelRoIPooler of ``two_point_align``."""
+def rounded_align(
+    features: Tensor | Sequence[Tensor],
+    rois: Tensor,
+    output_size: int | tuple[int, int],
+    spatial_scale: float | Sequence[float] = 1.0,
+    *,
+    levels: Tensor | None = None,
+) -> Tensor:
+    """RoIAlign's four samples in a RoI whose edges are rounded to cells, at least one cell long.
 
-    def __init__(self, offset: float, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.offset = offset
+    It rounds and does nothing else; ROIWarp also adds the cell of the upper edges.
+
+    Args: see ops.roi_align.
+    """
+    scales = rois.new_tensor(spatial_scale).reshape(-1)
+    scale = scales[torch.zeros(len(rois), dtype=torch.int64) if levels is None else levels, None]
+    start, end = ((edges * scale + 0.5).floor() for edges in (rois[:, 1:3], rois[:, 3:]))
+    rounded = torch.cat([rois[:, :1], start / scale, torch.maximum(end, start + 1) / scale], dim=1)
+    return roi_align(features, rounded, output_size, spatial_scale, 2, levels=levels)
+
+
+class FunctionPooler(MultiLevelRoIPooler):
+    """A MultiLevelRoIPooler of a function with the arguments of ops.roi_align."""
+
+    def __init__(self, function: Callable[..., Tensor], like: MultiLevelRoIPooler) -> None:
+        super().__init__(like.output_size, like.scales, 2, "ROIAlignV2")
+        self.function = function
 
     def forward(self, features: list[Tensor], box_lists: list[Boxes]) -> Tensor:
-        index = [torch.full((len(x), 1), float(i)) for i, x in enumerate(box_lists)]
-        boxes = torch.cat([x.tensor for x in box_lists])
-        rois = torch.cat([torch.cat(index).to(boxes), boxes], dim=1)
-        levels = self._assign_levels(box_lists)
-        size, scales = self.output_size, self.scales
-        return two_point_align(features, rois, size, scales, self.offset, levels=levels)
+        rois, levels = boxes_to_rois(box_lists), self._assign_levels(box_lists)
+        return self.function(features, rois, self.output_size, self.scales, levels=levels)
 
 
-def pooler_of(name: str, like: Any) -> nn.Module:
-    """Returns a pooler of one of NAMES with the size and scales of another."""
-    if name in OFFSETS:
-        return TwoPointPooler(OFFSETS[name], like.output_size, like.scales, 2, "ROIAlignV2")
-    kind, sampling_ratio = WAYS[name]
-    return MultiLevelRoIPooler(like.output_size, like.scales, sampling_ratio, kind)
+def _keys(pooler_type: str, ratio: int = 0, reduction: str = "mean") -> PoolerMaker:
+    """Returns what makes the pooler of a POOLER_TYPE, _SAMPLING_RATIO and _REDUCTION."""
+
+    def make(like: MultiLevelRoIPooler) -> MultiLevelRoIPooler:
+        size, scales = like.output_size, like.scales
+        return MultiLevelRoIPooler(size, scales, ratio, pooler_type, reduction=reduction)
+
+    return make
+
+
+BASELINE = "four samples"
+
+WAYS: dict[str, PoolerMaker] = {
+    BASELINE: _keys("ROIAlignV2", 2),
+    "one sample": _keys("ROIAlignV2", 1),
+    "16 samples": _keys("ROIAlignV2", 4),
+    "adaptive": _keys("ROIAlignV2"),
+    "PrROIPool": _keys("PrROIPool"),
+    "Gauss points": partial(FunctionPooler, partial(two_point_align, offset=GAUSS)),
+    "best points": partial(FunctionPooler, partial(two_point_align, offset=BEST)),
+    "largest of four": _keys("ROIAlignV2", 2, "max"),
+    "no half-pixel shift": _keys("ROIAlign", 2),
+    "edges rounded": partial(FunctionPooler, rounded_align),
+    "RoIWarp": _keys("ROIWarp", 2),
+    "RoIPool": _keys("ROIPool"),
+}
+"""What makes the pooler of each way with the size and scales of another."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +202,6 @@ class Case:
     def strides(self) -> list[int]:
         return [round(1 / scale) for scale in self.mask_pooler.scales]
 
-    def use_pooler(self, name: str) -> None:
-        """Exchanges the poolers of both heads."""
-        self.model.roi_heads.box_pooler = pooler_of(name, self.box_pooler)
-        self.model.roi_heads.mask_pooler = pooler_of(name, self.mask_pooler)
-
     def test_loader(self) -> Any:
         """Returns detectron2's loader of the test images."""
         return build_detection_test_loader(self.cfg, self.cfg.DATASETS.TEST[0])
@@ -206,7 +226,22 @@ def case_of(args: argparse.Namespace) -> Case:
     return Case(args.name, args.config_file, args.weights, args.opts)
 
 
-def interval(draws: np.ndarray, level: float = 0.95) -> list[float]:
-    """Returns the percentiles between which ``level`` of the draws lie."""
-    tail = 100 * (1 - level) / 2
-    return [float(x) for x in np.nanpercentile(draws, [tail, 100 - tail])]
+def over_images(
+    statistic: Callable[[np.ndarray], np.ndarray], num_images: int, num_compared: int = 1
+) -> tuple[float, float, float]:
+    """Returns a statistic with the 95% interval over images: jackknife and Student's t.
+
+    Unlike percentiles of draws with replacement, these are not too narrow for few images.
+
+    Args:
+        statistic: returns (S,) values for (S, N) weights of the images.
+        num_images: N; with one, the interval is nan.
+        num_compared: intervals that shall hold at once (Bonferroni).
+    """
+    left_out = 1 - np.eye(num_images)
+    value, *others = statistic(np.concatenate([np.ones((1, num_images)), left_out]))
+    if num_images < 2:
+        return float(value), math.nan, math.nan
+    error = math.sqrt((num_images - 1) * np.var(others))
+    reach = error * student_t(1 - (1 - LEVEL) / num_compared / 2, num_images - 1)
+    return float(value), float(value - reach), float(value + reach)

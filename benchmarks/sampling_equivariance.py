@@ -8,11 +8,13 @@ moves by the same. Two experiments on a trained model, for every way to pool:
   interpolation, which keeps amplitudes). All that changes comes from pooling.
 - image: the pixels move, and the whole network runs again, so the backbone's own sampling counts.
 
-Heads get the true boxes. "features" is the root mean square change of the mask branch's pooled
-features, in percent of their root mean square; "box" how far the predicted box moves beyond the
-shift, the mean over its four edges in pixels; "mask" how far the centre of the mask moves in its
-box, in pixels; "IoU" that of the masks before and after, moved back. Intervals are of 95%, over
-images.
+"image minus map" is the difference of the two where they move by as many pixels. Heads get the true
+boxes. "features" is the root mean square change of the mask branch's pooled features, in percent of
+their root mean square; "box" how far the predicted box moves beyond the shift, the mean over its
+four edges in pixels; "IoU" that of the masks before and after, moved back, in percent.
+
+Intervals are 95%, over images (jackknife and Student's t): "low" and "high" of a value by itself;
+those of "difference", way minus four samples in the same objects, for all ways at once.
 
 Writes a table, and a JSON file with machine, versions and date. Minutes.
 """
@@ -20,6 +22,9 @@ Writes a table, and a JSON file with machine, versions and date. Minutes.
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +32,13 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 from measure import machine, write_json
-from sampling_case import NAMES, Case, Scene, add_case_arguments, case_of, interval, pooler_of
+from sampling_case import BASELINE, WAYS, Case, Scene, add_case_arguments, case_of, over_images
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from mask_head_plugin.evaluation.bootstrap import image_weights
-
-CELL_SHIFTS = (0.125, 0.25, 0.5, 0.75, 1.0)
-PIXEL_SHIFTS = (0.5, 1.0, 2.0, 4.0)
-MEASURES = ("features", "box", "mask", "IoU")
+CELL_SHIFTS = (0.25, 0.5, 0.75, 1.0)
+PIXEL_SHIFTS = (1.0, 2.0, 4.0)
+MEASURES = ("features", "box", "IoU")
 FINE = 4
 """Points per mask pixel and axis at which two masks are compared."""
 
@@ -61,8 +64,7 @@ class Branches:
     def __init__(self, case: Case) -> None:
         self._heads = case.model.roi_heads
         self.poolers: dict[str, tuple[nn.Module, nn.Module]] = {
-            name: (pooler_of(name, case.box_pooler), pooler_of(name, case.mask_pooler))
-            for name in NAMES
+            name: (make(case.box_pooler), make(case.mask_pooler)) for name, make in WAYS.items()
         }
 
     @torch.inference_mode()
@@ -83,21 +85,18 @@ class Branches:
 
 
 def changes(
-    before: dict[str, Tensor], after: dict[str, Tensor], boxes: Tensor, shift: float
+    before: dict[str, Tensor], after: dict[str, Tensor], shift: float
 ) -> dict[str, np.ndarray]:
     """Returns the (R,) change of each object: squares of features, their spread, and so on.
 
     Args:
         before: of Branches.run.
         after: of the moved content.
-        boxes: (R, 4) before the shift.
         shift: in pixels.
     """
     change = (after["features"] - before["features"]).square().flatten(1).mean(1)
     spread = before["features"].square().flatten(1).mean(1)
     box = (after["boxes"] - shift - before["boxes"]).abs().mean(1)
-    sides = boxes[:, 2:] - boxes[:, :2]
-    distance = (_centre(after["masks"]) - _centre(before["masks"])) * sides
     fine = [
         nn.functional.interpolate(x["masks"][:, None], scale_factor=FINE, mode="bilinear") > 0.5
         for x in (before, after)
@@ -108,19 +107,9 @@ def changes(
         "change": change,
         "spread": spread,
         "box": box,
-        "mask": distance.norm(dim=1),
         "IoU": torch.where(either > 0, 100 * both / either.clamp(min=1), 100.0),
     }
     return {key: value.double().numpy() for key, value in values.items()}
-
-
-def _centre(masks: Tensor) -> Tensor:
-    """Returns the (R, 2) centre of masks, x and y, as shares of the box."""
-    places = (torch.arange(masks.shape[-1]) + 0.5) / masks.shape[-1]
-    weight = masks.sum((1, 2)).clamp(min=1e-6)
-    x = (masks.sum(1) * places).sum(1) / weight
-    y = (masks.sum(2) * places).sum(1) / weight
-    return torch.stack([x, y], dim=1)
 
 
 def inner_objects(scene: Scene, margin: float) -> Tensor:
@@ -132,18 +121,24 @@ def inner_objects(scene: Scene, margin: float) -> Tensor:
     return torch.nonzero(inside)[:, 0]
 
 
+Key = tuple[str, float, str]
+"""What moves, by how much, and the way to pool."""
+
+
 def measure(case: Case, num_images: int, num_objects: int) -> dict[str, Any]:
     """Returns rows of both experiments; ``num_objects`` are taken of an image at most."""
-    branches, found = Branches(case), {}
-    stride = case.strides[0]
+    branches, stride = Branches(case), case.strides[0]
+    found: dict[Key, list[dict[str, float]]] = {}
+    levels: list[int] = []
     for scene in case.scenes("TEST", num_images):
         chosen = inner_objects(scene, max(PIXEL_SHIFTS) + stride)[:num_objects]
         if len(chosen) == 0:
             continue
         boxes = scene.objects.gt_boxes.tensor[chosen]
         classes = scene.objects.gt_classes[chosen]
+        levels += case.mask_pooler._assign_levels([Boxes(boxes)]).tolist()
         maps = case.maps(scene.image)
-        before = {name: branches.run(name, maps, boxes, classes) for name in NAMES}
+        before = {name: branches.run(name, maps, boxes, classes) for name in WAYS}
         trials = [("map", cells, cells * stride) for cells in CELL_SHIFTS]
         trials += [("image", pixels, pixels) for pixels in PIXEL_SHIFTS]
         for kind, amount, pixels in trials:
@@ -152,38 +147,77 @@ def measure(case: Case, num_images: int, num_objects: int) -> dict[str, Any]:
                 shifted = [moved(x, by) for x, by in zip(maps, cells, strict=True)]
             else:
                 shifted = case.maps(moved(scene.image[None].float(), pixels)[0])
-            for name in NAMES:
+            for name in WAYS:
                 after = branches.run(name, shifted, boxes + pixels, classes)
-                values = changes(before[name], after, boxes, pixels)
-                found.setdefault((kind, amount, name), []).append(values)
-    return {"rows": [row for key, parts in found.items() for row in _rows(key, parts)]}
+                values = changes(before[name], after, pixels)
+                of_image = {key: float(value.sum()) for key, value in values.items()}
+                of_image["objects"] = len(boxes)
+                found.setdefault((kind, amount, name), []).append(of_image)
+    sums = {
+        key: {name: np.array([part[name] for part in parts]) for name in parts[0]}
+        for key, parts in found.items()
+    }
+    return {
+        "images used": len(next(iter(sums.values()))["objects"]),
+        "objects": len(levels),
+        "objects by stride": {
+            str(side): levels.count(level) for level, side in enumerate(case.strides)
+        },
+        "rows": [row for key in sums for row in _rows(key, sums)]
+        + [row for name in WAYS for row in _image_minus_map(name, sums, stride)],
+    }
 
 
-def _rows(key: tuple[str, float, str], parts: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-    counts = np.array([len(part["box"]) for part in parts])
-    sums = {name: np.array([part[name].sum() for part in parts]) for name in parts[0]}
-    draws = image_weights(len(parts), 1000, seed=0)
-    weights = np.concatenate([np.ones((1, len(parts)), draws.dtype), draws])
-    rows = []
+def _statistic(sums: dict[str, np.ndarray], measure: str, weights: np.ndarray) -> np.ndarray:
+    """Returns a measure of images with (S, N) weights."""
+    if measure == "features":
+        return np.asarray(100 * np.sqrt((weights @ sums["change"]) / (weights @ sums["spread"])))
+    return np.asarray((weights @ sums[measure]) / (weights @ sums["objects"]))
+
+
+def _rows(key: Key, sums: dict[Key, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Returns a row for each measure."""
+    own, base = sums[key], sums[(*key[:2], BASELINE)]
+    size, rows = len(own["objects"]), []
     for name in MEASURES:
-        if name == "features":
-            values = 100 * np.sqrt((weights @ sums["change"]) / (weights @ sums["spread"]))
-        else:
-            values = (weights @ sums[name]) / (weights @ counts)
-        low, high = (round(x, 3) for x in interval(values[1:]))
-        kind, amount, way = key
-        rows.append(
-            {
-                "moved": kind,
-                "by": amount,
-                "way": way,
-                "measure": name,
-                "value": round(float(values[0]), 3),
-                "low": low,
-                "high": high,
-            }
+        value = over_images(partial(_statistic, own, name), size)
+        change = over_images(
+            lambda w, name=name: _statistic(own, name, w) - _statistic(base, name, w),
+            size,
+            len(WAYS) - 1,
         )
+        rows.append(_row(key, name, value, change))
     return rows
+
+
+def _image_minus_map(
+    name: str, sums: dict[Key, dict[str, np.ndarray]], stride: int
+) -> list[dict[str, Any]]:
+    """Returns how much more moves with the image than with the maps, by as many pixels."""
+    rows = []
+    for pixels in PIXEL_SHIFTS:
+        image, maps = (
+            sums.get((kind, by, name)) for kind, by in (("image", pixels), ("map", pixels / stride))
+        )
+        for measure in MEASURES if image and maps else ():
+            found = over_images(
+                lambda w, image=image, maps=maps, measure=measure: (
+                    _statistic(image, measure, w) - _statistic(maps, measure, w)
+                ),
+                len(image["objects"]),
+            )
+            rows.append(_row(("image minus map", pixels, name), measure, found, [math.nan] * 3))
+    return rows
+
+
+def _row(key: Key, measure: str, value: Sequence[float], change: Sequence[float]) -> dict[str, Any]:
+    names = ("value", "low", "high", "difference", "difference low", "difference high")
+    moved_by = dict(zip(("moved", "by", "way"), key, strict=True))
+    numbers = {
+        name: None if math.isnan(x) else round(x, 3)
+        for name, x in zip(names, (*value, *change), strict=True)
+    }
+    return {**moved_by, "measure": measure, **numbers}
 
 
 def main() -> None:
@@ -197,7 +231,7 @@ def main() -> None:
     args = parser.parse_args()
     case = case_of(args)
     results = measure(case, args.images, args.objects)
-    shown = [row for row in results["rows"] if row["by"] == 0.5 and row["measure"] != "features"]
+    shown = [row for row in results["rows"] if row["moved"] == "map" and row["by"] == 0.5]
     print(tabulate(shown, headers="keys", tablefmt="github"))
     facts = {"name": args.name, "images": args.images, "strides": case.strides, **case.facts}
     write_json({**machine("cpu"), **facts, **results}, args.output)

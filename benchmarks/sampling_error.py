@@ -3,8 +3,8 @@ r"""How far RoIAlign's samples are from the exact mean of the bilinear surface; 
 
 RoIs of many sizes and shapes are laid at random on the maps of a trained model, and pooled by
 samples and exactly (PrROIPool). An error is the root mean square over bins and channels, in percent
-of that of what is pooled (its distance to the channel's mean over the map). Sizes are the width of
-a bin in cells. Intervals are of 95%, over images: all RoIs and bins of an image are drawn together.
+of the signal: what is pooled exactly, less the channel's mean over the map. Sizes are the width of
+a bin in cells. Intervals are 95% each, over images (jackknife and Student's t).
 
 Writes tables, and a JSON file with machine, versions and date. Seconds per image; other models:
 
@@ -26,6 +26,7 @@ import torch
 from detectron2.structures import Boxes
 from measure import machine, write_json
 from sampling_case import (
+    BASELINE,
     BEST,
     GAUSS,
     MIDPOINT,
@@ -33,14 +34,12 @@ from sampling_case import (
     Case,
     add_case_arguments,
     case_of,
-    interval,
-    pooler_of,
+    over_images,
     two_point_align,
 )
 from tabulate import tabulate
 from torch import Tensor
 
-from mask_head_plugin.evaluation.bootstrap import image_weights
 from mask_head_plugin.ops import precise_roi_pool, roi_align
 
 NUM_BINS = 7
@@ -52,15 +51,17 @@ ASPECT_WIDTH = 1.5
 OFFSETS = (0.21, 0.23, 0.25, 0.26, 0.27, BEST, 0.28, GAUSS, 0.30, 0.32)
 ROIS = 12
 """Of one size, on one map."""
+LAGS = 12
+"""Cells up to which the correlation of a map with itself is measured."""
 
 COST_ROIS, COST_IMAGES = 256, 6
 """That the time of pooling is of."""
-
-BASELINE = "4 samples"
+TIMED = tuple(name for name in WAYS if name not in ("Gauss points", "best points", "edges rounded"))
+"""Ways that are one operator; here, the others are put together from several calls."""
 
 METHODS: dict[str, Callable[..., Tensor]] = {
-    "1 sample": partial(roi_align, sampling_ratio=1),
-    "4 samples": partial(roi_align, sampling_ratio=2),
+    "one sample": partial(roi_align, sampling_ratio=1),
+    BASELINE: partial(roi_align, sampling_ratio=2),
     "16 samples": partial(roi_align, sampling_ratio=4),
     "adaptive": partial(roi_align, sampling_ratio=0),
     "Gauss points": partial(two_point_align, offset=GAUSS),
@@ -106,47 +107,36 @@ class Table:
         self._sums.setdefault(setting, {})[image] = sums
 
     def rows(self, names: tuple[str, ...]) -> list[dict[str, Any]]:
-        """Returns a row for each setting and method: percent, low and high."""
+        """Returns a row for each setting and method: percent, ratio to four samples, intervals."""
         rows = []
         for setting, by_image in sorted(self._sums.items()):
-            weights = image_weights(len(by_image), 1000, seed=0)
-            signal = np.array([x["signal"] for x in by_image.values()])
-            for method in next(iter(by_image.values())):
-                if method == "signal":
-                    continue
-                error = np.array([x[method] for x in by_image.values()])
-                draws = np.sqrt((weights @ error) / (weights @ signal))
-                low, high = interval(100 * draws)
-                ratios = self._ratios(by_image, weights, method)
-                rows.append(
-                    {
-                        **dict(zip(names, setting, strict=True)),
-                        "method": method,
-                        "error": round(100 * float(np.sqrt(error.sum() / signal.sum())), 3),
-                        "low": round(low, 3),
-                        "high": round(high, 3),
-                        **ratios,
-                    }
-                )
+            sums = {
+                name: np.array([x[name] for x in by_image.values()])
+                for name in next(iter(by_image.values()))
+            }
+            signal = sums.pop("signal")
+            for method, own in sums.items():
+                row = {**dict(zip(names, setting, strict=True)), "method": method}
+                row |= self._root(own, signal, ("error", "low", "high"), 100)
+                if BASELINE in sums:
+                    keys = ("ratio", "ratio low", "ratio high")
+                    row |= self._root(own, sums[BASELINE], keys, 1)
+                rows.append({**row, "images": len(own)})
         return rows
 
     @staticmethod
-    def _ratios(by_image: dict[int, dict[str, float]], weights: Any, method: str) -> dict[str, Any]:
-        """Returns the error relative to that of four samples, and its interval (paired draws)."""
-        if BASELINE not in next(iter(by_image.values())):
-            return {}
-        own, base = (np.array([x[name] for x in by_image.values()]) for name in (method, BASELINE))
-        low, high = interval(np.sqrt((weights @ own) / (weights @ base)))
-        return {
-            "ratio": round(float(np.sqrt(own.sum() / base.sum())), 3),
-            "ratio low": round(low, 3),
-            "ratio high": round(high, 3),
-        }
+    def _root(own: Any, base: Any, keys: tuple[str, ...], factor: float) -> dict[str, float]:
+        """Returns the square root of a ratio of sums over images, and its interval."""
+        found = over_images(lambda w: factor * np.sqrt((w @ own) / (w @ base)), len(own))
+        return {key: round(x, 3) for key, x in zip(keys, found, strict=True)}
 
 
 def by_offset(rng: np.random.Generator, feature: Tensor, image: int, table: Table) -> None:
     """Adds the errors of two points an axis, by their distance from the middle of the bin."""
-    methods = {f"{a:.4f}": partial(two_point_align, offset=a) for a in OFFSETS}
+    methods = {
+        BASELINE if a == MIDPOINT else f"{a:.4f}": partial(two_point_align, offset=a)
+        for a in OFFSETS
+    }
     for width in (0.5, 1.0, 2.0):
         rois = random_rois(rng, (feature.shape[2], feature.shape[3]), (NUM_BINS * width,) * 2, ROIS)
         if len(rois):
@@ -192,8 +182,8 @@ def unread_shares(width: float, offsets: tuple[float, ...], num_phases: int = 40
 def unread_rows() -> list[dict[str, Any]]:
     """Returns the shares of unread cells, in percent."""
     patterns = {
-        "1 sample": (0.0,),
-        "4 samples": (-MIDPOINT, MIDPOINT),
+        "one sample": (0.0,),
+        BASELINE: (-MIDPOINT, MIDPOINT),
         "16 samples": (-0.375, -0.125, 0.125, 0.375),
         "Gauss points": (-GAUSS, GAUSS),
         "best points": (-BEST, BEST),
@@ -206,54 +196,90 @@ def unread_rows() -> list[dict[str, Any]]:
     ]
 
 
-def expected_errors(width: float, offsets: list[float], correlation: float) -> list[float]:
-    """Returns the root mean squared error along one axis for two points, by their distance.
+Correlation = Callable[[np.ndarray], np.ndarray]
+"""Of two cells of a map, by their distance along an axis."""
 
-    Over places of the bin, on a piecewise linear function through random values at the cells, with
-    variance 1 and a correlation that falls by a factor from cell to cell.
+
+def expected_errors(
+    width: float, offsets: list[float], correlation: Correlation, num_axes: int = 1
+) -> list[float]:
+    """Returns the root mean squared error of two points an axis, by their distance.
+
+    Over places of the bin, on a piecewise (bi)linear function through random values at the cells,
+    with variance 1 and a correlation that is a product over the axes.
 
     Args:
         width: of the bin, in cells.
         offsets: distances of the points from the middle of the bin, in its width.
-        correlation: of neighbouring cells, 0 to 1.
+        correlation: along an axis.
+        num_axes: 1, or 2 for square bins and their 2 x 2 points.
     """
     phases = (np.arange(256) + 0.5) / 256
     cells = np.arange(-1, int(np.ceil(width)) + 3)
-    covariance = correlation ** np.abs(cells[:, None] - cells)
+    covariance = correlation(np.abs(cells[:, None] - cells))
 
     def hat(t: np.ndarray) -> np.ndarray:
         return np.maximum(0, 1 - np.abs(t[:, None] - cells))
+
+    def product(x: np.ndarray, y: np.ndarray) -> float:
+        """Returns the mean product of what weights read along an axis."""
+        return float(np.einsum("pi,ij,pj->p", x, covariance, y).mean())
 
     inner = (np.arange(2000) + 0.5) / 2000
     exact = np.stack([hat(phase + width * inner).mean(0) for phase in phases])
     errors = []
     for offset in offsets:
-        points = [hat(phases + width * (0.5 + sign * offset)) for sign in (-1, 1)]
-        weights = sum(points) / 2 - exact
-        errors.append(float(np.sqrt(np.einsum("pi,ij,pj->p", weights, covariance, weights).mean())))
+        points = sum(hat(phases + width * (0.5 + sign * offset)) for sign in (-1, 1)) / 2
+        parts = product(points, points), product(points, exact), product(exact, exact)
+        square = parts[0] ** num_axes - 2 * parts[1] ** num_axes + parts[2] ** num_axes
+        errors.append(float(np.sqrt(max(square, 0.0))))
     return errors
 
 
-def theory_rows() -> list[dict[str, Any]]:
-    """Returns the best distance, and how much more the others err, by width and correlation."""
-    grid = np.arange(0.2, 0.3401, 0.001).tolist()
-    rows = []
-    for correlation in (0.0, 0.5, 0.9):
-        for width in WIDTHS:
-            *errors, midpoint, gauss, best = expected_errors(
-                width, [*grid, MIDPOINT, GAUSS, BEST], correlation
-            )
-            rows.append(
-                {
-                    "correlation": correlation,
-                    "width": width,
-                    "best offset": round(grid[int(np.argmin(errors))], 3),
-                    "least": round(min(errors), 5),
-                    "midpoint": round(midpoint / min(errors), 3),
-                    "gauss": round(gauss / min(errors), 3),
-                    "0.2753": round(best / min(errors), 3),
-                }
-            )
+def correlation_of(feature: Tensor) -> np.ndarray:
+    """Returns the correlation of a (1, C, H, W) map with itself, moved by 0 to LAGS cells.
+
+    The mean over both axes and all channels, less each channel's mean.
+    """
+    x = feature.double() - feature.double().mean((2, 3), keepdim=True)
+    products = [
+        sum(float((y[..., lag:] * y[..., : y.shape[3] - lag]).mean()) for y in (x, x.mT))
+        for lag in range(LAGS + 1)
+    ]
+    return np.array(products) / products[0]
+
+
+def theory_rows(measured: list[float]) -> list[dict[str, Any]]:
+    """Returns the best distance, and how far the others err, by kind of map and width.
+
+    Args:
+        measured: correlation of real maps by distance in cells; beyond them, 0.
+    """
+    known = np.array([*measured, *[0.0] * 8])
+    kinds: dict[str, Correlation] = {
+        "white noise": lambda d: (d == 0).astype(float),
+        "as these maps": lambda d: known[d],
+    }
+    grid, rows = np.arange(0.2, 0.3401, 0.001).tolist(), []
+    for kind, correlation in kinds.items():
+        for num_axes in (1, 2):
+            for width in WIDTHS:
+                given = [*grid, MIDPOINT, GAUSS, BEST, 0.0]
+                *errors, midpoint, gauss, best, one = expected_errors(
+                    width, given, correlation, num_axes
+                )
+                rows.append(
+                    {
+                        "map": kind,
+                        "axes": num_axes,
+                        "width": width,
+                        "best offset": round(grid[int(np.argmin(errors))], 3),
+                        "least ratio": round(min(errors) / midpoint, 3),
+                        "Gauss points": round(gauss / midpoint, 3),
+                        "best points": round(best / midpoint, 3),
+                        "one sample": round(one / midpoint, 3),
+                    }
+                )
     return rows
 
 
@@ -307,7 +333,7 @@ class Costs:
     """Processor time of the mask branch's pooler for each way, forward, on one thread."""
 
     def __init__(self, case: Case) -> None:
-        self._poolers = {name: pooler_of(name, case.mask_pooler) for name in WAYS}
+        self._poolers = {name: WAYS[name](case.mask_pooler) for name in TIMED}
         self._seconds: dict[str, list[float]] = {name: [] for name in self._poolers}
 
     def add(self, maps: list[Tensor], boxes: Any) -> None:
@@ -321,7 +347,7 @@ class Costs:
     def rows(self) -> list[dict[str, Any]]:
         """Returns the median over images; the first warms up."""
         return [
-            {"way": name, "ms": round(1e3 * float(np.median(seconds[1:] or seconds)), 1)}
+            {"way": name, "ms": round(1e3 * float(np.median(seconds[1:] or seconds)))}
             for name, seconds in self._seconds.items()
         ]
 
@@ -330,13 +356,16 @@ def measure(case: Case, num_images: int) -> dict[str, Any]:
     """Returns all rows of a case."""
     rng = np.random.default_rng(0)
     sizes, aspects, offsets, own, costs = Table(), Table(), Table(), Table(), Costs(case)
+    correlations = []
     for image, scene in enumerate(case.scenes("TEST", num_images)):
         maps = case.maps(scene.image)
         by_size(rng, maps, image, [sizes, aspects])
         by_offset(rng, maps[0], image, offsets)
+        correlations.append(correlation_of(maps[0]))
         own_rois(case, maps, scene.objects.gt_boxes, image, own)
         if image < COST_IMAGES:
             costs.add(maps, scene.objects.gt_boxes)
+    correlation = np.mean(correlations, axis=0).round(4).tolist()
     return {
         "images": image + 1,
         "strides": case.strides,
@@ -346,6 +375,9 @@ def measure(case: Case, num_images: int) -> dict[str, Any]:
         "own": own.rows(("head",)),
         "costs": costs.rows(),
         "bin widths": bin_widths(case, num_images),
+        "correlation": correlation,
+        "unread": unread_rows(),
+        "theory": theory_rows(correlation),
     }
 
 
@@ -359,9 +391,8 @@ def main() -> None:
     case = case_of(args)
     results = measure(case, args.images)
     print(tabulate(results["bin widths"], headers="keys", tablefmt="github"))
-    for key in ("own", "sizes"):
+    for key in ("own", "sizes", "theory"):
         print(tabulate(results[key], headers="keys", tablefmt="github"))
-    theory = {"unread": unread_rows(), "theory": theory_rows()}
     write_json(
         {
             **machine("cpu"),
@@ -369,7 +400,6 @@ def main() -> None:
             "name": case.name,
             "cost RoIs": COST_ROIS,
             **results,
-            **theory,
         },
         args.output,
     )

@@ -4,8 +4,8 @@
 Box and mask head get the way's features at test time. Backbone and proposals are computed once, so
 all ways see the same. Differences in AP are free of training noise; they hold how much worse a way
 reads the maps and how far its features are from those the heads have learned from (mismatch).
-Intervals are of the images: paired draws, the same for all ways, at 95% for all ways at once
-(Bonferroni).
+Intervals are of the images, at 95% for all ways at once (Bonferroni): the standard error over draws
+of the images, the same for all ways, times Student's t.
 
 Writes a table, and a JSON file with machine, versions and date. Minutes.
 """
@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from measure import machine, write_json
-from sampling_case import BASELINE, NAMES, Case, add_case_arguments, case_of, interval, pooler_of
+from sampling_case import BASELINE, WAYS, Case, add_case_arguments, case_of
 from tabulate import tabulate
 from tqdm import tqdm
 
 from mask_head_plugin.engine.evaluators import build_evaluator
 from mask_head_plugin.evaluation.bootstrap import image_weights, resampled_ap
+from mask_head_plugin.evaluation.difference import LEVEL, student_t
 from mask_head_plugin.evaluation.matching import Matches
 from mask_head_plugin.modeling.rcnn import rle_postprocess
 
@@ -39,13 +40,10 @@ def predict_all(case: Case, limit: int, folder: Path) -> list[str]:
     """Writes results and matches of each way to its folder in ``folder``; returns the images."""
     model, heads = case.model, case.model.roi_heads
     evaluators, image_ids = {}, []
-    for name in NAMES:
+    for name in WAYS:
         evaluators[name] = build_evaluator(case.cfg, case.cfg.DATASETS.TEST[0], str(folder / name))
         evaluators[name].reset()
-    pairs = {
-        name: (pooler_of(name, case.box_pooler), pooler_of(name, case.mask_pooler))
-        for name in NAMES
-    }
+    pairs = {name: (make(case.box_pooler), make(case.mask_pooler)) for name, make in WAYS.items()}
     for number, inputs in enumerate(tqdm(case.test_loader(), case.name, unit="image")):
         if number == limit:
             break
@@ -75,19 +73,20 @@ def differences(matches: dict[str, Matches], image_ids: list[str]) -> list[dict[
     drawn[0, used] = 1
     drawn[1:, used] = image_weights(len(used), NUM_DRAWS, seed=0)
     values = {name: resampled_ap(x, drawn, METRICS) for name, x in matches.items()}
-    level, rows = 1 - 0.05 / (len(matches) - 1), []
+    tail, rows = (1 - LEVEL) / (len(matches) - 1) / 2, []
+    factor = student_t(1 - tail, len(used) - 1)
     for name, of_way in values.items():
         for metric in METRICS:
             change = of_way[metric] - values[BASELINE][metric]
-            low, high = interval(change[1:], level)
+            reach = factor * float(np.nanstd(change[1:], ddof=1))
             rows.append(
                 {
                     "way": name,
                     "metric": metric,
                     "value": round(float(of_way[metric][0]), 2),
                     "difference": round(float(change[0]), 2),
-                    "low": round(low, 2),
-                    "high": round(high, 2),
+                    "low": round(float(change[0]) - reach, 2),
+                    "high": round(float(change[0]) + reach, 2),
                 }
             )
     return rows
@@ -106,7 +105,7 @@ def main() -> None:
         image_ids = predict_all(case, args.images, folder)
         tasks = {
             task: differences(
-                {name: Matches.load(folder / name / f"matches_{task}.npz") for name in NAMES},
+                {name: Matches.load(folder / name / f"matches_{task}.npz") for name in WAYS},
                 image_ids,
             )
             for task in TASKS
@@ -116,7 +115,13 @@ def main() -> None:
         print(tabulate(rows, headers="keys", tablefmt="github"))
     pooler = case.cfg.MODEL.ROI_MASK_HEAD
     trained = f"{pooler.POOLER_TYPE}, POOLER_SAMPLING_RATIO {pooler.POOLER_SAMPLING_RATIO}"
-    facts = {"name": args.name, "images": len(image_ids), "trained with": trained, **case.facts}
+    facts = {
+        "name": args.name,
+        "images": len(image_ids),
+        "draws": NUM_DRAWS,
+        "trained with": trained,
+        **case.facts,
+    }
     write_json({**machine("cpu"), **facts, **tasks}, args.output)
     print(f"written to {args.output}")
 

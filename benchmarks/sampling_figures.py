@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,32 @@ from mask_head_plugin.pages.plots import COLOURS
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PREFIX = "sampling_"
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES = ("-", "--", ":", "-.")
+TAKEN = ("error", "exchange", "training", "equivariance", "whole")
+"""What the names of results begin with."""
+
+BASELINE = "four samples"
+MISPLACED = ("no half-pixel shift", "edges rounded", "RoIWarp", "RoIPool")
+"""Ways that read in the wrong place; their differences are too large to share an axis."""
+
+NAMES = {
+    "ROIAlign, adaptive": "adaptive",
+    "ROIAlign without the half-pixel shift": "no half-pixel shift",
+    "ROIPool, max": "RoIPool",
+}
+"""Of the ways in whole trainings, by their names in the ablation."""
+
+STYLES: dict[str, tuple[str, str, str]] = {
+    BASELINE: ("#1a1a1a", "o", "-"),
+    "one sample": (COLOURS[1], "s", "--"),
+    "adaptive": (COLOURS[2], "^", ":"),
+    "16 samples": (COLOURS[3], "D", "-."),
+    "Gauss points": (COLOURS[4], "v", "--"),
+    "best points": (COLOURS[0], "P", "-"),
+}
+"""Colour, marker and dashes of a way that is drawn as a curve."""
+
+WIDTH = 5.2
+"""Of a figure, in inches: panels lie one below the other, to be read on a phone."""
 
 Results = dict[str, dict[str, Any]]
 Rows = list[dict[str, Any]]
@@ -39,7 +63,7 @@ def take_results(source: Path, folder: Path) -> None:
     """Copies the results of a folder, packed."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.json")):
-        if path.name.split("_")[0] in ("error", "exchange", "training", "equivariance"):
+        if path.name.split("_")[0] in TAKEN:
             content = json.loads(path.read_text())
             (folder / f"{PREFIX}{path.name}").write_text(packed(content) + "\n")
 
@@ -79,167 +103,201 @@ def where(rows: Rows, **wanted: Any) -> Rows:
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def curve(axes: Any, rows: Rows, x: str, label: str, index: int, y: str = "error") -> None:
-    """Draws rows as a curve with the band of its interval."""
-    colours = (*COLOURS, "#1a1a1a")
-    style = {"color": colours[index % len(colours)], "marker": MARKERS[index], "markersize": 4}
-    style["linestyle"] = DASHES[index % len(DASHES)]
+def panels(heights: Sequence[float]) -> tuple[Figure, list[Any]]:
+    """Returns a figure with panels of these heights, one below the other, and their axes."""
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=list(heights))
+    return figure, list(axes[:, 0])
+
+
+def curve(axes: Any, rows: Rows, x: str, y: str, label: str, band: tuple[str, str] | None) -> None:
+    """Draws rows as a curve, with the band of its interval."""
+    colour, marker, dashes = STYLES[label]
     places = [row[x] for row in rows]
+    style = {"color": colour, "marker": marker, "markersize": 4, "linestyle": dashes}
     axes.plot(places, [row[y] for row in rows], label=label, **style)
-    if rows and "low" in rows[0]:
-        band = [row["low"] for row in rows], [row["high"] for row in rows]
-        axes.fill_between(places, *band, color=style["color"], alpha=0.2, lw=0)
+    if band:
+        low, high = ([row[end] for row in rows] for end in band)
+        axes.fill_between(places, low, high, color=colour, alpha=0.2, lw=0)
 
 
-def panels(count: int, width: float = 3.7, height: float = 3.4) -> tuple[Figure, Any]:
-    """Returns a figure with panels one below the other in pairs, and their axes."""
-    columns = min(count, 2)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
-    return figure, figure.subplots(lines, columns, squeeze=False).flatten()
-
-
-def methods_of(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in rows))
+def cases_of(results: Results, prefix: str) -> list[dict[str, Any]]:
+    """Returns the results whose names begin so, the shapes first."""
+    names = sorted((x for x in results if x.startswith(prefix)), key=lambda x: "shapes" not in x)
+    return [results[name] for name in names]
 
 
 def plot_error(results: Results) -> Figure:
-    """Error against the width of a bin on real maps, and the share of its cells left unread."""
-    found = {name: x for name, x in results.items() if name.startswith("error_")}
-    figure, axes = panels(len(found) + 1)
-    first = next(iter(found.values()))
-    for panel, content in zip(axes, found.values(), strict=False):
+    """Error relative to four samples on real maps, and the share of cells left unread."""
+    found = cases_of(results, "error_")
+    figure, axes = panels([2.6] * (len(found) + 1))
+    for panel, content in zip(axes, found, strict=False):
         rows = where(content["sizes"], level=0)
-        for index, method in enumerate(methods_of(rows)):
-            curve(panel, where(rows, method=method), "width", method, index)
-        panel.set(yscale="log", xlabel="width of a bin, cells", ylabel="error, % of the signal")
-        panel.set_title(f"{content['name']}, stride {content['strides'][0]}", fontsize=10)
-    last = axes[len(found)]
-    for index, method in enumerate(methods_of(first["sizes"])):
-        rows = where(first["unread"], method=method)
-        if rows:
-            curve(last, rows, "width", method, index, "unread")
-    last.set(xlabel="width of a bin, cells", ylabel="cells that no sample reads, %", xlim=(0, 8))
-    last.set_title("cells of a bin left unread", fontsize=10)
-    return finish(figure, axes)
+        for method in STYLES:
+            band = ("ratio low", "ratio high")
+            curve(panel, where(rows, method=method), "width", "ratio", method, band)
+        panel.set(yscale="log", yticks=(0.1, 0.2, 0.5, 1, 2, 5), ylabel="error / four samples'")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
+        title = f"{content['name']}, {content['images']} images, stride {content['strides'][0]}"
+        panel.set_title(title, fontsize=10)
+    for method in STYLES:
+        if rows := where(found[0]["unread"], method=method):
+            curve(axes[-1], rows, "width", "unread", method, None)
+    axes[-1].set(ylabel="unread cells, %", xlim=(0, 8))
+    axes[-1].set_title("cells of a bin that no sample reads", fontsize=10)
+    axes[-1].set_xlabel("width of a bin, cells")
+    return finish(figure, axes, 3)
 
 
 def plot_offsets(results: Results) -> Figure:
     """Error against the distance of the two points from the middle of the bin."""
-    found = {name: x for name, x in results.items() if name.startswith("error_")}
-    figure, axes = panels(len(found))
-    for panel, content in zip(axes, found.values(), strict=True):
-        for index, width in enumerate(sorted({row["width"] for row in content["offsets"]})):
+    found = cases_of(results, "error_")
+    figure, axes = panels([2.5] * len(found))
+    for panel, content in zip(axes, found, strict=True):
+        widths = sorted({row["width"] for row in content["offsets"]})
+        for colour, marker, width in zip(COLOURS, "os^", widths, strict=False):
             rows = where(content["offsets"], width=width)
-            least = min(row["error"] for row in rows)
-            relative = [
-                {
-                    "offset": float(row["method"]),
-                    **{key: row[key] / least for key in ("error", "low", "high")},
-                }
-                for row in rows
-            ]
-            curve(
-                panel,
-                [{k: v for k, v in x.items() if k in ("offset", "error")} for x in relative],
-                "offset",
-                f"bins of {width:g} cells",
-                index,
-            )
-        for place, name in ((0.25, "paper"), (0.2753, "best"), (0.2887, "Gauss")):
+            places = [0.25 if row["method"] == BASELINE else float(row["method"]) for row in rows]
+            label = f"{width:g} cell" + "s" * (width != 1)
+            values = [row["ratio"] for row in rows]
+            panel.plot(places, values, color=colour, marker=marker, markersize=4, label=label)
+        for place, name in ((0.25, "four samples"), (0.2753, "best"), (0.2887, "Gauss")):
             panel.axvline(place, color="#6b6b6b", lw=0.8, ls=":")
-            panel.annotate(
-                name,
-                (place, 1.0),
-                xycoords=("data", "axes fraction"),
-                fontsize=7,
-                rotation=90,
-                va="top",
-                ha="right",
-                color="#6b6b6b",
-            )
-        panel.set(xlabel="distance of the points, bins", ylabel="error / least error")
+            style = {"fontsize": 8, "rotation": 90, "va": "top", "ha": "right", "color": "#6b6b6b"}
+            panel.annotate(name, (place, 1.0), xycoords=("data", "axes fraction"), **style)
+        panel.set(ylabel="error / four samples'")
         panel.set_title(content["name"], fontsize=10)
-    return finish(figure, axes)
+    axes[-1].set_xlabel("distance of the points from the middle, in bins")
+    return finish(figure, axes, 3)
 
 
-def plot_differences(axes: Any, rows: Rows, xlabel: str, title: str, single: bool = False) -> None:
-    """Draws the differences of ways with their intervals."""
-    baseline = rows[0].get("by seed", [])
-    for line, row in enumerate(rows):
-        low, high = (row.get(f"paired {end}", row[end]) for end in ("low", "high"))
-        reach = [[row["difference"] - low], [high - row["difference"]]]
-        axes.errorbar([row["difference"]], [line], xerr=reach, fmt="o", color=COLOURS[0], capsize=3)
-        if single:
-            points = [a - b for a, b in zip(row["by seed"], baseline, strict=True)]
-            axes.plot(points, [line + 0.25] * len(points), "|", color=COLOURS[1])
+def forest(axes: Any, series: dict[str, Rows], ends: tuple[str, str], xlabel: str) -> None:
+    """Draws the differences of ways with their intervals.
+
+    Args:
+        axes: of a panel.
+        series: rows by label, with the same ways; a colour each.
+        ends: the columns of the intervals. Rows with "by seed" also get a tick for each seed.
+        xlabel: of the panel.
+    """
+    ways = [row["way"] for row in next(iter(series.values()))]
+    step = 0.8 / len(series)
+    for k, (label, rows) in enumerate(series.items()):
+        for row in rows:
+            line = ways.index(row["way"]) + step * (k - (len(series) - 1) / 2)
+            value, low, high = (row[key] for key in ("difference", *ends))
+            style = {"fmt": "osD^"[k], "color": COLOURS[k], "capsize": 3, "markersize": 5}
+            is_first = row is rows[0]
+            reach = [[value - low], [high - value]]
+            axes.errorbar([value], [line], xerr=reach, label=label if is_first else None, **style)
+            if seeds := row.get("differences by seed"):
+                axes.plot(
+                    seeds, [line] * len(seeds), "|", color=COLOURS[k], markersize=9, alpha=0.7
+                )
     axes.axvline(0, color="black", lw=1)
-    axes.set_yticks(range(len(rows)), [row["way"] for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
+    axes.set_yticks(range(len(ways)), ways, fontsize=9)
+    axes.set_ylim(len(ways) - 0.5, -0.5)
     axes.set_xlabel(xlabel, fontsize=9)
-    axes.set_title(title, fontsize=10)
+
+
+def split(rows: Rows) -> tuple[Rows, Rows]:
+    """Returns the rows of ways that read in the right place, and of the others."""
+    others = [row for row in rows if row["way"] != BASELINE]
+    return (
+        [row for row in others if row["way"] not in MISPLACED],
+        [row for row in others if row["way"] in MISPLACED],
+    )
+
+
+def plot_whole_models(results: Results) -> Figure:
+    """Mask and box AP of whole trainings."""
+    content = results["whole_models"]
+    series = {}
+    for metric in ("mask AP", "box AP"):
+        rows = where(content["rows"], metric=metric)
+        base = next(row["value"] for row in rows if row["way"] == content["baseline"])
+        changes = []
+        for row in rows:
+            if row["way"] != content["baseline"]:
+                seeds = [x - base for x in row["by seed"]]
+                way = NAMES.get(row["way"], row["way"])
+                changes.append({**row, "way": way, "differences by seed": seeds})
+        series[metric] = sorted(changes, key=lambda row: row["way"] in MISPLACED)
+    figure, axes = panels([3.0])
+    forest(axes[0], series, ("low", "high"), "AP minus that of four samples")
+    return finish(figure, axes, 2)
 
 
 def plot_exchange(results: Results) -> Figure:
     """Mask and box AP of one model with every way to pool."""
-    found = [x for name, x in results.items() if name.startswith("exchange_")]
-    figure, axes = panels(2 * len(found), 3.7, 3.0)
+    found = cases_of(results, "exchange_")
+    figure, axes = panels([3.4, 2.2] * len(found))
     for number, content in enumerate(found):
-        for k, (task, what) in enumerate((("segm", "mask"), ("bbox", "box"))):
-            title = f"{content['name']}, {content['images']} images"
-            rows = where(content[task], metric="AP")
-            plot_differences(axes[2 * number + k], rows, f"{what} AP minus four samples", title)
-    return figure
+        tasks = {"mask AP": "segm", "box AP": "bbox"}
+        parts = {what: split(where(content[task], metric="AP")) for what, task in tasks.items()}
+        for k, panel in enumerate(axes[2 * number : 2 * number + 2]):
+            series = {what: x[k] for what, x in parts.items()}
+            forest(panel, series, ("low", "high"), "AP minus that of four samples")
+            panel.set_title(f"{content['name']}, {content['images']} images", fontsize=10)
+    return finish(figure, axes, 2)
 
 
 def plot_training(results: Results) -> Figure:
     """Mean IoU of heads that were trained on each way's features."""
-    found = [x for name, x in results.items() if name.startswith("training_")]
-    figure, axes = panels(len(found), 3.7, 3.0)
+    found = cases_of(results, "training_")
+    figure, axes = panels([2.9] * len(found) + [2.5])
+    last = {}
     for panel, content in zip(axes, found, strict=False):
         rows = where(content["rows"], statistic="mean IoU")
-        title = f"{content['name']}, {content['bins']} x {content['bins']} bins"
-        plot_differences(panel, rows, "mean IoU (%) minus four samples", title, single=True)
-    for panel in axes[len(found) :]:
-        panel.set_axis_off()
-    return figure
+        base = next(row for row in rows if row["way"] == BASELINE)["by seed"]
+        for row in rows:
+            seeds = [a - b for a, b in zip(row["by seed"], base, strict=True)]
+            row["differences by seed"] = seeds
+        right, last[content["name"]] = split(rows)
+        shown = {content["name"]: [x for x in right if not x["way"].startswith("noise")]}
+        forest(panel, shown, ("paired low", "paired high"), "mean IoU (%) minus four samples")
+        bins, images = content["bins"], content["images"]
+        title = f"{content['name']}, {bins} x {bins} bins, {images} test images"
+        panel.set_title(title, fontsize=10)
+    shared = {name: rows for name, rows in last.items() if rows}
+    forest(axes[-1], shared, ("paired low", "paired high"), "mean IoU (%) minus four samples")
+    axes[-1].set_title("ways that read in the wrong place", fontsize=10)
+    axes[-1].legend(fontsize=8, loc="upper left")
+    return finish(figure, axes, 0)
 
 
 def plot_equivariance(results: Results) -> Figure:
-    """Mask IoU and box movement when maps or images move."""
-    found = [x for name, x in results.items() if name.startswith("equivariance_")]
-    figure, axes = panels(2 * len(found))
-    settings = (
-        ("map", "IoU", "the map moves by, cells"),
-        ("image", "box", "the image moves by, px"),
-    )
-    for number, content in enumerate(found):
-        for k, (moved, measure, xlabel) in enumerate(settings):
-            panel = axes[2 * number + k]
-            rows = where(content["rows"], moved=moved, measure=measure)
-            shown = ("four samples", "adaptive", "PrROIPool", "best points", "no half-pixel shift")
-            for index, way in enumerate((*shown, "RoIWarp", "RoIPool")):
-                curve(panel, where(rows, way=way), "by", way, index, "value")
-            ylabel = "mask IoU with itself, %" if measure == "IoU" else "box edges move, px"
-            panel.set(xlabel=xlabel, ylabel=ylabel)
-            panel.set_title(content["name"], fontsize=10)
-    return finish(figure, axes)
+    """How much masks and boxes move when maps move by half a cell, less those of four samples."""
+    found = cases_of(results, "equivariance_")
+    figure, axes = panels([3.0, 2.0] * 2)
+    for number, (measure, what) in enumerate(
+        (("IoU", "mask IoU with itself (%)"), ("box", "movement of box edges (px)"))
+    ):
+        parts = {
+            content["name"]: split(where(content["rows"], moved="map", by=0.5, measure=measure))
+            for content in found
+        }
+        for k, panel in enumerate(axes[2 * number : 2 * number + 2]):
+            series = {name: x[k] for name, x in parts.items()}
+            ends = "difference low", "difference high"
+            forest(panel, series, ends, f"{what} minus four samples'")
+    return finish(figure, axes, 2)
 
 
-def finish(figure: Figure, axes: Any) -> Figure:
-    """Adds one legend and a grid."""
+def finish(figure: Figure, axes: Any, columns: int) -> Figure:
+    """Adds a grid, and one legend of so many columns if above 0."""
     for panel in axes:
-        if panel.lines:
-            panel.grid(alpha=0.3)
-        else:
-            panel.set_axis_off()
-    lines, labels = axes[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        panel.grid(alpha=0.3)
+    if columns:
+        lines, labels = axes[0].get_legend_handles_labels()
+        place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+        figure.legend(lines, labels, fontsize=9, **place)
     return figure
 
 
 FIGURES: dict[str, tuple[str, Callable[[Results], Figure]]] = {
+    "whole_models": ("whole_", plot_whole_models),
     "error": ("error_", plot_error),
     "offsets": ("error_", plot_offsets),
     "exchange": ("exchange_", plot_exchange),

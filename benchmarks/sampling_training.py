@@ -6,13 +6,18 @@ learns with several seeds; then the masks of validation objects are compared wit
 IoU in the image. Intervals hold images and training, for all ways at once. "paired" ones take
 seed by seed the difference of two heads that started from the same weights and saw the objects in
 the same order, so that what a seed does to both cancels; the others do not. Trainings that are done
-are kept in --work, so an interrupted command goes on where it was.
+are kept in --work, so an interrupted command continues where it was.
+
+Three things say how much such a study can see. "ceiling" is the IoU of the true masks at the
+resolution of the head. "feature error" is how far a way's features are from PrROIPool's, in percent
+of their spread. "noise 20%" and the like are four samples with noise of that share added: what an
+error of such a size costs.
 
 Writes a table, and a JSON file with machine, versions and date. Minutes; large RoIs:
 
-    python benchmarks/sampling_training.py --name "shapes, large" --finest --bins 4 \
+    python benchmarks/sampling_training.py --name "large RoIs" --finest --bins 7 \
         --work output/sampling/large --output output/sampling/training_large.json \
-        INPUT.MIN_SIZE_TEST 192
+        INPUT.MIN_SIZE_TEST 256
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ import torch
 from branch_alone import Objects, Schedule, predict, train_head
 from measure import machine, write_json
 from pycocotools import mask as coco_mask
-from sampling_case import BASELINE, NAMES, Case, add_case_arguments, case_of, pooler_of
+from sampling_case import BASELINE, WAYS, Case, add_case_arguments, case_of, over_images
 from tabulate import tabulate
 from torch import Tensor
 
@@ -39,7 +44,8 @@ from mask_head_plugin.modeling import MultiLevelRoIPooler
 from mask_head_plugin.ops import crop_masks, encode_masks
 
 NUM_DRAWS = 1000
-WAYS = tuple(name for name in NAMES if name not in ("16 samples", "RoIWarp"))
+NOISES = {"noise 10%": 0.1, "noise 20%": 0.2, "noise 40%": 0.4}
+EXACT = "PrROIPool"
 
 
 def pooled_objects(
@@ -53,7 +59,7 @@ def pooled_objects(
         limits: how many images and objects at most.
         num_bins: P.
         finest: whether all RoIs are read from the finest map.
-        ways: to pool.
+        ways: of WAYS and NOISES, BASELINE among them.
 
     Returns:
         ``features`` by way (R, C, P, P); ``targets`` (R, 2P, 2P) bool; ``classes``, ``images``
@@ -61,8 +67,8 @@ def pooled_objects(
     """
     scales = case.mask_pooler.scales[: 1 if finest else None]
     like = MultiLevelRoIPooler(num_bins, scales, 2, "ROIAlignV2")
-    poolers = {way: pooler_of(way, like) for way in ways}
-    features: dict[str, list[Tensor]] = {way: [] for way in ways}
+    poolers = {way: WAYS[way](like) for way in ways if way in WAYS}
+    features: dict[str, list[Tensor]] = {way: [] for way in poolers}
     parts: list[dict[str, Tensor]] = []
     truth: list[Any] = []
     for index, scene in enumerate(case.scenes(split, limits[0])):
@@ -85,6 +91,10 @@ def pooled_objects(
             break
     joined = {key: torch.cat([part[key] for part in parts])[: limits[1]] for key in parts[0]}
     pooled = {way: torch.cat(x)[: limits[1]] for way, x in features.items()}
+    for name in set(ways) & set(NOISES):
+        usual, generator = pooled[BASELINE], torch.Generator().manual_seed(0)
+        noise = torch.randn(usual.shape, generator=generator)
+        pooled[name] = usual + NOISES[name] * usual.std((0, 2, 3), keepdim=True) * noise
     return {**joined, "features": pooled, "truth": truth[: limits[1]]}
 
 
@@ -153,6 +163,35 @@ def statistics(ious: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def feature_errors(features: dict[str, Tensor]) -> dict[str, float]:
+    """Returns how far each way's features are from the exact mean, in percent of its spread."""
+    exact = features[EXACT]
+    spread = exact.std((0, 2, 3), keepdim=True).square().mean()
+    return {
+        way: round(100 * float(((x - exact).square().mean() / spread).sqrt()), 2)
+        for way, x in features.items()
+    }
+
+
+def own_head(case: Case, test: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns what the model's own mask head, which knows four samples, makes of each way."""
+    ious = {}
+    for way, features in test["features"].items():
+        with torch.inference_mode():
+            logits = case.model.roi_heads.mask_head.selected_logits(features, test["classes"])
+        ious[way] = image_iou(logits.sigmoid().clone(), test["boxes"], test["truth"])
+    _, place = np.unique(test["images"], return_inverse=True)
+    counts, rows = np.bincount(place), []
+    for way, own in ious.items():
+        change = np.bincount(place, own - ious[BASELINE])
+        found = over_images(
+            lambda w, change=change: 100 * (w @ change) / (w @ counts), len(counts), len(ious) - 1
+        )
+        row = dict(zip(("difference", "low", "high"), [round(x, 2) for x in found], strict=True))
+        rows.append({"way": way, "value": round(100 * float(own.mean()), 2), **row})
+    return rows
+
+
 def compare(ious: dict[str, np.ndarray], images: np.ndarray) -> list[dict[str, Any]]:
     """Returns a row for each way and statistic, with the interval of its difference."""
     values = {way: statistics(x, images) for way, x in ious.items()}
@@ -187,13 +226,15 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("output/sampling/training_shapes.json"))
     parser.add_argument("--work", type=Path, default=Path("output/sampling/shapes"))
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=NAMES)
+    every = [*WAYS, *NOISES]
+    parser.add_argument("--ways", nargs="+", default=every, choices=every)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--bins", type=int, default=14, help="of a RoI on a side (default 14)")
     parser.add_argument("--finest", action="store_true", help="read all RoIs from the finest map")
     parser.add_argument("--train-images", type=int, default=400)
     parser.add_argument("--objects", type=int, nargs=2, default=[1200, 800], help="at most")
     parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--conv-dims", type=int, nargs="+", default=[16, 16], help="of the heads")
     add_case_arguments(parser)
     args = parser.parse_args()
     if BASELINE not in args.ways:
@@ -206,8 +247,8 @@ def main() -> None:
         for split, limit in zip(("TRAIN", "TEST"), limits, strict=True)
     )
     num_classes = case.cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    schedule = Schedule(args.iterations, 32, 5e-3, (16, 16))
-    digest = settings_digest(case, limits, pooling[:2], args.iterations)
+    schedule = Schedule(args.iterations, 32, 5e-3, args.conv_dims)
+    digest = settings_digest(case, limits, pooling[:2], args.iterations, args.conv_dims)
     start, ious = time.perf_counter(), {way: [] for way in args.ways}
     for seed in args.seeds:
         for way in args.ways:
@@ -219,6 +260,10 @@ def main() -> None:
     rows = compare({way: np.stack(x) for way, x in ious.items()}, test["images"].numpy())
     shown = [{k: v for k, v in row.items() if k != "by seed"} for row in rows]
     print(tabulate(shown, headers="keys", tablefmt="github"))
+    is_usual = args.bins == case.mask_pooler.output_size[0] and not args.finest
+    own = own_head(case, test) if is_usual else []
+    errors = feature_errors(test["features"]) if EXACT in args.ways else {}
+    ceiling = image_iou(test["targets"].float(), test["boxes"], test["truth"])
     facts = {
         "name": args.name,
         "bins": args.bins,
@@ -226,11 +271,15 @@ def main() -> None:
         "seeds": args.seeds,
         "opts": args.opts,
         "iterations": args.iterations,
+        "channels": args.conv_dims,
+        "feature error": errors,
+        "ceiling": round(100 * float(ceiling.mean()), 2),
         "objects": {"train": len(train["classes"]), "test": len(test["classes"])},
         "images": len(test["images"].unique()),
         "seconds": round(time.perf_counter() - start),
     }
-    write_json({**machine("cpu"), **case.facts, **facts, "rows": rows}, args.output)
+    tables = {"own head": own, "rows": rows}
+    write_json({**machine("cpu"), **case.facts, **facts, **tables}, args.output)
     print(f"written to {args.output}")
 
 
