@@ -263,7 +263,7 @@ def plot_training(results: Results) -> Figure:
     shared = {name: rows for name, rows in last.items() if rows}
     forest(axes[-1], shared, ("paired low", "paired high"), "mean IoU (%) minus four samples")
     axes[-1].set_title("ways that read in the wrong place", fontsize=10)
-    axes[-1].legend(fontsize=8, loc="upper left")
+    axes[-1].legend(fontsize=8, loc="center right")
     return finish(figure, axes, 0)
 
 
