@@ -1,4 +1,4 @@
-"""Summarises the results of mask_competition.py, with intervals over training and images.
+"""What the trainings of mask_competition.py say, with intervals over training and images.
 
 Shape alphabet: N seeds, I test objects, S draws.
 """
@@ -14,24 +14,31 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from made_objects import make_objects
+from made_objects import TEST, make_objects
 
 from mask_head_plugin.evaluation.bootstrap import image_weights
 from mask_head_plugin.evaluation.difference import difference_of
 
 FloatArray = npt.NDArray[np.float64]
 Key = tuple[str, int, float, float, int]
-"""Arm, number of classes, confusion, learning rate, iterations."""
+"""Arm, number of classes, confusion, learning rate and iterations."""
+Settings = list[tuple[int, float]]
+"""Numbers of classes, each with a confusion."""
 
 NUM_DRAWS = 1000
 READ_CLASSES = 10
 OWN, SOFTMAX, LARGEST = "own class against background", "softmax at 0.5", "largest"
+ANY = "any class against background"
 OWN_TUNED, SOFTMAX_TUNED = "own class, tuned", "softmax, tuned"
-COMPETING = ("softmax", "softmax, even start", "softmax, learned background")
+BACKGROUNDS = ("softmax, even start", "softmax, learned background")
+COMPETING = ("softmax", *BACKGROUNDS)
+EVERY = ("sigmoid of every class", "sigmoid of every class, even start")
+EMPTY = 0.05
+"""Below this IoU, a mask has missed its object."""
 
 
 class Results:
-    """The training results in a folder.
+    """The trainings of a folder.
 
     Args:
         folder: the ``--output`` of mask_competition.py.
@@ -49,146 +56,207 @@ class Results:
         """Returns (N, I) IoUs in percent."""
         return 100 * np.array([x["ious"][reading] for x in self.trainings[key]])
 
+    def num_objects(self, key: Key) -> int:
+        """Returns I."""
+        return self.ious(key, OWN).shape[1]
+
+    def threshold(self, key: Key, reading: str) -> dict[str, float]:
+        """Returns the mean threshold of a tuned reading; nothing for the others."""
+        found = [x.get("thresholds", {}).get(reading) for x in self.trainings[key]]
+        return {} if None in found else {"threshold": round(statistics.mean(found), 3)}
+
     def has(self, key: Key, reading: str) -> bool:
         found = self.trainings.get(key, [])
         return bool(found) and all(reading in x["ious"] for x in found)
 
 
 def drawn_means(ious: FloatArray) -> FloatArray:
-    """Returns (N, 1 + S) means: first over all objects, then over S resamples of them."""
+    """Returns (N, 1 + S) means: of the objects as they are, and of draws of them."""
     num_objects = ious.shape[1]
     weights = image_weights(num_objects, NUM_DRAWS, seed=0)
     return np.concatenate([ious.mean(1, keepdims=True), ious @ weights.T / num_objects], 1)
 
 
 Row = tuple[dict[str, Any], Key, str, Key, str]
-"""Labels; a training and its reading; the baseline and its reading."""
+"""Labels; a training and how it is read; what it is compared with and how that is read."""
 
 
 def compared(results: Results, rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Returns the differences of a table, with intervals that are valid together."""
+    """Returns the differences of a table; their intervals hold all at once.
+
+    An IoU is 0 or more, so no interval of a difference reaches below minus the baseline.
+    """
     present = [r for r in rows if results.has(r[1], r[2]) and results.has(r[3], r[4])]
     table = []
     for labels, key, reading, base, base_reading in present:
-        ious, base_ious = results.ious(key, reading), results.ious(base, base_reading)
-        variant, baseline = drawn_means(ious), drawn_means(base_ious)
-        value, std = float(variant[:, 0].mean()), float(variant[:, 0].std(ddof=1))
-        base_value = float(baseline[:, 0].mean())
-        if key == base:  # the same training read in two ways, so its seeds are paired
+        variant = drawn_means(results.ious(key, reading))
+        baseline = drawn_means(results.ious(base, base_reading))
+        values, base_value = variant[:, 0], float(baseline[:, 0].mean())
+        if key == base:  # one training read in two ways: its seeds are pairs
             variant, baseline = variant - baseline, np.zeros_like(baseline)
-        found = difference_of("IoU", variant, baseline, ious.shape[1], len(present))
+        found = difference_of("IoU", variant, baseline, results.num_objects(key), len(present))
         table.append(
             {
                 **labels,
                 "arm": key[0],
                 "reading": reading,
-                "seeds": len(ious),
-                "iou": round(value, 2),
-                "std": round(std, 2),
+                "against": f"{base[0]}: {base_reading}",
+                "seeds": [round(float(x), 2) for x in values],
+                "iou": round(float(values.mean()), 2),
                 "baseline": round(base_value, 2),
                 "difference": round(found.difference, 2),
-                "low": round(found.low, 2),
+                "low": round(max(found.low, -base_value), 2),
                 "high": round(found.high, 2),
+                **results.threshold(key, reading),
             }
         )
     return table
 
 
 def summarise(folder: Path, rate: float, short: int, long: int) -> dict[str, Any]:
-    """Returns all tables of the study, without rows for missing trainings."""
+    """Returns all tables of the study; of trainings that are missing, no rows."""
     results = Results(folder)
     settings = sorted({(key[1], key[2]) for key in results.trainings})
+    rates = sorted({key[3] for key in results.trainings})
     return {
         "gap": compared(results, _gap(settings, rate, short)),
-        "arms": compared(results, _arms(settings, results, rate, short)),
+        "arms": [
+            row
+            for setting in settings
+            for row in compared(results, _arms(setting, results, rate, short))
+        ],
         "readings": compared(results, _readings(settings, rate, (short, long))),
         "ends": compared(results, _ends(settings, rate, long)),
-        "causes": compared(results, _causes(settings, rate, short)),
-        "sure": _by_certainty(results, rate, short),
+        "causes": compared(results, _causes(settings, rate, (short, long))),
+        "backgrounds": compared(results, _backgrounds(settings, rate, short)),
+        "rates": compared(results, _rates(settings, rates, short)),
+        "certainty": _by_certainty(results, rate, short),
         "curves": _curves(results, rate, long),
         "gradients": _gradients(results, rate, short),
         "seconds": round(sum(x["seconds"] for of in results.trainings.values() for x in of)),
     }
 
 
-def _gap(settings: list[tuple[int, float]], rate: float, short: int) -> Iterable[Row]:
+def _gap(settings: Settings, rate: float, short: int) -> Iterable[Row]:
+    """Yields the softmax against the sigmoid, with each number of classes."""
     for num_classes, confusion in settings:
         setting = (num_classes, confusion, rate, short)
-        for reading in (SOFTMAX, OWN, SOFTMAX_TUNED):
-            labels = {"classes": num_classes, "confusion": confusion}
-            yield labels, ("softmax", *setting), reading, ("sigmoid", *setting), OWN
-
-
-def _arms(
-    settings: list[tuple[int, float]], results: Results, rate: float, short: int
-) -> Iterable[Row]:
-    for num_classes, confusion in settings:
-        setting = (num_classes, confusion, rate, short)
-        others = [key[0] for key in results.trainings if key[1:] == setting and key[0] != "sigmoid"]
-        if len(others) < 2:
-            continue
-        for arm in others:
-            trained = SOFTMAX if arm in COMPETING else OWN
-            tuned = SOFTMAX_TUNED if arm in COMPETING else OWN_TUNED
-            for reading, base_reading in ((trained, OWN), (tuned, OWN_TUNED)):
-                labels = {"classes": num_classes, "confusion": confusion}
-                yield labels, (arm, *setting), reading, ("sigmoid", *setting), base_reading
-
-
-def _readings(
-    settings: list[tuple[int, float]], rate: float, lengths: tuple[int, int]
-) -> Iterable[Row]:
-    """Yields rows that compare each reading with the one that the model was trained for."""
-    trained = {"sigmoid": OWN, "softmax": SOFTMAX}
-    for length, (num_classes, confusion) in itertools.product(lengths, settings):
-        for arm, usual in trained.items():
-            key = (arm, num_classes, confusion, rate, length)
-            for reading in (OWN, OWN_TUNED, SOFTMAX, LARGEST, SOFTMAX_TUNED):
-                if reading != usual and num_classes == READ_CLASSES:
-                    labels = {"confusion": confusion, "iterations": length}
-                    yield labels, key, reading, key, usual
-
-
-def _ends(settings: list[tuple[int, float]], rate: float, long: int) -> Iterable[Row]:
-    """Yields rows for the gap that remains after the long schedule."""
-    for num_classes, confusion in settings:
-        setting = (num_classes, confusion, rate, long)
-        for reading, base_reading in ((SOFTMAX, OWN), (SOFTMAX_TUNED, OWN_TUNED)):
+        pairs = ((SOFTMAX, OWN), (OWN, OWN), (SOFTMAX_TUNED, OWN_TUNED))
+        for reading, base_reading in pairs if confusion == 0 else ():
             labels = {"classes": num_classes, "confusion": confusion}
             yield labels, ("softmax", *setting), reading, ("sigmoid", *setting), base_reading
 
 
-def _causes(settings: list[tuple[int, float]], rate: float, short: int) -> Iterable[Row]:
-    """Yields rows that compare the softmax with sigmoids that classify but do not compete."""
+def _arms(setting: tuple[int, float], results: Results, rate: float, short: int) -> Iterable[Row]:
+    """Yields each way to train against the sigmoid, as trained and with tuned thresholds."""
+    others = [
+        key[0]
+        for key in results.trainings
+        if key[1:] == (*setting, rate, short) and key[0] != "sigmoid"
+    ]
+    for arm in others if len(others) > 1 else ():
+        trained = SOFTMAX if arm in COMPETING else OWN
+        tuned = SOFTMAX_TUNED if arm in COMPETING else OWN_TUNED
+        labels = {"classes": setting[0], "confusion": setting[1]}
+        key, base = (arm, *setting, rate, short), ("sigmoid", *setting, rate, short)
+        yield labels, key, trained, base, OWN
+        yield labels, key, tuned, base, OWN_TUNED
+
+
+def _readings(settings: Settings, rate: float, lengths: tuple[int, int]) -> Iterable[Row]:
+    """Yields how far each reading is from the one that a model was trained for."""
+    others = {"sigmoid": (SOFTMAX, OWN_TUNED), "softmax": (OWN, ANY, LARGEST, SOFTMAX_TUNED)}
+    trained = {"sigmoid": OWN, "softmax": SOFTMAX}
+    for length, (num_classes, confusion) in itertools.product(lengths, settings):
+        for arm, readings in others.items() if num_classes == READ_CLASSES else ():
+            key = (arm, num_classes, confusion, rate, length)
+            for reading in readings:
+                labels = {"confusion": confusion, "iterations": length}
+                yield labels, key, reading, key, trained[arm]
+
+
+def _ends(settings: Settings, rate: float, long: int) -> Iterable[Row]:
+    """Yields what is left of the gap after the long schedule, with every number of classes."""
     for num_classes, confusion in settings:
+        setting = (num_classes, confusion, rate, long)
+        labels = {"classes": num_classes, "confusion": confusion}
+        sigmoid, softmax = ("sigmoid", *setting), ("softmax", *setting)
+        yield labels, softmax, SOFTMAX, sigmoid, OWN
+        yield labels, softmax, SOFTMAX_TUNED, sigmoid, OWN_TUNED
+        yield labels, (EVERY[0], *setting), OWN, sigmoid, OWN
+        yield labels, (EVERY[0], *setting), OWN_TUNED, sigmoid, OWN_TUNED
+        yield labels, sigmoid, SOFTMAX, softmax, SOFTMAX
+        yield labels, sigmoid, SOFTMAX_TUNED, softmax, SOFTMAX_TUNED
+
+
+def _causes(settings: Settings, rate: float, lengths: tuple[int, int]) -> Iterable[Row]:
+    """Yields the softmax against sigmoids that classify as well, without competition."""
+    for length, (num_classes, confusion), arm in itertools.product(lengths, settings, EVERY):
+        setting = (num_classes, confusion, rate, length)
+        for reading, base_reading in ((SOFTMAX, OWN), (OWN, OWN), (SOFTMAX_TUNED, OWN_TUNED)):
+            labels = {"classes": num_classes, "confusion": confusion, "iterations": length}
+            yield labels, ("softmax", *setting), reading, (arm, *setting), base_reading
+
+
+def _backgrounds(settings: Settings, rate: float, short: int) -> Iterable[Row]:
+    """Yields a softmax with another background against the one with logit 0."""
+    for (num_classes, confusion), arm in itertools.product(settings, BACKGROUNDS):
         setting = (num_classes, confusion, rate, short)
-        base = ("sigmoid of every class", *setting)
-        for reading, base_reading in ((OWN, OWN), (SOFTMAX_TUNED, OWN_TUNED)):
+        for reading in (SOFTMAX, SOFTMAX_TUNED):
             labels = {"classes": num_classes, "confusion": confusion}
-            yield labels, ("softmax", *setting), reading, base, base_reading
+            yield labels, (arm, *setting), reading, ("softmax", *setting), reading
+
+
+def _rates(settings: Settings, rates: list[float], short: int) -> Iterable[Row]:
+    """Yields two ways to train against the sigmoid, with each learning rate."""
+    for (num_classes, confusion), rate in itertools.product(settings, rates):
+        setting = (num_classes, confusion, rate, short)
+        base = ("sigmoid", *setting)
+        wanted = num_classes == READ_CLASSES and confusion == 0 and len(rates) > 1
+        for arm in ("softmax", EVERY[0]) if wanted else ():
+            trained = SOFTMAX if arm in COMPETING else OWN
+            tuned = SOFTMAX_TUNED if arm in COMPETING else OWN_TUNED
+            yield {"rate": rate}, (arm, *setting), trained, base, OWN
+            yield {"rate": rate}, (arm, *setting), tuned, base, OWN_TUNED
 
 
 def _by_certainty(results: Results, rate: float, short: int) -> list[dict[str, Any]]:
-    """Returns the mean IoU of objects that the best classifier gets right, and of the others."""
+    """Returns the results of objects of which the best classifier is sure, and of the others.
+
+    It is sure of an object if it gives the true class more than one half. ``missed`` is the share
+    of objects with an IoU below EMPTY.
+    """
     table = []
-    for arm, num_classes, confusion, of_rate, iterations in results.trainings:
-        key = (arm, num_classes, confusion, of_rate, iterations)
+    for key in results.trainings:
+        arm, num_classes, confusion, of_rate, iterations = key
         if not confusion or of_rate != rate or iterations != short:
             continue
-        test = make_objects(3, results.ious(key, OWN).shape[1], num_classes, confusion)
-        is_sure = test.nearest == test.classes
-        for reading in (OWN, SOFTMAX, SOFTMAX_TUNED):
-            ious = results.ious(key, reading)
-            row = {"arm": arm, "classes": num_classes, "reading": reading}
-            row |= {"sure": round(float(ious[:, is_sure].mean()), 2)}
-            table.append({**row, "unsure": round(float(ious[:, ~is_sure].mean()), 2)})
+        test = make_objects(TEST, results.num_objects(key), num_classes, confusion)
+        reading = SOFTMAX if arm in COMPETING else OWN
+        ious = results.ious(key, reading)
+        for name, chosen in (("sure", test.posterior > 0.5), ("unsure", test.posterior <= 0.5)):
+            row = {"arm": arm, "classes": num_classes, "reading": reading, "objects": name}
+            row["share"] = round(float(100 * chosen.mean()), 1)
+            missed = 100.0 * (ious[:, chosen] < 100 * EMPTY)
+            table.append({**row, **mean_of(ious[:, chosen]), **mean_of(missed, "missed")})
     return table
+
+
+def mean_of(values: FloatArray, name: str = "iou") -> dict[str, float]:
+    """Returns the mean of (N, I) values and its 95% interval over training and objects."""
+    drawn = drawn_means(values)
+    found = difference_of(name, drawn, np.zeros_like(drawn), values.shape[1])
+    return {
+        name: round(found.difference, 2),
+        f"{name} low": round(max(found.low, 0.0), 2),
+        f"{name} high": round(found.high, 2),
+    }
 
 
 def _curves(results: Results, rate: float, long: int) -> list[dict[str, Any]]:
     table = []
     for key, found in results.trainings.items():
-        if key[3:] != (rate, long):
+        if key[3:] != (rate, long) or key[1] != READ_CLASSES:
             continue
         for number, point in enumerate(found[0]["curve"]):
             for reading in (OWN, SOFTMAX):
@@ -200,15 +268,17 @@ def _curves(results: Results, rate: float, long: int) -> list[dict[str, Any]]:
 
 
 def _gradients(results: Results, rate: float, short: int) -> list[dict[str, Any]]:
+    """Returns means over seeds and their standard deviations."""
     table = []
     for key, found in results.trainings.items():
-        if key[1:] != (10, 0.0, rate, short):
+        if key[1:] != (READ_CLASSES, 0.0, rate, short):
             continue
         for number, point in enumerate(found[0]["curve"]):
             row: dict[str, Any] = {"arm": key[0], "iteration": point["iteration"]}
             for part in point["gradients"]:
                 values = [x["curve"][number]["gradients"][part] for x in found]
                 row[part] = round(statistics.mean(values), 4)
+                row[f"{part}, std"] = round(float(np.std(values, ddof=1)), 4)
             table.append(row)
     return table
 

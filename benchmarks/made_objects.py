@@ -1,11 +1,11 @@
-"""Draws synthetic objects whose class can be recognised only by their colour.
+"""Made objects of any number of classes, of which only the colour tells the class.
 
-An image shows one object in its tight box, as RoIAlign would cut it out: an outline made of random
-waves, a textured background, and in every second image another object over a corner. All classes
-have the same distribution of outlines, so the class does not help to predict the mask. Each class
-has a colour, and the colours are as far apart as the colour cube allows. ``confusion`` adds noise
-to the colour of each object, in units of the smallest distance between two classes, and so limits
-the accuracy of any classifier.
+An image is one object in its tight box, as RoIAlign would cut it out: an outline of random waves,
+a textured background, and in every other image a second object over a corner. All classes share
+the distribution of outlines, so the class says nothing about the mask. Each class has a colour;
+the colours are as far apart as the colour cube allows. ``confusion`` adds noise to the colour of
+each object, in units of the smallest distance between two classes, and thus sets how well any
+classifier can do.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
+TRAINING, TUNING, TEST = 1, 2, 3
+"""Seeds of the objects of a study; the seeds of its trainings vary weights and order alone."""
 SIDE = 28
-"""Side of an image in pixels, equal to that of the mask branch's output."""
+"""Pixels of an image, the side of the mask branch's output."""
 WAVES = np.arange(1, 6)
 CONTRAST = 0.3
-"""Smallest distance between the colours of object and background, on a scale of [0, 1]."""
+"""Least distance between the colours of an object and of its background, in [0, 1] units."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,18 @@ class MadeObjects:
         images: (N, 3, SIDE, SIDE) float32, about in [-1, 1].
         masks: (N, SIDE, SIDE) bool.
         classes: (N,) int64 in [0, K).
-                nearest: (N,) int64, the class whose colour is nearest to the object's, as the best
-            possible classifier would say.
+        posterior: (N,) float64, the probability of the true class that the best classifier, which
+            sees the object's colour, would give.
     """
 
     images: npt.NDArray[np.float32]
     masks: npt.NDArray[np.bool_]
     classes: npt.NDArray[np.int64]
-    nearest: npt.NDArray[np.int64]
+    posterior: FloatArray
 
 
 def class_colours(num_classes: int) -> FloatArray:
-    """Returns (K, 3) colours in [0, 1], each as far as possible from the previous ones."""
+    """Returns (K, 3) colours in [0, 1], each as far as possible from those before it."""
     steps = np.linspace(0, 1, 9)
     grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
     chosen = [0]
@@ -55,16 +57,16 @@ def class_colours(num_classes: int) -> FloatArray:
 
 
 def smallest_distance(colours: FloatArray) -> float:
-    """Returns the distance between the two nearest colours, or 1 if there is only one."""
+    """Returns the distance of the two nearest colours; 1 for a single one."""
     apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
     return float(apart[~np.eye(len(colours), dtype=bool)].min(initial=1.0))
 
 
 def make_objects(seed: int, num_objects: int, num_classes: int, confusion: float) -> MadeObjects:
-    """Returns the objects for a seed.
+    """Returns the objects of a seed.
 
     Args:
-        seed: seed of all random numbers. Outlines, backgrounds and textures depend only on it.
+        seed: of all random numbers. Outlines, backgrounds and textures depend on it alone.
         num_objects: N.
         num_classes: K, from 1 to 729.
         confusion: standard deviation of the noise of an object's colour along each axis, in units
@@ -76,7 +78,8 @@ def make_objects(seed: int, num_objects: int, num_classes: int, confusion: float
     others &= (np.arange(num_objects) % 2 == 0)[:, None, None]
     colours = class_colours(num_classes)
     classes, of_others = dice.integers(num_classes, size=(2, num_objects))
-    noise = dice.normal(0, confusion * smallest_distance(colours), (2, num_objects, 3))
+    spread = confusion * smallest_distance(colours)
+    noise = dice.normal(0, spread, (2, num_objects, 3))
     colour, of_other = colours[classes] + noise[0], colours[of_others] + noise[1]
     ground = paints.uniform(0, 1, (num_objects, 3))
     ground = np.where(_near(ground, colour), 1 - np.round(ground), ground)
@@ -84,8 +87,26 @@ def make_objects(seed: int, num_objects: int, num_classes: int, confusion: float
     images = np.where(masks[:, None], colour[:, :, None, None], ground[:, :, None, None])
     images = np.where(others[:, None], of_other[:, :, None, None], images)
     images += paints.normal(0, 0.08, images.shape)
-    nearest = np.linalg.norm(colour[:, None] - colours[None], axis=-1).argmin(1)
-    return MadeObjects((2 * images - 1).astype(np.float32), masks & ~others, classes, nearest)
+    posterior = true_class_probability(colour, classes, colours, spread)
+    return MadeObjects((2 * images - 1).astype(np.float32), masks & ~others, classes, posterior)
+
+
+def true_class_probability(
+    colour: FloatArray, classes: npt.NDArray[np.int64], colours: FloatArray, spread: float
+) -> FloatArray:
+    """Returns (N,) probabilities of the true classes, given (N, 3) colours and their noise.
+
+    Args:
+        colour: of each object.
+        classes: (N,), the true ones.
+        colours: (K, 3), those of the classes.
+        spread: standard deviation of the noise along each axis; 0 for none.
+    """
+    if spread == 0:
+        return np.ones(len(classes))
+    squared = ((colour[:, None] - colours) ** 2).sum(-1)
+    likelihood = np.exp((squared.min(1, keepdims=True) - squared) / (2 * spread**2))
+    return np.asarray(likelihood[np.arange(len(classes)), classes] / likelihood.sum(1))
 
 
 def _near(ground: FloatArray, colour: FloatArray) -> npt.NDArray[np.bool_]:

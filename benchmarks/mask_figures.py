@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from competition_summary import OWN, SOFTMAX, SOFTMAX_TUNED
+from competition_summary import BACKGROUNDS, EVERY, OWN, SOFTMAX, SOFTMAX_TUNED
 from matplotlib.figure import Figure
 
 from mask_head_plugin.pages.plots import COLOURS
@@ -16,17 +16,28 @@ from mask_head_plugin.pages.plots import COLOURS
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "docs/results", ROOT / "docs"
 WIDTH = 7.4
-CONFUSIONS = {0.0: "colours tell the class", 0.5: "colours confuse the classes"}
+CONFUSIONS = {0.0: "colours identify the class", 0.5: "colours overlap"}
 CERTAIN = 0.0
 READINGS = {
-    SOFTMAX: (COLOURS[1], "s", "as trained: a pixel is the object's from 0.5 on"),
-    OWN: (COLOURS[0], "o", "own class against background"),
-    SOFTMAX_TUNED: (COLOURS[2], "^", "softmax, threshold tuned on other objects"),
+    SOFTMAX: (COLOURS[1], "s", "as trained: threshold 0.5"),
+    OWN: (COLOURS[0], "o", "own class against background, for both"),
+    SOFTMAX_TUNED: (COLOURS[2], "^", "threshold tuned on other objects, for both"),
 }
-ARM_STYLES = {
-    "sigmoid": (COLOURS[0], "-"),
-    "softmax": (COLOURS[1], "--"),
-}
+CURVES = (
+    ("sigmoid", OWN, COLOURS[0], "-", "sigmoid"),
+    ("sigmoid", SOFTMAX, COLOURS[0], ":", "sigmoid, read as a softmax"),
+    (EVERY[0], OWN, COLOURS[2], "-.", "sigmoid of every class"),
+    ("softmax", SOFTMAX, COLOURS[1], "--", "softmax"),
+)
+ORDER = ("softmax", EVERY[0], BACKGROUNDS[0], EVERY[1], BACKGROUNDS[1], "class-agnostic")
+SCHEDULES = (2600, 8000)
+"""Iterations of the whole models."""
+GAPS = (
+    "as trained",
+    "both: own class\nagainst background",
+    "softmax: any class\nagainst background",
+    "both: own class\nfrom 0.3 on",
+)
 
 Rows = list[dict[str, Any]]
 
@@ -61,9 +72,9 @@ def _reach(rows: Rows) -> list[list[float]]:
 
 def draw_arms(rows: Rows) -> Figure:
     """The difference to the sigmoid of each way to train, as trained and with a tuned threshold."""
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    arms = [arm for arm in ORDER if arm in {row["arm"] for row in rows}]
     figure = Figure(figsize=(WIDTH, 1.5 + 0.5 * len(arms)), layout="constrained")
-    panels = figure.subplots(1, len(CONFUSIONS), sharey=True)
+    panels = figure.subplots(1, len(CONFUSIONS), sharex=True, sharey=True)
     for axes, (confusion, title) in zip(panels, CONFUSIONS.items(), strict=True):
         for is_tuned in (False, True):
             found = [
@@ -93,13 +104,10 @@ def draw_curves(rows: Rows) -> Figure:
     """Learning curves to the end, with the standard deviation over seeds."""
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
-    for arm, reading in (("sigmoid", OWN), ("softmax", OWN), ("softmax", SOFTMAX)):
+    for arm, reading, colour, line, label in CURVES:
         found = [row for row in rows if (row["arm"], row["reading"]) == (arm, reading)]
         x = [row["iteration"] for row in found]
         y = [row["iou"] for row in found]
-        colour, line = ARM_STYLES[arm]
-        line = ":" if arm == "softmax" and reading == OWN else line
-        label = arm if arm == "sigmoid" else f"softmax, read as {_short(reading)}"
         axes.plot(x, y, color=colour, linestyle=line, marker="o", markersize=3, label=label)
         low, high = ([row["iou"] + sign * row["std"] for row in found] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
@@ -111,8 +119,42 @@ def draw_curves(rows: Rows) -> Figure:
     return figure
 
 
-def _short(reading: str) -> str:
-    return "trained" if reading == SOFTMAX else "own class against background"
+def draw_whole(trained: Rows, readouts: dict[int, Rows]) -> Figure:
+    """Whole models: AP during training, each seed a line; and the gap by reading and schedule.
+
+    Args:
+        trained: "curve" of whole_models.py, of the longest schedule.
+        readouts: "gaps" of mask_readouts.py by number of iterations.
+    """
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for arm, colour, line in (("sigmoid", COLOURS[0], "-"), ("softmax", COLOURS[1], "--")):
+        found = [row for row in trained if row["way"] == arm]
+        for number, row in enumerate(found):
+            label = arm if number == 0 else None
+            style: dict[str, Any] = {"color": colour, "linestyle": line, "label": label}
+            left.plot(row["iterations"], row["segm/AP"], marker="o", markersize=3, **style)
+    left.set(xlabel="iterations", ylabel="mask AP", title="each of five seeds")
+    left.legend(loc="lower right", frameon=False)
+    for number, (iterations, rows) in enumerate(readouts.items()):
+        y = [place + 0.15 * (2 * number - 1) for place in range(len(rows))]
+        x = [row["difference"] for row in rows]
+        reach = [
+            [row["difference"] - row["interval"][0] for row in rows],
+            [row["interval"][1] - row["difference"] for row in rows],
+        ]
+        style = {"color": COLOURS[2 + number], "fmt": "s^"[number], "capsize": 3, "markersize": 5}
+        right.errorbar(x, y, xerr=reach, label=f"{iterations} iterations", **style)
+    right.axvline(0, color="black", linewidth=1)
+    right.set_yticks(range(len(GAPS)), GAPS)
+    right.invert_yaxis()
+    right.set(xlabel="mask AP, softmax minus sigmoid", title="by the rule that reads the logits")
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside lower right", frameon=False, ncols=2
+    )
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure
 
 
 def main() -> None:
@@ -120,11 +162,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--output", type=Path, default=DOCS, help="folder for the PNGs")
     args = parser.parse_args()
-    found = json.loads((args.results / "mask_competition.json").read_text())
+    found = {path.stem: json.loads(path.read_text()) for path in args.results.glob("mask_*.json")}
+    study = found["mask_competition"]
+    readouts = {
+        iterations: found[f"mask_readouts_{iterations}"]["boxes found"]["gaps"]
+        for iterations in SCHEDULES
+    }
     pictures = {
-        "mask_competition_gap": draw_gap(found["gap"]),
-        "mask_competition_arms": draw_arms(found["arms"]),
-        "mask_competition_curves": draw_curves(found["curves"]),
+        "mask_competition_gap": draw_gap(study["gap"]),
+        "mask_competition_arms": draw_arms(study["arms"]),
+        "mask_competition_curves": draw_curves(study["curves"]),
+        "mask_whole_models": draw_whole(
+            found[f"mask_whole_models_{SCHEDULES[-1]}"]["curves"], readouts
+        ),
     }
     for name, figure in pictures.items():
         figure.savefig(args.output / f"{name}.png", dpi=120)

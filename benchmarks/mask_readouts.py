@@ -13,16 +13,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
+from every_class import own_class
 from measure import machine, write_json
 from tabulate import tabulate
 from torch import Tensor
@@ -33,7 +35,7 @@ from mask_head_plugin.checkpoint import MaskHeadCheckpointer
 from mask_head_plugin.config import load_config
 from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.evaluators import build_evaluator
-from mask_head_plugin.evaluation.bootstrap import compare_all, image_weights, resampled_ap
+from mask_head_plugin.evaluation.bootstrap import image_weights, resampled_ap
 from mask_head_plugin.evaluation.difference import difference_of
 from mask_head_plugin.evaluation.matching import Matches
 from mask_head_plugin.modeling.class_selection import of_class
@@ -42,22 +44,22 @@ from mask_head_plugin.modeling.rcnn import rle_postprocess
 
 TRAINED = {"sigmoid": "own class against background", "softmax": "softmax at 0.5"}
 """Variants, and the readings that they are trained for."""
-BASELINE = f"sigmoid: {TRAINED['sigmoid']}"
-THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4)
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4)
 METRICS = ("AP", "AP50", "AP75")
 
 Reading = Callable[[Tensor, Tensor], Tensor]
-
-
-def own_class(class_logits: Tensor, classes: Tensor) -> Tensor:
-    """Returns ``p_k / (p_k + p_background)``: the sigmoid of the class's logit."""
-    return of_class(class_logits, classes).sigmoid()
+Drawn = npt.NDArray[np.float64]
 
 
 def largest(class_logits: Tensor, classes: Tensor) -> Tensor:
     """Returns a number above one half where the class beats all others and the background."""
     logits = class_logits.scatter(1, classes[:, None, None, None].expand_as(class_logits[:, :1]), 0)
     return (of_class(class_logits, classes) - logits.amax(1).clamp(min=0)).sigmoid()
+
+
+def any_class(class_logits: Tensor, _: Tensor) -> Tensor:
+    """Returns the softmax's probability that a pixel is of any class, not of the background."""
+    return class_logits.logsumexp(1).sigmoid()
 
 
 def at_threshold(threshold: float, reading: Reading) -> Reading:
@@ -75,29 +77,48 @@ READINGS: dict[str, Reading] = {
     "own class against background": own_class,
     "softmax at 0.5": softmax_probs,
     "largest": largest,
+    "any class against background": any_class,
     **{f"softmax at {t}": at_threshold(t, softmax_probs) for t in THRESHOLDS},
     **{f"own class at {t}": at_threshold(t, own_class) for t in THRESHOLDS},
 }
 
-COMPARED = ("own class against background", "softmax at 0.5", "largest", "softmax at 0.2")
-"""Readings whose change gets an interval: those that the page shows, so that few share a table."""
+READINGS_OF = {
+    "sigmoid": [name for name in READINGS if name == "softmax at 0.5" or name.startswith("own")],
+    "softmax": list(READINGS),
+}
+"""Readings that are tried on each variant: a sigmoid's other classes mean nothing."""
+OWN, ANY = "own class against background", "any class against background"
+TUNED = "own class at 0.3"
+CHANGES = {
+    "softmax": (OWN, ANY, "largest", "softmax at 0.2", TUNED),
+    "sigmoid": ("softmax at 0.5", TUNED),
+}
+"""Readings whose change gets an interval. Fewer rows in a table make for shorter intervals."""
+GAPS = (("softmax at 0.5", OWN), (OWN, OWN), (ANY, OWN), (TUNED, TUNED))
+"""Readings of softmax and sigmoid between which the gap gets an interval."""
 
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, cfg: CfgNode, in_true_boxes: bool, num_images: int | None
+    model: torch.nn.Module,
+    cfg: CfgNode,
+    readings: Sequence[str],
+    in_true_boxes: bool,
+    num_images: int | None,
 ) -> dict[str, Matches]:
-    """Returns who found what with each reading, of the images of the first test set."""
+    """Returns the matches of each reading on the images of the first test set."""
     dataset = cfg.DATASETS.TEST[0]
     truth = {x["image_id"]: x for x in DatasetCatalog.get(dataset)}
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / str(number) for number, name in enumerate(READINGS)}
-        evaluators = {name: build_evaluator(cfg, dataset, str(paths[name])) for name in READINGS}
+        paths = {name: Path(folder) / str(number) for number, name in enumerate(readings)}
+        evaluators = {name: build_evaluator(cfg, dataset, str(paths[name])) for name in readings}
         for evaluator in evaluators.values():
             evaluator.reset()
         for inputs in itertools.islice(Trainer.build_test_loader(cfg, dataset), num_images):
             given = [true_instances(truth[x["image_id"]], x) for x in inputs]
-            for name, outputs in read_all(model, inputs, given if in_true_boxes else None):
+            for name, outputs in read_all(
+                model, inputs, readings, given if in_true_boxes else None
+            ):
                 evaluators[name].process(inputs, outputs)
         for evaluator in evaluators.values():
             evaluator.evaluate()
@@ -105,7 +126,10 @@ def evaluate(
 
 
 def read_all(
-    model: Any, inputs: list[dict[str, Any]], given: list[Instances] | None
+    model: Any,
+    inputs: list[dict[str, Any]],
+    readings: Sequence[str],
+    given: list[Instances] | None,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yields the model's outputs by each reading, in its own boxes or in given ones."""
     head = model.roi_heads.mask_head
@@ -114,8 +138,8 @@ def read_all(
     if given is None:
         proposals, _ = model.proposal_generator(images, features, None)
         given, _ = model.roi_heads(images, features, proposals, None)
-    for name, reading in READINGS.items():
-        head.losses = [SimpleNamespace(activation=reading)]
+    for name in readings:
+        head.losses = [SimpleNamespace(activation=READINGS[name])]
         found = model.roi_heads.forward_with_given_boxes(
             features, [Instances(x.image_size, **x.get_fields()) for x in given]
         )
@@ -156,54 +180,76 @@ def measure(study: Study, num_images: int | None, num_draws: int) -> dict[str, A
         model, cfg = load_model(trial.folder)
         for part, found in parts.items():
             in_true_boxes = part == "true boxes"
-            matches = evaluate(model, cfg, in_true_boxes, num_images)
+            readings = READINGS_OF[trial.variant]
+            matches = evaluate(model, cfg, readings, in_true_boxes, num_images)
             for name, of_reading in matches.items():
                 found.setdefault(f"{trial.variant}: {name}", []).append(of_reading)
-    tables = {part: rows(found, num_draws) for part, found in parts.items()}
-    return tables | {f"readings, {part}": paired(found, num_draws) for part, found in parts.items()}
+    return {
+        part: {
+            "readings": [describe(name, of_seeds) for name, of_seeds in found.items()],
+            "changes": changes(found, num_draws),
+            "gaps": gaps(found, num_draws),
+        }
+        for part, found in parts.items()
+    }
 
 
-def paired(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, Any]]:
+def drawn_aps(
+    found: dict[str, list[Matches]], pairs: Sequence[tuple[str, str]], num_draws: int
+) -> dict[str, Drawn]:
+    """Returns the (N, 1 + S) APs of the rows that occur in pairs: of all images, and of draws."""
+    num_images = len(next(iter(found.values()))[0].image_ids)
+    draws = image_weights(num_images, num_draws, seed=0)
+    weights = np.concatenate([np.ones((1, num_images), draws.dtype), draws])
+    return {
+        name: np.stack([resampled_ap(x, weights, ("AP",))["AP"] for x in found[name]])
+        for name in dict.fromkeys(itertools.chain(*pairs))
+        if name in found
+    }
+
+
+def interval(
+    name: str, variant: Drawn, baseline: Drawn, found: dict[str, list[Matches]], num_rows: int
+) -> dict[str, Any]:
+    """Returns a difference with its interval; those of a table's ``num_rows`` rows hold at once."""
+    num_images = len(next(iter(found.values()))[0].image_ids)
+    result = difference_of("AP", variant, baseline, num_images, num_rows)
+    return {
+        "row": name,
+        "seeds": len(variant),
+        "difference": round(result.difference, 2),
+        "interval": [round(result.low, 2), round(result.high, 2)],
+    }
+
+
+def describe(name: str, of_seeds: list[Matches]) -> dict[str, Any]:
+    """Returns the AP of a row, of each seed and their mean, in percent."""
+    weights = np.ones((1, len(of_seeds[0].image_ids)), np.int64)
+    found = [resampled_ap(matches, weights, METRICS) for matches in of_seeds]
+    means = {metric: round(float(np.mean([x[metric] for x in found])), 2) for metric in METRICS}
+    return {"row": name, **means, "seeds": [round(float(x["AP"][0]), 2) for x in found]}
+
+
+def changes(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, Any]]:
     """Returns how far each reading of the same models is from the one they were trained for.
 
     Seeds are pairs here: training moves a difference only as far as it moves both unequally.
     """
-    first = next(iter(found.values()))[0]
-    num_images = len(first.image_ids)
-    draws = image_weights(num_images, num_draws, seed=0)
-    weights = np.concatenate([np.ones((1, num_images), draws.dtype), draws])
-    aps = {
-        name: np.stack([resampled_ap(matches, weights, ("AP",))["AP"] for matches in of_seeds])
-        for name, of_seeds in found.items()
-    }
-    pairs = [
-        (name, f"{variant}: {trained}")
-        for variant, trained in TRAINED.items()
-        for name in (f"{variant}: {reading}" for reading in COMPARED if reading != trained)
-        if name in found
-    ]
-    table = []
-    for name, usual in pairs:
-        moved = aps[name] - aps[usual]
-        result = difference_of("AP", moved, np.zeros_like(moved), num_images, len(pairs))
-        interval = [round(result.low, 2), round(result.high, 2)]
-        row = {"row": name, "seeds": len(moved), "from": usual}
-        table.append({**row, "difference": round(result.difference, 2), "interval": interval})
-    return table
+    pairs = [(f"{arm}: {x}", f"{arm}: {TRAINED[arm]}") for arm in CHANGES for x in CHANGES[arm]]
+    drawn = drawn_aps(found, pairs, num_draws)
+    present = [(row, usual) for row, usual in pairs if row in drawn and usual in drawn]
+    moved = {row: drawn[row] - drawn[usual] for row, usual in present}
+    return [interval(row, x, np.zeros_like(x), found, len(moved)) for row, x in moved.items()]
 
 
-def rows(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, Any]]:
-    """Returns the AP of each row and its difference to the sigmoid, read as it was trained."""
-    compared = compare_all(found, BASELINE, METRICS, num_draws)
+def gaps(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, Any]]:
+    """Returns how far the softmax's AP is from the sigmoid's, each read in some way."""
+    pairs = [(f"softmax: {x}", f"sigmoid: {y}") for x, y in GAPS]
+    drawn = drawn_aps(found, pairs, num_draws)
+    present = [(row, base) for row, base in pairs if row in drawn and base in drawn]
     return [
-        {
-            "row": name,
-            "seeds": len(found[name]),
-            **{metric: round(by_metric[metric].value, 2) for metric in METRICS},
-            "difference": round(by_metric["AP"].difference, 2),
-            "interval": [round(by_metric["AP"].low, 2), round(by_metric["AP"].high, 2)],
-        }
-        for name, by_metric in compared.items()
+        interval(f"{row} against {base}", drawn[row], drawn[base], found, len(present))
+        for row, base in present
     ]
 
 
@@ -218,8 +264,8 @@ def main() -> None:
     args = parser.parse_args()
     study = read_study(args.input, args.draws)
     found = measure(study, args.images, args.draws)
-    for part, table in found.items():
-        print(f"\n{part}\n{tabulate(table, headers='keys')}")
+    for part, name in itertools.product(found, ("readings", "changes", "gaps")):
+        print(f"\n{part}: {name}\n{tabulate(found[part][name], headers='keys')}")
     if args.json:
         write_json({"machine": machine("cpu"), "trials": len(study.finished), **found}, args.json)
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 r"""Independent masks and masks that compete, on the maps of a trained model; also real images.
 
-A trained model's maps are pooled within true boxes. On these, fresh mask heads learn with a sigmoid
-of each object's class, with a softmax over classes, and with one mask for all classes; each is read
-in several ways. Intervals hold images and training, for all rows at once. The maps were learned
-with a sigmoid, and the classes are the true ones, so that neither boxes nor classes play a part.
+A trained model's maps are pooled within true boxes. Fresh mask heads are trained on them: with a
+sigmoid of each object's class, a softmax over the classes, a sigmoid of every class, and one mask
+for all classes; each is read in several ways. Intervals cover images and training, and hold for all
+rows at once. The maps were trained with a sigmoid. The true classes are given, so neither boxes nor
+classes play a part.
 
     python benchmarks/mask_real_images.py --work output/masks/shapes \
         --output output/masks/shapes.json
@@ -22,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from branch_alone import Objects, Schedule, mask_iou, predict, train_head
-from mask_readouts import at_threshold, largest, own_class
+from detectron2.data import MetadataCatalog
+from every_class import every_class_cross_entropy, own_class
+from mask_readouts import any_class, at_threshold, largest
 from measure import machine, write_json
 from sampling_case import BASELINE, add_case_arguments, case_of
 from sampling_training import image_iou, pooled_objects, statistics
@@ -36,13 +39,16 @@ FloatArray = npt.NDArray[np.float64]
 ARMS = {
     "sigmoid": "binary_cross_entropy",
     "softmax": "softmax_cross_entropy",
+    "sigmoid of every class": every_class_cross_entropy.__name__,
     "class-agnostic": "binary_cross_entropy",
 }
 OWN, SOFTMAX, LARGEST = "own class against background", "softmax at 0.5", "largest"
+ANY = "any class against background"
 READINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     OWN: own_class,
     SOFTMAX: softmax_probs,
     LARGEST: largest,
+    ANY: any_class,
 }
 TUNED = {"own class, tuned": own_class, "softmax, tuned": softmax_probs}
 THRESHOLDS = np.linspace(0.05, 0.95, 19)
@@ -138,12 +144,15 @@ def main() -> None:
                     ious.setdefault((arm, reading), []).append(values)
     rows = compare(ious, test["images"].numpy())
     print(tabulate(rows, headers="keys"))
+    names = MetadataCatalog.get(case.cfg.DATASETS.TEST[0]).thing_classes
+    counts = torch.bincount(test["classes"], minlength=num_classes).tolist()
     facts = {
         "name": args.name,
         "bins": args.bins,
         "classes": num_classes,
         "iterations": args.iterations,
         "objects": {"train": len(train["classes"]), "test": len(test["classes"])},
+        "objects by class": dict(zip(names, counts, strict=True)),
         "images": len(test["images"].unique()),
         "seconds": round(time.perf_counter() - start),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -34,7 +35,7 @@ def test_the_class_determines_the_colour_but_not_the_mask(num_classes):
 
     few, many = make_objects(5, 60, 1, 0.0), make_objects(5, 60, num_classes, 0.0)
     np.testing.assert_array_equal(few.masks, many.masks)
-    np.testing.assert_array_equal(many.nearest, many.classes)
+    np.testing.assert_array_equal(many.posterior, 1)
     assert set(many.classes) <= set(range(num_classes))
     assert many.images.shape == (60, 3, 28, 28) and many.images.dtype == np.float32
 
@@ -47,11 +48,35 @@ def test_outlines_fill_their_box():
     assert np.mean([side.any(1) for side in sides]) > 0.99
 
 
-def test_confusion_limits_the_accuracy_of_the_best_classifier():
+def test_confusion_limits_how_sure_the_best_classifier_is():
     from made_objects import make_objects
 
-    right = [np.mean((o := make_objects(1, 300, 10, c)).nearest == o.classes) for c in (0, 0.3, 1)]
-    assert right[0] == 1 > right[1] > right[2] > 0.1
+    sure = [np.mean(make_objects(1, 300, 10, c).posterior > 0.5) for c in (0, 0.3, 1)]
+    assert sure[0] == 1 > sure[1] > sure[2] > 0.05
+
+
+def test_the_posterior_is_bayes_rule_with_equal_priors():
+    from made_objects import true_class_probability
+
+    colours = np.array([[0.0, 0, 0], [1, 0, 0]])
+    found = true_class_probability(np.array([[0.25, 0, 0]] * 2), np.array([0, 1]), colours, 0.5)
+    near, far = np.exp(-(0.25**2) / 0.5), np.exp(-(0.75**2) / 0.5)
+    np.testing.assert_allclose(found, [near / (near + far), far / (near + far)])
+
+
+def test_the_sigmoids_of_every_class_are_trained_to_be_empty_but_for_one(study):
+    """Compares the loss with one binary cross-entropy per class."""
+    from every_class import every_class_cross_entropy
+
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 4, generator=rng)
+    masks, classes = (torch.rand(2, 4, 4, generator=rng) > 0.5).float(), torch.tensor([2, 0])
+    expected = torch.zeros(())
+    for roi, own in enumerate(classes):
+        for k in range(3):
+            target = masks[roi] if k == own else torch.zeros(4, 4)
+            expected += study.binary_cross_entropy(logits[roi, k][None], target[None]) / 2
+    torch.testing.assert_close(every_class_cross_entropy(logits, classes, masks), expected)
 
 
 def test_with_one_class_softmax_and_sigmoid_train_identically(study):
@@ -110,11 +135,14 @@ def test_the_summary_compares_the_trained_variants(study, tmp_path, monkeypatch,
         for arm, iterations in (
             ("sigmoid", 3),
             ("softmax", 3),
-            ("class-agnostic", 3),
+            ("sigmoid of every class", 3),
             ("sigmoid", 4),
+            ("softmax", 4),
         )
         for seed in (1, 2)
     ]
+    plan += [dataclasses.replace(x, rate=0.4) for x in plan if x.iterations == 3]
+    plan += [dataclasses.replace(x, confusion=0.5) for x in plan if x.rate == study.RATE]
     monkeypatch.setattr(study, "plan", lambda *_: plan)
     flags = ["--short", "3", "--long", "4", "--objects", "32", "--tests", "8"]
     path = tmp_path / "found.json"
@@ -123,8 +151,14 @@ def test_the_summary_compares_the_trained_variants(study, tmp_path, monkeypatch,
     )
     study.main()
     found = json.loads(path.read_text())
-    assert {row["arm"] for row in found["arms"]} == {"softmax", "class-agnostic"}
-    assert all(row["low"] <= row["difference"] <= row["high"] for row in found["gap"])
+    assert {row["arm"] for row in found["arms"]} == {"softmax", "sigmoid of every class"}
+    assert {row["rate"] for row in found["rates"]} == {study.RATE, 0.4}
+    for name in ("gap", "arms", "readings", "ends", "causes", "rates"):
+        assert all(row["low"] <= row["difference"] <= row["high"] for row in found[name]), name
+    for row in found["gap"]:
+        assert row["iou"] == pytest.approx(np.mean(row["seeds"]), abs=0.011)
+    share = {row["objects"]: row["share"] for row in found["certainty"] if row["arm"] == "softmax"}
+    assert share["sure"] + share["unsure"] == 100
     assert "gap" in capsys.readouterr().out
     figures = load_script("benchmarks/mask_figures.py")
     for draw, part in (
@@ -133,3 +167,8 @@ def test_the_summary_compares_the_trained_variants(study, tmp_path, monkeypatch,
         (figures.draw_curves, "curves"),
     ):
         draw(found[part]).savefig(tmp_path / f"{part}.png")
+    gaps = [{"difference": -1.0, "interval": [-2.0, 0.5]} for _ in figures.GAPS]
+    curves = [
+        {"way": x, "iterations": [1, 2], "segm/AP": [10.0, 20.0]} for x in ("sigmoid", "softmax")
+    ]
+    figures.draw_whole(curves, {2600: gaps, 8000: gaps}).savefig(tmp_path / "whole.png")
