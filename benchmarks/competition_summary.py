@@ -1,4 +1,4 @@
-"""What the trainings of mask_competition.py say, with intervals over training and images.
+"""Summarises the results of mask_competition.py, with intervals over training and images.
 
 Shape alphabet: N seeds, I test objects, S draws.
 """
@@ -21,7 +21,7 @@ from mask_head_plugin.evaluation.difference import difference_of
 
 FloatArray = npt.NDArray[np.float64]
 Key = tuple[str, int, float, float, int]
-"""Arm, number of classes, confusion, learning rate and iterations."""
+"""Arm, number of classes, confusion, learning rate, iterations."""
 Settings = list[tuple[int, float]]
 """Numbers of classes, each with a confusion."""
 
@@ -34,11 +34,11 @@ BACKGROUNDS = ("softmax, even start", "softmax, learned background")
 COMPETING = ("softmax", *BACKGROUNDS)
 EVERY = ("sigmoid of every class", "sigmoid of every class, even start")
 EMPTY = 0.05
-"""Below this IoU, a mask has missed its object."""
+"""A mask with a lower IoU has missed its object."""
 
 
 class Results:
-    """The trainings of a folder.
+    """The training results in a folder.
 
     Args:
         folder: the ``--output`` of mask_competition.py.
@@ -71,20 +71,20 @@ class Results:
 
 
 def drawn_means(ious: FloatArray) -> FloatArray:
-    """Returns (N, 1 + S) means: of the objects as they are, and of draws of them."""
+    """Returns (N, 1 + S) means: first over all objects, then over S resamples of them."""
     num_objects = ious.shape[1]
     weights = image_weights(num_objects, NUM_DRAWS, seed=0)
     return np.concatenate([ious.mean(1, keepdims=True), ious @ weights.T / num_objects], 1)
 
 
 Row = tuple[dict[str, Any], Key, str, Key, str]
-"""Labels; a training and how it is read; what it is compared with and how that is read."""
+"""Labels; a training and its reading; the baseline and its reading."""
 
 
 def compared(results: Results, rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Returns the differences of a table; their intervals hold all at once.
+    """Returns the differences of a table, with intervals that are valid together.
 
-    An IoU is 0 or more, so no interval of a difference reaches below minus the baseline.
+    An IoU is at least 0, so no interval of a difference extends below minus the baseline.
     """
     present = [r for r in rows if results.has(r[1], r[2]) and results.has(r[3], r[4])]
     table = []
@@ -92,7 +92,7 @@ def compared(results: Results, rows: Iterable[Row]) -> list[dict[str, Any]]:
         variant = drawn_means(results.ious(key, reading))
         baseline = drawn_means(results.ious(base, base_reading))
         values, base_value = variant[:, 0], float(baseline[:, 0].mean())
-        if key == base:  # one training read in two ways: its seeds are pairs
+        if key == base:  # the same training read in two ways, so its seeds are paired
             variant, baseline = variant - baseline, np.zeros_like(baseline)
         found = difference_of("IoU", variant, baseline, results.num_objects(key), len(present))
         table.append(
@@ -114,7 +114,7 @@ def compared(results: Results, rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def summarise(folder: Path, rate: float, short: int, long: int) -> dict[str, Any]:
-    """Returns all tables of the study; of trainings that are missing, no rows."""
+    """Returns all tables of the study, without rows for missing trainings."""
     results = Results(folder)
     settings = sorted({(key[1], key[2]) for key in results.trainings})
     rates = sorted({key[3] for key in results.trainings})
@@ -138,7 +138,7 @@ def summarise(folder: Path, rate: float, short: int, long: int) -> dict[str, Any
 
 
 def _gap(settings: Settings, rate: float, short: int) -> Iterable[Row]:
-    """Yields the softmax against the sigmoid, with each number of classes."""
+    """Yields rows that compare softmax and sigmoid for each number of classes."""
     for num_classes, confusion in settings:
         setting = (num_classes, confusion, rate, short)
         pairs = ((SOFTMAX, OWN), (OWN, OWN), (SOFTMAX_TUNED, OWN_TUNED))
@@ -148,7 +148,7 @@ def _gap(settings: Settings, rate: float, short: int) -> Iterable[Row]:
 
 
 def _arms(setting: tuple[int, float], results: Results, rate: float, short: int) -> Iterable[Row]:
-    """Yields each way to train against the sigmoid, as trained and with tuned thresholds."""
+    """Yields rows that compare each arm with the sigmoid, as trained and with tuned thresholds."""
     others = [
         key[0]
         for key in results.trainings
@@ -164,7 +164,7 @@ def _arms(setting: tuple[int, float], results: Results, rate: float, short: int)
 
 
 def _readings(settings: Settings, rate: float, lengths: tuple[int, int]) -> Iterable[Row]:
-    """Yields how far each reading is from the one that a model was trained for."""
+    """Yields rows that compare each reading with the one that the model was trained for."""
     others = {"sigmoid": (SOFTMAX, OWN_TUNED), "softmax": (OWN, ANY, LARGEST, SOFTMAX_TUNED)}
     trained = {"sigmoid": OWN, "softmax": SOFTMAX}
     for length, (num_classes, confusion) in itertools.product(lengths, settings):
@@ -176,7 +176,7 @@ def _readings(settings: Settings, rate: float, lengths: tuple[int, int]) -> Iter
 
 
 def _ends(settings: Settings, rate: float, long: int) -> Iterable[Row]:
-    """Yields what is left of the gap after the long schedule, with every number of classes."""
+    """Yields rows for the gap that remains after the long schedule."""
     for num_classes, confusion in settings:
         setting = (num_classes, confusion, rate, long)
         labels = {"classes": num_classes, "confusion": confusion}
@@ -190,7 +190,7 @@ def _ends(settings: Settings, rate: float, long: int) -> Iterable[Row]:
 
 
 def _causes(settings: Settings, rate: float, lengths: tuple[int, int]) -> Iterable[Row]:
-    """Yields the softmax against sigmoids that classify as well, without competition."""
+    """Yields rows that compare the softmax with sigmoids that classify but do not compete."""
     for length, (num_classes, confusion), arm in itertools.product(lengths, settings, EVERY):
         setting = (num_classes, confusion, rate, length)
         for reading, base_reading in ((SOFTMAX, OWN), (OWN, OWN), (SOFTMAX_TUNED, OWN_TUNED)):
@@ -199,7 +199,7 @@ def _causes(settings: Settings, rate: float, lengths: tuple[int, int]) -> Iterab
 
 
 def _backgrounds(settings: Settings, rate: float, short: int) -> Iterable[Row]:
-    """Yields a softmax with another background against the one with logit 0."""
+    """Yields rows that compare other backgrounds of the softmax with the one of logit 0."""
     for (num_classes, confusion), arm in itertools.product(settings, BACKGROUNDS):
         setting = (num_classes, confusion, rate, short)
         for reading in (SOFTMAX, SOFTMAX_TUNED):
@@ -208,7 +208,7 @@ def _backgrounds(settings: Settings, rate: float, short: int) -> Iterable[Row]:
 
 
 def _rates(settings: Settings, rates: list[float], short: int) -> Iterable[Row]:
-    """Yields two ways to train against the sigmoid, with each learning rate."""
+    """Yields rows that compare two arms with the sigmoid for each learning rate."""
     for (num_classes, confusion), rate in itertools.product(settings, rates):
         setting = (num_classes, confusion, rate, short)
         base = ("sigmoid", *setting)
@@ -221,10 +221,10 @@ def _rates(settings: Settings, rates: list[float], short: int) -> Iterable[Row]:
 
 
 def _by_certainty(results: Results, rate: float, short: int) -> list[dict[str, Any]]:
-    """Returns the results of objects of which the best classifier is sure, and of the others.
+    """Returns the results for objects that the best classifier is sure of, and for the others.
 
-    It is sure of an object if it gives the true class more than one half. ``missed`` is the share
-    of objects with an IoU below EMPTY.
+    It is sure of an object if it gives the true class a probability above one half. ``missed`` is
+    the share of objects with an IoU below EMPTY.
     """
     table = []
     for key in results.trainings:

@@ -1,11 +1,11 @@
-"""Made objects of any number of classes, of which only the colour tells the class.
+"""Draws synthetic objects whose class can be recognised only by their colour.
 
-An image is one object in its tight box, as RoIAlign would cut it out: an outline of random waves,
-a textured background, and in every other image a second object over a corner. All classes share
-the distribution of outlines, so the class says nothing about the mask. Each class has a colour;
-the colours are as far apart as the colour cube allows. ``confusion`` adds noise to the colour of
-each object, in units of the smallest distance between two classes, and thus sets how well any
-classifier can do.
+An image shows one object in its tight box, as RoIAlign would cut it out: an outline made of random
+waves, a textured background, and in every second image another object over a corner. All classes
+have the same distribution of outlines, so the class does not help to predict the mask. Each class
+has a colour, and the colours are as far apart as the colour cube allows. ``confusion`` adds noise
+to the colour of each object, in units of the smallest distance between two classes, and so limits
+the accuracy of any classifier.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 
 TRAINING, TUNING, TEST = 1, 2, 3
-"""Seeds of the objects of a study; the seeds of its trainings vary weights and order alone."""
+"""Seeds of a study's objects. The seeds of its trainings vary only weights and order."""
 SIDE = 28
-"""Pixels of an image, the side of the mask branch's output."""
+"""Side of an image in pixels, equal to that of the mask branch's output."""
 WAVES = np.arange(1, 6)
 CONTRAST = 0.3
-"""Least distance between the colours of an object and of its background, in [0, 1] units."""
+"""Smallest distance between the colours of object and background, on a scale of [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class MadeObjects:
         images: (N, 3, SIDE, SIDE) float32, about in [-1, 1].
         masks: (N, SIDE, SIDE) bool.
         classes: (N,) int64 in [0, K).
-        posterior: (N,) float64, the probability of the true class that the best classifier, which
-            sees the object's colour, would give.
+        posterior: (N,) float64, the probability that the best classifier, which sees the object's
+            colour, gives the true class.
     """
 
     images: npt.NDArray[np.float32]
@@ -45,7 +45,7 @@ class MadeObjects:
 
 
 def class_colours(num_classes: int) -> FloatArray:
-    """Returns (K, 3) colours in [0, 1], each as far as possible from those before it."""
+    """Returns (K, 3) colours in [0, 1], each as far as possible from the previous ones."""
     steps = np.linspace(0, 1, 9)
     grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
     chosen = [0]
@@ -57,16 +57,16 @@ def class_colours(num_classes: int) -> FloatArray:
 
 
 def smallest_distance(colours: FloatArray) -> float:
-    """Returns the distance of the two nearest colours; 1 for a single one."""
+    """Returns the distance between the two nearest colours, or 1 if there is only one."""
     apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
     return float(apart[~np.eye(len(colours), dtype=bool)].min(initial=1.0))
 
 
 def make_objects(seed: int, num_objects: int, num_classes: int, confusion: float) -> MadeObjects:
-    """Returns the objects of a seed.
+    """Returns the objects for a seed.
 
     Args:
-        seed: of all random numbers. Outlines, backgrounds and textures depend on it alone.
+        seed: seed of all random numbers. Outlines, backgrounds and textures depend only on it.
         num_objects: N.
         num_classes: K, from 1 to 729.
         confusion: standard deviation of the noise of an object's colour along each axis, in units
@@ -97,9 +97,9 @@ def true_class_probability(
     """Returns (N,) probabilities of the true classes, given (N, 3) colours and their noise.
 
     Args:
-        colour: of each object.
-        classes: (N,), the true ones.
-        colours: (K, 3), those of the classes.
+        colour: the object's.
+        classes: (N,) true classes.
+        colours: (K, 3) of the classes.
         spread: standard deviation of the noise along each axis; 0 for none.
     """
     if spread == 0:

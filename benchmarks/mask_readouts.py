@@ -93,7 +93,7 @@ CHANGES = {
     "softmax": (OWN, ANY, "largest", "softmax at 0.2", TUNED),
     "sigmoid": ("softmax at 0.5", TUNED),
 }
-"""Readings whose change gets an interval. Fewer rows in a table make for shorter intervals."""
+"""Readings whose change gets an interval. With fewer rows in a table, intervals are shorter."""
 GAPS = (("softmax at 0.5", OWN), (OWN, OWN), (ANY, OWN), (TUNED, TUNED))
 """Readings of softmax and sigmoid between which the gap gets an interval."""
 

@@ -227,7 +227,6 @@ MEASURED = re.compile(
 TWICE = {
     "0.16": "a time, in gpu_kernel; a bound of an interval, in roi_align_sampling",
     "0.25": "an alpha, in compatibility; a difference of IoUs, in roi_align_sampling",
-    "3.8%": "of studies, in ablations; of a training step, in gpu_kernel",
     "0.64": "0.8 times 0.8, in recipes; a bound of an interval, in real_images",
     "0.75": "an IoU, in analysis; a bound of an interval, in roi_align_sampling",
 }
