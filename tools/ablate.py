@@ -92,12 +92,11 @@ def main() -> int:
 
 
 def ablate(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from mask_head_plugin import ConfigError, ablation
     from mask_head_plugin.ablation.report import write_report
     from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.durable_files import sole_writer
+    from mask_head_plugin.progress import tell
 
     if not 0 < args.difference < math.inf:
         raise ConfigError(f"--difference {args.difference}: must be a number above 0")
@@ -124,7 +123,7 @@ def ablate(args: argparse.Namespace) -> int:
     with sole_writer(args.output):
         ablation.write_description(args.output, description)
         try:
-            ablation.run(trials, cluster, lambda t: tqdm.write(f"{t.name}: {_state(t, metric)}"))
+            ablation.run(trials, cluster, lambda t: tell(f"{t.name}: {_state(t, metric)}"))
         except KeyboardInterrupt:
             print("ablate.py: stopped; the same command continues from here", file=sys.stderr)
             return 130

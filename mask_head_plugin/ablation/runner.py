@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -17,13 +18,14 @@ from typing import Any
 import submitit
 import torch
 from detectron2.utils.events import EventStorage
-from tqdm import tqdm
 
 from ..config import ConfigError, flatten
 from ..data import register_coco_files
 from ..durable_files import write_durably
 from ..engine import Trainer
 from ..engine.run import check_and_register
+from ..messages import silenced
+from ..progress import progress_bar
 from ..user_code import import_modules
 from .ablation_file import Ablation
 from .cluster import Cluster
@@ -157,10 +159,9 @@ def run(
     """
     waiting = [trial for trial in trials if not trial.is_finished]
     total = sum(int(trial.cfg.SOLVER.MAX_ITER) for trial in trials)
+    done = sum(trial.iteration() for trial in trials)
     running: dict[int, tuple[Trial, submitit.Job[None]]] = {}
-    with tqdm(total=total, unit="it", desc=f"{len(trials)} trials", smoothing=0.05) as progress:
-        progress.update(sum(trial.iteration() for trial in trials))
-        progress.initial = progress.n  # the time left only counts what this run does
+    with progress_bar(f"{len(trials)} trials", "it", total, done) as advance:
         try:
             while waiting or running:
                 free = [slot for slot in range(cluster.jobs) if slot not in running]
@@ -178,7 +179,8 @@ def run(
                         del running[slot]
                         _note_lost_job(trial, submitted)
                         report(trial)
-                progress.update(sum(trial.iteration() for trial in trials) - progress.n)
+                before, done = done, sum(trial.iteration() for trial in trials)
+                advance(done - before)
                 if running:
                     time.sleep(POLL_SECONDS)
         finally:
@@ -213,7 +215,7 @@ def _try_speed(trial: Trial) -> float:
     """Returns the seconds of a training step, without evaluation."""
     cfg = trial.cfg.clone()
     cfg.SOLVER.MAX_ITER = ESTIMATE_ITERATIONS
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, silenced(logging.INFO):
         cfg.OUTPUT_DIR = folder
         register_coco_files(cfg)
         trainer = Trainer(cfg)
