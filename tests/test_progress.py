@@ -41,7 +41,7 @@ def test_long_work_writes_few_lines_into_a_file_with_the_time_left(capsys, monke
     assert outer and all(int(done) == int(minutes) for _, done, minutes, _ in outer)
     assert all(int(minutes) + int(left) == 60 for *_, minutes, left in outer)
     assert 15 < len(outer) < 60
-    assert told.count("inner") == 60 * 5
+    assert told.count("inner") == 60 * 6
 
 
 def test_what_was_done_before_does_not_count_for_the_time_left(capsys, monkeypatch):

@@ -93,7 +93,7 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         )
     name, own = of_dataset(names, metric)
     if not name:
-        known = [f"{x}/{y}" for x in names for y in _metrics(cfg, x)]
+        known = [f"{x}/{y}" for x in names for y in evaluated_metrics(cfg, x)]
         example = nearest_name(metric, known) or f"{names[0]}/{metric}"
         raise ConfigError(
             f"{key} {metric!r}: with several data sets in DATASETS.TEST it starts with one of "
@@ -110,7 +110,7 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         raise ConfigError(f"{key} {metric!r} needs TEST.SEMANTIC_THRESHOLD above 0, e.g. 0.5")
     if task == VALIDATION and loss.startswith("loss_"):
         return  # the model says what losses it has, see engine/validation_loss.py
-    known = _metrics(cfg, name)
+    known = evaluated_metrics(cfg, name)
     if task == VALIDATION:
         known = [f"{VALIDATION}/{TOTAL_LOSS}", f"{VALIDATION}/loss_mask"]
     if known and own not in known:
@@ -120,7 +120,7 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         raise ConfigError(f"{key} {metric!r} is not a metric of {name}; {hint}")
 
 
-def _metrics(cfg: CfgNode, name: str) -> list[str]:
+def evaluated_metrics(cfg: CfgNode, name: str) -> list[str]:
     """Returns the metrics of MaskEvaluator for a data set; none where another evaluator may be
     used.
     """
