@@ -141,4 +141,4 @@ def test_a_plan_has_a_line_for_each_variant(tool, tmp_path):
     assert ["bce", "segm/AP 51.23", "to do", "to do"] in rows
     assert ["again", "to do", "to do", "failed"] in rows
     assert ["again, seed 3 failed: out of memory"] in rows
-    assert f"such as {tmp_path / 'out' / 'bce' / 'seed_1'}" in out
+    assert f"such as {tmp_path / 'out' / 'again' / 'seed_1'}" in out
