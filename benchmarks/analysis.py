@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from measure import add_busy_argument, busy_processes, machine
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
+
+from mask_head_plugin.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 HEIGHT, WIDTH, NUM_CLASSES, NUM_POINTS, PER_IMAGE = 480, 640, 80, 24, 7
@@ -37,7 +38,7 @@ def make_run(folder: Path, num_images: int) -> tuple[int, int]:
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     annotations: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
-    for image in tqdm(range(1, num_images + 1), "making a run", unit="image"):
+    for image in progress(range(1, num_images + 1), "making a run", "image"):
         for _ in range(PER_IMAGE):
             size = np.exp(rng.uniform(np.log(12), np.log(180)))
             radius = size / 2 * (1 + 0.25 * rng.standard_normal((NUM_POINTS, 1)).clip(-1, 1))

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from measure import add_busy_argument, busy_processes, machine
 from PIL import Image
-from tqdm import tqdm
 
 from mask_head_plugin.dataset_check.config_datasets import CocoSource, check_with_cache
+from mask_head_plugin.progress import progress, tell
 
 IMAGE_HW = (480, 640)
 MEAN_POINTS, NUM_CLASSES = 25, 80
@@ -37,7 +37,7 @@ def make_images(folder: Path, num_images: int) -> None:
     """Writes an image and links to it, and a new one every 10,000 files: links are limited."""
     folder.mkdir()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*IMAGE_HW, 3), np.uint8))
-    for index in tqdm(range(num_images), "making images", unit="file"):
+    for index in progress(range(num_images), "making images", "file"):
         name = folder / f"{index + 1:012d}.jpg"
         if index % 10_000 == 0:
             first = name
@@ -55,7 +55,7 @@ def make_annotations(path: Path, num_images: int, num_annotations: int) -> None:
     with path.open("w") as file:
         file.write(f'{{"images": {json.dumps(images)}, "categories": {json.dumps(categories)}, ')
         file.write('"annotations": [')
-        for i in tqdm(range(num_annotations), "making annotations"):
+        for i in progress(range(num_annotations), "making annotations"):
             points = 3 + int(rng.poisson(MEAN_POINTS - 3))
             side = np.exp(rng.uniform(np.log(8), np.log(300), 2))
             center = rng.uniform(side / 2, extent - side / 2)
@@ -110,7 +110,7 @@ def main() -> None:
                 row = {"what": what, **queue.get()}
                 process.join()
             rows.append(row)
-            tqdm.write(
+            tell(
                 f"{what:8}{row['seconds']:>8} s, {row['cpu_seconds']} s of it on a core, "
                 f"{row['peak_gb']} GB, findings: {row['findings']}"
             )

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from measure import machine, write_json
 from tabulate import tabulate
-from tqdm import tqdm
 
 from mask_head_plugin.evaluation.bootstrap import average_precision, compare, image_weights
 from mask_head_plugin.evaluation.difference import difference_of
 from mask_head_plugin.evaluation.matching import Matches
+from mask_head_plugin.progress import progress
 
 IMAGE, IMAGE_OF_MODEL, IMAGE_OF_SEED = 0.6, 0.3, 0.3
 """Standard deviations of the qualities, in units of the standard deviation of one detection."""
@@ -120,7 +120,7 @@ def simulate(
     truth = 0.0 if true_difference == 0 else true_difference_of(BETTER)
     rng = np.random.default_rng(num_seeds)
     holds, over_images, different, widths = 0, 0, 0, []
-    for _ in tqdm(range(num_studies), desc=f"{num_seeds} seeds", unit="study", leave=False):
+    for _ in progress(range(num_studies), f"{num_seeds} seeds", "study"):
         variant, baseline = make_study(rng, num_images, num_seeds, more)
         found = compare(variant, baseline, ["AP50"], num_draws=200, seed=0)["AP50"]
         holds += found.low <= truth <= found.high
@@ -147,7 +147,7 @@ def simulate_pairs(num_images: int, num_seeds: int, num_studies: int) -> dict[st
     drawn = np.concatenate(
         [np.ones((1, num_images), np.int32), image_weights(num_images, 200, seed=0)]
     )
-    for _ in tqdm(range(num_studies), desc=f"{num_images} images, pairs", leave=False):
+    for _ in progress(range(num_studies), f"{num_images} images, pairs", "study"):
         num_objects = rng.integers(1, MOST_OBJECTS + 1, num_images)
         of_image = rng.normal(0, IMAGE_OF_WAY, num_images)
         spread = OBJECT_OF_WAY / np.sqrt(num_objects)

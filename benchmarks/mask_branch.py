@@ -41,13 +41,13 @@ from measure import (
 )
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from tqdm import tqdm
 
 from mask_head_plugin import load_config
 from mask_head_plugin.engine import Trainer
 from mask_head_plugin.machine import peak_megabytes
 from mask_head_plugin.modeling import FCNMaskHead
 from mask_head_plugin.ops import crop_masks
+from mask_head_plugin.progress import progress, tell
 
 ROOT = Path(__file__).resolve().parents[1]
 POOLED_SIDE, MASK_SIDE, OUTPUT_SIDE = 14, 28, 1080
@@ -312,13 +312,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     names = ("detectron2", "torchvision", "ours")
     header = f"{'':18}{'classes':>8}" + "".join(f"{f'{name} ms, MB':>24}" for name in names)
-    tqdm.write(header + f"{'time x':>9}{'memory x':>10}")
+    tell(header + f"{'time x':>9}{'memory x':>10}")
     chosen = [
         x
         for x in settings(args.amp, args.sizes, args.device)
         if any(words in f"{x[0]}, K = {x[1]}" for words in args.only)
     ]
-    for what, num_classes, make in tqdm(chosen, unit="setting"):
+    for what, num_classes, make in progress(chosen, "settings", "setting"):
         torch.manual_seed(0)
         sides = make()
         row: dict[str, Any] = {"what": what, "classes": num_classes}
@@ -334,7 +334,7 @@ def main() -> None:
             for n in names
         )
         ratios = f"{row['time_ratio']:>8}x{row['memory_share']:>10}"
-        tqdm.write(f"{what:18}{num_classes or '':>8}{cells}{ratios}")
+        tell(f"{what:18}{num_classes or '':>8}{cells}{ratios}")
     results = {
         **machine(args.device),
         "repeats": args.repeats,

@@ -34,7 +34,6 @@ from made_objects import TEST, TRAINING, TUNING, MadeObjects, make_objects
 from measure import machine, write_json
 from tabulate import tabulate
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mask_head_plugin.modeling.class_selection import of_class
 from mask_head_plugin.modeling.mask_head import FCNMaskHead
@@ -43,6 +42,7 @@ from mask_head_plugin.modeling.mask_loss import (
     softmax_cross_entropy,
     softmax_probs,
 )
+from mask_head_plugin.progress import progress_bar
 
 FloatArray = npt.NDArray[np.float64]
 CHANNELS = 16
@@ -298,20 +298,20 @@ def run(trainings: list[Training], output: Path, num_objects: int, num_test: int
     """Trains what has no file yet."""
     output.mkdir(parents=True, exist_ok=True)
     left = [x for x in trainings if not (output / f"{x.name}.json").exists()]
-    steps = tqdm(total=sum(x.iterations for x in left), unit="it", smoothing=0.05)
     groups = itertools.groupby(left, key=lambda x: (x.num_classes, x.confusion))
-    for (num_classes, confusion), group in groups:
-        objects = make_objects(TRAINING, num_objects, num_classes, confusion)
-        tests = Tests(num_classes, confusion, num_test)
-        for training in group:
-            start = time.monotonic()
-            result = train(training, objects, tests)
-            seconds = round(time.monotonic() - start, 1)
-            content = {**dataclasses.asdict(training), "seconds": seconds, **result}
-            path = output / f"{training.name}.json"
-            path.with_suffix(".part").write_text(json.dumps(content))
-            path.with_suffix(".part").rename(path)
-            steps.update(training.iterations)
+    with progress_bar("trainings", "it", sum(x.iterations for x in left)) as advance:
+        for (num_classes, confusion), group in groups:
+            objects = make_objects(TRAINING, num_objects, num_classes, confusion)
+            tests = Tests(num_classes, confusion, num_test)
+            for training in group:
+                start = time.monotonic()
+                result = train(training, objects, tests)
+                seconds = round(time.monotonic() - start, 1)
+                content = {**dataclasses.asdict(training), "seconds": seconds, **result}
+                path = output / f"{training.name}.json"
+                path.with_suffix(".part").write_text(json.dumps(content))
+                path.with_suffix(".part").rename(path)
+                advance(training.iterations)
 
 
 def main() -> None:

@@ -45,11 +45,11 @@ from measure import (
 )
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from tqdm import tqdm
 
 from mask_head_plugin.evaluation import MaskEvaluator
 from mask_head_plugin.machine import peak_megabytes
 from mask_head_plugin.ops import encode_masks
+from mask_head_plugin.progress import progress, tell
 
 MASK_SIDE, EVALUATED_HW, NUM_CLASSES = 28, (480, 640), 80
 OBJECTS_PER_IMAGE, DETECTIONS_PER_IMAGE = 7, 20
@@ -85,7 +85,7 @@ def make_annotations(num_images: int, folder: Path) -> tuple[str, list[list[dict
     rng, height, width = np.random.default_rng(0), *EVALUATED_HW
     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
     images, annotations, results = [], [], []
-    for image_id in tqdm(range(1, num_images + 1), "making annotations", unit="image"):
+    for image_id in progress(range(1, num_images + 1), "making annotations", "image"):
         images.append({"id": image_id, "height": height, "width": width, "file_name": ""})
         sides = np.exp(rng.uniform(np.log(12), np.log(300), (OBJECTS_PER_IMAGE, 2)))
         centers = rng.uniform(sides / 2, np.array([width, height]) - sides / 2)
@@ -242,9 +242,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.getLogger("mask_head_plugin").setLevel(logging.WARNING)
     rows: list[dict[str, Any]] = []
-    tqdm.write(
-        f"{'':26}{'image':>12}{'masks':>8}{'detectron2 ms, MB':>24}{'ours ms, MB':>22}{'x':>8}"
-    )
+    tell(f"{'':26}{'image':>12}{'masks':>8}{'detectron2 ms, MB':>24}{'ours ms, MB':>22}{'x':>8}")
     with tempfile.TemporaryDirectory() as folder:
         limit = args.limit_gb * 1e9
         for what, make in settings(args.sizes, args.images, Path(folder), limit, args.device):
@@ -253,7 +251,7 @@ def main() -> None:
             row["size"] = "{} x {}".format(*row["image_hw"])
             rows.append(row)
             stock = [row.get(f"detectron2_{unit}", "-") for unit in ("ms", "mb")]
-            tqdm.write(
+            tell(
                 f"{row['what']:26}{row['size']:>12}{row['masks']:>8}{stock[0]:>13}{stock[1]:>11}"
                 f"{row['ours_ms']:>12}{row['ours_mb']:>10}{row.get('time_ratio', '-'):>8}"
             )

@@ -28,7 +28,6 @@ from every_class import own_class
 from measure import machine, write_json
 from tabulate import tabulate
 from torch import Tensor
-from tqdm import tqdm
 
 from mask_head_plugin.ablation.report.study import Study, read_study
 from mask_head_plugin.checkpoint import MaskHeadCheckpointer
@@ -41,6 +40,7 @@ from mask_head_plugin.evaluation.matching import Matches
 from mask_head_plugin.modeling.class_selection import of_class
 from mask_head_plugin.modeling.mask_loss import softmax_probs
 from mask_head_plugin.modeling.rcnn import rle_postprocess
+from mask_head_plugin.progress import progress
 
 TRAINED = {"sigmoid": "own class against background", "softmax": "softmax at 0.5"}
 """Variants, and the readings that they are trained for."""
@@ -176,7 +176,7 @@ def load_model(folder: Path) -> tuple[torch.nn.Module, CfgNode]:
 def measure(study: Study, num_images: int | None, num_draws: int) -> dict[str, Any]:
     """Returns, in boxes found and in true boxes, what each variant reaches by each reading."""
     parts: dict[str, dict[str, list[Matches]]] = {"boxes found": {}, "true boxes": {}}
-    for trial in tqdm(study.finished, unit="model"):
+    for trial in progress(study.finished, "models read", "model"):
         model, cfg = load_model(trial.folder)
         for part, found in parts.items():
             in_true_boxes = part == "true boxes"

@@ -35,11 +35,11 @@ from measure import (
     write_results,
 )
 from torch import Tensor
-from tqdm import tqdm
 
 from mask_head_plugin.machine import peak_megabytes
 from mask_head_plugin.modeling import MultiLevelRoIPooler
 from mask_head_plugin.ops import precise_roi_pool, roi_align, roi_pool
+from mask_head_plugin.progress import progress, tell
 
 STRIDES = (4, 8, 16, 32)
 
@@ -218,8 +218,8 @@ def main() -> None:
             ("contiguous_format", "channels_last"),
         )
     ]
-    tqdm.write(HEADER)
-    for threads, images, size, ratio, layout in tqdm(settings, unit="setting"):
+    tell(HEADER)
+    for threads, images, size, ratio, layout in progress(settings, "settings", "setting"):
         torch.set_num_threads(threads)
         for comparison in comparisons(size, ratio, layout, images, args.sizes, args.device):
             row = {
@@ -232,7 +232,7 @@ def main() -> None:
                 **measure(comparison, args.repeats, args.busy, args.device),
             }
             rows.append(row)
-            tqdm.write(line(row))
+            tell(line(row))
     results = {**machine(args.device), "repeats": args.repeats, "busy": args.busy, "rows": rows}
     write_results(results, args.output, plot)
 

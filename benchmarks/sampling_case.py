@@ -22,7 +22,6 @@ from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.data import detection_utils as utils
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
-from tqdm import tqdm
 
 from mask_head_plugin import load_config
 from mask_head_plugin.data.coco_files import register_coco_files
@@ -32,6 +31,7 @@ from mask_head_plugin.image_file_mapper import ImageFileMapper
 from mask_head_plugin.modeling import MultiLevelRoIPooler
 from mask_head_plugin.modeling.pooler import boxes_to_rois
 from mask_head_plugin.ops import roi_align
+from mask_head_plugin.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -186,7 +186,7 @@ class Case:
             limit: how many at most.
         """
         records = DatasetCatalog.get(self.cfg.DATASETS[split][0])
-        for record in tqdm(records[:limit], f"{self.name}, {split.lower()}", unit="image"):
+        for record in progress(records[:limit], f"{self.name}, {split.lower()}", "image"):
             sample = self._mapper(record)
             if len(sample["instances"]):
                 yield Scene(record["image_id"], sample["image"], sample["instances"])

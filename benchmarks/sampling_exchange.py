@@ -22,13 +22,13 @@ import torch
 from measure import machine, write_json
 from sampling_case import BASELINE, WAYS, Case, add_case_arguments, case_of
 from tabulate import tabulate
-from tqdm import tqdm
 
 from mask_head_plugin.engine.evaluators import build_evaluator
 from mask_head_plugin.evaluation.bootstrap import image_weights, resampled_ap
 from mask_head_plugin.evaluation.difference import LEVEL, student_t
 from mask_head_plugin.evaluation.matching import Matches
 from mask_head_plugin.modeling.rcnn import rle_postprocess
+from mask_head_plugin.progress import progress
 
 METRICS = ("AP", "AP50", "AP75")
 TASKS = ("bbox", "segm")
@@ -44,7 +44,7 @@ def predict_all(case: Case, limit: int, folder: Path) -> list[str]:
         evaluators[name] = build_evaluator(case.cfg, case.cfg.DATASETS.TEST[0], str(folder / name))
         evaluators[name].reset()
     pairs = {name: (make(case.box_pooler), make(case.mask_pooler)) for name, make in WAYS.items()}
-    for number, inputs in enumerate(tqdm(case.test_loader(), case.name, unit="image")):
+    for number, inputs in enumerate(progress(case.test_loader(), case.name, "image")):
         if number == limit:
             break
         image_ids.append(str(inputs[0]["image_id"]))

@@ -1,9 +1,11 @@
-"""The error that users meet, and the wording of errors and warnings."""
+"""The error that users meet, the wording of errors and warnings, and silence."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 
 NAMES_IN_ERROR = 6
 
@@ -44,3 +46,14 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error that may continue with where it happened."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def silenced(level: int) -> Iterator[None]:
+    """Hides what is logged up to a level, such as ``logging.INFO``."""
+    before = logging.root.manager.disable
+    logging.disable(max(level, before))
+    try:
+        yield
+    finally:
+        logging.disable(before)

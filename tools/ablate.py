@@ -92,12 +92,11 @@ def main() -> int:
 
 
 def ablate(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from mask_head_plugin import ConfigError, ablation
     from mask_head_plugin.ablation.report import write_report
     from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.durable_files import sole_writer
+    from mask_head_plugin.progress import tell
 
     if not 0 < args.difference < math.inf:
         raise ConfigError(f"--difference {args.difference}: must be a number above 0")
@@ -111,8 +110,7 @@ def ablate(args: argparse.Namespace) -> int:
     trials = ablation.plan(study, args.output, args.num_gpus)
     metric = study.metric
     if args.dry_run:
-        for trial in trials:
-            print(f"{_state(trial, metric):>12}  {trial.name}  ->  {trial.folder}")
+        print(_plan(trials, metric))
         print(f"{len(trials)} trials, {_time_left(trials, cluster)} with {args.jobs} at a time")
         num_compared = max(len(study.configs) - 1, 1)
         plan = (args.output, metric, args.difference, len(study.seeds), num_compared)
@@ -124,7 +122,7 @@ def ablate(args: argparse.Namespace) -> int:
     with sole_writer(args.output):
         ablation.write_description(args.output, description)
         try:
-            ablation.run(trials, cluster, lambda t: tqdm.write(f"{t.name}: {_state(t, metric)}"))
+            ablation.run(trials, cluster, lambda t: tell(f"{t.name}: {_state(t, metric)}"))
         except KeyboardInterrupt:
             print("ablate.py: stopped; the same command continues from here", file=sys.stderr)
             return 130
@@ -136,6 +134,21 @@ def ablate(args: argparse.Namespace) -> int:
         write_report(args.output, args.draws)
         print(f"report: {args.output / 'report.md'} and {args.output / 'report.html'}")
     return 1 if failed else 0
+
+
+def _plan(trials: list[Trial], metric: str) -> str:
+    """Returns a table of the trials' states with a row for each variant."""
+    from tabulate import tabulate
+
+    seeds = list(dict.fromkeys(trial.seed for trial in trials))
+    rows: dict[str, list[str]] = {}
+    for trial in trials:
+        state = trial.state if trial.record() and not trial.is_finished else _state(trial, metric)
+        rows.setdefault(trial.variant, [trial.variant]).append(state)
+    table = tabulate(rows.values(), ["variant", *(f"seed {seed}" for seed in seeds)])
+    failed = [f"{x.name} failed: {x.error}" for x in trials if x.error and not x.is_finished]
+    folders = f"Each trial has a folder, such as {trials[0].folder}"
+    return "\n".join([table, "", *failed, folders])
 
 
 def _time_left(trials: list[Trial], cluster: Cluster) -> str:

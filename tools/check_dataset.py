@@ -50,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--images",
         nargs="+",
+        action="extend",
         required=True,
         metavar="DIR",
         help="the folder that file_name is relative to; with several, the one that has the file",
@@ -63,6 +64,7 @@ def parse_args() -> argparse.Namespace:
     fix.add_argument(
         "--accept",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KIND",
         help="write the copy even if findings of these kinds cost most images or annotations",
@@ -76,7 +78,9 @@ def parse_args() -> argparse.Namespace:
         "with --fix: parts of the copy; otherwise parts of the file, which must have no errors"
     )
     parts.add_argument("--write", type=Path, metavar="FILE", help="the file to write")
-    parts.add_argument("--categories", nargs="+", metavar="NAME", help="keep only these")
+    parts.add_argument(
+        "--categories", nargs="+", action="extend", metavar="NAME", help="keep only these"
+    )
     parts.add_argument(
         "--split",
         type=float,

@@ -66,6 +66,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.config_file) != bool(args.weights):
         parser.error("--config-file and --weights belong together: give both or neither")
+    if args.input == "":  # such as "$image" of a shell without that variable
+        parser.error("--input is empty: name an image, or leave it out for an embedded one")
     return args
 
 

@@ -62,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--calibration-images",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
         help="calibrate int8 on these images (default: 64 of DATASETS.TRAIN)",
@@ -69,6 +70,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--images",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
         help="compare on these images (default: some of DATASETS.TEST, if on this machine)",

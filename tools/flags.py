@@ -34,6 +34,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         "--input",
         "--video-input",
         nargs="+",
+        action="extend",
         required=True,
         metavar="PATH",
         help="images, videos, folders of them, or patterns in quotes",
@@ -49,6 +50,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class-thresholds",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=SCORE",
         help="thresholds for single classes; tools/analyze.py finds the best ones",

@@ -19,7 +19,7 @@ PAPER:                          # published figures of variants, in percent; may
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ REQUIRED = {
     "VARIANTS": dict,
 }
 OPTIONAL = ("PAPER", "IMPORTS")
+OF_TRIALS = {"SEED": "SEEDS or --seed", "OUTPUT_DIR": "--output"}
+"""Keys that each trial has its own values of, and where they come from."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,14 @@ def load_ablation(
     base = read_config(config_file, named, is_named=False)
     of_size = sizes[size].get("OVERRIDES") or {}
     merge_overrides(base, of_size, f"{path}: size {size!r}")
+    _refuse_keys_of_trials(of_size, f"{path}: size {size!r}")
     merge_opts(base, opts)
+    _refuse_keys_of_trials(opts[::2], "options")
     configs, own = {}, {}
     for name, overrides in all_overrides.items():
         configs[name] = base.clone()
         merge_overrides(configs[name], overrides, f"{path}: variant {name!r}")
+        _refuse_keys_of_trials(overrides or {}, f"{path}: variant {name!r}")
         of_variant = flatten(CfgNode(overrides or {}))
         own[name] = own_keys(config_file, flatten(CfgNode(of_size)), opts[::2], of_variant)
     return Ablation(
@@ -144,6 +149,13 @@ def _chosen(content: dict[str, Any], names: list[str], path: str) -> dict[str, A
     if names and content["BASELINE"] not in names:
         raise ConfigError(f"--variant lacks the baseline, {content['BASELINE']!r}")
     return {name: x for name, x in variants.items() if not names or name in names}
+
+
+def _refuse_keys_of_trials(keys: Collection[str], source: str) -> None:
+    """Raises ConfigError for keys that would be overwritten for each trial."""
+    for key, origin in OF_TRIALS.items():
+        if key in keys:
+            raise ConfigError(f"{source}: {key} has no effect, since trials take it from {origin}")
 
 
 def _check_seeds(where: str, seeds: list[Any]) -> None:

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import submitit
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
-from tqdm import tqdm
 
 from ..config import ConfigError, flatten
+from ..config_check.chosen_metrics import VALIDATION, evaluated_metrics
 from ..data import register_coco_files
 from ..durable_files import write_durably
 from ..engine import Trainer
 from ..engine.run import check_and_register
+from ..messages import nearest_name, silenced
+from ..progress import progress_bar
 from ..user_code import import_modules
 from .ablation_file import Ablation
 from .cluster import Cluster
@@ -76,9 +81,20 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
             cfg = trial.cfg.clone()
             cfg.OUTPUT_DIR = str(output)
             check_and_register(cfg, train=True, own=ablation.own_keys[trial.variant])
+            _check_metric(cfg, ablation.metric)
     for trial in trials:
         check_hash(trial)
     return trials
+
+
+def _check_metric(cfg: CfgNode, metric: str) -> None:
+    """Raises ConfigError for a METRIC that no trial will have, if our evaluator measures it."""
+    given = evaluated_metrics(cfg, next(iter(cfg.DATASETS.TEST), ""))
+    known = [x for x in given if "/AP-" not in x and not x.startswith(VALIDATION)]
+    if known and metric not in (*known, *(f"{x.partition('/')[0]}/AR" for x in known)):
+        nearest = nearest_name(metric, known)
+        hint = f"did you mean {nearest!r}?" if nearest else f"trials have {', '.join(known)}"
+        raise ConfigError(f"METRIC {metric!r} is not measured for a trial; {hint}")
 
 
 def _device(device: str, num_gpus: int) -> str:
@@ -157,10 +173,9 @@ def run(
     """
     waiting = [trial for trial in trials if not trial.is_finished]
     total = sum(int(trial.cfg.SOLVER.MAX_ITER) for trial in trials)
+    done = sum(trial.iteration() for trial in trials)
     running: dict[int, tuple[Trial, submitit.Job[None]]] = {}
-    with tqdm(total=total, unit="it", desc=f"{len(trials)} trials", smoothing=0.05) as progress:
-        progress.update(sum(trial.iteration() for trial in trials))
-        progress.initial = progress.n  # the time left only counts what this run does
+    with progress_bar(f"{len(trials)} trials", "it", total, done) as advance:
         try:
             while waiting or running:
                 free = [slot for slot in range(cluster.jobs) if slot not in running]
@@ -178,7 +193,8 @@ def run(
                         del running[slot]
                         _note_lost_job(trial, submitted)
                         report(trial)
-                progress.update(sum(trial.iteration() for trial in trials) - progress.n)
+                before, done = done, sum(trial.iteration() for trial in trials)
+                advance(done - before)
                 if running:
                     time.sleep(POLL_SECONDS)
         finally:
@@ -213,7 +229,11 @@ def _try_speed(trial: Trial) -> float:
     """Returns the seconds of a training step, without evaluation."""
     cfg = trial.cfg.clone()
     cfg.SOLVER.MAX_ITER = ESTIMATE_ITERATIONS
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(silenced(logging.INFO))  # detectron2 prints the whole model
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
         cfg.OUTPUT_DIR = folder
         register_coco_files(cfg)
         trainer = Trainer(cfg)

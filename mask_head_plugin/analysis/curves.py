@@ -182,7 +182,11 @@ def threshold_flag(thresholds: list[Threshold]) -> str:
     """Returns the thresholds as a flag of tools/demo.py and tools/predict.py."""
     known = [x for x in thresholds if not math.isnan(x.score)]
     pairs = [shlex.quote(f"{x.class_name}={x.score!r}") for x in known]
-    return f"--class-thresholds {' '.join(pairs)}" if pairs else ""
+    # A name such as "-x" would be taken for a flag, except after "=", which takes one value.
+    alone = [pair for pair in pairs if pair.lstrip("'").startswith("-")]
+    plain = " ".join(pair for pair in pairs if pair not in alone)
+    words = [f"--class-thresholds {plain}"] if plain else []
+    return " ".join([*words, *(f"--class-thresholds={pair}" for pair in alone)])
 
 
 def confusion(

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ def _read_annotations(path: Path) -> dict[str, Any]:
         if twice is not None:
             what = "image" if key == "id" else "category"
             raise ConfigError(f"{path} has two of {what} {twice}; tools/check_dataset.py has a fix")
+    for key, count in (("bbox", 4), ("area", None)):
+        given = [(k, x[key]) for k, x in enumerate(objects) if x.get(key) not in (None, [])]
+        _check_numbers(given, key, count, f"{path}, annotations")
     encoded = [x for x in objects if isinstance(x.get("segmentation"), dict)]
     encoded = [
         x
@@ -184,7 +188,7 @@ def _checked(
 
 
 def _check_numbers(
-    values: Sequence[tuple[int, Any]], key: str, count: int | None, source: Path
+    values: Sequence[tuple[int, Any]], key: str, count: int | None, source: Path | str
 ) -> None:
     """Raises a ConfigError unless each value is a finite number, or a list of so many.
 
@@ -192,7 +196,7 @@ def _check_numbers(
         values: numbers of entries, and what they have.
         key: where they have it.
         count: length of a list; None for a number.
-        source: the file of the results.
+        source: the file, and in which of its lists they are.
     """
     try:
         written = [x for _, x in values] if count is None else [y for _, x in values for y in x]
@@ -225,7 +229,7 @@ def _scene(
     dt_image, dt_class = _indices(found)
     gt_image, gt_class = _indices(true)
     dt, gt = np.lexsort((dt_class, dt_image)), np.lexsort((gt_class, gt_image))
-    masks = [_mask(x, images[x["image_id"] - 1]) for x in true] if with_masks else []
+    masks = [_mask(x, images[x["image_id"] - 1], truth) for x in true] if with_masks else []
     gt_box = [x.get("bbox") or coco_mask.toBbox(masks[k]).tolist() for k, x in enumerate(true)]
     lenient = {(k, c - 1) for k, x in enumerate(images) for c in x["not_exhaustive_category_ids"]}
     return Scene(
@@ -255,8 +259,21 @@ def _indices(records: Sequence[Record]) -> tuple[IntArray, IntArray]:
     return np.array(images, np.int64) - 1, np.array(classes, np.int64) - 1
 
 
-def _mask(annotation: Record, image: Record) -> Any:
-    """Returns an object's mask as compressed RLE; an empty one where the polygons enclose none."""
+def _mask(annotation: Record, image: Record, truth: GroundTruth) -> Any:
+    """Returns an object's mask as compressed RLE; an empty one where the polygons enclose none.
+
+    Raises:
+        ConfigError: if its polygons are none.
+    """
     image_hw = image["height"], image["width"]
-    rle = annotation_rle(annotation["segmentation"], image_hw)
+    try:
+        found = annotation["segmentation"]
+        if isinstance(found, list) and not all(map(math.isfinite, chain.from_iterable(found))):
+            raise ValueError("its polygons have numbers that are not finite")
+        rle = annotation_rle(found, image_hw)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{truth.json_file}, annotations: entry {annotation['id'] - 1}: its segmentation "
+            f"cannot be read: {one_line(error)}"
+        ) from None
     return as_bytes(rle or coco_mask.encode(np.zeros(image_hw, np.uint8, order="F")))

@@ -24,7 +24,6 @@ from detectron2.data import (
     build_detection_test_loader,
 )
 from detectron2.utils.file_io import PathManager
-from tqdm import tqdm
 
 from ..durable_files import write_durably
 from ..evaluation import MaskEvaluator, bootstrap, counted_detections
@@ -33,6 +32,7 @@ from ..evaluation.coco_evaluator import without_nan
 from ..evaluation.matching import Matches
 from ..image_file_mapper import ImageFileMapper
 from ..machine import cpu_name
+from ..progress import progress
 from .image_differences import Cut, ImageDifferences, compare_images
 from .timed_model import TimedModel
 from .twins import Twins
@@ -207,7 +207,7 @@ def compare_twins(
     )
     found: list[ImageDifferences] = []
     crowded: list[tuple[int, int]] = []
-    for index, (x,) in enumerate(tqdm(loader, "running both models", unit="image")):
+    for index, (x,) in enumerate(progress(loader, "running both models", "image")):
         sides = {}
         for side in SIDES if index % 2 == 0 else SIDES[::-1]:
             instances, sides[side] = watched[side].detect(x)
@@ -248,11 +248,9 @@ def compare_ap(evaluators: dict[str, MaskEvaluator], output: Path) -> dict[str, 
         evaluators: of "stock" and "plugin", with all predictions.
         output: the folder with the folders of both.
     """
-    results = {
-        side: evaluators[side].evaluate() for side in tqdm(SIDES, "evaluating", unit="model")
-    }
+    results = {side: evaluators[side].evaluate() for side in progress(SIDES, "evaluating", "model")}
     compared = {}
-    for task in tqdm(list(results["stock"]), "intervals of AP", unit="task"):
+    for task in progress(list(results["stock"]), "intervals of AP", "task"):
         stock, plugin = (Matches.load(output / side / f"matches_{task}.npz") for side in SIDES)
         interval = bootstrap.compare([plugin], [stock])["AP"]
         compared[task] = APComparison(

@@ -13,12 +13,12 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as coco_mask
 from tabulate import tabulate
-from tqdm import tqdm
 
 from ..durable_files import write_durably
 from ..evaluation.drawing import ByteArray, LabelStyle, draw_instances, instance_colour, write_label
 from ..image_file_mapper import ImageFileMapper
 from ..image_files import read_image
+from ..progress import progress
 from .image_differences import BOX_TOLERANCE, SCORE_TOLERANCE, THRESHOLD_TOLERANCE
 from .measurement import DIFFERENT, EQUAL, MIN_CONFIDENT, SIDES, TOO_FEW, Comparison
 from .twins import Twins
@@ -180,7 +180,7 @@ def write_pictures(twins: Twins, comparison: Comparison, output: Path) -> list[P
     by_id = {x["image_id"]: x for x in records}
     (output / PICTURES).mkdir(exist_ok=True)
     paths = []
-    for number, image_id in enumerate(tqdm(chosen, "drawing pictures", unit="image"), start=1):
+    for number, image_id in enumerate(progress(chosen, "drawing pictures", "image"), start=1):
         name = "".join(c if c.isalnum() else "_" for c in str(image_id))
         path = output / PICTURES / f"{number}_{name}.png"
         if not cv2.imwrite(str(path), _picture(twins, comparison, by_id[image_id])):

@@ -74,7 +74,7 @@ def of_dataset(names: Sequence[str], metric: str) -> tuple[str, str]:
     """
     if len(names) == 1:
         return names[0], metric
-    name = next((x for x in names if metric.startswith(f"{x}/")), "")
+    name = max((x for x in names if metric.startswith(f"{x}/")), key=len, default="")
     return name, metric.removeprefix(f"{name}/")
 
 
@@ -93,16 +93,24 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         )
     name, own = of_dataset(names, metric)
     if not name:
+        known = [f"{x}/{y}" for x in names for y in evaluated_metrics(cfg, x)]
+        example = nearest_name(metric, known) or f"{names[0]}/{metric}"
         raise ConfigError(
             f"{key} {metric!r}: with several data sets in DATASETS.TEST it starts with one of "
-            f"them, e.g. {names[0]}/{metric}"
+            f"them, e.g. {example}"
         )
     task, _, loss = own.partition("/")
     if task == VALIDATION and not cfg.TEST.EVAL_LOSS:
         raise ConfigError(f"{key} {metric!r} is a loss, which needs TEST.EVAL_LOSS True")
+    if own == TOTAL_LOSS or own.startswith("loss_"):
+        full = metric.removesuffix(own) + f"{VALIDATION}/{own}"
+        needed = "" if cfg.TEST.EVAL_LOSS else " (with TEST.EVAL_LOSS True)"
+        raise ConfigError(f"{key} {metric!r} is a loss of training; did you mean {full!r}{needed}?")
+    if task == "semantic" and not cfg.TEST.SEMANTIC_THRESHOLD:
+        raise ConfigError(f"{key} {metric!r} needs TEST.SEMANTIC_THRESHOLD above 0, e.g. 0.5")
     if task == VALIDATION and loss.startswith("loss_"):
         return  # the model says what losses it has, see engine/validation_loss.py
-    known = _metrics(cfg, name)
+    known = evaluated_metrics(cfg, name)
     if task == VALIDATION:
         known = [f"{VALIDATION}/{TOTAL_LOSS}", f"{VALIDATION}/loss_mask"]
     if known and own not in known:
@@ -112,7 +120,7 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         raise ConfigError(f"{key} {metric!r} is not a metric of {name}; {hint}")
 
 
-def _metrics(cfg: CfgNode, name: str) -> list[str]:
+def evaluated_metrics(cfg: CfgNode, name: str) -> list[str]:
     """Returns the metrics of MaskEvaluator for a data set; none where another evaluator may be
     used.
     """

@@ -30,7 +30,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..image_file_mapper import ImageFileMapper
-from ..messages import one_line
+from ..messages import one_line, silenced
 from .child_process import ChildError, call_in_child
 
 PACKAGE = __name__.partition(".")[0]
@@ -95,7 +95,7 @@ def dry_backbone(cfg: CfgNode) -> tuple[dict[str, ShapeSpec], DryPart]:
             shapes.update(build_backbone(cfg).output_shape())
 
     def build_alone() -> tuple[dict[str, ShapeSpec], DryPart]:
-        with _silent():
+        with silenced(logging.WARNING):
             part = _built(build, cfg)
         return shapes, part
 
@@ -127,19 +127,8 @@ def build_parts(
         builders.append(build_schedule)
         if trainer.build_train_loader.__module__.partition(".")[0] in HOSTS:
             builders += [_build_train_mapper, _build_loader]
-    with _silent():
+    with silenced(logging.WARNING):
         return [_built(build, cfg) for build in builders]
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Silences logs, since the parts will be built, and logged, again."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
 
 
 def _built(build: Callable[[CfgNode], object], cfg: CfgNode) -> DryPart:

@@ -186,7 +186,11 @@ def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
         return
     if not train and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty: name a data set to evaluate on")
-    if test.EVAL_PERIOD > 0 and not cfg.DATASETS.TEST:
+    names = cfg.DATASETS.TEST
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ConfigError(f"DATASETS.TEST has {twice!r} twice; leave one out")
+    if test.EVAL_PERIOD > 0 and not names:
         raise ConfigError(
             f"TEST.EVAL_PERIOD is {test.EVAL_PERIOD}, but DATASETS.TEST is empty: name a data set, "
             "or set TEST.EVAL_PERIOD to 0"

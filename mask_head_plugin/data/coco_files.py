@@ -49,6 +49,8 @@ class CocoFile:
     """Ids of the categories that have annotations."""
     has_rle: bool
     """Whether any non-crowd object has a run-length mask."""
+    has_images: bool
+    """Whether it lists any."""
 
 
 def register_coco_files(cfg: CfgNode) -> None:
@@ -137,9 +139,9 @@ def check_registered_datasets(cfg: CfgNode, *, train: bool = True) -> None:
         train: whether the model will be trained; if not, DATASETS.TRAIN may be missing.
 
     Raises:
-        ConfigError: if a data set is not registered (the nearest name is given) or not on this
-            machine (the path is given), needs a package that is missing (the extra is given), or
-            NUM_CLASSES differs (both numbers are given).
+        ConfigError: if a data set is not registered (the nearest name is given), is not on this
+            machine or has no images (the path is given), needs a package that is missing (the extra
+            is given), or NUM_CLASSES differs (both numbers are given).
     """
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
         if name not in DatasetCatalog.list():
@@ -162,6 +164,11 @@ def check_registered_datasets(cfg: CfgNode, *, train: bool = True) -> None:
                 f"data set {name!r} is not on this machine: {json_file} does not exist. Put it "
                 "there, or name the folder of your data sets in $DETECTRON2_DATASETS"
             )
+        if metadata.get("from_coco_files") and not _own_file(metadata).has_images:
+            raise ConfigError(
+                f"data set {name!r}: {metadata.source_json_file} lists no images; list them, or "
+                "name another file in DATASETS.COCO_FILES"
+            )
         classes = metadata.get("thing_classes")
         if classes is not None and len(classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
             raise ConfigError(
@@ -169,6 +176,10 @@ def check_registered_datasets(cfg: CfgNode, *, train: bool = True) -> None:
                 f"{name!r} has {len(classes)} classes ({json_file or 'built in'}); "
                 f"set it to {len(classes)}"
             )
+
+
+def _own_file(metadata: Metadata) -> CocoFile:
+    return read_coco_file(metadata.source_json_file, metadata.image_root)
 
 
 def datasets_root() -> Path:
@@ -223,7 +234,8 @@ def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
     )
     ids = (x.get("category_id") for x in content["annotations"] if isinstance(x, dict))
     used = frozenset(i for i in ids if type(i) is int)
-    return CocoFile(json_file, image_root, dict(sorted(names.items())), used, has_rle)
+    categories = dict(sorted(names.items()))
+    return CocoFile(json_file, image_root, categories, used, has_rle, bool(content["images"]))
 
 
 def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:

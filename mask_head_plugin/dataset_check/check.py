@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from ..progress import progress
 from .findings import Finding, Findings, Place, quote
 from .foreign_formats import foreign_bytes, foreign_text
 from .image_folders import join_folders
@@ -27,8 +26,6 @@ from .object_shares import Shares
 from .records import Sizes, check_annotation_fields, check_categories, check_images, check_sections
 from .records_and_files import check_files
 from .whole_export import check_whole
-
-FEW_ANNOTATIONS = 50_000  # files are checked in a second
 
 
 @dataclass
@@ -203,8 +200,7 @@ def _check_annotations(
     lvis, masks = options.lvis, options.masks and any_masks
     first_of_id: dict[Hashable, int] = {}
     shares = Shares(sizes)
-    few = len(annotations) < FEW_ANNOTATIONS
-    for index, annotation in enumerate(tqdm(annotations, "annotations", leave=False, disable=few)):
+    for index, annotation in enumerate(progress(annotations, "checking annotations")):
         if not isinstance(annotation, dict):
             message = f"an annotation is {quote(annotation)}"
             found.add("annotation-not-object", message, Place("annotations", index))

@@ -15,14 +15,13 @@ from multiprocessing.pool import ThreadPool
 from typing import IO, Any, NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from ..image_files import JPEG_END, QUARTER_TURNS, ImageFileError, open_image, orientation_of
+from ..progress import progress
 from .findings import Findings, Place, quote_path
 
 TEXT_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 THREADS = 8
-FEW_FILES = 2000  # are checked in a second
 
 Problem = tuple[str, str]
 """Kind and message of a finding."""
@@ -138,14 +137,8 @@ def check_image_files(
     with ThreadPool(THREADS) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of large images and odd EXIF data
         results = pool.imap(lambda path: inspect_image(path, decode=decode), missing, chunksize=16)
-        progress = tqdm(
-            results,
-            "image files",
-            total=len(missing),
-            leave=False,
-            disable=len(missing) < FEW_FILES,
-        )
-        known.update(zip(missing, progress, strict=True))
+        told = progress(results, "reading image files", "file", len(missing))
+        known.update(zip(missing, told, strict=True))
     honoured = _orientation_is_honoured(images, known)
     for image in images:
         for kind, message in _problems(image, known[image.path], honoured):

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, Protocol
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from ..durable_files import make_output_folder
 from ..evaluation.drawing import ByteArray, draw_instances, instance_colour
 from ..evaluation.semantic import SemanticMap, semantic_map
 from ..messages import ConfigError
+from ..progress import Advance, progress_bar
 from .media import Frames, LeftOutError, Source, num_frames, open_writer, read_bgr
 from .predictions import Categories, ColourKeeper, Detections, Predictions
 
@@ -90,18 +90,18 @@ class ModelRun:
         make_output_folder(self.output)
         total = sum(num_frames(source) for source in sources)
         try:
-            with tqdm(total=total, desc="running the model", unit="image") as progress:
+            with progress_bar("running the model", "image", total) as advance:
                 for is_video, group in itertools.groupby(sources, lambda source: source.is_video):
                     if is_video:
                         for source in group:
-                            self._run_video(source, progress)
+                            self._run_video(source, advance)
                     else:
-                        self._run_images(group, progress)
+                        self._run_images(group, advance)
         finally:
             self.predictions.write(self.output / PREDICTIONS)
         return self._problems
 
-    def _run_images(self, sources: Iterable[Source], progress: Any) -> None:
+    def _run_images(self, sources: Iterable[Source], advance: Advance) -> None:
         for batch in _batches(self._read(sources), self.batch_size):
             for item, found in self._find(batch):
                 if isinstance(found, LeftOutError):
@@ -110,7 +110,7 @@ class ModelRun:
                 overlay = self._draw(item, found, ColourKeeper())
                 self._write_image(item.source.overlay, overlay)
                 self._write_semantic(f"{Path(item.source.overlay).stem}.png", item, found)
-                progress.update()
+                advance(1)
 
     def _read(self, sources: Iterable[Source]) -> Iterator[_Item]:
         for source in sources:
@@ -119,7 +119,7 @@ class ModelRun:
             except LeftOutError as error:
                 self._note(source, error)
 
-    def _run_video(self, source: Source, progress: Any) -> None:
+    def _run_video(self, source: Source, advance: Advance) -> None:
         writer, keeper, frames = None, ColourKeeper(), Frames(source.path)
         items = (
             _Item(source, image, {"file_name": str(source.path), "frame": index})
@@ -136,7 +136,7 @@ class ModelRun:
                     writer.write(overlay)
                     name = f"{Path(source.overlay).stem}/{item.record['frame']:06d}.png"
                     self._write_semantic(name, item, found)
-                    progress.update()
+                    advance(1)
         except LeftOutError as error:
             self._note(source, error)
         finally:

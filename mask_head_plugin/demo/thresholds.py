@@ -31,7 +31,8 @@ def class_thresholds(
     if unknown:
         near = nearest_name(unknown[0], class_names)
         hint = f"did you mean {near!r}?" if near else f"it has {listed(class_names)}"
-        raise ConfigError(f"--class-thresholds: the model has no class {unknown[0]!r}; {hint}")
+        told = listed([repr(name) for name in unknown])
+        raise ConfigError(f"--class-thresholds: the model has no class {told}; {hint}")
     return np.array([given.get(name, default) for name in class_names])
 
 

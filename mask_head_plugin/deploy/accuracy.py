@@ -21,7 +21,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
-from tqdm import tqdm
 
 from ..class_names import class_names_of
 from ..comparison.measurement import choose_images
@@ -30,6 +29,7 @@ from ..evaluation.difference import PairedDifference
 from ..evaluation.matching import Matches
 from ..messages import ConfigError
 from ..modeling.rcnn import rle_postprocess
+from ..progress import progress
 from .parity import Outputs, Run, eager_outputs, matched
 from .samples import Sample, read_sample, usable_dataset
 
@@ -142,7 +142,7 @@ def compare_accuracy(
         size: height and width that the exported model pads images to, or None.
     """
     accuracy = Accuracy()
-    for sample in tqdm(samples, desc="comparing with the trained model", unit="image"):
+    for sample in progress(samples, "comparing with the trained model", "image"):
         accuracy.add(eager_outputs(model, sample.image, size), run(sample.image))
     try:
         dataset = usable_dataset(cfg, "TEST")
@@ -175,7 +175,7 @@ def _compare_ap(
         evaluator.predicted_classes = class_names_of(model)
         evaluator.reset()
     records = DatasetCatalog.get(name)
-    for record in tqdm(records, desc="comparing AP", unit="image"):
+    for record in progress(records, "comparing AP", "image"):
         image = read_sample(cfg, record["file_name"], size)
         both = eager_outputs(model, image, size), run(image)
         accuracy.add(*both)

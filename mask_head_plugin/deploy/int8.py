@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-from tqdm import tqdm
 
 from ..durable_files import write_durably
+from ..progress import progress
 from .formats import Inputs
 
 NUM_CALIBRATION_IMAGES = 64
@@ -81,7 +81,7 @@ def _reader(images: Sequence[str], read: Callable[[str], Inputs]) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
     def feeds() -> Iterator[Feed]:
-        for path in tqdm(images, desc="calibrating", unit="image"):
+        for path in progress(images, "calibrating", "image"):
             names = ("image", "image_hw")
             yield {name: x.numpy() for name, x in zip(names, read(path), strict=False)}
 

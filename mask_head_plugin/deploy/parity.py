@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor
-from tqdm import tqdm
 
+from ..progress import progress
 from .exportable import last_predictor
 from .samples import Sample
 
@@ -158,7 +158,7 @@ def compare(
     parity = Parity(tolerance)
     predictor = last_predictor(model)
     limit = predictor.test_topk_per_image
-    for sample in tqdm(samples, desc="comparing with the trained model", unit="image"):
+    for sample in progress(samples, "comparing with the trained model", "image"):
         expected = eager_outputs(model, sample.image, size)
         scores = expected["scores"]
         is_full = 0 <= limit <= len(scores) > 0

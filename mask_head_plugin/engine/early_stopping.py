@@ -65,6 +65,9 @@ class EarlyStopping(HookBase):
                 if known["metric"] == self._metric:
                     values = {int(k): float(value) for k, value in known["values"]}
                     self._values = {k: value for k, value in values.items() if k <= start}
+                else:
+                    told = "%s is of %s: patience for %s counts from the next evaluation on"
+                    logger.warning(told, self._record, known["metric"], self._metric)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 told = "%s is damaged (%s): patience counts from the next evaluation on"
                 logger.warning(told, self._record, error)
@@ -85,8 +88,7 @@ class EarlyStopping(HookBase):
         value, noted_at = latest.get(self._metric, (None, -1))
         if value is None or noted_at != iteration:
             if not self._has_warned:
-                warn_of_missing_metric(STOPPING, self._metric, latest)
-                self._has_warned = True
+                self._has_warned = warn_of_missing_metric(STOPPING, self._metric, self.trainer)
             return False
         self._values[iteration] = value
         content = {"metric": self._metric, "values": sorted(self._values.items())}

@@ -18,6 +18,8 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
+from ..config import ConfigError
+from ..config_check.chosen_metrics import chosen_metrics, of_dataset
 from ..evaluation import ALL_DETECTIONS, COCO_MAX_DETECTIONS, MaskEvaluator, counted_detections
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,24 @@ def build_evaluator(
             raise ValueError(
                 f"data set {dataset_name!r} has evaluator_type {kind!r}, which has no "
                 "evaluator; set it in its metadata, e.g. to 'coco'"
+            )
+
+
+def check_chosen_objects(cfg: CfgNode) -> None:
+    """Refuses a metric of objects that a data set does not have: it would never be a number.
+
+    Raises:
+        ConfigError: naming the key, the metric and the data set.
+    """
+    for key, metric in chosen_metrics(cfg).items():
+        name, own = of_dataset(cfg.DATASETS.TEST, metric)
+        if name not in cfg.DATASETS.TEST:
+            continue
+        evaluator = build_evaluator(cfg, name)
+        if isinstance(evaluator, MaskEvaluator) and evaluator.never_gives(own):
+            raise ConfigError(
+                f"{key} {metric!r} is not a number in any evaluation: {name} has no objects that "
+                "count for it; choose another metric"
             )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from detectron2.engine import hooks
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm, events
 
 from ..checkpoint import MaskHeadCheckpointer
@@ -89,6 +91,9 @@ class BestCheckpointer(hooks.HookBase):
                 best = json.loads(self._record.read_text(encoding="utf-8"))
                 if best["metric"] == self._metric:
                     self._best = float(best["value"])
+                else:
+                    told = "%s is of %s: the next evaluation counts as the best %s so far"
+                    logger.warning(told, self._record, best["metric"], self._metric)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 logger.warning(
                     "%s is damaged (%s): the next evaluation counts as the best so far",
@@ -106,12 +111,15 @@ class BestCheckpointer(hooks.HookBase):
         latest = self.trainer.storage.latest()
         if self._metric not in latest:
             if not self._has_warned:
-                self._has_warned = warn_of_missing_metric(BEST, self._metric, latest)
+                self._has_warned = warn_of_missing_metric(BEST, self._metric, self.trainer)
             return
         value, iteration = latest[self._metric]
         if iteration <= self._last_seen:
             return
         self._last_seen = iteration
+        if math.isnan(value):
+            told = "%s %r is not a number at iteration %d: these weights are not the best"
+            logger.warning(told, BEST, self._metric, iteration)
         if not improves(self._metric, value, self._best):
             return
         self._best = value
@@ -121,9 +129,9 @@ class BestCheckpointer(hooks.HookBase):
         logger.info("best %s so far: %.3f at iteration %d", self._metric, value, iteration)
 
 
-def warn_of_missing_metric(key: str, metric: str, latest: Mapping[str, Any]) -> bool:
-    """Warns, after an evaluation, that it did not give the metric that a key names."""
-    names = [name for name in latest if "/AP" in name]
+def warn_of_missing_metric(key: str, metric: str, trainer: Any) -> bool:
+    """Warns that the last evaluation did not give the metric that a key names, if there was one."""
+    names = list(flatten_results_dict(getattr(trainer, "_last_eval_results", None) or {}))
     if names:
         told = "%s %r is not a metric of the evaluation; it has %s"
         logger.warning(told, key, metric, ", ".join(names))

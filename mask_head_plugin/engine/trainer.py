@@ -52,7 +52,7 @@ from ..modeling import to_channels_last
 from .accumulation import build_inner_trainer
 from .distributed import distribute, share_buffers, undistributed
 from .early_stopping import EarlyStopping, StoppedEarly
-from .evaluators import build_evaluator, inference_folder
+from .evaluators import build_evaluator, check_chosen_objects, inference_folder
 from .guards import StepGuard
 from .hooks import (
     BestCheckpointer,
@@ -255,6 +255,7 @@ class Trainer(DefaultTrainer):
         with contextlib.ExitStack() as stack:
             if comm.is_main_process():
                 stack.enter_context(sole_writer(Path(self.cfg.OUTPUT_DIR)))
+            check_chosen_objects(self.cfg)
             if self.cfg.TEST.EVAL_LOSS:
                 check_losses(self.cfg, self.evaluated_model)
             try:

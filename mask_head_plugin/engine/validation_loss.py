@@ -67,12 +67,12 @@ def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, Losses]:
         Losses by data set and by the model's names; nothing in processes other than the first.
 
     Raises:
-        ConfigError: if a data set has no annotations, or numbers its classes differently from the
-            model.
+        ConfigError: if a data set has no annotations, or some without what a loss needs, or numbers
+            its classes differently from the model.
     """
     model, found = undistributed(model), {}
-    for name in cfg.DATASETS.TEST:
-        records = _records(cfg, model, name)
+    of_datasets = {name: _records(cfg, model, name) for name in cfg.DATASETS.TEST}
+    for name, records in of_datasets.items():
         own = range(comm.get_rank(), len(records), comm.get_world_size())
         parts = comm.gather(_losses_of_images(cfg, model, records, own))
         if comm.is_main_process():
@@ -137,9 +137,19 @@ def _records(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[Record]:
         records = [{}]
     if not any(key in records[0] for key in ("annotations", "sem_seg_file_name")):
         raise ConfigError(
-            f"TEST.EVAL_LOSS: {dataset_name} has no annotations to compute losses with; set it to "
-            "False, or name another data set in DATASETS.TEST"
+            f"TEST.EVAL_LOSS: {dataset_name} has no annotations to compute losses with (those of "
+            "crowds do not count); set it to False, or name another data set in DATASETS.TEST"
         )
+    needed = {"segmentation": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    for record in records:
+        for number, annotation in enumerate(record.get("annotations", ())):
+            lacking = [x for x, is_on in needed.items() if is_on and annotation.get(x) is None]
+            if lacking and not annotation.get("iscrowd"):
+                raise ConfigError(
+                    f"TEST.EVAL_LOSS: annotation {number} of {record['file_name']} in "
+                    f"{dataset_name} has no {lacking[0]}, so it has no loss; annotate it, or set "
+                    "TEST.EVAL_LOSS to False"
+                )
     return records
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
+from ..progress import progress
 from ..run_lengths import annotation_rle
 from .boundary import limit_by_boundary
 from .matching import FloatArray, Group, Matches, match
@@ -34,7 +34,6 @@ ALL_DETECTIONS = -1
 LVIS_MAX_DETECTIONS = 300
 AREA_SUFFIXES = {"small": "s", "medium": "m", "large": "l"}
 FREQUENCIES = ("r", "c", "f")
-FEW_PAIRS = 5000  # so many images and classes take a few seconds
 
 Pair = tuple[int, int]
 """An image and a class, by the engine's ids."""
@@ -320,10 +319,7 @@ class Evaluation:
         """Returns the evaluation with boundary IoU where it is lower than mask IoU."""
         objects, detections = self._by_pair()
         ious = {}
-        pairs = tqdm(
-            self.ious.items(), "boundaries", leave=False, disable=len(self.ious) < FEW_PAIRS
-        )
-        for pair, values in pairs:
+        for pair, values in progress(self.ious.items(), "boundary IoU", total=len(self.ious)):
             ious[pair] = limit_by_boundary(
                 values,
                 [as_bytes(x["segmentation"]) for x in detections[pair]],

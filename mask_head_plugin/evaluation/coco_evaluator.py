@@ -240,6 +240,20 @@ class MaskEvaluator(DatasetEvaluator):
             self._write_metrics(summary, evaluations)
         return summary
 
+    def never_gives(self, metric: str) -> bool:
+        """Returns whether a metric is missing or nan whatever is predicted, for want of objects.
+
+        Args:
+            metric: such as ``segm/APl`` or ``bbox/AP-person``.
+        """
+        task, _, name = metric.partition("/")
+        if task not in TASKS or not self._truth.has_annotations:
+            return task in TASKS
+        if task != "bbox" and not self._truth.has_masks:
+            return True
+        of_nothing = self._summary(self._evaluate_task([], "bbox"))
+        return math.isnan(of_nothing.get(name, 0.0))
+
     def _possible_tasks(self, results: Results) -> tuple[str, ...]:
         if self._have_masks(results):
             return TASKS

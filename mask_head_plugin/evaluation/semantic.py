@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as mask_util
-from tqdm import tqdm
 
+from ..progress import progress
 from ..run_lengths import annotation_rle, check_rle_size
 
 SemanticMap = npt.NDArray[np.int32]
@@ -28,7 +28,6 @@ Confusion = npt.NDArray[np.int64]
 
 IGNORED = -1
 BACKGROUND = "background"
-FEW_IMAGES = 20  # images are done before a progress bar is useful
 
 
 def semantic_map(
@@ -181,8 +180,7 @@ def evaluate_semantic(
     for result in results:
         results_of[result["image_id"]].append(result)
     confusion = np.zeros((len(class_names) + 1, len(class_names) + 1), np.int64)
-    is_quick = len(image_ids) <= FEW_IMAGES
-    for image_id in tqdm(image_ids, "semantic maps", unit="image", disable=is_quick):
+    for image_id in progress(image_ids, "semantic maps", "image"):
         if image_id not in coco.imgs:
             raise KeyError(f"image_ids has {image_id}, which is not among the file's images")
         image_hw = (coco.imgs[image_id]["height"], coco.imgs[image_id]["width"])

@@ -87,7 +87,7 @@ def write(path, **changes):
         "SEEDS": [1],
         "SIZES": {"shapes": {"CONFIG": str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")}},
         "BASELINE": "a",
-        "VARIANTS": {"a": {}, "b": {"SEED": 3}},
+        "VARIANTS": {"a": {}, "b": {"SOLVER": {"GAMMA": 0.5}}},
         **changes,
     }
     path.write_text(yaml.safe_dump({key: v for key, v in content.items() if v is not None}))
@@ -102,6 +102,8 @@ def write(path, **changes):
             r"'a'.*POOLER_TIPE",
         ),
         ({"VARIANTS": {"a": {"SEED": "many"}}}, r"variant 'a': SEED takes a value of type int"),
+        ({"VARIANTS": {"a": {"SEED": 3}}}, r"'a': SEED has no effect, .* from SEEDS or --seed"),
+        ({"VARIANTS": {"a": {"OUTPUT_DIR": "x"}}}, r"OUTPUT_DIR has no effect, .* from --output"),
         ({"VARIANTS": {"a": [3]}}, r"variant 'a' does not hold"),
         ({"BASELINE": "c"}, r"BASELINE names 'c', which is not a variant"),
         ({"PAPER": {"aa": {"segm/AP": 1.0}}}, r"PAPER names 'aa'.*did you mean 'a'"),

@@ -35,7 +35,7 @@ def test_without_trials_the_assumptions_are_stated(tmp_path):
     assert (spreads.seeds_from, spreads.images_from, spreads.num_images) == (0, 0, ASSUMED_IMAGES)
     spread, planned, *needed = power_lines(tmp_path / "missing", "segm/AP", 8.0, 3, 1)
     assert spread.count("assumed") == 2 and planned.startswith("3 seeds show a true difference of")
-    assert needed == ["A difference of 8 takes 2 seeds of each variant with 200 images"]
+    assert needed == ["A difference of 8 takes 3 seeds of each variant with 200 images"]
 
 
 def test_one_seed_detects_no_difference(tmp_path):

@@ -116,6 +116,27 @@ def test_each_trial_has_its_folder_seed_and_config(ablation, tmp_path):
     assert folder_name("a b") != folder_name("a/b")
 
 
+@pytest.mark.parametrize(
+    ("metric", "hint"),
+    [
+        ("segm/APx", r"did you mean 'segm/AP'"),
+        ("AP", r"trials have bbox/AP, bbox/AP50"),
+        ("segm/AP-ring", r"did you mean 'segm/AP'"),
+        ("validation/loss_mask", r"trials have bbox/AP"),
+    ],
+)
+def test_a_metric_that_trials_do_not_have_is_refused_before_training(
+    ablation, tmp_path, metric, hint
+):
+    content = yaml.safe_load(ablation.read_text())
+    for given in ("segm/AR", "boundary/APs", metric):
+        ablation.write_text(yaml.safe_dump({**content, "METRIC": given}))
+        if given != metric:
+            assert trials_of(ablation, tmp_path)
+    with pytest.raises(ConfigError, match=f"'bce': METRIC '{metric}' is not measured.*{hint}"):
+        trials_of(ablation, tmp_path)
+
+
 def test_variants_seeds_and_options_can_be_chosen(ablation, tmp_path):
     opts = ["SOLVER.MAX_ITER", "7"]
     trials = trials_of(ablation, tmp_path, variants=["bce"], seeds=[5], opts=opts)
@@ -270,9 +291,11 @@ def test_the_estimate_uses_the_measured_speed_of_the_trials(ablation, tmp_path, 
     assert estimate_seconds(trials, Cluster(jobs=2)) == pytest.approx(2 * 3 * 1.5 / 2)
 
 
-def test_without_a_measured_speed_a_few_iterations_are_timed(ablation, tmp_path):
+def test_without_a_measured_speed_a_few_iterations_are_timed_in_silence(ablation, tmp_path, capfd):
+    """detectron2 would print the whole model above the plan."""
     trials = trials_of(ablation, tmp_path)
     assert 0 < estimate_seconds(trials, Cluster()) < 300
+    assert capfd.readouterr() == ("", "")
     assert estimate_seconds(trials, Cluster("slurm", num_gpus=99)) is None, (
         "this machine lacks those GPUs"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 
@@ -185,6 +186,13 @@ MISFITS = {
     "huge": ([{**RIGHT, "score": 10**400}], "entry 0: score is 1000"),
 }
 
+
+def with_first(**changed):
+    """Returns annotations whose first object has other values."""
+    first, *others = CONTENT["annotations"]
+    return {**CONTENT, "annotations": [{**first, **changed}, *others]}
+
+
 BAD_ANNOTATIONS = {
     "a list": ([], "is not a COCO file of annotations"),
     "no object": ({**CONTENT, "annotations": [1]}, "annotations is not a list of objects"),
@@ -196,15 +204,13 @@ BAD_ANNOTATIONS = {
         "has only crowds",
     ),
     "counts": (
-        {
-            **CONTENT,
-            "annotations": [
-                {**x, "segmentation": {**RIGHT["segmentation"], "counts": "0"}}
-                for x in CONTENT["annotations"]
-            ],
-        },
+        with_first(segmentation={**RIGHT["segmentation"], "counts": "0"}),
         "annotation 1: the counts of its mask",
     ),
+    "box": (with_first(bbox=[1, 2, 3]), "annotations: entry 0: bbox is [1, 2, 3], not [x, y,"),
+    "area": (with_first(area="large"), "annotations: entry 0: area is 'large', not a finite"),
+    "polygon": (with_first(segmentation=[[*"abcdef"]]), "entry 0: its segmentation cannot be read"),
+    "nan": (with_first(segmentation=[[1, 1, 5, 5, math.nan, 9]]), "numbers that are not finite"),
 }
 
 

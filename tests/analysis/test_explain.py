@@ -160,10 +160,14 @@ def test_the_tool_reports_errors_in_one_line(monkeypatch, capsys, tmp_path):
     assert tool.main() == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("explain.py: ")]
     assert "missing.jpg" in line
-    monkeypatch.setattr("sys.argv", ["explain.py", "--weights", "x.pth"])
-    with pytest.raises(SystemExit):
-        tool.main()
-    assert "--config-file and --weights belong together" in capsys.readouterr().err
+    for wrong, message in (
+        (["--weights", "x.pth"], "--config-file and --weights belong together"),
+        (["--input", ""], "--input is empty: name an image"),
+    ):
+        monkeypatch.setattr("sys.argv", ["explain.py", *wrong])
+        with pytest.raises(SystemExit):
+            tool.main()
+        assert message in capsys.readouterr().err
 
 
 COMPETING = ["MODEL.ROI_MASK_HEAD.LOSSES", '[["softmax_cross_entropy", 1.0]]']
@@ -181,6 +185,8 @@ COMPETING = ["MODEL.ROI_MASK_HEAD.LOSSES", '[["softmax_cross_entropy", 1.0]]']
         ({"softmax_weights": "missing.pth"}, "file missing.pth does not exist"),
         ({"opts": ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0"]}, "finds no object in this image"),
         ({"opts": ["MODEL.MASK_ON", "False"]}, "no mask branch"),
+        ({"opts": ["MODEL.WEIGHTS", "other.pth"]}, "file other.pth does not exist"),
+        ({"opts": ["MODEL.MASK_ON"]}, "'MODEL.MASK_ON' has no value"),
         ({"opts": COMPETING, "softmax_weights": str(CHECKPOINT)}, "compete already"),
         ({"softmax_weights": str(CHECKPOINT)}, "the first model has the same"),
     ],

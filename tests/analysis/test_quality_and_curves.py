@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import shlex
 
+import flags
 import numpy as np
 import pytest
 from made_scene import detection, objects_of, rectangle, ring, scene_of
@@ -24,6 +27,7 @@ from mask_head_plugin.analysis.mask_quality import (
     mask_quality,
     quality_rows,
 )
+from mask_head_plugin.demo.thresholds import parsed_thresholds
 from mask_head_plugin.evaluation.boundary import boundary_iou, mask_boundary
 
 A, B = rectangle(10, 10, 40, 40), rectangle(80, 60, 40, 20)
@@ -112,6 +116,16 @@ def test_the_flag_gives_thresholds_at_full_precision():
 def test_names_with_spaces_are_quoted_in_the_flag():
     flag = threshold_flag([Threshold("traffic light", 0.25, 1, 1, 1, 1)])
     assert flag == "--class-thresholds 'traffic light=0.25'"
+
+
+@pytest.mark.parametrize("names", [["traffic light", "a,b", "étoile=1", "it's", "-x", "-- y"], []])
+def test_tools_read_the_flag_as_it_is_printed(names):
+    pairs = {name: (k + 1) / 100 for k, name in enumerate(names)}
+    text = threshold_flag([Threshold(name, score, 1, 1, 1, 1) for name, score in pairs.items()])
+    parser = argparse.ArgumentParser()
+    flags.add_inputs(parser)
+    args = ["--input", "a.png", "--output", "out", *shlex.split(text)]
+    assert parsed_thresholds(parser.parse_args(args).class_thresholds) == pairs
 
 
 def test_confusions_count_each_object_and_each_confident_detection_once(tmp_path):

@@ -315,11 +315,17 @@ TWO = [*OFTEN, "DATASETS.TEST", "('coco_2017_val', 'shapes_val')"]
         ([*OFTEN, BEST, "segm/AP-persn"], "did you mean 'segm/AP-person'"),
         (
             [*OFTEN, BEST, "total_loss"],
-            "not a metric of coco_2017_val; there are bbox/AP, bbox/AP50,",
+            r"did you mean 'validation/total_loss' \(with TEST.EVAL_LOSS True\)",
         ),
+        (
+            [*TWO, *LOSS, BEST, "shapes_val/loss_mask"],
+            r"a loss of training; did you mean 'shapes_val/validation/loss_mask'\?",
+        ),
+        ([*OFTEN, BEST, "AP"], "not a metric of coco_2017_val; there are bbox/AP, bbox/AP50,"),
         ([*OFTEN, BEST, "segm/AP", "MODEL.MASK_ON", "False"], "there are bbox/AP, bbox/AP50"),
-        ([*OFTEN, BEST, "semantic/mIoU"], "not a metric of coco_2017_val"),
+        ([*OFTEN, BEST, "semantic/mIoU"], "needs TEST.SEMANTIC_THRESHOLD above 0"),
         ([*TWO, BEST, "segm/AP"], "starts with one of them, e.g. coco_2017_val/segm/AP"),
+        ([*TWO, BEST, "shape_val/segm/AP"], "starts with one of them, e.g. shapes_val/segm/AP"),
         ([*OFTEN, BEST, "validation/total_loss"], "is a loss, which needs TEST.EVAL_LOSS True"),
         ([*OFTEN, *LOSS, BEST, "validation/totl_loss"], "did you mean 'validation/total_loss'"),
         (
@@ -393,6 +399,15 @@ def test_a_batch_that_processes_cannot_share_is_refused_unless_it_is_scaled(tmp_
     check_config(cfg, train=False, num_processes=3)
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
     check_config(cfg, train=True, num_processes=3)
+
+
+def test_a_data_set_is_evaluated_once(tmp_path):
+    """Its results would be overwritten, and the losses of TEST.EVAL_LOSS have no place."""
+    cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path)])
+    cfg.DATASETS.TEST = ("shapes_val", "coco_2017_val", "shapes_val")
+    for train in (True, False):
+        with pytest.raises(ConfigError, match=r"DATASETS.TEST has 'shapes_val' twice"):
+            check_config(cfg, train=train)
 
 
 def test_evaluation_requires_a_data_set(tmp_path):

@@ -161,6 +161,15 @@ def test_the_error_for_a_wrong_number_of_classes_gives_both_numbers(tmp_path):
         configure(tmp_path, train, val, num_classes=80)
 
 
+def test_a_file_without_images_is_refused_before_anything_is_built(tmp_path):
+    train = write_files(tmp_path, "train", CATEGORIES)
+    val = write_files(tmp_path, "val", CATEGORIES)
+    content = json.loads((tmp_path / "val.json").read_text())
+    (tmp_path / "val.json").write_text(json.dumps({**content, "images": [], "annotations": []}))
+    with pytest.raises(ConfigError, match=r"'test_val': .*/val.json lists no images; list them"):
+        configure(tmp_path, train, val)
+
+
 def test_unused_categories_cause_no_error(tmp_path):
     """labelme adds _background_, and Roboflow a class 0 named after the project."""
     train = write_files(tmp_path, "train", {0: "_background_", **CATEGORIES}, used=CATEGORIES)

@@ -149,7 +149,10 @@ def _scores(output, capsys, args):
         (["--class-thresholds", "cat"], "'cat' is not NAME=SCORE with a score of 0 to 1"),
         (["--class-thresholds", "cat=2"], "'cat=2' is not NAME=SCORE with a score of 0 to 1"),
         (["--class-thresholds", "cat=0.1", "cat=0.2"], "--class-thresholds has 'cat' twice"),
-        (["--class-thresholds", "cow=0.1"], "the model has no class 'cow'"),
+        (
+            ["--class-thresholds", "cow=0.1", "cat=0.2", "--class-thresholds", "pig=0.3"],
+            "the model has no class 'cow', 'pig'; it has",
+        ),
         (["--batch-size", "0"], "--batch-size 0 is not 1 or more"),
         (["--threads", "-1"], "--threads -1 is not from 1 to 1024"),
         (["--threads", "100000"], "--threads 100000 is not from 1 to 1024"),

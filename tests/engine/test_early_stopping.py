@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
 from types import SimpleNamespace
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import hooks as detectron2_hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
@@ -21,10 +23,13 @@ from killed_run import (
     train_until_killed,
 )
 
+from mask_head_plugin import ConfigError
 from mask_head_plugin.checkpoint import MaskHeadCheckpointer
 from mask_head_plugin.config_check.chosen_metrics import improves
 from mask_head_plugin.engine import Trainer
 from mask_head_plugin.engine.early_stopping import EarlyStopping
+from mask_head_plugin.engine.evaluators import check_chosen_objects
+from mask_head_plugin.engine.hooks import BestCheckpointer
 
 AP = {1: 10.0, 3: 30.0, 5: 20.0, 7: 30.0, 9: 25.0, 11: 31.0}
 """AP by iteration. Patience 2 ends at 7, because a second 30.0 is no improvement, and 3 at 9."""
@@ -179,9 +184,48 @@ def test_a_metric_that_is_never_measured_stops_nothing_and_is_reported(tmp_path,
     with EventStorage(0) as trainer.storage:
         for trainer.iter in range(3):
             trainer.storage.iter = trainer.iter
-            trainer.storage.put_scalar("segm/AP", 1.0)
+            trainer._last_eval_results = {"sem_seg": {"mIoU": 1.0}}  # any evaluator's
             hook.after_step()
     assert not trainer.is_stopped
-    assert (
-        caplog.text.count("METRIC 'segm/APx' is not a metric of the evaluation; it has segm") == 1
-    )
+    told = "METRIC 'segm/APx' is not a metric of the evaluation; it has sem_seg/mIoU"
+    assert caplog.text.count(told) == 1
+
+
+@pytest.mark.parametrize("metric", ["segm/APl", "bbox/AP-none_of_them", "boundary/AP"])
+def test_a_metric_that_is_never_a_number_is_refused_before_training(tmp_path, monkeypatch, metric):
+    """Images are too small for large objects, no object is of the class, and none has a mask."""
+    records = copy.deepcopy(DatasetCatalog.get("test_few_val"))
+    for annotation in (y for x in records for y in x["annotations"]):
+        del annotation["segmentation"]
+    if metric == "boundary/AP":
+        monkeypatch.setitem(DatasetCatalog.data, "test_few_val", lambda: records)
+    metadata = MetadataCatalog.get("test_few_val")
+    more = [*metadata.thing_classes, "none_of_them"]
+    monkeypatch.setitem(vars(metadata), "thing_classes", more)
+    for key in ("SOLVER.EARLY_STOPPING.METRIC", "SOLVER.CHECKPOINT_BEST_METRIC"):
+        cfg = stopping(tmp_path, "SOLVER.CHECKPOINT_BEST_METRIC", "", key, metric)
+        with pytest.raises(ConfigError, match=f"^{key} '{metric}' is not a number in any evalua"):
+            check_chosen_objects(cfg)
+        check_chosen_objects(stopping(tmp_path, key, "bbox/APm"))
+
+
+def test_another_metric_than_before_a_resume_is_reported(tmp_path, caplog):
+    content = {"metric": "bbox/AP", "value": 30.0, "values": [[1, 30.0]]}
+    for name in ("early_stopping.json", "model_best.json"):
+        (tmp_path / name).write_text(json.dumps(content))
+    best = BestCheckpointer(SimpleNamespace(save_dir=str(tmp_path)), "segm/AP")
+    for hook in (best, made_hook(tmp_path, "segm/AP")):
+        hook.trainer = SimpleNamespace(start_iter=4)
+        hook.before_train()
+    assert "model_best.json is of bbox/AP: the next evaluation counts as" in caplog.text
+    assert "early_stopping.json is of bbox/AP: patience for segm/AP counts" in caplog.text
+
+
+def test_a_best_metric_that_is_not_a_number_keeps_nothing_and_is_reported(tmp_path, caplog):
+    hook = BestCheckpointer(SimpleNamespace(save_dir=str(tmp_path)), "validation/loss_mask")
+    with EventStorage(5) as storage:
+        storage.put_scalar("validation/loss_mask", math.nan)
+        hook.trainer = SimpleNamespace(storage=storage)
+        hook.after_step()
+    assert not list(tmp_path.iterdir())
+    assert "METRIC 'validation/loss_mask' is not a number at iteration 5" in caplog.text

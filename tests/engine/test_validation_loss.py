@@ -18,7 +18,7 @@ from killed_run import assert_same_run, config, few_shapes, metrics, train, trai
 from mask_head_plugin import ConfigError
 from mask_head_plugin.class_names import name_classes
 from mask_head_plugin.data import seed_generators
-from mask_head_plugin.engine import Trainer
+from mask_head_plugin.engine import Trainer, validation_loss
 from mask_head_plugin.engine.validation_loss import (
     SEED,
     check_losses,
@@ -141,6 +141,30 @@ def test_data_sets_without_usable_losses_are_named_before_training(
     name_classes(model, ["ring", "disk", "cross", "arrow", "frame"] if classes else None)
     with pytest.raises(ConfigError, match=f"^TEST.EVAL_LOSS: test_few_val {message}"):
         check_losses(cfg, model)
+
+
+def test_an_object_without_a_mask_is_named_before_training(monkeypatch):
+    """Only the second image's second object lacks one, so one image's losses would pass."""
+    cfg = few_config()
+    records = copy.deepcopy(DatasetCatalog.get("test_few_val"))
+    without = {k: v for k, v in records[1]["annotations"][0].items() if k != "segmentation"}
+    records[1]["annotations"].append({**without, "iscrowd": 1})
+    monkeypatch.setitem(DatasetCatalog.data, "test_few_val", lambda: records)
+    check_losses(cfg, made_model(cfg))
+    records[1]["annotations"].append(without)
+    number, file = len(records[1]["annotations"]) - 1, records[1]["file_name"]
+    with pytest.raises(ConfigError, match=f"annotation {number} of {file} .* has no segmentation"):
+        check_losses(cfg, made_model(cfg))
+    cfg.MODEL.MASK_ON = False
+    check_losses(cfg, made_model(cfg))
+
+
+def test_all_data_sets_are_looked_at_before_the_losses_of_the_first_are_computed(monkeypatch):
+    cfg = few_config("DATASETS.TEST", "('test_few_val', 'test_few_train')")
+    monkeypatch.setitem(DatasetCatalog.data, "test_few_train", lambda: [{"file_name": "x.png"}])
+    monkeypatch.setattr(validation_loss, "_losses_of_images", lambda *_: pytest.fail("too early"))
+    with pytest.raises(ConfigError, match="test_few_train has no annotations"):
+        validation_losses(cfg, made_model(cfg))
 
 
 def test_a_loss_unknown_to_the_model_is_refused_before_training(tmp_path):

@@ -19,7 +19,6 @@ from pycocotools.coco import COCO
 
 from mask_head_plugin.evaluation import semantic
 from mask_head_plugin.evaluation.semantic import (
-    FEW_IMAGES,
     IGNORED,
     confusion_matrix,
     evaluate_semantic,
@@ -430,14 +429,6 @@ def test_a_class_without_a_name_is_refused():
     coco = build_coco({1: [annotate([polygon(0, 0, 2, 2)], 30)]})
     with pytest.raises(ValueError, match="image 1: truth has other values"):
         evaluate_semantic(coco, [], [1], CONTIGUOUS_ID, ["cat", "dog"], 0.5)
-
-
-def test_progress_is_shown_only_for_many_images(capsys):
-    coco = build_coco({i: [] for i in range(1, FEW_IMAGES + 2)})
-    evaluate(coco, [], list(coco.imgs)[:FEW_IMAGES])
-    assert capsys.readouterr().err == ""
-    evaluate(coco, [], list(coco.imgs))
-    assert "semantic maps" in capsys.readouterr().err
 
 
 def test_masks_are_decoded_one_at_a_time(monkeypatch):

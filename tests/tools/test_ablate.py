@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pickle
+import re
 import sys
 
 import pytest
@@ -119,3 +121,24 @@ def test_a_trial_uses_its_number_of_threads(monkeypatch):
         assert torch.get_num_threads() == 5, "0 leaves PyTorch's setting"
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_plan_has_a_line_for_each_variant(tool, tmp_path):
+    """A finished trial shows its metric, a failed one its error below the table."""
+    content = yaml.safe_load((tmp_path / "one.yaml").read_text())
+    content |= {"SEEDS": [1, 2, 3], "VARIANTS": {"bce": {}, "again": {"SOLVER": {"GAMMA": 0.5}}}}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(content))
+    finished = {"status": "finished", "results": {"segm": {"AP": 51.234}}}
+    for name, record in {
+        "bce/seed_1": finished,
+        "again/seed_3": {"status": "failed", "error": "out of memory"},
+    }.items():
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "trial.json").write_text(json.dumps(record))
+    code, out, _ = tool("--dry-run", "--cluster", "slurm", "--num-gpus", "99")
+    rows = [re.split(r" {2,}", line.strip()) for line in out.splitlines()]
+    assert code == 0 and rows[0] == ["variant", "seed 1", "seed 2", "seed 3"]
+    assert ["bce", "segm/AP 51.23", "to do", "to do"] in rows
+    assert ["again", "to do", "to do", "failed"] in rows
+    assert ["again, seed 3 failed: out of memory"] in rows
+    assert f"such as {tmp_path / 'out' / 'again' / 'seed_1'}" in out

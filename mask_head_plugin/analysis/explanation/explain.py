@@ -133,7 +133,7 @@ def embedded_image() -> ByteArray:
 
 
 def _config(config_file: str, weights: str, opts: Sequence[str]) -> CfgNode:
-    cfg = load_config_and_code(config_file, [*opts, "MODEL.WEIGHTS", weights])
+    cfg = load_config_and_code(config_file, ["MODEL.WEIGHTS", weights, *opts])
     check_config(cfg, train=False, evaluate=False)
     return cfg
 
