@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -55,6 +56,11 @@ def blank(axes: Axes) -> None:
         side.set_color(FAINT)
 
 
+def name_below(name: str, across: int) -> str:
+    """Returns a class's name in lines that fit below one of so many pictures across a page."""
+    return textwrap.fill(name, max(110 // across, 10))
+
+
 def save(figure: Figure, folder: Path, name: str, told: str) -> list[Path]:
     """Writes ``name.png`` and ``name.svg``.
 
@@ -73,6 +79,10 @@ def save(figure: Figure, folder: Path, name: str, told: str) -> list[Path]:
         "png": {"Description": told},
         "svg": {"Description": told, "Date": None},
     }
+    # Laid out twice here: where images keep their shape, the first time leaves too little room for
+    # the words below them.
+    for _ in range(2):
+        figure.draw_without_rendering()
     for kind, metadata in said.items():
         content = BytesIO()
         figure.savefig(content, format=kind, dpi=DPI, metadata=metadata)
