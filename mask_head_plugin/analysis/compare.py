@@ -29,8 +29,8 @@ LESS_IS_BETTER = ("error", "oracle", CALIBRATION)
 """Groups of figures: what is lost, or is still to be won."""
 MOST_NAMED = 5
 ONE_TRAINING = (
-    "Intervals are over images only: each run is one training, and another seed may turn a "
-    "difference round. “Better” is said of these two models, not of their settings."
+    "Intervals are over images only: each run is one training, and another seed may "
+    "reverse a difference. “Better” is said of these two models, not of their settings."
 )
 
 
@@ -84,13 +84,15 @@ class Comparison:
         parts = [x for x in self.differences if x.key.task == task and x.key.group in groups]
         for kind in (BETTER, WORSE):
             names = [
-                f"{x.key.name} {number(x.paired.difference, '+.1f')}"
+                f"{'' if x.key.group == 'AP' else 'AP of '}{x.key.name} "
+                f"{number(x.paired.difference, '+.1f')}"
                 for x in sorted(parts, key=lambda x: -abs(x.paired.difference))
                 if x.finding == kind and x.key.name != "AP"
             ]
             if names:
                 more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-                told.append(f"{kind.capitalize()}: {', '.join(names[:MOST_NAMED])}{more}.")
+                listed = f"{', '.join(names[:MOST_NAMED])}{more}"
+                told.append(f"{kind.capitalize()} for {TASK_NAMES[task]}: {listed}.")
         return told
 
 

@@ -89,7 +89,7 @@ def _summary(findings: Findings) -> Iterator[str]:
 def _errors(findings: Findings) -> Iterator[str]:
     """Yields the kinds of errors that cost most at IoU 0.5."""
     for task in findings.scene.tasks:
-        won = {name: findings.value(task, "error", name, 0.5) for name in KINDS}
+        won = {name: findings.value(task, "error", name, 0.5) for name in findings.kinds}
         ranked = sorted(won, key=lambda name: -np.nan_to_num(won[name]))
         worth = [name for name in ranked[:3] if won[name] >= LEAST_WON]
         if not worth or not len(findings.scene.dt_image):
@@ -108,8 +108,8 @@ def _branches(findings: Findings) -> Iterator[str]:
     task = findings.main_task
     won = {
         name: findings.value(task, "oracle", name)
-        for name in BRANCHES
-        if (task, "oracle", name, 0.0) in findings.measures
+        for name in findings.oracles(task)
+        if name in BRANCHES
     }
     ranked = sorted(won, key=lambda name: -np.nan_to_num(won[name]))
     if not ranked or not won[ranked[0]] >= LEAST_WON:
@@ -135,9 +135,10 @@ def _grid(findings: Findings, side: int) -> Iterator[str]:
         return
     yield (
         f"The mask branch's {side} x {side} grid alone would allow an AP of {number(own, '.1f')}, "
-        f"one of {2 * side} x {2 * side} {number(double, '.1f')}"
+        f"a {2 * side} x {2 * side} grid one of {number(double, '.1f')}"
         + (
-            ": a finer grid (MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION) is worth a try."
+            ": a finer grid (MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION) can win "
+            f"{number(double - own, '.1f')} at most."
             if double - own >= 3 and own - base < 30
             else "; it is not what limits this model."
             if own - base >= 10
@@ -180,13 +181,13 @@ def _weak_masks(findings: Findings, quality: MaskQuality | None) -> Iterator[str
         return
     usual, *rows = quality_rows(findings.scene, quality)
     weak = [
-        f"{x.name} ({x.group}): IoU {100 * x.iou:.0f}, {x.count:,} objects"
+        f"{x.group} “{x.name}” (IoU {100 * x.iou:.0f}, {x.count:,} objects)"
         for x in sorted(rows, key=lambda x: x.iou)
         if x.count >= FEW and x.group != "class" and usual.iou - x.iou >= LEAST_WEAK
     ]
     if weak:
         yield (
-            f"Masks are worst on {'; '.join(weak[:2])}. The mean of all found objects is "
+            f"Masks are worst for {' and '.join(weak[:2])}. The mean IoU of all found objects is "
             f"{100 * usual.iou:.0f}."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..pages.tables import number
 from .analysis import Analysis
 from .curves import NUM_BINS
 from .diagnosis import TASK_NAMES
-from .errors import KINDS, MEANINGS
+from .errors import MEANINGS
 from .mask_quality import MAP_MARGIN, MAP_SIDE
 from .measures import ERROR_THRESHOLDS
 
@@ -45,25 +46,25 @@ def _errors(analysis: Analysis) -> Figure | None:
     )
     for column, threshold in enumerate(ERROR_THRESHOLDS, 1):
         for task in findings.scene.tasks:
-            won = [findings.value(task, "error", name, threshold) for name in KINDS]
-            bar = _bar(task, won, list(KINDS), [MEANINGS[x] for x in KINDS])
+            won = [findings.value(task, "error", name, threshold) for name in findings.kinds]
+            bar = _bar(task, won, findings.kinds, [MEANINGS[x] for x in findings.kinds])
             figure.add_trace(bar.update(showlegend=column == 1), row=1, col=column)
-    _lay_out_bars(figure, 110 + BAR_HEIGHT * len(KINDS) * len(findings.scene.tasks))
+    _lay_out_bars(figure, 110 + BAR_HEIGHT * len(findings.kinds) * len(findings.scene.tasks))
     figure.update_xaxes(title_text="AP won")
     return Figure("errors", "AP won by repairing one kind of error", "", figure)
 
 
 def _branches(analysis: Analysis) -> Figure | None:
     findings = analysis.findings
-    oracles = [x for x in findings.measures.values() if x.group == "oracle"]
-    if not oracles:
+    oracles = {task: findings.oracles(task) for task in findings.scene.tasks}
+    names = dict.fromkeys(itertools.chain(*oracles.values()))
+    if not names:
         return None
-    names = list(dict.fromkeys(x.name for x in oracles))
     figure = make_subplots(rows=1, cols=1)
     for task in findings.scene.tasks:
         base = findings.value(task, "AP", "AP")
-        own = {x.name: base + x.value for x in oracles if x.task == task}
-        shown = {"as it is": base, **{x: own[x] for x in names if x in own}}
+        won = {x: findings.value(task, "oracle", x) for x in names if x in oracles[task]}
+        shown = {"as it is": base, **{name: base + more for name, more in won.items()}}
         figure.add_trace(_bar(task, list(shown.values()), list(shown), [""] * len(shown)))
     _lay_out_bars(figure, 110 + BAR_HEIGHT * (len(names) + 1) * len(findings.scene.tasks))
     figure.update_xaxes(title_text="AP", range=[0, 105])

@@ -18,6 +18,8 @@ from ..evaluation.coco_ap import METRICS
 from ..evaluation.matching import FloatArray, Matches
 from .assignment import Assignment, assign
 from .errors import (
+    BOTH,
+    CLASS,
     KINDS,
     Errors,
     find_errors,
@@ -95,6 +97,18 @@ class Findings:
     def value(self, task: str, group: str, name: str, threshold: float = 0.0) -> float:
         """Returns a figure in percent."""
         return self.measures[task, group, name, threshold].value
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of errors that the data set allows: with one class, no class is wrong."""
+        of_classes = () if len(self.scene.class_names) > 1 else (CLASS, BOTH)
+        return [name for kind, name in enumerate(KINDS) if kind not in of_classes]
+
+    def oracles(self, task: str) -> list[str]:
+        """Returns the oracles of a task that can win something: one class is always right."""
+        names = [x.name for x in self.measures.values() if (x.task, x.group) == (task, "oracle")]
+        is_right = len(self.scene.class_names) == 1
+        return [x for x in names if not (is_right and x == "perfect classes")]
 
     @property
     def main_task(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ ORACLE_TEXT = (
 )
 QUALITY_TEXT = (
     "Of objects whose box was found (IoU 0.5, right class), whatever the mask. Boundary IoU looks "
-    "at the outline alone; area is the predicted by the true one, the median. Of more than 10,000 "
-    "found objects, every second, third, … is looked at."
+    "at the outline alone. Area: predicted by true area, the median. Fill: the share of its box "
+    "that an object covers. Of more than 10,000 found objects, every second, third, … is looked at."
 )
 THRESHOLD_TEXT = (
     "The score above which detections of a class have the best F1 at IoU 0.5. On other images they "
@@ -90,7 +91,7 @@ def _error_table(analysis: Analysis) -> Table:
             for t in ERROR_THRESHOLDS
         ]
     rows = []
-    for name in (*KINDS, *SPECIAL_KINDS):
+    for name in (*findings.kinds, *SPECIAL_KINDS):
         row = [_text(name), _text({**MEANINGS, **SPECIAL_MEANINGS}[name])]
         for task in findings.scene.tasks:
             errors = findings.errors[task][ERROR_THRESHOLDS[0]]
@@ -106,14 +107,13 @@ def _oracles(analysis: Analysis) -> Table:
     for task in findings.scene.tasks:
         columns.append(Column(f"{task}-ap", f"AP of {TASK_NAMES[task]}", ""))
         columns.append(Column(f"{task}-won", "won", ""))
-    names = dict.fromkeys(x.name for x in findings.measures.values() if x.group == "oracle")
+    oracles = {task: findings.oracles(task) for task in findings.scene.tasks}
     rows = []
-    for name in names:
+    for name in dict.fromkeys(itertools.chain(*oracles.values())):
         meaning = ORACLE_MEANINGS.get(name, "only the resolution of the mask branch limits")
         row = [_text(name), _text(meaning)]
         for task in findings.scene.tasks:
-            known = (task, "oracle", name, 0.0) in findings.measures
-            won = findings.value(task, "oracle", name) if known else math.nan
+            won = findings.value(task, "oracle", name) if name in oracles[task] else math.nan
             row += [_value(findings.value(task, "AP", "AP") + won), _won(won)]
         rows.append(row)
     return Table(columns, rows)
@@ -187,14 +187,14 @@ def _density_table(analysis: Analysis) -> Table:
 def facts(analysis: Analysis) -> list[tuple[str, str]]:
     """Returns names and texts of what a reader has to know of the run."""
     scene, files = analysis.findings.scene, analysis.files
-    limit = f"{files.max_detections} of an image and class" if files.max_detections >= 0 else "all"
+    limit = f"{files.max_detections} per image and class" if files.max_detections >= 0 else "all"
     pairs: Sequence[tuple[str, str]] = [
         ("data set", files.dataset),
         ("images", f"{len(scene.image_ids):,}"),
         ("objects", f"{int((~scene.gt_crowd).sum()):,}"),
         ("detections", f"{len(scene.dt_image):,}"),
         ("classes", f"{len(scene.class_names):,}"),
-        ("that count", limit),
+        ("detections that count", limit),
         ("mask branch", f"{files.mask_side} x {files.mask_side}"),
         ("results", str(files.results)),
         ("annotations", str(files.annotations)),

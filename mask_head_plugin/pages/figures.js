@@ -8,14 +8,8 @@
 
   function themed(text) {
     if (!dark.matches) return JSON.parse(text);
-    const exchanged = text.replace(/"(#[0-9a-f]{6}|rgb\([\d,]+\)|white)"/g, (quoted, colour) =>
-      JSON.stringify(DARK_COLOURS[colour] ?? colour));
-    // Bands have the colour of their line, and let through what is below.
-    return JSON.parse(exchanged.replace(/"rgba\((\d+),(\d+),(\d+),([\d.]+)\)"/g, (quoted, r, g, b, alpha) => {
-      const hex = (value) => Number(value).toString(16).padStart(2, "0");
-      const colour = DARK_COLOURS[`#${hex(r)}${hex(g)}${hex(b)}`];
-      return colour ? JSON.stringify(colour + hex(Math.round(255 * alpha))) : quoted;
-    }));
+    return JSON.parse(text.replace(/"(#[0-9a-f]{6}|rgba?\([\d,.]+\)|white)"/g, (quoted, colour) =>
+      JSON.stringify(DARK_COLOURS[colour] ?? colour)));
   }
 
   // Plots that are side by side move below each other.

@@ -40,7 +40,23 @@ DARK_COLOURS = {
     "#009e73": "#2fc79b",
 }
 """Replacements of colours in a dark theme; others stay. ``white`` and rgb(...) are plotly's own."""
+BAND_OPACITY = 0.18
 NAME_WIDTH = 30
+
+
+def band_colour(colour: str) -> str:
+    """Returns a line's colour, given as #rrggbb, for the band around it: grid and lines below stay
+    visible.
+    """
+    red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{BAND_OPACITY})"
+
+
+DARK_COLOURS |= {
+    band_colour(light): band_colour(DARK_COLOURS[light])
+    for light in (BLACK, *COLOURS)
+    if light in DARK_COLOURS
+}
 
 
 @dataclass(frozen=True)

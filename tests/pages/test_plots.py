@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 from matplotlib.colors import to_hex, to_rgba
@@ -14,9 +16,17 @@ pytest.importorskip("plotly", reason="figures need the extra 'report'")
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+import mask_head_plugin.pages
 from mask_head_plugin.evaluation.difference import PairedDifference
 from mask_head_plugin.pages.differences import BETTER
-from mask_head_plugin.pages.figures import DARK_COLOURS, Figure, lay_out, plotly_text
+from mask_head_plugin.pages.figures import (
+    BLACK,
+    DARK_COLOURS,
+    Figure,
+    band_colour,
+    lay_out,
+    plotly_text,
+)
 from mask_head_plugin.pages.intervals import (
     VERDICTS,
     IntervalRow,
@@ -28,6 +38,7 @@ from mask_head_plugin.pages.paper_plots import paper_plot, save_figures
 from mask_head_plugin.pages.plots import label_bars
 
 NAME = "a & <b>"
+FIGURES_JS = Path(mask_head_plugin.pages.__file__).with_name("figures.js")
 
 
 def figure(name, *traces):
@@ -162,3 +173,19 @@ def test_the_page_gets_the_complete_figure_with_its_script_escaped():
     assert spec["config"]["toImageButtonOptions"] == {"format": "svg", "filename": "x"}
     drawn = {x for x in DARK_COLOURS if f'"{x}"' in text}
     assert {"#0072b2", "#ececec", "rgb(36,36,36)"} <= drawn, "the dark theme replaces these colours"
+
+
+@pytest.mark.parametrize("colour", [BLACK, "#0072b2", "#d55e00"])
+def test_a_curve_and_its_band_have_one_colour_in_the_dark_theme(colour):
+    """What the page's script does is done here with its own pattern."""
+    band = go.Scatter(x=[0, 1, 0], y=[0, 1, 1], fill="toself", fillcolor=band_colour(colour))
+    line = go.Scatter(x=[0, 1], y=[0, 1], line={"color": colour})
+    pattern = re.search(r"text\.replace\(/(.+?)/g", FIGURES_JS.read_text())[1]
+    themed = re.sub(
+        pattern,
+        lambda quoted: json.dumps(DARK_COLOURS.get(quoted[1], quoted[1])),
+        figure("x", band, line).to_json(),
+    )
+    band, line = json.loads(themed)["data"]
+    assert line["line"]["color"] != colour
+    assert band["fillcolor"] == band_colour(line["line"]["color"])

@@ -26,6 +26,7 @@ from ...pages.figures import (
     DASHES,
     MIDDLE,
     Figure,
+    band_colour,
     lay_out,
     plotly_text,
     wrapped,
@@ -226,12 +227,11 @@ def _add_curve(
     """
     place = {"row": 1, "col": column}
     if len(curves) > 1:
-        red, green, blue = (int(style["line"]["color"][k : k + 2], 16) for k in (1, 3, 5))
         band = go.Scatter(
             x=[*x, *x[::-1]],
             y=[*curves.max(0), *curves.min(0)[::-1]],
             fill="toself",
-            fillcolor=f"rgba({red},{green},{blue},0.18)",
+            fillcolor=band_colour(style["line"]["color"]),
             line={"width": 0},
             mode="lines",
             hoverinfo="skip",

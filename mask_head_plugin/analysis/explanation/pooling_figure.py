@@ -26,8 +26,10 @@ from .style import (
 )
 
 WHAT_IT_DOES = {
-    "RoIPool": "Rounds box and bins to whole cells.\nA bin is the largest of its cells.",
-    "RoIWarp": "Rounds the box to whole cells.\nA bin is the mean of points between cells.",
+    "RoIPool": "Rounds box and bins to whole cells.\nA bin is the largest value of its cells.",
+    "RoIWarp": (
+        "Rounds the box to whole cells.\nA bin is the mean of points, each read from four cells."
+    ),
     "RoIAlign": "Rounds nothing.\nA bin is the mean of points, each read from four cells.",
     "PrRoIPool": "Rounds nothing and has no points.\nA bin is the mean of everything in it.",
 }
@@ -65,7 +67,7 @@ def pooling_figure(stages: Stages, number: int, num_bins: int) -> Figure:
     cell = stages.pixels * stages.strides[level]
     view = _view(reads)
     ratio = (view[3] - view[1]) / (view[2] - view[0])
-    title = f"What RoI pooling reads of the feature map, for the box of “{name}”"
+    title = f"Four ways of RoI pooling: what each reads for the box of “{name}”"
     heights = (PANEL_INCHES * ratio, PANEL_INCHES * ratio, LEGEND_INCHES)
     figure = page_figure(sum(heights) + WORDS_INCHES, title)
     rows = figure.add_gridspec(3, 2, height_ratios=heights)

@@ -22,6 +22,9 @@ MOST_MASKS = 8
 MOST_ELONGATED = 2.5
 """Longer images are shown in part: as long as this times their width, or wide."""
 
+GREY_SHARES = (0.299, 0.587, 0.114)
+"""Of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
+
 SURE = 0.5
 """Score from which detections are drawn."""
 
@@ -34,7 +37,7 @@ def stages_figure(stages: Stages, number: int, probs: Tensor) -> Figure:
         number: of the detection whose masks are shown.
         probs: (K, M, M) masks of that detection, for each class; K is 1 if they are class-agnostic.
     """
-    figure = page_figure(7.4, "From region proposals to a mask")
+    figure = page_figure(7.4, "Mask R-CNN on this image: from region proposals to masks")
     rows = figure.add_gridspec(3, 1, height_ratios=(1, 0.55, 1))
     first, last = (rows[k].subgridspec(1, 2) for k in (0, 2))
     proposals = stages.proposals[:MOST_PROPOSALS]
@@ -50,9 +53,9 @@ def told_in_words(stages: Stages, number: int) -> str:
     """Returns what the picture shows."""
     name = stages.names[stages.classes[number]]
     return (
-        f"Four stages on one image: {len(stages.proposals)} proposals; the boxes that the box "
+        f"Five stages on one image: {len(stages.proposals)} proposals; the boxes that the box "
         f"branch kept, with their classes; the masks of the {name} for each class, of which one is "
-        "chosen; and that mask resized to its box in the image."
+        "picked; that mask resized to its box; and the masks of all boxes in the image."
     )
 
 
@@ -106,8 +109,8 @@ def _draw_proposals(axes: Axes, stages: Stages, number: int, proposals: FloatArr
 
 def _draw_detections(axes: Axes, stages: Stages, number: int) -> None:
     told = (
-        "The box branch refines the boxes, drops doubles, and says\n"
-        "what is in each. Thick: the box that stages 3 and 4 follow"
+        "The box branch refines the boxes, drops duplicates, and\n"
+        "names a class. Thick: the box that stages 3 and 4 follow"
     )
     view = _image(axes, stages, number, "2  Boxes and classes", told)
     for k, colour in _drawn(stages, number).items():
@@ -138,7 +141,7 @@ def _draw_strip(
     classes, chosen = strip_classes(stages, number, probs), int(stages.classes[number])
     agnostic = len(probs) == 1 < len(stages.names)
     several = figure.add_subfigure(row)
-    told = "one for each class, which know nothing of each other"
+    told = "one for each class, each without regard to the others"
     if len(probs) == 1:
         told = "one for all classes" if agnostic else "one for the only class"
     elif stages.classes_compete:
@@ -147,7 +150,7 @@ def _draw_strip(
     which = f"; {len(classes)} of {len(probs)} are shown" if len(classes) < len(probs) else ""
     said = f"The mask branch draws masks of {probs.shape[1]} x {probs.shape[2]} pixels, {told}"
     style: Style = {"x": 0.01, "ha": "left", "color": INK}
-    several.suptitle("3  Masks of one box", fontsize=9, **style)
+    several.suptitle("3  Masks of the thick box", fontsize=9, **style)
     several.supxlabel(f"{said}{picks}{which}.", fontsize=7.5, multialignment="left", **style)
     for axes, k in zip(np.atleast_1d(several.subplots(1, len(classes))), classes, strict=True):
         blank(axes)
@@ -193,10 +196,14 @@ def _around(stages: Stages, number: int) -> Style:
 
 
 def _draw_pasted(axes: Axes, stages: Stages, number: int) -> None:
-    told = f"The masks of all boxes that score {SURE:.0%} or more.\nDashed: that of stages 3 and 4"
+    told = (
+        f"The masks of all boxes that score {SURE:.0%} or more.\nDashed: the box of stages 3 and 4"
+    )
     if not (stages.scores >= SURE).any():
         told = f"No box scores {SURE:.0%} or more.\nDashed: the one that stages 3 and 4 follow"
     _image(axes, stages, number, "5  Masks in the image", told)
+    # In grey, so that a mask has the colour of its box in stage 2.
+    axes.imshow(stages.image @ GREY_SHARES, cmap="gray", vmin=0, vmax=255)
     for k, colour in _drawn(stages, number).items():
         mask = coco_mask.decode(stages.pasted(k)[0])
         layer = np.zeros((*mask.shape, 4))
