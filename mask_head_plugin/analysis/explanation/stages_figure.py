@@ -141,14 +141,15 @@ def _draw_strip(
     classes, chosen = strip_classes(stages, number, probs), int(stages.classes[number])
     agnostic = len(probs) == 1 < len(stages.names)
     several = figure.add_subfigure(row)
-    told = "one for each class, each without regard to the others"
+    told = "one for each class,\neach without regard to the others"
     if len(probs) == 1:
         told = "one for all classes" if agnostic else "one for the only class"
     elif stages.classes_compete:
-        told = "one for each class, which compete for each pixel"
-    picks = "" if len(probs) == 1 else ".\nThe class of the box picks one"
+        told = "one for each class,\nwhich compete for each pixel"
+    picks = "" if len(probs) == 1 else ". The class of the box picks one"
     which = f"; {len(classes)} of {len(probs)} are shown" if len(classes) < len(probs) else ""
-    said = f"The mask branch draws masks of {probs.shape[1]} x {probs.shape[2]} pixels, {told}"
+    size = f"{probs.shape[1]} x {probs.shape[2]}"
+    said = f"The mask branch draws masks of {size} pixels (white: probability 1), {told}"
     style: Style = {"x": 0.01, "ha": "left", "color": INK}
     several.suptitle("3  Masks of the thick box", fontsize=9, **style)
     several.supxlabel(f"{said}{picks}{which}.", fontsize=7.5, multialignment="left", **style)

@@ -73,6 +73,10 @@ def save(figure: Figure, folder: Path, name: str, told: str) -> list[Path]:
         "png": {"Description": told},
         "svg": {"Description": told, "Date": None},
     }
+    # Laid out twice here: where images keep their shape, the first time leaves too little room for
+    # the words below them.
+    for _ in range(2):
+        figure.draw_without_rendering()
     for kind, metadata in said.items():
         content = BytesIO()
         figure.savefig(content, format=kind, dpi=DPI, metadata=metadata)
