@@ -9,14 +9,15 @@ from ..pages.differences import BETTER, MARKS, WORSE, with_interval
 from ..pages.tables import NOTHING, Cell, Column, Table, number
 from .compare import ONE_TRAINING, Comparison, Difference
 from .diagnosis import TASK_NAMES
+from .oracles import GRID
 from .resampled import BOUNDARY, BY_CLASS, CALIBRATION, DENSITY, F1, F1_AT_HALF, IOU
 from .sections import Section
 
 TEXT = (
     "On the same images, resampled many times (paired bootstrap). For errors, what is still to be "
     f"won and the calibration error, less is better. {ONE_TRAINING} Of a hundred figures in which "
-    "two models are alike, chance alone calls five better or worse. What does not differ at all "
-    "is left out."
+    "two models are alike, chance alone calls five better or worse. Figures without a "
+    "difference or with a single image are left out."
 )
 MASK_TEXT = (
     "Mean IoUs of the objects whose box each run found; these may be other objects in the two runs."
@@ -48,8 +49,14 @@ def comparison_sections(comparison: Comparison) -> list[Section]:
 
 
 def _differs(difference: Difference) -> bool:
-    paired = difference.paired
-    return not math.isnan(paired.difference) and not paired.low == paired.high == 0
+    """Returns whether a difference tells something that others do not.
+
+    Those without an interval do not: nothing differs, or it is a difference of one image. What a
+    grid allows is the same in both runs, so what is still to be won with it is the AP once more.
+    """
+    paired, key = difference.paired, difference.key
+    is_known = not math.isnan(paired.difference) and paired.low != paired.high
+    return is_known and not (key.group == "oracle" and key.name.endswith(GRID))
 
 
 def _table(differences: Sequence[Difference]) -> Table:

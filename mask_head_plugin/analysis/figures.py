@@ -180,7 +180,8 @@ def _reliability(analysis: Analysis) -> Figure | None:
     )
     figure.add_trace(counts, secondary_y=True)
     line = {"color": GREY, "dash": "dash", "width": 1}
-    figure.add_trace(go.Scatter(x=[0, 1], y=[0, 1], name="a score is its chance", line=line))
+    perfect = go.Scatter(x=[0, 1], y=[0, 1], mode="lines", name="perfectly calibrated", line=line)
+    figure.add_trace(perfect)
     figure.add_trace(
         go.Scatter(
             x=_or_none(found.score),

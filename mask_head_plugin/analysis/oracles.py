@@ -37,6 +37,7 @@ MEANINGS = {
 }
 MOST_THROUGH_GRID = 10_000
 """Objects that go through the grid; of more, every second, third, …: AP moves by a tenth."""
+GRID = "grid only"
 WINDOWS_TOGETHER = 64
 """Of objects of similar size that go through the grid at once."""
 
@@ -256,4 +257,4 @@ def oracle_matches(
 
 
 def grid_name(side: int) -> str:
-    return f"{side} x {side} grid only"
+    return f"{side} x {side} {GRID}"

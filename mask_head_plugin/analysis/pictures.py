@@ -271,7 +271,7 @@ def _draw(
     scene = analysis.findings.scene
     x0, y0, x1, y1 = region
     scale = min(SIDE / max(x1 - x0, y1 - y0), LARGEST_SCALE)
-    canvas = scaled(np.ascontiguousarray(image[y0:y1, x0:x1]), scale)
+    canvas = _paled(scaled(np.ascontiguousarray(image[y0:y1, x0:x1]), scale))
     below = canvas.copy()
     true_masks = scene.gt_mask or [None] * len(scene.gt_box)
     found_masks = scene.dt_mask or [None] * len(scene.dt_box)
@@ -289,6 +289,12 @@ def _draw(
             x, y = ((scene.dt_box[outline.row, :2] - (x0, y0)) * scale).astype(int).tolist()
             write_label(canvas, outline.label, max(x, 0), max(y - 4, 0), LabelStyle(0.5))
     return canvas
+
+
+def _paled(image: ByteArray) -> ByteArray:
+    """Returns an RGB image with a quarter of its colour, so that tint and outlines stand out."""
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return np.asarray(cv2.addWeighted(image, 0.25, grey, 0.75, 0), np.uint8)
 
 
 def _bits(
