@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .model_stages import Stages
-from .style import BLUE, CHOSEN, FAINT, INK, blank, page_figure
+from .style import BLUE, CHOSEN, FAINT, INK, blank, name_below, page_figure
 
 MOST_CLASSES = 6
 """Most classes shown: the chosen one, and those with most in either mask branch."""
@@ -88,7 +88,9 @@ def _draw_map(
     blank(axes)
     axes.imshow(probs.numpy(), vmin=0, vmax=1, cmap="gray")
     axes.plot(pixel[1], pixel[0], "o", mfc="none", mec=CHOSEN, markersize=7, markeredgewidth=1.8)
-    axes.set_xlabel(label, fontweight="bold" if is_chosen else "normal")
+    axes.set_xlabel(
+        name_below(label, MOST_CLASSES + 2), fontweight="bold" if is_chosen else "normal"
+    )
 
 
 def _draw_bars(axes: Axes, values: dict[str, float], name: str, *, shared: bool) -> None:

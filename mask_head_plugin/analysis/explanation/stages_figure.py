@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from .model_stages import FloatArray, Stages
-from .style import CHOSEN, CLASS_COLOURS, INK, Style, blank, page_figure
+from .style import CHOSEN, CLASS_COLOURS, INK, Style, blank, name_below, page_figure
 
 MOST_PROPOSALS = 25
 MOST_MASKS = 8
@@ -24,6 +24,9 @@ MOST_ELONGATED = 2.5
 
 GREY_SHARES = (0.299, 0.587, 0.114)
 """Of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
+
+MOST_LABELS = 16
+"""Of more detections only the followed one is named: names would cover the image."""
 
 SURE = 0.5
 """Score from which detections are drawn."""
@@ -113,8 +116,11 @@ def _draw_detections(axes: Axes, stages: Stages, number: int) -> None:
         "names a class. Thick: the box that stages 3 and 4 follow"
     )
     view = _image(axes, stages, number, "2  Boxes and classes", told)
-    for k, colour in _drawn(stages, number).items():
+    drawn = _drawn(stages, number)
+    for k, colour in drawn.items():
         _box(axes, stages.boxes[k], colour, 2.6 if k == number else 1.2)
+        if len(drawn) > MOST_LABELS and k != number:
+            continue
         x0, y0, x1, _ = stages.boxes[k]
         room = view[1] + 0.06 * (view[3] - view[1])  # above the box
         text: Style = {"fontsize": 7, "color": "white", "va": "bottom" if y0 > room else "top"}
@@ -158,7 +164,8 @@ def _draw_strip(
         axes.imshow(probs[k].numpy(), vmin=0, vmax=1, cmap="gray")
         is_chosen = agnostic or k == chosen
         name = "any class" if agnostic else stages.names[k]
-        axes.set_xlabel(f"{name}: picked" if is_chosen and len(probs) > 1 else name)
+        name = f"{name}: picked" if is_chosen and len(probs) > 1 else name
+        axes.set_xlabel(name_below(name, len(classes)))
         if is_chosen:
             axes.xaxis.label.set_fontweight("bold")
             for side in axes.spines.values():

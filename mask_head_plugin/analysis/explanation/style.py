@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -53,6 +54,11 @@ def blank(axes: Axes) -> None:
     axes.set_yticks([])
     for side in axes.spines.values():
         side.set_color(FAINT)
+
+
+def name_below(name: str, across: int) -> str:
+    """Returns a class's name in lines that fit below one of so many pictures across a page."""
+    return textwrap.fill(name, max(110 // across, 10))
 
 
 def save(figure: Figure, folder: Path, name: str, told: str) -> list[Path]:
