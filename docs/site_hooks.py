@@ -1,7 +1,7 @@
-"""Makes the site's pages from files that are not in docs/: README, CONTRIBUTING and CHANGELOG.
+"""Adds README, CONTRIBUTING and CHANGELOG, which are not in docs/, to the site.
 
-In the repository a link goes from folder to folder, on the site from page to page: these hooks
-rewrite it. MkDocs then checks it.
+Links between these files and docs/ are paths in the repository, but all pages are in one folder on
+the site, so these hooks rewrite the links. MkDocs then checks them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Returns a page with its links as they are on the site."""
+    """Returns the page with its links rewritten for the site."""
     prefix = "" if page.file.src_path in PAGES.values() else "../"
     for name, target in PAGES.items():
         markdown = markdown.replace(f"]({prefix}{name}", f"]({target}")
