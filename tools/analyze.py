@@ -20,7 +20,7 @@ Examples:
 
 Files in the folder of --output, by default that of the results; earlier ones are replaced:
   analysis.html  One page that works offline: findings in words, the cost of each kind of error,
-                 what perfect masks, boxes or classes would win, mask quality, curves, confusions,
+                 what perfect masks, boxes or classes would add, mask quality, curves, confusions,
                  pictures of the worst images and of each kind of error.
                  The page and the figures need pip install -e '.[report]'.
   analysis.md    Findings and tables, for a README.

@@ -42,7 +42,7 @@ With --all, comparison.md is the table of all baselines, and each has its own fo
 
 Verdicts and exit codes:
   0  equal: the same detections in the same order (up to ties), scores within 1e-4, boxes within
-     1e-3 pixels, mask pixels that differ only next to the threshold
+     1e-3 pixels, mask pixels that differ only close to the threshold
   1  not enough detections: nothing differs, but fewer than 100 detections have a score above
      --score. Random weights detect nothing, so they prove nothing
   2  the comparison failed; one line says why

@@ -1,4 +1,4 @@
-"""Ablations: files that name variants of a config, their trials, and the runner."""
+"""Ablations: the files that define them, their trials, and the runner."""
 
 from .ablation_file import Ablation, load_ablation
 from .cluster import Cluster

@@ -1,18 +1,20 @@
-"""Ablation files: one base config, and what each variant changes in it.
+"""Reads ablation files, which define a base config and what each variant changes in it.
+
+An example:
 
 TITLE: RoI pooling (Mask R-CNN Table 2c)
 METRIC: segm/AP                 # as in metrics.json
 SEEDS: [1, 2, 3]
-SIZES:                          # the same ablation on other data
+SIZES:                          # the same ablation on different data
   shapes:
     CONFIG: ../shapes/mask_rcnn_shapes.yaml     # from the ablation file's folder
-    OVERRIDES: {SOLVER: {MAX_ITER: 1000}}       # of every variant; may be left out
+    OVERRIDES: {SOLVER: {MAX_ITER: 1000}}       # for every variant; optional
 BASELINE: ROIAlign              # the variant that the others are compared with
 VARIANTS:                       # name: config overrides
   ROIPool: {MODEL: {ROI_BOX_HEAD: {POOLER_TYPE: ROIPool}}}
   ROIAlign: {}
-IMPORTS: [my_losses.py]         # code of yours to run first, see config.py; may be left out
-PAPER:                          # published figures of variants, in percent; may be left out
+IMPORTS: [my_losses.py]         # your code to run first, see config.py; optional
+PAPER:                          # published results of variants, in percent; optional
   ROIPool: {segm/AP: 26.9}
 """
 
@@ -56,13 +58,13 @@ class Ablation:
     """An ablation in one of its sizes.
 
     Attributes:
-        title: what is compared.
-        metric: its main result, such as ``segm/AP``.
-        seeds: of the trials of each variant.
+        title: what the ablation compares.
+        metric: main result, such as ``segm/AP``.
+        seeds: seeds of the trials of each variant.
         baseline: name of the variant that the others are compared with.
-        configs: the complete config of each variant, in the order of the file.
-        own_keys: for each variant, the keys that it, its size, its CONFIG or the options set.
-        paper: published figures by variant and metric, in percent.
+        configs: complete config of each variant, in the order of the file.
+        own_keys: for each variant, the keys set by it, its size, its CONFIG or the options.
+        paper: published results by variant and metric, in percent.
     """
 
     title: str
@@ -84,15 +86,15 @@ def load_ablation(
     """Reads an ablation file and builds the config of every variant.
 
     Args:
-        path: a YAML file as above.
+        path: a YAML file in the format above.
         size: one of its SIZES.
         opts: "KEY VALUE" pairs in one flat list, applied to all variants before their own changes.
-        variants: names of those to take, the baseline among them; all if empty.
-        seeds: used instead of the file's.
+        variants: names of variants to use, which must include the baseline; all if empty.
+        seeds: used instead of the file's seeds.
 
     Raises:
-        ConfigError: if the file has another form, a name in it does not exist, or a variant does
-            not fit its base config; names the file, the variant and the key.
+        ConfigError: if the file has the wrong format, a name in it does not exist, or a variant
+            does not fit its base config; names the file, the variant and the key.
     """
     path = Path(path)
     content = _read(path)
@@ -133,7 +135,7 @@ def load_ablation(
 
 
 def _chosen(content: dict[str, Any], names: list[str], path: str) -> dict[str, Any]:
-    """Returns the variants that are asked for, in the order of the file."""
+    """Returns the requested variants in the order of the file."""
     variants = content["VARIANTS"]
     for key, found in (
         *(("BASELINE", [content["BASELINE"]]), ("PAPER", content["PAPER"])),
@@ -147,7 +149,9 @@ def _chosen(content: dict[str, Any], names: list[str], path: str) -> dict[str, A
                     + (f"; did you mean {hint!r}?" if hint else "")
                 )
     if names and content["BASELINE"] not in names:
-        raise ConfigError(f"--variant lacks the baseline, {content['BASELINE']!r}")
+        raise ConfigError(
+            f"--variant leaves out the baseline: add --variant {content['BASELINE']!r}"
+        )
     return {name: x for name, x in variants.items() if not names or name in names}
 
 
@@ -160,11 +164,11 @@ def _refuse_keys_of_trials(keys: Collection[str], source: str) -> None:
 
 def _check_seeds(where: str, seeds: list[Any]) -> None:
     if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{where} {seeds} are not all whole numbers from 0, each once")
+        raise ConfigError(f"{where} {seeds}: seeds must be distinct whole numbers from 0")
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A SafeLoader that refuses repeated keys, of which YAML would take the last."""
+    """A SafeLoader that refuses repeated keys; YAML would silently use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -184,11 +188,11 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not plain YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} does not hold 'KEY: value' lines")
+        raise ConfigError(f"{path} has no 'KEY: value' lines")
     unknown = [key for key in content if key not in (*REQUIRED, *OPTIONAL)]
     if unknown:
         raise ConfigError(
-            f"{path}: unknown keys {unknown}; an ablation has {[*REQUIRED, *OPTIONAL]}"
+            f"{path}: unknown keys {unknown}; an ablation file has {[*REQUIRED, *OPTIONAL]}"
         )
     for key, kind in REQUIRED.items():
         if not isinstance(content.get(key), kind) or not content[key]:
@@ -197,14 +201,16 @@ def _read(path: Path) -> dict[str, Any]:
     for name, size in content["SIZES"].items():
         known = isinstance(size, dict) and not set(size) - {"CONFIG", "OVERRIDES"}
         if not known or not isinstance(size.get("CONFIG"), str):
-            raise ConfigError(f"{path}: size {name!r} needs a CONFIG, and may have OVERRIDES")
+            raise ConfigError(f"{path}: size {name!r} needs a CONFIG; OVERRIDES are optional")
     content["IMPORTS"] = content.get("IMPORTS") or []
     content["PAPER"] = content.get("PAPER") or {}
     if not isinstance(content["PAPER"], dict):
-        raise ConfigError(f"{path}: PAPER must be a dict of variants and their figures")
+        raise ConfigError(f"{path}: PAPER must be a dict of variants and their published results")
     for name, figures in content["PAPER"].items():
         if not isinstance(figures, dict) or not all(
             isinstance(figure, int | float) for figure in figures.values()
         ):
-            raise ConfigError(f"{path}: PAPER of {name!r} must name figures, not {figures!r}")
+            raise ConfigError(
+                f"{path}: PAPER of {name!r} must be a dict of metrics and numbers, not {figures!r}"
+            )
     return content

@@ -1,4 +1,4 @@
-"""Starts the trials of an ablation: in processes of this machine, or as Slurm jobs."""
+"""Starts the trials of an ablation as processes on this machine or as Slurm jobs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Cluster:
     Attributes:
         kind: "local" (processes on this machine), "slurm", or "debug" (in this process).
         jobs: how many trials run at once.
-        num_gpus: of each trial; 0 for the CPU.
-        partition: of Slurm; empty for its default, like the next two.
-        account: the one that Slurm charges.
-        qos: quality of service, by Slurm's name.
-        minutes: time limit of a Slurm job; a job that reaches it, or is preempted, resumes from its
-            checkpoint in a new one.
+        num_gpus: GPUs for each trial; 0 for the CPU.
+        partition: Slurm partition; empty for Slurm's default.
+        account: account that Slurm charges; empty for Slurm's default.
+        qos: Slurm's quality of service; empty for Slurm's default.
+        minutes: time limit of a Slurm job. If a job reaches it or is preempted, a new job resumes
+            from its checkpoint.
     """
 
     kind: str = "local"
@@ -43,22 +43,23 @@ class Cluster:
 
     @property
     def threads(self) -> int:
-        """Threads of each trial: its share of this machine's cores.
+        """Threads for each trial: an equal share of this machine's cores.
 
-        0 leaves it to PyTorch: if OMP_NUM_THREADS is set, and on Slurm's nodes.
+        0, which lets PyTorch decide, if OMP_NUM_THREADS is set or if trials run on Slurm.
         """
         if self.kind == "slurm" or os.environ.get("OMP_NUM_THREADS"):
             return 0
         return max(len(os.sched_getaffinity(0)) // self.jobs, 1)
 
     def check(self) -> None:
-        """Raises ConfigError, naming flags of tools/ablate.py, if the numbers do not fit."""
+        """Raises ConfigError if the number of jobs or GPUs is impossible on this machine."""
         if self.jobs < 1:
-            raise ConfigError(f"--jobs {self.jobs}: it must be at least 1")
+            raise ConfigError(f"--jobs {self.jobs}: must be at least 1")
         gpus = torch.cuda.device_count()
         if self.num_gpus < 0 or (self.kind != "slurm" and self.num_gpus * self.jobs > gpus):
             raise ConfigError(
-                f"--num-gpus {self.num_gpus} for --jobs {self.jobs} at once: there are {gpus}"
+                f"--num-gpus {self.num_gpus} with --jobs {self.jobs}: this machine has only {gpus} "
+                "GPUs"
             )
 
     def check_commands(self) -> None:
@@ -67,20 +68,20 @@ class Cluster:
         if self.kind == "slurm" and missing:
             raise ConfigError(
                 f"--cluster slurm: {' and '.join(missing)} not found on PATH; run this on a login "
-                "node of the cluster, or with --cluster local"
+                "node of the cluster, or use --cluster local"
             )
 
     def submit(self, job: Callable[[], None], folder: Path, slot: int) -> submitit.Job[None]:
         """Starts one trial.
 
         Args:
-            job: must be picklable.
-            folder: for its logs.
-            slot: 0 to jobs - 1; trials that run at the same time on this machine have different
-                slots, which decide their GPUs.
+            job: a picklable function.
+            folder: folder for the logs.
+            slot: 0 to jobs - 1; decides which GPUs the trial gets. Trials that run at the same time
+                on this machine need different slots.
 
         Raises:
-            ConfigError: if Slurm refuses the job, with its reason.
+            ConfigError: if Slurm refuses the job; includes Slurm's reason.
         """
         executor = self._slurm(folder) if self.kind == "slurm" else self._local(folder, slot)
         try:
@@ -92,7 +93,7 @@ class Cluster:
         executor = submitit.LocalExecutor(folder)
         first = slot * self.num_gpus
         visible = tuple(range(first, first + self.num_gpus))
-        # Local jobs have no time limit, but submitit wants one.
+        # Local jobs have no time limit, but submitit requires one.
         year = 60 * 24 * 365
         executor.update_parameters(
             timeout_min=year, visible_gpus=visible, gpus_per_node=self.num_gpus

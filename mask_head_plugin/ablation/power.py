@@ -1,4 +1,4 @@
-"""How many seeds and images an ablation needs to show a difference, before it is run."""
+"""Estimates how many seeds and images an ablation needs to show a difference."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ from .report.study import Study, read_study
 from .trial_folder import ABLATION_FILE
 
 ASSUMED_SEED_STD = 2.7
-"""AP, where no variant has two finished seeds yet: the root mean square over the two variants of
+"""AP, assumed until a variant has two finished seeds: the root mean square over the two variants of
 configs/ablations/independent_vs_softmax.yaml on the embedded data set, five seeds each
 (docs/independent_masks.md).
 """
 ASSUMED_IMAGE_ERROR = 0.6
-"""AP for ASSUMED_IMAGES, where nothing can be compared yet: of the difference in that study."""
+"""AP for ASSUMED_IMAGES, assumed until variants can be compared: the error in that study."""
 ASSUMED_IMAGES = 200
 MOST_SEEDS = 1000
 IMAGE_FACTORS = (1, 4, 16)
-"""Sizes of a test set, relative to the present one, for which a plan is made until one will do."""
+"""Sizes of the test set to try in turn, relative to the present one, until a plan is feasible."""
 DRAWS = 200
 INTERVAL_OF_NORMAL = 2 * 1.96
-"""Standard errors from one end of a 95% interval to the other."""
+"""Width of a 95% interval in standard errors."""
 
 
 @dataclass(frozen=True)
 class Spreads:
-    """What makes two trainings of one config differ, in percent AP.
+    """How much results vary with seeds and images, in percent AP.
 
     Attributes:
         seed_std: standard deviation of the metric over seeds.
-        seeds_from: how many seeds that was measured on; 0 for an assumption.
-        image_error: standard error of a difference that the images alone cause, for
-            ``num_images``.
-        images_from: how many comparisons that was measured on; 0 for an assumption.
-        num_images: of the test set.
+        seeds_from: number of trials that seed_std was measured on; 0 if it is assumed.
+        image_error: standard error of a difference that ``num_images`` images alone cause.
+        images_from: number of comparisons that image_error was measured on; 0 if it is assumed.
+        num_images: size of the test set.
     """
 
     seed_std: float
@@ -48,7 +47,7 @@ class Spreads:
 
 
 def measured_spreads(output: Path) -> Spreads:
-    """Returns the spreads of the trials finished in an ablation's folder; else assumed ones."""
+    """Measures the spreads on an ablation's finished trials; without any, assumes typical ones."""
     study = read_study(output, DRAWS) if (output / ABLATION_FILE).exists() else None
     stds = [] if study is None else [v for v in study.variants if len(v.values(study.metric)) > 1]
     seed_std, seeds_from = ASSUMED_SEED_STD, 0
@@ -63,20 +62,20 @@ def measured_spreads(output: Path) -> Spreads:
 
 
 def _image_errors(study: Study) -> list[float]:
-    """Returns the standard errors by images alone of the comparisons that can be made."""
+    """Returns the standard error from images alone for each possible comparison."""
     found = [study.comparison(variant) for variant in study.variants]
     widths = [c.image_high - c.image_low for c in found if c is not None]
     return [width / INTERVAL_OF_NORMAL for width in widths if math.isfinite(width) and width > 0]
 
 
 def seeds_needed(wanted: float, spreads: Spreads, num_images: int, num_compared: int) -> int | None:
-    """Returns how many seeds of each variant show a difference; None for more than MOST_SEEDS.
+    """Returns how many seeds per variant show a difference; None for more than MOST_SEEDS.
 
     Args:
         wanted: the true difference, in percent AP.
-        spreads: of ``measured_spreads``.
-        num_images: of the test set.
-        num_compared: variants against one baseline.
+        spreads: result of ``measured_spreads``.
+        num_images: size of the test set.
+        num_compared: number of variants compared with the baseline.
     """
 
     def is_enough(num_seeds: int) -> bool:
@@ -93,7 +92,7 @@ def seeds_needed(wanted: float, spreads: Spreads, num_images: int, num_compared:
 
 
 def detectable(spreads: Spreads, num_seeds: int, num_images: int, num_compared: int) -> float:
-    """Returns the smallest true difference that such a study shows 80% of the time."""
+    """Returns the smallest true difference that 80% of studies of this size show."""
     image_error = spreads.image_error * math.sqrt(spreads.num_images / num_images)
     return detectable_difference(num_seeds, spreads.seed_std, image_error, num_images, num_compared)
 
@@ -101,14 +100,14 @@ def detectable(spreads: Spreads, num_seeds: int, num_images: int, num_compared: 
 def power_lines(
     output: Path, metric: str, wanted: float, num_seeds: int, num_compared: int
 ) -> list[str]:
-    """Returns what a plan can show, as sentences.
+    """Describes in sentences what a planned ablation can show.
 
     Args:
         output: the ablation's folder; need not exist.
         metric: such as ``segm/AP``.
-        wanted: the difference that you want to show.
-        num_seeds: that are planned.
-        num_compared: variants against the baseline.
+        wanted: the difference that you want to show, in percent AP.
+        num_seeds: planned number of seeds.
+        num_compared: number of variants compared with the baseline.
     """
     spreads = measured_spreads(output)
     images = spreads.num_images
@@ -123,13 +122,13 @@ def power_lines(
             f"{num_seeds} seeds show a true difference of {planned:.2f} in 4 of 5 such studies"
         )
     else:
-        lines.append("1 seed shows no difference: its interval lacks the noise of training")
+        lines.append("1 seed cannot show a difference: its interval ignores the noise of training")
     for factor in IMAGE_FACTORS:
         needed = seeds_needed(wanted, spreads, images * factor, num_compared)
         seeds = (
-            "more seeds than anyone has" if needed is None else f"{needed} seeds of each variant"
+            "an impractical number of seeds" if needed is None else f"{needed} seeds per variant"
         )
-        lines.append(f"A difference of {wanted:g} takes {seeds} with {images * factor} images")
+        lines.append(f"A difference of {wanted:g} needs {seeds} with {images * factor} images")
         if needed is not None:
             break
     return lines

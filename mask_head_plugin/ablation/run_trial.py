@@ -1,4 +1,4 @@
-"""Runs one trial, in a process of its own or in this one."""
+"""Runs one trial, in a separate process or in this one."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ PARAMETERS_FILE = "num_parameters.txt"
 
 
 class TrialJob(submitit.helpers.Checkpointable):
-    """The job that submitit pickles and calls; after a preemption, it is called again with the same
-    trial.
-    """
+    """The job that submitit pickles and calls. After a preemption, submitit calls it again."""
 
     def __init__(self, trial: Trial, num_gpus: int, threads: int) -> None:
         self.trial, self.num_gpus, self.threads = trial, num_gpus, threads
@@ -56,20 +54,20 @@ class TrialJob(submitit.helpers.Checkpointable):
 
 
 def run_trial(trial: Trial, num_gpus: int = 0) -> None:
-    """Trains and evaluates a trial, from its last checkpoint if it has one.
+    """Trains and evaluates a trial, resuming from its last checkpoint if it has one.
 
     Writes trial.json: variant, seed, status ("finished" or "failed"), error, iterations, seconds
-    (of this run), seconds_per_iteration (median), peak_memory_mb (on CUDA what PyTorch allocates,
-    otherwise the process's), num_parameters, results (by task, in percent), device, versions,
-    commit, finished_at. An error is written there and not raised.
+    (of this call), seconds_per_iteration (median), peak_memory_mb (allocated by PyTorch on CUDA,
+    otherwise used by the process), num_parameters, results (by task, in percent), device, versions,
+    commit, finished_at. Errors are recorded there instead of being raised.
 
-    If another process is running the same trial, this waits for it.
+    If another process is running the same trial, waits until it is done.
     """
     trial.folder.mkdir(parents=True, exist_ok=True)
     with locked(trial.folder / "lock"):
         if trial.is_finished:
             return
-        (trial.folder / TRIAL_FILE).unlink(missing_ok=True)  # of an earlier failure
+        (trial.folder / TRIAL_FILE).unlink(missing_ok=True)  # left by an earlier failure
         start = time.monotonic()
         try:
             check_hash(trial)
@@ -77,7 +75,7 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
             write_durably(trial.folder / HASH_FILE, config_hash(trial.cfg) + "\n")
             launch(_train, max(num_gpus, 1), args=(trial.cfg,), device=trial.cfg.MODEL.DEVICE)
             record = _measure(trial)
-        except Exception as error:  # any error: the other trials continue
+        except Exception as error:  # no error of one trial may stop the others
             last = traceback.format_exception_only(error)[-1].strip()
             record = {"status": FAILED, "error": last, "traceback": traceback.format_exc()}
         record["seconds"] = round(time.monotonic() - start, 1)
@@ -85,16 +83,16 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
 
 
 def _check_gpus(num_gpus: int) -> None:
-    """Raises ConfigError unless the machine that a trial runs on has its GPUs."""
+    """Raises ConfigError if this machine has fewer GPUs than the trial needs."""
     if num_gpus > torch.cuda.device_count():
         raise ConfigError(
-            f"--num-gpus {num_gpus}, but PyTorch finds {torch.cuda.device_count()} on "
+            f"--num-gpus {num_gpus}: PyTorch finds only {torch.cuda.device_count()} on "
             f"{socket.gethostname()}"
         )
 
 
 def _train(cfg: CfgNode) -> None:
-    """Trains in one of a trial's processes; see train_net.py."""
+    """Trains in one process of a trial, like train_net.py."""
     cfg = cfg.clone()
     join_run(cfg)
     cfg.freeze()
@@ -111,7 +109,7 @@ def _train(cfg: CfgNode) -> None:
 
 
 def _measure(trial: Trial) -> dict[str, Any]:
-    """Returns the results and costs of a finished training."""
+    """Collects the results and costs of a finished trial."""
     rows = read_json_lines(trial.folder / METRICS_FILE)
     on_cuda = [float(x["max_mem_mb"]) for x in rows if x.get("max_mem_mb")]
     found = json.loads((trial.inference / METRICS_FILE).read_text())
@@ -135,7 +133,7 @@ def _measure(trial: Trial) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Returns the commit of this code, with a + if files differ from it; None outside of git."""
+    """Returns the commit of this code, with a + for uncommitted changes; None outside of git."""
     folder = Path(__file__).parent
     try:
         head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, text=True)

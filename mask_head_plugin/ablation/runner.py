@@ -1,6 +1,6 @@
 """Runs the trials of an ablation, on this machine or on a Slurm cluster, and resumes them.
 
-trial_folder.py describes their folders.
+The folders of trials are described in trial_folder.py.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from .trial_folder import (
 
 POLL_SECONDS = 1.0
 ESTIMATE_ITERATIONS = 8
-"""Steps that a dry run takes where no trial has run yet; the first half warms up."""
+"""Iterations that a dry run trains if no trial has run yet; the first half is warm-up."""
 
 
 def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
     """Returns the trials of an ablation, seed by seed, and checks that all of them can run.
 
-    The machine that plans may differ from the one that trains: ``num_gpus`` decides the device, and
-    the machine that runs the trial checks whether it exists.
+    Trials may run on another machine. So ``num_gpus`` alone decides the device here, and the
+    machine that runs a trial checks whether it has the GPUs.
 
     Args:
-        ablation: of ``load_ablation``.
-        output: for the trials' folders.
-        num_gpus: of each trial; 0 for the CPU.
+        ablation: result of ``load_ablation``.
+        output: folder for the trials' folders.
+        num_gpus: GPUs for each trial; 0 for the CPU.
 
     Raises:
         ConfigError: if a config cannot be used, a data set is missing, a trial in the folder was
@@ -98,7 +98,7 @@ def _check_metric(cfg: CfgNode, metric: str) -> None:
 
 
 def _device(device: str, num_gpus: int) -> str:
-    """Returns the MODEL.DEVICE of a trial."""
+    """Returns the value of MODEL.DEVICE for a trial."""
     is_cuda = device.startswith("cuda")
     if num_gpus and not is_cuda:
         raise ConfigError(
@@ -119,7 +119,7 @@ def write_description(output: Path, description: dict[str, Any]) -> None:
     for key in ("file", "size", "baseline") if known else ():
         if known.get(key) != description[key]:
             raise ConfigError(
-                f"{path} is of the {key} {known.get(key)!r}, not {description[key]!r}: choose "
+                f"{path} belongs to the {key} {known.get(key)!r}, not {description[key]!r}: choose "
                 "another --output"
             )
     named = {x["name"]: x for x in [*known.get("variants", []), *description["variants"]]}
@@ -130,7 +130,7 @@ def write_description(output: Path, description: dict[str, Any]) -> None:
 
 
 def describe(ablation: Ablation, *, file: str, size: str, command: str) -> dict[str, Any]:
-    """Returns the content of ablation.json: what a report needs besides the trials."""
+    """Returns the content of ablation.json, which reports read together with the trials."""
     baseline = flatten(ablation.configs[ablation.baseline])
     variants = [
         {
@@ -157,16 +157,16 @@ def describe(ablation: Ablation, *, file: str, size: str, command: str) -> dict[
 def run(
     trials: Sequence[Trial], cluster: Cluster, report: Callable[[Trial], None] = lambda _: None
 ) -> None:
-    """Runs the trials that are not finished.
+    """Runs the trials that have not finished.
 
     Shows the iterations of all trials with the time left. A trial that fails does not stop the
     others. An interruption stops the running trials; they resume from their checkpoints when you
     start the ablation again.
 
     Args:
-        trials: of ``plan``.
+        trials: result of ``plan``.
         cluster: where to run them.
-        report: called with each trial that has ended.
+        report: called with each trial when it ends.
 
     Raises:
         ConfigError: if Slurm refuses a job.
@@ -203,10 +203,10 @@ def run(
 
 
 def estimate_seconds(trials: Sequence[Trial], cluster: Cluster) -> float | None:
-    """Returns about how long the trials that are not finished will take.
+    """Estimates how long the unfinished trials will take.
 
-    From the speed of those that have run; where none has, from a few steps of the first one. None
-    where those would need GPUs that this machine does not have.
+    Uses the speed of trials that have run or, if there are none, of a few iterations of the first
+    trial. Returns None if those iterations need GPUs that this machine does not have.
     """
     left = sum(int(t.cfg.SOLVER.MAX_ITER) - t.iteration() for t in trials if not t.is_finished)
     speeds = [seconds_per_iteration(t.folder) for t in trials]
@@ -217,7 +217,7 @@ def estimate_seconds(trials: Sequence[Trial], cluster: Cluster) -> float | None:
 
 
 def _note_lost_job(trial: Trial, job: submitit.Job[None]) -> None:
-    """Writes trial.json for a process that ended without doing so, e.g. killed for its memory."""
+    """Writes trial.json if the process ended without writing it, for example out of memory."""
     if trial.is_finished or trial.record().get("status") == FAILED:
         return
     lines = [line.strip() for line in (job.stderr() or "").splitlines() if line.strip()]
@@ -226,7 +226,7 @@ def _note_lost_job(trial: Trial, job: submitit.Job[None]) -> None:
 
 
 def _try_speed(trial: Trial) -> float:
-    """Returns the seconds of a training step, without evaluation."""
+    """Measures the seconds per training step, without evaluation."""
     cfg = trial.cfg.clone()
     cfg.SOLVER.MAX_ITER = ESTIMATE_ITERATIONS
     with contextlib.ExitStack() as stack:

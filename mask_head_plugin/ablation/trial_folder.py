@@ -1,14 +1,15 @@
-"""A trial, one variant with one seed, and what its folder holds.
+"""A trial (one variant with one seed) and its folder.
 
-The folder, ``<variant>/seed_<n>``, has what a training leaves there (config.yaml, log.txt,
-metrics.json, TensorBoard events, checkpoints, inference/) and
+The folder ``<variant>/seed_<n>`` contains the usual files of a run (config.yaml, log.txt,
+metrics.json, TensorBoard events, checkpoints, inference/) and:
 
-- ``trial.json``: how it ended, its metrics and its cost, see run_trial;
-- ``environment.txt``: versions and hardware; ``num_parameters.txt``;
-- ``config_hash.txt``: ensures that a trial is only resumed with the same config;
-- ``submitit/``: the logs of the process that ran it.
+- ``trial.json``: how the trial ended, its metrics and its cost (see run_trial);
+- ``environment.txt``: versions and hardware;
+- ``num_parameters.txt``: the size of the model;
+- ``config_hash.txt``: ensures that a trial is resumed only with the same config;
+- ``submitit/``: logs of the process that ran it.
 
-The ablation's folder has ``ablation.json``, see runner.describe, from which the report is made.
+The ablation's folder also contains ``ablation.json`` (see runner.describe), which the report reads.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ FINISHED, FAILED = "finished", "failed"
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One training: a variant with a seed.
+    """One run of an ablation: a variant with a seed.
 
     Attributes:
-        variant: its name.
-        seed: its seed.
-        folder: where its files are, or would be.
-        dataset: the test set.
-        cfg: its complete config; OUTPUT_DIR is the folder. None if the folder is only read.
-        snapshot: what ``record`` returns; None to read the folder each time.
+        variant: name of the variant.
+        seed: random seed.
+        folder: where its files are or will be.
+        dataset: name of the test set.
+        cfg: complete config, whose OUTPUT_DIR is the folder; None if the folder is only read.
+        snapshot: content of trial.json for ``record``; None to read the file each time.
     """
 
     variant: str
@@ -70,7 +71,7 @@ class Trial:
 
     @property
     def known_hash(self) -> str:
-        """The hash of the config that the folder's training was started with, if it was started."""
+        """Hash of the config that the trial was started with; empty if it was not started."""
         with contextlib.suppress(OSError):
             return (self.folder / HASH_FILE).read_text().strip()
         return ""
@@ -81,7 +82,7 @@ class Trial:
 
     @property
     def state(self) -> str:
-        """What readers need to know about an unfinished trial."""
+        """State of the trial in words, for reports."""
         if (status := self.record().get("status")) in (FINISHED, FAILED):
             return str(status)
         logged = self._logged()
@@ -93,12 +94,12 @@ class Trial:
 
     @property
     def inference(self) -> Path:
-        """The folder of the evaluation; with several test sets, each has its own."""
+        """Folder of the evaluation. With several test sets, each has its own folder."""
         own = self.folder / "inference" / self.dataset
         return own if own.is_dir() else self.folder / "inference"
 
     def result(self, key: str) -> float:
-        """Returns a metric such as ``segm/AP`` in percent; nan if there is none."""
+        """Returns a metric such as ``segm/AP`` in percent; nan if it is missing."""
         task, _, metric = key.partition("/")
         found: Any = self.record().get("results")
         for name in (task, metric):
@@ -106,48 +107,48 @@ class Trial:
         return _number(found)
 
     def cost(self, key: str) -> float:
-        """Returns a number from trial.json; nan if there is none."""
+        """Returns a number from trial.json; nan if it is missing."""
         return _number(self.record().get(key))
 
     def iteration(self) -> int:
-        """Returns how many iterations are done, according to the log."""
+        """Returns the number of finished iterations according to the log."""
         total = int(self.cfg.SOLVER.MAX_ITER)
-        # A repeated evaluation continues the count.
+        # A repeated evaluation logs higher iterations.
         return total if self.is_finished else min(self._logged(), total)
 
     def _logged(self) -> int:
         return max((row["iteration"] + 1 for row in self.log()), default=0)
 
     def log(self) -> list[dict[str, Any]]:
-        """Returns what detectron2 logged, in the order of iterations."""
+        """Returns detectron2's log records in the order of iterations."""
         rows: dict[int, dict[str, Any]] = {}
         for row in read_json_lines(self.folder / METRICS_FILE):
-            # If a resumed training repeated iterations, the last record of each.
+            # If a resumed run repeated an iteration, its last record wins.
             if isinstance(row.get("iteration"), int):
                 rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
         return [rows[iteration] for iteration in sorted(rows)]
 
     def matches(self, task: str) -> Matches | None:
-        """Returns the matches; None, with a warning, if the file is missing or broken."""
+        """Reads the matches of a task; warns and returns None if the file is missing or broken."""
         path = self.inference / f"matches_{task}.npz"
         try:
             return Matches.load(path)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            logger.warning("%s: no interval for this trial (%s)", path, error)
+            logger.warning("%s cannot be read, so this trial has no interval: %s", path, error)
             return None
 
 
 def check_hash(trial: Trial) -> None:
-    """Raises ConfigError if a trial's folder was begun with another config."""
+    """Raises ConfigError if a trial was started with another config."""
     if trial.known_hash not in ("", config_hash(trial.cfg)):
         raise ConfigError(
-            f"{trial.folder} was run with another config than {trial.name} has now: choose "
-            "another --output, or delete that folder"
+            f"{trial.folder}: the config of {trial.name} has changed since this trial was run; "
+            "choose another --output, or delete that folder"
         )
 
 
 def folder_name(variant: str) -> str:
-    """Returns a variant's name in a form for paths, distinct for distinct names."""
+    """Returns a variant's name as a folder name; different names give different folders."""
     safe = re.sub(r"[^\w.-]+", "_", variant).strip("_.") or "variant"
     if safe == variant:
         return safe
@@ -155,7 +156,7 @@ def folder_name(variant: str) -> str:
 
 
 def config_hash(cfg: CfgNode) -> str:
-    """Returns a hash of everything that a trial's result may depend on."""
+    """Returns a hash of the whole config except OUTPUT_DIR, which does not affect results."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = ""
@@ -163,7 +164,7 @@ def config_hash(cfg: CfgNode) -> str:
 
 
 def write_record(trial: Trial, record: dict[str, Any]) -> None:
-    """Writes trial.json, completely or not at all."""
+    """Writes trial.json atomically."""
     content = {
         "variant": trial.variant,
         "seed": trial.seed,
@@ -174,14 +175,14 @@ def write_record(trial: Trial, record: dict[str, Any]) -> None:
 
 
 def seconds_per_iteration(folder: Path) -> float | None:
-    """Returns the median of what a training logged; None if it logged nothing."""
+    """Returns the median of the logged seconds per iteration; None if nothing was logged."""
     times = [x.get("time") for x in read_json_lines(folder / METRICS_FILE)]
     known = [x for x in times if isinstance(x, float)]
     return statistics.median(known) if known else None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects in a file of JSON lines, without an incomplete last line."""
+    """Returns the objects in a file of JSON lines; skips lines that are incomplete."""
     rows = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -192,7 +193,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Returns a JSON object; ``{}`` if it is missing or incomplete."""
+    """Reads a JSON object; returns ``{}`` if the file is missing or incomplete."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
@@ -200,5 +201,5 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float:
-    """Returns a value of a JSON file as a number; nan if it is not one."""
+    """Returns a JSON value as a float; nan if it is not a number."""
     return float(value) if isinstance(value, int | float) else math.nan

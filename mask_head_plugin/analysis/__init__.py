@@ -1,4 +1,4 @@
-"""Finds what a trained model gets wrong, and what a better branch could still win."""
+"""Shows what a trained model gets wrong and how much AP each better branch could gain."""
 
 from .analyze import run_analysis
 

@@ -1,4 +1,4 @@
-"""One run, analysed: everything that pages and JSON show of it."""
+"""The analysis of one run: everything that its pages and JSON show."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What is known of a run.
+    """The analysis of a run.
 
     Attributes:
-        files: of the run.
-        findings: matching, errors, figures.
-        offsets: of the boxes of found objects.
-        quality: of their masks; None without masks.
+        files: the run's files.
+        findings: matches, errors and numbers.
+        offsets: box offsets of found objects.
+        quality: mask quality of found objects; None without masks.
     """
 
     files: RunFiles
@@ -79,7 +79,7 @@ class Analysis:
 
     @cached_property
     def gaps(self) -> list[ClassGap]:
-        # Of boxes: a rough mask is not a fault of the score.
+        # Uses boxes, because a rough mask does not make the score wrong.
         return class_gaps(self.findings.scene, self.findings.found["bbox"])
 
     @cached_property
@@ -88,7 +88,7 @@ class Analysis:
 
     @cached_property
     def is_kept(self) -> npt.NDArray[np.bool_]:
-        """(D,) whether a detection is above the best threshold of its class."""
+        """Whether each detection scores above the best threshold of its class, (D,)."""
         scene = self.findings.scene
         best = {x.class_name: x.score for x in self.thresholds if math.isfinite(x.score)}
         least = np.array([best.get(name, 0.5) for name in scene.class_names])
@@ -96,7 +96,7 @@ class Analysis:
 
     @cached_property
     def image_counts(self) -> ImageCounts:
-        """What was found in each image, at IoU 0.5, by detections above those thresholds."""
+        """Counts of each image at IoU 0.5, with detections above those thresholds."""
         assignment = self.findings.found[self.findings.main_task]
         at, kept = assignment.at(0.5), self.is_kept[assignment.rows]
         return image_counts(replace(at, dt_ignored=at.dt_ignored | ~kept), min_score=-math.inf)
@@ -106,12 +106,12 @@ class Analysis:
         return [] if self.quality is None else quality_rows(self.findings.scene, self.quality)
 
     def class_ap(self, task: str, metric: str = "AP") -> FloatArray:
-        """Returns (K,) in percent, nan for classes without objects."""
+        """Returns the AP of each class in percent, (K,); nan for classes without objects."""
         return class_ap(self.findings.found[task].matches, metric)
 
     @cached_property
     def diagnosis(self) -> list[str]:
-        """Sentences on what is wrong."""
+        """Sentences that describe what the model gets wrong."""
         return diagnose(
             self.findings,
             self.files.mask_side,
@@ -126,10 +126,10 @@ def analyze(files: RunFiles) -> Analysis:
     """Analyses a run.
 
     Args:
-        files: of the run.
+        files: the run's files.
 
     Raises:
-        ConfigError: if results and annotations do not fit each other.
+        ConfigError: if results and annotations do not belong together.
     """
     logger.info("reading %s and %s", files.results, files.annotations)
     scene = read_scene(files.annotations, read_results(files.results), files.results)
@@ -140,7 +140,7 @@ def analyze(files: RunFiles) -> Analysis:
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:
-    """Returns all numbers of an analysis, nan for what is not known."""
+    """Returns all numbers of an analysis for JSON; unknown ones are nan."""
     findings, files = analysis.findings, analysis.files
     scene = findings.scene
     return {

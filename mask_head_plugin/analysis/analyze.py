@@ -1,4 +1,4 @@
-"""From a run's files to its pages."""
+"""Analyses a run: finds its files and writes the pages."""
 
 from __future__ import annotations
 
@@ -24,26 +24,28 @@ def run_analysis(
     """Analyses a run and writes analysis.md, analysis.json and analysis.html.
 
     Args:
-        run: a folder that train_net.py or detectron2 wrote, or a file of results.
-        output: a folder, made if missing; None for that of the results.
-        annotations: a COCO file; None for the one that the run was evaluated with.
-        images: a folder; None to look for it.
-        dataset: name of the evaluated data set, where a run has several.
+        run: a folder that train_net.py or detectron2 wrote, or a results file.
+        output: output folder, created if missing; None for the folder of the results.
+        annotations: a COCO file; None for the file that the run was evaluated with.
+        images: the image folder; None to search the usual places.
+        dataset: name of the evaluated data set, if the run has several.
         other: another run on the same images, to compare with.
-        num_draws: of the images, for the intervals of differences; at least 2.
+        num_draws: how many bootstrap draws of the images the intervals use; at least 2.
 
     Returns:
-        The folder.
+        The output folder.
 
     Raises:
-        ConfigError: if files are missing or do not fit each other, or packages are missing.
+        ConfigError: if files are missing or do not belong together, or if a package is missing.
         OSError: if a file cannot be written.
     """
     files = find_run_files(run, annotations, images, dataset)
     folder = output or files.results.parent
     if num_draws < 2:
-        raise ConfigError(f"--draws {num_draws} makes no interval; take 2 at least, better 300")
-    # Before the work, which takes a minute: what is wrong with names.
+        raise ConfigError(
+            f"--draws {num_draws} is too few for an interval; use at least 2, better 300"
+        )
+    # The analysis takes a minute, so report wrong paths and names first.
     make_output_folder(folder)
     files_of_other = other and find_run_files(other, files.annotations, images, dataset)
     analysis = analyze(files)

@@ -1,7 +1,7 @@
-"""Matches the detections and objects of a scene, and gives the APs that follow.
+"""Matches the detections and objects of a scene as COCO does.
 
-Shape alphabet: D detections and G objects; N detections that count, at most the limit of an image
-and class; A area ranges, T IoU thresholds.
+Shape alphabet: D detections and G objects; N detections that count, limited per image and class; A
+area ranges, T IoU thresholds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..evaluation.matching import BoolArray, FloatArray, Group, Matches, match
 from .scene import IntArray, Scene
 
 AREAS = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
-"""COCO's ranges in pixels, both ends among them."""
+"""COCO's area ranges in pixels; both ends are included."""
 _SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 THRESHOLDS: FloatArray = np.linspace(0.5, 0.95, 10)
 
@@ -26,10 +26,10 @@ class Assignment:
     """The matches of a scene for one task.
 
     Attributes:
-        matches: by COCO's rules, the N detections ordered by image, class and falling score.
+        matches: by COCO's rules; the N detections are ordered by image, class and falling score.
         rows: (N,) their indices among the scene's detections.
-        partner: (A, T, N) the object that each found, by its index in the scene; -1 for none.
-        ious: for each image, (d, g) of all its detections and objects.
+        partner: (A, T, N) scene index of the object that each detection found; -1 for none.
+        ious: for each image, the (d, g) IoUs of all its detections and objects.
     """
 
     matches: Matches
@@ -38,7 +38,7 @@ class Assignment:
     ious: list[FloatArray]
 
     def at(self, threshold: float) -> Matches:
-        """Returns the matches of objects of all sizes at one IoU threshold."""
+        """Returns the matches at one IoU threshold for objects of all sizes."""
         t = int(np.abs(self.matches.iou_thresholds - threshold).argmin())
         return replace(
             self.matches,
@@ -50,7 +50,7 @@ class Assignment:
         )
 
     def partner_at(self, threshold: float) -> IntArray:
-        """Returns (N,) the object that each detection found at one IoU threshold, -1 for none."""
+        """Returns the object that each detection found at one IoU threshold, (N,); -1 for none."""
         return self.partner[0, int(np.abs(self.matches.iou_thresholds - threshold).argmin())]
 
 
@@ -64,10 +64,10 @@ def assign(
     """Matches detections and objects as COCO does.
 
     Args:
-        scene: all of them.
+        scene: all detections and objects.
         task: "bbox" or "segm".
         max_detections: how many count per image and class; all if negative.
-        ious: from ``scene.ious(task)``, if already computed.
+        ious: the result of ``scene.ious(task)``, if already computed.
         areas: names from AREAS, "all" first.
     """
     ious = scene.ious(task) if ious is None else ious
@@ -116,7 +116,7 @@ def assign(
 
 def _counted(scene: Scene, score: FloatArray, max_detections: int) -> IntArray:
     """Returns the N detections that count, ordered by image, class and falling score."""
-    # Equal scores keep their order.
+    # The sort is stable, so equal scores keep their order.
     order = np.lexsort((-score, scene.dt_class, scene.dt_image))
     if max_detections < 0:
         return order
@@ -125,7 +125,7 @@ def _counted(scene: Scene, score: FloatArray, max_detections: int) -> IntArray:
 
 
 def _pairs(scene: Scene, row: IntArray) -> Iterator[tuple[int, slice, slice]]:
-    """Yields each image and class that has both, with the slices of N detections and objects."""
+    """Yields the image and both slices for each image and class with detections and objects."""
     num_classes = len(scene.class_names)
     dt = scene.dt_image[row] * num_classes + scene.dt_class[row]
     gt = scene.gt_image * num_classes + scene.gt_class
@@ -136,5 +136,5 @@ def _pairs(scene: Scene, row: IntArray) -> Iterator[tuple[int, slice, slice]]:
 
 
 def _outside(areas: FloatArray, ranges: FloatArray) -> BoolArray:
-    """Returns (A, n): whether areas are outside the ranges."""
+    """Returns whether each area lies outside each range, (A, n)."""
     return (areas < ranges[:, :1]) | (areas > ranges[:, 1:])

@@ -1,7 +1,7 @@
-"""Two runs on the same images: what got better and worse, and how sure that is.
+"""Compares two runs on the same images: what got better or worse, with intervals.
 
-All figures of both runs are computed of the same draws of images (paired bootstrap), so that what
-makes an image hard for both cancels. See evaluation/bootstrap.py.
+All numbers of both runs are computed on the same draws of images (paired bootstrap), so the
+difficulty of an image, which affects both runs, cancels out. See evaluation/bootstrap.py.
 
 Shape alphabet: I images, K classes, S draws.
 """
@@ -24,23 +24,23 @@ from .diagnosis import TASK_NAMES
 from .resampled import BY_CLASS, CALIBRATION, Key, resampled_figures
 
 SHARED = ("image_ids", "class_names", "gt_image", "gt_class", "gt_crowd", "gt_box")
-"""What two scenes must have in common."""
+"""Fields that must be equal in both scenes."""
 LESS_IS_BETTER = ("error", "oracle", CALIBRATION)
-"""Groups of figures: what is lost, or is still to be won."""
+"""Groups of numbers where lower is better: AP that is lost or could be gained."""
 MOST_NAMED = 5
 ONE_TRAINING = (
-    "Intervals are over images only: each run is one training, and another seed may "
-    "reverse a difference. “Better” is said of these two models, not of their settings."
+    "The intervals cover the choice of images only. Each run is a single training, and another "
+    "seed may reverse a difference: “better” applies to these two models, not to their settings."
 )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a figure of a run differs from that of the other one.
+    """The difference between two runs in one number.
 
     Attributes:
-        key: which figure.
-        paired: values, difference and interval.
+        key: the number that is compared.
+        paired: both values, their difference and its interval.
     """
 
     key: Key
@@ -48,7 +48,7 @@ class Difference:
 
     @property
     def finding(self) -> str:
-        """Whether the run is better."""
+        """The verdict: better, worse, or no clear difference."""
         found = verdict_of_images(self.paired)
         if self.key.group in LESS_IS_BETTER:
             return {BETTER: WORSE, WORSE: BETTER}.get(found, found)
@@ -57,13 +57,13 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A run compared with another one.
+    """Comparison of a run with another run.
 
     Attributes:
         other: the analysis of the other run, the baseline.
-        differences: of all figures of both.
-        f1: (I,) of the run at IoU 0.5 and its best thresholds.
-        other_f1: (I,) of the other.
+        differences: one for each number that both runs have.
+        f1: (I,) F1 of the run in each image, at IoU 0.5 and its best thresholds.
+        other_f1: (I,) F1 of the other run, likewise.
     """
 
     other: Analysis
@@ -72,7 +72,7 @@ class Comparison:
     other_f1: FloatArray
 
     def sentences(self) -> list[str]:
-        """Returns what got better and worse, in words."""
+        """Describes in words what got better and what got worse."""
         aps = [
             f"AP of {TASK_NAMES[x.key.task]} from {number(x.paired.baseline, '.1f')} to "
             f"{number(x.paired.value, '.1f')}, {with_interval(x.paired)}, {x.finding}"
@@ -100,25 +100,25 @@ def compare(analysis: Analysis, other: Analysis, num_draws: int, seed: int = 0) 
     """Compares two runs.
 
     Args:
-        analysis: of the run.
-        other: of the one that it is compared with.
+        analysis: the analysis of the run.
+        other: the analysis of the run to compare with.
         num_draws: S, at least 2.
-        seed: of the draws.
+        seed: random seed of the draws.
 
     Raises:
-        ConfigError: if they are not of the same images, classes and objects.
+        ConfigError: if the runs have different images, classes or objects.
     """
     scene, scene_of_other = analysis.findings.scene, other.findings.scene
     for name in SHARED:
         if not np.array_equal(getattr(scene, name), getattr(scene_of_other, name)):
             raise ConfigError(
                 f"{analysis.files.annotations} and {other.files.annotations} differ in {name}: "
-                "two runs are compared on the same images and objects"
+                "two runs can be compared only on the same images and objects"
             )
     count = len(scene.image_ids)
     if count < 2:
         raise ConfigError(
-            f"{analysis.files.annotations} has one image: two runs are compared on several"
+            f"{analysis.files.annotations} has only one image; a comparison needs at least two"
         )
     as_they_are = np.ones((1, count), np.int32)
     weights = np.concatenate([as_they_are, image_weights(count, num_draws, seed)])
@@ -132,7 +132,7 @@ def compare(analysis: Analysis, other: Analysis, num_draws: int, seed: int = 0) 
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """Returns all differences; nan is left to who writes it."""
+    """Returns all differences for JSON; the caller replaces nan."""
     return {
         "results": str(comparison.other.files.results),
         "differences": [

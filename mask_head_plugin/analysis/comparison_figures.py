@@ -20,26 +20,26 @@ SIZES = {
     "medium": ("APm", "size: medium"),
     "large": ("APl", "size: large"),
 }
-"""Names of the AP and of the mask quality of objects by size."""
+"""For each size of objects, the name of its AP and of its mask quality."""
 MOST_CLASSES = 40
 ROW_HEIGHT = 30
 CAPTION = (
-    "This run minus the other one, in percent. Lines are 95% intervals over the images alone; that "
-    "another training would differ is not in them."
+    "This run minus the other one, in percent. Lines are 95% intervals over the choice of images; "
+    "they do not cover the noise of training."
 )
 
 Panels = Mapping[str, Mapping[str, Difference]]
-"""Differences by the name of their row, in panels by title."""
+"""Panels by title; each contains the differences of its rows by name."""
 
 
 def comparison_figures(comparison: Comparison) -> dict[str, list[Figure]]:
-    """Returns the figures of each section, by its key."""
+    """Returns the figures of each section by its key."""
     found = {x.key: x for x in comparison.differences if math.isfinite(x.paired.difference)}
     sizes = _figure("compared-sizes", "Differences by size of the objects", _sizes(found))
     names = _by_change(found, comparison.other.findings.main_task)
     caption = ""
     if len(names) > MOST_CLASSES:
-        caption = f" Of {len(names)} classes the {MOST_CLASSES} that differ most."
+        caption = f" Shows the {MOST_CLASSES} of {len(names)} classes that differ most."
     panels = _classes(found, names[:MOST_CLASSES])
     classes = _figure("compared-by-class", "Differences by class", panels, caption)
     made = {"compared": sizes, "compared-classes": classes}
@@ -57,7 +57,7 @@ def _sizes(found: Mapping[Key, Difference]) -> Panels:
 
 
 def _by_change(found: Mapping[Key, Difference], task: str) -> list[str]:
-    """Returns the classes, those whose AP changed most first."""
+    """Returns the classes by how much their AP changed, largest change first."""
     changes = {
         key.name: abs(x.paired.difference)
         for key, x in found.items()
@@ -72,7 +72,7 @@ def _classes(found: Mapping[Key, Difference], names: list[str]) -> Panels:
         for task in TASK_NAMES
     }
     panels[IOU] = {x: Key("segm", BY_CLASS + IOU, x) for x in names}
-    for task in reversed(TASK_NAMES):  # F1 is of masks where there are some
+    for task in reversed(TASK_NAMES):  # F1 is computed for masks if there are any
         if any(Key(task, BY_CLASS + F1, x) in found for x in names):
             panels[F1] = {x: Key(task, BY_CLASS + F1, x) for x in names}
             break

@@ -1,4 +1,4 @@
-"""The tables of a comparison of two runs, the same for Markdown and HTML."""
+"""The tables of a comparison of two runs, shared by Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from .resampled import BOUNDARY, BY_CLASS, CALIBRATION, DENSITY, F1, F1_AT_HALF,
 from .sections import Section
 
 TEXT = (
-    "On the same images, resampled many times (paired bootstrap). For errors, what is still to be "
-    f"won and the calibration error, less is better. {ONE_TRAINING} Of a hundred figures in which "
-    "two models are alike, chance alone calls five better or worse. Figures without a "
-    "difference or with a single image are left out."
+    "Both runs on the same images, resampled many times (paired bootstrap). For the cost of "
+    f"errors, possible gains and the calibration error, lower is better. {ONE_TRAINING} If two "
+    "models are equally good, chance alone makes about 5 of 100 numbers look better or worse. "
+    "Numbers that do not differ or come from a single image are left out."
 )
 MASK_TEXT = (
-    "Mean IoUs of the objects whose box each run found; these may be other objects in the two runs."
+    "Mean IoUs of the objects whose box the run found, which may be different objects in the two "
+    "runs."
 )
 CLASS_TEXT = (
-    "Differences with their intervals, the largest first. F1 is with the best threshold of each "
-    "run, chosen again for each draw of images."
+    "Differences with their intervals, the largest first. F1 uses the best threshold of each run, "
+    "chosen separately for each draw of images."
 )
 NAMES = {
     F1: "F1 with the best thresholds, mean of classes",
@@ -34,7 +35,7 @@ NAMES = {
 
 
 def comparison_sections(comparison: Comparison) -> list[Section]:
-    """Returns what differs from the other run: figures, masks, classes."""
+    """Returns tables of what differs from the other run: overall, in masks, and by class."""
     shown = [x for x in comparison.differences if _differs(x)]
     classes = [x for x in shown if x.key.group.startswith(BY_CLASS)]
     of_all = [x for x in shown if not x.key.group.startswith(BY_CLASS)]
@@ -61,7 +62,7 @@ def _differs(difference: Difference) -> bool:
 
 def _table(differences: Sequence[Difference]) -> Table:
     columns = [
-        Column("figure", "figure", "", True),
+        Column("figure", "metric", "", True),
         Column("task", "of", "", True),
         Column("other", "other run", ""),
         Column("value", "this run", ""),
@@ -84,12 +85,12 @@ def _table(differences: Sequence[Difference]) -> Table:
 
 
 def figure_name(difference: Difference) -> str:
-    """Returns what a figure is, in words."""
+    """Returns the name of a compared number for readers."""
     _, group, name, threshold = difference.key
     if group == "error":
-        return f"AP{100 * threshold:.0f} lost by {name}"
+        return f"AP{100 * threshold:.0f} lost to “{name}”"
     if group == "oracle":
-        return f"to win with {name}"
+        return f"possible gain with {name}"
     if group == DENSITY:
         return f"AP of images with {name} object{'' if name == '1' else 's'}"
     if group in (IOU, BOUNDARY):
@@ -98,7 +99,7 @@ def figure_name(difference: Difference) -> str:
 
 
 def _classes(differences: Sequence[Difference]) -> Table:
-    """Returns a row for each class and a column for each kind of figure."""
+    """Returns a table with a row for each class and a column for each metric."""
     heads = list(dict.fromkeys((x.key.task, x.key.group) for x in differences))
     found = {(x.key.name, x.key.task, x.key.group): x for x in differences}
     names = dict.fromkeys(

@@ -1,6 +1,6 @@
-"""What scores say: the best thresholds, confusions, how far a score is the chance to be right.
+"""Analyses scores: the best thresholds, confusions, and how reliable a score is.
 
-Shape alphabet: K classes, N detections that count, n those of one class, B bins of scores; S draws
+Shape alphabet: K classes, N detections that count, n those of one class, B bins of scores, S draws
 of I images.
 """
 
@@ -20,20 +20,20 @@ from .scene import IntArray, Scene
 
 NUM_BINS = 10
 DENSITIES = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63), (64, 10**9))
-"""Objects of an image, both ends among them."""
+"""Ranges of the number of objects in an image; both ends are included."""
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The score from which on the detections of a class have the best F1, at IoU 0.5.
+    """The score threshold at which a class has its best F1, at IoU 0.5.
 
     Attributes:
         class_name: the class.
-        score: keep detections with a higher one; nan where nothing of the class is right.
-        f1: 0 to 1 with these.
-        precision: share of these that are right.
-        recall: share of the objects that these find.
-        f1_at_half: with the usual threshold of 0.5.
+        score: keep detections with a higher score; nan if no detection of the class is right.
+        f1: F1 of the kept detections, 0 to 1.
+        precision: share of the kept detections that are right.
+        recall: share of the objects that the kept detections find.
+        f1_at_half: F1 at the usual threshold of 0.5.
     """
 
     class_name: str
@@ -46,13 +46,13 @@ class Threshold:
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """How often detections of a score are right, at IoU 0.5.
+    """How often detections with a given score are right, at IoU 0.5.
 
     Attributes:
-        score: (B,) mean score of each bin; nan where it is empty.
-        precision: (B,) share that is right.
-        count: (B,) detections.
-        error: expected calibration error: the mean of the difference, weighted by count, 0 to 1.
+        score: (B,) mean score of each bin; nan for an empty bin.
+        precision: (B,) share of right detections in each bin.
+        count: (B,) number of detections in each bin.
+        error: expected calibration error, the mean difference weighted by count, 0 to 1.
     """
 
     score: FloatArray
@@ -63,13 +63,13 @@ class Reliability:
 
 @dataclass(frozen=True, eq=False)
 class Density:
-    """AP of the images with so many objects.
+    """AP of the images whose number of objects lies in a range.
 
     Attributes:
-        name: of the range.
-        chosen: (I,) the images.
-        objects: in these.
-        ap: in percent.
+        name: name of the range.
+        chosen: (I,) whether each image belongs to the range.
+        objects: number of objects in these images.
+        ap: AP on these images, in percent.
     """
 
     name: str
@@ -84,13 +84,13 @@ class Density:
 
 @dataclass(frozen=True)
 class ClassGap:
-    """How far the scores of a class are from its chance to be right.
+    """How far the scores of a class are from its precision.
 
     Attributes:
-        name: of the class.
-        score: mean of its detections.
-        precision: share of these that is right, at IoU 0.5.
-        count: of detections.
+        name: the class.
+        score: mean score of its detections.
+        precision: share of its detections that are right, at IoU 0.5.
+        count: number of its detections.
     """
 
     name: str
@@ -106,8 +106,8 @@ class ClassGap:
 def best_thresholds(scene: Scene, assignment: Assignment) -> list[Threshold]:
     """Returns the best threshold of each class that has objects.
 
-    Detections are ranked by their own score, as demo and runtime cut by that, also where masks are
-    ranked by another.
+    Detections are ranked by their own score, even if masks are ranked by another score, because the
+    demo and the runtime apply thresholds to the detection's score.
     """
     at = assignment.at(0.5)
     counted = ~at.dt_ignored[0, 0]
@@ -127,15 +127,16 @@ def f1_curves(
     drawn: npt.NDArray[np.integer],
     num_objects: npt.NDArray[np.integer],
 ) -> FloatArray:
-    """Returns (S, n) the F1 of a class's detections from the best down to each one.
+    """Returns the F1 of a class if its detections are kept from the best down to each one, (S, n).
 
-    It is -1 where the next one has the same score: of equal scores all are taken or none.
+    It is -1 where the next detection has the same score, because detections with equal scores are
+    kept or dropped together.
 
     Args:
-        score: (n,) falling.
-        right: (n,) whether each found an object.
-        drawn: (S, n) how often each is there.
-        num_objects: (S,) of the class.
+        score: (n,) scores, falling.
+        right: (n,) whether each detection found an object.
+        drawn: (S, n) how often each draw contains the detection.
+        num_objects: (S,) objects of the class in each draw.
     """
     hits, taken = (drawn * right).cumsum(1), drawn.cumsum(1)
     f1 = 2 * hits / np.maximum(taken + num_objects[:, None], 1)
@@ -157,7 +158,7 @@ def _best_threshold(
         return Threshold(name, float("nan"), 0.0, float("nan"), 0.0, f1_at_half)
     best = int(f1.argmax())
     lower = score[best + 1] if best + 1 < len(score) else max(score[best] - 0.01, 0.0)
-    # Between the last that is taken and the first that is not, in as few digits as tell them apart.
+    # Between the last score kept and the first one dropped, with as few digits as possible.
     cut = _short_number(float(lower), float(score[best]))
     return Threshold(
         name,
@@ -170,7 +171,7 @@ def _best_threshold(
 
 
 def _short_number(low: float, high: float) -> float:
-    """Returns a number of few digits from ``low`` up to, but not, ``high``."""
+    """Returns a number in [low, high) with as few digits as possible."""
     for digits in range(2, 8):
         middle = round((low + high) / 2, digits)
         if low <= middle < high:
@@ -192,16 +193,19 @@ def threshold_flag(thresholds: list[Threshold]) -> str:
 def confusion(
     scene: Scene, assignment: Assignment, kept: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int64]:
-    """Returns (K + 1, K + 1) how often objects of a class, in rows, were found as another.
+    """Counts how often objects of a class (rows) were found as each class (columns).
 
-    Whatever the classes, an object takes the best detection that overlaps it with IoU 0.5. The last
-    column counts objects that nothing found, the last row detections that found nothing. Crowds,
-    and what lies in them, are left out.
+    Each object takes the best detection that overlaps it with IoU 0.5, whatever the classes. The
+    last column counts objects that were not found, the last row detections that found no object.
+    Crowds and the detections in them are left out.
 
     Args:
         scene: all detections and objects.
-        assignment: of the task.
-        kept: (D,) detections that are sure enough to be looked at.
+        assignment: the task's assignment.
+        kept: (D,) which detections to count.
+
+    Returns:
+        (K + 1, K + 1) counts.
     """
     num_classes = len(scene.class_names)
     counts = np.zeros((num_classes + 1, num_classes + 1), np.int64)
@@ -231,11 +235,11 @@ def _count(classes: IntArray, num_classes: int) -> IntArray:
 
 
 def reliability(matches: Matches, score: FloatArray) -> Reliability:
-    """Returns how often detections of a score are right.
+    """Computes how often detections with a given score are right.
 
     Args:
-        matches: at one IoU threshold.
-        score: (N,) 0 to 1.
+        matches: the matches at one IoU threshold.
+        score: (N,) scores, 0 to 1.
     """
     sums = bin_sums(matches, score).sum(1)
     count, total, right = sums
@@ -245,11 +249,14 @@ def reliability(matches: Matches, score: FloatArray) -> Reliability:
 
 
 def bin_sums(matches: Matches, score: FloatArray) -> FloatArray:
-    """Returns (3, I, B): of each image and bin of scores, detections, their scores, those right.
+    """Sums up the detections of each image and bin of scores.
 
     Args:
-        matches: at one IoU threshold.
-        score: (N,) 0 to 1.
+        matches: the matches at one IoU threshold.
+        score: (N,) scores, 0 to 1.
+
+    Returns:
+        (3, I, B) number of detections, sum of their scores, number of right ones.
     """
     counted = ~matches.dt_ignored[0, 0]
     score, right = score[counted], matches.dt_matched[0, 0, counted]
@@ -262,16 +269,16 @@ def bin_sums(matches: Matches, score: FloatArray) -> FloatArray:
 
 
 def calibration_error(sums: FloatArray) -> FloatArray:
-    """Returns the expected calibration error, (...), 0 to 1, of sums over images, (3, ..., B)."""
+    """Returns the expected calibration error, (...) from 0 to 1, for sums of shape (3, ..., B)."""
     count, total, right = sums
     error = np.abs(total - right).sum(-1) / np.maximum(count.sum(-1), 1)
     return np.asarray(error, float)
 
 
 def ap_by_density(matches: Matches) -> list[Density]:
-    """Returns the AP of images with few and with many objects; those without any are left out.
+    """Returns the AP of images grouped by their number of objects, without empty images.
 
-    Nothing where all images are alike in this.
+    Returns nothing if all images belong to one group.
     """
     num_objects = np.bincount(
         matches.gt_image[~matches.gt_ignored[0]], minlength=len(matches.image_ids)
@@ -298,7 +305,7 @@ def _range_name(low: int, high: int) -> str:
 
 
 def class_gaps(scene: Scene, assignment: Assignment) -> list[ClassGap]:
-    """Returns mean score and precision of each class with detections, at IoU 0.5."""
+    """Returns the mean score and the precision at IoU 0.5 of each class with detections."""
     at = assignment.at(0.5)
     counted, score = ~at.dt_ignored[0, 0], scene.dt_score[assignment.rows]
     gaps = []

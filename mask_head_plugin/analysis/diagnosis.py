@@ -1,4 +1,4 @@
-"""Puts the figures of an analysis into sentences: the largest losses first, each with its size.
+"""Turns the numbers of an analysis into sentences, with the largest losses first.
 
 Shape alphabet: K classes, P pairs of a detection and its object.
 """
@@ -19,19 +19,20 @@ from .measures import Findings
 from .oracles import grid_name
 
 LEAST_WON = 0.5
-"""Gain of AP, in percent, from which a repair gets a sentence."""
+"""Smallest gain of AP, in percent, for which a repair gets a sentence."""
 LEAST_SHIFT = 1.0
-"""Pixels from which boxes that are off to one side get one."""
+"""Smallest median shift of the boxes, in pixels, that gets a sentence."""
 LEAST_AREA = 0.05
-"""Share by which masks must be too large or too small."""
+"""Smallest relative error of the median mask area that gets a sentence."""
 LEAST_WEAK = 0.05
-"""How far the mean mask IoU of a group must be below that of all."""
+"""Smallest shortfall of a group's mean mask IoU, compared with all pairs, that gets a sentence."""
 LEAST_CONFUSED = 0.1
-"""Share of a class's objects that are found as another class."""
+"""Smallest share of a class's objects found as another class that gets a sentence."""
 LEAST_GAP = 0.1
-"""How far the scores of a class must differ from its precision, beyond other classes."""
+"""Smallest gap between a class's scores and precision, beyond the median gap of all classes, that
+gets a sentence."""
 FEW = 20
-"""Pairs, objects or detections: fewer get no sentence."""
+"""Smallest number of pairs, objects or detections that gets a sentence."""
 TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
 BRANCHES = {
     "perfect masks": "mask branch",
@@ -48,15 +49,15 @@ def diagnose(
     confusion: npt.NDArray[np.int64],
     gaps: list[ClassGap],
 ) -> list[str]:
-    """Returns the sentences.
+    """Returns the sentences of the diagnosis.
 
     Args:
-        findings: errors and figures.
-        mask_side: M of the model.
-        offsets: of boxes.
-        quality: of masks, if there are any.
-        confusion: see curves.confusion.
-        gaps: for each class with detections.
+        findings: errors and numbers of the scene.
+        mask_side: M, the side of the mask branch's output.
+        offsets: offsets of the detected boxes.
+        quality: quality of the masks; None without masks.
+        confusion: result of curves.confusion.
+        gaps: gap between scores and precision, for each class with detections.
     """
     return [
         *_summary(findings),
@@ -87,7 +88,7 @@ def _summary(findings: Findings) -> Iterator[str]:
 
 
 def _errors(findings: Findings) -> Iterator[str]:
-    """Yields the kinds of errors that cost most at IoU 0.5."""
+    """Yields the most costly kinds of errors at IoU 0.5."""
     for task in findings.scene.tasks:
         won = {name: findings.value(task, "error", name, 0.5) for name in findings.kinds}
         ranked = sorted(won, key=lambda name: -np.nan_to_num(won[name]))
@@ -98,13 +99,13 @@ def _errors(findings: Findings) -> Iterator[str]:
         more = "".join(f"; {name} {number(won[name], '.1f')}" for name in others)
         count = findings.errors[task][0.5].count(KINDS.index(first))
         yield (
-            f"Errors of {TASK_NAMES[task]} at IoU 0.5: AP50 loses most by “{first}” "
-            f"({MEANINGS[first]}): {number(won[first], '.1f')} by {count:,} of these{more}."
+            f"Errors of {TASK_NAMES[task]} at IoU 0.5: “{first}” ({MEANINGS[first]}) costs the "
+            f"most AP50: {number(won[first], '.1f')}, in {count:,} cases{more}."
         )
 
 
 def _branches(findings: Findings) -> Iterator[str]:
-    """Yields the branch whose improvement would win most."""
+    """Yields the branch whose improvement would gain most."""
     task = findings.main_task
     won = {
         name: findings.value(task, "oracle", name)
@@ -114,9 +115,9 @@ def _branches(findings: Findings) -> Iterator[str]:
     ranked = sorted(won, key=lambda name: -np.nan_to_num(won[name]))
     if not ranked or not won[ranked[0]] >= LEAST_WON:
         return
-    told = [f"{name} would win {number(won[name], '.1f')}" for name in ranked]
+    told = [f"{name} would add {number(won[name], '.1f')}" for name in ranked]
     yield (
-        f"By branch, AP of {TASK_NAMES[task]}: {', '.join(told)}. Most can be won with the "
+        f"By branch, AP of {TASK_NAMES[task]}: {', '.join(told)}. Most can be gained in the "
         f"{BRANCHES[ranked[0]]}."
     )
 
@@ -129,8 +130,8 @@ def _grid(findings: Findings, side: int) -> Iterator[str]:
     own, double = (base + findings.value("segm", "oracle", grid_name(x)) for x in (side, 2 * side))
     if own < base:
         yield (
-            f"A {side} x {side} grid allows an AP of {number(own, '.1f')} at most, but these masks "
-            f"have more: they do not come from a mask branch of that size."
+            f"A {side} x {side} grid allows an AP of at most {number(own, '.1f')}, but these masks "
+            f"reach more, so they do not come from a mask branch of that size."
         )
         return
     yield (
@@ -140,7 +141,7 @@ def _grid(findings: Findings, side: int) -> Iterator[str]:
             ": a finer grid (MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION) can win "
             f"{number(double - own, '.1f')} at most."
             if double - own >= 3 and own - base < 30
-            else "; it is not what limits this model."
+            else "; the grid does not limit this model."
             if own - base >= 10
             else "."
         )
@@ -148,7 +149,7 @@ def _grid(findings: Findings, side: int) -> Iterator[str]:
 
 
 def _shift(offsets: BoxOffsets) -> Iterator[str]:
-    """Yields whether all boxes are off to one side, or too large or too small."""
+    """Yields a sentence for each axis along which all boxes are shifted."""
     if len(offsets.edges) < FEW:
         return
     middle = np.median(offsets.edges, axis=0)
@@ -158,8 +159,8 @@ def _shift(offsets: BoxOffsets) -> Iterator[str]:
             side = axis if shift > 0 else {"right": "left", "down": "up"}[axis]
             yield (
                 f"Boxes lie {abs(shift):.1f} px too far {side} (median of {len(offsets.edges):,} "
-                "found objects): something shifts them all, such as a wrong offset or scale of the "
-                "image between training and evaluation."
+                "found objects): something shifts them all, such as an image offset or scale that "
+                "differs between training and evaluation."
             )
 
 
@@ -176,7 +177,7 @@ def _area(quality: MaskQuality | None) -> Iterator[str]:
 
 
 def _weak_masks(findings: Findings, quality: MaskQuality | None) -> Iterator[str]:
-    """Yields the objects with the worst masks: by size, shape and fill."""
+    """Yields the sizes, shapes and fills of objects with the worst masks."""
     if quality is None or not len(quality.objects):
         return
     usual, *rows = quality_rows(findings.scene, quality)
@@ -193,7 +194,7 @@ def _weak_masks(findings: Findings, quality: MaskQuality | None) -> Iterator[str
 
 
 def _confused(findings: Findings, confusion: npt.NDArray[np.int64]) -> Iterator[str]:
-    """Yields the pairs of classes that are confused."""
+    """Yields the pairs of classes that the model confuses."""
     names = findings.scene.class_names
     objects = confusion[:-1].sum(1)
     shares = confusion[:-1, :-1] / np.maximum(objects, 1)[:, None]
@@ -209,7 +210,7 @@ def _confused(findings: Findings, confusion: npt.NDArray[np.int64]) -> Iterator[
 
 
 def _scores(gaps: list[ClassGap]) -> Iterator[str]:
-    """Yields the classes whose scores mean less or more than those of other classes."""
+    """Yields the classes whose scores are too high or too low compared with other classes."""
     known = [x for x in gaps if x.count >= FEW]
     if len(known) < 2:
         return
@@ -219,11 +220,12 @@ def _scores(gaps: list[ClassGap]) -> Iterator[str]:
         if abs(one.gap - usual) >= LEAST_GAP:
             word = "low" if one.gap > usual else "high"
             told.append(
-                f"{one.name} (too {word}: {one.score:.2f} on average, right {one.precision:.2f})"
+                f"{one.name} (too {word}: {one.score:.2f} on average, but {one.precision:.2f} are "
+                "right)"
             )
     if told:
         yield (
-            f"Scores of some classes mean something else than those of other classes: "
-            f"{listed(told, 4)}. One "
-            "threshold for all is wrong; use the thresholds by class."
+            f"Scores of some classes are not comparable with those of other classes: "
+            f"{listed(told, 4)}. "
+            "Do not use one threshold for all classes; use the thresholds by class."
         )

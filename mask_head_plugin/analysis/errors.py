@@ -1,15 +1,15 @@
-"""Finds the kind of each error, and the AP that is won if a kind is repaired.
+"""Classifies errors and repairs them kind by kind.
 
-After TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV
-2020): a detection without an object is of the wrong class, badly located, both, a duplicate, or on
+Follows TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV
+2020). A false detection has the wrong class, is badly located, both, is a duplicate, or is on
 background; an object that no detection comes near is missed. Kinds are repaired one at a time, and
-the AP won is the cost of that kind.
+the AP gained is what that kind costs.
 
-Differs from tidecv: matching and AP are COCO's, so the AP is the one of the evaluation (tidecv
-counts a class that has detections and no objects as AP 0, and takes the first of equal IoUs); and
-detections that a crowd absorbs do not count as errors.
+Differs from tidecv: matching and AP are COCO's, so the AP equals the evaluation's. (tidecv gives AP
+0 to a class that has detections but no objects, and takes the first of equal IoUs.) Detections that
+a crowd absorbs do not count as errors.
 
-Shape alphabet: N detections that count, G objects; n and g of an image.
+Shape alphabet: N detections that count, G objects; n and g those of one image.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .scene import IntArray, Scene, image_slices
 
 KINDS = ("class", "location", "both", "duplicate", "background", "missed")
 MEANINGS = {
-    "class": "in the right place, under a wrong class",
-    "location": "the right class, not in the right place",
-    "both": "wrong class and not in the right place",
-    "duplicate": "an object that a better detection has found",
-    "background": "where no object is",
-    "missed": "an object without any detection close to it",
+    "class": "in the right place, but the wrong class",
+    "location": "the right class, but not in the right place",
+    "both": "the wrong class and not in the right place",
+    "duplicate": "an object that a better detection already found",
+    "background": "a place without an object",
+    "missed": "an object without a detection close to it",
 }
 CLASS, LOCATION, BOTH, DUPLICATE, BACKGROUND, MISSED = range(6)
 RIGHT, LEFT_OUT = -1, -2
 BACKGROUND_IOU = 0.1
-"""Up to this IoU, a detection is on background (TIDE's t_b)."""
+"""Highest IoU at which a detection counts as background (TIDE's t_b)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +43,13 @@ class Errors:
     """The errors of a task at one IoU threshold.
 
     Attributes:
-        threshold: IoU from which an object is found.
+        threshold: lowest IoU at which an object counts as found.
         kind: (N,) index of KINDS, RIGHT, or LEFT_OUT for detections that do not count.
-        about: (N,) the object, by its index in the scene, that a detection found or is closest to;
-            -1 for none.
-        repaired: (N,) errors of class or location that would find their object if repaired. Of
-            several about one object, it is the best-scored one; the others are removed.
-        missed: (G,) objects that are missed even when all detections are repaired.
+        about: (N,) scene index of the object that a detection found or is closest to; -1 for none.
+        repaired: (N,) class and location errors that would find their object if repaired. If
+            several concern one object, only the best-scored one is marked; a repair removes the
+            others.
+        missed: (G,) objects that stay missed even when all detections are repaired.
     """
 
     threshold: float
@@ -63,12 +63,12 @@ class Errors:
 
 
 def find_errors(scene: Scene, assignment: Assignment, threshold: float) -> Errors:
-    """Returns the errors of a task.
+    """Classifies the errors of a task.
 
     Args:
         scene: all detections and objects.
-        assignment: of the task.
-        threshold: one of its IoU thresholds.
+        assignment: the task's assignment.
+        threshold: one of the assignment's IoU thresholds.
     """
     at = assignment.at(threshold)
     partner = assignment.partner_at(threshold)
@@ -100,12 +100,12 @@ def find_errors(scene: Scene, assignment: Assignment, threshold: float) -> Error
 def _kinds(
     iou: npt.NDArray[np.float64], same: BoolArray, threshold: float
 ) -> tuple[npt.NDArray[np.int8], IntArray]:
-    """Returns the kind of each of an image's n false positives, and its object.
+    """Returns the kind and the object of each of an image's n false positives.
 
     Args:
-        iou: (n, g) with the image's objects, without crowds.
-        same: (n, g) whether the class is the same.
-        threshold: IoU from which an object is found.
+        iou: (n, g) IoUs with the image's objects, without crowds.
+        same: (n, g) whether the classes are equal.
+        threshold: lowest IoU at which an object counts as found.
     """
     count = len(iou)
     if not iou.shape[1]:
@@ -114,7 +114,7 @@ def _kinds(
     of_class, of_others = iou * same, iou * ~same
     nearest, other, any_class = (x.argmax(1) for x in (of_class, of_others, iou))
     iou_class, iou_other = of_class[row, nearest], of_others[row, other]
-    # In tidecv's order, the last that is written holds.
+    # Conditions are in reverse of tidecv's order, because the last assignment wins.
     kinds, about = np.full(count, BOTH, np.int8), any_class.astype(np.int64)
     kinds[iou[row, any_class] <= BACKGROUND_IOU] = BACKGROUND
     for chosen, kind, objects in (
@@ -129,7 +129,7 @@ def _kinds(
 def _repaired(
     score: FloatArray, kind: npt.NDArray[np.int8], about: IntArray, found: BoolArray
 ) -> BoolArray:
-    """Returns which of the N detections find an object if repaired, the best-scored one each."""
+    """Returns which of the N detections find an object if repaired, at most one per object."""
     can = np.flatnonzero(((kind == CLASS) | (kind == LOCATION)) & ~found[about])
     can = can[np.argsort(-score[can], kind="stable")]
     _, first = np.unique(about[can], return_index=True)
@@ -139,15 +139,15 @@ def _repaired(
 
 
 def repaired_matches(scene: Scene, assignment: Assignment, errors: Errors, kind: int) -> Matches:
-    """Returns the matches at the errors' threshold without one kind of errors.
+    """Returns the matches at the errors' threshold with one kind of error repaired.
 
-    Errors of class and location find their object, once for each object; all other wrong detections
-    of that kind are removed; missed objects are no longer required.
+    Repaired class and location errors find their object, one per object. All other wrong detections
+    of this kind are removed, and missed objects are no longer required.
 
     Args:
         scene: all detections and objects.
-        assignment: of the task.
-        errors: of the same task.
+        assignment: the task's assignment.
+        errors: the task's errors.
         kind: index of KINDS.
     """
     at = assignment.at(errors.threshold)
@@ -166,13 +166,13 @@ def repaired_matches(scene: Scene, assignment: Assignment, errors: Errors, kind:
 
 
 def without_false_positives(assignment: Assignment, threshold: float) -> Matches:
-    """Returns the matches at a threshold without wrong detections."""
+    """Returns the matches at a threshold with all wrong detections removed."""
     at = assignment.at(threshold)
     return replace(at, dt_ignored=at.dt_ignored | ~at.dt_matched)
 
 
 def without_misses(scene: Scene, assignment: Assignment, errors: Errors) -> Matches:
-    """Returns the matches at the errors' threshold without objects that were not found."""
+    """Returns the matches at the errors' threshold, ignoring objects that were not found."""
     at = assignment.at(errors.threshold)
     lost = np.ones(len(scene.gt_image), bool)
     lost[errors.about[errors.kind == RIGHT]] = False

@@ -22,13 +22,13 @@ from .measures import ERROR_THRESHOLDS
 
 BAR_HEIGHT = 30
 MOST_CLASSES = 40
-"""Most classes in a matrix of confusions; of more, those with most confusions."""
+"""Most classes in the confusion matrix; if there are more, the most confused are shown."""
 CLASSES_WITH_NUMBERS = 15
 TASK_PATTERNS = {"bbox": "", "segm": "/"}
 
 
 def figures(analysis: Analysis) -> dict[str, list[Figure]]:
-    """Returns the figures of each section, by its key."""
+    """Returns the figures of each section by its key."""
     made = {
         "errors": [_errors(analysis)],
         "branches": [_branches(analysis)],
@@ -50,8 +50,8 @@ def _errors(analysis: Analysis) -> Figure | None:
             bar = _bar(task, won, findings.kinds, [MEANINGS[x] for x in findings.kinds])
             figure.add_trace(bar.update(showlegend=column == 1), row=1, col=column)
     _lay_out_bars(figure, 110 + BAR_HEIGHT * len(findings.kinds) * len(findings.scene.tasks))
-    figure.update_xaxes(title_text="AP won")
-    return Figure("errors", "AP won by repairing one kind of error", "", figure)
+    figure.update_xaxes(title_text="AP gained")
+    return Figure("errors", "AP gained by repairing one kind of error", "", figure)
 
 
 def _branches(analysis: Analysis) -> Figure | None:
@@ -64,7 +64,7 @@ def _branches(analysis: Analysis) -> Figure | None:
     for task in findings.scene.tasks:
         base = findings.value(task, "AP", "AP")
         won = {x: findings.value(task, "oracle", x) for x in names if x in oracles[task]}
-        shown = {"as it is": base, **{name: base + more for name, more in won.items()}}
+        shown = {"this model": base, **{name: base + more for name, more in won.items()}}
         figure.add_trace(_bar(task, list(shown.values()), list(shown), [""] * len(shown)))
     _lay_out_bars(figure, 110 + BAR_HEIGHT * (len(names) + 1) * len(findings.scene.tasks))
     figure.update_xaxes(title_text="AP", range=[0, 105])
@@ -104,9 +104,9 @@ def _error_maps(analysis: Analysis) -> Figure | None:
     quality = analysis.quality
     if quality is None or not len(quality.objects):
         return None
-    titles = ["missing", "too much"]
+    titles = ["missing pixels", "extra pixels"]
     figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.06)
-    # Centres of the cells as shares of the box, which is 0 to 1.
+    # Centres of the cells in coordinates of the box, which spans 0 to 1.
     places = -MAP_MARGIN + (np.arange(MAP_SIDE) + 0.5) / MAP_SIDE * (1 + 2 * MAP_MARGIN)
     top = max(float(np.max([quality.missing, quality.extra])), 1e-3)
     for column, values in enumerate((quality.missing, quality.extra), 1):
@@ -137,8 +137,8 @@ def _error_maps(analysis: Analysis) -> Figure | None:
     for column in (1, 2):
         figure.update_yaxes(scaleanchor=f"x{column if column > 1 else ''}", col=column)
     caption = (
-        f"Mean of {len(quality.objects):,} found objects, each in coordinates of its true box "
-        "(dotted; 0 is left and top, 1 right and bottom)."
+        f"Mean over {len(quality.objects):,} found objects, in coordinates of the true box "
+        "(dotted; 0 is its left and top edge, 1 its right and bottom edge)."
     )
     return Figure("error-maps", "Where masks are wrong", caption, figure)
 
@@ -161,7 +161,7 @@ def _precision_recall(analysis: Analysis) -> Figure | None:
     lay_out(figure, 420)
     figure.update_xaxes(title_text="recall", range=[0, 1])
     figure.update_yaxes(title_text="precision", range=[0, 1.02])
-    caption = "Precision at each recall, the mean over the classes."
+    caption = "Precision at each recall, averaged over the classes."
     return Figure("precision-recall", "Precision and recall", caption, figure)
 
 
@@ -196,9 +196,9 @@ def _reliability(analysis: Analysis) -> Figure | None:
     lay_out(figure, 420)
     figure.update_xaxes(title_text="score", range=[0, 1])
     figure.update_yaxes(
-        title_text="share that is right", range=[0, 1.02], dtick=0.2, secondary_y=False
+        title_text="share of right detections", range=[0, 1.02], dtick=0.2, secondary_y=False
     )
-    # The bars lie below and leave the lines readable.
+    # The bars are drawn below the lines, so the lines stay readable.
     most = 1.05 * float(found.count.max())
     figure.update_yaxes(
         title_text="detections",
@@ -210,10 +210,11 @@ def _reliability(analysis: Analysis) -> Figure | None:
     )
     figure.update_layout(yaxis={"overlaying": "y2"}, yaxis2={"overlaying": None})
     caption = (
-        "How often detections of a score are right, at IoU 0.5. Below the dashed line scores "
-        f"promise too much. Mean difference (expected calibration error): {100 * found.error:.1f}%."
+        "How often detections with a given score are right, at IoU 0.5. Below the dashed line, "
+        "scores are too high. Mean difference (expected calibration error): "
+        f"{100 * found.error:.1f}%."
     )
-    return Figure("reliability", "What a score is worth", caption, figure)
+    return Figure("reliability", "How reliable a score is", caption, figure)
 
 
 def _confusion(analysis: Analysis) -> Figure | None:
@@ -244,15 +245,15 @@ def _confusion(analysis: Analysis) -> Figure | None:
     )
     caption = (
         "Detections above the best threshold of their class, at IoU 0.5. The last column counts "
-        "objects that nothing found, the last row detections where no object is."
+        "objects that were not found, the last row detections on background."
     )
     if len(shown) < len(names):
-        caption += f" Of {len(names) - 1} classes, the {len(shown) - 1} that are confused most."
-    return Figure("confusion", "What is taken for what", caption, figure)
+        caption += f" Shows the {len(shown) - 1} most confused of {len(names) - 1} classes."
+    return Figure("confusion", "Which classes are confused", caption, figure)
 
 
 def _confused_most(counts: Any) -> list[int]:
-    """Returns the classes to show, in their order, and background."""
+    """Returns the indices of the most confused classes in ascending order, then background."""
     num_classes = len(counts) - 1
     off = counts[:-1, :-1] * (1 - np.eye(num_classes, dtype=int))
     order = np.argsort(-(off.sum(0) + off.sum(1)), kind="stable")[:MOST_CLASSES]

@@ -1,9 +1,9 @@
-"""How good masks and boxes of found objects are: by size, class and shape, and where they err.
+"""Measures the masks and boxes of found objects by size, class and shape, and maps the errors.
 
-Objects and detections are paired by their boxes (IoU 0.5, the right class), so that a bad mask in a
-good box counts: pairs by masks would leave out what is to be looked at.
+Objects and detections are paired by their boxes (IoU 0.5, the right class). Pairing by masks would
+leave out bad masks, which this module is meant to measure.
 
-Shape alphabet: P pairs; S side of the map of errors.
+Shape alphabet: P pairs; S side of the error map.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from .scene import IntArray, Scene
 
 PAIR_IOU = 0.5
 MAP_SIDE = 36
-"""S: cells along each side of the map of errors."""
+"""S: cells along each side of the error map."""
 MAP_MARGIN = 0.25
-"""Of the box on each side that the map shows around it."""
+"""How far the map extends beyond each side of the box, as a share of the box."""
 MOST_PAIRS = 10_000
-"""Whose masks are compared; of more, every second, third, …: means need no more."""
+"""Most pairs whose masks are compared. A larger data set is thinned out evenly, which hardly
+changes the means."""
 FILLS = {"thin, below 0.4": (0, 0.4), "0.4 to 0.7": (0.4, 0.7), "full, from 0.7": (0.7, 1.01)}
-"""Share of the box that the mask covers."""
+"""Ranges of the share of the box that the mask covers."""
 SHAPES = ("one part", "several parts", "holes")
 SMALLEST_PART = 4
-"""Pixels: less is a slip of the annotation, not a part or hole."""
+"""Smallest part or hole in pixels; anything smaller is taken for an annotation slip."""
 
 
 @dataclass(frozen=True, eq=False)
 class BoxOffsets:
-    """Where the boxes of found objects are, compared with the true ones.
+    """Positions of the detected boxes of found objects, relative to the true boxes.
 
     Attributes:
-        objects: (P,) by their index in the scene.
-        rows: (P,) detections, likewise.
-        iou: (P,) of the boxes.
-        edges: (P, 4) how far left, top, right and bottom edges are from the true ones, in pixels;
-            positive to the right and down.
+        objects: (P,) indices of the objects in the scene.
+        rows: (P,) indices of their detections in the scene.
+        iou: (P,) IoU of the two boxes.
+        edges: (P, 4) offsets of the left, top, right and bottom edges from the true ones, in
+            pixels; positive to the right and down.
     """
 
     objects: IntArray
@@ -55,18 +56,18 @@ class BoxOffsets:
 
 @dataclass(frozen=True, eq=False)
 class MaskQuality:
-    """How good the masks of found objects are.
+    """Quality of the masks of found objects.
 
     Attributes:
-        objects: (P,) by their index in the scene.
-        iou: (P,) of the masks.
+        objects: (P,) indices of the objects in the scene.
+        iou: (P,) mask IoU.
         boundary: (P,) boundary IoU.
-        area_ratio: (P,) predicted by true area.
+        area_ratio: (P,) predicted area divided by true area.
         fill: (P,) share of the true box that the true mask covers.
-        shape: (P,) index of SHAPES; an object with parts and holes counts as one with holes.
-        missing: (S, S) share of pairs whose mask lacks pixels there, in coordinates of the box with
-            its margin.
-        extra: (S, S) likewise, with pixels too many.
+        shape: (P,) index of SHAPES; an object with both parts and holes counts under holes.
+        missing: (S, S) share of pairs whose mask lacks this part, on a map of the box with its
+            margin.
+        extra: (S, S) share of pairs whose mask wrongly covers this part, on the same map.
     """
 
     objects: IntArray
@@ -81,7 +82,7 @@ class MaskQuality:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """The mean quality of some of the pairs."""
+    """Mean mask quality of a group of pairs."""
 
     group: str
     name: str
@@ -92,7 +93,7 @@ class QualityRow:
 
 
 def box_offsets(scene: Scene, boxes: Assignment) -> BoxOffsets:
-    """Returns how the boxes of found objects differ from the true ones."""
+    """Measures the boxes of found objects against the true ones."""
     partner = np.where(boxes.at(PAIR_IOU).dt_ignored[0, 0], -1, boxes.partner_at(PAIR_IOU))
     paired = np.flatnonzero(partner >= 0)
     rows, objects = boxes.rows[paired], partner[paired].astype(np.int64)
@@ -108,11 +109,11 @@ def box_offsets(scene: Scene, boxes: Assignment) -> BoxOffsets:
 
 
 def mask_quality(scene: Scene, offsets: BoxOffsets) -> MaskQuality:
-    """Compares the masks of pairs.
+    """Compares the masks of all pairs.
 
     Args:
         scene: all detections and objects, with masks.
-        offsets: the pairs.
+        offsets: the pairs, from ``box_offsets``.
     """
     assert scene.dt_mask is not None and scene.gt_mask is not None
     chosen = slice(None, None, max(-(-len(offsets.objects) // MOST_PAIRS), 1))
@@ -158,7 +159,7 @@ def _iou(a: MaskWindow, b: MaskWindow) -> float:
 
 
 def _shape(true: MaskWindow) -> int:
-    """Returns the index of SHAPES."""
+    """Returns the mask's shape as an index of SHAPES."""
     contours, hierarchy = cv2.findContours(true.bits, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     inner = [x >= 0 for x in hierarchy[0, :, 3].tolist()]
     large = [cv2.contourArea(x) >= SMALLEST_PART for x in contours]
@@ -168,7 +169,7 @@ def _shape(true: MaskWindow) -> int:
 
 
 def _error_maps(found: MaskWindow, true: MaskWindow, box: FloatArray) -> npt.NDArray[np.float32]:
-    """Returns (2, S, S) the shares of each cell that are missing and extra."""
+    """Returns how much of each cell is missing and how much is extra, (2, S, S) from 0 to 1."""
     low = box[:2] - MAP_MARGIN * box[2:]
     size = np.maximum(box[2:] * (1 + 2 * MAP_MARGIN), 1e-3)
     left, top = np.floor(low).astype(int).tolist()
@@ -187,15 +188,15 @@ def _resampled(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def quality_rows(scene: Scene, quality: MaskQuality) -> list[QualityRow]:
-    """Returns mean qualities: of all pairs, by size, shape, fill and class."""
+    """Returns the mean quality of all pairs and of each size, shape, fill and class."""
     return [_row(group, name, of, quality) for group, name, of in quality_groups(scene, quality)]
 
 
 def quality_groups(scene: Scene, quality: MaskQuality) -> list[tuple[str, str, BoolArray]]:
-    """Returns how pairs are grouped: by what, the group's name, and (P,) which are in it."""
+    """Returns the groups of pairs: criterion, name, and the (P,) pairs that belong to the group."""
     area, classes = scene.gt_area[quality.objects], scene.gt_class[quality.objects]
     groups = [("all", "all", np.ones(len(area), bool))]
-    # As COCO's ranges, but an object at the border of two is in one.
+    # COCO's ranges overlap at their borders; here each object belongs to one range.
     ranges = [(name, *AREAS[name]) for name in ("small", "medium", "large")]
     groups += [("size", name, (area >= low) & (area < high)) for name, low, high in ranges]
     groups += [("shape", name, quality.shape == k) for k, name in enumerate(SHAPES)]

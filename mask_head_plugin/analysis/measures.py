@@ -1,6 +1,6 @@
-"""The figures of an analysis: APs, gains by repairs, gains by perfect branches.
+"""The numbers of an analysis: APs, and what repaired errors or perfect branches would gain.
 
-Each is computed from matches, and so also on resampled images.
+Each number is computed from matches, so it can also be computed on resampled images.
 
 Shape alphabet: S draws of I images.
 """
@@ -31,23 +31,23 @@ from .oracles import oracle_matches
 from .scene import Scene
 
 ERROR_THRESHOLDS = (0.5, 0.75)
-"""IoUs at which errors are classified: TIDE's, and a strict one, where masks differ more."""
+"""IoUs at which errors are classified: TIDE's, and a stricter one that shows masks better."""
 SPECIAL_KINDS = ("false positives", "false negatives")
-"""TIDE's summary: all false detections, all objects that are not found."""
+"""TIDE's two summary errors: all false detections, and all objects that were not found."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """A figure in percent.
+    """One number of an analysis, in percent.
 
     Attributes:
         task: "bbox" or "segm".
         group: "AP", "error" or "oracle".
         name: a metric, a kind of error or an oracle.
-        matches: the data behind the AP.
-        metric: one of METRICS; with matches of one threshold, AP is the one at this threshold.
-        base: a figure whose value is subtracted, so that the rest is the gain.
-        threshold: IoU of an error, otherwise 0.
+        matches: what the AP is computed from.
+        metric: one of METRICS; if the matches have a single threshold, AP is at that threshold.
+        base: subtracted from the value, which leaves the gain.
+        threshold: IoU threshold of an error; otherwise 0.
     """
 
     task: str
@@ -64,29 +64,29 @@ class Measure:
 
     @cached_property
     def value(self) -> float:
-        """The figure for the images as they are."""
+        """The number for the original images, each counted once."""
         if self.base is not None:
             return average_precision(self.matches, self.metric) - self.base.value
         return average_precision(self.matches, self.metric)
 
     def aps(self, weights: npt.NDArray[np.int32]) -> FloatArray:
-        """Returns the (S,) AP, without the base, of data sets with images repeated by weight.
+        """Returns the AP of each resampled data set, (S,); the base is not subtracted.
 
         Args:
-            weights: (S, I), see bootstrap.image_weights.
+            weights: (S, I) how often each draw contains an image; see bootstrap.image_weights.
         """
         return resampled_ap(self.matches, weights, (self.metric,))[self.metric]
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """Matches and errors of a scene, and the figures that follow.
+    """The matches and errors of a scene, and the numbers computed from them.
 
     Attributes:
         scene: all detections and objects.
         found: the assignment of each task.
-        errors: of each task, at each of ERROR_THRESHOLDS.
-        measures: all figures by key.
+        errors: the errors of each task at each of ERROR_THRESHOLDS.
+        measures: all numbers by key.
     """
 
     scene: Scene
@@ -95,7 +95,7 @@ class Findings:
     measures: dict[tuple[str, str, str, float], Measure] = field(default_factory=dict)
 
     def value(self, task: str, group: str, name: str, threshold: float = 0.0) -> float:
-        """Returns a figure in percent."""
+        """Returns one number, in percent."""
         return self.measures[task, group, name, threshold].value
 
     @property
@@ -116,12 +116,12 @@ class Findings:
 
 
 def measure(scene: Scene, max_detections: int, mask_side: int) -> Findings:
-    """Returns the figures of a scene.
+    """Matches a scene and computes all numbers of the analysis.
 
     Args:
         scene: all detections and objects.
         max_detections: how many count per image and class; all if negative.
-        mask_side: M of the model.
+        mask_side: M, the side of the mask branch's output.
     """
     found = {task: assign(scene, task, max_detections) for task in scene.tasks}
     errors = {

@@ -1,13 +1,13 @@
-"""AP with one branch of the model perfect and the others as they are.
+"""Computes the AP with one branch of the model perfect and the others unchanged.
 
-An error that only a better mask branch can repair is not in reach of a better box branch, and the
-other way round. So the detections are evaluated again with the true masks (within the predicted
-boxes: the mask branch paints no further), the true boxes, or the true classes; and last, the
-objects themselves are sent through the mask branch's grid, to see what a finer grid could win.
+A better box branch cannot repair errors of the mask branch, and vice versa. So each oracle
+evaluates the detections again with the true masks (cut to the predicted boxes, because the mask
+branch draws nothing outside them), the true boxes, or the true classes. The last oracle sends the
+true objects through the mask branch's grid, to see what a finer grid could gain.
 
-A detection is given the object that it found (COCO's matching of boxes at IoU 0.5), or else the
-one of its class whose box it overlaps most, with at least TIDE's background IoU. Without such an
-object it stays as it is.
+Each detection is paired with the object that it found (COCO's matching of boxes at IoU 0.5).
+Otherwise it is paired with the object of its class whose box it overlaps most, by at least TIDE's
+background IoU. A detection without a partner stays unchanged.
 
 Shape alphabet: D detections, G objects, T IoU thresholds, M side of the mask branch's output.
 """
@@ -32,22 +32,23 @@ from .scene import IntArray, Scene, mask_areas
 
 MEANINGS = {
     "perfect masks": "the true mask in each predicted box",
-    "perfect boxes": "each detection on its object's true box, its mask no longer cut off",
-    "perfect classes": "each detection under its object's class",
+    "perfect boxes": "the true box for each detection, whose mask is then no longer cut off",
+    "perfect classes": "the true class for each detection",
 }
 MOST_THROUGH_GRID = 10_000
-"""Objects that go through the grid; of more, every second, third, …: AP moves by a tenth."""
+"""Most objects sent through the grid. A larger data set is thinned out evenly, which changes the AP
+by about 0.1."""
 GRID = "grid only"
 WINDOWS_TOGETHER = 64
-"""Of objects of similar size that go through the grid at once."""
+"""Number of objects of similar size that are sent through the grid at once."""
 
 
 def perfect_boxes(scene: Scene, objects: IntArray) -> Scene:
-    """Returns the scene with each detection on its object's box; masks are as they are.
+    """Returns the scene with each detection moved to its object's box; masks are unchanged.
 
     Args:
         scene: all detections and objects.
-        objects: (D,) of ``nearest_objects``.
+        objects: (D,) result of ``nearest_objects``.
     """
     return replace(
         scene, dt_box=np.where((objects >= 0)[:, None], scene.gt_box[objects], scene.dt_box)
@@ -57,17 +58,17 @@ def perfect_boxes(scene: Scene, objects: IntArray) -> Scene:
 def ious_in_perfect_boxes(
     scene: Scene, objects: IntArray, cut: Sequence[Any], ious: Sequence[FloatArray]
 ) -> list[FloatArray]:
-    """Returns the IoUs that masks would have with their objects, were the boxes the true ones.
+    """Returns the IoUs that masks would have with their objects if the boxes were the true ones.
 
-    What the predicted box made wrong is repaired: a mask gains the true pixels outside of that box,
-    which the mask branch could not paint, and loses its own outside of the true one. All other
-    pixels, and overlaps with other objects, are as they were.
+    Repairs only what the predicted box made wrong: a mask gains the true pixels outside the
+    predicted box, which the mask branch could not draw, and loses its own pixels outside the true
+    box. All other pixels, and overlaps with other objects, are unchanged.
 
     Args:
         scene: all detections and objects, with masks.
-        objects: (D,) of ``nearest_objects``.
-        cut: D true masks, as far as the predicted boxes reach; of ``perfect_masks``.
-        ious: of masks, of each image.
+        objects: (D,) result of ``nearest_objects``.
+        cut: D true masks cut to the predicted boxes, from ``perfect_masks``.
+        ious: mask IoUs of each image.
     """
     assert scene.dt_mask is not None and scene.gt_mask is not None
     repaired = [x.copy() for x in ious]
@@ -91,7 +92,7 @@ def ious_in_perfect_boxes(
 
 
 def perfect_masks(scene: Scene, objects: IntArray) -> Scene:
-    """Returns the scene with the mask of each detection that of its object, cut to its box."""
+    """Returns the scene with each detection's mask replaced by its object's, cut to its box."""
     assert scene.dt_mask is not None and scene.gt_mask is not None
     masks = list(scene.dt_mask)
     paired = np.flatnonzero(objects >= 0)
@@ -105,7 +106,7 @@ def perfect_masks(scene: Scene, objects: IntArray) -> Scene:
 
 
 def cut_to_boxes(rles: Sequence[Any], boxes: FloatArray) -> Iterator[Any]:
-    """Yields what of each mask lies in its box: the pixels whose centre does.
+    """Yields the part of each mask inside its box: the pixels whose centres lie inside.
 
     Args:
         rles: n compressed RLEs.
@@ -121,12 +122,12 @@ def cut_to_boxes(rles: Sequence[Any], boxes: FloatArray) -> Iterator[Any]:
 
 
 def nearest_objects(scene: Scene, boxes: Assignment, *, same_class: bool = True) -> IntArray:
-    """Returns the object of each detection, (D,) by its index in the scene, -1 for none.
+    """Returns the scene index of the object paired with each detection, (D,); -1 for none.
 
     Args:
         scene: all detections and objects.
         boxes: the assignment of boxes.
-        same_class: whether it must be of the detection's class.
+        same_class: whether the object must have the detection's class.
     """
     objects = np.full(len(scene.dt_image), -1, np.int64)
     pairs = zip(scene.dt_slices, scene.gt_slices, boxes.ious, strict=True)
@@ -146,15 +147,16 @@ def nearest_objects(scene: Scene, boxes: Assignment, *, same_class: bool = True)
 
 
 def grid_matches(scene: Scene, assignment: Assignment, sides: Sequence[int]) -> Iterator[Matches]:
-    """Yields the matches of the objects themselves as detections, sent through M x M grids.
+    """Yields the matches of the true objects after they were sent through M x M grids.
 
-    Boxes, classes and ranking are perfect: each object is cut out as the mask branch's target is,
-    and pasted as its output is. A detection is right where it still overlaps its object enough.
+    Boxes, classes and ranking are perfect. Each object is cropped like a training target of the
+    mask branch and pasted like its output. It counts as right if the result still overlaps the
+    object enough.
 
     Args:
         scene: all objects, with masks.
-        assignment: of masks, for the order of the objects.
-        sides: M of each.
+        assignment: the assignment of masks, for the order of the objects.
+        sides: M of each grid.
     """
     assert scene.gt_mask is not None
     base = assignment.matches
@@ -178,12 +180,12 @@ def grid_matches(scene: Scene, assignment: Assignment, sides: Sequence[int]) -> 
 
 
 def grid_ious(masks: Sequence[Any], boxes: FloatArray, sides: Sequence[int]) -> FloatArray:
-    """Returns what IoU is left to each mask after M x M grids, (number of sides, n).
+    """Returns the IoU of each mask with itself after each M x M grid, (number of sides, n).
 
     Args:
         masks: n compressed RLEs.
         boxes: (n, 4) x, y, width, height.
-        sides: M of each.
+        sides: M of each grid.
     """
     windows = [mask_window(rle) for rle in progress(masks, "true masks")]
     largest = np.array([max(x.bits.shape) for x in windows])
@@ -225,7 +227,7 @@ def oracle_matches(
     Args:
         scene: all detections and objects.
         found: the assignment of each task.
-        max_detections: of an image and class that count.
+        max_detections: how many count per image and class; all if negative.
         mask_side: M of the model.
     """
 

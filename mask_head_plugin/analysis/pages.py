@@ -25,15 +25,15 @@ TEMPLATE = Path(__file__).with_name("analysis.html.j2")
 
 
 def write_pages(analysis: Analysis, folder: Path, comparison: Comparison | None = None) -> None:
-    """Writes the three files, and tables and figures for a paper, over those of an earlier time.
+    """Writes the three files, plus tables and figures for papers. Replaces earlier ones.
 
     Args:
-        analysis: of a run.
-        folder: made if missing.
-        comparison: with another run, if there is one.
+        analysis: the analysis of a run.
+        folder: output folder; created if missing.
+        comparison: a comparison with another run, if any.
 
     Raises:
-        ConfigError: if analysis.html needs packages that are missing; the others are then there.
+        ConfigError: if a package for analysis.html is missing; the other files are written first.
         OSError: if a file cannot be written.
     """
     content = as_json(analysis)
@@ -46,7 +46,7 @@ def write_pages(analysis: Analysis, folder: Path, comparison: Comparison | None 
         write_durably(path.with_suffix(".csv"), as_csv(section.table))
         write_durably(path.with_suffix(".tex"), latex(section.table))
     check_packages(HTML_FILE, folder / MARKDOWN_FILE)
-    # Both take a second or more to import; plotly is an extra.
+    # Each import takes a second or more, and plotly is an optional dependency.
     from ..pages.paper_plots import save_figures
     from .comparison_figures import comparison_figures
     from .figures import figures
@@ -58,7 +58,7 @@ def write_pages(analysis: Analysis, folder: Path, comparison: Comparison | None 
 
 
 def render_markdown(analysis: Analysis, comparison: Comparison | None = None) -> str:
-    """Returns analysis.md."""
+    """Returns the text of analysis.md."""
     parts = [f"# {escape_markdown(_title(analysis))}"]
     parts.append(_list(f"{name}: {escape_markdown(text)}" for name, text in facts(analysis)))
     parts += ["## Findings", _list(map(escape_markdown, _findings(analysis, comparison)))]
@@ -72,7 +72,7 @@ def render_markdown(analysis: Analysis, comparison: Comparison | None = None) ->
 def render_html(
     analysis: Analysis, shown: dict[str, list[Figure]], comparison: Comparison | None = None
 ) -> str:
-    """Returns analysis.html with the figures of each section. Needs jinja2 and plotly."""
+    """Returns the text of analysis.html with each section's figures. Needs jinja2 and plotly."""
     return render(
         TEMPLATE,
         title=_title(analysis),

@@ -1,9 +1,9 @@
-"""Pictures of an analysis: the worst images, and typical errors of each kind.
+"""Draws the pictures of an analysis: the worst images, and typical errors of each kind.
 
-True objects are tinted and what was detected is outlined, so that the two can be told apart without
-colours.
+True objects are tinted and detections are outlined, so readers can tell them apart without relying
+on colour.
 
-Shape alphabet: H, W sides of an image or of the part that is shown, in pixels.
+Shape alphabet: H, W height and width in pixels of an image or of the part shown.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from .scene import IntArray
 
 logger = logging.getLogger(__name__)
 
-NOT_HERE = "The images are not here; name their folder with --images."
+NOT_HERE = "The images were not found; name their folder with --images."
 NUM_WORST = 12
 NUM_OF_KIND = 6
 SIDE = 640
-"""Pixels of a picture's longer side, enlarged by a click; the page shows it smaller."""
+"""Pixels on a picture's longer side. The page shows it smaller until the reader clicks on it."""
 LARGEST_SCALE = 6
 MARGIN = 0.35
-"""Of what an error is about, on each side."""
+"""Margin on each side of an error, as a share of the boxes involved."""
 LEAST_MARGIN = 12
 
-# Okabe and Ito's: what is true, found rightly, found wrongly.
+# Okabe and Ito's colours for true objects, right detections and wrong detections.
 TRUE, RIGHTLY, WRONGLY = (np.array(x) for x in ((86, 180, 233), (0, 158, 115), (213, 94, 0)))
 LEGEND = (
     ("true object (tinted)", css_colour(TRUE)),
-    ("found rightly (outline)", css_colour(RIGHTLY)),
-    ("found wrongly (outline)", css_colour(WRONGLY)),
+    ("right detection (outline)", css_colour(RIGHTLY)),
+    ("wrong detection (outline)", css_colour(WRONGLY)),
 )
 
 
@@ -63,7 +63,7 @@ class PictureRow:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rows of pictures; ``problem`` says why there are none, if so."""
+    """Rows of pictures; ``problem`` gives the reason if there are none."""
 
     rows: list[PictureRow]
     problem: str = ""
@@ -71,7 +71,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Outline:
-    """A detection to draw: its row in the scene, colour and label."""
+    """A detection to draw: its row in the scene, its colour and its label."""
 
     row: int
     colour: npt.NDArray[Any]
@@ -79,7 +79,7 @@ class Outline:
 
 
 def gallery(analysis: Analysis) -> Gallery:
-    """Returns the pictures, as far as the images are here."""
+    """Draws the pictures for all images that can be read."""
     folder = image_folder(analysis.files, analysis.findings.scene.file_names[0])
     if folder is None:
         return Gallery([], NOT_HERE)
@@ -98,7 +98,7 @@ def gallery(analysis: Analysis) -> Gallery:
         if pictures:
             rows.append(PictureRow(title, note, pictures))
     if problems:
-        logger.warning("%d images cannot be shown, e.g. %s", len(problems), problems[0])
+        logger.warning("%d images cannot be shown, for example %s", len(problems), problems[0])
     return Gallery(rows, "" if rows else f"No image can be shown: {(problems or ['no errors'])[0]}")
 
 
@@ -108,11 +108,11 @@ class _Wanted:
 
     Attributes:
         image: index of the image.
-        title: what it shows.
-        note: numbers of it.
-        objects: to tint.
+        title: what the picture shows.
+        note: details below the title, such as counts.
+        objects: objects to tint.
         outlines: detections to outline.
-        about: boxes that the picture is cut to; the whole image if empty.
+        about: boxes to crop the picture to; the whole image if empty.
     """
 
     image: int
@@ -123,29 +123,36 @@ class _Wanted:
     about: list[FloatArray]
 
     def picture(self, analysis: Analysis, folder: Path) -> Picture:
-        """Returns it drawn; raises OSError or ValueError if the image cannot be read."""
+        """Draws the picture.
+
+        Raises:
+            OSError: if the image cannot be read.
+            ValueError: if the image is broken or differs in size from its annotation.
+        """
         scene = analysis.findings.scene
         path = folder / scene.file_names[self.image]
         image = read_image(str(path), "RGB")
         height, width = scene.image_hw[self.image].tolist()
         if height and image.shape[:2] != (height, width):
-            raise ValueError(f"{path} is {image.shape[:2]} pixels, its annotation {height, width}")
+            raise ValueError(
+                f"{path} has {image.shape[:2]} pixels, but its annotation says {height, width}"
+            )
         region = _region(self.about, image.shape[:2])
         uri = data_uri(_draw(analysis, image, region, self.objects, self.outlines))
         return Picture(self.title, self.note, uri)
 
 
 def _worst(analysis: Analysis) -> tuple[str, str, list[_Wanted]]:
-    """Returns the images with the lowest F1, of equals those with the most objects."""
+    """Returns the images with the lowest F1; ties go to those with the most objects."""
     counts = analysis.image_counts
     order = np.lexsort((-counts.objects - counts.detections, counts.f1))
     wanted = [_whole(analysis, int(k)) for k in order[:NUM_WORST] if counts.f1[k] < 1]
-    note = "By F1 at IoU 0.5 of detections above the best threshold of their class."
+    note = "Ranked by F1 at IoU 0.5, with detections above the best threshold of their class."
     return "The worst images", note, wanted
 
 
 def _whole(analysis: Analysis, image: int, run: str = "") -> _Wanted:
-    """Returns a picture of all that is in an image and was found there by a run."""
+    """Returns a picture of all objects in an image and all that a run detected there."""
     findings, counts = analysis.findings, analysis.image_counts
     assignment = findings.found[findings.main_task]
     kinds = findings.errors[findings.main_task][0.5].kind
@@ -159,17 +166,17 @@ def _whole(analysis: Analysis, image: int, run: str = "") -> _Wanted:
 
 
 def changed_most(analysis: Analysis, other: Analysis) -> Gallery:
-    """Returns the images whose F1 differs most between two runs, both pictures of each.
+    """Draws the images whose F1 differs most between two runs, one picture for each run.
 
     Args:
-        analysis: of the run.
-        other: of the one that it is compared with, on the same images.
+        analysis: the analysis of the run.
+        other: the analysis of the run that it is compared with, on the same images.
     """
     counts = [x.image_counts for x in (analysis, other)]
     folder = image_folder(analysis.files, analysis.findings.scene.file_names[0])
     chosen = most_disputed(counts)
     if not chosen or folder is None:
-        return Gallery([], NOT_HERE if chosen else "Both runs find the same, at IoU 0.5.")
+        return Gallery([], NOT_HERE if chosen else "At IoU 0.5, both runs find the same objects.")
     rows = []
     for k in progress(chosen, "pictures: images that changed most"):
         wanted = [(analysis, "this run"), (other, "the other run")]
@@ -183,7 +190,7 @@ def changed_most(analysis: Analysis, other: Analysis) -> Gallery:
 
 
 def _of_kinds(analysis: Analysis) -> Iterator[tuple[str, str, list[_Wanted]]]:
-    """Yields, for each kind of error, those that cost most, each of another image."""
+    """Yields the most costly errors of each kind, at most one per image."""
     findings = analysis.findings
     errors = findings.errors[findings.main_task][0.5]
     assignment = findings.found[findings.main_task]
@@ -193,12 +200,12 @@ def _of_kinds(analysis: Analysis) -> Iterator[tuple[str, str, list[_Wanted]]]:
             middle = np.median(findings.scene.gt_area[rank]) if len(rank) else 0
             rank = rank[np.argsort(np.abs(findings.scene.gt_area[rank] - middle), kind="stable")]
             images: npt.NDArray[Any] = findings.scene.gt_image
-            note = f"{MEANINGS[name].capitalize()}; of middle size."
+            note = f"{MEANINGS[name].capitalize()}; those closest to the median size."
         else:
             rank = np.flatnonzero(errors.kind == kind)
             rank = rank[np.argsort(-assignment.matches.dt_score[rank], kind="stable")]
             images = assignment.matches.dt_image
-            note = f"{MEANINGS[name].capitalize()}; the best-scored, which cost most."
+            note = f"{MEANINGS[name].capitalize()}; the highest-scored ones, which cost most."
         _, first = np.unique(images[rank], return_index=True)
         chosen = rank[np.sort(first)][:NUM_OF_KIND]
         make = _missed if kind == MISSED else _false
@@ -242,7 +249,7 @@ def _outline(analysis: Analysis, n: int, kinds: npt.NDArray[np.int8]) -> Outline
 
 
 def _objects(analysis: Analysis, image: int) -> IntArray:
-    """Returns the objects of an image, crowds left out."""
+    """Returns the objects of an image except crowds."""
     scene = analysis.findings.scene
     gt = scene.gt_slices[image]
     return np.arange(gt.start, gt.stop)[~scene.gt_crowd[gt]]
@@ -281,10 +288,10 @@ def _draw(
     for outline in outlines:
         bits = _bits(found_masks[outline.row], scene.dt_box[outline.row], region, canvas)
         contours, _ = cv2.findContours(bits, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        # On white, so that it shows on any image.
+        # A white line below it keeps the outline visible on any image.
         cv2.drawContours(canvas, contours, -1, (255, 255, 255), 4, cv2.LINE_AA)
         cv2.drawContours(canvas, contours, -1, outline.colour.tolist(), 2, cv2.LINE_AA)
-    if len(outlines) <= 3:  # of more, labels would hide what is to be seen
+    if len(outlines) <= 3:  # more labels would hide the objects
         for outline in outlines:
             x, y = ((scene.dt_box[outline.row, :2] - (x0, y0)) * scale).astype(int).tolist()
             write_label(canvas, outline.label, max(x, 0), max(y - 4, 0), LabelStyle(0.5))
@@ -300,7 +307,7 @@ def _paled(image: ByteArray) -> ByteArray:
 def _bits(
     rle: Any, box: FloatArray, region: tuple[int, int, int, int], canvas: ByteArray
 ) -> ByteArray:
-    """Returns the (H, W) pixels of the canvas in a mask; without one, in the box."""
+    """Returns the (H, W) pixels of the canvas inside a mask, or inside the box without a mask."""
     x0, y0, x1, y1 = region
     if rle is None:
         bits = np.zeros((y1 - y0, x1 - x0), np.uint8)

@@ -1,4 +1,4 @@
-"""Results and annotations as one scene, and why they may not fit each other."""
+"""Reads results and annotations into one scene and refuses files that do not belong together."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ logger = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 SCORE_ROUNDING = 1e-5
-"""By which a score may lie outside of 0 to 1: exported models round."""
+"""How far a score may lie outside 0 to 1, because exported models round."""
 
 NUMBERS = {int, float}
-"""What JSON has; a bool is an int for isinstance."""
+"""Types of numbers in JSON. Compared by type, because isinstance takes a bool for an int."""
 
-BROKEN_COUNTS = "the counts of its mask do not make up an image of its size; write them again"
+BROKEN_COUNTS = (
+    "the counts of its mask do not add up to an image of its size; export the mask again"
+)
 
 
 def read_scene(annotations: Path, results: Sequence[Record], source: Path) -> Scene:
-    """Returns what results and annotations hold.
+    """Reads the scene from annotations and results.
 
     Args:
         annotations: a COCO or LVIS file.
-        results: detections in COCO's result format, with ``mask_score`` where masks are ranked by
-            that; boxes may be missing where there are masks.
-        source: the file of the results, for errors.
+        results: detections in COCO's result format. A detection with ``mask_score`` has its mask
+            ranked by it; a detection with a mask may lack its box.
+        source: the results file, named in errors.
 
     Raises:
-        ConfigError: if the two do not fit, naming the file and the ids or the entry.
+        ConfigError: if the two do not belong together; names the file and the ids or the entry.
     """
     content = _read_annotations(annotations)
     try:
@@ -67,17 +69,17 @@ def read_scene(annotations: Path, results: Sequence[Record], source: Path) -> Sc
 
 
 def _read_annotations(path: Path) -> dict[str, Any]:
-    """Returns the content of an annotation file.
+    """Reads an annotation file.
 
     Raises:
-        ConfigError: if nothing can be compared with it.
+        ConfigError: if the file is broken or has nothing to compare with.
     """
     try:
         content = json.loads(path.read_text())
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as annotations: {one_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise ConfigError(f"{path} is not a COCO file of annotations: it has no list of images")
+        raise ConfigError(f"{path} is not a COCO annotation file: it has no list of images")
     objects = content.get("annotations") or []
     categories = content.get("categories") or []
     for key, records in (
@@ -95,7 +97,9 @@ def _read_annotations(path: Path) -> dict[str, Any]:
         twice = next((x for x, count in Counter(values).items() if count > 1), None)
         if twice is not None:
             what = "image" if key == "id" else "category"
-            raise ConfigError(f"{path} has two of {what} {twice}; tools/check_dataset.py has a fix")
+            raise ConfigError(
+                f"{path} has {what} {twice} twice; tools/check_dataset.py can fix this"
+            )
     for key, count in (("bbox", 4), ("area", None)):
         given = [(k, x[key]) for k, x in enumerate(objects) if x.get(key) not in (None, [])]
         _check_numbers(given, key, count, f"{path}, annotations")
@@ -113,7 +117,7 @@ def _read_annotations(path: Path) -> dict[str, Any]:
 
 
 def _check_ids(results: Sequence[Record], truth: GroundTruth, source: Path) -> None:
-    """Raises a ConfigError if results are of other images or categories than the annotations."""
+    """Raises a ConfigError if results have images or categories that the annotations lack."""
     for key, known, what in (
         ("image_id", set(truth.image_ids), "images"),
         ("category_id", set(truth.category_ids), "categories"),
@@ -125,22 +129,22 @@ def _check_ids(results: Sequence[Record], truth: GroundTruth, source: Path) -> N
         if unknown:
             ours = listed([repr(x) for x in sorted(known, key=lambda x: (str(type(x)), x))], 4)
             raise ConfigError(
-                f"{source} has detections of {what} that {truth.json_file} does not: {key} "
-                f"{listed(unknown, 4)} (it has {ours}); name the file that was evaluated"
+                f"{source} has detections for {what} that {truth.json_file} lacks: {key} "
+                f"{listed(unknown, 4)} (it has {ours}); name the annotation file of the evaluation"
             )
 
 
 def _have_masks(results: Sequence[Record], source: Path, annotations: Path) -> bool:
-    """Returns whether results have masks; warns if the annotations have some and they do not."""
+    """Returns whether the results have masks; warns if only the annotations have them."""
     without = [k for k, x in enumerate(results) if not x.get("segmentation")]
     if without and len(without) < len(results):
         raise ConfigError(
-            f"{source}: {len(without)} of {len(results)} detections have no segmentation, e.g. "
-            f"entry {without[0]}; masks need one for each"
+            f"{source}: {len(without)} of {len(results)} detections have no segmentation, such as "
+            f"entry {without[0]}; give every detection a mask, or none"
         )
     if without:
         logger.warning(
-            "%s has boxes only: the masks of %s are not compared with anything", source, annotations
+            "%s has boxes only, so the masks of %s are not evaluated", source, annotations
         )
     return not without
 
@@ -148,7 +152,7 @@ def _have_masks(results: Sequence[Record], source: Path, annotations: Path) -> b
 def _checked(
     results: Sequence[Record], source: Path, sizes: Mapping[Any, Any], with_masks: bool
 ) -> list[dict[str, Any]]:
-    """Returns detections with score, box and, if asked for, the mask as RLE."""
+    """Returns the detections with score, box and, if ``with_masks``, the mask as RLE."""
     checked = []
     for number, result in enumerate(results):
         one = {key: result[key] for key in ("image_id", "category_id")}
@@ -177,11 +181,12 @@ def _checked(
     for number, one in enumerate(checked):
         if not -SCORE_ROUNDING <= one["score"] <= 1 + SCORE_ROUNDING:
             raise ConfigError(
-                f"{source}: entry {number}: score is {one['score']}, not 0 to 1; are they percent?"
+                f"{source}: entry {number}: score is {one['score']}, not 0 to 1; if scores are in "
+                "percent, divide them by 100"
             )
         if min(one["bbox"][2:]) < 0:
             raise ConfigError(
-                f"{source}: entry {number}: bbox is {one['bbox']}, of negative size; it must be "
+                f"{source}: entry {number}: bbox {one['bbox']} has a negative size; it must be "
                 "[x, y, width, height]"
             )
     return checked
@@ -190,18 +195,18 @@ def _checked(
 def _check_numbers(
     values: Sequence[tuple[int, Any]], key: str, count: int | None, source: Path | str
 ) -> None:
-    """Raises a ConfigError unless each value is a finite number, or a list of so many.
+    """Raises a ConfigError unless each value is a finite number or a list of ``count`` of them.
 
     Args:
-        values: numbers of entries, and what they have.
-        key: where they have it.
-        count: length of a list; None for a number.
-        source: the file, and in which of its lists they are.
+        values: entry numbers with the values of those entries.
+        key: key that the values belong to.
+        count: required length of a list; None for a single number.
+        source: the file, and the list in it that has the entries.
     """
     try:
         written = [x for _, x in values] if count is None else [y for _, x in values for y in x]
         array = np.array([x for _, x in values], float)
-        # NumPy takes "0.9" and true for numbers.
+        # NumPy would convert "0.9" and true to numbers.
         fits = set(map(type, written)) <= NUMBERS
         fits = fits and array.shape[1:] == (() if count is None else (count,))
         if fits and np.isfinite(array).all():
@@ -254,16 +259,16 @@ def _scene(
 
 
 def _indices(records: Sequence[Record]) -> tuple[IntArray, IntArray]:
-    """Returns the index of the image and of the class of each of the engine's records."""
+    """Returns the image indices and the class indices of the evaluator's records."""
     images, classes = ([x[key] for x in records] for key in ("image_id", "category_id"))
     return np.array(images, np.int64) - 1, np.array(classes, np.int64) - 1
 
 
 def _mask(annotation: Record, image: Record, truth: GroundTruth) -> Any:
-    """Returns an object's mask as compressed RLE; an empty one where the polygons enclose none.
+    """Returns an object's mask as compressed RLE; it is empty if the polygons enclose no pixel.
 
     Raises:
-        ConfigError: if its polygons are none.
+        ConfigError: if the polygons are invalid.
     """
     image_hw = image["height"], image["width"]
     try:

@@ -1,4 +1,4 @@
-"""The figures of an analysis on resampled images, for intervals (see evaluation/bootstrap.py).
+"""Computes the numbers of an analysis on resampled images (see evaluation/bootstrap.py).
 
 Shape alphabet: S draws of I images; K classes; n detections of one class; P pairs of an object and
 its detection.
@@ -24,17 +24,17 @@ Weights = npt.NDArray[np.int32]
 IOU, BOUNDARY, F1, F1_AT_HALF = "mask IoU", "boundary IoU", "F1", "F1 at 0.5"
 CALIBRATION, DENSITY = "calibration error", "density"
 BY_CLASS = "class "
-"""What the groups of figures of single classes begin with."""
+"""Prefix of groups whose numbers belong to single classes."""
 
 
 class Key(NamedTuple):
-    """Which figure it is.
+    """Identifies one number of an analysis.
 
     Attributes:
         task: "bbox" or "segm".
-        group: "AP", "error", "oracle", "density", or one of this module.
-        name: within the group: a metric, a kind of error, an oracle, objects, a class.
-        threshold: IoU of an error, else 0.
+        group: "AP", "error", "oracle", "density", or a group that this module defines.
+        name: name within the group: a metric, a kind of error, an oracle, objects or a class.
+        threshold: IoU threshold of an error; otherwise 0.
     """
 
     task: str
@@ -44,11 +44,11 @@ class Key(NamedTuple):
 
 
 def resampled_figures(analysis: Analysis, weights: Weights) -> dict[Key, FloatArray]:
-    """Returns each figure of data sets with each image so many times, (S,) in percent.
+    """Computes each number on S resampled data sets, (S,) in percent.
 
     Args:
-        analysis: of a run.
-        weights: (S, I), see bootstrap.image_weights.
+        analysis: the analysis of a run.
+        weights: (S, I) how often each draw contains an image; see bootstrap.image_weights.
     """
     found = dict(_of_measures(analysis, weights))
     found.update(_of_classes(analysis, weights))
@@ -59,9 +59,9 @@ def resampled_figures(analysis: Analysis, weights: Weights) -> dict[Key, FloatAr
 
 
 def _of_measures(analysis: Analysis, weights: Weights) -> Iterator[tuple[Key, FloatArray]]:
-    bases: dict[int, FloatArray] = {}  # what several figures are compared with
+    bases: dict[int, FloatArray] = {}  # computed once, shared by several measures
     measures = list(analysis.findings.measures.values())
-    for measure in progress(measures, "resampling the images", "figure"):
+    for measure in progress(measures, "resampling the images", "metric"):
         values = measure.aps(weights)
         if measure.base is not None:
             values = values - _base(measure.base, weights, bases)
@@ -90,7 +90,7 @@ def _of_densities(analysis: Analysis, weights: Weights) -> Iterator[tuple[Key, F
 
 
 def _of_masks(analysis: Analysis, weights: Weights) -> Iterator[tuple[Key, FloatArray]]:
-    """Yields mean IoUs of masks: sums of single images, each as often as it was drawn."""
+    """Yields mean mask IoUs, from the sums of each image times how often it was drawn."""
     scene, quality = analysis.findings.scene, analysis.quality
     if quality is None:
         return
@@ -108,7 +108,7 @@ def _of_masks(analysis: Analysis, weights: Weights) -> Iterator[tuple[Key, Float
 
 
 def _of_scores(analysis: Analysis, weights: Weights) -> Iterator[tuple[Key, FloatArray]]:
-    """Yields F1 with each draw's best threshold and with 0.5, and how far scores are from right."""
+    """Yields the F1 at each draw's best threshold and at 0.5, and the calibration error."""
     scene, task = analysis.findings.scene, analysis.findings.main_task
     assignment = analysis.findings.found[task]
     at, score = assignment.at(0.5), scene.dt_score[assignment.rows]
@@ -137,6 +137,6 @@ def _of_scores(analysis: Analysis, weights: Weights) -> Iterator[tuple[Key, Floa
 
 
 def _ratio(total: npt.NDArray[np.number], count: npt.NDArray[np.integer]) -> FloatArray:
-    """Returns a mean; nan of nothing."""
+    """Returns total / count; nan where the count is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(total / count, float)

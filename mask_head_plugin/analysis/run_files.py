@@ -1,4 +1,4 @@
-"""Finds the files of an analysis: results, their annotations, the images."""
+"""Finds the files that an analysis needs: results, annotations and images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..messages import listed, one_line
 
 RESULTS, METRICS, CONFIG = "coco_instances_results.json", "metrics.json", "config.yaml"
 MASK_SIDE = 28
-"""M of the paper's mask branch (Figure 4, right), used if there is no config."""
+"""M of the paper's mask branch (Figure 4, right), assumed if no config is found."""
 OTHER_FOLDERS = ("keypoints",)
-"""Keys of an evaluation whose results are neither boxes nor masks."""
+"""Result folders to skip because they contain neither boxes nor masks."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class RunFiles:
 
     Attributes:
         results: detections in COCO's result format.
-        annotations: of the same images, a COCO file.
-        image_folders: where the annotated images may be, likeliest first.
+        annotations: the COCO file of the same images.
+        image_folders: folders that may contain the images, likeliest first.
         dataset: name of the data set or, if unknown, of the annotation file.
         max_detections: how many count per image and class; all if negative.
-        mask_side: M, sides of the mask branch's output.
+        mask_side: M, the side of the mask branch's output.
     """
 
     results: Path
@@ -50,34 +50,37 @@ def find_run_files(
     """Finds the files of a run.
 
     Args:
-        run: a folder that train_net.py or detectron2 wrote, or a file of results.
-        annotations: a COCO file; None for the one that the run was evaluated with.
-        images: a folder; None to look for it.
+        run: a folder that train_net.py or detectron2 wrote, or a results file.
+        annotations: a COCO file; None for the file that the run was evaluated with.
+        images: the image folder; None to search the usual places.
         dataset: name of the evaluated data set, if the run has several.
 
     Raises:
-        ConfigError: if results or annotations are missing, or several fit without ``dataset``.
+        ConfigError: if results or annotations are missing, or if the run has results of several
+            data sets and ``dataset`` names none of them.
     """
     results = _results(run, dataset)
     metrics = _evaluation(results.with_name(METRICS))
     cfg = _config(results)
     evaluated = str(metrics.get("dataset") or "")
     if dataset and evaluated and dataset not in (evaluated, results.parent.name):
-        raise ConfigError(f"--dataset {dataset}: {results} has the results of {evaluated}")
+        raise ConfigError(
+            f"--dataset {dataset} does not match {results}, which has the results of {evaluated}"
+        )
     name = dataset or evaluated or _only_dataset(cfg)
     known = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
     if annotations is None:
         recorded = metrics.get("annotations") or (known and known.get("json_file"))
         if not recorded:
             raise ConfigError(
-                f"{results} does not say what it was evaluated with: add --annotations FILE, the "
-                "COCO file of these images"
+                f"{results} does not record its annotation file: name the COCO file of these "
+                "images with --annotations FILE"
             )
         annotations = Path(recorded)
     if not annotations.is_file():
         raise ConfigError(
-            f"annotations {annotations} do not exist; name the COCO file of these images with "
-            "--annotations FILE"
+            f"annotation file {annotations} does not exist; name the COCO file of these images "
+            "with --annotations FILE"
         )
     if images is not None and not images.is_dir():
         raise ConfigError(f"--images {images} is not a folder")
@@ -96,35 +99,35 @@ def _results(run: Path, dataset: str) -> Path:
     if run.is_file():
         return run
     if not run.is_dir():
-        raise ConfigError(f"{run} is neither a run's folder nor a file of results")
+        raise ConfigError(f"{run} is neither a run's folder nor a results file")
     places = [run / RESULTS, run / "inference" / RESULTS, *run.glob(f"inference/*/{RESULTS}")]
     found = [x for x in places if x.is_file() and x.parent.name not in OTHER_FOLDERS]
     if dataset and len(found) > 1:
         found = [x for x in found if x.parent.name == dataset] or found
     if not found:
         raise ConfigError(
-            f"{run} has no {RESULTS}, nor has its folder inference: evaluate the run first, with "
-            "train_net.py --eval-only, or name a file of results"
+            f"{run} and its folder inference have no {RESULTS}: evaluate the run first with "
+            "train_net.py --eval-only, or name a results file"
         )
     if len(found) > 1:
         names = listed(sorted(x.parent.name for x in found))
         raise ConfigError(
-            f"{run} has results of several data sets: name one of {names} (--dataset)"
+            f"{run} has results of several data sets: choose one with --dataset ({names})"
         )
     return found[0]
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    """Returns MaskEvaluator's record next to results; empty if another evaluator ran."""
+    """Returns the record that MaskEvaluator saved with the results; empty for other evaluators."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):  # detectron2's metrics.json has a record in each line
+    except (OSError, ValueError):  # detectron2's metrics.json has one record per line
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _config(results: Path) -> CfgNode | None:
-    """Returns the run's config, with its data sets registered; None if it cannot be read here."""
+    """Reads the run's config and registers its data sets; returns None if that fails here."""
     for folder in results.absolute().parents[:3]:
         if (folder / CONFIG).is_file():
             try:
@@ -142,7 +145,7 @@ def _only_dataset(cfg: CfgNode | None) -> str:
 
 
 def _mask_side(cfg: CfgNode | None) -> int:
-    """Returns M: FCNMaskHead doubles the side of its input."""
+    """Returns M, which is twice the pooled side because FCNMaskHead doubles it."""
     return 2 * int(cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION) if cfg is not None else MASK_SIDE
 
 
@@ -156,7 +159,7 @@ def _places(annotations: Path, root: str | None) -> Iterator[Path]:
 
 
 def image_folder(files: RunFiles, file_name: str) -> Path | None:
-    """Returns the image folder of the given data set; None if it is not on this machine."""
+    """Returns the folder that contains this image; None if none of the run's folders does."""
     return next((x for x in files.image_folders if (x / file_name).is_file()), None)
 
 
@@ -164,7 +167,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """Returns a file's detections in COCO's result format.
 
     Raises:
-        ConfigError: if it is not such a file.
+        ConfigError: if the file cannot be read or has another format.
     """
     try:
         results = json.loads(path.read_text())
@@ -174,7 +177,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         results = results["annotations"]  # predictions.json of tools/demo.py
     if not isinstance(results, list) or not all(isinstance(x, dict) for x in results):
         raise ConfigError(
-            f"{path} is not a file of results: COCO's format is a list of detections, with "
-            "image_id, category_id, score, bbox and segmentation"
+            f"{path} is not a results file: COCO's format is a list of detections with image_id, "
+            "category_id, score, bbox and segmentation"
         )
     return results

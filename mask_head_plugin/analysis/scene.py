@@ -1,4 +1,4 @@
-"""All detections and objects of a data set, and how much they overlap.
+"""All detections and objects of a data set, and their overlaps.
 
 Shape alphabet: I images, K classes; D detections and G objects of all images, d and g of one.
 """
@@ -25,23 +25,23 @@ class Scene:
     """Detections and objects, ordered by image and then by class.
 
     Attributes:
-        image_ids: I, of the annotation file, ascending.
-        file_names: I.
-        image_hw: (I, 2) height and width in pixels, 0 where the file does not say.
-        class_names: K.
+        image_ids: I ids from the annotation file, ascending.
+        file_names: I names of image files.
+        image_hw: (I, 2) height and width in pixels; 0 where the annotation file lacks them.
+        class_names: K names.
         dt_image: (D,) index of the image.
         dt_class: (D,) index of the class.
-        dt_score: (D,) of the detection.
-        dt_mask_score: (D,) what ranks masks.
+        dt_score: (D,) score of the detection.
+        dt_mask_score: (D,) score by which masks are ranked.
         dt_box: (D, 4) x, y, width, height in pixels.
-        dt_mask: D compressed RLEs, None without masks.
-        gt_image: (G,).
-        gt_class: (G,).
-        gt_crowd: (G,) regions of many objects.
-        gt_area: (G,) in pixels, that decides what is small.
-        gt_box: (G, 4).
-        gt_mask: G compressed RLEs, None without masks.
-        lenient: images and classes that LVIS did not annotate exhaustively.
+        dt_mask: D compressed RLEs; None without masks.
+        gt_image: (G,) index of the image.
+        gt_class: (G,) index of the class.
+        gt_crowd: (G,) whether the object is a crowd, a region of many objects.
+        gt_area: (G,) area in pixels, by which small, medium and large objects are told apart.
+        gt_box: (G, 4) x, y, width, height in pixels.
+        gt_mask: G compressed RLEs; None without masks.
+        lenient: pairs of image and class that LVIS did not annotate exhaustively.
     """
 
     image_ids: Sequence[Any]
@@ -64,7 +64,7 @@ class Scene:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """What can be evaluated: "bbox", and "segm" where there are masks."""
+        """What can be evaluated: "bbox", and "segm" if detections and objects have masks."""
         return ("bbox",) if self.dt_mask is None or self.gt_mask is None else ("bbox", "segm")
 
     @property
@@ -76,18 +76,18 @@ class Scene:
         return image_slices(self.gt_image, len(self.image_ids))
 
     def score(self, task: str) -> FloatArray:
-        """Returns (D,) what ranks detections of a task."""
+        """Returns the scores by which a task ranks detections, (D,)."""
         return self.dt_score if task == "bbox" else self.dt_mask_score
 
     def dt_area(self, task: str) -> FloatArray:
-        """Returns (D,) areas in pixels."""
+        """Returns the areas of the detections in pixels, (D,)."""
         if task == "bbox":
             return self.dt_box[:, 2] * self.dt_box[:, 3]
         assert self.dt_mask is not None
         return mask_areas(self.dt_mask)
 
     def ious(self, task: str) -> list[FloatArray]:
-        """Returns the (d, g) IoUs of each image; of crowds, the share of the detection in them."""
+        """Returns the (d, g) IoUs of each image; for a crowd, the share of the detection in it."""
         pairs = zip(self.dt_slices, self.gt_slices, strict=True)
         what = {"bbox": "IoU of boxes", "segm": "IoU of masks"}[task]
         told = progress(pairs, what, "image", len(self.image_ids))
@@ -103,11 +103,11 @@ class Scene:
         return np.asarray(coco_mask.iou(self.dt_mask[dt], self.gt_mask[gt], crowd))
 
     def with_classes(self, classes: IntArray, order: IntArray) -> Scene:
-        """Returns the scene with other classes of the detections, which change places.
+        """Returns the scene with new classes for the detections, sorted accordingly.
 
         Args:
-            classes: (D,) of the detections as they are now.
-            order: (D,) detections by image and new class.
+            classes: (D,) new class of each detection, in the current order.
+            order: (D,) indices that sort the detections by image and new class.
         """
         masks = self.dt_mask
         return replace(
@@ -121,12 +121,17 @@ class Scene:
 
 
 def image_slices(images: npt.NDArray[Any], num_images: int) -> list[slice]:
-    """Returns where each image has its own among what is ordered by image, n."""
+    """Returns the slice of each image in a sequence sorted by image.
+
+    Args:
+        images: (n,) index of the image of each entry, ascending.
+        num_images: number of images.
+    """
     ends = np.searchsorted(images, np.arange(num_images + 1)).tolist()
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
 def mask_areas(masks: Sequence[Any]) -> FloatArray:
-    """Returns the number of pixels of each of n compressed RLEs, (n,)."""
-    # One by one: with NumPy 2, pycocotools fails on lists of more than 255.
+    """Returns the pixel counts of n compressed RLEs, (n,)."""
+    # One at a time, because with NumPy 2 pycocotools fails on lists of more than 255.
     return np.array([float(coco_mask.area(rle)) for rle in masks])

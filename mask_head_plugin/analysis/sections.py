@@ -1,4 +1,4 @@
-"""The tables of an analysis with what is said of them, the same for Markdown and HTML."""
+"""The tables of an analysis with their explanations, shared by Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ from .measures import ERROR_THRESHOLDS, SPECIAL_KINDS
 from .oracles import MEANINGS as ORACLE_MEANINGS
 
 ERROR_TEXT = (
-    "AP that would be won if one kind of error were repaired, each alone, so that they do not add "
-    "up (TIDE, Bolya et al. 2020). At IoU 0.5 a rough mask counts as found; at 0.75 it is an error "
-    "of location."
+    "AP gained if one kind of error were repaired. Each kind is repaired alone, so the gains do "
+    "not add up (TIDE, Bolya et al. 2020). At IoU 0.5 a rough mask counts as found; at 0.75 it is "
+    "a location error."
 )
 ORACLE_TEXT = (
-    "AP with one branch of the model perfect and the others as they are: the most that more work "
-    "on this branch can win. A grid only: the objects themselves, cut out and pasted at this "
-    "resolution, with perfect boxes, classes and scores."
+    "AP with one branch perfect and the others unchanged: the most that work on this branch can "
+    "gain. “Grid only” takes the true objects, with perfect boxes, classes and scores, and crops "
+    "and pastes their masks at this resolution."
 )
 QUALITY_TEXT = (
-    "Of objects whose box was found (IoU 0.5, right class), whatever the mask. Boundary IoU looks "
-    "at the outline alone. Area: predicted by true area, the median. Fill: the share of its box "
-    "that an object covers. Of more than 10,000 found objects, every second, third, … is looked at."
+    "Covers objects whose box was found (IoU 0.5, right class), whatever their mask. Boundary IoU "
+    "measures the outline alone. Area is the median of predicted divided by true area. Fill is the "
+    "share of its box that an object covers. If more than 10,000 objects were found, every second, "
+    "third, … of them is measured."
 )
 THRESHOLD_TEXT = (
-    "The score above which detections of a class have the best F1 at IoU 0.5. On other images they "
-    "will be less good than here."
+    "The best threshold is the score above which the detections of a class reach their best F1 at "
+    "IoU 0.5. Expect a lower F1 on other images, because the thresholds were chosen on these."
 )
 SPECIAL_MEANINGS = dict(
-    zip(SPECIAL_KINDS, ("all that is found wrongly", "all that is not found"), strict=True)
+    zip(SPECIAL_KINDS, ("all wrong detections", "all objects that were not found"), strict=True)
 )
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
+    """A section of the page.
 
     Attributes:
-        key: its place in a link.
-        title: what is written above it.
-        text: what its numbers mean.
-        table: may be without rows, where there are figures only.
+        key: anchor of the section in links.
+        title: heading.
+        text: explains the numbers.
+        table: the numbers.
     """
 
     key: str
@@ -57,14 +58,14 @@ class Section:
 
 
 def sections(analysis: Analysis) -> list[Section]:
-    """Returns the parts that have something to show."""
+    """Returns the sections whose table is not empty."""
     made = [
         Section("ap", "AP", "", _ap_table(analysis)),
         Section("errors", "What the errors cost", ERROR_TEXT, _error_table(analysis)),
-        Section("branches", "What each branch can still win", ORACLE_TEXT, _oracles(analysis)),
+        Section("branches", "What each branch can still gain", ORACLE_TEXT, _oracles(analysis)),
         Section("quality", "Mask quality of found objects", QUALITY_TEXT, _quality(analysis)),
         Section("classes", "Classes", THRESHOLD_TEXT, _class_table(analysis)),
-        Section("density", "AP by objects in the image", "", _density_table(analysis)),
+        Section("density", "AP by number of objects in the image", "", _density_table(analysis)),
     ]
     return [x for x in made if x.table.rows]
 
@@ -83,11 +84,11 @@ def _ap_table(analysis: Analysis) -> Table:
 
 def _error_table(analysis: Analysis) -> Table:
     findings = analysis.findings
-    columns = [Column("kind", "error", "", True), Column("meaning", "what it is", "", True)]
+    columns = [Column("kind", "error", "", True), Column("meaning", "meaning", "", True)]
     for task in findings.scene.tasks:
         columns.append(Column(f"{task}-count", f"{TASK_NAMES[task]}: number", "At IoU 0.5."))
         columns += [
-            Column(f"{task}-{t}", f"AP{100 * t:.0f} won", f"Of {TASK_NAMES[task]}, at IoU {t:g}.")
+            Column(f"{task}-{t}", f"AP{100 * t:.0f} gain", f"For {TASK_NAMES[task]} at IoU {t:g}.")
             for t in ERROR_THRESHOLDS
         ]
     rows = []
@@ -103,14 +104,14 @@ def _error_table(analysis: Analysis) -> Table:
 
 def _oracles(analysis: Analysis) -> Table:
     findings = analysis.findings
-    columns = [Column("oracle", "with", "", True), Column("meaning", "what it is", "", True)]
+    columns = [Column("oracle", "with", "", True), Column("meaning", "meaning", "", True)]
     for task in findings.scene.tasks:
         columns.append(Column(f"{task}-ap", f"AP of {TASK_NAMES[task]}", ""))
-        columns.append(Column(f"{task}-won", "won", ""))
+        columns.append(Column(f"{task}-won", "gain", ""))
     oracles = {task: findings.oracles(task) for task in findings.scene.tasks}
     rows = []
     for name in dict.fromkeys(itertools.chain(*oracles.values())):
-        meaning = ORACLE_MEANINGS.get(name, "only the resolution of the mask branch limits")
+        meaning = ORACLE_MEANINGS.get(name, "limited only by the mask branch's resolution")
         row = [_text(name), _text(meaning)]
         for task in findings.scene.tasks:
             won = findings.value(task, "oracle", name) if name in oracles[task] else math.nan
@@ -126,7 +127,7 @@ def _quality(analysis: Analysis) -> Table:
         Column("count", "found", ""),
         Column("iou", "mask IoU", "Mean, in percent."),
         Column("boundary", "boundary IoU", "Mean, in percent."),
-        Column("area", "area", "Predicted by true area, median, in percent."),
+        Column("area", "area", "Predicted divided by true area, median, in percent."),
     ]
     rows = [
         [
@@ -145,7 +146,8 @@ def _class_table(analysis: Analysis) -> Table:
     by_name = {x.class_name: x for x in analysis.thresholds}
     quality = {x.name: x for x in analysis.quality_rows if x.group == "class"}
     if len(analysis.class_names) == 1:
-        quality = dict(zip(analysis.class_names, analysis.quality_rows, strict=False))  # of all
+        # With one class, the first row (all objects) is also the row of the class.
+        quality = dict(zip(analysis.class_names, analysis.quality_rows, strict=False))
     aps = {task: analysis.class_ap(task) for task in tasks}
     columns = [
         Column("class", "class", "", True),
@@ -153,8 +155,8 @@ def _class_table(analysis: Analysis) -> Table:
         Column("iou", "mask IoU", "Mean of found objects, in percent."),
         Column("threshold", "best threshold", "Keep detections with a higher score."),
         Column("f1", "F1", "With this threshold, in percent."),
-        Column("precision", "precision", "Share of these detections that is right."),
-        Column("recall", "recall", "Share of the objects that these find."),
+        Column("precision", "precision", "Share of these detections that are right."),
+        Column("recall", "recall", "Share of objects that these detections find."),
         Column("half", "F1 at 0.5", "With a threshold of 0.5."),
     ]
     rows = []
@@ -185,7 +187,7 @@ def _density_table(analysis: Analysis) -> Table:
 
 
 def facts(analysis: Analysis) -> list[tuple[str, str]]:
-    """Returns names and texts of what a reader has to know of the run."""
+    """Returns the facts about the run that head the page, as names and texts."""
     scene, files = analysis.findings.scene, analysis.files
     limit = f"{files.max_detections} per image and class" if files.max_detections >= 0 else "all"
     pairs: Sequence[tuple[str, str]] = [

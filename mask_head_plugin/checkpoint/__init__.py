@@ -1,4 +1,4 @@
-"""Checkpoints of runs, and weights from elsewhere."""
+"""Checkpoints of runs, and weights from other sources."""
 
 from .checkpointer import MaskHeadCheckpointer, export_safetensors
 from .weight_fit import WeightsPolicy, class_names

@@ -1,8 +1,7 @@
-"""Checkpoints that survive a kill, a full disk and a damaged file; loading and exporting weights.
+"""Writes checkpoints that survive a kill or a full disk, and loads and exports weights.
 
-A checkpoint ``model_0000999.pth`` appears under its name only when it is complete and on the disk,
-and ``model_0000999.pth.sha256`` next to it holds its checksum, in the format of ``sha256sum
---check``.
+A checkpoint ``model_0000999.pth`` gets its name only when it is complete and on the disk. Next to
+it, ``model_0000999.pth.sha256`` contains its checksum in the format of ``sha256sum --check``.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ _CLASSIFIER = re.compile(r"(^|\.)box_predictor(\.\d+)?\.cls_score\.weight$")
 
 
 class MaskHeadCheckpointer(DetectionCheckpointer):
-    """DetectionCheckpointer that also reads ``.safetensors`` and lets no file run code.
+    """DetectionCheckpointer that also reads ``.safetensors`` and never runs code from a file.
 
-    Weights that do not fit the model are an error, or logged, and rows of classes are matched by
-    name: see weight_fit.py and class_rows.py. The names stay with the model, so that evaluation and
-    drawing can match its predictions: see class_names.py.
+    Weights that do not fit the model are an error or are logged (see weight_fit.py). Rows of
+    classes are matched by name (see class_rows.py), and the model keeps the names, so evaluation
+    and drawing can match its predictions (see class_names.py).
 
     Checkpoints are written under a temporary name and renamed, so a kill or a full disk leaves the
-    old ones untouched; a run is resumed from the newest intact one.
+    old ones untouched. A run resumes from the newest intact checkpoint.
     """
 
     def __init__(
@@ -60,10 +59,10 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
     ) -> None:
         """
         Args:
-            model: loaded into, and saved.
-            save_dir: the folder of its checkpoints.
-            policy: which weights to accept; by default, those that fit in full or fill a backbone,
-                with the classes that the file names.
+            model: the model to load and save.
+            save_dir: folder of its checkpoints.
+            policy: which weights to accept. By default, weights that fit completely or fill a
+                backbone, with the classes named in the file.
             checkpointables: see DetectionCheckpointer.
         """
         super().__init__(model, save_dir, **checkpointables)
@@ -79,7 +78,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
 
         Raises:
             ConfigError: if the disk is full or not writable (older checkpoints stay untouched), or
-                if the folder is an address, even one that the path manager could write to.
+                if the folder is an address instead of a local path.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -89,15 +88,15 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, **kwargs: Any) -> None:
-        """Saves the model and ``kwargs`` only; no run resumes from that file."""
+        """Saves only the model and ``kwargs``; a run cannot resume from this file."""
         if self.save_dir and self.save_to_disk:
             self._write(f"{name}.pth", {"model": self.model.state_dict(), **kwargs})
 
     def _write(self, basename: str, data: dict[str, Any]) -> None:
         if "://" in self.save_dir:
             raise ConfigError(
-                f"{self.save_dir} is not a local folder, and checkpoints can only be written to "
-                "one; name a local folder and copy them afterwards"
+                f"{self.save_dir} is not a local folder: write checkpoints to a local folder and "
+                "copy them afterwards"
             )
         path = Path(self.save_dir) / basename
         logger.info("saving checkpoint %s", path)
@@ -115,10 +114,10 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         return bool(checkpoint_files(Path(self.save_dir)))
 
     def get_checkpoint_file(self) -> str:
-        """Returns the newest intact checkpoint; all processes get the main one's answer.
+        """Returns the newest intact checkpoint, as the main process sees it.
 
         Raises:
-            ConfigError: if there are checkpoints but none is intact; each is named with its damage.
+            ConfigError: if checkpoints exist but none is intact; names each with its damage.
         """
         newest, told = "", ""
         if comm.is_main_process():
@@ -132,7 +131,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         return newest
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Loads weights and checkpointables: by default all of these, which resumes a run.
+        """Loads weights and checkpointables. By default loads all of them, which resumes a run.
 
         Raises:
             ConfigError: if the file cannot be downloaded or used, or does not fit the model.
@@ -144,7 +143,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             file = local_copy(address, path_manager=self.path_manager)
             return super().load(file + mark + query, checkpointables)
         finally:
-            self._parsed_url_during_load = None  # otherwise a load after a failed one also fails
+            self._parsed_url_during_load = None  # otherwise the next load fails after a failed one
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._source = filename
@@ -154,8 +153,8 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             checkpoint["matching_heuristics"] = True
         if query:
             raise ConfigError(
-                f"MODEL.WEIGHTS {filename}: {', '.join(query)} after the '?' is unknown; only "
-                "matching_heuristics=True is known"
+                f"MODEL.WEIGHTS {filename}: unknown {', '.join(query)} after the '?'; only "
+                "matching_heuristics=True is supported"
             )
         return checkpoint
 
@@ -184,11 +183,11 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             named=named is not None,
         )
         name_classes(self.model, names)
-        return None  # the log already says everything
+        return None  # everything is already logged
 
 
 def _without_numpy_scalars(value: Any) -> Any:
-    """Returns a state with NumPy's numbers, which loading would refuse, as Python's."""
+    """Converts NumPy's numbers in a state to Python's, because loading would refuse them."""
     if isinstance(value, np.generic):
         return value.item()
     if type(value) in (list, tuple):
@@ -199,10 +198,10 @@ def _without_numpy_scalars(value: Any) -> Any:
 
 
 def write_checkpoint(path: Path, data: dict[str, Any]) -> None:
-    """Writes a torch file and its checksum, so that the name never means half a file.
+    """Writes a torch file and its checksum; the file gets its name only when it is complete.
 
     Raises:
-        ConfigError: if it cannot be written. What was there before is still there.
+        ConfigError: if it cannot be written. A previous file of that name is left untouched.
     """
     checksum = path.with_name(f"{path.name}.sha256")
     digests: list[str] = []
@@ -211,17 +210,17 @@ def write_checkpoint(path: Path, data: dict[str, Any]) -> None:
         hashing = _HashingFile(file)
         try:
             torch.save(data, cast(IO[bytes], hashing))
-        except RuntimeError as error:  # torch's writer hides the cause in its own error
+        except RuntimeError as error:  # torch's error hides the cause
             raise hashing.error or error from error
         digests.append(hashing.digest.hexdigest())
 
-    # Between the two renames the checksum is missing, rather than that of another file.
+    # Between the two renames, the checksum is missing; an outdated one would look like damage.
     write_run_file(path, save, before_rename=lambda: checksum.unlink(missing_ok=True))
     write_run_file(checksum, f"{digests[0]}  {path.name}\n")
 
 
 class _HashingFile:
-    """A file that hashes what is written, and keeps the error of a failed write."""
+    """A file that hashes everything written to it and keeps the error of a failed write."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.digest = hashlib.sha256()
@@ -245,7 +244,7 @@ def write_run_file(
     content: str | Callable[[IO[bytes]], object],
     before_rename: Callable[[], object] = lambda: None,
 ) -> None:
-    """Does what write_durably does; an error is a ConfigError that says how to continue."""
+    """Calls write_durably; turns an error into a ConfigError that says how to continue."""
     try:
         write_durably(path, content, before_rename)
     except OSError as error:
@@ -263,35 +262,36 @@ def export_safetensors(
     half: bool = False,
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Writes the model weights of a checkpoint as ``.safetensors``, and the names of its classes.
+    """Writes the weights and class names of a checkpoint as ``.safetensors``.
 
     Args:
         checkpoint: any file that read_checkpoint reads.
         output: the file to write; its folder is created if missing.
-        half: store matrices and convolution kernels as float16, which halves the file. Vectors
-            (biases, normalisation statistics) keep their type: their range matters.
-        class_names: in the order of the model's rows, if the checkpoint does not name its classes.
+        half: store matrices and convolution kernels as float16, which halves the file size. Vectors
+            (biases, normalisation statistics) keep their type, because they need its range.
+        class_names: names in the order of the model's rows, if the checkpoint has none.
 
     Raises:
-        ConfigError: if it is not a checkpoint, if a weight does not fit float16, or if the names
-            differ from those in the checkpoint or from its number of classes.
+        ConfigError: if the file is not a checkpoint, if a weight does not fit into float16, or if
+            the names contradict those in the checkpoint or its number of classes.
         OSError: if the output cannot be written.
     """
     content = read_checkpoint(checkpoint)
     named = file_classes(content, str(checkpoint))
     if named and class_names and named != list(class_names):
         raise ConfigError(
-            f"{checkpoint} names other classes: {listed(named)}; export without names"
+            f"{checkpoint} already names its classes ({listed(named)}); export it without "
+            "giving other names"
         )
     if content.get("matching_heuristics"):
         raise ConfigError(
-            f"{checkpoint} has parameter names of another project; load it as MODEL.WEIGHTS first"
+            f"{checkpoint} has another project's parameter names; first load it as MODEL.WEIGHTS"
         )
     weights = without_prefix(content["model"])
     tensors = {name: torch.as_tensor(weight).contiguous() for name, weight in weights.items()}
     names = list(named or class_names or ())
     for name in filter(_CLASSIFIER.search, tensors if names else ()):
-        if len(tensors[name]) != len(names) + 1:  # and background
+        if len(tensors[name]) != len(names) + 1:  # one more for background
             raise ConfigError(
                 f"{checkpoint}: {name} has rows for {len(tensors[name]) - 1} classes, but "
                 f"{len(names)} are named"
@@ -306,5 +306,5 @@ def _half(checkpoint: Path, name: str, weight: torch.Tensor) -> torch.Tensor:
     if weight.dim() < 2 or not weight.is_floating_point():
         return weight
     if not torch.isfinite(weight.half()).all():
-        raise ConfigError(f"{checkpoint}: {name} does not fit float16; export without half")
+        raise ConfigError(f"{checkpoint}: {name} does not fit into float16; export without half")
     return weight.half()

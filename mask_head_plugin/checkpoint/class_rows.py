@@ -1,4 +1,4 @@
-"""Matches rows of weights with a model's classes, by class name.
+"""Matches rows of weights with a model's classes by name.
 
 Shape alphabet: K classes.
 """
@@ -33,25 +33,25 @@ def match_classes(
     *,
     resuming: bool = False,
 ) -> Sequence[str] | None:
-    """Moves rows of classes to where the model has the class of that name, if both name theirs.
+    """Moves rows of classes to the model's rows of the same class name, if both sides have names.
 
-    Rows of classes that the weights do not have keep their initial values; the log lists them.
+    Classes that the weights lack keep their initial values; the log lists them.
 
     Args:
-        weights: tensors by the model's names; those with rows per class are exchanged.
-        model: with K classes.
-        found: the classes of the weights, in the order of their rows.
-        policy: what the run asks for.
-        source: the file.
-        resuming: whether a run is resumed; its classes never change.
+        weights: tensors by the model's names; those with rows per class are replaced.
+        model: a model with K classes.
+        found: classes of the weights in the order of their rows.
+        policy: which weights the run accepts.
+        source: path of the weights.
+        resuming: whether a run is resumed, which must not change its classes.
 
     Returns:
-        The classes of the model with these weights, in the order of its rows; None if neither side
-        names them.
+        Classes of the model with these weights, in the order of its rows; None if neither side
+        has names.
 
     Raises:
-        ConfigError: if classes would change in a resumed run, be untrained in an evaluation, or
-            cannot be told apart.
+        ConfigError: if classes would change in a resumed run, if an evaluation would use untrained
+            classes, or if it is unknown which rows belong to which class.
     """
     own = policy.class_names
     if found is None:
@@ -65,22 +65,22 @@ def match_classes(
     if resuming:
         raise ConfigError(
             f"{source} cannot be resumed with other classes ({match}); resume with the data sets "
-            "of that run, or start a new run with it as MODEL.WEIGHTS"
+            "of that run, or start a new run with this file as MODEL.WEIGHTS"
         )
     if policy.keeps_classes and (match.new or match.dropped):
         return found
     if match.new and policy.whole and policy.strict:
         raise ConfigError(
-            f"{source} was not trained on classes of the data set ({match}); evaluate on its own "
-            f"classes, or {LENIENT}"
+            f"{source} was not trained on all classes of the data set ({match}); evaluate on its "
+            f"own classes, or {LENIENT}"
         )
     if not _has_known_rows(model):
         if policy.keeps_classes or (policy.whole and len(found) == len(own)):
             return found
         raise ConfigError(
-            f"{source} has other classes than the data set ({match}), and which rows of a "
-            f"{type(model).__name__} belong to which class is not known here; train on data with "
-            "the classes of the file in their order, or give weights without classes"
+            f"the classes of {source} differ from the data set's ({match}), and it is unknown "
+            f"which rows of a {type(model).__name__} belong to which class; train on data with the "
+            "file's classes in the same order, or use weights without class names"
         )
     state = model.state_dict()
     moved_from, moved_to = map(list, zip(*match.pairs, strict=True)) if match.pairs else ([], [])
@@ -101,26 +101,26 @@ def match_classes(
 def _check_rows(
     weights: Mapping[str, torch.Tensor], model: torch.nn.Module, found: Sequence[str], source: str
 ) -> None:
-    """Checks that a file names as many classes as it has rows."""
+    """Checks that a file has as many class names as rows."""
     for name, num_background in class_tensors(model).items():
         expected = len(found) + num_background
         if num_background and name in weights and len(weights[name]) != expected:
             raise ConfigError(
                 f"{source} names {len(found)} classes, but {name} has {len(weights[name])} rows, "
-                f"not {expected}; write its class names again"
+                f"not {expected}; export it again with the right class names"
             )
 
 
 def num_classes_of(model: torch.nn.Module) -> int | None:
-    """Returns the number of classes of a detector, None for a model without classes."""
+    """Returns the number of classes of a detector; None for a model without classes."""
     for module in model.modules():
         if isinstance(module, ROIHeads):
             return int(module.num_classes)
-    return getattr(model, "num_classes", None)  # of detectors without ROI heads, such as RetinaNet
+    return getattr(model, "num_classes", None)  # detectors without ROI heads, such as RetinaNet
 
 
 def _has_known_rows(model: torch.nn.Module) -> bool:
-    """Returns whether class_tensors is known to find all layers with rows per class."""
+    """Returns whether class_tensors can find all layers with rows per class."""
     heads = [
         x.mask_head
         for x in model.modules()
@@ -137,16 +137,17 @@ def _moved(
     moved_to: list[int],
     sizes: tuple[int, int, int],
 ) -> torch.Tensor:
-    """Returns a class layer's tensor as it starts, with the file's rows of classes that both have.
+    """Copies the rows of shared classes from the file into the model's initial tensor.
 
-    A tensor of another layout is returned as it is; later checks find that it does not fit.
+    A tensor with another layout is returned unchanged; later checks report that it does not fit.
 
     Args:
-        weight: of the file.
-        start: of the model.
-        moved_from: classes of the file.
-        moved_to: classes of the model, as many.
-        sizes: how many classes the file and the model have, and how many rows are for background.
+        weight: tensor in the file.
+        start: initial tensor of the model.
+        moved_from: rows of the shared classes in the file.
+        moved_to: rows of the same classes in the model.
+        sizes: number of classes in the file, number of classes in the model, and number of
+            background rows.
     """
     found, own, num_background = sizes
     rows, own_rows = len(weight) - num_background, len(start) - num_background
@@ -160,11 +161,10 @@ def _moved(
 
 
 def class_tensors(model: torch.nn.Module) -> dict[str, int]:
-    """Returns the names of tensors with rows per class, each with its number of background rows.
+    """Returns the names of tensors with rows per class and their numbers of background rows.
 
-    The rows of a class are adjacent, in the order of the classes, followed by those of the
-    background. Layers of box predictors, mask heads and mask scoring count unless they are
-    class-agnostic.
+    Rows are grouped by class in the order of the classes; background rows come last. Includes
+    layers of box predictors, mask heads and mask scoring unless they are class-agnostic.
     """
     modules = list(model.named_modules())
     boxes = [(name, x) for name, x in modules if isinstance(x, FastRCNNOutputLayers)]
@@ -192,14 +192,14 @@ def class_tensors(model: torch.nn.Module) -> dict[str, int]:
 
 
 def file_classes(checkpoint: Mapping[str, Any], source: str) -> list[str] | None:
-    """Returns the class names that a checkpoint has, in the order of its rows, or None.
+    """Returns a checkpoint's class names in the order of its rows; None if it has none.
 
     Raises:
-        ConfigError: if they are not a list of names.
+        ConfigError: if class_names in the checkpoint is not a list of names.
     """
     names = checkpoint.get("class_names")
     if names is None:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
-        raise ConfigError(f"{source}: its class_names are not a list of names; write them again")
+        raise ConfigError(f"{source}: class_names is not a list of names; export the file again")
     return names

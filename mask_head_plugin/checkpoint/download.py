@@ -1,4 +1,4 @@
-"""Finds or downloads weights that are named by an address."""
+"""Finds or downloads weights given by a URL or another address."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RANDOM_WEIGHTS = (
 
 
 class PackageHandler(PathHandler):
-    """Opens weights that come with the package: ``mask_head_plugin://mask_rcnn_shapes.safetensors``.
+    """Opens weights included in the package: ``mask_head_plugin://mask_rcnn_shapes.safetensors``.
 
-    detectron2 has ``detectron2://`` for its own. Nothing is downloaded.
+    This is the counterpart of detectron2's ``detectron2://``, but downloads nothing.
     """
 
     PREFIX = "mask_head_plugin://"
@@ -32,7 +32,7 @@ class PackageHandler(PathHandler):
         file = self.FOLDER / path.removeprefix(self.PREFIX)
         if not file.is_file():
             names = ", ".join(sorted(x.name for x in self.FOLDER.glob("*.safetensors")))
-            raise ConfigError(f"{path} does not exist; the package has {names}")
+            raise ConfigError(f"{path} does not exist; the package includes {names}")
         return str(file)
 
 
@@ -44,25 +44,25 @@ def local_copy(
     advice: str = f"set MODEL.WEIGHTS to it, or {RANDOM_WEIGHTS}",
     path_manager: Any = PathManager,
 ) -> str:
-    """Returns the path of weights, downloaded unless they are in detectron2's cache.
+    """Returns a local path of weights; downloads them unless they are in detectron2's cache.
 
     Args:
         address: a URL, ``detectron2://...``, ``catalog://...`` or ``mask_head_plugin://...``; a
-            path is returned as it is.
-        advice: what to do with a file that was downloaded elsewhere.
-        path_manager: knows the kinds of address.
+            path is returned unchanged.
+        advice: what users should do with a file that they downloaded on another machine.
+        path_manager: resolves addresses.
 
     Raises:
-        ConfigError: if it cannot be downloaded; says what to fetch.
+        ConfigError: if the download fails; says which file to fetch.
     """
     if "://" not in address:
         return address
     url = address.replace(Detectron2Handler.PREFIX, Detectron2Handler.S3_DETECTRON2_PREFIX)
     iopath_log = logging.getLogger("iopath.common.download")
-    iopath_log.addFilter(_is_no_error)  # it is in the error below
+    iopath_log.addFilter(_is_no_error)  # the error raised below includes it
     try:
         return str(path_manager.get_local_path(address))
-    except (OSError, KeyError, RuntimeError) as error:  # the latter two of an unknown catalog://
+    except (OSError, KeyError, RuntimeError) as error:  # an unknown catalog:// raises the last two
         raise ConfigError(
             f"{url} could not be downloaded ({one_line(error)}); fetch "
             f"{PurePosixPath(url).name} on another machine and {advice}"

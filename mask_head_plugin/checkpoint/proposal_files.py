@@ -1,4 +1,4 @@
-"""Reads precomputed proposals; nothing in a file can run or fill the memory."""
+"""Reads precomputed proposals safely: a file cannot run code or exhaust the memory."""
 
 from __future__ import annotations
 
@@ -16,46 +16,48 @@ from ..weight_files import check_head, file_errors, read_plain_pickle
 
 
 def read_proposals(path: Path) -> dict[str, Any]:
-    """Reads precomputed proposals as detectron2's ``load_proposals_into_dataset`` expects them.
+    """Reads precomputed proposals in the form that ``load_proposals_into_dataset`` expects.
 
     Args:
         path: a pickle.
 
     Returns:
-        ``ids`` of N images, ``boxes``: N arrays (R, 4) in the units of ``bbox_mode``,
-        ``objectness_logits``: N arrays (R,).
+        ``ids`` of N images; ``boxes``, N arrays (R, 4) in the units of ``bbox_mode``;
+        ``objectness_logits``, N arrays (R,).
 
     Raises:
-        ConfigError: if the file is missing or corrupt, names anything that could run, or holds
-            something else.
+        ConfigError: if the file is missing or corrupt, refers to code that could run, or contains
+            anything other than proposals.
     """
     with file_errors(path):
         check_head(path)
         with path.open("rb") as file:
             content = read_plain_pickle(file)
         if not isinstance(content, dict):
-            raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, not proposals")
-        for old, new in (("indexes", "ids"), ("scores", "objectness_logits")):  # Detectron's
+            raise pickle.UnpicklingError(f"it contains a {type(content).__name__}, not proposals")
+        for old, new in (("indexes", "ids"), ("scores", "objectness_logits")):  # Detectron's names
             if old in content:
                 content[new] = content.pop(old)
         missing = {"ids", "boxes", "objectness_logits"} - set(content)
         if missing:
-            raise pickle.UnpicklingError(f"it has no {', '.join(sorted(missing))}: no proposals")
+            raise pickle.UnpicklingError(
+                f"it is not a file of proposals: it has no {', '.join(sorted(missing))}"
+            )
         _check_proposals(content)
         return content
 
 
 def check_proposal_files(cfg: CfgNode, split: str) -> None:
-    """Checks the proposal files of a config whose model asks for proposals.
+    """Checks the proposal files of a config, if its model uses any.
 
-    detectron2 unpickles them afterwards; files that pass here are safe for it to read.
+    detectron2 unpickles these files later, which is safe for files that pass this check.
 
     Args:
-        cfg: a config.
+        cfg: the config.
         split: ``TRAIN`` or ``TEST``.
 
     Raises:
-        ConfigError: naming the first file that is not one of proposals and nothing else.
+        ConfigError: if a file contains anything other than proposals; names the file.
     """
     for name in cfg.DATASETS[f"PROPOSAL_FILES_{split}"] if cfg.MODEL.LOAD_PROPOSALS else ():
         read_proposals(Path(PathManager.get_local_path(name)))

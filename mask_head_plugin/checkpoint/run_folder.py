@@ -1,4 +1,4 @@
-"""The checkpoints in a run's folder: which exist, which are intact, which one to resume from."""
+"""Finds the checkpoints in a run's folder, checks them, and chooses the one to resume from."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from ..config import ConfigError
 logger = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last_checkpoint"
-"""Names the file to resume from, as in detectron2."""
+"""File with the name of the checkpoint to resume from, as in detectron2."""
 
 FINISHED_ITERATION = "finished_iteration"
 """Iteration of the newest checkpoint whose evaluation and logging also finished (hooks.Resume)."""
 
 BEST_CHECKPOINT = "model_best"
-"""Without extension. Holds only weights, so no run resumes from it."""
+"""File name without extension. The file has only weights, so a run cannot resume from it."""
 
 
 EARLY_STOPPING = "early_stopping.json"
-"""What evaluations gave for SOLVER.EARLY_STOPPING.METRIC, see engine/early_stopping.py."""
+"""Values of SOLVER.EARLY_STOPPING.METRIC in past evaluations; see engine/early_stopping.py."""
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Returns the checkpoints that a run can resume from, the first choice first.
+    """Returns the checkpoints that a run can resume from, in order of preference.
 
-    That is the one that ``last_checkpoint`` names, unless a later iteration was written afterwards;
-    then the others, latest iteration first. Times alone do not order copied files.
+    The checkpoint named in ``last_checkpoint`` comes first, unless a later iteration was written
+    after it. The others follow, latest iteration first. File times alone would not be reliable,
+    because copying changes them.
     """
     tag = folder / LAST_CHECKPOINT
     tagged = tag.read_bytes().strip().decode(errors="replace") if tag.is_file() else ""
@@ -40,7 +41,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     files = [path for path in files if path.stem != BEST_CHECKPOINT]
 
     def rank(path: Path) -> tuple[bool, bool, int, int]:
-        time, iteration = path.lstat().st_mtime_ns, _iteration(path.stem)  # also for dead links
+        time, iteration = path.lstat().st_mtime_ns, _iteration(path.stem)  # works for dead links
         is_later = time > tag_time and 0 <= _iteration(Path(tagged).stem) < iteration
         return is_later, path.name == tagged, iteration, time
 
@@ -48,16 +49,16 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def _iteration(stem: str) -> int:
-    """Returns the number at the end of a checkpoint's name, or -1 as for ``model_final``."""
+    """Returns the number at the end of a checkpoint's name; -1 for names such as model_final."""
     number = re.search(r"_(\d{1,15})$", stem, re.ASCII)
     return int(number[1]) if number else -1
 
 
 def newest_intact(folder: Path) -> Path:
-    """Returns the first intact file of checkpoint_files; the log describes the damage of others.
+    """Returns the first intact file of checkpoint_files; logs the damage of those before it.
 
     Raises:
-        ConfigError: if none is intact; names them all with their damage.
+        ConfigError: if no checkpoint is intact; names each with its damage.
     """
     damages: list[str] = []
     for path in checkpoint_files(folder):
@@ -74,10 +75,9 @@ def newest_intact(folder: Path) -> Path:
 
 
 def find_damage(path: Path) -> str:
-    """Returns what is wrong with a checkpoint file, in words, or "" if it is intact.
+    """Describes the damage of a checkpoint file in words; returns "" if the file is intact.
 
-    If there is no checksum file, as with detectron2's checkpoints, the checksums inside the file
-    decide.
+    Without a checksum file, as with detectron2's checkpoints, checks the checksums inside the file.
     """
     if not path.is_file():
         return "is a folder" if path.is_dir() else "is a broken link"
@@ -121,10 +121,10 @@ def set_aside_earlier_run(folder: Path) -> None:
         if path.is_file():
             path.rename(aside / path.name)
     if metrics.is_file():
-        shutil.copy2(metrics, aside)  # not moved: the writer has it open, and empties it
+        shutil.copy2(metrics, aside)  # not moved, because the writer has it open and empties it
     logger.warning(
-        "%s held an earlier run, and this one starts from the beginning (--resume would continue "
-        "it): the earlier checkpoints and metrics are now in %s",
+        "%s contains an earlier run, but this run starts from the beginning (--resume would "
+        "continue the earlier one): its checkpoints and metrics are now in %s",
         folder,
         aside,
     )
@@ -139,7 +139,7 @@ def _sha256(path: Path) -> str:
 
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Removes all but the ``keep`` newest ``model_<iteration>.pth``, with their checksums."""
+    """Removes all but the ``keep`` newest ``model_<iteration>.pth`` files, with their checksums."""
     files = [path for path in folder.glob("model_*.pth") if _iteration(path.stem) >= 0]
     for path in sorted(files, key=lambda path: _iteration(path.stem))[:-keep]:
         path.unlink()

@@ -21,16 +21,16 @@ from ..messages import NAMES_IN_ERROR, listed
 logger = logging.getLogger(__name__)
 
 LENIENT = "set MODEL.WEIGHTS_STRICT False to load what fits"
-ADVICE = f"give weights of this config, or {LENIENT}"
+ADVICE = f"use weights trained with this config, or {LENIENT}"
 MODULES_IN_ERROR = 12
 
 _TRUNKS = ("backbone.bottom_up.", "backbone.net.", "backbone.")
-"""Where models keep what ImageNet trains; the first prefix that a model has counts. Anything else
-in ``backbone.`` is new, such as the pyramid's convolutions.
+"""Prefixes of the parameters that ImageNet weights provide; the first one found in a model counts.
+Other parameters in ``backbone.``, such as the pyramid's convolutions, are new.
 """
 _RES5 = "roi_heads.res5."
 _MADE_ANEW = ("pixel_mean", "pixel_std", "num_batches_tracked")
-"""Endings of names whose values come from the config, or do not matter."""
+"""Endings of names whose values come from the config or do not matter."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class WeightsPolicy:
     """Which weights a model accepts.
 
     Attributes:
-        class_names: the K classes of the model, in its order, if known: rows of weights that name
-            their classes are moved to the rows of those names.
-        keeps_classes: whether weights of other classes keep theirs. For a model that only predicts,
+        class_names: the model's K classes in its order, if known. If weights name their classes,
+            their rows are moved to this order.
+        keeps_classes: whether weights with other classes keep them. For a model that only predicts,
             ``class_names`` is just the preferred order.
         strict: whether weights that do not fit are an error.
-        whole: whether the weights must fill the whole model, since nothing will train it.
-        surplus: whether the weights of a detector may hold more than the model.
+        whole: whether the weights must fill the whole model, because it will not be trained.
+        surplus: whether weights of a detector may have more parameters than the model.
         advice: what to do about weights that do not fit.
-        input_format: INPUT.FORMAT, if known: weights for another colour order are logged.
+        input_format: INPUT.FORMAT, if known; weights for another colour order are logged.
     """
 
     class_names: Sequence[str] | None = None
@@ -59,7 +59,7 @@ class WeightsPolicy:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, *, train: bool) -> WeightsPolicy:
-        """Returns the policy of a run that trains, or one that only evaluates."""
+        """Returns the policy of a run that trains or, if not ``train``, only evaluates."""
         names = class_names(cfg, "TRAIN" if train else "TEST")
         return cls(
             names,
@@ -70,12 +70,12 @@ class WeightsPolicy:
 
     @classmethod
     def of_predictor(cls, datasets: CfgNode | None, num_classes: int | None) -> WeightsPolicy:
-        """Returns the policy for a model that predicts: its classes are those of its weights.
+        """Returns the policy of a model that only predicts and takes its classes from the weights.
 
         Args:
-            datasets: the section DATASETS of its config. Weights of the classes of the first data
-                set of TEST, or else TRAIN, take that data set's order.
-            num_classes: K, None for a model without classes.
+            datasets: section DATASETS of the config. If the weights have the classes of the first
+                data set in TEST or, if that is empty, TRAIN, the model takes that data set's order.
+            num_classes: K; None for a model without classes.
         """
         named = (*datasets.TEST[:1], *datasets.TRAIN[:1]) if isinstance(datasets, CfgNode) else ()
         return cls(_known_names(datasets, named, num_classes), keeps_classes=True)
@@ -83,13 +83,13 @@ class WeightsPolicy:
 
 @dataclass(frozen=True)
 class Fit:
-    """How the names and shapes of weights compare with a model's.
+    """Comparison of the names and shapes of weights with a model's.
 
     Attributes:
-        fitting: names in the model that have a value of the right shape.
-        missing: names in the model that have none.
-        unexpected: names of values without a place in the model.
-        wrong_shape: by the model's name, the shape of the value and that of its place.
+        fitting: names in the model for which the weights have a value of the right shape.
+        missing: names in the model for which the weights have no value.
+        unexpected: names in the weights that the model lacks.
+        wrong_shape: for names in the model, the shape in the weights and the shape in the model.
     """
 
     fitting: list[str]
@@ -111,10 +111,10 @@ class Fit:
 
 
 def class_names(cfg: CfgNode, split: str = "TRAIN") -> list[str] | None:
-    """Returns the names of the model's K classes, in its order.
+    """Returns the names of the model's K classes in its order.
 
     Args:
-        cfg: its data sets are registered, or in DATASETS.COCO_FILES.
+        cfg: a config whose data sets are registered or listed in DATASETS.COCO_FILES.
         split: ``TRAIN`` or ``TEST``.
 
     Returns:
@@ -124,14 +124,14 @@ def class_names(cfg: CfgNode, split: str = "TRAIN") -> list[str] | None:
 
 
 def check_test_classes(policy: WeightsPolicy, cfg: CfgNode) -> None:
-    """Checks, before a model is trained, that it can be evaluated on DATASETS.TEST.
+    """Checks before training that the model can be evaluated on DATASETS.TEST.
 
     Raises:
         ConfigError: if a data set has classes that the model lacks.
     """
     for name in cfg.DATASETS.TEST if policy.class_names else ():
         categories = None
-        with contextlib.suppress(ConfigError):  # the code that reads files reports missing ones
+        with contextlib.suppress(ConfigError):  # missing files are reported when they are read
             categories = dataset_categories(cfg.DATASETS, name)
         if categories:
             check_trained(policy.class_names or (), [str(x) for x in categories.values()], name)
@@ -142,7 +142,7 @@ def _known_names(
 ) -> list[str] | None:
     """Returns the class names of the first data set known to have K classes, or None."""
     for name in names:
-        with contextlib.suppress(ConfigError):  # such as a file that is not on this machine
+        with contextlib.suppress(ConfigError):  # for example, the file is not on this machine
             categories = dataset_categories(datasets, name)
             if categories is not None and len(categories) == num_classes:
                 return [str(category) for category in categories.values()]
@@ -159,12 +159,11 @@ def compare(
     """Compares the shapes of weights with a model's.
 
     Args:
-        weights: shapes by name.
+        weights: shapes of the weights by name.
         model: shapes of the model's ``state_dict()``.
-        missing: names in the model for which loading found no value. Modules decide that:
-            normalization layers of detectron2 and torch fill in what old files lack.
-        by_ends: whether names without a place, even because of their shape, are endings of the
-            model's.
+        missing: names in the model that loading left without a value. Modules decide this, because
+            normalisation layers of detectron2 and torch fill in values that old files lack.
+        by_ends: whether names in the weights may be endings of the model's names.
     """
     lacking = [name for name in missing if name in model and not name.endswith(_MADE_ANEW)]
     wrong_shape: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
@@ -192,29 +191,28 @@ def refuse_or_tell(
     class_layers: Iterable[str] = (),
     named: bool = False,
 ) -> None:
-    """Decides whether weights that were compared with their model may be loaded; logs what starts
-    untrained.
+    """Raises an error if weights do not fit their model; otherwise logs what stays untrained.
 
-    Weights of a whole detector, and those of a model that will not be trained, must fit in full.
-    Those of a backbone must fill the backbone.
+    Weights of a complete detector, and weights of a model that will not be trained, must fit
+    completely. Weights of a backbone must fill the backbone.
 
     Args:
-        fit: see compare.
-        policy: what the run asks for.
-        source: the file.
-        resuming: whether a run is resumed, which takes only its own weights.
-        class_layers: names of the model's tensors with rows per class.
+        fit: result of ``compare``.
+        policy: which weights the run accepts.
+        source: path of the weights.
+        resuming: whether a run is resumed, which requires its own weights.
+        class_layers: names of the model's tensors that have a row for each class.
         named: whether the file names its classes.
 
     Raises:
-        ConfigError: if they do not fit, unless the policy is not strict and no run is resumed.
-            It lists missing, unexpected and wrong-shape names by module.
+        ConfigError: if the weights do not fit, unless the policy is not strict and no run is
+            resumed. Lists missing, unexpected and wrong-shape names by module.
     """
     if not fit.fitting:
         raise ConfigError(
-            f"{source}: nothing in it fits the model; {fit}; give weights of this config. For a "
-            f"backbone whose names are endings of the model's, such as res2.0.conv1.weight, append "
-            "?matching_heuristics=True to the name of the file"
+            f"{source}: nothing in it fits the model; {fit}; use weights of this config. If the "
+            f"names are endings of the model's, such as res2.0.conv1.weight of a backbone, append "
+            "?matching_heuristics=True to the file name"
         )
     whole = resuming or policy.whole or _is_detector(fit)
     if whole:
@@ -227,7 +225,7 @@ def refuse_or_tell(
     if not wrong:
         if fit.missing or fit.unexpected:
             logger.info(
-                "%s fills %s; not in it, so untrained: %s; not used: %s",
+                "%s fills %s; missing, so untrained: %s; not used: %s",
                 source,
                 grouped(fit.fitting),
                 grouped(fit.missing),
@@ -237,20 +235,21 @@ def refuse_or_tell(
     told = str(fit)
     if not whole and half_filled:
         told = (
-            f"of its backbone {len(half_filled)} are missing: {grouped(half_filled)}; in all {fit}"
+            f"{len(half_filled)} parameters of its backbone are missing: {grouped(half_filled)}; "
+            f"in all {fit}"
         )
     if resuming:
-        advice = "resume with the config of that run, or start a new run with it as MODEL.WEIGHTS"
+        advice = (
+            "resume with the config of that run, or start a new run with this file as MODEL.WEIGHTS"
+        )
     elif not policy.strict:
         logger.warning("%s does not fit the model; only what fits is loaded: %s", source, told)
         return
     elif fit.wrong_shape and set(fit.wrong_shape) <= set(class_layers):
         nameless = "the file does not name its classes (tools/export_weights.py --classes-of does)"
         if named:
-            nameless = (
-                "the first data set does not name its classes, or not as many as the model has"
-            )
-        advice = f"these rows are of other classes, and {nameless}; {policy.advice}"
+            nameless = "the first data set does not name its classes, or the wrong number of them"
+        advice = f"these rows belong to other classes, and {nameless}; {policy.advice}"
         if policy.keeps_classes:
             advice = "set MODEL.ROI_HEADS.NUM_CLASSES to the number of its classes"
     else:
@@ -259,7 +258,7 @@ def refuse_or_tell(
 
 
 def _is_detector(fit: Fit) -> bool:
-    """Returns whether weights hold more than a backbone; C4 has its res5 in the ROI heads."""
+    """Returns whether weights contain more than a backbone; C4 has its res5 in the ROI heads."""
     heads = ("proposal_generator.", "roi_heads.")
     placed = [*fit.fitting, *fit.wrong_shape]
     return any(not name.startswith(("backbone.", _RES5)) for name in placed) or any(
@@ -268,7 +267,7 @@ def _is_detector(fit: Fit) -> bool:
 
 
 def _half_filled(fit: Fit) -> list[str]:
-    """Returns what is missing from backbone modules that are only partly there."""
+    """Returns the missing names of backbone modules that are only partly filled."""
     names = [*fit.fitting, *fit.missing, *fit.wrong_shape]
     trunk = next((x for x in _TRUNKS if any(name.startswith(x) for name in names)), _TRUNKS[-1])
     return [
@@ -283,16 +282,16 @@ def _half_filled(fit: Fit) -> list[str]:
 def matched_by_ends(
     weights: dict[str, torch.Tensor], model: torch.nn.Module, author: str, source: str
 ) -> dict[str, torch.Tensor]:
-    """Returns weights under the model's names, of which their own names are endings.
+    """Renames weights whose names are endings of the model's names.
 
     Args:
         weights: tensors by name.
         model: the model.
-        author: who wrote the file; ``Caffe2`` has names of its own.
-        source: the file.
+        author: author recorded in the file; ``Caffe2`` files use their own names.
+        source: path of the weights.
 
     Raises:
-        ConfigError: if a name is the ending of several in the model.
+        ConfigError: if a name is an ending of several names in the model.
     """
     try:
         matched: dict[str, torch.Tensor] = align_and_update_state_dicts(
@@ -300,14 +299,14 @@ def matched_by_ends(
         )
     except (ValueError, AssertionError, IndexError) as error:
         raise ConfigError(
-            f"{source}: its names cannot be matched with the model's ({error}); give weights of "
+            f"{source}: its names cannot be matched with the model's ({error}); use weights of "
             "this config, or of its backbone alone"
         ) from error
     return matched
 
 
 def without_prefix(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns weights without the ``module.`` that a data-parallel model puts before its names."""
+    """Removes the prefix ``module.`` that data-parallel models add to all names."""
     prefix = "module."
     if not all(name.startswith(prefix) for name in weights):
         return dict(weights)
@@ -315,7 +314,7 @@ def without_prefix(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grouped(names: Iterable[str]) -> str:
-    """Returns names in one line: all if they are few, otherwise modules with their numbers."""
+    """Returns names in one line: all if they are few, otherwise modules with their counts."""
     names = list(names)
     if len(names) <= NAMES_IN_ERROR:
         return ", ".join(names) or "nothing"

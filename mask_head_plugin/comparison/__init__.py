@@ -1,4 +1,4 @@
-"""Stock detectron2 and the plugin with the same weights on the same images."""
+"""Compares stock detectron2 with the plugin: same weights, same images."""
 
 from .compare import compare_all, compare_config
 

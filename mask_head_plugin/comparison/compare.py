@@ -1,4 +1,4 @@
-"""Compares stock detectron2 with the plugin on configs and weights of the model zoo, or others."""
+"""Compares stock detectron2 with the plugin on configs and weights of the model zoo or your own."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ def compare_config(
     opts: Sequence[str] = (),
     min_score: float = 0.5,
 ) -> Comparison:
-    """Compares both models of a config and writes the comparison.
+    """Compares the stock model and the plugin's model of a config and writes the comparison.
 
-    On CUDA, TF32 is off, so that the models differ and not the convolution algorithms.
+    On CUDA, TF32 is switched off, so differences come from the models and not from the choice of
+    convolution algorithms.
 
     Args:
-        config: of the model zoo, or a file; see ``zoo.find_config``.
+        config: a config of the model zoo or a file; see ``zoo.find_config``.
         weights: a file, a folder or "zoo"; see ``zoo.find_weights``.
         dataset: a registered data set or one of DATASETS.COCO_FILES; None for the config's own.
-        output: a folder, created if missing, for comparison.md, comparison.json and pictures.
-        num_images: spread evenly over the data set; None for all.
+        output: output folder, created if missing, for comparison.md, comparison.json and pictures.
+        num_images: how many images to use, spread evenly over the data set; None for all.
         opts: "KEY VALUE" pairs in one flat list.
-        min_score: detections above it are counted for the verdict.
+        min_score: detections with a higher score count for the verdict.
 
     Raises:
-        ConfigError: if anything given cannot be used, or ``output`` has a comparison already.
+        ConfigError: if an argument cannot be used, or ``output`` already has a comparison.
         OSError: if a result cannot be written.
     """
     _check_numbers(num_images, min_score)
@@ -64,7 +65,7 @@ def compare_config(
         comparison = compare_twins(twins, found, path, name, output, min_score)
         pictures = write_pictures(twins, comparison, output)
     write_markdown(comparison, pictures, output / MARKDOWN_FILE)
-    comparison.write(output / JSON_FILE)  # last: its presence means that the comparison is complete
+    comparison.write(output / JSON_FILE)  # last, so its presence means a complete comparison
     return comparison
 
 
@@ -76,27 +77,26 @@ def compare_all(
     opts: Sequence[str] = (),
     min_score: float = 0.5,
 ) -> dict[str, Comparison | str]:
-    """Compares both models of every baseline in ZOO_MODELS, continuing after failures.
+    """Compares both models of every config in ZOO_MODELS; continues after failures.
 
     Args:
         weights: "zoo", or a folder of weights; see ``zoo.find_weights``.
-        dataset: used for all; None for each config's own.
-        output: a folder; each baseline gets its own folder in it, and the table of all is
-            comparison.md.
+        dataset: data set for all configs; None for each config's own.
+        output: output folder; gets a folder for each config, and a table of all in comparison.md.
         num_images: see compare_config.
-        opts: of all configs.
-        min_score: detections above it are counted for the verdict.
+        opts: "KEY VALUE" pairs for all configs.
+        min_score: detections with a higher score count for the verdict.
 
     Returns:
-        By config, its comparison, or one line that says why there is none.
+        For each config, its comparison or one line with the reason for its failure.
 
     Raises:
-        ConfigError: if an argument that they share cannot be used.
+        ConfigError: if an argument cannot be used for any config.
         OSError: if the table cannot be written.
     """
     _check_numbers(num_images, min_score)
     if Path(weights).is_file():
-        raise ConfigError(f"--all needs zoo or a folder of weights; {weights} is one file")
+        raise ConfigError(f"--all needs zoo or a folder of weights, but {weights} is a file")
     check_output(output)
     results: dict[str, Comparison | str] = {}
     for number, model in enumerate(ZOO_MODELS, start=1):
@@ -106,7 +106,7 @@ def compare_all(
             results[model.config] = compare_config(
                 model.config, weights, dataset, folder, num_images, opts, min_score
             )
-        except Exception as error:  # e.g. out of memory: the others continue
+        except Exception as error:  # for example out of memory; other configs may still work
             kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             results[model.config] = kind + one_line(error)
             logger.warning("%s was not compared: %s", model.config, results[model.config])
@@ -122,31 +122,31 @@ def _check_numbers(num_images: int | None, min_score: float) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Makes the output folder.
+    """Creates the output folder.
 
     Raises:
-        ConfigError: if it cannot be written to or already has a comparison.
+        ConfigError: if the folder cannot be written to or already has a comparison.
     """
     make_output_folder(output)
     for name in (JSON_FILE, MARKDOWN_FILE):
         if (output / name).exists():
-            raise ConfigError(f"--output {output} has {name} already; name another folder")
+            raise ConfigError(f"--output {output} already has {name}; choose another folder")
 
 
 def prepare_dataset(cfg: CfgNode, dataset: str | None) -> None:
     """Registers a data set and makes it the only one in DATASETS.TEST.
 
     Args:
-        cfg: of a model; changed in place.
-        dataset: its name; None for the first of DATASETS.TEST.
+        cfg: config of the model; changed in place.
+        dataset: name of the data set; None for the first of DATASETS.TEST.
 
     Raises:
-        ConfigError: if it is missing, or lacks the model's classes.
+        ConfigError: if the data set is missing or does not have the model's classes.
     """
     names = cfg.DATASETS.TEST if dataset is None else (dataset,)
     if not names:
         raise ConfigError("DATASETS.TEST is empty: name a --dataset")
     cfg.DATASETS.TEST = tuple(names[:1])
     register_coco_files(cfg)
-    cfg.DATASETS.TRAIN = ()  # need not be on this machine
+    cfg.DATASETS.TRAIN = ()  # training data need not exist on this machine
     check_registered_datasets(cfg)

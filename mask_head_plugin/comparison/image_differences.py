@@ -1,6 +1,7 @@
-"""Measures how far two models' detections in one image differ.
+"""Measures how much the detections of two models differ in one image.
 
-Shape alphabet: N detections of one model, M side of its masks, H and W sides of the image.
+Shape alphabet: N detections of one model, M side of its masks, H and W height and width of the
+image in pixels.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from ..evaluation.matching import SAME_OBJECT_IOU
 MASK_THRESHOLD = 0.5
 SCORE_TOLERANCE = 1e-4
 BOX_TOLERANCE = 1e-3  # pixels
-THRESHOLD_TOLERANCE = 1e-4  # for a mask's value at a pixel, around MASK_THRESHOLD
+THRESHOLD_TOLERANCE = 1e-4  # a mask's value at a pixel may be this far from MASK_THRESHOLD
 
 Pair = tuple[int, int]
-"""Indices of one detection: in the stock model's list and in the plugin's."""
+"""Indices of matching detections in the stock model's list and in the plugin's."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Detections of one image, at its own size, on the CPU, by falling score.
+    """Detections of one image by falling score, on the CPU and in pixels of the image.
 
     Attributes:
         boxes: (N, 4) XYXY in pixels.
-        scores: (N,).
-        classes: (N,).
-        mask_probs: (N, M, M).
-        masks: N of (H, W) bool, an RLEMasks or a tensor.
+        scores: (N,) scores.
+        classes: (N,) classes.
+        mask_probs: (N, M, M) mask probabilities before pasting.
+        masks: N masks of (H, W) bool, as RLEMasks or a tensor.
     """
 
     boxes: Tensor
@@ -50,7 +51,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Cut:
-    """What cuts a list of detections: MODEL.ROI_HEADS.SCORE_THRESH_TEST, DETECTIONS_PER_IMAGE."""
+    """Limits on detections: MODEL.ROI_HEADS.SCORE_THRESH_TEST and TEST.DETECTIONS_PER_IMAGE."""
 
     score: float
     count: int
@@ -58,22 +59,22 @@ class Cut:
 
 @dataclass(frozen=True)
 class ImageDifferences:
-    """The differences in one image; the largest of each kind.
+    """The differences between both models in one image.
 
     Attributes:
-        image_id: of the data set.
-        num_detections: those of the model that has fewer.
-        num_confident: those above the confidence score.
-        same_set: whether both found the same objects in the same order, up to ties: neighbours
-            whose scores differ by rounding may swap places, and a detection within rounding of the
-            cut may be missing.
-        num_unmatched: detections of either model without a counterpart at their place.
-        box: pixels; over the matched detections, as are the following.
-        score: of the scores.
-        mask_prob: of the probabilities of the mask head.
-        mask_pixels: how many differ.
-        far_mask_pixels: how many of them differ although their value in the stock model's mask is
-            further than THRESHOLD_TOLERANCE from the threshold.
+        image_id: id in the data set.
+        num_detections: detections of the model that has fewer.
+        num_confident: those with a score above ``min_score``.
+        same_set: whether both models found the same objects in the same order, except for ties:
+            detections whose scores differ by rounding may swap places, and a detection within
+            rounding of the cut may be missing.
+        num_unmatched: detections of either model that have no counterpart in the other.
+        box: largest difference of a box coordinate in pixels, over matched detections.
+        score: largest difference of the scores of matched detections.
+        mask_prob: largest difference of their mask probabilities.
+        mask_pixels: number of pixels that differ in their masks.
+        far_mask_pixels: number of these whose value in the stock model's mask is further than
+            THRESHOLD_TOLERANCE from the threshold.
     """
 
     image_id: Any
@@ -89,12 +90,12 @@ class ImageDifferences:
 
     @property
     def differs(self) -> bool:
-        """Whether anything differs."""
+        """Whether there is any difference, even within the tolerances."""
         return self.num_unmatched > 0 or self.mask_pixels > 0 or not self.is_equal
 
     @property
     def is_equal(self) -> bool:
-        # Written so that nan does not count as equal.
+        # Comparisons with nan are False, so nan does not count as equal.
         small = self.box <= BOX_TOLERANCE and self.score <= SCORE_TOLERANCE
         return self.same_set and small and self.far_mask_pixels == 0
 
@@ -105,11 +106,11 @@ def compare_images(
     """Compares the detections of one image.
 
     Args:
-        image_id: of the data set.
-        stock: detectron2's.
-        plugin: ours.
-        cut: of both models.
-        min_score: detections above it are counted as confident.
+        image_id: id in the data set.
+        stock: detections of detectron2's model.
+        plugin: detections of the plugin's model.
+        cut: limits of both models.
+        min_score: detections with a higher score count as confident.
     """
     pairs = match(stock, plugin)
     left = [x for x in range(len(stock)) if x not in {i for i, _ in pairs}]
@@ -132,9 +133,7 @@ def compare_images(
 
 
 def match(stock: Found, plugin: Found) -> list[Pair]:
-    """Pairs detections of the same class and place: the nearest ones, starting with the stock
-    model's best.
-    """
+    """Pairs each stock detection, best first, with the nearest plugin detection of its class."""
     iou = pairwise_iou(Boxes(stock.boxes), Boxes(plugin.boxes))
     allowed = (iou >= SAME_OBJECT_IOU) & (stock.classes[:, None] == plugin.classes)
     distance = (stock.boxes[:, None] - plugin.boxes).abs().amax(-1)
@@ -149,7 +148,7 @@ def match(stock: Found, plugin: Found) -> list[Pair]:
 
 
 def _in_order(stock: Found, pairs: Sequence[Pair]) -> bool:
-    """Returns whether pairs have the same order in both lists, except for ties."""
+    """Returns whether the pairs are in the same order in both lists, except for ties."""
     scores = np.array([stock.scores[i].item() for i, _ in pairs])
     places = np.array([j for _, j in pairs])
     swapped = np.triu(places[:, None] > places)
@@ -157,7 +156,7 @@ def _in_order(stock: Found, pairs: Sequence[Pair]) -> bool:
 
 
 def _all_at_cut(found: Found, unmatched: Sequence[int], other: Found, cut: Cut) -> bool:
-    """Returns whether the other model may lack these because of rounding at the cut."""
+    """Returns whether rounding at the cut explains why the other model lacks these detections."""
     end = cut.score
     if len(other) >= cut.count:
         end = max(end, other.scores.min().item())

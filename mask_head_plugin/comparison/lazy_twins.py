@@ -1,6 +1,4 @@
-"""Builds the two models of a LazyConfig, with the settings that a comparison reads from YAML
-configs.
-"""
+"""Builds both models of a LazyConfig, with its settings in the form of a YAML config."""
 
 from __future__ import annotations
 
@@ -27,26 +25,26 @@ PREDICTOR_SETTINGS = {
     "MODEL.ROI_HEADS.NMS_THRESH_TEST": ("test_nms_thresh", 0.5),
     "TEST.DETECTIONS_PER_IMAGE": ("test_topk_per_image", 100),
 }
-"""Keys of a YAML config, and the arguments of box predictors with their defaults."""
+"""Keys of a YAML config with the corresponding arguments of box predictors and their defaults."""
 
 SIZE_SETTINGS = {"INPUT.MIN_SIZE_TEST": "short_edge_length", "INPUT.MAX_SIZE_TEST": "max_size"}
 CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 READ_SECTIONS = ("DATASETS.", "DATALOADER.", "IMPORTS", "OUTPUT_DIR", "MODEL.DEVICE")
-"""Keys, or their beginnings, that a comparison reads for any model."""
+"""Keys or prefixes of keys that a comparison reads for any model."""
 
 
 def load_lazy_model_config(file: str, opts: Sequence[str]) -> CfgNode:
     """Returns the settings of a LazyConfig model in the form of a YAML config.
 
     Args:
-        file: of detectron2 or of ours; it runs.
-        opts: "KEY VALUE" pairs in one flat list, of keys that a comparison reads.
+        file: a LazyConfig of detectron2 or this plugin; its code runs.
+        opts: "KEY VALUE" pairs in one flat list, for keys that a comparison reads.
 
     Raises:
-        ConfigError: if the file or an option cannot be used, or it has no masks.
+        ConfigError: if the file or an option cannot be used, or the model has no masks.
     """
     lazy = load_lazy_config(file)
-    use_plugin_modules(lazy.model)  # for its errors
+    use_plugin_modules(lazy.model)  # only to raise its errors early
     pairs = ["MODEL.MASK_OUTPUT", lazy.model.get("mask_output", "rle"), *settings_of(lazy)]
     predictor = _box_predictors(lazy)[0]
     for key, (argument, default) in PREDICTOR_SETTINGS.items():
@@ -54,14 +52,14 @@ def load_lazy_model_config(file: str, opts: Sequence[str]) -> CfgNode:
     resize = _resize(lazy, file)
     for key, argument in SIZE_SETTINGS.items():
         pairs += [key, str(resize[argument])]
-    pairs += ["MODEL.WEIGHTS", ""]  # they are given separately
+    pairs += ["MODEL.WEIGHTS", ""]  # weights are passed separately
     cfg = load_config_and_code("", [*pairs, *opts])
     before, after = flatten(read_config(opts=pairs)), flatten(cfg)
     known = {*PREDICTOR_SETTINGS, *SIZE_SETTINGS, CLASSES, "MODEL.MASK_OUTPUT"}
     for key, value in after.items():
         if value != before[key] and key not in known and not key.startswith(READ_SECTIONS):
             raise ConfigError(
-                f"option {key}: {file} is a LazyConfig, which has no such key; for its model, you "
+                f"option {key}: {file} is a LazyConfig, which lacks this key; for its model, you "
                 f"can set {', '.join(sorted(known))}"
             )
     return cfg
@@ -72,7 +70,7 @@ def build_lazy_pair(file: str, cfg: CfgNode) -> list[torch.nn.Module]:
 
     Args:
         file: see ``load_lazy_model_config``.
-        cfg: what that returned.
+        cfg: result of ``load_lazy_model_config``.
 
     Raises:
         ConfigError: if the model has no stock counterpart.
@@ -91,7 +89,11 @@ def build_lazy_pair(file: str, cfg: CfgNode) -> list[torch.nn.Module]:
 
 
 def instantiate_or_refuse(model: DictConfig) -> torch.nn.Module:
-    """Builds a stock model; an argument that only the plugin's modules have is a ConfigError."""
+    """Builds a stock model.
+
+    Raises:
+        ConfigError: if an argument exists only in the plugin's modules.
+    """
     try:
         built: torch.nn.Module = instantiate(model)
     except TypeError as error:
@@ -105,11 +107,11 @@ def _box_predictors(lazy: DictConfig) -> list[DictConfig]:
 
 
 def _resize(lazy: DictConfig, file: str) -> DictConfig:
-    """Returns the only augmentation in evaluation, a ResizeShortestEdge."""
+    """Returns the only augmentation in evaluation, which must be a ResizeShortestEdge."""
     found = list(calls(lazy.dataloader.test.mapper.augmentations))
     if [x._target_ for x in found] != [T.ResizeShortestEdge]:
         raise ConfigError(
-            f"{file}: dataloader.test.mapper.augmentations is not one ResizeShortestEdge, the only "
-            "one that a comparison knows"
+            f"{file}: dataloader.test.mapper.augmentations must be a single ResizeShortestEdge; "
+            "a comparison supports no other augmentation"
         )
     return found[0]

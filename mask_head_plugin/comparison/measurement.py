@@ -1,7 +1,7 @@
-"""Measures both models on the same images: detections, AP, time and memory.
+"""Compares both models on the same images: detections, AP, time and memory.
 
-Both models run in turn on every image. Their results are compared detection by detection, and the
-same evaluator evaluates both.
+Both models run in turn on every image. Their detections are compared one by one, and both are
+evaluated with the same evaluator.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .zoo import ModelConfig, ZooModel
 
 EQUAL, DIFFERENT, TOO_FEW = "equal", "different", "not enough detections"
 MIN_CONFIDENT = 100
-MEASURED_IMAGES = 3  # for memory: those with most detections
+MEASURED_IMAGES = 3  # memory is measured on the images with the most detections
 SIDES = ("stock", "plugin")
 
 
@@ -49,13 +49,13 @@ class Agreement:
     """The differences over all images; see image_differences.ImageDifferences.
 
     Attributes:
-        images: how many.
-        detections: how many both models have at least.
-        confident: those above the score that counts.
-        images_with_other_set: in which the ordered sets differ.
-        unmatched: detections of either model in all images.
-        box, score, mask_prob: the largest.
-        mask_pixels, far_mask_pixels: of all images together.
+        images: number of images.
+        detections: sum of num_detections.
+        confident: sum of num_confident.
+        images_with_other_set: number of images without same_set.
+        unmatched: sum of num_unmatched.
+        box, score, mask_prob: largest value over all images.
+        mask_pixels, far_mask_pixels: sum over all images.
     """
 
     images: int
@@ -78,7 +78,7 @@ class Agreement:
             confident=sum(x.num_confident for x in found),
             images_with_other_set=sum(not x.same_set for x in found),
             unmatched=sum(x.num_unmatched for x in found),
-            # NumPy's maximum keeps a nan
+            # NumPy's maximum keeps nan, unlike Python's.
             box=float(np.max([x.box for x in found])),
             score=float(np.max([x.score for x in found])),
             mask_prob=float(np.max([x.mask_prob for x in found])),
@@ -89,7 +89,7 @@ class Agreement:
 
     @property
     def verdict(self) -> str:
-        """A difference counts with any number of detections; equality needs MIN_CONFIDENT."""
+        """The verdict; only equality requires MIN_CONFIDENT detections."""
         if not self.all_equal:
             return DIFFERENT
         return EQUAL if self.confident >= MIN_CONFIDENT else TOO_FEW
@@ -97,7 +97,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class APComparison:
-    """AP of both models in percent, and the 95% interval of plugin - stock over images."""
+    """AP of both models in percent, and the 95% interval over images of plugin - stock."""
 
     stock: float
     plugin: float
@@ -108,7 +108,7 @@ class APComparison:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs a model: median seconds, peak memory."""
+    """Cost of one image for a model: median seconds and peak memory."""
 
     network_seconds: float
     seconds: float
@@ -117,7 +117,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was compared, as in comparison.json."""
+    """All results of a comparison, as in comparison.json."""
 
     config: str
     weights: str
@@ -143,15 +143,15 @@ class Comparison:
 
 
 def choose_images(dataset: str, num_images: int | None, folder: Path) -> str:
-    """Registers a part of a data set, which evaluators treat as a complete one.
+    """Registers some images of a data set as a separate data set.
 
     Args:
-        dataset: registered.
-        num_images: spread evenly over the data set; None for all.
-        folder: for the annotation file of the chosen ones.
+        dataset: name of a registered data set.
+        num_images: how many images to choose, spread evenly over the data set; None for all.
+        folder: folder for the annotation file of the chosen images.
 
     Returns:
-        Its name; the data set's own if all images are chosen.
+        Name of the new data set, or ``dataset`` if all images are chosen.
     """
     records = DatasetCatalog.get(dataset)
     if num_images is None or num_images >= len(records):
@@ -189,12 +189,12 @@ def compare_twins(
     """Runs and evaluates both models on every image of a data set.
 
     Args:
-        twins: the models.
-        config: what they were built from, for the report.
-        weights: the same for the weights.
-        dataset: a registered data set.
-        output: gets a folder with the evaluator's files for each model.
-        min_score: detections above it are counted for the verdict.
+        twins: the two models.
+        config: config that they were built from, for the report.
+        weights: weights that they were loaded from, for the report.
+        dataset: name of a registered data set.
+        output: output folder, in which each model gets a folder with the evaluator's files.
+        min_score: detections with a higher score count for the verdict.
     """
     cfg = twins.cfg
     watched = {"stock": TimedModel(twins.stock), "plugin": TimedModel(twins.plugin)}
@@ -242,11 +242,11 @@ def _evaluator(cfg: CfgNode, dataset: str, folder: Path) -> MaskEvaluator:
 
 
 def compare_ap(evaluators: dict[str, MaskEvaluator], output: Path) -> dict[str, APComparison]:
-    """Returns the APs by task; nothing if the data set has no annotations.
+    """Compares the APs by task; returns nothing if the data set has no annotations.
 
     Args:
-        evaluators: of "stock" and "plugin", with all predictions.
-        output: the folder with the folders of both.
+        evaluators: evaluators of "stock" and "plugin" that have all predictions.
+        output: folder that contains the evaluators' folders.
     """
     results = {side: evaluators[side].evaluate() for side in progress(SIDES, "evaluating", "model")}
     compared = {}
@@ -273,14 +273,15 @@ def _costs(watched: dict[str, TimedModel], crowded: Sequence[dict[str, Any]]) ->
 
 
 def _median_warm(seconds: list[float]) -> float:
-    """Returns the median without the first value, which includes initialisation, if there are
-    others.
+    """Returns the median without the first value, unless it is the only one.
+
+    The first call includes initialisation.
     """
     return statistics.median(seconds[1:] or seconds)
 
 
 def _worst_first(x: ImageDifferences) -> tuple[float, ...]:
-    """A sorting key: the image that differs most first."""
+    """Sort key that puts the image with the largest differences first."""
     largest = -math.inf if math.isnan(x.score + x.box) else -max(x.score, x.box)
     return (x.is_equal, -x.num_unmatched, -x.far_mask_pixels, largest, -x.mask_pixels)
 

@@ -27,15 +27,15 @@ from .zoo import MODEL_ZOO
 PICTURES = "pictures"
 NUM_PICTURES = 6
 NUM_PICTURES_EQUAL = 3
-MIN_SIDE = 480  # of a panel; smaller images are enlarged by a whole number
+MIN_SIDE = 480  # pixels of a panel's longer side; smaller images are enlarged by whole factors
 HEADER_HEIGHT, GAP = 28, 6
 RED, WHITE = (60, 60, 255), (255, 255, 255)
 PUBLISHED_AP = {"bbox": "box_ap", "segm": "mask_ap"}
 EXPLANATIONS = {
     EQUAL: "the same ordered detections, and no difference beyond the tolerances",
     DIFFERENT: "differences beyond the tolerances",
-    TOO_FEW: "no difference beyond the tolerances, but too few detections to prove anything: "
-    "random weights, for example, detect nothing",
+    TOO_FEW: "no difference beyond the tolerances, but too few detections to prove anything; for "
+    "example, random weights detect nothing",
 }
 
 
@@ -43,27 +43,28 @@ def write_markdown(comparison: Comparison, pictures: Sequence[Path], path: Path)
     """Writes the comparison of one config.
 
     Args:
-        comparison: what was measured.
-        pictures: in the order in which to list them, in the folder of ``path`` or below.
+        comparison: the measured comparison.
+        pictures: pictures to list, in or below the folder of ``path``.
         path: the file to write.
     """
     a = comparison.agreement
     sections = [
         f"# {comparison.config}: stock detectron2 and the plugin",
         f"Verdict: **{comparison.verdict}** ({EXPLANATIONS[comparison.verdict]}).",
-        f"Weights: `{comparison.weights}` (sha256 {comparison.weights_sha256[:16]}). From it, both "
-        f"models got {comparison.num_tensors} tensors with {comparison.num_values} values; none "
-        "is missing, left over or of another shape.",
+        f"Weights: `{comparison.weights}` (sha256 {comparison.weights_sha256[:16]}). Both models "
+        f"loaded {comparison.num_tensors} tensors with {comparison.num_values} values from it; "
+        "none was missing, left over or of the wrong shape.",
         f"Data: `{comparison.dataset}`, {a.images} images.",
         f"## Detections\n\n{_agreement_table(comparison)}",
-        "Detections are matched by class and place; the order may differ where scores are within "
-        f"{SCORE_TOLERANCE:g}. Boxes and masks are in the image's own size. A pixel "
-        f"is next to the threshold if the mask's value is within {THRESHOLD_TOLERANCE:g} of 0.5.",
+        "Detections are matched by class and position. Their order may differ if their scores are "
+        f"within {SCORE_TOLERANCE:g}. Boxes and masks have the size of the image. A pixel "
+        f"is close to the threshold if its mask value is within {THRESHOLD_TOLERANCE:g} of 0.5.",
         f"## AP in percent\n\n{_ap_table(comparison)}",
-        f"## Time and memory of an image\n\n{_cost_table(comparison)}",
-        f"On {comparison.device}. Medians; one image at a time, both models in turn, without "
-        "reading images. Memory: the most that PyTorch allocates beyond the weights, on the images "
-        "with most detections. Both models have detectron2's memory layout (contiguous).",
+        f"## Time and memory per image\n\n{_cost_table(comparison)}",
+        f"Measured on {comparison.device}. Times are medians for one image at a time, with both "
+        "models in turn, without reading images. Memory is the most that PyTorch allocates beyond "
+        "the weights, on the images with the most detections. Both models have detectron2's memory "
+        "layout (contiguous).",
         f"## Pictures\n\n{_picture_list(comparison, pictures, path.parent)}",
     ]
     write_durably(path, "\n\n".join(sections) + "\n")
@@ -74,13 +75,13 @@ def _agreement_table(comparison: Comparison) -> str:
     rows: list[list[Any]] = [
         [f"detections above {comparison.min_score:g}", a.confident, f">= {MIN_CONFIDENT}"],
         ["all detections", a.detections, ""],
-        ["images whose ordered sets differ", a.images_with_other_set, 0],
+        ["images whose ordered detections differ", a.images_with_other_set, 0],
         ["detections without a counterpart", a.unmatched, ""],
         ["largest difference of scores", f"{a.score:.2e}", f"<= {SCORE_TOLERANCE:g}"],
         ["largest difference of boxes, pixels", f"{a.box:.2e}", f"<= {BOX_TOLERANCE:g}"],
         ["largest difference of mask probabilities", f"{a.mask_prob:.2e}", ""],
         ["mask pixels that differ", a.mask_pixels, ""],
-        ["of these not next to the threshold", a.far_mask_pixels, 0],
+        ["of these, not close to the threshold", a.far_mask_pixels, 0],
     ]
     return tabulate(rows, ["", "measured", "equal if"], tablefmt="pipe", disable_numparse=True)
 
@@ -96,11 +97,11 @@ def _ap_table(comparison: Comparison) -> str:
         rows.append([task, *figures, interval, "" if published is None else f"{published:.1f}"])
     header = ["", "stock", "plugin", "plugin - stock", "95% interval", "published"]
     table = tabulate(rows, header, tablefmt="pipe", disable_numparse=True)
-    notes = "Interval over images, paired: the same draws of images for both models."
+    notes = "The interval is over images, with the same draws of images for both models."
     if comparison.published:
         notes += (
-            f" Published: of model {comparison.published.model_id} in [MODEL_ZOO.md]({MODEL_ZOO}), "
-            "on the whole validation set that it was made for; not measured here."
+            f" Published: AP of model {comparison.published.model_id} in "
+            f"[MODEL_ZOO.md]({MODEL_ZOO}) on its whole validation set; not measured here."
         )
     return f"{table}\n\n{notes}"
 
@@ -116,17 +117,17 @@ def _cost_table(comparison: Comparison) -> str:
 
 
 def _picture_list(comparison: Comparison, pictures: Sequence[Path], folder: Path) -> str:
-    said = "The images that differ most" if comparison.differing else "No image differs; the first"
+    said = "Images that differ most" if comparison.differing else "No image differs; first images"
     links = [f"![{x.stem}]({x.relative_to(folder).as_posix()})" for x in pictures]
-    return "\n\n".join([f"{said}: stock, plugin, and what differs in red.", *links])
+    return "\n\n".join([f"{said}: stock, plugin, and differences in red.", *links])
 
 
 def write_table(results: Mapping[str, Comparison | str], path: Path) -> None:
-    """Writes one table of many comparisons.
+    """Writes a table of many comparisons.
 
     Args:
-        results: by config, a comparison, or why there is none.
-        path: the file to write; the comparison of a config is in a folder of its name next to it.
+        results: for each config, its comparison or the reason for its failure.
+        path: the file to write; next to it, each config has a folder of its name.
     """
     header = ["config", "verdict", "images", "detections", "scores", "boxes, px", "mask pixels"]
     header += ["mask AP stock", "plugin", "95% interval", "published", "s/image stock", "plugin"]
@@ -136,9 +137,9 @@ def write_table(results: Mapping[str, Comparison | str], path: Path) -> None:
     if rows:
         parts += [tabulate(rows, header, tablefmt="pipe", disable_numparse=True)]
         parts += [
-            "Scores, boxes: largest differences. Mask pixels: that differ, and of these those not "
-            "next to the threshold. Published: AP, not measured here. Seconds are with "
-            "postprocessing."
+            "Scores, boxes: largest differences. Mask pixels: how many differ, and how many of "
+            "these are not close to the threshold. Published: AP, not measured here. Seconds "
+            "include postprocessing."
         ]
     if failed:
         parts += ["Not compared:", "\n".join(failed)]
@@ -165,14 +166,14 @@ def write_pictures(twins: Twins, comparison: Comparison, output: Path) -> list[P
 
     Args:
         twins: the models, which run again on these images.
-        comparison: says which images.
-        output: the folder in which a folder of pictures is created.
+        comparison: the comparison, which decides the images.
+        output: output folder, in which a folder of pictures is created.
 
     Returns:
-        The files, in order.
+        The written files in order.
 
     Raises:
-        OSError: if one cannot be written.
+        OSError: if a picture cannot be written.
     """
     records = DatasetCatalog.get(comparison.dataset)
     chosen = [x.image_id for x in comparison.differing[:NUM_PICTURES]]
@@ -191,7 +192,7 @@ def write_pictures(twins: Twins, comparison: Comparison, output: Path) -> list[P
 
 @dataclass(frozen=True)
 class Drawn:
-    """One model's detections in an image, by falling score; the first ones are shown."""
+    """One model's detections in an image by falling score, of which the first ones are shown."""
 
     labels: list[str]
     classes: list[int]
@@ -240,9 +241,9 @@ def _draw(image: ByteArray, found: Drawn, factor: int) -> ByteArray:
 
 
 def _draw_difference(image: ByteArray, sides: Sequence[Drawn], factor: int) -> ByteArray:
-    """Returns the image in grey; pixels covered by different masks in the two models are red.
+    """Returns the image in grey, with pixels in red where the masks of the two models differ.
 
-    Compares, by class, how many masks cover a pixel, including masks that are not shown.
+    Compares for each class how many masks cover a pixel, including masks that are not shown.
     """
     differing = np.zeros(image.shape[:2], bool)
     for k in {k for side in sides for k in side.classes}:

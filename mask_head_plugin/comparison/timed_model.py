@@ -14,17 +14,18 @@ from .image_differences import Found
 
 
 class TimedModel:
-    """Runs a model as users do, and times its network and its postprocessing separately.
+    """Runs a model as users would, and times its network separately from the whole.
 
     Attributes:
-        network_seconds: for each call, up to the result of the ROI heads.
-        seconds: for each call, with postprocessing.
+        network_seconds: time of each call until the ROI heads return.
+        seconds: time of each call including postprocessing.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         """
         Args:
-            model: with ``roi_heads`` as its last part before postprocessing; in evaluation mode.
+            model: a model in evaluation mode whose last part before postprocessing is
+                ``roi_heads``.
         """
         self.model = model
         self.network_seconds: list[float] = []
@@ -35,7 +36,7 @@ class TimedModel:
 
     @torch.no_grad()
     def detect(self, x: dict[str, Any]) -> tuple[Instances, Found]:
-        """Returns the model's own output for one image, and the same with mask probabilities.
+        """Returns the model's output for one image, and the same detections with probabilities.
 
         Args:
             x: an input of the model, with ``height`` and ``width``.
@@ -61,16 +62,16 @@ class TimedModel:
 
     @torch.no_grad()
     def peak_megabytes(self, x: dict[str, Any]) -> float:
-        """Returns the most that PyTorch allocates for one image, beyond the weights."""
+        """Returns the most memory that PyTorch allocates for one image, beyond the weights."""
         return peak_megabytes(lambda: self.model([x]), "cuda" if self._is_cuda else "cpu")
 
     def _note(self, _module: Any, _inputs: Any, results: Any) -> None:
-        """A hook of the ROI heads; its own time does not count."""
+        """Forward hook of the ROI heads; its own time is subtracted."""
         end = self._now()
         self.network_seconds.append(end - self._start)
         found = results[0][0]
-        # Boxes are copied, since postprocessing scales them in place. Under their new name, the
-        # masks pass through another postprocessing without being pasted.
+        # Boxes are copied, because postprocessing scales them in place. Masks are renamed, so that
+        # a second postprocessing does not paste them.
         self._raw = Instances(
             found.image_size,
             pred_boxes=Boxes(found.pred_boxes.tensor.clone()),

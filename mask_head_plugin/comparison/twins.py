@@ -1,4 +1,4 @@
-"""Builds one config with one weights file twice: as stock detectron2 and as the plugin."""
+"""Builds a model twice from one config and one weights file: stock detectron2 and the plugin."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STOCK_NAMES = {
     "PerClassMaskRes5ROIHeads": "Res5ROIHeads",
     "FCNMaskHead": "MaskRCNNConvUpsampleHead",
 }
-"""The plugin's modules and the ones they replace; other names stay the same."""
+"""The plugin's modules and the detectron2 modules that they replace."""
 PLUGIN_NAMES = {stock: plugin for plugin, stock in STOCK_NAMES.items()}
 
 
@@ -35,9 +35,9 @@ class Twins:
     Attributes:
         cfg: the plugin's config.
         stock: detectron2's model.
-        plugin: ours.
-        num_tensors: parameters and buffers that came from the file, in each.
-        num_values: how many numbers they hold.
+        plugin: the plugin's model.
+        num_tensors: number of parameters and buffers loaded into each model.
+        num_values: number of values in these tensors.
     """
 
     cfg: CfgNode
@@ -48,32 +48,32 @@ class Twins:
 
 
 def load_model_config(config: ModelConfig, opts: Sequence[str]) -> CfgNode:
-    """Returns a config with the plugin's keys; masks of the zoo's come as run lengths.
+    """Loads a config with the plugin's keys; models of the zoo return masks as run lengths.
 
     Args:
-        config: from ``zoo.find_config``.
+        config: result of ``zoo.find_config``.
         opts: "KEY VALUE" pairs in one flat list.
 
     Raises:
-        ConfigError: if it cannot be read, an option does not fit, or it has no masks.
+        ConfigError: if the config cannot be read or has no masks, or an option cannot be used.
     """
     if config.is_lazy:
         return load_lazy_model_config(config.file, opts)
     defaults = ["MODEL.MASK_OUTPUT", "rle"] if config.is_zoo_file else []
     cfg = load_config_and_code(config.file, [*defaults, *opts])
     if not cfg.MODEL.MASK_ON:
-        raise ConfigError(f"MODEL.MASK_ON is False in {config.file}: there are no masks to compare")
+        raise ConfigError(f"MODEL.MASK_ON is False in {config.file}, so it has no masks to compare")
     return cfg
 
 
 def twin_configs(cfg: CfgNode) -> tuple[CfgNode, CfgNode]:
-    """Returns the config with detectron2's and with the plugin's modules.
+    """Returns two versions of a config: with detectron2's and with the plugin's modules.
 
     Args:
-        cfg: with modules of either.
+        cfg: a config with modules of either.
 
     Raises:
-        ConfigError: if detectron2 lacks a setting, so that a stock model cannot be built.
+        ConfigError: if a setting has no counterpart in detectron2.
     """
     stock, plugin = _renamed(cfg, STOCK_NAMES), _renamed(cfg, PLUGIN_NAMES)
     if plugin.MODEL.META_ARCHITECTURE != "MaskRCNN":
@@ -82,9 +82,9 @@ def twin_configs(cfg: CfgNode) -> tuple[CfgNode, CfgNode]:
     head = stock.MODEL.ROI_MASK_HEAD
     if issubclass(ROI_MASK_HEAD_REGISTRY.get(head.NAME), ClassSelection):
         raise ConfigError(f"MODEL.ROI_MASK_HEAD.NAME {head.NAME} has no counterpart in detectron2")
-    head.LOSS_WEIGHT = 1.0  # only for training
+    head.LOSS_WEIGHT = 1.0  # affects training only
     if not any(entry[0] == "softmax_cross_entropy" for entry in head.LOSSES):
-        # The softmax changes inference; other losses do not.
+        # Of all losses, only the softmax changes inference.
         head.LOSSES = [list(term) for term in DEFAULT_LOSSES]
     check_config(plugin, train=False)
     try:
@@ -97,7 +97,7 @@ def twin_configs(cfg: CfgNode) -> tuple[CfgNode, CfgNode]:
 def _renamed(cfg: CfgNode, names: dict[str, str]) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.WEIGHTS = ""  # they are given separately
+    cfg.MODEL.WEIGHTS = ""  # weights are passed separately
     cfg.MODEL.META_ARCHITECTURE = names.get(
         cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE
     )
@@ -109,16 +109,16 @@ def _renamed(cfg: CfgNode, names: dict[str, str]) -> CfgNode:
 def load_twins(cfg: CfgNode, weights: Path, lazy_file: str = "") -> Twins:
     """Builds both models and loads the same weights into each.
 
-    Both keep detectron2's memory layout, so that only the plugin makes a difference.
+    Both models keep detectron2's memory layout, so the layout causes no differences.
 
     Args:
-        cfg: with modules of either.
-        weights: any format that MaskHeadCheckpointer reads.
-        lazy_file: the LazyConfig of the models, with ``cfg`` as its settings.
+        cfg: a config with modules of either.
+        weights: a file in any format that MaskHeadCheckpointer reads.
+        lazy_file: the LazyConfig that defines the models, if any; ``cfg`` then has its settings.
 
     Raises:
-        ConfigError: if a model cannot be built, or the weights are not exactly those of the models;
-            parameters that are missing, left over or of another shape are named.
+        ConfigError: if a model cannot be built, or the weights do not fit the models exactly; names
+            the parameters that are missing, left over or of the wrong shape.
     """
     if lazy_file:
         models = build_lazy_pair(lazy_file, cfg)
@@ -135,15 +135,15 @@ def load_twins(cfg: CfgNode, weights: Path, lazy_file: str = "") -> Twins:
 
 
 def load_exactly(model: torch.nn.Module, weights: Path, cfg: CfgNode) -> None:
-    """Loads weights that must fill the model, with nothing left over.
+    """Loads weights that must fill the whole model with nothing left over.
 
-    Rows of classes are moved to the order of the first data set of DATASETS.TEST.
+    Rows of classes are moved to the class order of the first data set in DATASETS.TEST.
 
     Raises:
-        ConfigError: if they do not fit, or the file cannot be read.
+        ConfigError: if the weights do not fit, or the file cannot be read.
     """
     policy = WeightsPolicy.from_config(cfg, train=False)
-    policy = replace(policy, strict=True, advice="compare with weights of this config")
+    policy = replace(policy, strict=True, advice="use weights trained with this config")
     try:
         MaskHeadCheckpointer(model, policy=policy).load(str(weights))
     except (ConfigError, OSError, AssertionError) as error:

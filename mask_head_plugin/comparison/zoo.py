@@ -1,4 +1,4 @@
-"""detectron2's Mask R-CNN baselines: their published figures, configs and weights."""
+"""detectron2's Mask R-CNN baselines: their published results, configs and weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..messages import nearest_name
 
 MODEL_ZOO = "https://github.com/facebookresearch/detectron2/blob/main/MODEL_ZOO.md"
 ZOO_WEIGHTS = "zoo"
-"""Given instead of a path: download them."""
+"""Value of --weights that downloads the zoo's weights."""
 WEIGHT_SUFFIXES = (".pkl", ".pth", ".safetensors")
 ZOO_FOLDERS = {
     "coco": ("COCO-InstanceSegmentation/", ""),
@@ -23,22 +23,22 @@ ZOO_FOLDERS = {
     "lazy": ("COCO-InstanceSegmentation/", ""),
     "new_baselines": ("new_baselines/", ""),
 }
-"""By folder of our configs: the zoo's folder, and the prefix of our file names."""
+"""For each folder of our configs: the zoo's folder, and the prefix of our file names."""
 
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A Mask R-CNN baseline with the figures that detectron2's authors published.
+    """A Mask R-CNN baseline with the results that detectron2's authors published.
 
     Attributes:
-        config: its name in the zoo, without ``.yaml`` or ``.py``.
-        model_id: of the training run; part of the weights' URL.
-        train_seconds: per iteration of 16 images on 8 V100; None if published in another form.
-        inference_seconds: per image, batch of 1 on a V100.
-        train_gigabytes: memory of a GPU in training; None if not published.
-        box_ap: percent on the validation set; None if not published.
-        mask_ap: the same for masks.
-        source: where the figures are published.
+        config: name in the zoo, without ``.yaml`` or ``.py``.
+        model_id: id of the training run, which is part of the weights' URL.
+        train_seconds: seconds per iteration of 16 images on 8 V100 GPUs; None if not published.
+        inference_seconds: seconds per image on a V100, one image at a time.
+        train_gigabytes: memory per GPU in training; None if not published.
+        box_ap: AP of boxes on the validation set, in percent; None if not published.
+        mask_ap: AP of masks on the validation set, in percent.
+        source: where the results are published.
     """
 
     config: str
@@ -94,7 +94,7 @@ ZOO_MODELS = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A config file, and its name in the zoo (None if it has no counterpart)."""
+    """A config file and its name in the zoo (None if the zoo has no counterpart)."""
 
     file: str
     zoo_name: str | None
@@ -102,7 +102,7 @@ class ModelConfig:
 
     @property
     def is_lazy(self) -> bool:
-        """Whether it is a LazyConfig, Python that runs."""
+        """Whether the file is a LazyConfig, that is, Python code."""
         return self.file.endswith(".py")
 
     @property
@@ -111,15 +111,14 @@ class ModelConfig:
 
 
 def find_config(config: str) -> ModelConfig:
-    """Finds a config of the model zoo or a file.
+    """Finds a config file, given by its path or by its name in the model zoo.
 
     Args:
-        config: a name such as ``COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml`` or
-            ``new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ.py``, with or without the ending, or a
-            path.
+        config: a path, or a name such as ``COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml``
+            or ``new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ.py``, with or without the ending.
 
     Raises:
-        ConfigError: if neither exists; gives the nearest name in the table.
+        ConfigError: if neither exists; suggests the most similar name.
     """
     if Path(config).is_file():
         return ModelConfig(config, _zoo_name(Path(config)), is_zoo_file=False)
@@ -145,7 +144,7 @@ def _zoo_file(name: str) -> str | None:
 
 
 def _zoo_name(file: Path) -> str | None:
-    """Returns the name of the zoo's config that corresponds to a file of ours."""
+    """Returns the name of the zoo's config that corresponds to one of our files."""
     folder, prefix = ZOO_FOLDERS.get(file.parent.name, ("", ""))
     name = folder + file.stem.removeprefix(prefix)
     is_counterpart = folder and file.stem.startswith(prefix) and _zoo_file(name + file.suffix)
@@ -153,19 +152,19 @@ def _zoo_name(file: Path) -> str | None:
 
 
 def find_weights(weights: str, config: ModelConfig) -> Path:
-    """Finds the weights of a config, downloading them if asked to.
+    """Finds the weights of a config; downloads them if ``weights`` is ``zoo``.
 
     Args:
-        weights: a file; ``zoo`` to download; or a folder with files named as in the zoo
-            (``model_final_f10217.pkl``, also in folders as in the URL) or by model id
-            (``137849600.pkl``, or ``.pth`` or ``.safetensors``).
-        config: of the model.
+        weights: a file, ``zoo`` to download, or a folder. In a folder, files are named as in the
+            zoo (``model_final_f10217.pkl``, optionally in subfolders as in the URL) or by model id
+            (``137849600`` with ``.pkl``, ``.pth`` or ``.safetensors``).
+        config: the model's config.
 
     Returns:
-        A file on this machine; downloads are in $FVCORE_CACHE or else ~/.torch/iopath_cache.
+        A local file; downloads are stored in $FVCORE_CACHE or, if unset, ~/.torch/iopath_cache.
 
     Raises:
-        ConfigError: if there is none, or it cannot be downloaded.
+        ConfigError: if the weights do not exist or cannot be downloaded.
     """
     if weights == ZOO_WEIGHTS:
         return download_weights(config)
@@ -180,7 +179,7 @@ def find_weights(weights: str, config: ModelConfig) -> Path:
 
 
 def download_weights(config: ModelConfig) -> Path:
-    """Downloads the zoo's weights, unless they are in the cache."""
+    """Downloads the zoo's weights unless they are in the cache."""
     return Path(local_copy(_weights_url(config), "name it with --weights PATH"))
 
 
@@ -203,4 +202,6 @@ def _weights_in_folder(folder: Path, config: ModelConfig) -> Path:
         if (folder / candidate).is_file():
             return folder / candidate
     listed = ", ".join(str(candidate) for candidate in candidates)
-    raise ConfigError(f"--weights {folder} has no weights of {config.zoo_name}: none of {listed}")
+    raise ConfigError(
+        f"--weights {folder} has no weights of {config.zoo_name}: expected one of {listed}"
+    )

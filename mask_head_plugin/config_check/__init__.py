@@ -1,4 +1,4 @@
-"""Refuses configs that would fail or mislead, before anything is built."""
+"""Refuses configs that would fail or mislead, before the run starts."""
 
 from .check import check_config
 

@@ -1,4 +1,4 @@
-"""Refuses values that nothing recognises, before anything is built."""
+"""Checks a whole config before the run starts."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def check_config(
     """Checks the names, numbers and files of a config without creating any file or folder.
 
     Values that the plugin reads must be known to it. Values that detectron2 reads are refused only
-    where detectron2 refuses them, so whatever you have registered passes.
+    if detectron2 refuses them, so anything that users have registered passes.
 
     Args:
         cfg: a complete config.
-        train: whether the model will be trained, so that DATASETS.TRAIN counts.
-        evaluate: whether it will be evaluated, so that DATASETS.TEST counts.
-        num_processes: of the run, on all machines.
-        trainer: the trainer of the run, if it has an optimizer, schedule or loader of its own.
+        train: whether the model will be trained, which requires DATASETS.TRAIN.
+        evaluate: whether the model will be evaluated, which requires DATASETS.TEST.
+        num_processes: number of processes of the run on all machines.
+        trainer: the run's trainer, if it has a custom optimizer, schedule or loader.
 
     Raises:
-        ConfigError: naming the key, its value and what it could be.
+        ConfigError: if a value cannot be used; names the key, its value and possible values.
     """
     check_values(cfg)
     if train and not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: give a --config-file, or name a data set")
     check_host_values(cfg, train=train, trainer=trainer)
     check_mask_branch(cfg)
-    weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # detectron2 takes options after a ?
+    weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # detectron2 allows options after a ?
     if weights and "://" not in weights and not Path(weights).is_file():
         raise ConfigError(f"MODEL.WEIGHTS: file {weights} does not exist")
     if train:
@@ -65,7 +65,7 @@ def check_config(
     if told and train:
         raise ConfigError(told)
     if told:
-        logger.warning("%s, unless the weights were trained so", told)
+        logger.warning("%s (ignore this if the weights were trained that way)", told)
     check_test(cfg, train=train, evaluate=evaluate)
     if train:
         check_chosen_metrics(cfg)
@@ -83,7 +83,7 @@ def _warn_of_frozen_random_weights(cfg: CfgNode) -> None:
     if not cfg.MODEL.WEIGHTS and not is_pretrained and frozen > 0:
         logger.warning(
             "MODEL.WEIGHTS is empty, so MODEL.BACKBONE.FREEZE_AT %d keeps the first stages at "
-            "random values; set it to 0, and a MODEL.RESNETS.NORM that learns, such as GN",
+            "random values; set it to 0, and MODEL.RESNETS.NORM to a trainable norm such as GN",
             frozen,
         )
 
@@ -93,34 +93,34 @@ def _check_device(cfg: CfgNode, train: bool) -> None:
         device = torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
         raise ConfigError(
-            f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is not a device such as cpu"
+            f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is not a device such as cpu or cuda"
         ) from error
     if train and cfg.SOLVER.AMP.ENABLED and device.type != "cuda":
         raise ConfigError("SOLVER.AMP.ENABLED needs a CUDA device; set it to False")
 
 
 def _check_output_folder(name: str) -> None:
-    """Refuses a folder that cannot be created, or that cannot be written to."""
+    """Refuses a folder that cannot be created or written to."""
     told = f"OUTPUT_DIR {name!r} cannot be written"
     if "://" in name:
         raise ConfigError(
-            f"{told}: it is an address; name a local folder, and copy its files afterwards"
+            f"{told}: it is an address; use a local folder, and copy its files afterwards"
         )
     try:
         there, missing = _split_at_what_exists(Path(name).absolute())
-        for part in missing:  # the name is too long for any folder
+        for part in missing:  # raises an OSError if a name is too long
             _split_at_what_exists(there / part)
-    except (OSError, ValueError) as error:  # it has a zero byte
+    except (OSError, ValueError) as error:  # ValueError: the name contains a zero byte
         cause = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{told}: {cause}") from error
     if not there.is_dir():
         raise ConfigError(f"{told}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{told}: you may not write to {there}")
+        raise ConfigError(f"{told}: you do not have permission to write to {there}")
 
 
 def _split_at_what_exists(path: Path) -> tuple[Path, list[str]]:
-    """Returns the nearest folder that exists (or dangling link), and the names below it."""
+    """Returns the deepest existing folder (or dangling link) of a path and the names below it."""
     missing: list[str] = []
     while True:
         try:

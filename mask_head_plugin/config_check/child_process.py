@@ -1,4 +1,4 @@
-"""Calls that leave no trace in this process: no cached tensor, no random number drawn."""
+"""Calls functions in a copy of this process, so they cannot affect this one."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ import torch
 T = TypeVar("T")
 
 MOST_SECONDS = 60.0
-"""A lock that another thread held when the process was copied stays locked in the copy."""
+"""Time limit of a call. The copy may hang: locks that other threads held stay locked in it."""
 
 
 class ChildError(RuntimeError):
-    """A call that did not return, or returned what cannot be sent."""
+    """A call did not return, or its result could not be sent."""
 
 
 def call_in_child(call: Callable[[], T]) -> T:
     """Makes a call in a copy of this process and returns its result.
 
-    The copy is made by fork(), as workers of a data loader are, so it starts at once and knows
-    everything that is registered here, but cannot use CUDA. Where fork() is unreliable (macOS,
+    The copy is made with fork(), like the workers of a data loader. So it starts quickly and has
+    everything that is registered here, but it cannot use CUDA. Where fork() is unreliable (macOS,
     Windows) or fails, the call is made in this process, and only the random generators of Python,
-    NumPy and PyTorch are restored.
+    NumPy and PyTorch are restored afterwards.
 
     Args:
-        call: must return something that can be pickled, and raise no errors.
+        call: a function whose result can be pickled and that raises no errors.
 
     Raises:
-        ChildError: if the copy ended, or did not answer within MOST_SECONDS.
+        ChildError: if the copy ended or did not answer within MOST_SECONDS.
     """
-    for stream in (sys.stdout, sys.stderr):  # or the copy would print it again
+    for stream in (sys.stdout, sys.stderr):  # otherwise the copy would print buffered text again
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -65,18 +65,18 @@ def _fork() -> int | None:
     if not sys.platform.startswith("linux"):
         return None
     with warnings.catch_warnings(), contextlib.suppress(OSError):
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12, if there are threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns about threads
         return os.fork()
     return None
 
 
 def _answer(call: Callable[[], Any], sender: Connection) -> NoReturn:
-    """Sends the result or error, and ends the process without running exit handlers."""
+    """Sends the result or error and ends the process without running exit handlers."""
     try:
-        gc.freeze()  # the copy must not finalize objects of the other process
+        gc.freeze()  # the copy must not finalize objects of the original process
         torch.set_num_threads(1)  # OpenMP would wait forever for threads that were not copied
         sender.send((call(), None))
-    except BaseException as error:  # also SystemExit
+    except BaseException as error:  # includes SystemExit
         sender.send((None, f"{type(error).__name__}: {error}"))
     finally:
         os._exit(0)

@@ -1,6 +1,7 @@
-"""Checks that evaluations will give the metrics by which a run makes its choices.
+"""Checks that evaluations will compute the metrics on which a run bases its choices.
 
-SOLVER.CHECKPOINT_BEST_METRIC chooses the weights, SOLVER.EARLY_STOPPING.METRIC the end of the run.
+SOLVER.CHECKPOINT_BEST_METRIC selects the best weights, and SOLVER.EARLY_STOPPING.METRIC decides
+when the run ends.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from ..messages import nearest_name
 BEST, STOPPING = "SOLVER.CHECKPOINT_BEST_METRIC", "SOLVER.EARLY_STOPPING.METRIC"
 
 VALIDATION, TOTAL_LOSS = "validation", "total_loss"
-"""Where results hold the losses of TEST.EVAL_LOSS, and the name of their sum."""
+"""Section of the results that contains the losses of TEST.EVAL_LOSS, and the name of their sum."""
 
 
 def check_chosen_metrics(cfg: CfgNode) -> None:
-    """Refuses a metric that no evaluation will give, or that can never choose anything.
+    """Refuses a metric that no evaluation computes or that cannot affect the run.
 
     Raises:
-        ConfigError: naming what is missing, or the nearest metric.
+        ConfigError: if there is such a metric; names what is missing or the most similar metric.
     """
     for key, metric in chosen_metrics(cfg).items():
         _check_metric(cfg, key, metric)
@@ -37,23 +38,22 @@ def check_chosen_metrics(cfg: CfgNode) -> None:
     if stopping.METRIC and earliest >= cfg.SOLVER.MAX_ITER:
         raise ConfigError(
             f"{STOPPING} {stopping.METRIC!r} can never end this run: PATIENCE {stopping.PATIENCE} "
-            f"and TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} need {earliest} iterations at least, and "
-            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; lower one of the two, or leave the metric "
-            "out"
+            f"and TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} need at least {earliest} iterations, but "
+            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; lower one of the two, or remove the metric"
         )
 
 
 def chosen_metrics(cfg: CfgNode) -> dict[str, str]:
-    """Returns the metrics that the config names, by key."""
+    """Returns the metrics that the config sets, by key."""
     solver = cfg.SOLVER
     named = {BEST: solver.CHECKPOINT_BEST_METRIC, STOPPING: solver.EARLY_STOPPING.METRIC}
     return {key: metric for key, metric in named.items() if metric}
 
 
 def improves(metric: str, value: float, best: float | None) -> bool:
-    """Returns whether a value of a metric is better than the best so far (None: there is none yet).
+    """Returns whether a value of a metric is better than the best so far (None: no value yet).
 
-    Losses are better when they are lower, and all other metrics when they are higher.
+    Losses are better if lower; all other metrics are better if higher.
     """
     if best is None:
         return not math.isnan(value)
@@ -66,11 +66,11 @@ def is_validation_loss(metric: str) -> bool:
 
 
 def of_dataset(names: Sequence[str], metric: str) -> tuple[str, str]:
-    """Returns the data set that a metric names ("" if none), and the metric's name within it.
+    """Splits a metric into its data set ("" if unknown) and its name without the data set.
 
     Args:
-        names: DATASETS.TEST; if there are several, metrics start with one of them.
-        metric: as in ``metrics.json``.
+        names: DATASETS.TEST. With several data sets, metrics start with the name of one of them.
+        metric: name of the metric as in ``metrics.json``.
     """
     if len(names) == 1:
         return names[0], metric
@@ -82,22 +82,22 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
     names = cfg.DATASETS.TEST
     if not names:
         raise ConfigError(
-            f"{key} is {metric!r}, but DATASETS.TEST is empty: name a data set, or leave the "
-            "metric out"
+            f"{key} is {metric!r}, but DATASETS.TEST is empty: name a data set, or remove the "
+            "metric"
         )
     if not 0 < cfg.TEST.EVAL_PERIOD < cfg.SOLVER.MAX_ITER:
         raise ConfigError(
             f"{key} {metric!r} needs several evaluations to choose from, but TEST.EVAL_PERIOD "
             f"{cfg.TEST.EVAL_PERIOD} gives one, after iteration {cfg.SOLVER.MAX_ITER}; set it to "
-            f"e.g. {max(cfg.SOLVER.MAX_ITER // 10, 1)}, or leave the metric out"
+            f"e.g. {max(cfg.SOLVER.MAX_ITER // 10, 1)}, or remove the metric"
         )
     name, own = of_dataset(names, metric)
     if not name:
         known = [f"{x}/{y}" for x in names for y in evaluated_metrics(cfg, x)]
         example = nearest_name(metric, known) or f"{names[0]}/{metric}"
         raise ConfigError(
-            f"{key} {metric!r}: with several data sets in DATASETS.TEST it starts with one of "
-            f"them, e.g. {example}"
+            f"{key} {metric!r}: with several data sets in DATASETS.TEST, it must start with the "
+            f"name of one of them, e.g. {example}"
         )
     task, _, loss = own.partition("/")
     if task == VALIDATION and not cfg.TEST.EVAL_LOSS:
@@ -109,21 +109,19 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
     if task == "semantic" and not cfg.TEST.SEMANTIC_THRESHOLD:
         raise ConfigError(f"{key} {metric!r} needs TEST.SEMANTIC_THRESHOLD above 0, e.g. 0.5")
     if task == VALIDATION and loss.startswith("loss_"):
-        return  # the model says what losses it has, see engine/validation_loss.py
+        return  # the model decides which losses exist, see engine/validation_loss.py
     known = evaluated_metrics(cfg, name)
     if task == VALIDATION:
         known = [f"{VALIDATION}/{TOTAL_LOSS}", f"{VALIDATION}/loss_mask"]
     if known and own not in known:
         nearest = nearest_name(own, known)
-        common = ", ".join(x for x in known if "-" not in x)  # not those of each class
-        hint = f"did you mean {nearest!r}?" if nearest else f"there are {common}"
+        common = ", ".join(x for x in known if "-" not in x)  # leaves out metrics of single classes
+        hint = f"did you mean {nearest!r}?" if nearest else f"choose from {common}"
         raise ConfigError(f"{key} {metric!r} is not a metric of {name}; {hint}")
 
 
 def evaluated_metrics(cfg: CfgNode, name: str) -> list[str]:
-    """Returns the metrics of MaskEvaluator for a data set; none where another evaluator may be
-    used.
-    """
+    """Returns MaskEvaluator's metrics for a data set; none if another evaluator may be used."""
     own, metadata = coco_classes(cfg), MetadataCatalog.get(name)
     kind = "coco" if name in own else metadata.get("evaluator_type")
     if kind not in ("coco", "lvis") or cfg.MODEL.KEYPOINT_ON:

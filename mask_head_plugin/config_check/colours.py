@@ -1,4 +1,4 @@
-"""Checks that INPUT.FORMAT is the order of colours that means and pretrained weights expect."""
+"""Checks that INPUT.FORMAT has the colour order that pixel means and pretrained weights expect."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ IMAGENET_BGR = {
     "PIXEL_MEAN": ((103.5, 116.3, 123.7), 2.0),
     "PIXEL_STD": ((57.375, 57.12, 58.395), 0.3),
 }
-"""Statistics of ImageNet's channels, and how far those in use (Caffe's, torchvision's) deviate."""
+"""Statistics of ImageNet's channels with tolerances that cover Caffe's and torchvision's values."""
 
 NEAR = 2.0
-"""How far means and deviations may be from a model's: authors round, e.g. 0.498 to 0.5."""
+"""How far means and deviations may be from a model's, because authors round, e.g. 0.498 to 0.5."""
 
 ZOO = ("detectron2://", "catalog://", "https://dl.fbaipublicfiles.com/detectron")
 RGB_IN_ZOO = ("/torchvision/", "/ViTDet/")
-"""Parts of the addresses of zoo weights that were trained on RGB; all others were trained on BGR.
-"""
+"""Parts of addresses that identify zoo weights trained on RGB; all others were trained on BGR."""
 
 ORDER_BY_AUTHOR = {"torchvision": "RGB", "Caffe2": "BGR", "pycls": "BGR"}
-"""Order of the colours that ImageNet models were trained on, by the ``__author__`` in the file."""
+"""Colour order that ImageNet models were trained on, by the ``__author__`` in the file."""
 
 
 def wrong_colours(cfg: CfgNode) -> str | None:
-    """Returns what is wrong, and the fix, or None.
+    """Describes what is wrong with the colours and how to fix it; returns None if nothing is.
 
     Args:
-        cfg: its INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD have one entry per channel.
+        cfg: a config whose PIXEL_MEAN and PIXEL_STD have one entry per channel of INPUT.FORMAT.
     """
     order, model = cfg.INPUT.FORMAT, cfg.MODEL
     if all(0 < x <= 1 for x in model.PIXEL_MEAN):
         return (
-            f"MODEL.PIXEL_MEAN {model.PIXEL_MEAN} is for pixels in [0, 1], but here they are in "
+            f"MODEL.PIXEL_MEAN {model.PIXEL_MEAN} is for pixels in [0, 1], but pixels here are in "
             "[0, 255]; multiply it and MODEL.PIXEL_STD by 255"
         )
     if order not in ("BGR", "RGB"):
@@ -57,14 +56,14 @@ def wrong_colours(cfg: CfgNode) -> str | None:
     trained = "RGB" if any(part in model.WEIGHTS for part in RGB_IN_ZOO) else "BGR"
     if model.WEIGHTS.startswith(ZOO) and trained != order:
         return (
-            f"INPUT.FORMAT is {order}, but MODEL.WEIGHTS {model.WEIGHTS} is trained on {trained}; "
-            f"set INPUT.FORMAT to {trained}, and MODEL.PIXEL_MEAN and PIXEL_STD in that order"
+            f"INPUT.FORMAT is {order}, but MODEL.WEIGHTS {model.WEIGHTS} was trained on {trained}; "
+            f"set INPUT.FORMAT to {trained}, and put MODEL.PIXEL_MEAN and PIXEL_STD in that order"
         )
     return None
 
 
 def _wrong_for_timm(cfg: CfgNode) -> str | None:
-    """Returns what contradicts the pretrained weights of a timm model, and the right values."""
+    """Describes what contradicts a timm model's pretrained weights, with the right values."""
     order, model = cfg.INPUT.FORMAT, cfg.MODEL
     if not (has_timm_backbone(cfg) and (model.TIMM.CHECKPOINT or model.TIMM.PRETRAINED)):
         return None
@@ -75,8 +74,8 @@ def _wrong_for_timm(cfg: CfgNode) -> str | None:
         return None
     told = ", ".join(f"{key} {value}" for key, value in given.items())
     return (
-        f"{told}, but MODEL.TIMM.NAME {model.TIMM.NAME} is trained with others; set INPUT.FORMAT "
-        f"to RGB, MODEL.PIXEL_MEAN to {mean} and MODEL.PIXEL_STD to {std}"
+        f"{told}, but MODEL.TIMM.NAME {model.TIMM.NAME} was trained with other values; set "
+        f"INPUT.FORMAT to RGB, MODEL.PIXEL_MEAN to {mean} and MODEL.PIXEL_STD to {std}"
     )
 
 
@@ -85,18 +84,18 @@ def _is_near(values: Sequence[float], others: Sequence[float]) -> bool:
 
 
 def warn_of_colours(input_format: str, author: str, source: str) -> None:
-    """Logs a warning where weights were trained on another order of colours.
+    """Logs a warning if weights were trained on another colour order.
 
     Args:
-        input_format: INPUT.FORMAT, or "" if it is not known.
-        author: who made the file, as the file says.
-        source: its path.
+        input_format: INPUT.FORMAT, or "" if it is unknown.
+        author: author recorded in the file.
+        source: path of the file.
     """
     trained = ORDER_BY_AUTHOR.get(author, input_format)
     if input_format in ("BGR", "RGB") and trained != input_format:
         logger.warning(
-            "%s is %s's, trained on %s, but INPUT.FORMAT is %s; set it, and PIXEL_MEAN and "
-            "PIXEL_STD in that order",
+            "%s comes from %s and was trained on %s, but INPUT.FORMAT is %s; change it, and put "
+            "PIXEL_MEAN and PIXEL_STD in the same order",
             source,
             author,
             trained,

@@ -1,4 +1,4 @@
-"""Whether the parts of a detector fit each other: feature maps, anchors, matchers, proposals."""
+"""Checks that the parts of a detector fit together: maps, anchors, matchers, proposals, heads."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 def check_features(cfg: CfgNode, *, train: bool) -> None:
-    """Checks the parts of a detectron2 two-stage detector; parts of other kinds pass.
+    """Checks the parts of a detectron2 two-stage detector; other kinds of parts pass.
 
     Args:
-        cfg: a config that check_host_values passes.
+        cfg: a config that has passed check_host_values.
         train: whether the model will be trained.
 
     Raises:
-        ConfigError: naming the keys and what they could be.
+        ConfigError: if parts do not fit together; names the keys and possible values.
     """
     model = cfg.MODEL
     arch = registered_class(META_ARCH_REGISTRY, model.META_ARCHITECTURE)
@@ -64,7 +64,7 @@ def check_features(cfg: CfgNode, *, train: bool) -> None:
 
 
 def _backbone_maps(cfg: CfgNode) -> dict[str, ShapeSpec] | None:
-    """Returns the maps by name, or None where the backbone can only be built with values."""
+    """Returns the maps by name, or None if the backbone can be built only with values."""
     maps, part = dry_backbone(cfg)
     told = f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} cannot be built"
     if part.is_refusal:
@@ -78,10 +78,10 @@ def _backbone_maps(cfg: CfgNode) -> dict[str, ShapeSpec] | None:
 
 def _check_maps(key: str, names: Sequence[str], maps: dict[str, ShapeSpec] | None) -> None:
     if not names:
-        raise ConfigError(f"{key} is empty; the backbone gives {list(maps or ())}")
+        raise ConfigError(f"{key} is empty; the backbone has {list(maps or ())}")
     for name in names:
         if maps is not None and name not in maps:
-            raise ConfigError(f"{key}: the backbone gives {list(maps)}, not {name!r}")
+            raise ConfigError(f"{key}: the backbone has {list(maps)}, not {name!r}")
 
 
 def _check_anchors(cfg: CfgNode) -> None:
@@ -100,7 +100,9 @@ def _check_anchors(cfg: CfgNode) -> None:
                 f"MODEL.ANCHOR_GENERATOR.{key} {given} must be lists of numbers above 0"
             )
     if not 0 <= anchors.OFFSET < 1:
-        raise ConfigError(f"MODEL.ANCHOR_GENERATOR.OFFSET is {anchors.OFFSET}; it is in [0, 1)")
+        raise ConfigError(
+            f"MODEL.ANCHOR_GENERATOR.OFFSET is {anchors.OFFSET}; it must be in [0, 1)"
+        )
 
 
 def _is_positive(value: Any) -> bool:
@@ -112,12 +114,12 @@ def _check_matcher(section: str, node: CfgNode, num_thresholds: int) -> None:
     if len(thresholds) != num_thresholds or not is_rising(thresholds, least=0, most=1):
         example = [0.3, 0.7] if num_thresholds == 2 else [0.5]
         raise ConfigError(
-            f"{section}.IOU_THRESHOLDS {thresholds} must be {num_thresholds} rising between 0 and "
-            f"1, e.g. {example}"
+            f"{section}.IOU_THRESHOLDS {thresholds} must be {num_thresholds} rising numbers "
+            f"between 0 and 1, e.g. {example}"
         )
     if len(labels) != num_thresholds + 1 or not set(labels) <= {-1, 0, 1}:
         raise ConfigError(
-            f"{section}.IOU_LABELS {labels}: give one more than IOU_THRESHOLDS, each 0 "
+            f"{section}.IOU_LABELS {labels}: give one label more than IOU_THRESHOLDS, each 0 "
             f"(background), -1 (ignored) or 1 (object)"
         )
 
@@ -125,7 +127,8 @@ def _check_matcher(section: str, node: CfgNode, num_thresholds: int) -> None:
 def _check_proposals(cfg: CfgNode, generator: type, *, train: bool) -> None:
     name, loads = cfg.MODEL.PROPOSAL_GENERATOR.NAME, cfg.MODEL.LOAD_PROPOSALS
     precomputed = name == "PrecomputedProposals"
-    if precomputed != loads and (precomputed or generator in (RPN, RRPN)):  # a user's may read them
+    # A user's generator may load proposals under another name.
+    if precomputed != loads and (precomputed or generator in (RPN, RRPN)):
         raise ConfigError(
             "MODEL.LOAD_PROPOSALS True and MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals must "
             f"be set together; now they are {loads} and {name}"
@@ -149,7 +152,8 @@ def _check_heads(cfg: CfgNode, heads: type, maps: dict[str, ShapeSpec] | None) -
             raise ConfigError(
                 f"MODEL.ROI_HEADS.NAME {heads.__name__} takes one map, such as that of ResNet-C4, "
                 f"but "
-                f"MODEL.ROI_HEADS.IN_FEATURES has {len(names)}; with FPN take PerClassMaskROIHeads"
+                f"MODEL.ROI_HEADS.IN_FEATURES has {len(names)}; with an FPN, use "
+                "PerClassMaskROIHeads"
             )
         return
     strides = [maps[name].stride for name in names] if maps else []
@@ -172,7 +176,7 @@ def _check_box_weights(section: str, node: CfgNode) -> None:
     weights = node.BBOX_REG_WEIGHTS
     if len(weights) != 4 or not all(_is_positive(x) for x in weights):
         raise ConfigError(
-            f"{section}.BBOX_REG_WEIGHTS {weights} must be four: x, y, w, h, all above 0"
+            f"{section}.BBOX_REG_WEIGHTS {weights} must be four numbers above 0: x, y, w, h"
         )
 
 
@@ -181,13 +185,13 @@ def _check_keypoints(cfg: CfgNode, heads: type, *, train: bool) -> None:
         return
     if issubclass(heads, Res5ROIHeads):
         raise ConfigError(
-            f"MODEL.KEYPOINT_ON: {heads.__name__} has no keypoints; take PerClassMaskROIHeads"
+            f"MODEL.KEYPOINT_ON: {heads.__name__} has no keypoints; use PerClassMaskROIHeads"
         )
     own = [entry[0] for entry in cfg.DATASETS.COCO_FILES]
     for name in cfg.DATASETS.TRAIN if train else ():
         known = name in MetadataCatalog.list()
         if name in own or (known and not MetadataCatalog.get(name).get("keypoint_names")):
             raise ConfigError(
-                f"MODEL.KEYPOINT_ON, but data set {name!r} of DATASETS.TRAIN has no keypoints; "
-                "turn it off"
+                f"MODEL.KEYPOINT_ON is True, but data set {name!r} of DATASETS.TRAIN has no "
+                "keypoints; set it to False"
             )

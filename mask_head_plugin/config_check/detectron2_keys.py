@@ -1,7 +1,7 @@
-"""Values that belong to detectron2: the installed detectron2 decides whether it takes them.
+"""Checks values that detectron2 reads: the installed detectron2 decides whether it accepts them.
 
-A norm, backbone or sampler that you have registered, or that a newer detectron2 knows, is as good
-as those named here, which only serve as hints. A value that is neither registered nor named here is
+The lists here only serve as hints. A norm, backbone or sampler that users have registered, or that
+a newer detectron2 supports, is accepted as well. A value that is neither registered nor listed is
 tried; see dry_build.
 """
 
@@ -75,22 +75,22 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "MODEL.ROI_BOX_HEAD.NORM": NORMS,
     "MODEL.ROI_MASK_HEAD.NORM": NORMS,
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ALL_POOLER_TYPES,
-    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": (*ALL_POOLER_TYPES, ""),  # pools nothing, for PointRend
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": (*ALL_POOLER_TYPES, ""),  # "" disables it, for PointRend
     "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": ALL_POOLER_TYPES,
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
 }
-"""Values that detectron2 takes for keys without a registry, as far as this package knows."""
+"""Values that detectron2 is known to accept for keys without a registry."""
 
 
 def registered_class(registry: Registry, name: str) -> type:
-    """Returns the class of that name, or ``object`` if it is unknown."""
+    """Returns the registered class with this name, or ``object`` if there is none."""
     found = registry.get(name) if name in registry else None
     return found if isinstance(found, type) else object
 
 
 def check_host_values(cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer]) -> None:
-    """Refuses values that detectron2 refuses, and warns about others that look misspelt.
+    """Refuses values that detectron2 refuses, and warns about others that look misspelled.
 
     Args:
         cfg: a complete config.
@@ -98,7 +98,8 @@ def check_host_values(cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer
         trainer: see dry_build.
 
     Raises:
-        ConfigError: naming the key, its value and the nearest one that is known.
+        ConfigError: if detectron2 refuses a value; names the key, its value and the most similar
+            known value.
     """
     suspects = _unknown_values(cfg)
     if not train:
@@ -118,19 +119,19 @@ def check_host_values(cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer
             ended = [error for error in refusals if error not in others]
             if ended:
                 raise ConfigError(f"{told} ({ended[0]})")
-        if not readers or any(part.error for part in readers):  # is not tried, or read later
+        if not readers or any(part.error for part in readers):  # was not tried, or is read later
             logger.warning("%s", told)
 
 
 def _unknown_values(cfg: CfgNode) -> dict[str, Sequence[Any]]:
-    """Returns the known values of each key whose value is not one of them."""
+    """Returns the keys whose value is unknown, each with its known values."""
     known = {key: [name for name, _ in registry] for key, registry in REGISTRIES.items()}
     known["MODEL.PROPOSAL_GENERATOR.NAME"].append("PrecomputedProposals")
     heads = registered_class(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)
-    if not issubclass(heads, StandardROIHeads):  # others have no box head, and "" is the default
+    if not issubclass(heads, StandardROIHeads):  # other heads need no box head; "" is the default
         known["MODEL.ROI_BOX_HEAD.NAME"].append("")
     if heads.__module__.partition(".")[0] not in ("detectron2", "builtins", PACKAGE):
-        # A user's heads may have detectron2's pooler, or ours.
+        # A user's heads may use detectron2's pooler or this plugin's.
         known |= {f"MODEL.ROI_{x}_HEAD.POOLER_TYPE": [*STOCK_POOLER_TYPES] for x in ("BOX", "MASK")}
         known["MODEL.ROI_MASK_HEAD.POOLER_TYPE"].append("")
     values = flatten(cfg)
@@ -139,7 +140,7 @@ def _unknown_values(cfg: CfgNode) -> dict[str, Sequence[Any]]:
 
 
 def _nearest(value: Any, choices: Sequence[Any]) -> Any:
-    """Returns the choice that a value most likely meant, or None."""
+    """Returns the choice that the user most likely meant, or None."""
     if not isinstance(value, str):
         return min(choices, key=lambda x: abs(x - value))
     return nearest_name(value, choices, cutoff=0.5)  # norms are short
@@ -153,7 +154,7 @@ def _with(cfg: CfgNode, key: str, value: Any) -> CfgNode:
 
 
 def _usual(key: str, choices: Sequence[Any]) -> Any:
-    """Returns detectron2's default, or any choice if the default is not one."""
+    """Returns detectron2's default if it is a choice, otherwise the first choice."""
     default = flatten(get_cfg())[key]
     return default if default in choices else choices[0]
 

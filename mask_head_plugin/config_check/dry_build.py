@@ -1,8 +1,8 @@
-"""Tries a config: builds the parts of a run from it without memory, data or weights.
+"""Tries a config: builds the parts of a run without using memory, data or weights.
 
-They are built on PyTorch's "meta" device, which allocates nothing, from a config that records which
-keys are read, and in a child process, since your modules may keep tensors or draw random numbers.
-Files that they write to disk stay.
+Parts are built on PyTorch's "meta" device, which allocates nothing, and from a config that records
+which keys are read. This happens in a child process, because users' modules may keep tensors or
+draw random numbers. Files that such modules write to disk remain.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ LIBRARIES = {
     *sys.stdlib_module_names,
     *("torch", "torchvision", "fvcore", "iopath", "yacs", "numpy", "PIL", "cv2"),
 }
-"""Their errors are attributed to their callers."""
+"""Libraries whose errors are attributed to their callers."""
 
 NO_FAULT = re.compile(r"\bmeta\b|forked subprocess", re.IGNORECASE)
-"""What PyTorch says about tensors without values, and about CUDA in a child process."""
+"""Matches PyTorch's errors about tensors without values and about CUDA in a child process."""
 
 OBJECT = {
     "bbox": [0, 0, 2, 2],
@@ -51,7 +51,7 @@ OBJECT = {
     "category_id": 0,
     "segmentation": [[0, 0, 2, 0, 2, 2]],
 }
-"""An annotation as detectron2's mapper has it."""
+"""An annotation in the form that detectron2's mapper uses."""
 
 
 class DryPart(NamedTuple):
@@ -59,9 +59,10 @@ class DryPart(NamedTuple):
 
     Attributes:
         keys_read: full names of the keys that the part read.
-        error: what stopped it, in one line, without memory addresses.
-        is_refusal: whether detectron2 or this package raised that error itself. If not, it came
-            from a user's module, or from one that needs values, which "meta" lacks.
+        error: the error that stopped the part, in one line without memory addresses; None if it
+            was built.
+        is_refusal: whether detectron2 or this package raised the error deliberately. Otherwise it
+            came from a user's module, or from a module that needs values, which "meta" lacks.
     """
 
     keys_read: frozenset[str]
@@ -72,13 +73,13 @@ class DryPart(NamedTuple):
 def dry_build(
     cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer] = DefaultTrainer
 ) -> list[DryPart]:
-    """Builds a model and its mapper and, for training, schedule and loader, each on its own.
+    """Builds a model and its mapper and, for training, its schedule and loader, one by one.
 
     Args:
-        cfg: a complete config; not changed.
+        cfg: a complete config; it is not changed.
         train: whether the model will be trained.
-        trainer: gives optimizer and schedule. If ``build_train_loader`` is a user's, the loader is
-            not built, since it would read the data.
+        trainer: provides optimizer and schedule. If it has a custom ``build_train_loader``, the
+            loader is not built, because that would read the data.
     """
     try:
         return call_in_child(partial(build_parts, cfg, train=train, trainer=trainer))
@@ -87,7 +88,7 @@ def dry_build(
 
 
 def dry_backbone(cfg: CfgNode) -> tuple[dict[str, ShapeSpec], DryPart]:
-    """Returns the maps that a config's backbone gives; none if it could not be built."""
+    """Returns the maps that a config's backbone outputs; none if it could not be built."""
     shapes: dict[str, ShapeSpec] = {}
 
     def build(cfg: CfgNode) -> None:
@@ -108,7 +109,7 @@ def dry_backbone(cfg: CfgNode) -> tuple[dict[str, ShapeSpec], DryPart]:
 def build_parts(
     cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer] = DefaultTrainer
 ) -> list[DryPart]:
-    """Does the same in this process."""
+    """Like ``dry_build``, but in this process."""
     model: list[nn.Module] = []
 
     def build_model(cfg: CfgNode) -> None:
@@ -135,7 +136,7 @@ def _built(build: Callable[[CfgNode], object], cfg: CfgNode) -> DryPart:
     keys_read = _Keys()
     try:
         build(_Recording.of(cfg, "", keys_read))
-    except Exception as error:  # of anything that a user has registered
+    except Exception as error:  # users' registered code may raise anything
         return DryPart(frozenset(keys_read), _told(error), _is_refusal(error))
     return DryPart(frozenset(keys_read), None)
 
@@ -145,7 +146,8 @@ def _is_refusal(error: Exception) -> bool:
     while cause:
         if isinstance(cause, OSError | ImportError | MemoryError):
             return False
-        may_lack_values = isinstance(cause, RuntimeError | TypeError)  # others quote the config
+        # Errors of other types may quote "meta" from the config.
+        may_lack_values = isinstance(cause, RuntimeError | TypeError)
         if may_lack_values and NO_FAULT.search(str(cause)):
             return False
         cause = cause.__cause__ or cause.__context__
@@ -155,7 +157,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _try_box_losses(model: nn.Module) -> None:
-    """Calls detectron2's box losses without boxes: only then do they check their type."""
+    """Calls detectron2's box losses without boxes; they check their type only when called."""
     none, boxes = torch.zeros(0, device="cpu"), torch.zeros(0, 4, device="cpu")
     for module in model.modules():
         if isinstance(module, FastRCNNOutputLayers):
@@ -184,14 +186,14 @@ def _told(error: Exception) -> str:
 
 
 class _Keys(set[str]):
-    """The same object in all copies of the config."""
+    """A set that all copies of the config share."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Keys:
         return self
 
 
 class _Recording(CfgNode):
-    """A config that records the full names of the keys that are read, also in its copies."""
+    """A config that records the full names of the keys read from it or its copies."""
 
     @classmethod
     def of(cls, node: CfgNode, prefix: str, keys_read: _Keys) -> _Recording:
@@ -232,7 +234,7 @@ class _Recording(CfgNode):
         return dict.values(self)
 
     def _immutable(self, is_immutable: bool) -> None:
-        """Used by freeze() and defrost(), which call values() in yacs."""
+        """Called by freeze() and defrost(); yacs's version would call values() and record keys."""
         self.__dict__[CfgNode.IMMUTABLE] = is_immutable
         values: ValuesView[Any] = dict.values(self)
         for value in values:

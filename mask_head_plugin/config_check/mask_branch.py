@@ -1,4 +1,4 @@
-"""Checks the plugin's own keys: poolers, mask heads, their losses, and the form of masks."""
+"""Checks the plugin's own keys: poolers, mask heads, mask losses and the output format of masks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .detectron2_keys import registered_class
 
 
 def check_mask_branch(cfg: CfgNode) -> None:
-    """Checks keys that the plugin reads.
+    """Checks keys of the mask branch that the plugin reads.
 
     Args:
-        cfg: a config that check_host_values passes.
+        cfg: a config that has passed check_host_values.
 
     Raises:
-        ConfigError: naming the key, its value and what it could be.
+        ConfigError: if a value cannot be used; names the key, its value and possible values.
     """
     for head in ("ROI_BOX_HEAD", "ROI_MASK_HEAD"):
         _check_pooler(cfg, head)
@@ -58,13 +58,13 @@ def _check_pooler(cfg: CfgNode, head: str) -> None:
             (box.POOLER_TYPE, box.POOLER_REDUCTION),
         ):
             raise ConfigError(
-                f"MODEL.ROI_MASK_HEAD: {kind} with {reduction} has no effect, since "
-                f"{heads.__name__} pools once; set it in MODEL.ROI_BOX_HEAD"
+                f"MODEL.ROI_MASK_HEAD: {kind} with {reduction} has no effect, because "
+                f"{heads.__name__} pools only once; set it in MODEL.ROI_BOX_HEAD"
             )
 
 
 def _check_mask_head(cfg: CfgNode) -> None:
-    """Refuses settings for the plugin's mask heads that another head would ignore."""
+    """Refuses settings of the plugin's mask heads that the chosen head would ignore."""
     head = cfg.MODEL.ROI_MASK_HEAD
     losses = tuple(tuple(entry) for entry in head.LOSSES)
     choices = [
@@ -85,7 +85,7 @@ def _check_mask_head(cfg: CfgNode) -> None:
         if changed:
             raise ConfigError(
                 f"MODEL.ROI_MASK_HEAD.{key} has no effect with MODEL.ROI_MASK_HEAD.NAME "
-                f"{head.NAME}; it needs FCNMaskHead or MLPMaskHead, or its default"
+                f"{head.NAME}; use FCNMaskHead or MLPMaskHead, or set the key to its default"
             )
 
 
@@ -94,7 +94,7 @@ def _check_mask_output(cfg: CfgNode) -> None:
     if output not in MASK_OUTPUTS:
         raise ConfigError(f"MODEL.MASK_OUTPUT {output!r} is not one of {MASK_OUTPUTS}")
     if output == "rle" and not issubclass(registered_class(META_ARCH_REGISTRY, name), MaskRCNN):
-        own = registered_name(META_ARCH_REGISTRY, MaskRCNN)  # MaskRCNN may be the user's
+        own = registered_name(META_ARCH_REGISTRY, MaskRCNN)  # users may have their own MaskRCNN
         raise ConfigError(
             f"MODEL.MASK_OUTPUT rle needs MODEL.META_ARCHITECTURE {own}; with {name} it must be "
             "bitmask"

@@ -1,4 +1,4 @@
-"""Checks how weights are learnt: optimizer, rates by module and layer, average, batch parts."""
+"""Checks the training recipe: optimizer, learning rates, weight average, gradient accumulation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZERS = ("SGD", "AdamW")
 
 HIGH_FOR_ADAMW = 0.01
-"""Usual is 1e-4 to 1e-3; SGD's usual rates begin here."""
+"""AdamW usually needs 1e-4 to 1e-3; rates from here on are usual for SGD."""
 
 
 def check_recipe(cfg: CfgNode, num_processes: int) -> None:
@@ -26,10 +26,10 @@ def check_recipe(cfg: CfgNode, num_processes: int) -> None:
 
     Args:
         cfg: a complete config.
-        num_processes: of the run.
+        num_processes: number of processes of the run.
 
     Raises:
-        ConfigError: naming the key, its value and what it could be.
+        ConfigError: if a value cannot be used; names the key, its value and possible values.
     """
     solver = cfg.SOLVER
     if solver.OPTIMIZER not in OPTIMIZERS:
@@ -42,7 +42,7 @@ def check_recipe(cfg: CfgNode, num_processes: int) -> None:
         )
     if solver.OPTIMIZER == "AdamW" and solver.BASE_LR >= HIGH_FOR_ADAMW:
         logger.warning(
-            "SOLVER.BASE_LR %g suits SGD; AdamW usually learns at 0.0001 to 0.001 and diverges at "
+            "SOLVER.BASE_LR %g suits SGD; AdamW usually needs 0.0001 to 0.001 and diverges at "
             "higher rates",
             solver.BASE_LR,
         )
@@ -60,10 +60,10 @@ def check_recipe(cfg: CfgNode, num_processes: int) -> None:
 
 
 def check_rates(cfg: CfgNode, trainer: type[DefaultTrainer]) -> None:
-    """Refuses learning rates by module or layer that do not fit the model, by trying them.
+    """Builds the optimizer to check that learning rates by module or layer fit the model.
 
     Raises:
-        ConfigError: in the words of the trainer's optimizer.
+        ConfigError: if they do not fit; has the message of the trainer's optimizer.
     """
     if not cfg.SOLVER.LR_FACTORS and cfg.SOLVER.LAYER_DECAY == 1:
         return
@@ -81,18 +81,18 @@ def _check_lr_factors(factors: list[Any]) -> None:
         is_pair = isinstance(entry, list | tuple) and len(entry) == 2
         if not is_pair or not isinstance(entry[0], str) or not entry[0]:
             raise ConfigError(
-                f"SOLVER.LR_FACTORS: {entry!r} is not a module's name and a factor, such as "
+                f"SOLVER.LR_FACTORS: {entry!r} must be a module's name and a factor, such as "
                 '["backbone", 0.1]'
             )
         if not _is_number(entry[1]) or not 0 < entry[1] < math.inf:
             raise ConfigError(
                 f"SOLVER.LR_FACTORS: the factor of {entry[0]!r} is {entry[1]!r}; it must be above "
-                "0 (MODEL.BACKBONE.FREEZE_AT freezes a backbone)"
+                "0 (use MODEL.BACKBONE.FREEZE_AT to freeze a backbone)"
             )
     names = [entry[0] for entry in factors]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise ConfigError(f"SOLVER.LR_FACTORS has {twice!r} twice; leave one out")
+        raise ConfigError(f"SOLVER.LR_FACTORS has {twice!r} twice; remove one")
 
 
 def _check_parts(cfg: CfgNode, num_processes: int) -> None:
@@ -100,9 +100,9 @@ def _check_parts(cfg: CfgNode, num_processes: int) -> None:
     own = images // (cfg.SOLVER.REFERENCE_WORLD_SIZE or num_processes)
     if parts < 1 or own % parts:
         raise ConfigError(
-            f"SOLVER.ACCUMULATE_STEPS {parts}: a process computes {own} images a step (SOLVER."
-            f"IMS_PER_BATCH {images}), which cannot be divided into that many parts; set it to "
-            f"{_nearest_divisor(own, parts)}"
+            f"SOLVER.ACCUMULATE_STEPS {parts}: each process gets {own} images per iteration "
+            f"(SOLVER.IMS_PER_BATCH {images}), which cannot be divided into that many parts; set "
+            f"it to {_nearest_divisor(own, parts)}"
         )
 
 

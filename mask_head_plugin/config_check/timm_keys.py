@@ -1,4 +1,4 @@
-"""Checks that a timm backbone can start as the config says; nothing is built."""
+"""Checks the config of a timm backbone without building it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..modeling.timm_weights import check_backbone_file
 from .detectron2_keys import registered_class
 
 BACKBONES_ALONE = "detectron2://ImageNetPretrained/"
-"""How the addresses of zoo weights for detectron2's backbones begin."""
+"""Prefix of the addresses of detectron2's backbone weights."""
 
 
 def has_timm_backbone(cfg: CfgNode) -> bool:
@@ -25,10 +25,11 @@ def has_timm_backbone(cfg: CfgNode) -> bool:
 
 
 def check_timm(cfg: CfgNode) -> None:
-    """Checks MODEL.TIMM, if the backbone is a timm model.
+    """Checks MODEL.TIMM if the backbone is a timm model.
 
     Raises:
-        ConfigError: if timm, the model or its file is missing, or heads or weights do not suit it.
+        ConfigError: if timm, the model or its file is missing, or if heads or weights do not fit
+            the model.
     """
     if not has_timm_backbone(cfg):
         return
@@ -37,13 +38,13 @@ def check_timm(cfg: CfgNode) -> None:
     if model.WEIGHTS.startswith(BACKBONES_ALONE):
         raise ConfigError(
             f"MODEL.WEIGHTS {model.WEIGHTS} belongs to a backbone of detectron2, not to "
-            f"MODEL.TIMM.NAME {keys.NAME}; set it to '', and MODEL.TIMM.CHECKPOINT or PRETRAINED"
+            f"MODEL.TIMM.NAME {keys.NAME}; set it to '' and use MODEL.TIMM.CHECKPOINT or PRETRAINED"
         )
     if keys.CHECKPOINT and not model.WEIGHTS:
         check_backbone_file(Path(keys.CHECKPOINT).expanduser(), keys.NAME)
     if issubclass(registered_class(ROI_HEADS_REGISTRY, model.ROI_HEADS.NAME), Res5ROIHeads):
         raise ConfigError(
             f"MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} contains res5 of detectron2's ResNets, "
-            f"for which {keys.NAME} has no weights; take PerClassMaskROIHeads, with "
-            "MODEL.ROI_BOX_HEAD.NAME FastRCNNConvFCHead, on one map or an FPN"
+            f"for which {keys.NAME} has no weights; use PerClassMaskROIHeads with "
+            "MODEL.ROI_BOX_HEAD.NAME FastRCNNConvFCHead on one map or an FPN"
         )

@@ -1,7 +1,8 @@
-"""Finds keys that are set but that nothing reads, so that a run is not what its config says.
+"""Finds keys that are set but never read, because the run would then differ from its config.
 
-Who reads a key depends on other keys: detectron2's ResNets read MODEL.RESNETS.DEPTH, the small one
-here does not. So the parts are built; see dry_build.
+Whether a key is read depends on other keys. For example, detectron2's ResNets read
+MODEL.RESNETS.DEPTH, but this package's small ResNet does not. So the parts of the run are built
+while recording which keys they read; see dry_build.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ READ_LATER = (
     *("SOLVER.LAYER_DECAY", "SOLVER.ACCUMULATE_STEPS", "SOLVER.EMA_DECAY", "TEST."),
     "SOLVER.EARLY_STOPPING.",
 )
-"""Keys, or beginnings of keys, that the trainer, the loaders and the evaluation read while they
-run, unless NEEDED says otherwise.
+"""Keys or prefixes of keys that are read only during a run, by the trainer, the loaders or the
+evaluation. NEEDED may add a condition.
 """
 
 EVALUATION = ("MODEL.", "TEST.", "INPUT.MAX_SIZE_TEST")
-"""Beginnings of the keys that count when nothing is trained."""
+"""Prefixes of the keys that matter if the model is not trained."""
 
 BACKBONE = ("MODEL.BACKBONE.", "MODEL.RESNETS.", "MODEL.TIMM.")
-"""Beginnings of the keys that choose the backbone: if one has no effect, you get another backbone.
+"""Prefixes of the keys that define the backbone. If one has no effect, the run has another backbone
+than its config says.
 """
 
 FOR_TIMM = {
@@ -45,7 +47,7 @@ FOR_TIMM = {
     "MODEL.RESNETS.NORM": "set MODEL.TIMM.NORM",
     "MODEL.RESNETS.OUT_FEATURES": "set MODEL.TIMM.OUT_INDICES",
 }
-"""What to do instead if the backbone is timm's."""
+"""What to set instead if the backbone is a timm model."""
 
 NOTHING = "nothing in this config reads it"
 
@@ -81,11 +83,11 @@ NEEDED: dict[str, tuple[str, Callable[[CfgNode], Any]]] = {
     "TEST.SEMANTIC_THRESHOLD": ("MODEL.MASK_ON True", lambda x: x.MODEL.MASK_ON),
     "INPUT.LSJ.": ("INPUT.LSJ.ENABLED True", lambda x: x.INPUT.LSJ.ENABLED),
     "INPUT.MAX_SIZE_TRAIN": (
-        "INPUT.MIN_SIZE_TRAIN above 0, since 0 keeps images as they are",
+        "INPUT.MIN_SIZE_TRAIN above 0, because 0 keeps the original size",
         lambda x: any(x.INPUT.MIN_SIZE_TRAIN),
     ),
     "INPUT.MAX_SIZE_TEST": (
-        "INPUT.MIN_SIZE_TEST above 0, since 0 keeps images as they are",
+        "INPUT.MIN_SIZE_TEST above 0, because 0 keeps the original size",
         lambda x: x.INPUT.MIN_SIZE_TEST,
     ),
     "MODEL.RPN.SMOOTH_L1_BETA": (
@@ -109,19 +111,20 @@ NEEDED: dict[str, tuple[str, Callable[[CfgNode], Any]]] = {
         lambda x: x.MODEL.ROI_MASK_HEAD.SCORING.ENABLED,
     ),
 }
-"""What else must be set for keys, or beginnings of keys, that are always read."""
+"""For keys or prefixes of keys that are always read, what else must be set for them to matter."""
 
 WITHOUT_JITTER = ("INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.CROP.")
-"""Beginnings of the keys that INPUT.LSJ replaces: it sets the size of training images."""
+"""Prefixes of the keys that INPUT.LSJ makes ineffective, because it sets the image size."""
 
 
 def unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] = ()) -> dict[str, str]:
-    """Returns the keys that differ from detectron2's defaults but change nothing, with the cause.
+    """Returns the keys that differ from their defaults but have no effect, each with the cause.
 
     Args:
-        cfg: a complete config that check_config passes.
-        train: whether the model will be trained; if not, keys of training are not checked.
-        own: the keys that the user has set. A backbone's keys among them count with any value.
+        cfg: a complete config that has passed check_config.
+        train: whether the model will be trained; if not, training keys are not checked.
+        own: keys that the user has set. Backbone keys among them are checked even if they have
+            their default value.
     """
     defaults = get_cfg()
     add_mask_head_config(defaults)
@@ -139,7 +142,7 @@ def unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] = ()) -> dict
     read: set[str] = set()
     errors = [part.error for part in parts if part.error]
     if errors:
-        logger.info("keys without effect were not looked for: %s", errors[0])
+        logger.info("skipping the search for keys without effect: %s", errors[0])
     else:
         read = read.union(*(part.keys_read for part in parts))
     for key in set_keys:
@@ -152,7 +155,7 @@ def unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] = ()) -> dict
 
 
 def _needed(cfg: CfgNode, key: str) -> str | None:
-    """Returns what a key needs, but lacks, to have an effect."""
+    """Returns the missing condition for a key to have an effect; None if nothing is missing."""
     if cfg.INPUT.LSJ.ENABLED and key.startswith(WITHOUT_JITTER):
         return "INPUT.LSJ.ENABLED False"
     for start, (needed, is_given) in NEEDED.items():
@@ -166,17 +169,17 @@ def _needed(cfg: CfgNode, key: str) -> str | None:
 
 
 def own_keys(config_file: str, *layers: Collection[str]) -> set[str]:
-    """Returns the keys that a file sets, without its ``_BASE_``, and those set on top of it.
+    """Returns the keys set in a config file, without its ``_BASE_``, and in later layers.
 
-    A layer that chooses another backbone drops what earlier layers set for theirs.
+    A layer that chooses another backbone discards the backbone keys of earlier layers.
 
     Args:
-        config_file: as load_config takes it; "" for none.
-        layers: keys that are set later, such as those of the command line, in this order.
+        config_file: a config file as for load_config; "" for none.
+        layers: keys set later, in this order, such as those of the command line.
     """
     text = Path(find_config_file(config_file)).read_text(encoding="utf-8") if config_file else ""
     of_file = flatten(CfgNode(yaml.safe_load(text) or {}))
-    if len(of_file) > len(flatten(get_cfg())) / 2:  # a run's record, which holds every key
+    if len(of_file) > len(flatten(get_cfg())) / 2:  # the saved config of a run lists every key
         of_file = {}
     own = set(of_file)
     for layer in layers:
@@ -187,13 +190,13 @@ def own_keys(config_file: str, *layers: Collection[str]) -> set[str]:
 
 
 def report_unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] | None = None) -> None:
-    """Logs a warning for each key that is set and changes nothing; see ``unread_keys``.
+    """Logs a warning for each key that is set but has no effect; see ``unread_keys``.
 
     Args:
-        cfg: as for unread_keys.
-        train: as for unread_keys.
-        own: the keys that the user has set, if known. A ``_BASE_`` sets keys for many configs, not
-            all of which read each.
+        cfg: see unread_keys.
+        train: see unread_keys.
+        own: keys that the user has set, if known; other keys are then not reported. A ``_BASE_``
+            sets keys for many configs, and not every config reads all of them.
 
     Raises:
         ConfigError: if the user has set a backbone key that this backbone does not read.
@@ -211,7 +214,7 @@ def report_unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] | None
 
 
 def _instead(cfg: CfgNode, key: str) -> str:
-    """Returns what to do about a key that the backbone does not read."""
+    """Returns advice for a key that the backbone does not read."""
     if has_timm_backbone(cfg):
         return f"remove it, and {FOR_TIMM[key]}" if key in FOR_TIMM else "remove it"
     if key.startswith("MODEL.BACKBONE."):

@@ -1,6 +1,6 @@
-"""Tables of what single config keys may hold, and checks of solver, input and test keys that clash.
+"""Checks the ranges of single keys, and solver, input and test keys that contradict each other.
 
-It covers only values that would otherwise fail late, fail without naming the key, or do nothing.
+Covers only values that would otherwise fail late, fail without naming the key, or have no effect.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
 }
 
 MOST_WORKERS = 1024
-"""More would only overwhelm the machine."""
+"""Most workers allowed; more would only overload the machine."""
 
 SHARES = (
     *(ROI + "SCORE_THRESH_TEST", ROI + "NMS_THRESH_TEST", RPN + "NMS_THRESH"),
@@ -62,10 +62,10 @@ CLIP_TYPES = ("value", "norm", "full_model")
 
 
 def check_values(cfg: CfgNode) -> None:
-    """Checks keys that can be judged on their own.
+    """Checks keys that do not depend on other keys.
 
     Raises:
-        ConfigError: naming the key, its value and what it could be.
+        ConfigError: if a value cannot be used; names the key, its value and possible values.
     """
     values = flatten(cfg)
     for least, keys in AT_LEAST.items():
@@ -87,11 +87,11 @@ def check_values(cfg: CfgNode) -> None:
 
 
 def check_solver(cfg: CfgNode, num_processes: int) -> None:
-    """Checks the schedule and how the batch is divided.
+    """Checks the schedule and how batches are divided among processes.
 
     Args:
         cfg: a complete config.
-        num_processes: of the run.
+        num_processes: number of processes of the run.
     """
     solver = cfg.SOLVER
     if not is_rising(solver.STEPS, least=0):
@@ -102,7 +102,8 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     if per_run and images % per_run:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {images} cannot be divided by SOLVER.REFERENCE_WORLD_SIZE "
-            f"{per_run}, the processes that it was meant for; change one, or set the latter to 0"
+            f"{per_run}, the number of processes it is meant for; change one of them, or set the "
+            "latter to 0"
         )
     if not per_run and images % num_processes:
         near = max(images // num_processes, 1) * num_processes
@@ -113,7 +114,7 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     loader = cfg.DATALOADER
     if loader.NUM_WORKERS > MOST_WORKERS:
         raise ConfigError(
-            f"DATALOADER.NUM_WORKERS is {loader.NUM_WORKERS}; it can be {MOST_WORKERS} at most"
+            f"DATALOADER.NUM_WORKERS is {loader.NUM_WORKERS}; it must be at most {MOST_WORKERS}"
         )
     if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and not loader.REPEAT_THRESHOLD > 0:
         raise ConfigError(
@@ -130,7 +131,7 @@ def check_input(cfg: CfgNode) -> None:
         largest = given[f"MAX_SIZE_{split}"]
         _check_sizes(f"INPUT.MIN_SIZE_{split}", sizes, f"INPUT.MAX_SIZE_{split}", largest)
     if not given.MIN_SIZE_TRAIN:
-        raise ConfigError("INPUT.MIN_SIZE_TRAIN is empty; (0,) keeps images as they are")
+        raise ConfigError("INPUT.MIN_SIZE_TRAIN is empty; (0,) keeps the original size")
     if given.MIN_SIZE_TRAIN_SAMPLING == "range" and len(given.MIN_SIZE_TRAIN) != 2:
         raise ConfigError(
             f"INPUT.MIN_SIZE_TRAIN {given.MIN_SIZE_TRAIN} must be (smallest, largest) with "
@@ -144,8 +145,8 @@ def check_input(cfg: CfgNode) -> None:
     ):
         example = [0.9, 0.9] if most == 1 else [384, 384]
         raise ConfigError(
-            f"INPUT.CROP.SIZE {crop.SIZE}: INPUT.CROP.TYPE {crop.TYPE} takes {unit} of height and "
-            f"width, e.g. {example}"
+            f"INPUT.CROP.SIZE {crop.SIZE}: INPUT.CROP.TYPE {crop.TYPE} needs height and width in "
+            f"{unit}, e.g. {example}"
         )
     _check_jitter(given)
     channels = _num_channels(given.FORMAT)
@@ -158,8 +159,8 @@ def check_input(cfg: CfgNode) -> None:
             )
     if not all(x > 0 for x in cfg.MODEL.PIXEL_STD):
         raise ConfigError(
-            f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}: pixels are divided by it, so it must be above "
-            f"0"
+            f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD} must be above 0, because pixels are divided by "
+            f"it"
         )
 
 
@@ -178,7 +179,7 @@ def _check_jitter(given: CfgNode) -> None:
 
 
 def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
-    """Checks what inference and an evaluation, perhaps days later, need."""
+    """Checks what inference and evaluation need, because they may run only days later."""
     test = cfg.TEST
     if test.DETECTIONS_PER_IMAGE == 0:
         raise ConfigError("TEST.DETECTIONS_PER_IMAGE is 0, which keeps no detections; -1 keeps all")
@@ -206,20 +207,20 @@ def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
 
 
 def is_rising(values: Sequence[Any], *, least: float, most: float = math.inf) -> bool:
-    """Returns whether numbers rise, from ``least`` (exclusive) to ``most`` (inclusive)."""
+    """Returns whether numbers rise and lie above ``least``, up to and including ``most``."""
     bounded = all(isinstance(x, int | float) and least < x <= most for x in values)
     return bounded and all(a < b for a, b in itertools.pairwise(values))
 
 
 def _num_channels(image_format: str) -> int:
-    """Returns how many channels images of an INPUT.FORMAT have; Pillow's modes also count."""
+    """Returns the number of channels of an INPUT.FORMAT, which may also be a mode of Pillow."""
     try:
         _, _, channels = in_format(Image.new("RGB", (1, 1)), image_format).shape
     except (ValueError, KeyError) as error:
         nearest = nearest_name(image_format, IMAGE_FORMATS)
         hint = f"; did you mean {nearest!r}?" if nearest else ""
         raise ConfigError(
-            f"INPUT.FORMAT {image_format!r} is not one of {IMAGE_FORMATS}, nor a mode of Pillow's "
+            f"INPUT.FORMAT {image_format!r} is not one of {IMAGE_FORMATS}, nor a Pillow mode "
             f"with channels{hint}"
         ) from error
     return int(channels)
@@ -231,6 +232,6 @@ def _check_sizes(key: str, sizes: Sequence[Any], limit_key: str, limit: int) -> 
             raise ConfigError(f"{key}: {size!r} is not a number of pixels")
         if size > limit:
             raise ConfigError(
-                f"{key}: {size} is above {limit_key} {limit}, which would cut it; raise that key "
-                f"as well"
+                f"{key}: {size} is above {limit_key} {limit}, which would reduce it; raise that "
+                f"key as well"
             )

@@ -1,4 +1,4 @@
-"""Evaluation of masks, in numbers and pictures."""
+"""Evaluates masks in numbers and pictures."""
 
 from ..detectron2_import import IMPORT_ERROR, refuse
 

@@ -1,11 +1,11 @@
-"""Boundary IoU (arXiv 2103.16562): how well outlines agree, where mask IoU sees mostly insides.
+"""Boundary IoU (arXiv 2103.16562), which measures outlines; mask IoU is dominated by insides.
 
-The boundary of a mask is what an erosion removes: its pixels within d of its contour or of the
+The boundary of a mask is what an erosion removes: the pixels within d of its contour or of the
 image's edge. d is 2% of the image's diagonal. Boundary AP is COCO's AP with the minimum of mask and
 boundary IoU.
 
-Only the surroundings of a mask are read, and only if mask IoU reaches the lowest threshold: below
-it, the minimum does not matter.
+Boundaries are computed only in the surroundings of a mask, and only if its mask IoU reaches the
+lowest threshold, because a lower minimum does not change the AP.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ MIN_IOU = 0.5
 
 @dataclass(frozen=True)
 class Boundary:
-    """The boundary of a mask, cut out of the image.
+    """The boundary of a mask, cropped from the image.
 
     Attributes:
-        top: first row of the cut.
-        left: first column.
+        top: first row of the crop.
+        left: first column of the crop.
         bits: (h, w) uint8, 0 or 1.
     """
 
@@ -45,13 +45,13 @@ class Boundary:
 def mask_boundary(rle: Any) -> Boundary:
     """Returns the boundary of a mask given as compressed COCO RLE.
 
-    An erosion by a 3x3 square, d times, of the mask in an image with zeros around it.
+    The mask is eroded d times by a 3x3 square; pixels outside the image count as zeros.
     """
     return window_boundary(mask_window(rle), boundary_distance(rle["size"]))
 
 
 def boundary_distance(image_hw: Sequence[int]) -> int:
-    """Returns the width of boundaries in pixels, d."""
+    """Returns d, the width of boundaries in pixels."""
     return max(round(DILATION_RATIO * float(np.hypot(image_hw[0], image_hw[1]))), 1)
 
 
@@ -59,20 +59,20 @@ def window_boundary(mask: MaskWindow, distance: int) -> Boundary:
     """Returns the boundary of a mask.
 
     Args:
-        mask: its window.
+        mask: window of the mask.
         distance: d in pixels.
     """
     bits = mask.bits
     if bits.size == 0:
         return Boundary(mask.top, mask.left, bits)
-    # Around the cut are only zeros, inside the image or beyond: one row of them is enough.
+    # Everything around the crop is zero, so one row of zeros on each side is enough.
     padded = cv2.copyMakeBorder(bits, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     inside: Any = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=distance)
     return Boundary(mask.top, mask.left, np.ascontiguousarray(bits - inside[1:-1, 1:-1]))
 
 
 def boundary_iou(a: Boundary, b: Boundary) -> float:
-    """Returns the IoU of two boundaries of one image; 0 where both are empty."""
+    """Returns the IoU of two boundaries in one image; 0 if both are empty."""
     top, left = max(a.top, b.top), max(a.left, b.left)
     bottom = min(a.top + a.bits.shape[0], b.top + b.bits.shape[0])
     right = min(a.left + a.bits.shape[1], b.left + b.bits.shape[1])
@@ -98,10 +98,10 @@ def limit_by_boundary(
         ious: (d, g) mask IoUs of the detections and objects of an image and class.
         detections: d compressed RLEs.
         objects: g compressed RLEs.
-        crowd: (g,) objects for which only mask IoU counts, since their outlines are not exact.
+        crowd: (g,) objects for which only mask IoU counts, because their outlines are not exact.
 
     Returns:
-        (d, g). IoUs below MIN_IOU stay as they are.
+        (d, g) IoUs; those below MIN_IOU are unchanged.
     """
     limited = ious.copy()
     of_detections: dict[int, Boundary] = {}

@@ -1,8 +1,8 @@
-"""AP of one task by COCO's or LVIS's rules, computed by faster-coco-eval.
+"""Computes the AP of one task by COCO's or LVIS's rules with the engine faster-coco-eval.
 
-The engine gets ids of its own, 1 to the number of images, classes and annotations. So ids that are
-text or do not fit a float64 work, as does the annotation id 0, which pycocotools takes for
-"unmatched".
+Images, classes and annotations are renumbered from 1 for the engine. So the file's ids may be text,
+may exceed float64's exact range, and may include the annotation id 0, which pycocotools would
+mistake for "unmatched".
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class GroundTruth:
     """A COCO or LVIS annotation file.
 
     Attributes:
-        image_ids: the file's, ascending; the engine's id of the k-th is k + 1.
-        category_ids: the file's, ascending; the engine's id of the k-th is k + 1.
-        class_names: of the categories.
-        is_lvis: whether images say which classes were looked for (federated annotation).
-        has_annotations: False for files of test images, which lack this list; an empty list means
-            that there are no objects.
+        image_ids: ids in the file, ascending; the engine's id of the k-th image is k + 1.
+        category_ids: ids in the file, ascending; the engine's id of the k-th category is k + 1.
+        class_names: names of the categories.
+        is_lvis: whether images list the classes that were searched for (federated annotation).
+        has_annotations: False if the file lacks the list of annotations, as for test images; an
+            empty list means that there are no objects.
         has_masks: whether any annotation has a segmentation.
         coco: the engine's COCO object.
     """
@@ -56,12 +56,12 @@ class GroundTruth:
     def __init__(self, json_file: str, *, is_lvis: bool = False) -> None:
         """
         Args:
-            json_file: path of the annotations.
-            is_lvis: whether to evaluate as LVIS does.
+            json_file: path of the annotation file.
+            is_lvis: whether to evaluate by LVIS's rules.
 
         Raises:
-            ValueError: if it is not a COCO file, or an annotation names an unknown image or
-                category; with the file and the annotation's id.
+            ValueError: if the file is not a COCO file, or an annotation names an unknown image or
+                category; names the file and the annotation's id.
         """
         content = json.loads(Path(json_file).read_text())
         missing = [key for key in ("images", "categories") if key not in content]
@@ -84,7 +84,7 @@ class GroundTruth:
         self.has_masks = not annotations or len(without_mask) < len(annotations)
         if self.has_masks and without_mask:
             logger.warning(
-                "%s: %d annotations have no mask, e.g. %r; no mask can match these objects",
+                "%s: %d annotations have no mask, for example %r; no mask can match these objects",
                 json_file,
                 len(without_mask),
                 without_mask[0],
@@ -111,8 +111,8 @@ class GroundTruth:
             unknown = set(image.get(key, [])) - set(self.category_ids)
             if unknown:
                 raise ValueError(
-                    f"{self.json_file}: {key} of image {image['id']!r} has {unknown}, not among "
-                    "the categories"
+                    f"{self.json_file}: {key} of image {image['id']!r} has {unknown}, which is not "
+                    "among the categories"
                 )
             listed[key] = [self._category_numbers[x] for x in image.get(key, [])]
         number = self._image_numbers[image["id"]]
@@ -146,7 +146,7 @@ class GroundTruth:
         }
 
     def _area(self, annotation: Mapping[str, Any], copied: Mapping[str, Any]) -> Any:
-        """Returns the file's area, or else the box's, or else the mask's."""
+        """Returns the area in the file or, if it is missing, that of the box or the mask."""
         if annotation.get("area") is not None:
             return annotation["area"]
         if "bbox" in copied:
@@ -156,7 +156,7 @@ class GroundTruth:
         return int(coco_mask.area(as_bytes(rle))) if rle else 0
 
     def _segmentation(self, annotation: Mapping[str, Any]) -> Any:
-        """Returns polygons as they are, and run lengths checked, since the engine trusts them."""
+        """Returns the segmentation; checks run lengths, because the engine does not."""
         found, image_hw = annotation.get("segmentation"), self._sizes[annotation["image_id"]]
         if not found:
             return coco_mask.encode(np.zeros(image_hw, np.uint8, order="F"))
@@ -170,20 +170,20 @@ class GroundTruth:
             ) from error
 
     def detections(self, results: Iterable[Mapping[str, Any]], task: str) -> list[dict[str, Any]]:
-        """Returns COCO results as the engine's annotations.
+        """Converts COCO results to the engine's annotations.
 
         Args:
-            results: dictionaries with ``image_id``, ``category_id``, ``score``, for boxes ``bbox``
-                and for masks ``segmentation`` (compressed RLE), and ``mask_score`` where masks are
-                ranked by that.
+            results: dictionaries with ``image_id``, ``category_id``, ``score``, for boxes ``bbox``,
+                for masks ``segmentation`` (compressed RLE), and optionally ``mask_score``, which
+                then ranks masks.
             task: "bbox" or "segm".
 
         Returns:
-            Detections of the file's categories; for LVIS, those that count there.
+            Detections of the file's categories; for LVIS, only those that count by its rules.
 
         Raises:
-            ValueError: if an image is not in the file, a mask has another size, or the file has
-                nothing to compare with.
+            ValueError: if an image is not in the file, a mask differs in size from its image, or
+                the file has nothing to compare with.
         """
         if task != "bbox" and not self.has_masks:
             raise ValueError(f"{self.json_file} has no masks to compare with")
@@ -194,10 +194,11 @@ class GroundTruth:
         for number, result in enumerate(results):
             if result["image_id"] not in self._image_numbers:
                 raise ValueError(
-                    f"a prediction is of image {result['image_id']!r}, not one of {self.json_file}"
+                    f"a prediction has image id {result['image_id']!r}, which {self.json_file} "
+                    "lacks"
                 )
             if result["category_id"] not in self._category_numbers:
-                continue  # a class that the model knows but this file lacks
+                continue  # the model has a class that this file lacks
             detection: dict[str, Any] = {
                 "id": number + 1,
                 "image_id": self._image_numbers[result["image_id"]],
@@ -210,7 +211,7 @@ class GroundTruth:
             else:
                 detection["score"] = result.get("mask_score", result["score"])
                 self._check_size(detection["image_id"], result["segmentation"])
-                # One by one: with NumPy 2, pycocotools fails on lists of more than 255.
+                # One at a time, because with NumPy 2 pycocotools fails on lists of more than 255.
                 area = int(coco_mask.area(as_bytes(result["segmentation"])))
                 detection |= {"segmentation": result["segmentation"], "area": area}
             found.append(detection)
@@ -220,12 +221,12 @@ class GroundTruth:
         size = [self.coco.imgs[image][side] for side in ("height", "width")]
         if list(rle["size"]) != size:
             raise ValueError(
-                f"image {self.image_ids[image - 1]!r} of {self.json_file} is {size} pixels, a mask "
-                f"predicted for it {list(rle['size'])}"
+                f"image {self.image_ids[image - 1]!r} of {self.json_file} has {size} pixels, but a "
+                f"predicted mask has {list(rle['size'])}"
             )
 
     def _as_lvis(self, detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Keeps the best detections of each image, if their class was looked for there."""
+        """Keeps the best detections of each image whose class was searched for there."""
         per_image = defaultdict(list)
         for detection in detections:
             per_image[detection["image_id"]].append(detection)
@@ -242,10 +243,10 @@ class Evaluation:
     """The engine's result for one task.
 
     Attributes:
-        ious: (d, g) IoUs for each image and class that has both; see Matches for the order of the
-            detections.
-        precision: (T, 101, K, A) at the limit of detections; -1 where a class has no objects.
-        recall: (T, K, A), at the same limit; -1 where a class has no objects.
+        ious: (d, g) IoUs for each image and class with detections and objects; see Matches for the
+            order of the detections.
+        precision: (T, 101, K, A) at the limit of detections; -1 for a class without objects.
+        recall: (T, K, A) at the same limit; -1 for a class without objects.
     """
 
     def __init__(
@@ -262,7 +263,7 @@ class Evaluation:
             detections: from ``truth.detections``.
             task: "bbox" or "segm".
             max_detections: how many count per image and class; all if negative.
-            ious: used instead of the engine's.
+            ious: IoUs to use instead of the engine's.
         """
         self.truth, self.detections, self.max_detections = truth, detections, max_detections
         found = COCO()
@@ -287,7 +288,7 @@ class Evaluation:
         self._area_ranges = np.asarray(engine.params.areaRng, float)
 
     def metrics(self, classes: Sequence[int] | None = None) -> dict[str, float]:
-        """Returns AP, AP50, AP75, APs, APm, APl and AR, in percent; nan where nothing counts.
+        """Returns AP, AP50, AP75, APs, APm, APl and AR in percent; nan where nothing counts.
 
         Args:
             classes: indices of the classes to average over; None for all.
@@ -308,7 +309,7 @@ class Evaluation:
         return {name: _mean_percent(values) for name, values in parts.items()}
 
     def frequency_metrics(self) -> dict[str, float]:
-        """Returns LVIS's APr, APc and APf: of rare, common and frequent classes."""
+        """Returns LVIS's APr, APc and APf, for rare, common and frequent classes."""
         frequencies = [x["frequency"] for x in self.truth.coco.dataset["categories"]]
         return {
             f"AP{letter}": self.metrics([k for k, x in enumerate(frequencies) if x == letter])["AP"]
@@ -316,7 +317,7 @@ class Evaluation:
         }
 
     def with_boundaries(self) -> Evaluation:
-        """Returns the evaluation with boundary IoU where it is lower than mask IoU."""
+        """Returns the evaluation that uses boundary IoU where it is lower than mask IoU."""
         objects, detections = self._by_pair()
         ious = {}
         for pair, values in progress(self.ious.items(), "boundary IoU", total=len(self.ious)):
@@ -329,7 +330,7 @@ class Evaluation:
         return Evaluation(self.truth, self.detections, "segm", self.max_detections, ious)
 
     def matches(self) -> Matches:
-        """Returns the data behind the APs; see Matches."""
+        """Returns the matches that the APs are computed from; see Matches."""
         objects, detections = self._by_pair()
         pairs = sorted({*objects, *detections})
         groups = [self._group(p, objects.get(p, []), detections.get(p, [])) for p in pairs]
@@ -353,7 +354,7 @@ class Evaluation:
         )
 
     def _by_pair(self) -> tuple[dict[Pair, list[Any]], dict[Pair, list[Any]]]:
-        """Returns, for each pair, objects, and detections by falling score up to the limit."""
+        """Returns the objects of each pair, and its best detections up to the limit."""
         grouped = []
         for items in (self.truth.coco.dataset["annotations"], self.detections):
             of_pair: dict[Pair, list[Any]] = defaultdict(list)
@@ -368,14 +369,14 @@ class Evaluation:
     def _group(self, pair: Pair, objects: Sequence[Any], detections: Sequence[Any]) -> Group:
         crowd = np.array([x["iscrowd"] for x in objects], bool)
         outside = self._is_outside(detections)
-        if self.truth.is_lvis:  # a class that was not looked for exhaustively cannot be wrong
+        if self.truth.is_lvis:  # without exhaustive annotation, a detection cannot be called wrong
             image = self.truth.coco.imgs[pair[0]]
             outside = outside | (pair[1] in image["not_exhaustive_category_ids"])
         ious = self.ious.get(pair, np.zeros((len(detections), len(objects))))
         return Group(ious, crowd, crowd | self._is_outside(objects), outside)
 
     def _is_outside(self, annotations: Sequence[Any]) -> Any:
-        """Returns (A, n): whether areas are outside the ranges."""
+        """Returns whether each annotation's area lies outside each range, (A, n)."""
         areas = np.array([x["area"] for x in annotations], float)
         low, high = self._area_ranges.T[:, :, None]
         return (areas < low) | (areas > high)
@@ -387,12 +388,12 @@ def _mean_percent(values: FloatArray) -> float:
 
 
 def _text_last(value: Any) -> tuple[bool, Any]:
-    """A sorting key for ids, some of which may be text."""
+    """Sort key for ids that may be numbers or text; puts text last."""
     return isinstance(value, str), value
 
 
 def as_bytes(rle: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an RLE with counts as pycocotools wants them."""
+    """Returns an RLE whose counts are bytes, as pycocotools requires."""
     counts = rle["counts"]
     return {"size": rle["size"], "counts": counts.encode() if isinstance(counts, str) else counts}
 

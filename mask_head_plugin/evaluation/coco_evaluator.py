@@ -1,4 +1,4 @@
-"""COCO and LVIS metrics of boxes, masks and their boundaries."""
+"""Evaluates boxes, masks and their boundaries with COCO's or LVIS's metrics."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ TaskResults = OrderedDict[str, dict[str, float]]
 
 
 class MaskEvaluator(DatasetEvaluator):
-    """AP of boxes, masks and boundaries, instead of detectron2's COCO and LVIS evaluators.
+    """AP of boxes, masks and boundaries; replaces detectron2's COCO and LVIS evaluators.
 
     Results are ``{"bbox": ..., "segm": ..., "boundary": ...}`` with detectron2's keys (AP, AP50,
     AP75, APs, APm, APl, AP-<class>; for LVIS also APr, APc, APf). Boundary AP is COCO's AP with the
-    minimum of mask and boundary IoU (arXiv 2103.16562). Masks are ranked by ``mask_scores`` where
-    detections have them, boxes always by ``scores``.
+    minimum of mask and boundary IoU (arXiv 2103.16562). Boxes are ranked by ``scores``, masks by
+    ``mask_scores`` if detections have them.
 
-    Predictions are written to the output folder as they come. After ``resume``, images predicted by
-    an interrupted evaluation need not be predicted again.
+    Predictions are written to the output folder during the evaluation. After ``resume``, images
+    predicted by an interrupted evaluation are not needed again.
 
-    If a model's class names are known, its predictions count for the class of that name, whatever
-    its number in the data set.
+    If a model's class names are known, its predictions count for the classes of those names,
+    whatever their numbers in the data set.
 
     Attributes:
-        predicted_classes: class names of predictions that carry none, see class_names.py; None if
+        predicted_classes: class names of predictions that have none, see class_names.py; None if
             they are numbered as in the data set.
 
     Writes to the output folder:
 
-    - ``coco_instances_results.json``: all detections in COCO's format; with mask scoring each has a
-      ``mask_score`` and a ``score``.
-    - ``metrics.json``: all metrics, also by class and size.
+    - ``coco_instances_results.json``: all detections in COCO's format; with mask scoring, each has
+      both a ``mask_score`` and a ``score``.
+    - ``metrics.json``: all metrics, overall and by class and size.
     - ``matches_<task>.npz``: which detections found an object, see matching.Matches.
 
-    Differs from COCOEvaluator: without any detection AP is 0 and not nan, and
+    Differs from COCOEvaluator: without detections, AP is 0 instead of nan, and
     ``instances_predictions.pth`` is not written.
     """
 
@@ -75,23 +75,22 @@ class MaskEvaluator(DatasetEvaluator):
     ) -> None:
         """
         Args:
-            dataset_name: a registered data set. Without a ``json_file`` in its metadata, it is
-                written to the output folder in COCO's format first.
+            dataset_name: a registered data set. If its metadata has no ``json_file``, the data set
+                is first written to the output folder in COCO's format.
             tasks: some of "bbox", "segm", "boundary"; None for all that predictions allow.
             distributed: whether to collect the predictions of all processes.
-            output_dir: where files go; None for none.
+            output_dir: output folder; None to write no files.
             max_dets_per_image: how many detections count per image and class; COCO's 100 if None,
                 all if negative. LVIS always takes the best 300 per image.
-            semantic_threshold: above 0, the metrics of semantic segmentation that
-                ``semantic.evaluate_semantic`` gives for detections with at least this score are
-                added as "semantic".
+            semantic_threshold: if above 0, adds the metrics of ``semantic.evaluate_semantic`` as
+                "semantic", for detections with at least this score.
 
         Raises:
-            ValueError: if a task is unknown, no detections would count, the data set has no
-                annotation file and no folder to write one to, or the file is not a COCO file.
+            ValueError: if a task is unknown, no detections would count, the data set has neither an
+                annotation file nor a folder to write one to, or the file is not a COCO file.
         """
         if max_dets_per_image == 0:
-            raise ValueError("max_dets_per_image is 0, so that none would count; -1 counts all")
+            raise ValueError("max_dets_per_image is 0, so no detection would count; -1 counts all")
         unknown = set(tasks or ()) - set(TASKS)
         if unknown:
             raise ValueError(f"unknown tasks {sorted(unknown)}; choose from {TASKS}")
@@ -110,12 +109,12 @@ class MaskEvaluator(DatasetEvaluator):
         self.resume("")
 
     def resume(self, fingerprint: str) -> None:
-        """Looks for the predictions of an interrupted evaluation.
+        """Loads the predictions of an interrupted evaluation, if there are any.
 
         Args:
-            fingerprint: of everything that predictions depend on (weights, settings, images).
-                Predictions with another fingerprint are ignored, and deleted by ``reset``. If
-                empty, all are ignored.
+            fingerprint: identifies everything that predictions depend on (weights, settings,
+                images). Predictions with another fingerprint are ignored, and deleted by ``reset``.
+                If empty, all predictions are ignored.
         """
         self._log = PredictionLog(
             self._folder,
@@ -126,7 +125,7 @@ class MaskEvaluator(DatasetEvaluator):
 
     @property
     def finished_image_ids(self) -> set[Any]:
-        """Images that need not be predicted again, as the first process sees them."""
+        """Images that need not be predicted again; all processes agree with the first."""
         finished: set[Any] = self._log.finished
         return comm.all_gather(finished)[0] if self._distributed else finished
 
@@ -134,7 +133,7 @@ class MaskEvaluator(DatasetEvaluator):
     def _category_ids(self) -> list[Any]:
         """The annotation file's category id of each class.
 
-        A property, because detectron2 only sets them when the data set is loaded.
+        Computed on each access, because detectron2 sets them only when it loads the data set.
         """
         metadata = MetadataCatalog.get(self._dataset_name)
         mapping = metadata.get("thing_dataset_id_to_contiguous_id")
@@ -145,15 +144,15 @@ class MaskEvaluator(DatasetEvaluator):
         count = len(metadata.get("thing_classes", ids))
         if count != len(ids):
             raise ValueError(
-                f"{self._dataset_name} has {count} classes, {self._truth.json_file} {len(ids)} "
-                "categories, and its metadata lacks the thing_dataset_id_to_contiguous_id that "
-                "tells which"
+                f"{self._dataset_name} has {count} classes, but {self._truth.json_file} has "
+                f"{len(ids)} categories; set thing_dataset_id_to_contiguous_id in its metadata to "
+                "say which category each class is"
             )
         return ids
 
     @property
     def _class_names(self) -> list[str]:
-        """Names of the file's categories; the metadata's if it has any."""
+        """Names of the file's categories; names in the metadata take precedence."""
         names = self._names_by_category
         return [names[category] for category in self._truth.category_ids]
 
@@ -169,30 +168,30 @@ class MaskEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """
         Args:
-            inputs: of a detectron2 model, with ``image_id``.
-            outputs: its outputs, with ``instances``.
+            inputs: inputs of a detectron2 model, with ``image_id``.
+            outputs: outputs of the model, with ``instances``.
 
         Raises:
-            ValueError: if an output has no instances, a class that the data set lacks or a score
-                that is not a number, or if an id is neither a whole number nor text.
-            ConfigError: if the data set has classes that the model does not.
+            ValueError: if an output has no instances, a class that the data set lacks, or a score
+                that is NaN or infinite; or if an id is neither a whole number nor text.
+            ConfigError: if the data set has classes that the model lacks.
         """
         category_ids = self._category_ids
         names_by_category = self._names_by_category
         names = [names_by_category[x] for x in category_ids if x in names_by_category]
         for x, output in zip(inputs, outputs, strict=True):
             if "instances" not in output:
-                raise ValueError(f"outputs have {sorted(output)} and no instances to evaluate")
+                raise ValueError(f"outputs have {sorted(output)} but no instances to evaluate")
             instances = output["instances"]
             found = predicted_names(instances) or self.predicted_classes
             instances = instances.to("cpu")
-            if len(names) == len(category_ids):  # otherwise nobody names those that the file lacks
+            if len(names) == len(category_ids):  # else some names are unknown
                 instances = matched_predictions(instances, found, names, self._dataset_name)
             image_id = _plain_id("image_id", x["image_id"])
             self._log.append(image_id, coco_results(instances, image_id, category_ids))
 
     def evaluate(self) -> TaskResults:
-        """Returns the metrics; nothing in processes other than the first."""
+        """Returns the metrics in the first process, and nothing in the others."""
         lines = self._log.lines()
         if self._distributed:
             comm.synchronize()
@@ -201,7 +200,7 @@ class MaskEvaluator(DatasetEvaluator):
                 self._log.close()
                 return OrderedDict()
         if not lines:
-            logger.warning("nothing was predicted of %s", self._dataset_name)
+            logger.warning("no predictions were made for %s", self._dataset_name)
             self._log.remove()
             return OrderedDict()
         results = merge_lines(lines)
@@ -329,12 +328,13 @@ class MaskEvaluator(DatasetEvaluator):
 
 
 def counted_detections(per_image: int) -> int:
-    """Returns how many detections per image count in AP if a model may return that many.
+    """Returns how many detections per image should count in AP.
 
-    COCO's limit of 100 would cap recall where images hold more objects.
+    This is COCO's limit of 100 or the model's own limit, whichever is higher, because 100 would cap
+    the recall in images with more objects.
 
     Args:
-        per_image: TEST.DETECTIONS_PER_IMAGE; negative for all.
+        per_image: TEST.DETECTIONS_PER_IMAGE, the model's limit; negative for all.
     """
     return max(per_image, COCO_MAX_DETECTIONS) if per_image >= 0 else ALL_DETECTIONS
 
@@ -343,15 +343,16 @@ def coco_results(instances: Instances, image_id: Any, category_ids: Sequence[Any
     """Returns detections in COCO's result format.
 
     Args:
-        instances: on the CPU; ``pred_masks`` may be RLEMasks, an (N, H, W) tensor, or missing.
-        image_id: of the annotation file.
-        category_ids: of the annotation file, by class.
+        instances: detections on the CPU; ``pred_masks`` may be RLEMasks, an (N, H, W) tensor, or
+            missing.
+        image_id: the image's id in the annotation file.
+        category_ids: ids in the annotation file, in the order of the classes.
 
     Raises:
-        ValueError: if a class is beyond the categories, or a score is NaN or infinite.
+        ValueError: if a class has no category, or a score is NaN or infinite.
     """
     if not instances.scores.isfinite().all():
-        raise ValueError(f"image {image_id!r}: the model gave scores that are NaN or infinite")
+        raise ValueError(f"image {image_id!r}: the model returned scores that are NaN or infinite")
     boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
     classes = instances.pred_classes.tolist()
     if classes and max(classes) >= len(category_ids):
@@ -373,7 +374,7 @@ def coco_results(instances: Instances, image_id: Any, category_ids: Sequence[Any
 
 
 def _annotation_file(dataset_name: str, folder: Path | None) -> str:
-    """Returns the path of a data set's annotations in COCO's format; writes them if needed."""
+    """Returns the path of a data set's annotations in COCO's format; writes the file if needed."""
     metadata = MetadataCatalog.get(dataset_name)
     if not metadata.get("json_file"):
         if folder is None:
@@ -385,7 +386,7 @@ def _annotation_file(dataset_name: str, folder: Path | None) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """Returns nested results with None for nan, which JSON lacks."""
+    """Replaces nan by None in nested results, because JSON has no nan."""
     if isinstance(value, dict):
         return {key: without_nan(x) for key, x in value.items()}
     if isinstance(value, list):
@@ -394,7 +395,7 @@ def without_nan(value: Any) -> Any:
 
 
 def _plain_id(field: str, value: Any) -> int | str:
-    """Returns an id as JSON can hold it; NumPy and pandas make data sets with NumPy's integers."""
+    """Returns an id that JSON can store; converts NumPy integers, as from NumPy or pandas."""
     if isinstance(value, str):
         return value
     try:

@@ -1,4 +1,4 @@
-"""One picture that shows how good a model is: validation images, ground truth next to predictions.
+"""Draws a contact sheet: validation images with ground truth and predictions side by side.
 
 Shape alphabet: H, W image height and width in pixels.
 """
@@ -46,7 +46,7 @@ LABEL_STYLE = LabelStyle(scale=0.45)
 
 @dataclass(frozen=True)
 class LabelledMask:
-    """One instance to draw: its (H, W) bool mask, its class and its label."""
+    """An instance to draw: its (H, W) mask, its class and its label."""
 
     mask: npt.NDArray[np.bool_]
     class_index: int
@@ -56,11 +56,11 @@ class LabelledMask:
 def write_contact_sheet(
     cfg: CfgNode, model: torch.nn.Module, dataset_name: str, path: Path, min_score: float = 0.5
 ) -> None:
-    """Draws images spread over a data set into one PNG, ground truth left and predictions right.
+    """Draws images from all over a data set into one PNG, ground truth left, predictions right.
 
     Args:
-        cfg: gives the test-time transforms.
-        model: a detectron2 model; its training mode is restored.
+        cfg: config with the test-time transforms.
+        model: a detectron2 model; its training mode is restored afterwards.
         dataset_name: a registered data set with instances in detectron2's standard format.
         path: the PNG to write; its folder is created if missing.
         min_score: detections with a lower score are not drawn.
@@ -72,7 +72,7 @@ def write_contact_sheet(
     chosen = np.unique(np.linspace(0, len(records) - 1, NUM_IMAGES, dtype=int))
     names = MetadataCatalog.get(dataset_name).thing_classes
     found = class_names_of(model)
-    # The mapper drops annotations, so that the model sees the same as in evaluation.
+    # The mapper drops annotations, so the model gets the same input as in evaluation.
     mapper = ImageFileMapper(cfg, is_train=False)
     pairs = []
     with inference_context(model), torch.no_grad():
@@ -90,10 +90,10 @@ def write_contact_sheet(
 def write_pairs(
     pairs: Sequence[tuple[ByteArray, ByteArray]], titles: tuple[str, str], path: Path
 ) -> None:
-    """Writes one PNG of pictures in pairs.
+    """Writes pairs of pictures into one PNG.
 
     Args:
-        pairs: (H, W, 3) RGB pictures of ``draw_masks``.
+        pairs: (H, W, 3) RGB pictures from ``draw_masks``.
         titles: what the left and the right pictures show.
         path: the PNG to write; its folder is created if missing.
 
@@ -112,18 +112,19 @@ def draw_masks(image: ByteArray, masks: Sequence[LabelledMask]) -> ByteArray:
     canvas = scaled(image, scale)
     below = canvas.copy()
     size = canvas.shape[1], canvas.shape[0]
-    for item in sorted(masks, key=lambda x: -np.count_nonzero(x.mask)):  # small ones on top
+    for item in sorted(masks, key=lambda x: -np.count_nonzero(x.mask)):  # small masks on top
         colour = class_colour(item.class_index)
         mask = cv2.resize(item.mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
         tint_mask(canvas, below, np.asarray(mask, np.uint8), colour, WHITE)
     places = [_place(item.mask, scale) for item in masks]
     styles = [LABEL_STYLE] * len(masks)
-    write_labels(canvas, [item.label for item in masks], places, styles)  # no mask covers one
+    # Labels come last, so no mask covers them.
+    write_labels(canvas, [item.label for item in masks], places, styles)
     return canvas
 
 
 def _place(mask: npt.NDArray[np.bool_], scale: float) -> Rectangle:
-    """Returns the part of the scaled picture that a mask takes up; empty for an empty mask."""
+    """Returns the bounding rectangle of a mask in the scaled picture; empty for an empty mask."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     if len(rows) == 0:
         return 0, 0, 0, 0
@@ -132,7 +133,7 @@ def _place(mask: npt.NDArray[np.bool_], scale: float) -> Rectangle:
 
 
 def _true_masks(record: dict[str, Any], names: Sequence[str]) -> list[LabelledMask]:
-    # Nothing else in an annotation is drawn; keypoints would even need a fixed length.
+    # Keep only what is drawn; detectron2 would reject keypoints of varying length.
     keys = ("bbox", "bbox_mode", "category_id", "segmentation", "iscrowd")
     annotations = [
         {key: a[key] for key in keys if key in a}
@@ -168,7 +169,7 @@ def _on_tile(picture: ByteArray) -> ByteArray:
 
 
 def _arrange(pairs: list[ByteArray], titles: tuple[str, str]) -> ByteArray:
-    """Puts pairs of tiles into rows of NUM_COLUMNS under a line that names the columns."""
+    """Arranges pairs of tiles in rows of NUM_COLUMNS below a header with the titles."""
     columns = min(NUM_COLUMNS, len(pairs))
     framed = [
         np.pad(x, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=255) for x in pairs

@@ -1,19 +1,20 @@
-"""The interval of a difference between two models that holds images and training.
+"""Computes the interval of a difference between two models, covering both images and training.
 
-Train again with another seed and AP changes; draw other validation images and it changes again. A
-difference is taken for real only if it is larger than both can explain. Two sources, two variances:
+AP changes if you train with another seed, and it changes if you evaluate on other images. A
+difference counts as real only if it is larger than both effects can explain. The variance has two
+parts:
 
-- images: the variance of the difference of the means over seeds, over draws of the images
-  (bootstrap).
-- training: the variance over seeds of each model divided by its number of seeds, as in Welch's
-  test. What of it lies in how seeds differ from image to image is in the first already, and is
-  subtracted: the bootstrap tells how much that is.
+- images: the variance, over bootstrap draws of the images, of the difference between the means over
+  seeds.
+- training: each model's variance over seeds, divided by its number of seeds, as in Welch's test.
+  Seeds also differ in which images they get right. The first part already includes that effect, so
+  it is estimated with the bootstrap and subtracted here.
 
-Few seeds estimate a variance badly, so the interval takes Student's t, with the degrees of freedom
-of Satterthwaite (1946) for a sum of variances: from 2 to 4 where training dominates three seeds, up
-to the number of images where images do.
+A variance estimated from few seeds is uncertain, so the interval uses Student's t with
+Satterthwaite's (1946) degrees of freedom for a sum of variances: with three seeds, 2 to 4 if
+training dominates, and up to the number of images if images dominate.
 
-benchmarks/interval_coverage.py simulates studies of which the truth is known.
+benchmarks/interval_coverage.py checks the interval in simulated studies whose truth is known.
 
 Shape alphabet: N seeds, S draws.
 """
@@ -30,32 +31,34 @@ import numpy as np
 from .matching import FloatArray
 
 LEVEL = 0.95
-"""How often an interval holds the true difference; of several at once, all of theirs."""
+"""How often an interval contains the true difference, or several intervals all of theirs."""
 
 POWER_ERRORS = 0.84
-"""Standard errors above the limit of the interval from which 80% of studies find a difference."""
+"""How many standard errors beyond the interval's limit a difference must be for 80% of studies to
+find it."""
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A metric of one model against a baseline's, in percent; nan where nothing counts.
+    """A metric of a variant compared with a baseline, in percent; nan where nothing counts.
 
     Attributes:
         metric: one of METRICS.
-        value: of the variant, the mean over its training seeds.
-        baseline: likewise.
+        value: mean of the variant over its training seeds.
+        baseline: mean of the baseline over its training seeds.
         difference: value - baseline.
-        low: of the interval of the difference. It holds images and training if ``has_training``,
-            else images alone.
-        high: likewise.
-        image_low: of the 95% interval over images alone: the 2.5th percentile of the draws.
-        image_high: the 97.5th.
-        seed_std: standard deviation of the variant's value over its seeds (with N - 1 in the
-            denominator); nan with one seed.
-        detectable: how large the true difference would have to be for studies like this one to
-            find it (its interval without 0) 80% of the time. Half the interval's width would be too
-            little: a true difference of that size is missed every other time.
-        has_training: whether both models have two seeds or more.
+        low: lower end of the interval of the difference. The interval covers images and training if
+            ``has_training``, otherwise images alone.
+        high: upper end of that interval.
+        image_low: lower end of the 95% interval over images alone, the 2.5th percentile of the
+            draws.
+        image_high: upper end of that interval, the 97.5th percentile.
+        seed_std: standard deviation of the variant over its seeds, with N - 1 in the denominator;
+            nan with one seed.
+        detectable: smallest true difference that 80% of studies like this one would find, with an
+            interval that excludes 0. It is more than half the interval's width, because a true
+            difference of that size is missed half of the time.
+        has_training: whether both models have at least two seeds.
     """
 
     metric: str
@@ -74,17 +77,17 @@ class PairedDifference:
 def difference_of(
     metric: str, variant: FloatArray, baseline: FloatArray, num_images: int, num_compared: int = 1
 ) -> PairedDifference:
-    """Returns how two models differ.
+    """Computes the difference between two models and its interval.
 
     Args:
-        metric: its name.
-        variant: (N, 1 + S) values, of the images as they are and then of the draws, which are the
+        metric: name of the metric.
+        variant: (N, 1 + S) values: first on the original images, then on the draws, which are the
             same for all seeds and both models.
-        baseline: likewise; N may differ.
-        num_images: that were drawn from.
-        num_compared: variants that are compared with one baseline. Their intervals hold all true
-            differences at once 95% of the time (Bonferroni): each is as wide as one of
-            100 - 5 / num_compared percent.
+        baseline: values of the baseline in the same form; N may differ.
+        num_images: number of images drawn from.
+        num_compared: number of variants compared with the same baseline. Their intervals
+            simultaneously contain all true differences 95% of the time (Bonferroni), so each is a
+            100 - 5 / num_compared percent interval.
     """
     value, base = variant.mean(axis=0), baseline.mean(axis=0)
     drawn = (value - base)[1:]
@@ -121,13 +124,13 @@ def difference_of(
 def detectable_difference(
     num_seeds: int, seed_std: float, image_error: float, num_images: int, num_compared: int = 1
 ) -> float:
-    """Returns how large a true difference must be for a study to show it 80% of the time.
+    """Returns the smallest true difference that a study shows 80% of the time.
 
     Args:
-        num_seeds: of each of the two models, 2 or more.
+        num_seeds: number of seeds of each of the two models, at least 2.
         seed_std: standard deviation of the metric over seeds.
         image_error: standard error of the difference over draws of the images.
-        num_images: that were drawn from.
+        num_images: number of images drawn from.
         num_compared: see difference_of.
     """
     of_seeds = seed_std**2 / num_seeds
@@ -147,7 +150,8 @@ def _error_of_both(
         num_seeds = len(values)
         of_seeds = float(values[:, 0].var(ddof=1)) / num_seeds
         draws = values[:, 1:][:, ~np.isnan(values[:, 1:]).any(axis=0)]
-        # Of a seed's distance to the mean of all; the factor makes it that of a seed by itself.
+        # Variance of a seed's distance from the mean of all seeds. Dividing by N - 1 instead of N
+        # turns it into the variance of a single seed.
         between = 0.0
         if draws.shape[1] > 1:
             between = (draws - draws.mean(axis=0)).var(axis=1, ddof=1).mean() / (num_seeds - 1)
@@ -161,12 +165,12 @@ def _error_of_both(
 
 def student_t(probability: float, freedom: float) -> float:
     """Returns the quantile of Student's t distribution, for probabilities of 0.5 and above."""
-    # Of rounded degrees of freedom, which are an estimate: so most calls find an answer there.
+    # The degrees of freedom are an estimate; rounding them lets the cache answer most calls.
     return _student_t(probability, round(freedom, 1) if freedom < MANY_DEGREES else math.inf)
 
 
 MANY_DEGREES = 1000.0
-"""From here on the normal distribution, which is 0.1% off."""
+"""Degrees of freedom from which the normal distribution is used; it is within 0.1%."""
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,7 +1,7 @@
-"""Instances drawn into pictures: tinted masks, outlines and labels.
+"""Draws instances into pictures: tinted masks, outlines and labels.
 
-detectron2's Visualizer fills holes, which would hide the very outlines that pictures are for.
-Colours are in the channel order of the caller's picture.
+detectron2's Visualizer is not used because it fills holes, which hides outlines. Colours are in the
+channel order of the caller's picture.
 
 Shape alphabet: H, W height and width of the picture in pixels; N instances.
 """
@@ -22,7 +22,7 @@ ByteArray = npt.NDArray[np.uint8]
 Colour = npt.NDArray[Any]
 """Three numbers from 0 to 255."""
 Rectangle = tuple[int, int, int, int]
-"""x0, y0, x1, y1 in whole pixels; x1 and y1 lie outside."""
+"""x0, y0, x1, y1 in whole pixels; x1 and y1 are exclusive."""
 
 MASK_OPACITY = 0.45
 FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -38,25 +38,25 @@ MOST_HIDDEN = 0.1
 
 @dataclass(frozen=True)
 class LabelStyle:
-    """How a label looks: font size, width of lines and of the margin's unit, colour of the text."""
+    """Style of a label: font scale, line width (also the unit of margins) and text colour."""
 
     scale: float
     thickness: int = 1
     ink: Sequence[float] = (255, 255, 255)
 
     def extent(self, text: str) -> tuple[int, int, int]:
-        """Returns the label's width, and its height above and below the baseline of the text."""
+        """Returns the label's width and its height above and below the text's baseline."""
         (width, height), _ = cv2.getTextSize(text, FONT, self.scale, self.thickness)
         return width + 4 * self.thickness, height + 4 * self.thickness, 3 * self.thickness
 
 
 def in_grey(image: ByteArray) -> ByteArray:
-    """Returns an (H, W, 3) RGB image in grey, so that only what is drawn has colours."""
+    """Returns an (H, W, 3) RGB image in grey, so that only the drawings are coloured."""
     return np.asarray(cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
 
 
 def scaled(image: ByteArray, scale: float) -> ByteArray:
-    """Returns an (H, W, 3) image with sides of ``scale`` times the length, at least one pixel."""
+    """Returns an (H, W, 3) image resized by ``scale``, with sides of at least one pixel."""
     size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
@@ -70,18 +70,18 @@ def tint_mask(
     outline: Sequence[float],
     thickness: int = 1,
 ) -> None:
-    """Tints and outlines the pixels of a mask, in place; holes stay as they are.
+    """Tints and outlines the pixels of a mask in place; holes stay untouched.
 
-    The tint is mixed with the image, not with what is already drawn: otherwise, the colours of
-    overlapping masks would mix to those of other classes.
+    Mixes the tint with the original image instead of the canvas, because mixed colours of
+    overlapping masks could look like those of other classes.
 
     Args:
-        canvas: (H, W, 3).
-        image: (H, W, 3) pixels below all masks.
-        mask: (H, W) of 0 and 1.
-        colour: of the tint.
+        canvas: (H, W, 3) picture to draw into.
+        image: (H, W, 3) original image without masks.
+        mask: (H, W) 0 or 1.
+        colour: colour of the tint.
         outline: colour of the outline.
-        thickness: of the outline in pixels.
+        thickness: width of the outline in pixels.
     """
     inside = mask > 0
     tinted = image[inside] * (1 - MASK_OPACITY) + colour * MASK_OPACITY
@@ -91,14 +91,13 @@ def tint_mask(
 
 
 def write_label(canvas: ByteArray, text: str, x: int, y: int, style: LabelStyle) -> None:
-    """Writes a text on black, in place, moved so that it does not leave the canvas on the left or
-    above.
+    """Writes text on a black background in place, moved as needed to stay on the canvas.
 
     Args:
-        canvas: (H, W, 3).
-        text: as getTextSize takes it: characters outside ASCII become question marks.
-        x: of the label's left edge.
-        y: of the baseline of the text.
+        canvas: (H, W, 3) picture to draw into.
+        text: text of the label; OpenCV draws non-ASCII characters as question marks.
+        x: left edge of the label.
+        y: baseline of the text.
         style: size and colour.
     """
     width, above, below = style.extent(text)
@@ -110,15 +109,15 @@ def write_label(canvas: ByteArray, text: str, x: int, y: int, style: LabelStyle)
 
 
 def instance_colour(number: int) -> Colour:
-    """Returns a bright colour; nearby numbers get very different ones."""
+    """Returns a bright colour; nearby numbers get very different colours."""
     hue = (0.45 + number * GOLDEN_RATIO) % 1
-    # After eight, hues become similar.
+    # More than eight hues look similar, so every eight numbers the saturation changes.
     saturation, value = ((0.8, 1.0), (0.45, 1.0), (0.95, 0.75))[number // 8 % 3]
     return np.array([round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value)])
 
 
 def class_colour(class_index: int) -> Colour:
-    """Returns an RGB colour that differs from those of nearby classes."""
+    """Returns an RGB colour for a class, different from the colours of nearby classes."""
     if class_index < len(CLASS_COLOURS):
         return np.array(CLASS_COLOURS[class_index])
     return instance_colour(class_index)
@@ -131,17 +130,17 @@ def draw_instances(
     boxes: npt.NDArray[Any],
     rles: Sequence[Mapping[str, Any]] | None,
 ) -> ByteArray:
-    """Returns a copy of an image with instances drawn into it, one mask decoded at a time.
+    """Returns a copy of an image with instances drawn into it. Decodes one mask at a time.
 
-    Lines and letters grow with the image. Large instances are drawn first, so that none hides
-    another. A label is above, in or below its instance, inside the image. A label that would hide
-    an earlier one or much of an instance in any place is omitted: with hundreds of small instances,
-    you would see only labels.
+    Lines and letters grow with the image. Large instances are drawn first, so they do not hide
+    small ones. A label is placed above, inside or below its instance. If it would hide an earlier
+    label or much of an instance everywhere, it is omitted; otherwise, hundreds of small instances
+    would disappear under their labels.
 
     Args:
-        image: (H, W, 3).
-        labels: of N instances, the most important first.
-        colours: N.
+        image: (H, W, 3) image.
+        labels: N labels, the most important instance first.
+        colours: N colours.
         boxes: (N, 4) XYXY in pixels.
         rles: N masks of the image's size; if None, boxes are drawn instead.
     """
@@ -157,7 +156,7 @@ def draw_instances(
             x0, y0, x1, y1 = places[i]
             cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), outline, 2 * thickness)
     styles = [LabelStyle(scale, thickness, _light(colour)) for colour in colours]
-    write_labels(canvas, labels, places, styles)  # last, so that no mask covers one
+    write_labels(canvas, labels, places, styles)  # last, so no mask covers a label
     return canvas
 
 
@@ -167,13 +166,13 @@ def write_labels(
     places: Sequence[Rectangle],
     styles: Sequence[LabelStyle],
 ) -> None:
-    """Labels instances where there is room, in place; see draw_instances.
+    """Writes the labels that fit, in place; see draw_instances.
 
     Args:
-        canvas: (H, W, 3).
-        labels: of N instances, the most important first.
-        places: N, the pixels of each; empty ones get no label.
-        styles: N; letters are smaller where a label is larger than the canvas.
+        canvas: (H, W, 3) picture to draw into.
+        labels: N labels, the most important instance first.
+        places: N bounding rectangles; an empty one gets no label.
+        styles: N styles; a label larger than the canvas gets smaller letters.
     """
     labelled: list[Rectangle] = []
     for text, place, style in zip(labels, places, styles, strict=True):
@@ -198,7 +197,7 @@ def _line_size(height: int, width: int) -> tuple[float, int]:
 
 
 def _pixels_of(box: npt.NDArray[Any], rle: Mapping[str, Any] | None) -> Rectangle:
-    """Returns the part of the image that a mask, or else a box, covers; empty for an empty mask."""
+    """Returns the bounding rectangle of a mask, or of the box without one; empty if the mask is."""
     if rle is not None:
         x, y, width, height = (int(v) for v in coco_mask.toBbox(rle))
         return x, y, x + width, y + height
@@ -215,7 +214,7 @@ def _tint_rle(
     thickness: int,
 ) -> None:
     x0, y0, x1, y1 = place
-    # Only the mask's part of the picture is processed, with room for the outline.
+    # Process only the part of the picture around the mask, with room for the outline.
     x0, y0 = max(x0 - thickness, 0), max(y0 - thickness, 0)
     part = np.s_[y0 : y1 + thickness, x0 : x1 + thickness]
     mask = np.ascontiguousarray(coco_mask.decode(rle)[part])
@@ -228,7 +227,7 @@ def _light(colour: Colour) -> list[float]:
 
 
 def _fitting_style(text: str, style: LabelStyle, canvas: ByteArray) -> LabelStyle:
-    """Returns the style, with smaller letters where the label is larger than the canvas."""
+    """Returns the style, with smaller letters if the label would be larger than the canvas."""
     width, above, below = style.extent(text)
     room = min(canvas.shape[1] / (width + 1), canvas.shape[0] / (above + below + 1))
     return style if room >= 1 else LabelStyle(style.scale * room * 0.9, 1, style.ink)
@@ -237,9 +236,9 @@ def _fitting_style(text: str, style: LabelStyle, canvas: ByteArray) -> LabelStyl
 def _label_spots(
     text: str, place: Rectangle, style: LabelStyle, canvas: ByteArray
 ) -> Iterator[Rectangle]:
-    """Yields places for a label, best first: above an instance, at its top, below it.
+    """Yields places for a label, best first: above the instance, inside its top, below it.
 
-    Yields nothing if the canvas is too small for letters.
+    Yields nothing if the canvas is too small for the label.
     """
     width, above, below = style.extent(text)
     if width >= canvas.shape[1] or above + below >= canvas.shape[0]:
@@ -257,6 +256,6 @@ def _hides_any(spot: Rectangle, places: Sequence[Rectangle]) -> bool:
 
 
 def _shared(a: Rectangle, b: Rectangle) -> int:
-    """Returns the number of pixels in both."""
+    """Returns the number of pixels that two rectangles share."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     return max(width, 0) * max(height, 0)

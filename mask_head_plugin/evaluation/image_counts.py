@@ -1,4 +1,4 @@
-"""What was found in each image, and on which images models differ.
+"""Counts what was found in each image and finds the images on which models differ.
 
 Shape alphabet: I images.
 """
@@ -19,7 +19,7 @@ MOST_IMAGES = 8
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """For each of I images: objects found, detections, and all objects, at IoU 0.5."""
+    """Found objects, detections and all objects of each image at IoU 0.5, (I,) each."""
 
     found: npt.NDArray[np.int64]
     detections: npt.NDArray[np.int64]
@@ -27,13 +27,13 @@ class ImageCounts:
 
     @property
     def f1(self) -> npt.NDArray[np.float64]:
-        """(I,) F1; 1 if there is nothing to find and nothing was detected."""
+        """F1 of each image, (I,); 1 for an image without objects and detections."""
         total = self.detections + self.objects
         return np.where(total > 0, 2 * self.found / np.maximum(total, 1), 1.0)
 
 
 def image_counts(matches: Matches, min_score: float = MIN_SCORE) -> ImageCounts:
-    """Counts what was found in each image by detections with at least a given score."""
+    """Counts what detections with at least ``min_score`` found in each image."""
     half = int(np.argmin(np.abs(matches.iou_thresholds - 0.5)))
     counted = ~matches.dt_ignored[0, half] & (matches.dt_score >= min_score)
     found = counted & matches.dt_matched[0, half]
@@ -48,8 +48,8 @@ def image_counts(matches: Matches, min_score: float = MIN_SCORE) -> ImageCounts:
 def most_disputed(counts: Sequence[ImageCounts], most: int = MOST_IMAGES) -> list[int]:
     """Returns the images on which F1 differs most between variants, largest difference first.
 
-    Among equals, the larger spread of objects found comes first. Images on which all variants agree
-    are omitted.
+    Ties are broken by the larger spread of found objects. Images on which all variants agree are
+    omitted.
     """
     f1 = np.stack([c.f1 for c in counts])
     found = np.stack([c.found for c in counts])

@@ -1,6 +1,6 @@
-"""Decodes only that part of an image which a mask takes up.
+"""Decodes only the part of an image that a mask occupies.
 
-Shape alphabet: H, W sides of the image; h, w of a window, in pixels.
+Shape alphabet: H, W height and width of the image in pixels; h, w those of a window.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ ByteArray = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, eq=False)
 class MaskWindow:
-    """A mask's pixels within its own box.
+    """A mask's pixels inside its bounding box.
 
     Attributes:
-        top: first row.
-        left: first column.
+        top: first row of the box.
+        left: first column of the box.
         bits: (h, w) uint8, 0 or 1; empty for an empty mask.
     """
 
@@ -32,7 +32,7 @@ class MaskWindow:
     bits: ByteArray
 
     def within(self, top: int, left: int, hw: tuple[int, int]) -> ByteArray:
-        """Returns the (h, w) pixels of another window of the image."""
+        """Returns the mask's (h, w) pixels inside another window of the image."""
         found = np.zeros(hw, np.uint8)
         y0, x0 = max(self.top, top), max(self.left, left)
         y1 = min(self.top + self.bits.shape[0], top + hw[0])
@@ -48,7 +48,7 @@ def mask_window(rle: Mapping[str, Any]) -> MaskWindow:
     left, top, width, height = (int(x) for x in coco_mask.toBbox(rle))
     image_height = int(rle["size"][0])
     counts = np.array(toUncompressedRLE([rle])[0]["counts"], np.int64)
-    # Down the columns of the window only; every other run is inside the mask.
+    # Decode only the window's columns; every second run is inside the mask.
     first, last = left * image_height, (left + width) * image_height
     ends = np.minimum(np.maximum(np.cumsum(counts), first), last)
     runs = ends.copy()

@@ -1,11 +1,11 @@
-"""COCO's greedy matching of detections and objects, for whole data sets at once.
+"""Matches the detections and objects of a whole data set as COCO does, greedily.
 
-The evaluation engine does not give out its matches, but statistics over images (resampling them,
-comparing two models on them) need them. So they are computed here from the engine's IoUs, in
-arrays: the k-th best detections of all images and classes at the same time.
+Statistics over images, such as resampling, need to know which detection found which object, but
+the evaluation engine does not return its matches. This module computes them from the engine's IoUs
+in arrays: it matches the k-th best detections of all images and classes at once.
 
 Shape alphabet: D detections, G objects (ground truth), A area ranges, T IoU thresholds; B groups
-(an image and a class), d and g detections and objects of the group with most.
+(one image and one class), d and g the largest numbers of detections and objects in a group.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_ELEMENTS = 1 << 22
-"""Size of the (B, A, T, g) arrays of groups that are matched together."""
+"""Most elements of the (B, A, T, g) arrays of groups that are matched together."""
 
 SAME_OBJECT_IOU = 0.5
-"""IoU from which two masks count as the same object by default."""
+"""Lowest IoU at which two masks count as the same object by default."""
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int32]
@@ -33,12 +33,11 @@ class Group:
     """Detections and objects of one class in one image.
 
     Attributes:
-        ious: (d, g), detections by falling score.
-        crowd: (g,) regions with many objects: they match any number of detections, and do not
-            count.
-        ignored: (A, g) objects that do not count in an area range, crowds among them.
-        outside: (A, d) detections that are ignored if they match nothing, because their own area is
-            outside a range or for another reason.
+        ious: (d, g) IoUs, with detections by falling score.
+        crowd: (g,) crowds, which match any number of detections and do not count.
+        ignored: (A, g) objects that do not count in an area range, including crowds.
+        outside: (A, d) detections that are ignored if they match nothing, for example because their
+            area is outside the range.
     """
 
     ious: FloatArray
@@ -49,23 +48,23 @@ class Group:
 
 @dataclass(frozen=True)
 class Matches:
-    """The data behind an AP; ``matches_<task>.npz`` holds these arrays under these names.
+    """The matches that an AP is computed from; ``matches_<task>.npz`` contains these arrays.
 
     Detections are ordered by image, then class, then falling score, up to the evaluator's limit per
-    image and class. A stable sort of a class's detections by score gives the order of the engine,
-    ties included. Those with ``dt_ignored`` do not count; among the others, ``dt_matched`` marks
-    true positives. Recall is a share of the class's objects that are not ``gt_ignored``.
+    image and class. A stable sort of a class's detections by score gives the engine's order,
+    including ties. Detections with ``dt_ignored`` do not count; among the others, ``dt_matched``
+    marks true positives. Recall is relative to the class's objects without ``gt_ignored``.
 
     Attributes:
         image_ids: (I,) ids in the annotation file, as text.
-        class_names: (K,) in the order of the class indices.
+        class_names: (K,) names in the order of the class indices.
         area_names: (A,) "all", "small", "medium", "large".
         iou_thresholds: (T,) 0.5 to 0.95.
         dt_image: (D,) index into image_ids.
         dt_class: (D,) index into class_names.
-        dt_score: (D,) what ranks the detection.
-        dt_matched: (A, T, D) whether it found an object.
-        dt_ignored: (A, T, D) whether it does not count.
+        dt_score: (D,) score that ranks the detection.
+        dt_matched: (A, T, D) whether the detection found an object.
+        dt_ignored: (A, T, D) whether the detection does not count.
         gt_image: (G,) index into image_ids.
         gt_class: (G,) index into class_names.
         gt_ignored: (A, G) whether the object does not count.
@@ -96,16 +95,16 @@ class Matches:
 def match(groups: Sequence[Group], thresholds: FloatArray) -> tuple[IntArray, BoolArray]:
     """Matches the detections of each group to its objects as COCO does.
 
-    Among the free objects whose IoU with it reaches the threshold, a detection takes the one with
-    the highest IoU; the later one of equals; and any that counts before one that does not.
+    A detection takes the free object with the highest IoU, if that reaches the threshold. Of equal
+    IoUs, it takes the later object. Objects that count are preferred to those that do not.
 
     Args:
-        groups: of different images or classes.
-        thresholds: (T,).
+        groups: groups of different images or classes.
+        thresholds: (T,) IoU thresholds.
 
     Returns:
-        (A, T, D) the object that each detection found, by its index in the group, -1 for none; and
-        ``ignored`` (see Matches). The detections of the groups follow each other.
+        (A, T, D) index in the group of the object that each detection found, -1 for none; and
+        ``dt_ignored`` (see Matches). Detections are in the order of the groups.
     """
     num_areas = groups[0].outside.shape[0] if groups else 1
     num_detections = [group.outside.shape[1] for group in groups]
@@ -143,9 +142,7 @@ def _chunks(groups: Sequence[Group], size_of_pair: int) -> Iterator[list[int]]:
 
 
 def _match_together(groups: Sequence[Group], thresholds: FloatArray) -> tuple[IntArray, BoolArray]:
-    """Returns the (B, A, T, d) objects found, and ``ignored`` for those that match an ignored
-    object.
-    """
+    """Returns the objects found, (B, A, T, d), and whether each is an ignored one."""
     num_detections, num_objects = np.max([group.ious.shape for group in groups], axis=0)
     num_areas = len(groups[0].ignored)
     ious = np.full((len(groups), num_detections, num_objects), -1.0)
@@ -156,7 +153,7 @@ def _match_together(groups: Sequence[Group], thresholds: FloatArray) -> tuple[In
         ious[row, :d, :g] = group.ious
         crowd[row, ..., :g] = group.crowd
         objects_ignored[row, :, 0, :g] = group.ignored
-    # As in pycocotools, an IoU of 1 reaches every threshold whatever its rounding.
+    # As in pycocotools, an IoU of 1 reaches every threshold despite rounding.
     least = np.minimum(thresholds, 1 - 1e-10)[:, None]
     shape = (len(groups), num_areas, len(thresholds), num_objects)
     free = np.ones(shape, bool)
@@ -166,7 +163,7 @@ def _match_together(groups: Sequence[Group], thresholds: FloatArray) -> tuple[In
         iou = ious[:, k, None, None, :]
         is_candidate = (free | crowd) & (iou >= least)
         value = np.where(is_candidate, iou + 2 * ~objects_ignored, -1)
-        best = num_objects - 1 - value[..., ::-1].argmax(-1, keepdims=True)  # the last of equals
+        best = num_objects - 1 - value[..., ::-1].argmax(-1, keepdims=True)  # last one of a tie
         found = np.take_along_axis(is_candidate, best, -1)
         partner[..., k] = np.where(found, best, -1)[..., 0]
         ignored[..., k] = (found & np.take_along_axis(objects_ignored, best, -1))[..., 0]

@@ -1,7 +1,7 @@
-"""Writes the predictions of an evaluation to disk as they come.
+"""Writes the predictions of an evaluation to disk as the model makes them.
 
-Each image is one line of JSON, so that a crash loses only the image being written, and an
-evaluation that is started again finds what is done.
+Each image is one line of JSON. So a crash loses only the image being written, and a restarted
+evaluation finds the images that are already done.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class PredictionLog:
     """One file per process, ``predictions_<data set>.<fingerprint>.rank<n>.jsonl``.
 
     Attributes:
-        finished: image ids that earlier runs have predicted; the same in each process that sees the
-            folder.
+        finished: image ids predicted by interrupted evaluations; the same in all processes that
+            share the folder.
     """
 
     def __init__(self, folder: Path | None, dataset_name: str, fingerprint: str, rank: int) -> None:
         """
         Args:
-            folder: where the files are; None keeps predictions in memory.
+            folder: folder of the files; None to keep predictions in memory only.
             dataset_name: any text.
-            fingerprint: of everything that predictions depend on; predictions with another one are
-                removed. Empty if unknown: then nothing is continued.
-            rank: of this process.
+            fingerprint: identifies everything that predictions depend on. Predictions with another
+                fingerprint are removed. If empty, nothing is resumed.
+            rank: rank of this process.
         """
         self._name = "predictions_" + re.sub(r"[^\w-]", "_", dataset_name)
         self._folder, self._fingerprint, self._rank = folder, fingerprint, rank
@@ -48,9 +48,9 @@ class PredictionLog:
         return set(self._earlier)
 
     def start(self) -> None:
-        """Forgets this process's own predictions and opens its file.
+        """Forgets the predictions of this process, opens its file, and deletes outdated files.
 
-        Predictions of other fingerprints are deleted.
+        Files are outdated if they have another fingerprint.
         """
         self.close()
         self._lines = []
@@ -59,10 +59,10 @@ class PredictionLog:
         self._folder.mkdir(parents=True, exist_ok=True)
         own = f"{self._name}.{self._fingerprint or 'new'}."
         for path in self._paths("*") if self._rank == 0 else ():
-            if not path.name.startswith(own):  # others of this run may be open already
+            if not path.name.startswith(own):  # other processes may have opened theirs already
                 path.unlink(missing_ok=True)
         path = self._folder / f"{own}rank{self._rank}.jsonl"
-        # Starts a new line after one that a crash cut off; without a fingerprint, a new file.
+        # A crash may have cut off the last line, so start a new one.
         broken = bool(self._fingerprint) and path.is_file() and not _ends_with_newline(path)
         self._file = path.open("a" if self._fingerprint else "w")
         if broken:
@@ -76,7 +76,7 @@ class PredictionLog:
             self._file.flush()
 
     def lines(self) -> list[str]:
-        """Returns this process's lines; the first process adds those of earlier runs."""
+        """Returns this process's lines; in the first process, also those resumed from disk."""
         return [*(self._earlier.values() if self._rank == 0 else ()), *self._lines]
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class PredictionLog:
             self._file = None
 
     def remove(self) -> None:
-        """Deletes the files of all processes, when their predictions have been evaluated."""
+        """Deletes the files of all processes, once their predictions have been evaluated."""
         self.close()
         self._earlier = {}
         for path in self._paths("*") if self._folder else ():
@@ -97,7 +97,7 @@ class PredictionLog:
 
 
 def merge_lines(lines: Iterable[str]) -> Results:
-    """Returns the results of all images; repeated images only once."""
+    """Returns the results of all images, each image only once."""
     predictions = (json.loads(line) for line in lines)
     by_image = {x["image_id"]: x["results"] for x in predictions}
     return list(itertools.chain.from_iterable(by_image.values()))
@@ -108,7 +108,7 @@ def _image_id(line: str) -> Any:
 
 
 def _complete_lines(path: Path) -> list[str]:
-    """Returns the lines of a file, except one that a crash cut off."""
+    """Returns the lines of a file without those that a crash cut off."""
     complete = []
     for line in path.read_text().splitlines():
         try:

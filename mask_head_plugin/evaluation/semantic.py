@@ -1,10 +1,10 @@
-"""Semantic metrics for instance results: how many pixels get the right class.
+"""Computes semantic metrics from instances: how many pixels get the right class.
 
-Instances are painted into one map of classes per image, for ground truth and for predictions, and
-the two maps are compared pixel by pixel. The numbers have the names, units and rules of
-detectron2's SemSegEvaluator.
+For each image, ground truth and predictions are each painted into a map of classes, and the two
+maps are compared pixel by pixel. Metrics have the names, units and rules of detectron2's
+SemSegEvaluator.
 
-In a map, 0 is background, k + 1 is the contiguous class k, and IGNORED is a pixel that does not
+In a map, 0 is background, k + 1 is the contiguous class k, and IGNORED marks pixels that do not
 count.
 
 Shape alphabet: H, W image height and width in pixels; K classes without background.
@@ -37,23 +37,22 @@ def semantic_map(
     image_hw: tuple[int, int],
     threshold: float,
 ) -> SemanticMap:
-    """Returns the (H, W) map of an image's detections; a pixel gets the best-scored one covering
-    it.
+    """Paints an image's detections into an (H, W) map; where they overlap, the best score wins.
 
     Args:
-        rles: a COCO RLE with compressed counts, bytes or str, of each detection.
-        classes: their contiguous classes, 0 to K - 1.
-        scores: what ranks them; of equal scores the first comes out on top.
+        rles: COCO RLE of each detection, with compressed counts as bytes or str.
+        classes: contiguous class of each detection, 0 to K - 1.
+        scores: score of each detection; of equal scores, the first wins.
         image_hw: height and width of the image in pixels.
-        threshold: detections with a lower score are dropped; one that equals it is kept.
+        threshold: detections with a lower score are dropped.
 
     Raises:
-        ValueError: if the arguments differ in length, or the size of any RLE is not image_hw.
+        ValueError: if the arguments differ in length, or the size of an RLE is not image_hw.
     """
     for rle in rles:
         check_rle_size(rle, image_hw)
     kept = [x for x in zip(scores, rles, classes, strict=True) if x[0] >= threshold]
-    # The last one painted is on top: in a stable sort of the reversed list, the first of a tie.
+    # The last one painted is on top; reversing before the stable sort lets the first of a tie win.
     kept = sorted(reversed(kept), key=lambda x: x[0])
     return _paint([(rle, k + 1) for _, rle, k in kept], image_hw)
 
@@ -63,12 +62,12 @@ def ground_truth_map(
     image_hw: tuple[int, int],
     contiguous_id: Mapping[int, int],
 ) -> SemanticMap:
-    """Returns the (H, W) map of an image's annotations; a pixel gets the smallest one covering it.
+    """Paints an image's annotations into an (H, W) map; where they overlap, the smallest wins.
 
-    The size is the mask's number of pixels; among equals, the later annotation is on top. Pixels of
-    crowd regions are IGNORED, because their outlines are loose and include background, unless an
-    ordinary instance also covers them: its outline is exact, so their class is known. An annotation
-    without a polygon of three points covers nothing.
+    The size is the mask's number of pixels; of equal sizes, the later annotation wins. Pixels of
+    crowds are IGNORED, because the loose outlines of crowds include background. If an ordinary
+    object also covers a pixel, its class counts, because outlines of ordinary objects are exact. An
+    annotation without a polygon of at least three points covers nothing.
 
     Args:
         annotations: COCO annotations: ``category_id``, ``segmentation`` (polygons, or an RLE with
@@ -93,11 +92,11 @@ def ground_truth_map(
 
 
 def confusion_matrix(truth: SemanticMap, predicted: SemanticMap, num_classes: int) -> Confusion:
-    """Returns the (K + 1, K + 1) counts of pixels: rows are the truth, columns the prediction.
+    """Counts pixels by true class (rows) and predicted class (columns), (K + 1, K + 1).
 
     Args:
-        truth: (H, W) of 0 to K; pixels that are IGNORED are left out.
-        predicted: (H, W) of 0 to K.
+        truth: (H, W) map with values 0 to K; IGNORED pixels are left out.
+        predicted: (H, W) map with values 0 to K.
         num_classes: K, without background.
 
     Raises:
@@ -107,7 +106,7 @@ def confusion_matrix(truth: SemanticMap, predicted: SemanticMap, num_classes: in
         raise ValueError(f"truth is {truth.shape} and predicted {predicted.shape}")
     for name, values, least in (("truth", truth, IGNORED), ("predicted", predicted, 0)):
         if ((values < least) | (values > num_classes)).any():
-            raise ValueError(f"{name} has other values than {least} to {num_classes}")
+            raise ValueError(f"{name} has values outside {least} to {num_classes}")
     side = num_classes + 1
     kept = truth != IGNORED
     pairs = truth[kept].astype(np.int64) * side + predicted[kept]
@@ -117,19 +116,20 @@ def confusion_matrix(truth: SemanticMap, predicted: SemanticMap, num_classes: in
 def semantic_metrics(confusion: Confusion, class_names: Sequence[str]) -> dict[str, float]:
     """Returns SemSegEvaluator's metrics in percent: mIoU, fwIoU, mACC, pACC, IoU- and ACC-<name>.
 
-    Background is a class like the others, first and named "background". A class without
-    ground-truth pixels is nan and does not enter the means, but predictions of it count against the
-    classes that they cover.
+    Background counts as a class; it comes first and is named "background". A class without
+    ground-truth pixels is nan and is left out of the means, but its predictions count as errors of
+    the classes that they cover.
 
-    Differs from SemSegEvaluator: there is no boundary IoU; without any pixel, fwIoU is nan like the
-    other means, not 0.
+    Differs from SemSegEvaluator: boundary IoU is not computed, and without any pixel, fwIoU is nan
+    like the other means instead of 0.
 
     Args:
-        confusion: (K + 1, K + 1) of ``confusion_matrix``, summed over images.
+        confusion: (K + 1, K + 1) result of ``confusion_matrix``, summed over images.
         class_names: K different names without background.
 
     Raises:
-        ValueError: if the names do not fit the matrix, or a name occurs twice or is "background".
+        ValueError: if the number of names does not fit the matrix, or if a name occurs twice or is
+            "background".
     """
     names = check_class_names(class_names)
     if confusion.shape != (len(names), len(names)):
@@ -159,23 +159,23 @@ def evaluate_semantic(
     class_names: Sequence[str],
     threshold: float,
 ) -> dict[str, float]:
-    """Returns the metrics of ``semantic_metrics`` over images of a COCO file.
+    """Computes ``semantic_metrics`` over images of a COCO file.
 
     Args:
         coco: pycocotools' COCO, or an object with its ``imgs`` and ``imgToAnns``.
-        results: COCO's list of results, with the file's category ids and RLEs as segmentation.
-            A ``mask_score`` takes the place of the score. Results of other images are ignored.
-        image_ids: the images to count, with or without results.
+        results: COCO's list of results, with the file's category ids and with RLEs as segmentation.
+            A ``mask_score`` replaces the score. Results of other images are ignored.
+        image_ids: ids of the images to evaluate, including images without results.
         contiguous_id: maps the file's category ids to classes 0 to K - 1.
         class_names: K names in the order of these classes.
         threshold: lowest score of a detection that counts.
 
     Raises:
-        KeyError: if an image is not in the file or a category id not in contiguous_id.
-        ValueError: if the size of an RLE is not its image's (names the image); for class names, as
-            in ``semantic_metrics``.
+        KeyError: if an image is not in the file, or a category id is not in contiguous_id.
+        ValueError: if an RLE differs in size from its image (names the image), or if class names
+            are wrong as in ``semantic_metrics``.
     """
-    check_class_names(class_names)  # before the work, not afterwards
+    check_class_names(class_names)  # fail before the work, not after it
     results_of = defaultdict(list)
     for result in results:
         results_of[result["image_id"]].append(result)
@@ -201,8 +201,8 @@ def evaluate_semantic(
 
 
 def _paint(layers: Iterable[tuple[Any, int]], image_hw: tuple[int, int]) -> SemanticMap:
-    """Returns a background map with (RLE, value) pairs painted into it, the last on top."""
-    # Column by column like the decoded masks, so that both are read in the order of memory.
+    """Paints (RLE, value) pairs onto a map of background, the last one on top."""
+    # Fortran order like the decoded masks, so both are read in the order of memory.
     painted = np.zeros(image_hw, np.int32, order="F")
     for rle, value in layers:
         np.copyto(painted, value, where=mask_util.decode(rle).view(np.bool_))
@@ -224,5 +224,7 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     names = [BACKGROUND, *class_names]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"class_names must differ, also from our {BACKGROUND!r}; twice: {twice}")
+        raise ValueError(
+            f"class_names must be unique and must not include {BACKGROUND!r}; repeated: {twice}"
+        )
     return names

@@ -1,1 +1,1 @@
-"""The common style of result pages: template, tables, figures, pictures."""
+"""The common style of result pages: templates, tables, figures and pictures."""

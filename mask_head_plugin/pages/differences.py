@@ -1,4 +1,4 @@
-"""Differences of two models in words: better, worse, or within the noise."""
+"""Describes the difference between two models: better, worse, or within noise."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ MARKS = {BETTER: "▲ ", WORSE: "▼ ", NOISE: "≈ ", ONE_SEED: "? "}
 def verdict(comparison: PairedDifference) -> str:
     """Returns the verdict of an interval; empty without an interval.
 
-    An interval over images alone gives no verdict: training again may reverse the difference.
+    An interval over images alone gives no verdict, because another training may reverse the
+    difference.
     """
     found = verdict_of_images(comparison)
     return found if found in ("", NOISE) or comparison.has_training else ONE_SEED
 
 
 def verdict_of_images(comparison: PairedDifference) -> str:
-    """Returns the verdict for these two trained models, over other draws of the images."""
+    """Returns the verdict for these two trained models only, based on the choice of images."""
     if not (math.isfinite(comparison.low) and math.isfinite(comparison.high)):
         return ""
     if comparison.low <= 0 <= comparison.high:
@@ -31,6 +32,6 @@ def verdict_of_images(comparison: PairedDifference) -> str:
 
 
 def with_interval(comparison: PairedDifference) -> str:
-    """Returns a difference as ``+0.50 (-0.10 to +1.10)``."""
+    """Formats a difference and its interval as ``+0.50 (-0.10 to +1.10)``."""
     low, high = number(comparison.low, "+.2f"), number(comparison.high, "+.2f")
     return f"{number(comparison.difference, '+.2f')} ({low} to {high})"

@@ -1,4 +1,4 @@
-// Draws the page's figures from the JSON after each, again when the theme or the width changes.
+// Draws each figure from the JSON next to it, and redraws it when the theme or the width changes.
 (() => {
   const NARROW = 600;  // pixels
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -12,7 +12,7 @@
       JSON.stringify(DARK_COLOURS[colour] ?? colour)));
   }
 
-  // Plots that are side by side move below each other.
+  // Stacks panels that are side by side.
   function stack(layout) {
     const axes = Object.keys(layout).filter((key) => /^xaxis\d*$/.test(key));
     if (axes.length < 2) return;
@@ -28,7 +28,7 @@
     });
   }
 
-  // The legend goes below, and the buttons, which would cover it, are left out.
+  // Moves the legend below the plot and hides the buttons, which would cover it.
   function narrow(spec) {
     const layout = spec.layout;
     stack(layout);

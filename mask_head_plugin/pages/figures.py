@@ -1,9 +1,9 @@
-"""Interactive figures of pages. Import it where plotly is installed (extra ``report``).
+"""The style of interactive figures. The figures need plotly (extra ``report``).
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; whatever a colour shows, a
-marker, a dash or a text shows as well. Plotly reads texts as HTML, so names are escaped.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. Nothing is shown by colour
+alone: a marker, dash or label always repeats it. Plotly reads labels as HTML, so names are escaped.
 
-The page draws them (``figures.js``) in colours of the reader's theme and for the available width.
+``figures.js`` draws the figures in the page, adapted to the reader's theme and the available width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("solid", "dash", "dot", "dashdot")
 FONT = {"family": "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", "size": 13}
 BAND, GRID, MIDDLE = "#e8e8e8", "#ececec", "#f7f7f7"
-"""Of the background: a range, lines, the middle of a scale with two ends."""
+"""Background colours: of a range, of grid lines, and of the middle of a diverging scale."""
 CONFIG = {
     "displaylogo": False,
     "responsive": True,
@@ -39,7 +39,7 @@ DARK_COLOURS = {
     "#d55e00": "#f0823a",
     "#009e73": "#2fc79b",
 }
-"""Replacements of colours in a dark theme; others stay. ``white`` and rgb(...) are plotly's own."""
+"""Replacements of colours in a dark theme. ``white`` and rgb(...) come from plotly's template."""
 BAND_OPACITY = 0.18
 NAME_WIDTH = 30
 
@@ -61,14 +61,14 @@ DARK_COLOURS |= {
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with title and caption, as plain text.
+    """A figure with a title and a caption in plain text.
 
     Attributes:
-        name: of files and links.
-        title: above it.
-        caption: below the title.
-        figure: plotly's.
-        min_width: pixels below which it is scrolled sideways; 0 if it fits any width.
+        name: name of the figure in files and links.
+        title: heading above the figure.
+        caption: text below the title.
+        figure: the plotly figure.
+        min_width: width in pixels below which the figure scrolls sideways; 0 if it fits any width.
     """
 
     name: str
@@ -78,19 +78,19 @@ class Figure:
     min_width: int = 0
 
     def to_json(self) -> str:
-        """Returns the data from which the page draws it, for a script element."""
+        """Returns the figure's data as JSON for a script element."""
         image = {"toImageButtonOptions": {"format": "svg", "filename": self.name}}
         spec = {**json.loads(self.figure.to_json()), "config": {**CONFIG, **image}}
-        # What would end the script or begin a comment in a browser.
+        # Escape characters that could end the script or start a comment in a browser.
         return json.dumps(spec).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
 def lay_out(figure: Any, height: int) -> None:
-    """Sets what all figures share.
+    """Applies the layout that all figures share.
 
     Args:
-        figure: of plotly.
-        height: in pixels.
+        figure: a plotly figure.
+        height: height in pixels.
     """
     figure.update_layout(
         template="simple_white",
@@ -107,10 +107,10 @@ def lay_out(figure: Any, height: int) -> None:
 
 
 def plotly_text(name: str) -> str:
-    """Returns a name, escaped so that plotly shows it unchanged."""
+    """Escapes a name so that plotly shows it unchanged."""
     return html.escape(name, quote=False).replace("%{", "%&#123;")
 
 
 def wrapped(name: str) -> str:
-    """Returns a name for plotly, broken into lines."""
+    """Escapes a name for plotly and breaks it into lines."""
     return "<br>".join(plotly_text(line) for line in textwrap.wrap(name, NAME_WIDTH) or [name])

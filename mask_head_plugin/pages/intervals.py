@@ -1,4 +1,4 @@
-"""Differences with their intervals: a dot and a line in each row. Needs plotly."""
+"""Plots differences with their intervals: a marker and a line in each row. Needs plotly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERDICTS = {
     NOISE: (GREY, "circle-open"),
     ONE_SEED: (GREY, "diamond-open"),
 }
-"""Colour and marker of what is found."""
+"""Colour and marker of each finding."""
 EMPTY: list[Any] = [None]
 """Coordinates of a trace that appears only in the legend."""
 ROW_HEIGHT = 44
@@ -26,11 +26,11 @@ ROW_HEIGHT = 44
 
 @dataclass(frozen=True)
 class IntervalRow:
-    """A difference that is shown.
+    """A difference to plot.
 
     Attributes:
-        name: of its row.
-        paired: the difference.
+        name: name of its row.
+        paired: the difference with its interval.
         finding: one of VERDICTS.
     """
 
@@ -40,7 +40,7 @@ class IntervalRow:
 
 
 def row_heights(names: Sequence[str]) -> dict[str, int]:
-    """Returns where each row is, the first on top."""
+    """Returns the vertical position of each row, the first on top."""
     return {name: len(names) - k for k, name in enumerate(names)}
 
 
@@ -54,11 +54,11 @@ def add_intervals(
     """Adds differences to a column of a figure.
 
     Args:
-        figure: of plotly.
-        heights: of all rows, see ``row_heights``.
-        rows: those that have a difference.
-        column: from 1 on; the first has the legend.
-        kinds: findings that the legend names, also those that no row has.
+        figure: a plotly figure.
+        heights: positions of all rows, see ``row_heights``.
+        rows: the differences to plot.
+        column: column of the figure, counted from 1; the first column defines the legend.
+        kinds: findings to list in the legend, even if no row has them.
     """
     place = {"row": 1, "col": column}
     for kind in kinds:
@@ -93,17 +93,17 @@ def add_intervals(
             showlegend=column == 1,
         )
         figure.add_trace(trace, **place)
-    # Afterwards: plotly leaves lines out of panels that are empty.
+    # Added last, because plotly omits lines from empty panels.
     figure.add_vline(x=0, line={"color": BLACK, "width": 1}, **place)
 
 
 def lay_out_rows(figure: Any, heights: dict[str, int], row_height: int = ROW_HEIGHT) -> None:
-    """Sets the size of a figure with a row for each difference, and writes their names.
+    """Sets the size of a figure with a row for each difference, and labels the rows.
 
     Args:
-        figure: of plotly.
-        heights: of all rows.
-        row_height: pixels of a row, if its name needs no more.
+        figure: a plotly figure.
+        heights: positions of all rows.
+        row_height: height of a row in pixels, unless its name needs more.
     """
     lines = max(len(wrapped(name).split("<br>")) for name in heights)
     lay_out(figure, 150 + len(heights) * max(row_height, 18 * lines + 8))

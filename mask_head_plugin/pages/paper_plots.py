@@ -1,7 +1,7 @@
-"""The figures of a page as SVG and PDF, drawn by matplotlib: plotly needs a browser for that.
+"""Draws the figures of a page with matplotlib as SVG and PDF, because plotly needs a browser.
 
-What the figures of this package use is drawn: curves with bands, markers with intervals, bars,
-heatmaps; in panels side by side.
+Supports what the figures of this package use: curves with bands, markers with intervals, bars and
+heatmaps, in panels side by side.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .figures import Figure
 from .plots import save_for_papers
 
 PANEL_INCHES, NEXT_INCHES, LEAST_INCHES = 3.4, 2.2, 5.4
-"""Width of a panel, of one more where there are many, and of a plot."""
+"""Width of the first panel, of each further panel, and smallest width of a plot."""
 INCHES_OF_PIXEL = 2.9 / 420
 STYLES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 MARKERS = {
@@ -34,25 +34,25 @@ MARKERS = {
 }
 FONTS: Any = {"font.size": 8, "axes.titlesize": 9, "hatch.linewidth": 0.6}
 MOST_LEVEL = 6
-"""Names below a plot; more of them are written upwards."""
+"""Most names below a plot that are written horizontally; more are rotated."""
 
 
 def save_figures(figures: Sequence[Figure], folder: Path) -> None:
-    """Writes figures of a page as NAME.svg and NAME.pdf.
+    """Writes the figures of a page as NAME.svg and NAME.pdf.
 
     Args:
-        figures: of the page.
-        folder: where to; there is one.
+        figures: figures of the page.
+        folder: output folder, which must exist.
     """
     for figure in figures:
         save_for_papers(paper_plot(figure), folder / figure.name)
 
 
 def paper_plot(figure: Figure) -> Plot:
-    """Returns a plot of matplotlib that shows what one of plotly's does."""
+    """Draws a plotly figure with matplotlib."""
     source = figure.figure
     names = sorted({trace.xaxis or "x" for trace in source.data}, key=lambda x: int(x[1:] or 1))
-    # At most three panels in a row: of more, the texts would be too small on a page.
+    # At most three panels in a row; with more, text would be too small on a page.
     columns = len(names) if len(names) <= 3 else -(-len(names) // 2)
     rows = -(-len(names) // columns)
     width = min(PANEL_INCHES * columns, PANEL_INCHES + NEXT_INCHES * (columns - 1))
@@ -86,13 +86,13 @@ def _add_legend(plot: Plot, columns: int) -> None:
 
 
 class _Panel:
-    """One panel of a figure; what is on its second axis is drawn below.
+    """One panel of a figure. Traces on its second axis are drawn below the others.
 
     Args:
-        axes: of matplotlib.
-        source: the figure of plotly.
-        name: of the panel's x axis there.
-        is_first: of its row, where the names of shared rows are.
+        axes: matplotlib axes of the panel.
+        source: the plotly figure.
+        name: name of the panel's x axis in the plotly figure.
+        is_first: whether the panel is the first of its row, which shows the names of shared rows.
     """
 
     def __init__(self, axes: Any, source: Any, name: str, *, is_first: bool) -> None:
@@ -149,7 +149,7 @@ class _Panel:
             own.set_tick_params(labelleft=False)
 
     def _categories(self, axis: str) -> list[Any]:
-        """Returns the names along an axis in their order; none where it has numbers."""
+        """Returns the names along an axis in order; empty for a numeric axis."""
         values = [x for trace in self.traces for x in (_values(trace, axis) or ())]
         return list(dict.fromkeys(values)) if any(isinstance(x, str) for x in values) else []
 
@@ -159,7 +159,7 @@ class _Panel:
 
     def _scatter(self, axes: Any, trace: Any) -> None:
         x, y = self._places(trace, "x"), self._places(trace, "y")
-        if trace.fill == "toself":  # the band of a curve: there above, and back below
+        if trace.fill == "toself":  # band of a curve: upper edge forwards, lower edge backwards
             half, colour = len(x) // 2, _colour(trace.fillcolor)
             axes.fill_between(x[:half], y[:half], y[half:][::-1], color=colour, alpha=0.2, lw=0)
             return
@@ -223,7 +223,7 @@ class _Panel:
         style: dict[str, Any] = {"cmap": colours, "shading": "nearest", "zorder": 0.5, **limits}
         if trace.xgap:
             style |= {"edgecolors": "white", "linewidth": 1.5}
-        else:  # as an image: between cells that are drawn singly, viewers show seams
+        else:  # as an image, because viewers show seams between separately drawn cells
             style["rasterized"] = True
         cells = axes.pcolormesh(x, y, values, **style)
         if trace.texttemplate:
@@ -253,7 +253,7 @@ def _label(trace: Any) -> str | None:
 
 
 def _colour(text: str | None) -> Any:
-    """Returns a colour as matplotlib has it; plotly also writes ``rgba(1,2,3,0.5)``."""
+    """Converts plotly's colours, which include ``rgba(1,2,3,0.5)``, to matplotlib's."""
     if text is None:
         return None
     parts = re.findall(r"[\d.]+", text) if text.startswith("rgb") else []
@@ -261,5 +261,5 @@ def _colour(text: str | None) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Returns what plotly takes for HTML as a text."""
+    """Converts plotly's HTML to plain text."""
     return html.unescape(text.replace("<br>", " ").replace("%&#123;", "%{"))

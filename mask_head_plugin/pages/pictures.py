@@ -1,6 +1,6 @@
-"""Pictures for pages: as data URIs, in the colours of classes.
+"""Prepares pictures for pages: data URIs, resized masks and CSS colours.
 
-Shape alphabet: H, W sides of a picture in pixels.
+Shape alphabet: H, W height and width of a picture in pixels.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..evaluation.drawing import ByteArray
 
 JPEG_QUALITY = 88
 MOST_BYTES = 2_300_000
-"""Most bytes of all pictures as text, so that the page with plotly.js (4.8 MB) stays below 8 MB."""
+"""Limit for all pictures of a page as text; keeps a page with plotly.js (4.8 MB) below 8 MB."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawn image: what it shows, what was found, and the JPEG as a data URI."""
+    """A drawn image: its title, a note below it, and the JPEG as a data URI."""
 
     title: str
     note: str
@@ -45,7 +45,7 @@ def data_uri(picture: ByteArray) -> str:
 
 
 def resized_mask(rle: Mapping[str, Any], size: tuple[int, int]) -> Any:
-    """Returns a mask's run lengths in a picture of another size, W and H."""
+    """Returns the run lengths of a mask resized to ``size``, (W, H)."""
     mask = cv2.resize(coco_mask.decode(rle), size, interpolation=cv2.INTER_NEAREST)
     return coco_mask.encode(np.asfortranarray(mask))
 

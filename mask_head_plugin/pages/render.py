@@ -1,4 +1,4 @@
-"""Pages from templates that extend ``page.html.j2``."""
+"""Renders pages from templates that extend ``page.html.j2``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PACKAGES = ("jinja2", "plotly")
 
 
 def check_packages(page: str, written: Path) -> None:
-    """Raises a ConfigError if a page cannot be made on this machine.
+    """Raises a ConfigError if packages for rendering a page are missing.
 
     Args:
-        page: name of its file.
-        written: what was written without it.
+        page: file name of the page.
+        written: a file that was written anyway, named in the error.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
@@ -33,9 +33,9 @@ def render(template: Path, **values: Any) -> str:
 
     Args:
         template: a file that extends ``page.html.j2``.
-        **values: what the template shows; ``title`` and ``figures`` are asked for by all.
+        **values: values for the template; all templates need ``title`` and ``figures``.
     """
-    # Imported here, so that the package works without the extra.
+    # Imported here, so the package works without the optional dependencies.
     import jinja2
     from plotly.offline import get_plotlyjs
 

@@ -1,4 +1,4 @@
-"""Tables for pages, the same in Markdown, HTML, CSV and LaTeX."""
+"""Tables for pages, with output as Markdown, CSV and LaTeX; the templates render HTML."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ LATEX_SIGNS = {
     "▼": r"$\downarrow$",
     "≈": r"$\approx$",
 }
-"""Characters that LaTeX reads as commands, and signs of ours that its fonts lack."""
+"""Characters that LaTeX reads as commands, and signs in our tables that its fonts lack."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table.
+    """A column of a table.
 
     Attributes:
-        key: its name in a link such as ``report.html#sort=-difference``.
-        label: the heading above it.
-        meaning: a sentence about it.
-        is_text: whether it holds texts instead of numbers.
-        is_optional: whether it is omitted if it has no content.
+        key: name of the column in links such as ``report.html#sort=-difference``.
+        label: heading of the column.
+        meaning: a sentence that explains it.
+        is_text: whether it contains text instead of numbers.
+        is_optional: whether it is omitted if all its cells are empty.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows, and its sorting value: a number, nan for none, or a text."""
+    """A cell: the text it shows, and the number (nan if missing) or text it is sorted by."""
 
     text: str
     value: float | str
@@ -59,19 +59,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, and a row of cells for each variant."""
+    """A table: its columns, and rows with one cell for each column."""
 
     columns: list[Column]
     rows: list[list[Cell]]
 
 
 def number(value: float, form: str = ".2f") -> str:
-    """Returns a number with a true minus sign; a dash for nan."""
+    """Formats a number with a real minus sign; returns a dash for nan and infinity."""
     return f"{value:{form}}".replace("-", MINUS) if math.isfinite(value) else NOTHING
 
 
 def markdown(table: Table) -> str:
-    """Returns a table in GitHub's Markdown, with numbers on the right."""
+    """Returns a table in GitHub's Markdown, with numbers aligned to the right."""
     cells: list[Sequence[Any]] = [[cell.text for cell in row] for row in table.rows]
     lines = [_markdown_row([column.label for column in table.columns])]
     lines.append("|" + "|".join("---" if c.is_text else "---:" for c in table.columns) + "|")
@@ -79,7 +79,7 @@ def markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """Returns a table for programs: keys as headings, numbers in full, empty cells for none."""
+    """Returns a table for programs: keys as headings, full precision, empty cells for nan."""
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\n")
     writer.writerow([column.key for column in table.columns])
@@ -90,7 +90,7 @@ def as_csv(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """Returns a table for a paper, as the page shows it, with the rules of the package booktabs."""
+    """Returns a table for a paper with the same text as on the page; needs the package booktabs."""
     alignment = "".join("l" if column.is_text else "r" for column in table.columns)
     rows = [[escape_latex(cell.text) for cell in row] for row in table.rows]
     lines = [
@@ -107,7 +107,7 @@ def latex(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Returns a text, escaped for LaTeX, in one line."""
+    """Escapes text for LaTeX and joins it into one line."""
     shown = "".join(LATEX_SIGNS.get(sign, sign) for sign in text)
     return " ".join(shown.split())
 
@@ -117,13 +117,13 @@ def _markdown_row(texts: Sequence[str]) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Returns a text, escaped for Markdown, in one line."""
+    """Escapes text for Markdown and joins it into one line."""
     for sign, shown in {"&": "&amp;", "<": "&lt;", ">": "&gt;"}.items():
         text = text.replace(sign, shown)
-    # An underscore within a word has no meaning; config keys stay readable.
+    # Underscores inside words need no escape, which keeps config keys readable.
     return " ".join(re.sub(r"[\\`*|\[\]~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text).split())
 
 
 def code_markdown(text: str) -> str:
-    """Returns a text as code; a backtick in it, which would end it, becomes a quote."""
+    """Formats text as inline code; replaces backticks, which would end it, by single quotes."""
     return f"`{text.replace('`', chr(39))}`"

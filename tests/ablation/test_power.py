@@ -35,11 +35,11 @@ def test_without_trials_the_assumptions_are_stated(tmp_path):
     assert (spreads.seeds_from, spreads.images_from, spreads.num_images) == (0, 0, ASSUMED_IMAGES)
     spread, planned, *needed = power_lines(tmp_path / "missing", "segm/AP", 8.0, 3, 1)
     assert spread.count("assumed") == 2 and planned.startswith("3 seeds show a true difference of")
-    assert needed == ["A difference of 8 takes 3 seeds of each variant with 200 images"]
+    assert needed == ["A difference of 8 needs 3 seeds per variant with 200 images"]
 
 
 def test_one_seed_detects_no_difference(tmp_path):
-    assert "1 seed shows no difference" in power_lines(tmp_path, "segm/AP", 8.0, 1, 1)[1]
+    assert "1 seed cannot show a difference" in power_lines(tmp_path, "segm/AP", 8.0, 1, 1)[1]
 
 
 def test_spreads_are_measured_on_finished_trials(tmp_path):

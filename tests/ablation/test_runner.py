@@ -143,9 +143,9 @@ def test_variants_seeds_and_options_can_be_chosen(ablation, tmp_path):
     assert [(t.variant, t.seed, t.cfg.SOLVER.MAX_ITER) for t in trials] == [("bce", 5, 7)]
     with pytest.raises(ConfigError, match="--variant names 'dise', which is not a variant"):
         trials_of(ablation, tmp_path, variants=["bce", "dise"])
-    with pytest.raises(ConfigError, match="--variant lacks the baseline, 'bce'"):
+    with pytest.raises(ConfigError, match="leaves out the baseline: add --variant 'bce'"):
         trials_of(ablation, tmp_path, variants=["dice / alone"])
-    with pytest.raises(ConfigError, match=r"--seed \[1, 1\] are not all"):
+    with pytest.raises(ConfigError, match=r"--seed \[1, 1\]: seeds must be distinct"):
         trials_of(ablation, tmp_path, seeds=[1, 1])
 
 
@@ -180,7 +180,7 @@ def test_an_invalid_variant_is_named_before_anything_runs(ablation, tmp_path):
 
 def test_a_folder_with_other_settings_is_refused(ablation, tmp_path, fake_training):
     run(trials_of(ablation, tmp_path), DEBUG)
-    with pytest.raises(ConfigError, match="was run with another config than bce, seed 1 has now"):
+    with pytest.raises(ConfigError, match="the config of bce, seed 1 has changed"):
         trials_of(ablation, tmp_path, opts=["SOLVER.BASE_LR", "0.1"])
 
 
@@ -189,7 +189,7 @@ def test_an_interrupted_trial_is_not_resumed_with_other_settings(ablation, tmp_p
     train.interrupted = {("binary_cross_entropy", 1)}
     with pytest.raises(KeyboardInterrupt):
         run(trials_of(ablation, tmp_path), DEBUG)
-    with pytest.raises(ConfigError, match="was run with another config than bce, seed 1 has now"):
+    with pytest.raises(ConfigError, match="the config of bce, seed 1 has changed"):
         trials_of(ablation, tmp_path, opts=["SOLVER.BASE_LR", "0.1"])
 
 
@@ -211,7 +211,7 @@ def test_descriptions_of_the_same_ablation_are_merged_and_others_refused(ablatio
     merged = json.loads((tmp_path / "ablation.json").read_text())
     assert [x["name"] for x in merged["variants"]] == ["bce", "dice / alone"]
     assert merged["seeds"] == [1, 3]
-    with pytest.raises(ConfigError, match="is of the file 'f', not 'g': choose another --output"):
+    with pytest.raises(ConfigError, match="belongs to the file 'f', not 'g': choose another"):
         write_description(tmp_path, {**described(), "file": "g"})
 
 
@@ -312,7 +312,7 @@ def test_a_trial_fails_on_a_machine_without_the_requested_gpus(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     trial = trials_of(ablation, tmp_path)[0]
     run_trial.run_trial(trial, num_gpus=2)
-    assert re.search("--num-gpus 2, but PyTorch finds 1 on ", trial.record()["error"])
+    assert re.search("--num-gpus 2: PyTorch finds only 1 on ", trial.record()["error"])
     assert fake_training[1] == []
 
 

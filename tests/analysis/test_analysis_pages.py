@@ -162,7 +162,7 @@ def test_a_results_file_from_any_tool_needs_only_annotations(tmp_path, capsys):
 CONTENT = objects_of([(1, 1, rectangle(10, 10, 40, 40))])
 RIGHT = detection(1, 1, rectangle(10, 10, 40, 40))
 MISFITS = {
-    "image_id": ([{**RIGHT, "image_id": 7}], "images that .* does not: image_id 7"),
+    "image_id": ([{**RIGHT, "image_id": 7}], "images that .* lacks: image_id 7"),
     "category_id": ([{**RIGHT, "category_id": 0}], "categories that .* category_id 0"),
     "size": (
         [{**RIGHT, "segmentation": {"size": [5, 5], "counts": "0"}}],
@@ -174,15 +174,15 @@ MISFITS = {
     "true as score": ([RIGHT, {**RIGHT, "score": True}], "entry 1: score is True, not a finite"),
     "text in a box": ([{**RIGHT, "bbox": [1, 2, 3, "4"]}], "entry 0: bbox is .*'4'"),
     "box": ([{**RIGHT, "bbox": [1, 2, 3]}], r"bbox is \[1, 2, 3\]"),
-    "no list": ({"x": 1}, "not a file of results"),
+    "no list": ({"x": 1}, "not a results file"),
     "text as id": ([{**RIGHT, "image_id": "1"}], r"image_id '1' \(it has 1"),
     "no mask": ([{**RIGHT, "segmentation": "x"}], "neither polygons nor an RLE"),
     "broken counts": (
         [{**RIGHT, "segmentation": {**RIGHT["segmentation"], "counts": "zzzz!!!"}}],
-        r"entry 0 \(image 1\): the counts of its mask do not make up an image",
+        r"entry 0 \(image 1\): the counts of its mask do not add up to an image",
     ),
-    "percent": ([{**RIGHT, "score": 99.2}], "entry 0: score is 99.2, not 0 to 1; are they percent"),
-    "corners": ([{**RIGHT, "bbox": [5, 5, -2, 3]}], "entry 0: bbox is .* of negative size"),
+    "percent": ([{**RIGHT, "score": 99.2}], "entry 0: score is 99.2, not 0 to 1; if scores are in"),
+    "corners": ([{**RIGHT, "bbox": [5, 5, -2, 3]}], "entry 0: bbox .* has a negative size"),
     "huge": ([{**RIGHT, "score": 10**400}], "entry 0: score is 1000"),
 }
 
@@ -194,10 +194,10 @@ def with_first(**changed):
 
 
 BAD_ANNOTATIONS = {
-    "a list": ([], "is not a COCO file of annotations"),
+    "a list": ([], "is not a COCO annotation file"),
     "no object": ({**CONTENT, "annotations": [1]}, "annotations is not a list of objects"),
-    "twice": ({**CONTENT, "images": CONTENT["images"] * 2}, "has two of image 1"),
-    "names": ({**CONTENT, "categories": CONTENT["categories"] * 2}, "has two of category '"),
+    "twice": ({**CONTENT, "images": CONTENT["images"] * 2}, "has image 1 twice"),
+    "names": ({**CONTENT, "categories": CONTENT["categories"] * 2}, "has category 'dog' twice"),
     "none": ({**CONTENT, "annotations": []}, "has no annotations: there is nothing to compare"),
     "crowds": (
         {**CONTENT, "annotations": [{**x, "iscrowd": 1} for x in CONTENT["annotations"]]},
@@ -247,11 +247,11 @@ def test_folders_with_no_or_several_results_are_refused_with_advice(tmp_path, ca
     assert code == 2 and "one, two" in err and "--dataset" in err
     assert tool(capsys, run, "--dataset", "two")[0] == 0
     code, _, err = tool(capsys, run / "inference" / "two", "--dataset", "other")
-    assert code == 2 and "--dataset other: " in err and "has the results of made" in err
+    assert code == 2 and "--dataset other does not" in err and "has the results of made" in err
     assert (run / "inference" / "two" / "analysis.html").is_file()
     (tmp_path / "annotations.json").unlink()
     code, _, err = tool(capsys, run, "--dataset", "one")
-    assert code == 2 and "annotations.json do not exist" in err
+    assert code == 2 and "annotations.json does not exist" in err
 
 
 def test_an_unusable_output_folder_is_refused_before_the_work(tmp_path, capsys):

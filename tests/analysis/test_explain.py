@@ -178,8 +178,8 @@ COMPETING = ["MODEL.ROI_MASK_HEAD.LOSSES", '[["softmax_cross_entropy", 1.0]]']
     [
         ({"detection": 99}, r"--detection 99: the model finds \d+ objects"),
         ({"detection": 0}, "--detection 0"),
-        ({"num_bins": -1}, "--bins -1: from 1 to 14 can be told apart"),
-        ({"num_bins": 15}, "--bins 15: from 1 to 14"),
+        ({"num_bins": -1}, "--bins -1 cannot be drawn: use 1 to 14"),
+        ({"num_bins": 15}, "--bins 15 cannot be drawn: use 1 to 14"),
         ({"image_file": "missing.jpg"}, "missing.jpg"),
         ({"weights": "missing.pth"}, "file missing.pth does not exist"),
         ({"softmax_weights": "missing.pth"}, "file missing.pth does not exist"),
@@ -187,8 +187,8 @@ COMPETING = ["MODEL.ROI_MASK_HEAD.LOSSES", '[["softmax_cross_entropy", 1.0]]']
         ({"opts": ["MODEL.MASK_ON", "False"]}, "no mask branch"),
         ({"opts": ["MODEL.WEIGHTS", "other.pth"]}, "file other.pth does not exist"),
         ({"opts": ["MODEL.MASK_ON"]}, "'MODEL.MASK_ON' has no value"),
-        ({"opts": COMPETING, "softmax_weights": str(CHECKPOINT)}, "compete already"),
-        ({"softmax_weights": str(CHECKPOINT)}, "the first model has the same"),
+        ({"opts": COMPETING, "softmax_weights": str(CHECKPOINT)}, "already compete"),
+        ({"softmax_weights": str(CHECKPOINT)}, "the first model uses the same"),
     ],
 )
 def test_an_error_names_what_cannot_be_drawn_and_nothing_is_written(changed, message, tmp_path):

@@ -30,11 +30,11 @@ def test_export_refuses_other_files_and_values_too_large_for_float16(tmp_path):
     (tmp_path / "text.pth").write_text("no")
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"conv1_w": np.ones(2)}))
     torch.save({"model": {"weight": torch.full((2, 2), 1e6)}}, tmp_path / "large.pth")
-    for name, told in (("text.pth", "was not loaded"), ("R-50.pkl", "names of another project")):
+    for name, told in (("text.pth", "was not loaded"), ("R-50.pkl", "another project's")):
         with pytest.raises(ConfigError, match=rf"{name}.* {told}"):
             export_safetensors(tmp_path / name, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
     export_safetensors(tmp_path / "large.pth", tmp_path / "out.safetensors")
-    with pytest.raises(ConfigError, match=r"large\.pth: weight does not fit float16"):
+    with pytest.raises(ConfigError, match=r"large\.pth: weight does not fit into float16"):
         export_safetensors(tmp_path / "large.pth", tmp_path / "half.safetensors", half=True)
     assert not (tmp_path / "half.safetensors").exists()

@@ -42,7 +42,7 @@ def test_weights_in_the_package_are_found_from_any_folder(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     file = local_copy("mask_head_plugin://mask_rcnn_shapes.safetensors")
     assert Path(file).stat().st_size > 1e6
-    with pytest.raises(ConfigError, match=r"the package has mask_rcnn_shapes\.safetensors$"):
+    with pytest.raises(ConfigError, match=r"the package includes mask_rcnn_shapes\.safetensors$"):
         local_copy("mask_head_plugin://mask_rcnn_circles.safetensors")
 
 

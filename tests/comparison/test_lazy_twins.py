@@ -87,7 +87,7 @@ def test_models_without_masks_or_with_other_augmentations_are_refused(small):
     with pytest.raises(ConfigError, match="no MaskRCNNConvUpsampleHead"):
         twins.load_model_config(find_config(str(file)), [])
     file.write_text(f"{text}dataloader.test.mapper.augmentations = []\n")
-    with pytest.raises(ConfigError, match="not one ResizeShortestEdge"):
+    with pytest.raises(ConfigError, match="must be a single ResizeShortestEdge"):
         twins.load_model_config(find_config(str(file)), [])
 
 

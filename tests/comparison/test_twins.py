@@ -141,7 +141,7 @@ PREDICTOR = "roi_heads.mask_head.predictor"
         ),
         (
             lambda w: [w.pop(x) for x in list(w) if x.endswith(("fc1.weight", "norm.bias"))],
-            r"21 missing: .*fpn_lateral2 .*; compare with weights of this config$",
+            r"21 missing: .*fpn_lateral2 .*; use weights trained with this config$",
         ),
     ],
 )

@@ -107,7 +107,7 @@ def test_an_unknown_config_is_refused_with_the_nearest_name():
 )
 def test_weights_in_a_folder_are_found_by_zoo_name_or_model_id(tmp_path, name):
     (tmp_path / "137260431.pkl").touch()  # another model's
-    with pytest.raises(ConfigError, match=f"none of {R50_FILE}, .*{R50_ID}.pth"):
+    with pytest.raises(ConfigError, match=f"one of {R50_FILE}, .*{R50_ID}.pth"):
         find_weights(str(tmp_path), find_config(R50))
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)

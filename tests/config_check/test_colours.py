@@ -32,5 +32,7 @@ def test_the_author_of_a_file_tells_its_colour_order(
     policy = WeightsPolicy(strict=False, input_format=input_format)
     MaskHeadCheckpointer(model, policy=policy).load(str(path))
     order = "RGB" if author == "torchvision" else "BGR"
-    told = f"{path} is {author}'s, trained on {order}, but INPUT.FORMAT is {input_format}"
+    told = (
+        f"{path} comes from {author} and was trained on {order}, but INPUT.FORMAT is {input_format}"
+    )
     assert (told in caplog.text) == is_told

@@ -66,7 +66,7 @@ MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
         ),
         (
             [*("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"), *DICE],
-            "LOSSES has no effect with .* MaskRCNNConvUpsampleHead; it needs FCNMaskHead",
+            "LOSSES has no effect with .* MaskRCNNConvUpsampleHead; use FCNMaskHead",
         ),
         (
             [*("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"), *SCORING],
@@ -147,7 +147,7 @@ FIVE = re.escape("['p2', 'p3', 'p4', 'p5', 'p6']")
         ("MODEL.ROI_BOX_HEAD.NAME", "x", "'x' is not registered; .*'FastRCNNConvFCHead'"),
         # schedule, images, evaluation
         ("SOLVER.STEPS", "(80000, 60000)", r"\(80000, 60000\) must rise, e.g."),
-        ("INPUT.MIN_SIZE_TRAIN", "()", r"is empty; \(0,\) keeps images"),
+        ("INPUT.MIN_SIZE_TRAIN", "()", r"is empty; \(0,\) keeps the"),
         ("INPUT.MIN_SIZE_TRAIN", "(2000,)", "2000 is above INPUT.MAX_SIZE_TRAIN 1333.*raise that"),
         ("INPUT.MIN_SIZE_TRAIN", "(-5,)", "-5 is not a number of pixels"),
         ("INPUT.MIN_SIZE_TEST", "2000", "2000 is above INPUT.MAX_SIZE_TEST 1333"),
@@ -159,27 +159,27 @@ FIVE = re.escape("['p2', 'p3', 'p4', 'p5', 'p6']")
         ("SOLVER.BASE_LR_END", "-1.0", "is -1.0; it must be at least 0"),
         ("MODEL.RPN.BBOX_REG_WEIGHTS", "(0.0, 1.0, 1.0, 1.0)", "must be four.*above 0"),
         ("OUTPUT_DIR", "a\0b", "cannot be written"),
-        ("MODEL.PIXEL_STD", "[-1.0, 1.0, 1.0]", "so it must be above 0"),
+        ("MODEL.PIXEL_STD", "[-1.0, 1.0, 1.0]", "must be above 0, because"),
         ("MODEL.PIXEL_STD", "['a', 1.0, 1.0]", "INPUT.FORMAT BGR has 3 channels"),
-        ("DATALOADER.NUM_WORKERS", "100000", "is 100000; it can be 1024 at most"),
+        ("DATALOADER.NUM_WORKERS", "100000", "is 100000; it must be at most 1024"),
         ("MODEL.PIXEL_STD", "[0.0, 1.0, 1.0]", "pixels are divided by it"),
         ("TEST.DETECTIONS_PER_IMAGE", "0", "is 0, which keeps no detections; -1 keeps all"),
         # maps, anchors, matchers
-        ("MODEL.RPN.IN_FEATURES", "['p2', 'p9']", f"the backbone gives {FIVE}, not 'p9'"),
-        ("MODEL.ROI_HEADS.IN_FEATURES", "['res4']", f"the backbone gives {FIVE}, not 'res4'"),
-        ("MODEL.ROI_HEADS.IN_FEATURES", "[]", f"is empty; the backbone gives {FIVE}"),
+        ("MODEL.RPN.IN_FEATURES", "['p2', 'p9']", f"the backbone has {FIVE}, not 'p9'"),
+        ("MODEL.ROI_HEADS.IN_FEATURES", "['res4']", f"the backbone has {FIVE}, not 'res4'"),
+        ("MODEL.ROI_HEADS.IN_FEATURES", "[]", f"is empty; the backbone has {FIVE}"),
         ("MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p4']", r"have strides \[4, 16\]; each must be t"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32]]", "has 2 lists for 5 maps, MODEL.RPN.IN_F"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[]", r"\[\] must be lists of numbers above 0"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[[16, -8]]", "must be lists of numbers above 0"),
         ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.0]]", "must be lists of numbers above 0"),
-        ("MODEL.ANCHOR_GENERATOR.OFFSET", "1.5", r"is 1.5; it is in \[0, 1\)"),
+        ("MODEL.ANCHOR_GENERATOR.OFFSET", "1.5", r"is 1.5; it must be in \[0, 1\)"),
         ("MODEL.RPN.IOU_THRESHOLDS", "[0.7, 0.3]", r"2 rising .*, e.g. \[0.3, 0.7\]"),
         ("MODEL.ROI_HEADS.IOU_THRESHOLDS", "[1.5]", r"1 rising .*, e.g. \[0.5\]"),
-        ("MODEL.RPN.IOU_LABELS", "[0, 1]", "one more than IOU_THRESHOLDS"),
-        ("MODEL.ROI_HEADS.IOU_LABELS", "[0, 5]", "one more than IOU_THRESHOLDS, each 0"),
-        ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", "(1.0, 1.0)", "must be four: x, y, w, h"),
-        ("MODEL.RPN.BBOX_REG_WEIGHTS", "(1.0, 1.0)", "must be four: x, y, w, h"),
+        ("MODEL.RPN.IOU_LABELS", "[0, 1]", "one label more than IOU_THRESHOLDS"),
+        ("MODEL.ROI_HEADS.IOU_LABELS", "[0, 5]", "one label more than IOU_THRESHOLDS, each 0"),
+        ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", "(1.0, 1.0)", "must be four numbers above 0: x, y"),
+        ("MODEL.RPN.BBOX_REG_WEIGHTS", "(1.0, 1.0)", "must be four numbers above 0: x, y"),
     ],
 )
 def test_an_invalid_value_is_refused_with_its_key(key, value, message, tmp_path):
@@ -213,10 +213,10 @@ REPEATS = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
             "PROPOSAL_FILES_TRAIN has 0 files for the 1 data sets of",
         ),
         (FPN, [*PROPOSALS, *PRECOMPUTED, *NO_FILE], "_TRAIN: file nowhere.pkl does not exist"),
-        (FPN, KEYPOINTS, "KEYPOINT_ON, but data set 'coco_2017_train' of .*no keypoints; turn it"),
-        (C4, KEYPOINTS, "KEYPOINT_ON: PerClassMaskRes5ROIHeads has no keypoints; take"),
-        (FPN, [*CROP, "INPUT.CROP.SIZE", "[2.0, 2.0]"], r"TYPE relative_range takes shares.*0.9"),
-        (FPN, [*CROP, "INPUT.CROP.TYPE", "absolute"], r"TYPE absolute takes pixels .*384"),
+        (FPN, KEYPOINTS, "ON is True, but data set 'coco_2017_train' .*no keypoints; set it"),
+        (C4, KEYPOINTS, "KEYPOINT_ON: PerClassMaskRes5ROIHeads has no keypoints; use"),
+        (FPN, [*CROP, "INPUT.CROP.SIZE", "[2.0, 2.0]"], r"relative_range needs .* in shares.*0.9"),
+        (FPN, [*CROP, "INPUT.CROP.TYPE", "absolute"], r"TYPE absolute needs .* in pixels.*384"),
         (FPN, [*AUGMENTED, "TEST.AUG.MIN_SIZES", "()"], "AUG.ENABLED needs TEST.AUG.MIN_SIZES"),
         (FPN, [*AUGMENTED, "TEST.AUG.MAX_SIZE", "900"], "1000 is above TEST.AUG.MAX_SIZE 900"),
         (FPN, [*FIXED_STEP, "SOLVER.NUM_DECAYS", "0"], "SOLVER.NUM_DECAYS is 0; it must be"),
@@ -238,7 +238,7 @@ REPEATS = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
         (
             FPN,
             ["MODEL.ROI_HEADS.NAME", "PerClassMaskRes5ROIHeads"],
-            "such as that of ResNet-C4, .* has 4; with FPN take PerClassMaskROIHeads",
+            "such as that of ResNet-C4, .* has 4; with an FPN, use PerClassMaskROIHeads",
         ),
         (C4, ["MODEL.ROI_HEADS.NAME", "PerClassMaskROIHeads"], "BOX_HEAD.NAME '' is not regis"),
         (FPN, ["MODEL.FPN.IN_FEATURES", "['res9']"], "NAME .* cannot be built from .*FPN: .*res9"),
@@ -270,11 +270,11 @@ SMALL = "Base-Small.yaml"
         (SMALL, ["MODEL.PIXEL_MEAN", "[102.98, 115.947, 122.772]"], "FORMAT is RGB, .* BGR"),
         (SMALL, ["MODEL.PIXEL_STD", "[57.375, 57.12, 58.395]"], "FORMAT is RGB, .*PIXEL_STD .*BGR"),
         (SMALL, ["MODEL.PIXEL_MEAN", "[0.485, 0.456, 0.406]"], r"for pixels in \[0, 1\].*by 255"),
-        (FPN, [*RGB, *RGB_MEAN], "RGB, but MODEL.WEIGHTS .*MSRA/R-50.pkl is trained on BGR; set"),
+        (FPN, [*RGB, *RGB_MEAN], "RGB, but MODEL.WEIGHTS .*MSRA/R-50.pkl was trained on BGR; set"),
         (
             FPN,
             ["MODEL.WEIGHTS", "detectron2://ImageNetPretrained/torchvision/R-50.pkl"],
-            "BGR, but MODEL.WEIGHTS .* is trained on RGB; set INPUT.FORMAT to RGB",
+            "BGR, but MODEL.WEIGHTS .* was trained on RGB; set INPUT.FORMAT to RGB",
         ),
     ],
 )
@@ -286,7 +286,7 @@ def test_wrong_colour_order_is_refused_in_training_and_reported_in_evaluation(
     with pytest.raises(ConfigError, match=message):
         check_config(cfg, train=True)
     check_config(cfg, train=False)
-    assert "unless the weights were trained so" in caplog.text
+    assert "ignore this if the weights were trained that way" in caplog.text
 
 
 def test_the_correct_colour_order_passes(tmp_path):
@@ -321,11 +321,14 @@ TWO = [*OFTEN, "DATASETS.TEST", "('coco_2017_val', 'shapes_val')"]
             [*TWO, *LOSS, BEST, "shapes_val/loss_mask"],
             r"a loss of training; did you mean 'shapes_val/validation/loss_mask'\?",
         ),
-        ([*OFTEN, BEST, "AP"], "not a metric of coco_2017_val; there are bbox/AP, bbox/AP50,"),
-        ([*OFTEN, BEST, "segm/AP", "MODEL.MASK_ON", "False"], "there are bbox/AP, bbox/AP50"),
+        ([*OFTEN, BEST, "AP"], "not a metric of coco_2017_val; choose from bbox/AP, bbox/AP50,"),
+        ([*OFTEN, BEST, "segm/AP", "MODEL.MASK_ON", "False"], "choose from bbox/AP, bbox/AP50"),
         ([*OFTEN, BEST, "semantic/mIoU"], "needs TEST.SEMANTIC_THRESHOLD above 0"),
-        ([*TWO, BEST, "segm/AP"], "starts with one of them, e.g. coco_2017_val/segm/AP"),
-        ([*TWO, BEST, "shape_val/segm/AP"], "starts with one of them, e.g. shapes_val/segm/AP"),
+        ([*TWO, BEST, "segm/AP"], "start with the name of one of them, e.g. coco_2017_val/segm/AP"),
+        (
+            [*TWO, BEST, "shape_val/segm/AP"],
+            "start with the name of one of them, e.g. shapes_val/segm/AP",
+        ),
         ([*OFTEN, BEST, "validation/total_loss"], "is a loss, which needs TEST.EVAL_LOSS True"),
         ([*OFTEN, *LOSS, BEST, "validation/totl_loss"], "did you mean 'validation/total_loss'"),
         (
@@ -347,7 +350,7 @@ def test_a_best_metric_that_is_never_measured_is_refused(opts, message, tmp_path
     ("patience", "message"),
     [
         (0, "PATIENCE is 0; it must be at least 1"),
-        (179, r"never end this run: .*PATIENCE 179 and .*PERIOD 500 need 90000 iter.* is 90000"),
+        (179, r"end this run: .*PATIENCE 179 and .*PERIOD 500 need at least 90000 it.* is 90000"),
     ],
 )
 def test_a_patience_that_can_never_stop_a_run_is_refused(patience, message, tmp_path):
@@ -446,7 +449,7 @@ def test_the_check_creates_no_file_or_folder(there, tmp_path):
     [
         (lambda path: path.write_text(""), "x is not a folder"),
         (lambda path: path.symlink_to("nothing"), "x is not a folder"),
-        (lambda path: path.mkdir(), "you may not write to .*x"),
+        (lambda path: path.mkdir(), "you do not have permission to write to .*x"),
     ],
     ids=["a file", "a link to nothing", "a read-only folder"],
 )

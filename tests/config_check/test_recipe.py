@@ -31,14 +31,14 @@ def config(name: str, *opts: str):
         (["SOLVER.EMA_DECAY", "-0.1"], r"EMA_DECAY is -0\.1"),
         (
             [FACTORS, "['backbone', 0.1]"],
-            r"'backbone' is not a module's name .*such as \[\"backbone\", 0\.1\]",
+            r"'backbone' must be a module's name .*such as \[\"backbone\", 0\.1\]",
         ),
         ([FACTORS, "[['backbone', '0.1']]"], r"the factor of 'backbone' is '0\.1'; it must be"),
         ([FACTORS, "[['backbone', 0.0]]"], r"is 0\.0; it must be above 0 .*FREEZE_AT"),
         ([FACTORS, "[['a', 2.0], ['a', 3.0]]"], r"has 'a' twice"),
         ([PARTS, "0"], r"ACCUMULATE_STEPS 0: .* set it to 1"),
-        ([PARTS, "3"], r"computes 16 images .*cannot be divided .* set it to (2|4)"),
-        ([PARTS, "4", "SOLVER.REFERENCE_WORLD_SIZE", "8"], r"computes 2 images .* set it to 2"),
+        ([PARTS, "3"], r"gets 16 images .*cannot be divided .* set it to (2|4)"),
+        ([PARTS, "4", "SOLVER.REFERENCE_WORLD_SIZE", "8"], r"gets 2 images .* set it to 2"),
     ],
 )
 def test_invalid_values_are_refused_with_suggestions(opts, message):
@@ -48,7 +48,7 @@ def test_invalid_values_are_refused_with_suggestions(opts, message):
 
 def test_accumulation_divides_the_images_of_one_process():
     check_recipe(config(FPN, PARTS, "16"), 1)
-    with pytest.raises(ConfigError, match="computes 2 images a step"):
+    with pytest.raises(ConfigError, match="gets 2 images per iteration"):
         check_recipe(config(FPN, PARTS, "16"), 8)
 
 

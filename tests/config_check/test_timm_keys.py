@@ -30,15 +30,15 @@ def checked(tmp_path, *opts):
     [
         (
             LITE,
-            r"PIXEL_STD \[64.0, .*lite0 is trained with others; set INPUT.FORMAT to RGB, .*MEAN to "
-            r"\[127.5, 127.5, 127.5\] and MODEL.PIXEL_STD to \[127.5, 127.5, 127.5\]",
+            r"PIXEL_STD \[64.0, .*lite0 was trained with other values; set INPUT.FORMAT to RGB, "
+            r".*MEAN to \[127.5, 127.5, 127.5\] and MODEL.PIXEL_STD to \[127.5, 127.5, 127.5\]",
         ),
-        ([*LITE, *IMAGENET], "is trained with others"),
+        ([*LITE, *IMAGENET], "was trained with other values"),
         (
             [*TIMM, *IMAGENET, "INPUT.FORMAT", "BGR"],
             r"^INPUT.FORMAT BGR, .*set INPUT.FORMAT to RGB, MODEL.PIXEL_MEAN to \[123.675, 116.28",
         ),
-        ([*TIMM, "MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]"], "is trained with others"),
+        ([*TIMM, "MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]"], "was trained with other values"),
     ],
 )
 def test_pixel_statistics_that_contradict_a_timm_model_are_refused_with_the_correct_ones(

@@ -214,10 +214,10 @@ def test_detections_of_a_class_not_in_the_file_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 12345}, "a prediction is of image 12345, not one of .*truth.json"),
+        ({"image_id": 12345}, "a prediction has image id 12345, which .*truth.json lacks"),
         (
             {"segmentation": {"size": [9, 9], "counts": "a2"}},
-            r"is \[60, 80\] pixels, a mask .*9, 9",
+            r"has \[60, 80\] pixels, but a predicted mask .*9, 9",
         ),
     ],
 )
@@ -253,7 +253,7 @@ def test_objects_without_a_mask_count_as_missed_and_are_reported(tmp_path, caplo
     expected = evaluate(write_truth(tmp_path, content), results, "segm").metrics()["AP50"]
     content["annotations"].append({**content["annotations"][0], "id": 999, "segmentation": []})
     truth = write_truth(tmp_path, content)
-    assert "1 annotations have no mask, e.g. 999" in caplog.text
+    assert "1 annotations have no mask, for example 999" in caplog.text
     assert evaluate(truth, results, "segm").metrics()["AP50"] < expected
     assert np.isfinite(evaluate(truth, results, "boundary").metrics()["AP"])
     no_masks = [{**x, "segmentation": None} for x in content["annotations"]]
@@ -270,7 +270,7 @@ def test_objects_without_a_mask_count_as_missed_and_are_reported(tmp_path, caplo
         (
             "images",
             {"neg_category_ids": [77]},
-            r"neg_category_ids of image .* has \{77\}, not among",
+            r"neg_category_ids of image .* has \{77\}, which is not among",
         ),
         ("categories", {"name": None}, ""),
     ],

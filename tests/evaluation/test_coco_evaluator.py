@@ -166,7 +166,7 @@ def test_a_class_called_background_is_refused_before_evaluation(made, tmp_path):
     content = {**made[1], "categories": [dict(x) for x in made[1]["categories"]]}
     content["categories"][0]["name"] = "background"
     (tmp_path / "truth.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="must differ, also from our 'background'"):
+    with pytest.raises(ValueError, match="must be unique and must not include 'background'"):
         MaskEvaluator(made[0], semantic_threshold=0.5)
 
 
@@ -191,7 +191,7 @@ def test_ap_is_zero_without_detections_and_missing_without_predictions(made, cap
     results = evaluate(MaskEvaluator(made[0]), outputs_of(made[0], made[1], []))
     assert {task: results[task]["AP"] for task in results} == dict.fromkeys(results, 0)
     assert evaluate(MaskEvaluator(made[0]), []) == {}
-    assert "nothing was predicted" in caplog.text
+    assert "no predictions were made for" in caplog.text
 
 
 def test_a_file_without_annotations_gives_results_but_no_metrics(made, tmp_path):
@@ -245,9 +245,9 @@ def test_predictions_of_other_weights_are_not_reused(made, tmp_path):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ({"proposals": None}, r"outputs have \['proposals'\] and no instances"),
+        ({"proposals": None}, r"outputs have \['proposals'\] but no instances"),
         ("class", "image 5: predicted class 3, but the data set has 3 classes; is .*NUM_CLASSES"),
-        ("nan", "image 5: the model gave scores that are NaN or infinite"),
+        ("nan", "image 5: the model returned scores that are NaN or infinite"),
     ],
 )
 def test_invalid_outputs_are_refused(made, output, message):
@@ -316,7 +316,7 @@ def test_all_of_300_perfect_detections_count_without_a_limit(tmp_path):
             found = evaluate(evaluator, outputs_of(name, content, results))
             for task in ("bbox", "segm", "boundary"):
                 assert least <= round(found[task]["AP"], 6) <= most, (limit, task)
-        with pytest.raises(ValueError, match="is 0, so that none would count; -1 counts all"):
+        with pytest.raises(ValueError, match="is 0, so no detection would count; -1 counts all"):
             MaskEvaluator(name, max_dets_per_image=0)
     finally:
         DatasetCatalog.remove(name)

@@ -228,7 +228,7 @@ def test_confusion_of_only_ignored_or_no_pixels_is_zero():
 @pytest.mark.parametrize("values", [(3, 0), (-2, 0), (0, 3), (0, -1)])
 def test_confusion_refuses_values_that_are_not_classes(values):
     truth, predicted = (np.full((1, 1), value, np.int32) for value in values)
-    with pytest.raises(ValueError, match=("truth" if values[0] else "predicted") + " has other"):
+    with pytest.raises(ValueError, match=("truth" if values[0] else "predicted") + " has values"):
         confusion_matrix(truth, predicted, 2)
 
 
@@ -427,7 +427,7 @@ def test_unknown_ids_are_refused():
 
 def test_a_class_without_a_name_is_refused():
     coco = build_coco({1: [annotate([polygon(0, 0, 2, 2)], 30)]})
-    with pytest.raises(ValueError, match="image 1: truth has other values"):
+    with pytest.raises(ValueError, match="image 1: truth has values outside"):
         evaluate_semantic(coco, [], [1], CONTIGUOUS_ID, ["cat", "dog"], 0.5)
 
 

@@ -1,7 +1,7 @@
 """The report's interactive figures. Import it where plotly is installed (extra ``report``).
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; whatever a colour shows, a
-marker, a dash or a text shows as well. Plotly reads texts as HTML, so names are escaped.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. Nothing is shown by colour
+alone: a marker, dash or label always repeats it. Plotly reads labels as HTML, so names are escaped.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ FloatArray = npt.NDArray[np.float64]
 MOST_CLASSES = 40
 CLASSES_WITH_NUMBERS = 20
 CELL_WIDTH, NAMES_WIDTH = 38, 240
-"""Pixels of a number in a cell, and of the text next to the cells."""
+"""Pixels of a cell with a number, and of the names next to the cells."""
 SMOOTHED_SHARE = 20
-"""Losses are averaged over this share of the logged iterations."""
+"""Losses are averaged over windows of 1 / SMOOTHED_SHARE of the logged iterations."""
 PR_THRESHOLDS = (0.5, 0.75)
 
 
 def figures(study: Study) -> list[Figure]:
-    """Returns the figures for which there are data."""
+    """Returns the figures that there are data for."""
     made = (
         _metric_differences(study),
         _other_metrics(study),
@@ -73,7 +73,7 @@ def _metric_differences(study: Study) -> Figure | None:
         "Lines are 95% intervals over seeds and images; with one seed, over images alone. Fewer "
         "than 80% of studies like this one would find a true difference within the grey bar."
     )
-    title = f"Difference of {study.metric} to {study.baseline.name}"
+    title = f"Difference in {study.metric} from {study.baseline.name}"
     return Figure("differences", title, caption, figure)
 
 
@@ -90,21 +90,21 @@ def _other_metrics(study: Study) -> Figure | None:
         _add_intervals(figure, study, key, column)
     lay_out_rows(figure, _rows(study))
     caption = (
-        "As above, of small, medium and large objects (APs, APm, APl) and of single thresholds."
+        "As above, for small, medium and large objects (APs, APm, APl) and for single thresholds."
     )
-    title = f"Differences of the other {study.task} metrics to {study.baseline.name}"
+    title = f"Differences in the other {study.task} metrics from {study.baseline.name}"
     return Figure("other-metrics", title, caption, figure)
 
 
 def _compared(study: Study, key: str) -> list[Variant]:
-    """Returns the variants that have a difference to show."""
+    """Returns the variants whose difference from the baseline is known."""
     found = [v for v in study.variants if v is not study.baseline]
     pairs = [(v, study.comparison(v, key)) for v in found]
     return [v for v, c in pairs if c is not None and math.isfinite(c.difference)]
 
 
 def _rows(study: Study) -> dict[str, int]:
-    """Returns the height of each compared variant, the first on top."""
+    """Returns the vertical position of each compared variant, the first on top."""
     return row_heights([v.name for v in study.variants if v is not study.baseline])
 
 
@@ -119,7 +119,7 @@ def _add_intervals(figure: Any, study: Study, key: str, column: int) -> None:
         width=0.5,
         marker={"color": BAND},
         hoverinfo="skip",
-        name="found on fewer than 80%",
+        name="found by fewer than 80%",
         showlegend=column == 1,
         legendgroup="detectable",
     )
@@ -147,7 +147,7 @@ def _add_paper(figure: Any, study: Study) -> None:
 
 
 def _learning_curves(study: Study) -> Figure | None:
-    """Returns AP over the iterations or, if it was measured only once, losses."""
+    """Plots the metric over the iterations or, if it was measured only once, the losses."""
     logs = {v.name: [trial.log() for trial in _with_log(v)] for v in study.variants}
     measured = [
         {row["iteration"] for row in log if row.get(study.metric) is not None}
@@ -174,23 +174,24 @@ def _learning_curves(study: Study) -> Figure | None:
     _lay_out(figure, 420, study)
     figure.update_xaxes(title_text="iteration", rangemode="tozero")
     caption = (
-        "One line per variant: the mean over its seeds, in a band from the lowest to the highest."
+        "One line per variant: the mean over its seeds, with a band from the lowest to the highest."
     )
     if not evaluated:
         caption += (
-            " Smoothed losses, since there was no evaluation during training. If variants have "
-            "different losses, the curves show whether they converge, not which is better."
+            " The curves are smoothed losses, because the runs were not evaluated during training. "
+            "If variants have different losses, the curves show whether they converge, not which "
+            "is better."
         )
     return Figure("learning", "Learning curves", caption, figure)
 
 
 def _with_log(variant: Variant) -> Sequence[Trial]:
-    """Returns the finished trials or, for a variant without any, the failed ones."""
+    """Returns the finished trials or, if a variant has none, all its trials."""
     return variant.finished or variant.trials
 
 
 def _series(log: Iterable[dict[str, Any]], key: str) -> dict[int, float]:
-    """Returns a logged value by iteration; ``loss_mask`` is the sum of all losses of masks."""
+    """Returns a logged value by iteration; ``loss_mask`` is the sum of all mask losses."""
     series = {}
     for row in log:
         names = [x for x in row if x.startswith("loss_mask")] if key == "loss_mask" else [key]
@@ -201,16 +202,14 @@ def _series(log: Iterable[dict[str, Any]], key: str) -> dict[int, float]:
 
 
 def _common(series: Sequence[dict[int, float]]) -> tuple[FloatArray, FloatArray]:
-    """Returns the I iterations that all S series have, and the (S, I) values there."""
+    """Returns the I iterations that all S series have, and their (S, I) values."""
     common = sorted(set.intersection(*map(set, series)))
     values = [[x[iteration] for iteration in common] for x in series]
     return np.array(common, float), np.array(values, float)
 
 
 def _smoothed(x: FloatArray, curves: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Returns running means of (S, I) curves, without the ends; empty curves are returned as they
-    are.
-    """
+    """Returns running means of (S, I) curves, cut at both ends. Empty curves stay empty."""
     if not len(x):
         return x, curves
     width = len(x) // SMOOTHED_SHARE // 2 * 2 + 1
@@ -222,9 +221,7 @@ def _smoothed(x: FloatArray, curves: FloatArray) -> tuple[FloatArray, FloatArray
 def _add_curve(
     figure: Any, column: int, x: FloatArray, curves: FloatArray, style: dict[str, Any]
 ) -> None:
-    """Adds the mean of a variant's (S, I) curves and, if there are several, the band that they
-    cover.
-    """
+    """Adds the mean of a variant's (S, I) curves, with a band if there are several curves."""
     place = {"row": 1, "col": column}
     if len(curves) > 1:
         band = go.Scatter(
@@ -243,7 +240,7 @@ def _add_curve(
 
 
 def _classes(study: Study) -> Figure | None:
-    """Returns the difference of each class's AP to the baseline's."""
+    """Plots the difference of each class's AP from the baseline's."""
     matches = study.matches(study.task)
     name = study.metric.partition("/")[2]
     metric = name if name in METRICS else "AP"
@@ -285,16 +282,16 @@ def _classes(study: Study) -> Figure | None:
     figure.update_yaxes(
         tickvals=heatmap.y, ticktext=names, showgrid=False, ticks="", showline=False
     )
-    caption = "Mean over seeds, without intervals: single classes vary more than their mean."
+    caption = "Mean over seeds, without intervals. Single classes vary more than their mean."
     if len(shown) < len(classes):
-        caption += f" Of {len(classes)} classes the {len(shown)} that differ most."
-    title = f"Difference of each class's {study.task}/{metric} to {study.baseline.name}"
+        caption += f" Shows the {len(shown)} of {len(classes)} classes that differ most."
+    title = f"Difference in each class's {study.task}/{metric} from {study.baseline.name}"
     width = NAMES_WIDTH + CELL_WIDTH * len(shown) * (len(shown) <= CLASSES_WITH_NUMBERS)
     return Figure("classes", title, caption, figure, width)
 
 
 def _most_different(ap_differences: FloatArray) -> list[int]:
-    """Returns the classes to show: all in their order, or those that differ most, largest first."""
+    """Returns the classes to show: all, or those that differ most, largest difference first."""
     if ap_differences.shape[1] <= MOST_CLASSES:
         return list(range(ap_differences.shape[1]))
     largest = np.abs(np.nan_to_num(ap_differences)).max(0)
@@ -319,12 +316,12 @@ def _precision_recall(study: Study) -> Figure | None:
     figure.update_xaxes(title_text="recall", range=[0, 1])
     figure.update_yaxes(range=[0, 1.02])
     figure.update_yaxes(title_text="precision", col=1)
-    caption = f"Precision of {study.task} at each recall: mean over classes; seeds as above."
+    caption = f"Precision of {study.task} at each recall, averaged over classes. Seeds as above."
     return Figure("precision-recall", "Precision and recall", caption, figure)
 
 
 def _line(study: Study, variant: Variant, number: int) -> dict[str, Any]:
-    """Returns name and style of a variant's line, the same in every figure."""
+    """Returns the name and style of a variant's line, which are the same in every figure."""
     if variant is study.baseline:
         line = {"color": BLACK, "width": 3}
     else:
@@ -339,7 +336,7 @@ def _line(study: Study, variant: Variant, number: int) -> dict[str, Any]:
 
 
 def _lay_out(figure: Any, height: int, study: Study | None = None) -> None:
-    """Sets what all figures share; with lines of variants, a legend on the right."""
+    """Applies the common layout; with a study, makes room for a legend of its variants."""
     if study is not None:
         lines = sum(len(wrapped(v.name).split("<br>")) for v in study.variants)
         height = max(height, 90 + 21 * lines)

@@ -1,4 +1,4 @@
-"""The picture next to report.md: differences to the baseline with their intervals."""
+"""Draws the picture of report.md: differences from the baseline with their intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def plot_intervals(study: Study, path: Path) -> bool:
 
     Args:
         study: the ablation.
-        path: of the PNG; SVG and PDF are written next to it.
+        path: path of the PNG; SVG and PDF are written next to it.
 
     Returns:
         Whether there was anything to draw.
@@ -37,7 +37,7 @@ def plot_intervals(study: Study, path: Path) -> bool:
         label = "95% interval, seeds and images" if row == 0 else None
         style: dict[str, Any] = {"fmt": "o", "color": COLOURS[0], "capsize": 4, "label": label}
         axes.errorbar([comparison.difference], [row], xerr=interval, **style)
-        # With one seed, all variants see the same batches.
+        # Pair trials by seed, because the same seed gives all variants the same batches.
         seeds = {t.seed: t.result(study.metric) for t in baseline.finished}
         single = [
             t.result(study.metric) - seeds[t.seed] for t in variant.finished if t.seed in seeds

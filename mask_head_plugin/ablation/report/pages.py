@@ -1,8 +1,8 @@
-"""Writes an ablation's results: report.md for a paper or a README, report.html to explore.
+"""Writes an ablation's results: report.md for a paper or README, report.html to explore.
 
-Both are made from the ablation's folder alone (ablation.json and the trials' folders), at any time:
-trials that are missing or have failed are listed, and the others reported. report.html includes its
-scripts and pictures, and opens without a network.
+Both need only the ablation's folder (ablation.json and the trials' folders) and can be written at
+any time. They report the finished trials and list those that are missing or have failed.
+report.html includes its scripts and pictures, so it opens without a network.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ MARKDOWN_FILE, HTML_FILE, PLOT_FILE = "report.md", "report.html", "intervals.png
 CSV_FILE, LATEX_FILE = "report.csv", "report.tex"
 TEMPLATE = "report.html.j2"
 ANALYSES_NOTE = "Pages of tools/analyze.py, or the commands that write them."
-PAPER_NOTE = "The paper's figures are of its own models and data; compare differences, not values."
+PAPER_NOTE = "The paper's numbers are for its own models and data; compare differences, not values."
 
 
 def write_report(directory: Path, num_draws: int = 1000) -> None:
-    """Writes report.md, its intervals.png, report.html and files for a paper; replaces earlier
-    ones.
+    """Writes report.md with intervals.png, report.html, and files for a paper.
 
-    Those are the table as report.csv and report.tex, and plots as SVG and PDF.
+    The files for a paper are the table as report.csv and report.tex, and plots as SVG and PDF.
+    Earlier reports are replaced.
 
     Args:
-        directory: has ablation.json and the trials, some of which may be missing.
-        num_draws: of the bootstrap for the intervals; at least 2.
+        directory: folder with ablation.json and the trials, some of which may be missing.
+        num_draws: bootstrap draws for the intervals; at least 2.
 
     Raises:
-        ConfigError: if the folder is not an ablation's or has no finished trial, or report.html
-            needs packages that are missing; report.md is written before that.
+        ConfigError: if the folder is not an ablation's or has no finished trial, or if a package
+            for report.html is missing; report.md is written first.
         OSError: if a report cannot be written.
     """
-    from ...pages.paper_plots import save_figures  # matplotlib takes a second
+    from ...pages.paper_plots import save_figures  # importing matplotlib takes a second
     from .interval_plot import plot_intervals
 
     study = read_study(directory, num_draws)
@@ -64,36 +64,36 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
 
     shown = figures(study)
     write_durably(directory / HTML_FILE, render_html(study, shown))
-    # The differences are intervals.svg already, with single seeds.
+    # intervals.svg already shows the differences, with single seeds.
     save_figures([x for x in shown if x.name != "differences"], directory)
 
 
 def render_markdown(study: Study, picture: str = "") -> str:
-    """Returns report.md, with a picture if one is named."""
+    """Returns the text of report.md, with a picture if one is named."""
     parts = [f"# {escape_markdown(_title(study))}"]
     parts.append(_list(f"{name}: {escape_markdown(text)}" for name, text in facts(study)))
     parts += ["## Findings", _list(map(escape_markdown, findings(study)))]
     if picture:
-        parts.append(f"![Differences to the baseline with their intervals]({picture})")
+        parts.append(f"![Differences from the baseline with their intervals]({picture})")
     table = build_table(study)
     parts += ["## Variants", markdown(_without(table, "differs"))]
     parts.append(_list(f"{c.label}: {escape_markdown(c.meaning)}" for c in _explained(table)))
     parts += ["### What differs", _list(_changed_keys(study))]
     paper = paper_table(study)
     if paper.rows:
-        parts += ["## The paper's figures next to ours", markdown(paper), PAPER_NOTE]
+        parts += ["## The paper's results next to ours", markdown(paper), PAPER_NOTE]
     parts += ["## What each variant gets wrong", ANALYSES_NOTE, _list(_analyses_markdown(study))]
     unfinished = unfinished_table(study)
     if unfinished.rows:
         parts += ["## Trials that have not finished", markdown(unfinished)]
     command = repeat_command(study)
     if command:
-        parts += ["## To repeat it", f"```bash\n{command}\n```"]
+        parts += ["## How to repeat it", f"```bash\n{command}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
 def render_html(study: Study, shown: Sequence[Figure]) -> str:
-    """Returns report.html with figures. Needs jinja2 and plotly."""
+    """Returns the text of report.html with figures. Needs jinja2 and plotly."""
     return render(
         Path(__file__).with_name(TEMPLATE),
         title=_title(study),
@@ -113,7 +113,7 @@ def render_html(study: Study, shown: Sequence[Figure]) -> str:
 
 
 def facts(study: Study) -> list[tuple[str, str]]:
-    """Returns names and texts of the facts about an ablation as a whole."""
+    """Returns the facts about the whole ablation as names and texts."""
     finished = study.finished
     records = [trial.record() for trial in finished]
     dates = sorted(str(r["finished_at"])[:10] for r in records if r.get("finished_at"))
@@ -126,7 +126,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
         "seeds": ", ".join(map(str, study.seeds)),
         "finished trials": f"{len(finished)} of {len(study.trials)}",
         "iterations": _distinct(f"{x:.0f}" for t in finished if (x := t.cost("iterations")) > 0),
-        "intervals": f"95%, seeds and images (paired bootstrap, {study.num_draws} draws)",
+        "intervals": f"95%, over seeds and images (paired bootstrap, {study.num_draws} draws)",
         "date": " to ".join(period),
         "machine": _distinct(machine(trial) for trial in finished),
         "versions": _distinct(_versions(r) for r in records),
@@ -136,15 +136,15 @@ def facts(study: Study) -> list[tuple[str, str]]:
 
 
 def repeat_command(study: Study) -> str:
-    """Returns the command that ran the ablation, as far as known."""
+    """Returns the command that ran the ablation; empty if unknown."""
     command = study.description.get("command") or ""
     return shlex.join(command) if isinstance(command, list) else str(command)
 
 
 def analyses(study: Study) -> list[tuple[str, str, str]]:
-    """Returns name, command and, if it has run, the page of each variant's analysis.
+    """Returns the name, command and page of each variant's analysis; the page is empty if missing.
 
-    Uses the first finished seed, compared with the baseline's.
+    Analyses the first finished seed, compared with the first finished seed of the baseline.
     """
     baseline = study.baseline.finished[:1]
     found = []
@@ -174,7 +174,7 @@ def _title(study: Study) -> str:
 
 
 def _num_images(study: Study) -> str:
-    """Returns the number of images that the metric was measured on; nothing if unknown."""
+    """Returns the number of images that the metric was measured on; empty if unknown."""
     for of_seeds in study.matches(study.task).values():
         return number(len(of_seeds[0].image_ids), ",.0f")
     return ""
@@ -187,7 +187,7 @@ def _versions(record: dict[str, Any]) -> str:
 
 
 def _short_commit(commit: str) -> str:
-    """Returns a commit's first characters, with a + if files differed from it."""
+    """Returns the first characters of a commit, with its + for uncommitted changes."""
     return commit[:12].rstrip("+") + "+" * commit.endswith("+")
 
 
@@ -196,7 +196,7 @@ def _distinct(texts: Any) -> str:
 
 
 def _changed_keys(study: Study) -> list[str]:
-    """Returns Markdown that says how each variant's config differs from the baseline's."""
+    """Describes in Markdown how each variant's config differs from the baseline's."""
     return [
         f"{escape_markdown(variant.name)}: "
         + ("; ".join(map(code_markdown, changed_keys(variant))) or "the baseline")

@@ -1,7 +1,4 @@
-"""Validation images on which the variants of an ablation disagree, side by side.
-
-Shape alphabet: I images, H, W sides of a picture in pixels.
-"""
+"""Shows side by side the validation images on which the variants of an ablation disagree."""
 
 from __future__ import annotations
 
@@ -43,12 +40,12 @@ Instance = tuple[int, Rle]
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rows of pictures, ground truth first, with the name of each image.
+    """Rows of pictures, one row for each image.
 
     Attributes:
-        rows: name of the image and its pictures.
-        classes: name and CSS colour of the classes shown.
-        problem: why pictures are missing, if so.
+        rows: for each image, its name and its pictures, ground truth first.
+        classes: name and CSS colour of each class shown.
+        problem: why there are no pictures; empty if there are some.
     """
 
     rows: list[tuple[str, list[Picture]]]
@@ -57,9 +54,9 @@ class Gallery:
 
 
 def side_by_side(study: Study) -> Gallery:
-    """Returns the images with the largest spread of F1 between variants, for the first seeds.
+    """Draws the images whose F1 differs most between variants, using each variant's first seed.
 
-    A gallery without rows says why: the report is complete without pictures.
+    If images cannot be shown, the gallery has no rows and gives the reason instead of raising.
     """
     shown = {t: m for v in study.variants for t, m in _first_with_masks(v.finished)}
     if not shown:
@@ -69,13 +66,13 @@ def side_by_side(study: Study) -> Gallery:
         _check_classes(next(iter(shown.values())), study.dataset)
         return _draw(shown, records, names)
     except (ConfigError, OSError, KeyError, ValueError, SyntaxError) as error:
-        logger.warning("no pictures of %s: %s", study.dataset, error)
+        logger.warning("the report has no pictures of %s: %s", study.dataset, error)
         reason = one_line(error)
-        return Gallery([], [], f"The images of {study.dataset} cannot be shown here: {reason}")
+        return Gallery([], [], f"The images of {study.dataset} cannot be shown: {reason}")
 
 
 def _first_with_masks(trials: Iterable[Trial]) -> list[tuple[Trial, Matches]]:
-    """Returns the first trial with matches of masks, or nothing."""
+    """Returns the first trial that has matches of masks, in a list; empty if there is none."""
     for trial in trials:
         has_masks = "segm" in (trial.record().get("results") or {})
         matches = trial.matches("segm") if has_masks else None
@@ -85,7 +82,7 @@ def _first_with_masks(trials: Iterable[Trial]) -> list[tuple[Trial, Matches]]:
 
 
 def _dataset(trial: Trial, name: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Returns detectron2's records by image id as text, and the names of the classes."""
+    """Returns detectron2's records by image id (as text), and the class names."""
     path = trial.folder / "config.yaml"
     if path.is_file():
         register_coco_files(load_config(str(path)))
@@ -129,11 +126,11 @@ def _draw(
 
 
 def _predictions(trial: Trial, ids: Sequence[str]) -> dict[str, list[Instance]]:
-    """Returns the confident detections of some images, by image id as text, best first."""
+    """Returns the confident detections by image id (as text), best first."""
     results = json.loads((trial.inference / "coco_instances_results.json").read_text())
     found: dict[str, list[tuple[float, Any, Rle]]] = {image_id: [] for image_id in ids}
     for result in results:
-        score = result.get("mask_score", result["score"])  # what ranks masks
+        score = result.get("mask_score", result["score"])  # the score that ranks masks
         if str(result["image_id"]) in found and score >= MIN_SCORE and "segmentation" in result:
             entry = (score, result["category_id"], result["segmentation"])
             found[str(result["image_id"])].append(entry)
@@ -145,10 +142,9 @@ def _predictions(trial: Trial, ids: Sequence[str]) -> dict[str, list[Instance]]:
 
 
 def _check_classes(matches: Matches, dataset: str) -> None:
-    """Raises ValueError unless the classes of the data set are those of the evaluation.
+    """Raises ValueError if the data set's classes have changed since the evaluation.
 
-    Predictions are stored by category id, which no longer identifies a class if the file's
-    categories have changed.
+    Predictions are stored by category id, which then no longer identifies the class.
     """
     metadata = MetadataCatalog.get(dataset)
     names = list(map(str, matches.class_names))
@@ -161,16 +157,16 @@ def _score(entry: tuple[float, Any, Rle]) -> float:
 
 
 def _class_indices(dataset: str) -> Any:
-    """Returns a function from a category id of the annotation file to a class index."""
+    """Returns a function that maps a category id of the annotation file to a class index."""
     metadata = MetadataCatalog.get(dataset)
     mapping = metadata.get("thing_dataset_id_to_contiguous_id")
     if mapping:
         return mapping.__getitem__
-    return lambda category: category  # MaskEvaluator numbers them from 0 without ids
+    return lambda category: category  # without ids, MaskEvaluator numbers categories from 0
 
 
 def _true_masks(record: Mapping[str, Any]) -> list[Instance]:
-    """Returns the objects of an image, without crowds."""
+    """Returns the objects of an image except crowds."""
     image_hw = record["height"], record["width"]
     return [
         (annotation["category_id"], rle)
@@ -183,7 +179,7 @@ def _true_masks(record: Mapping[str, Any]) -> list[Instance]:
 def _picture(
     image: ByteArray, title: str, note: str, instances: Sequence[Instance], names: Sequence[str]
 ) -> Picture:
-    """Draws instances into an image that is already scaled; decodes one mask at a time."""
+    """Draws instances into an already scaled image."""
     size = (image.shape[1], image.shape[0])
     rles = [resized_mask(rle, size) for _, rle in instances]
     labels = [names[k] for k, _ in instances]

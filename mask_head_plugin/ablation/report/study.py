@@ -29,10 +29,10 @@ class Variant:
     """A row of the report.
 
     Attributes:
-        name: of the variant.
+        name: name of the variant.
         differs: config values that differ from the baseline's, by flattened key.
-        trials: one for each seed, in the order of the seeds, whether run or not.
-        paper: published figures by metric, in percent.
+        trials: one for each seed, in the order of the seeds, including trials not yet run.
+        paper: published results by metric, in percent.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Variant:
         return tuple(trial for trial in self.trials if trial.is_finished)
 
     def values(self, key: str) -> list[float]:
-        """Returns a metric of the finished trials that have it."""
+        """Returns a metric of all finished trials that measured it."""
         return [x for x in (t.result(key) for t in self.finished) if math.isfinite(x)]
 
     def mean(self, key: str) -> float:
@@ -64,7 +64,7 @@ ENTRIES = {
     **dict.fromkeys(("title", "metric", "baseline", "dataset"), str),
     **dict.fromkeys(("seeds", "variants"), list),
 }
-"""What ablation.json has at least, and of which type."""
+"""Entries that ablation.json must have, with their types."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Study:
 
     Attributes:
         description: content of ablation.json.
-        variants: in the order of the ablation's file.
-        num_draws: of the bootstrap.
+        variants: all variants, in the order of the ablation file.
+        num_draws: bootstrap draws for the intervals.
     """
 
     description: dict[str, Any]
@@ -112,7 +112,7 @@ class Study:
         return [trial for trial in self.trials if trial.is_finished]
 
     def matches(self, task: str) -> dict[str, list[Matches]]:
-        """Returns the matches of finished trials, for the variants that have any."""
+        """Returns the matches of finished trials by variant, without variants that have none."""
         if task not in self._matches:
             found = {
                 variant.name: [m for t in variant.finished if (m := t.matches(task)) is not None]
@@ -125,7 +125,8 @@ class Study:
     def comparisons(self) -> dict[str, dict[str, PairedDifference]]:
         """Comparisons with the baseline, by variant and by metric such as ``segm/AP50``.
 
-        For the main task's metrics and those that the paper gives; the baseline has none.
+        Includes the main task's metrics and those with published results. The baseline's entry is
+        empty.
         """
         found: dict[str, dict[str, PairedDifference]] = {v.name: {} for v in self.variants}
         wanted = [f"{self.task}/{name}" for name in METRICS]
@@ -137,7 +138,7 @@ class Study:
         return found
 
     def comparison(self, variant: Variant, key: str = "") -> PairedDifference | None:
-        """Returns how a variant differs from the baseline; by default, in the main metric."""
+        """Returns a variant's difference from the baseline, by default in the main metric."""
         return self.comparisons[variant.name].get(key or self.metric)
 
     def _compare(self, task: str, names: list[str]) -> dict[str, dict[str, PairedDifference]]:
@@ -147,7 +148,7 @@ class Study:
         logger.info("resampling the images %d times to compare %s", self.num_draws, task)
         try:
             compared = compare_all(matches, self.baseline.name, tuple(names), self.num_draws)
-        except ValueError as error:  # they are for different images
+        except ValueError as error:  # the variants were evaluated on different images
             raise ConfigError(f"{task} of the variants cannot be compared: {error}") from error
         return {name: c for name, c in compared.items() if name != self.baseline.name}
 
@@ -156,15 +157,17 @@ def read_study(directory: Path, num_draws: int) -> Study:
     """Reads an ablation's folder.
 
     Args:
-        directory: has ablation.json and the folders of the trials.
-        num_draws: of the bootstrap.
+        directory: folder with ablation.json and the trials' folders.
+        num_draws: bootstrap draws for the intervals; at least 2.
 
     Raises:
-        ConfigError: if ablation.json is missing or lacks something, no trial has finished, or there
-            are fewer than two draws.
+        ConfigError: if ablation.json is missing or incomplete, no trial has finished, or there are
+            fewer than two draws.
     """
     if num_draws < 2:
-        raise ConfigError(f"{num_draws} draws make no interval; take at least 2, better 1000")
+        raise ConfigError(
+            f"{num_draws} draws are too few for an interval; use at least 2, better 1000"
+        )
     path = directory / ABLATION_FILE
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -178,7 +181,9 @@ def read_study(directory: Path, num_draws: int) -> Study:
         states = "; ".join(f"{t.variant}, seed {t.seed}: {t.state}" for t in study.trials[:3])
         raise ConfigError(f"{directory} has no finished trial to report ({states})")
     if not study.baseline.finished:
-        logger.warning("the baseline %r has no finished trial: nothing is compared", baseline)
+        logger.warning(
+            "the baseline %r has no finished trial, so nothing can be compared", baseline
+        )
     return study
 
 
@@ -210,7 +215,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def machine(trial: Trial) -> str:
-    """Returns the device that a trial ran on, as far as known."""
+    """Returns the device that a trial ran on, or ``unknown``."""
     environment = ""
     with contextlib.suppress(OSError):
         environment = (trial.folder / ENVIRONMENT_FILE).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The report's table of variants and its findings in words, the same for Markdown and HTML."""
+"""The report's tables and its findings in words, shared by Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .study import Study, Variant, mean
 
 BASELINE = "baseline"
 MOST_OF_ERROR = 300
-"""Most characters shown of an error; trial.json has all of it."""
+"""Most characters shown of an error; trial.json has the complete text."""
 
 
 def build_table(study: Study) -> Table:
-    """Returns the table of all variants, in the order of the ablation's file."""
+    """Returns the table of all variants in the order of the ablation file."""
     makers = _columns(study)
     rows = [[make(variant) for _, make in makers] for variant in study.variants]
     kept = [
@@ -44,7 +44,7 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
             lambda v: _text_cell("; ".join(changed_keys(v))),
         ),
         (
-            Column("seeds", "seeds", "Finished trials, of all planned."),
+            Column("seeds", "seeds", "Finished trials, out of all planned."),
             lambda v: Cell(f"{len(v.finished)}/{len(v.trials)}", float(len(v.finished))),
         ),
         (
@@ -52,7 +52,7 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
             lambda v: Cell(with_spread(v, main), v.mean(main)),
         ),
         (
-            Column("difference", "difference", "To the baseline, with its 95% interval."),
+            Column("difference", "difference", "From the baseline, with its 95% interval."),
             lambda v: _difference_cell(study, v),
         ),
         (
@@ -76,7 +76,12 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
             lambda v: _number_cell(v.paper.get(main, math.nan), ".1f"),
         ),
         (
-            Column("paper-difference", "paper's diff.", "Its difference.", is_optional=True),
+            Column(
+                "paper-difference",
+                "paper's diff.",
+                "The paper's difference from its baseline.",
+                is_optional=True,
+            ),
             lambda v: _number_cell(_paper_difference(study, v, main), "+.1f"),
         ),
         (
@@ -94,7 +99,7 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
     ]
 
 
-DETECTABLE = "A true difference of this size would be found by 80% of such studies."
+DETECTABLE = "80% of studies like this one would find a true difference of this size."
 
 
 def _metric_column(key: str) -> Column:
@@ -135,7 +140,7 @@ def _paper_difference(study: Study, variant: Variant, key: str) -> float:
 
 
 def finding(study: Study, variant: Variant) -> str:
-    """Returns a variant's verdict with its mark, ``baseline``, or nothing."""
+    """Returns a variant's verdict with its mark, or ``baseline``; empty without a comparison."""
     if variant is study.baseline:
         return BASELINE
     comparison = study.comparison(variant)
@@ -144,18 +149,18 @@ def finding(study: Study, variant: Variant) -> str:
 
 
 def changed_keys(variant: Variant) -> list[str]:
-    """Returns ``KEY: value`` for each difference from the baseline, values as in YAML and JSON."""
+    """Returns ``KEY: value`` for each difference from the baseline, with the value as JSON."""
     return [f"{key}: {json.dumps(value)}" for key, value in variant.differs.items()]
 
 
 def with_spread(variant: Variant, key: str) -> str:
-    """Returns a mean over seeds with their standard deviation, if there is more than one."""
+    """Returns a mean over seeds, with the standard deviation if there are several seeds."""
     spread = variant.std(key)
     return number(variant.mean(key)) + (f" ± {spread:.2f}" if math.isfinite(spread) else "")
 
 
 def paper_table(study: Study) -> Table:
-    """Returns the paper's figures next to ours; no rows if there are none."""
+    """Returns the paper's results next to ours; the table is empty if none are given."""
     columns = [
         Column("variant", "variant", "", True),
         Column("metric", "metric", "", True),
@@ -186,7 +191,7 @@ def paper_table(study: Study) -> Table:
 
 
 def findings(study: Study) -> list[str]:
-    """Says in plain sentences what was found, what is noise and what is missing."""
+    """Describes in sentences what was found, what is noise and what is missing."""
     sentences = []
     grouped: dict[str, list[Variant]] = {}
     for variant in study.variants:
@@ -218,7 +223,7 @@ def _detectable_range(study: Study) -> str:
     limits = [c.detectable for v in study.variants if (c := study.comparison(v))]
     limits = [x for x in limits if math.isfinite(x)] or [math.nan]
     if max(limits) == 0:
-        return "No draw of images makes a difference: with nothing found, nothing can be compared."
+        return "Nothing can be compared: every draw of images gives the same result."
     low, high = number(min(limits)), number(max(limits))
     extent = low if low == high else f"{low} to {high} (depending on the variant)"
     return (
@@ -233,13 +238,13 @@ def _what_intervals_hold(study: Study) -> list[str]:
     if any(c.has_training for c in compared):
         at_once = f", for all {len(compared)} comparisons at once (Bonferroni)"
         sentences.append(
-            "The 95% intervals include the noise of training (seeds) and of the validation images"
+            "The 95% intervals cover the noise of training (seeds) and of the validation images"
             f"{at_once if len(compared) > 1 else ''}."
         )
     if any(not c.has_training for c in compared):
         sentences.append(
-            "With one seed, an interval includes only the images; the noise of training is "
-            "unknown: run more seeds (--seed 1 --seed 2 --seed 3)."
+            "With one seed, an interval covers only the choice of images. To measure the noise of "
+            "training, run more seeds (--seed 1 --seed 2 --seed 3)."
         )
     spreads = {v.name: x for v in study.variants if math.isfinite(x := v.std(study.metric))}
     if spreads:
@@ -259,14 +264,14 @@ def _missing(study: Study) -> list[str]:
     unfinished = len(study.trials) - len(study.finished)
     if unfinished:
         sentences.append(
-            f"{unfinished} of {len(study.trials)} trials have not finished; all figures are of the "
-            "others."
+            f"{unfinished} of {len(study.trials)} trials have not finished; all numbers come from "
+            "the others."
         )
     return sentences
 
 
 def unfinished_table(study: Study) -> Table:
-    """Returns the trials that have not finished, with their last error."""
+    """Returns the unfinished trials with their last error."""
     columns = [
         Column("variant", "variant", "", True),
         Column("seed", "seed", ""),

@@ -1,1 +1,1 @@
-"""Pictures that explain Mask R-CNN on a user's image; ``explain`` makes all of them."""
+"""Pictures that explain Mask R-CNN on a user's image; ``explain`` draws all of them."""

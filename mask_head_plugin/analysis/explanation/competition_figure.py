@@ -1,4 +1,4 @@
-"""Independent masks next to masks that compete (the paper's Table 2b), on one RoI of the image."""
+"""Draws independent and competing masks of one RoI side by side (the paper's Table 2b)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from .model_stages import Stages
 from .style import BLUE, CHOSEN, FAINT, INK, blank, name_below, page_figure
 
 MOST_CLASSES = 6
-"""Most classes shown: the chosen one, and those with most in either mask branch."""
+"""Most classes shown: the chosen one and those with the highest probabilities."""
 
-SIGMOID = "Sigmoid, as in Mask R-CNN: each class says by itself whether a pixel is its own"
+SIGMOID = "Sigmoid, as in Mask R-CNN: each class decides independently whether it claims a pixel"
 SOFTMAX = "Softmax: the classes and the background share each pixel"
 
 
 def competition_figure(stages: Stages, number: int, sigmoid: Tensor, softmax: Tensor) -> Figure:
-    """Draws the masks of a RoI by two mask branches, and the share of one pixel that each class
-    gets.
+    """Draws the masks of a RoI from two mask branches, and what each class gets of one pixel.
 
     Args:
-        stages: of the image, by the model of the first branch.
-        number: of the detection.
+        stages: stages of the image in the model with independent masks.
+        number: index of the detection.
         sigmoid: (K, M, M) probabilities of the independent masks.
-        softmax: (K, M, M) probabilities of masks that share each pixel with each other and the
-            background.
+        softmax: (K, M, M) probabilities of competing masks, which share each pixel among the
+            classes and the background.
     """
     chosen = int(stages.classes[number])
     classes = _shown(chosen, sigmoid, softmax)
@@ -54,20 +53,20 @@ def competition_figure(stages: Stages, number: int, sigmoid: Tensor, softmax: Te
 
 
 def told_in_words(stages: Stages, number: int) -> str:
-    """Returns what the picture shows."""
+    """Describes the picture in words."""
     name = stages.names[stages.classes[number]]
     return (
-        f"The masks of one box (“{name}”) for each class, by sigmoids and by a softmax. Bars show "
-        "what each class gets of one pixel: by the softmax they add up to 1."
+        f"The masks of one box (“{name}”) for each class, with sigmoids and with a softmax. Bars "
+        "show what each class gets of one pixel. With the softmax, they add up to 1."
     )
 
 
 def claimed_pixel(sigmoid: Tensor, chosen: int) -> tuple[int, int]:
-    """Returns row and column of the mask's pixel that other classes claim most.
+    """Returns the row and column of the mask's pixel that other classes claim most.
 
     Args:
         sigmoid: (K, M, M) independent probabilities.
-        chosen: the class of the box.
+        chosen: class of the box.
     """
     others = sigmoid.sum(0) - sigmoid[chosen]
     own = sigmoid[chosen] >= min(0.5, float(sigmoid[chosen].max()))
@@ -76,7 +75,7 @@ def claimed_pixel(sigmoid: Tensor, chosen: int) -> tuple[int, int]:
 
 
 def _shown(chosen: int, sigmoid: Tensor, softmax: Tensor) -> list[int]:
-    """Returns the classes to show, in their order."""
+    """Returns the indices of the classes to show, ascending."""
     most = (sigmoid.flatten(1).mean(1) + softmax.flatten(1).mean(1)).argsort(descending=True)
     others = [k for k in most.tolist() if k != chosen]
     return sorted([chosen, *others[: MOST_CLASSES - 1]])
@@ -101,14 +100,14 @@ def _draw_bars(axes: Axes, values: dict[str, float], name: str, *, shared: bool)
     bars = axes.barh(labels, list(values.values()), color=[colours[x] for x in labels], height=0.7)
     axes.bar_label(bars, [f"{x:.2f}" for x in values.values()], padding=3, fontsize=7.5)
     axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (3, 2)))
-    axes.text(0.51, -0.75, "in the mask from here on", fontsize=7, color=INK, va="center")
+    axes.text(0.51, -0.75, "in the mask from 0.5", fontsize=7, color=INK, va="center")
     axes.set(xlim=(0, 1.08), ylim=(len(labels) - 0.5, -1.1), xticks=np.linspace(0, 1, 6))
     claims = sum(value >= 0.5 for label, value in values.items() if label != "background")
     told = (
-        f"{claims} of {len(values)} classes claim the circled pixel, and none takes it from another"
+        f"{claims} of {len(values)} classes claim the circled pixel without taking it from others"
     )
     if shared:
-        told = "What one class gains of the circled pixel the others lose: bars add up to 1"
+        told = "Whatever one class gains at the circled pixel, others lose: bars add up to 1"
     axes.set_xlabel(f"Probability. {told}.", loc="left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -1,4 +1,4 @@
-"""Draws what Mask R-CNN does with a user's image; what ``tools/explain.py`` calls."""
+"""Draws what Mask R-CNN does with a user's image, for ``tools/explain.py``."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .model_stages import ByteArray, Stages, class_probs, features_of_box, run_s
 from .style import FONTS, save
 
 MOST_BINS = 14
-"""Along a side: those of the paper's mask branch."""
+"""Most bins along a side that can be drawn, as many as in the paper's mask branch."""
 
 COMPETING = [["softmax_cross_entropy", 1.0]]
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED_IMAGE = 22
-"""The number of the validation image that is drawn where no image is named."""
+"""Number of the validation image that is used if the user names no image."""
 
 
 def explain(
@@ -48,19 +48,19 @@ def explain(
     """Writes the pictures as PNG and SVG.
 
     Args:
-        config_file: of a model with a mask branch.
-        weights: of it.
-        image_file: that it runs on; "" is an image of the embedded data set.
-        output: a folder, made if missing. Pictures of an earlier call are written over.
+        config_file: config of a model with a mask branch.
+        weights: weights of that model.
+        image_file: image to run the model on; "" for an image of the embedded data set.
+        output: output folder, created if missing. Earlier pictures are replaced.
         opts: "KEY VALUE" pairs in one flat list.
-        detection: whose RoI is shown, counted from 1, the best score first.
-        num_bins: that the picture of RoI pooling has along each side; 0 for what makes bins of
-            about two cells, as the paper's figure has them.
-        softmax_weights: of a model of the same config but for its mask loss, which is
-            softmax_cross_entropy. Without them the picture of competing classes is left out.
+        detection: number of the detection whose RoI is shown; 1 has the best score.
+        num_bins: bins along each side in the picture of RoI pooling; 0 for bins of about two cells,
+            as in the paper's figure.
+        softmax_weights: weights of a second model with the same config except that its mask loss is
+            softmax_cross_entropy. If empty, the picture of competing classes is left out.
 
     Returns:
-        The files.
+        The written files.
 
     Raises:
         ConfigError: if a setting or file cannot be used, or the detection does not exist.
@@ -68,8 +68,8 @@ def explain(
     """
     if not 0 <= num_bins <= MOST_BINS:
         raise ConfigError(
-            f"--bins {num_bins}: from 1 to {MOST_BINS} can be told apart in a picture; 0 chooses "
-            "them"
+            f"--bins {num_bins} cannot be drawn: use 1 to {MOST_BINS}, or 0 to choose the number "
+            "automatically"
         )
     cfg = _config(config_file, weights, opts)
     make_output_folder(output)
@@ -78,8 +78,8 @@ def explain(
     stages = run_stages(predictor, image)
     if not 1 <= detection <= len(stages.boxes):
         raise ConfigError(
-            f"--detection {detection}: the model finds {len(stages.boxes)} objects; name one of "
-            "them, from 1 on"
+            f"--detection {detection}: the model finds {len(stages.boxes)} objects; choose one of "
+            "them, counted from 1"
         )
     number = detection - 1
     probs = class_probs(
@@ -89,9 +89,9 @@ def explain(
     if softmax_weights:
         if stages.classes_compete or len(probs) == 1:
             raise ConfigError(
-                f"--softmax-weights: masks of {config_file} compete already, or there is one for "
-                "all classes (MODEL.ROI_MASK_HEAD.LOSSES, CLS_AGNOSTIC_MASK); name a model with "
-                "independent masks in --config-file and --weights"
+                f"--softmax-weights: the masks of {config_file} already compete, or all classes "
+                "share one mask (MODEL.ROI_MASK_HEAD.LOSSES, CLS_AGNOSTIC_MASK); give a model with "
+                "independent masks to --config-file and --weights"
             )
         competing = _competing_probs(cfg, softmax_weights, image, stages, number)
     with rc_context(FONTS):
@@ -108,18 +108,18 @@ def explain(
 
 
 def _warn_of_other_losses(weights: str) -> None:
-    """Warns if the config that a run saved next to its weights has no softmax."""
+    """Warns if the config saved with the weights shows that they were trained without a softmax."""
     saved = Path(weights).with_name(CONFIG)
     if not saved.is_file():
         return
     try:
         losses = read_config(str(saved), is_named=False).MODEL.ROI_MASK_HEAD.LOSSES
-    except (ConfigError, OSError, KeyError, AssertionError):  # of another program
+    except (ConfigError, OSError, KeyError, AssertionError):  # written by another program
         return
     if COMPETING[0][0] not in [name for name, *_ in losses]:
         logger.warning(
-            "--softmax-weights %s: %s says that they were trained with MODEL.ROI_MASK_HEAD.LOSSES "
-            "%s; the picture shows them as if they competed",
+            "--softmax-weights %s: according to %s, they were trained with "
+            "MODEL.ROI_MASK_HEAD.LOSSES %s; the picture shows them as if their classes competed",
             *(weights, saved, losses),
         )
 
@@ -141,10 +141,10 @@ def _config(config_file: str, weights: str, opts: Sequence[str]) -> CfgNode:
 def _competing_probs(
     cfg: CfgNode, weights: str, image: ByteArray, stages: Stages, number: int
 ) -> Tensor:
-    """Returns the (K, M, M) masks of the other model for the same box."""
+    """Returns the second model's (K, M, M) masks for the same box."""
     if Path(weights).resolve() == Path(cfg.MODEL.WEIGHTS).resolve():
         raise ConfigError(
-            f"--softmax-weights {weights}: the first model has the same; name weights that were "
+            f"--softmax-weights {weights}: the first model uses the same weights; name weights "
             "trained with MODEL.ROI_MASK_HEAD.LOSSES [['softmax_cross_entropy', 1.0]]"
         )
     _warn_of_other_losses(weights)

@@ -29,25 +29,27 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Stages:
-    """Boxes are XYXY in pixels of the image; detections come best first.
+    """Intermediate results of Mask R-CNN on one image.
+
+    Boxes are XYXY in pixels of the image; detections are sorted by falling score.
 
     Attributes:
         image: (H, W, 3) RGB.
-        proposals: (A, 4), the likeliest objects first.
-        boxes: (N, 4).
-        scores: (N,).
-        classes: (N,) in [0, K).
-        names: K.
-        mask_probs: (N, M, M) of the class of each detection.
-        rois: (N, 4) the boxes in pixels of the network's input.
-        map_of: (N,) index of the feature map that each is pooled from.
+        proposals: (A, 4) boxes, the likeliest objects first.
+        boxes: (N, 4) boxes of the detections.
+        scores: (N,) scores of the detections.
+        classes: (N,) classes of the detections, in [0, K).
+        names: K class names.
+        mask_probs: (N, M, M) mask probabilities for the class of each detection.
+        rois: (N, 4) boxes of the detections in pixels of the network's input.
+        map_of: (N,) index of the map that each detection is pooled from.
         map_hws: height and width of each map.
-        strides: of each map, in pixels of the network's input.
-        region_features: (N, C, P, P), the input of the mask head.
-        pixels: of the image per pixel of the network's input, x and y.
+        strides: stride of each map, in pixels of the network's input.
+        region_features: (N, C, P, P) input of the mask head.
+        pixels: pixels of the image per pixel of the network's input, in x and y.
         classes_compete: whether the masks of the classes share each pixel.
-        pooled_hw: bins of a RoI, down and across.
-        sampling_ratio: points of a bin along each side; 0 for one per cell.
+        pooled_hw: number of bins of a RoI, down and across.
+        sampling_ratio: samples per bin along each side; 0 for one per cell.
     """
 
     image: ByteArray
@@ -68,7 +70,7 @@ class Stages:
     sampling_ratio: int
 
     def pasted(self, number: int) -> list[dict[str, Any]]:
-        """Returns the run lengths of the mask of a detection in the image, in a list."""
+        """Returns the run lengths of a detection's mask in the image, as a list of one."""
         probs = self.mask_probs[number : number + 1]
         box = torch.as_tensor(self.boxes[number : number + 1], dtype=probs.dtype)
         return encode_masks(probs, box, self.image.shape[:2])
@@ -78,11 +80,11 @@ def run_stages(predictor: BGRPredictor, image: ByteArray) -> Stages:
     """Runs a model on an image and records its stages.
 
     Args:
-        predictor: with a box and a mask branch.
+        predictor: a model with a box branch and a mask branch.
         image: (H, W, 3) RGB.
 
     Raises:
-        ConfigError: if the model has no mask branch, or finds nothing.
+        ConfigError: if the model has no mask branch, takes proposals from a file, or finds nothing.
     """
     heads = getattr(predictor.model, "roi_heads", None)
     if heads is None or not getattr(heads, "mask_on", False):
@@ -101,7 +103,7 @@ def run_stages(predictor: BGRPredictor, image: ByteArray) -> Stages:
     features, (found,) = seen["masked"]
     if len(found) == 0:
         raise ConfigError(
-            "the model finds no object in this image, but the pictures need one: take another "
+            "the model finds no object in this image, but the pictures need one: use another "
             "image, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST"
         )
     order = found.scores.argsort(descending=True, stable=True)
@@ -140,9 +142,7 @@ def run_stages(predictor: BGRPredictor, image: ByteArray) -> Stages:
 
 
 def mask_activation(mask_head: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Returns the activation by which a mask head's classes compete; None for sigmoids, as in
-    detectron2.
-    """
+    """Returns the activation that makes a mask head's classes compete; None for sigmoids."""
     activation: Callable[[Tensor, Tensor], Tensor] | None = None
     if hasattr(mask_head, "class_logits"):
         activation = mask_head.losses[0].activation
@@ -150,11 +150,11 @@ def mask_activation(mask_head: Any) -> Callable[[Tensor, Tensor], Tensor] | None
 
 
 def class_probs(mask_head: Any, features: Tensor) -> Tensor:
-    """Returns the probabilities of a mask head for each class, (K, M, M).
+    """Returns a mask head's probabilities for each class, (K, M, M).
 
     Args:
-        mask_head: of this plugin or detectron2's; with its own activation.
-        features: (1, C, P, P).
+        mask_head: a mask head of this plugin or detectron2; its own activation is used.
+        features: (1, C, P, P) input of the mask head.
     """
     with torch.no_grad():
         own = hasattr(mask_head, "class_logits")
@@ -167,13 +167,16 @@ def class_probs(mask_head: Any, features: Tensor) -> Tensor:
 
 
 def features_of_box(predictor: BGRPredictor, image: ByteArray, box: FloatArray, k: int) -> Tensor:
-    """Returns the mask head's (1, C, P, P) input for a box of another model.
+    """Returns the input of a model's mask head for a box that another model found.
 
     Args:
-        predictor: with a mask branch.
+        predictor: a model with a mask branch.
         image: (H, W, 3) RGB.
-        box: (4,) in pixels of the network's input.
-        k: its class.
+        box: (4,) XYXY in pixels of the network's input.
+        k: class of the box.
+
+    Returns:
+        (1, C, P, P) features.
     """
     model, seen = predictor.model, dict[str, Any]()
     inner = model.inference
@@ -196,7 +199,7 @@ def features_of_box(predictor: BGRPredictor, image: ByteArray, box: FloatArray, 
 
 def _noting(seen: dict[str, Any], name: str, what: str) -> Callable[..., None]:
     def note(_: nn.Module, inputs: Any, output: Any) -> None:
-        # A copy: postprocessing scales the boxes of detections in place.
+        # Copied, because postprocessing scales the boxes of detections in place.
         seen[name] = copy.deepcopy(inputs if what == "input" else output)
 
     return note
@@ -213,7 +216,7 @@ def _hooks(notes: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]
 
 
 def _sampling_ratio(pooler: Any) -> int:
-    """Returns the sampling ratio of this plugin's or detectron2's pooler; 0 if it has no points."""
+    """Returns the sampling ratio of this plugin's or detectron2's pooler; 0 if it has none."""
     first = pooler.level_poolers[0] if isinstance(pooler, ROIPooler) else pooler
     return int(getattr(first, "sampling_ratio", 0))
 

@@ -1,4 +1,4 @@
-"""The paper's Figure 3 on the user's image: what RoI pooling reads, and what rounding moves."""
+"""Draws the paper's Figure 3 for a user's image: what RoI pooling reads and what rounding moves."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ WHAT_IT_DOES = {
 }
 
 MARGIN = 2.0
-"""How many cells are drawn around a RoI."""
+"""Cells drawn around a RoI on each side."""
 
 MOST_ELONGATED = 0.6
-"""Least height of the drawn part, as a share of its width."""
+"""Smallest height of the drawn part, as a share of its width."""
 
 PANEL_INCHES, LEGEND_INCHES, WORDS_INCHES = 3.1, 0.9, 2.3
-"""Width of a panel; heights of the legend, and of the titles and words together."""
+"""Width of a panel; height of the legend; height of all titles and text together."""
 
 CELLS_OF_BIN, MOST_BINS = 2, 7
-"""Cells of a bin along a side, if the number of bins is not given."""
+"""Cells per bin along a side and most bins, if the number of bins is not given."""
 
 HALO = [withStroke(linewidth=2, foreground="white")]
 
@@ -53,9 +53,9 @@ def pooling_figure(stages: Stages, number: int, num_bins: int) -> Figure:
     """Draws four ways of pooling a detection's box, side by side.
 
     Args:
-        stages: of the image.
-        number: of the detection.
-        num_bins: along each side; 0 for bins of about CELLS_OF_BIN cells.
+        stages: stages of the image.
+        number: index of the detection.
+        num_bins: bins along each side; 0 for bins of about CELLS_OF_BIN cells.
     """
     level = int(stages.map_of[number])
     box = stages.rois[number] / stages.strides[level]
@@ -91,7 +91,7 @@ def pooling_figure(stages: Stages, number: int, num_bins: int) -> Figure:
 
 
 def told_in_words(stages: Stages, number: int) -> str:
-    """Returns what the picture shows."""
+    """Describes the picture in words."""
     name = stages.names[stages.classes[number]]
     return (
         f"The box of “{name}” on the grid of the feature map, pooled in four ways: RoIPool and "
@@ -100,7 +100,10 @@ def told_in_words(stages: Stages, number: int) -> str:
 
 
 def _view(reads: list[Reads]) -> FloatArray:
-    """Returns x0, y0, x1, y1, in cells, of the part to draw around all boxes; it is never tall."""
+    """Returns x0, y0, x1, y1 in cells of the part to draw around all boxes.
+
+    It is never taller than wide.
+    """
     boxes = np.array([each.box for each in reads])
     low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
     across, down = (high - low) / 2 + MARGIN
@@ -110,7 +113,7 @@ def _view(reads: list[Reads]) -> FloatArray:
 
 
 def _draw_image(axes: Axes, stages: Stages, level: int, view: FloatArray) -> None:
-    """Draws the image, faded, under the grid of a feature map's cells."""
+    """Draws the faded image below the grid of the feature map's cells."""
     blank(axes)
     height, width = stages.image.shape[:2]
     across, down = (width, height) / stages.pixels / stages.strides[level]
@@ -125,12 +128,12 @@ def _draw_image(axes: Axes, stages: Stages, level: int, view: FloatArray) -> Non
 
 
 def _marked_bin(num_bins: int) -> tuple[int, int]:
-    """Returns row and column of the bin that is drawn in detail, at the side that moves most."""
+    """Returns the row and column of the bin drawn in detail, at the side that moves most."""
     return num_bins // 2, num_bins - 1
 
 
 def _draw_reads(axes: Axes, reads: Reads, box: FloatArray) -> None:
-    """Draws the RoI as used, its bins, its points, and the cells that one bin reads."""
+    """Draws the RoI as the operator uses it, its bins and points, and the cells of one bin."""
     x0, y0, x1, y1 = reads.box
     num_bins = len(reads.x.weights)
     row, column = _marked_bin(num_bins)
@@ -151,7 +154,7 @@ def _draw_reads(axes: Axes, reads: Reads, box: FloatArray) -> None:
 
 
 def _draw_point(axes: Axes, reads: Reads, row: int, column: int) -> None:
-    """Draws the points of a bin, and the cells that the first of them reads."""
+    """Draws the points of a bin and the cells that its first point reads."""
     ys, xs = reads.y.samples[row], reads.x.samples[column]
     for i, j in itertools.product(reads.y.neighbours[row, 0], reads.x.neighbours[column, 0]):
         line: Style = {"color": INK, "linewidth": 1, "zorder": 3}
@@ -162,7 +165,7 @@ def _draw_point(axes: Axes, reads: Reads, row: int, column: int) -> None:
 
 
 def _draw_displacement(axes: Axes, reads: Reads, box: FloatArray, moved: FloatArray) -> None:
-    """Draws arrows from the edges of the box to their rounded places, labelled in pixels."""
+    """Draws arrows from the edges of the box to the rounded edges, labelled in pixels."""
     if reads.way not in ROUNDED:
         return
     middle = (box[:2] + box[2:]) / 2
@@ -182,7 +185,7 @@ def _draw_displacement(axes: Axes, reads: Reads, box: FloatArray, moved: FloatAr
 def _told_displacement(
     reads: Reads, all_reads: list[Reads], moved: FloatArray, cell: FloatArray
 ) -> str:
-    """Describes what rounding does, in pixels of the image."""
+    """Describes the effect of rounding in pixels of the image."""
     if reads.way not in ROUNDED:
         return "The box stays where it is: 0 px."
     aligned = next(each for each in all_reads if each.way == "RoIAlign")

@@ -1,9 +1,9 @@
-"""Finds what four ways of RoI pooling read from a feature map, by running the operators themselves.
+"""Finds what four ways of RoI pooling read from a map by running the operators.
 
-Cells are found by pooling maps in which one row or one column is 1, so they are what the operator
-really reads. Sampling points are those of ``ops.axis_weights``.
+Each operator pools maps in which one row or one column is 1, which reveals the cells that it really
+reads. Sampling points come from ``ops.axis_weights``.
 
-Positions are in cells: 0 is the outer edge of the first cell, so its centre is at 0.5.
+Positions are in cells. 0 is the outer edge of the first cell, so its centre is at 0.5.
 
 Shape alphabet: P bins along an axis, G samples per bin and axis, H and W sides of the map.
 """
@@ -26,10 +26,10 @@ from ...ops.axis_weights import roi_align_samples, round_to_cells
 FloatArray = npt.NDArray[np.float64]
 
 BEYOND = 3
-"""Cells around a RoI that a rounded one may read."""
+"""Cells outside a RoI that pooling may still read after rounding."""
 
 WAYS = ("RoIPool", "RoIWarp", "RoIAlign", "PrRoIPool")
-"""Ways of pooling, in the order of their invention."""
+"""Ways of pooling, in the order in which they were published."""
 
 ROUNDED = ("RoIPool", "RoIWarp")
 
@@ -39,11 +39,11 @@ class AxisReads:
     """What one way of pooling reads along one axis.
 
     Attributes:
-        start: lower edge of the RoI as used, rounded or not.
+        start: lower edge of the RoI as used, possibly rounded.
         end: upper edge.
-        weights: (P, H or W) with which a bin reads a row or column; 1 where it takes the maximum.
-        samples: (P, G) points; G is 0 if there are none. NaN off the map.
-        neighbours: (P, G, 2) the cells that each point reads.
+        weights: (P, H or W) weight with which each bin reads a row or column; 1 for a maximum.
+        samples: (P, G) sampling points, NaN outside the map; G is 0 if there are none.
+        neighbours: (P, G, 2) cells that each point reads.
     """
 
     start: float
@@ -63,7 +63,7 @@ class Reads:
 
     @property
     def box(self) -> FloatArray:
-        """(4,) x0, y0, x1, y1 of the RoI as used."""
+        """The RoI as used, possibly rounded: (4,) x0, y0, x1, y1."""
         return np.array([self.x.start, self.y.start, self.x.end, self.y.end])
 
     def bin_cells(self, row: int, column: int) -> FloatArray:
@@ -71,7 +71,7 @@ class Reads:
         return np.outer(self.y.weights[row], self.x.weights[column])
 
     def bin_centre(self, row: int, column: int) -> FloatArray:
-        """Returns (2,) x and y of the middle of the cells that a bin reads, by their weights."""
+        """Returns x and y of the weighted centre of the cells that a bin reads, (2,)."""
         middles = []
         for weights in (self.x.weights[column], self.y.weights[row]):
             centres = np.arange(len(weights)) + 0.5
@@ -82,14 +82,14 @@ class Reads:
 def pooling_reads(
     way: str, box: FloatArray, map_hw: tuple[int, int], num_bins: int, sampling_ratio: int
 ) -> Reads:
-    """Returns what one way of pooling reads.
+    """Finds what one way of pooling reads.
 
     Args:
         way: one of WAYS.
         box: (4,) x0, y0, x1, y1 of the RoI.
         map_hw: H and W.
         num_bins: P.
-        sampling_ratio: G of RoIWarp and RoIAlign; 0 for as many as the RoI has cells per bin.
+        sampling_ratio: G of RoIWarp and RoIAlign; 0 for one sample per cell of a bin.
     """
     operators: dict[str, Callable[..., Tensor]] = {
         "RoIPool": roi_pool,
@@ -105,14 +105,14 @@ def pooling_reads(
         lines = range(max(math.floor(start) - BEYOND, 0), min(math.ceil(end) + BEYOND, length))
         weights = np.zeros((num_bins, length))
         pooled = operators[way](_lit_lines(lines, axis, map_hw), roi, num_bins)[0]
-        # The other axis reads a whole line, with weights that add up to 1.
+        # Along the other axis, each bin reads a whole line with weights that add up to 1.
         weights[:, lines] = pooled.amax(2 - axis).T.numpy()
         edges = torch.tensor([start], dtype=torch.float32), torch.tensor([end], dtype=torch.float32)
         used = round_to_cells(*edges) if way in ROUNDED else edges
         samples, neighbours = np.empty((num_bins, 0)), np.empty((num_bins, 0, 2), np.int64)
         if way in ("RoIWarp", "RoIAlign"):
             table = roi_align_samples(*used, num_bins, length, sampling_ratio)
-            # The weights of its two cells give the place of a sample; cells are counted by centres.
+            # The weights of its two cells give a sample's position relative to cell centres.
             place = (table.cell * table.weight).sum(3)[0] + 0.5
             samples = torch.where(table.inside[0], place, torch.nan).double().numpy()
             neighbours = table.cell[0].long().numpy()
@@ -121,7 +121,7 @@ def pooling_reads(
 
 
 def _lit_lines(lines: range, axis: int, map_hw: tuple[int, int]) -> Tensor:
-    """Returns a (1, C, H, W) map in which channel c has ones in row (or column) c."""
+    """Returns a (1, C, H, W) map whose channel c is 1 in the c-th of ``lines`` and 0 elsewhere."""
     lit = torch.zeros(1, len(lines), *map_hw)
     for channel, line in enumerate(lines):
         lit[0, channel].select(axis, line).fill_(1)

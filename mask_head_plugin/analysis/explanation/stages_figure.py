@@ -1,4 +1,4 @@
-"""The paper's Figure 1 on the user's image: proposals, boxes with classes, K masks, one mask."""
+"""Draws the paper's Figure 1 for a user's image: proposals, classified boxes, K masks, one mask."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .style import CHOSEN, CLASS_COLOURS, INK, Style, blank, name_below, page_fi
 
 MOST_PROPOSALS = 25
 MOST_MASKS = 8
-"""In the strip: of more classes, those that the mask branch gives most to, and the chosen one."""
+"""Most masks in the strip: the chosen class and those with the highest probabilities."""
 
 MOST_ELONGATED = 2.5
-"""Longer images are shown in part: as long as this times their width, or wide."""
+"""Largest ratio of the sides of what is shown. Of a more elongated image, only a part is shown."""
 
 GREY_SHARES = (0.299, 0.587, 0.114)
 """Of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
@@ -29,16 +29,16 @@ MOST_LABELS = 16
 """Of more detections only the followed one is named: names would cover the image."""
 
 SURE = 0.5
-"""Score from which detections are drawn."""
+"""Lowest score of detections that are drawn."""
 
 
 def stages_figure(stages: Stages, number: int, probs: Tensor) -> Figure:
-    """Draws what the stages of the model make of an image.
+    """Draws the stages of the model on an image.
 
     Args:
-        stages: of the image.
-        number: of the detection whose masks are shown.
-        probs: (K, M, M) masks of that detection, for each class; K is 1 if they are class-agnostic.
+        stages: stages of the image.
+        number: index of the detection whose masks are shown.
+        probs: (K, M, M) masks of that detection for each class; K is 1 if they are class-agnostic.
     """
     figure = page_figure(7.4, "Mask R-CNN on this image: from region proposals to masks")
     rows = figure.add_gridspec(3, 1, height_ratios=(1, 0.55, 1))
@@ -53,7 +53,7 @@ def stages_figure(stages: Stages, number: int, probs: Tensor) -> Figure:
 
 
 def told_in_words(stages: Stages, number: int) -> str:
-    """Returns what the picture shows."""
+    """Describes the picture in words."""
     name = stages.names[stages.classes[number]]
     return (
         f"Five stages on one image: {len(stages.proposals)} proposals; the boxes that the box "
@@ -63,7 +63,7 @@ def told_in_words(stages: Stages, number: int) -> str:
 
 
 def _image(axes: Axes, stages: Stages, number: int, title: str, told: str) -> FloatArray:
-    """Draws the image, or the part of it around a detection; returns x0, y0, x1, y1 of that."""
+    """Draws the image, or its part around a detection, and returns x0, y0, x1, y1 of that part."""
     blank(axes)
     size = np.array(stages.image.shape[1::-1], float)
     view = shown_part(stages, number)
@@ -71,7 +71,7 @@ def _image(axes: Axes, stages: Stages, number: int, title: str, told: str) -> Fl
         title += " (part of the image)"
     x0, y0, x1, y1 = view - 0.5
     axes.imshow(stages.image, alpha=0.85)
-    axes.set_anchor("NW")  # so that the words have half a page, also next to a tall image
+    axes.set_anchor("NW")  # leaves the text half a page, even next to a tall image
     axes.set_title(title)
     axes.set_xlabel(told, loc="left", multialignment="left")
     axes.set(xlim=(x0, x1), ylim=(y1, y0))
@@ -79,7 +79,7 @@ def _image(axes: Axes, stages: Stages, number: int, title: str, told: str) -> Fl
 
 
 def shown_part(stages: Stages, number: int) -> FloatArray:
-    """Returns x0, y0, x1, y1 of the image, of a very long one a part with the detection."""
+    """Returns x0, y0, x1, y1 of the image, or of a part with the detection if it is very long."""
     size = np.array(stages.image.shape[1::-1], float)
     half = np.minimum(size, MOST_ELONGATED * size.min()) / 2
     box = stages.boxes[number]
@@ -88,12 +88,12 @@ def shown_part(stages: Stages, number: int) -> FloatArray:
 
 
 def _box(axes: Axes, box: FloatArray, colour: str, width: float, **style: Any) -> None:
-    x0, y0, x1, y1 = box - 0.5  # imshow has the centre of a pixel at whole numbers
+    x0, y0, x1, y1 = box - 0.5  # imshow puts pixel centres at whole numbers
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=width, **style))
 
 
 def _drawn(stages: Stages, number: int) -> dict[int, str]:
-    """Returns the detections that are drawn and their colours, the chosen one last."""
+    """Returns the colours of the detections to draw, with the chosen one last."""
     sure = [k for k, score in enumerate(stages.scores) if score >= SURE and k != number]
     colours = {k: CLASS_COLOURS[int(stages.classes[k]) % len(CLASS_COLOURS)] for k in sure}
     return {**colours, number: CHOSEN}
@@ -133,7 +133,7 @@ def _draw_detections(axes: Axes, stages: Stages, number: int) -> None:
 
 
 def strip_classes(stages: Stages, number: int, probs: Tensor) -> list[int]:
-    """Returns the classes whose masks are shown, in their order."""
+    """Returns the indices of the classes whose masks are shown, ascending."""
     chosen = int(stages.classes[number])
     if len(probs) <= MOST_MASKS:
         return list(range(len(probs)))
@@ -184,7 +184,7 @@ def _draw_crop(axes: Axes, stages: Stages, number: int) -> None:
     side = len(probs)
     extent = (x0 - 0.5, x1 - 0.5, y1 - 0.5, y0 - 0.5)
     axes.imshow(probs, extent=extent, vmin=0, vmax=1, cmap="gray", alpha=0.75)
-    # Around the box, masks are zero: a ring of pixels closes the line.
+    # Masks are zero outside the box; a ring of zeros closes the line.
     steps = (np.arange(-1, side + 1) + 0.5) / side
     xs, ys = x0 - 0.5 + steps * (x1 - x0), y0 - 0.5 + steps * (y1 - y0)
     if probs.max() > 0.5:
@@ -193,7 +193,7 @@ def _draw_crop(axes: Axes, stages: Stages, number: int) -> None:
 
 
 def _around(stages: Stages, number: int) -> Style:
-    """Returns limits of axes around a box, of the shape of what is shown of the image."""
+    """Returns axis limits around a box, with the aspect ratio of the shown part of the image."""
     box, view = stages.boxes[number], shown_part(stages, number)
     size, shape = np.array(stages.image.shape[1::-1], float), view[2:] - view[:2]
     share = 1.3 * ((box[2:] - box[:2]) / shape).max()
@@ -208,7 +208,7 @@ def _draw_pasted(axes: Axes, stages: Stages, number: int) -> None:
         f"The masks of all boxes that score {SURE:.0%} or more.\nDashed: the box of stages 3 and 4"
     )
     if not (stages.scores >= SURE).any():
-        told = f"No box scores {SURE:.0%} or more.\nDashed: the one that stages 3 and 4 follow"
+        told = f"No box scores {SURE:.0%} or more.\nDashed: the box that stages 3 and 4 follow"
     _image(axes, stages, number, "5  Masks in the image", told)
     # In grey, so that a mask has the colour of its box in stage 2.
     axes.imshow(stages.image @ GREY_SHARES, cmap="gray", vmin=0, vmax=255)

@@ -1,4 +1,4 @@
-"""Style and writing of the explaining pictures: PNG and SVG, as wide as a page."""
+"""Styles the explanatory pictures and writes them as PNG and SVG, as wide as a page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ...durable_files import write_durably
 
 PAGE_INCHES = 6.5
-"""Width of the text on a page of A4 or US letter paper."""
+"""Text width on an A4 or US letter page."""
 
 DPI = 160
 
@@ -42,14 +42,14 @@ FONTS: Any = {
 
 
 def page_figure(height: float, title: str) -> Figure:
-    """Returns an empty figure of a page's width with a title, its height in inches."""
+    """Returns an empty figure with a title, as wide as a page and ``height`` inches high."""
     figure = Figure(figsize=(PAGE_INCHES, height), layout="constrained", facecolor="white")
     figure.suptitle(title, x=0.01, ha="left", color=INK)
     return figure
 
 
 def blank(axes: Axes) -> None:
-    """Removes ticks and labels from axes, and keeps the frame."""
+    """Removes ticks and labels from axes but keeps the frame."""
     axes.set_xticks([])
     axes.set_yticks([])
     for side in axes.spines.values():
@@ -65,14 +65,13 @@ def save(figure: Figure, folder: Path, name: str, told: str) -> list[Path]:
     """Writes ``name.png`` and ``name.svg``.
 
     Args:
-        figure: to draw.
-        folder: must exist.
-        name: of the files.
-        told: what the picture shows, in words, for readers who cannot see it; also stored in the
-            files.
+        figure: the figure to save.
+        folder: output folder, which must exist.
+        name: name of the files without extension.
+        told: description for readers who cannot see the picture; stored in the files.
 
     Returns:
-        The files.
+        The written files.
     """
     written = []
     said: dict[str, dict[str, Any]] = {

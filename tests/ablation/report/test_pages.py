@@ -143,7 +143,7 @@ def test_the_papers_figures_appear_next_to_ours(made):
     cells = table_cells(folder)
     assert (cells[STRANGE]["paper"], cells[STRANGE]["paper-difference"]) == ("24.8", f"{MINUS}5.5")
     assert cells["about the same"]["paper"] == NOTHING
-    rows = markdown_rows((folder / "report.md").read_text(), "The paper's figures next to ours")
+    rows = markdown_rows((folder / "report.md").read_text(), "The paper's results next to ours")
     box = next(row for row in rows if row[1] == "bbox/AP")
     assert box[2] == "28.2" and box[4] == NOTHING and " to " in box[5]
 
@@ -204,7 +204,7 @@ def test_failed_and_missing_trials_are_listed_and_the_others_reported(copied):
     assert rows[1][3] == "FloatingPointError: Loss became &lt;inf&gt; at iteration 83"
     assert "Loss became &lt;inf&gt;" in page and "3 of 6 trials have not finished" in text
     assert [cells["seeds"] for cells in table_cells(copied).values()] == ["1/2"] * 3
-    assert "With one seed, an interval includes only the images" in text
+    assert "With one seed, an interval covers only the choice of images" in text
     assert table_cells(copied)[STRANGE]["finding"] == "? one seed: unknown"
     assert "±" not in text.split("## Variants")[1].split("\n- ")[0]
 
@@ -258,7 +258,7 @@ def test_missing_images_leave_out_only_the_pictures(copied, annotations, tmp_pat
     shutil.rmtree(moved / "images")
     (moved / "images").mkdir()
     page = render(copied)[1]
-    assert f"The images of {DATASET} cannot be shown here" in page and "<img" not in page
+    assert f"The images of {DATASET} cannot be shown:" in page and "<img" not in page
 
 
 def test_a_folder_without_a_usable_ablation_is_an_error(copied, tmp_path):
@@ -460,7 +460,7 @@ def test_a_browser_sorts_the_table_without_errors(made, tmp_path):
 
 
 def test_the_report_shows_the_interval_picture_only_with_intervals(made, copied):
-    assert "![Differences to the baseline with their intervals](intervals.png)" in (
+    assert "![Differences from the baseline with their intervals](intervals.png)" in (
         (made[0] / "report.md").read_text()
     )
     picture = cv2.imread(str(made[0] / "intervals.png"))
