@@ -1,4 +1,4 @@
-"""Progress with the time that is left: a bar in a terminal, some lines in a file."""
+"""Shows progress and the remaining time: as a bar in a terminal, as occasional lines in a file."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 SECONDS_IN_FILES = 10.0
-"""Between two states of a bar that is written to a file or a pipe, the first one too."""
+"""Seconds before the first line and between lines if progress is written to a file or a pipe."""
 
 
 def progress(
     items: Iterable[T], what: str, unit: str = "it", total: int | None = None
 ) -> Iterator[T]:
-    """Yields the items and shows how many are done; a bar goes away when all are.
+    """Yields the items and shows how many are done; the bar disappears at the end.
 
     Args:
-        items: what is worked on.
-        what: is done with them.
-        unit: what they are.
-        total: how many, where ``items`` has no length.
+        items: the items to process.
+        what: description of the work, shown before the bar.
+        unit: name of one item.
+        total: number of items, if ``items`` has no length.
     """
     seconds = 0.1 if sys.stderr.isatty() else SECONDS_IN_FILES
     delay = 0.0 if sys.stderr.isatty() else SECONDS_IN_FILES

@@ -42,7 +42,7 @@ def write(tmp_path, text, name="x.yaml"):
         ("- 1\n- 2\n", "does not hold"),
         ("_BASE_: nowhere.yaml\n", "_BASE_ .*nowhere.yaml does not exist"),
         ("_BASE_: x.yaml\n", "is its own _BASE_"),
-        ("_BASE_: .\n", "or a _BASE_ of it: .*directory"),
+        ("_BASE_: .\n", "or its _BASE_: .*directory"),
         ("OUTPUT_DIR:\n", "OUTPUT_DIR has no value; default './output'"),
     ],
 )

@@ -277,7 +277,7 @@ def test_registering_again_replaces_a_data_set_unless_it_is_built_in(tmp_path):
         (["a", "{namesakes}", "."], "namesakes.json: .*the categories 1 and 2 are 'cat'"),
         (["a", "b"], r"\['a', 'b'\] is not \[name"),
         (("a", "b.json", ["day", "night"]), r"several folders, .* --images FOLDER FOLDER --fix"),
-        (["../a", "{json}", "."], r"'../a' is not a name"),
+        (["../a", "{json}", "."], r"'../a' is not a valid name"),
         ("ab", "is not"),
         (3, r"3 is not \[name"),
         ({"a": 1, "b": 2, "c": 3}, "is not"),
