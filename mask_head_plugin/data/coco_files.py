@@ -299,11 +299,13 @@ def _check_categories(name: str, file: CocoFile, reference: tuple[str, Categorie
         if known.get(i) == category or i not in file.used:
             continue
         if i in known:
-            fault = f"id {i} is {category!r} here and {known[i]!r} there"
+            fault = f"id {i} is {category!r} in the first but {known[i]!r} in the second"
         elif category in ids_by_name:
-            fault = f"{category!r} has id {i} here and {ids_by_name[category]} there"
+            fault = (
+                f"{category!r} has id {i} in the first but {ids_by_name[category]} in the second"
+            )
         else:
-            fault = f"{category!r} (id {i}) does not exist there"
+            fault = f"{category!r} (id {i}) does not exist in the second"
         raise ConfigError(
             f"categories of data set {name!r} ({file.json_file}) disagree with those of "
             f"{reference_name!r}: {fault}; make ids and names the same in both files, or set "

@@ -164,7 +164,7 @@ def test_a_second_run_reads_only_the_cache_and_repeats_the_warnings(
     monkeypatch.setattr(module, "check_content", None)
     with caplog.at_level(logging.INFO):
         run(configure(tmp_path, data))
-    assert "were checked before" in caplog.text and "box-loose" in caplog.text
+    assert "have already been checked" in caplog.text and "box-loose" in caplog.text
 
 
 def test_a_changed_image_or_annotation_is_checked_again(tmp_path, data, cache):
@@ -195,7 +195,7 @@ def test_images_with_changed_permissions_are_checked_again(tmp_path, data, cache
     path.chmod(0o600 if path.stat().st_mode & 0o777 != 0o600 else 0o644)
     with caplog.at_level("INFO"):
         run(configure(tmp_path, data))
-    checked = f"{data['train'].json_file} and its images were checked before"
+    checked = f"{data['train'].json_file} and its images have already been checked"
     assert checked not in caplog.text
 
 
@@ -243,7 +243,7 @@ def test_categories_that_differ_between_train_and_test_are_reported(tmp_path, da
     registered("code_val", data["val"].write())
     cfg = configure(tmp_path, {})
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("code_train",), ("code_val",)
-    with pytest.raises(ConfigError, match="category 7 is 'dog' only there") as info:
+    with pytest.raises(ConfigError, match="category 7 is 'dog' only in the second") as info:
         run(cfg)
     assert "categories-disagree" in str(info.value) and str(data["val"].json_file) in str(
         info.value
@@ -254,7 +254,7 @@ def test_the_number_of_classes_must_match_the_model(tmp_path, data, registered):
     registered("by_code", data["train"])
     cfg = configure(tmp_path, {}, "MODEL.ROI_HEADS.NUM_CLASSES", "3")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("by_code",), ()
-    with pytest.raises(ConfigError, match="2 categories, the model 3"):
+    with pytest.raises(ConfigError, match="2 categories, but the model 3"):
         run(cfg)
 
 

@@ -172,7 +172,7 @@ def test_faults_that_appear_only_after_a_repair_are_also_refused(many):
     del many.image(1)["height"]
     for annotation in many.content["annotations"]:
         annotation["segmentation"][0][0] -= 300
-    with pytest.raises(ConfigError, match="12 masks have faults of their own"):
+    with pytest.raises(ConfigError, match="12 masks have other faults"):
         fix(many.write())
 
 

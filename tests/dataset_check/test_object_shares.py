@@ -86,7 +86,7 @@ def test_areas_that_differ_from_the_masks_are_counted(good, factor, words):
         annotation["area"] = min(annotation["area"] * factor, 1.05 * HW[0] * HW[1])
     found = only(good, "area-suspicious")
     assert "of 25 (" in found.message and (words in found.message or factor > 10)
-    assert "count in another of APs, APm and APl" in found.message
+    assert "count in the wrong one of APs, APm and APl" in found.message
 
 
 def test_a_single_wrong_area_is_found_with_its_size_class(good):
@@ -200,7 +200,7 @@ def test_masks_of_whole_images_may_be_identical(good):
 def test_images_without_annotations_are_counted(good):
     good.content["annotations"] = [x for x in good.content["annotations"] if x["image_id"] != 4]
     found = only(good, "image-without-objects")
-    assert "1 of 4 (25.0%) images have no annotation and are not" in found.message
+    assert "1 of 4 (25.0%) images have no annotations, so training" in found.message
 
 
 @pytest.mark.parametrize("empty", [None, [], {}])
