@@ -231,7 +231,7 @@ def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> Non
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"{source}: {_explain(cfg, error)}") from error
     except (TypeError, AttributeError) as error:
-        raise ConfigError(f"{source} does not hold 'KEY: value' sections") from error
+        raise ConfigError(f"{source} does not contain 'KEY: value' sections") from error
     _check_values(cfg, source)
 
 
@@ -331,7 +331,7 @@ def _merge_file(cfg: CfgNode, config_file: str) -> dict[str, list[str]]:
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"{config_file}: {_explain(cfg, error)}") from error
     except (TypeError, AttributeError) as error:
-        raise ConfigError(f"{config_file} does not hold 'KEY: value' sections") from error
+        raise ConfigError(f"{config_file} does not contain 'KEY: value' sections") from error
 
 
 def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:

@@ -61,11 +61,11 @@ KINDS: dict[str, Kind] = {
     ),
     "no-masks": Kind(ERROR, "set MODEL.MASK_ON False to train boxes only, or export the masks"),
     "no-categories": Kind(ERROR, "list the categories"),
-    "image-folder-missing": Kind(ERROR, "give the folder that file_name starts from"),
+    "image-folder-missing": Kind(ERROR, "give the folder that file_name is relative to"),
     "normalised-coordinates": Kind(
         ERROR, "multiply by the image's width and height, in pixels", TRIES
     ),
-    "category-ids-shifted": Kind(ERROR, "number categories and annotations alike"),
+    "category-ids-shifted": Kind(ERROR, "use the same numbering for categories and annotations"),
     "repeated-annotation": Kind(WARNING, "check whether objects were exported twice"),
     "crowd-by-export": Kind(
         WARNING,
@@ -93,7 +93,7 @@ KINDS: dict[str, Kind] = {
         ERROR, "write ids as whole numbers without quotes", REPAIRS_OR_LEAVES_OUT
     ),
     "id-as-text": Kind(ERROR, "write the id as a number, without quotes", REPAIRS),
-    "id-too-large": Kind(ERROR, "use ids below 2^53, which metrics can hold", REPAIRS),
+    "id-too-large": Kind(ERROR, "use ids below 2^53, which metrics can represent", REPAIRS),
     # Categories.
     "category-not-object": Kind(ERROR, "write {'id': 1, 'name': 'cat'}", LEAVES_OUT),
     "category-missing-key": Kind(ERROR, "give each category an id and a name"),

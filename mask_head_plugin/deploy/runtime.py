@@ -1,7 +1,7 @@
 """Runs an exported model with NumPy, pycocotools and onnxruntime, without detectron2 or PyTorch.
 
     predictor = Predictor("output/exported")
-    found = predictor(image)                     # (H, W, 3) uint8 in BGR, as of cv2.imread
+    found = predictor(image)                     # (H, W, 3) uint8 in BGR, as from cv2.imread
     print(found.class_names, found.scores, found.masks)
 
 Shape alphabet: R detections of an image; H, W image height and width in pixels; C channels of the

@@ -211,9 +211,8 @@ def _input_settings(train: DataFacts, size: InputSize, device: Device) -> list[S
         why = f"Short edge of the images in evaluation. {shown}"
         if size.smallest < 0.95 * SMALLEST:
             why += (
-                f" A short edge of {size.wanted}, which makes them {SMALLEST} pixels, would be "
-                f"better, but {device} lacks the time or memory. Cutting the images into tiles "
-                "helps."
+                f" A short edge of {size.wanted} would raise this to {SMALLEST} pixels, but "
+                f"{device} lacks the time or memory. Cutting the images into tiles helps."
             )
     settings = [Setting("INPUT.MIN_SIZE_TEST", size.short_edge, why)]
     if size.short_edge:

@@ -102,7 +102,7 @@ def write(path, **changes):
             r"'a'.*POOLER_TIPE",
         ),
         ({"VARIANTS": {"a": {"SEED": "many"}}}, r"variant 'a': SEED takes a value of type int"),
-        ({"VARIANTS": {"a": [3]}}, r"variant 'a' does not hold"),
+        ({"VARIANTS": {"a": [3]}}, r"variant 'a' does not contain"),
         ({"BASELINE": "c"}, r"BASELINE names 'c', which is not a variant"),
         ({"PAPER": {"aa": {"segm/AP": 1.0}}}, r"PAPER names 'aa'.*did you mean 'a'"),
         ({"PAPER": {"a": 3}}, r"PAPER of 'a' must name figures"),
