@@ -111,8 +111,8 @@ class MultiLevelRoIPooler(nn.Module):
         check_pooler(pooler_type, reduction)
         if canonical_box_size <= 0 or not scales or min(scales) <= 0:
             raise ValueError(
-                f"scales {tuple(scales)} must be positive, one or more, and canonical_box_size "
-                f"{canonical_box_size} above 0"
+                f"scales {tuple(scales)} must be one or more positive numbers, and "
+                f"canonical_box_size {canonical_box_size} must be above 0"
             )
         levels = [-math.log2(scale) for scale in scales]
         if levels != [levels[0] + i for i in range(len(levels))] or not levels[0].is_integer():
