@@ -257,7 +257,7 @@ def test_registering_again_replaces_a_data_set_unless_it_is_built_in(tmp_path):
     val = write_files(tmp_path, "val", CATEGORIES)
     configure(tmp_path, train, val)
     configure(tmp_path, train, val)
-    with pytest.raises(ConfigError, match="registered already"):
+    with pytest.raises(ConfigError, match="already registered"):
         configure(tmp_path, ["shapes_train", *train[1:]], val)
     assert MetadataCatalog.get("shapes_train").thing_classes[0] == "ring"
 

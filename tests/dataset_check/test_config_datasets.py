@@ -101,7 +101,7 @@ def test_the_error_lists_ten_findings_their_number_the_report_and_the_command(
     assert len([x for x in lines if str(broken.json_file) in x and "annotation 1" in x]) == 10
     assert "  and 2 more" in lines
     report = tmp_path / "output" / "dataset_check.json"
-    assert f"All are in {report}" in str(info.value)
+    assert f"{report} lists all of them" in str(info.value)
     assert json.loads(report.read_text())["errors"] == 12
     (command,) = [x for x in lines if "tools/check_dataset.py --json" in x]
     assert f"--images {broken.images} --fix " in command and str(broken.json_file) in command
@@ -121,7 +121,7 @@ def test_no_fix_command_is_suggested_if_it_would_fail(tmp_path, data):
         (
             1,
             "1 of 4 images have more objects than the 1 that TEST.DETECTIONS_PER_IMAGE lets a "
-            "model find; "
+            "model detect; "
             "image 1 has 2",
         ),
         (2, ""),

@@ -59,7 +59,7 @@ def test_brush_masks_exported_as_crowds_are_counted(good):
 def test_images_with_only_crowds_are_reported_even_if_few(good):
     as_brush_mask(good.annotation(15), 1)
     found = only(good, "crowd-by-export")
-    assert "1 of 4 (25.0%) annotated images have no other annotation and are" in found.message
+    assert "1 of 4 (25.0%) annotated images have no other annotations, so" in found.message
 
 
 def test_a_proportion_of_crowds_like_cocos_is_accepted(good):
@@ -92,12 +92,12 @@ def test_areas_that_differ_from_the_masks_are_counted(good, factor, words):
 def test_a_single_wrong_area_is_found_with_its_size_class(good):
     good.annotation(11)["area"] = 1
     found = only(good, "area-suspicious")
-    assert "1 of 5 (20.0%)" in found.message and "and so 0 count in another" in found.message
+    assert "1 of 5 (20.0%)" in found.message and "so 0 count in the wrong one" in found.message
     assert "annotation 11 has area 1, its mask 600 pixels" in found.message
     good.annotation(11).update(
         segmentation=[rectangle(10, 10, 60, 50)], bbox=[10, 10, 50, 40], area=1
     )
-    assert "and so 1 count in another" in only(good, "area-suspicious").message
+    assert "so 1 count in the wrong one" in only(good, "area-suspicious").message
 
 
 def test_areas_may_differ_by_pixels_along_the_outline(good):
@@ -111,7 +111,7 @@ def test_box_areas_are_distinguished_from_other_wrong_areas(good):
     found = only(good, "area-of-box")
     assert "1 of 5 (20.0%) objects have the area of their box" in found.message
     assert "annotation 14 has area 1609.62, its mask 707.312 pixels" in found.message
-    assert "so 1 count in another" in found.message  # 32 x 32 = 1024 lies between
+    assert "so 1 count in the wrong one" in found.message  # 32 x 32 = 1024 lies between
 
 
 def test_a_ring_is_found_if_its_area_excludes_the_hole(good):
