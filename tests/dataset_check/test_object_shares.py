@@ -93,7 +93,7 @@ def test_a_single_wrong_area_is_found_with_its_size_class(good):
     good.annotation(11)["area"] = 1
     found = only(good, "area-suspicious")
     assert "1 of 5 (20.0%)" in found.message and "so 0 count in the wrong one" in found.message
-    assert "annotation 11 has area 1, its mask 600 pixels" in found.message
+    assert "annotation 11 has area 1, but its mask has 600 pixels" in found.message
     good.annotation(11).update(
         segmentation=[rectangle(10, 10, 60, 50)], bbox=[10, 10, 50, 40], area=1
     )
@@ -110,7 +110,7 @@ def test_box_areas_are_distinguished_from_other_wrong_areas(good):
     good.annotation(14)["area"] = 39.5 * 40.75
     found = only(good, "area-of-box")
     assert "1 of 5 (20.0%) objects have the area of their box" in found.message
-    assert "annotation 14 has area 1609.62, its mask 707.312 pixels" in found.message
+    assert "annotation 14 has area 1609.62, but its mask has 707.312 pixels" in found.message
     assert "so 1 count in the wrong one" in found.message  # 32 x 32 = 1024 lies between
 
 
@@ -119,7 +119,7 @@ def test_a_ring_is_found_if_its_area_excludes_the_hole(good):
     assert check(good.write()) == []
     good.annotation(11)["area"] = 500
     found = only(good, "ring-as-hole")
-    assert "1 of 5" in found.message and "area 500, its mask 900 pixels" in found.message
+    assert "1 of 5" in found.message and "area 500, but its mask has 900 pixels" in found.message
 
 
 def test_a_ring_is_also_found_by_the_pixel_area_of_its_mask(good):

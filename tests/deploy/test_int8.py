@@ -94,7 +94,7 @@ def test_calibration_images_without_detections_are_refused(data, tmp_path):
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("DATASETS.TRAIN", r"name --calibration-images: data set 'nowhere' is not registered"),
+        ("DATASETS.TRAIN", r"pass --calibration-images: data set 'nowhere' is not registered"),
         ("DATASETS.TEST", r"pass --images: data set 'nowhere' is not registered"),
     ],
 )

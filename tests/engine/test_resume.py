@@ -170,7 +170,7 @@ def test_optimizer_changes_that_cannot_be_resumed_are_refused(tmp_path):
     rest = "different parameters have their own learning rate.*SOLVER.LR_FACTORS"
     for opts, message in (
         (["SOLVER.LR_FACTORS", '[["roi_heads.mask_head.mask_fcn2", 2.0]]'], rest),
-        ([*factors, "SOLVER.OPTIMIZER", "AdamW"], r"is SGD, and SOLVER\.OPTIMIZER is AdamW"),
+        ([*factors, "SOLVER.OPTIMIZER", "AdamW"], r"is SGD, but SOLVER\.OPTIMIZER is AdamW"),
         ([*factors, "SOLVER.BIAS_LR_FACTOR", "2.0"], "does not fit this config"),
     ):
         with pytest.raises(ConfigError, match=message):
