@@ -446,7 +446,7 @@ def test_a_huge_image_is_scaled_down_and_that_is_reported(images, tmp_path, monk
         caplog.text
     )
     run([image], tmp_path / "b", "INPUT.MAX_SIZE_TEST", "64")
-    assert seen[1].shape == (3, 96, 128) and caplog.text.count("scaled to") == 1
+    assert seen[1].shape == (3, 96, 128) and caplog.text.count("scaled down to") == 1
 
 
 def test_files_in_a_folder_that_look_like_images_are_reported_if_unreadable(

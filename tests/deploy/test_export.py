@@ -404,7 +404,7 @@ def test_an_image_too_small_for_torch_export_is_refused_before_conversion(tmp_pa
     cv2.imwrite(str(tmp_path / "low.png"), np.zeros((64, 96, 3), np.uint8))
     options, images = ExportOptions("exported_program"), [str(tmp_path / "low.png")]
     with pytest.raises(
-        ConfigError, match=r"sides above 64 pixels, and .*low.png has 96 x 64 after"
+        ConfigError, match=r"sides above 64 pixels, but .*low.png has 96 x 64 after"
     ):
         export_model(SHAPES, OPTS, tmp_path / "x", options, images)
     export._check_sizes(samples((64, 96)), ExportOptions("exported_program", (96, 96)))
