@@ -254,7 +254,7 @@ def test_no_contact_sheet_is_drawn_if_the_last_step_failed(tmp_path, monkeypatch
 
 
 def test_evaluating_a_run_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no checkpoint in OUTPUT_DIR .*give MODEL\.WEIGHTS"):
+    with pytest.raises(ConfigError, match=r"no checkpoint in OUTPUT_DIR .*set MODEL\.WEIGHTS"):
         Trainer.load_model(config(tmp_path), resume=True)
 
 
