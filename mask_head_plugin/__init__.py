@@ -1,15 +1,15 @@
-"""Mask R-CNN's mask branch as a detectron2 plugin. Importing it registers everything.
+"""Mask R-CNN's mask branch as a detectron2 plugin. Importing the package registers everything.
 
-Without detectron2, nothing is registered, and you can only import what does not need it, such as
-``deploy.runtime``.
+Without detectron2, nothing is registered, and you can import only modules that do not need it, such
+as ``deploy.runtime``.
 """
 
 import logging
 import warnings
 
 with warnings.catch_warnings():
-    # detectron2 and fvcore script some functions as they are imported, and PyTorch warns of each.
-    # Only while they are imported: your own calls of torch.jit.script still warn.
+    # detectron2 and fvcore script some functions on import, and PyTorch warns about each of them.
+    # The filter covers only the import: your own calls of torch.jit.script still warn.
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
     from .detectron2_import import IMPORT_ERROR, refuse
 
@@ -17,7 +17,7 @@ with warnings.catch_warnings():
         from . import data, modeling
         from .config import ConfigError, add_mask_head_config, load_config
 
-# What this package logs appears wherever you let detectron2's log appear.
+# This package's log messages appear wherever detectron2's do.
 logging.getLogger(__name__).parent = logging.getLogger("detectron2")
 
 __version__ = "0.2.0"

@@ -1,8 +1,8 @@
-"""The names of a model's classes: kept with the model and its predictions, and matched by name.
+"""Class names: stored with a model and its predictions, and matched with data sets by name.
 
-A model numbers its classes like its training data. Another data set may hold the same classes in
-another order, so numbers alone say nothing. Code that uses weights or predictions with a data set
-matches their classes here.
+A model numbers its classes like its training data. Another data set may have the same classes in a
+different order, so numbers are meaningless without names. Code that combines weights or predictions
+with a data set matches their classes with the functions in this module.
 
 Shape alphabet: K classes of a model, N detections.
 """
@@ -22,7 +22,8 @@ from .config import ConfigError
 from .messages import listed
 
 _KEY = "_class_names"
-"""Attribute of models and Instances, which do not treat a name with an underscore as a field."""
+"""Attribute of models and Instances. Because of the underscore, Instances does not treat it as a
+field."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ClassMatch:
         """Matches the classes of ``source``, such as a file, with those of ``owner``.
 
         Raises:
-            ConfigError: if a name occurs twice in either list, so that it is ambiguous.
+            ConfigError: if a name is ambiguous because it occurs twice in one of the lists.
         """
         for names, whose in ((found, source), (wanted, owner)):
             twice = [name for name, count in Counter(names).items() if count > 1]
@@ -64,7 +65,7 @@ class ClassMatch:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """The number in ``found`` and in ``wanted`` of each class that both have."""
+        """The numbers, in ``found`` and in ``wanted``, of each class that occurs in both."""
         numbers = {name: number for number, name in enumerate(self.found)}
         return [(numbers[x], k) for k, x in enumerate(self.wanted) if x in numbers]
 
@@ -75,12 +76,12 @@ class ClassMatch:
 
 
 def name_classes(model: nn.Module, names: Sequence[str] | None) -> None:
-    """Sets the class names of a model, which its predictions carry from then on.
+    """Stores class names in a model, which then adds them to all its predictions.
 
     Args:
-        model: any that returns a list of ``{"instances": ...}``.
-        names: of its K classes, in the order of its rows; None if unknown, which removes the hook
-            (torch.jit.script cannot compile it).
+        model: any model that returns a list of ``{"instances": ...}``.
+        names: names of its K classes, in the order of its output rows. None if unknown; this also
+            removes the model's hook, which torch.jit.script cannot compile.
     """
     for key in [k for k, x in model._forward_hooks.items() if x is _name_predictions]:
         del model._forward_hooks[key]
@@ -90,24 +91,24 @@ def name_classes(model: nn.Module, names: Sequence[str] | None) -> None:
 
 
 def _name_predictions(model: nn.Module, _inputs: Any, outputs: Any) -> None:
-    for output in outputs if isinstance(outputs, list) else ():  # in training: a dict of losses
+    for output in outputs if isinstance(outputs, list) else ():  # in training, a dict of losses
         if isinstance(output, dict) and "instances" in output:
             setattr(output["instances"], _KEY, getattr(model, _KEY))
 
 
 def class_names_of(model: Any) -> list[str] | None:
-    """Returns the class names of a model, also of one inside another, or None if unknown."""
+    """Returns the class names of a model or of the model that it wraps, or None if unknown."""
     while isinstance(model, nn.Module) and not hasattr(model, _KEY):
-        # as DistributedDataParallel and GeneralizedRCNNWithTTA hold it
+        # attributes of DistributedDataParallel and GeneralizedRCNNWithTTA
         model = getattr(model, "module", None) or getattr(model, "model", None)
     names: list[str] | None = getattr(model, _KEY, None)
     return names
 
 
 def predicted_names(instances: Instances) -> list[str] | None:
-    """Returns the class names that a model's output carries, or None if unknown.
+    """Returns the class names stored in a model's output, or None if unknown.
 
-    Only the Instances that the model returned carry them, not objects derived from these.
+    Only the Instances that the model itself returned have them, not Instances derived from these.
     """
     names: list[str] | None = getattr(instances, _KEY, None)
     return names
@@ -119,10 +120,10 @@ def check_trained(found: Sequence[str], wanted: Sequence[str], dataset: str) -> 
     Args:
         found: the classes of the model.
         wanted: the classes of the data set.
-        dataset: its name.
+        dataset: name of the data set.
 
     Raises:
-        ConfigError: if the model lacks some of them, or names occur twice.
+        ConfigError: if the model lacks a class, or a name occurs twice.
     """
     owner = f"data set {dataset!r}"
     match = ClassMatch.of(found, wanted, source="the model", owner=owner)
@@ -137,13 +138,13 @@ def check_trained(found: Sequence[str], wanted: Sequence[str], dataset: str) -> 
 def matched_predictions(
     instances: Instances, found: Sequence[str] | None, wanted: Sequence[str], dataset: str
 ) -> Instances:
-    """Returns detections whose ``pred_classes`` number the classes as a data set does.
+    """Returns detections whose ``pred_classes`` use the class numbers of a data set.
 
     Args:
         instances: N detections; not changed.
         found: the classes of the model; if None, they are assumed to be the data set's.
         wanted: the classes of the data set. Detections of other classes are dropped.
-        dataset: its name.
+        dataset: name of the data set.
 
     Raises:
         ConfigError: see check_trained.

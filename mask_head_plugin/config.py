@@ -1,4 +1,4 @@
-"""The plugin's config keys, and reading of config files with errors that you can act on."""
+"""The plugin's config keys, and a reader for config files that explains errors."""
 
 from __future__ import annotations
 
@@ -32,42 +32,42 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     Args:
         cfg: a config from ``detectron2.config.get_cfg()``; changed in place.
     """
-    # What ``instances.pred_masks`` is after inference: "bitmask", detectron2's (N, H, W) tensor, or
-    # "rle", run lengths, which needs META_ARCHITECTURE MaskRCNN.
+    # Form of ``instances.pred_masks`` after inference: "bitmask", detectron2's (N, H, W) tensor, or
+    # "rle", run lengths, which requires META_ARCHITECTURE MaskRCNN.
     cfg.MODEL.MASK_OUTPUT = "bitmask"
 
-    # Whether weights that do not fit the model are an error. If not, what fits is loaded and the
-    # rest is logged. --resume always needs weights that fit.
+    # Whether weights that do not fit the model are an error. If False, weights that fit are loaded
+    # and the others are logged. --resume always requires weights that fit.
     cfg.MODEL.WEIGHTS_STRICT = True
 
-    # build_timm_fpn_backbone: a model of timm under a feature pyramid; docs/backbones.md.
+    # For build_timm_fpn_backbone, a timm model with a feature pyramid on top; docs/backbones.md.
     timm = cfg.MODEL.TIMM = CfgNode()
     timm.NAME = "convnext_tiny"  # the model's name in timm
     timm.CHECKPOINT = ""  # weights with timm's names (safetensors, torch) if MODEL.WEIGHTS is empty
-    timm.PRETRAINED = False  # if both are empty: weights from timm's hub, not random ones
-    timm.OUT_INDICES = []  # which of the model's maps, as timm counts them; [] is all from stride 4
+    timm.PRETRAINED = False  # if both are empty: weights from timm's hub instead of random ones
+    timm.OUT_INDICES = []  # maps to use, as timm numbers them; [] uses all of stride 4 and above
     timm.DROP_PATH_RATE = 0.0  # stochastic depth (arXiv 1603.09382), if the model supports it
     timm.NORM = ""  # "" keeps the model's batch norms; "FrozenBN" or "SyncBN" replaces them
 
-    # How the samples of a bin become one value: "mean" (the paper's) or "max" (its Table 2c).
+    # How the samples in a bin are combined: "mean" (as in the paper) or "max" (its Table 2c).
     cfg.MODEL.ROI_BOX_HEAD.POOLER_REDUCTION = "mean"
     cfg.MODEL.ROI_MASK_HEAD.POOLER_REDUCTION = "mean"
 
     # Terms of the mask loss: [name in MASK_LOSS_REGISTRY, weight], or [name, weight, iterations
-    # over which the weight grows from 0]. The default is the paper's (Mask R-CNN section 3: average
-    # binary cross-entropy on the ground-truth class's mask).
+    # over which the weight grows from 0]. The default is the loss of Mask R-CNN section 3: average
+    # binary cross-entropy on the mask of the ground-truth class.
     cfg.MODEL.ROI_MASK_HEAD.LOSSES = [list(term) for term in DEFAULT_LOSSES]
     cfg.MODEL.ROI_MASK_HEAD.LOSS_WEIGHT = 1.0  # factor of the sum of LOSSES
 
-    # Parameters of the losses; docs/mask_losses.md. Your own losses can have sections here.
+    # Parameters of the losses; docs/mask_losses.md. You can add sections for your own losses.
     params = cfg.MODEL.ROI_MASK_HEAD.LOSS_PARAMS = CfgNode(new_allowed=True)
     params.DICE = CfgNode({"EPS": 1.0})  # smoothing of dice, in pixels
     focal = params.FOCAL = CfgNode()
-    focal.GAMMA = 2.0  # how much less pixels count that are right (arXiv 1708.02002)
-    focal.ALPHA = 0.25  # weight of the object's pixels, against 1 - ALPHA; -1 for no weights
+    focal.GAMMA = 2.0  # how strongly well-classified pixels are down-weighted (arXiv 1708.02002)
+    focal.ALPHA = 0.25  # weight of object pixels; others weigh 1 - ALPHA; -1 turns weights off
     tversky = params.TVERSKY = CfgNode()
-    tversky.ALPHA = 0.3  # weight of pixels added by mistake (arXiv 1706.05721)
-    tversky.BETA = 0.7  # weight of pixels missed
+    tversky.ALPHA = 0.3  # weight of false positive pixels (arXiv 1706.05721)
+    tversky.BETA = 0.7  # weight of false negative pixels
     tversky.EPS = 1.0  # smoothing of tversky, in pixels
     params.SOFT_IOU = CfgNode({"EPS": 1.0})  # smoothing of soft_iou, in pixels
 
@@ -75,75 +75,77 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_MASK_HEAD.FC_DIM = 1024  # units of each hidden layer of MLPMaskHead
 
     # Mask scoring (Mask Scoring R-CNN, arXiv 1903.00241): a second network predicts the IoU of each
-    # mask, and masks are ranked by class score times IoU. For COCO and LVIS, without TEST.AUG.
+    # mask, and masks are ranked by class score times IoU. Works for COCO and LVIS without TEST.AUG.
     scoring = cfg.MODEL.ROI_MASK_HEAD.SCORING = CfgNode()
     scoring.ENABLED = False
     scoring.LOSS_WEIGHT = 1.0  # weight of the loss of mask scoring
     scoring.CONV_DIM = 256  # channels of mask scoring's four convolutions
     scoring.FC_DIM = 1024  # units of mask scoring's two hidden linear layers
 
-    # "SGD" or "AdamW"; docs/recipes.md says when to use which.
+    # "SGD" or "AdamW"; docs/recipes.md explains which to use.
     cfg.SOLVER.OPTIMIZER = "SGD"
     cfg.SOLVER.BETAS = [0.9, 0.999]  # AdamW's two decay rates
 
-    # [name, factor] pairs: the learning rate of a module or parameter; the longest name counts.
+    # [name, factor] pairs that scale the learning rate of a module or parameter. If several names
+    # match, the longest applies.
     cfg.SOLVER.LR_FACTORS = []
 
-    # The backbone's last layer learns at this times the base rate, the one before at its square,
-    # and so on (arXiv 2106.08254). What a layer is: modeling/backbone_layers.py.
+    # Learning rate of the backbone's last layer relative to the base rate. The layer before it uses
+    # the square of this factor, and so on (arXiv 2106.08254). modeling/backbone_layers.py defines
+    # the layers.
     cfg.SOLVER.LAYER_DECAY = 1.0
 
-    # Parts in which a process computes its share of IMS_PER_BATCH before each update.
+    # Number of parts into which a process splits its share of IMS_PER_BATCH for each update.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
 
-    # Above 0: an exponential moving average of the weights, of which each iteration keeps this
-    # share, is evaluated and saved instead of the weights.
+    # Above 0, evaluates and saves an exponential moving average of the weights instead of the
+    # weights. The value is the share of the average that each iteration keeps.
     cfg.SOLVER.EMA_DECAY = 0.0
 
     # Large-scale jitter of training images (Simple Copy-Paste, arXiv 2012.07177, section 3) instead
     # of INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN and CROP.
     lsj = cfg.INPUT.LSJ = CfgNode()
     lsj.ENABLED = False
-    lsj.IMAGE_SIZE = 1024  # side in pixels of the square that each image becomes
+    lsj.IMAGE_SIZE = 1024  # side in pixels of the square that each image is turned into
     lsj.MIN_SCALE = 0.1  # smallest scale; 1 fits the image into the square
-    lsj.MAX_SCALE = 2.0  # largest scale; the same unit
+    lsj.MAX_SCALE = 2.0  # largest scale, in the same unit
 
-    # Share of the training images that get objects of another image pasted onto them (arXiv
-    # 2012.07177); docs/recipes.md.
+    # Share of training images onto which objects from another image are pasted (arXiv 2012.07177);
+    # docs/recipes.md.
     cfg.INPUT.COPY_PASTE = CfgNode({"PROBABILITY": 0.0})
 
-    # How many of the newest model_<iteration>.pth to keep; 0 keeps all.
+    # Number of newest model_<iteration>.pth files to keep; 0 keeps all.
     cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
 
-    # A metric of the evaluation, such as "segm/AP": the weights with the best value are kept as
-    # model_best.pth. Needs TEST.EVAL_PERIOD. "" keeps none. Losses of TEST.EVAL_LOSS, such as
-    # "validation/total_loss", are better when they are lower.
+    # An evaluation metric, such as "segm/AP". The weights with its best value are kept as
+    # model_best.pth. Requires TEST.EVAL_PERIOD. For the losses of TEST.EVAL_LOSS, such as
+    # "validation/total_loss", lower is better. "" keeps no best weights.
     cfg.SOLVER.CHECKPOINT_BEST_METRIC = ""
 
-    # Ends a run after PATIENCE evaluations in a row in which METRIC was not better than before; ""
-    # ends none. Metrics, and which values are better, are those of CHECKPOINT_BEST_METRIC.
+    # Ends a run after PATIENCE evaluations in a row without a new best value of METRIC. "" never
+    # ends a run early. Takes the same metrics as CHECKPOINT_BEST_METRIC.
     cfg.SOLVER.EARLY_STOPPING = CfgNode({"METRIC": "", "PATIENCE": 5})
 
-    # Whether evaluation adds the losses on DATASETS.TEST, means over images, as validation/
-    # total_loss, validation/loss_mask and so on; see engine/validation_loss.py.
+    # Whether evaluation also computes the losses on DATASETS.TEST, averaged over images:
+    # validation/total_loss, validation/loss_mask and so on; see engine/validation_loss.py.
     cfg.TEST.EVAL_LOSS = False
 
-    # Above 0: evaluation adds the metrics of semantic segmentation, of maps made from detections
-    # with at least this score (see evaluation/semantic.py). 0 leaves them out.
+    # Above 0, evaluation adds the metrics of semantic segmentation for maps drawn from detections
+    # with at least this score (see evaluation/semantic.py). 0 omits these metrics.
     cfg.TEST.SEMANTIC_THRESHOLD = 0.0
 
-    # Your data sets in COCO instances format: ["name", "annotations.json", "images/"]. Paths start
-    # at the current folder or, if nothing is there, at $DETECTRON2_DATASETS. Use the names in
-    # DATASETS.TRAIN and DATASETS.TEST.
+    # Your data sets in COCO instances format: ["name", "annotations.json", "images/"]. Paths are
+    # relative to the current folder or, if nothing is found there, to $DETECTRON2_DATASETS. Use the
+    # names in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.COCO_FILES = []
 
-    # Your code that registers what the config names: modules, and .py files (looked for in the
-    # folder of this file, then in the current one). Runs before anything is built;
-    # docs/your_own_code.md says whose entries count.
+    # Your code that registers the names used in the config: modules, and .py files (searched in the
+    # folder of this file, then in the current folder). Runs before anything is built;
+    # docs/your_own_code.md explains which files may import code.
     cfg.IMPORTS = []
 
-    # Faults of annotation files and images, looked for before training: "error" stops if there are
-    # any, "warn" continues, "off" does not look.
+    # What to do with faults in annotation files and images: "error" checks before training and
+    # stops if there are any, "warn" only reports them, "off" skips the check.
     cfg.DATASETS.CHECK = "error"
 
 
@@ -152,7 +154,8 @@ def load_config(
 ) -> CfgNode:
     """Returns the config of ``read_config``, adapted to this machine.
 
-    If MODEL.DEVICE asks for CUDA and there is none, it becomes ``cpu``, with a log line.
+    If MODEL.DEVICE is CUDA but no CUDA device is available, changes it to ``cpu`` and logs a
+    warning.
     """
     cfg = read_config(config_file, opts, is_named=is_named)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -162,12 +165,12 @@ def load_config(
 
 
 def find_config_file(name: str) -> str:
-    """Returns the path of a config file: yours, or else the one that comes with the package.
+    """Returns the path of a config file: your own or, failing that, one included in the package.
 
     Args:
         name: a path, or the name of a file below ``configs/`` such as
-            ``coco/mask_rcnn_R_50_FPN_1x.yaml``, with or without ``configs/`` in front. A name that
-            fits no file, such as "", is returned as it is.
+            ``coco/mask_rcnn_R_50_FPN_1x.yaml``, with or without the leading ``configs/``. A name
+            that matches no file, such as "", is returned unchanged.
     """
     packaged = PACKAGED / name.removeprefix("configs/")
     return name if Path(name).is_file() or not packaged.is_file() else str(packaged)
@@ -178,23 +181,23 @@ def read_config(
 ) -> CfgNode:
     """Returns detectron2's and the plugin's defaults, overridden by a file and then by options.
 
-    Nothing is run, not even IMPORTS (``user_code.import_modules`` does that). IMPORTS of the file
-    and of the options are joined, and their files become absolute paths. A ``_BASE_`` may be a
-    stranger's: if it wants to import something that neither file nor options name, that is an
-    error.
+    No code runs, not even IMPORTS (see ``user_code.import_modules``). IMPORTS from the file and the
+    options are combined, and their files become absolute paths. A ``_BASE_`` may come from someone
+    else, so its imports are an error unless the file or the options also list them.
 
     Args:
-        config_file: a YAML file as ``find_config_file`` takes it; it may have a ``_BASE_``. Unsafe
-            YAML tags are refused, and so is a ``_BASE_`` on another machine.
+        config_file: a YAML file, as for ``find_config_file``; it may have a ``_BASE_``. Unsafe YAML
+            tags are refused, and so is a ``_BASE_`` on another machine.
         opts: "KEY VALUE" pairs in one flat list, as after the flags of ``train_net.py``.
-        is_named: whether the user has named this file. If not, its IMPORTS are like a ``_BASE_``'s.
+        is_named: whether the user named this file. If not, its IMPORTS are treated like those of a
+            ``_BASE_``.
 
     Returns:
         A config that is not frozen.
 
     Raises:
         ConfigError: if the file does not exist or is not YAML, or a key does not exist or has the
-            wrong type; the nearest existing key is named.
+            wrong type. The message suggests the nearest existing key.
     """
     config_file = find_config_file(config_file)
     cfg = get_cfg()
@@ -215,8 +218,8 @@ def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> Non
 
     Args:
         cfg: changed in place.
-        overrides: what a section of a YAML file holds; None counts as empty.
-        source: where they come from, for errors.
+        overrides: the content of a YAML section; None counts as empty.
+        source: where the values come from, for error messages.
 
     Raises:
         ConfigError: if a key does not exist or has the wrong type.
@@ -228,7 +231,7 @@ def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> Non
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"{source}: {_explain(cfg, error)}") from error
     except (TypeError, AttributeError) as error:
-        raise ConfigError(f"{source} does not hold 'KEY: value' sections") from error
+        raise ConfigError(f"{source} does not contain 'KEY: value' sections") from error
     _check_values(cfg, source)
 
 
@@ -246,13 +249,13 @@ def _check_values(cfg: CfgNode, source: str) -> None:
 def _refuse_what_is_no_file(config_file: str) -> None:
     if _ADDRESS.search(config_file):
         raise ConfigError(
-            f"config file {config_file} is on another machine; download it, look at it, and name "
+            f"config file {config_file} is on another machine; download it, review it, and name "
             "your copy"
         )
     if config_file.endswith(".py"):
         raise ConfigError(
-            f"config file {config_file} is Python, which would run; name a YAML file (LazyConfig "
-            f"files are for tools/lazyconfig_train_net.py)"
+            f"config file {config_file} is Python code, which would run; name a YAML file "
+            f"(LazyConfig files are for tools/lazyconfig_train_net.py)"
         )
 
 
@@ -260,32 +263,33 @@ MOST_VALUES = 100_000
 
 
 class _LocalBases(CfgNode):
-    """Opens a config file and, recursively, its ``_BASE_``; only files on this machine."""
+    """Opens a config file and, recursively, its ``_BASE_``, but only files on this machine."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
-        address = _ADDRESS.search(filename)  # follows the folder if fvcore took it for a path
+        # If fvcore mistook the address for a path, a folder precedes it.
+        address = _ADDRESS.search(filename)
         if address:
             raise OSError(
-                f"{address[0]} is on another machine; download it, look at it, and name your copy"
+                f"{address[0]} is on another machine; download it, review it, and name your copy"
             )
         if (
             _written_out(yaml.compose(Path(filename).read_bytes(), yaml.SafeLoader), {})
             > MOST_VALUES
         ):
             raise OSError(
-                f"written out, its aliases (*name) are over {MOST_VALUES} values, so a few "
-                "lines could fill the memory; write the values out"
+                f"its aliases (*name) expand to more than {MOST_VALUES} values, which could fill "
+                "the memory; write the values out"
             )
         return Path(filename).open(encoding="utf-8")
 
 
 def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Returns how many values a YAML node has, counting aliases at each use."""
+    """Returns the number of values in a YAML node, counting an alias each time it is used."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
-        known[id(node)] = math.inf  # if it holds itself
+        known[id(node)] = math.inf  # for a node that contains itself
         parts = itertools.chain.from_iterable(
             part if isinstance(part, tuple) else (part,) for part in node.value
         )
@@ -294,7 +298,7 @@ def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
 
 
 def _merge_file(cfg: CfgNode, config_file: str) -> dict[str, list[str]]:
-    """Merges a file and its bases; returns the modules that each wants to import."""
+    """Merges a file and its bases; returns the modules that each of them imports."""
     wanted: dict[str, list[str]] = {}
 
     class Reader(_LocalBases):
@@ -319,7 +323,7 @@ def _merge_file(cfg: CfgNode, config_file: str) -> dict[str, list[str]]:
     except FileNotFoundError as error:
         raise ConfigError(f"{config_file}: its _BASE_ {error.filename} does not exist") from error
     except OSError as error:
-        raise ConfigError(f"{config_file} or a _BASE_ of it: {one_line(error)}") from error
+        raise ConfigError(f"{config_file} or its _BASE_: {one_line(error)}") from error
     except RecursionError as error:
         raise ConfigError(f"{config_file} is its own _BASE_, or is nested too deeply") from error
     except yaml.YAMLError as error:
@@ -327,7 +331,7 @@ def _merge_file(cfg: CfgNode, config_file: str) -> dict[str, list[str]]:
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"{config_file}: {_explain(cfg, error)}") from error
     except (TypeError, AttributeError) as error:
-        raise ConfigError(f"{config_file} does not hold 'KEY: value' sections") from error
+        raise ConfigError(f"{config_file} does not contain 'KEY: value' sections") from error
 
 
 def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
@@ -354,7 +358,7 @@ def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
 
 
 def _explain(cfg: CfgNode, error: Exception) -> str:
-    """Rephrases an error of yacs."""
+    """Rephrases an error from yacs."""
     message = one_line(error)
     unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
     if unknown:
@@ -379,7 +383,7 @@ def _unknown(cfg: CfgNode, key: str) -> str:
 
 
 def flatten(cfg: CfgNode) -> dict[str, Any]:
-    """Returns the values of a config by their full keys, such as ``MODEL.MASK_ON``."""
+    """Returns the values of a config by full key, such as ``MODEL.MASK_ON``."""
     return {key: _value(cfg, key) for key in _keys(cfg)}
 
 

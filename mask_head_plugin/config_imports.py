@@ -1,6 +1,6 @@
-"""IMPORTS of configs and ``--import``: whose code a run may execute, and where to find it.
+"""IMPORTS in configs, and ``--import``: which code a run may execute and where to find it.
 
-Nothing runs here; ``user_code.import_modules`` does that.
+This module executes nothing; see ``user_code.import_modules``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def import_options(codes: Sequence[str]) -> list[str]:
 
 
 def split_imports(opts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates IMPORTS from the other "KEY VALUE" pairs; returns its entries, and the others.
+    """Separates "KEY VALUE" pairs into the entries of IMPORTS and the other pairs.
 
-    The value may be a list or, without quotes and brackets, one module or file.
+    The value of IMPORTS may be a list, or a single module or file without quotes and brackets.
     """
     imports: list[str] = []
     others = list(opts)
@@ -40,17 +40,16 @@ def split_imports(opts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def resolve_imports(entries: object, source: str, folder: Path | None = None) -> list[str]:
-    """Returns entries of IMPORTS in a form that is valid in any folder: module names, absolute
-    paths.
+    """Resolves entries of IMPORTS to module names and absolute paths, which are valid anywhere.
 
     Args:
-        entries: a list of texts; a file ends in ``.py``. A name that Python does not find as a
-            module may be that of a file in one of the folders.
-        source: where they come from, for errors.
-        folder: where files are looked for, before the current folder.
+        entries: a list of strings; those that end in ``.py`` are files. A name that Python cannot
+            find as a module may also be a file in one of the folders.
+        source: where the entries come from, for error messages.
+        folder: searched for files before the current folder.
 
     Raises:
-        ConfigError: if it is not such a list, or a file is missing.
+        ConfigError: if ``entries`` is not such a list, or a file is missing.
     """
     if not isinstance(entries, list) or not all(isinstance(x, str) and x for x in entries):
         raise ConfigError(f"{source}: IMPORTS takes a list of modules and .py files, not {entries}")
@@ -72,7 +71,7 @@ def resolve_imports(entries: object, source: str, folder: Path | None = None) ->
 
 
 def module_name(entry: str) -> str:
-    """Returns the name of the module that an entry of IMPORTS becomes."""
+    """Returns the module name of an entry of IMPORTS."""
     return Path(entry).stem if entry.endswith(".py") else entry
 
 
@@ -81,15 +80,15 @@ def _is_module(name: str) -> bool:
 
 
 def refuse_imports(named: Sequence[str], wanted: Sequence[str], file: str) -> None:
-    """Raises ConfigError if a file that the user has not named wants code that is not named either.
+    """Raises ConfigError if a file that the user did not name imports code that they did not name.
 
-    The same module in another place passes, since only what is named will run.
+    The same module in another folder is accepted, because only the named copy runs.
     """
     modules = {module_name(entry) for entry in named}
     unnamed = [entry for entry in wanted if module_name(entry) not in modules]
     if unnamed:
         raise ConfigError(
-            f"{file} asks to run {' and '.join(unnamed)} (IMPORTS), and you have not named that "
-            f"file: read {unnamed[0]}, and if you trust it add --import {unnamed[0]}, or list it "
-            "under IMPORTS in the file that you name"
+            f"{file} asks to run {' and '.join(unnamed)} (IMPORTS), but you have not named that "
+            f"file: read {unnamed[0]} and, if you trust it, add --import {unnamed[0]}, or list it "
+            "under IMPORTS in your own config file"
         )

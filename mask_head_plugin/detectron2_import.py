@@ -1,7 +1,7 @@
-"""Checks whether detectron2, and with it PyTorch, can be imported.
+"""Checks whether detectron2, and therefore PyTorch, can be imported.
 
-Training, evaluation and export need it. Reading and drawing images and running an exported model
-must work on a machine without it.
+Training, evaluation and export need detectron2. Reading and drawing images, and running an exported
+model, must work on machines without it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from .messages import one_line
 
 IMPORT_ERROR: ImportError | None = None
 try:
-    import detectron2  # noqa: F401  # is it there?
+    import detectron2  # noqa: F401  # only tests whether it can be imported
 except ImportError as error:
     IMPORT_ERROR = error
 
 
 def refuse(package: str, names: Collection[str]) -> Callable[[str], NoReturn]:
-    """Returns a ``__getattr__`` for a package without the public names that need detectron2."""
+    """Returns a ``__getattr__`` that explains why names of a package are missing.
+
+    Args:
+        package: name of the package.
+        names: public names that exist only if detectron2 can be imported.
+    """
 
     def get(name: str) -> NoReturn:
         if IMPORT_ERROR is None or name not in names:

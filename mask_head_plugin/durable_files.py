@@ -1,4 +1,4 @@
-"""Writes files so that they are complete or absent; locks that end with their process."""
+"""Writes files that are complete or absent, and provides locks that end with their process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import IO
 from .messages import ConfigError
 
 UNFINISHED = ".unfinished"
-"""Ending of the names of files that are being written, or that a kill left incomplete."""
+"""Suffix of files that are still being written, or were left incomplete by a killed process."""
 
 
 def make_output_folder(folder: Path) -> None:
-    """Makes the folder that --output names, so that one that cannot be used is told before work.
+    """Creates the folder given by --output, so that an unusable folder is reported before any work.
 
     Raises:
-        ConfigError: if it cannot be made or written to.
+        ConfigError: if the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,20 +37,21 @@ def write_durably(
     content: str | Callable[[IO[bytes]], object],
     before_rename: Callable[[], object] = lambda: None,
 ) -> None:
-    """Writes a file under another name in its folder, syncs it to disk and renames it.
+    """Writes a file under a temporary name in its folder, syncs it to disk and renames it.
 
-    So its name never means half a file, even after a kill or with other writers.
+    The final name therefore never refers to an incomplete file, even if the process is killed or
+    several processes write at once.
 
     Args:
         path: the file; its folder is created if missing.
-        content: a text, written as UTF-8, or a function that is given a binary file.
+        content: a string, written as UTF-8, or a function that receives a binary file to write to.
         before_rename: called when the new file is complete.
 
     Raises:
-        OSError: if it cannot be written; the old file is as it was.
+        OSError: if the file cannot be written; an existing file stays unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes of other machines, or containers, may have this one's number.
+    # Not the process ID, because processes on other machines or in containers may have the same.
     unfinished = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}{UNFINISHED}")
     try:
         with unfinished.open("xb") as file:
@@ -63,13 +64,13 @@ def write_durably(
         before_rename()
         unfinished.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # none on a full disk
+        error.filename = error.filename or str(path)  # not set if the disk is full
         raise
     finally:
         unfinished.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # not all file systems can sync a name
+        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
             os.fsync(folder)
     finally:
         os.close(folder)
@@ -83,20 +84,20 @@ def _close_lock_files() -> None:
         _lock_files.pop().close()
 
 
-# A loader's worker may outlive the run for seconds: it must not keep the run's locks.
+# A data loader's worker can outlive the run by seconds and must not keep the run's locks.
 os.register_at_fork(after_in_child=_close_lock_files)
 
 
 @contextlib.contextmanager
 def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Holds a lock that the system releases when the process ends, however it ends.
+    """Holds a lock that the system releases when the process ends, even if it is killed.
 
     Args:
-        path: a file, which is made.
+        path: the lock file, which is created.
         how: see fcntl.flock.
 
     Raises:
-        BlockingIOError: if another process holds it, with LOCK_NB.
+        BlockingIOError: with LOCK_NB, if another process holds the lock.
     """
     with path.open("w") as file:
         fcntl.flock(file, how)
@@ -109,10 +110,10 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder itself, so that no lock file is left in it.
+    """Holds a lock on a folder itself, which leaves no lock file behind.
 
     Raises:
-        BlockingIOError: if another process, or this one, holds it.
+        BlockingIOError: if this process or another one already holds the lock.
     """
     opened = os.open(folder, os.O_RDONLY)
     try:
@@ -124,10 +125,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is created if missing, and removes incomplete files.
+    """Creates a folder if needed, removes incomplete files and keeps other runs from writing to it.
 
     Raises:
-        ConfigError: if another one is writing into it.
+        ConfigError: if another run is writing to the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -135,8 +136,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
             stack.enter_context(locked(folder / "writer.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise ConfigError(
-                f"another run is writing into {folder}; wait for it, or name another folder"
+                f"another run is writing to {folder}; wait until it ends, or use another folder"
             ) from error
-        for left in folder.glob(f".*{UNFINISHED}"):  # by a run that was killed
+        for left in folder.glob(f".*{UNFINISHED}"):  # left by a run that was killed
             left.unlink(missing_ok=True)
         yield

@@ -1,4 +1,4 @@
-"""detectron2's DatasetMapper with the images of ``image_files`` and large-scale jitter.
+"""detectron2's DatasetMapper with the image reader of ``image_files`` and large-scale jitter.
 
 Shape alphabet: H, W image height and width in pixels; V vertices of a polygon.
 """
@@ -22,11 +22,11 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class ImageFileMapper(DatasetMapper):
-    """detectron2's DatasetMapper with the images of ``read_image``, and INPUT.LSJ.
+    """detectron2's DatasetMapper, which reads images with ``read_image`` and supports INPUT.LSJ.
 
-    Other differences: masks that are cropped, or are run lengths, become bit masks whatever the
-    mask format is; bit masks do not reach into padding; crops do not need the package shapely; a
-    cropped image may have no objects.
+    Differs from detectron2 also in these points: cropped masks, and masks given as run lengths,
+    become bit masks regardless of the mask format; bit masks do not extend into padding; crops do
+    not need the package shapely; a cropped image may have no objects.
     """
 
     @classmethod
@@ -39,7 +39,7 @@ class ImageFileMapper(DatasetMapper):
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Returns what detectron2's models take.
+        """Converts a record to the input of detectron2's models.
 
         Args:
             dataset_dict: a record in detectron2's standard format; not changed.
@@ -51,7 +51,7 @@ class ImageFileMapper(DatasetMapper):
         image = read_image(record["file_name"], self.image_format)
         utils.check_image_size(record, image)
         labels = record.pop("sem_seg_file_name", None)
-        # Values of a label map are classes, which must not be scaled.
+        # The values of a label map are class numbers, so they are read as they are.
         label_map = None if labels is None else utils.read_image(labels, "L").squeeze(2)
         seen = T.AugInput(image, sem_seg=label_map)
         transforms = self.augmentations(seen)
@@ -92,22 +92,22 @@ class ImageFileMapper(DatasetMapper):
 
 
 def _needs_pixels(objects: list[dict[str, Any]], transforms: T.TransformList) -> bool:
-    """Returns whether masks of an image must be bit masks.
+    """Returns whether the masks of an image must be bit masks.
 
-    Run lengths are not polygons. If a crop cuts a polygon into pieces, boxes and areas need the
-    pieces. detectron2 uses shapely for that; pixels are simpler.
+    This is the case for run lengths and for crops. A crop can cut a polygon into pieces, which
+    boxes and areas must reflect. detectron2 uses shapely for this; pixels are simpler.
     """
     is_cropped = any(isinstance(x, T.CropTransform) for x in transforms.transforms)
     return is_cropped or any(not isinstance(x.get("segmentation", []), list) for x in objects)
 
 
 def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
-    """Returns detectron2's augmentations of INPUT.LSJ, as its new_baselines have them.
+    """Returns detectron2's augmentations for INPUT.LSJ, as in its new_baselines.
 
-    An image is scaled to fit a square with sides of INPUT.LSJ.IMAGE_SIZE times a factor between
-    MIN_SCALE and MAX_SCALE, and then brought to IMAGE_SIZE: of a larger image, a random part is
-    taken; a smaller one is padded on the right and below with 128 in each channel (label maps with
-    the value that the loss ignores).
+    An image is scaled to fit into a square whose sides are INPUT.LSJ.IMAGE_SIZE times a random
+    factor between MIN_SCALE and MAX_SCALE. It is then brought to IMAGE_SIZE. A larger image is
+    cropped at a random position; a smaller one is padded at the right and the bottom with 128 in
+    each channel (label maps with the value that the loss ignores).
     """
     lsj, ignored = cfg.INPUT.LSJ, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     side = lsj.IMAGE_SIZE
@@ -118,7 +118,7 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
 
 
 class _ResizeScale(T.ResizeScale):
-    """Keeps a pixel on the shorter side of a long image, where detectron2's would fail."""
+    """Keeps the shorter side of an elongated image above 0 pixels, where detectron2 would fail."""
 
     def _get_resize(self, image: npt.NDArray[Any], scale: float) -> T.Transform:
         shorter, longer = sorted(image.shape[:2])
@@ -126,7 +126,7 @@ class _ResizeScale(T.ResizeScale):
 
 
 class _ShiftedPolygons(T.CropTransform):
-    """A crop that does not cut polygons, since bit masks of its size do."""
+    """A crop that only shifts polygons; drawing them as bit masks of the crop's size cuts them."""
 
     def apply_polygons(self, polygons: list[FloatArray]) -> list[FloatArray]:
         """Returns (V, 2) polygons, x and y in pixels, relative to the crop."""
@@ -134,7 +134,7 @@ class _ShiftedPolygons(T.CropTransform):
 
 
 def _of_bit_masks(transforms: T.TransformList) -> T.TransformList:
-    """Returns an image's transforms, adapted to masks that become bit masks."""
+    """Adapts an image's transforms to masks that become bit masks."""
     own: list[T.Transform] = []
     for x in transforms.transforms:
         if type(x) is T.CropTransform:

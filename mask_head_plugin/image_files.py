@@ -1,7 +1,7 @@
 """Reads the pixels of image files, in the same way for check, training, evaluation and demo.
 
-Pillow decodes; the rules, which docs/image_files.md states for users, are here. A file that they do
-not cover is refused with an ImageFileError of one line that names the file.
+Pillow decodes the files. This module implements the rules that docs/image_files.md explains to
+users. Files that the rules do not cover are refused with an ImageFileError that names the file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from .messages import ConfigError, one_line
 from .model_input import IMAGE_FORMATS, rgb_in_format
 
 MOST_ELONGATED = 200
-"""Longer over shorter side. Beyond it, scaling to INPUT.MAX_SIZE_* may leave less than one pixel.
-"""
+"""Largest ratio of the longer to the shorter side. Beyond it, scaling to INPUT.MAX_SIZE_* could
+reduce the shorter side to less than one pixel."""
 
 LOWEST_WHITE = 64
-"""Upper byte of 16 bits. If all samples are below, they use 14 bits or fewer: white is unknown."""
+"""Upper byte of a 16-bit sample. If all samples are lower, the image uses only 14 bits or fewer,
+and the value of white is unknown."""
 
 EXIF_ORIENTATION = 274
 TURNS = {
@@ -37,15 +38,15 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 QUARTER_TURNS = (5, 6, 7, 8)
-"""Orientations that exchange width and height."""
+"""Orientations that swap width and height."""
 
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF
 IMAGE_WIDTH, IMAGE_LENGTH = 256, 257
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 LFS_POINTER = b"version https://git-lfs"
-"""Start of the pointer that Git LFS leaves instead of a file until it is pulled."""
+"""Start of the pointer file that Git LFS creates in place of a file until it is pulled."""
 
-_REPLACE = "put the right file there, or leave the image out"
+_REPLACE = "replace the file, or leave the image out"
 WHAT_TO_DO = {
     "git-lfs-pointer": "run `git lfs pull` where you cloned the data set",
     "image-depth": "scale all images to 8 bits by one factor: 255 / 4095 if 12 bits are used",
@@ -57,15 +58,15 @@ WHAT_TO_DO = {
     "image-truncated": _REPLACE,
     "image-unreadable": _REPLACE,
 }
-"""What to do about each kind of fault in an ImageFileError."""
+"""Advice for each kind of fault in an ImageFileError."""
 
 
 class ImageFileError(ConfigError):
     """A file whose pixels cannot be used.
 
     Attributes:
-        kind: of fault, a key of WHAT_TO_DO.
-        reason: what follows the file's name in a sentence.
+        kind: the kind of fault, a key of WHAT_TO_DO.
+        reason: text that follows the file's name in the message.
     """
 
     def __init__(self, path: str, kind: str, reason: str) -> None:
@@ -74,19 +75,18 @@ class ImageFileError(ConfigError):
 
 
 class _RefusalError(Exception):
-    """Kind and reason of an ImageFileError."""
+    """Carries the kind and reason of an ImageFileError."""
 
 
 def read_image(path: str, image_format: str) -> npt.NDArray[Any]:
-    """Returns the pixels of a file; like detectron2's function of this name, for more kinds of
-    file.
+    """Returns the pixels of a file. Supports more kinds of file than detectron2's read_image.
 
     Args:
-        path: of the file; anything that detectron2's PathManager opens.
+        path: anything that detectron2's PathManager can open.
         image_format: a value of INPUT.FORMAT: BGR, RGB, L or YUV-BT.601.
 
     Returns:
-        (H, W, C) uint8 from 0 to 255; for YUV-BT.601 float32, with Y from 0 to 1.
+        (H, W, C) uint8 from 0 to 255, or, for YUV-BT.601, float32 with Y from 0 to 1.
 
     Raises:
         ImageFileError: if the pixels cannot be used.
@@ -96,10 +96,10 @@ def read_image(path: str, image_format: str) -> npt.NDArray[Any]:
 
 
 def in_format(image: Image.Image, image_format: str) -> npt.NDArray[Any]:
-    """Returns an image of 8 bits as ``read_image`` does; also takes other modes of Pillow.
+    """Converts an 8-bit image to the array that ``read_image`` returns; also accepts Pillow modes.
 
-    Differs from detectron2's convert_PIL_to_numpy in that YUV-BT.601 is float32: its models fail on
-    the float64 that it returns.
+    Differs from detectron2's convert_PIL_to_numpy: YUV-BT.601 is float32, because detectron2's
+    models fail on the float64 that convert_PIL_to_numpy returns.
     """
     if image_format in IMAGE_FORMATS:
         return rgb_in_format(np.asarray(image.convert("RGB")), image_format)
@@ -114,18 +114,18 @@ def open_image(path: str) -> Iterator[OpenedImage]:
         path: as for read_image.
 
     Raises:
-        ImageFileError: if the header shows that the pixels cannot be used, or for any error that
-            is raised while the file is open.
+        ImageFileError: if the header shows that the pixels cannot be used, or if any error is
+            raised while the file is open.
     """
     try:
         with _opened(path) as file:
             yield OpenedImage(file)
-    except Exception as error:  # Pillow's readers raise all sorts on damaged files
+    except Exception as error:  # on damaged files, Pillow's readers raise errors of many types
         raise ImageFileError(path, *_explained(error)) from error
 
 
 def _opened(path: str) -> IO[bytes]:
-    if "://" in path:  # Imported here: local files can be read without detectron2.
+    if "://" in path:  # Imported here, so that local files can be read without detectron2.
         from detectron2.utils.file_io import PathManager
 
         return PathManager.open(path, "rb")
@@ -137,14 +137,14 @@ def _check_regular(path: str) -> None:
     status = os.stat(path)  # noqa: PTH116  # training calls this for each image
     if stat.S_ISDIR(status.st_mode):
         raise _RefusalError("image-file-is-folder", "is a folder")
-    if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe might never end
         raise _RefusalError("image-unreadable", "is not a regular file")
     if status.st_size == 0:
         raise _RefusalError("image-file-empty", "has 0 bytes")
 
 
 def _explained(error: Exception) -> tuple[str, str]:
-    """Returns kind and reason."""
+    """Returns the kind of fault and the reason."""
     match error:
         case _RefusalError():
             return error.args[0], error.args[1]
@@ -153,7 +153,7 @@ def _explained(error: Exception) -> tuple[str, str]:
         case Image.DecompressionBombError():
             return "image-too-large", f"is refused by Pillow: {_told(error)}"
         case PermissionError():
-            return "image-unreadable", "may not be read by this user"
+            return "image-unreadable", "cannot be read: permission denied"
         case _:
             return "image-unreadable", f"cannot be read: {_told(error)}"
 
@@ -163,12 +163,12 @@ def _told(error: Exception) -> str:
 
 
 class OpenedImage:
-    """An image file whose header was read.
+    """An image file whose header has been read.
 
     Attributes:
-        image: Pillow's.
-        file: its bytes.
-        stored_hw: size of the stored pixels, before they are turned.
+        image: Pillow's image.
+        file: the open file.
+        stored_hw: size of the stored pixels, before they are rotated or flipped.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -179,39 +179,39 @@ class OpenedImage:
         if max(self.stored_hw) > MOST_ELONGATED * min(self.stored_hw):
             sides = "{1} x {0}".format(*self.stored_hw)
             raise _RefusalError(
-                "image-elongated", f"has {sides} pixels, sides of over {MOST_ELONGATED} : 1"
+                "image-elongated", f"has {sides} pixels; its sides exceed {MOST_ELONGATED} : 1"
             )
         if image.mode == "F":
             raise _RefusalError("image-depth", "has floating-point samples, whose white is unknown")
         if image.mode == "I" and image.format not in ("PNG", "PPM"):
-            raise _RefusalError("image-depth", "has samples of 32 bits, whose white is unknown")
+            raise _RefusalError("image-depth", "has 32-bit samples, whose white is unknown")
 
     @property
     def is_animated(self) -> bool:
-        """Whether the file has more pages or frames than the first."""
-        # MPO is what some cameras write: a JPEG followed by a preview.
+        """Whether the file has more than one page or frame."""
+        # MPO is a JPEG followed by a preview; some cameras write it.
         return self.image.format != "MPO" and bool(getattr(self.image, "is_animated", False))
 
     @property
     def needs_decoding(self) -> bool:
-        """Whether only decoding shows that the pixels can be used."""
+        """Whether the pixels must be decoded to find out if they can be used."""
         return self._is_deep or self.image.mode.startswith("I")
 
     def pixels(self) -> Image.Image:
         """Decodes the first page or frame.
 
         Returns:
-            RGB or L of 8 bits, turned as EXIF or XMP data say.
+            An 8-bit image in mode RGB or L, rotated and flipped according to EXIF or XMP data.
         """
         image: Image.Image = self.image
         if image.format == "JPEG" and _ends_in_zeros(self.file):
-            raise _RefusalError("image-truncated", "ends in zeros in the middle of the pixels")
+            raise _RefusalError("image-truncated", "ends in zeros before the pixels are complete")
         white_is_zero = image.format == "TIFF" and _tiff_tag(image, PHOTOMETRIC) == WHITE_IS_ZERO
         try:
             image.load()
         except Exception as error:
             raise _RefusalError("image-truncated", f"is damaged: {_told(error)}") from error
-        # Only now: Pillow turns a TIFF as it loads it, and takes the tag away.
+        # Read after loading, because Pillow rotates a TIFF while loading and then removes the tag.
         turn = TURNS.get(orientation_of(image.getexif))
         if image.mode.startswith("I"):
             image = _upper_bytes(image, inverted=white_is_zero)
@@ -229,16 +229,16 @@ def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
     except UnidentifiedImageError:
         file.seek(0)
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            reason = "is a Git LFS pointer, not the image, which `git lfs pull` fetches"
+            reason = "is a Git LFS pointer instead of the image, which `git lfs pull` downloads"
             raise _RefusalError("git-lfs-pointer", reason) from None
         reason = (
-            "is not an image that Pillow reads: it is damaged, or must be converted, e.g. to PNG"
+            "is not an image that Pillow can read: it is damaged, or must be converted, e.g. to PNG"
         )
         raise _RefusalError("image-unreadable", reason) from None
 
 
 def _stored_hw(image: Image.Image) -> tuple[int, int]:
-    if image.format == "TIFF":  # Pillow's size is that of the turned image
+    if image.format == "TIFF":  # Pillow gives the size after rotation
         return _tiff_tag(image, IMAGE_LENGTH), _tiff_tag(image, IMAGE_WIDTH)
     return image.height, image.width
 
@@ -248,11 +248,11 @@ def _tiff_tag(image: Any, tag: int) -> Any:
 
 
 def _is_deep(image: ImageFile.ImageFile, file: IO[bytes]) -> bool:
-    """Returns whether samples have 16 bits, of which Pillow returns only the upper 8."""
+    """Returns whether samples have 16 bits, of which Pillow keeps only the upper 8."""
     if image.format == "TIFF":
         return max(_tiff_tag(image, BITS_PER_SAMPLE) or (1,)) > 8
     if image.format == "JPEG2000":
-        return _jpeg2000_bits(file) == 16  # fewer are scaled
+        return _jpeg2000_bits(file) == 16  # Pillow scales samples of fewer bits
     if image.format == "PPM":
         return any(tile[3][1] == 65535 for tile in image.tile if isinstance(tile[3], tuple))
     return any(";16" in str(tile[3]) for tile in image.tile)  # such as RGB;16B
@@ -261,16 +261,16 @@ def _is_deep(image: ImageFile.ImageFile, file: IO[bytes]) -> bool:
 def _jpeg2000_bits(file: IO[bytes]) -> int:
     file.seek(0)
     head = file.read(1 << 20)
-    start = head.find(b"\xff\x4f\xff\x51")  # start of the codestream and of its SIZ segment
+    start = head.find(b"\xff\x4f\xff\x51")  # start of codestream and of the SIZ segment
     depth = head[start + 42 : start + 43]  # Ssiz of the first component
     return (depth[0] & 0x7F) + 1 if start >= 0 and depth else 8
 
 
 def _ends_in_zeros(file: IO[bytes]) -> bool:
-    """Returns whether zeros took the place of a JPEG's last pixels, which decode to grey.
+    """Returns whether zeros replace the last pixels of a JPEG, which then decode to grey.
 
-    Broken downloads look like this. Zeros after the end marker are padding that some cameras write;
-    the marker of a preview comes before the pixels start.
+    Interrupted downloads look like this. Zeros after the end marker are harmless padding that some
+    cameras write. The end marker of an embedded preview does not count: it precedes the pixels.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 64, 0))
@@ -282,16 +282,16 @@ def _ends_in_zeros(file: IO[bytes]) -> bool:
 
 
 def orientation_of(get_exif: Callable[[], Any]) -> int:
-    """Returns the orientation, 1 to 8, in the data that a function returns; 1 if there is none."""
+    """Returns the orientation, 1 to 8, from the EXIF data that a function returns; 1 by default."""
     try:
         orientation = get_exif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # of damaged data, which says nothing about the pixels
+    except Exception:  # damaged EXIF data does not mean that the pixels are damaged
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
 def _upper_bytes(image: Image.Image, *, inverted: bool) -> Image.Image:
-    """Returns a grey image of 16 bits in 8."""
+    """Reduces a 16-bit grey image to 8 bits."""
     upper = (np.asarray(image) >> 8).astype(np.uint8)
     _check_white(upper.max())
     return Image.fromarray(255 - upper if inverted else upper)
@@ -301,6 +301,6 @@ def _check_white(brightest: int) -> None:
     if brightest < LOWEST_WHITE:
         raise _RefusalError(
             "image-depth",
-            f"has samples of 16 bits, none of them above {LOWEST_WHITE * 256 - 1}: if 10, 12 or 14 "
-            "bits are used, the model would see it nearly black",
+            f"has 16-bit samples, none above {LOWEST_WHITE * 256 - 1}: if it uses only 10, 12 or "
+            "14 bits, it would look almost black to the model",
         )

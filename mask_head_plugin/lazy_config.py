@@ -1,7 +1,7 @@
-"""Puts the plugin's modules and image mapper into detectron2's LazyConfigs.
+"""Uses the plugin's modules and image mapper in detectron2's LazyConfigs.
 
-A YAML config chooses modules by their names in registries, a LazyConfig by classes, its
-``_target_``. The plugin's classes take detectron2's arguments, so only targets change.
+A YAML config selects modules by their registered names, whereas a LazyConfig refers to classes as
+``_target_``. The plugin's classes accept detectron2's arguments, so only the targets change.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .modeling import FCNMaskHead, MaskRCNN, MultiLevelRoIPooler
 from .modeling.fast_rcnn import ClassSelectiveOutputLayers
 
 with warnings.catch_warnings():
-    # It finds its files by pkg_resources, which warns of its own age.
+    # It finds its files with pkg_resources, which warns that it is deprecated.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
     from detectron2 import model_zoo as model_zoo
 
@@ -40,10 +40,10 @@ PLUGIN_TARGETS = {
     FastRCNNOutputLayers: ClassSelectiveOutputLayers,
     MaskRCNNConvUpsampleHead: FCNMaskHead,
 }
-"""detectron2's classes and their replacements; a user's subclasses stay."""
+"""detectron2's classes and their replacements. A user's subclasses are not replaced."""
 
 PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
-"""Names that detectron2's lazyconfig_train_net.py reads in a config file."""
+"""Names that detectron2's lazyconfig_train_net.py reads from a config file."""
 
 SETTINGS = {
     "OUTPUT_DIR": "train.output_dir",
@@ -54,7 +54,7 @@ SETTINGS = {
     "DATASETS.TRAIN": "dataloader.train.dataset.names",
     "DATASETS.TEST": "dataloader.test.dataset.names",
 }
-"""Keys of a YAML config and their places in a LazyConfig."""
+"""Keys of a YAML config and the corresponding keys of a LazyConfig."""
 
 READ_BY_DETECTRON2 = ("train.seed", "train.cudnn_benchmark")
 """Keys that detectron2's default_setup reads if they are set."""
@@ -64,24 +64,24 @@ PROJECTS = "projects/"
 
 
 def use_plugin_modules(model: DictConfig) -> DictConfig:
-    """Puts the plugin's modules into a LazyConfig model, in place.
+    """Replaces detectron2's modules in a LazyConfig model with the plugin's, in place.
 
-    It replaces RoI pooling, box regression (if it is by class), mask head and the model around
-    them, in any ROI heads: FPN, C4, cascade. All other nodes and the names of parameters stay.
+    Replaces RoI pooling, class-specific box regression, the mask head and the model class, in any
+    kind of ROI heads: FPN, C4, cascade. All other nodes and the names of parameters stay the same.
 
     Args:
         model: such as ``model_zoo.get_config("common/models/mask_rcnn_fpn.py").model``.
 
     Returns:
-        The same.
+        The same object.
 
     Raises:
-        ConfigError: if it has no mask head of detectron2's.
+        ConfigError: if the model does not use detectron2's mask head.
     """
     found = set(map(target_of, calls(model)))
     if not {MaskRCNNConvUpsampleHead, FCNMaskHead} & found:
         raise ConfigError(
-            "the model has no MaskRCNNConvUpsampleHead (detectron2's mask head) that the plugin's "
+            "the model has no MaskRCNNConvUpsampleHead (detectron2's mask head) that the plugin "
             "could replace"
         )
     for node in calls(model):
@@ -93,16 +93,16 @@ def use_plugin_modules(model: DictConfig) -> DictConfig:
 
 
 def use_plugin_mapper(dataloader: DictConfig) -> DictConfig:
-    """Replaces detectron2's mapper by ImageFileMapper in the loaders of a LazyConfig, in place.
+    """Replaces detectron2's mapper with ImageFileMapper in the loaders of a LazyConfig, in place.
 
-    detectron2's fails on polygons under large-scale jitter without the package shapely, and on run
-    lengths without ``bitmask``, with which its masks reach into padding.
+    detectron2's mapper needs the package shapely for polygons under large-scale jitter. For run
+    lengths it needs the mask format ``bitmask``, but then its masks extend into padding.
 
     Args:
         dataloader: such as ``model_zoo.get_config("common/data/coco.py").dataloader``.
 
     Returns:
-        The same.
+        The same object.
     """
     for node in calls(dataloader):
         if target_of(node) is DatasetMapper:
@@ -111,10 +111,10 @@ def use_plugin_mapper(dataloader: DictConfig) -> DictConfig:
 
 
 def use_stock_modules(model: DictConfig) -> DictConfig:
-    """Replaces the plugin's modules in a LazyConfig model by detectron2's, in place.
+    """Replaces the plugin's modules in a LazyConfig model with detectron2's, in place.
 
-    Arguments that only the plugin's know are dropped; those that change results stay, so that
-    detectron2's refuse them.
+    Drops ``mask_output``, which only the plugin knows. Arguments that change results are kept, so
+    that detectron2's classes refuse them.
     """
     stock = {plugin: stock for stock, plugin in PLUGIN_TARGETS.items()}
     for node in calls(model):
@@ -125,7 +125,7 @@ def use_stock_modules(model: DictConfig) -> DictConfig:
 
 
 def calls(node: Any) -> Iterator[DictConfig]:
-    """Yields each node that is instantiated, also in lists; interpolations are skipped."""
+    """Yields each node that is instantiated, including those in lists but not interpolations."""
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield node
@@ -138,22 +138,23 @@ def calls(node: Any) -> Iterator[DictConfig]:
 
 
 def target_of(node: DictConfig) -> Any:
-    """Returns the class; a config that was saved as YAML has its name."""
+    """Returns the class of a node, which a config saved as YAML stores as a name."""
     return locate(node._target_) if isinstance(node._target_, str) else node._target_
 
 
 def counterpart(name: str) -> tuple[DictConfig, ...]:
-    """Returns the parts of a LazyConfig of detectron2's with the plugin's modules and mapper.
+    """Returns the parts of a detectron2 LazyConfig, with the plugin's modules and mapper.
 
     Args:
-        name: in detectron2's configs/, such as ``new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py``,
-            or in its source tree, such as ``projects/ViTDet/configs/COCO/...``.
+        name: a file in detectron2's configs/, such as
+            ``new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py``, or in its source tree, such as
+            ``projects/ViTDet/configs/COCO/...``.
 
     Returns:
-        In the order of PARTS.
+        The parts in the order of PARTS.
 
     Raises:
-        ConfigError: if this detectron2 does not have it.
+        ConfigError: if this version of detectron2 does not have the config.
     """
     stock = LazyConfig.load(str(find_stock_config(name)))
     use_plugin_modules(stock.model)
@@ -164,14 +165,15 @@ def counterpart(name: str) -> tuple[DictConfig, ...]:
 def find_stock_config(name: str) -> Path:
     """Finds one of detectron2's config files.
 
-    The installed package has those of its configs/. Projects are in the source tree only: in
-    $DETECTRON2_SOURCE, or where the package was installed from with ``pip install -e``.
+    The installed package includes the files of configs/. Projects are only in the source tree: in
+    $DETECTRON2_SOURCE, or in the folder from which detectron2 was installed with
+    ``pip install -e``.
 
     Args:
         name: see ``counterpart``.
 
     Raises:
-        ConfigError: if it is not there.
+        ConfigError: if the file does not exist.
     """
     if not name.startswith(PROJECTS):
         try:
@@ -191,25 +193,26 @@ def find_stock_config(name: str) -> Path:
 
 
 def load_lazy_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Runs a LazyConfig file and returns what it configures.
+    """Runs a LazyConfig file and returns its config.
 
     Args:
         file: a ``.py`` file that the user has named.
-        overrides: ``key=value`` as detectron2 takes them. A new key must be an argument of
-            something that is instantiated; detectron2 would add any other key, which nothing reads.
+        overrides: ``key=value``, as in detectron2. A new key must be an argument of a class or
+            function that is instantiated. detectron2 would also add other keys, which nothing
+            reads.
 
     Raises:
         ConfigError: if the file or an override cannot be used, or a part is missing.
     """
     if not file.endswith(".py") or not Path(file).is_file():
-        raise ConfigError(f"config file {file} is not a .py file; name one, e.g. of configs/lazy/")
+        raise ConfigError(f"config file {file} is not a .py file; name one, as in configs/lazy/")
     try:
         cfg = LazyConfig.load(file)
     except (SyntaxError, ImportError, OmegaConfBaseException) as error:
         raise ConfigError(f"config file {file}: {one_line(error)}") from error
     missing = [part for part in PARTS if part not in cfg]
     if missing:
-        raise ConfigError(f"config file {file} sets no {' and no '.join(missing)}")
+        raise ConfigError(f"config file {file} must also set {' and '.join(missing)}")
     try:
         for override in overrides:
             _check_override(cfg, override)
@@ -230,7 +233,7 @@ def _check_override(cfg: DictConfig, override: str) -> None:
     for k, name in enumerate(names):
         node = OmegaConf.select(cfg, ".".join(names[:k])) if k else cfg
         if not isinstance(node, DictConfig) or key in READ_BY_DETECTRON2:
-            return  # apply_overrides says what is wrong with a list or a value
+            return  # apply_overrides reports what is wrong with a list or a value
         is_argument = "_target_" in node and k == len(names) - 1  # see _check_arguments
         if name not in list(node) and not is_argument:
             nearest = nearest_name(name, list(node))
@@ -242,7 +245,7 @@ def _check_override(cfg: DictConfig, override: str) -> None:
 
 
 def _check_arguments(cfg: DictConfig) -> None:
-    """Refuses arguments that a class does not take, before anything is instantiated."""
+    """Refuses arguments that a class does not accept, before anything is instantiated."""
     for node in calls(cfg):
         try:
             target = target_of(node)
@@ -254,16 +257,16 @@ def _check_arguments(cfg: DictConfig) -> None:
         if accepted and unknown:
             nearest = nearest_name(unknown[0], accepted)
             raise ConfigError(
-                f"{node._get_full_key(unknown[0])}: {getattr(target, '__name__', target)} takes no "
+                f"{node._get_full_key(unknown[0])}: {getattr(target, '__name__', target)} has no "
                 f"argument {unknown[0]}"
                 + (f"; did you mean {node._get_full_key(nearest)}?" if nearest else "")
             )
 
 
 def _argument_names(target: Any) -> list[str]:
-    """Returns the argument names of a class or function; none if it takes any.
+    """Returns the argument names of a class or function; an empty list if it accepts any names.
 
-    ``**kwargs`` of a class are those of its base class.
+    If a class accepts ``**kwargs``, the arguments of its base class are added.
     """
     names: list[str] = []
     classes = target.__mro__ if isinstance(target, type) else ()

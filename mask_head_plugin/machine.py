@@ -1,4 +1,4 @@
-"""The machine: its processor, the memory that a step takes, its float32."""
+"""Properties of the machine: processor name, memory use of a step, precision of float32."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ def cpu_name() -> str:
 
 
 def peak_megabytes(step: Callable[[], object], device: str) -> float:
-    """Returns the peak of PyTorch's allocations, from allocator or, on the CPU, profiler."""
+    """Returns the peak memory that PyTorch allocates while ``step`` runs, in MB.
+
+    On CUDA it is read from the allocator, on the CPU from the profiler.
+    """
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop are not of interest
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # hides messages about its start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     kineto: Any = profiler.profiler
@@ -40,10 +43,10 @@ def peak_megabytes(step: Callable[[], object], device: str) -> float:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Makes CUDA compute in float32 instead of TF32, which has a mantissa of 10 bits.
+    """Makes CUDA compute in float32 instead of TF32, which has a mantissa of only 10 bits.
 
-    PyTorch's convolutions use TF32 by default. Two algorithms for different layouts then agree to
-    only three digits.
+    PyTorch's convolutions use TF32 by default, so two algorithms for different memory layouts agree
+    to only three digits.
     """
     backends: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [backend.allow_tf32 for backend in backends]

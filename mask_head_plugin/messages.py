@@ -1,4 +1,4 @@
-"""The error that users meet, the wording of errors and warnings, and silence."""
+"""The error for problems that users can fix, the wording of messages, and silence."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ NAMES_IN_ERROR = 6
 
 
 class ConfigError(ValueError):
-    """A config or file that cannot be used, in one line: which key or file, and what to do."""
+    """A config or file that cannot be used; the message says in one line what to do."""
 
 
 def listed(names: Sequence[str], limit: int = NAMES_IN_ERROR) -> str:
-    """Returns the first names, and how many more there are."""
+    """Returns the first names and the number of remaining ones, as text."""
     rest = len(names) - limit
     told = ", ".join(names[:limit]) or "none"
     return told + (f" and {rest} more" if rest > 0 else "")
 
 
 def nearest_name(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """Returns the choice that ``name`` most likely meant, or None if none is near.
+    """Returns the choice that ``name`` was most likely meant to be, or None if none is similar.
 
-    ``cutoff`` is the required similarity, from 0 to 1; names of two letters need less. Case is
-    ignored. A dotted name whose last part exists elsewhere is matched by that part first.
+    ``cutoff`` is the required similarity, from 0 to 1; use a lower value for names of two letters.
+    Case is ignored. If the last part of a dotted name occurs in other choices, these are tried
+    first.
     """
     folded = {choice.casefold(): choice for choice in choices if choice}
     leaf = name.casefold().rpartition(".")[2]
@@ -38,13 +39,13 @@ def nearest_name(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str 
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """Returns what an error says, in one line, cut after ``limit`` characters."""
+    """Returns the message of an error as one line, cut off after ``limit`` characters."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split())[:limit]
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error that may continue with where it happened."""
+    """Returns the first line of an error's message, without details such as a stack trace."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -1,8 +1,8 @@
-"""Turns the pixels of an image into a model's input: order of the channels, and size.
+"""Converts the pixels of an image to a model's input: channel order and size.
 
-Gives detectron2's numbers without detectron2, for models that run without it, in NumPy. If Pillow
-is installed, it resizes images of 8 bits, faster than NumPy and as detectron2 does. The two differ
-by at most one grey level, where Pillow resizes columns before rows.
+Reproduces detectron2's values in NumPy, for models that run without detectron2. If Pillow is
+installed, it resizes 8-bit images, which is faster than NumPy and the same as in detectron2. NumPy
+and Pillow differ by at most one grey level, in cases where Pillow resizes columns before rows.
 
 Shape alphabet: H, W image height and width in pixels; C channels; T taps of a resampling filter.
 """
@@ -23,23 +23,24 @@ except ImportError:
 ByteArray = npt.NDArray[np.uint8]
 
 IMAGE_FORMATS = ("BGR", "RGB", "L", "YUV-BT.601")
-"""detectron2's values of INPUT.FORMAT."""
+"""Values of INPUT.FORMAT that detectron2 supports."""
 
 LARGEST_UNSCALED = 3
-"""Where INPUT.MIN_SIZE_TEST is 0, the model sees images at full size up to a square with sides of
-this many times INPUT.MAX_SIZE_TEST. Beyond, memory would run out: 14 GB for 12,000 x 9,000."""
+"""With INPUT.MIN_SIZE_TEST 0, images keep their size up to the area of a square whose sides are
+this many times INPUT.MAX_SIZE_TEST. Larger images would need too much memory: 14 GB for
+12,000 x 9,000 pixels."""
 
 YUV_OF_RGB = ((0.299, 0.587, 0.114), (-0.14713, -0.28886, 0.436), (0.615, -0.51499, -0.10001))
 GREY_OF_RGB = (19595, 38470, 7471)
-"""Pillow's weights, in 2^16ths."""
+"""Pillow's weights, in units of 2^-16."""
 WEIGHT_BITS = 22
-"""Fraction bits of the weights by which Pillow resizes images of 8 bits."""
+"""Number of fractional bits in the weights with which Pillow resizes 8-bit images."""
 
 
 def rgb_in_format(rgb: ByteArray, image_format: str) -> npt.NDArray[Any]:
-    """Returns an (H, W, 3) RGB image as (H, W, C) in one of IMAGE_FORMATS.
+    """Converts an (H, W, 3) RGB image to (H, W, C) in one of IMAGE_FORMATS.
 
-    uint8; for YUV-BT.601 float32, with Y from 0 to 1.
+    The result is uint8, or, for YUV-BT.601, float32 with Y from 0 to 1.
     """
     match image_format:
         case "RGB":
@@ -55,7 +56,7 @@ def rgb_in_format(rgb: ByteArray, image_format: str) -> npt.NDArray[Any]:
 
 
 def is_scaled_down(image_hw: tuple[int, int], min_size: int, max_size: int) -> bool:
-    """Returns whether an image is scaled to ``max_size`` although ``min_size`` 0 keeps sizes."""
+    """Returns whether an image is scaled to ``max_size`` even though ``min_size`` is 0."""
     largest = (LARGEST_UNSCALED * max_size) ** 2
     return min_size == 0 and image_hw[0] * image_hw[1] > largest
 
@@ -63,18 +64,18 @@ def is_scaled_down(image_hw: tuple[int, int], min_size: int, max_size: int) -> b
 def model_hw(
     image_hw: tuple[int, int], min_size: int, max_size: int, room: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """Returns the height and width at which a model sees an image; as ResizeShortestEdge.
+    """Returns the height and width to which an image is resized, as in ResizeShortestEdge.
 
     Args:
         image_hw: H, W.
-        min_size: of the shorter side; 0 keeps the size, see LARGEST_UNSCALED.
-        max_size: limit of the longer side.
-        room: height and width of a model with a fixed input size, into which the image must fit.
+        min_size: length of the shorter side; 0 keeps the size, see LARGEST_UNSCALED.
+        max_size: upper limit for the longer side.
+        room: input height and width of a model with a fixed input size; the image must fit into it.
     """
     height, width = float(image_hw[0]), float(image_hw[1])
     shortest = max_size if is_scaled_down(image_hw, min_size, max_size) else min_size
     if shortest > 0:
-        # In detectron2's order of operations, because sizes at half a pixel are rounded.
+        # In detectron2's order of operations, because sizes that end in half a pixel are rounded.
         scale = float(shortest) / min(image_hw)
         if height < width:
             height, width = float(shortest), scale * width
@@ -90,12 +91,15 @@ def model_hw(
 
 
 def resized(image: npt.NDArray[Any], hw: tuple[int, int]) -> npt.NDArray[Any]:
-    """Returns an image at another size; bilinear, as detectron2's ResizeTransform.
+    """Resizes an image bilinearly, like detectron2's ResizeTransform.
 
     Args:
-        image: (H, W, C). uint8 is filtered when it shrinks, as Pillow does; float32 is not, as
-            torch's interpolate.
-        hw: height and width of the result, which is not writable.
+        image: (H, W, C). When shrinking, uint8 images are low-pass filtered, as in Pillow, and
+            float32 images are not, as in torch's interpolate.
+        hw: height and width of the result.
+
+    Returns:
+        The resized image; it may not be writable.
     """
     if image.shape[:2] == hw:
         return image
@@ -113,7 +117,7 @@ def resized(image: npt.NDArray[Any], hw: tuple[int, int]) -> npt.NDArray[Any]:
 
 
 def _filtered(image: ByteArray, after: int, axis: int) -> ByteArray:
-    """Resizes an axis by Pillow's triangular filter, in its whole numbers."""
+    """Resizes one axis with Pillow's triangular filter, in the same integer arithmetic."""
     before = image.shape[axis]
     if before == after:
         return image
@@ -127,7 +131,7 @@ def _filtered(image: ByteArray, after: int, axis: int) -> ByteArray:
 
 
 def _filter_taps(before: int, after: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Returns the (T, after) cells that make up each new pixel, and their weights."""
+    """Returns the (T, after) old pixels that contribute to each new pixel, and their weights."""
     scale = before / after
     reach = max(scale, 1.0)
     centre = (np.arange(after) + 0.5) * scale
@@ -141,7 +145,7 @@ def _filter_taps(before: int, after: int) -> tuple[npt.NDArray[np.int64], npt.ND
 
 
 def _interpolated(image: npt.NDArray[Any], after: int, axis: int) -> npt.NDArray[Any]:
-    """Resizes an axis linearly between the centres of its two nearest pixels."""
+    """Resizes one axis by linear interpolation between the centres of the two nearest pixels."""
     before = image.shape[axis]
     place = np.maximum((np.arange(after, dtype=np.float32) + 0.5) * np.float32(before / after), 0.5)
     place -= np.float32(0.5)

@@ -1,4 +1,4 @@
-"""Progress with the time that is left: a bar in a terminal, a line now and then in a file."""
+"""Shows progress and the remaining time: as a bar in a terminal, as occasional lines in a file."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 Advance = Callable[[int], object]
-"""Takes how many more are done."""
+"""Takes the number of newly finished items."""
 
 SECONDS_IN_FILES = 10.0
-"""Before the first line, and between two of them at least."""
+"""Seconds before the first line and between lines, at least, if stderr is a file or a pipe."""
 SHARE_IN_FILES = 0.05
-"""Of the time that has passed: how long to wait for the next line, so that logs stay short."""
+"""Share of the elapsed time to wait before the next line, so that logs stay short."""
 SMOOTHING = 0.05
-"""How fast the time left follows the present speed: 0 for the mean speed, 1 for the last one."""
+"""Weight of the latest speed in the remaining time: 0 for the mean speed, 1 for the latest."""
 
 
 def progress(
     items: Iterable[T], what: str, unit: str = "it", total: int | None = None
 ) -> Iterator[T]:
-    """Yields the items and shows how many are done; a bar goes away when all are.
+    """Yields the items and shows how many are done; the bar disappears at the end.
 
     Args:
-        items: what is worked on.
-        what: is done with them.
-        unit: what they are.
-        total: how many, where ``items`` has no length.
+        items: the items to process.
+        what: description of the work, shown before the bar.
+        unit: name of one item.
+        total: number of items, if ``items`` has no length.
     """
     known = len(items) if isinstance(items, Sized) and total is None else total
     with progress_bar(what, unit, known) as advance:
@@ -44,16 +44,16 @@ def progress(
 def progress_bar(
     what: str, unit: str = "it", total: int | None = None, done: int = 0
 ) -> Iterator[Advance]:
-    """Shows progress that is not one item at a time; see ``progress``.
+    """Shows progress that does not advance item by item; see ``progress``.
 
     Args:
-        what: is done.
-        unit: what is counted.
-        total: how many there are; None if that is not known.
-        done: how many were done before, and do not count for the time left.
+        what: description of the work.
+        unit: name of one item.
+        total: number of items; None if unknown.
+        done: number of items finished earlier, which do not count for the remaining time.
 
     Yields:
-        A function to call with how many more are done.
+        A function to call with the number of newly finished items.
     """
     if not sys.stderr.isatty():
         yield _Lines(what, unit, total, done).advance
@@ -85,7 +85,7 @@ class _Lines:
         self._next = self._start + SECONDS_IN_FILES
 
     def advance(self, number: int) -> None:
-        """Counts what is done, and writes a line if it is time for one."""
+        """Counts finished items, and writes a line if one is due."""
         self._done += number
         now = time.monotonic()
         if now < self._next:

@@ -1,6 +1,6 @@
-"""COCO's run-length encoding, from places where a mask changes and from annotations.
+"""COCO's run-length encoding: encodes masks and annotations, and finds damaged encodings.
 
-Shape alphabet: H, W height and width of the image in pixels; X changes of a mask.
+Shape alphabet: H, W height and width of the image in pixels; X changes between mask and background.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
 Rle = dict[str, Any]
-"""``size`` [H, W] and compressed ``counts``, as bytes or, as in JSON, as text."""
+"""``size`` [H, W] and compressed ``counts``, either bytes or, as in JSON, text."""
 
 
 def rle_of_changes(changes: npt.NDArray[np.int64], image_hw: tuple[int, int]) -> Rle:
-    """Returns the encoding (counts as bytes) of a mask that changes at given places.
+    """Returns the encoding (counts as bytes) of a mask, given the pixels at which it changes.
 
     Args:
-        changes: (X,) ``x * H + y`` of each pixel that differs from the one before it, going down
-            the columns from left to right; ascending. The pixel before the first is outside.
+        changes: (X,) ``x * H + y`` of each pixel that differs from the previous one, down the
+            columns from left to right; ascending. The first pixel counts as preceded by background.
         image_hw: H, W.
     """
     counts = np.diff(changes, prepend=0, append=image_hw[0] * image_hw[1])
@@ -29,7 +29,7 @@ def rle_of_changes(changes: npt.NDArray[np.int64], image_hw: tuple[int, int]) ->
 
 
 def as_text(rle: Mapping[str, Any]) -> Rle:
-    """Returns an encoding whose counts are text, which JSON can hold."""
+    """Returns an encoding with its counts as text, which JSON can represent."""
     return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
 
 
@@ -41,48 +41,49 @@ def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
         image_hw: H, W.
 
     Raises:
-        ValueError: if the size of an RLE is not image_hw or its counts do not add up to it.
+        ValueError: if the size of an RLE is not image_hw, or its counts do not add up to that size.
     """
     if not segmentation:
         return None
     if isinstance(segmentation, list):
-        # Fewer than six numbers enclose nothing, and pycocotools takes four for a box.
+        # Fewer than six numbers enclose nothing, and pycocotools would interpret four as a box.
         polygons = [x for x in segmentation if len(x) >= 6 and len(x) % 2 == 0]
         return polygons_rle(polygons, image_hw) if polygons else None
     check_rle_size(segmentation, image_hw)
     if not isinstance(segmentation["counts"], list):
         return segmentation
     if sum(segmentation["counts"]) != image_hw[0] * image_hw[1]:
-        # pycocotools would leave the rest of the mask as it is in memory.
+        # pycocotools would leave the rest of the mask uninitialised.
         raise ValueError(f"the counts of an RLE do not add up to an image of {image_hw}")
     return coco_mask.frPyObjects(segmentation, *image_hw)
 
 
 def check_rle_size(rle: Mapping[str, Any], image_hw: tuple[int, int]) -> None:
-    """Raises ValueError if a run-length encoding is not of an image's size, H and W."""
+    """Raises ValueError if a run-length encoding does not have the image's size, H and W."""
     if tuple(rle["size"]) != tuple(image_hw):
         raise ValueError(f"an RLE has the size {tuple(rle['size'])}, the image {tuple(image_hw)}")
 
 
 def polygons_rle(polygons: Sequence[Sequence[float]], image_hw: tuple[int, int]) -> Any:
-    """Returns the union of polygons of three corners or more as one compressed RLE."""
+    """Returns the union of polygons as one compressed RLE; each needs at least three corners."""
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *image_hw))
 
 
 def first_broken(rles: Sequence[Mapping[str, Any]]) -> int | None:
     """Returns the index of the first encoding whose compressed counts do not add up to its image.
 
-    pycocotools takes any counts: with damaged ones it reads and writes beyond the mask, or never
-    ends. The format: a number is one or more characters of 6 bits, starting at "0": 5 bits of
-    value, lowest first, and one that says whether more follow. Negative numbers are in two's
-    complement. From the fourth number on, each is the difference to the number two before.
+    pycocotools does not check counts. With damaged ones, it reads and writes beyond the mask, or
+    never returns. In the format, a number consists of one or more characters of 6 bits, offset by
+    the character "0": 5 bits of the value, lowest first, and one bit that is set if more characters
+    follow. Negative numbers are in two's complement. From the fourth number on, each number is
+    stored as the difference from the number two positions earlier.
 
     Args:
-        rles: with compressed counts, as bytes or text.
+        rles: encodings with compressed counts, as bytes or text.
     """
     texts = [x["counts"] for x in rles]
     texts = [x if isinstance(x, bytes) else str(x).encode("utf-8") for x in texts]
-    step = 4096  # so many at a time: a few MB
+    step = 4096  # encodings checked at a time, which takes a few MB
     for start in range(0, len(texts), step):
         chunk = slice(start, start + step)
         areas = np.array([x["size"][0] * x["size"][1] for x in rles[chunk]], np.int64)
@@ -93,11 +94,11 @@ def first_broken(rles: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 MOST_CHARACTERS = 8
-"""Most characters of a number: 40 bits, more than any image needs."""
+"""Most characters in a number: 40 bits, more than any image needs."""
 
 
 def _make_up(texts: Sequence[bytes], areas: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Returns for each text whether its counts are not negative and add up to the area."""
+    """Returns, for each text, whether its counts are non-negative and add up to the area."""
     lengths = np.array([len(x) for x in texts])
     fits = lengths > 0
     owner = np.repeat(np.arange(len(texts)), lengths)
@@ -105,8 +106,8 @@ def _make_up(texts: Sequence[bytes], areas: npt.NDArray[np.int64]) -> npt.NDArra
     fits[owner[(values < 0) | (values > 63)]] = False
     is_last = values & 32 == 0
     ends = np.cumsum(lengths)[fits] - 1
-    fits[owner[ends[~is_last[ends]]]] = False  # the last number is not finished
-    # Numbers: where each begins, how many characters it has, and its value.
+    fits[owner[ends[~is_last[ends]]]] = False  # the last number is incomplete
+    # For each number: where it begins, how many characters it has, and its value.
     starts_text = np.zeros(len(values), bool)
     starts_text[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
     begins = np.flatnonzero(starts_text | np.concatenate([[True], is_last[:-1]])[: len(values)])
@@ -118,14 +119,14 @@ def _make_up(texts: Sequence[bytes], areas: npt.NDArray[np.int64]) -> npt.NDArra
     numbers = np.add.reduceat(parts, begins) if len(begins) else parts[:0]
     negative = values[begins + size - 1] & 16 != 0
     numbers = numbers - (negative.astype(np.int64) << (5 * np.minimum(size, MOST_CHARACTERS)))
-    # Counts: sums of every second number, from the second and the third on.
+    # A count is the sum of every second number up to it, starting at the second or third number.
     first = np.searchsorted(number_owner, np.arange(len(texts)))
     index = np.arange(len(numbers)) - first[number_owner]
     counts = numbers.copy()
     for parity in (0, 1):
         chain = np.flatnonzero((index % 2 == parity) & (index > 0))
         sums = np.cumsum(numbers[chain])
-        begin = np.searchsorted(number_owner[chain], number_owner[chain])  # of a text's chain
+        begin = np.searchsorted(number_owner[chain], number_owner[chain])  # of each text
         counts[chain] = sums - np.concatenate([[0], sums])[begin]
     fits[number_owner[counts < 0]] = False
     totals = np.bincount(number_owner, counts, len(texts))

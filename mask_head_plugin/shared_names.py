@@ -1,7 +1,8 @@
-"""Names in detectron2's registries and catalogs, which this package shares with the user's project.
+"""Resolves name conflicts with the user's project in detectron2's registries and catalogs.
 
-Both may want ``MaskRCNN`` or ``shapes_train``. The user's own gets the name, whichever registers
-first: a project must not break because it imports this package.
+The package and the project may both register a name such as ``MaskRCNN`` or ``shapes_train``. The
+project's object then gets the name, no matter which was registered first, because a project must
+not break when it imports this package.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ Registered = TypeVar("Registered", bound=Callable[..., Any])
 def register_in(registry: Registry) -> Callable[[Registered], Registered]:
     """Returns a decorator that registers a class or function of this package.
 
-    Where the user's project has the name, it is registered as ``mask_head_plugin.<name>``.
+    If the user's project also registers the name, the package's object becomes
+    ``mask_head_plugin.<name>``.
     """
     registry.__class__ = _YieldingRegistry
     decorator: Callable[[Registered], Registered] = registry.register()
@@ -31,7 +33,7 @@ def register_in(registry: Registry) -> Callable[[Registered], Registered]:
 
 
 def registered_name(registry: Registry, registered: object) -> str:
-    """Returns the name under which a registry has a class or function."""
+    """Returns the name under which a class or function is registered."""
     return next(name for name, each in registry if each is registered)
 
 
@@ -57,17 +59,17 @@ class _YieldingRegistry(Registry):
 
 
 def register_dataset(name: str, load: Callable[[], list[dict[str, Any]]], **metadata: Any) -> None:
-    """Registers a data set of this package, which gives way when the user registers one of that
-    name.
+    """Registers a data set of this package, unless or until the user registers one of that name.
 
     Args:
-        name: in detectron2's catalogs. If it is taken, nothing changes.
+        name: name in detectron2's catalogs. If it is taken, nothing changes.
         load: returns the records.
-        metadata: what its Metadata holds.
+        metadata: values for the data set's Metadata.
     """
     if name in DatasetCatalog:
         logger.warning(
-            "data set %s was registered before and is kept; this package's is not registered", name
+            "data set %s already exists and is kept; this package's data set is not registered",
+            name,
         )
         return
     DatasetCatalog.__class__ = _YieldingCatalog
@@ -84,12 +86,13 @@ class _YieldingCatalog(type(DatasetCatalog)):  # type: ignore[misc]
 
 
 class _YieldingMetadata(Metadata):
-    """Metadata of a data set of this package, until someone changes a value."""
+    """Metadata of a data set of this package; becomes ordinary Metadata if a value is changed."""
 
     def give_way(self) -> None:
-        """Becomes the empty metadata of a data set that is not registered yet."""
+        """Turns this object into the empty metadata of a data set that is not yet registered."""
         logger.warning(
-            "data set %s is no longer this package's: its metadata was changed", self.name
+            "data set %s of this package is no longer registered: its metadata was changed",
+            self.name,
         )
         DatasetCatalog.pop(self.name, None)
         for key in set(vars(self)) - {"name"}:

@@ -1,4 +1,4 @@
-"""Instance masks as run lengths: what ``instances.pred_masks`` holds with MASK_OUTPUT rle.
+"""Instance masks as run lengths: the type of ``instances.pred_masks`` with MASK_OUTPUT rle.
 
 Shape alphabet: N masks, H and W sides of the image.
 """
@@ -19,7 +19,7 @@ from .run_lengths import Rle, as_text
 
 
 def run_lengths(masks: Tensor) -> list[Rle]:
-    """Returns the COCO encodings (counts as text, as in JSON) of what ``pred_masks`` may hold.
+    """Returns the COCO encodings of ``pred_masks``, with counts as text, as in JSON.
 
     Args:
         masks: RLEMasks, or an (N, H, W) tensor on the CPU.
@@ -32,25 +32,25 @@ def run_lengths(masks: Tensor) -> list[Rle]:
 
 
 class RLEMasks(Tensor):
-    """The masks of one image: detectron2's (N, H, W) bool tensor, kept as run lengths.
+    """The masks of one image: detectron2's (N, H, W) bool tensor, stored as run lengths.
 
-    A tensor without memory of its own. Selecting masks, joining those of one image, copying and
-    moving to a device give RLEMasks again. All other operations of PyTorch or NumPy work on the
-    decoded tensor: a loop and an integer index decode one mask at a time, everything else decodes
-    all N, which takes N * H * W bytes for that moment.
+    This is a tensor without dense storage. Selecting masks, concatenating masks of one image,
+    copying, and moving to a device return RLEMasks. All other operations of PyTorch or NumPy work
+    on the decoded tensor. Loops and integer indices decode one mask at a time; everything else
+    temporarily decodes all N masks, which takes N * H * W bytes.
 
-    Differs from the tensor: what an operation returns is a copy, never a view, and the masks
-    cannot be changed in place. Set MODEL.MASK_OUTPUT to bitmask for code that needs either.
+    Differs from a dense tensor: operations return copies, never views, and masks cannot be changed
+    in place. If your code needs views or in-place changes, set MODEL.MASK_OUTPUT to bitmask.
 
     Attributes:
-        rles: N encodings, for anything that reads COCO's format.
+        rles: N encodings, for any code that reads COCO's format.
         image_hw: H, W.
     """
 
     rles: list[Rle]
     image_hw: tuple[int, int]
 
-    # Methods reach __torch_dispatch__ as they are: their results are not RLEMasks.
+    # Disabled so that results are not wrapped as RLEMasks; __torch_dispatch__ handles all calls.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __new__(
@@ -59,11 +59,11 @@ class RLEMasks(Tensor):
         """
         Args:
             rles: N encodings.
-            image_hw: H, W; also where N is 0.
-            device: where decoded masks go. The encodings stay on the CPU.
+            image_hw: H, W; required even if N is 0.
+            device: device of the decoded masks. The encodings stay on the CPU.
 
         Raises:
-            ValueError: if a mask has another size.
+            ValueError: if a mask has a different size.
         """
         hw = int(image_hw[0]), int(image_hw[1])
         for index, rle in enumerate(rles):
@@ -83,7 +83,7 @@ class RLEMasks(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Runs an operator of PyTorch on the decoded masks, or on the encodings where it can."""
+        """Runs a PyTorch operator on the encodings if possible, otherwise on the decoded masks."""
         kwargs = dict(kwargs or {})
         name = func.overloadpacket.__name__
         for position, argument in enumerate(func._schema.arguments):
@@ -103,14 +103,14 @@ class RLEMasks(Tensor):
         return torch.from_numpy(self.numpy()).to(self.device)
 
     def __getitem__(self, item: Any) -> Tensor:
-        """As with tensors.
+        """Selects masks or pixels with any index that a tensor accepts.
 
         Returns:
-            RLEMasks for a slice, N bools, or a list, array or tensor of integers; the (H, W) bool
-            tensor for an integer; a dense tensor for pixels and new axes.
+            RLEMasks for a slice, N bools, or a list, array or tensor of integers; an (H, W) bool
+            tensor for an integer; a dense tensor for indices of pixels and for new axes.
 
         Raises:
-            IndexError: if the index is beyond the masks or fits no tensor.
+            IndexError: if the index is out of range or not valid for a tensor.
         """
         if isinstance(item, slice):
             return self._of(self.rles[item])
@@ -133,11 +133,11 @@ class RLEMasks(Tensor):
     ) -> npt.NDArray[Any]:
         """Returns the (N, H, W) array, bool by default."""
         if copy is False:
-            raise ValueError("masks are decoded into a new array: copy cannot be False")
+            raise ValueError("masks are decoded into a new array, so copy cannot be False")
         return self.numpy().astype(dtype or bool, copy=False)
 
     def numpy(self, *, force: bool = True) -> npt.NDArray[np.bool_]:  # noqa: ARG002  # Tensor's
-        """Returns the (N, H, W) bool array, whatever the device."""
+        """Returns the (N, H, W) bool array, regardless of the device."""
         masks = np.zeros(self.shape, bool)
         for out, rle in zip(masks, self.rles, strict=True):
             out[...] = coco_mask.decode(rle)
@@ -147,18 +147,18 @@ class RLEMasks(Tensor):
         return self.numpy().tolist()
 
     def area(self) -> Tensor:
-        """Returns the (N,) numbers of pixels, as PolygonMasks.area, without decoding."""
+        """Returns the (N,) numbers of pixels without decoding, like PolygonMasks.area."""
         return torch.tensor([int(coco_mask.area(x)) for x in self.rles], device=self.device).long()
 
     @staticmethod
     def cat(masks: Sequence[Tensor]) -> Tensor:
-        """Joins the masks of one image, as torch.cat.
+        """Concatenates masks of one image, like torch.cat.
 
         Raises:
-            ValueError: if there is nothing to join, or sizes differ.
+            ValueError: if the sequence is empty, or sizes differ.
         """
         if not masks:
-            raise ValueError("no masks to join")
+            raise ValueError("no masks to concatenate")
         return torch.cat(list(masks))
 
     def data_ptr(self) -> NoReturn:
@@ -183,10 +183,10 @@ class RLEMasks(Tensor):
         return RLEMasks(rles, self.image_hw, device or self.device)
 
     def _refuse(self, what: str) -> NoReturn:
-        # Not a TypeError: Python takes one of an operator such as &= for "try it another way".
+        # Not a TypeError: for an operator such as &=, Python would then try another method.
         raise RuntimeError(
-            f"{what} needs masks in memory, but pred_masks is an RLEMasks, which keeps run "
-            "lengths: call it on the copy that pred_masks.dense() returns, or set "
+            f"{what} needs masks in memory, but pred_masks is an RLEMasks, which stores run "
+            "lengths: use it on the copy that pred_masks.dense() returns, or set "
             "MODEL.MASK_OUTPUT to bitmask"
         )
 
@@ -195,7 +195,7 @@ _KEEP_ENCODINGS = ("_to_copy", "alias", "clone", "detach")
 
 
 def _are_of_one_image(masks: Sequence[Any], dim: int = 0) -> bool:
-    """Returns whether joining along ``dim`` lists the masks of one image one after the other."""
+    """Returns whether concatenating along ``dim`` just lists masks of one image in order."""
     are_rles = all(isinstance(x, RLEMasks) for x in masks)
     return dim in (0, -3) and are_rles and len({x.image_hw for x in masks}) == 1
 

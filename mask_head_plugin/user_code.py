@@ -1,4 +1,4 @@
-"""Runs the user's own code, which registers losses, backbones and data sets."""
+"""Imports the user's own code, which registers losses, backbones and data sets."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def load_config_and_code(
 
 
 def import_modules(entries: Sequence[str]) -> None:
-    """Imports modules and files, and logs each; what this process has already imported is not run
-    again.
+    """Imports modules and files, and logs each one.
 
-    A file becomes a module of its name. Its folder is searched after all others, so that new
-    processes find the classes of objects that they are sent.
+    Modules that this process has already imported do not run again. A file becomes a module with
+    the file's name. Its folder is appended to Python's search path, so that new processes can
+    unpickle objects of its classes.
 
     Args:
-        entries: ``cfg.IMPORTS`` of ``config.read_config``.
+        entries: ``cfg.IMPORTS`` from ``config.read_config``.
 
     Raises:
-        ConfigError: if one cannot be imported, with file, line and reason.
+        ConfigError: if an entry cannot be imported; the message gives file, line and reason.
     """
     for entry in entries:
         is_file = entry.endswith(".py")
@@ -48,7 +48,7 @@ def import_modules(entries: Sequence[str]) -> None:
             _check_name(name, Path(entry))
         if name in sys.modules:
             continue
-        logger.warning("IMPORTS runs code of yours: %s", entry)
+        logger.warning("IMPORTS runs your code: %s", entry)
         try:
             importlib.import_module(name)
         except (Exception, SystemExit) as error:
@@ -62,19 +62,21 @@ def _search_also(folder: Path) -> None:
 
 
 def _check_name(name: str, path: Path) -> None:
-    """Raises ConfigError unless Python finds this file under its name."""
+    """Raises ConfigError unless importing the file's name finds this file."""
     if "." in name:
-        raise ConfigError(f"IMPORTS {path}: a module has no dot in its name; rename the file")
+        raise ConfigError(
+            f"IMPORTS {path}: the name of a module cannot contain a dot; rename the file"
+        )
     spec = importlib.util.find_spec(name)
     found = spec.origin if spec else None
     if found is None or Path(found).resolve() != path:
         raise ConfigError(
-            f"IMPORTS {path}: Python knows another module {name}, {found}; rename the file"
+            f"IMPORTS {path}: another module is called {name}, {found}; rename the file"
         )
 
 
 def _explain(error: BaseException) -> str:
-    """Returns where in the user's code an import failed, and why, in one line."""
+    """Returns, in one line, where in the user's code an import failed and why."""
     reason = " ".join(traceback.format_exception_only(error)[-1].split())
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {reason}"
@@ -84,6 +86,6 @@ def _explain(error: BaseException) -> str:
         if frame.filename != __file__ and "importlib" not in frame.filename
     ]
     if not frames:
-        return f"{reason}; a file is named by its path, such as my_losses.py"
+        return f"{reason}; to import a file, give its path, such as my_losses.py"
     place = [frame for frame in frames if frame.filename == frames[0].filename][-1]
     return f"{place.filename}, line {place.lineno}: {reason}"

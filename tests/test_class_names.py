@@ -199,12 +199,12 @@ def test_training_on_data_without_class_names_drops_those_of_the_weights(data, t
     DatasetCatalog.register(STRAIGHT, lambda: records)
     cfg = config(data, "OUTPUT_DIR", str(tmp_path), test=())
     cfg.DATASETS.TRAIN = (STRAIGHT,)
-    with pytest.raises(ConfigError, match=r"names its classes \(ring, .*DATASETS\.TRAIN does not"):
+    with pytest.raises(ConfigError, match=r"has class names \(ring, .*DATASETS\.TRAIN does not"):
         Trainer(cfg).resume_or_load(resume=False)
     cfg.MODEL.WEIGHTS_STRICT = False
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
-    assert class_names_of(trainer.model) is None and "keep their order" in caplog.text
+    assert class_names_of(trainer.model) is None and "stay in order" in caplog.text
 
 
 def overlap(a, b) -> float:

@@ -81,7 +81,7 @@ def test_a_data_set_of_the_user_replaces_the_packages(shapes, caplog):
         "thing_classes": ["cell"],
         "json_file": "x.json",
     }
-    assert f"data set {shapes} is no longer this package's" in caplog.text
+    assert f"data set {shapes} of this package is no longer registered" in caplog.text
     with pytest.raises(AssertionError, match="already registered"):
         DatasetCatalog.register(shapes, list)
 
@@ -119,7 +119,7 @@ def test_the_package_does_not_replace_an_existing_name(caplog):
         register_dataset("test_taken", lambda: [{}], evaluator_type="coco")
         assert DatasetCatalog.get("test_taken") == []
         assert "test_taken" not in MetadataCatalog
-        assert "was registered before and is kept" in caplog.text
+        assert "already exists and is kept" in caplog.text
     finally:
         DatasetCatalog.remove("test_taken")
 

@@ -107,10 +107,10 @@ def test_an_ablation_imports_what_its_file_names(place):
         ("not_python.py", "{}/not_python.py, line 3: SyntaxError: "),
         ("exits.py", "{}/exits.py, line 3: SystemExit: 3$"),
         ("needs_another.py", "{}/needs_another.py, line 3: ModuleNotFoundError: .*nowhere_at_all"),
-        ("folder/json.py", "json.py: Python knows another module json, .*; rename the file$"),
-        ("with.dot.py", "with.dot.py: a module has no dot in its name; rename the file$"),
+        ("folder/json.py", "json.py: another module is called json, .*; rename the file$"),
+        ("with.dot.py", "with.dot.py: the name of a module cannot contain a dot; rename the file$"),
         ("nowhere.py", "option IMPORTS: IMPORTS names nowhere.py, which is not a file in {}$"),
-        ("nowhere_at_all", "No module named 'nowhere_at_all'; a file is named by its path"),
+        ("nowhere_at_all", "No module named 'nowhere_at_all'; to import a file, give its path"),
         ("[3]", r"IMPORTS takes a list of modules and .py files, not \[3\]$"),
         ("{", "No module named '{{'"),
     ],
@@ -135,7 +135,7 @@ def test_code_runs_once_per_process_and_is_logged(place, caplog):
     for _ in range(2):
         import_modules(load_config("theirs.yaml").IMPORTS)
     assert sys.counted_runs == 1
-    assert caplog.text.count(f"IMPORTS runs code of yours: {place}/counted.py") == 1
+    assert caplog.text.count(f"IMPORTS runs your code: {place}/counted.py") == 1
 
 
 def test_child_processes_can_use_functions_from_an_imported_file(place):

@@ -1,4 +1,4 @@
-"""Data sets: the embedded shapes, and your own COCO files. Importing this registers the shapes."""
+"""Data sets: the embedded shapes and your own COCO files. Importing this registers the shapes."""
 
 from ..dataset_check import (
     CheckOptions,

@@ -1,8 +1,9 @@
-"""The user's own COCO-format files as data sets, by config: DATASETS.COCO_FILES.
+"""Registers the user's own COCO files, listed in DATASETS.COCO_FILES, as data sets.
 
 detectron2's ``load_coco_json`` numbers the classes of each file separately, so a validation file
-that lacks a category shifts all later classes. Here, all data sets of a config use one list of
-categories, the first training set's; files are matched to it by category id and name.
+that lacks a category shifts the numbers of all later classes. Here, all data sets of a config share
+one list of categories, that of the first training set. Files are matched to it by category id and
+name.
 """
 
 from __future__ import annotations
@@ -33,14 +34,12 @@ from ..messages import listed, nearest_name
 logger = logging.getLogger(__name__)
 
 Categories = dict[int, str]
-"""Class name by COCO category id, in ascending order of the id, which is the order of the class
-indices.
-"""
+"""Class name by COCO category id, sorted by id. The class indices have the same order."""
 
 
 @dataclass(frozen=True)
 class CocoFile:
-    """What a config needs to know about a COCO instances file before training."""
+    """Facts about a COCO instances file that a config needs before training."""
 
     json_file: str
     image_root: str
@@ -54,19 +53,19 @@ class CocoFile:
 
 
 def register_coco_files(cfg: CfgNode) -> None:
-    """Registers the data sets of DATASETS.COCO_FILES and fits the config to them.
+    """Registers the data sets in DATASETS.COCO_FILES and adapts the config to them.
 
-    Class names and numbers come from the files. INPUT.MASK_FORMAT becomes ``bitmask`` if the files
-    need it (run-length masks of single objects), which is logged. Nothing is written yet: if a file
-    lists other categories, evaluators get a copy in OUTPUT_DIR when they ask for the annotations
-    (``CocoFileMetadata``).
+    Class names and numbers come from the files. If the files contain run-length masks of single
+    objects, INPUT.MASK_FORMAT becomes ``bitmask``, which is logged. Nothing is written yet. If a
+    file lists other categories than the model, a copy is written to OUTPUT_DIR when an evaluator
+    first reads the annotations (``CocoFileMetadata``).
 
     Args:
         cfg: a config that is not frozen. INPUT.MASK_FORMAT may change.
 
     Raises:
         ConfigError: if an entry is malformed, a file or folder is missing, or the categories of two
-            data sets of the config disagree.
+            data sets in the config disagree.
     """
     files = _read_files(cfg)
     reference = _reference_categories(cfg, files)
@@ -85,16 +84,16 @@ def register_coco_files(cfg: CfgNode) -> None:
 
 
 def register_found_coco_files(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Registers those of the given data sets of DATASETS.COCO_FILES that are on this machine.
+    """Registers the given data sets from DATASETS.COCO_FILES, unless they are not on this machine.
 
-    For tools that work better with the data but can do without. A warning names what is missing.
+    For tools that can work without the data. A warning lists the missing files.
 
     Args:
-        cfg: of a model; not changed.
-        names: of the data sets needed. Other files, which may be large, are not read.
+        cfg: the model's config; not changed.
+        names: names of the required data sets. Other files, which may be large, are not read.
 
     Raises:
-        ConfigError: as register_coco_files, except for missing files and folders.
+        ConfigError: as in register_coco_files, except for missing files and folders.
     """
     here, missing = [], []
     for entry in (x for x in _entries(cfg.DATASETS) if x[0] in names):
@@ -114,7 +113,7 @@ def register_found_coco_files(cfg: CfgNode, names: Sequence[str]) -> None:
 
 
 def coco_classes(cfg: CfgNode) -> dict[str, list[str]]:
-    """Returns the class names of each data set of DATASETS.COCO_FILES, registered or not.
+    """Returns the class names of each data set in DATASETS.COCO_FILES, registered or not.
 
     Raises:
         ConfigError: if an entry is malformed or a file cannot be read.
@@ -139,9 +138,10 @@ def check_registered_datasets(cfg: CfgNode, *, train: bool = True) -> None:
         train: whether the model will be trained; if not, DATASETS.TRAIN may be missing.
 
     Raises:
-        ConfigError: if a data set is not registered (the nearest name is given), is not on this
-            machine or has no images (the path is given), needs a package that is missing (the extra
-            is given), or NUM_CLASSES differs (both numbers are given).
+        ConfigError: if a data set is not registered, is not on this machine or has no images,
+            needs a package that is missing, or has a different number of classes than
+            NUM_CLASSES. The message gives the nearest name, the path, the extra to install, or
+            both numbers.
     """
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
         if name not in DatasetCatalog.list():
@@ -162,7 +162,7 @@ def check_registered_datasets(cfg: CfgNode, *, train: bool = True) -> None:
         ):
             raise ConfigError(
                 f"data set {name!r} is not on this machine: {json_file} does not exist. Put it "
-                "there, or name the folder of your data sets in $DETECTRON2_DATASETS"
+                "there, or set $DETECTRON2_DATASETS to the folder of your data sets"
             )
         if metadata.get("from_coco_files") and not _own_file(metadata).has_images:
             raise ConfigError(
@@ -183,44 +183,44 @@ def _own_file(metadata: Metadata) -> CocoFile:
 
 
 def datasets_root() -> Path:
-    """Returns the folder where detectron2 looks for data sets."""
+    """Returns the folder in which detectron2 looks for data sets."""
     return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
 def find_in_datasets(path: str) -> str:
-    """Returns ``path``, or its place below ``$DETECTRON2_DATASETS`` if only that exists."""
+    """Returns ``path`` itself, or the path below ``$DETECTRON2_DATASETS`` if only that exists."""
     given = Path(path).expanduser()
     below_root = datasets_root() / given
     return str(below_root if not given.exists() and below_root.exists() else given)
 
 
 def read_coco_file(json_file: str, image_root: str) -> CocoFile:
-    """Reads a CocoFile.
+    """Reads the facts about a file. ``check_dataset_files`` checks its images and annotations.
 
     Raises:
         ConfigError: if the file or folder is missing, the file is not JSON, or its categories
-            cannot be used. ``check_dataset_files`` checks images and annotations.
+            cannot be used.
     """
     for what, path, found in (
         ("annotation file", json_file, Path(json_file).is_file()),
         ("image folder", image_root, Path(image_root).is_dir()),
     ):
         _require_file(what, path, found)
-    # Read once per process while the file stays the same: COCO's own takes seconds.
+    # Cached until the file changes, because reading COCO's own file takes seconds.
     return _read_coco_file(json_file, image_root, Path(json_file).stat().st_mtime_ns)
 
 
 def _require_file(what: str, path: str, found: bool) -> None:
     if not found:
         raise ConfigError(
-            f"DATASETS.COCO_FILES: {what} {path} does not exist, neither from {Path.cwd()} nor "
-            f"in $DETECTRON2_DATASETS ({datasets_root()})"
+            f"DATASETS.COCO_FILES: {what} {path} does not exist, neither relative to {Path.cwd()} "
+            f"nor in $DETECTRON2_DATASETS ({datasets_root()})"
         )
 
 
 @functools.cache
 def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
-    del mtime_ns  # only distinguishes states of the file
+    del mtime_ns  # only part of the cache's key
     found = Findings(json_file)
     content = read_content(json_file, found)
     names: dict[Any, str] = {}
@@ -241,12 +241,12 @@ def _read_coco_file(json_file: str, image_root: str, mtime_ns: int) -> CocoFile:
 def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
     """Returns the categories of a data set in the order of its classes, or None if unknown.
 
-    They come from detectron2's catalog or from the annotation file: data sets of COCO_FILES need
-    not be registered yet, and those of ``register_coco_instances`` need not be loaded.
+    They come from detectron2's catalog or from the annotation file. Data sets in COCO_FILES do not
+    have to be registered yet, and those of ``register_coco_instances`` do not have to be loaded.
 
     Args:
-        datasets: the section DATASETS of a config.
-        name: of the data set.
+        datasets: the DATASETS section of a config.
+        name: name of the data set.
 
     Raises:
         ConfigError: if COCO_FILES is malformed, or its file is missing or has no categories.
@@ -260,7 +260,7 @@ def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
     if names is not None and json_file in (None, metadata.get("source_json_file", json_file)):
         id_of = {k: i for i, k in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
         ids = [id_of.get(k, -1) for k in range(len(names))]
-        # Unknown ids count from 1, as COCO's do.
+        # If ids are unknown, they count from 1, as in COCO.
         return dict(zip(ids if -1 not in ids else range(1, len(names) + 1), names, strict=True))
     json_file = json_file or files_of(name)[0]
     if not json_file or not Path(json_file).is_file():
@@ -283,7 +283,8 @@ def _entries(datasets: CfgNode) -> list[tuple[str, str, str]]:
     for name in names:
         if not re.fullmatch(r"[\w.+-]+", name) or ".." in name:
             raise ConfigError(
-                f"DATASETS.COCO_FILES: {name!r} is not a name: letters, digits and _ . + - only"
+                f"DATASETS.COCO_FILES: {name!r} is not a valid name; use only letters, digits and "
+                "_ . + -"
             )
     if len(set(names)) < len(names):
         raise ConfigError(f"DATASETS.COCO_FILES: a name appears twice in {names}")
@@ -291,7 +292,7 @@ def _entries(datasets: CfgNode) -> list[tuple[str, str, str]]:
 
 
 def _reference_categories(cfg: CfgNode, files: dict[str, CocoFile]) -> tuple[str, Categories]:
-    """Returns the data set whose categories number the classes, and these categories."""
+    """Returns the data set whose categories define the class numbers, and these categories."""
     for name in (*cfg.DATASETS.TRAIN, *files):
         if name in files:
             return name, files[name].categories
@@ -304,18 +305,20 @@ def _reference_categories(cfg: CfgNode, files: dict[str, CocoFile]) -> tuple[str
 
 
 def _check_categories(name: str, file: CocoFile, reference: tuple[str, Categories]) -> None:
-    """Raises ConfigError unless the reference has each used category of a file, by id and name."""
+    """Raises ConfigError unless the reference contains each used category with its id and name."""
     reference_name, known = reference
     ids_by_name = {category: i for i, category in known.items()}
     for i, category in file.categories.items():
         if known.get(i) == category or i not in file.used:
             continue
         if i in known:
-            fault = f"id {i} is {category!r} here and {known[i]!r} there"
+            fault = f"id {i} is {category!r} in the first but {known[i]!r} in the second"
         elif category in ids_by_name:
-            fault = f"{category!r} has id {i} here and {ids_by_name[category]} there"
+            fault = (
+                f"{category!r} has id {i} in the first but {ids_by_name[category]} in the second"
+            )
         else:
-            fault = f"{category!r} (id {i}) does not exist there"
+            fault = f"{category!r} (id {i}) does not exist in the second"
         raise ConfigError(
             f"categories of data set {name!r} ({file.json_file}) disagree with those of "
             f"{reference_name!r}: {fault}; make ids and names the same in both files, or set "
@@ -324,16 +327,16 @@ def _check_categories(name: str, file: CocoFile, reference: tuple[str, Categorie
 
 
 class CocoFileMetadata(Metadata):
-    """The metadata of a data set of COCO_FILES.
+    """The metadata of a data set in COCO_FILES.
 
-    ``json_file`` is for evaluators, detectron2's and the plugin's. They fail if the file lists
-    fewer classes than the model has. So if a file lacks some, or lists unused others, it is copied
-    with the model's list when ``json_file`` is first read.
+    ``json_file`` is read by evaluators, which fail if the file lists fewer classes than the model
+    has. If a file lacks categories or lists additional, unused ones, it is therefore copied with
+    the model's list of categories when ``json_file`` is first read.
     """
 
     @functools.cached_property
     def json_file(self) -> str:
-        """The path of the annotations to evaluate with; if that is a copy, it is written first."""
+        """Path of the annotations for evaluation. If a copy is needed, it is written first."""
         source = Path(self.source_json_file)
         ids = self.thing_dataset_id_to_contiguous_id
         wanted = [{"id": i, "name": self.thing_classes[index]} for i, index in ids.items()]
@@ -343,20 +346,23 @@ class CocoFileMetadata(Metadata):
         path = Path(self.output_dir) / "coco_files" / f"{self.name}.json"
         write_durably(path, json.dumps({**content, "categories": wanted}))
         logger.info(
-            "%s lists other categories than the model: copied with the model's to %s", source, path
+            "%s lists other categories than the model; wrote a copy with the model's categories "
+            "to %s",
+            source,
+            path,
         )
         return str(path)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns all entries including ``json_file``, as detectron2's does."""
+        """Returns all entries including ``json_file``, as in detectron2."""
         return {**super().as_dict(), "json_file": self.json_file}
 
 
 def _register(name: str, file: CocoFile, categories: Categories, output_dir: Path) -> None:
-    """Puts a file into detectron2's catalogs, replacing an earlier config's entry."""
+    """Adds a file to detectron2's catalogs, replacing the entry of an earlier config."""
     if name in DatasetCatalog.list():
         if not MetadataCatalog.get(name).get("from_coco_files", False):
-            raise ConfigError(f"DATASETS.COCO_FILES: {name!r} is registered already; rename yours")
+            raise ConfigError(f"DATASETS.COCO_FILES: {name!r} is already registered; rename yours")
         DatasetCatalog.remove(name)
     class_indices = {i: index for index, i in enumerate(categories)}
     DatasetCatalog.register(name, _loader(file, class_indices))
@@ -380,7 +386,7 @@ def _loader(file: CocoFile, class_indices: dict[int, int]) -> Callable[[], list[
                 f"the categories of {file.json_file} have changed since it was registered; call "
                 "register_coco_files again"
             )
-        # Without a name, it does not change the category ids.
+        # Without a data set name, load_coco_json does not change the category ids.
         records = load_coco_json(file.json_file, file.image_root)
         for record in records:
             for annotation in record["annotations"]:
@@ -395,7 +401,7 @@ EXTRAS: dict[str, tuple[str, str]] = {
     "cityscapes_instance": ("cityscapesscripts", "cityscapes"),
     "cityscapes_sem_seg": ("cityscapesscripts", "cityscapes"),
 }
-"""Package and extra of setup.cfg that an evaluator_type needs."""
+"""Package that each evaluator_type needs, and the extra in setup.cfg that installs it."""
 
 
 def _require_package(dataset_name: str, evaluator_type: str) -> None:

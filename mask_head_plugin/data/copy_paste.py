@@ -1,7 +1,7 @@
-"""Copy-paste: objects of one training image pasted onto another, with their masks.
+"""Copy-paste augmentation: pastes objects of one training image, with their masks, onto another.
 
 Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation",
-CVPR 2021. Objects are pasted without blending, which gains nothing in the paper's ablation.
+CVPR 2021. Objects are pasted without blending, which has no benefit in the paper's ablation.
 
 Shape alphabet: N objects of an image, H and W height and width of the image in pixels.
 """
@@ -25,21 +25,21 @@ BoolArray = npt.NDArray[np.bool_]
 
 KEY = "INPUT.COPY_PASTE.PROBABILITY"
 SHARE_COMING_ALONG = 0.5
-"""An object comes along if at least this share of it lies in the pasted ones."""
+"""An object that was not chosen is pasted as well if at least this share of it lies inside chosen
+objects."""
 
 
 def check_copy_paste(cfg: CfgNode) -> None:
-    """Refuses INPUT.COPY_PASTE if training needs something that cannot be pasted or cut with an
-    object.
+    """Refuses INPUT.COPY_PASTE if training needs data that cannot be cut out and pasted.
 
     Raises:
-        ConfigError: naming the other key.
+        ConfigError: if another key conflicts with copy-paste; the message names it.
     """
     if not cfg.INPUT.COPY_PASTE.PROBABILITY:
         return
     told = f"{KEY} {cfg.INPUT.COPY_PASTE.PROBABILITY}"
     if not cfg.MODEL.MASK_ON:
-        raise ConfigError(f"{told} cuts objects out by their masks; set MODEL.MASK_ON True, or 0")
+        raise ConfigError(f"{told} needs masks to cut objects out; set MODEL.MASK_ON True, or 0")
     for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
         if cfg.MODEL[key]:
             raise ConfigError(f"{told} does not work with MODEL.{key}; turn one off")
@@ -48,9 +48,9 @@ def check_copy_paste(cfg: CfgNode) -> None:
 class CopyPasteMapper:
     """Maps a record and, with some probability, pastes objects of another record onto it.
 
-    That record is any of the data set, with equal chances whatever the sampler, and goes through
-    the same augmentations. A random number of its objects, from one to all, is chosen. Apart from
-    the pasted pixels, samples are those that the mapper gives without copy-paste.
+    The other record is drawn uniformly from the data set, regardless of the sampler, and is
+    augmented in the same way. A random number of its objects, from one to all, is chosen. Apart
+    from the pasted pixels, samples are the same as without copy-paste.
     """
 
     def __init__(
@@ -61,21 +61,21 @@ class CopyPasteMapper:
     ) -> None:
         """
         Args:
-            mapper: from a record to what the model takes, or None.
-            records: those of the data set.
-            probability: share of the samples onto which something is pasted.
+            mapper: converts a record to the model's input, or returns None to decline it.
+            records: the records of the data set.
+            probability: share of the samples onto which objects are pasted.
         """
         self._mapper, self._records, self._probability = mapper, records, probability
 
     def __call__(self, record: Any) -> Sample | None:
-        """Maps a record, with random numbers of NumPy's global generator.
+        """Maps a record, with random numbers from NumPy's global generator.
 
         Returns:
-            None if the mapper declines the record. If it declines the other, or that has no
-            objects, nothing is pasted.
+            The sample, or None if the mapper declines the record. If the mapper declines the other
+            record, or that record has no objects, nothing is pasted.
 
         Raises:
-            ConfigError: if the mapper gives objects without masks.
+            ConfigError: if the mapper returns objects without masks.
         """
         sample = self._mapper(record)
         if sample is None or np.random.random() >= self._probability:
@@ -97,21 +97,23 @@ def paste_objects(
 ) -> None:
     """Pastes objects of one sample onto another, in place.
 
-    The pixels of the chosen objects become the source's, in the image and in ``sem_seg`` if there
-    is one. Objects below lose them. Other objects of the source that lie in those pixels by half or
-    more come along, cut to them: with a facade come its windows, which would be visible otherwise.
-    Objects without pixels are dropped, and boxes enclose the pixels that are left. Masks become bit
-    masks, since a polygon cannot have the holes. Overlaps between objects of one image stay.
-    ``pasted_from`` becomes the source's file. If no chosen object lies in the image, nothing
-    changes.
+    The pixels of the chosen objects are copied from the source, in the image and in ``sem_seg`` if
+    there is one. Objects underneath lose these pixels. Other objects of the source that lie at
+    least half within the copied pixels are pasted as well, cropped to these pixels. For example, a
+    facade brings its windows, which would otherwise be visible but not annotated.
+
+    Objects without remaining pixels are dropped, and boxes enclose the remaining pixels. Masks
+    become bit masks, because polygons cannot represent the resulting holes. Overlaps between
+    objects of the same image are kept. ``pasted_from`` is set to the source's file. If no chosen
+    object lies within the image, nothing changes.
 
     Args:
-        sample: with ``image`` (C, H, W) and ``instances`` that have ``gt_boxes``, ``gt_classes``
+        sample: contains ``image`` (C, H, W), and ``instances`` with ``gt_boxes``, ``gt_classes``
             and ``gt_masks``.
-        source: as ``sample``; its size may differ.
-        chosen: indices of its objects.
-        top_left: the row and column of ``sample`` where the source begins; may be negative, but at
-            least one pixel must lie inside.
+        source: like ``sample``; its size may differ.
+        chosen: indices of the source's objects to paste.
+        top_left: row and column of ``sample`` at which the source begins. They may be negative, but
+            at least one pixel must overlap.
 
     Raises:
         ConfigError: if ``instances`` are missing, or objects have no masks.
@@ -148,7 +150,7 @@ def _objects(sample: Sample) -> Instances:
     objects = sample.get("instances")
     if objects is None or (len(objects) and not objects.has("gt_masks")):
         raise ConfigError(
-            f"{KEY} needs objects with masks, but the mapper gives none for "
+            f"{KEY} needs objects with masks, but the mapper returns none for "
             f"{sample.get('file_name')}; set it to 0"
         )
     return objects
@@ -157,7 +159,7 @@ def _objects(sample: Sample) -> Instances:
 def bit_masks(sample: Sample) -> Tensor:
     """Returns the (N, H, W) bool masks of a sample's objects."""
     objects, (height, width) = _objects(sample), _image_hw(sample)
-    if len(objects) == 0:  # which have no gt_masks
+    if len(objects) == 0:  # then there is no gt_masks field
         return torch.zeros(0, height, width, dtype=torch.bool)
     if isinstance(objects.gt_masks, BitMasks):
         return objects.gt_masks.tensor
@@ -167,7 +169,7 @@ def bit_masks(sample: Sample) -> Tensor:
 
 
 def _moved(pixels: Tensor, image_hw: tuple[int, int], top_left: tuple[int, int]) -> Tensor:
-    """Returns (..., H, W) pixels on an image of another size; 0 beyond."""
+    """Places (..., H, W) pixels on an image of another size, padded with 0."""
     (height, width), (top, left) = image_hw, top_left
     right, bottom = width - left - pixels.shape[-1], height - top - pixels.shape[-2]
     if not (top or left or right or bottom):
@@ -176,12 +178,15 @@ def _moved(pixels: Tensor, image_hw: tuple[int, int], top_left: tuple[int, int])
 
 
 def _areas(masks: BoolArray) -> npt.NDArray[np.int64]:
-    """Returns the (N,) pixels of each mask; NumPy's counting is 60 times as fast as PyTorch's."""
+    """Returns the (N,) areas of masks in pixels; NumPy counts 60 times as fast as PyTorch."""
     return np.array([np.count_nonzero(mask) for mask in masks], np.int64)
 
 
 def _without_masks(objects: Instances, are_kept: BoolArray, image_hw: tuple[int, int]) -> Instances:
-    """Returns the (N,) objects that are kept, on an image of another size."""
+    """Returns the objects to keep, without masks and with the size of another image.
+
+    ``are_kept`` is (N,).
+    """
     fields: dict[str, Any] = objects[torch.from_numpy(are_kept)].get_fields()
     return Instances(image_hw, **{name: x for name, x in fields.items() if name != "gt_masks"})
 

@@ -1,12 +1,13 @@
-"""The embedded data set: shapes that boxes cannot tell apart, drawn with integers on first use.
+"""The embedded data set: shapes that boxes cannot distinguish, generated on first use.
 
-Five classes with thin parts, holes and notches, overlapping each other on a textured background:
-ring (a hole), star (spikes), cross (thin arms), crescent (a concave side), arrow (a thin shaft).
-Occluded instances keep only their visible pixels, so masks may have several parts.
+Its five classes have thin parts, holes and notches, and overlap each other on a textured
+background: ring (a hole), star (spikes), cross (thin arms), crescent (a concave side) and arrow (a
+thin shaft). Occluded objects keep only their visible pixels, so masks may have several parts.
 
-Every byte is the same on every machine. Geometry, textures and rasterisation use integers only, the
-random stream is ``numpy.random.RandomState`` (frozen by NumPy's compatibility policy), masks are
-COCO RLE, and PNGs hold stored (uncompressed) blocks because compressors differ between zlib builds.
+The data are the same on every machine, byte for byte. Geometry, textures and rasterisation use only
+integers. Random numbers come from ``numpy.random.RandomState``, which NumPy's compatibility policy
+keeps unchanged. Masks are COCO RLE. PNGs contain stored (uncompressed) blocks, because compressors
+differ between zlib builds.
 
 Layout under ``$DETECTRON2_DATASETS`` (default ``datasets/``)::
 
@@ -42,7 +43,7 @@ IntArray = npt.NDArray[np.int64]
 ByteArray = npt.NDArray[np.uint8]
 
 FOLDER = "shapes_v1"
-"""Renamed whenever a byte of the data changes: an existing folder is used without a check."""
+"""Must be renamed whenever the data change, because an existing folder is used unchecked."""
 IMAGE_HW = (96, 128)
 NUM_IMAGES = {"train": 1600, "val": 200}
 SPLIT_SEEDS = {"train": 1703, "val": 6870}
@@ -50,27 +51,27 @@ CLASS_NAMES = ("ring", "star", "cross", "crescent", "arrow")
 
 S = 4
 UNIT = 1 << 12
-"""Outlines are given in the square [-UNIT, UNIT]."""
+"""Outlines lie in the square [-UNIT, UNIT]."""
 TURN = 720
-"""Directions in a full turn; half a degree each."""
-# The rounded sines of so coarse a table are the same on every libm: none is close to a tie.
+"""Angles per full turn, half a degree each."""
+# This coarse table is the same with every libm, because no sine is close to a rounding tie.
 SINE = np.array([round(UNIT * math.sin(2 * math.pi * k / TURN)) for k in range(TURN)], np.int64)
 
 MAX_TILT = 40
-"""Largest turn of a shape either way, in 1/TURN."""
+"""Largest rotation of a shape in either direction, in units of 1/TURN."""
 MIN_VISIBLE_PIXELS = 60
 MIN_VISIBLE_PERCENT = 50
 
 
 def arc(radius: int, start: int, stop: int, step: int, centre_x: int = 0) -> IntArray:
-    """Returns points (n, 2) on a circle, ``start`` to ``stop`` inclusive, in 1/TURN."""
+    """Returns (n, 2) points on a circle from angle ``start`` to ``stop`` (inclusive), in 1/TURN."""
     angles = np.arange(start, stop + (1 if step > 0 else -1), step)
     x = centre_x + radius * SINE[(angles + TURN // 4) % TURN] // UNIT
     return np.stack([x, radius * SINE[angles % TURN] // UNIT], axis=1)
 
 
 def outline(name: str) -> list[IntArray]:
-    """Returns the contours of a class in [-UNIT, UNIT]; the even-odd rule makes holes."""
+    """Returns the contours of a class in [-UNIT, UNIT]; holes follow from the even-odd rule."""
     if name == "ring":
         return [arc(UNIT, 0, TURN - 1, 15), arc(UNIT * 56 // 100, 0, TURN - 1, 15)]
     if name == "star":
@@ -82,8 +83,8 @@ def outline(name: str) -> list[IntArray]:
         corners = [(e, -w), (e, w), (w, w), (w, e), (-w, e), (-w, w)]
         return [np.array(corners + [(-x, -y) for x, y in corners])]
     if name == "crescent":
-        # A disk of radius 1 without the disk of radius 0.8 centred at 0.45: the circles meet at
-        # 51.3 degrees on the outer one and 77.4 degrees on the inner one.
+        # A disk of radius 1 minus a disk of radius 0.8 centred at 0.45. The circles intersect at
+        # 51.3 degrees on the outer circle and 77.4 degrees on the inner circle.
         outer = arc(UNIT, 103, 617, 15)
         inner = arc(UNIT * 80 // 100, 565, 155, -15, centre_x=UNIT * 45 // 100)
         return [np.concatenate([outer, inner])]
@@ -97,7 +98,7 @@ def outline(name: str) -> list[IntArray]:
 def place(
     contours: list[IntArray], radius: int, squash: int, angle: int, centre: IntArray
 ) -> list[IntArray]:
-    """Scales, squashes along y (percent), turns and moves contours; 1/64 pixel units."""
+    """Scales, squashes along y (in percent), rotates and moves contours; units of 1/64 pixel."""
     sine, cosine = SINE[angle % TURN], SINE[(angle + TURN // 4) % TURN]
     placed = []
     for points in contours:
@@ -109,10 +110,10 @@ def place(
 
 
 def rasterize(contours: list[IntArray], image_hw: tuple[int, int]) -> IntArray:
-    """Returns (H, W) coverage in [0, S*S]: how many of a pixel's S x S sample points lie inside.
+    """Returns (H, W) coverage in [0, S*S]: the number of a pixel's S x S sample points inside.
 
-    Even-odd rule: each edge toggles its row from the first sample right of the crossing on.
-    Contours are in 1/64 pixel; sample k of an axis lies at (k + 1/2) * 64 / S.
+    Uses the even-odd rule: each edge toggles its row from the first sample to the right of the
+    crossing. Contours are in units of 1/64 pixel. Sample k of an axis lies at (k + 1/2) * 64 / S.
     """
     height, width = image_hw[0] * S, image_hw[1] * S
     pitch = 64 // S
@@ -124,7 +125,7 @@ def rasterize(contours: list[IntArray], image_hw: tuple[int, int]) -> IntArray:
             if y0 > y1:
                 x0, y0, x1, y1 = x1, y1, x0, y0
             crossed = (y >= y0) & (y < y1)
-            # The first sample at or right of x0 + (y - y0) (x1 - x0) / (y1 - y0), exactly.
+            # The exact first sample at or to the right of x0 + (y - y0) (x1 - x0) / (y1 - y0).
             rise = pitch * (y1 - y0)
             run = (x0 - pitch // 2) * (y1 - y0) + (y[crossed] - y0) * (x1 - x0)
             columns = np.clip(-(-run // max(rise, 1)), 0, width)
@@ -136,7 +137,7 @@ def rasterize(contours: list[IntArray], image_hw: tuple[int, int]) -> IntArray:
 def texture(
     rng: np.random.RandomState, image_hw: tuple[int, int], cell: int, swing: int
 ) -> IntArray:
-    """Returns (H, W, 3) smooth noise in [-swing, swing]: a random lattice, bilinear in integers."""
+    """Returns (H, W, 3) noise in [-swing, swing]: a bilinearly interpolated random lattice."""
     height, width = image_hw
     lattice = rng.randint(-swing, swing + 1, size=(height // cell + 2, width // cell + 2, 3))
     y, x = np.divmod(np.arange(height), cell), np.divmod(np.arange(width), cell)
@@ -148,7 +149,7 @@ def texture(
 def draw_image(
     rng: np.random.RandomState,
 ) -> tuple[ByteArray, list[tuple[int, npt.NDArray[np.bool_]]]]:
-    """Returns an (H, W, 3) RGB image and its instances: (class index, (H, W) visible mask)."""
+    """Returns an (H, W, 3) RGB image and its objects: (class index, (H, W) visible mask)."""
     height, width = IMAGE_HW
     background = rng.randint(40, 216, size=3)
     image = background + texture(rng, IMAGE_HW, 16, 20) + texture(rng, IMAGE_HW, 4, 10)
@@ -186,7 +187,7 @@ def draw_image(
 
 
 def encode_png(image: ByteArray) -> bytes:
-    """Encodes an (H, W, 3) RGB image as a PNG of stored blocks: no compressor is involved."""
+    """Encodes an (H, W, 3) RGB image as a PNG of stored blocks, without a compressor."""
     height, width, _ = image.shape
     raw = np.concatenate(
         [np.zeros((height, 1), np.uint8), image.reshape(height, -1)], axis=1
@@ -208,7 +209,7 @@ def encode_png(image: ByteArray) -> bytes:
 def coco_annotation(
     annotation_id: int, image_id: int, class_index: int, mask: npt.NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """Returns the COCO record of one instance."""
+    """Returns the COCO record of one object."""
     rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     x0, y0 = int(columns[0]), int(rows[0])
@@ -245,10 +246,11 @@ def write_split(folder: Path, split: str, num_images: int) -> None:
 
 
 def ensure_shapes(folder: Path, split: str) -> None:
-    """Makes a split of the data set in ``folder`` unless it is there.
+    """Generates a split of the data set in ``folder`` unless it exists.
 
-    It is written under a temporary name and renamed, the annotations last, so that an interrupted
-    run leaves nothing that looks finished. Several processes write the same bytes.
+    The split is written under a temporary name and then renamed, annotations last, so that an
+    interrupted run leaves nothing that looks complete. Several processes can do this at once,
+    because they write the same bytes.
     """
     annotations = Path("annotations") / f"{split}.json"
     if (folder / annotations).is_file():
@@ -259,7 +261,7 @@ def ensure_shapes(folder: Path, split: str) -> None:
         write_split(unfinished, split, NUM_IMAGES[split])
         try:
             (unfinished / split).rename(folder / split)
-        except OSError:  # the images of another process, which has been first or interrupted
+        except OSError:  # another process has already written the images
             if not (folder / split).is_dir():
                 raise
         (unfinished / annotations).replace(folder / annotations)
@@ -269,7 +271,7 @@ def ensure_shapes(folder: Path, split: str) -> None:
 
 
 def load_shapes(folder: Path, split: str) -> list[dict[str, Any]]:
-    """Returns a split in detectron2's standard format, making it on first use."""
+    """Returns a split in detectron2's standard format; generates it on first use."""
     ensure_shapes(folder, split)
     annotations = str(folder / "annotations" / f"{split}.json")
     return load_coco_json(annotations, str(folder / split), f"shapes_{split}")
@@ -278,7 +280,7 @@ def load_shapes(folder: Path, split: str) -> list[dict[str, Any]]:
 def register_shapes() -> None:
     """Registers ``shapes_train`` and ``shapes_val`` in detectron2's catalogs.
 
-    If a user's data set has that name, registered before or later, it takes their place.
+    A user's data set of the same name takes their place, whether registered earlier or later.
     """
     folder = datasets_root() / FOLDER
     for split in NUM_IMAGES:

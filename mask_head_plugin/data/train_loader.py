@@ -1,10 +1,10 @@
-"""Training batches that are the same in a resumed run: batch k depends only on the seed and k.
+"""Training batches that are the same in a resumed run: batch k depends only on the seed and on k.
 
-detectron2 groups samples by aspect ratio after the workers and draws augmentations from whatever
-state the generators of a worker are in, so its batches depend on the number of workers and differ
-in a resumed run. Here, the main process composes batches of indices, and each sample is augmented
-with generators seeded by its place in the run. Nothing needs to be saved: to continue at iteration
-k, the first k lists of indices are skipped.
+detectron2 groups samples by aspect ratio after the workers have loaded them, and draws
+augmentations from the current state of each worker's generators. Its batches therefore depend on
+the number of workers and differ in a resumed run. Here, the main process composes batches of
+indices, and each sample is augmented with generators that are seeded by its position in the run. No
+state needs to be saved: to continue at iteration k, the first k lists of indices are skipped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Record = dict[str, Any]
 Mapper = Callable[[Record], Any]
 
 MAX_DECLINED = 100
-"""How many images in a row a mapper may decline, by returning None."""
+"""Number of images in a row that a mapper may decline by returning None."""
 
 FILES_LISTED = 20
 
@@ -51,7 +51,7 @@ def seed_generators(*key: int) -> None:
         key: non-negative integers, such as seed, iteration and rank.
     """
     seed = _seed_python_and_numpy(key)
-    # torch.manual_seed would record, each time, a later call that seeds CUDA.
+    # Each call of torch.manual_seed would queue another seeding of CUDA for later.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)
@@ -59,7 +59,7 @@ def seed_generators(*key: int) -> None:
 
 @contextlib.contextmanager
 def kept_generators() -> Iterator[None]:
-    """Restores the state of the CPU's global generators at the end."""
+    """Restores the state of the CPU's global random generators at the end of the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -75,7 +75,7 @@ def seed_cpu_generators(*key: int) -> None:
 
 
 def _seed_python_and_numpy(key: Sequence[int]) -> int:
-    """Returns the remaining seed, for torch."""
+    """Seeds the generators of Python and NumPy and returns a seed for torch."""
     words = np.random.SeedSequence(key).generate_state(4, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(words[1:3].view(np.uint32))
@@ -83,12 +83,12 @@ def _seed_python_and_numpy(key: Sequence[int]) -> int:
 
 
 class ImageNamingMapper:
-    """A mapper whose errors are one line that names the image."""
+    """Wraps a mapper so that its errors are one line that names the image."""
 
     def __init__(self, mapper: Mapper) -> None:
         """
         Args:
-            mapper: from a record to what the model takes.
+            mapper: converts a record to the model's input.
         """
         self._mapper = mapper
 
@@ -96,7 +96,7 @@ class ImageNamingMapper:
         """Maps a record.
 
         Raises:
-            ConfigError: if the mapper fails with any error.
+            ConfigError: if the mapper raises any error.
         """
         described = describe(record)  # the mapper may change the record
         try:
@@ -113,35 +113,35 @@ class ImageNamingMapper:
 
 
 def describe(record: Record) -> str:
-    """Returns the file and the id of an image, for messages."""
+    """Returns the file and the id of an image for messages."""
     return f"{record.get('file_name', 'a record')} (image_id {record.get('image_id')!r})"
 
 
 class TrainLoader:
-    """Endless batches of mapped samples, starting from any iteration.
+    """Yields an endless series of batches of mapped samples, starting at any iteration.
 
-    The samples of a batch, their order and their augmentation depend on (seed, iteration, rank,
-    number of processes), not on workers or on what ran before.
+    The samples of a batch, their order and their augmentation depend on seed, iteration, rank and
+    number of processes, but not on workers or on earlier batches.
 
     Differs from detectron2's loader: if the mapper fails on a sample, the error names the file,
-    with any number of workers; and a sample that the mapper declines (None) is replaced by an image
-    drawn from the sample's own generator.
+    regardless of the number of workers. A sample that the mapper declines (None) is replaced by an
+    image drawn with the sample's own generator.
     """
 
     def __init__(self, cfg: CfgNode, mapper: Mapper | None = None) -> None:
         """
         Args:
-            cfg: its DATASETS, DATALOADER, INPUT and SOLVER.IMS_PER_BATCH are read as detectron2
-                does, and INPUT.COPY_PASTE.
-            mapper: from a record to what the model takes; if None ImageFileMapper.
+            cfg: read are DATASETS, DATALOADER, INPUT and SOLVER.IMS_PER_BATCH, as in detectron2,
+                and INPUT.COPY_PASTE.
+            mapper: converts a record to the model's input; None means ImageFileMapper.
         """
         check_copy_paste(cfg)
-        with kept_generators():  # it creates a sampler, which draws
+        with kept_generators():  # from_config creates a sampler, which draws random numbers
             parts = build_detection_train_loader.from_config(cfg, mapper or ImageFileMapper(cfg))
         if isinstance(parts["dataset"], IterableDataset):
             raise ConfigError(
                 f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} is an IterableDataset, whose order "
-                "cannot be resumed; override build_train_loader with detectron2's loader"
+                "cannot be resumed; override build_train_loader to use detectron2's loader"
             )
         self._cfg = cfg
         records: Sequence[Record] = parts["dataset"]
@@ -154,18 +154,18 @@ class TrainLoader:
                 f"{comm.get_world_size()} processes"
             )
         self._groups = _aspect_groups(records) if parts["aspect_ratio_grouping"] else None
-        # Packed, so that workers share the memory.
+        # Serialized so that workers share the memory.
         self._records = (
             DatasetFromList(records, copy=False) if isinstance(records, list) else records
         )
         self._seed, self._start = 0, 0
 
     def go_to(self, seed: int, iteration: int) -> None:
-        """Sets the seed, and the iteration from which the next iterator starts."""
+        """Sets the seed and the iteration at which the next iterator starts."""
         self._seed, self._start = seed, iteration
 
     def __iter__(self) -> Iterator[list[Any]]:
-        # detectron2's samplers take their seed from NumPy's generator, each in another way.
+        # Each of detectron2's samplers takes its seed from NumPy's generator in a different way.
         with kept_generators():
             seed_cpu_generators(self._seed)
             parts = build_detection_train_loader.from_config(
@@ -181,13 +181,13 @@ class TrainLoader:
             batch_sampler=batches,
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
-            # Otherwise each new loader would draw from torch's own generator.
+            # Otherwise each new loader would draw from torch's global generator.
             generator=torch.Generator().manual_seed(self._seed),
         )
         return self._checked(iter(loader), batches)
 
     def _checked(self, loaded: Iterator[list[Any]], batches: _Batches) -> Iterator[list[Any]]:
-        """Passes batches on; raises one error for a sample that a worker could not load."""
+        """Yields batches; raises a ConfigError if a worker died or could not load a sample."""
         while True:
             try:
                 batch = next(loaded)
@@ -198,9 +198,9 @@ class TrainLoader:
                 files = [describe(self._records[place.index]) for place in places]
                 raise ConfigError(
                     f"a data loader worker died in iteration {places[0].iteration} "
-                    f"({first_line(error)}) while these were loaded: "
+                    f"({first_line(error)}) while these files were loaded: "
                     f"{listed(files, FILES_LISTED)}. If memory ran out, lower "
-                    f"DATALOADER.NUM_WORKERS; otherwise look at these files"
+                    f"DATALOADER.NUM_WORKERS; otherwise check these files"
                 ) from error
             batches.pending.popleft()
             for sample in batch:
@@ -212,7 +212,7 @@ class TrainLoader:
 
 @dataclass(frozen=True)
 class _Place:
-    """A sample's place in the run, and its index in the data set."""
+    """A sample's position in the run, and its index in the data set."""
 
     iteration: int
     slot: int
@@ -221,19 +221,19 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Replaces a sample that could not be loaded: workers cannot send every exception."""
+    """Stands for a sample that could not be loaded, because not every exception can be pickled."""
 
     message: str
     details: str
 
 
 class _Batches(Sampler[list[_Place]]):
-    """Endless lists of places, one per batch; with groups, each batch is from one group."""
+    """Yields an endless series of lists of places, one per batch, each from a single group."""
 
     def __init__(
         self, sampler: Sampler[int], batch_size: int, groups: list[bool] | None, start: int
     ) -> None:
-        self.pending: deque[list[_Place]] = deque()  # handed out, not yet loaded
+        self.pending: deque[list[_Place]] = deque()  # given to workers but not yet loaded
         self._sampler, self._batch_size, self._groups = sampler, batch_size, groups
         self._start = start
 
@@ -255,13 +255,13 @@ class _Batches(Sampler[list[_Place]]):
 
 
 class _Samples(Dataset[Any]):
-    """Mapped samples, by place."""
+    """A data set of mapped samples, indexed by their place in the run."""
 
     def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int, rank: int) -> None:
         self._records, self._mapper, self._seed, self._rank = records, mapper, seed, rank
 
     def __getitems__(self, places: list[_Place]) -> list[Any]:
-        with kept_generators():  # once per batch: it takes longer than seeding
+        with kept_generators():  # once per batch, because it takes longer than seeding
             return [self[place] for place in places]
 
     def __getitem__(self, place: _Place) -> Any:
@@ -281,7 +281,7 @@ class _Samples(Dataset[Any]):
 
 
 def _aspect_groups(records: Sequence[Record]) -> list[bool]:
-    """Returns for each record whether it is wider than it is high, as detectron2 groups them."""
+    """Returns, for each record, whether it is wider than high: detectron2's two groups."""
     for record in records:
         if not ("width" in record and "height" in record):
             raise ConfigError(

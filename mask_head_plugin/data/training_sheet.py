@@ -1,4 +1,4 @@
-"""One picture of what a model is trained on: augmented images, without and with their masks."""
+"""Draws a picture of training samples: augmented images, with and without their masks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def write_training_sheet(cfg: CfgNode, samples: Sequence[dict[str, Any]], path: 
     """Draws samples of a training loader into one PNG: pixels on the left, masks on the right.
 
     Args:
-        cfg: gives INPUT.FORMAT and, by DATASETS.TRAIN, the names of the classes.
-        samples: with ``image`` (C, H, W) and ``instances`` with ``gt_classes`` and ``gt_masks``.
+        cfg: gives INPUT.FORMAT and, through DATASETS.TRAIN, the class names.
+        samples: each has ``image`` (C, H, W), and ``instances`` with ``gt_classes`` and
+            ``gt_masks``.
         path: the PNG to write; its folder is created if missing.
 
     Raises:

@@ -1,6 +1,4 @@
-"""Finds faults of COCO files and their images, reports each with its fix, and repairs them in a
-copy.
-"""
+"""Finds faults in COCO files and their images, explains how to fix them, and repairs copies."""
 
 from .check import CheckOptions, check_coco_file
 from .config_datasets import check_dataset_files

@@ -1,8 +1,8 @@
-"""Checks a COCO instances file and its images before anything is trained with them.
+"""Checks a COCO instances file and its images before training.
 
-It looks for whatever breaks detectron2's ``load_coco_json``, its DatasetMapper and masks,
-pycocotools or this package's evaluation, and for whatever they would silently misread.
-``findings.KINDS`` is the list.
+The check finds everything that would break detectron2's ``load_coco_json``, its DatasetMapper and
+masks, pycocotools or this package's evaluation, and everything that these would silently misread.
+``findings.KINDS`` lists all kinds of findings.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from .whole_export import check_whole
 
 @dataclass
 class CheckOptions:
-    """How to check.
+    """Options of the check.
 
     Attributes:
-        num_classes: of the model, None if not known.
-        lvis: whether the file is LVIS's.
-        masks: whether objects need masks, as MODEL.MASK_ON says.
+        num_classes: number of classes of the model; None if unknown.
+        lvis: whether the file is in LVIS format.
+        masks: whether objects need masks (MODEL.MASK_ON).
         files: whether to check the image files.
         decode: whether to decode all image files.
-        known_files: facts of files that need not be read again.
+        known_files: facts about files that do not have to be read again, by path.
     """
 
     num_classes: int | None = None
@@ -51,11 +51,11 @@ class CheckOptions:
 
 @dataclass
 class Facts:
-    """What a check learns about a file, apart from its faults.
+    """Facts about a file that a check collects in addition to findings.
 
     Attributes:
-        categories: names by id.
-        formats: how its masks are written.
+        categories: category names by id.
+        formats: formats of the masks.
     """
 
     categories: dict[int, str] = field(default_factory=dict)
@@ -69,8 +69,8 @@ def check_coco_file(
 
     Args:
         json_file: path of the annotations.
-        image_root: the folder that ``file_name`` starts from, or several.
-        options: how to check; None for the defaults.
+        image_root: the folder that ``file_name`` is relative to, or several folders.
+        options: options of the check; None for the defaults.
 
     Returns:
         The findings, in the order of the file.
@@ -84,12 +84,12 @@ def check_coco_file(
 
 
 def read_content(json_file: str, found: Findings, *, compact: bool = True) -> Any:
-    """Returns the content of a JSON file; None, and adds a finding, if it cannot be read.
+    """Returns the content of a JSON file, or adds a finding and returns None if it is unreadable.
 
     Args:
-        json_file: its path.
-        found: gets the finding.
-        compact: whether polygons may become arrays of numbers, which saves 1 GB for COCO.
+        json_file: path of the file.
+        found: list to which the finding is added.
+        compact: whether to store polygons as arrays of numbers, which saves 1 GB for COCO.
     """
     try:
         data = Path(json_file).read_bytes()
@@ -114,18 +114,18 @@ def read_content(json_file: str, found: Findings, *, compact: bool = True) -> An
 
 
 def _compact(record: dict[str, Any]) -> dict[str, Any]:
-    """Turns a parsed object's polygons into arrays if they are lists of numbers."""
+    """Converts the polygons of a parsed object to arrays if they are lists of numbers."""
     polygons = record.get("segmentation")
     if type(polygons) is list:
         for k, polygon in enumerate(polygons):
             if type(polygon) is list and polygon:
-                with contextlib.suppress(TypeError, OverflowError):  # the check will report it
+                with contextlib.suppress(TypeError, OverflowError):  # the check reports these
                     polygons[k] = array("d", polygon)
     return record
 
 
 def _parse(text: str, found: Findings, object_hook: Callable[[dict[str, Any]], Any] | None) -> Any:
-    # None of the millions of new objects is garbage; looking for it takes longer than parsing.
+    # Garbage collection would take longer than parsing, and none of the new objects is garbage.
     gc.disable()
     try:
         return json.loads(text, object_hook=object_hook)
@@ -149,13 +149,13 @@ def _parse(text: str, found: Findings, object_hook: Callable[[dict[str, Any]], A
 
 
 def check_content(content: Any, image_root: str, found: Findings, options: CheckOptions) -> Facts:
-    """Checks what a COCO file holds.
+    """Checks the content of a COCO file.
 
     Args:
-        content: parsed from JSON.
-        image_root: the folder of its images.
-        found: gets the findings.
-        options: how to check.
+        content: the parsed JSON.
+        image_root: the image folder.
+        found: list to which findings are added.
+        options: options of the check.
     """
     facts = Facts()
     if not check_sections(content, found):
@@ -189,7 +189,7 @@ def _check_annotations(
     sizes: Sizes,
     options: CheckOptions,
 ) -> None:
-    """Checks each annotation, and then shares of them."""
+    """Checks each annotation, and then the annotations as a whole."""
     if not annotations:
         found.add("no-annotations", "the file has no annotations")
         return

@@ -1,7 +1,7 @@
-"""Checks a config's data sets before the first iteration: DATASETS.CHECK.
+"""Checks a config's data sets before the first iteration (DATASETS.CHECK).
 
-Results are cached in ``$XDG_CACHE_HOME/mask_head_plugin`` (or ``~/.cache``), so that a second run
-with the same annotations and image files only looks at their sizes and times.
+Results are cached in ``$XDG_CACHE_HOME/mask_head_plugin`` (or ``~/.cache``). A second run with the
+same annotations and image files checks only the files' sizes and times.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ REPORT = "dataset_check.json"
 
 @dataclass(frozen=True)
 class CocoSource:
-    """A registered data set in a file of COCO's or LVIS's format.
+    """A registered data set with an annotation file in COCO or LVIS format.
 
     Attributes:
-        name: in the catalog.
-        json_file: its annotations.
-        image_root: its images.
-        lvis: whether it is LVIS's.
-        matched: whether its categories are matched by DATASETS.COCO_FILES.
+        name: name in the catalog.
+        json_file: the annotation file.
+        image_root: the image folder.
+        lvis: whether the file is in LVIS format.
+        matched: whether DATASETS.COCO_FILES matches its categories with those of other files.
     """
 
     name: str
@@ -68,12 +68,12 @@ class CocoSource:
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """What a check found, as it is cached.
+    """The result of a check, in the form in which it is cached.
 
     Attributes:
-        findings: all.
-        categories: names by id.
-        rle_example: a list with the id of a non-crowd annotation with run lengths, or empty.
+        findings: all findings.
+        categories: category names by id.
+        rle_example: a list with the id of one non-crowd annotation that has run lengths, or empty.
         files: paths of the images.
         objects: number of non-crowd objects by image id, for images that have any.
     """
@@ -86,10 +86,10 @@ class CheckedFile:
 
 
 def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
-    """Checks the files of DATASETS.TRAIN and DATASETS.TEST as DATASETS.CHECK says.
+    """Checks the files of DATASETS.TRAIN and DATASETS.TEST according to DATASETS.CHECK.
 
-    Writes all findings to ``OUTPUT_DIR/dataset_check.json``. Data sets that are not COCO files, and
-    the embedded one, are not checked.
+    Writes all findings to ``OUTPUT_DIR/dataset_check.json``. The embedded data set, and data sets
+    that are not COCO files, are not checked.
 
     Args:
         cfg: a config whose data sets are registered.
@@ -113,18 +113,18 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
     if any(finding.severity != HINT for finding in found):
         logger.warning("findings in the data sets (all in %s):\n%s", report, summary_table(found))
     for finding in found:
-        if finding.severity != ERROR and finding.index < 0:  # a table would not show the shares
+        if finding.severity != ERROR and finding.index < 0:  # the table does not show the shares
             level = logging.INFO if finding.severity == HINT else logging.WARNING
             logger.log(level, "%s", finding)
     if errors and mode == "error":
         raise ConfigError(
-            f"{describe_errors(errors, sources)}\nAll are in {report}. DATASETS.CHECK warn "
-            "continues in spite of errors, off does not look for them."
+            f"{describe_errors(errors, sources)}\n{report} lists all of them. DATASETS.CHECK warn "
+            "continues in spite of errors, off skips the check."
         )
 
 
 def find_faults(cfg: CfgNode, sources: Sequence[CocoSource]) -> list[Finding]:
-    """Returns the faults of a config's data sets, one by one and taken together.
+    """Returns the faults in a config's data sets, separately and in combination.
 
     Args:
         cfg: a config whose data sets are registered.
@@ -145,13 +145,13 @@ def find_faults(cfg: CfgNode, sources: Sequence[CocoSource]) -> list[Finding]:
 
 
 def write_report(found: Sequence[Finding], path: Path) -> None:
-    """Writes findings as JSON, with their numbers."""
+    """Writes findings and their counts as JSON."""
     content = {**count_by_severity(found), "findings": [finding.as_dict() for finding in found]}
     write_durably(path, json.dumps(content, indent=1) + "\n")
 
 
 def sources_of(names: Iterable[str]) -> list[CocoSource]:
-    """Returns the data sets that are files; each pair of file and folder once."""
+    """Returns the data sets that are local files; each pair of file and folder occurs once."""
     sources: dict[tuple[str, str], CocoSource] = {}
     for name in names:
         metadata = MetadataCatalog.get(name)
@@ -161,9 +161,7 @@ def sources_of(names: Iterable[str]) -> list[CocoSource]:
         kind = metadata.get("evaluator_type", "")
         remote = any("://" in path for path in (json_file, image_root))
         if not (json_file and image_root) or remote or kind not in ("coco", "lvis"):
-            logger.info(
-                "data set %s is not checked: no file in COCO's format on this machine", name
-            )
+            logger.info("data set %s is not checked: it has no COCO file on this machine", name)
             continue
         matched = metadata.get("from_coco_files", False)
         source = CocoSource(name, json_file, image_root, kind == "lvis", matched)
@@ -172,9 +170,9 @@ def sources_of(names: Iterable[str]) -> list[CocoSource]:
 
 
 def files_of(name: str) -> tuple[str, str]:
-    """Returns the annotation file and the image folder of a data set; empty if it has none.
+    """Returns the annotation file and the image folder of a data set; "" if it has none.
 
-    For a data set of COCO_FILES, that is the user's file, not the copy for evaluators.
+    For a data set in COCO_FILES, this is the user's file, not the copy for evaluators.
     """
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("source_json_file") or metadata.get("json_file", "")
@@ -182,12 +180,14 @@ def files_of(name: str) -> tuple[str, str]:
 
 
 def _num_classes(cfg: CfgNode, source: CocoSource) -> int | None:
-    # A file of COCO_FILES may lack categories of another one.
+    # A file in COCO_FILES may lack categories of another one.
     return None if source.matched else cfg.MODEL.ROI_HEADS.NUM_CLASSES
 
 
 def _disagreements(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
-    """detectron2 numbers the classes of each file separately, so all must list the same."""
+    """Finds differing categories: detectron2 numbers each file's classes separately, so all files
+    must list the same ones.
+    """
     by_name = {source.name: result for source, result in checked.items()}
     reference = next((name for name in cfg.DATASETS.TRAIN if name in by_name), None)
     found: list[Finding] = []
@@ -198,21 +198,22 @@ def _disagreements(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list
         differing = set(expected.items()) ^ set(result.categories.items())
         if differing and not source.matched:
             i, name = min(differing)
-            where = "there" if (i, name) in expected.items() else "here"
+            where = "second" if (i, name) in expected.items() else "first"
             message = (
-                f"of {source.name!r} and {reference!r}, category {i} is {quote(name)} only {where}"
+                f"of {source.name!r} and {reference!r}, category {i} is {quote(name)} only in the "
+                f"{where}"
             )
             found.append(Finding("categories-disagree", source.json_file, message))
     return found
 
 
 def _leave_training(cfg: CfgNode, source: CocoSource) -> bool:
-    """Returns whether training skips images without objects, if a data set has any."""
+    """Returns whether training skips a data set's images without objects."""
     return source.name in cfg.DATASETS.TRAIN and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
 
 
 def _in_both_splits(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
-    """Looks for training images in the data sets of DATASETS.TEST."""
+    """Finds training images in the data sets of DATASETS.TEST."""
     found: list[Finding] = []
     # A data set in both is listed once, under its name in TRAIN.
     of_name = {
@@ -237,7 +238,7 @@ def _in_both_splits(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> lis
 def _more_objects_than_detections(
     cfg: CfgNode, checked: dict[CocoSource, CheckedFile]
 ) -> list[Finding]:
-    """Looks for images of DATASETS.TEST with more objects than a model of this config can find."""
+    """Finds images of DATASETS.TEST with more objects than a model of this config can detect."""
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     tested = [files_of(name) for name in cfg.DATASETS.TEST]
     found: list[Finding] = []
@@ -248,14 +249,14 @@ def _more_objects_than_detections(
             share = f"{len(above)} of {len(result.files)} images"
             message = (
                 f"{share} have more objects than the {limit} that TEST.DETECTIONS_PER_IMAGE lets a "
-                f"model find; image {quote(most)} has {above[most]}"
+                f"model detect; image {quote(most)} has {above[most]}"
             )
             found.append(Finding("image-over-detections", source.json_file, message))
     return found
 
 
 def _wrong_mask_format(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
-    """Reports run lengths, which PolygonMasks cannot hold; crowds do not matter in training."""
+    """Reports run lengths, which PolygonMasks cannot represent; crowds are not used in training."""
     if not cfg.MODEL.MASK_ON or cfg.INPUT.MASK_FORMAT != "polygon":
         return []
     message = "the mask is run lengths, but INPUT.MASK_FORMAT is polygon"
@@ -275,7 +276,7 @@ def describe_errors(errors: Sequence[Finding], sources: Iterable[CocoSource]) ->
     mendable = {finding.file for finding in errors if KINDS[finding.kind].by_fix}
     commands = [f"  {_fix_command(source)}" for source in sources if source.json_file in mendable]
     if commands:
-        lines += ["A corrected copy is written by", *commands]
+        lines += ["To write a corrected copy, run", *commands]
     return "\n".join(lines)
 
 
@@ -293,13 +294,13 @@ def check_with_cache(
 
     Args:
         source: the data set.
-        num_classes: of the model, None if it does not matter.
+        num_classes: number of classes of the model; None to ignore it.
         masks: whether objects need masks.
     """
     path = _cache_path(source, num_classes, masks)
     kept = _read_cache(path) if path else None
     if kept is not None:
-        logger.info("%s and its images were checked before", source.json_file)
+        logger.info("%s and its images have already been checked", source.json_file)
         return kept
     logger.info("checking %s and its images (DATASETS.CHECK)", source.json_file)
     found = Findings(source.json_file)
@@ -316,7 +317,7 @@ def check_with_cache(
     example = facts.formats.examples.get("run lengths")
     examples = [] if example is None else [example]
     result = CheckedFile(found, facts.categories, examples, files, _objects_by_image(content))
-    # A missing file may appear elsewhere in the folder, which the listed files would not show.
+    # Not if files are missing: they may later appear in another folder, which is not listed.
     if path and not any(x.kind in ("image-file-missing", "image-file-elsewhere") for x in found):
         _write_cache(path, result, before)
     return result
@@ -330,20 +331,20 @@ def _objects_by_image(content: Any) -> list[tuple[Any, int]]:
 
 
 def _cache_path(source: CocoSource, num_classes: int | None, masks: bool) -> Path | None:
-    """Returns where to cache a check, by content of the file, arguments and code of the check."""
+    """Returns the path of the cached check for the file's content, the arguments and the code."""
     digest = hashlib.sha256()
-    # As text: a relative path means another file in another folder.
+    # Includes the current folder, because paths may be relative to it.
     arguments = [source.json_file, source.image_root, source.lvis, num_classes, masks, os.getcwd()]  # noqa: PTH109
     digest.update(json.dumps(arguments).encode())
     try:
-        # Findings also depend on the image reader.
+        # Findings also depend on the code of the image reader.
         for code in (*sorted(Path(__file__).parent.glob("*.py")), Path(image_files.__file__)):
             digest.update(code.read_bytes())
         with Path(source.json_file).open("rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
         root = os.getenv("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    except (OSError, RuntimeError):  # no such file, which the check will report; or no home folder
+    except (OSError, RuntimeError):  # the file is missing, which the check reports, or no home
         return None
     return Path(root) / "mask_head_plugin" / "dataset_checks" / f"{digest.hexdigest()}.json"
 
@@ -354,7 +355,7 @@ def _fingerprint(files: Iterable[str]) -> str:
     for path in files:
         try:
             status = os.stat(path)  # noqa: PTH116  # makes no Path of each of many files
-            # The last one also changes with permissions.
+            # st_ctime also changes with permissions.
             times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
             digest.update(f"{path}\0{status.st_size}\0{times}\n".encode())
         except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Writes a corrected copy of a COCO file: repairs what has one right answer, drops the rest.
+"""Writes a corrected copy of a COCO file: repairs what has only one right answer, drops the rest.
 
-The check decides: each error is repaired once; if it is still an error, the record is dropped. So
-the copy passes the check. Every change is listed with its reason.
+Each error that the check finds is repaired once. If the check still finds it, the record is
+dropped. The copy therefore passes the check. Every change is listed with its reason.
 """
 
 from __future__ import annotations
@@ -44,19 +44,20 @@ def fix_coco_file(
 
     Args:
         json_file: the annotations.
-        image_root: the folder of the images, or several; then names in the copy start from the
-            folder above all of them.
-        output: the copy; must not exist. The list is ``<output>.changes.json``.
-        options: those of the check.
-        accepted: kinds of finding that may cost most records; without this, such a copy is refused.
+        image_root: the image folder, or several. With several, file names in the copy are relative
+            to their common parent folder.
+        output: the copy; must not exist. The list of changes is ``<output>.changes.json``.
+        options: options of the check.
+        accepted: kinds of finding that may cost most of the records. Otherwise, such a copy is
+            refused.
         crowds_are_objects: whether annotations with ``iscrowd`` 1 are single objects.
 
     Returns:
         The changes.
 
     Raises:
-        ConfigError: if the output exists or cannot be written, or if the file has faults without
-            one right repair.
+        ConfigError: if the output exists or cannot be written, or if the file has faults without a
+            single right repair.
     """
     refuse_existing((output, changes_path(output)), "--fix")
     content, changes = _read_leniently(json_file)
@@ -64,10 +65,10 @@ def fix_coco_file(
     if not check_sections(content, found):
         raise _unfixable(found[0])
     options = options or CheckOptions()
-    # Another number of classes in the model is not a fault of the file.
+    # A model with a different number of classes is not a fault of the file.
     root = join_folders(content, image_root)
     if not isinstance(image_root, str) and len(image_root) > 1:
-        what = f"file_name now starts from {root}: train with this image folder"
+        what = f"file_name is now relative to {root}: train with this image folder"
         changes.append(Change("changed", "image-file-elsewhere", "", -1, None, None, what))
     document = Document(content, root, dataclasses.replace(options, num_classes=None))
     repair(document, json_file, accepted, crowds_are_objects=crowds_are_objects)
@@ -78,7 +79,7 @@ def fix_coco_file(
 
 
 def changes_path(output: Path) -> Path:
-    """Returns where the changes of a copy are listed."""
+    """Returns the path of the list of changes."""
     return output.with_name(f"{output.name}.changes.json")
 
 
@@ -112,12 +113,12 @@ def repair(
 
     Args:
         document: changed in place.
-        json_file: its name, for messages.
-        accepted: kinds of finding that may cost most records.
+        json_file: name of the file, for messages.
+        accepted: kinds of finding that may cost most of the records.
         crowds_are_objects: whether ``iscrowd`` 1 becomes 0.
 
     Raises:
-        ConfigError: if that cannot be done.
+        ConfigError: if the file cannot be repaired.
     """
     if crowds_are_objects:
         _make_objects(document, json_file)
@@ -131,14 +132,14 @@ def repair(
             continue
         section = next(s for s in SECTION_ORDER if any(x.section == s for x in errors))
         faults = [x for x in errors if x.section == section]
-        # Boxes come last: judging them takes sound masks.
+        # Boxes come last, because judging them requires valid masks.
         others = [x for x in faults if x.kind not in BOX_KINDS]
         if not others and boxes_are_left:
             boxes_are_left = False
             if repair_boxes(document, faults, accepted):
                 continue
         faults = others or faults
-        # One finding per record at a time: a repair may also remove another's cause, or change ids.
+        # One finding per record at a time, because a repair can also fix others or change ids.
         first_of_record = {x.index: x for x in reversed(faults)}
         for index in sorted(first_of_record):
             _treat(document, first_of_record[index], tried)
@@ -170,7 +171,7 @@ def _repair_whole(document: Document, findings: list[Finding]) -> None:
     """Repairs a fault of the whole file.
 
     Raises:
-        ConfigError: if it has no repair, or results from dropped records.
+        ConfigError: if there is no repair, or the fault results from dropped records.
     """
     for finding in findings:
         if finding.kind == "normalised-coordinates" and repair_normalised_boxes(document, finding):

@@ -1,4 +1,4 @@
-"""A parsed COCO file under repair: its records, indexed by what refers to them, and the changes.
+"""A parsed COCO file under repair: its records, indexes of related records, and the changes.
 
 Shape alphabet: H, W sides of an image.
 """
@@ -23,7 +23,7 @@ Record = dict[str, Any]
 SECTION_ORDER = ("categories", "images", "annotations")
 
 DISTORTING = {"polygon-outside", "polygon-odd", "crowd-polygon"}
-"""Kinds whose repair loses pixels of a mask, or decides something only the author knows."""
+"""Kinds whose repair loses pixels of a mask, or guesses something that only the author knows."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Change:
 
     Attributes:
         action: ``changed`` or ``left out``.
-        kind: of the finding.
-        section: of the record; empty for the whole file.
-        index: of the record in the input.
-        image_id: as in the input.
-        annotation_id: as in the input.
-        what: what was done, and why.
+        kind: kind of the finding.
+        section: section of the record; empty for the whole file.
+        index: index of the record in the input.
+        image_id: image id in the input.
+        annotation_id: annotation id in the input.
+        what: what was done and why.
     """
 
     action: str
@@ -50,25 +50,25 @@ class Change:
 
 
 class Document:
-    """What repairs read and change.
+    """The data that repairs read and change.
 
     Args:
-        content: the sections, lists of objects; changed in place.
-        image_root: the folder of the images.
-        options: of the check.
+        content: the sections, which are lists of objects; changed in place.
+        image_root: the image folder.
+        options: options of the check.
 
     Attributes:
-        counts: how many records each section had.
-        changes: what was done.
+        counts: number of records in each section of the input.
+        changes: list of changes.
         losses: findings, by section and index in the input, of records that are dropped or lose
-            pixels. A record whose content another one keeps is not a loss, nor are the annotations
-            of a lost image.
-        images: the image records by id.
+            pixels. Records that are merged into another, and annotations of a lost image, do not
+            count as losses.
+        images: image records by id.
         files: image records by normalised file name.
-        annotations: by image id.
+        annotations: annotations by image id.
         members: annotations by category id.
-        categories: by id.
-        finding: what is being treated.
+        categories: categories by id.
+        finding: the finding that is being treated.
     """
 
     finding: Finding
@@ -85,7 +85,7 @@ class Document:
         self.index()
 
     def _keep_objects(self, section: str) -> None:
-        """Records the place of each record, and drops what is not a record."""
+        """Stores the place of each record, and drops entries that are not records."""
         singular = {"categories": "category", "images": "image", "annotations": "annotation"}
         for index, record in enumerate(self.content[section]):
             if isinstance(record, dict):
@@ -101,7 +101,7 @@ class Document:
         self.content[section][:] = [x for x in self.content[section] if isinstance(x, dict)]
 
     def index(self) -> None:
-        """Indexes which records belong together."""
+        """Updates the indexes of related records."""
         content, lvis = self.content, self.options.lvis
         self.images = _by_key(content["images"], "id")
         self.files: dict[str, list[Record]] = defaultdict(list)
@@ -126,8 +126,8 @@ class Document:
             records[:] = [x for x in records if id(x) not in self._dropped]
 
     def facts(self, image: Record) -> ImageFacts | None:
-        """Returns the facts of an image's file, if it can be used."""
-        # The same text as in records_and_files.listed_images, by which the files are known.
+        """Returns the facts about an image's file if it can be used."""
+        # Must be the same string as in records_and_files.listed_images, which is the key.
         path = os.path.join(self.image_root, str(image.get("file_name")))  # noqa: PTH118  # as there
         facts = self.options.known_files.get(path)
         return None if facts is None or facts.problem else facts
@@ -139,16 +139,16 @@ class Document:
         return (images[0]["height"], images[0]["width"]) if images else None
 
     def mask(self, annotation: Record) -> tuple[Box, Any] | None:
-        """Returns the box around a sound mask, cut to the image, and its run lengths."""
+        """Returns the box around a valid mask, cut to the image, and the mask's run lengths."""
         image_hw = self.image_hw(annotation)
         return None if image_hw is None else checked_mask(annotation, image_hw)
 
     def drop(self, record: Record, reason: str, *, merged: bool = False) -> None:
-        """Leaves a record out.
+        """Leaves out a record.
 
         Args:
-            record: an image is dropped with its annotations unless it is merged.
-            reason: goes into the list of changes.
+            record: the record. Unless it is merged, an image is dropped with its annotations.
+            reason: text for the list of changes.
             merged: whether another record keeps its content, so that nothing is lost.
         """
         section, index, *_ = self._places[id(record)]
@@ -168,7 +168,7 @@ class Document:
         return id(record) in self._dropped
 
     def note_change(self, record: Record, what: str) -> None:
-        """Lists a record that was changed."""
+        """Adds a changed record to the list of changes."""
         self._list("changed", record, f"{what}: {self.finding.message}")
         if self.finding.kind in DISTORTING:
             section, index, *_ = self._places[id(record)]
@@ -178,7 +178,7 @@ class Document:
         self.changes.append(Change(action, self.finding.kind, *self._places[id(record)], what))
 
     def new_id(self, section: str, wanted: Any) -> int:
-        """Returns a free id: the number that a text means, or else the next one."""
+        """Returns a free id: the number that ``wanted`` represents, or else the next free one."""
         taken = self._taken[section]
         number = _as_number(wanted)
         if number is None or number in taken or (number == 0 and section == "annotations"):
@@ -191,7 +191,7 @@ class Document:
 
 
 def _as_number(value: Any) -> int | None:
-    """Returns the number from 0 that a text or a float means."""
+    """Returns the non-negative integer that a string or a float represents, or None."""
     text = f"{value:.0f}" if isinstance(value, float) and value.is_integer() else value
     if not isinstance(text, str) or not (text.isascii() and text.isdigit() and len(text) < 16):
         return None

@@ -1,4 +1,4 @@
-"""Decides for a whole export which repairs apply to all records, and when --fix refuses.
+"""Decides which repairs apply to all records of an export, and when --fix must refuse.
 
 Shape alphabet: H, W sides of an image.
 """
@@ -24,23 +24,25 @@ NEARLY_ALL = 0.95
 BOX_KINDS = {"box-mismatch", "box-outside", "box-negative", "box-without-area"}
 AREA_KINDS = {"area-of-box", "area-suspicious"}
 BOTH_ARE_WRONG = {"mask-of-another-image"}
-"""How many records with this fault may be chance: of two, one may be right; ten show a habit."""
+"""Faults in which each of two records may be the wrong one. FEW of them or more show a faulty
+export."""
 
 
 def is_wholesale(count: int, total: int) -> bool:
-    """Returns whether this many faulty records point to a faulty export rather than chance."""
+    """Returns whether this many faulty records suggest a faulty export rather than chance."""
     return count > total / 2 or (count >= FEW and count > WHOLESALE_SHARE * total)
 
 
 def refuse_losses(document: Document, accepted: Collection[str]) -> None:
-    """Raises if a copy with so much dropped or cut would hide what is wrong with the export.
+    """Refuses a copy that loses so much that it would hide a fault of the whole export.
 
     Args:
-        document: repaired so far.
-        accepted: kinds of finding that the user takes.
+        document: the document after repairs.
+        accepted: kinds of finding whose losses the user accepts.
 
     Raises:
-        ConfigError: names the kinds, how many records of how many they cost, and the first one.
+        ConfigError: if too many records are lost. The message gives the kinds, the number of
+            records lost, and the first finding.
     """
     for section in ("images", "annotations"):
         lost = [x for x in document.losses[section].values() if x.kind not in accepted]
@@ -52,19 +54,19 @@ def refuse_losses(document: Document, accepted: Collection[str]) -> None:
 
 
 def refusal(document: Document, lost: Collection[Finding], way_out: str) -> ConfigError:
-    """Returns the error that names what would be lost."""
+    """Returns the error that states what would be lost."""
     first = next(iter(lost))
     kinds = Counter(finding.kind for finding in lost)
     of_each = ", ".join(f"{count} by {kind}" for kind, count in kinds.most_common())
     total = document.counts[first.section]
     return ConfigError(
         f"--fix: {len(lost)} of {total} {first.section} would be left out or cut ({of_each}), "
-        f"which would hide what is wrong with the whole export. {way_out} The first: {first}"
+        f"which would hide a fault of the whole export. {way_out} The first: {first}"
     )
 
 
 class _Boxes(NamedTuple):
-    """An annotation with its box as written, its image, and the box and pixels of its mask."""
+    """An annotation, its box as written, its image's size, and the box and area of its mask."""
 
     annotation: Record
     numbers: Box
@@ -81,19 +83,19 @@ class _Boxes(NamedTuple):
 def repair_boxes(document: Document, errors: Iterable[Finding], accepted: Collection[str]) -> bool:
     """Repairs the boxes of all annotations if they are wrong in the whole export.
 
-    Boxes written as corners become COCO's form, as loose as they were; others are replaced by the
-    boxes around the masks.
+    Boxes written as corners are converted to COCO's form without tightening them. Other boxes are
+    replaced by the boxes around the masks.
 
     Args:
-        document: whose images have sizes.
-        errors: of a check.
-        accepted: kinds of finding for which the user vouches for the masks.
+        document: a document whose images have sizes.
+        errors: errors from the check.
+        accepted: kinds of finding for which the user vouches that the masks are right.
 
     Returns:
         Whether anything was changed.
 
     Raises:
-        ConfigError: if the masks could be the wrong ones instead.
+        ConfigError: if the masks might be wrong instead of the boxes.
     """
     wrong = [x for x in errors if x.kind in BOX_KINDS]
     annotations = document.content["annotations"]
@@ -123,10 +125,10 @@ def repair_boxes(document: Document, errors: Iterable[Finding], accepted: Collec
 
 
 def repair_normalised_boxes(document: Document, finding: Finding) -> bool:
-    """Replaces boxes given as shares of the image by the boxes around masks in pixels.
+    """Replaces boxes given as shares of the image with the boxes around the masks, in pixels.
 
     Returns:
-        Whether that was possible: not if the masks are also shares.
+        Whether this was possible. It is not if the masks are also given as shares.
     """
     annotations = document.content["annotations"]
     if within_one(polygons_of(annotations)):
@@ -147,9 +149,9 @@ def repair_normalised_boxes(document: Document, finding: Finding) -> bool:
 
 
 def repair_areas(document: Document, finding: Finding) -> None:
-    """Sets the area of each annotation to its number of pixels where it is not the mask's.
+    """Sets the area of annotations to the mask's number of pixels if it differs.
 
-    A smaller area of several polygons stays: the mask may have a hole.
+    If a mask of several polygons has a smaller area, it is kept, because the mask may have a hole.
     """
     document.index()
     for k, annotation in enumerate(document.content["annotations"]):
@@ -193,7 +195,7 @@ def _nearly_all(votes: Iterable[bool]) -> bool:
 
 
 def _is_corners(boxes: _Boxes) -> bool:
-    """Returns whether the numbers fit the mask, or else the image, as [x0, y0, x1, y1]."""
+    """Returns whether the numbers, read as [x0, y0, x1, y1], fit the mask or else the image."""
     x0, y0, x1, y1 = corners = boxes.numbers
     if x0 >= x1 or y0 >= y1 or not _is_inside(corners, boxes.image_hw):
         return False
@@ -220,22 +222,22 @@ def _xywh(box: Box) -> list[float]:
 def _refuse_if_masks_may_be_wrong(
     document: Document, boxes: list[_Boxes], wrong: list[Finding]
 ) -> None:
-    """Raises if the boxes may be right, because masks are unsound or in another form."""
+    """Raises ConfigError if the masks may be wrong instead of the boxes."""
     pairs = [x for x in boxes if x.around_mask is not None]
     unsound = len(document.losses["annotations"])
     doubt = ""
     if unsound > (1 - NEARLY_ALL) * len(boxes):
-        doubt = f"{unsound} masks have faults of their own"
+        doubt = f"{unsound} masks have other faults"
     elif _nearly_all(_is_inside(x.xyxy, x.image_hw) for x in pairs):
         if _nearly_all(map(_is_exchanged, pairs)):
-            doubt = "they fit with x and y exchanged"
+            doubt = "they would fit with x and y swapped"
         elif _nearly_all(_is_scaled(x) and not _has_area_of_mask(x) for x in pairs):
-            doubt = "they fit at another scale"
+            doubt = "they would fit at another scale"
     if doubt:
         kinds = " ".join(sorted({x.kind for x in wrong}))
         raise ConfigError(
-            f"--fix: most boxes do not fit their masks, but {doubt}, so the masks may be the ones "
-            "that are wrong. Look at some images and correct the export, or add --accept "
+            f"--fix: most boxes do not fit their masks, but {doubt}, so the masks may be wrong "
+            "instead. Look at some images and correct the export, or add --accept "
             f"{kinds} if the masks are right. The first: {wrong[0]}"
         )
 
@@ -254,7 +256,7 @@ def _is_scaled(boxes: _Boxes) -> bool:
 
 
 def _has_area_of_mask(boxes: _Boxes) -> bool:
-    """Returns whether area and mask agree, so that two of three facts do."""
+    """Returns whether area and mask agree, which suggests that the box is wrong."""
     area: Any = boxes.annotation.get("area")
     return is_finite(area) and abs(area - boxes.mask_pixels) <= 0.1 * boxes.mask_pixels + 10
 

@@ -1,4 +1,4 @@
-"""Findings of a data set check: one line per fault, with file, ids, fault and fix."""
+"""Findings of a data set check: one line per fault, with file, ids, description and fix."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tabulate import tabulate
 from ..image_files import WHAT_TO_DO
 
 ERROR, WARNING, HINT = SEVERITIES = ("error", "warning", "hint")
-"""An error stops training. A warning does not: either detectron2 handles it correctly (COCO 2017
-has a box without height, and polygons that leave the image by rounding), or it trains or measures
-something that the author may not have meant. A hint is good to know and needs no action.
+"""An error stops training. A warning does not: either detectron2 handles the case correctly (COCO
+2017 has a box without height, and polygons that leave the image by rounding), or detectron2 trains
+or measures something that the author may not have intended. A hint needs no action.
 """
 
 
@@ -26,13 +26,13 @@ LEAVES_OUT = "--fix leaves it out"
 
 
 class Kind(NamedTuple):
-    """What is known about a kind of finding.
+    """Properties of a kind of finding.
 
     Attributes:
         severity: one of SEVERITIES.
         fix: what to do.
-        by_fix: what --fix does about it. A test compares it with ``repairs.REPAIRS`` and corrected
-            copies.
+        by_fix: what --fix does about it. A test compares this with ``record_repairs.REPAIRS`` and
+            with corrected copies.
     """
 
     severity: str
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
     by_fix: str = ""
 
 
-_SEE_MASK = "take the box around the mask: [x, y, width, height]"
+_SEE_MASK = "use the box around the mask: [x, y, width, height]"
 _EXPORT = "export the file again"
 
 KINDS: dict[str, Kind] = {
@@ -48,7 +48,7 @@ KINDS: dict[str, Kind] = {
     "json-missing": Kind(ERROR, "give the path of a COCO instances file"),
     "json-empty": Kind(ERROR, f"{_EXPORT}; was the disk full?"),
     "json-encoding": Kind(ERROR, "save it as UTF-8 without a byte order mark", TRIES),
-    "json-truncated": Kind(ERROR, "copy or export it again; it ends too early"),
+    "json-truncated": Kind(ERROR, "it ends too early: copy or export it again"),
     "json-syntax": Kind(ERROR, "correct it there, or export the file again"),
     "git-lfs-pointer": Kind(ERROR, WHAT_TO_DO["git-lfs-pointer"]),
     "not-a-coco-file": Kind(ERROR, "convert it to COCO instances format"),
@@ -61,12 +61,12 @@ KINDS: dict[str, Kind] = {
     ),
     "no-masks": Kind(ERROR, "set MODEL.MASK_ON False to train boxes only, or export the masks"),
     "no-categories": Kind(ERROR, "list the categories"),
-    "image-folder-missing": Kind(ERROR, "give the folder that file_name starts from"),
+    "image-folder-missing": Kind(ERROR, "give the folder that file_name is relative to"),
     "normalised-coordinates": Kind(
         ERROR, "multiply by the image's width and height, in pixels", TRIES
     ),
-    "category-ids-shifted": Kind(ERROR, "number categories and annotations alike"),
-    "repeated-annotation": Kind(WARNING, "see whether objects were exported twice"),
+    "category-ids-shifted": Kind(ERROR, "use the same numbering for categories and annotations"),
+    "repeated-annotation": Kind(WARNING, "check whether objects were exported twice"),
     "crowd-by-export": Kind(
         WARNING,
         "set iscrowd to 0 if these are single objects, as CVAT's brush masks are (--fix with "
@@ -77,7 +77,8 @@ KINDS: dict[str, Kind] = {
     "ring-as-hole": Kind(WARNING, "write masks with holes as run lengths"),
     "mask-on-several-images": Kind(
         WARNING,
-        "delete the copies that do not fit their image, e.g. of a track that was left on in CVAT",
+        "delete the copies that do not fit their image, e.g. from a track that was not ended in "
+        "CVAT",
     ),
     "image-without-objects": Kind(
         WARNING, "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to also train on these images"
@@ -86,19 +87,19 @@ KINDS: dict[str, Kind] = {
         WARNING, "raise TEST.DETECTIONS_PER_IMAGE above the most objects of an image"
     ),
     "image-in-both-splits": Kind(WARNING, "keep all parts of a photograph in one of the two"),
-    "unused-category": Kind(HINT, "leave it out if the model needs no row for it"),
+    "unused-category": Kind(HINT, "remove it if the model does not need it"),
     # Ids of all records.
     "id-not-integer": Kind(
         ERROR, "write ids as whole numbers without quotes", REPAIRS_OR_LEAVES_OUT
     ),
     "id-as-text": Kind(ERROR, "write the id as a number, without quotes", REPAIRS),
-    "id-too-large": Kind(ERROR, "use ids below 2^53, which metrics can hold", REPAIRS),
+    "id-too-large": Kind(ERROR, "use ids below 2^53, which metrics can represent", REPAIRS),
     # Categories.
     "category-not-object": Kind(ERROR, "write {'id': 1, 'name': 'cat'}", LEAVES_OUT),
     "category-missing-key": Kind(ERROR, "give each category an id and a name"),
     "category-name": Kind(ERROR, "give the category a name, as text"),
     "background-category": Kind(WARNING, "leave these annotations out unless they are objects"),
-    "duplicate-category-id": Kind(ERROR, "give each category an id of its own", TRIES),
+    "duplicate-category-id": Kind(ERROR, "give each category its own id", TRIES),
     "duplicate-category-name": Kind(ERROR, "make them one category, or rename one", REPAIRS),
     "category-id-range": Kind(ERROR, "LVIS needs the category ids 1 to the number of categories"),
     "num-classes": Kind(ERROR, "set MODEL.ROI_HEADS.NUM_CLASSES to the number of categories"),
@@ -110,7 +111,7 @@ KINDS: dict[str, Kind] = {
         ERROR, "add it; height and width are the file's", REPAIRS_OR_LEAVES_OUT
     ),
     "duplicate-image-id": Kind(
-        ERROR, "give each image an id of its own, also in its annotations", REPAIRS_OR_LEAVES_OUT
+        ERROR, "give each image its own id, and use it in its annotations", REPAIRS_OR_LEAVES_OUT
     ),
     "image-size-invalid": Kind(
         ERROR, "write whole numbers above 0, the file's height and width", REPAIRS_OR_LEAVES_OUT
@@ -127,7 +128,7 @@ KINDS: dict[str, Kind] = {
     ),
     # Image files.
     "image-file-missing": Kind(ERROR, WHAT_TO_DO["image-file-missing"], LEAVES_OUT),
-    "image-file-elsewhere": Kind(ERROR, "write that name into file_name", REPAIRS),
+    "image-file-elsewhere": Kind(ERROR, "write that path into file_name", REPAIRS),
     "image-file-is-folder": Kind(ERROR, WHAT_TO_DO["image-file-is-folder"], LEAVES_OUT),
     "image-file-empty": Kind(ERROR, WHAT_TO_DO["image-file-empty"], LEAVES_OUT),
     "image-unreadable": Kind(ERROR, WHAT_TO_DO["image-unreadable"], LEAVES_OUT),
@@ -138,13 +139,14 @@ KINDS: dict[str, Kind] = {
     "image-size-mismatch": Kind(
         ERROR, "annotate the file in use, or put the annotated file there", LEAVES_OUT
     ),
-    "image-size-alike": Kind(ERROR, "take height and width from the file", REPAIRS),
+    "image-size-alike": Kind(ERROR, "use the file's height and width", REPAIRS),
     "image-transposed": Kind(
         ERROR, "swap width and height if the annotations fit the file", LEAVES_OUT
     ),
     "exif-size": Kind(
         ERROR,
-        "turn the pixels as the tag says and annotate those, or remove the tag from the file",
+        "rotate the pixels according to the tag and annotate those, or remove the tag from the "
+        "file",
         LEAVES_OUT,
     ),
     "exif-undecidable": Kind(
@@ -158,9 +160,9 @@ KINDS: dict[str, Kind] = {
     "annotation-missing-key": Kind(
         ERROR, "add it; evaluation and training need it", REPAIRS_OR_LEAVES_OUT
     ),
-    "duplicate-annotation-id": Kind(ERROR, "give each annotation an id of its own", REPAIRS),
+    "duplicate-annotation-id": Kind(ERROR, "give each annotation its own id", REPAIRS),
     "annotation-id-not-positive": Kind(
-        ERROR, "number annotations from 1: COCO's metric takes 0 for 'unmatched'", REPAIRS
+        ERROR, "number annotations from 1: in COCO's metric, 0 means 'unmatched'", REPAIRS
     ),
     "unknown-image": Kind(ERROR, "add the image, or leave the annotation out", LEAVES_OUT),
     "unknown-category": Kind(ERROR, "add the category, or leave the annotation out", LEAVES_OUT),
@@ -181,8 +183,8 @@ KINDS: dict[str, Kind] = {
     "box-without-area": Kind(ERROR, _SEE_MASK, REPAIRS),
     "box-outside": Kind(ERROR, _SEE_MASK, REPAIRS),
     "box-mismatch": Kind(ERROR, _SEE_MASK, REPAIRS),
-    "box-loose": Kind(WARNING, _SEE_MASK + " if that is not meant"),
-    "flat-object": Kind(WARNING, "leave it out; detectron2 does"),
+    "box-loose": Kind(WARNING, _SEE_MASK + " unless this is intended"),
+    "flat-object": Kind(WARNING, "leave it out, as detectron2 does"),
     # Masks.
     "segmentation-type": Kind(ERROR, "write polygons or run lengths", LEAVES_OUT),
     "segmentation-empty": Kind(ERROR, "draw the mask, or leave the annotation out", LEAVES_OUT),
@@ -203,11 +205,11 @@ KINDS: dict[str, Kind] = {
         "delete the copy that does not fit its image; cutting it would hide the fault",
         LEAVES_OUT,
     ),
-    "polygon-over-edge": Kind(WARNING, "cut it at the image's edge, where detectron2 cuts it"),
+    "polygon-over-edge": Kind(WARNING, "cut it at the image's edge, as detectron2 does"),
     "polygon-without-area": Kind(ERROR, "draw it again", LEAVES_OUT),
     "mask-below-a-pixel": Kind(WARNING, "leave it out unless it is an object"),
     "rle-malformed": Kind(
-        ERROR, "write {'size': [height, width], 'counts': ...}, as pycocotools", LEAVES_OUT
+        ERROR, "write {'size': [height, width], 'counts': ...}, as in pycocotools", LEAVES_OUT
     ),
     "rle-size": Kind(ERROR, "encode the mask at the image's size [height, width]", LEAVES_OUT),
     "rle-counts": Kind(ERROR, "write whole numbers from 0, background first", LEAVES_OUT),
@@ -218,20 +220,20 @@ KINDS: dict[str, Kind] = {
     "empty-mask": Kind(ERROR, "draw the mask, or leave the annotation out", LEAVES_OUT),
     "crowd-polygon": Kind(
         ERROR,
-        "set iscrowd to 0 if it is one object, otherwise write run lengths: crowds are not trained "
-        "on",
+        "set iscrowd to 0 if it is a single object; otherwise write run lengths (training ignores "
+        "crowds)",
         REPAIRS,
     ),
     "mixed-formats": Kind(WARNING, "set INPUT.MASK_FORMAT to bitmask, which reads both"),
 }
-"""All kinds of fault, each with severity and fix."""
+"""All kinds of findings, with severity and fix."""
 
 SECTION_NAMES = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A record: its section, its place in the section, and its ids."""
+    """The location of a record: its section, its index in the section, and its ids."""
 
     section: str = ""
     index: int = -1
@@ -241,17 +243,18 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A fault of a data set.
+    """A fault in a data set.
 
     Attributes:
-        kind: of KINDS.
+        kind: a key of KINDS.
         file: the annotation file.
         message: what is wrong.
-        image_id: as in the file; None if the fault does not belong to one image.
-        annotation_id: as in the file; None if the fault does not belong to one annotation.
+        image_id: image id in the file; None if the fault does not concern a single image.
+        annotation_id: annotation id in the file; None if the fault does not concern a single
+            annotation.
         section: ``images``, ``annotations``, ``categories``, or empty for the whole file.
-        index: of the record in its section, from 0; -1 for the whole file.
-        right_value: what the field should hold, if the check knows it.
+        index: index of the record in its section, from 0; -1 for the whole file.
+        right_value: the correct value of the field, if the check knows it.
     """
 
     kind: str
@@ -270,13 +273,13 @@ class Finding:
 
     @property
     def fix(self) -> str:
-        """What to do, and what --fix does about it."""
+        """What to do and what --fix does about it."""
         kind = KINDS[self.kind]
         return f"{kind.fix} ({kind.by_fix})" if kind.by_fix else kind.fix
 
     @property
     def place(self) -> str:
-        """Which record, in words."""
+        """The record, in words."""
         parts = []
         if self.image_id is not None:
             parts.append(f"image {self.image_id}")
@@ -291,7 +294,7 @@ class Finding:
         return f"{self.file}: {place}{self.message}; {self.fix} [{self.kind}]"
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns all of it, for JSON."""
+        """Returns the finding as a dict for JSON."""
         names: tuple[str, ...] = ("severity", "kind", "file", "image_id", "annotation_id")
         names += ("message", "fix", "section", "index", "right_value")
         return {name: getattr(self, name) for name in names}
@@ -311,31 +314,31 @@ class Findings(list[Finding]):
         place: Place | None = None,
         right_value: int | str | None = None,
     ) -> None:
-        """Adds a finding; without a place, it concerns the whole file."""
+        """Adds a finding. Without a place, it concerns the whole file."""
         at = place or Place()
         ids = (plain_id(at.image_id), plain_id(at.annotation_id))
         self.append(Finding(kind, self.file, message, *ids, at.section, at.index, right_value))
 
 
 def quote(value: Any) -> str:
-    """Returns a value as in code, in one line, shortened if it is long."""
+    """Returns the repr of a value as one line, abbreviated if it is long."""
     return _SHORT.repr(value)
 
 
 def quote_path(path: Any) -> str:
-    """Returns a path as in code, in one line and never shortened: nobody could look it up."""
+    """Returns the repr of a path as one line, not abbreviated, so that users can find the file."""
     return repr(path) if isinstance(path, str) and len(path) <= LONGEST_PATH else quote(path)
 
 
 LONGEST_PATH = 4096
-"""Characters: PATH_MAX of Linux."""
+"""PATH_MAX on Linux, in characters."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def plain_id(value: Any) -> int | str | None:
-    """Returns an id as it is, or quoted if it is neither a number nor None."""
+    """Returns an id unchanged if it is a number or None, otherwise quoted."""
     if value is None or (type(value) is int and abs(value) < 10**30):
         return value
     return quote(value)
@@ -347,13 +350,13 @@ def errors_of(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def count_by_severity(findings: Iterable[Finding]) -> dict[str, int]:
-    """Returns the numbers of errors, warnings and hints, with these plurals as keys."""
+    """Returns the numbers of findings under the keys "errors", "warnings" and "hints"."""
     counts = Counter(finding.severity for finding in findings)
     return {f"{severity}s": counts[severity] for severity in SEVERITIES}
 
 
 def by_kind(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
-    """Returns findings by kind: errors first, hints last; within these, the most frequent first."""
+    """Groups findings by kind, sorted by severity (errors first) and then by frequency."""
     groups: dict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
         groups[finding.kind].append(finding)
@@ -362,7 +365,7 @@ def by_kind(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
 
 
 def summary_table(findings: Iterable[Finding], examples: int = 3) -> str:
-    """Returns a table of the kinds that were found, with the first records of each."""
+    """Returns a table of the kinds of findings, with the first records of each kind."""
     rows = []
     for kind, group in by_kind(findings).items():
         places = "; ".join(finding.place or "the file" for finding in group[:examples])

@@ -1,4 +1,4 @@
-"""Recognises files that are not COCO instances: what they are, and what to do."""
+"""Recognises files in other formats than COCO instances, and advises what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..image_files import LFS_POINTER
 from .findings import Findings
 
 _START = 4096
-"""How many characters are enough to recognise a text."""
+"""Number of characters that are enough to recognise a format."""
 
 _ARCHIVES = {b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive"}
 _BY_SUPERVISION = "convert the data set with supervision (docs/your_data.md)"
@@ -22,24 +22,23 @@ _TEXTS: tuple[tuple[str, str], ...] = (
         r"(?s)(?!\s*[\[{]).*^(names|nc)[ \t]*:",
         f"a YAML file, such as YOLO's description of a data set; {_BY_SUPERVISION}",
     ),
-    (r"\s*(<\?xml[^>]*>\s*)?<annotations>", "CVAT's XML; export as COCO 1.0 there"),
+    (r"\s*(<\?xml[^>]*>\s*)?<annotations>", "CVAT's XML; export from CVAT as COCO 1.0"),
     (r"\s*(<\?xml[^>]*>\s*)?<annotation\b", f"Pascal VOC's XML of one image; {_BY_DATUMARO}"),
     (
         r"(?i)\s*<(!doctype\s+html|html)",
-        "a web page, such as that of a download that needs a login",
+        "a web page, perhaps because the download needs a login",
     ),
-    (r"\s*#?filename,file_size,", "VIA's CSV; export annotations in COCO format there"),
+    (r"\s*#?filename,file_size,", "VIA's CSV; export annotations from VIA in COCO format"),
 )
-"""Regular expressions of a file's start, with what it is."""
+"""Regular expressions for the start of a file, with a description of the format."""
 
 
 def foreign_bytes(data: bytes, found: Findings) -> bool:
-    """Returns whether a file is not a text with annotations, and adds a finding that says what it
-    is.
+    """Returns whether a file is an archive or a Git LFS pointer, and adds a finding if it is.
 
     Args:
-        data: of the file.
-        found: gets the finding.
+        data: content of the file.
+        found: list to which the finding is added.
     """
     if data.startswith(LFS_POINTER):
         found.add("git-lfs-pointer", "the file is a Git LFS pointer, not the annotations")
@@ -52,7 +51,7 @@ def foreign_bytes(data: bytes, found: Findings) -> bool:
 
 
 def foreign_text(text: str) -> str:
-    """Returns what a text that is not JSON is; empty if unknown."""
+    """Describes text that is not JSON; returns "" if its format is unknown."""
     start = text[:_START]
     for pattern, what in _TEXTS:
         if re.match(pattern, start, re.MULTILINE):
@@ -61,7 +60,7 @@ def foreign_text(text: str) -> str:
 
 
 def foreign_json(content: Any) -> str:
-    """Returns what parsed JSON is if it is not COCO instances; empty if unknown."""
+    """Describes JSON in another format than COCO instances; returns "" if unknown."""
     for what, matches in _CONTENTS.items():
         if matches(content):
             return f"the file is {what}"
@@ -92,16 +91,18 @@ def _is_via(content: Any) -> bool:
 
 
 _CONTENTS: dict[str, Callable[[Any], bool]] = {
-    "a list of detections with scores, written by a model; give the annotations": _is_detections,
-    f"labelme's of one image; {_BY_SUPERVISION}": lambda x: (
+    "a list of a model's detections with scores; use the annotation file": _is_detections,
+    f"labelme's JSON of one image; {_BY_SUPERVISION}": lambda x: (
         _has(x, "shapes") and (_has(x, "imagePath") or _has(x, "imageData"))
     ),
-    "a project of VIA; export annotations in COCO format there": _is_via,
-    "Datumaro's; convert it (datum convert -f coco_instances)": lambda x: _has(
+    "a VIA project; export annotations from VIA in COCO format": _is_via,
+    "in Datumaro's format; convert it (datum convert -f coco_instances)": lambda x: _has(
         x, "items", "categories"
     ),
-    "Supervisely's of one image; export as COCO there": lambda x: _has(x, "objects", "size"),
-    f"Cityscapes' of one image; {_BY_DATUMARO}": lambda x: _has(
+    "Supervisely's JSON of one image; export from Supervisely as COCO": lambda x: _has(
+        x, "objects", "size"
+    ),
+    f"Cityscapes' JSON of one image; {_BY_DATUMARO}": lambda x: _has(
         x, "objects", "imgHeight", "imgWidth"
     ),
     "COCO panoptic segmentation; its instances are in another file": lambda x: (
@@ -110,14 +111,14 @@ _CONTENTS: dict[str, Callable[[Any], bool]] = {
     "COCO captions; its instances are in another file": lambda x: (
         _has(_first(x), "caption") and not _has(_first(x), "bbox")
     ),
-    "a list of Label Studio's tasks; export as COCO there": lambda x: (
+    "a list of Label Studio tasks; export from Label Studio as COCO": lambda x: (
         isinstance(x, list) and _has(_first(x), "data") and not _has(_first(x), "image_id")
     ),
-    "CreateML's; convert the data set": lambda x: (
+    "in CreateML's format; convert the data set": lambda x: (
         isinstance(x, list) and _has(_first(x), "image", "annotations")
     ),
-    "a list of annotations without images and categories; export all three": lambda x: (
+    "a list of annotations without images and categories; export all three sections": lambda x: (
         isinstance(x, list) and _has(_first(x), "image_id", "category_id")
     ),
 }
-"""What a file is, in words, and a test of its content."""
+"""Descriptions of formats, each with a test of the content."""

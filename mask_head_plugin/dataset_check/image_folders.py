@@ -1,4 +1,4 @@
-"""One annotation file for images in several folders."""
+"""Supports one annotation file for images in several folders."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from ..config import ConfigError
 
 
 def join_folders(content: Any, folders: str | Sequence[str]) -> str:
-    """Makes file names start from one folder above several.
+    """Makes file names relative to the common parent of several folders.
 
     Args:
-        content: of a COCO file; ``file_name`` is changed in place if there are several folders.
-        folders: where names start. Each image is taken from the folder that has it; missing ones
-            are assumed to be in the first.
+        content: content of a COCO file; ``file_name`` is changed in place if there are several
+            folders.
+        folders: the folders that names are relative to. Each image is taken from the folder that
+            has it; missing images are assumed to be in the first.
 
     Returns:
-        The folder that the names start from now.
+        The folder that the names are now relative to.
 
     Raises:
-        ConfigError: if two folders have different files of a name.
+        ConfigError: if two folders contain different files of the same name.
     """
     folders = [folders] if isinstance(folders, str) else list(folders)
     if len(folders) == 1:
@@ -45,7 +46,7 @@ def _folder_of(name: str, root: str, starts: Sequence[str]) -> str:
         a, b = (Path(root, start, name) for start in (having[0], other))
         if not filecmp.cmp(a, b, shallow=False):
             raise ConfigError(
-                f"--images: {a} and {b} are different images with one name, so it is unclear which "
-                f"one the annotations are for; rename one in its folder and in the file"
+                f"--images: {a} and {b} are different images with the same name, so it is unclear "
+                "which one the annotations belong to; rename one in its folder and in the file"
             )
     return having[0] if having else starts[0]

@@ -1,7 +1,7 @@
 r"""Finds the file of an image whose record has the wrong name.
 
-Export tools write names with another separator (``images\0.jpg``), from another machine
-(``/home/me/images/0.jpg``), in another case, or without the file's folder.
+Export tools sometimes write names with another separator (``images\0.jpg``), paths from another
+machine (``/home/me/images/0.jpg``), names in another case, or names without a folder.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from urllib.parse import unquote
 
 MOST_FILES = 1_000_000
-"""Larger folders are not searched: they do not belong to one data set."""
+"""Most files to list; a larger folder does not belong to a single data set."""
 
 Parts = tuple[str, ...]
 
 
 class ImagePlaces:
-    """The files below an image folder, listed once, when one is first looked for.
+    """The files below an image folder, which are listed at the first search.
 
     Args:
-        image_root: the folder that ``file_name`` starts from.
+        image_root: the folder that ``file_name`` is relative to.
     """
 
     def __init__(self, image_root: str) -> None:
@@ -34,17 +34,16 @@ class ImagePlaces:
         self._by_name: dict[str, dict[str, Parts]] | None = None
 
     def locate(self, name: str) -> str | None:
-        """Returns the path, within the folder, of the file that a name means.
+        """Returns the path, relative to the folder, of the file that a name refers to.
 
-        Case, separator and the way accents are written do not matter. Folders at the start may be
-        missing in the name or in the path, but none may differ: ``val/1.jpg`` is not
-        ``train/1.jpg``.
+        Differences in case, separator and Unicode form are ignored. Leading folders may be missing
+        from the name or from the path, but must not differ: ``val/1.jpg`` is not ``train/1.jpg``.
 
         Args:
             name: ``file_name`` of a record.
 
         Returns:
-            None if no file matches, or several match equally well.
+            The path, or None if no file matches or several match equally well.
         """
         for wanted in _spellings(name):
             nearest = self._nearest(wanted)
@@ -55,15 +54,15 @@ class ImagePlaces:
         return None
 
     def namesakes(self, name: str) -> list[str]:
-        """Returns the files with that last part whose folders fit the name best, if any."""
+        """Returns the files of the same name whose folders match best, if there are any."""
         nearest = (self._nearest(wanted) for wanted in _spellings(name))
         return next((paths for paths in nearest if paths), [])
 
     def _nearest(self, wanted: Parts) -> list[str]:
         """Returns the paths that share the longest ending with the wanted one.
 
-        The image folder's own name counts, as for ``day/1.jpg`` in a folder ``day``. If that does
-        not decide, a path without further folders is closer than one with more.
+        The image folder's own name counts, as for ``day/1.jpg`` in a folder ``day``. In case of a
+        tie, a path without additional folders is closer than one with them.
         """
         ranks = {
             path: (
@@ -76,7 +75,7 @@ class ImagePlaces:
         return [path for path, rank in ranks.items() if rank == max(ranks.values())]
 
     def _files(self) -> dict[str, dict[str, Parts]]:
-        """Returns the parts of each path, by path, by folded last name."""
+        """Returns the parts of each path, by folded file name and path."""
         if self._by_name is None:
             self._by_name = defaultdict(dict)
             for path in itertools.islice(_walk(self._root), MOST_FILES):
@@ -86,17 +85,17 @@ class ImagePlaces:
 
 
 def locate(image_root: str, name: str) -> str | None:
-    """Returns what ``ImagePlaces(image_root).locate(name)`` does, for a single name."""
+    """Locates a single name; see ``ImagePlaces.locate``."""
     return ImagePlaces(image_root).locate(name)
 
 
 def _spellings(name: str) -> list[Parts]:
-    """Returns the readings of a name: Label Studio writes ``a%20cat.jpg``."""
+    """Returns the possible readings of a name, because Label Studio writes ``a%20cat.jpg``."""
     return [parts for x in (name, unquote(name)) if (parts := _parts(x))]
 
 
 def _parts(path: str) -> Parts:
-    """Splits a path into folders and name; archives made on Windows leave backslashes in names."""
+    """Splits a path into folders and name. Archives from Windows leave backslashes in names."""
     return tuple(x for x in re.split(r"[\\/]+", path) if x not in ("", "."))
 
 
@@ -105,7 +104,7 @@ def _folded(parts: Parts) -> Parts:
 
 
 def _common_end(a: Parts, b: Parts) -> int:
-    """Returns how many parts two paths share at their end."""
+    """Returns the number of parts that two paths share at their end."""
     same = 0
     for x, y in zip(reversed(a), reversed(b), strict=False):
         if x != y:
@@ -115,7 +114,7 @@ def _common_end(a: Parts, b: Parts) -> int:
 
 
 def _walk(root: str) -> Iterator[str]:
-    """Yields the files below a folder, relative to it, also in linked folders, each once."""
+    """Yields the files below a folder, including linked folders, as relative paths, each once."""
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = sorted(

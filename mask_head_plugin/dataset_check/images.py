@@ -1,7 +1,7 @@
-"""Checks whether image files can be used, and have the sizes that the annotations say.
+"""Checks whether image files can be used and have the sizes recorded in the annotation file.
 
-Files are not decoded if their structure shows that they are complete: a JPEG that ends with its end
-marker, a PNG whose chunks reach IEND with correct checksums. All others are decoded.
+Files are not decoded if their structure shows that they are complete: a JPEG must end with its end
+marker, and the chunks of a PNG must reach IEND with correct checksums. All other files are decoded.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Problem = tuple[str, str]
 
 
 class ListedImage(NamedTuple):
-    """An image of the annotation file.
+    """An image in the annotation file.
 
     Attributes:
         number: index of the record.
-        image_id: its id.
-        path: the file.
-        image_hw: the record's size, None if it has none.
+        image_id: id of the image.
+        path: path of the file.
+        image_hw: size in the record; None if it has none.
     """
 
     number: int
@@ -44,13 +44,13 @@ class ListedImage(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """What a file says.
+    """Facts about an image file.
 
     Attributes:
-        problem: why it cannot be used, or None.
-        stored_hw: size of the stored pixels, before the EXIF orientation.
-        orientation: EXIF's, 1 if there is none.
-        animated: whether it has several frames.
+        problem: the reason why the file cannot be used, or None.
+        stored_hw: size of the stored pixels, before the EXIF orientation is applied.
+        orientation: EXIF orientation; 1 if there is none.
+        animated: whether the file has several frames.
     """
 
     problem: Problem | None = None
@@ -60,27 +60,27 @@ class ImageFacts(NamedTuple):
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """The size that training, evaluation and demo see."""
+        """The size in training, evaluation and demo."""
         height, width = self.stored_hw
         return (width, height) if self.orientation in QUARTER_TURNS else (height, width)
 
 
 def inspect_image(path: str, *, decode: bool = False) -> ImageFacts:
-    """Reads a file as training will.
+    """Reads a file in the same way as training.
 
     Args:
-        path: of the file.
+        path: path of the file.
         decode: whether to read all pixels, which also finds damage in the middle of a JPEG.
     """
     try:
         with open_image(path) as opened:
             image, is_png = opened.image, opened.image.format == "PNG"
             stored_hw, animated = opened.stored_hw, opened.is_animated
-            # Before Pillow turns a TIFF and removes the tag.
+            # Must be read before Pillow rotates a TIFF and removes the tag.
             orientation = 1 if is_png else orientation_of(image.getexif)
             if decode or opened.needs_decoding or not _looks_whole(image, opened.file):
                 opened.pixels()
-            if is_png:  # image.getexif() would decode it to look for text after the pixels
+            if is_png:  # image.getexif() would decode the file to find text after the pixels
                 orientation = orientation_of(lambda: Image.Image.getexif(image))
     except ImageFileError as error:
         return ImageFacts((error.kind, error.reason))
@@ -88,9 +88,9 @@ def inspect_image(path: str, *, decode: bool = False) -> ImageFacts:
 
 
 def _looks_whole(image: Image.Image, file: IO[bytes]) -> bool:
-    """Returns whether a file ends as its format requires; False if that is unknown.
+    """Returns whether a file ends as its format requires; False if this is unknown.
 
-    A PNG with text after its pixels, which may be EXIF data, does not count as whole.
+    Returns False for a PNG with text after its pixels, because the text may be EXIF data.
     """
     if image.format == "JPEG":
         file.seek(0, os.SEEK_END)
@@ -105,7 +105,7 @@ def _looks_whole(image: Image.Image, file: IO[bytes]) -> bool:
 
 
 def _png_chunks(file: IO[bytes]) -> Iterable[bytes]:
-    """Yields the kinds of a PNG's chunks, up to the first that is cut off or damaged."""
+    """Yields the types of a PNG's chunks, up to the first truncated or damaged chunk."""
     file.seek(8)
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
@@ -124,18 +124,18 @@ def check_image_files(
     decode: bool = False,
     known: dict[str, ImageFacts] | None = None,
 ) -> None:
-    """Adds findings for files that cannot be used, or whose size differs from their record's.
+    """Adds findings for files that cannot be used, or whose size differs from their record.
 
     Args:
-        images: of the annotation file.
-        found: gets the findings.
+        images: images in the annotation file.
+        found: list to which findings are added.
         decode: whether to decode all files.
-        known: facts by path that need not be read again; those read are added.
+        known: facts by path that do not have to be read again; new facts are added.
     """
     known = {} if known is None else known
     missing = [image.path for image in images if image.path not in known]
     with ThreadPool(THREADS) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of large images and odd EXIF data
+        warnings.simplefilter("ignore")  # Pillow warns of large images and unusual EXIF data
         results = pool.imap(lambda path: inspect_image(path, decode=decode), missing, chunksize=16)
         told = progress(results, "reading image files", "file", len(missing))
         known.update(zip(missing, told, strict=True))
@@ -147,10 +147,10 @@ def check_image_files(
 
 
 def _orientation_is_honoured(images: Iterable[ListedImage], facts: dict[str, ImageFacts]) -> bool:
-    """Returns whether the annotation tool showed images turned as their EXIF data says.
+    """Returns whether the annotation tool displayed images according to their EXIF orientation.
 
-    The recorded sizes of images turned by 90 degrees reveal it; those turned by 180 degrees or
-    mirrored do not.
+    The recorded sizes of images rotated by 90 degrees reveal this; those of images rotated by 180
+    degrees or mirrored do not.
     """
     honoured = [
         image.image_hw == facts[image.path].image_hw
@@ -178,18 +178,18 @@ def _problems(image: ListedImage, facts: ImageFacts, honoured: bool) -> Iterable
         if image.image_hw == facts.stored_hw:
             yield (
                 "exif-size",
-                f"has {turned}: it is read as {seen}, the record has {listed}",
+                f"has {turned}: it is read as {seen}, but the record has {listed}",
             )
         elif image.image_hw == facts.image_hw[::-1]:
-            yield "image-transposed", f"is {seen}, the record has {listed}"
+            yield "image-transposed", f"is {seen}, but the record has {listed}"
         else:
-            yield "image-size-mismatch", f"is {seen}, the record has {listed}"
+            yield "image-size-mismatch", f"is {seen}, but the record has {listed}"
     elif facts.orientation != 1 and facts.stored_hw == facts.image_hw and not honoured:
-        # An error, not a warning: the wrong way round, all objects are trained on wrong pixels, and
-        # nothing else would reveal it. If images turned by 90 degrees show that the annotation tool
-        # respects the tag, this one is also right.
+        # An error, not a warning: if the orientation is wrong, all objects are trained on wrong
+        # pixels, and nothing else would reveal it. If images rotated by 90 degrees show that the
+        # annotation tool respects the tag, this image is right as well.
         yield (
             "exif-undecidable",
-            f"of {stored} has {turned}: it is read turned, and its size does not show whether the "
-            f"annotations were made on the turned image",
+            f"of {stored} has {turned}: it is read with this orientation, but its size does not "
+            "show whether the annotations were made on the rotated image",
         )

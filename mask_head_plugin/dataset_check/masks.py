@@ -1,7 +1,7 @@
 """Compares boxes and masks of annotations with each other and with the image.
 
-pycocotools only gets masks that are known to be sound: its C code trusts run lengths. Run lengths
-are decoded here with NumPy.
+Run lengths are decoded with NumPy. pycocotools gets only masks that are known to be valid, because
+its C code does not check run lengths.
 
 Shape alphabet: H, W sides of the image in pixels; n runs of a mask.
 """
@@ -26,25 +26,24 @@ from .records import Sizes, is_finite, listed_id
 
 IntArray = npt.NDArray[np.int64]
 
-# COCO's coordinates have two decimals: leaving the image by less is rounding.
+# COCO's coordinates have two decimals, so leaving the image by less than this is rounding.
 ROUNDING = 0.01
-# Tools that write whole pixels, or count the last pixel in or out, are off by one. So are COCO's
-# crowds: their boxes end one pixel before their masks.
+# Tools that write whole pixels, or treat the last pixel differently, are off by one. So are COCO's
+# crowds, whose boxes end one pixel before their masks.
 ONE_PIXEL = 1.01
-# Below this IoU between its box and the box of its mask, a perfect proposal for the mask would not
-# count as this object in the RPN (MODEL.RPN.IOU_THRESHOLDS). Small objects lose IoU quickly, so two
-# pixels are always accepted.
+# If the IoU of an object's box and its mask's box is below this, a perfect proposal for the mask
+# does not count as this object in the RPN (MODEL.RPN.IOU_THRESHOLDS). Two pixels are always
+# accepted, because the IoU of small objects falls quickly.
 LEAST_IOU, TWO_PIXELS = 0.7, 2.01
-# detectron2 drops boxes with a side up to this (filter_empty_instances).
+# detectron2 drops boxes with a side of at most this length (filter_empty_instances).
 NO_LENGTH = 1e-5
 MAX_CHARACTERS = 7
-"""Most characters of one number in compressed run lengths: five bits each, for counts below 2^32.
-"""
+"""Most characters per number in compressed run lengths: five bits each, for counts below 2^32."""
 
 
 @dataclass
 class MaskFormats:
-    """How the masks of single objects are written: the id of one annotation for each form."""
+    """The formats of single objects' masks, with the id of one example annotation for each."""
 
     examples: dict[str, Any] = field(default_factory=dict)
 
@@ -56,7 +55,7 @@ class MaskFormats:
                     self.examples.setdefault(name, annotation.get("id"))
 
     def check(self, found: Findings) -> None:
-        """Adds a finding if a file has both forms."""
+        """Adds a finding if a file uses both formats."""
         if len(self.examples) == 2:
             of = " and ".join(
                 f"{name} (annotation {quote(i)})" for name, i in self.examples.items()
@@ -65,14 +64,14 @@ class MaskFormats:
 
 
 class Mask(NamedTuple):
-    """A sound mask.
+    """A valid mask.
 
     Attributes:
-        box: around it.
-        area: in pixels, filled as in detectron2.
-        hollow_area: the same with rings within rings as holes.
-        flat: whether it has no height or no width, like a line.
-        inside: whether it lies within the image, up to a pixel.
+        box: bounding box.
+        area: area in pixels, filled as in detectron2.
+        hollow_area: area in pixels if polygons inside others are holes.
+        flat: whether the mask has no height or no width, like a line.
+        inside: whether it lies inside the image, up to a pixel.
     """
 
     box: Box
@@ -91,18 +90,18 @@ def check_box_and_mask(
     lvis: bool,
     masks: bool,
 ) -> Mask | None:
-    """Checks the box and the mask of an annotation, and the image if its size is known.
+    """Checks the box and the mask of an annotation, also against the image if its size is known.
 
     Args:
         annotation: the record.
-        index: its place in the section.
-        found: gets the findings.
-        sizes: of the images.
-        lvis: whether the file is LVIS's, which has polygons only.
+        index: index of the record in its section.
+        found: list to which findings are added.
+        sizes: sizes of the images.
+        lvis: whether the file is in LVIS format, which has only polygons.
         masks: whether each annotation must have a mask.
 
     Returns:
-        The mask, if it is sound in itself.
+        The mask, if it is valid by itself.
     """
     checker = _Checker(annotation, index, found)
     box = checker.box() if annotation.get("bbox") is not None else None
@@ -117,14 +116,14 @@ def check_box_and_mask(
 def checked_mask(
     annotation: Mapping[str, Any], image_hw: tuple[int, int]
 ) -> tuple[Box, Any] | None:
-    """Returns the box around a mask within the image, and its run lengths as pycocotools has them.
+    """Returns the part of a mask's box inside the image, and the mask as pycocotools' run lengths.
 
     Args:
-        annotation: with the mask.
+        annotation: an annotation with a mask.
         image_hw: H, W.
 
     Returns:
-        None if the mask has errors or no pixels.
+        The box and the run lengths, or None if the mask has errors or no pixels.
     """
     found = Findings("")
     checker = _Checker({**annotation, "iscrowd": 0}, -1, found)
@@ -146,7 +145,7 @@ class _Checker:
         self._found.add(kind, message, Place("annotations", self._index, *ids))
 
     def box(self) -> Box | None:
-        """Returns the box if it is valid, even with an area of 0."""
+        """Returns the box if it is valid, even if its area is 0."""
         box = self._annotation["bbox"]
         if type(box) is not list or len(box) != 4 or not {int, float}.issuperset(map(type, box)):
             self._note("box-malformed", f"the box is {quote(box)}, not four numbers")
@@ -161,11 +160,11 @@ class _Checker:
         return x, y, x + width, y + height
 
     def mask(self, image_hw: tuple[int, int] | None, lvis: bool) -> Mask | None:
-        """Returns the mask if it is sound; checks that need an unknown image size are skipped."""
+        """Returns the mask if it is valid; skips checks that need an unknown image size."""
         mask = self._annotation["segmentation"]
         if isinstance(mask, dict) and lvis:
             self._note(
-                "segmentation-type", "the mask is run lengths; detectron2 reads polygons here"
+                "segmentation-type", "the mask is run lengths, but detectron2 expects polygons here"
             )
         elif isinstance(mask, list | dict) and not mask:
             self._note("segmentation-empty", f"the mask is {mask}")
@@ -201,7 +200,7 @@ class _Checker:
                 return mask._replace(inside=False)
         if min(sides) <= NO_LENGTH:
             return mask._replace(flat=True)
-        # Only if the mean width is below a pixel can there be none inside.
+        # Only a mask whose mean width is below a pixel can contain no pixel centre.
         if mask.area < max(sides) and not mask_util.area(polygons_rle(polygons, image_hw)):
             if mask.area < ROUNDING**2:
                 self._note("polygon-without-area", "all points of the mask are on a line")
@@ -244,7 +243,7 @@ class _Checker:
         if image_hw is None and min(size) > 0:
             image_hw = (size[0], size[1])
         if tuple(size) != image_hw:
-            message = f"the mask has the size {quote(size)}, the image {list(image_hw or ())}"
+            message = f"the mask has the size {quote(size)}, but the image {list(image_hw or ())}"
             self._note("rle-size", message)
             return None
         runs = decode_counts(counts) if isinstance(counts, str) else self._plain_counts(counts)
@@ -255,9 +254,9 @@ class _Checker:
         if (runs < 0).any():
             self._note("rle-counts", f"a run has the length {runs.min()}")
             return None
-        # The largest first: a sum beyond int64 could give any value.
+        # The largest run is checked first, because a sum beyond int64 could give any value.
         if runs.max(initial=0) > math.prod(image_hw) or runs.sum() != math.prod(image_hw):
-            message = f"the runs have {runs.sum()} pixels, the image {math.prod(image_hw)}"
+            message = f"the runs have {runs.sum()} pixels, but the image {math.prod(image_hw)}"
             self._note("rle-sum", message)
             return None
         box = runs_box(runs, image_hw[0])
@@ -275,7 +274,7 @@ class _Checker:
         return np.array(counts, np.int64)
 
     def compare(self, box: Box, mask: Mask | None, image_hw: tuple[int, int]) -> None:
-        """Adds findings about a box, given its mask and the image."""
+        """Compares a box with its mask and the image, and adds findings."""
         height, width = image_hw
         sides, flat = (box[2] - box[0], box[3] - box[1]), mask is not None and mask.flat
         if min(sides) <= NO_LENGTH:
@@ -292,7 +291,7 @@ class _Checker:
             return
         if mask is None:
             return
-        # Some annotators cut at the image's edge, others do not.
+        # Some annotation tools cut at the image's edge, others do not.
         a, b = _clip(box, image_hw), _clip(mask.box, image_hw)
         off = max(abs(x - y) for x, y in zip(a, b, strict=True))
         if off > ONE_PIXEL:
@@ -303,7 +302,7 @@ class _Checker:
             self._note("box-mismatch" if wrong else "box-loose", message + hint)
 
     def _as_corners(self, mask: Mask | None) -> str:
-        """Returns a hint if the box fits the mask as [x0, y0, x1, y1]."""
+        """Returns a hint if the box, read as [x0, y0, x1, y1], fits the mask."""
         if mask is None:
             return ""
         box = self._annotation["bbox"]
@@ -314,9 +313,10 @@ class _Checker:
 def decode_counts(text: str) -> IntArray | None:
     """Returns the (n,) run lengths of COCO's compressed string; None if it is invalid.
 
-    A number is characters of five bits, low bits first, each but the last with a sixth bit set; the
-    last one's fifth bit is the sign. From the fourth number on, they are differences to the number
-    two before. If lengths come out negative, the string is corrupt as well.
+    A number consists of characters with five bits each, low bits first. A sixth bit is set in all
+    characters but the last, whose fifth bit is the sign. From the fourth number on, each number is
+    the difference from the number two positions earlier. The result may contain negative lengths,
+    which also mean that the string is corrupt.
     """
     try:
         codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
@@ -338,10 +338,10 @@ def decode_counts(text: str) -> IntArray | None:
 
 
 def runs_box(runs: IntArray, height: int) -> Box | None:
-    """Returns the box around the pixels of a mask; None if it has none.
+    """Returns the bounding box of a mask's pixels; None if it has none.
 
     Args:
-        runs: (n,) lengths that cover the image, down the columns, background first.
+        runs: (n,) lengths that cover the image down the columns, background first.
         height: H.
     """
     ends = np.cumsum(runs)[1::2]
@@ -357,7 +357,7 @@ def runs_box(runs: IntArray, height: int) -> Box | None:
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Returns the intersection over union of two boxes, 0 if they have no area."""
+    """Returns the intersection over union of two boxes; 0 if they have no area."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     inside = max(width, 0) * max(height, 0)

@@ -1,4 +1,4 @@
-"""Writes files completely or not at all, and never over another one."""
+"""Writes new files completely or not at all, without overwriting existing ones."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from ..durable_files import write_durably
 
 
 def refuse_existing(paths: Iterable[Path], flag: str) -> None:
-    """Raises ConfigError if a file to write exists already; ``flag`` names it."""
+    """Raises ConfigError if a file already exists; ``flag`` is used in the message."""
     for path in paths:
         if os.path.lexists(path):
-            raise ConfigError(f"{flag}: {path} exists; name a new file")
+            raise ConfigError(f"{flag}: {path} already exists; use the name of a new file")
 
 
 def write_new_files(texts: Mapping[Path, str], flag: str) -> None:
-    """Writes several new files; if one cannot be written, none is left.
+    """Writes several new files; if one cannot be written, none is left behind.
 
     Args:
         texts: content of each file, written as UTF-8.
-        flag: of the command line, for messages.
+        flag: command-line flag for messages.
 
     Raises:
-        ConfigError: if one exists or cannot be written.
+        ConfigError: if a file already exists or cannot be written.
     """
     refuse_existing(texts, flag)
     written: list[Path] = []
     path = Path()
     try:
         for path, text in texts.items():
-            # Fails if another process has created the file since.
+            # Fails if another process has created the file in the meantime.
             write_durably(path, text, before_rename=partial(path.touch, exist_ok=False))
             written.append(path)
     except OSError as error:

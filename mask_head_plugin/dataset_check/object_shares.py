@@ -1,8 +1,8 @@
-"""What detectron2 silently does to a share of the objects, though the author may not mean it.
+"""Finds cases that detectron2 silently handles in a way that the author may not have intended.
 
-Crowds are neither trained on nor measured; a ring within a ring is filled; ``area`` sorts objects
-into small, medium and large, whatever their masks are. Each may be right for single objects, so a
-file is judged by its share of them, which each finding states.
+Crowds are neither trained on nor measured. Polygons inside others are filled. ``area`` sorts
+objects into small, medium and large, regardless of their masks. Each case can be right for some
+objects, so a file is judged by the share of objects affected, which each finding states.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from .records import Sizes, is_finite, listed_id
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-# In COCO 2017, 1.2% of the annotations are crowds, and hardly any image has nothing else.
+# In COCO 2017, 1.2% of the annotations are crowds, and hardly any image has only crowds.
 MANY_CROWDS, MANY_LOST_IMAGES = 0.10, 0.05
 FEW_CROWDS = 10
-"""How many crowds a small file may have, as long as their images also have objects."""
+"""A file with fewer crowds is not reported, as long as their images also have objects."""
 
 MANY_WITHOUT_OBJECTS = 0.10
-"""Share of images; 0.9% in COCO 2017."""
+"""Share of images without objects that is reported; it is 0.9% in COCO 2017."""
 
 SOME = 0.001
-"""Share of objects with a wrong area; below it, they may be chance."""
+"""Share of objects with a wrong area, below which they may be chance."""
 MUCH_OFF = 2.5
-"""Ratio between area and mask, either way, that is surely unintended."""
+"""Ratio between area and mask, in either direction, that is certainly unintended."""
 MEDIUM, LARGE = 32.0**2, 96.0**2
-"""From how many pixels an object is medium or large in COCO's metric."""
+"""Pixels from which an object is medium or large in COCO's metric."""
 
 
 class Shares:
-    """Collects facts about the annotations of a file, and judges them as a whole.
+    """Collects facts about the annotations of a file, and checks them as a whole.
 
     Args:
-        sizes: of the images.
+        sizes: sizes of the images.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -51,7 +51,7 @@ class Shares:
         self._total = self._crowds = 0
         self._with_objects: set[Hashable] = set()
         self._with_crowds: set[Hashable] = set()
-        # Rows of numbers: as Python objects, COCO's 860,000 annotations would take 300 MB.
+        # Rows of numbers, because COCO's 860,000 annotations would take 300 MB as Python objects.
         self._areas = array("d")
         self._masks = array("q")
 
@@ -60,8 +60,8 @@ class Shares:
 
         Args:
             annotation: the record.
-            index: its place in the section.
-            mask: if it is sound.
+            index: index of the record in its section.
+            mask: the mask, if it is valid.
         """
         self._total += 1
         image_id = listed_id(annotation.get("image_id"), self._sizes)
@@ -82,12 +82,12 @@ class Shares:
             self._masks.extend((index, hash(image_id), _digest(annotation["segmentation"])))
 
     def check(self, annotations: list[Any], found: Findings) -> None:
-        """Adds findings about shares of the annotations.
+        """Adds findings about the annotations as a whole.
 
         Args:
-            annotations: the section, from which the examples are named.
-            found: gets the findings. Masks that leave their image become another kind of finding if
-                they are also on another image.
+            annotations: the section, which provides the examples.
+            found: list to which findings are added. Findings for masks that leave their image are
+                changed to another kind if the same masks are also on another image.
         """
         self._check_crowds(found)
         self._check_images(found)
@@ -102,28 +102,32 @@ class Shares:
         if self._crowds >= MANY_CROWDS * self._total or lost >= MANY_LOST_IMAGES * images:
             found.add(
                 "crowd-by-export",
-                f"{_share(self._crowds, self._total)} annotations have iscrowd 1, so nothing is "
-                f"trained or measured on them; {_share(lost, images)} annotated images have no "
-                f"other annotation and are not trained on",
+                f"{_share(self._crowds, self._total)} annotations have iscrowd 1, so training and "
+                f"evaluation ignore them; {_share(lost, images)} annotated images have no other "
+                f"annotations, so training ignores these images",
             )
         if self._crowds == self._total:
-            message = f"all {self._total} annotations have iscrowd 1: nothing is left to train on"
+            message = (
+                f"all {self._total} annotations have iscrowd 1, so nothing is left to train on"
+            )
             found.add("only-crowds", message)
 
     def _check_images(self, found: Findings) -> None:
         images = len(self._sizes)
         empty = images - len(self._with_crowds | self._with_objects)
         if self._total and empty >= max(1, MANY_WITHOUT_OBJECTS * images):
-            message = f"{_share(empty, images)} images have no annotation and are not trained on"
+            message = (
+                f"{_share(empty, images)} images have no annotations, so training ignores them"
+            )
             found.add("image-without-objects", message)
 
     def _check_areas(self, annotations: list[Any], found: Findings) -> None:
-        """Compares the field with the masks."""
+        """Compares the field ``area`` with the masks."""
         index, area, filled, hollow, width, height = np.reshape(self._areas, (-1, 6)).T
         if not len(index):
             return
         with np.errstate(all="ignore"):  # absurd coordinates have absurd areas
-            # The number of pixels and a polygon's area differ in proportion to its length.
+            # A polygon's area and its number of pixels differ in proportion to its perimeter.
             fits, fits_hollow = (
                 np.abs(area - x) <= 0.1 * x + width + height for x in (filled, hollow)
             )
@@ -132,11 +136,11 @@ class Shares:
             of_box = ~ring & ~fits & (np.abs(area - box) <= 0.01 * box + 1) & (filled < 0.9 * box)
             other = ~ring & ~fits & ~of_box
             ratio = area / filled
-        if other.mean() <= 0.5:  # otherwise it is a habit, however small the differences
+        if other.mean() <= 0.5:  # otherwise the difference is systematic, even if it is small
             other &= (ratio < 1 / MUCH_OFF) | (ratio > MUCH_OFF)
         moved = _size_class(area) != _size_class(filled)
         for kind, which, what in (
-            ("ring-as-hole", ring, "a polygon within another, and an area as if it were a hole"),
+            ("ring-as-hole", ring, "a polygon inside another, and an area as if it were a hole"),
             ("area-of-box", of_box, "the area of their box instead of their mask's"),
             (
                 "area-suspicious",
@@ -150,13 +154,14 @@ class Shares:
             example = quote(annotations[int(index[k])].get("id"))
             found.add(
                 kind,
-                f"{_share(int(which.sum()), len(which))} objects have {what}, and so "
-                f"{int((moved & which).sum())} count in another of APs, APm and APl; annotation "
-                f"{example} has area {area[k]:.6g}, its mask {filled[k]:.6g} pixels",
+                f"{_share(int(which.sum()), len(which))} objects have {what}, so "
+                f"{int((moved & which).sum())} count in the wrong one of APs, APm and APl; "
+                f"annotation {example} has area {area[k]:.6g}, but its mask has {filled[k]:.6g} "
+                "pixels",
             )
 
     def _check_repeated_masks(self, annotations: list[Any], found: Findings) -> None:
-        """Looks for masks that are identical, point for point, on several images."""
+        """Finds masks that are identical, point for point, on several images."""
         rows = np.reshape(self._masks, (-1, 3))
         rows = rows[np.lexsort(rows.T[1:])]  # by mask, then image
         first_of_image = np.r_[True, (rows[1:, 1:] != rows[:-1, 1:]).any(1)][: len(rows)]
@@ -182,8 +187,8 @@ class Shares:
         example = annotations[index]
         found.add(
             "mask-on-several-images",
-            f"{_share(len(others), len(rows))} masks are on several images, the same point for "
-            f"point: that of annotation {quote(example.get('id'))} of image "
+            f"{_share(len(others), len(rows))} masks are identical, point for point, on several "
+            f"images: that of annotation {quote(example.get('id'))} of image "
             f"{quote(example.get('image_id'))} is also on image {quote(other)}",
         )
 
@@ -197,12 +202,12 @@ def _size_class(area: Floats) -> npt.NDArray[np.int64]:
 
 
 def _factor(ratio: Floats) -> str:
-    """Returns how far areas are off, in words."""
-    return f"{np.median(ratio):.3g} times it in the middle" if len(ratio) else ""
+    """Describes the median ratio of areas to masks."""
+    return f"{np.median(ratio):.3g} times as large in the median" if len(ratio) else ""
 
 
 def _digest(segmentation: Any) -> int:
-    """Returns a number that is equal for equal masks, and hardly ever for others."""
+    """Returns a hash that is equal for equal masks and almost never for different ones."""
     if isinstance(segmentation, Mapping):
         counts = segmentation["counts"]
         return hash((tuple(counts) if isinstance(counts, list) else counts, *segmentation["size"]))

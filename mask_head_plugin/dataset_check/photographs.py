@@ -1,6 +1,6 @@
-"""Finds image files that stem from one photograph: copies, tiles, or augmented versions.
+"""Finds image files that come from the same photograph: copies, tiles, or augmented versions.
 
-Both the check of two data sets and the split of one use it.
+Used to check two data sets for overlap, and to split one.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from pathlib import Path
 
 THREADS = 8
 PROBE = 4096
-"""Bytes in the middle of a file, enough to distinguish most files of one size."""
+"""Bytes read from the middle of a file, which distinguish most files of equal size."""
 
 ROBOFLOW = re.compile(r"(?:_(?:jpe?g|png|bmp|tiff?|webp))?\.rf\.\w{16,}$", re.IGNORECASE)
-"""Roboflow gives each augmented version of an image its own digest."""
+"""End of names from Roboflow, which gives each augmented version of an image its own digest."""
 
 _PART = r"(?:tile|patch|crop|chip|part|piece|slice|aug)"
 _MARKED = re.compile(
     rf"(?:^|[_. /-]+)(?:{_PART}[_ -]*\d+(?:[_ -]+\d+)+"
     r"|(?:x|r|row|left)[_=-]?\d+[_ -]*(?:y|c|col|top)[_=-]?\d+(?:[_ -]+\d+)*"
     r"|(?:y|c|col|top)[_=-]?\d+[_ -]*(?:x|r|row|left)[_=-]?\d+(?:[_ -]+\d+)*"
-    r"|_1__\d+___\d+)$",  # as DOTA's tools write it: P0001__1__0___824
+    r"|_1__\d+___\d+)$",  # written by DOTA's tools: P0001__1__0___824
     re.IGNORECASE,
 )
 _COUNTED = re.compile(rf"(?:^|[_. /-]+){_PART}[_ -]*\d+$", re.IGNORECASE)
 _CORNERS = re.compile(r"(?<=[^_ -])[_ -]+(\d+)[_ -]+(\d+)[_ -]+(\d+)[_ -]+(\d+)$")
 _PLACE = re.compile(r"(?<=[^_ -])[_ -]+(\d{1,5})[_ -]+(\d{1,5})$")
 _DATED = re.compile(r"(?<!\d)(?:19|20)\d\d(?:[_ -]?\d\d){0,3}$")
-"""A year or the start of a date: two numbers of two digits that follow are the rest of it."""
+"""A year or the start of a date. Two two-digit numbers after it are the rest of the date."""
 LEAST_STEP = 32
-"""Least pixels from one tile to the next; smaller numbers may count anything."""
+"""Smallest step between tiles in pixels; numbers with smaller steps may count something else."""
 LONGEST = 8
-"""Most tiles along a photograph per tile across it; scenes have more frames than that."""
+"""Largest ratio of columns to rows of tiles, or rows to columns; frames per scene exceed it."""
 _GENERIC = {
     *("image", "img", "tile", "patch", "crop", "frame", "photo", "picture", "sample"),
     *("train", "val", "valid", "test"),
@@ -48,19 +48,19 @@ Places = set[tuple[str, str]]
 
 
 def photograph_names(file_names: Sequence[str]) -> list[str | None]:
-    """Returns for each file name that of its photograph, which its tiles and versions share.
+    """Returns, for each file name, the name of the photograph that its tiles and versions share.
 
-    Names end with the place of a tile (``bay_512_1024``, ``bay_r1_c2``, ``bay_tile7``), its corners
-    (``bay_0_0_512_512``, as SAHI writes), or Roboflow's mark of a version (``bay.rf.<digest>``).
-    Two numbers alone are the place of a tile if all such pairs form a grid, which dates and times,
-    or scenes and frames, do not.
+    Recognised are names that end with the position of a tile (``bay_512_1024``, ``bay_r1_c2``,
+    ``bay_tile7``), its corners (``bay_0_0_512_512``, as written by SAHI), or Roboflow's mark of a
+    version (``bay.rf.<digest>``). Two plain numbers count as the position of a tile if all such
+    pairs form a grid. Dates and times, or scenes and frames, do not.
 
     Args:
-        file_names: all names of the data set, since only many names reveal a grid.
+        file_names: all names in the data set, because a grid is visible only in many names.
 
     Returns:
-        None for a name that is not a tile or version, unless others belong to a photograph of that
-        name.
+        Names of photographs. None for a file that is not a tile or version, unless other files
+        belong to a photograph of that name.
     """
     paths = [re.sub(r"\.[A-Za-z0-9]{1,5}$", "", name.replace("\\", "/")) for name in file_names]
     stems = [ROBOFLOW.sub("", path) for path in paths]
@@ -70,7 +70,7 @@ def photograph_names(file_names: Sequence[str]) -> list[str | None]:
             places[stem[: match.start()]].add((match[1], match[2]))
     grids = {name for name, numbers in places.items() if _is_grid(name, numbers)}
     counted = {stem[: match.start()] for stem in stems if (match := _COUNTED.search(stem))}
-    # roof_tile_1 to roof_tile_500, with one stem, may be pictures of roof tiles.
+    # roof_tile_1 to roof_tile_500 have a single stem, so they may be pictures of roof tiles.
     patterns = [_MARKED, _COUNTED] if len(counted) > 1 else [_MARKED]
     names = [_whole_photograph(stem, patterns, grids) for stem in stems]
     parts = {name for name, path in zip(names, paths, strict=True) if name != path}
@@ -78,7 +78,7 @@ def photograph_names(file_names: Sequence[str]) -> list[str | None]:
 
 
 def _whole_photograph(stem: str, patterns: Iterable[re.Pattern[str]], grids: set[str]) -> str:
-    """Returns a stem without the part that says which piece of the photograph it is."""
+    """Returns a stem without the part that identifies a piece of the photograph."""
     name = next((stem[: x.start()] for pattern in patterns if (x := pattern.search(stem))), None)
     if name is None and (match := _CORNERS.search(stem)):
         x0, y0, x1, y1 = map(int, match.groups())
@@ -95,16 +95,16 @@ def _whole_photograph(stem: str, patterns: Iterable[re.Pattern[str]], grids: set
 
 
 def _is_grid(name: str, places: Places) -> bool:
-    """Returns whether pairs of numbers after a name are columns and rows of tiles."""
+    """Returns whether the pairs of numbers after a name are columns and rows of tiles."""
     numbers = {(int(x), int(y)) for x, y in places}
     texts = [text for place in places for text in place]
     columns, rows = ({pair[axis] for pair in numbers} for axis in (0, 1))
     if len(numbers) < 2 or (_DATED.search(name) and all(len(text) == 2 for text in texts)):
         return False
     in_pixels = 0 in columns | rows and math.gcd(*columns, *rows) >= LEAST_STEP
-    # Fuller than a diagonal: tiles share columns and rows, and hardly any is missing.
+    # Tiles share columns and rows, and hardly any are missing, unlike on a diagonal.
     is_full = len(numbers) > max(len(columns), len(rows), len(columns) * len(rows) / 2)
-    # 01_0001 is the first frame of the first scene: columns and rows are written alike.
+    # 01_0001 is a scene and a frame, because columns and rows are padded to equal lengths.
     padded = {len(text) for text in texts} if any(x[0] == "0" != x for x in texts) else set()
     long = max(len(columns), len(rows)) > LONGEST * min(len(columns), len(rows))
     return in_pixels or (is_full and len(padded) < 2 and not long)
@@ -113,14 +113,14 @@ def _is_grid(name: str, places: Places) -> bool:
 def content_keys(
     paths: Iterable[str], shared: Callable[[Mapping[str, Hashable]], set[Hashable]] | None = None
 ) -> dict[str, Hashable]:
-    """Returns a key of the content for each file that may be a copy; None for others.
+    """Returns a key for the content of each file that may be a copy; leaves out all others.
 
-    Reads only files of equal sizes, and reads them whole only if their middles are equal.
+    Only files of equal size are read, and they are read completely only if their middles are equal.
 
     Args:
-        paths: of files; empty and unreadable ones do not count as copies.
-        shared: selects, from keys by path, those worth a closer look; by default, all that occur
-            twice.
+        paths: paths of files; empty and unreadable files do not count as copies.
+        shared: selects, from keys by path, the keys to examine further; by default, all that occur
+            more than once.
     """
     keys: dict[str, Hashable] = {path: _size(path) for path in paths}
     for digest in (_probe, _whole):
@@ -160,14 +160,14 @@ def _whole(path: str) -> Hashable:
 
 
 def photographs(file_names: Sequence[str], paths: Sequence[str]) -> list[int]:
-    """Returns for each image the number of its photograph.
+    """Returns, for each image, the number of its photograph.
 
-    Images belong to one photograph if their files have the same content, if their names say so, or
-    if both belong together with a third one.
+    Two images belong to the same photograph if their files have the same content, if their names
+    indicate it, or if both belong to the same photograph as a third image.
 
     Args:
-        file_names: as the records have them.
-        paths: of their files.
+        file_names: file names in the records.
+        paths: paths of the files.
     """
     first: dict[Hashable, int] = {}
     parent = list(range(len(paths)))

@@ -1,4 +1,4 @@
-"""Geometry of a mask's polygons: the box around each, its area, and which lie within another.
+"""Geometry of a mask's polygons: bounding boxes, areas, and which polygons lie inside others.
 
 Shape alphabet: P points of a polygon.
 """
@@ -18,11 +18,11 @@ Box = tuple[float, float, float, float]
 
 
 SOME_POINTS = 16
-"""How many points of a polygon are enough to see whether it lies in another."""
+"""Number of points that are enough to decide whether a polygon lies inside another."""
 
 
 class Outline(NamedTuple):
-    """A sound polygon: the box around it and the area inside."""
+    """A valid polygon: its bounding box and its area."""
 
     box: Box
     area: float
@@ -39,14 +39,14 @@ def outline(polygon: Any) -> Outline | None:
     if not all(map(math.isfinite, (x0, y0, x1, y1))):
         return None
     x, y = points[:, 0] - x0, points[:, 1] - y0
-    with np.errstate(over="ignore", invalid="ignore"):  # the coordinates may be 1e200
+    with np.errstate(over="ignore", invalid="ignore"):  # coordinates may be as large as 1e200
         # The shoelace formula.
         double = x[:-1] @ y[1:] - x[1:] @ y[:-1] + x[-1] * y[0] - x[0] * y[-1]
     return Outline((x0, y0, x1, y1), abs(float(double)) / 2)
 
 
 def around(boxes: Sequence[Box]) -> Box:
-    """Returns the box around boxes."""
+    """Returns the bounding box of several boxes."""
     if len(boxes) == 1:
         return boxes[0]
     x0, y0, x1, y1 = zip(*boxes, strict=True)
@@ -54,14 +54,14 @@ def around(boxes: Sequence[Box]) -> Box:
 
 
 def areas(polygons: Sequence[Any], outlines: Sequence[Outline]) -> tuple[float, float]:
-    """Returns the area of a mask in pixels: filled, as detectron2 has it, and hollow.
+    """Returns two areas of a mask in pixels: filled, as in detectron2, and hollow.
 
-    Hollow means that a polygon within another one is a hole, and one within that is filled again.
-    Without nesting, both are the sum over the polygons; parts that overlap count twice.
+    For the hollow area, a polygon inside another is a hole, and a polygon inside a hole is filled.
+    Without nesting, both areas are the sum over the polygons; overlapping parts count twice.
 
     Args:
-        polygons: the coordinates of each.
-        outlines: of the same polygons.
+        polygons: coordinates of each polygon.
+        outlines: outlines of the same polygons.
     """
     total = sum(x.area for x in outlines)
     if len(outlines) == 1:
@@ -75,10 +75,10 @@ def areas(polygons: Sequence[Any], outlines: Sequence[Outline]) -> tuple[float, 
 
 
 def _depths(polygons: Sequence[Any], outlines: Sequence[Outline]) -> list[int]:
-    """Returns, for each polygon, how many others it lies in."""
+    """Returns, for each polygon, the number of polygons that it lies inside."""
     x0, y0, x1, y1 = np.array([x.box for x in outlines]).T
     sizes = np.array([x.area for x in outlines])
-    # [k, j]: whether the box of polygon k lies in that of j, which is larger.
+    # [k, j]: whether the box of polygon k lies inside the box of polygon j.
     boxed = (x0[:, None] >= x0) & (y0[:, None] >= y0) & (x1[:, None] <= x1) & (y1[:, None] <= y1)
     depths = [0] * len(polygons)
     for k, j in np.argwhere(boxed & (sizes[:, None] < sizes)).tolist():
@@ -87,14 +87,15 @@ def _depths(polygons: Sequence[Any], outlines: Sequence[Outline]) -> list[int]:
 
 
 def _lies_within(inner: Points, outer: Points) -> bool:
-    """Returns whether most points of a polygon are inside another; a few may touch it."""
+    """Returns whether most points of a polygon lie inside another; a few may lie on its edge."""
     some = inner[:: max(1, len(inner) // SOME_POINTS)]
     return bool(np.mean([_is_inside(point, outer) for point in some]) > 0.5)
 
 
 def _is_inside(point: Points, polygon: Points) -> bool:
-    """Returns whether a ray from a point (2,) crosses the edges of a polygon (P, 2) an odd number
-    of times.
+    """Returns whether a point (2,) lies inside a polygon (P, 2).
+
+    It does if a ray from the point crosses the polygon's edges an odd number of times.
     """
     (x0, y0), (x1, y1) = polygon.T, np.roll(polygon, -1, axis=0).T
     x, y = point

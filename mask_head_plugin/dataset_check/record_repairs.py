@@ -1,6 +1,7 @@
-"""The repairs of a corrected copy: each repairs one kind of finding that has one right answer.
+"""The repairs for a corrected copy: each repairs a kind of finding that has only one right answer.
 
-A repair changes a record and returns what it did; if it returns None, the record is dropped.
+A repair changes a record and returns a description of the change. If it returns None, the record is
+dropped.
 
 Shape alphabet: H, W sides of an image.
 """
@@ -29,13 +30,13 @@ def _move(records: list[Record], key: str, value: Any) -> None:
 
 
 def _renumber(section: str, groups: str, key: str, repeated: Repair) -> Repair:
-    """Returns a repair that replaces a record's id by a number, also in what refers to it.
+    """Returns a repair that replaces a record's id with a number, including in references to it.
 
     Args:
-        section: of the record.
-        groups: the attribute of Document with the records that refer to it.
-        key: the field by which these refer to it.
-        repeated: the repair if several records have the id.
+        section: section of the record.
+        groups: attribute of Document with the records that refer to it.
+        key: field in which they refer to it.
+        repeated: the repair to use if several records have the id.
     """
 
     def repair(document: Document, record: Record) -> str | None:
@@ -52,7 +53,7 @@ def _renumber(section: str, groups: str, key: str, repeated: Repair) -> Repair:
 
 
 def _merge_category(document: Document, record: Record) -> str | None:
-    """Merges two categories of one name."""
+    """Merges two categories of the same name."""
     first = next(
         group[0] for group in document.categories.values() if group[0].get("name") == record["name"]
     )
@@ -64,33 +65,33 @@ def _merge_category(document: Document, record: Record) -> str | None:
 def _repeated_category(document: Document, record: Record) -> str | None:
     first = document.categories[record["id"]][0]
     if first.get("name") == record["name"]:
-        document.drop(record, "it is listed twice with one name", merged=True)
+        document.drop(record, "it is listed twice with the same name", merged=True)
     return None
 
 
 def _size_from_file(document: Document, image: Record) -> str | None:
     facts = document.facts(image)
-    if facts is None or facts.orientation != 1:  # unknown, or in an unknown order
+    if facts is None or facts.orientation != 1:  # size or order of the sides unknown
         return None
     image["height"], image["width"] = facts.image_hw
-    return "height and width are now {} and {}, the file's".format(*facts.image_hw)
+    return "height and width are now {} and {}, as in the file".format(*facts.image_hw)
 
 
 def _repeated_image(document: Document, image: Record) -> str | None:
     same = document.images[image["id"]]
     if all(file_name(x, False) == file_name(image, False) for x in same):
-        document.drop(image, "it is listed twice with one file", merged=True)
+        document.drop(image, "it is listed twice with the same file", merged=True)
         return None
     for other in same:
         if not document.is_dropped(other):
             document.drop(
-                other, "several images have its id, so it is unclear which annotations are its own"
+                other, "several images have its id, so it is unclear which annotations belong to it"
             )
     return None
 
 
 def _merge_image(document: Document, image: Record) -> str | None:
-    """Annotations of a file belong to it, whichever of its records they name."""
+    """Merges records of the same file: its annotations belong to it under any of their ids."""
     same = document.files.get(file_name(image, False) or "", [])
     first = next(x for x in same if not document.is_dropped(x))
     if first is image:
@@ -117,7 +118,7 @@ def _file_elsewhere(document: Document, image: Record) -> str | None:
 
 
 def _references(document: Document, annotation: Record) -> str | None:
-    """Converts ids that are right as numbers: "7" and 7.0."""
+    """Converts ids such as "7" and 7.0 to numbers if these are listed."""
     done = []
     for key, known in (("image_id", document.images), ("category_id", document.categories)):
         value = annotation.get(key)
@@ -146,7 +147,7 @@ def _annotation_id(document: Document, annotation: Record) -> str | None:
 
 
 def _fill(document: Document, annotation: Record) -> str | None:
-    """Adds fields that follow from the rest of the annotation."""
+    """Adds fields that can be derived from the rest of the annotation."""
     done = []
     if annotation.get("id") is None:
         done.append(_new_id(document, annotation))
@@ -170,7 +171,7 @@ def _iscrowd(document: Document, annotation: Record) -> str | None:
 
 
 def _drop_keypoints(document: Document, annotation: Record) -> str | None:
-    """Drops keypoints, which masks do not need."""
+    """Drops keypoints, which are not needed for masks."""
     del document
     del annotation["keypoints"]
     annotation.pop("num_keypoints", None)
@@ -195,7 +196,7 @@ def _area_from_mask(document: Document, annotation: Record) -> str | None:
 
 
 def _crowd_runs(document: Document, annotation: Record) -> str | None:
-    """Writes the same pixels as run lengths; only the annotator knows whether it is a crowd."""
+    """Writes a crowd's polygons as run lengths of the same pixels; keeps ``iscrowd``."""
     found = document.mask(annotation)
     if found is None:
         return None
@@ -221,7 +222,7 @@ def _flatten(document: Document, annotation: Record) -> str | None:
 
 
 def _drop_parts(document: Document, annotation: Record) -> str | None:
-    """Drops polygons that enclose nothing, as detectron2 does."""
+    """Drops polygons that enclose nothing, as in detectron2."""
     del document
     given = annotation["segmentation"]
     kept = [x for x in given if not isinstance(x, list) or (len(x) >= 6 and len(x) % 2 == 0)]
@@ -245,24 +246,24 @@ def _cut_polygons(document: Document, annotation: Record) -> str | None:
 
 
 def clip_polygon(polygon: Polygon, image_hw: tuple[int, int]) -> Polygon:
-    """Returns the part of a polygon within the image, by Sutherland and Hodgman's algorithm.
+    """Returns the part of a polygon inside the image (Sutherland-Hodgman algorithm).
 
     Args:
         polygon: x, y, x, y, ... in pixels.
         image_hw: H, W.
 
     Returns:
-        The same; empty if nothing is inside.
+        A polygon in the same form; empty if nothing is inside.
     """
     height, width = image_hw
     points = np.asarray(polygon, float).reshape(-1, 2)
     for axis, sign, bound in ((0, 1, 0.0), (0, -1, -width), (1, 1, 0.0), (1, -1, -height)):
         kept = []
         for start, end in zip(np.roll(points, 1, axis=0), points, strict=True):
-            a, b = sign * start[axis] - bound, sign * end[axis] - bound  # inside from 0 on
+            a, b = sign * start[axis] - bound, sign * end[axis] - bound  # inside if 0 or more
             if min(a, b) < 0 < max(a, b):
                 inner, outer = (start, end) if a > 0 else (end, start)
-                # Differences of halves do not overflow, whatever the coordinates.
+                # Halved, because differences of huge coordinates would overflow.
                 share = max(a, b) / 2 / (max(a, b) / 2 - min(a, b) / 2)
                 kept.append(inner + (outer * share - inner * share))
             if b >= 0:
@@ -313,4 +314,4 @@ REPAIRS: dict[tuple[str, str], Repair] = {
         )
     },
 }
-"""Repairs by section and kind of the finding."""
+"""Repairs by section and kind of finding."""

@@ -1,4 +1,4 @@
-"""Checks the records of a COCO file: sections, categories, images, and fields of annotations."""
+"""Checks the records of a COCO file: sections, categories, images and annotation fields."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from .foreign_formats import foreign_json
 SECTIONS = tuple(SECTION_NAMES)
 ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd")
 MAX_ID = 1 << 53
-"""From here on, a float64, in which metrics hold ids, cannot hold every whole number."""
+"""Limit for ids, because metrics store them as float64, which cannot represent all integers beyond.
+"""
 
 MOST_AREA = 1.1
-"""Most area of an object, in images: polygons and boxes may leave the image by a pixel."""
+"""Largest area of an object relative to its image; polygons may leave the image by a pixel."""
 
 Sizes = dict[Hashable, tuple[int, int] | None]
-"""(height, width) by image id; None where the record has no valid size."""
+"""(height, width) by image id; None if the record has no valid size."""
 
 
 def max_pixels() -> float:
-    """Returns the most pixels of an image that Pillow, detectron2's reader, accepts."""
+    """Returns the largest number of pixels that Pillow, which detectron2 uses, accepts."""
     limit = Image.MAX_IMAGE_PIXELS
     return math.inf if limit is None else 2 * limit
 
 
 def check_sections(content: Any, found: Findings) -> bool:
-    """Returns whether the three sections are lists; adds a finding for each that is not."""
+    """Returns whether the three sections are lists, and adds a finding for each that is not."""
     foreign = foreign_json(content)
     if foreign:
         found.add("not-a-coco-file", foreign)
         return False
     if not isinstance(content, dict):
-        found.add("json-not-object", f"the file holds {quote(content)}")
+        found.add("json-not-object", f"the file contains {quote(content)}")
         return False
     complete = True
     for section in SECTIONS:
@@ -55,9 +56,9 @@ def check_categories(
 
     Args:
         categories: the section.
-        found: gets the findings.
-        num_classes: of the model, None if not known.
-        lvis: whether class indices will be ids - 1, as in detectron2 for LVIS.
+        found: list to which findings are added.
+        num_classes: number of classes of the model; None if unknown.
+        lvis: whether class numbers will be ids - 1, as in detectron2 for LVIS.
 
     Returns:
         Names by id, for categories that have both.
@@ -72,9 +73,7 @@ def check_categories(
         missing = [key for key in ("id", "name") if category.get(key) is None]
         if missing:
             what = quote(next((category[k] for k in ("name", "id") if category.get(k)), None))
-            found.add(
-                "category-missing-key", f"category {what} has no {' and no '.join(missing)}", at
-            )
+            found.add("category-missing-key", f"category {what} lacks {' and '.join(missing)}", at)
             continue
         i, name = category["id"], category["name"]
         check_id("category", i, found, at)
@@ -89,21 +88,27 @@ def check_categories(
             continue
         if name in first_of_name:
             both = f"{quote(first_of_name[name])} and {quote(i)}"
-            found.add("duplicate-category-name", f"the categories {both} are {quote(name)}", at)
+            found.add(
+                "duplicate-category-name",
+                f"the categories {both} are both called {quote(name)}",
+                at,
+            )
         names[i] = name
         first_of_name.setdefault(name, i)
         if lvis and type(i) is int and not 1 <= i <= len(categories):
-            message = f"category {quote(name)} has the id {i} of {len(categories)} categories"
+            message = f"category {quote(name)} has the id {i}, but there are {len(categories)}"
             found.add("category-id-range", message, at)
     if not categories:
         found.add("no-categories", "the file lists no categories")
     elif num_classes is not None and len(names) != num_classes:
-        found.add("num-classes", f"the file has {len(names)} categories, the model {num_classes}")
+        found.add(
+            "num-classes", f"the file has {len(names)} categories, but the model {num_classes}"
+        )
     return names
 
 
 def _is_unicode(text: str) -> bool:
-    """Returns whether a text can be written; JSON can hold half of a surrogate pair."""
+    """Returns whether a string can be encoded; JSON can contain half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -112,7 +117,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def check_id(what: str, value: Any, found: Findings, at: Place) -> None:
-    """Adds a finding for an id that is not a whole number, or that a float64 cannot hold."""
+    """Adds a finding for an id that is not an integer, or that a float64 cannot represent."""
     if type(value) is not int:
         message = f"the {what} id {quote(value)} is of type {type(value).__name__}"
         found.add("id-not-integer", message, at)
@@ -125,7 +130,7 @@ def check_images(images: list[Any], found: Findings, *, lvis: bool = False) -> S
 
     Args:
         images: the section.
-        found: gets the findings.
+        found: list to which findings are added.
         lvis: whether files are named by ``coco_url``.
 
     Returns:
@@ -142,7 +147,7 @@ def check_images(images: list[Any], found: Findings, *, lvis: bool = False) -> S
         name_key = "coco_url" if lvis else "file_name"
         for key in ("id", name_key, "height", "width"):
             if image.get(key) is None:
-                found.add("image-missing-key", f"it has no {key}", at)
+                found.add("image-missing-key", f"it lacks {key}", at)
         size = _check_size(image, at, found)
         if image.get(name_key) is not None:
             _check_file_name(image, at, found, first_of_file, lvis)
@@ -169,7 +174,7 @@ def _check_size(image: Mapping[str, Any], at: Place, found: Findings) -> tuple[i
         found.add("image-size-invalid", message, at)
         return None
     if height * width > max_pixels():
-        message = f"{quote(width)} x {quote(height)} are beyond Pillow's {max_pixels():.0f} pixels"
+        message = f"{quote(width)} x {quote(height)} exceeds Pillow's {max_pixels():.0f} pixels"
         found.add("image-too-large", message, at)
         return None
     return height, width
@@ -181,26 +186,26 @@ def _check_file_name(
     name = file_name(image, lvis)
     if name is None:
         given = image["coco_url" if lvis else "file_name"]
-        found.add("file-name-invalid", f"its file is named {quote(given)}", at)
+        found.add("file-name-invalid", f"its file has the name {quote(given)}", at)
         return
     if is_outside(name):
-        message = f"its file {quote_path(name)} is not within the image folder"
+        message = f"its file {quote_path(name)} is not inside the image folder"
         found.add("file-name-outside", message, at)
     elif name in seen and seen[name] != at.image_id:
-        message = f"its file {quote_path(name)} is also that of image {quote(seen[name])}"
+        message = f"its file {quote_path(name)} also belongs to image {quote(seen[name])}"
         found.add("duplicate-file-name", message, at)
     seen.setdefault(name, at.image_id)
 
 
 def is_outside(name: str) -> bool:
-    """Returns whether a normalised path leads out of the folder where it starts."""
+    """Returns whether a normalised path leads out of the folder that it is relative to."""
     return name.startswith("/") or name.split("/")[0] == ".."
 
 
 def file_name(image: Mapping[str, Any], lvis: bool) -> str | None:
-    """Returns the normalised path in a record; None if it is not a path.
+    """Returns the normalised path in a record; None if it is not a valid path.
 
-    For LVIS, it is made of the last two parts of ``coco_url``, as in detectron2.
+    For LVIS, it consists of the last two parts of ``coco_url``, as in detectron2.
     """
     name = image.get("coco_url" if lvis else "file_name")
     if not isinstance(name, str) or not name.strip() or "\0" in name:
@@ -224,15 +229,15 @@ def check_annotation_fields(
     lvis: bool,
     masks: bool,
 ) -> None:
-    """Checks an annotation, except its box and mask.
+    """Checks the fields of an annotation, except its box and mask.
 
     Args:
         annotation: the record.
-        index: its place in the section.
-        found: gets the findings.
-        sizes: the images.
-        categories: the categories.
-        lvis: whether the file is LVIS's, which has no ``iscrowd``.
+        index: index of the record in its section.
+        found: list to which findings are added.
+        sizes: sizes by image id.
+        categories: names by category id.
+        lvis: whether the file is in LVIS format, which has no ``iscrowd``.
         masks: whether each annotation must have a mask.
     """
     get, i, image_id = annotation.get, annotation.get("id"), annotation.get("image_id")
@@ -240,7 +245,7 @@ def check_annotation_fields(
     for key in ANNOTATION_KEYS:
         needless = (lvis and key == "iscrowd") or (not masks and key == "segmentation")
         if get(key) is None and not needless:
-            found.add("annotation-missing-key", f"it has no {key}", at)
+            found.add("annotation-missing-key", f"it lacks {key}", at)
     if i is not None:
         check_id("annotation", i, found, at)
         if type(i) is int and i < 1:
@@ -256,7 +261,9 @@ def check_annotation_fields(
         if listed is None:
             found.add(kind, f"its {key} {quote(value)} is not listed", at)
         elif isinstance(value, str) and type(listed) is int:
-            message = f"its {key} is the text {quote(value)}, the file lists the number {listed}"
+            message = (
+                f"its {key} is the text {quote(value)}, but the file lists the number {listed}"
+            )
             found.add("id-as-text", message, at, listed)
         elif type(value) is not int:
             check_id(key.removesuffix("_id"), value, found, at)
@@ -268,7 +275,7 @@ def check_annotation_fields(
     elif area is not None:
         size = sizes.get(listed_id(image_id, sizes))
         if size is not None and area > MOST_AREA * math.prod(size):
-            found.add("area-invalid", f"area is {area}, the image has {math.prod(size)}", at)
+            found.add("area-invalid", f"area is {area}, but the image has {math.prod(size)}", at)
     keypoints = get("keypoints")  # detectron2 reads them even if they are not used
     if keypoints and not (
         isinstance(keypoints, list) and len(keypoints) % 3 == 0 and all(map(is_finite, keypoints))
@@ -279,7 +286,7 @@ def check_annotation_fields(
 
 
 def listed_id(value: Any, known: Mapping[Hashable, Any]) -> Hashable:
-    """Returns the listed id that an annotation means; None if there is none.
+    """Returns the listed id that an annotation refers to; None if there is none.
 
     VIA lists images by number, but writes "7" into annotations.
     """
@@ -291,14 +298,14 @@ def listed_id(value: Any, known: Mapping[Hashable, Any]) -> Hashable:
     if isinstance(value, str):
         text = value.removesuffix(".0")
         value = int(text) if text.isascii() and text.isdigit() and len(text) < 17 else value
-        if str(value) != text:  # 007 is another id
+        if str(value) != text:  # 007 is a different id
             return None
         return value if value in known else None
     return None
 
 
 def is_finite(value: Any) -> bool:
-    """Returns whether a value is a number, not a bool, that a float64 can hold."""
+    """Returns whether a value is a finite number (not a bool) within the range of a float64."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:

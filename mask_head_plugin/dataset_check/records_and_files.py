@@ -1,6 +1,6 @@
-"""Compares image files with their records: finds missing ones, and says whose size is wrong.
+"""Compares image files with their records: locates missing files, and decides which size is wrong.
 
-images.py says what is wrong with a file; this module finds out why.
+images.py reports what is wrong with a file; this module finds the cause.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .images import ImageFacts, ListedImage, check_image_files
 from .records import Sizes, file_name, is_outside, listed_id
 
 FEW_SIZES = 3
-"""How many records may have one size by chance."""
+"""Fewer records than this may have the same size by chance."""
 MOST = 0.9
-"""Share of the images whose masks must fit their files for the records to be wrong."""
+"""Share of masks that must fit their files to conclude that the recorded sizes are wrong."""
 
 ImageSize = tuple[int, int]
 """height, width"""
@@ -40,18 +40,18 @@ def check_files(
     decode: bool,
     known: dict[str, ImageFacts],
 ) -> None:
-    """Adds findings about the image files, and takes sizes from them that records lack.
+    """Adds findings about the image files, and fills in sizes that records lack.
 
     Args:
         content: the sections of an annotation file.
-        image_root: the folder of its images.
-        found: gets the findings. A name that leads out of the folder becomes another kind of
-            finding if the file is inside.
-        sizes: by image id. If the record has none, or a plainly wrong one, it becomes the file's,
-            so that masks can be checked.
+        image_root: the image folder.
+        found: list to which findings are added. A finding for a name that leads out of the folder
+            is changed to another kind if the file is inside.
+        sizes: sizes by image id. If a record has no size, or one that is plainly wrong, the file's
+            size is used, so that masks can be checked.
         lvis: whether files are named by ``coco_url``.
         decode: whether to decode all files.
-        known: facts by path that need not be read again; those read are added.
+        known: facts by path that do not have to be read again; new facts are added.
     """
     images = content["images"]
     if not Path(image_root).is_dir():
@@ -66,11 +66,11 @@ def check_files(
     for finding in of_files:
         image = by_number[finding.index]
         if finding.kind == "image-size-mismatch" and image.number in alike:
-            message = f"{finding.message}, as all records do; the masks fit the file"
+            message = f"{finding.message}, like all records; the masks fit the file"
             found.append(replace(finding, kind="image-size-alike", message=message))
         else:
             found.append(finding)
-    if not lvis:  # its images are named by their address
+    if not lvis:  # LVIS names images by their URL
         _look_for_files(images, image_root, found)
     for image in listed:
         i, facts = listed_id(image.image_id, sizes), known[image.path]
@@ -80,7 +80,7 @@ def check_files(
 
 
 def listed_images(images: list[Any], image_root: str, *, lvis: bool = False) -> list[ListedImage]:
-    """Returns the image records that name a file inside the folder; other files are not opened."""
+    """Returns the image records whose files are inside the folder; other files are not opened."""
     listed = []
     for index, image in enumerate(images):
         name = file_name(image, lvis) if isinstance(image, dict) else None
@@ -88,21 +88,21 @@ def listed_images(images: list[Any], image_root: str, *, lvis: bool = False) -> 
             continue
         sides = (image.get("height"), image.get("width"))
         valid = all(type(side) is int and side > 0 for side in sides)
-        # As in detectron2: not the normalised name.
+        # The name is not normalised, as in detectron2.
         path = os.path.join(image_root, name if lvis else image["file_name"])  # noqa: PTH118  # as detectron2
         listed.append(ListedImage(index, image.get("id"), path, sides if valid else None))
     return listed
 
 
 def _look_for_files(images: list[Any], image_root: str, found: Findings) -> None:
-    """Adds the actual place to findings of files that are not where their records say."""
+    """Adds the actual location to findings for files that are not where their records say."""
     lost = [k for k, x in enumerate(found) if x.kind in ("image-file-missing", "file-name-outside")]
     if not lost:
         return
     places = ImagePlaces(image_root)
     names = {k: images[found[k].index]["file_name"] for k in lost}
     found_at = {name: _place(name, image_root, places) for name in set(names.values())}
-    # If records name a file in ways that differ by more than the separator, it may be another one.
+    # If several names that differ in more than the separator lead to one file, it is ambiguous.
     others = {x["file_name"] for x in images if isinstance(x, dict) and file_name(x, lvis=False)}
     meaning = defaultdict(set)
     for name in others:
@@ -121,15 +121,15 @@ def _look_for_files(images: list[Any], image_root: str, found: Findings) -> None
             found[k] = replace(found[k], message=message)
         elif _is_absolute_file(name):
             message = (
-                f"{found[k].message}, but such a file exists: give its folder as the image folder"
+                f"{found[k].message}, but such a file exists: use its folder as the image folder"
             )
             found[k] = replace(found[k], message=message)
 
 
 def _place(name: str, image_root: str, places: ImagePlaces) -> str | None:
-    """Returns the path, within the folder, of the file that a name means; None if unknown."""
+    """Returns the path, relative to the folder, of the file that a name refers to, or None."""
     if _is_absolute_file(name):
-        for real in (os.path.abspath, os.path.realpath):  # as written, and without links
+        for real in (os.path.abspath, os.path.realpath):  # as written, and with links resolved
             within = os.path.relpath(real(name), real(image_root))
             if not is_outside(within):
                 return within
@@ -148,10 +148,10 @@ def _is_absolute_file(name: str) -> bool:
 def _wrong_alike(
     listed: list[ListedImage], known: Mapping[str, ImageFacts], annotations: Iterable[Any]
 ) -> set[int]:
-    """Returns the indices of images whose records all have the same wrong size.
+    """Returns the indices of images whose size is wrong if all records state the same size.
 
-    Some tools write a size without looking it up. If the masks leave that size but fit the files,
-    the files' size is right.
+    Some tools write a fixed size without reading the files. If the masks do not fit that size but
+    fit the files, the size of the files is right.
     """
     stated = {image.image_hw for image in listed}
     if len(stated) != 1 or len(listed) < FEW_SIZES or None in stated:
@@ -176,7 +176,7 @@ def _wrong_alike(
 
 
 def _fits(segmentation: Any, image_hw: ImageSize) -> bool:
-    """Returns whether a mask, which may be malformed, can belong to an image of this size."""
+    """Returns whether a mask, which may be malformed, fits into an image of this size."""
     if isinstance(segmentation, dict):
         return bool(segmentation.get("size") == list(image_hw))
     try:

@@ -1,4 +1,4 @@
-"""Makes parts of a data set: some of its categories, or a split for training and validation.
+"""Creates parts of a data set: selected categories, or a split into training and validation.
 
 Shape alphabet: G photographs, K categories.
 """
@@ -22,14 +22,14 @@ Content = dict[str, Any]
 def keep_categories(content: Content, names: Sequence[str]) -> Content:
     """Returns a file's content with only some categories and their annotations.
 
-    All images stay: those without annotations show what none of the categories looks like.
+    All images are kept: images without annotations are useful as negative examples.
 
     Args:
-        content: must have passed the check without errors.
-        names: of the categories.
+        content: content of a file that has passed the check without errors.
+        names: names of the categories.
 
     Raises:
-        ConfigError: if the file lacks a category; the nearest name is given.
+        ConfigError: if the file lacks a category. The message suggests the nearest name.
     """
     known = [category["name"] for category in content["categories"]]
     for name in names:
@@ -46,22 +46,22 @@ def keep_categories(content: Content, names: Sequence[str]) -> Content:
 def split(
     content: Content, image_root: str, share: float, seed: int = 0
 ) -> tuple[Content, Content]:
-    """Returns the parts of a file for training and for validation.
+    """Splits a file into parts for training and validation.
 
-    All images of one photograph are in the same part (``photographs``). Each category has about
-    the same share of its annotations in validation, as far as photographs can be told apart.
+    All images of a photograph are in the same part (see ``photographs``). As far as this allows,
+    each category has about the same share of its annotations in validation.
 
     Args:
-        content: must have passed the check without errors.
-        image_root: the folder of its images.
-        share: of the images that go to validation, between 0 and 1.
-        seed: of the choice; the same seed gives the same parts.
+        content: content of a file that has passed the check without errors.
+        image_root: the image folder.
+        share: share of the images for validation, between 0 and 1.
+        seed: seed of the random choice; the same seed gives the same parts.
 
     Raises:
-        ConfigError: if the share is not between 0 and 1, or all images are of one photograph.
+        ConfigError: if the share is not between 0 and 1, or all images belong to one photograph.
     """
     if not 0 < share < 1:
-        raise ConfigError(f"--split {share}: give a share between 0 and 1, such as 0.2")
+        raise ConfigError(f"--split {share}: use a share between 0 and 1, such as 0.2")
     images = content["images"]
     names = [image["file_name"] for image in images]
     paths = [os.path.join(image_root, name) for name in names]  # noqa: PTH118  # as detectron2
@@ -69,7 +69,7 @@ def split(
     numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
     if len(numbers) < 2:
         raise ConfigError(
-            f"--split: all {len(images)} images are of one photograph, by name or content"
+            f"--split: all {len(images)} images belong to one photograph, by name or content"
         )
     group_of_image = {
         image["id"]: numbers[group] for image, group in zip(images, groups, strict=True)
@@ -85,7 +85,7 @@ def split(
 
 
 def _counts(content: Content, group_of_image: dict[Any, int], num_groups: int) -> Any:
-    """Returns (G, 1 + K) counts: of images, and of annotations of each category."""
+    """Returns (G, 1 + K) counts per photograph: images, and annotations of each category."""
     columns = {x["id"]: k for k, x in enumerate(content["categories"], start=1)}
     counts = np.zeros((num_groups, 1 + len(columns)))
     for group, count in Counter(group_of_image.values()).items():
@@ -96,10 +96,10 @@ def _counts(content: Content, group_of_image: dict[Any, int], num_groups: int) -
 
 
 def _choose(counts: Any, share: float, seed: int) -> Any:
-    """Returns (G,) which photographs go to validation: each one that brings the shares closer to
-    the goal.
+    """Returns (G,) whether each photograph goes to validation.
 
-    Large ones come first, so that small ones can even out the shares.
+    A photograph is chosen if it brings the shares closer to the goal. Photographs with many images
+    come first, so that small ones can even out the shares.
     """
     totals = counts.sum(0)
     shares = counts[:, totals > 0] / totals[totals > 0]
@@ -111,7 +111,7 @@ def _choose(counts: Any, share: float, seed: int) -> Any:
         with_it = reached + shares[group]
         if ((with_it - share) ** 2).sum() < ((reached - share) ** 2).sum():
             chosen[group], reached = True, with_it
-    if not chosen.any():  # fewer photographs than shares
+    if not chosen.any():  # too few photographs for the share
         chosen[order[-1]] = True
     elif chosen.all():
         chosen[order[-1]] = False

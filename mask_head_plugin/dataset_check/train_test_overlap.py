@@ -1,6 +1,6 @@
-"""Finds images that are in both training and test data, which makes every score too good.
+"""Finds images that are in both training and test data, which makes all scores too high.
 
-They may be the same file, the same bytes under another name, or parts of one photograph, by name.
+They may be the same file, the same bytes under another name, or, by name, parts of one photograph.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def shared_images(train: Images, test: Images) -> list[tuple[str, Pairs]]:
 
     Args:
         train: image folder and path of each training image.
-        test: the same for the test images.
+        test: image folder and path of each test image.
 
     Returns:
-        For each way to recognise a pair (in words), the pairs of paths, test image first. An image
-        counts only for the first way that recognises it.
+        For each criterion (in words), the pairs of paths, test image first. An image counts only
+        for the first criterion that matches.
     """
     left = list(test)
     found = []
@@ -41,7 +41,7 @@ def shared_images(train: Images, test: Images) -> list[tuple[str, Pairs]]:
 
 
 def _matches(train: Images, test: Images, keys: Mapping[str, Hashable]) -> Pairs:
-    """Returns the pairs of images that share a key; None is ignored."""
+    """Returns the pairs of images with equal keys; None is ignored."""
     first: dict[Hashable, str] = {}
     for _, path in train:
         first.setdefault(keys.get(path), path)
@@ -68,7 +68,7 @@ def _by_name(train: Images, test: Images) -> Pairs:
 
 
 def _identity(path: str) -> Hashable:
-    """Returns an identity that a file shares with its links."""
+    """Returns an identity that is equal for a file and its links."""
     try:
         status = os.stat(path)  # noqa: PTH116  # makes no Path of each of many files
     except (OSError, ValueError):

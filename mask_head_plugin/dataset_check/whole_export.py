@@ -1,6 +1,6 @@
-"""Finds faults that show only in a file as a whole: units, the numbering of classes, repetitions.
+"""Finds faults that are visible only in a file as a whole: units, class numbers, repetitions.
 
-Most have no one right answer, so a corrected copy is refused.
+Most of them have no single right answer, so a corrected copy is refused.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from .findings import Findings, quote
 from .records import listed_id
 
 FEW = 10
-"""How many records may have a fault by chance."""
+"""Fewer records than this may have a fault by chance."""
 
 
 def check_whole(
     content: dict[str, list[Any]], categories: Mapping[Hashable, str], found: Findings
 ) -> None:
-    """Looks for faults in all records of a file, and for categories without annotations.
+    """Finds faults in the records as a whole, and categories without annotations.
 
     Args:
-        content: its sections.
+        content: the sections of the file.
         categories: names by id.
-        found: gets the findings.
+        found: list to which findings are added.
     """
     annotations = [x for x in content["annotations"] if isinstance(x, dict)]
     for what, numbers in (("boxes", _boxes(annotations)), ("polygons", polygons_of(annotations))):
@@ -48,15 +48,13 @@ def polygons_of(annotations: list[dict[str, Any]]) -> Iterator[Any]:
 
 
 def within_one(lists: Iterator[Any]) -> bool:
-    """Returns whether there are many lists of numbers, all between 0 and 1; most files fail at
-    once.
-    """
+    """Returns whether there are many lists of numbers and all numbers are between 0 and 1."""
     count = 0
     for numbers in lists:
         try:
             if not 0 <= min(numbers) <= max(numbers) <= 1:
                 return False
-        except (TypeError, ValueError):  # faults of its own
+        except (TypeError, ValueError):  # reported elsewhere
             continue
         count += 1
     return count >= FEW
@@ -71,7 +69,7 @@ def _check_shift(
         if len(used) > 1 and not used <= known and {i + shift for i in used} <= known:
             found.add(
                 "category-ids-shifted",
-                f"annotations use the categories {min(used)} to {max(used)}, the file lists "
+                f"annotations use the categories {min(used)} to {max(used)}, but the file lists "
                 f"{min(known)} to {max(known)}",
             )
 
@@ -79,18 +77,18 @@ def _check_shift(
 def _check_use(
     annotations: list[dict[str, Any]], categories: Mapping[Hashable, str], found: Findings
 ) -> None:
-    """Adds findings for categories without annotations, and for a background category with some."""
+    """Reports categories without annotations, and annotations of a background category."""
     used = {listed_id(x.get("category_id"), categories) for x in annotations} - {None}
     unused = [name for i, name in categories.items() if i not in used]
     if used and unused:  # otherwise the ids are wrong
         found.add(
             "unused-category",
-            f"{len(unused)} of {len(categories)} categories have no annotation: "
+            f"{len(unused)} of {len(categories)} categories have no annotations: "
             f"{listed(list(map(quote, unused)))}",
         )
     for i, name in categories.items():
         if i in used and name.strip("_ ").lower() == "background":
-            message = f"category {quote(i)} is {quote(name)}, which models have built in"
+            message = f"category {quote(i)} is {quote(name)}, a class that models already include"
             found.add("background-category", message)
 
 
@@ -102,13 +100,13 @@ def _check_repetitions(annotations: list[dict[str, Any]], found: Findings) -> No
         key = (x.get("image_id"), x.get("category_id"), tuple(box) if type(box) is list else None)
         try:
             before = first.setdefault(key, x.get("id"))
-        except TypeError:  # not hashable: a fault of its own
+        except TypeError:  # not hashable, which is reported elsewhere
             continue
         if before != x.get("id") and key[2]:
             repeated.append((before, x.get("id")))
     if repeated:
         found.add(
             "repeated-annotation",
-            f"{len(repeated)} annotations have the image, category and box of another one, such as "
-            f"{repeated[0][1]} of {repeated[0][0]}",
+            f"{len(repeated)} annotations have the same image, category and box as another one, "
+            f"such as {repeated[0][1]} and {repeated[0][0]}",
         )

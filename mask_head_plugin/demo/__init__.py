@@ -1,4 +1,4 @@
-"""A trained model on images and videos."""
+"""Runs a trained model on images and videos."""
 
 from ..detectron2_import import IMPORT_ERROR, refuse
 

@@ -39,13 +39,13 @@ class EagerModel:
         """Loads the model.
 
         Args:
-            cfg: of ``demo_config``.
-            confidence_threshold: for classes without one of their own.
-            thresholds: "NAME=SCORE" for classes that have one.
+            cfg: a config from ``demo_config``.
+            confidence_threshold: threshold for classes that are not in ``thresholds``.
+            thresholds: "NAME=SCORE" for classes with a different threshold.
 
         Raises:
-            ConfigError: if the weights cannot be read or do not fill the model, or a class is not
-                the model's.
+            ConfigError: if the weights cannot be read or do not fill the model, or the model does
+                not have a class.
         """
         self.predictor = load_predictor(cfg)
         names = self.predictor.metadata.get("thing_classes")
@@ -60,9 +60,9 @@ class EagerModel:
     def _find(self, image: ByteArray) -> Detections:
         output = self.predictor(image)
         if "instances" not in output:
-            raise ConfigError(f"the model finds no instances, it returns {sorted(output)} only")
+            raise ConfigError(f"the model returns only {sorted(output)}, but no instances")
         instances = output["instances"].to("cpu")
-        if self._least is not None:  # the model has already dropped what no class keeps
+        if self._least is not None:  # the model itself applies only the lowest threshold
             instances = instances[instances.scores > self._least[instances.pred_classes]]
         return Detections(
             instances.pred_classes.tolist(),
@@ -93,14 +93,14 @@ def run_demo(
     Args:
         config_file: a YAML file.
         opts: "KEY VALUE" pairs in one flat list.
-        inputs: images, videos, folders of them, patterns such as ``photos/*.jpg``.
+        inputs: images, videos, folders of these, and patterns such as ``photos/*.jpg``.
         output: a folder, created if missing. Nothing in it is overwritten.
         confidence_threshold: detections need a higher score; 0 to 1.
-        thresholds: "NAME=SCORE" for classes that need another one.
-        semantic: also write semantic maps.
+        thresholds: "NAME=SCORE" for classes with a different threshold.
+        semantic: whether to write semantic maps as well.
 
     Returns:
-        What went wrong: a line for each input without a complete result.
+        Problems: a line for each input without a complete result.
 
     Raises:
         ConfigError: if a setting, a file or the output folder cannot be used.
@@ -123,7 +123,7 @@ def demo_config(
     """Returns a checked config whose model drops detections below the threshold.
 
     Raises:
-        ConfigError: if it cannot be used, or names no weights.
+        ConfigError: if the config cannot be used or does not name weights.
     """
     cfg = load_config_and_code(config_file, opts)
     if not cfg.MODEL.WEIGHTS:
@@ -136,21 +136,21 @@ def demo_config(
 
 
 def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
-    """Returns names and category ids of a model's classes; numbers where the names are unknown.
+    """Returns names and category ids of a model's classes; numbers replace unknown names.
 
-    Ids are those of the first data set of DATASETS.TEST, or else TRAIN, for classes of the same
-    names; classes that it lacks get ids above its own. The annotation files of DATASETS.COCO_FILES
-    need not be on this machine.
+    Classes get the ids that classes of the same name have in the first data set in DATASETS.TEST,
+    or else in TRAIN. Classes that the data set lacks get new, higher ids. The annotation files of
+    DATASETS.COCO_FILES do not have to be on this machine.
 
     Args:
-        cfg: of the model.
-        names: of its K classes, in the order of its rows.
+        cfg: the model's config.
+        names: names of its K classes, in the order of its output rows; None if unknown.
     """
     id_of, unknown = _category_ids(cfg)
     if names is None:
         count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         logger.warning(
-            "classes are shown as numbers: the weights do not name them, and no data set has %d "
+            "classes are shown as numbers: the weights have no class names, and no data set has %d "
             "classes: %s",
             count,
             unknown or f"{listed(list(id_of))} are {len(id_of)}",
@@ -169,7 +169,7 @@ def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
 
 
 def _category_ids(cfg: CfgNode) -> tuple[dict[str, int], str]:
-    """Returns the category id of each class of a data set, or why there are none."""
+    """Returns the category id of each class in a data set, or the reason why there are none."""
     unknown = []
     for name in (*cfg.DATASETS.TEST[:1], *cfg.DATASETS.TRAIN[:1]):
         try:

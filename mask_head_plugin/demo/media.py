@@ -1,5 +1,4 @@
-"""Finds, distinguishes and reads images and videos, and names them so that results overwrite
-nothing.
+"""Finds, identifies and reads images and videos, and chooses unique names for their results.
 
 Shape alphabet: H, W image height and width in pixels.
 """
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["image", "video"]
 
-# Also for files that nothing here reads: they are named, not skipped silently.
+# Includes formats that cannot be read here, so that such files are reported instead of skipped.
 IMAGE_SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".cr2", ".cr3", ".arw", ".dcm", ".dib", ".dng", ".exr", ".gif"),
     *(".hdr", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx"),
@@ -40,7 +39,7 @@ VIDEO_SUFFIXES = {
     *(".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogg"),
     *(".ogv", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
 }
-# How files start, for unknown endings.
+# First bytes of files, for unknown suffixes.
 IMAGE_START = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0{4}|P[1-6]\s+[\d#]|II[*+]\0|MM\0[*+]"
     rb"|RIFF.{4}WEBP|.{4}ftyp(avi[fs]|he[iv][cxms]|mif1|msf1)|\0{3}\x0c(jP  |JXL )"
@@ -52,12 +51,13 @@ VIDEO_START = re.compile(
     re.DOTALL,
 )
 START_LENGTH = 189
-# What OpenCV can always write. Overlays of other kinds become .png or .mp4.
+# Formats that OpenCV can always write. Overlays of other formats become .png or .mp4.
 WRITTEN_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
 DEFAULT_FPS = 25.0
 STEADY = 1.5
-"""The longest interval between frames may be this many times the shortest: clocks round."""
+"""Largest ratio of the longest to the shortest interval between frames that counts as steady;
+timestamps are rounded."""
 
 
 @dataclass(frozen=True)
@@ -70,25 +70,26 @@ class Source:
 
 
 class LeftOutError(Exception):
-    """Why an input has no result, or only part of one."""
+    """The reason why an input has no result, or only a partial one."""
 
 
 def find_sources(inputs: Iterable[str]) -> list[Source]:
-    """Returns the images and videos of --input, each once, with different names for overlays.
+    """Returns the images and videos of --input, each once, with unique names for overlays.
 
-    In a folder, files that end or start like images and videos count; sub-folders do not.
+    In a folder, images and videos are recognised by their suffix or their first bytes. Subfolders
+    are not searched.
 
     Raises:
-        ConfigError: if an input does not exist or holds nothing.
+        ConfigError: if an input does not exist or contains no images or videos.
     """
     paths = {path.resolve(): path for given in inputs for path in _files_of(given)}
     sources, taken = [], set()
     for path in paths.values():
-        # An unrecognised file is read as an image, which reports what is wrong with it.
+        # An unrecognised file is treated as an image; reading it then reports what is wrong.
         is_video = kind_of(path) == "video"
         stem, number = path.stem, 1
-        # Names also differ without endings, since semantic maps are all .png, and in lower case,
-        # for file systems that ignore case.
+        # Names must be unique without suffixes, because all semantic maps are .png, and in lower
+        # case, for file systems that ignore case.
         while stem.lower() in taken:
             number += 1
             stem = f"{path.stem}_{number}"
@@ -98,9 +99,9 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """Returns what a file is, by its first bytes or else its ending; None if neither decides."""
+    """Returns the kind of a file by its first bytes or else its suffix; None if it is unknown."""
     with contextlib.suppress(OSError):
-        if path.is_file():  # a pipe would never end
+        if path.is_file():  # reading a pipe might never end
             with path.open("rb") as file:
                 head = file.read(START_LENGTH)
             if IMAGE_START.match(head):
@@ -113,10 +114,10 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def read_bgr(path: Path) -> ByteArray:
-    """Returns an image as (H, W, 3) BGR, as ``image_files`` reads it.
+    """Reads an image with ``image_files`` and returns it as (H, W, 3) BGR.
 
     Raises:
-        LeftOutError: if its pixels cannot be used; with the data set check's advice.
+        LeftOutError: if its pixels cannot be used; includes the advice of the data set check.
     """
     try:
         return np.ascontiguousarray(read_image(str(path), "BGR"))
@@ -128,8 +129,8 @@ class Frames:
     """The frames of a video.
 
     Attributes:
-        fps: frames per second, as the header says.
-        is_steady: whether all intervals between the frames read so far are alike.
+        fps: frames per second, from the header.
+        is_steady: whether all intervals between the frames read so far are about the same.
     """
 
     def __init__(self, path: Path) -> None:
@@ -137,11 +138,11 @@ class Frames:
         self.fps, self.is_steady = DEFAULT_FPS, True
 
     def __iter__(self) -> Iterator[ByteArray]:
-        """Yields (H, W, 3) BGR.
+        """Yields (H, W, 3) BGR frames.
 
         Raises:
-            LeftOutError: if no frame can be decoded or, after the last one, if over a second of the
-                header's length is missing (less may be rounding).
+            LeftOutError: if no frame can be decoded, or, after the last frame, if more than a
+                second is missing compared with the header (less can be rounding).
         """
         video = _open_video(self._path)
         try:
@@ -165,7 +166,7 @@ class Frames:
 
 
 def num_frames(source: Source) -> int:
-    """Returns how many images a source has; for a video, as its header says."""
+    """Returns the number of images in a source; for a video, according to its header."""
     if not source.is_video:
         return 1
     video = _open_video(source.path)
@@ -176,14 +177,14 @@ def num_frames(source: Source) -> int:
 
 
 def open_writer(path: Path, frame: ByteArray, fps: float) -> cv2.VideoWriter:
-    """Opens a video for frames of the size of the given one.
+    """Opens a video file for frames with the size of the given one.
 
     Raises:
-        OSError: if OpenCV does not write such a video.
+        OSError: if OpenCV cannot write such a video.
     """
     codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
     height, width = frame.shape[:2]
-    # FFmpeg, which OpenCV asks first, cuts odd sizes.
+    # FFmpeg, which OpenCV tries first, crops odd sizes.
     backend = cv2.CAP_OPENCV_MJPEG if _is_odd(width, height) else cv2.CAP_ANY
     writer = cv2.VideoWriter(str(path), backend, codec, fps, (width, height))
     if not writer.isOpened():
@@ -199,12 +200,12 @@ def _files_of(given: str) -> list[Path]:
         files = [x for x in visible if not x.is_dir() and kind_of(x) is not None]
         if not files:
             raise ConfigError(
-                f"--input: folder {path} holds no images or videos; for sub-folders, give a "
+                f"--input: folder {path} contains no images or videos; for subfolders, use a "
                 f"pattern such as '{path}/**/*.jpg'"
             )
         if any(x.is_dir() for x in visible):
             logger.warning(
-                "--input: sub-folders of %s are skipped; a pattern such as '%s/**/*.jpg' includes "
+                "--input: subfolders of %s are skipped; a pattern such as '%s/**/*.jpg' includes "
                 "them",
                 path,
                 path,
@@ -214,8 +215,8 @@ def _files_of(given: str) -> list[Path]:
         return [path]
     if not glob.has_magic(given):
         raise ConfigError(
-            f"--input: {given} does not exist; check the path (--input takes all words up to the "
-            "next flag)"
+            f"--input: {given} does not exist; check the path (--input takes all arguments up to "
+            "the next flag)"
         )
     matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # also absolute patterns
     files = [x for x in map(Path, matches) if x.is_file()]
@@ -225,9 +226,7 @@ def _files_of(given: str) -> list[Path]:
 
 
 def _overlay_suffix(path: Path, is_video: bool) -> str:
-    """Returns the input's own ending if OpenCV writes such files of this size, otherwise another
-    one.
-    """
+    """Returns the input's own suffix if OpenCV can write this format and size, else another one."""
     suffix = path.suffix.lower()
     if not is_video:
         return path.suffix if suffix in WRITTEN_IMAGES else ".png"
@@ -249,9 +248,9 @@ def _is_odd(width: int, height: int) -> bool:
 
 
 def _open_video(path: Path) -> cv2.VideoCapture:
-    # We report what is wrong with a file, once.
+    # Silenced because problems with a file are reported here, once.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    # OpenCV 4.8 has one of them, OpenCV 5 the other.
+    # OpenCV 4.8 has one of these functions, OpenCV 5 the other.
     set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel
     set_log_level(2)  # LOG_LEVEL_ERROR
     return cv2.VideoCapture(str(path))

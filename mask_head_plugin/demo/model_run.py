@@ -1,6 +1,6 @@
-"""Runs a model, whatever executes it, on images and videos; writes pictures and JSON.
+"""Runs any model on images and videos, and writes pictures and JSON.
 
-Needs neither detectron2 nor PyTorch.
+This module needs neither detectron2 nor PyTorch.
 
 Shape alphabet: H, W image height and width in pixels; N detections of an image.
 """
@@ -33,22 +33,22 @@ SEMANTIC_FOLDER = "semantic"
 
 
 class Model(Protocol):
-    """Something that finds objects in images."""
+    """A model that detects objects in images."""
 
     @property
     def categories(self) -> Categories:
-        """Returns names and ids of its classes."""
+        """Names and ids of the model's classes."""
 
     def find(self, images: Sequence[ByteArray]) -> list[Detections]:
-        """Returns what is in each of a batch of (H, W, 3) BGR images.
+        """Returns the detections in each (H, W, 3) BGR image of a batch.
 
         Raises:
-            ConfigError: if the model can never find instances. Any other error only skips the
-                image.
+            ConfigError: if the model cannot return instances for any image. All other errors only
+                skip the image.
         """
 
     def longest_side(self, image_hw: tuple[int, int]) -> int | None:
-        """Returns INPUT.MAX_SIZE_TEST for an image that is scaled although sizes should be kept."""
+        """Returns INPUT.MAX_SIZE_TEST if an image is too large to keep its size; otherwise None."""
 
 
 class _Item(NamedTuple):
@@ -60,31 +60,31 @@ class _Item(NamedTuple):
 
 
 class ModelRun:
-    """A model and the folder where results go."""
+    """Runs a model and writes results to a folder."""
 
     def __init__(
         self, model: Model, output: Path, *, semantic: bool = False, batch_size: int = 1
     ) -> None:
         """
         Args:
-            model: what finds objects.
-            output: a folder, created once the model runs; see check_output.
-            semantic: also write semantic maps.
-            batch_size: how many images or frames the model gets at a time.
+            model: the model to run.
+            output: the folder for results, created when the model runs; see check_output.
+            semantic: whether to write semantic maps as well.
+            batch_size: number of images or frames passed to the model at a time.
         """
         self.model, self.predictions = model, Predictions(model.categories)
         self.output, self.semantic, self.batch_size = output, semantic, batch_size
         self._problems: list[str] = []
-        self._scaled: set[Path] = set()  # inputs for which it was logged
+        self._scaled: set[Path] = set()  # inputs whose scaling has been logged
 
     def run(self, sources: Sequence[Source]) -> list[str]:
-        """Writes overlays, semantic maps and predictions.json, also after an interruption.
+        """Writes overlays, semantic maps and, even if interrupted, predictions.json.
 
         Returns:
-            What went wrong: a line for each source without a complete result.
+            Problems: a line for each source without a complete result.
 
         Raises:
-            ConfigError: if the folder cannot be created, or the model finds no instances.
+            ConfigError: if the folder cannot be created, or the model does not return instances.
             OSError: if a result cannot be written.
         """
         make_output_folder(self.output)
@@ -148,16 +148,14 @@ class ModelRun:
         self._problems.append(f"{source.path}: {error}")
 
     def _find(self, batch: Sequence[_Item]) -> Iterator[tuple[_Item, Detections | LeftOutError]]:
-        """Yields each image of a batch with its detections, or with the reason why the model
-        failed.
-        """
+        """Yields each image of a batch with its detections, or an error if the model failed."""
         for item in batch:
             self._tell_of_scaling(item)
         try:
             results = self.model.find([item.image for item in batch])
         except ConfigError:
             raise
-        except Exception as error:  # the other images continue
+        except Exception as error:  # the other images are still processed
             logger.debug("the model failed", exc_info=True)
             if len(batch) > 1:
                 for item in batch:
@@ -176,8 +174,8 @@ class ModelRun:
         if longest is not None and item.source.path not in self._scaled:
             self._scaled.add(item.source.path)
             logger.warning(
-                "%s: the model sees its %d x %d pixels scaled to INPUT.MAX_SIZE_TEST %d, because "
-                "at full size memory would run out; cut it into tiles if objects are small",
+                "%s: its %d x %d pixels are scaled down to INPUT.MAX_SIZE_TEST %d, because memory "
+                "would run out at full size; cut it into tiles if objects are small",
                 item.source.path,
                 width,
                 height,
@@ -185,7 +183,7 @@ class ModelRun:
             )
 
     def _draw(self, item: _Item, found: Detections, keeper: ColourKeeper) -> ByteArray:
-        """Returns the overlay of a BGR image, and records its detections for predictions.json."""
+        """Draws the overlay of a BGR image, and records its detections for predictions.json."""
         height, width = item.image.shape[:2]
         self.predictions.add(found, {**item.record, "height": height, "width": width})
         names = self.predictions.categories.names
@@ -195,7 +193,7 @@ class ModelRun:
         return draw_instances(item.image, labels, colours, found.boxes, found.rles)
 
     def _write_semantic(self, name: str, item: _Item, found: Detections) -> None:
-        """Writes a PNG of class + 1, 0 for background; of 16 bits if there are over 255 classes."""
+        """Writes a PNG of class + 1, 0 for background; 16-bit if there are over 255 classes."""
         if not self.semantic:
             return
         values = instance_semantic_map(found, (item.image.shape[0], item.image.shape[1]))
@@ -210,21 +208,21 @@ class ModelRun:
 
 
 def check_threshold(confidence_threshold: float) -> None:
-    """Raises ConfigError if it is not a score."""
+    """Raises ConfigError if the threshold is not between 0 and 1."""
     if not 0 <= confidence_threshold <= 1:
-        raise ConfigError(f"--confidence-threshold {confidence_threshold} is not from 0 to 1")
+        raise ConfigError(f"--confidence-threshold {confidence_threshold} is not between 0 and 1")
 
 
 def check_output(output: Path, sources: Iterable[Source], *, semantic: bool) -> None:
-    """Raises ConfigError if something in the output folder would be overwritten."""
+    """Raises ConfigError if a file in the output folder would be overwritten."""
     written = [PREDICTIONS, *([SEMANTIC_FOLDER] if semantic else []), *(s.overlay for s in sources)]
     for name in written:
         if (output / name).exists():
-            raise ConfigError(f"--output {output} has {name} already; name another folder")
+            raise ConfigError(f"--output {output} already contains {name}; use another folder")
 
 
 def instance_semantic_map(found: Detections, image_hw: tuple[int, int]) -> SemanticMap:
-    """Returns the (H, W) map of class + 1, 0 for background; the best-scored detection is on top.
+    """Returns the (H, W) map of class + 1, 0 for background; the best detection is on top.
 
     Args:
         found: detections; masks are ranked by ``mask_scores`` if there are any.
@@ -235,7 +233,7 @@ def instance_semantic_map(found: Detections, image_hw: tuple[int, int]) -> Seman
 
 
 def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    """Yields items in lists, including those before a LeftOutError."""
+    """Yields items in lists; items before a LeftOutError are also yielded."""
     batch: list[_Item] = []
     try:
         for item in items:
@@ -252,9 +250,9 @@ def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
 
 
 def _tell_of_overlay(source: Source, frames: Frames) -> None:
-    changes = "" if frames.is_steady else ", though the input's frames come at changing intervals"
+    changes = "" if frames.is_steady else " (the intervals between the input's frames vary)"
     logger.warning(
-        "%s: the overlay %s has %.4g frames per second throughout%s, and no sound",
+        "%s: the overlay %s has a constant %.4g frames per second%s and no sound",
         source.path,
         source.overlay,
         frames.fps,

@@ -1,4 +1,4 @@
-"""Detections in images and videos: as records of a COCO file, and tracked from frame to frame.
+"""Converts detections to COCO records, and tracks objects from frame to frame in videos.
 
 Shape alphabet: N detections of an image.
 """
@@ -18,19 +18,19 @@ from pycocotools import mask as coco_mask
 from ..durable_files import write_durably
 from ..evaluation.matching import SAME_OBJECT_IOU
 
-FRAMES_REMEMBERED = 8  # as detectron2's VideoVisualizer
+FRAMES_REMEMBERED = 8  # as in detectron2's VideoVisualizer
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What a model found in one image, best first.
+    """The detections in one image, best first.
 
     Attributes:
-        classes: N contiguous classes.
-        scores: N.
-        mask_scores: N, from a model with mask scoring; otherwise None.
+        classes: N class numbers, counted from 0.
+        scores: N scores.
+        mask_scores: N mask scores for a model with mask scoring; otherwise None.
         boxes: (N, 4) XYXY in pixels.
-        rles: N masks with str counts, None from a model without masks.
+        rles: N masks with counts as text; None for a model without masks.
     """
 
     classes: list[int]
@@ -46,7 +46,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class Categories:
-    """Name and id of each class. A class k is k + 1 in semantic maps, where 0 is background."""
+    """Name and id of each class. In semantic maps, class k is k + 1, and 0 is background."""
 
     names: list[str]
     ids: list[int]
@@ -59,18 +59,18 @@ class Categories:
 
 @dataclass
 class Predictions:
-    """A COCO file that is being built."""
+    """Collects detections for a COCO file."""
 
     categories: Categories
     images: list[dict[str, Any]] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, found: Detections, image: dict[str, Any]) -> None:
-        """Adds an image and what was found in it.
+        """Adds an image and its detections.
 
         Args:
-            found: detections.
-            image: ``file_name``, ``height`` and ``width``; for a video also ``frame``.
+            found: the detections.
+            image: ``file_name``, ``height`` and ``width``; for a video, also ``frame``.
         """
         image = {"id": len(self.images) + 1, **image}
         self.images.append(image)
@@ -108,10 +108,10 @@ class KnownObject:
     """An object of a video.
 
     Attributes:
-        number: of its colour.
-        category: its class.
+        number: number of its colour.
+        category: class number.
         shape: its last box [x, y, width, height] or run lengths.
-        missed: frames since then.
+        missed: number of frames since it was last seen.
     """
 
     number: int
@@ -123,8 +123,9 @@ class KnownObject:
 class ColourKeeper:
     """Keeps the colour of an object from frame to frame.
 
-    Without it, colours would jump whenever the order of the scores changes. An object is recognised
-    by its class and by overlapping its last place, for up to FRAMES_REMEMBERED frames.
+    Without it, colours would change whenever the order of the scores changes. An object is
+    recognised for up to FRAMES_REMEMBERED frames if it has the same class and overlaps its last
+    position.
     """
 
     def __init__(self) -> None:
@@ -132,7 +133,7 @@ class ColourKeeper:
         self._known: list[KnownObject] = []
 
     def numbers(self, found: Detections) -> list[int]:
-        """Returns a number for the colour of each of the next frame's instances."""
+        """Returns the colour number of each detection in the next frame."""
         shapes = found.boxes_xywh if found.rles is None else found.rles
         numbers = [-1] * len(found.classes)
         if numbers and self._known:
@@ -157,9 +158,7 @@ class ColourKeeper:
 def _class_iou(
     shapes: Any, classes: Sequence[int], known: Sequence[KnownObject]
 ) -> npt.NDArray[np.float64]:
-    """Returns the (N, len(known)) IoU of masks, or of boxes if there are none; 0 where classes
-    differ.
-    """
+    """Returns the (N, len(known)) IoU of masks, or of boxes without masks; 0 for other classes."""
     others: Any = [x.shape for x in known]
     if not isinstance(shapes, list):
         others = np.array(others)

@@ -1,4 +1,4 @@
-"""Score thresholds of detections: one for all classes, others for some.
+"""Parses score thresholds: a default, and different values for some classes.
 
 Shape alphabet: K classes.
 """
@@ -19,12 +19,12 @@ def class_thresholds(
     """Returns the (K,) scores that detections of each class must exceed.
 
     Args:
-        class_names: K, of the model.
-        default: for classes without their own.
+        class_names: the model's K classes.
+        default: threshold of classes that ``by_class`` does not list.
         by_class: values of ``--class-thresholds``.
 
     Raises:
-        ConfigError: as ``parsed_thresholds``; if the model has no such class.
+        ConfigError: as in ``parsed_thresholds``, or if the model does not have a class.
     """
     given = parsed_thresholds(by_class)
     unknown = [name for name in given if name not in class_names]
@@ -37,13 +37,13 @@ def class_thresholds(
 
 
 def parsed_thresholds(by_class: Sequence[str]) -> dict[str, float]:
-    """Returns the scores by class name.
+    """Parses "NAME=SCORE" entries to scores by class name.
 
     Args:
-        by_class: each "NAME=SCORE", 0 to 1.
+        by_class: "NAME=SCORE" entries with scores from 0 to 1.
 
     Raises:
-        ConfigError: if an entry has another form, or a class has two.
+        ConfigError: if an entry has a different form, or a class occurs twice.
     """
     given: dict[str, float] = {}
     for text in by_class:
@@ -54,9 +54,9 @@ def parsed_thresholds(by_class: Sequence[str]) -> dict[str, float]:
             score = -1.0
         if not name or not 0 <= score <= 1:
             raise ConfigError(
-                f"--class-thresholds {text!r} is not NAME=SCORE with a score of 0 to 1"
+                f"--class-thresholds {text!r} is not NAME=SCORE with a score from 0 to 1"
             )
         if name in given:
-            raise ConfigError(f"--class-thresholds has {name!r} twice")
+            raise ConfigError(f"--class-thresholds contains {name!r} twice")
         given[name] = score
     return given

@@ -1,4 +1,4 @@
-"""Trained models outside of PyTorch: export, and a runtime.
+"""Exports trained models, and runs exported models without PyTorch.
 
-Import from the modules: the runtime must not load what the exporter needs.
+Import from the modules directly, because the runtime must not load the exporter's dependencies.
 """

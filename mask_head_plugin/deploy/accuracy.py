@@ -1,7 +1,6 @@
-"""Measures what a quantised model has lost: its AP against the trained model's, and their
-agreement.
+"""Measures the accuracy of a quantised model: its AP and its agreement with the trained model.
 
-Quantisation changes every number, so differences of single numbers, as in ``parity``, say nothing.
+Quantisation changes every number, so comparing single numbers, as in ``parity``, is meaningless.
 
 Shape alphabet: R detections, M mask side.
 """
@@ -36,34 +35,36 @@ from .samples import Sample, read_sample, usable_dataset
 logger = logging.getLogger(__name__)
 
 MOST_AP_LOSS = 1.0
-"""Points of AP, of boxes and of masks, by which the two may differ. More is tolerated if it may be
-chance because there are few images: if the 95% interval of the difference includes 0.
+"""Largest tolerated difference in box AP and mask AP, in points. With few images, a larger
+difference can be chance. It is tolerated if its 95% interval includes 0.
 """
 
 LEAST_AGREEMENT = 0.9
-"""Share of confident detections that both must have, and mean IoU that their masks must have."""
+"""Lowest tolerated share of confident detections that both models have, and lowest mean IoU of
+their masks."""
 
 SURE = 0.5
-"""Score from which the other model must also have a detection."""
+"""Score at or above which a detection is confident, so that the other model must also have it."""
 
 SIDES = ("trained", "exported")
 
 MOST_IMAGES = 200
-"""Most images of a data set, spread evenly, that both models are run on."""
+"""Most images of a data set to run both models on, spread evenly over the data set."""
 
 
 @dataclass
 class Accuracy:
-    """What was compared.
+    """Result of comparing a quantised model with the trained one.
 
     Attributes:
-        counts: detections of the trained model in each image.
-        mask_side: M, of models with masks.
-        num_sure: detections that either model has with a score of at least SURE.
-        num_agreeing: those that the other model also has.
-        ious: of the masks of detections that both have.
-        dataset: the one that AP was computed on, and its number of images; None if there was none.
-        ap: by task, the trained model's (baseline) and the exported one's (value).
+        counts: number of detections of the trained model in each image.
+        mask_side: M, for models with masks.
+        num_sure: number of detections of either model with a score of at least SURE.
+        num_agreeing: number of these that the other model also has.
+        ious: IoU of the two masks of each detection that both models have.
+        dataset: data set on which AP was computed, with its number of images; None if there was
+            none.
+        ap: AP by task, of the trained model (baseline) and of the exported one (value).
     """
 
     counts: list[int] = field(default_factory=list)
@@ -75,7 +76,7 @@ class Accuracy:
     ap: dict[str, PairedDifference] = field(default_factory=dict)
 
     def add(self, expected: Outputs, found: Outputs) -> None:
-        """Compares the outputs of the trained and the exported model for an image."""
+        """Adds the comparison of the trained and the exported model's outputs for an image."""
         self.counts.append(len(expected["scores"]))
         pairs = matched(expected, found)
         for outputs, rows in ((expected, pairs[:, 0]), (found, pairs[:, 1])):
@@ -92,23 +93,21 @@ class Accuracy:
 
     @property
     def agreement(self) -> dict[str, float]:
-        """Returns the share of detections that agree, and the mean IoU of masks; 1 if there are
-        none.
-        """
+        """The share of detections that agree (1 if there are none) and the mean IoU of masks."""
         shares = {"detections": self.num_agreeing / self.num_sure if self.num_sure else 1.0}
         return {**shares, **({"masks": float(np.mean(self.ious))} if self.ious else {})}
 
     @property
     def unlike(self) -> list[str]:
-        """Returns what differs beyond the tolerance, one line each."""
+        """The differences beyond the tolerance, one line each."""
         lines = [
-            f"{task} AP on {self.dataset} is {ap.value:.2f}, and the trained model's "
+            f"{task} AP on {self.dataset} is {ap.value:.2f}, but the trained model's is "
             f"{ap.baseline:.2f}; {MOST_AP_LOSS:g} point is tolerated"
             for task, ap in self.ap.items()
             if abs(ap.difference) > MOST_AP_LOSS and not ap.low <= 0 <= ap.high
         ]
         return lines + [
-            f"{name} agree by {share:.1%}, and {LEAST_AGREEMENT:.0%} is the least"
+            f"{name} agree by {share:.1%}, but must agree by at least {LEAST_AGREEMENT:.0%}"
             for name, share in self.agreement.items()
             if not share >= LEAST_AGREEMENT
         ]
@@ -135,11 +134,11 @@ def compare_accuracy(
     """Runs both models on images and, if it is on this machine, on DATASETS.TEST.
 
     Args:
-        cfg: of the model.
-        model: the trained one, in evaluation mode on the CPU.
-        run: the exported one.
-        samples: images; there may be none if there is a data set.
-        size: height and width that the exported model pads images to, or None.
+        cfg: the model's config.
+        model: the trained model, in evaluation mode on the CPU.
+        run: runs the exported model.
+        samples: images; may be empty if there is a data set.
+        size: height and width to which the exported model pads images, or None.
     """
     accuracy = Accuracy()
     for sample in progress(samples, "comparing with the trained model", "image"):
@@ -190,11 +189,11 @@ def _compare_ap(
 
 
 def _in_image(outputs: Outputs, seen_hw: Any, image_hw: tuple[int, int]) -> Instances:
-    """Returns the outputs of a model as detectron2's detections in the image.
+    """Converts the outputs of a model to detectron2's detections in the image.
 
     Args:
-        outputs: by name.
-        seen_hw: size at which the model saw the image.
+        outputs: outputs by name.
+        seen_hw: size of the model's input image.
         image_hw: H, W.
     """
     tensors = {name: torch.from_numpy(values) for name, values in outputs.items()}

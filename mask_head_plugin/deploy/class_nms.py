@@ -1,4 +1,4 @@
-"""Non-maximum suppression in groups (classes, or maps of a pyramid) as one operator of ONNX.
+"""Non-maximum suppression within groups (classes or pyramid maps) as one ONNX operator.
 
 Shape alphabet: G groups, R boxes, S boxes kept.
 """
@@ -19,28 +19,28 @@ NO_CANDIDATE = float("-inf")
 def class_nms(
     boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int, image_edge: Tensor
 ) -> Tensor:
-    """Keeps boxes that do not overlap a better one of their group by more than the threshold.
+    """Keeps boxes that do not overlap a better box of their group by more than the threshold.
 
-    Differs from torchvision.ops.batched_nms in that groups never touch each other by rounding.
+    Differs from torchvision.ops.batched_nms: rounding can never make groups overlap.
 
     Args:
         boxes: (G, R, 4), inside the image.
         scores: (G, R); NO_CANDIDATE for excluded boxes.
         iou_threshold: in [0, 1].
-        limit: most boxes kept in a group; below 0: all.
-        image_edge: (4,), above all coordinates.
+        limit: most boxes to keep per group; a negative value keeps all.
+        image_edge: (4,), not below any coordinate.
 
     Returns:
-        (S,) int64 indices ``group * R + box``, in any order.
+        (S,) int64 indices ``group * R + box`` in unspecified order.
     """
     if torch.onnx.is_in_onnx_export():
         kept = _NonMaxSuppression.apply(boxes, scores, iou_threshold, limit)
         return kept[:, 0] * scores.shape[1] + kept[:, 2]
     index = torch.nonzero(scores.reshape(-1) > NO_CANDIDATE)[:, 0]
-    # In float64, moving a group away from the others does not round its boxes.
+    # In float64, shifting a group away from the others does not round its boxes.
     group = (index // scores.shape[1]).double()[:, None]
     apart = boxes.reshape(-1, 4)[index].double() + group * (image_edge.max().double() + 1)
-    # torch.export assumes that at least two boxes are kept: two empty ones, the last.
+    # torch.export assumes that at least two boxes are kept, so two empty ones are appended.
     apart = F.pad(apart, [0, 0, 0, 2])
     ranks = F.pad(scores.reshape(-1)[index].double(), [0, 2], value=NO_CANDIDATE)
     kept = torchvision.ops.nms(apart, ranks, iou_threshold)
@@ -48,11 +48,11 @@ def class_nms(
 
 
 class _NonMaxSuppression(torch.autograd.Function):
-    """ONNX's operator, which takes groups as a batch."""
+    """ONNX's operator, which takes the groups as a batch."""
 
     @staticmethod
     def forward(_ctx: Any, _boxes: Tensor, scores: Tensor, *_options: Any) -> Tensor:
-        """Returns any result of the right shape, which is enough for a trace."""
+        """Returns a result of the right shape; a trace does not need the values."""
         return torch.zeros(min(scores.numel(), 1), 3, dtype=torch.int64)
 
     @staticmethod

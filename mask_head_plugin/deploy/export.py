@@ -1,8 +1,7 @@
-"""Exports a trained model as a file that runs without its code, and checks that it gives the same
-results.
+"""Exports a trained model to a file that runs without its code, and checks that results agree.
 
-Models that cannot be exported are refused before anything is converted. The file gets its name only
-after it has been run and agrees with the trained model.
+Models that cannot be exported are refused before anything is converted. The file gets its final
+name only after it has been run and agrees with the trained model.
 """
 
 from __future__ import annotations
@@ -70,19 +69,20 @@ PASTE = (
 PRECISIONS = (*TOLERANCES, "int8")
 
 LARGEST_TOO_SMALL = 64
-"""Up to this side, torch.export treats a map of stride 32 as one of fixed size."""
+"""Image side up to which torch.export would fix the size of a map of stride 32."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is exported.
+    """Options of an export.
 
     Attributes:
         file_format: a key of MODEL_FILES.
-        size: height and width of every image, padded; None for any size.
-        opset: of ONNX; None for DEFAULT_OPSET.
+        size: height and width to which every image is padded; None for any size.
+        opset: the ONNX opset; None for DEFAULT_OPSET.
         precision: one of PRECISIONS.
-        calibration_images: files that int8 is calibrated on; empty for some of DATASETS.TRAIN.
+        calibration_images: files for the calibration of int8. If empty, images of DATASETS.TRAIN
+            are used.
     """
 
     file_format: str
@@ -105,18 +105,18 @@ def export_model(
 
     Args:
         config_file: a YAML file.
-        opts: "KEY VALUE" pairs in one flat list, MODEL.WEIGHTS among them.
+        opts: "KEY VALUE" pairs in one flat list, including MODEL.WEIGHTS.
         output: the folder, created if missing.
-        options: of the export.
-        images: files to compare both models on; if empty, some of DATASETS.TEST.
-        overwrite: replace a model that is in the folder.
+        options: options of the export.
+        images: files on which to compare both models. If empty, images of DATASETS.TEST are used.
+        overwrite: whether to replace a model in the folder.
 
     Returns:
-        How far the exported model is from the trained one.
+        The differences between the exported and the trained model.
 
     Raises:
-        ConfigError: if a setting, a file or the folder cannot be used, if something of the model
-            cannot be exported, or if the exported model differs. No file is left then.
+        ConfigError: if a setting, a file or the folder cannot be used, a part of the model cannot
+            be exported, or the exported model differs. Then no file is left behind.
         OSError: if a file cannot be written.
     """
     check_options(options)
@@ -126,8 +126,8 @@ def export_model(
         write_model(output, Path(folder), description)
     if not any(compared.counts):
         logger.warning(
-            "the model found nothing in any image, so that boxes, scores and masks could not be "
-            "compared; name --images with objects, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST"
+            "the model found nothing in any image, so boxes, scores and masks could not be "
+            "compared; pass --images with objects, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST"
         )
     return compared
 
@@ -139,7 +139,7 @@ def _made(
     images: Sequence[str],
     folder: Path,
 ) -> tuple[ModelDescription, Parity | Accuracy]:
-    """Writes the files of a model into a folder and describes them; see export_model."""
+    """Writes the files of a model to a folder and returns their description; see export_model."""
     tell = _progress()
     cfg = _checked_config(config_file, opts)
     needed = [*cfg.DATASETS.TEST, *(cfg.DATASETS.TRAIN if options.precision == "int8" else ())]
@@ -175,13 +175,13 @@ def _made(
 def _checked_config(config_file: str, opts: Sequence[str]) -> CfgNode:
     cfg = load_config_and_code(config_file, ["MODEL.DEVICE", "cpu", *opts])
     if not cfg.MODEL.WEIGHTS:
-        raise ConfigError("no weights: name them with --weights FILE, or MODEL.WEIGHTS in --opts")
+        raise ConfigError("no weights: pass --weights FILE, or MODEL.WEIGHTS in --opts")
     cfg.MODEL.DEVICE = "cpu"
     check_config(cfg, train=False, evaluate=False)
     if cfg.INPUT.FORMAT not in IMAGE_FORMATS:
         raise ConfigError(
-            f"INPUT.FORMAT {cfg.INPUT.FORMAT!r} is not one of {listed(IMAGE_FORMATS)}, and the "
-            "runtime of exported models reads no other"
+            f"INPUT.FORMAT {cfg.INPUT.FORMAT!r} is not one of {listed(IMAGE_FORMATS)}, which are "
+            "the formats that the runtime of exported models supports"
         )
     if cfg.INPUT.MAX_SIZE_TEST < 1:
         raise ConfigError(f"INPUT.MAX_SIZE_TEST is {cfg.INPUT.MAX_SIZE_TEST}; it must be above 0")
@@ -201,19 +201,19 @@ def _compared(
     if options.precision != "int8":
         tolerance = TOLERANCES[options.precision]
         return compare(model, run, [*samples, *made], tolerance, options.size)
-    for sample in made:  # other sizes, and images in which little is found
+    for sample in made:  # checks that other sizes, and images with few detections, do not fail
         run(sample.image)
     return compare_accuracy(cfg, model, run, samples, options.size)
 
 
 def _progress() -> Callable[[str], None]:
-    """Returns a function that logs what is being done, with the seconds since this call."""
+    """Returns a function that logs a message with the seconds since this call."""
     start = time.perf_counter()
     return lambda text: logger.info("%4.0f s  %s", time.perf_counter() - start, text)
 
 
 def _calibration_images(cfg: CfgNode, options: ExportOptions) -> list[str]:
-    """Returns the images that int8 is calibrated on; none for other precisions."""
+    """Returns the calibration images for int8; none for other precisions."""
     for path in options.calibration_images:
         if not Path(path).is_file():
             raise ConfigError(f"--calibration-images: {path} is not a file")
@@ -223,15 +223,15 @@ def _calibration_images(cfg: CfgNode, options: ExportOptions) -> list[str]:
         return images_of_dataset(usable_dataset(cfg, "TRAIN"), NUM_CALIBRATION_IMAGES)
     except ConfigError as error:
         raise ConfigError(
-            f"--precision int8 needs images to calibrate on: name --calibration-images: {error}"
+            f"--precision int8 needs calibration images: pass --calibration-images: {error}"
         ) from error
 
 
 def _samples(cfg: CfgNode, options: ExportOptions, images: Sequence[str]) -> list[Sample]:
-    """Returns the user's images that both models are compared on.
+    """Returns the user's images on which both models are compared.
 
     Raises:
-        ConfigError: if int8 has neither images nor a data set to compare on.
+        ConfigError: if the precision is int8 and there are neither images nor a data set.
     """
     reason = "no image of DATASETS.TEST is on this machine"
     if options.precision == "int8" and not images:
@@ -240,32 +240,32 @@ def _samples(cfg: CfgNode, options: ExportOptions, images: Sequence[str]) -> lis
         except ConfigError as error:
             reason = str(error)
         else:
-            return []  # more of its images than these samples are compared
+            return []  # compare_accuracy uses many images of this data set
     samples = sample_images(cfg, images, options.size)
     if not samples and options.precision == "int8":
-        raise ConfigError(f"--precision int8 needs images to compare on: name --images: {reason}")
+        raise ConfigError(f"--precision int8 needs images for comparison: pass --images: {reason}")
     if not samples:
-        logger.warning("%s: only synthetic images are compared; name --images", reason)
+        logger.warning("%s: only synthetic images are compared; pass --images", reason)
     return samples
 
 
 def _check_sizes(samples: Sequence[Sample], options: ExportOptions) -> None:
-    """Raises a ConfigError for images that torch.export's programs do not take."""
+    """Raises a ConfigError for images that programs of torch.export do not accept."""
     if options.file_format != "exported_program" or options.size is not None:
         return
     for sample in samples:
         height, width = sample.image.shape[1:]
         if min(height, width) <= LARGEST_TOO_SMALL:
             raise ConfigError(
-                f"--format exported_program takes images with both sides above {LARGEST_TOO_SMALL} "
-                f"pixels, and {sample.name} has {width} x {height} once resized: leave it out, "
+                f"--format exported_program needs images with both sides above {LARGEST_TOO_SMALL} "
+                f"pixels, but {sample.name} has {width} x {height} after resizing: leave it out, "
                 "raise INPUT.MIN_SIZE_TEST, or add --size H W"
             )
 
 
 @contextlib.contextmanager
 def _named_errors(options: ExportOptions) -> Iterator[None]:
-    """Turns any error of an exporter or a runtime into a ConfigError."""
+    """Turns any error from an exporter or a runtime into a ConfigError."""
     try:
         yield
     except ConfigError:
@@ -279,7 +279,7 @@ def _named_errors(options: ExportOptions) -> Iterator[None]:
 
 
 def _exportable(model: Any, options: ExportOptions) -> ExportableMaskRCNN:
-    """Returns the module that is converted."""
+    """Returns the module to convert."""
     if options.precision != "fp16":
         return ExportableMaskRCNN(model).eval()
     exportable = ExportableMaskRCNN(copy.deepcopy(model))
@@ -290,7 +290,7 @@ def _exportable(model: Any, options: ExportOptions) -> ExportableMaskRCNN:
 def _converted(
     exportable: ExportableMaskRCNN, samples: Sequence[Sample], options: ExportOptions, folder: Path
 ) -> Path:
-    # Not a square: torch.export might treat equal sides as one.
+    # Not a square, because torch.export might treat equal sides as one variable.
     image = next(
         (x.image for x in samples if x.image.shape[1] != x.image.shape[2]), samples[0].image
     )
@@ -313,8 +313,8 @@ def _quantise(
     run: Run = runner(path, "onnx", exportable.output_names, options.size)
     if not any(len(run(read_sample(cfg, x, options.size))["scores"]) for x in images):
         raise ConfigError(
-            "--precision int8: the model finds nothing in any calibration image, so that its mask "
-            "head cannot be calibrated; name --calibration-images with objects"
+            "--precision int8: the model finds nothing in any calibration image, so its mask head "
+            "cannot be calibrated; pass --calibration-images with objects"
         )
 
     def read(image: str) -> Inputs:
@@ -324,7 +324,7 @@ def _quantise(
 
 
 def check_options(options: ExportOptions) -> None:
-    """Raises a ConfigError, naming the flag, if such an export does not exist."""
+    """Raises a ConfigError that names the flag if an export does not support these options."""
     for flag, value, choices in (
         ("--format", options.file_format, MODEL_FILES),
         ("--precision", options.precision, PRECISIONS),
@@ -333,21 +333,21 @@ def check_options(options: ExportOptions) -> None:
             raise ConfigError(f"{flag} {value!r} is not one of {listed(list(choices))}")
     if options.precision == "int8" and options.file_format != "onnx":
         raise ConfigError(
-            f"--precision int8 is only for ONNX, but --format is {options.file_format}"
+            f"--precision int8 works only with ONNX, but --format is {options.file_format}"
         )
     if options.calibration_images and options.precision != "int8":
         raise ConfigError(
-            f"--calibration-images are only for --precision int8, but it is {options.precision}"
+            f"--calibration-images needs --precision int8, but the precision is {options.precision}"
         )
     if options.opset is not None and options.file_format != "onnx":
-        raise ConfigError(f"--opset is only for ONNX, but --format is {options.file_format}")
+        raise ConfigError(f"--opset works only with ONNX, but --format is {options.file_format}")
     if options.opset is not None and options.opset not in OPSETS:
-        raise ConfigError(f"--opset {options.opset} is not from {OPSETS[0]} to {OPSETS[-1]}")
+        raise ConfigError(f"--opset {options.opset} is not between {OPSETS[0]} and {OPSETS[-1]}")
     if options.size is not None and min(options.size) < 1:
         raise ConfigError(f"--size {options.size[0]} {options.size[1]}: both must be above 0")
     if options.file_format == "exported_program" and not hasattr(torch.compiler, "is_exporting"):
         raise ConfigError(
-            "--format exported_program needs PyTorch 2.7 or later, whose torch.export follows "
+            "--format exported_program needs PyTorch 2.7 or later, whose torch.export supports "
             f"numbers of boxes that depend on the image; this is {torch.__version__}"
         )
     if options.file_format == "onnx":
@@ -362,7 +362,7 @@ def _describe(
     predictor = last_predictor(model)
     exportable = ExportableMaskRCNN(model)
     names = class_names_of(model)
-    categories = model_categories(cfg, names)  # logs what is not known of them
+    categories = model_categories(cfg, names)  # logs which names or ids are unknown
     is_onnx = options.file_format == "onnx"
     weights = Path(local_copy(cfg.MODEL.WEIGHTS.partition("?")[0]))
     packages = ["mask_head_plugin", "torch", "torchvision", *(["onnx"] if is_onnx else [])]

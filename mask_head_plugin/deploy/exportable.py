@@ -1,11 +1,11 @@
-"""A trained Mask R-CNN as one function of tensors, which every exporter of PyTorch can follow.
+"""A trained Mask R-CNN as a function of tensors that all of PyTorch's exporters can process.
 
-detectron2's models pass lists of Instances and take Python's branches on numbers of boxes. This
-module holds the same layers with the same weights, and computes everything between them with
-tensors only: for any image size and any number of detections, including none. It takes one image at
-a time.
+detectron2's models pass lists of Instances, and branch in Python on the number of boxes. The module
+below has the same layers with the same weights, but computes everything between them with tensors
+only. It supports any image size and any number of detections, including none, and takes one image
+at a time.
 
-Shape alphabet: L feature maps of the RPN, A anchors a place, R RoIs, K classes, C channels, M mask
+Shape alphabet: L feature maps of the RPN, A anchors per cell, R RoIs, K classes, C channels, M mask
 side, H and W image or map sides.
 """
 
@@ -30,7 +30,8 @@ from .class_nms import NO_CANDIDATE, class_nms
 class ExportableMaskRCNN(nn.Module):
     """Returns the detections of ``model.inference(..., do_postprocess=False)`` for an image.
 
-    Its layers are those of the model, not copies. deploy.refusals says which models it takes.
+    It shares the model's layers instead of copying them. deploy.refusals checks which models are
+    supported.
     """
 
     # detectron2's modules have no types.
@@ -41,8 +42,8 @@ class ExportableMaskRCNN(nn.Module):
     def __init__(self, model: GeneralizedRCNN) -> None:
         """
         Args:
-            model: in evaluation mode. Half-precision layers get half-precision features; boxes,
-                scores and RoI pooling are float32 either way.
+            model: the model, in evaluation mode. Half-precision layers get half-precision features;
+                boxes, scores and RoI pooling are always float32.
         """
         super().__init__()
         self.model = model
@@ -74,14 +75,14 @@ class ExportableMaskRCNN(nn.Module):
     def forward(self, image: Tensor, image_hw: Tensor | None = None) -> tuple[Tensor, ...]:
         """
         Args:
-            image: (C, H, W) float32 pixels as the model's config reads them, already resized.
-            image_hw: (2,) int64, the size of the image, at the top left; the rest is padding with
-                any content. None if there is no padding.
+            image: (C, H, W) float32 pixels in the format of the model's config, already resized.
+            image_hw: (2,) int64, the size of the image, which lies at the top left; the rest is
+                padding with arbitrary values. None if there is no padding.
 
         Returns:
-            Best first: boxes (R, 4) in pixels of ``image``, scores (R,), classes (R,) int64, with
-            masks the probabilities (R, M, M) of the class's mask, with mask scoring the scores (R,)
-            of the masks.
+            Detections, best first: boxes (R, 4) in pixels of ``image``, scores (R,) and classes
+            (R,) int64. Models with masks add the probabilities (R, M, M) of the class's mask, and
+            models with mask scoring add the mask scores (R,).
         """
         pixels, image_edge = self._prepare(image, image_hw)
         features = self.model.backbone(pixels)
@@ -117,8 +118,8 @@ class ExportableMaskRCNN(nn.Module):
     def _propose(self, features: dict[str, Tensor], image_edge: Tensor) -> Tensor:
         """Returns the (R, 4) boxes of detectron2's find_top_rpn_proposals, best first.
 
-        Only the best anchors of a map become boxes. A map with too few is filled up with anchors
-        that are not candidates, so that sizes are fixed until the suppression.
+        Only the best anchors of each map become boxes. If a map has too few, it is padded with
+        anchors that are not candidates, so that sizes are fixed up to the suppression.
         """
         rpn = self.model.proposal_generator
         maps = [features[name] for name in rpn.in_features]
@@ -163,7 +164,7 @@ class ExportableMaskRCNN(nn.Module):
     def _find_cascade(
         self, maps: list[Tensor], boxes: Tensor, image_edge: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores are the mean over all stages, boxes those of the last, as in CascadeROIHeads."""
+        """Averages scores over stages and uses the last stage's boxes, as in CascadeROIHeads."""
         heads = self.model.roi_heads
         probs = []
         for stage, (head, predictor) in enumerate(
@@ -190,7 +191,7 @@ class ExportableMaskRCNN(nn.Module):
         """
         is_finite = boxes.isfinite().all(dim=1) & probs.isfinite().all(dim=1)
         num_classes = probs.shape[1] - 1
-        # Without -1 for K: ONNX cannot infer it without boxes.
+        # K is given explicitly, because ONNX cannot infer a -1 if there are no boxes.
         by_class = boxes.reshape(-1, boxes.shape[1] // 4, 4)
         by_class = _clip(by_class, image_edge).transpose(0, 1)
         by_class = by_class.expand(num_classes, -1, -1)
@@ -211,7 +212,7 @@ class ExportableMaskRCNN(nn.Module):
         if _is_res5(heads):
             pooled = heads.res5(pooled)
         head = heads.mask_head
-        if isinstance(head, ClassSelection) and head.num_classes == 1:  # also class-agnostic
+        if isinstance(head, ClassSelection) and head.num_classes == 1:  # or class-agnostic
             classes = torch.zeros_like(classes)
         probs = mask_probs(head, pooled, classes).float()
         if not self.has_mask_scores:
@@ -221,13 +222,13 @@ class ExportableMaskRCNN(nn.Module):
 
 
 def last_predictor(model: Any) -> Any:
-    """Returns the box predictor (of a cascade, the last one), whose thresholds count."""
+    """Returns the box predictor whose thresholds apply: in a cascade, the last one."""
     predictor = model.roi_heads.box_predictor
     return predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
 
 
 def class_probs(predictor: Any, scores: Tensor) -> Tensor:
-    """Returns (R, K + 1) probabilities as FastRCNNOutputLayers.predict_probs."""
+    """Returns (R, K + 1) probabilities, like FastRCNNOutputLayers.predict_probs."""
     scores = scores.float()
     return scores.sigmoid() if predictor.use_sigmoid_ce else scores.softmax(dim=1)
 
@@ -260,7 +261,7 @@ def _best(kept: Tensor, scores: Tensor, limit: int) -> Tensor:
 
 
 def _scalar(size: Any) -> Tensor:
-    """Returns a size as an int64 tensor, which a trace computes instead of fixing it."""
+    """Returns a size as an int64 tensor, which a trace computes instead of recording as fixed."""
     return torch.full((), size, dtype=torch.int64)
 
 

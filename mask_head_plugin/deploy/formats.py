@@ -1,4 +1,4 @@
-"""Formats of exported models: how to write their files, and how to run them.
+"""Writes and runs exported models in each supported format.
 
 Shape alphabet: C channels, H and W image sides.
 """
@@ -20,8 +20,8 @@ from .model_folder import EXTERNAL_DATA, MODEL_FILES
 from .parity import Outputs, Run
 
 OPSETS = range(16, 21)
-"""Versions of ONNX's operators: 16 is the first whose RoiAlign has half-pixel centres, 20 the last
-that PyTorch's exporter of traces writes."""
+"""Supported ONNX opsets: 16 is the first whose RoiAlign has half-pixel centres, 20 the last that
+PyTorch's trace-based exporter writes."""
 
 DEFAULT_OPSET = 17
 
@@ -29,14 +29,15 @@ Inputs = tuple[Tensor, ...]
 
 
 def to_onnx(model: ExportableMaskRCNN, inputs: Inputs, opset: int, path: Path) -> None:
-    """Writes and checks a model with only ONNX's own operators.
+    """Writes and checks a model that uses only ONNX's own operators.
 
-    Weights too large for an ONNX file (2 GB) go into a separate file, EXTERNAL_DATA.
+    Weights that exceed the size limit of an ONNX file (2 GB) are written to a separate file,
+    EXTERNAL_DATA.
 
-    It uses PyTorch's exporter of traces: the exporter of exported programs is many times slower,
-    and cannot write the suppression of all classes as one operator.
+    Uses PyTorch's trace-based exporter. The exporter based on exported programs is many times
+    slower, and cannot write the non-maximum suppression of all classes as one operator.
     """
-    import onnx  # of the extra "deploy", as onnxruntime
+    import onnx  # part of the extra "deploy", like onnxruntime
 
     sizes = {} if len(inputs) == 2 else {"image": {1: "height", 2: "width"}}
     detections = {name: {0: "detections"} for name in model.output_names}
@@ -54,7 +55,7 @@ def to_onnx(model: ExportableMaskRCNN, inputs: Inputs, opset: int, path: Path) -
         )
         if len(list(traced.parent.iterdir())) == 1:
             traced.rename(path)
-        else:  # a file for each weight
+        else:  # the exporter has written a file for each weight
             onnx.save_model(
                 onnx.load(traced), path, save_as_external_data=True, location=EXTERNAL_DATA
             )
@@ -79,16 +80,16 @@ def converted(
     """Writes an exported model and returns its file.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         inputs: an image and, for a fixed size, ``image_hw``.
         file_format: a key of model_folder.MODEL_FILES.
-        opset: of ONNX.
-        folder: an empty one.
+        opset: the ONNX opset.
+        folder: an empty folder.
     """
     path = folder / MODEL_FILES[file_format]
     with torch.no_grad(), warnings.catch_warnings():
-        # Warnings about what a trace fixes, such as the number of channels, and about interfaces
-        # that PyTorch advises against: the result is compared with the model.
+        # Ignores warnings about values that a trace fixes, such as the number of channels, and
+        # about deprecated interfaces, because the result is compared with the model anyway.
         warnings.simplefilter("ignore")
         if file_format == "onnx":
             to_onnx(model, inputs, opset, path)
@@ -103,10 +104,10 @@ def runner(path: Path, file_format: str, names: Sequence[str], size: tuple[int, 
     """Returns a function that runs an exported model on a (C, H, W) image.
 
     Args:
-        path: of its file.
+        path: file of the model.
         file_format: a key of model_folder.MODEL_FILES.
-        names: of the outputs.
-        size: height and width that images are padded to, or None.
+        names: names of the outputs.
+        size: height and width to which images are padded, or None.
     """
     call = _onnx_call(path) if file_format == "onnx" else _torch_call(path, file_format)
 
@@ -122,7 +123,7 @@ def model_inputs(image: Tensor, size: tuple[int, int] | None) -> Inputs:
 
 
 def padded(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Returns the image padded with zeros on the right and below, and its own height and width."""
+    """Returns the image padded with zeros at the right and bottom, and its unpadded size."""
     below, right = size[0] - image.shape[1], size[1] - image.shape[2]
     filled = torch.nn.functional.pad(image, [0, right, 0, below])
     return filled, torch.tensor(image.shape[1:])
@@ -144,7 +145,7 @@ def _onnx_call(path: Path) -> Callable[[Inputs], list[np.ndarray[Any, Any]]]:
 
 def _torch_call(path: Path, file_format: str) -> Callable[[Inputs], list[np.ndarray[Any, Any]]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch.jit
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
         if file_format == "torchscript":
             model = torch.jit.load(str(path))
         else:

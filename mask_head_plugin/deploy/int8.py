@@ -1,8 +1,8 @@
-"""Static quantisation of an ONNX model: weights and activations of its layers in 8 bits.
+"""Static quantisation of an ONNX model: the weights and activations of its layers become 8-bit.
 
 The ranges of activations are measured on calibration images. Boxes, scores, RoI pooling, inputs and
-outputs stay float32. The result has ONNX's own QuantizeLinear and DequantizeLinear around each
-layer, which runtimes fuse into integer layers.
+outputs stay float32. In the result, ONNX's own QuantizeLinear and DequantizeLinear surround each
+layer; runtimes fuse them into integer layers.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from .formats import Inputs
 NUM_CALIBRATION_IMAGES = 64
 
 QUANTISED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Relu")
-"""Operators of layers. ReLU is included so that it becomes part of the layer before it."""
+"""Operators to quantise. ReLU is included so that it is fused into the preceding layer."""
 
 PREDICTORS = ("objectness_logits", "anchor_deltas", "cls_score", "bbox_pred")
-"""Layers that compute scores and boxes stay float32: they are small, and 256 steps are coarse."""
+"""Layers that compute scores and boxes. They stay float32, because they are small and 256 levels
+would be too coarse."""
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
 
 def quantise(path: Path, images: Sequence[str], read: Callable[[str], Inputs]) -> None:
-    """Quantises weights and activations of a model to 8 bits, in its file.
+    """Quantises weights and activations of a model to 8 bits, in place.
 
     Args:
-        path: of a float32 model of ONNX.
-        images: to calibrate on; the model should find something in at least one, so that its mask
-            head gets inputs.
-        read: returns the inputs of the model for an image.
+        path: the file of a float32 ONNX model.
+        images: calibration images. The model must detect something in at least one of them, so that
+            its mask head gets inputs.
+        read: returns the model's inputs for an image.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -44,7 +45,7 @@ def quantise(path: Path, images: Sequence[str], read: Callable[[str], Inputs]) -
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         prepared, result = Path(folder, "prepared.onnx"), Path(folder, path.name)
-        # Only shapes: optimisation may write operators that only onnxruntime knows.
+        # Infers only shapes; optimisation might write operators that only onnxruntime supports.
         quant_pre_process(path, prepared, skip_symbolic_shape=True, skip_optimization=True)
         quantize_static(
             prepared,
@@ -54,8 +55,8 @@ def quantise(path: Path, images: Sequence[str], read: Callable[[str], Inputs]) -
             op_types_to_quantize=list(QUANTISED_OPERATORS),
             nodes_to_exclude=_kept(onnx.load(prepared).graph),
             per_channel=True,
-            # 7 bits: with 8, sums of products overflow 16 bits on processors without VNNI, so that
-            # results would depend on the machine.
+            # Uses 7 bits. With 8, sums of products would overflow 16 bits on processors without
+            # VNNI, and results would depend on the machine.
             reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,

@@ -1,11 +1,12 @@
 """Turns mask probabilities into run lengths, without PyTorch and without drawing masks.
 
-``ops.mask_rle`` in NumPy, one mask at a time: along each pixel column of a box, the pasted surface
-is linear between the mask's rows, and runs begin and end where it crosses the threshold. A mask
-takes time and memory in proportion to the width of its box times M, however tall box and image are.
+This is ``ops.mask_rle`` in NumPy, for one mask at a time. Along each pixel column of a box, the
+pasted surface is linear between the mask's rows, and runs begin and end where it crosses the
+threshold. Time and memory for a mask are proportional to the width of its box times M, regardless
+of the height of the box and the image.
 
-Differs from ``ops.mask_rle``: a crossing within rounding of a pixel's centre may fall on its other
-side.
+Differs from ``ops.mask_rle``: a crossing within rounding of a pixel's centre may fall on the other
+side of the centre.
 
 Shape alphabet: R RoIs, M mask side, H and W sides of the image, J pixel columns of a box, X
 crossings.
@@ -25,14 +26,14 @@ NOTHING = np.zeros(0, np.int64)
 def paste_masks(
     mask_probs: FloatArray, boxes: FloatArray, image_hw: tuple[int, int], threshold: float
 ) -> list[Rle]:
-    """Returns the encodings (counts as text) of masks at their places in the image.
+    """Returns the encodings (counts as text) of masks at their position in the image.
 
     Args:
         mask_probs: (R, M, M) in [0, 1]. NaN counts as 0.
-        boxes: (R, 4) x0, y0, x1, y1 in pixels of the image; may reach beyond it. A box without
+        boxes: (R, 4) x0, y0, x1, y1 in pixels of the image; may extend beyond it. A box without
             area, or with a NaN or infinite coordinate, has an empty mask.
         image_hw: H, W.
-        threshold: above 0 and up to 1; a pixel belongs to the mask if its value is not below.
+        threshold: in (0, 1]; a pixel belongs to the mask if its value is at least this.
     """
     # Rows of the transpose are columns of a mask.
     grids = np.nan_to_num(mask_probs.astype(np.float64)).transpose(0, 2, 1)
@@ -48,10 +49,10 @@ def _changes(
     image_hw: tuple[int, int],
     threshold: float,
 ) -> npt.NDArray[np.int64]:
-    """Returns where the state of pixels changes, as ``rle_of_changes`` takes it.
+    """Returns where pixels switch between mask and background, as input for ``rle_of_changes``.
 
     Args:
-        grid: (M + 4, M + 2), the transposed mask with zeros around.
+        grid: (M + 4, M + 2), the transposed mask, padded with zeros.
         box: (4,).
         image_hw: H, W.
         threshold: as in paste_masks.
@@ -60,8 +61,8 @@ def _changes(
     if not (np.isfinite(box).all() and x1 > x0 and y1 > y0):
         return NOTHING
     (height, width), side = image_hw, len(grid) - 4
-    # Beyond the mask's centres its values fall to 0 over one cell, by half of which they reach
-    # out of the box.
+    # Beyond the outermost cell centres, values fall to 0 over one cell, half of which lies outside
+    # the box.
     reach = (x1 - x0) / side / 2
     first, last = np.clip([np.floor(x0 - reach - 0.5), np.ceil(x1 + reach + 0.5)], 0, width)
     x = np.arange(int(first), int(last))
@@ -78,7 +79,7 @@ def _changes(
     # A pixel on the threshold belongs to the mask.
     y = np.where(inside[column, row], np.floor(y) + 1, np.ceil(y)).clip(0, height)
     changes, times = np.unique(x[column] * height + y.astype(np.int64), return_counts=True)
-    # An even number of changes at one place encloses no pixel: runs of neighbouring
-    # columns that meet at the image's edge merge, and crossings closer than a pixel vanish.
+    # An even number of switches at one position encloses no pixel. This merges runs of neighbouring
+    # columns that meet at the image's edge, and removes crossings less than a pixel apart.
     changes = changes[times % 2 == 1]
     return changes[changes < height * width]

@@ -1,4 +1,4 @@
-"""The folder of an exported model: the model and ``model.json``, which says how to use it.
+"""Reads the folder of an exported model: the model and ``model.json``, which describes its use.
 
 Shape alphabet: K classes, M mask side.
 """
@@ -27,14 +27,14 @@ MODEL_FILES = {
 }
 
 EXTERNAL_DATA = "model.onnx.data"
-"""Weights of an ONNX model of more than 2 GB."""
+"""File for the weights of an ONNX model larger than 2 GB."""
 
 LARGEST = 1_000_000
-"""Of sides and numbers of classes: memory would not hold more."""
+"""Upper limit for image sides and numbers of classes; more would not fit into memory."""
 
 
 class ModelFolderError(ConfigError):
-    """A folder that holds no usable exported model, said in one line with its path."""
+    """A folder without a usable exported model. The message is one line and names the path."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class ModelFile:
     """The file of the model.
 
     Attributes:
-        file: its name in the folder.
+        file: name of the file in the folder.
         format: a key of MODEL_FILES.
-        sha256: of the file.
-        opset: the version of ONNX's operators; None for the other formats.
-        precision: "fp32", "fp16" or "int8", of its layers; inputs and outputs are float32 whatever
-            it is.
-        data: other files in the folder that it reads, and the SHA-256 of each.
+        sha256: hash of the file.
+        opset: the ONNX opset; None for other formats.
+        precision: precision of the layers: "fp32", "fp16" or "int8". Inputs and outputs are always
+            float32.
+        data: SHA-256 of each other file in the folder that the model needs, by name.
     """
 
     file: str
@@ -61,15 +61,16 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What the model is given.
+    """The input that the model expects.
 
     Attributes:
-        format: the order of the channels, as INPUT.FORMAT.
-        channels: their number.
+        format: channel order, as in INPUT.FORMAT.
+        channels: number of channels.
         min_size: the shorter side after resizing, in pixels; 0 keeps the size.
-        max_size: what the longer side may not exceed then.
-        size: (height, width) of every image, padded at the right and below; None for any size.
-        interpolation: how images are resized.
+        max_size: upper limit for the longer side after resizing.
+        size: (height, width) to which every image is padded at the right and bottom; None for any
+            size.
+        interpolation: method of resizing, in words.
     """
 
     format: str
@@ -82,12 +83,12 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How masks come from the model's output.
+    """How to compute masks from the model's output.
 
     Attributes:
-        threshold: pixels of at least this probability belong to the mask.
+        threshold: pixels with at least this probability belong to the mask.
         side: M.
-        paste: how probabilities become pixels, in words.
+        paste: how probabilities are turned into pixels, in words.
     """
 
     threshold: float
@@ -97,7 +98,7 @@ class MaskRule:
 
 @dataclass(frozen=True)
 class Weights:
-    """The file of the weights that were exported, by its name and hash."""
+    """Name and hash of the file with the exported weights."""
 
     file: str
     sha256: str
@@ -109,20 +110,20 @@ class ModelDescription:
 
     Attributes:
         format_version: FORMAT_VERSION.
-        model: the file.
+        model: the model's file.
         num_classes: K.
-        class_names: of the K classes; None if unknown.
-        category_ids: that predictions have in COCO files; None where names are unknown.
-        input: what it is given.
-        outputs: names of its outputs, in order.
-        score_threshold: detections have a higher score.
-        nms_threshold: IoU above which the worse of two detections of a class was dropped.
-        detections_per_image: at most.
-        mask: None for a model without masks.
-        mask_scoring: whether masks have scores of their own.
-        versions: of the packages that exported it.
-        weights: what was exported.
-        date: of the export, ISO 8601.
+        class_names: names of the K classes; None if unknown.
+        category_ids: category ids of predictions in COCO files; None if the names are unknown.
+        input: the input that the model expects.
+        outputs: names of the outputs, in order.
+        score_threshold: all detections have a higher score.
+        nms_threshold: IoU above which the worse of two detections of a class is dropped.
+        detections_per_image: upper limit.
+        mask: how to compute masks; None for a model without masks.
+        mask_scoring: whether the model returns mask scores.
+        versions: versions of the packages that exported the model.
+        weights: the exported weights.
+        date: date of the export, ISO 8601.
     """
 
     format_version: int
@@ -155,13 +156,14 @@ def sha256_of(path: Path) -> str:
 
 
 def read_model_folder(folder: Path) -> ModelDescription:
-    """Reads ``model.json`` and makes sure that the model is the one that it describes.
+    """Reads ``model.json`` and checks that the folder contains the model it describes.
 
     Args:
-        folder: what tools/export_model.py wrote.
+        folder: a folder written by tools/export_model.py.
 
     Raises:
-        ModelFolderError: naming the file and, for ``model.json``, the key.
+        ModelFolderError: if a file is missing or invalid. The message names the file and, for
+            ``model.json``, the key.
     """
     path = folder / DESCRIPTION
     try:
@@ -174,7 +176,7 @@ def read_model_folder(folder: Path) -> ModelDescription:
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise ModelFolderError(
-            f"{path}: format_version is {_shown(version)}, and this version of mask_head_plugin "
+            f"{path}: format_version is {_shown(version)}, but this version of mask_head_plugin "
             f"reads {FORMAT_VERSION}; export the model again"
         )
     description: ModelDescription = _parsed(ModelDescription, document, str(path), "")
@@ -189,12 +191,12 @@ def _check_values(description: ModelDescription, path: Path) -> None:
     model = description.model
     if model.format not in MODEL_FILES:
         raise ModelFolderError(
-            f"{path}: model.format is {_shown(model.format)} and none of {sorted(MODEL_FILES)}"
+            f"{path}: model.format is {_shown(model.format)}, which is not in {sorted(MODEL_FILES)}"
         )
     for key, name in (("file", model.file), *(("data", name) for name in model.data)):
         if Path(name).name != name or not name.isprintable():
             raise ModelFolderError(
-                f"{path}: model.{key} is {_shown(name)} and not the name of a file in its folder"
+                f"{path}: model.{key} is {_shown(name)}, which is not a file name"
             )
     given, mask = description.input, description.mask
     size = given.size or (1, 1)
@@ -206,22 +208,22 @@ def _check_values(description: ModelDescription, path: Path) -> None:
         "mask.threshold": mask is not None and not 0 < mask.threshold <= 1,
     }.items():
         if is_wrong:
-            raise ModelFolderError(f"{path}: {key} is out of its range")
+            raise ModelFolderError(f"{path}: {key} is out of range")
     for key in ("class_names", "category_ids"):
         values = getattr(description, key)
         if values is not None and len(values) != description.num_classes:
             raise ModelFolderError(
-                f"{path}: {key} has {len(values)} entries, and num_classes is "
+                f"{path}: {key} has {len(values)} entries, but num_classes is "
                 f"{description.num_classes}"
             )
     ids = description.category_ids or []
     if len(set(ids)) < len(ids):
-        raise ModelFolderError(f"{path}: category_ids has an id twice")
+        raise ModelFolderError(f"{path}: category_ids contains an id twice")
     expected = ["boxes", "scores", "classes"]
     expected += ["mask_probs"] if description.mask else []
     expected += ["mask_scores"] if description.mask_scoring else []
     if description.outputs != expected:
-        raise ModelFolderError(f"{path}: outputs is {description.outputs} and not {expected}")
+        raise ModelFolderError(f"{path}: outputs is {description.outputs}, not {expected}")
 
 
 def _check_file(path: Path, sha256: str) -> None:
@@ -234,22 +236,22 @@ def _check_file(path: Path, sha256: str) -> None:
             f"{error.strerror}"
         ) from error
     if is_missing:
-        raise ModelFolderError(f"{path} is missing, which {DESCRIPTION} next to it describes")
+        raise ModelFolderError(f"{path} is missing, but {DESCRIPTION} in the same folder lists it")
     if is_other:
         raise ModelFolderError(
-            f"{path} is not the file that {DESCRIPTION} describes: its SHA-256 differs, as of a "
-            "file that was cut off or exchanged; copy the whole folder again"
+            f"{path} is not the file that {DESCRIPTION} describes: its SHA-256 differs, so it was "
+            "cut off or replaced; copy the whole folder again"
         )
 
 
 def _parsed(kind: Any, value: Any, path: str, key: str) -> Any:
-    """Returns a value of JSON as what a dataclass says of it.
+    """Converts a JSON value to a type.
 
     Args:
-        kind: a type as dataclasses in this module have it.
-        value: of JSON.
-        path: of the file, for errors.
-        key: where the value is in the file, for errors.
+        kind: a type used in the dataclasses of this module.
+        value: the JSON value.
+        path: path of the file, for error messages.
+        key: full key of the value, for error messages.
     """
     if is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
@@ -258,7 +260,7 @@ def _parsed(kind: Any, value: Any, path: str, key: str) -> Any:
         if missing:
             raise ModelFolderError(f"{path}: {key + '.' if key else ''}{missing[0]} is missing")
         prefix = f"{key}." if key else ""
-        # What a later version may add is left aside.
+        # Keys that a later version may add are ignored.
         values = {
             x: _parsed(hint, value[x], path, prefix + x) for x, hint in hints.items() if x in value
         }
@@ -283,9 +285,9 @@ def _parsed(kind: Any, value: Any, path: str, key: str) -> Any:
         and (not isinstance(value, float) or isfinite(value))
     ):
         return value
-    raise ModelFolderError(f"{path}: {key} is {_shown(value)}, which is not expected there")
+    raise ModelFolderError(f"{path}: {key} is {_shown(value)}, which is not a valid value")
 
 
 def _shown(value: Any) -> str:
-    """Returns the start of a value of JSON, in one line."""
+    """Returns the start of a JSON value as one line."""
     return json.dumps(value)[:80]

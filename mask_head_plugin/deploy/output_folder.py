@@ -1,4 +1,4 @@
-"""The folder of an exported model: one export at a time, and only complete models."""
+"""Writes to the folder of an exported model: one export at a time, and only complete models."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .model_folder import DESCRIPTION, EXTERNAL_DATA, MODEL_FILES, ModelDescript
 
 @contextlib.contextmanager
 def sole_export(output: Path) -> Iterator[None]:
-    """Creates the folder and keeps other exports out of it; if it stays empty, it is removed again.
+    """Creates the folder and locks it against other exports; removes a new folder that stays empty.
 
     Raises:
-        ConfigError: if the folder cannot be written to, or another export does.
+        ConfigError: if the folder cannot be written to, or another export is writing to it.
     """
     is_new = not output.exists()
     with contextlib.ExitStack() as stack:
@@ -26,8 +26,8 @@ def sole_export(output: Path) -> Iterator[None]:
             stack.enter_context(locked_folder(output))
         except BlockingIOError as error:
             raise ConfigError(
-                f"another export is writing to --output {output}; wait for it, or name another "
-                "folder"
+                f"another export is writing to --output {output}; wait until it ends, or use "
+                "another folder"
             ) from error
         try:
             yield
@@ -38,29 +38,29 @@ def sole_export(output: Path) -> Iterator[None]:
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises a ConfigError if the folder has a model that must not be overwritten."""
+    """Raises a ConfigError if the folder contains a model that must not be overwritten."""
     taken = [name for name in (DESCRIPTION, *MODEL_FILES.values()) if (output / name).exists()]
     if taken and not overwrite:
         raise ConfigError(
-            f"--output {output} has {taken[0]} already; name another folder, or add --overwrite"
+            f"--output {output} already contains {taken[0]}; use another folder, or add --overwrite"
         )
 
 
 def write_model(output: Path, folder: Path, description: ModelDescription) -> None:
-    """Copies the files of a model; old ones are removed only when the new ones are complete.
+    """Copies the files of a model; old files are removed only after the new ones are complete.
 
     Args:
-        output: where they go.
-        folder: where they are.
-        description: of the model, which also becomes a file.
+        output: the target folder.
+        folder: the source folder.
+        description: description of the model, which is also written to a file.
 
     Raises:
-        OSError: if a file cannot be written; the folder then keeps its content.
+        OSError: if a file cannot be written; the target folder then stays unchanged.
     """
     described, files = output / DESCRIPTION, [description.model.file, *description.model.data]
 
     def write(rest: list[str]) -> None:
-        if not rest:  # all are complete; the old description would describe other files
+        if not rest:  # all files are complete; the old description no longer applies
             described.unlink(missing_ok=True)
             return
         with (folder / rest[0]).open("rb") as source:

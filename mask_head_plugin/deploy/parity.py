@@ -1,4 +1,4 @@
-"""Measures how far an exported model is from the trained one, detection by detection.
+"""Measures the differences between an exported model and the trained one, for each detection.
 
 Shape alphabet: R detections, M mask side.
 """
@@ -26,29 +26,30 @@ TOLERANCES: Mapping[str, Mapping[str, float]] = {
     "fp32": {"boxes": 1e-2, "scores": 1e-4, "mask_probs": 1e-3, "mask_scores": 1e-4},
     "fp16": {"boxes": 2.0, "scores": 2e-2, "mask_probs": 1e-1, "mask_scores": 2e-2},
 }
-"""Largest difference of each output that counts as rounding: boxes in pixels of the model's input.
+"""Largest difference of each output that counts as rounding; boxes in pixels of the model's input.
 
-The one of masks holds for logits of trained models, few of which exceed 10. Rounding grows with
-them: a DC5 model with random weights and logits of about 25 differs by up to 2e-3 from its export,
-and both by up to 4e-3 from float64.
+The tolerance for masks is valid for the logits of trained models, few of which exceed 10. Rounding
+errors grow with the logits: a DC5 model with random weights and logits of about 25 differs by up to
+2e-3 from its export, and both differ by up to 4e-3 from float64.
 """
 
 ROUNDING = 1e-3
-"""Change of pixel values (up to 255): less than a float32 model can distinguish."""
+"""A change in pixel values (up to 255) that is smaller than a float32 model can distinguish."""
 
 
 @dataclass
 class Parity:
-    """What was compared.
+    """Result of comparing an exported model with the trained one.
 
     Attributes:
-        tolerance: by output.
+        tolerance: tolerance by output.
         largest: the largest difference of each output so far.
-        mask_side: M, of models with masks.
-        counts: detections of each image.
-        unlike: what differs beyond the tolerance, one line each.
-        undecided: images in which the trained model itself finds other things after a change of the
-            size of rounding, e.g. where hundreds of proposals of one colour have equal scores.
+        mask_side: M, for models with masks.
+        counts: number of detections in each image.
+        unlike: the differences beyond the tolerance, one line each.
+        undecided: images in which the trained model itself finds different objects after a change
+            the size of rounding, for example if hundreds of proposals on a uniform area have equal
+            scores.
     """
 
     tolerance: Mapping[str, float]
@@ -59,20 +60,20 @@ class Parity:
     undecided: list[str] = field(default_factory=list)
 
     def add(self, name: str, expected: Outputs, found: Outputs, cut: float) -> None:
-        """Compares the outputs of an image.
+        """Compares the outputs for an image.
 
         Args:
-            name: of the image.
-            expected: the trained model's.
-            found: the exported model's.
-            cut: the score above which both must have a detection.
+            name: name of the image.
+            expected: outputs of the trained model.
+            found: outputs of the exported model.
+            cut: the score above which both models must have a detection.
         """
         self.counts.append(len(expected["scores"]))
         if "mask_probs" in expected:
             self.mask_side = expected["mask_probs"].shape[-1]
         pairs = matched(expected, found)
-        # Among detections with the score of the cut, e.g. of one colour, either model may choose
-        # others.
+        # Among detections with a score equal to the cut, such as on a uniform area, the models may
+        # choose different ones.
         a, b = expected["boxes"][pairs[:, 0]], found["boxes"][pairs[:, 1]]
         is_apart = np.abs(a - b).max(axis=1, initial=0) > self.tolerance["boxes"]
         is_sure = expected["scores"][pairs[:, 0]] > cut + self.tolerance["scores"]
@@ -95,8 +96,8 @@ class Parity:
             self.largest[output] = max(self.largest.get(output, 0.0), distance)
             if not distance <= self.tolerance[output]:
                 self.unlike.append(
-                    f"{name}: {output} differ by {distance:.3g}, and {self.tolerance[output]:g} "
-                    "is rounding"
+                    f"{name}: {output} differ by {distance:.3g}, more than the "
+                    f"{self.tolerance[output]:g} that rounding explains"
                 )
 
     def include(self, other: Parity) -> None:
@@ -111,7 +112,7 @@ class Parity:
         told = ", ".join(f"{name} {value:.2g}" for name, value in self.largest.items())
         left_out = ""
         if self.undecided:
-            left_out = f"; left out, since rounding decides there: {', '.join(self.undecided)}"
+            left_out = f"; not compared, because rounding decides: {', '.join(self.undecided)}"
         return (
             f"compared with the trained model on {len(self.counts)} images with "
             f"{min(self.counts)} to {max(self.counts)} detections; largest differences: {told}"
@@ -120,9 +121,9 @@ class Parity:
 
 
 def matched(expected: Outputs, found: Outputs) -> npt.NDArray[np.int64]:
-    """Returns (P, 2) rows of detections of one class at the same place, best first.
+    """Returns (P, 2) pairs of row numbers: detections of one class at the same place, best first.
 
-    Rounding may swap detections whose scores are almost equal, so order alone means nothing.
+    Matching by order would not work, because rounding can swap detections with almost equal scores.
     """
     pairs, free = [], np.ones(len(found["scores"]), bool)
     for row, (box, number) in enumerate(zip(expected["boxes"], expected["classes"], strict=True)):
@@ -146,14 +147,14 @@ def compare(
     """Runs both models on images.
 
     Args:
-        model: the trained one, in evaluation mode on the CPU.
-        run: the exported one.
+        model: the trained model, in evaluation mode on the CPU.
+        run: runs the exported model.
         samples: images.
-        tolerance: by output.
-        size: height and width that the exported model pads images to, or None.
+        tolerance: tolerance by output.
+        size: height and width to which the exported model pads images, or None.
 
     Returns:
-        What was compared; also unlike if rounding decides on every image.
+        The differences. If rounding decides the outcome in every image, ``unlike`` says so.
     """
     parity = Parity(tolerance)
     predictor = last_predictor(model)
@@ -174,14 +175,12 @@ def compare(
             parity.include(of_image)
     if parity.undecided and not parity.counts:
         parity.counts = [0]
-        parity.unlike.append("rounding decides what the trained model finds in each of the images")
+        parity.unlike.append("in every image, rounding decides what the trained model finds")
     return parity
 
 
 def _rounding(image: Tensor) -> Tensor:
-    """Returns changed copies of an image, the same in each call, that the model should not
-    distinguish.
-    """
+    """Returns a change too small for the model to notice; the same for every call."""
     generator = torch.Generator().manual_seed(0)
     return (2 * torch.rand(image.shape, generator=generator) - 1) * ROUNDING
 
@@ -193,12 +192,12 @@ def eager_outputs(
     """Returns the trained model's detections in an image, under the names of the exported outputs.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         image: (C, H, W) float32.
-        size: height and width to pad to; None pads as far as the backbone needs.
+        size: height and width to pad to; None pads only as the backbone requires.
     """
     batch = [{"image": image}]
-    if size is not None:  # detectron2 pads an image to the largest of its batch
+    if size is not None:  # detectron2 pads an image to the largest one in its batch
         batch.append({"image": image.new_zeros(image.shape[0], *size)})
     found = model.inference(batch, do_postprocess=False)[0]
     outputs = {

@@ -1,4 +1,4 @@
-"""Runs an exported model on images and videos; writes the pictures and files of the demo."""
+"""Runs an exported model on images and videos, and writes the same results as the demo."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class ExportedModel:
     ) -> None:
         """
         Args:
-            predictor: of the model.
+            predictor: the predictor of the model.
             confidence_threshold: detections need a higher score; 0 to 1.
-            thresholds: "NAME=SCORE" for classes that need another one.
+            thresholds: "NAME=SCORE" for classes with a different threshold.
 
         Raises:
-            ConfigError: if a class is not the model's.
+            ConfigError: if the model does not have a class.
         """
         self.predictor = predictor
         self.least = class_thresholds(predictor.class_names, confidence_threshold, thresholds)
@@ -76,17 +76,17 @@ def run_predict(
     """Runs an exported model on images and videos.
 
     Args:
-        folder: of the model.
-        inputs: images, videos, folders of them, patterns such as ``photos/*.jpg``.
+        folder: folder of the model.
+        inputs: images, videos, folders of these, and patterns such as ``photos/*.jpg``.
         output: a folder, created if missing. Nothing in it is overwritten.
         confidence_threshold: detections need a higher score; 0 to 1.
-        thresholds: "NAME=SCORE" for classes that need another one.
-        semantic: also write semantic maps.
-        batch_size: how many images the model gets at a time.
-        threads: that onnxruntime computes with; all of the machine if None.
+        thresholds: "NAME=SCORE" for classes with a different threshold.
+        semantic: whether to write semantic maps as well.
+        batch_size: number of images passed to the model at a time.
+        threads: number of threads for onnxruntime; None uses all of the machine's.
 
     Returns:
-        What went wrong: a line for each input without a complete result.
+        Problems: a line for each input without a complete result.
 
     Raises:
         ConfigError: if an argument, the model or the output folder cannot be used.
@@ -97,7 +97,7 @@ def run_predict(
     if batch_size < 1:
         raise ConfigError(f"--batch-size {batch_size} is not 1 or more")
     if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise ConfigError(f"--threads {threads} is not from 1 to {MOST_THREADS}")
+        raise ConfigError(f"--threads {threads} is not between 1 and {MOST_THREADS}")
     sources = find_sources(inputs)
     check_output(output, sources, semantic=semantic)
     predictor = Predictor(folder, threads=threads)
@@ -107,8 +107,8 @@ def run_predict(
     model = ExportedModel(predictor, confidence_threshold, thresholds)
     if float(model.least.min()) < description.score_threshold:
         logger.warning(
-            "a threshold of %g: the model in %s was exported with "
-            "MODEL.ROI_HEADS.SCORE_THRESH_TEST %g and finds nothing below",
+            "a threshold of %g has no effect: the model in %s was exported with "
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST %g and returns no detections with lower scores",
             float(model.least.min()),
             folder,
             description.score_threshold,

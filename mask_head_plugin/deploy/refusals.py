@@ -1,4 +1,4 @@
-"""Refuses what cannot be exported, naming its config key, before anything is exported."""
+"""Refuses models that cannot be exported before any work is done; errors name the config key."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..modeling.rcnn import MaskRCNN
 from ..modeling.roi_heads import PerClassMaskRes5ROIHeads, PerClassMaskROIHeads
 from .exportable import ExportableMaskRCNN, mask_probs, plugin_pooler
 
-# A subclass may do anything, so exact types are compared.
+# Exact types are compared, because a subclass could compute anything.
 META_ARCHITECTURES = (GeneralizedRCNN, MaskRCNN)
 ROI_HEADS = (
     *(StandardROIHeads, PerClassMaskROIHeads, CascadeROIHeads),
@@ -38,10 +38,10 @@ KNOWN_PACKAGES = ("torch", "torchvision", "fvcore", "detectron2", "mask_head_plu
 
 
 def check_architecture(cfg: CfgNode) -> None:
-    """Refuses what the config alone rules out, before weights are read.
+    """Refuses models whose config alone shows that they cannot be exported.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: if the model cannot be exported; the message names the key.
     """
     name = cfg.MODEL.META_ARCHITECTURE
     if name in META_ARCH_REGISTRY and META_ARCH_REGISTRY.get(name) not in META_ARCHITECTURES:
@@ -57,7 +57,7 @@ def check_exportable(model: Any) -> None:
     """Refuses parts that ExportableMaskRCNN would compute differently from the model.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: if there is such a part; the message names the key.
     """
     _require("MODEL.META_ARCHITECTURE", model, META_ARCHITECTURES)
     rpn, heads = model.proposal_generator, model.roi_heads
@@ -79,10 +79,10 @@ def check_exportable(model: Any) -> None:
 
 
 def check_traces(exportable: ExportableMaskRCNN) -> None:
-    """Traces the user's own parts, and compares the traces on a map of another size.
+    """Traces the user's own parts, and compares the traces on inputs of another size.
 
     Raises:
-        ConfigError: naming the key of a part that cannot be traced correctly.
+        ConfigError: if a part cannot be traced correctly; the message names the key.
     """
     for key, part, examples in _parts(exportable):
         if all(_is_known(module) for module in part.modules()):
@@ -91,7 +91,7 @@ def check_traces(exportable: ExportableMaskRCNN) -> None:
         try:
             trace = torch.jit.trace(part, examples[0], check_trace=False, strict=False)
             expected, found = (_tensors(x(*examples[1])) for x in (part, trace))
-        except Exception as error:  # any error of somebody else's code
+        except Exception as error:  # the user's code can raise anything
             raise ConfigError(
                 f"{key}: {name} cannot be exported, because PyTorch cannot trace it: "
                 f"{first_line(error)}"
@@ -102,13 +102,13 @@ def check_traces(exportable: ExportableMaskRCNN) -> None:
         )
         if not same:
             raise ConfigError(
-                f"{key}: {name} cannot be exported, because its trace computes something else on "
-                "an input of another size: keep sizes as tensors, and take no branch on values"
+                f"{key}: {name} cannot be exported, because its trace is wrong for inputs of "
+                "another size: keep sizes as tensors, and do not branch on values"
             )
 
 
 def _parts(exportable: ExportableMaskRCNN) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yields the key of each part that may be the user's code, the part, and two inputs."""
+    """Yields each part that may be the user's code: its config key, the part, and two inputs."""
     model = exportable.model
     backbone, heads = model.backbone, model.roi_heads
     side = 2 * max(backbone.size_divisibility, 32)
@@ -165,8 +165,8 @@ def _check_pooler(section: str, pooler: Any) -> None:
         )
     if pooler.pooler_type == "PrROIPool":
         raise ConfigError(
-            f"{section}.POOLER_TYPE: PrROIPool cannot be exported, because no operator of ONNX or "
-            "torchvision integrates; train with ROIAlignV2"
+            f"{section}.POOLER_TYPE: PrROIPool cannot be exported, because ONNX and torchvision "
+            "have no operator for the integral; train with ROIAlignV2"
         )
     if pooler.reduction == "max" and pooler.pooler_type != "ROIPool":
         raise ConfigError(
@@ -178,16 +178,16 @@ def _check_pooler(section: str, pooler: Any) -> None:
 def _check_mask_head(head: Any) -> None:
     if type(head).forward not in MASK_HEAD_FORWARDS:
         raise ConfigError(
-            f"MODEL.ROI_MASK_HEAD.NAME: {type(head).__name__} cannot be exported, because it has a "
-            "forward of its own; give it `layers`, as detectron2's BaseMaskRCNNHead has"
+            f"MODEL.ROI_MASK_HEAD.NAME: {type(head).__name__} cannot be exported, because it "
+            "overrides forward; override `layers` instead, as in detectron2's BaseMaskRCNNHead"
         )
     if not isinstance(head, ClassSelection):
         return
     activation = head.losses[0].activation
     if activation not in (None, softmax_probs):
         raise ConfigError(
-            f"MODEL.ROI_MASK_HEAD.LOSSES: {head.losses[0].name!r} has an activation of your own, "
-            f"{getattr(activation, '__name__', activation)}, which cannot be exported; use one "
+            f"MODEL.ROI_MASK_HEAD.LOSSES: {head.losses[0].name!r} has a custom activation, "
+            f"{getattr(activation, '__name__', activation)}, which cannot be exported; use a loss "
             "with the sigmoid or with softmax_probs"
         )
 
@@ -199,7 +199,7 @@ def _require(key: str, part: Any, types: tuple[type, ...]) -> None:
 
 
 def _listed(parts: Any) -> list[Any]:
-    """Returns the stages of a cascade, or the one part of other heads."""
+    """Returns the stages of a cascade, or the single part of other heads."""
     return list(parts) if isinstance(parts, nn.ModuleList) else [parts]
 
 

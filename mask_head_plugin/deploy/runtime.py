@@ -1,7 +1,7 @@
-"""Runs an exported model without detectron2 or PyTorch: NumPy, pycocotools and onnxruntime.
+"""Runs an exported model with NumPy, pycocotools and onnxruntime, without detectron2 or PyTorch.
 
     predictor = Predictor("output/exported")
-    found = predictor(image)                     # (H, W, 3) uint8 in BGR, as of cv2.imread
+    found = predictor(image)                     # (H, W, 3) uint8 in BGR, as from cv2.imread
     print(found.class_names, found.scores, found.masks)
 
 Shape alphabet: R detections of an image; H, W image height and width in pixels; C channels of the
@@ -26,23 +26,23 @@ from .mask_paste import FloatArray, paste_masks
 from .model_folder import ModelDescription, ModelFolderError, read_model_folder
 
 MOST_THREADS = 1024
-"""onnxruntime hangs or dies if asked to start more than the machine allows."""
+"""Upper limit for threads; onnxruntime hangs or crashes if the machine does not allow as many."""
 
 INSTALL = 'pip install "mask_head_plugin[deploy]", or pip install onnxruntime'
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model found in one image, best first.
+    """The detections in one image, best first.
 
     Attributes:
         boxes: (R, 4) float32, XYXY in pixels of the image.
         scores: (R,) float32.
-        class_ids: (R,) int64, from 0.
-        class_names: R; numbers from 1 if the model does not name its classes.
-        masks: R masks in COCO's run-length encoding, counts as text; None from a model without
+        class_ids: (R,) int64, counted from 0.
+        class_names: R names; numbers counted from 1 if the model has no class names.
+        masks: R masks in COCO's run-length encoding with counts as text; None for a model without
             masks.
-        mask_scores: (R,) float32, from a model with mask scoring; otherwise None.
+        mask_scores: (R,) float32 for a model with mask scoring; otherwise None.
         image_size: H, W.
     """
 
@@ -70,11 +70,11 @@ class Prediction:
 
 
 class Predictor:
-    """Runs the model of a folder that ``tools/export_model.py`` wrote.
+    """Runs a model from a folder written by ``tools/export_model.py``.
 
     Attributes:
-        description: what ``model.json`` says.
-        class_names: of all classes; numbers from 1 if the model does not name them.
+        description: the content of ``model.json``.
+        class_names: names of all classes; numbers counted from 1 if the model has no class names.
     """
 
     def __init__(
@@ -86,12 +86,13 @@ class Predictor:
     ) -> None:
         """
         Args:
-            folder: of the model, exported with ``--format onnx``.
-            threads: that onnxruntime computes with; all of the machine if None.
-            providers: of onnxruntime, in order of preference.
+            folder: folder of a model exported with ``--format onnx``.
+            threads: number of threads for onnxruntime; None uses all of the machine's.
+            providers: onnxruntime's execution providers, in order of preference.
 
         Raises:
-            ModelFolderError: if the folder has no model that can be run, naming the file.
+            ModelFolderError: if the folder has no model that can be run; the message names the
+                file.
             ImportError: if onnxruntime is not installed.
             ValueError: if ``threads`` is below 1 or above MOST_THREADS.
         """
@@ -110,16 +111,16 @@ class Predictor:
     def __call__(self, images: Sequence[ByteArray]) -> list[Prediction]: ...
 
     def __call__(self, images: ByteArray | Sequence[ByteArray]) -> Prediction | list[Prediction]:
-        """Returns the detections in an image, or in each of several images of any sizes.
+        """Returns the detections in an image, or in each of several images of any size.
 
-        They are run one after the other: each takes all threads.
+        Images are processed one after the other, each with all threads.
 
         Args:
-            images: (H, W, 3) uint8 in BGR, as from cv2.imread, whatever the model takes.
+            images: (H, W, 3) uint8 in BGR, as from cv2.imread, regardless of the model's format.
 
         Raises:
             ModelFolderError: if the model's output contradicts ``model.json``.
-            ValueError: if an image cannot be used, naming its position.
+            ValueError: if an image cannot be used; the message gives its position.
         """
         if isinstance(images, np.ndarray):
             return self._predict(_checked(images, "the image"))
@@ -143,7 +144,7 @@ class Predictor:
         return self._in_image(found, seen_hw, image_hw)
 
     def _check_outputs(self, found: dict[str, Any]) -> None:
-        """Raises a ModelFolderError unless outputs have the right shapes and classes."""
+        """Raises a ModelFolderError unless the outputs have valid shapes and classes."""
         count, num_classes = len(found["scores"]), len(self.class_names)
         side = self.description.mask.side if self.description.mask is not None else 0
         shapes = {"boxes": (count, 4), "mask_probs": (count, side, side)}
@@ -151,24 +152,24 @@ class Predictor:
             if values.shape != shapes.get(name, (count,)):
                 raise ModelFolderError(
                     f"{self._path} returns {name} of shape {values.shape} for {count} detections, "
-                    f"and must return {shapes.get(name, (count,))}; export the model again"
+                    f"but must return {shapes.get(name, (count,))}; export the model again"
                 )
         classes = found["classes"]
         is_class = (classes >= 0) & (classes < num_classes)
         if classes.dtype.kind not in "iu" or not is_class.all():
             raise ModelFolderError(
                 f"{self._path} returns classes that are not numbers from 0 to {num_classes - 1}, "
-                "as model.json has them; export the model again"
+                "as described by model.json; export the model again"
             )
 
     def _in_image(
         self, found: dict[str, Any], seen_hw: tuple[int, int], image_hw: tuple[int, int]
     ) -> Prediction:
-        """Returns detections in pixels of the image, without those whose box is empty there.
+        """Converts detections to pixels of the image; drops those whose box is then empty.
 
         Args:
             found: outputs of the model by name.
-            seen_hw: at which the model saw the image.
+            seen_hw: size of the model's input image.
             image_hw: H, W.
         """
         (height, width), (seen_height, seen_width) = image_hw, seen_hw
@@ -198,7 +199,7 @@ def _checked(image: ByteArray, which: str) -> ByteArray:
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise ValueError(
-            f"{which} is an array {image.shape} of {image.dtype}, and must be (H, W, 3) of uint8, "
+            f"{which} is an array {image.shape} of {image.dtype}, but must be (H, W, 3) of uint8 "
             "in BGR"
         )
     return image
@@ -211,24 +212,24 @@ def _session(
     path = folder / description.model.file
     if description.model.format != "onnx":
         raise ModelFolderError(
-            f"{path} is a {description.model.format} model, which PyTorch runs; for this runtime "
+            f"{path} is a {description.model.format} model, which needs PyTorch; for this runtime, "
             "export with --format onnx"
         )
     if description.input.format not in IMAGE_FORMATS:
         raise ModelFolderError(
-            f"{path} takes images in the format {description.input.format!r}, and this runtime "
-            f"knows {IMAGE_FORMATS}"
+            f"{path} needs images in the format {description.input.format!r}, but this runtime "
+            f"supports {IMAGE_FORMATS}"
         )
     try:
         import onnxruntime
     except ImportError as error:
         raise ImportError(f"{path} needs onnxruntime: {INSTALL} ({one_line(error)})") from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors are raised; warnings are for the file's author
+    options.log_severity_level = 3  # hides warnings, which are meant for the model's author
     options.intra_op_num_threads = threads or 0
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    except Exception as error:  # it has many error classes without a common one
+    except Exception as error:  # its many error classes have no common base class
         raise ModelFolderError(
             f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: "
             f"{one_line(error, 600)}"
@@ -239,20 +240,20 @@ def _session(
         ("outputs", description.outputs, session.get_outputs()),
     ):
         if (names := [x.name for x in puts]) != expected:
-            raise ModelFolderError(f"{path} has the {kind} {names}, and model.json says {expected}")
+            raise ModelFolderError(f"{path} has the {kind} {names}, but model.json says {expected}")
     given = description.input
     shape = [given.channels, *(given.size or ("H", "W"))]
     found = session.get_inputs()[0]
     if found.type != "tensor(float)" or not _fits(found.shape, shape):
         raise ModelFolderError(
-            f"{path} takes a {found.type} {found.shape} as the image, and model.json says "
+            f"{path} takes a {found.type} {found.shape} as the image, but model.json says "
             f"tensor(float) {shape}"
         )
     return session
 
 
 def _fits(shape: Sequence[Any], expected: Sequence[Any]) -> bool:
-    """Returns whether the shape of an input has the expected numbers, and names for any size."""
+    """Returns whether an input's shape has the expected numbers, and names for variable sizes."""
     return len(shape) == len(expected) and all(
         (a == b) if isinstance(b, int) else not isinstance(a, int)
         for a, b in zip(shape, expected, strict=True)

@@ -1,4 +1,4 @@
-"""Images for calibrating an exported model and comparing it with the trained one.
+"""Provides images to calibrate an exported model and to compare it with the trained one.
 
 Shape alphabet: C channels, H and W image sides.
 """
@@ -28,17 +28,17 @@ NUM_OF_DATASET = 3
 
 @dataclass(frozen=True)
 class Sample:
-    """A (C, H, W) float32 image as the model sees it, and what it is called in reports."""
+    """A (C, H, W) float32 input image for the model, and its name in messages."""
 
     name: str
     image: Tensor
 
 
 def sample_images(cfg: CfgNode, paths: Sequence[str], size: tuple[int, int] | None) -> list[Sample]:
-    """Returns the images of ``paths``, or else some of DATASETS.TEST that are on this machine.
+    """Returns the images in ``paths`` or, if it is empty, some images of DATASETS.TEST.
 
     Args:
-        cfg: of the model.
+        cfg: the model's config.
         paths: image files.
         size: height and width that no image may exceed, or None.
 
@@ -50,12 +50,12 @@ def sample_images(cfg: CfgNode, paths: Sequence[str], size: tuple[int, int] | No
 
 
 def read_sample(cfg: CfgNode, path: str, size: tuple[int, int] | None) -> Tensor:
-    """Returns a file's (C, H, W) pixels, resized as detectron2's predictor does.
+    """Returns a file's (C, H, W) pixels, resized as in detectron2's predictor.
 
     Args:
-        cfg: of the model.
-        path: of the file.
-        size: height and width into which larger images are shrunk, or None.
+        cfg: the model's config.
+        path: path of the file.
+        size: height and width to which larger images are shrunk, or None.
     """
     pixels = read_image(path, cfg.INPUT.FORMAT)
     height, width = pixels.shape[:2]
@@ -65,7 +65,7 @@ def read_sample(cfg: CfgNode, path: str, size: tuple[int, int] | None) -> Tensor
 
 
 def _images_of_dataset(cfg: CfgNode) -> list[str]:
-    """Returns some images of the first data set of DATASETS.TEST that has any on this machine."""
+    """Returns some images of the first data set in DATASETS.TEST that is on this machine."""
     for name in cfg.DATASETS.TEST:
         folder = MetadataCatalog.get(name).get("image_root")
         if folder and Path(folder).is_dir():
@@ -77,14 +77,14 @@ def _images_of_dataset(cfg: CfgNode) -> list[str]:
 
 
 def usable_dataset(cfg: CfgNode, key: str) -> str:
-    """Returns the first data set of DATASETS.TRAIN or TEST that is on this machine.
+    """Returns the first data set in DATASETS.TRAIN or TEST that is on this machine.
 
     Args:
-        cfg: of the model.
+        cfg: the model's config.
         key: "TRAIN" or "TEST".
 
     Raises:
-        ConfigError: if there is none; says why.
+        ConfigError: if there is none; the message explains why.
     """
     reasons = []
     for name in cfg.DATASETS[key]:
@@ -104,8 +104,8 @@ def images_of_dataset(name: str, number: int) -> list[str]:
     """Returns image files of a data set, spread evenly over it.
 
     Args:
-        name: of the data set, which is registered.
-        number: at most.
+        name: name of a registered data set.
+        number: most files to return.
     """
     records = DatasetCatalog.get(name)
     chosen = np.linspace(0, len(records) - 1, min(number, len(records)), dtype=int)
@@ -113,12 +113,12 @@ def images_of_dataset(name: str, number: int) -> list[str]:
 
 
 def made_images(cfg: CfgNode, size: tuple[int, int] | None, divisor: int) -> Iterator[Sample]:
-    """Yields smooth noise of two sizes, and images of one colour, in which little is found.
+    """Yields synthetic images: smooth noise in two sizes, and uniform images with few detections.
 
     Args:
-        cfg: of the model.
+        cfg: the model's config.
         size: height and width that no image may exceed, or None.
-        divisor: of the sides, as the backbone needs it.
+        divisor: the backbone needs sides that are multiples of this.
     """
     side = cfg.INPUT.MIN_SIZE_TEST or 160
     side = min(side, cfg.INPUT.MAX_SIZE_TEST, *(size or ()))

@@ -1,4 +1,4 @@
-"""Training and evaluation runs."""
+"""Runs training and evaluation."""
 
 from ..checkpoint import MaskHeadCheckpointer, WeightsPolicy, class_names, export_safetensors
 from ..config_check import check_config

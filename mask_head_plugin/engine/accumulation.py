@@ -1,8 +1,8 @@
-"""Computes a batch in parts and adds up their gradients: less memory, the same batch.
+"""Computes a batch in parts and adds up their gradients, which needs less memory.
 
-The step equals that of the whole batch if losses are means over images, as the RPN's are, or if all
-parts have equally many RoIs. Otherwise each part counts alike, just as processes do in
-DistributedDataParallel. Batch normalization sees one part at a time.
+The update equals that of the whole batch if losses are means over images, as the RPN's are, or if
+all parts have the same number of RoIs. Otherwise each part has the same weight, like each process
+in DistributedDataParallel. Batch normalization sees one part at a time.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from ..data import seed_generators
 
 
 class AccumulatingTrainer(SimpleTrainer):
-    """SimpleTrainer whose step computes its batch in parts.
+    """A SimpleTrainer that computes the batch of each iteration in parts.
 
-    Hooks get ``after_backward`` after each part, so that a guard sees which losses are at fault.
-    Processes share gradients once per step, and the optimizer clips them once they are complete.
+    ``after_backward`` of its hooks is called after each part, so that a guard can identify the
+    losses at fault. Processes exchange gradients once per iteration, and the optimizer clips
+    gradients after all parts are added.
 
     Attributes:
-        seed: the run's. The random numbers of a part depend on seed, iteration, rank and part, so
-            that it can be repeated separately.
-        part: the one being computed, from 0.
+        seed: the run's seed. Random numbers depend on seed, iteration, rank and part, so that each
+            part can be repeated separately.
+        part: number of the part being computed, from 0.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class AccumulatingTrainer(SimpleTrainer):
         """
         Args:
             model: see SimpleTrainer.
-            data_loader: gives lists of samples with lengths divisible by ``num_parts``.
+            data_loader: yields lists of samples whose lengths are divisible by ``num_parts``.
             optimizer: see SimpleTrainer.
             num_parts: SOLVER.ACCUMULATE_STEPS.
         """
@@ -74,7 +75,7 @@ class AccumulatingTrainer(SimpleTrainer):
         self._step()
 
     def _shared_at_last(self) -> contextlib.AbstractContextManager[None]:
-        """Shares no gradients with other processes until the last part."""
+        """Returns a context that exchanges gradients between processes only in the last part."""
         is_parallel = isinstance(self.model, nn.parallel.DistributedDataParallel)
         if is_parallel and self.part < self.num_parts - 1:
             no_sync: contextlib.AbstractContextManager[None] = self.model.no_sync()
@@ -93,7 +94,7 @@ class AccumulatingTrainer(SimpleTrainer):
 
 
 class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
-    """The same with AMPTrainer's mixed precision and its scaling of the loss."""
+    """AccumulatingTrainer with the mixed precision and loss scaling of AMPTrainer."""
 
     def _losses(self, samples: list[Any]) -> dict[str, Tensor]:
         with torch.autocast(next(self.model.parameters()).device.type, dtype=self.precision):
@@ -116,12 +117,12 @@ def build_inner_trainer(
     amp: bool,
     num_parts: int,
 ) -> SimpleTrainer:
-    """Returns detectron2's step trainer or, for batches in several parts, one of this module.
+    """Returns detectron2's trainer or, if batches have several parts, one of this module's.
 
     Args:
         model: see SimpleTrainer.
-        data_loader: gives batches.
-        optimizer: of the model.
+        data_loader: yields batches.
+        optimizer: optimizer of the model.
         amp: SOLVER.AMP.ENABLED.
         num_parts: SOLVER.ACCUMULATE_STEPS.
     """

@@ -1,4 +1,4 @@
-"""Models in several processes: wrapped, unwrapped, and with equal buffers."""
+"""Wraps and unwraps models that train in several processes, and synchronises their buffers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from torch import nn
 
 
 def distribute(model: nn.Module, *, in_parts: bool = False) -> nn.Module:
-    """Returns the model, in DistributedDataParallel if there are several processes.
+    """Wraps the model in DistributedDataParallel if there are several processes.
 
-    Parameters without a gradient, such as those of a pyramid level that no head reads, are looked
-    for in the first step only. They must be the same in every step.
+    Parameters without a gradient, such as those of a pyramid level that no head reads, are
+    determined only in the first iteration. They must be the same in every iteration.
 
     Args:
-        model: on its device.
-        in_parts: whether gradients of several backward passes are shared at once, by ``no_sync``.
-            Parameters without a gradient are then looked for in each step, because PyTorch's static
-            graph would have to share the first pass, which differs in a resumed run.
+        model: already on its device.
+        in_parts: whether gradients of several backward passes are exchanged together, with
+            ``no_sync``. Parameters without a gradient are then determined in every iteration,
+            because PyTorch's static graph would have to exchange the gradients of the very first
+            backward pass, which is a different one in a resumed run.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     devices = None if on_cpu or comm.get_world_size() == 1 else [comm.get_local_rank()]
-    # After its first step, PyTorch adds up gradients in another order. A resumed run would change
-    # orders at another step, and from three processes on the sums would be rounded differently. But
-    # runs on the CPU resume bit by bit.
+    # With a static graph, PyTorch changes the order in which it adds gradients after the first
+    # iteration. In a resumed run, this happens at a different iteration, which changes the rounding
+    # of sums over three or more processes. But resumed runs on the CPU must match bit for bit.
     keep_order = in_parts or (on_cpu and comm.get_world_size() > 2)
     return create_ddp_model(
         model,
@@ -36,10 +37,10 @@ def distribute(model: nn.Module, *, in_parts: bool = False) -> nn.Module:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Gives all processes the batch statistics of the first.
+    """Copies the batch statistics of the first process to all others.
 
-    Each process has averaged its own, and the checkpoint holds the first's. Without this, an
-    evaluation in several processes would describe a model that nobody has.
+    Each process averages its own statistics, but the checkpoint contains those of the first
+    process. Without this copy, an evaluation in several processes would not match the checkpoint.
     """
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
@@ -47,5 +48,5 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def undistributed(model: nn.Module) -> nn.Module:
-    """Returns the model that may be in DistributedDataParallel."""
+    """Returns the model itself if it is wrapped in DistributedDataParallel."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

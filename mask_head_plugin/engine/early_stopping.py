@@ -1,8 +1,8 @@
-"""Ends a run when a metric has stopped getting better (SOLVER.EARLY_STOPPING).
+"""Ends a run when a metric stops improving (SOLVER.EARLY_STOPPING).
 
-``early_stopping.json`` holds the metric of each evaluation, by iteration. All decisions follow from
-it, and evaluations that are repeated replace their entries. So a resumed run ends where an
-uninterrupted one does.
+``early_stopping.json`` records the metric of each evaluation by iteration. All decisions depend
+only on this file, and a repeated evaluation replaces its entry. A resumed run therefore ends at the
+same iteration as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class StoppedEarly(BaseException):
-    """Ends the loop of a trainer. Not an Exception, so code that catches those lets it pass."""
+    """Ends a trainer's loop. Not an Exception, so that ``except Exception`` does not catch it."""
 
 
 class EarlyStopping(HookBase):
     """Ends a run after ``patience`` evaluations in a row without a better value of a metric.
 
-    The run then has a ``model_final.pth``, as if this had been its last iteration.
+    The run then writes ``model_final.pth``, as if this had been its last iteration.
     """
 
     def __init__(
@@ -42,10 +42,11 @@ class EarlyStopping(HookBase):
     ) -> None:
         """
         Args:
-            checkpointer: writes the last weights, in the main process.
-            evaluation: gives the metric; registered before this hook.
-            metric: as in ``metrics.json``. See chosen_metrics.improves for which way is better.
-            patience: at least 1.
+            checkpointer: writes the final weights, in the main process.
+            evaluation: computes the metric; must be registered before this hook.
+            metric: a name in ``metrics.json``. chosen_metrics.improves defines which values are
+                better.
+            patience: number of evaluations, at least 1.
         """
         self._checkpointer, self._evaluation = checkpointer, evaluation
         self._metric, self._patience = metric, patience
@@ -56,7 +57,8 @@ class EarlyStopping(HookBase):
     def before_train(self) -> None:
         """Reads the evaluations of the resumed run up to its checkpoint.
 
-        If a stopped run is extended, the evaluation that stopped it is one iteration later.
+        Includes the iteration after the checkpoint: if a stopped run is extended, that is where the
+        evaluation that stopped it was recorded.
         """
         start = self.trainer.start_iter
         if comm.is_main_process() and start > 0 and self._record.is_file():
@@ -69,7 +71,7 @@ class EarlyStopping(HookBase):
                     told = "%s is of %s: patience for %s counts from the next evaluation on"
                     logger.warning(told, self._record, known["metric"], self._metric)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                told = "%s is damaged (%s): patience counts from the next evaluation on"
+                told = "%s is damaged (%s): PATIENCE counts from the next evaluation"
                 logger.warning(told, self._record, error)
 
     def after_step(self) -> None:
@@ -83,7 +85,7 @@ class EarlyStopping(HookBase):
             self._end()
 
     def _is_over(self) -> bool:
-        """Records the value of this iteration; returns whether patience has run out."""
+        """Records the metric of this iteration and returns whether patience has run out."""
         latest, iteration = self.trainer.storage.latest(), self.trainer.iter
         value, noted_at = latest.get(self._metric, (None, -1))
         if value is None or noted_at != iteration:
@@ -103,9 +105,9 @@ class EarlyStopping(HookBase):
                 waited += 1
         if waited < self._patience:
             return False
-        told = "a number" if best is None else f"better than {best:.4f}, of iteration {best_at}"
+        told = "a number" if best is None else f"better than {best:.4f} (iteration {best_at})"
         logger.info(
-            "ending this run after iteration %d: in the last %d evaluation%s %s was not %s",
+            "ending this run after iteration %d: in the last %d evaluation%s, %s was not %s",
             *(iteration, waited, "s" * (waited > 1), self._metric, told),
         )
         return True
@@ -113,5 +115,5 @@ class EarlyStopping(HookBase):
     def _end(self) -> None:
         trainer = self.trainer
         trainer.max_iter, trainer.is_stopped = trainer.iter + 1, True
-        self._evaluation._eval_after_train = False  # these weights were evaluated just now
+        self._evaluation._eval_after_train = False  # these weights have just been evaluated
         self._checkpointer.save("model_final", iteration=trainer.iter)

@@ -1,4 +1,4 @@
-"""Chooses the evaluator of a data set, and where its results go."""
+"""Chooses the evaluator of a data set and the folder for its results."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: str | None = None
 ) -> DatasetEvaluator:
-    """Returns the evaluator that the data set's ``evaluator_type`` asks for.
+    """Returns the evaluator for the data set's ``evaluator_type``.
 
     Args:
-        cfg: gives the output folder and the detections per image.
+        cfg: gives the output folder and the number of detections per image.
         dataset_name: a registered data set.
-        output_folder: where results go; if None ``OUTPUT_DIR/inference``, or a folder in it with
-            the data set's name if DATASETS.TEST has several.
+        output_folder: folder for results. None means ``OUTPUT_DIR/inference`` or, if DATASETS.TEST
+            has several data sets, a subfolder with this one's name.
 
     Raises:
         ValueError: if the type is unknown.
@@ -44,7 +44,7 @@ def build_evaluator(
         case "coco" if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
             return COCOEvaluator(dataset_name, output_dir=folder)  # recall of the proposals
         case "coco" if cfg.MODEL.KEYPOINT_ON:
-            own_folder = str(Path(folder) / "keypoints")  # its files have the same names
+            own_folder = str(Path(folder) / "keypoints")  # avoids file names that collide
             keypoints = COCOEvaluator(dataset_name, ("keypoints",), output_dir=own_folder)
             return DatasetEvaluators([_mask_evaluator(cfg, dataset_name, folder), keypoints])
         case "coco" | "lvis":
@@ -63,8 +63,8 @@ def build_evaluator(
             return PascalVOCDetectionEvaluator(dataset_name)
         case kind:
             raise ValueError(
-                f"data set {dataset_name!r} has evaluator_type {kind!r}, which has no "
-                "evaluator; set it in its metadata, e.g. to 'coco'"
+                f"data set {dataset_name!r} has evaluator_type {kind!r}, for which there is no "
+                "evaluator; set the type in its metadata, e.g. to 'coco'"
             )
 
 
@@ -87,19 +87,19 @@ def check_chosen_objects(cfg: CfgNode) -> None:
 
 
 def inference_folder(cfg: CfgNode, name: str, dataset_name: str) -> str:
-    """Returns a folder in OUTPUT_DIR; with several data sets in DATASETS.TEST, one for each."""
+    """Returns a folder in OUTPUT_DIR, or a subfolder per data set if DATASETS.TEST has several."""
     folder = Path(cfg.OUTPUT_DIR) / name
     return str(folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder)
 
 
 def _mask_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluator:
-    """Returns the MaskEvaluator that looks at all detections a model may return."""
+    """Returns a MaskEvaluator that counts all detections that a model may return."""
     if MetadataCatalog.get(dataset_name).get("made_on_first_use", False):
         DatasetCatalog.get(dataset_name)  # MaskEvaluator reads the annotation file at once
     limit = counted_detections(cfg.TEST.DETECTIONS_PER_IMAGE)
     if limit != COCO_MAX_DETECTIONS:
         logger.info(
-            "AP of %s looks at TEST.DETECTIONS_PER_IMAGE = %s detections an image, not COCO's %d",
+            "AP of %s counts TEST.DETECTIONS_PER_IMAGE = %s detections per image, not COCO's %d",
             dataset_name,
             "all" if limit == ALL_DETECTIONS else limit,
             COCO_MAX_DETECTIONS,

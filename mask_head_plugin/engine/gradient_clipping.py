@@ -1,8 +1,7 @@
 """SOLVER.CLIP_GRADIENTS for models in which some parameters have no gradient.
 
-detectron2's clipping by value fails in PyTorch where a parameter has no gradient, such as those of
-a pyramid level that no head reads. It also lacks ``full_model``, which configs of other projects
-ask for.
+detectron2's clipping by value fails if a parameter has no gradient, as in a pyramid level that no
+head reads. detectron2 also lacks ``full_model``, which configs of other projects use.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from torch.optim import Optimizer
 
 
 def clip_gradients(optimizer: Optimizer, clip: CfgNode) -> None:
-    """Lets an optimizer clip gradients before each step; with AMP, after they are unscaled.
+    """Makes an optimizer clip gradients before each update (with AMP, after they are unscaled).
 
     Args:
         optimizer: changed in place.
-        clip: SOLVER.CLIP_GRADIENTS. By ``value`` each number is limited, by ``norm`` each
-            parameter's gradient, by ``full_model`` all gradients together.
+        clip: SOLVER.CLIP_GRADIENTS. ``value`` limits each number, ``norm`` limits each parameter's
+            gradient, and ``full_model`` limits all gradients together.
     """
     limit, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
 

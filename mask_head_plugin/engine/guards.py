@@ -1,4 +1,4 @@
-"""Stops a training run before its weights are spoilt, with an error that names the images."""
+"""Stops a run before its weights become NaN or infinite, with an error that names the images."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from ..messages import first_line, listed
 from .replay import Sample, save_step
 
 FAILED_FOLDER = "failed_steps"
-"""Folder in OUTPUT_DIR for the batches of failed steps."""
+"""Folder in OUTPUT_DIR for the batches of failed training steps."""
 
 
 LEAST_SCALE = 2.0**-24
-"""The smallest loss scale with AMP, float16's smallest number. A gradient that overflows even at
+"""Smallest loss scale with AMP: the smallest positive float16. A gradient that overflows even at
 this scale is genuinely infinite.
 """
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot continue, in one line that names the iteration, the images and the fix."""
+    """A run that cannot continue. The message is one line: iteration, images and what to do."""
 
 
 class StepGuard(HookBase):
-    """Checks the losses and gradients of every step before the weights change.
+    """Checks losses and gradients in every iteration, before the weights change.
 
-    It is registered with the inner trainer (SimpleTrainer, AMPTrainer) and sees batch and losses
-    through hooks on the model. It costs one pass over the gradients, and waits for the device a
-    little before detectron2 would wait for the losses.
+    Register it with the inner trainer (SimpleTrainer, AMPTrainer). It gets batch and losses from
+    hooks on the model. It costs one pass over the gradients, and it synchronises with the device
+    shortly before detectron2 would do so to read the losses.
     """
 
     def __init__(self, model: nn.Module, cfg: CfgNode) -> None:
         """
         Args:
-            model: as it is trained, in DistributedDataParallel or not.
-            cfg: gives OUTPUT_DIR and the settings that messages name. With SOLVER.AMP, gradients
-                are checked only at the smallest scale: above it, the scaler uses infinite gradients
-                to find its factor.
+            model: the trained model, wrapped in DistributedDataParallel or not.
+            cfg: gives OUTPUT_DIR and the settings mentioned in messages. With SOLVER.AMP, gradients
+                are checked only at the smallest scale. At larger scales, infinite gradients are
+                normal: the scaler uses them to find its factor.
         """
-        self.seed = 0  # the run's; unknown at first in a resumed run
+        self.seed = 0  # the run's seed; set later, because a resumed run reads it from a checkpoint
         self._model, self._cfg = model, cfg
-        # Once: walking through the modules of R50-FPN takes longer than checking its gradients.
+        # Collected once: iterating over R50-FPN's modules takes longer than checking gradients.
         self._parameters = dict(model.named_parameters())
         self._batch: list[Sample] = []
         self._losses: dict[str, torch.Tensor] = {}
@@ -60,7 +60,7 @@ class StepGuard(HookBase):
             self._batch, self._losses = inputs[0] if inputs else [], {}
 
     def _note_losses(self, model: nn.Module, _: object, losses: Any) -> None:
-        # A model with a run_step of its own may return something else, which is not checked.
+        # A model for a custom run_step may return other types, which are not checked.
         if model.training and isinstance(losses, Mapping | torch.Tensor):
             named = losses if isinstance(losses, Mapping) else {"total_loss": losses}
             self._losses = {
@@ -68,7 +68,7 @@ class StepGuard(HookBase):
             }
 
     def after_backward(self) -> None:
-        """Raises TrainingError in all processes if a loss or gradient is not finite."""
+        """Raises TrainingError in all processes if any loss or gradient is not finite."""
         terms = [loss if loss.dim() == 0 else loss.sum() for loss in self._losses.values()]
         scaler = getattr(self.trainer, "grad_scaler", None)
         if scaler is None:
@@ -79,11 +79,11 @@ class StepGuard(HookBase):
     def _look_at(
         self, terms: list[torch.Tensor], gradients: dict[str, torch.Tensor], scaler: Any = None
     ) -> float:
-        """Raises TrainingError if a term or gradient is not finite; waits for the device once.
+        """Raises TrainingError if a term or gradient is not finite; synchronises once.
 
         Returns:
-            The factor by which the scaler multiplies losses; 1 without a scaler. It is fetched
-            together with the check: scaler.get_scale() would wait for the device again.
+            The factor by which the scaler multiplies losses, or 1 without a scaler. It is read
+            together with the check, because scaler.get_scale() would synchronise again.
         """
         if gradients:
             terms = [*terms, torch.nn.utils.get_total_norm(list(gradients.values()))]
@@ -92,7 +92,7 @@ class StepGuard(HookBase):
         is_bad = (~torch.stack(terms).sum().isfinite()).to(torch.float32)
         factor = torch.ones_like(is_bad)
         answer = torch.stack([is_bad, factor if scaler is None else scaler.scale(factor)])
-        if comm.get_world_size() > 1:  # or the others would wait for this process
+        if comm.get_world_size() > 1:  # otherwise the others would wait for a stopped process
             torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
         found, scale = answer.tolist()
         if found:
@@ -104,7 +104,7 @@ class StepGuard(HookBase):
         return {name: each.grad for name, each in named if each.grad is not None}
 
     def _stop_if_not_finite(self, gradients: dict[str, torch.Tensor]) -> None:
-        """Checks each value, since the norm of large finite gradients may be infinite."""
+        """Checks each value, because the norm of large but finite gradients can be infinite."""
         values = {name: loss.sum().item() for name, loss in self._losses.items()}
         terms = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
         layers = [name for name, each in gradients.items() if not each.isfinite().all()]
@@ -115,34 +115,33 @@ class StepGuard(HookBase):
             return
         told = []
         for terms, layers, images in guilty:
-            what = ", ".join(terms) or f"gradients are not finite, of {listed(layers)}"
+            what = ", ".join(terms) or f"gradients are not finite in {listed(layers)}"
             told.append(f"{what}, with the images {images}")
         raise self._diverged("; ".join(told), values)
 
     def _diverged(self, told: str, losses: dict[str, float]) -> TrainingError:
         path = self._save(losses)
         return TrainingError(
-            f"iteration {self.trainer.iter}: {told}. The weights from before this step "
-            f"and its batch are in {path}; tools/replay_step.py finds the layer. Often a lower "
-            "SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True "
-            "helps"
+            f"iteration {self.trainer.iter}: {told}. The batch, and the weights from before this "
+            f"step, are in {path}; tools/replay_step.py finds the layer. It often helps to lower "
+            "SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
 
     def _save(self, losses: dict[str, float]) -> Path:
         iteration, rank = self.trainer.iter, comm.get_rank()
-        part = getattr(self.trainer, "part", None)  # of a step in parts, see accumulation
+        part = getattr(self.trainer, "part", None)  # if batches have parts, see accumulation
         path = Path(self._cfg.OUTPUT_DIR) / FAILED_FOLDER / f"iteration_{iteration}_rank_{rank}.pth"
         seeds = (self.seed, iteration, rank, *([] if part is None else [part]))
         save_step(path, self._model, self._batch, losses, seeds)
         return path
 
     def explain(self, error: BaseException) -> TrainingError | None:
-        """Returns an error with images and remedy if memory ran out or boxes diverged.
+        """Turns running out of memory, or diverged boxes, into an error with images and advice.
 
         Returns:
-            None for other errors.
+            The error to raise, or None for other errors.
         """
-        if isinstance(error, FloatingPointError):  # of detectron2's RPN, before there are losses
+        if isinstance(error, FloatingPointError):  # raised by detectron2's RPN, before the losses
             what = first_line(error).rstrip(".")
             return self._diverged(f"{what}, with the images {describe_batch(self._batch)}", {})
         if not is_out_of_memory(error):
@@ -165,20 +164,20 @@ class StepGuard(HookBase):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that the memory of a device or of the machine ran out."""
+    """Returns whether an error means that the device or the machine ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def describe_batch(batch: list[Sample]) -> str:
-    """Returns file, id, size and number of objects of each image, for messages."""
+    """Describes each image of a batch for messages: file, id, size and number of objects."""
     told = []
     for sample in batch:
         height, width = sample["image"].shape[-2:]
         objects = f", {len(sample['instances'])} objects" if "instances" in sample else ""
         if "pasted_from" in sample:
-            objects += f", some of {sample['pasted_from']}"
+            objects += f", some from {sample['pasted_from']}"
         told.append(
             f"{sample.get('file_name')} (image_id {sample.get('image_id')!r}, "
             f"{width} x {height}{objects})"

@@ -1,4 +1,4 @@
-"""Trainer hooks that let a run continue after a kill as if nothing had happened."""
+"""Trainer hooks that let a killed run resume as if it had never been interrupted."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ SMOOTHING_WINDOW = 20
 
 
 class StepSeed(hooks.HookBase):
-    """Makes a step's random draws (proposals, RoIs, dropout) a function of seed, iteration and
-    rank.
-    """
+    """Seeds the generators in each iteration (proposals, RoIs, dropout) by iteration and rank."""
 
     def before_step(self) -> None:
         seed_generators(self.trainer.seed, self.trainer.iter, comm.get_rank())
 
 
 class PreciseBN(hooks.PreciseBN):
-    """PreciseBN with batches that depend on the iteration, not on how often it has run."""
+    """PreciseBN whose batches depend on the iteration, not on how often it has run before."""
 
     def update_stats(self) -> None:
         if not self._disabled and isinstance(self._data_loader, TrainLoader):
@@ -45,16 +43,14 @@ class PreciseBN(hooks.PreciseBN):
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """PeriodicCheckpointer that keeps only the newest checkpoints, including those from before a
-    resume.
-    """
+    """PeriodicCheckpointer that keeps only the newest checkpoints, also across resumes."""
 
     def __init__(self, checkpointer: MaskHeadCheckpointer, period: int, keep_last: int) -> None:
         """
         Args:
             checkpointer: writes the files.
             period: iterations between checkpoints.
-            keep_last: how many to keep besides ``model_final``; 0 keeps all.
+            keep_last: number of checkpoints to keep in addition to ``model_final``; 0 keeps all.
         """
         super().__init__(checkpointer, period)
         self._keep_last = keep_last
@@ -66,17 +62,17 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
 
 class BestCheckpointer(hooks.HookBase):
-    """Keeps the weights of the best evaluation as ``model_best.pth``, across resumes.
+    """Keeps the weights with the best evaluation as ``model_best.pth``, also across resumes.
 
-    ``model_best.json`` says which evaluation that was.
+    ``model_best.json`` records the metric, its value and the iteration.
     """
 
     def __init__(self, checkpointer: MaskHeadCheckpointer, metric: str) -> None:
         """
         Args:
             checkpointer: writes the file.
-            metric: as in ``metrics.json``, such as ``segm/AP``; improves() says which values are
-                better.
+            metric: a name in ``metrics.json``, such as ``segm/AP``. improves() defines which values
+                are better.
         """
         self._checkpointer, self._metric = checkpointer, metric
         self._record = Path(checkpointer.save_dir) / f"{BEST_CHECKPOINT}.json"
@@ -84,7 +80,7 @@ class BestCheckpointer(hooks.HookBase):
         self._last_seen, self._has_warned = -1, False
 
     def before_train(self) -> None:
-        # Evaluations before the checkpoint's iteration were considered when they were made.
+        # Evaluations before the checkpoint's iteration have already been considered.
         self._last_seen = self.trainer.start_iter - 2
         if self.trainer.start_iter > 0 and self._record.is_file():
             try:
@@ -130,18 +126,18 @@ class BestCheckpointer(hooks.HookBase):
 
 
 def warn_of_missing_metric(key: str, metric: str, trainer: Any) -> bool:
-    """Warns that the last evaluation did not give the metric that a key names, if there was one."""
+    """Warns, after an evaluation, that it did not compute the metric chosen by a config key."""
     names = list(flatten_results_dict(getattr(trainer, "_last_eval_results", None) or {}))
     if names:
-        told = "%s %r is not a metric of the evaluation; it has %s"
+        told = "%s %r is not a metric of this evaluation; choose from %s"
         logger.warning(told, key, metric, ", ".join(names))
     return bool(names)
 
 
 class MetricPrinter(events.CommonMetricPrinter):
-    """CommonMetricPrinter without the losses of TEST.EVAL_LOSS, whose median it would show.
+    """CommonMetricPrinter without the losses of TEST.EVAL_LOSS, whose medians it would print.
 
-    It also is silent at the end of a run that was stopped early.
+    It also prints nothing at the end of a run that was stopped early.
     """
 
     def write(self) -> None:
@@ -158,26 +154,26 @@ class MetricPrinter(events.CommonMetricPrinter):
 
 
 class JSONWriter(events.JSONWriter):
-    """JSONWriter that continues after the lines of an interrupted run."""
+    """JSONWriter that continues the file of an interrupted run."""
 
     def __init__(self, json_file: Path) -> None:
         super().__init__(str(json_file), SMOOTHING_WINDOW)
         self._path = json_file
 
     def go_on(self, start_iter: int, *, is_finished: bool) -> None:
-        """Drops the lines from ``start_iter`` on, and a line that a kill cut off.
+        """Removes the lines from ``start_iter`` on, and any line cut off when a process was killed.
 
         Args:
             start_iter: the first iteration that will be logged again.
-            is_finished: whether only the last evaluation is to be repeated. If not, the evaluation
-                that ended a shorter run stays.
+            is_finished: whether only the last evaluation will be repeated. Otherwise, the
+                evaluation that ended a shorter run is kept.
         """
         last = -1
         kept: list[bytes] = []
         with self._path.open("rb") as file:
             for line in file:
                 entry = _entry(line)
-                if entry is None:  # of this kill or, followed by other lines, of an earlier one
+                if entry is None:  # cut off; if other lines follow, by an earlier interruption
                     continue
                 if entry["iteration"] > start_iter:
                     break
@@ -192,12 +188,10 @@ class JSONWriter(events.JSONWriter):
 
 
 class TensorboardXWriter(events.TensorboardXWriter):
-    """TensorboardXWriter that hides points which an interrupted run wrote after its last
-    checkpoint.
-    """
+    """TensorboardXWriter that hides points written after the checkpoint that a run resumes from."""
 
     def go_on(self, start_iter: int, **_: bool) -> None:
-        """Makes TensorBoard forget points from ``start_iter`` on."""
+        """Makes TensorBoard discard points from ``start_iter`` on."""
         self._writer_args["purge_step"] = start_iter
         self._last_write = start_iter - 1
 
@@ -205,19 +199,19 @@ class TensorboardXWriter(events.TensorboardXWriter):
 class Resume(hooks.HookBase):
     """Continues a run from its checkpoint. Register it after the trainer's other hooks.
 
-    A checkpoint is written before the evaluation of the same iteration, so that a failing
-    evaluation costs no training. ``finished_iteration`` names the newest checkpoint whose
-    evaluation and logging also finished; if a later checkpoint exists, its evaluation and logging
-    come first. Whatever was logged after the checkpoint is dropped, since it will be logged again.
-    An iteration that ended a run early is never recorded there, so that a resumed run evaluates it
-    again and ends.
+    A checkpoint is written before the evaluation of the same iteration, so that no training is lost
+    if the evaluation fails. The file ``finished_iteration`` contains the iteration of the newest
+    checkpoint whose evaluation and logging also finished. If the run resumes from a later
+    checkpoint, that evaluation and logging are done first. Everything logged after the checkpoint
+    is removed, because it will be logged again. An iteration that ended a run early is never
+    recorded in the file, so a resumed run evaluates it again and ends.
     """
 
     def __init__(self, others: Sequence[hooks.HookBase]) -> None:
         """
         Args:
-            others: the trainer's hooks. The evaluation and all that follow it come after the
-                checkpoint; only the main process has a checkpointer and writers.
+            others: the trainer's hooks. The evaluation and all hooks that follow it run after the
+                checkpoint is written. Only the main process has a checkpointer and writers.
         """
         evaluations = [k for k, x in enumerate(others) if isinstance(x, hooks.EvalHook)]
         self._after_checkpoint = list(others[min(evaluations, default=len(others)) :])
@@ -236,7 +230,7 @@ class Resume(hooks.HookBase):
             writer.go_on(last + 1 if is_done else last, is_finished=is_finished)
         if last < 0:
             if self._checkpointer:
-                self._mark.unlink(missing_ok=True)  # of another run
+                self._mark.unlink(missing_ok=True)  # left by another run
             return
         for name, scalar in trainer.restored_scalars.items():
             for value, iteration in scalar["values"]:
@@ -253,7 +247,7 @@ class Resume(hooks.HookBase):
         if self.trainer.is_stopped:
             return
         if self._checkpointer and (self.trainer.iter + 1) % self._checkpointer.period == 0:
-            for writer in self._files:  # before the evaluation is recorded as done
+            for writer in self._files:  # before the iteration is recorded as finished
                 writer.write()
             self._note_finished(self.trainer.iter)
 
@@ -266,7 +260,7 @@ class Resume(hooks.HookBase):
         write_run_file(self._mark, str(iteration))
 
     def _finished_iteration(self) -> int:
-        """Returns -1 if no run has left one, or if this is not the main process."""
+        """Returns the recorded iteration; -1 if there is none or this is not the main process."""
         try:
             return int(self._mark.read_bytes()) if self._checkpointer else -1
         except (OSError, ValueError):
@@ -274,7 +268,7 @@ class Resume(hooks.HookBase):
 
 
 def scalar_state(storage: events.EventStorage) -> dict[str, dict[str, Any]]:
-    """Returns, for a checkpoint, those logged scalars that writers may still need."""
+    """Returns the logged scalars that writers may still need, to be stored in a checkpoint."""
     hints = storage.smoothing_hints()
     return {
         name: {
@@ -286,7 +280,7 @@ def scalar_state(storage: events.EventStorage) -> dict[str, dict[str, Any]]:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """Returns a line of metrics.json, or None if it is not whole."""
+    """Parses a line of metrics.json; returns None if the line is incomplete."""
     try:
         entry = json.loads(line)
         is_whole = line.endswith(b"\n") and isinstance(entry["iteration"], int)

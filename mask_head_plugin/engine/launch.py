@@ -1,7 +1,7 @@
-"""Starts the processes of a run: by detectron2's flags or by torchrun, on GPUs or on CPUs.
+"""Starts the processes of a run, with detectron2's flags or with torchrun, on GPUs or CPUs.
 
-Both ways end in the same function, which reads the environment variables that torchrun sets. The
-flags go to ``torch.distributed.launcher``, which is what torchrun itself calls.
+Both ways lead to the same function, which reads the environment variables that torchrun sets.
+detectron2's flags are passed to ``torch.distributed.launcher``, which torchrun itself uses.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from .guards import TrainingError
 logger = logging.getLogger(__name__)
 
 WORKER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Environment variables that torchrun sets for a process that it starts; submitit can set them as
-well.
+"""Environment variables that torchrun sets for the processes that it starts. submitit can set them
+as well.
 """
 
 NO_ID = "none"
-"""torchrun's --rdzv-id if the user gave none."""
+"""torchrun's default for --rdzv-id."""
 
 RUN_ID_FILE = "torchrun_id"
 
 FOLLOWERS_DELAY = 2.0
-"""Seconds; far more than it takes to notice that another process has ended (0.1)."""
+"""Seconds to wait; noticing that another process has ended takes far less (0.1)."""
 
 
 class RankError(RuntimeError):
-    """A process of a run failed or was killed; says which one, and its error."""
+    """A process of a run failed or was killed. The message gives its rank and its error."""
 
 
 def launch(
@@ -62,30 +62,30 @@ def launch(
     *,
     device: str = "cuda",
 ) -> None:
-    """Calls ``main_func(*args)`` in each process of a run; see detectron2's function of this name.
+    """Calls ``main_func(*args)`` in each process of a run, like detectron2's ``launch``.
 
-    In a process that torchrun started, it calls ``main_func`` directly, whatever the numbers are.
-    Otherwise it starts the processes, or none if one is enough.
+    In a process started by torchrun, calls ``main_func`` directly, regardless of the numbers below.
+    Otherwise starts the processes, or calls ``main_func`` in this one if one is enough.
 
-    Differs from detectron2's: it also works without GPUs; if one process fails, all end, and its
-    error is raised here; a single machine takes any free port, so that two runs do not collide.
+    Differs from detectron2: it also works without GPUs. If one process fails, all of them end, and
+    its error is raised here. A single machine uses any free port, so that two runs do not collide.
 
     Args:
-        main_func: must be picklable, as must ``args``.
-        num_gpus_per_machine: processes on this machine; the same number on each.
-        num_machines: in all.
-        machine_rank: of this machine, 0 to num_machines - 1.
-        dist_url: ``tcp://host:port`` of machine 0, for several machines.
-        args: of main_func.
-        timeout: how long a process waits for the others, here and in each exchange between them.
-        device: MODEL.DEVICE. Processes talk through NCCL on ``cuda``, through gloo on ``cpu`` and
-            without a GPU.
+        main_func: the function to call; must be picklable, as must ``args``.
+        num_gpus_per_machine: processes on this machine; the same number on every machine.
+        num_machines: number of machines.
+        machine_rank: number of this machine, 0 to num_machines - 1.
+        dist_url: ``tcp://host:port`` of machine 0; required for several machines.
+        args: arguments of main_func.
+        timeout: how long a process waits for the others, at the start and in each exchange.
+        device: MODEL.DEVICE. Processes communicate through NCCL on ``cuda``, and through gloo on
+            ``cpu`` or without a GPU.
 
     Raises:
-        ConfigError: if the numbers do not fit each other or the GPUs. Also that of a process, with
-            its rank in front.
-        TrainingError: as raised in a process.
-        RankError: if a process was killed, or failed in another way; with its traceback.
+        ConfigError: if the numbers do not match each other or the GPUs, or if a process raised it;
+            the message then starts with the process's rank.
+        TrainingError: if a process raised it.
+        RankError: if a process was killed, or failed in another way; includes its traceback.
     """
     num_processes = process_count(num_gpus_per_machine, num_machines, device)
     if is_worker():
@@ -96,7 +96,7 @@ def launch(
         return
     config = _launch_config(num_gpus_per_machine, num_machines, machine_rank, dist_url, timeout)
     logger.info(
-        "%d processes here, %d in all, through %s",
+        "%d processes on this machine, %d in total, connected through %s",
         num_gpus_per_machine,
         num_processes,
         _backend(device),
@@ -106,7 +106,7 @@ def launch(
             elastic_launch(config, _work)(main_func, args, device, timeout)
     except ChildFailedError as error:
         raise _explain(error) from None
-    except SignalException as error:  # it has already ended the processes
+    except SignalException as error:  # the launcher has already ended the processes
         raise SystemExit(128 + error.sigval) from None
 
 
@@ -116,22 +116,22 @@ def is_worker() -> bool:
 
 
 def process_rank() -> int:
-    """Returns this process's number in the run, even before detectron2 knows it."""
+    """Returns this process's rank in the run, even before detectron2 is initialised."""
     return int(os.environ["RANK"]) if is_worker() else 0
 
 
 def process_count(num_gpus_per_machine: int, num_machines: int, device: str) -> int:
-    """Returns how many processes a run has: torchrun's number, or what the flags ask for.
+    """Returns the number of processes in a run, as given by torchrun or by the flags.
 
     Raises:
-        ConfigError: if this machine cannot have its part of them.
+        ConfigError: if this machine cannot run its share of them.
     """
     if is_worker():
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         if num_gpus_per_machine not in (1, here):
             raise ConfigError(
-                f"--num-gpus {num_gpus_per_machine}, but torchrun has started {here} processes "
-                f"here: remove the flag"
+                f"--num-gpus is {num_gpus_per_machine}, but torchrun has started {here} processes "
+                f"on this machine: remove the flag"
             )
         _check_processes(f"torchrun --nproc-per-node {here}", here, device)
         return int(os.environ["WORLD_SIZE"])
@@ -141,9 +141,9 @@ def process_count(num_gpus_per_machine: int, num_machines: int, device: str) -> 
 
 @contextlib.contextmanager
 def first_on_machine() -> Iterator[None]:
-    """Lets the first process of each machine do something before the others do it.
+    """Lets the first process on each machine run a block of code before the others run it.
 
-    The others then find its results, and if it fails, the error is printed once. Works before the
+    The others then find its results, and an error is printed only once. Works even before the
     processes form a group.
     """
     if not is_worker():
@@ -158,17 +158,17 @@ def first_on_machine() -> Iterator[None]:
 
 
 def restarted(output_dir: str) -> bool:
-    """Returns whether torchrun has started this run before, so that it must resume.
+    """Returns whether torchrun has started this run before, which means that it must resume.
 
-    torchrun restarts processes with the same command after a failure and when machines come or go.
-    A file in OUTPUT_DIR records which run it belongs to. All processes must call this.
+    torchrun restarts processes with the same command after a failure, and when machines join or
+    leave. A file in OUTPUT_DIR records torchrun's ID of the run. All processes must call this.
 
     Args:
-        output_dir: OUTPUT_DIR; it exists.
+        output_dir: OUTPUT_DIR, which must exist.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", NO_ID)
     path = Path(output_dir) / RUN_ID_FILE
-    # torchrun does not count starts caused by a change of machines; the id reveals those.
+    # torchrun does not count restarts caused by a change of machines; the ID reveals them.
     known = run_id != NO_ID and path.is_file() and path.read_text() == run_id
     # A machine that has just joined counts from 0.
     again = any(comm.all_gather(known or _restart_count() > 0))
@@ -183,9 +183,10 @@ def _restart_count() -> int:
 
 @functools.cache
 def _store() -> Store:
-    """Returns where the processes of a run exchange their addresses.
+    """Returns the store in which the processes of a run exchange their addresses.
 
-    torchrun's store outlives a restart and still holds the addresses of the ended processes.
+    torchrun's store survives a restart and still contains the addresses of the ended processes, so
+    each start uses its own prefix.
     """
     store = next(rendezvous("env://", timeout=DEFAULT_TIMEOUT))[0]
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -204,7 +205,7 @@ def _check_processes(flag: str, num_processes: int, device: str) -> None:
     if num_processes == 1:
         return
     if _backend(device) == "gloo":
-        cores = max(os.cpu_count() or 1, 2)  # two are allowed anywhere, to try it out
+        cores = max(os.cpu_count() or 1, 2)  # two processes are always allowed, for testing
         if num_processes > cores:
             raise ConfigError(
                 f"{flag}: without GPUs each process needs a core; this machine has {cores}"
@@ -220,7 +221,7 @@ def _check_processes(flag: str, num_processes: int, device: str) -> None:
 
 
 def _check_machines(world_size: int, on_this_machine: int) -> None:
-    """Raises ConfigError unless the machines fit each other and can be restarted."""
+    """Raises ConfigError unless the machines have equal process counts and can be restarted."""
     if world_size % on_this_machine:
         raise ConfigError(
             f"{on_this_machine} of {world_size} processes are on this machine: give each machine "
@@ -229,7 +230,7 @@ def _check_machines(world_size: int, on_this_machine: int) -> None:
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if shared and restarts and world_size > on_this_machine:
-        # Machines may count restarts differently, so the count cannot tell old from new.
+        # Machines may count restarts differently, so the count cannot identify a restart.
         raise ConfigError(
             f"torchrun --max-restarts {restarts} on several machines needs --rdzv-backend c10d "
             "and, in its environment, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
@@ -243,9 +244,9 @@ def _launch_config(
     dist_url: str | None,
     timeout: timedelta,
 ) -> LaunchConfig:
-    """Returns how torch is to start the processes of this machine."""
+    """Returns the configuration with which torch starts the processes of this machine."""
     configs = {"timeout": int(timeout.total_seconds())}
-    if num_machines == 1:  # as torchrun --standalone
+    if num_machines == 1:  # like torchrun --standalone
         backend, endpoint, address = "c10d", "localhost:0", "localhost"
     else:
         if not 0 <= machine_rank < num_machines:
@@ -279,7 +280,7 @@ def _launch_config(
 def _work(
     main_func: Callable[..., Any], args: tuple[Any, ...], device: str, timeout: timedelta
 ) -> None:
-    """Makes this process one of its group and calls ``main_func(*args)``."""
+    """Joins the process group and calls ``main_func(*args)``."""
     rank, world_size = process_rank(), int(os.environ["WORLD_SIZE"])
     on_this_machine = int(os.environ["LOCAL_WORLD_SIZE"])
     if world_size == 1:
@@ -303,7 +304,7 @@ def _work(
     except TrainingError:
         raise
     except RuntimeError:
-        # Perhaps only because another process has ended, which must be noticed first.
+        # This may only be a consequence of another failure, which must be noticed first.
         time.sleep(FOLLOWERS_DELAY)
         raise
     dist.destroy_process_group()
@@ -328,9 +329,7 @@ def _explain(error: ChildFailedError) -> ConfigError | TrainingError | RankError
 
 @contextlib.contextmanager
 def _quiet_launcher() -> Iterator[None]:
-    """Keeps torch from logging the failure that is about to be raised, and from replacing signal
-    handlers.
-    """
+    """Stops torch from logging the failure that is raised anyway, and restores signal handlers."""
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = [signal.getsignal(number) for number in signals]
     logging.disable(logging.CRITICAL)

@@ -1,9 +1,9 @@
-"""What tools/lazyconfig_train_net.py does: detectron2's training loop on a LazyConfig.
+"""Implements tools/lazyconfig_train_net.py: detectron2's training loop for a LazyConfig.
 
-The loop, its hooks and its files are detectron2's. The plugin adds its rules around it: weights
-that do not fit are an error, no weights file runs code, checkpoints appear only when complete, and
-processes start on CPUs as well as GPUs. Trainer's other promises, such as exact resume, hold for
-YAML configs only.
+The loop, its hooks and its files are detectron2's. The plugin adds its own rules: weights that do
+not fit are an error, weights files never run code, checkpoints appear only when complete, and
+processes run on CPUs as well as GPUs. Trainer's other guarantees, such as exact resuming, apply
+only to YAML configs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 OWN_FILES = "Your own files go into DATASETS.COCO_FILES"
 OWN_FILES_HERE = "A config file may register yours: register_coco_instances(...)"
-"""Wording of check_registered_datasets, and its counterpart for a LazyConfig."""
+"""Part of a message of check_registered_datasets, and its replacement for a LazyConfig."""
 
 
 def set_up(args: argparse.Namespace) -> DictConfig:
@@ -51,13 +51,13 @@ def set_up(args: argparse.Namespace) -> DictConfig:
         args: the flags of tools/lazyconfig_train_net.py.
 
     Raises:
-        ConfigError: if something does not fit, before anything is built.
+        ConfigError: if a setting cannot be used; raised before anything is built.
     """
     cfg = load_lazy_config(args.config_file, args.opts)
     on_gpu = torch.device(cfg.train.device).type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise ConfigError(
-            f"train.device is {cfg.train.device}, and PyTorch finds no GPU; add train.device=cpu "
+            f"train.device is {cfg.train.device}, but PyTorch finds no GPU; add train.device=cpu "
             "train.amp.enabled=False"
         )
     if cfg.train.amp.enabled and not on_gpu:
@@ -79,12 +79,12 @@ def _check_datasets(cfg: DictConfig, *, train: bool) -> None:
 
 
 def train_or_evaluate(args: argparse.Namespace) -> None:
-    """Trains, or with ``args.eval_only`` evaluates, in one of the run's processes.
+    """Trains in one of the run's processes, or evaluates if ``args.eval_only``.
 
     Raises:
-        ConfigError: if something does not fit.
+        ConfigError: if a setting or the weights cannot be used.
     """
-    cfg = set_up(args)  # in each process: a config with functions cannot be sent
+    cfg = set_up(args)  # in each process, because a config with functions cannot be pickled
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     to_channels_last(model)
@@ -114,12 +114,12 @@ def _train(cfg: DictConfig, model: torch.nn.Module, *, resume: bool) -> None:
     trainer = (AMPTrainer if train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     policy = _policy(cfg, train=True)
     checkpointer = MaskHeadCheckpointer(model, train.output_dir, policy=policy, trainer=trainer)
-    # Before the checkpoint is read, which has the state of the schedule.
+    # Created before the checkpoint is read, because the checkpoint includes the schedule's state.
     schedule = hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))
     trainer.register_hooks([hooks.IterationTimer(), schedule])
     resume = comm.all_gather(resume and checkpointer.has_checkpoint())[0]
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
-    comm.synchronize()  # others may still read weights of an earlier run
+    comm.synchronize()  # other processes may still be reading weights of an earlier run
     others: list[hooks.HookBase] = [
         hooks.EvalHook(train.eval_period, lambda: _evaluate(cfg, model))
     ]

@@ -1,4 +1,4 @@
-"""The optimizer of a run: SGD or AdamW, and which parameters learn how fast."""
+"""Builds a run's optimizer: SGD or AdamW, with learning rates per module and per layer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """Returns the optimizer of SOLVER.OPTIMIZER for the parameters that are not frozen.
+    """Returns the optimizer chosen by SOLVER.OPTIMIZER for all parameters that are not frozen.
 
-    With this package's keys at their defaults, it is detectron2's, with the same parameter groups.
+    With the default values of this package's keys, it equals detectron2's optimizer, including its
+    parameter groups.
 
     Args:
-        cfg: its SOLVER is read.
-        model: not in DistributedDataParallel.
+        cfg: only SOLVER is read.
+        model: not wrapped in DistributedDataParallel.
 
     Raises:
         ConfigError: see parameter_groups.
@@ -64,35 +65,35 @@ def parameter_groups(
     weight_decay_bias: float | None = None,
     bias_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """detectron2's get_default_optimizer_params with learning rates by module and by layer.
+    """detectron2's get_default_optimizer_params with learning rates per module and per layer.
 
-    A LazyConfig names it as ``optimizer.params._target_``.
+    To use it in a LazyConfig, set ``optimizer.params._target_`` to this function.
 
     Args:
-        model: not in DistributedDataParallel.
-        base_lr: what the factors multiply.
-        lr_factors: pairs of a module's or parameter's name and a factor of the learning rate of all
-            that is in it. Of several, only the one with the longest name counts.
-        layer_decay: the last layer of the backbone learns at this times the base rate, the one
-            before at its square, and so on to the input (BEiT, arXiv 2106.08254, as timm's
-            param_groups_layer_decay). Everything else learns at the base rate.
-            modeling.backbone_layers defines what a layer is.
-        weight_decay_norm: of normalization layers; None for the common value.
-        weight_decay_bias: of biases; None for the common value.
-        bias_lr_factor: multiplies the learning rate of biases.
+        model: not wrapped in DistributedDataParallel.
+        base_lr: the learning rate that the factors multiply.
+        lr_factors: pairs of the name of a module or parameter and a factor for its learning rate.
+            If several names match a parameter, only the longest one applies.
+        layer_decay: learning rate of the backbone's last layer relative to the base rate. The layer
+            before it uses the square of this value, and so on down to the input (BEiT, arXiv
+            2106.08254, as in timm's param_groups_layer_decay). All other parameters use the base
+            rate. modeling.backbone_layers defines the layers.
+        weight_decay_norm: weight decay of normalization layers; None for the common value.
+        weight_decay_bias: weight decay of biases; None for the common value.
+        bias_lr_factor: factor for the learning rate of biases.
 
     Returns:
-        Groups for an optimizer, one for each combination of values. The factors of a parameter are
-        multiplied. Parameters that timm's no_weight_decay names have no weight decay.
+        Groups for an optimizer, one for each combination of values. If several factors apply to a
+        parameter, they are multiplied. Parameters listed in timm's no_weight_decay have none.
 
     Raises:
-        ConfigError: if a name of ``lr_factors`` is not in the model or nothing in it is trained,
-            or the layers of the backbone are not known.
+        ConfigError: if a name in ``lr_factors`` is not in the model or all of its parameters are
+            frozen, or the layers of the backbone are unknown.
     """
     names = [name for name, each in model.named_parameters() if each.requires_grad]
     _check_prefixes([prefix for prefix, _ in lr_factors], names, model)
     rates: list[Callable[[str], float]] = []
-    if bias_lr_factor != 1:  # detectron2's function would drop the other factors
+    if bias_lr_factor != 1:  # passed to detectron2's function, it would override other factors
         rates.append(lambda name: bias_lr_factor if name.rpartition(".")[2] == "bias" else 1.0)
     if lr_factors:
         rates.append(lambda name: _factor_of(name, lr_factors))
@@ -104,7 +105,7 @@ def parameter_groups(
         base_lr=base_lr,
         weight_decay_norm=weight_decay_norm,
         weight_decay_bias=weight_decay_bias,
-        # A parameter of the model itself comes as ".name".
+        # detectron2 passes a parameter of the model itself as ".name".
         lr_factor_func=lambda name: math.prod(rate(name.removeprefix(".")) for rate in rates),
     )
     undecayed = undecayed_parameters(model).intersection(names)
@@ -115,7 +116,7 @@ def parameter_groups(
 
 
 def group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
-    """Returns the names of the parameters in each of an optimizer's groups, in its order."""
+    """Returns the parameter names in each group of an optimizer, in the optimizer's order."""
     name_of = {id(each): name for name, each in model.named_parameters()}
     return [[name_of[id(each)] for each in group["params"]] for group in optimizer.param_groups]
 
@@ -133,8 +134,8 @@ def _layer_factors(model: nn.Module, layer_decay: float) -> dict[str, float]:
     layers = backbone_layers(model)
     count = max(layers.values()) + 1
     logger.info(
-        "SOLVER.LAYER_DECAY %g: %d layers of the backbone learn at %.3g (input) to %.3g (output) "
-        "of the base rate",
+        "SOLVER.LAYER_DECAY %g: %d backbone layers use %.3g (input) to %.3g (output) of the base "
+        "learning rate",
         *(layer_decay, count, layer_decay**count, layer_decay),
     )
     return {name: layer_decay ** (count - layer) for name, layer in layers.items()}

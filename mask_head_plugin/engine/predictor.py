@@ -1,4 +1,4 @@
-"""detectron2's DefaultPredictor with weights and class names that belong together."""
+"""detectron2's DefaultPredictor with class names that match its weights."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ..modeling import to_channels_last
 
 
 class BGRPredictor(DefaultPredictor):
-    """DefaultPredictor for BGR images of any size, whatever INPUT.FORMAT is.
+    """A DefaultPredictor that takes BGR images of any size, regardless of INPUT.FORMAT.
 
-    Differs from detectron2's: it knows L and YUV-BT.601, and it scales huge images to
-    INPUT.MAX_SIZE_TEST where INPUT.MIN_SIZE_TEST 0 would keep their size.
+    Differs from detectron2: it supports L and YUV-BT.601, and it scales huge images to
+    INPUT.MAX_SIZE_TEST when INPUT.MIN_SIZE_TEST 0 would keep their size.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         converted = cfg.clone()
         converted.defrost()
-        converted.INPUT.FORMAT = "BGR"  # passed on as it is; detectron2 refuses all but BGR and RGB
+        converted.INPUT.FORMAT = "BGR"  # makes detectron2, which knows only BGR and RGB, skip it
         super().__init__(converted)
         self.cfg = cfg.clone()
 
@@ -42,12 +42,12 @@ class BGRPredictor(DefaultPredictor):
             shortest = longest
         self.aug = ResizeShortestEdge([shortest, shortest], longest)
         as_rgb = Image.fromarray(np.ascontiguousarray(original_image[:, :, ::-1]))
-        seen = in_format(as_rgb, self.cfg.INPUT.FORMAT)  # also Pillow's other modes
+        seen = in_format(as_rgb, self.cfg.INPUT.FORMAT)
         output: dict[str, Any] = super().__call__(seen)
         return output
 
     def scales_down(self, height: int, width: int) -> bool:
-        """Returns whether an image is scaled to INPUT.MAX_SIZE_TEST although sizes are kept.
+        """Returns whether an image is scaled down even though INPUT.MIN_SIZE_TEST 0 keeps sizes.
 
         Args:
             height: in pixels.
@@ -58,27 +58,27 @@ class BGRPredictor(DefaultPredictor):
 
 
 def load_predictor(cfg: CfgNode) -> BGRPredictor:
-    """Returns detectron2's predictor for BGR images, with MODEL.WEIGHTS of any of our formats.
+    """Returns detectron2's predictor for BGR images; MODEL.WEIGHTS may have any supported format.
 
-    Its ``metadata.thing_classes`` names the classes that it predicts: those of the weights or, for
-    weights without names, those of the first data set of DATASETS.TEST, or else TRAIN. They are
-    unknown if that data set has another number of classes. Data sets need not be registered or on
-    this machine.
+    ``metadata.thing_classes`` contains the names of the predicted classes. They come from the
+    weights or, if the weights have no names, from the first data set in DATASETS.TEST, or else in
+    TRAIN. They are unknown if that data set has a different number of classes. Data sets do not
+    have to be registered or present on this machine.
 
     Args:
-        cfg: of the model; not changed.
+        cfg: the model's config; not changed.
 
     Raises:
         ConfigError: if weights are missing, cannot be read or do not fill the model.
     """
     if not cfg.MODEL.WEIGHTS:
-        raise ConfigError("MODEL.WEIGHTS is empty: name the file of a trained model")
+        raise ConfigError("MODEL.WEIGHTS is empty: set it to the weights of a trained model")
     bare = cfg.clone()
     bare.defrost()
-    bare.MODEL.WEIGHTS = ""  # its own checkpointer reads no safetensors
+    bare.MODEL.WEIGHTS = ""  # loaded below; detectron2's checkpointer cannot read safetensors
     predictor = BGRPredictor(bare)
     policy = WeightsPolicy.of_predictor(cfg.DATASETS, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-    # A model without masks may take weights with them.
+    # A model without masks may load weights that include a mask head.
     policy = replace(policy, strict=cfg.MODEL.WEIGHTS_STRICT, whole=True, surplus=True)
     try:
         MaskHeadCheckpointer(predictor.model, policy=policy).load(cfg.MODEL.WEIGHTS)

@@ -1,4 +1,4 @@
-"""Files of failed training steps, and the search for the layer where a step goes wrong."""
+"""Saves failed training steps, and repeats them to find the layer that causes the failure."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def save_step(
     losses: dict[str, float],
     seeds: tuple[int, ...],
 ) -> None:
-    """Writes everything needed to repeat a step: batch, weights and seeds.
+    """Writes everything needed to repeat a training step: batch, weights and seeds.
 
-    The file holds tensors and plain values only, so ``torch.load`` reads it with
+    The file contains only tensors and plain values, so ``torch.load`` can read it with
     ``weights_only=True``.
 
     Args:
         path: the file; its folder is created if missing.
-        model: in DistributedDataParallel or not.
-        batch: as the model takes it.
-        losses: of the step.
-        seeds: what generators were seeded with before the step: seed, iteration, rank and, for a
-            step in parts, the part.
+        model: wrapped in DistributedDataParallel or not.
+        batch: the input of the model.
+        losses: losses of the step.
+        seeds: values with which generators were seeded before the step: seed, iteration, rank and,
+            if the batch has parts, the part.
     """
     content = {
         "model": undistributed(model).state_dict(),
         "batch": [{key: _plain(value) for key, value in x.items()} for x in batch],
         "losses": losses,
         "seeds": list(seeds),
-        "class_names": class_names_of(model),  # the classes of its weights, as in every checkpoint
+        "class_names": class_names_of(model),  # as in every checkpoint
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(path, content)
@@ -58,29 +58,29 @@ def save_step(
 
 @dataclass(frozen=True)
 class Replay:
-    """What a step does when it is repeated: names of modules and parameters, in order."""
+    """Result of repeating a training step: where values are not finite."""
 
     batch: list[Sample]
     losses: dict[str, float]
-    """Of the repeated step."""
+    """Losses of the repeated step."""
     saved_losses: dict[str, float]
     bad_weights: list[str]
-    """Weights that were not finite before the step."""
+    """Names of weights that were not finite before the step."""
     bad_outputs: list[str]
-    """Modules with an output that is not finite, in the order of their computation."""
+    """Names of modules whose output is not finite, in the order in which they ran."""
     bad_gradients: list[str]
-    """Parameters with a gradient that is not finite, last layers first."""
+    """Names of parameters whose gradient is not finite, last layers first."""
 
 
 def replay_step(model: nn.Module, path: Path) -> Replay:
     """Repeats the forward and backward pass of a saved step, and checks every module.
 
     Args:
-        model: as the trainer builds it from the run's config; its weights are replaced.
-        path: a file of save_step.
+        model: the model that the trainer builds from the run's config; its weights are replaced.
+        path: a file written by save_step.
 
     Raises:
-        ConfigError: if the file is not one of save_step, or its weights are not the model's.
+        ConfigError: if save_step did not write the file, or its weights do not fit the model.
     """
     try:
         content = read_checkpoint(path)
@@ -88,14 +88,14 @@ def replay_step(model: nn.Module, path: Path) -> Replay:
         losses, seeds, weights = content["losses"], content["seeds"], content["model"]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"{path} is not the file of a failed step, as OUTPUT_DIR/failed_steps has: {error}"
+            f"{path} is not a failed step; use a file from OUTPUT_DIR/failed_steps: {error}"
         ) from error
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError(
-            f"the weights in {path} are not those of the config's model; give the config of the "
-            "run as --config-file"
+            f"the weights in {path} do not fit the config's model; pass the config of the run as "
+            "--config-file"
         ) from error
     model.train()
     bad_weights = [name for name, x in model.state_dict().items() if not _is_finite(x)]

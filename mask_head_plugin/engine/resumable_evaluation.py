@@ -1,4 +1,4 @@
-"""Evaluates a model on a data set, and continues an evaluation that was interrupted."""
+"""Evaluates a model on a data set, and resumes interrupted evaluations."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ NOT_PREDICTION = (
     *("MODEL.WEIGHTS", "MODEL.DEVICE", "TEST.EXPECTED_RESULTS", "TEST.EVAL_PERIOD"),
     *("TEST.SEMANTIC_THRESHOLD", "TEST.EVAL_LOSS"),
 )
-"""Keys of the sections MODEL, INPUT and TEST that do not affect predictions."""
+"""Keys in the sections MODEL, INPUT and TEST that do not affect predictions."""
 
 PROPOSALS = ("PROPOSAL_FILES_TEST", "PRECOMPUTED_PROPOSAL_TOPK_TEST")
-"""Keys of DATASETS that do."""
+"""Keys in DATASETS that affect predictions."""
 
 
 def evaluate_dataset(
@@ -42,21 +42,21 @@ def evaluate_dataset(
     loader: DataLoader[Any],
     evaluator: DatasetEvaluator,
 ) -> dict[str, Any]:
-    """detectron2's inference_on_dataset, skipping images that an interrupted run has predicted.
+    """Evaluates a model with detectron2's inference_on_dataset; skips images predicted earlier.
 
     Args:
-        cfg: with the model's and the test settings.
+        cfg: the config with the settings of the model and of the evaluation.
         model: its training mode is restored afterwards.
-        dataset_name: of DATASETS.TEST.
-        loader: of all its images, in the data set's order.
-        evaluator: only a MaskEvaluator continues predictions.
+        dataset_name: a data set in DATASETS.TEST.
+        loader: yields all images of the data set in order.
+        evaluator: only a MaskEvaluator can resume an interrupted evaluation.
 
     Returns:
-        What the evaluator returns; nothing in processes other than the first.
+        The evaluator's results; empty in all processes except the first.
 
     Raises:
-        ConfigError: if the data set has the model's classes in another order, which only a
-            MaskEvaluator follows.
+        ConfigError: if the data set has different classes, or the model's classes in a different
+            order, which only a MaskEvaluator can handle.
     """
     found = class_names_of(model)
     wanted = MetadataCatalog.get(dataset_name).get("thing_classes")
@@ -65,7 +65,8 @@ def evaluate_dataset(
     elif found and wanted and found != [str(name) for name in wanted]:
         raise ConfigError(
             f"{type(evaluator).__name__} needs the classes of {dataset_name} in the model's order, "
-            f"but they differ; evaluate it alone in DATASETS.TEST, with weights of its classes"
+            f"but they differ; use it as the only data set in DATASETS.TEST, with weights trained "
+            "on its classes"
         )
     if isinstance(evaluator, MaskEvaluator):
         evaluator.resume(prediction_fingerprint(cfg, model, dataset_name))
@@ -79,7 +80,7 @@ def evaluate_dataset(
             records = DatasetCatalog.get(dataset_name)
             if len(records) != len(loader.dataset):  # type: ignore[arg-type]  # it has a length
                 raise ValueError(
-                    f"the loader of {dataset_name} does not give all its images in order"
+                    f"the loader of {dataset_name} does not yield all of its images in order"
                 )
             left = [k for k, record in enumerate(records) if record["image_id"] not in finished]
             if not left:
@@ -98,7 +99,7 @@ def evaluate_dataset(
 
 @contextlib.contextmanager
 def worker_errors_in_one_line() -> Iterator[None]:
-    """Removes the traceback from a ConfigError that a loader worker sent."""
+    """Removes the traceback from the message of a ConfigError raised in a loader worker."""
     try:
         yield
     except ConfigError as error:
@@ -107,10 +108,11 @@ def worker_errors_in_one_line() -> Iterator[None]:
 
 
 def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: str) -> str:
-    """Returns a hash of everything predictions depend on, the same in all processes.
+    """Returns a hash of everything that predictions depend on, the same in all processes.
 
-    That is weights and iteration; MODEL, INPUT, TEST and the proposal files of the config; class
-    names; size and time of the annotation file, or the records of a data set without one.
+    It covers the weights and the iteration; MODEL, INPUT, TEST and the proposal files in the
+    config; class names; and the size and time of the annotation file, or the records of a data set
+    without one.
     """
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in model.state_dict().items():
@@ -127,7 +129,7 @@ def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: s
         settings[section].pop(leaf, None)
     digest.update(settings.dump().encode())
     digest.update(repr([cfg.DATASETS[key] for key in PROPOSALS]).encode())
-    with contextlib.suppress(AssertionError):  # raised if no training is under way
+    with contextlib.suppress(AssertionError):  # raised outside of training
         digest.update(f"iteration {get_event_storage().iter} ".encode())
     metadata = MetadataCatalog.get(dataset_name)
     digest.update(f"{type(model).__name__} {dataset_name} ".encode())

@@ -1,7 +1,7 @@
-"""Makes a resumed run learn at the rate of its config, not the checkpoint's.
+"""Makes a resumed run use the learning rate of its config instead of the checkpoint's.
 
-An optimizer's state includes its hyperparameters. So the checkpoint's would replace those of a
-config that has changed since, and the run's config.yaml would be wrong.
+An optimizer's state includes its hyperparameters. If the config has changed, the checkpoint's
+values would override it, and the run's config.yaml would be wrong.
 """
 
 from __future__ import annotations
@@ -26,42 +26,43 @@ NAMES = {
     "betas": "betas",
     "weight_decay": "weight decay",
 }
-"""Which values of a group come from SOLVER."""
+"""Values of a parameter group that come from SOLVER, and their names in messages."""
 
 GROUPS = "parameter_groups"
-"""Where a checkpoint has the names of each group's parameters, if the config groups them."""
+"""Key of a checkpoint with the parameter names of each group, if the config defines groups."""
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
-    """Refuses a checkpoint of another optimizer, or of one with other parameters.
+    """Refuses a checkpoint with a different optimizer or different parameter groups.
 
-    PyTorch would accept it if the numbers of parameters agree.
+    PyTorch would accept such a checkpoint if the numbers of parameters agree.
 
     Args:
-        optimizer: as the config makes it.
-        model: whose parameters it has; not in DistributedDataParallel.
-        state: the checkpoint's of the trainer.
+        optimizer: the optimizer built from the config.
+        model: the model that it optimizes; not wrapped in DistributedDataParallel.
+        state: the trainer's state in the checkpoint.
 
     Raises:
-        ConfigError: naming what must not change.
+        ConfigError: if they differ; the message names the keys that must not change.
     """
     saved = state["_trainer"]["optimizer"]["param_groups"][0]
     is_adam = "betas" in optimizer.param_groups[0]
     if ("betas" in saved) != is_adam:
         told = ("SGD", "AdamW") if is_adam else ("AdamW", "SGD")
         raise ConfigError(
-            "the checkpoint's optimizer is {}, and SOLVER.OPTIMIZER is {}: it cannot change in a "
-            "run; set it back, or start a new run with it as MODEL.WEIGHTS".format(*told)
+            "the checkpoint's optimizer is {}, but SOLVER.OPTIMIZER is {}: it cannot change within "
+            "a run; set it back, or start a new run with the checkpoint as "
+            "MODEL.WEIGHTS".format(*told)
         )
     if GROUPS in state and state[GROUPS] != group_names(optimizer, model):
-        raise ConfigError(_unfit("other parameters have their own learning rate"))
+        raise ConfigError(_unfit("different parameters have their own learning rate"))
 
 
 def _unfit(cause: object) -> str:
     return (
         f"the checkpoint's optimizer does not fit this config ({cause}): MODEL.BACKBONE."
         "FREEZE_AT and SOLVER.LR_FACTORS, LAYER_DECAY, BIAS_LR_FACTOR, WEIGHT_DECAY_BIAS and "
-        "WEIGHT_DECAY_NORM cannot change in a run; set them back, or start a new run with the "
+        "WEIGHT_DECAY_NORM cannot change within a run; set them back, or start a new run with the "
         "checkpoint as MODEL.WEIGHTS"
     )
 
@@ -70,18 +71,18 @@ def load_keeping_config(optimizer: Optimizer, scheduler: Any, load: Callable[[],
     """Loads the states of optimizer and scheduler, then applies the config's values.
 
     Args:
-        optimizer: as the config makes it.
-        scheduler: detectron2's LRMultiplier. With any other, the checkpoint's learning rate is
-            used.
+        optimizer: the optimizer built from the config.
+        scheduler: detectron2's LRMultiplier. With any other scheduler, the checkpoint's learning
+            rate is used.
         load: loads the states.
 
     Raises:
-        ConfigError: if the optimizer's groups of parameters are not those of the checkpoint.
+        ConfigError: if the optimizer's parameter groups differ from those of the checkpoint.
     """
     asked = [{key: group[key] for key in NAMES if key in group} for group in optimizer.param_groups]
     try:
         load()
-    except ValueError as error:  # of the optimizer
+    except ValueError as error:  # raised by the optimizer
         raise ConfigError(_unfit(error)) from error
     changed: dict[str, None] = {}
     for group, values in zip(optimizer.param_groups, asked, strict=True):
@@ -92,7 +93,7 @@ def load_keeping_config(optimizer: Optimizer, scheduler: Any, load: Callable[[],
                 changed[f"{NAMES[key]} {_told(value)} instead of {_told(group[key])}"] = None
         group.update(values)
     if changed:
-        logger.warning("changed by the config since the checkpoint: %s", ", ".join(changed))
+        logger.warning("the config has changed since the checkpoint: %s", ", ".join(changed))
     if isinstance(scheduler, LRMultiplier):
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, scheduler.get_lr(), strict=True):

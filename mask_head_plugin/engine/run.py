@@ -1,4 +1,4 @@
-"""What train_net.py does once its flags are read: set up, then train or evaluate."""
+"""Implements train_net.py after its flags are parsed: sets up a run, then trains or evaluates."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ def set_up(args: argparse.Namespace) -> CfgNode:
         args: the flags of train_net.py; ``config_file`` becomes the path of the file found.
 
     Raises:
-        ConfigError: if something does not fit, before anything is built.
+        ConfigError: if a setting or data set cannot be used; raised before anything is built.
     """
     args.config_file = find_config_file(args.config_file)  # default_setup also opens it
     cfg = load_config_and_code(args.config_file, [*import_options(args.imports), *args.opts])
     num_processes = launch.process_count(args.num_gpus, args.num_machines, cfg.MODEL.DEVICE)
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
-        raise ConfigError("--eval-only needs MODEL.WEIGHTS FILE, or --resume: the last checkpoint")
+        raise ConfigError(
+            "--eval-only needs MODEL.WEIGHTS FILE or, for the last checkpoint, --resume"
+        )
     rank = launch.process_rank()
     check_and_register(
         cfg,
@@ -61,10 +63,17 @@ def check_and_register(
     log_rank: int | None = None,
     own: Collection[str] | None = None,
 ) -> None:
-    """Checks a config and its data sets; the config changes as register_coco_files says.
+    """Checks a config and its data sets, and registers COCO_FILES.
 
-    Process ``log_rank`` then logs into OUTPUT_DIR. Keys without effect are reported if they are in
-    ``own``, or all of them if that is None. Raises ConfigError.
+    Args:
+        cfg: the config; register_coco_files adapts it in place.
+        train: whether the run trains.
+        num_processes: number of processes in the run.
+        log_rank: rank of this process, which then logs to OUTPUT_DIR; None writes no log there.
+        own: keys that are reported if they have no effect; None for all keys.
+
+    Raises:
+        ConfigError: if a setting or data set cannot be used.
     """
     check_config(cfg, train=train, num_processes=num_processes, trainer=Trainer)
     if log_rank is not None:
@@ -75,33 +84,33 @@ def check_and_register(
 
 
 def join_run(cfg: CfgNode) -> None:
-    """Sets up log, user's code and data sets in a new process of a run."""
+    """Sets up logging, the user's code and the data sets in a new process of a run."""
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
     import_modules(cfg.IMPORTS)
     register_coco_files(cfg)
 
 
 def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Trains, or with ``args.eval_only`` evaluates, in one of the run's processes.
+    """Trains in one of the run's processes, or evaluates if ``args.eval_only``.
 
     Args:
-        cfg: of ``set_up``.
+        cfg: the config from ``set_up``.
         args: the flags of train_net.py.
 
     Returns:
-        The metrics by task, in the main process.
+        In the main process, the metrics by task.
 
     Raises:
         ConfigError: if weights do not fit.
         TrainingError: if the training cannot continue.
     """
-    if comm.get_world_size() > 1:  # --num-gpus
+    if comm.get_world_size() > 1:  # a process started for --num-gpus
         join_run(cfg)
     default_setup(cfg, args)
     what = (cfg.MODEL.DEVICE, comm.get_world_size())
     logger.info("running on %s, processes: %d", *what)
     if cfg.IMPORTS:
-        logger.info("code of yours that has run (IMPORTS): %s", ", ".join(cfg.IMPORTS))
+        logger.info("your code that was imported (IMPORTS): %s", ", ".join(cfg.IMPORTS))
     results: dict[str, Any] | None
     if args.eval_only:
         model = Trainer.load_model(cfg, resume=args.resume)
@@ -113,5 +122,5 @@ def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] 
         trainer.resume_or_load(resume=launch.restarted(cfg.OUTPUT_DIR) or args.resume)
         results = trainer.train()
     if comm.is_main_process() and results and "bbox" in results:
-        logger.info("what the model gets wrong: python tools/analyze.py %s", cfg.OUTPUT_DIR)
+        logger.info("to see the model's errors: python tools/analyze.py %s", cfg.OUTPUT_DIR)
     return results

@@ -1,4 +1,4 @@
-"""detectron2's DefaultTrainer with evaluators, test-time augmentation and a contact sheet."""
+"""detectron2's DefaultTrainer with exact resuming, more evaluators and safety checks."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ Results = OrderedDict[str, Any]
 
 
 class Trainer(DefaultTrainer):
-    """DefaultTrainer for every data set that detectron2 registers or DATASETS.COCO_FILES names.
+    """DefaultTrainer for every data set that is registered in detectron2 or in DATASETS.COCO_FILES.
 
     A run that is interrupted at any moment and resumed with the same config and number of processes
-    ends with the same weights as an uninterrupted one; on the CPU bit by bit.
+    ends with the same weights as an uninterrupted one, bit for bit on the CPU.
 
     Attributes:
-        seed: of all random numbers: SEED, or drawn if SEED is negative. A resumed run without SEED
-            takes its checkpoint's.
+        seed: seed of all random numbers: SEED, or a random one if SEED is negative. A resumed run
+            without SEED uses its checkpoint's seed.
         average: the average of the weights with SOLVER.EMA_DECAY; otherwise None.
         is_stopped: whether SOLVER.EARLY_STOPPING has ended the run; max_iter is then the last
             iteration.
@@ -94,11 +94,11 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         """
         Args:
-            cfg: its schedule is scaled to the number of processes if SOLVER.REFERENCE_WORLD_SIZE
-                is set.
+            cfg: the run's config. If SOLVER.REFERENCE_WORLD_SIZE is set, the schedule is scaled to
+                the number of processes.
         """
-        TrainerBase.__init__(self)  # DefaultTrainer's own cannot train on several CPU processes
-        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):  # nobody set up a log
+        TrainerBase.__init__(self)  # DefaultTrainer.__init__ does not support several CPU processes
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):  # no log is set up yet
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -123,22 +123,22 @@ class Trainer(DefaultTrainer):
             self.evaluated_model, cfg.OUTPUT_DIR, policy=policy, trainer=weakref.proxy(self)
         )
         if self.average:
-            self.average.start(model)  # with the names of its classes
+            self.average.start(model)  # also copies the class names
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
         self.register_hooks([Resume(self._hooks)])
         if comm.is_main_process():
-            # After the writers, so that a failure here loses no metrics.
+            # After the writers, so that no metrics are lost if drawing fails.
             self.register_hooks([hooks.CallbackHook(after_train=_draw_contact_sheets)])
 
     @property
     def evaluated_model(self) -> torch.nn.Module:
-        """What is evaluated, drawn and saved: with SOLVER.EMA_DECAY the average of the weights."""
+        """The model to evaluate, draw and save: with SOLVER.EMA_DECAY, the averaged one."""
         return self.average.module if self.average else self.model
 
     def build_hooks(self) -> list[HookBase]:
-        """Returns DefaultTrainer's hooks and those that make a run repeatable.
+        """Returns DefaultTrainer's hooks and the hooks that make a run reproducible.
 
         As in DefaultTrainer, the evaluation follows the checkpoint, and the writers come last.
         """
@@ -150,7 +150,7 @@ class Trainer(DefaultTrainer):
             alone = cfg.clone()
             alone.defrost()
             alone.DATALOADER.NUM_WORKERS = 0
-            loader = self.build_train_loader(alone)  # separate: training's is left untouched
+            loader = self.build_train_loader(alone)  # separate from the loader for training
             num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
             period, model = cfg.TEST.EVAL_PERIOD, self.evaluated_model
             before.append(PreciseBN(period, model, loader, num_iter))
@@ -179,12 +179,12 @@ class Trainer(DefaultTrainer):
     def _evaluate(self, evaluate: Callable[[CfgNode, torch.nn.Module], Results]) -> Results:
         share_buffers(self.evaluated_model)
         results = evaluate(self.cfg, self.evaluated_model)
-        # Results with augmentation are added to the others.
+        # Keeps results without augmentation when those with augmentation are added.
         self._last_eval_results = {**getattr(self, "_last_eval_results", {}), **results}
         return results
 
     def build_writers(self) -> list[EventWriter]:
-        """Returns writers to the terminal, ``metrics.json`` and TensorBoard."""
+        """Returns writers for the terminal, ``metrics.json`` and TensorBoard."""
         folder = Path(self.cfg.OUTPUT_DIR)
         return [
             MetricPrinter(self.max_iter),
@@ -194,36 +194,36 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Returns the optimizer that SOLVER asks for; see optimizer.build_optimizer."""
+        """Returns the optimizer configured by SOLVER; see optimizer.build_optimizer."""
         return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """Returns the loader of training batches; override it for another mapper."""
+        """Returns the loader of training batches; override it to use another mapper."""
         check_proposal_files(cfg, "TRAIN")
         return TrainLoader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader[Any]:
-        """Returns detectron2's loader, whose errors name the image."""
+        """Returns detectron2's loader with errors that name the image."""
         check_proposal_files(cfg, "TEST")
         mapper = ImageNamingMapper(ImageFileMapper(cfg, False))
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Loads the newest intact checkpoint of OUTPUT_DIR, or else MODEL.WEIGHTS.
+        """Loads the newest intact checkpoint in OUTPUT_DIR, or else MODEL.WEIGHTS.
 
         Args:
-            resume: whether to continue from a checkpoint. If not, files of an earlier run in
-                OUTPUT_DIR are moved to a folder in it, so that nobody takes them for this run's.
+            resume: whether to continue from a checkpoint. If False, files of an earlier run in
+                OUTPUT_DIR are moved to a subfolder, so that they are not mistaken for this run's.
 
         Raises:
             ConfigError: if no checkpoint is intact, or the newest is past SOLVER.MAX_ITER.
         """
         goes_on = resume and comm.all_gather(self.checkpointer.has_checkpoint())[0]
-        if goes_on:  # the main process's: others may not see the file
+        if goes_on:  # as seen by the main process; others may not see the file
             self.checkpointer.load(self.checkpointer.get_checkpoint_file())
-            self.start_iter = self.iter + 1  # the checkpoint's iteration was finished
+            self.start_iter = self.iter + 1  # the checkpoint's iteration was completed
             logger.info("resumed: MODEL.WEIGHTS %r is not read", self.cfg.MODEL.WEIGHTS)
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
@@ -234,20 +234,20 @@ class Trainer(DefaultTrainer):
             where = self.cfg.OUTPUT_DIR
             logger.warning("no checkpoint in OUTPUT_DIR %s: starting from the beginning", where)
         elif not resume:
-            comm.synchronize()  # other processes may still read MODEL.WEIGHTS of that run
+            comm.synchronize()  # other processes may still be reading that run's MODEL.WEIGHTS
             if comm.is_main_process():
                 set_aside_earlier_run(Path(self.cfg.OUTPUT_DIR))
         if self.start_iter > self.max_iter:
             raise ConfigError(
-                f"the checkpoint in {self.cfg.OUTPUT_DIR} is of iteration {self.iter}, but "
+                f"the checkpoint in {self.cfg.OUTPUT_DIR} is from iteration {self.iter}, but "
                 f"SOLVER.MAX_ITER is {self.max_iter}; raise it, or evaluate with --eval-only"
             )
 
     def train(self) -> Results | None:
-        """Runs the training that is left; see DefaultTrainer.train.
+        """Runs the remaining training; see DefaultTrainer.train.
 
         Raises:
-            ConfigError: if another run is writing into OUTPUT_DIR.
+            ConfigError: if another run is writing to OUTPUT_DIR.
         """
         self._guard.seed = self._trainer.seed = self.seed
         if isinstance(self.data_loader, TrainLoader):
@@ -269,7 +269,7 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
-        self._end_if_stopped()  # during the evaluation that ended the first run
+        self._end_if_stopped()  # if repeating the last evaluation has ended the run again
 
     def after_step(self) -> None:
         super().after_step()
@@ -277,7 +277,7 @@ class Trainer(DefaultTrainer):
 
     def _end_if_stopped(self) -> None:
         if self.is_stopped:
-            self.iter = self.max_iter  # as after the last step
+            self.iter = self.max_iter  # as after the last iteration
             raise StoppedEarly
 
     def run_step(self) -> None:
@@ -305,8 +305,8 @@ class Trainer(DefaultTrainer):
         load_keeping_config(self.optimizer, self.scheduler, load)
         if state_dict.get("world_size") != comm.get_world_size():
             logger.warning(
-                "the checkpoint comes from a run with %s processes, this one has %d: images come "
-                "in another order from now on",
+                "the checkpoint comes from a run with %s processes, but this run has %d: the order "
+                "of images changes from here on",
                 state_dict.get("world_size", "unknown"),
                 comm.get_world_size(),
             )
@@ -319,7 +319,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
-        """Builds the model; channels-last where that is faster, see modeling.to_channels_last."""
+        """Builds the model, channels-last where that is faster (see modeling.to_channels_last)."""
         model: torch.nn.Module = super().build_model(cfg)
         to_channels_last(model)
         return model
@@ -330,18 +330,19 @@ class Trainer(DefaultTrainer):
 
         Args:
             cfg: gives MODEL.WEIGHTS.
-            resume: whether to take the newest checkpoint in OUTPUT_DIR instead.
+            resume: whether to load the newest checkpoint in OUTPUT_DIR instead.
 
         Raises:
-            ConfigError: if the weights cannot be read or do not fit, or ``resume`` finds none.
+            ConfigError: if the weights cannot be read or do not fit, or there is no checkpoint for
+                ``resume``.
         """
         model = cls.build_model(cfg)
         policy = WeightsPolicy.from_config(cfg, train=False)
         checkpointer = MaskHeadCheckpointer(model, cfg.OUTPUT_DIR, policy=policy)
         if resume and not (cfg.MODEL.WEIGHTS or checkpointer.has_checkpoint()):
             raise ConfigError(
-                f"no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}; name another OUTPUT_DIR, "
-                "or give MODEL.WEIGHTS"
+                f"no checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}; set another OUTPUT_DIR, "
+                "or set MODEL.WEIGHTS"
             )
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         return model
@@ -350,7 +351,7 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """Returns the evaluator that the data set asks for; see evaluators.build_evaluator."""
+        """Returns the evaluator for a data set; see evaluators.build_evaluator."""
         return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
@@ -362,8 +363,8 @@ class Trainer(DefaultTrainer):
     ) -> Results:
         """Evaluates a model on DATASETS.TEST; see DefaultTrainer.test.
 
-        Unlike DefaultTrainer's, an interrupted evaluation continues with the remaining images if
-        nothing that affects predictions has changed.
+        Differs from DefaultTrainer: an interrupted evaluation continues with the remaining images,
+        unless something that affects predictions has changed.
         """
         if isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
@@ -379,8 +380,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_losses(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
-        """Does what ``test`` does; with TEST.EVAL_LOSS, results have the losses as well."""
-        # First, since predictions continue after a kill, and losses do not.
+        """Calls ``test`` and, with TEST.EVAL_LOSS, adds the losses to the results."""
+        # Losses come first: after an interruption, predictions can be resumed, but losses cannot.
         losses = validation_losses(cfg, model) if cfg.TEST.EVAL_LOSS else {}
         results = cls.test(cfg, model)
         add_losses(cfg, results, losses)
@@ -388,7 +389,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
-        """Evaluates a model on DATASETS.TEST; if TEST.AUG.ENABLED, also with augmentation."""
+        """Evaluates a model on DATASETS.TEST and, if TEST.AUG.ENABLED, again with augmentation."""
         results = cls.test_with_losses(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(cls.test_with_tta(cfg, model))
@@ -402,7 +403,7 @@ class Trainer(DefaultTrainer):
         logger.info("evaluating with test-time augmentation")
         if cfg.MODEL.ROI_MASK_HEAD.SCORING.ENABLED:
             logger.warning(
-                "test-time augmentation computes no mask scores: class scores rank the masks"
+                "test-time augmentation computes no mask scores: masks are ranked by class score"
             )
         evaluators = [
             cls.build_evaluator(cfg, name, inference_folder(cfg, "inference_TTA", name))
@@ -413,9 +414,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def draw_contact_sheets(cls, cfg: CfgNode, model: torch.nn.Module) -> None:
-        """Writes ``OUTPUT_DIR/contact_sheet_<data set>.png`` for each instance data set of TEST.
+        """Writes ``OUTPUT_DIR/contact_sheet_<data set>.png`` for each instance data set in TEST.
 
-        A model without masks gets none.
+        Does nothing for a model without masks.
         """
         for name in cfg.DATASETS.TEST if cfg.MODEL.MASK_ON else ():
             if MetadataCatalog.get(name).get("evaluator_type") in ("coco", "lvis"):
@@ -425,21 +426,21 @@ class Trainer(DefaultTrainer):
 
 
 def _forget_unmatched_classes(cfg: CfgNode, model: torch.nn.Module) -> None:
-    """Drops the file's class names from a model that trains on data without class names.
+    """Removes the weights' class names from a model that trains on data without class names.
 
     Raises:
-        ConfigError: if MODEL.WEIGHTS_STRICT.
+        ConfigError: if MODEL.WEIGHTS_STRICT is True and there are names to remove.
     """
     names = class_names_of(model)
     if names is None or class_names(cfg) is not None:
         return
     told = (
-        f"{cfg.MODEL.WEIGHTS} names its classes ({listed(names)}), but DATASETS.TRAIN does not, so "
+        f"{cfg.MODEL.WEIGHTS} has class names ({listed(names)}), but DATASETS.TRAIN does not, so "
         f"rows cannot be matched by name; set thing_classes in the metadata of the data set"
     )
     if cfg.MODEL.WEIGHTS_STRICT:
-        raise ConfigError(f"{told}, or MODEL.WEIGHTS_STRICT False to keep rows in their order")
-    logger.warning("%s; rows keep their order", told)
+        raise ConfigError(f"{told}, or MODEL.WEIGHTS_STRICT False to keep the rows in order")
+    logger.warning("%s; rows stay in order", told)
     name_classes(model, None)
 
 

@@ -1,8 +1,8 @@
-"""The training losses on the validation images (TEST.EVAL_LOSS), without learning from them.
+"""Computes the training losses on the validation images (TEST.EVAL_LOSS) without training on them.
 
-The losses of an image depend on the weights, the image and its place in the data set, not on
-processes, workers or iteration. So you can compare the curves of two runs, and a resumed run has
-the same curves as an uninterrupted one, on the CPU bit by bit.
+The losses of an image depend only on the weights, the image and its position in the data set, not
+on processes, workers or the iteration. You can therefore compare the curves of two runs. A resumed
+run has the same curves as an uninterrupted one, bit for bit on the CPU.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ Losses = dict[str, float]
 Record = dict[str, Any]
 
 SEED = 0
-"""Seed of the anchors and RoIs that are drawn: the same for all runs, whatever their SEED."""
+"""Seed for sampling anchors and RoIs: the same in all runs, regardless of their SEED."""
 
 SECONDS_TO_REPORT = 10
 
 DIFFERENT_IN_TRAINING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
-"""In addition to the backbone, which has many kinds of stochastic depth."""
+"""Modules set to evaluation mode, in addition to the backbone, which may have stochastic depth."""
 
 
 def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, Losses]:
-    """Returns the losses of a model on each data set of DATASETS.TEST, and their sum.
+    """Returns the losses of a model on each data set in DATASETS.TEST, and their sum.
 
-    They are means over images, each a batch of its own. As in training, anchors and RoIs are drawn,
-    and images without objects are left out (FILTER_EMPTY_ANNOTATIONS). As in inference, images have
-    the size of INPUT.MIN_SIZE_TEST, nothing is augmented or dropped out, and batch normalization
-    uses its running statistics. A term with a ramp has its full weight.
+    Losses are means over images; each image is a separate batch. As in training, anchors and RoIs
+    are sampled, and images without objects are left out (FILTER_EMPTY_ANNOTATIONS). As in
+    inference, images have the size of INPUT.MIN_SIZE_TEST, there is no augmentation or dropout, and
+    batch normalization uses its running statistics. Terms with a ramp have their full weight.
 
     Args:
-        cfg: of the run.
-        model: in DistributedDataParallel or not; stays as it is.
+        cfg: the run's config.
+        model: wrapped in DistributedDataParallel or not; not changed.
 
     Returns:
-        Losses by data set and by the model's names; nothing in processes other than the first.
+        Losses by data set and by the model's loss names; empty in all processes except the first.
 
     Raises:
         ConfigError: if a data set has no annotations, or some without what a loss needs, or numbers
@@ -90,11 +90,11 @@ def add_losses(cfg: CfgNode, results: dict[str, Any], losses: dict[str, Losses])
 
 
 def check_losses(cfg: CfgNode, model: nn.Module) -> None:
-    """Computes the losses of one image of each data set, so that a run does not fail late.
+    """Computes the losses of one image per data set, to find problems before training starts.
 
     Raises:
-        ConfigError: as validation_losses does, or if the config names a loss that the model does
-            not have.
+        ConfigError: as in validation_losses, or if the config names a loss that the model does not
+            have.
     """
     model = undistributed(model)
     for name in cfg.DATASETS.TEST:
@@ -109,18 +109,18 @@ def check_losses(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def _means(images: Sequence[Losses]) -> Losses:
-    """Returns the means over images, and their sum; the order of the images does not matter."""
+    """Returns the means over images and their sum, regardless of the order of the images."""
     means = {key: math.fsum(image[key] for image in images) / len(images) for key in images[0]}
     return {TOTAL_LOSS: math.fsum(means.values()), **means}
 
 
 def _records(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[Record]:
-    """Returns the records of a data set that training would keep."""
+    """Returns the records of a data set that training would use."""
     found, wanted = class_names_of(model), MetadataCatalog.get(dataset_name).get("thing_classes")
     if found and wanted and found != [str(name) for name in wanted]:
         raise ConfigError(
             f"TEST.EVAL_LOSS: {dataset_name} has the classes {listed(wanted)}, but the model has "
-            f"{listed(found)}: they must be the same, in the same order; or set it to False"
+            f"{listed(found)}: use the same classes in the same order, or set it to False"
         )
     files = cfg.DATASETS.PROPOSAL_FILES_TEST
     proposals = (
@@ -131,14 +131,15 @@ def _records(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[Record]:
             dataset_name,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             proposal_files=[proposals[dataset_name]] if proposals else None,
-            check_consistency=False,  # that would print a table
+            check_consistency=False,  # it would print a table
         )
     except AssertionError:  # no image is left
         records = [{}]
     if not any(key in records[0] for key in ("annotations", "sem_seg_file_name")):
         raise ConfigError(
             f"TEST.EVAL_LOSS: {dataset_name} has no annotations to compute losses with (those of "
-            "crowds do not count); set it to False, or name another data set in DATASETS.TEST"
+            "crowds do not count); set TEST.EVAL_LOSS to False, or use another data set in "
+            "DATASETS.TEST"
         )
     needed = {"segmentation": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
     for record in records:
@@ -156,7 +157,7 @@ def _records(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[Record]:
 def _losses_of_images(
     cfg: CfgNode, model: nn.Module, records: Sequence[Record], indices: Sequence[int]
 ) -> list[Losses]:
-    """Returns the losses of the images with the given indices, as numbers."""
+    """Returns the losses of the images with the given indices as plain numbers."""
     arguments = {**ImageFileMapper.from_config(cfg, is_train=False), "is_train": True}
     chosen = [records[index] for index in indices]
     if not chosen:  # fewer images than processes
@@ -173,8 +174,7 @@ def _losses_of_images(
         for context in (worker_errors_in_one_line(), kept_generators(), torch.no_grad()):
             stack.enter_context(context)
         inner = stack.enter_context(_losses_as_in_inference(model))
-        # A separate storage, so that nothing is logged; a late iteration, so that ramps are
-        # complete.
+        # A separate storage keeps the run's log unchanged; a late iteration completes all ramps.
         stack.enter_context(EventStorage(sys.maxsize))
         for index, batch in zip(indices, loader, strict=True):
             seed_generators(SEED, index)
@@ -192,7 +192,7 @@ def _losses_of_images(
 
 @contextlib.contextmanager
 def _losses_as_in_inference(model: nn.Module) -> Iterator[nn.Module]:
-    """Lets a model return losses, with normalization, dropout and backbone as in inference."""
+    """Makes a model return losses, with normalization, dropout and backbone as in inference."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.train()

@@ -1,7 +1,7 @@
-"""An exponential moving average of a model's weights, which is evaluated and saved in its place.
+"""An exponential moving average of a model's weights, which is evaluated and saved instead of them.
 
-An average over many steps is often better than the last step's weights, above all while the
-learning rate is high (Polyak and Juditsky, 1992; as in Mean Teacher, arXiv 1703.01780).
+An average over many iterations is often better than the weights of the last one, especially while
+the learning rate is high (Polyak and Juditsky, 1992; as in Mean Teacher, arXiv 1703.01780).
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from .distributed import undistributed
 logger = logging.getLogger(__name__)
 
 TRAINED, COUNT = "trained_weights", "num_averaged"
-"""What a checkpoint holds for an average in addition to the averaged weights."""
+"""Keys that a checkpoint of an averaged model contains in addition to the averaged weights."""
 
 
 class WeightAverage(AveragedModel):
-    """torch's AveragedModel with a shorter average at first, which a run can be resumed with.
+    """A resumable AveragedModel (from torch) that averages over fewer iterations at the start.
 
-    Batch statistics are also averaged. ``module`` is the averaged model, of the same class as the
-    trained one and in the same training mode.
+    Batch statistics are averaged as well. ``module`` is the averaged model. It has the class and
+    the training mode of the trained model.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         """
         Args:
-            model: copied; not in DistributedDataParallel.
-            decay: share of the average that a step keeps, from 0 to below 1. It is lower in the
-                first steps, (1 + n) / (10 + n) after n, so that the initial weights are soon
-                forgotten.
+            model: copied; not wrapped in DistributedDataParallel.
+            decay: share of the average that each iteration keeps, in [0, 1). The first iterations
+                use a lower value, (1 + n) / (10 + n) after n of them, so that the influence of the
+                initial weights fades quickly.
         """
         super().__init__(model, use_buffers=True)
         self._decay = decay
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Adds the weights of a step to the average; the first ones become the average.
+        """Adds the weights of an iteration to the average; the first weights become the average.
 
         Args:
-            model: in DistributedDataParallel or not.
+            model: wrapped in DistributedDataParallel or not.
         """
-        count = int(self.n_averaged)  # on the CPU, so nothing waits for a device
+        count = int(self.n_averaged)  # on the CPU, so reading it does not synchronise
         self.multi_avg_fn = get_ema_multi_avg_fn(min(self._decay, (1 + count) / (10 + count)))
         super().update_parameters(model)
 
@@ -57,18 +57,19 @@ class WeightAverage(AveragedModel):
         self.n_averaged.zero_()
 
     def trained(self, model: nn.Module) -> dict[str, Any]:
-        """Returns what a resumed run needs besides the averaged weights of the checkpoint."""
+        """Returns the state that a resumed run needs in addition to the averaged weights."""
         return {TRAINED: undistributed(model).state_dict(), COUNT: int(self.n_averaged)}
 
 
 def resume_average(average: WeightAverage | None, model: nn.Module, state: dict[str, Any]) -> None:
-    """Gives a model its own weights after the averaged ones of a checkpoint were loaded.
+    """Restores a model's own weights after the averaged weights of a checkpoint were loaded.
 
     Args:
-        average: the run's, filled with the checkpoint's weights; None if the run keeps none, in
-            which case the model is filled.
-        model: the trained one.
-        state: the trainer's in the checkpoint; without ``trained()`` if its run had no average.
+        average: the run's average, into which the checkpoint's weights were loaded; None if the run
+            has no average, in which case they were loaded into the model.
+        model: the trained model.
+        state: the trainer's state in the checkpoint; without ``trained()`` if that run had no
+            average.
     """
     has_average = TRAINED in state
     if average:
@@ -78,6 +79,6 @@ def resume_average(average: WeightAverage | None, model: nn.Module, state: dict[
     if average and has_average:
         average.n_averaged.fill_(state[COUNT])
     elif average:
-        logger.warning("the checkpoint has no average of the weights: a new one starts here")
+        logger.warning("the checkpoint has no averaged weights: a new average starts here")
     elif has_average:
-        logger.warning("SOLVER.EMA_DECAY is 0: the checkpoint's average of the weights is dropped")
+        logger.warning("SOLVER.EMA_DECAY is 0: the checkpoint's averaged weights are dropped")

@@ -1,7 +1,7 @@
-"""Maps the parameters of a pretrained backbone to its layers, counted from the input.
+"""Assigns the parameters of a pretrained backbone to layers, counted from the input.
 
-A layer is a stage in detectron2's ResNets and RegNets, and a block in timm's models, by their
-``group_matcher``.
+In detectron2's ResNets and RegNets, a layer is a stage. In timm's models, it is a block as defined
+by the model's ``group_matcher``.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from torch import nn
 from ..config import ConfigError
 
 _STAGE = re.compile(r"(?:backbone(?:\.bottom_up)?|roi_heads)\.(?:stem|(?:res|s)(\d+))\.")
-"""How names start in detectron2's ResNets (also with res5 in the ROI heads) and RegNets."""
+"""Start of parameter names in detectron2's RegNets and ResNets (including res5 in the ROI heads).
+"""
 
 
 def backbone_layers(model: nn.Module) -> dict[str, int]:
-    """Returns the layer of each parameter of a model's backbone, counted from its input, from 0.
+    """Returns the layer of each backbone parameter; layers count up from 0 at the input.
 
     Args:
-        model: a detector; its backbone is one of detectron2's ResNets or RegNets, or timm's.
+        model: a detector whose backbone is a ResNet or RegNet of detectron2, or a timm model.
 
     Returns:
-        Layers by name of the parameter, without parameters that are added to the backbone, such as
-        an FPN's.
+        Layer by parameter name. Parameters added to the backbone, such as those of an FPN, are left
+        out.
 
     Raises:
-        ConfigError: if the layers of the backbone are not known.
+        ConfigError: if the layers of the backbone are unknown.
     """
     layers = {
         name: int(found[1] or 0)
@@ -43,7 +44,9 @@ def backbone_layers(model: nn.Module) -> dict[str, int]:
 
 
 def undecayed_parameters(model: nn.Module) -> set[str]:
-    """Returns the names of parameters that timm exempts from weight decay, such as positions."""
+    """Returns the names of parameters that timm exempts from weight decay, such as position
+    embeddings.
+    """
     whole, names = _timm_names(model)
     told = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else ()
     return {name for name, original in names.items() if original in told}
@@ -66,12 +69,13 @@ def _timm_layers(model: nn.Module) -> dict[str, int]:
 
 
 def _timm_names(model: nn.Module) -> tuple[Any, dict[str, str]]:
-    """Returns the timm model that a detector uses in part, and the names of the used parameters.
+    """Returns the full timm model behind a detector's backbone, and its parameter names.
 
-    timm's feature extractors rename a model's parameters and lack group_matcher.
+    This is needed because timm's feature extractors rename parameters and lack group_matcher.
 
     Returns:
-        The whole model, without memory, and its names by the detector's names. None without timm.
+        The full model, on the meta device, and timm's name for each parameter name of the detector.
+        None and an empty dict if the backbone does not come from timm.
     """
     named = model.named_modules()
     trunks = (x for x in named if hasattr(x[1], "feature_info") and hasattr(x[1], "pretrained_cfg"))
@@ -88,5 +92,5 @@ def _timm_names(model: nn.Module) -> tuple[Any, dict[str, str]]:
 
 
 def _aliases(name: str) -> tuple[str, ...]:
-    """Returns the names that timm's feature extractors give a parameter."""
+    """Returns the names that a parameter can have in timm's feature extractors."""
     return name, name.replace(".", "_", 1), f"model.{name}", f"body.{name}"

@@ -1,4 +1,4 @@
-"""Channels-last models, whose convolutions are faster, including their weight gradients."""
+"""Channels-last models: faster convolutions, including the gradients of their weights."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from torch import Tensor, nn
 from .graph_capture import is_captured, stand_in
 
 MIN_ELEMENTS = 1 << 18
-"""Elements of one image's map (1 MB of float32) from which copies for the weight gradient pay."""
+"""Elements in one image's map (1 MB of float32) above which copying for the weight gradient pays
+off."""
 
 
 TENSOR_CORES = (8, 0)
-"""Compute capability from which convolutions of float32 run on tensor cores, channels-last."""
+"""Lowest compute capability that runs float32 convolutions of channels-last maps on tensor cores.
+"""
 
 
 def to_channels_last(model: nn.Module) -> None:
-    """Makes a model's weights channels-last where that is faster; the model computes the same.
+    """Converts a model's weights to channels-last where that is faster. Results do not change.
 
-    Its convolutions then return channels-last maps, and RoI pooling reads such maps in place.
+    The model's convolutions then return channels-last maps, which RoI pooling reads without a copy.
 
-    On CUDA, tensor cores take only such maps; cuDNN copies others. Older GPUs keep their layout.
+    On CUDA, tensor cores accept only channels-last maps; cuDNN copies other maps first. Models on
+    GPUs without tensor cores keep their layout.
 
-    On a CPU, the forward pass and the gradient to the map are faster. The gradient to 3 x 3 weights
-    is not, on AVX2: with 256 channels and two maps of 128 x 128, oneDNN takes 1.74 s, but 0.47 s
-    from contiguous maps, and copying both takes 0.08 s (two cores of an AMD EPYC). 1 x 1 and 7 x 7
-    kernels and maps of less than 1 MB gain nothing. Processors with AVX512 run another kernel,
-    which was not measured: they use oneDNN as it is.
+    On a CPU, the forward pass and the gradient of the map are faster. With AVX2, the gradient of
+    3 x 3 weights is slower: for 256 channels and two maps of 128 x 128, oneDNN takes 1.74 s, but
+    only 0.47 s with contiguous maps, plus 0.08 s to copy both (two cores of an AMD EPYC).
+    Convolutions of 3 x 3 therefore copy their maps for this gradient. Copying does not help
+    1 x 1 and 7 x 7 kernels, or maps smaller than 1 MB. Processors with AVX512 run a different
+    kernel, which was not measured, so they use oneDNN unchanged.
     """
     device = next(model.parameters()).device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < TENSOR_CORES:
@@ -48,7 +52,7 @@ def _is_ordinary(conv: Conv2d) -> bool:
 
 
 class WeightGradientFromCopies(Conv2d):
-    """detectron2's Conv2d, computing the gradient to its weights from contiguous maps.
+    """detectron2's Conv2d, which computes the gradient of its weights from contiguous maps.
 
     Parameters and results are the same; gradients are the same up to rounding.
     """
@@ -63,7 +67,7 @@ class WeightGradientFromCopies(Conv2d):
         return x if self.activation is None else self.activation(x)
 
     def __prepare_scriptable__(self) -> Conv2d:
-        """Returns what torch.jit.script compiles instead of this."""
+        """Returns the module that torch.jit.script compiles instead."""
         return stand_in(self, Conv2d)
 
 

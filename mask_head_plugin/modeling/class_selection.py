@@ -1,4 +1,4 @@
-"""Computes one class's outputs for each RoI, and skips the other classes where that is faster.
+"""Computes the outputs of one class per RoI, and skips the other classes where that is faster.
 
 Shape alphabet: R RoIs, K classes, C channels, M mask side, D hidden units.
 """
@@ -13,7 +13,7 @@ from .graph_capture import is_captured
 
 
 def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor) -> Tensor:
-    """Applies, to each RoI, only its class's row of a 1x1 convolution.
+    """Applies to each RoI only the row of a 1x1 convolution that belongs to its class.
 
     Args:
         features: (R, C, M, M).
@@ -24,7 +24,8 @@ def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor)
         (R, M, M) logits, equal to ``predictor(features)[arange(R), classes]``.
     """
     num_rois = features.shape[0]
-    # Numbers, also in a trace: an ONNX runtime would have to infer them, which fails without RoIs.
+    # Plain numbers, even in a trace: otherwise an ONNX runtime would have to infer these sizes,
+    # which fails without RoIs.
     channels, height, width = (int(size) for size in features.shape[1:])
     rows = predictor.weight.flatten(1)[classes]
     pixels = features.reshape(num_rois, channels, height * width)
@@ -35,14 +36,14 @@ def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor)
 
 
 def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, side: int) -> Tensor:
-    """Applies, to each RoI, only its class's rows of a linear layer with a whole mask per class.
+    """Applies to each RoI only the rows of a linear layer that give the mask of its class.
 
-    RoIs of one class share a matrix product: gathering (M M, D) weights per RoI would cost more
-    than computing all classes. All classes are computed on CUDA, since grouping would wait for the
-    device, and in a trace, which would hold the groups of its example. An estimate, not measured:
-    128 RoIs, 80 classes of 28 x 28 and D = 1024 are 16 GFLOP, or 0.3 ms forward on an H100 in
-    float32 (60 TFLOP/s), in a step of tens of ms; a product grouped on the device would save most
-    of it.
+    RoIs of the same class share a matrix product, because gathering (M M, D) weights for each RoI
+    would cost more than computing all classes. All classes are computed on CUDA, where grouping
+    would have to wait for the device, and in a trace, which would record the groups of its example.
+    The cost on CUDA is estimated, not measured: 128 RoIs, 80 classes of 28 x 28 and D = 1024 are
+    16 GFLOP, or 0.3 ms forward on an H100 in float32 (60 TFLOP/s), in a training step of tens of
+    ms. A product grouped on the device would save most of it.
 
     Args:
         hidden: (R, D).
@@ -55,12 +56,12 @@ def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, si
     """
     if hidden.is_cuda or is_captured():
         logits = predictor(hidden)
-        # Sizes as numbers, see select_class_logits.
+        # Sizes are plain numbers, see select_class_logits.
         logits = logits.reshape(logits.shape[0], predictor.out_features // side**2, side, side)
         return of_class(logits, classes)
     order = classes.argsort(stable=True)
     present, counts = torch.unique_consecutive(classes[order], return_counts=True)
-    # unbind, so that backward fills one gradient of the whole layer and not one per class.
+    # With unbind, backward fills one gradient for the whole layer instead of one per class.
     weights = predictor.weight.unflatten(0, (-1, side * side)).unbind()
     biases = predictor.bias.unflatten(0, (-1, side * side)).unbind()
     groups = hidden[order].split(counts.tolist())
@@ -68,16 +69,15 @@ def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, si
         F.linear(rows, weights[k], biases[k])
         for k, rows in zip(present.tolist(), groups, strict=True)
     ]
-    if not logits:  # a zero gradient for each parameter, which DistributedDataParallel needs
+    if not logits:  # DistributedDataParallel needs a gradient, here 0, for every parameter
         return predictor(hidden)[:, : side * side].unflatten(1, (side, side))
     return torch.cat(logits)[order.argsort()].unflatten(1, (side, side))
 
 
 def of_class(class_logits: Tensor, classes: Tensor) -> Tensor:
-    """Returns the (R, M, M) masks of each RoI's class from (R, K, M, M).
+    """Selects the (R, M, M) masks of each RoI's class from (R, K, M, M).
 
-    Uses gather: in a trace, indices of the RoIs would be those of its example, including the
-    device.
+    Uses gather, because a trace would record RoI indices with the number and device of its example.
     """
     index = classes[:, None, None, None].expand(-1, 1, *class_logits.shape[2:])
     return class_logits.gather(1, index)[:, 0]

@@ -1,8 +1,8 @@
-"""detectron2's box predictor, computing in training the one box per RoI that is used.
+"""detectron2's box predictor, which in training computes only the box of each RoI's class.
 
 Class-wise box regression has 4 K outputs, but its loss uses only the 4 of the ground-truth class.
-The mask branch is in the same situation (see mask_head), with the same solution. With LVIS's 1203
-classes, the unused outputs are the largest product of the box head.
+The mask branch has the same problem and the same solution, see mask_head. With LVIS's 1203 classes,
+the unused outputs are the largest matrix product of the box head.
 
 Shape alphabet: R RoIs, K classes, D features.
 """
@@ -23,17 +23,18 @@ Predictions = tuple[Tensor, Tensor]
 
 
 class ScoresAndFeatures(NamedTuple):
-    """What ``forward`` returns in training, when it cannot know yet which deltas are needed."""
+    """What ``forward`` returns in training, before it is known which deltas are needed."""
 
     scores: Tensor
     features: Tensor
 
 
 class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
-    """FastRCNNOutputLayers that only computes the box deltas of the ground-truth class.
+    """FastRCNNOutputLayers that computes only the box deltas of the ground-truth class.
 
-    Same parameters, losses and gradients. In training ``forward`` returns the features instead
-    of the deltas, since classes are not known before ``losses``; inference is detectron2's.
+    Parameters, losses and gradients are the same. In training, ``forward`` returns the features
+    instead of the deltas, because the classes are not known until ``losses`` is called. Inference
+    is the same as in detectron2.
     """
 
     def forward(self, x: Tensor) -> Predictions:
@@ -44,7 +45,7 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
         return ScoresAndFeatures(self.cls_score(x), x)
 
     def __prepare_scriptable__(self) -> FastRCNNOutputLayers:
-        """Returns what torch.jit.script compiles instead of this."""
+        """Returns the module that torch.jit.script compiles instead."""
         return stand_in(self, FastRCNNOutputLayers)
 
     def losses(self, predictions: Predictions, proposals: list[Instances]) -> dict[str, Tensor]:
@@ -63,9 +64,9 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
     def _select(self, predictions: Predictions, proposals: list[Instances]) -> Predictions:
         """Returns the scores and the (R, 4) deltas of each RoI's ground-truth class.
 
-        They have the shape of class-agnostic deltas, which detectron2's methods accept. Background
-        RoIs get the deltas of some class, which no loss reads. Deltas of all classes, computed in
-        evaluation mode, stay as they are.
+        The deltas have the shape of class-agnostic deltas, which detectron2's methods accept.
+        Background RoIs get the deltas of an arbitrary class, because no loss reads them. Deltas of
+        all classes, computed in evaluation mode, are returned unchanged.
         """
         if not isinstance(predictions, ScoresAndFeatures):
             return predictions
@@ -75,16 +76,16 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
         classes = torch.cat([x.gt_classes for x in proposals]).clamp(0, self.num_classes - 1)
         weight = self.bbox_pred.weight.unflatten(0, (self.num_classes, -1))
         bias = self.bbox_pred.bias.unflatten(0, (self.num_classes, -1))
-        # embedding adds up whole rows in backward; indexing would scatter gradients one by one
+        # In backward, embedding adds up whole rows; indexing would scatter gradients one by one.
         rows = F.embedding(classes, weight.flatten(1)).unflatten(1, weight.shape[1:])
         return scores, torch.bmm(rows, features[:, :, None])[:, :, 0] + bias[classes]
 
 
 def make_class_selective(box_predictor: Any) -> Any:
-    """Makes detectron2's own box predictor class-selective, in place, if it predicts per class.
+    """Makes detectron2's own box predictor class-selective if it predicts a box per class.
 
-    In place, so that the parameters stay as they were initialised from the generator's state.
-    Other predictors, a user's or a cascade's, are returned as they are.
+    Changes the predictor in place, which keeps its initial parameters and leaves the random number
+    generator untouched. Other predictors, such as a user's or a cascade's, are returned unchanged.
     """
     if type(box_predictor) is not FastRCNNOutputLayers:
         return box_predictor

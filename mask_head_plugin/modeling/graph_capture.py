@@ -13,31 +13,31 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def is_captured() -> bool:
-    """Returns whether a trace or torch.export is recording the running code.
+    """Returns whether the running code is being recorded by a trace or by torch.export.
 
-    The recording holds only tensors and operators of PyTorch and torchvision (if exported on CUDA,
-    also this package's for RoI pooling), and must be right for other numbers of boxes than its
-    example's.
+    A recording can contain only tensors and the operators of PyTorch and torchvision, and, in an
+    export on CUDA, this package's RoI pooling operator. It must also be correct for numbers of
+    boxes that differ from its example's.
     """
-    # The oldest PyTorch that is allowed lacks torch.compiler.is_exporting.
+    # The oldest supported PyTorch lacks torch.compiler.is_exporting.
     is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
     return bool(torch.jit.is_tracing() or is_exporting())  # type: ignore[attr-defined]
 
 
 def stand_in(module: nn.Module, stock_class: type[Module]) -> Module:
-    """Returns the module as one of detectron2's classes, for torch.jit.script to compile.
+    """Returns the module as an instance of a detectron2 class that torch.jit.script can compile.
 
-    A shallow copy with the same children. torch.jit.script remembers exchanged modules by ``id``,
-    and could confuse a new child with one that no longer exists.
+    The result is a shallow copy with the same children. torch.jit.script remembers the modules that
+    it replaced by ``id``, so it could mistake a new child for one that no longer exists.
 
     Args:
-        module: of a subclass of ``stock_class``.
-        stock_class: the class for the compiler; computes the same from the same parameters.
+        module: an instance of a subclass of ``stock_class``.
+        stock_class: the class to compile; computes the same results from the same parameters.
     """
     stock: Any = copy.copy(module)
     stock.__class__ = stock_class
-    stock._modules = dict(module._modules)  # in which the compiler exchanges children
-    # The compiler omits code that only runs in training, as scripting_with_instances makes it do
+    stock._modules = dict(module._modules)  # its own dict: the compiler replaces children in it
+    # Makes the compiler omit code that runs only in training. scripting_with_instances does this
     # for the classes that it finds in the model.
     constants = getattr(stock_class, "__constants__", ())
     stock.__constants__ = [*constants, "training"]
@@ -46,6 +46,6 @@ def stand_in(module: nn.Module, stock_class: type[Module]) -> Module:
 
 
 def copy_sharing_tensors(module: Module) -> Module:
-    """Returns a copy with the same parameters and buffers, whose modules may be exchanged."""
+    """Returns a copy whose modules can be replaced and which shares parameters and buffers."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

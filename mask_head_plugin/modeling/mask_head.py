@@ -1,10 +1,11 @@
-"""The mask branch: from region features to the one mask per RoI that is used.
+"""The mask branch: computes, from region features, only the mask of each RoI's own class.
 
-A per-class head has K output channels and uses one: the ground-truth class's in training, the
-predicted class's in inference. The last layer is linear in each pixel (or in the whole mask), so
-its rows are selected before it is applied, ``logits[r] = weight[class[r]] . features[r] + bias``:
-the same numbers and gradients as selecting from the (R, K, M, M) tensor, without that tensor. Only
-a loss that couples the classes (Table 2b's softmax) needs them all.
+A per-class head has K output channels but uses only one of them per RoI: that of the ground-truth
+class in training, that of the predicted class in inference. The last layer is linear, per pixel or
+per mask, so its rows can be selected before it is applied:
+``logits[r] = weight[class[r]] . features[r] + bias``. Values and gradients are the same as when
+selecting from the (R, K, M, M) tensor, which is never allocated. Only a loss that couples the
+classes (the softmax of Table 2b) needs all K channels.
 
 Shape alphabet: R RoIs, K classes, C channels, P pooled side, M mask side (2P), D hidden units.
 """
@@ -44,8 +45,7 @@ NO_PARAMETERS: LossParams = {}
 
 
 class ClassSelection(nn.Module):
-    """The common part of the plugin's mask heads: losses, statistics and inference on the masks in
-    use.
+    """What the plugin's mask heads share: losses, statistics and inference on selected masks.
 
     A mixin for subclasses of detectron2's BaseMaskRCNNHead that define ``selected_logits`` and
     ``class_logits``.
@@ -82,8 +82,8 @@ class ClassSelection(nn.Module):
             raise ValueError(
                 "mask scoring already logs loss_mask_iou: give the mask loss 'iou' another name"
             )
-        # Since the last log: wrong pixels, pixels of ground truth 1, wrong ones among these, and
-        # their total number; and where they are logged. Not part of checkpoints.
+        # Counted since the last log: wrong pixels, foreground pixels, wrong foreground pixels, and
+        # all pixels. _storage_id identifies the run that they belong to. Not in checkpoints.
         counts = torch.zeros(3, dtype=torch.int64)
         self.register_buffer("_pixel_counts", counts, persistent=False)
         self._num_pixels = 0
@@ -95,17 +95,19 @@ class ClassSelection(nn.Module):
         """
         Args:
             features: (R, C, P, P) region features.
-            instances: by image; R in all. Training: the positives, with ``proposal_boxes``,
-                ``gt_classes``, ``gt_masks``. Inference: detections with ``pred_classes``.
+            instances: one per image, with R instances in total. In training, the positive proposals
+                with ``proposal_boxes``, ``gt_classes`` and ``gt_masks``. In inference, detections
+                with ``pred_classes``.
 
         Returns:
-            In training the weighted loss terms; in inference the same instances with
-            ``pred_masks`` (Ri, 1, M, M), probabilities of the predicted class's mask, and with mask
-            scoring, where they have ``scores``, ``mask_scores`` (Ri,): score times predicted IoU.
+            In training, the weighted loss terms. In inference, the same instances with
+            ``pred_masks`` (Ri, 1, M, M), the mask probabilities of the predicted class. If mask
+            scoring is on and they have ``scores``, also ``mask_scores`` (Ri,), the score times the
+            predicted IoU.
         """
         field = "gt_classes" if self.training else "pred_classes"
         classes = cat([x.get(field) for x in instances])
-        if self.num_classes == 1:  # class-agnostic, or a single class
+        if self.num_classes == 1:  # class-agnostic masks, or only one class
             classes = torch.zeros_like(classes)
         activation = self.losses[0].activation
         if activation is None:
@@ -115,20 +117,20 @@ class ClassSelection(nn.Module):
             mask_logits = self.class_logits(features)
             mask_probs = activation(mask_logits.detach(), classes)
         if not self.training:
-            # Not len(), which in a trace is the number of its example.
+            # Not len(): a trace would record the number of boxes in its example.
             counts = [x.pred_classes.shape[0] for x in instances]
             for x, probs in zip(instances, mask_probs[:, None].split(counts), strict=True):
                 x.pred_masks = probs
             if self.iou_head is not None:
                 iou = self.iou_head(features, mask_probs, classes).clamp(0, 1)
                 for x, iou_per_image in zip(instances, iou.split(counts), strict=True):
-                    if x.has("scores"):  # given boxes may have none
+                    if x.has("scores"):  # boxes from a user may come without scores
                         x.mask_scores = x.scores * iou_per_image
             return instances
         gt_masks = crop_gt_masks(instances, mask_probs)
-        # detectron2's masks crop to bool; a user's may crop to fractions in [0, 1].
+        # detectron2's masks are cropped to bool; a user's class may return fractions in [0, 1].
         gt_bits = gt_masks if gt_masks.dtype == torch.bool else gt_masks > 0.5
-        if torch.is_grad_enabled():  # not in PreciseBN and TEST.EVAL_LOSS, which learn nothing
+        if torch.is_grad_enabled():  # not in PreciseBN and TEST.EVAL_LOSS, which do not train
             self._log(mask_probs, gt_bits)
         iteration = get_event_storage().iter
         losses = weighted_mask_losses(self.losses, mask_logits, classes, gt_masks, iteration)
@@ -141,10 +143,10 @@ class ClassSelection(nn.Module):
         return losses
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Returns what torch.jit.script compiles instead of this: detectron2's mask head.
+        """Returns the module that torch.jit.script compiles instead: detectron2's mask head.
 
         Raises:
-            ValueError: if detectron2's head would not compute the same.
+            ValueError: if detectron2's head would compute something else.
         """
         term, where = self.losses[0], "cannot be scripted; use torch.jit.trace"
         if not isinstance(self, MaskRCNNConvUpsampleHead):
@@ -159,7 +161,7 @@ class ClassSelection(nn.Module):
     def _log(self, mask_probs: Tensor, gt_masks: Tensor) -> None:
         """Logs detectron2's mask statistics and, at vis_period, masks next to their targets."""
         storage = get_event_storage()
-        if id(storage) != self._storage_id:  # of another run
+        if id(storage) != self._storage_id:  # a new run has started
             self._storage_id, self._num_pixels = id(storage), 0
             self._pixel_counts.zero_()
         wrong = (mask_probs > 0.5) != gt_masks
@@ -177,7 +179,7 @@ class ClassSelection(nn.Module):
 
 
 def selection_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-    """Returns the arguments that all of the plugin's mask heads take from a config.
+    """Returns the arguments that all mask heads of the plugin take from a config.
 
     Raises:
         KeyError: if the config lacks the plugin's keys.
@@ -203,7 +205,7 @@ def selection_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
 
 
 def region_shape(cfg: CfgNode, input_shape: ShapeSpec) -> ShapeSpec:
-    """Returns the shape of region features; Res5ROIHeads states it before res5 halves it."""
+    """Returns the shape of region features. Res5ROIHeads gives the shape before res5 halves it."""
     if not issubclass(ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME), Res5ROIHeads):
         return input_shape
     height, width = -(-input_shape.height // 2), -(-input_shape.width // 2)
@@ -224,10 +226,11 @@ def check_mask_losses(head_cfg: CfgNode) -> None:
 class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
     """Mask R-CNN figure 4: 3x3 convolutions, a 2x2 deconvolution, and one mask per class.
 
-    Layers, initialisation and parameter names are those of detectron2's MaskRCNNConvUpsampleHead,
-    so checkpoints fit both ways; it works in every ROIHeads that takes that head. Differences: only
-    the logits in use are computed, the losses come from MASK_LOSS_REGISTRY, and accuracy statistics
-    are summed on the device and read once per STATISTICS_PERIOD.
+    Layers, initialisation and parameter names are those of detectron2's MaskRCNNConvUpsampleHead.
+    Checkpoints are therefore interchangeable, and this head works in every ROIHeads that accepts
+    detectron2's. Differs from detectron2: only the logits of each RoI's class are computed, the
+    losses come from MASK_LOSS_REGISTRY, and accuracy statistics are summed on the device and read
+    once per STATISTICS_PERIOD.
     """
 
     predictor: nn.Conv2d
@@ -250,16 +253,18 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
         """
         Args:
             input_shape: channels of the region features.
-            num_classes: K, foreground classes; 1 for class-agnostic masks.
-            conv_dims: output channels of the 3x3 convolutions and, last, of the deconvolution.
+            num_classes: K, the number of foreground classes; 1 for class-agnostic masks.
+            conv_dims: output channels of each 3x3 convolution, followed by those of the
+                deconvolution.
             conv_norm: normalisation of the convolutions, see detectron2.layers.get_norm.
-            losses: (name in MASK_LOSS_REGISTRY, weight), or (name, weight, iterations over which
-                the weight is ramped up), of each term.
-            loss_params: parameters by loss; names as in MODEL.ROI_MASK_HEAD.LOSS_PARAMS.
-            loss_weight: factor of all terms.
+            losses: for each term, (name in MASK_LOSS_REGISTRY, weight) or (name, weight, iterations
+                over which the weight is ramped up).
+            loss_params: parameters of each loss, with the names of
+                MODEL.ROI_MASK_HEAD.LOSS_PARAMS.
+            loss_weight: factor applied to all terms.
             vis_period: iterations between images of masks and targets in TensorBoard; 0 for none.
-            iou_head: predicts the IoU of each mask (mask scoring); None for none.
-            iou_loss_weight: factor of its loss, the mean squared error over the RoIs.
+            iou_head: predicts the IoU of each mask (mask scoring); None disables mask scoring.
+            iou_loss_weight: factor of the mask scoring loss, the mean squared error over the RoIs.
 
         Raises:
             ValueError: if ``losses`` or ``loss_params`` cannot be used.
@@ -283,7 +288,7 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
     def predictor_features(self, features: Tensor) -> Tensor:
         """Returns the (R, C, M, M) input of the predictor for (R, C, P, P) region features."""
         for name, layer in self.named_children():
-            if name == "predictor":  # by name: torch.export gives substitutes of modules
+            if name == "predictor":  # compared by name: torch.export substitutes modules
                 break
             features = layer(features)
         return features
@@ -295,16 +300,16 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
         return self.predictor(self.predictor_features(features))
 
     def layers(self, features: Tensor) -> Tensor:
-        """Returns the logits of all classes, as detectron2's method of this name."""
+        """Returns the logits of all classes, like detectron2's method of the same name."""
         return self.class_logits(features)
 
 
 @register_in(ROI_MASK_HEAD_REGISTRY)
 class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
-    """The multi-layer perceptron of Mask R-CNN Table 2e, which FCNMaskHead is compared with.
+    """The multi-layer perceptron that Mask R-CNN Table 2e compares with FCNMaskHead.
 
-    Hidden layers (``fc1``, ``fc2``, ...; MODEL.ROI_MASK_HEAD.NUM_FC of FC_DIM units) and a
-    ``predictor`` of K (2P)^2 outputs, each class's mask in one piece.
+    It has hidden layers ``fc1``, ``fc2``, ... (MODEL.ROI_MASK_HEAD.NUM_FC layers of FC_DIM units)
+    and a ``predictor`` with K (2P)^2 outputs, in which each class's mask is contiguous.
     """
 
     @configurable
@@ -334,8 +339,8 @@ class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
             iou_loss_weight: see FCNMaskHead.
 
         Raises:
-            ValueError: if no hidden layer is asked for, the shape is not a square, or ``losses`` or
-                ``loss_params`` cannot be used.
+            ValueError: if ``fc_dims`` is empty, the region features are not square, or ``losses``
+                or ``loss_params`` cannot be used.
         """
         super().__init__(loss_weight=loss_weight, vis_period=vis_period)
         if not fc_dims:
@@ -386,9 +391,7 @@ class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
 def log_statistics(
     storage: EventStorage, num_pixels: int, num_wrong: int, num_positive: int, num_missed: int
 ) -> None:
-    """Logs accuracy, false positive and false negative rate of mask pixels, under detectron2's
-    names.
-    """
+    """Logs the accuracy and error rates of mask pixels under detectron2's names."""
     num_negative = num_pixels - num_positive
     storage.put_scalar("mask_rcnn/accuracy", 1 - num_wrong / max(num_pixels, 1))
     storage.put_scalar("mask_rcnn/false_positive", (num_wrong - num_missed) / max(num_negative, 1))
@@ -396,13 +399,14 @@ def log_statistics(
 
 
 def crop_gt_masks(instances: list[Instances], mask_logits: Tensor) -> Tensor:
-    """Returns the (R, M, M) targets: each RoI's part of its own ground-truth mask.
+    """Returns the (R, M, M) targets: the part of each RoI's ground-truth mask inside the RoI.
 
     Polygons are rasterised by pycocotools, as in detectron2.
 
     Args:
-        instances: by image, R in all, with ``proposal_boxes`` and ``gt_masks``.
-        mask_logits: (R, M, M); gives M and the device.
+        instances: one per image, with R instances in total; each has ``proposal_boxes`` and
+            ``gt_masks``.
+        mask_logits: (R, M, M); only M and the device are read.
     """
     size, targets = mask_logits.shape[-1], []
     for x in instances:

@@ -1,11 +1,12 @@
-"""Mask losses, by name in MASK_LOSS_REGISTRY.
+"""Mask losses, registered by name in MASK_LOSS_REGISTRY.
 
-A loss is a pure function ``(mask_logits, gt_masks, weights=None, **parameters) -> scalar`` of the
-logits of the one mask per RoI that counts (its class's) and its target. It neither selects classes
-nor logs; the head does. Each loss has one value per RoI, given below, and returns their mean over
-the RoIs, weighted by ``weights``; 0 with a graph where there are none.
+A loss is a pure function ``(mask_logits, gt_masks, weights=None, **parameters) -> scalar``. For
+each RoI it receives the mask logits of the RoI's class and the target mask. The mask head selects
+the class and logs the result. Each loss computes one value per RoI, given in its docstring, and
+returns the mean of these values, weighted by ``weights``. Without RoIs it returns a 0 that is still
+part of the graph, so backward works.
 
-Losses marked with ``couples_classes`` get the logits of all classes instead,
+Losses marked with ``couples_classes`` receive the logits of all classes instead:
 ``(class_logits, classes, gt_masks, weights=None, **parameters) -> scalar``.
 
 Shape alphabet: R RoIs, K classes, M mask side. z are logits, p = sigmoid(z), g targets in [0, 1].
@@ -29,8 +30,8 @@ LossT = TypeVar("LossT", bound=MaskLoss)
 
 MASK_LOSS_REGISTRY = Registry("MASK_LOSS")
 MASK_LOSS_REGISTRY.__doc__ = """
-Mask losses, named as in MODEL.ROI_MASK_HEAD.LOSSES. Parameters are keyword-only, have numbers as
-defaults and are set by MODEL.ROI_MASK_HEAD.LOSS_PARAMS.<NAME>.<PARAMETER>.
+Mask losses, named as in MODEL.ROI_MASK_HEAD.LOSSES. Parameters are keyword-only, have numeric
+defaults, and are set with MODEL.ROI_MASK_HEAD.LOSS_PARAMS.<NAME>.<PARAMETER>.
 """
 
 
@@ -38,8 +39,8 @@ def couples_classes(activation: Callable[[Tensor, Tensor], Tensor]) -> Callable[
     """Marks a loss that needs the logits of all classes.
 
     Args:
-        activation: turns (R, K, M, M) class logits and (R,) classes into the (R, M, M)
-            probabilities of each RoI's mask, instead of the sigmoid.
+        activation: replaces the sigmoid. It maps (R, K, M, M) class logits and (R,) classes to the
+            (R, M, M) probabilities of each RoI's mask.
     """
 
     def mark(loss: LossT) -> LossT:
@@ -50,11 +51,11 @@ def couples_classes(activation: Callable[[Tensor, Tensor], Tensor]) -> Callable[
 
 
 def mean_over_rois(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns the mean of (R,) values; 0 with a graph if there are none.
+    """Returns the mean of (R,) values. Without RoIs, returns a 0 that is still part of the graph.
 
     Args:
-        values: (R,), one for each RoI.
-        weights: (R,), 0 and above; None for equal weights.
+        values: (R,), one per RoI.
+        weights: (R,), non-negative; None weights all RoIs equally.
     """
     if weights is None:
         return values.sum() / max(len(values), 1)
@@ -72,14 +73,14 @@ def _overlaps(mask_logits: Tensor, gt_masks: Tensor) -> tuple[Tensor, Tensor, Te
 def binary_cross_entropy(
     mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """Mean over the pixels of ``-[g log p + (1 - g) log(1 - p)]``; 0 and above.
+    """Mean over the pixels of ``-[g log p + (1 - g) log(1 - p)]``; at least 0.
 
     Mask R-CNN section 3: "the average binary cross-entropy loss" on the k-th mask.
 
     Args:
         mask_logits: (R, M, M), any real numbers.
-        gt_masks: (R, M, M) of the same type, in [0, 1].
-        weights: (R,) of the same type, 0 and above; None for all equal.
+        gt_masks: (R, M, M) of the same dtype, in [0, 1].
+        weights: (R,) of the same dtype, non-negative; None weights all RoIs equally.
 
     Returns:
         Scalar.
@@ -107,17 +108,18 @@ def softmax_probs(class_logits: Tensor, classes: Tensor) -> Tensor:
 def softmax_cross_entropy(
     class_logits: Tensor, classes: Tensor, gt_masks: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """Mean over the pixels of the cross-entropy of a softmax over K classes and background.
+    """Mean over the pixels of the cross-entropy of a softmax over K classes and the background.
 
-    ``log(1 + sum_j exp(z_j)) - g z_k``; 0 and above. Mask R-CNN Table 2b, where masks compete. The
-    paper does not say what its background is: here an implicit logit of 0, so that the parameters
-    are those of the per-class sigmoid, and for K = 1 this is binary cross-entropy.
+    ``log(1 + sum_j exp(z_j)) - g z_k``; at least 0. This is the loss of Mask R-CNN Table 2b, where
+    the classes' masks compete. The paper does not define the background. Here it is an implicit
+    logit of 0, which keeps the parameters of the per-class sigmoid and makes the loss equal to
+    binary cross-entropy for K = 1.
 
     Args:
         class_logits: (R, K, M, M).
         classes: (R,) int64 in [0, K).
         gt_masks: (R, M, M) in [0, 1].
-        weights: (R,); None for all equal.
+        weights: (R,); None weights all RoIs equally.
     """
     own = of_class(class_logits, classes)
     pixels = F.softplus(class_logits.logsumexp(1)) - gt_masks * own
@@ -130,11 +132,11 @@ def dice(
 ) -> Tensor:
     """``1 - (2 sum(p g) + eps) / (sum(p^2) + sum(g^2) + eps)``, in [0, 1] (V-Net, 1606.04797).
 
-    Alone and from scratch, it can get stuck at masks of one value, so it is usually added to
-    binary_cross_entropy.
+    On its own, it can get stuck at constant masks when training starts from scratch, so it is
+    usually combined with binary_cross_entropy.
 
     Args: see binary_cross_entropy.
-        eps: pixels; keeps the value defined, and low for a low p, where g is all 0.
+        eps: pixels. If g is all 0, it keeps the value defined, and low where p is low.
     """
     _check_parameter("eps", eps, eps > 0, "above 0")
     probs, gt = mask_logits.sigmoid().flatten(1), gt_masks.flatten(1)
@@ -152,14 +154,14 @@ def focal(
     gamma: float = 2.0,
     alpha: float = 0.25,
 ) -> Tensor:
-    """Mean over the pixels of ``-a (1 - q)^gamma log q``; 0 and above (1708.02002 equation 5).
+    """Mean over the pixels of ``-a (1 - q)^gamma log q``; at least 0 (1708.02002 equation 5).
 
-    q is p where g = 1 and 1 - p where g = 0; in the same way, a is alpha or 1 - alpha. Its mean is
-    far below that of binary_cross_entropy, which it equals for gamma = 0 and alpha = -1.
+    q is p where g = 1, and 1 - p where g = 0. Likewise, a is alpha or 1 - alpha. The mean is far
+    lower than that of binary_cross_entropy; with gamma = 0 and alpha = -1, the two are equal.
 
     Args: see binary_cross_entropy.
-        gamma: 0, or 1 and above (between, the gradient has a pole where q = 1).
-        alpha: in [0, 1]; -1 leaves the factor out.
+        gamma: 0, or at least 1 (between 0 and 1, the gradient has a pole at q = 1).
+        alpha: in [0, 1], or -1 to omit the factor.
     """
     _check_parameter("gamma", gamma, gamma == 0 or gamma >= 1, "0, or 1 and above")
     _check_parameter("alpha", alpha, alpha == -1 or 0 <= alpha <= 1, "in [0, 1], or -1")
@@ -179,12 +181,12 @@ def tversky(
 ) -> Tensor:
     """``1 - (TP + eps) / (TP + alpha FP + beta FN + eps)``, in [0, 1) (1706.05721).
 
-    TP = sum(p g), FP = sum(p (1 - g)), FN = sum((1 - p) g). With alpha = beta = 0.5 it is Dice with
-    p and g instead of their squares (and half of eps).
+    TP = sum(p g), FP = sum(p (1 - g)), FN = sum((1 - p) g). With alpha = beta = 0.5, this is Dice
+    without the squares of p and g (and with half of eps).
 
     Args: see binary_cross_entropy.
-        alpha: weight of a false positive, 0 and above.
-        beta: weight of a false negative, 0 and above.
+        alpha: weight of a false positive, at least 0.
+        beta: weight of a false negative, at least 0.
         eps: pixels, see dice.
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
@@ -213,45 +215,47 @@ def soft_iou(
 
 @MASK_LOSS_REGISTRY.register()
 def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The Lovász extension of 1 - IoU at the hinge errors; 0 and above (1705.08790 equation 9).
+    """The Lovász extension of 1 - IoU at the hinge errors; at least 0 (1705.08790 equation 9).
 
-    Errors ``m = max(0, 1 - z (2g - 1))`` are sorted, largest first; each is weighted by the IoU
-    that its pixel costs on top of those before it. The loss has no upper bound; training is more
-    stable if it is added to binary_cross_entropy, or follows it.
+    Errors ``m = max(0, 1 - z (2g - 1))`` are sorted in descending order. The weight of each is the
+    IoU that its pixel costs in addition to the pixels before it. The loss has no upper bound.
+    Training is more stable if you add it to binary_cross_entropy, or fine-tune with it after
+    training with binary_cross_entropy.
 
-    Args: see binary_cross_entropy; gt_masks in {0, 1}.
+    Args: see binary_cross_entropy, but gt_masks must be in {0, 1}.
     """
     gt = gt_masks.flatten(1)
     errors, order = (1 - mask_logits.flatten(1) * (2 * gt - 1)).sort(dim=1, descending=True)
     gt = gt.gather(1, order)
     total = gt.sum(1, keepdim=True)
     union = total + (1 - gt).cumsum(1)
-    # Both are 0 only before the first pixel of an empty mask, which is no entry here.
+    # Both would be 0 only before the first pixel of an empty mask, which has no entry here.
     lost_iou = 1 - (total - gt.cumsum(1)) / union.clamp(min=1)
     steps = torch.diff(lost_iou, dim=1, prepend=torch.zeros_like(total))
     return mean_over_rois((errors.relu() * steps).sum(1), weights)
 
 
 def signed_distance(gt_masks: Tensor) -> Tensor:
-    """Returns the distance of each pixel centre to the mask's boundary, negative inside.
+    """Returns the distance from each pixel centre to the mask's boundary, negative inside.
 
-    The exact Euclidean distance to the nearest pixel of the other kind, minus the half pixel to its
-    edge, computed on the masks' device: first along columns, then along rows.
+    This is the exact Euclidean distance to the nearest pixel on the other side of the boundary,
+    minus the half pixel to that pixel's edge. It is computed on the masks' device, first along
+    columns and then along rows.
 
     Args:
-        gt_masks: (R, M, M); above 0.5 is inside.
+        gt_masks: (R, M, M); values above 0.5 are inside.
 
     Returns:
-        (R, M, M) in pixels; 0 for masks with pixels of only one kind.
+        (R, M, M) in pixels; 0 for masks that are all inside or all outside.
     """
     inside = gt_masks > 0.5
     steps = torch.arange(inside.shape[-1], device=inside.device, dtype=gt_masks.dtype)
     squares = (steps[:, None] - steps).square()
-    far = 4.0 * inside.shape[-1] ** 2  # beyond any distance in the mask
+    far = 4.0 * inside.shape[-1] ** 2  # more than any squared distance in the mask
     distances = []
     for other in (inside, ~inside):
         cost = torch.where(other, 0.0, far)
-        cost = (cost[:, None] + squares[..., None]).amin(2)  # nearest of the column
+        cost = (cost[:, None] + squares[..., None]).amin(2)  # nearest pixel in the column
         distances.append((cost[:, :, None] + squares).amin(3).clamp(max=far).sqrt() - 0.5)
     distance = torch.where(inside, -distances[1], distances[0])
     one_kind = inside.flatten(1).all(1) | ~inside.flatten(1).any(1)
@@ -262,12 +266,12 @@ def signed_distance(gt_masks: Tensor) -> Tensor:
 def boundary_distance(
     mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """Mean over the pixels of ``p phi``, phi the signed distance to the mask's boundary in pixels.
+    """Mean over the pixels of ``p phi``, where phi is the signed distance to the mask's boundary.
 
-    The boundary loss of 1812.07032 (equation 5); negative inside, so that the loss may be below 0.
-    It ignores the region, so alone it leads to empty masks: add it to a region loss, with a small
-    weight that is ramped up (a third number in LOSSES). RoIs whose target has no boundary count as
-    0.
+    This is the boundary loss of 1812.07032 (equation 5). phi is in pixels and negative inside the
+    mask, so the loss can be negative. On its own, the loss leads to empty masks because it ignores
+    the region: add it to a region loss, with a small weight that is ramped up (the third number in
+    LOSSES). RoIs whose target has no boundary count as 0.
 
     Args: see binary_cross_entropy.
     """
@@ -277,10 +281,10 @@ def boundary_distance(
 
 @MASK_LOSS_REGISTRY.register()
 def edge_agreement(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of ``|S * p - S * g|^2`` over the pixels and both Sobel filters S; 0 and above.
+    """Mean of ``|S * p - S * g|^2`` over the pixels and both Sobel filters S; at least 0.
 
-    The edge agreement loss of 1809.07069 with p = 2 (equation 3). The border is replicated, so that
-    a mask cut off by its RoI has no edge there.
+    This is the edge agreement loss of 1809.07069 with p = 2 (equation 3). The border is replicated,
+    so a mask that is cut off by its RoI has no edge at the cut.
 
     Args: see binary_cross_entropy.
     """

@@ -1,4 +1,4 @@
-"""The weighted sum of mask losses that MODEL.ROI_MASK_HEAD.LOSSES and LOSS_PARAMS describe.
+"""The weighted sum of mask losses configured by MODEL.ROI_MASK_HEAD.LOSSES and LOSS_PARAMS.
 
 Shape alphabet: R RoIs, K classes, M mask side.
 """
@@ -24,9 +24,9 @@ class MaskLossTerm:
     """One term of the mask loss.
 
     Attributes:
-        name: in MASK_LOSS_REGISTRY.
-        weight: its factor.
-        ramp_iters: iterations over which the factor grows from 0, linearly.
+        name: the loss's name in MASK_LOSS_REGISTRY.
+        weight: factor of the loss.
+        ramp_iters: iterations over which the factor grows linearly from 0.
         parameters: keyword arguments of the loss.
     """
 
@@ -41,7 +41,7 @@ class MaskLossTerm:
 
     @property
     def activation(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """The activation given to couples_classes, or None for a sigmoid."""
+        """The activation passed to couples_classes, or None for a sigmoid."""
         return getattr(self.loss, "activation", None)
 
     def weight_at(self, iteration: int) -> float:
@@ -57,18 +57,18 @@ def weighted_mask_losses(
     gt_masks: Tensor,
     iteration: int,
 ) -> dict[str, Tensor]:
-    """Evaluates a weighted sum of losses, term by term, at least in float32, even under autocast.
+    """Returns each weighted loss term, computed in float32 or wider even under autocast.
 
     Args:
         terms: from parse_losses.
         mask_logits: (R, M, M), or (R, K, M, M) if the terms couple the classes.
         classes: (R,) int64 in [0, K).
         gt_masks: (R, M, M), in [0, 1].
-        iteration: for ramps.
+        iteration: the current iteration, for ramps.
 
     Returns:
-        The weighted terms, which the trainer adds up: ``loss_mask`` for a single term (detectron2's
-        name), ``loss_mask_<name>`` for several.
+        The weighted terms, which the trainer adds up. A single term is called ``loss_mask``, as in
+        detectron2; several are called ``loss_mask_<name>``.
     """
     mask_logits = mask_logits.to(torch.promote_types(mask_logits.dtype, torch.float32))
     gt_masks = gt_masks.to(mask_logits.dtype)
@@ -78,7 +78,8 @@ def weighted_mask_losses(
         inputs = (
             (mask_logits, gt_masks) if term.activation is None else (mask_logits, classes, gt_masks)
         )
-        with torch.autocast(mask_logits.device.type, enabled=False):  # also a user's convolution
+        # Autocast would otherwise lower the precision of a convolution in a user's loss.
+        with torch.autocast(mask_logits.device.type, enabled=False):
             losses[key] = term.weight_at(iteration) * term.loss(*inputs, **term.parameters)
     return losses
 
@@ -86,16 +87,17 @@ def weighted_mask_losses(
 def parse_losses(
     losses: Sequence[Sequence[Any]], parameters: Mapping[str, Mapping[str, Any]]
 ) -> list[MaskLossTerm]:
-    """Returns the terms that MODEL.ROI_MASK_HEAD.LOSSES and LOSS_PARAMS describe.
+    """Parses MODEL.ROI_MASK_HEAD.LOSSES and LOSS_PARAMS into loss terms.
 
     Args:
-        losses: ``[name, weight]`` or ``[name, weight, ramp_iters]`` of each term.
-        parameters: by name of the loss in capitals, values by name of the parameter in capitals;
-            those of unused losses are also checked.
+        losses: ``[name, weight]`` or ``[name, weight, ramp_iters]`` for each term.
+        parameters: maps each loss's name to its parameters, and each parameter's name to its value;
+            all names are in capitals. Parameters of unused losses are checked as well.
 
     Raises:
-        ValueError: naming the key and the choices, if there is no term, an entry has another form,
-            a name is unknown or repeated, a number is out of range, or terms cannot be combined.
+        ValueError: if there are no terms, an entry has the wrong form, a name is unknown or
+            repeated, a number is out of range, or terms cannot be combined. The message names the
+            key and the choices.
     """
     checked = {}
     for section, values in parameters.items():
@@ -106,7 +108,7 @@ def parse_losses(
     terms: list[MaskLossTerm] = []
     for entry in losses:
         name, weight, *ramp = _check_entry(losses, entry)
-        if name not in checked:  # has no section
+        if name not in checked:  # LOSS_PARAMS has no section for it
             checked[name] = _check_parameters(name, {})
         if name in [term.name for term in terms]:
             raise ValueError(f"{_where(losses)}: {name!r} appears twice; add its weights")
@@ -149,8 +151,8 @@ def _check_entry(losses: Sequence[Sequence[Any]], entry: Any) -> Sequence[Any]:
 def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
     """Returns the keyword arguments of a loss from its section of LOSS_PARAMS.
 
-    The loss is called once, without RoIs, so that it checks its parameters, and errors in a user's
-    loss show before training.
+    Calls the loss once without RoIs, so that it checks its parameters and errors in a user's loss
+    appear before training.
     """
     where, loss = f"{PARAMS}.{name.upper()}", MASK_LOSS_REGISTRY.get(name)
     signature = inspect.signature(loss).parameters.values()
@@ -183,7 +185,7 @@ def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _find_name(key: str, names: Sequence[str], where: str) -> str:
-    """Returns which of the lower-case choices a config key in capitals means."""
+    """Returns the lower-case name that matches a config key in capitals."""
     choices = {name.upper(): name for name in names}
     if key not in choices:
         raise ValueError(f"{where}.{key} does not exist; choose from {sorted(choices)}")
@@ -191,7 +193,7 @@ def _find_name(key: str, names: Sequence[str], where: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """Returns whether a value is a number that a float can hold."""
+    """Returns whether a value is a finite number within the range of a float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return abs(value) <= sys.float_info.max  # math.isfinite fails for long integers

@@ -1,7 +1,7 @@
-"""Mask scoring: predicts how well a mask fits (Mask Scoring R-CNN, arXiv 1903.00241).
+"""Mask scoring: predicts the quality of a mask (Mask Scoring R-CNN, arXiv 1903.00241).
 
-A detection's score says how certain its class is, not how good its mask is. Here a small network
-predicts the mask's IoU with its instance, and class score times IoU ranks the masks.
+A detection's score measures how certain its class is, not how good its mask is. Here a small
+network predicts the IoU of the mask with the object, and masks are ranked by class score times IoU.
 
 Shape alphabet: R RoIs, K classes, C channels, P side of the region features, M mask side (2P).
 """
@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 
 class MaskIoUHead(nn.Module):
-    """Predicts the IoU of a mask with its instance, for each class (section 3.2 and figure 3).
+    """Predicts the IoU of a mask with its object, for each class (section 3.2 and figure 3).
 
-    Region features and the mask, max-pooled to their size, go through four 3x3 convolutions, the
-    last with stride 2, and three linear layers.
+    The mask is max-pooled to the size of the region features and concatenated with them. Four 3x3
+    convolutions follow, the last with stride 2, and then three linear layers.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class MaskIoUHead(nn.Module):
         """
         Args:
             features: (R, C, P, P) region features.
-            mask_probs: (R, M, M); get no gradient from the prediction.
+            mask_probs: (R, M, M); detached, so no gradient flows back into the masks.
             classes: (R,) int64 in [0, K).
 
         Returns:
-            (R,) predicted IoU of each RoI's class, any real number.
+            (R,) predicted IoU for each RoI's class; may lie outside [0, 1].
         """
         masks = F.max_pool2d(mask_probs.detach()[:, None], 2).to(features.dtype)
         hidden = self.hidden(self.convolutions(torch.cat([features, masks], dim=1)).flatten(1))
@@ -70,17 +70,16 @@ class MaskIoUHead(nn.Module):
 def mask_iou_targets(
     mask_bits: Tensor, gt_masks: Tensor, box_area: Tensor, gt_area: Tensor
 ) -> Tensor:
-    """Returns the IoU of predicted masks with whole instances, not only with the parts in their
-    RoIs.
+    """Returns the IoU of each predicted mask with the whole object, not only its part in the RoI.
 
-    Both masks are counted in mask pixels. Any prediction misses the part of the instance outside
-    the RoI: ``overlap / (predicted + instance - overlap)``.
+    Areas are in mask pixels: ``overlap / (predicted + object - overlap)``. The part of the object
+    outside the RoI always counts as missed.
 
     Args:
         mask_bits: (R, M, M) bool, the prediction.
-        gt_masks: (R, M, M) bool, the part of the instance in the RoI.
+        gt_masks: (R, M, M) bool, the part of the object inside the RoI.
         box_area: (R,) area of the RoIs in image pixels.
-        gt_area: (R,) area of the whole instances in image pixels.
+        gt_area: (R,) area of the whole objects in image pixels.
 
     Returns:
         (R,) in [0, 1].
@@ -90,7 +89,7 @@ def mask_iou_targets(
     )
     pixels = mask_bits[0].numel() if len(mask_bits) else 1
     whole = gt_area * pixels / box_area.clamp(min=1e-6)
-    # Rounded to mask pixels, the part may seem larger than the whole.
+    # After rounding to mask pixels, the part can come out larger than the whole.
     return overlap / (predicted + torch.maximum(whole, inside) - overlap).clamp(min=1.0)
 
 

@@ -1,4 +1,4 @@
-"""RoI pooling from one or several feature maps.
+"""RoI pooling from one or more feature maps.
 
 Shape alphabet: N images, R RoIs, C channels, P pooled side, Hi and Wi sides of feature map i.
 """
@@ -35,42 +35,46 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "ROIWarp": roi_warp,
     "PrROIPool": precise_roi_pool,
 }
-"""Functions of the types that are not an ops.roi_align."""
+"""Functions for the pooler types that do not use ops.roi_align."""
 
 
 SMALL_ELEMENTS = 1 << 18
-"""Elements of maps and results together below which torchvision's operators are faster on the CPU,
-without a gradient: 3 times as fast with 10 RoIs of 7 x 7 x 64, equally fast with about 100.
+"""Elements of maps and results together below which torchvision's operators are faster on the CPU
+when no gradient is needed: 3 times as fast with 10 RoIs of 7 x 7 x 64, equally fast with about 100.
 """
 
 
 class MultiLevelRoIPooler(nn.Module):
-    """Pools each box from the feature map that fits its size; a drop-in for detectron2's ROIPooler.
+    """Pools each box from the feature map that suits its size. Drop-in for detectron2's ROIPooler.
 
-    A box goes to level ``floor(canonical_level + log2(sqrt(area) / canonical_box_size))``, clamped
-    to the existing levels: equation 1 of the FPN paper (arXiv 1612.03144).
+    A box is pooled from level ``floor(canonical_level + log2(sqrt(area) / canonical_box_size))``,
+    clamped to the existing levels: equation 1 of the FPN paper (arXiv 1612.03144).
 
     =========================== ============================ =====================================
     pooled                      on the CPU                   on CUDA
     =========================== ============================ =====================================
     ROIAlign and ROIWarp, mean  ops.roi_align, ops.roi_warp  one Triton kernel for all levels;
-                                                             deterministic and float64: as on CPU
+                                                             deterministic or float64: as on CPU
     ROIPool                     ops.roi_pool                 as on CPU
     PrROIPool                   ops.precise_roi_pool         as on CPU
     ROIAlign and ROIWarp, max   ops.roi_align, ops.roi_warp  as on CPU
     =========================== ============================ =====================================
 
-    On the CPU, torchvision's ROIAlign handles a few RoIs of small maps (SMALL_ELEMENTS) in
-    inference. The Triton kernel reads channels_last maps; others are copied. "Deterministic" is
-    torch.use_deterministic_algorithms. If Triton is missing or does not compile the kernel for some
-    type or size, a log line says so once, and torchvision's operator takes its place. Traces and
-    exports hold torchvision's operators (a loop over groups of RoIs would hold those of its
-    example), but exports on CUDA hold the Triton kernel's; scripts hold detectron2's ROIPooler.
-    None of them supports PrROIPool or maxima of samples, and scripts do not support ROIWarp.
+    In inference on the CPU, torchvision's ROIAlign handles a few RoIs of small maps, see
+    SMALL_ELEMENTS. The Triton kernel reads channels_last maps; other maps are copied first.
+    "Deterministic" refers to torch.use_deterministic_algorithms. If Triton is missing, or cannot
+    compile the kernel for a dtype or size, torchvision's operator is used instead and a warning is
+    logged once.
 
-    On the CPU, a program of torch.compile calls the same operators through ops.compiled_pooling.
+    Traces and exports contain torchvision's operators, because a loop over groups of RoIs would
+    record the groups of its example. Exports on CUDA contain the operator of the Triton kernel.
+    Scripts contain detectron2's ROIPooler. None of these supports PrROIPool or the maximum of
+    samples, and scripts do not support ROIWarp.
 
-    Results are channels_last, except those of torchvision's operators.
+    Code compiled with torch.compile for the CPU calls the same operators through
+    ops.compiled_pooling.
+
+    Results are channels_last, except for those of torchvision's operators.
     """
 
     def __init__(
@@ -86,17 +90,18 @@ class MultiLevelRoIPooler(nn.Module):
         """
         Args:
             output_size: P, the side of the pooled square, or a pair (height, width).
-            scales: for each feature map, finest first, its size relative to the image: 1 / stride.
-                Strides are powers of 2, each twice the one before.
-            sampling_ratio: sample points per bin and axis of ROIWarp, ROIAlign and ROIAlignV2;
-                0 takes ``ceil(RoI side / P)``. The others ignore it.
-            pooler_type: ``ROIPool`` (max over a quantized box), ``ROIWarp`` (samples in a quantized
-                box), ``ROIAlign`` (no half-pixel shift, detectron's), ``ROIAlignV2`` (the paper's,
-                pixel centres at +0.5) or ``PrROIPool`` (integral over the bin).
+            scales: size of each feature map relative to the image (1 / stride), finest map first.
+                Strides are powers of 2, each twice the previous one.
+            sampling_ratio: sample points per bin and axis for ROIWarp, ROIAlign and ROIAlignV2;
+                0 means ``ceil(RoI side / P)``. The other types ignore it.
+            pooler_type: ``ROIPool`` (maximum over a quantized box), ``ROIWarp`` (samples in a
+                quantized box), ``ROIAlign`` (without the half-pixel shift, as in Detectron),
+                ``ROIAlignV2`` (as in the paper, pixel centres at +0.5) or ``PrROIPool`` (integral
+                over the bin).
             canonical_box_size: side in pixels of a box that belongs to ``canonical_level``.
             canonical_level: log2 of the stride of that level.
-            reduction: ``mean`` or ``max`` of the samples of a bin (Table 2c). ROIPool is always a
-                maximum; PrROIPool has no samples and takes only ``mean``.
+            reduction: ``mean`` or ``max`` of the samples in a bin (Table 2c). ROIPool always takes
+                the maximum; PrROIPool has no samples and accepts only ``mean``.
 
         Raises:
             ValueError: if ``pooler_type`` or ``reduction`` is unknown, if they cannot be combined,
@@ -106,8 +111,8 @@ class MultiLevelRoIPooler(nn.Module):
         check_pooler(pooler_type, reduction)
         if canonical_box_size <= 0 or not scales or min(scales) <= 0:
             raise ValueError(
-                f"scales {tuple(scales)} must be positive, one or more, and canonical_box_size "
-                f"{canonical_box_size} above 0"
+                f"scales {tuple(scales)} must be one or more positive numbers, and "
+                f"canonical_box_size {canonical_box_size} must be above 0"
             )
         levels = [-math.log2(scale) for scale in scales]
         if levels != [levels[0] + i for i in range(len(levels))] or not levels[0].is_integer():
@@ -121,11 +126,11 @@ class MultiLevelRoIPooler(nn.Module):
         self.canonical_box_size = canonical_box_size
         self.canonical_level = canonical_level
         self.min_level = int(levels[0])
-        # For torch.jit.script, which confuses modules that are created while it runs (see
-        # stand_in).
+        # For torch.jit.script. Created here because the compiler can confuse modules that are
+        # created while it runs (see stand_in).
         self._scriptable = []
         averaged = pooler_type in ("ROIAlign", "ROIAlignV2") and reduction == "mean"
-        # detectron2's cannot handle a map with more cells than the image has pixels.
+        # detectron2's ROIPooler cannot handle a map with more cells than the image has pixels.
         if (averaged or pooler_type == "ROIPool") and self.min_level >= 0:
             canonical = canonical_box_size, canonical_level
             arguments = self.output_size, scales, sampling_ratio, pooler_type
@@ -135,15 +140,16 @@ class MultiLevelRoIPooler(nn.Module):
         """
         Args:
             features: one (N, C, Hi, Wi) map per scale.
-            box_lists: N Boxes, R in all, in pixels of the network's input.
+            box_lists: one Boxes per image, with R boxes in total, in pixels of the network's input.
 
         Returns:
             (R, C, P, P) in the order of the boxes.
 
         Raises:
-            ValueError: if the number of maps or of images does not fit or, on the CPU, a box
-                coordinate is NaN or infinite. On CUDA, that fails an assertion on the device, which
-                shows at the next synchronisation.
+            ValueError: if the number of maps does not match the scales, the number of images does
+                not match the boxes, or, on the CPU, a box coordinate is NaN or infinite. On CUDA,
+                such a coordinate fails an assertion on the device, which surfaces at the next
+                synchronisation.
         """
         if len(features) != len(self.scales):
             raise ValueError(f"got {len(features)} feature maps for {len(self.scales)} scales")
@@ -174,10 +180,10 @@ class MultiLevelRoIPooler(nn.Module):
         return self._operator()(features, rois, self.output_size, self.scales, levels=levels)
 
     def __prepare_scriptable__(self) -> ROIPooler:
-        """Returns what torch.jit.script compiles instead of this.
+        """Returns the module that torch.jit.script compiles instead: detectron2's pooler.
 
         Raises:
-            ValueError: if detectron2's pooler cannot pool in this way.
+            ValueError: if detectron2's pooler does not support this kind of pooling.
         """
         if not self._scriptable:
             raise ValueError(self._refusal("scripted"))
@@ -191,9 +197,10 @@ class MultiLevelRoIPooler(nn.Module):
         )
 
     def _is_small(self, features: list[Tensor], rois: Tensor) -> bool:
-        """Returns whether laying out weights would take longer than torchvision's plain loops.
+        """Returns whether preparing weights would take longer than torchvision's plain loops.
 
-        Those crash on boxes that end before they start, and with an adaptive grid on huge ones.
+        False for inputs on which torchvision's loops crash: boxes that end before they start, and
+        huge boxes with an adaptive sampling grid.
         """
         if features[0].is_cuda or self.sampling_ratio <= 0:
             return False
@@ -207,12 +214,12 @@ class MultiLevelRoIPooler(nn.Module):
         )
 
     def _assign_levels(self, box_lists: list[Boxes]) -> Tensor:
-        """Returns the index in ``scales`` of each box, on its device and without waiting for it."""
+        """Returns each box's index in ``scales``, without synchronising with the device."""
         return self._levels_of_areas(torch.cat([boxes.area() for boxes in box_lists]))
 
     def _levels_of_areas(self, area: Tensor) -> Tensor:
-        # Equation 1 of the FPN paper, rounded as in detectron2. A box that ends before it starts
-        # along one axis has a negative area there, and no level.
+        # Equation 1 of the FPN paper, rounded as in detectron2. In detectron2, a box that ends
+        # before it starts along one axis has a negative area and therefore no level.
         relative_size = torch.sqrt(area.clamp(min=0)) / self.canonical_box_size
         level = torch.floor(self.canonical_level + torch.log2(relative_size + 1e-8))
         last = len(self.scales) - 1
@@ -246,14 +253,14 @@ class MultiLevelRoIPooler(nn.Module):
         return multilevel_roi_align(features, rois, levels, self.output_size, scales, *options)
 
     def _pool_by_level(self, features: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
-        """Pools with torchvision's operators, then puts the result into the order of the boxes.
+        """Pools level by level with torchvision's operators and restores the order of the boxes.
 
-        They need boxes of the maps' type. Half precision would move boxes by pixels, so
-        half-precision maps are pooled in float32, as under autocast.
+        The operators need boxes in the dtype of the maps. Half precision would shift boxes by
+        pixels, so half-precision maps are pooled in float32, as under autocast.
         """
         dtype = torch.promote_types(features[0].dtype, torch.float32)
         rois, scales = self._quantize(rois.to(dtype), levels)
-        if self.pooler_type == "ROIPool":  # computes with 32-bit integers
+        if self.pooler_type == "ROIPool":  # its coordinates are 32-bit integers
             rois = rois.clamp(-MAX_CELL, MAX_CELL)
         by_level = [torch.where(levels == level)[0] for level in range(len(scales))]
         pooled = []
@@ -265,7 +272,7 @@ class MultiLevelRoIPooler(nn.Module):
                 options = (self.sampling_ratio, self._aligned)
                 pooled.append(torchvision_roi_align(*arguments, *options))
         result = torch.cat(pooled)
-        # As many as RoIs, also for torch.export, which does not know that the levels add up.
+        # Shaped like rois: torch.export cannot infer that the levels together contain all RoIs.
         zeros = torch.zeros_like(rois[:, :1, None, None]).expand(-1, *result.shape[1:])
         return zeros.index_put((torch.cat(by_level),), result).to(features[0].dtype)
 
@@ -278,26 +285,26 @@ class MultiLevelRoIPooler(nn.Module):
         return pooled
 
     def _quantize(self, rois: Tensor, levels: Tensor) -> tuple[Tensor, tuple[float, ...]]:
-        """Returns RoIs and scales with which ROIAlign computes the chosen kind of pooling.
+        """Returns the RoIs and scales to pass to ROIAlign so that it computes this pooler's type.
 
-        ROIWarp is ROIAlign (aligned) on RoIs rounded to cells of their level.
+        ROIWarp is an aligned ROIAlign on RoIs that are rounded to the cells of their level.
         """
         if self.pooler_type != "ROIWarp":
             return rois, self.scales
         scale = torch.full_like(levels, self.scales[0], dtype=rois.dtype)
-        scale = (scale / 2**levels)[:, None]  # scales halve from level to level
+        scale = (scale / 2**levels)[:, None]  # each level has half the scale of the previous one
         start, end = round_to_cells(rois[:, 1:3] * scale, rois[:, 3:] * scale)
         return torch.cat([rois[:, :1], start, end], dim=1), (1.0,) * len(self.scales)
 
     def pool_for_export(self, features: list[Tensor], boxes: Tensor) -> Tensor:
-        """Pools boxes of one image with operators that exporters know, including R = 0.
+        """Pools the boxes of one image with operators that exporters support; R may be 0.
 
         Args:
             features: one (1, C, Hi, Wi) map per scale.
-            boxes: (R, 4), no coordinate NaN or infinite.
+            boxes: (R, 4), all coordinates finite.
 
         Returns:
-            (R, C, P, P); for ROIAlign, ROIAlignV2, ROIWarp and ROIPool, the result of ``forward``.
+            (R, C, P, P); equal to ``forward`` for ROIAlign, ROIAlignV2, ROIWarp and ROIPool.
         """
         sides = boxes[:, 2:] - boxes[:, :2]
         rois = F.pad(boxes, [1, 0])  # all of image 0
@@ -311,33 +318,33 @@ class MultiLevelRoIPooler(nn.Module):
 
 
 def check_pooler(pooler_type: str, reduction: str) -> None:
-    """Raises a ValueError if MultiLevelRoIPooler cannot pool in this way."""
+    """Raises a ValueError if MultiLevelRoIPooler does not support this type and reduction."""
     if pooler_type not in POOLER_TYPES:
         raise ValueError(f"unknown POOLER_TYPE {pooler_type!r}; choose from {POOLER_TYPES}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown POOLER_REDUCTION {reduction!r}; choose from {REDUCTIONS}")
     if pooler_type == "PrROIPool" and reduction == "max":
-        raise ValueError("PrROIPool integrates over a bin; it has no samples to take the max of")
+        raise ValueError("PrROIPool integrates over a bin, so POOLER_REDUCTION must be 'mean'")
 
 
 def boxes_to_rois(box_lists: Sequence[Boxes]) -> Tensor:
-    """Returns (R, 5) RoIs (image index and box) without waiting for the device."""
+    """Returns (R, 5) RoIs (image index and box) without synchronising with the device."""
     rois = []
     for image, boxes in enumerate(box_lists):
-        index = torch.full_like(boxes.tensor[:, :1], image)  # not len(), a fixed number in a trace
+        index = torch.full_like(boxes.tensor[:, :1], image)  # a trace would record len() as fixed
         rois.append(torch.cat([index, boxes.tensor], dim=1))
     return torch.cat(rois)
 
 
 def check_finite(rois: Tensor) -> None:
-    """Refuses NaN and infinite coordinates, which would belong to no level.
+    """Refuses NaN and infinite coordinates, for which no level is defined.
 
     Args:
         rois: (R, 5).
 
     Raises:
-        ValueError: on the CPU, with their number. On CUDA, an assertion fails on the device,
-            without waiting for it.
+        ValueError: on the CPU; the message states how many boxes are affected. On CUDA, an
+            assertion fails on the device instead, so the check does not synchronise.
     """
     finite = torch.isfinite(rois)
     if rois.is_cuda:
@@ -349,7 +356,7 @@ def check_finite(rois: Tensor) -> None:
 
 @torch.compiler.assume_constant_result
 def can_pool_at_once(*kernel: Any) -> bool:
-    """Returns whether ops.roi_pooling_operator works; torch.compile keeps the answer.
+    """Returns whether ops.roi_pooling_operator works; torch.compile treats this as constant.
 
     Args: see _try_kernel.
     """
@@ -366,15 +373,15 @@ def _try_kernel(
     sampling_ratio: int,
     aligned: bool,
 ) -> bool:
-    """Runs ops.roi_pooling_operator forward and backward, compiled for the given type and sizes.
+    """Tries ops.roi_pooling_operator forward and backward, compiled for this dtype and these sizes.
 
-    Failures are logged.
+    Logs a failure.
     """
     operator = _operator()
     if operator is None:
         return False
     try:
-        # The first call may be in inference.
+        # The first call may come from inference mode, but backward must be tried as well.
         with torch.inference_mode(False), torch.enable_grad():
             shape = 1, num_channels, 1, 1
             feature = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
@@ -383,7 +390,7 @@ def _try_kernel(
             operator([feature] * num_maps, rois, rois[:, 0], *options).sum().backward()
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a compiler for another machine may raise
+    except Exception as error:  # a compiler can raise anything
         bins = f"{output_size[0]} x {output_size[1]} bins, {dtype}, {num_channels} channels"
         _log_replacement(f"{bins} on {device}", error)
         return False
@@ -403,7 +410,7 @@ def _operator() -> Callable[..., Tensor] | None:
 
 def _log_replacement(what: str, error: Exception) -> None:
     logging.getLogger(__name__).warning(
-        "RoI pooling in one kernel is not available, so torchvision's operator takes its place: "
+        "RoI pooling in one kernel is not available; using torchvision's operator instead: "
         f"{what}: {type(error).__name__}: {error}"
     )
 
@@ -416,10 +423,10 @@ def build_pooler(
     Args:
         head_cfg: ``cfg.MODEL.ROI_BOX_HEAD`` or ``cfg.MODEL.ROI_MASK_HEAD``.
         in_features: names of the feature maps to pool from, finest first.
-        input_shape: stride of each map by name.
+        input_shape: shape of each map by name; only the strides are read.
 
     Returns:
-        A MultiLevelRoIPooler, or detectron2's ROIPooler for a type that only it knows
+        A MultiLevelRoIPooler, or detectron2's ROIPooler for a type that only detectron2 supports
         (``ROIAlignRotated``).
     """
     arguments = {
@@ -434,9 +441,9 @@ def build_pooler(
 
 
 def with_stock_pooler_types(cfg: CfgNode) -> CfgNode:
-    """Returns a copy of the config from which detectron2's heads can build their own pooler.
+    """Returns a copy of the config with pooler types that detectron2's heads accept.
 
-    They build one before a subclass can replace it, and refuse types that they do not know.
+    The heads build their own pooler before a subclass can replace it, and refuse unknown types.
     """
     cfg = cfg.clone()
     cfg.defrost()

@@ -1,4 +1,4 @@
-"""Mask R-CNN that returns masks as run lengths."""
+"""A Mask R-CNN that returns masks as run lengths."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ MASK_OUTPUTS = ("rle", "bitmask")
 
 @register_in(META_ARCH_REGISTRY)
 class MaskRCNN(GeneralizedRCNN):
-    """GeneralizedRCNN with a choice of the form of ``pred_masks`` after inference.
+    """GeneralizedRCNN that lets you choose the form of ``pred_masks`` after inference.
 
-    ``rle``: an RLEMasks. Image-sized masks are never drawn. ``bitmask``: detectron2's (N, H, W)
-    tensor. Training and inference without postprocessing (which test-time augmentation uses) are
-    detectron2's. So are traces, scripts and exports, which hold only tensors.
+    ``rle`` gives an RLEMasks, without ever drawing image-sized masks. ``bitmask`` gives
+    detectron2's (N, H, W) tensor. Training, and inference without postprocessing (used by test-time
+    augmentation), are the same as in detectron2. So are traces, scripts and exports, which can
+    contain only tensors.
     """
 
     @configurable
@@ -32,9 +33,9 @@ class MaskRCNN(GeneralizedRCNN):
         """
         Args:
             mask_output: "rle" or "bitmask".
-            datasets: the section DATASETS of the config, from which a checkpointer takes the order
-                of the classes.
-            arguments: of GeneralizedRCNN.
+            datasets: the config's DATASETS section, from which a checkpointer takes the order of
+                the classes.
+            arguments: arguments of GeneralizedRCNN.
 
         Raises:
             ValueError: if ``mask_output`` is neither.
@@ -68,7 +69,7 @@ class MaskRCNN(GeneralizedRCNN):
         return outputs
 
     def __prepare_scriptable__(self) -> GeneralizedRCNN:
-        """Returns what torch.jit.script compiles instead of this; it does no postprocessing."""
+        """Returns the module that torch.jit.script compiles instead; it does no postprocessing."""
         return stand_in(copy_sharing_tensors(self), GeneralizedRCNN)
 
 
@@ -76,17 +77,17 @@ def rle_postprocess(instances: Instances, output_height: int, output_width: int)
     """detectron2's detector_postprocess with ``pred_masks`` as RLEMasks.
 
     Args:
-        instances: detections at the size that the model saw, with ``pred_masks`` (N, 1, M, M) or
-            without; changed in place, as in detectron2.
+        instances: detections at the size of the model's input, with or without ``pred_masks``
+            (N, 1, M, M); changed in place, as in detectron2.
         output_height: pixels.
         output_width: pixels.
 
     Returns:
-        Detections at the output size, without those whose box is empty there.
+        Detections at the output size. Detections whose box is empty at that size are dropped.
     """
     if not instances.has("pred_masks"):
         return detector_postprocess(instances, output_height, output_width)
-    # Under another name, the probabilities pass through with their detections and are not pasted.
+    # Under another name, the probabilities stay with their detections but are not pasted.
     instances.set("mask_probs", instances.pred_masks[:, 0])
     instances.remove("pred_masks")
     result = detector_postprocess(instances, output_height, output_width)

@@ -19,9 +19,9 @@ from .pooler import build_pooler, with_stock_pooler_types
 
 @register_in(ROI_HEADS_REGISTRY)
 class PerClassMaskROIHeads(StandardROIHeads):
-    """StandardROIHeads (FPN, DC5) whose box and mask features come from MultiLevelRoIPooler."""
+    """StandardROIHeads (FPN, DC5) that pools box and mask features with MultiLevelRoIPooler."""
 
-    # Lets torch.jit.script omit branches, as detectron2 does for StandardROIHeads itself.
+    # Lets torch.jit.script omit branches, as detectron2 does for StandardROIHeads.
     __constants__ = ("mask_on", "keypoint_on", "training")
 
     @classmethod
@@ -45,9 +45,9 @@ class PerClassMaskROIHeads(StandardROIHeads):
 
 @register_in(ROI_HEADS_REGISTRY)
 class PerClassMaskRes5ROIHeads(Res5ROIHeads):
-    """Res5ROIHeads (C4: box and mask share res5) whose features come from MultiLevelRoIPooler.
+    """Res5ROIHeads (C4: box and mask share res5) that pools features with MultiLevelRoIPooler.
 
-    Its pooler is configured only by MODEL.ROI_BOX_HEAD, as in detectron2.
+    As in detectron2, only MODEL.ROI_BOX_HEAD configures the pooler.
     """
 
     @classmethod

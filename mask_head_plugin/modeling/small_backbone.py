@@ -1,4 +1,4 @@
-"""A backbone that learns the embedded data set from random weights within minutes on a CPU.
+"""A backbone that trains on the embedded data set from scratch within minutes on a CPU.
 
 detectron2's smallest ResNets (18 and 34) have a fixed width of 64, and even a narrow ResNet-50 is
 slow to train from scratch. This one has ResNet's stem and one basic block per stage.
@@ -17,12 +17,12 @@ from ..shared_names import register_in
 
 @register_in(BACKBONE_REGISTRY)
 def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Builds stem, res2 to res5 with one BasicBlock each, and an FPN (p2 to p6) on top.
+    """Builds a stem, res2 to res5 with one BasicBlock each, and an FPN (p2 to p6).
 
     Args:
-        cfg: BACKBONE.FREEZE_AT; RESNETS.STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (res3, res4 and res5
-            have 2, 3 and 4 times as many), OUT_FEATURES and NORM; all of FPN.
-        input_shape: channels of the image.
+        cfg: read are BACKBONE.FREEZE_AT; RESNETS.STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (res3, res4
+            and res5 have 2, 3 and 4 times as many), OUT_FEATURES and NORM; and all keys of FPN.
+        input_shape: gives the number of image channels.
     """
     norm, width = cfg.MODEL.RESNETS.NORM, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS
     channels = cfg.MODEL.RESNETS.STEM_OUT_CHANNELS

@@ -1,7 +1,7 @@
-"""Backbones of timm with ImageNet weights, with or without a feature pyramid.
+"""Backbones from timm with ImageNet weights, with or without a feature pyramid.
 
-Maps are named by stride like those of detectron2's ResNets, ``res2`` (4 pixels) to ``res5`` (32),
-so that heads and pyramid of a ResNet config need no change.
+Maps are named by stride, as in detectron2's ResNets: ``res2`` (4 pixels) to ``res5`` (32). The
+heads and the pyramid of a ResNet config therefore work unchanged.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ NORMS = ("", "FrozenBN", "SyncBN")
 
 @register_in(BACKBONE_REGISTRY)
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """Builds a timm model and an FPN (p2 to p6, or what IN_FEATURES gives) on top of it.
+    """Builds a timm model with an FPN on top (p2 to p6, or the levels that IN_FEATURES gives).
 
-    A plain vision transformer, which has one map of stride 16, gets the simple feature pyramid of
+    A plain vision transformer has a single map of stride 16. It gets the simple feature pyramid of
     ViTDet (arXiv 2203.16527) instead, p2 to p6.
 
-    Weights come from MODEL.TIMM.CHECKPOINT or, if PRETRAINED, from timm's hub, but only if
-    MODEL.WEIGHTS is empty: a detector's weights include the backbone's.
+    If MODEL.WEIGHTS is empty, weights come from MODEL.TIMM.CHECKPOINT or, with PRETRAINED, from
+    timm's hub. Otherwise MODEL.WEIGHTS already includes the backbone's weights.
 
     Args:
-        cfg: MODEL.TIMM; BACKBONE.FREEZE_AT, see ``freeze_stages``; all of FPN, whose IN_FEATURES
-            may be empty for all maps from stride 4 on.
-        input_shape: channels of the image.
+        cfg: read are MODEL.TIMM; BACKBONE.FREEZE_AT, see ``freeze_stages``; and all keys of FPN,
+            where an empty IN_FEATURES means all maps of stride 4 and above.
+        input_shape: gives the number of image channels.
 
     Raises:
-        ConfigError: if timm or the model is missing, the model does not give such maps, or the
-            weights cannot be read or belong to another model.
+        ConfigError: if timm or the model is missing, the model does not have the required maps, or
+            the weights cannot be read or belong to another model.
     """
     fpn = cfg.MODEL.FPN
     model = TimmModel.probe(cfg.MODEL.TIMM.NAME, input_shape.channels)
@@ -63,16 +63,16 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 @register_in(BACKBONE_REGISTRY)
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """Builds a timm model whose maps go directly to the heads, such as the one map of DC5.
+    """Builds a timm model whose maps feed the heads directly, such as the single map of DC5.
 
     Args:
-        cfg: MODEL.TIMM and BACKBONE.FREEZE_AT, as for ``build_timm_fpn_backbone``;
-            RESNETS.OUT_FEATURES, names of the maps; RESNETS.RES5_DILATION, where 2 keeps res5 at a
-            stride of 16.
-        input_shape: channels of the image.
+        cfg: read are MODEL.TIMM and BACKBONE.FREEZE_AT, as in ``build_timm_fpn_backbone``;
+            RESNETS.OUT_FEATURES, the names of the maps; and RESNETS.RES5_DILATION, where 2 keeps
+            res5 at a stride of 16.
+        input_shape: gives the number of image channels.
 
     Raises:
-        ConfigError: as ``build_timm_fpn_backbone``, or if the model cannot be dilated.
+        ConfigError: as in ``build_timm_fpn_backbone``, or if the model cannot be dilated.
     """
     resnets = cfg.MODEL.RESNETS
     model = TimmModel.probe(cfg.MODEL.TIMM.NAME, input_shape.channels)
@@ -84,13 +84,13 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
 
 
 def _build(cfg: CfgNode, model: TimmModel, key: str, names: list[str]) -> TimmBackbone:
-    """Builds a timm model with its weights, partly frozen.
+    """Builds a timm model, loads its weights and freezes its first stages.
 
     Args:
-        cfg: of the builders.
-        model: which.
-        key: the config key that names the maps; used in an error.
-        names: its value; if empty, all maps.
+        cfg: the config passed to the builders.
+        model: the model to build.
+        key: the config key that lists the maps, for error messages.
+        names: the value of that key; empty for all maps.
     """
     keys = cfg.MODEL.TIMM
     if keys.NORM not in NORMS:
@@ -104,7 +104,7 @@ def _build(cfg: CfgNode, model: TimmModel, key: str, names: list[str]) -> TimmBa
     source = _pretrained_source(cfg)
     try:
         net = build_pretrained(model, source, **arguments) if source else model.build(**arguments)
-    except TypeError as error:  # the model was built before, without this argument
+    except TypeError as error:  # DROP_PATH_RATE is the only argument that the probe did not pass
         raise ConfigError(
             f"MODEL.TIMM.DROP_PATH_RATE: {model.name} has no stochastic depth ({one_line(error)}); "
             "set it to 0"
@@ -118,17 +118,18 @@ def _build(cfg: CfgNode, model: TimmModel, key: str, names: list[str]) -> TimmBa
 
 
 class TimmBackbone(Backbone):
-    """A timm model built with ``features_only`` as a backbone of detectron2.
+    """A timm model, built with ``features_only``, as a detectron2 backbone.
 
-    ``forward`` takes images (N, C, H, W), normalised, H and W multiples of the greatest stride, and
-    returns maps (N, channels, H / stride, W / stride) by name, NCHW whatever timm's are.
+    ``forward`` takes normalised images (N, C, H, W) whose H and W are multiples of the largest
+    stride. It returns maps (N, channels, H / stride, W / stride) by name, in NCHW order even if
+    timm's model uses NHWC.
     """
 
     def __init__(self, net: nn.Module, levels: Sequence[Level]) -> None:
         """
         Args:
-            net: returns a list of maps, one for each level.
-            levels: in order of rising strides.
+            net: returns a list of maps, one per level.
+            levels: in order of increasing stride.
         """
         super().__init__()
         self.net = net
@@ -153,17 +154,18 @@ class TimmBackbone(Backbone):
 class SimplePyramid(SimpleFeaturePyramid):
     """detectron2's simple feature pyramid, p2 to p6, for images of any size.
 
-    Differs from detectron2: it says how images must be padded. detectron2's only works for square
-    images (its padding_constraints say "size_divisiblity", which nothing reads).
+    Differs from detectron2: it declares how images must be padded. detectron2's pyramid works only
+    for square images, because its padding_constraints use the misspelt key "size_divisiblity",
+    which nothing reads.
     """
 
     def __init__(self, net: TimmBackbone, name: str, out_channels: int, norm: str) -> None:
         """
         Args:
             net: returns one map of stride 16.
-            name: of its model; used in an error.
-            out_channels: of the pyramid.
-            norm: of its convolutions, for detectron2's get_norm.
+            name: the model's name, for error messages.
+            out_channels: channels of the pyramid's maps.
+            norm: normalisation of its convolutions, see detectron2.layers.get_norm.
 
         Raises:
             ConfigError: if the map has another stride.
@@ -172,7 +174,7 @@ class SimplePyramid(SimpleFeaturePyramid):
         if shape.stride != 16:
             raise ConfigError(
                 f"MODEL.TIMM.NAME {name} has only maps of stride {shape.stride}, but the pyramid "
-                f"of a plain transformer needs 16; take another, such as vit_small_patch16_224 or "
+                f"of a plain transformer needs 16; use another, such as vit_small_patch16_224 or "
                 "swin_tiny_patch4_window7_224"
             )
         top = LastLevelMaxPool()
@@ -188,10 +190,10 @@ class SimplePyramid(SimpleFeaturePyramid):
 
 
 def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[str]) -> list[Level]:
-    """Returns the wanted levels: the last of each name, from stride 4 on.
+    """Returns the requested levels of stride 4 and above; of levels with one name, the last.
 
     Raises:
-        ConfigError: naming MODEL.TIMM.OUT_INDICES, or ``key``.
+        ConfigError: if the model does not have the requested maps, or a detector cannot use them.
     """
     known = {level.out_index: level for level in model.levels}
     unknown = [index for index in indices if index not in known]
@@ -205,8 +207,8 @@ def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[s
     strides = [level.stride for level in chosen]
     if not levels or "" in levels:
         raise ConfigError(
-            f"MODEL.TIMM.NAME {model.name} has maps of strides {strides}, but a detector here "
-            f"needs 4, 8, 16 or 32; take another model, such as convnext_tiny"
+            f"MODEL.TIMM.NAME {model.name} has maps of strides {strides}, but a detector needs "
+            f"4, 8, 16 or 32; use another model, such as convnext_tiny"
         )
     if indices and len(levels) < len(indices):
         raise ConfigError(f"MODEL.TIMM.OUT_INDICES {indices} have strides {strides}; take one each")
@@ -217,7 +219,7 @@ def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[s
 
 
 def _pretrained_source(cfg: CfgNode) -> str:
-    """Returns a path, "hub", or "" if the weights of the detector include those of the backbone."""
+    """Returns a path, "hub", or "" for no separate backbone weights."""
     checkpoint, is_pretrained = cfg.MODEL.TIMM.CHECKPOINT, cfg.MODEL.TIMM.PRETRAINED
     is_tried_out = torch.get_default_device().type == "meta"
     if cfg.MODEL.WEIGHTS or is_tried_out:
@@ -229,11 +231,12 @@ def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> No
     """Freezes the first stages, numbered as in detectron2's ResNets.
 
     Args:
-        net: timm's model without its classifier; frozen batch norms use their running statistics.
-        levels: all its maps.
-        freeze_at: 0 freezes nothing; 1 freezes everything before the stage of stride 4; k from 2 on
-            freezes everything up to the end of res<k>, the stage of stride 2^k. For a plain
-            transformer, 1 to 3 freeze the embedding, and 4 and more everything.
+        net: timm's model without its classifier. Its frozen batch norms then use their running
+            statistics.
+        levels: all maps of the model.
+        freeze_at: 0 freezes nothing. 1 freezes everything before the stage of stride 4. A k of 2 or
+            more freezes everything up to the end of res<k>, the stage of stride 2^k. For a plain
+            transformer, 1 to 3 freeze the embedding, and 4 or more freeze everything.
     """
     if freeze_at < 1:
         return
@@ -244,7 +247,7 @@ def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> No
         last = _positions(net, parameters, inner[-1])[-1]
     else:
         first = next(level for level in levels if level.stride >= 4)
-        if len({level.stride for level in levels}) == 1:  # timm names only the last blocks
+        if len({level.stride for level in levels}) == 1:  # timm lists only the last blocks
             first = first._replace(module=first.module.partition(".")[0])
         last = _positions(net, parameters, first)[0] - 1
     for _, parameter in parameters[: last + 1]:
@@ -261,18 +264,18 @@ def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> No
 def _positions(
     net: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]], level: Level
 ) -> list[int]:
-    """Returns the range of parameters that belong to the module of a map.
+    """Returns the positions of the parameters that belong to the module of a map.
 
     Raises:
-        ConfigError: if it has none, or timm does not expose the module.
+        ConfigError: if the module has no parameters, or timm does not expose it.
     """
-    flat = level.module.replace(".", "_")  # some of timm's wrappers flatten, some put it deeper
+    flat = level.module.replace(".", "_")  # some timm wrappers flatten names, some add a prefix
     own = [x for x in (level.module, flat, f"model.{level.module}") if _has_module(net, x)]
     found = [k for k, (name, _) in enumerate(parameters) if own and name.startswith(f"{own[0]}.")]
     if not found:
         raise ConfigError(
-            "MODEL.BACKBONE.FREEZE_AT: timm does not tell where the stages of this model end; set "
-            "it to 0, and a small SOLVER.LR_FACTORS for the backbone if it should change little"
+            "MODEL.BACKBONE.FREEZE_AT: timm does not show where the stages of this model end; set "
+            "it to 0, with a small SOLVER.LR_FACTORS for the backbone if it should change little"
         )
     return found
 

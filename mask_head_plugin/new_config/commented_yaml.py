@@ -1,4 +1,4 @@
-"""YAML in which a comment above each key says why it has its value."""
+"""Writes YAML with a comment above each key that explains its value."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class Setting:
-    """A value of a config.
+    """A key of a config with its value and a comment.
 
     Attributes:
-        key: with its sections, such as ``MODEL.MASK_ON``.
-        value: numbers, texts and lists of them.
-        why: the comment above the key; empty for none, as for a key that belongs to the one before.
+        key: the full key, such as ``MODEL.MASK_ON``.
+        value: a number, a string, or a list of these.
+        why: the comment above the key. Empty for no comment, such as for a key that belongs to the
+            previous one.
     """
 
     key: str
@@ -31,9 +32,9 @@ def render(header: str, base: str, settings: Iterable[Setting]) -> str:
     """Returns the text of a config file.
 
     Args:
-        header: paragraphs of the comment at its top.
-        base: ``_BASE_``.
-        settings: sections come in the order of their first keys.
+        header: paragraphs of the comment at the top of the file.
+        base: value of ``_BASE_``.
+        settings: the settings; sections appear in the order of their first keys.
     """
     sections: dict[str, Any] = {}
     for setting in settings:
@@ -78,8 +79,8 @@ def _value_lines(start: str, value: Any, indent: str) -> list[str]:
 
 
 def _flow(value: Any) -> str:
-    """Returns a value in one line."""
-    # In a list, YAML quotes a text as needed, without an end of document.
+    """Returns a value as YAML in one line."""
+    # Inside a list, YAML quotes a string if needed and adds no end-of-document marker.
     text: str = yaml.safe_dump(
         [value], default_flow_style=True, width=float("inf"), allow_unicode=True
     )

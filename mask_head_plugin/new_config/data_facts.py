@@ -1,4 +1,4 @@
-"""Reads facts about the objects of a COCO file: sizes, numbers, classes, the form of masks.
+"""Reads facts about the objects in a COCO file: sizes, counts, classes and mask formats.
 
 Shape alphabet: N images, R objects (no crowds), K classes.
 """
@@ -22,16 +22,16 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The facts that a config is fitted to.
+    """Facts about a data set from which a config is derived.
 
     Attributes:
-        image_hw: (N, 2) heights and widths.
+        image_hw: (N, 2) heights and widths of the images.
         object_hw: (R, 2) heights and widths of the boxes, in pixels.
         image_of: (R,) index of each object's image.
         class_of: (R,) index of each object's class.
-        class_names: in ascending order of the category id, as classes are numbered.
-        has_polygons: whether any object's mask is polygons.
-        has_run_lengths: whether any object's mask is run lengths.
+        class_names: sorted by category id, which is the order of the class numbers.
+        has_polygons: whether any mask is given as polygons.
+        has_run_lengths: whether any mask is given as run lengths.
     """
 
     image_hw: IntArray
@@ -49,29 +49,32 @@ class DataFacts:
 
     @cached_property
     def elongations(self) -> FloatArray:
-        """(N,) the longer side over the shorter one."""
+        """(N,) the ratio of the longer to the shorter side of each image."""
         elongations: FloatArray = self.image_hw.max(axis=1) / self.short_sides
         return elongations
 
     @cached_property
     def object_sides(self) -> FloatArray:
-        """(R,) the side of the square that has the area of the box."""
+        """(R,) the side of a square with the same area as the box."""
         sides: FloatArray = np.sqrt(self.object_hw.prod(axis=1))
         return sides
 
     @cached_property
     def objects_per_image(self) -> IntArray:
-        """(N,)."""
+        """(N,) the number of objects in each image."""
         return np.bincount(self.image_of, minlength=len(self.image_hw))
 
     @cached_property
     def objects_per_class(self) -> IntArray:
-        """(K,)."""
+        """(K,) the number of objects in each class."""
         return np.bincount(self.class_of, minlength=len(self.class_names))
 
     @cached_property
     def image_shares(self) -> FloatArray:
-        """(K,) the share of each class among the images with objects, as samplers count it."""
+        """(K,) the share of images that contain each class, among images with objects.
+
+        Samplers use the same count.
+        """
         pairs = np.unique(np.stack([self.image_of, self.class_of]), axis=1)
         shares: FloatArray = np.bincount(pairs[1], minlength=len(self.class_names)) / len(
             np.unique(self.image_of)
@@ -83,7 +86,7 @@ def read_facts(json_file: str) -> DataFacts:
     """Returns the facts about a file.
 
     Args:
-        json_file: must have passed the data set check without errors.
+        json_file: a file that has passed the data set check without errors.
 
     Raises:
         ConfigError: if the file cannot be read, or no object has a box with an area.
@@ -104,7 +107,7 @@ def facts_of(content: dict[str, Any], json_file: str) -> DataFacts:
     objects = [x for x in content["annotations"] if not x.get("iscrowd") and min(x["bbox"][2:]) > 0]
     if not objects:
         raise ConfigError(
-            f"{json_file}: no object has a box with an area, so nothing can be fitted"
+            f"{json_file}: no object has a box with an area, so no config can be derived"
         )
     return DataFacts(
         image_hw=np.array([(image["height"], image["width"]) for image in content["images"]]),

@@ -1,4 +1,4 @@
-"""The device that a config is for, and how large an image it can train on."""
+"""The device that a config is written for, and the image size that it can train on."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from dataclasses import dataclass
 import torch
 
 BYTES_PER_PIXEL = 3000
-"""Bytes per pixel of the image in a training step with float32. EfficientNet-Lite0 takes as much on
-a CPU, R50-FPN half of it on a GPU (3.4 GB for two images, by detectron2's model zoo).
+"""Memory in bytes per image pixel for a training step in float32. EfficientNet-Lite0 needs this
+much on a CPU. R50-FPN needs half as much on a GPU (3.4 GB for two images, according to detectron2's
+model zoo).
 """
 USABLE = 0.6
-"""Share of the memory that a step may take; the rest is for crowded images, which need more."""
+"""Share of the memory that a training step may use; crowded images need the rest."""
 UNKNOWN_GPU = 8e9
-"""Assumed bytes of a GPU that is not in this machine: most have more."""
+"""Memory in bytes assumed for a GPU that is not in this machine; most GPUs have more."""
 MOST_CORES = 16
-"""More would hardly make a CPU's small model faster."""
+"""Most cores to count; more would hardly speed up a small model on a CPU."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a config will be trained.
+    """The device on which a config will be trained.
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
-        is_here: whether this machine has it.
-        memory: bytes of the GPU or of the machine.
-        cores: how many this process may use.
+        is_here: whether this machine has the device.
+        memory: memory of the GPU or the machine, in bytes.
+        cores: number of CPU cores that this process may use.
     """
 
     kind: str
@@ -37,32 +38,32 @@ class Device:
 
     @property
     def batch_size(self) -> int:
-        """Images in a step, if memory allows: on a CPU, more would only make steps longer."""
+        """Images per batch if memory allows; on a CPU, more would only make iterations longer."""
         return 8 if self.kind == "cuda" else 2
 
     @property
     def usual_short_edge(self) -> int:
-        """The shorter side of images if no object needs more; on a GPU, detectron2's."""
+        """The shorter side of images if no object needs more; on a GPU, detectron2's default."""
         return 800 if self.kind == "cuda" else 448
 
     @property
     def view_pixels(self) -> float:
-        """The most pixels of an image, or of a crop, in training."""
+        """Most pixels in an image, or in a crop, during training."""
         usual = 1.6e6 if self.kind == "cuda" else 512.0**2
         return min(usual, self.memory * USABLE / BYTES_PER_PIXEL / 2)
 
     @property
     def crop_side(self) -> int:
-        """The side of a crop that is fast but still has context."""
+        """The side of a crop that is fast to train on but still includes context."""
         return 800 if self.kind == "cuda" else 320
 
     @property
     def image_pixels(self) -> float:
-        """The most pixels of a whole image in evaluation, which keeps no activations."""
+        """Most pixels in a whole image during evaluation, which does not store activations."""
         return 4 * self.view_pixels
 
     def fitting_batch(self, view_pixels: float) -> int:
-        """Returns how many images of that many pixels a training step can have."""
+        """Returns the largest batch of images with ``view_pixels`` pixels that fits into memory."""
         batch = self.batch_size
         while batch > 1 and batch * view_pixels * BYTES_PER_PIXEL > USABLE * self.memory:
             batch //= 2
@@ -79,7 +80,7 @@ def find_device(kind: str | None) -> Device:
     """Returns a device.
 
     Args:
-        kind: ``cpu`` or ``cuda``; None for the GPU if there is one.
+        kind: ``cpu`` or ``cuda``; None for a GPU if there is one, otherwise the CPU.
     """
     cores = min(len(os.sched_getaffinity(0)), MOST_CORES)
     has_gpu = torch.cuda.is_available()

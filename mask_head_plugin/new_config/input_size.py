@@ -1,4 +1,4 @@
-"""Chooses the size at which a model sees images, from the sizes of the objects.
+"""Chooses the size of a model's input images, based on the sizes of the objects.
 
 Shape alphabet: N images, R objects.
 """
@@ -14,18 +14,18 @@ from .data_facts import DataFacts, FloatArray
 from .device import Device
 
 SMALLEST = 16
-"""Pixels that the side of all but the smallest tenth of objects should have: four cells of a map of
-stride 4, and the M / 2 = 14 pixels that a mask of 28 x 28 is drawn from."""
+"""Side in pixels that all but the smallest tenth of the objects should have. It covers four cells
+of a map of stride 4, and the M / 2 = 14 bins from which a mask of 28 x 28 is predicted."""
 MOST_MAGNIFIED = 4
 CONTEXT = 3
-"""How many times the side of a large object (the 90th percentile) a crop must have."""
+"""Smallest side of a crop, relative to the side of a large object (the 90th percentile)."""
 LARGEST_CROP = 0.75
-"""Largest crop, as a share of the image's side; larger ones save nothing."""
+"""Largest crop, as a share of the image's side; larger crops would save hardly any time."""
 STEP = 32
 USUAL_ELONGATION = 5 / 3
 MOST_ELONGATED = 3.0
 WHOLE_JITTER = (0.8, 0.85, 0.9, 0.95, 1.0)
-"""Like detectron2's 640 to 800 pixels."""
+"""Corresponds to detectron2's 640 to 800 pixels."""
 CROP_JITTER = (0.8, 0.9, 1.0, 1.1, 1.2)
 
 
@@ -34,15 +34,16 @@ class InputSize:
     """How images are scaled and cropped.
 
     Attributes:
-        short_edge: that images are scaled to; 0 keeps their size.
-        longest: limit of the longer side.
-        crop: share of height and width that training sees, or pixels where ``short_edge`` is 0;
-            None for whole images.
-        view_pixels: pixels of an image that training sees, on average.
-        image_pixels: pixels of a whole image in evaluation, on average.
-        object_scale: (R,) pixels seen for each pixel of an object's image.
-        smallest: side, in pixels seen, below which a tenth of the objects are.
-        wanted: the short edge at which that would be SMALLEST, 0 if images need not be scaled.
+        short_edge: length of the shorter side after scaling; 0 keeps the size of images.
+        longest: upper limit for the longer side.
+        crop: size of training crops as a share of height and width, or in pixels if ``short_edge``
+            is 0; None for whole images.
+        view_pixels: average number of pixels in a training image or crop.
+        image_pixels: average number of pixels in a whole image during evaluation.
+        object_scale: (R,) scale factor of each object's image.
+        smallest: side in scaled pixels that a tenth of the objects fall below.
+        wanted: the short edge that would make ``smallest`` equal to SMALLEST; 0 if images do not
+            have to be scaled.
     """
 
     short_edge: int
@@ -56,7 +57,7 @@ class InputSize:
 
     @property
     def train_sizes(self) -> list[int]:
-        """INPUT.MIN_SIZE_TRAIN: those of a crop, where there is one, so that scales are kept."""
+        """INPUT.MIN_SIZE_TRAIN. With crops, it contains sizes of the crop, which keeps scales."""
         if not self.short_edge:
             return [0]
         jitter = WHOLE_JITTER if self.crop is None else CROP_JITTER
@@ -64,14 +65,15 @@ class InputSize:
 
 
 def choose_input_size(facts: DataFacts, device: Device) -> InputSize:
-    """Returns the size for a data set on a device.
+    """Returns the input size for a data set on a device.
 
     Images keep their size if it is large enough for the objects and small enough for the device,
-    unless object sizes vary less relative to their images. Otherwise all get one short edge.
+    unless object sizes relative to the image size vary less than absolute ones. Otherwise all
+    images are scaled to the same short edge.
 
     Args:
-        facts: of the training data.
-        device: to train on.
+        facts: facts about the training data.
+        device: the device to train on.
     """
     if _fits_unscaled(facts, device.image_pixels):
         return _unscaled(facts, device)
@@ -127,7 +129,10 @@ def _crop_side(large_object: float, device: Device) -> float:
 
 
 def _crop_share(edge: int, elongation: float, large_object: float, device: Device) -> float | None:
-    """Returns the share of height and width of a crop; None if none is small or large enough."""
+    """Returns a crop's share of height and width, or None if no crop is suitable.
+
+    A crop must be large enough for the objects and small enough to save time.
+    """
     most = math.sqrt(device.view_pixels / elongation) / edge
     share = round(min(_crop_side(large_object, device) / edge, most), 2)
     return (
@@ -136,7 +141,7 @@ def _crop_share(edge: int, elongation: float, large_object: float, device: Devic
 
 
 def _scaled(facts: DataFacts, edge: int, crop: float | None, wanted: int) -> InputSize:
-    # A few panoramas among other images are scaled down, so that they do not fill the memory.
+    # If there are a few panoramas, they are scaled down so that they do not exhaust memory.
     elongation = np.percentile(facts.elongations, 95).clip(USUAL_ELONGATION, MOST_ELONGATED)
     longest = math.ceil(edge * elongation / STEP) * STEP
     scale = np.minimum(edge / facts.short_sides, longest / facts.image_hw.max(axis=1))

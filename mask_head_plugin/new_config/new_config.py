@@ -1,4 +1,4 @@
-"""Writes a config for a data set after checking the files, fitting keys and trying them."""
+"""Writes a config for a data set: checks the files, chooses the values and tests them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataFiles:
-    """A COCO file and the folder of its images."""
+    """A COCO file and its image folder."""
 
     json_file: Path
     images: Path
@@ -51,16 +51,16 @@ class DataFiles:
 
 @dataclass(frozen=True)
 class Request:
-    """What to write a config for.
+    """The data and options for a new config.
 
     Attributes:
         train: training data.
-        val: validation data; None splits the training data.
-        output: the config.
-        split_share: share of the images that go to validation if ``val`` is None.
-        seed: of the split.
-        device: ``cpu`` or ``cuda``; None for the GPU if there is one.
-        overwrite: whether existing files are replaced.
+        val: validation data; if None, the training data are split.
+        output: path of the config.
+        split_share: share of the images to use for validation if ``val`` is None.
+        seed: seed of the split.
+        device: ``cpu`` or ``cuda``; None for a GPU if there is one, otherwise the CPU.
+        overwrite: whether to replace existing files.
     """
 
     train: DataFiles
@@ -73,7 +73,7 @@ class Request:
 
     @property
     def part_files(self) -> dict[str, Path]:
-        """The annotations of a split."""
+        """The annotation files written if the training data are split."""
         return {part: self.output.with_suffix(f".{part}.json") for part in ("train", "val")}
 
     @property
@@ -87,14 +87,14 @@ class NewConfig:
     """A written config, and facts about it.
 
     Attributes:
-        files: the config, and the annotations of a split.
-        train: the training data.
-        val: the validation data, if there are any.
-        backbone: the model's.
-        device: to train on.
-        schedule: of the training.
-        warnings: of the data sets.
-        estimate: from a trial; None if this machine lacks the device.
+        files: the config and, if the data were split, the annotation files.
+        train: facts about the training data.
+        val: facts about the validation data, if there are any.
+        backbone: the model's backbone.
+        device: the device to train on.
+        schedule: the length of training.
+        warnings: warnings from the data set check.
+        estimate: measured cost; None if this machine lacks the device.
     """
 
     files: list[Path]
@@ -108,13 +108,13 @@ class NewConfig:
 
 
 def write_new_config(request: Request) -> NewConfig:
-    """Writes a config, and the parts of a split if validation data are missing.
+    """Writes a config and, if there are no validation data, splits the training data.
 
-    The config is loaded and checked as train_net.py does, and some iterations are trained, before
-    any file is written.
+    Before any file is written, the config is loaded and checked as in train_net.py, and a few
+    iterations are trained.
 
     Args:
-        request: what to write.
+        request: the data and options.
 
     Raises:
         ConfigError: if a path is wrong, a data set has errors, or no config can be fitted to it.
@@ -130,12 +130,12 @@ def write_new_config(request: Request) -> NewConfig:
     name = re.sub(r"[^\w+-]+", "_", request.output.stem)
     header = (
         f"Written by tools/new_config.py for {describe(train)}, to train {backbone.name} on "
-        f"{device}.\nEach comment says why a key has its value. All of it is a start: change what "
+        f"{device}.\nThe comments explain the values. They are a starting point: change whatever "
         "you know better."
     )
 
     def text(folder: Path, base: str) -> str:
-        """Returns the config for parts of a split in a folder."""
+        """Returns the config as text, with the annotation files of a split in ``folder``."""
         files = _data_sets(request, parts, folder, name)
         named = file_settings(files, f"./output/{name}", _split_words(request, parts))
         return render(header, base, [*settings, *named])
@@ -169,18 +169,18 @@ def _refuse_wrong_paths(request: Request) -> None:
     inputs = [x.json_file.resolve() for x in (request.train, request.val) if x]
     for path in request.outputs:
         if path.resolve() in inputs:
-            raise ConfigError(f"--output: {path} is one of the input files; name another")
+            raise ConfigError(f"--output: {path} is one of the input files; use another name")
         if path.is_dir():
             raise ConfigError(f"--output: {path} is a folder; name a file")
         if os.path.lexists(path) and not request.overwrite:
-            raise ConfigError(f"--output: {path} exists; name another file, or add --overwrite")
+            raise ConfigError(f"--output: {path} exists; use another name, or add --overwrite")
 
 
 def _check_files(request: Request) -> None:
-    """Checks the files as training does, which then uses the cached result.
+    """Runs the data set check. Training will then use its cached result.
 
     Raises:
-        ConfigError: if there are errors.
+        ConfigError: if the check finds errors.
     """
     data = [x for x in (request.train, request.val) if x is not None]
     sources = [
@@ -195,7 +195,7 @@ def _check_files(request: Request) -> None:
 
 
 def _split(request: Request) -> dict[str, dict[str, Any]]:
-    """Returns the parts for training and validation; none if they would lack objects."""
+    """Splits the training data; returns no parts if one of them would have no objects."""
     content = json.loads(request.train.json_file.read_text(encoding="utf-8"))
     root = str(request.train.images)
     names = [image["file_name"] for image in content["images"]]
@@ -223,7 +223,7 @@ def _facts(
 def _data_sets(
     request: Request, parts: Mapping[str, Any], folder: Path, name: str
 ) -> list[tuple[str, Path, Path]]:
-    """Returns name, annotations and images of the data sets, with absolute paths."""
+    """Returns name, annotation file and image folder of each data set, with absolute paths."""
     if parts:
         files = {
             part: DataFiles(folder / path.name, request.train.images)
@@ -238,7 +238,7 @@ def _data_sets(
 
 
 def _free_name(name: str) -> str:
-    """Returns a name that no data set of detectron2 or the plugin uses."""
+    """Returns a name that no data set of detectron2 or the plugin has."""
     taken = name in DatasetCatalog.list() and not MetadataCatalog.get(name).get(
         "from_coco_files", False
     )
@@ -250,9 +250,9 @@ def _split_words(request: Request, parts: Mapping[str, Any]) -> str:
         return ""
     train, val = (len(part["images"]) for part in parts.values())
     return (
-        f"Of {request.train.json_file.name}, {train} images are for training and {val} for "
-        f"validation (--seed {request.seed}). Copies, tiles and versions of one photograph, as far "
-        "as names and contents tell, are in one of the two."
+        f"{request.train.json_file.name} was split into {train} images for training and {val} for "
+        f"validation (--seed {request.seed}). Copies, tiles and versions of one photograph are in "
+        "the same part, as far as names and contents reveal them."
     )
 
 
@@ -265,7 +265,7 @@ def _write_parts(request: Request, parts: Mapping[str, Any], folder: Path) -> li
 
 
 def _base(output: Path, backbone: Backbone) -> str:
-    """Returns ``_BASE_``: relative for a config in this project's folder, otherwise absolute."""
+    """Returns ``_BASE_``: a relative path within this project's folder, otherwise absolute."""
     base = CONFIGS / backbone.base
     if output.resolve().is_relative_to(CONFIGS):
         return os.path.relpath(base, output.resolve().parent)
@@ -277,16 +277,16 @@ def _tried(cfg: CfgNode, device: Device) -> Estimate:
         return try_config(cfg)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ConfigError(
-            f"a step of {cfg.SOLVER.IMS_PER_BATCH} images does not fit the free memory of {device};"
-            " end what else uses it, or choose another --device"
+            f"a batch of {cfg.SOLVER.IMS_PER_BATCH} images does not fit into the free memory of "
+            f"{device}; end other programs that use it, or choose another --device"
         ) from error
 
 
 def _checked(config_file: Path, device: Device) -> tuple[CfgNode, list[Finding]]:
-    """Returns a config that has passed all checks of train_net.py, and warnings of its data sets.
+    """Runs all checks of train_net.py; returns the config and the warnings about its data sets.
 
     Raises:
-        ConfigError: if it does not pass.
+        ConfigError: if a check fails.
     """
     cfg: CfgNode = read_config(str(config_file))
     cfg.OUTPUT_DIR = str(config_file.parent / "output")

@@ -1,4 +1,4 @@
-"""Chooses how long to train, from the number of images and the speed of the device."""
+"""Chooses the length of training from the number of images and the speed of the device."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from dataclasses import dataclass
 from .device import Device
 
 PASSES = 40
-"""Passes over the images, as a few hundred of them need with pretrained weights."""
+"""Passes over the images. A few hundred images need this many with pretrained weights."""
 LEAST_VIEWS, MOST_VIEWS = 24_000, 1_440_000
-"""Images or crops in all. The least, because a detector's heads always start untrained; the most,
-as in COCO's 1x schedule.
+"""Limits for the total number of images or crops. There is a minimum because a detector's heads
+always start untrained. The maximum is that of COCO's 1x schedule.
 """
 CPU_MINUTES = 40
 LEAST_ITERATIONS = 300
 EVALUATIONS = 4
 EVALUATION_SHARE = 0.25
-"""Share of the training time that evaluations may take."""
+"""Largest share of the training time to spend on evaluations."""
 FORWARD_SHARE = 0.3
-"""Share of a training step that its forward pass takes."""
+"""Share of a training step's time that the forward pass takes."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The course of a training.
+    """Length and periods of a training run.
 
     Attributes:
-        batch_size: images in a step.
-        iterations: steps.
-        passes: over the images.
-        warmup: iterations.
+        batch_size: images per iteration.
+        iterations: number of iterations.
+        passes: number of passes over the images.
+        warmup: warm-up iterations.
         period: iterations between evaluations, and between checkpoints.
-        is_cut: whether the time limit of a CPU shortened it.
+        is_cut: whether the time limit for CPUs shortened the run.
     """
 
     batch_size: int
@@ -53,11 +53,11 @@ def choose_schedule(
     """Returns the schedule for a data set.
 
     Args:
-        device: to train on.
-        num_images: in the training data.
-        view_pixels: pixels of each that training sees, on average.
-        evaluated_pixels: pixels of all images in an evaluation.
-        pixels_per_second: how many one core trains on.
+        device: the device to train on.
+        num_images: number of training images.
+        view_pixels: average number of pixels in a training image or crop.
+        evaluated_pixels: total number of pixels in an evaluation.
+        pixels_per_second: training speed of one core.
     """
     batch_size = device.fitting_batch(view_pixels)
     views = min(max(PASSES * num_images, LEAST_VIEWS), MOST_VIEWS)

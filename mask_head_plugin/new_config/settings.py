@@ -1,4 +1,4 @@
-"""The keys of a config, with their values and the reasons for its readers.
+"""Chooses the keys and values of a new config, and writes comments that explain them.
 
 Shape alphabet: N images, R objects, K classes.
 """
@@ -23,11 +23,12 @@ from .schedule import CPU_MINUTES, LEAST_VIEWS, MOST_VIEWS, PASSES, Schedule, ch
 CLASSES_LISTED = 20
 COCO_DETECTIONS = 100
 SPARE = 1.25
-"""Detections for each object of the most crowded image, as some detections are wrong."""
+"""Detections per object in the most crowded image; more than 1 because some detections are wrong.
+"""
 RARE = 0.1
-"""Share of the images below which a class counts as rare."""
+"""A class is rare if the share of images that contain it is below this."""
 MOST_REPEATED = 4
-"""How many times an image with the rarest class may be seen in a pass over all images."""
+"""Most times that an image with the rarest class is used in one pass over all images."""
 POSITIVE_SHARE = 0.25
 """detectron2's share of objects among the RoIs that train the heads."""
 
@@ -35,13 +36,13 @@ POSITIVE_SHARE = 0.25
 def choose_settings(
     train: DataFacts, val: DataFacts | None, backbone: Backbone, device: Device
 ) -> tuple[list[Setting], Schedule]:
-    """Returns all keys except those that name files, and the schedule.
+    """Returns the schedule and all settings except those that name files.
 
     Args:
-        train: the training data.
-        val: the validation data; None if there are none.
-        backbone: the model's.
-        device: to train on.
+        train: facts about the training data.
+        val: facts about the validation data; None if there are none.
+        backbone: the model's backbone.
+        device: the device to train on.
     """
     size = choose_input_size(train, device)
     anchors = choose_anchors(train.object_hw * size.object_scale[:, None], train.class_of)
@@ -76,37 +77,35 @@ def choose_settings(
 
 def _device_settings(device: Device) -> list[Setting]:
     if device.kind == "cpu" and torch.cuda.is_available():
-        return [Setting("MODEL.DEVICE", "cpu", "As --device said; this machine has a GPU.")]
+        return [Setting("MODEL.DEVICE", "cpu", "Set by --device; this machine also has a GPU.")]
     return []
 
 
 def file_settings(
     files: list[tuple[str, Path, Path]], output_dir: str, split: str = ""
 ) -> list[Setting]:
-    """Returns the keys that name files.
+    """Returns the settings that name files.
 
     Args:
         files: name, annotations and image folder of the training data and, if there are any, of
             the validation data.
-        output_dir: of the run.
-        split: says where the validation data come from.
+        output_dir: OUTPUT_DIR of the run.
+        split: explains where the validation data come from.
     """
     entries = [[name, str(json_file), str(images)] for name, json_file, images in files]
     names = [name for name, _, _ in files]
-    why = f"Name, annotations, images. These paths hold wherever you start the run. {split}"
+    why = f"Name, annotations, images. The paths work from any folder. {split}"
     settings = [
         Setting("DATASETS.COCO_FILES", entries, why.strip()),
         Setting("DATASETS.TRAIN", names[:1]),
     ]
-    without = (
-        "" if names[1:] else "No other photograph is left to validate on, so no AP is measured."
-    )
+    without = "" if names[1:] else "No photographs are left for validation, so AP is not measured."
     settings.append(Setting("DATASETS.TEST", names[1:], without))
     return [*settings, Setting("OUTPUT_DIR", output_dir)]
 
 
 def describe(facts: DataFacts) -> str:
-    """Returns what a data set holds, in one line."""
+    """Returns the numbers of images, objects and classes as one line of text."""
     counts = {
         "images": len(facts.image_hw),
         "objects": len(facts.image_of),
@@ -124,19 +123,19 @@ def _anchor_settings(anchors: Anchors, backbone: Backbone) -> list[Setting]:
     heads = backbone.head_levels(anchors.levels)
     share, default = f"{anchors.covered:.0%}", f"{anchors.covered_by_default:.0%}"
     why = (
-        "Sides of the anchors in pixels of the model's input, two for each map below, by k-means "
-        "on the boxes, in which a class counts as the square root of its objects. "
-        f"{share} of the boxes overlap one by half (IoU 0.5); {default} with COCO's anchors."
+        "Sides of the anchors in pixels of the model's input, two for each map below, chosen by "
+        "k-means on the boxes. Each class is weighted by the square root of its objects. "
+        f"{share} of the boxes have an anchor with IoU 0.5 or more; with COCO's anchors, {default}."
     )
     return [
         Setting("MODEL.ANCHOR_GENERATOR.SIZES", anchors.sizes, why),
         Setting(
             "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
             [anchors.ratios],
-            "Height over width, by k-means.",
+            "Height over width, chosen by k-means.",
         ),
         Setting(
-            "MODEL.RPN.IN_FEATURES", anchors.levels, "Maps on which objects are 3 to 16 cells."
+            "MODEL.RPN.IN_FEATURES", anchors.levels, "Maps on which objects span 3 to 16 cells."
         ),
         *([Setting("MODEL.ROI_HEADS.IN_FEATURES", heads)] if heads else []),
     ]
@@ -145,14 +144,14 @@ def _anchor_settings(anchors: Anchors, backbone: Backbone) -> list[Setting]:
 def _head_settings(
     train: DataFacts, val: DataFacts | None, size: InputSize, device: Device
 ) -> list[Setting]:
-    """Returns the classes and the numbers of proposals and RoIs."""
+    """Returns the settings for the number of classes, proposals and RoIs."""
     counts = train.objects_per_class
     order = np.argsort(-counts, kind="stable")
     told = [f"{train.class_names[k]} {counts[k]:,}" for k in order if counts[k]]
-    why = f"The classes of the file, with their objects: {listed(told, CLASSES_LISTED)}."
+    why = f"Objects of each class in the file: {listed(told, CLASSES_LISTED)}."
     if unused := [train.class_names[k] for k in order if not counts[k]]:
         why += (
-            f" Without any: {listed(unused, CLASSES_LISTED)}; a model learns nothing about these; "
+            f" Without any: {listed(unused, CLASSES_LISTED)}. The model cannot learn these; "
             f"tools/check_dataset.py --categories removes them."
         )
     detections = int(_detections(train, val).value)
@@ -161,8 +160,8 @@ def _head_settings(
         seen = _objects_in_view(train, size)
         rois = 2 ** round(math.log2(min(max(seen / POSITIVE_SHARE, 64), 256)))
         why = (
-            f"RoIs per image that train the heads, a quarter of them objects: three of four images "
-            f"show training {seen:.0f} objects or fewer. More take a CPU longer."
+            f"RoIs per image that train the heads. A quarter of them are objects, and three of "
+            f"four training images show {seen:.0f} objects or fewer. More RoIs would be slower."
         )
         settings.append(Setting("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", rois, why))
         proposals = {
@@ -171,13 +170,13 @@ def _head_settings(
             "POST_NMS_TOPK_TRAIN": max(400, rois),
             "POST_NMS_TOPK_TEST": max(400, 2 * detections),
         }
-        why = "Proposals: a CPU has no time for detectron2's numbers."
+        why = "Numbers of proposals; detectron2's would be too slow on a CPU."
     elif detections > COCO_DETECTIONS:
         proposals = {
             "PRE_NMS_TOPK_TEST": max(1000, 2 * detections),
             "POST_NMS_TOPK_TEST": max(1000, 2 * detections),
         }
-        why = "Proposals: two for each detection."
+        why = "Numbers of proposals: two for each detection."
     else:
         return settings
     for name, number in proposals.items():
@@ -197,29 +196,32 @@ def _detections(train: DataFacts, val: DataFacts | None) -> Setting:
     number = max(COCO_DETECTIONS, math.ceil(SPARE * most / 50) * 50)
     why = f"The most crowded image has {most} objects, and some detections are wrong."
     if number > COCO_DETECTIONS:
-        why += " Above 100, AP counts as many, where COCO's counts 100."
+        why += " AP then counts this many detections per image; COCO's AP counts 100."
     return Setting("TEST.DETECTIONS_PER_IMAGE", number, why)
 
 
 def _input_settings(train: DataFacts, size: InputSize, device: Device) -> list[Setting]:
-    shown = f"a tenth of the objects are below {size.smallest:.0f} pixels (root of the box's area)"
+    shown = (
+        f"At this size, a tenth of the objects are smaller than {size.smallest:.0f} pixels (square "
+        "root of the box's area)."
+    )
     if not size.short_edge:
-        why = f"0 keeps the images' own size, at which {shown}."
+        why = f"0 keeps the size of the images. {shown}"
     else:
-        why = f"Short edge of the images in evaluation, at which {shown}."
+        why = f"Short edge of the images in evaluation. {shown}"
         if size.smallest < 0.95 * SMALLEST:
             why += (
-                f" {SMALLEST}, at {size.wanted}, would be better but takes more time or memory "
-                f"than {device} has; cutting the images into tiles helps."
+                f" A short edge of {size.wanted} would raise this to {SMALLEST} pixels, but "
+                f"{device} lacks the time or memory. Cutting the images into tiles helps."
             )
     settings = [Setting("INPUT.MIN_SIZE_TEST", size.short_edge, why)]
     if size.short_edge:
         settings.append(Setting("INPUT.MAX_SIZE_TEST", size.longest))
-    why = "Training sees " + (
-        "several sizes, one of which is drawn" if size.short_edge else "the same size"
+    why = "Training uses " + (
+        "one of these sizes at random" if size.short_edge else "the same size as evaluation"
     )
     if size.crop is not None:
-        why += ". They belong to the crops below, so that objects are as large as in evaluation"
+        why += ". Sizes are those of the crops below, which keeps objects as large as in evaluation"
     settings.append(Setting("INPUT.MIN_SIZE_TRAIN", size.train_sizes, why + "."))
     if size.short_edge:
         settings.append(Setting("INPUT.MAX_SIZE_TRAIN", size.longest))
@@ -233,9 +235,9 @@ def _crop_settings(size: InputSize) -> list[Setting]:
     kind = "relative" if size.short_edge else "absolute"
     unit = "shares of height and width" if size.short_edge else "pixels"
     why = (
-        f"Training sees random crops ({unit}): whole images would cost "
-        f"{size.image_pixels / size.view_pixels:.1f} times as much, and nine of ten objects are at "
-        "most a third of a crop's side."
+        f"Training uses random crops ({unit}). Whole images would cost "
+        f"{size.image_pixels / size.view_pixels:.1f} times as much, and nine of ten objects are no "
+        "larger than a third of a crop's side."
     )
     return [
         Setting("INPUT.CROP.ENABLED", True, why),
@@ -247,9 +249,9 @@ def _crop_settings(size: InputSize) -> list[Setting]:
 def _mask_format(train: DataFacts, size: InputSize) -> Setting:
     if train.has_run_lengths:
         kinds = "run lengths" + (" and polygons" if train.has_polygons else "")
-        return Setting("INPUT.MASK_FORMAT", "bitmask", f"The masks are {kinds}, which this reads.")
+        return Setting("INPUT.MASK_FORMAT", "bitmask", f"Required: the masks are {kinds}.")
     if size.crop is not None:
-        why = "Polygons are cropped by their pixels: for more, fvcore needs the package shapely."
+        why = "Polygons become bit masks to be cropped; without this, fvcore needs shapely."
         return Setting("INPUT.MASK_FORMAT", "bitmask", why)
     return Setting("INPUT.MASK_FORMAT", "polygon", "All masks are polygons.")
 
@@ -265,9 +267,9 @@ def _sampler_settings(train: DataFacts) -> list[Setting]:
     order = rare[np.argsort(shares[rare], kind="stable")]
     names = [f"{train.class_names[k]} {shares[k]:.1%}" for k in order if shares[k] < threshold]
     why = (
-        f"Some classes are in few of the images ({listed(names)}). Images with a class that is in "
-        "a share f of all are seen sqrt(REPEAT_THRESHOLD / f) times as often (LVIS, appendix B.2), "
-        f"here up to {math.sqrt(threshold / rarest):.1f} times."
+        f"Some classes occur in few images ({listed(names)}). If a class occurs in a share f of "
+        "the images, these images are repeated sqrt(REPEAT_THRESHOLD / f) times (LVIS, appendix "
+        f"B.2), here up to {math.sqrt(threshold / rarest):.1f} times."
     )
     return [
         Setting("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", why),
@@ -279,20 +281,20 @@ def _solver_settings(schedule: Schedule, backbone: Backbone, device: Device) -> 
     why = (
         f"{schedule.passes:.0f} passes over the images"
         if schedule.passes >= 2
-        else f"The images of {schedule.passes:.0%} of a pass"
+        else f"{schedule.passes:.0%} of a pass over the images"
     )
     if schedule.is_cut:
         why += (
-            f", for about {CPU_MINUTES} minutes on {device}. With more time, raise only this: the "
-            f"learning rate falls to 0 at its end, wherever that is."
+            f", which take about {CPU_MINUTES} minutes on {device}. If you have more time, raise "
+            f"only this value: the learning rate always falls to 0 at the end."
         )
     else:
         why += (
-            f". The rule: {PASSES}, but {LEAST_VIEWS:,} images at least, since the heads start "
-            f"untrained, and {MOST_VIEWS:,} at most, as in COCO's 1x schedule."
+            f". The rule is {PASSES} passes, but at least {LEAST_VIEWS:,} images, because the "
+            f"heads start untrained, and at most {MOST_VIEWS:,}, as in COCO's 1x schedule."
         )
     settings = [
-        Setting("SOLVER.IMS_PER_BATCH", schedule.batch_size, f"Images in a step, for {device}."),
+        Setting("SOLVER.IMS_PER_BATCH", schedule.batch_size, f"Suits {device}."),
         Setting(
             "SOLVER.BASE_LR",
             backbone.learning_rate(schedule.batch_size),
@@ -308,7 +310,7 @@ def _solver_settings(schedule: Schedule, backbone: Backbone, device: Device) -> 
             Setting(
                 "SOLVER.REFERENCE_WORLD_SIZE",
                 1,
-                "For one GPU. With --num-gpus N the batch, rate and schedule are scaled to N.",
+                "Values are for one GPU; --num-gpus N scales batch, rate and schedule to N GPUs.",
             )
         )
     return settings

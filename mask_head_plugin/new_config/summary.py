@@ -1,4 +1,4 @@
-"""The console's summary of a new config: what it is for, how to run it, what that takes."""
+"""Summarizes a new config for the console: its purpose, cost, and the command to run it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .trial import TIMED
 
 
 def summary(new: NewConfig) -> str:
-    """Returns some lines of text; the command to run is the last."""
+    """Returns a summary of several lines; the last line is the command to run."""
     config, *parts = new.files
     lines = [f"{config}: {new.backbone.name} on {new.device}", f"  training: {describe(new.train)}"]
     if new.val is not None:
@@ -24,7 +24,7 @@ def summary(new: NewConfig) -> str:
 
 
 def _warnings(new: NewConfig) -> list[str]:
-    """Returns the first warning of each kind that may spoil what a model learns or an AP says."""
+    """Returns the first warning of each kind, and the number of others of that kind."""
     lines = []
     for kind, group in by_kind(new.warnings).items():
         more = f" (and {len(group) - 1} more of {kind})" if len(group) > 1 else ""
@@ -35,7 +35,7 @@ def _warnings(new: NewConfig) -> list[str]:
 def _estimate(new: NewConfig) -> str:
     estimate, iterations = new.estimate, new.schedule.iterations
     if estimate is None:
-        return f"{iterations:,} iterations; their time is unknown: this machine lacks the device"
+        return f"{iterations:,} iterations; time unknown, because this machine lacks the device"
     training = _minutes(iterations * estimate.seconds_per_iteration)
     words = f"{training} for {iterations:,} iterations of {estimate.seconds_per_iteration:.2f} s"
     if new.val is not None:
@@ -43,7 +43,7 @@ def _estimate(new: NewConfig) -> str:
         evaluations = -(-iterations // new.schedule.period)
         words += f", {_minutes(seconds)} for each of {evaluations} evaluations"
     memory = f"{estimate.memory / 1e9:.1f} GB of memory"
-    return f"estimate: {words}, {memory}; measured just now in {TIMED} iterations"
+    return f"estimate: {words}, {memory}; based on {TIMED} iterations measured just now"
 
 
 def _minutes(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Tries a few iterations of a config, to estimate its time and memory."""
+"""Runs a few iterations of a config to estimate its time and memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ EVALUATED = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated costs of a training.
+    """Estimated cost of a training run.
 
     Attributes:
-        seconds_per_iteration: median of the trial.
-        seconds_per_image: of an evaluation; 0 if there is none.
-        memory: bytes of the process, or of the GPU.
+        seconds_per_iteration: median of the measured iterations.
+        seconds_per_image: time per image in an evaluation; 0 without validation data.
+        memory: memory of the process, or of the GPU, in bytes.
     """
 
     seconds_per_iteration: float
@@ -34,16 +34,16 @@ class Estimate:
 
 
 def try_config(cfg: CfgNode) -> Estimate:
-    """Trains some iterations from random weights, evaluates some images, and discards the results.
+    """Trains a few iterations from random weights and evaluates a few images; discards the results.
 
     Args:
         cfg: a config whose data sets are registered.
     """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.DATALOADER.NUM_WORKERS = 0  # started, they would take longer than the trial
-    cfg.MODEL.WEIGHTS = ""  # nothing is downloaded
-    cfg.SOLVER.BASE_LR = 1e-6  # without warm-up, a higher one might diverge
+    cfg.DATALOADER.NUM_WORKERS = 0  # starting workers would take longer than the iterations
+    cfg.MODEL.WEIGHTS = ""  # avoids a download
+    cfg.SOLVER.BASE_LR = 1e-6  # without warm-up, a higher rate could diverge
     model = Trainer.build_model(cfg)
     loader = Trainer.build_train_loader(cfg)
     loader.go_to(0, 0)

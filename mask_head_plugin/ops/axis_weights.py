@@ -1,28 +1,30 @@
-"""RoI sampling along one axis: the cells that a bin reads, and their weights.
+"""RoI sampling along one axis: the cells that each bin reads, and their weights.
 
 A bilinear sample of a map F at (y, x) is ``sum_i sum_j hat(y - i) hat(x - j) F[i, j]`` with
 ``hat(t) = max(0, 1 - |t|)``: a factor in y times a factor in x. The samples of a bin are all pairs
-of its y and x coordinates, so their mean is also such a product, as is the integral over the bin. A
-whole RoI is ``Wy F Wx^T``, where each row of W holds the weights of one bin:
+of its y and x coordinates, so their mean also separates into two factors, and so does the integral
+over the bin. A whole RoI is ``Wy F Wx^T``, where each row of W contains the weights of one bin:
 
     ROIAlign    W[p, i] = mean of hat(t - i) over the samples t of bin p
     ROIWarp     the same, on edges rounded to cells
     PrROIPool   W[p, i] = integral of hat(t - i) over bin p, divided by its length
 
 Edges are given in cells: 0 is the outer edge of the first cell, so its centre is at 0.5. The
-functions below shift by 0.5 (or not, see ``aligned``) to count from centre to centre.
+functions below shift edges by 0.5 (unless ``aligned`` is False), which puts the centre of cell i
+at i.
 
-By hand, after the shift: one bin from 1.0 to 3.0. ROIAlign with two samples puts them at 1.5 and
-2.5; their hats are (1/2, 1/2) on cells 1, 2 and on cells 2, 3, so W is (1/4, 1/2, 1/4) on cells 1,
-2, 3. PrROIPool: the hats of cells 1 and 3 lie half in the bin (area 1/2), that of cell 2 wholly
-(area 1); divided by the length 2, W is (1/4, 1/2, 1/4) again. From 1.0 to 2.0 it is (1/2, 1/2).
+Example, after the shift: one bin from 1.0 to 3.0. ROIAlign with two samples places them at 1.5 and
+2.5. Their weights are (1/2, 1/2) on cells 1, 2 and on cells 2, 3, so W is (1/4, 1/2, 1/4) on cells
+1, 2, 3. For PrROIPool, half of the hat of cells 1 and 3 lies in the bin (area 1/2) and all of the
+hat of cell 2 (area 1). Divided by the length 2, W is again (1/4, 1/2, 1/4). For a bin from 1.0 to
+2.0, both give (1/2, 1/2) on cells 1, 2.
 
 Border rule of torchvision and detectron2: a sample below -1 or above the number of cells L counts
-as 0; otherwise it is clamped into [0, L - 1]. For PrROIPool this makes the map continue with its
-border value from 0 to -1 and from L - 1 to L, and with 0 beyond.
+as 0; any other sample is clamped to [0, L - 1]. For PrROIPool, this extends the map with its border
+value from 0 to -1 and from L - 1 to L, and with 0 beyond.
 
-Shape alphabet: R RoIs, P bins, G samples per bin (of the RoI with most), V cells per
-sample, B cells per bin (of the RoI with most), L cells of the map along this axis.
+Shape alphabet: R RoIs, P bins, G samples per bin (in the RoI with the most), V cells per sample, B
+cells per bin (in the RoI with the most), L cells of the map along this axis.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ import torch
 from torch import Tensor
 
 MAX_MAP_SIZES = 8
-"""The adaptive sampling grid does not grow beyond RoIs of this many feature maps."""
+"""RoI side, in feature map sides, beyond which the adaptive sampling grid stops growing."""
 
 MAX_CELL = 1 << 22
-"""Edges are clamped to this distance from the map's origin before they are rounded to cells."""
+"""Greatest distance from the map's origin, in cells; edges are clamped to it before rounding."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class AxisWeights:
 
     Attributes:
         cell: (R, P, B) int32 in [0, L). Slots after a bin's last cell repeat one of its cells.
-        weight: (R, P, B), 0 in the slots after it.
-        count: (R,) most slots that a bin of the RoI uses; 0 if the RoI is off the map.
+        weight: (R, P, B), 0 in the slots after a bin's last cell.
+        count: (R,) slots used by the RoI's largest bin; 0 if the RoI is off the map.
     """
 
     cell: Tensor
@@ -56,13 +58,13 @@ class AxisWeights:
 
 @dataclass(frozen=True)
 class AxisSamples:
-    """The samples of the bins of R RoIs along one axis, each a mean of V = 2 cells.
+    """The samples of the bins of R RoIs along one axis, each a weighted mean of V = 2 cells.
 
     Attributes:
         cell: (R, P, G, V) int32 in [0, L): the cells below and above a sample.
-        weight: (R, P, G, V) of the type of the edges; their sum over V is 1.
-        inside: (R, P, G) whether the sample exists and counts (border rule).
-        count: (R,) samples per bin of each RoI; 0 if it has none on the map.
+        weight: (R, P, G, V) in the dtype of the edges; sums to 1 over V.
+        inside: (R, P, G) whether the sample exists and counts under the border rule.
+        count: (R,) samples per bin of each RoI; 0 if no sample lies on the map.
     """
 
     cell: Tensor
@@ -79,21 +81,21 @@ def roi_align_samples(
     sampling_ratio: int = 0,
     aligned: bool = True,
 ) -> AxisSamples:
-    """Lays out the samples of ROIAlign along one axis (Mask R-CNN section 3).
+    """Returns the samples of ROIAlign along one axis (Mask R-CNN section 3).
 
-    Coordinates are computed in torchvision's order of operations: with other rounding, a sample
-    next to -1 or L might land on the other side of the jump to 0.
+    Coordinates are computed in torchvision's order of operations. With different rounding, a sample
+    next to -1 or L could land on the other side of the jump to 0.
 
     Args:
         start: (R,) lower edges, in cells.
-        end: (R,) upper edges. Below ``start``: no samples with an adaptive grid, otherwise mirrored
-            ones.
+        end: (R,) upper edges. If an upper edge is below ``start``, an adaptive grid has no samples,
+            and a fixed one is mirrored.
         num_bins: P.
         num_cells: L, at least 1.
-        sampling_ratio: G; 0 and below for ``ceil(RoI side / P)``, at most as many as for a RoI of
+        sampling_ratio: G. 0 or less means ``ceil(RoI side / P)``, limited to the value for a RoI of
             MAX_MAP_SIZES feature maps.
-        aligned: True shifts by half a cell (cell centres at +0.5); False does not, and takes sides
-            below one cell as one cell.
+        aligned: True shifts by half a cell (cell centres at +0.5). False does not shift, and widens
+            sides below one cell to one cell.
     """
     shift = 0.5 if aligned else 0.0
     start, end = start - shift, end - shift
@@ -109,7 +111,7 @@ def roi_align_samples(
     bin_size, steps = bin_size[:, None, None], grid.clamp(min=1)[:, None, None]
     t = start[:, None, None] + bins * bin_size + (samples + 0.5) * bin_size / steps
     inside = (samples < grid[:, None, None]) & (t >= -1.0) & (t <= num_cells)
-    # Off the map, t does not matter and may have overflowed.
+    # Off the map, t is not used and may have overflowed.
     t = torch.where(inside, t.clamp(0, num_cells - 1), 0)
     low = t.floor()
     count = torch.where(inside.flatten(1).any(dim=1), grid, 0).int()
@@ -126,7 +128,7 @@ def roi_align_weights(
     sampling_ratio: int = 0,
     aligned: bool = True,
 ) -> AxisWeights:
-    """Weights of ROIAlign along one axis: the mean over its samples.
+    """Returns the weights of ROIAlign along one axis: the mean over the samples of each bin.
 
     Args: see roi_align_samples.
     """
@@ -135,8 +137,8 @@ def roi_align_weights(
     first = torch.where(inside, cell, num_cells).flatten(2).amin(2)
     last = torch.where(inside, cell, -1).flatten(2).amax(2)
     window = (last - first + 1).clamp(min=0).amax(1)
-    # Samples less than a cell apart share cells: one slot for each cell from first to last. Samples
-    # far apart leave gaps: one slot for each cell of each sample.
+    # Samples less than a cell apart share cells, so each cell from first to last gets a slot.
+    # Samples far apart leave gaps, so each cell of each sample gets a slot.
     dense = window <= 2 * grid
     count = torch.where(dense, window, 2 * grid)
     num_slots = max(int(count.max()), 1) if len(count) else 1
@@ -153,13 +155,13 @@ def roi_align_weights(
 def precise_roi_pool_weights(
     start: Tensor, end: Tensor, num_bins: int, num_cells: int, aligned: bool = True
 ) -> AxisWeights:
-    """Weights of PrROIPool along one axis (arXiv 1807.11590), differentiable in the edges.
+    """Returns PrROIPool's weights along one axis (arXiv 1807.11590), differentiable in the edges.
 
     They are the limit of ROIAlign's weights as a fixed sampling ratio grows. In particular, a RoI
-    that ends before it starts is mirrored, and a bin of length 0 reads the point where it lies.
-    Edges are compared with cells in float64. The rest is computed relative to a bin's first cell,
-    where float32 is as good, or also in float64 if the edges need a gradient, which divides by the
-    length of a bin.
+    that ends before it starts is mirrored, and a bin of length 0 reads the point at its position.
+    Edges are compared with cells in float64. Everything else is computed relative to a bin's first
+    cell, where float32 is precise enough. If the edges need a gradient, which divides by the length
+    of a bin, this also happens in float64.
 
     Args: see roi_align_samples.
     """
@@ -182,8 +184,9 @@ def precise_roi_pool_weights(
     low, high = low.clamp(*border), high.clamp(*border)
     i = torch.arange(num_slots, dtype=work, device=low.device)
     cell = first.int() + i.int()
-    # The hat of a cell rises over [i - 1, i] and falls over [i, i + 1], but stays at 1 over the
-    # border. On each side it is linear: its integral is length times value in the middle.
+    # The hat of a cell rises over [i - 1, i] and falls over [i, i + 1], except at the border, where
+    # it stays at 1. Each side is linear, so its integral is the length times the value at the
+    # midpoint.
     rising = low.clamp(i - 1, i), high.clamp(i - 1, i)
     falling = low.clamp(i, i + 1), high.clamp(i, i + 1)
     rise = torch.where(cell == 0, 1.0, (rising[0] + rising[1]) / 2 - (i - 1))
@@ -197,9 +200,9 @@ def precise_roi_pool_weights(
 
 
 def round_to_cells(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes RoIs as ROIPool does (Fast R-CNN, and torchvision's roi_pool).
+    """Quantizes RoIs as in ROIPool (Fast R-CNN and torchvision's roi_pool).
 
-    Both edges are rounded half away from zero, and the cell of the upper one belongs to the RoI. A
+    Both edges are rounded half away from zero, and the RoI includes the cell of its upper edge. A
     RoI has at least one cell, even if it ends before it starts.
 
     Args:
@@ -207,14 +210,14 @@ def round_to_cells(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         end: (R,) upper edges, in cells.
 
     Returns:
-        The outer edges of the first and of the last cell: whole numbers, at least 1 apart.
-        Edges beyond MAX_CELL are clamped to it.
+        The outer edges of the first and the last cell: whole numbers, at least 1 apart. Edges
+        beyond MAX_CELL are clamped to it.
     """
     start, end = (_round(edge.clamp(-MAX_CELL, MAX_CELL)) for edge in (start, end))
     return start, torch.maximum(start, end) + 1
 
 
 def _round(x: Tensor) -> Tensor:
-    """Rounds half away from zero, as C does; torch.round takes the even neighbour."""
+    """Rounds half away from zero, as C does. torch.round would round half to even."""
     whole = x.abs().floor()  # ONNX has no trunc
     return torch.where(x.abs() - whole >= 0.5, whole + 1, whole) * torch.sign(x)

@@ -1,4 +1,4 @@
-"""The cells of a feature map that the bins of RoIs read, with RoIs of similar size together.
+"""The cells that the bins of RoIs read from a feature map, grouped into RoIs of similar size.
 
 Shape alphabet: see roi_pooling.
 """
@@ -18,11 +18,12 @@ from torch import Tensor
 from .axis_weights import MAX_MAP_SIZES, AxisSamples, AxisWeights
 
 PIECE = (1 << 15) - 1
-"""Elements up to which an operator of PyTorch runs only on the calling thread."""
+"""Most elements for which a PyTorch operator stays on the calling thread."""
 
 MAX_COPY = 9 << 19
-"""Elements of a map that are copied at a time: 18 MB of float32. The allocator reuses the memory of
-two such copies; more would come from the system, which takes longer than the copy.
+"""Most elements of a map that are copied at a time: 18 MB of float32. The allocator reuses the
+memory of two such copies. Memory for larger ones would come from the system, which takes longer
+than the copy.
 """
 
 Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
@@ -30,21 +31,21 @@ Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """r RoIs of similar size that are pooled from one view."""
+    """r RoIs of similar size that are pooled from the same view."""
 
     view: int  # see views
-    rows: Tensor  # (r,) their places among all RoIs
+    rows: Tensor  # (r,) indices among all RoIs
     y: Any  # AxisWeights or AxisSamples; cells along y are row starts in the table of cells
     x: Any
 
     @property
     def num_bins(self) -> int:
-        """Bins of a RoI, P Q."""
+        """Bins per RoI, P Q."""
         return int(self.y.cell.shape[1] * self.x.cell.shape[1])
 
     @cached_property
     def off_map(self) -> tuple[Tensor, Tensor] | None:
-        """Which bins have only weights of 0, (r, P) along y and (r, Q) along x; None if none."""
+        """Bins that have only weights of 0: (r, P) along y and (r, Q) along x, or None."""
         y, x = ((axis.weight == 0).all(dim=2) for axis in (self.y, self.x))
         return (y, x) if y.any() or x.any() else None
 
@@ -53,23 +54,23 @@ class Block(NamedTuple):
     """n RoIs of a part whose bins have about the same number of cells or samples."""
 
     part: Part
-    places: Tensor  # (n,) in the part
-    y_slots: int  # per bin along each axis; both 0 if the RoIs are off the map
+    places: Tensor  # (n,) indices within the part
+    y_slots: int  # slots per bin along each axis; both 0 if the RoIs are off the map
     x_slots: int
 
     @property
     def rows(self) -> Tensor:
-        """(n,) places among all RoIs."""
+        """(n,) indices among all RoIs."""
         return self.part.rows[self.places]
 
     @property
     def num_bins(self) -> int:
-        """Bins of all RoIs, n P Q."""
+        """Bins of all RoIs in the block, n P Q."""
         return len(self.places) * self.part.num_bins
 
     @property
     def slots(self) -> int:
-        """Ky Kx, cells or samples of a bin."""
+        """Cells or samples per bin, Ky Kx."""
         return self.y_slots * self.x_slots
 
 
@@ -82,16 +83,17 @@ def lay_out(
     axis: Axis,
     num_samples: int,
 ) -> list[Part]:
-    """Lays out weights or samples along both axes.
+    """Computes weights or samples along both axes, split into parts of RoIs of similar size.
 
     Args:
         maps: L feature maps.
         rois: (R, 5).
-        levels: (R,) the map of each.
+        levels: (R,) the map of each RoI.
         scales: cells per pixel of each map.
         output_size: (P, Q).
-        axis: returns weights or samples for edges in cells, number of bins and number of cells.
-        num_samples: per bin and axis, for a RoI of less than a cell per bin.
+        axis: returns weights or samples, given the edges in cells, the number of bins and the
+            number of cells.
+        num_samples: samples per bin and axis for a RoI of less than one cell per bin.
     """
     parts, image = [], rois[:, 0].int()
     for view, (level, images) in enumerate(views(maps)):
@@ -100,7 +102,7 @@ def lay_out(
         rows = torch.nonzero(here)[:, 0]
         boxes = rois[rows, 1:] * scales[level]
         first_row = (image[rows] - images.start) * height
-        # In cells; the adaptive grid does not grow for larger RoIs.
+        # In cells. Clamped because the adaptive grid does not grow for larger RoIs.
         spans = (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(0, MAX_MAP_SIZES * max(height, width))
         entries = 2 * (spans + max(output_size) * num_samples)
         for index in _split_by_size(entries):
@@ -113,7 +115,10 @@ def lay_out(
 
 
 def _split_by_size(entries: Tensor) -> Iterator[Tensor]:
-    """Yields indices, large RoIs first: all RoIs of a part get as many samples as its largest.
+    """Yields the indices of each part, largest RoIs first.
+
+    RoIs of similar size belong together because every RoI of a part takes as much space as the
+    largest one.
 
     Args:
         entries: (r,) samples and cells along the longer axis.
@@ -127,11 +132,11 @@ def _split_by_size(entries: Tensor) -> Iterator[Tensor]:
 
 
 def split_into_blocks(parts: Sequence[Part], max_entries: int) -> list[Block]:
-    """Groups RoIs that use about equally many slots per bin.
+    """Groups RoIs that use about the same number of slots per bin.
 
     Args:
-        parts: of all maps.
-        max_entries: limit of a block with more than one RoI.
+        parts: the parts of all maps.
+        max_entries: most entries in a block of more than one RoI.
     """
     blocks = []
     for part in parts:
@@ -146,7 +151,7 @@ def split_into_blocks(parts: Sequence[Part], max_entries: int) -> list[Block]:
 
 
 def _slots(axis: AxisWeights | AxisSamples) -> list[int]:
-    """Returns slots per bin of each RoI, rounded up to 1, 2, 3, 4, 6, 8, 12, …; 0 stays."""
+    """Returns the slots per bin of each RoI, rounded up to 0, 1, 2, 3, 4, 6, 8, 12, …"""
     mantissa, exponent = torch.frexp(axis.count.float())
     slots = torch.ldexp((mantissa * 4).ceil() / 4, exponent)
     rounded: list[int] = slots.clamp(max=axis.cell.shape[2]).int().tolist()
@@ -164,21 +169,21 @@ def over_x(x: Tensor) -> Tensor:
 
 
 def sum_type(feature: Tensor) -> torch.dtype:
-    """Returns the type to compute in: half precision would round each sum."""
+    """Returns the dtype for sums: at least float32, because half precision would round each sum."""
     return torch.promote_types(feature.dtype, torch.float32)
 
 
 def is_copied(feature: Tensor) -> bool:
-    """Returns whether the table of a map's cells is a copy."""
+    """Returns whether as_table has to copy this map."""
     last = feature.is_contiguous(memory_format=torch.channels_last)
     return not last or feature.dtype != sum_type(feature)
 
 
 def views(maps: Sequence[Tensor]) -> list[tuple[int, slice]]:
-    """Cuts maps into pieces to pool from: whole maps, or a few images of a map that is copied.
+    """Cuts maps into views to pool from: whole maps, or a few images of a map that must be copied.
 
     Returns:
-        Index of the map and its images, in turn.
+        For each view, the index of its map and the range of images.
     """
     cut = []
     for level, feature in enumerate(maps):
@@ -191,10 +196,13 @@ def views(maps: Sequence[Tensor]) -> list[tuple[int, slice]]:
 
 
 def channel_blocks(feature: Tensor) -> list[slice]:
-    """Returns all channels of a view, or those copied at a time: whole cache lines of 16 float32.
+    """Splits the channels of a view into blocks that are copied one at a time.
+
+    Block sizes are multiples of a cache line of 16 float32. A view that needs no splitting gives
+    one block with all channels.
 
     Args:
-        feature: one image if there are several blocks.
+        feature: the view; a single image if it must be split.
     """
     step = num_channels = feature.shape[1]
     if is_copied(feature) and feature.numel() > MAX_COPY:
@@ -203,7 +211,7 @@ def channel_blocks(feature: Tensor) -> list[slice]:
 
 
 def as_table(feature: Tensor) -> Tensor:
-    """Returns a map as a table of cells, (N H W, C); a copy where is_copied."""
+    """Returns a map as a table of cells, (N H W, C); a copy if is_copied."""
     feature = feature.to(sum_type(feature))
     if is_copied(feature):
         return transposed(feature.flatten(2)).flatten(0, 1)
@@ -211,10 +219,10 @@ def as_table(feature: Tensor) -> Tensor:
 
 
 def transposed(matrices: Tensor) -> Tensor:
-    """Returns a copy of matrices (n, a, b) as (n, b, a), contiguous.
+    """Returns a contiguous, transposed copy (n, b, a) of matrices (n, a, b).
 
-    channel_shuffle sees each as one pixel of a channels-last image. It copies a matrix in blocks,
-    and on one thread is faster than ``contiguous`` on two.
+    Each matrix is passed to channel_shuffle as one pixel of a channels-last image. channel_shuffle
+    copies in blocks, which is faster on one thread than ``contiguous`` on two.
     """
     num_matrices, a, b = matrices.shape
     pixels = matrices.contiguous().flatten(1)[:, None, None].permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Bins that are the maximum of their cells, or of their samples (weighted sums of four cells).
+"""Pooling by the maximum of each bin's cells, or of its samples (weighted sums of four cells).
 
 Shape alphabet: see roi_pooling; S samples of a bin, V = 4 cells of a sample.
 """
@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-import torchvision  # noqa: F401  # registers its operators
+import torchvision  # noqa: F401  # registers torch.ops.torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
@@ -26,11 +26,11 @@ from .bin_layout import (
 )
 
 GROUP_ELEMENTS = 1 << 24
-"""Samples held at a time, times channels: 64 MB of float32."""
+"""Most samples in memory at a time, times channels: 64 MB of float32."""
 
 
 class LargestCell(torch.autograd.Function):
-    """torchvision's ROIPool with another backward pass: its own is not deterministic on CUDA."""
+    """torchvision's ROIPool with a backward pass that can be deterministic on CUDA."""
 
     @staticmethod
     def forward(
@@ -64,7 +64,7 @@ class LargestCell(torch.autograd.Function):
             dtype = torch.int32 if shape.numel() < 1 << 31 else torch.int64
             channel = torch.arange(shape[1], dtype=dtype, device=grad.device)
             plane = (images.to(dtype)[:, None] * shape[1] + channel) * math.prod(shape[2:])
-            # Bins off the map, or without a value that can be the maximum.
+            # A cell below 0 marks a bin off the map, or without a value that can be the maximum.
             values = grad[rows].masked_fill_(cells < 0, 0)
             places = (plane[:, :, None, None] + cells).clamp_(min=0).flatten()
             total = grad.new_zeros(shape.numel()).index_add_(0, places, values.flatten())
@@ -73,7 +73,7 @@ class LargestCell(torch.autograd.Function):
 
 
 class Maximum(torch.autograd.Function):
-    """Each bin is the maximum of its samples."""
+    """Pooling in which each bin is the maximum of its samples."""
 
     @staticmethod
     def forward(
@@ -127,7 +127,7 @@ def _cells(block: Block) -> tuple[Tensor, Tensor]:
 
 
 def _outside(block: Block) -> Tensor:
-    """Returns which of the (n P Q, S) samples do not count."""
+    """Returns which of the (n P Q, S) samples do not count because they are off the map."""
     part, places, gy, gx = block
     inside = over_y(part.y.inside[places, :, :gy]) & over_x(part.x.inside[places, :, :gx])
     return ~inside.flatten(3).flatten(0, 2)
@@ -142,9 +142,9 @@ def _samples(table: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
 
 
 def _largest(table: Tensor, block: Block, needed: bool) -> tuple[Tensor, Tensor]:
-    """Returns the largest sample of each bin, (n, P Q, C), and its index if that is needed.
+    """Returns the largest sample of each bin, (n, P Q, C), and its index if ``needed``.
 
-    A bin without samples is 0. If a single RoI has many samples, channels are processed in turns.
+    A bin without samples is 0. If there are many samples, channels are processed in blocks.
     """
     cells, weights = _cells(block)
     outside = _outside(block)
@@ -168,13 +168,13 @@ def _grad_of_view(blocks: list[Block], like: Tensor, grad: Tensor, winner: Tenso
     """Adds the gradient of each bin to the cells of its largest sample.
 
     Args:
-        blocks: of the view.
-        like: the view, without its values.
-        grad: of the bins, (R, P Q, C).
+        blocks: the blocks of the view.
+        like: a tensor with the shape and layout of the view, without values.
+        grad: gradient of the bins, (R, P Q, C).
         winner: index of the largest sample of each bin, (R, P Q, C) int32.
 
     Returns:
-        The gradient to the view.
+        The gradient of the view.
     """
     num_channels = like.shape[1]
     table = grad.new_zeros(like.numel(), dtype=sum_type(like))

@@ -1,4 +1,4 @@
-"""Bins that are weighted sums of cells: a sparse matrix times the table of a map's cells.
+"""Pooling by weighted sums of cells: a sparse matrix times the table of a map's cells.
 
 Shape alphabet: see roi_pooling.
 """
@@ -32,18 +32,18 @@ from .bin_layout import (
 )
 
 LIST_ENTRIES = 1 << 22
-"""Entries of the sparse matrix held at a time: 32 MB. A thousand RoIs have fewer."""
+"""Entries of the sparse matrix kept in memory at a time: 32 MB. A thousand RoIs need fewer."""
 
 BATCH_ELEMENTS = 1 << 22
-"""Elements of bins held at a time in addition to the result: 16 MB of float32, which the allocator
-reuses, but at least 1 / MAX_BATCHES of the result.
+"""Elements of bins kept in memory at a time in addition to the result: 16 MB of float32, which the
+allocator reuses, or 1 / MAX_BATCHES of the result if that is more.
 """
 
 MAX_BATCHES = 4
 
 
 class WeightedSum(torch.autograd.Function):
-    """Each bin is the sum of its cells times the products of their weights along the axes."""
+    """Pooling in which each bin is the sum of its cells, weighted along both axes."""
 
     @staticmethod
     def forward(
@@ -88,7 +88,7 @@ class WeightedSum(torch.autograd.Function):
 
 
 def _batches(blocks: list[Block], max_bins: float = math.inf) -> Iterator[list[Block]]:
-    """Cuts blocks into lists of about LIST_ENTRIES entries and ``max_bins`` bins at most."""
+    """Splits blocks into lists that end when they reach LIST_ENTRIES entries or max_bins bins."""
     batch: list[Block] = []
     entries = bins = 0
     for block in blocks:
@@ -124,15 +124,15 @@ def _off_map(block: Block) -> Tensor:
 
 
 class _Matrix:
-    """Rows of the sparse matrix: the bins of n RoIs on one map, as bags of cells."""
+    """Rows of the sparse matrix: each bin of n RoIs on one map is a bag of cells."""
 
     def __init__(self, batch: list[Block], weights: Iterable[Tensor]) -> None:
         """
         Args:
             batch: blocks of the map.
-            weights: of each block, (n, P, Q, Ky, Kx).
+            weights: weights of each block, (n, P, Q, Ky, Kx).
         """
-        self.rows, order = torch.cat([block.rows for block in batch]).sort()  # of all RoIs
+        self.rows, order = torch.cat([block.rows for block in batch]).sort()  # among all RoIs
         places = order.tolist()
 
         def join(values: Iterable[Tensor]) -> Tensor:
@@ -154,19 +154,19 @@ class _Matrix:
         bags = embedding_bag(
             self._cells, table, self._offsets, mode="sum", per_sample_weights=self._weights
         )
-        if self._off_map is not None:  # 0 times NaN would be NaN
+        if self._off_map is not None:  # a weight of 0 times NaN would give NaN
             bags = bags.index_fill(0, self._off_map, 0)
         return bags
 
 
 def _grads_of_maps(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Returns the gradient of each map, or None where it is not needed.
+    """Returns the gradient of each map, or None if it is not needed.
 
-    It is the product with the transposed matrix: a cell is a bag of bins.
+    The gradient is the product with the transposed matrix, in which each cell is a bag of bins.
 
     Args:
-        ctx: with ``blocks`` and ``maps``.
-        grad: to the bins, (R, P Q, C).
+        ctx: the autograd context, with ``blocks`` and ``maps``.
+        grad: gradient of the bins, (R, P Q, C).
     """
     needed = ctx.needs_input_grad[3:]
     cut = [(view, *source) for view, source in enumerate(views(ctx.maps)) if needed[source[0]]]
@@ -199,7 +199,7 @@ def _grads_of_maps(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 def _sums_of_bins(
     rows: Tensor, like: Tensor, bins: Tensor, weights: Tensor, offsets: Tensor
 ) -> Tensor:
-    """Returns the gradient (N, C, H, W) to a view from that to the bins (R P Q, C)."""
+    """Returns the gradient (N, C, H, W) of a view, given that of the bins (R P Q, C)."""
     sums = embedding_bag(bins, rows, offsets, mode="sum", per_sample_weights=weights)
     if like.is_contiguous(memory_format=torch.channels_last):
         return sums.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
@@ -213,11 +213,11 @@ def _transposed(
 
     Args:
         batch: blocks of any views.
-        sizes: number of cells of each view, in their order.
+        sizes: number of cells in each view, in the order of the views.
 
     Returns:
-        For each view, the bins (int32, among all R P Q) and weights of its entries, without weights
-        of 0, and where the entries of each cell begin.
+        For each view, the bins (int32, numbered among all R P Q) and the weights of its entries,
+        without weights of 0, and the index at which the entries of each cell begin.
     """
     numbers, num_cells = list(sizes), sum(sizes.values())
     first_cells = list(accumulate(sizes.values(), initial=0))
@@ -225,7 +225,7 @@ def _transposed(
     for block in batch:
         part, weights = block.part, _weights(block)
         cells = _cells(block).add_(first_cells[numbers.index(part.view)])
-        cells.masked_fill_(weights == 0, num_cells)  # sorted to the end
+        cells.masked_fill_(weights == 0, num_cells)  # sorts them to the end
         number = torch.arange(part.num_bins, dtype=torch.int32, device=cells.device)
         bins = block.rows.int()[:, None, None] * part.num_bins + number[:, None]
         all_cells.append(cells.flatten())
@@ -243,11 +243,11 @@ def _transposed(
 
 
 def _grads_of_weights(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Returns the gradients to the weights of each part, along y and along x.
+    """Returns the gradients of the weights of each part, along y and along x.
 
     Args:
-        ctx: with ``blocks``, ``parts`` and the maps as saved tensors.
-        grad: to the bins, (R, P Q, C).
+        ctx: the autograd context, with ``blocks``, ``parts`` and the maps as saved tensors.
+        grad: gradient of the bins, (R, P Q, C).
     """
     grads = {
         part: [torch.zeros_like(axis.weight) for axis in (part.y, part.x)] for part in ctx.parts
@@ -262,7 +262,7 @@ def _grads_of_weights(ctx: Any, grad: Tensor) -> list[Tensor | None]:
             d_weights = torch.autograd.grad(bins, weights, rows)
             for (part, places, ky, kx), d in zip(batch, d_weights, strict=True):
                 grad_y, grad_x = grads[part]
-                # Products and sums, which autocast does not change.
+                # Only products and sums, because autocast does not change their dtype.
                 grad_y[places, :, :ky] += (d * over_x(part.x.weight[places, :, :kx])).sum((2, 4))
                 grad_x[places, :, :kx] += (d * over_y(part.y.weight[places, :, :ky])).sum((1, 3))
     return [axis for part in ctx.parts for axis in grads[part]]

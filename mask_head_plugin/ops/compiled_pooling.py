@@ -1,8 +1,8 @@
-"""RoI pooling for torch.compile: the operators of roi_pooling as one node of a graph.
+"""RoI pooling for torch.compile: wraps the operators of roi_pooling as one node of a graph.
 
-roi_pooling lays out its work depending on the boxes, which a graph cannot. So a compiled program
-calls ``torch.ops.mask_head_plugin.pool_rois``, which runs the same code outside of the graph. Its
-gradient repeats the forward pass.
+How roi_pooling splits its work depends on the boxes, which a graph cannot express. A compiled
+program therefore calls ``torch.ops.mask_head_plugin.pool_rois``, which runs the same code outside
+the graph. Its backward pass repeats the forward pass.
 
 Shape alphabet: see roi_pooling.
 """
@@ -44,14 +44,14 @@ def _pooled(
         rois: (R, 5).
         levels: (R,).
         output_size: (P, Q).
-        scales: of each map.
-        name: of the operator; arguments below that it does not take are ignored.
+        scales: cells per pixel of each map.
+        name: name of the operator; options below that it does not accept are ignored.
         sampling_ratio: see roi_align.
         aligned: see roi_align.
         reduction: see roi_align.
 
     Returns:
-        (R, C, P, Q) in channels_last layout, with the gradients that the operator has.
+        (R, C, P, Q) in channels_last layout, with the operator's gradients.
     """
     options: dict[str, Any] = {}
     if name in ("roi_align", "roi_warp"):
@@ -60,8 +60,8 @@ def _pooled(
         options["aligned"] = aligned
     operator: Any = _OPERATORS[name]
     pooled: Tensor = operator(maps, rois, tuple(output_size), scales, levels=levels, **options)
-    # Strides must be those of new_bins, even for sides of 1, and no output may share an input's
-    # memory.
+    # The strides must equal those of new_bins, even for sides of 1, and an output must not share
+    # memory with an input.
     bins = pooled.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     return bins.permute(0, 3, 1, 2)
 
@@ -75,7 +75,7 @@ pool_rois = torch.library.custom_op(
 def new_bins(
     maps: Sequence[Tensor], rois: Tensor, _levels: Tensor, output_size: Sequence[int], *_: Any
 ) -> Tensor:
-    """Returns (R, C, P, Q) without values, in channels_last layout."""
+    """Returns an uninitialised (R, C, P, Q) tensor in channels_last layout."""
     bins = maps[0].new_empty(rois.shape[0], *output_size, maps[0].shape[1])
     return bins.permute(0, 3, 1, 2)
 
@@ -86,7 +86,7 @@ def new_bins(
     schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor[]",
 )
 def _gradients(grad: Tensor, maps: Sequence[Tensor], rois: Tensor, *options: Any) -> list[Tensor]:
-    """Returns the gradients of the maps and the RoIs; zeros where an operator has none."""
+    """Returns the gradients of the maps and the RoIs; zeros if an operator has none."""
 
     def differentiate() -> list[Tensor]:
         inputs = [x.detach().requires_grad_() for x in (*maps, rois)]
@@ -97,7 +97,7 @@ def _gradients(grad: Tensor, maps: Sequence[Tensor], rois: Tensor, *options: Any
             torch.zeros_like(x) if d is None else torch.empty_like(x).copy_(d) for x, d in pairs
         ]
 
-    # Autograd is switched off in an operator, but not in a new thread.
+    # Autograd is disabled inside an operator, but not in a new thread.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(differentiate).result()
 

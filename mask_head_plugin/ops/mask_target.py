@@ -1,11 +1,12 @@
-"""Mask targets: the part of a full-size bit mask that lies in a box, at the mask head's resolution.
+"""Mask targets: the part of a full-size bit mask inside a box, at the mask head's resolution.
 
 A target is ROIAlign of the mask, thresholded at 0.5 (Mask R-CNN section 3: "the intersection
 between an RoI and its associated ground-truth mask"). ROIAlign is separable (see axis_weights), so
-a target sums rows of the box's pixels and then columns of these sums; the rest of the image is not
-read.
+it is computed by summing the rows of the box's pixels, and then the columns of these sums. Pixels
+outside the box are not read.
 
-Shape alphabet: R RoIs, H and W sides of the image, M mask side, h and w pixels that a RoI touches.
+Shape alphabet: R RoIs, H and W sides of the image, M mask side, h and w sides of the window of
+pixels that a RoI touches.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ from torch.nn.functional import embedding_bag
 from .axis_weights import roi_align_weights
 
 CHUNK = 128
-"""RoIs whose weights (on CUDA, whose masks) are held as float32 at a time."""
+"""RoIs that are processed at a time: their weights (on CUDA, their masks) take memory as float32.
+"""
 
 WINDOW_PIXELS = 1 << 22
-"""Pixels that the windows of several RoIs hold as float32 at a time: 16 MB."""
+"""Most pixels in the windows that are converted to float32 at a time: 16 MB."""
 
 
 def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Crops each mask to its box and resizes it; equal to detectron2's BitMasks.crop_and_resize.
+    """Crops each mask to its box and resizes it, like detectron2's BitMasks.crop_and_resize.
 
-    Differs from it only by rounding, for pixels that are about half foreground, and for boxes
-    longer than MAX_MAP_SIZES images, where the sampling grid stops growing.
+    Differs from detectron2 only by rounding, in pixels that are about half foreground, and for
+    boxes longer than MAX_MAP_SIZES images, where the sampling grid stops growing.
 
     Args:
-        bit_masks: (R, H, W) bool, or any type with 0 and 1.
-        boxes: (R, 4) x0, y0, x1, y1 in pixels of the masks. Boxes that end before they start give
-            masks that are all False, as do boxes off the image.
+        bit_masks: (R, H, W) bool, or any dtype with the values 0 and 1.
+        boxes: (R, 4) x0, y0, x1, y1 in pixels of the masks. Boxes off the image, and boxes that end
+            before they start, give masks that are all False.
         size: M.
 
     Returns:
@@ -49,7 +51,7 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
         )
     if size < 1 or 0 in bit_masks.shape[1:]:
         raise ValueError(
-            f"size is {size} and bit_masks are {tuple(bit_masks.shape)}: none may be 0"
+            f"size is {size} and bit_masks are {tuple(bit_masks.shape)}: no side may be 0"
         )
     boxes = boxes.detach().to(bit_masks.device, torch.float32)
     one_operator = bit_masks.is_cuda or torch.compiler.is_compiling()
@@ -61,7 +63,7 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     if len(boxes) == 0:
         return boxes.new_zeros(0, size, size, dtype=torch.bool)
     if bit_masks.dtype == torch.bool:
-        bit_masks = bit_masks.view(torch.uint8)  # becomes float32 twice as fast
+        bit_masks = bit_masks.view(torch.uint8)  # converts to float32 twice as fast as bool
     crop = _crop_with_operator if one_operator else _crop_by_sums
     chunks = zip(bit_masks.split(CHUNK), boxes.split(CHUNK), strict=True)
     targets = [crop(masks, chunk, size) >= 0.5 for masks, chunk in chunks]
@@ -69,10 +71,10 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _crop_with_operator(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Torchvision's operator, which does not wait for the device or break graphs.
+    """Crops with torchvision's operator, which neither synchronises nor breaks graphs.
 
-    torchvision's function is bypassed: in deterministic mode, it samples all pixels of a mask for
-    the sake of gradients, which are not needed here.
+    Bypasses torchvision's Python function. In deterministic mode, that function samples all pixels
+    of a mask to make gradients deterministic, but no gradients are needed here.
     """
     index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
     rois = torch.cat([index, boxes], dim=1)
@@ -89,7 +91,7 @@ def _crop_by_sums(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     span = _rounded_widths(right - left + 1).clamp(max=width)
     left = torch.minimum(left, width - span)
     windows = list(zip(top.tolist(), bottom.tolist(), left.tolist(), span.tolist(), strict=True))
-    # The column sums of all RoIs are in one table, where a RoI's begin at `first`.
+    # All RoIs share one table of column sums; those of a RoI begin at `first`.
     tables, num_rows, first = [], 0, torch.zeros_like(left)
     for w in span.unique().tolist():
         for group in torch.nonzero(span == w)[:, 0].split(max(WINDOW_PIXELS // (height * w), 1)):
@@ -112,7 +114,7 @@ def _crop_by_sums(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _rounded_widths(widths: Tensor) -> Tensor:
-    """Returns widths rounded up to 32, 48, 64, 96, 128, …: few values make few groups of RoIs."""
+    """Rounds widths up to 32, 48, 64, 96, 128, … so that there are only a few groups of RoIs."""
     mantissa, exponent = torch.frexp(widths.float())
     return torch.ldexp((mantissa * 4).ceil() / 4, exponent).clamp(min=32).to(widths.dtype)
 

@@ -2,32 +2,33 @@
 
 Sampling on a RoI is separable (see axis_weights): the weight of cell (y, x) in bin (p, q) is
 ``Wy[p, y] Wx[q, x]``. Samples that share cells are merged along each axis before the map is read,
-so a bin of 4 x 4 cells reads each once, however many samples lie in it. The product runs in
-``embedding_bag``, with the channels-last map as the table and a bin as a bag: on x86 a vectorized
-kernel (FBGEMM) on all threads. Backward is the product with the transposed matrix, with a cell as a
-bag, so it adds in a fixed order and writes each cell once. Also measured, and slower: two dense
-products per RoI, one RoI at a time or in batches; a sparse CSR matrix; embedding_bag's own
-backward.
+so a bin of 4 x 4 cells reads each cell once, regardless of the number of samples. The product runs
+in ``embedding_bag``, with the channels-last map as the table and each bin as a bag. On x86, this is
+a vectorized kernel (FBGEMM) that uses all threads. The backward pass is the product with the
+transposed matrix, with each cell as a bag, so it adds in a fixed order and writes each cell once.
+These alternatives were measured and are slower: two dense products per RoI, one RoI at a time or in
+batches; a sparse CSR matrix; embedding_bag's own backward.
 
-Operators are few and large: PyTorch splits each over all threads, and next to another busy process,
-a delayed thread makes the others wait for about 8 ms each time. So a call makes one product per
-map, whatever R and C. A map that is not channels-last is copied; a large one, image by image and in
-blocks of channels, with a product for each. The matrix is laid out in pieces of PIECE entries,
-which PyTorch leaves to one thread, like the copy of an image.
+Operators are few and large. PyTorch splits each operator over all threads, and if another process
+is busy, one delayed thread makes the others wait for about 8 ms each time. Each call therefore
+makes only one product per map, regardless of R and C. A map that is not channels-last is copied. If
+it is large, this happens image by image and in blocks of channels, with one product for each. The
+matrix is built in pieces of PIECE entries, which PyTorch processes on one thread, like the copy of
+an image.
 
-A maximum needs its samples one by one: ``reduction="max"`` computes them, group by group. ROIPool
-is torchvision's.
+``reduction="max"`` needs the individual samples, so it computes them in groups. ROIPool uses
+torchvision's operator.
 
-All functions run on any device and are deterministic (maxima on CUDA only where
-torch.use_deterministic_algorithms asks for it). In addition to the result, they hold at most: lists
+All functions run on any device and are deterministic (maxima on CUDA only with
+torch.use_deterministic_algorithms). In addition to the result, they need memory for at most: lists
 of about bin_sums.LIST_ENTRIES cells and weights; copies of bin_layout.MAX_COPY elements of a map
-that is not channels-last or in half precision (for maxima, of one of its images); bins of
-bin_sums.BATCH_ELEMENTS; and for maxima, samples of bin_maxima.GROUP_ELEMENTS, or those of one RoI
-if these are more.
+that is not channels-last or is in half precision (for maxima, of one of its images);
+bin_sums.BATCH_ELEMENTS elements of bins; and, for maxima, bin_maxima.GROUP_ELEMENTS elements of
+samples, or the samples of one RoI if they are more.
 
-Shape alphabet: N images, C channels, H and W sides of a feature map, L feature maps, R RoIs (r of
-one part, n of one block or matrix), P and Q pooled height and width, K slots for the cells of a bin
-along one axis (Ky, Kx), E entries of a matrix.
+Shape alphabet: N images, C channels, H and W sides of a feature map, L feature maps, R RoIs (r in a
+part, n in a block or matrix), P and Q pooled height and width, K slots for the cells of a bin along
+one axis (Ky, Kx), E entries of a matrix.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ def roi_align(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """ROIAlign of Mask R-CNN section 3: bilinear samples in each bin, nothing rounded.
+    """ROIAlign (Mask R-CNN section 3): bilinear samples in each bin, without any rounding.
 
-    With ``reduction="mean"`` equal to ``torchvision.ops.roi_align`` up to rounding. Differs from it
-    in the default of ``aligned``, for RoIs that end before they start (no crash), and for RoIs
-    longer than axis_weights.MAX_MAP_SIZES feature maps (the adaptive grid, and with it memory,
-    stops growing).
+    With ``reduction="mean"``, equal to ``torchvision.ops.roi_align`` up to rounding. Differs from
+    torchvision in the default of ``aligned``, for RoIs that end before they start (they do not
+    crash), and for RoIs longer than axis_weights.MAX_MAP_SIZES feature maps, where the adaptive
+    grid, and therefore memory, stops growing.
 
     Args:
         features: (N, C, H, W), or a list of L such maps that differ in H and W. A channels_last map
@@ -79,20 +80,21 @@ def roi_align(
         rois: (R, 5): image index, x0, y0, x1, y1 in pixels of the network's input.
         output_size: P, or (height, width).
         spatial_scale: cells per pixel, for each map.
-        sampling_ratio: samples per bin and axis; 0 and below for ``ceil(RoI side / P)``. 2 makes
+        sampling_ratio: samples per bin and axis; 0 or less means ``ceil(RoI side / P)``. 2 gives
             the paper's four points.
-        aligned: True puts pixel centres at +0.5 (detectron2's ROIAlignV2); False is detectron's
-            ROIAlign, which takes sides below one cell as one cell.
-        reduction: ``mean`` or ``max`` of the samples of a bin (Table 2c). Samples outside the map
-            count as 0 in the mean and do not enter the maximum; a bin without samples is 0.
-        levels: (R,) integers in [0, L): the map that each RoI is pooled from; needed for L > 1.
+        aligned: True puts pixel centres at +0.5 (detectron2's ROIAlignV2). False is Detectron's
+            ROIAlign, which widens sides below one cell to one cell.
+        reduction: ``mean`` or ``max`` of the samples in a bin (Table 2c). Samples off the map count
+            as 0 in the mean and are ignored by the maximum. A bin without samples is 0.
+        levels: (R,) integers in [0, L): the map from which each RoI is pooled; required if L > 1.
 
     Returns:
-        (R, C, P, P) of the type of ``features`` in channels_last layout, with a gradient to them.
+        (R, C, P, P) in the dtype of ``features`` and in channels_last layout, differentiable in
+        ``features``.
 
     Raises:
         ValueError: if a shape is not as above, a coordinate is NaN or infinite, an image index is
-            not in [0, N), a level not in [0, L), or ``reduction`` is neither name.
+            not in [0, N), a level is not in [0, L), or ``reduction`` is unknown.
     """
     function, axis = _reducer(reduction)
     axis = partial(axis, sampling_ratio=sampling_ratio, aligned=aligned)
@@ -110,18 +112,18 @@ def roi_warp(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """ROIWarp as Mask R-CNN section 3 describes it: a quantized RoI, then bilinear samples.
+    """ROIWarp as described in Mask R-CNN section 3: bilinear samples in a quantized RoI.
 
-    The RoI is quantized as in ROIPool: edges rounded half away from zero, the cell of the upper
-    edge included, at least one cell (axis_weights.round_to_cells; Fast R-CNN). Within it, samples
-    lie as in ``roi_align(aligned=True)``, with cell centres at +0.5: a RoI of P cells a side with
-    one sample per bin gives exactly these cells, like ROIPool.
+    The RoI is quantized as in ROIPool: edges are rounded half away from zero, the cell of the upper
+    edge is included, and there is at least one cell (axis_weights.round_to_cells; Fast R-CNN).
+    Within the RoI, samples are placed as in ``roi_align(aligned=True)``, with cell centres at +0.5.
+    A RoI of P x P cells with one sample per bin therefore gives exactly these cells, like ROIPool.
 
-    Differs from the formula of its paper (Instance-aware Semantic Segmentation via Multi-task
-    Network Cascades, arXiv 1512.04412), which quantizes nothing. That paper's released code does
-    round, includes the upper cell in its backward pass only, and takes one sample, from a bin's
-    corner, with cell centres at whole numbers. As in that code, samples outside the map do not
-    enter a maximum.
+    Differs from the formula in its own paper (Instance-aware Semantic Segmentation via Multi-task
+    Network Cascades, arXiv 1512.04412), which does not quantize. The code released with that paper
+    does round. It includes the upper cell only in its backward pass, and takes one sample at a
+    bin's corner, with cell centres at whole numbers. As in that code, the maximum ignores samples
+    off the map.
 
     Args and Returns: see roi_align.
     """
@@ -143,18 +145,18 @@ def precise_roi_pool(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """PrROIPool (arXiv 1807.11590): the mean of the bilinear surface over each bin, no samples.
+    """PrROIPool (arXiv 1807.11590): the exact mean of the bilinear surface over each bin.
 
-    It is the limit of ``roi_align`` as a fixed sampling ratio grows. Differs from the original in
-    the border rule, which is that of ``roi_align`` (the original takes the map as 0 beyond its
-    border cells' centres plus one), in ``aligned``, and for bins without area (0 in the original,
-    the value at their place here).
+    This is the limit of ``roi_align`` as a fixed sampling ratio grows. Differs from the original in
+    ``aligned`` and in two cases. At the border, it follows the rule of ``roi_align``, whereas the
+    original treats the map as 0 from one cell beyond the centres of its border cells. A bin without
+    area has the value of the map at its position, whereas it is 0 in the original.
 
     Args: see roi_align.
 
     Returns:
-        (R, C, P, P) of the type of ``features`` in channels_last layout, with gradients to them and
-        to the coordinates in ``rois``.
+        (R, C, P, P) in the dtype of ``features`` and in channels_last layout, differentiable in
+        ``features`` and in the coordinates in ``rois``.
     """
     axis = partial(precise_roi_pool_weights, aligned=aligned)
     return _pool(features, rois, output_size, spatial_scale, levels, WeightedSum, axis)
@@ -170,15 +172,15 @@ def roi_pool(
 ) -> Tensor:
     """ROIPool (Fast R-CNN section 2.1): the maximum of the cells in each bin of a quantized RoI.
 
-    Equal to ``torchvision.ops.roi_pool``, whose forward pass it runs: NaN is never the maximum.
-    Differs in the gradient, which is deterministic on CUDA if torch.use_deterministic_algorithms
-    asks for it, in half precision, which is pooled in float32, and in edges beyond
-    axis_weights.MAX_CELL cells, which are clamped.
+    Runs the forward pass of ``torchvision.ops.roi_pool``, in which NaN is never the maximum.
+    Differs from torchvision in three ways: the gradient on CUDA is deterministic under
+    torch.use_deterministic_algorithms, half precision is pooled in float32, and edges beyond
+    axis_weights.MAX_CELL cells are clamped.
 
     Args: see roi_align.
 
     Returns:
-        (R, C, P, P) of the type of ``features``, with a gradient to them.
+        (R, C, P, P) in the dtype of ``features``, differentiable in ``features``.
     """
     maps, rois, levels, scales, size = _check(features, rois, output_size, spatial_scale, levels)
     limit = MAX_CELL / max(scales)
@@ -208,10 +210,10 @@ def _pool(
     sampling_ratio: int = 0,
 ) -> Tensor:
     maps, rois, levels, scales, size = _check(features, rois, output_size, spatial_scale, levels)
-    if len(rois) == 0:  # views keep the graph without reading the maps
+    if len(rois) == 0:  # views keep the result in the graph without reading the maps
         return torch.cat([x[:0, :, :1, :1].expand(-1, -1, *size) for x in maps])
     parts = lay_out(maps, rois, levels, scales, size, axis, max(sampling_ratio, 2))
-    # Weights are separate inputs, for their gradient.
+    # Weights are passed as separate inputs so that they can get a gradient.
     weights = [axis.weight for part in parts for axis in (part.y, part.x)]
     pooled: Tensor = function.apply(parts, len(rois), len(maps), *maps, *weights)
     return pooled.unflatten(1, size).permute(0, 3, 1, 2)
@@ -224,15 +226,16 @@ def _check(
     spatial_scale: float | Sequence[float],
     levels: Tensor | None,
 ) -> tuple[list[Tensor], Tensor, Tensor, list[float], tuple[int, int]]:
-    """Returns maps, RoIs in the computing type, levels, scales and (P, Q).
+    """Returns maps, RoIs in the dtype used for computation, levels, scales and (P, Q).
 
-    Raises ValueError for inputs that do not fit.
+    Raises:
+        ValueError: if the inputs are invalid or do not match each other.
     """
     maps = [features] if isinstance(features, Tensor) else list(features)
     scales = [spatial_scale] if isinstance(spatial_scale, int | float) else list(spatial_scale)
     height, width = (output_size,) * 2 if isinstance(output_size, int) else output_size
     if not all(isinstance(side, int) and side > 0 for side in (height, width)):
-        raise ValueError(f"output_size must be whole numbers above 0, not {output_size}")
+        raise ValueError(f"output_size must be one or two positive integers, not {output_size}")
     if len(maps) != len(scales) or not maps:
         raise ValueError(f"got {len(scales)} spatial scales for {len(maps)} feature maps")
     if not all(math.isfinite(scale) and scale > 0 for scale in scales):

@@ -1,8 +1,8 @@
-"""ROIAlign from all feature maps of a pyramid as one operator of PyTorch, for CUDA.
+"""ROIAlign from all feature maps of a pyramid as one PyTorch operator, for CUDA.
 
 ``torch.ops.mask_head_plugin.multilevel_roi_align`` has a gradient and a fake kernel, so
-torch.compile and torch.export see one operator. CUDA graphs can hold it, since nothing is copied to
-the device and nothing waits for it. The kernel is in roi_pooling_triton.
+torch.compile and torch.export treat it as a single operator. CUDA graphs can contain it, because it
+copies nothing to the device and never synchronises. The kernel is in roi_pooling_triton.
 
 Shape alphabet: see roi_pooling_triton.
 """
@@ -30,33 +30,34 @@ def multilevel_roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """ROIAlign of each RoI from its own map; equal to ops.roi_align up to rounding.
+    """ROIAlign that pools each RoI from its own map; equal to ops.roi_align up to rounding.
 
-    It does not check values, so that it need not wait for the device: coordinates must be finite,
-    image indices in [0, N) and levels in [0, L). RoIs get no gradient.
+    Values are not checked, because that would require synchronising with the device: coordinates
+    must be finite, image indices in [0, N) and levels in [0, L). RoIs get no gradient.
 
     Args:
         features: L maps (N, C, Hi, Wi) of float32, float16 or bfloat16, at most
-            roi_pooling_triton.MAX_MAPS. Those that are not channels_last are copied: on a
-            contiguous map every load of the kernel would touch 32 cache lines.
+            roi_pooling_triton.MAX_MAPS. Maps that are not channels_last are copied, because on a
+            contiguous map every load in the kernel would touch 32 cache lines.
         rois: (R, 5): image index, x0, y0, x1, y1 in pixels of the network's input.
         levels: (R,) integers in [0, L).
         output_size: (P, Q).
         spatial_scales: cells per pixel of each map.
-        sampling_ratio: samples per bin and axis; 0 and below for ``ceil(RoI side / P)``.
-        aligned: True puts pixel centres at +0.5; False does not, and takes sides below one cell as
+        sampling_ratio: samples per bin and axis; 0 or less means ``ceil(RoI side / P)``.
+        aligned: True puts pixel centres at +0.5. False does not, and widens sides below one cell to
             one cell.
 
     Returns:
-        (R, C, P, Q) of the type of ``features`` in channels_last layout, with a gradient to them.
+        (R, C, P, Q) in the dtype of ``features`` and in channels_last layout, differentiable in
+        ``features``.
 
     Raises:
-        ValueError: if types, devices or shapes are not as above.
+        ValueError: if dtypes, devices or shapes are not as above.
     """
     if not 0 < len(features) == len(spatial_scales) <= kernels.MAX_MAPS:
         raise ValueError(
-            f"got {len(features)} feature maps and {len(spatial_scales)} scales; give as many of "
-            f"both, 1 to {kernels.MAX_MAPS}"
+            f"got {len(features)} feature maps and {len(spatial_scales)} scales; pass the same "
+            f"number of each, 1 to {kernels.MAX_MAPS}"
         )
     first = features[0]
     for x in features:
@@ -122,7 +123,7 @@ def _gradients(
     sampling_ratio: int,
     aligned: bool,
 ) -> list[Tensor]:
-    """Returns the gradients of all maps, even if not needed: each RoI adds to its own map."""
+    """Returns the gradients of all maps, including unneeded ones; each RoI adds to its own map."""
     shapes = _map_shapes(grad, num_images, heights, widths)
     sums = [grad.new_zeros(x, dtype=torch.float32).permute(0, 3, 1, 2) for x in shapes]
     bins = grad.permute(0, 2, 3, 1).contiguous()

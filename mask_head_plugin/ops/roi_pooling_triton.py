@@ -1,23 +1,25 @@
 """ROIAlign from all feature maps of a pyramid in one CUDA kernel, forward and backward.
 
-torchvision's operator pools from one map, so detectron2 runs it once per level and waits for the
-device each time to learn how many RoIs a level has. Here, every RoI chooses its map in the kernel,
-so one launch serves all levels and nothing waits. Sums are kept in float32 whatever the type of the
-maps. Channels run along the threads: a channels_last map is read, and its gradient added to, in
-vectors of 16 bytes. The maps are arguments of the kernel instead of a table of addresses, because
-the compiler must know for this that addresses are multiples of 16 bytes.
+torchvision's operator pools from a single map, so detectron2 runs it once per level and each time
+waits for the device to find out how many RoIs the level has. Here, every RoI selects its map inside
+the kernel, so one launch handles all levels without synchronising. Sums are kept in float32
+regardless of the maps' dtype. Channels are distributed over the threads: a channels_last map is
+read, and its gradient updated, in vectors of 16 bytes. For this, the compiler must know that
+addresses are multiples of 16 bytes, so the maps are passed to the kernel as arguments rather than
+as a table of addresses.
 
-A program of the grid handles one row of bins of one RoI, for a block of channels. Samples that
+Each program of the grid handles one row of bins of one RoI, for one block of channels. Samples that
 share cells are merged along both axes. Along y, the samples of a row of bins become weights of the
-cells of a column. Along x, the program walks from sample to sample and keeps the sums of the two
-columns around it: neighbouring samples, also of neighbouring bins, share them. So forward reads
-each column of the row once, and backward, which walks the same way with the bins' gradients, adds
-to it once. Backward adds with atomics, so its sums may differ in the last bits from run to run.
+cells in a column. Along x, the program steps from sample to sample and keeps the sums of the two
+columns around it, which neighbouring samples share, even those of neighbouring bins. The forward
+pass therefore reads each column of the row once. The backward pass visits the columns in the same
+order with the bins' gradients and updates each column once. It adds with atomics, so its sums may
+differ in the last bits from run to run.
 
 Sample coordinates and the border rule are those of ops.axis_weights (torchvision's).
 
-Shape alphabet: N images, C channels, L feature maps, Hi and Wi the sides of map i, R RoIs, P and Q
-pooled height and width, Y rows of one tile of cells.
+Shape alphabet: N images, C channels, L feature maps, Hi and Wi sides of map i, R RoIs, P and Q
+pooled height and width, Y rows in a tile of cells.
 """
 
 from __future__ import annotations
@@ -32,16 +34,17 @@ from torch import Tensor
 from .axis_weights import MAX_MAP_SIZES
 
 MAX_MAPS = 5
-"""Most maps of one launch: the levels P2 to P6 of a pyramid."""
+"""Most maps in one launch: the levels P2 to P6 of a pyramid."""
 
 MAX_BLOCK_BYTES = 512
-"""Channels of one program, in bytes of a map: 16 bytes for each of a warp's 32 threads."""
+"""Bytes of channels per program: 16 bytes for each of a warp's 32 threads."""
 
 TILE_ROWS = 4
-"""Y: rows of cells that are read at once. A bin of up to 3 cells a side touches that many."""
+"""Y: rows of cells that are read at once. A bin with sides of up to 3 cells touches that many."""
 
 COMPILER_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
-"""Without fusion, sample coordinates are rounded as in axis_weights."""
+"""Options of Triton's compiler. Without fusion, sample coordinates are rounded as in axis_weights.
+"""
 
 _MAX_MAP_SIZES = tl.constexpr(MAX_MAP_SIZES)
 
@@ -58,7 +61,7 @@ def pool(
     """Writes the bins of all RoIs.
 
     Args:
-        maps: L channels_last maps (N, C, Hi, Wi) of one floating-point type.
+        maps: L channels_last maps (N, C, Hi, Wi) of one floating-point dtype.
         pooled: (R, P, Q, C), contiguous.
         rois: (R, 5) float32, contiguous: image index, x0, y0, x1, y1.
         levels: (R,) int32 in [0, L).
@@ -78,9 +81,10 @@ def add_gradients(
     sampling_ratio: int,
     aligned: bool,
 ) -> None:
-    """Adds the gradients of the bins, ``pooled``, to float32 gradients of the maps.
+    """Adds the gradients of the bins to the gradients of the maps.
 
-    Args: see pool.
+    Args: see pool. ``pooled`` contains the gradients of the bins, and ``maps`` contains float32
+        gradients, which are updated in place.
     """
     _launch(maps, pooled, rois, levels, scales, sampling_ratio, aligned, backward=True)
 
@@ -102,7 +106,7 @@ def _launch(
     block = min(triton.next_power_of_2(num_channels), MAX_BLOCK_BYTES // maps[0].element_size())
     unused = MAX_MAPS - len(maps)
     filled, scales = [*maps, *[maps[0]] * unused], [*scales, *[scales[0]] * unused]
-    # Triton launches on the current device, which may differ from that of the tensors.
+    # Triton launches on the current device, which may not be the tensors' device.
     with torch.cuda.device_of(pooled):
         roi_align_kernel[(num_rois * height, triton.cdiv(num_channels, block))](
             *filled,
@@ -124,7 +128,7 @@ def _launch(
         )
 
 
-# Otherwise it is recompiled for map sides that are 1 or multiples of 16.
+# Without this, the kernel is recompiled for map sides that are 1 or multiples of 16.
 _SIDES = [f"{side}{i}" for side in ("height", "width") for i in range(MAX_MAPS)]
 
 
@@ -183,7 +187,7 @@ def roi_align_kernel(
     row, last_row = _window(y_start, y_bin, y_grid, p, height)
     weights = _weights(row, tile_rows, y_start, y_bin, y_grid, p, height)
     nothing = tl.full((block_channels,), 0.0, dtype=tl.float32)
-    # For the columns at `low` and right of it: sums of cells; backward, of their gradients.
+    # Sums for the columns at `low` and to its right: of cells or, in backward, of gradients.
     low, left, right = tl.full((), -2, dtype=tl.int32), nothing, nothing
     for q in range(pooled_width):
         total = nothing
@@ -213,7 +217,10 @@ def roi_align_kernel(
 @triton.jit
 def _move(low, x, left, right, cells, used, num_channels, width, row, last_row, weights,
           start, bin_size, grid, bin, height, backward: tl.constexpr):  # fmt: skip
-    """Moves from the columns at low to those at x: reads, or adds, what is needed."""
+    """Moves from the columns at low to those at x.
+
+    Reads the new columns or, in backward, updates the gradients of the old ones.
+    """
     nothing = tl.full((left.shape[0],), 0.0, dtype=tl.float32)
     if backward:
         _add_column(low, left, cells, used, num_channels, width, row, last_row, weights,
@@ -239,9 +246,9 @@ def _move(low, x, left, right, cells, used, num_channels, width, row, last_row, 
 @triton.jit
 def _column(x, total, cells, used, num_channels, width, row, last_row, weights,
             start, bin_size, grid, bin, height):  # fmt: skip
-    """Adds the cells of a column to a total, by the weights of a bin's samples along y.
+    """Adds the cells of a column to a total, weighted by a bin's samples along y.
 
-    Columns beyond the map are skipped.
+    Columns off the map are skipped.
     """
     if (x >= 0) & (x < width):
         tile, mask = _tile(x, cells, used, num_channels, width, row, weights)
@@ -258,7 +265,7 @@ def _column(x, total, cells, used, num_channels, width, row, last_row, weights,
 @triton.jit
 def _add_column(x, values, cells, used, num_channels, width, row, last_row, weights,
                 start, bin_size, grid, bin, height):  # fmt: skip
-    """Adds values to the cells of a column, as _column reads them."""
+    """Adds values to the gradients of the cells that _column reads."""
     if (x >= 0) & (x < width):
         tile, mask = _tile(x, cells, used, num_channels, width, row, weights)
         tl.atomic_add(tile, weights[:, None] * values[None, :], mask=mask, sem="relaxed")
@@ -270,7 +277,7 @@ def _add_column(x, values, cells, used, num_channels, width, row, last_row, weig
 
 @triton.jit
 def _tile(x, cells, used, num_channels, width, row, weights):
-    """Returns the addresses of a column's cells, starting at a row, and which are needed."""
+    """Returns the addresses of a column's cells, starting at a row, and a mask of those needed."""
     cell = (row + tl.arange(0, weights.shape[0])).to(tl.int64) * width + x
     tile = cells[None, :] + cell[:, None] * num_channels
     return tile, (weights != 0)[:, None] & used[None, :]
@@ -286,7 +293,7 @@ def _choose(i, x0, x1, x2, x3, x4):
 
 @triton.jit
 def _axis(start, end, num_bins, num_cells, sampling_ratio: tl.constexpr, aligned: tl.constexpr):
-    """Returns the start from cell centre to cell centre, the bin size and the samples per bin."""
+    """Returns the start (with cell centres at whole numbers), bin size and samples per bin."""
     if aligned:
         start, end = start - 0.5, end - 0.5
         side = end - start
@@ -306,7 +313,7 @@ def _sample(start, bin_size, grid, bin, k, num_cells):
     """Returns whether a sample counts, the cell below it, and the weight of the next one."""
     t = start + bin * bin_size + _divide((k + 0.5) * bin_size, grid)
     inside = (t >= -1.0) & (t <= num_cells)
-    t = tl.where(t > 0.0, t, 0.0)  # also values that overflowed to NaN
+    t = tl.where(t > 0.0, t, 0.0)  # this also replaces values that overflowed to NaN
     t = tl.where(t < num_cells - 1.0, t, num_cells - 1.0)
     low = tl.floor(t).to(tl.int32)
     return inside, low, t - low
@@ -315,7 +322,7 @@ def _sample(start, bin_size, grid, bin, k, num_cells):
 @triton.jit
 def _window(start, bin_size, grid, bin, num_cells):
     """Returns the first and the last cell that the samples of a bin touch."""
-    grid = tl.maximum(grid, 1)  # also for a RoI without samples
+    grid = tl.maximum(grid, 1)  # a RoI may have no samples
     _, one_end, _ = _sample(start, bin_size, grid, bin, 0, num_cells)
     _, other_end, _ = _sample(start, bin_size, grid, bin, grid - 1, num_cells)
     # A RoI that ends before it starts is mirrored.
@@ -324,10 +331,10 @@ def _window(start, bin_size, grid, bin, num_cells):
 
 @triton.jit
 def _weights(first, num_rows: tl.constexpr, start, bin_size, grid, bin, num_cells):
-    """Returns the sums of the weights that the samples of a bin give to some cells."""
+    """Returns, for num_rows cells from first on, the summed weights of the samples of a bin."""
     row = first + tl.arange(0, num_rows)
     weights = tl.full((num_rows,), 0.0, dtype=tl.float32)
-    # If there are many samples, only those near the cells.
+    # If there are many samples, the loop covers only those near the cells.
     spacing, offset = _divide(bin_size, tl.maximum(grid, 1)), first - start - bin * bin_size
     ordered = spacing > 0
     spacing = tl.where(ordered, spacing, 1.0)
@@ -344,8 +351,9 @@ def _weights(first, num_rows: tl.constexpr, start, bin_size, grid, bin, num_cell
 
 @triton.jit
 def _divide(x, y):
-    """Divides as IEEE 754 says; ``/`` becomes a product with 1 / y, rounded twice.
+    """Divides with IEEE 754 rounding; ``/`` would become a product with 1 / y, rounded twice.
 
-    A RoI side of exactly 7 k cells has k samples per bin; 7 k * (1 / 7), rounded up, may be k + 1.
+    A RoI side of exactly 7 k cells needs k samples per bin, but 7 k * (1 / 7), rounded up, can give
+    k + 1.
     """
     return tl.div_rn(x, y * 1.0)

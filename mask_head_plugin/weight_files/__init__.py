@@ -1,4 +1,4 @@
-"""Reads weights and pickles of strangers; nothing in a file can run or fill the memory."""
+"""Reads weights and pickles from untrusted sources: no file can run code or exhaust memory."""
 
 from .plain_pickle import read_plain_pickle
 from .reader import check_head, file_errors, read_checkpoint

@@ -1,6 +1,6 @@
-r"""Reads pickles of arrays and plain containers; nothing in them can run or fill the memory.
+r"""Reads pickles of arrays and plain containers; they cannot run code or exhaust memory.
 
-Needs only NumPy. You get what such a pickle holds:
+Needs only NumPy. The result is the content of the pickle:
 
 >>> import io, pickle
 >>> import numpy as np
@@ -8,9 +8,9 @@ Needs only NumPy. You get what such a pickle holds:
 >>> read_plain_pickle(io.BytesIO(pickle.dumps(weights)))
 {'conv1': array([0., 1., 2.]), 'names': ['cat', 'dog']}
 
-A pickle is a program, and this one tells a shell to say hello: push the function ``os.system``,
-push a tuple with a text, call the function with the tuple, stop. ``pickle.load`` would do so. Here
-the first instruction ends it:
+A pickle is a program. The following one pushes the function ``os.system``, pushes a tuple with a
+string, calls the function with the tuple, and stops. With ``pickle.load``, it would run a shell
+command. Here, it is refused at the first instruction:
 
 >>> program = b"cos\nsystem\n" + b"(S'echo hello'\nt" + b"R" + b"."
 >>> read_plain_pickle(io.BytesIO(program))  # doctest: +ELLIPSIS
@@ -18,9 +18,9 @@ Traceback (most recent call last):
     ...
 _pickle.UnpicklingError: it names os.system, which is not part of weights or arrays; ...
 
-How it works: ``scan_pickle`` goes through the instructions without following any, and refuses what
-would exhaust memory, stack or time. Then an unpickler that knows only substitutes for NumPy's
-functions follows them. Its result is turned into arrays and plain containers.
+How it works: ``scan_pickle`` checks the instructions without executing them, and refuses pickles
+that would exhaust memory, stack or time. Then an unpickler that knows only substitutes for NumPy's
+functions executes them. Its result is converted to arrays and plain containers.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_DEPTH = 100
-"""Containers within containers: comparing deeper ones can overflow the interpreter's stack."""
+"""Nesting limit for containers; comparing deeper ones can overflow the interpreter's stack."""
 MOST_REPEATS = 10
-"""How often, on average, a pickle may use its content where each use takes memory or time."""
+"""Limit for memory and time relative to the file's size: average number of uses of its content."""
 SPARE_BYTES = 1 << 20
-"""How much more it may use, however small the file."""
-DISTRUST = "do not trust it; get the weights or arrays alone"
+"""Additional bytes that a pickle of any size may use."""
+DISTRUST = "do not trust it; get only the weights or arrays"
 
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 _OF_NUMBERS = (None, None, None, -1, -1, 0)
-"""State of NumPy's number types except the byte order: no subarray, fields or flags."""
-_MOST_SIDES = 64  # of NumPy's arrays
+"""Pickled state of NumPy's number types after the byte order: no subarray, fields or flags."""
+_MOST_SIDES = 64  # NumPy's limit for the number of dimensions
 _INSTRUCTIONS = {
     *("MARK", "STOP", "PROTO", "FRAME", "NONE", "NEWTRUE", "NEWFALSE"),
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -60,28 +60,28 @@ _INSTRUCTIONS = {
     # The names in these are checked when they are looked up.
     *("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"),
 }
-"""Instructions of a pickle, except those for registered extensions and stack tricks."""
+"""Allowed instructions: all but those for registered extensions and for manipulating the stack."""
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
 FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BUILD"}
 _SPARE_HANDED = 16 << 20
-"""How many more bytes functions may get: most of them copy nothing."""
-_SPARE_NUMBERS = 1000  # not all picklers number their objects without gaps
+"""Additional bytes that may be passed to functions, most of which copy nothing."""
+_SPARE_NUMBERS = 1000  # some picklers leave gaps when they number objects
 
 
 def read_plain_pickle(file: BinaryIO) -> Any:
     """Reads a pickle of NumPy arrays, numbers, text, bytes, lists, tuples and dictionaries.
 
-    Arrays get this machine's byte order and can be written to; an OrderedDict becomes a dict. Text
-    of Python 2 is read as latin1, as detectron2 does.
+    Arrays are writable and have this machine's byte order. An OrderedDict becomes a dict. Strings
+    from Python 2 are decoded as latin1, as in detectron2.
 
     Args:
-        file: a binary file that can seek; the pickle is at its start.
+        file: a seekable binary file with the pickle at its start.
 
     Raises:
-        pickle.UnpicklingError: if it holds or names anything else, is truncated or corrupt, or
-            would take far more memory, stack or time than a pickle of its size.
+        pickle.UnpicklingError: if the pickle contains or names anything else, is truncated or
+            corrupt, or would need far more memory, stack or time than is usual for its size.
     """
     size = file.seek(0, 2)
     file.seek(0)
@@ -103,7 +103,7 @@ def _one_line(text: str) -> str:
 
 
 def _refuse_keys(name: str, argument: Any, taken: Sequence[Seen]) -> bool:
-    """Refuses odd keys; returns whether an object would be one."""
+    """Refuses unsafe keys; returns whether the resulting object would be unsafe as a key."""
     if any(key.described for key in keys_of(name, taken)):
         raise _odd_key()
     return name.startswith("TUPLE") or is_odd_number(argument)
@@ -116,34 +116,35 @@ def _odd_key() -> pickle.UnpicklingError:
 
 
 def is_odd_number(value: Any) -> bool:
-    """Returns whether a value's hash can be forged, so that a dictionary of such keys takes
-    forever.
+    """Returns whether a value is a number whose hash can be forged.
 
-    That of a tuple can. Numbers that are their own hash, and text, whose hash depends on a secret
-    of the process, are safe.
+    A dictionary with many keys of equal hash takes forever. Hashes of tuples can be forged as well.
+    Numbers that are their own hash are safe, and so is text, whose hash depends on a secret of the
+    process.
     """
     return isinstance(value, int) and abs(value) >= sys.hash_info.modulus
 
 
 def keys_of(name: str, taken: Sequence[Seen]) -> Sequence[Seen]:
-    """Returns those objects that an instruction turns into keys of a dictionary."""
+    """Returns the objects that an instruction uses as keys of a dictionary."""
     return taken[::2] if name == "DICT" else taken[1::2] if name.startswith("SETITEM") else ()
 
 
 def refused_name(name: str) -> str:
-    """Returns the message for a pickle that names something that may run."""
+    """Returns the message for a pickle that names code."""
     return f"it names {name}, which is not part of weights or arrays; {DISTRUST}"
 
 
 @dataclass(slots=True)
 class Seen:
-    """What a scan knows about an object. A remembered object that is filled later keeps its entry.
+    """Facts that a scan collects about an object, updated when the object is filled later.
 
     Attributes:
-        depth: of the containers in it.
-        weight: objects in it, and bytes of text and numbers; what it holds twice counts twice.
-        described: what the caller's ``describe`` returned for it.
-        is_held: whether it is in another, or was handed to a function.
+        depth: nesting depth of the containers in it.
+        weight: number of objects in it plus bytes of text and numbers. Content that occurs twice
+            counts twice.
+        described: the caller's description from ``describe``.
+        is_held: whether another object contains it, or it was passed to a function.
     """
 
     depth: int
@@ -157,24 +158,27 @@ def scan_pickle(
     size: int,
     describe: Callable[[str, Any, Sequence[Seen]], Any] = lambda *_: None,
 ) -> None:
-    """Checks the instructions of one pickle without following any.
+    """Checks the instructions of one pickle without executing them.
 
-    Refuses what would let a small file fill the memory, overflow the stack or never end: lengths
-    beyond the file, gaps in the table of remembered objects (it grows to the largest number),
-    containers nested without end, containers filled after others hold them (whose size was not
-    known before), tuples that hold each other many times over (hashing a key visits each), and
-    functions called many times with the same large argument (each call may copy it).
+    Refuses tricks by which a small file could exhaust memory, overflow the stack or run forever:
+
+    - lengths beyond the end of the file,
+    - gaps in the table of remembered objects, which grows to the largest number,
+    - deeply nested containers,
+    - containers that are filled after others contain them, because their size was unknown before,
+    - tuples that contain each other many times, because hashing a key visits each of them,
+    - functions called many times with the same large argument, because each call may copy it.
 
     Args:
-        file: read from its position to the end of the pickle.
-        size: bytes of the file.
+        file: read from its current position to the end of the pickle.
+        size: size of the file in bytes.
         describe: called for each instruction, except those for marks and remembered objects, with
             its name, its argument and the objects that it takes. Returns a description of the
             resulting object, or raises an UnpicklingError.
 
     Raises:
         pickle.UnpicklingError: if the pickle is refused.
-        Exception: of any kind, if it is truncated or corrupt.
+        Exception: of any type, if it is truncated or corrupt.
     """
     stack: list[Seen] = []
     marks: list[int] = []
@@ -211,14 +215,14 @@ def scan_pickle(
 def _check_instruction(name: str, argument: Any, size: int) -> None:
     if name not in _INSTRUCTIONS:
         raise pickle.UnpicklingError(
-            f"its pickle has the instruction {name}, which arrays do without; {DISTRUST}"
+            f"its pickle has the instruction {name}, which arrays do not need; {DISTRUST}"
         )
     if name == "FRAME" and argument > size:
         raise EOFError(f"a part of {argument} bytes in a file of {size}")
 
 
 def _number(argument: Any, num_remembered: int) -> int:
-    """Returns the number under which an object is remembered; not all instructions give one."""
+    """Returns the number under which an object is remembered: the argument or the next number."""
     number = num_remembered if argument is None else int(argument)
     if number > num_remembered + _SPARE_NUMBERS:
         raise pickle.UnpicklingError(
@@ -228,14 +232,12 @@ def _number(argument: Any, num_remembered: int) -> int:
 
 
 def _result(name: str, argument: Any, taken: Sequence[Seen], described: Any) -> Seen:
-    """Returns the result of an instruction: the first object that it takes, now filled, or a new
-    one.
-    """
+    """Returns the result of an instruction: a new object, or the first that it takes, filled."""
     into = taken[0] if name in FILLS else Seen(0, 1, described)
     inside = taken[1:] if name in FILLS else taken
     if into.is_held:
         raise pickle.UnpicklingError(
-            f"its pickle fills a container that another already holds; {DISTRUST}"
+            f"its pickle fills a container that is already inside another; {DISTRUST}"
         )
     into.depth = max([into.depth, *(seen.depth + 1 for seen in inside)])
     into.weight += sum(seen.weight for seen in inside)
@@ -253,14 +255,15 @@ def _check_result(name: str, seen: Seen, size: int) -> None:
         raise pickle.UnpicklingError(f"its pickle nests over {MAX_DEPTH} containers; {DISTRUST}")
     if seen.weight > max(size, 1) * MOST_REPEATS and name.startswith("TUPLE"):
         raise pickle.UnpicklingError(
-            f"its pickle holds tuples of {seen.weight} objects in a file of {size} bytes; "
-            f"{DISTRUST}"
+            f"its pickle has tuples of {seen.weight} objects in a file of {size} bytes; {DISTRUST}"
         )
 
 
 def _effects() -> dict[str, tuple[int, bool, bool]]:
-    """Returns, by instruction: how many objects it takes below the mark, whether it takes a mark,
-    whether it gives an object.
+    """Returns the effects of each instruction on the stack.
+
+    These are the number of objects that it takes below the mark, whether it takes a mark, and
+    whether it pushes an object.
     """
     effects = {}
     for opcode in pickletools.opcodes:
@@ -275,7 +278,7 @@ _EFFECTS = _effects()
 
 
 class _Function:
-    """A function that a pickle may call; without attributes, so that none can be changed."""
+    """A function that a pickle may call; it has no attributes that a pickle could change."""
 
     __slots__ = ("_call",)
 
@@ -315,22 +318,22 @@ class _Array:
     value: npt.NDArray[Any] | np.generic | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        shape, dtype, is_fortran, data = state[-4:]  # after a version, if any
+        shape, dtype, is_fortran, data = state[-4:]  # a version may precede these
         self.value = _array(data, dtype, shape, "F" if is_fortran else "C")
 
 
 def _array(
     data: bytes | bytearray | str, dtype: _Dtype, shape: tuple[int, ...], order: str
 ) -> npt.NDArray[Any]:
-    content = data.encode("latin1") if isinstance(data, str) else data  # a str of Python 2
+    content = data.encode("latin1") if isinstance(data, str) else data  # str from Python 2
     if len(shape) > _MOST_SIDES or not all(0 <= side <= sys.maxsize for side in shape):
         raise pickle.UnpicklingError(
             "it has an array with an impossible shape; the file is corrupt"
         )
     if math.prod(shape) * dtype.dtype.itemsize != len(content):
         raise pickle.UnpicklingError(
-            f"it has an array of shape {shape} and type {dtype.dtype}, but {len(content)} bytes of "
-            "it; the file is corrupt"
+            f"it has an array of shape {shape} and type {dtype.dtype} with {len(content)} bytes of "
+            "data; the file is corrupt"
         )
     return np.frombuffer(content, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
 
@@ -348,17 +351,17 @@ def _scalar(dtype: _Dtype, data: Any) -> _Array:
 
 
 def _reconstruct(kind: Any, shape: Any, dtype: Any) -> _Array:
-    """Accepts only the arguments that NumPy pickles: its own function would make an array of any
-    shape.
-    """
+    """Accepts only the arguments that NumPy pickles; its own function would allocate any shape."""
     if kind is not _NDARRAY or shape != (0,) or dtype not in ("b", b"b"):
-        raise pickle.UnpicklingError(f"it makes an array in a way that NumPy does not; {DISTRUST}")
+        raise pickle.UnpicklingError(
+            f"it creates an array in a way that NumPy does not; {DISTRUST}"
+        )
     return _Array()
 
 
 def _refuse_call(*_: Any) -> Any:
     raise pickle.UnpicklingError(
-        f"it calls numpy.ndarray, which makes memory of any size; {DISTRUST}"
+        f"it calls numpy.ndarray, which can allocate any amount of memory; {DISTRUST}"
     )
 
 
@@ -377,7 +380,7 @@ class _Ordered(dict[Any, Any]):
 
 def _encode(text: str, codec: str) -> bytes:
     if codec != "latin1":
-        raise pickle.UnpicklingError(f"it encodes with {codec!r}; arrays need latin1 only")
+        raise pickle.UnpicklingError(f"it encodes with {codec!r}; arrays need only latin1")
     return text.encode(codec)
 
 
@@ -396,14 +399,14 @@ _STAND_INS: dict[tuple[str, str], _Function] = {
     ("numpy", "dtype"): _Function(_Dtype),
     ("_codecs", "encode"): _Function(_encode),
     ("collections", "OrderedDict"): _Function(_ordered),
-    # Empty bytes of Python 3 in a pickle for Python 2.
+    # Python 3 writes empty bytes like this in a pickle for Python 2.
     ("__builtin__", "bytes"): _Function(lambda: b""),
     ("builtins", "bytes"): _Function(lambda: b""),
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles substitutes of arrays, and refuses every other global."""
+    """Unpickles substitutes for arrays, and refuses all other globals."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
@@ -412,21 +415,21 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 class _Plain:
-    """Turns the result of an _ArrayUnpickler into plain containers and arrays.
+    """Converts the result of an _ArrayUnpickler to plain containers and arrays.
 
-    Its arrays are views: a pickle can name the same bytes any number of times.
+    The unpickler's arrays are views, because a pickle can use the same bytes any number of times.
     """
 
     def __init__(self, size: int) -> None:
         """
         Args:
-            size: bytes of the file.
+            size: size of the file in bytes.
         """
         self._size, self._copied = size, 0
-        self._done: dict[int, Any] = {}  # results for objects met before, by id
+        self._done: dict[int, Any] = {}  # results for objects that were already converted, by id
 
     def of(self, value: Any) -> Any:
-        """Returns the value with arrays instead of their substitutes."""
+        """Returns the value with arrays in place of their substitutes."""
         if value is None or isinstance(value, bool | int | float | str | bytes | bytearray):
             return value
         if id(value) in self._done:

@@ -1,7 +1,7 @@
-"""Reads weights from elsewhere; nothing in a file can run or fill the memory.
+"""Reads weights from untrusted sources: no file can run code or exhaust memory.
 
-Torch files are read with ``weights_only=True``, pickles by plain_pickle, safetensors by their
-library. The content of a file decides its format.
+Torch files are read with ``weights_only=True``, pickles with plain_pickle, and safetensors with
+their library. The format is determined by the content of a file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .plain_pickle import (
 
 _ZIP = b"PK\x03\x04"
 _TORCH_BEFORE_ZIP = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-_PICKLES_BEFORE_ZIP = 5  # magic number, version, system, the object, names of its storages
+_PICKLES_BEFORE_ZIP = 5  # magic number, version, system, the object, keys of its storages
 _NOT_WEIGHTS = (
     (LFS_POINTER, "it is a Git LFS pointer: fetch the file with 'git lfs pull'"),
     (b"<", "it is a web page or XML: download the file itself"),
@@ -51,12 +51,11 @@ _NOT_WEIGHTS = (
 
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
 _SIZED = ("bytearray", "Tensor", "Storage")
-"""Endings of type names that torch admits; called with a number, each allocates that much memory.
-"""
+"""Endings of types that torch allows and that allocate as much memory as their argument says."""
 _DICTS = ("OrderedDict", "Counter", "defaultdict")
 _HASHED = (*_DICTS, "set")
 _SPARE_COMPARED = 1 << 24
-"""How much more weight of keys may be compared: a dictionary can have a thousand odd ones."""
+"""Additional weight of keys that may be compared; allows a dictionary a thousand unsafe keys."""
 _LONGEST_NAME = 1000
 _ELEMENT_BYTES = {
     **dict.fromkeys(
@@ -67,25 +66,24 @@ _ELEMENT_BYTES = {
     **dict.fromkeys(("ComplexFloat", "Double", "Long"), 8),
     "ComplexDouble": 16,
 }
-"""By name of the storage type, without "Storage"."""
-_STORAGE_ID = (5, 6)  # values: "storage", type, key, device, number of elements, old ones a view
+"""Bytes per element by name of the storage type, without "Storage"."""
+_STORAGE_ID = (5, 6)  # values: "storage", type, key, device, number of elements; once also a view
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads weights as detectron2's DetectionCheckpointer hands them on.
+    """Reads weights in the form that detectron2's DetectionCheckpointer uses.
 
     Args:
-        path: a torch file, a pickle of detectron2's, Detectron's or pycls' model zoo, or
-            safetensors, under whatever name.
+        path: a torch file, a pickle from the model zoo of detectron2, Detectron or pycls, or
+            safetensors. Its name does not matter.
 
     Returns:
-        ``model``: tensors or arrays by name. With ``matching_heuristics``, names are to be matched
-        by their endings. ``class_names`` if the file has them, and anything else that a torch file
-        holds.
+        A dict with ``model``, which contains tensors or arrays by name. If ``matching_heuristics``
+        is set, names must be matched by their endings. Also contains ``class_names`` if the file
+        has them, and anything else in a torch file.
 
     Raises:
-        ConfigError: if the file is missing or corrupt, names anything that could run, or holds no
-            weights.
+        ConfigError: if the file is missing or corrupt, names code, or contains no weights.
     """
     with file_errors(path):
         head = check_head(path)
@@ -96,7 +94,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 return _checked(_torch_checkpoint(_read_torch(file)))
             if head[257:262] == b"ustar":
                 raise pickle.UnpicklingError(
-                    "it is of torch before 0.1.10: load it there and save it again"
+                    "it was written by torch before 0.1.10: load it there and save it again"
                 )
             if head[:1] != b"\x80" and path.suffix != ".pkl":
                 raise pickle.UnpicklingError(
@@ -107,14 +105,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Turns whatever error a stranger's bytes cause into one that names the file."""
+    """Turns any error caused by an untrusted file into one that names the file."""
     try:
         yield
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         raise ConfigError(f"{path} was not loaded: {one_line(error, 300)}") from error
-    except Exception as error:  # bytes of no format are taken for any instruction
+    except Exception as error:  # arbitrary bytes can cause any error
         detail = f"{type(error).__name__}: {one_line(error, 300)}"
         raise ConfigError(
             f"{path} was not loaded: it is truncated or corrupt ({detail}); get it again"
@@ -122,7 +120,7 @@ def file_errors(path: Path) -> Iterator[None]:
 
 
 def check_head(path: Path) -> bytes:
-    """Returns the start of a file; refuses what is often downloaded instead of weights."""
+    """Returns the start of a file; refuses files that are often downloaded instead of weights."""
     if path.is_dir():
         raise pickle.UnpicklingError("it is a folder: name a file in it")
     with path.open("rb") as file:
@@ -136,7 +134,7 @@ def check_head(path: Path) -> bytes:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Whether a JSON header follows its length, which the library limits to 100 MB."""
+    """Returns whether a JSON header follows its length, which the library limits to 100 MB."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
 
 
@@ -161,13 +159,13 @@ def _read_torch(file: BinaryIO) -> Any:
     file.seek(0)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own text advises to allow code
+    except pickle.UnpicklingError as error:  # torch's message would suggest allowing code
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise pickle.UnpicklingError(refused_name(named[1])) from error
-        reason = "it holds more than weights: save its state_dict() alone"
+        reason = "it contains more than weights: save only its state_dict()"
         if "Unsupported operand" in str(error):
-            reason += ", without a pickle_protocol of your own"
+            reason += ", with the default pickle_protocol"
         raise pickle.UnpicklingError(reason) from error
 
 
@@ -184,12 +182,12 @@ def _check_archive(file: BinaryIO, size: int) -> None:
     if "data.pkl" not in files:
         raise pickle.UnpicklingError("it is a zip archive, but not one of torch's")
     if len({name.casefold() for name in files}) < len(files):
-        raise pickle.UnpicklingError(f"it has records of the same name; {DISTRUST}")
+        raise pickle.UnpicklingError(f"it has several records of the same name; {DISTRUST}")
     declared = sum(record.file_size for record in records)
     if declared > size or any(x.compress_type != zipfile.ZIP_STORED for x in records):
         raise pickle.UnpicklingError(
-            f"its records claim {declared} bytes in a file of {size}, but torch compresses "
-            f"nothing; {DISTRUST}"
+            f"its records claim {declared} bytes in a file of {size}, but torch does not compress "
+            f"files; {DISTRUST}"
         )
     sizes = dict(zip(files, (x.file_size for x in records), strict=True))
     file.seek(0)
@@ -200,9 +198,9 @@ def _check_archive(file: BinaryIO, size: int) -> None:
 def _check_directory(file: BinaryIO, size: int) -> None:
     """Refuses an archive in which torch and zipfile would find different lists of records.
 
-    Torch looks where the end record says, zipfile directly before that record, which has 22 bytes.
-    In a zip64 archive, which torch writes, a record of 56 bytes precedes it, and one of 20 that
-    says where the former is.
+    Torch reads the list at the offset given by the end record, but zipfile reads it directly before
+    the end record, which has 22 bytes. In a zip64 archive, which torch writes, two more records
+    precede the end record: one of 56 bytes, and one of 20 bytes with the offset of the first.
     """
     file.seek(max(size - 98, 0))
     end = file.read()
@@ -223,15 +221,15 @@ def _check_directory(file: BinaryIO, size: int) -> None:
 
 @dataclass(slots=True)
 class _Described:
-    """What is known about an object in a torch file's pickle.
+    """Facts about an object in a torch file's pickle.
 
     Attributes:
-        name: if it is a global, without its module.
+        name: name of a global, without its module.
         is_dict: whether it is a dictionary of some kind.
-        value: of a number, a short text or a global's name; of a tuple of these, if it is as long
-            as one that names a storage.
+        value: the value of a number, a short string or a global's name, or of a tuple of these if
+            it is as long as the tuple that identifies a storage.
         is_odd: whether its hash can be forged.
-        num_odd: number of odd objects in it; for a dictionary, among its keys.
+        num_odd: number of objects in it whose hash can be forged; for a dictionary, among its keys.
     """
 
     name: str = ""
@@ -242,20 +240,21 @@ class _Described:
 
 
 class _TorchPickle:
-    """Refuses what torch admits although it takes memory, or reads and writes beyond a tensor.
+    """Refuses pickles that torch accepts although they exhaust memory or access memory illegally.
 
-    That is: calls that make objects of a given size; and in older versions of torch (seen in 2.6),
-    storages longer than their bytes in the file, and items set in anything but dictionaries.
+    These are calls that create objects of a given size. Older versions of torch (seen in 2.6) also
+    accept storages that are longer than their bytes in the file, and set items of objects that are
+    not dictionaries.
     """
 
     def __init__(self, size: int, records: Mapping[str, int] | None = None) -> None:
         """
         Args:
-            size: bytes of the file.
-            records: bytes of each record of the archive that the pickle is in, if it is in one.
+            size: size of the file in bytes.
+            records: if the pickle is in an archive, the size of each record in bytes.
         """
         self._size, self._records = size, records
-        self._compared = 0  # weight of keys
+        self._compared = 0  # weight of the keys compared so far
 
     def describe(self, name: str, argument: Any, taken: Sequence[Seen]) -> _Described:
         """See scan_pickle."""
@@ -263,7 +262,7 @@ class _TorchPickle:
         called = first.name if name in _CALLS else ""
         if called.endswith(_SIZED):
             raise pickle.UnpicklingError(
-                f"its pickle calls {called}, which makes memory of any size; {DISTRUST}"
+                f"its pickle calls {called}, which can allocate any amount of memory; {DISTRUST}"
             )
         if name in ("SETITEM", "SETITEMS") and not first.is_dict:
             raise pickle.UnpicklingError(
@@ -287,9 +286,10 @@ class _TorchPickle:
         return result
 
     def _count_odd(self, into: _Described, name: str, called: str, taken: Sequence[Seen]) -> None:
-        """Counts the odd objects put into another; refuses too many as keys.
+        """Counts objects with unsafe hashes inside another object; refuses too many as keys.
 
-        Keys with equal hashes are compared with each other, which takes longer the longer they are.
+        Keys with equal hashes are compared with each other, which takes time in proportion to their
+        size.
         """
         if called and called not in _HASHED:
             return
@@ -307,7 +307,7 @@ class _TorchPickle:
 
 
 def _is_odd(name: str, argument: Any, called: str) -> bool:
-    """Returns whether an object's hash can be forged; those of tensors and bytes are safe."""
+    """Returns whether an object's hash can be forged; hashes of tensors and bytes are safe."""
     if called:
         return not called.startswith(("_rebuild", "encode", "Parameter"))
     return name.startswith("TUPLE") or is_odd_number(argument)
@@ -325,8 +325,8 @@ def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) 
     """Refuses a tensor's storage that is longer than its bytes in the file.
 
     Args:
-        identity: the tuple by which torch's pickles name a storage, in the form of _Seen.
-        size: bytes of the file.
+        identity: the tuple that identifies a storage in torch's pickles, see _Described.value.
+        size: size of the file in bytes.
         records: as in _TorchPickle.
     """
     try:
@@ -334,7 +334,7 @@ def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) 
         num_bytes = num_elements * _ELEMENT_BYTES[type_name.removesuffix("Storage")]
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise pickle.UnpicklingError(
-            f"its pickle has a persistent id that names no storage; {DISTRUST}"
+            f"its pickle has a persistent id that is not a storage; {DISTRUST}"
         ) from error
     available = size if records is None else records.get(f"data/{key}", 0)
     if kind != "storage" or not 0 <= num_bytes <= available:
@@ -345,19 +345,19 @@ def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) 
 
 
 def _zoo_checkpoint(content: Any) -> Any:
-    """Returns a model zoo's pickle in the form of a checkpoint; Detectron's use other names."""
+    """Converts a model zoo's pickle to the form of a checkpoint; Detectron's have other names."""
     if not isinstance(content, dict) or ("model" in content and "__author__" in content):
         return content
-    blobs = content.get("blobs", content)  # backbones have none around them
+    blobs = content.get("blobs", content)  # files of backbones have no "blobs"
     weights = {name: x for name, x in blobs.items() if not str(name).endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
 def _torch_checkpoint(content: Any) -> Any:
-    """Returns the content of a torch file in the form of a checkpoint."""
+    """Converts the content of a torch file to the form of a checkpoint."""
     if not isinstance(content, dict) or "model" in content:
         return content
-    if "model_state" in content:  # pycls'
+    if "model_state" in content:  # written by pycls
         weights = content["model_state"].items()
         kept = {name: x for name, x in weights if not name.endswith("num_batches_tracked")}
         return {"model": kept, "__author__": "pycls", "matching_heuristics": True}
@@ -365,16 +365,18 @@ def _torch_checkpoint(content: Any) -> Any:
 
 
 def _checked(checkpoint: Any) -> dict[str, Any]:
-    """Returns a checkpoint if its model is tensors and arrays by name."""
+    """Returns the checkpoint; raises UnpicklingError unless its model has only named tensors."""
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict) or not model:
-        raise pickle.UnpicklingError("it holds no weights: no tensors by name, nor under 'model'")
+        raise pickle.UnpicklingError(
+            "it contains no weights: neither named tensors nor a 'model' with them"
+        )
     for name, value in model.items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor | np.ndarray)):
             inner = next((k for k, v in model.items() if _is_weights(v)), None)
             raise pickle.UnpicklingError(
-                f"it holds no weights: {name!r} is of type {type(value).__name__}"
-                + (f"; save its {inner!r} alone" if inner else "")
+                f"it contains no weights: {name!r} is of type {type(value).__name__}"
+                + (f"; save only its {inner!r}" if inner else "")
             )
         if isinstance(value, torch.Tensor) and (
             value.layout != torch.strided or value.is_quantized or value.is_meta
@@ -386,7 +388,8 @@ def _checked(checkpoint: Any) -> dict[str, Any]:
             value.untyped_storage().nbytes() + SPARE_BYTES
         ):
             raise pickle.UnpicklingError(
-                f"{name!r} of shape {tuple(value.shape)} repeats what it stores; save it contiguous"
+                f"{name!r} of shape {tuple(value.shape)} repeats its storage; save a "
+                "contiguous copy"
             )
     return checkpoint
 

@@ -104,7 +104,7 @@ def write(path, **changes):
         ({"VARIANTS": {"a": {"SEED": "many"}}}, r"variant 'a': SEED takes a value of type int"),
         ({"VARIANTS": {"a": {"SEED": 3}}}, r"'a': SEED has no effect, .* from SEEDS or --seed"),
         ({"VARIANTS": {"a": {"OUTPUT_DIR": "x"}}}, r"OUTPUT_DIR has no effect, .* from --output"),
-        ({"VARIANTS": {"a": [3]}}, r"variant 'a' does not hold"),
+        ({"VARIANTS": {"a": [3]}}, r"variant 'a' does not contain"),
         ({"BASELINE": "c"}, r"BASELINE names 'c', which is not a variant"),
         ({"PAPER": {"aa": {"segm/AP": 1.0}}}, r"PAPER names 'aa'.*did you mean 'a'"),
         ({"PAPER": {"a": 3}}, r"PAPER of 'a' must be a dict of metrics"),

@@ -358,6 +358,6 @@ def test_parallel_trials_train_and_a_failed_one_is_reported(ablation, tmp_path):
     done = output / "bce" / "seed_1"
     names = {path.name for path in done.iterdir()}
     assert {"config.yaml", "environment.txt", "log.txt", "metrics.json", "inference"} <= names
-    assert f"IMPORTS runs code of yours: {tmp_path}/own_loss.py" in (done / "log.txt").read_text()
+    assert f"IMPORTS runs your code: {tmp_path}/own_loss.py" in (done / "log.txt").read_text()
     assert {"matches_segm.npz"} <= {path.name for path in (done / "inference").iterdir()}
     assert (output / "report.html").is_file() and (output / "report.md").is_file()

@@ -61,7 +61,7 @@ def test_pixel_statistics_close_to_those_of_a_timm_model_pass(tmp_path):
     [
         (["MODEL.TIMM.NAME", "convnext_tny"], "is not a model of timm; did you mean convnext_tiny"),
         (["MODEL.TIMM.NAME", "resnet50.a9"], r"timm has no such weights; it has resnet50\.a1_in1k"),
-        (["MODEL.TIMM.NAME", "hf-hub:timm/resnet50.a1_in1k"], "is an address; give timm's own nam"),
+        (["MODEL.TIMM.NAME", "hf-hub:timm/resnet50.a1_in1k"], "is an address; use a name from ti"),
         (["MODEL.TIMM.CHECKPOINT", "nowhere.pth"], "CHECKPOINT nowhere.pth does not exist; save"),
         (
             ["MODEL.TIMM.CHECKPOINT", "x.pth", "MODEL.TIMM.NAME", "tf_efficientnet_lite0"],

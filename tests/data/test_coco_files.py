@@ -140,9 +140,9 @@ def test_perfect_detections_score_100_if_the_file_lacks_a_category(tmp_path):
 @pytest.mark.parametrize(
     ("categories", "message"),
     [
-        ({3: "cat", 7: "dog", 9: "emu"}, "id 9 is 'emu' here and 'owl' there"),
-        ({3: "cat", 8: "dog", 9: "owl"}, "'dog' has id 8 here and 7 there"),
-        ({3: "cat", 11: "emu"}, r"'emu' \(id 11\) does not exist there"),
+        ({3: "cat", 7: "dog", 9: "emu"}, "id 9 is 'emu' in the first but 'owl' in the second"),
+        ({3: "cat", 8: "dog", 9: "owl"}, "'dog' has id 8 in the first but 7 in the second"),
+        ({3: "cat", 11: "emu"}, r"'emu' \(id 11\) does not exist in the second"),
     ],
 )
 def test_the_error_for_contradictory_categories_names_both_data_sets(tmp_path, categories, message):
@@ -266,7 +266,7 @@ def test_registering_again_replaces_a_data_set_unless_it_is_built_in(tmp_path):
     val = write_files(tmp_path, "val", CATEGORIES)
     configure(tmp_path, train, val)
     configure(tmp_path, train, val)
-    with pytest.raises(ConfigError, match="registered already"):
+    with pytest.raises(ConfigError, match="already registered"):
         configure(tmp_path, ["shapes_train", *train[1:]], val)
     assert MetadataCatalog.get("shapes_train").thing_classes[0] == "ring"
 
@@ -280,13 +280,16 @@ def test_registering_again_replaces_a_data_set_unless_it_is_built_in(tmp_path):
         (["a", "{other}", "."], "other.json: 'annotations' missing"),
         (["a", "{utf16}", "."], "utf16.json: byte 0 is not UTF-8"),
         (["a", "{empty}", "."], "empty.json: the file has 0 bytes"),
-        (["a", "{listed}", "."], r"listed.json: the file holds \[\]"),
+        (["a", "{listed}", "."], r"listed.json: the file contains \[\]"),
         (["a", "{bare}", "."], "bare.json: the file lists no categories"),
         (["a", "{twice}", "."], "twice.json: .*the categories 'cat' and 'cat' have the id 1"),
-        (["a", "{namesakes}", "."], "namesakes.json: .*the categories 1 and 2 are 'cat'"),
+        (
+            ["a", "{namesakes}", "."],
+            "namesakes.json: .*the categories 1 and 2 are both called 'cat'",
+        ),
         (["a", "b"], r"\['a', 'b'\] is not \[name"),
         (("a", "b.json", ["day", "night"]), r"several folders, .* --images FOLDER FOLDER --fix"),
-        (["../a", "{json}", "."], r"'../a' is not a name"),
+        (["../a", "{json}", "."], r"'../a' is not a valid name"),
         ("ab", "is not"),
         (3, r"3 is not \[name"),
         ({"a": 1, "b": 2, "c": 3}, "is not"),

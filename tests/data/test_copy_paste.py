@@ -220,7 +220,7 @@ def test_images_without_a_paste_are_unchanged(records):
         assert before["file_name"] == after["file_name"]
         if "pasted_from" in after:
             number_pasted += 1
-            assert "some of " + after["pasted_from"] in describe_batch([after])
+            assert "some from " + after["pasted_from"] in describe_batch([after])
         else:
             assert torch.equal(before["image"], after["image"])
             assert isinstance(after["instances"].gt_masks, PolygonMasks)
@@ -273,7 +273,10 @@ def test_the_error_for_objects_without_masks_names_the_image():
     [
         (["MODEL.KEYPOINT_ON", "True"], r"1\.0 does not work with MODEL\.KEYPOINT_ON"),
         (["MODEL.LOAD_PROPOSALS", "True"], r"does not work with MODEL\.LOAD_PROPOSALS"),
-        (["MODEL.MASK_ON", "False"], r"PROBABILITY 1\.0 cuts objects out .*MODEL\.MASK_ON True"),
+        (
+            ["MODEL.MASK_ON", "False"],
+            r"PROBABILITY 1\.0 needs masks to cut objects out.*MODEL\.MASK_ON True",
+        ),
     ],
 )
 def test_models_that_need_other_annotations_are_refused(opts, message):

@@ -101,7 +101,7 @@ def test_the_error_lists_ten_findings_their_number_the_report_and_the_command(
     assert len([x for x in lines if str(broken.json_file) in x and "annotation 1" in x]) == 10
     assert "  and 2 more" in lines
     report = tmp_path / "output" / "dataset_check.json"
-    assert f"All are in {report}" in str(info.value)
+    assert f"{report} lists all of them" in str(info.value)
     assert json.loads(report.read_text())["errors"] == 12
     (command,) = [x for x in lines if "tools/check_dataset.py --json" in x]
     assert f"--images {broken.images} --fix " in command and str(broken.json_file) in command
@@ -121,7 +121,7 @@ def test_no_fix_command_is_suggested_if_it_would_fail(tmp_path, data):
         (
             1,
             "1 of 4 images have more objects than the 1 that TEST.DETECTIONS_PER_IMAGE lets a "
-            "model find; "
+            "model detect; "
             "image 1 has 2",
         ),
         (2, ""),
@@ -164,7 +164,7 @@ def test_a_second_run_reads_only_the_cache_and_repeats_the_warnings(
     monkeypatch.setattr(module, "check_content", None)
     with caplog.at_level(logging.INFO):
         run(configure(tmp_path, data))
-    assert "were checked before" in caplog.text and "box-loose" in caplog.text
+    assert "have already been checked" in caplog.text and "box-loose" in caplog.text
 
 
 def test_a_changed_image_or_annotation_is_checked_again(tmp_path, data, cache):
@@ -195,7 +195,7 @@ def test_images_with_changed_permissions_are_checked_again(tmp_path, data, cache
     path.chmod(0o600 if path.stat().st_mode & 0o777 != 0o600 else 0o644)
     with caplog.at_level("INFO"):
         run(configure(tmp_path, data))
-    checked = f"{data['train'].json_file} and its images were checked before"
+    checked = f"{data['train'].json_file} and its images have already been checked"
     assert checked not in caplog.text
 
 
@@ -243,7 +243,7 @@ def test_categories_that_differ_between_train_and_test_are_reported(tmp_path, da
     registered("code_val", data["val"].write())
     cfg = configure(tmp_path, {})
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("code_train",), ("code_val",)
-    with pytest.raises(ConfigError, match="category 7 is 'dog' only there") as info:
+    with pytest.raises(ConfigError, match="category 7 is 'dog' only in the second") as info:
         run(cfg)
     assert "categories-disagree" in str(info.value) and str(data["val"].json_file) in str(
         info.value
@@ -254,7 +254,7 @@ def test_the_number_of_classes_must_match_the_model(tmp_path, data, registered):
     registered("by_code", data["train"])
     cfg = configure(tmp_path, {}, "MODEL.ROI_HEADS.NUM_CLASSES", "3")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("by_code",), ()
-    with pytest.raises(ConfigError, match="2 categories, the model 3"):
+    with pytest.raises(ConfigError, match="2 categories, but the model 3"):
         run(cfg)
 
 

@@ -94,7 +94,7 @@ def test_an_existing_file_is_not_overwritten(good):
     for output in (good.json_file, good.folder / "other.json"):
         output.write_text(output.read_text() if output.exists() else "mine")
         before = output.read_bytes()
-        with pytest.raises(ConfigError, match="exists; name a new file"):
+        with pytest.raises(ConfigError, match="already exists; use the name of a new file"):
             fix_coco_file(str(good.json_file), str(good.images), output)
         assert output.read_bytes() == before
 
@@ -193,7 +193,7 @@ def test_repairs_do_not_hide_a_fault_of_the_whole_export(good):
     for annotation in many_objects(good):
         polygon = annotation["segmentation"][0]
         annotation["segmentation"] = [[x + 30 for x in polygon]]
-    with pytest.raises(ConfigError, match=r"--fix: most boxes .* 5 masks have faults of their own"):
+    with pytest.raises(ConfigError, match=r"--fix: most boxes .* 5 masks have other faults"):
         fix(good.write())
 
 

@@ -153,7 +153,9 @@ def test_other_repairs_do_not_permit_the_loss_of_most_images(good, other_change)
         fix(good.write())
     message = str(info.value)
     assert "39 of 4" in message and "39 by image-unreadable" in message and "\n" not in message
-    assert "not an image that Pillow reads" in message and not (good.folder / "fixed.json").exists()
+    assert (
+        "not an image that Pillow can read" in message and not (good.folder / "fixed.json").exists()
+    )
 
 
 def test_losing_most_records_is_possible_if_the_user_accepts_it(good):
@@ -170,7 +172,7 @@ def test_faults_that_appear_only_after_a_repair_are_also_refused(many):
     del many.image(1)["height"]
     for annotation in many.content["annotations"]:
         annotation["segmentation"][0][0] -= 300
-    with pytest.raises(ConfigError, match="12 masks have faults of their own"):
+    with pytest.raises(ConfigError, match="12 masks have other faults"):
         fix(many.write())
 
 

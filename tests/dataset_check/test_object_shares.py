@@ -59,7 +59,7 @@ def test_brush_masks_exported_as_crowds_are_counted(good):
 def test_images_with_only_crowds_are_reported_even_if_few(good):
     as_brush_mask(good.annotation(15), 1)
     found = only(good, "crowd-by-export")
-    assert "1 of 4 (25.0%) annotated images have no other annotation and are" in found.message
+    assert "1 of 4 (25.0%) annotated images have no other annotations, so" in found.message
 
 
 def test_a_proportion_of_crowds_like_cocos_is_accepted(good):
@@ -86,18 +86,18 @@ def test_areas_that_differ_from_the_masks_are_counted(good, factor, words):
         annotation["area"] = min(annotation["area"] * factor, 1.05 * HW[0] * HW[1])
     found = only(good, "area-suspicious")
     assert "of 25 (" in found.message and (words in found.message or factor > 10)
-    assert "count in another of APs, APm and APl" in found.message
+    assert "count in the wrong one of APs, APm and APl" in found.message
 
 
 def test_a_single_wrong_area_is_found_with_its_size_class(good):
     good.annotation(11)["area"] = 1
     found = only(good, "area-suspicious")
-    assert "1 of 5 (20.0%)" in found.message and "and so 0 count in another" in found.message
-    assert "annotation 11 has area 1, its mask 600 pixels" in found.message
+    assert "1 of 5 (20.0%)" in found.message and "so 0 count in the wrong one" in found.message
+    assert "annotation 11 has area 1, but its mask has 600 pixels" in found.message
     good.annotation(11).update(
         segmentation=[rectangle(10, 10, 60, 50)], bbox=[10, 10, 50, 40], area=1
     )
-    assert "and so 1 count in another" in only(good, "area-suspicious").message
+    assert "so 1 count in the wrong one" in only(good, "area-suspicious").message
 
 
 def test_areas_may_differ_by_pixels_along_the_outline(good):
@@ -110,8 +110,8 @@ def test_box_areas_are_distinguished_from_other_wrong_areas(good):
     good.annotation(14)["area"] = 39.5 * 40.75
     found = only(good, "area-of-box")
     assert "1 of 5 (20.0%) objects have the area of their box" in found.message
-    assert "annotation 14 has area 1609.62, its mask 707.312 pixels" in found.message
-    assert "so 1 count in another" in found.message  # 32 x 32 = 1024 lies between
+    assert "annotation 14 has area 1609.62, but its mask has 707.312 pixels" in found.message
+    assert "so 1 count in the wrong one" in found.message  # 32 x 32 = 1024 lies between
 
 
 def test_a_ring_is_found_if_its_area_excludes_the_hole(good):
@@ -119,7 +119,7 @@ def test_a_ring_is_found_if_its_area_excludes_the_hole(good):
     assert check(good.write()) == []
     good.annotation(11)["area"] = 500
     found = only(good, "ring-as-hole")
-    assert "1 of 5" in found.message and "area 500, its mask 900 pixels" in found.message
+    assert "1 of 5" in found.message and "area 500, but its mask has 900 pixels" in found.message
 
 
 def test_a_ring_is_also_found_by_the_pixel_area_of_its_mask(good):
@@ -200,7 +200,7 @@ def test_masks_of_whole_images_may_be_identical(good):
 def test_images_without_annotations_are_counted(good):
     good.content["annotations"] = [x for x in good.content["annotations"] if x["image_id"] != 4]
     found = only(good, "image-without-objects")
-    assert "1 of 4 (25.0%) images have no annotation and are not" in found.message
+    assert "1 of 4 (25.0%) images have no annotations, so training" in found.message
 
 
 @pytest.mark.parametrize("empty", [None, [], {}])

@@ -81,7 +81,7 @@ def test_identical_sizes_are_blamed_if_masks_fit_the_files(good):
     good.content["annotations"].pop()  # the crowd, because run lengths contain the size
     found = check(good.write())
     assert [x.kind for x in found] == ["image-size-alike"] * 4
-    assert "is 80 x 60, the record has 28 x 28, as all records do" in str(found[0])
+    assert "is 80 x 60, but the record has 28 x 28, like all records" in str(found[0])
 
 
 def test_run_lengths_reveal_the_size_of_their_image(good):

@@ -127,7 +127,7 @@ def test_an_invalid_fraction_is_refused(tmp_path, share):
 
 def test_a_single_photograph_cannot_be_split(tmp_path):
     names = [f"a_x{x}_y{y}.png" for x in range(3) for y in range(3)]
-    with pytest.raises(ConfigError, match="all 9 images are of one photograph"):
+    with pytest.raises(ConfigError, match="all 9 images belong to one photograph"):
         split(data_set(names), str(tmp_path), 0.2)
 
 

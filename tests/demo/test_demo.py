@@ -369,7 +369,7 @@ def test_a_video_keeps_its_odd_size_and_changes_to_it_are_reported(images, tmp_p
     assert run([tmp_path / name], tmp_path / "out")[1] == []
     video = cv2.VideoCapture(str(tmp_path / "out" / "odd.avi"))
     assert [video.read()[1].shape for _ in range(3)] == [image.shape] * 3
-    line = f"{name}: the overlay odd.avi has 10 frames per second throughout, and no sound"
+    line = f"{name}: the overlay odd.avi has a constant 10 frames per second and no sound"
     assert line in caplog.text
 
 
@@ -442,11 +442,11 @@ def test_a_huge_image_is_scaled_down_and_that_is_reported(images, tmp_path, monk
     content, problems = run([image], tmp_path / "a", "INPUT.MAX_SIZE_TEST", "32")
     assert problems == [] and seen[0].shape == (3, 24, 32)
     assert (content["images"][0]["height"], content["images"][0]["width"]) == (96, 128)
-    assert "000001.png: the model sees its 128 x 96 pixels scaled to INPUT.MAX_SIZE_TEST 32" in (
+    assert "000001.png: its 128 x 96 pixels are scaled down to INPUT.MAX_SIZE_TEST 32" in (
         caplog.text
     )
     run([image], tmp_path / "b", "INPUT.MAX_SIZE_TEST", "64")
-    assert seen[1].shape == (3, 96, 128) and caplog.text.count("scaled to") == 1
+    assert seen[1].shape == (3, 96, 128) and caplog.text.count("scaled down to") == 1
 
 
 def test_files_in_a_folder_that_look_like_images_are_reported_if_unreadable(
@@ -490,7 +490,7 @@ def test_skipped_sub_folders_are_reported(images, tmp_path, caplog):
     assert [s.path.name for s in find_sources([str(tmp_path / "sub")])] == ["y.png"]
     assert not caplog.text
     assert [s.path.name for s in find_sources([str(tmp_path)])] == ["x.png"]
-    assert f"sub-folders of {tmp_path} are skipped" in caplog.text
+    assert f"subfolders of {tmp_path} are skipped" in caplog.text
     both = find_sources([f"{tmp_path}/**/*.png"])  # the pattern suggested by the message
     assert {s.path.name for s in both} == {"x.png", "y.png"}
 
@@ -511,12 +511,12 @@ def test_files_with_the_same_name_are_numbered_and_repeated_inputs_used_once(ima
     [
         (["--input", "nowhere.jpg"], "nowhere.jpg does not exist"),
         (["--input", "nowhere/*.jpg"], "no file matches nowhere/*.jpg"),
-        (["--input", "{tmp}/empty"], "empty holds no images or videos"),
+        (["--input", "{tmp}/empty"], "empty contains no images or videos"),
         (["--output", "{tmp}/file"], "file is not a folder"),
-        (["--output", "{tmp}/used"], "used has 000001.png already"),
-        (["--output", "{tmp}/full", "--semantic"], "full has semantic already"),
-        (["--confidence-threshold", "1.5"], "--confidence-threshold 1.5 is not from 0 to 1"),
-        (["--confidence-threshold", "nan"], "nan is not from 0 to 1"),
+        (["--output", "{tmp}/used"], "used already contains 000001.png"),
+        (["--output", "{tmp}/full", "--semantic"], "full already contains semantic"),
+        (["--confidence-threshold", "1.5"], "--confidence-threshold 1.5 is not between 0 and 1"),
+        (["--confidence-threshold", "nan"], "nan is not between 0 and 1"),
         (["--class-thresholds", "rung=0.5"], "no class 'rung'; did you mean 'ring'?"),
         (["--config-file", "configs/nowhere.yaml"], "configs/nowhere.yaml does not exist"),
         (["--opts", "MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth does not exist"),
@@ -561,7 +561,7 @@ def test_options_may_follow_without_opts_and_inputs_are_never_overwritten(images
     pairs = ["MODEL.DEVICE", "cpu", *WEIGHTS]
     assert tool(capsys, *args, tmp_path, *pairs)[0] == 0
     code, _, err = tool(capsys, *args, images, *pairs)
-    assert code == 2 and "has 000001.png already" in err
+    assert code == 2 and "already contains 000001.png" in err
 
 
 def test_an_interrupted_run_keeps_its_predictions(images, tmp_path, capsys, monkeypatch):

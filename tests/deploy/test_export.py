@@ -255,7 +255,7 @@ def export_outputs(trained, image):
     [
         ({"photo": 10}, []),
         ({"photo": 60}, ["photo: the exported model lacks 1 detections, with scores up to 0.9000"]),
-        ({}, ["rounding decides what the trained model finds in each of the images"]),
+        ({}, ["in every image, rounding decides what the trained model finds"]),
     ],
     ids=["same elsewhere", "other elsewhere", "nowhere else"],
 )
@@ -283,12 +283,12 @@ def test_images_decided_by_rounding_are_excluded_from_the_comparison(others, unl
         None,
     )
     assert found.undecided == ["blank"] and found.unlike[:1] == unlike
-    assert "left out, since rounding decides there: blank" in str(found)
+    assert "not compared, because rounding decides: blank" in str(found)
 
 
 def test_nothing_is_overwritten_without_the_flag(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"mine")
-    with pytest.raises(ConfigError, match=r"has model.onnx already.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"already contains model.onnx.*--overwrite"):
         export_model(SHAPES, OPTS, tmp_path, ExportOptions("torchscript"))
     assert (tmp_path / "model.onnx").read_bytes() == b"mine"
 
@@ -360,18 +360,18 @@ def test_a_size_that_does_not_fit_in_memory_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ExportOptions("torchscript", opset=17), "--opset is only for ONNX"),
-        (ExportOptions("onnx", opset=15), "--opset 15 is not from 16 to 20"),
+        (ExportOptions("torchscript", opset=17), "--opset works only with ONNX"),
+        (ExportOptions("onnx", opset=15), "--opset 15 is not between 16 and 20"),
         (ExportOptions("onnx", size=(0, 64)), "--size 0 64"),
         (ExportOptions("tflite"), "--format 'tflite' is not one of onnx, torchscript"),
         (
             ExportOptions("onnx", precision="int4"),
             "--precision 'int4' is not one of fp32, fp16, int8",
         ),
-        (ExportOptions("torchscript", precision="int8"), "--precision int8 is only for ONNX"),
+        (ExportOptions("torchscript", precision="int8"), "--precision int8 works only with ONNX"),
         (
             ExportOptions("onnx", calibration_images=["a.png"]),
-            "--calibration-images are only for --precision int8, but it is fp32",
+            "--calibration-images needs --precision int8, but the precision is fp32",
         ),
     ],
 )
@@ -403,7 +403,9 @@ def test_an_image_too_small_for_torch_export_is_refused_before_conversion(tmp_pa
     monkeypatch.setattr(export, "converted", None)
     cv2.imwrite(str(tmp_path / "low.png"), np.zeros((64, 96, 3), np.uint8))
     options, images = ExportOptions("exported_program"), [str(tmp_path / "low.png")]
-    with pytest.raises(ConfigError, match=r"sides above 64 pixels, and .*low.png has 96 x 64 once"):
+    with pytest.raises(
+        ConfigError, match=r"sides above 64 pixels, but .*low.png has 96 x 64 after"
+    ):
         export_model(SHAPES, OPTS, tmp_path / "x", options, images)
     export._check_sizes(samples((64, 96)), ExportOptions("exported_program", (96, 96)))
     export._check_sizes(samples((64, 96)), ExportOptions("onnx"))
@@ -500,7 +502,7 @@ def test_a_user_mask_head_that_depends_on_the_number_of_rois_is_refused():
     head = OneByOne(shape, num_classes=5, conv_dims=[16, 16]).requires_grad_(False)
     head.predictor.weight.normal_()
     model.roi_heads.mask_head = head.eval()
-    with pytest.raises(ConfigError, match=r"NAME: OneByOne cannot be .* computes something else"):
+    with pytest.raises(ConfigError, match=r"NAME: OneByOne cannot be .* is wrong for inputs"):
         check_traces(ExportableMaskRCNN(model))
 
 

@@ -111,7 +111,7 @@ def test_the_model_gets_the_channels_of_its_input_format(tmp_path, image_format,
     [
         (None, "image 1 is None, which cv2.imread returns"),
         (np.zeros((4, 4), np.uint8), r"image 1 is an array \(4, 4\) of uint8"),
-        (np.zeros((4, 4, 3)), "of float64, and must be"),
+        (np.zeros((4, 4, 3)), "of float64, but must be"),
         (np.zeros((0, 4, 3), np.uint8), r"image 1 is an array \(0, 4, 3\)"),
     ],
 )
@@ -175,8 +175,8 @@ def truncate_and_vouch(folder):
         (truncate_and_vouch, r"model\.onnx cannot be loaded by onnxruntime"),
         (break_opset, r"model\.onnx cannot be loaded by onnxruntime .*[Oo]pset"),
         (break_names, "has the outputs"),
-        (rewritten(input__channels=1), r"image, and model.json says tensor\(float\) \[1, "),
-        (break_size, r"\[3, 60, 80\] as the image, and model.json says .* \[3, 60, 90\]"),
+        (rewritten(input__channels=1), r"image, but model.json says tensor\(float\) \[1, "),
+        (break_size, r"\[3, 60, 80\] as the image, but model.json says .* \[3, 60, 90\]"),
     ],
 )
 def test_an_unusable_folder_is_reported_in_one_line(tmp_path, break_it, message):

@@ -187,7 +187,7 @@ def test_a_metric_that_is_never_measured_stops_nothing_and_is_reported(tmp_path,
             trainer._last_eval_results = {"sem_seg": {"mIoU": 1.0}}  # any evaluator's
             hook.after_step()
     assert not trainer.is_stopped
-    told = "METRIC 'segm/APx' is not a metric of the evaluation; it has sem_seg/mIoU"
+    told = "METRIC 'segm/APx' is not a metric of this evaluation; choose from sem_seg/mIoU"
     assert caplog.text.count(told) == 1
 
 

@@ -194,10 +194,10 @@ def test_replay_refuses_other_files(tmp_path):
     (tmp_path / "text.pth").write_text("no")
     torch.save({"model": {}}, tmp_path / "weights.pth")
     for name in ("text.pth", "weights.pth"):
-        with pytest.raises(ConfigError, match=rf"{name} is not the file of a failed step"):
+        with pytest.raises(ConfigError, match=rf"{name} is not a failed step"):
             replay_step(model, tmp_path / name)
     save_step(tmp_path / "other.pth", torch.nn.Linear(2, 2), [], {}, (1, 2, 3))
-    with pytest.raises(ConfigError, match=r"other\.pth are not those of .*--config-file"):
+    with pytest.raises(ConfigError, match=r"other\.pth do not fit the config.*--config-file"):
         replay_step(model, tmp_path / "other.pth")
 
 

@@ -93,7 +93,7 @@ def test_train_net_trains_the_users_code_in_two_processes_and_scales_the_batch(t
     result = run_script(script, "--num-gpus", "2", *rest, *opts, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     output = tmp_path / "output" / "mine"
-    ran = f"code of yours that has run (IMPORTS): {tmp_path}/my_code.py"
+    ran = f"your code that was imported (IMPORTS): {tmp_path}/my_code.py"
     for text in (
         *("batch_size=2, learning_rate=0.06, max_iter=2", "running on cpu, processes: 2", ran),
     ):
@@ -158,7 +158,7 @@ def of_torchrun(monkeypatch):
 def test_unsupported_torchrun_settings_are_refused(of_torchrun):
     assert launch.process_rank() == 1
     with pytest.raises(
-        ConfigError, match="--num-gpus 3, but torchrun has started 2 processes here"
+        ConfigError, match="--num-gpus is 3, but torchrun has started 2 processes on this"
     ):
         launch.launch(print, 3, device="cpu")
     of_torchrun(WORLD_SIZE="3")

@@ -77,13 +77,13 @@ def test_a_run_trains_resumes_and_is_evaluated(tmp_path):
         ),
         (
             ("model.roi_heads.mask_head.losess=[]",),
-            r"^model.roi_heads.mask_head.losess: FCNMaskHead takes no argument losess; did you "
+            r"^model.roi_heads.mask_head.losess: FCNMaskHead has no argument losess; did you "
             r"mean model.roi_heads.mask_head.losses\?",
         ),
-        (("model.roi_heads.num_clases=5",), r"StandardROIHeads takes no .*roi_heads.num_classes\?"),
+        (("model.roi_heads.num_clases=5",), r"StandardROIHeads has no .*roi_heads.num_classes\?"),
         (
             ("dataloader.train.mapper.instance_mask_fromat=bitmask",),
-            r"takes no .* did you mean dataloader.train.mapper.instance_mask_format",
+            r"has no .* did you mean dataloader.train.mapper.instance_mask_format",
         ),
         (
             ("dataloader.evaluator._target_=mask_head_plugin.evaluation.MaskEvaluatr",),
@@ -111,7 +111,7 @@ def test_errors_are_one_line_with_the_nearest_key(opts, message, monkeypatch):
 
 def test_unusable_config_files_are_named(tmp_path):
     for content, message in (
-        ("train = dict()", r"x.py sets no model and no dataloader and no optimizer"),
+        ("train = dict()", r"x.py must also set model and dataloader and optimizer"),
         ("train = ", r"config file .*x.py: .*syntax error"),
         ("from .y import train", r"config file .*x.py: .*y.py does not exist"),
     ):

@@ -167,10 +167,10 @@ def test_a_resumed_run_uses_the_settings_of_its_config_not_of_the_checkpoint(tmp
 def test_optimizer_changes_that_cannot_be_resumed_are_refused(tmp_path):
     factors = ["SOLVER.LR_FACTORS", '[["roi_heads.mask_head.mask_fcn1", 2.0]]']
     train(config(tmp_path, *factors, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()"))
-    rest = "other parameters have their own learning rate.*SOLVER.LR_FACTORS"
+    rest = "different parameters have their own learning rate.*SOLVER.LR_FACTORS"
     for opts, message in (
         (["SOLVER.LR_FACTORS", '[["roi_heads.mask_head.mask_fcn2", 2.0]]'], rest),
-        ([*factors, "SOLVER.OPTIMIZER", "AdamW"], r"is SGD, and SOLVER\.OPTIMIZER is AdamW"),
+        ([*factors, "SOLVER.OPTIMIZER", "AdamW"], r"is SGD, but SOLVER\.OPTIMIZER is AdamW"),
         ([*factors, "SOLVER.BIAS_LR_FACTOR", "2.0"], "does not fit this config"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -178,7 +178,7 @@ def test_optimizer_changes_that_cannot_be_resumed_are_refused(tmp_path):
 
 
 def test_two_runs_cannot_write_to_the_same_folder(tmp_path):
-    with sole_writer(tmp_path), pytest.raises(ConfigError, match="another run is writing into"):
+    with sole_writer(tmp_path), pytest.raises(ConfigError, match="another run is writing to"):
         train(config(tmp_path))
 
 
@@ -254,7 +254,7 @@ def test_no_contact_sheet_is_drawn_if_the_last_step_failed(tmp_path, monkeypatch
 
 
 def test_evaluating_a_run_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no checkpoint in OUTPUT_DIR .*give MODEL\.WEIGHTS"):
+    with pytest.raises(ConfigError, match=r"no checkpoint in OUTPUT_DIR .*set MODEL\.WEIGHTS"):
         Trainer.load_model(config(tmp_path), resume=True)
 
 

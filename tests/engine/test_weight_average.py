@@ -118,11 +118,11 @@ def test_a_resumed_run_may_drop_or_start_the_average(run, tmp_path, monkeypatch,
     dropped = Trainer(config(folder))
     dropped.resume_or_load(resume=True)
     assert same(dropped.model.state_dict(), trainer.model.state_dict())
-    assert "average of the weights is dropped" in caplog.text
+    assert "averaged weights are dropped" in caplog.text
     without, _ = train(config(tmp_path), monkeypatch)
     begun = Trainer(config(tmp_path, *AVERAGE, "SOLVER.MAX_ITER", "3"))
     begun.resume_or_load(resume=True)
-    assert "a new one starts here" in caplog.text
+    assert "a new average starts here" in caplog.text
     for model in (begun.model, begun.evaluated_model):
         assert same(model.state_dict(), without.model.state_dict())
 

@@ -213,7 +213,7 @@ def test_without_triton_torchvision_replaces_the_kernel_with_one_warning(monkeyp
         for size in (7, 14):
             at_once(MultiLevelRoIPooler(size, SCALES, 0, "ROIAlignV2", 32, 3), features, boxes)
     (record,) = caplog.records
-    assert "takes its place: Triton: ModuleNotFoundError" in record.message
+    assert "operator instead: Triton: ModuleNotFoundError" in record.message
 
 
 @pytest.mark.usefixtures("untried")

@@ -108,7 +108,7 @@ def test_frozen_norms_keep_their_statistics():
     ("name", "opts", "message"),
     [
         ("resnet5", (), r"'resnet5' is not a model of timm; did you mean resnet\w+\?"),
-        ("mixer_s32_224", (), "does not take images of other sizes"),
+        ("mixer_s32_224", (), "accepts only images of the size"),
         ("inception_v4", (), "cuts off the borders"),
         (SMALL, ("MODEL.TIMM.OUT_INDICES", "[7]"), r"OUT_INDICES: mobilenet.*not \[7\]"),
         (SMALL, ("MODEL.TIMM.NORM", "GN"), "NORM 'GN' is not one of"),

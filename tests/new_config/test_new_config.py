@@ -191,7 +191,7 @@ def test_a_config_that_fails_its_trial_is_not_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(new_config, "try_config", fail)
     data = make_files(tmp_path / "data")
-    with pytest.raises(ConfigError, match="does not fit the free memory"):
+    with pytest.raises(ConfigError, match="does not fit into the free memory"):
         write_new_config(Request(data, None, tmp_path / "cells.yaml"))
     assert not list(tmp_path.glob("cells*"))
 

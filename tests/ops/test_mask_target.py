@@ -67,7 +67,7 @@ def test_any_ordered_box_equals_detectron2_except_for_ties(boxes, hw, size):
 
 @pytest.mark.parametrize(("shape", "size"), [((1, 4, 4), 0), ((1, 0, 4), 2), ((1, 4, 0), 2)])
 def test_sizes_of_zero_are_refused(shape, size):
-    with pytest.raises(ValueError, match="none may be 0"):
+    with pytest.raises(ValueError, match="no side may be 0"):
         crop_masks(torch.zeros(shape, dtype=torch.bool), torch.zeros(1, 4), size)
 
 

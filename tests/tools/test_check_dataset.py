@@ -115,7 +115,7 @@ def test_different_images_with_the_same_name_are_refused(tmp_path, run_tool):
     assert run_tool(*flags)[0] == 0  # a copy
     (data.folder / "night" / "2.png").write_bytes(data.path(4).read_bytes())
     code, _, err = run_tool(*flags)
-    assert code == 2 and "different images with one name" in err and err.count("\n") == 1
+    assert code == 2 and "different images with the same name" in err and err.count("\n") == 1
 
 
 def test_a_filter_keeps_only_the_requested_categories(tmp_path, run_tool):

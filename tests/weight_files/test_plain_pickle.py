@@ -78,7 +78,7 @@ def test_an_array_that_numpy_pickles_twice_can_be_read():
     ],
 )
 def test_a_container_within_another_cannot_be_filled(content):
-    with pytest.raises(pickle.UnpicklingError, match="fills a container that another already"):
+    with pytest.raises(pickle.UnpicklingError, match="fills a container that is already"):
         read_plain_pickle(io.BytesIO(b"\x80\x02" + content))
 
 

@@ -120,7 +120,7 @@ def test_a_torch_file_cannot_allocate_more_memory_than_its_size(tmp_path, called
     call = b"c" + called.replace(" ", "\n").encode() + b"\nJ" + struct.pack("<i", 1 << 30)
     path.write_bytes(torch_archive(b"\x80\x02}" + text("model") + call + b"\x85Rs."))
     with pytest.raises(
-        ConfigError, match=rf"a\.pth .*calls {called.split()[1]}, which makes memory"
+        ConfigError, match=rf"a\.pth .*calls {called.split()[1]}, which can allocate any amount"
     ):
         read_checkpoint(path)
 
@@ -137,7 +137,7 @@ def test_a_torch_file_cannot_copy_a_text_repeatedly(tmp_path):
 def test_a_tensor_that_repeats_its_storage_is_refused(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"model": {"w": torch.zeros(1).expand(10_000, 10_000)}}, path)
-    with pytest.raises(ConfigError, match=r"'w' of shape \(10000, 10000\) repeats what it stores"):
+    with pytest.raises(ConfigError, match=r"'w' of shape \(10000, 10000\) repeats its storage"):
         read_checkpoint(path)
     torch.save({"model": {"w": torch.arange(3).expand(2, 3)}}, path)
     assert read_checkpoint(path)["model"]["w"].tolist() == [[0, 1, 2]] * 2
@@ -402,7 +402,7 @@ TORCH_FILES = {
     "plain pickle": (lambda: pickle.dumps(touch()), "posix.system"),
     "other protocol": (
         lambda: torch_bytes(touch(), pickle_protocol=4),
-        "without a pickle_protocol",
+        "with the default pickle_protocol",
     ),
     "script": (lambda: script(), "TorchScript"),
     "compressed": (compressed_bomb, "claim 30"),
@@ -420,15 +420,15 @@ TORCH_FILES = {
         with_pickle_changed(text("0"), text("7")),
         "but the file has 0",
     ),
-    "storage without a length": (with_pickle_changed(LENGTH, b"Nt"), "names no storage"),
-    "storage of a module": (with_pickle_changed(b"FloatStorage", b"nn"), "names no storage"),
-    "other persistent id": (with_pickle_changed(STORAGE_END, b"tNQ"), "names no storage"),
+    "storage without a length": (with_pickle_changed(LENGTH, b"Nt"), "is not a storage"),
+    "storage of a module": (with_pickle_changed(b"FloatStorage", b"nn"), "is not a storage"),
+    "other persistent id": (with_pickle_changed(STORAGE_END, b"tNQ"), "is not a storage"),
     "item of a tensor": (with_pickle_changed(TENSOR_END, b"RK\x00K\x05ss."), "sets items"),
     "items of a tensor": (with_pickle_changed(TENSOR_END, b"R(K\x00K\x05us."), "sets items"),
-    "record twice": (lambda: record_twice("archive/data/0"), "records of the same name"),
+    "record twice": (lambda: record_twice("archive/data/0"), "several records of the same name"),
     "record twice except for case": (
         lambda: record_twice("archive/DATA.pkl"),
-        "records of the same name",
+        "several records of the same name",
     ),
     "deep key": (
         lambda: changed_record(torch_bytes(WEIGHTS), lambda _: DEEP_KEY),
@@ -728,7 +728,9 @@ def test_proposals_cannot_allocate_memory_when_detectron2_reads_them(tmp_path):
     made.reduced = (np.ndarray, ((10**9,), "O"), box.__reduce__()[2])
     content = proposals(boxes=[made, box[:0]])
     (tmp_path / "p.pkl").write_bytes(pickle.dumps(content, 2))
-    with pytest.raises(ConfigError, match=r"p\.pkl .*calls numpy\.ndarray, which makes memory"):
+    with pytest.raises(
+        ConfigError, match=r"p\.pkl .*calls numpy\.ndarray, which can allocate any amount"
+    ):
         read_proposals(tmp_path / "p.pkl")
 
 
@@ -777,7 +779,7 @@ def test_configs_run_no_code_and_download_nothing(tmp_path, monkeypatch, content
 
 def test_config_files_must_be_local_yaml(tmp_path):
     (tmp_path / "lazy.py").write_text(f"open({CANARY!r}, 'w')")
-    with pytest.raises(ConfigError, match=r"lazy\.py is Python, which would run"):
+    with pytest.raises(ConfigError, match=r"lazy\.py is Python code, which would run"):
         load_config(str(tmp_path / "lazy.py"))
     for address in ("https://example.com/a.yaml", "detectron2://a.yaml"):
         with pytest.raises(ConfigError, match=f"{address} is on another machine; download it"):
