@@ -7,9 +7,10 @@ is below a sum of five qualities: those of the model, of the seed, of the image,
 this model, and of the image for this seed. Otherwise it is a false positive. The true difference in
 AP is computed from very many images and seeds.
 
-The second table is of studies like benchmarks/sampling_training.py: heads of two ways that start
-from the same weights and see the same objects, so that differences are taken seed by seed, and the
-mean IoU of objects in few images. A seed moves both heads alike, and each a little by itself.
+The second table simulates studies like benchmarks/sampling_training.py, which compare two kinds of
+head by the mean IoU of objects in a few images. Both heads start from the same weights and see the
+same objects, so differences are taken seed by seed. A seed shifts the IoU of both heads by the same
+amount, plus a small amount that differs between them.
 
 Writes two tables, and a JSON file with machine, versions and date. Takes about 10 minutes on one
 core.
@@ -36,7 +37,7 @@ IMAGE, IMAGE_OF_MODEL, IMAGE_OF_SEED = 0.6, 0.3, 0.3
 SEED = 0.1
 MOST_OBJECTS = 8
 OBJECT_OF_WAY, IMAGE_OF_WAY, SEED_OF_WAY = 0.015, 0.02, 0.0025
-"""Standard deviations of the difference of two heads' IoUs: by object and seed, image, and seed."""
+"""Standard deviations of the difference between two heads: per object and seed, image, and seed."""
 SAME, BETTER = 0.0, 0.3
 """By how much the quality of the variant exceeds that of the baseline."""
 
@@ -131,7 +132,7 @@ def simulate(
         "seeds": num_seeds,
         "true difference": round(truth, 2),
         "studies": num_studies,
-        "holds the truth": 100 * holds / num_studies,
+        "contains the truth": 100 * holds / num_studies,
         "called different": 100 * different / num_studies,
         "images alone": 100 * over_images / num_studies,
         "width": round(float(np.mean(widths)), 2),
@@ -139,7 +140,7 @@ def simulate(
 
 
 def simulate_pairs(num_images: int, num_seeds: int, num_studies: int) -> dict[str, Any]:
-    """Returns a row: in how many percent of studies with pairs of heads the intervals hold 0.
+    """Returns a row: the percentage of studies with paired heads whose interval contains 0.
 
     What a seed does to both heads cancels in the differences, so only these are drawn.
     """
@@ -161,7 +162,7 @@ def simulate_pairs(num_images: int, num_seeds: int, num_studies: int) -> dict[st
         "images": num_images,
         "seeds": num_seeds,
         "studies": num_studies,
-        "holds the truth": 100 * holds / num_studies,
+        "contains the truth": 100 * holds / num_studies,
     }
 
 

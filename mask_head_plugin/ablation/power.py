@@ -12,12 +12,15 @@ from .report.study import Study, read_study
 from .trial_folder import ABLATION_FILE
 
 ASSUMED_SEED_STD = 2.7
-"""AP, assumed until a variant has two finished seeds: the root mean square over the two variants of
-configs/ablations/independent_vs_softmax.yaml on the embedded data set, five seeds each
-(docs/independent_masks.md).
+"""Standard deviation over seeds in AP, assumed until a variant has two finished seeds.
+
+It is the root mean square of those of the two variants of
+configs/ablations/independent_vs_softmax.yaml on the embedded data set (docs/independent_masks.md).
 """
 ASSUMED_IMAGE_ERROR = 0.6
-"""AP for ASSUMED_IMAGES, assumed until variants can be compared: the error in that study."""
+"""Standard error of a difference in AP due to ASSUMED_IMAGES images, from the same study; assumed
+until variants can be compared.
+"""
 ASSUMED_IMAGES = 200
 MOST_SEEDS = 1000
 IMAGE_FACTORS = (1, 4, 16)
@@ -34,7 +37,7 @@ class Spreads:
     Attributes:
         seed_std: standard deviation of the metric over seeds.
         seeds_from: number of trials that seed_std was measured on; 0 if it is assumed.
-        image_error: standard error of a difference that ``num_images`` images alone cause.
+        image_error: standard error of a difference, without training noise, for ``num_images``.
         images_from: number of comparisons that image_error was measured on; 0 if it is assumed.
         num_images: size of the test set.
     """
@@ -69,7 +72,7 @@ def _image_errors(study: Study) -> list[float]:
 
 
 def seeds_needed(wanted: float, spreads: Spreads, num_images: int, num_compared: int) -> int | None:
-    """Returns how many seeds per variant show a difference; None for more than MOST_SEEDS.
+    """Returns how many seeds per variant a difference needs; None for more than MOST_SEEDS.
 
     Args:
         wanted: the true difference, in percent AP.
@@ -119,7 +122,7 @@ def power_lines(
     if num_seeds > 1:
         planned = detectable(spreads, num_seeds, images, num_compared)
         lines.append(
-            f"{num_seeds} seeds show a true difference of {planned:.2f} in 4 of 5 such studies"
+            f"With {num_seeds} seeds, 4 of 5 studies would show a true difference of {planned:.2f}"
         )
     else:
         lines.append("1 seed cannot show a difference: its interval ignores the noise of training")

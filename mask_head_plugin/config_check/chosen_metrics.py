@@ -39,7 +39,8 @@ def check_chosen_metrics(cfg: CfgNode) -> None:
         raise ConfigError(
             f"{STOPPING} {stopping.METRIC!r} can never end this run: PATIENCE {stopping.PATIENCE} "
             f"and TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} need at least {earliest} iterations, but "
-            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; lower one of the two, or remove the metric"
+            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; lower PATIENCE or EVAL_PERIOD, or remove "
+            "the metric"
         )
 
 
@@ -105,7 +106,7 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
     if own == TOTAL_LOSS or own.startswith("loss_"):
         full = metric.removesuffix(own) + f"{VALIDATION}/{own}"
         needed = "" if cfg.TEST.EVAL_LOSS else " (with TEST.EVAL_LOSS True)"
-        raise ConfigError(f"{key} {metric!r} is a loss of training; did you mean {full!r}{needed}?")
+        raise ConfigError(f"{key} {metric!r} is a training loss; did you mean {full!r}{needed}?")
     if task == "semantic" and not cfg.TEST.SEMANTIC_THRESHOLD:
         raise ConfigError(f"{key} {metric!r} needs TEST.SEMANTIC_THRESHOLD above 0, e.g. 0.5")
     if task == VALIDATION and loss.startswith("loss_"):

@@ -55,7 +55,9 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any
             "MODEL.WEIGHTS".format(*told)
         )
     if GROUPS in state and state[GROUPS] != group_names(optimizer, model):
-        raise ConfigError(_unfit("different parameters have their own learning rate"))
+        raise ConfigError(
+            _unfit("the groups of parameters with a learning rate of their own differ")
+        )
 
 
 def _unfit(cause: object) -> str:

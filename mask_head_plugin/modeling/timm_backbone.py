@@ -38,7 +38,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     timm's hub. Otherwise MODEL.WEIGHTS already includes the backbone's weights.
 
     Args:
-        cfg: read are MODEL.TIMM; BACKBONE.FREEZE_AT, see ``freeze_stages``; and all keys of FPN,
+        cfg: reads MODEL.TIMM; BACKBONE.FREEZE_AT, see ``freeze_stages``; and all keys of FPN,
             where an empty IN_FEATURES means all maps of stride 4 and above.
         input_shape: gives the number of image channels.
 
@@ -66,7 +66,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Builds a timm model whose maps feed the heads directly, such as the single map of DC5.
 
     Args:
-        cfg: read are MODEL.TIMM and BACKBONE.FREEZE_AT, as in ``build_timm_fpn_backbone``;
+        cfg: reads MODEL.TIMM and BACKBONE.FREEZE_AT, as in ``build_timm_fpn_backbone``;
             RESNETS.OUT_FEATURES, the names of the maps; and RESNETS.RES5_DILATION, where 2 keeps
             res5 at a stride of 16.
         input_shape: gives the number of image channels.
@@ -190,7 +190,7 @@ class SimplePyramid(SimpleFeaturePyramid):
 
 
 def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[str]) -> list[Level]:
-    """Returns the requested levels of stride 4 and above; of levels with one name, the last.
+    """Returns the requested levels of stride 4 and above, the last one for each name.
 
     Raises:
         ConfigError: if the model does not have the requested maps, or a detector cannot use them.
@@ -211,7 +211,9 @@ def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[s
             f"4, 8, 16 or 32; use another model, such as convnext_tiny"
         )
     if indices and len(levels) < len(indices):
-        raise ConfigError(f"MODEL.TIMM.OUT_INDICES {indices} have strides {strides}; take one each")
+        raise ConfigError(
+            f"MODEL.TIMM.OUT_INDICES {indices} have strides {strides}; choose one index per stride"
+        )
     missing = [name for name in names if name not in levels]
     if missing:
         raise ConfigError(f"{key}: {model.name} gives {list(levels)}, not {missing[0]!r}")
@@ -275,7 +277,8 @@ def _positions(
     if not found:
         raise ConfigError(
             "MODEL.BACKBONE.FREEZE_AT: timm does not show where the stages of this model end; set "
-            "it to 0, with a small SOLVER.LR_FACTORS for the backbone if it should change little"
+            "it to 0; to keep the backbone almost unchanged, give it a small factor in "
+            "SOLVER.LR_FACTORS"
         )
     return found
 

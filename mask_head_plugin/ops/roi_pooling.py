@@ -13,8 +13,8 @@ Operators are few and large. PyTorch splits each operator over all threads, and 
 is busy, one delayed thread makes the others wait for about 8 ms each time. Each call therefore
 makes only one product per map, regardless of R and C. A map that is not channels-last is copied. If
 it is large, this happens image by image and in blocks of channels, with one product for each. The
-matrix is built in pieces of PIECE entries, which PyTorch processes on one thread, like the copy of
-an image.
+matrix is built in pieces of PIECE entries, which PyTorch processes on one thread, as it
+does when it copies an image.
 
 ``reduction="max"`` needs the individual samples, so it computes them in groups. ROIPool uses
 torchvision's operator.
@@ -24,7 +24,7 @@ torch.use_deterministic_algorithms). In addition to the result, they need memory
 of about bin_sums.LIST_ENTRIES cells and weights; copies of bin_layout.MAX_COPY elements of a map
 that is not channels-last or is in half precision (for maxima, of one of its images);
 bin_sums.BATCH_ELEMENTS elements of bins; and, for maxima, bin_maxima.GROUP_ELEMENTS elements of
-samples, or the samples of one RoI if they are more.
+samples, or the samples of one RoI if there are more of them.
 
 Shape alphabet: N images, C channels, H and W sides of a feature map, L feature maps, R RoIs (r in a
 part, n in a block or matrix), P and Q pooled height and width, K slots for the cells of a bin along
@@ -69,9 +69,9 @@ def roi_align(
     """ROIAlign (Mask R-CNN section 3): bilinear samples in each bin, without any rounding.
 
     With ``reduction="mean"``, equal to ``torchvision.ops.roi_align`` up to rounding. Differs from
-    torchvision in the default of ``aligned``, for RoIs that end before they start (they do not
-    crash), and for RoIs longer than axis_weights.MAX_MAP_SIZES feature maps, where the adaptive
-    grid, and therefore memory, stops growing.
+    torchvision in the default of ``aligned``, for RoIs that end before they start (these do not
+    raise an error here), and for RoIs longer than axis_weights.MAX_MAP_SIZES feature maps, where
+    the adaptive grid, and therefore memory, stops growing.
 
     Args:
         features: (N, C, H, W), or a list of L such maps that differ in H and W. A channels_last map

@@ -1,4 +1,4 @@
-r"""Reads pickles of arrays and plain containers; they cannot run code or exhaust memory.
+r"""Reads pickles of arrays and plain containers without running code or exhausting memory.
 
 Needs only NumPy. The result is the content of the pickle:
 
@@ -40,10 +40,10 @@ import numpy.typing as npt
 MAX_DEPTH = 100
 """Nesting limit for containers; comparing deeper ones can overflow the interpreter's stack."""
 MOST_REPEATS = 10
-"""Limit for memory and time relative to the file's size: average number of uses of its content."""
+"""Limit on memory and time, as a multiple of the file's size."""
 SPARE_BYTES = 1 << 20
 """Additional bytes that a pickle of any size may use."""
-DISTRUST = "do not trust it; get only the weights or arrays"
+DISTRUST = "do not trust it; ask its author for a file with only weights or arrays"
 
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 _OF_NUMBERS = (None, None, None, -1, -1, 0)
@@ -111,7 +111,7 @@ def _refuse_keys(name: str, argument: Any, taken: Sequence[Seen]) -> bool:
 
 def _odd_key() -> pickle.UnpicklingError:
     return pickle.UnpicklingError(
-        f"its pickle has a key that is neither text nor a usual number; {DISTRUST}"
+        f"its pickle has a dictionary key that is neither text nor an ordinary number; {DISTRUST}"
     )
 
 
@@ -163,10 +163,10 @@ def scan_pickle(
     Refuses tricks by which a small file could exhaust memory, overflow the stack or run forever:
 
     - lengths beyond the end of the file,
-    - gaps in the table of remembered objects, which grows to the largest number,
+    - gaps in the numbers of memoized objects, because the memo grows to the largest number,
     - deeply nested containers,
-    - containers that are filled after others contain them, because their size was unknown before,
-    - tuples that contain each other many times, because hashing a key visits each of them,
+    - containers that grow inside another one, because the outer size was already counted,
+    - nested tuples that repeat an inner tuple, because hashing such a key visits each repetition,
     - functions called many times with the same large argument, because each call may copy it.
 
     Args:
@@ -208,7 +208,8 @@ def scan_pickle(
                 _check_result(name, stack[-1], size)
             if handed > most:
                 raise pickle.UnpicklingError(
-                    f"its pickle hands {handed} bytes to functions in a file of {size}; {DISTRUST}"
+                    f"its pickle passes {handed} bytes to functions, but has only {size} bytes; "
+                    + DISTRUST
                 )
 
 
@@ -226,13 +227,13 @@ def _number(argument: Any, num_remembered: int) -> int:
     number = num_remembered if argument is None else int(argument)
     if number > num_remembered + _SPARE_NUMBERS:
         raise pickle.UnpicklingError(
-            f"its pickle numbers {num_remembered} objects up to {number}; {DISTRUST}"
+            f"its pickle numbers an object {number} after only {num_remembered} others; {DISTRUST}"
         )
     return number
 
 
 def _result(name: str, argument: Any, taken: Sequence[Seen], described: Any) -> Seen:
-    """Returns the result of an instruction: a new object, or the first that it takes, filled."""
+    """Returns the result of an instruction: a new object, or the container that it fills."""
     into = taken[0] if name in FILLS else Seen(0, 1, described)
     inside = taken[1:] if name in FILLS else taken
     if into.is_held:
@@ -297,13 +298,15 @@ class _Dtype:
 
     def __init__(self, name: Any, *_flags: Any) -> None:
         if not (isinstance(name, str) and _DTYPE.fullmatch(name)):
-            raise pickle.UnpicklingError(f"it has an array of {name!r}, which are not numbers")
+            raise pickle.UnpicklingError(
+                f"it has an array of type {name!r}, which does not hold numbers"
+            )
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[2:] != _OF_NUMBERS:
             raise pickle.UnpicklingError(
-                "it has an array of a type with fields, which are not numbers"
+                "it has an array whose type has fields instead of plain numbers"
             )
         if state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
@@ -449,7 +452,9 @@ class _Plain:
             return result
         if isinstance(value, tuple):
             return self._done.setdefault(id(value), tuple(self.of(item) for item in value))
-        raise pickle.UnpicklingError(f"it has a {type(value).__name__.strip('_')} without content")
+        raise pickle.UnpicklingError(
+            f"it has an empty object of type {type(value).__name__.strip('_')}"
+        )
 
     def _copy(self, view: npt.NDArray[Any] | np.generic) -> npt.NDArray[Any] | np.generic:
         """Returns a writable array in this machine's byte order."""

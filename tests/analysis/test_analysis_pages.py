@@ -56,7 +56,7 @@ def worse(result):
 def tool(capsys, *args, plots=None):
     """Runs tools/analyze.py in this process; returns exit code, stdout, stderr.
 
-    Saving figures for papers takes seconds, so they are only drawn, into ``plots`` by name.
+    Saving figures for papers takes seconds, so ``plots`` receives them by name instead.
     """
 
     def draw(figures, folder):
@@ -103,7 +103,7 @@ def test_the_json_markdown_and_html_of_a_run_agree(tmp_path, capsys):
     assert "dog \\textless{}b" in (folder / "analysis_tables" / "classes.tex").read_text()
 
 
-def test_a_comparison_with_another_run_gives_every_figure_an_interval(tmp_path, capsys):
+def test_a_comparison_with_another_run_gives_every_difference_an_interval(tmp_path, capsys):
     content = crowded_content(12)
     good = write_run(tmp_path, content, perfect(content), "good")
     bad = write_run(tmp_path, content, perfect(content, worse), "bad")
@@ -254,7 +254,7 @@ def test_folders_with_no_or_several_results_are_refused_with_advice(tmp_path, ca
     assert code == 2 and "annotations.json does not exist" in err
 
 
-def test_an_unusable_output_folder_is_refused_before_the_work(tmp_path, capsys):
+def test_an_unusable_output_folder_is_refused_before_the_analysis(tmp_path, capsys):
     run = write_run(tmp_path, CONTENT, [RIGHT])
     (run / "inference" / "coco_instances_results.json").write_text("would be refused")
     (tmp_path / "file").write_text("mine")

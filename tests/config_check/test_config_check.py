@@ -319,7 +319,7 @@ TWO = [*OFTEN, "DATASETS.TEST", "('coco_2017_val', 'shapes_val')"]
         ),
         (
             [*TWO, *LOSS, BEST, "shapes_val/loss_mask"],
-            r"a loss of training; did you mean 'shapes_val/validation/loss_mask'\?",
+            r"a training loss; did you mean 'shapes_val/validation/loss_mask'\?",
         ),
         ([*OFTEN, BEST, "AP"], "not a metric of coco_2017_val; choose from bbox/AP, bbox/AP50,"),
         ([*OFTEN, BEST, "segm/AP", "MODEL.MASK_ON", "False"], "choose from bbox/AP, bbox/AP50"),

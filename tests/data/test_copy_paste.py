@@ -32,7 +32,7 @@ NAME = "test_copy_paste"
 
 
 def made_sample(rng, hw, num_objects, value):
-    """Returns rectangles with holes, some empty, on an image whose pixels all differ."""
+    """Returns rectangles with holes (some masks are empty) on an image whose pixels all differ."""
     masks = np.zeros((num_objects, *hw), bool)
     for mask in masks:
         y, x = (rng.integers(0, n) for n in hw)

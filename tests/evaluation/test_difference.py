@@ -91,5 +91,5 @@ def test_intervals_of_simulated_studies_contain_the_true_difference(monkeypatch)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     coverage = load_script("benchmarks/interval_coverage.py")
     row = coverage.simulate(num_seeds=3, num_studies=60, num_images=60, true_difference=0.0)
-    assert row["holds the truth"] >= 90
+    assert row["contains the truth"] >= 90
     assert row["images alone"] <= 85

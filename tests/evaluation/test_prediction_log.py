@@ -1,4 +1,4 @@
-"""The log of predictions: a crash loses no written prediction, and other runs' are not reused."""
+"""The prediction log: written predictions survive a crash; those of other runs are not reused."""
 
 from __future__ import annotations
 

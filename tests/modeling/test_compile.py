@@ -36,7 +36,7 @@ class HeadAndLoss(nn.Module):
 
 @pytest.mark.parametrize("name", [name for name, _ in MASK_LOSS_REGISTRY])
 def test_the_mask_head_and_its_loss_compile_to_one_graph(name):
-    torch._dynamo.reset()  # it limits how often a function is recompiled
+    torch._dynamo.reset()  # Dynamo limits how often a function is recompiled
     module = HeadAndLoss(name)
     inputs = torch.randn(5, 4, 7, 7), torch.randint(0, 3, (5,)), torch.rand(5, 14, 14) > 0.5
     compiled = torch.compile(module, backend="eager", fullgraph=True)  # raises at a graph break

@@ -55,7 +55,9 @@ REPEATED = {
 
 @pytest.mark.parametrize("kind", REPEATED)
 def test_functions_cannot_get_the_same_large_argument_repeatedly(kind):
-    with pytest.raises(pickle.UnpicklingError, match=r"hands \d+ bytes to functions in a file of"):
+    with pytest.raises(
+        pickle.UnpicklingError, match=r"passes \d+ bytes to functions, but has only"
+    ):
         read_plain_pickle(io.BytesIO(REPEATED[kind]))
 
 
