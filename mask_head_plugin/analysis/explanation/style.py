@@ -58,7 +58,7 @@ def blank(axes: Axes) -> None:
 
 def name_below(name: str, across: int) -> str:
     """Returns a class's name in lines that fit below one of so many pictures across a page."""
-    return textwrap.fill(name, max(110 // across, 10))
+    return textwrap.fill(name, max(112 // across, 10))
 
 
 def save(figure: Figure, folder: Path, name: str, told: str) -> list[Path]:
