@@ -67,6 +67,7 @@ NOT_RUN = {
     "-m venv": "installs another tool",
     "datumaro-env/": "is another tool",
     "git clone": "downloads",
+    "source": "activates an environment in your shell",
     "export": "sets a variable of your machine",
     ".ci/run": "runs these tests",
 }

@@ -28,10 +28,10 @@ Examples:
         --output output/mask_loss_coco --cluster slurm --num-gpus 8 --partition gpu --time 2880 \\
         --jobs 4
 
-To continue after Ctrl-C, a crash or a preemption, run the same command again: it runs the missing
-and failed trials, each from its last checkpoint. On a CPU, several trials with one thread each are
-faster than one with several threads. At the end, --output contains report.md, report.html, and a
-folder for each trial with its log, metrics, events and checkpoints.
+After Ctrl-C, a crash or a preemption, run the same command again. It runs the missing and failed
+trials, each from its last checkpoint: you lose only the work since then. On a CPU, several trials
+with one thread each are faster than one with several threads. At the end, --output contains
+report.md, report.html, and a folder for each trial with its log, metrics, events and checkpoints.
 """
 
 
@@ -39,7 +39,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="configs/ablations/*")
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        metavar="FILE",
+        help="an ablation file: your own, or one of configs/ablations/",
+    )
     flags.add_output(parser, "DIR")
     parser.add_argument("--size", default="shapes", help="one of the file's SIZES (default shapes)")
     parser.add_argument(
@@ -52,7 +57,13 @@ def parse_args() -> argparse.Namespace:
         default=[],
         help="used instead of the file's; repeatable",
     )
-    parser.add_argument("--cluster", choices=["local", "slurm", "debug"], default="local")
+    parser.add_argument(
+        "--cluster",
+        choices=["local", "slurm", "debug"],
+        default="local",
+        help="run trials in processes on this machine (local, the default), as Slurm jobs, or one "
+        "after the other in this process (debug)",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time (default 1)")
     parser.add_argument("--num-gpus", type=int, default=0, help="GPUs per trial (default 0: CPU)")
     parser.add_argument("--partition", default="", help="Slurm partition")

@@ -78,7 +78,8 @@ def describe_installed() -> str | None:
         "import importlib.util, detectron2\n"
         "compiled = importlib.util.find_spec('detectron2._C') is not None\n"
         "print('detectron2', detectron2.__version__, 'in', detectron2.__path__[0],\n"
-        "      'with' if compiled else 'without', 'the compiled module detectron2._C')"
+        "      'with' if compiled else 'without', 'the compiled module detectron2._C, which',\n"
+        "      'mask_head_plugin does not need')"
     )
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     if result.returncode == 0:
@@ -147,7 +148,11 @@ def install(source_wheel: Path | None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if source_wheel is None:
-            print(f"downloading {SOURCE.project} {SOURCE.version} (2 MB)", flush=True)
+            wheel_name = f"{SOURCE.project} {SOURCE.version}"
+            print(
+                f"downloading detectron2's sources (2 MB, from the wheel of {wheel_name})",
+                flush=True,
+            )
             instead = (
                 ", or install detectron2 yourself from "
                 "https://github.com/facebookresearch/detectron2"

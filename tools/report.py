@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Rewrites the report of an ablation: report.md and report.html in its folder."""
+"""Rewrites an ablation's report: report.md, report.html and their figures and tables."""
 
 from __future__ import annotations
 

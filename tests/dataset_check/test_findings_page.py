@@ -10,19 +10,21 @@ from pathlib import Path
 from mask_head_plugin.dataset_check.findings import KINDS, SEVERITIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "findings.md"
-TITLE = """# Findings of the data set check
+TITLE = """<!-- Generated: python tests/dataset_check/test_findings_page.py writes this page. -->
 
-You ran `tools/check_dataset.py`, or training stopped at your data. Each line of the check ends in a
-word in brackets: look it up here. Do not edit this page:
-`python tests/dataset_check/test_findings_page.py` writes it.
+# Findings of the data set check
 
-The last column says what `--fix` does for you; [your own data](your_data.md) explains corrected
-copies.
+`tools/check_dataset.py`, or the same check at the start of training, found something in your data.
+Each of its lines ends in a word in brackets, such as `[box-outside]`. Look it up here.
+
+The last column says what `--fix` does in [a corrected copy](your_data.md#a-corrected-copy).
 """
+NOTHING = {"error": "cannot", "warning": "does nothing", "hint": "does nothing"}
+BY_NAME = {"git-lfs-pointer": "leaves an image out, cannot repair an annotation file"}
 MEANINGS = {
     "error": "Training stops until they are gone, unless `DATASETS.CHECK` is `warn`.",
-    "warning": "Training continues. detectron2 copes with it, or does something you may not want.",
-    "hint": "Worth knowing; you need not do anything.",
+    "warning": "Training continues. detectron2 handles these cases, but perhaps not as you intend.",
+    "hint": "These need no action.",
 }
 
 
@@ -34,6 +36,7 @@ def page() -> str:
         for name, kind in KINDS.items():
             if kind.severity == severity:
                 does = kind.by_fix.removeprefix("--fix ").replace("does", "does it", 1)
+                does = BY_NAME.get(name) or does or NOTHING[severity]
                 text += f"| `{name}` | {kind.fix} | {does} |\n"
     return text
 
