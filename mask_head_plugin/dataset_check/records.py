@@ -73,7 +73,9 @@ def check_categories(
         missing = [key for key in ("id", "name") if category.get(key) is None]
         if missing:
             what = quote(next((category[k] for k in ("name", "id") if category.get(k)), None))
-            found.add("category-missing-key", f"category {what} lacks {' and '.join(missing)}", at)
+            found.add(
+                "category-missing-key", f"category {what} has no {' and no '.join(missing)}", at
+            )
             continue
         i, name = category["id"], category["name"]
         check_id("category", i, found, at)

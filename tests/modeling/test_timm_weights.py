@@ -47,7 +47,7 @@ def test_files_written_by_timm_are_loaded(form, tmp_path):
     ("form", "message"),
     [
         ("args", r"x.pth.tar was not loaded: it names argparse.Namespace.*clean_checkpoint.py"),
-        ("parts", r"x.pth.tar was not loaded: .*save its 'state_dict' alone"),
+        ("parts", r"x.pth.tar was not loaded: .*save only its 'state_dict'"),
         ("truncated", r"x.pth.tar was not loaded: .*truncated or corrupt"),
         ("folder", r"x.pth.tar was not loaded: it is a folder: name a file in it"),
     ],

@@ -439,7 +439,10 @@ TORCH_FILES = {
         "calls bytearray",
     ),
     "sparse": (lambda: torch_bytes({"w": torch.eye(2).to_sparse()}), "sparse"),
-    "numbers": (lambda: torch_bytes({"epoch": 3, "state_dict": WEIGHTS}), "save its 'state_dict'"),
+    "numbers": (
+        lambda: torch_bytes({"epoch": 3, "state_dict": WEIGHTS}),
+        "save only its 'state_dict'",
+    ),
     "tensor": (lambda: torch_bytes(torch.ones(2)), "no weights"),
     "tar": (lambda: b"x" * 257 + b"ustar\x00", "before 0.1.10"),
 }
