@@ -134,7 +134,7 @@ def draw_whole(trained: Rows, readouts: dict[int, Rows]) -> Figure:
             label = arm if number == 0 else None
             style: dict[str, Any] = {"color": colour, "linestyle": line, "label": label}
             left.plot(row["iterations"], row["segm/AP"], marker="o", markersize=3, **style)
-    left.set(xlabel="iterations", ylabel="mask AP", title="each of five seeds")
+    left.set(xlabel="iterations", ylabel="mask AP", title="8000 iterations, each seed")
     left.legend(loc="lower right", frameon=False)
     for number, (iterations, rows) in enumerate(readouts.items()):
         y = [place + 0.15 * (2 * number - 1) for place in range(len(rows))]
@@ -148,7 +148,7 @@ def draw_whole(trained: Rows, readouts: dict[int, Rows]) -> Figure:
     right.axvline(0, color="black", linewidth=1)
     right.set_yticks(range(len(GAPS)), GAPS)
     right.invert_yaxis()
-    right.set(xlabel="mask AP, softmax minus sigmoid", title="by the rule that reads the logits")
+    right.set(xlabel="mask AP, softmax minus sigmoid", title="in boxes found, by reading")
     figure.legend(
         *right.get_legend_handles_labels(), loc="outside lower right", frameon=False, ncols=2
     )
