@@ -53,7 +53,10 @@ def parse_args() -> argparse.Namespace:
         "--output", type=Path, metavar="FOLDER", help="default: the folder of the results"
     )
     parser.add_argument(
-        "--compare", type=Path, metavar="RUN2", help="another run on the same images"
+        "--compare",
+        type=Path,
+        metavar="OTHER_RUN",
+        help="the earlier run to compare with, on the same images",
     )
     parser.add_argument(
         "--draws",

@@ -18,13 +18,14 @@ Examples:
   The model of this repository on an embedded image:
     python tools/explain.py
   Your model on your image, with the second-best detection:
-    python tools/explain.py --config-file ... --weights output/run1/model_final.pth \\
-        --input photo.jpg --detection 2 --output output/explained
+    python tools/explain.py --config-file configs/mine/photos.yaml \\
+        --weights output/run1/model_final.pth --input photo.jpg --detection 2 \\
+        --output output/explained
 
 Files in the folder of --output, as PNG and SVG, as wide as a page (see docs/explain.md):
   stages         From region proposals to a mask: the paper's Figure 1 on your image.
   roi_pooling    What RoIPool, RoIWarp, RoIAlign and PrRoIPool read from the map for one box, and
-                 how many pixels rounding moves the box by: the paper's Figure 3 on your image.
+                 how far rounding moves it, in pixels: the paper's Figure 3 on your image.
   competition    With --softmax-weights: the probability of each class at a pixel if masks are
                  independent, and if they compete (the paper's Table 2b).
 """
@@ -42,18 +43,19 @@ def parse_args() -> argparse.Namespace:
         "--output", type=Path, default=folder, metavar="FOLDER", help=f"default {folder}"
     )
     parser.add_argument(
-        *("--detection",),
+        "--detection",
         type=int,
         default=1,
         metavar="N",
-        help="show the box and mask of the detection with the N-th highest score (default 1)",
+        help="show the N-th best detection (default 1)",
     )
     parser.add_argument(
-        *("--bins",),
+        "--bins",
         type=int,
         default=0,
         metavar="N",
-        help="bins per side in roi_pooling (default: bins of about two cells)",
+        help="bins along each side in roi_pooling, 1 to 14 (default: so many that a bin has a side "
+        "of about two cells)",
     )
     parser.add_argument(
         "--softmax-weights",

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..messages import listed
 from ..pages.tables import number
 from .curves import ClassGap
-from .errors import KINDS, MEANINGS
+from .errors import KINDS, MEANINGS, MISSED
 from .mask_quality import BoxOffsets, MaskQuality, quality_rows
 from .measures import Findings
 from .oracles import grid_name
@@ -31,14 +31,31 @@ LEAST_CONFUSED = 0.1
 LEAST_GAP = 0.1
 """Smallest gap between a class's scores and precision, beyond the median gap of all classes, that
 gets a sentence."""
+NEAR_LIMIT = 10
+"""Largest gap in AP to what the mask branch's grid allows at which a finer grid is recommended."""
+LEAST_FINER = 3
+"""Smallest gain of AP from a grid twice as fine at which it is recommended."""
 FEW = 20
 """Smallest number of pairs, objects or detections that gets a sentence."""
 TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
 BRANCHES = {
     "perfect masks": "mask branch",
-    "perfect boxes": "box branch (its regression and the proposals)",
+    "perfect boxes": "box branch",
     "perfect classes": "classifier",
 }
+WHAT_IT_IS = {"box branch": " (its regression and the proposals)"}
+WEAK_OBJECTS = {
+    "small": "small objects",
+    "medium": "medium-sized objects",
+    "large": "large objects",
+    "one part": "objects in one part",
+    "several parts": "objects in several parts",
+    "holes": "objects with holes",
+    "thin, below 0.4": "objects that fill less than 0.4 of their box",
+    "0.4 to 0.7": "objects that fill 0.4 to 0.7 of their box",
+    "full, from 0.7": "objects that fill at least 0.7 of their box",
+}
+"""The groups of quality_rows except classes, in words."""
 
 
 def diagnose(
@@ -98,14 +115,15 @@ def _errors(findings: Findings) -> Iterator[str]:
         first, *others = worth
         more = "".join(f"; {name} {number(won[name], '.1f')}" for name in others)
         count = findings.errors[task][0.5].count(KINDS.index(first))
+        what = "objects" if KINDS.index(first) == MISSED else "detections"
         yield (
-            f"Errors of {TASK_NAMES[task]} at IoU 0.5: “{first}” ({MEANINGS[first]}) costs the "
-            f"most AP50: {number(won[first], '.1f')}, in {count:,} cases{more}."
+            f"Errors of {TASK_NAMES[task]} at IoU 0.5: “{first}” ({MEANINGS[first]}) costs most: "
+            f"{number(won[first], '.1f')} AP50, {count:,} {what}{more}."
         )
 
 
-def _branches(findings: Findings) -> Iterator[str]:
-    """Yields the branch whose improvement would gain most."""
+def _ranked_branches(findings: Findings) -> dict[str, float]:
+    """Returns the gain of AP with each branch perfect, largest first; empty if none gains much."""
     task = findings.main_task
     won = {
         name: findings.value(task, "oracle", name)
@@ -113,16 +131,24 @@ def _branches(findings: Findings) -> Iterator[str]:
         if name in BRANCHES
     }
     ranked = sorted(won, key=lambda name: -np.nan_to_num(won[name]))
-    if not ranked or not won[ranked[0]] >= LEAST_WON:
+    return {name: won[name] for name in ranked if won[ranked[0]] >= LEAST_WON}
+
+
+def _branches(findings: Findings) -> Iterator[str]:
+    """Yields the branch whose improvement would gain most."""
+    won = _ranked_branches(findings)
+    if not won:
         return
-    told = [f"{name} would add {number(won[name], '.1f')}" for name in ranked]
+    told = [f"{name} would add {number(gain, '.1f')}" for name, gain in won.items()]
+    best = BRANCHES[next(iter(won))]
     yield (
-        f"By branch, AP of {TASK_NAMES[task]}: {', '.join(told)}. Most can be gained in the "
-        f"{BRANCHES[ranked[0]]}."
+        f"By branch, AP of {TASK_NAMES[findings.main_task]}: {', '.join(told)}. Most can be gained "
+        f"in the {best}{WHAT_IT_IS.get(best, '')}."
     )
 
 
 def _grid(findings: Findings, side: int) -> Iterator[str]:
+    """Yields whether a finer mask grid would help; only a model near the limit needs one."""
     key = ("segm", "oracle", grid_name(side), 0.0)
     if key not in findings.measures:
         return
@@ -134,18 +160,19 @@ def _grid(findings: Findings, side: int) -> Iterator[str]:
             f"reach more, so they do not come from a mask branch of that size."
         )
         return
-    yield (
-        f"The mask branch's {side} x {side} grid alone would allow an AP of {number(own, '.1f')}, "
-        f"a {2 * side} x {2 * side} grid one of {number(double, '.1f')}"
-        + (
-            ": a finer grid (MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION) can win "
-            f"{number(double - own, '.1f')} at most."
-            if double - own >= 3 and own - base < 30
-            else "; the grid does not limit this model."
-            if own - base >= 10
-            else "."
-        )
+    allowed = f"The {side} x {side} grid would allow {number(own, '.1f')}"
+    if own - base > NEAR_LIMIT:
+        best = next(iter(_ranked_branches(findings)), "")
+        first = f": improve the {BRANCHES[best]} first" if best else ""
+        yield f"{allowed}, so the grid is not the limit yet{first}."
+        return
+    advice = (
+        "this model is close to that limit, so a finer grid "
+        "(MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION) is worth a try"
+        if double - own >= LEAST_FINER
+        else "a finer grid would gain little"
     )
+    yield f"{allowed}, and a {2 * side} x {2 * side} grid {number(double, '.1f')}: {advice}."
 
 
 def _shift(offsets: BoxOffsets) -> Iterator[str]:
@@ -182,13 +209,13 @@ def _weak_masks(findings: Findings, quality: MaskQuality | None) -> Iterator[str
         return
     usual, *rows = quality_rows(findings.scene, quality)
     weak = [
-        f"{x.group} “{x.name}” (IoU {100 * x.iou:.0f}, {x.count:,} objects)"
+        f"{WEAK_OBJECTS[x.name]} (mean IoU {100 * x.iou:.0f}, {x.count:,} found)"
         for x in sorted(rows, key=lambda x: x.iou)
         if x.count >= FEW and x.group != "class" and usual.iou - x.iou >= LEAST_WEAK
     ]
     if weak:
         yield (
-            f"Masks are worst for {' and '.join(weak[:2])}. The mean IoU of all found objects is "
+            f"Masks are worst on {' and '.join(weak[:2])}. The mean IoU of all found objects is "
             f"{100 * usual.iou:.0f}."
         )
 

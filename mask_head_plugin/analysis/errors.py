@@ -28,7 +28,7 @@ MEANINGS = {
     "class": "in the right place, but the wrong class",
     "location": "the right class, but not in the right place",
     "both": "the wrong class and not in the right place",
-    "duplicate": "an object that a better detection already found",
+    "duplicate": "a second detection of an object",
     "background": "a place without an object",
     "missed": "an object without a detection close to it",
 }

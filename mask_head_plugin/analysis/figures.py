@@ -211,7 +211,7 @@ def _reliability(analysis: Analysis) -> Figure | None:
     figure.update_layout(yaxis={"overlaying": "y2"}, yaxis2={"overlaying": None})
     caption = (
         "How often detections with a given score are right, at IoU 0.5. Below the dashed line, "
-        "scores are too high. Mean difference (expected calibration error): "
+        "the model is overconfident. Mean difference (expected calibration error): "
         f"{100 * found.error:.1f}%."
     )
     return Figure("reliability", "How reliable a score is", caption, figure)
@@ -249,7 +249,7 @@ def _confusion(analysis: Analysis) -> Figure | None:
     )
     if len(shown) < len(names):
         caption += f" Shows the {len(shown) - 1} most confused of {len(names) - 1} classes."
-    return Figure("confusion", "Which classes are confused", caption, figure)
+    return Figure("confusion", "Confusion between classes", caption, figure)
 
 
 def _confused_most(counts: Any) -> list[int]:

@@ -200,7 +200,7 @@ def _of_kinds(analysis: Analysis) -> Iterator[tuple[str, str, list[_Wanted]]]:
             middle = np.median(findings.scene.gt_area[rank]) if len(rank) else 0
             rank = rank[np.argsort(np.abs(findings.scene.gt_area[rank] - middle), kind="stable")]
             images: npt.NDArray[Any] = findings.scene.gt_image
-            note = f"{MEANINGS[name].capitalize()}; those closest to the median size."
+            note = f"{MEANINGS[name].capitalize()}; the medium-sized ones."
         else:
             rank = np.flatnonzero(errors.kind == kind)
             rank = rank[np.argsort(-assignment.matches.dt_score[rank], kind="stable")]

@@ -17,13 +17,14 @@ from .oracles import MEANINGS as ORACLE_MEANINGS
 
 ERROR_TEXT = (
     "AP gained if one kind of error were repaired. Each kind is repaired alone, so the gains do "
-    "not add up (TIDE, Bolya et al. 2020). At IoU 0.5 a rough mask counts as found; at 0.75 it is "
-    "a location error."
+    "not add up (TIDE, Bolya et al. 2020). Many errors may cost little, because most of them have "
+    "low scores. At IoU 0.5 a rough mask counts as found; at 0.75 it is a location error."
 )
 ORACLE_TEXT = (
     "AP with one branch perfect and the others unchanged: the most that work on this branch can "
-    "gain. “Grid only” takes the true objects, with perfect boxes, classes and scores, and crops "
-    "and pastes their masks at this resolution."
+    "gain. Perfect masks are the true ones in full resolution; they do not pass through the mask "
+    "branch's grid. “Grid only” takes the true objects, with perfect boxes, classes and scores, "
+    "and crops and pastes their masks at this resolution."
 )
 QUALITY_TEXT = (
     "Covers objects whose box was found (IoU 0.5, right class), whatever their mask. Boundary IoU "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from made_scene import HW, crowded_content, decode, encode, perfect, rectangle
 
 from mask_head_plugin.analysis.analysis import analyze
+from mask_head_plugin.analysis.diagnosis import _grid
 from mask_head_plugin.analysis.run_files import find_run_files
 from mask_head_plugin.ops import crop_masks, encode_masks
 
@@ -39,6 +41,7 @@ def no_sentence_starts(sentences, *starts):
 
 SHIFT, AREA = "Boxes lie", "Masks are too"
 CLASSES, SCORES = "Classes are confused", "Scores of some"
+GRID_28, GRID_56 = "28 x 28 grid only", "56 x 56 grid only"
 
 
 def test_a_perfect_model_gets_its_ap_and_no_findings(analysis_of):
@@ -120,6 +123,42 @@ def test_halved_scores_of_a_class_are_found_and_halve_its_threshold(analysis_of)
     before, after = ({x.class_name: x.score for x in a.thresholds} for a in (usual, halved))
     assert after["cat"] == pytest.approx(before["cat"] / 2, abs=0.02)
     assert after["dog"] == before["dog"] and after["bird"] == before["bird"]
+
+
+@pytest.mark.parametrize(
+    ("gains", "sentence"),
+    [
+        (  # AP 75.3: the grid allows 20.9 more than the model reaches
+            {"perfect masks": 21.6, "perfect boxes": 3.3, GRID_28: 20.9, GRID_56: 24.2},
+            "The 28 x 28 grid would allow 96.2, so the grid is not the limit yet: improve the mask "
+            "branch first.",
+        ),
+        (
+            {"perfect masks": 9.0, "perfect boxes": 12.0, GRID_28: 24.6, GRID_56: 24.7},
+            "The 28 x 28 grid would allow 99.9, so the grid is not the limit yet: improve the box "
+            "branch first.",
+        ),
+        (
+            {"perfect masks": 12.0, "perfect boxes": 3.3, GRID_28: 5.0, GRID_56: 15.0},
+            "The 28 x 28 grid would allow 80.3, and a 56 x 56 grid 90.3: this model is close to "
+            "that limit, so a finer grid (MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION) is worth a try.",
+        ),
+        (
+            {"perfect masks": 2.0, GRID_28: 5.0, GRID_56: 5.5},
+            "The 28 x 28 grid would allow 80.3, and a 56 x 56 grid 80.8: a finer grid would gain "
+            "little.",
+        ),
+    ],
+)
+def test_a_finer_grid_is_recommended_only_close_to_the_limit_of_the_grid(gains, sentence):
+    values = {("AP", "AP"): 75.3, **{("oracle", name): gain for name, gain in gains.items()}}
+    findings = SimpleNamespace(
+        main_task="segm",
+        measures={("segm", *key, 0.0) for key in values},
+        oracles=lambda task: list(gains),
+        value=lambda task, *key: values[key],
+    )
+    assert list(_grid(findings, 28)) == [sentence]
 
 
 def test_a_run_without_detections_gets_a_single_sentence(analysis_of):

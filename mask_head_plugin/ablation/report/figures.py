@@ -34,7 +34,7 @@ from ...pages.figures import (
 from ...pages.intervals import ROW_HEIGHT, IntervalRow, add_intervals, lay_out_rows, row_heights
 from ...pages.tables import number as formatted
 from ..trial_folder import Trial
-from .study import Study, Variant
+from .study import TASK_WORDS, Study, Variant, metric_words
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -67,13 +67,13 @@ def _metric_differences(study: Study) -> Figure | None:
     _add_paper(figure, study)
     lay_out_rows(figure, _rows(study))
     figure.update_xaxes(
-        title_text=f"{study.metric} minus that of {plotly_text(study.baseline.name)}"
+        title_text=f"{metric_words(study.metric)} minus that of {plotly_text(study.baseline.name)}"
     )
     caption = (
         "Lines are 95% intervals over seeds and images; with one seed, over images alone. Fewer "
         "than 80% of studies like this one would find a true difference within the grey bar."
     )
-    title = f"Difference in {study.metric} from {study.baseline.name}"
+    title = f"Difference in {metric_words(study.metric)} from {study.baseline.name}"
     return Figure("differences", title, caption, figure)
 
 
@@ -92,7 +92,8 @@ def _other_metrics(study: Study) -> Figure | None:
     caption = (
         "As above, for small, medium and large objects (APs, APm, APl) and for single thresholds."
     )
-    title = f"Differences in the other {study.task} metrics from {study.baseline.name}"
+    task = TASK_WORDS.get(study.task, study.task)
+    title = f"Differences in the other {task} metrics from {study.baseline.name}"
     return Figure("other-metrics", title, caption, figure)
 
 
@@ -156,7 +157,8 @@ def _learning_curves(study: Study) -> Figure | None:
     ]
     evaluated = any(len(iterations) > 1 for iterations in measured)
     keys = [study.metric] if evaluated else ["total_loss", "loss_mask"]
-    figure = make_subplots(rows=1, cols=len(keys), subplot_titles=keys, horizontal_spacing=0.08)
+    titles = [metric_words(key) for key in keys]
+    figure = make_subplots(rows=1, cols=len(keys), subplot_titles=titles, horizontal_spacing=0.08)
     for column, key in enumerate(keys, 1):
         for number, variant in enumerate(study.variants):
             series = [found for log in logs[variant.name] if (found := _series(log, key))]
@@ -285,7 +287,8 @@ def _classes(study: Study) -> Figure | None:
     caption = "Mean over seeds, without intervals. Single classes vary more than their mean."
     if len(shown) < len(classes):
         caption += f" Shows the {len(shown)} of {len(classes)} classes that differ most."
-    title = f"Difference in each class's {study.task}/{metric} from {study.baseline.name}"
+    words = metric_words(f"{study.task}/{metric}")
+    title = f"Difference in each class's {words} from {study.baseline.name}"
     width = NAMES_WIDTH + CELL_WIDTH * len(shown) * (len(shown) <= CLASSES_WITH_NUMBERS)
     return Figure("classes", title, caption, figure, width)
 

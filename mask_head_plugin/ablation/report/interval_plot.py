@@ -8,13 +8,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ...pages.plots import COLOURS, save_plot
-from .study import Study
+from .study import Study, metric_words
 
 ROW_INCHES = 0.42
 
 
 def plot_intervals(study: Study, path: Path) -> bool:
-    """Draws each variant's difference in the main metric, its interval and its single seeds.
+    """Draws each variant's difference in the main metric, its interval and its individual seeds.
 
     Args:
         study: the ablation.
@@ -42,7 +42,7 @@ def plot_intervals(study: Study, path: Path) -> bool:
         single = [
             t.result(study.metric) - seeds[t.seed] for t in variant.finished if t.seed in seeds
         ]
-        label = "single seeds" if row == 0 else None
+        label = "individual seeds" if row == 0 else None
         axes.plot(single, [row + 0.22] * len(single), "|", color=COLOURS[0], label=label)
         if paper is not None and study.metric in variant.paper:
             label = None if any(study.metric in v.paper for v, _ in compared[:row]) else "paper"
@@ -52,7 +52,7 @@ def plot_intervals(study: Study, path: Path) -> bool:
     axes.set_yticks(range(len(compared)), [variant.name for variant, _ in compared])
     axes.invert_yaxis()
     axes.margins(y=0.3 / len(compared))
-    axes.set_xlabel(f"{study.metric} minus that of {baseline.name}")
+    axes.set_xlabel(f"{metric_words(study.metric)} minus that of {baseline.name}")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     save_plot(figure, path)

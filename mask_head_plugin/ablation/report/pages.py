@@ -64,7 +64,7 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
 
     shown = figures(study)
     write_durably(directory / HTML_FILE, render_html(study, shown))
-    # intervals.svg already shows the differences, with single seeds.
+    # intervals.svg already shows the differences, with individual seeds.
     save_figures([x for x in shown if x.name != "differences"], directory)
 
 

@@ -60,6 +60,15 @@ class Variant:
         return [x for x in (t.cost(key) for t in self.finished) if math.isfinite(x)]
 
 
+TASK_WORDS = {"bbox": "box", "segm": "mask", "boundary": "boundary"}
+
+
+def metric_words(key: str) -> str:
+    """Returns the name of a metric for readers: "mask AP50" for ``segm/AP50``."""
+    task, _, name = key.partition("/")
+    return f"{TASK_WORDS[task]} {name}" if task in TASK_WORDS else key
+
+
 ENTRIES = {
     **dict.fromkeys(("title", "metric", "baseline", "dataset"), str),
     **dict.fromkeys(("seeds", "variants"), list),

@@ -26,12 +26,19 @@ from .style import (
 )
 
 WHAT_IT_DOES = {
-    "RoIPool": "Rounds box and bins to whole cells.\nA bin is the largest value of its cells.",
-    "RoIWarp": (
-        "Rounds the box to whole cells.\nA bin is the mean of points, each read from four cells."
+    "RoIPool": (
+        "Rounds the box and then each bin to whole cells. A bin\n"
+        "takes the maximum over its cells, per channel."
     ),
-    "RoIAlign": "Rounds nothing.\nA bin is the mean of points, each read from four cells.",
-    "PrRoIPool": "Rounds nothing and has no points.\nA bin is the mean of everything in it.",
+    "RoIWarp": (
+        "Rounds the box to whole cells. A bin is the mean of\n"
+        "points, each interpolated from four cells."
+    ),
+    "RoIAlign": "Rounds nothing. A bin is the mean of points, each\ninterpolated from four cells.",
+    "PrRoIPool": (
+        "Rounds nothing and has no points. A bin is the mean over\n"
+        "its area; interpolation reaches half a cell further."
+    ),
 }
 
 MARGIN = 2.0
@@ -81,9 +88,9 @@ def pooling_figure(stages: Stages, number: int, num_bins: int) -> Figure:
         said = f"{WHAT_IT_DOES[each.way]}\n{_told_displacement(each, reads, moved, cell)}"
         axes.set_xlabel(said, loc="left", multialignment="left")
     told = (
-        f"Grey grid: cells of the feature map, {cell[0]:.3g} x {cell[1]:.3g} px of the image each. "
-        f"Drawn are {num_bins} x {num_bins} bins;\nin the mask branch of this model it is "
-        f"{' x '.join(map(str, stages.pooled_hw))}. Each becomes one number per "
+        f"Grey grid: cells of the feature map, each {cell[0]:.3g} x {cell[1]:.3g} px of the image. "
+        f"The picture shows {num_bins} x {num_bins} bins;\nthe mask branch uses "
+        f"{' x '.join(map(str, stages.pooled_hw))}. Each bin becomes one number per "
         f"channel.{_told_border(view, map_hw)}"
     )
     _draw_legend(figure.add_subplot(rows[2, :]), told)
@@ -187,21 +194,21 @@ def _told_displacement(
 ) -> str:
     """Describes the effect of rounding in pixels of the image."""
     if reads.way not in ROUNDED:
-        return "The box stays where it is: 0 px."
+        return "The box does not move: 0 px."
     aligned = next(each for each in all_reads if each.way == "RoIAlign")
     marked = _marked_bin(len(reads.x.weights))
     off = (reads.bin_centre(*marked) - aligned.bin_centre(*marked)) * cell
     across, down = moved[2] - moved[0], moved[3] - moved[1]
     return (
         f"The box gets {abs(across):.1f} px {'wider' if across > 0 else 'narrower'} and "
-        f"{abs(down):.1f} px {'taller' if down > 0 else 'shorter'}. What\n"
-        f"the marked bin reads lies {np.hypot(*off):.1f} px from RoIAlign's."
+        f"{abs(down):.1f} px {'taller' if down > 0 else 'shorter'}. The\n"
+        f"marked bin reads a place {np.hypot(*off):.1f} px away from RoIAlign's."
     )
 
 
 def _told_border(view: FloatArray, map_hw: tuple[int, int]) -> str:
     is_inside = (view[:2] >= 0).all() and (view[2:] <= map_hw[::-1]).all()
-    return "" if is_inside else " White: beyond the map."
+    return "" if is_inside else " White: outside the map."
 
 
 def _draw_legend(axes: Axes, told: str) -> None:
@@ -209,7 +216,7 @@ def _draw_legend(axes: Axes, told: str) -> None:
     dots: Style = {"markersize": 4, "linestyle": "none"}
     handles = [
         Line2D([], [], color=INK, linestyle=(0, (3, 2)), label="the box that the model predicted"),
-        Line2D([], [], color=BLUE, label="the box and the bins that are used"),
+        Line2D([], [], color=BLUE, label="the box that is used, and its bins"),
         Line2D([], [], color=GREEN, marker=">", markersize=4, label="what rounding moves, in px"),
         Line2D([], [], color=BLUE, marker=".", label="points that are read", **dots),
         Line2D([], [], color=VERMILION, marker="o", label="points of the marked bin", **dots),

@@ -102,7 +102,7 @@ def _drawn(stages: Stages, number: int) -> dict[int, str]:
 def _draw_proposals(axes: Axes, stages: Stages, number: int, proposals: FloatArray) -> None:
     told = (
         f"The {len(proposals)} likeliest of {len(stages.proposals)} boxes that may\n"
-        "hold an object, of whatever class"
+        "contain an object of any class"
     )
     _image(axes, stages, number, "1  Region proposals", told)
     for box in proposals:
@@ -112,8 +112,8 @@ def _draw_proposals(axes: Axes, stages: Stages, number: int, proposals: FloatArr
 
 def _draw_detections(axes: Axes, stages: Stages, number: int) -> None:
     told = (
-        "The box branch refines the boxes, drops duplicates, and\n"
-        "names a class. Thick: the box that stages 3 and 4 follow"
+        "The box branch refines the boxes, drops duplicates and\n"
+        "classifies each. Thick: the box that stages 3 and 4 follow"
     )
     view = _image(axes, stages, number, "2  Boxes and classes", told)
     drawn = _drawn(stages, number)
@@ -147,7 +147,7 @@ def _draw_strip(
     classes, chosen = strip_classes(stages, number, probs), int(stages.classes[number])
     agnostic = len(probs) == 1 < len(stages.names)
     several = figure.add_subfigure(row)
-    told = "one for each class,\neach without regard to the others"
+    told = "one for each class,\ncomputed independently"
     if len(probs) == 1:
         told = "one for all classes" if agnostic else "one for the only class"
     elif stages.classes_compete:
@@ -176,8 +176,8 @@ def _draw_crop(axes: Axes, stages: Stages, number: int) -> None:
     """Draws the chosen mask in its box, pixel by pixel."""
     x0, y0, x1, y1 = stages.boxes[number]
     told = (
-        "The mask is stretched over its box. A pixel belongs to it\n"
-        "from a probability of 0.5 on: inside the line"
+        "The mask is stretched over its box. Pixels with a probability\n"
+        "of at least 0.5 (inside the line) belong to the mask"
     )
     _image(axes, stages, number, "4  Resized to the box", told)
     probs = stages.mask_probs[number].numpy()
