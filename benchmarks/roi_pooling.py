@@ -3,7 +3,7 @@
 
 All run in one process on the same inputs: 256 RoIs per image of 800 x 1333, C = 256. The operators
 get one map with stride 8, the poolers an FPN with strides 4 to 32. torchvision has no exact
-integral like PrROIPool, so it is compared with the adaptive grid of torchvision's roi_align.
+integral like PrRoIPool, so it is compared with the adaptive grid of torchvision's roi_align.
 
 Times are medians of several runs, alternating stock and ours; ratios are stock / ours. Memory is
 the peak that PyTorch allocates during one forward and backward pass, in addition to inputs and

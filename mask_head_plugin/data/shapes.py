@@ -231,7 +231,7 @@ def write_split(folder: Path, split: str, num_images: int) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     (folder / split).mkdir(parents=True)
-    for image_id in progress(range(1, num_images + 1), f"making shapes_{split}", "image"):
+    for image_id in progress(range(1, num_images + 1), f"drawing shapes_{split}", "image"):
         image, instances = draw_image(rng)
         name = f"{image_id:06d}.png"
         (folder / split / name).write_bytes(encode_png(image))
@@ -255,6 +255,8 @@ def ensure_shapes(folder: Path, split: str) -> None:
     annotations = Path("annotations") / f"{split}.json"
     if (folder / annotations).is_file():
         return
+    logger = logging.getLogger(__name__)
+    logger.info("drawing the %d images of shapes_%s: takes seconds", NUM_IMAGES[split], split)
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
@@ -267,7 +269,7 @@ def ensure_shapes(folder: Path, split: str) -> None:
         (unfinished / annotations).replace(folder / annotations)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    logging.getLogger(__name__).info("shapes_%s is in %s", split, folder)
+    logger.info("shapes_%s is in %s", split, folder)
 
 
 def load_shapes(folder: Path, split: str) -> list[dict[str, Any]]:

@@ -151,8 +151,8 @@ KINDS: dict[str, Kind] = {
     ),
     "exif-undecidable": Kind(
         ERROR,
-        "check whether the annotations fit; then save the pixels in the orientation that fits, "
-        "without the tag",
+        "check whether the annotations fit the image as stored or as turned by the tag, and save "
+        "the pixels in that orientation, without the tag",
         LEAVES_OUT,
     ),
     # Annotation records.

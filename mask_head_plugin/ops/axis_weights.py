@@ -5,22 +5,22 @@ A bilinear sample of a map F at (y, x) is ``sum_i sum_j hat(y - i) hat(x - j) F[
 of its y and x coordinates, so their mean also separates into two factors, and so does the integral
 over the bin. A whole RoI is ``Wy F Wx^T``, where each row of W contains the weights of one bin:
 
-    ROIAlign    W[p, i] = mean of hat(t - i) over the samples t of bin p
-    ROIWarp     the same, on edges rounded to cells
-    PrROIPool   W[p, i] = integral of hat(t - i) over bin p, divided by its length
+    RoIAlign    W[p, i] = mean of hat(t - i) over the samples t of bin p
+    RoIWarp     the same, on edges rounded to cells
+    PrRoIPool   W[p, i] = integral of hat(t - i) over bin p, divided by its length
 
 Edges are given in cells: 0 is the outer edge of the first cell, so its centre is at 0.5. The
 functions below shift edges by 0.5 (unless ``aligned`` is False), which puts the centre of cell i
 at i.
 
-Example, after the shift: one bin from 1.0 to 3.0. ROIAlign with two samples places them at 1.5 and
+Example, after the shift: one bin from 1.0 to 3.0. RoIAlign with two samples places them at 1.5 and
 2.5. Their weights are (1/2, 1/2) on cells 1, 2 and on cells 2, 3, so W is (1/4, 1/2, 1/4) on cells
-1, 2, 3. For PrROIPool, half of the hat of cells 1 and 3 lies in the bin (area 1/2) and all of the
+1, 2, 3. For PrRoIPool, half of the hat of cells 1 and 3 lies in the bin (area 1/2) and all of the
 hat of cell 2 (area 1). Divided by the length 2, W is again (1/4, 1/2, 1/4). For a bin from 1.0 to
 2.0, both give (1/2, 1/2) on cells 1, 2.
 
 Border rule of torchvision and detectron2: a sample below -1 or above the number of cells L counts
-as 0; any other sample is clamped to [0, L - 1]. For PrROIPool, this extends the map with its border
+as 0; any other sample is clamped to [0, L - 1]. For PrRoIPool, this extends the map with its border
 value from 0 to -1 and from L - 1 to L, and with 0 beyond.
 
 Shape alphabet: R RoIs, P bins, G samples per bin (in the RoI with the most), V cells per sample, B
@@ -81,7 +81,7 @@ def roi_align_samples(
     sampling_ratio: int = 0,
     aligned: bool = True,
 ) -> AxisSamples:
-    """Returns the samples of ROIAlign along one axis (Mask R-CNN section 3).
+    """Returns the samples of RoIAlign along one axis (Mask R-CNN section 3).
 
     Coordinates are computed in torchvision's order of operations. With different rounding, a sample
     next to -1 or L could land on the other side of the jump to 0.
@@ -128,7 +128,7 @@ def roi_align_weights(
     sampling_ratio: int = 0,
     aligned: bool = True,
 ) -> AxisWeights:
-    """Returns the weights of ROIAlign along one axis: the mean over the samples of each bin.
+    """Returns the weights of RoIAlign along one axis: the mean over the samples of each bin.
 
     Args: see roi_align_samples.
     """
@@ -155,9 +155,9 @@ def roi_align_weights(
 def precise_roi_pool_weights(
     start: Tensor, end: Tensor, num_bins: int, num_cells: int, aligned: bool = True
 ) -> AxisWeights:
-    """Returns PrROIPool's weights along one axis (arXiv 1807.11590), differentiable in the edges.
+    """Returns PrRoIPool's weights along one axis (arXiv 1807.11590), differentiable in the edges.
 
-    They are the limit of ROIAlign's weights as a fixed sampling ratio grows. In particular, a RoI
+    They are the limit of RoIAlign's weights as a fixed sampling ratio grows. In particular, a RoI
     that ends before it starts is mirrored, and a bin of length 0 reads the point at its position.
     Edges are compared with cells in float64. Everything else is computed relative to a bin's first
     cell, where float32 is precise enough. If the edges need a gradient, which divides by the length
@@ -200,7 +200,7 @@ def precise_roi_pool_weights(
 
 
 def round_to_cells(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes RoIs as in ROIPool (Fast R-CNN and torchvision's roi_pool).
+    """Quantizes RoIs as in RoIPool (Fast R-CNN and torchvision's roi_pool).
 
     Both edges are rounded half away from zero, and the RoI includes the cell of its upper edge. A
     RoI has at least one cell, even if it ends before it starts.

@@ -30,7 +30,7 @@ GROUP_ELEMENTS = 1 << 24
 
 
 class LargestCell(torch.autograd.Function):
-    """torchvision's ROIPool with a backward pass that can be deterministic on CUDA."""
+    """torchvision's RoIPool with a backward pass that can be deterministic on CUDA."""
 
     @staticmethod
     def forward(

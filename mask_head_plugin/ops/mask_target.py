@@ -1,7 +1,7 @@
 """Mask targets: the part of a full-size bit mask inside a box, at the mask head's resolution.
 
-A target is ROIAlign of the mask, thresholded at 0.5 (Mask R-CNN section 3: "the intersection
-between an RoI and its associated ground-truth mask"). ROIAlign is separable (see axis_weights), so
+A target is RoIAlign of the mask, thresholded at 0.5 (Mask R-CNN section 3: "the intersection
+between an RoI and its associated ground-truth mask"). RoIAlign is separable (see axis_weights), so
 it is computed by summing the rows of the box's pixels, and then the columns of these sums. Pixels
 outside the box are not read.
 

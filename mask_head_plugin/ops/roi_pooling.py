@@ -16,7 +16,7 @@ it is large, this happens image by image and in blocks of channels, with one pro
 matrix is built in pieces of PIECE entries, which PyTorch processes on one thread, as it
 does when it copies an image.
 
-``reduction="max"`` needs the individual samples, so it computes them in groups. ROIPool uses
+``reduction="max"`` needs the individual samples, so it computes them in groups. RoIPool uses
 torchvision's operator.
 
 All functions run on any device and are deterministic (maxima on CUDA only with
@@ -66,7 +66,7 @@ def roi_align(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """ROIAlign (Mask R-CNN section 3): bilinear samples in each bin, without any rounding.
+    """RoIAlign (Mask R-CNN section 3): bilinear samples in each bin, without any rounding.
 
     With ``reduction="mean"``, equal to ``torchvision.ops.roi_align`` up to rounding. Differs from
     torchvision in the default of ``aligned``, for RoIs that end before they start (these do not
@@ -83,7 +83,7 @@ def roi_align(
         sampling_ratio: samples per bin and axis; 0 or less means ``ceil(RoI side / P)``. 2 gives
             the paper's four points.
         aligned: True puts pixel centres at +0.5 (detectron2's ROIAlignV2). False is Detectron's
-            ROIAlign, which widens sides below one cell to one cell.
+            RoIAlign, which widens sides below one cell to one cell.
         reduction: ``mean`` or ``max`` of the samples in a bin (Table 2c). Samples off the map count
             as 0 in the mean and are ignored by the maximum. A bin without samples is 0.
         levels: (R,) integers in [0, L): the map from which each RoI is pooled; required if L > 1.
@@ -112,12 +112,12 @@ def roi_warp(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """ROIWarp as described in Mask R-CNN section 3: bilinear samples in a quantized RoI.
+    """RoIWarp as described in Mask R-CNN section 3: bilinear samples in a quantized RoI.
 
-    The RoI is quantized as in ROIPool: edges are rounded half away from zero, the cell of the upper
+    The RoI is quantized as in RoIPool: edges are rounded half away from zero, the cell of the upper
     edge is included, and there is at least one cell (axis_weights.round_to_cells; Fast R-CNN).
     Within the RoI, samples are placed as in ``roi_align(aligned=True)``, with cell centres at +0.5.
-    A RoI of P x P cells with one sample per bin therefore gives exactly these cells, like ROIPool.
+    A RoI of P x P cells with one sample per bin therefore gives exactly these cells, like RoIPool.
 
     Differs from the formula in its own paper (Instance-aware Semantic Segmentation via Multi-task
     Network Cascades, arXiv 1512.04412), which does not quantize. The code released with that paper
@@ -145,7 +145,7 @@ def precise_roi_pool(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """PrROIPool (arXiv 1807.11590): the exact mean of the bilinear surface over each bin.
+    """PrRoIPool (arXiv 1807.11590): the exact mean of the bilinear surface over each bin.
 
     This is the limit of ``roi_align`` as a fixed sampling ratio grows. Differs from the original in
     ``aligned`` and in two cases. At the border, it follows the rule of ``roi_align``, whereas the
@@ -170,7 +170,7 @@ def roi_pool(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """ROIPool (Fast R-CNN section 2.1): the maximum of the cells in each bin of a quantized RoI.
+    """RoIPool (Fast R-CNN section 2.1): the maximum of the cells in each bin of a quantized RoI.
 
     Runs the forward pass of ``torchvision.ops.roi_pool``, in which NaN is never the maximum.
     Differs from torchvision in three ways: the gradient on CUDA is deterministic under

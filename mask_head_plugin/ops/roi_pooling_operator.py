@@ -1,4 +1,4 @@
-"""ROIAlign from all feature maps of a pyramid as one PyTorch operator, for CUDA.
+"""RoIAlign from all feature maps of a pyramid as one PyTorch operator, for CUDA.
 
 ``torch.ops.mask_head_plugin.multilevel_roi_align`` has a gradient and a fake kernel, so
 torch.compile and torch.export treat it as a single operator. CUDA graphs can contain it, because it
@@ -30,7 +30,7 @@ def multilevel_roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """ROIAlign that pools each RoI from its own map; equal to ops.roi_align up to rounding.
+    """RoIAlign that pools each RoI from its own map; equal to ops.roi_align up to rounding.
 
     Values are not checked, because that would require synchronising with the device: coordinates
     must be finite, image indices in [0, N) and levels in [0, L). RoIs get no gradient.

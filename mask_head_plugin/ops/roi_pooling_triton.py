@@ -1,4 +1,4 @@
-"""ROIAlign from all feature maps of a pyramid in one CUDA kernel, forward and backward.
+"""RoIAlign from all feature maps of a pyramid in one CUDA kernel, forward and backward.
 
 torchvision's operator pools from a single map, so detectron2 runs it once per level and each time
 waits for the device to find out how many RoIs the level has. Here, every RoI selects its map inside

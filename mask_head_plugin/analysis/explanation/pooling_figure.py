@@ -27,8 +27,8 @@ from .style import (
 
 WHAT_IT_DOES = {
     "RoIPool": (
-        "Rounds the box and then each bin to whole cells. A bin\n"
-        "takes the maximum over its cells, per channel."
+        "Rounds box and bins (drawn unrounded) to whole cells.\n"
+        "A bin takes the maximum over its cells, per channel."
     ),
     "RoIWarp": (
         "Rounds the box to whole cells. A bin is the mean of\n"
