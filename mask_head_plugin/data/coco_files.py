@@ -2,8 +2,8 @@
 
 detectron2's ``load_coco_json`` numbers the classes of each file separately, so a validation file
 that lacks a category shifts the numbers of all later classes. Here, all data sets of a config share
-one list of categories, that of the first training set. Files are matched to it by category id and
-name.
+one list of categories, that of the first training set. The categories of other files are matched to
+this list by id and name.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class CocoFile:
     has_rle: bool
     """Whether any non-crowd object has a run-length mask."""
     has_images: bool
-    """Whether it lists any."""
+    """Whether the file lists any images."""
 
 
 def register_coco_files(cfg: CfgNode) -> None:
     """Registers the data sets in DATASETS.COCO_FILES and adapts the config to them.
 
     Class names and numbers come from the files. If the files contain run-length masks of single
-    objects, INPUT.MASK_FORMAT becomes ``bitmask``, which is logged. Nothing is written yet. If a
-    file lists other categories than the model, a copy is written to OUTPUT_DIR when an evaluator
+    objects, INPUT.MASK_FORMAT becomes ``bitmask``, which is logged. Nothing is written yet. If the
+    categories of a file differ from the model's, a copy is written to OUTPUT_DIR when an evaluator
     first reads the annotations (``CocoFileMetadata``).
 
     Args:
@@ -140,8 +140,8 @@ def check_registered_datasets(cfg: CfgNode, *, train: bool = True) -> None:
     Raises:
         ConfigError: if a data set is not registered, is not on this machine or has no images,
             needs a package that is missing, or has a different number of classes than
-            NUM_CLASSES. The message gives the nearest name, the path, the extra to install, or
-            both numbers.
+            NUM_CLASSES. The message names the remedy: the nearest name, the path, the extra to
+            install, or both numbers.
     """
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
         if name not in DatasetCatalog.list():
@@ -249,7 +249,8 @@ def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
         name: name of the data set.
 
     Raises:
-        ConfigError: if COCO_FILES is malformed, or its file is missing or has no categories.
+        ConfigError: if COCO_FILES is malformed, or the data set's annotation file is missing or
+            has no categories.
     """
     metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else Metadata()
     json_file = next((x[1] for x in _entries(datasets) if x[0] == name), None)
@@ -260,7 +261,7 @@ def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
     if names is not None and json_file in (None, metadata.get("source_json_file", json_file)):
         id_of = {k: i for i, k in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
         ids = [id_of.get(k, -1) for k in range(len(names))]
-        # If ids are unknown, they count from 1, as in COCO.
+        # If any id is unknown, all classes are numbered from 1, as in COCO.
         return dict(zip(ids if -1 not in ids else range(1, len(names) + 1), names, strict=True))
     json_file = json_file or files_of(name)[0]
     if not json_file or not Path(json_file).is_file():
@@ -330,8 +331,8 @@ class CocoFileMetadata(Metadata):
     """The metadata of a data set in COCO_FILES.
 
     ``json_file`` is read by evaluators, which fail if the file lists fewer classes than the model
-    has. If a file lacks categories or lists additional, unused ones, it is therefore copied with
-    the model's list of categories when ``json_file`` is first read.
+    has. If the file lacks categories or lists additional, unused ones, a copy with the model's list
+    of categories is therefore written when ``json_file`` is first read.
     """
 
     @functools.cached_property

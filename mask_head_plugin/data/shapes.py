@@ -53,7 +53,7 @@ S = 4
 UNIT = 1 << 12
 """Outlines lie in the square [-UNIT, UNIT]."""
 TURN = 720
-"""Angles per full turn, half a degree each."""
+"""Number of angle steps in a full turn; each is half a degree."""
 # This coarse table is the same with every libm, because no sine is close to a rounding tie.
 SINE = np.array([round(UNIT * math.sin(2 * math.pi * k / TURN)) for k in range(TURN)], np.int64)
 
@@ -110,10 +110,11 @@ def place(
 
 
 def rasterize(contours: list[IntArray], image_hw: tuple[int, int]) -> IntArray:
-    """Returns (H, W) coverage in [0, S*S]: the number of a pixel's S x S sample points inside.
+    """Returns (H, W) coverage: how many of each pixel's S x S sample points lie inside.
 
-    Uses the even-odd rule: each edge toggles its row from the first sample to the right of the
-    crossing. Contours are in units of 1/64 pixel. Sample k of an axis lies at (k + 1/2) * 64 / S.
+    Uses the even-odd rule: in each row that an edge crosses, it toggles all samples to the right of
+    the crossing. Contours are in units of 1/64 pixel. Sample k of an axis lies at
+    (k + 1/2) * 64 / S.
     """
     height, width = image_hw[0] * S, image_hw[1] * S
     pitch = 64 // S
@@ -129,7 +130,7 @@ def rasterize(contours: list[IntArray], image_hw: tuple[int, int]) -> IntArray:
             rise = pitch * (y1 - y0)
             run = (x0 - pitch // 2) * (y1 - y0) + (y[crossed] - y0) * (x1 - x0)
             columns = np.clip(-(-run // max(rise, 1)), 0, width)
-            toggles[rows[crossed], columns] ^= 1  # an edge crosses a row once
+            toggles[rows[crossed], columns] ^= 1  # an edge crosses a row at most once
     inside = np.bitwise_xor.accumulate(toggles, axis=1)[:, :width]
     return inside.reshape(image_hw[0], S, image_hw[1], S).sum(axis=(1, 3), dtype=np.int64)
 
@@ -282,7 +283,8 @@ def load_shapes(folder: Path, split: str) -> list[dict[str, Any]]:
 def register_shapes() -> None:
     """Registers ``shapes_train`` and ``shapes_val`` in detectron2's catalogs.
 
-    A user's data set of the same name takes their place, whether registered earlier or later.
+    A user's data set with one of these names takes precedence, whether it is registered earlier or
+    later.
     """
     folder = datasets_root() / FOLDER
     for split in NUM_IMAGES:

@@ -83,7 +83,7 @@ def _seed_python_and_numpy(key: Sequence[int]) -> int:
 
 
 class ImageNamingMapper:
-    """Wraps a mapper so that its errors are one line that names the image."""
+    """Wraps a mapper so that each of its errors becomes one line that names the image."""
 
     def __init__(self, mapper: Mapper) -> None:
         """
@@ -123,15 +123,15 @@ class TrainLoader:
     The samples of a batch, their order and their augmentation depend on seed, iteration, rank and
     number of processes, but not on workers or on earlier batches.
 
-    Differs from detectron2's loader: if the mapper fails on a sample, the error names the file,
-    regardless of the number of workers. A sample that the mapper declines (None) is replaced by an
-    image drawn with the sample's own generator.
+    Unlike in detectron2's loader, an error of the mapper names the sample's file, regardless of the
+    number of workers. If the mapper declines a sample (returns None), another image is drawn with
+    the sample's own generator.
     """
 
     def __init__(self, cfg: CfgNode, mapper: Mapper | None = None) -> None:
         """
         Args:
-            cfg: read are DATASETS, DATALOADER, INPUT and SOLVER.IMS_PER_BATCH, as in detectron2,
+            cfg: provides DATASETS, DATALOADER, INPUT and SOLVER.IMS_PER_BATCH, as in detectron2,
                 and INPUT.COPY_PASTE.
             mapper: converts a record to the model's input; None means ImageFileMapper.
         """
@@ -221,14 +221,17 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Stands for a sample that could not be loaded, because not every exception can be pickled."""
+    """Takes the place of a sample that could not be loaded.
+
+    It contains text instead of the exception, because not every exception can be pickled.
+    """
 
     message: str
     details: str
 
 
 class _Batches(Sampler[list[_Place]]):
-    """Yields an endless series of lists of places, one per batch, each from a single group."""
+    """Yields an endless series of batches: lists of places, each from one aspect-ratio group."""
 
     def __init__(
         self, sampler: Sampler[int], batch_size: int, groups: list[bool] | None, start: int
@@ -281,7 +284,7 @@ class _Samples(Dataset[Any]):
 
 
 def _aspect_groups(records: Sequence[Record]) -> list[bool]:
-    """Returns, for each record, whether it is wider than high: detectron2's two groups."""
+    """Returns, for each record, whether it is wider than it is high: detectron2's two groups."""
     for record in records:
         if not ("width" in record and "height" in record):
             raise ConfigError(

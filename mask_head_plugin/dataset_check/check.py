@@ -1,7 +1,7 @@
 """Checks a COCO instances file and its images before training.
 
-The check finds everything that would break detectron2's ``load_coco_json``, its DatasetMapper and
-masks, pycocotools or this package's evaluation, and everything that these would silently misread.
+The check finds everything that would break detectron2's ``load_coco_json``, DatasetMapper or masks,
+pycocotools, or this package's evaluation, and everything that any of these would silently misread.
 ``findings.KINDS`` lists all kinds of findings.
 """
 

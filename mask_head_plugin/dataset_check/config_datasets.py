@@ -73,7 +73,8 @@ class CheckedFile:
     Attributes:
         findings: all findings.
         categories: category names by id.
-        rle_example: a list with the id of one non-crowd annotation that has run lengths, or empty.
+        rle_example: a list with the id of one non-crowd annotation that has run lengths; an empty
+            list if there is none.
         files: paths of the images.
         objects: number of non-crowd objects by image id, for images that have any.
     """
@@ -180,13 +181,13 @@ def files_of(name: str) -> tuple[str, str]:
 
 
 def _num_classes(cfg: CfgNode, source: CocoSource) -> int | None:
-    # A file in COCO_FILES may lack categories of another one.
+    # A file in COCO_FILES may lack categories that another one has.
     return None if source.matched else cfg.MODEL.ROI_HEADS.NUM_CLASSES
 
 
 def _disagreements(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
     """Finds differing categories: detectron2 numbers each file's classes separately, so all files
-    must list the same ones.
+    must list the same categories.
     """
     by_name = {source.name: result for source, result in checked.items()}
     reference = next((name for name in cfg.DATASETS.TRAIN if name in by_name), None)
@@ -215,7 +216,7 @@ def _leave_training(cfg: CfgNode, source: CocoSource) -> bool:
 def _in_both_splits(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
     """Finds training images in the data sets of DATASETS.TEST."""
     found: list[Finding] = []
-    # A data set in both is listed once, under its name in TRAIN.
+    # A data set in both TRAIN and TEST was checked once, under its name in TRAIN.
     of_name = {
         name: next((x for x in checked if files_of(name) == (x.json_file, x.image_root)), None)
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
@@ -256,7 +257,10 @@ def _more_objects_than_detections(
 
 
 def _wrong_mask_format(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
-    """Reports run lengths, which PolygonMasks cannot represent; crowds are not used in training."""
+    """Reports training data with run lengths, which PolygonMasks cannot represent.
+
+    Crowds do not count, because training does not use them.
+    """
     if not cfg.MODEL.MASK_ON or cfg.INPUT.MASK_FORMAT != "polygon":
         return []
     message = "the mask is run lengths, but INPUT.MASK_FORMAT is polygon"
@@ -317,7 +321,8 @@ def check_with_cache(
     example = facts.formats.examples.get("run lengths")
     examples = [] if example is None else [example]
     result = CheckedFile(found, facts.categories, examples, files, _objects_by_image(content))
-    # Not if files are missing: they may later appear in another folder, which is not listed.
+    # A result with missing files is not cached: they may later appear in a folder that the
+    # fingerprint does not cover.
     if path and not any(x.kind in ("image-file-missing", "image-file-elsewhere") for x in found):
         _write_cache(path, result, before)
     return result
@@ -344,17 +349,17 @@ def _cache_path(source: CocoSource, num_classes: int | None, masks: bool) -> Pat
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
         root = os.getenv("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    except (OSError, RuntimeError):  # the file is missing, which the check reports, or no home
+    except (OSError, RuntimeError):  # the file is missing (the check reports it), or no home
         return None
     return Path(root) / "mask_head_plugin" / "dataset_checks" / f"{digest.hexdigest()}.json"
 
 
 def _fingerprint(files: Iterable[str]) -> str:
-    """Returns a digest of the names, sizes and times of files; missing ones are marked."""
+    """Returns a digest of the names, sizes and times of files; only the name for a missing file."""
     digest = hashlib.sha256()
     for path in files:
         try:
-            status = os.stat(path)  # noqa: PTH116  # makes no Path of each of many files
+            status = os.stat(path)  # noqa: PTH116  # faster than Path for many files
             # st_ctime also changes with permissions.
             times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
             digest.update(f"{path}\0{status.st_size}\0{times}\n".encode())

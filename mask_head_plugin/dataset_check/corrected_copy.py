@@ -1,4 +1,4 @@
-"""Writes a corrected copy of a COCO file: repairs what has only one right answer, drops the rest.
+"""Writes a corrected copy of a COCO file: repairs faults with one right answer, and drops the rest.
 
 Each error that the check finds is repaired once. If the check still finds it, the record is
 dropped. The copy therefore passes the check. Every change is listed with its reason.
@@ -48,8 +48,8 @@ def fix_coco_file(
             to their common parent folder.
         output: the copy; must not exist. The list of changes is ``<output>.changes.json``.
         options: options of the check.
-        accepted: kinds of finding that may cost most of the records. Otherwise, such a copy is
-            refused.
+        accepted: kinds of finding for which most of the records may be dropped. Otherwise, such a
+            copy is refused.
         crowds_are_objects: whether annotations with ``iscrowd`` 1 are single objects.
 
     Returns:
@@ -84,7 +84,7 @@ def changes_path(output: Path) -> Path:
 
 
 def _read_leniently(json_file: str) -> tuple[Any, list[Change]]:
-    """Returns the content of a file, even in another Unicode encoding."""
+    """Returns a file's content, even if it is not in UTF-8, and the change of encoding, if any."""
     found = Findings(json_file)
     content = read_content(json_file, found, compact=False)
     if not found:
@@ -114,7 +114,7 @@ def repair(
     Args:
         document: changed in place.
         json_file: name of the file, for messages.
-        accepted: kinds of finding that may cost most of the records.
+        accepted: kinds of finding for which most of the records may be dropped.
         crowds_are_objects: whether ``iscrowd`` 1 becomes 0.
 
     Raises:

@@ -60,9 +60,9 @@ class Document:
     Attributes:
         counts: number of records in each section of the input.
         changes: list of changes.
-        losses: findings, by section and index in the input, of records that are dropped or lose
-            pixels. Records that are merged into another, and annotations of a lost image, do not
-            count as losses.
+        losses: findings for which a record was dropped or lost pixels of its mask, by section and
+            index in the input. Records that are merged into another, and annotations of a lost
+            image, do not count as losses.
         images: image records by id.
         files: image records by normalised file name.
         annotations: annotations by image id.

@@ -24,8 +24,8 @@ NEARLY_ALL = 0.95
 BOX_KINDS = {"box-mismatch", "box-outside", "box-negative", "box-without-area"}
 AREA_KINDS = {"area-of-box", "area-suspicious"}
 BOTH_ARE_WRONG = {"mask-of-another-image"}
-"""Faults in which each of two records may be the wrong one. FEW of them or more show a faulty
-export."""
+"""Faults of two records, either of which may be the wrong one. FEW or more such faults indicate a
+faulty export."""
 
 
 def is_wholesale(count: int, total: int) -> bool:
@@ -149,9 +149,10 @@ def repair_normalised_boxes(document: Document, finding: Finding) -> bool:
 
 
 def repair_areas(document: Document, finding: Finding) -> None:
-    """Sets the area of annotations to the mask's number of pixels if it differs.
+    """Sets the area of annotations to the mask's number of pixels if the two differ clearly.
 
-    If a mask of several polygons has a smaller area, it is kept, because the mask may have a hole.
+    If a mask has several polygons, an area below its number of pixels is kept, because the mask may
+    have a hole.
     """
     document.index()
     for k, annotation in enumerate(document.content["annotations"]):
@@ -195,7 +196,10 @@ def _nearly_all(votes: Iterable[bool]) -> bool:
 
 
 def _is_corners(boxes: _Boxes) -> bool:
-    """Returns whether the numbers, read as [x0, y0, x1, y1], fit the mask or else the image."""
+    """Returns whether the numbers, read as [x0, y0, x1, y1], fit the mask.
+
+    If there is no mask, they only have to lie inside the image.
+    """
     x0, y0, x1, y1 = corners = boxes.numbers
     if x0 >= x1 or y0 >= y1 or not _is_inside(corners, boxes.image_hw):
         return False
@@ -256,7 +260,7 @@ def _is_scaled(boxes: _Boxes) -> bool:
 
 
 def _has_area_of_mask(boxes: _Boxes) -> bool:
-    """Returns whether area and mask agree, which suggests that the box is wrong."""
+    """Returns whether area and mask agree; if so, the box is probably the wrong one."""
     area: Any = boxes.annotation.get("area")
     return is_finite(area) and abs(area - boxes.mask_pixels) <= 0.1 * boxes.mask_pixels + 10
 

@@ -31,8 +31,8 @@ class Kind(NamedTuple):
     Attributes:
         severity: one of SEVERITIES.
         fix: what to do.
-        by_fix: what --fix does about it. A test compares this with ``record_repairs.REPAIRS`` and
-            with corrected copies.
+        by_fix: what --fix does about the finding. A test compares this with
+            ``record_repairs.REPAIRS`` and with corrected copies.
     """
 
     severity: str
@@ -314,7 +314,7 @@ class Findings(list[Finding]):
         place: Place | None = None,
         right_value: int | str | None = None,
     ) -> None:
-        """Adds a finding. Without a place, it concerns the whole file."""
+        """Adds a finding. One without a place concerns the whole file."""
         at = place or Place()
         ids = (plain_id(at.image_id), plain_id(at.annotation_id))
         self.append(Finding(kind, self.file, message, *ids, at.section, at.index, right_value))

@@ -1,4 +1,4 @@
-"""Recognises files in other formats than COCO instances, and advises what to do."""
+"""Recognises files in formats other than COCO instances, and advises what to do."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def foreign_text(text: str) -> str:
 
 
 def foreign_json(content: Any) -> str:
-    """Describes JSON in another format than COCO instances; returns "" if unknown."""
+    """Describes JSON in a format other than COCO instances; returns "" if the format is unknown."""
     for what, matches in _CONTENTS.items():
         if matches(content):
             return f"the file is {what}"

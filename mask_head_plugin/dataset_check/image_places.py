@@ -61,8 +61,8 @@ class ImagePlaces:
     def _nearest(self, wanted: Parts) -> list[str]:
         """Returns the paths that share the longest ending with the wanted one.
 
-        The image folder's own name counts, as for ``day/1.jpg`` in a folder ``day``. In case of a
-        tie, a path without additional folders is closer than one with them.
+        The image folder's own name counts as part of a path, as for ``day/1.jpg`` in a folder
+        ``day``. In case of a tie, a path without additional folders wins.
         """
         ranks = {
             path: (
@@ -122,7 +122,7 @@ def _walk(root: str) -> Iterator[str]:
         )
         below = os.path.relpath(folder, root)
         for file in sorted(files):
-            yield os.path.normpath(os.path.join(below, file))  # noqa: PTH118  # many: makes no Paths
+            yield os.path.normpath(os.path.join(below, file))  # noqa: PTH118  # faster for many
 
 
 def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:

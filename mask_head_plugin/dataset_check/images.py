@@ -66,7 +66,7 @@ class ImageFacts(NamedTuple):
 
 
 def inspect_image(path: str, *, decode: bool = False) -> ImageFacts:
-    """Reads a file in the same way as training.
+    """Reads a file in the same way as training, and returns facts about it.
 
     Args:
         path: path of the file.
@@ -130,7 +130,7 @@ def check_image_files(
         images: images in the annotation file.
         found: list to which findings are added.
         decode: whether to decode all files.
-        known: facts by path that do not have to be read again; new facts are added.
+        known: facts by path about files that are not read again; new facts are added.
     """
     known = {} if known is None else known
     missing = [image.path for image in images if image.path not in known]
@@ -185,9 +185,9 @@ def _problems(image: ListedImage, facts: ImageFacts, honoured: bool) -> Iterable
         else:
             yield "image-size-mismatch", f"is {seen}, but the record has {listed}"
     elif facts.orientation != 1 and facts.stored_hw == facts.image_hw and not honoured:
-        # An error, not a warning: if the orientation is wrong, all objects are trained on wrong
-        # pixels, and nothing else would reveal it. If images rotated by 90 degrees show that the
-        # annotation tool respects the tag, this image is right as well.
+        # An error, not a warning: if the orientation is wrong, all objects of the image are learned
+        # from wrong pixels, and nothing else would reveal it. If images rotated by 90 degrees show
+        # that the annotation tool respects the tag, this image is right as well.
         yield (
             "exif-undecidable",
             f"of {stored} has {turned}: it is read with this orientation, but its size does not "

@@ -71,7 +71,7 @@ class Mask(NamedTuple):
         area: area in pixels, filled as in detectron2.
         hollow_area: area in pixels if polygons inside others are holes.
         flat: whether the mask has no height or no width, like a line.
-        inside: whether it lies inside the image, up to a pixel.
+        inside: whether the mask lies inside the image, give or take a pixel.
     """
 
     box: Box
@@ -101,7 +101,7 @@ def check_box_and_mask(
         masks: whether each annotation must have a mask.
 
     Returns:
-        The mask, if it is valid by itself.
+        The mask if it is valid, even if it leaves the image or contradicts the box; otherwise None.
     """
     checker = _Checker(annotation, index, found)
     box = checker.box() if annotation.get("bbox") is not None else None
@@ -160,7 +160,7 @@ class _Checker:
         return x, y, x + width, y + height
 
     def mask(self, image_hw: tuple[int, int] | None, lvis: bool) -> Mask | None:
-        """Returns the mask if it is valid; skips checks that need an unknown image size."""
+        """Returns the mask if it is valid; without an image size, skips the checks that need it."""
         mask = self._annotation["segmentation"]
         if isinstance(mask, dict) and lvis:
             self._note(
@@ -338,10 +338,10 @@ def decode_counts(text: str) -> IntArray | None:
 
 
 def runs_box(runs: IntArray, height: int) -> Box | None:
-    """Returns the bounding box of a mask's pixels; None if it has none.
+    """Returns the bounding box of a mask's pixels; None if there are none.
 
     Args:
-        runs: (n,) lengths that cover the image down the columns, background first.
+        runs: (n,) lengths of runs that cover the whole image column by column, background first.
         height: H.
     """
     ends = np.cumsum(runs)[1::2]

@@ -29,14 +29,14 @@ FEW_CROWDS = 10
 """A file with fewer crowds is not reported, as long as their images also have objects."""
 
 MANY_WITHOUT_OBJECTS = 0.10
-"""Share of images without objects that is reported; it is 0.9% in COCO 2017."""
+"""Images without objects are reported if their share is at least this; COCO 2017 has 0.9%."""
 
 SOME = 0.001
-"""Share of objects with a wrong area, below which they may be chance."""
+"""If the share of objects with a wrong area is below this, the errors may be chance."""
 MUCH_OFF = 2.5
 """Ratio between area and mask, in either direction, that is certainly unintended."""
 MEDIUM, LARGE = 32.0**2, 96.0**2
-"""Pixels from which an object is medium or large in COCO's metric."""
+"""Areas in pixels from which an object counts as medium or large in COCO's metric."""
 
 
 class Shares:

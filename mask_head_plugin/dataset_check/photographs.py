@@ -37,7 +37,8 @@ _DATED = re.compile(r"(?<!\d)(?:19|20)\d\d(?:[_ -]?\d\d){0,3}$")
 LEAST_STEP = 32
 """Smallest step between tiles in pixels; numbers with smaller steps may count something else."""
 LONGEST = 8
-"""Largest ratio of columns to rows of tiles, or rows to columns; frames per scene exceed it."""
+"""Largest ratio of columns to rows of tiles, or of rows to columns; numbers of scenes and frames
+usually have a larger ratio."""
 _GENERIC = {
     *("image", "img", "tile", "patch", "crop", "frame", "photo", "picture", "sample"),
     *("train", "val", "valid", "test"),
@@ -50,7 +51,7 @@ Places = set[tuple[str, str]]
 def photograph_names(file_names: Sequence[str]) -> list[str | None]:
     """Returns, for each file name, the name of the photograph that its tiles and versions share.
 
-    Recognised are names that end with the position of a tile (``bay_512_1024``, ``bay_r1_c2``,
+    Names are recognised if they end with the position of a tile (``bay_512_1024``, ``bay_r1_c2``,
     ``bay_tile7``), its corners (``bay_0_0_512_512``, as written by SAHI), or Roboflow's mark of a
     version (``bay.rf.<digest>``). Two plain numbers count as the position of a tile if all such
     pairs form a grid. Dates and times, or scenes and frames, do not.
@@ -59,8 +60,8 @@ def photograph_names(file_names: Sequence[str]) -> list[str | None]:
         file_names: all names in the data set, because a grid is visible only in many names.
 
     Returns:
-        Names of photographs. None for a file that is not a tile or version, unless other files
-        belong to a photograph of that name.
+        The name of each file's photograph. None if the file is not a tile or version, unless other
+        files belong to a photograph of that name.
     """
     paths = [re.sub(r"\.[A-Za-z0-9]{1,5}$", "", name.replace("\\", "/")) for name in file_names]
     stems = [ROBOFLOW.sub("", path) for path in paths]
@@ -102,9 +103,10 @@ def _is_grid(name: str, places: Places) -> bool:
     if len(numbers) < 2 or (_DATED.search(name) and all(len(text) == 2 for text in texts)):
         return False
     in_pixels = 0 in columns | rows and math.gcd(*columns, *rows) >= LEAST_STEP
-    # Tiles share columns and rows, and hardly any are missing, unlike on a diagonal.
+    # Tiles share columns and rows, and hardly any tile is missing. Pairs of numbers that increase
+    # together, on a diagonal, do not have these properties.
     is_full = len(numbers) > max(len(columns), len(rows), len(columns) * len(rows) / 2)
-    # 01_0001 is a scene and a frame, because columns and rows are padded to equal lengths.
+    # 01_0001 is a scene and a frame: columns and rows would be padded to equal lengths.
     padded = {len(text) for text in texts} if any(x[0] == "0" != x for x in texts) else set()
     long = max(len(columns), len(rows)) > LONGEST * min(len(columns), len(rows))
     return in_pixels or (is_full and len(padded) < 2 and not long)
@@ -119,8 +121,8 @@ def content_keys(
 
     Args:
         paths: paths of files; empty and unreadable files do not count as copies.
-        shared: selects, from keys by path, the keys to examine further; by default, all that occur
-            more than once.
+        shared: takes the keys by path, and returns those to examine further; by default, all that
+            occur more than once.
     """
     keys: dict[str, Hashable] = {path: _size(path) for path in paths}
     for digest in (_probe, _whole):
@@ -137,7 +139,7 @@ def _twice(keys: Mapping[str, Hashable]) -> set[Hashable]:
 
 def _size(path: str) -> int | None:
     try:
-        return os.stat(path).st_size or None  # noqa: PTH116  # makes no Path of each of many files
+        return os.stat(path).st_size or None  # noqa: PTH116  # faster than Path for many files
     except (OSError, ValueError):
         return None
 

@@ -30,13 +30,13 @@ def _move(records: list[Record], key: str, value: Any) -> None:
 
 
 def _renumber(section: str, groups: str, key: str, repeated: Repair) -> Repair:
-    """Returns a repair that replaces a record's id with a number, including in references to it.
+    """Returns a repair that replaces a record's id with a number, also where others refer to it.
 
     Args:
         section: section of the record.
-        groups: attribute of Document with the records that refer to it.
-        key: field in which they refer to it.
-        repeated: the repair to use if several records have the id.
+        groups: attribute of Document with the records that refer to this one.
+        key: the field that contains the reference.
+        repeated: the repair to use if several records have the same id.
     """
 
     def repair(document: Document, record: Record) -> str | None:
@@ -71,7 +71,7 @@ def _repeated_category(document: Document, record: Record) -> str | None:
 
 def _size_from_file(document: Document, image: Record) -> str | None:
     facts = document.facts(image)
-    if facts is None or facts.orientation != 1:  # size or order of the sides unknown
+    if facts is None or facts.orientation != 1:  # the size, or the order of its sides, is unknown
         return None
     image["height"], image["width"] = facts.image_hw
     return "height and width are now {} and {}, as in the file".format(*facts.image_hw)
@@ -91,7 +91,7 @@ def _repeated_image(document: Document, image: Record) -> str | None:
 
 
 def _merge_image(document: Document, image: Record) -> str | None:
-    """Merges records of the same file: its annotations belong to it under any of their ids."""
+    """Merges image records of the same file, so that one record has the annotations of all."""
     same = document.files.get(file_name(image, False) or "", [])
     first = next(x for x in same if not document.is_dropped(x))
     if first is image:
@@ -118,7 +118,7 @@ def _file_elsewhere(document: Document, image: Record) -> str | None:
 
 
 def _references(document: Document, annotation: Record) -> str | None:
-    """Converts ids such as "7" and 7.0 to numbers if these are listed."""
+    """Converts ids such as "7" and 7.0 to integers if the file lists these."""
     done = []
     for key, known in (("image_id", document.images), ("category_id", document.categories)):
         value = annotation.get(key)
@@ -222,7 +222,7 @@ def _flatten(document: Document, annotation: Record) -> str | None:
 
 
 def _drop_parts(document: Document, annotation: Record) -> str | None:
-    """Drops polygons that enclose nothing, as in detectron2."""
+    """Drops polygons of fewer than three points or an odd number of values, as in detectron2."""
     del document
     given = annotation["segmentation"]
     kept = [x for x in given if not isinstance(x, list) or (len(x) >= 6 and len(x) % 2 == 0)]

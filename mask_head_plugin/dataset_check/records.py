@@ -207,7 +207,7 @@ def is_outside(name: str) -> bool:
 def file_name(image: Mapping[str, Any], lvis: bool) -> str | None:
     """Returns the normalised path in a record; None if it is not a valid path.
 
-    For LVIS, it consists of the last two parts of ``coco_url``, as in detectron2.
+    For LVIS, the path consists of the last two parts of ``coco_url``, as in detectron2.
     """
     name = image.get("coco_url" if lvis else "file_name")
     if not isinstance(name, str) or not name.strip() or "\0" in name:
@@ -290,7 +290,8 @@ def check_annotation_fields(
 def listed_id(value: Any, known: Mapping[Hashable, Any]) -> Hashable:
     """Returns the listed id that an annotation refers to; None if there is none.
 
-    VIA lists images by number, but writes "7" into annotations.
+    The text "7" can refer to the listed number 7, because VIA lists images by number but writes
+    text into annotations.
     """
     try:
         if value in known:

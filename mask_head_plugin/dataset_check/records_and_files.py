@@ -45,13 +45,13 @@ def check_files(
     Args:
         content: the sections of an annotation file.
         image_root: the image folder.
-        found: list to which findings are added. A finding for a name that leads out of the folder
-            is changed to another kind if the file is inside.
+        found: list to which findings are added. If a name seems to lead out of the folder but
+            its file is inside, the finding is changed to another kind.
         sizes: sizes by image id. If a record has no size, or one that is plainly wrong, the file's
             size is used, so that masks can be checked.
         lvis: whether files are named by ``coco_url``.
         decode: whether to decode all files.
-        known: facts by path that do not have to be read again; new facts are added.
+        known: facts by path about files that are not read again; new facts are added.
     """
     images = content["images"]
     if not Path(image_root).is_dir():
@@ -88,7 +88,7 @@ def listed_images(images: list[Any], image_root: str, *, lvis: bool = False) -> 
             continue
         sides = (image.get("height"), image.get("width"))
         valid = all(type(side) is int and side > 0 for side in sides)
-        # The name is not normalised, as in detectron2.
+        # As in detectron2, the name is not normalised.
         path = os.path.join(image_root, name if lvis else image["file_name"])  # noqa: PTH118  # as detectron2
         listed.append(ListedImage(index, image.get("id"), path, sides if valid else None))
     return listed
@@ -102,7 +102,7 @@ def _look_for_files(images: list[Any], image_root: str, found: Findings) -> None
     places = ImagePlaces(image_root)
     names = {k: images[found[k].index]["file_name"] for k in lost}
     found_at = {name: _place(name, image_root, places) for name in set(names.values())}
-    # If several names that differ in more than the separator lead to one file, it is ambiguous.
+    # A file is ambiguous if several names lead to it that differ in more than the separator.
     others = {x["file_name"] for x in images if isinstance(x, dict) and file_name(x, lvis=False)}
     meaning = defaultdict(set)
     for name in others:
@@ -148,10 +148,10 @@ def _is_absolute_file(name: str) -> bool:
 def _wrong_alike(
     listed: list[ListedImage], known: Mapping[str, ImageFacts], annotations: Iterable[Any]
 ) -> set[int]:
-    """Returns the indices of images whose size is wrong if all records state the same size.
+    """Returns the indices of images with a wrong size in an export that states one size for all.
 
-    Some tools write a fixed size without reading the files. If the masks do not fit that size but
-    fit the files, the size of the files is right.
+    Some tools write a fixed size without reading the files. If the masks fit the files but not that
+    size, the sizes of the files are right.
     """
     stated = {image.image_hw for image in listed}
     if len(stated) != 1 or len(listed) < FEW_SIZES or None in stated:

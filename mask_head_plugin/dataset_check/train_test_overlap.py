@@ -1,6 +1,7 @@
 """Finds images that are in both training and test data, which makes all scores too high.
 
-They may be the same file, the same bytes under another name, or, by name, parts of one photograph.
+Two such images may be the same file, have the same content under different names, or, judging by
+their names, be parts of one photograph.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def shared_images(train: Images, test: Images) -> list[tuple[str, Pairs]]:
         test: image folder and path of each test image.
 
     Returns:
-        For each criterion (in words), the pairs of paths, test image first. An image counts only
-        for the first criterion that matches.
+        A description of each criterion that finds images, with the pairs of paths, test image
+        first. A test image appears only under the first criterion that matches.
     """
     left = list(test)
     found = []
@@ -41,7 +42,7 @@ def shared_images(train: Images, test: Images) -> list[tuple[str, Pairs]]:
 
 
 def _matches(train: Images, test: Images, keys: Mapping[str, Hashable]) -> Pairs:
-    """Returns the pairs of images with equal keys; None is ignored."""
+    """Returns the pairs of images with equal keys; ignores images whose key is None."""
     first: dict[Hashable, str] = {}
     for _, path in train:
         first.setdefault(keys.get(path), path)
@@ -70,7 +71,7 @@ def _by_name(train: Images, test: Images) -> Pairs:
 def _identity(path: str) -> Hashable:
     """Returns an identity that is equal for a file and its links."""
     try:
-        status = os.stat(path)  # noqa: PTH116  # makes no Path of each of many files
+        status = os.stat(path)  # noqa: PTH116  # faster than Path for many files
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino

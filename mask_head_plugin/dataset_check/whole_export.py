@@ -1,6 +1,6 @@
 """Finds faults that are visible only in a file as a whole: units, class numbers, repetitions.
 
-Most of them have no single right answer, so a corrected copy is refused.
+Most of these faults have no single right repair, so --fix refuses to write a corrected copy.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def polygons_of(annotations: list[dict[str, Any]]) -> Iterator[Any]:
 
 
 def within_one(lists: Iterator[Any]) -> bool:
-    """Returns whether there are many lists of numbers and all numbers are between 0 and 1."""
+    """Returns whether all numbers are between 0 and 1, in at least FEW lists."""
     count = 0
     for numbers in lists:
         try:

@@ -44,8 +44,8 @@ class EagerModel:
             thresholds: "NAME=SCORE" for classes with a different threshold.
 
         Raises:
-            ConfigError: if the weights cannot be read or do not fill the model, or the model does
-                not have a class.
+            ConfigError: if the weights cannot be read or do not fill the model, or ``thresholds``
+                are malformed or name a class that the model lacks.
         """
         self.predictor = load_predictor(cfg)
         names = self.predictor.metadata.get("thing_classes")
@@ -54,7 +54,7 @@ class EagerModel:
         self._least = torch.from_numpy(least) if thresholds else None
 
     def find(self, images: Sequence[ByteArray]) -> list[Detections]:
-        """See Model."""
+        """See ``model_run.Model``."""
         return [self._find(image) for image in images]
 
     def _find(self, image: ByteArray) -> Detections:
@@ -73,7 +73,7 @@ class EagerModel:
         )
 
     def longest_side(self, image_hw: tuple[int, int]) -> int | None:
-        """See Model."""
+        """See ``model_run.Model``."""
         longest: int = self.predictor.cfg.INPUT.MAX_SIZE_TEST
         return longest if self.predictor.scales_down(*image_hw) else None
 
@@ -95,12 +95,12 @@ def run_demo(
         opts: "KEY VALUE" pairs in one flat list.
         inputs: images, videos, folders of these, and patterns such as ``photos/*.jpg``.
         output: a folder, created if missing. Nothing in it is overwritten.
-        confidence_threshold: detections need a higher score; 0 to 1.
+        confidence_threshold: score that detections must exceed, from 0 to 1.
         thresholds: "NAME=SCORE" for classes with a different threshold.
         semantic: whether to write semantic maps as well.
 
     Returns:
-        Problems: a line for each input without a complete result.
+        One line for each input without a complete result, with the reason.
 
     Raises:
         ConfigError: if a setting, a file or the output folder cannot be used.

@@ -39,7 +39,7 @@ VIDEO_SUFFIXES = {
     *(".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogg"),
     *(".ogv", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
 }
-# First bytes of files, for unknown suffixes.
+# First bytes of files. The suffix decides only if these are unknown.
 IMAGE_START = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0{4}|P[1-6]\s+[\d#]|II[*+]\0|MM\0[*+]"
     rb"|RIFF.{4}WEBP|.{4}ftyp(avi[fs]|he[iv][cxms]|mif1|msf1)|\0{3}\x0c(jP  |JXL )"
@@ -117,7 +117,8 @@ def read_bgr(path: Path) -> ByteArray:
     """Reads an image with ``image_files`` and returns it as (H, W, 3) BGR.
 
     Raises:
-        LeftOutError: if its pixels cannot be used; includes the advice of the data set check.
+        LeftOutError: if the image cannot be used; the message includes the advice of the data set
+            check.
     """
     try:
         return np.ascontiguousarray(read_image(str(path), "BGR"))
@@ -129,8 +130,9 @@ class Frames:
     """The frames of a video.
 
     Attributes:
-        fps: frames per second, from the header.
-        is_steady: whether all intervals between the frames read so far are about the same.
+        fps: frames per second, from the header; DEFAULT_FPS if the header has no valid number.
+        is_steady: whether all intervals between frames are about the same; True until all frames
+            have been read.
     """
 
     def __init__(self, path: Path) -> None:

@@ -43,8 +43,8 @@ class Model(Protocol):
         """Returns the detections in each (H, W, 3) BGR image of a batch.
 
         Raises:
-            ConfigError: if the model cannot return instances for any image. All other errors only
-                skip the image.
+            ConfigError: if this kind of model never returns instances. After any other error, only
+                the image is skipped.
         """
 
     def longest_side(self, image_hw: tuple[int, int]) -> int | None:
@@ -81,7 +81,7 @@ class ModelRun:
         """Writes overlays, semantic maps and, even if interrupted, predictions.json.
 
         Returns:
-            Problems: a line for each source without a complete result.
+            One line for each source without a complete result, with the reason.
 
         Raises:
             ConfigError: if the folder cannot be created, or the model does not return instances.
@@ -233,7 +233,7 @@ def instance_semantic_map(found: Detections, image_hw: tuple[int, int]) -> Seman
 
 
 def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    """Yields items in lists; items before a LeftOutError are also yielded."""
+    """Yields items in lists; if a LeftOutError occurs, first yields the items before it."""
     batch: list[_Item] = []
     try:
         for item in items:

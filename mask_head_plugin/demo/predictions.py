@@ -158,7 +158,7 @@ class ColourKeeper:
 def _class_iou(
     shapes: Any, classes: Sequence[int], known: Sequence[KnownObject]
 ) -> npt.NDArray[np.float64]:
-    """Returns the (N, len(known)) IoU of masks, or of boxes without masks; 0 for other classes."""
+    """Returns the (N, len(known)) IoU of masks, or else of boxes; 0 if the classes differ."""
     others: Any = [x.shape for x in known]
     if not isinstance(shapes, list):
         others = np.array(others)

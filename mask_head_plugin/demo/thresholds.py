@@ -24,7 +24,7 @@ def class_thresholds(
         by_class: values of ``--class-thresholds``.
 
     Raises:
-        ConfigError: as in ``parsed_thresholds``, or if the model does not have a class.
+        ConfigError: as in ``parsed_thresholds``, or if the model lacks a class that is named.
     """
     given = parsed_thresholds(by_class)
     unknown = [name for name in given if name not in class_names]

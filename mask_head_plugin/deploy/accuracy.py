@@ -36,12 +36,12 @@ logger = logging.getLogger(__name__)
 
 MOST_AP_LOSS = 1.0
 """Largest tolerated difference in box AP and mask AP, in points. With few images, a larger
-difference can be chance. It is tolerated if its 95% interval includes 0.
+difference can be chance, so it is tolerated if its 95% interval includes 0.
 """
 
 LEAST_AGREEMENT = 0.9
-"""Lowest tolerated share of confident detections that both models have, and lowest mean IoU of
-their masks."""
+"""Lowest tolerated share of confident detections that both models have, and lowest tolerated mean
+IoU of the masks of such detections."""
 
 SURE = 0.5
 """Score at or above which a detection is confident, so that the other model must also have it."""
@@ -62,8 +62,8 @@ class Accuracy:
         num_sure: number of detections of either model with a score of at least SURE.
         num_agreeing: number of these that the other model also has.
         ious: IoU of the two masks of each detection that both models have.
-        dataset: data set on which AP was computed, with its number of images; None if there was
-            none.
+        dataset: data set on which AP was computed, with its number of images; None if AP was not
+            computed.
         ap: AP by task, of the trained model (baseline) and of the exported one (value).
     """
 
@@ -131,7 +131,7 @@ def compare_accuracy(
     samples: Sequence[Sample],
     size: tuple[int, int] | None,
 ) -> Accuracy:
-    """Runs both models on images and, if it is on this machine, on DATASETS.TEST.
+    """Runs both models on images and, if a data set in DATASETS.TEST is on this machine, on that.
 
     Args:
         cfg: the model's config.

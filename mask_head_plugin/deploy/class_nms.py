@@ -21,14 +21,15 @@ def class_nms(
 ) -> Tensor:
     """Keeps boxes that do not overlap a better box of their group by more than the threshold.
 
-    Differs from torchvision.ops.batched_nms: rounding can never make groups overlap.
+    Unlike in torchvision.ops.batched_nms, rounding can never make groups overlap.
 
     Args:
         boxes: (G, R, 4), inside the image.
         scores: (G, R); NO_CANDIDATE for excluded boxes.
         iou_threshold: in [0, 1].
-        limit: most boxes to keep per group; a negative value keeps all.
-        image_edge: (4,), not below any coordinate.
+        limit: most boxes per group that the ONNX operator keeps; a negative value keeps all.
+            PyTorch ignores the limit, so callers must apply it to the result.
+        image_edge: (4,), at least as large as any coordinate.
 
     Returns:
         (S,) int64 indices ``group * R + box`` in unspecified order.

@@ -139,7 +139,7 @@ def _made(
     images: Sequence[str],
     folder: Path,
 ) -> tuple[ModelDescription, Parity | Accuracy]:
-    """Writes the files of a model to a folder and returns their description; see export_model."""
+    """Writes a model to a folder; returns its description and the comparison; see export_model."""
     tell = _progress()
     cfg = _checked_config(config_file, opts)
     needed = [*cfg.DATASETS.TEST, *(cfg.DATASETS.TRAIN if options.precision == "int8" else ())]
@@ -250,7 +250,7 @@ def _samples(cfg: CfgNode, options: ExportOptions, images: Sequence[str]) -> lis
 
 
 def _check_sizes(samples: Sequence[Sample], options: ExportOptions) -> None:
-    """Raises a ConfigError for images that programs of torch.export do not accept."""
+    """Raises a ConfigError for images that are too small for programs of torch.export."""
     if options.file_format != "exported_program" or options.size is not None:
         return
     for sample in samples:

@@ -118,8 +118,8 @@ class ExportableMaskRCNN(nn.Module):
     def _propose(self, features: dict[str, Tensor], image_edge: Tensor) -> Tensor:
         """Returns the (R, 4) boxes of detectron2's find_top_rpn_proposals, best first.
 
-        Only the best anchors of each map become boxes. If a map has too few, it is padded with
-        anchors that are not candidates, so that sizes are fixed up to the suppression.
+        Only the best anchors of each map become boxes. If a map has too few anchors, it is
+        padded with some that are not candidates, so that sizes stay fixed until the suppression.
         """
         rpn = self.model.proposal_generator
         maps = [features[name] for name in rpn.in_features]
@@ -212,7 +212,7 @@ class ExportableMaskRCNN(nn.Module):
         if _is_res5(heads):
             pooled = heads.res5(pooled)
         head = heads.mask_head
-        if isinstance(head, ClassSelection) and head.num_classes == 1:  # or class-agnostic
+        if isinstance(head, ClassSelection) and head.num_classes == 1:  # also if class-agnostic
             classes = torch.zeros_like(classes)
         probs = mask_probs(head, pooled, classes).float()
         if not self.has_mask_scores:
@@ -255,7 +255,7 @@ def _clip(boxes: Tensor, image_edge: Tensor) -> Tensor:
 
 
 def _best(kept: Tensor, scores: Tensor, limit: int) -> Tensor:
-    """Returns the flat indices of kept boxes, best first, at most the limit."""
+    """Returns the flat indices of kept boxes, best first, at most ``limit`` of them."""
     order = scores.reshape(-1)[kept].sort(descending=True)[1]
     return kept[order[:limit] if limit >= 0 else order]
 
@@ -273,7 +273,7 @@ def plugin_pooler(pooler: Any) -> Any:
     """Returns the plugin's counterpart of a detectron2 pooler.
 
     Args:
-        pooler: a MultiLevelRoIPooler, which is returned, or a ROIPooler.
+        pooler: a ROIPooler, or a MultiLevelRoIPooler, which is returned unchanged.
 
     Returns:
         A MultiLevelRoIPooler; None for rotated boxes, which the plugin does not pool.

@@ -118,7 +118,7 @@ def runner(path: Path, file_format: str, names: Sequence[str], size: tuple[int, 
 
 
 def model_inputs(image: Tensor, size: tuple[int, int] | None) -> Inputs:
-    """Returns an exported model's inputs for an image that fits into its size."""
+    """Returns an exported model's inputs for an image, which must fit into ``size``."""
     return (image,) if size is None else padded(image, size)
 
 

@@ -66,7 +66,7 @@ def _changes(
     reach = (x1 - x0) / side / 2
     first, last = np.clip([np.floor(x0 - reach - 0.5), np.ceil(x1 + reach + 0.5)], 0, width)
     x = np.arange(int(first), int(last))
-    # In rows of the grid.
+    # Positions of the pixel centres, in rows of the grid.
     u = ((x + 0.5 - x0) / (x1 - x0) * side + 1.5).clip(0, side + 2.5)
     cell = u.astype(np.int64)
     share = (u - cell)[:, None]

@@ -1,4 +1,4 @@
-"""Reads the folder of an exported model: the model and ``model.json``, which describes its use.
+"""Reads the folder of an exported model: the model, and ``model.json``, which tells how to use it.
 
 Shape alphabet: K classes, M mask side.
 """
@@ -118,11 +118,11 @@ class ModelDescription:
         outputs: names of the outputs, in order.
         score_threshold: all detections have a higher score.
         nms_threshold: IoU above which the worse of two detections of a class is dropped.
-        detections_per_image: upper limit.
+        detections_per_image: upper limit for the number of detections in an image.
         mask: how to compute masks; None for a model without masks.
         mask_scoring: whether the model returns mask scores.
         versions: versions of the packages that exported the model.
-        weights: the exported weights.
+        weights: name and hash of the exported weights.
         date: date of the export, ISO 8601.
     """
 

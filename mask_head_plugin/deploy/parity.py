@@ -34,7 +34,7 @@ errors grow with the logits: a DC5 model with random weights and logits of about
 """
 
 ROUNDING = 1e-3
-"""A change in pixel values (up to 255) that is smaller than a float32 model can distinguish."""
+"""A change in pixel values (0 to 255) that is too small for a float32 model to distinguish."""
 
 
 @dataclass

@@ -29,11 +29,11 @@ class ExportedModel:
         """
         Args:
             predictor: the predictor of the model.
-            confidence_threshold: detections need a higher score; 0 to 1.
+            confidence_threshold: score that detections must exceed, from 0 to 1.
             thresholds: "NAME=SCORE" for classes with a different threshold.
 
         Raises:
-            ConfigError: if the model does not have a class.
+            ConfigError: if ``thresholds`` are malformed or name a class that the model lacks.
         """
         self.predictor = predictor
         self.least = class_thresholds(predictor.class_names, confidence_threshold, thresholds)
@@ -42,7 +42,7 @@ class ExportedModel:
         self.categories = Categories(names, ids)
 
     def find(self, images: Sequence[ByteArray]) -> list[Detections]:
-        """See Model."""
+        """See ``model_run.Model``."""
         return [self._detections(found) for found in self.predictor(images)]
 
     def _detections(self, found: Prediction) -> Detections:
@@ -56,7 +56,7 @@ class ExportedModel:
         )
 
     def longest_side(self, image_hw: tuple[int, int]) -> int | None:
-        """See Model."""
+        """See ``model_run.Model``."""
         given = self.predictor.description.input
         is_scaled = is_scaled_down(image_hw, given.min_size, given.max_size)
         return given.max_size if is_scaled else None
@@ -79,14 +79,14 @@ def run_predict(
         folder: folder of the model.
         inputs: images, videos, folders of these, and patterns such as ``photos/*.jpg``.
         output: a folder, created if missing. Nothing in it is overwritten.
-        confidence_threshold: detections need a higher score; 0 to 1.
+        confidence_threshold: score that detections must exceed, from 0 to 1.
         thresholds: "NAME=SCORE" for classes with a different threshold.
         semantic: whether to write semantic maps as well.
         batch_size: number of images passed to the model at a time.
         threads: number of threads for onnxruntime; None uses all of the machine's.
 
     Returns:
-        Problems: a line for each input without a complete result.
+        One line for each input without a complete result, with the reason.
 
     Raises:
         ConfigError: if an argument, the model or the output folder cannot be used.

@@ -1,4 +1,4 @@
-"""Refuses models that cannot be exported before any work is done; errors name the config key."""
+"""Refuses, before any work is done, models that cannot be exported; errors name the config key."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def check_exportable(model: Any) -> None:
 
 
 def check_traces(exportable: ExportableMaskRCNN) -> None:
-    """Traces the user's own parts, and compares the traces on inputs of another size.
+    """Traces parts with the user's own code, and compares part and trace on inputs of another size.
 
     Raises:
         ConfigError: if a part cannot be traced correctly; the message names the key.

@@ -229,7 +229,7 @@ def _session(
     options.intra_op_num_threads = threads or 0
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    except Exception as error:  # its many error classes have no common base class
+    except Exception as error:  # onnxruntime's error classes have no common base class
         raise ModelFolderError(
             f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: "
             f"{one_line(error, 600)}"

@@ -89,7 +89,7 @@ def balanced_sample(values: FloatArray, class_of: IntArray) -> FloatArray:
 def clusters(values: FloatArray, number: int) -> FloatArray:
     """Returns the centres of one-dimensional k-means, ascending.
 
-    If they would be closer than LEAST_STEP, returns evenly spaced centres instead.
+    If any two would be closer than LEAST_STEP, returns evenly spaced centres instead.
 
     Args:
         values: logarithms of sizes or ratios.
@@ -131,7 +131,7 @@ def covered_share(object_hw: FloatArray, sizes: object, ratios: object) -> float
 
 
 def _levels(small: float, large: float) -> list[str]:
-    """Returns the maps for objects with sides in a range: each is 3 to 16 cells wide on a map."""
+    """Returns the maps on which objects with sides in this range span 3 to 16 cells."""
     names, strides = list(STRIDES), np.array(list(STRIDES.values()))
     top = min(int(np.searchsorted(12 * strides, large)), len(names) - 1)
     bottom = min(int(np.searchsorted(16 * strides, small, side="right")), top)

@@ -32,7 +32,7 @@ class Backbone:
         rate_per_image: learning rate per image of a batch.
         why_learning_rate: source of the learning rate, for a comment.
         pixels_per_second: training speed of one CPU core; see docs/new_config.md.
-        settings: keys of the backbone.
+        settings: settings of the backbone.
         advice: how to get a better config, shown to the user.
     """
 
@@ -49,13 +49,13 @@ class Backbone:
         return float(f"{self.rate_per_image * batch_size:.2g}")
 
     def head_levels(self, levels: Sequence[str]) -> list[str]:
-        """Returns the maps that the heads read, if they differ from the base config's."""
+        """Returns the maps that the heads read; empty if they are those of the base config."""
         few = self.base == SMALL and levels[-1] in ("p5", "p6")
         return [*ROI_LEVELS] if few else []
 
 
 def choose_backbone(device: Device) -> Backbone:
-    """Returns the best backbone for a device that needs no further installation or download."""
+    """Returns the best backbone for a device among those that need no installation or download."""
     if device.kind == "cuda":
         return Backbone(
             "R50-FPN", R50_FPN, R50_RATE, "As in detectron2 for R50-FPN: 0.02 for 16 images.", 0

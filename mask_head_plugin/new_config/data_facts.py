@@ -73,7 +73,7 @@ class DataFacts:
     def image_shares(self) -> FloatArray:
         """(K,) the share of images that contain each class, among images with objects.
 
-        Samplers use the same count.
+        detectron2's repeat-factor sampler computes shares in the same way.
         """
         pairs = np.unique(np.stack([self.image_of, self.class_of]), axis=1)
         shares: FloatArray = np.bincount(pairs[1], minlength=len(self.class_names)) / len(

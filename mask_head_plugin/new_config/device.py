@@ -13,7 +13,7 @@ much on a CPU. R50-FPN needs half as much on a GPU (3.4 GB for two images, accor
 model zoo).
 """
 USABLE = 0.6
-"""Share of the memory that a training step may use; crowded images need the rest."""
+"""Share of the memory that an average training step may use; crowded images need more."""
 UNKNOWN_GPU = 8e9
 """Memory in bytes assumed for a GPU that is not in this machine; most GPUs have more."""
 MOST_CORES = 16
@@ -43,7 +43,7 @@ class Device:
 
     @property
     def usual_short_edge(self) -> int:
-        """The shorter side of images if no object needs more; on a GPU, detectron2's default."""
+        """The shorter side of images, unless objects need more; on a GPU, detectron2's default."""
         return 800 if self.kind == "cuda" else 448
 
     @property

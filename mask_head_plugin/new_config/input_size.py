@@ -14,7 +14,7 @@ from .data_facts import DataFacts, FloatArray
 from .device import Device
 
 SMALLEST = 16
-"""Side in pixels that all but the smallest tenth of the objects should have. It covers four cells
+"""Side in pixels that all but the smallest tenth of the objects should reach. It covers four cells
 of a map of stride 4, and the M / 2 = 14 bins from which a mask of 28 x 28 is predicted."""
 MOST_MAGNIFIED = 4
 CONTEXT = 3
@@ -57,7 +57,7 @@ class InputSize:
 
     @property
     def train_sizes(self) -> list[int]:
-        """INPUT.MIN_SIZE_TRAIN. With crops, it contains sizes of the crop, which keeps scales."""
+        """INPUT.MIN_SIZE_TRAIN. With crops, these are sizes of the crop, which keeps the scale."""
         if not self.short_edge:
             return [0]
         jitter = WHOLE_JITTER if self.crop is None else CROP_JITTER
@@ -141,7 +141,7 @@ def _crop_share(edge: int, elongation: float, large_object: float, device: Devic
 
 
 def _scaled(facts: DataFacts, edge: int, crop: float | None, wanted: int) -> InputSize:
-    # If there are a few panoramas, they are scaled down so that they do not exhaust memory.
+    # Panoramas, if there are only a few, are scaled down so that they do not exhaust memory.
     elongation = np.percentile(facts.elongations, 95).clip(USUAL_ELONGATION, MOST_ELONGATED)
     longest = math.ceil(edge * elongation / STEP) * STEP
     scale = np.minimum(edge / facts.short_sides, longest / facts.image_hw.max(axis=1))

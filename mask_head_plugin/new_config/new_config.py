@@ -195,7 +195,7 @@ def _check_files(request: Request) -> None:
 
 
 def _split(request: Request) -> dict[str, dict[str, Any]]:
-    """Splits the training data; returns no parts if one of them would have no objects."""
+    """Splits the training data; returns no parts if that leaves a part without objects."""
     content = json.loads(request.train.json_file.read_text(encoding="utf-8"))
     root = str(request.train.images)
     names = [image["file_name"] for image in content["images"]]
@@ -265,7 +265,7 @@ def _write_parts(request: Request, parts: Mapping[str, Any], folder: Path) -> li
 
 
 def _base(output: Path, backbone: Backbone) -> str:
-    """Returns ``_BASE_``: a relative path within this project's folder, otherwise absolute."""
+    """Returns ``_BASE_``: a relative path if the output is in ``configs/``, otherwise absolute."""
     base = CONFIGS / backbone.base
     if output.resolve().is_relative_to(CONFIGS):
         return os.path.relpath(base, output.resolve().parent)

@@ -172,13 +172,13 @@ def scan_pickle(
     Args:
         file: read from its current position to the end of the pickle.
         size: size of the file in bytes.
-        describe: called for each instruction, except those for marks and remembered objects, with
-            its name, its argument and the objects that it takes. Returns a description of the
-            resulting object, or raises an UnpicklingError.
+        describe: called for each instruction, except those for marks and remembered objects. Its
+            arguments are the instruction's name, its argument and the objects that it takes.
+            Returns a description of the resulting object, or raises an UnpicklingError.
 
     Raises:
         pickle.UnpicklingError: if the pickle is refused.
-        Exception: of any type, if it is truncated or corrupt.
+        Exception: of any type, if the pickle is truncated or corrupt.
     """
     stack: list[Seen] = []
     marks: list[int] = []
@@ -233,7 +233,7 @@ def _number(argument: Any, num_remembered: int) -> int:
 
 
 def _result(name: str, argument: Any, taken: Sequence[Seen], described: Any) -> Seen:
-    """Returns the result of an instruction: a new object, or the container that it fills."""
+    """Returns the result of an instruction: a new object, or the container that was filled."""
     into = taken[0] if name in FILLS else Seen(0, 1, described)
     inside = taken[1:] if name in FILLS else taken
     if into.is_held:

@@ -67,7 +67,7 @@ _ELEMENT_BYTES = {
     "ComplexDouble": 16,
 }
 """Bytes per element by name of the storage type, without "Storage"."""
-_STORAGE_ID = (5, 6)  # values: "storage", type, key, device, number of elements; once also a view
+_STORAGE_ID = (5, 6)  # items: "storage", type, key, device, number of elements, formerly a view
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Returns:
         A dict with ``model``, which contains tensors or arrays by name. If ``matching_heuristics``
-        is set, names must be matched by their endings. Also contains ``class_names`` if the file
-        has them, and anything else in a torch file.
+        is set, names must be matched by their endings. The dict also contains ``class_names`` if
+        the file has them, and all other content of a torch file.
 
     Raises:
         ConfigError: if the file is missing or corrupt, names code, or contains no weights.
@@ -226,10 +226,10 @@ class _Described:
     Attributes:
         name: name of a global, without its module.
         is_dict: whether it is a dictionary of some kind.
-        value: the value of a number, a short string or a global's name, or of a tuple of these if
-            it is as long as the tuple that identifies a storage.
+        value: a number or a short string itself; the name of a global; or, for a tuple that may
+            identify a storage, judging by its length, the values of its items. Otherwise None.
         is_odd: whether its hash can be forged.
-        num_odd: number of objects in it whose hash can be forged; for a dictionary, among its keys.
+        num_odd: number of objects in it whose hash can be forged; for a dictionary, only its keys.
     """
 
     name: str = ""
@@ -242,7 +242,7 @@ class _Described:
 class _TorchPickle:
     """Refuses pickles that torch accepts although they exhaust memory or access memory illegally.
 
-    These are calls that create objects of a given size. Older versions of torch (seen in 2.6) also
+    Torch accepts calls that create objects of a given size. Older versions (seen in 2.6) also
     accept storages that are longer than their bytes in the file, and set items of objects that are
     not dictionaries.
     """
@@ -345,7 +345,7 @@ def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) 
 
 
 def _zoo_checkpoint(content: Any) -> Any:
-    """Converts a model zoo's pickle to the form of a checkpoint; Detectron's have other names."""
+    """Converts a model zoo's pickle to a checkpoint; Detectron's weights have other names."""
     if not isinstance(content, dict) or ("model" in content and "__author__" in content):
         return content
     blobs = content.get("blobs", content)  # files of backbones have no "blobs"
