@@ -22,9 +22,9 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class ImageFileMapper(DatasetMapper):
-    """detectron2's DatasetMapper, which reads images with ``read_image`` and supports INPUT.LSJ.
+    """A DatasetMapper that reads images with ``read_image`` and supports INPUT.LSJ.
 
-    Differs from detectron2 also in these points: cropped masks, and masks given as run lengths,
+    Other differences from detectron2: cropped masks, and masks given as run lengths,
     become bit masks regardless of the mask format; bit masks do not extend into padding; crops do
     not need the package shapely; a cropped image may have no objects.
     """
@@ -118,7 +118,7 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
 
 
 class _ResizeScale(T.ResizeScale):
-    """Keeps the shorter side of an elongated image above 0 pixels, where detectron2 would fail."""
+    """Keeps the shorter side of an elongated image above 0 pixels; at 0, detectron2 would fail."""
 
     def _get_resize(self, image: npt.NDArray[Any], scale: float) -> T.Transform:
         shorter, longer = sorted(image.shape[:2])

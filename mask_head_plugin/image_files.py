@@ -24,8 +24,8 @@ MOST_ELONGATED = 200
 reduce the shorter side to less than one pixel."""
 
 LOWEST_WHITE = 64
-"""Upper byte of a 16-bit sample. If all samples are lower, the image uses only 14 bits or fewer,
-and the value of white is unknown."""
+"""Lowest upper byte that a white 16-bit sample can have. If the upper bytes of all samples are
+lower, the image uses 14 bits or fewer, and the value of white is unknown."""
 
 EXIF_ORIENTATION = 274
 TURNS = {

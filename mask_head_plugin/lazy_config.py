@@ -30,7 +30,7 @@ from .modeling import FCNMaskHead, MaskRCNN, MultiLevelRoIPooler
 from .modeling.fast_rcnn import ClassSelectiveOutputLayers
 
 with warnings.catch_warnings():
-    # It finds its files with pkg_resources, which warns that it is deprecated.
+    # model_zoo finds its files with pkg_resources, which warns that it is deprecated.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
     from detectron2 import model_zoo as model_zoo
 

@@ -1,4 +1,4 @@
-"""The error for problems that users can fix, the wording of messages, and silence."""
+"""The error for problems that users can fix, and helpers that word or silence messages."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def nearest_name(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str 
     """Returns the choice that ``name`` was most likely meant to be, or None if none is similar.
 
     ``cutoff`` is the required similarity, from 0 to 1; use a lower value for names of two letters.
-    Case is ignored. If the last part of a dotted name occurs in other choices, these are tried
-    first.
+    Case is ignored. Choices whose last part (after the last dot) is the same as that of ``name``
+    are tried first.
     """
     folded = {choice.casefold(): choice for choice in choices if choice}
     leaf = name.casefold().rpartition(".")[2]

@@ -2,7 +2,7 @@
 
 Reproduces detectron2's values in NumPy, for models that run without detectron2. If Pillow is
 installed, it resizes 8-bit images, which is faster than NumPy and the same as in detectron2. NumPy
-and Pillow differ by at most one grey level, in cases where Pillow resizes columns before rows.
+and Pillow differ by at most one grey level, and only where Pillow resizes columns before rows.
 
 Shape alphabet: H, W image height and width in pixels; C channels; T taps of a resampling filter.
 """

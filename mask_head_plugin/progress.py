@@ -15,11 +15,13 @@ Advance = Callable[[int], object]
 """Takes the number of newly finished items."""
 
 SECONDS_IN_FILES = 10.0
-"""Seconds before the first line and between lines, at least, if stderr is a file or a pipe."""
+"""Minimum seconds before the first line and between lines if stderr is a file or a pipe."""
 SHARE_IN_FILES = 0.05
 """Share of the elapsed time to wait before the next line, so that logs stay short."""
 SMOOTHING = 0.05
-"""Weight of the latest speed in the remaining time: 0 for the mean speed, 1 for the latest."""
+"""Weight of the latest speed when estimating the remaining time: 0 uses only the mean speed, 1 only
+the latest.
+"""
 
 
 def progress(

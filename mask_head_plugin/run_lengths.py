@@ -21,7 +21,7 @@ def rle_of_changes(changes: npt.NDArray[np.int64], image_hw: tuple[int, int]) ->
 
     Args:
         changes: (X,) ``x * H + y`` of each pixel that differs from the previous one, down the
-            columns from left to right; ascending. The first pixel counts as preceded by background.
+            columns from left to right; ascending. The first pixel is compared with background.
         image_hw: H, W.
     """
     counts = np.diff(changes, prepend=0, append=image_hw[0] * image_hw[1])
@@ -94,7 +94,7 @@ def first_broken(rles: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 MOST_CHARACTERS = 8
-"""Most characters in a number: 40 bits, more than any image needs."""
+"""Largest number of characters in one number: 40 bits, more than any image needs."""
 
 
 def _make_up(texts: Sequence[bytes], areas: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

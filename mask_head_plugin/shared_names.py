@@ -79,7 +79,7 @@ def register_dataset(name: str, load: Callable[[], list[dict[str, Any]]], **meta
 
 class _YieldingCatalog(type(DatasetCatalog)):  # type: ignore[misc]
     def register(self, name: str, func: Callable[[], Any]) -> None:
-        metadata = MetadataCatalog.data.get(name)  # its own get would create one
+        metadata = MetadataCatalog.data.get(name)  # the catalog's get would create one
         if isinstance(metadata, _YieldingMetadata):
             metadata.give_way()
         super().register(name, func)

@@ -143,7 +143,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
             file = local_copy(address, path_manager=self.path_manager)
             return super().load(file + mark + query, checkpointables)
         finally:
-            self._parsed_url_during_load = None  # otherwise the next load fails after a failed one
+            self._parsed_url_during_load = None  # otherwise a failed load makes the next one fail
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._source = filename

@@ -33,7 +33,7 @@ def match_classes(
     *,
     resuming: bool = False,
 ) -> Sequence[str] | None:
-    """Moves rows of classes to the model's rows of the same class name, if both sides have names.
+    """Moves each class's rows to the model's rows for the same name, if both sides have names.
 
     Classes that the weights lack keep their initial values; the log lists them.
 
@@ -46,8 +46,8 @@ def match_classes(
         resuming: whether a run is resumed, which must not change its classes.
 
     Returns:
-        Classes of the model with these weights, in the order of its rows; None if neither side
-        has names.
+        Classes of the model with these weights, in the order of its rows; None if they are
+        unknown.
 
     Raises:
         ConfigError: if classes would change in a resumed run, if an evaluation would use untrained

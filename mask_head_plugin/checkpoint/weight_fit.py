@@ -73,8 +73,9 @@ class WeightsPolicy:
         """Returns the policy of a model that only predicts and takes its classes from the weights.
 
         Args:
-            datasets: section DATASETS of the config. If the weights have the classes of the first
-                data set in TEST or, if that is empty, TRAIN, the model takes that data set's order.
+            datasets: section DATASETS of the config. The model takes the class order of the first
+                data set in TEST or, failing that, in TRAIN, if the weights have the classes of that
+                data set.
             num_classes: K; None for a model without classes.
         """
         named = (*datasets.TEST[:1], *datasets.TRAIN[:1]) if isinstance(datasets, CfgNode) else ()
@@ -314,7 +315,7 @@ def without_prefix(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grouped(names: Iterable[str]) -> str:
-    """Returns names in one line: all if they are few, otherwise modules with their counts."""
+    """Returns names in one line: all names if few, otherwise modules and their counts."""
     names = list(names)
     if len(names) <= NAMES_IN_ERROR:
         return ", ".join(names) or "nothing"

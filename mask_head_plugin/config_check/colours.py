@@ -19,7 +19,9 @@ IMAGENET_BGR = {
 """Statistics of ImageNet's channels with tolerances that cover Caffe's and torchvision's values."""
 
 NEAR = 2.0
-"""How far means and deviations may be from a model's, because authors round, e.g. 0.498 to 0.5."""
+"""Largest accepted difference from a model's means and deviations, which authors round, such as
+0.498 to 0.5.
+"""
 
 ZOO = ("detectron2://", "catalog://", "https://dl.fbaipublicfiles.com/detectron")
 RGB_IN_ZOO = ("/torchvision/", "/ViTDet/")

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_features(cfg: CfgNode, *, train: bool) -> None:
-    """Checks the parts of a detectron2 two-stage detector; other kinds of parts pass.
+    """Checks the parts of a detectron2 two-stage detector; parts of other kinds are not checked.
 
     Args:
         cfg: a config that has passed check_host_values.
@@ -64,7 +64,7 @@ def check_features(cfg: CfgNode, *, train: bool) -> None:
 
 
 def _backbone_maps(cfg: CfgNode) -> dict[str, ShapeSpec] | None:
-    """Returns the maps by name, or None if the backbone can be built only with values."""
+    """Returns the maps by name, or None if the backbone cannot be built without memory."""
     maps, part = dry_backbone(cfg)
     told = f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} cannot be built"
     if part.is_refusal:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZERS = ("SGD", "AdamW")
 
 HIGH_FOR_ADAMW = 0.01
-"""AdamW usually needs 1e-4 to 1e-3; rates from here on are usual for SGD."""
+"""Learning rates from this value up are usual for SGD; AdamW usually needs 1e-4 to 1e-3."""
 
 
 def check_recipe(cfg: CfgNode, num_processes: int) -> None:

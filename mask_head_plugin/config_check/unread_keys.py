@@ -1,4 +1,4 @@
-"""Finds keys that are set but never read, because the run would then differ from its config.
+"""Finds keys that are set but never read; because of them, the run would differ from its config.
 
 Whether a key is read depends on other keys. For example, detectron2's ResNets read
 MODEL.RESNETS.DEPTH, but this package's small ResNet does not. So the parts of the run are built
@@ -38,8 +38,8 @@ EVALUATION = ("MODEL.", "TEST.", "INPUT.MAX_SIZE_TEST")
 """Prefixes of the keys that matter if the model is not trained."""
 
 BACKBONE = ("MODEL.BACKBONE.", "MODEL.RESNETS.", "MODEL.TIMM.")
-"""Prefixes of the keys that define the backbone. If one has no effect, the run has another backbone
-than its config says.
+"""Prefixes of the keys that define the backbone. If one has no effect, the run's backbone is not
+the one that its config describes.
 """
 
 FOR_TIMM = {

@@ -50,7 +50,7 @@ SHARES = (
     *("SOLVER.MOMENTUM", "SOLVER.WARMUP_FACTOR", "TEST.SEMANTIC_THRESHOLD"),
     "INPUT.COPY_PASTE.PROBABILITY",
 )
-"""Keys between 0 and 1."""
+"""Keys whose values must be between 0 and 1."""
 
 POSITIVE = (
     *("SOLVER.BASE_LR", "SOLVER.GAMMA", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE"),

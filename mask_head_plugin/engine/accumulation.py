@@ -1,8 +1,9 @@
 """Computes a batch in parts and adds up their gradients, which needs less memory.
 
 The update equals that of the whole batch if losses are means over images, as the RPN's are, or if
-all parts have the same number of RoIs. Otherwise each part has the same weight, like each process
-in DistributedDataParallel. Batch normalization sees one part at a time.
+all parts have the same number of RoIs. Otherwise it differs, because all parts have the same weight
+regardless of their RoIs, like the processes in DistributedDataParallel. Batch normalization sees
+one part at a time.
 """
 
 from __future__ import annotations

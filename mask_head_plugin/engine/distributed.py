@@ -11,13 +11,13 @@ from torch import nn
 def distribute(model: nn.Module, *, in_parts: bool = False) -> nn.Module:
     """Wraps the model in DistributedDataParallel if there are several processes.
 
-    Parameters without a gradient, such as those of a pyramid level that no head reads, are
-    determined only in the first iteration. They must be the same in every iteration.
+    Which parameters have no gradient, such as those of a pyramid level that no head reads, is
+    determined only in the first iteration, so it must not change later.
 
     Args:
         model: already on its device.
         in_parts: whether gradients of several backward passes are exchanged together, with
-            ``no_sync``. Parameters without a gradient are then determined in every iteration,
+            ``no_sync``. Which parameters have no gradient is then determined in every iteration,
             because PyTorch's static graph would have to exchange the gradients of the very first
             backward pass, which is a different one in a resumed run.
     """
@@ -48,5 +48,5 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def undistributed(model: nn.Module) -> nn.Module:
-    """Returns the model itself if it is wrapped in DistributedDataParallel."""
+    """Unwraps a model from DistributedDataParallel; returns any other model unchanged."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -69,7 +69,7 @@ def build_evaluator(
 
 
 def check_chosen_objects(cfg: CfgNode) -> None:
-    """Refuses a metric of objects that a data set does not have: it would never be a number.
+    """Refuses a metric for objects that a data set lacks, because its value would always be NaN.
 
     Raises:
         ConfigError: naming the key, the metric and the data set.

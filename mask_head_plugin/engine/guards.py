@@ -33,9 +33,9 @@ class TrainingError(RuntimeError):
 class StepGuard(HookBase):
     """Checks losses and gradients in every iteration, before the weights change.
 
-    Register it with the inner trainer (SimpleTrainer, AMPTrainer). It gets batch and losses from
-    hooks on the model. It costs one pass over the gradients, and it synchronises with the device
-    shortly before detectron2 would do so to read the losses.
+    Register it with the inner trainer (SimpleTrainer, AMPTrainer). It gets the batch and the losses
+    from hooks on the model. It costs one pass over the gradients, and it synchronises with the
+    device shortly before detectron2 would do so to read the losses.
     """
 
     def __init__(self, model: nn.Module, cfg: CfgNode) -> None:
@@ -136,7 +136,7 @@ class StepGuard(HookBase):
         return path
 
     def explain(self, error: BaseException) -> TrainingError | None:
-        """Turns running out of memory, or diverged boxes, into an error with images and advice.
+        """Turns an error about memory or diverged boxes into one with images and advice.
 
         Returns:
             The error to raise, or None for other errors.

@@ -26,7 +26,7 @@ SMOOTHING_WINDOW = 20
 
 
 class StepSeed(hooks.HookBase):
-    """Seeds the generators in each iteration (proposals, RoIs, dropout) by iteration and rank."""
+    """Seeds the generators for proposals, RoIs and dropout by iteration and rank."""
 
     def before_step(self) -> None:
         seed_generators(self.trainer.seed, self.trainer.iter, comm.get_rank())
@@ -126,7 +126,10 @@ class BestCheckpointer(hooks.HookBase):
 
 
 def warn_of_missing_metric(key: str, metric: str, trainer: Any) -> bool:
-    """Warns, after an evaluation, that it did not compute the metric chosen by a config key."""
+    """Warns that an evaluation did not compute the metric chosen by a config key.
+
+    Returns whether it warned; it does not if there has been no evaluation yet.
+    """
     names = list(flatten_results_dict(getattr(trainer, "_last_eval_results", None) or {}))
     if names:
         told = "%s %r is not a metric of this evaluation; choose from %s"
@@ -202,9 +205,9 @@ class Resume(hooks.HookBase):
     A checkpoint is written before the evaluation of the same iteration, so that no training is lost
     if the evaluation fails. The file ``finished_iteration`` contains the iteration of the newest
     checkpoint whose evaluation and logging also finished. If the run resumes from a later
-    checkpoint, that evaluation and logging are done first. Everything logged after the checkpoint
-    is removed, because it will be logged again. An iteration that ended a run early is never
-    recorded in the file, so a resumed run evaluates it again and ends.
+    checkpoint, the evaluation and logging of that checkpoint are done first. Everything logged
+    after the checkpoint is removed, because it will be logged again. An iteration that ended a run
+    early is never recorded in the file, so a resumed run evaluates it again and ends.
     """
 
     def __init__(self, others: Sequence[hooks.HookBase]) -> None:

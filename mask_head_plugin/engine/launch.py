@@ -44,7 +44,8 @@ NO_ID = "none"
 RUN_ID_FILE = "torchrun_id"
 
 FOLLOWERS_DELAY = 2.0
-"""Seconds to wait; noticing that another process has ended takes far less (0.1)."""
+"""Seconds to wait until another process's failure has been noticed, which takes only about 0.1 s.
+"""
 
 
 class RankError(RuntimeError):
@@ -170,7 +171,7 @@ def restarted(output_dir: str) -> bool:
     path = Path(output_dir) / RUN_ID_FILE
     # torchrun does not count restarts caused by a change of machines; the ID reveals them.
     known = run_id != NO_ID and path.is_file() and path.read_text() == run_id
-    # A machine that has just joined counts from 0.
+    # A machine that has just joined counts its restarts from 0.
     again = any(comm.all_gather(known or _restart_count() > 0))
     if comm.is_main_process() and run_id != NO_ID:
         path.write_text(run_id)

@@ -84,7 +84,7 @@ def parameter_groups(
 
     Returns:
         Groups for an optimizer, one for each combination of values. If several factors apply to a
-        parameter, they are multiplied. Parameters listed in timm's no_weight_decay have none.
+        parameter, they are multiplied. Parameters in timm's no_weight_decay get no weight decay.
 
     Raises:
         ConfigError: if a name in ``lr_factors`` is not in the model or all of its parameters are

@@ -31,7 +31,7 @@ class BGRPredictor(DefaultPredictor):
     def __init__(self, cfg: CfgNode) -> None:
         converted = cfg.clone()
         converted.defrost()
-        converted.INPUT.FORMAT = "BGR"  # makes detectron2, which knows only BGR and RGB, skip it
+        converted.INPUT.FORMAT = "BGR"  # detectron2, which knows only BGR and RGB, converts nothing
         super().__init__(converted)
         self.cfg = cfg.clone()
 

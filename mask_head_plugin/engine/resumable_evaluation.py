@@ -111,8 +111,8 @@ def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: s
     """Returns a hash of everything that predictions depend on, the same in all processes.
 
     It covers the weights and the iteration; MODEL, INPUT, TEST and the proposal files in the
-    config; class names; and the size and time of the annotation file, or the records of a data set
-    without one.
+    config; class names; and the size and modification time of the annotation file, or the records
+    of a data set without one.
     """
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in model.state_dict().items():

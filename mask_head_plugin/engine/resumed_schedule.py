@@ -29,7 +29,8 @@ NAMES = {
 """Values of a parameter group that come from SOLVER, and their names in messages."""
 
 GROUPS = "parameter_groups"
-"""Key of a checkpoint with the parameter names of each group, if the config defines groups."""
+"""Key under which a checkpoint stores each group's parameter names, if the config defines groups.
+"""
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
@@ -43,7 +44,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any
         state: the trainer's state in the checkpoint.
 
     Raises:
-        ConfigError: if they differ; the message names the keys that must not change.
+        ConfigError: if optimizer or groups differ; the message names the keys that must not change.
     """
     saved = state["_trainer"]["optimizer"]["param_groups"][0]
     is_adam = "betas" in optimizer.param_groups[0]

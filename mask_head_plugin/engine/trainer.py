@@ -77,7 +77,7 @@ Results = OrderedDict[str, Any]
 
 
 class Trainer(DefaultTrainer):
-    """DefaultTrainer for every data set that is registered in detectron2 or in DATASETS.COCO_FILES.
+    """DefaultTrainer for all data sets registered in detectron2 or listed in DATASETS.COCO_FILES.
 
     A run that is interrupted at any moment and resumed with the same config and number of processes
     ends with the same weights as an uninterrupted one, bit for bit on the CPU.
@@ -134,7 +134,7 @@ class Trainer(DefaultTrainer):
 
     @property
     def evaluated_model(self) -> torch.nn.Module:
-        """The model to evaluate, draw and save: with SOLVER.EMA_DECAY, the averaged one."""
+        """The model for evaluation, drawing and saving: with SOLVER.EMA_DECAY, the averaged one."""
         return self.average.module if self.average else self.model
 
     def build_hooks(self) -> list[HookBase]:
@@ -399,7 +399,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
-        """Evaluates with test-time augmentation (TEST.AUG); keys end in ``_TTA``."""
+        """Evaluates with test-time augmentation (TEST.AUG); keys of the results end in ``_TTA``."""
         logger.info("evaluating with test-time augmentation")
         if cfg.MODEL.ROI_MASK_HEAD.SCORING.ENABLED:
             logger.warning(

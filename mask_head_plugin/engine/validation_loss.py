@@ -67,8 +67,8 @@ def validation_losses(cfg: CfgNode, model: nn.Module) -> dict[str, Losses]:
         Losses by data set and by the model's loss names; empty in all processes except the first.
 
     Raises:
-        ConfigError: if a data set has no annotations, or some without what a loss needs, or numbers
-            its classes differently from the model.
+        ConfigError: if a data set has no annotations, has annotations that lack what a loss needs,
+            or numbers its classes differently from the model.
     """
     model, found = undistributed(model), {}
     of_datasets = {name: _records(cfg, model, name) for name in cfg.DATASETS.TEST}
@@ -109,7 +109,7 @@ def check_losses(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def _means(images: Sequence[Losses]) -> Losses:
-    """Returns the means over images and their sum, regardless of the order of the images."""
+    """Returns the mean of each loss, and their sum; the order of the images does not matter."""
     means = {key: math.fsum(image[key] for image in images) / len(images) for key in images[0]}
     return {TOTAL_LOSS: math.fsum(means.values()), **means}
 

@@ -68,8 +68,8 @@ def resume_average(average: WeightAverage | None, model: nn.Module, state: dict[
         average: the run's average, into which the checkpoint's weights were loaded; None if the run
             has no average, in which case they were loaded into the model.
         model: the trained model.
-        state: the trainer's state in the checkpoint; without ``trained()`` if that run had no
-            average.
+        state: the trainer's state in the checkpoint. It lacks the entries of ``trained()`` if that
+            run had no average.
     """
     has_average = TRAINED in state
     if average:

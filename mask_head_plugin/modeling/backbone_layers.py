@@ -20,7 +20,7 @@ _STAGE = re.compile(r"(?:backbone(?:\.bottom_up)?|roi_heads)\.(?:stem|(?:res|s)(
 
 
 def backbone_layers(model: nn.Module) -> dict[str, int]:
-    """Returns the layer of each backbone parameter; layers count up from 0 at the input.
+    """Returns the layer of each backbone parameter; layers are numbered from 0 at the input.
 
     Args:
         model: a detector whose backbone is a ResNet or RegNet of detectron2, or a timm model.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .graph_capture import is_captured, stand_in
 
 MIN_ELEMENTS = 1 << 18
-"""Elements in one image's map (1 MB of float32) above which copying for the weight gradient pays
-off."""
+"""If one image's map has at least this many elements (1 MB of float32), copying it for the weight
+gradient pays off."""
 
 
 TENSOR_CORES = (8, 0)
@@ -32,8 +32,8 @@ def to_channels_last(model: nn.Module) -> None:
     On a CPU, the forward pass and the gradient of the map are faster. With AVX2, the gradient of
     3 x 3 weights is slower: for 256 channels and two maps of 128 x 128, oneDNN takes 1.74 s, but
     only 0.47 s with contiguous maps, plus 0.08 s to copy both (two cores of an AMD EPYC).
-    Convolutions of 3 x 3 therefore copy their maps for this gradient. Copying does not help
-    1 x 1 and 7 x 7 kernels, or maps smaller than 1 MB. Processors with AVX512 run a different
+    Convolutions with 3 x 3 kernels therefore copy their maps for this gradient. Copying does not
+    help 1 x 1 and 7 x 7 kernels, or maps smaller than 1 MB. Processors with AVX512 run a different
     kernel, which was not measured, so they use oneDNN unchanged.
     """
     device = next(model.parameters()).device

@@ -2,7 +2,7 @@
 
 Class-wise box regression has 4 K outputs, but its loss uses only the 4 of the ground-truth class.
 The mask branch has the same problem and the same solution, see mask_head. With LVIS's 1203 classes,
-the unused outputs are the largest matrix product of the box head.
+computing the unused outputs would be the largest matrix product of the box head.
 
 Shape alphabet: R RoIs, K classes, D features.
 """
@@ -65,8 +65,8 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
         """Returns the scores and the (R, 4) deltas of each RoI's ground-truth class.
 
         The deltas have the shape of class-agnostic deltas, which detectron2's methods accept.
-        Background RoIs get the deltas of an arbitrary class, because no loss reads them. Deltas of
-        all classes, computed in evaluation mode, are returned unchanged.
+        Background RoIs get the deltas of an arbitrary class, which no loss reads. Deltas of all
+        classes, computed in evaluation mode, are returned unchanged.
         """
         if not isinstance(predictions, ScoresAndFeatures):
             return predictions

@@ -27,12 +27,12 @@ def is_captured() -> bool:
 def stand_in(module: nn.Module, stock_class: type[Module]) -> Module:
     """Returns the module as an instance of a detectron2 class that torch.jit.script can compile.
 
-    The result is a shallow copy with the same children. torch.jit.script remembers the modules that
-    it replaced by ``id``, so it could mistake a new child for one that no longer exists.
+    The result is a shallow copy with the same children. torch.jit.script keeps track, by ``id``, of
+    the modules that it has replaced, so it could mistake a new child for one that no longer exists.
 
     Args:
         module: an instance of a subclass of ``stock_class``.
-        stock_class: the class to compile; computes the same results from the same parameters.
+        stock_class: the class to compile; must compute the same results from the same parameters.
     """
     stock: Any = copy.copy(module)
     stock.__class__ = stock_class

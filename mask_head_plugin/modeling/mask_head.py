@@ -83,7 +83,7 @@ class ClassSelection(nn.Module):
                 "mask scoring already logs loss_mask_iou: give the mask loss 'iou' another name"
             )
         # Counted since the last log: wrong pixels, foreground pixels, wrong foreground pixels, and
-        # all pixels. _storage_id identifies the run that they belong to. Not in checkpoints.
+        # all pixels. _storage_id identifies the run they belong to. Checkpoints omit all of these.
         counts = torch.zeros(3, dtype=torch.int64)
         self.register_buffer("_pixel_counts", counts, persistent=False)
         self._num_pixels = 0
@@ -101,9 +101,9 @@ class ClassSelection(nn.Module):
 
         Returns:
             In training, the weighted loss terms. In inference, the same instances with
-            ``pred_masks`` (Ri, 1, M, M), the mask probabilities of the predicted class. If mask
-            scoring is on and they have ``scores``, also ``mask_scores`` (Ri,), the score times the
-            predicted IoU.
+            ``pred_masks`` (Ri, 1, M, M), the mask probabilities of the predicted class. With mask
+            scoring, instances that have ``scores`` also get ``mask_scores`` (Ri,), the score times
+            the predicted IoU.
         """
         field = "gt_classes" if self.training else "pred_classes"
         classes = cat([x.get(field) for x in instances])
@@ -117,7 +117,7 @@ class ClassSelection(nn.Module):
             mask_logits = self.class_logits(features)
             mask_probs = activation(mask_logits.detach(), classes)
         if not self.training:
-            # Not len(): a trace would record the number of boxes in its example.
+            # Not len(), because a trace would record the example's number of boxes as a constant.
             counts = [x.pred_classes.shape[0] for x in instances]
             for x, probs in zip(instances, mask_probs[:, None].split(counts), strict=True):
                 x.pred_masks = probs
@@ -205,7 +205,7 @@ def selection_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
 
 
 def region_shape(cfg: CfgNode, input_shape: ShapeSpec) -> ShapeSpec:
-    """Returns the shape of region features. Res5ROIHeads gives the shape before res5 halves it."""
+    """Returns the shape of region features; Res5ROIHeads passes the shape before res5 halves it."""
     if not issubclass(ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME), Res5ROIHeads):
         return input_shape
     height, width = -(-input_shape.height // 2), -(-input_shape.width // 2)

@@ -136,7 +136,7 @@ def dice(
     usually combined with binary_cross_entropy.
 
     Args: see binary_cross_entropy.
-        eps: pixels. If g is all 0, it keeps the value defined, and low where p is low.
+        eps: smoothing, in pixels. If g is all 0, it keeps the loss defined, and low if p is low.
     """
     _check_parameter("eps", eps, eps > 0, "above 0")
     probs, gt = mask_logits.sigmoid().flatten(1), gt_masks.flatten(1)
@@ -217,8 +217,9 @@ def soft_iou(
 def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """The Lovász extension of 1 - IoU at the hinge errors; at least 0 (1705.08790 equation 9).
 
-    Errors ``m = max(0, 1 - z (2g - 1))`` are sorted in descending order. The weight of each is the
-    IoU that its pixel costs in addition to the pixels before it. The loss has no upper bound.
+    Errors ``m = max(0, 1 - z (2g - 1))`` are sorted in descending order. Each error is weighted by
+    the further drop in IoU if its pixel is wrong in addition to all pixels before it. The loss has
+    no upper bound.
     Training is more stable if you add it to binary_cross_entropy, or fine-tune with it after
     training with binary_cross_entropy.
 
@@ -229,7 +230,7 @@ def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None =
     gt = gt.gather(1, order)
     total = gt.sum(1, keepdim=True)
     union = total + (1 - gt).cumsum(1)
-    # Both would be 0 only before the first pixel of an empty mask, which has no entry here.
+    # For masks in {0, 1}, the union is at least 1 anyway: each entry includes at least one pixel.
     lost_iou = 1 - (total - gt.cumsum(1)) / union.clamp(min=1)
     steps = torch.diff(lost_iou, dim=1, prepend=torch.zeros_like(total))
     return mean_over_rois((errors.relu() * steps).sum(1), weights)

@@ -151,8 +151,8 @@ def _check_entry(losses: Sequence[Sequence[Any]], entry: Any) -> Sequence[Any]:
 def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
     """Returns the keyword arguments of a loss from its section of LOSS_PARAMS.
 
-    Calls the loss once without RoIs, so that it checks its parameters and errors in a user's loss
-    appear before training.
+    Calls the loss once without RoIs. This makes the loss check its parameters, and reveals errors
+    in a user's loss before training.
     """
     where, loss = f"{PARAMS}.{name.upper()}", MASK_LOSS_REGISTRY.get(name)
     signature = inspect.signature(loss).parameters.values()
@@ -170,7 +170,7 @@ def _check_parameters(name: str, values: Mapping[str, Any]) -> dict[str, float]:
     classes = torch.zeros(0, dtype=torch.int64, device="cpu")
     inputs = (nothing[:, None], classes, nothing) if hasattr(loss, "activation") else (nothing,) * 2
     try:
-        with torch.enable_grad(), torch.device("cpu"):  # also where a model is built on "meta"
+        with torch.enable_grad(), torch.device("cpu"):  # even if a model is built on "meta"
             value = loss(*inputs, **arguments)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -196,4 +196,4 @@ def _is_number(value: Any) -> bool:
     """Returns whether a value is a finite number within the range of a float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return abs(value) <= sys.float_info.max  # math.isfinite fails for long integers
+    return abs(value) <= sys.float_info.max  # math.isfinite fails for very large integers

@@ -39,8 +39,9 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 
 
 SMALL_ELEMENTS = 1 << 18
-"""Elements of maps and results together below which torchvision's operators are faster on the CPU
-when no gradient is needed: 3 times as fast with 10 RoIs of 7 x 7 x 64, equally fast with about 100.
+"""If maps and results together have fewer elements than this, and no gradient is needed,
+torchvision's operators are faster on the CPU: 3 times as fast with 10 RoIs of 7 x 7 x 64. With
+about 100 such RoIs, they are equally fast.
 """
 
 
@@ -66,8 +67,8 @@ class MultiLevelRoIPooler(nn.Module):
     compile the kernel for a dtype or size, torchvision's operator is used instead and a warning is
     logged once.
 
-    Traces and exports contain torchvision's operators, because a loop over groups of RoIs would
-    record the groups of its example. Exports on CUDA contain the operator of the Triton kernel.
+    Traces and exports contain torchvision's operators, because recording a loop over groups of RoIs
+    would fix the groups of the example. Exports on CUDA contain the operator of the Triton kernel.
     Scripts contain detectron2's ROIPooler. None of these supports PrROIPool or the maximum of
     samples, and scripts do not support ROIWarp.
 
@@ -146,9 +147,9 @@ class MultiLevelRoIPooler(nn.Module):
             (R, C, P, P) in the order of the boxes.
 
         Raises:
-            ValueError: if the number of maps does not match the scales, the number of images does
-                not match the boxes, or, on the CPU, a box coordinate is NaN or infinite. On CUDA,
-                such a coordinate fails an assertion on the device, which surfaces at the next
+            ValueError: if there are not as many maps as scales, or not as many images as lists of
+                boxes, or if, on the CPU, a box coordinate is NaN or infinite. On CUDA, such a
+                coordinate fails an assertion on the device, which surfaces at the next
                 synchronisation.
         """
         if len(features) != len(self.scales):
@@ -331,7 +332,7 @@ def boxes_to_rois(box_lists: Sequence[Boxes]) -> Tensor:
     """Returns (R, 5) RoIs (image index and box) without synchronising with the device."""
     rois = []
     for image, boxes in enumerate(box_lists):
-        index = torch.full_like(boxes.tensor[:, :1], image)  # a trace would record len() as fixed
+        index = torch.full_like(boxes.tensor[:, :1], image)  # a trace would make len() a constant
         rois.append(torch.cat([index, boxes.tensor], dim=1))
     return torch.cat(rois)
 

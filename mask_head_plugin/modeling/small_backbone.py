@@ -20,7 +20,7 @@ def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
     """Builds a stem, res2 to res5 with one BasicBlock each, and an FPN (p2 to p6).
 
     Args:
-        cfg: read are BACKBONE.FREEZE_AT; RESNETS.STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (res3, res4
+        cfg: reads BACKBONE.FREEZE_AT; RESNETS.STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (res3, res4
             and res5 have 2, 3 and 4 times as many), OUT_FEATURES and NORM; and all keys of FPN.
         input_shape: gives the number of image channels.
     """

@@ -190,7 +190,10 @@ class SimplePyramid(SimpleFeaturePyramid):
 
 
 def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[str]) -> list[Level]:
-    """Returns the requested levels of stride 4 and above, the last one for each name.
+    """Returns the levels with the given indices or, without indices, all of stride 4 and above.
+
+    If there are ``names``, only levels with these names are returned. If several levels have the
+    same name, the last one is returned.
 
     Raises:
         ConfigError: if the model does not have the requested maps, or a detector cannot use them.
@@ -221,7 +224,7 @@ def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[s
 
 
 def _pretrained_source(cfg: CfgNode) -> str:
-    """Returns a path, "hub", or "" for no separate backbone weights."""
+    """Returns the source of separate backbone weights: a path, "hub", or "" for none."""
     checkpoint, is_pretrained = cfg.MODEL.TIMM.CHECKPOINT, cfg.MODEL.TIMM.PRETRAINED
     is_tried_out = torch.get_default_device().type == "meta"
     if cfg.MODEL.WEIGHTS or is_tried_out:

@@ -37,7 +37,7 @@ def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
         try:
             _reach_hub(model.name)
             return model.build(pretrained=True, **arguments)
-        except Exception as error:  # depends on the hub's HTTP client; httpx's are not OSErrors
+        except Exception as error:  # its type depends on the HTTP client; httpx's are not OSErrors
             raise ConfigError(
                 f"MODEL.TIMM.PRETRAINED: the weights of {model.name} could not be downloaded "
                 f"({one_line(error)}); download them on another machine and set "
@@ -45,7 +45,7 @@ def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
             ) from error
     overlay = {"state_dict": read_backbone(Path(source).expanduser(), model)}
     timm_log = logging.getLogger("timm.models._builder")
-    # The file may include the classifier, which timm would report; the other names are checked.
+    # The file may include the classifier, which timm would report. Other names were checked above.
     timm_log.addFilter(_is_not_unexpected)
     try:
         net = model.build(pretrained=True, pretrained_cfg_overlay=overlay, **arguments)

@@ -92,8 +92,8 @@ def roi_align_samples(
             and a fixed one is mirrored.
         num_bins: P.
         num_cells: L, at least 1.
-        sampling_ratio: G. 0 or less means ``ceil(RoI side / P)``, limited to the value for a RoI of
-            MAX_MAP_SIZES feature maps.
+        sampling_ratio: G. 0 or less means ``ceil(RoI side / P)``, but at most the value for a RoI
+            that is as long as MAX_MAP_SIZES feature maps.
         aligned: True shifts by half a cell (cell centres at +0.5). False does not shift, and widens
             sides below one cell to one cell.
     """
@@ -160,8 +160,8 @@ def precise_roi_pool_weights(
     They are the limit of RoIAlign's weights as a fixed sampling ratio grows. In particular, a RoI
     that ends before it starts is mirrored, and a bin of length 0 reads the point at its position.
     Edges are compared with cells in float64. Everything else is computed relative to a bin's first
-    cell, where float32 is precise enough. If the edges need a gradient, which divides by the length
-    of a bin, this also happens in float64.
+    cell, where float32 is precise enough. If the edges need a gradient, everything is computed in
+    float64, because the gradient divides by the length of a bin.
 
     Args: see roi_align_samples.
     """

@@ -18,12 +18,12 @@ from torch import Tensor
 from .axis_weights import MAX_MAP_SIZES, AxisSamples, AxisWeights
 
 PIECE = (1 << 15) - 1
-"""Most elements for which a PyTorch operator stays on the calling thread."""
+"""Largest number of elements that a PyTorch operator processes on the calling thread alone."""
 
 MAX_COPY = 9 << 19
-"""Most elements of a map that are copied at a time: 18 MB of float32. The allocator reuses the
+"""Largest number of elements of a map copied at a time: 18 MB of float32. The allocator reuses the
 memory of two such copies. Memory for larger ones would come from the system, which takes longer
-than the copy.
+than copying.
 """
 
 Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
@@ -136,7 +136,7 @@ def split_into_blocks(parts: Sequence[Part], max_entries: int) -> list[Block]:
 
     Args:
         parts: the parts of all maps.
-        max_entries: most entries in a block of more than one RoI.
+        max_entries: largest number of entries in a block of more than one RoI.
     """
     blocks = []
     for part in parts:

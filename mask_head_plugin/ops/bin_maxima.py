@@ -26,7 +26,7 @@ from .bin_layout import (
 )
 
 GROUP_ELEMENTS = 1 << 24
-"""Most samples in memory at a time, times channels: 64 MB of float32."""
+"""Largest number of samples times channels in memory at a time: 64 MB of float32."""
 
 
 class LargestCell(torch.autograd.Function):

@@ -217,7 +217,7 @@ def _transposed(
 
     Returns:
         For each view, the bins (int32, numbered among all R P Q) and the weights of its entries,
-        without weights of 0, and the index at which the entries of each cell begin.
+        and the index at which the entries of each cell begin. Entries with weight 0 are left out.
     """
     numbers, num_cells = list(sizes), sum(sizes.values())
     first_cells = list(accumulate(sizes.values(), initial=0))

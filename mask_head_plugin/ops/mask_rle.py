@@ -201,8 +201,9 @@ def _runs(positions: Tensor, num_masks: int, image_hw: tuple[int, int]) -> list[
     """
     height, width = image_hw
     num_pixels = height * width
-    # An even number of switches at one position encloses no pixel. This merges runs of neighbouring
-    # columns that meet at the image's edge, and removes crossings less than a pixel apart.
+    # An even number of switches at one position encloses no pixel, so it is dropped. This merges
+    # runs of neighbouring columns that meet at the image's edge, and removes crossings that are
+    # less than a pixel apart.
     places = positions.cpu().numpy()  # one copy: on the device, each operator would synchronise
     first = np.flatnonzero(np.diff(places, prepend=-1))
     times = np.diff(first, append=len(places))

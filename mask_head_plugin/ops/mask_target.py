@@ -19,11 +19,12 @@ from torch.nn.functional import embedding_bag
 from .axis_weights import roi_align_weights
 
 CHUNK = 128
-"""RoIs that are processed at a time: their weights (on CUDA, their masks) take memory as float32.
+"""Number of RoIs processed at a time. It limits the memory for their weights (on CUDA, for their
+masks), which are float32.
 """
 
 WINDOW_PIXELS = 1 << 22
-"""Most pixels in the windows that are converted to float32 at a time: 16 MB."""
+"""Largest number of pixels, in all windows, converted to float32 at a time: 16 MB."""
 
 
 def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:

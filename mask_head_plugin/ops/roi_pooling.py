@@ -13,8 +13,8 @@ Operators are few and large. PyTorch splits each operator over all threads, and 
 is busy, one delayed thread makes the others wait for about 8 ms each time. Each call therefore
 makes only one product per map, regardless of R and C. A map that is not channels-last is copied. If
 it is large, this happens image by image and in blocks of channels, with one product for each. The
-matrix is built in pieces of PIECE entries, which PyTorch processes on one thread, as it
-does when it copies an image.
+matrix is built in pieces of PIECE entries, which PyTorch processes on one thread. It also copies
+each image on one thread.
 
 ``reduction="max"`` needs the individual samples, so it computes them in groups. RoIPool uses
 torchvision's operator.
@@ -149,8 +149,8 @@ def precise_roi_pool(
 
     This is the limit of ``roi_align`` as a fixed sampling ratio grows. Differs from the original in
     ``aligned`` and in two cases. At the border, it follows the rule of ``roi_align``, whereas the
-    original treats the map as 0 from one cell beyond the centres of its border cells. A bin without
-    area has the value of the map at its position, whereas it is 0 in the original.
+    original treats the map as 0 from one cell beyond the centres of its border cells. For a bin
+    without area, it returns the map's value at the bin's position, whereas the original returns 0.
 
     Args: see roi_align.
 

@@ -11,10 +11,10 @@ as a table of addresses.
 Each program of the grid handles one row of bins of one RoI, for one block of channels. Samples that
 share cells are merged along both axes. Along y, the samples of a row of bins become weights of the
 cells in a column. Along x, the program steps from sample to sample and keeps the sums of the two
-columns around it, which neighbouring samples share, even those of neighbouring bins. The forward
-pass therefore reads each column of the row once. The backward pass visits the columns in the same
-order with the bins' gradients and updates each column once. It adds with atomics, so its sums may
-differ in the last bits from run to run.
+columns around the current sample. Neighbouring samples share these columns, even across bins. The
+forward pass therefore reads each column of the row once. The backward pass visits the columns in
+the same order with the bins' gradients and updates each column once. It adds with atomics, so its
+sums may differ in the last bits from run to run.
 
 Sample coordinates and the border rule are those of ops.axis_weights (torchvision's).
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from .axis_weights import MAX_MAP_SIZES
 
 MAX_MAPS = 5
-"""Most maps in one launch: the levels P2 to P6 of a pyramid."""
+"""Largest number of maps in one launch: the levels P2 to P6 of a pyramid."""
 
 MAX_BLOCK_BYTES = 512
 """Bytes of channels per program: 16 bytes for each of a warp's 32 threads."""
@@ -310,7 +310,7 @@ def _axis(start, end, num_bins, num_cells, sampling_ratio: tl.constexpr, aligned
 
 @triton.jit
 def _sample(start, bin_size, grid, bin, k, num_cells):
-    """Returns whether a sample counts, the cell below it, and the weight of the next one."""
+    """Returns whether a sample counts, the cell below it, and the weight of the cell above it."""
     t = start + bin * bin_size + _divide((k + 0.5) * bin_size, grid)
     inside = (t >= -1.0) & (t <= num_cells)
     t = tl.where(t > 0.0, t, 0.0)  # this also replaces values that overflowed to NaN
@@ -353,7 +353,7 @@ def _weights(first, num_rows: tl.constexpr, start, bin_size, grid, bin, num_cell
 def _divide(x, y):
     """Divides with IEEE 754 rounding; ``/`` would become a product with 1 / y, rounded twice.
 
-    A RoI side of exactly 7 k cells needs k samples per bin, but 7 k * (1 / 7), rounded up, can give
-    k + 1.
+    With 7 bins, a RoI side of exactly 7 k cells needs k samples per bin, but 7 k * (1 / 7), rounded
+    up, can give k + 1.
     """
     return tl.div_rn(x, y * 1.0)
