@@ -122,16 +122,22 @@ def _float32_on_a_gpu() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _logs_reach_pytest(monkeypatch) -> None:
+def _logs_reach_pytest(monkeypatch) -> Iterator[None]:
     """Lets logs reach caplog, regardless of what earlier tests have set.
 
     setup_logger stops the propagation of logs, and detectron2's trainer calls it unless INFO is
-    enabled; benchmarks silence the plugin's log.
+    enabled; benchmarks silence the plugin's log. Tools that run in this process call basicConfig,
+    whose handler would write to the captured, closed stderr of its test forever.
     """
     logging.getLogger("detectron2").setLevel(logging.DEBUG)
     logging.getLogger("mask_head_plugin").setLevel(logging.NOTSET)
     for name in ("detectron2", "mask_head_plugin"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
+    for handler in [x for x in logging.root.handlers if type(x) is logging.StreamHandler]:
+        logging.root.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

@@ -91,6 +91,8 @@ def main() -> int:
     except (ConfigError, OSError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)
         return 2
+    finally:
+        gc.enable()
     print(f"{folder / 'analysis.md'}, {folder / 'analysis.html'}")
     return 0
 

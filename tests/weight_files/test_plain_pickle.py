@@ -144,7 +144,7 @@ def test_arrays_are_only_created_in_the_way_numpy_pickles_them(made):
 )
 def test_a_dtype_with_fields_or_flags_is_refused(state):
     content = b"\x80\x02" + FLOAT + pickle.dumps((3, "<", *state), 2)[2:-1] + b"b."
-    with pytest.raises(pickle.UnpicklingError, match="a type with fields"):
+    with pytest.raises(pickle.UnpicklingError, match="whose type has fields"):
         read_plain_pickle(io.BytesIO(content))
 
 
@@ -172,7 +172,7 @@ def test_ordinary_keys_can_be_read(key):
 def test_keys_with_a_possible_hash_collision_are_refused(key, as_other):
     content = {"a": {"b": 1, key: 2}} if as_other else {key: 1}
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        with pytest.raises(pickle.UnpicklingError, match=r"a key that is neither|key of type"):
+        with pytest.raises(pickle.UnpicklingError, match=r"a dictionary key that is neither|key of type"):
             read_plain_pickle(io.BytesIO(pickle.dumps(content, protocol)))
 
 
