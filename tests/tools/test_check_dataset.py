@@ -102,9 +102,9 @@ def test_a_data_set_in_several_folders_is_checked_fixed_and_split(tmp_path, run_
         assert code == 0 and "0 errors" in out
     # A second run overwrites nothing.
     code, _, err = run_tool(*flags, *parts)
-    assert code == 2 and f"{output} exists" in err
+    assert code == 2 and f"{output} already exists" in err
     code, _, err = run_tool("--json", output, "--images", data.folder, *parts[2:])
-    assert code == 2 and "parts.train.json exists" in err
+    assert code == 2 and "parts.train.json already exists" in err
 
 
 def test_different_images_with_the_same_name_are_refused(tmp_path, run_tool):

@@ -184,5 +184,5 @@ def test_keys_with_a_possible_hash_collision_are_refused_in_ordered_dicts(pair):
 
     assert read_plain_pickle(ordered("a", 3)) == {"a": (1, 2), 3: (1, 2)}
     for key in (2**61 - 1, -(2**61), (1, 2)):
-        with pytest.raises(pickle.UnpicklingError, match="a key that is neither"):
+        with pytest.raises(pickle.UnpicklingError, match="a dictionary key that is neither"):
             read_plain_pickle(ordered("a", key))

@@ -290,7 +290,7 @@ PICKLES = {
     "claim of a frame": (lambda: b"\x80\x04\x95" + struct.pack("<Q", 2**50) + b"N.", "truncated"),
     "claim of a number": (lambda: b"\x80\x02\x8b\xff\xff\xff\x7fx.", "truncated"),
     "long number": (lambda: b"L" + b"9" * 10**5 + b"L\n.", "truncated or corrupt"),
-    "table of objects": (lambda: b"\x80\x02}r\xff\xff\xff\x7f.", "up to 2147483647"),
+    "table of objects": (lambda: b"\x80\x02}r\xff\xff\xff\x7f.", "an object 2147483647"),
     "deep key": (lambda: DEEP_KEY, "nests over 100"),
     "deep list": (lambda: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".", "nests over 100"),
     "list containing itself": (lambda: b"\x80\x02]q\x00h\x00a.", "no weights"),
@@ -705,7 +705,7 @@ def test_proposals_load_with_equal_values(tmp_path, protocol):
         (lambda: proposals(objectness_logits=[np.array(3), np.zeros(0)]), "image 7"),
         (lambda: proposals(bbox_mode=99), "bbox_mode 99"),
         (lambda: {"boxes": []}, "has no ids, objectness_logits"),
-        (lambda: [1], "holds a list"),
+        (lambda: [1], "contains a list"),
     ],
 )
 def test_invalid_proposals_are_refused(tmp_path, content, offence):
