@@ -50,7 +50,7 @@ REQUIRED = {
 }
 OPTIONAL = ("PAPER", "IMPORTS")
 OF_TRIALS = {"SEED": "SEEDS or --seed", "OUTPUT_DIR": "--output"}
-"""Keys that each trial has its own values of, and where they come from."""
+"""Keys that differ between trials, and where their values come from."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def load_ablation(
 
     Args:
         path: a YAML file in the format above.
-        size: one of its SIZES.
+        size: one of the file's SIZES.
         opts: "KEY VALUE" pairs in one flat list, applied to all variants before their own changes.
         variants: names of variants to use, which must include the baseline; all if empty.
-        seeds: used instead of the file's seeds.
+        seeds: seeds to use instead of the file's; the file's if empty.
 
     Raises:
         ConfigError: if the file has the wrong format, a name in it does not exist, or a variant

@@ -29,8 +29,8 @@ class Cluster:
         partition: Slurm partition; empty for Slurm's default.
         account: account that Slurm charges; empty for Slurm's default.
         qos: Slurm's quality of service; empty for Slurm's default.
-        minutes: time limit of a Slurm job. If a job reaches it or is preempted, a new job resumes
-            from its checkpoint.
+        minutes: time limit of a Slurm job. If a job reaches the limit or is preempted, a new job
+            resumes from the last checkpoint.
     """
 
     kind: str = "local"
@@ -45,7 +45,7 @@ class Cluster:
     def threads(self) -> int:
         """Threads for each trial: an equal share of this machine's cores.
 
-        0, which lets PyTorch decide, if OMP_NUM_THREADS is set or if trials run on Slurm.
+        If OMP_NUM_THREADS is set or trials run on Slurm, it is 0, which lets PyTorch decide.
         """
         if self.kind == "slurm" or os.environ.get("OMP_NUM_THREADS"):
             return 0

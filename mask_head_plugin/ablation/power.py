@@ -14,12 +14,13 @@ from .trial_folder import ABLATION_FILE
 ASSUMED_SEED_STD = 2.7
 """Standard deviation over seeds in AP, assumed until a variant has two finished seeds.
 
-It is the root mean square of those of the two variants of
+It is the root mean square over the two variants of
 configs/ablations/independent_vs_softmax.yaml on the embedded data set (docs/independent_masks.md).
 """
 ASSUMED_IMAGE_ERROR = 0.6
-"""Standard error of a difference in AP due to ASSUMED_IMAGES images, from the same study; assumed
-until variants can be compared.
+"""Standard error of a difference in AP because only ASSUMED_IMAGES images are evaluated.
+
+It comes from the same study and is assumed until variants can be compared.
 """
 ASSUMED_IMAGES = 200
 MOST_SEEDS = 1000
@@ -50,7 +51,7 @@ class Spreads:
 
 
 def measured_spreads(output: Path) -> Spreads:
-    """Measures the spreads on an ablation's finished trials; without any, assumes typical ones."""
+    """Measures the spreads on an ablation's finished trials; assumes what it cannot measure."""
     study = read_study(output, DRAWS) if (output / ABLATION_FILE).exists() else None
     stds = [] if study is None else [v for v in study.variants if len(v.values(study.metric)) > 1]
     seed_std, seeds_from = ASSUMED_SEED_STD, 0
@@ -72,7 +73,7 @@ def _image_errors(study: Study) -> list[float]:
 
 
 def seeds_needed(wanted: float, spreads: Spreads, num_images: int, num_compared: int) -> int | None:
-    """Returns how many seeds per variant a difference needs; None for more than MOST_SEEDS.
+    """Returns how many seeds per variant can show a difference; None if more than MOST_SEEDS.
 
     Args:
         wanted: the true difference, in percent AP.

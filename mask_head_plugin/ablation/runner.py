@@ -88,7 +88,7 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
 
 
 def _check_metric(cfg: CfgNode, metric: str) -> None:
-    """Raises ConfigError for a METRIC that no trial will have, if our evaluator measures it."""
+    """Raises ConfigError if no trial will have METRIC; accepts any if our evaluator is not used."""
     given = evaluated_metrics(cfg, next(iter(cfg.DATASETS.TEST), ""))
     known = [x for x in given if "/AP-" not in x and not x.startswith(VALIDATION)]
     if known and metric not in (*known, *(f"{x.partition('/')[0]}/AR" for x in known)):
@@ -217,7 +217,7 @@ def estimate_seconds(trials: Sequence[Trial], cluster: Cluster) -> float | None:
 
 
 def _note_lost_job(trial: Trial, job: submitit.Job[None]) -> None:
-    """Writes trial.json if the process ended without writing it, for example out of memory."""
+    """Writes trial.json if the process died before writing it, for example for lack of memory."""
     if trial.is_finished or trial.record().get("status") == FAILED:
         return
     lines = [line.strip() for line in (job.stderr() or "").splitlines() if line.strip()]

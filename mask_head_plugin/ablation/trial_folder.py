@@ -113,7 +113,7 @@ class Trial:
     def iteration(self) -> int:
         """Returns the number of finished iterations according to the log."""
         total = int(self.cfg.SOLVER.MAX_ITER)
-        # A repeated evaluation logs higher iterations.
+        # A repeated evaluation is logged under an iteration beyond the last.
         return total if self.is_finished else min(self._logged(), total)
 
     def _logged(self) -> int:

@@ -96,7 +96,7 @@ class Analysis:
 
     @cached_property
     def image_counts(self) -> ImageCounts:
-        """Counts of each image at IoU 0.5, with detections above those thresholds."""
+        """Counts of each image at IoU 0.5, only with detections above the best thresholds."""
         assignment = self.findings.found[self.findings.main_task]
         at, kept = assignment.at(0.5), self.is_kept[assignment.rows]
         return image_counts(replace(at, dt_ignored=at.dt_ignored | ~kept), min_score=-math.inf)

@@ -1,6 +1,6 @@
 """Matches the detections and objects of a scene as COCO does.
 
-Shape alphabet: D detections and G objects; N detections that count, limited per image and class; A
+Shape alphabet: D detections and G objects; N detections within the limit per image and class; A
 area ranges, T IoU thresholds.
 """
 
@@ -26,8 +26,8 @@ class Assignment:
     """The matches of a scene for one task.
 
     Attributes:
-        matches: by COCO's rules; the N detections are ordered by image, class and falling score.
-        rows: (N,) their indices among the scene's detections.
+        matches: matches by COCO's rules; detections are ordered by image, class and falling score.
+        rows: (N,) index of each of these detections in the scene.
         partner: (A, T, N) scene index of the object that each detection found; -1 for none.
         ious: for each image, the (d, g) IoUs of all its detections and objects.
     """
@@ -80,7 +80,7 @@ def assign(
     gt_ignored = scene.gt_crowd | _outside(scene.gt_area, ranges)
     score = scene.score(task)
     row = _counted(scene, score, max_detections)
-    # What has no object of its class in its image finds nothing, and needs no matching.
+    # A detection finds nothing if its image has no object of its class, so it is not matched.
     partner = np.full((len(ranges), len(THRESHOLDS), len(row)), -1, np.int64)
     ignored = np.repeat(dt_outside[:, None, row], len(THRESHOLDS), axis=1)
     dt_starts, gt_starts = ([x.start for x in y] for y in (scene.dt_slices, scene.gt_slices))
@@ -115,7 +115,7 @@ def assign(
 
 
 def _counted(scene: Scene, score: FloatArray, max_detections: int) -> IntArray:
-    """Returns the N detections that count, ordered by image, class and falling score."""
+    """Returns the N detections within the limit, ordered by image, class and falling score."""
     # The sort is stable, so equal scores keep their order.
     order = np.lexsort((-score, scene.dt_class, scene.dt_image))
     if max_detections < 0:
@@ -125,7 +125,7 @@ def _counted(scene: Scene, score: FloatArray, max_detections: int) -> IntArray:
 
 
 def _pairs(scene: Scene, row: IntArray) -> Iterator[tuple[int, slice, slice]]:
-    """Yields the image and both slices for each image and class with detections and objects."""
+    """Yields image, slice of detections and slice of objects for each image and class with both."""
     num_classes = len(scene.class_names)
     dt = scene.dt_image[row] * num_classes + scene.dt_class[row]
     gt = scene.gt_image * num_classes + scene.gt_class

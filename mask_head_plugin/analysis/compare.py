@@ -26,7 +26,7 @@ from .resampled import BY_CLASS, CALIBRATION, Key, resampled_figures
 SHARED = ("image_ids", "class_names", "gt_image", "gt_class", "gt_crowd", "gt_box")
 """Fields that must be equal in both scenes."""
 LESS_IS_BETTER = ("error", "oracle", CALIBRATION)
-"""Groups of numbers where lower is better: AP that is lost or could be gained."""
+"""Groups of numbers where lower is better: lost AP, AP still to gain, and calibration error."""
 MOST_NAMED = 5
 ONE_TRAINING = (
     "The intervals cover the choice of images only. Each run is a single training, and another "
@@ -62,7 +62,7 @@ class Comparison:
     Attributes:
         other: the analysis of the other run, the baseline.
         differences: one for each number that both runs have.
-        f1: (I,) F1 of the run in each image, at IoU 0.5 and its best thresholds.
+        f1: (I,) F1 of the run in each image, at IoU 0.5 and with the run's best thresholds.
         other_f1: (I,) F1 of the other run, likewise.
     """
 

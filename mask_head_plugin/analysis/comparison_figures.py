@@ -20,7 +20,7 @@ SIZES = {
     "medium": ("APm", "size: medium"),
     "large": ("APl", "size: large"),
 }
-"""For each size of objects, the name of its AP and of its mask quality."""
+"""For each size of objects, the names of its AP and of its row of mask quality."""
 MOST_CLASSES = 40
 ROW_HEIGHT = 30
 CAPTION = (
@@ -33,7 +33,7 @@ Panels = Mapping[str, Mapping[str, Difference]]
 
 
 def comparison_figures(comparison: Comparison) -> dict[str, list[Figure]]:
-    """Returns the figures of each section by its key."""
+    """Returns the figures of each section, by the section's key."""
     found = {x.key: x for x in comparison.differences if math.isfinite(x.paired.difference)}
     sizes = _figure("compared-sizes", "Differences by size of the objects", _sizes(found))
     names = _by_change(found, comparison.other.findings.main_task)
@@ -57,7 +57,7 @@ def _sizes(found: Mapping[Key, Difference]) -> Panels:
 
 
 def _by_change(found: Mapping[Key, Difference], task: str) -> list[str]:
-    """Returns the classes by how much their AP changed, largest change first."""
+    """Returns the classes sorted by how much their AP changed, largest change first."""
     changes = {
         key.name: abs(x.paired.difference)
         for key, x in found.items()

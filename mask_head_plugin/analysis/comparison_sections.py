@@ -50,10 +50,11 @@ def comparison_sections(comparison: Comparison) -> list[Section]:
 
 
 def _differs(difference: Difference) -> bool:
-    """Returns whether a difference tells something that others do not.
+    """Returns whether a difference is worth showing.
 
-    Those without an interval do not: nothing differs, or it is a difference of one image. What a
-    grid allows is the same in both runs, so what is still to be won with it is the AP once more.
+    Leaves out differences without an interval: either nothing differs, or only one image counts.
+    Also leaves out possible gains with a grid: the AP that a grid allows is the same for both runs,
+    so their gains differ only because their APs do.
     """
     paired, key = difference.paired, difference.key
     is_known = not math.isnan(paired.difference) and paired.low != paired.high

@@ -29,7 +29,7 @@ class Threshold:
 
     Attributes:
         class_name: the class.
-        score: keep detections with a higher score; nan if no detection of the class is right.
+        score: the threshold: keep detections with a higher score; nan if no detection is right.
         f1: F1 of the kept detections, 0 to 1.
         precision: share of the kept detections that are right.
         recall: share of the objects that the kept detections find.
@@ -52,7 +52,8 @@ class Reliability:
         score: (B,) mean score of each bin; nan for an empty bin.
         precision: (B,) share of right detections in each bin.
         count: (B,) number of detections in each bin.
-        error: expected calibration error, the mean difference weighted by count, 0 to 1.
+        error: expected calibration error, 0 to 1: the mean difference between score and precision,
+            weighted by count.
     """
 
     score: FloatArray
@@ -127,10 +128,10 @@ def f1_curves(
     drawn: npt.NDArray[np.integer],
     num_objects: npt.NDArray[np.integer],
 ) -> FloatArray:
-    """Returns the F1 of a class if its detections are kept from the best down to each one, (S, n).
+    """Returns a class's F1 if its best 1, 2, ..., n detections are kept, (S, n).
 
-    It is -1 where the next detection has the same score, because detections with equal scores are
-    kept or dropped together.
+    The F1 is -1 where the next detection has the same score, because detections with equal scores
+    are kept or dropped together.
 
     Args:
         score: (n,) scores, falling.
@@ -183,7 +184,7 @@ def threshold_flag(thresholds: list[Threshold]) -> str:
     """Returns the thresholds as a flag of tools/demo.py and tools/predict.py."""
     known = [x for x in thresholds if not math.isnan(x.score)]
     pairs = [shlex.quote(f"{x.class_name}={x.score!r}") for x in known]
-    # A name such as "-x" would be taken for a flag, except after "=", which takes one value.
+    # A name such as "-x" would be taken for a flag unless it follows "=", which takes one value.
     alone = [pair for pair in pairs if pair.lstrip("'").startswith("-")]
     plain = " ".join(pair for pair in pairs if pair not in alone)
     words = [f"--class-thresholds {plain}"] if plain else []
@@ -195,8 +196,9 @@ def confusion(
 ) -> npt.NDArray[np.int64]:
     """Counts how often objects of a class (rows) were found as each class (columns).
 
-    Each object takes the best detection that overlaps it with IoU 0.5, whatever the classes. The
-    last column counts objects that were not found, the last row detections that found no object.
+    Each detection, best first, takes the free object that it overlaps most, if their IoU is at
+    least 0.5, whatever the classes. The last column counts objects that were not found, and the
+    last row counts detections that found no object.
     Crowds and the detections in them are left out.
 
     Args:

@@ -176,7 +176,7 @@ def _grid(findings: Findings, side: int) -> Iterator[str]:
 
 
 def _shift(offsets: BoxOffsets) -> Iterator[str]:
-    """Yields a sentence for each axis along which all boxes are shifted."""
+    """Yields a sentence for each axis along which boxes have a median shift."""
     if len(offsets.edges) < FEW:
         return
     middle = np.median(offsets.edges, axis=0)

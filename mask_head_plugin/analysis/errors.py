@@ -1,7 +1,7 @@
 """Classifies errors and repairs them kind by kind.
 
 Follows TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV
-2020). A false detection has the wrong class, is badly located, both, is a duplicate, or is on
+2020). A false detection has the wrong class, a bad location or both, is a duplicate, or lies on
 background; an object that no detection comes near is missed. Kinds are repaired one at a time, and
 the AP gained is what that kind costs.
 
@@ -9,7 +9,8 @@ Differs from tidecv: matching and AP are COCO's, so the AP equals the evaluation
 0 to a class that has detections but no objects, and takes the first of equal IoUs.) Detections that
 a crowd absorbs do not count as errors.
 
-Shape alphabet: N detections that count, G objects; n and g those of one image.
+Shape alphabet: N detections within the limit, G objects; n false detections and g objects of one
+image.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Errors:
 
     Attributes:
         threshold: lowest IoU at which an object counts as found.
-        kind: (N,) index of KINDS, RIGHT, or LEFT_OUT for detections that do not count.
+        kind: (N,) index of KINDS for an error, RIGHT, or LEFT_OUT for what does not count.
         about: (N,) scene index of the object that a detection found or is closest to; -1 for none.
         repaired: (N,) class and location errors that would find their object if repaired. If
             several concern one object, only the best-scored one is marked; a repair removes the
@@ -100,7 +101,7 @@ def find_errors(scene: Scene, assignment: Assignment, threshold: float) -> Error
 def _kinds(
     iou: npt.NDArray[np.float64], same: BoolArray, threshold: float
 ) -> tuple[npt.NDArray[np.int8], IntArray]:
-    """Returns the kind and the object of each of an image's n false positives.
+    """Returns the kinds and the objects of the n false detections in an image.
 
     Args:
         iou: (n, g) IoUs with the image's objects, without crowds.
@@ -129,7 +130,7 @@ def _kinds(
 def _repaired(
     score: FloatArray, kind: npt.NDArray[np.int8], about: IntArray, found: BoolArray
 ) -> BoolArray:
-    """Returns which of the N detections find an object if repaired, at most one per object."""
+    """Returns which detections would find an object if repaired, (N,); at most one per object."""
     can = np.flatnonzero(((kind == CLASS) | (kind == LOCATION)) & ~found[about])
     can = can[np.argsort(-score[can], kind="stable")]
     _, first = np.unique(about[can], return_index=True)

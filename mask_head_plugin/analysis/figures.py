@@ -1,4 +1,4 @@
-"""Interactive figures of an analysis. Import it where plotly is installed (extra ``report``)."""
+"""Interactive figures of an analysis. Importing this module needs plotly (extra ``report``)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .measures import ERROR_THRESHOLDS
 
 BAR_HEIGHT = 30
 MOST_CLASSES = 40
-"""Most classes in the confusion matrix; if there are more, the most confused are shown."""
+"""Largest number of classes in the confusion matrix; of more, it shows the most confused."""
 CLASSES_WITH_NUMBERS = 15
 TASK_PATTERNS = {"bbox": "", "segm": "/"}
 
 
 def figures(analysis: Analysis) -> dict[str, list[Figure]]:
-    """Returns the figures of each section by its key."""
+    """Returns the figures of each section, by the section's key."""
     made = {
         "errors": [_errors(analysis)],
         "branches": [_branches(analysis)],

@@ -27,8 +27,8 @@ MAP_SIDE = 36
 MAP_MARGIN = 0.25
 """How far the map extends beyond each side of the box, as a share of the box."""
 MOST_PAIRS = 10_000
-"""Most pairs whose masks are compared. A larger data set is thinned out evenly, which hardly
-changes the means."""
+"""Largest number of pairs whose masks are compared. If there are more, every second, third, ...
+pair is used, which hardly changes the means."""
 FILLS = {"thin, below 0.4": (0, 0.4), "0.4 to 0.7": (0.4, 0.7), "full, from 0.7": (0.7, 1.01)}
 """Ranges of the share of the box that the mask covers."""
 SHAPES = ("one part", "several parts", "holes")
@@ -64,10 +64,10 @@ class MaskQuality:
         boundary: (P,) boundary IoU.
         area_ratio: (P,) predicted area divided by true area.
         fill: (P,) share of the true box that the true mask covers.
-        shape: (P,) index of SHAPES; an object with both parts and holes counts under holes.
-        missing: (S, S) share of pairs whose mask lacks this part, on a map of the box with its
-            margin.
-        extra: (S, S) share of pairs whose mask wrongly covers this part, on the same map.
+        shape: (P,) index of SHAPES; an object with several parts and a hole counts as "holes".
+        missing: (S, S) share of pairs whose predicted mask lacks a cell of the map, which shows the
+            true box and a margin.
+        extra: (S, S) share of pairs whose predicted mask wrongly covers a cell of the same map.
     """
 
     objects: IntArray
@@ -93,7 +93,7 @@ class QualityRow:
 
 
 def box_offsets(scene: Scene, boxes: Assignment) -> BoxOffsets:
-    """Measures the boxes of found objects against the true ones."""
+    """Measures how far the detected boxes of found objects are from the true boxes."""
     partner = np.where(boxes.at(PAIR_IOU).dt_ignored[0, 0], -1, boxes.partner_at(PAIR_IOU))
     paired = np.flatnonzero(partner >= 0)
     rows, objects = boxes.rows[paired], partner[paired].astype(np.int64)

@@ -31,7 +31,7 @@ from .oracles import oracle_matches
 from .scene import Scene
 
 ERROR_THRESHOLDS = (0.5, 0.75)
-"""IoUs at which errors are classified: TIDE's, and a stricter one that shows masks better."""
+"""IoUs at which errors are classified: TIDE's, and a stricter one that reveals rough masks."""
 SPECIAL_KINDS = ("false positives", "false negatives")
 """TIDE's two summary errors: all false detections, and all objects that were not found."""
 
@@ -45,8 +45,8 @@ class Measure:
         group: "AP", "error" or "oracle".
         name: a metric, a kind of error or an oracle.
         matches: what the AP is computed from.
-        metric: one of METRICS; if the matches have a single threshold, AP is at that threshold.
-        base: subtracted from the value, which leaves the gain.
+        metric: one of METRICS; if the matches have only one IoU threshold, "AP" is the AP there.
+        base: measure whose value is subtracted, which leaves the gain; None to subtract nothing.
         threshold: IoU threshold of an error; otherwise 0.
     """
 
@@ -100,12 +100,12 @@ class Findings:
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of errors that the data set allows: with one class, no class is wrong."""
+        """The kinds of errors that are possible: a single class cannot be confused with others."""
         of_classes = () if len(self.scene.class_names) > 1 else (CLASS, BOTH)
         return [name for kind, name in enumerate(KINDS) if kind not in of_classes]
 
     def oracles(self, task: str) -> list[str]:
-        """Returns the oracles of a task that can win something: one class is always right."""
+        """Returns a task's oracles, without "perfect classes" if there is only one class."""
         names = [x.name for x in self.measures.values() if (x.task, x.group) == (task, "oracle")]
         is_right = len(self.scene.class_names) == 1
         return [x for x in names if not (is_right and x == "perfect classes")]

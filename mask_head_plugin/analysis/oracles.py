@@ -2,12 +2,12 @@
 
 A better box branch cannot repair errors of the mask branch, and vice versa. So each oracle
 evaluates the detections again with the true masks (cut to the predicted boxes, because the mask
-branch draws nothing outside them), the true boxes, or the true classes. The last oracle sends the
+branch draws nothing outside them), the true boxes, or the true classes. A last oracle sends the
 true objects through the mask branch's grid, to see what a finer grid could gain.
 
-Each detection is paired with the object that it found (COCO's matching of boxes at IoU 0.5).
-Otherwise it is paired with the object of its class whose box it overlaps most, by at least TIDE's
-background IoU. A detection without a partner stays unchanged.
+A detection that found an object (COCO's matching of boxes at IoU 0.5) is paired with that object.
+Any other detection is paired with the object of its class whose box it overlaps most, if their IoU
+is at least TIDE's background IoU. A detection without a partner stays unchanged.
 
 Shape alphabet: D detections, G objects, T IoU thresholds, M side of the mask branch's output.
 """
@@ -36,8 +36,8 @@ MEANINGS = {
     "perfect classes": "the true class for each detection",
 }
 MOST_THROUGH_GRID = 10_000
-"""Most objects sent through the grid. A larger data set is thinned out evenly, which changes the AP
-by about 0.1."""
+"""Largest number of objects sent through the grid. If there are more, every second, third, ... is
+used, which changes the AP by about 0.1."""
 GRID = "grid only"
 WINDOWS_TOGETHER = 64
 """Number of objects of similar size that are sent through the grid at once."""
@@ -92,7 +92,7 @@ def ious_in_perfect_boxes(
 
 
 def perfect_masks(scene: Scene, objects: IntArray) -> Scene:
-    """Returns the scene with each detection's mask replaced by its object's, cut to its box."""
+    """Returns the scene with each detection's mask replaced by the true mask in its box."""
     assert scene.dt_mask is not None and scene.gt_mask is not None
     masks = list(scene.dt_mask)
     paired = np.flatnonzero(objects >= 0)
@@ -180,7 +180,7 @@ def grid_matches(scene: Scene, assignment: Assignment, sides: Sequence[int]) -> 
 
 
 def grid_ious(masks: Sequence[Any], boxes: FloatArray, sides: Sequence[int]) -> FloatArray:
-    """Returns the IoU of each mask with itself after each M x M grid, (number of sides, n).
+    """Returns each mask's IoU with the result of each M x M grid, (number of sides, n).
 
     Args:
         masks: n compressed RLEs.

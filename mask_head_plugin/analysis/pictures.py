@@ -143,7 +143,7 @@ class _Wanted:
 
 
 def _worst(analysis: Analysis) -> tuple[str, str, list[_Wanted]]:
-    """Returns the images with the lowest F1; ties go to those with the most objects."""
+    """Returns the images with the lowest F1; of equal ones, the most crowded come first."""
     counts = analysis.image_counts
     order = np.lexsort((-counts.objects - counts.detections, counts.f1))
     wanted = [_whole(analysis, int(k)) for k in order[:NUM_WORST] if counts.f1[k] < 1]
@@ -166,7 +166,7 @@ def _whole(analysis: Analysis, image: int, run: str = "") -> _Wanted:
 
 
 def changed_most(analysis: Analysis, other: Analysis) -> Gallery:
-    """Draws the images whose F1 differs most between two runs, one picture for each run.
+    """Draws the images whose F1 differs most between two runs; each run gets its own picture.
 
     Args:
         analysis: the analysis of the run.
@@ -190,7 +190,7 @@ def changed_most(analysis: Analysis, other: Analysis) -> Gallery:
 
 
 def _of_kinds(analysis: Analysis) -> Iterator[tuple[str, str, list[_Wanted]]]:
-    """Yields the most costly errors of each kind, at most one per image."""
+    """Yields errors of each kind, at most one per image: the most costly, or typical misses."""
     findings = analysis.findings
     errors = findings.errors[findings.main_task][0.5]
     assignment = findings.found[findings.main_task]
@@ -288,7 +288,7 @@ def _draw(
     for outline in outlines:
         bits = _bits(found_masks[outline.row], scene.dt_box[outline.row], region, canvas)
         contours, _ = cv2.findContours(bits, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        # A white line below it keeps the outline visible on any image.
+        # A wider white line below the outline keeps it visible on any image.
         cv2.drawContours(canvas, contours, -1, (255, 255, 255), 4, cv2.LINE_AA)
         cv2.drawContours(canvas, contours, -1, outline.colour.tolist(), 2, cv2.LINE_AA)
     if len(outlines) <= 3:  # more labels would hide the objects
@@ -307,7 +307,7 @@ def _paled(image: ByteArray) -> ByteArray:
 def _bits(
     rle: Any, box: FloatArray, region: tuple[int, int, int, int], canvas: ByteArray
 ) -> ByteArray:
-    """Returns the (H, W) pixels of the canvas inside a mask, or inside the box without a mask."""
+    """Returns which (H, W) pixels of the canvas are in the mask; without a mask, in the box."""
     x0, y0, x1, y1 = region
     if rle is None:
         bits = np.zeros((y1 - y0, x1 - x0), np.uint8)

@@ -40,8 +40,8 @@ def read_scene(annotations: Path, results: Sequence[Record], source: Path) -> Sc
 
     Args:
         annotations: a COCO or LVIS file.
-        results: detections in COCO's result format. A detection with ``mask_score`` has its mask
-            ranked by it; a detection with a mask may lack its box.
+        results: detections in COCO's result format. If a detection has a ``mask_score``, that score
+            ranks its mask. A detection with a mask needs no box.
         source: the results file, named in errors.
 
     Raises:
@@ -198,10 +198,10 @@ def _check_numbers(
     """Raises a ConfigError unless each value is a finite number or a list of ``count`` of them.
 
     Args:
-        values: entry numbers with the values of those entries.
+        values: pairs of an entry's number and its value.
         key: key that the values belong to.
         count: required length of a list; None for a single number.
-        source: the file, and the list in it that has the entries.
+        source: the file, and the list in it if it has several; named in errors.
     """
     try:
         written = [x for _, x in values] if count is None else [y for _, x in values for y in x]

@@ -33,7 +33,7 @@ class Key(NamedTuple):
     Attributes:
         task: "bbox" or "segm".
         group: "AP", "error", "oracle", "density", or a group that this module defines.
-        name: name within the group: a metric, a kind of error, an oracle, objects or a class.
+        name: name within the group: a metric, an error, an oracle, a set of objects or a class.
         threshold: IoU threshold of an error; otherwise 0.
     """
 
@@ -90,7 +90,7 @@ def _of_densities(analysis: Analysis, weights: Weights) -> Iterator[tuple[Key, F
 
 
 def _of_masks(analysis: Analysis, weights: Weights) -> Iterator[tuple[Key, FloatArray]]:
-    """Yields mean mask IoUs, from the sums of each image times how often it was drawn."""
+    """Yields mean mask IoUs; an image's sums are multiplied by how often it was drawn."""
     scene, quality = analysis.findings.scene, analysis.quality
     if quality is None:
         return

@@ -118,7 +118,7 @@ def _results(run: Path, dataset: str) -> Path:
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    """Returns the record that MaskEvaluator saved with the results; empty for other evaluators."""
+    """Returns what MaskEvaluator saved with the results; empty if another evaluator wrote them."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):  # detectron2's metrics.json has one record per line
@@ -127,7 +127,7 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 
 def _config(results: Path) -> CfgNode | None:
-    """Reads the run's config and registers its data sets; returns None if that fails here."""
+    """Reads the run's config and registers its data sets; None if it is missing or unusable."""
     for folder in results.absolute().parents[:3]:
         if (folder / CONFIG).is_file():
             try:

@@ -87,7 +87,7 @@ class Scene:
         return mask_areas(self.dt_mask)
 
     def ious(self, task: str) -> list[FloatArray]:
-        """Returns the (d, g) IoUs of each image; for a crowd, the share of the detection in it."""
+        """Returns each image's (d, g) IoUs; for a crowd, the share of the detection inside it."""
         pairs = zip(self.dt_slices, self.gt_slices, strict=True)
         what = {"bbox": "IoU of boxes", "segm": "IoU of masks"}[task]
         told = progress(pairs, what, "image", len(self.image_ids))

@@ -188,7 +188,7 @@ def _density_table(analysis: Analysis) -> Table:
 
 
 def facts(analysis: Analysis) -> list[tuple[str, str]]:
-    """Returns the facts about the run that head the page, as names and texts."""
+    """Returns the facts at the top of the page, as pairs of a name and a text."""
     scene, files = analysis.findings.scene, analysis.files
     limit = f"{files.max_detections} per image and class" if files.max_detections >= 0 else "all"
     pairs: Sequence[tuple[str, str]] = [

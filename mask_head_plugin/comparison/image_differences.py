@@ -63,8 +63,8 @@ class ImageDifferences:
 
     Attributes:
         image_id: id in the data set.
-        num_detections: detections of the model that has fewer.
-        num_confident: those with a score above ``min_score``.
+        num_detections: number of detections of the model with fewer detections.
+        num_confident: number with a score above ``min_score``, of the model with fewer of these.
         same_set: whether both models found the same objects in the same order, except for ties:
             detections whose scores differ by rounding may swap places, and a detection within
             rounding of the cut may be missing.

@@ -127,7 +127,7 @@ def write_table(results: Mapping[str, Comparison | str], path: Path) -> None:
 
     Args:
         results: for each config, its comparison or the reason for its failure.
-        path: the file to write; next to it, each config has a folder of its name.
+        path: the file to write; each config has a folder with its name next to it.
     """
     header = ["config", "verdict", "images", "detections", "scores", "boxes, px", "mask pixels"]
     header += ["mask AP stock", "plugin", "95% interval", "published", "s/image stock", "plugin"]
@@ -192,7 +192,7 @@ def write_pictures(twins: Twins, comparison: Comparison, output: Path) -> list[P
 
 @dataclass(frozen=True)
 class Drawn:
-    """One model's detections in an image by falling score, of which the first ones are shown."""
+    """A model's detections in an image by falling score; the first ``num_shown`` are drawn."""
 
     labels: list[str]
     classes: list[int]

@@ -137,7 +137,7 @@ def load_twins(cfg: CfgNode, weights: Path, lazy_file: str = "") -> Twins:
 def load_exactly(model: torch.nn.Module, weights: Path, cfg: CfgNode) -> None:
     """Loads weights that must fill the whole model with nothing left over.
 
-    Rows of classes are moved to the class order of the first data set in DATASETS.TEST.
+    Rows of weights that belong to classes are put in the class order of the first test data set.
 
     Raises:
         ConfigError: if the weights do not fit, or the file cannot be read.

@@ -15,8 +15,8 @@ difference.py).
 
 In 500 synthetic experiments (200 images, 3 classes) the 95% interval over images contained the true
 difference of AP, AP50 and AP75 93 to 95% of the time, for a large and a small difference. If
-classes have few objects, it is slightly too narrow (100 images, 10 classes: 93 to 94% of 1000
-experiments).
+classes have few objects, the interval is slightly too narrow (100 images, 10 classes: 93 to 94% of
+1000 experiments).
 
 Shape alphabet: I images, K classes, D detections, S draws; n detections of one class.
 """
@@ -37,14 +37,14 @@ IntArray = npt.NDArray[np.int32]
 """Type of counts; NumPy sums it exactly, like int64, but much faster."""
 
 CHUNK_ELEMENTS = 1 << 17
-"""Number of elements of the (S, n) arrays, small enough for the processor's cache."""
+"""Number of elements of an (S, n) array, chosen so that it fits in the processor's cache."""
 
 _AREAS = {"APs": "small", "APm": "medium", "APl": "large"}
 _IOUS = {"AP50": 0.5, "AP75": 0.75}
 _RECALLS: FloatArray = np.linspace(0.0, 1.0, 101)  # equal to pycocotools' to the last bit
 
 Cell = tuple[int, int]
-"""Index of an area range and of an IoU threshold, which together have a precision-recall curve."""
+"""Indices of an area range and an IoU threshold; each class has one curve for each such pair."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,8 @@ def compare_all(
 ) -> dict[str, dict[str, PairedDifference]]:
     """Compares each variant with the same baseline on the same draws; see ``compare``.
 
-    Intervals that include training get wider with the number of variants, because they contain all
-    true differences simultaneously 95% of the time.
+    Intervals that include training get wider with the number of variants, because together they
+    must contain all true differences 95% of the time.
 
     Args:
         variants: for each variant, including the baseline, its matches for each training seed.
@@ -358,7 +358,7 @@ def _by_class(
 
 
 def _cells(matches: Matches, metric: str) -> list[Cell]:
-    """Returns the curves whose mean AP is the metric."""
+    """Returns the cells whose mean AP is the metric."""
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}, not one of {METRICS}")
     area = _area_index(matches, _AREAS.get(metric, "all"))

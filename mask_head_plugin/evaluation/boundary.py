@@ -1,11 +1,11 @@
-"""Boundary IoU (arXiv 2103.16562), which measures outlines; mask IoU is dominated by insides.
+"""Computes boundary IoU (arXiv 2103.16562), which measures outlines; mask IoU measures areas.
 
 The boundary of a mask is what an erosion removes: the pixels within d of its contour or of the
 image's edge. d is 2% of the image's diagonal. Boundary AP is COCO's AP with the minimum of mask and
 boundary IoU.
 
-Boundaries are computed only in the surroundings of a mask, and only if its mask IoU reaches the
-lowest threshold, because a lower minimum does not change the AP.
+Boundaries are computed only in the window that a mask occupies, and only for pairs whose mask IoU
+reaches the lowest threshold, because other pairs cannot match anyway.
 """
 
 from __future__ import annotations

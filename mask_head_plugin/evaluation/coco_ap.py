@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm", "boundary")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-"""In percent, as everywhere; nan if nothing counts."""
+"""Metrics in percent, as everywhere; nan if nothing counts for a metric."""
 
 COCO_MAX_DETECTIONS = 100
 ALL_DETECTIONS = -1
@@ -49,7 +49,7 @@ class GroundTruth:
         is_lvis: whether images list the classes that were searched for (federated annotation).
         has_annotations: False if the file lacks the list of annotations, as for test images; an
             empty list means that there are no objects.
-        has_masks: whether any annotation has a segmentation.
+        has_masks: whether any annotation has a segmentation, or there are no annotations.
         coco: the engine's COCO object.
     """
 
@@ -226,7 +226,7 @@ class GroundTruth:
             )
 
     def _as_lvis(self, detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Keeps the best detections of each image whose class was searched for there."""
+        """Keeps the best detections of each image if their class was searched for in that image."""
         per_image = defaultdict(list)
         for detection in detections:
             per_image[detection["image_id"]].append(detection)

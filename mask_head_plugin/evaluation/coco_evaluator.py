@@ -43,10 +43,10 @@ class MaskEvaluator(DatasetEvaluator):
     ``mask_scores`` if detections have them.
 
     Predictions are written to the output folder during the evaluation. After ``resume``, images
-    predicted by an interrupted evaluation are not needed again.
+    predicted by an interrupted evaluation need not be predicted again.
 
-    If a model's class names are known, its predictions count for the classes of those names,
-    whatever their numbers in the data set.
+    If a model's class names are known, its predictions count for the data set's classes with those
+    names, whatever their numbers.
 
     Attributes:
         predicted_classes: class names of predictions that have none, see class_names.py; None if
@@ -240,7 +240,7 @@ class MaskEvaluator(DatasetEvaluator):
         return summary
 
     def never_gives(self, metric: str) -> bool:
-        """Returns whether a metric is missing or nan whatever is predicted, for want of objects.
+        """Returns whether a metric is missing or nan whatever is predicted, for lack of objects.
 
         Args:
             metric: such as ``segm/APl`` or ``bbox/AP-person``.
@@ -395,7 +395,7 @@ def without_nan(value: Any) -> Any:
 
 
 def _plain_id(field: str, value: Any) -> int | str:
-    """Returns an id that JSON can store; converts NumPy integers, as from NumPy or pandas."""
+    """Returns an id that JSON can store; converts NumPy integers, which pandas also uses."""
     if isinstance(value, str):
         return value
     try:

@@ -56,7 +56,7 @@ class LabelledMask:
 def write_contact_sheet(
     cfg: CfgNode, model: torch.nn.Module, dataset_name: str, path: Path, min_score: float = 0.5
 ) -> None:
-    """Draws images from all over a data set into one PNG, ground truth left, predictions right.
+    """Draws images from all over a data set into one PNG, with ground truth left of predictions.
 
     Args:
         cfg: config with the test-time transforms.

@@ -31,7 +31,7 @@ import numpy as np
 from .matching import FloatArray
 
 LEVEL = 0.95
-"""How often an interval contains the true difference, or several intervals all of theirs."""
+"""How often an interval contains the true difference, or several together all true differences."""
 
 POWER_ERRORS = 0.84
 """How many standard errors beyond the interval's limit a difference must be for 80% of studies to
@@ -57,7 +57,7 @@ class PairedDifference:
             nan with one seed.
         detectable: smallest true difference that 80% of studies like this one would find, with an
             interval that excludes 0. It is more than half the interval's width, because a true
-            difference of that size is missed half of the time.
+            difference of just half the width is missed half of the time.
         has_training: whether both models have at least two seeds.
     """
 
@@ -170,7 +170,7 @@ def student_t(probability: float, freedom: float) -> float:
 
 
 MANY_DEGREES = 1000.0
-"""Degrees of freedom from which the normal distribution is used; it is within 0.1%."""
+"""Degrees of freedom from which the normal distribution is used; the error is about 0.1%."""
 
 
 @functools.lru_cache(maxsize=4096)

@@ -111,7 +111,7 @@ def write_label(canvas: ByteArray, text: str, x: int, y: int, style: LabelStyle)
 def instance_colour(number: int) -> Colour:
     """Returns a bright colour; nearby numbers get very different colours."""
     hue = (0.45 + number * GOLDEN_RATIO) % 1
-    # More than eight hues look similar, so every eight numbers the saturation changes.
+    # More than eight hues look similar, so saturation or brightness changes every eight numbers.
     saturation, value = ((0.8, 1.0), (0.45, 1.0), (0.95, 0.75))[number // 8 % 3]
     return np.array([round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value)])
 
@@ -134,8 +134,8 @@ def draw_instances(
 
     Lines and letters grow with the image. Large instances are drawn first, so they do not hide
     small ones. A label is placed above, inside or below its instance. If it would hide an earlier
-    label or much of an instance everywhere, it is omitted; otherwise, hundreds of small instances
-    would disappear under their labels.
+    label or much of an instance in each of these places, it is omitted, because hundreds of labels
+    would cover small instances.
 
     Args:
         image: (H, W, 3) image.
@@ -197,7 +197,7 @@ def _line_size(height: int, width: int) -> tuple[float, int]:
 
 
 def _pixels_of(box: npt.NDArray[Any], rle: Mapping[str, Any] | None) -> Rectangle:
-    """Returns the bounding rectangle of a mask, or of the box without one; empty if the mask is."""
+    """Returns the rectangle around a mask or, if there is none, a box; empty for an empty mask."""
     if rle is not None:
         x, y, width, height = (int(v) for v in coco_mask.toBbox(rle))
         return x, y, x + width, y + height

@@ -27,7 +27,7 @@ class ImageCounts:
 
     @property
     def f1(self) -> npt.NDArray[np.float64]:
-        """F1 of each image, (I,); 1 for an image without objects and detections."""
+        """F1 of each image, (I,); 1 for an image with neither objects nor detections."""
         total = self.detections + self.objects
         return np.where(total > 0, 2 * self.found / np.maximum(total, 1), 1.0)
 
@@ -48,8 +48,8 @@ def image_counts(matches: Matches, min_score: float = MIN_SCORE) -> ImageCounts:
 def most_disputed(counts: Sequence[ImageCounts], most: int = MOST_IMAGES) -> list[int]:
     """Returns the images on which F1 differs most between variants, largest difference first.
 
-    Ties are broken by the larger spread of found objects. Images on which all variants agree are
-    omitted.
+    If F1 differs equally, the differences in the number of found objects decide. Images on which
+    all variants have the same F1 are omitted.
     """
     f1 = np.stack([c.f1 for c in counts])
     found = np.stack([c.found for c in counts])

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_ELEMENTS = 1 << 22
-"""Most elements of the (B, A, T, g) arrays of groups that are matched together."""
+"""Largest number of elements of a (B, A, T, g) array; limits how many groups are in one."""
 
 SAME_OBJECT_IOU = 0.5
 """Lowest IoU at which two masks count as the same object by default."""
@@ -34,10 +34,11 @@ class Group:
 
     Attributes:
         ious: (d, g) IoUs, with detections by falling score.
-        crowd: (g,) crowds, which match any number of detections and do not count.
-        ignored: (A, g) objects that do not count in an area range, including crowds.
-        outside: (A, d) detections that are ignored if they match nothing, for example because their
-            area is outside the range.
+        crowd: (g,) whether an object is a crowd, which matches any number of detections and does
+            not count.
+        ignored: (A, g) whether an object does not count in an area range; true for crowds.
+        outside: (A, d) whether a detection is ignored if it matches nothing, for example because
+            its area is outside the range.
     """
 
     ious: FloatArray

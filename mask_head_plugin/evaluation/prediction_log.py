@@ -18,7 +18,7 @@ Results = list[dict[str, Any]]
 
 
 class PredictionLog:
-    """One file per process, ``predictions_<data set>.<fingerprint>.rank<n>.jsonl``.
+    """Writes one file per process, ``predictions_<data set>.<fingerprint>.rank<n>.jsonl``.
 
     Attributes:
         finished: image ids predicted by interrupted evaluations; the same in all processes that

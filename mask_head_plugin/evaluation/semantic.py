@@ -120,8 +120,8 @@ def semantic_metrics(confusion: Confusion, class_names: Sequence[str]) -> dict[s
     ground-truth pixels is nan and is left out of the means, but its predictions count as errors of
     the classes that they cover.
 
-    Differs from SemSegEvaluator: boundary IoU is not computed, and without any pixel, fwIoU is nan
-    like the other means instead of 0.
+    Differs from SemSegEvaluator: boundary IoU is not computed, and if no pixel counts, fwIoU is nan
+    instead of 0, like the other means.
 
     Args:
         confusion: (K + 1, K + 1) result of ``confusion_matrix``, summed over images.

@@ -45,8 +45,10 @@ NAME_WIDTH = 30
 
 
 def band_colour(colour: str) -> str:
-    """Returns a line's colour, given as #rrggbb, for the band around it: grid and lines below stay
-    visible.
+    """Returns a translucent colour for the band around a line.
+
+    Args:
+        colour: the line's colour as #rrggbb.
     """
     red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
     return f"rgba({red},{green},{blue},{BAND_OPACITY})"

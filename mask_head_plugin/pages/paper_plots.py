@@ -34,7 +34,7 @@ MARKERS = {
 }
 FONTS: Any = {"font.size": 8, "axes.titlesize": 9, "hatch.linewidth": 0.6}
 MOST_LEVEL = 6
-"""Most names below a plot that are written horizontally; more are rotated."""
+"""Largest number of names below a plot that are written horizontally; more are rotated."""
 
 
 def save_figures(figures: Sequence[Figure], folder: Path) -> None:
@@ -92,7 +92,7 @@ class _Panel:
         axes: matplotlib axes of the panel.
         source: the plotly figure.
         name: name of the panel's x axis in the plotly figure.
-        is_first: whether the panel is the first of its row, which shows the names of shared rows.
+        is_first: whether the panel is the first of its row and shows the names on a shared axis.
     """
 
     def __init__(self, axes: Any, source: Any, name: str, *, is_first: bool) -> None:

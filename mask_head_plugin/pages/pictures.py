@@ -19,7 +19,7 @@ from ..evaluation.drawing import ByteArray
 
 JPEG_QUALITY = 88
 MOST_BYTES = 2_300_000
-"""Limit for all pictures of a page as text; keeps a page with plotly.js (4.8 MB) below 8 MB."""
+"""Largest total size of data URIs; keeps a page with plotly.js (4.8 MB) below 8 MB."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from .figures import COLOURS as COLOURS
 
 FOR_PAPERS: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 SETTINGS: Any = {"svg.hashsalt": "mask_head_plugin", "pdf.fonttype": 42}
-"""Makes equal plots give equal files, and stores PDF text as TrueType, as publishers require."""
+"""Settings that make equal plots give equal files, and that store PDF text as TrueType, as
+publishers require."""
 DPI = 300
 """Resolution of raster images inside plots for papers."""
 

@@ -125,5 +125,5 @@ def escape_markdown(text: str) -> str:
 
 
 def code_markdown(text: str) -> str:
-    """Formats text as inline code; replaces backticks, which would end it, by single quotes."""
+    """Formats text as inline code; replaces backticks, which would end it, with single quotes."""
     return f"`{text.replace('`', chr(39))}`"

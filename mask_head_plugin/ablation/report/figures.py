@@ -1,4 +1,4 @@
-"""The report's interactive figures. Import it where plotly is installed (extra ``report``).
+"""The report's interactive figures. Importing this module needs plotly (extra ``report``).
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart. Nothing is shown by colour
 alone: a marker, dash or label always repeats it. Plotly reads labels as HTML, so names are escaped.
@@ -41,14 +41,14 @@ FloatArray = npt.NDArray[np.float64]
 MOST_CLASSES = 40
 CLASSES_WITH_NUMBERS = 20
 CELL_WIDTH, NAMES_WIDTH = 38, 240
-"""Pixels of a cell with a number, and of the names next to the cells."""
+"""Width in pixels of a cell with a number, and of the names next to the cells."""
 SMOOTHED_SHARE = 20
 """Losses are averaged over windows of 1 / SMOOTHED_SHARE of the logged iterations."""
 PR_THRESHOLDS = (0.5, 0.75)
 
 
 def figures(study: Study) -> list[Figure]:
-    """Returns the figures that there are data for."""
+    """Returns the figures for which there are data."""
     made = (
         _metric_differences(study),
         _other_metrics(study),
@@ -204,7 +204,7 @@ def _series(log: Iterable[dict[str, Any]], key: str) -> dict[int, float]:
 
 
 def _common(series: Sequence[dict[int, float]]) -> tuple[FloatArray, FloatArray]:
-    """Returns the I iterations that all S series have, and their (S, I) values."""
+    """Returns the I iterations that all S series have, and the (S, I) values at them."""
     common = sorted(set.intersection(*map(set, series)))
     values = [[x[iteration] for iteration in common] for x in series]
     return np.array(common, float), np.array(values, float)
@@ -242,7 +242,7 @@ def _add_curve(
 
 
 def _classes(study: Study) -> Figure | None:
-    """Plots the difference of each class's AP from the baseline's."""
+    """Plots how much the AP of each class differs from the baseline."""
     matches = study.matches(study.task)
     name = study.metric.partition("/")[2]
     metric = name if name in METRICS else "AP"

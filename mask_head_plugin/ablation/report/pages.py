@@ -144,7 +144,7 @@ def repeat_command(study: Study) -> str:
 def analyses(study: Study) -> list[tuple[str, str, str]]:
     """Returns the name, command and page of each variant's analysis; the page is empty if missing.
 
-    Analyses the first finished seed, compared with the first finished seed of the baseline.
+    Each analysis is of the variant's first finished seed, compared with the baseline's.
     """
     baseline = study.baseline.finished[:1]
     found = []

@@ -72,7 +72,7 @@ def side_by_side(study: Study) -> Gallery:
 
 
 def _first_with_masks(trials: Iterable[Trial]) -> list[tuple[Trial, Matches]]:
-    """Returns the first trial that has matches of masks, in a list; empty if there is none."""
+    """Returns the first trial with matches of masks, and these matches; empty if there is none."""
     for trial in trials:
         has_masks = "segm" in (trial.record().get("results") or {})
         matches = trial.matches("segm") if has_masks else None

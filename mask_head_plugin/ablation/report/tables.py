@@ -15,7 +15,7 @@ from .study import Study, Variant, mean
 
 BASELINE = "baseline"
 MOST_OF_ERROR = 300
-"""Most characters shown of an error; trial.json has the complete text."""
+"""Length at which the text of an error is cut off; trial.json has the complete text."""
 
 
 def build_table(study: Study) -> Table:

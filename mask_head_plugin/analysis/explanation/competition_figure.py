@@ -13,14 +13,14 @@ from .model_stages import Stages
 from .style import BLUE, CHOSEN, FAINT, INK, blank, name_below, page_figure
 
 MOST_CLASSES = 6
-"""Most classes shown: the chosen one and those with the highest probabilities."""
+"""Largest number of classes shown: the chosen one and those with the highest probabilities."""
 
 SIGMOID = "Sigmoid, as in Mask R-CNN: each class decides independently whether it claims a pixel"
 SOFTMAX = "Softmax: the classes and the background share each pixel"
 
 
 def competition_figure(stages: Stages, number: int, sigmoid: Tensor, softmax: Tensor) -> Figure:
-    """Draws the masks of a RoI from two mask branches, and what each class gets of one pixel.
+    """Draws the masks of a RoI from two mask branches, and each class's value at one pixel.
 
     Args:
         stages: stages of the image in the model with independent masks.
@@ -62,7 +62,7 @@ def told_in_words(stages: Stages, number: int) -> str:
 
 
 def claimed_pixel(sigmoid: Tensor, chosen: int) -> tuple[int, int]:
-    """Returns the row and column of the mask's pixel that other classes claim most.
+    """Returns row and column of the pixel in the chosen mask that other classes claim most.
 
     Args:
         sigmoid: (K, M, M) independent probabilities.
@@ -93,7 +93,7 @@ def _draw_map(
 
 
 def _draw_bars(axes: Axes, values: dict[str, float], name: str, *, shared: bool) -> None:
-    """Draws the share of the pixel that each class gets."""
+    """Draws the probability of each class at the circled pixel."""
     colours = {label: CHOSEN if label == name else BLUE for label in values}
     colours["background"] = FAINT
     labels = list(values)

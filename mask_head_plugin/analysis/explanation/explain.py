@@ -24,7 +24,7 @@ from .model_stages import ByteArray, Stages, class_probs, features_of_box, run_s
 from .style import FONTS, save
 
 MOST_BINS = 14
-"""Most bins along a side that can be drawn, as many as in the paper's mask branch."""
+"""Largest number of bins along a side; the paper's mask branch has as many."""
 
 COMPETING = [["softmax_cross_entropy", 1.0]]
 

@@ -42,9 +42,9 @@ class Stages:
         names: K class names.
         mask_probs: (N, M, M) mask probabilities for the class of each detection.
         rois: (N, 4) boxes of the detections in pixels of the network's input.
-        map_of: (N,) index of the map that each detection is pooled from.
-        map_hws: height and width of each map.
-        strides: stride of each map, in pixels of the network's input.
+        map_of: (N,) index of the feature map that each detection is pooled from.
+        map_hws: height and width of each feature map.
+        strides: stride of each feature map, in pixels of the network's input.
         region_features: (N, C, P, P) input of the mask head.
         pixels: pixels of the image per pixel of the network's input, in x and y.
         classes_compete: whether the masks of the classes share each pixel.
@@ -70,7 +70,7 @@ class Stages:
     sampling_ratio: int
 
     def pasted(self, number: int) -> list[dict[str, Any]]:
-        """Returns the run lengths of a detection's mask in the image, as a list of one."""
+        """Returns the RLE of a detection's mask, pasted into the image, in a list."""
         probs = self.mask_probs[number : number + 1]
         box = torch.as_tensor(self.boxes[number : number + 1], dtype=probs.dtype)
         return encode_masks(probs, box, self.image.shape[:2])

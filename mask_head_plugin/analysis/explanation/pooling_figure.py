@@ -51,7 +51,7 @@ PANEL_INCHES, LEGEND_INCHES, WORDS_INCHES = 3.1, 0.9, 2.3
 """Width of a panel; height of the legend; height of all titles and text together."""
 
 CELLS_OF_BIN, MOST_BINS = 2, 7
-"""Cells per bin along a side and most bins, if the number of bins is not given."""
+"""Cells per bin and largest number of bins along a side, if the number of bins is not given."""
 
 HALO = [withStroke(linewidth=2, foreground="white")]
 
@@ -107,9 +107,9 @@ def told_in_words(stages: Stages, number: int) -> str:
 
 
 def _view(reads: list[Reads]) -> FloatArray:
-    """Returns x0, y0, x1, y1 in cells of the part to draw around all boxes.
+    """Returns x0, y0, x1, y1, in cells, of the part to draw: all boxes with a margin.
 
-    It is never taller than wide.
+    The part is never taller than wide.
     """
     boxes = np.array([each.box for each in reads])
     low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
@@ -135,7 +135,7 @@ def _draw_image(axes: Axes, stages: Stages, level: int, view: FloatArray) -> Non
 
 
 def _marked_bin(num_bins: int) -> tuple[int, int]:
-    """Returns the row and column of the bin drawn in detail, at the side that moves most."""
+    """Returns row and column of the bin drawn in detail, at the right edge, which moves most."""
     return num_bins // 2, num_bins - 1
 
 

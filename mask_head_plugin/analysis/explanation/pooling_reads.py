@@ -1,7 +1,7 @@
 """Finds what four ways of RoI pooling read from a map by running the operators.
 
-Each operator pools maps in which one row or one column is 1, which reveals the cells that it really
-reads. Sampling points come from ``ops.axis_weights``.
+Each operator pools maps in which a single row or column is 1, which reveals the cells that the
+operator reads. Sampling points come from ``ops.axis_weights``.
 
 Positions are in cells. 0 is the outer edge of the first cell, so its centre is at 0.5.
 
@@ -26,7 +26,7 @@ from ...ops.axis_weights import roi_align_samples, round_to_cells
 FloatArray = npt.NDArray[np.float64]
 
 BEYOND = 3
-"""Cells outside a RoI that pooling may still read after rounding."""
+"""How many cells beyond the edge of a RoI pooling may still read because of rounding."""
 
 WAYS = ("RoIPool", "RoIWarp", "RoIAlign", "PrRoIPool")
 """Ways of pooling, in the order in which they were published."""
@@ -41,7 +41,7 @@ class AxisReads:
     Attributes:
         start: lower edge of the RoI as used, possibly rounded.
         end: upper edge.
-        weights: (P, H or W) weight with which each bin reads a row or column; 1 for a maximum.
+        weights: (P, H or W) weight of each row or column in each bin; 1 if a maximum is taken.
         samples: (P, G) sampling points, NaN outside the map; G is 0 if there are none.
         neighbours: (P, G, 2) cells that each point reads.
     """
@@ -112,7 +112,7 @@ def pooling_reads(
         samples, neighbours = np.empty((num_bins, 0)), np.empty((num_bins, 0, 2), np.int64)
         if way in ("RoIWarp", "RoIAlign"):
             table = roi_align_samples(*used, num_bins, length, sampling_ratio)
-            # The weights of its two cells give a sample's position relative to cell centres.
+            # A sample's position relative to cell centres follows from its two cells' weights.
             place = (table.cell * table.weight).sum(3)[0] + 0.5
             samples = torch.where(table.inside[0], place, torch.nan).double().numpy()
             neighbours = table.cell[0].long().numpy()

@@ -17,16 +17,16 @@ from .style import CHOSEN, CLASS_COLOURS, INK, Style, blank, name_below, page_fi
 
 MOST_PROPOSALS = 25
 MOST_MASKS = 8
-"""Most masks in the strip: the chosen class and those with the highest probabilities."""
+"""Largest number of masks in the strip: the chosen one and those with the highest probabilities."""
 
 MOST_ELONGATED = 2.5
-"""Largest ratio of the sides of what is shown. Of a more elongated image, only a part is shown."""
+"""Largest ratio of the sides of a picture. If an image is more elongated, only a part is shown."""
 
 GREY_SHARES = (0.299, 0.587, 0.114)
-"""Of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
+"""Shares of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
 
 MOST_LABELS = 16
-"""Of more detections only the followed one is named: names would cover the image."""
+"""Largest number of detections that are all labelled; of more, only the chosen one is."""
 
 SURE = 0.5
 """Lowest score of detections that are drawn."""
@@ -63,7 +63,7 @@ def told_in_words(stages: Stages, number: int) -> str:
 
 
 def _image(axes: Axes, stages: Stages, number: int, title: str, told: str) -> FloatArray:
-    """Draws the image, or its part around a detection, and returns x0, y0, x1, y1 of that part."""
+    """Draws the image or a part around a detection; returns x0, y0, x1, y1 of what is shown."""
     blank(axes)
     size = np.array(stages.image.shape[1::-1], float)
     view = shown_part(stages, number)
@@ -79,7 +79,7 @@ def _image(axes: Axes, stages: Stages, number: int, title: str, told: str) -> Fl
 
 
 def shown_part(stages: Stages, number: int) -> FloatArray:
-    """Returns x0, y0, x1, y1 of the image, or of a part with the detection if it is very long."""
+    """Returns x0, y0, x1, y1 of the image or, if it is elongated, of a part with the detection."""
     size = np.array(stages.image.shape[1::-1], float)
     half = np.minimum(size, MOST_ELONGATED * size.min()) / 2
     box = stages.boxes[number]
@@ -210,7 +210,7 @@ def _draw_pasted(axes: Axes, stages: Stages, number: int) -> None:
     if not (stages.scores >= SURE).any():
         told = f"No box scores {SURE:.0%} or more.\nDashed: the box that stages 3 and 4 follow"
     _image(axes, stages, number, "5  Masks in the image", told)
-    # In grey, so that a mask has the colour of its box in stage 2.
+    # The image is grey, so that each mask has the same colour as its box in stage 2.
     axes.imshow(stages.image @ GREY_SHARES, cmap="gray", vmin=0, vmax=255)
     for k, colour in _drawn(stages, number).items():
         mask = coco_mask.decode(stages.pasted(k)[0])

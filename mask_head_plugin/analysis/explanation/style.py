@@ -57,7 +57,7 @@ def blank(axes: Axes) -> None:
 
 
 def name_below(name: str, across: int) -> str:
-    """Returns a class's name in lines that fit below one of so many pictures across a page."""
+    """Breaks a name into lines that fit below a picture if ``across`` pictures share the width."""
     return textwrap.fill(name, max(112 // across, 10))
 
 
@@ -78,8 +78,8 @@ def save(figure: Figure, folder: Path, name: str, told: str) -> list[Path]:
         "png": {"Description": told},
         "svg": {"Description": told, "Date": None},
     }
-    # Laid out twice here: where images keep their shape, the first time leaves too little room for
-    # the words below them.
+    # Lay out twice: if images keep their aspect ratio, the first layout leaves too little room for
+    # the text below them.
     for _ in range(2):
         figure.draw_without_rendering()
     for kind, metadata in said.items():
