@@ -3,7 +3,7 @@
 In a full training run, the effect of a pooler or a loss is mixed with the noise of proposals,
 classification and backbone. Here, a new mask head is trained on region features that were computed
 once, and its masks are compared on validation objects. One training run takes seconds, so many
-seeds are affordable. It cannot show how the backbone and the box branch would have adapted.
+seeds are affordable. This setup cannot show how the backbone and the box branch would have adapted.
 
 Shape alphabet: R objects, K classes, C channels, P pooled side, M = 2P mask side.
 """
@@ -122,7 +122,7 @@ def predict(head: FCNMaskHead, objects: Objects, all_classes: bool = False) -> T
     Args:
         head: a trained head.
         objects: the objects to predict masks for; their targets are not used.
-        all_classes: return all classes. A loss that couples the classes needs them.
+        all_classes: whether to return all classes, as a loss that couples the classes needs.
     """
     parts = []
     with torch.inference_mode():
@@ -166,7 +166,7 @@ def _rows(head: FCNMaskHead, classes: Tensor) -> Tensor:
 
 
 class _Batches:
-    """Draws indices of objects in random order; every object is drawn before one is repeated."""
+    """Draws indices of objects in random order; none is repeated before all have been drawn."""
 
     def __init__(self, num_objects: int, batch_size: int, seed: int) -> None:
         if num_objects < 1:

@@ -34,7 +34,7 @@ MEAN_POINTS, NUM_CLASSES = 25, 80
 
 
 def make_images(folder: Path, num_images: int) -> None:
-    """Writes an image and links to it, and a new one every 10,000 files: links are limited."""
+    """Writes an image and links to it; a new image every 10,000 files, as links are limited."""
     folder.mkdir()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*IMAGE_HW, 3), np.uint8))
     for index in progress(range(num_images), "making images", "file"):

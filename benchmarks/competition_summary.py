@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 Key = tuple[str, int, float, float, int]
 """Arm, number of classes, confusion, learning rate, iterations."""
 Settings = list[tuple[int, float]]
-"""Numbers of classes, each with a confusion."""
+"""Pairs of a number of classes and a confusion."""
 
 NUM_DRAWS = 1000
 READ_CLASSES = 10
@@ -61,7 +61,7 @@ class Results:
         return self.ious(key, OWN).shape[1]
 
     def threshold(self, key: Key, reading: str) -> dict[str, float]:
-        """Returns the mean threshold of a tuned reading; nothing for the others."""
+        """Returns the mean threshold of a tuned reading; an empty dictionary for the others."""
         found = [x.get("thresholds", {}).get(reading) for x in self.trainings[key]]
         return {} if None in found else {"threshold": round(statistics.mean(found), 3)}
 
@@ -84,7 +84,8 @@ Row = tuple[dict[str, Any], Key, str, Key, str]
 def compared(results: Results, rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Returns the differences of a table, with intervals that are valid together.
 
-    An IoU is at least 0, so no interval of a difference extends below minus the baseline.
+    An IoU is at least 0, so a difference is at least minus the baseline's IoU; intervals are cut
+    off there.
     """
     present = [r for r in rows if results.has(r[1], r[2]) and results.has(r[3], r[4])]
     table = []
@@ -223,8 +224,8 @@ def _rates(settings: Settings, rates: list[float], short: int) -> Iterable[Row]:
 def _by_certainty(results: Results, rate: float, short: int) -> list[dict[str, Any]]:
     """Returns the results for objects that the best classifier is sure of, and for the others.
 
-    It is sure of an object if it gives the true class a probability above one half. ``missed`` is
-    the share of objects with an IoU below EMPTY.
+    The classifier is sure of an object if it gives the true class a probability above one half.
+    ``missed`` is the share of objects with an IoU below EMPTY.
     """
     table = []
     for key in results.trainings:

@@ -23,7 +23,7 @@ def own_class(class_logits: Tensor, classes: Tensor) -> Tensor:
 def every_class_cross_entropy(
     class_logits: Tensor, classes: Tensor, gt_masks: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """Binary cross-entropy of all classes: the target is the mask for the own class, else empty.
+    """Binary cross-entropy of all classes; all but the object's have an empty mask as target.
 
     As with ``softmax_cross_entropy``, the masks of the other classes are trained to be empty; as
     with ``binary_cross_entropy``, raising the logit of one class takes nothing from another.

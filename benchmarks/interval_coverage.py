@@ -37,7 +37,8 @@ IMAGE, IMAGE_OF_MODEL, IMAGE_OF_SEED = 0.6, 0.3, 0.3
 SEED = 0.1
 MOST_OBJECTS = 8
 OBJECT_OF_WAY, IMAGE_OF_WAY, SEED_OF_WAY = 0.015, 0.02, 0.0025
-"""Standard deviations of the difference between two heads: per object and seed, image, and seed."""
+"""Standard deviations of the difference between two heads: for each object with each seed, for each
+image, and for each seed."""
 SAME, BETTER = 0.0, 0.3
 """By how much the quality of the variant exceeds that of the baseline."""
 
@@ -142,7 +143,7 @@ def simulate(
 def simulate_pairs(num_images: int, num_seeds: int, num_studies: int) -> dict[str, Any]:
     """Returns a row: the percentage of studies with paired heads whose interval contains 0.
 
-    What a seed does to both heads cancels in the differences, so only these are drawn.
+    A seed's effect on both heads cancels in the differences, so only differences are drawn.
     """
     rng, holds = np.random.default_rng(num_images), 0
     drawn = np.concatenate(

@@ -66,7 +66,8 @@ def make_objects(seed: int, num_objects: int, num_classes: int, confusion: float
     """Returns the objects for a seed.
 
     Args:
-        seed: seed of all random numbers. Outlines, backgrounds and textures depend only on it.
+        seed: seed of all random numbers. Outlines and textures depend only on it, and
+            so does a background, unless it is too similar to the object's colour.
         num_objects: N.
         num_classes: K, from 1 to 729.
         confusion: standard deviation of the noise of an object's colour along each axis, in units
@@ -97,9 +98,9 @@ def true_class_probability(
     """Returns (N,) probabilities of the true classes, given (N, 3) colours and their noise.
 
     Args:
-        colour: the object's.
+        colour: (N, 3) colours of the objects.
         classes: (N,) true classes.
-        colours: (K, 3) of the classes.
+        colours: (K, 3) colours of the classes.
         spread: standard deviation of the noise along each axis; 0 for none.
     """
     if spread == 0:

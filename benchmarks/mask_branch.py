@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 """Compares this plugin's mask branch with detectron2's and torchvision's.
 
-head: FCN mask head and binary cross-entropy of 128 RoIs of 14 x 14 x 256, K classes, forward and
-backward, and inference. target: 28 x 28 targets of 128 RoIs from bit masks of 800 x 1333. step: one
-training step of Mask R-CNN R50-FPN, two images of 512 px with 8 polygons each, 512 RoIs an image.
-On CUDA, where Python takes longer than so few images, also with four of 800 px, and ours also
-contiguous, which is only in the JSON file. inference: the same model, 100 masks that fill their
-boxes in each of two images, as bit masks of 1080 px or run lengths.
+head: the FCN mask head with binary cross-entropy for K classes, on 128 RoIs of 14 x 14 x 256; a
+forward and backward pass, and inference. target: targets of 28 x 28 for 128 RoIs, cropped from bit
+masks of 800 x 1333. step: one training step of Mask R-CNN R50-FPN with two images of 512 px, 8
+polygons and 512 RoIs per image. On CUDA, two such images keep the GPU busy for less time than
+Python takes, so a step with four images of 800 px is measured too; and so is our model with
+contiguous weights, whose results are only in the JSON file. inference: the same model with 100
+masks that fill their boxes in each of two images; the output is bit masks of 1080 px or run
+lengths.
 
-Times are medians of several runs, all sides in turn; ratios are detectron2 / ours. Memory is the
-peak of what PyTorch allocates. With --busy N, times are taken while N other processes compute.
+Times are medians of several runs, in which the sides take turns; ratios are detectron2 / ours.
+Memory is the peak of what PyTorch allocates. With --busy N, times are taken while N other processes
+compute.
 
 Writes a table, a JSON file with machine, versions and date, and a plot next to it.
 """
@@ -160,7 +163,7 @@ def target_sides(sizes: Sizes, device: str) -> Sides:
 def make_model(
     num_classes: int, plugin: bool, device: str, more_opts: Sequence[str] = ()
 ) -> nn.Module:
-    """Builds a model as detectron2's and as this plugin's train_net.py do."""
+    """Builds a model as train_net.py does: this plugin's, or else detectron2's."""
     # Batch statistics: a frozen network with random weights overflows.
     opts = ["MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN", "MODEL.DEVICE", device]
     opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(num_classes), *more_opts]

@@ -7,8 +7,8 @@ true boxes and with their true classes, so that detection plays no part: a small
 plugin's FCNMaskHead with its own losses are trained with each arm, each number of classes, each
 confusion and each seed, and each result is read out in five ways.
 
-Every training is one file in --output; a second start trains what is missing. The summary, with
-intervals over training and images, goes to --json.
+Each training writes one file to --output; a second start runs only the missing trainings. The
+summary, with intervals over training and images, goes to --json.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ class Arm:
     """A way to train.
 
     Attributes:
-        loss: of (R, K, M, M) logits over the background's, (R,) classes and (R, M, M) masks.
-        extra: outputs of the head besides one per class: the background's.
+        loss: a function of (R, K, M, M) logits minus the background's, (R,) classes and (R, M, M)
+            masks.
+        extra: 1 if the head has an output for the background besides one per class, else 0.
         even: whether logits start at -log K, so that for a softmax the background is as likely as
             all classes together, and for sigmoids the classes' probabilities add up to about 1.
         agnostic: whether all classes share one output.
@@ -99,8 +100,8 @@ class Training:
         num_classes: K.
         confusion: see made_objects.
         rate: base learning rate, with a cosine schedule after 100 iterations of warm-up.
-        iterations: of BATCH objects.
-        seed: of weights and order.
+        iterations: number of updates, each with BATCH objects.
+        seed: seed of the weights and of the order of the objects.
     """
 
     arm: str
@@ -134,7 +135,7 @@ class MaskBranch(nn.Module):
         self.arm, self.num_classes = arm, num_classes
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns (R, K, M, M) logits over the background's, of (R, 3, SIDE, SIDE) images."""
+        """Returns (R, K, M, M) logits minus the background's, for (R, 3, SIDE, SIDE) images."""
         logits = self.head.class_logits(self.stem(images))
         if self.arm.extra:
             logits = logits[:, :-1] - logits[:, -1:]
@@ -144,7 +145,7 @@ class MaskBranch(nn.Module):
 
 
 def train(training: Training, objects: MadeObjects, tests: Tests) -> dict[str, Any]:
-    """Returns what a training has reached: curves, gradients, and the IoU of each test object."""
+    """Trains a model; returns its curve with gradients, and the IoU of each test object."""
     torch.manual_seed(training.seed)
     arm = ARMS[training.arm]
     model = MaskBranch(arm, training.num_classes).to(memory_format=torch.channels_last)
@@ -175,7 +176,7 @@ class Tests:
     Args:
         num_classes: K.
         confusion: see made_objects.
-        num_test: objects; half as many tune the threshold.
+        num_test: number of test objects; half as many others tune the thresholds.
     """
 
     def __init__(self, num_classes: int, confusion: float, num_test: int) -> None:
@@ -223,7 +224,7 @@ def logits_of(model: MaskBranch, objects: MadeObjects) -> Tensor:
 
 
 def read_out(logits: Tensor, objects: MadeObjects) -> dict[str, FloatArray]:
-    """Returns the (N,) IoUs of the true class's masks, read in ways that tune nothing."""
+    """Returns the (N,) IoUs of the true class's masks, for the readings without tuning."""
     classes = _tensor(objects.classes)
     own = of_class(logits, classes)
     masks = {
@@ -242,9 +243,11 @@ def iou(found: npt.NDArray[np.bool_], true: npt.NDArray[np.bool_]) -> FloatArray
 
 
 def gradients(model: MaskBranch, objects: MadeObjects) -> dict[str, float]:
-    """Returns the mean size of the loss's gradient by a logit of a RoI's mask, times its pixels.
+    """Returns the mean absolute gradient of the loss by a logit, times the number of pixels.
 
-    Of the class of the RoI inside its mask and outside, and of all other classes together.
+    The loss is a mean over the pixels of all RoIs, so this product does not depend on their number.
+    There are four values: for the RoI's own class and for all other classes together, each inside
+    and outside the object's mask.
     """
     part = slice(0, 64)
     masks, classes = _tensor(objects.masks[part]), _tensor(objects.classes[part])
@@ -267,12 +270,12 @@ def gradients(model: MaskBranch, objects: MadeObjects) -> dict[str, float]:
 
 
 def plan(short: int, long: int, seeds: Sequence[int]) -> list[Training]:
-    """Returns the trainings of the study, the most telling first.
+    """Returns the trainings of the study, the most informative first.
 
     Args:
-        short: iterations of most.
+        short: iterations of most trainings.
         long: iterations of the trainings that show what is left of the gap, with 10 classes.
-        seeds: of each.
+        seeds: the seeds that each setting is trained with.
     """
     two = ("sigmoid", "softmax")
     three = (*two, "sigmoid of every class")
@@ -295,7 +298,7 @@ def plan(short: int, long: int, seeds: Sequence[int]) -> list[Training]:
 
 
 def run(trainings: list[Training], output: Path, num_objects: int, num_test: int) -> None:
-    """Trains what has no file yet."""
+    """Runs the trainings that have no file yet."""
     output.mkdir(parents=True, exist_ok=True)
     left = [x for x in trainings if not (output / f"{x.name}.json").exists()]
     groups = itertools.groupby(left, key=lambda x: (x.num_classes, x.confusion))

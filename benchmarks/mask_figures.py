@@ -43,7 +43,7 @@ Rows = list[dict[str, Any]]
 
 
 def draw_gap(rows: Rows) -> Figure:
-    """The difference to the sigmoid against the number of classes that colours tell apart."""
+    """Draws the difference from the sigmoid by number of classes, where colours do not overlap."""
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     for number, (reading, (colour, marker, label)) in enumerate(READINGS.items()):
@@ -71,7 +71,7 @@ def _reach(rows: Rows) -> list[list[float]]:
 
 
 def draw_arms(rows: Rows) -> Figure:
-    """The difference to the sigmoid of each way to train, as trained and with a tuned threshold."""
+    """Draws how each arm differs from the sigmoid, as trained and with a tuned threshold."""
     arms = [arm for arm in ORDER if arm in {row["arm"] for row in rows}]
     figure = Figure(figsize=(WIDTH, 1.5 + 0.5 * len(arms)), layout="constrained")
     panels = figure.subplots(1, len(CONFUSIONS), sharex=True, sharey=True)
@@ -101,7 +101,7 @@ def draw_arms(rows: Rows) -> Figure:
 
 
 def draw_curves(rows: Rows) -> Figure:
-    """Learning curves to the end, with the standard deviation over seeds."""
+    """Draws learning curves of the long schedule, with the standard deviation over seeds."""
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     for arm, reading, colour, line, label in CURVES:
@@ -120,11 +120,11 @@ def draw_curves(rows: Rows) -> Figure:
 
 
 def draw_whole(trained: Rows, readouts: dict[int, Rows]) -> Figure:
-    """Whole models: AP during training, each seed a line; and the gap by reading and schedule.
+    """Draws AP of whole models during training, by seed, and the gap by reading and schedule.
 
     Args:
-        trained: "curve" of whole_models.py, of the longest schedule.
-        readouts: "gaps" of mask_readouts.py by number of iterations.
+        trained: the "curves" that whole_models.py wrote for the longest schedule.
+        readouts: the "gaps" that mask_readouts.py wrote, by number of iterations.
     """
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)

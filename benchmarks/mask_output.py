@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Compares the output of masks and their evaluation with detectron2 and pycocotools.
 
-output: masks of 28 x 28 and their boxes to COCO run lengths; detectron2 pastes them into images and
-encodes these. evaluation: AP of synthetic data (images of 480 x 640 with 7 objects and 20
-detections of 80 classes) from result dictionaries; detectron2's COCOEvaluator has pycocotools as
-engine. Boundary AP, which it does not compute, is timed separately. Reading images and inference
-are in neither.
+output: masks of 28 x 28 and their boxes are converted to COCO run lengths; detectron2 pastes the
+masks into images of full size and encodes those. evaluation: AP is computed from result
+dictionaries for synthetic data (images of 480 x 640 with 7 objects and 20 detections of 80
+classes); detectron2's COCOEvaluator uses pycocotools. Boundary AP, which detectron2 does not
+compute, is timed separately. Reading images and inference are not measured.
 
-Times are medians of several runs, all sides in turn; ratios are detectron2 / ours. Memory is the
-most by which the process grows, in a separate run; with --device cuda, where masks are made on the
-GPU and encoded on the CPU, it is the peak of what PyTorch allocates on the GPU. If detectron2's
-masks alone would take more than --limit-gb, its side is not run and that size is given.
+Times are medians of several runs, in which the sides take turns; ratios are detectron2 / ours.
+Memory is the largest growth of the process, in a separate run; with --device cuda, where masks are
+made on the GPU and encoded on the CPU, it is the peak of what PyTorch allocates on the GPU. If
+detectron2's masks alone would take more than --limit-gb, detectron2 is not run.
 
 Writes a table, a JSON file with machine, versions and date, and a plot next to it.
 """
@@ -70,7 +70,7 @@ def make_masks(num_masks: int, image_hw: tuple[int, int], seed: int = 0) -> tupl
 
 
 def paste_and_encode(probs: Tensor, boxes: Tensor, image_hw: tuple[int, int]) -> list[Any]:
-    """As detectron2's postprocessing and then its instances_to_coco_json do."""
+    """Does what detectron2's postprocessing and then its instances_to_coco_json do."""
     masks = paste_masks_in_image(probs, boxes, image_hw).cpu()
     return [
         coco_mask.encode(np.array(mask[:, :, None], order="F", dtype="uint8"))[0] for mask in masks
@@ -130,7 +130,7 @@ def make_annotations(num_images: int, folder: Path) -> tuple[str, list[list[dict
 def evaluate_with_detectron2(name: str, results: list[list[dict[str, Any]]]) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = COCOEvaluator(name, ("bbox", "segm"), distributed=False)
-        # What process() stores there; detectron2 changes it.
+        # As process() would store them. They are copied because detectron2 changes them.
         evaluator._predictions = [{"instances": [dict(x) for x in found]} for found in results]
         evaluator.evaluate()
 
@@ -183,7 +183,7 @@ def settings(
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws time and memory of both sides, logarithmic."""
+    """Draws the time and memory of both sides on logarithmic axes."""
     from matplotlib.figure import Figure
 
     from mask_head_plugin.pages.plots import COLOURS, label_bars, save_plot
@@ -210,7 +210,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def measure(sides: Sides, repeats: int, busy: int, device: str) -> dict[str, Any]:
-    """Returns the times and peaks of a setting. The run for the peak warms up."""
+    """Returns the times and peaks of a setting. The run that measures the peak also warms up."""
     row: dict[str, Any] = {}
     for name, step in sides.items():
         gc.collect()

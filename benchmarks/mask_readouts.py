@@ -4,8 +4,9 @@
 Table 2b of Mask R-CNN trains with a softmax and reads a pixel as an object's where its probability
 is at least one half. Is the gap to the sigmoid one of training or of this reading? Here the models
 of `tools/ablate.py --config-file configs/ablations/independent_vs_softmax.yaml` are evaluated again
-with the same weights, boxes and classes, only their mask logits are read differently; and once more
-in the true boxes with the true classes. Nothing is trained. Writes a table and a JSON file.
+with the same weights, boxes and classes; only their mask logits are read differently. Then they are
+evaluated once more, in the true boxes with the true classes. Nothing is trained. Writes a table and
+a JSON file.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ CHANGES = {
     "softmax": (OWN, ANY, "largest", "softmax at 0.2", TUNED),
     "sigmoid": ("softmax at 0.5", TUNED),
 }
-"""Readings whose change gets an interval. With fewer rows in a table, intervals are shorter."""
+"""Readings whose change gets an interval. With fewer rows in a table, intervals are narrower."""
 GAPS = (("softmax at 0.5", OWN), (OWN, OWN), (ANY, OWN), (TUNED, TUNED))
-"""Readings of softmax and sigmoid between which the gap gets an interval."""
+"""Pairs of a reading of the softmax and one of the sigmoid, whose gap gets an interval."""
 
 
 @torch.no_grad()
@@ -174,7 +175,7 @@ def load_model(folder: Path) -> tuple[torch.nn.Module, CfgNode]:
 
 
 def measure(study: Study, num_images: int | None, num_draws: int) -> dict[str, Any]:
-    """Returns, in boxes found and in true boxes, what each variant reaches by each reading."""
+    """Returns the AP of each variant by each reading, in the boxes found and in the true boxes."""
     parts: dict[str, dict[str, list[Matches]]] = {"boxes found": {}, "true boxes": {}}
     for trial in progress(study.finished, "models read", "model"):
         model, cfg = load_model(trial.folder)
@@ -197,7 +198,7 @@ def measure(study: Study, num_images: int | None, num_draws: int) -> dict[str, A
 def drawn_aps(
     found: dict[str, list[Matches]], pairs: Sequence[tuple[str, str]], num_draws: int
 ) -> dict[str, Drawn]:
-    """Returns the (N, 1 + S) APs of the rows that occur in pairs: of all images, and of draws."""
+    """Returns (N, 1 + S) APs of each row in ``pairs``: for all images, then for each draw."""
     num_images = len(next(iter(found.values()))[0].image_ids)
     draws = image_weights(num_images, num_draws, seed=0)
     weights = np.concatenate([np.ones((1, num_images), draws.dtype), draws])
@@ -211,7 +212,7 @@ def drawn_aps(
 def interval(
     name: str, variant: Drawn, baseline: Drawn, found: dict[str, list[Matches]], num_rows: int
 ) -> dict[str, Any]:
-    """Returns a difference with its interval; those of a table's ``num_rows`` rows hold at once."""
+    """Returns a difference with its interval; those of all ``num_rows`` rows are valid together."""
     num_images = len(next(iter(found.values()))[0].image_ids)
     result = difference_of("AP", variant, baseline, num_images, num_rows)
     return {
@@ -223,7 +224,7 @@ def interval(
 
 
 def describe(name: str, of_seeds: list[Matches]) -> dict[str, Any]:
-    """Returns the AP of a row, of each seed and their mean, in percent."""
+    """Returns the metrics of a row as means over seeds, and the AP of each seed, in percent."""
     weights = np.ones((1, len(of_seeds[0].image_ids)), np.int64)
     found = [resampled_ap(matches, weights, METRICS) for matches in of_seeds]
     means = {metric: round(float(np.mean([x[metric] for x in found])), 2) for metric in METRICS}
@@ -233,7 +234,8 @@ def describe(name: str, of_seeds: list[Matches]) -> dict[str, Any]:
 def changes(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, Any]]:
     """Returns how far each reading of the same models is from the one they were trained for.
 
-    Seeds are pairs here: training moves a difference only as far as it moves both unequally.
+    Both readings come from the same model, so they are compared seed by seed: an effect of training
+    that is the same for both cancels.
     """
     pairs = [(f"{arm}: {x}", f"{arm}: {TRAINED[arm]}") for arm in CHANGES for x in CHANGES[arm]]
     drawn = drawn_aps(found, pairs, num_draws)
@@ -243,7 +245,7 @@ def changes(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, A
 
 
 def gaps(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, Any]]:
-    """Returns how far the softmax's AP is from the sigmoid's, each read in some way."""
+    """Returns the softmax's AP minus the sigmoid's, for each pair of readings in GAPS."""
     pairs = [(f"softmax: {x}", f"sigmoid: {y}") for x, y in GAPS]
     drawn = drawn_aps(found, pairs, num_draws)
     present = [(row, base) for row, base in pairs if row in drawn and base in drawn]

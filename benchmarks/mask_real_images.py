@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-r"""Independent masks and masks that compete, on the maps of a trained model; also real images.
+r"""Compares independent and competing masks on a trained model's maps, also of real images.
 
 A trained model's maps are pooled within true boxes. Fresh mask heads are trained on them: with a
 sigmoid of each object's class, a softmax over the classes, a sigmoid of every class, and one mask
-for all classes; each is read in several ways. Intervals cover images and training, and hold for all
-rows at once. The maps were trained with a sigmoid. The true classes are given, so neither boxes nor
-classes play a part.
+for all classes; each is read in several ways. Intervals cover images and training, and are valid
+for all rows at once. The maps were trained with a sigmoid. The true classes are given, so neither
+boxes nor classes play a part.
 
     python benchmarks/mask_real_images.py --work output/masks/shapes \
         --output output/masks/shapes.json
@@ -85,7 +85,7 @@ def read(
 def compare(
     ious: dict[tuple[str, str], list[FloatArray]], images: FloatArray
 ) -> list[dict[str, Any]]:
-    """Returns the mean IoU of each arm and reading, and its difference to the sigmoid's."""
+    """Returns the mean IoU of each arm and reading, and its difference from the sigmoid's."""
     values = {key: statistics(np.stack(x), images)["mean IoU"] for key, x in ious.items()}
     rows = []
     for (arm, reading), own in values.items():
@@ -108,7 +108,7 @@ def compare(
 
 
 TUNED_OF = {name: "own class, tuned" for name in TUNED}
-"""Rows with tuned thresholds are compared with the sigmoid with a tuned one."""
+"""Rows with a tuned threshold are compared with the sigmoid that also has one."""
 
 
 def main() -> None:

@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PoolerMaker = Callable[[MultiLevelRoIPooler], MultiLevelRoIPooler]
 
 MIDPOINT, GAUSS, BEST = 0.25, 0.5 / math.sqrt(3), (3 - math.sqrt(6)) / 2
-"""Distance of two points from the middle of a bin, in its width: the paper's, Gauss's, and
-the one with the least expected error along an axis (docs/roi_align_sampling.md)."""
+"""Distance of two points from the middle of a bin, as a share of its width: the paper's, Gauss's,
+and the one with the least expected error along an axis (docs/roi_align_sampling.md)."""
 
 
 def two_point_align(
@@ -53,7 +53,7 @@ def two_point_align(
 ) -> Tensor:
     """RoIAlign whose 2 x 2 samples lie ``offset`` bins from the middle of their bin.
 
-    They are the single samples of four RoIs, each moved by ``offset`` of a bin.
+    They are computed as the single samples of four RoIs, each moved by ``offset`` of a bin.
 
     Args: see ops.roi_align.
     """
@@ -80,7 +80,7 @@ def rounded_align(
 ) -> Tensor:
     """RoIAlign's four samples in a RoI whose edges are rounded to cells, at least one cell long.
 
-    It rounds and does nothing else; ROIWarp also adds the cell of the upper edges.
+    Only the rounding differs from RoIAlign; ROIWarp also includes the cells of the upper edges.
 
     Args: see ops.roi_align.
     """
@@ -92,7 +92,7 @@ def rounded_align(
 
 
 class FunctionPooler(MultiLevelRoIPooler):
-    """A MultiLevelRoIPooler of a function with the arguments of ops.roi_align."""
+    """A MultiLevelRoIPooler that calls a given function, with the arguments of ops.roi_align."""
 
     def __init__(self, function: Callable[..., Tensor], like: MultiLevelRoIPooler) -> None:
         super().__init__(like.output_size, like.scales, 2, "ROIAlignV2")
@@ -104,7 +104,7 @@ class FunctionPooler(MultiLevelRoIPooler):
 
 
 def _keys(pooler_type: str, ratio: int = 0, reduction: str = "mean") -> PoolerMaker:
-    """Returns what makes the pooler of a POOLER_TYPE, _SAMPLING_RATIO and _REDUCTION."""
+    """Returns a function that makes poolers of a POOLER_TYPE, _SAMPLING_RATIO and _REDUCTION."""
 
     def make(like: MultiLevelRoIPooler) -> MultiLevelRoIPooler:
         size, scales = like.output_size, like.scales
@@ -129,7 +129,7 @@ WAYS: dict[str, PoolerMaker] = {
     "RoIWarp": _keys("ROIWarp", 2),
     "RoIPool": _keys("ROIPool"),
 }
-"""What makes the pooler of each way with the size and scales of another."""
+"""By name of the way: a function that makes its pooler, with the size and scales of another."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ class Scene:
     """An image as the network sees it, with its objects.
 
     Attributes:
-        image_id: of the annotation file.
+        image_id: the image's id in the annotation file.
         image: (3, H, W).
-        objects: with ``gt_boxes``, ``gt_classes``, ``gt_masks`` (bit masks).
+        objects: the objects, with ``gt_boxes``, ``gt_classes``, ``gt_masks`` (bit masks).
     """
 
     image_id: Any
@@ -153,9 +153,9 @@ class Case:
     def __init__(self, name: str, config_file: str, weights: str, opts: Sequence[str]) -> None:
         """
         Args:
-            name: of the data set, for tables.
-            config_file: of the model.
-            weights: its file.
+            name: name of the data set, for tables.
+            config_file: the model's config.
+            weights: the file of the model's weights.
             opts: config keys and their values.
         """
         options = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", weights, *opts]
@@ -174,7 +174,7 @@ class Case:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a reader needs to know of it."""
+        """What a reader needs to know about the case."""
         digest = hashlib.sha256(self.weights.read_bytes()).hexdigest()[:12]
         return {"data set": self.cfg.DATASETS.TEST[0], "weights": f"sha256 {digest}"}
 
@@ -183,7 +183,7 @@ class Case:
 
         Args:
             split: TRAIN or TEST.
-            limit: how many at most.
+            limit: number of images to read; those without objects are left out.
         """
         records = DatasetCatalog.get(self.cfg.DATASETS[split][0])
         for record in progress(records[:limit], f"{self.name}, {split.lower()}", "image"):
@@ -236,7 +236,7 @@ def over_images(
     Args:
         statistic: returns (S,) values for (S, N) weights of the images.
         num_images: N; with one, the interval is nan.
-        num_compared: intervals that shall hold at once (Bonferroni).
+        num_compared: number of intervals that must be valid at once (Bonferroni).
     """
     left_out = 1 - np.eye(num_images)
     value, *others = statistic(np.concatenate([np.ones((1, num_images)), left_out]))

@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
-"""How much features, boxes and masks change when the image moves; nothing is trained.
+"""Measures how much features, boxes and masks change when the image moves; trains nothing.
 
-The content moves right and down by a fraction, and the boxes with it: an ideal detector's output
-moves by the same. Two experiments on a trained model, for every way to pool:
+The content moves right and down by the same distance, and the boxes move with it: an ideal
+detector's output would move by as much. Two experiments on a trained model, for every way to pool:
 
 - map: the maps move under the RoIs, by shares of a cell of the finest map (band-limited
-  interpolation, which keeps amplitudes). All that changes comes from pooling.
+  interpolation, which keeps amplitudes). Every change comes from pooling.
 - image: the pixels move, and the whole network runs again, so the backbone's own sampling counts.
 
-"image minus map" is the difference of the two where they move by as many pixels. Heads get the true
-boxes. "features" is the root mean square change of the mask branch's pooled features, in percent of
-their root mean square; "box" how far the predicted box moves beyond the shift, the mean over its
-four edges in pixels; "IoU" that of the masks before and after, moved back, in percent.
+"image minus map" is the difference between the two experiments when both move by the same number of
+pixels. The heads get the true boxes. "features" is the root mean square change of the mask branch's
+pooled features, in percent of their root mean square. "box" is how far the predicted box is from
+where the shift would put it, in pixels, as a mean over its four edges. "IoU" is the IoU of the mask
+before the move with the mask after it, moved back, in percent.
 
-Intervals are 95%, over images (jackknife and Student's t): "low" and "high" of a value by itself;
-those of "difference", way minus four samples in the same objects, for all ways at once.
+Intervals of 95% cover the images (jackknife and Student's t). "low" and "high" bound a single
+value. "difference" is the way minus four samples, for the same objects; its intervals are valid for
+all ways at once.
 
-Writes a table, and a JSON file with machine, versions and date. Minutes.
+Writes a table, and a JSON file with machine, versions and date. Takes minutes.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ FINE = 4
 def moved(maps: Tensor, shift: float) -> Tensor:
     """Moves the content of (N, C, H, W) right and down, by cells, with band-limited interpolation.
 
-    The map is mirrored at its borders, where Fourier's series repeats it. Whole shifts are exact.
+    A Fourier series would repeat the map beyond its borders, so it is mirrored there. Shifts by
+    whole cells are exact.
     """
     height, width = maps.shape[2:]
     mirrored = torch.cat([maps, maps.flip(2)], dim=2)
@@ -59,7 +62,7 @@ def moved(maps: Tensor, shift: float) -> Tensor:
 
 
 class Branches:
-    """The heads of a trained model, on maps and boxes that are given."""
+    """Runs the heads of a trained model on given maps and boxes."""
 
     def __init__(self, case: Case) -> None:
         self._heads = case.model.roi_heads
@@ -71,7 +74,7 @@ class Branches:
     def run(
         self, name: str, maps: list[Tensor], boxes: Tensor, classes: Tensor
     ) -> dict[str, Tensor]:
-        """Returns ``features`` (R, C, P, P), ``boxes`` (R, 4), ``masks`` (R, M, M) of a way."""
+        """Returns ``features`` (R, C, P, P), ``boxes`` (R, 4), ``masks`` (R, M, M) for a way."""
         box_pooler, mask_pooler = self.poolers[name]
         hidden = self._heads.box_head(box_pooler(maps, [Boxes(boxes)]))
         proposals = Instances((1, 1), proposal_boxes=Boxes(boxes))
@@ -87,12 +90,12 @@ class Branches:
 def changes(
     before: dict[str, Tensor], after: dict[str, Tensor], shift: float
 ) -> dict[str, np.ndarray]:
-    """Returns the (R,) change of each object: squares of features, their spread, and so on.
+    """Returns (R,) arrays: mean squared change and spread of features, change of box, mask IoU.
 
     Args:
-        before: of Branches.run.
-        after: of the moved content.
-        shift: in pixels.
+        before: the result of Branches.run for the original content.
+        after: the same for the moved content.
+        shift: how far the content was moved, in pixels.
     """
     change = (after["features"] - before["features"]).square().flatten(1).mean(1)
     spread = before["features"].square().flatten(1).mean(1)
@@ -126,7 +129,7 @@ Key = tuple[str, float, str]
 
 
 def measure(case: Case, num_images: int, num_objects: int) -> dict[str, Any]:
-    """Returns rows of both experiments; ``num_objects`` are taken of an image at most."""
+    """Returns rows of both experiments, which use at most ``num_objects`` objects per image."""
     branches, stride = Branches(case), case.strides[0]
     found: dict[Key, list[dict[str, float]]] = {}
     levels: list[int] = []
@@ -169,7 +172,7 @@ def measure(case: Case, num_images: int, num_objects: int) -> dict[str, Any]:
 
 
 def _statistic(sums: dict[str, np.ndarray], measure: str, weights: np.ndarray) -> np.ndarray:
-    """Returns a measure of images with (S, N) weights."""
+    """Returns (S,) values of a measure, for (S, N) weights of the images."""
     if measure == "features":
         return np.asarray(100 * np.sqrt((weights @ sums["change"]) / (weights @ sums["spread"])))
     return np.asarray((weights @ sums[measure]) / (weights @ sums["objects"]))
@@ -193,7 +196,7 @@ def _rows(key: Key, sums: dict[Key, dict[str, np.ndarray]]) -> list[dict[str, An
 def _image_minus_map(
     name: str, sums: dict[Key, dict[str, np.ndarray]], stride: int
 ) -> list[dict[str, Any]]:
-    """Returns how much more moves with the image than with the maps, by as many pixels."""
+    """Returns how much more a move of the image changes than an equal move of the maps."""
     rows = []
     for pixels in PIXEL_SHIFTS:
         image, maps = (

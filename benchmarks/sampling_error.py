@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-r"""How far RoIAlign's samples are from the exact mean of the bilinear surface; no training.
+r"""Measures how far RoIAlign's samples are from the exact mean of the bilinear surface.
 
-RoIs of many sizes and shapes are laid at random on the maps of a trained model, and pooled by
-samples and exactly (PrROIPool). An error is the root mean square over bins and channels, in percent
-of the signal: what is pooled exactly, less the channel's mean over the map. Sizes are the width of
-a bin in cells. Intervals are 95% each, over images (jackknife and Student's t).
+RoIs of many sizes and shapes are placed at random on the maps of a trained model, and pooled both
+from samples and exactly (PrROIPool). An error is a root mean square over bins and channels, in
+percent of that of the signal, which is the exactly pooled value minus the channel's mean over the
+map. Sizes are the width of a bin in cells. Each interval is one of 95% over images (jackknife and
+Student's t). Nothing is trained.
 
-Writes tables, and a JSON file with machine, versions and date. Seconds per image; other models:
+Writes tables, and a JSON file with machine, versions and date. Takes seconds per image. To measure
+another model:
 
     python benchmarks/sampling_error.py --name facades --weights output/facades/model_final.pth \
         --config-file configs/facades/mask_rcnn_facades.yaml --output output/error_facades.json
@@ -44,20 +46,20 @@ from mask_head_plugin.ops import precise_roi_pool, roi_align
 
 NUM_BINS = 7
 WIDTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
-"""Of a bin, in cells."""
+"""Widths of a bin, in cells."""
 ASPECTS = (1, 2, 4, 8)
 ASPECT_WIDTH = 1.5
 """Square root of a bin's area in cells, where the aspect ratio varies."""
 OFFSETS = (0.21, 0.23, 0.25, 0.26, 0.27, BEST, 0.28, GAUSS, 0.30, 0.32)
 ROIS = 12
-"""Of one size, on one map."""
+"""Number of RoIs of one size on one map."""
 LAGS = 12
 """Cells up to which the correlation of a map with itself is measured."""
 
 COST_ROIS, COST_IMAGES = 256, 6
-"""That the time of pooling is of."""
+"""Number of RoIs that are pooled to measure the time, and number of images."""
 TIMED = tuple(name for name in WAYS if name not in ("Gauss points", "best points", "edges rounded"))
-"""Ways that are one operator; here, the others are put together from several calls."""
+"""Ways that are one operator; the others are put together from several calls here."""
 
 METHODS: dict[str, Callable[..., Tensor]] = {
     "one sample": partial(roi_align, sampling_ratio=1),
@@ -72,7 +74,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 def random_rois(
     rng: np.random.Generator, map_hw: tuple[int, int], side_hw: tuple[float, float], count: int
 ) -> Tensor:
-    """Returns (count, 5) RoIs of one size in cells, which lie in the map; none if it is smaller."""
+    """Returns (count, 5) RoIs of one size in cells, inside the map; none if it is too small."""
     room = np.array(map_hw) - np.array(side_hw)
     if (room < 0).any():
         return torch.empty(0, 5)
@@ -87,7 +89,7 @@ def squared_errors(
     methods: dict[str, Callable[..., Tensor]],
     num_bins: int = NUM_BINS,
 ) -> dict[str, float]:
-    """Returns the sum over bins and channels of the squared error of each method, and "signal"."""
+    """Returns sums over bins and channels: squared errors by method, and the squared "signal"."""
     exact = precise_roi_pool(feature, rois, num_bins).double()
     sums = {
         name: float((method(feature, rois, num_bins).double() - exact).square().sum())
@@ -132,7 +134,7 @@ class Table:
 
 
 def by_offset(rng: np.random.Generator, feature: Tensor, image: int, table: Table) -> None:
-    """Adds the errors of two points an axis, by their distance from the middle of the bin."""
+    """Adds the errors of two points per axis, by their distance from the middle of the bin."""
     methods = {
         BASELINE if a == MIDPOINT else f"{a:.4f}": partial(two_point_align, offset=a)
         for a in OFFSETS
@@ -163,12 +165,13 @@ def by_size(rng: np.random.Generator, maps: list[Tensor], image: int, tables: li
 
 
 def unread_shares(width: float, offsets: tuple[float, ...], num_phases: int = 4096) -> float:
-    """Returns the share of the cells with their centre in a square bin that no sample reads.
+    """Returns which share of the cells whose centre is in a square bin is read by no sample.
 
     Args:
-        width: of a bin, in cells.
-        offsets: of the samples along an axis from the middle of the bin, in its width.
-        num_phases: places of the bin relative to the cells.
+        width: the bin's width, in cells.
+        offsets: positions of the samples along an axis, relative to the middle of the bin and in
+            units of its width.
+        num_phases: number of places of the bin relative to the cells.
     """
     start = (torch.arange(num_phases) + 0.5) / num_phases
     cells = torch.arange(-2, int(width) + 5)
@@ -197,21 +200,21 @@ def unread_rows() -> list[dict[str, Any]]:
 
 
 Correlation = Callable[[np.ndarray], np.ndarray]
-"""Of two cells of a map, by their distance along an axis."""
+"""Returns the correlation of two cells of a map, for their distance along an axis."""
 
 
 def expected_errors(
     width: float, offsets: list[float], correlation: Correlation, num_axes: int = 1
 ) -> list[float]:
-    """Returns the root mean squared error of two points an axis, by their distance.
+    """Returns the root mean squared error of two points per axis, for each of their distances.
 
-    Over places of the bin, on a piecewise (bi)linear function through random values at the cells,
-    with variance 1 and a correlation that is a product over the axes.
+    The mean is over the places of the bin and over piecewise (bi)linear functions through random
+    values at the cells. These have variance 1 and a correlation that is a product over the axes.
 
     Args:
-        width: of the bin, in cells.
-        offsets: distances of the points from the middle of the bin, in its width.
-        correlation: along an axis.
+        width: the bin's width, in cells.
+        offsets: distances of the points from the middle of the bin, in units of its width.
+        correlation: the correlation along an axis.
         num_axes: 1, or 2 for square bins and their 2 x 2 points.
     """
     phases = (np.arange(256) + 0.5) / 256
@@ -222,7 +225,7 @@ def expected_errors(
         return np.maximum(0, 1 - np.abs(t[:, None] - cells))
 
     def product(x: np.ndarray, y: np.ndarray) -> float:
-        """Returns the mean product of what weights read along an axis."""
+        """Returns the expected product of two weighted sums of cells, as a mean over phases."""
         return float(np.einsum("pi,ij,pj->p", x, covariance, y).mean())
 
     inner = (np.arange(2000) + 0.5) / 2000
@@ -239,7 +242,7 @@ def expected_errors(
 def correlation_of(feature: Tensor) -> np.ndarray:
     """Returns the correlation of a (1, C, H, W) map with itself, moved by 0 to LAGS cells.
 
-    The mean over both axes and all channels, less each channel's mean.
+    Each channel's mean is subtracted first. The result is a mean over both axes and all channels.
     """
     x = feature.double() - feature.double().mean((2, 3), keepdim=True)
     products = [
@@ -250,10 +253,10 @@ def correlation_of(feature: Tensor) -> np.ndarray:
 
 
 def theory_rows(measured: list[float]) -> list[dict[str, Any]]:
-    """Returns the best distance, and how far the others err, by kind of map and width.
+    """Returns the best distance and the errors of others, by kind of map, number of axes and width.
 
     Args:
-        measured: correlation of real maps by distance in cells; beyond them, 0.
+        measured: correlation of real maps by distance in cells; larger distances count as 0.
     """
     known = np.array([*measured, *[0.0] * 8])
     kinds: dict[str, Correlation] = {
@@ -286,7 +289,7 @@ def theory_rows(measured: list[float]) -> list[dict[str, Any]]:
 def bin_widths(case: Case, limit: int) -> list[dict[str, Any]]:
     """Returns how wide the bins of the data set's own objects are, for both heads.
 
-    The share of bins with sides above two cells is of those along an axis.
+    Widths and heights count separately, so "above 2, %" is a share of sides rather than of bins.
     """
     rows = []
     scenes = list(case.scenes("TEST", limit))
@@ -337,7 +340,7 @@ class Costs:
         self._seconds: dict[str, list[float]] = {name: [] for name in self._poolers}
 
     def add(self, maps: list[Tensor], boxes: Any) -> None:
-        """Pools an image's objects over and over; the time of other processes does not count."""
+        """Times COST_ROIS RoIs, the image's objects repeated; other processes do not count."""
         many = Boxes(boxes.tensor.repeat(-(-COST_ROIS // len(boxes)), 1)[:COST_ROIS])
         for name, pooler in self._poolers.items():
             start = time.process_time()
@@ -345,7 +348,7 @@ class Costs:
             self._seconds[name].append(time.process_time() - start)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns the median over images; the first warms up."""
+        """Returns the median over all images but the first, which warms up."""
         return [
             {"way": name, "ms": round(1e3 * float(np.median(seconds[1:] or seconds)))}
             for name, seconds in self._seconds.items()

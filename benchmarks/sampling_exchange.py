@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""One trained model, evaluated with every way to pool; nothing is trained.
+"""Evaluates one trained model with every way to pool; trains nothing.
 
-Box and mask head get the way's features at test time. Backbone and proposals are computed once, so
-all ways see the same. Differences in AP are free of training noise; they hold how much worse a way
-reads the maps and how far its features are from those the heads have learned from (mismatch).
-Intervals are of the images, at 95% for all ways at once (Bonferroni): the standard error over draws
-of the images, the same for all ways, times Student's t.
+At test time, the box head and the mask head get the features of each way in turn. The outputs of
+the backbone and the proposals are computed once, so they are the same for all ways. Differences in
+AP are free of training noise. They have two causes: a way may read the maps less well, and its
+features may be unlike those that the heads have learned from (mismatch). Intervals cover the
+images, at 95% for all ways at once (Bonferroni): Student's t times the standard error over draws of
+the images, which are the same for all ways.
 
-Writes a table, and a JSON file with machine, versions and date. Minutes.
+Writes a table, and a JSON file with machine, versions and date. Takes minutes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NUM_DRAWS = 1000
 
 @torch.inference_mode()
 def predict_all(case: Case, limit: int, folder: Path) -> list[str]:
-    """Writes results and matches of each way to its folder in ``folder``; returns the images."""
+    """Writes results and matches of each way to its folder in ``folder``; returns image ids."""
     model, heads = case.model, case.model.roi_heads
     evaluators, image_ids = {}, []
     for name in WAYS:
@@ -65,8 +66,8 @@ def differences(matches: dict[str, Matches], image_ids: list[str]) -> list[dict[
     """Returns a row for each way and metric.
 
     Args:
-        matches: by way.
-        image_ids: that were predicted; others do not count.
+        matches: the matches of each way.
+        image_ids: ids of the predicted images; others do not count.
     """
     used = np.nonzero(np.isin(matches[BASELINE].image_ids, image_ids))[0]
     drawn = np.zeros((NUM_DRAWS + 1, len(matches[BASELINE].image_ids)), np.int32)

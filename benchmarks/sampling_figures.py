@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws the figures of docs/roi_align_sampling.md from the results in docs/results/.
 
-With --take FOLDER it first copies results of the other sampling_*.py from there, packed: a table is
-a row of names and rows of values.
+With --take FOLDER, it first copies the results of the other sampling_*.py scripts from that folder.
+The copies are packed: a table becomes a row of names followed by rows of values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PREFIX = "sampling_"
 TAKEN = ("error", "exchange", "training", "equivariance", "whole")
-"""What the names of results begin with."""
+"""Words that the file names of results begin with."""
 
 BASELINE = "four samples"
 MISPLACED = ("no half-pixel shift", "edges rounded", "RoIWarp", "RoIPool")
@@ -32,7 +32,7 @@ NAMES = {
     "ROIAlign without the half-pixel shift": "no half-pixel shift",
     "ROIPool, max": "RoIPool",
 }
-"""Of the ways in whole trainings, by their names in the ablation."""
+"""Names of the ways in the figures, by their names in the ablation of whole trainings."""
 
 STYLES: dict[str, tuple[str, str, str]] = {
     BASELINE: ("#1a1a1a", "o", "-"),
@@ -45,7 +45,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
 """Colour, marker and dashes of a way that is drawn as a curve."""
 
 WIDTH = 5.2
-"""Of a figure, in inches: panels lie one below the other, to be read on a phone."""
+"""Width of a figure in inches; its panels are one below the other, so that it fits a phone."""
 
 Results = dict[str, dict[str, Any]]
 Rows = list[dict[str, Any]]
@@ -122,7 +122,7 @@ def curve(axes: Any, rows: Rows, x: str, y: str, label: str, band: tuple[str, st
 
 
 def cases_of(results: Results, prefix: str) -> list[dict[str, Any]]:
-    """Returns the results whose names begin so, the shapes first."""
+    """Returns the results whose names begin with ``prefix``, those on shapes first."""
     names = sorted((x for x in results if x.startswith(prefix)), key=lambda x: "shapes" not in x)
     return [results[name] for name in names]
 
@@ -176,10 +176,11 @@ def forest(axes: Any, series: dict[str, Rows], ends: tuple[str, str], xlabel: st
     """Draws the differences of ways with their intervals.
 
     Args:
-        axes: of a panel.
-        series: rows by label, with the same ways; a colour each.
-        ends: the columns of the intervals. Rows with "by seed" also get a tick for each seed.
-        xlabel: of the panel.
+        axes: the axes of a panel.
+        series: rows by label, all with the same ways; each label gets a colour.
+        ends: the columns of the intervals. Rows with "differences by seed" also get a tick for each
+            seed.
+        xlabel: label of the x axis.
     """
     ways = [row["way"] for row in next(iter(series.values()))]
     step = 0.8 / len(series)
@@ -268,7 +269,7 @@ def plot_training(results: Results) -> Figure:
 
 
 def plot_equivariance(results: Results) -> Figure:
-    """How much masks and boxes move when maps move by half a cell, less those of four samples."""
+    """Draws how masks and boxes change when maps move by half a cell, minus four samples'."""
     found = cases_of(results, "equivariance_")
     figure, axes = panels([3.0, 2.0] * 2)
     for number, (measure, what) in enumerate(
@@ -286,7 +287,7 @@ def plot_equivariance(results: Results) -> Figure:
 
 
 def finish(figure: Figure, axes: Any, columns: int) -> Figure:
-    """Adds a grid, and one legend of so many columns if above 0."""
+    """Adds grids and, unless ``columns`` is 0, one legend with that many columns."""
     for panel in axes:
         panel.grid(alpha=0.3)
     if columns:
@@ -304,7 +305,7 @@ FIGURES: dict[str, tuple[str, Callable[[Results], Figure]]] = {
     "training": ("training_", plot_training),
     "equivariance": ("equivariance_", plot_equivariance),
 }
-"""By name: what the names of the results begin with, and what draws them."""
+"""By name: what the names of the results begin with, and the function that draws them."""
 
 
 def main() -> None:

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-r"""Ways to pool, each with mask heads of its own that are trained on the same fixed maps.
+r"""Compares ways to pool by training mask heads for each of them on the same fixed maps.
 
-A trained model's maps are pooled within true boxes by each way, once. On each, a fresh FCNMaskHead
-learns with several seeds; then the masks of validation objects are compared with the truth by their
-IoU in the image. Intervals hold images and training, for all ways at once. "paired" ones take
-seed by seed the difference of two heads that started from the same weights and saw the objects in
-the same order, so that what a seed does to both cancels; the others do not. Trainings that are done
-are kept in --work, so an interrupted command continues where it was.
+A trained model's maps are pooled within true boxes by each way, once. For each way and seed, a new
+FCNMaskHead is trained on these features; then the masks of validation objects are compared with the
+truth by their IoU in the image. Intervals cover images and training, for all ways at once. "paired"
+ones compare, seed by seed, two heads that started from the same weights and saw the objects in the
+same order, so that a seed's effect on both cancels; the other intervals do not pair the seeds.
+Finished trainings are kept in --work, so an interrupted command continues where it stopped.
 
-Three things say how much such a study can see. "ceiling" is the IoU of the true masks at the
+Three figures show how much such a study can detect. "ceiling" is the IoU of the true masks at the
 resolution of the head. "feature error" is how far a way's features are from PrROIPool's, in percent
-of their spread. "noise 20%" and the like are four samples with noise of that share added: what an
-error of such a size costs.
+of the spread of the latter. "noise 20%" and the like are four samples to which noise of that share
+was added; they show what an error of that size costs.
 
-Writes a table, and a JSON file with machine, versions and date. Minutes; large RoIs:
+Writes a table, and a JSON file with machine, versions and date. Takes minutes. For large RoIs:
 
     python benchmarks/sampling_training.py --name "large RoIs" --finest --bins 7 \
         --work output/sampling/large --output output/sampling/training_large.json \
@@ -56,10 +56,10 @@ def pooled_objects(
     Args:
         case: gives maps and objects.
         split: TRAIN or TEST.
-        limits: how many images and objects at most.
+        limits: largest numbers of images and of objects.
         num_bins: P.
         finest: whether all RoIs are read from the finest map.
-        ways: of WAYS and NOISES, BASELINE among them.
+        ways: names in WAYS and NOISES, including BASELINE.
 
     Returns:
         ``features`` by way (R, C, P, P); ``targets`` (R, 2P, 2P) bool; ``classes``, ``images``
@@ -132,7 +132,7 @@ def train_way(
     seed: int,
     schedule: Schedule,
 ) -> np.ndarray:
-    """Returns the (R,) IoU of the test objects, of a head that learned from a way's features."""
+    """Trains a head on a way's features and returns the (R,) IoU of the test objects."""
     learned, measured = (
         Objects(
             x["features"][way].contiguous(memory_format=torch.channels_last),
@@ -164,7 +164,7 @@ def statistics(ious: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def feature_errors(features: dict[str, Tensor]) -> dict[str, float]:
-    """Returns how far each way's features are from the exact mean, in percent of its spread."""
+    """Returns how far each way's features are from the exact ones, in percent of their spread."""
     exact = features[EXACT]
     spread = exact.std((0, 2, 3), keepdim=True).square().mean()
     return {
@@ -174,7 +174,7 @@ def feature_errors(features: dict[str, Tensor]) -> dict[str, float]:
 
 
 def own_head(case: Case, test: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns what the model's own mask head, which knows four samples, makes of each way."""
+    """Returns the IoU that the model's own mask head reaches with the features of each way."""
     ious = {}
     for way, features in test["features"].items():
         with torch.inference_mode():

@@ -149,7 +149,7 @@ class Work:
 
     Attributes:
         touched: different cells of the maps that are read.
-        visits: reads of a cell by the kernel, or additions to one.
+        visits: the kernel's reads of cells or, in the backward pass, additions to cells.
         by_samples: reads if each sample read four cells, as in torchvision's kernel.
         bins: bins of all RoIs.
     """

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Sums up the whole trainings of an ablation's folder, for the pages that discuss them.
+"""Summarises the whole trainings in an ablation's folder, for the pages that discuss them.
 
     python tools/ablate.py --config-file configs/ablations/roi_pooling.yaml \
         --output output/ablations/roi_pooling
     python benchmarks/whole_models.py --input output/ablations/roi_pooling
 
-Variants with fewer than --seeds trainings are left out. Each metric has an interval that holds
-training and images, for all variants at once. Besides the APs there is "mask IoU": that of each
-object's best mask among the detections of its class, 0 if it has none; the mean over all objects.
-It is what benchmarks that train the mask branch alone measure, here in boxes that the model found.
+Variants with fewer than --seeds trainings are left out. Each metric has an interval that covers
+training and images, for all variants at once. Besides the APs there is "mask IoU", a mean over all
+objects: the IoU of an object's best mask among the detections of its class, or 0 if there are none.
+Benchmarks that train only the mask branch measure it in the true boxes; here, the model has found
+the boxes.
 
-Writes a table, and a JSON file. A minute.
+Writes a table, and a JSON file. Takes a minute.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def row(
 
 
 def summarize(study: Study, num_seeds: int, num_draws: int) -> list[dict[str, Any]]:
-    """Returns a row for each metric and variant with so many finished trainings."""
+    """Returns a row for each metric and variant with at least ``num_seeds`` trainings."""
     variants: list[Variant] = [v for v in study.variants if len(v.finished) >= num_seeds]
     names, baseline = [v.name for v in variants], study.baseline.name
     rows = []
@@ -113,7 +114,7 @@ def summarize(study: Study, num_seeds: int, num_draws: int) -> list[dict[str, An
 
 
 def facts(study: Study) -> dict[str, Any]:
-    """Returns what a reader needs to know of the trainings."""
+    """Returns what a reader needs to know about the trainings."""
     records = [trial.record() for trial in study.finished]
     seconds = sorted(x["seconds"] for x in records)
     return {

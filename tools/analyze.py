@@ -75,8 +75,8 @@ def main() -> int:
     from mask_head_plugin.analysis import run_analysis
 
     logging.basicConfig(level=logging.WARNING, format="analyze.py: %(message)s")
-    # Nothing large is in a cycle, and looking for some among the millions of small objects of
-    # a large file would take a tenth of the time.
+    # Reference cycles keep nothing large in memory, and searching for them among the millions of
+    # small objects of a large file would take a tenth of the time.
     gc.disable()
     try:
         folder = run_analysis(

@@ -104,7 +104,7 @@ def guard_costs_little(results: Results) -> Judgement | None:
 
 
 def all_agree(results: Results) -> Judgement | None:
-    """Judges all cases. Cases that are missing because the part was cut off do not agree."""
+    """Judges all cases. Cases that are missing because the part was cut off count as errors."""
     agreeing = sum(x["agrees"] for x in results["rows"])
     return f"{agreeing} of {results['cases']} cases", agreeing == results["cases"]
 

@@ -2,7 +2,7 @@
 """Profiles a training step of detectron2's model and of the plugin's.
 
 On CUDA, the plugin's model with channels-last weights is profiled as well. The rows are the kernels
-that take most device time according to PyTorch's profiler. Traces for chrome://tracing or
+that take the most device time according to PyTorch's profiler. Traces for chrome://tracing or
 https://ui.perfetto.dev are written next to the JSON file. The model is R50-FPN with K = 80, on two
 images of 512 px.
 """

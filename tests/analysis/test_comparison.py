@@ -81,7 +81,7 @@ def shown_figures(analysis: Analysis) -> dict[Key, float]:
 
 def test_resampled_figures_equal_those_of_repeated_images(tmp_path):
     content = crowded_content(NUM_IMAGES)
-    content["annotations"] = content["annotations"][:-3]  # gives images different objects
+    content["annotations"] = content["annotations"][:-3]  # so that images differ in their objects
     results = perfect(content, spoilt)
     weights = np.array([[1] * NUM_IMAGES, [2, 0, 1, 0, 2, 1]], np.int32)
     drawn = resampled_figures(analysis_of(tmp_path, content, results), weights)

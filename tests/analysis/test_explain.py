@@ -67,7 +67,7 @@ def test_a_second_model_gets_the_same_box(predictor, stages):
 
 
 def made_stages(name: str, *opts: str):
-    """Runs an untrained model on an image that it enlarges."""
+    """Runs an untrained model on an image that the model enlarges."""
     rare = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "3"]
     torch.manual_seed(0)
     made = BGRPredictor(small_config(name, *rare, *opts))

@@ -107,7 +107,7 @@ def test_tied_scores_keep_the_order_of_the_file_as_in_the_evaluation(tmp_path):
 
 
 def test_detections_of_overlapping_objects_keep_the_object_they_matched(tmp_path):
-    """The second box is nearer to the first object, which a better detection has matched."""
+    """The second box is nearer to the first object, which the better detection has matched."""
     first, second = rectangle(20, 20, 40, 40), rectangle(26, 20, 40, 40)
     content = objects_of([(1, 1, first), (1, 1, second)])
     results = [detection(1, 1, first, 0.9), detection(1, 1, rectangle(22, 20, 40, 40), 0.8)]

@@ -62,7 +62,7 @@ def test_the_int8_model_is_small_and_has_no_custom_operators(exported):
     model = onnx.load(folder / "model.onnx")
     assert {node.domain for node in model.graph.node} == {""}
     assert [(x.domain, x.version) for x in model.opset_import] == [("", 17)]
-    # Weights take one byte each, half of the checkpoint's.
+    # Weights take one byte each, half as much as in the checkpoint.
     assert (folder / "model.onnx").stat().st_size < 0.65 * CHECKPOINT.stat().st_size
     assert read_model_folder(folder).model.precision == "int8"
 

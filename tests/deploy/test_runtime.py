@@ -97,7 +97,7 @@ def test_boxes_are_clipped_and_empty_ones_left_out(tmp_path):
     [("BGR", 200), ("RGB", 200), ("L", round(200 * 0.114)), ("YUV-BT.601", 0.436 * 200 / 255)],
 )
 def test_the_model_gets_the_channels_of_its_input_format(tmp_path, image_format, brightest):
-    """For a blue image, grey is 0.114 times and the largest YUV value 0.436 times blue."""
+    """In a blue image, grey is 0.114 times the blue value, the largest YUV value 0.436 times."""
     channels = 1 if image_format == "L" else 3
     write_model_folder(tmp_path, channels=channels, input={"format": image_format})
     blue = np.zeros((20, 30, 3), np.uint8)

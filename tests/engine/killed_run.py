@@ -35,7 +35,7 @@ def few_shapes() -> Iterator[None]:
         classes = MetadataCatalog.get("shapes_val").thing_classes
         metadata = MetadataCatalog.get(f"test_few_{split}")
         metadata.set(thing_classes=classes, evaluator_type="coco")
-    with pytest.MonkeyPatch.context() as patch:  # would take a third of such a short run
+    with pytest.MonkeyPatch.context() as patch:  # the sheets would take a third of such a run
         patch.setattr(Trainer, "draw_contact_sheets", lambda *_: None)
         yield
     for split in ("train", "val"):

@@ -1,6 +1,6 @@
 """Functions for the processes of a test run: they train briefly, fail, or get killed.
 
-torchrun starts it as a script: ``made_run.py OUTPUT`` trains.
+torchrun starts this file as a script: ``made_run.py OUTPUT`` trains.
 """
 
 from __future__ import annotations

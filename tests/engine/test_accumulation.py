@@ -75,7 +75,7 @@ def test_an_accumulated_step_equals_that_of_the_large_batch(monkeypatch):
 
 
 class Squares(nn.Module):
-    """Its loss is a mean over samples, whose gradient is easy to compute."""
+    """A model whose loss is a mean over samples, so that its gradient is easy to compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def step_of(trainer) -> float:
 
 
 def test_gradients_are_clipped_after_accumulation():
-    """Gradients 1 and 5 average to 3, clipped to 2; clipping each first would give 1.5."""
+    """Gradients 1 and 5 average to 3, which is clipped to 2; clipping each first would give 1.5."""
     batch = [torch.tensor(1.0), torch.tensor(5.0)]
     assert step_of(made_trainer(Squares(), 2, batch)) == 3
     clipped = made_trainer(Squares(), 2, batch)

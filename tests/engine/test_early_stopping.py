@@ -32,7 +32,8 @@ from mask_head_plugin.engine.evaluators import check_chosen_objects
 from mask_head_plugin.engine.hooks import BestCheckpointer
 
 AP = {1: 10.0, 3: 30.0, 5: 20.0, 7: 30.0, 9: 25.0, 11: 31.0}
-"""AP by iteration. Patience 2 ends at 7, because a second 30.0 is no improvement, and 3 at 9."""
+"""AP by iteration. With patience 2, a run ends at 7, because a second 30.0 is no improvement; with
+patience 3, it ends at 9."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +57,7 @@ def evaluated(_few_shapes):
 
 
 def stopping(folder, *opts: str):
-    """Returns the config of a run with checkpoints between evaluations (2) and at one (5)."""
+    """Returns the config of a run with a checkpoint between evaluations (2) and one at one (5)."""
     return config(
         *(folder, "SOLVER.EARLY_STOPPING.METRIC", "bbox/AP", "SOLVER.EARLY_STOPPING.PATIENCE"),
         *("2", "TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "14", "SOLVER.CHECKPOINT_PERIOD", "3"),
@@ -118,7 +119,7 @@ def test_a_stopped_run_stops_again_on_resume_unless_patience_is_raised(tmp_path,
 
 
 def test_values_of_an_abandoned_continuation_are_dropped(tmp_path):
-    """They come from a run that was killed at 9 and resumed at 4, or from an earlier run."""
+    """Values may be from a run that was killed at 9 and resumed at 4, or from an earlier run."""
     record = tmp_path / "early_stopping.json"
     values = [[1, 10.0], [3, 30.0], [9, 50.0]]
     for start, metric, expected in ((4, "bbox/AP", [1, 3]), (4, "segm/AP", []), (0, "bbox/AP", [])):
@@ -193,7 +194,7 @@ def test_a_metric_that_is_never_measured_stops_nothing_and_is_reported(tmp_path,
 
 @pytest.mark.parametrize("metric", ["segm/APl", "bbox/AP-none_of_them", "boundary/AP"])
 def test_a_metric_that_is_never_a_number_is_refused_before_training(tmp_path, monkeypatch, metric):
-    """Images are too small for large objects, no object is of the class, and none has a mask."""
+    """In turn: images are too small for large objects, a class is absent, all masks are missing."""
     records = copy.deepcopy(DatasetCatalog.get("test_few_val"))
     for annotation in (y for x in records for y in x["annotations"]):
         del annotation["segmentation"]

@@ -55,7 +55,7 @@ def spoil_loss(trainer: Trainer, iteration: int, value: float) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("period", [1, 20])
 def test_a_bad_loss_stops_the_run_before_the_update(tmp_path, value, period):
-    """At any metric period; detectron2 only checks losses that it logs, and after the update."""
+    """Unlike detectron2, which checks only the losses that it logs, and only after the update."""
     trainer = make_trainer(tmp_path)
     trainer._trainer.gather_metric_period = period
     spoil_loss(trainer, 2, value)

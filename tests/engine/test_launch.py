@@ -49,7 +49,7 @@ def check(folder: Path, timm_name: str = "") -> dict:
 
 
 def start_by(method: str, monkeypatch) -> None:
-    """Starts processes quickly; with ``spawn`` they would import for seconds."""
+    """Starts processes quickly; with ``spawn``, each would spend seconds on imports."""
     plain = launch._launch_config
 
     def config(*args):

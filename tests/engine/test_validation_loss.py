@@ -144,7 +144,7 @@ def test_data_sets_without_usable_losses_are_named_before_training(
 
 
 def test_an_object_without_a_mask_is_named_before_training(monkeypatch):
-    """Only the second image's second object lacks one, so one image's losses would pass."""
+    """Only the second image has such an object, so the losses of the first would not reveal it."""
     cfg = few_config()
     records = copy.deepcopy(DatasetCatalog.get("test_few_val"))
     without = {k: v for k, v in records[1]["annotations"][0].items() if k != "segmentation"}

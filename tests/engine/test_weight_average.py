@@ -17,7 +17,7 @@ from mask_head_plugin.engine.weight_average import WeightAverage
 
 
 def test_the_average_drops_the_first_weights_and_then_decays():
-    """The first update keeps nothing, later ones (1 + n) / (10 + n), up to the decay."""
+    """The first update keeps nothing; later ones keep (1 + n) / (10 + n), up to the decay."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = WeightAverage(model, 0.6)
     expected = {}
@@ -89,7 +89,7 @@ def test_the_average_is_evaluated_drawn_and_saved(run):
 
 
 def test_precise_batch_statistics_are_computed_for_the_average(run):
-    """They equal those of the last batch, unlike the trained model's, which have momentum."""
+    """They equal those of the last batch; the trained model's would be moving averages."""
     _, trainer, _ = run
     name = "backbone.bottom_up.stem.conv1.norm.running_mean"
     norm = trainer.average.module.get_submodule(name.rpartition(".")[0])

@@ -127,8 +127,9 @@ def test_boundary_of_a_hand_worked_example():
     assert (boundary.top, boundary.left, boundary.bits.shape) == (10, 0, (10, 10))
     assert boundary.bits.sum() == 100 - 64 and boundary.bits[5, 0] == 1
     shifted = mask_boundary(coco_mask.encode(np.asfortranarray(np.roll(mask, 1, 0))))
-    # Rows 10 to 19 and 11 to 20, 36 pixels each. Rows 12 to 18 share both side pixels; in each of
-    # rows 11 and 19, one mask has a full row and the other two pixels.
+    # The boundaries lie in rows 10 to 19 and 11 to 20, with 36 pixels each. In rows 12 to 18, they
+    # share the two pixels at the sides; in rows 11 and 19, one has a full row and the other two
+    # pixels.
     expected = (7 * 2 + 2 * 2) / (36 + 36 - 18)
     assert boundary_iou(boundary, shifted) == pytest.approx(expected)
     empty = mask_boundary(coco_mask.encode(np.zeros((40, 30), np.uint8, order="F")))
@@ -301,7 +302,7 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path):
 
 
 def make_lvis(seed):
-    """Returns federated annotations, with some classes unchecked or not exhaustive per image."""
+    """Returns annotations in which some classes of an image are unchecked or not exhaustive."""
     content, results = make_coco(seed, num_classes=6, most_copies=9)
     rng = np.random.default_rng(seed)
     for k, category in enumerate(content["categories"]):

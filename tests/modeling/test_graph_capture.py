@@ -223,7 +223,7 @@ DYNAMIC = torch.export.Dim.DYNAMIC
 
 @pytest.mark.parametrize("pooler_type", ["ROIAlignV2", "ROIWarp", "ROIPool"])
 def test_torch_export_pools_any_number_of_boxes(pooler_type):
-    """detectron2's pooler is exported with the number of boxes of its example fixed."""
+    """An export of detectron2's pooler accepts only as many boxes as its example had."""
     module = PoolerOnTensors(MultiLevelRoIPooler(7, (1 / 4, 1 / 8), 0, pooler_type, 32, 3))
 
     def make_inputs(height, width, *counts):

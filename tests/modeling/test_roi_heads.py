@@ -58,7 +58,7 @@ def train_once(heads: nn.Module, features, proposals, targets):
 def _stock_loss_in_the_type_of_its_logits(monkeypatch):
     """Makes detectron2's mask loss comparable in float64.
 
-    It casts targets to float32, and PyTorch returns the loss in the type of the targets.
+    detectron2 casts the targets to float32, and PyTorch returns the loss in the targets' type.
     """
 
     def loss_function(logits, targets, **kwargs):

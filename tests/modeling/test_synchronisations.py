@@ -1,7 +1,8 @@
 """Operators that make a training step or an inference wait for the GPU, by the file that runs them.
 
-Counts on the CPU, with stand-ins for the two operators that only CUDA has: RoI pooling in one
-kernel and torchvision's crop of bit masks. Neither waits. ``make gpu`` counts on a GPU.
+The tests count on the CPU, with stand-ins for the two operators that only CUDA has: RoI pooling in
+one kernel and torchvision's crop of bit masks. Neither of the two waits. ``make gpu`` counts on a
+GPU.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def bilinear(feature, y: float, x: float) -> torch.Tensor:
 
 
 def slow_roi_align(features, rois, size, scale, ratio, aligned, reduction="mean", warp=False):
-    """Computes the definition sample by sample; RoIs in any order, the adaptive grid capped."""
+    """Computes the definition sample by sample; the size of the adaptive grid is limited."""
     shift = 0.5 if aligned else 0.0
     height, width = features.shape[2:]
     pooled = features.new_zeros(len(rois), features.shape[1], size, size)
@@ -94,7 +94,7 @@ def slow_roi_align(features, rois, size, scale, ratio, aligned, reduction="mean"
 
 
 def slow_cells(start, end):
-    """Rounds edges half away from zero; includes the upper cell, and at least one cell."""
+    """Rounds edges, halves away from zero; the upper cell, and at least one, is included."""
     start, end = (math.copysign(math.floor(abs(v) + 0.5), v) for v in (start, end))
     return start, max(end, start) + 1
 
@@ -573,7 +573,7 @@ class LargeOperators(TorchDispatchMode):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["align", "warp", "precise", "pool"])
 def test_the_number_of_large_operators_does_not_grow_with_rois_or_channels(name, layout):
-    """Each waits for all threads, and other busy processes delay one of them."""
+    """Each such operator waits for all threads, and a busy process delays one of them."""
     generator = torch.Generator().manual_seed(0)
     counts = []
     for num_rois, num_channels in ((200, 32), (800, 64)):

@@ -110,7 +110,7 @@ def test_sides_that_are_multiples_of_the_number_of_bins(size, operator):
 
 @pytest.mark.parametrize("ratio", [0, 2], ids=["adaptive", "far apart"])
 def test_bins_taller_than_a_tile(ratio, operator):
-    """Bins have 9 cells: adaptive samples are adjacent; with two, most cells are not sampled."""
+    """Bins have 9 cells: adaptive samples are adjacent; two samples miss most cells."""
     rois = torch.tensor([[0.0, 1.3, 0.6, 3.9, 18.4], [0.0, 3, 19, 1, 2]])
     levels = torch.zeros(2, dtype=torch.int64)
     options = ((2, 1), (1.0,), ratio, True)
@@ -163,7 +163,7 @@ def test_inconsistent_arguments_are_refused(operator):
 
 
 def test_compilers_see_one_differentiable_operator(interpreted_operator):
-    """torch.compile and torch.export rely on its schema, fake kernel and autograd."""
+    """torch.compile and torch.export rely on the operator's schema, fake kernel and autograd."""
     maps = [torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(2)]
     rois, levels = torch.tensor([[0.0, 0.5, 0.5, 3, 2]]), torch.ones(1, dtype=torch.int32)
     operator = torch.ops.mask_head_plugin.multilevel_roi_align.default
