@@ -25,16 +25,16 @@ LEAST_SHIFT = 1.0
 LEAST_AREA = 0.05
 """Smallest relative error of the median mask area that gets a sentence."""
 LEAST_WEAK = 0.05
-"""Smallest shortfall of a group's mean mask IoU, compared with all pairs, that gets a sentence."""
+"""How far a group's mean mask IoU must be below that of all pairs to get a sentence."""
 LEAST_CONFUSED = 0.1
-"""Smallest share of a class's objects found as another class that gets a sentence."""
+"""How large a share of a class's objects must be found as another class to get a sentence."""
 LEAST_GAP = 0.1
-"""Smallest gap between a class's scores and precision, beyond the median gap of all classes, that
-gets a sentence."""
+"""How far the gap between a class's scores and precision must be from the median gap of all classes
+to get a sentence."""
 NEAR_LIMIT = 10
-"""Largest gap in AP to what the mask branch's grid allows at which a finer grid is recommended."""
+"""A finer grid is recommended only if AP is at most this far below what the present grid allows."""
 LEAST_FINER = 3
-"""Smallest gain of AP from a grid twice as fine at which it is recommended."""
+"""A finer grid is recommended only if twice the grid's size allows at least this much more AP."""
 FEW = 20
 """Smallest number of pairs, objects or detections that gets a sentence."""
 TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
@@ -123,7 +123,7 @@ def _errors(findings: Findings) -> Iterator[str]:
 
 
 def _ranked_branches(findings: Findings) -> dict[str, float]:
-    """Returns the gain of AP with each branch perfect, largest first; empty if none gains much."""
+    """Returns how much AP each perfect branch would add, largest first; empty if all add little."""
     task = findings.main_task
     won = {
         name: findings.value(task, "oracle", name)

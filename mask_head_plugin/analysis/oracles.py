@@ -149,9 +149,9 @@ def nearest_objects(scene: Scene, boxes: Assignment, *, same_class: bool = True)
 def grid_matches(scene: Scene, assignment: Assignment, sides: Sequence[int]) -> Iterator[Matches]:
     """Yields the matches of the true objects after they were sent through M x M grids.
 
-    Boxes, classes and ranking are perfect. Each object is cropped like a training target of the
-    mask branch and pasted like its output. It counts as right if the result still overlaps the
-    object enough.
+    Boxes, classes and ranking are perfect. Each object's mask is cropped like a training target of
+    the mask branch and pasted like the branch's output. An object counts as found if the result
+    still overlaps its mask enough.
 
     Args:
         scene: all objects, with masks.

@@ -52,7 +52,7 @@ class Agreement:
         images: number of images.
         detections: sum of num_detections.
         confident: sum of num_confident.
-        images_with_other_set: number of images without same_set.
+        images_with_other_set: number of images whose same_set is False.
         unmatched: sum of num_unmatched.
         box, score, mask_prob: largest value over all images.
         mask_pixels, far_mask_pixels: sum over all images.
@@ -190,8 +190,8 @@ def compare_twins(
 
     Args:
         twins: the two models.
-        config: config that they were built from, for the report.
-        weights: weights that they were loaded from, for the report.
+        config: config of both models, for the report.
+        weights: weights of both models, for the report.
         dataset: name of a registered data set.
         output: output folder, in which each model gets a folder with the evaluator's files.
         min_score: detections with a higher score count for the verdict.

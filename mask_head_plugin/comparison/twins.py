@@ -114,7 +114,7 @@ def load_twins(cfg: CfgNode, weights: Path, lazy_file: str = "") -> Twins:
     Args:
         cfg: a config with modules of either.
         weights: a file in any format that MaskHeadCheckpointer reads.
-        lazy_file: the LazyConfig that defines the models, if any; ``cfg`` then has its settings.
+        lazy_file: the LazyConfig that defines the models, if any; its settings are then in ``cfg``.
 
     Raises:
         ConfigError: if a model cannot be built, or the weights do not fit the models exactly; names

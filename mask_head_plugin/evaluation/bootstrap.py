@@ -1,4 +1,4 @@
-"""Computes COCO's AP on many resamples of the validation images, to tell how sure a difference is.
+"""Computes COCO's AP on many resamples of the images, to tell how certain a difference is.
 
 Images are drawn with replacement. All models get the same draws, so an image that is hard for all
 of them does not affect their difference (paired bootstrap). Detections are matched to objects once;

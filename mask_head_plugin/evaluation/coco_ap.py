@@ -245,8 +245,9 @@ class Evaluation:
     Attributes:
         ious: (d, g) IoUs for each image and class with detections and objects; see Matches for the
             order of the detections.
-        precision: (T, 101, K, A) at the limit of detections; -1 for a class without objects.
-        recall: (T, K, A) at the same limit; -1 for a class without objects.
+        precision: (T, 101, K, A) at each recall, up to the limit of detections; -1 for a class
+            without objects.
+        recall: (T, K, A) up to the same limit; -1 for a class without objects.
     """
 
     def __init__(

@@ -4,8 +4,8 @@ AP changes if you train with another seed, and it changes if you evaluate on oth
 difference counts as real only if it is larger than both effects can explain. The variance has two
 parts:
 
-- images: the variance, over bootstrap draws of the images, of the difference between the means over
-  seeds.
+- images: the variance of the difference between the two models' means over seeds, across bootstrap
+  draws of the images.
 - training: each model's variance over seeds, divided by its number of seeds, as in Welch's test.
   Seeds also differ in which images they get right. The first part already includes that effect, so
   it is estimated with the bootstrap and subtracted here.

@@ -45,7 +45,7 @@ class Variant:
         return tuple(trial for trial in self.trials if trial.is_finished)
 
     def values(self, key: str) -> list[float]:
-        """Returns a metric of all finished trials that measured it."""
+        """Returns the values of a metric from all finished trials that measured it."""
         return [x for x in (t.result(key) for t in self.finished) if math.isfinite(x)]
 
     def mean(self, key: str) -> float:

@@ -47,7 +47,7 @@ class Stages:
         strides: stride of each feature map, in pixels of the network's input.
         region_features: (N, C, P, P) input of the mask head.
         pixels: pixels of the image per pixel of the network's input, in x and y.
-        classes_compete: whether the masks of the classes share each pixel.
+        classes_compete: whether the classes compete for each pixel, as with a softmax.
         pooled_hw: number of bins of a RoI, down and across.
         sampling_ratio: samples per bin along each side; 0 for one per cell.
     """
