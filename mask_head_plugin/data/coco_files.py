@@ -84,7 +84,7 @@ def register_coco_files(cfg: CfgNode) -> None:
 
 
 def register_found_coco_files(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Registers the given data sets from DATASETS.COCO_FILES, unless they are not on this machine.
+    """Registers those of the given data sets in DATASETS.COCO_FILES that are on this machine.
 
     For tools that can work without the data. A warning lists the missing files.
 

@@ -33,7 +33,7 @@ def check_copy_paste(cfg: CfgNode) -> None:
     """Refuses INPUT.COPY_PASTE if training needs data that cannot be cut out and pasted.
 
     Raises:
-        ConfigError: if another key conflicts with copy-paste; the message names it.
+        ConfigError: if another key conflicts with copy-paste; the message names that key.
     """
     if not cfg.INPUT.COPY_PASTE.PROBABILITY:
         return
@@ -98,9 +98,9 @@ def paste_objects(
     """Pastes objects of one sample onto another, in place.
 
     The pixels of the chosen objects are copied from the source, in the image and in ``sem_seg`` if
-    there is one. Objects underneath lose these pixels. Other objects of the source that lie at
-    least half within the copied pixels are pasted as well, cropped to these pixels. For example, a
-    facade brings its windows, which would otherwise be visible but not annotated.
+    there is one. Objects underneath lose these pixels. Other objects of the source, if at least
+    half of their pixels were copied, are pasted as well, cropped to the copied pixels. For example,
+    a facade brings its windows, which would otherwise be visible but not annotated.
 
     Objects without remaining pixels are dropped, and boxes enclose the remaining pixels. Masks
     become bit masks, because polygons cannot represent the resulting holes. Overlaps between

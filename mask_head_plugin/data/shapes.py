@@ -98,7 +98,7 @@ def outline(name: str) -> list[IntArray]:
 def place(
     contours: list[IntArray], radius: int, squash: int, angle: int, centre: IntArray
 ) -> list[IntArray]:
-    """Scales, squashes along y (in percent), rotates and moves contours; units of 1/64 pixel."""
+    """Scales, squashes along y (in percent), rotates and moves contours, to units of 1/64 pixel."""
     sine, cosine = SINE[angle % TURN], SINE[(angle + TURN // 4) % TURN]
     placed = []
     for points in contours:

@@ -56,7 +56,8 @@ class CocoSource:
         json_file: the annotation file.
         image_root: the image folder.
         lvis: whether the file is in LVIS format.
-        matched: whether DATASETS.COCO_FILES matches its categories with those of other files.
+        matched: whether the data set is in DATASETS.COCO_FILES, so that its categories are matched
+            with those of the other files there.
     """
 
     name: str
@@ -97,7 +98,7 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
         train: whether the model will be trained; if not, only DATASETS.TEST is checked.
 
     Raises:
-        ConfigError: if CHECK is ``error`` and there are errors, or CHECK is not one of its values.
+        ConfigError: if CHECK is ``error`` and there are errors, or CHECK has an unknown value.
     """
     mode = cfg.DATASETS.CHECK
     if mode not in MODES:
@@ -125,7 +126,7 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
 
 
 def find_faults(cfg: CfgNode, sources: Sequence[CocoSource]) -> list[Finding]:
-    """Returns the faults in a config's data sets, separately and in combination.
+    """Returns the faults in each of a config's data sets, and those in their combination.
 
     Args:
         cfg: a config whose data sets are registered.
@@ -355,7 +356,7 @@ def _cache_path(source: CocoSource, num_classes: int | None, masks: bool) -> Pat
 
 
 def _fingerprint(files: Iterable[str]) -> str:
-    """Returns a digest of the names, sizes and times of files; only the name for a missing file."""
+    """Returns a digest of the names, sizes and times of files; missing files count only by name."""
     digest = hashlib.sha256()
     for path in files:
         try:

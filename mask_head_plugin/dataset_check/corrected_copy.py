@@ -45,7 +45,7 @@ def fix_coco_file(
     Args:
         json_file: the annotations.
         image_root: the image folder, or several. With several, file names in the copy are relative
-            to their common parent folder.
+            to the common parent of these folders.
         output: the copy; must not exist. The list of changes is ``<output>.changes.json``.
         options: options of the check.
         accepted: kinds of finding for which most of the records may be dropped. Otherwise, such a
@@ -139,7 +139,8 @@ def repair(
             if repair_boxes(document, faults, accepted):
                 continue
         faults = others or faults
-        # One finding per record at a time, because a repair can also fix others or change ids.
+        # One finding per record at a time, because a repair can also resolve other findings, or
+        # change ids.
         first_of_record = {x.index: x for x in reversed(faults)}
         for index in sorted(first_of_record):
             _treat(document, first_of_record[index], tried)

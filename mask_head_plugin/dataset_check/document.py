@@ -149,7 +149,7 @@ class Document:
         Args:
             record: the record. Unless it is merged, an image is dropped with its annotations.
             reason: text for the list of changes.
-            merged: whether another record keeps its content, so that nothing is lost.
+            merged: whether another record keeps the content of this one, so that nothing is lost.
         """
         section, index, *_ = self._places[id(record)]
         self._dropped.add(id(record))

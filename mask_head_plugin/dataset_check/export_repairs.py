@@ -81,9 +81,9 @@ class _Boxes(NamedTuple):
 
 
 def repair_boxes(document: Document, errors: Iterable[Finding], accepted: Collection[str]) -> bool:
-    """Repairs the boxes of all annotations if they are wrong in the whole export.
+    """Repairs the boxes of all annotations if so many are wrong that the export must be faulty.
 
-    Boxes written as corners are converted to COCO's form without tightening them. Other boxes are
+    Boxes written as corners are converted to COCO's form, but not tightened. Other boxes are
     replaced by the boxes around the masks.
 
     Args:

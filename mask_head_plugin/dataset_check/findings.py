@@ -273,7 +273,7 @@ class Finding:
 
     @property
     def fix(self) -> str:
-        """What to do and what --fix does about it."""
+        """What to do, and what --fix does about the finding."""
         kind = KINDS[self.kind]
         return f"{kind.fix} ({kind.by_fix})" if kind.by_fix else kind.fix
 

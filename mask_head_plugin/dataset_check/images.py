@@ -124,7 +124,7 @@ def check_image_files(
     decode: bool = False,
     known: dict[str, ImageFacts] | None = None,
 ) -> None:
-    """Adds findings for files that cannot be used, or whose size differs from their record.
+    """Adds findings for files that cannot be used, or whose size differs from that in the record.
 
     Args:
         images: images in the annotation file.

@@ -49,7 +49,7 @@ Places = set[tuple[str, str]]
 
 
 def photograph_names(file_names: Sequence[str]) -> list[str | None]:
-    """Returns, for each file name, the name of the photograph that its tiles and versions share.
+    """Returns, for each file, the name of the photograph of which it is a tile or a version.
 
     Names are recognised if they end with the position of a tile (``bay_512_1024``, ``bay_r1_c2``,
     ``bay_tile7``), its corners (``bay_0_0_512_512``, as written by SAHI), or Roboflow's mark of a

@@ -95,7 +95,7 @@ def _lies_within(inner: Points, outer: Points) -> bool:
 def _is_inside(point: Points, polygon: Points) -> bool:
     """Returns whether a point (2,) lies inside a polygon (P, 2).
 
-    It does if a ray from the point crosses the polygon's edges an odd number of times.
+    This is the case if a ray from the point crosses the polygon's edges an odd number of times.
     """
     (x0, y0), (x1, y1) = polygon.T, np.roll(polygon, -1, axis=0).T
     x, y = point

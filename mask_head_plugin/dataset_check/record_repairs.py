@@ -30,7 +30,7 @@ def _move(records: list[Record], key: str, value: Any) -> None:
 
 
 def _renumber(section: str, groups: str, key: str, repeated: Repair) -> Repair:
-    """Returns a repair that replaces a record's id with a number, also where others refer to it.
+    """Returns a repair that replaces a record's id with a number, also in records that refer to it.
 
     Args:
         section: section of the record.

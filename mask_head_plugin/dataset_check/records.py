@@ -15,8 +15,7 @@ from .foreign_formats import foreign_json
 SECTIONS = tuple(SECTION_NAMES)
 ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd")
 MAX_ID = 1 << 53
-"""Limit for ids, because metrics store them as float64, which cannot represent all integers beyond.
-"""
+"""Limit for ids. Metrics store them as float64, which cannot represent all integers above this."""
 
 MOST_AREA = 1.1
 """Largest area of an object relative to its image; polygons may leave the image by a pixel."""

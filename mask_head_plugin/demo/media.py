@@ -51,13 +51,13 @@ VIDEO_START = re.compile(
     re.DOTALL,
 )
 START_LENGTH = 189
-# Formats that OpenCV can always write. Overlays of other formats become .png or .mp4.
+# Formats that OpenCV can always write. Overlays of other inputs are .png, .mp4 or .avi.
 WRITTEN_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
 DEFAULT_FPS = 25.0
 STEADY = 1.5
 """Largest ratio of the longest to the shortest interval between frames that counts as steady;
-timestamps are rounded."""
+it is above 1 because timestamps are rounded."""
 
 
 @dataclass(frozen=True)

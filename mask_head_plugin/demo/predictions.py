@@ -105,7 +105,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class KnownObject:
-    """An object of a video.
+    """An object that was detected in a video.
 
     Attributes:
         number: number of its colour.
@@ -123,7 +123,7 @@ class KnownObject:
 class ColourKeeper:
     """Keeps the colour of an object from frame to frame.
 
-    Without it, colours would change whenever the order of the scores changes. An object is
+    Otherwise, colours would change whenever the order of the scores changes. An object is
     recognised for up to FRAMES_REMEMBERED frames if it has the same class and overlaps its last
     position.
     """

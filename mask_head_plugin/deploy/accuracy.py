@@ -131,7 +131,7 @@ def compare_accuracy(
     samples: Sequence[Sample],
     size: tuple[int, int] | None,
 ) -> Accuracy:
-    """Runs both models on images and, if a data set in DATASETS.TEST is on this machine, on that.
+    """Runs both models on images, and on a data set in DATASETS.TEST if one is on this machine.
 
     Args:
         cfg: the model's config.

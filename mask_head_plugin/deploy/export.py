@@ -1,4 +1,4 @@
-"""Exports a trained model to a file that runs without its code, and checks that results agree.
+"""Exports a trained model to a file that runs without the model's code, and compares both.
 
 Models that cannot be exported are refused before anything is converted. The file gets its final
 name only after it has been run and agrees with the trained model.

@@ -81,8 +81,8 @@ class ExportableMaskRCNN(nn.Module):
 
         Returns:
             Detections, best first: boxes (R, 4) in pixels of ``image``, scores (R,) and classes
-            (R,) int64. Models with masks add the probabilities (R, M, M) of the class's mask, and
-            models with mask scoring add the mask scores (R,).
+            (R,) int64. Models with masks add the mask probabilities (R, M, M) of the detected
+            class, and models with mask scoring add the mask scores (R,).
         """
         pixels, image_edge = self._prepare(image, image_hw)
         features = self.model.backbone(pixels)
@@ -118,8 +118,8 @@ class ExportableMaskRCNN(nn.Module):
     def _propose(self, features: dict[str, Tensor], image_edge: Tensor) -> Tensor:
         """Returns the (R, 4) boxes of detectron2's find_top_rpn_proposals, best first.
 
-        Only the best anchors of each map become boxes. If a map has too few anchors, it is
-        padded with some that are not candidates, so that sizes stay fixed until the suppression.
+        Only the best anchors of each map become boxes. If a map has too few anchors, some that are
+        not candidates are added, so that sizes stay fixed until the suppression.
         """
         rpn = self.model.proposal_generator
         maps = [features[name] for name in rpn.in_features]

@@ -40,7 +40,7 @@ def sample_images(cfg: CfgNode, paths: Sequence[str], size: tuple[int, int] | No
     Args:
         cfg: the model's config.
         paths: image files.
-        size: height and width that no image may exceed, or None.
+        size: height and width to which larger images are shrunk, or None.
 
     Raises:
         ImageFileError: if a file cannot be used.

@@ -25,7 +25,7 @@ class Estimate:
     Attributes:
         seconds_per_iteration: median of the measured iterations.
         seconds_per_image: time per image in an evaluation; 0 without validation data.
-        memory: memory of the process, or of the GPU, in bytes.
+        memory: peak memory in bytes: of the GPU for a model on a GPU, otherwise of the process.
     """
 
     seconds_per_iteration: float

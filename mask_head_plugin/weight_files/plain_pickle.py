@@ -20,7 +20,7 @@ _pickle.UnpicklingError: it names os.system, which is not part of weights or arr
 
 How it works: ``scan_pickle`` checks the instructions without executing them, and refuses pickles
 that would exhaust memory, stack or time. Then an unpickler that knows only substitutes for NumPy's
-functions executes them. Its result is converted to arrays and plain containers.
+functions executes the instructions. Its result is converted to arrays and plain containers.
 """
 
 from __future__ import annotations
@@ -172,9 +172,9 @@ def scan_pickle(
     Args:
         file: read from its current position to the end of the pickle.
         size: size of the file in bytes.
-        describe: called for each instruction, except those for marks and remembered objects. Its
-            arguments are the instruction's name, its argument and the objects that it takes.
-            Returns a description of the resulting object, or raises an UnpicklingError.
+        describe: called with an instruction's name, its argument and the objects that it takes, for
+            all instructions except those for marks and remembered objects. Returns a description
+            of the resulting object, or raises an UnpicklingError.
 
     Raises:
         pickle.UnpicklingError: if the pickle is refused.

@@ -134,7 +134,10 @@ def check_head(path: Path) -> bytes:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Returns whether a JSON header follows its length, which the library limits to 100 MB."""
+    """Returns whether the file starts with the length of a header, and then JSON.
+
+    The library limits the length to 100 MB.
+    """
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
 
 
