@@ -51,7 +51,7 @@ class ImageFileMapper(DatasetMapper):
         image = read_image(record["file_name"], self.image_format)
         utils.check_image_size(record, image)
         labels = record.pop("sem_seg_file_name", None)
-        # The values of a label map are class numbers, so they are read as they are.
+        # The values of a label map are class numbers, so they are read unchanged.
         label_map = None if labels is None else utils.read_image(labels, "L").squeeze(2)
         seen = T.AugInput(image, sem_seg=label_map)
         transforms = self.augmentations(seen)

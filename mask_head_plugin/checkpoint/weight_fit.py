@@ -40,8 +40,8 @@ class WeightsPolicy:
     Attributes:
         class_names: the model's K classes in its order, if known. If weights name their classes,
             their rows are moved to this order.
-        keeps_classes: whether weights with other classes keep them. For a model that only predicts,
-            ``class_names`` is just the preferred order.
+        keeps_classes: whether the model takes its classes from the weights if these have others, as
+            a model that only predicts does. ``class_names`` is then only the preferred order.
         strict: whether weights that do not fit are an error.
         whole: whether the weights must fill the whole model, because it will not be trained.
         surplus: whether weights of a detector may have more parameters than the model.
@@ -201,7 +201,7 @@ def refuse_or_tell(
         fit: result of ``compare``.
         policy: which weights the run accepts.
         source: path of the weights.
-        resuming: whether a run is resumed, which requires its own weights.
+        resuming: whether a run is resumed, which requires the weights of that run.
         class_layers: names of the model's tensors that have a row for each class.
         named: whether the file names its classes.
 

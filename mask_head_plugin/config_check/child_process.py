@@ -1,4 +1,4 @@
-"""Calls functions in a copy of this process, so they cannot affect this one."""
+"""Calls functions in a copy of this process, so that they cannot affect the original."""
 
 from __future__ import annotations
 

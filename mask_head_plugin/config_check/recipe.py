@@ -63,7 +63,7 @@ def check_rates(cfg: CfgNode, trainer: type[DefaultTrainer]) -> None:
     """Builds the optimizer to check that learning rates by module or layer fit the model.
 
     Raises:
-        ConfigError: if they do not fit; has the message of the trainer's optimizer.
+        ConfigError: if they do not fit, with the message of the trainer's build_optimizer.
     """
     if not cfg.SOLVER.LR_FACTORS and cfg.SOLVER.LAYER_DECAY == 1:
         return

@@ -33,7 +33,7 @@ class StepSeed(hooks.HookBase):
 
 
 class PreciseBN(hooks.PreciseBN):
-    """PreciseBN whose batches depend on the iteration, not on how often it has run before."""
+    """PreciseBN whose batches depend on the iteration, not on the number of earlier updates."""
 
     def update_stats(self) -> None:
         if not self._disabled and isinstance(self._data_loader, TrainLoader):
@@ -138,7 +138,7 @@ def warn_of_missing_metric(key: str, metric: str, trainer: Any) -> bool:
 
 
 class MetricPrinter(events.CommonMetricPrinter):
-    """CommonMetricPrinter without the losses of TEST.EVAL_LOSS, whose medians it would print.
+    """CommonMetricPrinter that omits the losses of TEST.EVAL_LOSS; it would print their medians.
 
     It also prints nothing at the end of a run that was stopped early.
     """

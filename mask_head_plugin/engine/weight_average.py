@@ -33,8 +33,8 @@ class WeightAverage(AveragedModel):
         Args:
             model: copied; not wrapped in DistributedDataParallel.
             decay: share of the average that each iteration keeps, in [0, 1). The first iterations
-                use a lower value, (1 + n) / (10 + n) after n of them, so that the influence of the
-                initial weights fades quickly.
+                use a lower value, (1 + n) / (10 + n) after n iterations, so that the influence of
+                the initial weights fades quickly.
         """
         super().__init__(model, use_buffers=True)
         self._decay = decay
@@ -65,8 +65,8 @@ def resume_average(average: WeightAverage | None, model: nn.Module, state: dict[
     """Restores a model's own weights after the averaged weights of a checkpoint were loaded.
 
     Args:
-        average: the run's average, into which the checkpoint's weights were loaded; None if the run
-            has no average, in which case they were loaded into the model.
+        average: the run's average, into which the checkpoint's weights were loaded. None if the run
+            has no average; the weights were then loaded into the model.
         model: the trained model.
         state: the trainer's state in the checkpoint. It lacks the entries of ``trained()`` if that
             run had no average.

@@ -16,8 +16,8 @@ def is_captured() -> bool:
     """Returns whether the running code is being recorded by a trace or by torch.export.
 
     A recording can contain only tensors and the operators of PyTorch and torchvision, and, in an
-    export on CUDA, this package's RoI pooling operator. It must also be correct for numbers of
-    boxes that differ from its example's.
+    export on CUDA, this package's RoI pooling operator. It must also be correct for other numbers
+    of boxes than that of the example.
     """
     # The oldest supported PyTorch lacks torch.compiler.is_exporting.
     is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)

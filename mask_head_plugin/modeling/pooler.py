@@ -215,7 +215,7 @@ class MultiLevelRoIPooler(nn.Module):
         )
 
     def _assign_levels(self, box_lists: list[Boxes]) -> Tensor:
-        """Returns each box's index in ``scales``, without synchronising with the device."""
+        """Returns the index in ``scales`` of each box's level, without synchronising."""
         return self._levels_of_areas(torch.cat([boxes.area() for boxes in box_lists]))
 
     def _levels_of_areas(self, area: Tensor) -> Tensor:

@@ -236,8 +236,8 @@ def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> No
     """Freezes the first stages, numbered as in detectron2's ResNets.
 
     Args:
-        net: timm's model without its classifier. Its frozen batch norms then use their running
-            statistics.
+        net: timm's model without its classifier; changed in place. Batch norms in frozen stages
+            are replaced by ones that always use their running statistics.
         levels: all maps of the model.
         freeze_at: 0 freezes nothing. 1 freezes everything before the stage of stride 4. A k of 2 or
             more freezes everything up to the end of res<k>, the stage of stride 2^k. For a plain

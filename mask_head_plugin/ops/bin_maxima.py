@@ -64,7 +64,7 @@ class LargestCell(torch.autograd.Function):
             dtype = torch.int32 if shape.numel() < 1 << 31 else torch.int64
             channel = torch.arange(shape[1], dtype=dtype, device=grad.device)
             plane = (images.to(dtype)[:, None] * shape[1] + channel) * math.prod(shape[2:])
-            # A cell below 0 marks a bin off the map, or without a value that can be the maximum.
+            # A cell below 0 marks a bin that is off the map or has no value that can be largest.
             values = grad[rows].masked_fill_(cells < 0, 0)
             places = (plane[:, :, None, None] + cells).clamp_(min=0).flatten()
             total = grad.new_zeros(shape.numel()).index_add_(0, places, values.flatten())

@@ -32,11 +32,11 @@ from .bin_layout import (
 )
 
 LIST_ENTRIES = 1 << 22
-"""Entries of the sparse matrix kept in memory at a time: 32 MB. A thousand RoIs need fewer."""
+"""Number of matrix entries kept in memory at a time: 32 MB. A thousand RoIs need fewer."""
 
 BATCH_ELEMENTS = 1 << 22
-"""Elements of bins kept in memory at a time in addition to the result: 16 MB of float32, which the
-allocator reuses, or 1 / MAX_BATCHES of the result if that is more.
+"""Number of elements of bins kept in memory at a time in addition to the result: 16 MB of float32,
+which the allocator reuses. If 1 / MAX_BATCHES of the result is more, that is the limit.
 """
 
 MAX_BATCHES = 4

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..run_lengths import Rle, rle_of_changes
 
 MAX_COLUMNS = {"cpu": 1 << 14, "cuda": 1 << 18}
-"""Columns of M + 2 values that are processed at a time, by device: 2 MB and 31 MB for M = 28.
+"""Number of columns, each of M + 2 values, processed at a time: 2 MB and 31 MB for M = 28.
 
 On a CPU, this many fit into the cache. On CUDA, most of the time goes into launching about 60
 kernels for each batch of columns.
