@@ -2,10 +2,10 @@
 """Why independent masks? The mask branch alone, trained with and without competing classes.
 
 Mask R-CNN's Table 2b compares a sigmoid per class with a softmax over classes. Several things
-change at once there. This study changes one at a time, on made objects (made_objects.py) in their
-true boxes and with their true classes, so that detection plays no part: a small stem and the
-plugin's FCNMaskHead with its own losses are trained with each arm, each number of classes, each
-confusion and each seed, and each result is read out in five ways.
+change at once there. This study changes one at a time, on synthetic objects (made_objects.py) in
+their true boxes and with their true classes, so that detection plays no part: a small stem and the
+plugin's FCNMaskHead with its own losses are trained with each way to train (arm), number of
+classes, confusion and seed, and each result is read out in several ways.
 
 Each training writes one file to --output; a second start runs only the missing trainings. The
 summary, with intervals over training and images, goes to --json.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-r"""Compares independent and competing masks on a trained model's maps, also of real images.
+r"""Compares independent and competing masks on a trained model's maps, also those of real images.
 
-A trained model's maps are pooled within true boxes. Fresh mask heads are trained on them: with a
+A trained model's maps are pooled within true boxes. New mask heads are trained on them: with a
 sigmoid of each object's class, a softmax over the classes, a sigmoid of every class, and one mask
 for all classes; each is read in several ways. Intervals cover images and training, and are valid
 for all rows at once. The maps were trained with a sigmoid. The true classes are given, so neither

@@ -2,10 +2,10 @@
 r"""Measures how far RoIAlign's samples are from the exact mean of the bilinear surface.
 
 RoIs of many sizes and shapes are placed at random on the maps of a trained model, and pooled both
-from samples and exactly (PrROIPool). An error is a root mean square over bins and channels, in
-percent of that of the signal, which is the exactly pooled value minus the channel's mean over the
-map. Sizes are the width of a bin in cells. Each interval is one of 95% over images (jackknife and
-Student's t). Nothing is trained.
+from samples and exactly (PrROIPool). An error is a root mean square over bins and channels. It is
+given in percent of the root mean square of the signal, which is the exactly pooled value minus the
+channel's mean over the map. Sizes are the width of a bin in cells. Each interval covers the images,
+at 95% by itself (jackknife and Student's t). Nothing is trained.
 
 Writes tables, and a JSON file with machine, versions and date. Takes seconds per image. To measure
 another model:

@@ -82,7 +82,7 @@ def packed(content: dict[str, Any]) -> str:
 
 
 def is_table(value: Any) -> bool:
-    """Whether a value is a list of dictionaries with the same keys."""
+    """Returns whether a value is a list of dictionaries with the same keys."""
     if not (isinstance(value, list) and value and isinstance(value[0], dict)):
         return False
     return all(list(row) == list(value[0]) for row in value)
@@ -111,7 +111,7 @@ def panels(heights: Sequence[float]) -> tuple[Figure, list[Any]]:
 
 
 def curve(axes: Any, rows: Rows, x: str, y: str, label: str, band: tuple[str, str] | None) -> None:
-    """Draws rows as a curve, with the band of its interval."""
+    """Draws rows as a curve, with a band for its interval."""
     colour, marker, dashes = STYLES[label]
     places = [row[x] for row in rows]
     style = {"color": colour, "marker": marker, "markersize": 4, "linestyle": dashes}
@@ -128,7 +128,7 @@ def cases_of(results: Results, prefix: str) -> list[dict[str, Any]]:
 
 
 def plot_error(results: Results) -> Figure:
-    """Error relative to four samples on real maps, and the share of cells left unread."""
+    """Draws errors relative to four samples on real maps, and the share of cells left unread."""
     found = cases_of(results, "error_")
     figure, axes = panels([2.6] * (len(found) + 1))
     for panel, content in zip(axes, found, strict=False):
@@ -151,7 +151,7 @@ def plot_error(results: Results) -> Figure:
 
 
 def plot_offsets(results: Results) -> Figure:
-    """Error against the distance of the two points from the middle of the bin."""
+    """Draws errors by the distance of the two points from the middle of the bin."""
     found = cases_of(results, "error_")
     figure, axes = panels([2.5] * len(found))
     for panel, content in zip(axes, found, strict=True):
@@ -212,7 +212,7 @@ def split(rows: Rows) -> tuple[Rows, Rows]:
 
 
 def plot_whole_models(results: Results) -> Figure:
-    """Mask and box AP of whole trainings."""
+    """Draws mask and box AP of whole trainings."""
     content = results["whole_models"]
     series = {}
     for metric in ("mask AP", "box AP"):
@@ -231,7 +231,7 @@ def plot_whole_models(results: Results) -> Figure:
 
 
 def plot_exchange(results: Results) -> Figure:
-    """Mask and box AP of one model with every way to pool."""
+    """Draws mask and box AP of one model with every way to pool."""
     found = cases_of(results, "exchange_")
     figure, axes = panels([3.4, 2.2] * len(found))
     for number, content in enumerate(found):
@@ -245,7 +245,7 @@ def plot_exchange(results: Results) -> Figure:
 
 
 def plot_training(results: Results) -> Figure:
-    """Mean IoU of heads that were trained on each way's features."""
+    """Draws the mean IoU of heads that were trained on each way's features."""
     found = cases_of(results, "training_")
     figure, axes = panels([2.9] * len(found) + [2.5])
     last = {}

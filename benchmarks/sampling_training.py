@@ -10,8 +10,8 @@ Finished trainings are kept in --work, so an interrupted command continues where
 
 Three figures show how much such a study can detect. "ceiling" is the IoU of the true masks at the
 resolution of the head. "feature error" is how far a way's features are from PrROIPool's, in percent
-of the spread of the latter. "noise 20%" and the like are four samples to which noise of that share
-was added; they show what an error of that size costs.
+of the spread of PrROIPool's features. "noise 20%" and the like are four samples to which noise of
+that share was added; they show what an error of that size costs.
 
 Writes a table, and a JSON file with machine, versions and date. Takes minutes. For large RoIs:
 
@@ -62,8 +62,9 @@ def pooled_objects(
         ways: names in WAYS and NOISES, including BASELINE.
 
     Returns:
-        ``features`` by way (R, C, P, P); ``targets`` (R, 2P, 2P) bool; ``classes``, ``images``
-        (R,); ``boxes`` (R, 4); ``truth``, R run lengths.
+        A dictionary: ``features``, (R, C, P, P) for each way; ``targets``, (R, 2P, 2P) bool;
+        ``classes`` and ``images``, (R,); ``boxes``, (R, 4); ``truth``, R run lengths if the split
+        is TEST.
     """
     scales = case.mask_pooler.scales[: 1 if finest else None]
     like = MultiLevelRoIPooler(num_bins, scales, 2, "ROIAlignV2")

@@ -116,7 +116,7 @@ def _yaml_is_parsed_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _float32_on_a_gpu() -> Iterator[None]:
-    """Turns off TF32, because tests compare convolutions to more digits than it has."""
+    """Turns off TF32, because tests compare convolutions to more digits than TF32 has."""
     with full_float32():
         yield
 

@@ -19,7 +19,7 @@ BETWEEN_DEVICES = ("aten::_to_copy", "aten::copy_")
 
 
 class OnOtherDevice(torch.Tensor):
-    """Claims to be on DEVICE; its values are a tensor on the CPU."""
+    """A tensor that claims to be on DEVICE, but has its values in a tensor on the CPU."""
 
     values: torch.Tensor
 

@@ -1,6 +1,6 @@
 """Starts processes without importing PyTorch and detectron2 again, which takes seconds.
 
-They are forks of one clean Python process, which has imported both and done nothing else.
+The processes are forks of one clean Python process that has imported both and done nothing else.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ TOOLS = [
     for path in (ROOT / "train_net.py", *sorted((ROOT / "tools").glob("*.py")))
     if "def main(" in path.read_text()
 ]
-# From the bottom up. A module may import its own part and the layers below.
+# From the bottom up. A module may import from its own part and from the layers below.
 LAYERS = (
     {"messages", "model_input", "progress", "run_lengths"},
     {"config_imports", "detectron2_import", "machine", "ops", "shared_names"},

@@ -28,7 +28,7 @@ def test_quick_work_shows_a_bar_in_a_terminal_and_nothing_in_a_file(
 
 
 def test_long_work_writes_few_lines_into_a_file_with_the_time_left(capsys, monkeypatch):
-    """An hour of two nested loops: plain lines, at most every 10 s and ever less often."""
+    """Two nested loops run for an hour; lines are at least 10 s apart and become ever rarer."""
     in_terminal(monkeypatch, is_terminal=False)
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -317,7 +317,7 @@ def test_a_trial_fails_on_a_machine_without_the_requested_gpus(
 
 
 def test_the_device_depends_on_the_gpus_requested_for_a_trial(ablation, tmp_path, monkeypatch):
-    """The GPUs of the machine that plans do not matter."""
+    """The GPUs of the machine on which the plan is made do not matter."""
     content = yaml.safe_load(ablation.read_text())
     del content["SIZES"]["shapes"]["OVERRIDES"]["MODEL"]
     ablation.write_text(yaml.safe_dump(content))

@@ -35,7 +35,7 @@ def campaign(monkeypatch):
 
 
 def in_this_process(command, variables, log, seconds):
-    """Replaces run_command, whose processes would import PyTorch for seconds each."""
+    """Replaces run_command, whose processes would each spend seconds importing PyTorch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command[1:])
         try:

@@ -1,4 +1,4 @@
-"""The scripts that read masks in other ways, each once as a whole on a few images."""
+"""The scripts that read masks in other ways; each runs once from start to end on a few images."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_heads_on_the_maps_of_a_model_are_compared_and_trained_once(monkeypatch,
 
 @pytest.fixture
 def few_images():
-    """Three images of the embedded data set under a name of their own."""
+    """Registers three images of the embedded data set under a new name."""
     records = DatasetCatalog.get("shapes_val")[:3]
     DatasetCatalog.register(DATASET, lambda: records)
     classes = MetadataCatalog.get("shapes_val").thing_classes
@@ -80,7 +80,7 @@ def write_trial(folder, seed: int) -> float:
 def test_a_model_read_as_it_was_trained_has_its_ap_and_other_readings_are_compared(
     few_images, monkeypatch, tmp_path, capsys
 ):
-    """The softmax model has the sigmoid model's weights, so the same reading finds the same."""
+    """The softmax model has the sigmoid model's weights, so equal readings give equal masks."""
     script = load_script("benchmarks/mask_readouts.py")
     own, softmax = script.OWN, "softmax at 0.5"
     monkeypatch.setattr(script, "READINGS_OF", {"sigmoid": [own], "softmax": [own, softmax]})

@@ -74,7 +74,7 @@ def test_along_an_axis_the_best_offset_is_the_same_for_all_bins_up_to_one_cell(
 
 
 def test_the_expected_error_equals_that_of_pooling_random_maps(scripts):
-    """Compares the formula with pooling of rows of random cells, with bins of 1.5 cells."""
+    """Compares the formula with rows of random cells that are pooled in bins of 1.5 cells."""
     rng = torch.Generator().manual_seed(0)
     row = torch.randn(1, 400, 1, 60, generator=rng, dtype=torch.float64).expand(-1, -1, 3, -1)
     x = 5 + 20 * torch.rand(200, generator=rng, dtype=torch.float64)
@@ -111,7 +111,7 @@ def test_edges_rounded_is_roi_align_in_whole_cells(scripts, features):
 
 
 def test_the_interval_over_images_of_a_mean_is_students(scripts):
-    """Of the values 1, 2, 3: mean 2, standard error 1 / sqrt(3), t of 2 degrees 4.303."""
+    """The values 1, 2, 3 have mean 2, standard error 1 / sqrt(3), and t = 4.303 (2 degrees)."""
     values = np.array([1.0, 2.0, 3.0])
     found = scripts["case"].over_images(lambda w: (w @ values) / w.sum(1), 3)
     reach = 4.3027 / math.sqrt(3)
@@ -126,7 +126,7 @@ def test_feature_errors_are_those_of_added_noise(scripts):
 
 
 def test_hand_worked_fractions_of_unread_cells(scripts):
-    """Four samples read every cell of a 2-cell bin, but only 4 of 8 cells along each axis."""
+    """In bins of 2 cells, four samples read every cell; in bins of 8, only half along each axis."""
     unread = scripts["error"].unread_shares
     assert unread(2.0, (-0.25, 0.25)) == 0
     assert unread(8.0, (-0.25, 0.25)) == pytest.approx(1 - 0.5**2)

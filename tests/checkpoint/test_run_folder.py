@@ -177,7 +177,7 @@ def test_the_error_names_a_read_only_folder(tmp_path, monkeypatch):
 
 
 def test_overwriting_never_pairs_a_file_with_the_checksum_of_another(folder, monkeypatch):
-    """The name refers to an intact file, whenever the process is killed."""
+    """At whatever moment the process is killed, the name refers to an intact file."""
     path = folder / "model_final.pth"
     moments = 0
     for call in range(1, 20):

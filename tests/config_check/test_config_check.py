@@ -405,7 +405,7 @@ def test_a_batch_that_processes_cannot_share_is_refused_unless_it_is_scaled(tmp_
 
 
 def test_a_data_set_is_evaluated_once(tmp_path):
-    """Its results would be overwritten, and the losses of TEST.EVAL_LOSS have no place."""
+    """If it occurred twice, one result would overwrite the other, also that of TEST.EVAL_LOSS."""
     cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path)])
     cfg.DATASETS.TEST = ("shapes_val", "coco_2017_val", "shapes_val")
     for train in (True, False):

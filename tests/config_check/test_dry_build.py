@@ -86,7 +86,7 @@ def build_with_norm(cfg):
 
 
 def build_refused_elsewhere(cfg):
-    """Fails in detectron2 for any norm; its message contains an address that depends on it."""
+    """Fails in detectron2 for any norm, with a message whose address depends on the norm."""
     objects = [object() for _ in range(9 if cfg.MODEL.RESNETS.NORM == "own_norm" else 999)]
     ROIPooler(7, [0.25], 0, objects[-1])
 

@@ -189,7 +189,7 @@ def test_a_file_with_nothing_left_is_refused(good):
 
 
 def test_repairs_do_not_hide_a_fault_of_the_whole_export(good):
-    """If x and y are swapped, boxes fitted to the cut masks would wrongly pass."""
+    """Masks are cut at the image's border; boxes fitted to what is left would wrongly pass."""
     for annotation in many_objects(good):
         polygon = annotation["segmentation"][0]
         annotation["segmentation"] = [[x + 30 for x in polygon]]

@@ -99,7 +99,7 @@ def test_each_broken_data_set_gives_its_finding(good, broken):
     for name, i in (("image", broken.image_id), ("annotation", broken.annotation_id)):
         assert i is None or f"{name} {i}" in line
     assert fitting[0].fix in line and len(fitting[0].fix) > 10
-    # No other error hides it or accompanies it, except errors caused by the same value.
+    # No other error hides or accompanies the expected one, except those caused by the same value.
     kinds = {x.kind for x in errors_of(found)}
     assert kinds <= {broken.kind, *COMPANIONS.get(broken.kind, ())}
 
