@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Summarises the whole trainings in an ablation's folder, for the pages that discuss them.
+r"""Summarises the whole trainings in an ablation's folder, for the pages that discuss them.
 
-    python tools/ablate.py --config-file configs/ablations/roi_pooling.yaml \\
+    python tools/ablate.py --config-file configs/ablations/roi_pooling.yaml \
         --output output/ablations/roi_pooling
     python benchmarks/whole_models.py --input output/ablations/roi_pooling
 

@@ -159,7 +159,7 @@ def test_statistics_weight_images_by_how_often_they_are_drawn(scripts):
 def test_whole_models_sum_up_an_ablation_and_leave_out_variants_with_few_seeds(
     scripts, monkeypatch, tmp_path
 ):
-    """The better the detections, the higher both AP and mask IoU; the perfect ones have 100."""
+    """Better detections have a higher AP and a higher mask IoU; perfect ones have 100."""
     study = tmp_path / "ablation"
     qualities = {"perfect": 1.0, "bad": 0.5, "few": 0.9}
     records = write_ablation(study, write_dataset(tmp_path), qualities)

@@ -171,7 +171,7 @@ def test_keys_from_a_base_or_from_a_runs_record_do_not_stop_the_run(tmp_path, ca
     )  # Base-Small sets MODEL.RESNETS
     for key in own_keys(str(CONFIGS / SMALL), TIMM[::2]) - set(
         TIMM
-    ):  # the option chose another one
+    ):  # the option chose another backbone
         assert not key.startswith("MODEL.RESNETS.")
     assert "MODEL.RESNETS.NORM" in own_keys(str(CONFIGS / SMALL))
     (tmp_path / "config.yaml").write_text(cfg.dump())
