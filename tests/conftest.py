@@ -126,8 +126,8 @@ def _logs_reach_pytest(monkeypatch) -> Iterator[None]:
     """Lets logs reach caplog, regardless of what earlier tests have set.
 
     setup_logger stops the propagation of logs, and detectron2's trainer calls it unless INFO is
-    enabled; benchmarks silence the plugin's log. Tools that run in this process call basicConfig,
-    whose handler would write to the captured, closed stderr of its test forever.
+    enabled; benchmarks silence the plugin's log. Tools that run in this process call basicConfig;
+    its handler would go on writing to the stderr that pytest captured for one test and has closed.
     """
     logging.getLogger("detectron2").setLevel(logging.DEBUG)
     logging.getLogger("mask_head_plugin").setLevel(logging.NOTSET)

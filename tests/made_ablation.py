@@ -73,7 +73,7 @@ def detections(content: Mapping[str, Any], quality: float, seed: int) -> list[di
 def write_trial(
     folder: Path, variant: str, seed: int, annotations: Path, results: list[Any], cfg: Any
 ) -> dict[str, Any]:
-    """Writes a finished trial and returns its trial.json."""
+    """Writes a finished trial and returns the content of its trial.json."""
     (folder / "inference").mkdir(parents=True)
     (folder / "config.yaml").write_text(cfg.dump())
     (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(results))

@@ -49,7 +49,7 @@ def write_model_folder(
         shares: boxes of the objects, as fractions of the image.
         opset: ONNX opset.
         channels: number of input channels.
-        changes: values to replace in ``model.json``; those of its ``input`` as a dict.
+        changes: values to replace in ``model.json``; values of its ``input`` are given as a dict.
     """
     folder.mkdir(parents=True, exist_ok=True)
     changed_input = changes.pop("input", {})

@@ -32,7 +32,7 @@ from mask_head_plugin.dataset_check.masks import decode_counts, runs_box
 from mask_head_plugin.image_file_mapper import ImageFileMapper
 from mask_head_plugin.image_files import read_image
 
-# Faults of a config, of LVIS or of the path are tested separately.
+# Faults of a config, an LVIS file or a path are tested separately.
 ELSEWHERE = {
     *("json-missing", "num-classes", "category-id-range", "categories-disagree"),
     "rle-needs-bitmask",

@@ -1,6 +1,6 @@
 """docs/findings.md is generated from the catalogue of the data set check.
 
-``python tests/dataset_check/test_findings_page.py`` writes it.
+``python tests/dataset_check/test_findings_page.py`` writes the page.
 """
 
 from __future__ import annotations
