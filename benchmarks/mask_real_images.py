@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-r"""Compares independent and competing masks on a trained model's maps, also those of real images.
+r"""Compares independent and competing masks on the feature maps of a trained model.
 
-A trained model's maps are pooled within true boxes. New mask heads are trained on them: with a
-sigmoid of each object's class, a softmax over the classes, a sigmoid of every class, and one mask
-for all classes; each is read in several ways. Intervals cover images and training, and are valid
-for all rows at once. The maps were trained with a sigmoid. The true classes are given, so neither
-boxes nor classes play a part.
+The maps are pooled within true boxes, and four kinds of mask head are trained on them from scratch:
+a sigmoid for the object's own class, a softmax over the classes, a sigmoid for every class, and one
+mask for all classes. Their logits are turned into masks in several ways. Intervals cover images and
+training, and are valid for all rows at once. The model that produced the maps was trained with a
+sigmoid. True boxes and classes are given, so errors in boxes and classes play no part.
 
     python benchmarks/mask_real_images.py --work output/masks/shapes \
         --output output/masks/shapes.json
@@ -116,11 +116,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the trainings")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for the results of the training runs"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--bins", type=int, default=14, help="of a RoI on a side (default 14)")
+    parser.add_argument(
+        "--bins", type=int, default=14, help="bins along each side of a RoI (default 14)"
+    )
     parser.add_argument("--train-images", type=int, default=400)
-    parser.add_argument("--objects", type=int, nargs=2, default=[1200, 800], help="at most")
+    parser.add_argument(
+        "--objects",
+        type=int,
+        nargs=2,
+        default=[1200, 800],
+        help="largest numbers of training and test objects",
+    )
     parser.add_argument("--iterations", type=int, default=1000)
     add_case_arguments(parser)
     args = parser.parse_args()

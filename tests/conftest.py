@@ -122,22 +122,22 @@ def _float32_on_a_gpu() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _logs_reach_pytest(monkeypatch) -> Iterator[None]:
-    """Lets logs reach caplog, regardless of what earlier tests have set.
+def _logs_reach_pytest(monkeypatch) -> None:
+    """Lets logs reach caplog, and nothing else, regardless of what earlier tests have set.
 
     setup_logger stops the propagation of logs, and detectron2's trainer calls it unless INFO is
-    enabled; benchmarks silence the plugin's log. Tools that run in this process call basicConfig;
-    its handler would go on writing to the stderr that pytest captured for one test and has closed.
+    enabled; benchmarks silence the plugin's log. setup_logger and the basicConfig of tools also add
+    handlers, which then write to the closed output of the test that called them.
     """
     logging.getLogger("detectron2").setLevel(logging.DEBUG)
     logging.getLogger("mask_head_plugin").setLevel(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)
     for name in ("detectron2", "mask_head_plugin"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-    level = logging.root.level
-    yield
-    logging.root.setLevel(level)
-    for handler in [x for x in logging.root.handlers if type(x) is logging.StreamHandler]:
-        logging.root.removeHandler(handler)
+    for logger in (logging.root, *map(logging.getLogger, ("detectron2", "mask_head_plugin"))):
+        for handler in list(logger.handlers):
+            if getattr(getattr(handler, "stream", None), "closed", False):
+                logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

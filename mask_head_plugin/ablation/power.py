@@ -18,7 +18,7 @@ It is the root mean square over the two variants of
 configs/ablations/independent_vs_softmax.yaml on the embedded data set (docs/independent_masks.md).
 """
 ASSUMED_IMAGE_ERROR = 0.6
-"""Standard error of a difference in AP because only ASSUMED_IMAGES images are evaluated.
+"""Standard error of a difference in AP that comes from evaluating only ASSUMED_IMAGES images.
 
 It comes from the same study and is assumed until variants can be compared.
 """
@@ -73,7 +73,7 @@ def _image_errors(study: Study) -> list[float]:
 
 
 def seeds_needed(wanted: float, spreads: Spreads, num_images: int, num_compared: int) -> int | None:
-    """Returns how many seeds per variant can show a difference; None if more than MOST_SEEDS.
+    """Returns how many seeds per variant a difference needs; None if more than MOST_SEEDS.
 
     Args:
         wanted: the true difference, in percent AP.

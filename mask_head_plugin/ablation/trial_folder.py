@@ -66,7 +66,7 @@ class Trial:
         return f"{self.variant}, seed {self.seed}"
 
     def record(self) -> dict[str, Any]:
-        """Returns the content of trial.json; ``{}`` while the trial is running."""
+        """Returns the content of trial.json; ``{}`` until the trial has ended."""
         return read_object(self.folder / TRIAL_FILE) if self.snapshot is None else self.snapshot
 
     @property
@@ -86,7 +86,7 @@ class Trial:
         if (status := self.record().get("status")) in (FINISHED, FAILED):
             return str(status)
         logged = self._logged()
-        return f"not ended, {logged} iterations logged" if logged else "not run"
+        return f"unfinished, {logged} iterations logged" if logged else "not run"
 
     @property
     def error(self) -> str:

@@ -29,8 +29,8 @@ LESS_IS_BETTER = ("error", "oracle", CALIBRATION)
 """Groups of numbers where lower is better: lost AP, AP still to gain, and calibration error."""
 MOST_NAMED = 5
 ONE_TRAINING = (
-    "The intervals cover the choice of images only. Each run is a single training, and another "
-    "seed may reverse a difference: “better” applies to these two models, not to their settings."
+    "The intervals cover the choice of images only. Each model was trained only once, and another "
+    "seed might reverse a difference: “better” applies to these two models, not to their settings."
 )
 
 

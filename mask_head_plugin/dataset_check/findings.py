@@ -14,8 +14,8 @@ from ..image_files import WHAT_TO_DO
 
 ERROR, WARNING, HINT = SEVERITIES = ("error", "warning", "hint")
 """An error stops training. A warning does not: either detectron2 handles the case correctly (COCO
-2017 has a box without height, and polygons that leave the image by rounding), or detectron2 trains
-or measures something that the author may not have intended. A hint needs no action.
+2017 has a box of zero height, and polygons that rounding puts outside the image), or detectron2
+trains or measures something that the author may not have intended. A hint needs no action.
 """
 
 
@@ -84,7 +84,7 @@ KINDS: dict[str, Kind] = {
         WARNING, "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to also train on these images"
     ),
     "image-over-detections": Kind(
-        WARNING, "raise TEST.DETECTIONS_PER_IMAGE above the most objects of an image"
+        WARNING, "raise TEST.DETECTIONS_PER_IMAGE above the number of objects in any image"
     ),
     "image-in-both-splits": Kind(WARNING, "keep all parts of a photograph in one of the two"),
     "unused-category": Kind(HINT, "remove it if the model does not need it"),
@@ -101,7 +101,9 @@ KINDS: dict[str, Kind] = {
     "background-category": Kind(WARNING, "leave these annotations out unless they are objects"),
     "duplicate-category-id": Kind(ERROR, "give each category its own id", TRIES),
     "duplicate-category-name": Kind(ERROR, "make them one category, or rename one", REPAIRS),
-    "category-id-range": Kind(ERROR, "LVIS needs the category ids 1 to the number of categories"),
+    "category-id-range": Kind(
+        ERROR, "LVIS needs category ids that run from 1 to the number of categories"
+    ),
     "num-classes": Kind(ERROR, "set MODEL.ROI_HEADS.NUM_CLASSES to the number of categories"),
     "categories-disagree": Kind(ERROR, "make category ids and names the same in both files"),
     "rle-needs-bitmask": Kind(ERROR, "set INPUT.MASK_FORMAT to bitmask"),

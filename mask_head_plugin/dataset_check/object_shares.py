@@ -145,7 +145,7 @@ class Shares:
             (
                 "area-suspicious",
                 other,
-                f"an area that is not their mask's, {_factor(ratio[other])}",
+                f"an area that is not their mask's ({_factor(ratio[other])})",
             ),
         ):
             if not which.any() or (which.mean() < SOME and which is not ring):
@@ -203,7 +203,7 @@ def _size_class(area: Floats) -> npt.NDArray[np.int64]:
 
 def _factor(ratio: Floats) -> str:
     """Describes the median ratio of areas to masks."""
-    return f"{np.median(ratio):.3g} times as large in the median" if len(ratio) else ""
+    return f"median ratio {np.median(ratio):.3g}" if len(ratio) else ""
 
 
 def _digest(segmentation: Any) -> int:

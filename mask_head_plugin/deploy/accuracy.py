@@ -107,7 +107,7 @@ class Accuracy:
             if abs(ap.difference) > MOST_AP_LOSS and not ap.low <= 0 <= ap.high
         ]
         return lines + [
-            f"{name} agree by {share:.1%}, but must agree by at least {LEAST_AGREEMENT:.0%}"
+            f"agreement of {name} is {share:.1%}, but must be at least {LEAST_AGREEMENT:.0%}"
             for name, share in self.agreement.items()
             if not share >= LEAST_AGREEMENT
         ]

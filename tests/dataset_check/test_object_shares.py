@@ -79,7 +79,12 @@ def test_a_file_with_only_crowds_is_an_error_with_advice(good):
 
 @pytest.mark.parametrize(
     ("factor", "words"),
-    [(0, "0 times"), (0.01, "0.01 times"), (1.5, "1.5 times"), (100 / 3, "33.3 times")],
+    [
+        (0, "median ratio 0)"),
+        (0.01, "median ratio 0.01"),
+        (1.5, "median ratio 1.5"),
+        (100 / 3, "33.3"),
+    ],
 )
 def test_areas_that_differ_from_the_masks_are_counted(good, factor, words):
     for annotation in [*good.content["annotations"], *add_objects(good, 20)]:

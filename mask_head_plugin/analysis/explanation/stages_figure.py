@@ -26,7 +26,7 @@ GREY_SHARES = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
 
 MOST_LABELS = 16
-"""Largest number of detections that are all labelled; of more, only the chosen one is."""
+"""Largest number of detections to label; if there are more, only the chosen one is labelled."""
 
 SURE = 0.5
 """Lowest score of detections that are drawn."""

@@ -199,7 +199,7 @@ def test_failed_and_missing_trials_are_listed_and_the_others_reported(copied):
     text, page = render(copied)
     _, _, *rows = markdown_rows(text, "Trials that have not finished")
     assert [row[2] for row in rows] == [
-        *("not run", "failed", f"not ended, {NUM_ITERATIONS} iterations logged")
+        *("not run", "failed", f"unfinished, {NUM_ITERATIONS} iterations logged")
     ]
     assert rows[1][3] == "FloatingPointError: Loss became &lt;inf&gt; at iteration 83"
     assert "Loss became &lt;inf&gt;" in page and "3 of 6 trials have not finished" in text
