@@ -98,7 +98,8 @@ def train_head(
         head = FCNMaskHead(
             shape, num_classes=num_classes, conv_dims=schedule.conv_dims, losses=losses
         )
-    head = head.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    # torch's stubs know memory_format only without a device.
+    head = head.to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(head.parameters(), schedule.learning_rate)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
     batches = _Batches(len(train), schedule.batch_size, seed)

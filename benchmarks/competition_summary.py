@@ -48,9 +48,9 @@ class Results:
         self.trainings: dict[Key, list[dict[str, Any]]] = {}
         for path in sorted(folder.glob("*.json")):
             found = json.loads(path.read_text())
-            names = ("arm", "num_classes", "confusion", "rate", "iterations")
-            key = tuple(found[name] for name in names)
-            self.trainings.setdefault(key, []).append(found)  # type: ignore[arg-type]
+            setting = (found["num_classes"], found["confusion"], found["rate"])
+            key = (found["arm"], *setting, found["iterations"])
+            self.trainings.setdefault(key, []).append(found)
 
     def ious(self, key: Key, reading: str) -> FloatArray:
         """Returns (N, I) IoUs in percent."""
