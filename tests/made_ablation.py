@@ -1,4 +1,4 @@
-"""A synthetic ablation folder, as the runner writes it, with shifted objects as detections."""
+"""Writes synthetic ablation folders in the runner's format, with shifted objects as detections."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def write_trial(
 
 
 def log_lines(seed: int) -> list[str]:
-    """Returns the lines of detectron2's metrics.json, the last one incomplete."""
+    """Returns lines in the format of detectron2's metrics.json. The last line is incomplete."""
     rng = np.random.default_rng(seed)
     rows = []
     for iteration in range(19, NUM_ITERATIONS, 20):

@@ -29,13 +29,13 @@ def make_coco(
     """Returns annotations and results in random order.
 
     They include crowds, images without objects or detections, tied scores, wrong classes, and
-    areas that differ from the masks'.
+    areas that differ from the number of pixels in the mask.
 
     Args:
         seed: seed of the random generator.
-        num_classes: K.
-        num_images: N; the last image has no objects.
-        most_copies: an object has fewer detections than this, each shifted by some pixels.
+        num_classes: number of classes.
+        num_images: number of images. The last image has no objects.
+        most_copies: each object has fewer detections than this, shifted by up to 3 pixels.
     """
     rng = np.random.default_rng(seed)
     images = [

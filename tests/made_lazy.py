@@ -1,4 +1,4 @@
-"""LazyConfig models that train in an instant."""
+"""Shrinks LazyConfig models so that tests can train them quickly."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shrink(model):
 
 
 def narrow_stages(norm, **_):
-    """Replaces ResNet.make_default_stages: one block per stage."""
+    """Makes ResNet stages with one block each. Replaces ResNet.make_default_stages."""
     sizes = ((8, 16, 1), (16, 24, 2), (24, 32, 2), (32, 40, 2))
     return [
         ResNet.make_stage(

@@ -1,4 +1,4 @@
-"""Folders of exported models with known detections, built from a few operators."""
+"""Writes folders of exported models that have only a few operators and known detections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mask_head_plugin.deploy.model_folder import (
 SHARES = np.array([[0.1, 0.2, 0.6, 0.9], [0.5, 0.0, 1.0, 0.4], [0.3, 0.3, 0.4, 0.35]], np.float32)
 """Boxes as fractions of the image's width and height."""
 SCORES = np.array([0.9, 0.6, 0.2], np.float32)
-"""Scores on a white image; on others they are proportional to the brightest pixel."""
+"""Scores for a white image. For other images, they are proportional to the largest pixel value."""
 CLASSES = np.array([1, 0, 1])
 MASK_PROBS = np.random.default_rng(0).uniform(size=(3, 14, 14)).astype(np.float32)
 
@@ -49,7 +49,8 @@ def write_model_folder(
         shares: boxes of the objects, as fractions of the image.
         opset: ONNX opset.
         channels: number of input channels.
-        changes: values to replace in ``model.json``; values of its ``input`` are given as a dict.
+        changes: values to replace in ``model.json``. ``input`` is a dict of values to replace in
+            the section ``input``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     changed_input = changes.pop("input", {})

@@ -1,6 +1,7 @@
-"""Tensors on a simulated device other than the CPU, with values, without a GPU.
+"""Simulates a device other than the CPU whose tensors have values. No GPU is needed.
 
-An operator that mixes CPU and GPU tensors fails only on a GPU; this module makes it fail anywhere.
+An operator that mixes CPU and GPU tensors fails only on a machine with a GPU. With this module, it
+fails on every machine.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
-"""Stands in for the GPU; PyTorch needs no driver for it."""
+"""Represents the GPU. PyTorch needs no driver for this device."""
 
 BETWEEN_DEVICES = ("aten::_to_copy", "aten::copy_")
 
 
 class OnOtherDevice(torch.Tensor):
-    """A tensor that claims to be on DEVICE, but has its values in a tensor on the CPU."""
+    """A tensor whose ``device`` is DEVICE, but whose values are in a tensor on the CPU."""
 
     values: torch.Tensor
 
@@ -57,7 +58,7 @@ def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
 
 
 class OtherDevice(TorchDispatchMode):
-    """Turns tensors requested on DEVICE into OnOtherDevice."""
+    """While active, tensors that are requested on DEVICE become OnOtherDevice tensors."""
 
     def __enter__(self) -> Any:
         # Dispatch modes do not intercept torch.tensor.

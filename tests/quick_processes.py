@@ -23,14 +23,14 @@ IMPORTED = ("mask_head_plugin.engine.run", "torch.utils.tensorboard")
 
 @functools.cache
 def fork_server() -> multiprocessing.context.ForkServerContext:
-    """Returns the context that creates such forks; the server keeps running once started."""
+    """Returns the context that creates the forks. Its server starts at the first call."""
     import pytest  # the forks import this module but do not need pytest
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.delenv("OMP_NUM_THREADS", raising=False)  # the forks choose
+        patch.delenv("OMP_NUM_THREADS", raising=False)  # each fork sets its number of threads
         forkserver.ensure_running()
     return context
 
@@ -38,14 +38,17 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
 def run_script(
     script: str, *args: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script like ``subprocess.run([sys.executable, script, *args], ...)``, with output.
+    """Runs a script like ``subprocess.run([sys.executable, script, *args], ...)``.
 
     Args:
-        script: a path, relative to ``cwd``.
+        script: path of the script, relative to ``cwd``.
         args: arguments of the script.
-        cwd: its current folder.
-        env: its environment, instead of this process's. Variables that the package reads when it
-            is imported keep their values from the first call.
+        cwd: folder in which the script runs.
+        env: environment of the script; None for that of this process. Variables that the package
+            reads when it is imported keep the values that they had at the first call.
+
+    Returns:
+        The exit code and the captured output.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [f"{folder}/{name}" for name in ("stdout", "stderr")]

@@ -1,7 +1,8 @@
 """Class names and their rows of weights stay together, however a model is loaded.
 
-The checkpoint orders its classes from ring to arrow; here the same images are also exported with
-the classes in reverse order. Class numbers alone would then name nearly every detection wrongly.
+In the checkpoint, the classes are ordered from ring to arrow. These tests also export the same
+images with the classes in reverse order. If only class numbers were used, nearly every detection
+would have the wrong name.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ STRAIGHT, REVERSED = "names_straight", "names_reversed"
 
 
 def write_export(source: Path, target: Path, names: list[str]) -> None:
-    """Rewrites an annotation file like a tool that numbers its categories from 1."""
+    """Writes an annotation file with its categories in the order of ``names``, numbered from 1."""
     content = json.loads(source.read_text())
     name_of = {x["id"]: x["name"] for x in content["categories"]}
     content["categories"] = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
@@ -78,7 +79,7 @@ def _forget_data_sets():
 
 
 def config(data, *opts, test=(REVERSED,)):
-    """Returns the checkpoint's config with this module's data sets instead of its own."""
+    """Returns the config of the checkpoint, with the data sets of this module."""
     files = {STRAIGHT: "straight.json", REVERSED: "reversed.json"}
     entries = [[name, str(data / files[name]), str(data / "val")] for name in test]
     return load_config(
@@ -129,7 +130,7 @@ def test_a_model_built_without_a_data_set_is_evaluated_by_name(data, right_ap, t
     model = build_model(config(data, test=())).eval()
     MaskHeadCheckpointer(model).load(str(CHECKPOINT))
     assert class_names_of(model) == NAMES
-    name = REVERSED  # detectron2 sets class names when it loads the data set
+    name = REVERSED  # detectron2 sets its class names only when the data set is loaded
     register_coco_instances(name, {}, str(data / "reversed.json"), str(data / "val"))
     cfg = config(data, test=())
     evaluator = MaskEvaluator(name, output_dir=str(tmp_path / "stock"))
@@ -212,7 +213,7 @@ def overlap(a, b) -> float:
 
 
 def count_names(predictions: Path, annotations: Path) -> tuple[int, int]:
-    """Counts detections with the correct name and id for the object at their place, and others."""
+    """Counts detections with the name and id of the object that they cover, and all others."""
     truth, right, wrong = COCO(str(annotations)), 0, 0
     for found in json.loads(predictions.read_text())["annotations"]:
         for x in truth.imgToAnns[int(Path(found["file_name"]).stem)]:
@@ -241,7 +242,7 @@ def test_the_demo_uses_the_class_names_of_the_weights(data, suffix, tmp_path):
     assert right >= 8 > wrong * 8
     run_demo(CONFIG, [*opts, "DATASETS.TEST", "()"], [image], tmp_path / "none")
     assert count_names(tmp_path / "none" / "predictions.json", data / "straight.json")[0] == right
-    for path in (data / "val").iterdir():  # overlays have the same names
+    for path in (data / "val").iterdir():  # the overlays must show the same names
         overlays = [(tmp_path / x / path.name).read_bytes() for x in ("reversed", "none")]
         assert overlays[0] == overlays[1]
 
@@ -257,7 +258,7 @@ def test_the_demo_keeps_the_names_of_the_weights_if_the_data_has_other_classes(
     run_demo(CONFIG, opts, [str(data / "val" / "000001.png")], tmp_path / "out")
     content = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [x["name"] for x in content["categories"]] == NAMES
-    assert [x["id"] for x in content["categories"]] == [1, 6, 3, 4, 5]  # 2 is the file's tree
+    assert [x["id"] for x in content["categories"]] == [1, 6, 3, 4, 5]  # 2 is the id of tree
     assert "new category ids for star" in caplog.text
 
 
@@ -372,7 +373,7 @@ def test_predictions_are_renumbered_to_the_classes_of_the_data_set():
     assert matched_predictions(instances, None, ["eel"], "d") is instances
     numbered = matched_predictions(
         instances, ["7", "8", "9"], [9, 8, 7], "d"
-    )  # JSON may contain numbers
+    )  # class names in JSON may be numbers
     assert numbered.pred_classes.tolist() == [2, 0, 1]
     for wanted, told in ((["cat", "fox"], "new: fox; dropped: dog, eel"), (["cat"] * 2, "twice")):
         with pytest.raises(ConfigError, match=told):
@@ -384,7 +385,7 @@ class Constant(torch.nn.Module):
         return {"loss": 0} if self.training else [{"instances": x} for x in inputs]
 
 
-def test_class_names_accompany_predictions_also_from_a_wrapped_model():
+def test_predictions_have_class_names_even_if_the_model_is_wrapped():
     model = Constant()
     name_classes(model, None)
     assert predicted_names(model.eval()([found_in_image(0)])[0]["instances"]) is None

@@ -1,8 +1,9 @@
-"""Commands and code in README and docs are correct: flags, config keys, files, names.
+"""Commands and code in README and docs are correct: flags, config keys, files and names.
 
-Python blocks run, a few of them shortened. Shell commands are checked by their script's parser,
-and their KEY VALUE options by the config. RUN lists the commands that also run; NOT_RUN states
-for all others why they do not run, and what tests them instead.
+Python blocks run, except those in NOT_RUN_PYTHON, which are only compiled. Shell commands are
+parsed by their scripts, and their KEY VALUE options by the config. RUN lists the commands that also
+run. For all other commands, NOT_RUN gives the reason why they do not run, and often the test that
+replaces them.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from mask_head_plugin.modeling import MASK_LOSS_REGISTRY
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 YOURS = re.compile(r"(configs/mine/|my_|your_|output/|photos|all\.json|train\.json|coco/)")
-"""Files that the reader has or that an earlier command writes."""
+"""Matches files that the reader has or that an earlier command writes."""
 
 RUN = {
     "tools/check_dataset.py --json photos.json": (),
     "tools/show_training_images.py --config-file configs/shapes": ("--output", "sheet.png"),
 }
-"""Commands that run here, by their first words, with the flags that shorten them."""
+"""Commands that run in these tests, by their first words, with flags that are added to them."""
 
 NOT_RUN = {
     "train_net.py": "trains or evaluates; tests/engine/test_train_net.py runs two iterations",
@@ -51,7 +52,7 @@ NOT_RUN = {
     "tools/check_dataset.py": "needs your files; tests/tools/test_check_dataset.py writes some",
     "tools/new_config.py": "needs your files; tests/new_config/test_new_config.py writes some",
     "tools/show_training_images.py": "needs your config; the command for the shapes runs here",
-    "tools/demo.py": "takes long; tests/demo/test_demo.py runs it on few images",
+    "tools/demo.py": "takes too long; tests/demo/test_demo.py runs it on a few images",
     "tools/predict.py": "needs your model; tests/deploy/test_predict.py runs it on a synthetic one",
     "tools/analyze.py": "needs a run's results; tests/analysis/test_analysis_pages.py has some",
     "tools/explain.py": "takes a minute; tests/analysis/test_explain.py uses a small model",
@@ -71,7 +72,7 @@ NOT_RUN = {
     "export": "sets a variable of your machine",
     ".ci/run": "runs these tests",
 }
-"""Commands that are only parsed, by their first words, with the reason."""
+"""Commands that are only parsed, by their first words, with the reason why they do not run."""
 
 NOT_RUN_PYTHON = {
     "import submitit": "needs Slurm",
@@ -107,7 +108,7 @@ def of(*languages: str) -> Any:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """Returns the words of each command of a shell block, without ``python``."""
+    """Returns the words of each command in a shell block, without a leading ``python``."""
     text = block.text.replace("\\\n", " ").replace("$seed", "1")
     text = re.sub(r"^(for .*; do|done)$", "", text, flags=re.MULTILINE)
     lines = [line for part in text.splitlines() for line in part.split(" && ")]
@@ -194,7 +195,7 @@ def test_commands_are_accepted_by_their_scripts(block, parse, monkeypatch):
                 check_flags(script, parse(script, words[scripts[0] + 1 :]))
 
 
-def test_every_command_runs_or_has_a_reason_why_not():
+def test_every_command_runs_or_has_a_reason_not_to_run():
     reasons = [*RUN, *NOT_RUN]
     assert [x for x in ALL_COMMANDS if not x.startswith(tuple(reasons))] == []
     assert [x for x in reasons if not any(y.startswith(x) for y in ALL_COMMANDS)] == []
@@ -223,7 +224,10 @@ MEASURED = re.compile(
     r"(?<![\w./-])(\d[\d,.]*[ -](?:ms|s|seconds|minutes|hours|MB|GB|AP)\b"
     r"|(?!0\.0*\d(?!\d))\d+\.\d\d+(?![\d.])|\d+\.\d+%)"
 )
-"""Matches times, sizes, AP, percentages with decimals, and two decimals, but not 0.01."""
+"""Matches times, sizes, AP, percentages with decimals, and numbers with two or more decimals.
+
+Decimals with a single digit after leading zeros, such as 0.01, do not match.
+"""
 
 TWICE = {
     "0.16": "a time, in gpu_kernel; a bound of an interval, in roi_align_sampling",
@@ -231,7 +235,7 @@ TWICE = {
     "0.64": "0.8 times 0.8, in recipes; a bound of an interval, in real_images",
     "0.75": "an IoU, in analysis; a bound of an interval, in roi_align_sampling",
 }
-"""Figures that appear on two pages by chance, with the meaning of each."""
+"""Figures that appear on two pages by chance, with their two meanings."""
 
 
 def measured_figures(text: str) -> tuple[set[str], set[str]]:

@@ -1,4 +1,4 @@
-"""Errors of load_config and train_net.py: one line with the nearest key, and exit code 2."""
+"""Errors of load_config are one line and suggest the nearest key. train_net.py exits with 2."""
 
 from __future__ import annotations
 

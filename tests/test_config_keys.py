@@ -1,4 +1,4 @@
-"""docs/config_keys.md explains every key with config.py's comments, and shows which code reads it.
+"""docs/config_keys.md explains every key with its comment in config.py and lists what reads it.
 
 ``python tests/test_config_keys.py`` writes the page.
 """
@@ -73,7 +73,7 @@ PARTS = {
 NO_READERS = ("yacs.", "fvcore.", "detectron2.config", "copy", "contextlib", __name__, "__main__")
 OWN_NO_READERS = {f"{PACKAGE}.config", f"{PACKAGE}.config_check.dry_build"}
 NOBODY = {"VERSION": "file format", "IMPORTS": "tools", "DATASETS.CHECK": "call"}
-"""Keys that are read before the recording can start."""
+"""Keys that are read before the recording can start, with what reads them."""
 
 HEAD = "MODEL.ROI_MASK_HEAD."
 TIMM = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "resnet10t"]
@@ -126,7 +126,7 @@ def plugin_keys() -> set[str]:
 
 
 def named_keys() -> set[str]:
-    """Returns the plugin's keys, and those of detectron2 that configs or pages mention."""
+    """Returns the plugin's keys and the keys of detectron2 that configs or pages mention."""
     named = plugin_keys()
     for path in CONFIGS.rglob("*.yaml"):
         named |= set(_dotted(yaml.safe_load(path.read_text())))
@@ -144,7 +144,7 @@ def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def record(folder: Path) -> dict[str, set[str]]:
-    """Records who reads each key while models are built, a run trains and data sets are set up."""
+    """Records what reads each key while models are built, a run trains and data sets are set up."""
     Noting.readers.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dry_build, "_Recording", Noting)
@@ -194,8 +194,9 @@ def record(folder: Path) -> dict[str, set[str]]:
 def meanings() -> dict[str, str]:
     """Returns the explanation of each of the plugin's keys in ``add_mask_head_config``.
 
-    A comment at the end of a statement explains its keys; one above it explains all statements up
-    to the next empty line. A section's comment explains its keys that have no comment.
+    A comment at the end of a statement explains the keys of the statement. A comment above a
+    statement explains all statements up to the next empty line. Keys without a comment get the
+    comment of their section.
     """
     source = textwrap.dedent(inspect.getsource(add_mask_head_config))
     lines = source.splitlines()

@@ -13,7 +13,7 @@ from mask_head_plugin import add_mask_head_config
 from mask_head_plugin.config import flatten
 
 ZOO = Path(model_zoo.__file__).parent / "configs"
-# Maps a folder of the zoo to our folder and prefix.
+# Maps a folder of the zoo to our folder and the prefix of our file names.
 FOLDERS = {
     "COCO-InstanceSegmentation": ("coco", ""),
     "LVISv0.5-InstanceSegmentation": ("lvis", "v0.5_"),

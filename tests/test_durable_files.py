@@ -41,7 +41,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_partial_one(
 
 def test_processes_with_the_same_id_on_two_machines_do_not_interfere(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 7)
-    path = tmp_path / ("a" * 240 + ".json")  # the longest name that a file system allows
+    path = tmp_path / ("a" * 240 + ".json")  # nearly the longest name that is allowed
 
     def write_meanwhile(file):
         file.write(b"outer")

@@ -1,4 +1,4 @@
-"""Large-scale jitter: detectron2's transforms of images, and masks that stay within the image."""
+"""ImageFileMapper: images are transformed as in detectron2, and masks stay within the image."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_images_and_label_maps_equal_detectron2s_transforms(folder):
         padding = sample["sem_seg"] == 255
         sizes.add(int(padding.sum()))
         assert (sample["image"][:, padding] == 128).all()
-        assert not sample["instances"].gt_masks.tensor[:, padding].any(), "no mask covers padding"
+        assert not sample["instances"].gt_masks.tensor[:, padding].any(), "a mask covers padding"
     assert len(sizes) > 5 and 0 in sizes
 
 
@@ -101,7 +101,7 @@ def test_polygons_and_bit_masks_give_the_same_pixels_and_tight_boxes(folder):
             assert (tight[:, 2:] > tight[:, :2]).all()
         for k in range(len(SHAPES)):
             one, two = (x.gt_masks.tensor[x.gt_classes == k].any(dim=0) for x in (polygons, rles))
-            # Outlines differ by up to 1.5 pixels of the file, which are 1.8 times as large here.
+            # Outlines may differ by 1.5 pixels of the file. Jitter enlarges these up to 1.8 times.
             assert not (core(one) & ~two).any() and not (core(two) & ~one).any()
 
 

@@ -1,4 +1,4 @@
-"""Every kind of image file gives the same pixels to check, training, evaluation and demo."""
+"""Check, training, evaluation and demo get the same pixels from every kind of image file."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ AS_STORED = {
     7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
     8: lambda x: np.rot90(x, -1),
 }
-"""Maps an EXIF orientation to the stored form of upright pixels, as the standard defines it."""
+"""Maps an EXIF orientation to a function that turns upright pixels into the stored ones."""
 
 
 def cv_image(values):
-    """Saves with OpenCV, which can write 16 bits per sample and floats."""
+    """Returns a function that saves an image with OpenCV, which can write 16 bits and floats."""
     values = values[..., [2, 1, 0, *range(3, values.shape[2])]] if values.ndim == 3 else values
 
     def save(path):
@@ -89,7 +89,7 @@ def damaged_png(path):
 
 
 def png_with_exif_last(orientation):
-    """Writes the EXIF data of a PNG after its pixels, which is allowed."""
+    """Returns a function that writes a PNG with its EXIF data after the pixels, as PNG allows."""
 
     def save(path):
         pil_image(np.ascontiguousarray(AS_STORED[orientation](SMOOTH)))(path)
@@ -121,8 +121,8 @@ BITS = np.where(GREY > 100, 255, 0).astype(np.uint8)
 PALETTE = Image.fromarray(SMOOTH).quantize(16)
 FLOATS = Image.fromarray(GREY.astype(np.float32) / 255)
 
-# Maps a file name to the function that writes it and to its RGB pixels, or to the kind of finding
-# if it cannot be read.
+# Maps a file name to the function that writes the file and to the file's RGB pixels. For a file
+# that cannot be read, the kind of finding replaces the pixels.
 FILES = {
     "8 bits.png": (pil_image(COLOUR), COLOUR),
     "8 bits grey.png": (pil_image(GREY), rgb(GREY)),
@@ -207,7 +207,7 @@ FILES = {
     "no bytes.jpg": (raw(b""), "image-file-empty"),
     "photo.heic": (raw(b"\0\0\0\x18ftypheic" + bytes(40)), "image-unreadable"),
 }  # fmt: skip
-if int(PIL.__version__.split(".")[0]) >= 13:  # Pillow 12 cannot read its own files
+if int(PIL.__version__.split(".")[0]) >= 13:  # Pillow 12 cannot read such files
     FILES["ycbcr.tif"] = (pil_image(SMOOTH, "YCbCr"), SMOOTH)
 if features.check("avif"):
     FILES["8 bits.avif"] = (pil_image(SMOOTH, quality=95), SMOOTH)
@@ -218,7 +218,7 @@ BAD = {name: kind for name, (_, kind) in FILES.items() if isinstance(kind, str)}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Writes all FILES, and ``all.json`` with a record of each in its upright size."""
+    """Writes all FILES, and ``all.json``, which lists each image with its upright size."""
     folder = tmp_path_factory.mktemp("kinds")
     (folder / "images").mkdir()
     images, annotations = [], []
@@ -240,7 +240,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def check_kinds(folder):
-    """Returns the kinds of error that the check finds, by file name."""
+    """Returns the kinds of the errors that the check reports, by file name."""
     names = list(FILES)
     found = check_coco_file(str(folder / "all.json"), str(folder / "images"), CheckOptions())
     kinds = {name: set() for name in names}
@@ -271,7 +271,7 @@ def of_channels(image_format):
 
 @pytest.fixture
 def loaders(folder):
-    """Yields a function that makes the Trainer's loaders of some files, without resizing."""
+    """Yields a function that builds the Trainer's two loaders for some files, without resizing."""
     name = "kinds_of_image"
 
     def make(names, image_format):
@@ -327,7 +327,7 @@ def assert_right(name, image, image_format):
 
 
 def seen_by_demo(folder, image_format, monkeypatch, output):
-    """Returns the images that the demo's model gets, by file name, and its list of problems."""
+    """Returns the images that the demo passes to the model, by file name, and its problems."""
     seen = []
 
     def model(inputs):
@@ -419,7 +419,7 @@ def test_plain_files_give_the_same_samples_as_detectron2s_mapper(folder, is_trai
     assert stock.keys() == ours.keys()
     is_float = image_format == "YUV-BT.601"
     assert ours["image"].dtype == (torch.float32 if is_float else torch.uint8)
-    # detectron2 returns float64, on which its models fail.
+    # detectron2 returns float64, which its models cannot process.
     torch.testing.assert_close(
         ours["image"], stock["image"], check_dtype=False, rtol=0, atol=1e-5 if is_float else 0
     )

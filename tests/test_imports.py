@@ -1,6 +1,7 @@
 """Imports point one way: each part of the package uses only the layers below its own.
 
-Nothing imports tools, tests or benchmarks. Only the tools import train_net.py, for its flags.
+The package and its tools import no tools, tests or benchmarks. Only the tools import train_net.py,
+for its flags.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TOOLS = [
     for path in (ROOT / "train_net.py", *sorted((ROOT / "tools").glob("*.py")))
     if "def main(" in path.read_text()
 ]
-# From the bottom up. A module may import from its own part and from the layers below.
+# Layers from the bottom up. A module may import from its own part and from the layers below.
 LAYERS = (
     {"messages", "model_input", "progress", "run_lengths"},
     {"config_imports", "detectron2_import", "machine", "ops", "shared_names"},
@@ -98,11 +99,11 @@ def _module_of(name: str, sources: Iterable[str]) -> str | None:
 
 
 def modules() -> dict[str, Path]:
-    """Returns the package's modules and the scripts above it, by dotted name."""
+    """Returns the paths of the package's modules, the tools and train_net.py by dotted name."""
     found = {}
     for path in [*sorted((ROOT / PACKAGE).rglob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]:
         parts = path.relative_to(ROOT).with_suffix("").parts
-        # The package's own __init__ is a part; the __init__ of a folder belongs to that folder.
+        # The __init__ of the package is a separate part; that of a folder belongs to the folder.
         found[".".join(parts)] = path
     found["train_net"] = ROOT / "train_net.py"
     return found
@@ -161,7 +162,7 @@ warnings.warn("`torch.jit.script` is deprecated", FutureWarning)
     for kind in ("FutureWarning", "pkg_resources"):
         assert kind not in before
     assert "FutureWarning: `torch.jit.script` is deprecated" in after, (
-        "a user's own call still warns"
+        "a call in the user's code must still warn"
     )
 
 

@@ -1,4 +1,4 @@
-"""LazyConfig files: only the plugin's modules differ from detectron2's, and results agree."""
+"""LazyConfig files differ from detectron2's only in the plugin's modules, and results agree."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STOCK_TARGETS = {plugin: stock for stock, plugin in PLUGIN_TARGETS.items()}
 
 
 def stock_name(path: Path) -> str | None:
-    """Returns the name of detectron2's counterpart of one of our files."""
+    """Returns the name of the config in detectron2 that corresponds to one of our files, if any."""
     folder = path.parent.relative_to(LAZY)
     if folder.parts[:1] == ("vitdet",):
         return f"{VITDET}/{folder.relative_to('vitdet')}/{path.name}"
@@ -45,7 +45,7 @@ COUNTERPARTS = [path for path in sorted(LAZY.rglob("*.py")) if stock_name(path)]
 
 
 def load_both(path: Path):
-    """Returns detectron2's config and ours; skips if the former is missing."""
+    """Returns detectron2's config and ours. Skips the test if detectron2's config is missing."""
     try:
         stock = LazyConfig.load(str(find_stock_config(stock_name(path))))
     except ConfigError as error:
@@ -54,7 +54,7 @@ def load_both(path: Path):
 
 
 def flat(node, prefix=""):
-    """Returns the values of a config by path."""
+    """Returns the values of a nested config by dotted path."""
     if isinstance(node, dict | list):
         items = node.items() if isinstance(node, dict) else enumerate(node)
         return {k: v for key, value in items for k, v in flat(value, f"{prefix}.{key}").items()}
@@ -158,7 +158,7 @@ FAMILIES = {
 
 
 def twins(name: str):
-    """Returns the plugin's and the stock model of a shrunk LazyConfig, with equal weights."""
+    """Returns the plugin's model and the stock model of a shrunk LazyConfig, with equal weights."""
     models = []
     for change in (use_plugin_modules, lambda model: model):
         cfg = LazyConfig.load(str(ZOO / name)).model
@@ -167,9 +167,9 @@ def twins(name: str):
         models.append(instantiate(change(cfg)))
     plugin, stock = models
     assert list(plugin.state_dict()) == list(stock.state_dict())
-    # detectron2 initialises the predictors near zero; larger weights give distinct masks and
-    # scores. Box predictors are left alone, because a cascade would move the boxes out of the
-    # image.
+    # detectron2 initialises the predictors near zero. Larger weights lead to distinct masks and
+    # scores. Box predictors keep their weights; otherwise, a cascade would move the boxes out of
+    # the image.
     with torch.no_grad():
         for parameter_name, parameter in plugin.named_parameters():
             if "predictor" in parameter_name and "bbox_pred" not in parameter_name:

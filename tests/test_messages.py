@@ -1,4 +1,4 @@
-"""Text of errors: one line, the first names of a list, the first line of a longer text."""
+"""Text of errors: a single line, the first names of a list, and the first line of a longer text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing images without detectron2 gives the same input as with it."""
+"""Images that are prepared without detectron2 equal those that detectron2 prepares."""
 
 from __future__ import annotations
 

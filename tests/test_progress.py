@@ -1,4 +1,4 @@
-"""Progress is a bar in a terminal and a few lines in a file that output is piped to."""
+"""Progress is a bar in a terminal. If output is piped to a file, progress is a few lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_quick_work_shows_a_bar_in_a_terminal_and_nothing_in_a_file(
 
 
 def test_long_work_writes_few_lines_into_a_file_with_the_time_left(capsys, monkeypatch):
-    """Two nested loops run for an hour; lines are at least 10 s apart and become ever rarer."""
+    """Simulates an hour of two nested loops. Lines become rarer and are at least 10 s apart."""
     in_terminal(monkeypatch, is_terminal=False)
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -44,7 +44,7 @@ def test_long_work_writes_few_lines_into_a_file_with_the_time_left(capsys, monke
     assert told.count("inner") == 60 * 6
 
 
-def test_what_was_done_before_does_not_count_for_the_time_left(capsys, monkeypatch):
+def test_work_done_before_does_not_affect_the_estimated_time_left(capsys, monkeypatch):
     in_terminal(monkeypatch, is_terminal=False)
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -54,8 +54,8 @@ def test_what_was_done_before_does_not_count_for_the_time_left(capsys, monkeypat
     assert "82% 820/1000 [00:20<03:00, " in capsys.readouterr().err
 
 
-def test_every_bar_is_drawn_here():
-    """A bare tqdm would fill log files with carriage returns."""
+def test_only_progress_draws_bars():
+    """Other uses of tqdm would fill log files with carriage returns."""
     files = [
         x
         for folder in ("mask_head_plugin", "tools", "benchmarks")

@@ -1,4 +1,4 @@
-"""Compressed counts are validated before they are given to pycocotools."""
+"""Compressed counts are validated before they are passed to pycocotools."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GOOD = coco_mask.encode(np.asfortranarray(np.eye(5, 7, dtype=np.uint8)))
 
 
 def makes_up_slowly(counts: bytes, size) -> bool:
-    """Validates counts like pycocotools' rleFrString, in plain Python."""
+    """Returns whether counts are valid. Decodes them in Python like pycocotools' rleFrString."""
     numbers, place = [], 0
     while place < len(counts):
         value = width = 0
@@ -42,7 +42,7 @@ def test_counts_written_by_pycocotools_are_valid(seed, height, width, share):
 
 
 @given(st.integers(0, 2**32 - 1), st.binary(max_size=12), st.integers(0, 30))
-def test_damaged_counts_are_found_as_by_a_slow_reference(seed, patch, place):
+def test_a_slow_reference_finds_the_same_damaged_counts(seed, patch, place):
     bits = np.random.default_rng(seed).random((9, 11)) < 0.3
     rle = coco_mask.encode(np.asfortranarray(bits, dtype=np.uint8))
     counts = rle["counts"][:place] + patch + rle["counts"][place + len(patch) :]

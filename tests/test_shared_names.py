@@ -1,4 +1,4 @@
-"""The user's project takes precedence for registered names, whoever registers first."""
+"""The user's project takes precedence for registered names, in any order of registration."""
 
 from __future__ import annotations
 

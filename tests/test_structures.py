@@ -22,7 +22,7 @@ HW = (12, 17)
 
 
 def make(num_masks=4, seed=0):
-    """Returns a bool tensor and the same masks as run lengths."""
+    """Returns the same masks as a bool tensor and as RLEMasks."""
     bits = np.random.default_rng(seed).random((num_masks, *HW)) < 0.3
     rles = [coco_mask.encode(np.asfortranarray(m, dtype=np.uint8)) for m in bits]
     return torch.from_numpy(bits), RLEMasks(rles, HW)
@@ -185,7 +185,7 @@ def test_operations_that_need_dense_masks_are_refused_with_advice(change):
 
 
 def test_decoded_masks_are_on_the_device_of_the_detections():
-    """Tensors on "meta" have no values, so any machine can check the device of the results."""
+    """The device "meta" exists on every machine, because its tensors have no values."""
     masks = make()[1].to("meta")
     assert isinstance(masks, RLEMasks) and masks.device.type == "meta"
     for result in (
@@ -197,7 +197,7 @@ def test_decoded_masks_are_on_the_device_of_the_detections():
         masks[:, 0],
     ):
         assert result.device.type == "meta"
-    assert np.array_equal(masks.numpy(), make()[0].numpy()), "NumPy arrays are on the CPU"
+    assert np.array_equal(masks.numpy(), make()[0].numpy()), "NumPy arrays must have the values"
 
 
 def test_areas_are_pixel_counts():
@@ -233,7 +233,7 @@ def test_instances_can_select_join_and_move_masks():
 
 
 def test_objects_lost_by_a_tracker_join_those_of_the_next_frame():
-    """Imitates detectron2's trackers, which need SciPy."""
+    """Imitates detectron2's trackers, because they need SciPy."""
     results = []
     for masks in make():
         previous = copy.deepcopy(Instances(HW, pred_masks=masks))
@@ -266,7 +266,7 @@ def test_visualizers_draw_the_same_picture_as_for_dense_masks(video, mode):
         instances.pred_boxes, instances.pred_masks = Boxes(boxes), masks
         instances.scores, instances.pred_classes = torch.rand(4), torch.zeros(4).long()
         image = np.full((*HW, 3), 90, np.uint8)
-        np.random.seed(0)  # the visualizers' colours
+        np.random.seed(0)  # determines the visualizers' colours
         if video:
             drawn = VideoVisualizer(
                 MetadataCatalog.get("no_such_set"), mode

@@ -29,7 +29,7 @@ class TheirTrainer(DefaultTrainer):
 
 @pytest.fixture
 def their_files(tmp_path):
-    """Yields COCO_FILES entries with four images of the embedded data set."""
+    """Yields two entries of COCO_FILES, both with the same four images of the embedded data set."""
     metadata = MetadataCatalog.get("shapes_val")
     DatasetCatalog.get("shapes_val")
     content = json.loads(Path(metadata.json_file).read_text())
@@ -65,7 +65,7 @@ def test_a_default_trainer_trains_evaluates_and_logs_the_table(their_files, tmp_
     cfg.OUTPUT_DIR = str(tmp_path)
     register_coco_files(cfg)
     check_dataset_files(cfg)
-    assert cfg.INPUT.MASK_FORMAT == "bitmask", "the file has run lengths"
+    assert cfg.INPUT.MASK_FORMAT == "bitmask", "the run lengths in the file need bit masks"
 
     log = io.StringIO()
     handler = logging.StreamHandler(log)

@@ -1,4 +1,4 @@
-"""IMPORTS: whose code is run, how files and modules are found, and the errors."""
+"""IMPORTS: which code may run, how files and modules are found, and which errors are reported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ABLATION = {
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """Changes to an empty folder, and removes modules imported by the test afterwards."""
+    """Changes to an empty folder. Afterwards, unloads the modules that the test imported."""
     known = set(sys.modules)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch):
 
 
 def write_code(path, text="", name="theirs.yaml"):
-    """Writes a module that counts its runs, next to a config that imports it."""
+    """Writes a module and, in the same folder, a config that imports it."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"import builtins\nbuiltins.{path.stem}_runs = globals()\n{text}")
     config = {"_BASE_": SHAPES, "IMPORTS": [path.name]}
@@ -58,7 +58,7 @@ def test_imports_of_the_config_file_and_the_options_are_combined(place):
     cfg = load_config("configs/theirs.yaml", opts)
     files = [str(place / "configs" / f"code_{x}.py") for x in "ca"] + [str(place / "code_d.py")]
     assert cfg.IMPORTS == [*files, "json"] and cfg.SEED == 3
-    assert "code_c" not in sys.modules, "reading a config runs no code"
+    assert "code_c" not in sys.modules, "reading a config must not run code"
     assert load_config("configs/theirs.yaml").IMPORTS == files[:1]
     (place / "config.yaml").write_text(cfg.dump())
     assert load_config(str(place / "config.yaml")).IMPORTS == cfg.IMPORTS

@@ -1,4 +1,4 @@
-"""The average of the weights: its values, its use in evaluation and checkpoints, and resuming."""
+"""The average of the weights: how it is computed, evaluated, saved and resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from mask_head_plugin.engine.weight_average import WeightAverage
 
 
 def test_the_average_drops_the_first_weights_and_then_decays():
-    """The first update keeps nothing; later ones keep (1 + n) / (10 + n), up to the decay."""
+    """Update 0 copies the weights. Update n keeps a share of (1 + n) / (10 + n) of the average, but
+    never more than the decay."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = WeightAverage(model, 0.6)
     expected = {}
@@ -45,7 +46,8 @@ AVERAGE = ["SOLVER.EMA_DECAY", "0.9"]
 
 
 def train(cfg, monkeypatch, *, resume: bool = False) -> tuple[Trainer, list[dict]]:
-    """Trains; returns the trainer and the weights of each model that it evaluated or drew."""
+    """Trains, and returns the trainer and the weights of each model that was evaluated or used to
+    draw contact sheets."""
     seen = []
 
     def note(_cfg, model):
@@ -83,13 +85,13 @@ def test_the_average_is_evaluated_drawn_and_saved(run):
     best = torch.load(folder / "model_best.pth", weights_only=True)
     assert same(best["model"], averaged) and "trainer" not in best
     loaded = Trainer.build_model(trainer.cfg)
-    MaskHeadCheckpointer(loaded).load(str(folder / "model_final.pth"))  # the usual way
+    MaskHeadCheckpointer(loaded).load(str(folder / "model_final.pth"))  # as for any checkpoint
     assert same(loaded.state_dict(), averaged)
     assert class_names_of(loaded) == class_names_of(trainer.model)
 
 
 def test_precise_batch_statistics_are_computed_for_the_average(run):
-    """They equal those of the last batch; the trained model's would be moving averages."""
+    """Precise statistics of a single iteration are those of its batch; moving averages are not."""
     _, trainer, _ = run
     name = "backbone.bottom_up.stem.conv1.norm.running_mean"
     norm = trainer.average.module.get_submodule(name.rpartition(".")[0])

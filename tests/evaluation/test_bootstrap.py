@@ -25,11 +25,11 @@ from mask_head_plugin.evaluation.matching import Matches
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
 
-pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy warns of nan
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy warns about NaN
 
 
 def make_distinct(seed, **kwargs):
-    """Returns synthetic data with distinct scores, crowds, objects of all areas and 5 classes."""
+    """Returns synthetic data with distinct scores, crowds, 5 classes, and objects of all sizes."""
     content, results = make_coco(seed, num_classes=5, num_images=9, **kwargs)
     rng = np.random.default_rng(seed)
     scores = rng.permutation(len(results)) / len(results)
@@ -40,7 +40,7 @@ def make_distinct(seed, **kwargs):
 
 
 def repeat(content, results, counts):
-    """Returns the data set with the k-th image, sorted by id, repeated counts[k] times."""
+    """Returns the data set and results with the k-th image (by id) repeated counts[k] times."""
     images, annotations, repeated = [], [], []
     ids = sorted(x["id"] for x in content["images"])
     by_id = {x["id"]: x for x in content["images"]}
@@ -55,14 +55,14 @@ def repeat(content, results, counts):
 
 
 def make_matches(true, scores, images, *, classes=None, num_images=None, objects=None):
-    """Builds the matches of one area range and threshold.
+    """Builds matches for a single area range and a single IoU threshold.
 
     Args:
         true: whether each detection is a true positive.
         scores: score of each detection.
         images: image index of each detection.
         classes: class index of each detection; None for a single class.
-        num_images: None for the number of images that have detections.
+        num_images: number of images; None for one more than the largest image index.
         objects: (image, class) of each object; None for one object per true positive.
     """
     true, images = np.array(true, bool), np.array(images, np.int32)
@@ -88,7 +88,8 @@ def make_matches(true, scores, images, *, classes=None, num_images=None, objects
 
 
 def random_matches(seed, num_images, quality, *, num_classes=2, truth_seed=0):
-    """Builds synthetic matches: four objects per image, some of them found, and false positives."""
+    """Builds synthetic matches: each image has four objects, each found with probability `quality`,
+    and on average two false positives."""
     rng, truth_rng = np.random.default_rng(seed), np.random.default_rng(truth_seed)
     objects = np.stack(
         [
@@ -110,7 +111,12 @@ def random_matches(seed, num_images, quality, *, num_classes=2, truth_seed=0):
 
 
 def pycocotools_precision(true, num_objects):
-    """Copies the loop of COCOeval.accumulate, for detections in order of decreasing score."""
+    """Computes precision as the loop in COCOeval.accumulate does.
+
+    Args:
+        true: whether each detection is a true positive, in order of decreasing score.
+        num_objects: number of objects.
+    """
     hits = np.cumsum(true).astype(float)
     misses = np.cumsum(~true).astype(float)
     recall, precision = hits / num_objects, hits / (misses + hits + np.spacing(1))
@@ -167,7 +173,7 @@ def test_hand_worked_example():
     matches = make_matches([True, False, True], [0.9, 0.8, 0.5], [0, 1, 1])
     weights = np.array([[1, 1], [2, 0], [0, 2], [2, 1]])
     # Each image once: precision 1 for 51 recalls (up to 1/2), then 2/3 for the other 50.
-    # Image 1 twice: after two misses, precision is 1/3 and 1/2; its running maximum is 1/2.
+    # Image 1 twice: after two false positives, precision is 1/3 and then 1/2, so it counts as 1/2.
     # Image 0 twice: precision 1 for 67 recalls (up to 2/3), then 3/4 for the other 34.
     expected = [(51 + 50 * 2 / 3) / 1.01, 100, 50, (67 + 34 * 3 / 4) / 1.01]
     actual = resampled_ap(matches, weights, ["AP", "AP50"])
@@ -243,7 +249,7 @@ def test_a_model_compared_with_itself_has_no_difference():
     seeds = [random_matches(s, 30, 0.7) for s in range(3)]
     result = compare(seeds, seeds, num_draws=50, metrics=["AP", "AP50"])["AP50"]
     assert result.difference == result.image_low == result.image_high == 0
-    assert result.low < 0 < result.high, "seeds differ"
+    assert result.low < 0 < result.high, "the interval must include the noise of the seeds"
     one = compare(seeds[:1], seeds[:1], num_draws=50, metrics=["AP50"])["AP50"]
     assert one.difference == one.low == one.high == one.detectable == 0
     assert result.value == result.baseline == np.mean([average_precision(x) for x in seeds])
@@ -286,7 +292,7 @@ def test_joint_comparisons_equal_single_ones_with_wider_intervals():
         for field in ("image_low", "image_high", "seed_std"):
             assert getattr(together[name]["AP"], field) == getattr(alone["AP"], field)
         widths = [x.high - x.low for x in (together[name]["AP"], alone["AP"])]
-        assert widths[0] > widths[1] or name == "0.5", "the joint interval is wider"
+        assert widths[0] > widths[1] or name == "0.5", "the joint interval must be wider"
     assert together["0.5"]["AP"].image_low == together["0.5"]["AP"].image_high == 0
 
 
@@ -297,7 +303,7 @@ def test_an_interval_narrows_with_more_images():
         result = compare(runs[1:], runs[:1], ["AP50"], num_draws=300)["AP50"]
         assert result.detectable > (result.high - result.low) / 2
         widths.append(result.high - result.low)
-    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.35)  # 16 times as many images
+    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.35)  # 1 / sqrt(16)
 
 
 def test_a_metric_is_nan_if_nothing_counts():

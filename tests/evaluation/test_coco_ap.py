@@ -1,4 +1,4 @@
-"""The evaluation against pycocotools and lvis-api, and boundary AP against its definition."""
+"""Compares the evaluation with pycocotools and lvis-api, and boundary AP with its definition."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def evaluate(truth, results, task, max_detections=100):
 
 
 def official(content, results, task, max_detections=100, engine=COCOeval):
-    """Runs pycocotools as detectron2 does."""
+    """Evaluates the results with pycocotools in the way that detectron2 does."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = copy.deepcopy(content)
@@ -53,7 +53,10 @@ def official(content, results, task, max_detections=100, engine=COCOeval):
 
 
 def slow_boundary(mask):
-    """Returns the mask's pixels within distance d of a pixel outside the mask or the image."""
+    """Returns the pixels of the mask that are at most d from a pixel outside the mask or the image.
+
+    The distance d is 2% of the image's diagonal.
+    """
     d = max(round(0.02 * (mask.shape[0] ** 2 + mask.shape[1] ** 2) ** 0.5), 1)
     boundary = np.zeros_like(mask)
     for y, x in np.argwhere(mask):
@@ -63,7 +66,7 @@ def slow_boundary(mask):
 
 
 class SlowBoundaryEval(COCOeval):
-    """pycocotools with IoUs by the definition of boundary AP (arXiv 2103.16562, section 5)."""
+    """The evaluation of pycocotools with the IoU of boundary AP (arXiv 2103.16562, section 5)."""
 
     def computeIoU(self, imgId, catId):  # noqa: N802, N803  # as in pycocotools
         ious = super().computeIoU(imgId, catId)
@@ -86,7 +89,7 @@ def assert_equal(evaluation, expected):
     np.testing.assert_allclose(evaluation.precision, precision, atol=1e-9)
     np.testing.assert_allclose(evaluation.recall, recall, atol=1e-9)
     if expected.params.maxDets[-1] != 100:
-        return  # pycocotools' own summary assumes the limit 100
+        return  # the summary of pycocotools assumes a limit of 100
     metrics = evaluation.metrics()
     stats = [100 * x if x > -1 else float("nan") for x in expected.stats[:6]]
     np.testing.assert_allclose([metrics[name] for name in NAMES], stats, atol=1e-6)
@@ -127,9 +130,9 @@ def test_boundary_of_a_hand_worked_example():
     assert (boundary.top, boundary.left, boundary.bits.shape) == (10, 0, (10, 10))
     assert boundary.bits.sum() == 100 - 64 and boundary.bits[5, 0] == 1
     shifted = mask_boundary(coco_mask.encode(np.asfortranarray(np.roll(mask, 1, 0))))
-    # The boundaries lie in rows 10 to 19 and 11 to 20, with 36 pixels each. In rows 12 to 18, they
-    # share the two pixels at the sides; in rows 11 and 19, one has a full row and the other two
-    # pixels.
+    # The boundaries lie in rows 10 to 19 and 11 to 20 and have 36 pixels each. They share the two
+    # pixels at the sides in each of rows 12 to 18. In rows 11 and 19, one boundary fills the row
+    # and the other has only the pixels at the sides, so two pixels are shared there as well.
     expected = (7 * 2 + 2 * 2) / (36 + 36 - 18)
     assert boundary_iou(boundary, shifted) == pytest.approx(expected)
     empty = mask_boundary(coco_mask.encode(np.zeros((40, 30), np.uint8, order="F")))
@@ -172,7 +175,9 @@ def test_any_ids_are_accepted_and_do_not_change_the_result(tmp_path):
     content["annotations"][0]["id"] = 0
     content["annotations"][1]["id"] = "the second"
     changed = evaluate(write_truth(tmp_path, content), results, "segm").metrics()
-    assert changed["AP50"] == pytest.approx(expected["AP50"], abs=5), "other ids only reorder ties"
+    assert changed["AP50"] == pytest.approx(expected["AP50"], abs=5), (
+        "the ids may affect only the order of ties"
+    )
     assert np.isfinite(changed["AP"])
 
 
@@ -302,7 +307,8 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path):
 
 
 def make_lvis(seed):
-    """Returns annotations in which some classes of an image are unchecked or not exhaustive."""
+    """Returns LVIS annotations and results. In each image, some classes are neither annotated nor
+    marked as absent, and one class is not annotated exhaustively."""
     content, results = make_coco(seed, num_classes=6, most_copies=9)
     rng = np.random.default_rng(seed)
     for k, category in enumerate(content["categories"]):
@@ -323,7 +329,7 @@ def make_lvis(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_lvis_equals_lvis_api(seed, task, tmp_path, monkeypatch):
     lvis = pytest.importorskip("lvis")
-    monkeypatch.setattr(np, "float", float, raising=False)  # lvis 0.5.3 still uses it
+    monkeypatch.setattr(np, "float", float, raising=False)  # lvis 0.5.3 still uses np.float
     content, results = make_lvis(seed)
     truth = write_truth(tmp_path, content, is_lvis=True)
     results = copy.deepcopy(results)
@@ -354,7 +360,7 @@ def test_matches_of_lvis_give_the_same_ap(tmp_path):
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 @pytest.mark.parametrize(("name", "limit"), [("coco_photos_val", 100), ("nuclei_val", 400)])
 def test_equals_pycocotools_on_real_annotations(name, limit, task):
-    """Covers photographs with crowds and polygons, and microscopy with hundreds of objects."""
+    """Covers photos with crowds and polygons, and microscope images with hundreds of objects."""
     path = SHARED_DATA / name / "annotations.json"
     if not path.is_file():
         pytest.skip(f"{path} is not on this machine")

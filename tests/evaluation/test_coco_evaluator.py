@@ -124,7 +124,7 @@ def test_metrics_and_matches_are_written(made, tmp_path):
         assert list(by_class) == names and "APs" in by_class[names[0]]
         assert Matches.load(tmp_path / f"matches_{task}.npz").dt_matched.any()
     assert not list(tmp_path.glob("predictions_*")), (
-        "the prediction log is removed after the evaluation"
+        "the prediction log must be removed after the evaluation"
     )
 
 

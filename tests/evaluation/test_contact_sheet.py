@@ -1,4 +1,4 @@
-"""Contact sheets: masks keep their holes, labels hide nothing small, and any image fits."""
+"""Contact sheets show the holes of masks, do not hide small objects, and fit images of any size."""
 
 from __future__ import annotations
 

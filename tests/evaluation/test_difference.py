@@ -1,4 +1,4 @@
-"""Intervals of differences: Student's t, and how often they contain the true difference."""
+"""Confidence intervals of differences, and how often they contain the true difference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def constant_over_images(values, num_draws=50):
 
 
 def test_without_image_noise_the_interval_is_welchs():
-    """Hand-worked: variances 1 and 4 over 3 seeds; error (5/3)^0.5; freedom (5/3)^2 / (17/18)."""
+    """Hand-worked example: the variances over 3 seeds are 1 and 4, so the standard error is
+    (5/3)^0.5, with (5/3)^2 / (17/18) degrees of freedom."""
     variant, baseline = constant_over_images([10, 11, 12]), constant_over_images([4, 6, 8])
     found = difference_of("AP", variant, baseline, num_images=100)
     reach = student_t(0.975, 25 / 9 * 18 / 17) * math.sqrt(5 / 3)
@@ -64,7 +65,7 @@ def test_with_one_seed_the_interval_includes_only_the_images():
 
 
 def test_the_plan_predicts_the_detectable_difference_of_the_study():
-    """Seeds have a standard deviation of 2, and images an error of 0.5."""
+    """The standard deviation over seeds is 2; the standard error due to the images is 0.5."""
     draws = np.random.default_rng(0).normal(0, 1, 400)
     draws *= 0.5 / draws.std(ddof=1)
     baseline = constant_over_images([8, 10, 12], num_draws=400)
@@ -86,8 +87,8 @@ def test_draws_in_which_nothing_counts_are_skipped():
 
 
 def test_intervals_of_simulated_studies_contain_the_true_difference(monkeypatch):
-    """Runs a short version of the benchmark, which simulates 500 studies of each size. Intervals
-    over images alone contain the true difference too rarely."""
+    """Runs the benchmark with fewer studies than usual. Intervals that account only for the choice
+    of images contain the true difference too rarely."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     coverage = load_script("benchmarks/interval_coverage.py")
     row = coverage.simulate(num_seeds=3, num_studies=60, num_images=60, true_difference=0.0)

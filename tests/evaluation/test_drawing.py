@@ -1,4 +1,4 @@
-"""Drawn objects: holes stay visible, neighbours differ, and labels hide nothing small."""
+"""Drawn objects: holes and small objects stay visible, and neighbours have different colours."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_outline_drawn_on_a_crop_equals_that_on_the_whole_picture():
     colour = instance_colour(0)
     below, outline = whole.copy(), [float(x) for x in colour]
     drawing.tint_mask(whole, below, mask.astype(np.uint8), colour, outline)
-    assert np.array_equal(drawn[40:], whole[40:])  # below the label
+    assert np.array_equal(drawn[40:], whole[40:])  # the label is in the rows above
 
 
 def test_a_small_object_stays_visible_on_a_large_one_and_neighbours_differ():

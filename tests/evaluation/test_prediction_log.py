@@ -1,4 +1,4 @@
-"""The prediction log: written predictions survive a crash; those of other runs are not reused."""
+"""The prediction log: predictions survive a crash, and are not reused for other weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_an_interrupted_evaluation_resumes(tmp_path):
     assert [x["image_id"] for x in merge_lines(log.lines())] == [1, 2, 3, 4]
     assert PredictionLog(tmp_path, "val", "abc", 0).finished == {1, 2, 3, 4}
     assert PredictionLog(tmp_path, "val", "abc", 1).lines() == [], (
-        "only the first process returns the old predictions"
+        "only the first process may return the old predictions"
     )
 
 

@@ -1,4 +1,4 @@
-"""Semantic maps against hand-worked ones and loops over pixels; metrics against detectron2's."""
+"""Compares semantic maps with examples and loops over pixels, and metrics with detectron2's."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def slow_ground_truth_map(masks, classes, crowds, hw):
 
 @st.composite
 def labelled_masks(draw):
-    """Draws a size, masks of that size as lists of bool, and a class and an integer per mask."""
+    """Draws an image size, masks of that size as nested lists of bool, and for each mask a class
+    and an integer from 0 to 3."""
     height, width = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     row = st.lists(st.booleans(), min_size=width, max_size=width)
     mask = st.lists(row, min_size=height, max_size=height)
@@ -165,7 +166,7 @@ def test_every_form_of_segmentation_is_decoded():
     assert [map_of([annotate(form, 7)]) for form in forms] == [expected] * 4
 
 
-def test_the_smaller_mask_is_on_top_and_of_equal_sizes_the_later():
+def test_the_smaller_mask_is_on_top_or_the_later_one_if_both_have_the_same_size():
     large, small = annotate([polygon(0, 0, 3, 4)], 11), annotate([polygon(2, 0, 2, 4)], 7)
     assert map_of([large, small]) == map_of([small, large]) == [[1, 1, 2, 2, 0]] * 4
     equal = annotate([polygon(1, 0, 3, 4)], 30)
@@ -238,7 +239,8 @@ def test_confusion_refuses_maps_of_different_shape():
 
 
 def test_metrics_of_a_hand_worked_matrix():
-    """Background: 6 of 8 found, 1 wrong. Cat: 1 of 2 found, 2 wrong. Dog: none true, 1 wrong."""
+    """Background: 6 of 8 pixels found, 1 false positive. Cat: 1 of 2 pixels found, 1 false
+    positive. Dog: no true pixels, 1 false positive."""
     confusion = np.array([[6, 1, 1], [1, 1, 0], [0, 0, 0]])
     actual = semantic_metrics(confusion, ["cat", "dog"])
     expected = {
@@ -318,7 +320,12 @@ def test_names_that_collide_or_do_not_fit_are_refused():
 
 
 def build_coco(annotations_of, load=COCO):
-    """Builds a COCO object with images of size HW and the given annotations by image id."""
+    """Builds a COCO object whose images have size HW.
+
+    Args:
+        annotations_of: annotations by image id.
+        load: function that returns an empty COCO object.
+    """
     annotations = [
         {"id": 100 * image_id + i, "image_id": image_id, "area": 1, "bbox": [0, 0, 1, 1], **item}
         for image_id, items in annotations_of.items()
@@ -350,7 +357,8 @@ def load_faster_coco():
 
 @pytest.mark.parametrize("load", [COCO, load_faster_coco])
 def test_a_hand_worked_evaluation(load):
-    """Image 1: a cat of 8 pixels, found, and 4 false pixels of a dog. Image 2: a dog, missed."""
+    """In image 1, a cat of 8 pixels is found and 4 pixels are wrongly predicted as a dog. In image
+    2, a dog is missed."""
     truth = {1: [annotate([polygon(0, 0, 2, 4)], 11)], 2: [annotate([polygon(0, 0, 1, 4)], 7)]}
     results = [
         detect(rectangle(2, 0, 1, 4), 7, 0.6),

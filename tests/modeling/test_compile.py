@@ -1,4 +1,4 @@
-"""torch.compile captures the mask head with its losses, and the pooler, as one graph each."""
+"""torch.compile captures one graph for the mask head and its loss, and one for the pooler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The class-selective box predictor compared with detectron2's, with the same parameters."""
+"""Compares the class-selective box predictor with detectron2's, which gets the same parameters."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_predicted_boxes_in_training_equal_stock():
 
 @pytest.mark.parametrize(
     "num_classes", [3, NUM_CLASSES]
-)  # 4 x 3 deltas equal the number of features
+)  # 3 classes have 4 x 3 = 12 deltas, equal to the number of features
 def test_losses_in_evaluation_mode_equal_stock(num_classes):
     ours, stock = (x.eval() for x in make_twins(num_classes=num_classes))
     proposals, features = make_proposals((6,), 3), torch.randn(6, WIDTH, dtype=torch.float64)

@@ -1,7 +1,4 @@
-"""Traces, scripts, ONNX files and exports of the plugin give correct results for other images.
-
-Shape alphabet: R RoIs.
-"""
+"""Traces, scripts, ONNX files and exports are correct for images other than their example."""
 
 from __future__ import annotations
 
@@ -58,7 +55,7 @@ def make_image(height, width):
 
 @functools.cache
 def make_model(name):
-    """Returns a model that finds a different number of objects in each image, including none."""
+    """Returns a model that finds no objects in some images and various numbers in others."""
     limits = "MODEL.RPN.POST_NMS_TOPK_TEST", "60", "TEST.DETECTIONS_PER_IMAGE", "20"
     model = build_model(small_config(*MODELS[name], *limits)).eval()
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +79,7 @@ def detect(model, *images):
 
 
 def detect_and_paste(model, image):
-    """Returns detections with masks of the image's size."""
+    """Returns detections whose masks have the size of the image."""
     size = {"height": image.shape[1], "width": image.shape[2]}
     return model.inference([{"image": image, **size}])[0]["instances"]
 
@@ -223,7 +220,7 @@ DYNAMIC = torch.export.Dim.DYNAMIC
 
 @pytest.mark.parametrize("pooler_type", ["ROIAlignV2", "ROIWarp", "ROIPool"])
 def test_torch_export_pools_any_number_of_boxes(pooler_type):
-    """An export of detectron2's pooler accepts only as many boxes as its example had."""
+    """In contrast, an exported stock pooler accepts only the number of boxes in its example."""
     module = PoolerOnTensors(MultiLevelRoIPooler(7, (1 / 4, 1 / 8), 0, pooler_type, 32, 3))
 
     def make_inputs(height, width, *counts):

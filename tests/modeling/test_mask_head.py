@@ -1,4 +1,4 @@
-"""The mask heads: selected prediction equals dense prediction; logging and loss terms."""
+"""Mask heads: predicting only the selected classes equals dense prediction; logging and losses."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_statistics_of_another_event_storage_are_discarded():
 
 def test_fractional_targets_enter_the_loss_unrounded():
     class Shares:
-        """Like BitMasks, but crops to the fraction of foreground."""
+        """Replaces BitMasks. Crops contain fractions of foreground instead of bits."""
 
         def crop_and_resize(self, boxes, size):
             return torch.full((len(boxes), size, size), 0.25)

@@ -1,4 +1,4 @@
-"""Mask losses: hand-worked examples, slow Python references, and properties that all share."""
+"""Mask losses: hand-worked examples, slow Python references, and properties of every loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIGMOID_NAMES = [name for name in NAMES if name != "softmax_cross_entropy"]
 
 
 def call(name, mask_logits, gt_masks, weights=None, **parameters):
-    """Calls a loss with (R, M, M) logits; softmax gets two more classes, at -1 and 0.5."""
+    """Calls a loss with (R, M, M) logits. For softmax, adds two classes with logits -1 and 0.5."""
     loss = MASK_LOSS_REGISTRY.get(name)
     if name != "softmax_cross_entropy":
         return loss(mask_logits, gt_masks, weights, **parameters)
@@ -53,7 +53,7 @@ def random_masks(num_rois=3, side=5, dtype=torch.float64):
     return logits, gt
 
 
-# Slow references: they map one RoI, given as nested lists, to the value of the loss.
+# Slow references: each computes the loss of a single RoI from nested lists.
 
 
 def sigmoid(z):
@@ -110,7 +110,7 @@ def slow_soft_iou(z, g, eps=1.0):
 
 
 def slow_lovasz(z, g):
-    """Sums the errors in decreasing order, each weighted with the IoU that its pixel costs."""
+    """Sums the errors in decreasing order, weighted by the IoU lost when the pixel is wrong."""
     flat = [(max(0.0, 1 - a * (2 * b - 1)), b) for a, b in zip(flatten(z), flatten(g), strict=True)]
     flat.sort(key=lambda pair: -pair[0])
     positives, lost, value = sum(b for _, b in flat), 0.0, 0.0
@@ -179,7 +179,7 @@ def test_every_registered_loss_has_a_slow_reference():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_slow_reference_with_and_without_weights(name):
+def test_losses_equal_the_slow_reference_with_and_without_weights(name):
     logits, gt = random_masks()
     values = [SLOW[name](z, g) for z, g in zip(logits.tolist(), gt.tolist(), strict=True)]
     assert float(call(name, logits, gt)) == pytest.approx(sum(values) / 3, rel=1e-9)
@@ -190,12 +190,12 @@ def test_equals_the_slow_reference_with_and_without_weights(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient(name):
+def test_gradients_are_correct(name):
     logits, gt = random_masks(2, 4)
     assert torch.autograd.gradcheck(lambda z: call(name, z, gt), logits.requires_grad_())
 
 
-def test_gradient_of_softmax_to_all_classes():
+def test_gradient_of_softmax_with_respect_to_all_classes():
     class_logits = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     gt = torch.randint(0, 2, (2, 3, 3)).double()
     classes = torch.tensor([2, 0])
@@ -211,7 +211,7 @@ def test_moving_towards_the_target_lowers_the_loss_along_its_gradient(name):
     values = [call(name, z, gt) for z in path]
     assert all(a > b for a, b in itertools.pairwise(values))
     (gradient,) = torch.autograd.grad(values[0], path[0])
-    assert gradient.flatten(1).abs().amax(1).min() > 0, "every RoI has a gradient"
+    assert gradient.flatten(1).abs().amax(1).min() > 0, "every RoI must have a gradient"
     assert float(call(name, logits - 0.01 * gradient, gt)) < float(values[0])
 
 
@@ -219,7 +219,7 @@ def test_moving_towards_the_target_lowers_the_loss_along_its_gradient(name):
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 @pytest.mark.parametrize("level", [-1e4, 0.0, 1e4])
 @pytest.mark.parametrize("name", NAMES)
-def test_is_finite_at_extreme_logits_and_uniform_targets(name, level, fill, dtype):
+def test_losses_are_finite_at_extreme_logits_and_uniform_targets(name, level, fill, dtype):
     logits = torch.full((2, 4, 4), level, dtype=dtype, requires_grad=True)
     loss = call(name, logits, torch.full((2, 4, 4), fill, dtype=dtype))
     loss.backward()
@@ -255,12 +255,12 @@ CORNER = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
         (focal, {"gamma": 2.0, "alpha": 0.25}, (0.25 + 3 * 0.75) / 4 * 0.25 * math.log(2)),
         (tversky, {"eps": 1.0}, 1 - (0.5 + 1) / (0.5 + 0.3 * 1.5 + 0.7 * 0.5 + 1)),
         (soft_iou, {"eps": 1.0}, 1 - (0.5 + 1) / (2 + 1 - 0.5 + 1)),
-        # All errors are 1, and together they cost the whole IoU, so the loss is 1.
+        # All errors are 1 and their weights sum to 1, so the loss is 1.
         (lovasz_hinge, {}, 1.0),
         # Signed distances: -0.5 at the corner, 0.5 next to it, sqrt(2) - 0.5 diagonally.
         (boundary_distance, {}, 0.5 * (-0.5 + 0.5 + 0.5 + math.sqrt(2) - 0.5) / 4),
-        # Difference -1/2 at the corner, 1/2 elsewhere; with replicated borders each Sobel edge is 3
-        # or 1.
+        # p - g is -1/2 at the corner and 1/2 elsewhere. Borders are replicated, so each Sobel edge
+        # has the absolute value 3 or 1.
         (edge_agreement, {}, (4 * 3**2 + 4 * 1**2) / 8),
     ],
 )
@@ -271,7 +271,7 @@ def test_hand_worked_example(loss, parameters, expected):
 def test_softmax_of_a_hand_worked_example():
     class_logits = (
         torch.tensor([math.log(2), math.log(5)]).view(1, 2, 1, 1).double()
-    )  # exp: 2, 5, and 1
+    )  # exponentials: 2, 5, and 1 for the background
     one, classes = torch.ones(1, 1, 1, dtype=torch.float64), torch.tensor([0])
     assert float(softmax_probs(class_logits, classes)) == pytest.approx(2 / 8)
     loss = softmax_cross_entropy
@@ -332,8 +332,8 @@ def test_lovasz_of_confident_predictions_is_the_lost_iou():
     gt = torch.zeros(1, 4, 4)
     gt[0, :2] = 1
     predicted = gt.clone()
-    predicted[0, 0, 0], predicted[0, 3, :2] = 0, 1  # 7 of the union's 10 pixels are right
-    # Right pixels lie beyond the margin; wrong ones have error 1.
+    predicted[0, 0, 0], predicted[0, 3, :2] = 0, 1  # intersection 7, union 10
+    # The logits of correct pixels are beyond the margin. Those of wrong pixels are 0: error 1.
     logits = torch.where(predicted == gt, 2.0 * (2 * gt - 1), 0.0)
     assert float(lovasz_hinge(logits, gt)) == pytest.approx(1 - 7 / 10)
 

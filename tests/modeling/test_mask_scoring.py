@@ -36,7 +36,7 @@ def test_hand_worked_targets():
 
 def test_the_part_within_the_roi_never_exceeds_the_whole_object():
     gt = torch.zeros(2, 4, 4, dtype=torch.bool)
-    gt[:, 1:3] = True  # 8 pixels; the first object's area is 6, the second object's 0
+    gt[:, 1:3] = True  # 8 pixels, more than the areas 6 and 0 that are given for the objects
     target = mask_iou_targets(gt, gt, torch.tensor([16.0, 0.0]), torch.tensor([6.0, 0.0]))
     assert target.tolist() == [1.0, 1.0]
 

@@ -1,4 +1,4 @@
-"""Whole models: plugin and stock end to end, checkpoints in both directions, other ROI heads."""
+"""Complete models: equality with stock, checkpoints in both directions, and other ROI heads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASES = {"FPN": "Base-MaskRCNN-FPN.yaml", "C4": "Base-MaskRCNN-C4.yaml"}
 
 @pytest.mark.parametrize("base", BASES)
 def test_end_to_end_losses_and_gradients_equal_stock(base):
-    # FrozenBN, as in the zoo: batch statistics of so small a batch would amplify rounding.
+    # FrozenBN, as in the zoo: the batch statistics of a small batch would amplify rounding errors.
     plugin, stock = build_twins(small_config(BASES[base], "MODEL.RESNETS.NORM", "FrozenBN"))
     batch = make_batch()
     assert_same_losses_and_gradients(plugin, stock, batch)
@@ -41,7 +41,7 @@ def test_checkpoints_load_in_both_directions(base, tmp_path):
         assert all(torch.equal(x, saved.state_dict()[n]) for n, x in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("counts", [(0, 0), (3, 0)], ids=["no object", "one image without"])
+@pytest.mark.parametrize("counts", [(0, 0), (3, 0)], ids=["no objects", "one empty image"])
 @pytest.mark.parametrize("base", BASES)
 def test_images_without_objects_train_without_nan(base, counts):
     plugin = build_model(small_config(BASES[base]))

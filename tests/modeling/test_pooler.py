@@ -1,4 +1,4 @@
-"""MultiLevelRoIPooler compared with detectron2's ROIPooler."""
+"""Compares MultiLevelRoIPooler with detectron2's ROIPooler."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_input(scales, num_images=2, dtype=torch.float32):
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 @pytest.mark.parametrize("pooler_type", STOCK_TYPES)
 def test_equals_detectron2s_pooler(pooler_type, sampling_ratio, scales):
-    # Boxes measure 8 to 90 pixels; the canonical size spreads them over all levels.
+    # The boxes measure 8 to 90 pixels. With a canonical size of 32, every level gets some of them.
     arguments = (7, scales, sampling_ratio, pooler_type, 32, 3)
     features, boxes = make_input(scales)
     plugin_features = [x.clone().requires_grad_() for x in features]
@@ -64,7 +64,7 @@ def test_equals_detectron2s_pooler(pooler_type, sampling_ratio, scales):
     (actual * weights).sum().backward()
     (expected * weights).sum().backward()
     for x, y in zip(plugin_features, stock_features, strict=True):
-        assert y.grad.abs().max() > 0, "every level needs boxes"
+        assert y.grad.abs().max() > 0, "every level must have boxes"
         assert relative_error(x.grad, y.grad) <= 1e-6
 
 
@@ -126,7 +126,7 @@ def test_impossible_scales_are_refused(scales):
 
 
 def test_a_map_may_be_larger_than_the_image():
-    """Scripts use detectron2's pooler, which does not support this."""
+    """Scripted models use detectron2's pooler, which does not support such maps."""
     feature, boxes = torch.randn(1, 2, 16, 20), Boxes(torch.tensor([[1.0, 2, 7, 5]]))
     fine = MultiLevelRoIPooler(3, [2.0], 2, "ROIAlignV2")
     expected = ops.roi_align(feature, torch.tensor([[0.0, 1, 2, 7, 5]]), 3, 2.0, 2)
@@ -169,7 +169,7 @@ def test_the_error_for_untraceable_options_names_them():
 
 @pytest.fixture
 def untried():
-    """Clears the cache of kernels that are known to work, before and after a test."""
+    """Clears the cached results of trying kernels, before and after a test."""
     for function in (pooler._try_kernel, pooler._operator):
         function.cache_clear()
     yield
@@ -178,7 +178,7 @@ def untried():
 
 
 def at_once(module, features, boxes):
-    """Pools on the CPU in the way that is used on CUDA."""
+    """Pools on the CPU with the method that is used on CUDA."""
     rois, levels = pooler.boxes_to_rois(boxes), module._assign_levels(boxes)
     return module._pool_at_once(features, rois, levels)
 
@@ -186,7 +186,7 @@ def at_once(module, features, boxes):
 @pytest.mark.usefixtures("interpreted_operator", "untried")
 @pytest.mark.parametrize("pooler_type", ["ROIWarp", "ROIAlign", "ROIAlignV2"])
 def test_the_multilevel_kernel_accepts_the_inputs_it_gets_on_cuda(pooler_type):
-    """Runs the call that CUDA uses, with the kernel interpreted on the CPU."""
+    """Makes the same call as on CUDA. The kernel is interpreted on the CPU."""
     features, boxes = make_input(SCALES)
     module = MultiLevelRoIPooler(2, SCALES, 1, pooler_type, 32, 3)
     actual = at_once(module, features, boxes)
@@ -195,7 +195,7 @@ def test_the_multilevel_kernel_accepts_the_inputs_it_gets_on_cuda(pooler_type):
 
 @pytest.mark.usefixtures("untried")
 def test_a_kernel_that_fails_is_reported_once_and_replaced(caplog):
-    """The kernel fails here because the CPU is not a GPU that Triton supports."""
+    """The kernel fails here because Triton does not support the CPU."""
     features, boxes = make_input(SCALES)
     module = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2", 32, 3)
     with caplog.at_level(logging.WARNING, logger="mask_head_plugin"):
@@ -245,7 +245,7 @@ def test_a_kernel_that_fails_for_another_dtype_is_reported_once_and_replaced(
 
 @pytest.mark.usefixtures("interpreted_operator", "untried")
 def test_the_trial_run_of_a_kernel_enables_gradients():
-    """The first call may be an inference, and its outcome is cached."""
+    """If the first call is an inference, its cached result must be valid for training."""
     arguments = torch.device("cpu"), torch.float32, 1, 1, (1, 1), 0, True
     with torch.inference_mode():
         assert pooler.can_pool_at_once(*arguments)
@@ -253,7 +253,7 @@ def test_the_trial_run_of_a_kernel_enables_gradients():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_on_cuda_maps_become_channels_last_without_synchronisation(layout, monkeypatch):
-    """Uses fake tensors, which need no GPU and cannot be read."""
+    """Uses fake tensors, which need no GPU and whose values cannot be read."""
     pytest.importorskip("triton")
     monkeypatch.setattr(pooler, "can_pool_at_once", lambda *kernel: True)
     with fake_gpu(), CountOperators() as count:
@@ -298,7 +298,7 @@ def make_fake_input(layout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pooler_type", ["ROIPool", "ROIWarp", "ROIAlign", "ROIAlignV2"])
-def test_half_precision_maps_are_pooled_by_torchvision_without_moving_boxes(pooler_type, dtype):
+def test_torchvision_pools_half_precision_maps_without_shifting_boxes(pooler_type, dtype):
     features, boxes = make_input(SCALES)
     module = MultiLevelRoIPooler(7, SCALES, 0, pooler_type, 32, 3)
     rois, levels = pooler.boxes_to_rois(boxes), module._assign_levels(boxes)
@@ -355,7 +355,7 @@ def test_the_multilevel_kernel_does_not_wait_for_the_device(pooler_type):
     features, boxes = make_input(SCALES)
     inputs = [x.cuda().requires_grad_() for x in features]
     boxes = [Boxes(b.tensor.cuda()) for b in boxes]
-    module(inputs, boxes).sum().backward()  # compiles
+    module(inputs, boxes).sum().backward()  # compiles the kernel
     torch.cuda.set_sync_debug_mode("error")
     try:
         module(inputs, boxes).sum().backward()

@@ -61,7 +61,8 @@ def test_operations_are_counted_by_detectron2s_tools(twins):
     _, plugin, stock = twins
     for inputs in ([{**make_inputs()[0], "height": 70, "width": 90}], make_inputs()[1:]):
         ours, theirs = (flop_count_operators(model, inputs) for model in (plugin, stock))
-        # The plugin predicts one class's mask with a bmm; stock predicts all with a convolution.
+        # For each RoI, the plugin predicts the mask of one class with a bmm. Stock predicts the
+        # masks of all classes with a convolution.
         assert 0.9 * theirs["conv"] < ours["conv"] < theirs["conv"] and ours["bmm"] > 0
     assert plugin.mask_output == "rle"
     adapter = TracingAdapter(plugin, make_inputs()[1:], allow_non_tensor=True)

@@ -1,4 +1,4 @@
-"""The plugin's ROI heads against detectron2's, on the same features, proposals and weights."""
+"""Compares the plugin's ROI heads with detectron2's for equal features, proposals and weights."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _stock_loss_in_the_type_of_its_logits(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_equal_stock(case, mask_format, dtype):
     rng = np.random.default_rng(3)
-    # FrozenBN, as in the zoo: batch statistics in res5 would amplify rounding.
+    # FrozenBN, as in the zoo: batch statistics in res5 would amplify rounding errors.
     cfg = small_config(CASES[case][0], "MODEL.RESNETS.NORM", "FrozenBN")
     plugin, stock = build_twins(cfg)
     targets = [random_instances(n, IMAGE_HW, 5, rng, mask_format, dtype) for n in (5, 3)]

@@ -1,7 +1,7 @@
-"""Operators that make a training step or an inference wait for the GPU, by the file that runs them.
+"""Counts operators that make a training step or inference wait for the GPU, by calling file.
 
-The tests count on the CPU, with stand-ins for the two operators that only CUDA has: RoI pooling in
-one kernel and torchvision's crop of bit masks. Neither of the two waits. ``make gpu`` counts on a
+These tests count on the CPU. They replace the two operators that exist only on CUDA: RoI pooling in
+one kernel and torchvision's crop of bit masks. Neither of these waits. ``make gpu`` counts on a
 GPU.
 """
 
@@ -30,7 +30,10 @@ WAITING_OPERATORS = {
 WAITING_METHODS = {torch.Tensor.tolist, torch.Tensor.cpu}
 
 ON_CPU_ALONE = {"detectron2/layers/mask_ops.py"}
-"""detectron2 pastes masks one by one on the CPU, but in chunks on CUDA."""
+"""Files of detectron2 that are not counted, because they wait more often on the CPU than on CUDA.
+
+Masks are pasted one by one on the CPU, but in chunks on CUDA.
+"""
 
 
 MASK_TARGET = "mask_head_plugin/ops/mask_target.py"
@@ -72,7 +75,7 @@ class Waits(TorchDispatchMode):
 
 
 class WaitingMethods(TorchFunctionMode):
-    """Counts calls that read a tensor's memory without an operator."""
+    """Counts calls of methods that read a tensor's memory without running an operator."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()
@@ -101,7 +104,7 @@ def as_on_cuda(monkeypatch):
         return zeros.expand(len(rois), features[0].shape[1], *self.output_size)
 
     monkeypatch.setattr(MultiLevelRoIPooler, "forward", forward)
-    # The check of coordinates, which only the CPU makes, stays and is counted below.
+    # Coordinates are checked only on the CPU. The check is not replaced and is counted below.
     monkeypatch.setattr(mask_target, "_crop_by_sums", mask_target._crop_with_operator)
 
 
@@ -128,8 +131,8 @@ def test_the_plugin_synchronises_no_more_often_than_detectron2(base):
         {file: n for file, n in count.items() if file.startswith("mask_head_plugin")}
         for count in counts["plugin"]
     )
-    assert training == {MASK_TARGET: len(batch)}  # the check of coordinates, done on the CPU
-    # Three reads per image: the numbers of pixel columns and of crossings, and the crossings.
+    assert training == {MASK_TARGET: len(batch)}  # the check of coordinates, only on the CPU
+    # Three reads per image: the number of pixel columns, the number of crossings, the crossings.
     assert inference == {RUN_LENGTHS: 3 * len(batch)}
 
 

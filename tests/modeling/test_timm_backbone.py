@@ -1,4 +1,4 @@
-"""build_timm_fpn_backbone: timm's own features, weights under timm's names, frozen stages."""
+"""build_timm_fpn_backbone: maps equal those of timm, weights are checked, and stages freeze."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The weights fetched by tools/fetch_backbone.py recognise photographs.
+"""The weights fetched by tools/fetch_backbone.py recognise objects in photographs.
 
-Skips if the weights have not been fetched or the shared photographs are missing.
+The test is skipped if the weights have not been fetched or the shared photographs are missing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WORDS = {
     "teddy bear": "teddy",
     "toilet": "toilet",
 }
-"""ImageNet's words for some of COCO's categories."""
+"""For some categories of COCO, a word that ImageNet uses in its description of the class."""
 
 LEAST_SIDE = 128  # pixels
 
@@ -54,7 +54,7 @@ def crops():
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="needs tools/fetch_backbone.py")
 @pytest.mark.skipif(not PHOTOS.exists(), reason="needs the shared photographs")
-def test_the_fetched_weights_recognise_objects_on_photographs():
+def test_the_fetched_weights_recognise_objects_in_photographs():
     model = timm.create_model(NAME).eval()
     model.load_state_dict(load_file(WEIGHTS))
     categories, images = zip(*crops(), strict=True)

@@ -131,7 +131,7 @@ def test_a_dilated_res5_has_the_stride_of_res4_and_the_same_weights():
     usual.load_state_dict(dilated.state_dict())
     assert dilated.net.layer4[
         0
-    ].conv1.weight.requires_grad  # res5 is not frozen, although its stride is res4's
+    ].conv1.weight.requires_grad  # res5 is not frozen, although it has res4's stride
     assert not dilated.net.layer3[0].conv1.weight.requires_grad
     image = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def few_shapes():
     MetadataCatalog.remove("test_timm_train")
 
 
-def test_stochastic_depth_resumes_bit_by_bit(few_shapes, tmp_path):
+def test_a_resumed_run_with_stochastic_depth_gives_identical_weights(few_shapes, tmp_path):
     opts = [
         *("DATASETS.TRAIN", few_shapes, "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path),
         *("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "SEED", 3),

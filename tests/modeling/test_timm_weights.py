@@ -1,4 +1,4 @@
-"""Weights in every format that timm writes are loaded; others are refused with the file's name."""
+"""Weights in every format that timm writes are loaded. Errors about other files give advice."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_every_weight_of_the_checkpoint_is_used(cfg, predictors, caplog):
 
 
 def test_detections_equal_stock(predictors):
-    """Checks the same ordered set; mask pixels may differ only near the threshold."""
+    """Detections must agree and have the same order. Mask pixels may differ near the threshold."""
     total = 0
     for record in DatasetCatalog.get("shapes_val")[:NUM_IMAGES]:
         image = cv2.imread(record["file_name"])
@@ -61,7 +61,8 @@ def test_detections_equal_stock(predictors):
             continue
         assert (actual.scores - expected.scores).abs().max() <= 1e-4
         assert (boxes - expected_boxes).abs().max() <= 1e-3
-        # Pasted probabilities, before detectron2's threshold; the image is not resized.
+        # Paste the probabilities, because the masks are compared before detectron2's threshold. The
+        # model does not resize the image.
         pasted, stock_pasted = (
             _do_paste_mask(x.pred_masks, x.pred_boxes.tensor, *image.shape[:2], skip_empty=False)[0]
             for x in (actual, expected)

@@ -1,7 +1,4 @@
-"""Settings chosen for a data set: sizes, crops, anchors, detections, samplers, schedules.
-
-Shape alphabet: N images, R objects.
-"""
+"""Settings chosen for a data set: sizes, crops, anchors, limits, samplers and schedules."""
 
 from __future__ import annotations
 
@@ -23,7 +20,11 @@ CPU, GPU = Device("cpu", True, 24e9, 2), Device("cuda", False, 12e9, 2)
 
 
 def made_facts(image_hw, sides, *, per_image=None, classes=1) -> DataFacts:
-    """Returns facts about square objects with given sides, distributed over the images in turn."""
+    """Returns facts about square objects with the given sides.
+
+    The first ``per_image`` objects (default: 1) are in the first image, the next in the second, and
+    so on. After the last image, the first is next.
+    """
     image_hw, sides = np.array(image_hw), np.asarray(sides, float)
     return DataFacts(
         image_hw=image_hw,
@@ -80,11 +81,11 @@ def test_cropped_polygons_become_bit_masks():
 
 
 def test_images_of_different_size_are_not_scaled_if_objects_have_the_same_pixel_size():
-    """The same cells, photographed by one microscope in fields of different sizes."""
+    """Simulates cells of the same size that a microscope photographs in fields of two sizes."""
     facts = made_facts([(300, 300), (900, 900)], np.tile([20.0, 22, 24, 26], 20))
     size = choose_input_size(facts, CPU)
     assert size.short_edge == 0 and isinstance(size.crop, int)
-    # These objects have the same size relative to their images: photographs from near and far.
+    # The objects have the same size relative to their images, as in photographs of two resolutions.
     photos = made_facts([(300, 300), (900, 900)], np.tile([20.0, 60], 40))
     assert choose_input_size(photos, CPU).short_edge > 0
 
@@ -142,7 +143,7 @@ def test_limits_allow_for_the_most_crowded_image():
 
 @pytest.mark.parametrize("rare_images", [1, 4])
 def test_rare_classes_are_repeated_moderately(rare_images):
-    """Computes detectron2's own factors from the written threshold."""
+    """Lets detectron2 compute the repeat factors from the chosen threshold."""
     num_images = 1000
     facts = made_facts([(512, 512)] * num_images, np.full(num_images + rare_images, 40.0))
     facts.class_of[num_images:] = 1
@@ -164,9 +165,7 @@ def test_the_schedule_depends_on_the_images_and_the_device():
     many = choose_schedule(GPU, 5000, 4e5, 0, 0)
     huge = choose_schedule(GPU, 10**6, 4e5, 0, 0)
     assert [x.iterations * x.batch_size for x in (few, many, huge)] == [24_000, 200_000, 1_440_000]
-    assert not few.is_cut and few.batch_size == 4, (
-        "a batch of 8 would take two thirds of the memory"
-    )
+    assert not few.is_cut and few.batch_size == 4, "a batch of 8 would need 80% of the memory"
     slow, fast = (choose_schedule(Device("cpu", True, 24e9, k), 500, 2e5, 0, 1.5e5) for k in (2, 8))
     assert slow.is_cut and slow.iterations * 3 < fast.iterations
     assert slow.iterations * slow.batch_size * 2e5 / (2 * 1.5e5) == pytest.approx(2400, rel=0.05)

@@ -1,4 +1,4 @@
-"""Written configs are complete, pass train_net.py's checks, and split by photograph."""
+"""Written configs are complete and pass train_net.py's checks; splits keep photographs together."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_split_keeps_photographs_together_and_is_reproducible(tmp_path):
     for name in ("one", "two"):
         new = write_new_config(Request(data, None, tmp_path / f"{name}.yaml", split_share=0.34))
         assert f"warning: {tmp_path / name}.train.json" in summary(new), (
-            "warnings name the written file"
+            "warnings must name the written file"
         )
         files = [tmp_path / f"{name}.{part}.json" for part in ("train", "val")]
         parts.append([json.loads(file.read_text()) for file in files])
@@ -123,7 +123,7 @@ def test_mixed_masks_become_bit_masks_and_unused_classes_are_named(tmp_path):
     assert "Without any: nobody" in text
     told = summary(new)
     assert "image-in-both-splits" in told and "mixed-formats" in told, (
-        "warnings about the data are shown"
+        "warnings about the data must be shown"
     )
     assert told.endswith(f"python train_net.py --config-file {tmp_path / 'mixed.yaml'}")
     assert "for each of" in told and "2.0 GB" in told
@@ -167,7 +167,7 @@ def test_errors_in_the_data_stop_the_tool_and_nothing_is_written(tmp_path, fault
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_is_overwritten_without_the_flag_and_the_input_never(tmp_path):
+def test_only_the_flag_allows_overwriting_and_input_is_never_overwritten(tmp_path):
     data = make_files(tmp_path / "data")
     output = tmp_path / "cells.yaml"
     output.with_suffix(".val.json").write_text("mine")

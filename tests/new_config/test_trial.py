@@ -1,4 +1,4 @@
-"""A trial trains and evaluates its config and leaves nothing behind."""
+"""try_config measures the training and evaluation of a config and does not change the config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights along one axis, against hand-worked examples and exact fractions."""
+"""Compares the weights along one axis with hand-worked examples and exact fractions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mask_head_plugin.ops.axis_weights import (
 
 
 def dense(axis, num_cells: int) -> torch.Tensor:
-    """Returns the weights as complete rows, (R, P, L)."""
+    """Returns the weights of all cells, including those with weight 0, as (R, P, L)."""
     rows = axis.weight.new_zeros(*axis.cell.shape[:2], num_cells)
     return rows.scatter_add(2, axis.cell.long(), axis.weight)
 
 
 def exact_mean_of_hat(low: Fraction, high: Fraction, cell: int, num_cells: int) -> Fraction:
-    """Averages a cell's hat function, with border rule, over [low, high] by exact trapezoids."""
+    """Averages a cell's hat function, clamped at the borders, exactly over [low, high]."""
 
     def hat(t: Fraction) -> Fraction:
         return max(Fraction(0), 1 - abs(min(max(t, Fraction(0)), Fraction(num_cells - 1)) - cell))
@@ -85,8 +85,8 @@ def test_precise_weights_equal_exact_integrals(start, end, num_bins, num_cells):
     a, b = Fraction(start) - Fraction(1, 2), Fraction(end) - Fraction(1, 2)
     for p in range(num_bins):
         low, high = sorted(a + (b - a) * k / num_bins for k in (p, p + 1))
-        # The edges of a very short bin may round to the same point; at the jumps at -1 and L, that
-        # point may fall on either side.
+        # The edges of a very short bin may be rounded to the same point. Near the jumps at -1 and
+        # L, rounding may move this point to the other side of the jump.
         if low != high and high - low < 1e-9 and min(abs(low + 1), abs(low - num_cells)) < 1e-9:
             continue
         for cell in range(num_cells):

@@ -1,4 +1,4 @@
-"""Operators on a device other than the CPU: none mixes tensors of two devices."""
+"""Operators on a device other than the CPU do not mix tensors of two devices."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_run_lengths_are_encoded_from_any_device():
 
 
 def test_the_simulated_device_refuses_to_mix_devices():
-    """The tests above rely on this."""
+    """The tests above rely on these errors."""
     values, index = torch.rand(3), torch.tensor([2, 0])
     with OtherDevice():
         there, there_index = torch.arange(3, device=DEVICE), OnOtherDevice(index)

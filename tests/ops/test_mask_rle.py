@@ -1,4 +1,4 @@
-"""Run lengths of masks: detectron2's paste, pycocotools' encoding, and hand-worked examples."""
+"""Compares run lengths of masks with pasted and encoded masks and with hand-worked examples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mask_head_plugin.ops import encode_masks, mask_rle
 
 
 def paste_and_encode(mask_probs, boxes, image_hw, threshold=0.5):
-    """Pastes with detectron2 on the whole image, as on CUDA (see encode_masks)."""
+    """Pastes masks with detectron2 onto the whole image, as on CUDA, and encodes the result."""
     pasted, _ = _do_paste_mask(mask_probs[:, None], boxes, *image_hw, skip_empty=False)
     return [encode_bits((mask >= threshold).numpy()) for mask in pasted]
 
@@ -27,7 +27,7 @@ def encode_bits(mask):
 
 
 def count_differing_pixels(actual, expected):
-    """Returns how many pixels of two lists of encodings differ."""
+    """Returns the number of pixels that differ between two lists of encoded masks."""
     assert len(actual) == len(expected)
     return sum(
         int((coco_mask.decode(a) != coco_mask.decode(e)).sum())
@@ -43,7 +43,7 @@ def smooth_masks(num_masks, side, seed):
 
 
 def slow_pixel(mask, box, y, x):
-    """Computes the value of a pixel in Python floats: bilinear, with zeros around the mask."""
+    """Interpolates the value of a pixel in Python floats, with zeros around the mask."""
     side = len(mask)
     v = (y + 0.5 - box[1]) / (box[3] - box[1]) * side - 0.5
     u = (x + 0.5 - box[0]) / (box[2] - box[0]) * side - 0.5
@@ -54,7 +54,7 @@ def slow_pixel(mask, box, y, x):
 
 
 def test_hand_worked_column():
-    # The example of the module's docstring: rows 1 and 0.2 at y = 1 and 3.
+    # The example in the docstring of mask_rle: rows with the values 1 and 0.2 at y = 1 and 3.
     mask = torch.tensor([[[1.0, 1.0], [0.2, 0.2]]])
     (rle,) = encode_masks(mask, torch.tensor([[0.0, 0, 4, 4]]), (6, 4))
     assert coco_mask.decode(rle)[:, 1].tolist() == [1, 1, 0, 0, 0, 0]
@@ -122,7 +122,7 @@ def test_masks_are_batched_in_chunks_of_columns(monkeypatch):
         assert encode_masks(masks, boxes, (50, 50)) == expected
     chunks = count.calls["aten.nonzero.default"]
     assert chunks > 10
-    # The only other synchronisation on a GPU: reading the number of columns.
+    # On a GPU, there would be only one other synchronisation, which reads the number of columns.
     assert count.calls["aten._local_scalar_dense.default"] == 1
 
 
@@ -144,7 +144,7 @@ def test_saturated_masks_include_pixels_on_the_edge_of_the_box():
     boxes, full = torch.tensor([[1.5, 2.5, 4.5, 6.5]]), torch.ones(1, 4, 4)
     (closed,) = encode_masks(full, boxes, (9, 9))
     (open_,) = encode_masks(full * 0.999, boxes, (9, 9))
-    assert int(coco_mask.area(closed)) == 4 * 5 - 4, "corners have only a quarter of the value"
+    assert int(coco_mask.area(closed)) == 4 * 5 - 4, "corners have a quarter of the value"
     assert int(coco_mask.area(open_)) == 2 * 3
 
 

@@ -1,4 +1,4 @@
-"""Targets from bit masks, compared with detectron2's and with hand-worked examples."""
+"""Compares targets from bit masks with those of detectron2 and with hand-worked examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mask_head_plugin.ops import crop_masks, mask_target
 
 
 def exact_shares(bit_masks, boxes, size):
-    """Returns the fraction of foreground, in float64, that is compared with 0.5."""
+    """Returns the fraction of foreground in each pixel of the targets, computed in float64."""
     rois = torch.cat([torch.arange(len(boxes))[:, None], boxes], dim=1).double()
     return roi_align(bit_masks[:, None].double(), rois, size, 1.0, 0, True)[:, 0]
 
@@ -30,7 +30,7 @@ def random_masks(num_masks, hw, seed):
 
 
 def check_equals_detectron2(bit_masks, boxes, size):
-    """Returns the number of differing pixels; each must be about half foreground."""
+    """Returns the number of pixels that differ. Each of them must be about half foreground."""
     actual = crop_masks(bit_masks, boxes, size)
     expected = BitMasks(bit_masks).crop_and_resize(boxes, size)
     assert actual.dtype == torch.bool and actual.shape == expected.shape
@@ -57,7 +57,7 @@ def test_equals_detectron2_except_for_ties(size):
         min_size=1,
         max_size=4,
     ),
-    hw=st.tuples(st.integers(4, 20), st.integers(4, 20)),  # boxes of at most MAX_MAP_SIZES images
+    hw=st.tuples(st.integers(4, 20), st.integers(4, 20)),  # MAX_MAP_SIZES must have no effect
     size=st.integers(1, 5),
 )
 def test_any_ordered_box_equals_detectron2_except_for_ties(boxes, hw, size):
@@ -91,13 +91,13 @@ def test_no_masks_give_an_empty_target():
     )
 
 
-def test_the_cuda_path_gives_the_same(monkeypatch):
+def test_the_cuda_path_gives_the_same_targets(monkeypatch):
     monkeypatch.setattr(mask_target, "_crop_by_sums", mask_target._crop_with_operator)
     check_equals_detectron2(random_masks(5, (30, 40), 1), torch.tensor([[3.0, 4, 30, 25]] * 5), 7)
 
 
 def test_deterministic_mode_on_cuda_also_uses_the_operator(monkeypatch):
-    """torchvision's function would sample every pixel; fake tensors need no GPU."""
+    """torchvision's function would sample every pixel in this mode. Fake tensors need no GPU."""
     module = sys.modules["torchvision.ops.roi_align"]
     monkeypatch.setattr(module, "is_compile_supported", lambda device_type: device_type == "cuda")
     monkeypatch.setattr(module, "_roi_align", lambda *arguments: pytest.fail("samples every pixel"))
@@ -123,7 +123,7 @@ def test_invalid_input_is_refused():
 
 
 def test_the_number_of_operators_does_not_grow_with_the_number_of_boxes():
-    """Each operator waits for its slowest thread, which takes long if another process is busy."""
+    """Each operator waits for its slowest thread, which a busy process can delay."""
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(128, 2, generator=generator) * 150
     boxes = torch.cat([corner, corner + 3 + 140 * torch.rand(128, 2, generator=generator)], dim=1)

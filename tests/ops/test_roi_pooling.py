@@ -1,4 +1,4 @@
-"""The RoI pooling operators against torchvision, slow references and hand-worked examples."""
+"""Compares RoI pooling operators with torchvision, slow references and hand-worked examples."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def bilinear(feature, y: float, x: float) -> torch.Tensor:
 
 
 def slow_roi_align(features, rois, size, scale, ratio, aligned, reduction="mean", warp=False):
-    """Computes the definition sample by sample; the size of the adaptive grid is limited."""
+    """Pools sample by sample, with the operators' limit on the size of the adaptive grid."""
     shift = 0.5 if aligned else 0.0
     height, width = features.shape[2:]
     pooled = features.new_zeros(len(rois), features.shape[1], size, size)
@@ -94,7 +94,11 @@ def slow_roi_align(features, rois, size, scale, ratio, aligned, reduction="mean"
 
 
 def slow_cells(start, end):
-    """Rounds edges, halves away from zero; the upper cell, and at least one, is included."""
+    """Rounds edges to cells, with halves away from zero.
+
+    Returns the first cell and the end of the range, which includes the cell of the upper edge and
+    at least one cell.
+    """
     start, end = (math.copysign(math.floor(abs(v) + 0.5), v) for v in (start, end))
     return start, max(end, start) + 1
 
@@ -174,7 +178,7 @@ coordinates = st.floats(-300, 300, width=32)
     aligned=st.booleans(),
 )
 def test_any_finite_box_equals_the_slow_reference(boxes, hw, size, ratio, aligned):
-    """Covers inverted, empty, distant and huge boxes, and one-pixel maps."""
+    """Covers inverted, empty, distant and huge boxes, and maps with a single cell."""
     features = torch.randn(1, 2, *hw, dtype=torch.float64)
     rois = torch.tensor([[0, *box] for box in boxes], dtype=torch.float64)
     actual = roi_align(features, rois, size, 0.25, ratio, aligned)
@@ -218,9 +222,9 @@ def test_roi_pool_of_any_finite_box_equals_the_slow_reference(boxes, hw, size):
 @pytest.mark.parametrize("spread", [1.0, 4.0])
 def test_roi_pool_equals_torchvision(spread, channels_last, dtype):
     generator = torch.Generator().manual_seed(3)
-    # Few distinct values cause tied maxima, whose gradient goes to the first.
+    # With few distinct values, maxima are tied. The gradient goes to the first of them.
     features = torch.randint(0, 4, (2, 5, 19, 23), generator=generator).to(dtype)
-    features[:, 0, 3:9, 3:9] = float("nan")  # some bins are entirely NaN, in some channels
+    features[:, 0, 3:9, 3:9] = float("nan")  # some bins are entirely NaN
     features[:, 1, 4, 3:5] = float("inf")
     features[:, 2, 8:14, 8:14] = float("nan")
     if channels_last:
@@ -240,7 +244,7 @@ def test_roi_pool_equals_torchvision(spread, channels_last, dtype):
 
 def test_with_one_cell_per_bin_roi_warp_and_roi_pool_return_the_cells():
     features = torch.randn(1, 3, 9, 9)
-    rois = torch.tensor([[0.0, 8.9, 17, 30, 36.2]])  # cells 2 to 7 and 4 to 9, of 4 pixels
+    rois = torch.tensor([[0.0, 8.9, 17, 30, 36.2]])  # 4 pixels per cell; the end is changed below
     expected = features[:, :, 4:9, 2:7]
     rois[0, 3:] = torch.tensor([24.9, 32.2])  # cells 2 to 6 and 4 to 8
     assert torch.equal(roi_warp(features, rois, 5, 0.25, 1), expected)
@@ -266,7 +270,7 @@ def test_precise_roi_pool_equals_the_product_of_its_weights(aligned):
 @pytest.mark.parametrize("aligned", [True, False])
 def test_precise_roi_pool_is_the_limit_of_roi_align(aligned):
     features = torch.randn(2, 3, 7, 8, dtype=torch.float64)
-    # Ordered, inverted, without area, and across the border.
+    # The boxes are ordered, inverted, without area, and across the border.
     rois = torch.tensor(
         [[0, 3.0, 2, 25, 19], [1, 22, 20, 5, 1], [0, 9, 9, 9, 9], [1, -9, -30, 50, 13]],
         dtype=torch.float64,
@@ -280,7 +284,7 @@ def test_precise_roi_pool_is_the_limit_of_roi_align(aligned):
     assert errors[1] <= errors[0] / 8 and errors[1] <= 0.02
 
 
-def test_gradient_of_precise_roi_pool_to_boxes():
+def test_gradient_of_precise_roi_pool_with_respect_to_boxes():
     features = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     boxes = torch.tensor([[1.3, 2.1, 17.7, 15.2], [-4.4, 3.3, 30.2, 9.7]], dtype=torch.float64)
     boxes.requires_grad_()
@@ -293,7 +297,7 @@ def test_gradient_of_precise_roi_pool_to_boxes():
 
 
 def test_samples_next_to_the_border_jump_are_treated_as_in_torchvision():
-    """At -1 and at the map's size the border rule jumps, and rounding decides the side."""
+    """The border rule jumps at -1 and at the map's size; rounding decides on which side."""
     generator = torch.Generator().manual_seed(1)
     features = torch.full((1, 1, 13, 13), 7.0)
     start = -1 - torch.rand(4000, generator=generator) * 3
@@ -306,7 +310,7 @@ def test_samples_next_to_the_border_jump_are_treated_as_in_torchvision():
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_gradient(name):
+def test_gradients_are_correct(name):
     # Distinct, well separated values keep the maxima in place under gradcheck's steps.
     features = torch.randperm(120, dtype=torch.float64).view(2, 2, 5, 6) / 30
     rois = torch.tensor(
@@ -366,7 +370,7 @@ def test_memory_limits_do_not_change_the_result(name, channels_last, monkeypatch
         return [pooled.detach(), *torch.autograd.grad(pooled.square().sum(), inputs)]
 
     expected = run()
-    assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True)), "deterministic"
+    assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True)), "not reproducible"
     monkeypatch.setattr(bin_sums, "LIST_ENTRIES", 2000)
     monkeypatch.setattr(bin_sums, "BATCH_ELEMENTS", 4000)
     monkeypatch.setattr(bin_maxima, "GROUP_ELEMENTS", 5000)
@@ -392,7 +396,7 @@ def test_degenerate_boxes_give_finite_values(name):
         pooled = OPERATORS[name](features, rois, 3)
         pooled.sum().backward()
         assert torch.isfinite(pooled).all() and torch.isfinite(features.grad).all()
-        assert pooled[2:4].abs().max() == 0, "boxes off the map give 0"
+        assert pooled[2:4].abs().max() == 0, "boxes off the map must give 0"
 
 
 def test_infinite_features_outside_the_box_have_no_effect():
@@ -532,7 +536,7 @@ def test_half_precision_gradients_are_summed_in_float32(monkeypatch):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_one_huge_box_does_not_increase_the_memory_of_the_others(name):
-    """Samples of a box much larger than the map are laid out for that box only."""
+    """The many samples of a box much larger than the map must not use memory for other boxes."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 2, 100, 120, generator=generator)
     rois = random_rois(300, (100, 120), generator, num_images=1).float()
@@ -549,10 +553,10 @@ def test_one_huge_box_does_not_increase_the_memory_of_the_others(name):
 
 
 class LargeOperators(TorchDispatchMode):
-    """Counts the operators that PyTorch splits over its threads."""
+    """Counts the operators that PyTorch splits among its threads."""
 
     GRAIN = 1 << 15
-    """Number of elements from which PyTorch uses threads, except in embedding_bag."""
+    """Smallest number of elements for which PyTorch uses threads. embedding_bag always does."""
 
     def __init__(self):
         super().__init__()

@@ -55,7 +55,7 @@ def make_rois():
 
 
 def with_gradients(pool, maps):
-    """Returns the pooled maps, and the gradients of a weighted sum of them."""
+    """Returns the pooled RoIs, and the gradients of their weighted sum with respect to the maps."""
     inputs = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in maps]
     pooled = pool(inputs)
     weights = torch.linspace(-1, 1, pooled.numel()).view(pooled.shape)
@@ -67,7 +67,7 @@ def assert_equal_to_the_cpu_operator(operator, maps, rois, levels, size, scales,
     actual = with_gradients(lambda x: operator(x, rois, levels, *options), maps)
     wide = [x.float() for x in maps]
     expected = with_gradients(lambda x: ops.roi_align(x, rois, *options, levels=levels), wide)
-    # Sums are taken in another order; half precision rounds once.
+    # The kernel sums in another order. In half precision, it rounds only the result.
     tolerance = 5e-6 if maps[0].dtype == torch.float32 else torch.finfo(maps[0].dtype).eps
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.shape == theirs.shape and mine.dtype == maps[0].dtype
@@ -97,7 +97,7 @@ def test_more_channels_than_fit_a_block(channels, operator):
 
 @pytest.mark.parametrize("size", [7, 14])
 def test_sides_that_are_multiples_of_the_number_of_bins(size, operator):
-    """Samples lie at cell edges, and rounding must not change their number."""
+    """Rounding errors in side / bins, a whole number, must not change the number of samples."""
     gpu = operator is on_gpu
     sides = torch.arange(1, 65 if gpu else 4) * float(size)
     rois = torch.zeros(len(sides), 5)
@@ -110,7 +110,7 @@ def test_sides_that_are_multiples_of_the_number_of_bins(size, operator):
 
 @pytest.mark.parametrize("ratio", [0, 2], ids=["adaptive", "far apart"])
 def test_bins_taller_than_a_tile(ratio, operator):
-    """Bins have 9 cells: adaptive samples are adjacent; two samples miss most cells."""
+    """Bins are 9 cells high. Adaptive samples read all of these cells; two samples miss most."""
     rois = torch.tensor([[0.0, 1.3, 0.6, 3.9, 18.4], [0.0, 3, 19, 1, 2]])
     levels = torch.zeros(2, dtype=torch.int64)
     options = ((2, 1), (1.0,), ratio, True)
@@ -212,7 +212,10 @@ def test_a_cuda_graph_can_capture_the_operator():
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_each_column_is_visited_once_per_row_of_bins(backward, triton_interpreter, monkeypatch):
-    """Counts cells read or added to, per channel; a kernel without tiles reads 4 per sample."""
+    """Counts the cells of one channel that are read or added to.
+
+    A kernel without tiles would read 4 cells per sample.
+    """
     kernels = load_triton_kernels("interpreted")
     visits, tile = [], kernels._tile
 
@@ -240,7 +243,7 @@ def test_each_column_is_visited_once_per_row_of_bins(backward, triton_interprete
 def test_the_kernel_compiles_for_gpus_that_are_not_present(
     capability, dtype, backward, monkeypatch
 ):
-    """Checks machine code for an A100 (sm_80) and an H100 (sm_90) from Triton's own assembler."""
+    """Checks machine code from Triton's assembler for an A100 (sm_80) and an H100 (sm_90)."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     report = load_script("benchmarks/triton_kernels.py")
     compiled = report.compile_kernel(report.Variant(capability, dtype, backward))
@@ -251,11 +254,11 @@ def test_the_kernel_compiles_for_gpus_that_are_not_present(
     assert re.search(r"div\.rn(\.ftz)?\.f32", ptx)
     approximate = re.findall(r"\b(?:div\.full|div\.approx|rcp|fma)\S*", ptx)
     assert not approximate, "sample counts and positions must equal the CPU's"
-    # The cells' loads, the bins' stores and the gradients' atomics use whole vectors of channels.
+    # Loads of cells, stores of bins and atomic additions of gradients use vectors of channels.
     code = report.machine_code(compiled)
     assert code["spilled"] == 0
     if backward:
-        assert max(code["loads"]) == (128 if dtype == "fp32" else 64)  # four bins
+        assert max(code["loads"]) == (128 if dtype == "fp32" else 64)  # four values
         if capability == 90:  # an A100 has no vector atomics
             assert all("F32x4" in name for name in code["atomics"])
     else:
@@ -263,7 +266,7 @@ def test_the_kernel_compiles_for_gpus_that_are_not_present(
 
 
 def test_the_estimated_memory_traffic_stays_within_bounds():
-    """Two images with 512 boxes each, 7 x 7 bins, adaptive samples (triton_kernels.py)."""
+    """The benchmark's row is for 512 boxes in each of two images, 7 x 7 bins, adaptive samples."""
     report = load_script("benchmarks/triton_kernels.py")
     work = report.work_row(512, 7, 0, "fp32")
     assert work["by samples, 1000"] >= 2.5 * work["cells, 1000"]
@@ -272,7 +275,7 @@ def test_the_estimated_memory_traffic_stays_within_bounds():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gradients_need_no_more_memory_than_the_maps(dtype, interpreted_operator):
-    """Half-precision maps also need their float32 sums."""
+    """Half-precision maps also need memory for float32 sums."""
     sides, channels = ((64, 96), (32, 48)), 32
     maps = [torch.zeros(1, channels, *x, dtype=dtype, requires_grad=True) for x in sides]
     rois, levels = torch.tensor([[0.0, 1, 1, 9, 9]]), torch.zeros(1, dtype=torch.int64)

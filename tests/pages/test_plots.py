@@ -1,4 +1,4 @@
-"""Figures of the page, and plots for papers drawn from the same data."""
+"""Figures on a page, and plots for papers that are drawn from the same data."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_bars_for_papers_have_the_same_lengths_names_and_numbers():
     boxes, masks = (c.patches[0] for c in axes.containers)
     assert boxes.get_width() == masks.get_width() == 3
     assert boxes.get_y() + boxes.get_height() == pytest.approx(masks.get_y()), (
-        "bars of a group are adjacent"
+        "bars of a group must be adjacent"
     )
     assert axes.yaxis.get_inverted()
     assert [x.get_text() for x in axes.get_yticklabels()] == ["one", NAME]
@@ -132,7 +132,7 @@ def test_intervals_on_the_page_and_in_plots_show_the_measured_values():
     for column in (1, 2):
         add_intervals(made, heights, [IntervalRow(NAME, paired, BETTER)], column)
     lay_out_rows(made, heights)
-    assert len(made.layout.shapes) == 2, "each panel marks zero"
+    assert len(made.layout.shapes) == 2, "each panel must mark zero"
     plot = paper_plot(Figure("intervals", "", "", made))
     axes, _ = plot.axes
     ((line, _, (interval,)),) = [x.lines for x in axes.containers if x[0].get_xdata()[0] == 2]
@@ -140,7 +140,7 @@ def test_intervals_on_the_page_and_in_plots_show_the_measured_values():
     assert [x.get_text() for x in axes.get_yticklabels()] == ["dog", NAME]
     assert line.get_marker() == ">" and axes.get_xlim()[0] <= 0
     names = [x.get_text() for x in plot.legends[0].get_texts()]
-    assert names == list(VERDICTS), "each verdict appears once in the legend"
+    assert names == list(VERDICTS), "each verdict must appear once in the legend"
 
 
 def test_traces_on_a_second_axis_are_drawn_behind_the_others():
@@ -177,7 +177,7 @@ def test_the_page_gets_the_complete_figure_with_its_script_escaped():
 
 @pytest.mark.parametrize("colour", [BLACK, "#0072b2", "#d55e00"])
 def test_a_curve_and_its_band_have_one_colour_in_the_dark_theme(colour):
-    """Replaces colours as the page's script does, with the pattern from that script."""
+    """Replaces colours like the script of the page, with the pattern from that script."""
     band = go.Scatter(x=[0, 1, 0], y=[0, 1, 1], fill="toself", fillcolor=band_colour(colour))
     line = go.Scatter(x=[0, 1], y=[0, 1], line={"color": colour})
     pattern = re.search(r"text\.replace\(/(.+?)/g", FIGURES_JS.read_text())[1]

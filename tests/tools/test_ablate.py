@@ -1,4 +1,4 @@
-"""tools/ablate.py on a Slurm login node, with fake commands that record their arguments."""
+"""tools/ablate.py with fake Slurm commands, the threads of a trial, and the plan of an ablation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ COMMANDS = {
 
 @pytest.fixture
 def tool(capsys, tmp_path):
-    """Returns a function that runs tools/ablate.py and returns exit code, stdout, stderr lines."""
+    """Returns a function that runs tools/ablate.py.
+
+    The function returns the exit code, stdout, and the lines of stderr.
+    """
     spec = importlib.util.spec_from_file_location("ablate_tool", ROOT / "tools" / "ablate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -106,7 +109,7 @@ def test_trials_share_the_cores_unless_the_user_sets_the_threads(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [Cluster(jobs=jobs).threads for jobs in (1, 5, 99)] == [12, 2, 1]
-    assert Cluster("slurm").threads == 0, "the nodes may have other cores"
+    assert Cluster("slurm").threads == 0, "the nodes may have more or fewer cores"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert [Cluster(jobs=jobs).threads for jobs in (1, 5)] == [0, 0]
 
@@ -118,13 +121,13 @@ def test_a_trial_uses_its_number_of_threads(monkeypatch):
         run_trial.TrialJob(None, 0, 5)()
         assert torch.get_num_threads() == 5
         run_trial.TrialJob(None, 0, 0)()
-        assert torch.get_num_threads() == 5, "0 leaves PyTorch's setting"
+        assert torch.get_num_threads() == 5, "0 must not change PyTorch's setting"
     finally:
         torch.set_num_threads(before)
 
 
 def test_a_plan_has_a_line_for_each_variant(tool, tmp_path):
-    """A finished trial shows its metric, a failed one its error below the table."""
+    """The table shows the metrics of finished trials. Errors of failed trials are below it."""
     content = yaml.safe_load((tmp_path / "one.yaml").read_text())
     content |= {"SEEDS": [1, 2, 3], "VARIANTS": {"bce": {}, "again": {"SOLVER": {"GAMMA": 0.5}}}}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(content))

@@ -1,4 +1,4 @@
-"""tools/check_dataset.py as a user runs it, and train_net.py on a broken data set."""
+"""The command line of tools/check_dataset.py, and train_net.py with a broken data set."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_different_images_with_the_same_name_are_refused(tmp_path, run_tool):
     (data.folder / "night").mkdir()
     flags = ("--json", data.json_file, "--images", data.images, data.folder / "night")
     (data.folder / "night" / "2.png").write_bytes(data.path(2).read_bytes())
-    assert run_tool(*flags)[0] == 0  # a copy
+    assert run_tool(*flags)[0] == 0  # the same image in both folders
     (data.folder / "night" / "2.png").write_bytes(data.path(4).read_bytes())
     code, _, err = run_tool(*flags)
     assert code == 2 and "different images with the same name" in err and err.count("\n") == 1

@@ -19,13 +19,16 @@ from mask_head_plugin.comparison.zoo import ZOO_MODELS, find_config
 
 CONFIG = str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml")
 NUM_IMAGES = 16
-# So few images have only about 30 confident detections; a low threshold gives enough of them.
+# Only about 30 detections in so few images are confident. With a low threshold, there are enough.
 MANY = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0005"]
 JOB = ["--config", CONFIG, "--weights", CHECKPOINT]
 
 
 def tool(capsys, *args):
-    """Runs tools/compare_zoo.py in this process; returns exit code, stdout, last line of stderr."""
+    """Runs tools/compare_zoo.py in this process.
+
+    Returns the exit code, stdout, and the last line of stderr.
+    """
     spec = importlib.util.spec_from_file_location("compare_tool", ROOT / "tools/compare_zoo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,8 +52,8 @@ def test_identical_weights_are_reported_as_equal(result):
     agreement = found.agreement
     assert agreement.images == NUM_IMAGES and agreement.confident >= 100
     assert agreement.images_with_other_set == agreement.far_mask_pixels == 0
-    # The two models compute masks differently: a difference of exactly 0 would mean that one model
-    # ran twice.
+    # The two models compute masks differently. A difference of exactly 0 would mean that the same
+    # model ran twice.
     assert agreement.score < 1e-4 and agreement.box < 1e-3 and 0 < agreement.mask_prob
     written = json.loads((output / "comparison.json").read_text())
     assert written["verdict"] == "equal" and written["agreement"]["score"] == agreement.score
@@ -81,7 +84,7 @@ def test_the_markdown_report_links_valid_pictures(result):
     pictures = sorted((output / "pictures").iterdir())
     assert len(pictures) == max(3, min(6, len(found.differing)))
     for path in pictures:
-        assert cv2.imread(str(path)).shape == (316, 1170, 3)  # three panels of 3 x (96, 128)
+        assert cv2.imread(str(path)).shape == (316, 1170, 3)  # three panels of 288 x 384 pixels
         assert f"](pictures/{path.name})" in text
 
 

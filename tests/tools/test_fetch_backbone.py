@@ -1,4 +1,4 @@
-"""tools/fetch_backbone.py, without network: weights under timm's names, and refused files."""
+"""tools/fetch_backbone.py gives weights the names of timm and refuses wrong files (no network)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/install_detectron2.py, without network: repacking, and messages for common problems."""
+"""tools/install_detectron2.py repacks a wheel and explains common problems (no network)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/show_training_images.py: a picture of what training sees, and one-line errors."""
+"""tools/show_training_images.py draws training images and reports errors in one line."""
 
 from __future__ import annotations
 

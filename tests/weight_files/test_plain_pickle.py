@@ -1,4 +1,4 @@
-"""plain_pickle needs no torch or detectron2, its examples are correct, and it limits memory."""
+"""plain_pickle works without torch and detectron2, has correct examples, and limits memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REPEATED = {
     # every call copies a text of a million bytes
     "encoded text": b"\x80\x02" + ENCODE + b"q\0" + text(10**6) + b"\x8c\x06latin1\x86q\1]("
     + b"h\0h\1R" * 3000 + b"e.",
-    # as many references as there are pairs in the list
+    # every call creates a dictionary with an entry for each pair in the list
     "dictionaries": b"\x80\x02" + ORDERED + b"q\0](" + b"".join(
         b"]M%ba" % struct.pack("<H", k) + b"Na" for k in range(5_000)
     ) + b"eq\1\x85q\2](" + b"h\0h\2R" * 3000 + b"e.",
@@ -76,7 +76,7 @@ def test_an_array_that_numpy_pickles_twice_can_be_read():
         b"]]q\0ah\0K\1a\x86.",  # a list in a list
         b"}q\0\x85q\1h\0K\1Ns.",  # a dictionary
         ORDERED + b")Rq\0\x85h\0}b\x86.",
-        ORDERED + b"q\1]q\0\x85Rh\0K\1a\x86.",  # an argument
+        ORDERED + b"q\1]q\0\x85Rh\0K\1a\x86.",  # an argument of a function
     ],
 )
 def test_a_container_within_another_cannot_be_filled(content):
@@ -131,7 +131,7 @@ def test_a_shape_is_checked_before_it_is_multiplied(shape, told):
     ],
 )
 def test_arrays_are_only_created_in_the_way_numpy_pickles_them(made):
-    """detectron2 reads proposals again, with NumPy's functions."""
+    """After the check, detectron2 reads proposals with NumPy's functions, which must be safe."""
     state = b"(K\1K\1\x85" + FLOAT + b"\x89U\4\0\0\0\0tb."
     usual = RECONSTRUCT + b"K\0\x85U\1b\x87R"
     assert read_plain_pickle(io.BytesIO(b"\x80\x02" + usual + state)).tolist() == [0]

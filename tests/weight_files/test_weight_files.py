@@ -1,4 +1,4 @@
-"""Untrusted files load with equal values, or are refused by name without running any code."""
+"""Untrusted files load with equal values or are refused by name. Their code never runs."""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ def doubled(number: int) -> list:
 
 @pytest.mark.parametrize("changed", ["zip64", "zip"])
 def test_a_file_that_torch_and_zipfile_would_read_differently_is_refused(tmp_path, changed):
-    """Two archives of the same length; torch reads the first, and zipfile the second."""
+    """The file consists of two archives of equal length; torch would read only the first, and
+    zipfile only the second."""
     good = torch_bytes({"model": WEIGHTS}) if changed == "zip64" else torch_archive_of(WEIGHTS)
     (tmp_path / "good.pth").write_bytes(good)
     assert torch.equal(read_checkpoint(tmp_path / "good.pth")["model"]["w"], WEIGHTS["w"])
@@ -337,7 +338,7 @@ def torch_bytes(value, **kwargs) -> bytes:
 
 
 def changed_record(content: bytes, change) -> bytes:
-    """Returns a torch file with a changed pickle."""
+    """Returns a copy of a torch file whose pickle has been passed through ``change``."""
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         records = [(x.filename.partition("/")[2], file.read(x)) for x in file.infolist()]
     return archive(
@@ -357,7 +358,7 @@ def compressed_bomb() -> bytes:
 
 def lie_about_size() -> bytes:
     content = torch_bytes({"w": torch.arange(4.0)})
-    # Both sizes of the storage in the central directory, at the end.
+    # Change the two sizes that the central directory, at the end of the file, has for the storage.
     at = content.rindex(b"archive/data/0") - 46
     claim = struct.pack("<II", 2_000_000_000, 2_000_000_000)
     assert content[at : at + 4] == b"PK\x01\x02"
@@ -592,7 +593,7 @@ def assert_equal(found):
 @pytest.mark.parametrize("name", ["model_final.pkl", "model_final", "model_final.pth"])
 def test_pickles_of_the_zoo_load_with_equal_values(tmp_path, protocol, name):
     content = pickle.dumps({"model": ARRAYS, "__author__": "zoo"}, protocol=protocol)
-    # The zoo's files use NumPy 1's name of its core module.
+    # Files of the zoo contain the name that the core module has in NumPy 1.
     if protocol < 2:
         content = content.replace(b"numpy._core", b"numpy.core")
     (tmp_path / name).write_bytes(content)
@@ -769,7 +770,7 @@ def test_detectron2_reads_proposals_that_passed(tmp_path):
 )
 def test_configs_run_no_code_and_download_nothing(tmp_path, monkeypatch, content, told):
     def opened(*_, **__):
-        raise AssertionError("the network was asked")
+        raise AssertionError("a connection was opened")
 
     monkeypatch.setattr("socket.create_connection", opened)
     (tmp_path / "a.yaml").write_text(content)
