@@ -103,11 +103,12 @@ class Case:
     Attributes:
         name: name of the case.
         kind: kind of the finding that must be reported.
-        break_it: changes the data set; returns the text to write if it is not the content as JSON.
+        break_it: function that changes the data set; returns the text of the annotation file, or
+            None to write the changed content as JSON.
         image_id: image id that the finding must name.
         annotation_id: annotation id that the finding must name.
-        after_fix: whether a corrected copy still has the record: "kept", "left out", or "none" if
-            no such copy can be made.
+        after_fix: "kept" or "left out", depending on whether a corrected copy still contains the
+            record; "none" if no corrected copy can be made.
     """
 
     name: str
@@ -122,7 +123,10 @@ CASES: list[Case] = []
 
 
 def case(kind: str, *ids: Any, name: str = "", after_fix: str = "kept") -> Callable[[Break], Break]:
-    """Registers the decorated function as a way to break the data set."""
+    """Registers the decorated function as a case.
+
+    ``ids`` are the image id and the annotation id that the finding must name, if any.
+    """
 
     def add(break_it: Break) -> Break:
         label = name or break_it.__name__.strip("_")
@@ -668,7 +672,7 @@ def mask_is_below_a_pixel(data):
 
 
 def _runs(name: str, kind: str, mask: Any, after_fix: str = "left out") -> None:
-    """Registers a case with run lengths as the mask of annotation 13, box [0, 0, 20, 30]."""
+    """Registers a case in which annotation 13 has this mask and the box [0, 0, 20, 30]."""
 
     def break_it(data: DataSet) -> None:
         data.annotation(13).update(bbox=[0, 0, 20, 30], segmentation=copy.deepcopy(mask))
@@ -718,7 +722,7 @@ def crowd_is_a_polygon(data):
 
 
 def many_objects(data):
-    """Replaces all objects of the data set with twelve others, and returns them."""
+    """Replaces all objects of the data set with twelve new ones; returns the new ones."""
     for number in range(12):
         x0, y0 = 5 + number, 5 + number
         annotation = {"id": 100 + number, "image_id": 1, "category_id": 3 + 4 * (number % 2)}
@@ -792,7 +796,7 @@ VALUES = st.one_of(
 
 
 def containers(value):
-    """Returns all objects and lists within parsed JSON."""
+    """Returns ``value``, parsed from JSON, and all objects and lists nested in it."""
     children = value.values() if isinstance(value, dict) else value
     below = [x for child in children if isinstance(child, dict | list) for x in containers(child)]
     return [value, *below]

@@ -38,7 +38,7 @@ CHECKPOINT = ROOT / "checkpoints" / "mask_rcnn_shapes.safetensors"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 EMBEDDED_IMAGES = {"train": 20, "val": 60}
-"""Number of images of the embedded data set that the tests use."""
+"""Number of images of the embedded data set that the tests use, by split."""
 
 STOCK_NAMES = {
     "PerClassMaskROIHeads": "StandardROIHeads",
@@ -73,7 +73,10 @@ def _run_from_the_root() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _embedded_images(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Draws only part of the embedded data set, also for child processes: all of it takes 20 s."""
+    """Draws only part of the embedded data set, because drawing all of it takes 20 s.
+
+    Child processes find the images in DETECTRON2_DATASETS.
+    """
     os.environ["DETECTRON2_DATASETS"] = str(tmp_path_factory.mktemp("datasets"))
     for split, count in EMBEDDED_IMAGES.items():
         shapes.NUM_IMAGES[split] = count
@@ -86,14 +89,14 @@ def _embedded_images(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Uses one thread: test tensors are small, and a second thread only waits on a busy machine."""
+    """Uses one thread: tensors are small, and on a busy machine, a second thread only waits."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _yaml_is_parsed_once() -> Iterator[None]:
-    """Caches parsed YAML: tests load the same config files hundreds of times, 20 ms for each."""
+    """Caches parsed YAML: tests load the same files hundreds of times, which takes 20 ms each."""
 
     def remembered(parse: Callable[..., Any], copied: Callable[[Any], Any]) -> Callable[..., Any]:
         known: dict[Any, Any] = {}
@@ -123,11 +126,11 @@ def _float32_on_a_gpu() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _logs_reach_pytest(monkeypatch) -> None:
-    """Lets logs reach caplog, and nothing else, regardless of what earlier tests have set.
+    """Makes logs reach caplog, and removes handlers that write to closed outputs.
 
-    setup_logger stops the propagation of logs, and detectron2's trainer calls it unless INFO is
-    enabled; benchmarks silence the plugin's log. setup_logger and the basicConfig of tools also add
-    handlers, which then write to the closed output of the test that called them.
+    detectron2's trainer calls setup_logger unless INFO is enabled, and setup_logger stops the
+    propagation of logs. Benchmarks silence the plugin's log. setup_logger and the tools, which call
+    basicConfig, add handlers to the output of the current test, which is closed afterwards.
     """
     logging.getLogger("detectron2").setLevel(logging.DEBUG)
     logging.getLogger("mask_head_plugin").setLevel(logging.NOTSET)
@@ -150,7 +153,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs kernels loaded by a test on the CPU; undoes changes that Triton before 3.3 leaves."""
+    """Makes kernels that a test loads run on the CPU; undoes what Triton before 3.3 changes."""
     triton = pytest.importorskip("triton")
     importlib.import_module("mask_head_plugin.ops.roi_pooling_triton")  # its kernels stay compiled
     language = triton.language
@@ -204,7 +207,7 @@ class CountOperators(TorchDispatchMode):
 
 
 def small_config(name: str, *opts: str) -> CfgNode:
-    """Returns a config of configs/ with a network that trains in an instant."""
+    """Returns a config from configs/ with a network so small that it trains almost instantly."""
     return load_config(str(CONFIGS / name), [*SMALL_RESNET, *opts])
 
 
@@ -240,7 +243,7 @@ def random_instances(
     mask_format: str,
     dtype: torch.dtype = torch.float32,
 ) -> Instances:
-    """Returns ground truth: boxes at least 8 pixels wide, each with an octagon."""
+    """Returns ground truth: boxes with sides of at least 8 pixels, each with an octagonal mask."""
     height, width = image_hw
     size = rng.uniform(8, min(image_hw) * 0.7, (num_instances, 2))
     corner = rng.uniform(0, 1, (num_instances, 2)) * (np.array([width, height]) - size)
@@ -284,7 +287,7 @@ def copy_instances(instances: list[Instances]) -> list[Instances]:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Returns the largest difference divided by the largest expected value."""
+    """Returns the largest absolute difference divided by the largest absolute expected value."""
     scale = expected.abs().max().item() if expected.numel() else 0.0
     difference = (actual - expected).abs().max().item() if expected.numel() else 0.0
     return difference / max(scale, torch.finfo(expected.dtype).tiny)

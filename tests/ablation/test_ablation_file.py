@@ -1,4 +1,4 @@
-"""Ablation files: the paper's rows, and errors that name file, variant and key."""
+"""Ablation files: the rows of the paper's tables; errors that name the file, variant and key."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_every_variant_is_a_config_that_passes_the_check(file, size, tmp_path):
     assert ablation.baseline in ablation.configs and set(ablation.paper) <= set(ablation.configs)
     for cfg in ablation.configs.values():
         cfg.OUTPUT_DIR = str(tmp_path)
-        cfg.MODEL.TIMM.CHECKPOINT = ""  # a real run fetches it first
+        cfg.MODEL.TIMM.CHECKPOINT = ""  # the file must be fetched before a real run
         check_config(cfg, train=True)
     texts = {cfg.dump() for cfg in ablation.configs.values()}
-    assert len(texts) == len(ablation.configs), "all variants differ"
+    assert len(texts) == len(ablation.configs), "two variants have the same config"
 
 
 def test_table_2c_sets_both_heads():

@@ -1,4 +1,4 @@
-"""How many seeds and images a plan needs."""
+"""Estimates of how many seeds and images an ablation needs."""
 
 from __future__ import annotations
 

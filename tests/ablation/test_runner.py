@@ -1,4 +1,4 @@
-"""Trials of an ablation: planned, run, failed, interrupted, resumed."""
+"""Trials of an ablation: planning, running, failures, interruptions and resuming."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DEBUG = Cluster("debug")
 
 @pytest.fixture(scope="module")
 def six_images(tmp_path_factory):
-    """Returns overrides that reduce a run of the shapes config to seconds."""
+    """Returns overrides that shorten a run of the shapes config to a few seconds."""
     folder = tmp_path_factory.mktemp("six")
     for split in ("train", "val"):
         shapes.write_split(folder, split, 6)
@@ -82,7 +82,7 @@ def fake_training(monkeypatch):
         loss = cfg.MODEL.ROI_MASK_HEAD.LOSSES[0][0]
         asked.append((loss, cfg.SEED))
         if (loss, cfg.SEED) in train.broken:
-            raise RuntimeError("out of luck")
+            raise RuntimeError("simulated failure")
         if (loss, cfg.SEED) in train.interrupted:
             raise KeyboardInterrupt
         folder = Path(cfg.OUTPUT_DIR)
@@ -252,11 +252,11 @@ def test_a_failed_trial_does_not_stop_the_others_and_runs_again(ablation, tmp_pa
     run(trials, DEBUG, ended.append)
     assert ended == trials
     assert [t.is_finished for t in trials] == [True, False, True, True]
-    assert trials[1].record()["error"] == "RuntimeError: out of luck"
+    assert trials[1].record()["error"] == "RuntimeError: simulated failure"
     train.broken = set()
     asked.clear()
     run(trials_of(ablation, tmp_path), DEBUG)
-    assert asked == [("dice", 1)], "only the failed trial"
+    assert asked == [("dice", 1)], "only the failed trial must run again"
     assert all(t.is_finished for t in trials)
 
 
@@ -271,7 +271,7 @@ def test_after_an_interruption_finished_trials_are_kept(ablation, tmp_path, fake
     assert asked == [("binary_cross_entropy", 2), ("dice", 2)]
 
 
-def test_a_trial_that_another_process_is_running_is_waited_for(ablation, tmp_path, fake_training):
+def test_a_trial_running_in_another_process_is_waited_for(ablation, tmp_path, fake_training):
     _, asked = fake_training
     trial = trials_of(ablation, tmp_path)[0]
     trial.folder.mkdir(parents=True)
@@ -282,7 +282,7 @@ def test_a_trial_that_another_process_is_running_is_waited_for(ablation, tmp_pat
         assert asked == []
         write_record(trial, {"status": "finished"})
     thread.join()
-    assert asked == [], "the other process has finished it"
+    assert asked == [], "a trial that the other process has finished must not run again"
 
 
 def test_the_estimate_uses_the_measured_speed_of_the_trials(ablation, tmp_path, fake_training):
@@ -291,13 +291,15 @@ def test_the_estimate_uses_the_measured_speed_of_the_trials(ablation, tmp_path, 
     assert estimate_seconds(trials, Cluster(jobs=2)) == pytest.approx(2 * 3 * 1.5 / 2)
 
 
-def test_without_a_measured_speed_a_few_iterations_are_timed_in_silence(ablation, tmp_path, capfd):
-    """detectron2 would print the whole model above the plan."""
+def test_without_a_measured_speed_a_few_iterations_are_timed_without_output(
+    ablation, tmp_path, capfd
+):
+    """Otherwise, detectron2 would print the whole model above the plan."""
     trials = trials_of(ablation, tmp_path)
     assert 0 < estimate_seconds(trials, Cluster()) < 300
     assert capfd.readouterr() == ("", "")
     assert estimate_seconds(trials, Cluster("slurm", num_gpus=99)) is None, (
-        "this machine lacks those GPUs"
+        "without the requested GPUs, no estimate is possible"
     )
 
 
@@ -334,7 +336,7 @@ def test_the_device_depends_on_the_gpus_requested_for_a_trial(ablation, tmp_path
 
 
 def test_parallel_trials_train_and_a_failed_one_is_reported(ablation, tmp_path):
-    """Runs the whole tool with real training: one variant uses the user's loss, one diverges."""
+    """Runs the tool with real training: one variant uses a user's loss, and one diverges."""
     content = yaml.safe_load(ablation.read_text())
     content["SEEDS"] = [1]
     files = content["SIZES"]["shapes"]["OVERRIDES"]["DATASETS"]["COCO_FILES"]

@@ -1,4 +1,4 @@
-"""The analysis tool as a user runs it: its pages for all kinds of runs, and its errors."""
+"""The analysis tool as a user runs it: its pages for different runs, and its errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_run(folder, content, results, name="run"):
 
 
 def worse(result):
-    """Removes the middle of every mask and turns cats into birds, in every second image."""
+    """In every second image, removes the middle of each mask and turns cats into birds."""
     if result["image_id"] % 2:
         mask = decode(result)
         x, y, w, h = (int(v) for v in result["bbox"])
@@ -54,9 +54,10 @@ def worse(result):
 
 
 def tool(capsys, *args, plots=None):
-    """Runs tools/analyze.py in this process; returns exit code, stdout, stderr.
+    """Runs tools/analyze.py in this process; returns the exit code, stdout and stderr.
 
-    Saving figures for papers takes seconds, so ``plots`` receives them by name instead.
+    Does not save the figures for papers, which would take seconds. If ``plots`` is a dict, the
+    figures are added to it by name.
     """
 
     def draw(figures, folder):
@@ -117,12 +118,12 @@ def test_a_comparison_with_another_run_gives_every_difference_an_interval(tmp_pa
     ap = by_key["segm", "AP", "AP", 0]
     assert ap["other"] == 100 and ap["difference"] == pytest.approx(ap["value"] - 100)
     assert ap["low"] <= ap["difference"] <= ap["high"] < 0 and ap["finding"] == "worse"
-    # For errors, a larger loss of AP is worse.
+    # The figure of an error is the AP that it costs, so a larger figure is worse.
     assert by_key["bbox", "error", "class", 0.5]["finding"] == "worse"
     assert by_key["bbox", "error", "class", 0.5]["difference"] > 0
     assert by_key["segm", "class AP", "cat", 0]["difference"] < -40
     for name in ("compared-sizes", "compared-by-class", "errors", "confusion", "error-maps"):
-        assert plots[name].axes, "is also drawn for papers"
+        assert plots[name].axes, f"{name} is not drawn for papers"
     page = (tmp_path / "out" / "analysis.html").read_text()
     assert "Images that changed most" in page and "this run: F1" in page
     same = tool(capsys, good, "--compare", good, *args)
@@ -188,7 +189,7 @@ MISFITS = {
 
 
 def with_first(**changed):
-    """Returns annotations whose first object has other values."""
+    """Returns CONTENT with some values of its first annotation changed."""
     first, *others = CONTENT["annotations"]
     return {**CONTENT, "annotations": [{**first, **changed}, *others]}
 

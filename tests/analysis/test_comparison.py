@@ -1,4 +1,4 @@
-"""Comparison of two runs: resampled figures equal those of images that are actually repeated."""
+"""Comparison of two runs: resampled figures equal those of a data set with repeated images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def analysis_of(folder, content, results, name="run"):
 
 
 def repeated(content, results, weights):
-    """Returns content and results with each image repeated as often as its weight says."""
+    """Returns content and results in which each image occurs as often as its weight."""
     images, objects, detections = [], [], []
     for image, count in zip(content["images"], weights, strict=True):
         for _ in range(count):
@@ -81,7 +81,8 @@ def shown_figures(analysis: Analysis) -> dict[Key, float]:
 
 def test_resampled_figures_equal_those_of_repeated_images(tmp_path):
     content = crowded_content(NUM_IMAGES)
-    content["annotations"] = content["annotations"][:-3]  # so that images differ in their objects
+    # Images must differ in their number of objects.
+    content["annotations"] = content["annotations"][:-3]
     results = perfect(content, spoilt)
     weights = np.array([[1] * NUM_IMAGES, [2, 0, 1, 0, 2, 1]], np.int32)
     drawn = resampled_figures(analysis_of(tmp_path, content, results), weights)
@@ -91,7 +92,7 @@ def test_resampled_figures_equal_those_of_repeated_images(tmp_path):
         values = {key: drawn[key][number] for key in expected}
         assert values == pytest.approx(expected, abs=1e-9, nan_ok=True)
         others = [drawn[key][number] for key in set(drawn) - set(expected)]
-        assert np.isnan(others).all(), "classes and objects that were not drawn have no figure"
+        assert np.isnan(others).all(), "classes and objects that were not drawn must be NaN"
 
 
 def test_intervals_are_percentiles_of_paired_draws_and_exclude_training_noise(tmp_path):

@@ -29,7 +29,7 @@ def analysis_of(tmp_path):
 
 
 def sentences_starting(sentences, *starts):
-    """Returns the one sentence that begins with each of `starts`."""
+    """Returns, for each of `starts`, the only sentence that begins with it."""
     found = [[x for x in sentences if x.startswith(start)] for start in starts]
     assert [len(x) for x in found] == [1] * len(starts), sentences
     return [x[0] for x in found]
@@ -104,7 +104,7 @@ def test_two_swapped_classes_are_diagnosed_as_confused(analysis_of):
 
 
 def test_halved_scores_of_a_class_are_found_and_halve_its_threshold(analysis_of):
-    """AP cannot show this, because it only ranks detections within a class."""
+    """AP cannot show this, because it depends only on the order of detections within a class."""
 
     def halve(result):
         if result["category_id"] == 2:

@@ -1,4 +1,4 @@
-"""Kinds of errors: each synthetic mistake gets its kind, and repairing it restores the lost AP."""
+"""Kinds of errors: each synthetic mistake is classified, and its repair restores the lost AP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ A, B = rectangle(10, 10, 40, 40), rectangle(80, 60, 40, 40)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Returns a difficult data set, its results and the metrics of the evaluation."""
+    """Returns a difficult data set, detections, and the metrics that the evaluation computes."""
     content, results = make_coco(4, num_images=12)
     path = tmp_path_factory.mktemp("made") / "truth.json"
     path.write_text(json.dumps(content))
@@ -62,8 +62,7 @@ def test_a_lost_object_is_regained_only_by_the_repair_of_its_error(tmp_path, kin
     content = objects_of([(1, 1, A), (1, 1, B)])
     findings = findings_of(tmp_path, content, CASES[kind])
     assert counts(findings, task) == {kind: 1}
-    # One object of two is found: precision is 1 up to recall 0.5, which covers 51 of the 101
-    # recalls.
+    # One of two objects is found, so precision is 1 up to recall 0.5, at 51 of the 101 recalls.
     assert findings.value(task, "AP", "AP50") == pytest.approx(5100 / 101)
     expected = {name: 0.0 for name in KINDS} | {kind: 100 - 5100 / 101}
     assert won(findings, task) == pytest.approx(expected)
@@ -88,12 +87,12 @@ def test_a_duplicate_lowers_the_precision_of_all_lower_scores(tmp_path):
     results = [detection(1, 1, A, 0.9), detection(1, 1, A, 0.8), detection(1, 1, B, 0.7)]
     findings = findings_of(tmp_path, content, results)
     assert counts(findings) == {"duplicate": 1}
-    # 51 recalls have precision 1, and 50 have 2/3.
+    # Precision is 1 at 51 recalls and 2/3 at the other 50.
     assert findings.value("bbox", "AP", "AP50") == pytest.approx((5100 + 5000 * 2 / 3) / 101)
     assert won(findings)["duplicate"] == pytest.approx(5000 / 3 / 101)
 
 
-def test_of_two_errors_about_one_object_only_one_is_repaired(tmp_path):
+def test_only_one_of_two_errors_about_an_object_is_repaired(tmp_path):
     content = objects_of([(1, 1, A), (1, 1, B)])
     shifted = [detection(1, 1, np.roll(B, k, 1), score) for k, score in ((20, 0.8), (22, 0.7))]
     findings = findings_of(tmp_path, content, [detection(1, 1, A), *shifted])
@@ -112,7 +111,7 @@ def test_a_detection_within_a_crowd_is_not_an_error(tmp_path):
 def test_a_rough_mask_in_a_correct_box_is_an_error_of_masks_only(tmp_path):
     content = objects_of([(1, 1, A)])
     rough = A.copy()
-    rough[11:49, 11:40] = 0  # a frame, with A's box
+    rough[11:49, 11:40] = 0  # leaves a frame with the same box as A
     findings = findings_of(tmp_path, content, [detection(1, 1, rough)])
     assert counts(findings) == {} and counts(findings, "segm") == {"location": 1}
 

@@ -67,7 +67,7 @@ def test_a_second_model_gets_the_same_box(predictor, stages):
 
 
 def made_stages(name: str, *opts: str):
-    """Runs an untrained model on an image that the model enlarges."""
+    """Returns an untrained predictor and its stages for an image that it enlarges."""
     rare = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "3"]
     torch.manual_seed(0)
     made = BGRPredictor(small_config(name, *rare, *opts))
@@ -126,7 +126,9 @@ def test_the_circled_pixel_of_the_mask_is_claimed_by_the_most_classes():
     chosen = [[0.9, 0.8, 0.4], [0.6, 0.9, 0.1]]
     others = [[0.2, 0.7, 1.0], [0.1, 0.6, 0.9]]
     assert claimed_pixel(torch.tensor([others, chosen]), 1) == (0, 1)
-    assert claimed_pixel(torch.tensor([others, chosen]) / 3, 1) == (1, 1), "the mask is empty"
+    assert claimed_pixel(torch.tensor([others, chosen]) / 3, 1) == (1, 1), (
+        "an empty mask is represented by its maximum"
+    )
 
 
 def test_all_pictures_fit_a_page_and_have_descriptions(tmp_path):
@@ -219,7 +221,9 @@ def test_weights_trained_without_softmax_are_reported(tmp_path, caplog, loss):
     explain_module._warn_of_other_losses(weights)
     (tmp_path / "config.yaml").write_text("no: config")
     explain_module._warn_of_other_losses(weights)
-    assert "--softmax-weights" not in caplog.text, "nothing to warn about without a readable config"
+    assert "--softmax-weights" not in caplog.text, (
+        "without a readable config, there must be no warning"
+    )
     (tmp_path / "config.yaml").write_text(cfg.dump())
     explain_module._warn_of_other_losses(weights)
     told = [x for x in caplog.messages if loss in x and str(tmp_path / "config.yaml") in x]

@@ -1,4 +1,4 @@
-"""Oracles: each one is exact where only its branch is wrong, and ignores all other errors."""
+"""Oracles: each one repairs all errors of its branch and no other errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_if_only_boxes_are_wrong_perfect_boxes_give_100_for_boxes_and_masks(tmp_
     content = crowded_content()
 
     def spoil(result):
-        """Cuts off the left fifth of the box and of the mask within."""
+        """Cuts off the left fifth of the box and of the mask."""
         x, y, w, h = result["bbox"]
         cut = w // 5
         result["bbox"] = [x + cut, y, w - cut, h]
@@ -107,7 +107,7 @@ def test_tied_scores_keep_the_order_of_the_file_as_in_the_evaluation(tmp_path):
 
 
 def test_detections_of_overlapping_objects_keep_the_object_they_matched(tmp_path):
-    """The second box is nearer to the first object, which the better detection has matched."""
+    """The second box is nearer to the first object, which the other detection has matched."""
     first, second = rectangle(20, 20, 40, 40), rectangle(26, 20, 40, 40)
     content = objects_of([(1, 1, first), (1, 1, second)])
     results = [detection(1, 1, first, 0.9), detection(1, 1, rectangle(22, 20, 40, 40), 0.8)]

@@ -54,7 +54,7 @@ def test_the_cells_of_a_roi_pool_bin_are_those_that_can_be_its_maximum(box):
 @pytest.mark.parametrize("box", BOXES)
 @pytest.mark.parametrize("way", ["RoIWarp", "RoIAlign"])
 def test_the_mean_over_the_sample_points_equals_the_operators_output(way, box):
-    """The reference, grid_sample, measures from outer edges, as the picture does."""
+    """The reference, grid_sample, measures from the edges of the map, as the picture does."""
     reads = pooling_reads(way, np.array(box), MAP_HW, BINS, RATIO)
     assert reads.y.samples.shape == (BINS, RATIO)
     feature = made_map()
@@ -79,7 +79,7 @@ def test_each_sample_point_is_interpolated_from_the_cells_around_it(way):
 
 
 def test_only_rounding_operators_move_the_box_and_by_less_than_two_cells():
-    """3.3, 4.6, 14.9, 11.2 round to 3, 5, 15, 11, and the last cells belong to the box."""
+    """3.3, 4.6, 14.9, 11.2 round to 3, 5, 15, 11; cells 15 and 11 still belong to the box."""
     box = np.array(BOXES[0])
     for way in WAYS:
         used = pooling_reads(way, box, MAP_HW, BINS, RATIO).box
@@ -89,4 +89,4 @@ def test_only_rounding_operators_move_the_box_and_by_less_than_two_cells():
 
 def test_a_bin_is_centred_on_its_cells():
     reads = pooling_reads("RoIPool", np.array([2.0, 4.0, 7.0, 9.0]), (20, 20), 3, 0)
-    np.testing.assert_allclose(reads.bin_centre(0, 2), [7.0, 5.0])  # cells 6, 7 across; 4, 5 down
+    np.testing.assert_allclose(reads.bin_centre(0, 2), [7.0, 5.0])  # columns 6, 7 and rows 4, 5

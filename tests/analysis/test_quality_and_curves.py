@@ -79,7 +79,7 @@ def test_offsets_are_measured_at_the_edges_of_found_objects_only(tmp_path):
 
 
 def test_the_best_threshold_lies_between_the_last_hit_and_the_first_miss(tmp_path):
-    """Hits at 0.9 and 0.8, a miss at 0.6 and a hit at 0.3: F1 is 4/5, 4/6, then 6/7."""
+    """F1 is 4/5 after hits at 0.9 and 0.8, 4/6 after a miss at 0.6, and 6/7 after a hit at 0.3."""
     objects = [(1, 1, A), (1, 1, B), (2, 1, A), (2, 2, B)]
     results = [
         detection(1, 1, A, 0.9),
@@ -166,4 +166,4 @@ def test_ap_by_density_is_computed_on_the_images_of_that_density(tmp_path):
     one, many = ap_by_density(assign(scene, "segm", 100).matches)
     assert (one.name, one.images, one.ap) == ("1", 1, 100)
     assert (many.name, many.objects) == ("8 to 15", 9)
-    assert many.ap == pytest.approx(4500 / 101)  # recalls 0 to 0.44
+    assert many.ap == pytest.approx(4500 / 101)  # precision is 1 at recalls 0 to 0.44

@@ -1,4 +1,4 @@
-"""The mask branch trained alone: it learns, is reproducible, and selects classes."""
+"""Training of the mask branch alone: it learns, is reproducible, and selects the right class."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_head_learns_masks_contained_in_its_features(alone, objects, schedule,
     assert alone.mask_iou(logits > 0, objects.targets).mean() > 0.9
 
 
-def test_only_the_seed_decides_the_trained_head(alone, objects, schedule):
+def test_the_trained_head_depends_only_on_the_seed(alone, objects, schedule):
     short = alone.Schedule(**{**vars(schedule), "iterations": 3})
     first, again, other = (
         alone.predict(alone.train_head(objects, 2, s, short), objects) for s in (1, 1, 2)
@@ -53,7 +53,7 @@ def test_own_class_logits_equal_those_selected_from_all_classes(alone, objects, 
     assert torch.allclose(alone.predict(head, objects), own, atol=1e-6)
 
 
-def test_training_is_observed_from_before_the_first_update(alone, objects, schedule):
+def test_the_observer_is_called_before_the_first_update_and_after_each(alone, objects, schedule):
     seen = []
     short = alone.Schedule(**{**vars(schedule), "iterations": 2})
     alone.train_head(objects, 1, 1, short, on_iteration=lambda k, head, loss: seen.append(k))

@@ -109,11 +109,11 @@ def test_parts_that_fail_hang_or_write_nothing_do_not_affect_the_others(
     assert found["crash"]["status"] == "failed" and "CUDA error" in found["crash"]["told"]
     assert found["hang"]["status"] == "cut off" and "hanging" in found["hang"]["told"]
     assert found["hang"]["results"] == {"rows": [{"a": 1}]}, (
-        "results written before the end are kept"
+        "results written before the process is killed must be kept"
     )
     child = Path("/proc", (folder / "hang.json.pid").read_text(), "status")
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        assert "State:\tZ" in child.read_text(), "its child processes are killed"
+        assert "State:\tZ" in child.read_text(), "its child process must be killed"
     assert found["nothing"]["status"] == "failed" and "no results" in found["nothing"]["told"]
     assert found["half"]["told"] == "exit code 1: no more" and found["half"]["results"] is None
     assert found["good"] | {"seconds": 0} == {
@@ -212,7 +212,7 @@ def test_the_kernel_must_agree_in_all_cases(campaign):
     assert judge(True, True) == ("met", "2 of 2 cases")
     assert judge(True, False) == ("not met", "1 of 2 cases")
     assert judge(True) == ("not met", "1 of 2 cases"), (
-        "an incomplete part does not meet the promise"
+        "an incomplete part must not meet the promise"
     )
     largest_error = load_script("benchmarks/gpu/correctness.py").largest_error
     one, nan = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])

@@ -64,7 +64,7 @@ def test_the_posterior_is_bayes_rule_with_equal_priors():
     np.testing.assert_allclose(found, [near / (near + far), far / (near + far)])
 
 
-def test_the_sigmoids_of_every_class_are_trained_to_be_empty_but_for_one(study):
+def test_the_sigmoids_of_all_other_classes_are_trained_to_be_empty(study):
     """Compares the loss with one binary cross-entropy per class."""
     from every_class import every_class_cross_entropy
 

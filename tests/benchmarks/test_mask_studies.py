@@ -1,4 +1,4 @@
-"""The scripts that read masks in other ways; each runs once from start to end on a few images."""
+"""The scripts that compare ways to read masks from logits, each run once on a few images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ def test_heads_on_the_maps_of_a_model_are_compared_and_trained_once(monkeypatch,
     by_hand = rows["softmax", script.OWN]["iou"] - rows["sigmoid", script.OWN]["iou"]
     assert rows["softmax", script.OWN]["difference"] == pytest.approx(by_hand, abs=0.011)
     assert len(list(work.iterdir())) == 8 and "class-agnostic" in capsys.readouterr().out
-    monkeypatch.setattr(script, "read", lambda *_: pytest.fail("it is trained already"))
+    monkeypatch.setattr(
+        script,
+        "read",
+        lambda *_: pytest.fail("heads that are already trained must not be trained again"),
+    )
     run(script, monkeypatch, *flags)
     assert json.loads(output.read_text())["rows"] == found["rows"]
 
@@ -63,7 +67,10 @@ def few_images():
 
 
 def write_trial(folder, seed: int) -> float:
-    """Writes the embedded model, with logits that depend on the seed; returns its mask AP."""
+    """Writes a finished trial of the embedded model and returns its mask AP.
+
+    The mask logits depend on the seed.
+    """
     opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(CHECKPOINT), "DATALOADER.NUM_WORKERS", "0"]
     opts += ["DATASETS.TEST", f"('{DATASET}',)", "OUTPUT_DIR", str(folder)]
     cfg = load_config(str(CONFIGS / "shapes" / "mask_rcnn_shapes.yaml"), opts)
@@ -77,7 +84,7 @@ def write_trial(folder, seed: int) -> float:
     return Trainer.test(cfg, model)["segm"]["AP"]
 
 
-def test_a_model_read_as_it_was_trained_has_its_ap_and_other_readings_are_compared(
+def test_reading_masks_as_in_training_reproduces_the_ap_and_other_readings_are_compared(
     few_images, monkeypatch, tmp_path, capsys
 ):
     """The softmax model has the sigmoid model's weights, so equal readings give equal masks."""

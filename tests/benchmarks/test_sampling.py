@@ -51,7 +51,7 @@ def test_two_points_equal_the_mean_of_grid_samples_at_their_places(scripts, feat
 
 
 def test_gauss_points_integrate_cubics_but_midpoints_do_not(scripts):
-    """Gauss points are optimal for polynomials, but a bilinear surface is not a polynomial."""
+    """Gauss points are optimal for polynomials, but a map is only piecewise bilinear."""
     case = scripts["case"]
     for offset, is_exact in ((case.GAUSS, True), (case.MIDPOINT, False)):
         mean = ((0.5 - offset) ** 3 + (0.5 + offset) ** 3) / 2
@@ -74,7 +74,7 @@ def test_along_an_axis_the_best_offset_is_the_same_for_all_bins_up_to_one_cell(
 
 
 def test_the_expected_error_equals_that_of_pooling_random_maps(scripts):
-    """Compares the formula with rows of random cells that are pooled in bins of 1.5 cells."""
+    """Compares the formula with pooling rows of random cells in bins of 1.5 cells."""
     rng = torch.Generator().manual_seed(0)
     row = torch.randn(1, 400, 1, 60, generator=rng, dtype=torch.float64).expand(-1, -1, 3, -1)
     x = 5 + 20 * torch.rand(200, generator=rng, dtype=torch.float64)
@@ -96,22 +96,25 @@ def test_the_expected_error_of_two_axes_equals_that_of_pooling_random_maps(scrip
     assert measured.item() == pytest.approx(expected, rel=0.05)
 
 
-def test_a_map_correlates_with_itself_by_distance(scripts):
+def test_the_correlation_of_a_map_with_itself_by_distance(scripts):
     row = torch.tensor([1.0, 1, -1, -1]).repeat(10)
     found = scripts["error"].correlation_of((row[:, None] * row)[None, None])
     assert found[:5] == pytest.approx([1, 0, -1, 0, 1], abs=0.06)
 
 
-def test_edges_rounded_is_roi_align_in_whole_cells(scripts, features):
-    """At half the resolution the edges 4.6, 3.4, 18.2, 24.8 lie nearest to cells 2, 2, 9, 12."""
+def test_rounded_align_is_roi_align_with_edges_at_whole_cells(scripts, features):
+    """At half the resolution, the edges 4.6, 3.4, 18.2, 24.8 round to 2, 2, 9, 12."""
     rois = torch.tensor([[0, 4.6, 3.4, 18.2, 24.8], [0, 6.0, 6.0, 6.2, 6.2]], dtype=torch.float64)
     whole = torch.tensor([[0, 2.0, 2, 9, 12], [0, 3, 3, 4, 4]], dtype=torch.float64)
     actual = scripts["case"].rounded_align(features, rois, 3, 0.5)
     assert torch.allclose(actual, roi_align(features, whole, 3, sampling_ratio=2), atol=1e-12)
 
 
-def test_the_interval_over_images_of_a_mean_is_students(scripts):
-    """The values 1, 2, 3 have mean 2, standard error 1 / sqrt(3), and t = 4.303 (2 degrees)."""
+def test_the_interval_of_a_mean_over_images_uses_students_t(scripts):
+    """The mean of 1, 2, 3 is 2, and its standard error is 1 / sqrt(3).
+
+    Student's t for 2 degrees of freedom is 4.303.
+    """
     values = np.array([1.0, 2.0, 3.0])
     found = scripts["case"].over_images(lambda w: (w @ values) / w.sum(1), 3)
     reach = 4.3027 / math.sqrt(3)
@@ -126,7 +129,7 @@ def test_feature_errors_are_those_of_added_noise(scripts):
 
 
 def test_hand_worked_fractions_of_unread_cells(scripts):
-    """In bins of 2 cells, four samples read every cell; in bins of 8, only half along each axis."""
+    """Four samples read every cell of a bin of 2 cells, but half of 8 cells along each axis."""
     unread = scripts["error"].unread_shares
     assert unread(2.0, (-0.25, 0.25)) == 0
     assert unread(8.0, (-0.25, 0.25)) == pytest.approx(1 - 0.5**2)
@@ -152,7 +155,7 @@ def test_an_unchanged_object_has_not_moved(scripts):
 def test_statistics_weight_images_by_how_often_they_are_drawn(scripts):
     values = scripts["training"].statistics(np.array([[1.0, 0.0, 0.6]]), np.array([0, 0, 1]))
     assert values["mean IoU"][0, 0] == pytest.approx(100 * 1.6 / 3)
-    # With two images, a draw contains the first twice, both, or the second twice.
+    # With two images, a draw contains the first twice, the second twice, or each of them once.
     assert set(values["mean IoU"][0].round(3)) == {50.0, 53.333, 60.0}
 
 

@@ -1,4 +1,7 @@
-"""Exporting weights. test_weight_files.py tests reading; test_weight_fit.py tests what fits."""
+"""Exporting weights.
+
+test_weight_files.py tests reading weights; test_weight_fit.py tests loading them into a model.
+"""
 
 from __future__ import annotations
 

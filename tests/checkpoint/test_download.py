@@ -1,4 +1,4 @@
-"""If weights cannot be downloaded, one line says what to download and what else to do."""
+"""If weights cannot be downloaded, a one-line error says what to fetch and what else to try."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_best_weights_and_unfinished_files_are_not_resumed(folder):
 
 
 def test_a_full_disk_keeps_older_checkpoints_and_is_reported(folder):
-    """Simulates a full disk by a limit on file sizes."""
+    """Simulates a full disk with a limit on file sizes."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     model = nn.Linear(400, 400)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -177,7 +177,7 @@ def test_the_error_names_a_read_only_folder(tmp_path, monkeypatch):
 
 
 def test_overwriting_never_pairs_a_file_with_the_checksum_of_another(folder, monkeypatch):
-    """At whatever moment the process is killed, the name refers to an intact file."""
+    """No matter when the process is killed, the file of that name is intact."""
     path = folder / "model_final.pth"
     moments = 0
     for call in range(1, 20):

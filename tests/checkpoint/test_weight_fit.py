@@ -65,7 +65,7 @@ def filled(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load(network, path, policy=None, *, resume=False, **content):
-    """Loads a file into the network, after saving the content to it, if any is given."""
+    """Loads a file into the network. If ``content`` is given, saves it to the file first."""
     if content:
         torch.save(content, path)
     progress = {"progress": nn.Linear(1, 1)} if resume else {}
@@ -90,7 +90,7 @@ def caffe2_name(name: str) -> str:
 
 
 def trunk_of(model) -> dict[str, torch.Tensor]:
-    """Returns the tensors that are pretrained on ImageNet, by the model's names."""
+    """Returns made-up weights for the layers that ImageNet weights cover, by name in the model."""
     trunk = re.compile(r"backbone\.(bottom_up\.)?(stem|res\d)\.|roi_heads\.res5\.")
     found = {n: x for n, x in filled(model).items() if trunk.match(n)}
     assert len(found) > 200
@@ -316,7 +316,7 @@ def with_classes(head, names):
 
 
 def rows(state, tensors, names):
-    """Returns the rows of each class and of background, by tensor and name."""
+    """Returns the rows of each class and of the background, by tensor and class name."""
     found = {}
     for tensor, num_background in tensors.items():
         weight = state[tensor]
@@ -463,7 +463,7 @@ def test_export_can_add_missing_class_names(tmp_path, monkeypatch, capsys):
         export_safetensors(output, tmp_path / "b.safetensors", class_names=["cat"])
     with pytest.raises(SystemExit) as ended:
         export("coco_2071")
-    assert ended.value.code == 2, "the exit code of train_net.py and the other tools"
+    assert ended.value.code == 2, "must be the exit code of train_net.py and the other tools"
     assert "--classes-of coco_2071" in capsys.readouterr().err
     # The data set has not been loaded yet, so its metadata has no classes.
     categories = [{"id": 7, "name": "fox"}, {"id": 2, "name": "owl"}]

@@ -1,4 +1,4 @@
-"""Comparison of two lists of detections, on synthetic lists with hand-worked answers."""
+"""Comparison of two lists of detections, on synthetic lists with hand-worked results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIDE = 20
 
 
 def made(scores=SCORES, order=None) -> Found:
-    """Returns detections of 10 x 10 pixels side by side, whose masks fill their boxes."""
+    """Returns detections side by side; each mask fills its box of 10 x 10 pixels."""
     count = len(scores)
     x0 = torch.arange(count) * 12.0
     boxes = torch.stack([x0, torch.full((count,), 4.0), x0 + 10, torch.full((count,), 14.0)], 1)
@@ -63,11 +63,11 @@ def test_an_extra_detection_makes_the_sets_different():
 @pytest.mark.parametrize(
     ("last", "cut", "same"),
     [
-        (0.05005, CUT, True),  # just below the score threshold after rounding
+        (0.05005, CUT, True),  # rounding may take it below the score threshold
         (0.0502, CUT, False),
-        (0.6999, Cut(0.05, 3), True),  # tied with the last of a full list
+        (0.6999, Cut(0.05, 3), True),  # tied with the last detection of a full list
         (0.6998, Cut(0.05, 3), True),
-        (0.6998, Cut(0.05, 4), False),  # the other list was not full
+        (0.6998, Cut(0.05, 4), False),  # the other list is not full
     ],
 )
 def test_a_detection_at_the_cut_may_be_missing_from_one_list(last, cut, same):

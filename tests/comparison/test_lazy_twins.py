@@ -1,4 +1,4 @@
-"""Comparisons of LazyConfig models: settings from the config, and both models built from it."""
+"""Comparisons of LazyConfig models: reading the settings, and building both models."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_the_file_ending_decides_between_yaml_and_lazy_configs():
         ("lazy/vitdet/COCO/mask_rcnn_vitdet_b_100ep.py", None),
     ],
 )
-def test_our_configs_know_their_counterpart_in_the_zoo(file, name):
+def test_our_configs_are_matched_with_their_counterparts_in_the_zoo(file, name):
     found = find_config(str(CONFIGS / file))
     assert found.zoo_name == name and not found.is_zoo_file
 
@@ -106,7 +106,7 @@ def test_an_unknown_config_is_refused_with_the_nearest_name():
     ],
 )
 def test_weights_in_a_folder_are_found_by_zoo_name_or_model_id(tmp_path, name):
-    (tmp_path / "137260431.pkl").touch()  # another model's
+    (tmp_path / "137260431.pkl").touch()  # weights of another model
     with pytest.raises(ConfigError, match=f"one of {R50_FILE}, .*{R50_ID}.pth"):
         find_weights(str(tmp_path), find_config(R50))
     path = tmp_path / name

@@ -1,4 +1,4 @@
-"""A warning is logged if weights were trained on another colour order than the config's."""
+"""A warning is logged if the colour order of the config differs from that of the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mask_head_plugin.checkpoint import MaskHeadCheckpointer, WeightsPolicy
         ("somebody", "RGB", False),
     ],
 )
-def test_the_author_of_a_file_tells_its_colour_order(
+def test_the_colour_order_of_a_file_follows_from_its_author(
     tmp_path, caplog, author, input_format, is_told
 ):
     model = torch.nn.Linear(2, 2)

@@ -1,4 +1,4 @@
-"""check_config: invalid values are refused with their key and possible values."""
+"""check_config refuses invalid values; the error names the key and the possible values."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ FIVE = re.escape("['p2', 'p3', 'p4', 'p5', 'p6']")
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        # values that one key may have
+        # values of single keys
         ("SOLVER.BASE_LR", "0.0", "is 0.0; it must be above 0"),
         ("SOLVER.BASE_LR", "1e999", "is inf; it must be above 0"),
         ("SOLVER.GAMMA", "-0.1", "is -0.1; it must be above 0"),
@@ -140,7 +140,7 @@ FIVE = re.escape("['p2', 'p3', 'p4', 'p5', 'p6']")
         ("INPUT.FORMAT", "XYZ", "'XYZ' is not one of .*'BGR'"),
         ("INPUT.RANDOM_FLIP", "both", "'both' is not one of .*'none'"),
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "all", "'all' is not one of .*'range'"),
-        # names
+        # names in registries
         ("MODEL.PROPOSAL_GENERATOR.NAME", "RPM", "'RPM' is not registered; did you mean 'RPN'"),
         ("MODEL.ANCHOR_GENERATOR.NAME", "Default", "'Default' is not registered; .*'DefaultAnch"),
         ("MODEL.RPN.HEAD_NAME", "Head", "'Head' is not registered; .*'StandardRPNHead'"),
@@ -404,8 +404,8 @@ def test_a_batch_that_processes_cannot_share_is_refused_unless_it_is_scaled(tmp_
     check_config(cfg, train=True, num_processes=3)
 
 
-def test_a_data_set_is_evaluated_once(tmp_path):
-    """If it occurred twice, one result would overwrite the other, also that of TEST.EVAL_LOSS."""
+def test_a_data_set_that_would_be_evaluated_twice_is_refused(tmp_path):
+    """The second result would overwrite the first, including the losses of TEST.EVAL_LOSS."""
     cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path)])
     cfg.DATASETS.TEST = ("shapes_val", "coco_2017_val", "shapes_val")
     for train in (True, False):
@@ -424,10 +424,10 @@ def test_evaluation_requires_a_data_set(tmp_path):
 def test_every_complete_config_passes(path, tmp_path, caplog):
     cfg = load_config(str(path), ["OUTPUT_DIR", str(tmp_path)])
     if path.name == "Base-MaskRCNN.yaml":  # has neither backbone nor heads
-        pytest.skip("for other bases only")
+        pytest.skip("only a base for other configs")
     if not cfg.DATASETS.TRAIN:
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("shapes_train",)
-    cfg.MODEL.TIMM.CHECKPOINT = ""  # a real run fetches it first
+    cfg.MODEL.TIMM.CHECKPOINT = ""  # the file must be fetched before a real run
     check_config(cfg, train=True)
     unread = list(unread_keys(cfg, train=True))
     if has_timm_backbone(cfg):  # its _BASE_ also sets keys of a ResNet
@@ -455,9 +455,8 @@ def test_the_check_creates_no_file_or_folder(there, tmp_path):
 )
 def test_an_output_folder_that_cannot_be_created_is_refused(make, told, tmp_path, monkeypatch):
     make(tmp_path / "x")
-    monkeypatch.setattr(
-        "os.access", lambda path, _: path != tmp_path / "x"
-    )  # root may write anywhere
+    # Imitates missing permission, because the user root may write anywhere.
+    monkeypatch.setattr("os.access", lambda path, _: path != tmp_path / "x")
     cfg = load_config(str(CONFIGS / FPN), ["OUTPUT_DIR", str(tmp_path / "x" / "y")])
     with pytest.raises(ConfigError, match=rf"^OUTPUT_DIR '.*x/y' cannot be written: .*{told}"):
         check_config(cfg, train=True)

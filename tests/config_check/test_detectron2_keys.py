@@ -92,7 +92,7 @@ def test_a_misspelt_value_refused_by_detectron2_is_one_line_with_the_nearest_nam
 @pytest.mark.parametrize(
     ("opts", "nearest"),
     [
-        # not read by what this config builds
+        # nothing that this config builds reads the key
         (["INPUT.CROP.TYPE", "relativ"], "'relative'"),
         (["MODEL.SEM_SEG_HEAD.NORM", "GM"], "'GN'"),
         ([MASK + "NAME", "FCNMaskHed", "MODEL.MASK_ON", "False"], "'FCNMaskHead'"),
@@ -168,7 +168,7 @@ class OwnTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        raise AssertionError("reads the data")
+        raise AssertionError("the check must not read the data")
 
 
 def test_values_that_the_users_trainer_accepts_pass(tmp_path, caplog):
@@ -185,9 +185,8 @@ def test_formats_that_detectron2_can_read_pass(tmp_path, monkeypatch, caplog):
     checked(tmp_path, "INPUT.FORMAT", "HSV")
     with pytest.raises(ConfigError, match=r"PIXEL_MEAN .*: INPUT.FORMAT CMYK has 4 channels"):
         checked(tmp_path, "INPUT.FORMAT", "CMYK")
-    with pytest.raises(
-        ConfigError, match=r"INPUT.FORMAT 'F' is not one of"
-    ):  # has no fixed channels
+    # In mode F, the array of an image has no axis of channels.
+    with pytest.raises(ConfigError, match=r"INPUT.FORMAT 'F' is not one of"):
         checked(tmp_path, "INPUT.FORMAT", "F")
     known = detection_utils.annotations_to_instances
 
@@ -247,7 +246,7 @@ def test_our_pooler_types_are_refused_by_user_heads_that_do_not_support_them(
 
 
 class OwnHeads(ROIHeads):
-    """Heads with other keys and values than detectron2's."""
+    """Heads that accept other values than detectron2's heads."""
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -263,7 +262,7 @@ class OwnHeads(ROIHeads):
 
 
 class OwnAnchors(DefaultAnchorGenerator.__base__):
-    """Point anchors, with sizes in another form."""
+    """Point anchors, which accept any value of SIZES."""
 
     def __init__(self, cfg, input_shape):
         super().__init__()
@@ -272,7 +271,7 @@ class OwnAnchors(DefaultAnchorGenerator.__base__):
 
 
 class OwnGenerator(nn.Module):
-    """Proposals without anchors, thresholds or an RPN."""
+    """A proposal generator without anchors, thresholds or an RPN."""
 
     def __init__(self, cfg, input_shape):
         super().__init__()

@@ -1,4 +1,7 @@
-"""Building modules to check a config leaves no trace, and only detectron2's own errors count."""
+"""Building modules for the config check has no side effects.
+
+Only errors of detectron2 itself make a config invalid.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def register(monkeypatch, registry, build):
 
 
 def build_swin(cfg, input_shape):
-    """Builds a backbone whose stochastic depth needs the values of a tensor."""
+    """Builds a backbone whose stochastic depth reads the values of a tensor."""
     small = {"depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
     bottom_up = SwinTransformer(embed_dim=24, out_indices=(0, 1, 2, 3), **small)
     return FPN(bottom_up, ["p0", "p1", "p2", "p3"], 64, top_block=LastLevelMaxPool())
@@ -86,7 +89,7 @@ def build_with_norm(cfg):
 
 
 def build_refused_elsewhere(cfg):
-    """Fails in detectron2 for any norm, with a message whose address depends on the norm."""
+    """Fails in detectron2 for any norm; only an address in the message depends on the norm."""
     objects = [object() for _ in range(9 if cfg.MODEL.RESNETS.NORM == "own_norm" else 999)]
     ROIPooler(7, [0.25], 0, objects[-1])
 

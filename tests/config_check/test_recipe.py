@@ -1,4 +1,4 @@
-"""Invalid optimizers, learning rates, averages and accumulation are refused before training."""
+"""Invalid settings of the optimizer, learning rates, averaging and accumulation are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Invalid configs of timm backbones are refused early, with the correct value."""
+"""Invalid configs of timm backbones are refused early; the error states the correct value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from mask_head_plugin import ConfigError, load_config
 from mask_head_plugin.config_check import check_config
 
 TIMM = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.PRETRAINED", "True"]
-LITE = [*TIMM, "MODEL.TIMM.NAME", "tf_efficientnet_lite0"]  # its mean is 0.498, in [0, 1]
+# The mean of this model is 0.498, for pixels from 0 to 1.
+LITE = [*TIMM, "MODEL.TIMM.NAME", "tf_efficientnet_lite0"]
 ONE_MAP = ["MODEL.ROI_HEADS.IN_FEATURES", "['p4']"]
 IMAGENET = ["MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]"]
 IMAGENET += ["MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]"]

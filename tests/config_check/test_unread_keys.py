@@ -1,4 +1,4 @@
-"""Keys that are set without effect are reported with the reason."""
+"""Keys that have no effect are reported with the reason."""
 
 from __future__ import annotations
 
@@ -166,12 +166,10 @@ def test_freeze_at_is_refused_if_the_users_backbone_does_not_read_it(monkeypatch
 
 def test_keys_from_a_base_or_from_a_runs_record_do_not_stop_the_run(tmp_path, caplog):
     cfg = load_config(str(CONFIGS / SMALL), TIMM)
-    report_unread_keys(
-        cfg, train=True, own=own_keys("", TIMM[::2])
-    )  # Base-Small sets MODEL.RESNETS
-    for key in own_keys(str(CONFIGS / SMALL), TIMM[::2]) - set(
-        TIMM
-    ):  # the option chose another backbone
+    # MODEL.RESNETS is set by Base-Small, not by the user.
+    report_unread_keys(cfg, train=True, own=own_keys("", TIMM[::2]))
+    # The keys of the ResNet do not count as the user's, because the options choose a timm backbone.
+    for key in own_keys(str(CONFIGS / SMALL), TIMM[::2]) - set(TIMM):
         assert not key.startswith("MODEL.RESNETS.")
     assert "MODEL.RESNETS.NORM" in own_keys(str(CONFIGS / SMALL))
     (tmp_path / "config.yaml").write_text(cfg.dump())

@@ -1,4 +1,4 @@
-"""DATASETS.COCO_FILES: consistent class numbers, mask format by content, errors that name files."""
+"""DATASETS.COCO_FILES: consistent class numbers, a fitting mask format, errors that name files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rle() -> dict:
 
 
 def write_files(folder, name, categories, *, segmentation=POLYGON, crowd_rle=False, used=None):
-    """Writes one image per used category, each with one object, and returns the config entry."""
+    """Writes a COCO file with one image and object per used category; returns the config entry."""
     images = folder / name
     images.mkdir(parents=True)
     content = {"images": [], "annotations": [], "categories": []}
@@ -90,7 +90,8 @@ def test_the_training_file_numbers_the_classes_for_all_files(tmp_path):
     assert MetadataCatalog.get("test_val").thing_classes == ["cat", "dog", "owl"]
     classes = [r["annotations"][0]["category_id"] for r in DatasetCatalog.get("test_train")]
     assert classes == [0, 1, 2]
-    assert DatasetCatalog.get("test_val")[0]["annotations"][0]["category_id"] == 2  # stock: 0
+    # detectron2 would number the classes of each file separately, which gives 0 here.
+    assert DatasetCatalog.get("test_val")[0]["annotations"][0]["category_id"] == 2
 
 
 def test_a_rewritten_file_is_made_only_for_evaluators(tmp_path):

@@ -32,7 +32,10 @@ NAME = "test_copy_paste"
 
 
 def made_sample(rng, hw, num_objects, value):
-    """Returns rectangles with holes (some masks are empty) on an image whose pixels all differ."""
+    """Returns a sample and its masks: rectangles with holes, some of them empty.
+
+    All pixels of the image differ.
+    """
     masks = np.zeros((num_objects, *hw), bool)
     for mask in masks:
         y, x = (rng.integers(0, n) for n in hw)
@@ -94,7 +97,9 @@ def test_pixels_and_labels_belong_to_the_topmost_object(
         assert "pasted_from" not in sample and torch.equal(sample["image"], before)
         assert len(sample["instances"]) == num_ours
         return
-    assert np.array_equal(sample["image"][0] >= 100, pasted), "pasted pixels come from the source"
+    assert np.array_equal(sample["image"][0] >= 100, pasted), (
+        "exactly the pasted pixels must come from the source"
+    )
     rows, columns = np.nonzero(pasted)
     assert torch.equal(
         sample["image"][0, rows, columns], source["image"][0, rows - top, columns - left]
@@ -110,7 +115,7 @@ def test_pixels_and_labels_belong_to_the_topmost_object(
         assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     union = (ours.any(axis=0) & ~pasted) | pasted
     assert np.array_equal(objects.gt_masks.tensor.any(dim=0), union), (
-        "every labelled pixel keeps a label"
+        "every labelled pixel must keep a label"
     )
 
 
@@ -209,7 +214,7 @@ def test_resumed_runs_and_workers_paste_the_same_objects(records):
     resumed = batches(loader(*PASTE, *jitter, "DATALOADER.NUM_WORKERS", "2"), 3, 3)
     assert [as_plain(x) for x in resumed] == whole[3:]
     sources = {sample[1] for batch in whole for sample in batch} - {None}
-    assert len(sources) > 2, "objects come from several images"
+    assert len(sources) > 2, "objects must come from several images"
 
 
 def test_images_without_a_paste_are_unchanged(records):
@@ -312,6 +317,6 @@ def test_the_sheet_shows_training_images_with_their_masks(records, tmp_path):
     path = tmp_path / "new" / "sheet.png"
     write_training_sheet(cfg, batches(source, 0, 1)[0], path)
     picture = cv2.imread(str(path))
-    assert picture.shape[1] > 1600, "two pairs in a row"
+    assert picture.shape[1] > 1600, "the sheet must show two pairs of pictures in a row"
     left, right = picture[40:330, 10:400], picture[40:330, 410:800]
     assert (left != right).any() and (left != 255).any()

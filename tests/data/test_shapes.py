@@ -1,4 +1,4 @@
-"""The embedded data set: identical bytes on every machine, and the properties it promises."""
+"""The embedded data set: identical bytes on every machine, and the properties of its objects."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_byte_is_the_same_on_every_machine(split):
 
 def test_pillow_reads_the_png_files(split):
     rng = np.random.RandomState(0)
-    image = rng.randint(0, 256, (97, 301, 3)).astype(np.uint8)  # several stored blocks
+    image = rng.randint(0, 256, (97, 301, 3)).astype(np.uint8)  # needs several stored blocks
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(shapes.encode_png(image)))), image)
 
 
@@ -122,7 +122,7 @@ def test_an_interrupted_run_leaves_no_files_that_look_finished(tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             shapes.ensure_shapes(folder, "val")
     assert [p.name for p in tmp_path.rglob("*")] == ["shapes_v9", "annotations"]
-    with monkeypatch.context() as broken:  # between the images and the annotations
+    with monkeypatch.context() as broken:  # stops after the images, before the annotations
         broken.setattr(Path, "replace", fail)
         with pytest.raises(KeyboardInterrupt):
             shapes.ensure_shapes(folder, "val")

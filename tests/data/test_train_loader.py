@@ -78,7 +78,7 @@ def test_a_sample_is_augmented_differently_in_each_pass():
 
 
 def test_processes_augment_the_same_position_differently(monkeypatch):
-    """Each process has its own part of the order, with its own random numbers."""
+    """Each process gets a different part of the order and different random numbers."""
     comm = "detectron2.utils.comm"
     monkeypatch.setattr(f"{comm}.get_world_size", lambda: 2)
     monkeypatch.setattr(f"{comm}.all_gather", lambda x: [x, x])  # shares the sampler's seed
@@ -89,7 +89,9 @@ def test_processes_augment_the_same_position_differently(monkeypatch):
     numbers = [[x for batch in each for _, x in batch] for each in found]
     assert not set(numbers[0]) & set(numbers[1])
     both = [index for pair in zip(*found, strict=True) for batch in pair for index, _ in batch]
-    assert Counter(both) == dict.fromkeys(range(7), 4), "together they use all images"
+    assert Counter(both) == dict.fromkeys(range(7), 4), (
+        "together, the processes must use all images equally often"
+    )
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
@@ -109,7 +111,9 @@ def test_the_images_of_a_batch_are_all_wide_or_all_not():
     wide = [[SIZES[index][0] > SIZES[index][1] for index in batch] for batch in found]
     assert all(len(set(each)) == 1 for each in wide)
     counts = Counter(index for batch in found for index in batch)
-    assert max(counts.values()) - min(counts.values()) <= 2, "all images are used"
+    assert max(counts.values()) - min(counts.values()) <= 2, (
+        "all images must be used almost equally often"
+    )
 
 
 def test_workers_do_not_change_the_batches():

@@ -1,4 +1,4 @@
-"""Corrected copies pass the check, can be used for training, and list every change."""
+"""Corrected copies pass the check and can be used for training, and every change is listed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_corrected_copy_passes_the_check_trains_and_lists_its_changes(good, br
 
 
 def test_each_finding_states_correctly_what_fix_does():
-    """Compares the cases' outcomes, proved by the previous test, with the table of repairs."""
+    """Compares what each finding states with the outcomes that the previous test verifies."""
     outcomes = defaultdict(set)
     for broken in CASES:
         outcomes[broken.kind].add(broken.after_fix)
@@ -74,7 +74,7 @@ def test_each_finding_states_correctly_what_fix_does():
         findings.TRIES: {"kept", "none"},
         findings.REPAIRS_OR_LEAVES_OUT: {"kept", "left out"},
         findings.LEAVES_OUT: {"left out"},
-        "": {"none", "left out"},  # leaving something out need not be stated
+        "": {"none", "left out"},  # findings need not state that a record is left out
     }
     repaired = {kind for _, kind in REPAIRS} | WHOLE_FILE_REPAIRS
     for kind, (severity, fix, by_fix) in findings.KINDS.items():
@@ -189,7 +189,7 @@ def test_a_file_with_nothing_left_is_refused(good):
 
 
 def test_repairs_do_not_hide_a_fault_of_the_whole_export(good):
-    """Masks are cut at the image's border; boxes fitted to what is left would wrongly pass."""
+    """Masks are cut at the image's border; boxes fitted to the cut masks would wrongly pass."""
     for annotation in many_objects(good):
         polygon = annotation["segmentation"][0]
         annotation["segmentation"] = [[x + 30 for x in polygon]]

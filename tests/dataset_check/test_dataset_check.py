@@ -32,11 +32,11 @@ from mask_head_plugin.dataset_check.masks import decode_counts, runs_box
 from mask_head_plugin.image_file_mapper import ImageFileMapper
 from mask_head_plugin.image_files import read_image
 
-# Faults of a config, an LVIS file or a path are tested separately.
+# Kinds without a case in CASES, because other tests cover them.
 ELSEWHERE = {
     *("json-missing", "num-classes", "category-id-range", "categories-disagree"),
     "rle-needs-bitmask",
-    # test_object_shares.py, test_records_and_files.py, test_train_test_overlap.py
+    # tested in test_object_shares.py, test_records_and_files.py, test_train_test_overlap.py
     *("no-masks", "crowd-by-export", "area-suspicious", "area-of-box", "ring-as-hole"),
     *("mask-on-several-images", "mask-of-another-image", "image-without-objects"),
     *("image-size-alike", "image-in-both-splits", "image-over-detections"),
@@ -54,7 +54,7 @@ def training_mapper(mask_format: str) -> ImageFileMapper:
 
 
 def read_as_in_training(data) -> list[list]:
-    """Loads all images and masks as in training, as polygons and as bit masks."""
+    """Loads all images and masks as in training, first as polygons and then as bit masks."""
     records = load_coco_json(str(data.json_file), str(data.images))
     categories = {x["id"]: k for k, x in enumerate(data.content["categories"])}
     found = []
@@ -99,7 +99,7 @@ def test_each_broken_data_set_gives_its_finding(good, broken):
     for name, i in (("image", broken.image_id), ("annotation", broken.annotation_id)):
         assert i is None or f"{name} {i}" in line
     assert fitting[0].fix in line and len(fitting[0].fix) > 10
-    # No other error hides or accompanies the expected one, except those caused by the same value.
+    # The only other errors are those that the same value causes.
     kinds = {x.kind for x in errors_of(found)}
     assert kinds <= {broken.kind, *COMPANIONS.get(broken.kind, ())}
 
@@ -201,7 +201,8 @@ def test_images_turned_by_90_degrees_settle_those_turned_by_180(good):
     for i, orientation, hw in ((1, 3, HW), (3, 6, HW[::-1])):
         exif[274] = orientation
         Image.new("RGB", hw[::-1]).save(good.path(i), exif=exif)
-    assert check(good) == []  # the quarter turn shows that records have upright sizes
+    # The image turned by 90 degrees shows that the records contain the upright sizes.
+    assert check(good) == []
 
 
 def test_damage_in_the_middle_of_a_png_is_found_by_its_checksums(good):
@@ -224,7 +225,7 @@ def test_a_png_with_only_a_wrong_checksum_is_read_as_in_training(good):
 
 def test_complete_images_are_not_decoded(good, monkeypatch):
     def fail(self):
-        raise AssertionError("decoded")
+        raise AssertionError("the image must not be decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     assert check(good) == []

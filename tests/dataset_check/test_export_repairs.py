@@ -1,4 +1,4 @@
-"""Faults of a whole export are repaired if there is one correct repair, and refused otherwise."""
+"""Faults of a whole export are repaired if exactly one repair is correct, and refused otherwise."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_boxes_that_are_all_wrong_are_repaired(many, write, expected, run_length
 
 
 def test_corners_are_recognised_from_a_few_clear_boxes(many):
-    """A box at the image's corner looks almost the same in both forms."""
+    """For a box near the image's origin, corners and [x, y, width, height] are almost equal."""
     for annotation, box in zip(many.content["annotations"], BOXES, strict=True):
         annotation["bbox"] = as_corners(None, box)
     for annotation in many.content["annotations"][:5]:
@@ -168,7 +168,7 @@ def test_losing_most_records_is_possible_if_the_user_accepts_it(good):
 
 
 def test_faults_that_appear_only_after_a_repair_are_also_refused(many):
-    """Masks of an image without a size are checked only once the size is repaired."""
+    """Masks of an image without a size are checked only after the size is repaired."""
     del many.image(1)["height"]
     for annotation in many.content["annotations"]:
         annotation["segmentation"][0][0] -= 300

@@ -1,4 +1,4 @@
-r"""Finding files despite errors in a record: case, separators, folders, accents."""
+"""Finding image files whose names in a record differ in case, separators, folders or accents."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_file_is_found_by_the_end_of_its_path(root, name, place):
     assert locate(root, name) == place
 
 
-def test_of_names_that_differ_in_case_the_exact_one_is_found(tmp_path):
+def test_an_exact_name_is_preferred_to_one_that_differs_in_case(tmp_path):
     for name in ("a/X.jpg", "b/x.jpg"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"")
@@ -55,9 +55,7 @@ def test_of_names_that_differ_in_case_the_exact_one_is_found(tmp_path):
     assert places.locate("x.jpg") == "b/x.jpg" and places.locate("X.jpg") == "a/X.jpg"
 
 
-def test_of_files_with_the_same_name_the_one_closest_to_the_root_is_found(
-    tmp_path,
-):
+def test_among_files_with_the_same_name_the_one_at_the_root_is_found(tmp_path):
     root = tmp_path / "day"
     for name in ("1.jpg", "more/1.jpg", "a/2.jpg", "b/2.jpg"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)

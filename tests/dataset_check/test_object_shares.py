@@ -1,4 +1,4 @@
-"""Findings about proportions of a file: crowds, areas, rings, and masks on several images."""
+"""Findings that count affected objects: crowds, areas, rings, and masks on several images."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def good(tmp_path):
 
 
 def only(data, kind):
-    """Returns the single finding of a file."""
+    """Returns the only finding in a data set, which must be of the given kind."""
     (found,) = check(data.write())
     assert found.kind == kind, found
     return found
 
 
 def add_objects(data, count, **fields):
-    """Adds slightly shifted objects on all four images, and returns them."""
+    """Adds slightly shifted objects to all four images; returns the added objects."""
     added = []
     for k in range(count):
         x = k / 100
@@ -63,7 +63,8 @@ def test_images_with_only_crowds_are_reported_even_if_few(good):
 
 
 def test_a_proportion_of_crowds_like_cocos_is_accepted(good):
-    for k, annotation in enumerate(add_objects(good, 600)[:9]):  # 10 of 606; COCO has 1.2%
+    # 10 of 606 annotations are crowds, or 1.7%; in COCO, 1.2% are.
+    for k, annotation in enumerate(add_objects(good, 600)[:9]):
         as_brush_mask(annotation, k)
     assert check(good.write()) == []
 
@@ -116,7 +117,8 @@ def test_box_areas_are_distinguished_from_other_wrong_areas(good):
     found = only(good, "area-of-box")
     assert "1 of 5 (20.0%) objects have the area of their box" in found.message
     assert "annotation 14 has area 1609.62, but its mask has 707.312 pixels" in found.message
-    assert "so 1 count in the wrong one" in found.message  # 32 x 32 = 1024 lies between
+    # 32 x 32 pixels, the limit between small and medium objects, lies between the two areas.
+    assert "so 1 count in the wrong one" in found.message
 
 
 def test_a_ring_is_found_if_its_area_excludes_the_hole(good):

@@ -1,4 +1,4 @@
-"""Image files in other places, of other sizes, or replaced by Git LFS pointers; foreign formats."""
+"""Image files in other places or of other sizes, Git LFS pointers, and formats of other tools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def good(tmp_path):
     return make_good(tmp_path)
 
 
-def test_a_file_in_a_subfolder_is_reported_with_its_full_name_and_as_a_value(good):
+def test_a_file_in_a_subfolder_is_reported_with_its_complete_name(good):
     below = good.images / "images"
     below.mkdir()
     good.path(2).rename(below / f"{LONG}.png")

@@ -103,7 +103,7 @@ def test_a_split_keeps_photographs_together_loses_nothing_and_has_the_requested_
 
 
 def test_both_parts_of_a_split_have_all_categories(tmp_path):
-    """A purely random split would have no foxes in validation in 4 of 10 cases."""
+    """About 3 of 10 purely random splits would have no foxes in validation."""
     content = data_set([f"{k}.png" for k in range(200)], ("cat", "dog"))
     content["categories"].append({"id": 99, "name": "fox"})
     for annotation in content["annotations"][::50]:
@@ -113,7 +113,7 @@ def test_both_parts_of_a_split_have_all_categories(tmp_path):
             assert len({x["category_id"] for x in part["annotations"]}) == 3
 
 
-def test_the_seed_decides_the_split(tmp_path):
+def test_the_split_depends_on_the_seed(tmp_path):
     content = data_set([f"{k}.png" for k in range(50)])
     first, same, other = (split(content, str(tmp_path), 0.2, seed) for seed in (1, 1, 2))
     assert first == same and first[1]["images"] != other[1]["images"]

@@ -1,4 +1,4 @@
-"""Images in both splits: the same file, the same bytes, or parts of one photograph by name."""
+"""Images in both splits: the same file, the same bytes, or, by name, parts of one photograph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def write(folder, **contents):
     return [(str(folder), str(folder / name)) for name in contents]
 
 
-def test_each_image_is_reported_once_by_its_clearest_sign(tmp_path):
+def test_each_image_is_reported_once_with_the_strongest_evidence(tmp_path):
     train = write(
         tmp_path / "train",
         **{"a.png": b"a" * 9000, "b.png": b"b" * 9000, "c_0_0.png": b"c", "d.png": b"d" * 7000},
@@ -45,7 +45,7 @@ def test_the_same_name_in_two_folders_is_not_one_photograph(tmp_path):
     assert shared_images(train, test) == []
 
 
-def test_only_files_of_equal_size_are_read_and_completely_only_if_samples_agree(
+def test_files_are_sampled_only_if_sizes_agree_and_read_completely_only_if_samples_agree(
     tmp_path, monkeypatch
 ):
     train = write(

@@ -62,7 +62,7 @@ def write_video(path, frames, fps=10.0, backend=cv2.CAP_ANY):
 
 
 def run(inputs, output, *opts, **kwargs):
-    """Returns the content of predictions.json and the list of problems."""
+    """Runs the demo; returns the content of predictions.json and the list of problems."""
     opts = ["MODEL.DEVICE", "cpu", *WEIGHTS, *opts]
     problems = run_demo(CONFIG, opts, [str(x) for x in inputs], output, **kwargs)
     return json.loads((output / "predictions.json").read_text()), problems
@@ -181,7 +181,10 @@ def test_class_thresholds_replace_the_general_one(images, tmp_path):
 
 @pytest.fixture(scope="module")
 def weights_of_other_models(tmp_path_factory):
-    """Returns a function that writes weights of other models: the checkpoint's where they fit."""
+    """Returns a function that writes the weights of a model with other options.
+
+    Weights that fit come from the checkpoint; the others are random.
+    """
 
     def make(*opts: str) -> str:
         cfg = load_config(CONFIG, ["MODEL.DEVICE", "cpu", *opts])
@@ -280,7 +283,8 @@ def test_colours_follow_objects_of_the_same_class():
     assert keeper.numbers(detections(left, right)) == [0, 1]
     assert keeper.numbers(detections([51, 0, 61, 10], [1, 0, 11, 10])) == [1, 0]
     assert keeper.numbers(detections(left, right, classes=[0, 1])) == [0, 2]
-    assert keeper.numbers(detections(left, left)) == [0, 3]  # only one of the two inherits it
+    # Only one of two equal detections can keep the colour.
+    assert keeper.numbers(detections(left, left)) == [0, 3]
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
@@ -297,7 +301,7 @@ def test_a_missed_object_keeps_its_colour_for_eight_frames(with_masks):
     assert keeper.numbers(found(right)) == [1]
     assert keeper.numbers(found(right + 1, left + 1)) == [1, 0]
     assert [keeper.numbers(found()) for _ in range(8)] == [[]] * 8
-    assert keeper.numbers(found(left)) == [0]  # right is missed for the ninth time
+    assert keeper.numbers(found(left)) == [0]  # the ninth frame without the right object
     assert keeper.numbers(found(right, left)) == [2, 0]
 
 
@@ -396,7 +400,7 @@ def test_irregular_frame_times_are_detected(monkeypatch):
 
 
 def stub_model(monkeypatch, fail=lambda image: None):
-    """Replaces the demo's model with one that finds nothing; returns the images that it gets."""
+    """Replaces the demo's model with one that finds nothing; returns a list of its inputs."""
     seen = []
 
     def model(inputs):

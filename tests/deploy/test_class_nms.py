@@ -1,4 +1,4 @@
-"""Class-wise suppression, compared with a slow reference."""
+"""Class-wise non-maximum suppression, compared with a slow reference."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_no_boxes_or_candidates_give_an_empty_result():
 
 
 def test_many_groups_do_not_lose_precision():
-    """Offsetting groups in float32 would round boxes of the last one to a tenth of a pixel."""
+    """Offsetting groups in float32 would round the last group's boxes to a quarter of a pixel."""
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 5.0001]])
     boxes = boxes.expand(2000, -1, -1)
     scores = torch.tensor([0.9, 0.8]).expand(2000, -1)

@@ -1,4 +1,4 @@
-"""An exported file equals the trained model; otherwise nothing is written."""
+"""An exported model gives the results of the trained model; otherwise nothing is written."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def export_outputs(trained, image):
     ids=["same elsewhere", "other elsewhere", "nowhere else"],
 )
 def test_images_decided_by_rounding_are_excluded_from_the_comparison(others, unlike, monkeypatch):
-    """On ``blank``, the trained model picks one of two tied proposals, and the export a third."""
+    """On ``blank``, the trained model finds either of two tied boxes; the export finds a third."""
 
     def detection(left):
         boxes = np.array([[left, 10, left + 20, 30]], np.float32)
@@ -295,7 +295,7 @@ def test_nothing_is_overwritten_without_the_flag(tmp_path):
 
 @pytest.fixture
 def made(onnx_folder, monkeypatch):
-    """Replaces the export with a quick copy."""
+    """Replaces the export with a copy of a model that was exported before, which is faster."""
     description, parity = read_model_folder(onnx_folder), Parity(TOLERANCES["fp32"], counts=[0, 0])
 
     def copy(*args):

@@ -1,4 +1,4 @@
-"""The exportable module computes the same as the trained model, for all kinds of parts."""
+"""The exportable module gives the same outputs as the trained model, whatever its parts."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ def test_a_trace_works_for_an_image_of_another_size(name):
     check_exportable(model)
     exportable = ExportableMaskRCNN(model).eval()
     image, example = (noise(*hw)[: len(model.pixel_mean)] for hw in ((104, 88), (72, 100)))
-    with torch.no_grad(), torch.jit.optimized_execution(False):  # optimizing would take longest
+    # Optimizing the trace would take most of the time.
+    with torch.no_grad(), torch.jit.optimized_execution(False):
         trace = torch.jit.trace(exportable, example, check_trace=False)
         found = trace(image)
     expected = eager_outputs(model, image)

@@ -1,4 +1,4 @@
-"""8-bit layers: calibrated on the user's images, and refused if they cost accuracy."""
+"""8-bit models: calibrated on the user's images, and refused if they lose accuracy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def exported(data, tmp_path_factory):
     """Exports to int8; returns the folder and the comparison with the trained model."""
     folder = tmp_path_factory.mktemp("int8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accuracy, "MOST_AP_LOSS", 10)  # with few images, one mask is worth a point
+        patch.setattr(accuracy, "MOST_AP_LOSS", 10)  # with so few images, one mask can cost a point
         return folder, export_model(SHAPES, data, folder, ExportOptions("onnx", precision="int8"))
 
 
@@ -136,8 +136,8 @@ def outputs(scores, *, shift=0.0):
 def test_agreement_is_the_fraction_of_confident_detections_found_by_both():
     compared = Accuracy()
     compared.add(outputs([0.9, 0.9, 0.6]), outputs([0.9, 0.4]))
-    # Three detections of the first model and one of the second are confident; a confident one may
-    # match an unsure one, here 0.4.
+    # Three detections of the first model and one of the second are confident. A confident
+    # detection may match one that is not confident, here the one with score 0.4.
     assert (compared.num_agreeing, compared.num_sure) == (3, 4)
     assert compared.unlike == ["agreement of detections is 75.0%, but must be at least 90%"]
     moved = Accuracy()
@@ -147,7 +147,7 @@ def test_agreement_is_the_fraction_of_confident_detections_found_by_both():
 
 def test_mask_agreement_is_the_mean_iou():
     compared, found = Accuracy(), outputs([0.9, 0.9, 0.2])
-    found["mask_probs"][0] = 0.9  # 4 cells, of which the trained model has 2
+    found["mask_probs"][0] = 0.9  # covers 4 cells; the trained model's mask covers 2
     compared.add(outputs([0.9, 0.9, 0.2]), found)
     assert compared.ious == [0.5, 1.0]
     assert compared.unlike == ["agreement of masks is 75.0%, but must be at least 90%"]
@@ -180,7 +180,7 @@ def ap_of(found, low, high):
     [
         (ap_of(82.1, -1.2, -0.6), True),
         (ap_of(81.9, -1.4, -0.8), False),
-        (ap_of(80.0, -7.0, 1.0), True),  # within chance on few images
+        (ap_of(80.0, -7.0, 1.0), True),  # may be chance, as there are few images
         (ap_of(84.5, 1.0, 2.0), False),
     ],
 )

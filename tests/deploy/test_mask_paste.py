@@ -50,7 +50,7 @@ def test_masks_equal_the_eager_models_except_at_the_threshold(threshold):
 
 
 def test_hand_worked_column():
-    """The example of ops/mask_rle.py: pixels 0 and 1 of 4 rows belong to the mask."""
+    """The example of ops/mask_rle.py: in a box of 4 rows, rows 0 and 1 belong to the mask."""
     mask = np.array([[[1, 1], [0.2, 0.2]]], np.float32)
     (rle,) = paste_masks(mask, np.array([[-2, 0, 4, 4]], np.float32), (6, 1), 0.5)
     assert coco_mask.decode(rle)[:, 0].tolist() == [1, 1, 0, 0, 0, 0]
@@ -58,7 +58,7 @@ def test_hand_worked_column():
 
 
 def test_a_pixel_on_the_threshold_belongs_to_the_mask():
-    """Rows of 1 and 0 lie on pixels 0 and 2, which gives pixel 1 exactly 0.5."""
+    """The mask has the values 1 and 0 at pixels 0 and 2, so pixel 1 is exactly 0.5."""
     mask = np.array([[[1, 1], [0, 0]]], np.float32)
     (rle,) = paste_masks(mask, np.array([[-2, -0.5, 4, 3.5]], np.float32), (4, 1), 0.5)
     assert coco_mask.decode(rle)[:, 0].tolist() == [1, 1, 0, 0]

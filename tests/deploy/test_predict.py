@@ -1,4 +1,4 @@
-"""tools/predict.py as a user runs it: the demo's files, from an exported model."""
+"""tools/predict.py as a user runs it: an exported model gives the same files as the demo."""
 
 from __future__ import annotations
 

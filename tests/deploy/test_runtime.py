@@ -67,7 +67,7 @@ def test_a_model_of_fixed_size_gives_the_same_results(tmp_path, folder):
     np.testing.assert_allclose(Predictor(tmp_path)(IMAGE[:, :9]).scores, SCORES)
 
 
-def test_models_without_masks_with_mask_scores_without_names_or_without_detections(tmp_path):
+def test_models_without_masks_names_or_detections_and_models_with_mask_scores(tmp_path):
     write_model_folder(tmp_path / "boxes", masks=False)
     found = Predictor(tmp_path / "boxes")(IMAGE)
     assert found.masks is None and len(found.boxes) == 3
@@ -97,7 +97,7 @@ def test_boxes_are_clipped_and_empty_ones_left_out(tmp_path):
     [("BGR", 200), ("RGB", 200), ("L", round(200 * 0.114)), ("YUV-BT.601", 0.436 * 200 / 255)],
 )
 def test_the_model_gets_the_channels_of_its_input_format(tmp_path, image_format, brightest):
-    """In a blue image, grey is 0.114 times the blue value, the largest YUV value 0.436 times."""
+    """In a blue image, grey is 0.114 times the blue value; the largest YUV value is 0.436 times."""
     channels = 1 if image_format == "L" else 3
     write_model_folder(tmp_path, channels=channels, input={"format": image_format})
     blue = np.zeros((20, 30, 3), np.uint8)

@@ -1,6 +1,6 @@
 """Short runs that are killed at a chosen moment and resumed.
 
-A kill is an unhandled exception, after which nothing is written.
+A kill is simulated by an exception after which the run writes nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def few_shapes() -> Iterator[None]:
         classes = MetadataCatalog.get("shapes_val").thing_classes
         metadata = MetadataCatalog.get(f"test_few_{split}")
         metadata.set(thing_classes=classes, evaluator_type="coco")
-    with pytest.MonkeyPatch.context() as patch:  # the sheets would take a third of such a run
+    with pytest.MonkeyPatch.context() as patch:  # drawing would take a third of the time
         patch.setattr(Trainer, "draw_contact_sheets", lambda *_: None)
         yield
     for split in ("train", "val"):
@@ -81,7 +81,7 @@ def train(cfg, *, resume: bool = False) -> Trainer:
 
 
 def train_until_killed(cfg, monkeypatch, owner, name: str, call: int, *, after: bool = False):
-    """Kills a run in the given call of a method, before or after the method's own work."""
+    """Kills a run at the given call of a method, before or after the method itself runs."""
     original, calls = getattr(owner, name), []
 
     def method(*args, **kwargs):
@@ -95,7 +95,7 @@ def train_until_killed(cfg, monkeypatch, owner, name: str, call: int, *, after: 
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, method)
-        patch.setattr(TrainerBase, "after_train", lambda *_: None)  # a killed process runs nothing
+        patch.setattr(TrainerBase, "after_train", lambda *_: None)  # a killed process skips this
         train(cfg)
 
 

@@ -1,4 +1,4 @@
-"""Functions for the processes of a test run: they train briefly, fail, or get killed.
+"""What the processes of a test execute: they train briefly, fail, or get killed.
 
 torchrun starts this file as a script: ``made_run.py OUTPUT`` trains.
 """
@@ -68,12 +68,12 @@ def step_down(model: torch.nn.Module) -> None:
 
 
 def train(output: str, die_at_first: bool = False, timm_name: str = "") -> None:
-    """Trains, and writes each step's losses, averaged over processes, with facts about the run."""
+    """Trains and saves facts about the run, with the mean losses over processes in each step."""
     again = launch.restarted(output)
     if die_at_first and not again and comm.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in the reference's order, or proposals would differ
+    torch.set_num_threads(1)  # another order of addition would change proposals
     model = make_model(timm_name)
     model.unread = torch.nn.Linear(1, 1)  # like an unused level of the pyramid
     wrapped = distribute(model)
@@ -111,7 +111,7 @@ def fail(how: str) -> None:
             case "config":
                 raise ConfigError("x.json is broken; fix it")
             case "error":
-                raise RuntimeError("the weather")
+                raise RuntimeError("simulated failure")
             case "exit":
                 sys.exit(7)
             case _:

@@ -1,4 +1,4 @@
-"""For models without batch norm, an accumulated step equals the step of the whole batch."""
+"""For models without batch norm, an accumulated step equals one step with the whole batch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def gradients_of_step(num_parts: int) -> dict[str, torch.Tensor]:
 
 
 def test_an_accumulated_step_equals_that_of_the_large_batch(monkeypatch):
-    """Samples the first candidates, because the parts would draw different random numbers."""
+    """Always samples the first candidates; otherwise, the parts would draw other random numbers."""
     monkeypatch.setattr(sampling.torch, "randperm", lambda n, **_: torch.arange(n))
     whole, parts = gradients_of_step(1), gradients_of_step(2)
     assert set(whole) == set(parts) and len(whole) > 40
@@ -116,7 +116,7 @@ def test_amp_scales_the_loss_of_each_part_but_not_the_step():
     assert trainer.grad_scaler.get_scale() == 16
     assert "grad_scaler" in trainer.state_dict()
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=0.5)
-    trainer.data_loader[1][1] = torch.tensor(1e38)  # a scaled gradient that overflows
+    trainer.data_loader[1][1] = torch.tensor(1e38)  # makes the scaled gradient overflow
     before = trainer.model.weight.item()
     step_of(trainer)
     assert trainer.model.weight.item() == before and trainer.grad_scaler.get_scale() == 2.0**119

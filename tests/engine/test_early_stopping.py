@@ -32,8 +32,8 @@ from mask_head_plugin.engine.evaluators import check_chosen_objects
 from mask_head_plugin.engine.hooks import BestCheckpointer
 
 AP = {1: 10.0, 3: 30.0, 5: 20.0, 7: 30.0, 9: 25.0, 11: 31.0}
-"""AP by iteration. With patience 2, a run ends at 7, because a second 30.0 is no improvement; with
-patience 3, it ends at 9."""
+"""AP by iteration. With patience 2, a run ends at iteration 7, because a second 30.0 is no
+improvement; with patience 3, it ends at iteration 9."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +57,10 @@ def evaluated(_few_shapes):
 
 
 def stopping(folder, *opts: str):
-    """Returns the config of a run with a checkpoint between evaluations (2) and one at one (5)."""
+    """Returns the config of a run.
+
+    It writes a checkpoint between two evaluations (iteration 2) and at an evaluation (iteration 5).
+    """
     return config(
         *(folder, "SOLVER.EARLY_STOPPING.METRIC", "bbox/AP", "SOLVER.EARLY_STOPPING.PATIENCE"),
         *("2", "TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "14", "SOLVER.CHECKPOINT_PERIOD", "3"),
@@ -79,7 +82,7 @@ def undisturbed(tmp_path_factory, evaluated):
 def test_a_run_stops_completely_when_patience_is_exhausted(undisturbed):
     trainer, folder = undisturbed.trainer, undisturbed.folder
     assert (trainer.iter, trainer.max_iter, trainer.is_stopped) == (8, 8, True)
-    assert undisturbed.evaluated == [1, 3, 5, 7], "no second evaluation at the end"
+    assert undisturbed.evaluated == [1, 3, 5, 7], "the last weights must not be evaluated twice"
     assert final_state(folder)["iteration"] == 7 and undisturbed.drawn == [1]
     assert trainer._last_eval_results["bbox"]["AP"] == 30.0
     assert json.loads((folder / "model_best.json").read_text())["iteration"] == 3
@@ -119,7 +122,7 @@ def test_a_stopped_run_stops_again_on_resume_unless_patience_is_raised(tmp_path,
 
 
 def test_values_of_an_abandoned_continuation_are_dropped(tmp_path):
-    """Values may be from a run that was killed at 9 and resumed at 4, or from an earlier run."""
+    """Values may be from a run killed at iteration 9 and resumed at 4, or from an earlier run."""
     record = tmp_path / "early_stopping.json"
     values = [[1, 10.0], [3, 30.0], [9, 50.0]]
     for start, metric, expected in ((4, "bbox/AP", [1, 3]), (4, "segm/AP", []), (0, "bbox/AP", [])):
@@ -169,7 +172,7 @@ def test_losses_improve_by_falling_and_nan_is_never_an_improvement(tmp_path):
 
 
 def test_all_processes_stop_when_the_first_one_does(tmp_path, monkeypatch):
-    """Only the first process has metrics; the others would wait for it in the next step."""
+    """Only the first process has metrics; if it stopped alone, the others would wait for it."""
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     monkeypatch.setattr(comm, "all_gather", lambda own: [True, own])
     hook = made_hook(tmp_path, "segm/AP")
@@ -185,7 +188,7 @@ def test_a_metric_that_is_never_measured_stops_nothing_and_is_reported(tmp_path,
     with EventStorage(0) as trainer.storage:
         for trainer.iter in range(3):
             trainer.storage.iter = trainer.iter
-            trainer._last_eval_results = {"sem_seg": {"mIoU": 1.0}}  # any evaluator's
+            trainer._last_eval_results = {"sem_seg": {"mIoU": 1.0}}  # a metric of any evaluator
             hook.after_step()
     assert not trainer.is_stopped
     told = "METRIC 'segm/APx' is not a metric of this evaluation; choose from sem_seg/mIoU"
@@ -194,7 +197,7 @@ def test_a_metric_that_is_never_measured_stops_nothing_and_is_reported(tmp_path,
 
 @pytest.mark.parametrize("metric", ["segm/APl", "bbox/AP-none_of_them", "boundary/AP"])
 def test_a_metric_that_is_never_a_number_is_refused_before_training(tmp_path, monkeypatch, metric):
-    """In turn: images are too small for large objects, a class is absent, all masks are missing."""
+    """The causes, in order: no large objects in small images, an absent class, missing masks."""
     records = copy.deepcopy(DatasetCatalog.get("test_few_val"))
     for annotation in (y for x in records for y in x["annotations"]):
         del annotation["segmentation"]
@@ -210,7 +213,7 @@ def test_a_metric_that_is_never_a_number_is_refused_before_training(tmp_path, mo
         check_chosen_objects(stopping(tmp_path, key, "bbox/APm"))
 
 
-def test_another_metric_than_before_a_resume_is_reported(tmp_path, caplog):
+def test_a_change_of_the_metric_on_resume_is_reported(tmp_path, caplog):
     content = {"metric": "bbox/AP", "value": 30.0, "values": [[1, 30.0]]}
     for name in ("early_stopping.json", "model_best.json"):
         (tmp_path / name).write_text(json.dumps(content))

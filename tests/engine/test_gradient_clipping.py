@@ -11,7 +11,7 @@ from mask_head_plugin.engine import Trainer
 
 
 def clipped(build, clip_type: str, gradients: list[torch.Tensor | None]) -> list[torch.Tensor]:
-    """Returns the weights after a step from zero with learning rate 1."""
+    """Returns the clipped gradients: the negated weights after a step from 0 at learning rate 1."""
     opts = ["SOLVER.BASE_LR", "1.0", "SOLVER.MOMENTUM", "0.0", "SOLVER.WEIGHT_DECAY", "0.0"]
     opts += ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "1.0"]
     opts += ["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip_type]

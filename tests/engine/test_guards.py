@@ -1,4 +1,4 @@
-"""A step that is not finite or runs out of memory ends the run, with an error naming its images."""
+"""A step that is not finite or runs out of memory ends the run; the error names its images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def spoil_loss(trainer: Trainer, iteration: int, value: float) -> None:
-    """Multiplies the mask loss of an iteration by a value such as nan."""
+    """Multiplies the mask loss of one iteration by a value such as nan."""
     head, original = trainer.model.roi_heads.mask_head, trainer.model.roi_heads.mask_head.forward
 
     def forward(*args):
@@ -55,7 +55,7 @@ def spoil_loss(trainer: Trainer, iteration: int, value: float) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("period", [1, 20])
 def test_a_bad_loss_stops_the_run_before_the_update(tmp_path, value, period):
-    """Unlike detectron2, which checks only the losses that it logs, and only after the update."""
+    """detectron2 checks only the losses that it logs, and only after the update."""
     trainer = make_trainer(tmp_path)
     trainer._trainer.gather_metric_period = period
     spoil_loss(trainer, 2, value)
@@ -85,7 +85,7 @@ def test_an_overflowing_gradient_norm_does_not_stop_the_run(tmp_path):
     trainer = make_trainer(tmp_path, "SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "1e-30")
     weight = trainer.model.roi_heads.mask_head.predictor.weight
     weight.register_hook(lambda x: x + 1e25)
-    trainer.before_train = lambda: None  # only the step
+    trainer.before_train = lambda: None  # only the step is tested
     trainer.after_train = lambda: None
     trainer.before_step = trainer.after_step = lambda: None
     trainer.train()
@@ -93,7 +93,10 @@ def test_an_overflowing_gradient_norm_does_not_stop_the_run(tmp_path):
 
 
 class Scaler:
-    """Stands in for AMP's scaler, which needs CUDA; has no get_scale, which would synchronise."""
+    """Stands in for AMP's scaler, which needs CUDA.
+
+    It has no get_scale, because calling that would synchronise.
+    """
 
     def __init__(self, factor: float) -> None:
         self.scale = lambda outputs: outputs * factor
@@ -113,13 +116,13 @@ def test_amp_gradients_that_a_lower_scale_may_make_finite_do_not_stop_the_run(tm
     weight = trainer.model.roi_heads.mask_head.predictor.weight
     weight.register_hook(lambda x: x * float("inf"))
     trainer._trainer.grad_scaler = Scaler(2.0**-23)
-    trainer._guard.trainer.optimizer.step = lambda: None  # the scaler skips it
+    trainer._guard.trainer.optimizer.step = lambda: None  # AMP's scaler would skip the update
     trainer._hooks = trainer._hooks[:3]  # no evaluation
     trainer.train()
 
 
 class Anything(torch.nn.Module):
-    """A model whose output is given."""
+    """A model that returns a given output."""
 
     def __init__(self, output) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Launching processes by detectron2's flags and by torchrun, and errors if one of them fails.
+"""Launching processes with detectron2's flags and with torchrun; errors if a process fails.
 
 Shape alphabet: S steps, L loss terms.
 """
@@ -27,7 +27,7 @@ from mask_head_plugin.engine.launch import RankError
 
 
 def reference(timm_name: str = "") -> torch.Tensor:
-    """Returns (S, L) mean losses of one process on both halves, with their random numbers."""
+    """Returns the (S, L) mean losses when one process trains on both halves of each batch."""
     model = make_model(timm_name)
     means = []
     for step in range(NUM_STEPS):
@@ -42,8 +42,8 @@ def check(folder: Path, timm_name: str = "") -> dict:
     facts = torch.load(folder / "facts.pth")
     torch.testing.assert_close(facts["losses"], reference(timm_name), rtol=1e-5, atol=0)
     assert facts["unread"] is None
-    assert not facts["searches"], "unused parameters are searched only in the first step"
-    assert facts["shared"] == [3, 3], "all processes evaluate the weights of the first"
+    assert not facts["searches"], "unused parameters must be searched only in the first step"
+    assert facts["shared"] == [3, 3], "all processes must evaluate the weights of the first"
     assert (facts["world_size"], facts["local_size"], facts["backend"]) == (2, 2, "gloo")
     return facts
 
@@ -207,7 +207,7 @@ def test_the_first_process_of_a_machine_runs_before_the_others(of_torchrun, monk
     ("how", "kind", "message"),
     [
         ("config", ConfigError, r"^rank 1: x.json is broken; fix it$"),
-        ("error", RankError, r"(?s)^rank 1 failed\n.*in fail\n.*RuntimeError: the weather$"),
+        ("error", RankError, r"(?s)^rank 1 failed\n.*in fail\n.*RuntimeError: simulated failure$"),
         ("exit", RankError, "^rank 1 ended with exit code 7$"),
         (
             "SIGKILL",

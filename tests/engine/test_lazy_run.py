@@ -1,4 +1,4 @@
-"""tools/lazyconfig_train_net.py: LazyConfigs train, resume and evaluate; errors name the key."""
+"""tools/lazyconfig_train_net.py: training, resuming and evaluation; errors that name the key."""
 
 from __future__ import annotations
 

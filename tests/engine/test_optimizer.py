@@ -129,7 +129,7 @@ class OnTop(torch.nn.Module):
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_vit2"])
 def test_layers_of_timm_models_follow_timm(name):
-    """timm's own groups of the whole model have the same ratios from layer to layer."""
+    """timm's groups for a complete model have the same ratios of rates between layers."""
     optim = pytest.importorskip("timm.optim")
     with torch.device("meta"):
         model = OnTop(name)

@@ -22,7 +22,7 @@ NAME = "test_five_shapes"
 
 @pytest.fixture(scope="module", autouse=True)
 def _five_shapes():
-    """Registers a data set without an annotation file."""
+    """Registers a data set of five images without an annotation file."""
     records = DatasetCatalog.get("shapes_val")[:5]
     DatasetCatalog.register(NAME, lambda: records)
     classes = MetadataCatalog.get("shapes_val").thing_classes
@@ -33,7 +33,7 @@ def _five_shapes():
 
 
 class Counting(torch.nn.Module):
-    """Records the images that a model gets, and stops before one of them."""
+    """Records the images passed to a model, and can stop before one of them."""
 
     def __init__(self, model, stop_before=None):
         super().__init__()
@@ -61,12 +61,12 @@ def test_an_interrupted_evaluation_resumes_with_the_same_result(tmp_path):
         Trainer.test(cfg, Counting(model, stop_before=3))
     rest = Counting(model)
     results = Trainer.test(cfg, rest)
-    assert len(rest.seen) == 2, "only the remaining two images are predicted"
+    assert len(rest.seen) == 2, "only the remaining two images must be predicted"
     for task in ("bbox", "segm", "boundary"):
         assert results[task] == pytest.approx(expected[task], nan_ok=True)
     again = Counting(model)
     Trainer.test(cfg, again)
-    assert len(again.seen) == 5, "a finished evaluation is repeated"
+    assert len(again.seen) == 5, "a finished evaluation must be repeated completely"
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -147,7 +147,9 @@ def test_a_resumed_run_uses_the_settings_of_its_config_not_of_the_checkpoint(tmp
     trainer = Trainer(config(tmp_path, *changed, "SEED", "5"))
     trainer.resume_or_load(resume=True)
     weights = trainer.optimizer.param_groups[0]
-    assert weights["lr"] == pytest.approx(0.003 * 0.5), "half of a cosine's 8 iterations are over"
+    assert weights["lr"] == pytest.approx(0.003 * 0.5), (
+        "after half of the iterations, a cosine is at one half"
+    )
     assert (weights["weight_decay"], weights["momentum"], trainer.seed) == (0.5, 0.8, 5)
     trainer.scheduler.step()
     assert weights["lr"] == pytest.approx(0.003 * (1 + math.cos(math.pi * 5 / 8)) / 2)
@@ -248,7 +250,7 @@ def test_no_contact_sheet_is_drawn_if_the_last_step_failed(tmp_path, monkeypatch
 
     monkeypatch.setattr(Trainer, "run_step", fail)
     monkeypatch.setattr(Trainer, "test", lambda *_: {})
-    monkeypatch.setattr(Trainer, "draw_contact_sheets", lambda *_: pytest.fail("it was drawn"))
+    monkeypatch.setattr(Trainer, "draw_contact_sheets", lambda *_: pytest.fail("a sheet was drawn"))
     with pytest.raises(KeyboardInterrupt):
         train(config(tmp_path, "SOLVER.MAX_ITER", "1"))
 
@@ -297,7 +299,7 @@ def test_extending_a_run_keeps_its_evaluation_for_any_period(tmp_path):
 
 
 def test_the_finished_iteration_of_another_run_is_ignored(tmp_path, monkeypatch):
-    """The user has deleted that run's checkpoints."""
+    """Simulates a folder in which the user has deleted the other run's checkpoints."""
     cfg = config(tmp_path, "SOLVER.MAX_ITER", "5")
     (tmp_path / "finished_iteration").write_text("3")
     train_until_killed(cfg, monkeypatch, MaskEvaluator, "evaluate", 1)

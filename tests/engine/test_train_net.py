@@ -1,4 +1,4 @@
-"""train_net.py as a user runs it: train, resume, evaluate; the files in OUTPUT_DIR."""
+"""train_net.py as a user runs it: training, resuming, evaluation, the files in OUTPUT_DIR."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(run):
-    # The embedded set's config already sets bit masks; here they must follow from the files.
+    # This config sets bit masks. Setting polygons tests that the files decide the format.
     opts = ["SOLVER.MAX_ITER", "20", "SOLVER.WARMUP_ITERS", "1", "INPUT.MASK_FORMAT", "polygon"]
     result = run(*opts, "SOLVER.IMS_PER_BATCH", "2", start=run_in_new_process)
     assert result.returncode == 0, result.stderr[-3000:]

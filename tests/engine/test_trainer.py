@@ -1,4 +1,4 @@
-"""Trainer: choosing the evaluator of a data set."""
+"""Trainer: the evaluator that it chooses for a data set, and the memory format of its models."""
 
 from __future__ import annotations
 

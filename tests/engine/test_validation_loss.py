@@ -46,7 +46,7 @@ def few_config(*opts: str):
 
 
 def test_validation_losses_are_means_of_the_training_losses_over_images():
-    """Compares with detectron2's loop over a model in training mode with frozen batch norm."""
+    """Compares with a plain loop over a model in training mode with frozen batch norm."""
     cfg = few_config(*NORM_IN_HEAD)
     model = made_model(cfg)
     found = validation_losses(cfg, model)["test_few_val"]
@@ -91,7 +91,7 @@ def test_processes_modes_and_seeds_do_not_change_the_losses(monkeypatch):
     torch.manual_seed(9)
     model.eval()
     parts = []
-    monkeypatch.setattr(comm, "get_world_size", lambda: 4)  # more than images
+    monkeypatch.setattr(comm, "get_world_size", lambda: 4)  # more processes than images
     for rank in (3, 2, 1, 0):
         monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
         monkeypatch.setattr(comm, "is_main_process", lambda rank=rank: rank == 0)
@@ -159,10 +159,14 @@ def test_an_object_without_a_mask_is_named_before_training(monkeypatch):
     check_losses(cfg, made_model(cfg))
 
 
-def test_all_data_sets_are_looked_at_before_the_losses_of_the_first_are_computed(monkeypatch):
+def test_all_data_sets_are_checked_before_any_losses_are_computed(monkeypatch):
     cfg = few_config("DATASETS.TEST", "('test_few_val', 'test_few_train')")
     monkeypatch.setitem(DatasetCatalog.data, "test_few_train", lambda: [{"file_name": "x.png"}])
-    monkeypatch.setattr(validation_loss, "_losses_of_images", lambda *_: pytest.fail("too early"))
+    monkeypatch.setattr(
+        validation_loss,
+        "_losses_of_images",
+        lambda *_: pytest.fail("losses were computed too early"),
+    )
     with pytest.raises(ConfigError, match="test_few_train has no annotations"):
         validation_losses(cfg, made_model(cfg))
 

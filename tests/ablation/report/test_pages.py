@@ -1,4 +1,4 @@
-"""The report shows the trials' figures, and stays complete when trials are missing."""
+"""The report shows the results of the trials, even if some trials are missing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def annotations(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, annotations):
-    """Returns the folder of an ablation with its report, and the records; must not be changed."""
+    """Returns the folder of an ablation with a report, and the records of its trials.
+
+    Tests must not change the folder.
+    """
     folder = tmp_path_factory.mktemp("ablation")
     paper = {"baseline": {"segm/AP": 30.3}, STRANGE: {"segm/AP": 24.8, "bbox/AP": 28.2}}
     records = write_ablation(folder, annotations, QUALITIES, paper=paper)
@@ -58,7 +61,10 @@ def made(tmp_path_factory, annotations):
 
 @pytest.fixture
 def copied(made, tmp_path, monkeypatch):
-    """Returns a copy to modify, without its report, and turns off plots for papers."""
+    """Returns a copy of the ablation, without its report, that tests may change.
+
+    Plots for papers are disabled.
+    """
     for module, name in ((paper_plots, "save_figures"), (plots, "save_for_papers")):
         monkeypatch.setattr(module, name, lambda *_: None)
     folder = tmp_path / "ablation"
@@ -74,14 +80,14 @@ def render(folder: Path) -> tuple[str, str]:
 
 
 def table_cells(folder: Path) -> dict[str, dict[str, str]]:
-    """Returns the cells of the table by variant and column."""
+    """Returns the text of each cell of the report's table, by variant and column."""
     table = build_table(read_study(folder, NUM_DRAWS))
     keys = [column.key for column in table.columns]
     return {row[0].text: {k: c.text for k, c in zip(keys, row, strict=True)} for row in table.rows}
 
 
 def without_library(page: str) -> str:
-    """Returns the page without plotly.js, which mentions sites that it does not fetch."""
+    """Returns the page without plotly.js, which contains web addresses that it never fetches."""
     scripts = re.findall(r"<script[^>]*>.*?</script>", page, re.DOTALL)
     return page.replace(max(scripts, key=len), "")
 
@@ -164,7 +170,7 @@ def test_the_page_loads_nothing_from_other_sites(made):
 def test_names_are_escaped_everywhere(made):
     page = without_library((made[0] / "report.html").read_text())
     assert "<script>alert(1)" not in page and html.escape(STRANGE, quote=False) in page
-    # In figures, plotly reads names as HTML, and a browser would end the script at `</script>`.
+    # In figures, plotly renders names as HTML, and a name with `</script>` would end the script.
     assert "a|b \\u0026lt;script\\u0026gt;" in page or "a|b &lt;script&gt;" in page
     text = (made[0] / "report.md").read_text()
     assert "<script>" not in text and "\\*\\*c\\*\\*" in text
@@ -250,7 +256,7 @@ def test_a_metric_without_an_interval_is_reported(copied):
     assert "figure-other-metrics" in render(copied)[1]
 
 
-def test_missing_images_leave_out_only_the_pictures(copied, annotations, tmp_path):
+def test_without_images_only_the_pictures_are_left_out(copied, annotations, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(annotations.parent, moved)
     for path in copied.glob("*/*/config.yaml"):
@@ -437,7 +443,7 @@ def browse(page: Path, fragment: str, profile: Path) -> tuple[list[str], str]:
     return [html.unescape(name).strip() for name in names], "\n".join(complaints)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium to open the page in")
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
 def test_a_browser_sorts_the_table_without_errors(made, tmp_path):
     folder, records = made
     page = (folder / "report.html").read_text()
@@ -452,7 +458,8 @@ def test_a_browser_sorts_the_table_without_errors(made, tmp_path):
     clicked = tmp_path / "clicked.html"
     clicked.write_text(page.replace("</body>", click))
     assert browse(clicked, "", tmp_path / "1") == (falling, "")
-    # The address can set the order, and the browser reports a page that tries to fetch something.
+    # The fragment of the address sets the order. If a page tries to fetch something, the browser
+    # reports it.
     wrong = tmp_path / "wrong.html"
     wrong.write_text(page.replace("</body>", '<img src="https://example.org/x.png"></body>'))
     order, complaints = browse(wrong, "#sort=AP", tmp_path / "2")
