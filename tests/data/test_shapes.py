@@ -16,7 +16,7 @@ from PIL import Image
 
 from mask_head_plugin.data import shapes
 
-# SHA-256 of the first 8 images of val and their annotations, as first generated.
+# SHA-256 of the first 8 images of val and their annotations when they were first generated.
 DIGEST = "2b16a8e187b9cb010bb30e88105b3f1d711ce4fb5843465bf83b9fe21ef8f9ee"
 
 
@@ -77,9 +77,8 @@ def even_odd(x: int, y: int, contours) -> bool:
         for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]], strict=True):
             if (y0 <= y) != (y1 <= y):
                 side = (x - x0) * (y1 - y0) - (y - y0) * (x1 - x0)
-                inside ^= (
-                    side >= 0 if y1 > y0 else side <= 0
-                )  # the point is on or right of the edge
+                # Each edge that contains the point or lies to its left flips the result.
+                inside ^= side >= 0 if y1 > y0 else side <= 0
     return inside
 
 
@@ -102,7 +101,7 @@ def test_rasterisation_equals_testing_every_sample_point(polygons):
     assert np.array_equal(coverage, expected)
 
 
-def test_all_classes_and_occlusion_occur():
+def test_all_classes_occur():
     rng = np.random.RandomState(1)
     drawn = [shapes.draw_image(rng)[1] for _ in range(40)]
     classes = {index for instances in drawn for index, _ in instances}

@@ -617,7 +617,7 @@ def test_help_shows_flags_files_and_examples(capsys):
 @pytest.mark.skipif(
     not (SHARED_DATA / "coco_photos_val").is_dir(), reason="shared/data/coco_photos_val is absent"
 )
-def test_photographs(tmp_path):
+def test_photographs_are_processed(tmp_path):
     photos = sorted((SHARED_DATA / "coco_photos_val" / "images").iterdir())[:2]
     content, problems = run(photos, tmp_path, confidence_threshold=0.1)
     assert problems == [] and len(content["annotations"]) > 5

@@ -49,7 +49,7 @@ def test_masks_equal_the_eager_models_except_at_the_threshold(threshold):
         assert np.mean(same) > 0.6
 
 
-def test_hand_worked_column():
+def test_a_hand_worked_mask_of_one_column():
     """The example of ops/mask_rle.py: in a box of 4 rows, rows 0 and 1 belong to the mask."""
     mask = np.array([[[1, 1], [0.2, 0.2]]], np.float32)
     (rle,) = paste_masks(mask, np.array([[-2, 0, 4, 4]], np.float32), (6, 1), 0.5)
