@@ -1,4 +1,4 @@
-"""Simulates a device other than the CPU whose tensors have values. No GPU is needed.
+"""Simulates a device other than the CPU. Its tensors have values, and no GPU is needed.
 
 An operator that mixes CPU and GPU tensors fails only on a machine with a GPU. With this module, it
 fails on every machine.

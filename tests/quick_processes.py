@@ -30,7 +30,7 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
     context.set_forkserver_preload(list(IMPORTED))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.delenv("OMP_NUM_THREADS", raising=False)  # each fork sets its number of threads
+        patch.delenv("OMP_NUM_THREADS", raising=False)  # a fork may set it
         forkserver.ensure_running()
     return context
 

@@ -307,8 +307,8 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path):
 
 
 def make_lvis(seed):
-    """Returns LVIS annotations and results. In each image, some classes are neither annotated nor
-    marked as absent, and one class is not annotated exhaustively."""
+    """Returns LVIS annotations and results. Some classes of an image are neither annotated nor
+    marked as absent, and one of its annotated classes is not annotated exhaustively."""
     content, results = make_coco(seed, num_classes=6, most_copies=9)
     rng = np.random.default_rng(seed)
     for k, category in enumerate(content["categories"]):

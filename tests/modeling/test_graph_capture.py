@@ -55,7 +55,7 @@ def make_image(height, width):
 
 @functools.cache
 def make_model(name):
-    """Returns a model that finds no objects in some images and various numbers in others."""
+    """Returns a model that finds no objects in some images and different numbers in others."""
     limits = "MODEL.RPN.POST_NMS_TOPK_TEST", "60", "TEST.DETECTIONS_PER_IMAGE", "20"
     model = build_model(small_config(*MODELS[name], *limits)).eval()
     generator = torch.Generator().manual_seed(0)

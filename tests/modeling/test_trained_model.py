@@ -50,7 +50,7 @@ def test_every_weight_of_the_checkpoint_is_used(cfg, predictors, caplog):
 
 
 def test_detections_equal_stock(predictors):
-    """Detections must agree and have the same order. Mask pixels may differ near the threshold."""
+    """Detections must agree, also in order; mask pixels may differ only near the threshold."""
     total = 0
     for record in DatasetCatalog.get("shapes_val")[:NUM_IMAGES]:
         image = cv2.imread(record["file_name"])

@@ -1,4 +1,4 @@
-"""Compares run lengths of masks with pasted and encoded masks and with hand-worked examples."""
+"""Compares run lengths with masks that detectron2 pastes, and with hand-worked examples."""
 
 from __future__ import annotations
 

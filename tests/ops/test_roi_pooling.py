@@ -297,7 +297,7 @@ def test_gradient_of_precise_roi_pool_with_respect_to_boxes():
 
 
 def test_samples_next_to_the_border_jump_are_treated_as_in_torchvision():
-    """The border rule jumps at -1 and at the map's size; rounding decides on which side."""
+    """Rounding decides on which side of the jumps at -1 and at the map's size a sample lies."""
     generator = torch.Generator().manual_seed(1)
     features = torch.full((1, 1, 13, 13), 7.0)
     start = -1 - torch.rand(4000, generator=generator) * 3
