@@ -15,16 +15,17 @@ TITLE = """<!-- Generated: python tests/dataset_check/test_findings_page.py writ
 # Findings of the data set check
 
 `tools/check_dataset.py`, or the same check at the start of training, found something in your data.
-Each of its lines ends in a word in brackets, such as `[box-outside]`. Look it up here.
+Each line that the check prints ends in a word in brackets, such as `[box-outside]`. Look up that
+word here.
 
 The last column says what `--fix` does in [a corrected copy](your_data.md#a-corrected-copy).
 """
 NOTHING = {"error": "cannot", "warning": "does nothing", "hint": "does nothing"}
 BY_NAME = {"git-lfs-pointer": "leaves an image out, cannot repair an annotation file"}
 MEANINGS = {
-    "error": "Training stops until they are gone, unless `DATASETS.CHECK` is `warn`.",
+    "error": "Training stops until you correct these errors, unless `DATASETS.CHECK` is `warn`.",
     "warning": "Training continues. detectron2 handles these cases, but perhaps not as you intend.",
-    "hint": "These need no action.",
+    "hint": "Hints need no action.",
 }
 
 
