@@ -43,7 +43,7 @@ def analysis_of(folder, content, results, name="run"):
 
 
 def repeated(content, results, weights):
-    """Returns content and results in which each image occurs as often as its weight."""
+    """Returns content and results in which each image occurs as many times as its weight says."""
     images, objects, detections = [], [], []
     for image, count in zip(content["images"], weights, strict=True):
         for _ in range(count):

@@ -68,7 +68,10 @@ def step_down(model: torch.nn.Module) -> None:
 
 
 def train(output: str, die_at_first: bool = False, timm_name: str = "") -> None:
-    """Trains and saves facts about the run, with the mean losses over processes in each step."""
+    """Trains and saves facts about the run, including the losses of each step.
+
+    The losses are averaged over processes.
+    """
     again = launch.restarted(output)
     if die_at_first and not again and comm.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
