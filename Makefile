@@ -7,7 +7,7 @@
 # make clean   removes the environments, caches and the embedded data set, but no results
 #
 # All but clean first set up the environment if it is missing.
-# PYTHON=...   uses the interpreter of your own environment with detectron2 instead of .venv
+# PYTHON=...   uses this interpreter, of an environment with detectron2, instead of .venv
 
 VENV := .venv
 OLDEST := .venv-oldest
@@ -17,8 +17,8 @@ BOOTSTRAP_PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.10,$(shell command -v py
 CONFIG ?= configs/shapes/mask_rcnn_shapes.yaml
 # Two processes with one thread each; when one is idle, it takes over tests of the other.
 IN_PROCESSES := -n 2 --dist worksteal
-# With --strict, warnings such as broken links are errors (but not with --quiet). The variable hides
-# an advertisement.
+# With --strict, warnings such as broken links are errors (but not with --quiet).
+# NO_MKDOCS_2_WARNING hides an advertisement.
 SITE = NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
@@ -53,7 +53,7 @@ docs: $(ENVIRONMENT)
 gpu: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/gpu_campaign.py $(GPU_FLAGS)
 
-# The stamp is written last, so an interrupted installation is resumed.
+# This file is written last, so after an interruption, make runs the installation again.
 $(VENV)/.complete: requirements.txt setup.cfg tools/install_detectron2.py tools/pinned_wheel.py
 	@echo "Setting up $(VENV): about 6 GB (PyTorch with its CUDA libraries), some minutes"
 	$(BOOTSTRAP_PYTHON) -m venv $(VENV)

@@ -48,7 +48,7 @@ class Schedule:
 
     Attributes:
         iterations: number of updates of the weights.
-        batch_size: objects per update, drawn without replacement until all have been used.
+        batch_size: objects per update. No object is drawn again before all have been drawn.
         learning_rate: the highest rate, after WARM_UP iterations.
         conv_dims: output channels of the 3 x 3 convolutions and, last, of the deconvolution.
     """
@@ -98,7 +98,7 @@ def train_head(
         head = FCNMaskHead(
             shape, num_classes=num_classes, conv_dims=schedule.conv_dims, losses=losses
         )
-    # torch's stubs know memory_format only without a device.
+    # torch's type stubs accept memory_format only in a call without a device.
     head = head.to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(head.parameters(), schedule.learning_rate)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
@@ -118,12 +118,12 @@ def train_head(
 
 
 def predict(head: FCNMaskHead, objects: Objects, all_classes: bool = False) -> Tensor:
-    """Returns the logits of each object's own class, (R, M, M), or of all classes, (R, K, M, M).
+    """Returns (R, M, M) logits of each object's class, or (R, K, M, M) logits of all classes.
 
     Args:
         head: a trained head.
         objects: the objects to predict masks for; their targets are not used.
-        all_classes: whether to return all classes, as a loss that couples the classes needs.
+        all_classes: whether to return all classes. Losses that couple classes need all of them.
     """
     parts = []
     with torch.inference_mode():

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Times the data set check on synthetic data of COCO's size: 118,000 images, 860,000 annotations.
 
-Polygons have 25 points on average, like COCO's. Image files are hard links to one small JPEG, and
-the records have its size, so the headers of all files are read but no pixels. Reading COCO's files
-from a disk would take extra time. Times are for one run in a separate process, with files in the
-operating system's cache; memory is the peak of that process, including 0.7 GB for the interpreter,
-PyTorch and detectron2. "again" is a second run, which reuses the result of the first.
+Polygons have 25 points on average, like COCO's. Image files are hard links to small JPEGs whose
+size agrees with the records, so the check reads the headers of all files but no pixels. Reading
+COCO's files from a disk would take extra time. Times are for one run in a separate process, with
+files in the operating system's cache. Memory is the peak of that process, including 0.7 GB for the
+interpreter, PyTorch and detectron2. "again" is a second run, which reuses the result of the first.
 
 Writes a table and a JSON file with machine, versions and date.
 """
@@ -34,7 +34,7 @@ MEAN_POINTS, NUM_CLASSES = 25, 80
 
 
 def make_images(folder: Path, num_images: int) -> None:
-    """Writes an image and links to it; a new image every 10,000 files, as links are limited."""
+    """Writes images and hard links to them: 10,000 names per image, because links are limited."""
     folder.mkdir()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*IMAGE_HW, 3), np.uint8))
     for index in progress(range(num_images), "making images", "file"):
@@ -47,7 +47,7 @@ def make_images(folder: Path, num_images: int) -> None:
 
 
 def make_annotations(path: Path, num_images: int, num_annotations: int) -> None:
-    """Writes the file piece by piece to save memory."""
+    """Writes an annotation file piece by piece to save memory."""
     rng, extent = np.random.default_rng(0), np.array(IMAGE_HW[::-1])
     sizes = {"height": IMAGE_HW[0], "width": IMAGE_HW[1]}
     images = [{"id": i + 1, "file_name": f"{i + 1:012d}.jpg", **sizes} for i in range(num_images)]

@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 Key = tuple[str, int, float, float, int]
 """Arm, number of classes, confusion, learning rate, iterations."""
 Settings = list[tuple[int, float]]
-"""Pairs of a number of classes and a confusion."""
+"""Pairs: number of classes, confusion."""
 
 NUM_DRAWS = 1000
 READ_CLASSES = 10
@@ -34,7 +34,7 @@ BACKGROUNDS = ("softmax, even start", "softmax, learned background")
 COMPETING = ("softmax", *BACKGROUNDS)
 EVERY = ("sigmoid of every class", "sigmoid of every class, even start")
 EMPTY = 0.05
-"""A mask with a lower IoU has missed its object."""
+"""If the IoU of a mask is lower than this, the mask has missed its object."""
 
 
 class Results:
@@ -57,11 +57,11 @@ class Results:
         return 100 * np.array([x["ious"][reading] for x in self.trainings[key]])
 
     def num_objects(self, key: Key) -> int:
-        """Returns I."""
+        """Returns I, the number of test objects."""
         return self.ious(key, OWN).shape[1]
 
     def threshold(self, key: Key, reading: str) -> dict[str, float]:
-        """Returns the mean threshold of a tuned reading; an empty dictionary for the others."""
+        """Returns the mean threshold of a tuned reading, or {} for a reading that is not tuned."""
         found = [x.get("thresholds", {}).get(reading) for x in self.trainings[key]]
         return {} if None in found else {"threshold": round(statistics.mean(found), 3)}
 
@@ -78,14 +78,14 @@ def drawn_means(ious: FloatArray) -> FloatArray:
 
 
 Row = tuple[dict[str, Any], Key, str, Key, str]
-"""Labels; a training and its reading; the baseline and its reading."""
+"""Labels of a row; key of the trainings and their reading; key of the baseline and its reading."""
 
 
 def compared(results: Results, rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Returns the differences of a table, with intervals that are valid together.
 
-    An IoU is at least 0, so a difference is at least minus the baseline's IoU; intervals are cut
-    off there.
+    An IoU cannot be below 0, so a difference cannot be below minus the baseline's IoU. Intervals
+    are cut off there.
     """
     present = [r for r in rows if results.has(r[1], r[2]) and results.has(r[3], r[4])]
     table = []
@@ -177,7 +177,7 @@ def _readings(settings: Settings, rate: float, lengths: tuple[int, int]) -> Iter
 
 
 def _ends(settings: Settings, rate: float, long: int) -> Iterable[Row]:
-    """Yields rows for the gap that remains after the long schedule."""
+    """Yields rows for the gaps that remain after the long schedule."""
     for num_classes, confusion in settings:
         setting = (num_classes, confusion, rate, long)
         labels = {"classes": num_classes, "confusion": confusion}
@@ -200,7 +200,7 @@ def _causes(settings: Settings, rate: float, lengths: tuple[int, int]) -> Iterab
 
 
 def _backgrounds(settings: Settings, rate: float, short: int) -> Iterable[Row]:
-    """Yields rows that compare other backgrounds of the softmax with the one of logit 0."""
+    """Yields rows that compare the softmax whose background has logit 0 with other backgrounds."""
     for (num_classes, confusion), arm in itertools.product(settings, BACKGROUNDS):
         setting = (num_classes, confusion, rate, short)
         for reading in (SOFTMAX, SOFTMAX_TUNED):
@@ -222,10 +222,10 @@ def _rates(settings: Settings, rates: list[float], short: int) -> Iterable[Row]:
 
 
 def _by_certainty(results: Results, rate: float, short: int) -> list[dict[str, Any]]:
-    """Returns the results for objects that the best classifier is sure of, and for the others.
+    """Returns the results for objects whose class is sure, given their colour, and for the others.
 
-    The classifier is sure of an object if it gives the true class a probability above one half.
-    ``missed`` is the share of objects with an IoU below EMPTY.
+    A class is sure if its probability is above one half. ``missed`` is the percentage of objects
+    with an IoU below EMPTY.
     """
     table = []
     for key in results.trainings:
@@ -269,7 +269,7 @@ def _curves(results: Results, rate: float, long: int) -> list[dict[str, Any]]:
 
 
 def _gradients(results: Results, rate: float, short: int) -> list[dict[str, Any]]:
-    """Returns means over seeds and their standard deviations."""
+    """Returns the mean of each gradient over seeds, and its standard deviation."""
     table = []
     for key, found in results.trainings.items():
         if key[1:] != (READ_CLASSES, 0.0, rate, short):

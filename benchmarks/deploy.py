@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Compares eager and exported Mask R-CNN (R50-FPN): latency, throughput, memory, start, file size.
+"""Compares eager and exported Mask R-CNN (R50-FPN) in speed, memory, start-up time and file size.
 
 Each contender runs in a separate process on one resized image, from pixels to boxes, scores,
-classes and mask probabilities; none of them draws masks into the image. They take turns, so other
-work on the machine slows all of them equally:
+classes and mask probabilities; none of them draws masks into the image. The contenders take turns,
+so other work on the machine slows all of them equally:
 
   stock         detectron2's classes, eager
   plugin        this package's classes, eager
@@ -13,12 +13,13 @@ work on the machine slows all of them equally:
   mayaku        mayaku's `convert-d2` and `export onnx` with the same weights. The file contains
                 only backbone and FPN, which onnxruntime runs; mayaku's PyTorch code runs the rest.
 
-The last two need packages that this project does not use. Make an environment for them and pass its
-Python; it may find PyTorch and onnxruntime in this environment through a .pth file:
+The last two need packages that this project does not use. Create an environment for them and pass
+its Python with --rivals. A .pth file there can make PyTorch and onnxruntime of this one available:
   python -m venv rivals && rivals/bin/pip install mayaku openvino onnxruntime
   python benchmarks/deploy.py --rivals rivals/bin/python
 
-The weights are random, scaled so that the model finds as many objects as it may return.
+The weights are random, and scaled so that the model finds the largest number of objects that it can
+return.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def mayaku(folder: Path, threads: int) -> Run:
 
 
 def work(name: str, folder: Path, args: argparse.Namespace) -> None:
-    """Runs a contender for each line of standard input, which says how many images to pass."""
+    """Runs a contender once for each line of standard input: the number of images to pass."""
     start = time.perf_counter()
     import numpy as np
 
@@ -161,7 +162,7 @@ def work(name: str, folder: Path, args: argparse.Namespace) -> None:
 
 
 def peak_megabytes_of_process() -> int:
-    """Returns the peak since this program started; ru_maxrss would include its parent's."""
+    """Returns the peak memory of this program; ru_maxrss would include the parent's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return round(int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 1024)
 
@@ -206,7 +207,7 @@ class Worker:
 
 
 def measure_all(workers: list[Worker], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns the results of each worker. Workers take turns, because other work may slow them."""
+    """Returns the results of each worker. Workers take turns, so other work slows all equally."""
     for worker in workers:
         for _ in range(args.warm_up):
             worker.run(1)
@@ -329,7 +330,7 @@ def parse_args() -> argparse.Namespace:
         "--side", type=int, default=800, help="shorter side of the image, in pixels"
     )
     parser.add_argument(
-        "--repeats", type=int, default=4, help="runs per measurement; fewer with several images"
+        "--repeats", type=int, default=4, help="runs per measurement, divided by images per call"
     )
     parser.add_argument("--warm-up", type=int, default=2, help="runs before the measurement")
     parser.add_argument("--threads", type=int, default=2)

@@ -25,14 +25,15 @@ def every_class_cross_entropy(
 ) -> Tensor:
     """Binary cross-entropy of all classes; all but the object's have an empty mask as target.
 
-    As with ``softmax_cross_entropy``, the masks of the other classes are trained to be empty; as
-    with ``binary_cross_entropy``, raising the logit of one class takes nothing from another.
+    As with ``softmax_cross_entropy``, the masks of the other classes are trained to be empty. As
+    with ``binary_cross_entropy``, a higher logit of one class does not lower the probability of
+    another.
 
     Args:
         class_logits: (R, K, M, M).
         classes: (R,) int64 in [0, K).
         gt_masks: (R, M, M) in [0, 1].
-        weights: (R,); None for all equal.
+        weights: (R,) weights of the RoIs; None gives all RoIs the same weight.
     """
     own = F.one_hot(classes, class_logits.shape[1])[:, :, None, None]
     pixels = F.binary_cross_entropy_with_logits(

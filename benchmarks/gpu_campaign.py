@@ -2,7 +2,7 @@
 """Runs all measurements of this project that need a GPU.
 
 Every part runs in a separate process, so a part that fails, hangs or loses the GPU does not stop
-the others. The page always says what was measured and what was not.
+the others. The page always lists what was measured and what was not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Examples:
     python benchmarks/gpu_campaign.py
   The most important figures, at most 8 minutes:
     python benchmarks/gpu_campaign.py --quick
-  Two parts again; the results of the others stay in the folder:
+  Two parts again; the results of the other parts stay in the folder:
     python benchmarks/gpu_campaign.py --part pooler --part kernel_variants
   Without a GPU, with tiny sizes and kernels in Triton's interpreter, to see that everything
   runs; the times mean nothing:
@@ -112,7 +112,7 @@ def run_command(command: list[str], variables: dict[str, str], log: Path, second
 
 
 def run_part(part: Part, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Runs a part and returns its status and its results, which may be incomplete."""
+    """Runs a part and returns its status and results. The results may be incomplete or None."""
     path, log = part.results(args.output), args.output / f"{part.name}.log"
     path.unlink(missing_ok=True)
     start, told = time.monotonic(), ""
@@ -150,7 +150,7 @@ def write(campaign: dict[str, Any], folder: Path) -> None:
 
 
 def earlier_parts(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Returns the earlier results in the folder if only some parts run."""
+    """Returns the results of an earlier campaign in the folder, if only some parts run now."""
     path = args.output / "campaign.json"
     if not (args.part and path.is_file()):
         return {}

@@ -3,7 +3,8 @@
 
 step: forward, backward and SGD of Mask R-CNN R50-FPN with two images of 512 px, and of the embedded
 data set's small model with four images of 96 px. guard: the check of losses and gradients before
-the weights change. seeds: seeding the step and each image, and restoring the generators.
+the weights change. seeds: setting the seeds for the step and for each image, and restoring the
+random generators.
 
 Times are medians of several alternating runs. Writes a table, and a JSON file with machine,
 versions and date.

@@ -3,9 +3,9 @@
 
 A simulated study has a baseline and a variant, each trained with several seeds and evaluated on the
 same images. An image shows 1 to 8 objects. A detection finds its object if a normal random number
-is below a sum of five qualities: those of the model, of the seed, of the image, of the image for
-this model, and of the image for this seed. Otherwise it is a false positive. The true difference in
-AP is computed from very many images and seeds.
+is below the sum of five qualities: those of the model, the seed, the image, the image for this
+model, and the image for this seed. Otherwise, the detection is a false positive. The true
+difference in AP is computed from very many images and seeds.
 
 The second table simulates studies like benchmarks/sampling_training.py, which compare two kinds of
 head by the mean IoU of objects in a few images. Both heads start from the same weights and see the
@@ -40,7 +40,7 @@ OBJECT_OF_WAY, IMAGE_OF_WAY, SEED_OF_WAY = 0.015, 0.02, 0.0025
 """Standard deviations of the difference between two heads: for each object with each seed, for each
 image, and for each seed."""
 SAME, BETTER = 0.0, 0.3
-"""By how much the quality of the variant exceeds that of the baseline."""
+"""How much the variant's quality exceeds the baseline's: two equal models, or a better variant."""
 
 Generator = np.random.Generator
 

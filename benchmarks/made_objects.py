@@ -18,7 +18,7 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 
 TRAINING, TUNING, TEST = 1, 2, 3
-"""Seeds of a study's objects. The seeds of its trainings vary only weights and order."""
+"""Seeds of a study's objects. A training seed varies only the weights and the order of objects."""
 SIDE = 28
 """Side of an image in pixels, equal to that of the mask branch's output."""
 WAVES = np.arange(1, 6)
@@ -34,8 +34,8 @@ class MadeObjects:
         images: (N, 3, SIDE, SIDE) float32, about in [-1, 1].
         masks: (N, SIDE, SIDE) bool.
         classes: (N,) int64 in [0, K).
-        posterior: (N,) float64, the probability that the best classifier, which sees the object's
-            colour, gives the true class.
+        posterior: (N,) float64, the probability of the true class, given the object's colour. No
+            classifier can know more about the class.
     """
 
     images: npt.NDArray[np.float32]
@@ -57,7 +57,7 @@ def class_colours(num_classes: int) -> FloatArray:
 
 
 def smallest_distance(colours: FloatArray) -> float:
-    """Returns the distance between the two nearest colours, or 1 if there is only one."""
+    """Returns the distance between the two closest colours, or 1 if there is only one colour."""
     apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
     return float(apart[~np.eye(len(colours), dtype=bool)].min(initial=1.0))
 
@@ -66,8 +66,8 @@ def make_objects(seed: int, num_objects: int, num_classes: int, confusion: float
     """Returns the objects for a seed.
 
     Args:
-        seed: seed of all random numbers. Outlines and textures depend only on it, and
-            so does a background, unless it is too similar to the object's colour.
+        seed: seed of all random numbers. Outlines and textures depend only on the seed. So does a
+            background, unless it is too similar to the object's colour.
         num_objects: N.
         num_classes: K, from 1 to 729.
         confusion: standard deviation of the noise of an object's colour along each axis, in units
@@ -101,7 +101,7 @@ def true_class_probability(
         colour: (N, 3) colours of the objects.
         classes: (N,) true classes.
         colours: (K, 3) colours of the classes.
-        spread: standard deviation of the noise along each axis; 0 for none.
+        spread: standard deviation of the noise along each axis; 0 means no noise.
     """
     if spread == 0:
         return np.ones(len(classes))

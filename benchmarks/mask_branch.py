@@ -5,14 +5,14 @@ head: the FCN mask head with binary cross-entropy for K classes, on 128 RoIs of 
 forward and backward pass, and inference. target: targets of 28 x 28 for 128 RoIs, cropped from bit
 masks of 800 x 1333. step: one training step of Mask R-CNN R50-FPN with two images of 512 px, 8
 polygons and 512 RoIs per image. On CUDA, two such images keep the GPU busy for less time than
-Python takes, so a step with four images of 800 px is measured too; and so is our model with
-contiguous weights, whose results are only in the JSON file. inference: the same model with 100
-masks that fill their boxes in each of two images; the output is bit masks of 1080 px or run
-lengths.
+Python takes, so a step with four images of 800 px is also measured. There, our model is also
+measured with contiguous weights; those results are only in the JSON file. inference: the same model
+with 100 masks that fill their boxes in each of two images; the output is bit masks of 1080 px or
+run lengths.
 
-Times are medians of several runs, in which the sides take turns; ratios are detectron2 / ours.
-Memory is the peak of what PyTorch allocates. With --busy N, times are taken while N other processes
-compute.
+Times are medians of several runs. The implementations take turns; ratios are detectron2 / ours.
+Memory is the peak of what PyTorch allocates. With --busy N, N other processes compute during the
+measurement.
 
 Writes a table, a JSON file with machine, versions and date, and a plot next to it.
 """
@@ -74,7 +74,7 @@ class FixedTargets:
 
 
 class TorchvisionHead(nn.Module):
-    """torchvision's layers and its loss."""
+    """torchvision's mask head and loss, called as detectron2's head is."""
 
     def __init__(self, num_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def infer(model: nn.Module, amp: bool, device: str, make_inputs: Callable[[], In
 
 
 def head_sides(num_classes: int, training: bool, amp: bool, sizes: Sizes, device: str) -> Sides:
-    # As the poolers return them: torchvision's and detectron2's contiguous, ours channels-last.
+    # Poolers return these layouts: torchvision's and detectron2's contiguous, ours channels-last.
     shape = sizes.head_rois, sizes.num_channels, POOLED_SIDE, POOLED_SIDE
     features = torch.randn(shape, device=device)
     last = features.contiguous(memory_format=torch.channels_last)
@@ -163,8 +163,8 @@ def target_sides(sizes: Sizes, device: str) -> Sides:
 def make_model(
     num_classes: int, plugin: bool, device: str, more_opts: Sequence[str] = ()
 ) -> nn.Module:
-    """Builds a model as train_net.py does: this plugin's, or else detectron2's."""
-    # Batch statistics: a frozen network with random weights overflows.
+    """Builds this plugin's model as train_net.py does, or else detectron2's."""
+    # With frozen normalisation, a network with random weights overflows.
     opts = ["MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN", "MODEL.DEVICE", device]
     opts += ["MODEL.ROI_HEADS.NUM_CLASSES", str(num_classes), *more_opts]
     cfg: CfgNode = load_config(str(ROOT / "configs" / "Base-MaskRCNN-FPN.yaml"), opts)
@@ -198,8 +198,8 @@ def make_batch(
 
 
 def make_models(num_classes: int, sizes: Sizes, device: str) -> dict[str, nn.Module]:
-    """Returns both models, with the same weights."""
-    # All detections count, since random weights would find none otherwise.
+    """Returns detectron2's model and ours, with the same weights."""
+    # Models with random weights find something only if every score counts.
     opts = [*sizes.model_opts, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     models = {
         name: make_model(num_classes, name == "ours", device, opts)
@@ -237,7 +237,7 @@ def inference_sides(num_classes: int, amp: bool, sizes: Sizes, device: str) -> S
 
 @torch.no_grad()
 def use_statistics_of(model: nn.Module, batch: list[dict[str, Any]]) -> None:
-    """Uses a batch's statistics in inference: without any, the network overflows."""
+    """Makes inference use a batch's statistics. Without them, the network would overflow."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -247,7 +247,7 @@ def use_statistics_of(model: nn.Module, batch: list[dict[str, Any]]) -> None:
 
 @torch.no_grad()
 def fill_boxes(mask_head: nn.Module) -> None:
-    """Makes rectangular masks: random weights would draw noise, with a run for each pixel."""
+    """Makes every mask fill its box. Random weights would produce noise, with a run per pixel."""
     mask_head.predictor.weight.zero_()
     mask_head.predictor.bias.fill_(4.0)
 
@@ -297,7 +297,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks/mask_branch.json"))
-    parser.add_argument("--repeats", type=int, default=5, help="runs per time, the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="runs per measurement; their median is reported"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
@@ -306,7 +308,7 @@ def main() -> None:
         nargs="+",
         default=[""],
         metavar="WORDS",
-        help="rows with any of these words, as 'step, K = 80'",
+        help="only rows whose name contains one of these, such as 'step, K = 80'",
     )
     add_busy_argument(parser)
     add_tiny_argument(parser)

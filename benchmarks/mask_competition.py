@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Why independent masks? The mask branch alone, trained with and without competing classes.
 
-Mask R-CNN's Table 2b compares a sigmoid per class with a softmax over classes. Several things
-change at once there. This study changes one at a time, on synthetic objects (made_objects.py) in
-their true boxes and with their true classes, so that detection plays no part: a small stem and the
-plugin's FCNMaskHead with its own losses are trained with each way to train (arm), number of
-classes, confusion and seed, and each result is read out in several ways.
+Mask R-CNN's Table 2b compares a sigmoid per class with a softmax over classes, but several things
+differ between the two models. This study changes one thing at a time. Its synthetic objects
+(made_objects.py) come with their true boxes and classes, so detection plays no part. A small stem
+and the plugin's FCNMaskHead are trained for combinations of loss (arm), number of classes,
+confusion and seed. The output of each trained model is turned into masks in several ways.
 
 Each training writes one file to --output; a second start runs only the missing trainings. The
-summary, with intervals over training and images, goes to --json.
+summary goes to --json. Its intervals cover both training and images.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Arm:
     """A way to train.
 
     Attributes:
-        loss: a function of (R, K, M, M) logits minus the background's, (R,) classes and (R, M, M)
-            masks.
-        extra: 1 if the head has an output for the background besides one per class, else 0.
-        even: whether logits start at -log K, so that for a softmax the background is as likely as
-            all classes together, and for sigmoids the classes' probabilities add up to about 1.
+        loss: a function of (R, K, M, M) logits, (R,) classes and (R, M, M) masks. The background's
+            logit is already subtracted from the logits.
+        extra: 1 if the head has an output for the background in addition to one per class, else 0.
+        even: whether logits start at -log K. In a softmax, the background is then as likely as all
+            classes together; with sigmoids, the probabilities of the classes add up to about 1.
         agnostic: whether all classes share one output.
     """
 
@@ -171,12 +171,12 @@ def schedule(iteration: int, iterations: int) -> float:
 
 
 class Tests:
-    """What a model is tested with.
+    """The objects that a model is tested on, and its results for them.
 
     Args:
         num_classes: K.
         confusion: see made_objects.
-        num_test: number of test objects; half as many others tune the thresholds.
+        num_test: number of test objects. Thresholds are tuned on half as many other objects.
     """
 
     def __init__(self, num_classes: int, confusion: float, num_test: int) -> None:
@@ -222,7 +222,7 @@ def logits_of(model: MaskBranch, objects: MadeObjects) -> Tensor:
 
 
 def read_out(logits: Tensor, objects: MadeObjects) -> dict[str, FloatArray]:
-    """Returns the (N,) IoUs of the true class's masks, for the readings without tuning."""
+    """Returns the (N,) IoUs of the true class's masks for each reading with a fixed threshold."""
     classes = _tensor(objects.classes)
     own = of_class(logits, classes)
     masks = {
@@ -241,11 +241,11 @@ def iou(found: npt.NDArray[np.bool_], true: npt.NDArray[np.bool_]) -> FloatArray
 
 
 def gradients(model: MaskBranch, objects: MadeObjects) -> dict[str, float]:
-    """Returns the mean absolute gradient of the loss by a logit, times the number of pixels.
+    """Returns the mean absolute gradient of the loss for a logit, times the number of pixels.
 
-    The loss is a mean over the pixels of all RoIs, so this product does not depend on their number.
-    There are four values: for the RoI's own class and for all other classes together, each inside
-    and outside the object's mask.
+    The loss is a mean over the pixels of all RoIs, so this product does not depend on the number of
+    pixels. There are four values: inside and outside the object's mask, for the RoI's class and for
+    the sum over all other classes.
     """
     part = slice(0, 64)
     masks, classes = _tensor(objects.masks[part]), _tensor(objects.classes[part])
@@ -272,7 +272,8 @@ def plan(short: int, long: int, seeds: Sequence[int]) -> list[Training]:
 
     Args:
         short: iterations of most trainings.
-        long: iterations of the trainings that show what is left of the gap, with 10 classes.
+        long: iterations of the long trainings, which show with 10 classes how much of the gap
+            remains.
         seeds: the seeds that each setting is trained with.
     """
     two = ("sigmoid", "softmax")
@@ -322,9 +323,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the trainings")
     parser.add_argument("--json", type=Path, help="where the summary goes")
     parser.add_argument("--short", type=int, default=2000, help="iterations of most trainings")
-    parser.add_argument("--long", type=int, default=8000, help="iterations of those to the end")
-    parser.add_argument("--objects", type=int, default=NUM_TRAINING, help="to learn from")
-    parser.add_argument("--tests", type=int, default=NUM_TEST, help="to test with")
+    parser.add_argument("--long", type=int, default=8000, help="iterations of long trainings")
+    parser.add_argument("--objects", type=int, default=NUM_TRAINING, help="training objects")
+    parser.add_argument("--tests", type=int, default=NUM_TEST, help="test objects")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default 1 to 5")
     args = parser.parse_args()
     trainings = plan(args.short, args.long, args.seeds)

@@ -31,7 +31,7 @@ CURVES = (
 )
 ORDER = ("softmax", EVERY[0], BACKGROUNDS[0], EVERY[1], BACKGROUNDS[1], "class-agnostic")
 SCHEDULES = (2600, 8000)
-"""Iterations of the whole models."""
+"""Numbers of iterations that whole models were trained for."""
 GAPS = (
     "as trained",
     "both: own class\nagainst background",
@@ -43,7 +43,7 @@ Rows = list[dict[str, Any]]
 
 
 def draw_gap(rows: Rows) -> Figure:
-    """Draws the difference from the sigmoid by number of classes, where colours do not overlap."""
+    """Draws softmax minus sigmoid by number of classes, for colours that do not overlap."""
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     for number, (reading, (colour, marker, label)) in enumerate(READINGS.items()):
@@ -63,7 +63,7 @@ def draw_gap(rows: Rows) -> Figure:
 
 
 def _reach(rows: Rows) -> list[list[float]]:
-    """Returns how far intervals reach below and above."""
+    """Returns how far each interval reaches below and above its difference."""
     return [
         [row["difference"] - row["low"] for row in rows],
         [row["high"] - row["difference"] for row in rows],
@@ -101,7 +101,7 @@ def draw_arms(rows: Rows) -> Figure:
 
 
 def draw_curves(rows: Rows) -> Figure:
-    """Draws learning curves of the long schedule, with the standard deviation over seeds."""
+    """Draws learning curves with the long schedule, and their standard deviation over seeds."""
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     for arm, reading, colour, line, label in CURVES:
@@ -120,7 +120,7 @@ def draw_curves(rows: Rows) -> Figure:
 
 
 def draw_whole(trained: Rows, readouts: dict[int, Rows]) -> Figure:
-    """Draws AP of whole models during training, by seed, and the gap by reading and schedule.
+    """Draws each seed's AP during training of whole models, and softmax minus sigmoid at the end.
 
     Args:
         trained: the "curves" that whole_models.py wrote for the longest schedule.

@@ -7,10 +7,11 @@ dictionaries for synthetic data (images of 480 x 640 with 7 objects and 20 detec
 classes); detectron2's COCOEvaluator uses pycocotools. Boundary AP, which detectron2 does not
 compute, is timed separately. Reading images and inference are not measured.
 
-Times are medians of several runs, in which the sides take turns; ratios are detectron2 / ours.
-Memory is the largest growth of the process, in a separate run; with --device cuda, where masks are
-made on the GPU and encoded on the CPU, it is the peak of what PyTorch allocates on the GPU. If
-detectron2's masks alone would take more than --limit-gb, detectron2 is not run.
+Times are medians of several runs in which detectron2 and our code take turns; ratios are
+detectron2 / ours. Memory is the largest growth of the process, measured in a separate run. With
+--device cuda, masks are made on the GPU and encoded on the CPU, and memory is the peak of what
+PyTorch allocates on the GPU. Where detectron2's bit masks would take more than --limit-gb,
+detectron2 is not run.
 
 Writes a table, a JSON file with machine, versions and date, and a plot next to it.
 """
@@ -58,7 +59,7 @@ Sides = dict[str, Callable[[], object]]
 
 
 def make_masks(num_masks: int, image_hw: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Returns smooth masks, and boxes whose sides are 3% to 60% of the image's."""
+    """Returns smooth masks, and boxes whose sides are 3% to 60% of the image's sides."""
     generator = torch.Generator().manual_seed(seed)
     low = torch.randn(num_masks, 1, 5, 5, generator=generator) + 0.7
     size = (MASK_SIDE, MASK_SIDE)
@@ -70,7 +71,7 @@ def make_masks(num_masks: int, image_hw: tuple[int, int], seed: int = 0) -> tupl
 
 
 def paste_and_encode(probs: Tensor, boxes: Tensor, image_hw: tuple[int, int]) -> list[Any]:
-    """Does what detectron2's postprocessing and then its instances_to_coco_json do."""
+    """Does the same as detectron2's postprocessing followed by its instances_to_coco_json."""
     masks = paste_masks_in_image(probs, boxes, image_hw).cpu()
     return [
         coco_mask.encode(np.array(mask[:, :, None], order="F", dtype="uint8"))[0] for mask in masks
@@ -80,7 +81,7 @@ def paste_and_encode(probs: Tensor, boxes: Tensor, image_hw: tuple[int, int]) ->
 def make_annotations(num_images: int, folder: Path) -> tuple[str, list[list[dict[str, Any]]]]:
     """Registers synthetic ground truth; returns its name and the results of each image.
 
-    A third of the detections are objects moved by a few pixels.
+    A third of the detections are objects of the ground truth, moved by a few pixels.
     """
     rng, height, width = np.random.default_rng(0), *EVALUATED_HW
     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
@@ -130,7 +131,7 @@ def make_annotations(num_images: int, folder: Path) -> tuple[str, list[list[dict
 def evaluate_with_detectron2(name: str, results: list[list[dict[str, Any]]]) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = COCOEvaluator(name, ("bbox", "segm"), distributed=False)
-        # As process() would store them. They are copied because detectron2 changes them.
+        # This is what process() would store. Results are copied because detectron2 changes them.
         evaluator._predictions = [{"instances": [dict(x) for x in found]} for found in results]
         evaluator.evaluate()
 
@@ -138,7 +139,7 @@ def evaluate_with_detectron2(name: str, results: list[list[dict[str, Any]]]) -> 
 def evaluate_with_plugin(name: str, results: list[list[dict[str, Any]]], tasks: tuple[str]) -> None:
     evaluator = MaskEvaluator(name, tasks, distributed=False)
     evaluator.reset()
-    for found in results:  # what process() does with detections in this format
+    for found in results:  # process() does the same with detections in this format
         evaluator._log.append(found[0]["image_id"], found)
     evaluator.evaluate()
 
@@ -210,7 +211,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def measure(sides: Sides, repeats: int, busy: int, device: str) -> dict[str, Any]:
-    """Returns the times and peaks of a setting. The run that measures the peak also warms up."""
+    """Returns the times and memory peaks of a setting. Measuring the peak is also the warm-up."""
     row: dict[str, Any] = {}
     for name, step in sides.items():
         gc.collect()
@@ -229,13 +230,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks/mask_output.json"))
-    parser.add_argument("--repeats", type=int, default=3, help="runs per time, the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs per measurement; their median is reported"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--images", type=int, default=5000, help="images of the evaluation; 0 leaves it out"
     )
-    parser.add_argument("--limit-gb", type=float, default=8, help="largest dense masks to make")
+    parser.add_argument(
+        "--limit-gb",
+        type=float,
+        default=8,
+        help="largest size of detectron2's bit masks; detectron2 is not run beyond it",
+    )
     add_busy_argument(parser)
     add_tiny_argument(parser)
     args = parser.parse_args()

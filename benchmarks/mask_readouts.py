@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Reads the mask logits of trained models in other ways than they were trained for.
+"""Reads the mask logits of trained models in ways that they were not trained for.
 
-Table 2b of Mask R-CNN trains with a softmax and reads a pixel as an object's where its probability
-is at least one half. Is the gap to the sigmoid one of training or of this reading? Here the models
-of `tools/ablate.py --config-file configs/ablations/independent_vs_softmax.yaml` are evaluated again
-with the same weights, boxes and classes; only their mask logits are read differently. Then they are
-evaluated once more, in the true boxes with the true classes. Nothing is trained. Writes a table and
-a JSON file.
+In Table 2b of Mask R-CNN, the softmax model is trained with a softmax, and a pixel belongs to an
+object if its softmax probability is at least one half. Does the gap to the sigmoid come from
+training, or from this way of reading the logits? To find out, this script evaluates the models of
+`tools/ablate.py --config-file configs/ablations/independent_vs_softmax.yaml` again, with the same
+weights, boxes and classes; only their mask logits are read differently. It then evaluates them
+again in the true boxes with the true classes. Nothing is trained. Writes a table and a JSON file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mask_head_plugin.modeling.rcnn import rle_postprocess
 from mask_head_plugin.progress import progress
 
 TRAINED = {"sigmoid": "own class against background", "softmax": "softmax at 0.5"}
-"""Variants, and the readings that they are trained for."""
+"""For each variant, the reading that it is trained for."""
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4)
 METRICS = ("AP", "AP50", "AP75")
 
@@ -59,12 +59,12 @@ def largest(class_logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def any_class(class_logits: Tensor, _: Tensor) -> Tensor:
-    """Returns the softmax's probability that a pixel is of any class, not of the background."""
+    """Returns the softmax probability that a pixel belongs to any class, not to the background."""
     return class_logits.logsumexp(1).sigmoid()
 
 
 def at_threshold(threshold: float, reading: Reading) -> Reading:
-    """Returns a reading by which a probability of ``threshold`` becomes one half, linearly."""
+    """Returns a reading whose probabilities are rescaled so that ``threshold`` becomes one half."""
 
     def read(class_logits: Tensor, classes: Tensor) -> Tensor:
         probs = reading(class_logits, classes)
@@ -87,16 +87,19 @@ READINGS_OF = {
     "sigmoid": [name for name in READINGS if name == "softmax at 0.5" or name.startswith("own")],
     "softmax": list(READINGS),
 }
-"""Readings that are tried on each variant: a sigmoid's other classes mean nothing."""
+"""Readings that are tried on each variant. Only one reading of the sigmoid uses the logits of other
+classes, because those are not trained."""
 OWN, ANY = "own class against background", "any class against background"
 TUNED = "own class at 0.3"
 CHANGES = {
     "softmax": (OWN, ANY, "largest", "softmax at 0.2", TUNED),
     "sigmoid": ("softmax at 0.5", TUNED),
 }
-"""Readings whose change gets an interval. With fewer rows in a table, intervals are narrower."""
+"""Readings whose change gets an interval. The fewer rows a table has, the narrower are its
+intervals."""
 GAPS = (("softmax at 0.5", OWN), (OWN, OWN), (ANY, OWN), (TUNED, TUNED))
-"""Pairs of a reading of the softmax and one of the sigmoid, whose gap gets an interval."""
+"""Pairs of a reading of the softmax and a reading of the sigmoid. Each pair's gap gets an
+interval."""
 
 
 @torch.no_grad()
@@ -132,7 +135,7 @@ def read_all(
     readings: Sequence[str],
     given: list[Instances] | None,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yields the model's outputs by each reading, in its own boxes or in given ones."""
+    """Yields the model's outputs for each reading, in given boxes or in boxes that it finds."""
     head = model.roi_heads.mask_head
     images = model.preprocess_image(inputs)
     features = model.backbone(images.tensor)
@@ -154,7 +157,7 @@ def read_all(
 
 
 def true_instances(record: dict[str, Any], seen: dict[str, Any]) -> Instances:
-    """Returns an image's objects as detections of the image that the model sees."""
+    """Returns an image's objects as detections in the resized image that the model sees."""
     height, width = seen["image"].shape[1:]
     objects = [x for x in record["annotations"] if not x.get("iscrowd", 0)]
     boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
@@ -175,7 +178,7 @@ def load_model(folder: Path) -> tuple[torch.nn.Module, CfgNode]:
 
 
 def measure(study: Study, num_images: int | None, num_draws: int) -> dict[str, Any]:
-    """Returns the AP of each variant by each reading, in the boxes found and in the true boxes."""
+    """Returns each variant's AP for each reading, in the boxes found and in the true boxes."""
     parts: dict[str, dict[str, list[Matches]]] = {"boxes found": {}, "true boxes": {}}
     for trial in progress(study.finished, "models read", "model"):
         model, cfg = load_model(trial.folder)
@@ -212,7 +215,7 @@ def drawn_aps(
 def interval(
     name: str, variant: Drawn, baseline: Drawn, found: dict[str, list[Matches]], num_rows: int
 ) -> dict[str, Any]:
-    """Returns a difference with its interval; those of all ``num_rows`` rows are valid together."""
+    """Returns a difference and its interval. The intervals of ``num_rows`` rows hold together."""
     num_images = len(next(iter(found.values()))[0].image_ids)
     result = difference_of("AP", variant, baseline, num_images, num_rows)
     return {
@@ -232,10 +235,10 @@ def describe(name: str, of_seeds: list[Matches]) -> dict[str, Any]:
 
 
 def changes(found: dict[str, list[Matches]], num_draws: int) -> list[dict[str, Any]]:
-    """Returns how far each reading of the same models is from the one they were trained for.
+    """Returns the AP of each reading minus the AP of the reading that the models were trained for.
 
-    Both readings come from the same model, so they are compared seed by seed: an effect of training
-    that is the same for both cancels.
+    Both readings come from the same model, so they are compared seed by seed. An effect of training
+    that is the same for both readings cancels.
     """
     pairs = [(f"{arm}: {x}", f"{arm}: {TRAINED[arm]}") for arm in CHANGES for x in CHANGES[arm]]
     drawn = drawn_aps(found, pairs, num_draws)
@@ -260,9 +263,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", type=Path, required=True, help="an ablation's --output")
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws (default 1000)")
-    parser.add_argument("--images", type=int, help="only so many (default: all)")
+    parser.add_argument("--images", type=int, help="number of images to evaluate (default: all)")
     args = parser.parse_args()
     study = read_study(args.input, args.draws)
     found = measure(study, args.images, args.draws)

@@ -55,7 +55,7 @@ THRESHOLDS = np.linspace(0.05, 0.95, 19)
 
 
 def objects_of(data: dict[str, Any]) -> Objects:
-    """Returns the objects of ``pooled_objects`` as a head takes them."""
+    """Converts the result of ``pooled_objects`` to the inputs of ``train_head``."""
     features = data["features"][BASELINE].contiguous(memory_format=torch.channels_last)
     return Objects(features, data["targets"], data["classes"])
 
@@ -63,9 +63,9 @@ def objects_of(data: dict[str, Any]) -> Objects:
 def read(
     arm: str, num_classes: int, seed: int, schedule: Schedule, data: tuple[Any, Any]
 ) -> dict[str, FloatArray]:
-    """Trains a head and returns the (R,) IoU of the test objects by each reading.
+    """Trains a head and returns the (R,) IoUs of the test objects for each reading.
 
-    Thresholds are tuned on the objects that the head learned from.
+    Thresholds are tuned on the objects that the head was trained on.
     """
     learned, measured = objects_of(data[0]), objects_of(data[1])
     outputs = 1 if arm == "class-agnostic" else num_classes

@@ -37,12 +37,12 @@ class Sizes:
         pooled_sides: sides of the pooled RoIs, in bins.
         head_rois: RoIs in the mask head.
         step_side: side of the square images of a training step and of inference, in pixels.
-        large_step_side: the same for a step that keeps a GPU busy.
+        large_step_side: side of the images of a training step that keeps a GPU busy.
         output_images: height and width of the images for which masks are encoded.
         output_counts: numbers of masks in one of these images.
         exact_sides: values of k for RoIs whose side is exactly k times the pooled side.
         profiled_steps: training steps in a trace.
-        model_opts: config keys of R50-FPN.
+        model_opts: options that change the config of R50-FPN.
     """
 
     image_hw: tuple[int, int] = (800, 1333)
@@ -139,7 +139,7 @@ def median_times(
         repeats: rounds that are measured.
         device: ``cpu`` or ``cuda``.
         busy: number of other processes that compute at the same time.
-        warm_up: rounds before the measurement, in which CUDA compiles and cuDNN chooses its
+        warm_up: rounds before the measurement, in which kernels are compiled and cuDNN chooses its
             algorithms.
     """
     wait = synchronizer(device)
@@ -163,7 +163,7 @@ def synchronizer(device: str) -> Callable[[], None]:
 def peak_resident_megabytes(step: Callable[[], object]) -> float:
     """Returns the largest growth of the process's memory during a step.
 
-    The memory is sampled and includes allocations by libraries other than PyTorch. Works on Linux.
+    The memory is sampled, and includes allocations by libraries other than PyTorch. Linux only.
     """
     statm, page, done = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE"), threading.Event()
     sizes = [int(statm.read_text().split()[1])]
@@ -204,7 +204,7 @@ def write_json(results: dict[str, Any], path: Path) -> None:
 def write_results(
     results: dict[str, Any], path: Path, plot: Callable[[list[dict[str, Any]], Path], None]
 ) -> None:
-    """Writes results as JSON, and a picture of their ``rows``, drawn by ``plot``, next to it."""
+    """Writes results as JSON and, next to the file, a picture of their ``rows`` by ``plot``."""
     write_json(results, path)
     picture = path.with_suffix(".png")
     plot(results["rows"], picture)

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Compares this plugin's RoI pooling with torchvision's operators and detectron2's ROIPooler.
 
-All run in one process on the same inputs: 256 RoIs per image of 800 x 1333, C = 256. The operators
-get one map with stride 8, the poolers an FPN with strides 4 to 32. torchvision has no exact
-integral like PrRoIPool, so it is compared with the adaptive grid of torchvision's roi_align.
+All of them run in one process on the same inputs: 256 RoIs per image of 800 x 1333, C = 256. The
+operators get one map with stride 8; the poolers get an FPN with strides 4 to 32. torchvision has no
+exact integral like PrRoIPool, so our precise_roi_pool is compared with torchvision's roi_align with
+an adaptive grid.
 
-Times are medians of several runs, alternating stock and ours; ratios are stock / ours. Memory is
-the peak that PyTorch allocates during one forward and backward pass, in addition to inputs and
-results: measured by the profiler on the CPU, and by the allocator on CUDA. With --busy N, N other
-processes compute during the measurement.
+Times are medians of several runs that alternate between stock and ours; ratios are stock / ours.
+Memory is the peak that PyTorch allocates during one forward and backward pass, in addition to
+inputs and results. The profiler measures it on the CPU, and the allocator on CUDA. With --busy N, N
+other processes compute during the measurement.
 
 Writes a table, a JSON file with machine, versions and date, and a plot next to it.
 """
@@ -88,7 +89,7 @@ def comparisons(
     yield Comparison(
         "pooler", partial(stock, pyramid, box_lists), partial(ours, pyramid, box_lists), pyramid
     )
-    if device != "cpu":  # on other devices, our operators only do what torchvision cannot
+    if device != "cpu":  # elsewhere, our operators are for what torchvision's cannot do
         return
     single = [pyramid[1]]
     arguments = (single[0], rois, size, 1 / 8)

@@ -1,4 +1,4 @@
-"""What the studies of sampling share: a trained model, its images, and the ways to pool.
+"""Shared parts of the sampling studies: a trained model, its images, and the ways to pool.
 
 Shape alphabet: R RoIs, C channels, P pooled side, M mask side; N images.
 """
@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PoolerMaker = Callable[[MultiLevelRoIPooler], MultiLevelRoIPooler]
 
 MIDPOINT, GAUSS, BEST = 0.25, 0.5 / math.sqrt(3), (3 - math.sqrt(6)) / 2
-"""Distance of two points from the middle of a bin, as a share of its width: the paper's, Gauss's,
-and the one with the least expected error along an axis (docs/roi_align_sampling.md)."""
+"""Distances of two points from the middle of a bin, as shares of the bin's width: in the paper, in
+Gauss's rule, and with the least expected error along an axis (docs/roi_align_sampling.md)."""
 
 
 def two_point_align(
@@ -51,9 +51,9 @@ def two_point_align(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """RoIAlign whose 2 x 2 samples lie ``offset`` bins from the middle of their bin.
+    """RoIAlign whose 2 x 2 samples lie ``offset`` bins from the middle of their bin on each axis.
 
-    They are computed as the single samples of four RoIs, each moved by ``offset`` of a bin.
+    They are computed as the single samples of four RoIs, each moved by ``offset`` bins.
 
     Args: see ops.roi_align.
     """
@@ -78,9 +78,10 @@ def rounded_align(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """RoIAlign's four samples in a RoI whose edges are rounded to cells, at least one cell long.
+    """RoIAlign with four samples, in RoIs whose edges are rounded to cells.
 
-    Only the rounding differs from RoIAlign; ROIWarp also includes the cells of the upper edges.
+    Sides are at least one cell long. Only the rounding differs from RoIAlign; ROIWarp also includes
+    the cells of the upper edges.
 
     Args: see ops.roi_align.
     """
@@ -92,7 +93,7 @@ def rounded_align(
 
 
 class FunctionPooler(MultiLevelRoIPooler):
-    """A MultiLevelRoIPooler that calls a given function, with the arguments of ops.roi_align."""
+    """A MultiLevelRoIPooler that calls a given function with the arguments of ops.roi_align."""
 
     def __init__(self, function: Callable[..., Tensor], like: MultiLevelRoIPooler) -> None:
         super().__init__(like.output_size, like.scales, 2, "ROIAlignV2")
@@ -129,7 +130,7 @@ WAYS: dict[str, PoolerMaker] = {
     "RoIWarp": _keys("ROIWarp", 2),
     "RoIPool": _keys("ROIPool"),
 }
-"""By name of the way: a function that makes its pooler, with the size and scales of another."""
+"""For each way, a function that makes its pooler, with the size and scales of a given pooler."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class Case:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a reader needs to know about the case."""
+        """The data set and the checksum of the weights, to be written next to results."""
         digest = hashlib.sha256(self.weights.read_bytes()).hexdigest()[:12]
         return {"data set": self.cfg.DATASETS.TEST[0], "weights": f"sha256 {digest}"}
 
@@ -183,7 +184,7 @@ class Case:
 
         Args:
             split: TRAIN or TEST.
-            limit: number of images to read; those without objects are left out.
+            limit: number of images to read; images without objects are then skipped.
         """
         records = DatasetCatalog.get(self.cfg.DATASETS[split][0])
         for record in progress(records[:limit], f"{self.name}, {split.lower()}", "image"):
@@ -208,20 +209,20 @@ class Case:
 
 
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name a model and a data set; the embedded one by default."""
-    parser.add_argument("--name", default="shapes", help="of the data set, in tables and figures")
+    """Adds the flags that select a model and a data set; the embedded data set is the default."""
+    parser.add_argument("--name", default="shapes", help="the data set's name in the results")
     parser.add_argument(
         "--config-file", default=str(ROOT / "configs" / "shapes" / "mask_rcnn_shapes.yaml")
     )
     parser.add_argument(
         "--weights", default=str(ROOT / "checkpoints" / "mask_rcnn_shapes.safetensors")
     )
-    parser.add_argument("--images", type=int, default=60, help="at most (default 60)")
+    parser.add_argument("--images", type=int, default=60, help="images to read (default 60)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
 
 
 def case_of(args: argparse.Namespace) -> Case:
-    """Returns the case that the flags name. PyTorch gets as many threads as OMP_NUM_THREADS."""
+    """Returns the case that the flags select, and sets PyTorch's threads from OMP_NUM_THREADS."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     return Case(args.name, args.config_file, args.weights, args.opts)
 
@@ -229,13 +230,13 @@ def case_of(args: argparse.Namespace) -> Case:
 def over_images(
     statistic: Callable[[np.ndarray], np.ndarray], num_images: int, num_compared: int = 1
 ) -> tuple[float, float, float]:
-    """Returns a statistic with the 95% interval over images: jackknife and Student's t.
+    """Returns a statistic with its 95% interval over images, from the jackknife and Student's t.
 
-    Unlike percentiles of draws with replacement, these are not too narrow for few images.
+    Unlike percentiles of bootstrap draws, such an interval is not too narrow if images are few.
 
     Args:
         statistic: returns (S,) values for (S, N) weights of the images.
-        num_images: N; with one, the interval is nan.
+        num_images: N; with one image, the interval is nan.
         num_compared: number of intervals that must be valid at once (Bonferroni).
     """
     left_out = 1 - np.eye(num_images)

@@ -4,19 +4,19 @@
 The content moves right and down by the same distance, and the boxes move with it: an ideal
 detector's output would move by as much. Two experiments on a trained model, for every way to pool:
 
-- map: the maps move under the RoIs, by shares of a cell of the finest map (band-limited
+- map: the maps move under the RoIs, by fractions of a cell of the finest map (band-limited
   interpolation, which keeps amplitudes). Every change comes from pooling.
-- image: the pixels move, and the whole network runs again, so the backbone's own sampling counts.
+- image: the pixels move and the whole network runs again, so sampling in the backbone counts too.
 
-"image minus map" is the difference between the two experiments when both move by the same number of
+"image minus map" is the difference between the two experiments for moves of the same number of
 pixels. The heads get the true boxes. "features" is the root mean square change of the mask branch's
 pooled features, in percent of their root mean square. "box" is how far the predicted box is from
 where the shift would put it, in pixels, as a mean over its four edges. "IoU" is the IoU of the mask
 before the move with the mask after it, moved back, in percent.
 
 Intervals of 95% cover the images (jackknife and Student's t). "low" and "high" bound a single
-value. "difference" is the way minus four samples, for the same objects; its intervals are valid for
-all ways at once.
+value. "difference" is a way's value minus that of four samples, for the same objects; its intervals
+are valid for all ways at once.
 
 Writes a table, and a JSON file with machine, versions and date. Takes minutes.
 """
@@ -42,14 +42,14 @@ CELL_SHIFTS = (0.25, 0.5, 0.75, 1.0)
 PIXEL_SHIFTS = (1.0, 2.0, 4.0)
 MEASURES = ("features", "box", "IoU")
 FINE = 4
-"""Points per mask pixel and axis at which two masks are compared."""
+"""Number of points per mask pixel and axis at which two masks are compared."""
 
 
 def moved(maps: Tensor, shift: float) -> Tensor:
     """Moves the content of (N, C, H, W) right and down, by cells, with band-limited interpolation.
 
-    A Fourier series would repeat the map beyond its borders, so it is mirrored there. Shifts by
-    whole cells are exact.
+    A Fourier series repeats the map beyond its borders, so the map is mirrored at its borders
+    first. Shifts by integer numbers of cells are exact.
     """
     height, width = maps.shape[2:]
     mirrored = torch.cat([maps, maps.flip(2)], dim=2)
@@ -90,7 +90,10 @@ class Branches:
 def changes(
     before: dict[str, Tensor], after: dict[str, Tensor], shift: float
 ) -> dict[str, np.ndarray]:
-    """Returns (R,) arrays: mean squared change and spread of features, change of box, mask IoU.
+    """Returns four (R,) arrays that compare the results before and after a move.
+
+    "change" and "spread" are the mean square of the features' change and of the features before the
+    move. "box" and "IoU" are explained at the top of this file.
 
     Args:
         before: the result of Branches.run for the original content.
@@ -196,7 +199,7 @@ def _rows(key: Key, sums: dict[Key, dict[str, np.ndarray]]) -> list[dict[str, An
 def _image_minus_map(
     name: str, sums: dict[Key, dict[str, np.ndarray]], stride: int
 ) -> list[dict[str, Any]]:
-    """Returns how much more a move of the image changes than an equal move of the maps."""
+    """Returns rows with the change from moving the image minus that from moving the maps."""
     rows = []
     for pixels in PIXEL_SHIFTS:
         image, maps = (
@@ -229,7 +232,9 @@ def main() -> None:
     )
     default = Path("output/sampling/equivariance_shapes.json")
     parser.add_argument("--output", type=Path, default=default)
-    parser.add_argument("--objects", type=int, default=10, help="of an image at most (default 10)")
+    parser.add_argument(
+        "--objects", type=int, default=10, help="largest number of objects per image (default 10)"
+    )
     add_case_arguments(parser)
     args = parser.parse_args()
     case = case_of(args)

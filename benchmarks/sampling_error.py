@@ -4,8 +4,8 @@ r"""Measures how far RoIAlign's samples are from the exact mean of the bilinear 
 RoIs of many sizes and shapes are placed at random on the maps of a trained model, and pooled both
 from samples and exactly (PrROIPool). An error is a root mean square over bins and channels. It is
 given in percent of the root mean square of the signal, which is the exactly pooled value minus the
-channel's mean over the map. Sizes are the width of a bin in cells. Each interval covers the images,
-at 95% by itself (jackknife and Student's t). Nothing is trained.
+channel's mean over the map. Sizes are the width of a bin in cells. Intervals of 95% cover the
+images (jackknife and Student's t); each is valid for a single value only. Nothing is trained.
 
 Writes tables, and a JSON file with machine, versions and date. Takes seconds per image. To measure
 another model:
@@ -52,14 +52,14 @@ ASPECT_WIDTH = 1.5
 """Square root of a bin's area in cells, where the aspect ratio varies."""
 OFFSETS = (0.21, 0.23, 0.25, 0.26, 0.27, BEST, 0.28, GAUSS, 0.30, 0.32)
 ROIS = 12
-"""Number of RoIs of one size on one map."""
+"""Number of random RoIs for each size and map."""
 LAGS = 12
-"""Cells up to which the correlation of a map with itself is measured."""
+"""Largest distance, in cells, for which the correlation of a map with itself is measured."""
 
 COST_ROIS, COST_IMAGES = 256, 6
-"""Number of RoIs that are pooled to measure the time, and number of images."""
+"""Number of RoIs per image that are pooled to measure the time, and number of such images."""
 TIMED = tuple(name for name in WAYS if name not in ("Gauss points", "best points", "edges rounded"))
-"""Ways that are one operator; the others are put together from several calls here."""
+"""Ways that are a single operator. The other ways combine several calls of operators here."""
 
 METHODS: dict[str, Callable[..., Tensor]] = {
     "one sample": partial(roi_align, sampling_ratio=1),
@@ -74,7 +74,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 def random_rois(
     rng: np.random.Generator, map_hw: tuple[int, int], side_hw: tuple[float, float], count: int
 ) -> Tensor:
-    """Returns (count, 5) RoIs of one size in cells, inside the map; none if it is too small."""
+    """Returns (count, 5) RoIs of one size inside the map, in cells, or none if it is too small."""
     room = np.array(map_hw) - np.array(side_hw)
     if (room < 0).any():
         return torch.empty(0, 5)
@@ -89,7 +89,7 @@ def squared_errors(
     methods: dict[str, Callable[..., Tensor]],
     num_bins: int = NUM_BINS,
 ) -> dict[str, float]:
-    """Returns sums over bins and channels: squared errors by method, and the squared "signal"."""
+    """Returns sums over bins and channels: each method's squared error, and the squared signal."""
     exact = precise_roi_pool(feature, rois, num_bins).double()
     sums = {
         name: float((method(feature, rois, num_bins).double() - exact).square().sum())
@@ -100,7 +100,7 @@ def squared_errors(
 
 
 class Table:
-    """Sums of squared errors by setting, method and image, and their ratios with intervals."""
+    """Collects sums of squared errors by setting, method and image; returns ratios of them."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
@@ -134,7 +134,7 @@ class Table:
 
 
 def by_offset(rng: np.random.Generator, feature: Tensor, image: int, table: Table) -> None:
-    """Adds the errors of two points per axis, by their distance from the middle of the bin."""
+    """Adds the errors of two points per axis for several distances from the middle of the bin."""
     methods = {
         BASELINE if a == MIDPOINT else f"{a:.4f}": partial(two_point_align, offset=a)
         for a in OFFSETS
@@ -146,7 +146,7 @@ def by_offset(rng: np.random.Generator, feature: Tensor, image: int, table: Tabl
 
 
 def by_size(rng: np.random.Generator, maps: list[Tensor], image: int, tables: list[Table]) -> None:
-    """Adds the errors by width of a bin and level, and by aspect ratio on the finest map."""
+    """Adds the errors for each level and bin width, and for aspect ratios on the finest map."""
     for level, feature in enumerate(maps):
         map_hw = (feature.shape[2], feature.shape[3])
         for width in WIDTHS:
@@ -165,13 +165,15 @@ def by_size(rng: np.random.Generator, maps: list[Tensor], image: int, tables: li
 
 
 def unread_shares(width: float, offsets: tuple[float, ...], num_phases: int = 4096) -> float:
-    """Returns which share of the cells whose centre is in a square bin is read by no sample.
+    """Returns the share of the cells in a square bin that no sample reads.
+
+    A cell is in the bin if its centre is.
 
     Args:
         width: the bin's width, in cells.
         offsets: positions of the samples along an axis, relative to the middle of the bin and in
             units of its width.
-        num_phases: number of places of the bin relative to the cells.
+        num_phases: number of positions of the bin, relative to the cells, to average over.
     """
     start = (torch.arange(num_phases) + 0.5) / num_phases
     cells = torch.arange(-2, int(width) + 5)
@@ -183,7 +185,7 @@ def unread_shares(width: float, offsets: tuple[float, ...], num_phases: int = 40
 
 
 def unread_rows() -> list[dict[str, Any]]:
-    """Returns the shares of unread cells, in percent."""
+    """Returns the share of cells that no sample reads, in percent, by method and width of a bin."""
     patterns = {
         "one sample": (0.0,),
         BASELINE: (-MIDPOINT, MIDPOINT),
@@ -200,16 +202,17 @@ def unread_rows() -> list[dict[str, Any]]:
 
 
 Correlation = Callable[[np.ndarray], np.ndarray]
-"""Returns the correlation of two cells of a map, for their distance along an axis."""
+"""A function from distances along an axis, in cells, to the correlation of two cells of a map."""
 
 
 def expected_errors(
     width: float, offsets: list[float], correlation: Correlation, num_axes: int = 1
 ) -> list[float]:
-    """Returns the root mean squared error of two points per axis, for each of their distances.
+    """Returns the expected root mean square error of two points per axis, for each offset.
 
-    The mean is over the places of the bin and over piecewise (bi)linear functions through random
-    values at the cells. These have variance 1 and a correlation that is a product over the axes.
+    The mean is over positions of the bin and over piecewise (bi)linear functions through random
+    values at the cells. The random values have variance 1 and a correlation that is a product over
+    the axes.
 
     Args:
         width: the bin's width, in cells.
@@ -253,10 +256,11 @@ def correlation_of(feature: Tensor) -> np.ndarray:
 
 
 def theory_rows(measured: list[float]) -> list[dict[str, Any]]:
-    """Returns the best distance and the errors of others, by kind of map, number of axes and width.
+    """Returns the best offset and the errors of other offsets, for each map, axis count and width.
 
     Args:
-        measured: correlation of real maps by distance in cells; larger distances count as 0.
+        measured: correlation of real maps for distances of 0, 1, ... cells. For larger distances,
+            the correlation counts as 0.
     """
     known = np.array([*measured, *[0.0] * 8])
     kinds: dict[str, Correlation] = {
@@ -287,9 +291,9 @@ def theory_rows(measured: list[float]) -> list[dict[str, Any]]:
 
 
 def bin_widths(case: Case, limit: int) -> list[dict[str, Any]]:
-    """Returns how wide the bins of the data set's own objects are, for both heads.
+    """Returns how wide the bins of the data set's objects are, for both heads.
 
-    Widths and heights count separately, so "above 2, %" is a share of sides rather than of bins.
+    Widths and heights count separately, so "above 2, %" is a percentage of sides, not of bins.
     """
     rows = []
     scenes = list(case.scenes("TEST", limit))
@@ -318,7 +322,7 @@ def bin_widths(case: Case, limit: int) -> list[dict[str, Any]]:
 
 
 def own_rois(case: Case, maps: list[Tensor], boxes: Any, image: int, table: Table) -> None:
-    """Adds the errors for the image's own objects at the levels they are pooled from."""
+    """Adds the errors for the image's objects, at the levels that they are pooled from."""
     for head, pooler in (("box", case.box_pooler), ("mask", case.mask_pooler)):
         levels, sums = pooler._assign_levels([boxes]), {}
         for level, scale in enumerate(pooler.scales):
@@ -333,14 +337,14 @@ def own_rois(case: Case, maps: list[Tensor], boxes: Any, image: int, table: Tabl
 
 
 class Costs:
-    """Processor time of the mask branch's pooler for each way, forward, on one thread."""
+    """Processor time of a forward pass of the mask branch's pooler, for each way."""
 
     def __init__(self, case: Case) -> None:
         self._poolers = {name: WAYS[name](case.mask_pooler) for name in TIMED}
         self._seconds: dict[str, list[float]] = {name: [] for name in self._poolers}
 
     def add(self, maps: list[Tensor], boxes: Any) -> None:
-        """Times COST_ROIS RoIs, the image's objects repeated; other processes do not count."""
+        """Times COST_ROIS RoIs, which repeat the image's objects. Other processes do not count."""
         many = Boxes(boxes.tensor.repeat(-(-COST_ROIS // len(boxes)), 1)[:COST_ROIS])
         for name, pooler in self._poolers.items():
             start = time.process_time()
@@ -348,7 +352,7 @@ class Costs:
             self._seconds[name].append(time.process_time() - start)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns the median over all images but the first, which warms up."""
+        """Returns the median over all images except the first, which is a warm-up."""
         return [
             {"way": name, "ms": round(1e3 * float(np.median(seconds[1:] or seconds)))}
             for name, seconds in self._seconds.items()

@@ -4,9 +4,9 @@
 At test time, the box head and the mask head get the features of each way in turn. The outputs of
 the backbone and the proposals are computed once, so they are the same for all ways. Differences in
 AP are free of training noise. They have two causes: a way may read the maps less well, and its
-features may be unlike those that the heads have learned from (mismatch). Intervals cover the
-images, at 95% for all ways at once (Bonferroni): Student's t times the standard error over draws of
-the images, which are the same for all ways.
+features may be unlike those that the heads were trained on (mismatch). Intervals of 95% cover the
+images and are valid for all ways at once (Bonferroni). They are Student's t times the standard
+error over random draws of the images. All ways use the same draws.
 
 Writes a table, and a JSON file with machine, versions and date. Takes minutes.
 """
@@ -38,7 +38,7 @@ NUM_DRAWS = 1000
 
 @torch.inference_mode()
 def predict_all(case: Case, limit: int, folder: Path) -> list[str]:
-    """Writes results and matches of each way to its folder in ``folder``; returns image ids."""
+    """Writes the results and matches of each way to a subfolder; returns the ids of the images."""
     model, heads = case.model, case.model.roi_heads
     evaluators, image_ids = {}, []
     for name in WAYS:
@@ -67,7 +67,7 @@ def differences(matches: dict[str, Matches], image_ids: list[str]) -> list[dict[
 
     Args:
         matches: the matches of each way.
-        image_ids: ids of the predicted images; others do not count.
+        image_ids: ids of the images that the model has seen; other images do not count.
     """
     used = np.nonzero(np.isin(matches[BASELINE].image_ids, image_ids))[0]
     drawn = np.zeros((NUM_DRAWS + 1, len(matches[BASELINE].image_ids)), np.int32)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws the figures of docs/roi_align_sampling.md from the results in docs/results/.
 
-With --take FOLDER, it first copies the results of the other sampling_*.py scripts from that folder.
-The copies are packed: a table becomes a row of names followed by rows of values.
+With --take FOLDER, the results of the other sampling_*.py scripts are first copied from that
+folder. The copies are packed: a table becomes a row of column names followed by rows of values.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PREFIX = "sampling_"
 TAKEN = ("error", "exchange", "training", "equivariance", "whole")
-"""Words that the file names of results begin with."""
+"""First words of the file names of the results that --take copies."""
 
 BASELINE = "four samples"
 MISPLACED = ("no half-pixel shift", "edges rounded", "RoIWarp", "RoIPool")
-"""Ways that read in the wrong place; their differences are too large to share an axis."""
+"""Ways that read in the wrong place. They get separate axes: their differences are larger."""
 
 NAMES = {
     "ROIAlign, adaptive": "adaptive",
     "ROIAlign without the half-pixel shift": "no half-pixel shift",
     "ROIPool, max": "RoIPool",
 }
-"""Names of the ways in the figures, by their names in the ablation of whole trainings."""
+"""Names of ways in the figures, by their names in configs/ablations/roi_pooling.yaml."""
 
 STYLES: dict[str, tuple[str, str, str]] = {
     BASELINE: ("#1a1a1a", "o", "-"),
@@ -60,7 +60,7 @@ def read_results(folder: Path) -> Results:
 
 
 def take_results(source: Path, folder: Path) -> None:
-    """Copies the results of a folder, packed."""
+    """Copies the results from ``source`` to ``folder``, packed."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.json")):
         if path.name.split("_")[0] in TAKEN:
@@ -69,7 +69,7 @@ def take_results(source: Path, folder: Path) -> None:
 
 
 def packed(content: dict[str, Any]) -> str:
-    """Returns JSON with tables as names of columns and rows of values, a row on each line."""
+    """Returns JSON where a table is a row of column names and rows of values, one row per line."""
     lines = []
     for key, value in content.items():
         text = json.dumps(value)
@@ -89,7 +89,7 @@ def is_table(value: Any) -> bool:
 
 
 def unpacked(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns what ``packed`` was given."""
+    """Undoes ``packed``: turns its tables back into lists of dictionaries."""
     tables = {
         key: [dict(zip(value[0], row, strict=True)) for row in value[1:]]
         for key, value in content.items()
@@ -99,7 +99,7 @@ def unpacked(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def where(rows: Rows, **wanted: Any) -> Rows:
-    """Returns the rows with these values."""
+    """Returns the rows that have all the wanted values."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
@@ -128,7 +128,7 @@ def cases_of(results: Results, prefix: str) -> list[dict[str, Any]]:
 
 
 def plot_error(results: Results) -> Figure:
-    """Draws errors relative to four samples on real maps, and the share of cells left unread."""
+    """Draws errors relative to four samples on real maps, and the share of cells not read."""
     found = cases_of(results, "error_")
     figure, axes = panels([2.6] * (len(found) + 1))
     for panel, content in zip(axes, found, strict=False):
@@ -269,7 +269,7 @@ def plot_training(results: Results) -> Figure:
 
 
 def plot_equivariance(results: Results) -> Figure:
-    """Draws how masks and boxes change when maps move by half a cell, minus four samples'."""
+    """Draws how far changes from a move by half a cell differ from those with four samples."""
     found = cases_of(results, "equivariance_")
     figure, axes = panels([3.0, 2.0] * 2)
     for number, (measure, what) in enumerate(
@@ -305,7 +305,7 @@ FIGURES: dict[str, tuple[str, Callable[[Results], Figure]]] = {
     "training": ("training_", plot_training),
     "equivariance": ("equivariance_", plot_equivariance),
 }
-"""By name: what the names of the results begin with, and the function that draws them."""
+"""For each figure: how the names of its results begin, and the function that draws it."""
 
 
 def main() -> None:

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 r"""Compares ways to pool by training mask heads for each of them on the same fixed maps.
 
-A trained model's maps are pooled within true boxes by each way, once. For each way and seed, a new
-FCNMaskHead is trained on these features; then the masks of validation objects are compared with the
-truth by their IoU in the image. Intervals cover images and training, for all ways at once. "paired"
-ones compare, seed by seed, two heads that started from the same weights and saw the objects in the
-same order, so that a seed's effect on both cancels; the other intervals do not pair the seeds.
-Finished trainings are kept in --work, so an interrupted command continues where it stopped.
+Each way pools a trained model's maps once, within true boxes. For each way and seed, a new
+FCNMaskHead is trained on these features. Its masks of validation objects are then compared with the
+true masks by their IoU in the image. Intervals cover images and training and are valid for all ways
+at once. The "paired" intervals compare two heads with the same seed, which started from the same
+weights and saw the objects in the same order, so a seed's effect on both heads cancels. The other
+intervals do not pair the seeds. Finished trainings are kept in --work, so an interrupted command
+continues where it stopped.
 
 Three figures show how much such a study can detect. "ceiling" is the IoU of the true masks at the
 resolution of the head. "feature error" is how far a way's features are from PrROIPool's, in percent
-of the spread of PrROIPool's features. "noise 20%" and the like are four samples to which noise of
-that share was added; they show what an error of that size costs.
+of the spread of PrROIPool's features. "noise 20%" is four samples plus noise with a standard
+deviation of 20% of the features' spread; it shows how much IoU an error of that size costs.
 
 Writes a table, and a JSON file with machine, versions and date. Takes minutes. For large RoIs:
 
@@ -51,10 +52,10 @@ EXACT = "PrROIPool"
 def pooled_objects(
     case: Case, split: str, limits: tuple[int, int], num_bins: int, finest: bool, ways: list[str]
 ) -> dict[str, Any]:
-    """Returns what heads learn from and are measured with.
+    """Returns the pooled features, targets and other data of objects that heads train or test on.
 
     Args:
-        case: gives maps and objects.
+        case: the model and data set.
         split: TRAIN or TEST.
         limits: largest numbers of images and of objects.
         num_bins: P.
@@ -100,13 +101,13 @@ def pooled_objects(
 
 
 def settings_digest(case: Case, *settings: Any) -> str:
-    """Returns a name for what comes from a model with these settings."""
+    """Returns a short name for the results of a model with these settings."""
     key = json.dumps([case.facts, case.cfg.INPUT.MIN_SIZE_TEST, settings])
     return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
 def kept_objects(folder: Path, case: Case, *settings: Any) -> dict[str, Any]:
-    """Returns ``pooled_objects`` of these settings, from the folder if it has them."""
+    """Returns the result of ``pooled_objects``, which is saved in the folder the first time."""
     path = folder / f"objects-{settings_digest(case, *settings)}.pt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def kept_objects(folder: Path, case: Case, *settings: Any) -> dict[str, Any]:
 
 
 def image_iou(mask_probs: Tensor, boxes: Tensor, truth: list[Any]) -> np.ndarray:
-    """Returns the (R,) IoU of masks with the true ones, pasted into their images."""
+    """Pastes masks into their images and returns their (R,) IoUs with the true masks."""
     ious = []
     for probs, box, rle in zip(mask_probs, boxes, truth, strict=True):
         hw = (int(rle["size"][0]), int(rle["size"][1]))
@@ -147,7 +148,7 @@ def train_way(
 
 
 def statistics(ious: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns (N, 1 + S) values in percent: of the images as they are, then of each draw.
+    """Returns (N, 1 + S) percentages by statistic: for all images, then for each draw of images.
 
     Args:
         ious: (N, R) by seed and object.
@@ -230,12 +231,22 @@ def main() -> None:
     every = [*WAYS, *NOISES]
     parser.add_argument("--ways", nargs="+", default=every, choices=every)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--bins", type=int, default=14, help="of a RoI on a side (default 14)")
+    parser.add_argument(
+        "--bins", type=int, default=14, help="bins along each side of a RoI (default 14)"
+    )
     parser.add_argument("--finest", action="store_true", help="read all RoIs from the finest map")
     parser.add_argument("--train-images", type=int, default=400)
-    parser.add_argument("--objects", type=int, nargs=2, default=[1200, 800], help="at most")
+    parser.add_argument(
+        "--objects",
+        type=int,
+        nargs=2,
+        default=[1200, 800],
+        help="largest numbers of training and test objects",
+    )
     parser.add_argument("--iterations", type=int, default=300)
-    parser.add_argument("--conv-dims", type=int, nargs="+", default=[16, 16], help="of the heads")
+    parser.add_argument(
+        "--conv-dims", type=int, nargs="+", default=[16, 16], help="channels of the heads"
+    )
     add_case_arguments(parser)
     args = parser.parse_args()
     if BASELINE not in args.ways:

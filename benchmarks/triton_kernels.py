@@ -2,10 +2,10 @@
 """Shows the machine code and the memory traffic of the CUDA kernel of RoI pooling, without a GPU.
 
 Triton includes NVIDIA's assembler and disassembler, so the machine code for an A100 (sm_80) and an
-H100 (sm_90) can be generated and read on any machine: registers, spills, and the width of loads,
-stores and atomic additions. The second table counts the cells that the RoIs of a call read, and
-derives the bytes from them. Its times are computed, not measured: they are lower bounds, as if only
-the DRAM and the L2 cache of an H100 took time.
+H100 (sm_90) can be generated and read on any machine. The first table lists registers, spills, and
+the width of loads, stores and atomic additions. The second table counts the cells that the RoIs of
+a call read, and derives the bytes from them. Its times are computed, not measured. They are lower
+bounds, as if only the DRAM and the L2 cache of an H100 took time.
 
 Prints both tables as Markdown and writes them as JSON.
 """
@@ -40,7 +40,7 @@ DRAM_BYTES_PER_SECOND = 3.35e12
 """For an H100 SXM, from NVIDIA's data sheet."""
 
 L2_BYTES_PER_SECOND = 5.5e12
-"""For an H100, as reported by published microbenchmarks; NVIDIA gives no number."""
+"""For an H100, from published microbenchmarks; NVIDIA does not state this number."""
 
 IMAGE_HW, STRIDES, NUM_CHANNELS, NUM_IMAGES = (800, 1344), (4, 8, 16, 32), 256, 2
 
@@ -148,9 +148,9 @@ class Work:
     """Memory traffic of one call, as numbers of cells and bins.
 
     Attributes:
-        touched: different cells of the maps that are read.
+        touched: number of distinct cells of the maps that are read.
         visits: the kernel's reads of cells or, in the backward pass, additions to cells.
-        by_samples: reads if each sample read four cells, as in torchvision's kernel.
+        by_samples: reads of cells by a kernel that reads four cells per sample, as torchvision's.
         bins: bins of all RoIs.
     """
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-r"""Summarises the whole trainings in an ablation's folder, for the pages that discuss them.
+r"""Summarises an ablation that trained whole models, for the pages that discuss its results.
 
     python tools/ablate.py --config-file configs/ablations/roi_pooling.yaml \
         --output output/ablations/roi_pooling
     python benchmarks/whole_models.py --input output/ablations/roi_pooling
 
-Variants with fewer than --seeds trainings are left out. Each metric has an interval that covers
-training and images, for all variants at once. Besides the APs there is "mask IoU", a mean over all
-objects: the IoU of an object's best mask among the detections of its class, or 0 if there are none.
-Benchmarks that train only the mask branch measure it in the true boxes; here, the model has found
-the boxes.
+Variants with fewer than --seeds trainings are left out. Intervals cover training and images and are
+valid for all variants at once. In addition to the APs, the table has "mask IoU". For each object,
+it takes the largest IoU with the mask of a detection of the object's class in the same image, or 0
+if there are no such detections, and averages over all objects. Benchmarks that train only the mask
+branch measure the IoU in the true boxes; here, the model has found the boxes.
 
 Writes a table, and a JSON file. Takes a minute.
 """
@@ -41,7 +41,7 @@ BEST_IOU = "mask IoU"
 
 
 def best_ious(truth: COCO, results: Path) -> np.ndarray:
-    """Returns the (R,) best IoU of each object with a mask of its class, 0 to 1."""
+    """Returns each object's largest IoU with a mask of its class: (R,), 0 to 1."""
     found = defaultdict(list)
     for x in json.loads(results.read_text(encoding="utf-8")):
         found[x["image_id"], x["category_id"]].append(x["segmentation"])
@@ -53,7 +53,7 @@ def best_ious(truth: COCO, results: Path) -> np.ndarray:
 
 
 def mean_iou_draws(truth: COCO, results: list[Path], num_draws: int) -> np.ndarray:
-    """Returns (N, 1 + S) mean best IoUs in percent, of the images as they are and of draws."""
+    """Returns (N, 1 + S) mean best IoUs in percent: for all images, then for draws of images."""
     images = np.array([x["image_id"] for x in truth.anns.values()])
     numbers, place = np.unique(images, return_inverse=True)
     draws = image_weights(len(numbers), num_draws, seed=0)
@@ -114,7 +114,7 @@ def summarize(study: Study, num_seeds: int, num_draws: int) -> list[dict[str, An
 
 
 def facts(study: Study) -> dict[str, Any]:
-    """Returns what a reader needs to know about the trainings."""
+    """Returns the facts about the trainings that readers need to interpret the results."""
     records = [trial.record() for trial in study.finished]
     seconds = sorted(x["seconds"] for x in records)
     return {
@@ -147,7 +147,9 @@ def main() -> None:
     default = Path("output/sampling/whole_models.json")
     parser.add_argument("--input", type=Path, required=True, help="an ablation's --output")
     parser.add_argument("--output", type=Path, default=default)
-    parser.add_argument("--seeds", type=int, default=5, help="at least, of a variant (default 5)")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="smallest number of trainings per variant (default 5)"
+    )
     parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws (default 1000)")
     args = parser.parse_args()
     study = read_study(args.input, args.draws)

@@ -1,7 +1,7 @@
 """Adds README, CONTRIBUTING and CHANGELOG, which are not in docs/, to the site.
 
-Links between these files and docs/ are paths in the repository, but all pages are in one folder on
-the site, so these hooks rewrite the links. MkDocs then checks them.
+Links between these files and docs/ are paths in the repository. On the site, all pages are in one
+folder, so these hooks rewrite the links. MkDocs then checks the links.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Returns the page with its links rewritten for the site."""
+    """Returns the page with links that work on the site."""
     prefix = "" if page.file.src_path in PAGES.values() else "../"
     for name, target in PAGES.items():
         markdown = markdown.replace(f"]({prefix}{name}", f"]({target}")

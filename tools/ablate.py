@@ -29,9 +29,10 @@ Examples:
         --jobs 4
 
 After Ctrl-C, a crash or a preemption, run the same command again. It runs the missing and failed
-trials, each from its last checkpoint: you lose only the work since then. On a CPU, several trials
-with one thread each are faster than one with several threads. At the end, --output contains
-report.md, report.html, and a folder for each trial with its log, metrics, events and checkpoints.
+trials, each from its last checkpoint, so only the work since that checkpoint is lost. On a CPU,
+several trials with one thread each are faster than one trial with several threads. At the end,
+--output contains report.md, report.html, and a folder for each trial with its log, metrics, events
+and checkpoints.
 """
 
 
@@ -48,14 +49,18 @@ def parse_args() -> argparse.Namespace:
     flags.add_output(parser, "DIR")
     parser.add_argument("--size", default="shapes", help="one of the file's SIZES (default shapes)")
     parser.add_argument(
-        "--variant", action="append", default=[], metavar="NAME", help="only this one; repeatable"
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run only this variant; repeatable",
     )
     parser.add_argument(
         "--seed",
         action="append",
         type=int,
         default=[],
-        help="used instead of the file's; repeatable",
+        help="seed to use instead of the file's SEEDS; repeatable",
     )
     parser.add_argument(
         "--cluster",
@@ -92,7 +97,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
 
     try:
@@ -112,7 +117,7 @@ def ablate(args: argparse.Namespace) -> int:
     if not 0 < args.difference < math.inf:
         raise ConfigError(f"--difference {args.difference}: must be a number above 0")
     if args.draws < 2:
-        raise ConfigError(f"--draws {args.draws}: an interval needs at least two")
+        raise ConfigError(f"--draws {args.draws}: an interval needs at least two draws")
     slurm = {"partition": args.partition, "account": args.account, "qos": args.qos}
     cluster = ablation.Cluster(args.cluster, args.jobs, args.num_gpus, minutes=args.time, **slurm)
     cluster.check()

@@ -18,7 +18,7 @@ Examples:
   What got better and worse compared with another run, with intervals:
     python tools/analyze.py output/run2 --compare output/run1
 
-Files in the folder of --output, by default that of the results; earlier ones are replaced:
+Files in the folder of --output (earlier files are replaced):
   analysis.html  One page that works offline: findings in words, the cost of each kind of error,
                  what perfect masks, boxes or classes would add, mask quality, curves, confusions,
                  pictures of the worst images and of each kind of error.
@@ -38,16 +38,16 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder or a results file")
     parser.add_argument(
-        "--annotations", type=Path, metavar="FILE", help="COCO file (default: the run's own)"
+        "--annotations", type=Path, metavar="FILE", help="COCO file (default: the run's file)"
     )
     parser.add_argument(
         "--images",
         type=Path,
         metavar="FOLDER",
-        help="image folder for the pictures (default: searched for)",
+        help="image folder for the pictures (default: found through the data set)",
     )
     parser.add_argument(
-        "--dataset", default="", metavar="NAME", help="the one to analyse if the run has several"
+        "--dataset", default="", metavar="NAME", help="data set to analyse, if there are several"
     )
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: the folder of the results"
@@ -70,13 +70,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.analysis import run_analysis
 
     logging.basicConfig(level=logging.WARNING, format="analyze.py: %(message)s")
-    # Reference cycles keep nothing large in memory, and searching for them among the millions of
-    # small objects of a large file would take a tenth of the time.
+    # No reference cycle keeps anything large in memory, and the search for cycles among the
+    # millions of small objects from a large file would take a tenth of the time.
     gc.disable()
     try:
         folder = run_analysis(

@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
         action="extend",
         required=True,
         metavar="DIR",
-        help="the folder that file_name is relative to; with several, the one that has the file",
+        help="folder that file_name is relative to; if there are several, the one with the file",
     )
     parser.add_argument("--num-classes", type=int, metavar="K", help="MODEL.ROI_HEADS.NUM_CLASSES")
     parser.add_argument("--lvis", action="store_true", help="the file is in LVIS's format")
@@ -79,7 +79,11 @@ def parse_args() -> argparse.Namespace:
     )
     parts.add_argument("--write", type=Path, metavar="FILE", help="the file to write")
     parts.add_argument(
-        "--categories", nargs="+", action="extend", metavar="NAME", help="keep only these"
+        "--categories",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="keep only these categories",
     )
     parts.add_argument(
         "--split",
@@ -174,7 +178,7 @@ def print_findings(json_file: str, found: list[Finding]) -> None:
 
 
 def parts_paths(args: argparse.Namespace) -> list[Path]:
-    """Returns the files of --write."""
+    """Returns the paths of the files that --write creates."""
     if args.write is None or args.split is None:
         return [args.write] if args.write else []
     return [args.write.with_suffix(f".{part}.json") for part in ("train", "val")]
@@ -186,7 +190,7 @@ def write_parts(args: argparse.Namespace) -> None:
     from mask_head_plugin.dataset_check.split import keep_categories, split
 
     content = json.loads((args.fix or Path(args.json)).read_text(encoding="utf-8"))
-    # Names in the corrected copy are relative to the folder that contains all of them.
+    # File names in the corrected copy are relative to the folder that contains all image folders.
     root = join_folders({} if args.fix else content, args.images)
     if args.categories:
         content = keep_categories(content, args.categories)
@@ -200,7 +204,7 @@ def write_parts(args: argparse.Namespace) -> None:
 
 def main() -> int:
     args = parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
 
     logging.basicConfig(level=logging.INFO, format="check_dataset.py: %(message)s")

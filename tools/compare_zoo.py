@@ -44,10 +44,10 @@ Verdicts and exit codes:
   0  equal: the same detections in the same order (up to ties), scores within 1e-4, boxes within
      1e-3 pixels, mask pixels that differ only close to the threshold
   1  not enough detections: nothing differs, but fewer than 100 detections have a score above
-     --score. Random weights detect nothing, so they prove nothing
+     --score. This happens with random weights, which detect nothing
   2  the comparison failed; one line says why
   3  different
-With --all, the exit code is the highest of all; 130 after Ctrl-C.
+With --all, the exit code is the highest of all comparisons. After Ctrl-C, it is 130.
 """
 GIVEN_UP = 2
 
@@ -65,8 +65,8 @@ def parse_args() -> argparse.Namespace:
         "--weights",
         required=True,
         metavar="zoo|PATH",
-        help="zoo to download them; a file (.pkl, .pth, .safetensors); or a folder of files named "
-        "as in the zoo (model_final_f10217.pkl) or by model id (137849600.pkl)",
+        help="'zoo' to download the weights; a file (.pkl, .pth, .safetensors); or a folder of "
+        "files named as in the zoo (model_final_f10217.pkl) or by model id (137849600.pkl)",
     )
     parser.add_argument("--dataset", metavar="NAME", help="default: the config's DATASETS.TEST")
     flags.add_output(parser, "DIR")
@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
         "--num-images",
         type=int,
         metavar="N",
-        help="how many, spread over the data set (default: all)",
+        help="number of images to use, spread over the data set (default: all)",
     )
     parser.add_argument(
         "--score",
@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.comparison import compare_all, compare_config
     from mask_head_plugin.comparison.compare import MARKDOWN_FILE

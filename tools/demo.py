@@ -29,8 +29,9 @@ Files in the folder of --output, where nothing is overwritten:
                      category_name, score, mask_score (if the model has mask scoring), bbox
                      [x, y, width, height], segmentation (run lengths) and area.
   semantic/NAME.png  With --semantic; for a video, semantic/NAME/FRAME.png. A pixel is 0
-                     (background) or the "semantic_value" of a category, the one with the best
-                     score where objects overlap; 8 bits, or 16 with more than 255 classes.
+                     (background) or the "semantic_value" of a category. Where objects overlap, the
+                     category with the best score is used. Files have 8 bits, or 16 bits with more
+                     than 255 classes.
 Exit code: 0; 1 if some inputs have no result or only part of one (the tool names them); 2 if the
 demo could not run.
 """
@@ -45,14 +46,14 @@ def parse_args() -> argparse.Namespace:
     flags.add_code(parser)
     flags.add_opts(parser)
     parser.add_argument(
-        "pairs", nargs=argparse.REMAINDER, default=[], help="the same, without --opts"
+        "pairs", nargs=argparse.REMAINDER, default=[], help="the same pairs, without --opts"
     )
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.demo import run_demo

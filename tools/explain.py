@@ -54,8 +54,8 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="bins along each side in roi_pooling, 1 to 14 (default: so many that a bin has a side "
-        "of about two cells)",
+        help="bins along each side in roi_pooling, 1 to 14 (default: chosen so that a bin is about "
+        "two cells wide)",
     )
     parser.add_argument(
         "--softmax-weights",
@@ -68,14 +68,14 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.config_file) != bool(args.weights):
         parser.error("--config-file and --weights belong together: give both or neither")
-    if args.input == "":  # such as "$image" of a shell without that variable
+    if args.input == "":  # for example "$image" in a shell where the variable is not set
         parser.error("--input is empty: name an image, or leave it out for an embedded one")
     return args
 
 
 def main() -> int:
     args = parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.analysis.explanation.explain import explain
     from mask_head_plugin.config_imports import import_options

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Exports a trained model as ONNX, TorchScript or torch.export, to run without its code."""
+"""Exports a trained model as ONNX, TorchScript or torch.export, to run without its Python code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Examples:
     python tools/export_model.py --config-file ... --weights ... --format onnx \\
         --output output/onnx --size 800 1344 --images photos/*.jpg \\
         --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.3
-  With layers in 8 bits, calibrated on images of DATASETS.TRAIN and compared on DATASETS.TEST:
+  With 8-bit layers, calibrated on images of DATASETS.TRAIN and compared on DATASETS.TEST:
     python tools/export_model.py --config-file ... --weights ... --format onnx \\
         --output output/int8 --precision int8
 
@@ -57,7 +57,8 @@ def parse_args() -> argparse.Namespace:
         "--precision",
         choices=("fp32", "fp16", "int8"),
         default="fp32",
-        help="of the layers (default fp32); inputs and outputs stay float32; int8 needs onnx",
+        help="precision of the layers (default fp32; int8 only with onnx); inputs and outputs stay "
+        "float32",
     )
     parser.add_argument(
         "--calibration-images",
@@ -73,7 +74,7 @@ def parse_args() -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="FILE",
-        help="compare on these images (default: some of DATASETS.TEST, if on this machine)",
+        help="compare on these images (default: some of DATASETS.TEST, if its files are here)",
     )
     parser.add_argument(
         "--overwrite",
@@ -87,7 +88,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.deploy.export import ExportOptions, export_model

@@ -21,7 +21,7 @@ def main() -> None:
     )
     flags.add_code(parser)
     args = parser.parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.checkpoint import export_safetensors
     from mask_head_plugin.config_imports import resolve_imports
@@ -39,7 +39,7 @@ def main() -> None:
             )
         export_safetensors(args.checkpoint, args.output, half=args.half, class_names=names)
     except (ConfigError, OSError) as error:
-        status = 2 if isinstance(error, ConfigError) else 1  # as in the other tools
+        status = 2 if isinstance(error, ConfigError) else 1  # the same codes as in the other tools
         parser.exit(status, f"export_weights.py: {error}\n")
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB")
 

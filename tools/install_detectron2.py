@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Installs detectron2 from a package index that does not have it.
+"""Installs detectron2 from the sources in another project's wheel.
 
 detectron2 is not on PyPI, but the wheel ``labgym==3.1.2`` is. It contains detectron2's Python
-sources in ``LabGym/detectron2/``. With the import prefix ``LabGym.`` removed, every file equals
-upstream commit e9f7e2ba15abd7badcb05ef6f5076f06b36a9c5b. This script downloads that wheel, checks
-its hash, repacks the folder as a separate wheel under detectron2's licence, and installs it.
+sources in ``LabGym/detectron2/``. Without the import prefix ``LabGym.``, every file equals upstream
+commit e9f7e2ba15abd7badcb05ef6f5076f06b36a9c5b. This script downloads that wheel, checks its hash,
+repacks the folder as a separate wheel under detectron2's licence, and installs the new wheel.
 
 The compiled module ``detectron2._C`` is not included. Only rotated boxes and deformable convolution
 need it; mask_head_plugin uses neither.
@@ -87,7 +87,7 @@ def describe_installed() -> str | None:
     missing = re.search(r"No module named '(?!detectron2)(\w+)'", result.stderr)
     if missing:
         raise FetchError(
-            f"detectron2 is installed, but it needs {missing[1]!r}, which is not: "
+            f"detectron2 is installed, but it needs {missing[1]!r}, which is not installed. Run "
             f"{sys.executable} -m pip install -r requirements.txt"
         )
     if importlib.util.find_spec("detectron2") is not None:
@@ -102,7 +102,7 @@ def describe_installed() -> str | None:
 def repack(source_wheel: Path, folder: Path) -> Path:
     """Writes the wheel ``detectron2-<VERSION>`` into ``folder`` and returns its path.
 
-    The same input gives the same bytes: entries are sorted and have a fixed date.
+    The same input results in the same bytes, because entries are sorted and have a fixed date.
     """
     files: dict[str, bytes] = {}
     with zipfile.ZipFile(source_wheel) as source:
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="only say which detectron2 is in use and whether it has the compiled _C; "
+        help="only print which detectron2 is in use and whether it has the compiled _C; "
         "exit code 1 if there is none",
     )
     parser.add_argument(

@@ -10,7 +10,7 @@ import flags
 
 EXAMPLES = """
 Examples:
-  Train one of detectron2's new baselines with the plugin's modules on 8 GPUs, in either way:
+  Train one of detectron2's new baselines with the plugin's modules on 8 GPUs; use either command:
     python tools/lazyconfig_train_net.py --num-gpus 8 \\
         --config-file configs/lazy/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py
     torchrun --nproc-per-node 8 tools/lazyconfig_train_net.py \\
@@ -19,7 +19,7 @@ Examples:
     python tools/lazyconfig_train_net.py --resume --config-file ... train.output_dir=output/run1
   Evaluate weights (.pth, .pkl or .safetensors):
     python tools/lazyconfig_train_net.py --eval-only --config-file ... train.init_checkpoint=FILE
-The config file is Python code that will run, so use one that you trust. Files of weights run no
+The config file is Python code that will run, so use only a file that you trust. Weight files run no
 code. docs/lazy_config.md has a command for machines without a GPU, and explains how to use the
 plugin in your own config.
 """
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.engine import launch
     from mask_head_plugin.engine.lazy_run import set_up, train_or_evaluate

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a config that fits your COCO files: image size, anchors, schedule, with reasons."""
+"""Writes a config that fits your COCO files, with a reason for each value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ The files are checked as by tools/check_dataset.py, and no config is written if 
 comment at each key explains its value. Before the config is written, it is loaded, checked and
 tried for a few iterations to estimate time and memory. docs/new_config.md has the rules.
 
-Without --val, the two parts are written next to the config: cells.train.json and cells.val.json.
+Without --val, the images of --train are split, and the two parts are written next to the config as
+cells.train.json and cells.val.json.
 Exit code: 0; 2 if the arguments or the files are wrong.
 """
 
@@ -45,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--val", type=Path, metavar="FILE", help="COCO file for validation")
     parser.add_argument(
-        "--val-images", type=Path, metavar="DIR", help="its images (default: --train-images)"
+        "--val-images", type=Path, metavar="DIR", help="images of --val (default: --train-images)"
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="the config to write, .yaml"
@@ -75,7 +76,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.new_config import DataFiles, Request, summary, write_new_config
 

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 
 class FetchError(Exception):
-    """A failed step, with what the user can do about it."""
+    """Raised when a step fails. The message says what the user can do about it."""
 
 
 class PinnedWheel(NamedTuple):
     """A wheel whose content is fixed by its hash.
 
     Attributes:
-        project: its name in the package index.
+        project: the wheel's name in the package index.
         version: the accepted version.
         sha256: the hash of the file, in hexadecimal.
     """
@@ -31,7 +31,7 @@ class PinnedWheel(NamedTuple):
 
         Args:
             folder: where to put the wheel; must exist.
-            instead: an alternative for users without a network, for the error message.
+            instead: text for the error message: an alternative for users without a network.
 
         Raises:
             FetchError: if the download fails or the hash differs.
@@ -73,7 +73,7 @@ def run_pip(*args: str, advice: dict[str, str] | None = None) -> None:
         advice: error messages, keyed by words that pip's output contains.
 
     Raises:
-        FetchError: if pip fails; has pip's output and the matching advice.
+        FetchError: if pip fails; the message contains the matching advice and pip's output.
     """
     command = [sys.executable, "-m", "pip", *args]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -18,7 +18,7 @@ Examples:
     python tools/predict.py --model output/exported --input a.jpg 'photos/**/*.png' street.mp4 \\
         --output output/predicted --confidence-threshold 0.8 --semantic --batch-size 8
 
-Install what it needs with
+To install the packages that this tool needs, run
     pip install numpy pillow opencv-python-headless pycocotools tqdm onnxruntime
     pip install --no-deps .
 
@@ -27,8 +27,8 @@ Files in the folder of --output, where nothing is overwritten (the same as tools
                      masks).
   predictions.json   A COCO file with scores and run-length masks.
   semantic/NAME.png  With --semantic; for a video, semantic/NAME/FRAME.png. A pixel is 0
-                     (background) or the "semantic_value" of a category, the one with the best
-                     score where objects overlap.
+                     (background) or the "semantic_value" of a category. Where objects overlap, the
+                     category with the best score is used.
 Exit code: 0; 1 if some inputs have no result or only part of one (the tool names them); 2 if the
 tool could not run.
 """
@@ -68,7 +68,7 @@ def main() -> int:
         from mask_head_plugin.deploy.predict import run_predict
         from mask_head_plugin.messages import ConfigError
     except ImportError as error:
-        print(f"predict.py: {error}; --help says what to install", file=sys.stderr)
+        print(f"predict.py: {error}; --help shows what to install", file=sys.stderr)
         return 2
     try:
         problems = run_predict(

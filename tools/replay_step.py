@@ -32,7 +32,7 @@ def main() -> None:
     flags.add_code(parser)
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs of the config")
     args = parser.parse_intermixed_args()  # flags may follow the step
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.engine import Trainer

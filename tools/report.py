@@ -11,8 +11,8 @@ from pathlib import Path
 import flags
 
 EXAMPLES = """
-tools/ablate.py writes the report when all trials have ended. Use this tool before that, for a
-report on the trials finished so far, or to change the number of draws.
+tools/ablate.py writes the report when all trials have ended. Use this tool for a report on the
+trials finished so far, or to change the number of draws.
 
 Examples:
   python tools/report.py output/ablations/mask_loss
@@ -28,8 +28,8 @@ Files in the folder (earlier reports are replaced):
   report.csv, report.tex            The table for programs and for LaTeX (booktabs).
   intervals, other-metrics, learning, classes, precision-recall   The figures as .svg and .pdf.
 
-With two seeds or more, the interval of a difference covers the noise of the validation images and
-of training; with one seed, only that of the images (docs/ablations.md). The report lists missing
+With two or more seeds, the interval of a difference covers the noise of the validation images and
+of training. With one seed, it covers only the images (docs/ablations.md). The report lists missing
 and failed trials. It has no pictures if the images are not on this machine.
 
 Exit code: 0; 2 if no report can be written.
@@ -56,14 +56,16 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.ablation.report import write_report
     from mask_head_plugin.config_imports import resolve_imports
     from mask_head_plugin.user_code import import_modules
 
     logging.basicConfig(level=logging.WARNING, format="report.py: %(message)s")
-    logging.getLogger("mask_head_plugin").setLevel(logging.INFO)  # COCO takes minutes
+    logging.getLogger("mask_head_plugin").setLevel(
+        logging.INFO
+    )  # shows progress: COCO takes minutes
     try:
         import_modules(resolve_imports(args.imports, "--import"))
         write_report(args.directory, args.draws)

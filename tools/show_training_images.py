@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws training images, augmented as a config says, with and without their masks, in one PNG."""
+"""Draws training images with a config's augmentation, with and without their masks, in one PNG."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config_file(parser)
-    parser.add_argument("--iteration", type=int, default=0, help="the first to show (default 0)")
+    parser.add_argument("--iteration", type=int, default=0, help="first to show (default 0)")
     parser.add_argument(
         "--output", type=Path, metavar="PNG", help="default: training_images.png in OUTPUT_DIR"
     )
     add_code(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed: --help must not wait seconds for PyTorch.
     from mask_head_plugin import ConfigError
 
     try:
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def write_sheet(args: argparse.Namespace) -> Path:
-    """Returns the picture's path."""
+    """Writes the picture and returns its path."""
     from mask_head_plugin.config_check.unread_keys import own_keys
     from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.data.training_sheet import write_training_sheet

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Compares the RoI pooling kernel with torchvision's, forward and backward, in all types and
-layouts.
+"""Compares the RoI pooling kernel with torchvision's, in all types and layouts.
 
-Some RoIs have sides of exactly k times the pooled side, in cells, for each k in the table of sizes.
-For these, a division that is rounded twice would add a sample. The others have random sizes, cross
-the border or lie outside the map. torchvision pools the same values in float32, level by level.
+Both passes, forward and backward, are compared. For each k in Sizes.exact_sides, some RoIs have
+sides of exactly k times the pooled side, in cells. For these RoIs, a division that is rounded twice
+would add a sample. The other RoIs have random sizes, cross the border or lie outside the map.
+torchvision pools the same values in float32, level by level.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def make_rois(size: int, sizes: Sizes, generator: torch.Generator) -> tuple[Tens
     rois, levels = [], []
     for level, scale in enumerate(SCALES):
         for k in sizes.exact_sides:
-            # Powers of 2 and whole cells, so nothing is rounded before the side is divided.
+            # Scales are powers of 2 and sides are integers, so only the division can round.
             width, height = k * size / scale, (1 + k % 4) * size / scale
             rois.append([k % NUM_IMAGES, 4.0, 4.0, 4.0 + width, 4.0 + height])
             levels.append(level)
@@ -84,7 +84,7 @@ def with_gradients(
 
 
 def largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Returns the largest difference, relative to the largest expected value of its tensor.
+    """Returns the largest difference, relative to the largest expected value in the same tensor.
 
     The result is NaN if a tensor contains NaN, which Python's ``max`` might hide.
     """
@@ -98,7 +98,7 @@ def largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
 def compare(
     dtype: torch.dtype, layout: str, size: int, ratio: int, sizes: Sizes, device: str
 ) -> dict[str, Any]:
-    """Returns the errors of one case. In half precision, results are rounded once."""
+    """Returns the errors of one case, and whether they are within the tolerance of its type."""
     rois, levels = (x.to(device) for x in make_rois(size, sizes, torch.Generator().manual_seed(0)))
     maps = make_maps(size, sizes, dtype, layout, device)
     # The gradient from the next layer would have the type of the maps.
@@ -115,7 +115,8 @@ def compare(
         lambda x: by_torchvision(x, rois, levels, size, ratio), wide, weights.float()
     )
     # In float32, sample positions some hundred cells from the origin are rounded to 3e-5 cells,
-    # once by nvcc and twice by the kernel: 1.5e-5 of the largest value with two samples per bin.
+    # once in nvcc's code and twice in our kernel. With two samples per bin, this changes a result
+    # by 1.5e-5 of the largest value.
     tolerance = 1e-4 if dtype == torch.float32 else torch.finfo(dtype).eps
     errors = largest_error(ours[:1], theirs[:1]), largest_error(ours[1:], theirs[1:])
     return {

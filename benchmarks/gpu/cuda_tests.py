@@ -17,7 +17,7 @@ MARK = "cuda"
 
 
 def files_with_gpu_tests() -> list[str]:
-    """Returns the test files with the marker, so pytest does not have to import the others."""
+    """Returns the test files that use the marker, so pytest need not import all the others."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(x.relative_to(ROOT)) for x in files if f"mark.{MARK}" in x.read_text()]
 
@@ -41,7 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
-    parser.add_argument("--files", nargs="+", metavar="FILE", help="default: those with such tests")
+    parser.add_argument(
+        "--files", nargs="+", metavar="FILE", help="default: all files with tests that need a GPU"
+    )
     args = parser.parse_args()
     report = args.output.with_suffix(".xml").resolve()
     report.unlink(missing_ok=True)

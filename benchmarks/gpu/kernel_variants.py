@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Times variants of the RoI pooling kernel, and torchvision's kernel, without launch overhead.
 
-A variant changes one setting: bytes of channels per program, warps per program, rows of a tile, the
-layout of the maps (the time to copy contiguous ones is included), or one launch per level instead
-of one for all. "samples one by one" is torchvision's kernel, which does not merge samples, on the
-contiguous maps that it needs. The sampling ratio is 0. Times are medians from
+A variant changes the size of a program (bytes of channels and warps), the rows of a tile, the
+layout of the maps (times include copying contiguous maps), or launches a kernel per level instead
+of one for all levels. "samples one by one" is torchvision's kernel, which does not merge samples;
+it reads contiguous maps, as it needs them. The sampling ratio is 0. Times are medians from
 triton.testing.do_bench, which clears the L2 cache before each run and waits only at the end.
 """
 
@@ -138,7 +138,7 @@ def measure_all(dtype: str, size: int, sizes: Sizes, device: str) -> Iterator[di
         try:
             with kernel_with(**changes):
                 yield row | measure(pool, inputs, device)
-        except Exception as error:  # for example if it does not compile; the others continue
+        except Exception as error:  # a variant may not compile; the others still run
             traceback.print_exc()
             yield row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Checks that this repository's checkpoint gives the same detections in detectron2 and the plugin.
 
-Compares as tools/compare_zoo.py does, on the embedded data set, and writes the page and pictures to
-a folder next to the JSON file.
+The comparison is that of tools/compare_zoo.py, on the embedded data set. Its page and pictures are
+written to a folder next to the JSON file.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ class Part:
     Attributes:
         name: the value for --part; the results are ``NAME.json`` in the output folder.
         what: a description of what is measured.
-        script: its path in benchmarks/.
-        seconds: time reserved for it.
-        quick_seconds: the same with --quick.
+        script: path of the script in benchmarks/.
+        seconds: time reserved for the part.
+        quick_seconds: time reserved for the part with --quick.
         flags: flags of the script.
         quick_flags: additional flags with --quick.
         tiny_flags: additional flags on the CPU.
@@ -99,7 +99,7 @@ PARTS = (
     ),
     Part(
         "mask_branch_amp",
-        "the same in mixed precision",
+        "mask head, targets, training step and inference in mixed precision",
         "mask_branch.py",
         150,
         40,

@@ -9,7 +9,7 @@ from typing import Any
 
 Results = dict[str, Any]
 Judgement = tuple[str, bool]
-"""The measured value, and whether it is as promised."""
+"""The measured value, and whether it keeps the promise."""
 
 MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 
@@ -20,8 +20,9 @@ class Promise:
 
     Attributes:
         what: the promise, in words.
-        part: the part that measures it.
-        judge: returns None if the results do not have the value.
+        part: name of the part that measures it.
+        judge: function that judges the results of the part; it returns None if the measured value
+            is missing.
     """
 
     what: str
@@ -39,14 +40,14 @@ class Promise:
             except (KeyError, TypeError, ValueError) as error:  # the part was cut off
                 judged, figure = None, f"{type(error).__name__}: {error}"
             else:
-                figure = f"{self.part} was cut off before it"
+                figure = f"{self.part} was cut off before this measurement"
             if judged is not None:
                 figure, verdict = judged[0], MET if judged[1] else NOT_MET
         return {"promise": self.what, "verdict": verdict, "figure": figure, "part": self.part}
 
 
 def rows_of(results: Results, **values: Any) -> list[Results]:
-    """Returns the rows with these values."""
+    """Returns the rows that have all these values."""
     return [x for x in results["rows"] if all(x.get(k) == v for k, v in values.items())]
 
 
@@ -104,7 +105,7 @@ def guard_costs_little(results: Results) -> Judgement | None:
 
 
 def all_agree(results: Results) -> Judgement | None:
-    """Judges all cases. Cases that are missing because the part was cut off count as errors."""
+    """Judges all cases. Cases that are missing because the part was cut off do not agree."""
     agreeing = sum(x["agrees"] for x in results["rows"])
     return f"{agreeing} of {results['cases']} cases", agreeing == results["cases"]
 

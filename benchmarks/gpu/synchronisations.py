@@ -3,9 +3,10 @@
 
 torch.cuda.set_sync_debug_mode warns about each wait. A wait is attributed to the innermost file of
 detectron2 or the plugin in its call stack; waits in the backward pass count as "backward pass".
-PyTorch does not warn about every kind of wait, so the counts are lower bounds. A step is one of
-detectron2's SimpleTrainer or AMPTrainer, including optimizer and logged losses; for the plugin, it
-includes StepGuard. The model is R50-FPN, on two images of 512 px with 8 objects each.
+PyTorch does not warn about every kind of wait, so the counts are lower bounds. Training steps are
+run by detectron2's SimpleTrainer or AMPTrainer and include the optimizer and the logging of losses;
+the plugin's steps also include StepGuard. The model is R50-FPN, on two images of 512 px with 8
+objects each.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def counted_waits(device: str) -> Iterator[Counter[str]]:
 
 
 def place_of(frame: FrameType | None) -> str:
-    """Returns the file that a wait is attributed to; the backward pass warns only at its end."""
+    """Returns the file that a wait is attributed to, or "backward pass" if its file is unknown."""
     in_backward = False
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -79,7 +80,7 @@ def place_of(frame: FrameType | None) -> str:
 def training_step(
     model: nn.Module, guarded: bool, masks: str, amp: bool, sizes: Sizes
 ) -> Callable[[], None]:
-    """Returns a step of detectron2's inner trainers."""
+    """Returns a function that runs a step of detectron2's SimpleTrainer or AMPTrainer."""
     batch = make_batch(NUM_CLASSES, side=sizes.step_side)
     if masks == "bit masks":
         for sample in batch:
@@ -131,7 +132,7 @@ def count(make: Callable[[str], Callable[[], object]], device: str) -> dict[str,
     for side in SIDES:
         torch.manual_seed(0)
         step = make(side)
-        for _ in range(2):  # work that is done only once, such as compiling kernels
+        for _ in range(2):  # for work that is done only once, such as compiling kernels
             step()
         with counted_waits(device) as counts[side]:
             step()
@@ -148,7 +149,7 @@ def main() -> None:
     for what, make in settings(args.sizes, args.device):
         try:
             counts = count(make, args.device)
-        except Exception as error:  # the others continue
+        except Exception as error:  # the other measurements still run
             traceback.print_exc()
             told = f"{type(error).__name__}: {error}".splitlines()[0]
             results["rows"].append({"what": what, "file": told})
