@@ -7,13 +7,13 @@ METRIC: segm/AP                 # as in metrics.json
 SEEDS: [1, 2, 3]
 SIZES:                          # the same ablation on different data
   shapes:
-    CONFIG: ../shapes/mask_rcnn_shapes.yaml     # from the ablation file's folder
+    CONFIG: ../shapes/mask_rcnn_shapes.yaml     # relative to the ablation file's folder
     OVERRIDES: {SOLVER: {MAX_ITER: 1000}}       # for every variant; optional
 BASELINE: ROIAlign              # the variant that the others are compared with
 VARIANTS:                       # name: config overrides
   ROIPool: {MODEL: {ROI_BOX_HEAD: {POOLER_TYPE: ROIPool}}}
   ROIAlign: {}
-IMPORTS: [my_losses.py]         # your code to run first, see config.py; optional
+IMPORTS: [my_losses.py]         # your Python files to run first, see config.py; optional
 PAPER:                          # published results of variants, in percent; optional
   ROIPool: {segm/AP: 26.9}
 """
@@ -63,7 +63,8 @@ class Ablation:
         seeds: seeds of the trials of each variant.
         baseline: name of the variant that the others are compared with.
         configs: complete config of each variant, in the order of the file.
-        own_keys: for each variant, the keys set by it, its size, its CONFIG or the options.
+        own_keys: for each variant, the keys that are set explicitly: in the variant, the size, the
+            CONFIG or the options.
         paper: published results by variant and metric, in percent.
     """
 
@@ -86,15 +87,15 @@ def load_ablation(
     """Reads an ablation file and builds the config of every variant.
 
     Args:
-        path: a YAML file in the format above.
+        path: a YAML file in the format shown at the top of this module.
         size: one of the file's SIZES.
         opts: "KEY VALUE" pairs in one flat list, applied to all variants before their own changes.
-        variants: names of variants to use, which must include the baseline; all if empty.
-        seeds: seeds to use instead of the file's; the file's if empty.
+        variants: names of the variants to use, including the baseline; empty to use all variants.
+        seeds: seeds to use instead of the file's SEEDS; empty to use SEEDS.
 
     Raises:
         ConfigError: if the file has the wrong format, a name in it does not exist, or a variant
-            does not fit its base config; names the file, the variant and the key.
+            does not fit its base config. The message names the file, the variant and the key.
     """
     path = Path(path)
     content = _read(path)
@@ -164,7 +165,7 @@ def _refuse_keys_of_trials(keys: Collection[str], source: str) -> None:
 
 def _check_seeds(where: str, seeds: list[Any]) -> None:
     if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{where} {seeds}: seeds must be distinct whole numbers from 0")
+        raise ConfigError(f"{where} {seeds}: seeds must be distinct whole numbers, 0 or larger")
 
 
 class _UniqueKeys(yaml.SafeLoader):

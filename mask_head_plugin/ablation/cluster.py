@@ -23,14 +23,15 @@ class Cluster:
     """Where trials run.
 
     Attributes:
-        kind: "local" (processes on this machine), "slurm", or "debug" (in this process).
-        jobs: how many trials run at once.
-        num_gpus: GPUs for each trial; 0 for the CPU.
+        kind: "local" (in processes on this machine), "slurm" (as Slurm jobs) or "debug" (in the
+            current process).
+        jobs: how many trials run at the same time.
+        num_gpus: number of GPUs for each trial; 0 to use the CPU.
         partition: Slurm partition; empty for Slurm's default.
         account: account that Slurm charges; empty for Slurm's default.
         qos: Slurm's quality of service; empty for Slurm's default.
-        minutes: time limit of a Slurm job. If a job reaches the limit or is preempted, a new job
-            resumes from the last checkpoint.
+        minutes: time limit of a Slurm job. A job that reaches the limit or is preempted is
+            requeued and resumes from its last checkpoint.
     """
 
     kind: str = "local"
@@ -43,9 +44,9 @@ class Cluster:
 
     @property
     def threads(self) -> int:
-        """Threads for each trial: an equal share of this machine's cores.
+        """Number of threads for each trial: an equal share of this machine's cores.
 
-        If OMP_NUM_THREADS is set or trials run on Slurm, it is 0, which lets PyTorch decide.
+        0 if OMP_NUM_THREADS is set or trials run on Slurm. PyTorch then chooses the number.
         """
         if self.kind == "slurm" or os.environ.get("OMP_NUM_THREADS"):
             return 0
@@ -63,7 +64,7 @@ class Cluster:
             )
 
     def check_commands(self) -> None:
-        """Raises ConfigError if this machine lacks the cluster's commands."""
+        """Raises ConfigError if trials run on Slurm and this machine lacks Slurm's commands."""
         missing = [command for command in SLURM_COMMANDS if shutil.which(command) is None]
         if self.kind == "slurm" and missing:
             raise ConfigError(
@@ -75,13 +76,13 @@ class Cluster:
         """Starts one trial.
 
         Args:
-            job: a picklable function.
+            job: picklable function that runs the trial.
             folder: folder for the logs.
-            slot: 0 to jobs - 1; decides which GPUs the trial gets. Trials that run at the same time
-                on this machine need different slots.
+            slot: number from 0 to jobs - 1 that decides which GPUs the trial gets. Trials that run
+                at the same time on this machine need different slots.
 
         Raises:
-            ConfigError: if Slurm refuses the job; includes Slurm's reason.
+            ConfigError: if Slurm refuses the job. The message includes Slurm's reason.
         """
         executor = self._slurm(folder) if self.kind == "slurm" else self._local(folder, slot)
         try:
@@ -93,7 +94,7 @@ class Cluster:
         executor = submitit.LocalExecutor(folder)
         first = slot * self.num_gpus
         visible = tuple(range(first, first + self.num_gpus))
-        # Local jobs have no time limit, but submitit requires one.
+        # Local jobs need no time limit, but submitit requires one.
         year = 60 * 24 * 365
         executor.update_parameters(
             timeout_min=year, visible_gpus=visible, gpus_per_node=self.num_gpus

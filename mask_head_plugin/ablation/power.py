@@ -12,23 +12,23 @@ from .report.study import Study, read_study
 from .trial_folder import ABLATION_FILE
 
 ASSUMED_SEED_STD = 2.7
-"""Standard deviation over seeds in AP, assumed until a variant has two finished seeds.
+"""Standard deviation over seeds, in percent AP, assumed until a variant has two finished trials.
 
-It is the root mean square over the two variants of
+The value is the root mean square of the standard deviations of the two variants in
 configs/ablations/independent_vs_softmax.yaml on the embedded data set (docs/independent_masks.md).
 """
 ASSUMED_IMAGE_ERROR = 0.6
-"""Standard error of a difference in AP that comes from evaluating only ASSUMED_IMAGES images.
+"""Standard error of a difference in AP that is due to testing on only ASSUMED_IMAGES images.
 
-It comes from the same study and is assumed until variants can be compared.
+The value comes from the same study and is assumed until variants can be compared.
 """
 ASSUMED_IMAGES = 200
 MOST_SEEDS = 1000
 IMAGE_FACTORS = (1, 4, 16)
-"""Sizes of the test set to try in turn, relative to the present one, until a plan is feasible."""
+"""Factors by which to enlarge the test set, tried in this order until a plan is feasible."""
 DRAWS = 200
 INTERVAL_OF_NORMAL = 2 * 1.96
-"""Width of a 95% interval in standard errors."""
+"""Width of the 95% interval of a normal distribution, in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Spreads:
     Attributes:
         seed_std: standard deviation of the metric over seeds.
         seeds_from: number of trials that seed_std was measured on; 0 if it is assumed.
-        image_error: standard error of a difference, without training noise, for ``num_images``.
+        image_error: standard error of a difference that is due to testing on only ``num_images``
+            images.
         images_from: number of comparisons that image_error was measured on; 0 if it is assumed.
         num_images: size of the test set.
     """
@@ -51,7 +52,10 @@ class Spreads:
 
 
 def measured_spreads(output: Path) -> Spreads:
-    """Measures the spreads on an ablation's finished trials; assumes what it cannot measure."""
+    """Measures the spreads on an ablation's finished trials.
+
+    Uses the assumed values for spreads that cannot be measured yet.
+    """
     study = read_study(output, DRAWS) if (output / ABLATION_FILE).exists() else None
     stds = [] if study is None else [v for v in study.variants if len(v.values(study.metric)) > 1]
     seed_std, seeds_from = ASSUMED_SEED_STD, 0
@@ -66,17 +70,17 @@ def measured_spreads(output: Path) -> Spreads:
 
 
 def _image_errors(study: Study) -> list[float]:
-    """Returns the standard error from images alone for each possible comparison."""
+    """Returns the standard error due to the images for each comparison that has an interval."""
     found = [study.comparison(variant) for variant in study.variants]
     widths = [c.image_high - c.image_low for c in found if c is not None]
     return [width / INTERVAL_OF_NORMAL for width in widths if math.isfinite(width) and width > 0]
 
 
 def seeds_needed(wanted: float, spreads: Spreads, num_images: int, num_compared: int) -> int | None:
-    """Returns how many seeds per variant a difference needs; None if more than MOST_SEEDS.
+    """Returns how many seeds per variant are needed; None if more than MOST_SEEDS.
 
     Args:
-        wanted: the true difference, in percent AP.
+        wanted: the true difference to show, in percent AP.
         spreads: result of ``measured_spreads``.
         num_images: size of the test set.
         num_compared: number of variants compared with the baseline.
@@ -96,7 +100,7 @@ def seeds_needed(wanted: float, spreads: Spreads, num_images: int, num_compared:
 
 
 def detectable(spreads: Spreads, num_seeds: int, num_images: int, num_compared: int) -> float:
-    """Returns the smallest true difference that 80% of studies of this size show."""
+    """Returns the smallest true difference that 80% of studies of this size would show."""
     image_error = spreads.image_error * math.sqrt(spreads.num_images / num_images)
     return detectable_difference(num_seeds, spreads.seed_std, image_error, num_images, num_compared)
 
@@ -104,11 +108,11 @@ def detectable(spreads: Spreads, num_seeds: int, num_images: int, num_compared: 
 def power_lines(
     output: Path, metric: str, wanted: float, num_seeds: int, num_compared: int
 ) -> list[str]:
-    """Describes in sentences what a planned ablation can show.
+    """Returns sentences that say what a planned ablation can show.
 
     Args:
-        output: the ablation's folder; need not exist.
-        metric: such as ``segm/AP``.
+        output: the ablation's folder, which need not exist.
+        metric: name of the metric, such as ``segm/AP``.
         wanted: the difference that you want to show, in percent AP.
         num_seeds: planned number of seeds.
         num_compared: number of variants compared with the baseline.

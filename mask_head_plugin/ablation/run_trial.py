@@ -1,4 +1,4 @@
-"""Runs one trial, in a separate process or in this one."""
+"""Runs one trial, either in a separate process or in the current one."""
 
 from __future__ import annotations
 
@@ -56,12 +56,13 @@ class TrialJob(submitit.helpers.Checkpointable):
 def run_trial(trial: Trial, num_gpus: int = 0) -> None:
     """Trains and evaluates a trial, resuming from its last checkpoint if it has one.
 
-    Writes trial.json: variant, seed, status ("finished" or "failed"), error, iterations, seconds
-    (of this call), seconds_per_iteration (median), peak_memory_mb (allocated by PyTorch on CUDA,
-    otherwise used by the process), num_parameters, results (by task, in percent), device, versions,
-    commit, finished_at. Errors are recorded there instead of being raised.
+    Writes trial.json with these entries: variant, seed, status ("finished" or "failed"), error,
+    iterations, seconds (of this call), seconds_per_iteration (median), peak_memory_mb (memory that
+    PyTorch allocates on CUDA; without CUDA, memory of the process), num_parameters, results (by
+    task, in percent), device, versions, commit, finished_at. Errors are recorded in trial.json
+    instead of being raised.
 
-    If another process is running the same trial, waits until it is done.
+    If another process is running the same trial, waits until that process is done.
     """
     trial.folder.mkdir(parents=True, exist_ok=True)
     with locked(trial.folder / "lock"):
@@ -75,7 +76,7 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
             write_durably(trial.folder / HASH_FILE, config_hash(trial.cfg) + "\n")
             launch(_train, max(num_gpus, 1), args=(trial.cfg,), device=trial.cfg.MODEL.DEVICE)
             record = _measure(trial)
-        except Exception as error:  # no error of one trial may stop the others
+        except Exception as error:  # an error in one trial must not stop the others
             last = traceback.format_exception_only(error)[-1].strip()
             record = {"status": FAILED, "error": last, "traceback": traceback.format_exc()}
         record["seconds"] = round(time.monotonic() - start, 1)
@@ -92,7 +93,7 @@ def _check_gpus(num_gpus: int) -> None:
 
 
 def _train(cfg: CfgNode) -> None:
-    """Trains in one process of a trial, like train_net.py."""
+    """Trains the model in one of the trial's processes, as train_net.py does."""
     cfg = cfg.clone()
     join_run(cfg)
     cfg.freeze()
@@ -133,7 +134,10 @@ def _measure(trial: Trial) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Returns the commit of this code, with a + for uncommitted changes; None outside of git."""
+    """Returns the commit of this code, or None if it is not in a git repository.
+
+    A + at the end marks uncommitted changes.
+    """
     folder = Path(__file__).parent
     try:
         head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, text=True)

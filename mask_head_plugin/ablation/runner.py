@@ -1,6 +1,6 @@
-"""Runs the trials of an ablation, on this machine or on a Slurm cluster, and resumes them.
+"""Runs the trials of an ablation on this machine or on a Slurm cluster.
 
-The folders of trials are described in trial_folder.py.
+Trials that were interrupted are resumed. trial_folder.py describes the folders of trials.
 """
 
 from __future__ import annotations
@@ -46,23 +46,26 @@ from .trial_folder import (
 
 POLL_SECONDS = 1.0
 ESTIMATE_ITERATIONS = 8
-"""Iterations that a dry run trains if no trial has run yet; the first half is warm-up."""
+"""Number of iterations that a dry run trains to measure the speed if no trial has run yet.
+
+The first half is warm-up and is not measured.
+"""
 
 
 def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
     """Returns the trials of an ablation, seed by seed, and checks that all of them can run.
 
-    Trials may run on another machine. So ``num_gpus`` alone decides the device here, and the
-    machine that runs a trial checks whether it has the GPUs.
+    Trials may run on another machine, so this function chooses the device from ``num_gpus`` and
+    ignores this machine's GPUs. The machine that runs a trial checks whether it has enough GPUs.
 
     Args:
         ablation: result of ``load_ablation``.
-        output: folder for the trials' folders.
-        num_gpus: GPUs for each trial; 0 for the CPU.
+        output: folder that will contain the trials' folders.
+        num_gpus: number of GPUs for each trial; 0 to use the CPU.
 
     Raises:
-        ConfigError: if a config cannot be used, a data set is missing, a trial in the folder was
-            run with another config (names the variant), or IMPORTS fails.
+        ConfigError: if a config cannot be used, a data set is missing, a module in IMPORTS fails,
+            or the output folder contains a trial that was started with a different config.
     """
     trials = []
     for seed in ablation.seeds:
@@ -88,13 +91,16 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
 
 
 def _check_metric(cfg: CfgNode, metric: str) -> None:
-    """Raises ConfigError if no trial will have METRIC; accepts any if our evaluator is not used."""
+    """Raises ConfigError if the trials will not measure METRIC.
+
+    Accepts any metric if our evaluator is not used, because its metrics are then unknown.
+    """
     given = evaluated_metrics(cfg, next(iter(cfg.DATASETS.TEST), ""))
     known = [x for x in given if "/AP-" not in x and not x.startswith(VALIDATION)]
     if known and metric not in (*known, *(f"{x.partition('/')[0]}/AR" for x in known)):
         nearest = nearest_name(metric, known)
         hint = f"did you mean {nearest!r}?" if nearest else f"trials have {', '.join(known)}"
-        raise ConfigError(f"METRIC {metric!r} is not measured for a trial; {hint}")
+        raise ConfigError(f"METRIC {metric!r} is not measured in the trials; {hint}")
 
 
 def _device(device: str, num_gpus: int) -> str:
@@ -102,17 +108,17 @@ def _device(device: str, num_gpus: int) -> str:
     is_cuda = device.startswith("cuda")
     if num_gpus and not is_cuda:
         raise ConfigError(
-            f"MODEL.DEVICE {device} does not use the GPUs of --num-gpus {num_gpus}; set it to "
-            f"cuda, or remove --num-gpus"
+            f"MODEL.DEVICE {device} does not use the GPUs of --num-gpus {num_gpus}; set "
+            "MODEL.DEVICE to cuda, or remove --num-gpus"
         )
     return "cpu" if is_cuda and not num_gpus else device
 
 
 def write_description(output: Path, description: dict[str, Any]) -> None:
-    """Writes ablation.json; keeps the variants and seeds that it already has.
+    """Writes ablation.json; keeps the variants and seeds that are already in the file.
 
     Raises:
-        ConfigError: if the folder belongs to another ablation, size or baseline.
+        ConfigError: if the folder belongs to an ablation with another file, size or baseline.
     """
     path = output / ABLATION_FILE
     known = read_object(path)
@@ -159,13 +165,13 @@ def run(
 ) -> None:
     """Runs the trials that have not finished.
 
-    Shows the iterations of all trials with the time left. A trial that fails does not stop the
-    others. An interruption stops the running trials; they resume from their checkpoints when you
-    start the ablation again.
+    Shows a progress bar with the iterations of all trials and the time left. A trial that fails
+    does not stop the others. An interruption stops the running trials; they resume from their
+    checkpoints when you start the ablation again.
 
     Args:
         trials: result of ``plan``.
-        cluster: where to run them.
+        cluster: where to run the trials.
         report: called with each trial when it ends.
 
     Raises:
@@ -205,8 +211,8 @@ def run(
 def estimate_seconds(trials: Sequence[Trial], cluster: Cluster) -> float | None:
     """Estimates how long the unfinished trials will take.
 
-    Uses the speed of trials that have run or, if there are none, of a few iterations of the first
-    trial. Returns None if those iterations need GPUs that this machine does not have.
+    Uses the speed of trials that have run. If there are none, trains the first trial for a few
+    iterations and measures their speed; returns None if that needs GPUs that this machine lacks.
     """
     left = sum(int(t.cfg.SOLVER.MAX_ITER) - t.iteration() for t in trials if not t.is_finished)
     speeds = [seconds_per_iteration(t.folder) for t in trials]
@@ -217,7 +223,7 @@ def estimate_seconds(trials: Sequence[Trial], cluster: Cluster) -> float | None:
 
 
 def _note_lost_job(trial: Trial, job: submitit.Job[None]) -> None:
-    """Writes trial.json if the process died before writing it, for example for lack of memory."""
+    """Records a failure in trial.json if the process died before it could write the file."""
     if trial.is_finished or trial.record().get("status") == FAILED:
         return
     lines = [line.strip() for line in (job.stderr() or "").splitlines() if line.strip()]

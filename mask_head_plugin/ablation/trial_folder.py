@@ -7,7 +7,7 @@ metrics.json, TensorBoard events, checkpoints, inference/) and:
 - ``environment.txt``: versions and hardware;
 - ``num_parameters.txt``: the size of the model;
 - ``config_hash.txt``: ensures that a trial is resumed only with the same config;
-- ``submitit/``: logs of the process that ran it.
+- ``submitit/``: logs of the process that ran the trial.
 
 The ablation's folder also contains ``ablation.json`` (see runner.describe), which the report reads.
 """
@@ -48,10 +48,10 @@ class Trial:
     Attributes:
         variant: name of the variant.
         seed: random seed.
-        folder: where its files are or will be.
+        folder: folder of the trial's files; need not exist yet.
         dataset: name of the test set.
         cfg: complete config, whose OUTPUT_DIR is the folder; None if the folder is only read.
-        snapshot: content of trial.json for ``record``; None to read the file each time.
+        snapshot: content of trial.json that ``record`` returns; None to read the file each time.
     """
 
     variant: str
@@ -71,7 +71,7 @@ class Trial:
 
     @property
     def known_hash(self) -> str:
-        """Hash of the config that the trial was started with; empty if it was not started."""
+        """Hash of the config that the trial was started with; empty if it has not been started."""
         with contextlib.suppress(OSError):
             return (self.folder / HASH_FILE).read_text().strip()
         return ""
@@ -94,7 +94,7 @@ class Trial:
 
     @property
     def inference(self) -> Path:
-        """Folder of the evaluation. With several test sets, each has its own folder."""
+        """Folder of the evaluation's results. With several test sets, each set has a subfolder."""
         own = self.folder / "inference" / self.dataset
         return own if own.is_dir() else self.folder / "inference"
 
@@ -113,7 +113,7 @@ class Trial:
     def iteration(self) -> int:
         """Returns the number of finished iterations according to the log."""
         total = int(self.cfg.SOLVER.MAX_ITER)
-        # A repeated evaluation is logged under an iteration beyond the last.
+        # A repeated evaluation is logged with an iteration number beyond the last one.
         return total if self.is_finished else min(self._logged(), total)
 
     def _logged(self) -> int:
@@ -123,7 +123,7 @@ class Trial:
         """Returns detectron2's log records in the order of iterations."""
         rows: dict[int, dict[str, Any]] = {}
         for row in read_json_lines(self.folder / METRICS_FILE):
-            # If a resumed run repeated an iteration, its last record wins.
+            # If a resumed run repeated an iteration, the values that were logged later win.
             if isinstance(row.get("iteration"), int):
                 rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
         return [rows[iteration] for iteration in sorted(rows)]
@@ -148,7 +148,7 @@ def check_hash(trial: Trial) -> None:
 
 
 def folder_name(variant: str) -> str:
-    """Returns a variant's name as a folder name; different names give different folders."""
+    """Returns a valid folder name for a variant, different for each variant."""
     safe = re.sub(r"[^\w.-]+", "_", variant).strip("_.") or "variant"
     if safe == variant:
         return safe
@@ -156,7 +156,7 @@ def folder_name(variant: str) -> str:
 
 
 def config_hash(cfg: CfgNode) -> str:
-    """Returns a hash of the whole config except OUTPUT_DIR, which does not affect results."""
+    """Returns a hash of the config without OUTPUT_DIR, which does not affect results."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = ""
@@ -182,7 +182,7 @@ def seconds_per_iteration(folder: Path) -> float | None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects in a file of JSON lines; skips lines that are incomplete."""
+    """Returns the objects in a JSON Lines file; skips incomplete lines."""
     rows = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""Shows what a trained model gets wrong and how much AP each better branch could gain."""
+"""Shows what a trained model gets wrong and how much AP a better branch could gain."""
 
 from .analyze import run_analysis
 

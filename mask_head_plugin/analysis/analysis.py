@@ -88,7 +88,10 @@ class Analysis:
 
     @cached_property
     def is_kept(self) -> npt.NDArray[np.bool_]:
-        """Whether each detection scores above the best threshold of its class, (D,)."""
+        """Whether each detection scores above the best threshold of its class, (D,).
+
+        Classes without a best threshold use 0.5.
+        """
         scene = self.findings.scene
         best = {x.class_name: x.score for x in self.thresholds if math.isfinite(x.score)}
         least = np.array([best.get(name, 0.5) for name in scene.class_names])
@@ -96,7 +99,10 @@ class Analysis:
 
     @cached_property
     def image_counts(self) -> ImageCounts:
-        """Counts of each image at IoU 0.5, only with detections above the best thresholds."""
+        """Counts for each image at IoU 0.5.
+
+        Only detections that score above the best threshold of their class are counted.
+        """
         assignment = self.findings.found[self.findings.main_task]
         at, kept = assignment.at(0.5), self.is_kept[assignment.rows]
         return image_counts(replace(at, dt_ignored=at.dt_ignored | ~kept), min_score=-math.inf)

@@ -26,9 +26,10 @@ class Assignment:
     """The matches of a scene for one task.
 
     Attributes:
-        matches: matches by COCO's rules; detections are ordered by image, class and falling score.
-        rows: (N,) index of each of these detections in the scene.
-        partner: (A, T, N) scene index of the object that each detection found; -1 for none.
+        matches: matches by COCO's rules. Detections are ordered by image, class and descending
+            score.
+        rows: (N,) scene index of each detection in ``matches``.
+        partner: (A, T, N) scene index of the object that each detection found; -1 if it found none.
         ious: for each image, the (d, g) IoUs of all its detections and objects.
     """
 
@@ -50,7 +51,7 @@ class Assignment:
         )
 
     def partner_at(self, threshold: float) -> IntArray:
-        """Returns the object that each detection found at one IoU threshold, (N,); -1 for none."""
+        """Returns the row of ``partner`` for objects of all sizes at one IoU threshold, (N,)."""
         return self.partner[0, int(np.abs(self.matches.iou_thresholds - threshold).argmin())]
 
 
@@ -66,7 +67,7 @@ def assign(
     Args:
         scene: all detections and objects.
         task: "bbox" or "segm".
-        max_detections: how many count per image and class; all if negative.
+        max_detections: how many detections count per image and class; negative for no limit.
         ious: the result of ``scene.ious(task)``, if already computed.
         areas: names from AREAS, "all" first.
     """
@@ -80,7 +81,7 @@ def assign(
     gt_ignored = scene.gt_crowd | _outside(scene.gt_area, ranges)
     score = scene.score(task)
     row = _counted(scene, score, max_detections)
-    # A detection finds nothing if its image has no object of its class, so it is not matched.
+    # Detections in images without objects of their class find nothing, so they are not matched.
     partner = np.full((len(ranges), len(THRESHOLDS), len(row)), -1, np.int64)
     ignored = np.repeat(dt_outside[:, None, row], len(THRESHOLDS), axis=1)
     dt_starts, gt_starts = ([x.start for x in y] for y in (scene.dt_slices, scene.gt_slices))
@@ -115,7 +116,7 @@ def assign(
 
 
 def _counted(scene: Scene, score: FloatArray, max_detections: int) -> IntArray:
-    """Returns the N detections within the limit, ordered by image, class and falling score."""
+    """Returns the N detections within the limit, by image, class and descending score."""
     # The sort is stable, so equal scores keep their order.
     order = np.lexsort((-score, scene.dt_class, scene.dt_image))
     if max_detections < 0:
@@ -125,7 +126,10 @@ def _counted(scene: Scene, score: FloatArray, max_detections: int) -> IntArray:
 
 
 def _pairs(scene: Scene, row: IntArray) -> Iterator[tuple[int, slice, slice]]:
-    """Yields image, slice of detections and slice of objects for each image and class with both."""
+    """Yields image index, slice of detections and slice of objects.
+
+    Covers each pair of image and class that has both detections and objects.
+    """
     num_classes = len(scene.class_names)
     dt = scene.dt_image[row] * num_classes + scene.dt_class[row]
     gt = scene.gt_image * num_classes + scene.gt_class

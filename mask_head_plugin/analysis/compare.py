@@ -48,7 +48,7 @@ class Difference:
 
     @property
     def finding(self) -> str:
-        """The verdict: better, worse, or no clear difference."""
+        """The verdict: better, worse or within noise; empty if there is no interval."""
         found = verdict_of_images(self.paired)
         if self.key.group in LESS_IS_BETTER:
             return {BETTER: WORSE, WORSE: BETTER}.get(found, found)
@@ -61,9 +61,9 @@ class Comparison:
 
     Attributes:
         other: the analysis of the other run, the baseline.
-        differences: one for each number that both runs have.
+        differences: the difference in each number that both runs have.
         f1: (I,) F1 of the run in each image, at IoU 0.5 and with the run's best thresholds.
-        other_f1: (I,) F1 of the other run, likewise.
+        other_f1: (I,) F1 of the other run in each image, with the other run's best thresholds.
     """
 
     other: Analysis

@@ -20,7 +20,7 @@ SIZES = {
     "medium": ("APm", "size: medium"),
     "large": ("APl", "size: large"),
 }
-"""For each size of objects, the names of its AP and of its row of mask quality."""
+"""For each size of objects, the names under which its AP and its mask quality are stored."""
 MOST_CLASSES = 40
 ROW_HEIGHT = 30
 CAPTION = (
@@ -29,7 +29,7 @@ CAPTION = (
 )
 
 Panels = Mapping[str, Mapping[str, Difference]]
-"""Panels by title; each contains the differences of its rows by name."""
+"""Maps the title of each panel to its rows, and the name of each row to its difference."""
 
 
 def comparison_figures(comparison: Comparison) -> dict[str, list[Figure]]:

@@ -1,4 +1,4 @@
-"""The tables of a comparison of two runs, shared by Markdown and HTML."""
+"""Makes the tables of a comparison of two runs for both analysis.md and analysis.html."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .resampled import BOUNDARY, BY_CLASS, CALIBRATION, DENSITY, F1, F1_AT_HALF,
 from .sections import Section
 
 TEXT = (
-    "Both runs on the same images, resampled many times (paired bootstrap). For the cost of "
-    f"errors, possible gains and the calibration error, lower is better. {ONE_TRAINING} If two "
-    "models are equally good, chance alone makes about 5 of 100 numbers look better or worse. "
-    "Numbers that do not differ or come from a single image are left out."
+    "Both runs are compared on the same images, resampled many times (paired bootstrap). For the "
+    "cost of errors, possible gains and the calibration error, lower is better. "
+    f"{ONE_TRAINING} If two models are equally good, chance makes about 5 of 100 numbers look "
+    "better or worse. Numbers that do not differ or come from a single image are left out."
 )
 MASK_TEXT = (
-    "Mean IoUs of the objects whose box the run found, which may be different objects in the two "
-    "runs."
+    "Mean IoUs of the objects whose boxes were found. The two runs may have found different "
+    "objects."
 )
 CLASS_TEXT = (
     "Differences with their intervals, the largest first. F1 uses the best threshold of each run, "
@@ -35,7 +35,7 @@ NAMES = {
 
 
 def comparison_sections(comparison: Comparison) -> list[Section]:
-    """Returns tables of what differs from the other run: overall, in masks, and by class."""
+    """Returns tables of the differences from the other run: overall, in masks, and by class."""
     shown = [x for x in comparison.differences if _differs(x)]
     classes = [x for x in shown if x.key.group.startswith(BY_CLASS)]
     of_all = [x for x in shown if not x.key.group.startswith(BY_CLASS)]
@@ -54,7 +54,7 @@ def _differs(difference: Difference) -> bool:
 
     Leaves out differences without an interval: either nothing differs, or only one image counts.
     Also leaves out possible gains with a grid: the AP that a grid allows is the same for both runs,
-    so their gains differ only because their APs do.
+    so the gains differ only because the runs' APs differ.
     """
     paired, key = difference.paired, difference.key
     is_known = not math.isnan(paired.difference) and paired.low != paired.high

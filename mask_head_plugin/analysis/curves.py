@@ -29,7 +29,7 @@ class Threshold:
 
     Attributes:
         class_name: the class.
-        score: the threshold: keep detections with a higher score; nan if no detection is right.
+        score: the threshold, above which detections are kept; nan if no detection is right.
         f1: F1 of the kept detections, 0 to 1.
         precision: share of the kept detections that are right.
         recall: share of the objects that the kept detections find.
@@ -128,13 +128,13 @@ def f1_curves(
     drawn: npt.NDArray[np.integer],
     num_objects: npt.NDArray[np.integer],
 ) -> FloatArray:
-    """Returns a class's F1 if its best 1, 2, ..., n detections are kept, (S, n).
+    """Returns a class's F1 when its best 1, 2, ..., n detections are kept, (S, n).
 
     The F1 is -1 where the next detection has the same score, because detections with equal scores
     are kept or dropped together.
 
     Args:
-        score: (n,) scores, falling.
+        score: (n,) scores in descending order.
         right: (n,) whether each detection found an object.
         drawn: (S, n) how often each draw contains the detection.
         num_objects: (S,) objects of the class in each draw.
@@ -159,7 +159,7 @@ def _best_threshold(
         return Threshold(name, float("nan"), 0.0, float("nan"), 0.0, f1_at_half)
     best = int(f1.argmax())
     lower = score[best + 1] if best + 1 < len(score) else max(score[best] - 0.01, 0.0)
-    # Between the last score kept and the first one dropped, with as few digits as possible.
+    # The threshold lies between the last score kept and the first one dropped.
     cut = _short_number(float(lower), float(score[best]))
     return Threshold(
         name,
@@ -184,7 +184,8 @@ def threshold_flag(thresholds: list[Threshold]) -> str:
     """Returns the thresholds as a flag of tools/demo.py and tools/predict.py."""
     known = [x for x in thresholds if not math.isnan(x.score)]
     pairs = [shlex.quote(f"{x.class_name}={x.score!r}") for x in known]
-    # A name such as "-x" would be taken for a flag unless it follows "=", which takes one value.
+    # A name such as "-x" would be taken for a flag unless it follows "=". Since "=" takes only one
+    # value, each such name needs a separate flag.
     alone = [pair for pair in pairs if pair.lstrip("'").startswith("-")]
     plain = " ".join(pair for pair in pairs if pair not in alone)
     words = [f"--class-thresholds {plain}"] if plain else []
@@ -196,8 +197,8 @@ def confusion(
 ) -> npt.NDArray[np.int64]:
     """Counts how often objects of a class (rows) were found as each class (columns).
 
-    Each detection, best first, takes the free object that it overlaps most, if their IoU is at
-    least 0.5, whatever the classes. The last column counts objects that were not found, and the
+    Each detection, best first, takes the free object of any class that it overlaps most, if their
+    IoU is at least 0.5. The last column counts objects that were not found, and the
     last row counts detections that found no object.
     Crowds and the detections in them are left out.
 
@@ -258,7 +259,7 @@ def bin_sums(matches: Matches, score: FloatArray) -> FloatArray:
         score: (N,) scores, 0 to 1.
 
     Returns:
-        (3, I, B) number of detections, sum of their scores, number of right ones.
+        (3, I, B) number of detections, sum of their scores, number of right detections.
     """
     counted = ~matches.dt_ignored[0, 0]
     score, right = score[counted], matches.dt_matched[0, 0, counted]
@@ -271,7 +272,7 @@ def bin_sums(matches: Matches, score: FloatArray) -> FloatArray:
 
 
 def calibration_error(sums: FloatArray) -> FloatArray:
-    """Returns the expected calibration error, (...) from 0 to 1, for sums of shape (3, ..., B)."""
+    """Returns the (...) expected calibration errors, 0 to 1, of (3, ..., B) sums of detections."""
     count, total, right = sums
     error = np.abs(total - right).sum(-1) / np.maximum(count.sum(-1), 1)
     return np.asarray(error, float)
@@ -280,7 +281,7 @@ def calibration_error(sums: FloatArray) -> FloatArray:
 def ap_by_density(matches: Matches) -> list[Density]:
     """Returns the AP of images grouped by their number of objects, without empty images.
 
-    Returns nothing if all images belong to one group.
+    The list is empty if all these images belong to one group.
     """
     num_objects = np.bincount(
         matches.gt_image[~matches.gt_ignored[0]], minlength=len(matches.image_ids)

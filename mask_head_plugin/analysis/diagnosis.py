@@ -1,4 +1,4 @@
-"""Turns the numbers of an analysis into sentences, with the largest losses first.
+"""Turns the numbers of an analysis into sentences that say what limits the AP.
 
 Shape alphabet: K classes, P pairs of a detection and its object.
 """
@@ -34,9 +34,9 @@ to get a sentence."""
 NEAR_LIMIT = 10
 """A finer grid is recommended only if AP is at most this far below what the present grid allows."""
 LEAST_FINER = 3
-"""A finer grid is recommended only if twice the grid's size allows at least this much more AP."""
+"""A finer grid is recommended only if doubling its side allows at least this much more AP."""
 FEW = 20
-"""Smallest number of pairs, objects or detections that gets a sentence."""
+"""Smallest number of pairs, objects or detections on which a sentence may be based."""
 TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
 BRANCHES = {
     "perfect masks": "mask branch",
@@ -55,7 +55,7 @@ WEAK_OBJECTS = {
     "0.4 to 0.7": "objects that fill 0.4 to 0.7 of their box",
     "full, from 0.7": "objects that fill at least 0.7 of their box",
 }
-"""The groups of quality_rows except classes, in words."""
+"""Words for the groups of quality_rows, except classes."""
 
 
 def diagnose(
@@ -117,8 +117,8 @@ def _errors(findings: Findings) -> Iterator[str]:
         count = findings.errors[task][0.5].count(KINDS.index(first))
         what = "objects" if KINDS.index(first) == MISSED else "detections"
         yield (
-            f"Errors of {TASK_NAMES[task]} at IoU 0.5: “{first}” ({MEANINGS[first]}) costs most: "
-            f"{number(won[first], '.1f')} AP50, {count:,} {what}{more}."
+            f"Errors of {TASK_NAMES[task]} at IoU 0.5: “{first}” ({MEANINGS[first]}) costs most, "
+            f"{number(won[first], '.1f')} AP50 ({count:,} {what}){more}."
         )
 
 
@@ -142,8 +142,8 @@ def _branches(findings: Findings) -> Iterator[str]:
     told = [f"{name} would add {number(gain, '.1f')}" for name, gain in won.items()]
     best = BRANCHES[next(iter(won))]
     yield (
-        f"By branch, AP of {TASK_NAMES[findings.main_task]}: {', '.join(told)}. Most can be gained "
-        f"in the {best}{WHAT_IT_IS.get(best, '')}."
+        f"By branch, AP of {TASK_NAMES[findings.main_task]}: {', '.join(told)}. The largest "
+        f"gain is possible in the {best}{WHAT_IT_IS.get(best, '')}."
     )
 
 
@@ -231,7 +231,9 @@ def _confused(findings: Findings, confusion: npt.NDArray[np.int64]) -> Iterator[
     for k in np.argsort(-shares, axis=None, kind="stable")[:4]:
         true, found = np.unravel_index(k, shares.shape)
         if shares[true, found] >= LEAST_CONFUSED:
-            told.append(f"{100 * shares[true, found]:.0f}% of {names[true]} as {names[found]}")
+            told.append(
+                f"{100 * shares[true, found]:.0f}% of {names[true]} found as {names[found]}"
+            )
     if told:
         yield f"Classes are confused: {'; '.join(told)}."
 
@@ -247,8 +249,8 @@ def _scores(gaps: list[ClassGap]) -> Iterator[str]:
         if abs(one.gap - usual) >= LEAST_GAP:
             word = "low" if one.gap > usual else "high"
             told.append(
-                f"{one.name} (too {word}: {one.score:.2f} on average, but {one.precision:.2f} are "
-                "right)"
+                f"{one.name} (too {word}: {one.score:.2f} on average, but a share of "
+                f"{one.precision:.2f} is right)"
             )
     if told:
         yield (

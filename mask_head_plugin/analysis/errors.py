@@ -1,13 +1,13 @@
-"""Classifies errors and repairs them kind by kind.
+"""Classifies errors and repairs them, one kind at a time.
 
 Follows TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV
 2020). A false detection has the wrong class, a bad location or both, is a duplicate, or lies on
-background; an object that no detection comes near is missed. Kinds are repaired one at a time, and
-the AP gained is what that kind costs.
+background; an object that no detection comes near is missed. The cost of a kind is the AP gained by
+repairing all errors of that kind.
 
-Differs from tidecv: matching and AP are COCO's, so the AP equals the evaluation's. (tidecv gives AP
-0 to a class that has detections but no objects, and takes the first of equal IoUs.) Detections that
-a crowd absorbs do not count as errors.
+Unlike tidecv, this module uses COCO's matching and AP, so its AP equals that of the evaluation.
+(tidecv assigns AP 0 to a class that has detections but no objects, and chooses the first of several
+equal IoUs.) Detections that are matched to a crowd do not count as errors.
 
 Shape alphabet: N detections within the limit, G objects; n false detections and g objects of one
 image.
@@ -45,12 +45,14 @@ class Errors:
 
     Attributes:
         threshold: lowest IoU at which an object counts as found.
-        kind: (N,) index of KINDS for an error, RIGHT, or LEFT_OUT for what does not count.
-        about: (N,) scene index of the object that a detection found or is closest to; -1 for none.
-        repaired: (N,) class and location errors that would find their object if repaired. If
-            several concern one object, only the best-scored one is marked; a repair removes the
-            others.
-        missed: (G,) objects that stay missed even when all detections are repaired.
+        kind: (N,) index of KINDS if the detection is an error; RIGHT if it found an object;
+            LEFT_OUT if it does not count.
+        about: (N,) scene index of the object that the detection found or is closest to; -1 if there
+            is no such object.
+        repaired: (N,) whether the detection is a class or location error that would find its object
+            if repaired. If several such errors concern the same object, only the one with the
+            highest score is marked; a repair removes the others.
+        missed: (G,) whether the object stays missed even if all detections are repaired.
     """
 
     threshold: float
@@ -115,7 +117,7 @@ def _kinds(
     of_class, of_others = iou * same, iou * ~same
     nearest, other, any_class = (x.argmax(1) for x in (of_class, of_others, iou))
     iou_class, iou_other = of_class[row, nearest], of_others[row, other]
-    # Conditions are in reverse of tidecv's order, because the last assignment wins.
+    # The conditions are in the reverse of tidecv's order, because the last assignment wins.
     kinds, about = np.full(count, BOTH, np.int8), any_class.astype(np.int64)
     kinds[iou[row, any_class] <= BACKGROUND_IOU] = BACKGROUND
     for chosen, kind, objects in (
@@ -142,8 +144,8 @@ def _repaired(
 def repaired_matches(scene: Scene, assignment: Assignment, errors: Errors, kind: int) -> Matches:
     """Returns the matches at the errors' threshold with one kind of error repaired.
 
-    Repaired class and location errors find their object, one per object. All other wrong detections
-    of this kind are removed, and missed objects are no longer required.
+    A repaired class or location error finds its object; at most one error is repaired per object.
+    All other wrong detections of this kind are removed. Missed objects are ignored.
 
     Args:
         scene: all detections and objects.

@@ -22,7 +22,7 @@ from .measures import ERROR_THRESHOLDS
 
 BAR_HEIGHT = 30
 MOST_CLASSES = 40
-"""Largest number of classes in the confusion matrix; of more, it shows the most confused."""
+"""Largest number of classes in the confusion matrix, which shows the most confused classes."""
 CLASSES_WITH_NUMBERS = 15
 TASK_PATTERNS = {"bbox": "", "segm": "/"}
 
@@ -198,7 +198,7 @@ def _reliability(analysis: Analysis) -> Figure | None:
     figure.update_yaxes(
         title_text="share of right detections", range=[0, 1.02], dtick=0.2, secondary_y=False
     )
-    # The bars are drawn below the lines, so the lines stay readable.
+    # The bars are drawn below the lines, so that the lines stay readable.
     most = 1.05 * float(found.count.max())
     figure.update_yaxes(
         title_text="detections",
@@ -245,7 +245,7 @@ def _confusion(analysis: Analysis) -> Figure | None:
     )
     caption = (
         "Detections above the best threshold of their class, at IoU 0.5. The last column counts "
-        "objects that were not found, the last row detections on background."
+        "objects that were not found; the last row counts detections on background."
     )
     if len(shown) < len(names):
         caption += f" Shows the {len(shown) - 1} most confused of {len(names) - 1} classes."
@@ -253,7 +253,7 @@ def _confusion(analysis: Analysis) -> Figure | None:
 
 
 def _confused_most(counts: Any) -> list[int]:
-    """Returns the indices of the most confused classes in ascending order, then background."""
+    """Returns the indices of the most confused classes, ascending, followed by the background."""
     num_classes = len(counts) - 1
     off = counts[:-1, :-1] * (1 - np.eye(num_classes, dtype=int))
     order = np.argsort(-(off.sum(0) + off.sum(1)), kind="stable")[:MOST_CLASSES]

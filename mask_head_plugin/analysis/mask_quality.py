@@ -1,4 +1,4 @@
-"""Measures the masks and boxes of found objects by size, class and shape, and maps the errors.
+"""Measures the quality of the masks and boxes of found objects, and maps the errors of masks.
 
 Objects and detections are paired by their boxes (IoU 0.5, the right class). Pairing by masks would
 leave out bad masks, which this module is meant to measure.
@@ -25,15 +25,15 @@ PAIR_IOU = 0.5
 MAP_SIDE = 36
 """S: cells along each side of the error map."""
 MAP_MARGIN = 0.25
-"""How far the map extends beyond each side of the box, as a share of the box."""
+"""How far the map extends beyond each side of the box, as a share of its width or height."""
 MOST_PAIRS = 10_000
-"""Largest number of pairs whose masks are compared. If there are more, every second, third, ...
-pair is used, which hardly changes the means."""
+"""Largest number of pairs whose masks are compared. If there are more pairs, only every second,
+third, ... pair is used, which hardly changes the means."""
 FILLS = {"thin, below 0.4": (0, 0.4), "0.4 to 0.7": (0.4, 0.7), "full, from 0.7": (0.7, 1.01)}
-"""Ranges of the share of the box that the mask covers."""
+"""Ranges of fill, the share of the true box that the true mask covers."""
 SHAPES = ("one part", "several parts", "holes")
 SMALLEST_PART = 4
-"""Smallest part or hole in pixels; anything smaller is taken for an annotation slip."""
+"""Smallest area of a part or hole in pixels; anything smaller is likely an annotation error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +65,9 @@ class MaskQuality:
         area_ratio: (P,) predicted area divided by true area.
         fill: (P,) share of the true box that the true mask covers.
         shape: (P,) index of SHAPES; an object with several parts and a hole counts as "holes".
-        missing: (S, S) share of pairs whose predicted mask lacks a cell of the map, which shows the
-            true box and a margin.
-        extra: (S, S) share of pairs whose predicted mask wrongly covers a cell of the same map.
+        missing: (S, S) share of pairs whose predicted mask wrongly leaves out a cell of the error
+            map, which shows the true box and a margin around it.
+        extra: (S, S) share of pairs whose predicted mask wrongly covers a cell of the error map.
     """
 
     objects: IntArray
@@ -82,7 +82,7 @@ class MaskQuality:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """Mean mask quality of a group of pairs."""
+    """Mask quality of a group of pairs: mean IoUs and the median ratio of areas."""
 
     group: str
     name: str
@@ -109,7 +109,7 @@ def box_offsets(scene: Scene, boxes: Assignment) -> BoxOffsets:
 
 
 def mask_quality(scene: Scene, offsets: BoxOffsets) -> MaskQuality:
-    """Compares the masks of all pairs.
+    """Compares the masks of all pairs, or of a part of the pairs if there are too many.
 
     Args:
         scene: all detections and objects, with masks.
@@ -169,7 +169,7 @@ def _shape(true: MaskWindow) -> int:
 
 
 def _error_maps(found: MaskWindow, true: MaskWindow, box: FloatArray) -> npt.NDArray[np.float32]:
-    """Returns how much of each cell is missing and how much is extra, (2, S, S) from 0 to 1."""
+    """Returns the share of each cell that is missing and the share that is extra, (2, S, S)."""
     low = box[:2] - MAP_MARGIN * box[2:]
     size = np.maximum(box[2:] * (1 + 2 * MAP_MARGIN), 1e-3)
     left, top = np.floor(low).astype(int).tolist()
@@ -188,7 +188,7 @@ def _resampled(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def quality_rows(scene: Scene, quality: MaskQuality) -> list[QualityRow]:
-    """Returns the mean quality of all pairs and of each size, shape, fill and class."""
+    """Returns the quality of all pairs, and of the pairs of each size, shape, fill and class."""
     return [_row(group, name, of, quality) for group, name, of in quality_groups(scene, quality)]
 
 
@@ -196,7 +196,7 @@ def quality_groups(scene: Scene, quality: MaskQuality) -> list[tuple[str, str, B
     """Returns the groups of pairs: criterion, name, and the (P,) pairs that belong to the group."""
     area, classes = scene.gt_area[quality.objects], scene.gt_class[quality.objects]
     groups = [("all", "all", np.ones(len(area), bool))]
-    # COCO's ranges overlap at their borders; here each object belongs to one range.
+    # COCO's ranges overlap at their borders; here each object belongs to only one range.
     ranges = [(name, *AREAS[name]) for name in ("small", "medium", "large")]
     groups += [("size", name, (area >= low) & (area < high)) for name, low, high in ranges]
     groups += [("shape", name, quality.shape == k) for k, name in enumerate(SHAPES)]

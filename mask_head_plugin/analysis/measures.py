@@ -1,4 +1,4 @@
-"""The numbers of an analysis: APs, and what repaired errors or perfect branches would gain.
+"""Computes the numbers of an analysis: AP, and the gains from repaired errors or perfect branches.
 
 Each number is computed from matches, so it can also be computed on resampled images.
 
@@ -44,9 +44,10 @@ class Measure:
         task: "bbox" or "segm".
         group: "AP", "error" or "oracle".
         name: a metric, a kind of error or an oracle.
-        matches: what the AP is computed from.
-        metric: one of METRICS; if the matches have only one IoU threshold, "AP" is the AP there.
-        base: measure whose value is subtracted, which leaves the gain; None to subtract nothing.
+        matches: matches from which the AP is computed.
+        metric: one of METRICS. If the matches have only one IoU threshold, "AP" is the AP at that
+            threshold.
+        base: measure whose value is subtracted to obtain the gain; None to subtract nothing.
         threshold: IoU threshold of an error; otherwise 0.
     """
 
@@ -64,7 +65,7 @@ class Measure:
 
     @cached_property
     def value(self) -> float:
-        """The number for the original images, each counted once."""
+        """The number for the original images, without resampling."""
         if self.base is not None:
             return average_precision(self.matches, self.metric) - self.base.value
         return average_precision(self.matches, self.metric)
@@ -73,7 +74,7 @@ class Measure:
         """Returns the AP of each resampled data set, (S,); the base is not subtracted.
 
         Args:
-            weights: (S, I) how often each draw contains an image; see bootstrap.image_weights.
+            weights: (S, I) how often each draw contains each image; see bootstrap.image_weights.
         """
         return resampled_ap(self.matches, weights, (self.metric,))[self.metric]
 
@@ -120,7 +121,7 @@ def measure(scene: Scene, max_detections: int, mask_side: int) -> Findings:
 
     Args:
         scene: all detections and objects.
-        max_detections: how many count per image and class; all if negative.
+        max_detections: how many detections count per image and class; negative for no limit.
         mask_side: M, the side of the mask branch's output.
     """
     found = {task: assign(scene, task, max_detections) for task in scene.tasks}

@@ -1,6 +1,6 @@
 """Computes the AP with one branch of the model perfect and the others unchanged.
 
-A better box branch cannot repair errors of the mask branch, and vice versa. So each oracle
+A better box branch cannot repair errors of the mask branch, and vice versa. Each oracle therefore
 evaluates the detections again with the true masks (cut to the predicted boxes, because the mask
 branch draws nothing outside them), the true boxes, or the true classes. A last oracle sends the
 true objects through the mask branch's grid, to see what a finer grid could gain.
@@ -36,8 +36,8 @@ MEANINGS = {
     "perfect classes": "the true class for each detection",
 }
 MOST_THROUGH_GRID = 10_000
-"""Largest number of objects sent through the grid. If there are more, every second, third, ... is
-used, which changes the AP by about 0.1."""
+"""Largest number of objects sent through the grid. If there are more objects, only every second,
+third, ... object is used, which changes the AP by about 0.1."""
 GRID = "grid only"
 WINDOWS_TOGETHER = 64
 """Number of objects of similar size that are sent through the grid at once."""
@@ -122,11 +122,11 @@ def cut_to_boxes(rles: Sequence[Any], boxes: FloatArray) -> Iterator[Any]:
 
 
 def nearest_objects(scene: Scene, boxes: Assignment, *, same_class: bool = True) -> IntArray:
-    """Returns the scene index of the object paired with each detection, (D,); -1 for none.
+    """Returns the scene index of the object paired with each detection, (D,); -1 if unpaired.
 
     Args:
         scene: all detections and objects.
-        boxes: the assignment of boxes.
+        boxes: the assignment of the task "bbox".
         same_class: whether the object must have the detection's class.
     """
     objects = np.full(len(scene.dt_image), -1, np.int64)
@@ -227,7 +227,7 @@ def oracle_matches(
     Args:
         scene: all detections and objects.
         found: the assignment of each task.
-        max_detections: how many count per image and class; all if negative.
+        max_detections: how many detections count per image and class; negative for no limit.
         mask_side: M of the model.
     """
 

@@ -25,15 +25,16 @@ TEMPLATE = Path(__file__).with_name("analysis.html.j2")
 
 
 def write_pages(analysis: Analysis, folder: Path, comparison: Comparison | None = None) -> None:
-    """Writes the three files, plus tables and figures for papers. Replaces earlier ones.
+    """Writes the three files, plus tables and figures for papers. Replaces earlier files.
 
     Args:
         analysis: the analysis of a run.
         folder: output folder; created if missing.
-        comparison: a comparison with another run, if any.
+        comparison: a comparison with another run; None for no comparison.
 
     Raises:
-        ConfigError: if a package for analysis.html is missing; the other files are written first.
+        ConfigError: if a package that analysis.html needs is missing. analysis.md, analysis.json
+            and the tables have then been written.
         OSError: if a file cannot be written.
     """
     content = as_json(analysis)

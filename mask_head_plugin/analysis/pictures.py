@@ -37,7 +37,7 @@ NOT_HERE = "The images were not found; name their folder with --images."
 NUM_WORST = 12
 NUM_OF_KIND = 6
 SIDE = 640
-"""Pixels on a picture's longer side. The page shows it smaller until the reader clicks on it."""
+"""Length of a picture's longer side, in pixels. The page shows a smaller version until a click."""
 LARGEST_SCALE = 6
 MARGIN = 0.35
 """Margin on each side of an error, as a share of the boxes involved."""
@@ -63,7 +63,7 @@ class PictureRow:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rows of pictures; ``problem`` gives the reason if there are none."""
+    """Rows of pictures. If there are no rows, ``problem`` says why."""
 
     rows: list[PictureRow]
     problem: str = ""
@@ -79,7 +79,7 @@ class Outline:
 
 
 def gallery(analysis: Analysis) -> Gallery:
-    """Draws the pictures for all images that can be read."""
+    """Draws the worst images and typical errors of each kind; skips images that cannot be read."""
     folder = image_folder(analysis.files, analysis.findings.scene.file_names[0])
     if folder is None:
         return Gallery([], NOT_HERE)
@@ -99,7 +99,9 @@ def gallery(analysis: Analysis) -> Gallery:
             rows.append(PictureRow(title, note, pictures))
     if problems:
         logger.warning("%d images cannot be shown, for example %s", len(problems), problems[0])
-    return Gallery(rows, "" if rows else f"No image can be shown: {(problems or ['no errors'])[0]}")
+    return Gallery(
+        rows, "" if rows else f"No image can be shown: {(problems or ['there are no errors'])[0]}"
+    )
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class _Wanted:
 
 
 def _worst(analysis: Analysis) -> tuple[str, str, list[_Wanted]]:
-    """Returns the images with the lowest F1; of equal ones, the most crowded come first."""
+    """Returns the images with the lowest F1; of images with equal F1, crowded ones come first."""
     counts = analysis.image_counts
     order = np.lexsort((-counts.objects - counts.detections, counts.f1))
     wanted = [_whole(analysis, int(k)) for k in order[:NUM_WORST] if counts.f1[k] < 1]
@@ -152,7 +154,7 @@ def _worst(analysis: Analysis) -> tuple[str, str, list[_Wanted]]:
 
 
 def _whole(analysis: Analysis, image: int, run: str = "") -> _Wanted:
-    """Returns a picture of all objects in an image and all that a run detected there."""
+    """Returns a picture of an image with its objects and the detections above the thresholds."""
     findings, counts = analysis.findings, analysis.image_counts
     assignment = findings.found[findings.main_task]
     kinds = findings.errors[findings.main_task][0.5].kind
@@ -176,7 +178,7 @@ def changed_most(analysis: Analysis, other: Analysis) -> Gallery:
     folder = image_folder(analysis.files, analysis.findings.scene.file_names[0])
     chosen = most_disputed(counts)
     if not chosen or folder is None:
-        return Gallery([], NOT_HERE if chosen else "At IoU 0.5, both runs find the same objects.")
+        return Gallery([], NOT_HERE if chosen else "Both runs have the same F1 on every image.")
     rows = []
     for k in progress(chosen, "pictures: images that changed most"):
         wanted = [(analysis, "this run"), (other, "the other run")]
@@ -190,7 +192,10 @@ def changed_most(analysis: Analysis, other: Analysis) -> Gallery:
 
 
 def _of_kinds(analysis: Analysis) -> Iterator[tuple[str, str, list[_Wanted]]]:
-    """Yields errors of each kind, at most one per image: the most costly, or typical misses."""
+    """Yields errors of each kind, at most one per image.
+
+    Chooses the false detections with the highest scores, and missed objects of typical size.
+    """
     findings = analysis.findings
     errors = findings.errors[findings.main_task][0.5]
     assignment = findings.found[findings.main_task]
@@ -200,12 +205,12 @@ def _of_kinds(analysis: Analysis) -> Iterator[tuple[str, str, list[_Wanted]]]:
             middle = np.median(findings.scene.gt_area[rank]) if len(rank) else 0
             rank = rank[np.argsort(np.abs(findings.scene.gt_area[rank] - middle), kind="stable")]
             images: npt.NDArray[Any] = findings.scene.gt_image
-            note = f"{MEANINGS[name].capitalize()}; the medium-sized ones."
+            note = f"{MEANINGS[name].capitalize()}. Shows objects of medium size."
         else:
             rank = np.flatnonzero(errors.kind == kind)
             rank = rank[np.argsort(-assignment.matches.dt_score[rank], kind="stable")]
             images = assignment.matches.dt_image
-            note = f"{MEANINGS[name].capitalize()}; the highest-scored ones, which cost most."
+            note = f"{MEANINGS[name].capitalize()}. Shows those with the highest scores."
         _, first = np.unique(images[rank], return_index=True)
         chosen = rank[np.sort(first)][:NUM_OF_KIND]
         make = _missed if kind == MISSED else _false
@@ -288,7 +293,7 @@ def _draw(
     for outline in outlines:
         bits = _bits(found_masks[outline.row], scene.dt_box[outline.row], region, canvas)
         contours, _ = cv2.findContours(bits, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        # A wider white line below the outline keeps it visible on any image.
+        # A wider white line below the outline keeps the outline visible on any image.
         cv2.drawContours(canvas, contours, -1, (255, 255, 255), 4, cv2.LINE_AA)
         cv2.drawContours(canvas, contours, -1, outline.colour.tolist(), 2, cv2.LINE_AA)
     if len(outlines) <= 3:  # more labels would hide the objects
@@ -307,7 +312,7 @@ def _paled(image: ByteArray) -> ByteArray:
 def _bits(
     rle: Any, box: FloatArray, region: tuple[int, int, int, int], canvas: ByteArray
 ) -> ByteArray:
-    """Returns which (H, W) pixels of the canvas are in the mask; without a mask, in the box."""
+    """Returns the (H, W) pixels of the canvas that are in the mask or, without a mask, the box."""
     x0, y0, x1, y1 = region
     if rle is None:
         bits = np.zeros((y1 - y0, x1 - x0), np.uint8)

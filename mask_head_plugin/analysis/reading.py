@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 SCORE_ROUNDING = 1e-5
-"""How far a score may lie outside 0 to 1, because exported models round."""
+"""How far a score may lie outside the range 0 to 1, because exported models round scores."""
 
 NUMBERS = {int, float}
-"""Types of numbers in JSON. Compared by type, because isinstance takes a bool for an int."""
+"""Types of numbers in JSON. Compared by type, because isinstance accepts a bool as an int."""
 
 BROKEN_COUNTS = (
     "the counts of its mask do not add up to an image of its size; export the mask again"
@@ -45,7 +45,8 @@ def read_scene(annotations: Path, results: Sequence[Record], source: Path) -> Sc
         source: the results file, named in errors.
 
     Raises:
-        ConfigError: if the two do not belong together; names the file and the ids or the entry.
+        ConfigError: if the two files do not belong together. The message names the file and the ids
+            or the entry.
     """
     content = _read_annotations(annotations)
     try:
@@ -195,7 +196,7 @@ def _checked(
 def _check_numbers(
     values: Sequence[tuple[int, Any]], key: str, count: int | None, source: Path | str
 ) -> None:
-    """Raises a ConfigError unless each value is a finite number or a list of ``count`` of them.
+    """Raises a ConfigError unless each value is a finite number or a list of ``count`` of these.
 
     Args:
         values: pairs of an entry's number and its value.

@@ -24,7 +24,7 @@ Weights = npt.NDArray[np.int32]
 IOU, BOUNDARY, F1, F1_AT_HALF = "mask IoU", "boundary IoU", "F1", "F1 at 0.5"
 CALIBRATION, DENSITY = "calibration error", "density"
 BY_CLASS = "class "
-"""Prefix of groups whose numbers belong to single classes."""
+"""Prefix of the names of groups whose numbers each belong to one class."""
 
 
 class Key(NamedTuple):
@@ -48,7 +48,7 @@ def resampled_figures(analysis: Analysis, weights: Weights) -> dict[Key, FloatAr
 
     Args:
         analysis: the analysis of a run.
-        weights: (S, I) how often each draw contains an image; see bootstrap.image_weights.
+        weights: (S, I) how often each draw contains each image; see bootstrap.image_weights.
     """
     found = dict(_of_measures(analysis, weights))
     found.update(_of_classes(analysis, weights))
@@ -124,7 +124,8 @@ def _of_scores(analysis: Analysis, weights: Weights) -> Iterator[tuple[Key, Floa
         curves = f1_curves(
             score[own], at.dt_matched[0, 0, own], weights[:, at.dt_image[own]], num_objects
         )
-        curves = np.concatenate([np.zeros((len(weights), 1)), curves], 1)  # nothing kept
+        # The first column is the F1 if no detection is kept.
+        curves = np.concatenate([np.zeros((len(weights), 1)), curves], 1)
         of_class = {F1: curves.max(1), F1_AT_HALF: curves[:, int((score[own] > 0.5).sum())]}
         for group, values in of_class.items():
             known = np.where(num_objects > 0, 100 * values, np.nan)

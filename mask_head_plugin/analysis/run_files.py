@@ -32,7 +32,7 @@ class RunFiles:
         annotations: the COCO file of the same images.
         image_folders: folders that may contain the images, likeliest first.
         dataset: name of the data set or, if unknown, of the annotation file.
-        max_detections: how many count per image and class; all if negative.
+        max_detections: how many detections count per image and class; negative for no limit.
         mask_side: M, the side of the mask branch's output.
     """
 
@@ -118,7 +118,7 @@ def _results(run: Path, dataset: str) -> Path:
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    """Returns what MaskEvaluator saved with the results; empty if another evaluator wrote them."""
+    """Returns what MaskEvaluator saved next to the results; empty for another evaluator."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):  # detectron2's metrics.json has one record per line
@@ -159,7 +159,7 @@ def _places(annotations: Path, root: str | None) -> Iterator[Path]:
 
 
 def image_folder(files: RunFiles, file_name: str) -> Path | None:
-    """Returns the folder that contains this image; None if none of the run's folders does."""
+    """Returns the image folder that contains this file; None if no folder contains it."""
     return next((x for x in files.image_folders if (x / file_name).is_file()), None)
 
 
@@ -167,7 +167,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """Returns a file's detections in COCO's result format.
 
     Raises:
-        ConfigError: if the file cannot be read or has another format.
+        ConfigError: if the file cannot be read or does not have COCO's result format.
     """
     try:
         results = json.loads(path.read_text())

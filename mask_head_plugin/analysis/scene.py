@@ -1,6 +1,7 @@
 """All detections and objects of a data set, and their overlaps.
 
-Shape alphabet: I images, K classes; D detections and G objects of all images, d and g of one.
+Shape alphabet: I images, K classes; D detections and G objects of all images; d detections and g
+objects of one image.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ class Scene:
         gt_image: (G,) index of the image.
         gt_class: (G,) index of the class.
         gt_crowd: (G,) whether the object is a crowd, a region of many objects.
-        gt_area: (G,) area in pixels, by which small, medium and large objects are told apart.
+        gt_area: (G,) area in pixels, which decides whether an object is small, medium or large.
         gt_box: (G, 4) x, y, width, height in pixels.
         gt_mask: G compressed RLEs; None without masks.
-        lenient: pairs of image and class that LVIS did not annotate exhaustively.
+        lenient: pairs of indices of an image and a class that LVIS did not annotate exhaustively.
     """
 
     image_ids: Sequence[Any]
@@ -87,7 +88,10 @@ class Scene:
         return mask_areas(self.dt_mask)
 
     def ious(self, task: str) -> list[FloatArray]:
-        """Returns each image's (d, g) IoUs; for a crowd, the share of the detection inside it."""
+        """Returns the (d, g) IoUs of each image.
+
+        For a crowd, the value is the share of the detection that lies in the crowd.
+        """
         pairs = zip(self.dt_slices, self.gt_slices, strict=True)
         what = {"bbox": "IoU of boxes", "segm": "IoU of masks"}[task]
         told = progress(pairs, what, "image", len(self.image_ids))
@@ -133,5 +137,5 @@ def image_slices(images: npt.NDArray[Any], num_images: int) -> list[slice]:
 
 def mask_areas(masks: Sequence[Any]) -> FloatArray:
     """Returns the pixel counts of n compressed RLEs, (n,)."""
-    # One at a time, because with NumPy 2 pycocotools fails on lists of more than 255.
+    # One at a time, because with NumPy 2 pycocotools fails on lists of more than 255 masks.
     return np.array([float(coco_mask.area(rle)) for rle in masks])

@@ -1,4 +1,4 @@
-"""The tables of an analysis with their explanations, shared by Markdown and HTML."""
+"""Makes the tables of an analysis, with explanations, for both analysis.md and analysis.html."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from .measures import ERROR_THRESHOLDS, SPECIAL_KINDS
 from .oracles import MEANINGS as ORACLE_MEANINGS
 
 ERROR_TEXT = (
-    "AP gained if one kind of error were repaired. Each kind is repaired alone, so the gains do "
-    "not add up (TIDE, Bolya et al. 2020). Many errors may cost little, because most of them have "
-    "low scores. At IoU 0.5 a rough mask counts as found; at 0.75 it is a location error."
+    "The AP that would be gained if one kind of error were repaired. Only one kind is repaired at "
+    "a time, so the gains do not add up (TIDE, Bolya et al. 2020). Even many errors may cost "
+    "little, because most of them have low scores. A detection with a rough mask may count as "
+    "right at IoU 0.5, but as a location error at 0.75."
 )
 ORACLE_TEXT = (
-    "AP with one branch perfect and the others unchanged: the most that work on this branch can "
-    "gain. Perfect masks are the true ones in full resolution; they do not pass through the mask "
-    "branch's grid. “Grid only” takes the true objects, with perfect boxes, classes and scores, "
-    "and crops and pastes their masks at this resolution."
+    "The AP if one branch were perfect and the others unchanged. Improving this branch can gain no "
+    "more than that. Perfect masks are the true masks in full resolution; they do not pass through "
+    "the mask branch's grid. “Grid only” takes the true objects, with perfect boxes, classes and "
+    "scores, and crops and pastes their masks at the stated resolution."
 )
 QUALITY_TEXT = (
-    "Covers objects whose box was found (IoU 0.5, right class), whatever their mask. Boundary IoU "
-    "measures the outline alone. Area is the median of predicted divided by true area. Fill is the "
-    "share of its box that an object covers. If more than 10,000 objects were found, every second, "
-    "third, … of them is measured."
+    "Covers objects whose box was found (IoU 0.5, right class), regardless of their mask. Boundary "
+    "IoU measures only the outline. Area is the median of predicted divided by true area. Fill is "
+    "the share of its box that an object covers. If more than 10,000 objects were found, only "
+    "every second, third, … object is measured."
 )
 THRESHOLD_TEXT = (
-    "The best threshold is the score above which the detections of a class reach their best F1 at "
-    "IoU 0.5. Expect a lower F1 on other images, because the thresholds were chosen on these."
+    "The best threshold of a class is the score above which its detections reach the best F1 at "
+    "IoU 0.5. Expect a lower F1 on other images, because the thresholds were chosen on these "
+    "images."
 )
 SPECIAL_MEANINGS = dict(
     zip(SPECIAL_KINDS, ("all wrong detections", "all objects that were not found"), strict=True)
@@ -128,7 +130,7 @@ def _quality(analysis: Analysis) -> Table:
         Column("count", "found", ""),
         Column("iou", "mask IoU", "Mean, in percent."),
         Column("boundary", "boundary IoU", "Mean, in percent."),
-        Column("area", "area", "Predicted divided by true area, median, in percent."),
+        Column("area", "area", "Predicted divided by true area: median, in percent."),
     ]
     rows = [
         [
@@ -142,7 +144,7 @@ def _quality(analysis: Analysis) -> Table:
 
 
 def _class_table(analysis: Analysis) -> Table:
-    """Returns one row for each class: AP, mask quality, the best threshold."""
+    """Returns a table with the AP, mask quality and best threshold of each class."""
     tasks = analysis.findings.scene.tasks
     by_name = {x.class_name: x for x in analysis.thresholds}
     quality = {x.name: x for x in analysis.quality_rows if x.group == "class"}

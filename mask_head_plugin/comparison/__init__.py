@@ -1,4 +1,4 @@
-"""Compares stock detectron2 with the plugin: same weights, same images."""
+"""Compares stock detectron2 with the plugin, with the same weights and on the same images."""
 
 from .compare import compare_all, compare_config
 

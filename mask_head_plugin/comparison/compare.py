@@ -1,4 +1,4 @@
-"""Compares stock detectron2 with the plugin on configs and weights of the model zoo or your own."""
+"""Compares stock detectron2 with the plugin, for models of the model zoo and other models."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ def compare_config(
     opts: Sequence[str] = (),
     min_score: float = 0.5,
 ) -> Comparison:
-    """Compares the stock model and the plugin's model of a config and writes the comparison.
+    """Compares a config's stock model with the plugin's model and writes the results.
 
-    On CUDA, TF32 is switched off, so differences come from the models and not from the choice of
-    convolution algorithms.
+    On CUDA, TF32 is switched off, so that differences come from the models and not from the choice
+    of convolution algorithms.
 
     Args:
         config: a config of the model zoo or a file; see ``zoo.find_config``.
         weights: a file, a folder or "zoo"; see ``zoo.find_weights``.
-        dataset: a registered data set or one of DATASETS.COCO_FILES; None for the config's own.
+        dataset: a registered data set or one of DATASETS.COCO_FILES; None for the first of the
+            config's DATASETS.TEST.
         output: output folder, created if missing, for comparison.md, comparison.json and pictures.
         num_images: how many images to use, spread evenly over the data set; None for all.
         opts: "KEY VALUE" pairs in one flat list.
-        min_score: detections with a higher score count for the verdict.
+        min_score: detections with a higher score count towards the verdict.
 
     Raises:
         ConfigError: if an argument cannot be used, or ``output`` already has a comparison.
@@ -65,7 +66,7 @@ def compare_config(
         comparison = compare_twins(twins, found, path, name, output, min_score)
         pictures = write_pictures(twins, comparison, output)
     write_markdown(comparison, pictures, output / MARKDOWN_FILE)
-    comparison.write(output / JSON_FILE)  # last, so its presence means a complete comparison
+    comparison.write(output / JSON_FILE)  # last: marks the comparison as complete
     return comparison
 
 
@@ -81,11 +82,12 @@ def compare_all(
 
     Args:
         weights: "zoo", or a folder of weights; see ``zoo.find_weights``.
-        dataset: data set for all configs; None for each config's own.
-        output: output folder; gets a folder for each config, and a table of all in comparison.md.
-        num_images: see compare_config.
+        dataset: data set for all configs; None for the first of each config's DATASETS.TEST.
+        output: output folder for comparison.md, which has a table of all configs, and for a folder
+            per config.
+        num_images: see ``compare_config``.
         opts: "KEY VALUE" pairs for all configs.
-        min_score: detections with a higher score count for the verdict.
+        min_score: detections with a higher score count towards the verdict.
 
     Returns:
         For each config, its comparison or one line with the reason for its failure.
@@ -96,7 +98,9 @@ def compare_all(
     """
     _check_numbers(num_images, min_score)
     if Path(weights).is_file():
-        raise ConfigError(f"--all needs zoo or a folder of weights, but {weights} is a file")
+        raise ConfigError(
+            f"--all needs --weights zoo or a folder of weights, but {weights} is a file"
+        )
     check_output(output)
     results: dict[str, Comparison | str] = {}
     for number, model in enumerate(ZOO_MODELS, start=1):

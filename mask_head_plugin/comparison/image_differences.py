@@ -21,18 +21,18 @@ from ..evaluation.matching import SAME_OBJECT_IOU
 MASK_THRESHOLD = 0.5
 SCORE_TOLERANCE = 1e-4
 BOX_TOLERANCE = 1e-3  # pixels
-THRESHOLD_TOLERANCE = 1e-4  # a mask's value at a pixel may be this far from MASK_THRESHOLD
+THRESHOLD_TOLERANCE = 1e-4  # pixels whose mask value is this close to MASK_THRESHOLD may differ
 
 Pair = tuple[int, int]
-"""Indices of matching detections in the stock model's list and in the plugin's."""
+"""Indices of two matched detections: in the stock model's list and in the plugin's list."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Detections of one image by falling score, on the CPU and in pixels of the image.
+    """The detections in one image, by descending score. All tensors are on the CPU.
 
     Attributes:
-        boxes: (N, 4) XYXY in pixels.
+        boxes: (N, 4) XYXY in pixels of the image.
         scores: (N,) scores.
         classes: (N,) classes.
         mask_probs: (N, M, M) mask probabilities before pasting.
@@ -63,18 +63,19 @@ class ImageDifferences:
 
     Attributes:
         image_id: id in the data set.
-        num_detections: number of detections of the model with fewer detections.
-        num_confident: number with a score above ``min_score``, of the model with fewer of these.
-        same_set: whether both models found the same objects in the same order, except for ties:
-            detections whose scores differ by rounding may swap places, and a detection within
+        num_detections: number of detections; if the models differ, the smaller number.
+        num_confident: number of detections with a score above ``min_score``; if the models differ,
+            the smaller number.
+        same_set: whether both models found the same objects in the same order. Detections whose
+            scores differ only by rounding may swap places, and a detection whose score is within
             rounding of the cut may be missing.
-        num_unmatched: detections of either model that have no counterpart in the other.
-        box: largest difference of a box coordinate in pixels, over matched detections.
+        num_unmatched: number of detections of either model without a counterpart in the other.
+        box: largest difference of a box coordinate between matched detections, in pixels.
         score: largest difference of the scores of matched detections.
-        mask_prob: largest difference of their mask probabilities.
-        mask_pixels: number of pixels that differ in their masks.
-        far_mask_pixels: number of these whose value in the stock model's mask is further than
-            THRESHOLD_TOLERANCE from the threshold.
+        mask_prob: largest difference of the mask probabilities of matched detections.
+        mask_pixels: number of pixels in which the masks of matched detections differ.
+        far_mask_pixels: number of differing pixels whose value in the stock model's mask is further
+            than THRESHOLD_TOLERANCE from the threshold.
     """
 
     image_id: Any
@@ -109,7 +110,7 @@ def compare_images(
         image_id: id in the data set.
         stock: detections of detectron2's model.
         plugin: detections of the plugin's model.
-        cut: limits of both models.
+        cut: limits that both models apply.
         min_score: detections with a higher score count as confident.
     """
     pairs = match(stock, plugin)
@@ -133,7 +134,10 @@ def compare_images(
 
 
 def match(stock: Found, plugin: Found) -> list[Pair]:
-    """Pairs each stock detection, best first, with the nearest plugin detection of its class."""
+    """Pairs each stock detection, best first, with the nearest free plugin detection.
+
+    Only detections of the same class whose boxes overlap enough are paired.
+    """
     iou = pairwise_iou(Boxes(stock.boxes), Boxes(plugin.boxes))
     allowed = (iou >= SAME_OBJECT_IOU) & (stock.classes[:, None] == plugin.classes)
     distance = (stock.boxes[:, None] - plugin.boxes).abs().amax(-1)

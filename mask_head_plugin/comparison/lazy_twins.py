@@ -1,4 +1,7 @@
-"""Builds both models of a LazyConfig, with its settings in the form of a YAML config."""
+"""Builds the stock model and the plugin's model of a LazyConfig.
+
+The settings of the LazyConfig are converted to the form of a YAML config.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +40,14 @@ def load_lazy_model_config(file: str, opts: Sequence[str]) -> CfgNode:
     """Returns the settings of a LazyConfig model in the form of a YAML config.
 
     Args:
-        file: a LazyConfig of detectron2 or this plugin; its code runs.
+        file: a LazyConfig of detectron2 or this plugin, whose code is executed.
         opts: "KEY VALUE" pairs in one flat list, for keys that a comparison reads.
 
     Raises:
         ConfigError: if the file or an option cannot be used, or the model has no masks.
     """
     lazy = load_lazy_config(file)
-    use_plugin_modules(lazy.model)  # only to raise its errors early
+    use_plugin_modules(lazy.model)  # called only to raise errors early
     pairs = ["MODEL.MASK_OUTPUT", lazy.model.get("mask_output", "rle"), *settings_of(lazy)]
     predictor = _box_predictors(lazy)[0]
     for key, (argument, default) in PREDICTOR_SETTINGS.items():
@@ -66,7 +69,7 @@ def load_lazy_model_config(file: str, opts: Sequence[str]) -> CfgNode:
 
 
 def build_lazy_pair(file: str, cfg: CfgNode) -> list[torch.nn.Module]:
-    """Builds detectron2's and the plugin's model of a LazyConfig.
+    """Builds the model of a LazyConfig with detectron2's modules and with the plugin's modules.
 
     Args:
         file: see ``load_lazy_model_config``.

@@ -40,7 +40,7 @@ from .zoo import ModelConfig, ZooModel
 
 EQUAL, DIFFERENT, TOO_FEW = "equal", "different", "not enough detections"
 MIN_CONFIDENT = 100
-MEASURED_IMAGES = 3  # memory is measured on the images with the most detections
+MEASURED_IMAGES = 3  # memory is measured on this many images, those with the most detections
 SIDES = ("stock", "plugin")
 
 
@@ -56,6 +56,7 @@ class Agreement:
         unmatched: sum of num_unmatched.
         box, score, mask_prob: largest value over all images.
         mask_pixels, far_mask_pixels: sum over all images.
+        all_equal: whether is_equal is True for every image.
     """
 
     images: int
@@ -89,7 +90,7 @@ class Agreement:
 
     @property
     def verdict(self) -> str:
-        """The verdict; only equality requires MIN_CONFIDENT detections."""
+        """EQUAL, DIFFERENT or TOO_FEW. EQUAL requires at least MIN_CONFIDENT detections."""
         if not self.all_equal:
             return DIFFERENT
         return EQUAL if self.confident >= MIN_CONFIDENT else TOO_FEW
@@ -194,7 +195,7 @@ def compare_twins(
         weights: weights of both models, for the report.
         dataset: name of a registered data set.
         output: output folder, in which each model gets a folder with the evaluator's files.
-        min_score: detections with a higher score count for the verdict.
+        min_score: detections with a higher score count towards the verdict.
     """
     cfg = twins.cfg
     watched = {"stock": TimedModel(twins.stock), "plugin": TimedModel(twins.plugin)}
@@ -242,10 +243,10 @@ def _evaluator(cfg: CfgNode, dataset: str, folder: Path) -> MaskEvaluator:
 
 
 def compare_ap(evaluators: dict[str, MaskEvaluator], output: Path) -> dict[str, APComparison]:
-    """Compares the APs by task; returns nothing if the data set has no annotations.
+    """Compares the AP of each task; the result is empty if the data set has no annotations.
 
     Args:
-        evaluators: evaluators of "stock" and "plugin" that have all predictions.
+        evaluators: evaluators of "stock" and "plugin", which must have processed all images.
         output: folder that contains the evaluators' folders.
     """
     results = {side: evaluators[side].evaluate() for side in progress(SIDES, "evaluating", "model")}
@@ -273,9 +274,9 @@ def _costs(watched: dict[str, TimedModel], crowded: Sequence[dict[str, Any]]) ->
 
 
 def _median_warm(seconds: list[float]) -> float:
-    """Returns the median without the first value, unless it is the only one.
+    """Returns the median of all values but the first, unless there is only one.
 
-    The first call includes initialisation.
+    The first value is left out because the first call includes initialisation.
     """
     return statistics.median(seconds[1:] or seconds)
 

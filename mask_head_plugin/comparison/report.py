@@ -27,7 +27,7 @@ from .zoo import MODEL_ZOO
 PICTURES = "pictures"
 NUM_PICTURES = 6
 NUM_PICTURES_EQUAL = 3
-MIN_SIDE = 480  # pixels of a panel's longer side; smaller images are enlarged by whole factors
+MIN_SIDE = 480  # pixels; smaller images are enlarged by a whole factor, up to this longer side
 HEADER_HEIGHT, GAP = 28, 6
 RED, WHITE = (60, 60, 255), (255, 255, 255)
 PUBLISHED_AP = {"bbox": "box_ap", "segm": "mask_ap"}
@@ -52,19 +52,20 @@ def write_markdown(comparison: Comparison, pictures: Sequence[Path], path: Path)
         f"# {comparison.config}: stock detectron2 and the plugin",
         f"Verdict: **{comparison.verdict}** ({EXPLANATIONS[comparison.verdict]}).",
         f"Weights: `{comparison.weights}` (sha256 {comparison.weights_sha256[:16]}). Both models "
-        f"loaded {comparison.num_tensors} tensors with {comparison.num_values} values from it; "
-        "none was missing, left over or of the wrong shape.",
+        f"loaded {comparison.num_tensors} tensors with {comparison.num_values} values from this "
+        "file; none was missing, left over or of the wrong shape.",
         f"Data: `{comparison.dataset}`, {a.images} images.",
         f"## Detections\n\n{_agreement_table(comparison)}",
-        "Detections are matched by class and position. Their order may differ if their scores are "
-        f"within {SCORE_TOLERANCE:g}. Boxes and masks have the size of the image. A pixel "
-        f"is close to the threshold if its mask value is within {THRESHOLD_TOLERANCE:g} of 0.5.",
+        "Detections are matched by class and position. Two detections may swap places if their "
+        f"scores are within {SCORE_TOLERANCE:g}. Boxes and masks are compared in pixels of the "
+        "image. A pixel is close to the threshold if its mask value is within "
+        f"{THRESHOLD_TOLERANCE:g} of 0.5.",
         f"## AP in percent\n\n{_ap_table(comparison)}",
         f"## Time and memory per image\n\n{_cost_table(comparison)}",
-        f"Measured on {comparison.device}. Times are medians for one image at a time, with both "
-        "models in turn, without reading images. Memory is the most that PyTorch allocates beyond "
-        "the weights, on the images with the most detections. Both models have detectron2's memory "
-        "layout (contiguous).",
+        f"Measured on {comparison.device}. Both models run in turn on one image at a time; times "
+        "are medians and do not include reading the images. Memory is the peak that PyTorch "
+        "allocates in addition to the weights, on the images with the most detections. Both models "
+        "have detectron2's memory layout (contiguous).",
         f"## Pictures\n\n{_picture_list(comparison, pictures, path.parent)}",
     ]
     write_durably(path, "\n\n".join(sections) + "\n")
@@ -97,11 +98,11 @@ def _ap_table(comparison: Comparison) -> str:
         rows.append([task, *figures, interval, "" if published is None else f"{published:.1f}"])
     header = ["", "stock", "plugin", "plugin - stock", "95% interval", "published"]
     table = tabulate(rows, header, tablefmt="pipe", disable_numparse=True)
-    notes = "The interval is over images, with the same draws of images for both models."
+    notes = "The interval covers the choice of images; both models use the same draws of images."
     if comparison.published:
         notes += (
             f" Published: AP of model {comparison.published.model_id} in "
-            f"[MODEL_ZOO.md]({MODEL_ZOO}) on its whole validation set; not measured here."
+            f"[MODEL_ZOO.md]({MODEL_ZOO}) on the complete validation set; not measured here."
         )
     return f"{table}\n\n{notes}"
 
@@ -117,7 +118,9 @@ def _cost_table(comparison: Comparison) -> str:
 
 
 def _picture_list(comparison: Comparison, pictures: Sequence[Path], folder: Path) -> str:
-    said = "Images that differ most" if comparison.differing else "No image differs; first images"
+    said = (
+        "Images that differ most" if comparison.differing else "No image differs. The first images"
+    )
     links = [f"![{x.stem}]({x.relative_to(folder).as_posix()})" for x in pictures]
     return "\n\n".join([f"{said}: stock, plugin, and differences in red.", *links])
 
@@ -137,9 +140,9 @@ def write_table(results: Mapping[str, Comparison | str], path: Path) -> None:
     if rows:
         parts += [tabulate(rows, header, tablefmt="pipe", disable_numparse=True)]
         parts += [
-            "Scores, boxes: largest differences. Mask pixels: how many differ, and how many of "
-            "these are not close to the threshold. Published: AP, not measured here. Seconds "
-            "include postprocessing."
+            "Scores, boxes: the largest difference. Mask pixels: how many differ, and how many of "
+            "these are not close to the threshold. Published: the published AP, not measured here. "
+            "Seconds include postprocessing."
         ]
     if failed:
         parts += ["Not compared:", "\n".join(failed)]
@@ -166,8 +169,8 @@ def write_pictures(twins: Twins, comparison: Comparison, output: Path) -> list[P
 
     Args:
         twins: the models, which run again on these images.
-        comparison: the comparison, which decides the images.
-        output: output folder, in which a folder of pictures is created.
+        comparison: the measured comparison, which decides which images are drawn.
+        output: output folder; the pictures are written to a folder in it.
 
     Returns:
         The written files in order.
@@ -192,7 +195,7 @@ def write_pictures(twins: Twins, comparison: Comparison, output: Path) -> list[P
 
 @dataclass(frozen=True)
 class Drawn:
-    """A model's detections in an image by falling score; the first ``num_shown`` are drawn."""
+    """A model's detections in an image, by descending score; the first ``num_shown`` are drawn."""
 
     labels: list[str]
     classes: list[int]
@@ -241,9 +244,10 @@ def _draw(image: ByteArray, found: Drawn, factor: int) -> ByteArray:
 
 
 def _draw_difference(image: ByteArray, sides: Sequence[Drawn], factor: int) -> ByteArray:
-    """Returns the image in grey, with pixels in red where the masks of the two models differ.
+    """Returns the image in grey, with red pixels where the masks of the two models differ.
 
-    Compares for each class how many masks cover a pixel, including masks that are not shown.
+    For each class, compares how many masks of each model cover a pixel. This includes masks that
+    the other panels do not show.
     """
     differing = np.zeros(image.shape[:2], bool)
     for k in {k for side in sides for k in side.classes}:

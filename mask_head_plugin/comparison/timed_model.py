@@ -14,11 +14,11 @@ from .image_differences import Found
 
 
 class TimedModel:
-    """Runs a model as users would, and times its network separately from the whole.
+    """Runs a model as users would, and measures the time with and without postprocessing.
 
     Attributes:
-        network_seconds: time of each call until the ROI heads return.
-        seconds: time of each call including postprocessing.
+        network_seconds: for each call, the seconds until the ROI heads return.
+        seconds: for each call, the seconds including postprocessing.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -36,7 +36,7 @@ class TimedModel:
 
     @torch.no_grad()
     def detect(self, x: dict[str, Any]) -> tuple[Instances, Found]:
-        """Returns the model's output for one image, and the same detections with probabilities.
+        """Returns the output for one image, and the same detections with mask probabilities.
 
         Args:
             x: an input of the model, with ``height`` and ``width``.
@@ -62,11 +62,11 @@ class TimedModel:
 
     @torch.no_grad()
     def peak_megabytes(self, x: dict[str, Any]) -> float:
-        """Returns the most memory that PyTorch allocates for one image, beyond the weights."""
+        """Returns the peak memory in MB that PyTorch allocates for an image besides the weights."""
         return peak_megabytes(lambda: self.model([x]), "cuda" if self._is_cuda else "cpu")
 
     def _note(self, _module: Any, _inputs: Any, results: Any) -> None:
-        """Forward hook of the ROI heads; its own time is subtracted."""
+        """Forward hook that keeps the output of the ROI heads. The hook's time is not counted."""
         end = self._now()
         self.network_seconds.append(end - self._start)
         found = results[0][0]

@@ -1,4 +1,4 @@
-"""Builds a model twice from one config and one weights file: stock detectron2 and the plugin."""
+"""Builds the model of a config twice, with stock detectron2 and with the plugin."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class Twins:
 
 
 def load_model_config(config: ModelConfig, opts: Sequence[str]) -> CfgNode:
-    """Loads a config with the plugin's keys; models of the zoo return masks as run lengths.
+    """Loads a config and adds the plugin's keys.
+
+    If the config comes from the zoo, the plugin's model returns masks as run lengths.
 
     Args:
         config: result of ``zoo.find_config``.
@@ -67,10 +69,10 @@ def load_model_config(config: ModelConfig, opts: Sequence[str]) -> CfgNode:
 
 
 def twin_configs(cfg: CfgNode) -> tuple[CfgNode, CfgNode]:
-    """Returns two versions of a config: with detectron2's and with the plugin's modules.
+    """Returns two versions of a config: with detectron2's modules and with the plugin's modules.
 
     Args:
-        cfg: a config with modules of either.
+        cfg: a config with modules of detectron2 or of the plugin.
 
     Raises:
         ConfigError: if a setting has no counterpart in detectron2.
@@ -112,13 +114,14 @@ def load_twins(cfg: CfgNode, weights: Path, lazy_file: str = "") -> Twins:
     Both models keep detectron2's memory layout, so the layout causes no differences.
 
     Args:
-        cfg: a config with modules of either.
+        cfg: a config with modules of detectron2 or of the plugin.
         weights: a file in any format that MaskHeadCheckpointer reads.
-        lazy_file: the LazyConfig that defines the models, if any; its settings are then in ``cfg``.
+        lazy_file: the LazyConfig that defines the models, if any. ``cfg`` must then contain its
+            settings.
 
     Raises:
-        ConfigError: if a model cannot be built, or the weights do not fit the models exactly; names
-            the parameters that are missing, left over or of the wrong shape.
+        ConfigError: if a model cannot be built, or the weights do not fit the models exactly. The
+            message names the parameters that are missing, left over or of the wrong shape.
     """
     if lazy_file:
         models = build_lazy_pair(lazy_file, cfg)
@@ -135,9 +138,9 @@ def load_twins(cfg: CfgNode, weights: Path, lazy_file: str = "") -> Twins:
 
 
 def load_exactly(model: torch.nn.Module, weights: Path, cfg: CfgNode) -> None:
-    """Loads weights that must fill the whole model with nothing left over.
+    """Loads weights that must contain every tensor of the model and nothing else.
 
-    Rows of weights that belong to classes are put in the class order of the first test data set.
+    Rows of weights that belong to classes are reordered to the classes of the first test data set.
 
     Raises:
         ConfigError: if the weights do not fit, or the file cannot be read.

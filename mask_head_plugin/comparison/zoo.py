@@ -23,7 +23,7 @@ ZOO_FOLDERS = {
     "lazy": ("COCO-InstanceSegmentation/", ""),
     "new_baselines": ("new_baselines/", ""),
 }
-"""For each folder of our configs: the zoo's folder, and the prefix of our file names."""
+"""For each folder of our configs, the zoo's folder and the prefix that our file names add."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def find_config(config: str) -> ModelConfig:
 
     Args:
         config: a path, or a name such as ``COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml``
-            or ``new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ.py``, with or without the ending.
+            or ``new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ.py``, with or without the extension.
 
     Raises:
-        ConfigError: if neither exists; suggests the most similar name.
+        ConfigError: if there is no such file or name. The message suggests the most similar name.
     """
     if Path(config).is_file():
         return ModelConfig(config, _zoo_name(Path(config)), is_zoo_file=False)
@@ -155,9 +155,9 @@ def find_weights(weights: str, config: ModelConfig) -> Path:
     """Finds the weights of a config; downloads them if ``weights`` is ``zoo``.
 
     Args:
-        weights: a file, ``zoo`` to download, or a folder. In a folder, files are named as in the
-            zoo (``model_final_f10217.pkl``, optionally in subfolders as in the URL) or by model id
-            (``137849600`` with ``.pkl``, ``.pth`` or ``.safetensors``).
+        weights: a file, ``zoo`` to download, or a folder. The files in a folder must be named as in
+            the zoo (``model_final_f10217.pkl``, optionally in subfolders as in the URL) or by model
+            id (``137849600`` with ``.pkl``, ``.pth`` or ``.safetensors``).
         config: the model's config.
 
     Returns:
@@ -169,12 +169,14 @@ def find_weights(weights: str, config: ModelConfig) -> Path:
     if weights == ZOO_WEIGHTS:
         return download_weights(config)
     if not weights:
-        raise ConfigError("--weights is empty; give a file, or zoo to download")
+        raise ConfigError("--weights is empty; give a file, or zoo to download the zoo's weights")
     path = Path(weights)
     if path.is_dir():
         return _weights_in_folder(path, config)
     if not path.is_file():
-        raise ConfigError(f"--weights {weights} does not exist; give a file, or zoo to download")
+        raise ConfigError(
+            f"--weights {weights} does not exist; give a file, or zoo to download the zoo's weights"
+        )
     return path
 
 

@@ -13,17 +13,17 @@ MARKS = {BETTER: "▲ ", WORSE: "▼ ", NOISE: "≈ ", ONE_SEED: "? "}
 
 
 def verdict(comparison: PairedDifference) -> str:
-    """Returns the verdict of an interval; empty without an interval.
+    """Returns the verdict of a comparison; empty if it has no interval.
 
-    An interval over images alone gives no verdict, because another training may reverse the
-    difference.
+    If the interval covers only the choice of images, the verdict is NOISE or ONE_SEED, but never
+    BETTER or WORSE, because another training might reverse the difference.
     """
     found = verdict_of_images(comparison)
     return found if found in ("", NOISE) or comparison.has_training else ONE_SEED
 
 
 def verdict_of_images(comparison: PairedDifference) -> str:
-    """Returns the verdict for these two trained models only, based on the choice of images."""
+    """Returns the verdict for these two trained models; empty if there is no interval."""
     if not (math.isfinite(comparison.low) and math.isfinite(comparison.high)):
         return ""
     if comparison.low <= 0 <= comparison.high:

@@ -1,7 +1,7 @@
 """The style of interactive figures. The figures need plotly (extra ``report``).
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart. Nothing is shown by colour
-alone: a marker, dash or label always repeats it. Plotly reads labels as HTML, so names are escaped.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart. Markers, dashes
+or labels show the same information as colours. Plotly reads labels as HTML, so names are escaped.
 
 ``figures.js`` draws the figures in the page, adapted to the reader's theme and the available width.
 """
@@ -19,7 +19,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("solid", "dash", "dot", "dashdot")
 FONT = {"family": "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", "size": 13}
 BAND, GRID, MIDDLE = "#e8e8e8", "#ececec", "#f7f7f7"
-"""Background colours: of a range, of grid lines, and of the middle of a diverging scale."""
+"""Light colours: of a range, of grid lines, and of the middle of a diverging colour scale."""
 CONFIG = {
     "displaylogo": False,
     "responsive": True,
@@ -39,7 +39,7 @@ DARK_COLOURS = {
     "#d55e00": "#f0823a",
     "#009e73": "#2fc79b",
 }
-"""Replacements of colours in a dark theme. ``white`` and rgb(...) come from plotly's template."""
+"""Replaces colours in the dark theme. ``white`` and rgb(...) come from plotly's template."""
 BAND_OPACITY = 0.18
 NAME_WIDTH = 30
 
@@ -114,5 +114,5 @@ def plotly_text(name: str) -> str:
 
 
 def wrapped(name: str) -> str:
-    """Escapes a name for plotly and breaks it into lines."""
+    """Escapes a name for plotly and breaks it into lines of at most NAME_WIDTH characters."""
     return "<br>".join(plotly_text(line) for line in textwrap.wrap(name, NAME_WIDTH) or [name])

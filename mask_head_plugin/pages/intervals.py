@@ -29,9 +29,9 @@ class IntervalRow:
     """A difference to plot.
 
     Attributes:
-        name: name of its row.
+        name: name of the row.
         paired: the difference with its interval.
-        finding: one of VERDICTS.
+        finding: a key of VERDICTS.
     """
 
     name: str
@@ -40,7 +40,7 @@ class IntervalRow:
 
 
 def row_heights(names: Sequence[str]) -> dict[str, int]:
-    """Returns the vertical position of each row, the first on top."""
+    """Returns the vertical position of each row, the first row at the top."""
     return {name: len(names) - k for k, name in enumerate(names)}
 
 
@@ -93,7 +93,7 @@ def add_intervals(
             showlegend=column == 1,
         )
         figure.add_trace(trace, **place)
-    # Added last, because plotly omits lines from empty panels.
+    # Add the line last, because plotly omits lines from empty panels.
     figure.add_vline(x=0, line={"color": BLACK, "width": 1}, **place)
 
 
@@ -103,7 +103,7 @@ def lay_out_rows(figure: Any, heights: dict[str, int], row_height: int = ROW_HEI
     Args:
         figure: a plotly figure.
         heights: positions of all rows.
-        row_height: height of a row in pixels, unless its name needs more.
+        row_height: height of a row in pixels; rows are higher if a name needs several lines.
     """
     lines = max(len(wrapped(name).split("<br>")) for name in heights)
     lay_out(figure, 150 + len(heights) * max(row_height, 18 * lines + 8))

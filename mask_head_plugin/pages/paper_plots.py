@@ -1,7 +1,9 @@
-"""Draws the figures of a page with matplotlib as SVG and PDF, because plotly needs a browser.
+"""Draws the figures of a page as SVG and PDF.
 
-Supports what the figures of this package use: curves with bands, markers with intervals, bars and
-heatmaps, in panels side by side.
+Uses matplotlib, because plotly needs a browser to write such files.
+
+Supports what the figures of this package contain: curves with bands, markers with intervals, bars
+and heatmaps, in panels side by side.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from .figures import Figure
 from .plots import save_for_papers
 
 PANEL_INCHES, NEXT_INCHES, LEAST_INCHES = 3.4, 2.2, 5.4
-"""Width of the first panel, of each further panel, and smallest width of a plot."""
+"""Width of the first panel, width of each further panel, and smallest width of a plot."""
 INCHES_OF_PIXEL = 2.9 / 420
 STYLES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 MARKERS = {
@@ -34,7 +36,7 @@ MARKERS = {
 }
 FONTS: Any = {"font.size": 8, "axes.titlesize": 9, "hatch.linewidth": 0.6}
 MOST_LEVEL = 6
-"""Largest number of names below a plot that are written horizontally; more are rotated."""
+"""Largest number of names below a plot that fit horizontally; more names are rotated."""
 
 
 def save_figures(figures: Sequence[Figure], folder: Path) -> None:
@@ -52,7 +54,7 @@ def paper_plot(figure: Figure) -> Plot:
     """Draws a plotly figure with matplotlib."""
     source = figure.figure
     names = sorted({trace.xaxis or "x" for trace in source.data}, key=lambda x: int(x[1:] or 1))
-    # At most three panels in a row; with more, text would be too small on a page.
+    # At most three panels in a row: with more, the text would be too small on a page.
     columns = len(names) if len(names) <= 3 else -(-len(names) // 2)
     rows = -(-len(names) // columns)
     width = min(PANEL_INCHES * columns, PANEL_INCHES + NEXT_INCHES * (columns - 1))
@@ -92,7 +94,7 @@ class _Panel:
         axes: matplotlib axes of the panel.
         source: the plotly figure.
         name: name of the panel's x axis in the plotly figure.
-        is_first: whether the panel is the first of its row and shows the names on a shared axis.
+        is_first: whether the panel is the first in its row; only this panel labels a shared y axis.
     """
 
     def __init__(self, axes: Any, source: Any, name: str, *, is_first: bool) -> None:
@@ -223,7 +225,7 @@ class _Panel:
         style: dict[str, Any] = {"cmap": colours, "shading": "nearest", "zorder": 0.5, **limits}
         if trace.xgap:
             style |= {"edgecolors": "white", "linewidth": 1.5}
-        else:  # as an image, because viewers show seams between separately drawn cells
+        else:  # stored as an image, because viewers show seams between separately drawn cells
             style["rasterized"] = True
         cells = axes.pcolormesh(x, y, values, **style)
         if trace.texttemplate:
@@ -253,7 +255,7 @@ def _label(trace: Any) -> str | None:
 
 
 def _colour(text: str | None) -> Any:
-    """Converts plotly's colours, which include ``rgba(1,2,3,0.5)``, to matplotlib's."""
+    """Converts a plotly colour such as ``rgba(1,2,3,0.5)`` to matplotlib's, without opacity."""
     if text is None:
         return None
     parts = re.findall(r"[\d.]+", text) if text.startswith("rgb") else []

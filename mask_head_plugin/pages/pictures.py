@@ -19,7 +19,10 @@ from ..evaluation.drawing import ByteArray
 
 JPEG_QUALITY = 88
 MOST_BYTES = 2_300_000
-"""Largest total size of data URIs; keeps a page with plotly.js (4.8 MB) below 8 MB."""
+"""Largest total size of the data URIs in an ablation's report.
+
+Keeps the report, which includes plotly.js (4.8 MB), below 8 MB.
+"""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from .figures import COLOURS as COLOURS
 
 FOR_PAPERS: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 SETTINGS: Any = {"svg.hashsalt": "mask_head_plugin", "pdf.fonttype": 42}
-"""Settings that make equal plots give equal files, and that store PDF text as TrueType, as
+"""Settings that make the files reproducible and store the text of a PDF as TrueType fonts, as
 publishers require."""
 DPI = 300
 """Resolution of raster images inside plots for papers."""
@@ -43,7 +43,7 @@ def save_for_papers(figure: Plot, path: Path) -> None:
         path: path of the files; its suffix is replaced.
     """
     with matplotlib.rc_context(SETTINGS):
-        # Laid out once instead of for each file.
+        # Lay out the figure once instead of once per file.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for suffix, metadata in FOR_PAPERS.items():

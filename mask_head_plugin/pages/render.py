@@ -18,7 +18,7 @@ def check_packages(page: str, written: Path) -> None:
 
     Args:
         page: file name of the page.
-        written: a file that was written anyway, named in the error.
+        written: a file that has already been written, named in the error.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
@@ -35,7 +35,7 @@ def render(template: Path, **values: Any) -> str:
         template: a file that extends ``page.html.j2``.
         **values: values for the template; all templates need ``title`` and ``figures``.
     """
-    # Imported here, so the package works without the optional dependencies.
+    # Imported here, so that the package works without the optional dependencies.
     import jinja2
     from plotly.offline import get_plotlyjs
 

@@ -1,4 +1,4 @@
-"""Tables for pages, with output as Markdown, CSV and LaTeX; the templates render HTML."""
+"""Tables for pages, in the form of Markdown, CSV and LaTeX. The templates produce the HTML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LATEX_SIGNS = {
     "▼": r"$\downarrow$",
     "≈": r"$\approx$",
 }
-"""Characters that LaTeX reads as commands, and signs in our tables that its fonts lack."""
+"""LaTeX code for characters that are commands in LaTeX and for signs that its fonts lack."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Column:
     Attributes:
         key: name of the column in links such as ``report.html#sort=-difference``.
         label: heading of the column.
-        meaning: a sentence that explains it.
+        meaning: a sentence that explains the column.
         is_text: whether it contains text instead of numbers.
-        is_optional: whether it is omitted if all its cells are empty.
+        is_optional: whether the column is omitted if all its cells are empty.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: the text it shows, and the number (nan if missing) or text it is sorted by."""
+    """A cell: the text to show, and the value to sort by (a number, nan if missing, or a text)."""
 
     text: str
     value: float | str
@@ -79,7 +79,7 @@ def markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """Returns a table for programs: keys as headings, full precision, empty cells for nan."""
+    """Returns a table as CSV: keys as headings, numbers in full precision, empty cells for nan."""
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\n")
     writer.writerow([column.key for column in table.columns])
@@ -90,7 +90,7 @@ def as_csv(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """Returns a table for a paper with the same text as on the page; needs the package booktabs."""
+    """Returns a table as LaTeX with the text shown on the page; needs the package booktabs."""
     alignment = "".join("l" if column.is_text else "r" for column in table.columns)
     rows = [[escape_latex(cell.text) for cell in row] for row in table.rows]
     lines = [
@@ -125,5 +125,5 @@ def escape_markdown(text: str) -> str:
 
 
 def code_markdown(text: str) -> str:
-    """Formats text as inline code; replaces backticks, which would end it, with single quotes."""
+    """Formats text as inline code; replaces backticks, which would end the code, with quotes."""
     return f"`{text.replace('`', chr(39))}`"

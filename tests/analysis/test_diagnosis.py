@@ -66,7 +66,7 @@ def test_lowered_mask_logits_are_diagnosed_as_masks_that_are_too_small(analysis_
     analysis = analysis_of(perfect(crowded_content(), shrink))
     sentences = analysis.diagnosis
     area, branch = sentences_starting(sentences, AREA, "By branch")
-    assert "too small" in area and branch.endswith("Most can be gained in the mask branch.")
+    assert "too small" in area and branch.endswith("is possible in the mask branch.")
     assert "perfect boxes would add 0.0" in branch
     no_sentence_starts(sentences, SHIFT, CLASSES, SCORES, "Errors of boxes")
     missing, extra = analysis.quality.missing.sum(), analysis.quality.extra.sum()
@@ -97,7 +97,7 @@ def test_two_swapped_classes_are_diagnosed_as_confused(analysis_of):
 
     analysis = analysis_of(perfect(crowded_content(), exchange))
     sentence, branch = sentences_starting(analysis.diagnosis, CLASSES, "By branch")
-    assert "100% of cat as bird" in sentence and "100% of bird as cat" in sentence
+    assert "100% of cat found as bird" in sentence and "100% of bird found as cat" in sentence
     assert "dog" not in sentence and "in the classifier" in branch
     no_sentence_starts(analysis.diagnosis, SHIFT, AREA)
     assert analysis.findings.value("segm", "error", "class", 0.5) == pytest.approx(200 / 3)

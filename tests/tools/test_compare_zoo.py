@@ -157,7 +157,7 @@ def test_the_verdict_depends_on_agreement_and_number_of_detections(result, chang
         ([*JOB, "--dataset", "coco_2017_val"], "coco_2017_val"),
         ([*JOB, "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"], "of another shape: roi_heads.mask_head"),
         ([*JOB, "MODEL.NO_KEY", "1"], "MODEL.NO_KEY"),
-        (["--all", "--weights", CHECKPOINT], "--all needs zoo or a folder of weights"),
+        (["--all", "--weights", CHECKPOINT], "--all needs --weights zoo or a folder of weights"),
     ],
 )
 def test_errors_are_one_line(args, message, capsys, tmp_path):

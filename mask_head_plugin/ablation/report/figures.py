@@ -1,7 +1,7 @@
 """The report's interactive figures. Importing this module needs plotly (extra ``report``).
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart. Nothing is shown by colour
-alone: a marker, dash or label always repeats it. Plotly reads labels as HTML, so names are escaped.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart. Markers, dashes
+or labels show the same information as colours. Plotly reads labels as HTML, so names are escaped.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _metric_differences(study: Study) -> Figure | None:
         title_text=f"{metric_words(study.metric)} minus that of {plotly_text(study.baseline.name)}"
     )
     caption = (
-        "Lines are 95% intervals over seeds and images; with one seed, over images alone. Fewer "
+        "Lines are 95% intervals over seeds and images; with one seed, over images only. Fewer "
         "than 80% of studies like this one would find a true difference within the grey bar."
     )
     title = f"Difference in {metric_words(study.metric)} from {study.baseline.name}"
@@ -90,7 +90,8 @@ def _other_metrics(study: Study) -> Figure | None:
         _add_intervals(figure, study, key, column)
     lay_out_rows(figure, _rows(study))
     caption = (
-        "As above, for small, medium and large objects (APs, APm, APl) and for single thresholds."
+        "As above, for the AP of small, medium and large objects (APs, APm, APl) and for the AP at "
+        "single IoU thresholds."
     )
     task = TASK_WORDS.get(study.task, study.task)
     title = f"Differences in the other {task} metrics from {study.baseline.name}"
@@ -105,7 +106,7 @@ def _compared(study: Study, key: str) -> list[Variant]:
 
 
 def _rows(study: Study) -> dict[str, int]:
-    """Returns the vertical position of each compared variant, the first on top."""
+    """Returns the vertical position of each variant except the baseline, the first at the top."""
     return row_heights([v.name for v in study.variants if v is not study.baseline])
 
 
@@ -120,7 +121,7 @@ def _add_intervals(figure: Any, study: Study, key: str, column: int) -> None:
         width=0.5,
         marker={"color": BAND},
         hoverinfo="skip",
-        name="found by fewer than 80%",
+        name="found by fewer than 80% of studies",
         showlegend=column == 1,
         legendgroup="detectable",
     )
@@ -176,13 +177,14 @@ def _learning_curves(study: Study) -> Figure | None:
     _lay_out(figure, 420, study)
     figure.update_xaxes(title_text="iteration", rangemode="tozero")
     caption = (
-        "One line per variant: the mean over its seeds, with a band from the lowest to the highest."
+        "Each line is the mean over a variant's seeds, with a band from the lowest to the highest "
+        "seed."
     )
     if not evaluated:
         caption += (
             " The curves are smoothed losses, because the runs were not evaluated during training. "
-            "If variants have different losses, the curves show whether they converge, not which "
-            "is better."
+            "If the variants have different loss functions, the curves show whether each variant "
+            "converges, not which variant is better."
         )
     return Figure("learning", "Learning curves", caption, figure)
 
@@ -193,7 +195,7 @@ def _with_log(variant: Variant) -> Sequence[Trial]:
 
 
 def _series(log: Iterable[dict[str, Any]], key: str) -> dict[int, float]:
-    """Returns a logged value by iteration; ``loss_mask`` is the sum of all mask losses."""
+    """Returns a key's logged values by iteration; ``loss_mask`` is the sum of all mask losses."""
     series = {}
     for row in log:
         names = [x for x in row if x.startswith("loss_mask")] if key == "loss_mask" else [key]
@@ -211,7 +213,7 @@ def _common(series: Sequence[dict[int, float]]) -> tuple[FloatArray, FloatArray]
 
 
 def _smoothed(x: FloatArray, curves: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Returns running means of (S, I) curves, cut at both ends. Empty curves stay empty."""
+    """Returns running means of (S, I) curves, only where the window is complete."""
     if not len(x):
         return x, curves
     width = len(x) // SMOOTHED_SHARE // 2 * 2 + 1
@@ -242,7 +244,7 @@ def _add_curve(
 
 
 def _classes(study: Study) -> Figure | None:
-    """Plots how much the AP of each class differs from the baseline."""
+    """Plots how much the AP of each class differs from the baseline's."""
     matches = study.matches(study.task)
     name = study.metric.partition("/")[2]
     metric = name if name in METRICS else "AP"
@@ -294,7 +296,7 @@ def _classes(study: Study) -> Figure | None:
 
 
 def _most_different(ap_differences: FloatArray) -> list[int]:
-    """Returns the classes to show: all, or those that differ most, largest difference first."""
+    """Returns the classes to show: all classes, or the ones that differ most, in that order."""
     if ap_differences.shape[1] <= MOST_CLASSES:
         return list(range(ap_differences.shape[1]))
     largest = np.abs(np.nan_to_num(ap_differences)).max(0)
@@ -319,7 +321,10 @@ def _precision_recall(study: Study) -> Figure | None:
     figure.update_xaxes(title_text="recall", range=[0, 1])
     figure.update_yaxes(range=[0, 1.02])
     figure.update_yaxes(title_text="precision", col=1)
-    caption = f"Precision of {study.task} at each recall, averaged over classes. Seeds as above."
+    caption = (
+        f"Precision of {study.task} at each recall, averaged over classes. Each line is the mean "
+        "over a variant's seeds, with a band from the lowest to the highest seed."
+    )
     return Figure("precision-recall", "Precision and recall", caption, figure)
 
 

@@ -1,7 +1,7 @@
 """Writes an ablation's results: report.md for a paper or README, report.html to explore.
 
 Both need only the ablation's folder (ablation.json and the trials' folders) and can be written at
-any time. They report the finished trials and list those that are missing or have failed.
+any time. They report the finished trials and list the trials that are missing or have failed.
 report.html includes its scripts and pictures, so it opens without a network.
 """
 
@@ -31,8 +31,10 @@ from .tables import build_table, changed_keys, findings, paper_table, unfinished
 MARKDOWN_FILE, HTML_FILE, PLOT_FILE = "report.md", "report.html", "intervals.png"
 CSV_FILE, LATEX_FILE = "report.csv", "report.tex"
 TEMPLATE = "report.html.j2"
-ANALYSES_NOTE = "Pages of tools/analyze.py, or the commands that write them."
-PAPER_NOTE = "The paper's numbers are for its own models and data; compare differences, not values."
+ANALYSES_NOTE = "Pages that tools/analyze.py has written, or the commands to write them."
+PAPER_NOTE = (
+    "The paper's numbers are for the paper's models and data; compare differences, not values."
+)
 
 
 def write_report(directory: Path, num_draws: int = 1000) -> None:
@@ -43,11 +45,11 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
 
     Args:
         directory: folder with ablation.json and the trials, some of which may be missing.
-        num_draws: bootstrap draws for the intervals; at least 2.
+        num_draws: number of bootstrap draws for the intervals; at least 2.
 
     Raises:
         ConfigError: if the folder is not an ablation's or has no finished trial, or if a package
-            for report.html is missing; report.md is written first.
+            that report.html needs is missing. In the last case, report.md is still written.
         OSError: if a report cannot be written.
     """
     from ...pages.paper_plots import save_figures  # importing matplotlib takes a second
@@ -69,7 +71,7 @@ def write_report(directory: Path, num_draws: int = 1000) -> None:
 
 
 def render_markdown(study: Study, picture: str = "") -> str:
-    """Returns the text of report.md, with a picture if one is named."""
+    """Returns the text of report.md, which shows the named picture, if any."""
     parts = [f"# {escape_markdown(_title(study))}"]
     parts.append(_list(f"{name}: {escape_markdown(text)}" for name, text in facts(study)))
     parts += ["## Findings", _list(map(escape_markdown, findings(study)))]
@@ -93,7 +95,7 @@ def render_markdown(study: Study, picture: str = "") -> str:
 
 
 def render_html(study: Study, shown: Sequence[Figure]) -> str:
-    """Returns the text of report.html with figures. Needs jinja2 and plotly."""
+    """Returns the text of report.html with the given figures. Needs jinja2 and plotly."""
     return render(
         Path(__file__).with_name(TEMPLATE),
         title=_title(study),
@@ -113,7 +115,7 @@ def render_html(study: Study, shown: Sequence[Figure]) -> str:
 
 
 def facts(study: Study) -> list[tuple[str, str]]:
-    """Returns the facts about the whole ablation as names and texts."""
+    """Returns facts about the ablation, such as its data set, as pairs of a name and a text."""
     finished = study.finished
     records = [trial.record() for trial in finished]
     dates = sorted(str(r["finished_at"])[:10] for r in records if r.get("finished_at"))
@@ -142,9 +144,10 @@ def repeat_command(study: Study) -> str:
 
 
 def analyses(study: Study) -> list[tuple[str, str, str]]:
-    """Returns the name, command and page of each variant's analysis; the page is empty if missing.
+    """Returns each variant's name, with the command and the page of its analysis.
 
-    Each analysis is of the variant's first finished seed, compared with the baseline's.
+    An analysis covers the variant's first finished seed and compares it with the baseline's first
+    finished seed. The page's path is empty if the page has not been written.
     """
     baseline = study.baseline.finished[:1]
     found = []
@@ -187,7 +190,7 @@ def _versions(record: dict[str, Any]) -> str:
 
 
 def _short_commit(commit: str) -> str:
-    """Returns the first characters of a commit, with its + for uncommitted changes."""
+    """Shortens a commit; keeps the + at its end that marks uncommitted changes."""
     return commit[:12].rstrip("+") + "+" * commit.endswith("+")
 
 

@@ -1,4 +1,4 @@
-"""Shows side by side the validation images on which the variants of an ablation disagree."""
+"""Shows the validation images on which an ablation's variants disagree, side by side."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .study import Study
 logger = logging.getLogger(__name__)
 
 SIDE = 250
-"""Pixels of a picture's longer side."""
+"""Length of a picture's longer side, in pixels."""
 Rle = Mapping[str, Any]
 Instance = tuple[int, Rle]
 """A class index and a mask."""
@@ -54,9 +54,10 @@ class Gallery:
 
 
 def side_by_side(study: Study) -> Gallery:
-    """Draws the images whose F1 differs most between variants, using each variant's first seed.
+    """Draws the images whose F1 differs most between variants.
 
-    If images cannot be shown, the gallery has no rows and gives the reason instead of raising.
+    Each variant is represented by its first finished trial that evaluated masks. If no image can be
+    shown, the returned gallery has no rows and gives the reason.
     """
     shown = {t: m for v in study.variants for t, m in _first_with_masks(v.finished)}
     if not shown:
@@ -72,7 +73,7 @@ def side_by_side(study: Study) -> Gallery:
 
 
 def _first_with_masks(trials: Iterable[Trial]) -> list[tuple[Trial, Matches]]:
-    """Returns the first trial with matches of masks, and these matches; empty if there is none."""
+    """Returns the first trial that evaluated masks, with its matches; empty if there is none."""
     for trial in trials:
         has_masks = "segm" in (trial.record().get("results") or {})
         matches = trial.matches("segm") if has_masks else None
@@ -100,7 +101,9 @@ def _draw(
     chosen = most_disputed(list(counts.values()))
     if not chosen:
         return Gallery(
-            [], [], f"All variants find the same objects at IoU 0.5 and score {MIN_SCORE}."
+            [],
+            [],
+            f"All variants have the same F1 on every image (IoU 0.5, score {MIN_SCORE} or more).",
         )
     ids = [str(first.image_ids[k]) for k in chosen]
     predicted = {trial: _predictions(trial, ids) for trial in shown}
@@ -144,7 +147,8 @@ def _predictions(trial: Trial, ids: Sequence[str]) -> dict[str, list[Instance]]:
 def _check_classes(matches: Matches, dataset: str) -> None:
     """Raises ValueError if the data set's classes have changed since the evaluation.
 
-    Predictions are stored by category id, which then no longer identifies the class.
+    Detections are stored with category ids, which no longer identify the classes after such a
+    change.
     """
     metadata = MetadataCatalog.get(dataset)
     names = list(map(str, matches.class_names))

@@ -1,4 +1,4 @@
-"""Reads an ablation's folder for the report; parts of it may be missing."""
+"""Reads an ablation's folder, which may be incomplete, for the report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """A row of the report.
+    """A variant of an ablation, shown as a row of the report.
 
     Attributes:
         name: name of the variant.
@@ -52,7 +52,7 @@ class Variant:
         return mean(self.values(key))
 
     def std(self, key: str) -> float:
-        """Returns the standard deviation over seeds; nan for fewer than two."""
+        """Returns the standard deviation over seeds; nan for fewer than two seeds."""
         values = self.values(key)
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
@@ -78,12 +78,12 @@ ENTRIES = {
 
 @dataclass(frozen=True)
 class Study:
-    """An ablation's folder.
+    """The content of an ablation's folder.
 
     Attributes:
         description: content of ablation.json.
         variants: all variants, in the order of the ablation file.
-        num_draws: bootstrap draws for the intervals.
+        num_draws: number of bootstrap draws for the intervals.
     """
 
     description: dict[str, Any]
@@ -121,7 +121,7 @@ class Study:
         return [trial for trial in self.trials if trial.is_finished]
 
     def matches(self, task: str) -> dict[str, list[Matches]]:
-        """Returns the matches of finished trials by variant, without variants that have none."""
+        """Returns the matches of finished trials by variant; omits variants without matches."""
         if task not in self._matches:
             found = {
                 variant.name: [m for t in variant.finished if (m := t.matches(task)) is not None]
@@ -134,8 +134,8 @@ class Study:
     def comparisons(self) -> dict[str, dict[str, PairedDifference]]:
         """Comparisons with the baseline, by variant and by metric such as ``segm/AP50``.
 
-        Includes the main task's metrics and those with published results. The baseline's entry is
-        empty.
+        Covers the metrics of the main task and all metrics with published results. The baseline's
+        entry is empty.
         """
         found: dict[str, dict[str, PairedDifference]] = {v.name: {} for v in self.variants}
         wanted = [f"{self.task}/{name}" for name in METRICS]
@@ -167,7 +167,7 @@ def read_study(directory: Path, num_draws: int) -> Study:
 
     Args:
         directory: folder with ablation.json and the trials' folders.
-        num_draws: bootstrap draws for the intervals; at least 2.
+        num_draws: number of bootstrap draws for the intervals; at least 2.
 
     Raises:
         ConfigError: if ablation.json is missing or incomplete, no trial has finished, or there are
@@ -183,7 +183,9 @@ def read_study(directory: Path, num_draws: int) -> Study:
         study = Study(description, tuple(_variants(directory, description)), num_draws)
         baseline = study.baseline.name
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; is {directory} an ablation?") from error
+        raise ConfigError(
+            f"{path}: {error.strerror}; is {directory} an ablation's folder?"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ConfigError(f"{path} does not describe an ablation: {error!r}") from error
     if not study.finished:

@@ -1,4 +1,4 @@
-"""The report's tables and its findings in words, shared by Markdown and HTML."""
+"""Makes the tables and the findings that report.md and report.html show."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
             lambda v: _text_cell("; ".join(changed_keys(v))),
         ),
         (
-            Column("seeds", "seeds", "Finished trials, out of all planned."),
+            Column("seeds", "seeds", "Number of finished trials / number of planned trials."),
             lambda v: Cell(f"{len(v.finished)}/{len(v.trials)}", float(len(v.finished))),
         ),
         (
@@ -52,7 +52,9 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
             lambda v: Cell(with_spread(v, main), v.mean(main)),
         ),
         (
-            Column("difference", "difference", "From the baseline, with its 95% interval."),
+            Column(
+                "difference", "difference", "Difference from the baseline, with its 95% interval."
+            ),
             lambda v: _difference_cell(study, v),
         ),
         (
@@ -71,7 +73,11 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
         ),
         (
             Column(
-                "paper", "paper", f"The paper's {main}, for its own model and data.", False, True
+                "paper",
+                "paper",
+                f"{main} in the paper, for the paper's model and data.",
+                False,
+                True,
             ),
             lambda v: _number_cell(v.paper.get(main, math.nan), ".1f"),
         ),
@@ -79,7 +85,7 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
             Column(
                 "paper-difference",
                 "paper's diff.",
-                "The paper's difference from its baseline.",
+                "Difference from the baseline in the paper.",
                 is_optional=True,
             ),
             lambda v: _number_cell(_paper_difference(study, v, main), "+.1f"),
@@ -89,7 +95,7 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
             lambda v: _number_cell(mean(v.costs("seconds_per_iteration")), ".3f"),
         ),
         (
-            Column("memory", "peak MB", "Memory in training; the highest of all seeds."),
+            Column("memory", "peak MB", "Peak memory in training, largest over all seeds."),
             lambda v: _number_cell(max(v.costs("peak_memory_mb"), default=math.nan), ",.0f"),
         ),
         (
@@ -160,7 +166,7 @@ def with_spread(variant: Variant, key: str) -> str:
 
 
 def paper_table(study: Study) -> Table:
-    """Returns the paper's results next to ours; the table is empty if none are given."""
+    """Returns the paper's results next to ours; the table is empty if PAPER is empty."""
     columns = [
         Column("variant", "variant", "", True),
         Column("metric", "metric", "", True),
@@ -191,7 +197,7 @@ def paper_table(study: Study) -> Table:
 
 
 def findings(study: Study) -> list[str]:
-    """Describes in sentences what was found, what is noise and what is missing."""
+    """Returns sentences that say what was found, what is noise and what is missing."""
     sentences = []
     grouped: dict[str, list[Variant]] = {}
     for variant in study.variants:
@@ -202,7 +208,7 @@ def findings(study: Study) -> list[str]:
         BETTER: "Better than",
         WORSE: "Worse than",
         NOISE: "Within noise of",
-        ONE_SEED: "With one seed, not distinguishable from training noise against",
+        ONE_SEED: "With one seed, possibly within training noise of",
     }
     for kind, phrase in phrases.items():
         if kind in grouped:
@@ -236,10 +242,10 @@ def _what_intervals_hold(study: Study) -> list[str]:
     compared = [c for v in study.variants if (c := study.comparison(v)) is not None]
     sentences = []
     if any(c.has_training for c in compared):
-        at_once = f", for all {len(compared)} comparisons at once (Bonferroni)"
+        at_once = f" They hold jointly for all {len(compared)} comparisons (Bonferroni)."
         sentences.append(
-            "The 95% intervals cover the noise of training (seeds) and of the validation images"
-            f"{at_once if len(compared) > 1 else ''}."
+            "The 95% intervals cover the noise of training (seeds) and of the validation images."
+            f"{at_once if len(compared) > 1 else ''}"
         )
     if any(not c.has_training for c in compared):
         sentences.append(
@@ -265,7 +271,7 @@ def _missing(study: Study) -> list[str]:
     if unfinished:
         sentences.append(
             f"{unfinished} of {len(study.trials)} trials have not finished; all numbers come from "
-            "the others."
+            "the finished ones."
         )
     return sentences
 

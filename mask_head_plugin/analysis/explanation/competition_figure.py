@@ -20,7 +20,7 @@ SOFTMAX = "Softmax: the classes and the background share each pixel"
 
 
 def competition_figure(stages: Stages, number: int, sigmoid: Tensor, softmax: Tensor) -> Figure:
-    """Draws the masks of a RoI from two mask branches, and each class's value at one pixel.
+    """Draws a RoI's masks from two mask branches, and each class's probability at one pixel.
 
     Args:
         stages: stages of the image in the model with independent masks.
@@ -57,12 +57,12 @@ def told_in_words(stages: Stages, number: int) -> str:
     name = stages.names[stages.classes[number]]
     return (
         f"The masks of one box (“{name}”) for each class, with sigmoids and with a softmax. Bars "
-        "show what each class gets of one pixel. With the softmax, they add up to 1."
+        "show each class's probability at one pixel. With the softmax, the bars add up to 1."
     )
 
 
 def claimed_pixel(sigmoid: Tensor, chosen: int) -> tuple[int, int]:
-    """Returns row and column of the pixel in the chosen mask that other classes claim most.
+    """Returns the row and column of the pixel in the chosen mask that other classes claim most.
 
     Args:
         sigmoid: (K, M, M) independent probabilities.
@@ -100,7 +100,7 @@ def _draw_bars(axes: Axes, values: dict[str, float], name: str, *, shared: bool)
     bars = axes.barh(labels, list(values.values()), color=[colours[x] for x in labels], height=0.7)
     axes.bar_label(bars, [f"{x:.2f}" for x in values.values()], padding=3, fontsize=7.5)
     axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (3, 2)))
-    axes.text(0.51, -0.75, "in the mask from 0.5", fontsize=7, color=INK, va="center")
+    axes.text(0.51, -0.75, "in the mask if at least 0.5", fontsize=7, color=INK, va="center")
     axes.set(xlim=(0, 1.08), ylim=(len(labels) - 0.5, -1.1), xticks=np.linspace(0, 1, 6))
     claims = sum(value >= 0.5 for label, value in values.items() if label != "background")
     told = (

@@ -24,14 +24,14 @@ from .model_stages import ByteArray, Stages, class_probs, features_of_box, run_s
 from .style import FONTS, save
 
 MOST_BINS = 14
-"""Largest number of bins along a side; the paper's mask branch has as many."""
+"""Largest number of bins along each side: the number of bins in the paper's mask branch."""
 
 COMPETING = [["softmax_cross_entropy", 1.0]]
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED_IMAGE = 22
-"""Number of the validation image that is used if the user names no image."""
+"""Number of the validation image, counted from 1, that is used if the user names no image."""
 
 
 def explain(
@@ -108,7 +108,7 @@ def explain(
 
 
 def _warn_of_other_losses(weights: str) -> None:
-    """Warns if the config saved with the weights shows that they were trained without a softmax."""
+    """Warns if the config next to the weights shows that they were trained without a softmax."""
     saved = Path(weights).with_name(CONFIG)
     if not saved.is_file():
         return

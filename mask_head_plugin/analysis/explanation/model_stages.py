@@ -31,20 +31,20 @@ FloatArray = npt.NDArray[np.float64]
 class Stages:
     """Intermediate results of Mask R-CNN on one image.
 
-    Boxes are XYXY in pixels of the image; detections are sorted by falling score.
+    Boxes are XYXY in pixels of the image; detections are sorted by descending score.
 
     Attributes:
         image: (H, W, 3) RGB.
-        proposals: (A, 4) boxes, the likeliest objects first.
+        proposals: (A, 4) boxes; those most likely to contain an object come first.
         boxes: (N, 4) boxes of the detections.
         scores: (N,) scores of the detections.
         classes: (N,) classes of the detections, in [0, K).
         names: K class names.
         mask_probs: (N, M, M) mask probabilities for the class of each detection.
         rois: (N, 4) boxes of the detections in pixels of the network's input.
-        map_of: (N,) index of the feature map that each detection is pooled from.
-        map_hws: height and width of each feature map.
-        strides: stride of each feature map, in pixels of the network's input.
+        map_of: (N,) index of the map that each detection is pooled from.
+        map_hws: height and width of each map.
+        strides: stride of each map, in pixels of the network's input.
         region_features: (N, C, P, P) input of the mask head.
         pixels: pixels of the image per pixel of the network's input, in x and y.
         classes_compete: whether the classes compete for each pixel, as with a softmax.
@@ -70,7 +70,7 @@ class Stages:
     sampling_ratio: int
 
     def pasted(self, number: int) -> list[dict[str, Any]]:
-        """Returns the RLE of a detection's mask, pasted into the image, in a list."""
+        """Returns a list with the RLE of one detection's mask, pasted into the image."""
         probs = self.mask_probs[number : number + 1]
         box = torch.as_tensor(self.boxes[number : number + 1], dtype=probs.dtype)
         return encode_masks(probs, box, self.image.shape[:2])
@@ -153,7 +153,7 @@ def class_probs(mask_head: Any, features: Tensor) -> Tensor:
     """Returns a mask head's probabilities for each class, (K, M, M).
 
     Args:
-        mask_head: a mask head of this plugin or detectron2; its own activation is used.
+        mask_head: a mask head of this plugin or detectron2, whose activation is used.
         features: (1, C, P, P) input of the mask head.
     """
     with torch.no_grad():

@@ -51,7 +51,7 @@ PANEL_INCHES, LEGEND_INCHES, WORDS_INCHES = 3.1, 0.9, 2.3
 """Width of a panel; height of the legend; height of all titles and text together."""
 
 CELLS_OF_BIN, MOST_BINS = 2, 7
-"""Cells per bin and largest number of bins along a side, if the number of bins is not given."""
+"""Cells per bin and largest number of bins along a side, if the user does not give a number."""
 
 HALO = [withStroke(linewidth=2, foreground="white")]
 
@@ -102,7 +102,7 @@ def told_in_words(stages: Stages, number: int) -> str:
     name = stages.names[stages.classes[number]]
     return (
         f"The box of “{name}” on the grid of the feature map, pooled in four ways: RoIPool and "
-        "RoIWarp round it to whole cells, RoIAlign and PrRoIPool do not."
+        "RoIWarp round the box to whole cells, RoIAlign and PrRoIPool do not."
     )
 
 
@@ -120,7 +120,7 @@ def _view(reads: list[Reads]) -> FloatArray:
 
 
 def _draw_image(axes: Axes, stages: Stages, level: int, view: FloatArray) -> None:
-    """Draws the faded image below the grid of the feature map's cells."""
+    """Draws the faded image below the grid of the map's cells."""
     blank(axes)
     height, width = stages.image.shape[:2]
     across, down = (width, height) / stages.pixels / stages.strides[level]
@@ -135,7 +135,10 @@ def _draw_image(axes: Axes, stages: Stages, level: int, view: FloatArray) -> Non
 
 
 def _marked_bin(num_bins: int) -> tuple[int, int]:
-    """Returns row and column of the bin drawn in detail, at the right edge, which moves most."""
+    """Returns the row and column of the bin drawn in detail: the middle bin at the right edge.
+
+    Rounding moves the right edge most.
+    """
     return num_bins // 2, num_bins - 1
 
 
@@ -172,7 +175,7 @@ def _draw_point(axes: Axes, reads: Reads, row: int, column: int) -> None:
 
 
 def _draw_displacement(axes: Axes, reads: Reads, box: FloatArray, moved: FloatArray) -> None:
-    """Draws arrows from the edges of the box to the rounded edges, labelled in pixels."""
+    """Draws arrows from the edges of the box to the rounded edges, with lengths in pixels."""
     if reads.way not in ROUNDED:
         return
     middle = (box[:2] + box[2:]) / 2

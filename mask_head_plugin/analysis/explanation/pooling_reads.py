@@ -26,7 +26,7 @@ from ...ops.axis_weights import roi_align_samples, round_to_cells
 FloatArray = npt.NDArray[np.float64]
 
 BEYOND = 3
-"""How many cells beyond the edge of a RoI pooling may still read because of rounding."""
+"""How many cells beyond the edge of a RoI an operator may read because of rounding."""
 
 WAYS = ("RoIPool", "RoIWarp", "RoIAlign", "PrRoIPool")
 """Ways of pooling, in the order in which they were published."""
@@ -40,7 +40,7 @@ class AxisReads:
 
     Attributes:
         start: lower edge of the RoI as used, possibly rounded.
-        end: upper edge.
+        end: upper edge of the RoI as used.
         weights: (P, H or W) weight of each row or column in each bin; 1 if a maximum is taken.
         samples: (P, G) sampling points, NaN outside the map; G is 0 if there are none.
         neighbours: (P, G, 2) cells that each point reads.

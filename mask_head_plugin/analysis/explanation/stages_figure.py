@@ -57,7 +57,7 @@ def told_in_words(stages: Stages, number: int) -> str:
     name = stages.names[stages.classes[number]]
     return (
         f"Five stages on one image: {len(stages.proposals)} proposals; the boxes that the box "
-        f"branch kept, with their classes; the masks of the {name} for each class, of which one is "
+        f"branch kept, with their classes; the masks of the {name} for each class, one of which is "
         "picked; that mask resized to its box; and the masks of all boxes in the image."
     )
 
@@ -71,7 +71,7 @@ def _image(axes: Axes, stages: Stages, number: int, title: str, told: str) -> Fl
         title += " (part of the image)"
     x0, y0, x1, y1 = view - 0.5
     axes.imshow(stages.image, alpha=0.85)
-    axes.set_anchor("NW")  # leaves the text half a page, even next to a tall image
+    axes.set_anchor("NW")  # leaves half the page width for the text, even next to a tall image
     axes.set_title(title)
     axes.set_xlabel(told, loc="left", multialignment="left")
     axes.set(xlim=(x0, x1), ylim=(y1, y0))
@@ -93,7 +93,7 @@ def _box(axes: Axes, box: FloatArray, colour: str, width: float, **style: Any) -
 
 
 def _drawn(stages: Stages, number: int) -> dict[int, str]:
-    """Returns the colours of the detections to draw, with the chosen one last."""
+    """Returns the colour of each detection to draw, by index, with the chosen one last."""
     sure = [k for k, score in enumerate(stages.scores) if score >= SURE and k != number]
     colours = {k: CLASS_COLOURS[int(stages.classes[k]) % len(CLASS_COLOURS)] for k in sure}
     return {**colours, number: CHOSEN}
@@ -122,7 +122,8 @@ def _draw_detections(axes: Axes, stages: Stages, number: int) -> None:
         if len(drawn) > MOST_LABELS and k != number:
             continue
         x0, y0, x1, _ = stages.boxes[k]
-        room = view[1] + 0.06 * (view[3] - view[1])  # above the box
+        # The label fits above the box if the box starts below this line.
+        room = view[1] + 0.06 * (view[3] - view[1])
         text: Style = {"fontsize": 7, "color": "white", "va": "bottom" if y0 > room else "top"}
         text["clip_on"] = True
         name = f"{stages.names[stages.classes[k]]} {stages.scores[k]:.0%}"

@@ -68,7 +68,7 @@ def save(figure: Figure, folder: Path, name: str, told: str) -> list[Path]:
         figure: the figure to save.
         folder: output folder, which must exist.
         name: name of the files without extension.
-        told: description for readers who cannot see the picture; stored in the files.
+        told: description for readers who cannot see the picture, stored in the files.
 
     Returns:
         The written files.
