@@ -146,7 +146,7 @@ def analyze(files: RunFiles) -> Analysis:
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:
-    """Returns all numbers of an analysis for JSON; unknown ones are nan."""
+    """Returns all numbers of an analysis for JSON; unknown numbers are nan."""
     findings, files = analysis.findings, analysis.files
     scene = findings.scene
     return {

@@ -26,7 +26,7 @@ from .resampled import BY_CLASS, CALIBRATION, Key, resampled_figures
 SHARED = ("image_ids", "class_names", "gt_image", "gt_class", "gt_crowd", "gt_box")
 """Fields that must be equal in both scenes."""
 LESS_IS_BETTER = ("error", "oracle", CALIBRATION)
-"""Groups of numbers where lower is better: lost AP, AP still to gain, and calibration error."""
+"""Groups of numbers for which lower is better: lost AP, possible gains and calibration error."""
 MOST_NAMED = 5
 ONE_TRAINING = (
     "The intervals cover the choice of images only. Each model was trained only once, and another "

@@ -107,8 +107,8 @@ class ClassGap:
 def best_thresholds(scene: Scene, assignment: Assignment) -> list[Threshold]:
     """Returns the best threshold of each class that has objects.
 
-    Detections are ranked by their own score, even if masks are ranked by another score, because the
-    demo and the runtime apply thresholds to the detection's score.
+    Detections are ranked by the score of their class, even if masks are ranked by another score,
+    because the demo and the runtime apply thresholds to the score of the class.
     """
     at = assignment.at(0.5)
     counted = ~at.dt_ignored[0, 0]
@@ -137,7 +137,7 @@ def f1_curves(
         score: (n,) scores in descending order.
         right: (n,) whether each detection found an object.
         drawn: (S, n) how often each draw contains the detection.
-        num_objects: (S,) objects of the class in each draw.
+        num_objects: (S,) number of objects of the class in each draw.
     """
     hits, taken = (drawn * right).cumsum(1), drawn.cumsum(1)
     f1 = 2 * hits / np.maximum(taken + num_objects[:, None], 1)
@@ -198,9 +198,8 @@ def confusion(
     """Counts how often objects of a class (rows) were found as each class (columns).
 
     Each detection, best first, takes the free object of any class that it overlaps most, if their
-    IoU is at least 0.5. The last column counts objects that were not found, and the
-    last row counts detections that found no object.
-    Crowds and the detections in them are left out.
+    IoU is at least 0.5. The last column counts objects that were not found, and the last row counts
+    detections that found no object. Crowds and the detections in them are left out.
 
     Args:
         scene: all detections and objects.
@@ -272,7 +271,11 @@ def bin_sums(matches: Matches, score: FloatArray) -> FloatArray:
 
 
 def calibration_error(sums: FloatArray) -> FloatArray:
-    """Returns the (...) expected calibration errors, 0 to 1, of (3, ..., B) sums of detections."""
+    """Returns the expected calibration error, 0 to 1, of shape (...).
+
+    Args:
+        sums: (3, ..., B) sums of detections, as in ``bin_sums``.
+    """
     count, total, right = sums
     error = np.abs(total - right).sum(-1) / np.maximum(count.sum(-1), 1)
     return np.asarray(error, float)

@@ -105,7 +105,7 @@ def _summary(findings: Findings) -> Iterator[str]:
 
 
 def _errors(findings: Findings) -> Iterator[str]:
-    """Yields the most costly kinds of errors at IoU 0.5."""
+    """Yields a sentence about the most costly kinds of errors at IoU 0.5 for each task."""
     for task in findings.scene.tasks:
         won = {name: findings.value(task, "error", name, 0.5) for name in findings.kinds}
         ranked = sorted(won, key=lambda name: -np.nan_to_num(won[name]))
@@ -135,7 +135,7 @@ def _ranked_branches(findings: Findings) -> dict[str, float]:
 
 
 def _branches(findings: Findings) -> Iterator[str]:
-    """Yields the branch whose improvement would gain most."""
+    """Yields a sentence about the branch whose improvement would gain most."""
     won = _ranked_branches(findings)
     if not won:
         return
@@ -148,7 +148,10 @@ def _branches(findings: Findings) -> Iterator[str]:
 
 
 def _grid(findings: Findings, side: int) -> Iterator[str]:
-    """Yields whether a finer mask grid would help; only a model near the limit needs one."""
+    """Yields a sentence that says whether a finer mask grid would help.
+
+    Only a model near the limit of its grid needs a finer one.
+    """
     key = ("segm", "oracle", grid_name(side), 0.0)
     if key not in findings.measures:
         return
@@ -204,7 +207,7 @@ def _area(quality: MaskQuality | None) -> Iterator[str]:
 
 
 def _weak_masks(findings: Findings, quality: MaskQuality | None) -> Iterator[str]:
-    """Yields the sizes, shapes and fills of objects with the worst masks."""
+    """Yields a sentence about the sizes, shapes and fills of objects with the worst masks."""
     if quality is None or not len(quality.objects):
         return
     usual, *rows = quality_rows(findings.scene, quality)
@@ -221,7 +224,7 @@ def _weak_masks(findings: Findings, quality: MaskQuality | None) -> Iterator[str
 
 
 def _confused(findings: Findings, confusion: npt.NDArray[np.int64]) -> Iterator[str]:
-    """Yields the pairs of classes that the model confuses."""
+    """Yields a sentence about the pairs of classes that the model confuses most."""
     names = findings.scene.class_names
     objects = confusion[:-1].sum(1)
     shares = confusion[:-1, :-1] / np.maximum(objects, 1)[:, None]
@@ -239,7 +242,7 @@ def _confused(findings: Findings, confusion: npt.NDArray[np.int64]) -> Iterator[
 
 
 def _scores(gaps: list[ClassGap]) -> Iterator[str]:
-    """Yields the classes whose scores are too high or too low compared with other classes."""
+    """Yields a sentence about classes whose scores are too high or low compared with others."""
     known = [x for x in gaps if x.count >= FEW]
     if len(known) < 2:
         return

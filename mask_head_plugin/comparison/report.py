@@ -130,7 +130,7 @@ def write_table(results: Mapping[str, Comparison | str], path: Path) -> None:
 
     Args:
         results: for each config, its comparison or the reason for its failure.
-        path: the file to write; each config has a folder with its name next to it.
+        path: the file to write. The folders of the configs are next to this file.
     """
     header = ["config", "verdict", "images", "detections", "scores", "boxes, px", "mask pixels"]
     header += ["mask AP stock", "plugin", "95% interval", "published", "s/image stock", "plugin"]
@@ -165,7 +165,7 @@ def _table_row(name: str, x: Comparison) -> list[str]:
 
 
 def write_pictures(twins: Twins, comparison: Comparison, output: Path) -> list[Path]:
-    """Draws the images that differ most, or the first ones if none differs.
+    """Draws the images that differ most, or the first images if there are no differences.
 
     Args:
         twins: the models, which run again on these images.

@@ -27,7 +27,7 @@ Keeps the report, which includes plotly.js (4.8 MB), below 8 MB.
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn image: its title, a note below it, and the JPEG as a data URI."""
+    """A drawn image: its title, a note below the title, and the JPEG as a data URI."""
 
     title: str
     note: str

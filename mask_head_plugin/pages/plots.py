@@ -30,7 +30,7 @@ def save_plot(figure: Plot, path: Path) -> None:
 
 
 def label_bars(axes: Any, bars: Any, form: str) -> None:
-    """Writes each bar's number next to it, on a white background that hides grid lines."""
+    """Writes a number next to each bar, on a white background that hides grid lines."""
     ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     axes.bar_label(bars, fmt=form, padding=3, fontsize=8, bbox=ground, zorder=5)
 

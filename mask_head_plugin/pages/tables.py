@@ -38,7 +38,7 @@ class Column:
         key: name of the column in links such as ``report.html#sort=-difference``.
         label: heading of the column.
         meaning: a sentence that explains the column.
-        is_text: whether it contains text instead of numbers.
+        is_text: whether the column contains text instead of numbers.
         is_optional: whether the column is omitted if all its cells are empty.
     """
 

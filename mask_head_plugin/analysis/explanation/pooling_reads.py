@@ -41,7 +41,8 @@ class AxisReads:
     Attributes:
         start: lower edge of the RoI as used, possibly rounded.
         end: upper edge of the RoI as used.
-        weights: (P, H or W) weight of each row or column in each bin; 1 if a maximum is taken.
+        weights: (P, H or W) weight of each row or column in each bin. RoIPool, which takes a
+            maximum, has weight 1 wherever it reads.
         samples: (P, G) sampling points, NaN outside the map; G is 0 if there are none.
         neighbours: (P, G, 2) cells that each point reads.
     """

@@ -29,7 +29,7 @@ MOST_LABELS = 16
 """Largest number of detections to label; if there are more, only the chosen one is labelled."""
 
 SURE = 0.5
-"""Lowest score of detections that are drawn."""
+"""Lowest score of detections that are drawn in addition to the chosen one."""
 
 
 def stages_figure(stages: Stages, number: int, probs: Tensor) -> Figure:
