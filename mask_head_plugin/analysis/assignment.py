@@ -6,18 +6,16 @@ area ranges, T IoU thresholds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
-from ..evaluation.matching import BoolArray, FloatArray, Group, Matches, match
+from ..evaluation.matching import BoolArray, FloatArray, Matches, Pairs, match
 from .scene import IntArray, Scene
 
 AREAS = {"all": (0, 1e10), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 """COCO's area ranges in pixels; both ends are included."""
-_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 THRESHOLDS: FloatArray = np.linspace(0.5, 0.95, 10)
 
 
@@ -76,28 +74,22 @@ def assign(
     area = scene.dt_area(task) if len(areas) > 1 else np.zeros(len(scene.dt_image))
     dt_outside = _outside(area, ranges)
     if scene.lenient:
-        pairs = zip(scene.dt_image.tolist(), scene.dt_class.tolist(), strict=True)
-        dt_outside = dt_outside | np.array([pair in scene.lenient for pair in pairs])
+        keys = zip(scene.dt_image.tolist(), scene.dt_class.tolist(), strict=True)
+        dt_outside = dt_outside | np.array([key in scene.lenient for key in keys])
     gt_ignored = scene.gt_crowd | _outside(scene.gt_area, ranges)
     score = scene.score(task)
     row = _counted(scene, score, max_detections)
-    # Detections in images without objects of their class find nothing, so they are not matched.
-    partner = np.full((len(ranges), len(THRESHOLDS), len(row)), -1, np.int64)
-    ignored = np.repeat(dt_outside[:, None, row], len(THRESHOLDS), axis=1)
-    dt_starts, gt_starts = ([x.start for x in y] for y in (scene.dt_slices, scene.gt_slices))
-    groups: list[Group] = []
-    places: list[int] = []
-    first: list[int] = []
-    for image, dt, gt in _pairs(scene, row):
-        own = row[dt]
-        objects = slice(gt.start - gt_starts[image], gt.stop - gt_starts[image])
-        iou = ious[image][own - dt_starts[image], objects]
-        groups.append(Group(iou, scene.gt_crowd[gt], gt_ignored[:, gt], dt_outside[:, own]))
-        places.extend(range(dt.start, dt.stop))
-        first.extend([gt.start] * len(own))
-    if groups:
-        found, ignored[:, :, places] = match(groups, THRESHOLDS)
-        partner[:, :, places] = np.where(found < 0, -1, found + np.array(first))
+    num_detections, num_objects = _sizes(scene, row)
+    pairs = Pairs(
+        num_detections,
+        num_objects,
+        np.concatenate([np.zeros(0), *(x.ravel() for x in ious)]),
+        _first_iou(scene, row, ious),
+        scene.gt_crowd,
+        gt_ignored,
+        dt_outside[:, row],
+    )
+    partner, ignored = match(pairs, THRESHOLDS)
     matches = Matches(
         image_ids=np.array([str(x) for x in scene.image_ids], dtype=str),
         class_names=np.array(scene.class_names, dtype=str),
@@ -112,7 +104,7 @@ def assign(
         gt_class=scene.gt_class.astype(np.int32),
         gt_ignored=gt_ignored,
     )
-    return Assignment(matches, row, partner, ious)
+    return Assignment(matches, row, partner.astype(np.int64), ious)
 
 
 def _counted(scene: Scene, score: FloatArray, max_detections: int) -> IntArray:
@@ -125,18 +117,31 @@ def _counted(scene: Scene, score: FloatArray, max_detections: int) -> IntArray:
     return order[np.arange(len(order)) - np.searchsorted(keys, keys) < max_detections]
 
 
-def _pairs(scene: Scene, row: IntArray) -> Iterator[tuple[int, slice, slice]]:
-    """Yields image index, slice of detections and slice of objects.
-
-    Covers each pair of image and class that has both detections and objects.
-    """
+def _keys(scene: Scene, row: IntArray) -> tuple[IntArray, IntArray]:
+    """Returns a number for image and class of each counted detection, (N,), and object, (G,)."""
     num_classes = len(scene.class_names)
-    dt = scene.dt_image[row] * num_classes + scene.dt_class[row]
-    gt = scene.gt_image * num_classes + scene.gt_class
-    keys = np.intersect1d(dt, gt)
-    borders = [np.searchsorted(x, keys, side).tolist() for x in (dt, gt) for side in _SIDES]
-    for key, dt_start, dt_stop, gt_start, gt_stop in zip(keys.tolist(), *borders, strict=True):
-        yield key // num_classes, slice(dt_start, dt_stop), slice(gt_start, gt_stop)
+    detections = scene.dt_image[row] * num_classes + scene.dt_class[row]
+    return detections, scene.gt_image * num_classes + scene.gt_class
+
+
+def _sizes(scene: Scene, row: IntArray) -> list[IntArray]:
+    """Returns the numbers of detections and objects of each pair of image and class, (P,) each."""
+    keys = _keys(scene, row)
+    in_use = np.union1d(*keys)
+    return [np.searchsorted(x, in_use, "right") - np.searchsorted(x, in_use) for x in keys]
+
+
+def _first_iou(scene: Scene, row: IntArray, ious: list[FloatArray]) -> IntArray:
+    """Returns where each counted detection's IoUs start in the flattened IoUs, (N,)."""
+    image = scene.dt_image[row]
+    sizes = np.array([x.shape for x in ious]).reshape(-1, 2)
+    start = np.cumsum(sizes.prod(1)) - sizes.prod(1)
+    dt_start, gt_start = (
+        np.array([x.start for x in slices]) for slices in (scene.dt_slices, scene.gt_slices)
+    )
+    detections, objects = _keys(scene, row)
+    first_object = np.searchsorted(objects, detections) - gt_start[image]
+    return start[image] + (row - dt_start[image]) * sizes[image, 1] + first_object
 
 
 def _outside(areas: FloatArray, ranges: FloatArray) -> BoolArray:

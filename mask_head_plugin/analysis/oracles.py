@@ -35,7 +35,7 @@ MEANINGS = {
     "perfect boxes": "the true box for each detection, whose mask is then no longer cut off",
     "perfect classes": "the true class for each detection",
 }
-MOST_THROUGH_GRID = 10_000
+MOST_THROUGH_GRID = 5_000
 """Largest number of objects sent through the grid. If there are more objects, only every second,
 third, ... object is used, which changes the AP by about 0.1."""
 GRID = "grid only"

@@ -23,7 +23,7 @@ Shape alphabet: I images, K classes, D detections, S draws; n detections of one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,16 +48,17 @@ Cell = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _Curve:
-    """A class's precision and recall at its true positives, in S draws.
+class _Curves:
+    """A class's precision and recall in C cells and S draws, at true positives of any of the cells.
 
     Between true positives, precision only falls; over the copies of a true positive, it only rises.
     So the highest precision at or above any recall is reached at the last copy of a true positive.
+    A detection that is no true positive in its own cell adds no recall, so it changes nothing.
 
     Attributes:
-        precision: (S, n) interpolated precision, 0 to 1: the highest from this detection on.
-        num_recalls: (S, n) how many of the 101 recalls are reached.
-        has_objects: (S,) whether any object was drawn; otherwise the curve is meaningless.
+        precision: (C, S, n) interpolated precision, 0 to 1: the highest from this detection on.
+        num_recalls: (C, S, n) how many of _RECALLS the recall reaches at this detection.
+        has_objects: (C, S) whether any object was drawn; otherwise the curve is meaningless.
     """
 
     precision: FloatArray
@@ -65,22 +66,25 @@ class _Curve:
     has_objects: npt.NDArray[np.bool_]
 
     def average_precision(self) -> FloatArray:
-        """Returns the average precision, (S,) from 0 to 1; nan without objects."""
+        """Returns the average precision, (C, S) from 0 to 1; nan without objects."""
         # Each true positive contributes its precision at the recalls that it reaches first.
-        before = self.num_recalls[:, :-1]
-        total = np.einsum("sn,sn->s", self.precision, self.num_recalls)
-        total -= np.einsum("sn,sn->s", self.precision[:, 1:], before)
+        before = self.num_recalls[..., :-1]
+        total = np.einsum("csn,csn->cs", self.precision, self.num_recalls)
+        total -= np.einsum("csn,csn->cs", self.precision[..., 1:], before)
         return np.where(self.has_objects, total / len(_RECALLS), np.nan)
 
     def sampled(self) -> FloatArray:
-        """Returns the precision at each recall, (S, 101): 0 if not reached, nan without objects."""
+        """Returns each cell's precision at each recall in the first draw, (C, 101).
+
+        It is 0 at recalls that are not reached, and nan without objects.
+        """
         samples = np.zeros((len(self.precision), len(_RECALLS)))
         for row, precision, num_recalls in zip(
-            samples, self.precision, self.num_recalls, strict=True
+            samples, self.precision[:, 0], self.num_recalls[:, 0], strict=True
         ):
             places = np.searchsorted(num_recalls, np.arange(len(_RECALLS)), side="right")
             row[:] = np.append(precision, 0.0)[places]
-        samples[~self.has_objects] = np.nan
+        samples[~self.has_objects[:, 0]] = np.nan
         return samples
 
 
@@ -145,12 +149,11 @@ def precision_recall(matches: Matches, iou: float = 0.5) -> FloatArray:
     Raises:
         ValueError: if iou is not one of these thresholds.
     """
-    cells = [(_area_index(matches, "all"), _iou_index(matches, iou))]
+    cell = _area_index(matches, "all"), _iou_index(matches, iou)
     weights = _as_they_are(matches)
     curves = [
-        curve.sampled()[0]
-        for detections, objects in _by_class(matches)
-        for _, curve in _curves(matches, weights, detections, objects, cells)
+        _curves(matches, _drawn(matches, weights, *of_class), *of_class, [cell]).sampled()[0]
+        for of_class in _by_class(matches)
     ]
     return _mean_of_counted(np.reshape(curves, (-1, len(_RECALLS))), axis=0)
 
@@ -278,60 +281,77 @@ def _class_aps(
     matches: Matches, weights: IntArray, cells: Iterable[Cell]
 ) -> dict[Cell, FloatArray]:
     """Returns the AP of each class, (K, S) from 0 to 1; nan if none of its objects was drawn."""
-    shape = (len(matches.class_names), len(weights))
-    aps = {cell: np.full(shape, np.nan) for cell in cells}
+    cells = list(cells)
+    aps = np.full((len(cells), len(matches.class_names), len(weights)), np.nan)
     for k, (detections, objects) in enumerate(_by_class(matches)):
-        step = max(CHUNK_ELEMENTS // max(len(detections), len(objects), 1), 1)
-        for start in range(0, len(weights), step):
-            rows = slice(start, start + step)
-            for cell, curve in _curves(matches, weights[rows], detections, objects, aps):
-                aps[cell][k, rows] = curve.average_precision()
-    return aps
+        size = max(len(detections), len(objects), 1)
+        # Few draws leave room for several cells at once, and many draws are faster one by one.
+        rows = min(max(CHUNK_ELEMENTS // size, 1), len(weights))
+        columns = max(CHUNK_ELEMENTS // (size * rows), 1)
+        for start in range(0, len(weights), rows):
+            draws = slice(start, start + rows)
+            drawn = _drawn(matches, weights[draws], detections, objects)
+            for first in range(0, len(cells), columns):
+                chosen = slice(first, first + columns)
+                curves = _curves(matches, drawn, detections, objects, cells[chosen])
+                aps[chosen, k, draws] = curves.average_precision()
+    return dict(zip(cells, aps, strict=True))
 
 
-def _curves(
+def _drawn(
     matches: Matches,
     weights: IntArray,
     detections: npt.NDArray[np.int64],
     objects: npt.NDArray[np.int64],
-    cells: Iterable[Cell],
-) -> Iterator[tuple[Cell, _Curve]]:
-    """Yields the curves of a class, whose ``detections`` are in the engine's order."""
-    drawn = weights.take(matches.dt_image[detections], axis=1)
-    objects_drawn = weights.take(matches.gt_image[objects], axis=1)
-    for area, threshold in cells:
-        num_objects = objects_drawn @ ~matches.gt_ignored[area, objects]
-        is_counted = ~matches.dt_ignored[area, threshold, detections]
-        is_true = is_counted & matches.dt_matched[area, threshold, detections]
-        yield (area, threshold), _curve(drawn, is_counted, is_true, num_objects)
+) -> tuple[IntArray, IntArray]:
+    """Returns how often each detection, (S, n), and object of a class was drawn."""
+    return (
+        weights.take(matches.dt_image[detections], axis=1),
+        weights.take(matches.gt_image[objects], axis=1),
+    )
 
 
-def _curve(
-    drawn: IntArray,
-    is_counted: npt.NDArray[np.bool_],
-    is_true: npt.NDArray[np.bool_],
-    num_objects: IntArray,
-) -> _Curve:
-    """Returns the curve of a class from its detections by falling score.
-
-    Args:
-        drawn: (S, n) how often each detection was drawn.
-        is_counted: (n,) whether the detection counts.
-        is_true: (n,) whether it is a true positive, which must count.
-        num_objects: (S,) number of objects in each draw.
-    """
-    hits = _running_count(drawn, is_true)
-    ranks = _running_count(drawn, is_counted).compress(is_true[is_counted], axis=1)
+def _curves(
+    matches: Matches,
+    drawn: tuple[IntArray, IntArray],
+    detections: npt.NDArray[np.int64],
+    objects: npt.NDArray[np.int64],
+    cells: Sequence[Cell],
+) -> _Curves:
+    """Returns the curves of a class, whose ``detections`` are in the engine's order."""
+    areas, thresholds = np.array(cells).T
+    detections_drawn, objects_drawn = drawn
+    num_objects = objects_drawn @ ~matches.gt_ignored[areas][:, objects].T
+    is_counted = ~matches.dt_ignored[areas, thresholds][:, detections]
+    is_true = is_counted & matches.dt_matched[areas, thresholds][:, detections]
+    is_point = is_true.any(axis=0)
+    hits = _running_count(detections_drawn, is_true)
+    ranks = _running_count(detections_drawn, is_counted)
+    ranks = ranks.compress(is_point[is_counted.any(axis=0)], axis=2)
     precision = hits / np.maximum(ranks, 1)  # ranks are 0 before the first drawn detection
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    precision = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
     # Divides and compares as pycocotools does, so that rounding cannot change the reached recalls.
-    recall = hits / np.maximum(num_objects, 1)[:, None]
-    return _Curve(precision, _num_reached(recall), num_objects > 0)
+    recall = hits / np.maximum(num_objects, 1).T[..., None]
+    return _Curves(precision, _num_reached(recall), num_objects.T > 0)
 
 
 def _running_count(drawn: IntArray, is_chosen: npt.NDArray[np.bool_]) -> IntArray:
-    # drawn[:, is_chosen] would be laid out by columns, which is slow to sum along rows.
-    return drawn.compress(is_chosen, axis=1).cumsum(axis=1, dtype=np.int32)
+    """Counts the chosen detections up to each detection that is chosen in any cell.
+
+    Args:
+        drawn: (S, D) how often each detection was drawn.
+        is_chosen: (C, D) whether each cell counts it.
+
+    Returns:
+        (C, S, n) counts.
+    """
+    in_any = is_chosen.any(axis=0)
+    # drawn[:, in_any] would be laid out by columns, which is slow to sum along rows.
+    counts = drawn.compress(in_any, axis=1)[None]
+    is_chosen = is_chosen.compress(in_any, axis=1)
+    if not is_chosen.all():
+        counts = counts * is_chosen[:, None]
+    return counts.cumsum(axis=2, dtype=np.int32)
 
 
 def _num_reached(recall: FloatArray) -> IntArray:

@@ -21,7 +21,7 @@ from pycocotools import mask as coco_mask
 from ..progress import progress
 from ..run_lengths import annotation_rle
 from .boundary import limit_by_boundary
-from .matching import FloatArray, Group, Matches, match
+from .matching import BoolArray, FloatArray, Matches, Pairs, match
 
 logger = logging.getLogger(__name__)
 
@@ -333,12 +333,24 @@ class Evaluation:
     def matches(self) -> Matches:
         """Returns the matches that the APs are computed from; see Matches."""
         objects, detections = self._by_pair()
-        pairs = sorted({*objects, *detections})
-        groups = [self._group(p, objects.get(p, []), detections.get(p, [])) for p in pairs]
-        partner, ignored = match(groups, self.thresholds)
-        found = [x for p in pairs for x in detections.get(p, [])]
-        true = [x for p in pairs for x in objects.get(p, [])]
-        no_objects = np.zeros((len(self.area_names), 0), bool)
+        keys = sorted({*objects, *detections})
+        found = [x for key in keys for x in detections.get(key, [])]
+        true = [x for key in keys for x in objects.get(key, [])]
+        num_detections = np.array([len(detections.get(key, [])) for key in keys], int)
+        num_objects = np.array([len(objects.get(key, [])) for key in keys], int)
+        crowd = np.array([x["iscrowd"] for x in true], bool)
+        per_detection = num_objects.repeat(num_detections)
+        no_ious = np.zeros(0)
+        pairs = Pairs(
+            num_detections,
+            num_objects,
+            np.concatenate([no_ious, *(self.ious.get(key, no_ious).ravel() for key in keys)]),
+            np.cumsum(per_detection) - per_detection,
+            crowd,
+            crowd | self._is_outside(true),
+            self._is_outside(found) | self._is_lenient(found),
+        )
+        partner, ignored = match(pairs, self.thresholds)
         return Matches(
             image_ids=np.array([str(x) for x in self.truth.image_ids], dtype=str),
             class_names=np.array(self.truth.class_names, dtype=str),
@@ -351,7 +363,7 @@ class Evaluation:
             dt_ignored=ignored,
             gt_image=np.array([x["image_id"] - 1 for x in true], np.int32),
             gt_class=np.array([x["category_id"] - 1 for x in true], np.int32),
-            gt_ignored=np.concatenate([no_objects, *(g.ignored for g in groups)], axis=1),
+            gt_ignored=pairs.ignored,
         )
 
     def _by_pair(self) -> tuple[dict[Pair, list[Any]], dict[Pair, list[Any]]]:
@@ -367,14 +379,17 @@ class Evaluation:
             detections[pair] = sorted(found, key=lambda x: -x["score"])[: self.limit]
         return objects, detections
 
-    def _group(self, pair: Pair, objects: Sequence[Any], detections: Sequence[Any]) -> Group:
-        crowd = np.array([x["iscrowd"] for x in objects], bool)
-        outside = self._is_outside(detections)
-        if self.truth.is_lvis:  # without exhaustive annotation, a detection cannot be called wrong
-            image = self.truth.coco.imgs[pair[0]]
-            outside = outside | (pair[1] in image["not_exhaustive_category_ids"])
-        ious = self.ious.get(pair, np.zeros((len(detections), len(objects))))
-        return Group(ious, crowd, crowd | self._is_outside(objects), outside)
+    def _is_lenient(self, detections: Sequence[Any]) -> BoolArray:
+        """Returns whether the image may have further objects of each detection's class, (N,).
+
+        LVIS did not annotate them all, so a detection that finds nothing may be right.
+        """
+        lenient = np.zeros(len(detections), bool)
+        if self.truth.is_lvis:
+            for k, x in enumerate(detections):
+                image = self.truth.coco.imgs[x["image_id"]]
+                lenient[k] = x["category_id"] in image["not_exhaustive_category_ids"]
+        return lenient
 
     def _is_outside(self, annotations: Sequence[Any]) -> Any:
         """Returns whether each annotation's area lies outside each range, (A, n)."""

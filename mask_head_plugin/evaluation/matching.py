@@ -4,13 +4,13 @@ Statistics over images, such as resampling, need to know which detection found w
 the evaluation engine does not return its matches. This module computes them from the engine's IoUs
 in arrays: it matches the k-th best detections of all images and classes at once.
 
-Shape alphabet: D detections, G objects (ground truth), A area ranges, T IoU thresholds; B groups
-(one image and one class), d and g the largest numbers of detections and objects in a group.
+Shape alphabet: D detections, G objects (ground truth), A area ranges, T IoU thresholds; B pairs
+(one image and one class), d and g the largest numbers of detections and objects in a pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_ELEMENTS = 1 << 22
-"""Largest number of elements of a (B, A, T, g) array; limits how many groups are in one."""
+"""Largest number of elements of a (B, A, T, g) array; limits how many pairs are in one."""
 
 SAME_OBJECT_IOU = 0.5
 """Lowest IoU at which two masks count as the same object by default."""
@@ -29,19 +29,27 @@ FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Detections and objects of one class in one image.
+class Pairs:
+    """The N detections and G objects of P pairs of image and class, one pair after another.
 
     Attributes:
-        ious: (d, g) IoUs, with detections by falling score.
-        crowd: (g,) whether an object is a crowd, which matches any number of detections and does
+        num_detections: (P,) number of detections in each pair.
+        num_objects: (P,) number of objects in each pair.
+        ious: all IoUs in one flat array.
+        first_iou: (N,) index in ``ious`` of a detection's IoU with the first object of its pair;
+            its IoUs with the pair's other objects follow. Detections of a pair are by falling
+            score. Ignored if the pair has no objects.
+        crowd: (G,) whether an object is a crowd, which matches any number of detections and does
             not count.
-        ignored: (A, g) whether an object does not count in an area range; true for crowds.
-        outside: (A, d) whether a detection is ignored if it matches nothing, for example because
+        ignored: (A, G) whether an object does not count in an area range; true for crowds.
+        outside: (A, N) whether a detection is ignored if it matches nothing, for example because
             its area is outside the range.
     """
 
+    num_detections: npt.NDArray[np.int64]
+    num_objects: npt.NDArray[np.int64]
     ious: FloatArray
+    first_iou: npt.NDArray[np.int64]
     crowd: BoolArray
     ignored: BoolArray
     outside: BoolArray
@@ -93,72 +101,91 @@ class Matches:
             return cls(**{f.name: arrays[f.name] for f in fields(cls)})
 
 
-def match(groups: Sequence[Group], thresholds: FloatArray) -> tuple[IntArray, BoolArray]:
-    """Matches the detections of each group to its objects as COCO does.
+def match(pairs: Pairs, thresholds: FloatArray) -> tuple[IntArray, BoolArray]:
+    """Matches the detections of each pair to its objects as COCO does.
 
     A detection takes the free object with the highest IoU, if that reaches the threshold. Of equal
     IoUs, it takes the later object. Objects that count are preferred to those that do not.
 
     Args:
-        groups: groups of different images or classes.
+        pairs: the detections and objects.
         thresholds: (T,) IoU thresholds.
 
     Returns:
-        (A, T, D) index in the group of the object that each detection found, -1 for none; and
-        ``dt_ignored`` (see Matches). Detections are in the order of the groups.
+        (A, T, N) index of the object that each detection found, from 0 to G - 1 or -1 for none; and
+        ``dt_ignored`` (see Matches).
     """
-    num_areas = groups[0].outside.shape[0] if groups else 1
-    num_detections = [group.outside.shape[1] for group in groups]
-    ends = np.cumsum(num_detections, dtype=int)
-    shape = (num_areas, len(thresholds), int(ends[-1]) if len(ends) else 0)
+    num_areas, num_detections = pairs.outside.shape
+    shape = (num_areas, len(thresholds), num_detections)
     partner, ignored = np.full(shape, -1, np.int32), np.zeros(shape, bool)
-    for chunk in _chunks(groups, num_areas * len(thresholds)):
-        chunk_partner, chunk_ignored = _match_together([groups[k] for k in chunk], thresholds)
-        for row, k in enumerate(chunk):
-            own = slice(ends[k] - num_detections[k], ends[k])
-            partner[:, :, own] = chunk_partner[row, :, :, : num_detections[k]]
-            ignored[:, :, own] = chunk_ignored[row, :, :, : num_detections[k]]
-    if groups:
-        outside = np.concatenate([group.outside for group in groups], axis=1)
-        ignored |= (partner < 0) & outside[:, None]
+    first_dt, first_gt = (np.cumsum(x) - x for x in (pairs.num_detections, pairs.num_objects))
+    for chunk in _chunks(pairs, num_areas * len(thresholds)):
+        dt, has_dt = _places(first_dt[chunk], pairs.num_detections[chunk])
+        gt, has_gt = _places(first_gt[chunk], pairs.num_objects[chunk])
+        ious = pairs.ious.take(pairs.first_iou[dt][..., None] + np.arange(gt.shape[1]), mode="clip")
+        ious[~(has_dt[..., None] & has_gt[:, None])] = -1
+        objects_ignored = pairs.ignored[:, gt] | ~has_gt
+        found, found_ignored = _match_together(
+            ious, pairs.crowd[gt] & has_gt, objects_ignored.swapaxes(0, 1), thresholds
+        )
+        of_found = np.take_along_axis(gt[:, None, None], np.maximum(found, 0), -1)
+        own = dt[has_dt]
+        partner[:, :, own] = np.where(found < 0, -1, of_found).transpose(1, 2, 0, 3)[..., has_dt]
+        ignored[:, :, own] = found_ignored.transpose(1, 2, 0, 3)[..., has_dt]
+    ignored |= (partner < 0) & pairs.outside[:, None]
     return partner, ignored
 
 
-def _chunks(groups: Sequence[Group], size_of_pair: int) -> Iterator[list[int]]:
-    """Yields indices of groups of similar size that have something to match."""
-    todo = [k for k, group in enumerate(groups) if group.ious.size]
-    todo.sort(key=lambda k: groups[k].ious.shape)
+def _chunks(pairs: Pairs, size_of_pair: int) -> Iterator[list[int]]:
+    """Yields indices of pairs of similar size that have something to match."""
+    todo = np.lexsort((pairs.num_objects, pairs.num_detections))
+    todo = todo[(pairs.num_detections * pairs.num_objects)[todo] > 0]
+    sizes = zip(pairs.num_detections[todo].tolist(), pairs.num_objects[todo].tolist(), strict=True)
     chunk: list[int] = []
-    most_objects = 0
-    for k in todo:
-        num_detections, num_objects = groups[k].ious.shape
+    most_objects = fewest_detections = 0
+    for k, (num_detections, num_objects) in zip(todo.tolist(), sizes, strict=True):
         most_objects = max(most_objects, num_objects)
         is_full = (len(chunk) + 1) * most_objects * size_of_pair > MAX_ELEMENTS
-        if chunk and (is_full or num_detections > 2 * groups[chunk[0]].ious.shape[0]):
+        if chunk and (is_full or num_detections > 2 * fewest_detections):
             yield chunk
             chunk, most_objects = [], num_objects
+        if not chunk:
+            fewest_detections = num_detections
         chunk.append(k)
     if chunk:
         yield chunk
 
 
-def _match_together(groups: Sequence[Group], thresholds: FloatArray) -> tuple[IntArray, BoolArray]:
-    """Returns the objects found, (B, A, T, d), and whether each is an ignored one."""
-    num_detections, num_objects = np.max([group.ious.shape for group in groups], axis=0)
-    num_areas = len(groups[0].ignored)
-    ious = np.full((len(groups), num_detections, num_objects), -1.0)
-    crowd = np.zeros((len(groups), 1, 1, num_objects), bool)
-    objects_ignored = np.ones((len(groups), num_areas, 1, num_objects), bool)
-    for row, group in enumerate(groups):
-        d, g = group.ious.shape
-        ious[row, :d, :g] = group.ious
-        crowd[row, ..., :g] = group.crowd
-        objects_ignored[row, :, 0, :g] = group.ignored
+def _places(
+    first: npt.NDArray[np.int64], count: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], BoolArray]:
+    """Returns ``first + 0, 1, ..., count - 1`` in rows, filled up with ``first``, and a mask."""
+    offset = np.arange(count.max())
+    is_real = offset < count[:, None]
+    return first[:, None] + np.where(is_real, offset, 0), is_real
+
+
+def _match_together(
+    ious: FloatArray, crowd: BoolArray, objects_ignored: BoolArray, thresholds: FloatArray
+) -> tuple[IntArray, BoolArray]:
+    """Matches B pairs at once.
+
+    Args:
+        ious: (B, d, g) IoUs; -1 where a pair has fewer detections or objects.
+        crowd: (B, g) whether each object is a crowd.
+        objects_ignored: (B, A, g) whether each object does not count.
+        thresholds: (T,) IoU thresholds.
+
+    Returns:
+        (B, A, T, d) index in the pair of the object that each detection found, -1 for none, and
+        whether that object is ignored.
+    """
+    num_pairs, num_detections, num_objects = ious.shape
+    crowd, objects_ignored = crowd[:, None, None], objects_ignored[:, :, None]
     # As in pycocotools, an IoU of 1 reaches every threshold despite rounding.
     least = np.minimum(thresholds, 1 - 1e-10)[:, None]
-    shape = (len(groups), num_areas, len(thresholds), num_objects)
-    free = np.ones(shape, bool)
-    partner = np.full((*shape[:3], num_detections), -1, np.int32)
+    free = np.ones((num_pairs, objects_ignored.shape[1], len(thresholds), num_objects), bool)
+    partner = np.full((*free.shape[:3], num_detections), -1, np.int32)
     ignored = np.zeros(partner.shape, bool)
     for k in range(num_detections):
         iou = ious[:, k, None, None, :]
