@@ -34,8 +34,8 @@ class MadeObjects:
         images: (N, 3, SIDE, SIDE) float32, about in [-1, 1].
         masks: (N, SIDE, SIDE) bool.
         classes: (N,) int64 in [0, K).
-        posterior: (N,) float64, the probability of the true class, given the object's colour. No
-            classifier can know more about the class.
+        posterior: (N,) float64, the probability that the best possible classifier, which knows the
+            object's colour without error, assigns to the true class.
     """
 
     images: npt.NDArray[np.float32]

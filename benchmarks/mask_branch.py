@@ -5,10 +5,10 @@ head: the FCN mask head with binary cross-entropy for K classes, on 128 RoIs of 
 forward and backward pass, and inference. target: targets of 28 x 28 for 128 RoIs, cropped from bit
 masks of 800 x 1333. step: one training step of Mask R-CNN R50-FPN with two images of 512 px, 8
 polygons and 512 RoIs per image. On CUDA, two such images keep the GPU busy for less time than
-Python takes, so a step with four images of 800 px is also measured. There, our model is also
-measured with contiguous weights; those results are only in the JSON file. inference: the same model
-with 100 masks that fill their boxes in each of two images; the output is bit masks of 1080 px or
-run lengths.
+Python takes, so a step with four images of 800 px is measured too, and all steps are also measured
+with contiguous weights in our model (only in the JSON file). inference: the same model with 100
+masks that fill their boxes in each of two images; the output is bit masks of 1080 px or run
+lengths.
 
 Times are medians of several runs. The implementations take turns; ratios are detectron2 / ours.
 Memory is the peak of what PyTorch allocates. With --busy N, N other processes compute during the
@@ -199,7 +199,7 @@ def make_batch(
 
 def make_models(num_classes: int, sizes: Sizes, device: str) -> dict[str, nn.Module]:
     """Returns detectron2's model and ours, with the same weights."""
-    # Models with random weights find something only if every score counts.
+    # With random weights, no score would reach the default threshold.
     opts = [*sizes.model_opts, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     models = {
         name: make_model(num_classes, name == "ours", device, opts)

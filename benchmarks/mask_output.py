@@ -242,7 +242,7 @@ def main() -> None:
         "--limit-gb",
         type=float,
         default=8,
-        help="largest size of detectron2's bit masks; detectron2 is not run beyond it",
+        help="run detectron2 only if its bit masks take at most this many GB (default 8)",
     )
     add_busy_argument(parser)
     add_tiny_argument(parser)

@@ -215,7 +215,7 @@ def drawn_aps(
 def interval(
     name: str, variant: Drawn, baseline: Drawn, found: dict[str, list[Matches]], num_rows: int
 ) -> dict[str, Any]:
-    """Returns a difference and its interval. The intervals of ``num_rows`` rows hold together."""
+    """Returns a difference and its interval. All ``num_rows`` intervals are valid together."""
     num_images = len(next(iter(found.values()))[0].image_ids)
     result = difference_of("AP", variant, baseline, num_images, num_rows)
     return {

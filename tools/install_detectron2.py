@@ -92,7 +92,7 @@ def describe_installed() -> str | None:
         )
     if importlib.util.find_spec("detectron2") is not None:
         raise FetchError(
-            "a detectron2 is installed but does not import:\n"
+            "detectron2 is installed but cannot be imported:\n"
             f"{result.stderr.strip()}\n"
             "Fix or remove it (pip uninstall detectron2), then run this script again."
         )
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         install(args.wheel)
         installed = describe_installed()
         if installed is None:
-            raise FetchError("pip reported success but detectron2 does not import")
+            raise FetchError("pip reported success, but detectron2 cannot be imported")
         print(installed)
     except FetchError as error:
         print(f"install_detectron2: {error}", file=sys.stderr)

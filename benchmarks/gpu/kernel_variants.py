@@ -3,8 +3,8 @@
 
 A variant changes the size of a program (bytes of channels and warps), the rows of a tile, the
 layout of the maps (times include copying contiguous maps), or launches a kernel per level instead
-of one for all levels. "samples one by one" is torchvision's kernel, which does not merge samples;
-it reads contiguous maps, as it needs them. The sampling ratio is 0. Times are medians from
+of one for all levels. "samples one by one" is torchvision's kernel, which does not merge samples
+and requires contiguous maps. The sampling ratio is 0. Times are medians from
 triton.testing.do_bench, which clears the L2 cache before each run and waits only at the end.
 """
 

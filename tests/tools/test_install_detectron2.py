@@ -127,5 +127,5 @@ def test_a_missing_requirement_is_named(installer, monkeypatch):
 def test_a_broken_installation_is_not_overwritten(installer, monkeypatch):
     result = subprocess.CompletedProcess([], 1, stdout="", stderr="ImportError: libx")
     monkeypatch.setattr(installer.subprocess, "run", lambda *args, **kwargs: result)
-    with pytest.raises(installer.FetchError, match="does not import"):
+    with pytest.raises(installer.FetchError, match="installed but cannot be imported"):
         installer.describe_installed()
