@@ -7,10 +7,10 @@ is below the sum of five qualities: those of the model, the seed, the image, the
 model, and the image for this seed. Otherwise, the detection is a false positive. The true
 difference in AP is computed from very many images and seeds.
 
-The second table simulates studies like benchmarks/sampling_training.py, which compare two kinds of
-head by the mean IoU of objects in a few images. Both heads start from the same weights and see the
-same objects, so differences are taken seed by seed. A seed shifts the IoU of both heads by the same
-amount, plus a small amount that differs between them.
+The second table simulates studies like those of benchmarks/sampling_training.py, which compare two
+kinds of head by the mean IoU of objects in a few images. Both heads start from the same weights and
+see the same objects, so differences are taken seed by seed. A seed shifts the IoU of both heads by
+the same amount, plus a small amount that differs between them.
 
 Writes two tables, and a JSON file with machine, versions and date. Takes about 10 minutes on one
 core.

@@ -51,7 +51,7 @@ PARTS = (
     Part("environment", "GPU, driver, versions, commit", "gpu/environment.py", 30, 20),
     Part(
         "correctness",
-        "RoI pooling against torchvision: types, layouts, output sizes, ratios, sides of 7k cells",
+        "RoI pooling against torchvision, in all types, layouts, output sizes and ratios",
         "gpu/correctness.py",
         150,
         40,

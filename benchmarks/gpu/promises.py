@@ -152,7 +152,7 @@ LARGE_STEP = "training step, four large images"  # of mask_branch, which imports
 
 
 PROMISES = (
-    Promise("the kernel's values and gradients are torchvision's", "correctness", all_agree),
+    Promise("the kernel's values and gradients equal torchvision's", "correctness", all_agree),
     Promise("the tests that need a GPU pass", "cuda_tests", tests_pass),
     Promise("a trained model gives the same detections as in detectron2", "parity", is_equal),
     Promise(f"{POOLER}, 2 images: at least 1.5x", "pooler", partial(pooler_is_faster, images=2)),
@@ -203,7 +203,7 @@ PROMISES = (
         partial(needs_less_memory, what=STEP, classes=80, share=1.0),
     ),
     Promise(
-        "more classes cost little: a step with 1203 takes at most 1.1 times as long as one with 80",
+        "training step with 1203 classes: at most 1.1 times as long as with 80 classes",
         "mask_branch",
         classes_cost_little,
     ),
