@@ -84,11 +84,11 @@ def train_head(
         num_classes: K; with 1, the head is class-agnostic, whatever the classes of the objects.
         seed: seed of initial weights and batches. Heads with the same sizes and seed start from the
             same weights and see the objects in the same order.
-        schedule: Schedule() if None.
+        schedule: settings for training; None means Schedule().
         losses: as in MODEL.ROI_MASK_HEAD.LOSSES; ``softmax_cross_entropy`` makes classes compete.
         on_iteration: called before the first update and after every update with the number of
             updates so far, the head, and the loss of the last update (nan before the first), for
-            example to record learning curves. ``p.grad`` still has the gradients of that update.
+            example to record learning curves. Parameters still have the gradients of that update.
     """
     schedule = schedule or Schedule()
     device = train.features.device

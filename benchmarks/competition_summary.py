@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 Key = tuple[str, int, float, float, int]
 """Arm, number of classes, confusion, learning rate, iterations."""
 Settings = list[tuple[int, float]]
-"""Pairs: number of classes, confusion."""
+"""Pairs of (number of classes, confusion)."""
 
 NUM_DRAWS = 1000
 READ_CLASSES = 10
@@ -34,7 +34,7 @@ BACKGROUNDS = ("softmax, even start", "softmax, learned background")
 COMPETING = ("softmax", *BACKGROUNDS)
 EVERY = ("sigmoid of every class", "sigmoid of every class, even start")
 EMPTY = 0.05
-"""If the IoU of a mask is lower than this, the mask has missed its object."""
+"""IoU below which a mask counts as having missed its object."""
 
 
 class Results:
@@ -222,10 +222,10 @@ def _rates(settings: Settings, rates: list[float], short: int) -> Iterable[Row]:
 
 
 def _by_certainty(results: Results, rate: float, short: int) -> list[dict[str, Any]]:
-    """Returns the results for objects whose class is sure, given their colour, and for the others.
+    """Returns the results for objects whose colour makes their class likely, and for the others.
 
-    A class is sure if its probability is above one half. ``missed`` is the percentage of objects
-    with an IoU below EMPTY.
+    "sure" are the objects whose true class has a probability above one half, given the colour.
+    ``missed`` is the percentage of objects with an IoU below EMPTY.
     """
     table = []
     for key in results.trainings:

@@ -14,7 +14,7 @@ so other work on the machine slows all of them equally:
                 only backbone and FPN, which onnxruntime runs; mayaku's PyTorch code runs the rest.
 
 The last two need packages that this project does not use. Create an environment for them and pass
-its Python with --rivals. A .pth file there can make PyTorch and onnxruntime of this one available:
+its Python with --rivals. A .pth file in it can add PyTorch and onnxruntime of this environment:
   python -m venv rivals && rivals/bin/pip install mayaku openvino onnxruntime
   python benchmarks/deploy.py --rivals rivals/bin/python
 
@@ -201,7 +201,7 @@ class Worker:
         self.process.stdin.flush()
         answer = self._answer()
         self.row["found"] = answer["found"] // count
-        self.row[f"peak_mb_{count}"] = answer["peak_mb"]  # so far
+        self.row[f"peak_mb_{count}"] = answer["peak_mb"]  # the largest so far
         milliseconds: float = answer["ms"]
         return milliseconds
 

@@ -23,7 +23,7 @@ def own_class(class_logits: Tensor, classes: Tensor) -> Tensor:
 def every_class_cross_entropy(
     class_logits: Tensor, classes: Tensor, gt_masks: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """Binary cross-entropy of all classes; all but the object's have an empty mask as target.
+    """Binary cross-entropy of all classes, with an empty target for all but the object's class.
 
     As with ``softmax_cross_entropy``, the masks of the other classes are trained to be empty. As
     with ``binary_cross_entropy``, a higher logit of one class does not lower the probability of

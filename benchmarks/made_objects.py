@@ -1,11 +1,11 @@
 """Draws synthetic objects whose class can be recognised only by their colour.
 
-An image shows one object in its tight box, as RoIAlign would cut it out: an outline made of random
-waves, a textured background, and in every second image another object over a corner. All classes
-have the same distribution of outlines, so the class does not help to predict the mask. Each class
-has a colour, and the colours are as far apart as the colour cube allows. ``confusion`` adds noise
-to the colour of each object, in units of the smallest distance between two classes, and so limits
-the accuracy of any classifier.
+An image shows one object in its tight box, as RoIAlign would cut it out. The object has an outline
+made of random waves and a textured background; in every second image, another object covers a
+corner. All classes have the same distribution of outlines, so the class does not help to predict
+the mask. Each class has a colour, and the colours are as far apart as the colour cube allows.
+``confusion`` adds noise to the colour of each object, in units of the smallest distance between two
+classes. This limits the accuracy of any classifier.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 Mask R-CNN's Table 2b compares a sigmoid per class with a softmax over classes, but several things
 differ between the two models. This study changes one thing at a time. Its synthetic objects
 (made_objects.py) come with their true boxes and classes, so detection plays no part. A small stem
-and the plugin's FCNMaskHead are trained for combinations of loss (arm), number of classes,
-confusion and seed. The output of each trained model is turned into masks in several ways.
+and the plugin's FCNMaskHead are trained for combinations of training method (arm), number of
+classes, confusion and seed. The output of each trained model is turned into masks in several ways.
 
 Each training writes one file to --output; a second start runs only the missing trainings. The
 summary goes to --json. Its intervals cover both training and images.

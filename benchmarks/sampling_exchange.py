@@ -67,7 +67,7 @@ def differences(matches: dict[str, Matches], image_ids: list[str]) -> list[dict[
 
     Args:
         matches: the matches of each way.
-        image_ids: ids of the images that the model has seen; other images do not count.
+        image_ids: ids of the images that were evaluated; other images do not count.
     """
     used = np.nonzero(np.isin(matches[BASELINE].image_ids, image_ids))[0]
     drawn = np.zeros((NUM_DRAWS + 1, len(matches[BASELINE].image_ids)), np.int32)

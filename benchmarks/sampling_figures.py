@@ -45,7 +45,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
 """Colour, marker and dashes of a way that is drawn as a curve."""
 
 WIDTH = 5.2
-"""Width of a figure in inches; its panels are one below the other, so that it fits a phone."""
+"""Width of a figure in inches; its panels are one below the other, so that it fits on a phone."""
 
 Results = dict[str, dict[str, Any]]
 Rows = list[dict[str, Any]]
@@ -203,7 +203,7 @@ def forest(axes: Any, series: dict[str, Rows], ends: tuple[str, str], xlabel: st
 
 
 def split(rows: Rows) -> tuple[Rows, Rows]:
-    """Returns the rows of ways that read in the right place, and of the others."""
+    """Returns the rows of ways that read in the right place, and of MISPLACED, without BASELINE."""
     others = [row for row in rows if row["way"] != BASELINE]
     return (
         [row for row in others if row["way"] not in MISPLACED],
@@ -269,7 +269,7 @@ def plot_training(results: Results) -> Figure:
 
 
 def plot_equivariance(results: Results) -> Figure:
-    """Draws how far changes from a move by half a cell differ from those with four samples."""
+    """Draws how a move of the maps by half a cell changes masks and boxes, minus four samples."""
     found = cases_of(results, "equivariance_")
     figure, axes = panels([3.0, 2.0] * 2)
     for number, (measure, what) in enumerate(

@@ -195,7 +195,7 @@ def own_head(case: Case, test: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def compare(ious: dict[str, np.ndarray], images: np.ndarray) -> list[dict[str, Any]]:
-    """Returns a row for each way and statistic, with the interval of its difference."""
+    """Returns a row for each way and statistic, with its difference from four samples."""
     values = {way: statistics(x, images) for way, x in ious.items()}
     rows = []
     for way, of_way in values.items():

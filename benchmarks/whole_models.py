@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 r"""Summarises an ablation that trained whole models, for the pages that discuss its results.
 
+For example:
+
     python tools/ablate.py --config-file configs/ablations/roi_pooling.yaml \
         --output output/ablations/roi_pooling
     python benchmarks/whole_models.py --input output/ablations/roi_pooling

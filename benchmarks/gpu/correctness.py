@@ -146,7 +146,7 @@ def main() -> None:
         torch.manual_seed(0)
         try:
             row |= compare(dtype, layout, size, ratio, args.sizes, args.device)
-        except Exception as error:  # the other cases continue
+        except Exception as error:  # the other cases still run
             traceback.print_exc()
             row |= {"agrees": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
         results["rows"].append(row)

@@ -88,7 +88,10 @@ def classes_cost_little(results: Results) -> Judgement | None:
 
 
 def channels_last_is_as_fast(results: Results) -> Judgement | None:
-    """Judges whether channels-last models are as fast, as Trainer.build_model assumes on CUDA."""
+    """Judges whether channels-last models are as fast as contiguous ones.
+
+    Trainer.build_model assumes this on CUDA.
+    """
     whats = STEP, LARGE_STEP
     rows = [row for what in whats for row in rows_of(results, what=what, classes=80)]
     ratios = [x["ours_ms"] / x["contiguous_ms"] for x in rows if "contiguous_ms" in x]
@@ -134,7 +137,7 @@ def waits_are_fewer(results: Results) -> Judgement | None:
 
 
 def no_variant_is_faster(results: Results) -> Judgement | None:
-    """Judges the constants of the kernel by the time of both passes; 5% counts as noise."""
+    """Compares the kernel with its variants by the time of both passes; 5% counts as noise."""
     best: tuple[float, str] | None = None
     for mine in rows_of(results, variant="as it is"):
         for other in rows_of(results, type=mine["type"], P=mine["P"]):
