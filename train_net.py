@@ -12,11 +12,12 @@ EXAMPLES = """
 Examples:
   Train on the embedded data set, on a GPU if there is one:
     python train_net.py --config-file configs/shapes/mask_rcnn_shapes.yaml
-  Train on COCO with 8 GPUs, in either way:
+  Train on COCO with 8 GPUs (either command):
     python train_net.py --num-gpus 8 --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
     torchrun --nproc-per-node 8 train_net.py --config-file configs/coco/mask_rcnn_R_50_FPN_1x.yaml
-  Continue after an interruption; evaluate weights (.pth, .pkl or .safetensors):
+  Continue after an interruption:
     python train_net.py --resume --config-file ... OUTPUT_DIR output/run1
+  Evaluate weights (.pth, .pkl or .safetensors):
     python train_net.py --eval-only --config-file ... MODEL.WEIGHTS output/run1/model_final.pth
 Any config key may follow the flags: SOLVER.BASE_LR 0.005 SOLVER.MAX_ITER 20000
 Results are in OUTPUT_DIR: log.txt, metrics.json, TensorBoard events, model_final.pth, inference/
@@ -34,11 +35,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
     port = 2**15 + 2**14 + hash(os.getuid()) % 2**14  # as in detectron2: one for each user
     url = f"tcp://127.0.0.1:{port}"
-    parser.add_argument("--dist-url", default=url, help="tcp://host:port of machine 0, if several")
+    parser.add_argument("--dist-url", default=url, help="tcp://host:port of the first machine")
 
 
 def add_code(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--import``; ``config_imports.import_options`` takes its values, ``imports``."""
+    """Adds ``--import``, whose values are in ``imports``; see config_imports.import_options."""
     code: dict[str, Any] = {"dest": "imports", "action": "append", "default": [], "metavar": "CODE"}
     parser.add_argument("--import", **code, help="your module or .py file to run; repeatable")
 
@@ -58,7 +59,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Imported once the flags are read: --help needs no PyTorch, which takes seconds.
+    # Imported after the flags are parsed, so that --help does not import PyTorch, which is slow.
     from mask_head_plugin import ConfigError
     from mask_head_plugin.engine import TrainingError, launch
     from mask_head_plugin.engine.run import set_up, train_or_evaluate

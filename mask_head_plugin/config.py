@@ -1,4 +1,4 @@
-"""The plugin's config keys, and a reader for config files that explains errors."""
+"""Defines the plugin's config keys, and reads config files with helpful error messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .messages import nearest_name, one_line
 DEFAULT_LOSSES = (("binary_cross_entropy", 1.0),)
 
 PACKAGED = Path(__file__).parent / "configs"
-"""The configs that come with the package, whether it is installed or used from its repository."""
+"""Folder of the configs that are part of the package."""
 
 _ADDRESS = re.compile(r"\w[\w+.-]*://.*")
 
@@ -32,129 +32,145 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     Args:
         cfg: a config from ``detectron2.config.get_cfg()``; changed in place.
     """
-    # Form of ``instances.pred_masks`` after inference: "bitmask", detectron2's (N, H, W) tensor, or
-    # "rle", run lengths, which requires META_ARCHITECTURE MaskRCNN.
+    # Form of ``instances.pred_masks`` after inference. "bitmask" is detectron2's (N, H, W) tensor.
+    # "rle" is an RLEMasks of run lengths; it requires MODEL.META_ARCHITECTURE MaskRCNN.
     cfg.MODEL.MASK_OUTPUT = "bitmask"
 
-    # Whether weights that do not fit the model are an error. If False, weights that fit are loaded
-    # and the others are logged. --resume always requires weights that fit.
+    # Whether a run stops if its weights do not fit the model. If False, the run loads the weights
+    # that fit and lists the others in the log. With --resume, all weights must fit in any case.
     cfg.MODEL.WEIGHTS_STRICT = True
 
-    # For build_timm_fpn_backbone, a timm model with a feature pyramid on top; docs/backbones.md.
+    # Options of build_timm_backbone and build_timm_fpn_backbone; see docs/backbones.md.
     timm = cfg.MODEL.TIMM = CfgNode()
     timm.NAME = "convnext_tiny"  # the model's name in timm
-    timm.CHECKPOINT = ""  # weights with timm's names (safetensors, torch) if MODEL.WEIGHTS is empty
-    timm.PRETRAINED = False  # if both are empty: weights from timm's hub instead of random ones
-    timm.OUT_INDICES = []  # maps to use, as timm numbers them; [] uses all of stride 4 and above
-    timm.DROP_PATH_RATE = 0.0  # stochastic depth (arXiv 1603.09382), if the model supports it
+    # Initial weights of the backbone: a safetensors or torch file that uses timm's names. Read only
+    # if MODEL.WEIGHTS is empty.
+    timm.CHECKPOINT = ""
+    # Whether the backbone starts from the weights in timm's hub instead of random ones. Has an
+    # effect only if MODEL.WEIGHTS and MODEL.TIMM.CHECKPOINT are empty.
+    timm.PRETRAINED = False
+    timm.OUT_INDICES = []  # timm's numbers of the maps to use; [] uses all of stride 4 and above
+    timm.DROP_PATH_RATE = 0.0  # rate of stochastic depth (arXiv 1603.09382); not all models have it
     timm.NORM = ""  # "" keeps the model's batch norms; "FrozenBN" or "SyncBN" replaces them
 
-    # How the samples in a bin are combined: "mean" (as in the paper) or "max" (its Table 2c).
+    # How RoI pooling combines the samples in a bin: "mean", as in the Mask R-CNN paper, or "max",
+    # which the paper compares with the mean in Table 2c.
     cfg.MODEL.ROI_BOX_HEAD.POOLER_REDUCTION = "mean"
     cfg.MODEL.ROI_MASK_HEAD.POOLER_REDUCTION = "mean"
 
-    # Terms of the mask loss: [name in MASK_LOSS_REGISTRY, weight], or [name, weight, iterations
-    # over which the weight grows from 0]. The default is the loss of Mask R-CNN section 3: average
-    # binary cross-entropy on the mask of the ground-truth class.
+    # Terms of the mask loss. Each is [name, weight] or [name, weight, ramp_iters]; the names are
+    # those in MASK_LOSS_REGISTRY, and the weight grows from 0 over ramp_iters iterations. The
+    # default is the loss of Mask R-CNN, section 3: the average binary cross-entropy on the mask of
+    # the ground-truth class.
     cfg.MODEL.ROI_MASK_HEAD.LOSSES = [list(term) for term in DEFAULT_LOSSES]
-    cfg.MODEL.ROI_MASK_HEAD.LOSS_WEIGHT = 1.0  # factor of the sum of LOSSES
+    cfg.MODEL.ROI_MASK_HEAD.LOSS_WEIGHT = 1.0  # factor that multiplies the sum of LOSSES
 
-    # Parameters of the losses; docs/mask_losses.md. You can add sections for your own losses.
+    # Parameters of the losses; see docs/mask_losses.md. You can add sections for your own losses.
     params = cfg.MODEL.ROI_MASK_HEAD.LOSS_PARAMS = CfgNode(new_allowed=True)
     params.DICE = CfgNode({"EPS": 1.0})  # smoothing of dice, in pixels
     focal = params.FOCAL = CfgNode()
-    focal.GAMMA = 2.0  # how strongly well-classified pixels are down-weighted (arXiv 1708.02002)
-    focal.ALPHA = 0.25  # weight of object pixels; others weigh 1 - ALPHA; -1 turns weights off
+    focal.GAMMA = 2.0  # how strongly focal down-weights well-classified pixels (arXiv 1708.02002)
+    # Weight of the object's pixels in focal. All other pixels have the weight 1 - ALPHA. With -1,
+    # all pixels have the weight 1.
+    focal.ALPHA = 0.25
     tversky = params.TVERSKY = CfgNode()
-    tversky.ALPHA = 0.3  # weight of false positive pixels (arXiv 1706.05721)
-    tversky.BETA = 0.7  # weight of false negative pixels
+    tversky.ALPHA = 0.3  # weight of false positive pixels in tversky (arXiv 1706.05721)
+    tversky.BETA = 0.7  # weight of false negative pixels in tversky
     tversky.EPS = 1.0  # smoothing of tversky, in pixels
     params.SOFT_IOU = CfgNode({"EPS": 1.0})  # smoothing of soft_iou, in pixels
 
-    cfg.MODEL.ROI_MASK_HEAD.NUM_FC = 2  # hidden layers of MLPMaskHead (Table 2e has two or three)
-    cfg.MODEL.ROI_MASK_HEAD.FC_DIM = 1024  # units of each hidden layer of MLPMaskHead
+    # Number of hidden layers of MLPMaskHead (two or three in Table 2e of the Mask R-CNN paper).
+    cfg.MODEL.ROI_MASK_HEAD.NUM_FC = 2
+    cfg.MODEL.ROI_MASK_HEAD.FC_DIM = 1024  # units in each hidden layer of MLPMaskHead
 
-    # Mask scoring (Mask Scoring R-CNN, arXiv 1903.00241): a second network predicts the IoU of each
-    # mask, and masks are ranked by class score times IoU. Works for COCO and LVIS without TEST.AUG.
+    # Mask scoring (Mask Scoring R-CNN, arXiv 1903.00241): an additional small network predicts the
+    # IoU of each mask, and masks are ranked by class score times IoU. Supported for data sets in
+    # COCO or LVIS format, without test-time augmentation (TEST.AUG).
     scoring = cfg.MODEL.ROI_MASK_HEAD.SCORING = CfgNode()
     scoring.ENABLED = False
-    scoring.LOSS_WEIGHT = 1.0  # weight of the loss of mask scoring
-    scoring.CONV_DIM = 256  # channels of mask scoring's four convolutions
-    scoring.FC_DIM = 1024  # units of mask scoring's two hidden linear layers
+    scoring.LOSS_WEIGHT = 1.0  # weight of the mask scoring loss
+    scoring.CONV_DIM = 256  # channels of the four convolutions that predict the IoU
+    scoring.FC_DIM = 1024  # units in each of the two hidden linear layers that predict the IoU
 
-    # "SGD" or "AdamW"; docs/recipes.md explains which to use.
+    # The optimizer: "SGD" or "AdamW". docs/recipes.md explains which one to use.
     cfg.SOLVER.OPTIMIZER = "SGD"
-    cfg.SOLVER.BETAS = [0.9, 0.999]  # AdamW's two decay rates
+    # The two betas of AdamW: the decay rates of its averages of gradients and squared gradients.
+    cfg.SOLVER.BETAS = [0.9, 0.999]
 
-    # [name, factor] pairs that scale the learning rate of a module or parameter. If several names
-    # match, the longest applies.
+    # [name, factor] pairs. Each multiplies the learning rate of the module or parameter with this
+    # name. If several names match a parameter, the longest one applies.
     cfg.SOLVER.LR_FACTORS = []
 
-    # Learning rate of the backbone's last layer relative to the base rate. The layer before it uses
-    # the square of this factor, and so on (arXiv 2106.08254). modeling/backbone_layers.py defines
-    # the layers.
+    # Learning rate of the backbone's last layer, as a factor of the base rate. The layer before the
+    # last uses the square of this factor, the one before that its cube, and so on (arXiv
+    # 2106.08254). modeling/backbone_layers.py defines what a layer is.
     cfg.SOLVER.LAYER_DECAY = 1.0
 
-    # Number of parts into which a process splits its share of IMS_PER_BATCH for each update.
+    # Number of parts into which each process splits its share of a batch. The parts are computed
+    # one after the other, and their gradients are added up for one update.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
 
-    # Above 0, evaluates and saves an exponential moving average of the weights instead of the
-    # weights. The value is the share of the average that each iteration keeps.
+    # If above 0, a run also averages its weights over the iterations, and evaluates and saves this
+    # exponential moving average instead of the latest weights. The value is the share of the
+    # previous average in the new one.
     cfg.SOLVER.EMA_DECAY = 0.0
 
-    # Large-scale jitter of training images (Simple Copy-Paste, arXiv 2012.07177, section 3) instead
-    # of INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN and CROP.
+    # Large-scale jitter of training images (Simple Copy-Paste, arXiv 2012.07177, section 3). It
+    # replaces INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN and CROP.
     lsj = cfg.INPUT.LSJ = CfgNode()
     lsj.ENABLED = False
-    lsj.IMAGE_SIZE = 1024  # side in pixels of the square that each image is turned into
-    lsj.MIN_SCALE = 0.1  # smallest scale; 1 fits the image into the square
-    lsj.MAX_SCALE = 2.0  # largest scale, in the same unit
+    # Side in pixels of the square images that large-scale jitter returns.
+    lsj.IMAGE_SIZE = 1024
+    # Smallest scale of large-scale jitter. At scale 1, the image just fits into the square.
+    lsj.MIN_SCALE = 0.1
+    # Largest scale of large-scale jitter. At scale 1, the image just fits into the square.
+    lsj.MAX_SCALE = 2.0
 
     # Share of training images onto which objects from another image are pasted (arXiv 2012.07177);
-    # docs/recipes.md.
+    # see docs/recipes.md.
     cfg.INPUT.COPY_PASTE = CfgNode({"PROBABILITY": 0.0})
 
-    # Number of newest model_<iteration>.pth files to keep; 0 keeps all.
+    # Number of model_<iteration>.pth files to keep. Older ones are deleted; 0 keeps all.
     cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
 
-    # An evaluation metric, such as "segm/AP". The weights with its best value are kept as
+    # An evaluation metric, such as "segm/AP". The weights for which it is best are kept as
     # model_best.pth. Requires TEST.EVAL_PERIOD. For the losses of TEST.EVAL_LOSS, such as
-    # "validation/total_loss", lower is better. "" keeps no best weights.
+    # "validation/total_loss", the lowest value is best. With "", no model_best.pth is written.
     cfg.SOLVER.CHECKPOINT_BEST_METRIC = ""
 
-    # Ends a run after PATIENCE evaluations in a row without a new best value of METRIC. "" never
-    # ends a run early. Takes the same metrics as CHECKPOINT_BEST_METRIC.
+    # A run ends early after PATIENCE evaluations in a row without a new best value of METRIC.
+    # METRIC can be any metric that CHECKPOINT_BEST_METRIC accepts. If it is "", no run ends early.
     cfg.SOLVER.EARLY_STOPPING = CfgNode({"METRIC": "", "PATIENCE": 5})
 
-    # Whether evaluation also computes the losses on DATASETS.TEST, averaged over images:
-    # validation/total_loss, validation/loss_mask and so on; see engine/validation_loss.py.
+    # Whether an evaluation also computes the training losses on DATASETS.TEST, averaged over
+    # images: validation/total_loss, validation/loss_mask and so on. See engine/validation_loss.py.
     cfg.TEST.EVAL_LOSS = False
 
-    # Above 0, evaluation adds the metrics of semantic segmentation for maps drawn from detections
-    # with at least this score (see evaluation/semantic.py). 0 omits these metrics.
+    # If above 0, an evaluation also draws the detections with at least this score into semantic
+    # maps, and reports the metrics of semantic segmentation. See evaluation/semantic.py.
     cfg.TEST.SEMANTIC_THRESHOLD = 0.0
 
-    # Your data sets in COCO instances format: ["name", "annotations.json", "images/"]. Paths are
-    # relative to the current folder or, if nothing is found there, to $DETECTRON2_DATASETS. Use the
-    # names in DATASETS.TRAIN and DATASETS.TEST.
+    # Your data sets in COCO instances format: ["name", "annotations.json", "images/"] for each.
+    # Paths are relative to the current folder or, if nothing is found there, to
+    # $DETECTRON2_DATASETS. DATASETS.TRAIN and DATASETS.TEST can then contain these names.
     cfg.DATASETS.COCO_FILES = []
 
-    # Your code that registers the names used in the config: modules, and .py files (searched in the
-    # folder of this file, then in the current folder). Runs before anything is built;
-    # docs/your_own_code.md explains which files may import code.
+    # Your modules and .py files to run before anything is built, for example to register the names
+    # used in the config. A .py file is looked for in the config file's folder, then in the current
+    # folder. docs/your_own_code.md explains which config files may import code.
     cfg.IMPORTS = []
 
-    # What to do with faults in annotation files and images: "error" checks before training and
-    # stops if there are any, "warn" only reports them, "off" skips the check.
+    # What to do about errors in annotation files and images. "error" checks the data sets before
+    # training and stops if it finds errors, "warn" only reports them, and "off" skips the check.
     cfg.DATASETS.CHECK = "error"
 
 
 def load_config(
     config_file: str = "", opts: Sequence[str] = (), *, is_named: bool = True
 ) -> CfgNode:
-    """Returns the config of ``read_config``, adapted to this machine.
+    """Reads a config like ``read_config``, and adapts it to this machine.
 
-    If MODEL.DEVICE is CUDA but no CUDA device is available, changes it to ``cpu`` and logs a
+    If MODEL.DEVICE is a CUDA device but none is available, changes it to ``cpu`` and logs a
     warning.
     """
     cfg = read_config(config_file, opts, is_named=is_named)
@@ -165,7 +181,7 @@ def load_config(
 
 
 def find_config_file(name: str) -> str:
-    """Returns the path of a config file: your own or, failing that, one included in the package.
+    """Returns the path of an existing config file or, if there is none, of one in the package.
 
     Args:
         name: a path, or the name of a file below ``configs/`` such as
@@ -181,13 +197,14 @@ def read_config(
 ) -> CfgNode:
     """Returns detectron2's and the plugin's defaults, overridden by a file and then by options.
 
-    No code runs, not even IMPORTS (see ``user_code.import_modules``). IMPORTS from the file and the
-    options are combined, and their files become absolute paths. A ``_BASE_`` may come from someone
-    else, so its imports are an error unless the file or the options also list them.
+    This function runs no code: ``user_code.import_modules`` later imports the IMPORTS. The IMPORTS
+    of the file and of the options are combined, and paths of files become absolute. A ``_BASE_``
+    may come from someone else, so its IMPORTS are an error unless the file or the options also list
+    them.
 
     Args:
-        config_file: a YAML file, as for ``find_config_file``; it may have a ``_BASE_``. Unsafe YAML
-            tags are refused, and so is a ``_BASE_`` on another machine.
+        config_file: a path or name, see ``find_config_file``. The file may have a ``_BASE_`` on
+            this machine. Unsafe YAML tags are refused.
         opts: "KEY VALUE" pairs in one flat list, as after the flags of ``train_net.py``.
         is_named: whether the user named this file. If not, its IMPORTS are treated like those of a
             ``_BASE_``.
@@ -196,8 +213,8 @@ def read_config(
         A config that is not frozen.
 
     Raises:
-        ConfigError: if the file does not exist or is not YAML, or a key does not exist or has the
-            wrong type. The message suggests the nearest existing key.
+        ConfigError: if the file does not exist or is not YAML, or if a key does not exist or has a
+            value of the wrong type. For an unknown key, the message suggests the nearest one.
     """
     config_file = find_config_file(config_file)
     cfg = get_cfg()
@@ -218,11 +235,11 @@ def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> Non
 
     Args:
         cfg: changed in place.
-        overrides: the content of a YAML section; None counts as empty.
+        overrides: the content of a YAML section; an empty section may be None.
         source: where the values come from, for error messages.
 
     Raises:
-        ConfigError: if a key does not exist or has the wrong type.
+        ConfigError: if a key does not exist or its value has the wrong type.
     """
     if "IMPORTS" in (overrides or {}):
         raise ConfigError(f"{source}: IMPORTS belongs at the top of the file, for all variants")
@@ -243,23 +260,24 @@ def _check_values(cfg: CfgNode, source: str) -> None:
     for key in _keys(cfg):
         if _value(cfg, key) is None and key in known and _value(defaults, key) is not None:
             default = _value(defaults, key)
-            raise ConfigError(f"{source}: {key} has no value; default {default!r}")
+            raise ConfigError(f"{source}: {key} has no value; its default is {default!r}")
 
 
 def _refuse_what_is_no_file(config_file: str) -> None:
     if _ADDRESS.search(config_file):
         raise ConfigError(
-            f"config file {config_file} is on another machine; download it, review it, and name "
-            "your copy"
+            f"config file {config_file} is on another machine; download it, review it, and pass "
+            "the path of your copy"
         )
     if config_file.endswith(".py"):
         raise ConfigError(
-            f"config file {config_file} is Python code, which would run; name a YAML file "
-            f"(LazyConfig files are for tools/lazyconfig_train_net.py)"
+            f"config file {config_file} is Python code, and reading it would run it; use a YAML "
+            "file (tools/lazyconfig_train_net.py reads LazyConfig files)"
         )
 
 
 MOST_VALUES = 100_000
+"""Largest number of values in a config file after its aliases are expanded."""
 
 
 class _LocalBases(CfgNode):
@@ -267,19 +285,19 @@ class _LocalBases(CfgNode):
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
-        # If fvcore mistook the address for a path, a folder precedes it.
+        # Searched for, because fvcore puts a folder before an address that it takes for a path.
         address = _ADDRESS.search(filename)
         if address:
             raise OSError(
-                f"{address[0]} is on another machine; download it, review it, and name your copy"
+                f"{address[0]} is on another machine; download it, review it, and use your copy"
             )
         if (
             _written_out(yaml.compose(Path(filename).read_bytes(), yaml.SafeLoader), {})
             > MOST_VALUES
         ):
             raise OSError(
-                f"its aliases (*name) expand to more than {MOST_VALUES} values, which could fill "
-                "the memory; write the values out"
+                f"its YAML aliases (*name) expand to more than {MOST_VALUES} values, which could "
+                "exhaust the memory; use fewer aliases"
             )
         return Path(filename).open(encoding="utf-8")
 
@@ -289,7 +307,7 @@ def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
-        known[id(node)] = math.inf  # for a node that contains itself
+        known[id(node)] = math.inf  # the size of a node that contains itself
         parts = itertools.chain.from_iterable(
             part if isinstance(part, tuple) else (part,) for part in node.value
         )
@@ -298,14 +316,15 @@ def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
 
 
 def _merge_file(cfg: CfgNode, config_file: str) -> dict[str, list[str]]:
-    """Merges a file and its bases; returns the modules that each of them imports."""
+    """Merges a config file and its bases into a config; returns the IMPORTS of each file."""
     wanted: dict[str, list[str]] = {}
 
     class Reader(_LocalBases):
         @classmethod
         def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
             content: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe)
-            entries = content.pop("IMPORTS", None) or []  # already popped from the bases
+            # The bases were read first, by a recursive call that removed their IMPORTS.
+            entries = content.pop("IMPORTS", None) or []
             wanted[filename] = resolve_imports(entries, filename, Path(filename).parent)
             return content
 
@@ -338,7 +357,7 @@ def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
     """Merges "KEY VALUE" pairs in one flat list into a config.
 
     Raises:
-        ConfigError: if a key does not exist or has the wrong type, or a pair is not complete.
+        ConfigError: if a key does not exist, a value has the wrong type, or a value is missing.
     """
     flags = [text for text in opts if text.startswith("--")]
     if flags:
@@ -358,7 +377,7 @@ def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
 
 
 def _explain(cfg: CfgNode, error: Exception) -> str:
-    """Rephrases an error from yacs."""
+    """Rephrases an error message from yacs for users."""
     message = one_line(error)
     unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
     if unknown:

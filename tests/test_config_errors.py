@@ -43,7 +43,7 @@ def write(tmp_path, text, name="x.yaml"):
         ("_BASE_: nowhere.yaml\n", "_BASE_ .*nowhere.yaml does not exist"),
         ("_BASE_: x.yaml\n", "is its own _BASE_"),
         ("_BASE_: .\n", "or its _BASE_: .*directory"),
-        ("OUTPUT_DIR:\n", "OUTPUT_DIR has no value; default './output'"),
+        ("OUTPUT_DIR:\n", "OUTPUT_DIR has no value; its default is './output'"),
     ],
 )
 def test_errors_in_config_files_are_explained_in_one_line(tmp_path, text, message):

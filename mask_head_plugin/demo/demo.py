@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class EagerModel:
-    """A model that detectron2 runs, with its class names."""
+    """A model that runs in detectron2, with its class names."""
 
     def __init__(
         self, cfg: CfgNode, confidence_threshold: float, thresholds: Sequence[str] = ()
@@ -40,12 +40,12 @@ class EagerModel:
 
         Args:
             cfg: a config from ``demo_config``.
-            confidence_threshold: threshold for classes that are not in ``thresholds``.
+            confidence_threshold: score that detections of all other classes must exceed.
             thresholds: "NAME=SCORE" for classes with a different threshold.
 
         Raises:
-            ConfigError: if the weights cannot be read or do not fill the model, or ``thresholds``
-                are malformed or name a class that the model lacks.
+            ConfigError: if the weights cannot be read or do not fill the model, or if
+                ``thresholds`` are malformed or name a class that the model does not have.
         """
         self.predictor = load_predictor(cfg)
         names = self.predictor.metadata.get("thing_classes")
@@ -60,9 +60,9 @@ class EagerModel:
     def _find(self, image: ByteArray) -> Detections:
         output = self.predictor(image)
         if "instances" not in output:
-            raise ConfigError(f"the model returns only {sorted(output)}, but no instances")
+            raise ConfigError(f"the model returns no instances, but only {sorted(output)}")
         instances = output["instances"].to("cpu")
-        if self._least is not None:  # the model itself applies only the lowest threshold
+        if self._least is not None:  # the model has already applied the lowest threshold
             instances = instances[instances.scores > self._least[instances.pred_classes]]
         return Detections(
             instances.pred_classes.tolist(),
@@ -94,7 +94,7 @@ def run_demo(
         config_file: a YAML file.
         opts: "KEY VALUE" pairs in one flat list.
         inputs: images, videos, folders of these, and patterns such as ``photos/*.jpg``.
-        output: a folder, created if missing. Nothing in it is overwritten.
+        output: folder for the results, created if it does not exist. No file is overwritten.
         confidence_threshold: score that detections must exceed, from 0 to 1.
         thresholds: "NAME=SCORE" for classes with a different threshold.
         semantic: whether to write semantic maps as well.
@@ -136,24 +136,24 @@ def demo_config(
 
 
 def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
-    """Returns names and category ids of a model's classes; numbers replace unknown names.
+    """Returns names and category ids of a model's classes. Numbers replace unknown names.
 
-    Classes get the ids that classes of the same name have in the first data set in DATASETS.TEST,
-    or else in TRAIN. Classes that the data set lacks get new, higher ids. The annotation files of
-    DATASETS.COCO_FILES do not have to be on this machine.
+    Classes get the ids that classes of the same name have in the first data set in DATASETS.TEST
+    or, failing that, in TRAIN. Classes that this data set does not have get new, higher ids. The
+    annotation files of DATASETS.COCO_FILES do not have to be on this machine.
 
     Args:
         cfg: the model's config.
-        names: names of its K classes, in the order of its output rows; None if unknown.
+        names: names of the model's K classes, in the order of its output rows; None if unknown.
     """
     id_of, unknown = _category_ids(cfg)
     if names is None:
         count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         logger.warning(
-            "classes are shown as numbers: the weights have no class names, and no data set has %d "
-            "classes: %s",
+            "classes are shown as numbers, because the weights have no class names, and no data "
+            "set has %d classes: %s",
             count,
-            unknown or f"{listed(list(id_of))} are {len(id_of)}",
+            unknown or f"the data set has {len(id_of)}, {listed(list(id_of))}",
         )
         numbers = range(1, count + 1)
         return Categories([str(k) for k in numbers], list(numbers))
@@ -169,7 +169,7 @@ def model_categories(cfg: CfgNode, names: Sequence[str] | None) -> Categories:
 
 
 def _category_ids(cfg: CfgNode) -> tuple[dict[str, int], str]:
-    """Returns the category id of each class in a data set, or the reason why there are none."""
+    """Returns the category ids of a data set by class name, or the reason why it has none."""
     unknown = []
     for name in (*cfg.DATASETS.TEST[:1], *cfg.DATASETS.TRAIN[:1]):
         try:
@@ -179,5 +179,5 @@ def _category_ids(cfg: CfgNode) -> tuple[dict[str, int], str]:
             continue
         if categories is not None:
             return {category: i for i, category in categories.items()}, ""
-        unknown.append(f"data set {name!r} is not known")
+        unknown.append(f"data set {name!r} is unknown")
     return {}, "; ".join(dict.fromkeys(unknown)) or "DATASETS is empty"

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["image", "video"]
 
-# Includes formats that cannot be read here, so that such files are reported instead of skipped.
+# Includes formats that this module cannot read, so that such files are reported, not skipped.
 IMAGE_SUFFIXES = {
     *(".apng", ".avif", ".bmp", ".cr2", ".cr3", ".arw", ".dcm", ".dib", ".dng", ".exr", ".gif"),
     *(".hdr", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx"),
@@ -39,7 +39,7 @@ VIDEO_SUFFIXES = {
     *(".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogg"),
     *(".ogv", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
 }
-# First bytes of files. The suffix decides only if these are unknown.
+# First bytes of files. The suffix of a file decides only if its first bytes match neither pattern.
 IMAGE_START = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0{4}|P[1-6]\s+[\d#]|II[*+]\0|MM\0[*+]"
     rb"|RIFF.{4}WEBP|.{4}ftyp(avi[fs]|he[iv][cxms]|mif1|msf1)|\0{3}\x0c(jP  |JXL )"
@@ -51,13 +51,14 @@ VIDEO_START = re.compile(
     re.DOTALL,
 )
 START_LENGTH = 189
-# Formats that OpenCV can always write. Overlays of other inputs are .png, .mp4 or .avi.
+# Formats that OpenCV can always write. Overlays of inputs in other formats are .png, .mp4 or .avi.
 WRITTEN_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
 DEFAULT_FPS = 25.0
 STEADY = 1.5
-"""Largest ratio of the longest to the shortest interval between frames that counts as steady;
-it is above 1 because timestamps are rounded."""
+"""Frames count as steady if the longest interval between them is at most this many times the
+shortest one. The limit is above 1 because timestamps are rounded.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ class Source:
 
 
 class LeftOutError(Exception):
-    """The reason why an input has no result, or only a partial one."""
+    """An input has no result or only a partial one. The message is the reason."""
 
 
 def find_sources(inputs: Iterable[str]) -> list[Source]:
-    """Returns the images and videos of --input, each once, with unique names for overlays.
+    """Returns the images and videos of --input, without repetitions and with unique overlay names.
 
     In a folder, images and videos are recognised by their suffix or their first bytes. Subfolders
     are not searched.
@@ -85,11 +86,11 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
     paths = {path.resolve(): path for given in inputs for path in _files_of(given)}
     sources, taken = [], set()
     for path in paths.values():
-        # An unrecognised file is treated as an image; reading it then reports what is wrong.
+        # An unrecognised file is treated as an image, so that reading it reports what is wrong.
         is_video = kind_of(path) == "video"
         stem, number = path.stem, 1
-        # Names must be unique without suffixes, because all semantic maps are .png, and in lower
-        # case, for file systems that ignore case.
+        # Names must be unique even without suffixes, because all semantic maps are .png, and in
+        # lower case, because some file systems ignore case.
         while stem.lower() in taken:
             number += 1
             stem = f"{path.stem}_{number}"
@@ -99,7 +100,10 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """Returns the kind of a file by its first bytes or else its suffix; None if it is unknown."""
+    """Returns the kind of a file according to its first bytes or, failing that, its suffix.
+
+    Returns None if the kind is unknown.
+    """
     with contextlib.suppress(OSError):
         if path.is_file():  # reading a pipe might never end
             with path.open("rb") as file:
@@ -130,7 +134,7 @@ class Frames:
     """The frames of a video.
 
     Attributes:
-        fps: frames per second, from the header; DEFAULT_FPS if the header has no valid number.
+        fps: frames per second according to the header, or DEFAULT_FPS if that is not valid.
         is_steady: whether all intervals between frames are about the same; True until all frames
             have been read.
     """
@@ -143,8 +147,8 @@ class Frames:
         """Yields (H, W, 3) BGR frames.
 
         Raises:
-            LeftOutError: if no frame can be decoded, or, after the last frame, if more than a
-                second is missing compared with the header (less can be rounding).
+            LeftOutError: if no frame can be decoded. Also after the last frame if the video is more
+                than a second shorter than its header says; a smaller difference can be rounding.
         """
         video = _open_video(self._path)
         try:
@@ -168,7 +172,7 @@ class Frames:
 
 
 def num_frames(source: Source) -> int:
-    """Returns the number of images in a source; for a video, according to its header."""
+    """Returns the number of images in a source. For a video, this is the number in its header."""
     if not source.is_video:
         return 1
     video = _open_video(source.path)
@@ -190,7 +194,7 @@ def open_writer(path: Path, frame: ByteArray, fps: float) -> cv2.VideoWriter:
     backend = cv2.CAP_OPENCV_MJPEG if _is_odd(width, height) else cv2.CAP_ANY
     writer = cv2.VideoWriter(str(path), backend, codec, fps, (width, height))
     if not writer.isOpened():
-        raise OSError(f"OpenCV cannot write {path}, a video of {width} x {height}")
+        raise OSError(f"OpenCV cannot write {path}, a video of {width} x {height} pixels")
     return writer
 
 
@@ -198,7 +202,7 @@ def _files_of(given: str) -> list[Path]:
     path = Path(given).expanduser()
     if path.is_dir():
         visible = sorted(x for x in path.iterdir() if not x.name.startswith("."))
-        # A broken link is not a folder, and is reported as unreadable.
+        # A broken link counts as a file, so that it is reported as unreadable.
         files = [x for x in visible if not x.is_dir() and kind_of(x) is not None]
         if not files:
             raise ConfigError(
@@ -207,8 +211,8 @@ def _files_of(given: str) -> list[Path]:
             )
         if any(x.is_dir() for x in visible):
             logger.warning(
-                "--input: subfolders of %s are skipped; a pattern such as '%s/**/*.jpg' includes "
-                "them",
+                "--input: subfolders of %s are skipped; to include them, use a pattern such as "
+                "'%s/**/*.jpg'",
                 path,
                 path,
             )
@@ -228,7 +232,7 @@ def _files_of(given: str) -> list[Path]:
 
 
 def _overlay_suffix(path: Path, is_video: bool) -> str:
-    """Returns the input's own suffix if OpenCV can write this format and size, else another one."""
+    """Returns the input's suffix if OpenCV can write this format and size, or else another one."""
     suffix = path.suffix.lower()
     if not is_video:
         return path.suffix if suffix in WRITTEN_IMAGES else ".png"
@@ -250,7 +254,7 @@ def _is_odd(width: int, height: int) -> bool:
 
 
 def _open_video(path: Path) -> cv2.VideoCapture:
-    # Silenced because problems with a file are reported here, once.
+    # Silenced because this module reports problems with a file.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     # OpenCV 4.8 has one of these functions, OpenCV 5 the other.
     set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel

@@ -1,6 +1,6 @@
-"""Runs any model on images and videos, and writes pictures and JSON.
+"""Runs a model on images and videos, and writes pictures and JSON.
 
-This module needs neither detectron2 nor PyTorch.
+Neither detectron2 nor PyTorch is needed.
 
 Shape alphabet: H, W image height and width in pixels; N detections of an image.
 """
@@ -43,12 +43,12 @@ class Model(Protocol):
         """Returns the detections in each (H, W, 3) BGR image of a batch.
 
         Raises:
-            ConfigError: if this kind of model never returns instances. After any other error, only
-                the image is skipped.
+            ConfigError: if the model does not return instances, so that the run must end. After any
+                other error, only the image is skipped.
         """
 
     def longest_side(self, image_hw: tuple[int, int]) -> int | None:
-        """Returns INPUT.MAX_SIZE_TEST if an image is too large to keep its size; otherwise None."""
+        """Returns INPUT.MAX_SIZE_TEST if an image is so large that it is scaled down, or None."""
 
 
 class _Item(NamedTuple):
@@ -68,7 +68,7 @@ class ModelRun:
         """
         Args:
             model: the model to run.
-            output: the folder for results, created when the model runs; see check_output.
+            output: folder for the results, created by ``run``; see check_output.
             semantic: whether to write semantic maps as well.
             batch_size: number of images or frames passed to the model at a time.
         """
@@ -78,7 +78,7 @@ class ModelRun:
         self._scaled: set[Path] = set()  # inputs whose scaling has been logged
 
     def run(self, sources: Sequence[Source]) -> list[str]:
-        """Writes overlays, semantic maps and, even if interrupted, predictions.json.
+        """Writes overlays and semantic maps. Also writes predictions.json, even if interrupted.
 
         Returns:
             One line for each source without a complete result, with the reason.
@@ -174,8 +174,8 @@ class ModelRun:
         if longest is not None and item.source.path not in self._scaled:
             self._scaled.add(item.source.path)
             logger.warning(
-                "%s: its %d x %d pixels are scaled down to INPUT.MAX_SIZE_TEST %d, because memory "
-                "would run out at full size; cut it into tiles if objects are small",
+                "%s: its %d x %d pixels are scaled down to INPUT.MAX_SIZE_TEST %d, because "
+                "the full size could exhaust the memory; if objects are small, cut it into tiles",
                 item.source.path,
                 width,
                 height,
@@ -193,7 +193,11 @@ class ModelRun:
         return draw_instances(item.image, labels, colours, found.boxes, found.rles)
 
     def _write_semantic(self, name: str, item: _Item, found: Detections) -> None:
-        """Writes a PNG of class + 1, 0 for background; 16-bit if there are over 255 classes."""
+        """Writes the semantic map of an image as a PNG if semantic maps are wanted.
+
+        The value of a pixel is class + 1, or 0 for background. The PNG has 16 bits if there are
+        more than 255 classes.
+        """
         if not self.semantic:
             return
         values = instance_semantic_map(found, (item.image.shape[0], item.image.shape[1]))
@@ -222,10 +226,10 @@ def check_output(output: Path, sources: Iterable[Source], *, semantic: bool) -> 
 
 
 def instance_semantic_map(found: Detections, image_hw: tuple[int, int]) -> SemanticMap:
-    """Returns the (H, W) map of class + 1, 0 for background; the best detection is on top.
+    """Returns the (H, W) map of class + 1, or 0 for background. The best detection is on top.
 
     Args:
-        found: detections; masks are ranked by ``mask_scores`` if there are any.
+        found: the detections. If they have ``mask_scores``, these decide which one is best.
         image_hw: H, W.
     """
     scores = found.scores if found.mask_scores is None else found.mask_scores
@@ -233,7 +237,7 @@ def instance_semantic_map(found: Detections, image_hw: tuple[int, int]) -> Seman
 
 
 def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    """Yields items in lists; if a LeftOutError occurs, first yields the items before it."""
+    """Yields items in lists. Before it raises a LeftOutError, it yields all earlier items."""
     batch: list[_Item] = []
     try:
         for item in items:

@@ -1,4 +1,4 @@
-"""Converts detections to COCO records, and tracks objects from frame to frame in videos.
+"""Converts detections to COCO records, and recognises objects from frame to frame in videos.
 
 Shape alphabet: N detections of an image.
 """
@@ -28,9 +28,9 @@ class Detections:
     Attributes:
         classes: N class numbers, counted from 0.
         scores: N scores.
-        mask_scores: N mask scores for a model with mask scoring; otherwise None.
+        mask_scores: N mask scores if the model has mask scoring; otherwise None.
         boxes: (N, 4) XYXY in pixels.
-        rles: N masks with counts as text; None for a model without masks.
+        rles: N run lengths of masks, with counts as text; None if the model has no masks.
     """
 
     classes: list[int]
@@ -46,20 +46,20 @@ class Detections:
 
 @dataclass(frozen=True)
 class Categories:
-    """Name and id of each class. In semantic maps, class k is k + 1, and 0 is background."""
+    """Name and id of each class. In semantic maps, class k has the value k + 1; 0 is background."""
 
     names: list[str]
     ids: list[int]
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns COCO's ``categories``."""
+        """Returns the list for the ``categories`` of a COCO file."""
         pairs = enumerate(zip(self.ids, self.names, strict=True))
         return [{"id": i, "name": name, "semantic_value": k + 1} for k, (i, name) in pairs]
 
 
 @dataclass
 class Predictions:
-    """Collects detections for a COCO file."""
+    """Collects detections and writes them to a COCO file."""
 
     categories: Categories
     images: list[dict[str, Any]] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Predictions:
 
         Args:
             found: the detections.
-            image: ``file_name``, ``height`` and ``width``; for a video, also ``frame``.
+            image: ``file_name``, ``height`` and ``width``; for a frame of a video, also ``frame``.
         """
         image = {"id": len(self.images) + 1, **image}
         self.images.append(image)
@@ -110,8 +110,8 @@ class KnownObject:
     Attributes:
         number: number of its colour.
         category: class number.
-        shape: its last box [x, y, width, height] or run lengths.
-        missed: number of frames since it was last seen.
+        shape: its last mask as run lengths or, without masks, its last box [x, y, width, height].
+        missed: number of frames since it was last detected.
     """
 
     number: int
@@ -123,9 +123,9 @@ class KnownObject:
 class ColourKeeper:
     """Keeps the colour of an object from frame to frame.
 
-    Otherwise, colours would change whenever the order of the scores changes. An object is
-    recognised for up to FRAMES_REMEMBERED frames if it has the same class and overlaps its last
-    position.
+    Otherwise, colours would change whenever the order of the scores changes. A detection is the
+    same object as before if it has the same class and overlaps the object's last position. An
+    object is forgotten after FRAMES_REMEMBERED frames without a detection.
     """
 
     def __init__(self) -> None:
@@ -158,7 +158,10 @@ class ColourKeeper:
 def _class_iou(
     shapes: Any, classes: Sequence[int], known: Sequence[KnownObject]
 ) -> npt.NDArray[np.float64]:
-    """Returns the (N, len(known)) IoU of masks, or else of boxes; 0 if the classes differ."""
+    """Returns the (N, len(known)) IoU of masks or, without masks, of boxes.
+
+    The IoU is 0 if the classes differ.
+    """
     others: Any = [x.shape for x in known]
     if not isinstance(shapes, list):
         others = np.array(others)

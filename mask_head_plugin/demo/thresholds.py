@@ -19,12 +19,12 @@ def class_thresholds(
     """Returns the (K,) scores that detections of each class must exceed.
 
     Args:
-        class_names: the model's K classes.
+        class_names: names of the model's K classes.
         default: threshold of classes that ``by_class`` does not list.
         by_class: values of ``--class-thresholds``.
 
     Raises:
-        ConfigError: as in ``parsed_thresholds``, or if the model lacks a class that is named.
+        ConfigError: as in ``parsed_thresholds``, or if the model does not have a listed class.
     """
     given = parsed_thresholds(by_class)
     unknown = [name for name in given if name not in class_names]
@@ -37,7 +37,7 @@ def class_thresholds(
 
 
 def parsed_thresholds(by_class: Sequence[str]) -> dict[str, float]:
-    """Parses "NAME=SCORE" entries to scores by class name.
+    """Parses "NAME=SCORE" entries, and returns scores by class name.
 
     Args:
         by_class: "NAME=SCORE" entries with scores from 0 to 1.

@@ -1,4 +1,4 @@
 """Exports trained models, and runs exported models without PyTorch.
 
-Import from the modules directly, because the runtime must not load the exporter's dependencies.
+Import from the modules directly: the runtime must not load the dependencies of the exporter.
 """

@@ -1,6 +1,6 @@
 """Measures the accuracy of a quantised model: its AP and its agreement with the trained model.
 
-Quantisation changes every number, so comparing single numbers, as in ``parity``, is meaningless.
+Quantisation changes every number, so it makes no sense to compare single numbers as in ``parity``.
 
 Shape alphabet: R detections, M mask side.
 """
@@ -35,21 +35,22 @@ from .samples import Sample, read_sample, usable_dataset
 logger = logging.getLogger(__name__)
 
 MOST_AP_LOSS = 1.0
-"""Largest tolerated difference in box AP and mask AP, in points. With few images, a larger
+"""Largest tolerated difference in box AP and in mask AP, in points. With few images, a larger
 difference can be chance, so it is tolerated if its 95% interval includes 0.
 """
 
 LEAST_AGREEMENT = 0.9
-"""Lowest tolerated share of confident detections that both models have, and lowest tolerated mean
-IoU of the masks of such detections."""
+"""Lowest tolerated share of confident detections that both models have. This is also the lowest
+tolerated mean IoU of the masks of these detections.
+"""
 
 SURE = 0.5
-"""Score at or above which a detection is confident, so that the other model must also have it."""
+"""Lowest score of a confident detection, which the other model should therefore also have."""
 
 SIDES = ("trained", "exported")
 
 MOST_IMAGES = 200
-"""Most images of a data set to run both models on, spread evenly over the data set."""
+"""Largest number of images of a data set to run both models on, spread evenly over the data set."""
 
 
 @dataclass
@@ -59,12 +60,12 @@ class Accuracy:
     Attributes:
         counts: number of detections of the trained model in each image.
         mask_side: M, for models with masks.
-        num_sure: number of detections of either model with a score of at least SURE.
-        num_agreeing: number of these that the other model also has.
-        ious: IoU of the two masks of each detection that both models have.
-        dataset: data set on which AP was computed, with its number of images; None if AP was not
-            computed.
-        ap: AP by task, of the trained model (baseline) and of the exported one (value).
+        num_sure: number of confident detections (see SURE) of both models together.
+        num_agreeing: number of these detections that the other model also has.
+        ious: IoU of the two masks of each confident detection that both models have.
+        dataset: number of images and name of the data set on which AP was computed; None if AP was
+            not computed.
+        ap: AP of the trained model (baseline) and of the exported model (value), by task.
     """
 
     counts: list[int] = field(default_factory=list)
@@ -76,7 +77,7 @@ class Accuracy:
     ap: dict[str, PairedDifference] = field(default_factory=dict)
 
     def add(self, expected: Outputs, found: Outputs) -> None:
-        """Adds the comparison of the trained and the exported model's outputs for an image."""
+        """Compares the outputs of the trained and the exported model for an image."""
         self.counts.append(len(expected["scores"]))
         pairs = matched(expected, found)
         for outputs, rows in ((expected, pairs[:, 0]), (found, pairs[:, 1])):
@@ -93,7 +94,10 @@ class Accuracy:
 
     @property
     def agreement(self) -> dict[str, float]:
-        """The share of detections that agree (1 if there are none) and the mean IoU of masks."""
+        """The share of confident detections that both models have, and the mean IoU of their masks.
+
+        The share is 1 if there are no detections. The mean IoU is left out if there are no masks.
+        """
         shares = {"detections": self.num_agreeing / self.num_sure if self.num_sure else 1.0}
         return {**shares, **({"masks": float(np.mean(self.ious))} if self.ious else {})}
 
@@ -102,12 +106,12 @@ class Accuracy:
         """The differences beyond the tolerance, one line each."""
         lines = [
             f"{task} AP on {self.dataset} is {ap.value:.2f}, but the trained model's is "
-            f"{ap.baseline:.2f}; {MOST_AP_LOSS:g} point is tolerated"
+            f"{ap.baseline:.2f}; a difference of {MOST_AP_LOSS:g} point is tolerated"
             for task, ap in self.ap.items()
             if abs(ap.difference) > MOST_AP_LOSS and not ap.low <= 0 <= ap.high
         ]
         return lines + [
-            f"agreement of {name} is {share:.1%}, but must be at least {LEAST_AGREEMENT:.0%}"
+            f"the agreement of {name} is {share:.1%}, but must be at least {LEAST_AGREEMENT:.0%}"
             for name, share in self.agreement.items()
             if not share >= LEAST_AGREEMENT
         ]
@@ -138,7 +142,7 @@ def compare_accuracy(
         model: the trained model, in evaluation mode on the CPU.
         run: runs the exported model.
         samples: images; may be empty if there is a data set.
-        size: height and width to which the exported model pads images, or None.
+        size: height and width to which the exported model pads images; None if it does not pad.
     """
     accuracy = Accuracy()
     for sample in progress(samples, "comparing with the trained model", "image"):

@@ -1,4 +1,4 @@
-"""Non-maximum suppression within groups (classes or pyramid maps) as one ONNX operator.
+"""Non-maximum suppression within groups (classes or maps of a pyramid) as one ONNX operator.
 
 Shape alphabet: G groups, R boxes, S boxes kept.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NO_CANDIDATE = float("-inf")
-"""Score of a box that is not considered."""
+"""Score of a box that is never kept."""
 
 
 def class_nms(
@@ -21,14 +21,14 @@ def class_nms(
 ) -> Tensor:
     """Keeps boxes that do not overlap a better box of their group by more than the threshold.
 
-    Unlike in torchvision.ops.batched_nms, rounding can never make groups overlap.
+    Unlike in torchvision.ops.batched_nms, rounding can never make boxes of two groups overlap.
 
     Args:
         boxes: (G, R, 4), inside the image.
-        scores: (G, R); NO_CANDIDATE for excluded boxes.
+        scores: (G, R); NO_CANDIDATE for boxes to leave out.
         iou_threshold: in [0, 1].
-        limit: most boxes per group that the ONNX operator keeps; a negative value keeps all.
-            PyTorch ignores the limit, so callers must apply it to the result.
+        limit: largest number of boxes per group that the ONNX operator keeps; a negative value
+            keeps all. In PyTorch, the limit is ignored, so callers must apply it to the result.
         image_edge: (4,), at least as large as any coordinate.
 
     Returns:
@@ -38,10 +38,10 @@ def class_nms(
         kept = _NonMaxSuppression.apply(boxes, scores, iou_threshold, limit)
         return kept[:, 0] * scores.shape[1] + kept[:, 2]
     index = torch.nonzero(scores.reshape(-1) > NO_CANDIDATE)[:, 0]
-    # In float64, shifting a group away from the others does not round its boxes.
+    # Shifts the groups apart, in float64 so that this does not round their boxes.
     group = (index // scores.shape[1]).double()[:, None]
     apart = boxes.reshape(-1, 4)[index].double() + group * (image_edge.max().double() + 1)
-    # torch.export assumes that at least two boxes are kept, so two empty ones are appended.
+    # torch.export assumes that at least two boxes are kept, so two empty boxes are appended.
     apart = F.pad(apart, [0, 0, 0, 2])
     ranks = F.pad(scores.reshape(-1)[index].double(), [0, 2], value=NO_CANDIDATE)
     kept = torchvision.ops.nms(apart, ranks, iou_threshold)
@@ -49,7 +49,7 @@ def class_nms(
 
 
 class _NonMaxSuppression(torch.autograd.Function):
-    """ONNX's operator, which takes the groups as a batch."""
+    """The NonMaxSuppression operator of ONNX, which takes the groups as a batch."""
 
     @staticmethod
     def forward(_ctx: Any, _boxes: Tensor, scores: Tensor, *_options: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""Exports a trained model to a file that runs without the model's code, and compares both.
+"""Exports a trained model to a file that runs without the model's code, and compares the two.
 
 Models that cannot be exported are refused before anything is converted. The file gets its final
-name only after it has been run and agrees with the trained model.
+name only after it has been run and its results agree with those of the trained model.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ PASTE = (
 PRECISIONS = (*TOLERANCES, "int8")
 
 LARGEST_TOO_SMALL = 64
-"""Image side up to which torch.export would fix the size of a map of stride 32."""
+"""If an image side has at most this many pixels, torch.export treats the size of the map of stride
+32 as a constant.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ class ExportOptions:
 
     Attributes:
         file_format: a key of MODEL_FILES.
-        size: height and width to which every image is padded; None for any size.
-        opset: the ONNX opset; None for DEFAULT_OPSET.
+        size: height and width to which every image is padded; None if images can have any size.
+        opset: the ONNX opset; None means DEFAULT_OPSET.
         precision: one of PRECISIONS.
         calibration_images: files for the calibration of int8. If empty, images of DATASETS.TRAIN
             are used.
@@ -106,17 +108,19 @@ def export_model(
     Args:
         config_file: a YAML file.
         opts: "KEY VALUE" pairs in one flat list, including MODEL.WEIGHTS.
-        output: the folder, created if missing.
+        output: the folder to write; created if it does not exist.
         options: options of the export.
-        images: files on which to compare both models. If empty, images of DATASETS.TEST are used.
-        overwrite: whether to replace a model in the folder.
+        images: image files on which the two models are compared. If empty, images of DATASETS.TEST
+            are used.
+        overwrite: whether to replace a model that is already in the folder.
 
     Returns:
         The differences between the exported and the trained model.
 
     Raises:
         ConfigError: if a setting, a file or the folder cannot be used, a part of the model cannot
-            be exported, or the exported model differs. Then no file is left behind.
+            be exported, or the exported model differs from the trained one. In these cases, no file
+            is left behind.
         OSError: if a file cannot be written.
     """
     check_options(options)
@@ -127,7 +131,8 @@ def export_model(
     if not any(compared.counts):
         logger.warning(
             "the model found nothing in any image, so boxes, scores and masks could not be "
-            "compared; pass --images with objects, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST"
+            "compared; pass images of objects as --images, or lower "
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST"
         )
     return compared
 
@@ -139,7 +144,10 @@ def _made(
     images: Sequence[str],
     folder: Path,
 ) -> tuple[ModelDescription, Parity | Accuracy]:
-    """Writes a model to a folder; returns its description and the comparison; see export_model."""
+    """Writes a model to a folder. Returns its description and the result of the comparison.
+
+    Args and Raises: see export_model.
+    """
     tell = _progress()
     cfg = _checked_config(config_file, opts)
     needed = [*cfg.DATASETS.TEST, *(cfg.DATASETS.TRAIN if options.precision == "int8" else ())]
@@ -166,7 +174,7 @@ def _made(
         more = f" (and {len(compared.unlike) - 1} more differences)" if compared.unlike[1:] else ""
         raise ConfigError(
             f"--format {options.file_format}: nothing was written, because the exported model "
-            f"differs from the trained one. {compared.unlike[0]}{more}"
+            f"differs from the trained one: {compared.unlike[0]}{more}"
         )
     tell(f"done, {sum(x.stat().st_size for x in folder.iterdir()) / 1e6:.1f} MB")
     return _describe(cfg, model, options, path, compared), compared
@@ -180,8 +188,8 @@ def _checked_config(config_file: str, opts: Sequence[str]) -> CfgNode:
     check_config(cfg, train=False, evaluate=False)
     if cfg.INPUT.FORMAT not in IMAGE_FORMATS:
         raise ConfigError(
-            f"INPUT.FORMAT {cfg.INPUT.FORMAT!r} is not one of {listed(IMAGE_FORMATS)}, which are "
-            "the formats that the runtime of exported models supports"
+            f"INPUT.FORMAT {cfg.INPUT.FORMAT!r} cannot be exported; the runtime of exported models "
+            f"supports only {listed(IMAGE_FORMATS)}"
         )
     if cfg.INPUT.MAX_SIZE_TEST < 1:
         raise ConfigError(f"INPUT.MAX_SIZE_TEST is {cfg.INPUT.MAX_SIZE_TEST}; it must be above 0")
@@ -201,19 +209,19 @@ def _compared(
     if options.precision != "int8":
         tolerance = TOLERANCES[options.precision]
         return compare(model, run, [*samples, *made], tolerance, options.size)
-    for sample in made:  # checks that other sizes, and images with few detections, do not fail
+    for sample in made:  # fails if the model cannot process other sizes or few detections
         run(sample.image)
     return compare_accuracy(cfg, model, run, samples, options.size)
 
 
 def _progress() -> Callable[[str], None]:
-    """Returns a function that logs a message with the seconds since this call."""
+    """Returns a function that logs a message with the seconds that have passed since this call."""
     start = time.perf_counter()
     return lambda text: logger.info("%4.0f s  %s", time.perf_counter() - start, text)
 
 
 def _calibration_images(cfg: CfgNode, options: ExportOptions) -> list[str]:
-    """Returns the calibration images for int8; none for other precisions."""
+    """Returns the calibration images for int8, or an empty list for other precisions."""
     for path in options.calibration_images:
         if not Path(path).is_file():
             raise ConfigError(f"--calibration-images: {path} is not a file")
@@ -223,12 +231,12 @@ def _calibration_images(cfg: CfgNode, options: ExportOptions) -> list[str]:
         return images_of_dataset(usable_dataset(cfg, "TRAIN"), NUM_CALIBRATION_IMAGES)
     except ConfigError as error:
         raise ConfigError(
-            f"--precision int8 needs calibration images: pass --calibration-images: {error}"
+            f"--precision int8 needs calibration images; pass --calibration-images ({error})"
         ) from error
 
 
 def _samples(cfg: CfgNode, options: ExportOptions, images: Sequence[str]) -> list[Sample]:
-    """Returns the user's images on which both models are compared.
+    """Returns the images on which the two models are compared, except for synthetic ones.
 
     Raises:
         ConfigError: if the precision is int8 and there are neither images nor a data set.
@@ -243,14 +251,14 @@ def _samples(cfg: CfgNode, options: ExportOptions, images: Sequence[str]) -> lis
             return []  # compare_accuracy uses many images of this data set
     samples = sample_images(cfg, images, options.size)
     if not samples and options.precision == "int8":
-        raise ConfigError(f"--precision int8 needs images for comparison: pass --images: {reason}")
+        raise ConfigError(f"--precision int8 needs images to compare on; pass --images ({reason})")
     if not samples:
-        logger.warning("%s: only synthetic images are compared; pass --images", reason)
+        logger.warning("%s: comparing only on synthetic images; pass --images", reason)
     return samples
 
 
 def _check_sizes(samples: Sequence[Sample], options: ExportOptions) -> None:
-    """Raises a ConfigError for images that are too small for programs of torch.export."""
+    """Raises a ConfigError if an image is too small for the programs of torch.export."""
     if options.file_format != "exported_program" or options.size is not None:
         return
     for sample in samples:
@@ -258,7 +266,7 @@ def _check_sizes(samples: Sequence[Sample], options: ExportOptions) -> None:
         if min(height, width) <= LARGEST_TOO_SMALL:
             raise ConfigError(
                 f"--format exported_program needs images with both sides above {LARGEST_TOO_SMALL} "
-                f"pixels, but {sample.name} has {width} x {height} after resizing: leave it out, "
+                f"pixels, but {sample.name} has {width} x {height} after resizing; leave it out, "
                 "raise INPUT.MIN_SIZE_TEST, or add --size H W"
             )
 
@@ -290,7 +298,8 @@ def _exportable(model: Any, options: ExportOptions) -> ExportableMaskRCNN:
 def _converted(
     exportable: ExportableMaskRCNN, samples: Sequence[Sample], options: ExportOptions, folder: Path
 ) -> Path:
-    # Not a square, because torch.export might treat equal sides as one variable.
+    # Prefers an image that is not square, because torch.export might treat equal sides as one
+    # variable.
     image = next(
         (x.image for x in samples if x.image.shape[1] != x.image.shape[2]), samples[0].image
     )
@@ -308,13 +317,13 @@ def _quantise(
     """Quantises a converted model to 8 bits.
 
     Raises:
-        ConfigError: if the model finds nothing in the images.
+        ConfigError: if the model finds nothing in any of the images.
     """
     run: Run = runner(path, "onnx", exportable.output_names, options.size)
     if not any(len(run(read_sample(cfg, x, options.size))["scores"]) for x in images):
         raise ConfigError(
             "--precision int8: the model finds nothing in any calibration image, so its mask head "
-            "cannot be calibrated; pass --calibration-images with objects"
+            "cannot be calibrated; pass images of objects as --calibration-images"
         )
 
     def read(image: str) -> Inputs:
@@ -324,7 +333,7 @@ def _quantise(
 
 
 def check_options(options: ExportOptions) -> None:
-    """Raises a ConfigError that names the flag if an export does not support these options."""
+    """Raises a ConfigError, which names the flag, if the options cannot be used together."""
     for flag, value, choices in (
         ("--format", options.file_format, MODEL_FILES),
         ("--precision", options.precision, PRECISIONS),
@@ -344,11 +353,11 @@ def check_options(options: ExportOptions) -> None:
     if options.opset is not None and options.opset not in OPSETS:
         raise ConfigError(f"--opset {options.opset} is not between {OPSETS[0]} and {OPSETS[-1]}")
     if options.size is not None and min(options.size) < 1:
-        raise ConfigError(f"--size {options.size[0]} {options.size[1]}: both must be above 0")
+        raise ConfigError(f"--size {options.size[0]} {options.size[1]}: both sides must be above 0")
     if options.file_format == "exported_program" and not hasattr(torch.compiler, "is_exporting"):
         raise ConfigError(
-            "--format exported_program needs PyTorch 2.7 or later, whose torch.export supports "
-            f"numbers of boxes that depend on the image; this is {torch.__version__}"
+            "--format exported_program needs PyTorch 2.7 or later, because the number of boxes "
+            f"depends on the image; this is {torch.__version__}"
         )
     if options.file_format == "onnx":
         for package in ("onnx", "onnxruntime"):
@@ -362,7 +371,7 @@ def _describe(
     predictor = last_predictor(model)
     exportable = ExportableMaskRCNN(model)
     names = class_names_of(model)
-    categories = model_categories(cfg, names)  # logs which names or ids are unknown
+    categories = model_categories(cfg, names)  # also logs which names or ids are unknown
     is_onnx = options.file_format == "onnx"
     weights = Path(local_copy(cfg.MODEL.WEIGHTS.partition("?")[0]))
     packages = ["mask_head_plugin", "torch", "torchvision", *(["onnx"] if is_onnx else [])]

@@ -1,9 +1,9 @@
 """A trained Mask R-CNN as a function of tensors that all of PyTorch's exporters can process.
 
-detectron2's models pass lists of Instances, and branch in Python on the number of boxes. The module
-below has the same layers with the same weights, but computes everything between them with tensors
-only. It supports any image size and any number of detections, including none, and takes one image
-at a time.
+The models of detectron2 pass lists of Instances, and branch in Python on the number of boxes. The
+module below has the same layers with the same weights, but computes everything between the layers
+with tensors only. It supports any image size and any number of detections, including none. It takes
+one image at a time.
 
 Shape alphabet: L feature maps of the RPN, A anchors per cell, R RoIs, K classes, C channels, M mask
 side, H and W image or map sides.
@@ -28,13 +28,13 @@ from .class_nms import NO_CANDIDATE, class_nms
 
 
 class ExportableMaskRCNN(nn.Module):
-    """Returns the detections of ``model.inference(..., do_postprocess=False)`` for an image.
+    """A module that returns the detections of ``model.inference(..., do_postprocess=False)``.
 
-    It shares the model's layers instead of copying them. deploy.refusals checks which models are
+    It shares the model's layers instead of copying them. deploy.refusals checks whether a model is
     supported.
     """
 
-    # detectron2's modules have no types.
+    # Any, because detectron2's modules have no type annotations.
     model: Any
     box_pooler: Any
     mask_pooler: Any
@@ -76,8 +76,8 @@ class ExportableMaskRCNN(nn.Module):
         """
         Args:
             image: (C, H, W) float32 pixels in the format of the model's config, already resized.
-            image_hw: (2,) int64, the size of the image, which lies at the top left; the rest is
-                padding with arbitrary values. None if there is no padding.
+            image_hw: (2,) int64, the size of the image in the top left corner of ``image``. The
+                rest is padding with arbitrary values. None if there is no padding.
 
         Returns:
             Detections, best first: boxes (R, 4) in pixels of ``image``, scores (R,) and classes
@@ -118,8 +118,8 @@ class ExportableMaskRCNN(nn.Module):
     def _propose(self, features: dict[str, Tensor], image_edge: Tensor) -> Tensor:
         """Returns the (R, 4) boxes of detectron2's find_top_rpn_proposals, best first.
 
-        Only the best anchors of each map become boxes. If a map has too few anchors, some that are
-        not candidates are added, so that sizes stay fixed until the suppression.
+        Only the best anchors of each map become boxes. If a map has too few anchors, boxes that are
+        not candidates are added, so that sizes are constant up to the non-maximum suppression.
         """
         rpn = self.model.proposal_generator
         maps = [features[name] for name in rpn.in_features]
@@ -184,14 +184,14 @@ class ExportableMaskRCNN(nn.Module):
         """Returns the boxes, scores and classes of detectron2's fast_rcnn_inference.
 
         Args:
-            predictor: gives the thresholds.
+            predictor: the box predictor, from which the thresholds are read.
             boxes: (R, 4 K), or (R, 4) for class-agnostic boxes.
             probs: (R, K + 1).
             image_edge: see _prepare.
         """
         is_finite = boxes.isfinite().all(dim=1) & probs.isfinite().all(dim=1)
         num_classes = probs.shape[1] - 1
-        # K is given explicitly, because ONNX cannot infer a -1 if there are no boxes.
+        # The number of classes is explicit, because ONNX cannot infer a -1 if there are no boxes.
         by_class = boxes.reshape(-1, boxes.shape[1] // 4, 4)
         by_class = _clip(by_class, image_edge).transpose(0, 1)
         by_class = by_class.expand(num_classes, -1, -1)
@@ -212,7 +212,7 @@ class ExportableMaskRCNN(nn.Module):
         if _is_res5(heads):
             pooled = heads.res5(pooled)
         head = heads.mask_head
-        if isinstance(head, ClassSelection) and head.num_classes == 1:  # also if class-agnostic
+        if isinstance(head, ClassSelection) and head.num_classes == 1:  # or class-agnostic masks
             classes = torch.zeros_like(classes)
         probs = mask_probs(head, pooled, classes).float()
         if not self.has_mask_scores:
@@ -222,7 +222,7 @@ class ExportableMaskRCNN(nn.Module):
 
 
 def last_predictor(model: Any) -> Any:
-    """Returns the box predictor whose thresholds apply: in a cascade, the last one."""
+    """Returns the box predictor whose thresholds apply. In a cascade, this is the last one."""
     predictor = model.roi_heads.box_predictor
     return predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
 
@@ -255,13 +255,16 @@ def _clip(boxes: Tensor, image_edge: Tensor) -> Tensor:
 
 
 def _best(kept: Tensor, scores: Tensor, limit: int) -> Tensor:
-    """Returns the flat indices of kept boxes, best first, at most ``limit`` of them."""
+    """Returns the flat indices of the ``limit`` best boxes that were kept, best first.
+
+    A negative limit returns all of them.
+    """
     order = scores.reshape(-1)[kept].sort(descending=True)[1]
     return kept[order[:limit] if limit >= 0 else order]
 
 
 def _scalar(size: Any) -> Tensor:
-    """Returns a size as an int64 tensor, which a trace computes instead of recording as fixed."""
+    """Returns a size as an int64 tensor. A trace would record a plain number as a constant."""
     return torch.full((), size, dtype=torch.int64)
 
 
@@ -276,7 +279,7 @@ def plugin_pooler(pooler: Any) -> Any:
         pooler: a ROIPooler, or a MultiLevelRoIPooler, which is returned unchanged.
 
     Returns:
-        A MultiLevelRoIPooler; None for rotated boxes, which the plugin does not pool.
+        A MultiLevelRoIPooler, or None for a pooler of rotated boxes, which has no counterpart.
     """
     if isinstance(pooler, MultiLevelRoIPooler):
         return pooler

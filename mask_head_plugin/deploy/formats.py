@@ -20,8 +20,9 @@ from .model_folder import EXTERNAL_DATA, MODEL_FILES
 from .parity import Outputs, Run
 
 OPSETS = range(16, 21)
-"""Supported ONNX opsets: 16 is the first whose RoiAlign has half-pixel centres, 20 the last that
-PyTorch's trace-based exporter writes."""
+"""Supported ONNX opsets. 16 is the first one whose RoiAlign has half-pixel centres, and 20 is the
+last one that PyTorch's trace-based exporter writes.
+"""
 
 DEFAULT_OPSET = 17
 
@@ -29,7 +30,7 @@ Inputs = tuple[Tensor, ...]
 
 
 def to_onnx(model: ExportableMaskRCNN, inputs: Inputs, opset: int, path: Path) -> None:
-    """Writes and checks a model that uses only ONNX's own operators.
+    """Writes and checks a model that uses only standard operators of ONNX.
 
     Weights that exceed the size limit of an ONNX file (2 GB) are written to a separate file,
     EXTERNAL_DATA.
@@ -77,19 +78,19 @@ def to_exported_program(model: ExportableMaskRCNN, inputs: Inputs, path: Path) -
 def converted(
     model: ExportableMaskRCNN, inputs: Inputs, file_format: str, opset: int, folder: Path
 ) -> Path:
-    """Writes an exported model and returns its file.
+    """Writes an exported model and returns its path.
 
     Args:
         model: the model, in evaluation mode.
-        inputs: an image and, for a fixed size, ``image_hw``.
+        inputs: an image and, if its size is fixed, ``image_hw``; see model_inputs.
         file_format: a key of model_folder.MODEL_FILES.
         opset: the ONNX opset.
         folder: an empty folder.
     """
     path = folder / MODEL_FILES[file_format]
     with torch.no_grad(), warnings.catch_warnings():
-        # Ignores warnings about values that a trace fixes, such as the number of channels, and
-        # about deprecated interfaces, because the result is compared with the model anyway.
+        # Ignores warnings about values that a trace records as constants, such as the number of
+        # channels, and about deprecated interfaces. The result is compared with the model anyway.
         warnings.simplefilter("ignore")
         if file_format == "onnx":
             to_onnx(model, inputs, opset, path)
@@ -107,7 +108,7 @@ def runner(path: Path, file_format: str, names: Sequence[str], size: tuple[int, 
         path: file of the model.
         file_format: a key of model_folder.MODEL_FILES.
         names: names of the outputs.
-        size: height and width to which images are padded, or None.
+        size: height and width to which images are padded; None if they are not padded.
     """
     call = _onnx_call(path) if file_format == "onnx" else _torch_call(path, file_format)
 
@@ -118,7 +119,7 @@ def runner(path: Path, file_format: str, names: Sequence[str], size: tuple[int, 
 
 
 def model_inputs(image: Tensor, size: tuple[int, int] | None) -> Inputs:
-    """Returns an exported model's inputs for an image, which must fit into ``size``."""
+    """Returns an exported model's inputs for an image. The image must fit into ``size``."""
     return (image,) if size is None else padded(image, size)
 
 

@@ -1,8 +1,8 @@
 """Static quantisation of an ONNX model: the weights and activations of its layers become 8-bit.
 
 The ranges of activations are measured on calibration images. Boxes, scores, RoI pooling, inputs and
-outputs stay float32. In the result, ONNX's own QuantizeLinear and DequantizeLinear surround each
-layer; runtimes fuse them into integer layers.
+outputs stay float32. In the result, ONNX's QuantizeLinear and DequantizeLinear surround each layer,
+and runtimes fuse them with it into an integer layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ QUANTISED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Relu")
 
 PREDICTORS = ("objectness_logits", "anchor_deltas", "cls_score", "bbox_pred")
 """Layers that compute scores and boxes. They stay float32, because they are small and 256 levels
-would be too coarse."""
+would be too coarse for them.
+"""
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
@@ -45,7 +46,7 @@ def quantise(path: Path, images: Sequence[str], read: Callable[[str], Inputs]) -
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         prepared, result = Path(folder, "prepared.onnx"), Path(folder, path.name)
-        # Infers only shapes; optimisation might write operators that only onnxruntime supports.
+        # Only infers shapes. Optimisation might add operators that only onnxruntime supports.
         quant_pre_process(path, prepared, skip_symbolic_shape=True, skip_optimization=True)
         quantize_static(
             prepared,
@@ -55,8 +56,8 @@ def quantise(path: Path, images: Sequence[str], read: Callable[[str], Inputs]) -
             op_types_to_quantize=list(QUANTISED_OPERATORS),
             nodes_to_exclude=_kept(onnx.load(prepared).graph),
             per_channel=True,
-            # Uses 7 bits. With 8, sums of products would overflow 16 bits on processors without
-            # VNNI, and results would depend on the machine.
+            # Uses 7 bits for weights. With 8, sums of products would overflow 16 bits on processors
+            # without VNNI, and results would depend on the machine.
             reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,

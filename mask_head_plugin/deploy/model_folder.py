@@ -1,4 +1,4 @@
-"""Reads the folder of an exported model: the model, and ``model.json``, which tells how to use it.
+"""Reads and checks the folder of an exported model, including ``model.json``, its description.
 
 Shape alphabet: K classes, M mask side.
 """
@@ -30,21 +30,21 @@ EXTERNAL_DATA = "model.onnx.data"
 """File for the weights of an ONNX model larger than 2 GB."""
 
 LARGEST = 1_000_000
-"""Upper limit for image sides and numbers of classes; more would not fit into memory."""
+"""Upper limit for image sides and numbers of classes. Larger values would exhaust the memory."""
 
 
 class ModelFolderError(ConfigError):
-    """A folder without a usable exported model. The message is one line and names the path."""
+    """A folder has no usable exported model. The message is one line and names the path."""
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """The file of the model.
+    """Describes the file of the model.
 
     Attributes:
         file: name of the file in the folder.
         format: a key of MODEL_FILES.
-        sha256: hash of the file.
+        sha256: SHA-256 of the file.
         opset: the ONNX opset; None for other formats.
         precision: precision of the layers: "fp32", "fp16" or "int8". Inputs and outputs are always
             float32.
@@ -66,11 +66,11 @@ class ModelInput:
     Attributes:
         format: channel order, as in INPUT.FORMAT.
         channels: number of channels.
-        min_size: the shorter side after resizing, in pixels; 0 keeps the size.
+        min_size: length of the shorter side after resizing, in pixels; 0 does not resize.
         max_size: upper limit for the longer side after resizing.
-        size: (height, width) to which every image is padded at the right and bottom; None for any
-            size.
-        interpolation: method of resizing, in words.
+        size: (height, width) to which every image is padded at the right and bottom; None if images
+            can have any size.
+        interpolation: name of the resizing method.
     """
 
     format: str
@@ -88,7 +88,7 @@ class MaskRule:
     Attributes:
         threshold: pixels with at least this probability belong to the mask.
         side: M.
-        paste: how probabilities are turned into pixels, in words.
+        paste: describes how probabilities are turned into pixels.
     """
 
     threshold: float
@@ -98,7 +98,7 @@ class MaskRule:
 
 @dataclass(frozen=True)
 class Weights:
-    """Name and hash of the file with the exported weights."""
+    """Name and SHA-256 of the file that the exported weights come from."""
 
     file: str
     sha256: str
@@ -113,17 +113,17 @@ class ModelDescription:
         model: the model's file.
         num_classes: K.
         class_names: names of the K classes; None if unknown.
-        category_ids: category ids of predictions in COCO files; None if the names are unknown.
+        category_ids: ids of the classes in COCO files; None if the names are unknown.
         input: the input that the model expects.
         outputs: names of the outputs, in order.
-        score_threshold: all detections have a higher score.
+        score_threshold: the scores of all detections are above this value.
         nms_threshold: IoU above which the worse of two detections of a class is dropped.
         detections_per_image: upper limit for the number of detections in an image.
-        mask: how to compute masks; None for a model without masks.
+        mask: how to compute masks; None if the model has no masks.
         mask_scoring: whether the model returns mask scores.
         versions: versions of the packages that exported the model.
-        weights: name and hash of the exported weights.
-        date: date of the export, ISO 8601.
+        weights: the file that the exported weights come from.
+        date: date of the export in ISO 8601.
     """
 
     format_version: int
@@ -147,7 +147,7 @@ class ModelDescription:
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the hash of a file in hexadecimal."""
+    """Returns the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -177,7 +177,7 @@ def read_model_folder(folder: Path) -> ModelDescription:
     if version != FORMAT_VERSION:
         raise ModelFolderError(
             f"{path}: format_version is {_shown(version)}, but this version of mask_head_plugin "
-            f"reads {FORMAT_VERSION}; export the model again"
+            f"can read only {FORMAT_VERSION}; export the model again"
         )
     description: ModelDescription = _parsed(ModelDescription, document, str(path), "")
     _check_values(description, path)
@@ -239,8 +239,8 @@ def _check_file(path: Path, sha256: str) -> None:
         raise ModelFolderError(f"{path} is missing, but {DESCRIPTION} in the same folder lists it")
     if is_other:
         raise ModelFolderError(
-            f"{path} is not the file that {DESCRIPTION} describes: its SHA-256 differs, so it was "
-            "cut off or replaced; copy the whole folder again"
+            f"{path} is not the file that {DESCRIPTION} describes, because its SHA-256 differs: it "
+            "was cut off or replaced; copy the whole folder again"
         )
 
 
@@ -260,7 +260,7 @@ def _parsed(kind: Any, value: Any, path: str, key: str) -> Any:
         if missing:
             raise ModelFolderError(f"{path}: {key + '.' if key else ''}{missing[0]} is missing")
         prefix = f"{key}." if key else ""
-        # Keys that a later version may add are ignored.
+        # Other keys are ignored, because a later version may add some.
         values = {
             x: _parsed(hint, value[x], path, prefix + x) for x, hint in hints.items() if x in value
         }

@@ -1,4 +1,4 @@
-"""Writes to the folder of an exported model: one export at a time, and only complete models."""
+"""Writes the folder of an exported model: by one export at a time, and only complete models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from .model_folder import DESCRIPTION, EXTERNAL_DATA, MODEL_FILES, ModelDescript
 
 @contextlib.contextmanager
 def sole_export(output: Path) -> Iterator[None]:
-    """Creates the folder and locks it against other exports; removes a new folder that stays empty.
+    """Creates the folder if necessary, and locks it against other exports.
+
+    Afterwards, removes a folder that it created if the folder is still empty.
 
     Raises:
         ConfigError: if the folder cannot be written to, or another export is writing to it.
@@ -47,15 +49,15 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def write_model(output: Path, folder: Path, description: ModelDescription) -> None:
-    """Copies the files of a model; old files are removed only after the new ones are complete.
+    """Copies the files of a model. Old files are removed only after the new ones are complete.
 
     Args:
         output: the target folder.
         folder: the source folder.
-        description: description of the model, which is also written to a file.
+        description: the model's description, which is written to model.json.
 
     Raises:
-        OSError: if a file cannot be written; the target folder then stays unchanged.
+        OSError: if a file cannot be written. The target folder then stays unchanged.
     """
     described, files = output / DESCRIPTION, [description.model.file, *description.model.data]
 

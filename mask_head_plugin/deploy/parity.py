@@ -26,7 +26,7 @@ TOLERANCES: Mapping[str, Mapping[str, float]] = {
     "fp32": {"boxes": 1e-2, "scores": 1e-4, "mask_probs": 1e-3, "mask_scores": 1e-4},
     "fp16": {"boxes": 2.0, "scores": 2e-2, "mask_probs": 1e-1, "mask_scores": 2e-2},
 }
-"""Largest difference of each output that counts as rounding; boxes in pixels of the model's input.
+"""Largest difference of each output that counts as rounding. Boxes are in pixels of the input.
 
 The tolerance for masks is valid for the logits of trained models, few of which exceed 10. Rounding
 errors grow with the logits: a DC5 model with random weights and logits of about 25 differs by up to
@@ -34,7 +34,7 @@ errors grow with the logits: a DC5 model with random weights and logits of about
 """
 
 ROUNDING = 1e-3
-"""A change in pixel values (0 to 255) that is too small for a float32 model to distinguish."""
+"""Change of pixel values (0 to 255) whose effect on a float32 model is as small as rounding."""
 
 
 @dataclass
@@ -47,9 +47,9 @@ class Parity:
         mask_side: M, for models with masks.
         counts: number of detections in each image.
         unlike: the differences beyond the tolerance, one line each.
-        undecided: images in which the trained model itself finds different objects after a change
-            the size of rounding, for example if hundreds of proposals on a uniform area have equal
-            scores.
+        undecided: images in which the trained model finds different objects if the pixels change by
+            as little as rounding does. This happens, for example, if hundreds of proposals on a
+            uniform area have equal scores.
     """
 
     tolerance: Mapping[str, float]
@@ -72,8 +72,8 @@ class Parity:
         if "mask_probs" in expected:
             self.mask_side = expected["mask_probs"].shape[-1]
         pairs = matched(expected, found)
-        # Among detections with a score equal to the cut, such as on a uniform area, the models may
-        # choose different ones.
+        # If several detections have the same score as the cut, for example on a uniform area, the
+        # models may choose different ones.
         a, b = expected["boxes"][pairs[:, 0]], found["boxes"][pairs[:, 1]]
         is_apart = np.abs(a - b).max(axis=1, initial=0) > self.tolerance["boxes"]
         is_sure = expected["scores"][pairs[:, 0]] > cut + self.tolerance["scores"]
@@ -121,9 +121,10 @@ class Parity:
 
 
 def matched(expected: Outputs, found: Outputs) -> npt.NDArray[np.int64]:
-    """Returns (P, 2) pairs of row numbers: detections of one class at the same place, best first.
+    """Returns the (P, 2) row numbers of detections of the same class at the same place, best first.
 
-    Matching by order would not work, because rounding can swap detections with almost equal scores.
+    Rows cannot be matched by their order, because rounding can swap detections with almost equal
+    scores.
     """
     pairs, free = [], np.ones(len(found["scores"]), bool)
     for row, (box, number) in enumerate(zip(expected["boxes"], expected["classes"], strict=True)):
@@ -144,17 +145,18 @@ def compare(
     tolerance: Mapping[str, float],
     size: tuple[int, int] | None,
 ) -> Parity:
-    """Runs both models on images.
+    """Compares the two models on images.
 
     Args:
         model: the trained model, in evaluation mode on the CPU.
         run: runs the exported model.
         samples: images.
         tolerance: tolerance by output.
-        size: height and width to which the exported model pads images, or None.
+        size: height and width to which the exported model pads images; None if it does not pad.
 
     Returns:
-        The differences. If rounding decides the outcome in every image, ``unlike`` says so.
+        The differences. If no image can be compared, because rounding decides in all of them,
+        ``unlike`` says so.
     """
     parity = Parity(tolerance)
     predictor = last_predictor(model)
@@ -180,7 +182,7 @@ def compare(
 
 
 def _rounding(image: Tensor) -> Tensor:
-    """Returns a change too small for the model to notice; the same for every call."""
+    """Returns a random change of up to ROUNDING for each pixel, which is the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return (2 * torch.rand(image.shape, generator=generator) - 1) * ROUNDING
 

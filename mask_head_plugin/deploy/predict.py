@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExportedModel:
-    """A model that onnxruntime runs."""
+    """An exported model that runs in onnxruntime."""
 
     def __init__(
         self, predictor: Predictor, confidence_threshold: float, thresholds: Sequence[str] = ()
@@ -33,7 +33,8 @@ class ExportedModel:
             thresholds: "NAME=SCORE" for classes with a different threshold.
 
         Raises:
-            ConfigError: if ``thresholds`` are malformed or name a class that the model lacks.
+            ConfigError: if ``thresholds`` are malformed or name a class that the model does not
+                have.
         """
         self.predictor = predictor
         self.least = class_thresholds(predictor.class_names, confidence_threshold, thresholds)
@@ -78,12 +79,12 @@ def run_predict(
     Args:
         folder: folder of the model.
         inputs: images, videos, folders of these, and patterns such as ``photos/*.jpg``.
-        output: a folder, created if missing. Nothing in it is overwritten.
+        output: folder for the results, created if it does not exist. No file is overwritten.
         confidence_threshold: score that detections must exceed, from 0 to 1.
         thresholds: "NAME=SCORE" for classes with a different threshold.
         semantic: whether to write semantic maps as well.
         batch_size: number of images passed to the model at a time.
-        threads: number of threads for onnxruntime; None uses all of the machine's.
+        threads: number of threads for onnxruntime; None uses as many as the machine has cores.
 
     Returns:
         One line for each input without a complete result, with the reason.
@@ -95,7 +96,7 @@ def run_predict(
     """
     check_threshold(confidence_threshold)
     if batch_size < 1:
-        raise ConfigError(f"--batch-size {batch_size} is not 1 or more")
+        raise ConfigError(f"--batch-size {batch_size} is below 1")
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise ConfigError(f"--threads {threads} is not between 1 and {MOST_THREADS}")
     sources = find_sources(inputs)

@@ -1,4 +1,4 @@
-"""Refuses, before any work is done, models that cannot be exported; errors name the config key."""
+"""Refuses models that cannot be exported before they are converted. Errors name the config key."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KNOWN_PACKAGES = ("torch", "torchvision", "fvcore", "detectron2", "mask_head_plu
 
 
 def check_architecture(cfg: CfgNode) -> None:
-    """Refuses models whose config alone shows that they cannot be exported.
+    """Refuses models that cannot be exported according to their config.
 
     Raises:
         ConfigError: if the model cannot be exported; the message names the key.
@@ -46,7 +46,7 @@ def check_architecture(cfg: CfgNode) -> None:
     name = cfg.MODEL.META_ARCHITECTURE
     if name in META_ARCH_REGISTRY and META_ARCH_REGISTRY.get(name) not in META_ARCHITECTURES:
         raise ConfigError(
-            f"MODEL.META_ARCHITECTURE: {name} cannot be exported, only MaskRCNN and "
+            f"MODEL.META_ARCHITECTURE: {name} cannot be exported; only MaskRCNN and "
             "GeneralizedRCNN can"
         )
     if cfg.MODEL.KEYPOINT_ON:
@@ -79,7 +79,7 @@ def check_exportable(model: Any) -> None:
 
 
 def check_traces(exportable: ExportableMaskRCNN) -> None:
-    """Traces parts with the user's own code, and compares part and trace on inputs of another size.
+    """Traces each part that contains a user's code, and checks the trace on inputs of another size.
 
     Raises:
         ConfigError: if a part cannot be traced correctly; the message names the key.
@@ -103,12 +103,12 @@ def check_traces(exportable: ExportableMaskRCNN) -> None:
         if not same:
             raise ConfigError(
                 f"{key}: {name} cannot be exported, because its trace is wrong for inputs of "
-                "another size: keep sizes as tensors, and do not branch on values"
+                "another size; compute sizes with tensors, and do not branch on values"
             )
 
 
 def _parts(exportable: ExportableMaskRCNN) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yields each part that may be the user's code: its config key, the part, and two inputs."""
+    """Yields each part that may contain a user's code: its config key, the part, and two inputs."""
     model = exportable.model
     backbone, heads = model.backbone, model.roi_heads
     side = 2 * max(backbone.size_divisibility, 32)
@@ -140,7 +140,7 @@ def _parts(exportable: ExportableMaskRCNN) -> Iterator[tuple[str, nn.Module, Any
 
 
 class _MaskProbs(nn.Module):
-    """The parts of a mask head that are exported."""
+    """A mask head without its losses, as it is exported."""
 
     head: Any
 
@@ -195,7 +195,7 @@ def _check_mask_head(head: Any) -> None:
 def _require(key: str, part: Any, types: tuple[type, ...]) -> None:
     if type(part) not in types:
         names = ", ".join(x.__name__ for x in types)
-        raise ConfigError(f"{key}: {type(part).__name__} cannot be exported, only {names} can")
+        raise ConfigError(f"{key}: {type(part).__name__} cannot be exported; only {names} can")
 
 
 def _listed(parts: Any) -> list[Any]:

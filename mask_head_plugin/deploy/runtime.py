@@ -26,7 +26,8 @@ from .mask_paste import FloatArray, paste_masks
 from .model_folder import ModelDescription, ModelFolderError, read_model_folder
 
 MOST_THREADS = 1024
-"""Upper limit for threads; onnxruntime hangs or crashes if the machine does not allow as many."""
+"""Upper limit for the number of threads. onnxruntime hangs or crashes if the machine allows fewer.
+"""
 
 INSTALL = 'pip install "mask_head_plugin[deploy]", or pip install onnxruntime'
 
@@ -39,10 +40,10 @@ class Prediction:
         boxes: (R, 4) float32, XYXY in pixels of the image.
         scores: (R,) float32.
         class_ids: (R,) int64, counted from 0.
-        class_names: R names; numbers counted from 1 if the model has no class names.
-        masks: R masks in COCO's run-length encoding with counts as text; None for a model without
+        class_names: R names. If the model has no class names, these are numbers counted from 1.
+        masks: R masks in COCO's run-length encoding, with counts as text; None if the model has no
             masks.
-        mask_scores: (R,) float32 for a model with mask scoring; otherwise None.
+        mask_scores: (R,) float32 if the model has mask scoring; otherwise None.
         image_size: H, W.
     """
 
@@ -74,7 +75,7 @@ class Predictor:
 
     Attributes:
         description: the content of ``model.json``.
-        class_names: names of all classes; numbers counted from 1 if the model has no class names.
+        class_names: names of all classes. If the model has none, these are numbers counted from 1.
     """
 
     def __init__(
@@ -87,12 +88,12 @@ class Predictor:
         """
         Args:
             folder: folder of a model exported with ``--format onnx``.
-            threads: number of threads for onnxruntime; None uses all of the machine's.
+            threads: number of threads for onnxruntime; None uses as many as the machine has cores.
             providers: onnxruntime's execution providers, in order of preference.
 
         Raises:
-            ModelFolderError: if the folder has no model that can be run; the message names the
-                file.
+            ModelFolderError: if the folder has no model that onnxruntime can run. The message names
+                the file.
             ImportError: if onnxruntime is not installed.
             ValueError: if ``threads`` is below 1 or above MOST_THREADS.
         """
@@ -120,7 +121,7 @@ class Predictor:
 
         Raises:
             ModelFolderError: if the model's output contradicts ``model.json``.
-            ValueError: if an image cannot be used; the message gives its position.
+            ValueError: if an image cannot be used; the message names its position in the list.
         """
         if isinstance(images, np.ndarray):
             return self._predict(_checked(images, "the image"))
@@ -165,7 +166,7 @@ class Predictor:
     def _in_image(
         self, found: dict[str, Any], seen_hw: tuple[int, int], image_hw: tuple[int, int]
     ) -> Prediction:
-        """Converts detections to pixels of the image; drops those whose box is then empty.
+        """Converts detections to pixels of the image, and drops those whose box becomes empty.
 
         Args:
             found: outputs of the model by name.
@@ -212,8 +213,8 @@ def _session(
     path = folder / description.model.file
     if description.model.format != "onnx":
         raise ModelFolderError(
-            f"{path} is a {description.model.format} model, which needs PyTorch; for this runtime, "
-            "export with --format onnx"
+            f"{path} is a {description.model.format} model, which needs PyTorch; to run it without "
+            "PyTorch, export it with --format onnx"
         )
     if description.input.format not in IMAGE_FORMATS:
         raise ModelFolderError(
@@ -225,7 +226,7 @@ def _session(
     except ImportError as error:
         raise ImportError(f"{path} needs onnxruntime: {INSTALL} ({one_line(error)})") from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # hides warnings, which are meant for the model's author
+    options.log_severity_level = 3  # only errors; warnings concern the export, not its users
     options.intra_op_num_threads = threads or 0
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))

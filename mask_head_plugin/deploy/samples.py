@@ -1,4 +1,4 @@
-"""Provides images to calibrate an exported model and to compare it with the trained one.
+"""Provides images for calibrating an exported model and for comparing it with the trained model.
 
 Shape alphabet: C channels, H and W image sides.
 """
@@ -24,6 +24,7 @@ from ..model_input import model_hw, resized
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 NUM_OF_DATASET = 3
+"""Number of images that are taken from a data set if the user passes no images."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def sample_images(cfg: CfgNode, paths: Sequence[str], size: tuple[int, int] | No
     Args:
         cfg: the model's config.
         paths: image files.
-        size: height and width to which larger images are shrunk, or None.
+        size: height and width; larger images are shrunk to fit. None does not limit the size.
 
     Raises:
         ImageFileError: if a file cannot be used.
@@ -55,7 +56,7 @@ def read_sample(cfg: CfgNode, path: str, size: tuple[int, int] | None) -> Tensor
     Args:
         cfg: the model's config.
         path: path of the file.
-        size: height and width to which larger images are shrunk, or None.
+        size: height and width; a larger image is shrunk to fit. None does not limit the size.
     """
     pixels = read_image(path, cfg.INPUT.FORMAT)
     height, width = pixels.shape[:2]
@@ -84,7 +85,7 @@ def usable_dataset(cfg: CfgNode, key: str) -> str:
         key: "TRAIN" or "TEST".
 
     Raises:
-        ConfigError: if there is none; the message explains why.
+        ConfigError: if there is no such data set; the message explains why.
     """
     reasons = []
     for name in cfg.DATASETS[key]:
@@ -105,7 +106,7 @@ def images_of_dataset(name: str, number: int) -> list[str]:
 
     Args:
         name: name of a registered data set.
-        number: most files to return.
+        number: the largest number of files to return.
     """
     records = DatasetCatalog.get(name)
     chosen = np.linspace(0, len(records) - 1, min(number, len(records)), dtype=int)
@@ -117,8 +118,8 @@ def made_images(cfg: CfgNode, size: tuple[int, int] | None, divisor: int) -> Ite
 
     Args:
         cfg: the model's config.
-        size: height and width that no image may exceed, or None.
-        divisor: the backbone needs sides that are multiples of this.
+        size: the largest height and width of an image; None does not limit them.
+        divisor: the backbone needs sides that are multiples of this number.
     """
     side = cfg.INPUT.MIN_SIZE_TEST or 160
     side = min(side, cfg.INPUT.MAX_SIZE_TEST, *(size or ()))

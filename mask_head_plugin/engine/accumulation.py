@@ -1,9 +1,9 @@
 """Computes a batch in parts and adds up their gradients, which needs less memory.
 
-The update equals that of the whole batch if losses are means over images, as the RPN's are, or if
-all parts have the same number of RoIs. Otherwise it differs, because all parts have the same weight
-regardless of their RoIs, like the processes in DistributedDataParallel. Batch normalization sees
-one part at a time.
+The update is the same as without parts if the losses are means over images, like the RPN's losses,
+or if all parts have the same number of RoIs. Otherwise, it differs, because all parts have the same
+weight, regardless of their number of RoIs. The processes in DistributedDataParallel also have the
+same weight. Batch normalization uses the statistics of one part at a time.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ..data import seed_generators
 class AccumulatingTrainer(SimpleTrainer):
     """A SimpleTrainer that computes the batch of each iteration in parts.
 
-    ``after_backward`` of its hooks is called after each part, so that a guard can identify the
-    losses at fault. Processes exchange gradients once per iteration, and the optimizer clips
-    gradients after all parts are added.
+    The hooks' ``after_backward`` is called after each part, so that StepGuard can tell which losses
+    are not finite. Processes exchange gradients once per iteration, and the optimizer clips
+    gradients after the gradients of all parts are added up.
 
     Attributes:
         seed: the run's seed. Random numbers depend on seed, iteration, rank and part, so that each
             part can be repeated separately.
-        part: number of the part being computed, from 0.
+        part: number of the part that is being computed, starting from 0.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class AccumulatingTrainer(SimpleTrainer):
         size, rest = divmod(len(batch), self.num_parts)
         if rest:
             raise ConfigError(
-                f"the loader gave {len(batch)} images, which cannot be divided into SOLVER."
+                f"the loader yielded {len(batch)} images, which cannot be divided into SOLVER."
                 f"ACCUMULATE_STEPS {self.num_parts} parts"
             )
         means: dict[str, Tensor] = {}
@@ -95,7 +95,7 @@ class AccumulatingTrainer(SimpleTrainer):
 
 
 class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
-    """AccumulatingTrainer with the mixed precision and loss scaling of AMPTrainer."""
+    """An AccumulatingTrainer with the mixed precision and loss scaling of AMPTrainer."""
 
     def _losses(self, samples: list[Any]) -> dict[str, Tensor]:
         with torch.autocast(next(self.model.parameters()).device.type, dtype=self.precision):
@@ -118,7 +118,7 @@ def build_inner_trainer(
     amp: bool,
     num_parts: int,
 ) -> SimpleTrainer:
-    """Returns detectron2's trainer or, if batches have several parts, one of this module's.
+    """Returns one of detectron2's trainers or, if batches have several parts, of this module's.
 
     Args:
         model: see SimpleTrainer.

@@ -11,21 +11,21 @@ from torch import nn
 def distribute(model: nn.Module, *, in_parts: bool = False) -> nn.Module:
     """Wraps the model in DistributedDataParallel if there are several processes.
 
-    Which parameters have no gradient, such as those of a pyramid level that no head reads, is
-    determined only in the first iteration, so it must not change later.
+    PyTorch determines in the first iteration which parameters get no gradient, for example those of
+    a pyramid level that no head reads. This must not change in later iterations.
 
     Args:
         model: already on its device.
-        in_parts: whether gradients of several backward passes are exchanged together, with
-            ``no_sync``. Which parameters have no gradient is then determined in every iteration,
-            because PyTorch's static graph would have to exchange the gradients of the very first
-            backward pass, which is a different one in a resumed run.
+        in_parts: whether the gradients of several backward passes are exchanged together, with
+            ``no_sync``. PyTorch then determines in every iteration which parameters get no
+            gradient. The alternative, a static graph, would have to exchange gradients after the
+            very first backward pass, and in a resumed run that is a different pass.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     devices = None if on_cpu or comm.get_world_size() == 1 else [comm.get_local_rank()]
-    # With a static graph, PyTorch changes the order in which it adds gradients after the first
-    # iteration. In a resumed run, this happens at a different iteration, which changes the rounding
-    # of sums over three or more processes. But resumed runs on the CPU must match bit for bit.
+    # After the first iteration, a static graph adds gradients in a different order. In a resumed
+    # run, the order changes at a different iteration, which affects the rounding of sums over three
+    # or more processes. But resumed runs on the CPU must match uninterrupted ones bit for bit.
     keep_order = in_parts or (on_cpu and comm.get_world_size() > 2)
     return create_ddp_model(
         model,
@@ -39,8 +39,9 @@ def distribute(model: nn.Module, *, in_parts: bool = False) -> nn.Module:
 def share_buffers(model: nn.Module) -> None:
     """Copies the batch statistics of the first process to all others.
 
-    Each process averages its own statistics, but the checkpoint contains those of the first
-    process. Without this copy, an evaluation in several processes would not match the checkpoint.
+    Each process averages the statistics of its own batches, but a checkpoint contains only those of
+    the first process. Without this copy, an evaluation in several processes would not match the
+    checkpoint.
     """
     if comm.get_world_size() > 1:
         for buffer in model.buffers():

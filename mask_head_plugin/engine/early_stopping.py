@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class StoppedEarly(BaseException):
-    """Ends a trainer's loop. Not an Exception, so that ``except Exception`` does not catch it."""
+    """Ends a trainer's loop. It is a BaseException, so ``except Exception`` does not catch it."""
 
 
 class EarlyStopping(HookBase):
@@ -43,10 +43,10 @@ class EarlyStopping(HookBase):
         """
         Args:
             checkpointer: writes the final weights, in the main process.
-            evaluation: computes the metric; must be registered before this hook.
+            evaluation: the hook that computes the metric. It must be registered before this hook.
             metric: a name in ``metrics.json``. chosen_metrics.improves defines which values are
                 better.
-            patience: number of evaluations, at least 1.
+            patience: number of evaluations; at least 1.
         """
         self._checkpointer, self._evaluation = checkpointer, evaluation
         self._metric, self._patience = metric, patience
@@ -55,10 +55,10 @@ class EarlyStopping(HookBase):
         self._has_warned = False
 
     def before_train(self) -> None:
-        """Reads the evaluations of the resumed run up to its checkpoint.
+        """Reads the evaluations that a resumed run made before its checkpoint was written.
 
-        Includes the iteration after the checkpoint: if a stopped run is extended, that is where the
-        evaluation that stopped it was recorded.
+        Includes the iteration after the checkpoint: if the run was stopped early and is now
+        extended, the evaluation that stopped it was recorded there.
         """
         start = self.trainer.start_iter
         if comm.is_main_process() and start > 0 and self._record.is_file():
@@ -68,7 +68,7 @@ class EarlyStopping(HookBase):
                     values = {int(k): float(value) for k, value in known["values"]}
                     self._values = {k: value for k, value in values.items() if k <= start}
                 else:
-                    told = "%s is of %s: patience for %s counts from the next evaluation on"
+                    told = "%s has values of %s: PATIENCE for %s counts from the next evaluation"
                     logger.warning(told, self._record, known["metric"], self._metric)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 told = "%s is damaged (%s): PATIENCE counts from the next evaluation"
@@ -115,5 +115,5 @@ class EarlyStopping(HookBase):
     def _end(self) -> None:
         trainer = self.trainer
         trainer.max_iter, trainer.is_stopped = trainer.iter + 1, True
-        self._evaluation._eval_after_train = False  # these weights have just been evaluated
+        self._evaluation._eval_after_train = False  # these weights were evaluated just now
         self._checkpointer.save("model_final", iteration=trainer.iter)

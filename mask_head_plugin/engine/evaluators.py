@@ -31,10 +31,10 @@ def build_evaluator(
     """Returns the evaluator for the data set's ``evaluator_type``.
 
     Args:
-        cfg: gives the output folder and the number of detections per image.
+        cfg: the run's config.
         dataset_name: a registered data set.
         output_folder: folder for results. None means ``OUTPUT_DIR/inference`` or, if DATASETS.TEST
-            has several data sets, a subfolder with this one's name.
+            has several data sets, the subfolder ``OUTPUT_DIR/inference/<dataset_name>``.
 
     Raises:
         ValueError: if the type is unknown.
@@ -44,7 +44,7 @@ def build_evaluator(
         case "coco" if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
             return COCOEvaluator(dataset_name, output_dir=folder)  # recall of the proposals
         case "coco" if cfg.MODEL.KEYPOINT_ON:
-            own_folder = str(Path(folder) / "keypoints")  # avoids file names that collide
+            own_folder = str(Path(folder) / "keypoints")  # both evaluators use the same file names
             keypoints = COCOEvaluator(dataset_name, ("keypoints",), output_dir=own_folder)
             return DatasetEvaluators([_mask_evaluator(cfg, dataset_name, folder), keypoints])
         case "coco" | "lvis":
@@ -81,8 +81,8 @@ def check_chosen_objects(cfg: CfgNode) -> None:
         evaluator = build_evaluator(cfg, name)
         if isinstance(evaluator, MaskEvaluator) and evaluator.never_gives(own):
             raise ConfigError(
-                f"{key} {metric!r} is not a number in any evaluation: {name} has no objects that "
-                "count for it; choose another metric"
+                f"{key} {metric!r} is not a number in any evaluation, because {name} has none of "
+                "the objects that it measures; choose another metric"
             )
 
 
@@ -93,13 +93,13 @@ def inference_folder(cfg: CfgNode, name: str, dataset_name: str) -> str:
 
 
 def _mask_evaluator(cfg: CfgNode, dataset_name: str, folder: str) -> MaskEvaluator:
-    """Returns a MaskEvaluator that counts all detections that a model may return."""
+    """Returns a MaskEvaluator that counts all detections that a model may return per image."""
     if MetadataCatalog.get(dataset_name).get("made_on_first_use", False):
-        DatasetCatalog.get(dataset_name)  # MaskEvaluator reads the annotation file at once
+        DatasetCatalog.get(dataset_name)  # writes the annotation file, which MaskEvaluator reads
     limit = counted_detections(cfg.TEST.DETECTIONS_PER_IMAGE)
     if limit != COCO_MAX_DETECTIONS:
         logger.info(
-            "AP of %s counts TEST.DETECTIONS_PER_IMAGE = %s detections per image, not COCO's %d",
+            "AP on %s counts %s detections per image (TEST.DETECTIONS_PER_IMAGE), not COCO's %d",
             dataset_name,
             "all" if limit == ALL_DETECTIONS else limit,
             COCO_MAX_DETECTIONS,

@@ -1,7 +1,8 @@
 """SOLVER.CLIP_GRADIENTS for models in which some parameters have no gradient.
 
-detectron2's clipping by value fails if a parameter has no gradient, as in a pyramid level that no
-head reads. detectron2 also lacks ``full_model``, which configs of other projects use.
+In detectron2, clipping by value fails if a parameter has no gradient, for example in a pyramid
+level that no head reads. detectron2 also has no ``full_model``, which configs of other projects
+use.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ def clip_gradients(optimizer: Optimizer, clip: CfgNode) -> None:
 
     Args:
         optimizer: changed in place.
-        clip: SOLVER.CLIP_GRADIENTS. ``value`` limits each number, ``norm`` limits each parameter's
-            gradient, and ``full_model`` limits all gradients together.
+        clip: SOLVER.CLIP_GRADIENTS. The type ``value`` limits each element of a gradient, ``norm``
+            limits the norm of each parameter's gradient, and ``full_model`` limits the norm of all
+            gradients together.
     """
     limit, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
 

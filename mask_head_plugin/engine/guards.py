@@ -1,4 +1,4 @@
-"""Stops a run before its weights become NaN or infinite, with an error that names the images."""
+"""Stops a run before its weights become NaN or infinite. The error names the images."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ this scale is genuinely infinite.
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot continue. The message is one line: iteration, images and what to do."""
+    """Ends a run that cannot continue. The message is one line: iteration, images and advice."""
 
 
 class StepGuard(HookBase):
     """Checks losses and gradients in every iteration, before the weights change.
 
-    Register it with the inner trainer (SimpleTrainer, AMPTrainer). It gets the batch and the losses
-    from hooks on the model. It costs one pass over the gradients, and it synchronises with the
-    device shortly before detectron2 would do so to read the losses.
+    Register this hook with the inner trainer (SimpleTrainer, AMPTrainer). It gets the batch and the
+    losses from hooks on the model. Its cost is one pass over the gradients. It also synchronises
+    with the device, but detectron2 would do so shortly afterwards to read the losses.
     """
 
     def __init__(self, model: nn.Module, cfg: CfgNode) -> None:
         """
         Args:
-            model: the trained model, wrapped in DistributedDataParallel or not.
-            cfg: gives OUTPUT_DIR and the settings mentioned in messages. With SOLVER.AMP, gradients
-                are checked only at the smallest scale. At larger scales, infinite gradients are
-                normal: the scaler uses them to find its factor.
+            model: the trained model; may be wrapped in DistributedDataParallel.
+            cfg: the run's config. With SOLVER.AMP, gradients are checked only at the smallest loss
+                scale. At larger scales, infinite gradients are normal, because the scaler raises
+                the scale until they occur.
         """
         self.seed = 0  # the run's seed; set later, because a resumed run reads it from a checkpoint
         self._model, self._cfg = model, cfg
@@ -60,7 +60,7 @@ class StepGuard(HookBase):
             self._batch, self._losses = inputs[0] if inputs else [], {}
 
     def _note_losses(self, model: nn.Module, _: object, losses: Any) -> None:
-        # A model for a custom run_step may return other types, which are not checked.
+        # If run_step is a user's, its model may return other types, which are not checked.
         if model.training and isinstance(losses, Mapping | torch.Tensor):
             named = losses if isinstance(losses, Mapping) else {"total_loss": losses}
             self._losses = {
@@ -79,11 +79,12 @@ class StepGuard(HookBase):
     def _look_at(
         self, terms: list[torch.Tensor], gradients: dict[str, torch.Tensor], scaler: Any = None
     ) -> float:
-        """Raises TrainingError if a term or gradient is not finite; synchronises once.
+        """Raises TrainingError if a loss term or gradient is not finite; synchronises only once.
 
         Returns:
             The factor by which the scaler multiplies losses, or 1 without a scaler. It is read
-            together with the check, because scaler.get_scale() would synchronise again.
+            together with the result of the check, because scaler.get_scale() would synchronise
+            again.
         """
         if gradients:
             terms = [*terms, torch.nn.utils.get_total_norm(list(gradients.values()))]
@@ -92,7 +93,7 @@ class StepGuard(HookBase):
         is_bad = (~torch.stack(terms).sum().isfinite()).to(torch.float32)
         factor = torch.ones_like(is_bad)
         answer = torch.stack([is_bad, factor if scaler is None else scaler.scale(factor)])
-        if comm.get_world_size() > 1:  # otherwise the others would wait for a stopped process
+        if comm.get_world_size() > 1:  # all processes must stop, or the others would wait forever
             torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
         found, scale = answer.tolist()
         if found:
@@ -104,7 +105,10 @@ class StepGuard(HookBase):
         return {name: each.grad for name, each in named if each.grad is not None}
 
     def _stop_if_not_finite(self, gradients: dict[str, torch.Tensor]) -> None:
-        """Checks each value, because the norm of large but finite gradients can be infinite."""
+        """Raises TrainingError if a loss or any element of a gradient is not finite.
+
+        The norm is not enough, because the norm of large but finite gradients can be infinite.
+        """
         values = {name: loss.sum().item() for name, loss in self._losses.items()}
         terms = [f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)]
         layers = [name for name, each in gradients.items() if not each.isfinite().all()]
@@ -136,10 +140,10 @@ class StepGuard(HookBase):
         return path
 
     def explain(self, error: BaseException) -> TrainingError | None:
-        """Turns an error about memory or diverged boxes into one with images and advice.
+        """Turns an error about memory or diverged boxes into one that names images and advises.
 
         Returns:
-            The error to raise, or None for other errors.
+            The error to raise instead, or None if ``error`` has another cause.
         """
         if isinstance(error, FloatingPointError):  # raised by detectron2's RPN, before the losses
             what = first_line(error).rstrip(".")

@@ -33,7 +33,7 @@ class StepSeed(hooks.HookBase):
 
 
 class PreciseBN(hooks.PreciseBN):
-    """PreciseBN whose batches depend on the iteration, not on the number of earlier updates."""
+    """A PreciseBN whose batches depend on the iteration, not on the number of earlier updates."""
 
     def update_stats(self) -> None:
         if not self._disabled and isinstance(self._data_loader, TrainLoader):
@@ -43,7 +43,7 @@ class PreciseBN(hooks.PreciseBN):
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """PeriodicCheckpointer that keeps only the newest checkpoints, also across resumes."""
+    """A PeriodicCheckpointer that keeps only the newest checkpoints, even if a run is resumed."""
 
     def __init__(self, checkpointer: MaskHeadCheckpointer, period: int, keep_last: int) -> None:
         """
@@ -62,7 +62,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
 
 class BestCheckpointer(hooks.HookBase):
-    """Keeps the weights with the best evaluation as ``model_best.pth``, also across resumes.
+    """Keeps the weights with the best evaluation as ``model_best.pth``, even if a run is resumed.
 
     ``model_best.json`` records the metric, its value and the iteration.
     """
@@ -71,8 +71,8 @@ class BestCheckpointer(hooks.HookBase):
         """
         Args:
             checkpointer: writes the file.
-            metric: a name in ``metrics.json``, such as ``segm/AP``. improves() defines which values
-                are better.
+            metric: a name in ``metrics.json``, such as ``segm/AP``. chosen_metrics.improves defines
+                which values are better.
         """
         self._checkpointer, self._metric = checkpointer, metric
         self._record = Path(checkpointer.save_dir) / f"{BEST_CHECKPOINT}.json"
@@ -80,7 +80,7 @@ class BestCheckpointer(hooks.HookBase):
         self._last_seen, self._has_warned = -1, False
 
     def before_train(self) -> None:
-        # Evaluations before the checkpoint's iteration have already been considered.
+        # Evaluations before the checkpoint's iteration were considered before the interruption.
         self._last_seen = self.trainer.start_iter - 2
         if self.trainer.start_iter > 0 and self._record.is_file():
             try:
@@ -88,7 +88,7 @@ class BestCheckpointer(hooks.HookBase):
                 if best["metric"] == self._metric:
                     self._best = float(best["value"])
                 else:
-                    told = "%s is of %s: the next evaluation counts as the best %s so far"
+                    told = "%s has a value of %s: the next evaluation counts as the best %s so far"
                     logger.warning(told, self._record, best["metric"], self._metric)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 logger.warning(
@@ -114,7 +114,7 @@ class BestCheckpointer(hooks.HookBase):
             return
         self._last_seen = iteration
         if math.isnan(value):
-            told = "%s %r is not a number at iteration %d: these weights are not the best"
+            told = "%s %r is not a number at iteration %d: these weights cannot be the best"
             logger.warning(told, BEST, self._metric, iteration)
         if not improves(self._metric, value, self._best):
             return
@@ -128,7 +128,8 @@ class BestCheckpointer(hooks.HookBase):
 def warn_of_missing_metric(key: str, metric: str, trainer: Any) -> bool:
     """Warns that an evaluation did not compute the metric chosen by a config key.
 
-    Returns whether it warned; it does not if there has been no evaluation yet.
+    Returns:
+        Whether a warning was logged. None is logged if there has been no evaluation yet.
     """
     names = list(flatten_results_dict(getattr(trainer, "_last_eval_results", None) or {}))
     if names:
@@ -138,9 +139,10 @@ def warn_of_missing_metric(key: str, metric: str, trainer: Any) -> bool:
 
 
 class MetricPrinter(events.CommonMetricPrinter):
-    """CommonMetricPrinter that omits the losses of TEST.EVAL_LOSS; it would print their medians.
+    """A CommonMetricPrinter that omits the losses of TEST.EVAL_LOSS.
 
-    It also prints nothing at the end of a run that was stopped early.
+    detectron2's printer would print medians of them. This one also prints nothing at the end of a
+    run that was stopped early.
     """
 
     def write(self) -> None:
@@ -157,7 +159,7 @@ class MetricPrinter(events.CommonMetricPrinter):
 
 
 class JSONWriter(events.JSONWriter):
-    """JSONWriter that continues the file of an interrupted run."""
+    """A JSONWriter that continues the file of an interrupted run."""
 
     def __init__(self, json_file: Path) -> None:
         super().__init__(str(json_file), SMOOTHING_WINDOW)
@@ -168,15 +170,16 @@ class JSONWriter(events.JSONWriter):
 
         Args:
             start_iter: the first iteration that will be logged again.
-            is_finished: whether only the last evaluation will be repeated. Otherwise, the
-                evaluation that ended a shorter run is kept.
+            is_finished: whether the run has finished training, so that only its last evaluation is
+                repeated. If not, an evaluation at ``start_iter``, which ended a shorter run, is
+                kept.
         """
         last = -1
         kept: list[bytes] = []
         with self._path.open("rb") as file:
             for line in file:
                 entry = _entry(line)
-                if entry is None:  # cut off; if other lines follow, by an earlier interruption
+                if entry is None:  # cut off by the last or an earlier interruption
                     continue
                 if entry["iteration"] > start_iter:
                     break
@@ -191,7 +194,7 @@ class JSONWriter(events.JSONWriter):
 
 
 class TensorboardXWriter(events.TensorboardXWriter):
-    """TensorboardXWriter that hides points written after the checkpoint that a run resumes from."""
+    """A TensorboardXWriter that hides points from after the checkpoint that a run resumes from."""
 
     def go_on(self, start_iter: int, **_: bool) -> None:
         """Makes TensorBoard discard points from ``start_iter`` on."""
@@ -206,8 +209,9 @@ class Resume(hooks.HookBase):
     if the evaluation fails. The file ``finished_iteration`` contains the iteration of the newest
     checkpoint whose evaluation and logging also finished. If the run resumes from a later
     checkpoint, the evaluation and logging of that checkpoint are done first. Everything logged
-    after the checkpoint is removed, because it will be logged again. An iteration that ended a run
-    early is never recorded in the file, so a resumed run evaluates it again and ends.
+    after the checkpoint is removed, because it will be logged again. If an evaluation ends a run
+    early, its iteration is not recorded in the file. If this run is resumed, it therefore repeats
+    the evaluation and ends again.
     """
 
     def __init__(self, others: Sequence[hooks.HookBase]) -> None:
@@ -263,7 +267,10 @@ class Resume(hooks.HookBase):
         write_run_file(self._mark, str(iteration))
 
     def _finished_iteration(self) -> int:
-        """Returns the recorded iteration; -1 if there is none or this is not the main process."""
+        """Returns the recorded iteration.
+
+        Returns -1 if no iteration is recorded, or if this is not the main process.
+        """
         try:
             return int(self._mark.read_bytes()) if self._checkpointer else -1
         except (OSError, ValueError):

@@ -1,7 +1,8 @@
 """Starts the processes of a run, with detectron2's flags or with torchrun, on GPUs or CPUs.
 
-Both ways lead to the same function, which reads the environment variables that torchrun sets.
-detectron2's flags are passed to ``torch.distributed.launcher``, which torchrun itself uses.
+In each process, the same function reads the environment variables that torchrun sets. With
+detectron2's flags, the processes are started by ``torch.distributed.launcher``, which torchrun
+itself uses.
 """
 
 from __future__ import annotations
@@ -34,9 +35,7 @@ from .guards import TrainingError
 logger = logging.getLogger(__name__)
 
 WORKER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Environment variables that torchrun sets for the processes that it starts. submitit can set them
-as well.
-"""
+"""Environment variables that torchrun, and optionally submitit, sets in the processes of a run."""
 
 NO_ID = "none"
 """torchrun's default for --rdzv-id."""
@@ -44,7 +43,8 @@ NO_ID = "none"
 RUN_ID_FILE = "torchrun_id"
 
 FOLLOWERS_DELAY = 2.0
-"""Seconds to wait until another process's failure has been noticed, which takes only about 0.1 s.
+"""Seconds that a failing process waits, so that the launcher first notices the process that failed
+before it. The launcher needs only about 0.1 s for this.
 """
 
 
@@ -66,14 +66,15 @@ def launch(
     """Calls ``main_func(*args)`` in each process of a run, like detectron2's ``launch``.
 
     In a process started by torchrun, calls ``main_func`` directly, regardless of the numbers below.
-    Otherwise starts the processes, or calls ``main_func`` in this one if one is enough.
+    Otherwise, starts the processes or, if there is only one, calls ``main_func`` in this process.
 
-    Differs from detectron2: it also works without GPUs. If one process fails, all of them end, and
-    its error is raised here. A single machine uses any free port, so that two runs do not collide.
+    Differs from detectron2: it also works without GPUs. If one process fails, all processes end,
+    and its error is raised here. On a single machine, a free port is chosen, so that two runs can
+    use the same machine.
 
     Args:
-        main_func: the function to call; must be picklable, as must ``args``.
-        num_gpus_per_machine: processes on this machine; the same number on every machine.
+        main_func: the function to call. It must be picklable, and so must ``args``.
+        num_gpus_per_machine: number of processes on each machine.
         num_machines: number of machines.
         machine_rank: number of this machine, 0 to num_machines - 1.
         dist_url: ``tcp://host:port`` of machine 0; required for several machines.
@@ -83,10 +84,11 @@ def launch(
             ``cpu`` or without a GPU.
 
     Raises:
-        ConfigError: if the numbers do not match each other or the GPUs, or if a process raised it;
-            the message then starts with the process's rank.
+        ConfigError: if the numbers contradict each other or there are too few GPUs. Also if a
+            process raised a ConfigError; the message then starts with the process's rank.
         TrainingError: if a process raised it.
-        RankError: if a process was killed, or failed in another way; includes its traceback.
+        RankError: if a process was killed, or if it failed for another reason. In the second case,
+            the message includes the traceback.
     """
     num_processes = process_count(num_gpus_per_machine, num_machines, device)
     if is_worker():
@@ -125,14 +127,14 @@ def process_count(num_gpus_per_machine: int, num_machines: int, device: str) -> 
     """Returns the number of processes in a run, as given by torchrun or by the flags.
 
     Raises:
-        ConfigError: if this machine cannot run its share of them.
+        ConfigError: if this machine cannot run its share of the processes.
     """
     if is_worker():
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         if num_gpus_per_machine not in (1, here):
             raise ConfigError(
                 f"--num-gpus is {num_gpus_per_machine}, but torchrun has started {here} processes "
-                f"on this machine: remove the flag"
+                "on this machine; remove the flag"
             )
         _check_processes(f"torchrun --nproc-per-node {here}", here, device)
         return int(os.environ["WORLD_SIZE"])
@@ -144,8 +146,8 @@ def process_count(num_gpus_per_machine: int, num_machines: int, device: str) -> 
 def first_on_machine() -> Iterator[None]:
     """Lets the first process on each machine run a block of code before the others run it.
 
-    The others then find its results, and an error is printed only once. Works even before the
-    processes form a group.
+    The other processes can then use its results, and an error is printed only once. This works even
+    before the processes form a group.
     """
     if not is_worker():
         yield
@@ -159,17 +161,19 @@ def first_on_machine() -> Iterator[None]:
 
 
 def restarted(output_dir: str) -> bool:
-    """Returns whether torchrun has started this run before, which means that it must resume.
+    """Returns whether torchrun has started this run before. If so, the run must resume.
 
     torchrun restarts processes with the same command after a failure, and when machines join or
-    leave. A file in OUTPUT_DIR records torchrun's ID of the run. All processes must call this.
+    leave. A file in OUTPUT_DIR records the ID that torchrun gave the run. All processes must call
+    this function.
 
     Args:
         output_dir: OUTPUT_DIR, which must exist.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", NO_ID)
     path = Path(output_dir) / RUN_ID_FILE
-    # torchrun does not count restarts caused by a change of machines; the ID reveals them.
+    # torchrun does not count restarts that it makes because machines joined or left, but the run
+    # keeps its ID.
     known = run_id != NO_ID and path.is_file() and path.read_text() == run_id
     # A machine that has just joined counts its restarts from 0.
     again = any(comm.all_gather(known or _restart_count() > 0))
@@ -209,23 +213,25 @@ def _check_processes(flag: str, num_processes: int, device: str) -> None:
         cores = max(os.cpu_count() or 1, 2)  # two processes are always allowed, for testing
         if num_processes > cores:
             raise ConfigError(
-                f"{flag}: without GPUs each process needs a core; this machine has {cores}"
+                f"{flag}: without GPUs, each process needs a core; this machine can run {cores}"
             )
         return
     if num_processes > torch.cuda.device_count():
         raise ConfigError(
-            f"{flag}: this machine has {torch.cuda.device_count()} GPUs; lower it, or set "
+            f"{flag}: this machine has {torch.cuda.device_count()} GPUs; lower the number, or set "
             "MODEL.DEVICE cpu"
         )
     if torch.device(device).index is not None:
-        raise ConfigError(f"MODEL.DEVICE {device} is one GPU; {num_processes} processes need cuda")
+        raise ConfigError(
+            f"MODEL.DEVICE {device} is a single GPU; set it to cuda for {num_processes} processes"
+        )
 
 
 def _check_machines(world_size: int, on_this_machine: int) -> None:
     """Raises ConfigError unless the machines have equal process counts and can be restarted."""
     if world_size % on_this_machine:
         raise ConfigError(
-            f"{on_this_machine} of {world_size} processes are on this machine: give each machine "
+            f"{on_this_machine} of {world_size} processes are on this machine; give each machine "
             "the same --nproc-per-node"
         )
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -245,7 +251,7 @@ def _launch_config(
     dist_url: str | None,
     timeout: timedelta,
 ) -> LaunchConfig:
-    """Returns the configuration with which torch starts the processes of this machine."""
+    """Returns the configuration that torch needs to start the processes of this machine."""
     configs = {"timeout": int(timeout.total_seconds())}
     if num_machines == 1:  # like torchrun --standalone
         backend, endpoint, address = "c10d", "localhost:0", "localhost"
@@ -262,7 +268,7 @@ def _launch_config(
                 f"--dist-url {dist_url}: --num-machines {num_machines} needs tcp://host:port of "
                 "machine 0"
             )
-        logger.info("machine %d of %d meets the others at %s", machine_rank, num_machines, endpoint)
+        logger.info("machine %d of %d joins the run at %s", machine_rank, num_machines, endpoint)
         backend, address = "static", None
         configs["rank"] = machine_rank
     return LaunchConfig(
@@ -305,7 +311,8 @@ def _work(
     except TrainingError:
         raise
     except RuntimeError:
-        # This may only be a consequence of another failure, which must be noticed first.
+        # This error may be a consequence of another process's failure, which the launcher must
+        # notice first.
         time.sleep(FOLLOWERS_DELAY)
         raise
     dist.destroy_process_group()
@@ -330,7 +337,7 @@ def _explain(error: ChildFailedError) -> ConfigError | TrainingError | RankError
 
 @contextlib.contextmanager
 def _quiet_launcher() -> Iterator[None]:
-    """Stops torch from logging the failure that is raised anyway, and restores signal handlers."""
+    """Keeps torch from logging a failure that ``launch`` raises, and restores signal handlers."""
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = [signal.getsignal(number) for number in signals]
     logging.disable(logging.CRITICAL)

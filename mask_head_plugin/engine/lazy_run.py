@@ -1,9 +1,9 @@
 """Implements tools/lazyconfig_train_net.py: detectron2's training loop for a LazyConfig.
 
-The loop, its hooks and its files are detectron2's. The plugin adds its own rules: weights that do
-not fit are an error, weights files never run code, checkpoints appear only when complete, and
-processes run on CPUs as well as GPUs. Trainer's other guarantees, such as exact resuming, apply
-only to YAML configs.
+The loop, its hooks and its files are the same as in detectron2. The plugin adds some guarantees:
+weights that do not fit are an error, files of weights never run code, checkpoints get their name
+only when they are complete, and processes run on CPUs as well as GPUs. The other guarantees of
+Trainer, such as exact resuming, apply only to YAML configs.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ from ..modeling import to_channels_last
 logger = logging.getLogger(__name__)
 
 OWN_FILES = "Your own files go into DATASETS.COCO_FILES"
-OWN_FILES_HERE = "A config file may register yours: register_coco_instances(...)"
-"""Part of a message of check_registered_datasets, and its replacement for a LazyConfig."""
+OWN_FILES_HERE = "Register your own in the config file with register_coco_instances(...)"
+"""OWN_FILES is part of a message of check_registered_datasets. With a LazyConfig, OWN_FILES_HERE
+replaces it.
+"""
 
 
 def set_up(args: argparse.Namespace) -> DictConfig:
@@ -61,7 +63,7 @@ def set_up(args: argparse.Namespace) -> DictConfig:
             "train.amp.enabled=False"
         )
     if cfg.train.amp.enabled and not on_gpu:
-        raise ConfigError("train.amp.enabled is for GPUs; add train.amp.enabled=False")
+        raise ConfigError("train.amp.enabled needs a GPU; add train.amp.enabled=False")
     if args.eval_only and not (cfg.train.init_checkpoint or args.resume):
         raise ConfigError("--eval-only needs train.init_checkpoint=FILE, or --resume")
     _check_datasets(cfg, train=not args.eval_only)
@@ -99,7 +101,7 @@ def train_or_evaluate(args: argparse.Namespace) -> None:
 
 def _policy(cfg: DictConfig, *, train: bool) -> WeightsPolicy:
     policy = WeightsPolicy.from_config(read_config(opts=settings_of(cfg)), train=train)
-    return dataclasses.replace(policy, advice="give weights of this config: train.init_checkpoint")
+    return dataclasses.replace(policy, advice="set train.init_checkpoint to weights of this config")
 
 
 def _train(cfg: DictConfig, model: torch.nn.Module, *, resume: bool) -> None:

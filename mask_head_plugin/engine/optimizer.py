@@ -65,35 +65,37 @@ def parameter_groups(
     weight_decay_bias: float | None = None,
     bias_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """detectron2's get_default_optimizer_params with learning rates per module and per layer.
+    """Like detectron2's get_default_optimizer_params, with learning rates per module and layer.
 
-    To use it in a LazyConfig, set ``optimizer.params._target_`` to this function.
+    To use this function in a LazyConfig, set ``optimizer.params._target_`` to it.
 
     Args:
         model: not wrapped in DistributedDataParallel.
         base_lr: the learning rate that the factors multiply.
-        lr_factors: pairs of the name of a module or parameter and a factor for its learning rate.
-            If several names match a parameter, only the longest one applies.
-        layer_decay: learning rate of the backbone's last layer relative to the base rate. The layer
-            before it uses the square of this value, and so on down to the input (BEiT, arXiv
-            2106.08254, as in timm's param_groups_layer_decay). All other parameters use the base
-            rate. modeling.backbone_layers defines the layers.
-        weight_decay_norm: weight decay of normalization layers; None for the common value.
-        weight_decay_bias: weight decay of biases; None for the common value.
-        bias_lr_factor: factor for the learning rate of biases.
+        lr_factors: pairs of a name and a factor, which multiplies the learning rate of the module
+            or parameter with this name. If several names match a parameter, the longest one
+            applies.
+        layer_decay: learning rate of the backbone's last layer, as a factor of the base rate. The
+            layer before the last uses the square of this factor, the one before that its cube, and
+            so on (BEiT, arXiv 2106.08254, as in timm's param_groups_layer_decay). All other
+            parameters use the base rate. modeling.backbone_layers defines what a layer is.
+        weight_decay_norm: weight decay of normalization layers; None means the optimizer's default.
+        weight_decay_bias: weight decay of biases; None means the optimizer's default.
+        bias_lr_factor: factor that multiplies the learning rate of biases.
 
     Returns:
-        Groups for an optimizer, one for each combination of values. If several factors apply to a
-        parameter, they are multiplied. Parameters in timm's no_weight_decay get no weight decay.
+        Parameter groups for an optimizer, one for each combination of values. If several factors
+        apply to a parameter, they are multiplied. Parameters in timm's no_weight_decay get no
+        weight decay.
 
     Raises:
-        ConfigError: if a name in ``lr_factors`` is not in the model or all of its parameters are
-            frozen, or the layers of the backbone are unknown.
+        ConfigError: if a name in ``lr_factors`` matches no parameter or only frozen ones, or if
+            ``layer_decay`` does not support the backbone.
     """
     names = [name for name, each in model.named_parameters() if each.requires_grad]
     _check_prefixes([prefix for prefix, _ in lr_factors], names, model)
     rates: list[Callable[[str], float]] = []
-    if bias_lr_factor != 1:  # passed to detectron2's function, it would override other factors
+    if bias_lr_factor != 1:  # detectron2's function would use it instead of the other factors
         rates.append(lambda name: bias_lr_factor if name.rpartition(".")[2] == "bias" else 1.0)
     if lr_factors:
         rates.append(lambda name: _factor_of(name, lr_factors))
@@ -105,7 +107,7 @@ def parameter_groups(
         base_lr=base_lr,
         weight_decay_norm=weight_decay_norm,
         weight_decay_bias=weight_decay_bias,
-        # detectron2 passes a parameter of the model itself as ".name".
+        # For a parameter that belongs to the model directly, detectron2 passes ".name".
         lr_factor_func=lambda name: math.prod(rate(name.removeprefix(".")) for rate in rates),
     )
     undecayed = undecayed_parameters(model).intersection(names)

@@ -1,4 +1,4 @@
-"""detectron2's DefaultPredictor with class names that match its weights."""
+"""A DefaultPredictor of detectron2 whose class names match its weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class BGRPredictor(DefaultPredictor):
     def __init__(self, cfg: CfgNode) -> None:
         converted = cfg.clone()
         converted.defrost()
-        converted.INPUT.FORMAT = "BGR"  # detectron2, which knows only BGR and RGB, converts nothing
+        # detectron2 supports only BGR and RGB. With BGR, it leaves the conversion to __call__.
+        converted.INPUT.FORMAT = "BGR"
         super().__init__(converted)
         self.cfg = cfg.clone()
 
@@ -47,7 +48,7 @@ class BGRPredictor(DefaultPredictor):
         return output
 
     def scales_down(self, height: int, width: int) -> bool:
-        """Returns whether an image is scaled down even though INPUT.MIN_SIZE_TEST 0 keeps sizes.
+        """Returns whether a huge image is scaled down although INPUT.MIN_SIZE_TEST is 0.
 
         Args:
             height: in pixels.
@@ -61,9 +62,9 @@ def load_predictor(cfg: CfgNode) -> BGRPredictor:
     """Returns detectron2's predictor for BGR images; MODEL.WEIGHTS may have any supported format.
 
     ``metadata.thing_classes`` contains the names of the predicted classes. They come from the
-    weights or, if the weights have no names, from the first data set in DATASETS.TEST, or else in
-    TRAIN. They are unknown if that data set has a different number of classes. Data sets do not
-    have to be registered or present on this machine.
+    weights. If the weights have no names, they come from the first data set in DATASETS.TEST or,
+    failing that, in TRAIN. Only a data set with as many classes as the model is used. Data sets do
+    not have to be registered or present on this machine.
 
     Args:
         cfg: the model's config; not changed.

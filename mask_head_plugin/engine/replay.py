@@ -38,12 +38,12 @@ def save_step(
     ``weights_only=True``.
 
     Args:
-        path: the file; its folder is created if missing.
-        model: wrapped in DistributedDataParallel or not.
+        path: the file to write; its folder is created if it does not exist.
+        model: the trained model; may be wrapped in DistributedDataParallel.
         batch: the input of the model.
         losses: losses of the step.
-        seeds: values with which generators were seeded before the step: seed, iteration, rank and,
-            if the batch has parts, the part.
+        seeds: the values that seeded the random number generators before the step: seed, iteration,
+            rank and, if the batch has parts, the part.
     """
     content = {
         "model": undistributed(model).state_dict(),
@@ -58,7 +58,7 @@ def save_step(
 
 @dataclass(frozen=True)
 class Replay:
-    """Result of repeating a training step: where values are not finite."""
+    """Result of repeating a training step: the places where values are not finite."""
 
     batch: list[Sample]
     losses: dict[str, float]
@@ -73,7 +73,7 @@ class Replay:
 
 
 def replay_step(model: nn.Module, path: Path) -> Replay:
-    """Repeats the forward and backward pass of a saved step, and checks every module.
+    """Repeats the forward and backward pass of a saved step, and checks each module's output.
 
     Args:
         model: the model that the trainer builds from the run's config; its weights are replaced.

@@ -42,10 +42,12 @@ def evaluate_dataset(
     loader: DataLoader[Any],
     evaluator: DatasetEvaluator,
 ) -> dict[str, Any]:
-    """Evaluates a model with detectron2's inference_on_dataset; skips images predicted earlier.
+    """Evaluates a model on a data set, or continues an interrupted evaluation.
+
+    Uses detectron2's inference_on_dataset, but skips images that already have predictions.
 
     Args:
-        cfg: the config with the settings of the model and of the evaluation.
+        cfg: the config of the model and the evaluation.
         model: its training mode is restored afterwards.
         dataset_name: a data set in DATASETS.TEST.
         loader: yields all images of the data set in order.
@@ -55,8 +57,8 @@ def evaluate_dataset(
         The evaluator's results; empty in all processes except the first.
 
     Raises:
-        ConfigError: if the data set has different classes, or the model's classes in a different
-            order, which only a MaskEvaluator can handle.
+        ConfigError: if the data set has other classes than the model, or the same classes in a
+            different order, and the evaluator is not a MaskEvaluator.
     """
     found = class_names_of(model)
     wanted = MetadataCatalog.get(dataset_name).get("thing_classes")
@@ -65,22 +67,22 @@ def evaluate_dataset(
     elif found and wanted and found != [str(name) for name in wanted]:
         raise ConfigError(
             f"{type(evaluator).__name__} needs the classes of {dataset_name} in the model's order, "
-            f"but they differ; use it as the only data set in DATASETS.TEST, with weights trained "
-            "on its classes"
+            f"but they differ; evaluate {dataset_name} separately, with weights trained on its "
+            "classes"
         )
     if isinstance(evaluator, MaskEvaluator):
         evaluator.resume(prediction_fingerprint(cfg, model, dataset_name))
         finished = evaluator.finished_image_ids
         if finished:
             logger.info(
-                "%d images of %s were predicted before the last run stopped",
+                "%d images of %s already have predictions from an interrupted evaluation",
                 len(finished),
                 dataset_name,
             )
             records = DatasetCatalog.get(dataset_name)
             if len(records) != len(loader.dataset):  # type: ignore[arg-type]  # it has a length
                 raise ValueError(
-                    f"the loader of {dataset_name} does not yield all of its images in order"
+                    f"the loader of {dataset_name} must yield all images of the data set in order"
                 )
             left = [k for k, record in enumerate(records) if record["image_id"] not in finished]
             if not left:

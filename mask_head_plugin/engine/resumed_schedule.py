@@ -1,7 +1,7 @@
 """Makes a resumed run use the learning rate of its config instead of the checkpoint's.
 
-An optimizer's state includes its hyperparameters. If the config has changed, the checkpoint's
-values would override it, and the run's config.yaml would be wrong.
+An optimizer's state includes its hyperparameters. Without this module, the checkpoint's values
+would override a changed config, and the run's config.yaml would be wrong.
 """
 
 from __future__ import annotations
@@ -26,39 +26,40 @@ NAMES = {
     "betas": "betas",
     "weight_decay": "weight decay",
 }
-"""Values of a parameter group that come from SOLVER, and their names in messages."""
+"""Hyperparameters of a parameter group that come from SOLVER, and their names in messages."""
 
 GROUPS = "parameter_groups"
-"""Key under which a checkpoint stores each group's parameter names, if the config defines groups.
+"""Key under which a checkpoint stores the parameter names of each group.
+
+It exists only if SOLVER.LR_FACTORS or LAYER_DECAY defines groups.
 """
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
     """Refuses a checkpoint with a different optimizer or different parameter groups.
 
-    PyTorch would accept such a checkpoint if the numbers of parameters agree.
+    PyTorch would accept such a checkpoint if the groups have the right numbers of parameters.
 
     Args:
         optimizer: the optimizer built from the config.
-        model: the model that it optimizes; not wrapped in DistributedDataParallel.
+        model: the model being trained; not wrapped in DistributedDataParallel.
         state: the trainer's state in the checkpoint.
 
     Raises:
-        ConfigError: if optimizer or groups differ; the message names the keys that must not change.
+        ConfigError: if the optimizer or its groups differ. The message names the keys that must not
+            change.
     """
     saved = state["_trainer"]["optimizer"]["param_groups"][0]
     is_adam = "betas" in optimizer.param_groups[0]
     if ("betas" in saved) != is_adam:
         told = ("SGD", "AdamW") if is_adam else ("AdamW", "SGD")
         raise ConfigError(
-            "the checkpoint's optimizer is {}, but SOLVER.OPTIMIZER is {}: it cannot change within "
+            "the checkpoint's optimizer is {}, but SOLVER.OPTIMIZER is {} and cannot change within "
             "a run; set it back, or start a new run with the checkpoint as "
             "MODEL.WEIGHTS".format(*told)
         )
     if GROUPS in state and state[GROUPS] != group_names(optimizer, model):
-        raise ConfigError(
-            _unfit("the groups of parameters with a learning rate of their own differ")
-        )
+        raise ConfigError(_unfit("its parameter groups differ"))
 
 
 def _unfit(cause: object) -> str:
@@ -71,13 +72,13 @@ def _unfit(cause: object) -> str:
 
 
 def load_keeping_config(optimizer: Optimizer, scheduler: Any, load: Callable[[], None]) -> None:
-    """Loads the states of optimizer and scheduler, then applies the config's values.
+    """Loads the states of the optimizer and the scheduler, then applies the config's values.
 
     Args:
         optimizer: the optimizer built from the config.
         scheduler: detectron2's LRMultiplier. With any other scheduler, the checkpoint's learning
             rate is used.
-        load: loads the states.
+        load: a function that loads both states.
 
     Raises:
         ConfigError: if the optimizer's parameter groups differ from those of the checkpoint.

@@ -1,4 +1,4 @@
-"""Implements train_net.py after its flags are parsed: sets up a run, then trains or evaluates."""
+"""Implements train_net.py, except for its flags: sets up a run, then trains or evaluates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
     """Returns the run's config, frozen, with its data sets registered and checked.
 
     Args:
-        args: the flags of train_net.py; ``config_file`` becomes the path of the file found.
+        args: the flags of train_net.py. Its ``config_file`` is replaced by the path of the file.
 
     Raises:
         ConfigError: if a setting or data set cannot be used; raised before anything is built.
@@ -69,8 +69,8 @@ def check_and_register(
         cfg: the config; register_coco_files adapts it in place.
         train: whether the run trains.
         num_processes: number of processes in the run.
-        log_rank: rank of this process, which then logs to OUTPUT_DIR; None writes no log there.
-        own: keys that are reported if they have no effect; None for all keys.
+        log_rank: rank of this process, for its log in OUTPUT_DIR; None writes no log there.
+        own: the keys to report if they have no effect; None means all keys.
 
     Raises:
         ConfigError: if a setting or data set cannot be used.
@@ -84,7 +84,7 @@ def check_and_register(
 
 
 def join_run(cfg: CfgNode) -> None:
-    """Sets up logging, the user's code and the data sets in a new process of a run."""
+    """Sets up logging, imports the user's code and registers the data sets in a new process."""
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mask_head_plugin")
     import_modules(cfg.IMPORTS)
     register_coco_files(cfg)
@@ -110,7 +110,7 @@ def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any] 
     what = (cfg.MODEL.DEVICE, comm.get_world_size())
     logger.info("running on %s, processes: %d", *what)
     if cfg.IMPORTS:
-        logger.info("your code that was imported (IMPORTS): %s", ", ".join(cfg.IMPORTS))
+        logger.info("imported your code (IMPORTS): %s", ", ".join(cfg.IMPORTS))
     results: dict[str, Any] | None
     if args.eval_only:
         model = Trainer.load_model(cfg, resume=args.resume)

@@ -77,7 +77,7 @@ Results = OrderedDict[str, Any]
 
 
 class Trainer(DefaultTrainer):
-    """DefaultTrainer for all data sets registered in detectron2 or listed in DATASETS.COCO_FILES.
+    """A DefaultTrainer for data sets registered in detectron2 or listed in DATASETS.COCO_FILES.
 
     A run that is interrupted at any moment and resumed with the same config and number of processes
     ends with the same weights as an uninterrupted one, bit for bit on the CPU.
@@ -85,9 +85,9 @@ class Trainer(DefaultTrainer):
     Attributes:
         seed: seed of all random numbers: SEED, or a random one if SEED is negative. A resumed run
             without SEED uses its checkpoint's seed.
-        average: the average of the weights with SOLVER.EMA_DECAY; otherwise None.
-        is_stopped: whether SOLVER.EARLY_STOPPING has ended the run; max_iter is then the last
-            iteration.
+        average: the moving average of the weights; None if SOLVER.EMA_DECAY is 0.
+        is_stopped: whether SOLVER.EARLY_STOPPING has ended the run. If so, max_iter is the number
+            of iterations that were run.
         restored_scalars: logged scalars from the checkpoint; see hooks.scalar_state.
     """
 
@@ -98,7 +98,7 @@ class Trainer(DefaultTrainer):
                 the number of processes.
         """
         TrainerBase.__init__(self)  # DefaultTrainer.__init__ does not support several CPU processes
-        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):  # no log is set up yet
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):  # not set up yet
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -134,7 +134,7 @@ class Trainer(DefaultTrainer):
 
     @property
     def evaluated_model(self) -> torch.nn.Module:
-        """The model for evaluation, drawing and saving: with SOLVER.EMA_DECAY, the averaged one."""
+        """The model to evaluate, draw with and save; the averaged one if there is an average."""
         return self.average.module if self.average else self.model
 
     def build_hooks(self) -> list[HookBase]:
@@ -205,7 +205,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader[Any]:
-        """Returns detectron2's loader with errors that name the image."""
+        """Returns detectron2's loader of test images, with errors that name the image."""
         check_proposal_files(cfg, "TEST")
         mapper = ImageNamingMapper(ImageFileMapper(cfg, False))
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
@@ -218,13 +218,14 @@ class Trainer(DefaultTrainer):
                 OUTPUT_DIR are moved to a subfolder, so that they are not mistaken for this run's.
 
         Raises:
-            ConfigError: if no checkpoint is intact, or the newest is past SOLVER.MAX_ITER.
+            ConfigError: if there are checkpoints but none is intact, or if the newest is from an
+                iteration after SOLVER.MAX_ITER.
         """
         goes_on = resume and comm.all_gather(self.checkpointer.has_checkpoint())[0]
         if goes_on:  # as seen by the main process; others may not see the file
             self.checkpointer.load(self.checkpointer.get_checkpoint_file())
             self.start_iter = self.iter + 1  # the checkpoint's iteration was completed
-            logger.info("resumed: MODEL.WEIGHTS %r is not read", self.cfg.MODEL.WEIGHTS)
+            logger.info("resumed, so MODEL.WEIGHTS %r is not read", self.cfg.MODEL.WEIGHTS)
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             _forget_unmatched_classes(self.cfg, self.checkpointer.model)
@@ -314,7 +315,7 @@ class Trainer(DefaultTrainer):
         if self.cfg.SEED < 0:
             self.seed = seed
         elif seed != self.cfg.SEED:
-            logger.warning("SEED %d instead of the checkpoint's %d", self.cfg.SEED, seed)
+            logger.warning("using SEED %d instead of the checkpoint's %d", self.cfg.SEED, seed)
         self.restored_scalars = state_dict.get("scalars", {})
 
     @classmethod
@@ -329,8 +330,8 @@ class Trainer(DefaultTrainer):
         """Builds a model for evaluation and loads its weights.
 
         Args:
-            cfg: gives MODEL.WEIGHTS.
-            resume: whether to load the newest checkpoint in OUTPUT_DIR instead.
+            cfg: the model's config; its MODEL.WEIGHTS are loaded.
+            resume: whether to load the newest checkpoint in OUTPUT_DIR instead, if there is one.
 
         Raises:
             ConfigError: if the weights cannot be read or do not fit, or there is no checkpoint for
@@ -399,7 +400,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: torch.nn.Module) -> Results:
-        """Evaluates with test-time augmentation (TEST.AUG); keys of the results end in ``_TTA``."""
+        """Evaluates with test-time augmentation (TEST.AUG). Names of results end in ``_TTA``."""
         logger.info("evaluating with test-time augmentation")
         if cfg.MODEL.ROI_MASK_HEAD.SCORING.ENABLED:
             logger.warning(
@@ -436,11 +437,11 @@ def _forget_unmatched_classes(cfg: CfgNode, model: torch.nn.Module) -> None:
         return
     told = (
         f"{cfg.MODEL.WEIGHTS} has class names ({listed(names)}), but DATASETS.TRAIN does not, so "
-        f"rows cannot be matched by name; set thing_classes in the metadata of the data set"
+        f"rows cannot be matched by name; set thing_classes in the data set's metadata"
     )
     if cfg.MODEL.WEIGHTS_STRICT:
         raise ConfigError(f"{told}, or MODEL.WEIGHTS_STRICT False to keep the rows in order")
-    logger.warning("%s; rows stay in order", told)
+    logger.warning("%s; for now, the rows keep their order", told)
     name_classes(model, None)
 
 

@@ -1,7 +1,8 @@
-"""An exponential moving average of a model's weights, which is evaluated and saved instead of them.
+"""Keeps an exponential moving average of a model's weights, to be evaluated and saved instead.
 
-An average over many iterations is often better than the weights of the last one, especially while
-the learning rate is high (Polyak and Juditsky, 1992; as in Mean Teacher, arXiv 1703.01780).
+The average over many iterations is often better than the weights of the last iteration, especially
+while the learning rate is high (Polyak and Juditsky, 1992). Mean Teacher (arXiv 1703.01780) uses
+the same average.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TRAINED, COUNT = "trained_weights", "num_averaged"
 
 
 class WeightAverage(AveragedModel):
-    """A resumable AveragedModel (from torch) that averages over fewer iterations at the start.
+    """A resumable AveragedModel of torch that averages over fewer iterations at the start.
 
     Batch statistics are averaged as well. ``module`` is the averaged model. It has the class and
     the training mode of the trained model.
@@ -31,26 +32,26 @@ class WeightAverage(AveragedModel):
     def __init__(self, model: nn.Module, decay: float) -> None:
         """
         Args:
-            model: copied; not wrapped in DistributedDataParallel.
-            decay: share of the average that each iteration keeps, in [0, 1). The first iterations
-                use a lower value, (1 + n) / (10 + n) after n iterations, so that the influence of
-                the initial weights fades quickly.
+            model: the trained model, which is copied; not wrapped in DistributedDataParallel.
+            decay: share of the previous average in the new one, in [0, 1). The first iterations use
+                a lower value, (1 + n) / (10 + n) after n iterations, so that the influence of the
+                initial weights fades quickly.
         """
         super().__init__(model, use_buffers=True)
         self._decay = decay
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Adds the weights of an iteration to the average; the first weights become the average.
+        """Adds the weights of an iteration to the average. The first weights become the average.
 
         Args:
-            model: wrapped in DistributedDataParallel or not.
+            model: the trained model; may be wrapped in DistributedDataParallel.
         """
         count = int(self.n_averaged)  # on the CPU, so reading it does not synchronise
         self.multi_avg_fn = get_ema_multi_avg_fn(min(self._decay, (1 + count) / (10 + count)))
         super().update_parameters(model)
 
     def start(self, model: nn.Module) -> None:
-        """Starts from the weights loaded into ``module``, and copies them to the trained model."""
+        """Starts a new average from the weights in ``module``, and copies them to the model."""
         inner = undistributed(model)
         inner.load_state_dict(self.module.state_dict())
         name_classes(inner, class_names_of(self.module))
@@ -62,14 +63,14 @@ class WeightAverage(AveragedModel):
 
 
 def resume_average(average: WeightAverage | None, model: nn.Module, state: dict[str, Any]) -> None:
-    """Restores a model's own weights after the averaged weights of a checkpoint were loaded.
+    """Restores the weights being trained after a checkpoint's averaged weights were loaded.
 
     Args:
         average: the run's average, into which the checkpoint's weights were loaded. None if the run
-            has no average; the weights were then loaded into the model.
+            has no average; in this case, the weights were loaded into the model.
         model: the trained model.
-        state: the trainer's state in the checkpoint. It lacks the entries of ``trained()`` if that
-            run had no average.
+        state: the trainer's state in the checkpoint. It has no entries from ``trained()`` if the
+            run that wrote the checkpoint had no average.
     """
     has_average = TRAINED in state
     if average:

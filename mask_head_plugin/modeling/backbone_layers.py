@@ -1,7 +1,7 @@
 """Assigns the parameters of a pretrained backbone to layers, counted from the input.
 
-In detectron2's ResNets and RegNets, a layer is a stage. In timm's models, it is a block as defined
-by the model's ``group_matcher``.
+In detectron2's ResNets and RegNets, a layer is a stage. In timm's models, a layer is a block, as
+defined by the model's ``group_matcher``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from torch import nn
 from ..config import ConfigError
 
 _STAGE = re.compile(r"(?:backbone(?:\.bottom_up)?|roi_heads)\.(?:stem|(?:res|s)(\d+))\.")
-"""Start of parameter names in detectron2's RegNets and ResNets (including res5 in the ROI heads).
+"""Matches the start of the parameter names of a stage in detectron2's RegNets and ResNets.
+
+The ROI heads are included because they may contain a ResNet's res5.
 """
 
 
 def backbone_layers(model: nn.Module) -> dict[str, int]:
-    """Returns the layer of each backbone parameter; layers are numbered from 0 at the input.
+    """Returns the layer of each backbone parameter. Layers are numbered from 0 at the input.
 
     Args:
-        model: a detector whose backbone is a ResNet or RegNet of detectron2, or a timm model.
+        model: a detector whose backbone is one of detectron2's ResNets or RegNets, or a timm model.
 
     Returns:
-        Layer by parameter name. Parameters added to the backbone, such as those of an FPN, are left
-        out.
+        The layer by parameter name. Parameters that are added to the backbone, such as those of an
+        FPN, are left out.
 
     Raises:
         ConfigError: if the layers of the backbone are unknown.
@@ -57,9 +59,9 @@ def _timm_layers(model: nn.Module) -> dict[str, int]:
     if not hasattr(whole, "group_matcher"):
         kind = type(whole or getattr(model, "backbone", model)).__name__
         raise ConfigError(
-            f"SOLVER.LAYER_DECAY needs to know the layers of the backbone, but those of {kind} are "
-            f"unknown: only those of detectron2's ResNets and RegNets, and of timm's models with a "
-            f"group_matcher, are known. Set it to 1.0; SOLVER.LR_FACTORS takes any module"
+            "SOLVER.LAYER_DECAY supports detectron2's ResNets and RegNets, and timm's models with "
+            f"a group_matcher, but not the backbone {kind}; set it to 1.0, or use "
+            "SOLVER.LR_FACTORS, which supports any module"
         )
     from timm.models import group_parameters
 
@@ -69,20 +71,21 @@ def _timm_layers(model: nn.Module) -> dict[str, int]:
 
 
 def _timm_names(model: nn.Module) -> tuple[Any, dict[str, str]]:
-    """Returns the full timm model behind a detector's backbone, and its parameter names.
+    """Returns the full timm model that a detector's backbone is part of, and its parameter names.
 
-    This is needed because timm's feature extractors rename parameters and lack group_matcher.
+    The full model is needed because timm's feature extractors rename parameters and have no
+    group_matcher.
 
     Returns:
-        The full model, on the meta device, and timm's name for each parameter name of the detector.
-        None and an empty dict if the backbone does not come from timm.
+        The full model on the meta device, and timm's name for each of the detector's parameter
+        names. If the backbone does not come from timm, None and an empty dict.
     """
     named = model.named_modules()
     trunks = (x for x in named if hasattr(x[1], "feature_info") and hasattr(x[1], "pretrained_cfg"))
     prefix, trunk = next(trunks, ("", None))
     if trunk is None:
         return None, {}
-    import timm  # an extra; a timm model implies that it is installed
+    import timm  # an optional dependency, which is installed if a backbone comes from it
 
     with torch.device("meta"):
         whole = timm.create_model(trunk.pretrained_cfg["architecture"])
@@ -92,5 +95,5 @@ def _timm_names(model: nn.Module) -> tuple[Any, dict[str, str]]:
 
 
 def _aliases(name: str) -> tuple[str, ...]:
-    """Returns the names that a parameter can have in timm's feature extractors."""
+    """Returns all names that a parameter may have in timm's feature extractors."""
     return name, name.replace(".", "_", 1), f"model.{name}", f"body.{name}"

@@ -1,4 +1,4 @@
-"""Channels-last models: faster convolutions, including the gradients of their weights."""
+"""Converts models to the channels-last layout, in which convolutions are faster."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .graph_capture import is_captured, stand_in
 
 MIN_ELEMENTS = 1 << 18
-"""If one image's map has at least this many elements (1 MB of float32), copying it for the weight
-gradient pays off."""
-
+"""Size of an image's map, in elements, above which it is faster to copy the map for the gradient of
+the weights (1 MB of float32).
+"""
 
 TENSOR_CORES = (8, 0)
 """Lowest compute capability that runs float32 convolutions of channels-last maps on tensor cores.
@@ -22,19 +22,20 @@ TENSOR_CORES = (8, 0)
 
 
 def to_channels_last(model: nn.Module) -> None:
-    """Converts a model's weights to channels-last where that is faster. Results do not change.
+    """Converts a model's weights to channels-last if that is faster. Results do not change.
 
     The model's convolutions then return channels-last maps, which RoI pooling reads without a copy.
 
     On CUDA, tensor cores accept only channels-last maps; cuDNN copies other maps first. Models on
     GPUs without tensor cores keep their layout.
 
-    On a CPU, the forward pass and the gradient of the map are faster. With AVX2, the gradient of
-    3 x 3 weights is slower: for 256 channels and two maps of 128 x 128, oneDNN takes 1.74 s, but
-    only 0.47 s with contiguous maps, plus 0.08 s to copy both (two cores of an AMD EPYC).
-    Convolutions with 3 x 3 kernels therefore copy their maps for this gradient. Copying does not
-    help 1 x 1 and 7 x 7 kernels, or maps smaller than 1 MB. Processors with AVX512 run a different
-    kernel, which was not measured, so they use oneDNN unchanged.
+    On a CPU, the forward pass and the gradient of the map are faster. With AVX2, however, the
+    gradient of 3 x 3 weights is slower. For 256 channels and two maps of 128 x 128, oneDNN takes
+    1.74 s with channels-last maps. With contiguous maps, it takes only 0.47 s, and copying both
+    maps takes 0.08 s (two cores of an AMD EPYC). Convolutions with 3 x 3 kernels therefore copy
+    their maps for this gradient. With 1 x 1 and 7 x 7 kernels, or maps smaller than 1 MB, copying
+    is not faster. Processors with AVX512 run a different kernel, which was not measured, so their
+    maps are not copied.
     """
     device = next(model.parameters()).device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < TENSOR_CORES:
@@ -52,9 +53,9 @@ def _is_ordinary(conv: Conv2d) -> bool:
 
 
 class WeightGradientFromCopies(Conv2d):
-    """detectron2's Conv2d, which computes the gradient of its weights from contiguous maps.
+    """A detectron2 Conv2d that computes the gradient of its weights from contiguous copies of maps.
 
-    Parameters and results are the same; gradients are the same up to rounding.
+    Parameters and results are the same as in detectron2; gradients are the same up to rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +110,8 @@ class _Convolution(torch.autograd.Function):
         needs_x, *needs_others = ctx.needs_input_grad[:3]
 
         def gradients(*tensors: Tensor, of: list[bool]) -> list[Tensor | None]:
-            shape = [len(weight)], *ctx.arguments, False, [0, 0], 1  # bias, not transposed, groups
+            # Bias sizes, stride, padding and dilation, not transposed, no output padding, 1 group.
+            shape = [len(weight)], *ctx.arguments, False, [0, 0], 1
             return list(torch.ops.aten.convolution_backward(*tensors, *shape, of))
 
         d_x = gradients(grad, x, weight, of=[True, False, False])[0] if needs_x else None

@@ -13,7 +13,7 @@ from .graph_capture import is_captured
 
 
 def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor) -> Tensor:
-    """Applies to each RoI only the row of a 1x1 convolution that belongs to its class.
+    """Applies a 1x1 convolution, but computes only the output of each RoI's class.
 
     Args:
         features: (R, C, M, M).
@@ -24,8 +24,8 @@ def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor)
         (R, M, M) logits, equal to ``predictor(features)[arange(R), classes]``.
     """
     num_rois = features.shape[0]
-    # Plain numbers, even in a trace: otherwise an ONNX runtime would have to infer these sizes,
-    # which fails without RoIs.
+    # int() makes these sizes constants in a trace. Otherwise, an ONNX runtime would have to infer
+    # them, which fails if there are no RoIs.
     channels, height, width = (int(size) for size in features.shape[1:])
     rows = predictor.weight.flatten(1)[classes]
     pixels = features.reshape(num_rois, channels, height * width)
@@ -36,14 +36,15 @@ def select_class_logits(features: Tensor, predictor: nn.Conv2d, classes: Tensor)
 
 
 def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, side: int) -> Tensor:
-    """Applies to each RoI only the rows of a linear layer that give the mask of its class.
+    """Applies a linear layer, but computes only the mask of each RoI's class where this is faster.
 
     RoIs of the same class share a matrix product, because gathering (M M, D) weights for each RoI
-    would cost more than computing all classes. All classes are computed on CUDA, where grouping
-    would have to wait for the device, and in a trace, which would fix the groups of the example.
-    The cost on CUDA is estimated, not measured: 128 RoIs, 80 classes of 28 x 28 and D = 1024 are
-    16 GFLOP, or 0.3 ms forward on an H100 in float32 (60 TFLOP/s), in a training step of tens of
-    ms. A product grouped on the device would save most of it.
+    would cost more than computing all classes. All classes are computed on CUDA, where grouping the
+    RoIs would have to wait for the device, and in a trace, which would always use the groups of the
+    example input. The cost on CUDA was estimated, not measured: 128 RoIs with 80 classes of 28 x 28
+    and D = 1024 take 16 GFLOP. That is 0.3 ms forward on an H100 in float32 (60 TFLOP/s), in a
+    training step that takes tens of ms. Grouping the product on the device would save most of this
+    time.
 
     Args:
         hidden: (R, D).
@@ -56,12 +57,12 @@ def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, si
     """
     if hidden.is_cuda or is_captured():
         logits = predictor(hidden)
-        # Sizes are plain numbers, see select_class_logits.
+        # These sizes are constants in a trace; see select_class_logits.
         logits = logits.reshape(logits.shape[0], predictor.out_features // side**2, side, side)
         return of_class(logits, classes)
     order = classes.argsort(stable=True)
     present, counts = torch.unique_consecutive(classes[order], return_counts=True)
-    # With unbind, backward fills one gradient for the whole layer instead of one per class.
+    # unbind, because backward then allocates one gradient for the layer instead of one per class.
     weights = predictor.weight.unflatten(0, (-1, side * side)).unbind()
     biases = predictor.bias.unflatten(0, (-1, side * side)).unbind()
     groups = hidden[order].split(counts.tolist())
@@ -69,16 +70,17 @@ def select_class_masks(hidden: Tensor, predictor: nn.Linear, classes: Tensor, si
         F.linear(rows, weights[k], biases[k])
         for k, rows in zip(present.tolist(), groups, strict=True)
     ]
-    if not logits:  # DistributedDataParallel needs a gradient, here 0, for every parameter
+    # Without RoIs, DistributedDataParallel still needs a gradient (of 0) for every parameter.
+    if not logits:
         return predictor(hidden)[:, : side * side].unflatten(1, (side, side))
     return torch.cat(logits)[order.argsort()].unflatten(1, (side, side))
 
 
 def of_class(class_logits: Tensor, classes: Tensor) -> Tensor:
-    """Selects the (R, M, M) masks of each RoI's class from (R, K, M, M).
+    """Selects the mask of each RoI's class: (R, M, M) from (R, K, M, M).
 
-    Uses gather, because a trace would record indices of RoIs with their number and device in the
-    example.
+    Uses gather, because a trace would record indices of RoIs as constants, with the number and the
+    device of the example input.
     """
     index = classes[:, None, None, None].expand(-1, 1, *class_logits.shape[2:])
     return class_logits.gather(1, index)[:, 0]

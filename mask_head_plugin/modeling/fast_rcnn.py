@@ -1,8 +1,8 @@
-"""detectron2's box predictor, which in training computes only the box of each RoI's class.
+"""A box predictor that computes, in training, only the box deltas of each RoI's class.
 
-Class-wise box regression has 4 K outputs, but its loss uses only the 4 of the ground-truth class.
-The mask branch has the same problem and the same solution, see mask_head. With LVIS's 1203 classes,
-computing the unused outputs would be the largest matrix product of the box head.
+Class-wise box regression has 4 K outputs, but its loss uses only the 4 outputs of the ground-truth
+class. The mask head has the same problem and the same solution; see mask_head. With LVIS's 1203
+classes, computing the unused outputs would be the largest matrix product of the box head.
 
 Shape alphabet: R RoIs, K classes, D features.
 """
@@ -23,18 +23,18 @@ Predictions = tuple[Tensor, Tensor]
 
 
 class ScoresAndFeatures(NamedTuple):
-    """What ``forward`` returns in training, before it is known which deltas are needed."""
+    """The output of ``forward`` in training, when the classes to compute deltas for are unknown."""
 
     scores: Tensor
     features: Tensor
 
 
 class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
-    """FastRCNNOutputLayers that computes only the box deltas of the ground-truth class.
+    """A FastRCNNOutputLayers that computes only the box deltas of the ground-truth class.
 
-    Parameters, losses and gradients are the same. In training, ``forward`` returns the features
-    instead of the deltas, because the classes are not known until ``losses`` is called. Inference
-    is the same as in detectron2.
+    Parameters, losses, gradients and inference are the same as in detectron2. In training,
+    ``forward`` returns the features instead of the deltas, because the classes are not known until
+    ``losses`` is called.
     """
 
     def forward(self, x: Tensor) -> Predictions:
@@ -65,8 +65,8 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
         """Returns the scores and the (R, 4) deltas of each RoI's ground-truth class.
 
         The deltas have the shape of class-agnostic deltas, which detectron2's methods accept.
-        Background RoIs get the deltas of an arbitrary class, which no loss reads. Deltas of all
-        classes, computed in evaluation mode, are returned unchanged.
+        Background RoIs get the deltas of an arbitrary class, which no loss reads. Predictions made
+        in evaluation mode, which have the deltas of all classes, are returned unchanged.
         """
         if not isinstance(predictions, ScoresAndFeatures):
             return predictions
@@ -76,16 +76,18 @@ class ClassSelectiveOutputLayers(FastRCNNOutputLayers):
         classes = torch.cat([x.gt_classes for x in proposals]).clamp(0, self.num_classes - 1)
         weight = self.bbox_pred.weight.unflatten(0, (self.num_classes, -1))
         bias = self.bbox_pred.bias.unflatten(0, (self.num_classes, -1))
-        # In backward, embedding adds up whole rows; indexing would scatter gradients one by one.
+        # embedding, because its backward adds up entire rows. The backward of indexing would
+        # scatter single values.
         rows = F.embedding(classes, weight.flatten(1)).unflatten(1, weight.shape[1:])
         return scores, torch.bmm(rows, features[:, :, None])[:, :, 0] + bias[classes]
 
 
 def make_class_selective(box_predictor: Any) -> Any:
-    """Makes detectron2's own box predictor class-selective if it predicts a box per class.
+    """Makes detectron2's box predictor class-selective if it predicts a box per class.
 
-    Changes the predictor in place, which keeps its initial parameters and leaves the random number
-    generator untouched. Other predictors, such as a user's or a cascade's, are returned unchanged.
+    Changes the predictor in place, so that its initial parameters and the state of the random
+    number generator do not change. Returns other predictors, such as a user's or those of a
+    cascade, unchanged.
     """
     if type(box_predictor) is not FastRCNNOutputLayers:
         return box_predictor

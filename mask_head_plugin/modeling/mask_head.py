@@ -1,11 +1,11 @@
-"""The mask branch: computes, from region features, only the mask of each RoI's own class.
+"""Mask heads that compute only the mask of each RoI's class from the region features.
 
-A per-class head has K output channels but uses only one of them per RoI: that of the ground-truth
-class in training, that of the predicted class in inference. The last layer is linear, per pixel or
-per mask, so its rows can be selected before it is applied:
-``logits[r] = weight[class[r]] . features[r] + bias``. Values and gradients are the same as when
-selecting from the (R, K, M, M) tensor, which is never allocated. Only a loss that couples the
-classes (the softmax of Table 2b) needs all K channels.
+A per-class head has K output channels but uses only one of them per RoI: the channel of the
+ground-truth class in training, and of the predicted class in inference. The last layer is linear,
+per pixel or per mask, so its rows can be selected before it is applied:
+``logits[r] = weight[class[r]] . features[r] + bias``. Values and gradients are the same as if all
+channels were computed first, but the (R, K, M, M) tensor is never allocated. Only a loss that
+couples the classes (the softmax of Table 2b) needs all K channels.
 
 Shape alphabet: R RoIs, K classes, C channels, P pooled side, M mask side (2P), D hidden units.
 """
@@ -36,7 +36,7 @@ from .mask_loss_terms import parse_losses, weighted_mask_losses
 from .mask_scoring import MaskIoUHead, instance_areas, mask_iou_targets
 
 STATISTICS_PERIOD = 20
-"""Iterations between two logs of mask accuracy: DefaultTrainer's write period."""
+"""Iterations between two logs of mask accuracy; equal to DefaultTrainer's write period."""
 
 Losses = Sequence[Sequence[Any]]
 LossParams = Mapping[str, Mapping[str, Any]]
@@ -45,10 +45,10 @@ NO_PARAMETERS: LossParams = {}
 
 
 class ClassSelection(nn.Module):
-    """What the plugin's mask heads share: losses, statistics and inference on selected masks.
+    """The losses, statistics and inference that the plugin's mask heads share.
 
-    A mixin for subclasses of detectron2's BaseMaskRCNNHead that define ``selected_logits`` and
-    ``class_logits``.
+    This is a mixin for subclasses of detectron2's BaseMaskRCNNHead that define ``selected_logits``
+    and ``class_logits``.
     """
 
     vis_period: int
@@ -82,8 +82,9 @@ class ClassSelection(nn.Module):
             raise ValueError(
                 "mask scoring already logs loss_mask_iou: give the mask loss 'iou' another name"
             )
-        # Counted since the last log: wrong pixels, foreground pixels, wrong foreground pixels, and
-        # all pixels. _storage_id identifies the run they belong to. Checkpoints omit all of these.
+        # Numbers of pixels since the last log: wrong, foreground and wrong foreground in
+        # _pixel_counts, all in _num_pixels. _storage_id identifies the run in which they were
+        # counted. Checkpoints do not contain these attributes.
         counts = torch.zeros(3, dtype=torch.int64)
         self.register_buffer("_pixel_counts", counts, persistent=False)
         self._num_pixels = 0
@@ -95,15 +96,15 @@ class ClassSelection(nn.Module):
         """
         Args:
             features: (R, C, P, P) region features.
-            instances: one per image, with R instances in total. In training, the positive proposals
-                with ``proposal_boxes``, ``gt_classes`` and ``gt_masks``. In inference, detections
-                with ``pred_classes``.
+            instances: one per image, with R instances in total. In training, these are the positive
+                proposals with ``proposal_boxes``, ``gt_classes`` and ``gt_masks``. In inference,
+                these are detections with ``pred_classes``.
 
         Returns:
-            In training, the weighted loss terms. In inference, the same instances with
-            ``pred_masks`` (Ri, 1, M, M), the mask probabilities of the predicted class. With mask
-            scoring, instances that have ``scores`` also get ``mask_scores`` (Ri,), the score times
-            the predicted IoU.
+            In training, the weighted loss terms by name. In inference, the given instances, to
+            which ``pred_masks`` (Ri, 1, M, M) are added: the mask probabilities of the predicted
+            class. With mask scoring, instances that have ``scores`` also get ``mask_scores`` (Ri,):
+            the score times the predicted IoU.
         """
         field = "gt_classes" if self.training else "pred_classes"
         classes = cat([x.get(field) for x in instances])
@@ -117,20 +118,20 @@ class ClassSelection(nn.Module):
             mask_logits = self.class_logits(features)
             mask_probs = activation(mask_logits.detach(), classes)
         if not self.training:
-            # Not len(), because a trace would record the example's number of boxes as a constant.
+            # shape instead of len(), which a trace would record as a constant.
             counts = [x.pred_classes.shape[0] for x in instances]
             for x, probs in zip(instances, mask_probs[:, None].split(counts), strict=True):
                 x.pred_masks = probs
             if self.iou_head is not None:
                 iou = self.iou_head(features, mask_probs, classes).clamp(0, 1)
                 for x, iou_per_image in zip(instances, iou.split(counts), strict=True):
-                    if x.has("scores"):  # boxes from a user may come without scores
+                    if x.has("scores"):  # boxes that a user passes may have no scores
                         x.mask_scores = x.scores * iou_per_image
             return instances
         gt_masks = crop_gt_masks(instances, mask_probs)
-        # detectron2's masks are cropped to bool; a user's class may return fractions in [0, 1].
+        # Cropping detectron2's masks returns bool; a user's class may return fractions in [0, 1].
         gt_bits = gt_masks if gt_masks.dtype == torch.bool else gt_masks > 0.5
-        if torch.is_grad_enabled():  # not in PreciseBN and TEST.EVAL_LOSS, which do not train
+        if torch.is_grad_enabled():  # PreciseBN and TEST.EVAL_LOSS do not train, so no statistics
             self._log(mask_probs, gt_bits)
         iteration = get_event_storage().iter
         losses = weighted_mask_losses(self.losses, mask_logits, classes, gt_masks, iteration)
@@ -146,7 +147,7 @@ class ClassSelection(nn.Module):
         """Returns the module that torch.jit.script compiles instead: detectron2's mask head.
 
         Raises:
-            ValueError: if detectron2's head would compute something else.
+            ValueError: if detectron2's head would compute different results.
         """
         term, where = self.losses[0], "cannot be scripted; use torch.jit.trace"
         if not isinstance(self, MaskRCNNConvUpsampleHead):
@@ -179,7 +180,7 @@ class ClassSelection(nn.Module):
 
 
 def selection_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-    """Returns the arguments that all mask heads of the plugin take from a config.
+    """Returns the constructor arguments that all mask heads of the plugin take from a config.
 
     Raises:
         KeyError: if the config lacks the plugin's keys.
@@ -205,7 +206,10 @@ def selection_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
 
 
 def region_shape(cfg: CfgNode, input_shape: ShapeSpec) -> ShapeSpec:
-    """Returns the shape of region features; Res5ROIHeads passes the shape before res5 halves it."""
+    """Returns the shape of the mask head's region features.
+
+    It can differ from ``input_shape``, because Res5ROIHeads passes the shape before res5 halves it.
+    """
     if not issubclass(ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME), Res5ROIHeads):
         return input_shape
     height, width = -(-input_shape.height // 2), -(-input_shape.width // 2)
@@ -218,19 +222,19 @@ def check_mask_losses(head_cfg: CfgNode) -> None:
     if head_cfg.CLS_AGNOSTIC_MASK and terms[0].activation is not None:
         raise ValueError(
             f"MODEL.ROI_MASK_HEAD.LOSSES: {terms[0].name!r} lets classes compete, but with "
-            f"CLS_AGNOSTIC_MASK there is only one"
+            f"CLS_AGNOSTIC_MASK True there is only one class; set it to False, or use another loss"
         )
 
 
 @register_in(ROI_MASK_HEAD_REGISTRY)
 class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
-    """Mask R-CNN figure 4: 3x3 convolutions, a 2x2 deconvolution, and one mask per class.
+    """The mask head of Mask R-CNN figure 4: 3x3 convolutions, a 2x2 deconvolution, K masks per RoI.
 
-    Layers, initialisation and parameter names are those of detectron2's MaskRCNNConvUpsampleHead.
-    Checkpoints are therefore interchangeable, and this head works in every ROIHeads that accepts
-    detectron2's. Differs from detectron2: only the logits of each RoI's class are computed, the
-    losses come from MASK_LOSS_REGISTRY, and accuracy statistics are summed on the device and read
-    once per STATISTICS_PERIOD.
+    Its layers, initialisation and parameter names are those of detectron2's
+    MaskRCNNConvUpsampleHead. Checkpoints are therefore interchangeable, and this head works in
+    every ROIHeads class that accepts detectron2's head. Differs from detectron2: only the logits of
+    each RoI's class are computed, the losses come from MASK_LOSS_REGISTRY, and accuracy statistics
+    are summed on the device and read once per STATISTICS_PERIOD.
     """
 
     predictor: nn.Conv2d
@@ -252,19 +256,20 @@ class FCNMaskHead(ClassSelection, MaskRCNNConvUpsampleHead):
     ) -> None:
         """
         Args:
-            input_shape: channels of the region features.
+            input_shape: shape of the region features; only the number of channels is read.
             num_classes: K, the number of foreground classes; 1 for class-agnostic masks.
             conv_dims: output channels of each 3x3 convolution, followed by those of the
                 deconvolution.
             conv_norm: normalisation of the convolutions, see detectron2.layers.get_norm.
-            losses: for each term, (name in MASK_LOSS_REGISTRY, weight) or (name, weight, iterations
-                over which the weight is ramped up).
-            loss_params: parameters of each loss, with the names of
-                MODEL.ROI_MASK_HEAD.LOSS_PARAMS.
-            loss_weight: factor applied to all terms.
-            vis_period: iterations between images of masks and targets in TensorBoard; 0 for none.
+            losses: for each term, (name, weight) or (name, weight, ramp_iters), as in
+                MODEL.ROI_MASK_HEAD.LOSSES.
+            loss_params: parameters of each loss, as in MODEL.ROI_MASK_HEAD.LOSS_PARAMS.
+            loss_weight: factor that multiplies all terms.
+            vis_period: number of iterations after which masks and their targets are written to
+                TensorBoard again; 0 writes none.
             iou_head: predicts the IoU of each mask (mask scoring); None disables mask scoring.
-            iou_loss_weight: factor of the mask scoring loss, the mean squared error over the RoIs.
+            iou_loss_weight: factor of the mask scoring loss, which is the mean squared error of the
+                predicted IoU over the RoIs.
 
         Raises:
             ValueError: if ``losses`` or ``loss_params`` cannot be used.
@@ -309,7 +314,7 @@ class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
     """The multi-layer perceptron that Mask R-CNN Table 2e compares with FCNMaskHead.
 
     It has hidden layers ``fc1``, ``fc2``, ... (MODEL.ROI_MASK_HEAD.NUM_FC layers of FC_DIM units)
-    and a ``predictor`` with K (2P)^2 outputs, in which each class's mask is contiguous.
+    and a ``predictor`` with K (2P)^2 outputs. The outputs of each class's mask are contiguous.
     """
 
     @configurable
@@ -328,9 +333,9 @@ class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
     ) -> None:
         """
         Args:
-            input_shape: channels, height and width of the region features; a square.
-            num_classes: K, foreground classes; 1 for class-agnostic masks.
-            fc_dims: units of each hidden layer, one or more.
+            input_shape: channels, height and width of the region features, which must be square.
+            num_classes: K, the number of foreground classes; 1 for class-agnostic masks.
+            fc_dims: number of units in each of the hidden layers; there must be at least one.
             losses: see FCNMaskHead.
             loss_params: see FCNMaskHead.
             loss_weight: see FCNMaskHead.
@@ -344,7 +349,7 @@ class MLPMaskHead(ClassSelection, BaseMaskRCNNHead):
         """
         super().__init__(loss_weight=loss_weight, vis_period=vis_period)
         if not fc_dims:
-            raise ValueError("MLPMaskHead needs a hidden layer: MODEL.ROI_MASK_HEAD.NUM_FC above 0")
+            raise ValueError("MLPMaskHead needs a hidden layer; raise MODEL.ROI_MASK_HEAD.NUM_FC")
         if not input_shape.height or input_shape.height != input_shape.width:
             raise ValueError(f"MLPMaskHead needs square region features, not {input_shape}")
         self.mask_side = 2 * input_shape.height
@@ -399,7 +404,7 @@ def log_statistics(
 
 
 def crop_gt_masks(instances: list[Instances], mask_logits: Tensor) -> Tensor:
-    """Returns the (R, M, M) targets: the part of each RoI's ground-truth mask inside the RoI.
+    """Returns the (R, M, M) targets: the part of each ground-truth mask that is inside its RoI.
 
     Polygons are rasterised by pycocotools, as in detectron2.
 

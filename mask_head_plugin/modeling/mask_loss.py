@@ -1,10 +1,10 @@
 """Mask losses, registered by name in MASK_LOSS_REGISTRY.
 
 A loss is a pure function ``(mask_logits, gt_masks, weights=None, **parameters) -> scalar``. For
-each RoI it receives the mask logits of the RoI's class and the target mask. The mask head selects
-the class and logs the result. Each loss computes one value per RoI, given in its docstring, and
-returns the mean of these values, weighted by ``weights``. Without RoIs it returns a 0 that is still
-part of the graph, so backward works.
+each RoI, it receives the mask logits of the RoI's class and the target mask. The mask head selects
+the class and logs the result. Each loss computes one value per RoI, by the formula in its
+docstring, and returns the mean of these values, weighted by ``weights``. Without RoIs, it returns a
+0 that is still part of the graph, so that backward works.
 
 Losses marked with ``couples_classes`` receive the logits of all classes instead:
 ``(class_logits, classes, gt_masks, weights=None, **parameters) -> scalar``.
@@ -44,14 +44,14 @@ def couples_classes(activation: Callable[[Tensor, Tensor], Tensor]) -> Callable[
     """
 
     def mark(loss: LossT) -> LossT:
-        loss.activation = activation  # type: ignore[attr-defined]  # functions take attributes
+        loss.activation = activation  # type: ignore[attr-defined]  # functions accept attributes
         return loss
 
     return mark
 
 
 def mean_over_rois(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns the mean of (R,) values. Without RoIs, returns a 0 that is still part of the graph.
+    """Returns the mean over the RoIs, or a 0 that is still part of the graph if there are no RoIs.
 
     Args:
         values: (R,), one per RoI.
@@ -63,7 +63,10 @@ def mean_over_rois(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _overlaps(mask_logits: Tensor, gt_masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (R,) soft true positives, false positives and false negatives in pixels."""
+    """Returns the (R,) numbers of true positive, false positive and false negative pixels.
+
+    The numbers are soft: a pixel counts as positive with its probability.
+    """
     probs, gt = mask_logits.sigmoid().flatten(1), gt_masks.flatten(1)
     true_positive = (probs * gt).sum(1)
     return true_positive, probs.sum(1) - true_positive, gt.sum(1) - true_positive
@@ -111,9 +114,9 @@ def softmax_cross_entropy(
     """Mean over the pixels of the cross-entropy of a softmax over K classes and the background.
 
     ``log(1 + sum_j exp(z_j)) - g z_k``; at least 0. This is the loss of Mask R-CNN Table 2b, where
-    the classes' masks compete. The paper does not define the background. Here it is an implicit
-    logit of 0, which keeps the parameters of the per-class sigmoid and makes the loss equal to
-    binary cross-entropy for K = 1.
+    the classes' masks compete. The paper does not define the background. Here, it has a constant
+    logit of 0. The layer therefore needs the same parameters as with a sigmoid per class, and for
+    K = 1 the loss equals binary cross-entropy.
 
     Args:
         class_logits: (R, K, M, M).
@@ -136,7 +139,8 @@ def dice(
     usually combined with binary_cross_entropy.
 
     Args: see binary_cross_entropy.
-        eps: smoothing, in pixels. If g is all 0, it keeps the loss defined, and low if p is low.
+        eps: smoothing, in pixels. If g is all 0, it keeps the loss defined, and makes the loss
+            fall as p falls.
     """
     _check_parameter("eps", eps, eps > 0, "above 0")
     probs, gt = mask_logits.sigmoid().flatten(1), gt_masks.flatten(1)
@@ -156,8 +160,9 @@ def focal(
 ) -> Tensor:
     """Mean over the pixels of ``-a (1 - q)^gamma log q``; at least 0 (1708.02002 equation 5).
 
-    q is p where g = 1, and 1 - p where g = 0. Likewise, a is alpha or 1 - alpha. The mean is far
-    lower than that of binary_cross_entropy; with gamma = 0 and alpha = -1, the two are equal.
+    q is p where g = 1, and 1 - p where g = 0. Likewise, a is alpha where g = 1, and 1 - alpha where
+    g = 0. With the default parameters, this loss is far lower than binary_cross_entropy. With
+    gamma = 0 and alpha = -1, the two are equal.
 
     Args: see binary_cross_entropy.
         gamma: 0, or at least 1 (between 0 and 1, the gradient has a pole at q = 1).
@@ -181,13 +186,13 @@ def tversky(
 ) -> Tensor:
     """``1 - (TP + eps) / (TP + alpha FP + beta FN + eps)``, in [0, 1) (1706.05721).
 
-    TP = sum(p g), FP = sum(p (1 - g)), FN = sum((1 - p) g). With alpha = beta = 0.5, this is Dice
-    without the squares of p and g (and with half of eps).
+    TP = sum(p g), FP = sum(p (1 - g)), FN = sum((1 - p) g). With alpha = beta = 0.5, this is
+    dice without the squares of p and g, and with an eps twice as large.
 
     Args: see binary_cross_entropy.
-        alpha: weight of a false positive, at least 0.
-        beta: weight of a false negative, at least 0.
-        eps: pixels, see dice.
+        alpha: weight of a false positive; 0 or above.
+        beta: weight of a false negative; 0 or above.
+        eps: smoothing, in pixels; see dice.
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
         _check_parameter(name, value, value >= 0, "0 or above")
@@ -205,7 +210,7 @@ def soft_iou(
     """``1 - (sum(p g) + eps) / (sum(p + g - p g) + eps)``, in [0, 1).
 
     Args: see binary_cross_entropy.
-        eps: pixels, see dice.
+        eps: smoothing, in pixels; see dice.
     """
     _check_parameter("eps", eps, eps > 0, "above 0")
     true_positive, false_positive, false_negative = _overlaps(mask_logits, gt_masks)
@@ -217,11 +222,12 @@ def soft_iou(
 def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """The Lovász extension of 1 - IoU at the hinge errors; at least 0 (1705.08790 equation 9).
 
-    Errors ``m = max(0, 1 - z (2g - 1))`` are sorted in descending order. Each error is weighted by
-    the further drop in IoU if its pixel is wrong in addition to all pixels before it. The loss has
-    no upper bound.
-    Training is more stable if you add it to binary_cross_entropy, or fine-tune with it after
-    training with binary_cross_entropy.
+    The errors ``m = max(0, 1 - z (2g - 1))`` of the pixels are sorted in descending order. The
+    weight of each error is the drop in IoU that its pixel causes if this pixel and all pixels
+    before it are wrong. The loss has no upper bound.
+
+    Training is more stable if you add this loss to binary_cross_entropy, or if you train with
+    binary_cross_entropy first and then fine-tune with this loss.
 
     Args: see binary_cross_entropy, but gt_masks must be in {0, 1}.
     """
@@ -230,7 +236,7 @@ def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None =
     gt = gt.gather(1, order)
     total = gt.sum(1, keepdim=True)
     union = total + (1 - gt).cumsum(1)
-    # For masks in {0, 1}, the union is at least 1 anyway: each entry includes at least one pixel.
+    # clamp has no effect on masks in {0, 1}, for which each union includes at least one pixel.
     lost_iou = 1 - (total - gt.cumsum(1)) / union.clamp(min=1)
     steps = torch.diff(lost_iou, dim=1, prepend=torch.zeros_like(total))
     return mean_over_rois((errors.relu() * steps).sum(1), weights)
@@ -239,24 +245,25 @@ def lovasz_hinge(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None =
 def signed_distance(gt_masks: Tensor) -> Tensor:
     """Returns the distance from each pixel centre to the mask's boundary, negative inside.
 
-    This is the exact Euclidean distance to the nearest pixel on the other side of the boundary,
-    minus the half pixel to that pixel's edge. It is computed on the masks' device, first along
-    columns and then along rows.
+    This is the exact Euclidean distance to the centre of the nearest pixel on the other side of the
+    boundary, minus half a pixel, which is the distance from that centre to the edge of its pixel.
+    It is computed on the masks' device, first along columns and then along rows.
 
     Args:
-        gt_masks: (R, M, M); values above 0.5 are inside.
+        gt_masks: (R, M, M); pixels with values above 0.5 are inside.
 
     Returns:
-        (R, M, M) in pixels; 0 for masks that are all inside or all outside.
+        (R, M, M) in pixels; 0 for masks whose pixels are all inside or all outside.
     """
     inside = gt_masks > 0.5
     steps = torch.arange(inside.shape[-1], device=inside.device, dtype=gt_masks.dtype)
     squares = (steps[:, None] - steps).square()
-    far = 4.0 * inside.shape[-1] ** 2  # more than any squared distance in the mask
+    far = 4.0 * inside.shape[-1] ** 2  # larger than any squared distance in the mask
     distances = []
     for other in (inside, ~inside):
         cost = torch.where(other, 0.0, far)
-        cost = (cost[:, None] + squares[..., None]).amin(2)  # nearest pixel in the column
+        # First the squared distance to the nearest pixel of the same column, then of the mask.
+        cost = (cost[:, None] + squares[..., None]).amin(2)
         distances.append((cost[:, :, None] + squares).amin(3).clamp(max=far).sqrt() - 0.5)
     distance = torch.where(inside, -distances[1], distances[0])
     one_kind = inside.flatten(1).all(1) | ~inside.flatten(1).any(1)
@@ -270,9 +277,9 @@ def boundary_distance(
     """Mean over the pixels of ``p phi``, where phi is the signed distance to the mask's boundary.
 
     This is the boundary loss of 1812.07032 (equation 5). phi is in pixels and negative inside the
-    mask, so the loss can be negative. On its own, the loss leads to empty masks because it ignores
-    the region: add it to a region loss, with a small weight that is ramped up (the third number in
-    LOSSES). RoIs whose target has no boundary count as 0.
+    mask, so the loss can be negative. On its own, the loss leads to empty masks. Add it to a loss
+    of regions such as dice, with a small weight and a ramp (the third value of an entry in LOSSES).
+    RoIs whose target has no boundary count as 0.
 
     Args: see binary_cross_entropy.
     """
@@ -284,8 +291,8 @@ def boundary_distance(
 def edge_agreement(mask_logits: Tensor, gt_masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of ``|S * p - S * g|^2`` over the pixels and both Sobel filters S; at least 0.
 
-    This is the edge agreement loss of 1809.07069 with p = 2 (equation 3). The border is replicated,
-    so a mask that is cut off by its RoI has no edge at the cut.
+    This is the edge agreement loss of 1809.07069 with p = 2 (equation 3). The pixels at the border
+    are replicated, so that a mask that is cut off by its RoI has no edge at the cut.
 
     Args: see binary_cross_entropy.
     """

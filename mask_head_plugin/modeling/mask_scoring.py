@@ -1,7 +1,8 @@
 """Mask scoring: predicts the quality of a mask (Mask Scoring R-CNN, arXiv 1903.00241).
 
-A detection's score measures how certain its class is, not how good its mask is. Here a small
-network predicts the IoU of the mask with the object, and masks are ranked by class score times IoU.
+A detection's score measures how certain its class is, not how good its mask is. With mask scoring,
+a small network predicts the IoU of the mask and the object, and masks are ranked by class score
+times IoU.
 
 Shape alphabet: R RoIs, K classes, C channels, P side of the region features, M mask side (2P).
 """
@@ -17,10 +18,10 @@ from torch.nn import functional as F
 
 
 class MaskIoUHead(nn.Module):
-    """Predicts the IoU of a mask with its object, for each class (section 3.2 and figure 3).
+    """Predicts the IoU of a mask and its object for each class (section 3.2 and figure 3).
 
-    The mask is max-pooled to the size of the region features and concatenated with them. Four 3x3
-    convolutions follow, the last with stride 2, and then three linear layers.
+    The mask is max-pooled to the size of the region features and concatenated with them. Next come
+    four 3x3 convolutions, of which the last one has stride 2, and three linear layers.
     """
 
     def __init__(
@@ -30,8 +31,8 @@ class MaskIoUHead(nn.Module):
         Args:
             input_shape: channels, height and width of the region features.
             num_classes: K.
-            conv_dim: channels of the convolutions.
-            fc_dim: units of the two hidden linear layers.
+            conv_dim: output channels of each convolution.
+            fc_dim: number of units in each of the two hidden linear layers.
         """
         super().__init__()
         channels = input_shape.channels + 1
@@ -56,11 +57,11 @@ class MaskIoUHead(nn.Module):
         """
         Args:
             features: (R, C, P, P) region features.
-            mask_probs: (R, M, M); detached, so no gradient flows back into the masks.
+            mask_probs: (R, M, M); no gradient flows back into the masks.
             classes: (R,) int64 in [0, K).
 
         Returns:
-            (R,) predicted IoU for each RoI's class; may lie outside [0, 1].
+            (R,) predicted IoU for each RoI's class. It can be outside [0, 1].
         """
         masks = F.max_pool2d(mask_probs.detach()[:, None], 2).to(features.dtype)
         hidden = self.hidden(self.convolutions(torch.cat([features, masks], dim=1)).flatten(1))
@@ -70,16 +71,16 @@ class MaskIoUHead(nn.Module):
 def mask_iou_targets(
     mask_bits: Tensor, gt_masks: Tensor, box_area: Tensor, gt_area: Tensor
 ) -> Tensor:
-    """Returns the IoU of each predicted mask with the whole object, not only its part in the RoI.
+    """Returns the IoU of each predicted mask and the entire object, even if the RoI cuts it off.
 
-    Areas are in mask pixels: ``overlap / (predicted + object - overlap)``. The part of the object
-    outside the RoI always counts as missed.
+    The IoU is ``overlap / (predicted + object - overlap)`` with areas in mask pixels. The part of
+    the object outside the RoI always counts as missed.
 
     Args:
         mask_bits: (R, M, M) bool, the prediction.
         gt_masks: (R, M, M) bool, the part of the object inside the RoI.
         box_area: (R,) area of the RoIs in image pixels.
-        gt_area: (R,) area of the whole objects in image pixels.
+        gt_area: (R,) area of the entire objects in image pixels.
 
     Returns:
         (R,) in [0, 1].
@@ -89,12 +90,12 @@ def mask_iou_targets(
     )
     pixels = mask_bits[0].numel() if len(mask_bits) else 1
     whole = gt_area * pixels / box_area.clamp(min=1e-6)
-    # After rounding to mask pixels, the part can come out larger than the whole.
+    # Because of rounding to mask pixels, the part inside the RoI can be larger than the object.
     return overlap / (predicted + torch.maximum(whole, inside) - overlap).clamp(min=1.0)
 
 
 def instance_areas(instances: list[Instances], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns (R,) areas of proposal boxes and of ground-truth masks, in image pixels."""
+    """Returns the areas of proposal boxes and of ground-truth masks, both (R,) in image pixels."""
     boxes, masks = [], []
     for x in instances:
         if len(x) == 0:  # an image without objects has no gt_masks

@@ -35,24 +35,25 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "ROIWarp": roi_warp,
     "PrROIPool": precise_roi_pool,
 }
-"""Functions for the pooler types that do not use ops.roi_align."""
+"""Operators of the pooler types that do not use ops.roi_align."""
 
 
 SMALL_ELEMENTS = 1 << 18
 """If maps and results together have fewer elements than this, and no gradient is needed,
-torchvision's operators are faster on the CPU: 3 times as fast with 10 RoIs of 7 x 7 x 64. With
-about 100 such RoIs, they are equally fast.
+torchvision's operators are faster on the CPU than this package's. For 10 RoIs of 7 x 7 x 64, they
+are 3 times as fast; for about 100 such RoIs, both are equally fast.
 """
 
 
 class MultiLevelRoIPooler(nn.Module):
-    """Pools each box from the feature map that suits its size. Drop-in for detectron2's ROIPooler.
+    """Pools each box from the map that suits its size. Can replace detectron2's ROIPooler.
 
-    A box is pooled from level ``floor(canonical_level + log2(sqrt(area) / canonical_box_size))``,
-    clamped to the existing levels: equation 1 of the FPN paper (arXiv 1612.03144).
+    A box is pooled from level ``floor(canonical_level + log2(sqrt(area) / canonical_box_size))``
+    (equation 1 of the FPN paper, arXiv 1612.03144), or from the nearest existing level. The
+    operator depends on the pooler type, the reduction and the device:
 
     =========================== ============================ =====================================
-    pooled                      on the CPU                   on CUDA
+    type and reduction          on the CPU                   on CUDA
     =========================== ============================ =====================================
     ROIAlign and ROIWarp, mean  ops.roi_align, ops.roi_warp  one Triton kernel for all levels;
                                                              deterministic or float64: as on CPU
@@ -61,21 +62,21 @@ class MultiLevelRoIPooler(nn.Module):
     ROIAlign and ROIWarp, max   ops.roi_align, ops.roi_warp  as on CPU
     =========================== ============================ =====================================
 
-    In inference on the CPU, torchvision's ROIAlign handles a few RoIs of small maps, see
+    In inference on the CPU, torchvision's ROIAlign is used for a few RoIs on small maps; see
     SMALL_ELEMENTS. The Triton kernel reads channels_last maps; other maps are copied first.
-    "Deterministic" refers to torch.use_deterministic_algorithms. If Triton is missing, or cannot
-    compile the kernel for a dtype or size, torchvision's operator is used instead and a warning is
-    logged once.
+    "Deterministic" means that torch.use_deterministic_algorithms is on. If Triton is missing, or
+    cannot compile the kernel for a dtype or size, torchvision's operator is used instead, and a
+    warning is logged once.
 
-    Traces and exports contain torchvision's operators, because recording a loop over groups of RoIs
-    would fix the groups of the example. Exports on CUDA contain the operator of the Triton kernel.
-    Scripts contain detectron2's ROIPooler. None of these supports PrROIPool or the maximum of
-    samples, and scripts do not support ROIWarp.
+    Traces and exports contain torchvision's operators, because a recorded loop over groups of RoIs
+    would always use the groups of the example input. Exports on CUDA contain the operator of the
+    Triton kernel. Scripts contain detectron2's ROIPooler. None of these supports PrROIPool or the
+    maximum of samples, and scripts do not support ROIWarp.
 
-    Code compiled with torch.compile for the CPU calls the same operators through
+    Code that torch.compile compiles for the CPU calls the operators of the table through
     ops.compiled_pooling.
 
-    Results are channels_last, except for those of torchvision's operators.
+    Results are channels_last, except for the results of torchvision's operators.
     """
 
     def __init__(
@@ -91,22 +92,22 @@ class MultiLevelRoIPooler(nn.Module):
         """
         Args:
             output_size: P, the side of the pooled square, or a pair (height, width).
-            scales: size of each feature map relative to the image (1 / stride), finest map first.
-                Strides are powers of 2, each twice the previous one.
-            sampling_ratio: sample points per bin and axis for ROIWarp, ROIAlign and ROIAlignV2;
+            scales: size of each map relative to the image (1 / stride), finest map first. Each
+                stride must be a power of 2 and twice the previous stride.
+            sampling_ratio: number of samples per bin and axis for ROIWarp, ROIAlign and ROIAlignV2;
                 0 means ``ceil(RoI side / P)``. The other types ignore it.
             pooler_type: ``ROIPool`` (maximum over a quantized box), ``ROIWarp`` (samples in a
                 quantized box), ``ROIAlign`` (without the half-pixel shift, as in Detectron),
                 ``ROIAlignV2`` (as in the paper, pixel centres at +0.5) or ``PrROIPool`` (integral
                 over the bin).
-            canonical_box_size: side in pixels of a box that belongs to ``canonical_level``.
-            canonical_level: log2 of the stride of that level.
+            canonical_box_size: side in pixels of a box that is pooled from ``canonical_level``.
+            canonical_level: log2 of the stride of this level.
             reduction: ``mean`` or ``max`` of the samples in a bin (Table 2c). ROIPool always takes
                 the maximum; PrROIPool has no samples and accepts only ``mean``.
 
         Raises:
-            ValueError: if ``pooler_type`` or ``reduction`` is unknown, if they cannot be combined,
-                or if ``scales`` do not form a pyramid.
+            ValueError: if ``pooler_type`` or ``reduction`` is unknown, if the two cannot be
+                combined, or if ``scales`` do not form a pyramid.
         """
         super().__init__()
         check_pooler(pooler_type, reduction)
@@ -127,8 +128,8 @@ class MultiLevelRoIPooler(nn.Module):
         self.canonical_box_size = canonical_box_size
         self.canonical_level = canonical_level
         self.min_level = int(levels[0])
-        # For torch.jit.script. Created here because the compiler can confuse modules that are
-        # created while it runs (see stand_in).
+        # The pooler that torch.jit.script compiles instead, if there is one. It is created here
+        # because the compiler can confuse modules that are created while it runs; see stand_in.
         self._scriptable = []
         averaged = pooler_type in ("ROIAlign", "ROIAlignV2") and reduction == "mean"
         # detectron2's ROIPooler cannot handle a map with more cells than the image has pixels.
@@ -141,22 +142,22 @@ class MultiLevelRoIPooler(nn.Module):
         """
         Args:
             features: one (N, C, Hi, Wi) map per scale.
-            box_lists: one Boxes per image, with R boxes in total, in pixels of the network's input.
+            box_lists: one Boxes per image, with R boxes in total, in pixels of the model's input.
 
         Returns:
             (R, C, P, P) in the order of the boxes.
 
         Raises:
-            ValueError: if there are not as many maps as scales, or not as many images as lists of
-                boxes, or if, on the CPU, a box coordinate is NaN or infinite. On CUDA, such a
-                coordinate fails an assertion on the device, which surfaces at the next
-                synchronisation.
+            ValueError: if the number of maps differs from the number of scales, the number of
+                images differs from the number of box lists, or, on the CPU, a box coordinate is NaN
+                or infinite. On CUDA, an assertion on the device fails for such a coordinate, and
+                the error appears at the next synchronisation.
         """
         if len(features) != len(self.scales):
             raise ValueError(f"got {len(features)} feature maps for {len(self.scales)} scales")
         if len(box_lists) != features[0].shape[0]:
             raise ValueError(
-                f"got boxes of {len(box_lists)} images, maps of {features[0].shape[0]}"
+                f"got boxes for {len(box_lists)} images, but maps of {features[0].shape[0]} images"
             )
         if not box_lists:
             return features[0].new_zeros(0, features[0].shape[1], *self.output_size)
@@ -193,15 +194,15 @@ class MultiLevelRoIPooler(nn.Module):
     def _refusal(self, verb: str) -> str:
         return (
             f"POOLER_TYPE {self.pooler_type} with POOLER_REDUCTION {self.reduction} cannot be "
-            f"{verb}: choose ROIAlignV2 with mean and, for means that come close to the integrals "
-            "of PrROIPool, a high POOLER_SAMPLING_RATIO"
+            f"{verb}; use ROIAlignV2 with mean. A high POOLER_SAMPLING_RATIO makes its results "
+            "similar to those of PrROIPool"
         )
 
     def _is_small(self, features: list[Tensor], rois: Tensor) -> bool:
-        """Returns whether preparing weights would take longer than torchvision's plain loops.
+        """Returns whether torchvision's loops are faster than an operator that prepares weights.
 
-        False for inputs on which torchvision's loops crash: boxes that end before they start, and
-        huge boxes with an adaptive sampling grid.
+        Returns False for inputs on which torchvision's loops crash: boxes that end before they
+        start, and huge boxes with an adaptive sampling grid.
         """
         if features[0].is_cuda or self.sampling_ratio <= 0:
             return False
@@ -261,7 +262,7 @@ class MultiLevelRoIPooler(nn.Module):
         """
         dtype = torch.promote_types(features[0].dtype, torch.float32)
         rois, scales = self._quantize(rois.to(dtype), levels)
-        if self.pooler_type == "ROIPool":  # its coordinates are 32-bit integers
+        if self.pooler_type == "ROIPool":  # it converts coordinates to 32-bit integers
             rois = rois.clamp(-MAX_CELL, MAX_CELL)
         by_level = [torch.where(levels == level)[0] for level in range(len(scales))]
         pooled = []
@@ -273,7 +274,8 @@ class MultiLevelRoIPooler(nn.Module):
                 options = (self.sampling_ratio, self._aligned)
                 pooled.append(torchvision_roi_align(*arguments, *options))
         result = torch.cat(pooled)
-        # Shaped like rois: torch.export cannot infer that the levels together contain all RoIs.
+        # The result takes its number of rows from rois, because torch.export cannot infer that
+        # all RoIs belong to one of the levels.
         zeros = torch.zeros_like(rois[:, :1, None, None]).expand(-1, *result.shape[1:])
         return zeros.index_put((torch.cat(by_level),), result).to(features[0].dtype)
 
@@ -286,9 +288,10 @@ class MultiLevelRoIPooler(nn.Module):
         return pooled
 
     def _quantize(self, rois: Tensor, levels: Tensor) -> tuple[Tensor, tuple[float, ...]]:
-        """Returns the RoIs and scales to pass to ROIAlign so that it computes this pooler's type.
+        """Returns the RoIs and scales that make an operator compute this pooler's type.
 
-        ROIWarp is an aligned ROIAlign on RoIs that are rounded to the cells of their level.
+        ROIWarp is an aligned ROIAlign of RoIs that are rounded to the cells of their level. Other
+        types need no change.
         """
         if self.pooler_type != "ROIWarp":
             return rois, self.scales
@@ -298,11 +301,11 @@ class MultiLevelRoIPooler(nn.Module):
         return torch.cat([rois[:, :1], start, end], dim=1), (1.0,) * len(self.scales)
 
     def pool_for_export(self, features: list[Tensor], boxes: Tensor) -> Tensor:
-        """Pools the boxes of one image with operators that exporters support; R may be 0.
+        """Pools the boxes of one image with operators that exporters support.
 
         Args:
             features: one (1, C, Hi, Wi) map per scale.
-            boxes: (R, 4), all coordinates finite.
+            boxes: (R, 4) finite coordinates; R may be 0.
 
         Returns:
             (R, C, P, P); equal to ``forward`` for ROIAlign, ROIAlignV2, ROIWarp and ROIPool.
@@ -329,23 +332,24 @@ def check_pooler(pooler_type: str, reduction: str) -> None:
 
 
 def boxes_to_rois(box_lists: Sequence[Boxes]) -> Tensor:
-    """Returns (R, 5) RoIs (image index and box) without synchronising with the device."""
+    """Returns (R, 5) RoIs, each an image index and a box, without synchronising with the device."""
     rois = []
     for image, boxes in enumerate(box_lists):
-        index = torch.full_like(boxes.tensor[:, :1], image)  # a trace would make len() a constant
+        # full_like instead of len(), which a trace would record as a constant.
+        index = torch.full_like(boxes.tensor[:, :1], image)
         rois.append(torch.cat([index, boxes.tensor], dim=1))
     return torch.cat(rois)
 
 
 def check_finite(rois: Tensor) -> None:
-    """Refuses NaN and infinite coordinates, for which no level is defined.
+    """Refuses boxes with NaN or infinite coordinates, because their level is undefined.
 
     Args:
         rois: (R, 5).
 
     Raises:
         ValueError: on the CPU; the message states how many boxes are affected. On CUDA, an
-            assertion fails on the device instead, so the check does not synchronise.
+            assertion on the device fails instead, so that the check does not synchronise.
     """
     finite = torch.isfinite(rois)
     if rois.is_cuda:
@@ -357,7 +361,7 @@ def check_finite(rois: Tensor) -> None:
 
 @torch.compiler.assume_constant_result
 def can_pool_at_once(*kernel: Any) -> bool:
-    """Returns whether ops.roi_pooling_operator works; torch.compile treats this as constant.
+    """Returns whether ops.roi_pooling_operator works. torch.compile treats the result as constant.
 
     Args: see _try_kernel.
     """
@@ -374,15 +378,15 @@ def _try_kernel(
     sampling_ratio: int,
     aligned: bool,
 ) -> bool:
-    """Tries ops.roi_pooling_operator forward and backward, compiled for this dtype and these sizes.
+    """Runs ops.roi_pooling_operator forward and backward once with this dtype and these sizes.
 
-    Logs a failure.
+    Returns whether it succeeded. If it did not, logs the reason.
     """
     operator = _operator()
     if operator is None:
         return False
     try:
-        # The first call may come from inference mode, but backward must be tried as well.
+        # Backward must be tried as well, even if the first call is made in inference mode.
         with torch.inference_mode(False), torch.enable_grad():
             shape = 1, num_channels, 1, 1
             feature = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
@@ -400,7 +404,7 @@ def _try_kernel(
 
 @functools.cache
 def _operator() -> Callable[..., Tensor] | None:
-    """Returns ops.roi_pooling_operator.multilevel_roi_align, or None without Triton."""
+    """Returns ops.roi_pooling_operator.multilevel_roi_align, or None if Triton is missing."""
     try:
         from ..ops.roi_pooling_operator import multilevel_roi_align
     except ImportError as error:
@@ -419,11 +423,11 @@ def _log_replacement(what: str, error: Exception) -> None:
 def build_pooler(
     head_cfg: CfgNode, in_features: Sequence[str], input_shape: dict[str, ShapeSpec]
 ) -> nn.Module:
-    """Builds the pooler of a head from its config node.
+    """Builds a head's pooler from the head's section of the config.
 
     Args:
         head_cfg: ``cfg.MODEL.ROI_BOX_HEAD`` or ``cfg.MODEL.ROI_MASK_HEAD``.
-        in_features: names of the feature maps to pool from, finest first.
+        in_features: names of the maps to pool from, finest first.
         input_shape: shape of each map by name; only the strides are read.
 
     Returns:
@@ -442,9 +446,10 @@ def build_pooler(
 
 
 def with_stock_pooler_types(cfg: CfgNode) -> CfgNode:
-    """Returns a copy of the config with pooler types that detectron2's heads accept.
+    """Returns a copy of the config in which detectron2 supports all pooler types.
 
-    The heads build their own pooler before a subclass can replace it, and refuse unknown types.
+    The copy is needed because detectron2's heads build a pooler before a subclass can replace it,
+    and refuse types that detectron2 does not have.
     """
     cfg = cfg.clone()
     cfg.defrost()

@@ -20,10 +20,10 @@ MASK_OUTPUTS = ("rle", "bitmask")
 class MaskRCNN(GeneralizedRCNN):
     """GeneralizedRCNN that lets you choose the form of ``pred_masks`` after inference.
 
-    ``rle`` gives an RLEMasks, without ever drawing image-sized masks. ``bitmask`` gives
-    detectron2's (N, H, W) tensor. Training, and inference without postprocessing (used by test-time
-    augmentation), are the same as in detectron2. So are traces, scripts and exports, which can
-    contain only tensors.
+    ``rle`` returns an RLEMasks and never allocates image-sized masks. ``bitmask`` returns
+    detectron2's (N, H, W) tensor. Training is the same as in detectron2, and so is inference
+    without postprocessing, which test-time augmentation uses. Traces, scripts and exports are also
+    the same, because they can contain only tensors.
     """
 
     @configurable
@@ -33,12 +33,12 @@ class MaskRCNN(GeneralizedRCNN):
         """
         Args:
             mask_output: "rle" or "bitmask".
-            datasets: the config's DATASETS section, from which a checkpointer takes the order of
-                the classes.
+            datasets: the config's DATASETS section. The checkpointer reads the order of the classes
+                from it.
             arguments: arguments of GeneralizedRCNN.
 
         Raises:
-            ValueError: if ``mask_output`` is neither.
+            ValueError: if ``mask_output`` has another value.
         """
         super().__init__(**arguments)
         if mask_output not in MASK_OUTPUTS:
@@ -60,7 +60,8 @@ class MaskRCNN(GeneralizedRCNN):
         """See GeneralizedRCNN.inference."""
         if self.mask_output == "bitmask" or not do_postprocess or is_captured():
             return super().inference(batched_inputs, detected_instances, do_postprocess)
-        # Overriding _postprocess has no effect: GeneralizedRCNN calls its own static method.
+        # Not done by overriding _postprocess, because GeneralizedRCNN.inference calls its own
+        # static method instead of the subclass's.
         results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
         outputs = []
         for x, found in zip(batched_inputs, results, strict=True):
@@ -74,20 +75,21 @@ class MaskRCNN(GeneralizedRCNN):
 
 
 def rle_postprocess(instances: Instances, output_height: int, output_width: int) -> Instances:
-    """detectron2's detector_postprocess with ``pred_masks`` as RLEMasks.
+    """Does what detectron2's detector_postprocess does, but returns ``pred_masks`` as RLEMasks.
 
     Args:
         instances: detections at the size of the model's input, with or without ``pred_masks``
             (N, 1, M, M); changed in place, as in detectron2.
-        output_height: pixels.
-        output_width: pixels.
+        output_height: in pixels.
+        output_width: in pixels.
 
     Returns:
-        Detections at the output size. Detections whose box is empty at that size are dropped.
+        The detections at the output size, without those whose box is empty at this size.
     """
     if not instances.has("pred_masks"):
         return detector_postprocess(instances, output_height, output_width)
-    # Under another name, the probabilities stay with their detections but are not pasted.
+    # detector_postprocess would paste pred_masks into the image. Under another name, it only
+    # selects the probabilities of the remaining detections.
     instances.set("mask_probs", instances.pred_masks[:, 0])
     instances.remove("pred_masks")
     result = detector_postprocess(instances, output_height, output_width)

@@ -1,6 +1,6 @@
-"""detectron2's ROI heads with the plugin's pooler and class-selective box regression.
+"""ROI heads of detectron2 with the plugin's pooler and class-selective box regression.
 
-MODEL.ROI_MASK_HEAD.NAME chooses the mask head separately.
+The mask head is chosen separately, with MODEL.ROI_MASK_HEAD.NAME.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .pooler import build_pooler, with_stock_pooler_types
 
 @register_in(ROI_HEADS_REGISTRY)
 class PerClassMaskROIHeads(StandardROIHeads):
-    """StandardROIHeads (FPN, DC5) that pools box and mask features with MultiLevelRoIPooler."""
+    """A StandardROIHeads (FPN, DC5) that pools box and mask features with MultiLevelRoIPooler."""
 
-    # Lets torch.jit.script omit branches, as detectron2 does for StandardROIHeads.
+    # Lets torch.jit.script omit branches that never run, as in StandardROIHeads.
     __constants__ = ("mask_on", "keypoint_on", "training")
 
     @classmethod
@@ -45,7 +45,7 @@ class PerClassMaskROIHeads(StandardROIHeads):
 
 @register_in(ROI_HEADS_REGISTRY)
 class PerClassMaskRes5ROIHeads(Res5ROIHeads):
-    """Res5ROIHeads (C4: box and mask share res5) that pools features with MultiLevelRoIPooler.
+    """A Res5ROIHeads (C4: box and mask head share res5) that pools with MultiLevelRoIPooler.
 
     As in detectron2, only MODEL.ROI_BOX_HEAD configures the pooler.
     """

@@ -1,7 +1,7 @@
-"""Backbones from timm with ImageNet weights, with or without a feature pyramid.
+"""Backbones from timm, with or without a feature pyramid.
 
-Maps are named by stride, as in detectron2's ResNets: ``res2`` (4 pixels) to ``res5`` (32). The
-heads and the pyramid of a ResNet config therefore work unchanged.
+Maps are named by their stride, as in detectron2's ResNets: ``res2`` (4 pixels) to ``res5`` (32).
+The heads and the pyramid of a ResNet config therefore work unchanged.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ NORMS = ("", "FrozenBN", "SyncBN")
 
 @register_in(BACKBONE_REGISTRY)
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """Builds a timm model with an FPN on top (p2 to p6, or the levels that IN_FEATURES gives).
+    """Builds a timm model with an FPN on top: p2 to p6, or fewer levels if IN_FEATURES is set.
 
-    A plain vision transformer has a single map of stride 16. It gets the simple feature pyramid of
-    ViTDet (arXiv 2203.16527) instead, p2 to p6.
+    A plain vision transformer has a single map of stride 16. Instead of an FPN, it gets the simple
+    feature pyramid of ViTDet (arXiv 2203.16527), which also has the levels p2 to p6.
 
-    If MODEL.WEIGHTS is empty, weights come from MODEL.TIMM.CHECKPOINT or, with PRETRAINED, from
-    timm's hub. Otherwise MODEL.WEIGHTS already includes the backbone's weights.
+    If MODEL.WEIGHTS is empty, the backbone's weights come from MODEL.TIMM.CHECKPOINT or, with
+    PRETRAINED, from timm's hub. Otherwise, MODEL.WEIGHTS includes the backbone's weights.
 
     Args:
-        cfg: reads MODEL.TIMM; BACKBONE.FREEZE_AT, see ``freeze_stages``; and all keys of FPN,
-            where an empty IN_FEATURES means all maps of stride 4 and above.
-        input_shape: gives the number of image channels.
+        cfg: the keys read are MODEL.TIMM; BACKBONE.FREEZE_AT, see ``freeze_stages``; and all keys
+            of FPN, where an empty IN_FEATURES means all maps of stride 4 and above.
+        input_shape: only the number of image channels is read.
 
     Raises:
         ConfigError: if timm or the model is missing, the model does not have the required maps, or
@@ -66,10 +66,10 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Builds a timm model whose maps feed the heads directly, such as the single map of DC5.
 
     Args:
-        cfg: reads MODEL.TIMM and BACKBONE.FREEZE_AT, as in ``build_timm_fpn_backbone``;
+        cfg: the keys read are MODEL.TIMM and BACKBONE.FREEZE_AT, as in ``build_timm_fpn_backbone``;
             RESNETS.OUT_FEATURES, the names of the maps; and RESNETS.RES5_DILATION, where 2 keeps
             res5 at a stride of 16.
-        input_shape: gives the number of image channels.
+        input_shape: only the number of image channels is read.
 
     Raises:
         ConfigError: as in ``build_timm_fpn_backbone``, or if the model cannot be dilated.
@@ -90,7 +90,7 @@ def _build(cfg: CfgNode, model: TimmModel, key: str, names: list[str]) -> TimmBa
         cfg: the config passed to the builders.
         model: the model to build.
         key: the config key that lists the maps, for error messages.
-        names: the value of that key; empty for all maps.
+        names: the value of this key; an empty list means all maps.
     """
     keys = cfg.MODEL.TIMM
     if keys.NORM not in NORMS:
@@ -121,15 +121,15 @@ class TimmBackbone(Backbone):
     """A timm model, built with ``features_only``, as a detectron2 backbone.
 
     ``forward`` takes normalised images (N, C, H, W) whose H and W are multiples of the largest
-    stride. It returns maps (N, channels, H / stride, W / stride) by name, in NCHW order even if
-    timm's model uses NHWC.
+    stride. It returns maps (N, channels, H / stride, W / stride) by name. They are in NCHW order,
+    even if timm's model uses NHWC.
     """
 
     def __init__(self, net: nn.Module, levels: Sequence[Level]) -> None:
         """
         Args:
-            net: returns a list of maps, one per level.
-            levels: in order of increasing stride.
+            net: timm's model, which returns a list with one map per level.
+            levels: the levels of these maps, in order of increasing stride.
         """
         super().__init__()
         self.net = net
@@ -154,9 +154,9 @@ class TimmBackbone(Backbone):
 class SimplePyramid(SimpleFeaturePyramid):
     """detectron2's simple feature pyramid, p2 to p6, for images of any size.
 
-    Differs from detectron2: it declares how images must be padded. detectron2's pyramid works only
-    for square images, because its padding_constraints use the misspelt key "size_divisiblity",
-    which nothing reads.
+    Differs from detectron2: this class declares that image sides must be padded to a multiple of
+    the largest stride. detectron2's pyramid works only for square images, because its
+    padding_constraints use the misspelt key "size_divisiblity", which nothing reads.
     """
 
     def __init__(self, net: TimmBackbone, name: str, out_channels: int, norm: str) -> None:
@@ -165,17 +165,17 @@ class SimplePyramid(SimpleFeaturePyramid):
             net: returns one map of stride 16.
             name: the model's name, for error messages.
             out_channels: channels of the pyramid's maps.
-            norm: normalisation of its convolutions, see detectron2.layers.get_norm.
+            norm: normalisation of the pyramid's convolutions, see detectron2.layers.get_norm.
 
         Raises:
-            ConfigError: if the map has another stride.
+            ConfigError: if the stride of the map is not 16.
         """
         (map_name, shape), *_ = net.output_shape().items()
         if shape.stride != 16:
             raise ConfigError(
                 f"MODEL.TIMM.NAME {name} has only maps of stride {shape.stride}, but the pyramid "
-                f"of a plain transformer needs 16; use another, such as vit_small_patch16_224 or "
-                "swin_tiny_patch4_window7_224"
+                f"of a plain transformer needs stride 16; use another model, such as "
+                "vit_small_patch16_224 or swin_tiny_patch4_window7_224"
             )
         top = LastLevelMaxPool()
         super().__init__(net, map_name, out_channels, (4.0, 2.0, 1.0, 0.5), top, norm)
@@ -190,10 +190,10 @@ class SimplePyramid(SimpleFeaturePyramid):
 
 
 def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[str]) -> list[Level]:
-    """Returns the levels with the given indices or, without indices, all of stride 4 and above.
+    """Returns the levels with the given indices; without indices, all levels of stride 4 and above.
 
-    If there are ``names``, only levels with these names are returned. If several levels have the
-    same name, the last one is returned.
+    If ``names`` is not empty, returns only levels with these names. If several levels have the same
+    name, returns the last of them.
 
     Raises:
         ConfigError: if the model does not have the requested maps, or a detector cannot use them.
@@ -219,12 +219,15 @@ def _chosen_levels(model: TimmModel, indices: list[int], key: str, names: list[s
         )
     missing = [name for name in names if name not in levels]
     if missing:
-        raise ConfigError(f"{key}: {model.name} gives {list(levels)}, not {missing[0]!r}")
+        raise ConfigError(f"{key}: {model.name} has the maps {list(levels)}, not {missing[0]!r}")
     return [level for name, level in levels.items() if not names or name in names]
 
 
 def _pretrained_source(cfg: CfgNode) -> str:
-    """Returns the source of separate backbone weights: a path, "hub", or "" for none."""
+    """Returns where to load the backbone's weights from: a path, "hub", or "" for random weights.
+
+    Also returns "" if MODEL.WEIGHTS includes them, or if the model is only built to be checked.
+    """
     checkpoint, is_pretrained = cfg.MODEL.TIMM.CHECKPOINT, cfg.MODEL.TIMM.PRETRAINED
     is_tried_out = torch.get_default_device().type == "meta"
     if cfg.MODEL.WEIGHTS or is_tried_out:
@@ -233,15 +236,15 @@ def _pretrained_source(cfg: CfgNode) -> str:
 
 
 def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> None:
-    """Freezes the first stages, numbered as in detectron2's ResNets.
+    """Freezes the first stages of a model. Stages are numbered as in detectron2's ResNets.
 
     Args:
-        net: timm's model without its classifier; changed in place. Batch norms in frozen stages
-            are replaced by ones that always use their running statistics.
+        net: timm's model without its classifier; changed in place. Batch norms in frozen stages are
+            replaced by norms that always use their running statistics.
         levels: all maps of the model.
-        freeze_at: 0 freezes nothing. 1 freezes everything before the stage of stride 4. A k of 2 or
-            more freezes everything up to the end of res<k>, the stage of stride 2^k. For a plain
-            transformer, 1 to 3 freeze the embedding, and 4 or more freeze everything.
+        freeze_at: 0 freezes nothing, and 1 freezes everything before the stage of stride 4. If it
+            is k >= 2, everything up to the end of res<k>, the stage of stride 2^k, is frozen. In a
+            plain transformer, 1 to 3 freeze the embedding, and 4 or more freeze everything.
     """
     if freeze_at < 1:
         return
@@ -252,7 +255,8 @@ def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> No
         last = _positions(net, parameters, inner[-1])[-1]
     else:
         first = next(level for level in levels if level.stride >= 4)
-        if len({level.stride for level in levels}) == 1:  # timm lists only the last blocks
+        # A plain transformer: timm lists only its last blocks, but the first block is needed here.
+        if len({level.stride for level in levels}) == 1:
             first = first._replace(module=first.module.partition(".")[0])
         last = _positions(net, parameters, first)[0] - 1
     for _, parameter in parameters[: last + 1]:
@@ -269,18 +273,18 @@ def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> No
 def _positions(
     net: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]], level: Level
 ) -> list[int]:
-    """Returns the positions of the parameters that belong to the module of a map.
+    """Returns the positions in ``parameters`` of those that belong to the module of a map.
 
     Raises:
         ConfigError: if the module has no parameters, or timm does not expose it.
     """
-    flat = level.module.replace(".", "_")  # some timm wrappers flatten names, some add a prefix
+    flat = level.module.replace(".", "_")  # some timm wrappers flatten names, others add a prefix
     own = [x for x in (level.module, flat, f"model.{level.module}") if _has_module(net, x)]
     found = [k for k, (name, _) in enumerate(parameters) if own and name.startswith(f"{own[0]}.")]
     if not found:
         raise ConfigError(
-            "MODEL.BACKBONE.FREEZE_AT: timm does not show where the stages of this model end; set "
-            "it to 0; to keep the backbone almost unchanged, give it a small factor in "
+            "MODEL.BACKBONE.FREEZE_AT must be 0, because timm does not reveal where the stages of "
+            "this model end; to train the backbone very little, give it a small factor in "
             "SOLVER.LR_FACTORS"
         )
     return found

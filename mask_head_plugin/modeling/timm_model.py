@@ -1,4 +1,4 @@
-"""Facts about timm models before they are built, and whether a detector can use them."""
+"""Finds out which maps a timm model has, and whether a detector can use them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from ..config import ConfigError
 from ..messages import listed, nearest_name, one_line
 
 PROBE_HW = (96, 160)
-"""Size of the test image that shows whether a model accepts images of any size."""
+"""Height and width of the test image that reveals whether a model accepts images of any size."""
 
 ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
-"""Arguments that let timm models of a fixed size accept other sizes; the first that work are used.
+"""Arguments that may let a timm model with a fixed image size accept images of any size.
+
+They are tried in this order.
 """
 
 
@@ -24,11 +26,12 @@ class Level(NamedTuple):
     """One map of a timm model.
 
     Attributes:
-        name: given by the stride, as in detectron2's ResNets: res2 (4 pixels) to res5 (32). A
-            dilated res5 keeps its name. It is "" for other strides, such as 14 pixels.
+        name: follows from the stride, as in detectron2's ResNets: res2 (4 pixels) to res5 (32). A
+            dilated res5 keeps its name. For a stride that is not a power of 2, such as 14 pixels,
+            the name is "".
         out_index: the map's number in timm's ``out_indices``.
         channels: number of channels.
-        stride: image pixels per cell.
+        stride: side of a cell in image pixels.
         module: name of the module that returns the map.
     """
 
@@ -40,12 +43,12 @@ class Level(NamedTuple):
 
 
 class TimmModel(NamedTuple):
-    """Facts about a timm model before it is built.
+    """A timm model that has not been built yet.
 
     Attributes:
         name: the model's name in timm.
         channels: number of image channels.
-        arguments: arguments with which timm builds the model for images of any size.
+        arguments: arguments that make timm build the model for images of any size.
         levels: the model's maps.
     """
 
@@ -67,7 +70,7 @@ class TimmModel(NamedTuple):
         for arguments in ANY_SIZE if settings.fixed_input_size else ({},):
             try:
                 return cls(name, channels, arguments, [])._with_levels()
-            except (ConfigError, TypeError) as error:  # TypeError: the model lacks this argument
+            except (ConfigError, TypeError) as error:  # TypeError: the model has no such argument
                 refusals.append(error)
         told = [error for error in refusals if isinstance(error, ConfigError)]
         raise told[0] if told else _unfit(name, refusals[-1])
@@ -93,7 +96,7 @@ class TimmModel(NamedTuple):
         return len({level.stride for level in self.levels}) == 1
 
     def dilated(self) -> TimmModel:
-        """Returns the model with a dilated last stage, which keeps the stride at 16.
+        """Returns the model with a dilated last stage, so that its largest stride is 16.
 
         Raises:
             ConfigError: if timm cannot dilate this model.
@@ -120,7 +123,7 @@ class TimmModel(NamedTuple):
         try:
             with torch.device("meta"):
                 return self.build().eval()
-        except NotImplementedError:  # up to 1.0.26, timm computes the widths of a RegNet on tensors
+        except NotImplementedError:  # timm up to 1.0.26 computes a RegNet's widths with tensors
             return self.build().eval().to("meta")
 
 
@@ -167,8 +170,8 @@ def model_settings(name: str) -> Any:
     if ":" in name or "/" in name:
         raise ConfigError(
             f"MODEL.TIMM.NAME {name!r} is an address; use a name from timm, such as resnet50 or "
-            "resnet50.a1_in1k, whose weights MODEL.TIMM.PRETRAINED True downloads, or set "
-            "MODEL.TIMM.CHECKPOINT to a file of weights"
+            "resnet50.a1_in1k; for pretrained weights, set MODEL.TIMM.PRETRAINED True, or "
+            "MODEL.TIMM.CHECKPOINT to a file"
         )
     if not timm.is_model(name):
         nearest = nearest_name(name, timm.list_models())
@@ -202,5 +205,5 @@ def timm_part(name: str = "") -> Any:
     except ImportError as error:
         raise ConfigError(
             "MODEL.BACKBONE.NAME build_timm_fpn_backbone needs timm, which is not installed "
-            f"({one_line(error)}): pip install timm, or the extra 'timm' of this package"
+            f"({one_line(error)}): pip install timm, or install this package's extra 'timm'"
         ) from error

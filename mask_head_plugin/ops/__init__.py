@@ -1,4 +1,4 @@
-"""Pure functions on tensors: no config, no registry."""
+"""Pure functions on tensors, which use no config and no registry."""
 
 from .mask_rle import encode_masks
 from .mask_target import crop_masks

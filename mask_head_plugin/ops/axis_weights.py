@@ -6,7 +6,7 @@ of its y and x coordinates, so their mean also separates into two factors, and s
 over the bin. A whole RoI is ``Wy F Wx^T``, where each row of W contains the weights of one bin:
 
     RoIAlign    W[p, i] = mean of hat(t - i) over the samples t of bin p
-    RoIWarp     the same, on edges rounded to cells
+    RoIWarp     the same as RoIAlign, but with edges rounded to cells
     PrRoIPool   W[p, i] = integral of hat(t - i) over bin p, divided by its length
 
 Edges are given in cells: 0 is the outer edge of the first cell, so its centre is at 0.5. The
@@ -15,16 +15,16 @@ at i.
 
 Example, after the shift: one bin from 1.0 to 3.0. RoIAlign with two samples places them at 1.5 and
 2.5. Their weights are (1/2, 1/2) on cells 1, 2 and on cells 2, 3, so W is (1/4, 1/2, 1/4) on cells
-1, 2, 3. For PrRoIPool, half of the hat of cells 1 and 3 lies in the bin (area 1/2) and all of the
-hat of cell 2 (area 1). Divided by the length 2, W is again (1/4, 1/2, 1/4). For a bin from 1.0 to
-2.0, both give (1/2, 1/2) on cells 1, 2.
+1, 2, 3. For PrRoIPool, the bin contains half of the hats of cells 1 and 3 (area 1/2 each) and the
+entire hat of cell 2 (area 1). Divided by the length 2, W is again (1/4, 1/2, 1/4). For a bin from
+1.0 to 2.0, both methods have the weights (1/2, 1/2) on cells 1, 2.
 
 Border rule of torchvision and detectron2: a sample below -1 or above the number of cells L counts
 as 0; any other sample is clamped to [0, L - 1]. For PrRoIPool, this extends the map with its border
 value from 0 to -1 and from L - 1 to L, and with 0 beyond.
 
-Shape alphabet: R RoIs, P bins, G samples per bin (in the RoI with the most), V cells per sample, B
-cells per bin (in the RoI with the most), L cells of the map along this axis.
+Shape alphabet: R RoIs, P bins, G samples per bin (the maximum over all RoIs), V cells per sample, B
+cells per bin (the maximum over all RoIs), L cells of the map along this axis.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ import torch
 from torch import Tensor
 
 MAX_MAP_SIZES = 8
-"""RoI side, in feature map sides, beyond which the adaptive sampling grid stops growing."""
+"""Length of a RoI, as a multiple of the map's side, above which the adaptive sampling grid stops
+growing.
+"""
 
 MAX_CELL = 1 << 22
-"""Greatest distance from the map's origin, in cells; edges are clamped to it before rounding."""
+"""Largest distance of an edge from the map's origin, in cells. Edges are clamped to it before they
+are rounded.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class AxisWeights:
     Attributes:
         cell: (R, P, B) int32 in [0, L). Slots after a bin's last cell repeat one of its cells.
         weight: (R, P, B), 0 in the slots after a bin's last cell.
-        count: (R,) slots used by the RoI's largest bin; 0 if the RoI is off the map.
+        count: (R,) number of slots that the RoI's largest bin uses; 0 if the RoI is off the map.
     """
 
     cell: Tensor
@@ -64,7 +68,7 @@ class AxisSamples:
         cell: (R, P, G, V) int32 in [0, L): the cells below and above a sample.
         weight: (R, P, G, V) in the dtype of the edges; sums to 1 over V.
         inside: (R, P, G) whether the sample exists and counts under the border rule.
-        count: (R,) samples per bin of each RoI; 0 if no sample lies on the map.
+        count: (R,) number of samples per bin of each RoI; 0 if no sample is on the map.
     """
 
     cell: Tensor
@@ -83,19 +87,19 @@ def roi_align_samples(
 ) -> AxisSamples:
     """Returns the samples of RoIAlign along one axis (Mask R-CNN section 3).
 
-    Coordinates are computed in torchvision's order of operations. With different rounding, a sample
-    next to -1 or L could land on the other side of the jump to 0.
+    The operations on coordinates have the same order as in torchvision. With different rounding, a
+    sample close to -1 or L could be on the other side of the jump to 0.
 
     Args:
         start: (R,) lower edges, in cells.
-        end: (R,) upper edges. If an upper edge is below ``start``, an adaptive grid has no samples,
-            and a fixed one is mirrored.
+        end: (R,) upper edges. If an upper edge is below its lower edge, an adaptive grid has no
+            samples, and a fixed grid is mirrored.
         num_bins: P.
         num_cells: L, at least 1.
         sampling_ratio: G. 0 or less means ``ceil(RoI side / P)``, but at most the value for a RoI
             that is as long as MAX_MAP_SIZES feature maps.
-        aligned: True shifts by half a cell (cell centres at +0.5). False does not shift, and widens
-            sides below one cell to one cell.
+        aligned: True shifts edges by half a cell (cell centres at +0.5). False does not shift them,
+            and widens sides below one cell to one cell.
     """
     shift = 0.5 if aligned else 0.0
     start, end = start - shift, end - shift
@@ -111,7 +115,7 @@ def roi_align_samples(
     bin_size, steps = bin_size[:, None, None], grid.clamp(min=1)[:, None, None]
     t = start[:, None, None] + bins * bin_size + (samples + 0.5) * bin_size / steps
     inside = (samples < grid[:, None, None]) & (t >= -1.0) & (t <= num_cells)
-    # Off the map, t is not used and may have overflowed.
+    # Off the map, t is not used, and it may have overflowed.
     t = torch.where(inside, t.clamp(0, num_cells - 1), 0)
     low = t.floor()
     count = torch.where(inside.flatten(1).any(dim=1), grid, 0).int()
@@ -218,6 +222,6 @@ def round_to_cells(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round(x: Tensor) -> Tensor:
-    """Rounds half away from zero, as C does. torch.round would round half to even."""
-    whole = x.abs().floor()  # ONNX has no trunc
+    """Rounds half away from zero, like C's round. torch.round would round half to even."""
+    whole = x.abs().floor()  # not trunc, which ONNX does not have
     return torch.where(x.abs() - whole >= 0.5, whole + 1, whole) * torch.sign(x)

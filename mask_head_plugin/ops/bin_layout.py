@@ -18,12 +18,12 @@ from torch import Tensor
 from .axis_weights import MAX_MAP_SIZES, AxisSamples, AxisWeights
 
 PIECE = (1 << 15) - 1
-"""Largest number of elements that a PyTorch operator processes on the calling thread alone."""
+"""Largest number of elements that a PyTorch operator processes without starting other threads."""
 
 MAX_COPY = 9 << 19
-"""Largest number of elements of a map copied at a time: 18 MB of float32. The allocator reuses the
-memory of two such copies. Memory for larger ones would come from the system, which takes longer
-than copying.
+"""Largest number of elements of a map that are copied at a time: 18 MB of float32. The allocator
+reuses the memory of two copies of this size. Memory for larger copies would come from the system,
+which takes longer than copying.
 """
 
 Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
@@ -33,19 +33,22 @@ Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
 class Part:
     """r RoIs of similar size that are pooled from the same view."""
 
-    view: int  # see views
+    view: int  # index in the result of views
     rows: Tensor  # (r,) indices among all RoIs
     y: Any  # AxisWeights or AxisSamples; cells along y are row starts in the table of cells
     x: Any
 
     @property
     def num_bins(self) -> int:
-        """Bins per RoI, P Q."""
+        """Number of bins per RoI, P Q."""
         return int(self.y.cell.shape[1] * self.x.cell.shape[1])
 
     @cached_property
     def off_map(self) -> tuple[Tensor, Tensor] | None:
-        """Bins that have only weights of 0: (r, P) along y and (r, Q) along x, or None."""
+        """Whether all weights of a bin are 0: (r, P) along y and (r, Q) along x.
+
+        None if there is no such bin.
+        """
         y, x = ((axis.weight == 0).all(dim=2) for axis in (self.y, self.x))
         return (y, x) if y.any() or x.any() else None
 
@@ -55,7 +58,7 @@ class Block(NamedTuple):
 
     part: Part
     places: Tensor  # (n,) indices within the part
-    y_slots: int  # slots per bin along each axis; both 0 if the RoIs are off the map
+    y_slots: int  # number of slots per bin along each axis; both are 0 if the RoIs are off the map
     x_slots: int
 
     @property
@@ -65,12 +68,12 @@ class Block(NamedTuple):
 
     @property
     def num_bins(self) -> int:
-        """Bins of all RoIs in the block, n P Q."""
+        """Number of bins of all RoIs in the block, n P Q."""
         return len(self.places) * self.part.num_bins
 
     @property
     def slots(self) -> int:
-        """Cells or samples per bin, Ky Kx."""
+        """Number of cells or samples per bin, Ky Kx."""
         return self.y_slots * self.x_slots
 
 
@@ -93,7 +96,7 @@ def lay_out(
         output_size: (P, Q).
         axis: returns weights or samples, given the edges in cells, the number of bins and the
             number of cells.
-        num_samples: samples per bin and axis for a RoI of less than one cell per bin.
+        num_samples: samples per bin and axis of a RoI whose bins are smaller than a cell.
     """
     parts, image = [], rois[:, 0].int()
     for view, (level, images) in enumerate(views(maps)):
@@ -102,7 +105,7 @@ def lay_out(
         rows = torch.nonzero(here)[:, 0]
         boxes = rois[rows, 1:] * scales[level]
         first_row = (image[rows] - images.start) * height
-        # In cells. Clamped because the adaptive grid does not grow for larger RoIs.
+        # Longer side in cells. Clamped because the adaptive grid does not grow for larger RoIs.
         spans = (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(0, MAX_MAP_SIZES * max(height, width))
         entries = 2 * (spans + max(output_size) * num_samples)
         for index in _split_by_size(entries):
@@ -121,7 +124,7 @@ def _split_by_size(entries: Tensor) -> Iterator[Tensor]:
     largest one.
 
     Args:
-        entries: (r,) samples and cells along the longer axis.
+        entries: (r,) number of samples and cells along the longer axis.
     """
     entries, order = entries.sort(descending=True, stable=True)
     steps, start = (PIECE // entries).clamp(min=1).tolist(), 0
@@ -136,7 +139,7 @@ def split_into_blocks(parts: Sequence[Part], max_entries: int) -> list[Block]:
 
     Args:
         parts: the parts of all maps.
-        max_entries: largest number of entries in a block of more than one RoI.
+        max_entries: largest number of entries in a block; a block of one RoI can have more.
     """
     blocks = []
     for part in parts:
@@ -151,7 +154,7 @@ def split_into_blocks(parts: Sequence[Part], max_entries: int) -> list[Block]:
 
 
 def _slots(axis: AxisWeights | AxisSamples) -> list[int]:
-    """Returns the slots per bin of each RoI, rounded up to 0, 1, 2, 3, 4, 6, 8, 12, …"""
+    """Returns the number of slots per bin of each RoI, rounded up to 0, 1, 2, 3, 4, 6, 8, 12, …"""
     mantissa, exponent = torch.frexp(axis.count.float())
     slots = torch.ldexp((mantissa * 4).ceil() / 4, exponent)
     rounded: list[int] = slots.clamp(max=axis.cell.shape[2]).int().tolist()
@@ -180,10 +183,12 @@ def is_copied(feature: Tensor) -> bool:
 
 
 def views(maps: Sequence[Tensor]) -> list[tuple[int, slice]]:
-    """Cuts maps into views to pool from: whole maps, or a few images of a map that must be copied.
+    """Splits maps into views to pool from.
+
+    A view is an entire map or, if the map must be copied, a few of its images.
 
     Returns:
-        For each view, the index of its map and the range of images.
+        For each view, the index of its map and the range of its images.
     """
     cut = []
     for level, feature in enumerate(maps):
@@ -198,8 +203,8 @@ def views(maps: Sequence[Tensor]) -> list[tuple[int, slice]]:
 def channel_blocks(feature: Tensor) -> list[slice]:
     """Splits the channels of a view into blocks that are copied one at a time.
 
-    Block sizes are multiples of a cache line of 16 float32. A view that needs no splitting gives
-    one block with all channels.
+    Block sizes are multiples of a cache line of 16 float32. If a view does not have to be split,
+    all channels are in one block.
 
     Args:
         feature: the view; a single image if it must be split.
@@ -211,7 +216,7 @@ def channel_blocks(feature: Tensor) -> list[slice]:
 
 
 def as_table(feature: Tensor) -> Tensor:
-    """Returns a map as a table of cells, (N H W, C); a copy if is_copied."""
+    """Returns a map as a table of cells, (N H W, C). It is a copy if ``is_copied(feature)``."""
     feature = feature.to(sum_type(feature))
     if is_copied(feature):
         return transposed(feature.flatten(2)).flatten(0, 1)

@@ -26,7 +26,7 @@ from .bin_layout import (
 )
 
 GROUP_ELEMENTS = 1 << 24
-"""Largest number of samples times channels in memory at a time: 64 MB of float32."""
+"""Largest number of values (samples times channels) in memory at a time: 64 MB of float32."""
 
 
 class LargestCell(torch.autograd.Function):
@@ -64,7 +64,8 @@ class LargestCell(torch.autograd.Function):
             dtype = torch.int32 if shape.numel() < 1 << 31 else torch.int64
             channel = torch.arange(shape[1], dtype=dtype, device=grad.device)
             plane = (images.to(dtype)[:, None] * shape[1] + channel) * math.prod(shape[2:])
-            # A cell below 0 marks a bin that is off the map or has no value that can be largest.
+            # A negative cell marks a bin without a maximum, because it is off the map or all of its
+            # values are NaN.
             values = grad[rows].masked_fill_(cells < 0, 0)
             places = (plane[:, :, None, None] + cells).clamp_(min=0).flatten()
             total = grad.new_zeros(shape.numel()).index_add_(0, places, values.flatten())
@@ -142,9 +143,10 @@ def _samples(table: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
 
 
 def _largest(table: Tensor, block: Block, needed: bool) -> tuple[Tensor, Tensor]:
-    """Returns the largest sample of each bin, (n, P Q, C), and its index if ``needed``.
+    """Returns the largest sample of each bin, (n, P Q, C), and, if ``needed``, its index.
 
-    A bin without samples is 0. If there are many samples, channels are processed in blocks.
+    The value of a bin without samples is 0. If there are many samples, channels are processed in
+    blocks.
     """
     cells, weights = _cells(block)
     outside = _outside(block)

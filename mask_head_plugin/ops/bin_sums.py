@@ -32,14 +32,17 @@ from .bin_layout import (
 )
 
 LIST_ENTRIES = 1 << 22
-"""Number of matrix entries kept in memory at a time: 32 MB. A thousand RoIs need fewer."""
+"""Number of matrix entries in memory at a time: 32 MB. A thousand RoIs need fewer."""
 
 BATCH_ELEMENTS = 1 << 22
-"""Number of elements of bins kept in memory at a time in addition to the result: 16 MB of float32,
-which the allocator reuses. If 1 / MAX_BATCHES of the result is more, that is the limit.
+"""Number of elements of bins in memory at a time, in addition to the result: 16 MB of float32,
+which the allocator reuses. For a large result, see MAX_BATCHES.
 """
 
 MAX_BATCHES = 4
+"""A large result is computed in batches of 1 / MAX_BATCHES of its elements, even if these are more
+than BATCH_ELEMENTS.
+"""
 
 
 class WeightedSum(torch.autograd.Function):
@@ -69,7 +72,7 @@ class WeightedSum(torch.autograd.Function):
                         continue
                     pooled = sums.new_empty(shape) if pooled is None else pooled
                     pooled[:, :, channels].index_copy_(0, matrix.rows, sums)
-        assert pooled is not None, "there is a RoI"
+        assert pooled is not None, "there must be a RoI"
         ctx.parts, ctx.blocks = parts, blocks
         ctx.maps = [torch.empty_like(x, device="meta") for x in maps]
         if any(ctx.needs_input_grad[3 + num_maps :]):
@@ -154,7 +157,7 @@ class _Matrix:
         bags = embedding_bag(
             self._cells, table, self._offsets, mode="sum", per_sample_weights=self._weights
         )
-        if self._off_map is not None:  # a weight of 0 times NaN would give NaN
+        if self._off_map is not None:  # a weight of 0 times NaN would be NaN
             bags = bags.index_fill(0, self._off_map, 0)
         return bags
 
@@ -199,7 +202,7 @@ def _grads_of_maps(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 def _sums_of_bins(
     rows: Tensor, like: Tensor, bins: Tensor, weights: Tensor, offsets: Tensor
 ) -> Tensor:
-    """Returns the gradient (N, C, H, W) of a view, given that of the bins (R P Q, C)."""
+    """Returns the gradient (N, C, H, W) of a view from the gradient of the bins (R P Q, C)."""
     sums = embedding_bag(bins, rows, offsets, mode="sum", per_sample_weights=weights)
     if like.is_contiguous(memory_format=torch.channels_last):
         return sums.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
@@ -262,7 +265,7 @@ def _grads_of_weights(ctx: Any, grad: Tensor) -> list[Tensor | None]:
             d_weights = torch.autograd.grad(bins, weights, rows)
             for (part, places, ky, kx), d in zip(batch, d_weights, strict=True):
                 grad_y, grad_x = grads[part]
-                # Only products and sums, because autocast does not change their dtype.
+                # Only products and sums are used, because autocast does not change their dtype.
                 grad_y[places, :, :ky] += (d * over_x(part.x.weight[places, :, :kx])).sum((2, 4))
                 grad_x[places, :, :kx] += (d * over_y(part.y.weight[places, :, :ky])).sum((1, 3))
     return [axis for part in ctx.parts for axis in grads[part]]

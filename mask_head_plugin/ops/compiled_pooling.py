@@ -1,8 +1,8 @@
 """RoI pooling for torch.compile: wraps the operators of roi_pooling as one node of a graph.
 
-How roi_pooling splits its work depends on the boxes, which a graph cannot express. A compiled
-program therefore calls ``torch.ops.mask_head_plugin.pool_rois``, which runs the same code outside
-the graph. Its backward pass repeats the forward pass.
+The way in which roi_pooling splits its work depends on the boxes, and a graph cannot express this.
+A compiled program therefore calls ``torch.ops.mask_head_plugin.pool_rois``, which runs the same
+code outside the graph. The backward pass of this operator repeats its forward pass.
 
 Shape alphabet: see roi_pooling.
 """
@@ -45,7 +45,7 @@ def _pooled(
         levels: (R,).
         output_size: (P, Q).
         scales: cells per pixel of each map.
-        name: name of the operator; options below that it does not accept are ignored.
+        name: name of the operator. Of the options below, those that it does not accept are ignored.
         sampling_ratio: see roi_align.
         aligned: see roi_align.
         reduction: see roi_align.
@@ -86,7 +86,7 @@ def new_bins(
     schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor[]",
 )
 def _gradients(grad: Tensor, maps: Sequence[Tensor], rois: Tensor, *options: Any) -> list[Tensor]:
-    """Returns the gradients of the maps and the RoIs; zeros if an operator has none."""
+    """Returns the gradients of the maps and the RoIs; zeros for inputs that have no gradient."""
 
     def differentiate() -> list[Tensor]:
         inputs = [x.detach().requires_grad_() for x in (*maps, rois)]

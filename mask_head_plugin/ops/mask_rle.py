@@ -8,10 +8,11 @@ module computes directly. Time and memory for a mask are proportional to its wid
 regardless of the height of its box.
 
 Example: one column of pixels and M = 2 rows with the values 1 and 0.2, in a box from y = 0 to 4.
-The rows lie at y = 1 and 3, surrounded by zeros at -1 and 5 (so at the box's edge the value has
-dropped to half, as in detectron2). Going down, the value rises above 0.5 at y = 0 and falls below
-it between the rows, at 1 + 2 (1 - 0.5) / (1 - 0.2) = 2.25. The mask consists of pixels 0 and 1,
-whose centres are 0.5 and 1.5.
+The centres of the rows are at y = 1 and 3, with zeros at -1 and 5 around them. At the edge of the
+box, the value is therefore half that of the nearest row, as in detectron2. From top to bottom, the
+value rises above 0.5 at y = 0 and falls below 0.5 between the rows, at
+1 + 2 (1 - 0.5) / (1 - 0.2) = 2.25. The mask consists of pixels 0 and 1, whose centres are at 0.5
+and 1.5.
 
 Shape alphabet: R RoIs, M mask side, H and W sides of the image, J pixel columns in the boxes of all
 RoIs, X crossings.
@@ -30,34 +31,33 @@ from ..run_lengths import Rle, rle_of_changes
 MAX_COLUMNS = {"cpu": 1 << 14, "cuda": 1 << 18}
 """Number of columns, each of M + 2 values, processed at a time: 2 MB and 31 MB for M = 28.
 
-On a CPU, this many fit into the cache. On CUDA, most of the time goes into launching about 60
-kernels for each batch of columns.
+On a CPU, this many columns fit into the cache. On CUDA, batches are larger, because most of the
+time is spent on launching about 60 kernels per batch.
 """
 
 
 def encode_masks(
     mask_probs: Tensor, boxes: Tensor, image_hw: tuple[int, int], threshold: float = 0.5
 ) -> list[Rle]:
-    """Encodes masks at their position in the image, as if pasted and encoded by detectron2.
+    """Encodes masks at their positions in the image.
 
-    The result equals ``pycocotools.mask.encode`` of ``paste_masks_in_image`` byte for byte, except
-    for pixels whose value lies within rounding of the threshold. A threshold below 0.5 widens masks
-    beyond their boxes by up to half a mask pixel, as in detectron2 on CUDA. On the CPU, detectron2
-    cuts them off one image pixel outside the box.
+    The result equals ``pycocotools.mask.encode`` of detectron2's ``paste_masks_in_image`` byte for
+    byte, except for pixels whose value equals the threshold up to rounding. If the threshold is
+    below 0.5, masks extend beyond their boxes by up to half a mask pixel, as in detectron2 on CUDA.
+    On the CPU, detectron2 cuts masks off one image pixel outside the box.
 
     Args:
         mask_probs: (R, M, M) in [0, 1]. NaN counts as 0.
         boxes: (R, 4) x0, y0, x1, y1 in pixels of the image; may extend beyond it. A box without
             area, or with a NaN or infinite coordinate, has an empty mask.
         image_hw: H, W.
-        threshold: in (0, 1]; a pixel belongs to the mask if its value is at least this.
+        threshold: in (0, 1]. A pixel belongs to the mask if its value is at least the threshold.
 
     Returns:
         R encodings, with counts as bytes.
 
     Raises:
-        ValueError: if shapes are not as above, the image has no pixels, or the threshold is out of
-            range.
+        ValueError: if a shape is wrong, the image has no pixels, or the threshold is out of range.
     """
     height, width = image_hw
     if mask_probs.dim() != 3 or mask_probs.shape[1] != mask_probs.shape[2]:
@@ -71,8 +71,8 @@ def encode_masks(
         )
     mask_probs, boxes = mask_probs.detach().float(), boxes.detach().to(mask_probs.device).float()
     first, num_columns = _pixel_columns(boxes, mask_probs.shape[1], width)
-    # Padded with the zeros that grid_sample reads around a mask. Transposed, so that rows are
-    # columns of the mask.
+    # Padded with the zeros that grid_sample assumes around a mask. Transposed, so that each row of
+    # the grid is a column of the mask.
     grid = torch.nn.functional.pad(mask_probs.nan_to_num(0.0), (1, 1, 1, 1)).transpose(1, 2)
     positions = []
     end = num_columns.cumsum(0)
@@ -88,7 +88,10 @@ def encode_masks(
 
 
 def _pixel_columns(boxes: Tensor, side: int, width: int) -> tuple[Tensor, Tensor]:
-    """Returns the first column and the number of columns in which each mask may be above 0."""
+    """Returns each mask's first pixel column, and its number of pixel columns.
+
+    In all other columns of the image, the mask is 0.
+    """
     x0, y0, x1, y1 = boxes.unbind(1)
     reach = (x1 - x0) / (2 * side)  # half a mask pixel
     first = (x0 - reach - 0.5).floor().clamp(0, width)
@@ -103,8 +106,8 @@ def _pixel_columns(boxes: Tensor, side: int, width: int) -> tuple[Tensor, Tensor
 def _mask_coordinate(pixel: Tensor, low: Tensor, high: Tensor, side: int) -> Tensor:
     """Returns the position of a pixel's centre in mask cells, with cell centres at whole numbers.
 
-    Follows the order of operations of detectron2's paste and then of torch's grid_sample, so that
-    rounding puts pixels on the same side of the threshold.
+    The operations have the same order as in detectron2's paste and then in torch's grid_sample.
+    Rounding therefore puts pixels on the same side of the threshold.
     """
     return ((pixel + 0.5 - low) / (high - low) * 2 - 1 + 1) * (side / 2) - 0.5
 
@@ -117,7 +120,9 @@ def _crossings(
     image_hw: tuple[int, int],
     threshold: float,
 ) -> Tensor:
-    """Returns where pixels switch between mask and background, down the columns from left to right.
+    """Returns the positions at which pixels switch between mask and background.
+
+    Pixels are visited column by column, from top to bottom.
 
     Args:
         grid: (R, M + 2, M + 2) masks, transposed and padded with zeros.
@@ -128,8 +133,8 @@ def _crossings(
         threshold: as in encode_masks.
 
     Returns:
-        (X,) int64 ``index * (H W + 1) + x * H + y`` of the first pixel after each switch, with y up
-        to H; ascending. Some positions occur in pairs, which enclose no pixel.
+        (X,) int64 ``index * (H W + 1) + x * H + y`` of the first pixel after each switch, in
+        ascending order; y can be H. Two switches with the same position have no pixel between them.
     """
     height, width = image_hw
     side = grid.shape[1] - 2
@@ -138,7 +143,7 @@ def _crossings(
     left = u.floor()
     west = u - left
     cell = left.long().clamp(-2, side) + 1
-    # Clamped: everything beyond the padding is also 0.
+    # Clamping is correct because everything beyond the padding is also 0.
     columns = [index * (side + 2) + k.clamp(0, side + 1) for k in (cell, cell + 1)]
     low, high = (grid.flatten(0, 1)[k] for k in columns)  # (J, M + 2) each
     above = (low * (1 - west)[:, None] + high * west[:, None]) >= threshold
@@ -161,16 +166,16 @@ def _first_row(
 ) -> Tensor:
     """Returns the first row of pixels after a crossing.
 
-    Finds the point where the line between two mask rows crosses the threshold and rounds it up.
-    Then computes the pixel at that point and the one above it like grid_sample, because
-    grid_sample rounds differently.
+    Finds the point where the line between two mask rows crosses the threshold, and rounds it up to
+    a row of pixels. grid_sample rounds differently, so the value of this pixel and of the pixel
+    above it are then computed as in grid_sample.
 
     Args:
         corners: (4, X) mask values at the upper left, upper right, lower left and lower right.
         west: (X,) distance to the left corners, in [0, 1).
-        row: (X,) mask row of the upper corners; -1 for the zeros above the first row.
+        row: (X,) mask row of the upper corners; -1 if they are the zeros above the first row.
         new: (X,) bool, whether pixels after the crossing belong to the mask.
-        box: (X, 4), the box of each crossing.
+        box: (X, 4), the box of the mask that each crossing belongs to.
         side: M.
         threshold: as in encode_masks.
     """
@@ -201,10 +206,10 @@ def _runs(positions: Tensor, num_masks: int, image_hw: tuple[int, int]) -> list[
     """
     height, width = image_hw
     num_pixels = height * width
-    # An even number of switches at one position encloses no pixel, so it is dropped. This merges
+    # An even number of switches at one position has no effect, so they are dropped. This merges
     # runs of neighbouring columns that meet at the image's edge, and removes crossings that are
     # less than a pixel apart.
-    places = positions.cpu().numpy()  # one copy: on the device, each operator would synchronise
+    places = positions.cpu().numpy()  # copied once; on the device, each operator would synchronise
     first = np.flatnonzero(np.diff(places, prepend=-1))
     times = np.diff(first, append=len(places))
     changes = places[first[times % 2 == 1]]

@@ -24,26 +24,26 @@ masks), which are float32.
 """
 
 WINDOW_PIXELS = 1 << 22
-"""Largest number of pixels, in all windows, converted to float32 at a time: 16 MB."""
+"""Largest number of pixels that are converted to float32 at a time: 16 MB."""
 
 
 def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Crops each mask to its box and resizes it, like detectron2's BitMasks.crop_and_resize.
 
-    Differs from detectron2 only by rounding, in pixels that are about half foreground, and for
-    boxes longer than MAX_MAP_SIZES images, where the sampling grid stops growing.
+    Differs from detectron2 only in the rounding of pixels that are about half foreground, and for
+    boxes longer than MAX_MAP_SIZES images, for which the sampling grid stops growing.
 
     Args:
         bit_masks: (R, H, W) bool, or any dtype with the values 0 and 1.
         boxes: (R, 4) x0, y0, x1, y1 in pixels of the masks. Boxes off the image, and boxes that end
-            before they start, give masks that are all False.
+            before they start, get masks that are all False.
         size: M.
 
     Returns:
         (R, M, M) bool on the device of the masks.
 
     Raises:
-        ValueError: if shapes are not as above or, on the CPU, a coordinate is NaN or infinite.
+        ValueError: if a shape is wrong or, on the CPU, a coordinate is NaN or infinite.
     """
     if bit_masks.dim() != 3 or boxes.shape != (len(bit_masks), 4):
         raise ValueError(
@@ -74,8 +74,8 @@ def crop_masks(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
 def _crop_with_operator(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Crops with torchvision's operator, which neither synchronises nor breaks graphs.
 
-    Bypasses torchvision's Python function. In deterministic mode, that function samples all pixels
-    of a mask to make gradients deterministic, but no gradients are needed here.
+    Does not call torchvision's Python function, because in deterministic mode that function samples
+    all pixels of a mask to make gradients deterministic. No gradients are needed here.
     """
     index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
     rois = torch.cat([index, boxes], dim=1)
@@ -92,7 +92,7 @@ def _crop_by_sums(bit_masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     span = _rounded_widths(right - left + 1).clamp(max=width)
     left = torch.minimum(left, width - span)
     windows = list(zip(top.tolist(), bottom.tolist(), left.tolist(), span.tolist(), strict=True))
-    # All RoIs share one table of column sums; those of a RoI begin at `first`.
+    # All RoIs share one table of column sums. The sums of a RoI begin at `first`.
     tables, num_rows, first = [], 0, torch.zeros_like(left)
     for w in span.unique().tolist():
         for group in torch.nonzero(span == w)[:, 0].split(max(WINDOW_PIXELS // (height * w), 1)):

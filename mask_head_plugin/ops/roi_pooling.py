@@ -2,29 +2,32 @@
 
 Sampling on a RoI is separable (see axis_weights): the weight of cell (y, x) in bin (p, q) is
 ``Wy[p, y] Wx[q, x]``. Samples that share cells are merged along each axis before the map is read,
-so a bin of 4 x 4 cells reads each cell once, regardless of the number of samples. The product runs
-in ``embedding_bag``, with the channels-last map as the table and each bin as a bag. On x86, this is
-a vectorized kernel (FBGEMM) that uses all threads. The backward pass is the product with the
-transposed matrix, with each cell as a bag, so it adds in a fixed order and writes each cell once.
-These alternatives were measured and are slower: two dense products per RoI, one RoI at a time or in
-batches; a sparse CSR matrix; embedding_bag's own backward.
+so a bin of 4 x 4 cells reads each cell once, regardless of the number of samples. The product is
+computed by ``embedding_bag``, with the channels-last map as the table and each bin as a bag. On
+x86, this is a vectorized kernel (FBGEMM) that uses all threads. The backward pass is a product with
+the transposed matrix, in which each cell is a bag. It therefore adds in a fixed order and writes
+each cell once. Measurements showed that these alternatives are slower: two dense products per RoI,
+one RoI at a time or in batches; a sparse CSR matrix; the backward pass of embedding_bag.
 
-Operators are few and large. PyTorch splits each operator over all threads, and if another process
-is busy, one delayed thread makes the others wait for about 8 ms each time. Each call therefore
-makes only one product per map, regardless of R and C. A map that is not channels-last is copied. If
-it is large, this happens image by image and in blocks of channels, with one product for each. The
-matrix is built in pieces of PIECE entries, which PyTorch processes on one thread. It also copies
-each image on one thread.
+The functions call few operators, each on much data. PyTorch splits each operator over all threads,
+and if another process is busy, one delayed thread makes the others wait for about 8 ms each time.
+A call therefore computes only one product per map, regardless of R and C. A map that is not
+channels-last is copied. A large map is copied image by image and in blocks of channels, with one
+product for each. The matrix is built in pieces of PIECE entries, which PyTorch processes on one
+thread. Each image is also copied on one thread.
 
 ``reduction="max"`` needs the individual samples, so it computes them in groups. RoIPool uses
 torchvision's operator.
 
 All functions run on any device and are deterministic (maxima on CUDA only with
-torch.use_deterministic_algorithms). In addition to the result, they need memory for at most: lists
-of about bin_sums.LIST_ENTRIES cells and weights; copies of bin_layout.MAX_COPY elements of a map
-that is not channels-last or is in half precision (for maxima, of one of its images);
-bin_sums.BATCH_ELEMENTS elements of bins; and, for maxima, bin_maxima.GROUP_ELEMENTS elements of
-samples, or the samples of one RoI if there are more of them.
+torch.use_deterministic_algorithms). In addition to the result, they need memory for at most:
+
+- lists of about bin_sums.LIST_ENTRIES cells and weights;
+- copies of bin_layout.MAX_COPY elements of a map that is not channels-last or has half precision
+  (for maxima, copies of one of its images);
+- bin_sums.BATCH_ELEMENTS elements of bins;
+- for maxima, bin_maxima.GROUP_ELEMENTS elements of samples, or all samples of one RoI if these are
+  more.
 
 Shape alphabet: N images, C channels, H and W sides of a feature map, L feature maps, R RoIs (r in a
 part, n in a block or matrix), P and Q pooled height and width, K slots for the cells of a bin along
@@ -68,33 +71,34 @@ def roi_align(
 ) -> Tensor:
     """RoIAlign (Mask R-CNN section 3): bilinear samples in each bin, without any rounding.
 
-    With ``reduction="mean"``, equal to ``torchvision.ops.roi_align`` up to rounding. Differs from
-    torchvision in the default of ``aligned``, for RoIs that end before they start (these do not
-    raise an error here), and for RoIs longer than axis_weights.MAX_MAP_SIZES feature maps, where
-    the adaptive grid, and therefore memory, stops growing.
+    With ``reduction="mean"``, the result equals ``torchvision.ops.roi_align`` up to rounding.
+    Differs from torchvision in three ways: ``aligned`` has another default, RoIs that end before
+    they start are not an error, and the adaptive grid, and therefore the memory needed, stops
+    growing for RoIs that are longer than axis_weights.MAX_MAP_SIZES maps.
 
     Args:
         features: (N, C, H, W), or a list of L such maps that differ in H and W. A channels_last map
             of float32 or float64 is read without a copy; float16 and bfloat16 are computed in
             float32.
-        rois: (R, 5): image index, x0, y0, x1, y1 in pixels of the network's input.
+        rois: (R, 5): image index, x0, y0, x1, y1 in pixels of the model's input.
         output_size: P, or (height, width).
         spatial_scale: cells per pixel, for each map.
-        sampling_ratio: samples per bin and axis; 0 or less means ``ceil(RoI side / P)``. 2 gives
-            the paper's four points.
+        sampling_ratio: samples per bin and axis; 0 or less means ``ceil(RoI side / P)``. The paper
+            uses 2, which is four samples per bin.
         aligned: True puts pixel centres at +0.5 (detectron2's ROIAlignV2). False is Detectron's
             RoIAlign, which widens sides below one cell to one cell.
         reduction: ``mean`` or ``max`` of the samples in a bin (Table 2c). Samples off the map count
-            as 0 in the mean and are ignored by the maximum. A bin without samples is 0.
-        levels: (R,) integers in [0, L): the map from which each RoI is pooled; required if L > 1.
+            as 0 in the mean and are ignored by the maximum. The value of a bin without samples is
+            0.
+        levels: (R,) integers in [0, L): the map that each RoI is pooled from; required if L > 1.
 
     Returns:
         (R, C, P, P) in the dtype of ``features`` and in channels_last layout, differentiable in
         ``features``.
 
     Raises:
-        ValueError: if a shape is not as above, a coordinate is NaN or infinite, an image index is
-            not in [0, N), a level is not in [0, L), or ``reduction`` is unknown.
+        ValueError: if a shape is wrong, a coordinate is NaN or infinite, an image index is not in
+            [0, N), a level is not in [0, L), or ``reduction`` is unknown.
     """
     function, axis = _reducer(reduction)
     axis = partial(axis, sampling_ratio=sampling_ratio, aligned=aligned)
@@ -117,13 +121,14 @@ def roi_warp(
     The RoI is quantized as in RoIPool: edges are rounded half away from zero, the cell of the upper
     edge is included, and there is at least one cell (axis_weights.round_to_cells; Fast R-CNN).
     Within the RoI, samples are placed as in ``roi_align(aligned=True)``, with cell centres at +0.5.
-    A RoI of P x P cells with one sample per bin therefore gives exactly these cells, like RoIPool.
+    With one sample per bin, the result for a RoI of P x P cells is therefore exactly these cells,
+    as in RoIPool.
 
-    Differs from the formula in its own paper (Instance-aware Semantic Segmentation via Multi-task
-    Network Cascades, arXiv 1512.04412), which does not quantize. The code released with that paper
-    does round. It includes the upper cell only in its backward pass, and takes one sample at a
-    bin's corner, with cell centres at whole numbers. As in that code, the maximum ignores samples
-    off the map.
+    Differs from the formula in the paper that introduced RoIWarp (Instance-aware Semantic
+    Segmentation via Multi-task Network Cascades, arXiv 1512.04412), which does not quantize. The
+    code released with that paper does round the RoI. However, it includes the upper cell only in
+    its backward pass, and takes one sample at a bin's corner, with cell centres at whole numbers.
+    As in that code, the maximum ignores samples off the map.
 
     Args and Returns: see roi_align.
     """
@@ -147,10 +152,11 @@ def precise_roi_pool(
 ) -> Tensor:
     """PrRoIPool (arXiv 1807.11590): the exact mean of the bilinear surface over each bin.
 
-    This is the limit of ``roi_align`` as a fixed sampling ratio grows. Differs from the original in
-    ``aligned`` and in two cases. At the border, it follows the rule of ``roi_align``, whereas the
-    original treats the map as 0 from one cell beyond the centres of its border cells. For a bin
-    without area, it returns the map's value at the bin's position, whereas the original returns 0.
+    This is the limit of ``roi_align`` as a fixed sampling ratio grows. Differs from the original
+    implementation in three ways. The original has no ``aligned``. At the border, this function
+    follows the rule of ``roi_align``, whereas the original treats the map as 0 from one cell beyond
+    the centres of its border cells. For a bin without area, this function returns the map's value
+    at the bin's position, whereas the original returns 0.
 
     Args: see roi_align.
 
@@ -210,7 +216,7 @@ def _pool(
     sampling_ratio: int = 0,
 ) -> Tensor:
     maps, rois, levels, scales, size = _check(features, rois, output_size, spatial_scale, levels)
-    if len(rois) == 0:  # views keep the result in the graph without reading the maps
+    if len(rois) == 0:  # expanded views keep the result in the graph without reading the maps
         return torch.cat([x[:0, :, :1, :1].expand(-1, -1, *size) for x in maps])
     parts = lay_out(maps, rois, levels, scales, size, axis, max(sampling_ratio, 2))
     # Weights are passed as separate inputs so that they can get a gradient.

@@ -39,20 +39,20 @@ def multilevel_roi_align(
         features: L maps (N, C, Hi, Wi) of float32, float16 or bfloat16, at most
             roi_pooling_triton.MAX_MAPS. Maps that are not channels_last are copied, because on a
             contiguous map every load in the kernel would touch 32 cache lines.
-        rois: (R, 5): image index, x0, y0, x1, y1 in pixels of the network's input.
+        rois: (R, 5): image index, x0, y0, x1, y1 in pixels of the model's input.
         levels: (R,) integers in [0, L).
         output_size: (P, Q).
         spatial_scales: cells per pixel of each map.
         sampling_ratio: samples per bin and axis; 0 or less means ``ceil(RoI side / P)``.
-        aligned: True puts pixel centres at +0.5. False does not, and widens sides below one cell to
-            one cell.
+        aligned: True puts pixel centres at +0.5. False puts them at whole numbers, and widens sides
+            below one cell to one cell.
 
     Returns:
         (R, C, P, Q) in the dtype of ``features`` and in channels_last layout, differentiable in
         ``features``.
 
     Raises:
-        ValueError: if dtypes, devices or shapes are not as above.
+        ValueError: if a dtype, device or shape is wrong.
     """
     if not 0 < len(features) == len(spatial_scales) <= kernels.MAX_MAPS:
         raise ValueError(
@@ -123,7 +123,7 @@ def _gradients(
     sampling_ratio: int,
     aligned: bool,
 ) -> list[Tensor]:
-    """Returns the gradients of all maps, including unneeded ones; each RoI adds to its own map."""
+    """Returns the gradients of all maps, even if some are not needed."""
     shapes = _map_shapes(grad, num_images, heights, widths)
     sums = [grad.new_zeros(x, dtype=torch.float32).permute(0, 3, 1, 2) for x in shapes]
     bins = grad.permute(0, 2, 3, 1).contiguous()

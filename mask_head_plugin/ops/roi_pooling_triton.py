@@ -3,10 +3,10 @@
 torchvision's operator pools from a single map, so detectron2 runs it once per level and each time
 waits for the device to find out how many RoIs the level has. Here, every RoI selects its map inside
 the kernel, so one launch handles all levels without synchronising. Sums are kept in float32
-regardless of the maps' dtype. Channels are distributed over the threads: a channels_last map is
-read, and its gradient updated, in vectors of 16 bytes. For this, the compiler must know that
-addresses are multiples of 16 bytes, so the maps are passed to the kernel as arguments rather than
-as a table of addresses.
+regardless of the maps' dtype. Channels are distributed over the threads, so that a channels_last
+map is read, and its gradient is updated, in vectors of 16 bytes. The compiler can do so only if it
+knows that addresses are multiples of 16 bytes. The maps are therefore passed to the kernel as
+arguments rather than as a table of addresses.
 
 Each program of the grid handles one row of bins of one RoI, for one block of channels. Samples that
 share cells are merged along both axes. Along y, the samples of a row of bins become weights of the
@@ -16,7 +16,7 @@ forward pass therefore reads each column of the row once. The backward pass visi
 the same order with the bins' gradients and updates each column once. It adds with atomics, so its
 sums may differ in the last bits from run to run.
 
-Sample coordinates and the border rule are those of ops.axis_weights (torchvision's).
+Sample coordinates and the border rule are the same as in ops.axis_weights and in torchvision.
 
 Shape alphabet: N images, C channels, L feature maps, Hi and Wi sides of map i, R RoIs, P and Q
 pooled height and width, Y rows in a tile of cells.
@@ -40,7 +40,9 @@ MAX_BLOCK_BYTES = 512
 """Bytes of channels per program: 16 bytes for each of a warp's 32 threads."""
 
 TILE_ROWS = 4
-"""Y: rows of cells that are read at once. A bin with sides of up to 3 cells touches that many."""
+"""Y: number of rows of cells that are read together. A bin of up to 3 x 3 cells touches at most
+this many rows.
+"""
 
 COMPILER_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 """Options of Triton's compiler. Without fusion, sample coordinates are rounded as in axis_weights.
@@ -66,8 +68,8 @@ def pool(
         rois: (R, 5) float32, contiguous: image index, x0, y0, x1, y1.
         levels: (R,) int32 in [0, L).
         scales: cells per pixel of each map.
-        sampling_ratio: samples per bin and axis; 0 for ``ceil(RoI side / P)``.
-        aligned: whether pixel centres lie at +0.5.
+        sampling_ratio: samples per bin and axis; 0 means ``ceil(RoI side / P)``.
+        aligned: whether pixel centres are at +0.5.
     """
     _launch(maps, pooled, rois, levels, scales, sampling_ratio, aligned, backward=False)
 
@@ -187,7 +189,7 @@ def roi_align_kernel(
     row, last_row = _window(y_start, y_bin, y_grid, p, height)
     weights = _weights(row, tile_rows, y_start, y_bin, y_grid, p, height)
     nothing = tl.full((block_channels,), 0.0, dtype=tl.float32)
-    # Sums for the columns at `low` and to its right: of cells or, in backward, of gradients.
+    # Sums of cells (in backward, of gradients) in the column at `low` and in the one to its right.
     low, left, right = tl.full((), -2, dtype=tl.int32), nothing, nothing
     for q in range(pooled_width):
         total = nothing
@@ -217,9 +219,9 @@ def roi_align_kernel(
 @triton.jit
 def _move(low, x, left, right, cells, used, num_channels, width, row, last_row, weights,
           start, bin_size, grid, bin, height, backward: tl.constexpr):  # fmt: skip
-    """Moves from the columns at low to those at x.
+    """Moves from the two columns at low to the two columns at x.
 
-    Reads the new columns or, in backward, updates the gradients of the old ones.
+    Reads the new columns or, in backward, updates the gradients of the old columns.
     """
     nothing = tl.full((left.shape[0],), 0.0, dtype=tl.float32)
     if backward:
@@ -277,7 +279,7 @@ def _add_column(x, values, cells, used, num_channels, width, row, last_row, weig
 
 @triton.jit
 def _tile(x, cells, used, num_channels, width, row, weights):
-    """Returns the addresses of a column's cells, starting at a row, and a mask of those needed."""
+    """Returns the addresses of a column's cells from a row on, and a mask of the cells needed."""
     cell = (row + tl.arange(0, weights.shape[0])).to(tl.int64) * width + x
     tile = cells[None, :] + cell[:, None] * num_channels
     return tile, (weights != 0)[:, None] & used[None, :]
@@ -331,7 +333,7 @@ def _window(start, bin_size, grid, bin, num_cells):
 
 @triton.jit
 def _weights(first, num_rows: tl.constexpr, start, bin_size, grid, bin, num_cells):
-    """Returns, for num_rows cells from first on, the summed weights of the samples of a bin."""
+    """Returns the sums of the weights of a bin's samples, for num_rows cells from first on."""
     row = first + tl.arange(0, num_rows)
     weights = tl.full((num_rows,), 0.0, dtype=tl.float32)
     # If there are many samples, the loop covers only those near the cells.
@@ -351,9 +353,9 @@ def _weights(first, num_rows: tl.constexpr, start, bin_size, grid, bin, num_cell
 
 @triton.jit
 def _divide(x, y):
-    """Divides with IEEE 754 rounding; ``/`` would become a product with 1 / y, rounded twice.
+    """Divides with IEEE 754 rounding. ``/`` would become a product with 1 / y, which rounds twice.
 
     With 7 bins, a RoI side of exactly 7 k cells needs k samples per bin, but 7 k * (1 / 7), rounded
-    up, can give k + 1.
+    up, can be k + 1.
     """
     return tl.div_rn(x, y * 1.0)

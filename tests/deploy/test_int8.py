@@ -139,7 +139,7 @@ def test_agreement_is_the_fraction_of_confident_detections_found_by_both():
     # Three detections of the first model and one of the second are confident. A confident
     # detection may match one that is not confident, here the one with score 0.4.
     assert (compared.num_agreeing, compared.num_sure) == (3, 4)
-    assert compared.unlike == ["agreement of detections is 75.0%, but must be at least 90%"]
+    assert compared.unlike == ["the agreement of detections is 75.0%, but must be at least 90%"]
     moved = Accuracy()
     moved.add(outputs([0.9]), outputs([0.9], shift=5.0))
     assert moved.agreement == {"detections": 0.0}
@@ -150,7 +150,7 @@ def test_mask_agreement_is_the_mean_iou():
     found["mask_probs"][0] = 0.9  # covers 4 cells; the trained model's mask covers 2
     compared.add(outputs([0.9, 0.9, 0.2]), found)
     assert compared.ious == [0.5, 1.0]
-    assert compared.unlike == ["agreement of masks is 75.0%, but must be at least 90%"]
+    assert compared.unlike == ["the agreement of masks is 75.0%, but must be at least 90%"]
 
 
 def ap_of(found, low, high):

@@ -153,7 +153,7 @@ def _scores(output, capsys, args):
             ["--class-thresholds", "cow=0.1", "cat=0.2", "--class-thresholds", "pig=0.3"],
             "the model has no class 'cow', 'pig'; it has",
         ),
-        (["--batch-size", "0"], "--batch-size 0 is not 1 or more"),
+        (["--batch-size", "0"], "--batch-size 0 is below 1"),
         (["--threads", "-1"], "--threads -1 is not between 1 and 1024"),
         (["--threads", "100000"], "--threads 100000 is not between 1 and 1024"),
     ],

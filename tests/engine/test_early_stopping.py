@@ -221,8 +221,8 @@ def test_a_change_of_the_metric_on_resume_is_reported(tmp_path, caplog):
     for hook in (best, made_hook(tmp_path, "segm/AP")):
         hook.trainer = SimpleNamespace(start_iter=4)
         hook.before_train()
-    assert "model_best.json is of bbox/AP: the next evaluation counts as" in caplog.text
-    assert "early_stopping.json is of bbox/AP: patience for segm/AP counts" in caplog.text
+    assert "model_best.json has a value of bbox/AP: the next evaluation counts" in caplog.text
+    assert "early_stopping.json has values of bbox/AP: PATIENCE for segm/AP counts" in caplog.text
 
 
 def test_a_best_metric_that_is_not_a_number_keeps_nothing_and_is_reported(tmp_path, caplog):

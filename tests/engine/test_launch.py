@@ -93,7 +93,7 @@ def test_train_net_trains_the_users_code_in_two_processes_and_scales_the_batch(t
     result = run_script(script, "--num-gpus", "2", *rest, *opts, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     output = tmp_path / "output" / "mine"
-    ran = f"your code that was imported (IMPORTS): {tmp_path}/my_code.py"
+    ran = f"imported your code (IMPORTS): {tmp_path}/my_code.py"
     for text in (
         *("batch_size=2, learning_rate=0.06, max_iter=2", "running on cpu, processes: 2", ran),
     ):
@@ -132,7 +132,7 @@ def test_more_processes_than_gpus_or_cores_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"--num-gpus 3: this machine has 2 GPUs; lower it, or"):
         launch.launch(print, 3)
-    with pytest.raises(ConfigError, match=r"MODEL.DEVICE cuda:1 is one GPU; 2 processes need cuda"):
+    with pytest.raises(ConfigError, match=r"MODEL.DEVICE cuda:1 is a single GPU; set it to cuda"):
         launch.launch(print, 2, device="cuda:1")
     assert launch.process_count(2, 3, "cuda") == 6
     assert launch.process_count(2, 1, "cpu") == 2

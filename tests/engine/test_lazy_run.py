@@ -68,7 +68,7 @@ def test_a_run_trains_resumes_and_is_evaluated(tmp_path):
     ("opts", "message"),
     [
         (("train.amp.enabled=False",), r"train.device is cuda, .*add train.device=cpu"),
-        (("train.device=cpu",), r"train.amp.enabled is for GPUs; add train.amp.enabled=False"),
+        (("train.device=cpu",), r"train.amp.enabled needs a GPU; add train.amp.enabled=False"),
         (("train.max_itr=3",), r"the config has no train.max_itr; did you mean train.max_iter\?"),
         (("trein.max_iter=3",), r"no trein; did you mean train.max_iter\?"),
         (

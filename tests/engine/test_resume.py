@@ -169,7 +169,7 @@ def test_a_resumed_run_uses_the_settings_of_its_config_not_of_the_checkpoint(tmp
 def test_optimizer_changes_that_cannot_be_resumed_are_refused(tmp_path):
     factors = ["SOLVER.LR_FACTORS", '[["roi_heads.mask_head.mask_fcn1", 2.0]]']
     train(config(tmp_path, *factors, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()"))
-    rest = "the groups of parameters with a learning rate of their own differ.*SOLVER.LR_FACTORS"
+    rest = "its parameter groups differ.*SOLVER.LR_FACTORS"
     for opts, message in (
         (["SOLVER.LR_FACTORS", '[["roi_heads.mask_head.mask_fcn2", 2.0]]'], rest),
         ([*factors, "SOLVER.OPTIMIZER", "AdamW"], r"is SGD, but SOLVER\.OPTIMIZER is AdamW"),

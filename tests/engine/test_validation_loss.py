@@ -173,7 +173,7 @@ def test_all_data_sets_are_checked_before_any_losses_are_computed(monkeypatch):
 
 def test_a_loss_unknown_to_the_model_is_refused_before_training(tmp_path):
     best = ["SOLVER.CHECKPOINT_BEST_METRIC", "validation/loss_masc"]
-    with pytest.raises(ConfigError, match=r"loss_masc': the losses of this model are .*loss_mask"):
+    with pytest.raises(ConfigError, match=r"loss_masc': this model has no such loss; .*loss_mask"):
         train(config(tmp_path, *LOSS, *best))
 
 

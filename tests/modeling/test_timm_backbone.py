@@ -112,7 +112,7 @@ def test_frozen_norms_keep_their_statistics():
         ("inception_v4", (), "cuts off the borders"),
         (SMALL, ("MODEL.TIMM.OUT_INDICES", "[7]"), r"OUT_INDICES: mobilenet.*not \[7\]"),
         (SMALL, ("MODEL.TIMM.NORM", "GN"), "NORM 'GN' is not one of"),
-        (SMALL, ("MODEL.FPN.IN_FEATURES", "['res9']"), r"IN_FEATURES: .* gives .*not 'res9'"),
+        (SMALL, ("MODEL.FPN.IN_FEATURES", "['res9']"), r"IN_FEATURES: .* has the .*not 'res9'"),
     ],
 )
 def test_models_and_options_that_give_no_pyramid_are_refused(name, opts, message):

@@ -148,7 +148,7 @@ def test_a_dilated_res5_has_the_stride_of_res4_and_the_same_weights():
             "only maps of stride 8, .* use another, such as vit",
         ),
         ("vit_small_patch14_dinov2", VITDET, r"be divisible by patch size \(14\)"),
-        (PLAIN, (), r"FPN.IN_FEATURES: vit_tiny.* gives \['res4'\], not 'res2'"),
+        (PLAIN, (), r"FPN.IN_FEATURES: vit_tiny.* maps \['res4'\], not 'res2'"),
         ("swin_s3_tiny_224", DC5, "RES5_DILATION 2: timm cannot dilate swin_s3_tiny_224"),
         ("resnet10t", (*DC5, "MODEL.RESNETS.RES5_DILATION", "4"), "DILATION 4 is neither 1 nor 2"),
         ("vgg11", ("MODEL.TIMM.DROP_PATH_RATE", "0.1"), "vgg11 has no stochastic depth .* to 0"),

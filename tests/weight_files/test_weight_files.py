@@ -783,7 +783,7 @@ def test_configs_run_no_code_and_download_nothing(tmp_path, monkeypatch, content
 
 def test_config_files_must_be_local_yaml(tmp_path):
     (tmp_path / "lazy.py").write_text(f"open({CANARY!r}, 'w')")
-    with pytest.raises(ConfigError, match=r"lazy\.py is Python code, which would run"):
+    with pytest.raises(ConfigError, match=r"lazy\.py is Python code, and reading it"):
         load_config(str(tmp_path / "lazy.py"))
     for address in ("https://example.com/a.yaml", "detectron2://a.yaml"):
         with pytest.raises(ConfigError, match=f"{address} is on another machine; download it"):
