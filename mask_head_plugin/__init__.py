@@ -17,7 +17,7 @@ with warnings.catch_warnings():
         from . import data, modeling
         from .config import ConfigError, add_mask_head_config, load_config
 
-# This package's log messages appear wherever detectron2's do.
+# The log messages of this package go to the same handlers as those of detectron2.
 logging.getLogger(__name__).parent = logging.getLogger("detectron2")
 
 __version__ = "0.2.0"

@@ -1,8 +1,8 @@
-"""Class names: stored with a model and its predictions, and matched with data sets by name.
+"""Stores class names with a model and its predictions, and matches classes by name.
 
-A model numbers its classes like its training data. Another data set may have the same classes in a
-different order, so numbers are meaningless without names. Code that combines weights or predictions
-with a data set matches their classes with the functions in this module.
+The class numbers of a model are those of its training data. Another data set may have the same
+classes in a different order, so numbers are meaningless without names. Code that combines weights
+or predictions with a data set matches their classes with the functions in this module.
 
 Shape alphabet: K classes of a model, N detections.
 """
@@ -22,8 +22,9 @@ from .config import ConfigError
 from .messages import listed
 
 _KEY = "_class_names"
-"""Attribute of models and Instances. Because of the underscore, Instances does not treat it as a
-field."""
+"""Name of the attribute of models and Instances that contains class names. Because of the
+underscore, Instances does not treat it as a field.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ClassMatch:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """The numbers, in ``found`` and in ``wanted``, of each class that occurs in both."""
+        """For each class that occurs in both lists, its numbers in ``found`` and in ``wanted``."""
         numbers = {name: number for number, name in enumerate(self.found)}
         return [(numbers[x], k) for k, x in enumerate(self.wanted) if x in numbers]
 
@@ -76,12 +77,12 @@ class ClassMatch:
 
 
 def name_classes(model: nn.Module, names: Sequence[str] | None) -> None:
-    """Stores class names in a model, which then adds them to all its predictions.
+    """Stores class names in a model, and makes the model add them to all its predictions.
 
     Args:
         model: any model that returns a list of ``{"instances": ...}``.
-        names: names of its K classes, in the order of its output rows. None if unknown; this also
-            removes the model's hook, which torch.jit.script cannot compile.
+        names: names of the model's K classes, in the order of its output rows. None if they are
+            unknown; this removes the hook that adds names, which torch.jit.script cannot compile.
     """
     for key in [k for k, x in model._forward_hooks.items() if x is _name_predictions]:
         del model._forward_hooks[key]
@@ -91,15 +92,15 @@ def name_classes(model: nn.Module, names: Sequence[str] | None) -> None:
 
 
 def _name_predictions(model: nn.Module, _inputs: Any, outputs: Any) -> None:
-    for output in outputs if isinstance(outputs, list) else ():  # in training, a dict of losses
+    for output in outputs if isinstance(outputs, list) else ():  # training returns a dict of losses
         if isinstance(output, dict) and "instances" in output:
             setattr(output["instances"], _KEY, getattr(model, _KEY))
 
 
 def class_names_of(model: Any) -> list[str] | None:
-    """Returns the class names of a model or of the model that it wraps, or None if unknown."""
+    """Returns the class names of a model, or of the model that it wraps; None if unknown."""
     while isinstance(model, nn.Module) and not hasattr(model, _KEY):
-        # attributes of DistributedDataParallel and GeneralizedRCNNWithTTA
+        # These are attributes of DistributedDataParallel and GeneralizedRCNNWithTTA.
         model = getattr(model, "module", None) or getattr(model, "model", None)
     names: list[str] | None = getattr(model, _KEY, None)
     return names
@@ -108,14 +109,14 @@ def class_names_of(model: Any) -> list[str] | None:
 def predicted_names(instances: Instances) -> list[str] | None:
     """Returns the class names stored in a model's output, or None if unknown.
 
-    Only the Instances that the model itself returned have them, not Instances derived from these.
+    Only the Instances that a model returned have class names. Instances derived from them do not.
     """
     names: list[str] | None = getattr(instances, _KEY, None)
     return names
 
 
 def check_trained(found: Sequence[str], wanted: Sequence[str], dataset: str) -> ClassMatch:
-    """Matches the classes of a data set with those of a model, which must have all of them.
+    """Matches a data set's classes with a model's. The model must have all classes of the data set.
 
     Args:
         found: the classes of the model.
@@ -123,7 +124,7 @@ def check_trained(found: Sequence[str], wanted: Sequence[str], dataset: str) -> 
         dataset: name of the data set.
 
     Raises:
-        ConfigError: if the model lacks a class, or a name occurs twice.
+        ConfigError: if the model does not have one of the classes, or a name occurs twice.
     """
     owner = f"data set {dataset!r}"
     match = ClassMatch.of(found, wanted, source="the model", owner=owner)
@@ -142,7 +143,7 @@ def matched_predictions(
 
     Args:
         instances: N detections; not changed.
-        found: the classes of the model; if None, they are assumed to be the data set's.
+        found: the classes of the model. If None, they are assumed to be those of the data set.
         wanted: the classes of the data set. Detections of other classes are dropped.
         dataset: name of the data set.
 

@@ -1,6 +1,6 @@
-"""IMPORTS in configs, and ``--import``: which code a run may execute and where to find it.
+"""Reads IMPORTS in configs, and ``--import``: which code a run may execute and where it is.
 
-This module executes nothing; see ``user_code.import_modules``.
+This module does not execute the code; ``user_code.import_modules`` does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def import_options(codes: Sequence[str]) -> list[str]:
 
 
 def split_imports(opts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates "KEY VALUE" pairs into the entries of IMPORTS and the other pairs.
+    """Separates "KEY VALUE" pairs into the entries of IMPORTS and all other pairs.
 
     The value of IMPORTS may be a list, or a single module or file without quotes and brackets.
     """
@@ -43,13 +43,13 @@ def resolve_imports(entries: object, source: str, folder: Path | None = None) ->
     """Resolves entries of IMPORTS to module names and absolute paths, which are valid anywhere.
 
     Args:
-        entries: a list of strings; those that end in ``.py`` are files. A name that Python cannot
-            find as a module may also be a file in one of the folders.
+        entries: a list of strings. Entries that end in ``.py`` are files. All others are modules
+            or, if Python does not find a module of this name, files in one of the folders.
         source: where the entries come from, for error messages.
-        folder: searched for files before the current folder.
+        folder: folder that is searched for files before the current folder.
 
     Raises:
-        ConfigError: if ``entries`` is not such a list, or a file is missing.
+        ConfigError: if ``entries`` is not a list of strings, or a file is missing.
     """
     if not isinstance(entries, list) or not all(isinstance(x, str) and x for x in entries):
         raise ConfigError(f"{source}: IMPORTS takes a list of modules and .py files, not {entries}")
@@ -80,15 +80,21 @@ def _is_module(name: str) -> bool:
 
 
 def refuse_imports(named: Sequence[str], wanted: Sequence[str], file: str) -> None:
-    """Raises ConfigError if a file that the user did not name imports code that they did not name.
+    """Raises ConfigError if a config file imports code that the user did not name.
 
-    The same module in another folder is accepted, because only the named copy runs.
+    A module of the same name in another folder is accepted, because only the copy that the user
+    named runs.
+
+    Args:
+        named: the IMPORTS that the user named.
+        wanted: the IMPORTS of a config file that the user did not name, such as a ``_BASE_``.
+        file: path of this config file, for the message.
     """
     modules = {module_name(entry) for entry in named}
     unnamed = [entry for entry in wanted if module_name(entry) not in modules]
     if unnamed:
         raise ConfigError(
-            f"{file} asks to run {' and '.join(unnamed)} (IMPORTS), but you have not named that "
-            f"file: read {unnamed[0]} and, if you trust it, add --import {unnamed[0]}, or list it "
-            "under IMPORTS in your own config file"
+            f"{file} asks to run {' and '.join(unnamed)} (IMPORTS), but you did not name this code "
+            f"yourself; read {unnamed[0]} and, if you trust it, add --import {unnamed[0]}, or list "
+            "it under IMPORTS in your config file"
         )

@@ -1,7 +1,7 @@
 """Checks whether detectron2, and therefore PyTorch, can be imported.
 
-Training, evaluation and export need detectron2. Reading and drawing images, and running an exported
-model, must work on machines without it.
+Training, evaluation and export need detectron2. On machines without detectron2, it must be possible
+to read and draw images, and to run an exported model.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ except ImportError as error:
 
 
 def refuse(package: str, names: Collection[str]) -> Callable[[str], NoReturn]:
-    """Returns a ``__getattr__`` that explains why names of a package are missing.
+    """Returns a ``__getattr__`` for a package, which explains why names are missing.
 
     Args:
         package: name of the package.
-        names: public names that exist only if detectron2 can be imported.
+        names: the package's public names that exist only if detectron2 can be imported.
     """
 
     def get(name: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Writes files that are complete or absent, and provides locks that end with their process."""
+"""Writes files that are never incomplete, and provides locks that end with their process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNFINISHED = ".unfinished"
 
 
 def make_output_folder(folder: Path) -> None:
-    """Creates the folder given by --output, so that an unusable folder is reported before any work.
+    """Creates the folder of --output, so that a problem with it is reported before any work starts.
 
     Raises:
         ConfigError: if the folder cannot be created or written to.
@@ -43,15 +43,15 @@ def write_durably(
     several processes write at once.
 
     Args:
-        path: the file; its folder is created if missing.
-        content: a string, written as UTF-8, or a function that receives a binary file to write to.
-        before_rename: called when the new file is complete.
+        path: the file to write; its folder is created if it does not exist.
+        content: a string, which is written as UTF-8, or a function that writes to a binary file.
+        before_rename: called when the new file is complete, before it gets its name.
 
     Raises:
-        OSError: if the file cannot be written; an existing file stays unchanged.
+        OSError: if the file cannot be written. An existing file then stays unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process ID, because processes on other machines or in containers may have the same.
+    # A random name, because processes on other machines or in containers may have the same ID.
     unfinished = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}{UNFINISHED}")
     try:
         with unfinished.open("xb") as file:
@@ -64,7 +64,7 @@ def write_durably(
         before_rename()
         unfinished.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # not set if the disk is full
+        error.filename = error.filename or str(path)  # Python does not set it if the disk is full
         raise
     finally:
         unfinished.unlink(missing_ok=True)
@@ -84,7 +84,7 @@ def _close_lock_files() -> None:
         _lock_files.pop().close()
 
 
-# A data loader's worker can outlive the run by seconds and must not keep the run's locks.
+# A data loader's worker can live for seconds after the run ends. It must not keep the run's locks.
 os.register_at_fork(after_in_child=_close_lock_files)
 
 
@@ -93,7 +93,7 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Holds a lock that the system releases when the process ends, even if it is killed.
 
     Args:
-        path: the lock file, which is created.
+        path: the lock file, which is created if it does not exist.
         how: see fcntl.flock.
 
     Raises:
@@ -110,7 +110,7 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder itself, which leaves no lock file behind.
+    """Holds a lock on a folder, without a lock file.
 
     Raises:
         BlockingIOError: if this process or another one already holds the lock.
@@ -125,7 +125,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Creates a folder if needed, removes incomplete files and keeps other runs from writing to it.
+    """Creates a folder if necessary, keeps other runs from writing to it, and removes leftovers.
+
+    Leftovers are the incomplete files of runs that were killed.
 
     Raises:
         ConfigError: if another run is writing to the folder.

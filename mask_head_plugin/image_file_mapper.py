@@ -1,4 +1,4 @@
-"""detectron2's DatasetMapper with the image reader of ``image_files`` and large-scale jitter.
+"""A DatasetMapper of detectron2 that uses ``image_files`` and supports large-scale jitter.
 
 Shape alphabet: H, W image height and width in pixels; V vertices of a polygon.
 """
@@ -24,9 +24,12 @@ FloatArray = npt.NDArray[np.float64]
 class ImageFileMapper(DatasetMapper):
     """A DatasetMapper that reads images with ``read_image`` and supports INPUT.LSJ.
 
-    Other differences from detectron2: cropped masks, and masks given as run lengths,
-    become bit masks regardless of the mask format; bit masks do not extend into padding; crops do
-    not need the package shapely; a cropped image may have no objects.
+    Other differences from detectron2:
+
+    - Cropped masks, and masks given as run lengths, become bit masks regardless of the mask format.
+    - Bit masks do not extend into padding.
+    - Crops do not need the package shapely.
+    - A cropped image may have no objects.
     """
 
     @classmethod
@@ -94,8 +97,9 @@ class ImageFileMapper(DatasetMapper):
 def _needs_pixels(objects: list[dict[str, Any]], transforms: T.TransformList) -> bool:
     """Returns whether the masks of an image must be bit masks.
 
-    This is the case for run lengths and for crops. A crop can cut a polygon into pieces, which
-    boxes and areas must reflect. detectron2 uses shapely for this; pixels are simpler.
+    This is the case for run lengths and for crops. A crop can cut a polygon into pieces, and boxes
+    and areas must then be those of the pieces. detectron2 computes them with shapely, but with
+    pixels it is simpler.
     """
     is_cropped = any(isinstance(x, T.CropTransform) for x in transforms.transforms)
     return is_cropped or any(not isinstance(x.get("segmentation", []), list) for x in objects)
@@ -105,9 +109,9 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     """Returns detectron2's augmentations for INPUT.LSJ, as in its new_baselines.
 
     An image is scaled to fit into a square whose sides are INPUT.LSJ.IMAGE_SIZE times a random
-    factor between MIN_SCALE and MAX_SCALE. It is then brought to IMAGE_SIZE. A larger image is
-    cropped at a random position; a smaller one is padded at the right and the bottom with 128 in
-    each channel (label maps with the value that the loss ignores).
+    factor between MIN_SCALE and MAX_SCALE. It then gets the size IMAGE_SIZE: a larger image is
+    cropped at a random position, and a smaller one is padded at the right and the bottom. The
+    padding is 128 in each channel. In label maps, it is the value that the loss ignores.
     """
     lsj, ignored = cfg.INPUT.LSJ, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     side = lsj.IMAGE_SIZE
@@ -118,7 +122,7 @@ def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
 
 
 class _ResizeScale(T.ResizeScale):
-    """Keeps the shorter side of an elongated image above 0 pixels; at 0, detectron2 would fail."""
+    """A ResizeScale that never scales a side to 0 pixels, on which detectron2 would fail."""
 
     def _get_resize(self, image: npt.NDArray[Any], scale: float) -> T.Transform:
         shorter, longer = sorted(image.shape[:2])
@@ -126,7 +130,7 @@ class _ResizeScale(T.ResizeScale):
 
 
 class _ShiftedPolygons(T.CropTransform):
-    """A crop that only shifts polygons; drawing them as bit masks of the crop's size cuts them."""
+    """A crop that only shifts polygons. They are cut when they are drawn as bit masks."""
 
     def apply_polygons(self, polygons: list[FloatArray]) -> list[FloatArray]:
         """Returns (V, 2) polygons, x and y in pixels, relative to the crop."""
@@ -134,12 +138,12 @@ class _ShiftedPolygons(T.CropTransform):
 
 
 def _of_bit_masks(transforms: T.TransformList) -> T.TransformList:
-    """Adapts an image's transforms to masks that become bit masks."""
+    """Adapts an image's transforms for masks that become bit masks."""
     own: list[T.Transform] = []
     for x in transforms.transforms:
         if type(x) is T.CropTransform:
             x = _ShiftedPolygons(x.x0, x.y0, x.w, x.h, x.orig_w, x.orig_h)
-        elif type(x) is T.PadTransform:  # its seg_pad_value is for label maps
+        elif type(x) is T.PadTransform:  # drops its seg_pad_value, which is meant for label maps
             x = T.PadTransform(x.x0, x.y0, x.x1, x.y1, x.orig_w, x.orig_h)
         own.append(x)
     return T.TransformList(own)

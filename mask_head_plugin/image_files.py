@@ -1,7 +1,7 @@
 """Reads the pixels of image files, in the same way for check, training, evaluation and demo.
 
-Pillow decodes the files. This module implements the rules that docs/image_files.md explains to
-users. Files that the rules do not cover are refused with an ImageFileError that names the file.
+Pillow decodes the files, and this module applies the rules in docs/image_files.md. Files that the
+rules do not cover are refused with an ImageFileError that names the file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from .messages import ConfigError, one_line
 from .model_input import IMAGE_FORMATS, rgb_in_format
 
 MOST_ELONGATED = 200
-"""Largest ratio of the longer to the shorter side. Beyond it, scaling to INPUT.MAX_SIZE_* could
-reduce the shorter side to less than one pixel."""
+"""Largest accepted ratio of the longer to the shorter side. In more elongated images, scaling to
+INPUT.MAX_SIZE_* could reduce the shorter side to less than one pixel.
+"""
 
 LOWEST_WHITE = 64
-"""Lowest upper byte that a white 16-bit sample can have. If the upper bytes of all samples are
-lower, the image uses 14 bits or fewer, and the value of white is unknown."""
+"""If the upper bytes of all 16-bit samples in an image are lower than this, the image uses 14 bits
+or fewer, and the value of white is unknown.
+"""
 
 EXIF_ORIENTATION = 274
 TURNS = {
@@ -65,8 +67,8 @@ class ImageFileError(ConfigError):
     """A file whose pixels cannot be used.
 
     Attributes:
-        kind: the kind of fault, a key of WHAT_TO_DO.
-        reason: text that follows the file's name in the message.
+        kind: the kind of fault, which is a key of WHAT_TO_DO.
+        reason: the message without the file's name, which precedes it.
     """
 
     def __init__(self, path: str, kind: str, reason: str) -> None:
@@ -86,7 +88,7 @@ def read_image(path: str, image_format: str) -> npt.NDArray[Any]:
         image_format: a value of INPUT.FORMAT: BGR, RGB, L or YUV-BT.601.
 
     Returns:
-        (H, W, C) uint8 from 0 to 255, or, for YUV-BT.601, float32 with Y from 0 to 1.
+        (H, W, C) uint8 from 0 to 255. For YUV-BT.601, float32 with Y from 0 to 1.
 
     Raises:
         ImageFileError: if the pixels cannot be used.
@@ -96,7 +98,9 @@ def read_image(path: str, image_format: str) -> npt.NDArray[Any]:
 
 
 def in_format(image: Image.Image, image_format: str) -> npt.NDArray[Any]:
-    """Converts an 8-bit image to the array that ``read_image`` returns; also accepts Pillow modes.
+    """Converts an 8-bit image to the array that ``read_image`` returns.
+
+    The format may also be one of Pillow's modes.
 
     Differs from detectron2's convert_PIL_to_numpy: YUV-BT.601 is float32, because detectron2's
     models fail on the float64 that convert_PIL_to_numpy returns.
@@ -125,7 +129,7 @@ def open_image(path: str) -> Iterator[OpenedImage]:
 
 
 def _opened(path: str) -> IO[bytes]:
-    if "://" in path:  # Imported here, so that local files can be read without detectron2.
+    if "://" in path:  # imported here, so that local files can be read without detectron2
         from detectron2.utils.file_io import PathManager
 
         return PathManager.open(path, "rb")
@@ -144,7 +148,7 @@ def _check_regular(path: str) -> None:
 
 
 def _explained(error: Exception) -> tuple[str, str]:
-    """Returns the kind of fault and the reason."""
+    """Returns the kind of fault and the reason, as in ImageFileError."""
     match error:
         case _RefusalError():
             return error.args[0], error.args[1]
@@ -189,12 +193,12 @@ class OpenedImage:
     @property
     def is_animated(self) -> bool:
         """Whether the file has more than one page or frame."""
-        # MPO is a JPEG followed by a preview; some cameras write it.
+        # MPO is a JPEG followed by a preview, which some cameras write.
         return self.image.format != "MPO" and bool(getattr(self.image, "is_animated", False))
 
     @property
     def needs_decoding(self) -> bool:
-        """Whether the pixels must be decoded to find out if they can be used."""
+        """Whether you must decode the pixels to find out if they can be used."""
         return self._is_deep or self.image.mode.startswith("I")
 
     def pixels(self) -> Image.Image:
@@ -238,7 +242,7 @@ def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
 
 
 def _stored_hw(image: Image.Image) -> tuple[int, int]:
-    if image.format == "TIFF":  # Pillow gives the size after rotation
+    if image.format == "TIFF":  # Pillow's height and width are those after rotation
         return _tiff_tag(image, IMAGE_LENGTH), _tiff_tag(image, IMAGE_WIDTH)
     return image.height, image.width
 
@@ -248,7 +252,7 @@ def _tiff_tag(image: Any, tag: int) -> Any:
 
 
 def _is_deep(image: ImageFile.ImageFile, file: IO[bytes]) -> bool:
-    """Returns whether samples have 16 bits, of which Pillow keeps only the upper 8."""
+    """Returns whether the samples have 16 bits, of which Pillow keeps only the upper 8."""
     if image.format == "TIFF":
         return max(_tiff_tag(image, BITS_PER_SAMPLE) or (1,)) > 8
     if image.format == "JPEG2000":
@@ -261,16 +265,17 @@ def _is_deep(image: ImageFile.ImageFile, file: IO[bytes]) -> bool:
 def _jpeg2000_bits(file: IO[bytes]) -> int:
     file.seek(0)
     head = file.read(1 << 20)
-    start = head.find(b"\xff\x4f\xff\x51")  # start of codestream and of the SIZ segment
+    start = head.find(b"\xff\x4f\xff\x51")  # start of the codestream and of its SIZ segment
     depth = head[start + 42 : start + 43]  # Ssiz of the first component
     return (depth[0] & 0x7F) + 1 if start >= 0 and depth else 8
 
 
 def _ends_in_zeros(file: IO[bytes]) -> bool:
-    """Returns whether zeros replace the last pixels of a JPEG, which then decode to grey.
+    """Returns whether zeros replace the end of a JPEG's pixels, as in an interrupted download.
 
-    Interrupted downloads look like this. Zeros after the end marker are harmless padding that some
-    cameras write. The end marker of an embedded preview does not count: it precedes the pixels.
+    Pillow would decode these zeros to grey. Zeros after the end marker are harmless padding that
+    some cameras write. The end marker of an embedded preview does not count, because it precedes
+    the pixels.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 64, 0))
@@ -282,7 +287,10 @@ def _ends_in_zeros(file: IO[bytes]) -> bool:
 
 
 def orientation_of(get_exif: Callable[[], Any]) -> int:
-    """Returns the orientation, 1 to 8, from the EXIF data that a function returns; 1 by default."""
+    """Returns the orientation, from 1 to 8, in the EXIF data that a function returns.
+
+    Returns 1 if the data is missing, damaged or has no valid orientation.
+    """
     try:
         orientation = get_exif().get(EXIF_ORIENTATION, 1)
     except Exception:  # damaged EXIF data does not mean that the pixels are damaged
@@ -301,6 +309,6 @@ def _check_white(brightest: int) -> None:
     if brightest < LOWEST_WHITE:
         raise _RefusalError(
             "image-depth",
-            f"has 16-bit samples, none above {LOWEST_WHITE * 256 - 1}: if it uses only 10, 12 or "
-            "14 bits, it would look almost black to the model",
+            f"has 16-bit samples, but none is above {LOWEST_WHITE * 256 - 1}: if only 10, 12 or 14 "
+            "bits are used, the image would look almost black to the model",
         )

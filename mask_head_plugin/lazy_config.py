@@ -1,7 +1,8 @@
 """Uses the plugin's modules and image mapper in detectron2's LazyConfigs.
 
-A YAML config selects modules by their registered names, whereas a LazyConfig refers to classes as
-``_target_``. The plugin's classes accept detectron2's arguments, so only the targets change.
+A YAML config selects modules by their registered names, whereas a LazyConfig refers to classes by
+``_target_``. The plugin's classes accept the arguments of detectron2's classes, so only the targets
+change.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PLUGIN_TARGETS = {
     FastRCNNOutputLayers: ClassSelectiveOutputLayers,
     MaskRCNNConvUpsampleHead: FCNMaskHead,
 }
-"""detectron2's classes and their replacements. A user's subclasses are not replaced."""
+"""Classes of detectron2 and their replacements. A user's subclasses are not replaced."""
 
 PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 """Names that detectron2's lazyconfig_train_net.py reads from a config file."""
@@ -64,16 +65,16 @@ PROJECTS = "projects/"
 
 
 def use_plugin_modules(model: DictConfig) -> DictConfig:
-    """Replaces detectron2's modules in a LazyConfig model with the plugin's, in place.
+    """Replaces detectron2's modules in the model of a LazyConfig with the plugin's, in place.
 
     Replaces RoI pooling, class-specific box regression, the mask head and the model class, in any
     kind of ROI heads: FPN, C4, cascade. All other nodes and the names of parameters stay the same.
 
     Args:
-        model: such as ``model_zoo.get_config("common/models/mask_rcnn_fpn.py").model``.
+        model: for example ``model_zoo.get_config("common/models/mask_rcnn_fpn.py").model``.
 
     Returns:
-        The same object.
+        The given object.
 
     Raises:
         ConfigError: if the model does not use detectron2's mask head.
@@ -81,13 +82,13 @@ def use_plugin_modules(model: DictConfig) -> DictConfig:
     found = set(map(target_of, calls(model)))
     if not {MaskRCNNConvUpsampleHead, FCNMaskHead} & found:
         raise ConfigError(
-            "the model has no MaskRCNNConvUpsampleHead (detectron2's mask head) that the plugin "
-            "could replace"
+            "the model has no MaskRCNNConvUpsampleHead, which is the mask head of detectron2 that "
+            "the plugin replaces"
         )
     for node in calls(model):
         target = target_of(node)
         if target is FastRCNNOutputLayers and node.get("cls_agnostic_bbox_reg", False):
-            continue  # nothing to select
+            continue  # there is only one box per RoI, so there is nothing to select
         node._target_ = PLUGIN_TARGETS.get(target, node._target_)
     return model
 
@@ -95,14 +96,14 @@ def use_plugin_modules(model: DictConfig) -> DictConfig:
 def use_plugin_mapper(dataloader: DictConfig) -> DictConfig:
     """Replaces detectron2's mapper with ImageFileMapper in the loaders of a LazyConfig, in place.
 
-    detectron2's mapper needs the package shapely for polygons under large-scale jitter. For run
-    lengths it needs the mask format ``bitmask``, but then its masks extend into padding.
+    With large-scale jitter, detectron2's mapper needs the package shapely for polygons. For run
+    lengths, it needs the mask format ``bitmask``, but then masks extend into padding.
 
     Args:
-        dataloader: such as ``model_zoo.get_config("common/data/coco.py").dataloader``.
+        dataloader: for example ``model_zoo.get_config("common/data/coco.py").dataloader``.
 
     Returns:
-        The same object.
+        The given object.
     """
     for node in calls(dataloader):
         if target_of(node) is DatasetMapper:
@@ -111,10 +112,10 @@ def use_plugin_mapper(dataloader: DictConfig) -> DictConfig:
 
 
 def use_stock_modules(model: DictConfig) -> DictConfig:
-    """Replaces the plugin's modules in a LazyConfig model with detectron2's, in place.
+    """Replaces the plugin's modules in the model of a LazyConfig with detectron2's, in place.
 
-    Drops ``mask_output``, which only the plugin knows. Arguments that change results are kept, so
-    that detectron2's classes refuse them.
+    Drops ``mask_output``, which detectron2 does not have. Arguments that change results are kept,
+    so that detectron2's classes refuse them.
     """
     stock = {plugin: stock for stock, plugin in PLUGIN_TARGETS.items()}
     for node in calls(model):
@@ -125,7 +126,7 @@ def use_stock_modules(model: DictConfig) -> DictConfig:
 
 
 def calls(node: Any) -> Iterator[DictConfig]:
-    """Yields each node that is instantiated, including those in lists but not interpolations."""
+    """Yields each node that is instantiated, including nodes in lists. Skips interpolations."""
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield node
@@ -138,7 +139,7 @@ def calls(node: Any) -> Iterator[DictConfig]:
 
 
 def target_of(node: DictConfig) -> Any:
-    """Returns the class of a node, which a config saved as YAML stores as a name."""
+    """Returns the class of a node. In a config that was saved as YAML, it is stored as a name."""
     return locate(node._target_) if isinstance(node._target_, str) else node._target_
 
 
@@ -165,8 +166,8 @@ def counterpart(name: str) -> tuple[DictConfig, ...]:
 def find_stock_config(name: str) -> Path:
     """Finds one of detectron2's config files.
 
-    The installed package includes the files of configs/. Projects are only in the source tree: in
-    $DETECTRON2_SOURCE, or in the folder from which detectron2 was installed with
+    The installed package includes the files in configs/. Projects are only in the source tree,
+    which is $DETECTRON2_SOURCE or the folder from which detectron2 was installed with
     ``pip install -e``.
 
     Args:
@@ -196,16 +197,18 @@ def load_lazy_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Runs a LazyConfig file and returns its config.
 
     Args:
-        file: a ``.py`` file that the user has named.
-        overrides: ``key=value``, as in detectron2. A new key must be an argument of a class or
-            function that is instantiated. detectron2 would also add other keys, which nothing
-            reads.
+        file: a ``.py`` file that the user named.
+        overrides: ``key=value``, as in detectron2. A key that is not in the config must be an
+            argument of a class or function that is instantiated. detectron2 would also add other
+            keys, which have no effect.
 
     Raises:
-        ConfigError: if the file or an override cannot be used, or a part is missing.
+        ConfigError: if the file or an override cannot be used, or one of PARTS is missing.
     """
     if not file.endswith(".py") or not Path(file).is_file():
-        raise ConfigError(f"config file {file} is not a .py file; name one, as in configs/lazy/")
+        raise ConfigError(
+            f"config file {file} is not a .py file; use a LazyConfig such as those in configs/lazy/"
+        )
     try:
         cfg = LazyConfig.load(file)
     except (SyntaxError, ImportError, OmegaConfBaseException) as error:
@@ -233,7 +236,7 @@ def _check_override(cfg: DictConfig, override: str) -> None:
     for k, name in enumerate(names):
         node = OmegaConf.select(cfg, ".".join(names[:k])) if k else cfg
         if not isinstance(node, DictConfig) or key in READ_BY_DETECTRON2:
-            return  # apply_overrides reports what is wrong with a list or a value
+            return  # if a list or a value is wrong, apply_overrides reports it
         is_argument = "_target_" in node and k == len(names) - 1  # see _check_arguments
         if name not in list(node) and not is_argument:
             nearest = nearest_name(name, list(node))
@@ -264,7 +267,7 @@ def _check_arguments(cfg: DictConfig) -> None:
 
 
 def _argument_names(target: Any) -> list[str]:
-    """Returns the argument names of a class or function; an empty list if it accepts any names.
+    """Returns the argument names of a class or function, or an empty list if it accepts any name.
 
     If a class accepts ``**kwargs``, the arguments of its base class are added.
     """
@@ -282,7 +285,7 @@ def _argument_names(target: Any) -> list[str]:
 
 
 def settings_of(cfg: DictConfig) -> list[str]:
-    """Returns the SETTINGS of a LazyConfig as "KEY VALUE" pairs of a YAML config."""
+    """Returns the values of SETTINGS in a LazyConfig as "KEY VALUE" pairs of a YAML config."""
     pairs: list[str] = []
     for key, path in SETTINGS.items():
         value = OmegaConf.select(cfg, path)

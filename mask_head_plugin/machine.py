@@ -1,4 +1,4 @@
-"""Properties of the machine: processor name, memory use of a step, precision of float32."""
+"""Reads properties of the machine: processor name, memory use of a step, precision of float32."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cpu_name() -> str:
 def peak_megabytes(step: Callable[[], object], device: str) -> float:
     """Returns the peak memory that PyTorch allocates while ``step`` runs, in MB.
 
-    On CUDA it is read from the allocator, on the CPU from the profiler.
+    On CUDA, it is read from the allocator; on the CPU, it is read from the profiler.
     """
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -45,8 +45,8 @@ def peak_megabytes(step: Callable[[], object], device: str) -> float:
 def full_float32() -> Iterator[None]:
     """Makes CUDA compute in float32 instead of TF32, which has a mantissa of only 10 bits.
 
-    PyTorch's convolutions use TF32 by default, so two algorithms for different memory layouts agree
-    to only three digits.
+    PyTorch's convolutions use TF32 by default. With TF32, the algorithms for different memory
+    layouts agree to only three digits.
     """
     backends: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [backend.allow_tf32 for backend in backends]

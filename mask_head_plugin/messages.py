@@ -1,4 +1,4 @@
-"""The error for problems that users can fix, and helpers that word or silence messages."""
+"""The error for problems that users can fix, and helpers for wording and silencing messages."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ NAMES_IN_ERROR = 6
 
 
 class ConfigError(ValueError):
-    """A config or file that cannot be used; the message says in one line what to do."""
+    """A config or file cannot be used. The message is one line and says what to do."""
 
 
 def listed(names: Sequence[str], limit: int = NAMES_IN_ERROR) -> str:
-    """Returns the first names and the number of remaining ones, as text."""
+    """Returns a text with the first ``limit`` names and the number of the remaining ones."""
     rest = len(names) - limit
     told = ", ".join(names[:limit]) or "none"
     return told + (f" and {rest} more" if rest > 0 else "")
 
 
 def nearest_name(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """Returns the choice that ``name`` was most likely meant to be, or None if none is similar.
+    """Returns the choice that ``name`` most likely stands for, or None if no choice is similar.
 
-    ``cutoff`` is the required similarity, from 0 to 1; use a lower value for names of two letters.
-    Case is ignored. Choices whose last part (after the last dot) is the same as that of ``name``
+    Case is ignored. Choices that have the same last part as ``name`` (the part after the last dot)
     are tried first.
+
+    Args:
+        name: the name to look for.
+        choices: the existing names.
+        cutoff: the required similarity, from 0 to 1. Use a lower value for names of two letters.
     """
     folded = {choice.casefold(): choice for choice in choices if choice}
     leaf = name.casefold().rpartition(".")[2]
@@ -51,7 +55,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def silenced(level: int) -> Iterator[None]:
-    """Hides what is logged up to a level, such as ``logging.INFO``."""
+    """Hides log messages up to and including a level, such as ``logging.INFO``."""
     before = logging.root.manager.disable
     logging.disable(max(level, before))
     try:

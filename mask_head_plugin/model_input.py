@@ -1,8 +1,9 @@
 """Converts the pixels of an image to a model's input: channel order and size.
 
 Reproduces detectron2's values in NumPy, for models that run without detectron2. If Pillow is
-installed, it resizes 8-bit images, which is faster than NumPy and the same as in detectron2. NumPy
-and Pillow differ by at most one grey level, and only where Pillow resizes columns before rows.
+installed, 8-bit images are resized with Pillow, which is faster than NumPy and returns the same
+values as detectron2. The results of NumPy and Pillow differ by at most one grey level, and only
+where Pillow resizes columns before rows.
 
 Shape alphabet: H, W image height and width in pixels; C channels; T taps of a resampling filter.
 """
@@ -26,9 +27,10 @@ IMAGE_FORMATS = ("BGR", "RGB", "L", "YUV-BT.601")
 """Values of INPUT.FORMAT that detectron2 supports."""
 
 LARGEST_UNSCALED = 3
-"""With INPUT.MIN_SIZE_TEST 0, images keep their size up to the area of a square whose sides are
-this many times INPUT.MAX_SIZE_TEST. Larger images would need too much memory: 14 GB for
-12,000 x 9,000 pixels."""
+"""With INPUT.MIN_SIZE_TEST 0, an image keeps its size unless its area is larger than that of a
+square whose sides are this many times INPUT.MAX_SIZE_TEST. Larger images would need too much
+memory, for example 14 GB for 12,000 x 9,000 pixels.
+"""
 
 YUV_OF_RGB = ((0.299, 0.587, 0.114), (-0.14713, -0.28886, 0.436), (0.615, -0.51499, -0.10001))
 GREY_OF_RGB = (19595, 38470, 7471)
@@ -40,7 +42,7 @@ WEIGHT_BITS = 22
 def rgb_in_format(rgb: ByteArray, image_format: str) -> npt.NDArray[Any]:
     """Converts an (H, W, 3) RGB image to (H, W, C) in one of IMAGE_FORMATS.
 
-    The result is uint8, or, for YUV-BT.601, float32 with Y from 0 to 1.
+    The result is uint8. For YUV-BT.601, it is float32 with Y from 0 to 1.
     """
     match image_format:
         case "RGB":
@@ -68,14 +70,16 @@ def model_hw(
 
     Args:
         image_hw: H, W.
-        min_size: length of the shorter side; 0 keeps the size, see LARGEST_UNSCALED.
+        min_size: length of the shorter side; 0 keeps the size, but see LARGEST_UNSCALED.
         max_size: upper limit for the longer side.
-        room: input height and width of a model with a fixed input size; the image must fit into it.
+        room: height and width of the input of a model with a fixed input size, into which the image
+            must fit; None for other models.
     """
     height, width = float(image_hw[0]), float(image_hw[1])
     shortest = max_size if is_scaled_down(image_hw, min_size, max_size) else min_size
     if shortest > 0:
-        # In detectron2's order of operations, because sizes that end in half a pixel are rounded.
+        # The operations have the same order as in detectron2, because their rounding decides on
+        # sizes that end in half a pixel.
         scale = float(shortest) / min(image_hw)
         if height < width:
             height, width = float(shortest), scale * width
@@ -94,12 +98,12 @@ def resized(image: npt.NDArray[Any], hw: tuple[int, int]) -> npt.NDArray[Any]:
     """Resizes an image bilinearly, like detectron2's ResizeTransform.
 
     Args:
-        image: (H, W, C). When shrinking, uint8 images are low-pass filtered, as in Pillow, and
+        image: (H, W, C). If they are shrunk, uint8 images are low-pass filtered, as in Pillow, but
             float32 images are not, as in torch's interpolate.
         hw: height and width of the result.
 
     Returns:
-        The resized image; it may not be writable.
+        The resized image. It can be read-only.
     """
     if image.shape[:2] == hw:
         return image

@@ -12,28 +12,28 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 Advance = Callable[[int], object]
-"""Takes the number of newly finished items."""
+"""A function that takes the number of newly finished items."""
 
 SECONDS_IN_FILES = 10.0
-"""Minimum seconds before the first line and between lines if stderr is a file or a pipe."""
+"""Minimum number of seconds before each line if stderr is a file or a pipe."""
 SHARE_IN_FILES = 0.05
-"""Share of the elapsed time to wait before the next line, so that logs stay short."""
+"""Minimum time before the next line, as a share of the elapsed time, so that logs stay short."""
 SMOOTHING = 0.05
-"""Weight of the latest speed when estimating the remaining time: 0 uses only the mean speed, 1 only
-the latest.
+"""Weight of the latest speed in the estimate of the remaining time. With 0, only the mean speed
+counts; with 1, only the latest speed.
 """
 
 
 def progress(
     items: Iterable[T], what: str, unit: str = "it", total: int | None = None
 ) -> Iterator[T]:
-    """Yields the items and shows how many are done; the bar disappears at the end.
+    """Yields the items and shows how many are done. The bar disappears at the end.
 
     Args:
         items: the items to process.
         what: description of the work, shown before the bar.
         unit: name of one item.
-        total: number of items, if ``items`` has no length.
+        total: number of items. None uses the length of ``items``, if it has one.
     """
     known = len(items) if isinstance(items, Sized) and total is None else total
     with progress_bar(what, unit, known) as advance:
@@ -46,13 +46,13 @@ def progress(
 def progress_bar(
     what: str, unit: str = "it", total: int | None = None, done: int = 0
 ) -> Iterator[Advance]:
-    """Shows progress that does not advance item by item; see ``progress``.
+    """Shows progress that does not advance one item at a time; see ``progress``.
 
     Args:
         what: description of the work.
         unit: name of one item.
         total: number of items; None if unknown.
-        done: number of items finished earlier, which do not count for the remaining time.
+        done: number of items that were finished earlier. They do not affect the remaining time.
 
     Yields:
         A function to call with the number of newly finished items.
@@ -73,12 +73,12 @@ def progress_bar(
 
 
 def tell(text: str) -> None:
-    """Prints a line to stdout, above a bar if there is one."""
+    """Prints a line to stdout. If a progress bar is shown, the line appears above it."""
     tqdm.write(text)
 
 
 class _Lines:
-    """Lines on stderr, without the carriage returns and nested bars of tqdm."""
+    """Writes progress as lines to stderr, without tqdm's carriage returns and nested bars."""
 
     def __init__(self, what: str, unit: str, total: int | None, done: int) -> None:
         self._what, self._unit, self._total = what, unit, total

@@ -17,11 +17,12 @@ Rle = dict[str, Any]
 
 
 def rle_of_changes(changes: npt.NDArray[np.int64], image_hw: tuple[int, int]) -> Rle:
-    """Returns the encoding (counts as bytes) of a mask, given the pixels at which it changes.
+    """Returns the encoding of a mask, with counts as bytes, from the pixels at which it changes.
 
     Args:
-        changes: (X,) ``x * H + y`` of each pixel that differs from the previous one, down the
-            columns from left to right; ascending. The first pixel is compared with background.
+        changes: (X,) positions ``x * H + y``, in ascending order, of all pixels that differ from
+            the previous one. Pixels are visited column by column, from top to bottom, and the first
+            pixel is compared with background.
         image_hw: H, W.
     """
     counts = np.diff(changes, prepend=0, append=image_hw[0] * image_hw[1])
@@ -34,10 +35,10 @@ def as_text(rle: Mapping[str, Any]) -> Rle:
 
 
 def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
-    """Returns an annotation's segmentation as one compressed RLE; None if it has none.
+    """Returns an annotation's segmentation as one compressed RLE, or None if it has no mask.
 
     Args:
-        segmentation: polygons, or an RLE with compressed or uncompressed counts.
+        segmentation: polygons, or an RLE with compressed or uncompressed counts; may be missing.
         image_hw: H, W.
 
     Raises:
@@ -46,7 +47,7 @@ def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
     if not segmentation:
         return None
     if isinstance(segmentation, list):
-        # Fewer than six numbers enclose nothing, and pycocotools would interpret four as a box.
+        # Fewer than six numbers enclose no area, and pycocotools would interpret four as a box.
         polygons = [x for x in segmentation if len(x) >= 6 and len(x) % 2 == 0]
         return polygons_rle(polygons, image_hw) if polygons else None
     check_rle_size(segmentation, image_hw)
@@ -61,22 +62,24 @@ def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
 def check_rle_size(rle: Mapping[str, Any], image_hw: tuple[int, int]) -> None:
     """Raises ValueError if a run-length encoding does not have the image's size, H and W."""
     if tuple(rle["size"]) != tuple(image_hw):
-        raise ValueError(f"an RLE has the size {tuple(rle['size'])}, the image {tuple(image_hw)}")
+        raise ValueError(
+            f"an RLE has the size {tuple(rle['size'])}, but the image has {tuple(image_hw)}"
+        )
 
 
 def polygons_rle(polygons: Sequence[Sequence[float]], image_hw: tuple[int, int]) -> Any:
-    """Returns the union of polygons as one compressed RLE; each needs at least three corners."""
+    """Returns the union of polygons with at least three corners each as one compressed RLE."""
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *image_hw))
 
 
 def first_broken(rles: Sequence[Mapping[str, Any]]) -> int | None:
     """Returns the index of the first encoding whose compressed counts do not add up to its image.
 
-    pycocotools does not check counts. With damaged ones, it reads and writes beyond the mask, or
-    never returns. In the format, a number consists of one or more characters of 6 bits, offset by
-    the character "0": 5 bits of the value, lowest first, and one bit that is set if more characters
-    follow. Negative numbers are in two's complement. From the fourth number on, each number is
-    stored as the difference from the number two positions earlier.
+    pycocotools does not check counts. If they are damaged, it reads and writes beyond the mask, or
+    never returns. In the format, a number consists of one or more characters. Each is the character
+    "0" plus 6 bits: 5 bits of the value, starting with the lowest, and one bit that is set if more
+    characters follow. Negative numbers are in two's complement. From the fourth number on, each
+    number is stored as the difference from the number two positions earlier.
 
     Args:
         rles: encodings with compressed counts, as bytes or text.
@@ -119,7 +122,8 @@ def _make_up(texts: Sequence[bytes], areas: npt.NDArray[np.int64]) -> npt.NDArra
     numbers = np.add.reduceat(parts, begins) if len(begins) else parts[:0]
     negative = values[begins + size - 1] & 16 != 0
     numbers = numbers - (negative.astype(np.int64) << (5 * np.minimum(size, MOST_CHARACTERS)))
-    # A count is the sum of every second number up to it, starting at the second or third number.
+    # A count is the sum of its own number and of every second number before it, down to the second
+    # or third number.
     first = np.searchsorted(number_owner, np.arange(len(texts)))
     index = np.arange(len(numbers)) - first[number_owner]
     counts = numbers.copy()

@@ -1,8 +1,8 @@
 """Resolves name conflicts with the user's project in detectron2's registries and catalogs.
 
 The package and the project may both register a name such as ``MaskRCNN`` or ``shapes_train``. The
-project's object then gets the name, no matter which was registered first, because a project must
-not break when it imports this package.
+project's object then gets the name, no matter which object was registered first, because a project
+must not break when it imports this package.
 """
 
 from __future__ import annotations
@@ -59,11 +59,13 @@ class _YieldingRegistry(Registry):
 
 
 def register_dataset(name: str, load: Callable[[], list[dict[str, Any]]], **metadata: Any) -> None:
-    """Registers a data set of this package, unless or until the user registers one of that name.
+    """Registers a data set of this package, unless the user has registered one of the same name.
+
+    If the user registers such a data set later, it replaces the package's.
 
     Args:
-        name: name in detectron2's catalogs. If it is taken, nothing changes.
-        load: returns the records.
+        name: name in detectron2's catalogs. If it is already registered, nothing changes.
+        load: a function that returns the records.
         metadata: values for the data set's Metadata.
     """
     if name in DatasetCatalog:
@@ -79,14 +81,14 @@ def register_dataset(name: str, load: Callable[[], list[dict[str, Any]]], **meta
 
 class _YieldingCatalog(type(DatasetCatalog)):  # type: ignore[misc]
     def register(self, name: str, func: Callable[[], Any]) -> None:
-        metadata = MetadataCatalog.data.get(name)  # the catalog's get would create one
+        metadata = MetadataCatalog.data.get(name)  # MetadataCatalog.get would create an entry
         if isinstance(metadata, _YieldingMetadata):
             metadata.give_way()
         super().register(name, func)
 
 
 class _YieldingMetadata(Metadata):
-    """Metadata of a data set of this package; becomes ordinary Metadata if a value is changed."""
+    """Metadata of a data set of this package. Becomes ordinary Metadata if a value is changed."""
 
     def give_way(self) -> None:
         """Turns this object into the empty metadata of a data set that is not yet registered."""

@@ -1,4 +1,4 @@
-"""Instance masks as run lengths: the type of ``instances.pred_masks`` with MASK_OUTPUT rle.
+"""Instance masks as run lengths: the type of ``instances.pred_masks`` if MASK_OUTPUT is rle.
 
 Shape alphabet: N masks, H and W sides of the image.
 """
@@ -19,7 +19,7 @@ from .run_lengths import Rle, as_text
 
 
 def run_lengths(masks: Tensor) -> list[Rle]:
-    """Returns the COCO encodings of ``pred_masks``, with counts as text, as in JSON.
+    """Returns the COCO encodings of ``pred_masks``, with counts as text.
 
     Args:
         masks: RLEMasks, or an (N, H, W) tensor on the CPU.
@@ -34,16 +34,16 @@ def run_lengths(masks: Tensor) -> list[Rle]:
 class RLEMasks(Tensor):
     """The masks of one image: detectron2's (N, H, W) bool tensor, stored as run lengths.
 
-    This is a tensor without dense storage. Selecting masks, concatenating masks of one image,
-    copying, and moving to a device return RLEMasks. All other operations of PyTorch or NumPy work
-    on the decoded tensor. Loops and integer indices decode one mask at a time; everything else
-    temporarily decodes all N masks, which takes N * H * W bytes.
+    This is a tensor without dense storage. If you select masks, concatenate masks of one image,
+    copy masks, or move them to a device, the result is RLEMasks. All other operations of PyTorch or
+    NumPy work on the decoded tensor. Loops and integer indices decode one mask at a time; other
+    operations temporarily decode all N masks, which takes N * H * W bytes.
 
     Differs from a dense tensor: operations return copies, never views, and masks cannot be changed
     in place. If your code needs views or in-place changes, set MODEL.MASK_OUTPUT to bitmask.
 
     Attributes:
-        rles: N encodings, for any code that reads COCO's format.
+        rles: N encodings in COCO's format.
         image_hw: H, W.
     """
 
@@ -68,7 +68,7 @@ class RLEMasks(Tensor):
         hw = int(image_hw[0]), int(image_hw[1])
         for index, rle in enumerate(rles):
             if tuple(rle["size"]) != hw:
-                raise ValueError(f"mask {index} has size {rle['size']}, the image {hw}")
+                raise ValueError(f"mask {index} has the size {rle['size']}, but the image has {hw}")
         masks: RLEMasks = Tensor._make_wrapper_subclass(
             cls, (len(rles), *hw), dtype=torch.bool, device=torch.device(device)
         )
@@ -106,8 +106,9 @@ class RLEMasks(Tensor):
         """Selects masks or pixels with any index that a tensor accepts.
 
         Returns:
-            RLEMasks for a slice, N bools, or a list, array or tensor of integers; an (H, W) bool
-            tensor for an integer; a dense tensor for indices of pixels and for new axes.
+            RLEMasks if the index is a slice, N bools, or a list, array or tensor of integers. An
+            (H, W) bool tensor if it is an integer. A dense tensor if it selects pixels or adds
+            axes.
 
         Raises:
             IndexError: if the index is out of range or not valid for a tensor.
@@ -147,7 +148,7 @@ class RLEMasks(Tensor):
         return self.numpy().tolist()
 
     def area(self) -> Tensor:
-        """Returns the (N,) numbers of pixels without decoding, like PolygonMasks.area."""
+        """Returns the (N,) numbers of pixels, as in PolygonMasks.area, without decoding masks."""
         return torch.tensor([int(coco_mask.area(x)) for x in self.rles], device=self.device).long()
 
     @staticmethod
@@ -183,11 +184,11 @@ class RLEMasks(Tensor):
         return RLEMasks(rles, self.image_hw, device or self.device)
 
     def _refuse(self, what: str) -> NoReturn:
-        # Not a TypeError: for an operator such as &=, Python would then try another method.
+        # Not a TypeError, after which Python would try another method for operators such as &=.
         raise RuntimeError(
             f"{what} needs masks in memory, but pred_masks is an RLEMasks, which stores run "
-            "lengths: use it on the copy that pred_masks.dense() returns, or set "
-            "MODEL.MASK_OUTPUT to bitmask"
+            "lengths; use the copy that pred_masks.dense() returns, or set MODEL.MASK_OUTPUT to "
+            "bitmask"
         )
 
 
@@ -195,7 +196,7 @@ _KEEP_ENCODINGS = ("_to_copy", "alias", "clone", "detach")
 
 
 def _are_of_one_image(masks: Sequence[Any], dim: int = 0) -> bool:
-    """Returns whether concatenating along ``dim`` just lists masks of one image in order."""
+    """Returns whether all masks are RLEMasks of one image, and are concatenated as a list."""
     are_rles = all(isinstance(x, RLEMasks) for x in masks)
     return dim in (0, -3) and are_rles and len({x.image_hw for x in masks}) == 1
 

@@ -1,4 +1,4 @@
-"""Imports the user's own code, which registers losses, backbones and data sets."""
+"""Imports the user's code, which registers losses, backbones and data sets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def load_config_and_code(
     config_file: str, opts: Sequence[str], *, is_named: bool = True
 ) -> CfgNode:
-    """Returns the config of ``config.load_config``, after running its IMPORTS."""
+    """Loads a config like ``config.load_config``, and imports its IMPORTS."""
     cfg = load_config(config_file, opts, is_named=is_named)
     import_modules(cfg.IMPORTS)
     return cfg
@@ -31,14 +31,15 @@ def import_modules(entries: Sequence[str]) -> None:
     """Imports modules and files, and logs each one.
 
     Modules that this process has already imported do not run again. A file becomes a module with
-    the file's name. Its folder is appended to Python's search path, so that new processes can
-    unpickle objects of its classes.
+    the file's name. The folder of the file is appended to Python's search path, so that new
+    processes can unpickle objects of the module's classes.
 
     Args:
         entries: ``cfg.IMPORTS`` from ``config.read_config``.
 
     Raises:
-        ConfigError: if an entry cannot be imported; the message gives file, line and reason.
+        ConfigError: if an entry cannot be imported. The message names the file, the line and the
+            reason.
     """
     for entry in entries:
         is_file = entry.endswith(".py")
@@ -62,7 +63,7 @@ def _search_also(folder: Path) -> None:
 
 
 def _check_name(name: str, path: Path) -> None:
-    """Raises ConfigError unless importing the file's name finds this file."""
+    """Raises ConfigError unless ``import name`` would import this file."""
     if "." in name:
         raise ConfigError(
             f"IMPORTS {path}: the name of a module cannot contain a dot; rename the file"

@@ -205,7 +205,7 @@ def test_training_on_data_without_class_names_drops_those_of_the_weights(data, t
     cfg.MODEL.WEIGHTS_STRICT = False
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
-    assert class_names_of(trainer.model) is None and "stay in order" in caplog.text
+    assert class_names_of(trainer.model) is None and "rows keep their order" in caplog.text
 
 
 def overlap(a, b) -> float:

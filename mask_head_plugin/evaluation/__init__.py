@@ -1,4 +1,4 @@
-"""Evaluates masks in numbers and pictures."""
+"""Evaluates masks: computes metrics and draws pictures."""
 
 from ..detectron2_import import IMPORT_ERROR, refuse
 

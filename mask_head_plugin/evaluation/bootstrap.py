@@ -1,20 +1,21 @@
-"""Computes COCO's AP on many resamples of the images, to tell how certain a difference is.
+"""Computes COCO's AP on many resamples of the images, to show how certain a difference is.
 
 Images are drawn with replacement. All models get the same draws, so an image that is hard for all
-of them does not affect their difference (paired bootstrap). Detections are matched to objects once;
-a draw only changes how often each counts. The result equals an evaluation of a data set with
-physically repeated images, which COCOeval cannot run because it removes repeated image ids. As in
-the engine, a class whose objects were not drawn has no AP and is left out of the mean.
+models does not affect the difference between them (paired bootstrap). Detections are matched to
+objects only once, because a draw only changes how often each detection and object counts. The
+result equals an evaluation of a data set in which images are repeated. COCOeval cannot run such an
+evaluation, because it removes repeated image ids. As in the engine, a class whose objects were not
+drawn has no AP and is left out of the mean.
 
 Detections of a class are processed in the engine's order: by falling score, then by index of the
-image, then by position in the file. Copies of a detection follow each other. The order is the same
-in all draws.
+image, then by position in the file. The copies of a detection follow each other. The order is the
+same in all draws.
 
-Resampling images does not show how much another training would differ; several seeds do (see
-difference.py).
+Resampling images does not show how much the result would change with another training. Several
+seeds show this; see difference.py.
 
-In 500 synthetic experiments (200 images, 3 classes) the 95% interval over images contained the true
-difference of AP, AP50 and AP75 93 to 95% of the time, for a large and a small difference. If
+In 500 synthetic experiments (200 images, 3 classes), the 95% interval over images contained the
+true difference of AP, AP50 and AP75 93 to 95% of the time, for a large and a small difference. If
 classes have few objects, the interval is slightly too narrow (100 images, 10 classes: 93 to 94% of
 1000 experiments).
 
@@ -34,17 +35,17 @@ from .difference import PairedDifference, difference_of
 from .matching import FloatArray, Matches
 
 IntArray = npt.NDArray[np.int32]
-"""Type of counts; NumPy sums it exactly, like int64, but much faster."""
+"""Type of counts. NumPy sums it exactly, like int64, but much faster."""
 
 CHUNK_ELEMENTS = 1 << 17
-"""Number of elements of an (S, n) array, chosen so that it fits in the processor's cache."""
+"""Number of elements of an (S, n) array, chosen so that it fits into the processor's cache."""
 
 _AREAS = {"APs": "small", "APm": "medium", "APl": "large"}
 _IOUS = {"AP50": 0.5, "AP75": 0.75}
 _RECALLS: FloatArray = np.linspace(0.0, 1.0, 101)  # equal to pycocotools' to the last bit
 
 Cell = tuple[int, int]
-"""Indices of an area range and an IoU threshold; each class has one curve for each such pair."""
+"""Indices of an area range and an IoU threshold. Each class has one curve for each such pair."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ class _Curves:
 def image_weights(num_images: int, num_draws: int, seed: int) -> IntArray:
     """Draws images with replacement.
 
-    The same seed gives the same draws; a larger ``num_draws`` only appends further draws.
+    The same seed returns the same draws. A larger ``num_draws`` only appends further draws.
 
     Returns:
-        (num_draws, num_images) how often each image is drawn; each row sums to num_images.
+        (num_draws, num_images) how often each image is drawn. Each row sums to num_images.
 
     Raises:
         ValueError: if the number of images or draws is 0.
@@ -114,7 +115,7 @@ def average_precision(matches: Matches, metric: str = "AP") -> float:
     """Returns a metric on the original images in percent, equal to the evaluator's.
 
     Raises:
-        ValueError: as ``resampled_ap``.
+        ValueError: as in ``resampled_ap``.
     """
     return float(resampled_ap(matches, _as_they_are(matches), (metric,))[metric][0])
 
@@ -123,7 +124,7 @@ def class_ap(matches: Matches, metric: str = "AP") -> FloatArray:
     """Returns a metric of each class, (K,) in percent; nan for classes without objects.
 
     Raises:
-        ValueError: as ``resampled_ap``.
+        ValueError: as in ``resampled_ap``.
     """
     return resampled_class_ap(matches, _as_they_are(matches), metric)[:, 0]
 
@@ -131,7 +132,7 @@ def class_ap(matches: Matches, metric: str = "AP") -> FloatArray:
 def resampled_class_ap(
     matches: Matches, weights: npt.NDArray[np.integer], metric: str = "AP"
 ) -> FloatArray:
-    """Like ``resampled_ap`` for single classes: returns (K, S) in percent."""
+    """Computes a metric like ``resampled_ap``, but for each class: (K, S) in percent."""
     cells = _cells(matches, metric)
     aps = _class_aps(matches, _checked(weights, matches), cells)
     return 100 * _mean_of_counted(np.stack([aps[cell] for cell in cells]), axis=0)
@@ -140,7 +141,8 @@ def resampled_class_ap(
 def precision_recall(matches: Matches, iou: float = 0.5) -> FloatArray:
     """Returns COCO's interpolated precision at recalls 0, 0.01, ..., 1, (101,) from 0 to 1.
 
-    Averages over the classes that have objects (nan if there are none), with objects of all areas.
+    Averages over the classes that have objects; nan if no class has any. Objects of all areas are
+    included.
 
     Args:
         matches: matches of any task.
@@ -173,8 +175,8 @@ def resampled_ap(
 
     Raises:
         ValueError: if the weights are not non-negative integers for each image, or too large to be
-            summed; if a metric is not one of METRICS, or needs an area range or IoU threshold that
-            the matches lack.
+            summed. Also if a metric is not one of METRICS, or needs an area range or IoU threshold
+            that the matches do not have.
     """
     weights = _checked(weights, matches)
     cells = {metric: _cells(matches, metric) for metric in metrics}
@@ -199,12 +201,13 @@ def compare(
         baseline: the baseline's matches, possibly for a different number of seeds.
         metrics: names from METRICS.
         num_draws: how often the images are resampled. Each draw compares the means over seeds. A
-            metric skips draws in which nothing counts for it.
+            metric ignores draws in which no object counts for it.
         seed: random seed of the draws.
 
     Raises:
-        ValueError: if matches are missing, if there are fewer than two draws, if two matches have
-            different images, classes or objects (names them), or as ``resampled_ap`` does.
+        ValueError: if matches are missing, if there are fewer than two draws, or if two matches
+            have different images, classes or objects; the message names them. Also as in
+            ``resampled_ap``.
     """
     variants = {"baseline": baseline, "variant": variant}
     return compare_all(variants, "baseline", metrics, num_draws, seed)["variant"]
@@ -219,18 +222,18 @@ def compare_all(
 ) -> dict[str, dict[str, PairedDifference]]:
     """Compares each variant with the same baseline on the same draws; see ``compare``.
 
-    Intervals that include training get wider with the number of variants, because together they
-    must contain all true differences 95% of the time.
+    Intervals that include training get wider with the number of variants, because all of them
+    together must contain all true differences 95% of the time.
 
     Args:
         variants: for each variant, including the baseline, its matches for each training seed.
-        baseline_name: name of the baseline, which is also compared with itself (differences of 0).
+        baseline_name: name of the baseline. It is also compared with itself, with differences of 0.
         metrics: as in ``compare``.
         num_draws: as in ``compare``.
         seed: as in ``compare``.
 
     Raises:
-        ValueError: as ``compare`` does, or if baseline_name is not among the variants.
+        ValueError: as in ``compare``, or if baseline_name is not among the variants.
     """
     if baseline_name not in variants:
         raise ValueError(f"baseline_name is {baseline_name!r}, not one of {list(variants)}")
@@ -265,7 +268,7 @@ def _check_comparable(variants: Mapping[str, Sequence[Matches]], baseline_name: 
             raise ValueError(f"the matches of {name!r} are missing")
     first = variants[baseline_name][0]
     shared = ("image_ids", "class_names", "area_names", "iou_thresholds")
-    # Compare the objects as well, because another annotation file may have the same images.
+    # Objects are compared as well, because another annotation file may have the same images.
     objects = ("gt_image", "gt_class", "gt_ignored")
     for name, of_seeds in variants.items():
         for number, matches in enumerate(of_seeds):
@@ -330,7 +333,7 @@ def _curves(
     ranks = ranks.compress(is_point[is_counted.any(axis=0)], axis=2)
     precision = hits / np.maximum(ranks, 1)  # ranks are 0 before the first drawn detection
     precision = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
-    # Divides and compares as pycocotools does, so that rounding cannot change the reached recalls.
+    # Divides and compares as in pycocotools, so that rounding cannot change the reached recalls.
     recall = hits / np.maximum(num_objects, 1).T[..., None]
     return _Curves(precision, _num_reached(recall), num_objects.T > 0)
 
@@ -355,7 +358,7 @@ def _running_count(drawn: IntArray, is_chosen: npt.NDArray[np.bool_]) -> IntArra
 
 
 def _num_reached(recall: FloatArray) -> IntArray:
-    """Returns how many of _RECALLS are reached; a faster searchsorted(side="right")."""
+    """Returns how many of _RECALLS are reached. Faster than searchsorted(side="right")."""
     nearest = (recall * (len(_RECALLS) - 1) + 0.5).astype(np.int32)
     return nearest + (_RECALLS.take(nearest) <= recall)
 
@@ -363,7 +366,7 @@ def _num_reached(recall: FloatArray) -> IntArray:
 def _by_class(
     matches: Matches,
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Returns each class's indices of detections, in the engine's order, and of objects."""
+    """Returns the indices of each class's detections, in the engine's order, and of its objects."""
     borders = np.arange(1, len(matches.class_names))
     # The sort is stable, so equal scores stay ordered by image and position.
     detections = np.lexsort((-matches.dt_score, matches.dt_class))
@@ -421,5 +424,5 @@ def _mean_of_counted(values: FloatArray, axis: int) -> FloatArray:
     """Returns the mean of all values except nan; nan if all are nan."""
     is_counted = ~np.isnan(values)
     total = np.where(is_counted, values, 0.0).sum(axis=axis)
-    with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that we want
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan, as intended
         return total / is_counted.sum(axis=axis)

@@ -1,8 +1,8 @@
-"""Computes boundary IoU (arXiv 2103.16562), which measures outlines; mask IoU measures areas.
+"""Computes boundary IoU (arXiv 2103.16562), which compares outlines; mask IoU compares areas.
 
-The boundary of a mask is what an erosion removes: the pixels within d of its contour or of the
-image's edge. d is 2% of the image's diagonal. Boundary AP is COCO's AP with the minimum of mask and
-boundary IoU.
+The boundary of a mask consists of the pixels that an erosion removes: those within a distance d of
+the mask's contour or of the image's edge. d is 2% of the image's diagonal. Boundary AP is COCO's AP
+with the minimum of mask IoU and boundary IoU.
 
 Boundaries are computed only in the window that a mask occupies, and only for pairs whose mask IoU
 reaches the lowest threshold, because other pairs cannot match anyway.
@@ -43,9 +43,9 @@ class Boundary:
 
 
 def mask_boundary(rle: Any) -> Boundary:
-    """Returns the boundary of a mask given as compressed COCO RLE.
+    """Returns the boundary of a mask that is given as compressed run lengths in COCO's format.
 
-    The mask is eroded d times by a 3x3 square; pixels outside the image count as zeros.
+    The mask is eroded d times by a 3x3 square. Pixels outside the image count as zeros.
     """
     return window_boundary(mask_window(rle), boundary_distance(rle["size"]))
 
@@ -65,7 +65,7 @@ def window_boundary(mask: MaskWindow, distance: int) -> Boundary:
     bits = mask.bits
     if bits.size == 0:
         return Boundary(mask.top, mask.left, bits)
-    # Everything around the crop is zero, so one row of zeros on each side is enough.
+    # All pixels around the window are zero, so one row of zeros on each side is enough.
     padded = cv2.copyMakeBorder(bits, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     inside: Any = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=distance)
     return Boundary(mask.top, mask.left, np.ascontiguousarray(bits - inside[1:-1, 1:-1]))
@@ -92,16 +92,17 @@ def limit_by_boundary(
     objects: Sequence[Any],
     crowd: Sequence[bool],
 ) -> npt.NDArray[np.float64]:
-    """Returns mask IoUs, or boundary IoUs where those are lower.
+    """Returns the mask IoU or the boundary IoU of each pair, whichever is lower.
 
     Args:
         ious: (d, g) mask IoUs of the detections and objects of an image and class.
         detections: d compressed RLEs.
         objects: g compressed RLEs.
-        crowd: (g,) objects for which only mask IoU counts, because their outlines are not exact.
+        crowd: (g,) whether an object is a crowd. For crowds, only mask IoU counts, because their
+            outlines are not exact.
 
     Returns:
-        (d, g) IoUs; those below MIN_IOU are unchanged.
+        (d, g) IoUs. Mask IoUs below MIN_IOU are unchanged.
     """
     limited = ious.copy()
     of_detections: dict[int, Boundary] = {}

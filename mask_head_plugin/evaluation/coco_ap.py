@@ -1,8 +1,8 @@
 """Computes the AP of one task by COCO's or LVIS's rules with the engine faster-coco-eval.
 
-Images, classes and annotations are renumbered from 1 for the engine. So the file's ids may be text,
-may exceed float64's exact range, and may include the annotation id 0, which pycocotools would
-mistake for "unmatched".
+Images, classes and annotations are renumbered from 1 for the engine. The ids in the file can
+therefore be text, can exceed float64's exact range, and can include the annotation id 0, which
+pycocotools would mistake for "unmatched".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm", "boundary")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-"""Metrics in percent, as everywhere; nan if nothing counts for a metric."""
+"""Metrics in percent. A metric is nan if there are no objects that it counts."""
 
 COCO_MAX_DETECTIONS = 100
 ALL_DETECTIONS = -1
@@ -43,13 +43,14 @@ class GroundTruth:
     """A COCO or LVIS annotation file.
 
     Attributes:
-        image_ids: ids in the file, ascending; the engine's id of the k-th image is k + 1.
-        category_ids: ids in the file, ascending; the engine's id of the k-th category is k + 1.
+        image_ids: ids in the file, in ascending order. The engine's id of image_ids[k] is k + 1.
+        category_ids: ids in the file, in ascending order. The engine's id of category_ids[k] is
+            k + 1.
         class_names: names of the categories.
         is_lvis: whether images list the classes that were searched for (federated annotation).
-        has_annotations: False if the file lacks the list of annotations, as for test images; an
-            empty list means that there are no objects.
-        has_masks: whether any annotation has a segmentation, or there are no annotations.
+        has_annotations: whether the file has a list of annotations. The list is missing in files of
+            test images; if it is empty, the images have no objects.
+        has_masks: whether any annotation has a segmentation. True if there are no annotations.
         coco: the engine's COCO object.
     """
 
@@ -60,8 +61,8 @@ class GroundTruth:
             is_lvis: whether to evaluate by LVIS's rules.
 
         Raises:
-            ValueError: if the file is not a COCO file, or an annotation names an unknown image or
-                category; names the file and the annotation's id.
+            ValueError: if the file is not a COCO file, or an annotation refers to an unknown image
+                or category. The message names the file and the annotation's id.
         """
         content = json.loads(Path(json_file).read_text())
         missing = [key for key in ("images", "categories") if key not in content]
@@ -111,8 +112,8 @@ class GroundTruth:
             unknown = set(image.get(key, [])) - set(self.category_ids)
             if unknown:
                 raise ValueError(
-                    f"{self.json_file}: {key} of image {image['id']!r} has {unknown}, which is not "
-                    "among the categories"
+                    f"{self.json_file}: {key} of image {image['id']!r} has ids that are not among "
+                    f"the categories: {unknown}"
                 )
             listed[key] = [self._category_numbers[x] for x in image.get(key, [])]
         number = self._image_numbers[image["id"]]
@@ -146,7 +147,7 @@ class GroundTruth:
         }
 
     def _area(self, annotation: Mapping[str, Any], copied: Mapping[str, Any]) -> Any:
-        """Returns the area in the file or, if it is missing, that of the box or the mask."""
+        """Returns the area from the file or, if it is missing, the area of the box or the mask."""
         if annotation.get("area") is not None:
             return annotation["area"]
         if "bbox" in copied:
@@ -156,7 +157,7 @@ class GroundTruth:
         return int(coco_mask.area(as_bytes(rle))) if rle else 0
 
     def _segmentation(self, annotation: Mapping[str, Any]) -> Any:
-        """Returns the segmentation; checks run lengths, because the engine does not."""
+        """Returns an annotation's segmentation. Checks run lengths, because the engine does not."""
         found, image_hw = annotation.get("segmentation"), self._sizes[annotation["image_id"]]
         if not found:
             return coco_mask.encode(np.zeros(image_hw, np.uint8, order="F"))
@@ -173,17 +174,17 @@ class GroundTruth:
         """Converts COCO results to the engine's annotations.
 
         Args:
-            results: dictionaries with ``image_id``, ``category_id``, ``score``, for boxes ``bbox``,
-                for masks ``segmentation`` (compressed RLE), and optionally ``mask_score``, which
-                then ranks masks.
+            results: dictionaries with ``image_id``, ``category_id`` and ``score``. Boxes also need
+                ``bbox``, and masks need ``segmentation`` (compressed RLE). If there is a
+                ``mask_score``, masks are ranked by it.
             task: "bbox" or "segm".
 
         Returns:
-            Detections of the file's categories; for LVIS, only those that count by its rules.
+            The detections of the file's categories. For LVIS, only those that count by its rules.
 
         Raises:
-            ValueError: if an image is not in the file, a mask differs in size from its image, or
-                the file has nothing to compare with.
+            ValueError: if an image is not in the file, the size of a mask differs from its image,
+                or the file has no boxes or masks to compare with.
         """
         if task != "bbox" and not self.has_masks:
             raise ValueError(f"{self.json_file} has no masks to compare with")
@@ -198,7 +199,7 @@ class GroundTruth:
                     "lacks"
                 )
             if result["category_id"] not in self._category_numbers:
-                continue  # the model has a class that this file lacks
+                continue  # the model has a class that is not in this file
             detection: dict[str, Any] = {
                 "id": number + 1,
                 "image_id": self._image_numbers[result["image_id"]],
@@ -221,8 +222,8 @@ class GroundTruth:
         size = [self.coco.imgs[image][side] for side in ("height", "width")]
         if list(rle["size"]) != size:
             raise ValueError(
-                f"image {self.image_ids[image - 1]!r} of {self.json_file} has {size} pixels, but a "
-                f"predicted mask has {list(rle['size'])}"
+                f"image {self.image_ids[image - 1]!r} of {self.json_file} has the size {size}, but "
+                f"a predicted mask has {list(rle['size'])}"
             )
 
     def _as_lvis(self, detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -243,11 +244,10 @@ class Evaluation:
     """The engine's result for one task.
 
     Attributes:
-        ious: (d, g) IoUs for each image and class with detections and objects; see Matches for the
-            order of the detections.
-        precision: (T, 101, K, A) at each recall, up to the limit of detections; -1 for a class
-            without objects.
-        recall: (T, K, A) up to the same limit; -1 for a class without objects.
+        ious: (d, g) IoUs for each image and class that have detections and objects; see Matches for
+            the order of the detections.
+        precision: (T, 101, K, A), the precision at each recall; -1 for a class without objects.
+        recall: (T, K, A); -1 for a class without objects. Both count detections up to the limit.
     """
 
     def __init__(
@@ -263,8 +263,9 @@ class Evaluation:
             truth: the ground truth.
             detections: from ``truth.detections``.
             task: "bbox" or "segm".
-            max_detections: how many count per image and class; all if negative.
-            ious: IoUs to use instead of the engine's.
+            max_detections: how many detections count per image and class; a negative value counts
+                all. Ignored for LVIS.
+            ious: IoUs to use instead of those that the engine computes.
         """
         self.truth, self.detections, self.max_detections = truth, detections, max_detections
         found = COCO()
@@ -273,7 +274,7 @@ class Evaluation:
         engine = COCOeval_faster(
             truth.coco, found, task, print_function=_say_nothing, lvis_style=truth.is_lvis
         )
-        # LVIS limits the detections per image, not per class.
+        # By LVIS's rules, the limit applies to an image, not to a class in an image.
         limit = max_detections if max_detections >= 0 else max(len(detections), 1)
         self.limit = LVIS_MAX_DETECTIONS if truth.is_lvis else limit
         engine.params.maxDets = [self.limit]
@@ -289,10 +290,10 @@ class Evaluation:
         self._area_ranges = np.asarray(engine.params.areaRng, float)
 
     def metrics(self, classes: Sequence[int] | None = None) -> dict[str, float]:
-        """Returns AP, AP50, AP75, APs, APm, APl and AR in percent; nan where nothing counts.
+        """Returns AP, AP50, AP75, APs, APm, APl and AR in percent; see METRICS.
 
         Args:
-            classes: indices of the classes to average over; None for all.
+            classes: indices of the classes to average over; None averages over all classes.
         """
         chosen = slice(None) if classes is None else list(classes)
         precision, recall = self.precision[:, :, chosen], self.recall[:, chosen]
@@ -318,7 +319,7 @@ class Evaluation:
         }
 
     def with_boundaries(self) -> Evaluation:
-        """Returns the evaluation that uses boundary IoU where it is lower than mask IoU."""
+        """Returns an evaluation that uses the boundary IoU where it is lower than the mask IoU."""
         objects, detections = self._by_pair()
         ious = {}
         for pair, values in progress(self.ious.items(), "boundary IoU", total=len(self.ious)):
@@ -367,7 +368,7 @@ class Evaluation:
         )
 
     def _by_pair(self) -> tuple[dict[Pair, list[Any]], dict[Pair, list[Any]]]:
-        """Returns the objects of each pair, and its best detections up to the limit."""
+        """Returns the objects of each pair, and the pair's best detections up to the limit."""
         grouped = []
         for items in (self.truth.coco.dataset["annotations"], self.detections):
             of_pair: dict[Pair, list[Any]] = defaultdict(list)
@@ -392,7 +393,7 @@ class Evaluation:
         return lenient
 
     def _is_outside(self, annotations: Sequence[Any]) -> Any:
-        """Returns whether each annotation's area lies outside each range, (A, n)."""
+        """Returns whether each annotation's area is outside each area range, (A, n)."""
         areas = np.array([x["area"] for x in annotations], float)
         low, high = self._area_ranges.T[:, :, None]
         return (areas < low) | (areas > high)
@@ -404,7 +405,7 @@ def _mean_percent(values: FloatArray) -> float:
 
 
 def _text_last(value: Any) -> tuple[bool, Any]:
-    """Sort key for ids that may be numbers or text; puts text last."""
+    """Returns a sort key for ids that may be numbers or text. Text is sorted last."""
     return isinstance(value, str), value
 
 
@@ -415,4 +416,4 @@ def as_bytes(rle: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _say_nothing(*_: object) -> None:
-    """Hides the engine's many progress messages."""
+    """Replaces the engine's print function, because the engine prints many messages."""

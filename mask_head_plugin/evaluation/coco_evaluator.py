@@ -35,29 +35,31 @@ TaskResults = OrderedDict[str, dict[str, float]]
 
 
 class MaskEvaluator(DatasetEvaluator):
-    """AP of boxes, masks and boundaries; replaces detectron2's COCO and LVIS evaluators.
+    """Computes the AP of boxes, masks and boundaries.
+
+    Replaces detectron2's COCO and LVIS evaluators.
 
     Results are ``{"bbox": ..., "segm": ..., "boundary": ...}`` with detectron2's keys (AP, AP50,
     AP75, APs, APm, APl, AP-<class>; for LVIS also APr, APc, APf). Boundary AP is COCO's AP with the
-    minimum of mask and boundary IoU (arXiv 2103.16562). Boxes are ranked by ``scores``, masks by
-    ``mask_scores`` if detections have them.
+    minimum of mask IoU and boundary IoU (arXiv 2103.16562). Boxes are ranked by ``scores``. Masks
+    are ranked by ``mask_scores`` if detections have them, and otherwise by ``scores``.
 
     Predictions are written to the output folder during the evaluation. After ``resume``, images
-    predicted by an interrupted evaluation need not be predicted again.
+    that were predicted by an interrupted evaluation do not have to be predicted again.
 
-    If a model's class names are known, its predictions count for the data set's classes with those
-    names, whatever their numbers.
+    If a model's class names are known, its predictions are matched with the data set's classes by
+    name, and the class numbers may differ.
 
     Attributes:
-        predicted_classes: class names of predictions that have none, see class_names.py; None if
-            they are numbered as in the data set.
+        predicted_classes: class names for predictions that have no class names; see class_names.py.
+            None if the classes of these predictions are numbered as in the data set.
 
     Writes to the output folder:
 
-    - ``coco_instances_results.json``: all detections in COCO's format; with mask scoring, each has
+    - ``coco_instances_results.json``: all detections in COCO's format. With mask scoring, each has
       both a ``mask_score`` and a ``score``.
     - ``metrics.json``: all metrics, overall and by class and size.
-    - ``matches_<task>.npz``: which detections found an object, see matching.Matches.
+    - ``matches_<task>.npz``: which detections found an object; see matching.Matches.
 
     Differs from COCOEvaluator: without detections, AP is 0 instead of nan, and
     ``instances_predictions.pth`` is not written.
@@ -77,17 +79,19 @@ class MaskEvaluator(DatasetEvaluator):
         Args:
             dataset_name: a registered data set. If its metadata has no ``json_file``, the data set
                 is first written to the output folder in COCO's format.
-            tasks: some of "bbox", "segm", "boundary"; None for all that predictions allow.
+            tasks: some of "bbox", "segm" and "boundary". None evaluates boxes and, if predictions
+                and data set have masks, masks and boundaries.
             distributed: whether to collect the predictions of all processes.
-            output_dir: output folder; None to write no files.
-            max_dets_per_image: how many detections count per image and class; COCO's 100 if None,
-                all if negative. LVIS always takes the best 300 per image.
+            output_dir: output folder; None writes no files.
+            max_dets_per_image: how many detections count per image and class. None means COCO's
+                100, and a negative value counts all. For LVIS, the best 300 per image always count.
             semantic_threshold: if above 0, adds the metrics of ``semantic.evaluate_semantic`` as
                 "semantic", for detections with at least this score.
 
         Raises:
-            ValueError: if a task is unknown, no detections would count, the data set has neither an
-                annotation file nor a folder to write one to, or the file is not a COCO file.
+            ValueError: if a task is unknown, ``max_dets_per_image`` is 0, the file is not a COCO
+                file, or the data set has no annotation file and there is no output folder to write
+                one to.
         """
         if max_dets_per_image == 0:
             raise ValueError("max_dets_per_image is 0, so no detection would count; -1 counts all")
@@ -125,7 +129,7 @@ class MaskEvaluator(DatasetEvaluator):
 
     @property
     def finished_image_ids(self) -> set[Any]:
-        """Images that need not be predicted again; all processes agree with the first."""
+        """Images that do not have to be predicted again, as read by the first process."""
         finished: set[Any] = self._log.finished
         return comm.all_gather(finished)[0] if self._distributed else finished
 
@@ -133,7 +137,7 @@ class MaskEvaluator(DatasetEvaluator):
     def _category_ids(self) -> list[Any]:
         """The annotation file's category id of each class.
 
-        Computed on each access, because detectron2 sets them only when it loads the data set.
+        Computed on each access, because detectron2 sets the ids only when it loads the data set.
         """
         metadata = MetadataCatalog.get(self._dataset_name)
         mapping = metadata.get("thing_dataset_id_to_contiguous_id")
@@ -145,14 +149,14 @@ class MaskEvaluator(DatasetEvaluator):
         if count != len(ids):
             raise ValueError(
                 f"{self._dataset_name} has {count} classes, but {self._truth.json_file} has "
-                f"{len(ids)} categories; set thing_dataset_id_to_contiguous_id in its metadata to "
-                "say which category each class is"
+                f"{len(ids)} categories; set thing_dataset_id_to_contiguous_id in the data set's "
+                "metadata, which maps category ids to class numbers"
             )
         return ids
 
     @property
     def _class_names(self) -> list[str]:
-        """Names of the file's categories; names in the metadata take precedence."""
+        """Names of the categories. Names in the metadata take precedence over those in the file."""
         names = self._names_by_category
         return [names[category] for category in self._truth.category_ids]
 
@@ -172,26 +176,27 @@ class MaskEvaluator(DatasetEvaluator):
             outputs: outputs of the model, with ``instances``.
 
         Raises:
-            ValueError: if an output has no instances, a class that the data set lacks, or a score
-                that is NaN or infinite; or if an id is neither a whole number nor text.
-            ConfigError: if the data set has classes that the model lacks.
+            ValueError: if an output has no instances, a class number that the data set does not
+                have, or a score that is NaN or infinite. Also if an id is neither a whole number
+                nor text.
+            ConfigError: if the data set has classes that the model does not have.
         """
         category_ids = self._category_ids
         names_by_category = self._names_by_category
         names = [names_by_category[x] for x in category_ids if x in names_by_category]
         for x, output in zip(inputs, outputs, strict=True):
             if "instances" not in output:
-                raise ValueError(f"outputs have {sorted(output)} but no instances to evaluate")
+                raise ValueError(f"outputs have {sorted(output)}, but no instances to evaluate")
             instances = output["instances"]
             found = predicted_names(instances) or self.predicted_classes
             instances = instances.to("cpu")
-            if len(names) == len(category_ids):  # else some names are unknown
+            if len(names) == len(category_ids):  # otherwise, some names are unknown
                 instances = matched_predictions(instances, found, names, self._dataset_name)
             image_id = _plain_id("image_id", x["image_id"])
             self._log.append(image_id, coco_results(instances, image_id, category_ids))
 
     def evaluate(self) -> TaskResults:
-        """Returns the metrics in the first process, and nothing in the others."""
+        """Returns the metrics by task in the first process, and an empty dict in all others."""
         lines = self._log.lines()
         if self._distributed:
             comm.synchronize()
@@ -240,7 +245,7 @@ class MaskEvaluator(DatasetEvaluator):
         return summary
 
     def never_gives(self, metric: str) -> bool:
-        """Returns whether a metric is missing or nan whatever is predicted, for lack of objects.
+        """Returns whether a metric is missing or nan for all predictions, for lack of objects.
 
         Args:
             metric: such as ``segm/APl`` or ``bbox/AP-person``.
@@ -330,11 +335,11 @@ class MaskEvaluator(DatasetEvaluator):
 def counted_detections(per_image: int) -> int:
     """Returns how many detections per image should count in AP.
 
-    This is COCO's limit of 100 or the model's own limit, whichever is higher, because 100 would cap
+    This is COCO's limit of 100 or the model's limit, whichever is higher. A limit of 100 would cap
     the recall in images with more objects.
 
     Args:
-        per_image: TEST.DETECTIONS_PER_IMAGE, the model's limit; negative for all.
+        per_image: TEST.DETECTIONS_PER_IMAGE, the model's limit. A negative value means no limit.
     """
     return max(per_image, COCO_MAX_DETECTIONS) if per_image >= 0 else ALL_DETECTIONS
 
@@ -346,7 +351,7 @@ def coco_results(instances: Instances, image_id: Any, category_ids: Sequence[Any
         instances: detections on the CPU; ``pred_masks`` may be RLEMasks, an (N, H, W) tensor, or
             missing.
         image_id: the image's id in the annotation file.
-        category_ids: ids in the annotation file, in the order of the classes.
+        category_ids: category ids in the annotation file, in the order of the classes.
 
     Raises:
         ValueError: if a class has no category, or a score is NaN or infinite.
@@ -378,7 +383,7 @@ def _annotation_file(dataset_name: str, folder: Path | None) -> str:
     metadata = MetadataCatalog.get(dataset_name)
     if not metadata.get("json_file"):
         if folder is None:
-            raise ValueError(f"{dataset_name} has no json_file: output_dir is needed to write one")
+            raise ValueError(f"{dataset_name} has no json_file; pass output_dir to write one")
         path = folder / f"{dataset_name}_coco_format.json"
         convert_to_coco_json(dataset_name, str(path), allow_cached=False)
         return str(path)
@@ -395,7 +400,7 @@ def without_nan(value: Any) -> Any:
 
 
 def _plain_id(field: str, value: Any) -> int | str:
-    """Returns an id that JSON can store; converts NumPy integers, which pandas also uses."""
+    """Returns an id that JSON can store. Converts NumPy integers, which pandas also uses."""
     if isinstance(value, str):
         return value
     try:

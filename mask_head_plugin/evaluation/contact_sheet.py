@@ -56,13 +56,15 @@ class LabelledMask:
 def write_contact_sheet(
     cfg: CfgNode, model: torch.nn.Module, dataset_name: str, path: Path, min_score: float = 0.5
 ) -> None:
-    """Draws images from all over a data set into one PNG, with ground truth left of predictions.
+    """Draws images of a data set into one PNG, with ground truth on the left of predictions.
+
+    The images are spread evenly over the data set.
 
     Args:
-        cfg: config with the test-time transforms.
+        cfg: the model's config.
         model: a detectron2 model; its training mode is restored afterwards.
         dataset_name: a registered data set with instances in detectron2's standard format.
-        path: the PNG to write; its folder is created if missing.
+        path: the PNG to write; its folder is created if it does not exist.
         min_score: detections with a lower score are not drawn.
 
     Raises:
@@ -72,7 +74,7 @@ def write_contact_sheet(
     chosen = np.unique(np.linspace(0, len(records) - 1, NUM_IMAGES, dtype=int))
     names = MetadataCatalog.get(dataset_name).thing_classes
     found = class_names_of(model)
-    # The mapper drops annotations, so the model gets the same input as in evaluation.
+    # This mapper drops annotations, so that the model gets the same input as in evaluation.
     mapper = ImageFileMapper(cfg, is_train=False)
     pairs = []
     with inference_context(model), torch.no_grad():
@@ -94,8 +96,8 @@ def write_pairs(
 
     Args:
         pairs: (H, W, 3) RGB pictures from ``draw_masks``.
-        titles: what the left and the right pictures show.
-        path: the PNG to write; its folder is created if missing.
+        titles: titles of the left and the right pictures.
+        path: the PNG to write; its folder is created if it does not exist.
 
     Raises:
         OSError: if the picture cannot be written.
@@ -118,13 +120,16 @@ def draw_masks(image: ByteArray, masks: Sequence[LabelledMask]) -> ByteArray:
         tint_mask(canvas, below, np.asarray(mask, np.uint8), colour, WHITE)
     places = [_place(item.mask, scale) for item in masks]
     styles = [LABEL_STYLE] * len(masks)
-    # Labels come last, so no mask covers them.
+    # Labels come last, so that no mask covers them.
     write_labels(canvas, [item.label for item in masks], places, styles)
     return canvas
 
 
 def _place(mask: npt.NDArray[np.bool_], scale: float) -> Rectangle:
-    """Returns the bounding rectangle of a mask in the scaled picture; empty for an empty mask."""
+    """Returns the bounding rectangle of a mask in the scaled picture.
+
+    The rectangle is empty if the mask is empty.
+    """
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     if len(rows) == 0:
         return 0, 0, 0, 0
@@ -133,7 +138,7 @@ def _place(mask: npt.NDArray[np.bool_], scale: float) -> Rectangle:
 
 
 def _true_masks(record: dict[str, Any], names: Sequence[str]) -> list[LabelledMask]:
-    # Keep only what is drawn; detectron2 would reject keypoints of varying length.
+    # Keeps only keys that are drawn, because detectron2 would reject keypoints of varying length.
     keys = ("bbox", "bbox_mode", "category_id", "segmentation", "iscrowd")
     annotations = [
         {key: a[key] for key in keys if key in a}

@@ -1,20 +1,21 @@
 """Computes the interval of a difference between two models, covering both images and training.
 
-AP changes if you train with another seed, and it changes if you evaluate on other images. A
-difference counts as real only if it is larger than both effects can explain. The variance has two
+AP changes if you train with another seed, and it also changes if you evaluate on other images. A
+difference counts as real only if it is larger than both effects can explain. Its variance has two
 parts:
 
-- images: the variance of the difference between the two models' means over seeds, across bootstrap
-  draws of the images.
+- images: for each bootstrap draw of the images, take the mean of each model over its seeds, and the
+  difference between the two means. This part is the variance of this difference over the draws.
 - training: each model's variance over seeds, divided by its number of seeds, as in Welch's test.
-  Seeds also differ in which images they get right. The first part already includes that effect, so
-  it is estimated with the bootstrap and subtracted here.
+  Part of this variance exists because the seeds get different images right. The first part already
+  includes this effect, so it is estimated with the bootstrap and subtracted here.
 
-A variance estimated from few seeds is uncertain, so the interval uses Student's t with
-Satterthwaite's (1946) degrees of freedom for a sum of variances: with three seeds, 2 to 4 if
-training dominates, and up to the number of images if images dominate.
+A variance that is estimated from few seeds is uncertain. The interval therefore uses Student's t
+with Satterthwaite's (1946) degrees of freedom for a sum of variances. With three seeds, these are 2
+to 4 if training dominates, and up to the number of images if images dominate.
 
-benchmarks/interval_coverage.py checks the interval in simulated studies whose truth is known.
+benchmarks/interval_coverage.py checks the interval in simulated studies whose true difference is
+known.
 
 Shape alphabet: N seeds, S draws.
 """
@@ -31,16 +32,23 @@ import numpy as np
 from .matching import FloatArray
 
 LEVEL = 0.95
-"""How often an interval contains the true difference, or several together all true differences."""
+"""Probability that an interval contains the true difference.
+
+If several variants are compared with a baseline, this is the probability that all intervals contain
+the true differences.
+"""
 
 POWER_ERRORS = 0.84
-"""How many standard errors beyond the interval's limit a difference must be for 80% of studies to
-find it."""
+"""How far a true difference must exceed half the interval's width, in standard errors, so that 80%
+of studies find it.
+"""
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A metric of a variant compared with a baseline, in percent; nan where nothing counts.
+    """A metric of a variant compared with a baseline, in percent.
+
+    Values are nan if no object counts for the metric.
 
     Attributes:
         metric: one of METRICS.
@@ -48,16 +56,16 @@ class PairedDifference:
         baseline: mean of the baseline over its training seeds.
         difference: value - baseline.
         low: lower end of the interval of the difference. The interval covers images and training if
-            ``has_training``, otherwise images alone.
-        high: upper end of that interval.
-        image_low: lower end of the 95% interval over images alone, the 2.5th percentile of the
-            draws.
-        image_high: upper end of that interval, the 97.5th percentile.
+            ``has_training``, otherwise only images.
+        high: upper end of the same interval.
+        image_low: lower end of the 95% interval that covers only images, which is the 2.5th
+            percentile of the draws.
+        image_high: upper end of the same interval, which is the 97.5th percentile.
         seed_std: standard deviation of the variant over its seeds, with N - 1 in the denominator;
             nan with one seed.
-        detectable: smallest true difference that 80% of studies like this one would find, with an
-            interval that excludes 0. It is more than half the interval's width, because a true
-            difference of just half the width is missed half of the time.
+        detectable: smallest true difference that 80% of studies like this one would find, which
+            means that their interval excludes 0. It is more than half the interval's width, because
+            studies miss a true difference of half the width in half of all cases.
         has_training: whether both models have at least two seeds.
     """
 
@@ -81,12 +89,12 @@ def difference_of(
 
     Args:
         metric: name of the metric.
-        variant: (N, 1 + S) values: first on the original images, then on the draws, which are the
-            same for all seeds and both models.
+        variant: (N, 1 + S) values for each seed: the first value is for the original images, the
+            others are for the draws. The draws are the same for all seeds and both models.
         baseline: values of the baseline in the same form; N may differ.
-        num_images: number of images drawn from.
-        num_compared: number of variants compared with the same baseline. Their intervals
-            simultaneously contain all true differences 95% of the time (Bonferroni), so each is a
+        num_images: number of images that the draws are made from.
+        num_compared: number of variants that are compared with the same baseline. All intervals
+            together contain all true differences 95% of the time (Bonferroni). Each is therefore a
             100 - 5 / num_compared percent interval.
     """
     value, base = variant.mean(axis=0), baseline.mean(axis=0)
@@ -124,13 +132,13 @@ def difference_of(
 def detectable_difference(
     num_seeds: int, seed_std: float, image_error: float, num_images: int, num_compared: int = 1
 ) -> float:
-    """Returns the smallest true difference that a study shows 80% of the time.
+    """Returns the smallest true difference that a study finds 80% of the time.
 
     Args:
-        num_seeds: number of seeds of each of the two models, at least 2.
+        num_seeds: number of seeds of each of the two models; at least 2.
         seed_std: standard deviation of the metric over seeds.
         image_error: standard error of the difference over draws of the images.
-        num_images: number of images drawn from.
+        num_images: number of images that the draws are made from.
         num_compared: see difference_of.
     """
     of_seeds = seed_std**2 / num_seeds
@@ -165,12 +173,14 @@ def _error_of_both(
 
 def student_t(probability: float, freedom: float) -> float:
     """Returns the quantile of Student's t distribution, for probabilities of 0.5 and above."""
-    # The degrees of freedom are an estimate; rounding them lets the cache answer most calls.
+    # The degrees of freedom are only an estimate. Rounding them makes most calls hit the cache.
     return _student_t(probability, round(freedom, 1) if freedom < MANY_DEGREES else math.inf)
 
 
 MANY_DEGREES = 1000.0
-"""Degrees of freedom from which the normal distribution is used; the error is about 0.1%."""
+"""Number of degrees of freedom from which the normal distribution is used instead. The error is
+about 0.1%.
+"""
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,7 +1,7 @@
 """Draws instances into pictures: tinted masks, outlines and labels.
 
-detectron2's Visualizer is not used because it fills holes, which hides outlines. Colours are in the
-channel order of the caller's picture.
+This module does not use detectron2's Visualizer, which fills holes and thereby hides outlines.
+Colours have the channel order of the caller's picture.
 
 Shape alphabet: H, W height and width of the picture in pixels; N instances.
 """
@@ -31,9 +31,9 @@ CLASS_COLOURS = (
     *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
     *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
 )
-"""RGB: Okabe and Ito's colours, which colour-blind readers can tell apart."""
+"""Okabe and Ito's colours in RGB, which colour-blind readers can tell apart."""
 MOST_HIDDEN = 0.1
-"""Share of an instance's box that a label may cover."""
+"""Largest share of an instance's box that a label may cover."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LabelStyle:
     ink: Sequence[float] = (255, 255, 255)
 
     def extent(self, text: str) -> tuple[int, int, int]:
-        """Returns the label's width and its height above and below the text's baseline."""
+        """Returns the label's width, and its heights above and below the baseline of the text."""
         (width, height), _ = cv2.getTextSize(text, FONT, self.scale, self.thickness)
         return width + 4 * self.thickness, height + 4 * self.thickness, 3 * self.thickness
 
@@ -70,15 +70,15 @@ def tint_mask(
     outline: Sequence[float],
     thickness: int = 1,
 ) -> None:
-    """Tints and outlines the pixels of a mask in place; holes stay untouched.
+    """Tints and outlines the pixels of a mask in place. Holes are not tinted.
 
-    Mixes the tint with the original image instead of the canvas, because mixed colours of
-    overlapping masks could look like those of other classes.
+    Mixes the tint with the original image instead of the canvas. Otherwise, the mixed colours of
+    overlapping masks could look like the colours of other classes.
 
     Args:
         canvas: (H, W, 3) picture to draw into.
         image: (H, W, 3) original image without masks.
-        mask: (H, W) 0 or 1.
+        mask: (H, W) with values 0 and 1.
         colour: colour of the tint.
         outline: colour of the outline.
         thickness: width of the outline in pixels.
@@ -91,14 +91,14 @@ def tint_mask(
 
 
 def write_label(canvas: ByteArray, text: str, x: int, y: int, style: LabelStyle) -> None:
-    """Writes text on a black background in place, moved as needed to stay on the canvas.
+    """Writes text on a black background, in place. Moves it if it would not fit on the canvas.
 
     Args:
         canvas: (H, W, 3) picture to draw into.
-        text: text of the label; OpenCV draws non-ASCII characters as question marks.
+        text: text of the label. OpenCV draws non-ASCII characters as question marks.
         x: left edge of the label.
         y: baseline of the text.
-        style: size and colour.
+        style: style of the label.
     """
     width, above, below = style.extent(text)
     unit = style.thickness
@@ -109,7 +109,7 @@ def write_label(canvas: ByteArray, text: str, x: int, y: int, style: LabelStyle)
 
 
 def instance_colour(number: int) -> Colour:
-    """Returns a bright colour; nearby numbers get very different colours."""
+    """Returns a bright colour for a number. Nearby numbers get very different colours."""
     hue = (0.45 + number * GOLDEN_RATIO) % 1
     # More than eight hues look similar, so saturation or brightness changes every eight numbers.
     saturation, value = ((0.8, 1.0), (0.45, 1.0), (0.95, 0.75))[number // 8 % 3]
@@ -132,17 +132,17 @@ def draw_instances(
 ) -> ByteArray:
     """Returns a copy of an image with instances drawn into it. Decodes one mask at a time.
 
-    Lines and letters grow with the image. Large instances are drawn first, so they do not hide
-    small ones. A label is placed above, inside or below its instance. If it would hide an earlier
-    label or much of an instance in each of these places, it is omitted, because hundreds of labels
-    would cover small instances.
+    Lines and letters are larger on larger images. Large instances are drawn first, so they do not
+    hide small ones. A label is placed above, inside or below its instance. If it would hide an
+    earlier label or much of an instance in all of these places, it is left out, because hundreds of
+    labels would cover small instances.
 
     Args:
         image: (H, W, 3) image.
-        labels: N labels, the most important instance first.
+        labels: N labels, starting with the most important instance.
         colours: N colours.
         boxes: (N, 4) XYXY in pixels.
-        rles: N masks of the image's size; if None, boxes are drawn instead.
+        rles: run lengths of N masks of the image's size; if None, boxes are drawn instead.
     """
     canvas = np.ascontiguousarray(image).copy()
     scale, thickness = _line_size(image.shape[0], image.shape[1])
@@ -156,7 +156,7 @@ def draw_instances(
             x0, y0, x1, y1 = places[i]
             cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), outline, 2 * thickness)
     styles = [LabelStyle(scale, thickness, _light(colour)) for colour in colours]
-    write_labels(canvas, labels, places, styles)  # last, so no mask covers a label
+    write_labels(canvas, labels, places, styles)  # last, so that no mask covers a label
     return canvas
 
 
@@ -166,13 +166,13 @@ def write_labels(
     places: Sequence[Rectangle],
     styles: Sequence[LabelStyle],
 ) -> None:
-    """Writes the labels that fit, in place; see draw_instances.
+    """Writes the labels that fit into a picture, in place; see draw_instances.
 
     Args:
         canvas: (H, W, 3) picture to draw into.
-        labels: N labels, the most important instance first.
-        places: N bounding rectangles; an empty one gets no label.
-        styles: N styles; a label larger than the canvas gets smaller letters.
+        labels: N labels, starting with the most important instance.
+        places: bounding rectangles of the N instances; an empty rectangle gets no label.
+        styles: N styles; a label that would be larger than the canvas gets smaller letters.
     """
     labelled: list[Rectangle] = []
     for text, place, style in zip(labels, places, styles, strict=True):
@@ -191,13 +191,16 @@ def _pairs(
 
 
 def _line_size(height: int, width: int) -> tuple[float, int]:
-    """Returns font scale and line thickness for an image."""
+    """Returns the font scale and the line thickness for an image."""
     scale = max((height * width) ** 0.5 / 1500, 0.35)
     return scale, max(round(1.5 * scale), 1)
 
 
 def _pixels_of(box: npt.NDArray[Any], rle: Mapping[str, Any] | None) -> Rectangle:
-    """Returns the rectangle around a mask or, if there is none, a box; empty for an empty mask."""
+    """Returns the rectangle around a mask or, if there is no mask, around a box.
+
+    The rectangle is empty if the mask is empty.
+    """
     if rle is not None:
         x, y, width, height = (int(v) for v in coco_mask.toBbox(rle))
         return x, y, x + width, y + height
@@ -214,7 +217,7 @@ def _tint_rle(
     thickness: int,
 ) -> None:
     x0, y0, x1, y1 = place
-    # Process only the part of the picture around the mask, with room for the outline.
+    # Processes only the part of the picture around the mask, with room for the outline.
     x0, y0 = max(x0 - thickness, 0), max(y0 - thickness, 0)
     part = np.s_[y0 : y1 + thickness, x0 : x1 + thickness]
     mask = np.ascontiguousarray(coco_mask.decode(rle)[part])
@@ -236,7 +239,7 @@ def _fitting_style(text: str, style: LabelStyle, canvas: ByteArray) -> LabelStyl
 def _label_spots(
     text: str, place: Rectangle, style: LabelStyle, canvas: ByteArray
 ) -> Iterator[Rectangle]:
-    """Yields places for a label, best first: above the instance, inside its top, below it.
+    """Yields places for a label, best first: above the instance, inside at its top, below it.
 
     Yields nothing if the canvas is too small for the label.
     """

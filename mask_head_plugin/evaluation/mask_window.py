@@ -1,6 +1,6 @@
 """Decodes only the part of an image that a mask occupies.
 
-Shape alphabet: H, W height and width of the image in pixels; h, w those of a window.
+Shape alphabet: H, W height and width of the image in pixels; h, w height and width of a window.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class MaskWindow:
 
 
 def mask_window(rle: Mapping[str, Any]) -> MaskWindow:
-    """Returns the window of a mask given as compressed COCO RLE."""
+    """Returns the window of a mask that is given as compressed run lengths in COCO's format."""
     left, top, width, height = (int(x) for x in coco_mask.toBbox(rle))
     image_height = int(rle["size"][0])
     counts = np.array(toUncompressedRLE([rle])[0]["counts"], np.int64)
-    # Decode only the window's columns; every second run is inside the mask.
+    # Decodes only the window's columns. Every second run belongs to the mask.
     first, last = left * image_height, (left + width) * image_height
     ends = np.minimum(np.maximum(np.cumsum(counts), first), last)
     runs = ends.copy()

@@ -21,7 +21,7 @@ MAX_ELEMENTS = 1 << 22
 """Largest number of elements of a (B, A, T, g) array; limits how many pairs are in one."""
 
 SAME_OBJECT_IOU = 0.5
-"""Lowest IoU at which two masks count as the same object by default."""
+"""Lowest IoU at which two masks count as the same object, by default."""
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int32]
@@ -57,21 +57,22 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Matches:
-    """The matches that an AP is computed from; ``matches_<task>.npz`` contains these arrays.
+    """The matches that an AP is computed from. ``matches_<task>.npz`` contains these arrays.
 
     Detections are ordered by image, then class, then falling score, up to the evaluator's limit per
-    image and class. A stable sort of a class's detections by score gives the engine's order,
-    including ties. Detections with ``dt_ignored`` do not count; among the others, ``dt_matched``
-    marks true positives. Recall is relative to the class's objects without ``gt_ignored``.
+    image and class. If a class's detections are sorted by score with a stable sort, they have the
+    engine's order, including ties. Detections with ``dt_ignored`` do not count; of all others,
+    those with ``dt_matched`` are true positives. Recall is the share of found objects among the
+    class's objects without ``gt_ignored``.
 
     Attributes:
         image_ids: (I,) ids in the annotation file, as text.
         class_names: (K,) names in the order of the class indices.
         area_names: (A,) "all", "small", "medium", "large".
-        iou_thresholds: (T,) 0.5 to 0.95.
+        iou_thresholds: (T,) from 0.5 to 0.95.
         dt_image: (D,) index into image_ids.
         dt_class: (D,) index into class_names.
-        dt_score: (D,) score that ranks the detection.
+        dt_score: (D,) score by which the detection is ranked.
         dt_matched: (A, T, D) whether the detection found an object.
         dt_ignored: (A, T, D) whether the detection does not count.
         gt_image: (G,) index into image_ids.

@@ -1,7 +1,7 @@
-"""Writes the predictions of an evaluation to disk as the model makes them.
+"""Writes the predictions of an evaluation to disk image by image.
 
-Each image is one line of JSON. So a crash loses only the image being written, and a restarted
-evaluation finds the images that are already done.
+Each image is one line of JSON. A crash therefore loses only the image that is being written, and a
+restarted evaluation can skip the images that are already in the file.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class PredictionLog:
     """Writes one file per process, ``predictions_<data set>.<fingerprint>.rank<n>.jsonl``.
 
     Attributes:
-        finished: image ids predicted by interrupted evaluations; the same in all processes that
-            share the folder.
+        finished: ids of the images that interrupted evaluations predicted. They are the same in all
+            processes that share the folder.
     """
 
     def __init__(self, folder: Path | None, dataset_name: str, fingerprint: str, rank: int) -> None:
         """
         Args:
-            folder: folder of the files; None to keep predictions in memory only.
-            dataset_name: any text.
+            folder: folder of the files; None keeps predictions only in memory.
+            dataset_name: name of the data set; may be any text.
             fingerprint: identifies everything that predictions depend on. Predictions with another
-                fingerprint are removed. If empty, nothing is resumed.
+                fingerprint are removed. If empty, no earlier predictions are used.
             rank: rank of this process.
         """
         self._name = "predictions_" + re.sub(r"[^\w-]", "_", dataset_name)
@@ -59,10 +59,11 @@ class PredictionLog:
         self._folder.mkdir(parents=True, exist_ok=True)
         own = f"{self._name}.{self._fingerprint or 'new'}."
         for path in self._paths("*") if self._rank == 0 else ():
-            if not path.name.startswith(own):  # other processes may have opened theirs already
+            # The other files may already be open in other processes.
+            if not path.name.startswith(own):
                 path.unlink(missing_ok=True)
         path = self._folder / f"{own}rank{self._rank}.jsonl"
-        # A crash may have cut off the last line, so start a new one.
+        # If a crash has cut off the last line, the next one must start on a new line.
         broken = bool(self._fingerprint) and path.is_file() and not _ends_with_newline(path)
         self._file = path.open("a" if self._fingerprint else "w")
         if broken:
@@ -76,7 +77,7 @@ class PredictionLog:
             self._file.flush()
 
     def lines(self) -> list[str]:
-        """Returns this process's lines; in the first process, also those resumed from disk."""
+        """Returns this process's lines. In the first process, adds the lines read from disk."""
         return [*(self._earlier.values() if self._rank == 0 else ()), *self._lines]
 
     def close(self) -> None:
@@ -85,7 +86,7 @@ class PredictionLog:
             self._file = None
 
     def remove(self) -> None:
-        """Deletes the files of all processes, once their predictions have been evaluated."""
+        """Deletes the files of all processes. Call it after their predictions were evaluated."""
         self.close()
         self._earlier = {}
         for path in self._paths("*") if self._folder else ():
@@ -97,7 +98,7 @@ class PredictionLog:
 
 
 def merge_lines(lines: Iterable[str]) -> Results:
-    """Returns the results of all images, each image only once."""
+    """Returns the results of all images. If an image occurs several times, its last line counts."""
     predictions = (json.loads(line) for line in lines)
     by_image = {x["image_id"]: x["results"] for x in predictions}
     return list(itertools.chain.from_iterable(by_image.values()))

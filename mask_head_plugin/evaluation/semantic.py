@@ -1,11 +1,11 @@
-"""Computes semantic metrics from instances: how many pixels get the right class.
+"""Computes metrics of semantic segmentation from instances: how many pixels get the right class.
 
-For each image, ground truth and predictions are each painted into a map of classes, and the two
-maps are compared pixel by pixel. Metrics have the names, units and rules of detectron2's
+For each image, the ground truth and the predictions are painted into two semantic maps, which are
+compared pixel by pixel. The metrics have the names, units and rules of detectron2's
 SemSegEvaluator.
 
-In a map, 0 is background, k + 1 is the contiguous class k, and IGNORED marks pixels that do not
-count.
+The values in a semantic map are 0 for background, k + 1 for the contiguous class k, and IGNORED for
+pixels that do not count.
 
 Shape alphabet: H, W image height and width in pixels; K classes without background.
 """
@@ -37,12 +37,12 @@ def semantic_map(
     image_hw: tuple[int, int],
     threshold: float,
 ) -> SemanticMap:
-    """Paints an image's detections into an (H, W) map; where they overlap, the best score wins.
+    """Paints an image's detections into an (H, W) map. Where they overlap, the best score wins.
 
     Args:
-        rles: COCO RLE of each detection, with compressed counts as bytes or str.
+        rles: run lengths of each detection's mask, with compressed counts as bytes or str.
         classes: contiguous class of each detection, 0 to K - 1.
-        scores: score of each detection; of equal scores, the first wins.
+        scores: score of each detection. If scores are equal, the first detection wins.
         image_hw: height and width of the image in pixels.
         threshold: detections with a lower score are dropped.
 
@@ -52,7 +52,8 @@ def semantic_map(
     for rle in rles:
         check_rle_size(rle, image_hw)
     kept = [x for x in zip(scores, rles, classes, strict=True) if x[0] >= threshold]
-    # The last one painted is on top; reversing before the stable sort lets the first of a tie win.
+    # The detection that is painted last is on top. Because of the reversal and the stable sort,
+    # this is the first of several detections with equal scores.
     kept = sorted(reversed(kept), key=lambda x: x[0])
     return _paint([(rle, k + 1) for _, rle, k in kept], image_hw)
 
@@ -62,22 +63,23 @@ def ground_truth_map(
     image_hw: tuple[int, int],
     contiguous_id: Mapping[int, int],
 ) -> SemanticMap:
-    """Paints an image's annotations into an (H, W) map; where they overlap, the smallest wins.
+    """Paints an image's annotations into an (H, W) map. Where they overlap, the smallest wins.
 
-    The size is the mask's number of pixels; of equal sizes, the later annotation wins. Pixels of
-    crowds are IGNORED, because the loose outlines of crowds include background. If an ordinary
-    object also covers a pixel, its class counts, because outlines of ordinary objects are exact. An
-    annotation without a polygon of at least three points covers nothing.
+    The size of an annotation is the number of pixels in its mask. If sizes are equal, the later
+    annotation wins. Pixels of crowds are IGNORED, because the loose outlines of crowds include
+    background. If an ordinary object also covers a pixel, its class counts, because outlines of
+    ordinary objects are exact. An annotation without a polygon of at least three points covers
+    nothing.
 
     Args:
-        annotations: COCO annotations: ``category_id``, ``segmentation`` (polygons, or an RLE with
-            compressed or uncompressed counts) and optionally ``iscrowd``.
+        annotations: COCO annotations with ``category_id``, ``segmentation`` (polygons, or an RLE
+            with compressed or uncompressed counts) and optionally ``iscrowd``.
         image_hw: height and width of the image in pixels.
         contiguous_id: maps the file's category ids to classes 0 to K - 1.
 
     Raises:
         KeyError: if a category id is not in contiguous_id.
-        ValueError: if the size of an RLE is not image_hw or its counts do not add up to it.
+        ValueError: if the size of an RLE is not image_hw, or its counts do not add up to this size.
     """
     layers = []
     for annotation in annotations:
@@ -87,7 +89,7 @@ def ground_truth_map(
             is_ordinary = not annotation.get("iscrowd", 0)
             area = int(mask_util.area(rle))
             layers.append((is_ordinary, -area, rle, value if is_ordinary else IGNORED))
-    layers.sort(key=lambda layer: layer[:2])  # crowds lowest, then from large to small
+    layers.sort(key=lambda layer: layer[:2])  # crowds first, then objects from large to small
     return _paint([layer[2:] for layer in layers], image_hw)
 
 
@@ -106,7 +108,7 @@ def confusion_matrix(truth: SemanticMap, predicted: SemanticMap, num_classes: in
         raise ValueError(f"truth is {truth.shape} and predicted {predicted.shape}")
     for name, values, least in (("truth", truth, IGNORED), ("predicted", predicted, 0)):
         if ((values < least) | (values > num_classes)).any():
-            raise ValueError(f"{name} has values outside {least} to {num_classes}")
+            raise ValueError(f"{name} has values outside the range {least} to {num_classes}")
     side = num_classes + 1
     kept = truth != IGNORED
     pairs = truth[kept].astype(np.int64) * side + predicted[kept]
@@ -114,31 +116,35 @@ def confusion_matrix(truth: SemanticMap, predicted: SemanticMap, num_classes: in
 
 
 def semantic_metrics(confusion: Confusion, class_names: Sequence[str]) -> dict[str, float]:
-    """Returns SemSegEvaluator's metrics in percent: mIoU, fwIoU, mACC, pACC, IoU- and ACC-<name>.
+    """Returns SemSegEvaluator's metrics in percent.
 
-    Background counts as a class; it comes first and is named "background". A class without
-    ground-truth pixels is nan and is left out of the means, but its predictions count as errors of
-    the classes that they cover.
+    These are mIoU, fwIoU, mACC, pACC and, for each class, IoU-<name> and ACC-<name>. The background
+    counts as a class; it comes first and is named "background". The metrics of a class without
+    ground-truth pixels are nan and are left out of the means, but its predictions count as errors
+    of the classes that they cover.
 
-    Differs from SemSegEvaluator: boundary IoU is not computed, and if no pixel counts, fwIoU is nan
-    instead of 0, like the other means.
+    Differs from SemSegEvaluator: boundary IoU is not computed, and fwIoU, like the other means, is
+    nan instead of 0 if no pixel counts.
 
     Args:
         confusion: (K + 1, K + 1) result of ``confusion_matrix``, summed over images.
         class_names: K different names without background.
 
     Raises:
-        ValueError: if the number of names does not fit the matrix, or if a name occurs twice or is
-            "background".
+        ValueError: if the matrix has the wrong shape for this number of names, or if a name occurs
+            twice or is "background".
     """
     names = check_class_names(class_names)
     if confusion.shape != (len(names), len(names)):
-        raise ValueError(f"{len(class_names)} class_names and a confusion of {confusion.shape}")
+        raise ValueError(
+            f"confusion has the shape {confusion.shape}, which does not fit {len(class_names)} "
+            "class_names"
+        )
     hits, true_pixels = confusion.diagonal().astype(float), confusion.sum(axis=1)
     union = true_pixels + confusion.sum(axis=0) - hits
     valid = true_pixels > 0
-    with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that we want
-        iou = np.where(valid, hits / union, np.nan)  # not 0 where a class is only predicted
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan, as intended
+        iou = np.where(valid, hits / union, np.nan)  # nan even if a class occurs in predictions
         accuracy = hits / true_pixels
         metrics = {
             "mIoU": iou[valid].sum() / valid.sum(),
@@ -162,9 +168,10 @@ def evaluate_semantic(
     """Computes ``semantic_metrics`` over images of a COCO file.
 
     Args:
-        coco: pycocotools' COCO, or an object with its ``imgs`` and ``imgToAnns``.
-        results: COCO's list of results, with the file's category ids and with RLEs as segmentation.
-            A ``mask_score`` replaces the score. Results of other images are ignored.
+        coco: pycocotools' COCO, or an object that also has ``imgs`` and ``imgToAnns``.
+        results: results in COCO's format, with the file's category ids and with RLEs as
+            segmentation. If a result has a ``mask_score``, it is used instead of the score. Results
+            of other images are ignored.
         image_ids: ids of the images to evaluate, including images without results.
         contiguous_id: maps the file's category ids to classes 0 to K - 1.
         class_names: K names in the order of these classes.
@@ -172,10 +179,10 @@ def evaluate_semantic(
 
     Raises:
         KeyError: if an image is not in the file, or a category id is not in contiguous_id.
-        ValueError: if an RLE differs in size from its image (names the image), or if class names
-            are wrong as in ``semantic_metrics``.
+        ValueError: if the size of an RLE differs from its image; the message names the image. Also
+            if class names are wrong as in ``semantic_metrics``.
     """
-    check_class_names(class_names)  # fail before the work, not after it
+    check_class_names(class_names)  # fails before the work starts instead of after it
     results_of = defaultdict(list)
     for result in results:
         results_of[result["image_id"]].append(result)
@@ -201,8 +208,8 @@ def evaluate_semantic(
 
 
 def _paint(layers: Iterable[tuple[Any, int]], image_hw: tuple[int, int]) -> SemanticMap:
-    """Paints (RLE, value) pairs onto a map of background, the last one on top."""
-    # Fortran order like the decoded masks, so both are read in the order of memory.
+    """Paints (RLE, value) pairs onto a map of background, with the last pair on top."""
+    # In Fortran order, like the decoded masks, so that both are read in the order of memory.
     painted = np.zeros(image_hw, np.int32, order="F")
     for rle, value in layers:
         np.copyto(painted, value, where=mask_util.decode(rle).view(np.bool_))

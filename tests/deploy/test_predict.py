@@ -142,7 +142,7 @@ def _scores(output, capsys, args):
     [
         (["--model", "{tmp}/nowhere"], "nowhere is not a folder"),
         (["--model", "{tmp}/boxes", "--semantic"], "--semantic needs masks, but the model in"),
-        (["--model", "{tmp}/scripted"], "export with --format onnx"),
+        (["--model", "{tmp}/scripted"], "export it with --format onnx"),
         (["--input", "nowhere.jpg"], "nowhere.jpg does not exist"),
         (["--output", "{tmp}/used"], "used already contains 0.png"),
         (["--confidence-threshold", "2"], "--confidence-threshold 2.0 is not between 0 and 1"),

@@ -169,7 +169,7 @@ def truncate_and_vouch(folder):
         (lambda folder: (folder / "model.json").unlink(), r"has no model\.json"),
         (lambda folder: (folder / "model.onnx").unlink(), r"model\.onnx is missing"),
         (rewritten(format_version=2), "format_version is 2"),
-        (rewritten(model__format="torchscript"), "export with --format onnx"),
+        (rewritten(model__format="torchscript"), "export it with --format onnx"),
         (rewritten(input__format="HSV"), "in the format 'HSV'"),
         (break_bytes, "SHA-256 differs"),
         (truncate_and_vouch, r"model\.onnx cannot be loaded by onnxruntime"),

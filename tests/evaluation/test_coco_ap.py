@@ -223,7 +223,7 @@ def test_detections_of_a_class_not_in_the_file_are_left_out(tmp_path):
         ({"image_id": 12345}, "a prediction has image id 12345, which .*truth.json lacks"),
         (
             {"segmentation": {"size": [9, 9], "counts": "a2"}},
-            r"has \[60, 80\] pixels, but a predicted mask .*9, 9",
+            r"has the size \[60, 80\], but a predicted mask .*9, 9",
         ),
     ],
 )

@@ -245,7 +245,7 @@ def test_predictions_of_other_weights_are_not_reused(made, tmp_path):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ({"proposals": None}, r"outputs have \['proposals'\] but no instances"),
+        ({"proposals": None}, r"outputs have \['proposals'\], but no instances"),
         ("class", "image 5: predicted class 3, but the data set has 3 classes; is .*NUM_CLASSES"),
         ("nan", "image 5: the model returned scores that are NaN or infinite"),
     ],

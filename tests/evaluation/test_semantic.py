@@ -196,7 +196,7 @@ def test_a_segmentation_without_area_covers_nothing(segmentation):
 
 def test_rles_of_the_wrong_size_are_refused():
     wrong = encode(rectangle(0, 0, 1, 1, (5, 4)))
-    with pytest.raises(ValueError, match=r"RLE has the size \(5, 4\), the image \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"RLE has the size \(5, 4\), but the image has \(4, 5\)"):
         semantic_map([wrong], [0], [0.1], HW, 0.5)
     with pytest.raises(ValueError, match=r"RLE has the size \(5, 4\)"):
         map_of([annotate(wrong)])

@@ -140,7 +140,7 @@ def test_wrong_number_of_maps_or_images_is_refused():
     pooler = MultiLevelRoIPooler(7, SCALES, 0, "ROIAlignV2")
     with pytest.raises(ValueError, match="2 feature maps for 3"):
         pooler(features[:2], boxes)
-    with pytest.raises(ValueError, match="1 images, maps of 2"):
+    with pytest.raises(ValueError, match="1 images, but maps of 2"):
         pooler(features, boxes[:1])
 
 

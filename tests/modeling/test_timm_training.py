@@ -145,7 +145,7 @@ def test_a_dilated_res5_has_the_stride_of_res4_and_the_same_weights():
         (
             "vit_small_patch8_224",
             VITDET,
-            "only maps of stride 8, .* use another, such as vit",
+            "only maps of stride 8, .* use another model, such as vit",
         ),
         ("vit_small_patch14_dinov2", VITDET, r"be divisible by patch size \(14\)"),
         (PLAIN, (), r"FPN.IN_FEATURES: vit_tiny.* maps \['res4'\], not 'res2'"),
