@@ -40,7 +40,8 @@ class EagerModel:
 
         Args:
             cfg: a config from ``demo_config``.
-            confidence_threshold: score that detections of all other classes must exceed.
+            confidence_threshold: score that detections must exceed if ``thresholds`` does not list
+                their class.
             thresholds: "NAME=SCORE" for classes with a different threshold.
 
         Raises:
