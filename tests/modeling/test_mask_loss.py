@@ -456,7 +456,7 @@ def scale_is_missing(mask_logits, gt_masks, weights=None, *, scale):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (mean_of_nothing, "MEAN_OF_NOTHING: without RoIs .* returns .*nan.*mean_over_rois"),
+        (mean_of_nothing, "MEAN_OF_NOTHING: for a batch .* returns .*nan.*mean_over_rois"),
         (values_per_roi, "VALUES_PER_ROI: for a batch .*, the loss '.*' returns tensor"),
         (
             maximum_of_nothing,
