@@ -26,7 +26,7 @@ Examples:
   Your own weights and data:
     python tools/compare_zoo.py --config configs/mine/cells.yaml --weights model_final.pth \\
         --dataset cells_val --output output/zoo_cells
-  Every mask baseline of the zoo, each on 500 images of its own data set:
+  Every mask baseline of the zoo, each on 500 images of the data set in its config:
     python tools/compare_zoo.py --all --weights zoo --num-images 500 --output output/zoo
 
 Any config key may follow the flags: MODEL.DEVICE cpu TEST.DETECTIONS_PER_IMAGE 300
