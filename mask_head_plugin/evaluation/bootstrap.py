@@ -50,16 +50,19 @@ Cell = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Curves:
-    """A class's precision and recall in C cells and S draws, at true positives of any of the cells.
+    """The precision and recall of a class in C cells and S draws.
 
+    The n points of a curve are the detections that are true positives in at least one of the cells.
     Between true positives, precision only falls; over the copies of a true positive, it only rises.
-    So the highest precision at or above any recall is reached at the last copy of a true positive.
-    A detection that is no true positive in its own cell adds no recall, so it changes nothing.
+    The highest precision at or above any recall is therefore reached at the last copy of a true
+    positive. In cells in which a detection is not a true positive, it does not raise the recall and
+    thus has no effect.
 
     Attributes:
-        precision: (C, S, n) interpolated precision, 0 to 1: the highest from this detection on.
+        precision: (C, S, n) interpolated precision, 0 to 1: the highest precision from this
+            detection on.
         num_recalls: (C, S, n) how many of _RECALLS the recall reaches at this detection.
-        has_objects: (C, S) whether any object was drawn; otherwise the curve is meaningless.
+        has_objects: (C, S) whether any object was drawn; otherwise, the curve is meaningless.
     """
 
     precision: FloatArray
@@ -67,7 +70,7 @@ class _Curves:
     has_objects: npt.NDArray[np.bool_]
 
     def average_precision(self) -> FloatArray:
-        """Returns the average precision, (C, S) from 0 to 1; nan without objects."""
+        """Returns the average precision, (C, S) from 0 to 1, or nan if no object was drawn."""
         # Each true positive contributes its precision at the recalls that it reaches first.
         before = self.num_recalls[..., :-1]
         total = np.einsum("csn,csn->cs", self.precision, self.num_recalls)
@@ -75,9 +78,9 @@ class _Curves:
         return np.where(self.has_objects, total / len(_RECALLS), np.nan)
 
     def sampled(self) -> FloatArray:
-        """Returns each cell's precision at each recall in the first draw, (C, 101).
+        """Returns the precision at each recall in the first draw, (C, 101).
 
-        It is 0 at recalls that are not reached, and nan without objects.
+        The precision is 0 at recalls that are not reached, and nan if no object was drawn.
         """
         samples = np.zeros((len(self.precision), len(_RECALLS)))
         for row, precision, num_recalls in zip(
@@ -288,7 +291,7 @@ def _class_aps(
     aps = np.full((len(cells), len(matches.class_names), len(weights)), np.nan)
     for k, (detections, objects) in enumerate(_by_class(matches)):
         size = max(len(detections), len(objects), 1)
-        # Few draws leave room for several cells at once, and many draws are faster one by one.
+        # With few draws, several cells fit into a chunk. With many, it has only one cell.
         rows = min(max(CHUNK_ELEMENTS // size, 1), len(weights))
         columns = max(CHUNK_ELEMENTS // (size * rows), 1)
         for start in range(0, len(weights), rows):
@@ -307,7 +310,7 @@ def _drawn(
     detections: npt.NDArray[np.int64],
     objects: npt.NDArray[np.int64],
 ) -> tuple[IntArray, IntArray]:
-    """Returns how often each detection, (S, n), and object of a class was drawn."""
+    """Returns how often each detection and each object of a class was drawn, with S rows each."""
     return (
         weights.take(matches.dt_image[detections], axis=1),
         weights.take(matches.gt_image[objects], axis=1),
@@ -321,7 +324,7 @@ def _curves(
     objects: npt.NDArray[np.int64],
     cells: Sequence[Cell],
 ) -> _Curves:
-    """Returns the curves of a class, whose ``detections`` are in the engine's order."""
+    """Returns the curves of a class. Its ``detections`` must be in the engine's order."""
     areas, thresholds = np.array(cells).T
     detections_drawn, objects_drawn = drawn
     num_objects = objects_drawn @ ~matches.gt_ignored[areas][:, objects].T
@@ -343,7 +346,7 @@ def _running_count(drawn: IntArray, is_chosen: npt.NDArray[np.bool_]) -> IntArra
 
     Args:
         drawn: (S, D) how often each detection was drawn.
-        is_chosen: (C, D) whether each cell counts it.
+        is_chosen: (C, D) whether the detection is chosen in each cell.
 
     Returns:
         (C, S, n) counts.

@@ -381,9 +381,9 @@ class Evaluation:
         return objects, detections
 
     def _is_lenient(self, detections: Sequence[Any]) -> BoolArray:
-        """Returns whether the image may have further objects of each detection's class, (N,).
+        """Returns whether a detection that finds no object must not count as wrong, (N,).
 
-        LVIS did not annotate them all, so a detection that finds nothing may be right.
+        This is the case for a class of which LVIS did not annotate all objects in the image.
         """
         lenient = np.zeros(len(detections), bool)
         if self.truth.is_lvis:

@@ -1,11 +1,12 @@
-"""Matches the detections and objects of a whole data set as COCO does, greedily.
+"""Matches the detections and objects of a data set greedily, by COCO's rules.
 
 Statistics over images, such as resampling, need to know which detection found which object, but
-the evaluation engine does not return its matches. This module computes them from the engine's IoUs
-in arrays: it matches the k-th best detections of all images and classes at once.
+the evaluation engine does not return its matches. This module computes them from the engine's IoUs.
+It works with arrays: it matches the best detections of all images and classes in one step, then all
+second-best detections, and so on.
 
 Shape alphabet: D detections, G objects (ground truth), A area ranges, T IoU thresholds; B pairs
-(one image and one class), d and g the largest numbers of detections and objects in a pair.
+(each of one image and one class), d and g the largest numbers of detections and objects in a pair.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_ELEMENTS = 1 << 22
-"""Largest number of elements of a (B, A, T, g) array; limits how many pairs are in one."""
+"""Largest number of elements of a (B, A, T, g) array. It limits the number of pairs B."""
 
 SAME_OBJECT_IOU = 0.5
 """Lowest IoU at which two masks count as the same object, by default."""
@@ -30,16 +31,18 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Pairs:
-    """The N detections and G objects of P pairs of image and class, one pair after another.
+    """The N detections and G objects of P pairs of an image and a class, one pair after another.
+
+    The detections of a pair are ordered by falling score.
 
     Attributes:
         num_detections: (P,) number of detections in each pair.
         num_objects: (P,) number of objects in each pair.
         ious: all IoUs in one flat array.
-        first_iou: (N,) index in ``ious`` of a detection's IoU with the first object of its pair;
-            its IoUs with the pair's other objects follow. Detections of a pair are by falling
-            score. Ignored if the pair has no objects.
-        crowd: (G,) whether an object is a crowd, which matches any number of detections and does
+        first_iou: (N,) index in ``ious`` of a detection's IoU with the first object of its pair.
+            The IoUs with the pair's other objects follow it. Has no meaning if the pair has no
+            objects.
+        crowd: (G,) whether an object is a crowd. A crowd matches any number of detections and does
             not count.
         ignored: (A, G) whether an object does not count in an area range; true for crowds.
         outside: (A, N) whether a detection is ignored if it matches nothing, for example because
@@ -103,18 +106,19 @@ class Matches:
 
 
 def match(pairs: Pairs, thresholds: FloatArray) -> tuple[IntArray, BoolArray]:
-    """Matches the detections of each pair to its objects as COCO does.
+    """Matches the detections of each pair to its objects by COCO's rules.
 
-    A detection takes the free object with the highest IoU, if that reaches the threshold. Of equal
-    IoUs, it takes the later object. Objects that count are preferred to those that do not.
+    A detection takes the free object with the highest IoU if this IoU reaches the threshold. If
+    several objects have the same IoU, it takes the last of them. Objects that count are preferred
+    to objects that do not count.
 
     Args:
         pairs: the detections and objects.
         thresholds: (T,) IoU thresholds.
 
     Returns:
-        (A, T, N) index of the object that each detection found, from 0 to G - 1 or -1 for none; and
-        ``dt_ignored`` (see Matches).
+        The index from 0 to G - 1 of the object that each detection found, or -1 if it found none,
+        (A, T, N); and ``dt_ignored``, see Matches.
     """
     num_areas, num_detections = pairs.outside.shape
     shape = (num_areas, len(thresholds), num_detections)
@@ -138,7 +142,7 @@ def match(pairs: Pairs, thresholds: FloatArray) -> tuple[IntArray, BoolArray]:
 
 
 def _chunks(pairs: Pairs, size_of_pair: int) -> Iterator[list[int]]:
-    """Yields indices of pairs of similar size that have something to match."""
+    """Yields the indices of pairs that have similar sizes and something to match."""
     todo = np.lexsort((pairs.num_objects, pairs.num_detections))
     todo = todo[(pairs.num_detections * pairs.num_objects)[todo] > 0]
     sizes = zip(pairs.num_detections[todo].tolist(), pairs.num_objects[todo].tolist(), strict=True)
@@ -160,7 +164,10 @@ def _chunks(pairs: Pairs, size_of_pair: int) -> Iterator[list[int]]:
 def _places(
     first: npt.NDArray[np.int64], count: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], BoolArray]:
-    """Returns ``first + 0, 1, ..., count - 1`` in rows, filled up with ``first``, and a mask."""
+    """Returns a row with the numbers ``first`` to ``first + count - 1`` for each pair.
+
+    Shorter rows are filled up with ``first``. Also returns which numbers are not filling.
+    """
     offset = np.arange(count.max())
     is_real = offset < count[:, None]
     return first[:, None] + np.where(is_real, offset, 0), is_real
@@ -169,7 +176,7 @@ def _places(
 def _match_together(
     ious: FloatArray, crowd: BoolArray, objects_ignored: BoolArray, thresholds: FloatArray
 ) -> tuple[IntArray, BoolArray]:
-    """Matches B pairs at once.
+    """Matches B pairs; see ``match``.
 
     Args:
         ious: (B, d, g) IoUs; -1 where a pair has fewer detections or objects.
@@ -178,8 +185,8 @@ def _match_together(
         thresholds: (T,) IoU thresholds.
 
     Returns:
-        (B, A, T, d) index in the pair of the object that each detection found, -1 for none, and
-        whether that object is ignored.
+        The index, within its pair, of the object that each detection found, or -1 if it found none;
+        and whether this object is ignored. Both are (B, A, T, d).
     """
     num_pairs, num_detections, num_objects = ious.shape
     crowd, objects_ignored = crowd[:, None, None], objects_ignored[:, :, None]
