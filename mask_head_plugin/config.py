@@ -181,7 +181,7 @@ def load_config(
 
 
 def find_config_file(name: str) -> str:
-    """Returns the path of an existing config file or, if there is none, of one in the package.
+    """Returns ``name`` if this file exists, or else the path of the package's file of this name.
 
     Args:
         name: a path, or the name of a file below ``configs/`` such as

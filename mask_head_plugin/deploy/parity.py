@@ -47,9 +47,9 @@ class Parity:
         mask_side: M, for models with masks.
         counts: number of detections in each image.
         unlike: the differences beyond the tolerance, one line each.
-        undecided: images in which the trained model finds different objects if the pixels change by
-            as little as rounding does. This happens, for example, if hundreds of proposals on a
-            uniform area have equal scores.
+        undecided: images in which the trained model finds different objects after a change of the
+            pixels that is as small as rounding. This happens, for example, if hundreds of proposals
+            on a uniform area have equal scores.
     """
 
     tolerance: Mapping[str, float]

@@ -69,7 +69,7 @@ def build_evaluator(
 
 
 def check_chosen_objects(cfg: CfgNode) -> None:
-    """Refuses a metric for objects that a data set lacks, because its value would always be NaN.
+    """Refuses a metric if the data set has no objects for it, because it would always be NaN.
 
     Raises:
         ConfigError: naming the key, the metric and the data set.

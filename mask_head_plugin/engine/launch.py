@@ -49,7 +49,7 @@ before it. The launcher needs only about 0.1 s for this.
 
 
 class RankError(RuntimeError):
-    """A process of a run failed or was killed. The message gives its rank and its error."""
+    """A process of a run failed or was killed. The message contains its rank and its error."""
 
 
 def launch(

@@ -110,7 +110,7 @@ def worker_errors_in_one_line() -> Iterator[None]:
 
 
 def prediction_fingerprint(cfg: CfgNode, model: torch.nn.Module, dataset_name: str) -> str:
-    """Returns a hash of everything that predictions depend on, the same in all processes.
+    """Returns a hash of everything that predictions depend on. It is the same in all processes.
 
     It covers the weights and the iteration; MODEL, INPUT, TEST and the proposal files in the
     config; class names; and the size and modification time of the annotation file, or the records

@@ -245,7 +245,7 @@ class MaskEvaluator(DatasetEvaluator):
         return summary
 
     def never_gives(self, metric: str) -> bool:
-        """Returns whether a metric is missing or nan for all predictions, for lack of objects.
+        """Returns whether a metric can never be a number, because there are no objects for it.
 
         Args:
             metric: such as ``segm/APl`` or ``bbox/AP-person``.

@@ -183,7 +183,7 @@ def selection_arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
     """Returns the constructor arguments that all mask heads of the plugin take from a config.
 
     Raises:
-        KeyError: if the config lacks the plugin's keys.
+        KeyError: if the config does not have the plugin's keys.
     """
     head = cfg.MODEL.ROI_MASK_HEAD
     if "LOSSES" not in head:
