@@ -41,7 +41,7 @@ _CLASSIFIER = re.compile(r"(^|\.)box_predictor(\.\d+)?\.cls_score\.weight$")
 class MaskHeadCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer that also reads ``.safetensors`` and never runs code from a file.
 
-    Weights that do not fit the model are an error or are logged (see weight_fit.py). Rows of
+    Weights that do not fit the model raise an error or are logged (see weight_fit.py). Rows of
     classes are matched by name (see class_rows.py), and the model keeps the names, so evaluation
     and drawing can match its predictions (see class_names.py).
 
@@ -61,8 +61,8 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         Args:
             model: the model to load and save.
             save_dir: folder of its checkpoints.
-            policy: which weights to accept. By default, weights that fit completely or fill a
-                backbone, with the classes named in the file.
+            policy: which weights to accept. By default, weights must fit completely or fill a
+                backbone, and the model takes its classes from the file.
             checkpointables: see DetectionCheckpointer.
         """
         super().__init__(model, save_dir, **checkpointables)
@@ -114,7 +114,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         return bool(checkpoint_files(Path(self.save_dir)))
 
     def get_checkpoint_file(self) -> str:
-        """Returns the newest intact checkpoint, as the main process sees it.
+        """Returns the newest intact checkpoint that the main process finds.
 
         Raises:
             ConfigError: if checkpoints exist but none is intact; names each with its damage.
@@ -131,7 +131,7 @@ class MaskHeadCheckpointer(DetectionCheckpointer):
         return newest
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Loads weights and checkpointables. By default loads all of them, which resumes a run.
+        """Loads weights and checkpointables. By default, loads all of them, which resumes a run.
 
         Raises:
             ConfigError: if the file cannot be downloaded or used, or does not fit the model.
@@ -244,7 +244,7 @@ def write_run_file(
     content: str | Callable[[IO[bytes]], object],
     before_rename: Callable[[], object] = lambda: None,
 ) -> None:
-    """Calls write_durably; turns an error into a ConfigError that says how to continue."""
+    """Calls write_durably; turns an OSError into a ConfigError that explains how to continue."""
     try:
         write_durably(path, content, before_rename)
     except OSError as error:
@@ -268,7 +268,7 @@ def export_safetensors(
         checkpoint: any file that read_checkpoint reads.
         output: the file to write; its folder is created if missing.
         half: store matrices and convolution kernels as float16, which halves the file size. Vectors
-            (biases, normalisation statistics) keep their type, because they need its range.
+            (biases, normalisation statistics) keep their type, because float16 has a small range.
         class_names: names in the order of the model's rows, if the checkpoint has none.
 
     Raises:
@@ -306,5 +306,5 @@ def _half(checkpoint: Path, name: str, weight: torch.Tensor) -> torch.Tensor:
     if weight.dim() < 2 or not weight.is_floating_point():
         return weight
     if not torch.isfinite(weight.half()).all():
-        raise ConfigError(f"{checkpoint}: {name} does not fit into float16; export without half")
+        raise ConfigError(f"{checkpoint}: {name} does not fit into float16; export it in float32")
     return weight.half()

@@ -46,7 +46,7 @@ def match_classes(
         resuming: whether a run is resumed, which must not change its classes.
 
     Returns:
-        Classes of the model with these weights, in the order of its rows; None if they are
+        Classes of the model after loading these weights, in the order of its rows; None if they are
         unknown.
 
     Raises:
@@ -101,7 +101,7 @@ def match_classes(
 def _check_rows(
     weights: Mapping[str, torch.Tensor], model: torch.nn.Module, found: Sequence[str], source: str
 ) -> None:
-    """Checks that a file has as many class names as rows."""
+    """Checks that a file has a class name for each row that belongs to a class."""
     for name, num_background in class_tensors(model).items():
         expected = len(found) + num_background
         if num_background and name in weights and len(weights[name]) != expected:
@@ -163,7 +163,7 @@ def _moved(
 def class_tensors(model: torch.nn.Module) -> dict[str, int]:
     """Returns the names of tensors with rows per class and their numbers of background rows.
 
-    Rows are grouped by class in the order of the classes; background rows come last. Includes
+    Rows are grouped by class, in the order of the classes; background rows come last. Included are
     layers of box predictors, mask heads and mask scoring unless they are class-agnostic.
     """
     modules = list(model.named_modules())

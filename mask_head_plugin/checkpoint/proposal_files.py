@@ -1,4 +1,4 @@
-"""Reads precomputed proposals safely: a file cannot run code or exhaust the memory."""
+"""Reads precomputed proposals safely, without running code or exhausting memory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def read_proposals(path: Path) -> dict[str, Any]:
         path: a pickle.
 
     Returns:
-        ``ids`` of N images; ``boxes``, N arrays (R, 4) in the units of ``bbox_mode``;
-        ``objectness_logits``, N arrays (R,).
+        A dict with the ``ids`` of N images; ``boxes``, N arrays of shape (R, 4) in the units of
+        ``bbox_mode``; and ``objectness_logits``, N arrays of shape (R,).
 
     Raises:
         ConfigError: if the file is missing or corrupt, refers to code that could run, or contains

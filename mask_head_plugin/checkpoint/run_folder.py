@@ -17,14 +17,16 @@ LAST_CHECKPOINT = "last_checkpoint"
 """File with the name of the checkpoint to resume from, as in detectron2."""
 
 FINISHED_ITERATION = "finished_iteration"
-"""Iteration of the newest checkpoint whose evaluation and logging also finished (hooks.Resume)."""
+"""File with the iteration of the newest checkpoint whose evaluation and logging also finished; see
+hooks.Resume."""
 
 BEST_CHECKPOINT = "model_best"
-"""File name without extension. The file has only weights, so a run cannot resume from it."""
+"""Name, without extension, of a file with the best weights. A run cannot resume from it."""
 
 
 EARLY_STOPPING = "early_stopping.json"
-"""Values of SOLVER.EARLY_STOPPING.METRIC in past evaluations; see engine/early_stopping.py."""
+"""File with the values of SOLVER.EARLY_STOPPING.METRIC in past evaluations; see
+engine/early_stopping.py."""
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -41,7 +43,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
     files = [path for path in files if path.stem != BEST_CHECKPOINT]
 
     def rank(path: Path) -> tuple[bool, bool, int, int]:
-        time, iteration = path.lstat().st_mtime_ns, _iteration(path.stem)  # works for dead links
+        time, iteration = (
+            path.lstat().st_mtime_ns,
+            _iteration(path.stem),
+        )  # lstat, because links may be broken
         is_later = time > tag_time and 0 <= _iteration(Path(tagged).stem) < iteration
         return is_later, path.name == tagged, iteration, time
 
@@ -75,9 +80,10 @@ def newest_intact(folder: Path) -> Path:
 
 
 def find_damage(path: Path) -> str:
-    """Describes the damage of a checkpoint file in words; returns "" if the file is intact.
+    """Describes how a checkpoint file is damaged; returns "" if it is intact.
 
-    Without a checksum file, as with detectron2's checkpoints, checks the checksums inside the file.
+    If there is no checksum file, as for detectron2's checkpoints, the checksums inside the file are
+    checked.
     """
     if not path.is_file():
         return "is a folder" if path.is_dir() else "is a broken link"

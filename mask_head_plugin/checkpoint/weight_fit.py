@@ -25,7 +25,7 @@ ADVICE = f"use weights trained with this config, or {LENIENT}"
 MODULES_IN_ERROR = 12
 
 _TRUNKS = ("backbone.bottom_up.", "backbone.net.", "backbone.")
-"""Prefixes of the parameters that ImageNet weights provide; the first one found in a model counts.
+"""Prefixes of the parameters that ImageNet weights provide; the first that a model has is used.
 Other parameters in ``backbone.``, such as the pyramid's convolutions, are new.
 """
 _RES5 = "roi_heads.res5."
@@ -40,11 +40,12 @@ class WeightsPolicy:
     Attributes:
         class_names: the model's K classes in its order, if known. If weights name their classes,
             their rows are moved to this order.
-        keeps_classes: whether the model takes its classes from the weights if these have others, as
-            a model that only predicts does. ``class_names`` is then only the preferred order.
+        keeps_classes: whether the model takes its classes from the weights if they differ from
+            ``class_names``, which is then only the preferred order. True for a model that only
+            predicts.
         strict: whether weights that do not fit are an error.
         whole: whether the weights must fill the whole model, because it will not be trained.
-        surplus: whether weights of a detector may have more parameters than the model.
+        surplus: whether weights of a detector may contain parameters that the model lacks.
         advice: what to do about weights that do not fit.
         input_format: INPUT.FORMAT, if known; weights for another colour order are logged.
     """
@@ -237,7 +238,7 @@ def refuse_or_tell(
     if not whole and half_filled:
         told = (
             f"{len(half_filled)} parameters of its backbone are missing: {grouped(half_filled)}; "
-            f"in all {fit}"
+            f"in total, {fit}"
         )
     if resuming:
         advice = (
@@ -247,9 +248,13 @@ def refuse_or_tell(
         logger.warning("%s does not fit the model; only what fits is loaded: %s", source, told)
         return
     elif fit.wrong_shape and set(fit.wrong_shape) <= set(class_layers):
-        nameless = "the file does not name its classes (tools/export_weights.py --classes-of does)"
+        nameless = (
+            "the file does not name its classes (add them with export_weights.py --classes-of)"
+        )
         if named:
-            nameless = "the first data set does not name its classes, or the wrong number of them"
+            nameless = (
+                "the first data set does not name its classes, or names the wrong number of them"
+            )
         advice = f"these rows belong to other classes, and {nameless}; {policy.advice}"
         if policy.keeps_classes:
             advice = "set MODEL.ROI_HEADS.NUM_CLASSES to the number of its classes"
@@ -259,7 +264,7 @@ def refuse_or_tell(
 
 
 def _is_detector(fit: Fit) -> bool:
-    """Returns whether weights contain more than a backbone; C4 has its res5 in the ROI heads."""
+    """Returns whether weights contain more than a backbone, which includes res5 in C4's ROI heads."""
     heads = ("proposal_generator.", "roi_heads.")
     placed = [*fit.fitting, *fit.wrong_shape]
     return any(not name.startswith(("backbone.", _RES5)) for name in placed) or any(
@@ -268,7 +273,7 @@ def _is_detector(fit: Fit) -> bool:
 
 
 def _half_filled(fit: Fit) -> list[str]:
-    """Returns the missing names of backbone modules that are only partly filled."""
+    """Returns the missing names if the weights fill a backbone, or its res5, only partly."""
     names = [*fit.fitting, *fit.missing, *fit.wrong_shape]
     trunk = next((x for x in _TRUNKS if any(name.startswith(x) for name in names)), _TRUNKS[-1])
     return [
@@ -315,7 +320,7 @@ def without_prefix(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grouped(names: Iterable[str]) -> str:
-    """Returns names in one line: all names if few, otherwise modules and their counts."""
+    """Returns names on one line: all of them if there are few, otherwise modules with counts."""
     names = list(names)
     if len(names) <= NAMES_IN_ERROR:
         return ", ".join(names) or "nothing"

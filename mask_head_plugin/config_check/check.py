@@ -34,15 +34,16 @@ def check_config(
 ) -> None:
     """Checks the names, numbers and files of a config without creating any file or folder.
 
-    Values that the plugin reads must be known to it. Values that detectron2 reads are refused only
-    if detectron2 refuses them, so anything that users have registered passes.
+    A value that the plugin reads must be one that it supports. A value that detectron2 reads is
+    refused only if detectron2 refuses it, so everything that users have registered is accepted.
 
     Args:
         cfg: a complete config.
         train: whether the model will be trained, which requires DATASETS.TRAIN.
         evaluate: whether the model will be evaluated, which requires DATASETS.TEST.
         num_processes: number of processes of the run on all machines.
-        trainer: the run's trainer, if it has a custom optimizer, schedule or loader.
+        trainer: class of the run's trainer; matters if it has a custom optimizer, schedule or
+            loader.
 
     Raises:
         ConfigError: if a value cannot be used; names the key, its value and possible values.
@@ -120,7 +121,7 @@ def _check_output_folder(name: str) -> None:
 
 
 def _split_at_what_exists(path: Path) -> tuple[Path, list[str]]:
-    """Returns the deepest existing folder (or dangling link) of a path and the names below it."""
+    """Returns the deepest existing part of a path, which may be a dangling link, and the rest."""
     missing: list[str] = []
     while True:
         try:

@@ -20,7 +20,7 @@ import torch
 T = TypeVar("T")
 
 MOST_SECONDS = 60.0
-"""Time limit of a call. The copy may hang: locks that other threads held stay locked in it."""
+"""Time limit of a call. The copy may hang, because locks of other threads stay locked in it."""
 
 
 class ChildError(RuntimeError):
@@ -30,13 +30,13 @@ class ChildError(RuntimeError):
 def call_in_child(call: Callable[[], T]) -> T:
     """Makes a call in a copy of this process and returns its result.
 
-    The copy is made with fork(), like the workers of a data loader. So it starts quickly and has
-    everything that is registered here, but it cannot use CUDA. Where fork() is unreliable (macOS,
-    Windows) or fails, the call is made in this process, and only the random generators of Python,
-    NumPy and PyTorch are restored afterwards.
+    The copy is made with fork(), like the workers of a data loader. It therefore starts quickly and
+    has everything that is registered in this process, but it cannot use CUDA. Where fork() is
+    unreliable (macOS, Windows) or fails, the call is made in this process. Afterwards, only the
+    random generators of Python, NumPy and PyTorch are restored.
 
     Args:
-        call: a function whose result can be pickled and that raises no errors.
+        call: a function whose result can be pickled and that does not raise errors.
 
     Raises:
         ChildError: if the copy ended or did not answer within MOST_SECONDS.
@@ -56,7 +56,9 @@ def call_in_child(call: Callable[[], T]) -> T:
         try:
             return _received(receiver)
         finally:
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):  # SIGCHLD is ignored
+            with contextlib.suppress(
+                ProcessLookupError, ChildProcessError
+            ):  # if SIGCHLD is ignored
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
 

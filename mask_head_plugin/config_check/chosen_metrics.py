@@ -29,7 +29,8 @@ def check_chosen_metrics(cfg: CfgNode) -> None:
     """Refuses a metric that no evaluation computes or that cannot affect the run.
 
     Raises:
-        ConfigError: if there is such a metric; names what is missing or the most similar metric.
+        ConfigError: if there is such a metric; names the missing setting or the most similar
+            metric.
     """
     for key, metric in chosen_metrics(cfg).items():
         _check_metric(cfg, key, metric)
@@ -52,7 +53,7 @@ def chosen_metrics(cfg: CfgNode) -> dict[str, str]:
 
 
 def improves(metric: str, value: float, best: float | None) -> bool:
-    """Returns whether a value of a metric is better than the best so far (None: no value yet).
+    """Returns whether a value of a metric is better than the best earlier value, if there is one.
 
     Losses are better if lower; all other metrics are better if higher.
     """
@@ -89,8 +90,8 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
     if not 0 < cfg.TEST.EVAL_PERIOD < cfg.SOLVER.MAX_ITER:
         raise ConfigError(
             f"{key} {metric!r} needs several evaluations to choose from, but TEST.EVAL_PERIOD "
-            f"{cfg.TEST.EVAL_PERIOD} gives one, after iteration {cfg.SOLVER.MAX_ITER}; set it to "
-            f"e.g. {max(cfg.SOLVER.MAX_ITER // 10, 1)}, or remove the metric"
+            f"{cfg.TEST.EVAL_PERIOD} gives only one, after iteration {cfg.SOLVER.MAX_ITER}; set it "
+            f"to e.g. {max(cfg.SOLVER.MAX_ITER // 10, 1)}, or remove the metric"
         )
     name, own = of_dataset(names, metric)
     if not name:
@@ -122,7 +123,7 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
 
 
 def evaluated_metrics(cfg: CfgNode, name: str) -> list[str]:
-    """Returns MaskEvaluator's metrics for a data set; none if another evaluator may be used."""
+    """Returns MaskEvaluator's metrics for a data set; [] if another evaluator may be used."""
     own, metadata = coco_classes(cfg), MetadataCatalog.get(name)
     kind = "coco" if name in own else metadata.get("evaluator_type")
     if kind not in ("coco", "lvis") or cfg.MODEL.KEYPOINT_ON:

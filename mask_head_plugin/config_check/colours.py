@@ -1,4 +1,4 @@
-"""Checks that INPUT.FORMAT has the colour order that pixel means and pretrained weights expect."""
+"""Checks that INPUT.FORMAT has the same colour order as pixel means and pretrained weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ IMAGENET_BGR = {
 """Statistics of ImageNet's channels with tolerances that cover Caffe's and torchvision's values."""
 
 NEAR = 2.0
-"""Largest accepted difference from a model's means and deviations, which authors round, such as
-0.498 to 0.5.
+"""Largest accepted difference from a model's means and deviations, because authors round them, such
+as 0.498 to 0.5.
 """
 
 ZOO = ("detectron2://", "catalog://", "https://dl.fbaipublicfiles.com/detectron")
@@ -32,7 +32,7 @@ ORDER_BY_AUTHOR = {"torchvision": "RGB", "Caffe2": "BGR", "pycls": "BGR"}
 
 
 def wrong_colours(cfg: CfgNode) -> str | None:
-    """Describes what is wrong with the colours and how to fix it; returns None if nothing is.
+    """Describes a fault of the colours and how to fix it; returns None if there is no fault.
 
     Args:
         cfg: a config whose PIXEL_MEAN and PIXEL_STD have one entry per channel of INPUT.FORMAT.
@@ -65,7 +65,7 @@ def wrong_colours(cfg: CfgNode) -> str | None:
 
 
 def _wrong_for_timm(cfg: CfgNode) -> str | None:
-    """Describes what contradicts a timm model's pretrained weights, with the right values."""
+    """Describes how the config contradicts a timm model's pretrained weights, with right values."""
     order, model = cfg.INPUT.FORMAT, cfg.MODEL
     if not (has_timm_backbone(cfg) and (model.TIMM.CHECKPOINT or model.TIMM.PRETRAINED)):
         return None

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_features(cfg: CfgNode, *, train: bool) -> None:
-    """Checks the parts of a detectron2 two-stage detector; parts of other kinds are not checked.
+    """Checks the parts of a two-stage detector of detectron2; skips parts of other kinds.
 
     Args:
         cfg: a config that has passed check_host_values.
@@ -64,7 +64,7 @@ def check_features(cfg: CfgNode, *, train: bool) -> None:
 
 
 def _backbone_maps(cfg: CfgNode) -> dict[str, ShapeSpec] | None:
-    """Returns the maps by name, or None if the backbone cannot be built without memory."""
+    """Returns the maps by name, or None if the backbone cannot be built on the meta device."""
     maps, part = dry_backbone(cfg)
     told = f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} cannot be built"
     if part.is_refusal:
@@ -92,8 +92,8 @@ def _check_anchors(cfg: CfgNode) -> None:
         if len(nested) not in (1, num_maps):
             raise ConfigError(
                 f"MODEL.ANCHOR_GENERATOR.{key} has {len(nested)} lists for {num_maps} maps, "
-                f"MODEL.RPN.IN_FEATURES {cfg.MODEL.RPN.IN_FEATURES}; give one list for each, or "
-                "one for all"
+                f"MODEL.RPN.IN_FEATURES {cfg.MODEL.RPN.IN_FEATURES}; give one list for each map, "
+                "or one for all maps"
             )
         if not all(x and all(_is_positive(value) for value in x) for x in nested):
             raise ConfigError(
@@ -119,7 +119,7 @@ def _check_matcher(section: str, node: CfgNode, num_thresholds: int) -> None:
         )
     if len(labels) != num_thresholds + 1 or not set(labels) <= {-1, 0, 1}:
         raise ConfigError(
-            f"{section}.IOU_LABELS {labels}: give one label more than IOU_THRESHOLDS, each 0 "
+            f"{section}.IOU_LABELS {labels}: give one more label than IOU_THRESHOLDS, each 0 "
             f"(background), -1 (ignored) or 1 (object)"
         )
 

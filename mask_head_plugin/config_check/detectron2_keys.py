@@ -1,8 +1,8 @@
-"""Checks values that detectron2 reads: the installed detectron2 decides whether it accepts them.
+"""Checks values that detectron2 reads, by building parts of the run with the installed version.
 
-The lists here only serve as hints. A norm, backbone or sampler that users have registered, or that
-a newer detectron2 supports, is accepted as well. A value that is neither registered nor listed is
-tried; see dry_build.
+The lists here only show which values need no trial. A norm, backbone or sampler that users have
+registered, or that a newer detectron2 supports, is accepted as well. A value that is neither
+registered nor listed is tried; see dry_build.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _unknown_values(cfg: CfgNode) -> dict[str, Sequence[Any]]:
     known = {key: [name for name, _ in registry] for key, registry in REGISTRIES.items()}
     known["MODEL.PROPOSAL_GENERATOR.NAME"].append("PrecomputedProposals")
     heads = registered_class(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)
-    if not issubclass(heads, StandardROIHeads):  # other heads need no box head; "" is the default
+    if not issubclass(heads, StandardROIHeads):  # such heads need no box head; "" is the default
         known["MODEL.ROI_BOX_HEAD.NAME"].append("")
     if heads.__module__.partition(".")[0] not in ("detectron2", "builtins", PACKAGE):
         # A user's heads may use detectron2's pooler or this plugin's.

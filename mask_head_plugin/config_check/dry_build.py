@@ -40,7 +40,7 @@ LIBRARIES = {
     *sys.stdlib_module_names,
     *("torch", "torchvision", "fvcore", "iopath", "yacs", "numpy", "PIL", "cv2"),
 }
-"""Libraries whose errors are attributed to their callers."""
+"""Libraries whose errors are attributed to the code that calls them."""
 
 NO_FAULT = re.compile(r"\bmeta\b|forked subprocess", re.IGNORECASE)
 """Matches PyTorch's errors about tensors without values and about CUDA in a child process."""
@@ -62,7 +62,8 @@ class DryPart(NamedTuple):
         error: the error that stopped the part, in one line without memory addresses; None if it
             was built.
         is_refusal: whether detectron2 or this package raised the error deliberately. Otherwise it
-            came from a user's module, or from a module that needs values, which "meta" lacks.
+            came from a user's module, or from a module that needs values, which "meta" tensors
+            lack.
     """
 
     keys_read: frozenset[str]
@@ -73,7 +74,7 @@ class DryPart(NamedTuple):
 def dry_build(
     cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer] = DefaultTrainer
 ) -> list[DryPart]:
-    """Builds a model and its mapper and, for training, its schedule and loader, one by one.
+    """Builds the model and mapper of a run and, for training, its schedule and loader, one by one.
 
     Args:
         cfg: a complete config; it is not changed.
@@ -88,7 +89,7 @@ def dry_build(
 
 
 def dry_backbone(cfg: CfgNode) -> tuple[dict[str, ShapeSpec], DryPart]:
-    """Returns the maps that a config's backbone outputs; none if it could not be built."""
+    """Returns a backbone's maps by name, which are empty if it cannot be built, and the result."""
     shapes: dict[str, ShapeSpec] = {}
 
     def build(cfg: CfgNode) -> None:
@@ -109,7 +110,7 @@ def dry_backbone(cfg: CfgNode) -> tuple[dict[str, ShapeSpec], DryPart]:
 def build_parts(
     cfg: CfgNode, *, train: bool, trainer: type[DefaultTrainer] = DefaultTrainer
 ) -> list[DryPart]:
-    """Like ``dry_build``, but in this process."""
+    """Does the same as ``dry_build``, but in this process."""
     model: list[nn.Module] = []
 
     def build_model(cfg: CfgNode) -> None:
@@ -157,7 +158,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _try_box_losses(model: nn.Module) -> None:
-    """Calls detectron2's box losses without boxes; they check their type only when called."""
+    """Calls detectron2's box losses without boxes, because only a call checks the loss type."""
     none, boxes = torch.zeros(0, device="cpu"), torch.zeros(0, 4, device="cpu")
     for module in model.modules():
         if isinstance(module, FastRCNNOutputLayers):

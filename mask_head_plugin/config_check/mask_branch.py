@@ -15,7 +15,7 @@ from .detectron2_keys import registered_class
 
 
 def check_mask_branch(cfg: CfgNode) -> None:
-    """Checks keys of the mask branch that the plugin reads.
+    """Checks the keys of the mask branch that the plugin reads.
 
     Args:
         cfg: a config that has passed check_host_values.

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZERS = ("SGD", "AdamW")
 
 HIGH_FOR_ADAMW = 0.01
-"""Learning rates from this value up are usual for SGD; AdamW usually needs 1e-4 to 1e-3."""
+"""Learning rates of this value or more are usual for SGD; AdamW usually needs 1e-4 to 1e-3."""
 
 
 def check_recipe(cfg: CfgNode, num_processes: int) -> None:
@@ -38,7 +38,8 @@ def check_recipe(cfg: CfgNode, num_processes: int) -> None:
         raise ConfigError(f"SOLVER.OPTIMIZER {solver.OPTIMIZER!r} is not one of {OPTIMIZERS}{hint}")
     if len(solver.BETAS) != 2 or not all(_is_number(x) and 0 <= x < 1 for x in solver.BETAS):
         raise ConfigError(
-            f"SOLVER.BETAS {solver.BETAS} must be two numbers from 0 to below 1, e.g. [0.9, 0.999]"
+            f"SOLVER.BETAS {solver.BETAS} must be two numbers of at least 0 and below 1, e.g. "
+            "[0.9, 0.999]"
         )
     if solver.OPTIMIZER == "AdamW" and solver.BASE_LR >= HIGH_FOR_ADAMW:
         logger.warning(

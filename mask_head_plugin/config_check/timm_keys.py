@@ -28,8 +28,8 @@ def check_timm(cfg: CfgNode) -> None:
     """Checks MODEL.TIMM if the backbone is a timm model.
 
     Raises:
-        ConfigError: if timm, the model or its file is missing, or if heads or weights do not fit
-            the model.
+        ConfigError: if timm, the model or its file is missing, or if the heads or the weights do
+            not fit the model.
     """
     if not has_timm_backbone(cfg):
         return

@@ -1,8 +1,8 @@
-"""Finds keys that are set but never read; because of them, the run would differ from its config.
+"""Finds keys that are set but have no effect, so that a run would differ from its config.
 
 Whether a key is read depends on other keys. For example, detectron2's ResNets read
-MODEL.RESNETS.DEPTH, but this package's small ResNet does not. So the parts of the run are built
-while recording which keys they read; see dry_build.
+MODEL.RESNETS.DEPTH, but this package's small ResNet does not. The parts of the run are therefore
+built, and the keys that they read are recorded; see dry_build.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ READ_LATER = (
     "SOLVER.EARLY_STOPPING.",
 )
 """Keys or prefixes of keys that are read only during a run, by the trainer, the loaders or the
-evaluation. NEEDED may add a condition.
+evaluation. NEEDED contains conditions for some of them.
 """
 
 EVALUATION = ("MODEL.", "TEST.", "INPUT.MAX_SIZE_TEST")
 """Prefixes of the keys that matter if the model is not trained."""
 
 BACKBONE = ("MODEL.BACKBONE.", "MODEL.RESNETS.", "MODEL.TIMM.")
-"""Prefixes of the keys that define the backbone. If one has no effect, the run's backbone is not
-the one that its config describes.
+"""Prefixes of the keys that define the backbone. If such a key has no effect, the run's backbone is
+not the one that its config describes.
 """
 
 FOR_TIMM = {
@@ -111,7 +111,8 @@ NEEDED: dict[str, tuple[str, Callable[[CfgNode], Any]]] = {
         lambda x: x.MODEL.ROI_MASK_HEAD.SCORING.ENABLED,
     ),
 }
-"""For keys or prefixes of keys that are always read, what else must be set for them to matter."""
+"""Conditions under which keys that are always read have an effect: for each key or prefix of keys, a
+description and a test of the config."""
 
 WITHOUT_JITTER = ("INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.CROP.")
 """Prefixes of the keys that INPUT.LSJ makes ineffective, because it sets the image size."""
@@ -195,8 +196,8 @@ def report_unread_keys(cfg: CfgNode, *, train: bool, own: Collection[str] | None
     Args:
         cfg: see unread_keys.
         train: see unread_keys.
-        own: keys that the user has set, if known; other keys are then not reported. A ``_BASE_``
-            sets keys for many configs, and not every config reads all of them.
+        own: keys that the user has set; None if unknown. If given, only these keys are reported,
+            because a ``_BASE_`` sets keys for many configs, which do not all read them.
 
     Raises:
         ConfigError: if the user has set a backbone key that this backbone does not read.

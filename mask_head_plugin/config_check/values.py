@@ -43,7 +43,7 @@ AT_LEAST: dict[int, tuple[str, ...]] = {
 }
 
 MOST_WORKERS = 1024
-"""Most workers allowed; more would only overload the machine."""
+"""Maximum number of workers; more would only overload the machine."""
 
 SHARES = (
     *(ROI + "SCORE_THRESH_TEST", ROI + "NMS_THRESH_TEST", RPN + "NMS_THRESH"),
@@ -179,7 +179,7 @@ def _check_jitter(given: CfgNode) -> None:
 
 
 def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
-    """Checks what inference and evaluation need, because they may run only days later."""
+    """Checks what inference and evaluation need, because they may start days after the run."""
     test = cfg.TEST
     if test.DETECTIONS_PER_IMAGE == 0:
         raise ConfigError("TEST.DETECTIONS_PER_IMAGE is 0, which keeps no detections; -1 keeps all")

@@ -1,4 +1,4 @@
-"""Data sets: the embedded shapes and your own COCO files. Importing this registers the shapes."""
+"""Data sets: the embedded shapes, which importing this package registers, and your COCO files."""
 
 from ..dataset_check import (
     CheckOptions,

@@ -1,8 +1,8 @@
 """Registers the user's own COCO files, listed in DATASETS.COCO_FILES, as data sets.
 
 detectron2's ``load_coco_json`` numbers the classes of each file separately, so a validation file
-that lacks a category shifts the numbers of all later classes. Here, all data sets of a config share
-one list of categories, that of the first training set. The categories of other files are matched to
+that lacks a category shifts the numbers of all later classes. Here, all data sets of a config use
+the list of categories of the first training set. The categories of other files are matched with
 this list by id and name.
 """
 
@@ -84,9 +84,9 @@ def register_coco_files(cfg: CfgNode) -> None:
 
 
 def register_found_coco_files(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Registers those of the given data sets in DATASETS.COCO_FILES that are on this machine.
+    """Registers the given data sets of DATASETS.COCO_FILES whose files are on this machine.
 
-    For tools that can work without the data. A warning lists the missing files.
+    This is for tools that can work without the data. A warning lists the missing files.
 
     Args:
         cfg: the model's config; not changed.
@@ -140,8 +140,8 @@ def check_registered_datasets(cfg: CfgNode, *, train: bool = True) -> None:
     Raises:
         ConfigError: if a data set is not registered, is not on this machine or has no images,
             needs a package that is missing, or has a different number of classes than
-            NUM_CLASSES. The message names the remedy: the nearest name, the path, the extra to
-            install, or both numbers.
+            NUM_CLASSES. The message helps with the nearest name, the path, the extra to install, or
+            both numbers.
     """
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
         if name not in DatasetCatalog.list():
@@ -242,7 +242,7 @@ def dataset_categories(datasets: CfgNode, name: str) -> Categories | None:
     """Returns the categories of a data set in the order of its classes, or None if unknown.
 
     They come from detectron2's catalog or from the annotation file. Data sets in COCO_FILES do not
-    have to be registered yet, and those of ``register_coco_instances`` do not have to be loaded.
+    have to be registered, and those of ``register_coco_instances`` do not have to be loaded.
 
     Args:
         datasets: the DATASETS section of a config.
@@ -293,7 +293,7 @@ def _entries(datasets: CfgNode) -> list[tuple[str, str, str]]:
 
 
 def _reference_categories(cfg: CfgNode, files: dict[str, CocoFile]) -> tuple[str, Categories]:
-    """Returns the data set whose categories define the class numbers, and these categories."""
+    """Returns the name of the data set that defines the class numbers, and its categories."""
     for name in (*cfg.DATASETS.TRAIN, *files):
         if name in files:
             return name, files[name].categories
@@ -347,8 +347,8 @@ class CocoFileMetadata(Metadata):
         path = Path(self.output_dir) / "coco_files" / f"{self.name}.json"
         write_durably(path, json.dumps({**content, "categories": wanted}))
         logger.info(
-            "%s lists other categories than the model; wrote a copy with the model's categories "
-            "to %s",
+            "the categories of %s differ from the model's; wrote a copy with the model's "
+            "categories to %s",
             source,
             path,
         )

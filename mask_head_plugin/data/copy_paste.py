@@ -39,7 +39,10 @@ def check_copy_paste(cfg: CfgNode) -> None:
         return
     told = f"{KEY} {cfg.INPUT.COPY_PASTE.PROBABILITY}"
     if not cfg.MODEL.MASK_ON:
-        raise ConfigError(f"{told} needs masks to cut objects out; set MODEL.MASK_ON True, or 0")
+        raise ConfigError(
+            f"{told} needs masks to cut objects out; set MODEL.MASK_ON True, or the probability "
+            f"to 0"
+        )
     for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
         if cfg.MODEL[key]:
             raise ConfigError(f"{told} does not work with MODEL.{key}; turn one off")
@@ -63,7 +66,7 @@ class CopyPasteMapper:
         Args:
             mapper: converts a record to the model's input, or returns None to decline it.
             records: the records of the data set.
-            probability: share of the samples onto which objects are pasted.
+            probability: probability that objects are pasted onto a sample.
         """
         self._mapper, self._records, self._probability = mapper, records, probability
 
@@ -151,7 +154,7 @@ def _objects(sample: Sample) -> Instances:
     if objects is None or (len(objects) and not objects.has("gt_masks")):
         raise ConfigError(
             f"{KEY} needs objects with masks, but the mapper returns none for "
-            f"{sample.get('file_name')}; set it to 0"
+            f"{sample.get('file_name')}; set this key to 0"
         )
     return objects
 

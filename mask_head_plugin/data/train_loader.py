@@ -1,4 +1,4 @@
-"""Training batches that are the same in a resumed run: batch k depends only on the seed and on k.
+"""Training batches that are the same in a resumed run, because batch k depends only on seed and k.
 
 detectron2 groups samples by aspect ratio after the workers have loaded them, and draws
 augmentations from the current state of each worker's generators. Its batches therefore depend on
@@ -39,7 +39,7 @@ Record = dict[str, Any]
 Mapper = Callable[[Record], Any]
 
 MAX_DECLINED = 100
-"""Number of images in a row that a mapper may decline by returning None."""
+"""Maximum number of images in a row that a mapper may decline by returning None."""
 
 FILES_LISTED = 20
 
@@ -70,7 +70,7 @@ def kept_generators() -> Iterator[None]:
 
 
 def seed_cpu_generators(*key: int) -> None:
-    """Seeds the same generators as seed_generators, except those of devices."""
+    """Seeds the CPU's generators in the same way as seed_generators."""
     torch.default_generator.manual_seed(_seed_python_and_numpy(key))
 
 
@@ -289,6 +289,6 @@ def _aspect_groups(records: Sequence[Record]) -> list[bool]:
         if not ("width" in record and "height" in record):
             raise ConfigError(
                 f"{describe(record)} has no width and height, which "
-                f"DATALOADER.ASPECT_RATIO_GROUPING needs; add them, or set it to False"
+                f"DATALOADER.ASPECT_RATIO_GROUPING needs; add them, or set that key to False"
             )
     return [record["width"] > record["height"] for record in records]

@@ -20,7 +20,7 @@ def write_training_sheet(cfg: CfgNode, samples: Sequence[dict[str, Any]], path: 
     """Draws samples of a training loader into one PNG: pixels on the left, masks on the right.
 
     Args:
-        cfg: gives INPUT.FORMAT and, through DATASETS.TRAIN, the class names.
+        cfg: provides INPUT.FORMAT and, through DATASETS.TRAIN, the class names.
         samples: each has ``image`` (C, H, W), and ``instances`` with ``gt_classes`` and
             ``gt_masks``.
         path: the PNG to write; its folder is created if missing.

@@ -38,7 +38,7 @@ class CheckOptions:
         masks: whether objects need masks (MODEL.MASK_ON).
         files: whether to check the image files.
         decode: whether to decode all image files.
-        known_files: facts about files that do not have to be read again, by path.
+        known_files: facts by path about files that do not have to be read again.
     """
 
     num_classes: int | None = None
@@ -142,7 +142,7 @@ def _parse(text: str, found: Findings, object_hook: Callable[[dict[str, Any]], A
     except RecursionError:
         found.add("json-syntax", "the file is nested too deeply")
     except ValueError as error:  # a number with thousands of digits
-        found.add("json-syntax", f"the file has {quote(str(error))}")
+        found.add("json-syntax", f"the file cannot be parsed: {quote(str(error))}")
     finally:
         gc.enable()
     return None
@@ -195,14 +195,14 @@ def _check_annotations(
         return
     any_masks = any(isinstance(x, dict) and x.get("segmentation") for x in annotations)
     if options.masks and not any_masks:
-        message = f"none of the {len(annotations)} annotations has a mask: these are boxes"
+        message = f"none of the {len(annotations)} annotations has a mask; they have only boxes"
         found.add("no-masks", message)
     lvis, masks = options.lvis, options.masks and any_masks
     first_of_id: dict[Hashable, int] = {}
     shares = Shares(sizes)
     for index, annotation in enumerate(progress(annotations, "checking annotations")):
         if not isinstance(annotation, dict):
-            message = f"an annotation is {quote(annotation)}"
+            message = f"the annotation is {quote(annotation)}, not an object"
             found.add("annotation-not-object", message, Place("annotations", index))
             continue
         _check_duplicate(annotation, index, found, first_of_id)

@@ -115,22 +115,22 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
     if any(finding.severity != HINT for finding in found):
         logger.warning("findings in the data sets (all in %s):\n%s", report, summary_table(found))
     for finding in found:
-        if finding.severity != ERROR and finding.index < 0:  # the table does not show the shares
+        if finding.severity != ERROR and finding.index < 0:  # the table omits messages
             level = logging.INFO if finding.severity == HINT else logging.WARNING
             logger.log(level, "%s", finding)
     if errors and mode == "error":
         raise ConfigError(
-            f"{describe_errors(errors, sources)}\n{report} lists all of them. DATASETS.CHECK warn "
-            "continues in spite of errors, off skips the check."
+            f"{describe_errors(errors, sources)}\n{report} lists all of them. With "
+            "DATASETS.CHECK warn, the run continues despite errors; off skips the check."
         )
 
 
 def find_faults(cfg: CfgNode, sources: Sequence[CocoSource]) -> list[Finding]:
-    """Returns the faults in each of a config's data sets, and those in their combination.
+    """Returns the faults in each data set of a config, and contradictions between data sets.
 
     Args:
         cfg: a config whose data sets are registered.
-        sources: the data sets that are files.
+        sources: the data sets to check.
     """
     checked = {
         source: check_with_cache(source, _num_classes(cfg, source), masks=cfg.MODEL.MASK_ON)
@@ -182,13 +182,15 @@ def files_of(name: str) -> tuple[str, str]:
 
 
 def _num_classes(cfg: CfgNode, source: CocoSource) -> int | None:
-    # A file in COCO_FILES may lack categories that another one has.
+    # A file in COCO_FILES may lack categories that other files there have.
     return None if source.matched else cfg.MODEL.ROI_HEADS.NUM_CLASSES
 
 
 def _disagreements(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
-    """Finds differing categories: detectron2 numbers each file's classes separately, so all files
-    must list the same categories.
+    """Finds files whose categories differ from those of the first training set.
+
+    All files must list the same categories, because detectron2 numbers each file's classes
+    separately.
     """
     by_name = {source.name: result for source, result in checked.items()}
     reference = next((name for name in cfg.DATASETS.TRAIN if name in by_name), None)
@@ -202,8 +204,8 @@ def _disagreements(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list
             i, name = min(differing)
             where = "second" if (i, name) in expected.items() else "first"
             message = (
-                f"of {source.name!r} and {reference!r}, category {i} is {quote(name)} only in the "
-                f"{where}"
+                f"category {i} is {quote(name)} only in the {where} of the data sets "
+                f"{source.name!r} and {reference!r}"
             )
             found.append(Finding("categories-disagree", source.json_file, message))
     return found
@@ -232,7 +234,7 @@ def _in_both_splits(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> lis
         for how, pairs in shared_images(train, test):
             share = f"{len(pairs)} of {len(test)} ({len(pairs) / len(test):.1%}) images"
             example = " and ".join(map(quote_path, pairs[0]))
-            message = f"{share} of {name!r} are also in the training data: {how}, such as {example}"
+            message = f"{share} of {name!r} are also in the training data ({how}): {example}"
             found.append(Finding("image-in-both-splits", source.json_file, message))
     return found
 
@@ -250,8 +252,8 @@ def _more_objects_than_detections(
             most = max(above, key=lambda image: above[image])
             share = f"{len(above)} of {len(result.files)} images"
             message = (
-                f"{share} have more objects than the {limit} that TEST.DETECTIONS_PER_IMAGE lets a "
-                f"model detect; image {quote(most)} has {above[most]}"
+                f"{share} have more than {limit} objects, the limit set by "
+                f"TEST.DETECTIONS_PER_IMAGE; image {quote(most)} has {above[most]}"
             )
             found.append(Finding("image-over-detections", source.json_file, message))
     return found
@@ -260,11 +262,11 @@ def _more_objects_than_detections(
 def _wrong_mask_format(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> list[Finding]:
     """Reports training data with run lengths, which PolygonMasks cannot represent.
 
-    Crowds do not count, because training does not use them.
+    Crowds are ignored, because training does not use them.
     """
     if not cfg.MODEL.MASK_ON or cfg.INPUT.MASK_FORMAT != "polygon":
         return []
-    message = "the mask is run lengths, but INPUT.MASK_FORMAT is polygon"
+    message = "the mask is given as run lengths, but INPUT.MASK_FORMAT is polygon"
     return [
         Finding("rle-needs-bitmask", source.json_file, message, None, *result.rle_example)
         for source, result in checked.items()
@@ -299,7 +301,7 @@ def check_with_cache(
 
     Args:
         source: the data set.
-        num_classes: number of classes of the model; None to ignore it.
+        num_classes: number of classes that the file must have; None for any number.
         masks: whether objects need masks.
     """
     path = _cache_path(source, num_classes, masks)
@@ -337,7 +339,7 @@ def _objects_by_image(content: Any) -> list[tuple[Any, int]]:
 
 
 def _cache_path(source: CocoSource, num_classes: int | None, masks: bool) -> Path | None:
-    """Returns the path of the cached check for the file's content, the arguments and the code."""
+    """Returns the path for the cached result of a check with this content, arguments and code."""
     digest = hashlib.sha256()
     # Includes the current folder, because paths may be relative to it.
     arguments = [source.json_file, source.image_root, source.lvis, num_classes, masks, os.getcwd()]  # noqa: PTH109
@@ -350,13 +352,13 @@ def _cache_path(source: CocoSource, num_classes: int | None, masks: bool) -> Pat
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
         root = os.getenv("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    except (OSError, RuntimeError):  # the file is missing (the check reports it), or no home
+    except (OSError, RuntimeError):  # no such file (the check reports it), or no home folder
         return None
     return Path(root) / "mask_head_plugin" / "dataset_checks" / f"{digest.hexdigest()}.json"
 
 
 def _fingerprint(files: Iterable[str]) -> str:
-    """Returns a digest of the names, sizes and times of files; missing files count only by name."""
+    """Returns a digest of the names, sizes and times of files; missing files have only a name."""
     digest = hashlib.sha256()
     for path in files:
         try:

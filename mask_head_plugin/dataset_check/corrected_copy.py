@@ -1,7 +1,8 @@
-"""Writes a corrected copy of a COCO file: repairs faults with one right answer, and drops the rest.
+"""Writes a corrected copy of a COCO file: repairs clear faults and drops other faulty records.
 
-Each error that the check finds is repaired once. If the check still finds it, the record is
-dropped. The copy therefore passes the check. Every change is listed with its reason.
+Each error that the check finds is repaired once if it has only one right answer. If it cannot be
+repaired, the record is dropped. The copy therefore passes the check. Every change is listed with
+its reason.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ def fix_coco_file(
 
     Args:
         json_file: the annotations.
-        image_root: the image folder, or several. With several, file names in the copy are relative
-            to the common parent of these folders.
+        image_root: the image folder, or several folders. With several folders, file names in the
+            copy are relative to their common parent.
         output: the copy; must not exist. The list of changes is ``<output>.changes.json``.
         options: options of the check.
-        accepted: kinds of finding for which most of the records may be dropped. Otherwise, such a
-            copy is refused.
+        accepted: kinds of findings for which any number of records may be dropped. If findings of
+            other kinds would cost too many records, no copy is written.
         crowds_are_objects: whether annotations with ``iscrowd`` 1 are single objects.
 
     Returns:
@@ -65,11 +66,11 @@ def fix_coco_file(
     if not check_sections(content, found):
         raise _unfixable(found[0])
     options = options or CheckOptions()
-    # A model with a different number of classes is not a fault of the file.
     root = join_folders(content, image_root)
     if not isinstance(image_root, str) and len(image_root) > 1:
-        what = f"file_name is now relative to {root}: train with this image folder"
+        what = f"file_name is now relative to {root}: use this image folder for training"
         changes.append(Change("changed", "image-file-elsewhere", "", -1, None, None, what))
+    # If a model has a different number of classes, that is not a fault of the file.
     document = Document(content, root, dataclasses.replace(options, num_classes=None))
     repair(document, json_file, accepted, crowds_are_objects=crowds_are_objects)
     changes += document.changes
@@ -114,8 +115,8 @@ def repair(
     Args:
         document: changed in place.
         json_file: name of the file, for messages.
-        accepted: kinds of finding for which most of the records may be dropped.
-        crowds_are_objects: whether ``iscrowd`` 1 becomes 0.
+        accepted: kinds of findings for which any number of records may be dropped.
+        crowds_are_objects: whether to change ``iscrowd`` from 1 to 0.
 
     Raises:
         ConfigError: if the file cannot be repaired.
@@ -154,7 +155,7 @@ def repair(
 def _make_objects(document: Document, json_file: str) -> None:
     for index, annotation in enumerate(document.content["annotations"]):
         if annotation.get("iscrowd") == 1:
-            message = "iscrowd was 1, and you asked for crowds as objects"
+            message = "iscrowd was 1, and --crowds-are-objects is set"
             document.finding = Finding(
                 "crowd-by-export", json_file, message, section="annotations", index=index
             )

@@ -23,7 +23,7 @@ Record = dict[str, Any]
 SECTION_ORDER = ("categories", "images", "annotations")
 
 DISTORTING = {"polygon-outside", "polygon-odd", "crowd-polygon"}
-"""Kinds whose repair loses pixels of a mask, or guesses something that only the author knows."""
+"""Kinds of findings whose repair loses pixels of a mask, or guesses what only the author knows."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,14 @@ class Document:
             records[:] = [x for x in records if id(x) not in self._dropped]
 
     def facts(self, image: Record) -> ImageFacts | None:
-        """Returns the facts about an image's file if it can be used."""
-        # Must be the same string as in records_and_files.listed_images, which is the key.
+        """Returns the facts about an image's file; None if the file cannot be used."""
+        # The keys are paths as built by records_and_files.listed_images.
         path = os.path.join(self.image_root, str(image.get("file_name")))  # noqa: PTH118  # as there
         facts = self.options.known_files.get(path)
         return None if facts is None or facts.problem else facts
 
     def image_hw(self, annotation: Record) -> tuple[int, int] | None:
-        """Returns the size of an annotation's image."""
+        """Returns the size of an annotation's image; None if the image is not listed."""
         image_id = annotation.get("image_id")
         images = self.images.get(image_id) if isinstance(image_id, Hashable) else None
         return (images[0]["height"], images[0]["width"]) if images else None
@@ -147,7 +147,8 @@ class Document:
         """Leaves out a record.
 
         Args:
-            record: the record. Unless it is merged, an image is dropped with its annotations.
+            record: the record. If it is an image that is not merged, its annotations are left out
+                as well.
             reason: text for the list of changes.
             merged: whether another record keeps the content of this one, so that nothing is lost.
         """

@@ -24,8 +24,8 @@ NEARLY_ALL = 0.95
 BOX_KINDS = {"box-mismatch", "box-outside", "box-negative", "box-without-area"}
 AREA_KINDS = {"area-of-box", "area-suspicious"}
 BOTH_ARE_WRONG = {"mask-of-another-image"}
-"""Faults of two records, either of which may be the wrong one. FEW or more such faults indicate a
-faulty export."""
+"""Kinds of faults that involve two records, either of which may be wrong. FEW or more such faults
+indicate a faulty export."""
 
 
 def is_wholesale(count: int, total: int) -> bool:
@@ -38,7 +38,7 @@ def refuse_losses(document: Document, accepted: Collection[str]) -> None:
 
     Args:
         document: the document after repairs.
-        accepted: kinds of finding whose losses the user accepts.
+        accepted: kinds of findings whose losses the user accepts.
 
     Raises:
         ConfigError: if too many records are lost. The message gives the kinds, the number of
@@ -49,7 +49,7 @@ def refuse_losses(document: Document, accepted: Collection[str]) -> None:
         others = [x for x in lost if x.kind in BOTH_ARE_WRONG]
         if is_wholesale(len(lost), document.counts[section]) or len(others) >= FEW:
             kinds = " ".join(sorted({x.kind for x in lost}))
-            way_out = f"Correct that, or add --accept {kinds} if you want such a copy."
+            way_out = f"Correct the export, or add --accept {kinds} if you want this copy anyway."
             raise refusal(document, lost, way_out)
 
 
@@ -61,7 +61,7 @@ def refusal(document: Document, lost: Collection[Finding], way_out: str) -> Conf
     total = document.counts[first.section]
     return ConfigError(
         f"--fix: {len(lost)} of {total} {first.section} would be left out or cut ({of_each}), "
-        f"which would hide a fault of the whole export. {way_out} The first: {first}"
+        f"which would hide a fault of the whole export. {way_out} The first finding: {first}"
     )
 
 
@@ -89,7 +89,7 @@ def repair_boxes(document: Document, errors: Iterable[Finding], accepted: Collec
     Args:
         document: a document whose images have sizes.
         errors: errors from the check.
-        accepted: kinds of finding for which the user vouches that the masks are right.
+        accepted: kinds of findings for which the user has confirmed that the masks are right.
 
     Returns:
         Whether anything was changed.
@@ -128,7 +128,7 @@ def repair_normalised_boxes(document: Document, finding: Finding) -> bool:
     """Replaces boxes given as shares of the image with the boxes around the masks, in pixels.
 
     Returns:
-        Whether this was possible. It is not if the masks are also given as shares.
+        Whether any box was replaced; False if the masks are also given as shares of the image.
     """
     annotations = document.content["annotations"]
     if within_one(polygons_of(annotations)):
@@ -139,7 +139,7 @@ def repair_normalised_boxes(document: Document, finding: Finding) -> bool:
         boxes = _boxes(document, annotation)
         box = _from_mask(boxes) if boxes else None
         if box is None:
-            document.drop(annotation, f"{finding.message}, and it has no sound mask")
+            document.drop(annotation, f"{finding.message}, and it has no valid mask")
         else:
             annotation["bbox"] = box
             document.note_change(annotation, f"the box is now {box}, around the mask")
@@ -172,7 +172,9 @@ def repair_areas(document: Document, finding: Finding) -> None:
 
 
 def _as_most(finding: Finding, index: int) -> Finding:
-    return dataclasses.replace(finding, index=index, message="as most boxes of the file")
+    return dataclasses.replace(
+        finding, index=index, message="most boxes in the file have this fault"
+    )
 
 
 def _boxes(document: Document, annotation: Record) -> _Boxes | None:
@@ -242,7 +244,7 @@ def _refuse_if_masks_may_be_wrong(
         raise ConfigError(
             f"--fix: most boxes do not fit their masks, but {doubt}, so the masks may be wrong "
             "instead. Look at some images and correct the export, or add --accept "
-            f"{kinds} if the masks are right. The first: {wrong[0]}"
+            f"{kinds} if the masks are right. The first finding: {wrong[0]}"
         )
 
 
@@ -260,7 +262,7 @@ def _is_scaled(boxes: _Boxes) -> bool:
 
 
 def _has_area_of_mask(boxes: _Boxes) -> bool:
-    """Returns whether area and mask agree; if so, the box is probably the wrong one."""
+    """Returns whether area and mask agree; if they do, the box is probably wrong."""
     area: Any = boxes.annotation.get("area")
     return is_finite(area) and abs(area - boxes.mask_pixels) <= 0.1 * boxes.mask_pixels + 10
 

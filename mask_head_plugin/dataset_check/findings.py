@@ -13,16 +13,16 @@ from tabulate import tabulate
 from ..image_files import WHAT_TO_DO
 
 ERROR, WARNING, HINT = SEVERITIES = ("error", "warning", "hint")
-"""An error stops training. A warning does not: either detectron2 handles the case correctly (COCO
-2017 has a box of zero height, and polygons that rounding puts outside the image), or detectron2
-trains or measures something that the author may not have intended. A hint needs no action.
+"""An error stops training. A warning does not: detectron2 either handles the case correctly (COCO
+2017, for example, has polygons that rounding puts outside the image), or it trains or measures
+something that the author may not have intended. A hint needs no action.
 """
 
 
-REPAIRS = "--fix does"
-TRIES = "--fix does if it can"
-REPAIRS_OR_LEAVES_OUT = "--fix does if it can, or leaves it out"
-LEAVES_OUT = "--fix leaves it out"
+REPAIRS = "--fix repairs this"
+TRIES = "--fix repairs this if possible"
+REPAIRS_OR_LEAVES_OUT = "--fix repairs this if possible, or else leaves the record out"
+LEAVES_OUT = "--fix leaves the record out"
 
 
 class Kind(NamedTuple):
@@ -48,37 +48,40 @@ KINDS: dict[str, Kind] = {
     "json-missing": Kind(ERROR, "give the path of a COCO instances file"),
     "json-empty": Kind(ERROR, f"{_EXPORT}; was the disk full?"),
     "json-encoding": Kind(ERROR, "save it as UTF-8 without a byte order mark", TRIES),
-    "json-truncated": Kind(ERROR, "it ends too early: copy or export it again"),
-    "json-syntax": Kind(ERROR, "correct it there, or export the file again"),
+    "json-truncated": Kind(ERROR, "the file ends too early: copy or export it again"),
+    "json-syntax": Kind(ERROR, "correct the file, or export it again"),
     "git-lfs-pointer": Kind(ERROR, WHAT_TO_DO["git-lfs-pointer"]),
     "not-a-coco-file": Kind(ERROR, "convert it to COCO instances format"),
     "json-not-object": Kind(ERROR, "the file must be {'images': ..., 'annotations': ..., ...}"),
     "missing-section": Kind(ERROR, f"{_EXPORT} in COCO instances format"),
     "no-images": Kind(ERROR, "list the images of the data set"),
-    "no-annotations": Kind(ERROR, "annotate, or name the file that has the annotations"),
+    "no-annotations": Kind(
+        ERROR, "annotate the images, or name the file that contains the annotations"
+    ),
     "only-crowds": Kind(
-        ERROR, "set iscrowd to 0 if these are single objects (--fix with --crowds-are-objects)"
+        ERROR,
+        "set iscrowd to 0 if these are single objects (--fix --crowds-are-objects repairs this)",
     ),
     "no-masks": Kind(ERROR, "set MODEL.MASK_ON False to train boxes only, or export the masks"),
     "no-categories": Kind(ERROR, "list the categories"),
     "image-folder-missing": Kind(ERROR, "give the folder that file_name is relative to"),
     "normalised-coordinates": Kind(
-        ERROR, "multiply by the image's width and height, in pixels", TRIES
+        ERROR, "multiply them by the image's width and height in pixels", TRIES
     ),
     "category-ids-shifted": Kind(ERROR, "use the same numbering for categories and annotations"),
     "repeated-annotation": Kind(WARNING, "check whether objects were exported twice"),
     "crowd-by-export": Kind(
         WARNING,
-        "set iscrowd to 0 if these are single objects, as CVAT's brush masks are (--fix with "
-        "--crowds-are-objects)",
+        "set iscrowd to 0 if these are single objects, such as CVAT's brush masks (--fix "
+        "--crowds-are-objects repairs this)",
     ),
     "area-suspicious": Kind(WARNING, "write the number of pixels of each mask into area", REPAIRS),
     "area-of-box": Kind(WARNING, "write the number of pixels of each mask into area", REPAIRS),
     "ring-as-hole": Kind(WARNING, "write masks with holes as run lengths"),
     "mask-on-several-images": Kind(
         WARNING,
-        "delete the copies that do not fit their image, e.g. from a track that was not ended in "
-        "CVAT",
+        "delete the copies that do not fit their image; they may come from a CVAT track that was "
+        "not ended",
     ),
     "image-without-objects": Kind(
         WARNING, "set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to also train on these images"
@@ -86,7 +89,7 @@ KINDS: dict[str, Kind] = {
     "image-over-detections": Kind(
         WARNING, "raise TEST.DETECTIONS_PER_IMAGE above the number of objects in any image"
     ),
-    "image-in-both-splits": Kind(WARNING, "keep all parts of a photograph in one of the two"),
+    "image-in-both-splits": Kind(WARNING, "keep all parts of a photograph in the same split"),
     "unused-category": Kind(HINT, "remove it if the model does not need it"),
     # Ids of all records.
     "id-not-integer": Kind(
@@ -100,7 +103,9 @@ KINDS: dict[str, Kind] = {
     "category-name": Kind(ERROR, "give the category a name, as text"),
     "background-category": Kind(WARNING, "leave these annotations out unless they are objects"),
     "duplicate-category-id": Kind(ERROR, "give each category its own id", TRIES),
-    "duplicate-category-name": Kind(ERROR, "make them one category, or rename one", REPAIRS),
+    "duplicate-category-name": Kind(
+        ERROR, "merge them into one category, or rename one of them", REPAIRS
+    ),
     "category-id-range": Kind(
         ERROR, "LVIS needs category ids that run from 1 to the number of categories"
     ),
@@ -110,23 +115,23 @@ KINDS: dict[str, Kind] = {
     # Image records.
     "image-not-object": Kind(ERROR, "write {'id': ..., 'file_name': ...}", LEAVES_OUT),
     "image-missing-key": Kind(
-        ERROR, "add it; height and width are the file's", REPAIRS_OR_LEAVES_OUT
+        ERROR, "add it; height and width must be those of the file", REPAIRS_OR_LEAVES_OUT
     ),
     "duplicate-image-id": Kind(
         ERROR, "give each image its own id, and use it in its annotations", REPAIRS_OR_LEAVES_OUT
     ),
     "image-size-invalid": Kind(
-        ERROR, "write whole numbers above 0, the file's height and width", REPAIRS_OR_LEAVES_OUT
+        ERROR, "write the file's height and width, as whole numbers above 0", REPAIRS_OR_LEAVES_OUT
     ),
     "image-too-large": Kind(ERROR, WHAT_TO_DO["image-too-large"], LEAVES_OUT),
     "file-name-invalid": Kind(
         ERROR, "write the path of the file within the image folder, as text", LEAVES_OUT
     ),
     "file-name-outside": Kind(
-        ERROR, "write it relative to the image folder, without '..'", LEAVES_OUT
+        ERROR, "write the path relative to the image folder, without '..'", LEAVES_OUT
     ),
     "duplicate-file-name": Kind(
-        ERROR, "list each file once, with all annotations", REPAIRS_OR_LEAVES_OUT
+        ERROR, "list each file once, with all of its annotations", REPAIRS_OR_LEAVES_OUT
     ),
     # Image files.
     "image-file-missing": Kind(ERROR, WHAT_TO_DO["image-file-missing"], LEAVES_OUT),
@@ -139,7 +144,7 @@ KINDS: dict[str, Kind] = {
     "image-elongated": Kind(ERROR, WHAT_TO_DO["image-elongated"], LEAVES_OUT),
     "image-animated": Kind(WARNING, "make sure that the annotations are for the first frame"),
     "image-size-mismatch": Kind(
-        ERROR, "annotate the file in use, or put the annotated file there", LEAVES_OUT
+        ERROR, "annotate this file, or replace it with the file that was annotated", LEAVES_OUT
     ),
     "image-size-alike": Kind(ERROR, "use the file's height and width", REPAIRS),
     "image-transposed": Kind(
@@ -147,14 +152,14 @@ KINDS: dict[str, Kind] = {
     ),
     "exif-size": Kind(
         ERROR,
-        "rotate the pixels according to the tag and annotate those, or remove the tag from the "
-        "file",
+        "rotate the pixels according to the tag and annotate the rotated image, or remove the tag "
+        "from the file",
         LEAVES_OUT,
     ),
     "exif-undecidable": Kind(
         ERROR,
-        "check whether the annotations fit the image as stored or as turned by the tag, and save "
-        "the pixels in that orientation, without the tag",
+        "check whether the annotations fit the stored or the rotated image, and save the pixels "
+        "in that orientation, without the tag",
         LEAVES_OUT,
     ),
     # Annotation records.
@@ -171,7 +176,7 @@ KINDS: dict[str, Kind] = {
     "iscrowd-invalid": Kind(
         ERROR, "write 0 for an object, 1 for a crowd region", REPAIRS_OR_LEAVES_OUT
     ),
-    "area-invalid": Kind(ERROR, "write the mask's number of pixels", REPAIRS),
+    "area-invalid": Kind(ERROR, "write the number of pixels of the mask", REPAIRS),
     "ignore-flag": Kind(ERROR, "leave the annotation out: detectron2 refuses it", LEAVES_OUT),
     "keypoints-invalid": Kind(
         ERROR,
@@ -192,12 +197,12 @@ KINDS: dict[str, Kind] = {
     "segmentation-empty": Kind(ERROR, "draw the mask, or leave the annotation out", LEAVES_OUT),
     "polygons-not-nested": Kind(ERROR, "write a list of polygons: [[x, y, x, y, ...]]", REPAIRS),
     "polygon-of-points": Kind(ERROR, "write [x, y, x, y, ...] without inner lists", REPAIRS),
-    "polygon-empty": Kind(ERROR, "leave that part out", REPAIRS_OR_LEAVES_OUT),
+    "polygon-empty": Kind(ERROR, "leave that polygon out", REPAIRS_OR_LEAVES_OUT),
     "polygon-odd": Kind(
-        ERROR, "write x and y of each point, or leave that part out", REPAIRS_OR_LEAVES_OUT
+        ERROR, "write x and y of each point, or leave that polygon out", REPAIRS_OR_LEAVES_OUT
     ),
     "polygon-short": Kind(
-        ERROR, "write at least 3 points, or leave that part out", REPAIRS_OR_LEAVES_OUT
+        ERROR, "write at least 3 points, or leave that polygon out", REPAIRS_OR_LEAVES_OUT
     ),
     "polygon-not-numbers": Kind(ERROR, "write numbers without quotes", LEAVES_OUT),
     "polygon-not-finite": Kind(ERROR, "draw it again", LEAVES_OUT),
@@ -214,7 +219,9 @@ KINDS: dict[str, Kind] = {
         ERROR, "write {'size': [height, width], 'counts': ...}, as in pycocotools", LEAVES_OUT
     ),
     "rle-size": Kind(ERROR, "encode the mask at the image's size [height, width]", LEAVES_OUT),
-    "rle-counts": Kind(ERROR, "write whole numbers from 0, background first", LEAVES_OUT),
+    "rle-counts": Kind(
+        ERROR, "write whole numbers of 0 or more, starting with the background", LEAVES_OUT
+    ),
     "rle-sum": Kind(ERROR, "encode the mask again: the runs must cover the image", LEAVES_OUT),
     "rle-corrupt": Kind(
         ERROR, "encode the mask again, e.g. with pycocotools.mask.encode", LEAVES_OUT
@@ -228,7 +235,7 @@ KINDS: dict[str, Kind] = {
     ),
     "mixed-formats": Kind(WARNING, "set INPUT.MASK_FORMAT to bitmask, which reads both"),
 }
-"""All kinds of findings, with severity and fix."""
+"""All kinds of findings, by the name that each line of the check shows in brackets."""
 
 SECTION_NAMES = {"images": "image", "annotations": "annotation", "categories": "category"}
 
@@ -281,7 +288,7 @@ class Finding:
 
     @property
     def place(self) -> str:
-        """The record, in words."""
+        """A description of the record's location; empty for the whole file."""
         parts = []
         if self.image_id is not None:
             parts.append(f"image {self.image_id}")
@@ -316,7 +323,7 @@ class Findings(list[Finding]):
         place: Place | None = None,
         right_value: int | str | None = None,
     ) -> None:
-        """Adds a finding. One without a place concerns the whole file."""
+        """Adds a finding; without a place, it concerns the whole file."""
         at = place or Place()
         ids = (plain_id(at.image_id), plain_id(at.annotation_id))
         self.append(Finding(kind, self.file, message, *ids, at.section, at.index, right_value))
@@ -340,7 +347,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def plain_id(value: Any) -> int | str | None:
-    """Returns an id unchanged if it is a number or None, otherwise quoted."""
+    """Returns an id unchanged if it is None or an integer of usual size, otherwise its repr."""
     if value is None or (type(value) is int and abs(value) < 10**30):
         return value
     return quote(value)

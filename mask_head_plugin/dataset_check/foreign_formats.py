@@ -1,4 +1,4 @@
-"""Recognises files in formats other than COCO instances, and advises what to do."""
+"""Recognises files that are not in the COCO instances format, and advises what to do."""
 
 from __future__ import annotations
 
@@ -121,4 +121,4 @@ _CONTENTS: dict[str, Callable[[Any], bool]] = {
         isinstance(x, list) and _has(_first(x), "image_id", "category_id")
     ),
 }
-"""Descriptions of formats, each with a test of the content."""
+"""Descriptions of formats, each with a function that recognises the format."""

@@ -1,4 +1,4 @@
-"""Supports one annotation file for images in several folders."""
+"""Supports an annotation file whose images are in several folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def join_folders(content: Any, folders: str | Sequence[str]) -> str:
         content: content of a COCO file; ``file_name`` is changed in place if there are several
             folders.
         folders: the folders that names are relative to. Each image is taken from the folder that
-            has it; missing images are assumed to be in the first folder.
+            contains it; missing images are assumed to be in the first folder.
 
     Returns:
         The folder that the names are now relative to.

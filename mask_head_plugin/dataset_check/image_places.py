@@ -1,7 +1,7 @@
 r"""Finds the file of an image whose record has the wrong name.
 
 Export tools sometimes write names with another separator (``images\0.jpg``), paths from another
-machine (``/home/me/images/0.jpg``), names in another case, or names without a folder.
+machine (``/home/me/images/0.jpg``), names with different capitals, or names without a folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 MOST_FILES = 1_000_000
-"""Most files to list; a larger folder does not belong to a single data set."""
+"""Maximum number of files to list; a larger folder does not belong to a single data set."""
 
 Parts = tuple[str, ...]
 
@@ -75,7 +75,7 @@ class ImagePlaces:
         return [path for path, rank in ranks.items() if rank == max(ranks.values())]
 
     def _files(self) -> dict[str, dict[str, Parts]]:
-        """Returns the parts of each path, by folded file name and path."""
+        """Returns the parts of each path, by case-folded file name and path."""
         if self._by_name is None:
             self._by_name = defaultdict(dict)
             for path in itertools.islice(_walk(self._root), MOST_FILES):
@@ -90,12 +90,12 @@ def locate(image_root: str, name: str) -> str | None:
 
 
 def _spellings(name: str) -> list[Parts]:
-    """Returns the possible readings of a name, because Label Studio writes ``a%20cat.jpg``."""
+    """Returns a name as written and URL-decoded, because Label Studio writes ``a%20cat.jpg``."""
     return [parts for x in (name, unquote(name)) if (parts := _parts(x))]
 
 
 def _parts(path: str) -> Parts:
-    """Splits a path into folders and name. Archives from Windows leave backslashes in names."""
+    """Splits a path at slashes, and at backslashes, which archives from Windows leave in names."""
     return tuple(x for x in re.split(r"[\\/]+", path) if x not in ("", "."))
 
 
@@ -114,7 +114,7 @@ def _common_end(a: Parts, b: Parts) -> int:
 
 
 def _walk(root: str) -> Iterator[str]:
-    """Yields the files below a folder, including linked folders, as relative paths, each once."""
+    """Yields the relative path of each file below a folder once; also follows links to folders."""
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = sorted(

@@ -47,7 +47,7 @@ class ImageFacts(NamedTuple):
     """Facts about an image file.
 
     Attributes:
-        problem: the reason why the file cannot be used, or None.
+        problem: the fault that makes the file unusable; None if it can be used.
         stored_hw: size of the stored pixels, before the EXIF orientation is applied.
         orientation: EXIF orientation; 1 if there is none.
         animated: whether the file has several frames.
@@ -60,7 +60,7 @@ class ImageFacts(NamedTuple):
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """The size in training, evaluation and demo."""
+        """Height and width of the image as training, evaluation and the demo read it."""
         height, width = self.stored_hw
         return (width, height) if self.orientation in QUARTER_TURNS else (height, width)
 
@@ -130,7 +130,7 @@ def check_image_files(
         images: images in the annotation file.
         found: list to which findings are added.
         decode: whether to decode all files.
-        known: facts by path about files that are not read again; new facts are added.
+        known: facts by path. Files in it are not read again; facts about other files are added.
     """
     known = {} if known is None else known
     missing = [image.path for image in images if image.path not in known]
@@ -185,9 +185,9 @@ def _problems(image: ListedImage, facts: ImageFacts, honoured: bool) -> Iterable
         else:
             yield "image-size-mismatch", f"is {seen}, but the record has {listed}"
     elif facts.orientation != 1 and facts.stored_hw == facts.image_hw and not honoured:
-        # An error, not a warning: if the orientation is wrong, all objects of the image are learned
-        # from wrong pixels, and nothing else would reveal it. If images rotated by 90 degrees show
-        # that the annotation tool respects the tag, this image is right as well.
+        # An error, not a warning: if the orientation is wrong, the model is trained on wrong pixels
+        # for all objects of the image, and nothing else would reveal it. If images rotated by 90
+        # degrees show that the annotation tool respects the tag, this image is right as well.
         yield (
             "exif-undecidable",
             f"of {stored} has {turned}: it is read with this orientation, but its size does not "

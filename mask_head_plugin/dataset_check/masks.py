@@ -1,7 +1,7 @@
 """Compares boxes and masks of annotations with each other and with the image.
 
-Run lengths are decoded with NumPy. pycocotools gets only masks that are known to be valid, because
-its C code does not check run lengths.
+Run lengths are decoded with NumPy. Only masks that are known to be valid are passed to
+pycocotools, because its C code does not check run lengths.
 
 Shape alphabet: H, W sides of the image in pixels; n runs of a mask.
 """
@@ -26,7 +26,7 @@ from .records import Sizes, is_finite, listed_id
 
 IntArray = npt.NDArray[np.int64]
 
-# COCO's coordinates have two decimals, so leaving the image by less than this is rounding.
+# COCO's coordinates have two decimals, so smaller distances outside the image are rounding errors.
 ROUNDING = 0.01
 # Tools that write whole pixels, or treat the last pixel differently, are off by one. So are COCO's
 # crowds, whose boxes end one pixel before their masks.
@@ -38,12 +38,13 @@ LEAST_IOU, TWO_PIXELS = 0.7, 2.01
 # detectron2 drops boxes with a side of at most this length (filter_empty_instances).
 NO_LENGTH = 1e-5
 MAX_CHARACTERS = 7
-"""Most characters per number in compressed run lengths: five bits each, for counts below 2^32."""
+"""Most characters that a number takes in compressed run lengths: counts are below 2^32, and each
+character has five bits."""
 
 
 @dataclass
 class MaskFormats:
-    """The formats of single objects' masks, with the id of one example annotation for each."""
+    """The formats of single objects' masks, with the id of an annotation for each format."""
 
     examples: dict[str, Any] = field(default_factory=dict)
 
@@ -151,7 +152,7 @@ class _Checker:
             self._note("box-malformed", f"the box is {quote(box)}, not four numbers")
             return None
         if not all(map(is_finite, box)):
-            self._note("box-not-finite", f"the box is {quote(box)}")
+            self._note("box-not-finite", f"the box {quote(box)} contains NaN or infinity")
             return None
         x, y, width, height = box
         if width < 0 or height < 0:
@@ -167,20 +168,20 @@ class _Checker:
                 "segmentation-type", "the mask is run lengths, but detectron2 expects polygons here"
             )
         elif isinstance(mask, list | dict) and not mask:
-            self._note("segmentation-empty", f"the mask is {mask}")
+            self._note("segmentation-empty", f"the mask is empty: {mask}")
         elif isinstance(mask, list):
             return self._polygons(mask, image_hw)
         elif isinstance(mask, dict):
             return self._run_lengths(mask, image_hw)
         else:
-            self._note("segmentation-type", f"the mask is {quote(mask)}")
+            self._note("segmentation-type", f"the mask is {quote(mask)}, not a list or object")
         return None
 
     def _polygons(self, polygons: list[Any], image_hw: tuple[int, int] | None) -> Mask | None:
         if self._annotation.get("iscrowd") == 1:
             self._note("crowd-polygon", "a crowd is given as polygons")
         if all(type(x) in (int, float) for x in polygons):
-            self._note("polygons-not-nested", f"the mask is {quote(polygons)}, one flat list")
+            self._note("polygons-not-nested", f"the mask is a flat list: {quote(polygons)}")
             return None
         outlines = [self._outline(polygon, k) for k, polygon in enumerate(polygons)]
         sound = [x for x in outlines if x is not None]
@@ -194,7 +195,7 @@ class _Checker:
         height, width = image_hw
         over = max(-box[0], -box[1], box[2] - width, box[3] - height)
         if over > ROUNDING:
-            message = f"a polygon leaves the image of {width} x {height} by {over:.4g} pixels"
+            message = f"a polygon extends {over:.4g} pixels beyond the image of {width} x {height}"
             self._note("polygon-outside" if over > ONE_PIXEL else "polygon-over-edge", message)
             if over > ONE_PIXEL:
                 return mask._replace(inside=False)
@@ -207,7 +208,7 @@ class _Checker:
             else:
                 self._note(
                     "mask-below-a-pixel",
-                    f"a mask of {mask.area:.2g} pixels covers no pixel's centre",
+                    f"the mask has an area of {mask.area:.2g} pixels and covers no pixel centre",
                 )
         return mask
 
@@ -216,7 +217,7 @@ class _Checker:
         if not isinstance(polygon, list | array):
             self._note("polygon-not-numbers", f"polygon {k} is {quote(polygon)}")
         elif not polygon:
-            self._note("polygon-empty", f"polygon {k} is []")
+            self._note("polygon-empty", f"polygon {k} is empty")
         elif type(polygon) is list and not {int, float}.issuperset(map(type, polygon)):
             of_points = all(type(x) is list for x in polygon)
             kind = "polygon-of-points" if of_points else "polygon-not-numbers"
@@ -243,7 +244,7 @@ class _Checker:
         if image_hw is None and min(size) > 0:
             image_hw = (size[0], size[1])
         if tuple(size) != image_hw:
-            message = f"the mask has the size {quote(size)}, but the image {list(image_hw or ())}"
+            message = f"the mask has size {quote(size)}, but the image has {list(image_hw or ())}"
             self._note("rle-size", message)
             return None
         runs = decode_counts(counts) if isinstance(counts, str) else self._plain_counts(counts)
@@ -252,11 +253,11 @@ class _Checker:
                 self._note("rle-corrupt", f"the run lengths {quote(counts)} cannot be decoded")
             return None
         if (runs < 0).any():
-            self._note("rle-counts", f"a run has the length {runs.min()}")
+            self._note("rle-counts", f"a run has length {runs.min()}")
             return None
         # The largest run is checked first, because a sum beyond int64 could give any value.
         if runs.max(initial=0) > math.prod(image_hw) or runs.sum() != math.prod(image_hw):
-            message = f"the runs have {runs.sum()} pixels, but the image {math.prod(image_hw)}"
+            message = f"the runs have {runs.sum()} pixels, but the image has {math.prod(image_hw)}"
             self._note("rle-sum", message)
             return None
         box = runs_box(runs, image_hw[0])
@@ -269,7 +270,7 @@ class _Checker:
     def _plain_counts(self, counts: list[Any]) -> IntArray | None:
         wrong = [x for x in counts if type(x) is not int or abs(x) >= 1 << 32]
         if wrong:
-            self._note("rle-counts", f"a run has the length {quote(wrong[0])}")
+            self._note("rle-counts", f"a run has length {quote(wrong[0])}")
             return None
         return np.array(counts, np.int64)
 
@@ -286,7 +287,7 @@ class _Checker:
             return
         over = max(-box[0], -box[1], box[2] - width, box[3] - height)
         if over > ONE_PIXEL:
-            message = f"the box leaves the image of {width} x {height} by {over:.4g} pixels"
+            message = f"the box extends {over:.4g} pixels beyond the image of {width} x {height}"
             self._note("box-outside", message + self._as_corners(mask))
             return
         if mask is None:
@@ -296,7 +297,7 @@ class _Checker:
         off = max(abs(x - y) for x, y in zip(a, b, strict=True))
         if off > ONE_PIXEL:
             iou = box_iou(a, b)
-            message = f"the box is off its mask by {off:.4g} pixels, IoU {iou:.2f}"
+            message = f"the box differs from its mask's box by {off:.4g} pixels (IoU {iou:.2f})"
             wrong = iou < LEAST_IOU and off > TWO_PIXELS
             hint = self._as_corners(mask) if wrong else ""
             self._note("box-mismatch" if wrong else "box-loose", message + hint)

@@ -1,8 +1,9 @@
 """Finds cases that detectron2 silently handles in a way that the author may not have intended.
 
-Crowds are neither trained on nor measured. Polygons inside others are filled. ``area`` sorts
-objects into small, medium and large, regardless of their masks. Each case can be right for some
-objects, so a file is judged by the share of objects affected, which each finding states.
+Crowds are used neither in training nor in evaluation. Polygons inside other polygons are filled.
+The field ``area`` decides whether an object counts as small, medium or large, regardless of its
+mask. Each case can be intended for some objects, so each finding states the share of objects that
+it affects.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ Bools = npt.NDArray[np.bool_]
 # In COCO 2017, 1.2% of the annotations are crowds, and hardly any image has only crowds.
 MANY_CROWDS, MANY_LOST_IMAGES = 0.10, 0.05
 FEW_CROWDS = 10
-"""A file with fewer crowds is not reported, as long as their images also have objects."""
+"""Fewer crowds than this are not reported if their images also contain other objects."""
 
 MANY_WITHOUT_OBJECTS = 0.10
 """Images without objects are reported if their share is at least this; COCO 2017 has 0.9%."""
 
 SOME = 0.001
-"""If the share of objects with a wrong area is below this, the errors may be chance."""
+"""Wrong areas are reported if their share is at least this; a smaller share may be chance."""
 MUCH_OFF = 2.5
-"""Ratio between area and mask, in either direction, that is certainly unintended."""
+"""An area that is larger or smaller than the mask by this factor is certainly unintended."""
 MEDIUM, LARGE = 32.0**2, 96.0**2
-"""Areas in pixels from which an object counts as medium or large in COCO's metric."""
+"""Smallest areas in pixels of medium and large objects in COCO's metric."""
 
 
 class Shares:
@@ -51,7 +52,8 @@ class Shares:
         self._total = self._crowds = 0
         self._with_objects: set[Hashable] = set()
         self._with_crowds: set[Hashable] = set()
-        # Rows of numbers, because COCO's 860,000 annotations would take 300 MB as Python objects.
+        # Stored as rows of numbers, because COCO's 860,000 annotations would take 300 MB as Python
+        # objects.
         self._areas = array("d")
         self._masks = array("q")
 
@@ -85,9 +87,9 @@ class Shares:
         """Adds findings about the annotations as a whole.
 
         Args:
-            annotations: the section, which provides the examples.
-            found: list to which findings are added. Findings for masks that leave their image are
-                changed to another kind if the same masks are also on another image.
+            annotations: the section; messages quote examples from it.
+            found: list to which findings are added. If a mask extends beyond its image and the same
+                mask is also on another image, its finding is changed to another kind.
         """
         self._check_crowds(found)
         self._check_images(found)
@@ -140,12 +142,16 @@ class Shares:
             other &= (ratio < 1 / MUCH_OFF) | (ratio > MUCH_OFF)
         moved = _size_class(area) != _size_class(filled)
         for kind, which, what in (
-            ("ring-as-hole", ring, "a polygon inside another, and an area as if it were a hole"),
-            ("area-of-box", of_box, "the area of their box instead of their mask's"),
+            (
+                "ring-as-hole",
+                ring,
+                "a polygon inside another, and an area that treats it as a hole",
+            ),
+            ("area-of-box", of_box, "the area of their box instead of the area of their mask"),
             (
                 "area-suspicious",
                 other,
-                f"an area that is not their mask's ({_factor(ratio[other])})",
+                f"an area that differs from their mask's ({_factor(ratio[other])})",
             ),
         ):
             if not which.any() or (which.mean() < SOME and which is not ring):
@@ -155,7 +161,7 @@ class Shares:
             found.add(
                 kind,
                 f"{_share(int(which.sum()), len(which))} objects have {what}, so "
-                f"{int((moved & which).sum())} count in the wrong one of APs, APm and APl; "
+                f"{int((moved & which).sum())} count in the wrong metric (APs, APm or APl); "
                 f"annotation {example} has area {area[k]:.6g}, but its mask has {filled[k]:.6g} "
                 "pixels",
             )
@@ -188,8 +194,8 @@ class Shares:
         found.add(
             "mask-on-several-images",
             f"{_share(len(others), len(rows))} masks are identical, point for point, on several "
-            f"images: that of annotation {quote(example.get('id'))} of image "
-            f"{quote(example.get('image_id'))} is also on image {quote(other)}",
+            f"images; the mask of annotation {quote(example.get('id'))} of image "
+            f"{quote(example.get('image_id'))}, for example, is also on image {quote(other)}",
         )
 
 
@@ -202,7 +208,7 @@ def _size_class(area: Floats) -> npt.NDArray[np.int64]:
 
 
 def _factor(ratio: Floats) -> str:
-    """Describes the median ratio of areas to masks."""
+    """Describes the median ratio of the field ``area`` to the area of the mask."""
     return f"median ratio {np.median(ratio):.3g}" if len(ratio) else ""
 
 

@@ -1,6 +1,6 @@
 """Finds image files that come from the same photograph: copies, tiles, or augmented versions.
 
-Used to check two data sets for overlap, and to split one.
+Used to check two data sets for overlap, and to split a data set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 THREADS = 8
 PROBE = 4096
-"""Bytes read from the middle of a file, which distinguish most files of equal size."""
+"""Number of bytes read from the middle of a file; they distinguish most files of equal size."""
 
 ROBOFLOW = re.compile(r"(?:_(?:jpe?g|png|bmp|tiff?|webp))?\.rf\.\w{16,}$", re.IGNORECASE)
 """End of names from Roboflow, which gives each augmented version of an image its own digest."""
@@ -54,14 +54,14 @@ def photograph_names(file_names: Sequence[str]) -> list[str | None]:
     Names are recognised if they end with the position of a tile (``bay_512_1024``, ``bay_r1_c2``,
     ``bay_tile7``), its corners (``bay_0_0_512_512``, as written by SAHI), or Roboflow's mark of a
     version (``bay.rf.<digest>``). Two plain numbers count as the position of a tile if all such
-    pairs form a grid. Dates and times, or scenes and frames, do not.
+    pairs form a grid. Numbers that look like dates and times, or scenes and frames, do not count.
 
     Args:
         file_names: all names in the data set, because a grid is visible only in many names.
 
     Returns:
-        The name of each file's photograph. None if the file is not a tile or version, unless other
-        files belong to a photograph of that name.
+        The name of each file's photograph; None for a file that is not a tile or a version, unless
+        it is itself the photograph of such a file.
     """
     paths = [re.sub(r"\.[A-Za-z0-9]{1,5}$", "", name.replace("\\", "/")) for name in file_names]
     stems = [ROBOFLOW.sub("", path) for path in paths]
@@ -115,14 +115,14 @@ def _is_grid(name: str, places: Places) -> bool:
 def content_keys(
     paths: Iterable[str], shared: Callable[[Mapping[str, Hashable]], set[Hashable]] | None = None
 ) -> dict[str, Hashable]:
-    """Returns a key for the content of each file that may be a copy; leaves out all others.
+    """Returns a key for the content of each file that may be a copy; leaves out all other files.
 
     Only files of equal size are read, and they are read completely only if their middles are equal.
 
     Args:
         paths: paths of files; empty and unreadable files do not count as copies.
-        shared: takes the keys by path, and returns those to examine further; by default, all that
-            occur more than once.
+        shared: function that takes the keys by path and returns the keys to examine further; by
+            default, these are all keys that occur more than once.
     """
     keys: dict[str, Hashable] = {path: _size(path) for path in paths}
     for digest in (_probe, _whole):

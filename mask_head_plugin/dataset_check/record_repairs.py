@@ -1,7 +1,7 @@
-"""The repairs for a corrected copy: each repairs a kind of finding that has only one right answer.
+"""Repairs for a corrected copy, one for each kind of finding with a single right answer.
 
-A repair changes a record and returns a description of the change. If it returns None, the record is
-dropped.
+A repair is a function that changes a record and returns a description of the change. If it returns
+None, the record is dropped.
 
 Shape alphabet: H, W sides of an image.
 """
@@ -30,13 +30,13 @@ def _move(records: list[Record], key: str, value: Any) -> None:
 
 
 def _renumber(section: str, groups: str, key: str, repeated: Repair) -> Repair:
-    """Returns a repair that replaces a record's id with a number, also in records that refer to it.
+    """Returns a repair that gives a record a new id and updates the records that refer to it.
 
     Args:
         section: section of the record.
-        groups: attribute of Document with the records that refer to this one.
-        key: the field that contains the reference.
-        repeated: the repair to use if several records have the same id.
+        groups: attribute of Document that lists the referring records by id.
+        key: field of the referring records that contains the id.
+        repeated: repair to use if several records have the same id.
     """
 
     def repair(document: Document, record: Record) -> str | None:
@@ -71,7 +71,7 @@ def _repeated_category(document: Document, record: Record) -> str | None:
 
 def _size_from_file(document: Document, image: Record) -> str | None:
     facts = document.facts(image)
-    if facts is None or facts.orientation != 1:  # the size, or the order of its sides, is unknown
+    if facts is None or facts.orientation != 1:  # the size is unknown, or its sides may be swapped
         return None
     image["height"], image["width"] = facts.image_hw
     return "height and width are now {} and {}, as in the file".format(*facts.image_hw)
@@ -91,7 +91,7 @@ def _repeated_image(document: Document, image: Record) -> str | None:
 
 
 def _merge_image(document: Document, image: Record) -> str | None:
-    """Merges image records of the same file, so that one record has the annotations of all."""
+    """Merges image records of the same file, so that one record has all annotations of the file."""
     same = document.files.get(file_name(image, False) or "", [])
     first = next(x for x in same if not document.is_dropped(x))
     if first is image:
@@ -103,7 +103,9 @@ def _merge_image(document: Document, image: Record) -> str | None:
     for annotation in moved:
         shape = [annotation.get(key) for key in ("category_id", "bbox", "segmentation")]
         if any([x.get(k) for k in ("category_id", "bbox", "segmentation")] == shape for x in kept):
-            document.drop(annotation, "the other record of its file also has it", merged=True)
+            document.drop(
+                annotation, "the other record of the file also has this annotation", merged=True
+            )
         else:
             annotation["image_id"] = first.get("id")
             kept.append(annotation)
@@ -118,7 +120,7 @@ def _file_elsewhere(document: Document, image: Record) -> str | None:
 
 
 def _references(document: Document, annotation: Record) -> str | None:
-    """Converts ids such as "7" and 7.0 to integers if the file lists these."""
+    """Converts ids such as "7" and 7.0 to integers if the file lists these integers."""
     done = []
     for key, known in (("image_id", document.images), ("category_id", document.categories)):
         value = annotation.get(key)
@@ -171,7 +173,7 @@ def _iscrowd(document: Document, annotation: Record) -> str | None:
 
 
 def _drop_keypoints(document: Document, annotation: Record) -> str | None:
-    """Drops keypoints, which are not needed for masks."""
+    """Drops keypoints, which mask training does not need."""
     del document
     del annotation["keypoints"]
     annotation.pop("num_keypoints", None)
@@ -222,7 +224,7 @@ def _flatten(document: Document, annotation: Record) -> str | None:
 
 
 def _drop_parts(document: Document, annotation: Record) -> str | None:
-    """Drops polygons of fewer than three points or an odd number of values, as in detectron2."""
+    """Drops polygons with fewer than three points or an odd number of values, as in detectron2."""
     del document
     given = annotation["segmentation"]
     kept = [x for x in given if not isinstance(x, list) or (len(x) >= 6 and len(x) % 2 == 0)]
@@ -260,10 +262,10 @@ def clip_polygon(polygon: Polygon, image_hw: tuple[int, int]) -> Polygon:
     for axis, sign, bound in ((0, 1, 0.0), (0, -1, -width), (1, 1, 0.0), (1, -1, -height)):
         kept = []
         for start, end in zip(np.roll(points, 1, axis=0), points, strict=True):
-            a, b = sign * start[axis] - bound, sign * end[axis] - bound  # inside if 0 or more
+            a, b = sign * start[axis] - bound, sign * end[axis] - bound  # negative if outside
             if min(a, b) < 0 < max(a, b):
                 inner, outer = (start, end) if a > 0 else (end, start)
-                # Halved, because differences of huge coordinates would overflow.
+                # Coordinates are halved, because differences of huge ones would overflow.
                 share = max(a, b) / 2 / (max(a, b) / 2 - min(a, b) / 2)
                 kept.append(inner + (outer * share - inner * share))
             if b >= 0:
@@ -314,4 +316,4 @@ REPAIRS: dict[tuple[str, str], Repair] = {
         )
     },
 }
-"""Repairs by section and kind of finding."""
+"""The repair for each section and kind of finding."""

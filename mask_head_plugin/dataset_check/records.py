@@ -57,7 +57,8 @@ def check_categories(
         categories: the section.
         found: list to which findings are added.
         num_classes: number of classes of the model; None if unknown.
-        lvis: whether class numbers will be ids - 1, as in detectron2 for LVIS.
+        lvis: whether the file is in LVIS format, for which detectron2 subtracts 1 from the ids to
+            get class numbers.
 
     Returns:
         Names by id, for categories that have both.
@@ -67,7 +68,9 @@ def check_categories(
     for index, category in enumerate(categories):
         at = Place("categories", index)
         if not isinstance(category, dict):
-            found.add("category-not-object", f"a category is {quote(category)}", at)
+            found.add(
+                "category-not-object", f"the category is {quote(category)}, not an object", at
+            )
             continue
         missing = [key for key in ("id", "name") if category.get(key) is None]
         if missing:
@@ -97,13 +100,15 @@ def check_categories(
         names[i] = name
         first_of_name.setdefault(name, i)
         if lvis and type(i) is int and not 1 <= i <= len(categories):
-            message = f"category {quote(name)} has the id {i}, but there are {len(categories)}"
+            message = (
+                f"category {quote(name)} has the id {i} in a file of {len(categories)} categories"
+            )
             found.add("category-id-range", message, at)
     if not categories:
         found.add("no-categories", "the file lists no categories")
     elif num_classes is not None and len(names) != num_classes:
         found.add(
-            "num-classes", f"the file has {len(names)} categories, but the model {num_classes}"
+            "num-classes", f"the file has {len(names)} categories, but the model has {num_classes}"
         )
     return names
 
@@ -141,7 +146,11 @@ def check_images(images: list[Any], found: Findings, *, lvis: bool = False) -> S
     first_of_file: dict[str, Any] = {}
     for index, image in enumerate(images):
         if not isinstance(image, dict):
-            found.add("image-not-object", f"an image is {quote(image)}", Place("images", index))
+            found.add(
+                "image-not-object",
+                f"the image is {quote(image)}, not an object",
+                Place("images", index),
+            )
             continue
         i = image.get("id")
         at = Place("images", index, i)
@@ -157,7 +166,9 @@ def check_images(images: list[Any], found: Findings, *, lvis: bool = False) -> S
         check_id("image", i, found, at)
         if isinstance(i, Hashable):
             if i in sizes:
-                message = f"the image id appears twice, here with {quote_path(image.get(name_key))}"
+                message = (
+                    f"another image has this id; this file is {quote_path(image.get(name_key))}"
+                )
                 found.add("duplicate-image-id", message, at)
             sizes.setdefault(i, size)
     if not images:
@@ -171,11 +182,13 @@ def _check_size(image: Mapping[str, Any], at: Place, found: Findings) -> tuple[i
         return None
     height, width = sides
     if type(height) is not int or type(width) is not int or height < 1 or width < 1:
-        message = f"height is {quote(height)} and width {quote(width)}"
+        message = f"height is {quote(height)} and width is {quote(width)}"
         found.add("image-size-invalid", message, at)
         return None
     if height * width > max_pixels():
-        message = f"{quote(width)} x {quote(height)} exceeds Pillow's {max_pixels():.0f} pixels"
+        message = (
+            f"{quote(width)} x {quote(height)} exceeds Pillow's limit, {max_pixels():.0f} pixels"
+        )
         found.add("image-too-large", message, at)
         return None
     return height, width
@@ -250,7 +263,7 @@ def check_annotation_fields(
     if i is not None:
         check_id("annotation", i, found, at)
         if type(i) is int and i < 1:
-            found.add("annotation-id-not-positive", f"its id is {i}", at)
+            found.add("annotation-id-not-positive", f"its id is {i}, which is below 1", at)
     for key, known, kind in (
         ("image_id", sizes, "unknown-image"),
         ("category_id", categories, "unknown-category"),

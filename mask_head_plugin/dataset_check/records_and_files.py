@@ -51,7 +51,7 @@ def check_files(
             size is used, so that masks can be checked.
         lvis: whether files are named by ``coco_url``.
         decode: whether to decode all files.
-        known: facts by path about files that are not read again; new facts are added.
+        known: facts by path. Files in it are not read again; facts about other files are added.
     """
     images = content["images"]
     if not Path(image_root).is_dir():
@@ -117,7 +117,7 @@ def _look_for_files(images: list[Any], image_root: str, found: Findings) -> None
         elif namesakes := places.namesakes(name):
             files = messages.listed([quote_path(path) for path in namesakes])
             has = "has" if len(namesakes) == 1 else "have"
-            message = f"{found[k].message}; {files} there {has} the same name"
+            message = f"{found[k].message}; in the image folder, {files} {has} the same name"
             found[k] = replace(found[k], message=message)
         elif _is_absolute_file(name):
             message = (
@@ -148,10 +148,10 @@ def _is_absolute_file(name: str) -> bool:
 def _wrong_alike(
     listed: list[ListedImage], known: Mapping[str, ImageFacts], annotations: Iterable[Any]
 ) -> set[int]:
-    """Returns the indices of images with a wrong size in an export that states one size for all.
+    """Returns the indices of images with a wrong size if all records state the same size.
 
     Some tools write a fixed size without reading the files. If the masks fit the files but not that
-    size, the sizes of the files are right.
+    size, the sizes of the files are taken to be right.
     """
     stated = {image.image_hw for image in listed}
     if len(stated) != 1 or len(listed) < FEW_SIZES or None in stated:

@@ -69,7 +69,8 @@ def split(
     numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
     if len(numbers) < 2:
         raise ConfigError(
-            f"--split: all {len(images)} images belong to one photograph, by name or content"
+            f"--split: all {len(images)} images belong to one photograph, judging by name or "
+            "content"
         )
     group_of_image = {
         image["id"]: numbers[group] for image, group in zip(images, groups, strict=True)
@@ -96,10 +97,10 @@ def _counts(content: Content, group_of_image: dict[Any, int], num_groups: int) -
 
 
 def _choose(counts: Any, share: float, seed: int) -> Any:
-    """Returns (G,) whether each photograph goes to validation.
+    """Returns (G,) bools that are True for photographs in the validation part.
 
-    A photograph is chosen if it brings the shares closer to the goal. Photographs with many images
-    come first, so that small ones can even out the shares.
+    A photograph is chosen if it brings the shares of images and categories closer to ``share``.
+    Photographs with many images come first, so that those with few images can even out the shares.
     """
     totals = counts.sum(0)
     shares = counts[:, totals > 0] / totals[totals > 0]

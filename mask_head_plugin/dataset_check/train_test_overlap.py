@@ -23,8 +23,8 @@ def shared_images(train: Images, test: Images) -> list[tuple[str, Pairs]]:
         test: image folder and path of each test image.
 
     Returns:
-        A description of each criterion that finds images, with the pairs of paths, test image
-        first. A test image appears only under the first criterion that matches.
+        A description of each criterion that finds images, with pairs of paths of a test image and a
+        training image. A test image appears only under the first criterion that matches.
     """
     left = list(test)
     found = []

@@ -13,13 +13,13 @@ from .findings import Findings, quote
 from .records import listed_id
 
 FEW = 10
-"""Fewer records than this may have a fault by chance."""
+"""If fewer records than this have a fault, it may be chance."""
 
 
 def check_whole(
     content: dict[str, list[Any]], categories: Mapping[Hashable, str], found: Findings
 ) -> None:
-    """Finds faults in the records as a whole, and categories without annotations.
+    """Adds findings about the file as a whole, such as categories without annotations.
 
     Args:
         content: the sections of the file.
@@ -69,8 +69,8 @@ def _check_shift(
         if len(used) > 1 and not used <= known and {i + shift for i in used} <= known:
             found.add(
                 "category-ids-shifted",
-                f"annotations use the categories {min(used)} to {max(used)}, but the file lists "
-                f"{min(known)} to {max(known)}",
+                f"annotations use category ids from {min(used)} to {max(used)}, but the file lists "
+                f"ids from {min(known)} to {max(known)}",
             )
 
 
@@ -107,6 +107,6 @@ def _check_repetitions(annotations: list[dict[str, Any]], found: Findings) -> No
     if repeated:
         found.add(
             "repeated-annotation",
-            f"{len(repeated)} annotations have the same image, category and box as another one, "
-            f"such as {repeated[0][1]} and {repeated[0][0]}",
+            f"{len(repeated)} annotations have the same image, category and box as another "
+            f"annotation, such as {repeated[0][1]} and {repeated[0][0]}",
         )

@@ -1,4 +1,4 @@
-"""Writes a config that is fitted to a data set; see docs/new_config.md."""
+"""Writes a config fitted to a data set; see docs/new_config.md."""
 
 from .new_config import DataFiles as DataFiles
 from .new_config import NewConfig as NewConfig

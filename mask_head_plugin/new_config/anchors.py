@@ -1,4 +1,4 @@
-"""Fits anchors to boxes with k-means, at the size of the model's input.
+"""Fits anchors to boxes with k-means. All sizes are in pixels of the model's input.
 
 detectron2's anchors are all combinations of sizes and aspect ratios, so the two are clustered
 separately. Clustering logarithms gives relative errors the same weight for small and large boxes.
@@ -71,9 +71,10 @@ def choose_anchors(object_hw: FloatArray, class_of: IntArray) -> Anchors:
 
 
 def balanced_sample(values: FloatArray, class_of: IntArray) -> FloatArray:
-    """Returns quantiles of the values of each class.
+    """Returns a sample of the values in which frequent classes do not dominate.
 
-    The number of quantiles is proportional to the square root of the class's number of values.
+    Each class is represented by quantiles of its values. Their number is proportional to the square
+    root of the number of values.
     """
     counts = np.sqrt(np.bincount(class_of))
     wanted = np.ceil(counts / counts.sum() * min(SAMPLES, len(values))).astype(int)
@@ -93,7 +94,7 @@ def clusters(values: FloatArray, number: int) -> FloatArray:
 
     Args:
         values: logarithms of sizes or ratios.
-        number: k.
+        number: number of centres.
     """
     lowest, highest = np.percentile(values, [2, 98])
     step = np.log(LEAST_STEP)

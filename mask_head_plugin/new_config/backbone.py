@@ -1,4 +1,4 @@
-"""Chooses the backbone and base config, considering what is installed."""
+"""Chooses a backbone and its base config, depending on the device and the installed packages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LITE0_FILE = Path("backbones") / f"{LITE0}.safetensors"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A base config and the settings that the new config adds for the backbone.
+    """A backbone: its base config, and the settings that the new config adds to it.
 
     Attributes:
         name: name shown to the user.
@@ -32,7 +32,7 @@ class Backbone:
         rate_per_image: learning rate per image of a batch.
         why_learning_rate: source of the learning rate, for a comment.
         pixels_per_second: training speed of one CPU core; see docs/new_config.md.
-        settings: settings of the backbone.
+        settings: settings that are added to the base config.
         advice: how to get a better config, shown to the user.
     """
 
@@ -49,18 +49,25 @@ class Backbone:
         return float(f"{self.rate_per_image * batch_size:.2g}")
 
     def head_levels(self, levels: Sequence[str]) -> list[str]:
-        """Returns the maps that the heads read; empty if they are those of the base config."""
+        """Returns the maps that the heads read; an empty list keeps those of the base config."""
         few = self.base == SMALL and levels[-1] in ("p5", "p6")
         return [*ROI_LEVELS] if few else []
 
 
 def choose_backbone(device: Device) -> Backbone:
-    """Returns the best backbone for a device among those that need no installation or download."""
+    """Returns the best backbone for a device.
+
+    On a CPU, chooses only among backbones that need no further installation or download.
+    """
     if device.kind == "cuda":
         return Backbone(
-            "R50-FPN", R50_FPN, R50_RATE, "As in detectron2 for R50-FPN: 0.02 for 16 images.", 0
+            "R50-FPN",
+            R50_FPN,
+            R50_RATE,
+            "The rate of detectron2's R50-FPN configs: 0.02 for 16 images.",
+            0,
         )
-    why = "As in configs/nuclei/: 0.02 for 2 images."
+    why = "The rate of configs/nuclei/: 0.02 for 2 images."
     file = next((x for x in (LITE0_FILE, CONFIGS.parent / LITE0_FILE) if x.is_file()), None)
     has_timm = importlib.util.find_spec("timm") is not None
     if has_timm and file:
@@ -76,14 +83,14 @@ def choose_backbone(device: Device) -> Backbone:
         why,
         2.8e5,
         advice="for better results, start from ImageNet weights (nothing was downloaded). "
-        f"Run {missing}python tools/fetch_backbone.py efficientnet_lite0, then run this again "
-        "with --overwrite",
+        f"Run {missing}python tools/fetch_backbone.py efficientnet_lite0, then run this "
+        "command again with --overwrite",
     )
 
 
 def _lite0_settings(file: Path) -> list[Setting]:
     why = "ImageNet weights from tools/fetch_backbone.py efficientnet_lite0; fast enough on a CPU."
-    pixels = "The weights were trained on pixels scaled in this way; pixels are 0 to 255."
+    pixels = "The weights were trained on pixels that were scaled from 0 to 255 in this way."
     return [
         Setting("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", why),
         Setting("MODEL.TIMM.NAME", LITE0),

@@ -1,4 +1,4 @@
-"""Writes YAML with a comment above each key that explains its value."""
+"""Writes a config as YAML, with comments that explain the values."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ class Setting:
     Attributes:
         key: the full key, such as ``MODEL.MASK_ON``.
         value: a number, a string, or a list of these.
-        why: the comment above the key. Empty for no comment, such as for a key that belongs to the
-            previous one.
+        why: the comment above the key; empty for no comment.
     """
 
     key: str
@@ -32,7 +31,7 @@ def render(header: str, base: str, settings: Iterable[Setting]) -> str:
     """Returns the text of a config file.
 
     Args:
-        header: paragraphs of the comment at the top of the file.
+        header: text of the comment at the top of the file; each line becomes a paragraph.
         base: value of ``_BASE_``.
         settings: the settings; sections appear in the order of their first keys.
     """
@@ -79,8 +78,8 @@ def _value_lines(start: str, value: Any, indent: str) -> list[str]:
 
 
 def _flow(value: Any) -> str:
-    """Returns a value as YAML in one line."""
-    # Inside a list, YAML quotes a string if needed and adds no end-of-document marker.
+    """Returns a value as YAML on a single line."""
+    # Dumped inside a list, because PyYAML ends a plain value with a document marker.
     text: str = yaml.safe_dump(
         [value], default_flow_style=True, width=float("inf"), allow_unicode=True
     )

@@ -1,4 +1,4 @@
-"""The device that a config is written for, and the image size that it can train on."""
+"""The device on which a config will be trained, and the limits that it sets for image sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USABLE = 0.6
 UNKNOWN_GPU = 8e9
 """Memory in bytes assumed for a GPU that is not in this machine; most GPUs have more."""
 MOST_CORES = 16
-"""Most cores to count; more would hardly speed up a small model on a CPU."""
+"""Maximum number of cores to count; more would hardly speed up a small model."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +38,28 @@ class Device:
 
     @property
     def batch_size(self) -> int:
-        """Images per batch if memory allows; on a CPU, more would only make iterations longer."""
+        """Images per batch, if memory allows. On a CPU, more would only make iterations longer."""
         return 8 if self.kind == "cuda" else 2
 
     @property
     def usual_short_edge(self) -> int:
-        """The shorter side of images, unless objects need more; on a GPU, detectron2's default."""
+        """The shorter side of images, unless objects need more; detectron2's default on a GPU."""
         return 800 if self.kind == "cuda" else 448
 
     @property
     def view_pixels(self) -> float:
-        """Most pixels in an image, or in a crop, during training."""
+        """Maximum number of pixels in a training image or crop."""
         usual = 1.6e6 if self.kind == "cuda" else 512.0**2
         return min(usual, self.memory * USABLE / BYTES_PER_PIXEL / 2)
 
     @property
     def crop_side(self) -> int:
-        """The side of a crop that is fast to train on but still includes context."""
+        """The side of a training crop that is fast to train on but still includes context."""
         return 800 if self.kind == "cuda" else 320
 
     @property
     def image_pixels(self) -> float:
-        """Most pixels in a whole image during evaluation, which does not store activations."""
+        """Maximum number of pixels of an image in evaluation, which stores no activations."""
         return 4 * self.view_pixels
 
     def fitting_batch(self, view_pixels: float) -> int:

@@ -14,18 +14,18 @@ from .data_facts import DataFacts, FloatArray
 from .device import Device
 
 SMALLEST = 16
-"""Side in pixels that all but the smallest tenth of the objects should reach. It covers four cells
-of a map of stride 4, and the M / 2 = 14 bins from which a mask of 28 x 28 is predicted."""
+"""Side in pixels that nine tenths of the objects should reach. It spans four cells of a map of
+stride 4, and more pixels than the M / 2 = 14 bins from which a mask of 28 x 28 is predicted."""
 MOST_MAGNIFIED = 4
 CONTEXT = 3
-"""Smallest side of a crop, relative to the side of a large object (the 90th percentile)."""
+"""Smallest ratio of a crop's side to the side of a large object (the 90th percentile)."""
 LARGEST_CROP = 0.75
-"""Largest crop, as a share of the image's side; larger crops would save hardly any time."""
+"""Largest crop, as a share of the image; larger crops would save hardly any time."""
 STEP = 32
 USUAL_ELONGATION = 5 / 3
 MOST_ELONGATED = 3.0
 WHOLE_JITTER = (0.8, 0.85, 0.9, 0.95, 1.0)
-"""Corresponds to detectron2's 640 to 800 pixels."""
+"""Relative sizes, like the 640 to 800 pixels of detectron2."""
 CROP_JITTER = (0.8, 0.9, 1.0, 1.1, 1.2)
 
 
@@ -41,7 +41,7 @@ class InputSize:
         view_pixels: average number of pixels in a training image or crop.
         image_pixels: average number of pixels in a whole image during evaluation.
         object_scale: (R,) scale factor of each object's image.
-        smallest: side in scaled pixels that a tenth of the objects fall below.
+        smallest: 10th percentile of the sides of objects, in scaled pixels.
         wanted: the short edge that would make ``smallest`` equal to SMALLEST; 0 if images do not
             have to be scaled.
     """
@@ -68,8 +68,8 @@ def choose_input_size(facts: DataFacts, device: Device) -> InputSize:
     """Returns the input size for a data set on a device.
 
     Images keep their size if it is large enough for the objects and small enough for the device,
-    unless object sizes relative to the image size vary less than absolute ones. Otherwise all
-    images are scaled to the same short edge.
+    unless object sizes relative to the image vary less than absolute sizes. Otherwise, all images
+    are scaled to the same short edge.
 
     Args:
         facts: facts about the training data.
@@ -141,7 +141,7 @@ def _crop_share(edge: int, elongation: float, large_object: float, device: Devic
 
 
 def _scaled(facts: DataFacts, edge: int, crop: float | None, wanted: int) -> InputSize:
-    # Panoramas, if there are only a few, are scaled down so that they do not exhaust memory.
+    # If there are only a few panoramas, they are scaled down to avoid exhausting memory.
     elongation = np.percentile(facts.elongations, 95).clip(USUAL_ELONGATION, MOST_ELONGATED)
     longest = math.ceil(edge * elongation / STEP) * STEP
     scale = np.minimum(edge / facts.short_sides, longest / facts.image_hw.max(axis=1))

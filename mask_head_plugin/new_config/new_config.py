@@ -1,4 +1,4 @@
-"""Writes a config for a data set: checks the files, chooses the values and tests them."""
+"""Writes a config for a data set: checks the files, chooses the values and tries the config."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Request:
 
     Attributes:
         train: training data.
-        val: validation data; if None, the training data are split.
+        val: validation data; None to split the training data.
         output: path of the config.
         split_share: share of the images to use for validation if ``val`` is None.
         seed: seed of the split.
@@ -130,12 +130,12 @@ def write_new_config(request: Request) -> NewConfig:
     name = re.sub(r"[^\w+-]+", "_", request.output.stem)
     header = (
         f"Written by tools/new_config.py for {describe(train)}, to train {backbone.name} on "
-        f"{device}.\nThe comments explain the values. They are a starting point: change whatever "
-        "you know better."
+        f"{device}.\nThe comments explain the values. They are only a starting point; change any "
+        "value if you know a better one."
     )
 
     def text(folder: Path, base: str) -> str:
-        """Returns the config as text, with the annotation files of a split in ``folder``."""
+        """Returns the config's text; ``folder`` contains the annotation files of a split."""
         files = _data_sets(request, parts, folder, name)
         named = file_settings(files, f"./output/{name}", _split_words(request, parts))
         return render(header, base, [*settings, *named])
@@ -195,7 +195,7 @@ def _check_files(request: Request) -> None:
 
 
 def _split(request: Request) -> dict[str, dict[str, Any]]:
-    """Splits the training data; returns no parts if that leaves a part without objects."""
+    """Splits the training data; returns no parts if one of them would contain no objects."""
     content = json.loads(request.train.json_file.read_text(encoding="utf-8"))
     root = str(request.train.images)
     names = [image["file_name"] for image in content["images"]]
@@ -238,7 +238,7 @@ def _data_sets(
 
 
 def _free_name(name: str) -> str:
-    """Returns a name that no data set of detectron2 or the plugin has."""
+    """Returns ``name``, with a prefix if a data set of detectron2 or the plugin has this name."""
     taken = name in DatasetCatalog.list() and not MetadataCatalog.get(name).get(
         "from_coco_files", False
     )
@@ -278,7 +278,7 @@ def _tried(cfg: CfgNode, device: Device) -> Estimate:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ConfigError(
             f"a batch of {cfg.SOLVER.IMS_PER_BATCH} images does not fit into the free memory of "
-            f"{device}; end other programs that use it, or choose another --device"
+            f"{device}; end other programs that use this memory, or choose another --device"
         ) from error
 
 

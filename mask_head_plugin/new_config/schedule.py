@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from .device import Device
 
 PASSES = 40
-"""Passes over the images. A few hundred images need this many with pretrained weights."""
+"""Number of passes over the images. A few hundred images need it with pretrained weights."""
 LEAST_VIEWS, MOST_VIEWS = 24_000, 1_440_000
-"""Limits for the total number of images or crops. There is a minimum because a detector's heads
-always start untrained. The maximum is that of COCO's 1x schedule.
+"""Limits for the total number of images or crops. The lower limit allows for a detector's heads,
+which always start untrained. The upper limit is that of COCO's 1x schedule.
 """
 CPU_MINUTES = 40
 LEAST_ITERATIONS = 300
 EVALUATIONS = 4
 EVALUATION_SHARE = 0.25
-"""Largest share of the training time to spend on evaluations."""
+"""Maximum time for evaluations, as a share of the training time."""
 FORWARD_SHARE = 0.3
-"""Share of a training step's time that the forward pass takes."""
+"""Time of a forward pass, as a share of the time of a training step."""
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ SPARE = 1.25
 """Detections per object in the most crowded image; more than 1 because some detections are wrong.
 """
 RARE = 0.1
-"""A class is rare if the share of images that contain it is below this."""
+"""A class is rare if the share of images that contain it is smaller than this."""
 MOST_REPEATED = 4
-"""Most times that an image with the rarest class is used in one pass over all images."""
+"""Largest number of times that an image of the rarest class is used per pass over the images."""
 POSITIVE_SHARE = 0.25
 """detectron2's share of objects among the RoIs that train the heads."""
 
@@ -36,7 +36,7 @@ POSITIVE_SHARE = 0.25
 def choose_settings(
     train: DataFacts, val: DataFacts | None, backbone: Backbone, device: Device
 ) -> tuple[list[Setting], Schedule]:
-    """Returns the schedule and all settings except those that name files.
+    """Returns all settings except those that name files, and the schedule.
 
     Args:
         train: facts about the training data.
@@ -68,7 +68,7 @@ def choose_settings(
             Setting(
                 "TEST.EVAL_PERIOD",
                 schedule.period,
-                "Iterations between evaluations; AP is logged at each.",
+                "Iterations between evaluations, each of which logs AP.",
             )
         )
     settings.append(_detections(train, val))
@@ -87,14 +87,13 @@ def file_settings(
     """Returns the settings that name files.
 
     Args:
-        files: name, annotations and image folder of the training data and, if there are any, of
-            the validation data.
+        files: name, annotations and image folder of the training data and of any validation data.
         output_dir: OUTPUT_DIR of the run.
         split: explains where the validation data come from.
     """
     entries = [[name, str(json_file), str(images)] for name, json_file, images in files]
     names = [name for name, _, _ in files]
-    why = f"Name, annotations, images. The paths work from any folder. {split}"
+    why = f"Name, annotations, image folder. The paths work from any folder. {split}"
     settings = [
         Setting("DATASETS.COCO_FILES", entries, why.strip()),
         Setting("DATASETS.TRAIN", names[:1]),
@@ -124,8 +123,9 @@ def _anchor_settings(anchors: Anchors, backbone: Backbone) -> list[Setting]:
     share, default = f"{anchors.covered:.0%}", f"{anchors.covered_by_default:.0%}"
     why = (
         "Sides of the anchors in pixels of the model's input, two for each map below, chosen by "
-        "k-means on the boxes. Each class is weighted by the square root of its objects. "
-        f"{share} of the boxes have an anchor with IoU 0.5 or more; with COCO's anchors, {default}."
+        "k-means on the boxes. Each class is weighted by the square root of its number of objects. "
+        f"{share} of the boxes have an anchor with an IoU of at least 0.5; COCO's anchors would "
+        f"cover {default}."
     )
     return [
         Setting("MODEL.ANCHOR_GENERATOR.SIZES", anchors.sizes, why),
@@ -151,7 +151,7 @@ def _head_settings(
     why = f"Objects of each class in the file: {listed(told, CLASSES_LISTED)}."
     if unused := [train.class_names[k] for k in order if not counts[k]]:
         why += (
-            f" Without any: {listed(unused, CLASSES_LISTED)}. The model cannot learn these; "
+            f" Without objects: {listed(unused, CLASSES_LISTED)}. The model cannot learn these; "
             f"tools/check_dataset.py --categories removes them."
         )
     detections = int(_detections(train, val).value)
@@ -160,8 +160,9 @@ def _head_settings(
         seen = _objects_in_view(train, size)
         rois = 2 ** round(math.log2(min(max(seen / POSITIVE_SHARE, 64), 256)))
         why = (
-            f"RoIs per image that train the heads. A quarter of them are objects, and three of "
-            f"four training images show {seen:.0f} objects or fewer. More RoIs would be slower."
+            f"RoIs per image that train the heads. Up to a quarter of them are objects, and three "
+            f"quarters of the training images show {seen:.0f} objects or fewer. More RoIs would be "
+            f"slower."
         )
         settings.append(Setting("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", rois, why))
         proposals = {
@@ -170,7 +171,7 @@ def _head_settings(
             "POST_NMS_TOPK_TRAIN": max(400, rois),
             "POST_NMS_TOPK_TEST": max(400, 2 * detections),
         }
-        why = "Numbers of proposals; detectron2's would be too slow on a CPU."
+        why = "Numbers of proposals; those of detectron2 would be too slow on a CPU."
     elif detections > COCO_DETECTIONS:
         proposals = {
             "PRE_NMS_TOPK_TEST": max(1000, 2 * detections),
@@ -196,7 +197,7 @@ def _detections(train: DataFacts, val: DataFacts | None) -> Setting:
     number = max(COCO_DETECTIONS, math.ceil(SPARE * most / 50) * 50)
     why = f"The most crowded image has {most} objects, and some detections are wrong."
     if number > COCO_DETECTIONS:
-        why += " AP then counts this many detections per image; COCO's AP counts 100."
+        why += " AP counts this many detections per image, whereas COCO's AP counts 100."
     return Setting("TEST.DETECTIONS_PER_IMAGE", number, why)
 
 
@@ -211,8 +212,8 @@ def _input_settings(train: DataFacts, size: InputSize, device: Device) -> list[S
         why = f"Short edge of the images in evaluation. {shown}"
         if size.smallest < 0.95 * SMALLEST:
             why += (
-                f" A short edge of {size.wanted} would raise this to {SMALLEST} pixels, but "
-                f"{device} lacks the time or memory. Cutting the images into tiles helps."
+                f" A short edge of {size.wanted} would raise this to {SMALLEST} pixels, but would "
+                f"take too much time or memory on {device}. Cutting the images into tiles helps."
             )
     settings = [Setting("INPUT.MIN_SIZE_TEST", size.short_edge, why)]
     if size.short_edge:
@@ -221,7 +222,7 @@ def _input_settings(train: DataFacts, size: InputSize, device: Device) -> list[S
         "one of these sizes at random" if size.short_edge else "the same size as evaluation"
     )
     if size.crop is not None:
-        why += ". Sizes are those of the crops below, which keeps objects as large as in evaluation"
+        why += ". They are sizes of the crops below, so objects are as large as in evaluation"
     settings.append(Setting("INPUT.MIN_SIZE_TRAIN", size.train_sizes, why + "."))
     if size.short_edge:
         settings.append(Setting("INPUT.MAX_SIZE_TRAIN", size.longest))
@@ -251,7 +252,7 @@ def _mask_format(train: DataFacts, size: InputSize) -> Setting:
         kinds = "run lengths" + (" and polygons" if train.has_polygons else "")
         return Setting("INPUT.MASK_FORMAT", "bitmask", f"Required: the masks are {kinds}.")
     if size.crop is not None:
-        why = "Polygons become bit masks to be cropped; without this, fvcore needs shapely."
+        why = "Polygons are cropped as bit masks, because fvcore needs shapely to crop polygons."
         return Setting("INPUT.MASK_FORMAT", "bitmask", why)
     return Setting("INPUT.MASK_FORMAT", "polygon", "All masks are polygons.")
 
@@ -286,15 +287,15 @@ def _solver_settings(schedule: Schedule, backbone: Backbone, device: Device) -> 
     if schedule.is_cut:
         why += (
             f", which take about {CPU_MINUTES} minutes on {device}. If you have more time, raise "
-            f"only this value: the learning rate always falls to 0 at the end."
+            f"only this value: the learning rate always falls to 0 at the end of the run."
         )
     else:
         why += (
             f". The rule is {PASSES} passes, but at least {LEAST_VIEWS:,} images, because the "
-            f"heads start untrained, and at most {MOST_VIEWS:,}, as in COCO's 1x schedule."
+            f"heads start untrained, and at most {MOST_VIEWS:,} images, as in COCO's 1x schedule."
         )
     settings = [
-        Setting("SOLVER.IMS_PER_BATCH", schedule.batch_size, f"Suits {device}."),
+        Setting("SOLVER.IMS_PER_BATCH", schedule.batch_size, f"Chosen for {device}."),
         Setting(
             "SOLVER.BASE_LR",
             backbone.learning_rate(schedule.batch_size),
@@ -310,7 +311,7 @@ def _solver_settings(schedule: Schedule, backbone: Backbone, device: Device) -> 
             Setting(
                 "SOLVER.REFERENCE_WORLD_SIZE",
                 1,
-                "Values are for one GPU; --num-gpus N scales batch, rate and schedule to N GPUs.",
+                "For one GPU; --num-gpus N scales batch, learning rate and schedule to N GPUs.",
             )
         )
     return settings

@@ -1,4 +1,4 @@
-"""Summarizes a new config for the console: its purpose, cost, and the command to run it."""
+"""Summarizes a new config for the console: model, data, cost, and the command to train it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .trial import TIMED
 
 
 def summary(new: NewConfig) -> str:
-    """Returns a summary of several lines; the last line is the command to run."""
+    """Returns a summary of several lines; the last line is the command that starts training."""
     config, *parts = new.files
     lines = [f"{config}: {new.backbone.name} on {new.device}", f"  training: {describe(new.train)}"]
     if new.val is not None:
@@ -24,7 +24,7 @@ def summary(new: NewConfig) -> str:
 
 
 def _warnings(new: NewConfig) -> list[str]:
-    """Returns the first warning of each kind, and the number of others of that kind."""
+    """Returns the first warning of each kind, and how many more of that kind there are."""
     lines = []
     for kind, group in by_kind(new.warnings).items():
         more = f" (and {len(group) - 1} more of {kind})" if len(group) > 1 else ""

@@ -25,7 +25,7 @@ class Estimate:
     Attributes:
         seconds_per_iteration: median of the measured iterations.
         seconds_per_image: time per image in an evaluation; 0 without validation data.
-        memory: peak memory in bytes: of the GPU for a model on a GPU, otherwise of the process.
+        memory: peak memory in bytes, of the GPU if the model is on a GPU, otherwise of the process.
     """
 
     seconds_per_iteration: float
@@ -34,7 +34,7 @@ class Estimate:
 
 
 def try_config(cfg: CfgNode) -> Estimate:
-    """Trains a few iterations from random weights and evaluates a few images; discards the results.
+    """Trains a few iterations from random weights, evaluates a few images, and measures the cost.
 
     Args:
         cfg: a config whose data sets are registered.

@@ -1,4 +1,4 @@
-"""Reads weights and pickles from untrusted sources: no file can run code or exhaust memory."""
+"""Reads weights and pickles from untrusted sources without running code or exhausting memory."""
 
 from .plain_pickle import read_plain_pickle
 from .reader import check_head, file_errors, read_checkpoint

@@ -16,11 +16,12 @@ command. Here, it is refused at the first instruction:
 >>> read_plain_pickle(io.BytesIO(program))  # doctest: +ELLIPSIS
 Traceback (most recent call last):
     ...
-_pickle.UnpicklingError: it names os.system, which is not part of weights or arrays; ...
+_pickle.UnpicklingError: it refers to os.system, which is not part of weights or arrays; ...
 
 How it works: ``scan_pickle`` checks the instructions without executing them, and refuses pickles
-that would exhaust memory, stack or time. Then an unpickler that knows only substitutes for NumPy's
-functions executes the instructions. Its result is converted to arrays and plain containers.
+that would exhaust memory, stack or time. Then an unpickler executes the instructions. The only
+functions that it can call are substitutes for NumPy's. Its result is converted to arrays and plain
+containers.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ MOST_REPEATS = 10
 """Limit on memory and time, as a multiple of the file's size."""
 SPARE_BYTES = 1 << 20
 """Additional bytes that a pickle of any size may use."""
-DISTRUST = "do not trust it; ask its author for a file with only weights or arrays"
+DISTRUST = "do not trust it, and ask its author for a file with only weights or arrays"
 
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 _OF_NUMBERS = (None, None, None, -1, -1, 0)
@@ -57,7 +58,7 @@ _INSTRUCTIONS = {
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND"),
     *("APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "BINPERSID"),
     *("GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
-    # The names in these are checked when they are looked up.
+    # The names that these refer to are checked when they are looked up.
     *("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"),
 }
 """Allowed instructions: all but those for registered extensions and for manipulating the stack."""
@@ -66,7 +67,7 @@ _GETS = {"GET", "BINGET", "LONG_BINGET"}
 FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BUILD"}
 _SPARE_HANDED = 16 << 20
-"""Additional bytes that may be passed to functions, most of which copy nothing."""
+"""Additional bytes that may be passed to functions; most functions do not copy their arguments."""
 _SPARE_NUMBERS = 1000  # some picklers leave gaps when they number objects
 
 
@@ -80,7 +81,7 @@ def read_plain_pickle(file: BinaryIO) -> Any:
         file: a seekable binary file with the pickle at its start.
 
     Raises:
-        pickle.UnpicklingError: if the pickle contains or names anything else, is truncated or
+        pickle.UnpicklingError: if the pickle contains or refers to anything else, is truncated or
             corrupt, or would need far more memory, stack or time than is usual for its size.
     """
     size = file.seek(0, 2)
@@ -118,9 +119,9 @@ def _odd_key() -> pickle.UnpicklingError:
 def is_odd_number(value: Any) -> bool:
     """Returns whether a value is a number whose hash can be forged.
 
-    A dictionary with many keys of equal hash takes forever. Hashes of tuples can be forged as well.
-    Numbers that are their own hash are safe, and so is text, whose hash depends on a secret of the
-    process.
+    Building a dictionary with many keys of equal hash takes forever. Hashes of tuples can be forged
+    as well. Small numbers are safe, because they equal their hash. Text is safe, because its hash
+    depends on a secret of the process.
     """
     return isinstance(value, int) and abs(value) >= sys.hash_info.modulus
 
@@ -131,8 +132,8 @@ def keys_of(name: str, taken: Sequence[Seen]) -> Sequence[Seen]:
 
 
 def refused_name(name: str) -> str:
-    """Returns the message for a pickle that names code."""
-    return f"it names {name}, which is not part of weights or arrays; {DISTRUST}"
+    """Returns the message for a pickle that refers to code."""
+    return f"it refers to {name}, which is not part of weights or arrays; {DISTRUST}"
 
 
 @dataclass(slots=True)
@@ -140,10 +141,10 @@ class Seen:
     """Facts that a scan collects about an object, updated when the object is filled later.
 
     Attributes:
-        depth: nesting depth of the containers in it.
-        weight: number of objects in it plus bytes of text and numbers. Content that occurs twice
-            counts twice.
-        described: the caller's description from ``describe``.
+        depth: nesting depth of the containers in the object.
+        weight: number of objects in the object, plus its bytes of text and numbers. Content that
+            occurs twice counts twice.
+        described: description that the caller's ``describe`` returned for the object.
         is_held: whether another object contains it, or it was passed to a function.
     """
 
@@ -172,9 +173,9 @@ def scan_pickle(
     Args:
         file: read from its current position to the end of the pickle.
         size: size of the file in bytes.
-        describe: called with an instruction's name, its argument and the objects that it takes, for
-            all instructions except those for marks and remembered objects. Returns a description
-            of the resulting object, or raises an UnpicklingError.
+        describe: function that returns a description of an instruction's result or raises an
+            UnpicklingError. It is called with the instruction's name, its argument and the objects
+            that it takes from the stack, but not for marks and remembered objects.
 
     Raises:
         pickle.UnpicklingError: if the pickle is refused.
@@ -219,7 +220,7 @@ def _check_instruction(name: str, argument: Any, size: int) -> None:
             f"its pickle has the instruction {name}, which arrays do not need; {DISTRUST}"
         )
     if name == "FRAME" and argument > size:
-        raise EOFError(f"a part of {argument} bytes in a file of {size}")
+        raise EOFError(f"a part has {argument} bytes, but the file has {size}")
 
 
 def _number(argument: Any, num_remembered: int) -> int:
@@ -227,7 +228,8 @@ def _number(argument: Any, num_remembered: int) -> int:
     number = num_remembered if argument is None else int(argument)
     if number > num_remembered + _SPARE_NUMBERS:
         raise pickle.UnpicklingError(
-            f"its pickle numbers an object {number} after only {num_remembered} others; {DISTRUST}"
+            f"its pickle gives an object the number {number} after only {num_remembered} others; "
+            f"{DISTRUST}"
         )
     return number
 
@@ -238,7 +240,7 @@ def _result(name: str, argument: Any, taken: Sequence[Seen], described: Any) -> 
     inside = taken[1:] if name in FILLS else taken
     if into.is_held:
         raise pickle.UnpicklingError(
-            f"its pickle fills a container that is already inside another; {DISTRUST}"
+            f"its pickle fills a container that is already inside another one; {DISTRUST}"
         )
     into.depth = max([into.depth, *(seen.depth + 1 for seen in inside)])
     into.weight += sum(seen.weight for seen in inside)
@@ -253,7 +255,9 @@ def _result(name: str, argument: Any, taken: Sequence[Seen], described: Any) -> 
 
 def _check_result(name: str, seen: Seen, size: int) -> None:
     if seen.depth > MAX_DEPTH:
-        raise pickle.UnpicklingError(f"its pickle nests over {MAX_DEPTH} containers; {DISTRUST}")
+        raise pickle.UnpicklingError(
+            f"its pickle nests more than {MAX_DEPTH} containers; {DISTRUST}"
+        )
     if seen.weight > max(size, 1) * MOST_REPEATS and name.startswith("TUPLE"):
         raise pickle.UnpicklingError(
             f"its pickle has tuples of {seen.weight} objects in a file of {size} bytes; {DISTRUST}"
@@ -263,8 +267,8 @@ def _check_result(name: str, seen: Seen, size: int) -> None:
 def _effects() -> dict[str, tuple[int, bool, bool]]:
     """Returns the effects of each instruction on the stack.
 
-    These are the number of objects that it takes below the mark, whether it takes a mark, and
-    whether it pushes an object.
+    The three entries are the number of objects that the instruction takes below the mark, whether
+    it takes a mark, and whether it pushes an object.
     """
     effects = {}
     for opcode in pickletools.opcodes:
@@ -299,7 +303,7 @@ class _Dtype:
     def __init__(self, name: Any, *_flags: Any) -> None:
         if not (isinstance(name, str) and _DTYPE.fullmatch(name)):
             raise pickle.UnpicklingError(
-                f"it has an array of type {name!r}, which does not hold numbers"
+                f"it has an array of type {name!r}, which is not a type of numbers"
             )
         self.dtype = np.dtype(name)
 
@@ -354,7 +358,7 @@ def _scalar(dtype: _Dtype, data: Any) -> _Array:
 
 
 def _reconstruct(kind: Any, shape: Any, dtype: Any) -> _Array:
-    """Accepts only the arguments that NumPy pickles; its own function would allocate any shape."""
+    """Accepts only arguments that NumPy writes; NumPy's function would allocate any shape."""
     if kind is not _NDARRAY or shape != (0,) or dtype not in ("b", b"b"):
         raise pickle.UnpicklingError(
             f"it creates an array in a way that NumPy does not; {DISTRUST}"
@@ -383,7 +387,7 @@ class _Ordered(dict[Any, Any]):
 
 def _encode(text: str, codec: str) -> bytes:
     if codec != "latin1":
-        raise pickle.UnpicklingError(f"it encodes with {codec!r}; arrays need only latin1")
+        raise pickle.UnpicklingError(f"it uses the encoding {codec!r}; arrays need only latin1")
     return text.encode(codec)
 
 
@@ -461,6 +465,7 @@ class _Plain:
         self._copied += view.nbytes
         if self._copied > self._size + SPARE_BYTES:
             raise pickle.UnpicklingError(
-                f"its arrays have over {self._copied} bytes in a file of {self._size}; {DISTRUST}"
+                f"its arrays have more than {self._copied} bytes in a file of {self._size}; "
+                f"{DISTRUST}"
             )
         return view.astype(view.dtype.newbyteorder("="), order="K")

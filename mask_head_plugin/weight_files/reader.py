@@ -1,7 +1,8 @@
-"""Reads weights from untrusted sources: no file can run code or exhaust memory.
+"""Reads weights from untrusted sources without running code or exhausting memory.
 
-Torch files are read with ``weights_only=True``, pickles with plain_pickle, and safetensors with
-their library. The format is determined by the content of a file.
+Torch files are read with ``weights_only=True``, pickles with plain_pickle, and safetensors files
+with their library. A file with the ending ``.safetensors`` is always read as such; otherwise, the
+content determines the format. Pickles of protocol 0 or 1 need the ending ``.pkl``.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ _NOT_WEIGHTS = (
 
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
 _SIZED = ("bytearray", "Tensor", "Storage")
-"""Endings of types that torch allows and that allocate as much memory as their argument says."""
+"""Endings of types that torch allows although they allocate as much memory as they are told to."""
 _DICTS = ("OrderedDict", "Counter", "defaultdict")
 _HASHED = (*_DICTS, "set")
 _SPARE_COMPARED = 1 << 24
-"""Additional weight of keys that may be compared; allows a dictionary a thousand unsafe keys."""
+"""Additional weight of keys that may be compared; enough for a thousand unsafe keys."""
 _LONGEST_NAME = 1000
 _ELEMENT_BYTES = {
     **dict.fromkeys(
@@ -75,7 +76,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Args:
         path: a torch file, a pickle from the model zoo of detectron2, Detectron or pycls, or
-            safetensors. Its name does not matter.
+            a safetensors file.
 
     Returns:
         A dict with ``model``, which contains tensors or arrays by name. If ``matching_heuristics``
@@ -83,7 +84,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         the file has them, and all other content of a torch file.
 
     Raises:
-        ConfigError: if the file is missing or corrupt, names code, or contains no weights.
+        ConfigError: if the file is missing or corrupt, refers to code, or contains no weights.
     """
     with file_errors(path):
         head = check_head(path)
@@ -94,18 +95,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 return _checked(_torch_checkpoint(_read_torch(file)))
             if head[257:262] == b"ustar":
                 raise pickle.UnpicklingError(
-                    "it was written by torch before 0.1.10: load it there and save it again"
+                    "it was written by torch before 0.1.10: if you trust it, load it with a later "
+                    "version and save it again"
                 )
             if head[:1] != b"\x80" and path.suffix != ".pkl":
                 raise pickle.UnpicklingError(
-                    "it is neither a torch file, nor a pickle, nor safetensors"
+                    "it is not a torch file, a pickle or a safetensors file"
                 )
             return _checked(_zoo_checkpoint(read_plain_pickle(file)))
 
 
 @contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Turns any error caused by an untrusted file into one that names the file."""
+    """Turns any error caused by an untrusted file into a ConfigError that names the file."""
     try:
         yield
     except OSError as error:
@@ -228,11 +230,13 @@ class _Described:
 
     Attributes:
         name: name of a global, without its module.
-        is_dict: whether it is a dictionary of some kind.
-        value: a number or a short string itself; the name of a global; or, for a tuple that may
-            identify a storage, judging by its length, the values of its items. Otherwise None.
-        is_odd: whether its hash can be forged.
-        num_odd: number of objects in it whose hash can be forged; for a dictionary, only its keys.
+        is_dict: whether the object is a dictionary of some kind.
+        value: for a number or a short string, the object itself. For a global, its name. For a
+            tuple whose length may be that of a storage's identity, the values of its items.
+            Otherwise None.
+        is_odd: whether the hash of the object can be forged.
+        num_odd: number of objects in it whose hash can be forged. For a dictionary, only keys
+            count.
     """
 
     name: str = ""
@@ -348,7 +352,7 @@ def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) 
 
 
 def _zoo_checkpoint(content: Any) -> Any:
-    """Converts a model zoo's pickle to a checkpoint; Detectron's weights have other names."""
+    """Converts a model zoo's pickle to a checkpoint whose names are to be matched by endings."""
     if not isinstance(content, dict) or ("model" in content and "__author__" in content):
         return content
     blobs = content.get("blobs", content)  # files of backbones have no "blobs"
@@ -372,7 +376,7 @@ def _checked(checkpoint: Any) -> dict[str, Any]:
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict) or not model:
         raise pickle.UnpicklingError(
-            "it contains no weights: neither named tensors nor a 'model' with them"
+            "it contains no weights: neither named tensors nor a 'model' that contains them"
         )
     for name, value in model.items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor | np.ndarray)):
@@ -385,7 +389,7 @@ def _checked(checkpoint: Any) -> dict[str, Any]:
             value.layout != torch.strided or value.is_quantized or value.is_meta
         ):
             raise pickle.UnpicklingError(
-                f"{name!r} is sparse, quantized or without data; save it as a plain tensor"
+                f"{name!r} is sparse, is quantized or has no data; save it as a plain tensor"
             )
         if isinstance(value, torch.Tensor) and value.nbytes > MOST_REPEATS * (
             value.untyped_storage().nbytes() + SPARE_BYTES

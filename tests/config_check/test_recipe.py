@@ -22,7 +22,7 @@ def config(name: str, *opts: str):
     ("opts", "message"),
     [
         (["SOLVER.OPTIMIZER", "adam"], r"'adam' is not one of .*; did you mean AdamW"),
-        (["SOLVER.BETAS", "[0.9, 1.0]"], r"SOLVER\.BETAS .* from 0 to below 1"),
+        (["SOLVER.BETAS", "[0.9, 1.0]"], r"SOLVER\.BETAS .* at least 0 and below 1"),
         (["SOLVER.BETAS", "[0.9]"], r"SOLVER\.BETAS .* two numbers"),
         (["SOLVER.BETAS", "['a', 0.9]"], r"SOLVER\.BETAS .* two numbers"),
         (["SOLVER.LAYER_DECAY", "0.0"], r"LAYER_DECAY is 0\.0; it must be above 0"),

@@ -120,8 +120,7 @@ def test_no_fix_command_is_suggested_if_it_would_fail(tmp_path, data):
     [
         (
             1,
-            "1 of 4 images have more objects than the 1 that TEST.DETECTIONS_PER_IMAGE lets a "
-            "model detect; "
+            "1 of 4 images have more than 1 objects, the limit set by TEST.DETECTIONS_PER_IMAGE; "
             "image 1 has 2",
         ),
         (2, ""),
@@ -254,7 +253,7 @@ def test_the_number_of_classes_must_match_the_model(tmp_path, data, registered):
     registered("by_code", data["train"])
     cfg = configure(tmp_path, {}, "MODEL.ROI_HEADS.NUM_CLASSES", "3")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("by_code",), ()
-    with pytest.raises(ConfigError, match="2 categories, but the model 3"):
+    with pytest.raises(ConfigError, match="2 categories, but the model has 3"):
         run(cfg)
 
 

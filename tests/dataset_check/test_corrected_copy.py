@@ -78,10 +78,10 @@ def test_each_finding_states_correctly_what_fix_does():
     }
     repaired = {kind for _, kind in REPAIRS} | WHOLE_FILE_REPAIRS
     for kind, (severity, fix, by_fix) in findings.KINDS.items():
-        assert (by_fix.startswith("--fix does")) == (kind in repaired), kind
+        assert (by_fix.startswith("--fix repairs")) == (kind in repaired), kind
         if severity == findings.ERROR and not kind.endswith("-not-object"):
             assert outcomes[kind] <= possible[by_fix], kind
-        assert "--fix does" not in fix and "--fix leaves" not in fix, kind
+        assert "--fix repairs" not in fix and "--fix leaves" not in fix, kind
 
 
 def test_a_valid_file_is_copied_unchanged(good):

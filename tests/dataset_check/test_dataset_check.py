@@ -169,7 +169,7 @@ def test_syntax_errors_are_reported_with_line_and_column(good):
 
 def test_the_number_of_classes_is_checked(good):
     (found,) = check(good, num_classes=80)
-    assert found.kind == "num-classes" and "2 categories, but the model 80" in found.message
+    assert found.kind == "num-classes" and "2 categories, but the model has 80" in found.message
 
 
 def test_several_faults_of_one_file_are_all_reported(good):

@@ -20,8 +20,8 @@ word here.
 
 The last column says what `--fix` does in [a corrected copy](your_data.md#a-corrected-copy).
 """
-NOTHING = {"error": "cannot", "warning": "does nothing", "hint": "does nothing"}
-BY_NAME = {"git-lfs-pointer": "leaves an image out, cannot repair an annotation file"}
+NOTHING = {"error": "cannot repair this", "warning": "does nothing", "hint": "does nothing"}
+BY_NAME = {"git-lfs-pointer": "leaves an image out; cannot repair an annotation file"}
 MEANINGS = {
     "error": "Training stops until you correct these errors, unless `DATASETS.CHECK` is `warn`.",
     "warning": "Training continues. detectron2 handles these cases, but perhaps not as you intend.",
@@ -36,8 +36,7 @@ def page() -> str:
         text += "| finding | what to do | `--fix` |\n|---|---|---|\n"
         for name, kind in KINDS.items():
             if kind.severity == severity:
-                does = kind.by_fix.removeprefix("--fix ").replace("does", "does it", 1)
-                does = BY_NAME.get(name) or does or NOTHING[severity]
+                does = BY_NAME.get(name) or kind.by_fix.removeprefix("--fix ") or NOTHING[severity]
                 text += f"| `{name}` | {kind.fix} | {does} |\n"
     return text
 

@@ -59,7 +59,7 @@ def test_all_files_with_the_same_name_are_suggested(good):
     good.path(2).unlink()
     (found,) = check(good.write())
     assert found.kind == "image-file-missing"
-    assert "'a/2.png', 'b/2.png' there have the same name" in found.message
+    assert "in the image folder, 'a/2.png', 'b/2.png' have the same name" in found.message
 
 
 def test_a_file_with_an_absolute_name_outside_the_folder_is_reported(good, tmp_path):

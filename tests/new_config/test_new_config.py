@@ -120,7 +120,7 @@ def test_mixed_masks_become_bit_masks_and_unused_classes_are_named(tmp_path):
     new = write_new_config(Request(data, data, tmp_path / "mixed.yaml"))
     text = (tmp_path / "mixed.yaml").read_text()
     assert "MASK_FORMAT: bitmask" in text and "NUM_CLASSES: 3" in text
-    assert "Without any: nobody" in text
+    assert "Without objects: nobody" in text
     told = summary(new)
     assert "image-in-both-splits" in told and "mixed-formats" in told, (
         "warnings about the data must be shown"

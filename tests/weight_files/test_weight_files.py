@@ -104,7 +104,9 @@ def test_arrays_of_the_same_bytes_cannot_fill_the_memory(tmp_path):
     path.write_bytes(arrays_of_one_memory(2, 1000))
     assert [x.sum() for x in read_checkpoint(path)["model"].values()] == [0, 0]
     path.write_bytes(arrays_of_one_memory(40, 1 << 17))
-    with pytest.raises(ConfigError, match=r"a\.pkl .*its arrays have over \d+ bytes in a file of"):
+    with pytest.raises(
+        ConfigError, match=r"a\.pkl .*its arrays have more than \d+ bytes in a file of"
+    ):
         read_checkpoint(path)
 
 
@@ -268,7 +270,7 @@ PICKLES = {
     "old persistent id": (lambda: b"Pid\n.", "PERSID"),
     "other codec": (
         lambda: b"\x80\x02c_codecs\nencode\n" + text("cnffjq") + text("rot13") + b"\x86R.",
-        "encodes with 'rot13'",
+        "uses the encoding 'rot13'",
     ),
     "attributes of a function": (
         lambda: b"\x80\x02c_codecs\nencode\n}" + text("__code__") + b"Nsb.",
@@ -292,8 +294,11 @@ PICKLES = {
     "claim of a number": (lambda: b"\x80\x02\x8b\xff\xff\xff\x7fx.", "truncated"),
     "long number": (lambda: b"L" + b"9" * 10**5 + b"L\n.", "truncated or corrupt"),
     "table of objects": (lambda: b"\x80\x02}r\xff\xff\xff\x7f.", "an object 2147483647"),
-    "deep key": (lambda: DEEP_KEY, "nests over 100"),
-    "deep list": (lambda: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".", "nests over 100"),
+    "deep key": (lambda: DEEP_KEY, "nests more than 100"),
+    "deep list": (
+        lambda: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
+        "nests more than 100",
+    ),
     "list containing itself": (lambda: b"\x80\x02]q\x00h\x00a.", "no weights"),
     "set": (lambda: pickle.dumps({"w": {1, 2}}, 2), "set"),
     "no stack": (lambda: b"\x80\x02s.", "truncated or corrupt"),
@@ -319,7 +324,7 @@ def test_a_pickle_with_anything_but_arrays_is_refused(tmp_path, kind, name):
     told = str(caught.value)
     binary = content[:1] == b"\x80" or name == "evil.pkl"
     assert f"{name} was not loaded" in told
-    assert (offence if binary else "neither a torch file") in told
+    assert (offence if binary else "not a torch file") in told
     assert "\n" not in told and len(told) < 600
 
 
@@ -433,7 +438,7 @@ TORCH_FILES = {
     ),
     "deep key": (
         lambda: changed_record(torch_bytes(WEIGHTS), lambda _: DEEP_KEY),
-        "nests over 100",
+        "nests more than 100",
     ),
     "large bytes": (
         lambda: torch_bytes(Call(bytearray, 2**62)),
@@ -598,7 +603,7 @@ def test_pickles_of_the_zoo_load_with_equal_values(tmp_path, protocol, name):
         content = content.replace(b"numpy._core", b"numpy.core")
     (tmp_path / name).write_bytes(content)
     if protocol < 2 and name != "model_final.pkl":
-        with pytest.raises(ConfigError, match="neither a torch file"):
+        with pytest.raises(ConfigError, match="not a torch file"):
             read_checkpoint(tmp_path / name)
         return
     checkpoint = read_checkpoint(tmp_path / name)
@@ -720,9 +725,9 @@ def test_data_loaders_read_proposals_safely(tmp_path):
     opts = ["DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"]
     opts += ["MODEL.LOAD_PROPOSALS", "True", "DATASETS.PROPOSAL_FILES_TRAIN", "('p.pkl',)"]
     cfg = load_config("", [*opts, "DATASETS.PROPOSAL_FILES_TEST", "('p.pkl',)"])
-    with pytest.raises(ConfigError, match=r"p\.pkl was not loaded: it names posix\.system"):
+    with pytest.raises(ConfigError, match=r"p\.pkl was not loaded: it refers to posix\.system"):
         Trainer.build_train_loader(cfg)
-    with pytest.raises(ConfigError, match=r"p\.pkl was not loaded: it names posix\.system"):
+    with pytest.raises(ConfigError, match=r"p\.pkl was not loaded: it refers to posix\.system"):
         Trainer.build_test_loader(cfg, "shapes_val")
 
 
