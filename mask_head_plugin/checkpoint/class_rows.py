@@ -35,7 +35,7 @@ def match_classes(
 ) -> Sequence[str] | None:
     """Moves each class's rows to the model's rows for the same name, if both sides have names.
 
-    Classes that the weights lack keep their initial values; the log lists them.
+    Classes that the weights lack keep their initial rows; the log lists these classes.
 
     Args:
         weights: tensors by the model's names; those with rows per class are replaced.

@@ -85,7 +85,7 @@ class WeightsPolicy:
 
 @dataclass(frozen=True)
 class Fit:
-    """Comparison of the names and shapes of weights with a model's.
+    """Comparison of the names and shapes of weights with those of a model.
 
     Attributes:
         fitting: names in the model for which the weights have a value of the right shape.
@@ -158,7 +158,7 @@ def compare(
     *,
     by_ends: bool = False,
 ) -> Fit:
-    """Compares the shapes of weights with a model's.
+    """Compares the names and shapes of weights with those of a model.
 
     Args:
         weights: shapes of the weights by name.
@@ -264,7 +264,7 @@ def refuse_or_tell(
 
 
 def _is_detector(fit: Fit) -> bool:
-    """Returns whether weights contain more than a backbone, which includes res5 in C4's ROI heads."""
+    """Returns whether weights contain more than a backbone; C4's res5 counts as backbone."""
     heads = ("proposal_generator.", "roi_heads.")
     placed = [*fit.fitting, *fit.wrong_shape]
     return any(not name.startswith(("backbone.", _RES5)) for name in placed) or any(

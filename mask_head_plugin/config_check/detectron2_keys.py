@@ -1,8 +1,7 @@
 """Checks values that detectron2 reads, by building parts of the run with the installed version.
 
-The lists here only show which values need no trial. A norm, backbone or sampler that users have
-registered, or that a newer detectron2 supports, is accepted as well. A value that is neither
-registered nor listed is tried; see dry_build.
+Values that are registered or listed here are accepted without a trial. Any other value is tried
+(see dry_build), so that a value which only a newer detectron2 supports is accepted as well.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def dry_build(
 
 
 def dry_backbone(cfg: CfgNode) -> tuple[dict[str, ShapeSpec], DryPart]:
-    """Returns a backbone's maps by name, which are empty if it cannot be built, and the result."""
+    """Builds a backbone; returns its maps by name (empty if this fails), and the result."""
     shapes: dict[str, ShapeSpec] = {}
 
     def build(cfg: CfgNode) -> None:

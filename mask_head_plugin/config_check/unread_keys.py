@@ -111,8 +111,8 @@ NEEDED: dict[str, tuple[str, Callable[[CfgNode], Any]]] = {
         lambda x: x.MODEL.ROI_MASK_HEAD.SCORING.ENABLED,
     ),
 }
-"""Conditions under which keys that are always read have an effect: for each key or prefix of keys, a
-description and a test of the config."""
+"""Conditions under which keys that are always read have an effect: a description and a test of the
+config, by key or prefix of keys."""
 
 WITHOUT_JITTER = ("INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.CROP.")
 """Prefixes of the keys that INPUT.LSJ makes ineffective, because it sets the image size."""
@@ -175,7 +175,7 @@ def own_keys(config_file: str, *layers: Collection[str]) -> set[str]:
     A layer that chooses another backbone discards the backbone keys of earlier layers.
 
     Args:
-        config_file: a config file as for load_config; "" for none.
+        config_file: path of a config file, as for load_config; "" for none.
         layers: keys set later, in this order, such as those of the command line.
     """
     text = Path(find_config_file(config_file)).read_text(encoding="utf-8") if config_file else ""

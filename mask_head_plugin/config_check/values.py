@@ -207,7 +207,7 @@ def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
 
 
 def is_rising(values: Sequence[Any], *, least: float, most: float = math.inf) -> bool:
-    """Returns whether numbers rise and lie above ``least``, up to and including ``most``."""
+    """Returns whether numbers rise and are above ``least`` and not above ``most``."""
     bounded = all(isinstance(x, int | float) and least < x <= most for x in values)
     return bounded and all(a < b for a, b in itertools.pairwise(values))
 

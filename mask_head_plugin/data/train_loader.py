@@ -284,7 +284,7 @@ class _Samples(Dataset[Any]):
 
 
 def _aspect_groups(records: Sequence[Record]) -> list[bool]:
-    """Returns, for each record, whether it is wider than it is high: detectron2's two groups."""
+    """Returns, for each record, whether its image is wider than high, as in detectron2's groups."""
     for record in records:
         if not ("width" in record and "height" in record):
             raise ConfigError(

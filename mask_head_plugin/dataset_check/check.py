@@ -1,7 +1,7 @@
 """Checks a COCO instances file and its images before training.
 
-The check finds everything that would break detectron2's ``load_coco_json``, DatasetMapper or masks,
-pycocotools, or this package's evaluation, and everything that any of these would silently misread.
+The check finds everything that would make detectron2 (``load_coco_json``, DatasetMapper, masks),
+pycocotools or this package's evaluation fail, and everything that they would silently misread.
 ``findings.KINDS`` lists all kinds of findings.
 """
 
@@ -84,7 +84,7 @@ def check_coco_file(
 
 
 def read_content(json_file: str, found: Findings, *, compact: bool = True) -> Any:
-    """Returns the content of a JSON file, or adds a finding and returns None if it is unreadable.
+    """Returns the content of a JSON file; if it cannot be read, adds a finding and returns None.
 
     Args:
         json_file: path of the file.

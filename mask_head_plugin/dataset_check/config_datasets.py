@@ -1,7 +1,7 @@
 """Checks a config's data sets before the first iteration (DATASETS.CHECK).
 
 Results are cached in ``$XDG_CACHE_HOME/mask_head_plugin`` (or ``~/.cache``). A second run with the
-same annotations and image files checks only the files' sizes and times.
+same annotations and image files then checks only that these files have not changed.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ def check_dataset_files(cfg: CfgNode, *, train: bool = True) -> None:
     if errors and mode == "error":
         raise ConfigError(
             f"{describe_errors(errors, sources)}\n{report} lists all of them. With "
-            "DATASETS.CHECK warn, the run continues despite errors; off skips the check."
+            "DATASETS.CHECK warn, the run continues despite errors; with off, nothing is checked."
         )
 
 
 def find_faults(cfg: CfgNode, sources: Sequence[CocoSource]) -> list[Finding]:
-    """Returns the faults in each data set of a config, and contradictions between data sets.
+    """Returns the faults in each data set, and faults that result from the config or other data.
 
     Args:
         cfg: a config whose data sets are registered.
@@ -275,7 +275,7 @@ def _wrong_mask_format(cfg: CfgNode, checked: dict[CocoSource, CheckedFile]) -> 
 
 
 def describe_errors(errors: Sequence[Finding], sources: Iterable[CocoSource]) -> str:
-    """Returns a text with the first errors, and the commands that write corrected copies."""
+    """Returns text that lists the first errors, and the commands that write corrected copies."""
     lines = [f"the data sets have {len(errors)} errors:"]
     lines += [f"  {finding}" for finding in errors[:SHOWN]]
     if len(errors) > SHOWN:
@@ -358,7 +358,7 @@ def _cache_path(source: CocoSource, num_classes: int | None, masks: bool) -> Pat
 
 
 def _fingerprint(files: Iterable[str]) -> str:
-    """Returns a digest of the names, sizes and times of files; missing files have only a name."""
+    """Returns a digest of the names, sizes and times of files; for missing ones, of the names."""
     digest = hashlib.sha256()
     for path in files:
         try:

@@ -1,8 +1,8 @@
 """Writes a corrected copy of a COCO file: repairs clear faults and drops other faulty records.
 
-Each error that the check finds is repaired once if it has only one right answer. If it cannot be
-repaired, the record is dropped. The copy therefore passes the check. Every change is listed with
-its reason.
+Each error that the check finds is repaired if there is only one right repair. Otherwise, or if the
+check finds it again, the record is dropped. The copy therefore passes the check. Every change is
+listed with its reason.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def fix_coco_file(
         The changes.
 
     Raises:
-        ConfigError: if the output exists or cannot be written, or if the file has faults without a
-            single right repair.
+        ConfigError: if the output exists or cannot be written, or if the file has faults that have
+            no single right repair.
     """
     refuse_existing((output, changes_path(output)), "--fix")
     content, changes = _read_leniently(json_file)

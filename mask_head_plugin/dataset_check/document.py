@@ -68,7 +68,7 @@ class Document:
         annotations: annotations by image id.
         members: annotations by category id.
         categories: categories by id.
-        finding: the finding that is being treated.
+        finding: the finding that is being repaired.
     """
 
     finding: Finding
@@ -85,7 +85,7 @@ class Document:
         self.index()
 
     def _keep_objects(self, section: str) -> None:
-        """Stores the place of each record, and drops entries that are not records."""
+        """Stores the place of each record, and drops entries that are not objects."""
         singular = {"categories": "category", "images": "image", "annotations": "annotation"}
         for index, record in enumerate(self.content[section]):
             if isinstance(record, dict):
@@ -179,7 +179,7 @@ class Document:
         self.changes.append(Change(action, self.finding.kind, *self._places[id(record)], what))
 
     def new_id(self, section: str, wanted: Any) -> int:
-        """Returns a free id: the number that ``wanted`` represents, or else the next free one."""
+        """Returns an unused id: the number that ``wanted`` represents, or else the next number."""
         taken = self._taken[section]
         number = _as_number(wanted)
         if number is None or number in taken or (number == 0 and section == "annotations"):

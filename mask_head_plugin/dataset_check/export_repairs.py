@@ -57,7 +57,7 @@ def refusal(document: Document, lost: Collection[Finding], way_out: str) -> Conf
     """Returns the error that states what would be lost."""
     first = next(iter(lost))
     kinds = Counter(finding.kind for finding in lost)
-    of_each = ", ".join(f"{count} by {kind}" for kind, count in kinds.most_common())
+    of_each = ", ".join(f"{count} for {kind}" for kind, count in kinds.most_common())
     total = document.counts[first.section]
     return ConfigError(
         f"--fix: {len(lost)} of {total} {first.section} would be left out or cut ({of_each}), "

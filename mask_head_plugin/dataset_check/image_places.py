@@ -59,7 +59,7 @@ class ImagePlaces:
         return next((paths for paths in nearest if paths), [])
 
     def _nearest(self, wanted: Parts) -> list[str]:
-        """Returns the paths that share the longest ending with the wanted one.
+        """Returns the paths that share the longest ending with the wanted path.
 
         The image folder's own name counts as part of a path, as for ``day/1.jpg`` in a folder
         ``day``. In case of a tie, a path without additional folders wins.

@@ -130,7 +130,7 @@ def check_image_files(
         images: images in the annotation file.
         found: list to which findings are added.
         decode: whether to decode all files.
-        known: facts by path. Files in it are not read again; facts about other files are added.
+        known: facts by path. Its files are not read again; facts about other files are added.
     """
     known = {} if known is None else known
     missing = [image.path for image in images if image.path not in known]

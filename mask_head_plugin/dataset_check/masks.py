@@ -102,7 +102,8 @@ def check_box_and_mask(
         masks: whether each annotation must have a mask.
 
     Returns:
-        The mask if it is valid, even if it leaves the image or contradicts the box; otherwise None.
+        The mask if it is valid, even if it extends beyond the image or does not fit the box;
+        otherwise None.
     """
     checker = _Checker(annotation, index, found)
     box = checker.box() if annotation.get("bbox") is not None else None
@@ -165,7 +166,8 @@ class _Checker:
         mask = self._annotation["segmentation"]
         if isinstance(mask, dict) and lvis:
             self._note(
-                "segmentation-type", "the mask is run lengths, but detectron2 expects polygons here"
+                "segmentation-type",
+                "the mask is given as run lengths, but detectron2 expects polygons in LVIS files",
             )
         elif isinstance(mask, list | dict) and not mask:
             self._note("segmentation-empty", f"the mask is empty: {mask}")
@@ -292,7 +294,7 @@ class _Checker:
             return
         if mask is None:
             return
-        # Some annotation tools cut at the image's edge, others do not.
+        # Some annotation tools cut boxes and masks at the image's edge, but others do not.
         a, b = _clip(box, image_hw), _clip(mask.box, image_hw)
         off = max(abs(x - y) for x, y in zip(a, b, strict=True))
         if off > ONE_PIXEL:

@@ -128,7 +128,7 @@ class Shares:
         index, area, filled, hollow, width, height = np.reshape(self._areas, (-1, 6)).T
         if not len(index):
             return
-        with np.errstate(all="ignore"):  # absurd coordinates have absurd areas
+        with np.errstate(all="ignore"):  # huge coordinates may overflow
             # A polygon's area and its number of pixels differ in proportion to its perimeter.
             fits, fits_hollow = (
                 np.abs(area - x) <= 0.1 * x + width + height for x in (filled, hollow)

@@ -75,7 +75,7 @@ def areas(polygons: Sequence[Any], outlines: Sequence[Outline]) -> tuple[float, 
 
 
 def _depths(polygons: Sequence[Any], outlines: Sequence[Outline]) -> list[int]:
-    """Returns, for each polygon, the number of polygons that it lies inside."""
+    """Returns, for each polygon, the number of polygons that contain it."""
     x0, y0, x1, y1 = np.array([x.box for x in outlines]).T
     sizes = np.array([x.area for x in outlines])
     # [k, j]: whether the box of polygon k lies inside the box of polygon j.

@@ -244,7 +244,7 @@ def _cut_polygons(document: Document, annotation: Record) -> str | None:
         return None
     annotation["segmentation"] = kept
     area = _area_from_mask(document, annotation)
-    return f"its polygons are cut at the image's edge, {area}"
+    return f"its polygons are cut at the image's edge, and {area}"
 
 
 def clip_polygon(polygon: Polygon, image_hw: tuple[int, int]) -> Polygon:

@@ -18,14 +18,14 @@ MAX_ID = 1 << 53
 """Limit for ids. Metrics store them as float64, which cannot represent all integers above this."""
 
 MOST_AREA = 1.1
-"""Largest area of an object relative to its image; polygons may leave the image by a pixel."""
+"""Largest area of an object relative to its image; polygons may extend a pixel beyond it."""
 
 Sizes = dict[Hashable, tuple[int, int] | None]
 """(height, width) by image id; None if the record has no valid size."""
 
 
 def max_pixels() -> float:
-    """Returns the largest number of pixels that Pillow, which detectron2 uses, accepts."""
+    """Returns the largest number of pixels that Pillow accepts; detectron2 reads images with it."""
     limit = Image.MAX_IMAGE_PIXELS
     return math.inf if limit is None else 2 * limit
 
@@ -61,7 +61,7 @@ def check_categories(
             get class numbers.
 
     Returns:
-        Names by id, for categories that have both.
+        Names by id, for categories that have an id and a valid name.
     """
     names: dict[Hashable, str] = {}
     first_of_name: dict[str, Hashable] = {}
@@ -132,7 +132,7 @@ def check_id(what: str, value: Any, found: Findings, at: Place) -> None:
 
 
 def check_images(images: list[Any], found: Findings, *, lvis: bool = False) -> Sizes:
-    """Checks the image records, without their files.
+    """Checks the image records, but not the image files.
 
     Args:
         images: the section.

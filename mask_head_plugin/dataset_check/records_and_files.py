@@ -51,7 +51,7 @@ def check_files(
             size is used, so that masks can be checked.
         lvis: whether files are named by ``coco_url``.
         decode: whether to decode all files.
-        known: facts by path. Files in it are not read again; facts about other files are added.
+        known: facts by path. Its files are not read again; facts about other files are added.
     """
     images = content["images"]
     if not Path(image_root).is_dir():
@@ -102,7 +102,7 @@ def _look_for_files(images: list[Any], image_root: str, found: Findings) -> None
     places = ImagePlaces(image_root)
     names = {k: images[found[k].index]["file_name"] for k in lost}
     found_at = {name: _place(name, image_root, places) for name in set(names.values())}
-    # A file is ambiguous if several names lead to it that differ in more than the separator.
+    # A file is ambiguous if several names lead to it, unless they differ only in the separator.
     others = {x["file_name"] for x in images if isinstance(x, dict) and file_name(x, lvis=False)}
     meaning = defaultdict(set)
     for name in others:

@@ -89,7 +89,7 @@ def choose_backbone(device: Device) -> Backbone:
 
 
 def _lite0_settings(file: Path) -> list[Setting]:
-    why = "ImageNet weights from tools/fetch_backbone.py efficientnet_lite0; fast enough on a CPU."
+    why = "With ImageNet weights from tools/fetch_backbone.py, and fast enough on a CPU."
     pixels = "The weights were trained on pixels that were scaled from 0 to 255 in this way."
     return [
         Setting("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", why),

@@ -29,7 +29,7 @@ class DataFacts:
         object_hw: (R, 2) heights and widths of the boxes, in pixels.
         image_of: (R,) index of each object's image.
         class_of: (R,) index of each object's class.
-        class_names: sorted by category id, which is the order of the class numbers.
+        class_names: names in the order of the class numbers, which is that of the category ids.
         has_polygons: whether any mask is given as polygons.
         has_run_lengths: whether any mask is given as run lengths.
     """

@@ -57,7 +57,7 @@ class InputSize:
 
     @property
     def train_sizes(self) -> list[int]:
-        """INPUT.MIN_SIZE_TRAIN. With crops, these are sizes of the crop, to keep the scale."""
+        """Values for INPUT.MIN_SIZE_TRAIN. With crops, they are sizes of the crops."""
         if not self.short_edge:
             return [0]
         jitter = WHOLE_JITTER if self.crop is None else CROP_JITTER

@@ -237,8 +237,8 @@ def _crop_settings(size: InputSize) -> list[Setting]:
     unit = "shares of height and width" if size.short_edge else "pixels"
     why = (
         f"Training uses random crops ({unit}). Whole images would cost "
-        f"{size.image_pixels / size.view_pixels:.1f} times as much, and nine of ten objects are no "
-        "larger than a third of a crop's side."
+        f"{size.image_pixels / size.view_pixels:.1f} times as much, and nine out of ten objects "
+        "are no larger than a third of a crop's side."
     )
     return [
         Setting("INPUT.CROP.ENABLED", True, why),

@@ -136,7 +136,7 @@ def check_head(path: Path) -> bytes:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Returns whether the file starts with the length of a header, and then JSON.
+    """Returns whether the file starts with the length of a header, followed by JSON.
 
     The library limits the length to 100 MB.
     """
