@@ -41,7 +41,7 @@ _CLASSIFIER = re.compile(r"(^|\.)box_predictor(\.\d+)?\.cls_score\.weight$")
 class MaskHeadCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer that also reads ``.safetensors`` and never runs code from a file.
 
-    Weights that do not fit the model raise an error or are logged (see weight_fit.py). Rows of
+    Weights that do not fit the model cause an error or are logged (see weight_fit.py). Rows of
     classes are matched by name (see class_rows.py), and the model keeps the names, so evaluation
     and drawing can match its predictions (see class_names.py).
 

@@ -119,7 +119,7 @@ def _check_matcher(section: str, node: CfgNode, num_thresholds: int) -> None:
         )
     if len(labels) != num_thresholds + 1 or not set(labels) <= {-1, 0, 1}:
         raise ConfigError(
-            f"{section}.IOU_LABELS {labels}: give one more label than IOU_THRESHOLDS, each 0 "
+            f"{section}.IOU_LABELS {labels}: give one label more than IOU_THRESHOLDS, each 0 "
             f"(background), -1 (ignored) or 1 (object)"
         )
 

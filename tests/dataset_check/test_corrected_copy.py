@@ -183,7 +183,7 @@ def test_images_are_left_out_with_their_annotations_and_the_reason(good):
 def test_a_file_with_nothing_left_is_refused(good):
     for annotation in good.content["annotations"]:
         annotation["segmentation"] = "mask.png"
-    expected = r"6 of 6 annotations would be left out or cut \(6 by segmentation-type\)"
+    expected = r"6 of 6 annotations would be left out or cut \(6 for segmentation-type\)"
     with pytest.raises(ConfigError, match=expected + ".*After that, the file has no annotations"):
         fix(good.write())
 

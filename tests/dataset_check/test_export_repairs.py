@@ -152,7 +152,7 @@ def test_other_repairs_do_not_permit_the_loss_of_most_images(good, other_change)
     with pytest.raises(ConfigError) as info:
         fix(good.write())
     message = str(info.value)
-    assert "39 of 4" in message and "39 by image-unreadable" in message and "\n" not in message
+    assert "39 of 4" in message and "39 for image-unreadable" in message and "\n" not in message
     assert (
         "not an image that Pillow can read" in message and not (good.folder / "fixed.json").exists()
     )
