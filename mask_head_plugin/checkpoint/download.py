@@ -62,11 +62,7 @@ def local_copy(
     iopath_log.addFilter(_is_no_error)  # the error raised below includes it
     try:
         return str(path_manager.get_local_path(address))
-    except (
-        OSError,
-        KeyError,
-        RuntimeError,
-    ) as error:  # unknown catalog:// addresses raise the last two
+    except (OSError, KeyError, RuntimeError) as error:  # an unknown catalog:// raises the last two
         raise ConfigError(
             f"{url} could not be downloaded ({one_line(error)}); fetch "
             f"{PurePosixPath(url).name} on another machine and {advice}"

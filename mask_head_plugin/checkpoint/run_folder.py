@@ -43,10 +43,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
     files = [path for path in files if path.stem != BEST_CHECKPOINT]
 
     def rank(path: Path) -> tuple[bool, bool, int, int]:
-        time, iteration = (
-            path.lstat().st_mtime_ns,
-            _iteration(path.stem),
-        )  # lstat, because links may be broken
+        # lstat also works for broken links.
+        time, iteration = path.lstat().st_mtime_ns, _iteration(path.stem)
         is_later = time > tag_time and 0 <= _iteration(Path(tagged).stem) < iteration
         return is_later, path.name == tagged, iteration, time
 

@@ -56,9 +56,8 @@ def call_in_child(call: Callable[[], T]) -> T:
         try:
             return _received(receiver)
         finally:
-            with contextlib.suppress(
-                ProcessLookupError, ChildProcessError
-            ):  # if SIGCHLD is ignored
+            # If SIGCHLD is ignored, the process may already be gone.
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
 

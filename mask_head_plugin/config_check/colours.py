@@ -19,8 +19,8 @@ IMAGENET_BGR = {
 """Statistics of ImageNet's channels with tolerances that cover Caffe's and torchvision's values."""
 
 NEAR = 2.0
-"""Largest accepted difference from a model's means and deviations, because authors round them, such
-as 0.498 to 0.5.
+"""Largest accepted difference from a model's means and deviations, which authors may round, for
+example from 0.498 to 0.5.
 """
 
 ZOO = ("detectron2://", "catalog://", "https://dl.fbaipublicfiles.com/detectron")

@@ -179,7 +179,7 @@ def _check_jitter(given: CfgNode) -> None:
 
 
 def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
-    """Checks what inference and evaluation need, because they may start days after the run."""
+    """Checks what inference and evaluation need, because they may start days after training."""
     test = cfg.TEST
     if test.DETECTIONS_PER_IMAGE == 0:
         raise ConfigError("TEST.DETECTIONS_PER_IMAGE is 0, which keeps no detections; -1 keeps all")

@@ -194,8 +194,8 @@ class Shares:
         found.add(
             "mask-on-several-images",
             f"{_share(len(others), len(rows))} masks are identical, point for point, on several "
-            f"images; the mask of annotation {quote(example.get('id'))} of image "
-            f"{quote(example.get('image_id'))}, for example, is also on image {quote(other)}",
+            f"images: the mask of annotation {quote(example.get('id'))} of image "
+            f"{quote(example.get('image_id'))} is also on image {quote(other)}",
         )
 
 

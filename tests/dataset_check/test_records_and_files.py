@@ -49,7 +49,10 @@ def test_a_file_in_another_folder_is_suggested_but_not_used(good):
     good.path(2).rename(good.images / "train" / "2.png")
     good.image(2)["file_name"] = "val/2.png"
     (found,) = check(good.write())
-    assert found.kind == "image-file-missing" and "'train/2.png' there" in found.message
+    assert (
+        found.kind == "image-file-missing"
+        and "in the image folder, 'train/2.png' has" in found.message
+    )
 
 
 def test_all_files_with_the_same_name_are_suggested(good):
