@@ -304,7 +304,10 @@ TWO = [*OFTEN, "DATASETS.TEST", "('coco_2017_val', 'shapes_val')"]
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        ([BEST, "segm/AP"], r"needs several evaluations .*EVAL_PERIOD 0 gives only one.*e.g. 9000, or"),
+        (
+            [BEST, "segm/AP"],
+            r"needs several evaluations .*EVAL_PERIOD 0 gives only one.*e.g. 9000, or",
+        ),
         ([BEST, "segm/AP", "TEST.EVAL_PERIOD", "90000"], "EVAL_PERIOD 90000 gives only one"),
         (
             [*OFTEN, BEST, "segm/AP", "DATASETS.TEST", "()", "TEST.EVAL_PERIOD", "0"],
