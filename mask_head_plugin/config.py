@@ -49,7 +49,7 @@ def add_mask_head_config(cfg: CfgNode) -> None:
     # Whether the backbone starts from the weights in timm's hub instead of random ones. Has an
     # effect only if MODEL.WEIGHTS and MODEL.TIMM.CHECKPOINT are empty.
     timm.PRETRAINED = False
-    timm.OUT_INDICES = []  # timm's numbers of the maps to use; [] uses all of stride 4 and above
+    timm.OUT_INDICES = []  # timm's map indices; [] uses the last map of each stride from 4 on
     timm.DROP_PATH_RATE = 0.0  # rate of stochastic depth (arXiv 1603.09382); not all models have it
     timm.NORM = ""  # "" keeps the model's batch norms; "FrozenBN" or "SyncBN" replaces them
 

@@ -64,7 +64,7 @@ def _differs(difference: Difference) -> bool:
 def _table(differences: Sequence[Difference]) -> Table:
     columns = [
         Column("figure", "metric", "", True),
-        Column("task", "of", "", True),
+        Column("task", "for", "", True),
         Column("other", "other run", ""),
         Column("value", "this run", ""),
         Column("difference", "difference", "With its 95% interval over images."),

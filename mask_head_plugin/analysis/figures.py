@@ -67,7 +67,7 @@ def _branches(analysis: Analysis) -> Figure | None:
         shown = {"this model": base, **{name: base + more for name, more in won.items()}}
         figure.add_trace(_bar(task, list(shown.values()), list(shown), [""] * len(shown)))
     _lay_out_bars(figure, 110 + BAR_HEIGHT * (len(names) + 1) * len(findings.scene.tasks))
-    figure.update_xaxes(title_text="AP", range=[0, 105])
+    figure.update_xaxes(title_text="AP", range=[0, 110])
     return Figure("branches", "AP with one part of the model perfect", "", figure)
 
 

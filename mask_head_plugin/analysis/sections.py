@@ -74,7 +74,7 @@ def sections(analysis: Analysis) -> list[Section]:
 
 
 def _ap_table(analysis: Analysis) -> Table:
-    columns = [Column("task", "of", "", True), *(Column(x, x, "") for x in METRICS)]
+    columns = [Column("task", "for", "", True), *(Column(x, x, "") for x in METRICS)]
     rows = [
         [
             _text(TASK_NAMES[task]),

@@ -204,6 +204,6 @@ def timm_part(name: str = "") -> Any:
         return importlib.import_module(f"timm.{name}" if name else "timm")
     except ImportError as error:
         raise ConfigError(
-            "MODEL.BACKBONE.NAME build_timm_fpn_backbone needs timm, which is not installed "
+            "the backbones of MODEL.TIMM need timm, which is not installed "
             f"({one_line(error)}): pip install timm, or install this package's extra 'timm'"
         ) from error

@@ -236,7 +236,9 @@ class _Panel:
                     text = str(trace.text[row][column])
                     axes.text(across, place, text, color=ink, fontsize=7, ha="center", va="center")
         if trace.showscale is not False:
-            bar = axes.figure.colorbar(cells, ax=axes.figure.axes, pad=0.02)
+            # Square panels are lower than the place that the layout reserves for them.
+            shrink = 0.7 if self.settings["y"].scaleanchor else 1
+            bar = axes.figure.colorbar(cells, ax=axes.figure.axes, pad=0.02, shrink=shrink)
             bar.set_label(_plain(trace.colorbar.title.text or ""))
         axes.grid(visible=False)
 

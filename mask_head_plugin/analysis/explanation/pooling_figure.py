@@ -74,7 +74,7 @@ def pooling_figure(stages: Stages, number: int, num_bins: int) -> Figure:
     cell = stages.pixels * stages.strides[level]
     view = _view(reads)
     ratio = (view[3] - view[1]) / (view[2] - view[0])
-    title = f"Four ways of RoI pooling: what each reads for the box of “{name}”"
+    title = f"Four RoI pooling methods: what each reads for the box of “{name}”"
     heights = (PANEL_INCHES * ratio, PANEL_INCHES * ratio, LEGEND_INCHES)
     figure = page_figure(sum(heights) + WORDS_INCHES, title)
     rows = figure.add_gridspec(3, 2, height_ratios=heights)
@@ -205,7 +205,7 @@ def _told_displacement(
     return (
         f"The box gets {abs(across):.1f} px {'wider' if across > 0 else 'narrower'} and "
         f"{abs(down):.1f} px {'taller' if down > 0 else 'shorter'}. The\n"
-        f"marked bin reads a place {np.hypot(*off):.1f} px away from RoIAlign's."
+        f"marked bin lies {np.hypot(*off):.1f} px away from RoIAlign's."
     )
 
 
@@ -218,10 +218,10 @@ def _draw_legend(axes: Axes, told: str) -> None:
     axes.axis("off")
     dots: Style = {"markersize": 4, "linestyle": "none"}
     handles = [
-        Line2D([], [], color=INK, linestyle=(0, (3, 2)), label="the box that the model predicted"),
-        Line2D([], [], color=BLUE, label="the box that is used, and its bins"),
-        Line2D([], [], color=GREEN, marker=">", markersize=4, label="what rounding moves, in px"),
-        Line2D([], [], color=BLUE, marker=".", label="points that are read", **dots),
+        Line2D([], [], color=INK, linestyle=(0, (3, 2)), label="the predicted box"),
+        Line2D([], [], color=BLUE, label="the box used, with its bins"),
+        Line2D([], [], color=GREEN, marker=">", markersize=4, label="shift due to rounding, in px"),
+        Line2D([], [], color=BLUE, marker=".", label="sampling points", **dots),
         Line2D([], [], color=VERMILION, marker="o", label="points of the marked bin", **dots),
         Line2D([], [], color=INK, marker="s", label="the four cells of one point", **dots),
         Patch(facecolor=ORANGE, alpha=0.8, label="cells that the marked bin reads,"),

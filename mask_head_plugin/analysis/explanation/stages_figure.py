@@ -112,8 +112,8 @@ def _draw_proposals(axes: Axes, stages: Stages, number: int, proposals: FloatArr
 
 def _draw_detections(axes: Axes, stages: Stages, number: int) -> None:
     told = (
-        "The box branch refines the boxes, drops duplicates and\n"
-        "classifies each. Thick: the box that stages 3 and 4 follow"
+        "The box branch classifies and refines the boxes, and\n"
+        "removes duplicates. Thick: the box of stages 3 and 4"
     )
     view = _image(axes, stages, number, "2  Boxes and classes", told)
     drawn = _drawn(stages, number)
@@ -209,7 +209,7 @@ def _draw_pasted(axes: Axes, stages: Stages, number: int) -> None:
         f"The masks of all boxes that score {SURE:.0%} or more.\nDashed: the box of stages 3 and 4"
     )
     if not (stages.scores >= SURE).any():
-        told = f"No box scores {SURE:.0%} or more.\nDashed: the box that stages 3 and 4 follow"
+        told = f"No box scores {SURE:.0%} or more.\nDashed: the box of stages 3 and 4"
     _image(axes, stages, number, "5  Masks in the image", told)
     # The image is grey, so that each mask has the same colour as its box in stage 2.
     axes.imshow(stages.image @ GREY_SHARES, cmap="gray", vmin=0, vmax=255)
