@@ -58,7 +58,7 @@ MAX_OF_MASK_HEAD = ("MODEL.ROI_MASK_HEAD.POOLER_REDUCTION", "max")
             "ROIAlignV2 with max has no effect.*set it in MODEL.ROI_BOX_HEAD",
         ),
         (["MODEL.ROI_MASK_HEAD.LOSSES", "[['dise', 1.0]]"], "LOSSES.*no loss 'dise'"),
-        (["MODEL.ROI_MASK_HEAD.LOSSES", "[5]"], r"LOSSES.*5 is not \[name, weight\]"),
+        (["MODEL.ROI_MASK_HEAD.LOSSES", "[5]"], r"LOSSES.*5 must have the form \[name, weight\]"),
         (["MODEL.ROI_MASK_HEAD.LOSS_PARAMS.DICE.EPS", "0.0"], "LOSS_PARAMS.DICE: eps is 0.0; it"),
         (
             [*SOFTMAX, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"],
