@@ -6,6 +6,7 @@ Shape alphabet: H, W height and width of the image in pixels; X changes between 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,11 @@ from pycocotools import mask as coco_mask
 
 Rle = dict[str, Any]
 """``size`` [H, W] and compressed ``counts``, either bytes or, as in JSON, text."""
+
+LARGEST_COORDINATE = 1e6
+"""How far from the image a corner of a polygon may be, in pixels. pycocotools needs memory and time
+in proportion to the length of the outline, and does not return if a coordinate is NaN or infinite.
+"""
 
 
 def rle_of_changes(changes: npt.NDArray[np.int64], image_hw: tuple[int, int]) -> Rle:
@@ -42,13 +48,16 @@ def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
         image_hw: H, W.
 
     Raises:
-        ValueError: if the size of an RLE is not image_hw, or its counts do not add up to that size.
+        ValueError: if the size of an RLE is not image_hw, its counts do not add up to that size, or
+            a polygon has a corner that is not finite or more than LARGEST_COORDINATE away.
     """
     if not segmentation:
         return None
     if isinstance(segmentation, list):
         # Fewer than six numbers enclose no area, and pycocotools would interpret four as a box.
         polygons = [x for x in segmentation if len(x) >= 6 and len(x) % 2 == 0]
+        if not all(abs(x) <= LARGEST_COORDINATE for x in chain.from_iterable(polygons)):
+            raise ValueError("its polygons have numbers that are not finite or above a million")
         return polygons_rle(polygons, image_hw) if polygons else None
     check_rle_size(segmentation, image_hw)
     if not isinstance(segmentation["counts"], list):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from mask_head_plugin.run_lengths import MOST_CHARACTERS, as_text, first_broken
+from mask_head_plugin.run_lengths import MOST_CHARACTERS, annotation_rle, as_text, first_broken
 
 GOOD = coco_mask.encode(np.asfortranarray(np.eye(5, 7, dtype=np.uint8)))
 
@@ -55,3 +55,12 @@ def test_a_slow_reference_finds_the_same_damaged_counts(seed, patch, place):
 def test_invalid_counts_are_found(counts):
     assert first_broken([{"size": [5, 7], "counts": counts}]) == 0
     assert first_broken([]) is None
+
+
+@pytest.mark.parametrize("corner", [np.nan, np.inf, -np.inf, 1e9, -1e300, 10**400])
+def test_a_corner_that_pycocotools_cannot_reach_is_refused(corner):
+    """pycocotools would fill the memory or never return."""
+    triangle = [1, 1, 5, 1, 5, 4]
+    assert coco_mask.area(annotation_rle([triangle], (5, 7))) > 0
+    with pytest.raises(ValueError, match="not finite or above a million"):
+        annotation_rle([triangle, [1, 1, 5, 1, 5, corner]], (5, 7))

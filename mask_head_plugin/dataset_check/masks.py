@@ -125,14 +125,18 @@ def checked_mask(
         image_hw: H, W.
 
     Returns:
-        The box and the run lengths, or None if the mask has errors or no pixels.
+        The box and the run lengths, or None if the mask has errors or no pixels, or cannot be
+        encoded.
     """
     found = Findings("")
     checker = _Checker({**annotation, "iscrowd": 0}, -1, found)
     mask = checker.mask(image_hw, lvis=False) if annotation.get("segmentation") else None
     if mask is None or mask.flat or not mask.inside or errors_of(found):
         return None
-    return _clip(mask.box, image_hw), annotation_rle(annotation["segmentation"], image_hw)
+    try:
+        return _clip(mask.box, image_hw), annotation_rle(annotation["segmentation"], image_hw)
+    except ValueError:  # a corner is too far from the image
+        return None
 
 
 class _Checker:
