@@ -21,6 +21,11 @@ def listed(names: Sequence[str], limit: int = NAMES_IN_ERROR) -> str:
     return told + (f" and {rest} more" if rest > 0 else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: ``1 image``, ``1,000 images``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def nearest_name(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str | None:
     """Returns the choice that ``name`` most likely stands for, or None if no choice is similar.
 

@@ -85,14 +85,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--difference",
         type=float,
-        default=1.0,
         metavar="AP",
         help="the difference in METRIC that --dry-run plans for (default 1)",
     )
     parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws (default 1000)")
     flags.add_code(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for all variants")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.difference is not None and not args.dry_run:
+        parser.error("--difference has no effect without --dry-run: add it, or remove --difference")
+    return args
 
 
 def main() -> int:
@@ -112,10 +114,12 @@ def ablate(args: argparse.Namespace) -> int:
     from mask_head_plugin.ablation.report import write_report
     from mask_head_plugin.config_imports import import_options
     from mask_head_plugin.durable_files import sole_writer
+    from mask_head_plugin.messages import counted
     from mask_head_plugin.progress import tell
 
-    if not 0 < args.difference < math.inf:
-        raise ConfigError(f"--difference {args.difference}: must be a number above 0")
+    difference = 1.0 if args.difference is None else args.difference
+    if not 0 < difference < math.inf:
+        raise ConfigError(f"--difference {difference}: must be a number above 0")
     if args.draws < 2:
         raise ConfigError(f"--draws {args.draws}: an interval needs at least two draws")
     slurm = {"partition": args.partition, "account": args.account, "qos": args.qos}
@@ -127,9 +131,10 @@ def ablate(args: argparse.Namespace) -> int:
     metric = study.metric
     if args.dry_run:
         print(_plan(trials, metric))
-        print(f"{len(trials)} trials, {_time_left(trials, cluster)} with {args.jobs} at a time")
+        count = counted(len(trials), "trial")
+        print(f"{count}, {_time_left(trials, cluster)} with {args.jobs} at a time")
         num_compared = max(len(study.configs) - 1, 1)
-        plan = (args.output, metric, args.difference, len(study.seeds), num_compared)
+        plan = (args.output, metric, difference, len(study.seeds), num_compared)
         print("\n".join(ablation.power_lines(*plan)))
         return 0
     cluster.check_commands()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..evaluation.difference import detectable_difference
+from ..messages import counted
 from .report.study import Study, read_study
 from .trial_folder import ABLATION_FILE
 
@@ -121,8 +122,8 @@ def power_lines(
     images = spreads.num_images
     lines = [
         f"Spread of {metric}: {spreads.seed_std:.2f} between seeds "
-        f"({_source(spreads.seeds_from, 'trials')}), {spreads.image_error:.2f} "
-        f"from {images} images ({_source(spreads.images_from, 'comparison(s)')})"
+        f"({_source(spreads.seeds_from, 'trial')}), {spreads.image_error:.2f} "
+        f"from {counted(images, 'image')} ({_source(spreads.images_from, 'comparison')})"
     ]
     if num_seeds > 1:
         planned = detectable(spreads, num_seeds, images, num_compared)
@@ -136,11 +137,15 @@ def power_lines(
         seeds = (
             "an impractical number of seeds" if needed is None else f"{needed} seeds per variant"
         )
-        lines.append(f"A difference of {wanted:g} needs {seeds} with {images * factor} images")
+        lines.append(
+            f"A difference of {wanted:g} needs {seeds} with {counted(images * factor, 'image')}"
+        )
         if needed is not None:
             break
     return lines
 
 
 def _source(number: int, what: str) -> str:
-    return f"measured on {number} {what}" if number else "assumed until trials have finished"
+    return (
+        f"measured on {counted(number, what)}" if number else "assumed until trials have finished"
+    )

@@ -38,7 +38,7 @@ from .trial_folder import (
     write_record,
 )
 
-PARAMETERS_FILE = "num_parameters.txt"
+PARAMETERS_FILE, ITERATIONS_FILE = "num_parameters.txt", "num_iterations.txt"
 
 
 class TrialJob(submitit.helpers.Checkpointable):
@@ -57,10 +57,10 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
     """Trains and evaluates a trial, resuming from its last checkpoint if it has one.
 
     Writes trial.json with these entries: variant, seed, status ("finished" or "failed"), error,
-    iterations, seconds (of this call), seconds_per_iteration (median), peak_memory_mb (memory that
-    PyTorch allocates on CUDA; without CUDA, memory of the process), num_parameters, results (by
-    task, in percent), device, versions, commit, finished_at. Errors are recorded in trial.json
-    instead of being raised.
+    iterations (that were trained), stopped_early, seconds (of this call), seconds_per_iteration
+    (median), peak_memory_mb (memory that PyTorch allocates on CUDA; without CUDA, memory of the
+    process), num_parameters, results (by task, in percent), device, versions, commit, finished_at.
+    Errors are recorded in trial.json instead of being raised.
 
     If another process is running the same trial, waits until that process is done.
     """
@@ -107,6 +107,8 @@ def _train(cfg: CfgNode) -> None:
     if comm.is_main_process():
         count = sum(p.numel() for p in trainer.model.parameters())
         (Path(cfg.OUTPUT_DIR) / PARAMETERS_FILE).write_text(str(count))
+        # With SOLVER.EARLY_STOPPING, this may be less than SOLVER.MAX_ITER.
+        (Path(cfg.OUTPUT_DIR) / ITERATIONS_FILE).write_text(str(trainer.max_iter))
 
 
 def _measure(trial: Trial) -> dict[str, Any]:
@@ -115,10 +117,12 @@ def _measure(trial: Trial) -> dict[str, Any]:
     on_cuda = [float(x["max_mem_mb"]) for x in rows if x.get("max_mem_mb")]
     found = json.loads((trial.inference / METRICS_FILE).read_text())
     tasks = [task for task, values in found.items() if isinstance(values, dict)]
+    iterations = int((trial.folder / ITERATIONS_FILE).read_text())
     return {
         "status": FINISHED,
         "error": None,
-        "iterations": int(trial.cfg.SOLVER.MAX_ITER),
+        "iterations": iterations,
+        "stopped_early": iterations < trial.cfg.SOLVER.MAX_ITER,
         "seconds_per_iteration": seconds_per_iteration(trial.folder),
         "peak_memory_mb": max(on_cuda)
         if on_cuda

@@ -26,8 +26,9 @@ from ..config_check.chosen_metrics import VALIDATION, evaluated_metrics
 from ..data import register_coco_files
 from ..durable_files import write_durably
 from ..engine import Trainer
+from ..engine.evaluators import check_objects
 from ..engine.run import check_and_register
-from ..messages import nearest_name, silenced
+from ..messages import counted, nearest_name, one_line, silenced
 from ..progress import progress_bar
 from ..user_code import import_modules
 from .ablation_file import Ablation
@@ -87,6 +88,9 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
             _check_metric(cfg, ablation.metric)
     for trial in trials:
         check_hash(trial)
+    # Once, because it reads the annotations, and all variants use the same test set.
+    with _naming(trials[0].variant):
+        _check_objects(trials[0], ablation.metric)
     return trials
 
 
@@ -101,6 +105,21 @@ def _check_metric(cfg: CfgNode, metric: str) -> None:
         nearest = nearest_name(metric, known)
         hint = f"did you mean {nearest!r}?" if nearest else f"trials have {', '.join(known)}"
         raise ConfigError(f"METRIC {metric!r} is not measured in the trials; {hint}")
+
+
+def _check_objects(trial: Trial, metric: str) -> None:
+    """Raises ConfigError if the test set has no objects that count for METRIC."""
+    if not trial.dataset:
+        return
+    cfg = trial.cfg.clone()
+    # An evaluator writes the annotations of data sets that have no COCO file.
+    with tempfile.TemporaryDirectory() as cfg.OUTPUT_DIR, silenced(logging.INFO):
+        try:
+            check_objects(cfg, trial.dataset, metric, f"METRIC {metric!r}")
+        except ConfigError:
+            raise
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ConfigError(f"{trial.dataset} cannot be read: {one_line(error)}") from error
 
 
 def _device(device: str, num_gpus: int) -> str:
@@ -181,7 +200,7 @@ def run(
     total = sum(int(trial.cfg.SOLVER.MAX_ITER) for trial in trials)
     done = sum(trial.iteration() for trial in trials)
     running: dict[int, tuple[Trial, submitit.Job[None]]] = {}
-    with progress_bar(f"{len(trials)} trials", "it", total, done) as advance:
+    with progress_bar(counted(len(trials), "trial"), "it", total, done) as advance:
         try:
             while waiting or running:
                 free = [slot for slot in range(cluster.jobs) if slot not in running]

@@ -6,6 +6,7 @@ metrics.json, TensorBoard events, checkpoints, inference/) and:
 - ``trial.json``: how the trial ended, its metrics and its cost (see run_trial);
 - ``environment.txt``: versions and hardware;
 - ``num_parameters.txt``: the size of the model;
+- ``num_iterations.txt``: after which iteration the training ended;
 - ``config_hash.txt``: ensures that a trial is resumed only with the same config;
 - ``submitit/``: logs of the process that ran the trial.
 
@@ -32,6 +33,7 @@ from detectron2.config import CfgNode
 from ..config import ConfigError
 from ..durable_files import write_durably
 from ..evaluation.matching import Matches
+from ..messages import counted
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ class Trial:
         if (status := self.record().get("status")) in (FINISHED, FAILED):
             return str(status)
         logged = self._logged()
-        return f"unfinished, {logged} iterations logged" if logged else "not run"
+        return f"unfinished, {counted(logged, 'iteration')} logged" if logged else "not run"
 
     @property
     def error(self) -> str:

@@ -76,14 +76,28 @@ def check_chosen_objects(cfg: CfgNode) -> None:
     """
     for key, metric in chosen_metrics(cfg).items():
         name, own = of_dataset(cfg.DATASETS.TEST, metric)
-        if name not in cfg.DATASETS.TEST:
-            continue
-        evaluator = build_evaluator(cfg, name)
-        if isinstance(evaluator, MaskEvaluator) and evaluator.never_gives(own):
-            raise ConfigError(
-                f"{key} {metric!r} is not a number in any evaluation, because {name} has none of "
-                "the objects that it measures; choose another metric"
-            )
+        if name in cfg.DATASETS.TEST:
+            check_objects(cfg, name, own, f"{key} {metric!r}")
+
+
+def check_objects(cfg: CfgNode, name: str, metric: str, what: str) -> None:
+    """Refuses a metric for objects that a data set lacks.
+
+    Args:
+        cfg: gives the evaluator.
+        name: the data set.
+        metric: such as ``segm/APl``.
+        what: key and metric, for the error.
+
+    Raises:
+        ConfigError: if the metric would always be NaN.
+    """
+    evaluator = build_evaluator(cfg, name)
+    if isinstance(evaluator, MaskEvaluator) and evaluator.never_gives(metric):
+        raise ConfigError(
+            f"{what} is not a number in any evaluation, because {name} has none of the objects that "
+            "it measures; choose another metric"
+        )
 
 
 def inference_folder(cfg: CfgNode, name: str, dataset_name: str) -> str:

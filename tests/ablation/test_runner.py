@@ -88,12 +88,13 @@ def fake_training(monkeypatch):
         folder = Path(cfg.OUTPUT_DIR)
         (folder / "inference").mkdir(exist_ok=True)
         (folder / "num_parameters.txt").write_text("12")
+        (folder / "num_iterations.txt").write_text(train.num_iterations)
         rows = [{"iteration": k, "time": 0.5 + k, "total_loss": 1.0} for k in range(3)]
         (folder / "metrics.json").write_text("\n".join(json.dumps(x) for x in rows))
         found = {"dataset": "x", "segm": {"AP": 40.0 + cfg.SEED, "by_class": {}}}
         (folder / "inference" / "metrics.json").write_text(json.dumps(found))
 
-    train.broken, train.interrupted = set(), set()
+    train.broken, train.interrupted, train.num_iterations = set(), set(), "3"
     monkeypatch.setattr(run_trial, "_train", train)
     return train, asked
 
@@ -134,6 +135,28 @@ def test_a_metric_that_trials_do_not_have_is_refused_before_training(
         if given != metric:
             assert trials_of(ablation, tmp_path)
     with pytest.raises(ConfigError, match=f"'bce': METRIC '{metric}' is not measured.*{hint}"):
+        trials_of(ablation, tmp_path)
+
+
+def test_a_metric_for_objects_that_the_test_set_lacks_is_refused_before_training(
+    ablation, tmp_path
+):
+    content = yaml.safe_load(ablation.read_text())
+    ablation.write_text(yaml.safe_dump({**content, "METRIC": "segm/APl"}))
+    told = "'bce': METRIC 'segm/APl' is not a number in any evaluation: ablated_val has no objects"
+    with pytest.raises(ConfigError, match=told):
+        trials_of(ablation, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_test_set_is_reported_before_training(ablation, tmp_path):
+    content = yaml.safe_load(ablation.read_text())
+    (tmp_path / "val.json").write_text('{"images": [], "categories": [{"id": 1}]}')
+    files = content["SIZES"]["shapes"]["OVERRIDES"]["DATASETS"]["COCO_FILES"]
+    files[1] = ["broken_val", str(tmp_path / "val.json"), str(tmp_path)]
+    content["SIZES"]["shapes"]["OVERRIDES"]["DATASETS"]["TEST"] = ["broken_val"]
+    ablation.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"'bce': .*val\.json"):
         trials_of(ablation, tmp_path)
 
 
@@ -242,6 +265,39 @@ def test_a_trial_records_its_result_and_its_cost(ablation, tmp_path, fake_traini
     assert record["results"] == {"segm": {"AP": 42.0}}
     assert (record["iterations"], record["seconds_per_iteration"]) == (3, 1.5)
     assert record["num_parameters"] == 12 and record["peak_memory_mb"] > 10
+    assert record["stopped_early"] is False
+
+
+def test_a_trial_that_stopped_early_records_the_iterations_that_it_trained(
+    ablation, tmp_path, fake_training
+):
+    fake_training[0].num_iterations = "2"
+    trial = trials_of(ablation, tmp_path)[0]
+    run([trial], DEBUG)
+    record = trial.record()
+    assert (record["iterations"], record["stopped_early"]) == (2, True)
+
+
+def test_training_writes_the_iteration_at_which_it_ended(ablation, tmp_path, monkeypatch):
+    """A trainer that stops early lowers its max_iter, see engine/early_stopping.py."""
+
+    class StoppingTrainer:
+        model = torch.nn.Linear(2, 3)
+
+        def __init__(self, cfg):
+            self.max_iter = cfg.SOLVER.MAX_ITER
+
+        def resume_or_load(self, resume):
+            pass
+
+        def train(self):
+            self.max_iter = 2
+
+    monkeypatch.setattr(run_trial, "Trainer", StoppingTrainer)
+    trial = trials_of(ablation, tmp_path)[0]
+    run_trial._train(trial.cfg)
+    assert (trial.folder / "num_iterations.txt").read_text() == "2"
+    assert (trial.folder / "num_parameters.txt").read_text() == "9"
 
 
 def test_a_failed_trial_does_not_stop_the_others_and_runs_again(ablation, tmp_path, fake_training):

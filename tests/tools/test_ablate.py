@@ -100,8 +100,16 @@ def test_a_missing_slurm_is_reported_in_one_line_and_a_dry_run_still_works(
     code, _, err = tool("--cluster", "slurm", "--num-gpus", "8")
     assert code == 2 and err[-1].startswith("ablate.py: --cluster slurm: sbatch and srun not found")
     code, out, _ = tool("--cluster", "slurm", "--num-gpus", "8", "--dry-run")
-    assert code == 0 and "1 trials, of unknown length until one has run on these GPUs" in out
+    assert code == 0 and "1 trial, of unknown length until one has run on these GPUs" in out
     assert "A difference of 1 needs" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_difference_without_a_dry_run_is_refused(tool, capsys, tmp_path):
+    for value in ("3", "1"):
+        with pytest.raises(SystemExit, match="2"):
+            tool("--difference", value)
+        assert "--difference has no effect without --dry-run: add it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -141,6 +141,7 @@ def _add_paper(figure: Any, study: Study) -> None:
             x=[v.paper[study.metric] - reference for v in given],
             y=[heights[v.name] for v in given],
             mode="markers",
+            cliponaxis=False,
             marker={"color": "#cc79a7", "symbol": "diamond-open", "size": 11, "line": {"width": 2}},
             name="paper",
             hovertemplate="paper: %{x:+.1f}<extra></extra>",

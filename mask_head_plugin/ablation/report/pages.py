@@ -24,6 +24,7 @@ from ...pages.tables import (
     markdown,
     number,
 )
+from ..trial_folder import Trial
 from .pictures import side_by_side
 from .study import Study, machine, read_study
 from .tables import build_table, changed_keys, findings, paper_table, unfinished_table
@@ -127,7 +128,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
         "baseline": study.baseline.name,
         "seeds": ", ".join(map(str, study.seeds)),
         "finished trials": f"{len(finished)} of {len(study.trials)}",
-        "iterations": _distinct(f"{x:.0f}" for t in finished if (x := t.cost("iterations")) > 0),
+        "iterations": _iterations(finished),
         "intervals": f"95%, over seeds and images (paired bootstrap, {study.num_draws} draws)",
         "date": " to ".join(period),
         "machine": _distinct(machine(trial) for trial in finished),
@@ -181,6 +182,13 @@ def _num_images(study: Study) -> str:
     for of_seeds in study.matches(study.task).values():
         return number(len(of_seeds[0].image_ids), ",.0f")
     return ""
+
+
+def _iterations(trials: Sequence[Trial]) -> str:
+    """Returns how many iterations the trials trained; empty if unknown."""
+    trained = [x for trial in trials if (x := trial.cost("iterations")) > 0]
+    extremes = dict.fromkeys(f"{x:.0f}" for x in (min(trained), max(trained))) if trained else ()
+    return " to ".join(extremes)
 
 
 def _versions(record: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from ...evaluation.drawing import ByteArray, class_colour, draw_instances, in_gr
 from ...evaluation.image_counts import MIN_SCORE, ImageCounts, image_counts, most_disputed
 from ...evaluation.matching import Matches
 from ...image_files import read_image
-from ...messages import one_line
+from ...messages import counted, one_line
 from ...pages.pictures import (
     MOST_BYTES,
     Picture,
@@ -115,7 +115,7 @@ def _draw(
         truth = _true_masks(record)
         image = read_image(record["file_name"], "RGB")
         image = in_grey(scaled(image, SIDE / max(image.shape[:2])))
-        row = [_picture(image, "ground truth", f"{len(truth)} objects", truth, names)]
+        row = [_picture(image, "ground truth", counted(len(truth), "object"), truth, names)]
         for trial, found in predicted.items():
             title = f"{trial.variant}, seed {trial.seed}"
             row.append(_picture(image, title, _note(counts[trial], k), found[image_id], names))

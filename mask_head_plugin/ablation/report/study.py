@@ -120,6 +120,11 @@ class Study:
     def finished(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.is_finished]
 
+    @property
+    def stopped_early(self) -> list[Trial]:
+        """The trials that SOLVER.EARLY_STOPPING ended."""
+        return [trial for trial in self.finished if trial.record().get("stopped_early") is True]
+
     def matches(self, task: str) -> dict[str, list[Matches]]:
         """Returns the matches of finished trials by variant; omits variants without matches."""
         if task not in self._matches:

@@ -9,6 +9,7 @@ from textwrap import shorten
 
 from ...evaluation.coco_ap import METRICS
 from ...evaluation.difference import PairedDifference
+from ...messages import counted
 from ...pages.differences import BETTER, MARKS, NOISE, ONE_SEED, WORSE, verdict, with_interval
 from ...pages.tables import NOTHING, Cell, Column, Table, number
 from .study import Study, Variant, mean
@@ -35,6 +36,7 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
     main, task, baseline = study.metric, study.task, study.baseline
     name = main.partition("/")[2]
     others = [f"{task}/{metric}" for metric in METRICS if f"{task}/{metric}" != main]
+    early = study.stopped_early
     return [
         (Column("variant", "variant", "", True), lambda v: Cell(v.name, v.name)),
         (
@@ -101,6 +103,15 @@ def _columns(study: Study) -> list[tuple[Column, Callable[[Variant], Cell]]]:
         (
             Column("parameters", "params", "Parameters of the whole model, in millions."),
             lambda v: _number_cell(mean(v.costs("num_parameters")) / 1e6, ".2f", " M"),
+        ),
+        (
+            Column(
+                "iterations",
+                "iterations",
+                "Training iterations, mean over seeds; some trials stopped early.",
+                is_optional=True,
+            ),
+            lambda v: _number_cell(mean(v.costs("iterations")) if early else math.nan, ",.0f"),
         ),
     ]
 
@@ -269,9 +280,16 @@ def _missing(study: Study) -> list[str]:
         )
     unfinished = len(study.trials) - len(study.finished)
     if unfinished:
+        have = "has" if unfinished == 1 else "have"
         sentences.append(
-            f"{unfinished} of {len(study.trials)} trials have not finished; all numbers come from "
-            "the finished ones."
+            f"{unfinished} of {counted(len(study.trials), 'trial')} {have} not finished; all "
+            "numbers come from the finished ones."
+        )
+    early = study.stopped_early
+    if early:
+        sentences.append(
+            f"{len(early)} of {counted(len(study.finished), 'finished trial')} stopped early "
+            "(SOLVER.EARLY_STOPPING), so not all trials trained for the same number of iterations."
         )
     return sentences
 

@@ -20,7 +20,7 @@ from conftest import ROOT
 from made_ablation import DATASET, NUM_ITERATIONS, write_ablation, write_dataset
 
 from mask_head_plugin import ConfigError
-from mask_head_plugin.ablation.report import pages
+from mask_head_plugin.ablation.report import pages, pictures
 from mask_head_plugin.ablation.report.pictures import side_by_side
 from mask_head_plugin.ablation.report.study import read_study
 from mask_head_plugin.ablation.report.tables import build_table
@@ -215,6 +215,19 @@ def test_failed_and_missing_trials_are_listed_and_the_others_reported(copied):
     assert "±" not in text.split("## Variants")[1].split("\n- ")[0]
 
 
+def test_trials_that_stopped_early_are_reported_with_their_iterations(made, copied):
+    text = (made[0] / "report.md").read_text()
+    assert f"iterations: {NUM_ITERATIONS}\n" in text and "stopped early" not in text
+    assert "iterations" not in table_cells(made[0])["baseline"]
+    edit(copied / "variant_0" / "seed_2" / "trial.json", iterations=250, stopped_early=True)
+    text, page = render(copied)
+    assert f"iterations: 250 to {NUM_ITERATIONS}\n" in text
+    assert "1 of 6 finished trials stopped early (SOLVER.EARLY" in html.unescape(page)
+    rows = table_cells(copied)
+    assert rows["baseline"]["iterations"] == f"{(250 + NUM_ITERATIONS) / 2:.0f}"
+    assert rows["about the same"]["iterations"] == f"{NUM_ITERATIONS}"
+
+
 def test_a_variant_without_finished_trials_has_a_row_of_dashes(copied):
     shutil.rmtree(copied / "variant_1")
     text, page = render(copied)
@@ -340,11 +353,31 @@ def test_the_images_with_the_largest_spread_come_first():
 def test_pictures_show_ground_truth_first_then_each_variant(made):
     gallery = side_by_side(read_study(made[0], NUM_DRAWS))
     assert 0 < len(gallery.rows) <= 8 and gallery.problem == ""
-    for _, pictures in gallery.rows:
-        assert [p.title for p in pictures] == ["ground truth", *(f"{v}, seed 1" for v in QUALITIES)]
-        assert all(p.uri.startswith("data:image/jpeg;base64,/9j/") for p in pictures)
-        assert all(re.match(r"\d+ of \d+ found, \d+ false, F1", p.note) for p in pictures[1:])
+    for _, shown in gallery.rows:
+        assert [p.title for p in shown] == ["ground truth", *(f"{v}, seed 1" for v in QUALITIES)]
+        assert all(p.uri.startswith("data:image/jpeg;base64,/9j/") for p in shown)
+        assert all(re.match(r"\d+ of \d+ found, \d+ false, F1", p.note) for p in shown[1:])
     assert {name for name, _ in gallery.classes} <= {"class 0", "class 1"}
+
+
+def test_one_object_is_counted_in_the_singular(made, monkeypatch):
+    true_masks = pictures._true_masks
+    for count, told in ((1, "1 object"), (2, "2 objects")):
+        monkeypatch.setattr(pictures, "_true_masks", lambda x, count=count: true_masks(x)[:count])
+        gallery = side_by_side(read_study(made[0], NUM_DRAWS))
+        assert {shown[0].note for _, shown in gallery.rows} == {told}
+
+
+def test_a_marker_at_the_edge_of_a_panel_is_shown_as_a_whole(made):
+    """If all differences have the same sign, the panel ends at 0, where a marker may be."""
+    shown = {x.name: x.figure for x in figures(read_study(made[0], NUM_DRAWS))}
+    markers = [
+        x
+        for name in ("differences", "other-metrics")
+        for x in shown[name].data
+        if x.type == "scatter"
+    ]
+    assert markers and all(x.mode == "markers" and x.cliponaxis is False for x in markers)
 
 
 def test_pictures_are_left_out_if_the_categories_have_changed(made, annotations):
