@@ -61,11 +61,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--draws",
         type=int,
-        default=300,
         metavar="N",
         help="number of times that --compare resamples the images for its intervals (default 300)",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.draws is not None and args.compare is None:
+        parser.error("--draws has no effect without --compare OTHER_RUN: add it, or remove --draws")
+    return args
 
 
 def main() -> int:
@@ -86,7 +88,7 @@ def main() -> int:
             args.images,
             args.dataset,
             other=args.compare,
-            num_draws=args.draws,
+            num_draws=300 if args.draws is None else args.draws,
         )
     except (ConfigError, OSError) as error:
         print(f"analyze.py: {error}", file=sys.stderr)

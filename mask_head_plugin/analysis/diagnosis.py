@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from ..messages import listed
+from ..messages import counted, listed
 from ..pages.tables import number
 from .curves import ClassGap
 from .errors import KINDS, MEANINGS, MISSED
@@ -115,10 +115,10 @@ def _errors(findings: Findings) -> Iterator[str]:
         first, *others = worth
         more = "".join(f"; {name} {number(won[name], '.1f')}" for name in others)
         count = findings.errors[task][0.5].count(KINDS.index(first))
-        what = "objects" if KINDS.index(first) == MISSED else "detections"
+        what = "object" if KINDS.index(first) == MISSED else "detection"
         yield (
             f"Errors of {TASK_NAMES[task]} at IoU 0.5: “{first}” ({MEANINGS[first]}) costs most, "
-            f"{number(won[first], '.1f')} AP50 ({count:,} {what}){more}."
+            f"{number(won[first], '.1f')} AP50 ({counted(count, what)}){more}."
         )
 
 

@@ -23,7 +23,7 @@ from ..evaluation.image_counts import most_disputed
 from ..evaluation.mask_window import mask_window
 from ..evaluation.matching import FloatArray
 from ..image_files import read_image
-from ..messages import one_line
+from ..messages import counted, one_line
 from ..pages.pictures import MOST_BYTES, Picture, css_colour, data_uri
 from ..progress import progress
 from .analysis import Analysis
@@ -98,7 +98,8 @@ def gallery(analysis: Analysis) -> Gallery:
         if pictures:
             rows.append(PictureRow(title, note, pictures))
     if problems:
-        logger.warning("%d images cannot be shown, for example %s", len(problems), problems[0])
+        count = counted(len(problems), "image")
+        logger.warning("%s cannot be shown, for example %s", count, problems[0])
     return Gallery(
         rows, "" if rows else f"No image can be shown: {(problems or ['there are no errors'])[0]}"
     )

@@ -7,7 +7,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from ..config import ConfigError
 from ..evaluation.coco_ap import GroundTruth, as_bytes
-from ..messages import listed, one_line
+from ..messages import counted, listed, one_line
 from ..run_lengths import annotation_rle, first_broken
 from .scene import IntArray, Scene
 
@@ -29,6 +28,9 @@ SCORE_ROUNDING = 1e-5
 
 NUMBERS = {int, float}
 """Types of numbers in JSON. Compared by type, because isinstance accepts a bool as an int."""
+
+IDS = {int, float, str}
+"""Types of ids in JSON."""
 
 BROKEN_COUNTS = (
     "the counts of its mask do not add up to an image of its size; export the mask again"
@@ -60,9 +62,10 @@ def read_scene(annotations: Path, results: Sequence[Record], source: Path) -> Sc
     except ConfigError:
         raise
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{annotations} and {source} cannot be compared: {one_line(error)}"
-        ) from error
+        told = one_line(error)
+        if not told.startswith(f"{annotations}: "):
+            told = f"{annotations} and {source} cannot be compared: {told}"
+        raise ConfigError(told) from error
     boxes = [checked[x["id"] - 1]["bbox"] for x in found]
     scores = [checked[x["id"] - 1]["score"] for x in found]
     names = {x["id"]: str(x.get("file_name", x["id"])) for x in content["images"]}
@@ -90,9 +93,6 @@ def _read_annotations(path: Path) -> dict[str, Any]:
     ):
         if not isinstance(records, list) or not all(isinstance(x, dict) for x in records):
             raise ConfigError(f"{path}: {key} is not a list of objects; export the file again")
-    if all(x.get("iscrowd") for x in objects):
-        what = "only crowds" if objects else "no annotations"
-        raise ConfigError(f"{path} has {what}: there is nothing to compare with")
     for key, records in (("id", content["images"]), ("name", categories)):
         values = [repr(x.get(key)) for x in records]
         twice = next((x for x, count in Counter(values).items() if count > 1), None)
@@ -104,6 +104,17 @@ def _read_annotations(path: Path) -> dict[str, Any]:
     for key, count in (("bbox", 4), ("area", None)):
         given = [(k, x[key]) for k, x in enumerate(objects) if x.get(key) not in (None, [])]
         _check_numbers(given, key, count, f"{path}, annotations")
+    for key, records, find in (
+        ("images", content["images"], _image_problem),
+        ("annotations", objects, _object_problem),
+        ("categories", categories, _category_problem),
+    ):
+        for number, record in enumerate(records):
+            if problem := find(record):
+                raise ConfigError(f"{path}, {key}: entry {number}: {problem}")
+    if all(x.get("iscrowd") for x in objects):
+        what = "only crowds" if objects else "no annotations"
+        raise ConfigError(f"{path} has {what}: there is nothing to compare with")
     encoded = [x for x in objects if isinstance(x.get("segmentation"), dict)]
     encoded = [
         x
@@ -117,15 +128,64 @@ def _read_annotations(path: Path) -> dict[str, Any]:
     return content
 
 
+def _image_problem(image: Record) -> str:
+    """Returns what is wrong with the id or size of an image; empty if nothing is."""
+    for key in ("height", "width"):
+        side = image.get(key)
+        if side and (type(side) not in NUMBERS or side < 0 or side % 1):
+            return f"{key} is {side!r}, not a whole number of pixels"
+    return _id_problem(image, "id")
+
+
+def _category_problem(category: Record) -> str:
+    return _id_problem(category, "id")
+
+
+def _id_problem(record: Record, *keys: str) -> str:
+    """Returns which of the keys has no usable id; empty if all have one."""
+    for key in keys:
+        if type(record.get(key)) not in IDS:
+            return f"{key} is {record.get(key)!r}, not a number or text"
+    return ""
+
+
+def _object_problem(annotation: Record) -> str:
+    """Returns what is wrong with an annotation; empty if nothing is.
+
+    Box and area must be known to be numbers.
+    """
+    if problem := _id_problem(annotation, "image_id", "category_id"):
+        return problem
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        return f"iscrowd is {annotation['iscrowd']!r}, not 0 or 1"
+    box, mask = annotation.get("bbox"), annotation.get("segmentation")
+    if box and min(box[2:]) < 0:
+        return f"bbox {box} has a negative size; it must be [x, y, width, height]"
+    if (annotation.get("area") or 0) < 0:
+        return f"area is {annotation['area']}, which is negative"
+    return _mask_problem(mask)
+
+
+def _mask_problem(segmentation: Any) -> str:
+    """Returns why a value is neither polygons, an RLE nor missing; empty if it is one of these."""
+    if isinstance(segmentation, list) and not all(isinstance(x, list) for x in segmentation):
+        return "its segmentation is not a list of polygons [x, y, x, y, ...]"
+    if isinstance(segmentation, dict) and not {"size", "counts"} <= segmentation.keys():
+        return "its segmentation is an RLE without size and counts"
+    if not isinstance(segmentation, list | dict | None):
+        return f"its segmentation is {segmentation!r}, neither polygons nor an RLE"
+    return ""
+
+
 def _check_ids(results: Sequence[Record], truth: GroundTruth, source: Path) -> None:
     """Raises a ConfigError if results have images or categories that the annotations lack."""
     for key, known, what in (
         ("image_id", set(truth.image_ids), "images"),
         ("category_id", set(truth.category_ids), "categories"),
     ):
-        lacking = next((k for k, x in enumerate(results) if key not in x), None)
-        if lacking is not None:
-            raise ConfigError(f"{source}: entry {lacking} has no {key}")
+        for number, x in enumerate(results):
+            if problem := f"has no {key}" if key not in x else _id_problem(x, key):
+                raise ConfigError(f"{source}: entry {number}: {problem}")
         unknown = sorted({repr(x[key]) for x in results if x[key] not in known})
         if unknown:
             ours = listed([repr(x) for x in sorted(known, key=lambda x: (str(type(x)), x))], 4)
@@ -139,9 +199,10 @@ def _have_masks(results: Sequence[Record], source: Path, annotations: Path) -> b
     """Returns whether the results have masks; warns if only the annotations have them."""
     without = [k for k, x in enumerate(results) if not x.get("segmentation")]
     if without and len(without) < len(results):
+        have = "has" if len(without) == 1 else "have"
         raise ConfigError(
-            f"{source}: {len(without)} of {len(results)} detections have no segmentation, such as "
-            f"entry {without[0]}; give every detection a mask, or none"
+            f"{source}: {len(without)} of {len(results)} detections {have} no segmentation, such "
+            f"as entry {without[0]}; give every detection a mask, or none"
         )
     if without:
         logger.warning(
@@ -158,10 +219,12 @@ def _checked(
     for number, result in enumerate(results):
         one = {key: result[key] for key in ("image_id", "category_id")}
         if with_masks:
+            if problem := _mask_problem(result["segmentation"]):
+                raise ConfigError(f"{source}: entry {number}: {problem}")
             try:
-                if not isinstance(result["segmentation"], list | dict):
-                    raise TypeError("it is neither polygons nor an RLE")
                 rle = annotation_rle(result["segmentation"], sizes[result["image_id"]])
+                if rle is None:
+                    raise ValueError("none of its polygons has three corners [x, y, x, y, x, y]")
                 one["segmentation"] = as_bytes(rle)
             except (ValueError, KeyError, TypeError) as error:
                 where = f"{source}: entry {number} (image {result['image_id']!r})"
@@ -236,6 +299,12 @@ def _scene(
     gt_image, gt_class = _indices(true)
     dt, gt = np.lexsort((dt_class, dt_image)), np.lexsort((gt_class, gt_image))
     masks = [_mask(x, images[x["image_id"] - 1], truth) for x in true] if with_masks else []
+    drawn = [k for k in range(len(masks)) if isinstance(true[k]["segmentation"], list)]
+    if empty := [k for k in drawn if not coco_mask.area(masks[k])]:
+        logger.warning(
+            "%s: no mask can match %s whose polygons enclose no pixel, such as entry %d",
+            *(truth.json_file, counted(len(empty), "annotation"), empty[0]),
+        )
     gt_box = [x.get("bbox") or coco_mask.toBbox(masks[k]).tolist() for k, x in enumerate(true)]
     lenient = {(k, c - 1) for k, x in enumerate(images) for c in x["not_exhaustive_category_ids"]}
     return Scene(
@@ -273,10 +342,7 @@ def _mask(annotation: Record, image: Record, truth: GroundTruth) -> Any:
     """
     image_hw = image["height"], image["width"]
     try:
-        found = annotation["segmentation"]
-        if isinstance(found, list) and not all(map(math.isfinite, chain.from_iterable(found))):
-            raise ValueError("its polygons have numbers that are not finite")
-        rle = annotation_rle(found, image_hw)
+        rle = annotation_rle(annotation["segmentation"], image_hw)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{truth.json_file}, annotations: entry {annotation['id'] - 1}: its segmentation "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..config import ConfigError, load_config
 from ..data import register_coco_files
 from ..evaluation.coco_ap import COCO_MAX_DETECTIONS
 from ..messages import listed, one_line
+
+logger = logging.getLogger(__name__)
 
 RESULTS, METRICS, CONFIG = "coco_instances_results.json", "metrics.json", "config.yaml"
 MASK_SIDE = 28
@@ -57,12 +60,12 @@ def find_run_files(
 
     Raises:
         ConfigError: if results or annotations are missing, or if the run has results of several
-            data sets and ``dataset`` names none of them.
+            data sets and ``dataset`` names none of them, or if metrics.json has a wrong entry.
     """
     results = _results(run, dataset)
     metrics = _evaluation(results.with_name(METRICS))
     cfg = _config(results)
-    evaluated = str(metrics.get("dataset") or "")
+    evaluated = metrics.get("dataset") or ""
     if dataset and evaluated and dataset not in (evaluated, results.parent.name):
         raise ConfigError(
             f"--dataset {dataset} does not match {results}, which has the results of {evaluated}"
@@ -78,8 +81,9 @@ def find_run_files(
             )
         annotations = Path(recorded)
     if not annotations.is_file():
+        problem = "is a folder" if annotations.is_dir() else "does not exist"
         raise ConfigError(
-            f"annotation file {annotations} does not exist; name the COCO file of these images "
+            f"annotation file {annotations} {problem}; name the COCO file of these images "
             "with --annotations FILE"
         )
     if images is not None and not images.is_dir():
@@ -90,7 +94,7 @@ def find_run_files(
         annotations=annotations,
         image_folders=(images,) if images else tuple(_places(annotations, root)),
         dataset=name or annotations.stem,
-        max_detections=int(metrics.get("max_detections") or COCO_MAX_DETECTIONS),
+        max_detections=metrics.get("max_detections") or COCO_MAX_DETECTIONS,
         mask_side=_mask_side(cfg),
     )
 
@@ -118,23 +122,72 @@ def _results(run: Path, dataset: str) -> Path:
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    """Returns what MaskEvaluator saved next to the results; empty for another evaluator."""
+    """Returns what MaskEvaluator saved next to the results; empty for another evaluator.
+
+    Raises:
+        ConfigError: if an entry that the analysis uses has the wrong type.
+    """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):  # detectron2's metrics.json has one record per line
+        text = path.read_text()
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
+    except ValueError as error:
+        return _ignored(path, error)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        # detectron2's metrics.json has one record per line.
+        return {} if _is_object(text.partition("\n")[0]) else _ignored(path, error)
+    if not isinstance(content, dict):
+        return _ignored(path, TypeError("it is not a JSON object"))
+    for key, expected in {"annotations": "a path", "dataset": "a name"}.items():
+        if not isinstance(content.get(key, ""), str | None):
+            raise _wrong_entry(path, key, content[key], expected)
+    limit = content.get("max_detections")
+    if limit is not None and (type(limit) is not int or limit == 0):
+        raise _wrong_entry(path, "max_detections", limit, "a number of detections (-1 for all)")
+    return content
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _ignored(path: Path, error: Exception) -> dict[str, Any]:
+    told = "%s is ignored, so %d detections count per image and class: %s"
+    logger.warning(told, path, COCO_MAX_DETECTIONS, one_line(error))
+    return {}
+
+
+def _wrong_entry(path: Path, key: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: {key} is {value!r}, not {expected}; correct it, or evaluate the run again"
+    )
 
 
 def _config(results: Path) -> CfgNode | None:
-    """Reads the run's config and registers its data sets; None if it is missing or unusable."""
+    """Reads the run's config and registers its data sets; None if it is missing or unusable.
+
+    Raises:
+        ConfigError: if its mask branch has no size.
+    """
     for folder in results.absolute().parents[:3]:
         if (folder / CONFIG).is_file():
             try:
                 cfg = load_config(str(folder / CONFIG))
                 register_coco_files(cfg)
-            except (ConfigError, OSError, KeyError, AssertionError):
+            except (ConfigError, OSError, KeyError, AssertionError) as error:
+                told = "%s is ignored, so masks of %d x %d are assumed: %s"
+                logger.warning(told, folder / CONFIG, MASK_SIDE, MASK_SIDE, one_line(error))
                 return None
+            if cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION < 1:
+                raise ConfigError(
+                    f"{folder / CONFIG}: MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION is "
+                    f"{cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION}; it must be at least 1"
+                )
             return cfg
     return None
 
@@ -160,7 +213,10 @@ def _places(annotations: Path, root: str | None) -> Iterator[Path]:
 
 def image_folder(files: RunFiles, file_name: str) -> Path | None:
     """Returns the image folder that contains this file; None if no folder contains it."""
-    return next((x for x in files.image_folders if (x / file_name).is_file()), None)
+    try:
+        return next((x for x in files.image_folders if (x / file_name).is_file()), None)
+    except OSError:  # for example, a name that is too long
+        return None
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from ...data import shapes
 from ...durable_files import make_output_folder
 from ...engine.predictor import BGRPredictor, load_predictor
 from ...image_files import read_image
+from ...messages import counted
 from ...user_code import load_config_and_code
 from ..run_files import CONFIG
 from . import competition_figure, pooling_figure, stages_figure
@@ -78,8 +79,8 @@ def explain(
     stages = run_stages(predictor, image)
     if not 1 <= detection <= len(stages.boxes):
         raise ConfigError(
-            f"--detection {detection}: the model finds {len(stages.boxes)} objects; choose one of "
-            "them, counted from 1"
+            f"--detection {detection}: the model finds {counted(len(stages.boxes), 'object')}; "
+            "choose one, counted from 1"
         )
     number = detection - 1
     probs = class_probs(

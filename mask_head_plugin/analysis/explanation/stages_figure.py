@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from ...messages import counted
 from .model_stages import FloatArray, Stages
 from .style import CHOSEN, CLASS_COLOURS, INK, Style, blank, name_below, page_figure
 
@@ -56,9 +57,9 @@ def told_in_words(stages: Stages, number: int) -> str:
     """Describes the picture in words."""
     name = stages.names[stages.classes[number]]
     return (
-        f"Five stages on one image: {len(stages.proposals)} proposals; the boxes that the box "
-        f"branch kept, with their classes; the masks of the {name} for each class, one of which is "
-        "picked; that mask resized to its box; and the masks of all boxes in the image."
+        f"Five stages on one image: {counted(len(stages.proposals), 'proposal')}; the boxes that "
+        f"the box branch kept, with their classes; the masks of the {name} for each class, one of "
+        "which is picked; that mask resized to its box; and the masks of all boxes in the image."
     )
 
 
