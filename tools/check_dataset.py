@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     from mask_head_plugin.dataset_check.config_datasets import write_report
     from mask_head_plugin.dataset_check.corrected_copy import changes_path
     from mask_head_plugin.dataset_check.findings import errors_of
+    from mask_head_plugin.messages import counted
 
     refuse_wrong_paths(args)
     options = CheckOptions(args.num_classes, args.lvis, decode=args.decode)
@@ -128,8 +129,8 @@ def run(args: argparse.Namespace) -> int:
         left_out = Counter(change.section for change in changes if change.action == "left out")
         total = left_out.total()
         sections = ", ".join(f"{section}: {count}" for section, count in left_out.items())
-        told = f"{total} records left out" + (f" ({sections})" if total else "")
-        print(f"{args.fix}: {len(changes) - total} changes, {told}")
+        told = f"{counted(total, 'record')} left out" + (f" ({sections})" if total else "")
+        print(f"{args.fix}: {counted(len(changes) - total, 'change')}, {told}")
         print(f"{changes_path(args.fix)} lists them")
     elif errors_of(found):
         if args.write:
@@ -188,6 +189,7 @@ def write_parts(args: argparse.Namespace) -> None:
     from mask_head_plugin.dataset_check.image_folders import join_folders
     from mask_head_plugin.dataset_check.new_files import write_new_files
     from mask_head_plugin.dataset_check.split import keep_categories, split
+    from mask_head_plugin.messages import counted
 
     content = json.loads((args.fix or Path(args.json)).read_text(encoding="utf-8"))
     # File names in the corrected copy are relative to the folder that contains all image folders.
@@ -198,7 +200,7 @@ def write_parts(args: argparse.Namespace) -> None:
     files = dict(zip(parts_paths(args), parts, strict=True))
     write_new_files({path: json.dumps(part) for path, part in files.items()}, "--write")
     for path, part in files.items():
-        counts = f"{len(part['images'])} images, {len(part['annotations'])} annotations"
+        counts = ", ".join(counted(len(part[f"{x}s"]), x) for x in ("image", "annotation"))
         print(f"{path}: {counts}, image folder {root}")
 
 

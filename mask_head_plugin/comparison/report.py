@@ -18,6 +18,7 @@ from ..durable_files import write_durably
 from ..evaluation.drawing import ByteArray, LabelStyle, draw_instances, instance_colour, write_label
 from ..image_file_mapper import ImageFileMapper
 from ..image_files import read_image
+from ..messages import counted
 from ..progress import progress
 from .image_differences import BOX_TOLERANCE, SCORE_TOLERANCE, THRESHOLD_TOLERANCE
 from .measurement import DIFFERENT, EQUAL, MIN_CONFIDENT, SIDES, TOO_FEW, Comparison
@@ -54,7 +55,7 @@ def write_markdown(comparison: Comparison, pictures: Sequence[Path], path: Path)
         f"Weights: `{comparison.weights}` (sha256 {comparison.weights_sha256[:16]}). Both models "
         f"loaded {comparison.num_tensors} tensors with {comparison.num_values} values from this "
         "file; none was missing, left over or of the wrong shape.",
-        f"Data: `{comparison.dataset}`, {a.images} images.",
+        f"Data: `{comparison.dataset}`, {counted(a.images, 'image')}.",
         f"## Detections\n\n{_agreement_table(comparison)}",
         "Detections are matched by class and position. Two detections may swap places if their "
         f"scores are within {SCORE_TOLERANCE:g}. Boxes and masks are compared in pixels of the "

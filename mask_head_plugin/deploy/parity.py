@@ -15,6 +15,7 @@ import torch
 from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor
 
+from ..messages import counted
 from ..progress import progress
 from .exportable import last_predictor
 from .samples import Sample
@@ -85,9 +86,8 @@ class Parity:
             alone = np.delete(outputs["scores"], rows)
             sure = alone[alone > cut + self.tolerance["scores"]]
             if len(sure):
-                self.unlike.append(
-                    f"{name}: {kind} {len(sure)} detections, with scores up to {sure.max():.4f}"
-                )
+                count = counted(len(sure), "detection")
+                self.unlike.append(f"{name}: {kind} {count}, with scores up to {sure.max():.4f}")
         for output in expected:
             if output == "classes":
                 continue

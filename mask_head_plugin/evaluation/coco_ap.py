@@ -18,6 +18,7 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 
+from ..messages import counted
 from ..progress import progress
 from ..run_lengths import annotation_rle
 from .boundary import limit_by_boundary
@@ -85,9 +86,9 @@ class GroundTruth:
         self.has_masks = not annotations or len(without_mask) < len(annotations)
         if self.has_masks and without_mask:
             logger.warning(
-                "%s: %d annotations have no mask, for example %r; no mask can match these objects",
+                "%s: no mask can match %s without a mask, for example %r",
                 json_file,
-                len(without_mask),
+                counted(len(without_mask), "annotation"),
                 without_mask[0],
             )
         images = sorted(content["images"], key=lambda x: _text_last(x["id"]))

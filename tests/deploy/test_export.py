@@ -254,7 +254,7 @@ def export_outputs(trained, image):
     ("others", "unlike"),
     [
         ({"photo": 10}, []),
-        ({"photo": 60}, ["photo: the exported model lacks 1 detections, with scores up to 0.9000"]),
+        ({"photo": 60}, ["photo: the exported model lacks 1 detection, with scores up to 0.9000"]),
         ({}, ["in every image, rounding decides what the trained model finds"]),
     ],
     ids=["same elsewhere", "other elsewhere", "nowhere else"],
@@ -432,8 +432,8 @@ def test_detections_are_matched_by_class_and_place():
     parity = Parity(TOLERANCES["fp32"])
     parity.add("image", expected, found, cut=0.05)
     assert [line.split(", with")[0] for line in parity.unlike] == [
-        "image: the exported model lacks 1 detections",
-        "image: only the exported model has 1 detections",
+        "image: the exported model lacks 1 detection",
+        "image: only the exported model has 1 detection",
     ]
     borderline = Parity(TOLERANCES["fp32"])
     borderline.add("image", expected, found, cut=0.5)

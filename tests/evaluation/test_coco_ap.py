@@ -259,7 +259,7 @@ def test_objects_without_a_mask_count_as_missed_and_are_reported(tmp_path, caplo
     expected = evaluate(write_truth(tmp_path, content), results, "segm").metrics()["AP50"]
     content["annotations"].append({**content["annotations"][0], "id": 999, "segmentation": []})
     truth = write_truth(tmp_path, content)
-    assert "1 annotations have no mask, for example 999" in caplog.text
+    assert "no mask can match 1 annotation without a mask, for example 999" in caplog.text
     assert evaluate(truth, results, "segm").metrics()["AP50"] < expected
     assert np.isfinite(evaluate(truth, results, "boundary").metrics()["AP"])
     no_masks = [{**x, "segmentation": None} for x in content["annotations"]]

@@ -68,7 +68,7 @@ def test_records_left_out_of_a_copy_are_counted_by_section(tmp_path, run_tool):
     data.write()
     flags = ("--json", data.json_file, "--images", data.images, "--fix", tmp_path / "fixed.json")
     code, out, _ = run_tool(*flags)
-    assert code == 0 and "0 changes, 1 records left out (categories: 1)" in out
+    assert code == 0 and "0 changes, 1 record left out (categories: 1)" in out
 
 
 @pytest.mark.parametrize("flags", [("--output", "good.json"), ("--output", "x", "--fix", "x")])
@@ -94,7 +94,7 @@ def test_a_data_set_in_several_folders_is_checked_fixed_and_split(tmp_path, run_
     output = tmp_path / "fixed.json"
     parts = ("--fix", output, "--write", tmp_path / "parts.json", "--split", "0.25")
     code, out, _ = run_tool(*flags, *parts)
-    assert code == 0 and f"1 images, 1 annotations, image folder {data.folder}" in out
+    assert code == 0 and f"1 image, 1 annotation, image folder {data.folder}" in out
     names = [x["file_name"] for x in json.loads(output.read_text())["images"]]
     assert names == ["images/1.jpg", "night/2.png", "images/3.jpg", "images/4.png"]
     for file in (output, tmp_path / "parts.train.json", tmp_path / "parts.val.json"):
