@@ -48,8 +48,9 @@ def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
         image_hw: H, W.
 
     Raises:
-        ValueError: if the size of an RLE is not image_hw, its counts do not add up to that size, or
-            a polygon has a corner that is not finite or more than LARGEST_COORDINATE away.
+        ValueError: if the size of an RLE is not image_hw, its counts are invalid or do not add
+            up to that size, or a polygon has a corner that is not finite or more than
+            LARGEST_COORDINATE away.
     """
     if not segmentation:
         return None
@@ -62,6 +63,8 @@ def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
     check_rle_size(segmentation, image_hw)
     if not isinstance(segmentation["counts"], list):
         return segmentation
+    if not all(x >= 0 and x % 1 == 0 for x in segmentation["counts"]):
+        raise ValueError("the counts of an RLE are not whole numbers of at least 0")
     if sum(segmentation["counts"]) != image_hw[0] * image_hw[1]:
         # pycocotools would leave the rest of the mask uninitialised.
         raise ValueError(f"the counts of an RLE do not add up to an image of {image_hw}")

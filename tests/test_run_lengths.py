@@ -57,6 +57,14 @@ def test_invalid_counts_are_found(counts):
     assert first_broken([]) is None
 
 
+@pytest.mark.parametrize("counts", [[-5, 40], [1.5, 33.5], [np.nan], [2**40, 35 - 2**40]])
+def test_counts_that_are_not_numbers_of_pixels_are_refused(counts):
+    """pycocotools would fail with another error, or never return."""
+    with pytest.raises(ValueError, match="not whole numbers of at least 0"):
+        annotation_rle({"size": [5, 7], "counts": counts}, (5, 7))
+    assert coco_mask.area(annotation_rle({"size": [5, 7], "counts": [5, 30.0]}, (5, 7))) == 30
+
+
 @pytest.mark.parametrize("corner", [np.nan, np.inf, -np.inf, 1e9, -1e300, 10**400])
 def test_a_corner_that_pycocotools_cannot_reach_is_refused(corner):
     """pycocotools would fill the memory or never return."""

@@ -7,7 +7,8 @@ import argparse
 import gc
 import logging
 import sys
-from pathlib import Path
+
+import flags
 
 EXAMPLES = """
 Examples:
@@ -36,13 +37,15 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder or a results file")
     parser.add_argument(
-        "--annotations", type=Path, metavar="FILE", help="COCO file (default: the run's file)"
+        "run", type=flags.path, metavar="RUN", help="a run's folder or a results file"
+    )
+    parser.add_argument(
+        "--annotations", type=flags.path, metavar="FILE", help="COCO file (default: the run's file)"
     )
     parser.add_argument(
         "--images",
-        type=Path,
+        type=flags.path,
         metavar="FOLDER",
         help="image folder for the pictures (default: found through the data set)",
     )
@@ -50,11 +53,11 @@ def parse_args() -> argparse.Namespace:
         "--dataset", default="", metavar="NAME", help="data set to analyse, if there are several"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="default: the folder of the results"
+        "--output", type=flags.path, metavar="FOLDER", help="default: the folder of the results"
     )
     parser.add_argument(
         "--compare",
-        type=Path,
+        type=flags.path,
         metavar="OTHER_RUN",
         help="the earlier run to compare with, on the same images",
     )

@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input", metavar="IMAGE", help="your image (default: an embedded one)")
     folder = Path("output/explain")
     parser.add_argument(
-        "--output", type=Path, default=folder, metavar="FOLDER", help=f"default {folder}"
+        "--output", type=flags.path, default=folder, metavar="FOLDER", help=f"default {folder}"
     )
     parser.add_argument(
         "--detection",

@@ -22,9 +22,16 @@ def add_opts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--opts", **rest, help="KEY VALUE pairs of the config, after all flags")
 
 
+def path(text: str) -> Path:
+    """Returns the path that a flag names; an empty one would mean the current folder."""
+    if not text:  # for example "$folder" in a shell where the variable is not set
+        raise argparse.ArgumentTypeError("the path is empty; name one, or . for this folder")
+    return Path(text)
+
+
 def add_output(parser: argparse.ArgumentParser, metavar: str = "FOLDER") -> None:
     parser.add_argument(
-        "--output", type=Path, required=True, metavar=metavar, help="created if missing"
+        "--output", type=path, required=True, metavar=metavar, help="created if missing"
     )
 
 

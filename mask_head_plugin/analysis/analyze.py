@@ -47,7 +47,9 @@ def run_analysis(
         )
     # The analysis takes a minute, so report wrong paths and names first.
     make_output_folder(folder)
-    files_of_other = other and find_run_files(other, files.annotations, images, dataset)
+    files_of_other = other and find_run_files(
+        other, annotations, images, dataset, files.annotations
+    )
     analysis = analyze(files)
     comparison = None
     if files_of_other:

@@ -61,12 +61,14 @@ class Comparison:
 
     Attributes:
         other: the analysis of the other run, the baseline.
+        limit: how many detections count in this run; negative for no limit.
         differences: the difference in each number that both runs have.
         f1: (I,) F1 of the run in each image, at IoU 0.5 and with the run's best thresholds.
         other_f1: (I,) F1 of the other run in each image, with the other run's best thresholds.
     """
 
     other: Analysis
+    limit: int
     differences: list[Difference]
     f1: FloatArray
     other_f1: FloatArray
@@ -80,6 +82,12 @@ class Comparison:
             if x.key.group == x.key.name == "AP"
         ]
         told = [f"Compared with {self.other.files.results}: {'; '.join(aps)}. {ONE_TRAINING}"]
+        if self.limit != self.other.files.max_detections:
+            told.append(
+                "The runs count different numbers of detections per image and class (here "
+                f"{_limit(self.limit)}, there {_limit(self.other.files.max_detections)}): part of "
+                "the differences may come from this."
+            )
         task, groups = self.other.findings.main_task, ("AP", BY_CLASS + "AP")
         parts = [x for x in self.differences if x.key.task == task and x.key.group in groups]
         for kind in (BETTER, WORSE):
@@ -94,6 +102,10 @@ class Comparison:
                 listed = f"{', '.join(names[:MOST_NAMED])}{more}"
                 told.append(f"{kind.capitalize()} for {TASK_NAMES[task]}: {listed}.")
         return told
+
+
+def _limit(max_detections: int) -> str:
+    return "all" if max_detections < 0 else str(max_detections)
 
 
 def compare(analysis: Analysis, other: Analysis, num_draws: int, seed: int = 0) -> Comparison:
@@ -128,7 +140,8 @@ def compare(analysis: Analysis, other: Analysis, num_draws: int, seed: int = 0) 
         for key in ours
         if key in theirs
     ]
-    return Comparison(other, differences, analysis.image_counts.f1, other.image_counts.f1)
+    limit = analysis.files.max_detections
+    return Comparison(other, limit, differences, analysis.image_counts.f1, other.image_counts.f1)
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:

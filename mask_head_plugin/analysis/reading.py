@@ -63,7 +63,7 @@ def read_scene(annotations: Path, results: Sequence[Record], source: Path) -> Sc
         raise
     except (ValueError, OSError, KeyError, TypeError) as error:
         told = one_line(error)
-        if not told.startswith(f"{annotations}: "):
+        if not told.startswith(str(annotations)):
             told = f"{annotations} and {source} cannot be compared: {told}"
         raise ConfigError(told) from error
     boxes = [checked[x["id"] - 1]["bbox"] for x in found]
@@ -93,11 +93,14 @@ def _read_annotations(path: Path) -> dict[str, Any]:
     ):
         if not isinstance(records, list) or not all(isinstance(x, dict) for x in records):
             raise ConfigError(f"{path}: {key} is not a list of objects; export the file again")
-    for key, records in (("id", content["images"]), ("name", categories)):
+    for what, key, records in (
+        ("image", "id", content["images"]),
+        ("category", "name", categories),
+        ("category", "id", categories),
+    ):
         values = [repr(x.get(key)) for x in records]
         twice = next((x for x, count in Counter(values).items() if count > 1), None)
         if twice is not None:
-            what = "image" if key == "id" else "category"
             raise ConfigError(
                 f"{path} has {what} {twice} twice; tools/check_dataset.py can fix this"
             )
@@ -129,16 +132,29 @@ def _read_annotations(path: Path) -> dict[str, Any]:
 
 
 def _image_problem(image: Record) -> str:
-    """Returns what is wrong with the id or size of an image; empty if nothing is."""
+    """Returns what is wrong with an image; empty if nothing is."""
+    for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+        if not isinstance(image.get(key, []), list):
+            return f"{key} is {image[key]!r}, not a list"
     for key in ("height", "width"):
         side = image.get(key)
         if side and (type(side) not in NUMBERS or side < 0 or side % 1):
             return f"{key} is {side!r}, not a whole number of pixels"
-    return _id_problem(image, "id")
+    return _id_problem(image, "id") or _text_problem(image, "file_name")
 
 
 def _category_problem(category: Record) -> str:
-    return _id_problem(category, "id")
+    """Returns what is wrong with a category; empty if nothing is."""
+    return _id_problem(category, "id") or _text_problem(category, "name")
+
+
+def _text_problem(record: Record, key: str) -> str:
+    """Returns whether a text has characters that no file can contain; empty if not."""
+    try:
+        str(record.get(key)).encode()
+    except UnicodeEncodeError:
+        return f"{key} is {record[key]!r}, which is not valid Unicode"
+    return ""
 
 
 def _id_problem(record: Record, *keys: str) -> str:
@@ -170,8 +186,10 @@ def _mask_problem(segmentation: Any) -> str:
     """Returns why a value is neither polygons, an RLE nor missing; empty if it is one of these."""
     if isinstance(segmentation, list) and not all(isinstance(x, list) for x in segmentation):
         return "its segmentation is not a list of polygons [x, y, x, y, ...]"
-    if isinstance(segmentation, dict) and not {"size", "counts"} <= segmentation.keys():
-        return "its segmentation is an RLE without size and counts"
+    if isinstance(segmentation, dict):
+        is_whole = isinstance(segmentation.get("counts"), list | str)
+        if not is_whole or np.shape(segmentation.get("size")) != (2,):
+            return "its segmentation is an RLE without size [height, width] and counts"
     if not isinstance(segmentation, list | dict | None):
         return f"its segmentation is {segmentation!r}, neither polygons nor an RLE"
     return ""

@@ -48,7 +48,11 @@ class RunFiles:
 
 
 def find_run_files(
-    run: Path, annotations: Path | None = None, images: Path | None = None, dataset: str = ""
+    run: Path,
+    annotations: Path | None = None,
+    images: Path | None = None,
+    dataset: str = "",
+    if_unknown: Path | None = None,
 ) -> RunFiles:
     """Finds the files of a run.
 
@@ -57,6 +61,7 @@ def find_run_files(
         annotations: a COCO file; None for the file that the run was evaluated with.
         images: the image folder; None to search the usual places.
         dataset: name of the evaluated data set, if the run has several.
+        if_unknown: a COCO file for a run that does not record its file; None if there is none.
 
     Raises:
         ConfigError: if results or annotations are missing, or if the run has results of several
@@ -73,7 +78,7 @@ def find_run_files(
     name = dataset or evaluated or _only_dataset(cfg)
     known = MetadataCatalog.get(name) if name in MetadataCatalog.list() else None
     if annotations is None:
-        recorded = metrics.get("annotations") or (known and known.get("json_file"))
+        recorded = metrics.get("annotations") or (known and known.get("json_file")) or if_unknown
         if not recorded:
             raise ConfigError(
                 f"{results} does not record its annotation file: name the COCO file of these "

@@ -222,6 +222,22 @@ BAD_ANNOTATIONS = {
     "text as mask": (with_first(segmentation="x"), "entry 0: its segmentation is 'x', neither"),
     "flat polygon": (with_first(segmentation=[1, 1, 9, 1, 9, 9]), "is not a list of polygons"),
     "no counts": (with_first(segmentation={"size": HW}), "entry 0: its segmentation is an RLE wi"),
+    "null counts": (
+        with_first(segmentation={"size": HW, "counts": None}),
+        "entry 0: its segmentation is an RLE without size [height, width] and counts",
+    ),
+    "category twice": (
+        {**CONTENT, "categories": [*CONTENT["categories"], {"id": 1, "name": "x"}]},
+        "has category 1 twice",
+    ),
+    "surrogate": (
+        {**CONTENT, "categories": [*CONTENT["categories"], {"id": 9, "name": "\ud800"}]},
+        "categories: entry 3: name is '\\ud800', which is not valid Unicode",
+    ),
+    "lvis": (
+        {**CONTENT, "images": [{**CONTENT["images"][0], "neg_category_ids": None}]},
+        "images: entry 0: neg_category_ids is None, not a list",
+    ),
     "object of": (with_first(image_id=[1]), "annotations: entry 0: image_id is [1], not a number"),
     "unknown": (with_first(image_id=7), "annotation 1 names image 7"),
     "image id": (
@@ -320,6 +336,14 @@ def test_a_file_name_that_no_disk_can_have_leaves_out_the_picture(tmp_path, caps
     assert "The images were not found" in (run / "inference" / "analysis.html").read_text()
 
 
+@pytest.mark.parametrize("flag", ["--output", "--compare", "--annotations", "--images"])
+def test_an_empty_path_is_not_the_current_folder(tmp_path, capsys, flag):
+    run = write_run(tmp_path, CONTENT, [RIGHT])
+    with pytest.raises(SystemExit, match="2"):
+        tool(capsys, run, flag, "")
+    assert f"argument {flag}: the path is empty; name one" in capsys.readouterr().err
+
+
 def test_draws_without_a_comparison_are_refused(tmp_path, capsys):
     run = write_run(tmp_path, CONTENT, [RIGHT])
     for value in (0, 300):
@@ -366,3 +390,28 @@ def test_a_run_that_cannot_be_compared_is_refused(tmp_path, capsys):
     assert code == 2 and "none" in err
     code, _, err = tool(capsys, run, "--compare", run, "--draws", 1)
     assert code == 2 and "--draws 1" in err
+
+
+def test_runs_that_were_evaluated_on_different_objects_are_not_compared(tmp_path, capsys):
+    content = crowded_content(4)
+    (tmp_path / "other").mkdir()
+    run = write_run(tmp_path, content, perfect(content))
+    first = {**content, "annotations": content["annotations"][1:]}
+    other = write_run(tmp_path / "other", first, perfect(first))
+    code, out, err = tool(capsys, run, "--compare", other)
+    assert code == 2 and not out and f"{tmp_path / 'other' / 'annotations.json'} differ in" in err
+    flag = ("--annotations", tmp_path / "annotations.json", "--draws", 2)
+    assert tool(capsys, run, "--compare", other, *flag)[0] == 0
+    (other / "inference" / "metrics.json").unlink()
+    assert tool(capsys, run, "--compare", other, "--draws", 2)[0] == 0
+
+
+def test_a_comparison_says_if_the_runs_count_different_numbers_of_detections(tmp_path, capsys):
+    content = crowded_content(4)
+    runs = [write_run(tmp_path, content, perfect(content), name) for name in ("a", "b")]
+    told = "different numbers of detections per image and class (here 100, there all)"
+    for limit, is_told in ((100, False), (-1, True)):
+        path = runs[1] / "inference" / "metrics.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "max_detections": limit}))
+        assert tool(capsys, runs[0], "--compare", runs[1], "--draws", 2)[0] == 0
+        assert (told in (runs[0] / "inference" / "analysis.md").read_text()) is is_told
