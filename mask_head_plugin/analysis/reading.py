@@ -187,8 +187,8 @@ def _mask_problem(segmentation: Any) -> str:
     if isinstance(segmentation, list) and not all(isinstance(x, list) for x in segmentation):
         return "its segmentation is not a list of polygons [x, y, x, y, ...]"
     if isinstance(segmentation, dict):
-        is_whole = isinstance(segmentation.get("counts"), list | str)
-        if not is_whole or np.shape(segmentation.get("size")) != (2,):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if not isinstance(counts, list | str) or not isinstance(size, list) or len(size) != 2:
             return "its segmentation is an RLE without size [height, width] and counts"
     if not isinstance(segmentation, list | dict | None):
         return f"its segmentation is {segmentation!r}, neither polygons nor an RLE"

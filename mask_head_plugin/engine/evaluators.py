@@ -95,8 +95,8 @@ def check_objects(cfg: CfgNode, name: str, metric: str, what: str) -> None:
     evaluator = build_evaluator(cfg, name)
     if isinstance(evaluator, MaskEvaluator) and evaluator.never_gives(metric):
         raise ConfigError(
-            f"{what} is not a number in any evaluation, because {name} has none of the objects that "
-            "it measures; choose another metric"
+            f"{what} is not a number in any evaluation, because {name} has none of the objects "
+            "that it measures; choose another metric"
         )
 
 

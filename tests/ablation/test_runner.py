@@ -143,7 +143,7 @@ def test_a_metric_for_objects_that_the_test_set_lacks_is_refused_before_training
 ):
     content = yaml.safe_load(ablation.read_text())
     ablation.write_text(yaml.safe_dump({**content, "METRIC": "segm/APl"}))
-    told = "'bce': METRIC 'segm/APl' is not a number in any evaluation: ablated_val has no objects"
+    told = "'bce': METRIC 'segm/APl' is not a number in any evaluation, because ablated_val"
     with pytest.raises(ConfigError, match=told):
         trials_of(ablation, tmp_path)
     assert not (tmp_path / "out").exists()
