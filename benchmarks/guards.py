@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measures the cost of exact resume and of the guards in a training step.
 
-step: forward, backward and SGD of Mask R-CNN R50-FPN with two images of 512 px, and of the embedded
-data set's small model with four images of 96 px. guard: the check of losses and gradients before
-the weights change. seeds: setting the seeds for the step and for each image, and restoring the
-random generators.
+step: forward pass, backward pass and SGD update of Mask R-CNN R50-FPN with two images of 512 px,
+and of the embedded data set's small model with four images of 96 px. guard: the check of losses and
+gradients before the weights change. seeds: setting the seeds for the step and for each image, and
+restoring the random generators.
 
 Times are medians of several alternating runs. Writes a table, and a JSON file with machine,
 versions and date.

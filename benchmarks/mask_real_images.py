@@ -27,7 +27,7 @@ from detectron2.data import MetadataCatalog
 from every_class import every_class_cross_entropy, own_class
 from mask_readouts import any_class, at_threshold, largest
 from measure import machine, write_json
-from sampling_case import BASELINE, add_case_arguments, case_of
+from sampling_case import BASELINE, add_case_arguments, case_of, group_of_each_image
 from sampling_training import image_iou, pooled_objects, statistics
 from tabulate import tabulate
 from torch import Tensor
@@ -83,15 +83,15 @@ def read(
 
 
 def compare(
-    ious: dict[tuple[str, str], list[FloatArray]], images: FloatArray
+    ious: dict[tuple[str, str], list[FloatArray]], groups: FloatArray
 ) -> list[dict[str, Any]]:
     """Returns the mean IoU of each arm and reading, and its difference from the sigmoid's."""
-    values = {key: statistics(np.stack(x), images)["mean IoU"] for key, x in ious.items()}
+    values = {key: statistics(np.stack(x), groups)["mean IoU"] for key, x in ious.items()}
     rows = []
     for (arm, reading), own in values.items():
         base_reading = TUNED_OF.get(reading, OWN)
         base = values["sigmoid", base_reading]
-        found = difference_of("IoU", own, base, len(np.unique(images)), len(values) - 2)
+        found = difference_of("IoU", own, base, len(np.unique(groups)), len(values) - 2)
         rows.append(
             {
                 "arm": arm,
@@ -152,7 +152,8 @@ def main() -> None:
             for reading, values in np.load(kept).items():
                 if arm == "softmax" or reading in (OWN, "own class, tuned"):
                     ious.setdefault((arm, reading), []).append(values)
-    rows = compare(ious, test["images"].numpy())
+    groups = np.array(group_of_each_image(args))[test["images"].numpy()]
+    rows = compare(ious, groups)
     print(tabulate(rows, headers="keys"))
     names = MetadataCatalog.get(case.cfg.DATASETS.TEST[0]).thing_classes
     counts = torch.bincount(test["classes"], minlength=num_classes).tolist()
@@ -164,6 +165,7 @@ def main() -> None:
         "objects": {"train": len(train["classes"]), "test": len(test["classes"])},
         "objects by class": dict(zip(names, counts, strict=True)),
         "images": len(test["images"].unique()),
+        "groups of images": len(np.unique(groups)),
         "seconds": round(time.perf_counter() - start),
     }
     write_json({**machine("cpu"), **case.facts, **facts, "rows": rows}, args.output)

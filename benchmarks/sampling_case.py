@@ -218,6 +218,15 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", default=str(ROOT / "checkpoints" / "mask_rcnn_shapes.safetensors")
     )
     parser.add_argument("--images", type=int, default=60, help="images to read (default 60)")
+    parser.add_argument(
+        "--group-sizes",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="numbers of successive images that show the same scene; intervals count each group as "
+        "one image (default: every image shows another scene)",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
 
 
@@ -225,6 +234,20 @@ def case_of(args: argparse.Namespace) -> Case:
     """Returns the case that the flags select, and sets PyTorch's threads from OMP_NUM_THREADS."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     return Case(args.name, args.config_file, args.weights, args.opts)
+
+
+def group_of_each_image(args: argparse.Namespace) -> list[int]:
+    """Returns the index of the group that each image belongs to, from the flags.
+
+    Raises:
+        SystemExit: if the groups do not cover the images.
+    """
+    sizes = args.group_sizes or [1] * args.images
+    if sum(sizes) != args.images:
+        raise SystemExit(
+            f"--group-sizes add up to {sum(sizes)} images, but --images is {args.images}"
+        )
+    return np.repeat(np.arange(len(sizes)), sizes).tolist()
 
 
 def over_images(

@@ -34,8 +34,10 @@ from sampling_case import (
     MIDPOINT,
     WAYS,
     Case,
+    Scene,
     add_case_arguments,
     case_of,
+    group_of_each_image,
     over_images,
     two_point_align,
 )
@@ -100,21 +102,22 @@ def squared_errors(
 
 
 class Table:
-    """Collects sums of squared errors by setting, method and image; returns ratios of them."""
+    """Collects sums of squared errors by setting, method and group of images; returns ratios."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
 
-    def add(self, setting: tuple[Any, ...], image: int, sums: dict[str, float]) -> None:
-        self._sums.setdefault(setting, {})[image] = sums
+    def add(self, setting: tuple[Any, ...], group: int, sums: dict[str, float]) -> None:
+        before = self._sums.setdefault(setting, {}).setdefault(group, dict.fromkeys(sums, 0.0))
+        before.update({name: before[name] + value for name, value in sums.items()})
 
     def rows(self, names: tuple[str, ...]) -> list[dict[str, Any]]:
         """Returns a row for each setting and method: percent, ratio to four samples, intervals."""
         rows = []
-        for setting, by_image in sorted(self._sums.items()):
+        for setting, by_group in sorted(self._sums.items()):
             sums = {
-                name: np.array([x[name] for x in by_image.values()])
-                for name in next(iter(by_image.values()))
+                name: np.array([x[name] for x in by_group.values()])
+                for name in next(iter(by_group.values()))
             }
             signal = sums.pop("signal")
             for method, own in sums.items():
@@ -123,7 +126,7 @@ class Table:
                 if BASELINE in sums:
                     keys = ("ratio", "ratio low", "ratio high")
                     row |= self._root(own, sums[BASELINE], keys, 1)
-                rows.append({**row, "images": len(own)})
+                rows.append({**row, "groups of images": len(own)})
         return rows
 
     @staticmethod
@@ -133,7 +136,7 @@ class Table:
         return {key: round(x, 3) for key, x in zip(keys, found, strict=True)}
 
 
-def by_offset(rng: np.random.Generator, feature: Tensor, image: int, table: Table) -> None:
+def by_offset(rng: np.random.Generator, feature: Tensor, group: int, table: Table) -> None:
     """Adds the errors of two points per axis for several distances from the middle of the bin."""
     methods = {
         BASELINE if a == MIDPOINT else f"{a:.4f}": partial(two_point_align, offset=a)
@@ -142,17 +145,17 @@ def by_offset(rng: np.random.Generator, feature: Tensor, image: int, table: Tabl
     for width in (0.5, 1.0, 2.0):
         rois = random_rois(rng, (feature.shape[2], feature.shape[3]), (NUM_BINS * width,) * 2, ROIS)
         if len(rois):
-            table.add((width,), image, squared_errors(feature, rois, methods))
+            table.add((width,), group, squared_errors(feature, rois, methods))
 
 
-def by_size(rng: np.random.Generator, maps: list[Tensor], image: int, tables: list[Table]) -> None:
+def by_size(rng: np.random.Generator, maps: list[Tensor], group: int, tables: list[Table]) -> None:
     """Adds the errors for each level and bin width, and for aspect ratios on the finest map."""
     for level, feature in enumerate(maps):
         map_hw = (feature.shape[2], feature.shape[3])
         for width in WIDTHS:
             rois = random_rois(rng, map_hw, (NUM_BINS * width,) * 2, ROIS)
             if len(rois):
-                tables[0].add((level, width), image, squared_errors(feature, rois, METHODS))
+                tables[0].add((level, width), group, squared_errors(feature, rois, METHODS))
     map_hw = (maps[0].shape[2], maps[0].shape[3])
     for aspect in ASPECTS:
         long, short = (NUM_BINS * ASPECT_WIDTH * aspect**power for power in (0.5, -0.5))
@@ -161,7 +164,7 @@ def by_size(rng: np.random.Generator, maps: list[Tensor], image: int, tables: li
         )
         if len(lying) and len(standing):
             rois = torch.cat([lying, standing])
-            tables[1].add((aspect,), image, squared_errors(maps[0], rois, METHODS))
+            tables[1].add((aspect,), group, squared_errors(maps[0], rois, METHODS))
 
 
 def unread_shares(width: float, offsets: tuple[float, ...], num_phases: int = 4096) -> float:
@@ -290,13 +293,12 @@ def theory_rows(measured: list[float]) -> list[dict[str, Any]]:
     return rows
 
 
-def bin_widths(case: Case, limit: int) -> list[dict[str, Any]]:
+def bin_widths(case: Case, scenes: list[Scene]) -> list[dict[str, Any]]:
     """Returns how wide the bins of the data set's objects are, for both heads.
 
     Widths and heights count separately, so "above 2, %" is a percentage of sides, not of bins.
     """
     rows = []
-    scenes = list(case.scenes("TEST", limit))
     for head, pooler in (("box", case.box_pooler), ("mask", case.mask_pooler)):
         widths = []
         for scene in scenes:
@@ -321,7 +323,7 @@ def bin_widths(case: Case, limit: int) -> list[dict[str, Any]]:
     return rows
 
 
-def own_rois(case: Case, maps: list[Tensor], boxes: Any, image: int, table: Table) -> None:
+def own_rois(case: Case, maps: list[Tensor], boxes: Any, group: int, table: Table) -> None:
     """Adds the errors for the image's objects, at the levels that they are pooled from."""
     for head, pooler in (("box", case.box_pooler), ("mask", case.mask_pooler)):
         levels, sums = pooler._assign_levels([boxes]), {}
@@ -333,7 +335,7 @@ def own_rois(case: Case, maps: list[Tensor], boxes: Any, image: int, table: Tabl
             found = squared_errors(maps[level], rois, METHODS, pooler.output_size[0])
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value
-        table.add((head,), image, sums)
+        table.add((head,), group, sums)
 
 
 class Costs:
@@ -359,29 +361,35 @@ class Costs:
         ]
 
 
-def measure(case: Case, num_images: int) -> dict[str, Any]:
-    """Returns all rows of a case."""
+def measure(case: Case, groups: list[int]) -> dict[str, Any]:
+    """Returns all rows of a case.
+
+    Args:
+        case: the model and data set.
+        groups: index of the group of each image to measure.
+    """
     rng = np.random.default_rng(0)
     sizes, aspects, offsets, own, costs = Table(), Table(), Table(), Table(), Costs(case)
     correlations = []
-    for image, scene in enumerate(case.scenes("TEST", num_images)):
+    scenes = list(case.scenes("TEST", len(groups)))
+    for image, (group, scene) in enumerate(zip(groups, scenes, strict=False)):
         maps = case.maps(scene.image)
-        by_size(rng, maps, image, [sizes, aspects])
-        by_offset(rng, maps[0], image, offsets)
+        by_size(rng, maps, group, [sizes, aspects])
+        by_offset(rng, maps[0], group, offsets)
         correlations.append(correlation_of(maps[0]))
-        own_rois(case, maps, scene.objects.gt_boxes, image, own)
+        own_rois(case, maps, scene.objects.gt_boxes, group, own)
         if image < COST_IMAGES:
             costs.add(maps, scene.objects.gt_boxes)
     correlation = np.mean(correlations, axis=0).round(4).tolist()
     return {
-        "images": image + 1,
+        "images": len(scenes),
         "strides": case.strides,
         "sizes": sizes.rows(("level", "width")),
         "aspects": aspects.rows(("aspect",)),
         "offsets": offsets.rows(("width",)),
         "own": own.rows(("head",)),
         "costs": costs.rows(),
-        "bin widths": bin_widths(case, num_images),
+        "bin widths": bin_widths(case, scenes),
         "correlation": correlation,
         "unread": unread_rows(),
         "theory": theory_rows(correlation),
@@ -396,7 +404,7 @@ def main() -> None:
     add_case_arguments(parser)
     args = parser.parse_args()
     case = case_of(args)
-    results = measure(case, args.images)
+    results = measure(case, group_of_each_image(args))
     print(tabulate(results["bin widths"], headers="keys", tablefmt="github"))
     for key in ("own", "sizes", "theory"):
         print(tabulate(results[key], headers="keys", tablefmt="github"))

@@ -35,7 +35,15 @@ import torch
 from branch_alone import Objects, Schedule, predict, train_head
 from measure import machine, write_json
 from pycocotools import mask as coco_mask
-from sampling_case import BASELINE, WAYS, Case, add_case_arguments, case_of, over_images
+from sampling_case import (
+    BASELINE,
+    WAYS,
+    Case,
+    add_case_arguments,
+    case_of,
+    group_of_each_image,
+    over_images,
+)
 from tabulate import tabulate
 from torch import Tensor
 
@@ -147,14 +155,14 @@ def train_way(
     return image_iou(predict(head, measured).sigmoid(), data[1]["boxes"], data[1]["truth"])
 
 
-def statistics(ious: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns (N, 1 + S) percentages by statistic: for all images, then for each draw of images.
+def statistics(ious: np.ndarray, groups: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns (N, 1 + S) percentages by statistic: for all images, then for each draw of groups.
 
     Args:
         ious: (N, R) by seed and object.
-        images: (R,) index of each object's image.
+        groups: (R,) index of the group of images that each object belongs to.
     """
-    numbers, place = np.unique(images, return_inverse=True)
+    numbers, place = np.unique(groups, return_inverse=True)
     draws = image_weights(len(numbers), NUM_DRAWS, seed=0)
     weights = np.concatenate([np.ones((1, len(numbers)), draws.dtype), draws])
     counts = weights @ np.bincount(place)
@@ -175,14 +183,14 @@ def feature_errors(features: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def own_head(case: Case, test: dict[str, Any]) -> list[dict[str, Any]]:
+def own_head(case: Case, test: dict[str, Any], groups: np.ndarray) -> list[dict[str, Any]]:
     """Returns the IoU that the model's own mask head reaches with the features of each way."""
     ious = {}
     for way, features in test["features"].items():
         with torch.inference_mode():
             logits = case.model.roi_heads.mask_head.selected_logits(features, test["classes"])
         ious[way] = image_iou(logits.sigmoid().clone(), test["boxes"], test["truth"])
-    _, place = np.unique(test["images"], return_inverse=True)
+    _, place = np.unique(groups, return_inverse=True)
     counts, rows = np.bincount(place), []
     for way, own in ious.items():
         change = np.bincount(place, own - ious[BASELINE])
@@ -194,14 +202,14 @@ def own_head(case: Case, test: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def compare(ious: dict[str, np.ndarray], images: np.ndarray) -> list[dict[str, Any]]:
+def compare(ious: dict[str, np.ndarray], groups: np.ndarray) -> list[dict[str, Any]]:
     """Returns a row for each way and statistic, with its difference from four samples."""
-    values = {way: statistics(x, images) for way, x in ious.items()}
+    values = {way: statistics(x, groups) for way, x in ious.items()}
     rows = []
     for way, of_way in values.items():
         for name, own in of_way.items():
             base = values[BASELINE][name]
-            sizes = len(np.unique(images)), max(len(ious) - 1, 1)
+            sizes = len(np.unique(groups)), max(len(ious) - 1, 1)
             found = difference_of(name, own, base, *sizes)
             paired = difference_of(name, own - base, np.zeros_like(base), *sizes)
             rows.append(
@@ -269,11 +277,12 @@ def main() -> None:
                 np.save(kept, train_way((train, test), num_classes, way, seed, schedule))
                 print(f"{way}, seed {seed}: {100 * np.load(kept).mean():.2f}", flush=True)
             ious[way].append(np.load(kept))
-    rows = compare({way: np.stack(x) for way, x in ious.items()}, test["images"].numpy())
+    groups = np.array(group_of_each_image(args))[test["images"].numpy()]
+    rows = compare({way: np.stack(x) for way, x in ious.items()}, groups)
     shown = [{k: v for k, v in row.items() if k != "by seed"} for row in rows]
     print(tabulate(shown, headers="keys", tablefmt="github"))
     is_usual = args.bins == case.mask_pooler.output_size[0] and not args.finest
-    own = own_head(case, test) if is_usual else []
+    own = own_head(case, test, groups) if is_usual else []
     errors = feature_errors(test["features"]) if EXACT in args.ways else {}
     ceiling = image_iou(test["targets"].float(), test["boxes"], test["truth"])
     facts = {
@@ -288,6 +297,7 @@ def main() -> None:
         "ceiling": round(100 * float(ceiling.mean()), 2),
         "objects": {"train": len(train["classes"]), "test": len(test["classes"])},
         "images": len(test["images"].unique()),
+        "groups of images": len(np.unique(groups)),
         "seconds": round(time.perf_counter() - start),
     }
     tables = {"own head": own, "rows": rows}

@@ -22,7 +22,7 @@ LICENSE = "https://www.apache.org/licenses/LICENSE-2.0"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds a page for each file of PAGES."""
+    """Adds a page for each file in PAGES."""
     for name, page in PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))

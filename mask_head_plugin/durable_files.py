@@ -18,7 +18,7 @@ UNFINISHED = ".unfinished"
 
 
 def make_output_folder(folder: Path) -> None:
-    """Creates the folder of --output, so that a problem with it is reported before any work starts.
+    """Creates the --output folder, so that a problem with it is reported before any work starts.
 
     Raises:
         ConfigError: if the folder cannot be created or written to.
@@ -45,7 +45,7 @@ def write_durably(
     Args:
         path: the file to write; its folder is created if it does not exist.
         content: a string, which is written as UTF-8, or a function that writes to a binary file.
-        before_rename: called when the new file is complete, before it gets its name.
+        before_rename: called when the new file is complete, before it gets its final name.
 
     Raises:
         OSError: if the file cannot be written. An existing file then stays unchanged.
@@ -84,7 +84,7 @@ def _close_lock_files() -> None:
         _lock_files.pop().close()
 
 
-# A data loader's worker can live for seconds after the run ends. It must not keep the run's locks.
+# A data loader worker can outlive the run by seconds and must not keep the run's locks.
 os.register_at_fork(after_in_child=_close_lock_files)
 
 
@@ -97,7 +97,7 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
         how: see fcntl.flock.
 
     Raises:
-        BlockingIOError: with LOCK_NB, if another process holds the lock.
+        BlockingIOError: with LOCK_NB, if the lock is already held, even by this process.
     """
     with path.open("w") as file:
         fcntl.flock(file, how)

@@ -29,16 +29,16 @@ Examples:
         --split 0.2 --write parts.json
 
 An error stops training, which runs the same check (DATASETS.CHECK). A warning does not: detectron2
-handles the data, or trains or measures something that you may not have meant. A hint needs no
-action. Each line names the file and the ids, and says what is wrong and what to do.
+may handle the data correctly, or train or evaluate on something that you did not intend. A hint
+needs no action. Each line names the file and the ids, and says what is wrong and what to do.
 docs/your_data.md has the details.
 
---fix repairs faults that have exactly one correct repair and leaves out the others. If that would
-leave out or clip most images or annotations, the export itself is wrong, and nothing is written.
-The input is never changed.
+--fix repairs faults that have exactly one correct repair; records with other errors are left out.
+If that would leave out or clip most images or annotations, the export itself is wrong, and nothing
+is written. The input is never changed.
 
-Exit code: 0 without errors (with --fix or --write: the files are written); 1 with errors; 2 if the
-arguments are wrong or no corrected copy can be made.
+Exit code: 0 if no errors were found or, with --fix or --write, if the files were written; 1 if
+there are errors; 2 if the arguments are wrong or no corrected copy can be made.
 """
 
 
@@ -53,7 +53,8 @@ def parse_args() -> argparse.Namespace:
         action="extend",
         required=True,
         metavar="DIR",
-        help="folder that file_name is relative to; if there are several, the one with the file",
+        help="folder that file_name is relative to; with several folders, each image is taken from "
+        "the one that contains it",
     )
     parser.add_argument("--num-classes", type=int, metavar="K", help="MODEL.ROI_HEADS.NUM_CLASSES")
     parser.add_argument("--lvis", action="store_true", help="the file is in LVIS's format")
@@ -67,15 +68,15 @@ def parse_args() -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="KIND",
-        help="write the copy even if findings of these kinds cost most images or annotations",
+        help="write the copy even if findings of these kinds remove most images or annotations",
     )
     fix.add_argument(
         "--crowds-are-objects",
         action="store_true",
-        help="set iscrowd 0 everywhere: CVAT, datumaro and supervision write 1 for run lengths",
+        help="set iscrowd to 0; CVAT, datumaro and supervision set it to 1 for all run lengths",
     )
     parts = parser.add_argument_group(
-        "with --fix: parts of the copy; otherwise parts of the file, which must have no errors"
+        "parts of the copy (with --fix) or of the file, which must then have no errors"
     )
     parts.add_argument("--write", type=Path, metavar="FILE", help="the file to write")
     parts.add_argument(
@@ -89,7 +90,7 @@ def parse_args() -> argparse.Namespace:
         "--split",
         type=float,
         metavar="SHARE",
-        help="write FILE.train.json and FILE.val.json; the latter has this share of the images; "
+        help="write .train.json and .val.json files; the latter has this share of the images; "
         "all tiles, versions and copies of a photograph are in the same file",
     )
     parts.add_argument("--seed", type=int, default=0, help="seed of --split (default: 0)")
@@ -99,7 +100,9 @@ def parse_args() -> argparse.Namespace:
     if args.fix is None and (args.accept or args.crowds_are_objects):
         parser.error("--accept and --crowds-are-objects need --fix")
     if args.lvis and (len(args.images) > 1 or args.split is not None):
-        parser.error("LVIS's files name images by URL: --lvis needs a single folder and no --split")
+        parser.error(
+            "LVIS files name images by URL: --lvis works only with one folder and without --split"
+        )
     return args
 
 
@@ -156,7 +159,7 @@ def refuse_wrong_paths(args: argparse.Namespace) -> None:
         path.resolve() for path in (Path(args.json), *outputs)
     }:
         raise ConfigError(
-            f"--output {args.output} is also the file of --json, --fix or --write; choose another"
+            f"--output {args.output} is the same file as --json, --fix or --write; choose another"
         )
     refuse_existing(outputs, "--fix or --write")
     for kind in args.accept:

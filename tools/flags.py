@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# train_net.py defines its flags itself, so that it also runs when copied alone.
+# train_net.py defines its own flags, so that it also runs when copied on its own.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_net import add_code as add_code
 from train_net import add_run as add_run
@@ -19,7 +19,7 @@ def add_config_file(parser: argparse.ArgumentParser) -> None:
 
 def add_opts(parser: argparse.ArgumentParser) -> None:
     rest: dict[str, Any] = {"nargs": argparse.REMAINDER, "default": []}
-    parser.add_argument("--opts", **rest, help="KEY VALUE pairs of the config, after all flags")
+    parser.add_argument("--opts", **rest, help="KEY VALUE pairs for the config; must come last")
 
 
 def path(text: str) -> Path:
@@ -44,7 +44,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="PATH",
-        help="images, videos, folders of them, or patterns in quotes",
+        help="images, videos, folders of either, or quoted patterns",
     )
     add_output(parser)
     parser.add_argument(
@@ -52,7 +52,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.5,
         metavar="SCORE",
-        help="keep detections with a higher score (0 to 1; default 0.5)",
+        help="keep detections with a score above this (0 to 1; default 0.5)",
     )
     parser.add_argument(
         "--class-thresholds",

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Times variants of the RoI pooling kernel, and torchvision's kernel, without launch overhead.
 
-A variant changes the size of a program (bytes of channels and warps), the rows of a tile, the
-layout of the maps (times include copying contiguous maps), or launches a kernel per level instead
-of one for all levels. "samples one by one" is torchvision's kernel, which does not merge samples
-and requires contiguous maps. The sampling ratio is 0. Times are medians from
-triton.testing.do_bench, which clears the L2 cache before each run and waits only at the end.
+A variant changes the size of a program (its warps and the bytes of channels that it handles), the
+rows of a tile or the layout of the maps, or launches one kernel per level instead of one for all
+levels. Times for contiguous maps include copying them. "samples one by one" is torchvision's
+kernel, which does not merge samples and requires contiguous maps. The sampling ratio is 0. Times
+are medians from triton.testing.do_bench, which clears the L2 cache before each run and waits only
+at the end.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def kernel_with(**changes: Any) -> Iterator[None]:
 def variants(poolings: Poolings) -> Iterator[tuple[str, Pool, str, dict[str, Any]]]:
     """Yields the name, function, layout of the maps and changed constants of each variant."""
     options = roi_pooling_operator.kernels.COMPILER_OPTIONS
-    yield "as it is", poolings.at_once, "channels_last", {}
+    yield "unchanged", poolings.at_once, "channels_last", {}
     yield "samples one by one", poolings.one_by_one, "contiguous_format", {}
     yield "contiguous maps", poolings.at_once, "contiguous_format", {}
     yield "one launch a level", poolings.level_by_level, "channels_last", {}
@@ -105,7 +106,7 @@ def variants(poolings: Poolings) -> Iterator[tuple[str, Pool, str, dict[str, Any
 
 
 def measure(pool: Pool, maps: list[Tensor], device: str) -> dict[str, Any]:
-    """Returns the milliseconds of a forward and of a backward pass."""
+    """Returns the times of a forward and a backward pass in milliseconds."""
     pooled = pool(maps)
     grads = [torch.ones_like(x) for x in pooled]
 
@@ -162,7 +163,7 @@ def main() -> None:
                 print(row, flush=True)
                 write_json(results, args.output)
                 if time.monotonic() > end:
-                    print(f"{args.seconds:.0f} s are over: the other variants are not measured")
+                    print(f"{args.seconds:.0f} s have passed: other variants are not measured")
                     return
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks that this repository's checkpoint gives the same detections in detectron2 and the plugin.
 
-The comparison is that of tools/compare_zoo.py, on the embedded data set. Its page and pictures are
+It runs the comparison of tools/compare_zoo.py on the embedded data set. Its page and pictures are
 written to a folder next to the JSON file.
 """
 

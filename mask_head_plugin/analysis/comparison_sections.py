@@ -16,7 +16,7 @@ from .sections import Section
 TEXT = (
     "Both runs are compared on the same images, resampled many times (paired bootstrap). For the "
     "cost of errors, possible gains and the calibration error, lower is better. "
-    f"{ONE_TRAINING} If two models are equally good, chance makes about 5 of 100 numbers look "
+    f"{ONE_TRAINING} If two models are equally good, chance makes about 5 in 100 numbers look "
     "better or worse. Numbers that do not differ or come from a single image are left out."
 )
 MASK_TEXT = (
@@ -25,11 +25,11 @@ MASK_TEXT = (
 )
 CLASS_TEXT = (
     "Differences with their intervals, the largest first. F1 uses the best threshold of each run, "
-    "chosen separately for each draw of images."
+    "chosen separately for each resampled set of images."
 )
 NAMES = {
-    F1: "F1 with the best thresholds, mean of classes",
-    F1_AT_HALF: "F1 with a threshold of 0.5, mean of classes",
+    F1: "F1 with the best thresholds, mean over classes",
+    F1_AT_HALF: "F1 with a threshold of 0.5, mean over classes",
     CALIBRATION: "calibration error of scores",
 }
 
@@ -86,7 +86,7 @@ def _table(differences: Sequence[Difference]) -> Table:
 
 
 def figure_name(difference: Difference) -> str:
-    """Returns the name of a compared number for readers."""
+    """Returns the name under which readers see a compared number."""
     _, group, name, threshold = difference.key
     if group == "error":
         return f"AP{100 * threshold:.0f} lost to “{name}”"

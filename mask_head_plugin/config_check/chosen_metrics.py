@@ -38,10 +38,10 @@ def check_chosen_metrics(cfg: CfgNode) -> None:
     earliest = (1 + stopping.PATIENCE) * cfg.TEST.EVAL_PERIOD
     if stopping.METRIC and earliest >= cfg.SOLVER.MAX_ITER:
         raise ConfigError(
-            f"{STOPPING} {stopping.METRIC!r} can never end this run: PATIENCE {stopping.PATIENCE} "
-            f"and TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} need at least {earliest} iterations, but "
-            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; lower PATIENCE or EVAL_PERIOD, or remove "
-            "the metric"
+            f"{STOPPING} {stopping.METRIC!r} can never end this run: with PATIENCE "
+            f"{stopping.PATIENCE} and TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD}, it acts after "
+            f"iteration {earliest} at the earliest, but SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; "
+            "lower PATIENCE or EVAL_PERIOD, or remove the metric"
         )
 
 
@@ -117,7 +117,7 @@ def _check_metric(cfg: CfgNode, key: str, metric: str) -> None:
         known = [f"{VALIDATION}/{TOTAL_LOSS}", f"{VALIDATION}/loss_mask"]
     if known and own not in known:
         nearest = nearest_name(own, known)
-        common = ", ".join(x for x in known if "-" not in x)  # leaves out metrics of single classes
+        common = ", ".join(x for x in known if "-" not in x)  # leaves out per-class metrics
         hint = f"did you mean {nearest!r}?" if nearest else f"choose from {common}"
         raise ConfigError(f"{key} {metric!r} is not a metric of {name}; {hint}")
 

@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 def check_features(cfg: CfgNode, *, train: bool) -> None:
-    """Checks the parts of a two-stage detector of detectron2; skips parts of other kinds.
+    """Checks detectron2's two-stage detectors; skips parts that do not derive from its classes.
 
     Args:
         cfg: a config that has passed check_host_values.
         train: whether the model will be trained.
 
     Raises:
-        ConfigError: if parts do not fit together; names the keys and possible values.
+        ConfigError: if parts do not fit together; the message names the keys and possible values.
     """
     model = cfg.MODEL
     arch = registered_class(META_ARCH_REGISTRY, model.META_ARCHITECTURE)
@@ -71,14 +71,15 @@ def _backbone_maps(cfg: CfgNode) -> dict[str, ShapeSpec] | None:
         raise ConfigError(f"{told} from MODEL.BACKBONE, MODEL.RESNETS and MODEL.FPN: {part.error}")
     if part.error:
         keys = "MODEL.RPN.IN_FEATURES and MODEL.ROI_HEADS.IN_FEATURES are not checked"
-        logger.warning("%s without memory and weights, so %s: %s", told, keys, part.error)
+        logger.warning("%s on the meta device, so %s: %s", told, keys, part.error)
         return None
     return maps
 
 
 def _check_maps(key: str, names: Sequence[str], maps: dict[str, ShapeSpec] | None) -> None:
     if not names:
-        raise ConfigError(f"{key} is empty; the backbone has {list(maps or ())}")
+        known = f"; the backbone has {list(maps)}" if maps else ""
+        raise ConfigError(f"{key} is empty{known}")
     for name in names:
         if maps is not None and name not in maps:
             raise ConfigError(f"{key}: the backbone has {list(maps)}, not {name!r}")
@@ -112,22 +113,24 @@ def _is_positive(value: Any) -> bool:
 def _check_matcher(section: str, node: CfgNode, num_thresholds: int) -> None:
     thresholds, labels = node.IOU_THRESHOLDS, node.IOU_LABELS
     if len(thresholds) != num_thresholds or not is_rising(thresholds, least=0, most=1):
-        example = [0.3, 0.7] if num_thresholds == 2 else [0.5]
+        wanted, example = "two increasing numbers", [0.3, 0.7]
+        if num_thresholds == 1:
+            wanted, example = "one number", [0.5]
         raise ConfigError(
-            f"{section}.IOU_THRESHOLDS {thresholds} must be {num_thresholds} rising numbers "
-            f"between 0 and 1, e.g. {example}"
+            f"{section}.IOU_THRESHOLDS {thresholds} must be {wanted} between 0 and 1, "
+            f"e.g. {example}"
         )
     if len(labels) != num_thresholds + 1 or not set(labels) <= {-1, 0, 1}:
         raise ConfigError(
-            f"{section}.IOU_LABELS {labels}: give one label more than IOU_THRESHOLDS, each 0 "
-            f"(background), -1 (ignored) or 1 (object)"
+            f"{section}.IOU_LABELS {labels}: give one more label than IOU_THRESHOLDS has "
+            f"numbers, each 0 (background), -1 (ignored) or 1 (object)"
         )
 
 
 def _check_proposals(cfg: CfgNode, generator: type, *, train: bool) -> None:
     name, loads = cfg.MODEL.PROPOSAL_GENERATOR.NAME, cfg.MODEL.LOAD_PROPOSALS
     precomputed = name == "PrecomputedProposals"
-    # A user's generator may load proposals under another name.
+    # A user's own generator, which has another name, may also load proposals.
     if precomputed != loads and (precomputed or generator in (RPN, RRPN)):
         raise ConfigError(
             "MODEL.LOAD_PROPOSALS True and MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals must "
@@ -185,7 +188,7 @@ def _check_keypoints(cfg: CfgNode, heads: type, *, train: bool) -> None:
         return
     if issubclass(heads, Res5ROIHeads):
         raise ConfigError(
-            f"MODEL.KEYPOINT_ON: {heads.__name__} has no keypoints; use PerClassMaskROIHeads"
+            f"MODEL.KEYPOINT_ON: {heads.__name__} predicts no keypoints; use PerClassMaskROIHeads"
         )
     own = [entry[0] for entry in cfg.DATASETS.COCO_FILES]
     for name in cfg.DATASETS.TRAIN if train else ():

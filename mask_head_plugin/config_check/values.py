@@ -1,4 +1,4 @@
-"""Checks the ranges of single keys, and solver, input and test keys that contradict each other.
+"""Checks that single keys are in range and that solver, input and test keys are consistent.
 
 Covers only values that would otherwise fail late, fail without naming the key, or have no effect.
 """
@@ -95,21 +95,24 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     """
     solver = cfg.SOLVER
     if not is_rising(solver.STEPS, least=0):
-        raise ConfigError(f"SOLVER.STEPS {solver.STEPS} must rise, e.g. (60000, 80000)")
+        raise ConfigError(
+            f"SOLVER.STEPS {solver.STEPS} must be numbers above 0 in ascending order, e.g. "
+            "(60000, 80000)"
+        )
     if solver.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR" and solver.NUM_DECAYS < 1:
         raise ConfigError(f"SOLVER.NUM_DECAYS is {solver.NUM_DECAYS}; it must be at least 1")
     per_run, images = solver.REFERENCE_WORLD_SIZE, solver.IMS_PER_BATCH
     if per_run and images % per_run:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {images} cannot be divided by SOLVER.REFERENCE_WORLD_SIZE "
+            f"SOLVER.IMS_PER_BATCH {images} is not divisible by SOLVER.REFERENCE_WORLD_SIZE "
             f"{per_run}, the number of processes it is meant for; change one of them, or set the "
             "latter to 0"
         )
     if not per_run and images % num_processes:
         near = max(images // num_processes, 1) * num_processes
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {images} counts the images of all processes and cannot be "
-            f"divided by {num_processes}; set it to {near}"
+            f"SOLVER.IMS_PER_BATCH {images} counts the images of all processes and is not "
+            f"divisible by {num_processes}; set it to {near}"
         )
     loader = cfg.DATALOADER
     if loader.NUM_WORKERS > MOST_WORKERS:
@@ -138,14 +141,15 @@ def check_input(cfg: CfgNode) -> None:
             "INPUT.MIN_SIZE_TRAIN_SAMPLING range"
         )
     crop = given.CROP
-    most, unit = (1, "shares") if crop.TYPE.startswith("relative") else (math.inf, "pixels")
+    is_relative = crop.TYPE.startswith("relative")
+    most, unit = (1, "as fractions of the image's") if is_relative else (math.inf, "in pixels")
     kinds = (int, float) if most == 1 else (int,)
     if crop.ENABLED and not (
         len(crop.SIZE) == 2 and all(isinstance(x, kinds) and 0 < x <= most for x in crop.SIZE)
     ):
         example = [0.9, 0.9] if most == 1 else [384, 384]
         raise ConfigError(
-            f"INPUT.CROP.SIZE {crop.SIZE}: INPUT.CROP.TYPE {crop.TYPE} needs height and width in "
+            f"INPUT.CROP.SIZE {crop.SIZE}: INPUT.CROP.TYPE {crop.TYPE} needs height and width "
             f"{unit}, e.g. {example}"
         )
     _check_jitter(given)
@@ -155,7 +159,8 @@ def check_input(cfg: CfgNode) -> None:
         numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in values)
         if len(values) != channels or not numbers:
             raise ConfigError(
-                f"MODEL.{key} {values}: INPUT.FORMAT {given.FORMAT} has {channels} channels"
+                f"MODEL.{key} {values} must have one finite number per channel of INPUT.FORMAT "
+                f"{given.FORMAT} (channels: {channels})"
             )
     if not all(x > 0 for x in cfg.MODEL.PIXEL_STD):
         raise ConfigError(
@@ -179,7 +184,7 @@ def _check_jitter(given: CfgNode) -> None:
 
 
 def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
-    """Checks what inference and evaluation need, because they may start days after training."""
+    """Checks now what inference and evaluation need, because they may start only days later."""
     test = cfg.TEST
     if test.DETECTIONS_PER_IMAGE == 0:
         raise ConfigError("TEST.DETECTIONS_PER_IMAGE is 0, which keeps no detections; -1 keeps all")
@@ -190,7 +195,7 @@ def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
     names = cfg.DATASETS.TEST
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise ConfigError(f"DATASETS.TEST has {twice!r} twice; leave one out")
+        raise ConfigError(f"DATASETS.TEST lists {twice!r} twice; remove one")
     if test.EVAL_PERIOD > 0 and not names:
         raise ConfigError(
             f"TEST.EVAL_PERIOD is {test.EVAL_PERIOD}, but DATASETS.TEST is empty: name a data set, "
@@ -207,7 +212,7 @@ def check_test(cfg: CfgNode, *, train: bool, evaluate: bool) -> None:
 
 
 def is_rising(values: Sequence[Any], *, least: float, most: float = math.inf) -> bool:
-    """Returns whether numbers rise and are above ``least`` and not above ``most``."""
+    """Returns whether numbers are in ascending order, above ``least`` and not above ``most``."""
     bounded = all(isinstance(x, int | float) and least < x <= most for x in values)
     return bounded and all(a < b for a, b in itertools.pairwise(values))
 
@@ -221,7 +226,7 @@ def _num_channels(image_format: str) -> int:
         hint = f"; did you mean {nearest!r}?" if nearest else ""
         raise ConfigError(
             f"INPUT.FORMAT {image_format!r} is not one of {IMAGE_FORMATS}, nor a Pillow mode "
-            f"with channels{hint}"
+            f"with several channels{hint}"
         ) from error
     return int(channels)
 
@@ -232,6 +237,6 @@ def _check_sizes(key: str, sizes: Sequence[Any], limit_key: str, limit: int) -> 
             raise ConfigError(f"{key}: {size!r} is not a number of pixels")
         if size > limit:
             raise ConfigError(
-                f"{key}: {size} is above {limit_key} {limit}, which would reduce it; raise that "
-                f"key as well"
+                f"{key}: {size} is above {limit_key} {limit}, which would reduce it; raise "
+                f"{limit_key} as well"
             )

@@ -1,6 +1,6 @@
 r"""Finds the file of an image whose record has the wrong name.
 
-Export tools sometimes write names with another separator (``images\0.jpg``), paths from another
+Export tools sometimes write names with a different separator (``images\0.jpg``), paths from another
 machine (``/home/me/images/0.jpg``), names with different capitals, or names without a folder.
 """
 
@@ -22,7 +22,7 @@ Parts = tuple[str, ...]
 
 
 class ImagePlaces:
-    """The files below an image folder, which are listed at the first search.
+    """The files below an image folder, which are listed on the first search.
 
     Args:
         image_root: the folder that ``file_name`` is relative to.
@@ -61,8 +61,9 @@ class ImagePlaces:
     def _nearest(self, wanted: Parts) -> list[str]:
         """Returns the paths that share the longest ending with the wanted path.
 
-        The image folder's own name counts as part of a path, as for ``day/1.jpg`` in a folder
-        ``day``. In case of a tie, a path without additional folders wins.
+        The image folder's own name counts as part of a path: if the folder is called ``day``,
+        ``day/1.jpg`` finds its file ``1.jpg``. In a tie, the exact spelling wins, and then a
+        path without additional folders.
         """
         ranks = {
             path: (
@@ -116,6 +117,7 @@ def _common_end(a: Parts, b: Parts) -> int:
 def _walk(root: str) -> Iterator[str]:
     """Yields the relative path of each file below a folder once; also follows links to folders."""
     seen: set[tuple[int, int]] = set()
+    _is_new(Path(root), seen)  # a link may lead back to it
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = sorted(
             x for x in subfolders if not x.startswith(".") and _is_new(Path(folder, x), seen)

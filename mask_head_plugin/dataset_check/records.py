@@ -25,7 +25,7 @@ Sizes = dict[Hashable, tuple[int, int] | None]
 
 
 def max_pixels() -> float:
-    """Returns the largest number of pixels that Pillow accepts; detectron2 reads images with it."""
+    """Returns the most pixels that Pillow, with which detectron2 reads images, accepts."""
     limit = Image.MAX_IMAGE_PIXELS
     return math.inf if limit is None else 2 * limit
 
@@ -123,7 +123,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def check_id(what: str, value: Any, found: Findings, at: Place) -> None:
-    """Adds a finding for an id that is not an integer, or that a float64 cannot represent."""
+    """Adds a finding for an id that is not an integer, or that float64 may have to round."""
     if type(value) is not int:
         message = f"the {what} id {quote(value)} is of type {type(value).__name__}"
         found.add("id-not-integer", message, at)
@@ -167,7 +167,8 @@ def check_images(images: list[Any], found: Findings, *, lvis: bool = False) -> S
         if isinstance(i, Hashable):
             if i in sizes:
                 message = (
-                    f"another image has this id; this file is {quote_path(image.get(name_key))}"
+                    f"another image also has this id; this image has the file "
+                    f"{quote_path(image.get(name_key))}"
                 )
                 found.add("duplicate-image-id", message, at)
             sizes.setdefault(i, size)
@@ -187,7 +188,7 @@ def _check_size(image: Mapping[str, Any], at: Place, found: Findings) -> tuple[i
         return None
     if height * width > max_pixels():
         message = (
-            f"{quote(width)} x {quote(height)} exceeds Pillow's limit, {max_pixels():.0f} pixels"
+            f"{quote(width)} x {quote(height)} exceeds Pillow's limit of {max_pixels():.0f} pixels"
         )
         found.add("image-too-large", message, at)
         return None
@@ -200,7 +201,7 @@ def _check_file_name(
     name = file_name(image, lvis)
     if name is None:
         given = image["coco_url" if lvis else "file_name"]
-        found.add("file-name-invalid", f"its file has the name {quote(given)}", at)
+        found.add("file-name-invalid", f"its file name is {quote(given)}", at)
         return
     if is_outside(name):
         message = f"its file {quote_path(name)} is not inside the image folder"
@@ -289,7 +290,8 @@ def check_annotation_fields(
     elif area is not None:
         size = sizes.get(listed_id(image_id, sizes))
         if size is not None and area > MOST_AREA * math.prod(size):
-            found.add("area-invalid", f"area is {area}, but the image has {math.prod(size)}", at)
+            message = f"area is {area}, but the image has only {math.prod(size)} pixels"
+            found.add("area-invalid", message, at)
     keypoints = get("keypoints")  # detectron2 reads them even if they are not used
     if keypoints and not (
         isinstance(keypoints, list) and len(keypoints) % 3 == 0 and all(map(is_finite, keypoints))

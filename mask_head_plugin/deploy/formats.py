@@ -32,8 +32,8 @@ Inputs = tuple[Tensor, ...]
 def to_onnx(model: ExportableMaskRCNN, inputs: Inputs, opset: int, path: Path) -> None:
     """Writes and checks a model that uses only standard operators of ONNX.
 
-    Weights that exceed the size limit of an ONNX file (2 GB) are written to a separate file,
-    EXTERNAL_DATA.
+    If the model exceeds the size limit of an ONNX file (2 GB), its weights are written to a
+    separate file, EXTERNAL_DATA.
 
     Uses PyTorch's trace-based exporter. The exporter based on exported programs is many times
     slower, and cannot write the non-maximum suppression of all classes as one operator.
@@ -105,7 +105,7 @@ def runner(path: Path, file_format: str, names: Sequence[str], size: tuple[int, 
     """Returns a function that runs an exported model on a (C, H, W) image.
 
     Args:
-        path: file of the model.
+        path: the exported model's file.
         file_format: a key of model_folder.MODEL_FILES.
         names: names of the outputs.
         size: height and width to which images are padded; None if they are not padded.

@@ -28,7 +28,7 @@ class ExportedModel:
     ) -> None:
         """
         Args:
-            predictor: the predictor of the model.
+            predictor: runs the model.
             confidence_threshold: score that detections must exceed, from 0 to 1.
             thresholds: "NAME=SCORE" for classes with a different threshold.
 

@@ -39,7 +39,7 @@ def save_step(
 
     Args:
         path: the file to write; its folder is created if it does not exist.
-        model: the trained model; may be wrapped in DistributedDataParallel.
+        model: the model being trained; may be wrapped in DistributedDataParallel.
         batch: the input of the model.
         losses: losses of the step.
         seeds: the values that seeded the random number generators before the step: seed, iteration,

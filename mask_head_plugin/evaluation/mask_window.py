@@ -1,6 +1,6 @@
 """Decodes only the part of an image that a mask occupies.
 
-Shape alphabet: H, W height and width of the image in pixels; h, w height and width of a window.
+Shape alphabet: h, w height and width of a window, in pixels.
 """
 
 from __future__ import annotations

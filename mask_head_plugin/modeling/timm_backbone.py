@@ -273,7 +273,7 @@ def freeze_stages(net: nn.Module, levels: Sequence[Level], freeze_at: int) -> No
 def _positions(
     net: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]], level: Level
 ) -> list[int]:
-    """Returns the positions in ``parameters`` of those that belong to the module of a map.
+    """Returns the indices in ``parameters`` of the parameters of a map's module.
 
     Raises:
         ConfigError: if the module has no parameters, or timm does not expose it.
@@ -284,7 +284,7 @@ def _positions(
     if not found:
         raise ConfigError(
             "MODEL.BACKBONE.FREEZE_AT must be 0, because timm does not reveal where the stages of "
-            "this model end; to train the backbone very little, give it a small factor in "
+            "this model end; to change the backbone only slightly, give it a small factor in "
             "SOLVER.LR_FACTORS"
         )
     return found

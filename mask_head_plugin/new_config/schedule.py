@@ -10,8 +10,8 @@ from .device import Device
 PASSES = 40
 """Number of passes over the images that suits a few hundred images with pretrained weights."""
 LEAST_VIEWS, MOST_VIEWS = 24_000, 1_440_000
-"""Limits for the total number of images or crops. The lower limit allows for a detector's heads,
-which always start untrained. The upper limit is that of COCO's 1x schedule.
+"""Limits on how many images or crops training sees. The lower limit allows for the heads, which
+always start untrained. The upper limit is that of COCO's 1x schedule.
 """
 CPU_MINUTES = 40
 LEAST_ITERATIONS = 300

@@ -9,12 +9,14 @@ the transposed matrix, in which each cell is a bag. It therefore adds in a fixed
 each cell once. Measurements showed that these alternatives are slower: two dense products per RoI,
 one RoI at a time or in batches; a sparse CSR matrix; the backward pass of embedding_bag.
 
-The functions call few operators, each on much data. PyTorch splits each operator over all threads,
-and if another process is busy, one delayed thread makes the others wait for about 8 ms each time.
-A call therefore computes only one product per map, regardless of R and C. A map that is not
-channels-last is copied. A large map is copied image by image and in blocks of channels, with one
-product for each. The matrix is built in pieces of PIECE entries, which PyTorch processes on one
-thread. Each image is also copied on one thread.
+The functions call few operators and give each of them a lot of data. PyTorch splits each operator
+over all threads, and if another process is busy, one delayed thread makes the others wait for about
+8 ms each time.
+A call therefore computes one product per map, which is split only to save memory (see
+bin_sums.LIST_ENTRIES and bin_sums.MAX_BATCHES). A map that is not channels-last is copied. If it is
+large, it is copied a few images at a time or, if one image is too large, in blocks of its channels,
+and each copy takes a product of its own. The matrix is built in pieces of bin_layout.PIECE entries,
+which PyTorch processes on one thread. Each image is also copied on one thread.
 
 ``reduction="max"`` needs the individual samples, so it computes them in groups. RoIPool uses
 torchvision's operator.
@@ -72,9 +74,9 @@ def roi_align(
     """RoIAlign (Mask R-CNN section 3): bilinear samples in each bin, without any rounding.
 
     With ``reduction="mean"``, the result equals ``torchvision.ops.roi_align`` up to rounding.
-    Differs from torchvision in three ways: ``aligned`` has another default, RoIs that end before
-    they start are not an error, and the adaptive grid, and therefore the memory needed, stops
-    growing for RoIs that are longer than axis_weights.MAX_MAP_SIZES maps.
+    Differs from torchvision in three ways: ``aligned`` has a different default, RoIs that end
+    before they start are not an error, and the adaptive grid, and therefore the memory needed,
+    stops growing for RoIs longer than axis_weights.MAX_MAP_SIZES times the map.
 
     Args:
         features: (N, C, H, W), or a list of L such maps that differ in H and W. A channels_last map
@@ -152,11 +154,11 @@ def precise_roi_pool(
 ) -> Tensor:
     """PrRoIPool (arXiv 1807.11590): the exact mean of the bilinear surface over each bin.
 
-    This is the limit of ``roi_align`` as a fixed sampling ratio grows. Differs from the original
-    implementation in three ways. The original has no ``aligned``. At the border, this function
-    follows the rule of ``roi_align``, whereas the original treats the map as 0 from one cell beyond
-    the centres of its border cells. For a bin without area, this function returns the map's value
-    at the bin's position, whereas the original returns 0.
+    This is the limit of ``roi_align`` as ``sampling_ratio`` goes to infinity. Differs from the
+    original implementation in three ways. The original has no ``aligned``. At the border, this
+    function follows the rule of ``roi_align``, whereas the original treats the map as 0 from one
+    cell beyond the centres of its border cells. For a bin without area, this function returns the
+    map's value at the bin's position, whereas the original returns 0.
 
     Args: see roi_align.
 

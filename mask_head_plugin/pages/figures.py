@@ -19,7 +19,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("solid", "dash", "dot", "dashdot")
 FONT = {"family": "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", "size": 13}
 BAND, GRID, MIDDLE = "#e8e8e8", "#ececec", "#f7f7f7"
-"""Light colours: of a range, of grid lines, and of the middle of a diverging colour scale."""
+"""Light colours for ranges, grid lines and the middle of a diverging colour scale."""
 CONFIG = {
     "displaylogo": False,
     "responsive": True,
@@ -39,7 +39,7 @@ DARK_COLOURS = {
     "#d55e00": "#f0823a",
     "#009e73": "#2fc79b",
 }
-"""Replaces colours in the dark theme. ``white`` and rgb(...) come from plotly's template."""
+"""The dark theme's colour for each light one. ``white`` and rgb(...) are from plotly's template."""
 BAND_OPACITY = 0.18
 NAME_WIDTH = 30
 

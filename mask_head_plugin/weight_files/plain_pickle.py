@@ -61,7 +61,7 @@ _INSTRUCTIONS = {
     # The names that these refer to are checked when they are looked up.
     *("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"),
 }
-"""Allowed instructions: all but those for registered extensions and for manipulating the stack."""
+"""Allowed instructions; all others are refused, because pickles of weights do not need them."""
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
 FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
@@ -95,7 +95,7 @@ def read_plain_pickle(file: BinaryIO) -> Any:
     except Exception as error:  # random bytes can look like any instruction
         detail = _one_line(f"{type(error).__name__}: {error}")
         raise pickle.UnpicklingError(
-            f"it is truncated or corrupt ({detail}); get it again"
+            f"it is truncated or corrupt ({detail}); download or copy it again"
         ) from error
 
 
@@ -465,7 +465,7 @@ class _Plain:
         self._copied += view.nbytes
         if self._copied > self._size + SPARE_BYTES:
             raise pickle.UnpicklingError(
-                f"its arrays have more than {self._copied} bytes in a file of {self._size}; "
+                f"its arrays have at least {self._copied} bytes in a file of {self._size}; "
                 f"{DISTRUST}"
             )
         return view.astype(view.dtype.newbyteorder("="), order="K")

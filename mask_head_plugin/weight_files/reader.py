@@ -1,7 +1,7 @@
 """Reads weights from untrusted sources without running code or exhausting memory.
 
 Torch files are read with ``weights_only=True``, pickles with plain_pickle, and safetensors files
-with their library. A file with the ending ``.safetensors`` is always read as such; otherwise, the
+with their library. A file whose name ends in ``.safetensors`` is always read as one; otherwise, the
 content determines the format. Pickles of protocol 0 or 1 need the ending ``.pkl``.
 """
 
@@ -52,11 +52,14 @@ _NOT_WEIGHTS = (
 
 _CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
 _SIZED = ("bytearray", "Tensor", "Storage")
-"""Endings of types that torch allows although they allocate as much memory as they are told to."""
+"""Endings of type names that torch allows although they allocate whatever they are told to.
+"""
 _DICTS = ("OrderedDict", "Counter", "defaultdict")
 _HASHED = (*_DICTS, "set")
 _SPARE_COMPARED = 1 << 24
-"""Additional weight of keys that may be compared; enough for a thousand unsafe keys."""
+"""Weight of the keys that may be compared, on top of the file's size; enough for a thousand unsafe
+keys.
+"""
 _LONGEST_NAME = 1000
 _ELEMENT_BYTES = {
     **dict.fromkeys(
@@ -68,7 +71,7 @@ _ELEMENT_BYTES = {
     "ComplexDouble": 16,
 }
 """Bytes per element by name of the storage type, without "Storage"."""
-_STORAGE_ID = (5, 6)  # items: "storage", type, key, device, number of elements, formerly a view
+_STORAGE_ID = (5, 6)  # "storage", type, key, device, number of elements; in old files also a view
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -185,9 +188,9 @@ def _check_archive(file: BinaryIO, size: int) -> None:
             "it is a TorchScript archive, which is code: save its state_dict()"
         )
     if "data.pkl" not in files:
-        raise pickle.UnpicklingError("it is a zip archive, but not one of torch's")
+        raise pickle.UnpicklingError("it is a zip archive, but not one that torch wrote")
     if len({name.casefold() for name in files}) < len(files):
-        raise pickle.UnpicklingError(f"it has several records of the same name; {DISTRUST}")
+        raise pickle.UnpicklingError(f"it has several records with the same name; {DISTRUST}")
     declared = sum(record.file_size for record in records)
     if declared > size or any(x.compress_type != zipfile.ZIP_STORED for x in records):
         raise pickle.UnpicklingError(
@@ -232,8 +235,7 @@ class _Described:
         name: name of a global, without its module.
         is_dict: whether the object is a dictionary of some kind.
         value: for a number or a short string, the object itself. For a global, its name. For a
-            tuple whose length may be that of a storage's identity, the values of its items.
-            Otherwise None.
+            tuple with as many items as a storage's identity, their values. Otherwise None.
         is_odd: whether the hash of the object can be forged.
         num_odd: number of objects in it whose hash can be forged. For a dictionary, only keys
             count.
@@ -249,7 +251,7 @@ class _Described:
 class _TorchPickle:
     """Refuses pickles that torch accepts although they exhaust memory or access memory illegally.
 
-    Torch accepts calls that create objects of a given size. Older versions (seen in 2.6) also
+    Torch accepts calls that create objects of any size. Older versions (seen in 2.6) also
     accept storages that are longer than their bytes in the file, and set items of objects that are
     not dictionaries.
     """
@@ -309,7 +311,7 @@ class _TorchPickle:
         if self._compared > self._size + _SPARE_COMPARED:
             raise pickle.UnpicklingError(
                 f"its pickle has a dictionary or set with {into.num_odd} keys that are neither "
-                f"text nor usual numbers; {DISTRUST}"
+                f"text nor ordinary numbers; {DISTRUST}"
             )
 
 
@@ -332,7 +334,7 @@ def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) 
     """Refuses a tensor's storage that is longer than its bytes in the file.
 
     Args:
-        identity: the tuple that identifies a storage in torch's pickles, see _Described.value.
+        identity: the tuple that identifies a storage in torch's pickles; see _Described.value.
         size: size of the file in bytes.
         records: as in _TorchPickle.
     """
@@ -341,7 +343,7 @@ def _check_storage(identity: Any, size: int, records: Mapping[str, int] | None) 
         num_bytes = num_elements * _ELEMENT_BYTES[type_name.removesuffix("Storage")]
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise pickle.UnpicklingError(
-            f"its pickle has a persistent id that is not a storage; {DISTRUST}"
+            f"its pickle has a persistent id that does not identify a storage; {DISTRUST}"
         ) from error
     available = size if records is None else records.get(f"data/{key}", 0)
     if kind != "storage" or not 0 <= num_bytes <= available:
@@ -355,7 +357,7 @@ def _zoo_checkpoint(content: Any) -> Any:
     """Converts a model zoo's pickle to a checkpoint whose names are to be matched by endings."""
     if not isinstance(content, dict) or ("model" in content and "__author__" in content):
         return content
-    blobs = content.get("blobs", content)  # files of backbones have no "blobs"
+    blobs = content.get("blobs", content)  # backbone files have no "blobs"
     weights = {name: x for name, x in blobs.items() if not str(name).endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
@@ -382,7 +384,7 @@ def _checked(checkpoint: Any) -> dict[str, Any]:
         if not (isinstance(name, str) and isinstance(value, torch.Tensor | np.ndarray)):
             inner = next((k for k, v in model.items() if _is_weights(v)), None)
             raise pickle.UnpicklingError(
-                f"it contains no weights: {name!r} is of type {type(value).__name__}"
+                f"it contains more than named tensors: {name!r} is of type {type(value).__name__}"
                 + (f"; save only its {inner!r}" if inner else "")
             )
         if isinstance(value, torch.Tensor) and (

@@ -231,7 +231,7 @@ def test_synchronisations_and_kernel_variants_are_judged(campaign):
     assert [x["verdict"] for x in found.values()] == ["met", "not met"]
     rows = [
         {"type": "fp32", "P": 7, "variant": name, "forward ms": ahead, "backward ms": back}
-        for name, ahead, back in (("as it is", 0.2, 0.4), ("2 warps", 0.1, 0.5), ("4", 0.1, 0.4))
+        for name, ahead, back in (("unchanged", 0.2, 0.4), ("2 warps", 0.1, 0.5), ("4", 0.1, 0.4))
     ]
     (found,) = verdicts(campaign, "kernel_variants", {"rows": rows}).values()
     assert (found["verdict"], found["figure"]) == ("not met", "4, fp32, P = 7: 1.20x")

@@ -50,7 +50,7 @@ def test_a_backbone_that_needs_values_passes_with_a_warning(tmp_path, monkeypatc
     register(monkeypatch, BACKBONE_REGISTRY, build_swin)
     check_config(config(tmp_path, *OWN), train=True)
     (told,) = [x for x in caplog.messages if "cannot be built" in x]
-    assert told.startswith("MODEL.BACKBONE.NAME own cannot be built without memory and weights")
+    assert told.startswith("MODEL.BACKBONE.NAME own cannot be built on the meta device")
     assert "IN_FEATURES are not checked" in told and "meta" in told and "\n" not in told
     with pytest.raises(ConfigError, match=r"RPN.IN_FEATURES is empty"):
         check_config(config(tmp_path, *OWN, "MODEL.RPN.IN_FEATURES", "[]"), train=True)

@@ -103,7 +103,7 @@ def test_a_split_keeps_photographs_together_loses_nothing_and_has_the_requested_
 
 
 def test_both_parts_of_a_split_have_all_categories(tmp_path):
-    """About 3 of 10 purely random splits would have no foxes in validation."""
+    """About 3 in 10 purely random splits would have no foxes in validation."""
     content = data_set([f"{k}.png" for k in range(200)], ("cat", "dog"))
     content["categories"].append({"id": 99, "name": "fox"})
     for annotation in content["annotations"][::50]:

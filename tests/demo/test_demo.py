@@ -222,7 +222,8 @@ def test_more_than_255_classes_use_16_bits_and_numbers_as_names(
     assert found.dtype == np.uint16 and np.array_equal(found, paint(content, content["images"][0]))
     assert found.max() > 255
     assert content["categories"][299] == {"id": 300, "name": "300", "semantic_value": 300}
-    assert "no data set has 300 classes: ring, star, cross, crescent, arrow are 5" in caplog.text
+    names = "ring, star, cross, crescent, arrow"
+    assert f"no data set has 300 classes: the data set has 5, {names}" in caplog.text
 
 
 def test_class_names_come_from_coco_files_and_otherwise_are_numbers(images, tmp_path, caplog):
@@ -301,7 +302,7 @@ def test_a_missed_object_keeps_its_colour_for_eight_frames(with_masks):
     assert keeper.numbers(found(right)) == [1]
     assert keeper.numbers(found(right + 1, left + 1)) == [1, 0]
     assert [keeper.numbers(found()) for _ in range(8)] == [[]] * 8
-    assert keeper.numbers(found(left)) == [0]  # the ninth frame without the right object
+    assert keeper.numbers(found(left)) == [0]  # ninth frame without the object on the right
     assert keeper.numbers(found(right, left)) == [2, 0]
 
 

@@ -1,6 +1,6 @@
-"""What the processes of a test execute: they train briefly, fail, or get killed.
+"""Code that the processes of a test run: they train briefly, fail, or get killed.
 
-torchrun starts this file as a script: ``made_run.py OUTPUT`` trains.
+torchrun runs this file as a script: ``made_run.py OUTPUT`` calls train.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NUM_STEPS = 2
 
 @contextlib.contextmanager
 def in_one_process(folder: Path) -> Iterator[None]:
-    """Makes this process the only member of a group, as DistributedDataParallel requires."""
+    """Makes this process the only member of a group: DistributedDataParallel needs a group."""
     place = {"store": dist.FileStore(str(folder / "store"), 1), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **place)
     try:
@@ -76,7 +76,7 @@ def train(output: str, die_at_first: bool = False, timm_name: str = "") -> None:
     if die_at_first and not again and comm.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # another order of addition would change proposals
+    torch.set_num_threads(1)  # a different order of addition would change proposals
     model = make_model(timm_name)
     model.unread = torch.nn.Linear(1, 1)  # like an unused level of the pyramid
     wrapped = distribute(model)

@@ -145,7 +145,7 @@ def test_the_mlp_requires_hidden_layers_and_square_features():
 
 @pytest.mark.parametrize("losses", [DEFAULT_LOSSES, [["softmax_cross_entropy", 1.0]]])
 @pytest.mark.parametrize("make", [make_head, make_mlp])
-def test_autocast_gives_nearly_the_loss_of_full_precision(make, losses):
+def test_autocast_gives_nearly_the_same_loss_as_full_precision(make, losses):
     head = make(3, losses=losses)
     instances, features = make_positives(4), torch.randn(4, 4, 7, 7)
     nn.init.normal_(head.predictor.weight)

@@ -105,7 +105,7 @@ def test_arrays_of_the_same_bytes_cannot_fill_the_memory(tmp_path):
     assert [x.sum() for x in read_checkpoint(path)["model"].values()] == [0, 0]
     path.write_bytes(arrays_of_one_memory(40, 1 << 17))
     with pytest.raises(
-        ConfigError, match=r"a\.pkl .*its arrays have more than \d+ bytes in a file of"
+        ConfigError, match=r"a\.pkl .*its arrays have at least \d+ bytes in a file of"
     ):
         read_checkpoint(path)
 
@@ -413,7 +413,10 @@ TORCH_FILES = {
     "script": (lambda: script(), "TorchScript"),
     "compressed": (compressed_bomb, "claim 30"),
     "claim of size": (lie_about_size, "claim 2000"),
-    "other zip": (lambda: archive(None, [("x.npy", b"x", zipfile.ZIP_STORED)]), "not one of torch"),
+    "other zip": (
+        lambda: archive(None, [("x.npy", b"x", zipfile.ZIP_STORED)]),
+        "not one that torch",
+    ),
     "longer storage": (lambda: changed_record(torch_bytes(WEIGHTS), longer_storage), "corrupt"),
     "longer storage in the old format": (lambda: longer_storage_of_old(), "corrupt"),
     "storage of negative length": (
@@ -426,15 +429,21 @@ TORCH_FILES = {
         with_pickle_changed(text("0"), text("7")),
         "but the file has 0",
     ),
-    "storage without a length": (with_pickle_changed(LENGTH, b"Nt"), "is not a storage"),
-    "storage of a module": (with_pickle_changed(b"FloatStorage", b"nn"), "is not a storage"),
-    "other persistent id": (with_pickle_changed(STORAGE_END, b"tNQ"), "is not a storage"),
+    "storage without a length": (with_pickle_changed(LENGTH, b"Nt"), "does not identify a storage"),
+    "storage of a module": (
+        with_pickle_changed(b"FloatStorage", b"nn"),
+        "does not identify a storage",
+    ),
+    "other persistent id": (
+        with_pickle_changed(STORAGE_END, b"tNQ"),
+        "does not identify a storage",
+    ),
     "item of a tensor": (with_pickle_changed(TENSOR_END, b"RK\x00K\x05ss."), "sets items"),
     "items of a tensor": (with_pickle_changed(TENSOR_END, b"R(K\x00K\x05us."), "sets items"),
-    "record twice": (lambda: record_twice("archive/data/0"), "several records of the same name"),
+    "record twice": (lambda: record_twice("archive/data/0"), "several records with the same name"),
     "record twice except for case": (
         lambda: record_twice("archive/DATA.pkl"),
-        "several records of the same name",
+        "several records with the same name",
     ),
     "deep key": (
         lambda: changed_record(torch_bytes(WEIGHTS), lambda _: DEEP_KEY),

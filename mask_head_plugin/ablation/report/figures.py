@@ -91,7 +91,7 @@ def _other_metrics(study: Study) -> Figure | None:
     lay_out_rows(figure, _rows(study))
     caption = (
         "As above, for the AP of small, medium and large objects (APs, APm, APl) and for the AP at "
-        "single IoU thresholds."
+        "individual IoU thresholds."
     )
     task = TASK_WORDS.get(study.task, study.task)
     title = f"Differences in the other {task} metrics from {study.baseline.name}"
@@ -287,7 +287,7 @@ def _classes(study: Study) -> Figure | None:
     figure.update_yaxes(
         tickvals=heatmap.y, ticktext=names, showgrid=False, ticks="", showline=False
     )
-    caption = "Mean over seeds, without intervals. Single classes vary more than their mean."
+    caption = "Mean over seeds, without intervals. Individual classes vary more than their mean."
     if len(shown) < len(classes):
         caption += f" Shows the {len(shown)} of {len(classes)} classes that differ most."
     words = metric_words(f"{study.task}/{metric}")
@@ -323,8 +323,9 @@ def _precision_recall(study: Study) -> Figure | None:
     figure.update_yaxes(range=[0, 1.02])
     figure.update_yaxes(title_text="precision", col=1)
     caption = (
-        f"Precision of {study.task} at each recall, averaged over classes. Each line is the mean "
-        "over a variant's seeds, with a band from the lowest to the highest seed."
+        f"{TASK_WORDS.get(study.task, study.task).capitalize()} precision at each recall, averaged "
+        "over classes. Each line is the mean over a variant's seeds, with a band from the lowest "
+        "to the highest seed."
     )
     return Figure("precision-recall", "Precision and recall", caption, figure)
 
