@@ -151,12 +151,14 @@ def test_a_metric_for_objects_that_the_test_set_lacks_is_refused_before_training
 
 def test_a_broken_test_set_is_reported_before_training(ablation, tmp_path):
     content = yaml.safe_load(ablation.read_text())
-    (tmp_path / "val.json").write_text('{"images": [], "categories": [{"id": 1}]}')
     files = content["SIZES"]["shapes"]["OVERRIDES"]["DATASETS"]["COCO_FILES"]
+    broken = json.loads(Path(files[1][1]).read_text())
+    broken["annotations"][0]["image_id"] = 99
+    (tmp_path / "val.json").write_text(json.dumps(broken))
     files[1] = ["broken_val", str(tmp_path / "val.json"), str(tmp_path)]
     content["SIZES"]["shapes"]["OVERRIDES"]["DATASETS"]["TEST"] = ["broken_val"]
     ablation.write_text(yaml.safe_dump(content))
-    with pytest.raises(ConfigError, match=r"'bce': .*val\.json"):
+    with pytest.raises(ConfigError, match=r"'bce': .*val\.json: .* image 99"):
         trials_of(ablation, tmp_path)
 
 
