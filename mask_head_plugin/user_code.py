@@ -44,7 +44,7 @@ def import_modules(entries: Sequence[str]) -> None:
     for entry in entries:
         is_file = entry.endswith(".py")
         name = module_name(entry)
-        _search_also(Path(entry).parent if is_file else Path.cwd())
+        search_also(Path(entry).parent if is_file else Path.cwd())
         if is_file:
             _check_name(name, Path(entry))
         if name in sys.modules:
@@ -56,7 +56,8 @@ def import_modules(entries: Sequence[str]) -> None:
             raise ConfigError(f"IMPORTS {entry}: {_explain(error)}") from error
 
 
-def _search_also(folder: Path) -> None:
+def search_also(folder: Path) -> None:
+    """Appends a folder to Python's search path unless it is already there."""
     importlib.invalidate_caches()
     if str(folder) not in sys.path:
         sys.path.append(str(folder))

@@ -23,6 +23,7 @@ from ..durable_files import locked, write_durably
 from ..engine import Trainer
 from ..engine.launch import launch
 from ..engine.run import join_run
+from .trial_code import check_code, store_code
 from .trial_folder import (
     ENVIRONMENT_FILE,
     FAILED,
@@ -35,6 +36,7 @@ from .trial_folder import (
     config_hash,
     read_json_lines,
     seconds_per_iteration,
+    started_trials,
     write_record,
 )
 
@@ -68,11 +70,14 @@ def run_trial(trial: Trial, num_gpus: int = 0) -> None:
     with locked(trial.folder / "lock"):
         if trial.is_finished:
             return
-        (trial.folder / TRIAL_FILE).unlink(missing_ok=True)  # left by an earlier failure
         start = time.monotonic()
         try:
             check_hash(trial)
+            # Again, because the user may have edited a file since the study was started.
+            check_code(started_trials(trial.folder.parent.parent), trial.cfg.IMPORTS)
+            (trial.folder / TRIAL_FILE).unlink(missing_ok=True)  # left by an earlier failure
             _check_gpus(num_gpus)
+            store_code(trial)
             write_durably(trial.folder / HASH_FILE, config_hash(trial.cfg) + "\n")
             launch(_train, max(num_gpus, 1), args=(trial.cfg,), device=trial.cfg.MODEL.DEVICE)
             record = _measure(trial)

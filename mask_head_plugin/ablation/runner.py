@@ -6,6 +6,7 @@ Trials that were interrupted are resumed. trial_folder.py describes the folders 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import statistics
@@ -34,6 +35,7 @@ from ..user_code import import_modules
 from .ablation_file import Ablation
 from .cluster import Cluster
 from .run_trial import TrialJob
+from .trial_code import check_code
 from .trial_folder import (
     ABLATION_FILE,
     FAILED,
@@ -42,6 +44,7 @@ from .trial_folder import (
     folder_name,
     read_object,
     seconds_per_iteration,
+    started_trials,
     write_record,
 )
 
@@ -66,13 +69,13 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
 
     Raises:
         ConfigError: if a config cannot be used, a data set is missing, a module in IMPORTS fails,
-            or the output folder contains a trial that was started with a different config.
+            or the output folder contains a trial, of any seed, that was started with a different
+            config or with another version of a file in IMPORTS.
     """
     trials = []
     for seed in ablation.seeds:
         for variant, config in ablation.configs.items():
-            cfg = config.clone()
-            cfg.SEED = seed
+            cfg = _with_seed(config, seed)
             with _naming(variant):
                 cfg.MODEL.DEVICE = _device(cfg.MODEL.DEVICE, num_gpus)
             folder = output / folder_name(variant) / f"seed_{seed}"
@@ -86,12 +89,26 @@ def plan(ablation: Ablation, output: Path, num_gpus: int = 0) -> list[Trial]:
             cfg.OUTPUT_DIR = str(output)
             check_and_register(cfg, train=True, own=ablation.own_keys[trial.variant])
             _check_metric(cfg, ablation.metric)
-    for trial in trials:
-        check_hash(trial)
+    started = started_trials(output)
+    check_code(started, trials[0].cfg.IMPORTS)
+    for trial in trials[: len(ablation.configs)]:
+        for other in started:
+            if other.folder.parent == trial.folder.parent:
+                check_hash(
+                    dataclasses.replace(
+                        other, variant=trial.variant, cfg=_with_seed(trial.cfg, other.seed)
+                    )
+                )
     # Once, because it reads the annotations, and all variants use the same test set.
     with _naming(trials[0].variant):
         _check_objects(trials[0], ablation.metric)
     return trials
+
+
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.SEED = seed
+    return cfg
 
 
 def _check_metric(cfg: CfgNode, metric: str) -> None:

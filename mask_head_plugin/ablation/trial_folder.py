@@ -8,6 +8,7 @@ metrics.json, TensorBoard events, checkpoints, inference/) and:
 - ``num_parameters.txt``: the size of the model;
 - ``num_iterations.txt``: after which iteration the training ended;
 - ``config_hash.txt``: ensures that a trial is resumed only with the same config;
+- ``code/``: copies of the user's files that the trial ran (see trial_code);
 - ``submitit/``: logs of the process that ran the trial.
 
 The ablation's folder also contains ``ablation.json`` (see runner.describe), which the report reads.
@@ -140,9 +141,21 @@ class Trial:
             return None
 
 
+def started_trials(output: Path) -> list[Trial]:
+    """Returns all trials in an ablation's folder that were ever started, without their configs."""
+    found = []
+    for path in sorted(output.glob(f"*/seed_*/{HASH_FILE}")):
+        number = path.parent.name.removeprefix("seed_")
+        if number.isdigit():
+            variant = read_object(path.parent / TRIAL_FILE).get("variant")
+            name = str(variant or path.parent.parent.name)
+            found.append(Trial(name, int(number), path.parent, dataset=""))
+    return found
+
+
 def check_hash(trial: Trial) -> None:
     """Raises ConfigError if a trial was started with another config."""
-    if trial.known_hash not in ("", config_hash(trial.cfg)):
+    if trial.known_hash not in ("", config_hash(trial.cfg), _hash(trial.cfg)):
         raise ConfigError(
             f"{trial.folder}: the config of {trial.name} has changed since this trial was run; "
             "choose another --output, or delete that folder"
@@ -158,7 +171,19 @@ def folder_name(variant: str) -> str:
 
 
 def config_hash(cfg: CfgNode) -> str:
-    """Returns a hash of the config without OUTPUT_DIR, which does not affect results."""
+    """Returns a hash of the config without OUTPUT_DIR, which does not affect results.
+
+    IMPORTS is left out as well: trial_code compares the files themselves, and a study may get
+    another file for a new variant.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.IMPORTS = []
+    return _hash(cfg)
+
+
+def _hash(cfg: CfgNode) -> str:
+    """Returns the hash with IMPORTS, which earlier versions stored."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -216,6 +218,76 @@ def test_an_interrupted_trial_is_not_resumed_with_other_settings(ablation, tmp_p
         run(trials_of(ablation, tmp_path), DEBUG)
     with pytest.raises(ConfigError, match="the config of bce, seed 1 has changed"):
         trials_of(ablation, tmp_path, opts=["SOLVER.BASE_LR", "0.1"])
+
+
+def test_a_new_seed_is_not_added_with_other_settings(ablation, tmp_path, fake_training):
+    run(trials_of(ablation, tmp_path, seeds=[1]), DEBUG)
+    assert trials_of(ablation, tmp_path, seeds=[3])
+    with pytest.raises(ConfigError, match="the config of bce, seed 1 has changed"):
+        trials_of(ablation, tmp_path, seeds=[3], opts=["SOLVER.BASE_LR", "0.1"])
+
+
+@pytest.fixture
+def own_code(ablation, tmp_path, monkeypatch):
+    """Adds a file to IMPORTS, and returns the file."""
+    for name in ("ablated_code", "ablated_code_2"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "ablated_code.py"
+    file.write_text("VERSION = 1\n")
+    content = yaml.safe_load(ablation.read_text())
+    ablation.write_text(yaml.safe_dump({**content, "IMPORTS": [file.name]}))
+    return file
+
+
+def test_versions_of_a_users_code_are_not_mixed(ablation, tmp_path, own_code, fake_training):
+    run(trials_of(ablation, tmp_path, seeds=[1]), DEBUG)
+    planned = trials_of(ablation, tmp_path, seeds=[2])
+    own_code.write_text("VERSION = 2\n")
+    copy = tmp_path / "out" / "bce" / "seed_1" / "code" / own_code.name
+    assert copy.read_text() == "VERSION = 1\n"
+    changed = f"{own_code} has changed since bce, seed 1 was run.*restore the file from {copy}"
+    with pytest.raises(ConfigError, match=changed):
+        trials_of(ablation, tmp_path, seeds=[2])
+    run(planned, DEBUG)
+    assert re.search(changed, planned[0].error), "the file may change while the study runs"
+    shutil.copy(copy, own_code)
+    run(trials_of(ablation, tmp_path, seeds=[2]), DEBUG)
+    assert all(trial.is_finished for trial in planned)
+
+
+def test_new_code_may_be_added_in_a_new_file(ablation, tmp_path, own_code, fake_training):
+    run(trials_of(ablation, tmp_path), DEBUG)
+    (tmp_path / "ablated_code_2.py").write_text("")
+    content = yaml.safe_load(ablation.read_text())
+    content["IMPORTS"].append("ablated_code_2.py")
+    ablation.write_text(yaml.safe_dump(content))
+    assert all(trial.is_finished for trial in trials_of(ablation, tmp_path))
+
+
+def test_code_may_be_corrected_after_a_failure(ablation, tmp_path, own_code, fake_training):
+    train, _ = fake_training
+    train.broken = {("binary_cross_entropy", 1), ("dice", 1)}
+    run(trials_of(ablation, tmp_path, seeds=[1]), DEBUG)
+    own_code.write_text("VERSION = 2\n")
+    train.broken = set()
+    trials = trials_of(ablation, tmp_path, seeds=[1])
+    run(trials, DEBUG)
+    assert all(trial.is_finished for trial in trials)
+    assert (trials[0].folder / "code" / own_code.name).read_text() == "VERSION = 2\n"
+
+
+def test_trials_without_a_record_of_their_code_are_reported_once(
+    ablation, tmp_path, own_code, fake_training, caplog
+):
+    trials = trials_of(ablation, tmp_path)
+    run(trials, DEBUG)
+    for trial in trials:
+        shutil.rmtree(trial.folder / "code")
+    caplog.clear()
+    trials_of(ablation, tmp_path)
+    (told,) = [x.getMessage() for x in caplog.records if "do not record the code" in x.getMessage()]
+    assert told.startswith("4 trials, such as bce, seed 1, ") and str(own_code) in told
 
 
 def test_only_one_command_may_run_in_a_folder(tmp_path):
