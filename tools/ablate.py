@@ -134,7 +134,7 @@ def ablate(args: argparse.Namespace) -> int:
         count = counted(len(trials), "trial")
         print(f"{count}, {_time_left(trials, cluster)} with {args.jobs} at a time")
         num_compared = max(len(study.configs) - 1, 1)
-        plan = (args.output, metric, difference, len(study.seeds), num_compared)
+        plan = (args.output, metric, difference, len(study.seeds), num_compared, args.draws)
         print("\n".join(ablation.power_lines(*plan)))
         return 0
     cluster.check_commands()

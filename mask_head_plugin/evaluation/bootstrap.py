@@ -258,6 +258,7 @@ def compare_all(
                 np.stack([x[metric] for x in samples[baseline_name]]),
                 len(first.image_ids),
                 max(len(variants) - 1, 1),
+                possible=(0, 100),
             )
             for metric in metrics
         }

@@ -45,6 +45,34 @@ of studies find it.
 
 
 @dataclass(frozen=True)
+class SeedSpread:
+    """How much a model's metric varies over seeds, in percent.
+
+    Attributes:
+        std: standard deviation over seeds, with N - 1 in the denominator.
+        beyond_images: the same without the part that resampling images already includes.
+    """
+
+    std: float
+    beyond_images: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What makes a difference uncertain: the images and the seeds of both models.
+
+    Attributes:
+        of_images: standard error of the difference over draws of the images, in percent.
+        variant: spread of the variant over seeds.
+        baseline: spread of the baseline over seeds.
+    """
+
+    of_images: float
+    variant: SeedSpread
+    baseline: SeedSpread
+
+
+@dataclass(frozen=True)
 class PairedDifference:
     """A metric of a variant compared with a baseline, in percent.
 
@@ -67,6 +95,8 @@ class PairedDifference:
             means that their interval excludes 0. It is more than half the interval's width, because
             studies miss a true difference of half the width in half of all cases.
         has_training: whether both models have at least two seeds.
+        spread: what the interval was computed from; None unless ``has_training``.
+        is_cut: whether an end of the interval was cut because the metric cannot lie beyond it.
     """
 
     metric: str
@@ -80,10 +110,17 @@ class PairedDifference:
     seed_std: float
     detectable: float
     has_training: bool
+    spread: Spread | None = None
+    is_cut: bool = False
 
 
 def difference_of(
-    metric: str, variant: FloatArray, baseline: FloatArray, num_images: int, num_compared: int = 1
+    metric: str,
+    variant: FloatArray,
+    baseline: FloatArray,
+    num_images: int,
+    num_compared: int = 1,
+    possible: tuple[float, float] = (-math.inf, math.inf),
 ) -> PairedDifference:
     """Computes the difference between two models and its interval.
 
@@ -96,6 +133,8 @@ def difference_of(
         num_compared: number of variants that are compared with the same baseline. All intervals
             together contain all true differences 95% of the time (Bonferroni). Each is therefore a
             100 - 5 / num_compared percent interval.
+        possible: smallest and largest possible value of the metric. The interval is cut where the
+            variant's value would lie outside.
     """
     value, base = variant.mean(axis=0), baseline.mean(axis=0)
     drawn = (value - base)[1:]
@@ -105,70 +144,80 @@ def difference_of(
     image_low, image_high = (
         np.percentile(drawn, [tail, 100 - tail]) if len(drawn) else (np.nan, np.nan)
     )
-    has_training = min(len(variant), len(baseline)) > 1
     error = float(drawn.std(ddof=1)) if len(drawn) > 1 else math.nan
-    if has_training:
-        error, freedom = _error_of_both(variant, baseline, error**2, num_images)
+    spread = None
+    if min(len(variant), len(baseline)) > 1:
+        spread = Spread(error, _seed_spread(variant), _seed_spread(baseline))
+        error, freedom = _error(spread, (len(variant), len(baseline)), num_images)
         reach = student_t(1 - (1 - LEVEL) / num_compared / 2, freedom)
         low, high = difference - reach * error, difference + reach * error
     else:
         reach = student_t(1 - (1 - LEVEL) / 2, math.inf)
         low, high = float(image_low), float(image_high)
+    least, most = (float(end - base[0]) for end in possible)
     return PairedDifference(
         metric=metric,
         value=float(value[0]),
         baseline=float(base[0]),
         difference=difference,
-        low=low,
-        high=high,
+        low=max(low, least),
+        high=min(high, most),
         image_low=float(image_low),
         image_high=float(image_high),
         seed_std=float(variant[:, 0].std(ddof=1)) if len(variant) > 1 else math.nan,
         detectable=(reach + POWER_ERRORS) * error,
-        has_training=has_training,
+        has_training=spread is not None,
+        spread=spread,
+        is_cut=low < least or high > most,
     )
 
 
 def detectable_difference(
-    num_seeds: int, seed_std: float, image_error: float, num_images: int, num_compared: int = 1
+    num_seeds: int, spread: Spread, num_images: int, num_compared: int = 1
 ) -> float:
     """Returns the smallest true difference that a study finds 80% of the time.
 
+    For the number of seeds with which the spread was measured, this is
+    ``PairedDifference.detectable``.
+
     Args:
         num_seeds: number of seeds of each of the two models; at least 2.
-        seed_std: standard deviation of the metric over seeds.
-        image_error: standard error of the difference over draws of the images.
+        spread: how much results vary.
         num_images: number of images that the draws are made from.
         num_compared: see difference_of.
     """
-    of_seeds = seed_std**2 / num_seeds
-    total = image_error**2 + 2 * of_seeds
-    spread = image_error**4 / max(num_images - 1, 1) + 2 * of_seeds**2 / (num_seeds - 1)
-    freedom = max(total**2 / spread, num_seeds - 1) if spread > 0 else math.inf
+    error, freedom = _error(spread, (num_seeds, num_seeds), num_images)
     reach = student_t(1 - (1 - LEVEL) / num_compared / 2, freedom)
-    return (reach + POWER_ERRORS) * math.sqrt(total)
+    return (reach + POWER_ERRORS) * error
 
 
-def _error_of_both(
-    variant: FloatArray, baseline: FloatArray, of_images: float, num_images: int
-) -> tuple[float, float]:
+def _seed_spread(values: FloatArray) -> SeedSpread:
+    """Measures the spread over the N seeds of a model; see difference_of for the (N, 1 + S) values.
+
+    N is at least 2.
+    """
+    num_seeds = len(values)
+    variance = float(values[:, 0].var(ddof=1))
+    draws = values[:, 1:][:, ~np.isnan(values[:, 1:]).any(axis=0)]
+    # Variance of a seed's distance from the mean of all seeds. Dividing by N - 1 instead of N
+    # turns it into the variance of a single seed.
+    between = 0.0
+    if draws.shape[1] > 1:
+        between = float((draws - draws.mean(axis=0)).var(axis=1, ddof=1).mean())
+        between *= num_seeds / (num_seeds - 1)
+    return SeedSpread(math.sqrt(variance), math.sqrt(max(variance - between, 0.0)))
+
+
+def _error(spread: Spread, nums_seeds: tuple[int, int], num_images: int) -> tuple[float, float]:
     """Returns the standard error of a difference and its degrees of freedom."""
-    total, spread = of_images, of_images**2 / max(num_images - 1, 1)
-    for values in (variant, baseline):
-        num_seeds = len(values)
-        of_seeds = float(values[:, 0].var(ddof=1)) / num_seeds
-        draws = values[:, 1:][:, ~np.isnan(values[:, 1:]).any(axis=0)]
-        # Variance of a seed's distance from the mean of all seeds. Dividing by N - 1 instead of N
-        # turns it into the variance of a single seed.
-        between = 0.0
-        if draws.shape[1] > 1:
-            between = (draws - draws.mean(axis=0)).var(axis=1, ddof=1).mean() / (num_seeds - 1)
-        total += max(of_seeds - float(between), 0.0)
-        spread += of_seeds**2 / (num_seeds - 1)
-    if not (math.isfinite(total) and spread > 0):
+    of_images = spread.of_images**2
+    total, squares = of_images, of_images**2 / max(num_images - 1, 1)
+    for of_seeds, num_seeds in zip((spread.variant, spread.baseline), nums_seeds, strict=True):
+        total += of_seeds.beyond_images**2 / num_seeds
+        squares += (of_seeds.std**2 / num_seeds) ** 2 / (num_seeds - 1)
+    if not (math.isfinite(total) and squares > 0):
         return math.sqrt(total) if total >= 0 else math.nan, math.inf
-    least = min(len(variant), len(baseline)) - 1
-    return math.sqrt(total), max(total**2 / spread, least)
+    return math.sqrt(total), max(total**2 / squares, min(nums_seeds) - 1)
 
 
 def student_t(probability: float, freedom: float) -> float:

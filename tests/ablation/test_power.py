@@ -11,12 +11,17 @@ from mask_head_plugin.ablation.power import (
     ASSUMED_IMAGES,
     Spreads,
     detectable,
+    detectable_each,
     measured_spreads,
     power_lines,
     seeds_needed,
 )
+from mask_head_plugin.ablation.report.study import read_study
+from mask_head_plugin.evaluation.difference import SeedSpread, Spread
 
-SPREADS = Spreads(seed_std=1.0, seeds_from=6, image_error=0.2, images_from=2, num_images=500)
+ONE = SeedSpread(1.0, 1.0)
+SPREADS = Spreads((Spread(0.2, ONE, ONE),), seeds_from=6, images_from=1, num_images=500)
+DRAWS = 40
 
 
 @pytest.mark.parametrize("wanted", [0.7, 1.0, 3.0])
@@ -31,26 +36,38 @@ def test_more_seeds_cannot_make_up_for_too_few_images():
 
 
 def test_without_trials_the_assumptions_are_stated(tmp_path):
-    spreads = measured_spreads(tmp_path / "missing")
+    spreads = measured_spreads(tmp_path / "missing", DRAWS)
     assert (spreads.seeds_from, spreads.images_from, spreads.num_images) == (0, 0, ASSUMED_IMAGES)
-    spread, planned, *needed = power_lines(tmp_path / "missing", "segm/AP", 8.0, 3, 1)
+    spread, planned, *needed = power_lines(tmp_path / "missing", "segm/AP", 8.0, 3, 1, DRAWS)
+    assert "assumed until two trials of the baseline and of a variant have finished" in spread
+    assert "assumed until the baseline and a variant have finished" in spread
+    assert planned.startswith("To be found in four of five studies with 3 seeds, a true difference")
+    assert needed == ["With 200 images, a difference of 8 needs 3 seeds per variant"]
+    impossible = power_lines(tmp_path / "missing", "segm/AP", 0.5, 3, 1, DRAWS)
     assert (
-        spread.count("assumed") == 2 and "4 of 5 studies would show a true difference of" in planned
+        impossible[2] == "With 200 images, no practical number of seeds shows a difference of 0.5"
     )
-    assert needed == ["A difference of 8 needs 3 seeds per variant with 200 images"]
 
 
 def test_one_seed_detects_no_difference(tmp_path):
-    assert "1 seed cannot show a difference" in power_lines(tmp_path, "segm/AP", 8.0, 1, 1)[1]
+    assert (
+        "1 seed cannot show a difference" in power_lines(tmp_path, "segm/AP", 8.0, 1, 1, DRAWS)[1]
+    )
 
 
-def test_spreads_are_measured_on_finished_trials(tmp_path):
+def test_plan_and_report_agree_on_what_the_finished_trials_can_detect(tmp_path):
     annotations = write_dataset(tmp_path / "data")
     folder = tmp_path / "out"
-    records = write_ablation(folder, annotations, {"baseline": 0.9, "other": 0.5})
-    spreads = measured_spreads(folder)
+    qualities = {"baseline": 0.9, "other": 0.5, "third": 0.2}
+    records = write_ablation(folder, annotations, qualities)
+    study = read_study(folder, DRAWS)
+    reported = [c.detectable for v in study.variants if (c := study.comparison(v))]
+    spreads = measured_spreads(folder, DRAWS)
+    assert detectable_each(spreads, 2, spreads.num_images, 2) == pytest.approx(reported)
+    extent = f"{min(reported):.2f} to {max(reported):.2f}, depending on the variant"
+    lines = power_lines(folder, "segm/AP", 1, 2, 2, DRAWS)
+    assert lines[1].endswith(f"must be at least {extent}")
+    assert "measured on 6 trials" in lines[0] and "measured on 2 comparisons" in lines[0]
     values = [[x["results"]["segm"]["AP"] for x in of.values()] for of in records.values()]
-    variances = [statistics.variance(of_variant) for of_variant in values]
-    assert spreads.seed_std == pytest.approx(statistics.mean(variances) ** 0.5)
-    assert spreads.seeds_from == 4 and spreads.images_from == 1
-    assert 0 < spreads.image_error < 20
+    stds = [statistics.stdev(of_variant) for of_variant in values]
+    assert f"{min(stds):.2f} to {max(stds):.2f} between seeds" in lines[0]

@@ -65,16 +65,27 @@ def test_with_one_seed_the_interval_includes_only_the_images():
 
 
 def test_the_plan_predicts_the_detectable_difference_of_the_study():
-    """The standard deviation over seeds is 2; the standard error due to the images is 0.5."""
-    draws = np.random.default_rng(0).normal(0, 1, 400)
-    draws *= 0.5 / draws.std(ddof=1)
+    """Seeds spread unequally, and partly because they get different images right."""
+    rng = np.random.default_rng(0)
     baseline = constant_over_images([8, 10, 12], num_draws=400)
-    variant = baseline + 3 + np.r_[0, draws]
+    variant = constant_over_images([13, 14, 14.5], num_draws=400)
+    for values in (baseline, variant):
+        values[:, 1:] += rng.normal(0, 0.3, (3, 400)) + rng.normal(0, 0.5, 400)
     found = difference_of("AP", variant, baseline, num_images=50, num_compared=2)
-    planned = detectable_difference(3, 2.0, 0.5, num_images=50, num_compared=2)
+    planned = detectable_difference(3, found.spread, num_images=50, num_compared=2)
     assert planned == pytest.approx(found.detectable)
-    assert planned > detectable_difference(3, 2.0, 0.5, num_images=50)
-    assert planned > detectable_difference(4, 2.0, 0.5, num_images=50, num_compared=2)
+    assert planned > detectable_difference(3, found.spread, num_images=50)
+    assert planned > detectable_difference(4, found.spread, num_images=50, num_compared=2)
+
+
+def test_intervals_are_cut_at_impossible_values():
+    baseline, variant = constant_over_images([3, 8]), constant_over_images([0, 0.2])
+    free = difference_of("AP", variant, baseline, num_images=9)
+    assert free.low < -5.5 and not free.is_cut
+    found = difference_of("AP", variant, baseline, num_images=9, possible=(0, 100))
+    assert (found.low, found.high, found.is_cut) == (-5.5, free.high, True)
+    high = difference_of("AP", 100 - variant, 100 - baseline, num_images=9, possible=(0, 100))
+    assert high.high == pytest.approx(5.5) and high.is_cut
 
 
 def test_draws_in_which_nothing_counts_are_skipped():

@@ -101,7 +101,7 @@ def test_a_missing_slurm_is_reported_in_one_line_and_a_dry_run_still_works(
     assert code == 2 and err[-1].startswith("ablate.py: --cluster slurm: sbatch and srun not found")
     code, out, _ = tool("--cluster", "slurm", "--num-gpus", "8", "--dry-run")
     assert code == 0 and "1 trial, of unknown length until one has run on these GPUs" in out
-    assert "A difference of 1 needs" in out
+    assert "no practical number of seeds shows a difference of 1" in out
     assert not (tmp_path / "out").exists()
 
 
