@@ -34,7 +34,7 @@ MEAN_POINTS, NUM_CLASSES = 25, 80
 
 
 def make_images(folder: Path, num_images: int) -> None:
-    """Writes images and hard links to them: 10,000 names per image, because links are limited."""
+    """Writes images with 10,000 hard links each, because file systems limit the number of links."""
     folder.mkdir()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*IMAGE_HW, 3), np.uint8))
     for index in progress(range(num_images), "making images", "file"):
@@ -111,7 +111,7 @@ def main() -> None:
                 process.join()
             rows.append(row)
             tell(
-                f"{what:8}{row['seconds']:>8} s, {row['cpu_seconds']} s of it on a core, "
+                f"{what:8}{row['seconds']:>8} s, {row['cpu_seconds']} s of CPU time, "
                 f"{row['peak_gb']} GB, findings: {row['findings']}"
             )
     counts = {"images": args.images, "annotations": args.annotations, "json_mb": round(size)}

@@ -82,7 +82,7 @@ Row = tuple[dict[str, Any], Key, str, Key, str]
 
 
 def compared(results: Results, rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Returns the differences of a table, with intervals that are valid together.
+    """Returns the differences of a table, with intervals that hold jointly.
 
     An IoU cannot be below 0, so a difference cannot be below minus the baseline's IoU. Intervals
     are cut off there.

@@ -14,12 +14,12 @@ so other work on the machine slows all of them equally:
                 only backbone and FPN, which onnxruntime runs; mayaku's PyTorch code runs the rest.
 
 The last two need packages that this project does not use. Create an environment for them and pass
-its Python with --rivals. A .pth file in it can add PyTorch and onnxruntime of this environment:
+its Python with --rivals. To share PyTorch and onnxruntime of this environment, put a .pth file with
+the path of its packages into the new one:
   python -m venv rivals && rivals/bin/pip install mayaku openvino onnxruntime
   python benchmarks/deploy.py --rivals rivals/bin/python
 
-The weights are random, and scaled so that the model finds the largest number of objects that it can
-return.
+The weights are random, and scaled so that the model returns its largest number of objects.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Worker:
             if line.startswith(ANSWER):
                 answer: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
                 return answer
-        raise RuntimeError(f"{self.row['contender']} ended")
+        raise RuntimeError(f"{self.row['contender']} ended without an answer")
 
     def run(self, count: int) -> float:
         """Runs ``count`` images in one call and returns the milliseconds."""

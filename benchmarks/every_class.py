@@ -1,4 +1,4 @@
-"""A mask loss for studies: sigmoids that have to tell the classes apart, but do not compete."""
+"""A mask loss for studies: its sigmoids learn to tell classes apart without competing."""
 
 from __future__ import annotations
 

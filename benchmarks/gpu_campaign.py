@@ -34,19 +34,19 @@ Examples:
     python benchmarks/gpu_campaign.py
   The most important figures, at most 8 minutes:
     python benchmarks/gpu_campaign.py --quick
-  Two parts again; the results of the other parts stay in the folder:
+  Run two parts again and keep the results of the other parts:
     python benchmarks/gpu_campaign.py --part pooler --part kernel_variants
-  Without a GPU, with tiny sizes and kernels in Triton's interpreter, to see that everything
-  runs; the times mean nothing:
+  Check without a GPU that everything runs, with tiny sizes and kernels in Triton's
+  interpreter; the times are meaningless:
     python benchmarks/gpu_campaign.py --device cpu
 
 Files in the folder of --output:
   campaign.md     verdict for each promise of the project, then the tables of all parts
-  campaign.json   the same for scripts, with the results of each part
+  campaign.json   the same results in machine-readable form
   NAME.json, NAME.log, and traces, plots and pictures of the parts
 
-Use an idle GPU. Attach campaign.md and campaign.json to an issue of the project.
-Exit codes: 0 all parts are done; 1 a part failed or was cut off; 2 no GPU; 130 Ctrl-C.
+Use an idle GPU. To report the results, attach campaign.md and campaign.json to an issue.
+Exit codes: 0 all parts have finished; 1 a part failed or was cut off; 2 no GPU; 130 Ctrl-C.
 """
 
 
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         left = int(end - time.monotonic())
         print(
             f"[{index + 1}/{len(chosen)}] {part.name}: {part.what}; at most {seconds:.0f} s, "
-            f"{left // 60}:{left % 60:02} left for all",
+            f"{left // 60}:{left % 60:02} left in total",
             flush=True,
         )
         outcome = campaign["parts"][part.name] = run_part(part, args, seconds)
@@ -197,7 +197,9 @@ def main(argv: list[str] | None = None) -> int:
             break
     for row in campaign["verdicts"]:
         print(f"{row['verdict']:12}  {row['promise']}: {row['figure']}")
-    print(f"attach {args.output / 'campaign.md'} and campaign.json to an issue of the project")
+    print(
+        f"to report the results, attach {args.output / 'campaign.md'} and campaign.json to an issue"
+    )
     found = [campaign["parts"][x.name]["status"] for x in chosen if x.name in campaign["parts"]]
     return 130 if STOPPED in found else int(any(x != DONE for x in found))
 

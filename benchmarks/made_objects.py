@@ -1,4 +1,4 @@
-"""Draws synthetic objects whose class can be recognised only by their colour.
+"""Draws synthetic objects. Only the colour of an object reveals its class.
 
 An image shows one object in its tight box, as RoIAlign would cut it out. The object has an outline
 made of random waves and a textured background; in every second image, another object covers a
@@ -34,8 +34,8 @@ class MadeObjects:
         images: (N, 3, SIDE, SIDE) float32, about in [-1, 1].
         masks: (N, SIDE, SIDE) bool.
         classes: (N,) int64 in [0, K).
-        posterior: (N,) float64, the probability that the best possible classifier, which knows the
-            object's colour without error, assigns to the true class.
+        posterior: (N,) float64, the probability of the true class according to the best possible
+            classifier, which is given the object's exact colour.
     """
 
     images: npt.NDArray[np.float32]

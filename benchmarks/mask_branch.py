@@ -4,14 +4,14 @@
 head: the FCN mask head with binary cross-entropy for K classes, on 128 RoIs of 14 x 14 x 256; a
 forward and backward pass, and inference. target: targets of 28 x 28 for 128 RoIs, cropped from bit
 masks of 800 x 1333. step: one training step of Mask R-CNN R50-FPN with two images of 512 px, 8
-polygons and 512 RoIs per image. On CUDA, two such images keep the GPU busy for less time than
-Python takes, so a step with four images of 800 px is measured too, and all steps are also measured
-with contiguous weights in our model (only in the JSON file). inference: the same model with 100
-masks that fill their boxes in each of two images; the output is bit masks of 1080 px or run
-lengths.
+polygons and 512 RoIs per image. On CUDA, two such images occupy the GPU for less time than Python
+needs to launch the kernels, so a step with four images of 800 px is measured too. All steps are
+also measured with contiguous weights in our model (only in the JSON file). inference: the same
+model with 100 masks that fill their boxes in each of two images; the output is bit masks of 1080 px
+or run lengths.
 
 Times are medians of several runs. The implementations take turns; ratios are detectron2 / ours.
-Memory is the peak of what PyTorch allocates. With --busy N, N other processes compute during the
+Memory is the peak that PyTorch allocates. With --busy N, N other processes compute during the
 measurement.
 
 Writes a table, a JSON file with machine, versions and date, and a plot next to it.
@@ -74,7 +74,7 @@ class FixedTargets:
 
 
 class TorchvisionHead(nn.Module):
-    """torchvision's mask head and loss, called as detectron2's head is."""
+    """torchvision's mask head and loss, with the interface of detectron2's head."""
 
     def __init__(self, num_channels: int, num_classes: int) -> None:
         super().__init__()

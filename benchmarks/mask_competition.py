@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Why independent masks? The mask branch alone, trained with and without competing classes.
+"""Trains only the mask branch, with and without competition between the classes.
 
 Mask R-CNN's Table 2b compares a sigmoid per class with a softmax over classes, but several things
 differ between the two models. This study changes one thing at a time. Its synthetic objects
@@ -7,8 +7,8 @@ differ between the two models. This study changes one thing at a time. Its synth
 and the plugin's FCNMaskHead are trained for combinations of training method (arm), number of
 classes, confusion and seed. The output of each trained model is turned into masks in several ways.
 
-Each training writes one file to --output; a second start runs only the missing trainings. The
-summary goes to --json. Its intervals cover both training and images.
+Each training writes one file to --output. If you run the script again, it runs only the trainings
+whose files are missing. The summary is written to --json. Its intervals cover training and images.
 """
 
 from __future__ import annotations
@@ -321,7 +321,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the trainings")
-    parser.add_argument("--json", type=Path, help="where the summary goes")
+    parser.add_argument("--json", type=Path, help="file for the summary")
     parser.add_argument("--short", type=int, default=2000, help="iterations of most trainings")
     parser.add_argument("--long", type=int, default=8000, help="iterations of long trainings")
     parser.add_argument("--objects", type=int, default=NUM_TRAINING, help="training objects")

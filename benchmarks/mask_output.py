@@ -2,14 +2,14 @@
 """Compares the output of masks and their evaluation with detectron2 and pycocotools.
 
 output: masks of 28 x 28 and their boxes are converted to COCO run lengths; detectron2 pastes the
-masks into images of full size and encodes those. evaluation: AP is computed from result
+masks into full-size images and encodes these. evaluation: AP is computed from result
 dictionaries for synthetic data (images of 480 x 640 with 7 objects and 20 detections of 80
 classes); detectron2's COCOEvaluator uses pycocotools. Boundary AP, which detectron2 does not
 compute, is timed separately. Reading images and inference are not measured.
 
 Times are medians of several runs in which detectron2 and our code take turns; ratios are
-detectron2 / ours. Memory is the largest growth of the process, measured in a separate run. With
---device cuda, masks are made on the GPU and encoded on the CPU, and memory is the peak of what
+detectron2 / ours. Memory is the largest growth of the process's memory, measured in a separate run.
+With --device cuda, masks are made on the GPU and encoded on the CPU, and memory is the peak that
 PyTorch allocates on the GPU. Where detectron2's bit masks would take more than --limit-gb,
 detectron2 is not run.
 
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
-        "--images", type=int, default=5000, help="images of the evaluation; 0 leaves it out"
+        "--images", type=int, default=5000, help="images to evaluate; 0 skips the evaluation"
     )
     parser.add_argument(
         "--limit-gb",

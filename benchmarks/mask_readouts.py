@@ -95,8 +95,7 @@ CHANGES = {
     "softmax": (OWN, ANY, "largest", "softmax at 0.2", TUNED),
     "sigmoid": ("softmax at 0.5", TUNED),
 }
-"""Readings whose change gets an interval. The fewer rows a table has, the narrower are its
-intervals."""
+"""Readings whose change gets an interval. A table with fewer rows has narrower intervals."""
 GAPS = (("softmax at 0.5", OWN), (OWN, OWN), (ANY, OWN), (TUNED, TUNED))
 """Pairs of a reading of the softmax and a reading of the sigmoid. Each pair's gap gets an
 interval."""
@@ -215,7 +214,7 @@ def drawn_aps(
 def interval(
     name: str, variant: Drawn, baseline: Drawn, found: dict[str, list[Matches]], num_rows: int
 ) -> dict[str, Any]:
-    """Returns a difference and its interval. All ``num_rows`` intervals are valid together."""
+    """Returns a difference and its interval. All ``num_rows`` intervals hold jointly."""
     num_images = len(next(iter(found.values()))[0].image_ids)
     result = difference_of("AP", variant, baseline, num_images, num_rows)
     return {

@@ -4,7 +4,7 @@ r"""Compares independent and competing masks on the feature maps of a trained mo
 The maps are pooled within true boxes, and four kinds of mask head are trained on them from scratch:
 a sigmoid for the object's own class, a softmax over the classes, a sigmoid for every class, and one
 mask for all classes. Their logits are turned into masks in several ways. Intervals cover images and
-training, and are valid for all rows at once. The model that produced the maps was trained with a
+training, and hold jointly for all rows. The model that produced the maps was trained with a
 sigmoid. True boxes and classes are given, so errors in boxes and classes play no part.
 
     python benchmarks/mask_real_images.py --work output/masks/shapes \

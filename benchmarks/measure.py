@@ -93,7 +93,7 @@ def add_tiny_argument(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const=TINY,
         default=FULL,
-        help="tiny sizes, to see within seconds that the script works; the times mean nothing",
+        help="tiny sizes, to check quickly that the script works; the times are meaningless",
     )
 
 

@@ -89,7 +89,7 @@ def comparisons(
     yield Comparison(
         "pooler", partial(stock, pyramid, box_lists), partial(ours, pyramid, box_lists), pyramid
     )
-    if device != "cpu":  # elsewhere, our operators are for what torchvision's cannot do
+    if device != "cpu":  # elsewhere, ours are used only for what torchvision's cannot do
         return
     single = [pyramid[1]]
     arguments = (single[0], rois, size, 1 / 8)

@@ -225,7 +225,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="N",
         help="numbers of successive images that show the same scene; intervals count each group as "
-        "one image (default: every image shows another scene)",
+        "one image (default: every image shows a different scene)",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
 
@@ -260,7 +260,7 @@ def over_images(
     Args:
         statistic: returns (S,) values for (S, N) weights of the images.
         num_images: N; with one image, the interval is nan.
-        num_compared: number of intervals that must be valid at once (Bonferroni).
+        num_compared: number of intervals that must hold jointly (Bonferroni).
     """
     left_out = 1 - np.eye(num_images)
     value, *others = statistic(np.concatenate([np.ones((1, num_images)), left_out]))

@@ -16,7 +16,7 @@ before the move with the mask after it, moved back, in percent.
 
 Intervals of 95% cover the images (jackknife and Student's t). "low" and "high" bound a single
 value. "difference" is a way's value minus that of four samples, for the same objects; its intervals
-are valid for all ways at once.
+hold jointly for all ways.
 
 Writes a table, and a JSON file with machine, versions and date. Takes minutes.
 """

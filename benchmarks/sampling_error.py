@@ -5,7 +5,7 @@ RoIs of many sizes and shapes are placed at random on the maps of a trained mode
 from samples and exactly (PrROIPool). An error is a root mean square over bins and channels. It is
 given in percent of the root mean square of the signal, which is the exactly pooled value minus the
 channel's mean over the map. Sizes are the width of a bin in cells. Intervals of 95% cover the
-images (jackknife and Student's t); each is valid for a single value only. Nothing is trained.
+images (jackknife and Student's t); each is for a single value. Nothing is trained.
 
 Writes tables, and a JSON file with machine, versions and date. Takes seconds per image. To measure
 another model:

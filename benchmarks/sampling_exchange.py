@@ -5,7 +5,7 @@ At test time, the box head and the mask head get the features of each way in tur
 the backbone and the proposals are computed once, so they are the same for all ways. Differences in
 AP are free of training noise. They have two causes: a way may read the maps less well, and its
 features may be unlike those that the heads were trained on (mismatch). Intervals of 95% cover the
-images and are valid for all ways at once (Bonferroni). They are Student's t times the standard
+images and hold jointly for all ways (Bonferroni). They are Student's t times the standard
 error over random draws of the images. All ways use the same draws.
 
 Writes a table, and a JSON file with machine, versions and date. Takes minutes.

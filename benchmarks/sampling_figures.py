@@ -312,7 +312,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--take", type=Path, metavar="FOLDER", help="results to copy first")
+    parser.add_argument(
+        "--take", type=Path, metavar="FOLDER", help="copy the results in this folder first"
+    )
     parser.add_argument("--results", type=Path, default=DOCS / "results")
     parser.add_argument("--output", type=Path, default=DOCS)
     args = parser.parse_args()

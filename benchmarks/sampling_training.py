@@ -3,13 +3,13 @@ r"""Compares ways to pool by training mask heads for each of them on the same fi
 
 Each way pools a trained model's maps once, within true boxes. For each way and seed, a new
 FCNMaskHead is trained on these features. Its masks of validation objects are then compared with the
-true masks by their IoU in the image. Intervals cover images and training and are valid for all ways
-at once. The "paired" intervals compare two heads with the same seed, which started from the same
+true masks by their IoU in the image. Intervals cover images and training and hold jointly for all
+ways. The "paired" intervals compare two heads with the same seed, which started from the same
 weights and saw the objects in the same order, so a seed's effect on both heads cancels. The other
 intervals do not pair the seeds. Finished trainings are kept in --work, so an interrupted command
 continues where it stopped.
 
-Three figures show how much such a study can detect. "ceiling" is the IoU of the true masks at the
+Three numbers show how much such a study can detect. "ceiling" is the IoU of the true masks at the
 resolution of the head. "feature error" is how far a way's features are from PrROIPool's, in percent
 of the spread of PrROIPool's features. "noise 20%" is four samples plus noise with a standard
 deviation of 20% of the features' spread; it shows how much IoU an error of that size costs.

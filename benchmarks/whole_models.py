@@ -7,10 +7,10 @@ For example:
         --output output/ablations/roi_pooling
     python benchmarks/whole_models.py --input output/ablations/roi_pooling
 
-Variants with fewer than --seeds trainings are left out. Intervals cover training and images and are
-valid for all variants at once. In addition to the APs, the table has "mask IoU". For each object,
-it takes the largest IoU with the mask of a detection of the object's class in the same image, or 0
-if there are no such detections, and averages over all objects. Benchmarks that train only the mask
+Variants with fewer than --seeds trainings are left out. Intervals cover training and images and
+hold jointly for all variants. In addition to the APs, the table has "mask IoU". For each object, it
+takes the largest IoU with the mask of a detection of the object's class in the same image, or 0 if
+there are no such detections, and averages over all objects. Benchmarks that train only the mask
 branch measure the IoU in the true boxes; here, the model has found the boxes.
 
 Writes a table, and a JSON file. Takes a minute.

@@ -242,7 +242,9 @@ def merge_overrides(cfg: CfgNode, overrides: dict[str, Any], source: str) -> Non
         ConfigError: if a key does not exist or its value has the wrong type.
     """
     if "IMPORTS" in (overrides or {}):
-        raise ConfigError(f"{source}: IMPORTS belongs at the top of the file, for all variants")
+        raise ConfigError(
+            f"{source}: IMPORTS belongs at the top level of the file and applies to all variants"
+        )
     try:
         cfg.merge_from_other_cfg(CfgNode(overrides or {}))
     except (KeyError, ValueError, AssertionError) as error:

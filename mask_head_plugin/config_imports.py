@@ -1,4 +1,4 @@
-"""Reads IMPORTS in configs, and ``--import``: which code a run may execute and where it is.
+"""Reads IMPORTS from configs and the flag ``--import``, which name the code that a run executes.
 
 This module does not execute the code; ``user_code.import_modules`` does.
 """
@@ -94,7 +94,7 @@ def refuse_imports(named: Sequence[str], wanted: Sequence[str], file: str) -> No
     unnamed = [entry for entry in wanted if module_name(entry) not in modules]
     if unnamed:
         raise ConfigError(
-            f"{file} asks to run {' and '.join(unnamed)} (IMPORTS), but you did not name this code "
+            f"{file} would run {' and '.join(unnamed)} (IMPORTS), but you did not name this code "
             f"yourself; read {unnamed[0]} and, if you trust it, add --import {unnamed[0]}, or list "
             "it under IMPORTS in your config file"
         )

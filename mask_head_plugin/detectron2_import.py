@@ -1,7 +1,7 @@
 """Checks whether detectron2, and therefore PyTorch, can be imported.
 
-Training, evaluation and export need detectron2. On machines without detectron2, it must be possible
-to read and draw images, and to run an exported model.
+Training, evaluation and export need detectron2. Machines without detectron2 can still read and draw
+images, and run an exported model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes files that are never incomplete, and provides locks that end with their process."""
+"""Writes files that are complete or absent, and provides locks that end with their process."""
 
 from __future__ import annotations
 

@@ -98,8 +98,8 @@ def _needs_pixels(objects: list[dict[str, Any]], transforms: T.TransformList) ->
     """Returns whether the masks of an image must be bit masks.
 
     This is the case for run lengths and for crops. A crop can cut a polygon into pieces, and boxes
-    and areas must then be those of the pieces. detectron2 computes them with shapely, but with
-    pixels it is simpler.
+    and areas must then be those of the pieces. detectron2 computes the pieces with shapely; bit
+    masks are simpler.
     """
     is_cropped = any(isinstance(x, T.CropTransform) for x in transforms.transforms)
     return is_cropped or any(not isinstance(x.get("segmentation", []), list) for x in objects)

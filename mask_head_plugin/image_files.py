@@ -1,4 +1,4 @@
-"""Reads the pixels of image files, in the same way for check, training, evaluation and demo.
+"""Reads image files in the same way for the data set check, training, evaluation and the demo.
 
 Pillow decodes the files, and this module applies the rules in docs/image_files.md. Files that the
 rules do not cover are refused with an ImageFileError that names the file.
@@ -68,7 +68,7 @@ class ImageFileError(ConfigError):
 
     Attributes:
         kind: the kind of fault, which is a key of WHAT_TO_DO.
-        reason: the message without the file's name, which precedes it.
+        reason: the message without the file's name.
     """
 
     def __init__(self, path: str, kind: str, reason: str) -> None:
@@ -183,12 +183,17 @@ class OpenedImage:
         if max(self.stored_hw) > MOST_ELONGATED * min(self.stored_hw):
             sides = "{1} x {0}".format(*self.stored_hw)
             raise _RefusalError(
-                "image-elongated", f"has {sides} pixels; its sides exceed {MOST_ELONGATED} : 1"
+                "image-elongated",
+                f"has {sides} pixels; its aspect ratio exceeds {MOST_ELONGATED} : 1",
             )
         if image.mode == "F":
-            raise _RefusalError("image-depth", "has floating-point samples, whose white is unknown")
+            raise _RefusalError(
+                "image-depth", "has floating-point samples, so the value of white is unknown"
+            )
         if image.mode == "I" and image.format not in ("PNG", "PPM"):
-            raise _RefusalError("image-depth", "has 32-bit samples, whose white is unknown")
+            raise _RefusalError(
+                "image-depth", "has 32-bit samples, so the value of white is unknown"
+            )
 
     @property
     def is_animated(self) -> bool:

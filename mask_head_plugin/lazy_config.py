@@ -82,8 +82,8 @@ def use_plugin_modules(model: DictConfig) -> DictConfig:
     found = set(map(target_of, calls(model)))
     if not {MaskRCNNConvUpsampleHead, FCNMaskHead} & found:
         raise ConfigError(
-            "the model has no MaskRCNNConvUpsampleHead, which is the mask head of detectron2 that "
-            "the plugin replaces"
+            "the model has no MaskRCNNConvUpsampleHead, the mask head of detectron2 that the "
+            "plugin replaces"
         )
     for node in calls(model):
         target = target_of(node)
@@ -231,7 +231,9 @@ def load_lazy_config(file: str, overrides: Sequence[str] = ()) -> DictConfig:
 def _check_override(cfg: DictConfig, override: str) -> None:
     key, mark, _ = override.partition("=")
     if not mark:
-        raise ConfigError(f"option {override} has no '='; write key=value: train.max_iter=1000")
+        raise ConfigError(
+            f"option {override} has no '='; write key=value, such as train.max_iter=1000"
+        )
     names = key.split(".")
     for k, name in enumerate(names):
         node = OmegaConf.select(cfg, ".".join(names[:k])) if k else cfg

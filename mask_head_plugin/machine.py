@@ -1,4 +1,4 @@
-"""Reads properties of the machine: processor name, memory use of a step, precision of float32."""
+"""The machine: the name of its processor, the memory that a step uses, and float32 without TF32."""
 
 from __future__ import annotations
 

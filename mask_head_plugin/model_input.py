@@ -98,8 +98,8 @@ def resized(image: npt.NDArray[Any], hw: tuple[int, int]) -> npt.NDArray[Any]:
     """Resizes an image bilinearly, like detectron2's ResizeTransform.
 
     Args:
-        image: (H, W, C). If they are shrunk, uint8 images are low-pass filtered, as in Pillow, but
-            float32 images are not, as in torch's interpolate.
+        image: (H, W, C). When a uint8 image is shrunk, it is low-pass filtered, as in Pillow. A
+            float32 image is not, as in torch's interpolate.
         hw: height and width of the result.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Shows progress and the remaining time: as a bar in a terminal, as occasional lines in a file."""
+"""Shows progress and the remaining time: as a bar in a terminal, or as lines in a file."""
 
 from __future__ import annotations
 

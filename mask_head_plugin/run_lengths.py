@@ -58,13 +58,15 @@ def annotation_rle(segmentation: Any, image_hw: tuple[int, int]) -> Any:
         # Fewer than six numbers enclose no area, and pycocotools would interpret four as a box.
         polygons = [x for x in segmentation if len(x) >= 6 and len(x) % 2 == 0]
         if not all(abs(x) <= LARGEST_COORDINATE for x in chain.from_iterable(polygons)):
-            raise ValueError("its polygons have numbers that are not finite or above a million")
+            raise ValueError(
+                "its polygons have coordinates that are not finite or exceed a million"
+            )
         return polygons_rle(polygons, image_hw) if polygons else None
     check_rle_size(segmentation, image_hw)
     if not isinstance(segmentation["counts"], list):
         return segmentation
     if not all(x >= 0 and x % 1 == 0 for x in segmentation["counts"]):
-        raise ValueError("the counts of an RLE are not whole numbers of at least 0")
+        raise ValueError("the counts of an RLE must be whole numbers of 0 or more")
     if sum(segmentation["counts"]) != image_hw[0] * image_hw[1]:
         # pycocotools would leave the rest of the mask uninitialised.
         raise ValueError(f"the counts of an RLE do not add up to an image of {image_hw}")

@@ -49,7 +49,8 @@ class _YieldingRegistry(Registry):
             self._obj_map[name] = other
             name, obj = f"{PACKAGE}.{name}", own
             logger.warning(
-                "%s belongs to %s; this package's is registered as %r in the %s registry",
+                "the name %s is used by %s, so this package's object is registered as %r in the %s "
+                "registry",
                 own.__name__,
                 other.__module__,
                 name,

@@ -73,7 +73,7 @@ def _check_name(name: str, path: Path) -> None:
     found = spec.origin if spec else None
     if found is None or Path(found).resolve() != path:
         raise ConfigError(
-            f"IMPORTS {path}: another module is called {name}, {found}; rename the file"
+            f"IMPORTS {path}: another module, {found}, is also called {name}; rename the file"
         )
 
 

@@ -34,8 +34,8 @@ def test_the_users_registration_takes_precedence_in_either_order(own_first, capl
     assert registered_name(registry, own) == "mask_head_plugin.MaskRCNN"
     (text,) = caplog.messages
     assert text == (
-        "MaskRCNN belongs to their_project.models; this package's is registered as "
-        "'mask_head_plugin.MaskRCNN' in the META_ARCH registry"
+        "the name MaskRCNN is used by their_project.models, so this package's object is registered "
+        "as 'mask_head_plugin.MaskRCNN' in the META_ARCH registry"
     )
 
 

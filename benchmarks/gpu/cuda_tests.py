@@ -51,7 +51,7 @@ def main() -> None:
     command += ["--junit-xml", str(report), *(args.files or files_with_gpu_tests())]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if not report.is_file():
-        sys.exit(f"pytest left no report; exit code {code}")
+        sys.exit(f"pytest wrote no report; exit code {code}")
     tests = read_report(report)
     counts = {
         outcome: sum(x["outcome"] == outcome for x in tests)

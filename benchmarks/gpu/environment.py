@@ -19,9 +19,9 @@ def output_of(*command: str) -> str:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"not known: {error}"
+        return f"unknown: {error}"
     if done.returncode != 0:
-        return f"not known: exit code {done.returncode}: {(done.stdout or done.stderr).strip()}"
+        return f"unknown: exit code {done.returncode}: {(done.stdout or done.stderr).strip()}"
     return done.stdout.strip() or "none"
 
 

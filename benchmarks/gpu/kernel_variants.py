@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Times variants of the RoI pooling kernel, and torchvision's kernel, without launch overhead.
 
-A variant changes the size of a program (its warps and the bytes of channels that it handles), the
-rows of a tile or the layout of the maps, or launches one kernel per level instead of one for all
-levels. Times for contiguous maps include copying them. "samples one by one" is torchvision's
-kernel, which does not merge samples and requires contiguous maps. The sampling ratio is 0. Times
-are medians from triton.testing.do_bench, which clears the L2 cache before each run and waits only
-at the end.
+A variant changes one thing: the size of a program (its number of warps, and the number of bytes
+that it reads from each cell), the number of rows in a tile, the layout of the maps, or the number
+of launches (one per level instead of one for all levels). Times for contiguous maps include copying
+them. "samples one by one" is torchvision's kernel, which does not merge samples and requires
+contiguous maps. The sampling ratio is 0. Times are medians from triton.testing.do_bench, which
+clears the L2 cache before each run and waits only at the end.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ def variants(poolings: Poolings) -> Iterator[tuple[str, Pool, str, dict[str, Any
     yield "unchanged", poolings.at_once, "channels_last", {}
     yield "samples one by one", poolings.one_by_one, "contiguous_format", {}
     yield "contiguous maps", poolings.at_once, "contiguous_format", {}
-    yield "one launch a level", poolings.level_by_level, "channels_last", {}
+    yield "one launch per level", poolings.level_by_level, "channels_last", {}
     for num_bytes, num_warps in ((512, 2), (512, 4), (256, 1), (1024, 1), (1024, 2), (2048, 4)):
         changes = {
             "MAX_BLOCK_BYTES": num_bytes,
             "COMPILER_OPTIONS": {**options, "num_warps": num_warps},
         }
-        name = f"{num_bytes} bytes of channels, {num_warps} warps"
+        name = f"{num_bytes} bytes per cell, warps: {num_warps}"
         yield name, poolings.at_once, "channels_last", changes
     for num_rows in (1, 2, 8):
         changes = {"TILE_ROWS": num_rows}
@@ -163,7 +163,7 @@ def main() -> None:
                 print(row, flush=True)
                 write_json(results, args.output)
                 if time.monotonic() > end:
-                    print(f"{args.seconds:.0f} s have passed: other variants are not measured")
+                    print(f"{args.seconds:.0f} s have passed; the remaining variants are skipped")
                     return
 
 

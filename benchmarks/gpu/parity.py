@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Checks that this repository's checkpoint gives the same detections in detectron2 and the plugin.
+"""Checks that this repository's checkpoint finds the same objects in detectron2 and the plugin.
 
-It runs the comparison of tools/compare_zoo.py on the embedded data set. Its page and pictures are
-written to a folder next to the JSON file.
+Runs the comparison of tools/compare_zoo.py on the embedded data set. The comparison writes its page
+and pictures to a folder next to the JSON file.
 """
 
 from __future__ import annotations

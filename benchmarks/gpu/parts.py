@@ -62,7 +62,7 @@ PARTS = (
     ),
     Part(
         "synchronisations",
-        "where a training step and an inference wait for the GPU, by file",
+        "where training and inference wait for the GPU, by file",
         "gpu/synchronisations.py",
         90,
         30,

@@ -1,4 +1,4 @@
-"""The project's promises about GPUs, and whether the results of gpu_campaign.py keep them."""
+"""The project's promises about GPUs, and functions that judge the results of gpu_campaign.py."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ LARGE_STEP = "training step, four large images"  # of mask_branch, which imports
 PROMISES = (
     Promise("the kernel's values and gradients equal torchvision's", "correctness", all_agree),
     Promise("the tests that need a GPU pass", "cuda_tests", tests_pass),
-    Promise("a trained model gives the same detections as in detectron2", "parity", is_equal),
+    Promise("a trained model returns the same detections as in detectron2", "parity", is_equal),
     Promise(f"{POOLER}, 2 images: at least 1.5x", "pooler", partial(pooler_is_faster, images=2)),
     Promise(f"{POOLER}, 16 images: at least 1.5x", "pooler", partial(pooler_is_faster, images=16)),
     Promise(
@@ -166,7 +166,7 @@ PROMISES = (
         partial(is_faster, what=HEAD, classes=1203, times=1.5),
     ),
     Promise(
-        "mask head with 1203 classes, training: at most 0.35x of the memory",
+        "mask head with 1203 classes, training: at most 0.35x the memory",
         "mask_branch",
         partial(needs_less_memory, what=HEAD, classes=1203, share=0.35),
     ),
@@ -232,13 +232,13 @@ PROMISES = (
     ),
     Promise("RoI pooling never waits for the GPU", "synchronisations", pooler_does_not_wait),
     Promise(
-        "a training step and an inference wait no more often than detectron2's",
+        "training and inference wait for the GPU no more often than in detectron2",
         "synchronisations",
         waits_are_fewer,
     ),
     Promise("guard and seeds take at most 1% of a step of R50-FPN", "guards", guard_costs_little),
     Promise(
-        "no other block, warps, tile or layout is more than 5% faster than the kernel's",
+        "no variant (block, warps, tile, layout) is more than 5% faster than the kernel",
         "kernel_variants",
         no_variant_is_faster,
     ),

@@ -149,7 +149,7 @@ def prepare_dataset(cfg: CfgNode, dataset: str | None) -> None:
     """
     names = cfg.DATASETS.TEST if dataset is None else (dataset,)
     if not names:
-        raise ConfigError("DATASETS.TEST is empty: name a --dataset")
+        raise ConfigError("DATASETS.TEST is empty; choose a data set with --dataset")
     cfg.DATASETS.TEST = tuple(names[:1])
     register_coco_files(cfg)
     cfg.DATASETS.TRAIN = ()  # training data need not exist on this machine

@@ -99,7 +99,9 @@ def _ap_table(comparison: Comparison) -> str:
         rows.append([task, *figures, interval, "" if published is None else f"{published:.1f}"])
     header = ["", "stock", "plugin", "plugin - stock", "95% interval", "published"]
     table = tabulate(rows, header, tablefmt="pipe", disable_numparse=True)
-    notes = "The interval covers the choice of images; both models use the same draws of images."
+    notes = (
+        "The interval covers only the choice of images; both models use the same draws of images."
+    )
     if comparison.published:
         notes += (
             f" Published: AP of model {comparison.published.model_id} in "

@@ -140,7 +140,7 @@ def load_twins(cfg: CfgNode, weights: Path, lazy_file: str = "") -> Twins:
 def load_exactly(model: torch.nn.Module, weights: Path, cfg: CfgNode) -> None:
     """Loads weights that must contain every tensor of the model and nothing else.
 
-    Rows of weights that belong to classes are reordered to the classes of the first test data set.
+    Rows of weights that belong to classes are put into the class order of the first test data set.
 
     Raises:
         ConfigError: if the weights do not fit, or the file cannot be read.

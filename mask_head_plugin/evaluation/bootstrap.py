@@ -4,15 +4,15 @@ Images are drawn with replacement. All models get the same draws, so an image th
 models does not affect the difference between them (paired bootstrap). Detections are matched to
 objects only once, because a draw only changes how often each detection and object counts. The
 result equals an evaluation of a data set in which images are repeated. COCOeval cannot run such an
-evaluation, because it removes repeated image ids. As in the engine, a class whose objects were not
-drawn has no AP and is left out of the mean.
+evaluation, because it removes repeated image ids. As in the evaluation engine (faster-coco-eval), a
+class whose objects were not drawn has no AP and is left out of the mean.
 
 Detections of a class are processed in the engine's order: by falling score, then by index of the
 image, then by position in the file. The copies of a detection follow each other. The order is the
 same in all draws.
 
-Resampling images does not show how much the result would change with another training. Several
-seeds show this; see difference.py.
+Resampling images does not show how much the result would change if the model were trained again.
+Trainings with several seeds show that; see difference.py.
 
 In 500 synthetic experiments (200 images, 3 classes), the 95% interval over images contained the
 true difference of AP, AP50 and AP75 93 to 95% of the time, for a large and a small difference. If
@@ -292,7 +292,7 @@ def _class_aps(
     aps = np.full((len(cells), len(matches.class_names), len(weights)), np.nan)
     for k, (detections, objects) in enumerate(_by_class(matches)):
         size = max(len(detections), len(objects), 1)
-        # With few draws, several cells fit into a chunk. With many, it has only one cell.
+        # With few draws, several cells fit into a chunk. With many draws, a chunk has one cell.
         rows = min(max(CHUNK_ELEMENTS // size, 1), len(weights))
         columns = max(CHUNK_ELEMENTS // (size * rows), 1)
         for start in range(0, len(weights), rows):

@@ -86,7 +86,7 @@ class GroundTruth:
         self.has_masks = not annotations or len(without_mask) < len(annotations)
         if self.has_masks and without_mask:
             logger.warning(
-                "%s: no mask can match %s without a mask, for example %r",
+                "%s: %s without a mask, for example %r, cannot match any predicted mask",
                 json_file,
                 counted(len(without_mask), "annotation"),
                 without_mask[0],
@@ -132,8 +132,8 @@ class GroundTruth:
         except KeyError as error:
             raise ValueError(
                 f"{self.json_file}: annotation {annotation.get('id')!r} names image "
-                f"{annotation['image_id']!r} and category {annotation['category_id']!r}; the file "
-                f"has no {error}"
+                f"{annotation['image_id']!r} and category {annotation['category_id']!r}; the id "
+                f"{error} is not in the file"
             ) from error
         copied = {"bbox": annotation["bbox"]} if annotation.get("bbox") else {}
         if self.has_masks:
@@ -248,7 +248,8 @@ class Evaluation:
         ious: (d, g) IoUs for each image and class that have detections and objects; see Matches for
             the order of the detections.
         precision: (T, 101, K, A), the precision at each recall; -1 for a class without objects.
-        recall: (T, K, A); -1 for a class without objects. Both count detections up to the limit.
+        recall: (T, K, A); -1 for a class without objects. Like the precision, it is computed from
+            the best detections, up to ``limit``.
     """
 
     def __init__(

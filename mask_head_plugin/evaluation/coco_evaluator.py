@@ -149,8 +149,8 @@ class MaskEvaluator(DatasetEvaluator):
         if count != len(ids):
             raise ValueError(
                 f"{self._dataset_name} has {count} classes, but {self._truth.json_file} has "
-                f"{len(ids)} categories; set thing_dataset_id_to_contiguous_id in the data set's "
-                "metadata, which maps category ids to class numbers"
+                f"{len(ids)} categories; in the data set's metadata, set "
+                "thing_dataset_id_to_contiguous_id, which maps category ids to class numbers"
             )
         return ids
 
@@ -407,5 +407,6 @@ def _plain_id(field: str, value: Any) -> int | str:
         return operator.index(value)
     except TypeError as error:
         raise ValueError(
-            f"{field} {value!r} is of type {type(value).__name__}; ids are whole numbers or text"
+            f"{field} {value!r} is of type {type(value).__name__}; ids must be whole numbers or "
+            "text"
         ) from error

@@ -56,7 +56,7 @@ class LabelledMask:
 def write_contact_sheet(
     cfg: CfgNode, model: torch.nn.Module, dataset_name: str, path: Path, min_score: float = 0.5
 ) -> None:
-    """Draws images of a data set into one PNG, with ground truth on the left of predictions.
+    """Draws images of a data set into one PNG, with ground truth to the left of predictions.
 
     The images are spread evenly over the data set.
 

@@ -7,12 +7,13 @@ parts:
 - images: for each bootstrap draw of the images, take the mean of each model over its seeds, and the
   difference between the two means. This part is the variance of this difference over the draws.
 - training: each model's variance over seeds, divided by its number of seeds, as in Welch's test.
-  Part of this variance exists because the seeds get different images right. The first part already
-  includes this effect, so it is estimated with the bootstrap and subtracted here.
+  Some of this variance arises because models with different seeds get different images right. The
+  variance over images already includes this effect, so the effect is estimated with the bootstrap
+  and subtracted here.
 
 A variance that is estimated from few seeds is uncertain. The interval therefore uses Student's t
-with Satterthwaite's (1946) degrees of freedom for a sum of variances. With three seeds, these are 2
-to 4 if training dominates, and up to the number of images if images dominate.
+with Satterthwaite's (1946) degrees of freedom for a sum of variances. With three seeds, there are 2
+to 4 degrees of freedom if training dominates, and up to the number of images if images dominate.
 
 benchmarks/interval_coverage.py checks the interval in simulated studies whose true difference is
 known.

@@ -1,9 +1,9 @@
 """Matches the detections and objects of a data set greedily, by COCO's rules.
 
-Statistics over images, such as resampling, need to know which detection found which object, but
-the evaluation engine does not return its matches. This module computes them from the engine's IoUs.
-It works with arrays: it matches the best detections of all images and classes in one step, then all
-second-best detections, and so on.
+Statistics over images, such as bootstrap intervals, depend on which detection found which object,
+but the evaluation engine does not return its matches. This module computes them from the engine's
+IoUs. It works with arrays: it matches the best detections of all images and classes in one step,
+then all second-best detections, and so on.
 
 Shape alphabet: D detections, G objects (ground truth), A area ranges, T IoU thresholds; B pairs
 (each of one image and one class), d and g the largest numbers of detections and objects in a pair.

@@ -20,8 +20,8 @@ entire hat of cell 2 (area 1). Divided by the length 2, W is again (1/4, 1/2, 1/
 1.0 to 2.0, both methods have the weights (1/2, 1/2) on cells 1, 2.
 
 Border rule of torchvision and detectron2: a sample below -1 or above the number of cells L counts
-as 0; any other sample is clamped to [0, L - 1]. For PrRoIPool, this extends the map with its border
-value from 0 to -1 and from L - 1 to L, and with 0 beyond.
+as 0; any other sample is clamped to [0, L - 1]. PrRoIPool follows the same rule: the map keeps its
+border value from -1 to 0 and from L - 1 to L, and is 0 farther out.
 
 Shape alphabet: R RoIs, P bins, G samples per bin (the maximum over all RoIs), V cells per sample, B
 cells per bin (the maximum over all RoIs), L cells of the map along this axis.
@@ -96,8 +96,8 @@ def roi_align_samples(
             samples, and a fixed grid is mirrored.
         num_bins: P.
         num_cells: L, at least 1.
-        sampling_ratio: G. 0 or less means ``ceil(RoI side / P)``, but at most the value for a RoI
-            that is as long as MAX_MAP_SIZES feature maps.
+        sampling_ratio: G. 0 or less means ``ceil(RoI side / P)``. This number stops growing for
+            RoIs that are longer than MAX_MAP_SIZES times the feature map.
         aligned: True shifts edges by half a cell (cell centres at +0.5). False does not shift them,
             and widens sides below one cell to one cell.
     """
@@ -161,8 +161,10 @@ def precise_roi_pool_weights(
 ) -> AxisWeights:
     """Returns PrRoIPool's weights along one axis (arXiv 1807.11590), differentiable in the edges.
 
-    They are the limit of RoIAlign's weights as a fixed sampling ratio grows. In particular, a RoI
-    that ends before it starts is mirrored, and a bin of length 0 reads the point at its position.
+    RoIAlign's weights converge to these weights if the sampling ratio goes to infinity. As with a
+    fixed sampling ratio, a RoI that ends before it starts is mirrored, and a bin of length 0 reads
+    the map at a single point.
+
     Edges are compared with cells in float64. Everything else is computed relative to a bin's first
     cell, where float32 is precise enough. If the edges need a gradient, everything is computed in
     float64, because the gradient divides by the length of a bin.

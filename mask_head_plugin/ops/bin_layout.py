@@ -18,7 +18,7 @@ from torch import Tensor
 from .axis_weights import MAX_MAP_SIZES, AxisSamples, AxisWeights
 
 PIECE = (1 << 15) - 1
-"""Largest number of elements that a PyTorch operator processes without starting other threads."""
+"""Largest number of elements that a PyTorch operator processes on a single thread."""
 
 MAX_COPY = 9 << 19
 """Largest number of elements of a map that are copied at a time: 18 MB of float32. The allocator
@@ -31,7 +31,7 @@ Axis = Callable[[Tensor, Tensor, int, int], AxisWeights | AxisSamples]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """r RoIs of similar size that are pooled from the same view."""
+    """r RoIs of similar size that are pooled from the same view (all or some images of a map)."""
 
     view: int  # index in the result of views
     rows: Tensor  # (r,) indices among all RoIs

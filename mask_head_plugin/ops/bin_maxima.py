@@ -26,7 +26,9 @@ from .bin_layout import (
 )
 
 GROUP_ELEMENTS = 1 << 24
-"""Largest number of values (samples times channels) in memory at a time: 64 MB of float32."""
+"""Largest number of values (samples times channels) for which several RoIs are processed together:
+64 MB of float32. A single RoI with more values is processed in blocks of channels.
+"""
 
 
 class LargestCell(torch.autograd.Function):
@@ -64,7 +66,7 @@ class LargestCell(torch.autograd.Function):
             dtype = torch.int32 if shape.numel() < 1 << 31 else torch.int64
             channel = torch.arange(shape[1], dtype=dtype, device=grad.device)
             plane = (images.to(dtype)[:, None] * shape[1] + channel) * math.prod(shape[2:])
-            # A negative cell marks a bin without a maximum, because it is off the map or all of its
+            # A negative cell marks a bin that has no maximum: the bin is off the map, or all of its
             # values are NaN.
             values = grad[rows].masked_fill_(cells < 0, 0)
             places = (plane[:, :, None, None] + cells).clamp_(min=0).flatten()

@@ -32,7 +32,9 @@ from .bin_layout import (
 )
 
 LIST_ENTRIES = 1 << 22
-"""Number of matrix entries in memory at a time: 32 MB. A thousand RoIs need fewer."""
+"""Number of matrix entries from which a product is split to save memory: 32 MB. A thousand RoIs
+usually stay below it.
+"""
 
 BATCH_ELEMENTS = 1 << 22
 """Number of elements of bins in memory at a time, in addition to the result: 16 MB of float32,
@@ -40,8 +42,8 @@ which the allocator reuses. For a large result, see MAX_BATCHES.
 """
 
 MAX_BATCHES = 4
-"""A large result is computed in batches of 1 / MAX_BATCHES of its elements, even if these are more
-than BATCH_ELEMENTS.
+"""A result with more than MAX_BATCHES * BATCH_ELEMENTS elements is computed in larger batches, each
+with 1 / MAX_BATCHES of its elements.
 """
 
 

@@ -9,27 +9,28 @@ the transposed matrix, in which each cell is a bag. It therefore adds in a fixed
 each cell once. Measurements showed that these alternatives are slower: two dense products per RoI,
 one RoI at a time or in batches; a sparse CSR matrix; the backward pass of embedding_bag.
 
-The functions call few operators and give each of them a lot of data. PyTorch splits each operator
-over all threads, and if another process is busy, one delayed thread makes the others wait for about
-8 ms each time.
-A call therefore computes one product per map, which is split only to save memory (see
-bin_sums.LIST_ENTRIES and bin_sums.MAX_BATCHES). A map that is not channels-last is copied. If it is
-large, it is copied a few images at a time or, if one image is too large, in blocks of its channels,
-and each copy takes a product of its own. The matrix is built in pieces of bin_layout.PIECE entries,
-which PyTorch processes on one thread. Each image is also copied on one thread.
+The functions call few operators, each on large tensors. PyTorch splits each operator over all
+threads. If another process is busy, one delayed thread therefore makes the others wait for about
+8 ms per operator.
+
+A channels-last map of float32 or float64 needs one product, which is split only if the number of
+matrix entries or bins is large (see bin_sums.LIST_ENTRIES and bin_sums.MAX_BATCHES). Other maps are
+copied first. A large map is copied in parts (a few images or, if one image is too large, a block of
+channels), and each part needs a separate product. The matrix is built in pieces of bin_layout.PIECE
+entries, which PyTorch processes on one thread. Each image is also copied on one thread.
 
 ``reduction="max"`` needs the individual samples, so it computes them in groups. RoIPool uses
 torchvision's operator.
 
 All functions run on any device and are deterministic (maxima on CUDA only with
-torch.use_deterministic_algorithms). In addition to the result, they need memory for at most:
+torch.use_deterministic_algorithms). In addition to the result, they need memory for:
 
 - lists of about bin_sums.LIST_ENTRIES cells and weights;
 - copies of bin_layout.MAX_COPY elements of a map that is not channels-last or has half precision
-  (for maxima, copies of one of its images);
-- bin_sums.BATCH_ELEMENTS elements of bins;
-- for maxima, bin_maxima.GROUP_ELEMENTS elements of samples, or all samples of one RoI if these are
-  more.
+  (for maxima, copies of at least one complete image);
+- bin_sums.BATCH_ELEMENTS elements of bins (more for large results, see bin_sums.MAX_BATCHES);
+- for maxima, up to twice bin_maxima.GROUP_ELEMENTS elements of samples. If a RoI has more samples
+  than that, they are in memory for one channel at a time.
 
 Shape alphabet: N images, C channels, H and W sides of a feature map, L feature maps, R RoIs (r in a
 part, n in a block or matrix), P and Q pooled height and width, K slots for the cells of a bin along

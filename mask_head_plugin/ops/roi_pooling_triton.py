@@ -4,8 +4,8 @@ torchvision's operator pools from a single map, so detectron2 runs it once per l
 waits for the device to find out how many RoIs the level has. Here, every RoI selects its map inside
 the kernel, so one launch handles all levels without synchronising. Sums are kept in float32
 regardless of the maps' dtype. Channels are distributed over the threads, so that a channels_last
-map is read, and its gradient is updated, in vectors of 16 bytes. The compiler can do so only if it
-knows that addresses are multiples of 16 bytes. The maps are therefore passed to the kernel as
+map is read, and its gradient is updated, in vectors of 16 bytes. The compiler can do so only if
+all addresses are known to be multiples of 16 bytes. The maps are therefore passed to the kernel as
 arguments rather than as a table of addresses.
 
 Each program of the grid handles one row of bins of one RoI, for one block of channels. Samples that
@@ -37,7 +37,7 @@ MAX_MAPS = 5
 """Largest number of maps in one launch: the levels P2 to P6 of a pyramid."""
 
 MAX_BLOCK_BYTES = 512
-"""Bytes of channels per program: 16 bytes for each of a warp's 32 threads."""
+"""Largest number of bytes that a program reads from each cell: 16 for each thread of a warp."""
 
 TILE_ROWS = 4
 """Y: number of rows of cells that are read together. A bin of up to 3 x 3 cells touches at most

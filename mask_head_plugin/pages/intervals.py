@@ -82,7 +82,7 @@ def add_intervals(
             ],
             hovertemplate="%{customdata[0]}<br>%{x:+.2f} (%{customdata[1]})<extra></extra>",
             mode="markers",
-            cliponaxis=False,  # shows a marker at the edge as a whole
+            cliponaxis=False,  # shows markers at the edge completely
             marker={
                 "color": colour,
                 "symbol": symbol,

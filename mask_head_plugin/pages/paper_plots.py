@@ -2,8 +2,8 @@
 
 Uses matplotlib, because plotly needs a browser to write such files.
 
-Supports what the figures of this package contain: curves with bands, markers with intervals, bars
-and heatmaps, in panels side by side.
+Supports only what the figures of this package contain: curves with bands, markers with intervals,
+bars and heatmaps, in panels side by side.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MARKERS = {
 }
 FONTS: Any = {"font.size": 8, "axes.titlesize": 9, "hatch.linewidth": 0.6}
 MOST_LEVEL = 6
-"""Largest number of names below a plot that fit horizontally; more names are rotated."""
+"""Largest number of labels below a plot that stay horizontal. More labels are rotated."""
 
 
 def save_figures(figures: Sequence[Figure], folder: Path) -> None:
@@ -236,7 +236,7 @@ class _Panel:
                     text = str(trace.text[row][column])
                     axes.text(across, place, text, color=ink, fontsize=7, ha="center", va="center")
         if trace.showscale is not False:
-            # Square panels are lower than the place that the layout reserves for them.
+            # Square panels do not fill the height that the layout reserves for them.
             shrink = 0.7 if self.settings["y"].scaleanchor else 1
             bar = axes.figure.colorbar(cells, ax=axes.figure.axes, pad=0.02, shrink=shrink)
             bar.set_label(_plain(trace.colorbar.title.text or ""))

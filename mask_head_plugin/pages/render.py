@@ -23,7 +23,7 @@ def check_packages(page: str, written: Path) -> None:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"{written} is written; {page} needs {' and '.join(missing)}: "
+            f"{written} has been written, but {page} needs {' and '.join(missing)}: "
             "pip install -e '.[report]' in the folder of mask_head_plugin"
         )
 

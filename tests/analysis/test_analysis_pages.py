@@ -181,7 +181,7 @@ MISFITS = {
     "no id": ([RIGHT, {"score": 0.5}], "entry 1: has no image_id"),
     "two corners": ([{**RIGHT, "segmentation": [[1, 1, 5, 5]]}], "entry 0 .* three corners"),
     "not finite": ([{**RIGHT, "segmentation": [[1, 1, 9, 1, 9, math.nan]]}], "entry 0 .*not finit"),
-    "far": ([{**RIGHT, "segmentation": [[1, 1, 9, 1, 9, 1e7]]}], "entry 0 .*above a million"),
+    "far": ([{**RIGHT, "segmentation": [[1, 1, 9, 1, 9, 1e7]]}], "entry 0 .*exceed a million"),
     "no polygon": ([{**RIGHT, "segmentation": [None]}], "entry 0: .* not a list of polygons"),
     "no mask": ([{**RIGHT, "segmentation": "x"}], "entry 0: .* 'x', neither polygons nor an RLE"),
     "broken counts": (
@@ -253,7 +253,10 @@ BAD_ANNOTATIONS = {
         "categories: entry 3: id is None, not a number or text",
     ),
     "polygon": (with_first(segmentation=[[*"abcdef"]]), "entry 0: its segmentation cannot be read"),
-    "nan": (with_first(segmentation=[[1, 1, 5, 5, math.nan, 9]]), "numbers that are not finite"),
+    "nan": (
+        with_first(segmentation=[[1, 1, 5, 5, math.nan, 9]]),
+        "coordinates that are not finite",
+    ),
 }
 
 

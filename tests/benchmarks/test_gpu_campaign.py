@@ -245,8 +245,8 @@ def test_the_output_of_a_program_is_distinguished_from_its_failure(campaign):
     assert output_of(sys.executable, "-c", "print(' 5 W ')") == "5 W"
     assert output_of(sys.executable, "-c", "") == "none"
     fail = "import sys; print('no driver'); sys.exit(9)"
-    assert output_of(sys.executable, "-c", fail) == "not known: exit code 9: no driver"
-    assert output_of("no-such-program").startswith("not known: ")
+    assert output_of(sys.executable, "-c", fail) == "unknown: exit code 9: no driver"
+    assert output_of("no-such-program").startswith("unknown: ")
 
 
 def test_a_synchronisation_is_attributed_to_the_innermost_file_of_the_packages(campaign):

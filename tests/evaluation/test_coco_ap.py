@@ -237,7 +237,10 @@ def test_predictions_that_do_not_fit_the_file_are_refused(change, message, tmp_p
     ("change", "message"),
     [
         ({"image_id": 12345}, "annotation 1 names image 12345 and category"),
-        ({"category_id": 999}, "annotation 1 names image .* and category 999; the file has no 999"),
+        (
+            {"category_id": 999},
+            "annotation 1 names image .* and category 999; the id 999 is not in",
+        ),
         ({"segmentation": {"size": [9, 9], "counts": "a2"}}, "annotation 1: an RLE has the size"),
         (
             {"segmentation": {"size": [60, 80], "counts": [0, 9]}},
@@ -259,7 +262,7 @@ def test_objects_without_a_mask_count_as_missed_and_are_reported(tmp_path, caplo
     expected = evaluate(write_truth(tmp_path, content), results, "segm").metrics()["AP50"]
     content["annotations"].append({**content["annotations"][0], "id": 999, "segmentation": []})
     truth = write_truth(tmp_path, content)
-    assert "no mask can match 1 annotation without a mask, for example 999" in caplog.text
+    assert ": 1 annotation without a mask, for example 999, cannot match any" in caplog.text
     assert evaluate(truth, results, "segm").metrics()["AP50"] < expected
     assert np.isfinite(evaluate(truth, results, "boundary").metrics()["AP"])
     no_masks = [{**x, "segmentation": None} for x in content["annotations"]]
@@ -276,7 +279,7 @@ def test_objects_without_a_mask_count_as_missed_and_are_reported(tmp_path, caplo
         (
             "images",
             {"neg_category_ids": [77]},
-            r"neg_category_ids of image .* has \{77\}, which is not among",
+            r"neg_category_ids of image .* not among the categories: \{77\}",
         ),
         ("categories", {"name": None}, ""),
     ],

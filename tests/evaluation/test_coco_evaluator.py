@@ -347,7 +347,7 @@ def test_an_invalid_id_is_reported_with_its_field(made):
     inputs, outputs = next(iter(outputs_of(name, content, results)))
     evaluator = MaskEvaluator(name)
     evaluator.reset()
-    with pytest.raises(ValueError, match=r"image_id 1\.5 is of type float; ids are whole numbers"):
+    with pytest.raises(ValueError, match=r"image_id 1\.5 is of type float; ids must be whole"):
         evaluator.process([{**inputs[0], "image_id": 1.5}], outputs)
 
 
